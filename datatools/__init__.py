@@ -1,0 +1,68 @@
+"""Data tools for language-model training: gradient features, influence scores, selection.
+
+Takes tensors and loss functions; knows no model class and no tokenizer. Names are imported on first use, so that
+`datatools.files` and `datatools.errors` cost no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datatools.errors import DataError as DataError
+    from datatools.errors import DatatoolsError as DatatoolsError
+    from datatools.errors import EnvironmentProblem as EnvironmentProblem
+    from datatools.errors import UsageError as UsageError
+    from datatools.features import extract as extract
+    from datatools.features import batch_rows as batch_rows
+    from datatools.gradients import covered as covered
+    from datatools.gradients import per_sample_grads as per_sample_grads
+    from datatools.gradients import token_batches as token_batches
+    from datatools.gradients import visit_per_sample_grads as visit_per_sample_grads
+    from datatools.projectors import PROJECTORS as PROJECTORS
+    from datatools.projectors import Projector as Projector
+    from datatools.scores import AGGREGATIONS as AGGREGATIONS
+    from datatools.scores import aggregate as aggregate
+    from datatools.scores import influence as influence
+    from datatools.scores import influence_paper as influence_paper
+    from datatools.selection import Budget as Budget
+    from datatools.selection import Candidates as Candidates
+    from datatools.selection import Selection as Selection
+    from datatools.selectors import SELECTORS as SELECTORS
+    from datatools.selectors import select as select
+    from datatools.store import GradientFeatures as GradientFeatures
+
+# public name -> the module that defines it
+_EXPORTS = {
+    "DataError": "datatools.errors",
+    "DatatoolsError": "datatools.errors",
+    "EnvironmentProblem": "datatools.errors",
+    "UsageError": "datatools.errors",
+    "extract": "datatools.features",
+    "batch_rows": "datatools.features",
+    "covered": "datatools.gradients",
+    "per_sample_grads": "datatools.gradients",
+    "token_batches": "datatools.gradients",
+    "visit_per_sample_grads": "datatools.gradients",
+    "PROJECTORS": "datatools.projectors",
+    "Projector": "datatools.projectors",
+    "AGGREGATIONS": "datatools.scores",
+    "aggregate": "datatools.scores",
+    "influence": "datatools.scores",
+    "influence_paper": "datatools.scores",
+    "Budget": "datatools.selection",
+    "Candidates": "datatools.selection",
+    "Selection": "datatools.selection",
+    "SELECTORS": "datatools.selectors",
+    "select": "datatools.selectors",
+    "GradientFeatures": "datatools.store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'datatools' has no attribute '{name}'")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,393 @@
+"""The only module that writes files.
+
+A file is written under a temporary name in its own folder, fsynced, renamed over its final name, and the folder is
+fsynced: after a kill or a power cut the final name shows the old bytes or the new ones, never a mixture. Temporary
+files are `.tmp-<random>`, mode 0600, and locked while their writer lives, so `remove_leftovers` can tell an abandoned
+one from one in use. Finished files are 0644 less the umask.
+
+Failures surface as `EnvironmentProblem` (no space, no permission, disk error, folder in use) or `DataError` (no such
+file, not a readable file), always with the path and what to do. POSIX only: locks are `flock`, which the kernel drops
+when its holder dies, so no lock is ever stale; a network folder must support `flock`, `rename` and `fsync`.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import stat
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from datatools.errors import DataError, DatatoolsError, EnvironmentProblem
+
+_TEMPORARY = ".tmp-"
+_LOCK = ".lock"
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_FLOCK = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
+_umask_lock = threading.Lock()
+
+PathLike = str | os.PathLike[str]
+
+
+# ---------------------------------------------------------------- errors
+
+
+def explain(error: OSError, path: PathLike, doing: str) -> DatatoolsError:
+    """`error` while `doing` ("write", "read", "create") something to `path`, as one of ours with advice."""
+    what = error.strerror or str(error)
+    head = f"cannot {doing} {_shown(path)}: {what}"
+    if error.errno in _NO_SPACE:
+        return EnvironmentProblem(
+            f"{head}; free some space (or raise the quota) and run the same command again, finished parts are kept")
+    if error.errno in _FORBIDDEN:
+        return EnvironmentProblem(f"{head}; check the permissions, or choose another folder")
+    if error.errno in {errno.EMFILE, errno.ENFILE}:
+        return EnvironmentProblem(f"{head}; raise the limit on open files (ulimit -n)")
+    if error.errno == errno.ENOENT:
+        return DataError(f"{head}; check the path")
+    if error.errno in {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST}:
+        return DataError(f"{head}; choose another path")
+    return EnvironmentProblem(f"{head}; check the disk and run the same command again, finished parts are kept")
+
+
+def _shown(path: PathLike) -> str:
+    """The path with control characters escaped: a file name must not be able to write to the terminal."""
+    text = os.fspath(path)
+    return text if text.isprintable() else ascii(text)
+
+
+@contextmanager
+def _explained(path: PathLike, doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise explain(error, path, doing) from error
+    except ValueError as error:  # "embedded null byte"
+        raise DataError(f"cannot {doing} {_shown(path)}: {error}; choose another path") from error
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_bytes(path: PathLike, data: bytes | bytearray | memoryview, *, durable: bool = True) -> None:
+    """Replace `path` by `data`, all or nothing. `durable=False` skips the fsyncs: for files that may be lost."""
+    path = Path(path)
+    with _explained(path, "write"), _temporary(path) as (descriptor, temporary):
+        _write_all(descriptor, data)
+        _commit(descriptor, temporary, path, durable)
+
+
+def write_text(path: PathLike, text: str, *, durable: bool = True) -> None:
+    """`write_bytes` of `text` in UTF-8; line ends as they are. Raises: DataError on lone surrogates."""
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"cannot write {_shown(path)} as UTF-8: {error.reason} at character {error.start}") from error
+    write_bytes(path, data, durable=durable)
+
+
+def write_json(path: PathLike, value: Any, *, durable: bool = True) -> None:
+    """`write_bytes` of `json_bytes(value)`. Raises: DataError if JSON cannot hold `value` (NaN, a tensor, ...)."""
+    try:
+        data = json_bytes(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"cannot write {_shown(path)} as JSON: {error}") from error
+    write_bytes(path, data, durable=durable)
+
+
+def json_bytes(value: Any) -> bytes:
+    """`value` as indented UTF-8 JSON with a final newline; keys keep their order, NaN and infinities are refused."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    try:
+        return text.encode("utf-8") + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate somewhere: escape everything beyond ASCII instead
+        return json.dumps(value, indent=1, allow_nan=False).encode("ascii") + b"\n"
+
+
+def write_pieces(path: PathLike, pieces: Iterable[bytes | bytearray | memoryview]) -> str:
+    """`write_bytes` of the joined `pieces`, holding one at a time; returns the `digest` of all of them."""
+    path = Path(path)
+    total = xxhash.xxh3_128()
+    with _explained(path, "write"), _temporary(path) as (descriptor, temporary):
+        for piece in pieces:
+            total.update(piece)
+            _write_all(descriptor, piece)
+        _commit(descriptor, temporary, path, durable=True)
+    return total.hexdigest()
+
+
+def write_new(path: PathLike, data: bytes | bytearray | memoryview) -> bool:
+    """Put if absent: write `path` only if it does not exist; of many writers exactly one gets True."""
+    path = Path(path)
+    with _explained(path, "write"), _temporary(path) as (descriptor, temporary):
+        _write_all(descriptor, data)
+        os.fchmod(descriptor, 0o644 & ~_umask())
+        os.fsync(descriptor)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        _sync_folder(path.parent)
+    return True
+
+
+def append_line(path: PathLike, line: str) -> None:
+    """Append `line` and a newline in one write, for logs; a kill can cut the last line, never an earlier one."""
+    with _explained(path, "append to"):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            _write_all(descriptor, line.encode("utf-8", "backslashreplace") + b"\n")
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def atomic_path(path: PathLike, *, durable: bool = True) -> Iterator[Path]:
+    """A temporary path to write to with any library; it becomes `path` on a clean exit and vanishes on an error."""
+    path = Path(path)
+    with _explained(path, "write"), _temporary(path) as (_, temporary):
+        try:
+            yield temporary
+        except OSError as error:
+            ours = error.filename is not None and os.fspath(error.filename) == os.fspath(temporary)
+            if error.errno in _NO_SPACE or ours:
+                raise explain(error, path, "write") from error
+            raise  # the block's own trouble with another file
+        descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)  # the library may have replaced it
+        try:
+            _commit(descriptor, temporary, path, durable)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[tuple[int, Path]]:
+    """A fresh locked file beside `path`; unlinked at the end unless it was renamed away."""
+    while True:
+        temporary = path.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"  # a short name: `path` may use all 255 bytes
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(temporary, flags, 0o600)
+        try:
+            _flock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_nlink == 0:  # remove_leftovers came between open and flock
+                continue
+            yield descriptor, temporary
+            return
+        finally:
+            with suppress(OSError):  # renamed, or the disk is gone: the lock's end marks it as abandoned
+                os.unlink(temporary)
+            os.close(descriptor)
+
+
+def _commit(descriptor: int, temporary: Path, path: Path, durable: bool) -> None:
+    os.fchmod(descriptor, 0o644 & ~_umask())
+    if durable:
+        os.fsync(descriptor)
+    os.replace(temporary, path)
+    if durable:
+        _sync_folder(path.parent)
+
+
+def _write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[os.write(descriptor, rest):]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems do not sync folders; the rename is still atomic
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            for line in status:
+                if line.startswith("Umask:"):
+                    return int(line.split()[1], 8)
+    except OSError:
+        pass
+    with _umask_lock:  # elsewhere it can only be read by setting it
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return mask
+
+
+# ---------------------------------------------------------------- folders, moving, removing
+
+
+def make_folder(path: PathLike) -> Path:
+    """Create the folder `path` and its parents where missing (0755 less the umask)."""
+    with _explained(path, "create the folder"):
+        os.makedirs(path, mode=0o755, exist_ok=True)
+    return Path(path)
+
+
+def move(path: PathLike, to: PathLike) -> None:
+    """Rename `path` (a file or a folder) to the free name `to` on the same file system, durably."""
+    with _explained(path, f"move to {_shown(to)}:"):
+        if os.path.lexists(to):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(to))
+        os.rename(path, to)
+        _sync_folder(Path(to).parent)
+
+
+def remove(path: PathLike) -> None:
+    """Unlink the file `path`; no error if it is gone already."""
+    with _explained(path, "remove"), suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def remove_leftovers(folder: PathLike) -> int:
+    """Unlink the temporary files that killed writers left in `folder`; those of living writers stay. How many went."""
+    count = 0
+    with _explained(folder, "clean"):
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.name.startswith(_TEMPORARY)]
+        for name in names:
+            temporary = Path(folder) / name
+            try:
+                descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except OSError:  # renamed meanwhile, or not ours
+                continue
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(temporary)
+                count += 1
+            except OSError:  # its writer lives, or nobody can tell: leave it
+                continue
+            finally:
+                os.close(descriptor)
+    return count
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_bytes(path: PathLike, *, limit: int | None = None) -> bytes:
+    """The bytes of the regular file `path`. Raises: DataError if it is missing, not a file, or over `limit` bytes."""
+    with _explained(path, "read"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # not to hang on a named pipe
+        with open(descriptor, "rb") as file:
+            facts = os.fstat(descriptor)
+            if not stat.S_ISREG(facts.st_mode):
+                raise DataError(f"cannot read {_shown(path)}: it is not a file; choose another path")
+            if limit is not None and facts.st_size > limit:
+                raise DataError(f"cannot read {_shown(path)}: {facts.st_size} bytes, at most {limit} were expected")
+            return file.read()
+
+
+def read_json(path: PathLike, *, limit: int | None = None) -> Any:
+    """The JSON value in `path`. Raises: DataError if it is missing, not UTF-8 or not JSON."""
+    try:
+        return json.loads(read_bytes(path, limit=limit))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{_shown(path)} is not valid JSON: {error}") from error
+
+
+def digest(data: bytes | bytearray | memoryview) -> str:
+    """xxh3-128 of `data`, 32 hex characters. Detects accidents; it is no defence against forgery."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def digest_file(path: PathLike) -> str:
+    """`digest` of the file's bytes, read in pieces of 4 MiB."""
+    total = xxhash.xxh3_128()
+    piece = memoryview(bytearray(4 << 20))
+    with _explained(path, "read"), open(path, "rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            total.update(piece[:count])
+    return total.hexdigest()
+
+
+# ---------------------------------------------------------------- locks
+
+
+def _flock(descriptor: int, operation: int) -> None:
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:  # without flock writers work, and leftovers stay where they are
+            raise
+
+
+@contextmanager
+def folder_mutex(folder: PathLike) -> Iterator[None]:
+    """A short critical section among the processes that change files of `folder` together; waits, leaves no file."""
+    with _explained(folder, "lock the folder"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def lock_folder(path: PathLike) -> Iterator[None]:
+    """Hold the folder `path` (created if missing) for one run; a second holder is refused at once.
+
+    The file `.lock` inside names host, pid and start time and is gone afterwards. A killed holder leaves the file but
+    not the lock, so the next run takes over.
+    Raises: EnvironmentProblem that names the holder.
+    """
+    folder = make_folder(path)
+    file = folder / _LOCK
+    with _explained(file, "lock"):
+        descriptor = _acquire(folder, file)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(file)  # before the lock goes: whoever waits on this inode sees that it is gone
+        os.close(descriptor)
+
+
+def _acquire(folder: Path, file: Path) -> int:
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            current = os.stat(file, follow_symlinks=False)
+            if current.st_ino == os.fstat(descriptor).st_ino:
+                started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+                owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started})
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, owner.encode(), 0)
+                return descriptor
+        except BlockingIOError:
+            owner = _owner(descriptor)
+            os.close(descriptor)
+            raise EnvironmentProblem(f"{_shown(folder)} is in use by {owner}; wait for that run, stop it, or choose "
+                                     "another folder") from None
+        except FileNotFoundError:  # the last holder removed it between open and stat
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _owner(descriptor: int) -> str:
+    for _ in range(50):  # the holder writes its name right after it has the lock
+        try:
+            owner = json.loads(os.pread(descriptor, 4096, 0))
+            return f"process {owner['pid']} on {owner['host']}, started {owner['started']}"
+        except (ValueError, KeyError, TypeError):
+            time.sleep(0.01)
+    return "another process"

@@ -1,0 +1,11 @@
+"""Linear maps from gradients to features. To add one: a file here, and a line in `PROJECTORS`."""
+
+from datatools.projectors.base import GENERATOR_VERSION, Projector
+from datatools.projectors.identity import Identity
+from datatools.projectors.rademacher import Rademacher
+from datatools.projectors.sjlt import SJLT
+
+PROJECTORS: dict[str, type[Projector]] = {"sjlt": SJLT, "rademacher": Rademacher, "identity": Identity}
+"""Name -> projector; `PROJECTORS[name].of(shapes, dim, seed)` makes one."""
+
+__all__ = ["GENERATOR_VERSION", "PROJECTORS", "Identity", "Projector", "Rademacher", "SJLT"]

@@ -1,0 +1,84 @@
+"""Optimizers as functions: rules, the one `Optimizer` that runs them, and the map from gradients to updates.
+
+    optimizer = create("adamw", model.named_parameters(), lr=3e-4, betas=(0.9, 0.95))
+    directions = UpdateMap.of(optimizer).per_sample(grads)  # name -> [batch, *shape]; no state is touched
+
+Imports torch and nothing of the other packages. The table of optimizers is in README.md.
+"""
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+
+from optim.optimizer import Optimizer, Params
+from optim.param_groups import is_matrix, split_matrices
+from optim.rule import State, UpdateRule
+from optim.rules import (
+    OPTIMIZERS,
+    RULES,
+    SGD,
+    AdamW,
+    AdamWRule,
+    Lion,
+    LionRule,
+    Muon,
+    MuonRule,
+    SGDRule,
+    did_you_mean,
+    rule_from,
+)
+from optim.schedules import SCHEDULES, schedule
+from optim.update_map import Grads, UpdateMap
+
+
+def create(
+    name: str,
+    named_parameters: Iterable[tuple[str, Tensor]],
+    *,
+    lr: float | Tensor,
+    weight_decay: float = 0.0,
+    **hyper: Any,
+) -> Optimizer:
+    """The optimizer of that name; hyper are the keywords of its class (`AdamW`, `SGD`, `Lion`, `Muon`).
+
+    "muon" splits the parameters by name and shape into matrices and the rest, which AdamW steps; see `Muon`.
+    Raises: ValueError for an unknown name, TypeError for an unknown keyword (both say what was probably meant),
+    ValueError for values out of range.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"no optimizer is called {name!r}{did_you_mean(name, OPTIMIZERS)}")
+    known = set(inspect.signature(OPTIMIZERS[name]).parameters) - {"params", "named_parameters", "fields"}
+    known |= {f.name for f in fields(RULES[name])}
+    for key in hyper:
+        if key not in known:
+            raise TypeError(f"optimizer {name!r} has no setting {key!r}{did_you_mean(key, known)}")
+    return OPTIMIZERS[name](named_parameters, lr=lr, weight_decay=weight_decay, **hyper)
+
+
+__all__ = [
+    "OPTIMIZERS",
+    "RULES",
+    "SCHEDULES",
+    "SGD",
+    "AdamW",
+    "AdamWRule",
+    "Grads",
+    "Lion",
+    "LionRule",
+    "Muon",
+    "MuonRule",
+    "Optimizer",
+    "Params",
+    "SGDRule",
+    "State",
+    "UpdateMap",
+    "UpdateRule",
+    "create",
+    "is_matrix",
+    "rule_from",
+    "schedule",
+    "split_matrices",
+]

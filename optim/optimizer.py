@@ -1,0 +1,272 @@
+"""The one optimizer class: param groups, state dicts and torch's conventions around any `UpdateRule`."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any, TypeAlias, overload
+
+import torch
+from torch import Tensor
+
+from optim.rule import State, UpdateRule
+from optim.saved import bare_name, check_state, expected_state, loaded_state, saved_rule
+
+Params: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+"""Parameters, named parameters, or param groups: what `torch.optim` accepts."""
+
+_MAX_GROUPED = 1 << 25
+"""Elements that one grouped call may hold: bounds its temporaries to 128 MB each in float32, whatever the model."""
+
+_TORCH_FLAGS = {  # refused, with advice
+    "maximize": "minimise the negated loss instead",
+    "foreach": "parameters are always grouped where the rule can",
+    "fused": "rules choose their fast path themselves",
+    "capturable": "step counts live on the CPU here",
+    "differentiable": "differentiate UpdateRule.update instead",
+}
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Steps every parameter by its group's rule: ``p <- p - lr * (direction + weight_decay * decay)``.
+
+    A param group has `rule`, `lr` and `weight_decay`; a group may replace the rule, or single fields of it
+    (``{"params": ps, "betas": (0.9, 0.95)}``). Everything that steers the update lives in the groups and in `state`.
+
+    State: made at a parameter's first step, by `UpdateRule.init`; plain tensors in the rule's own dtype (float32
+    moments for bfloat16 parameters), also after `load_state_dict`, where torch would cast them to the parameter's
+    dtype. A state dict holds each rule as its name and plain fields, loads with ``torch.load(weights_only=True)``,
+    and is compared on loading. State dicts of `torch.optim.AdamW` load into `AdamW`.
+
+    Gradients: a parameter without one is skipped and its step count stands still. Non-finite entries: an elementwise
+    rule passes them on to those coordinates alone, as torch does; under a rule with ``elementwise = False`` one of
+    them would poison a whole matrix, so that tensor and its state are left as they are for this step and a
+    RuntimeWarning names it. To drop the step of a whole model, test the gradients before calling `step`.
+
+    Raises: ValueError for values out of range, TypeError for complex or integer parameters and for sparse gradients.
+    Works with torch's schedulers, step and state-dict hooks, closures and `copy.deepcopy`. The torch switches
+    `maximize`, `foreach`, `fused`, `capturable` and `differentiable` do not exist here and are refused.
+    """
+
+    def __init__(
+        self, params: Params, rule: UpdateRule, *, lr: float | Tensor, weight_decay: float = 0.0
+    ) -> None:
+        if not isinstance(rule, UpdateRule):
+            raise TypeError(f"Optimizer: rule is {_kind(rule)}; expected an UpdateRule such as AdamWRule()")
+        if isinstance(params, Mapping):
+            raise TypeError("Optimizer: params is a dict; pass an iterable such as model.named_parameters()")
+        super().__init__(params, {"rule": rule, "lr": lr, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; fields of its rule given beside `params` replace those of the default rule.
+
+        Raises: ValueError for values out of range or unsupported switches, TypeError for parameters that are not real
+        floating-point tensors or a rule that is no `UpdateRule`.
+        """
+        if isinstance(param_group, dict):
+            param_group = self._resolved(dict(param_group))
+        super().add_param_group(param_group)
+        try:
+            self._check_params(*list(self._offsets())[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _resolved(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The group with its rule built and its values checked."""
+        rule = group.get("rule", self.defaults["rule"])
+        if not isinstance(rule, UpdateRule):
+            raise TypeError(f"param group: rule is {_kind(rule)}; expected an UpdateRule such as AdamWRule()")
+        for flag, advice in _TORCH_FLAGS.items():
+            if group.pop(flag, None):
+                raise ValueError(f"param group: {flag} is not supported; {advice}")
+        changed = {f.name: group.pop(f.name) for f in fields(rule) if f.name in group}
+        group["rule"] = replace(rule, **changed) if changed else rule
+        _check_lr(group.get("lr", self.defaults["lr"]))
+        weight_decay = group.get("weight_decay", self.defaults["weight_decay"])
+        if not isinstance(weight_decay, int | float) or not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay = {weight_decay!r}; it must be a finite number of at least 0")
+        return group
+
+    def _check_params(self, group: dict[str, Any], offset: int) -> None:
+        for label, param in _labelled(group, offset):
+            if not param.is_floating_point():
+                raise TypeError(
+                    f"parameter {label} is {param.dtype}; optimizers here take real floating-point parameters "
+                    "(for a complex one, optimize torch.view_as_real of it)"
+                )
+            try:
+                expected_state(group["rule"], param)
+            except ValueError as error:
+                raise ValueError(f"parameter {label}: {error}") from error
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step for every parameter that has a gradient.
+
+        `closure`: recomputes the loss, once, with gradients enabled; its value is returned.
+        Raises: TypeError for a sparse gradient or a parameter on the meta device, before any parameter has moved.
+        """
+        loss: float | None = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = [(group, list(self._ready(group, offset))) for group, offset in self._offsets()]
+        for group, entries in work:
+            rule: UpdateRule = group["rule"]
+            for params, grads in _grouped(entries):
+                states = [self._state_of(rule, param) for param in params]
+                rule.step_many(params, grads, states, lr=group["lr"], weight_decay=group["weight_decay"])
+        return loss
+
+    def _offsets(self) -> Iterator[tuple[dict[str, Any], int]]:
+        offset = 0
+        for group in self.param_groups:
+            yield group, offset
+            offset += len(group["params"])
+
+    def _ready(self, group: dict[str, Any], offset: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The group's parameters that can be stepped, with their gradients."""
+        for label, param in _labelled(group, offset):
+            grad = param.grad
+            if grad is None:
+                continue
+            if param.is_meta:
+                raise TypeError(f"parameter {label} has no data (meta device); materialise the model before step()")
+            if grad.layout != torch.strided:
+                raise TypeError(f"parameter {label} has a sparse gradient ({grad.layout}); make it dense before step()")
+            if not group["rule"].elementwise and not bool(grad.isfinite().all()):
+                warnings.warn(
+                    f"parameter {label}: its gradient is not finite; {group['rule'].name} left it as it was",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                continue
+            yield param, grad
+
+    def _state_of(self, rule: UpdateRule, param: Tensor) -> State:
+        state: State = self.state[param]
+        if not state:
+            state.update(rule.init(param))
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, with each group's rule as its name and plain fields; `param_names` are kept."""
+
+        def describe_rules(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+            for group in saved["param_groups"]:
+                group["rule"] = group["rule"].describe()
+
+        # first among the hooks, so that the user's see what will be stored; a lasting hook would not survive deepcopy
+        handle = self.register_state_dict_post_hook(describe_rules, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but states keep the rule's dtype and the input dict is neither changed nor aliased.
+
+        Raises: ValueError, before anything is changed, if a group's rule or parameter names differ from those saved,
+        or if a parameter's state has other entries or shapes than the rule makes.
+        """
+        seen: dict[str, Any] = {}
+        rules = [group["rule"] for group in self.param_groups]
+        names = [group.get("param_names") for group in self.param_groups]
+
+        def verify(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:  # runs last: sees what hooks made of it
+            seen.update(saved)
+            self._verify(saved)
+
+        def restore(_: torch.optim.Optimizer) -> None:  # runs first: hooks see the finished state
+            self._restore(seen, rules, names)
+
+        handles = (
+            self.register_load_state_dict_pre_hook(verify),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _saved_states(self, saved: dict[str, Any]) -> Iterator[tuple[str, UpdateRule, Tensor, dict[str, Any]]]:
+        """(label, rule, parameter, its saved state) for every parameter that has one."""
+        for (group, offset), saved_group in zip(self._offsets(), saved["param_groups"], strict=False):
+            for (label, param), key in zip(_labelled(group, offset), saved_group["params"], strict=False):
+                if key in saved["state"]:
+                    yield label, group["rule"], param, saved["state"][key]
+
+    def _verify(self, saved: dict[str, Any]) -> None:
+        for index, (group, saved_group) in enumerate(zip(self.param_groups, saved["param_groups"], strict=False)):
+            found = group["rule"].differences(saved_rule(saved_group, group["rule"]))
+            if found:
+                raise ValueError(
+                    f"load_state_dict: param group {index} was saved with another rule: " + "; ".join(found)
+                    + ". Build the optimizer with the saved settings."
+                )
+            here, there = group.get("param_names"), saved_group.get("param_names")
+            if here is None or there is None:
+                continue
+            for a, b in zip(here, there, strict=False):
+                if bare_name(a) != bare_name(b):
+                    raise ValueError(
+                        f"load_state_dict: {a!r} stands where {b!r} was saved; "
+                        "a state belongs to its parameter, so give the parameters in the saved order"
+                    )
+        for label, rule, param, state in self._saved_states(saved):
+            check_state(label, rule, param, state)
+
+    def _restore(self, saved: dict[str, Any], rules: list[UpdateRule], names: list[list[str] | None]) -> None:
+        for group, rule, own_names in zip(self.param_groups, rules, names, strict=True):
+            group["rule"] = rule
+            for key in (*(f.name for f in fields(rule)), *_TORCH_FLAGS, "decoupled_weight_decay"):
+                group.pop(key, None)  # a torch.optim state dict has them in the group; the rule holds them here
+            if own_names is not None:
+                group["param_names"] = own_names
+        for _, rule, param, state in self._saved_states(saved):
+            self.state[param] = loaded_state(rule, param, state)
+
+
+def _kind(value: object) -> str:
+    return value.__name__ + " (a class)" if isinstance(value, type) else type(value).__name__
+
+
+def _check_lr(lr: float | Tensor) -> None:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr is a tensor of {lr.numel()} elements; it must be one number")
+    if isinstance(lr, bool) or not isinstance(lr, int | float | Tensor) or not 0 <= float(lr) < math.inf:
+        raise ValueError(f"lr = {lr!r}; it must be a finite number of at least 0")
+
+
+def _labelled(group: Mapping[str, Any], offset: int) -> Iterator[tuple[str, Tensor]]:
+    """The group's parameters, each with a name for messages: its own, or its number in the optimizer and its shape."""
+    names = group.get("param_names")
+    for i, param in enumerate(group["params"]):
+        yield (repr(names[i]) if names else f"number {offset + i} of shape {tuple(param.shape)}"), param
+
+
+def _grouped(entries: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Parameters and gradients by device and dtypes, at most `_MAX_GROUPED` elements at a time (or one tensor)."""
+    pools: dict[tuple[torch.device, torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    for param, grad in entries:
+        pools.setdefault((param.device, param.dtype, grad.dtype), []).append((param, grad))
+    for pool in pools.values():
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        held = 0
+        for param, grad in pool:
+            if params and held + param.numel() > _MAX_GROUPED:
+                yield params, grads
+                params, grads, held = [], [], 0
+            params.append(param)
+            grads.append(grad)
+            held += param.numel()
+        yield params, grads

@@ -1,0 +1,186 @@
+"""What an optimizer is here: a pure function from a gradient, a state and a parameter to an update."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+State: TypeAlias = dict[str, Tensor]
+"""What a rule remembers of one parameter, under torch's names: `step`, `exp_avg`, `exp_avg_sq`, `momentum_buffer`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRule(ABC):
+    """One optimizer. Its fields are the hyper-parameters; its two pure functions are the algorithm.
+
+    A parameter moves by ``p <- p - lr * (direction + weight_decay * decay)``: the learning rate and the decoupled
+    weight decay belong to the `Optimizer`'s param group, the direction belongs to the rule.
+
+    To write one: a frozen, keyword-only dataclass with a `name`, `init`, `update`, and range checks in `__post_init__`.
+    `init` and `update` never write to their arguments and read no global state, so that selection can `vmap` them and
+    order estimation can differentiate them. `init` looks at the parameter's shape, dtype and device only (it is also
+    run on the meta device, to check a loaded state). Fields are plain values (bool, int, float, str, None, tuples of
+    these, or another rule), because a checkpoint stores them as such.
+
+    Fast paths: `step_many` is the hook that `Optimizer` calls, with tensors of one device and dtype; by default it
+    loops over `step`, and `step` writes `update` back. A rule that wants to be fast overrides `step_many` with
+    grouped in-place arithmetic (`torch._foreach_*` or a kernel) and routes `step` through it: the algorithm then
+    exists twice, once as the definition (`update`) and once as the fast path, and the battery holds the two equal.
+    """
+
+    name: ClassVar[str]
+    """The rule's key in `optim.RULES`, and its name in a checkpoint."""
+
+    elementwise: ClassVar[bool] = True
+    """Whether every coordinate of the direction depends on that coordinate alone.
+
+    Then the rule may be applied to slices and shards, and `update` must broadcast: a gradient ``[batch, *shape]``
+    against a state ``[*shape]`` gives the directions ``[batch, *shape]`` of each gradient by itself.
+    """
+
+    @abstractmethod
+    def init(self, param: Tensor) -> State:
+        """The state before the first step: fresh tensors, moments in `moment_dtype(param)`."""
+
+    @abstractmethod
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction (to be subtracted, times lr) and the state after this gradient; arguments untouched.
+
+        The direction may be the gradient tensor itself (plain SGD): do not write to it.
+        """
+
+    def decay(self, direction: Tensor, state: State, param: Tensor) -> Tensor:
+        """What weight decay pulls towards zero: the parameter itself, unless a method says otherwise.
+
+        `state` is the state after the update.
+        """
+        return param
+
+    def step(
+        self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float
+    ) -> None:
+        """One step in place: `update`, written back to `param` and `state`.
+
+        Low-precision parameters are computed in the direction's dtype and rounded once.
+        """
+        direction, new_state = self.update(grad, state, param)
+        if weight_decay != 0:
+            direction = direction + weight_decay * self.decay(direction, new_state, param)
+        param.copy_(param - lr * direction)
+        for key, value in new_state.items():
+            state[key].copy_(value)  # not rebound: a new value may alias the gradient
+
+    def step_many(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        *,
+        lr: float | Tensor,
+        weight_decay: float,
+    ) -> None:
+        """`step` for several parameters of one device and dtype; overridden where grouping makes it faster."""
+        for param, grad, state in zip(params, grads, states, strict=True):
+            self.step(param, grad, state, lr=lr, weight_decay=weight_decay)
+
+    def describe(self) -> dict[str, Any]:
+        """The rule as plain values, ``{"name": ..., field: value, ...}``; `optim.rule_from` is the inverse."""
+        described: dict[str, Any] = {"name": self.name}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            described[field.name] = value.describe() if isinstance(value, UpdateRule) else value
+        return described
+
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """How this rule differs from a saved description, one phrase a field; empty if it does not.
+
+        A field that the description lacks (it was written by an older version) counts as that field's default.
+        """
+        if saved.get("name") != self.name:
+            return [f"the rule is {self.name!r} here and {saved.get('name')!r} there"]
+        here = self.describe()
+        defaults = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        found = [f"{key!r} is unknown here and {saved[key]!r} there" for key in saved if key not in here]
+        for key, value in here.items():
+            there = saved.get(key, defaults.get(key))
+            if isinstance(there, UpdateRule):
+                there = there.describe()
+            if _plain(value) != _plain(there):
+                found.append(f"{key} is {value!r} here and {there!r} there")
+        return found
+
+
+def _plain(value: Any) -> Any:
+    """Lists and tuples alike: YAML and JSON give lists."""
+    return tuple(_plain(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def moment_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of running averages: float32 for parameters of 16 bits and less, otherwise the parameter's own.
+
+    The increment (1 - b2) g^2 of a second moment is below bfloat16's resolution, so a 16-bit moment would stand still.
+    """
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def zero_moment(param: Tensor) -> Tensor:
+    """A zero tensor of the parameter's shape, device and layout, in `moment_dtype`."""
+    return torch.zeros_like(param, dtype=moment_dtype(param), requires_grad=False)
+
+
+def zero_step() -> Tensor:
+    """A step count: a float32 scalar on the CPU, as in torch, so that reading it never waits for a GPU."""
+    return torch.zeros((), dtype=torch.float32, device="cpu")
+
+
+def correction(beta: float, step: Tensor) -> Tensor:
+    """1 - beta^step as a float64 scalar; float32 would lose digits that float64 parameters show."""
+    return 1 - beta ** step.double()
+
+
+def check_unit_interval(rule: str, **values: float) -> None:
+    """ValueError unless every value is a number with 0 <= value < 1."""
+    for key, value in values.items():
+        if not _is_number(value) or not 0 <= value < 1:
+            raise ValueError(f"{rule}: {key} = {value!r}; it must be a number with 0 <= {key} < 1")
+
+
+def check_non_negative(rule: str, **values: float) -> None:
+    """ValueError unless every value is a finite number of at least zero."""
+    for key, value in values.items():
+        if not _is_number(value) or not 0 <= value < float("inf"):
+            raise ValueError(f"{rule}: {key} = {value!r}; it must be a finite number of at least 0")
+
+
+def check_flag(rule: str, **values: bool) -> None:
+    """ValueError unless every value is True or False (a string "false" from a config would count as true)."""
+    for key, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{rule}: {key} = {value!r}; it must be True or False")
+
+
+def checked_betas(rule: str, betas: Sequence[float]) -> tuple[float, float]:
+    """The two betas as a tuple; ValueError unless there are two numbers with 0 <= beta < 1."""
+    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
+        raise ValueError(f"{rule}: betas = {betas!r}; expected two numbers, such as (0.9, 0.999)")
+    check_unit_interval(rule, **{f"betas[{i}]": beta for i, beta in enumerate(betas)})
+    return float(betas[0]), float(betas[1])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def cast_like(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor in the dtype of its partner: itself where the dtypes agree, a copy otherwise."""
+    return [t.to(other.dtype) for t, other in zip(tensors, like, strict=True)]
+
+
+def write_back(params: Sequence[Tensor], work: Sequence[Tensor]) -> None:
+    """Round working copies back into their parameters; nothing to do where they are the same tensors."""
+    pairs = [(p, w) for p, w in zip(params, work, strict=True) if p is not w]
+    if pairs:
+        torch._foreach_copy_([p for p, _ in pairs], [w for _, w in pairs])

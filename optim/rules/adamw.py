@@ -1,0 +1,167 @@
+"""AdamW: Adam with decoupled weight decay."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optim.optimizer import Optimizer, Params
+from optim.rule import (
+    State,
+    UpdateRule,
+    cast_like,
+    check_flag,
+    check_non_negative,
+    checked_betas,
+    correction,
+    write_back,
+    zero_moment,
+    zero_step,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWRule(UpdateRule):
+    """u = m^ / (sqrt(v^ + eps_root) + eps), with m^ = m / (1 - b1^t), v^ = v / (1 - b2^t)
+    and m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2.
+
+    Shapes: elementwise; moments have the parameter's shape.
+    State: 8 bytes a parameter (two float32 moments; 12 with amsgrad) and a step count.
+    Source: Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2; `torch.optim.AdamW`.
+    Differs: the paper has neither `eps_root` nor the three switches.
+
+    - `bias_correction=False`: m^ = m, v^ = v.
+    - `eps_before_correction=True`: u = sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v + eps_root) + eps), the older order of
+      things, in which the effective eps is eps / sqrt(1 - b2^t) (Moonlight's AdamW, and transformers' before it used
+      torch's).
+    - `amsgrad=True`: v^ is made of the running maximum of v.
+
+    The three gradient features of LESS (arXiv 2402.04333), each applied to the state that a warm-up left behind:
+
+    - paper: the warm-up's own rule, ``AdamWRule(betas=..., eps=...)``;
+    - published code: ``AdamWRule(eps=0.0, eps_root=1e-8, bias_correction=False)``, whatever the warm-up ran with;
+    - preconditioner only, g / (sqrt(v^) + eps), without the term b1 m that all examples share:
+      ``dataclasses.replace(rule, betas=(0.0, rule.betas[1]))``, for at b1 = 0 both m and m^ are the gradient.
+
+    With ``eps = eps_root = 0`` a coordinate that has never had a gradient gives 0/0, as in torch.
+    """
+
+    name: ClassVar[str] = "adamw"
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    eps_root: float = 0.0
+    bias_correction: bool = True
+    amsgrad: bool = False
+    eps_before_correction: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", checked_betas("AdamWRule", self.betas))
+        check_non_negative("AdamWRule", eps=self.eps, eps_root=self.eps_root)
+        check_flag(
+            "AdamWRule",
+            bias_correction=self.bias_correction,
+            amsgrad=self.amsgrad,
+            eps_before_correction=self.eps_before_correction,
+        )
+
+    def init(self, param: Tensor) -> State:
+        """Zero moments and step count."""
+        state = {"step": zero_step(), "exp_avg": zero_moment(param), "exp_avg_sq": zero_moment(param)}
+        if self.amsgrad:
+            state["max_exp_avg_sq"] = zero_moment(param)
+        return state
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction u of the class docstring, in the moments' dtype."""
+        b1, b2 = self.betas
+        g = grad.to(state["exp_avg"].dtype)
+        t = state["step"] + 1
+        m = state["exp_avg"].lerp(g, 1 - b1)
+        v = (b2 * state["exp_avg_sq"]).addcmul(g, g, value=1 - b2)
+        new = {"step": t, "exp_avg": m, "exp_avg_sq": v}
+        if self.amsgrad:
+            v = new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], v)
+        if self.bias_correction:
+            c1, c2 = correction(b1, t), correction(b2, t)
+            if self.eps_before_correction:
+                m = m * (c2.sqrt() / c1)
+            else:
+                m, v = m / c1, v / c2
+        root = v.sqrt() if self.eps_root == 0 else (v + self.eps_root).sqrt()
+        return m / (root + self.eps), new
+
+    def step(
+        self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float
+    ) -> None:
+        """`step_many` of one parameter."""
+        self.step_many([param], [grad], [state], lr=lr, weight_decay=weight_decay)
+
+    def step_many(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        *,
+        lr: float | Tensor,
+        weight_decay: float,
+    ) -> None:
+        """In place; one temporary a parameter (three for 16-bit parameters, whose copies are float32)."""
+        b1, b2 = self.betas
+        lr = float(lr)
+        m, v = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        p, g = cast_like(params, m), cast_like(grads, m)
+        torch._foreach_add_([s["step"] for s in states], 1.0)
+        torch._foreach_lerp_(m, g, 1 - b1)
+        torch._foreach_mul_(v, b2)
+        torch._foreach_addcmul_(v, g, g, 1 - b2)
+        if self.amsgrad:
+            largest = [s["max_exp_avg_sq"] for s in states]
+            torch._foreach_maximum_(largest, v)
+            v = largest
+        c1, c2 = [1.0] * len(m), [1.0] * len(m)
+        if self.bias_correction:
+            steps = [float(s["step"]) for s in states]
+            c1, c2 = [1 - b1**t for t in steps], [1 - b2**t for t in steps]
+        outer = [1.0] * len(m)
+        if self.eps_before_correction:
+            c2, outer = outer, c2
+        root = torch._foreach_div(v, c2)
+        if self.eps_root != 0:
+            torch._foreach_add_(root, self.eps_root)
+        torch._foreach_sqrt_(root)
+        torch._foreach_add_(root, self.eps)
+        if weight_decay != 0:
+            torch._foreach_mul_(p, 1 - lr * weight_decay)
+        torch._foreach_addcdiv_(p, m, root, [-lr * math.sqrt(o) / c for o, c in zip(outer, c1, strict=True)])
+        write_back(params, p)
+
+
+class AdamW(Optimizer):
+    """`Optimizer` running `AdamWRule`; the first arguments as in `torch.optim.AdamW`."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        eps_root: float = 0.0,
+        bias_correction: bool = True,
+        amsgrad: bool = False,
+        eps_before_correction: bool = False,
+    ) -> None:
+        rule = AdamWRule(
+            betas=betas,
+            eps=eps,
+            eps_root=eps_root,
+            bias_correction=bias_correction,
+            amsgrad=amsgrad,
+            eps_before_correction=eps_before_correction,
+        )
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay)

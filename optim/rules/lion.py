@@ -1,0 +1,90 @@
+"""Lion: the sign of an interpolated momentum."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optim.optimizer import Optimizer, Params
+from optim.rule import State, UpdateRule, cast_like, checked_betas, write_back, zero_moment, zero_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class LionRule(UpdateRule):
+    """u = sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g.
+
+    Shapes: elementwise; the buffer has the parameter's shape.
+    State: 4 bytes a parameter (one float32 buffer) and a step count, which the update does not use.
+    Source: Chen et al. 2023, arXiv 2302.06675, algorithm 2; google/automl and lucidrains/lion-pytorch agree bit for
+    bit.
+    Differs: lucidrains' `decoupled_weight_decay=True` decays by wd lr / lr0; here pass ``weight_decay=wd / lr0``.
+
+    sign(0) = 0: coordinates that never saw a gradient do not move. The authors advise a learning rate 3 to 10 times
+    smaller and a weight decay 3 to 10 times larger than AdamW's, and betas (0.95, 0.98) for language models. Where
+    the interpolated momentum is at rounding level its sign, and so a float32 trajectory, is decided by rounding.
+    """
+
+    name: ClassVar[str] = "lion"
+
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", checked_betas("LionRule", self.betas))
+
+    def init(self, param: Tensor) -> State:
+        """A zero buffer and step count."""
+        return {"step": zero_step(), "exp_avg": zero_moment(param)}
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction u of the class docstring: -1, 0 or 1, in the buffer's dtype."""
+        b1, b2 = self.betas
+        m = state["exp_avg"]
+        g = grad.to(m.dtype)
+        direction = (b1 * m).add(g, alpha=1 - b1).sign()
+        return direction, {"step": state["step"] + 1, "exp_avg": (b2 * m).add(g, alpha=1 - b2)}
+
+    def step(
+        self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float
+    ) -> None:
+        """`step_many` of one parameter."""
+        self.step_many([param], [grad], [state], lr=lr, weight_decay=weight_decay)
+
+    def step_many(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        *,
+        lr: float | Tensor,
+        weight_decay: float,
+    ) -> None:
+        """In place; one temporary a parameter (three for 16-bit parameters, whose copies are float32)."""
+        b1, b2 = self.betas
+        lr = float(lr)
+        m = [s["exp_avg"] for s in states]
+        p, g = cast_like(params, m), cast_like(grads, m)
+        torch._foreach_add_([s["step"] for s in states], 1.0)
+        u = torch._foreach_mul(m, b1)
+        torch._foreach_add_(u, g, alpha=1 - b1)
+        torch._foreach_sign_(u)
+        torch._foreach_mul_(m, b2)
+        torch._foreach_add_(m, g, alpha=1 - b2)
+        if weight_decay != 0:
+            torch._foreach_mul_(p, 1 - lr * weight_decay)
+        torch._foreach_add_(p, u, alpha=-lr)
+        write_back(params, p)
+
+
+class Lion(Optimizer):
+    """`Optimizer` running `LionRule`."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, LionRule(betas=betas), lr=lr, weight_decay=weight_decay)

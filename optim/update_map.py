@@ -1,0 +1,153 @@
+"""The optimizer as a function: which update would it make of these gradients?"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from optim.rule import State, UpdateRule
+from optim.rules import RULES, rule_from
+from optim.saved import bare_name, check_state, expected_state, loaded_state
+
+Grads: TypeAlias = Mapping[str, Tensor]
+Rules: TypeAlias = UpdateRule | Mapping[str, UpdateRule]
+
+
+@dataclass(frozen=True)
+class UpdateMap:
+    """An optimizer frozen at one step: gradients in, directions out, by parameter name; no state is ever touched.
+
+    The direction of a parameter is what its rule would subtract, times the learning rate, if this gradient came next;
+    weight decay is not part of it, for it does not depend on data.
+
+    Both calls take any subset of the names, so that features can be made layer by layer.
+    """
+
+    rules: Mapping[str, UpdateRule]
+    states: Mapping[str, State]
+    params: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, *, rules: Rules | None = None, copy: bool = True) -> "UpdateMap":
+        """The map of an optimizer that was built from named parameters (ours, or `torch.optim.AdamW`).
+
+        rules: to be used instead of the optimizer's own, one for all or by name, reading the same state; LESS's
+        published features, for instance, or `SGDRule` for plain gradients.
+        copy: take a snapshot. Without it the map follows the optimizer's later steps, and costs no memory.
+        Raises: ValueError if parameters have no names or a state does not suit its rule.
+        """
+        states: dict[str, State] = {}
+        params: dict[str, Tensor] = {}
+        chosen: dict[str, UpdateRule] = {}
+        for group in optimizer.param_groups:
+            if "param_names" not in group:
+                raise ValueError("UpdateMap.of needs names: build the optimizer from model.named_parameters()")
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                rule = _choose(rules, name, group)
+                value = param.detach().clone() if copy else param.detach()
+                chosen[name], params[name] = rule, value
+                states[name] = _state_for(name, rule, value, optimizer.state.get(param, {}), copy=copy)
+        return cls(chosen, states, params)
+
+    @classmethod
+    def from_state_dict(
+        cls, saved: Mapping[str, Any], params: Mapping[str, Tensor], *, rules: Rules | None = None
+    ) -> "UpdateMap":
+        """The map of a saved `Optimizer.state_dict()`, or of one that `torch.optim.AdamW` wrote.
+
+        params: the same parameters by name. They are matched by name where the state dict has names (`param_names`, or
+        names as keys, as FSDP writes them; wrapper prefixes are ignored), otherwise by order.
+        rules: as in `of`; without it those that were saved.
+        Raises: ValueError if names, their number or shapes do not match, or if a rule cannot be told from a group.
+        """
+        stripped = {bare_name(name): name for name in params}
+        entries = list(_saved_entries(saved))
+        if len(entries) != len(params):
+            raise ValueError(f"the state dict holds {len(entries)} parameters and {len(params)} were given")
+        states: dict[str, State] = {}
+        chosen: dict[str, UpdateRule] = {}
+        for (saved_name, group, state), in_order in zip(entries, params, strict=True):
+            name = in_order if saved_name is None else stripped.get(bare_name(saved_name))
+            if name is None:
+                raise ValueError(f"the state dict has a parameter {saved_name!r}, which was not given")
+            rule = chosen[name] = _choose(rules, name, group)
+            states[name] = _state_for(name, rule, params[name].detach(), state, copy=True)
+        return cls(chosen, states, {name: param.detach() for name, param in params.items()})
+
+    def __call__(self, grads: Grads) -> dict[str, Tensor]:
+        """Gradients name -> [*shape] to directions name -> [*shape]; differentiable in the gradients.
+
+        Raises: KeyError for unknown names, ValueError for wrong shapes.
+        """
+        return {
+            name: self.rules[name].update(grad, self.states[name], self.params[name])[0]
+            for name, grad in self._checked(grads, batched=False)
+        }
+
+    def per_sample(self, grads: Grads) -> dict[str, Tensor]:
+        """Gradients name -> [batch, *shape] to directions name -> [batch, *shape], each as if it came alone.
+
+        Elementwise rules broadcast, others go through `torch.vmap`: the batch is never looped over.
+        Raises: KeyError for unknown names, ValueError for wrong shapes.
+        """
+        directions: dict[str, Tensor] = {}
+        for name, grad in self._checked(grads, batched=True):
+            rule, state, param = self.rules[name], self.states[name], self.params[name]
+            if rule.elementwise:
+                directions[name] = rule.update(grad, state, param)[0]
+            else:
+                directions[name] = torch.vmap(lambda g, r=rule, s=state, p=param: r.update(g, s, p)[0])(grad)
+        return directions
+
+    def _checked(self, grads: Grads, *, batched: bool) -> Iterator[tuple[str, Tensor]]:
+        for name, grad in grads.items():
+            if name not in self.params:
+                raise KeyError(f"a gradient for {name!r}, which is not a parameter of this map")
+            want = tuple(self.params[name].shape)
+            got = tuple(grad.shape[1:] if batched and grad.ndim else grad.shape)
+            if got != want or (batched and grad.ndim != len(want) + 1):
+                expected = ("batch", *want) if batched else want
+                raise ValueError(f"the gradient of {name!r} has shape {tuple(grad.shape)}, expected {expected}")
+            yield name, grad
+
+
+def _choose(rules: Rules | None, name: str, group: Mapping[str, Any]) -> UpdateRule:
+    if isinstance(rules, UpdateRule):
+        return rules
+    if rules is not None and name in rules:
+        return rules[name]
+    rule = group.get("rule")
+    if isinstance(rule, UpdateRule):
+        return rule
+    if isinstance(rule, Mapping):
+        return rule_from(rule)
+    # torch.optim.AdamW (or Adam without coupled decay), by the keys of its groups; its cousins have more or fewer
+    if {"betas", "eps", "amsgrad"} <= set(group) and "momentum_decay" not in group and not group.get("maximize"):
+        if group.get("decoupled_weight_decay", True) or group.get("weight_decay", 0) == 0:
+            return rule_from({"name": "adamw"} | {k: group[k] for k in ("betas", "eps", "amsgrad")})
+    raise ValueError(f"cannot tell which rule made the state of {name!r}; pass rules=, one of {', '.join(RULES)}")
+
+
+def _state_for(name: str, rule: UpdateRule, param: Tensor, state: Mapping[str, Any], *, copy: bool) -> State:
+    """The entries that the rule needs, in its dtypes; a fresh state if the parameter has had no step yet."""
+    if not state:
+        return rule.init(param)
+    needed = expected_state(rule, param)
+    missing = sorted(set(needed) - set(state))
+    if missing:
+        raise ValueError(f"the state of {name!r} has {sorted(state)}; the rule {rule.describe()} also needs {missing}")
+    kept = {key: state[key] for key in needed}
+    check_state(repr(name), rule, param, kept)
+    if not copy and all(kept[key].dtype == needed[key].dtype for key in needed):
+        return kept
+    return loaded_state(rule, param, kept)
+
+
+def _saved_entries(saved: Mapping[str, Any]) -> Iterator[tuple[str | None, Mapping[str, Any], Mapping[str, Any]]]:
+    """(name or None, group, state) of every saved parameter, in order."""
+    for group in saved["param_groups"]:
+        names = group.get("param_names") or [key if isinstance(key, str) else None for key in group["params"]]
+        for key, name in zip(group["params"], names, strict=True):
+            yield name, group, saved["state"].get(key, {})

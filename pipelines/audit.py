@@ -1,0 +1,212 @@
+"""`datatools audit`: is the selection better than simple baselines? Trains on each, several seeds, one recipe for all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from datatools import Candidates, DataError, Selection, UsageError, files, select
+from pipelines import evaluation, methods, models, report
+from pipelines.config import AuditConfig, DataConfig, SelectConfig, TrainingConfig
+from pipelines.methods import Context
+from pipelines.prepare import Rows, file_facts, prepare
+from pipelines.runs import Run, derive_seed, say
+from pipelines.train import train_adapter
+
+SELECTED, BASE = "selected", "untrained"
+
+
+def run(config: AuditConfig) -> Path:
+    """Write `audit.json` to `out` and into the selection's own report, and print the table.
+
+    Every arm has the same number of rows and the same recipe. A seed changes the adapters' start and the order of the
+    rows, for `random` and `random-length` also the rows. Arms that are done are kept: a killed audit goes on.
+    Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
+    """
+    if config.lora is None:
+        raise UsageError("audit: lora is null; arms are trained as adapters, so that one base model serves them all")
+    with Run(config.out, config, "audit", overwrite=config.overwrite) as current:
+        with current.stage("read"):
+            loaded = models.load(config.model)
+            read = {"cache": current.path("inputs")}
+            pool = prepare(config.pool, config.model, loaded.tokenizer, label="pool", **read)
+            test = prepare(config.test, config.model, loaded.tokenizer, label="test", **read)
+            target = None
+            if config.target:
+                wanted = DataConfig(paths=config.target, source_key=config.pool.source_key)
+                target = prepare(wanted, config.model, loaded.tokenizer, label="target", **read)
+        chosen = _rows_of(config.selected, pool)
+        current.check({"model": dict(loaded.digests), "pool": file_facts(pool), "test": file_facts(test)})
+        context = Context(_as_select(config), current, pool, target, lambda: loaded)
+        with current.stage("baselines"):
+            plan = [(arm, seed, rows) for arm in (SELECTED, *config.against) for seed, rows in _arm(context, config, arm, chosen)]
+        if config.dry_run:
+            tokens = sum(int(pool.scan.tokens[rows].sum()) for _, _, rows in plan) * config.training.epochs
+            say(f"dry run: {len(plan)} training runs, {tokens:,} tokens; nothing was trained")
+            return config.out
+        results: list[dict[str, Any]] = []
+        with current.stage("train and evaluate"):
+            base = evaluation.losses(loaded.model, test, token_budget=2048, label=f"losses, {BASE}")
+            for place, (arm, seed, rows) in enumerate(plan, start=1):
+                label = f"{place} of {len(plan)}: {arm}, seed {seed}"
+                results.append({"arm": arm, "seed": seed} | _train_and_measure(config, loaded, pool, test, rows, arm, seed, label))
+        audit = summarise(base, results, config)
+        files.write_json(current.path("audit.json"), audit)
+        home = config.selected.parent
+        if (home / "summary.json").is_file() and (home / "scores.parquet").is_file():
+            files.write_json(home / "summary.json", {**files.read_json(home / "summary.json"), "audit": audit})
+            say(f"report: {report.render(home)}")
+    print_table(audit, Console())
+    return config.out
+
+
+def _as_select(config: AuditConfig) -> SelectConfig:
+    """The settings that the baselines' scorers read."""
+    method = "less" if config.target else "random"
+    return SelectConfig(
+        model=config.model, train=config.pool, target=config.target, out=config.out, seed=config.seed, method=method
+    )
+
+
+def _rows_of(selected: Path, pool: Rows) -> list[int]:
+    """Rows of the pool whose lines stand in `selected`, in that order."""
+    places: dict[bytes, list[int]] = {}
+    for i in range(len(pool)):
+        places.setdefault(pool.pool.raw(i), []).append(i)
+    if not selected.is_file():
+        raise UsageError(f"--selected {selected}: no such file; give the selected.jsonl of a run")
+    found = []
+    for number, line in enumerate(files.read_bytes(selected).split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        if not places.get(line):
+            raise DataError(f"{selected}:{number} is not a row of the pool; give --pool the files that it was selected from")
+        found.append(places[line].pop(0))
+    usable = pool.usable
+    found = [i for i in found if usable[i]]
+    if not found:
+        raise DataError(f"{selected}: holds no row that can be trained on")
+    return found
+
+
+def _arm(context: Context, config: AuditConfig, arm: str, chosen: list[int]) -> list[tuple[int, list[int]]]:
+    """(seed, rows) of each training run of an arm."""
+    pool, seeds = context.pool, range(config.seed, config.seed + config.seeds)
+    if arm == SELECTED:
+        return [(seed, chosen) for seed in seeds]
+    if arm == "full":
+        return [(config.seed, np.flatnonzero(pool.usable).tolist())]
+    candidates = Candidates(
+        keys=[f"{key} {identity}" for key, identity in zip(pool.keys, pool.pool.ids, strict=True)],
+        sources=pool.pool.sources, tokens=pool.scan.tokens, supervised=pool.scan.supervised, eligible=pool.usable,
+    )
+    reference = Selection(torch.tensor(chosen))
+    budget = str(len(chosen))
+    if arm in ("random", "random-length"):
+        name = arm.replace("-", "_")
+        drawn = [
+            select(name, candidates, budget, seed=derive_seed(seed, "audit", arm), reference=reference) for seed in seeds
+        ]
+        return [(seed, found.indices.tolist()) for seed, found in zip(seeds, drawn, strict=True)]
+    if arm in ("tfidf", "rds") and context.target is None:
+        raise UsageError(f"audit --against {arm}: compares with target rows; name the run's target files with --target")
+    scores = methods.SCORERS[arm](context).scores
+    candidates.scores = torch.where(candidates.eligible, scores, 0.0)
+    best = select("top_k", candidates, budget).indices.tolist()
+    return [(seed, best) for seed in seeds]
+
+
+def _train_and_measure(
+    config: AuditConfig, loaded: models.LoadedModel, pool: Rows, test: Rows, rows: list[int], arm: str, seed: int, label: str
+) -> dict[str, Any]:
+    """Held-out loss after training on `rows`; adapters and losses are kept under the hash of all that makes them."""
+    assert config.lora is not None
+    recipe = config.training if arm != "full" else one_pass(config.training)
+    made_of = {
+        "model": dict(loaded.digests), "lora": config.lora.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json"),
+        "seed": seed, "rows": [pool.keys[i] for i in rows],
+    }
+    home = config.arms or config.out / "arms"
+    folder = home / files.digest(files.json_bytes(made_of))[:16]
+    measured = folder / f"losses-{files.digest(files.json_bytes(file_facts(test)))[:16]}.json"
+    if measured.is_file():
+        return dict(files.read_json(measured))
+    train_adapter(loaded, pool, rows, recipe, config.lora, folder / "adapter", seed=seed, label=label)
+    module = models.load_adapter(loaded.model, folder / "adapter")
+    try:
+        found = evaluation.losses(module, test, token_budget=2048, label=f"losses, {label}")
+    finally:
+        module.unload()
+        models.forget_adapters(loaded.model)
+    trained = int(pool.scan.tokens[rows].sum()) * recipe.epochs
+    result = {"loss": found["loss"], "tokens": found["tokens"], "rows": len(rows), "trained_tokens": trained}
+    files.write_json(measured, result)
+    return result
+
+
+def one_pass(recipe: TrainingConfig) -> TrainingConfig:
+    """The recipe of the whole pool: one epoch, which is still more steps than any other arm has."""
+    return recipe.model_copy(update={"epochs": 1})
+
+
+def summarise(base: dict[str, Any], results: list[dict[str, Any]], config: AuditConfig) -> dict[str, Any]:
+    """The audit's table: mean held-out loss of each arm with its interval over seeds, and a verdict in words."""
+    by_arm: dict[str, list[float]] = {}
+    for result in results:
+        by_arm.setdefault(result["arm"], []).append(float(result["loss"]))
+    ours = by_arm[SELECTED]
+    table = [{"arm": BASE, "mean": base["loss"], "low": None, "high": None, "n": 1,
+              "delta_vs_selected": base["loss"] - evaluation.interval(ours)[0]}]
+    for arm, values in by_arm.items():
+        mean, low, high = evaluation.interval(values)
+        table.append({"arm": arm, "mean": mean, "low": low, "high": high, "n": len(values),
+                      "delta_vs_selected": mean - evaluation.interval(ours)[0]})
+    return {
+        "metric": "held-out loss", "test_rows": base["rows"], "test_tokens": base["tokens"], "rows": results, "table": table,
+        "verdict": verdict(by_arm),
+        "recipe": config.training.model_dump(mode="json"),
+    }
+
+
+def verdict(by_arm: dict[str, list[float]]) -> str:
+    """One plain sentence a baseline: better, worse, or not told apart by these seeds."""
+    ours = by_arm[SELECTED]
+    said = []
+    for arm, theirs in by_arm.items():
+        if arm == SELECTED:
+            continue
+        paired = [b - a for a, b in zip(ours, theirs, strict=False)]
+        mean, low, high = evaluation.interval(paired)
+        name = "the whole pool" if arm == "full" else arm
+        if low is None or high is None:
+            word = "lower" if mean > 0 else "higher"
+            said.append(f"loss {abs(mean):.4f} {word} than {name} (one seed: no interval)")
+        elif low > 0:
+            said.append(f"better than {name} by {mean:.4f} (95 % {low:.4f} to {high:.4f})")
+        elif high < 0:
+            said.append(f"WORSE than {name} by {-mean:.4f} (95 % {-high:.4f} to {-low:.4f})")
+        else:
+            word = "below" if mean > 0 else "above"
+            said.append(f"not told apart from {name}: {abs(mean):.4f} {word}, 95 % {low:.4f} to {high:.4f}")
+    return "The selection is " + "; ".join(said) + "." if said else "No baseline was asked for."
+
+
+def print_table(audit: dict[str, Any], console: Console) -> None:
+    """The audit at 80 columns, on stdout."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"held-out loss, {audit['test_rows']} rows, {audit['test_tokens']:,} tokens")
+    table.add_column("trained on")
+    for name in ("mean", "95 % interval", "seeds", "minus selected"):
+        table.add_column(name, justify="right")
+    for arm in sorted(audit["table"], key=lambda a: a["mean"]):
+        spread = "" if arm["low"] is None else f"{arm['low']:.4f} to {arm['high']:.4f}"
+        delta = "" if arm["arm"] == SELECTED else f"{arm['delta_vs_selected']:+.4f}"
+        style = "bold" if arm["arm"] == SELECTED else None
+        table.add_row(arm["arm"], f"{arm['mean']:.4f}", spread, str(arm["n"]), delta, style=style)
+    console.print(table)
+    console.print(audit["verdict"], soft_wrap=False, highlight=False)

@@ -1,0 +1,592 @@
+"""`datatools`: each command builds a configuration and hands it to its pipeline.
+
+Nothing heavy is imported before a command needs it: help answers at once. Exit codes: 0, 1 (a bug), 2 (usage),
+3 (data), 4 (environment), 130 (Ctrl-C), 143 (SIGTERM).
+"""
+
+import errno
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from pipelines.config import Settings
+
+app = typer.Typer(
+    name="datatools",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    help="Which training rows make a language model better at what you want, and proof that they do.\n\n"
+    "Start with `datatools demo`, then `datatools select --help`. Something does not work: `datatools doctor`.",
+)
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def _command(name: str, *examples: str) -> Callable[[F], F]:
+    """Register a command; its help is the docstring and the examples."""
+
+    def register(function: F) -> F:
+        text = inspect.getdoc(function) or ""
+        shown = "\n".join(f"  {line}" for line in examples)
+        return app.command(name, help=f"{text}\n\n\b\nExamples:\n{shown}")(function)
+
+    return register
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+# None is "not given": defaults live in pipelines.config, and `show_default` repeats them (a test compares the two).
+
+_DATA, _MODEL, _METHOD, _TRAINING, _RUN = "Data", "Model", "Method", "Training", "Run"
+
+
+def _flag(name: str, text: str, panel: str, default: object = False, **more: Any) -> Any:
+    shown = default if default is False else str(default)
+    return typer.Option(name, help=text, rich_help_panel=panel, show_default=shown, **more)
+
+
+YamlArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="[YAML]", help="settings in a file; a run's own run.yaml replays it", show_default=False),
+]
+YamlOption = Annotated[Path | None, _flag("--config", "the same, as an option", _RUN, metavar="YAML")]
+SetOption = Annotated[
+    list[str] | None,
+    _flag("--set", "any other setting, such as projector.dim=4096; see --print-config", _RUN, metavar="A.B=C"),
+]
+OutOption = Annotated[Path | None, _flag("--out", "folder of the run", _RUN, metavar="DIR")]
+SeedOption = Annotated[int | None, _flag("--seed", "the one seed of everything random", _RUN, 0, metavar="N")]
+OverwriteOption = Annotated[bool, _flag("--overwrite", "move an existing run aside to DIR.old-N", _RUN)]
+AcceptOption = Annotated[
+    list[str] | None,
+    _flag("--accept-change", "continue a run although this changed: code, data, model ...", _RUN, metavar="NAME"),
+]
+DryOption = Annotated[bool, _flag("--dry-run", "check that everything loads, say what it costs, stop", _RUN)]
+PrintOption = Annotated[bool, _flag("--print-config", "print every setting with its meaning, and stop", _RUN)]
+QuietOption = Annotated[bool, _flag("--quiet", "only warnings and errors", _RUN)]
+
+ModelOption = Annotated[str | None, _flag("--model", "a folder, a hub name, or one .gguf file", _MODEL, metavar="NAME")]
+AdapterOption = Annotated[Path | None, _flag("--adapter", "a LoRA adapter to load on top", _MODEL, metavar="DIR")]
+ChatOption = Annotated[
+    str | None, _flag("--chat-template", "auto, tulu, or a .jinja file", _MODEL, "auto", metavar="NAME")
+]
+LengthOption = Annotated[int | None, _flag("--max-length", "longest row in tokens", _MODEL, 1024, metavar="N")]
+LoraRankOption = Annotated[int | None, _flag("--lora-rank", "rank of the adapters", _MODEL, 8, metavar="N")]
+
+BadRowOption = Annotated[
+    str | None,
+    _flag("--on-bad-row", "what to do with rows that cannot be read", _DATA, "error", metavar="error|skip|quarantine"),
+]
+DedupOption = Annotated[str | None, _flag("--dedup", "drop repeated rows", _DATA, "none", metavar="none|exact|near")]
+
+OptimizerOption = Annotated[
+    str | None, _flag("--optimizer", "a name from: datatools ls optimizers", _TRAINING, "adamw", metavar="NAME")
+]
+LearningRateOption = Annotated[
+    float | None, _flag("--learning-rate", "peak learning rate", _TRAINING, 0.001, metavar="X")
+]
+EpochsOption = Annotated[int | None, _flag("--epochs", "passes over the rows", _TRAINING, 3, metavar="N")]
+WarmupEpochsOption = Annotated[int | None, _flag("--epochs", "passes over the warm-up rows", _TRAINING, 4, metavar="N")]
+BatchSizeOption = Annotated[int | None, _flag("--batch-size", "rows an optimizer step", _TRAINING, 8, metavar="N")]
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+@_command(
+    "select",
+    "datatools select --model M --train pool.jsonl --target dev.jsonl --budget 5%",
+    "datatools select --model M --train a.jsonl --train b.jsonl --target dev.jsonl --method random --out runs/random",
+    "datatools select --model M --train pool.jsonl --target dev.jsonl --optimizer muon --set projector.dim=4096",
+    "datatools select settings.yaml --seed 1 --out runs/seed-1",
+    "datatools select runs/select/run.yaml",
+)
+def select(
+    yaml: YamlArgument = None,
+    model: ModelOption = None,
+    train: Annotated[
+        list[str] | None, _flag("--train", "rows to select from; may be repeated", _DATA, metavar="FILE")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        _flag("--target", "a few rows like those to get better at; may be repeated", _DATA, metavar="FILE"),
+    ] = None,
+    budget: Annotated[
+        str | None, _flag("--budget", "how much to select: 5%, 500, or '20000 tokens'", _METHOD, "5%", metavar="SIZE")
+    ] = None,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    method: Annotated[
+        str | None, _flag("--method", "a name from: datatools ls methods", _METHOD, "less", metavar="NAME")
+    ] = None,
+    on_bad_row: BadRowOption = None,
+    dedup: DedupOption = None,
+    max_per_source: Annotated[
+        float | None, _flag("--max-per-source", "most rows a source: 500, or a share such as 0.3", _METHOD, metavar="X")
+    ] = None,
+    checkpoints: Annotated[
+        list[Path] | None,
+        _flag(
+            "--checkpoints", "of your own training run, instead of a warm-up; may be repeated", _METHOD, metavar="DIR"
+        ),
+    ] = None,
+    adam_mode: Annotated[
+        str | None,
+        _flag("--adam-mode", "which form of Adam's update", _METHOD, "paper", metavar="paper|code|precond_only"),
+    ] = None,
+    projector: Annotated[
+        str | None, _flag("--projector", "a name from: datatools ls projectors", _METHOD, "sjlt", metavar="NAME")
+    ] = None,
+    dim: Annotated[int | None, _flag("--dim", "numbers a gradient feature", _METHOD, 8192, metavar="N")] = None,
+    chat_template: ChatOption = None,
+    max_length: LengthOption = None,
+    lora_rank: LoraRankOption = None,
+    optimizer: OptimizerOption = None,
+    learning_rate: LearningRateOption = None,
+    epochs: WarmupEpochsOption = None,
+    batch_size: BatchSizeOption = None,
+    config: YamlOption = None,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+    accept_change: AcceptOption = None,
+    dry_run: DryOption = False,
+    print_config: PrintOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Select the training rows that move the model towards the target rows.
+
+    Writes selected.jsonl, scores.parquet and report.html to --out. Stopped runs go on where they were.
+    """
+    from pipelines.config import SelectConfig
+
+    flags = {
+        "model.name": model,
+        "model.chat": chat_template,
+        "model.max_length": max_length,
+        "train.paths": train,
+        "train.on_bad_row": on_bad_row,
+        "train.dedup": dedup,
+        "target": target,
+        "budget": budget,
+        "method": method,
+        "out": out,
+        "seed": seed,
+        "max_per_source": max_per_source,
+        "checkpoints": checkpoints,
+        "features.adam_mode": adam_mode,
+        "projector.name": projector,
+        "projector.dim": dim,
+        "lora.rank": lora_rank,
+        "warmup.optimizer": optimizer,
+        "warmup.learning_rate": learning_rate,
+        "warmup.epochs": epochs,
+        "warmup.batch_size": batch_size,
+        "overwrite": overwrite or None,
+        "dry_run": dry_run or None,
+        "accept_change": accept_change,
+    }
+    _launch(SelectConfig, "pipelines.select:run", _yaml(yaml, config), flags, set_, print_config, quiet)
+
+
+@_command(
+    "train",
+    "datatools train --model M --data runs/select/selected.jsonl --out runs/train",
+    "datatools train --model M --data a.jsonl --data b.jsonl --optimizer muon --learning-rate 0.01",
+    "datatools train --model M --data a.jsonl --lora-rank 0 --learning-rate 2e-5   # every weight",
+    "datatools train --model M --data a.jsonl --set training.schedule=cosine --set training.max_steps=200",
+)
+def train(
+    yaml: YamlArgument = None,
+    model: ModelOption = None,
+    data: Annotated[
+        list[str] | None, _flag("--data", "rows to train on; may be repeated", _DATA, metavar="FILE")
+    ] = None,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    on_bad_row: BadRowOption = None,
+    dedup: DedupOption = None,
+    adapter: AdapterOption = None,
+    chat_template: ChatOption = None,
+    max_length: LengthOption = None,
+    lora_rank: Annotated[
+        int | None, _flag("--lora-rank", "rank of the adapters; 0 trains every weight", _MODEL, 8, metavar="N")
+    ] = None,
+    optimizer: OptimizerOption = None,
+    learning_rate: LearningRateOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchSizeOption = None,
+    config: YamlOption = None,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+    accept_change: AcceptOption = None,
+    dry_run: DryOption = False,
+    print_config: PrintOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a model on rows, with any optimizer of the suite.
+
+    Writes checkpoints and the trained weights or adapter to --out. Stopped runs go on where they were.
+    """
+    from pipelines.config import TrainConfig
+
+    flags = {
+        "model.name": model,
+        "model.adapter": adapter,
+        "model.chat": chat_template,
+        "model.max_length": max_length,
+        "data.paths": data,
+        "data.on_bad_row": on_bad_row,
+        "data.dedup": dedup,
+        "out": out,
+        "seed": seed,
+        **_training_flags(optimizer, learning_rate, epochs, batch_size),
+        "lora.rank": lora_rank or None,
+        "overwrite": overwrite or None,
+        "dry_run": dry_run or None,
+        "accept_change": accept_change,
+    }
+    sets = _sets(lora_rank, set_)
+    _launch(TrainConfig, "pipelines.train:run", _yaml(yaml, config), flags, sets, print_config, quiet)
+
+
+@_command(
+    "evaluate",
+    "datatools evaluate --model M --data test.jsonl",
+    "datatools evaluate --model M --adapter runs/train/final --data test.jsonl",
+)
+def evaluate(
+    yaml: YamlArgument = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    data: Annotated[list[str] | None, _flag("--data", "held-out rows; may be repeated", _DATA, metavar="FILE")] = None,
+    on_bad_row: BadRowOption = None,
+    chat_template: ChatOption = None,
+    max_length: LengthOption = None,
+    config: YamlOption = None,
+    set_: SetOption = None,
+    print_config: PrintOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Loss of a model on rows: one line of JSON on stdout, everything else on stderr."""
+    from pipelines.config import EvaluateConfig
+
+    flags = {
+        "model.name": model,
+        "model.adapter": adapter,
+        "model.chat": chat_template,
+        "model.max_length": max_length,
+        "data.paths": data,
+        "data.on_bad_row": on_bad_row,
+    }
+    _launch(EvaluateConfig, "pipelines.evaluation:evaluate", _yaml(yaml, config), flags, set_, print_config, quiet)
+
+
+@_command(
+    "audit",
+    "datatools audit --selected runs/select/selected.jsonl --pool pool.jsonl --test test.jsonl",
+    "datatools audit --selected runs/select/selected.jsonl --pool pool.jsonl --test test.jsonl "
+    "--against random,random-length,tfidf,rds --seeds 3",
+)
+def audit(
+    yaml: YamlArgument = None,
+    selected: Annotated[Path | None, _flag("--selected", "selected.jsonl of a run", _DATA, metavar="FILE")] = None,
+    pool: Annotated[
+        list[str] | None, _flag("--pool", "what it was selected from; else as in the run", _DATA, metavar="FILE")
+    ] = None,
+    test: Annotated[
+        list[str] | None, _flag("--test", "held-out rows like the target, not used to select", _DATA, metavar="FILE")
+    ] = None,
+    target: Annotated[
+        list[str] | None, _flag("--target", "for baselines that need it; else as in the run", _DATA, metavar="FILE")
+    ] = None,
+    against: Annotated[
+        str | None,
+        _flag(
+            "--against",
+            "baselines, comma-separated; known: random, random-length, tfidf, rds, loss, full",
+            _METHOD,
+            "random,random-length",
+            metavar="NAMES",
+        ),
+    ] = None,
+    seeds: Annotated[int | None, _flag("--seeds", "training runs an arm", _METHOD, 3, metavar="N")] = None,
+    model: Annotated[
+        str | None, _flag("--model", "the model to train; else as in the run", _MODEL, metavar="NAME")
+    ] = None,
+    out: Annotated[
+        Path | None, _flag("--out", "folder of the audit; else 'audit' in the run's folder", _RUN, metavar="DIR")
+    ] = None,
+    seed: SeedOption = None,
+    lora_rank: Annotated[
+        int | None,
+        _flag("--lora-rank", "rank of the adapters; 0 trains every weight; else as in the run", _MODEL, metavar="N"),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        _flag("--optimizer", "a name from: datatools ls optimizers; else as in the run", _TRAINING, metavar="NAME"),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, _flag("--learning-rate", "peak learning rate; else as in the run", _TRAINING, metavar="X")
+    ] = None,
+    epochs: Annotated[
+        int | None, _flag("--epochs", "passes over the rows; else as in the run", _TRAINING, metavar="N")
+    ] = None,
+    batch_size: Annotated[
+        int | None, _flag("--batch-size", "rows an optimizer step; else as in the run", _TRAINING, metavar="N")
+    ] = None,
+    config: YamlOption = None,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+    accept_change: AcceptOption = None,
+    dry_run: DryOption = False,
+    print_config: PrintOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Is the selection better than simple baselines? Trains on each with several seeds and compares held-out losses.
+
+    Model, target and training recipe are those of the run that made the selection, unless given here.
+    """
+    from pipelines.config import AuditConfig, audit_base
+
+    path = _yaml(yaml, config)
+    flags = {
+        "selected": selected,
+        "pool.paths": pool,
+        "test.paths": test,
+        "target": target,
+        "against": None if against is None else [name.strip() for name in against.split(",") if name.strip()],
+        "seeds": seeds,
+        "model.name": model,
+        "out": out,
+        "seed": seed,
+        **_training_flags(optimizer, learning_rate, epochs, batch_size),
+        "lora.rank": lora_rank or None,
+        "overwrite": overwrite or None,
+        "dry_run": dry_run or None,
+        "accept_change": accept_change,
+    }
+    base, name = audit_base(selected, path)
+    sets = _sets(lora_rank, set_)
+    _launch(AuditConfig, "pipelines.audit:run", path, flags, sets, print_config, quiet, base=base, base_name=name)
+
+
+@_command("explain", "datatools explain runs/select/selected.jsonl:17")
+def explain(
+    row: Annotated[str, typer.Argument(metavar="FILE:LINE", help="a line of selected.jsonl", show_default=False)],
+    nearest: Annotated[int | None, _flag("--nearest", "how many target rows to show", _METHOD, 5, metavar="N")] = None,
+) -> None:
+    """Why was this row selected? Its scores and the target rows that it resembles most."""
+    from datatools.errors import UsageError
+    from pipelines.config import ExplainConfig
+
+    file, colon, line = row.rpartition(":")
+    if not colon or not file or not line.isdecimal():
+        raise UsageError(f"explain: {row!r} names no row; expected FILE:LINE, such as runs/select/selected.jsonl:17")
+    _launch(ExplainConfig, "pipelines.explain:run", None, {"file": file, "line": int(line), "nearest": nearest})
+
+
+@_command("report", "datatools report runs/select")
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a run", show_default=False)],
+) -> None:
+    """Draw report.html of a run again, from its summary.json and scores.parquet."""
+    from pipelines.report import render
+
+    typer.echo(render(folder))
+
+
+@_command("demo", "datatools demo", "datatools demo --out /tmp/demo --set seeds=3")
+def demo(
+    out: OutOption = None,
+    seed: SeedOption = None,
+    model: Annotated[
+        str | None, _flag("--model", "another model than the demo's own small one", _MODEL, metavar="NAME")
+    ] = None,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+    print_config: PrintOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """See it work: select from bundled rows with a small model, compare with random rows, and look at the report.
+
+    Needs no network and no GPU.
+    """
+    from pipelines.config import DemoConfig
+
+    flags = {"out": out, "seed": seed, "model.name": model, "overwrite": overwrite or None}
+    _launch(DemoConfig, "pipelines.demo:run", None, flags, set_, print_config, quiet)
+
+
+@_command("doctor", "datatools doctor", "datatools doctor --out /scratch/runs --json")
+def doctor(
+    out: Annotated[Path, _flag("--out", "where runs will be written", _RUN, "runs", metavar="DIR")] = Path("runs"),
+    as_json: Annotated[bool, _flag("--json", "one JSON object instead of a table", _RUN)] = False,
+) -> None:
+    """Check this machine: versions, memory, speed, disk, network settings. Exit code 4 if something must be mended."""
+    from pipelines.doctor import examine, show
+
+    checks = examine(out)
+    show(checks, as_json=as_json)
+    if any(check.state == "fail" for check in checks):
+        raise typer.Exit(4)
+
+
+@_command("ls", "datatools ls", "datatools ls optimizers")
+def ls(
+    kind: Annotated[str | None, typer.Argument(metavar="KIND", help="what to list", show_default=False)] = None,
+) -> None:
+    """List what there is: optimizers, projectors, selectors, aggregations, schedules, methods, formats."""
+    from pipelines.listing import show
+
+    show(kind)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"datatools {version('datatools-llm')}")
+        except PackageNotFoundError:
+            typer.echo("datatools, not installed as a package")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="show the version and stop", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
+
+
+# ------------------------------------------------------------------------------------------------------------- plumbing
+
+
+def _yaml(argument: Path | None, option: Path | None) -> Path | None:
+    if argument is not None and option is not None:
+        from datatools.errors import UsageError
+
+        raise UsageError(f"two files with settings, {argument} and --config {option}; give one")
+    return argument if argument is not None else option
+
+
+def _training_flags(optimizer: object, learning_rate: object, epochs: object, batch_size: object) -> dict[str, object]:
+    return {
+        "training.optimizer": optimizer,
+        "training.learning_rate": learning_rate,
+        "training.epochs": epochs,
+        "training.batch_size": batch_size,
+    }
+
+
+def _sets(lora_rank: int | None, sets: Sequence[str] | None) -> list[str]:
+    return [*(["lora=null"] if lora_rank == 0 else []), *(sets or [])]
+
+
+_TALKERS = ("pipelines.explain:run", "pipelines.demo:run")  # they print for a person, on stdout
+
+
+def _launch(
+    model: "type[Settings]",
+    entry: str,
+    yaml: Path | None,
+    flags: dict[str, object],
+    sets: Sequence[str] | None = None,
+    print_config: bool = False,
+    quiet: bool = False,
+    **base: Any,
+) -> None:
+    """Build the configuration and call `entry` ("module:function") with it, or print it."""
+    from pipelines import runs
+    from pipelines.config import dump, load_config
+
+    config = load_config(model, yaml, flags, sets, **base)
+    if print_config:
+        typer.echo(dump(config, comments=True), nl=False)
+        return
+    runs.set_quiet(quiet)
+    runs.Run.last_folder = None
+    module, _, name = entry.partition(":")
+    with runs.interruptible():
+        try:
+            # stdout is for the result alone, whatever a library prints
+            with nullcontext() if entry in _TALKERS else redirect_stdout(sys.stderr):
+                result = getattr(import_module(module), name)(config)
+        except KeyboardInterrupt as interrupt:
+            code = 143 if isinstance(interrupt, runs.Terminated) else 130
+            print(f"\ninterrupted: {runs.how_to_continue()}", file=sys.stderr)
+            raise typer.Exit(code) from None
+    if isinstance(result, dict):
+        typer.echo(json.dumps(result, ensure_ascii=True, allow_nan=False))
+    elif isinstance(result, str | Path):
+        typer.echo(str(result))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Expected errors are one line on stderr, others keep their traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = typer.main.get_command(app).main(args=arguments, prog_name="datatools", standalone_mode=False)
+    except Exception as error:
+        return _report(error, arguments)
+    return code if isinstance(code, int) else 0
+
+
+_MACHINE = {
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EROFS", "EMFILE", "ENFILE", "EIO")
+}
+
+
+def _report(error: Exception, arguments: Sequence[str]) -> int:
+    from datatools.errors import DatatoolsError, EnvironmentProblem
+
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own: wrong options and arguments
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            return 2
+        command = f" {arguments[0]}" if arguments and not arguments[0].startswith("-") else ""
+        message = " ".join(str(error.format_message()).split())
+        return _complain(f"{message.rstrip('.')}; see datatools{command} --help", 2)
+    if isinstance(error, DatatoolsError):
+        return _complain(str(error), error.exit_code)
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        from datatools import files
+
+        known = files.explain(error, error.filename or "a file", "use")
+        if error.errno in _MACHINE:
+            return _complain(str(known), known.exit_code)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        advice = "use smaller batches (--set features.token_budget=512, or training.micro_tokens=512) or shorter rows"
+        return _complain(f"out of memory: {advice}", EnvironmentProblem.exit_code)
+
+    import traceback
+
+    traceback.print_exception(error)
+    print(
+        "\nThis is a bug in datatools. Please report it with the lines above, the command, and what "
+        "`datatools doctor --json` prints.",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _complain(message: str, code: int) -> int:
+    from pipelines.runs import printable
+
+    print(f"error: {printable(message)}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""Rows to tokens: the chat format, and the loss on what the assistant says and nothing else."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datatools import DataError, UsageError, files
+from pipelines.chat import ChatTemplate, RowError, Turn
+from pipelines.data import BadRow, Pool, Row
+from pipelines.jsonl import shown
+
+__all__ = ["IGNORED", "Encoded", "Encoder", "RowError", "Scan", "scan"]
+
+IGNORED = -100
+"""The label of a token without loss (torch's and transformers' `ignore_index`)."""
+
+ON_LONG = ("truncate", "skip", "error")
+_VERSION = "1"  # of the encoding: raise it when the same row gives other tokens or labels
+_SPACE = (" ", "\n", "\t")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One row in tokens."""
+
+    input_ids: list[int]
+    labels: list[int]
+    """As long as `input_ids`: the id where there is loss, `IGNORED` elsewhere. Not shifted: labels[t] is predicted from
+    input_ids[:t], so labels[0] never counts."""
+    cut: int = 0
+    """Tokens dropped from the end to fit `max_length`."""
+    flags: tuple[str, ...] = ()
+    """system_dropped (the template leaves it out), control_token_in_text (plain text rows only)."""
+
+    @property
+    def supervised(self) -> int:
+        """How many tokens carry loss."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+    @property
+    def key(self) -> str:
+        """xxh3-128 of ids and labels (int32, little-endian): equal content has an equal key."""
+        return files.digest(np.asarray([self.input_ids, self.labels], dtype="<i4").tobytes())
+
+
+class Encoder:
+    """Rows to token ids and labels, the same for the same row, tokenizer and settings.
+
+    `chat`: "auto" (the tokenizer's own template), "tulu" (the format of LESS, spec/less.md section 3) or the path of a
+    Jinja file. Loss is on assistant turns: their content and the end-of-turn token behind it; templates with
+    {% generation %} markers say it themselves. There is one tokenisation, of the whole text; characters become tokens
+    by its offsets, and a token that reaches into a trained span is trained. "tulu" also trains the newline behind the
+    end token, as LESS does. A plain prompt and completion are joined (by a space, if neither has one there) and closed
+    by the end-of-sequence token, with loss behind the prompt. Plain text has loss on every token.
+
+    A control token of the tokenizer (such as <|im_start|>) written out in a turn would become the token itself, and
+    the turn could fake another: such rows are refused (control_token_in_text). Plain text may hold them; it is flagged.
+
+    `on_long`: beyond `max_length` tokens the end is cut ("truncate"), the row refused ("skip"), or DataError raised
+    ("error"). A row left without a trained token is always refused (no_supervised_token).
+
+    Raises: UsageError on bad settings; DataError if the tokenizer has no offsets, or no chat template and needs one.
+    """
+
+    def __init__(self, tokenizer: Any, *, chat: str | Path = "auto", max_length: int,
+                 on_long: str = "truncate") -> None:
+        if on_long not in ON_LONG:
+            raise UsageError(f"on_long is {on_long!r}; expected one of {', '.join(ON_LONG)}")
+        if max_length < 2:
+            raise UsageError(f"max_length is {max_length}; a row needs at least 2 tokens, one to predict the other")
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError(f"the tokenizer {type(tokenizer).__name__} cannot say which characters a token stands for; "
+                            "use a model with a tokenizer.json")
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._on_long = on_long
+        self._chat = str(chat)
+        self._template: ChatTemplate | None = None
+        self._template_text = ""
+        if self._chat != "tulu":
+            self._template_text, name = _find_template(tokenizer, self._chat)
+            if self._template_text:
+                self._template = ChatTemplate(tokenizer, self._template_text, name)
+        self._control = _control_tokens(tokenizer, self._template_text)
+
+    def __call__(self, row: Row) -> Encoded:
+        """The tokens of `row`. Raises: RowError with a reason; DataError as the class says."""
+        flags: tuple[str, ...] = ()
+        if row.text is not None:
+            ids, _ = self._tokenise(row.text, special=True)
+            labels = list(ids)
+            flags = ("control_token_in_text",) if self._control.search(row.text) else ()
+        elif row.messages:
+            self._refuse_control(turn["content"] for turn in row.messages)
+            ids, labels, flags = self._tulu(row) if self._chat == "tulu" else self._templated(row)
+        else:
+            assert row.prompt is not None and row.completion is not None
+            self._refuse_control((row.prompt, row.completion))
+            ids, labels = self._pair(row.prompt, row.completion)
+        cut = max(0, len(ids) - self._max_length)
+        if cut and self._on_long != "truncate":
+            detail = f"{len(ids)} tokens, at most {self._max_length} (max_length) were expected"
+            if self._on_long == "error":
+                raise DataError(f"{row.file}:{row.line}: {detail}; raise max_length, or change on_long")
+            raise RowError("too_long", detail)
+        encoded = Encoded(ids[:self._max_length], labels[:self._max_length], cut, flags)
+        if not encoded.supervised:
+            why = f"the answer starts behind the first {self._max_length} tokens" if cut else "no token to learn"
+            raise RowError("no_supervised_token", why)
+        return encoded
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the tokens depend on besides the rows; hashes are xxh3-128."""
+        return {
+            "encoding": _VERSION,
+            "tokenizer": _tokenizer_digest(self._tokenizer),
+            "chat": self._chat if self._chat in {"auto", "tulu"} else "file",
+            "template": files.digest(self._template_text.encode()) if self._template_text else "none",
+            "max_length": str(self._max_length),
+            "on_long": self._on_long,
+        }
+
+    def _templated(self, row: Row) -> tuple[list[int], list[int], tuple[str, ...]]:
+        if self._template is None:
+            raise DataError(f"{row.file}:{row.line} is a conversation, but the tokenizer has no chat template; "
+                            "give one with --chat-template FILE, or 'tulu'")
+        if self._template.has_markers and not row.masked:
+            ids, trained = self._template.marked(row.messages)
+            return ids, [i if yes else IGNORED for i, yes in zip(ids, trained, strict=True)], ()
+        text, turns, complete = self._template.turns(row.messages)
+        ids, offsets = self._tokenise(text, special=False)
+        labels = _labels(ids, offsets, _trained(row, turns))
+        return ids, labels, () if complete else ("system_dropped",)
+
+    def _tulu(self, row: Row) -> tuple[list[int], list[int], tuple[str, ...]]:
+        text, turns = "", []
+        for k, turn in enumerate(row.messages):
+            text += f"<|{turn['role']}|>\n"
+            start = len(text)
+            text += turn["content"].strip() + (self._eos() if turn["role"] == "assistant" else "") + "\n"
+            turns.append(Turn(k, start, len(text)))
+        ids, offsets = self._tokenise(text, special=True)
+        return ids, _labels(ids, offsets, _trained(row, turns)), ()
+
+    def _pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        joint = "" if prompt.endswith(_SPACE) or completion.startswith(_SPACE) else " "
+        text = prompt + joint + completion + self._eos()
+        ids, offsets = self._tokenise(text, special=True)
+        return ids, _labels(ids, offsets, [(len(prompt), len(text))])
+
+    def _tokenise(self, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, truncation=False,
+                                  padding=False, return_attention_mask=False, verbose=False)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    def _eos(self) -> str:
+        eos = self._tokenizer.eos_token
+        if not eos:
+            raise DataError("the tokenizer has no end-of-sequence token, which this format writes behind an answer; "
+                            "use a chat template")
+        return str(eos)
+
+    def _refuse_control(self, texts: Any) -> None:
+        for text in texts:
+            if found := self._control.search(text):
+                raise RowError("control_token_in_text", f"{shown(found.group())} is a control token of this tokenizer; "
+                               "in a text it could fake a turn")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What encoding a pool once has shown; row i of every array is row i of the pool, zero or "" where not ok."""
+
+    ok: NDArray[np.bool_]
+    tokens: NDArray[np.int32]
+    """After cutting."""
+    supervised: NDArray[np.int32]
+    cut: NDArray[np.int32]
+    keys: list[str]
+    bad: list[BadRow]
+    flags: Counter[str] = field(default_factory=Counter)
+    """How many rows have each flag of `Encoded`."""
+
+
+class Progress(Protocol):
+    """Whatever shows how far a job is."""
+
+    def advance(self, n: int = 1, /) -> object:
+        """`n` more rows are done."""
+
+
+def scan(pool: Pool, encoder: Encoder, progress: Progress | None = None) -> Scan:
+    """Encode every row once and keep its length, trained tokens, key, and what is wrong with it; not its tokens.
+
+    Cost: one pass over the files; 13 bytes a row and its key.
+    Raises: DataError as `Encoder` does.
+    """
+    n = len(pool)
+    result = Scan(np.zeros(n, bool), np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32), [""] * n, [])
+    for i in range(n):
+        try:
+            encoded = encoder(pool[i])
+        except RowError as error:
+            result.bad.append(pool.bad_row(i, error.reason, error.detail))
+        else:
+            result.ok[i] = True
+            result.tokens[i] = len(encoded.input_ids)
+            result.supervised[i] = encoded.supervised
+            result.cut[i] = encoded.cut
+            result.keys[i] = encoded.key
+            result.flags.update(encoded.flags)
+        if progress is not None:
+            progress.advance(1)
+    return result
+
+
+def _trained(row: Row, turns: Sequence[Turn]) -> list[tuple[int, int]]:
+    """The character spans with loss, in order."""
+    return [(turn.start, turn.end) for turn in turns
+            if row.messages[turn.index]["role"] == "assistant" and turn.index not in row.masked]
+
+
+def _labels(ids: list[int], offsets: Sequence[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
+    """The ids of tokens that reach into a span (start, end) of characters, `IGNORED` for the others.
+
+    Some tokenizers trim white space off their offsets, which leaves a token of white space with an empty interval at
+    its end: it stands for the gap before it. Spans are in order and do not overlap. Linear time.
+    """
+    labels = [IGNORED] * len(ids)
+    reached = s = 0
+    for t, (start, end) in enumerate(offsets):
+        if start == end:
+            start = min(start, reached)
+        reached = max(reached, end)
+        while s < len(spans) and spans[s][1] <= start:
+            s += 1
+        if s == len(spans):
+            break
+        if spans[s][0] < end:
+            labels[t] = ids[t]
+    return labels
+
+
+def _find_template(tokenizer: Any, chat: str) -> tuple[str, str]:
+    """The template's text ("" if the tokenizer has none) and its name for messages."""
+    if chat == "auto":
+        template = getattr(tokenizer, "chat_template", None)
+        if isinstance(template, dict):
+            template = template.get("default")
+        return template or "", "of the tokenizer"
+    path = Path(chat)
+    if not path.is_file():
+        raise UsageError(f"chat is {shown(chat, 200)}; expected 'auto', 'tulu' or the path of a Jinja template")
+    try:
+        return files.read_bytes(path, limit=1 << 20).decode("utf-8"), chat
+    except UnicodeDecodeError as error:
+        raise DataError(f"the chat template {chat} is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def _control_tokens(tokenizer: Any, template: str) -> re.Pattern[str]:
+    """The tokenizer's special tokens, and its other added tokens that the template writes (roles, ends of turns).
+
+    Marks of reasoning and tools are text that an assistant may write; very short ones are words, not control tokens.
+    """
+    special = set(tokenizer.all_special_tokens)
+    found = []
+    for token in tokenizer.added_tokens_decoder.values():
+        plain = re.search("think|tool|function", token.content) is not None
+        if token.special or token.content in special or (token.content in template and not plain):
+            found.append(token.content)
+    found = sorted({text for text in found if len(text) > 2}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, found)) or "(?!)")
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    import json
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for name in ("truncation", "padding"):  # set and unset by calls
+        state.pop(name, None)
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    return files.digest(json.dumps([state, special], sort_keys=True).encode())

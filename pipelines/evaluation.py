@@ -1,0 +1,76 @@
+"""Losses of a model on rows: the mean over supervised tokens, whole and by source."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from datatools import DataError, token_batches
+from pipelines import models
+from pipelines.config import EvaluateConfig
+from pipelines.prepare import Rows, prepare
+from pipelines.runs import progress
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """`loss` (mean over supervised tokens), `tokens` (how many), `rows`, and the same by source.
+
+    Raises: UsageError, DataError, EnvironmentProblem; DataError for a loss that is not finite.
+    """
+    loaded = models.load(config.model)
+    with tempfile.TemporaryDirectory(prefix="datatools-evaluate-") as scratch:
+        rows = prepare(config.data, config.model, loaded.tokenizer, cache=Path(scratch), label="data")
+        return losses(loaded.model, rows, token_budget=config.token_budget)
+
+
+def losses(model: Any, rows: Rows, *, token_budget: int, label: str = "losses") -> dict[str, Any]:
+    """What `evaluate` returns, for rows that are read and a model that is loaded."""
+    chosen = np.flatnonzero(rows.usable).tolist()
+    lengths = [int(rows.scan.tokens[i]) for i in chosen]
+    sums, counts = torch.zeros(len(chosen), dtype=torch.float64), torch.zeros(len(chosen), dtype=torch.int64)
+    with progress(label, sum(lengths), "tokens") as bar, torch.inference_mode():
+        for group in token_batches(lengths, token_budget):
+            batch = {k: v.to(model.device) for k, v in rows.batch([chosen[i] for i in group]).items()}
+            values, where = models.token_losses(model, batch)
+            index = torch.tensor(group)
+            sums[index] = torch.zeros(len(group), dtype=torch.float64).index_add(0, where.cpu(), values.double().cpu())
+            counts[index] = torch.bincount(where.cpu(), minlength=len(group))
+            bar.advance(sum(lengths[i] for i in group))
+    if not sums.isfinite().all():
+        first = chosen[int((~sums.isfinite()).nonzero()[0])]
+        raise DataError(f"{rows.pool.where(first)}: the loss is not finite; this model cannot be evaluated on this row")
+    by_source: dict[str, list[int]] = {}
+    for place, row in enumerate(chosen):
+        by_source.setdefault(rows.pool.sources[row], []).append(place)
+    return {
+        "loss": float(sums.sum() / counts.sum()),
+        "tokens": int(counts.sum()),
+        "rows": len(chosen),
+        "sources": {name: _mean(sums, counts, places) for name, places in sorted(by_source.items())},
+    }
+
+
+def _mean(sums: torch.Tensor, counts: torch.Tensor, places: list[int]) -> Mapping[str, Any]:
+    index = torch.tensor(places)
+    return {"loss": float(sums[index].sum() / counts[index].sum()), "tokens": int(counts[index].sum())}
+
+
+# two-sided 95 % points of Student's t by degrees of freedom, 1 to 10; a normal's beyond 30 is close enough to say so
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def interval(values: list[float]) -> tuple[float, float | None, float | None]:
+    """(mean, low, high) of a 95 % interval of the mean over seeds (Student's t); no interval for fewer than two."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return mean, None, None
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    t = _T95[n - 2] if n - 2 < len(_T95) else 2.228 if n <= 30 else 1.96
+    return mean, mean - t * spread, mean + t * spread

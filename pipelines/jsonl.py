@@ -1,0 +1,225 @@
+"""Lines of JSON, read so that every broken one has a number, an offset and a reason, and none can stop or fool a job.
+
+A line ends at a newline (byte 10) and nowhere else: U+2028, U+0085 and a lone carriage return are text. A byte-order
+mark at the start of the file belongs to the file, not to its first line.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+from datatools import DataError
+
+_BOM = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# strings are swallowed whole, so that brackets inside them do not count; possessive: linear on any bytes
+_BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one input may cost; beyond it a line is bad, or a file refused, with a message that names the limit."""
+
+    line_bytes: int = 16 << 20
+    """Longest line, bytes."""
+    depth: int = 64
+    """Deepest nesting of arrays and objects."""
+    values: int = 1_000_000
+    """Most commas and brackets outside strings in a line; a parsed value takes up to 30 times its bytes."""
+    unpacked_bytes: int = 1 << 38
+    """Most bytes that a compressed file may unpack to."""
+    unpacked_ratio: int = 200
+    """Most bytes out for a byte in, looked at beyond the first 64 MiB out. Text packs 3 to 20 times."""
+
+
+class Malformed(Exception):
+    """A line or a row that cannot be used: `reason` is a short code, `detail` says what stands there."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class Line(NamedTuple):
+    """One physical line: 1-based number, offset of its first byte, length in bytes without the newline; `raw` is
+    None if it was longer than the limit and was not kept.
+    """
+
+    number: int
+    offset: int
+    length: int
+    raw: bytes | None
+
+
+def read_lines(file: BinaryIO, name: str, limits: Limits, digest: Any = None) -> Iterator[Line]:
+    """The lines of `file`, blank ones included, in order; memory is bounded by one line.
+
+    `digest.update` gets every byte of the file. Raises: DataError if the file is UTF-16.
+    """
+    start = file.readline(limits.line_bytes + 1)
+    if start.startswith(_UTF16):
+        raise DataError(f"{name} is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    offset, number = 0, 0
+    piece = start
+    while piece:
+        if digest is not None:
+            digest.update(piece)
+        number += 1
+        skip = len(_BOM) if number == 1 and piece.startswith(_BOM) else 0
+        length = len(piece)
+        raw: bytes | None = piece[skip:]
+        while not piece.endswith(b"\n"):  # over the limit, or the file's last line
+            if length - skip > limits.line_bytes:
+                raw = None
+            piece = file.readline(1 << 20)
+            if not piece:
+                break
+            if digest is not None:
+                digest.update(piece)
+            length += len(piece)
+            if raw is not None:
+                raw += piece
+        ended = int(piece.endswith(b"\n"))
+        if raw is not None and ended:
+            raw = raw[:-1]
+        if raw is not None and len(raw) > limits.line_bytes:
+            raw = None
+        yield Line(number, offset + skip, length - skip - ended, raw)
+        offset += length
+        piece = file.readline(limits.line_bytes + 1)
+
+
+def is_blank(raw: bytes) -> bool:
+    """Is there nothing but spaces, tabs and carriage returns?"""
+    return not raw.strip(b" \t\r\f\v")
+
+
+def parse_object(raw: bytes | None, limits: Limits) -> dict[str, Any]:
+    """The JSON object on a line. Raises: Malformed, and nothing else whatever the bytes are."""
+    if raw is None:
+        raise Malformed("line_too_long", f"more than {limits.line_bytes} bytes (limit line_bytes)")
+    if b"\x00" in raw:
+        raise Malformed("nul_byte", f"a zero byte at byte {raw.index(0)} of the line; a hole left by a crash?")
+    _check_size(raw, limits)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Malformed("invalid_utf8", f"byte 0x{raw[error.start]:02x} at byte {error.start} of the line") from None
+    try:
+        value = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        _explain(text, error)
+    if not isinstance(value, dict):
+        raise Malformed("not_an_object", f"{json_type(value)} where an object {{...}} was expected")
+    if _SURROGATE_ESCAPE.search(raw):
+        _check_surrogates(value)
+    return value
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls the type of `value`, with its article."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    names = {dict: "an object", list: "an array", str: "a string", int: "a number", float: "a number"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def shown(text: str, width: int = 60) -> str:
+    """`text` for a message: on one line, control characters escaped, cut to `width` characters."""
+    text = text if len(text) <= width else text[: width - 3] + "..."
+    return ascii(text) if not text.isprintable() else repr(text)
+
+
+def _check_size(raw: bytes, limits: Limits) -> None:
+    """Depth and number of values, before the parser builds anything: it recurses, and objects are large."""
+    opening = raw.count(b"[") + raw.count(b"{")
+    if opening > limits.depth:
+        depth = 0
+        for match in _BRACKETS.finditer(raw):
+            first = match.group()[:1]
+            if first in b"[{":
+                depth += 1
+                if depth > limits.depth:
+                    raise Malformed("too_deep", f"more than {limits.depth} levels of nesting (limit depth)")
+            elif first in b"]}":
+                depth -= 1
+    if opening + raw.count(b",") > limits.values:
+        outside = _STRING.sub(b"", raw)
+        if outside.count(b",") + outside.count(b"[") + outside.count(b"{") > limits.values:
+            raise Malformed("too_many_values", f"more than {limits.values} values (limit values)")
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen and seen[key] != value:
+                raise Malformed("duplicate_key", f"key {shown(key)} twice, with different values")
+            seen[key] = value
+    return result
+
+
+def _constant(name: str) -> NoReturn:
+    raise Malformed("nan_literal", f"{name} is not JSON; write null or leave the field out")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise Malformed("number_overflow", f"{shown(text, 30)} is beyond a 64-bit float")
+    return value
+
+
+def _int(text: str) -> int:
+    if len(text) > 4000:  # Python refuses more than 4300 digits
+        raise Malformed("number_overflow", f"an integer of {len(text)} digits")
+    return int(text)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_float, parse_int=_int)
+
+
+def _explain(text: str, error: json.JSONDecodeError) -> NoReturn:
+    """The reason code for a syntax error; the parser's own words differ between Python versions."""
+    at, end = error.pos, len(text.rstrip())
+    where = f"at character {at} of the line"
+    before = text[:at].rstrip()
+    if error.msg.startswith("Extra data"):
+        if text[at] == "{":
+            raise Malformed("two_objects", f"a second object starts {where}")
+        raise Malformed("extra_data", f"{shown(text[at:], 30)} after the object, {where}")
+    if re.match(r"\s*\{\s*'", text):
+        raise Malformed("python_repr", "single quotes: a printed Python dict, not JSON; write it with json.dumps")
+    if text[at:at + 1] == "\ufeff":
+        raise Malformed("byte_order_mark", f"a byte-order mark inside the file, {where}")
+    if error.msg.startswith("Invalid control character"):
+        raise Malformed("control_character", f"{shown(text[at])} unescaped inside a string, {where}")
+    if error.msg.startswith("Unterminated string") or at >= end or end == 0:
+        raise Malformed("truncated_json", f"the line ends inside the object ({error.msg.lower()})")
+    if text[at] in "]}" and before.endswith(",") or text[at] == "," and error.msg.startswith("Illegal trailing comma"):
+        raise Malformed("trailing_comma", f"a comma before {text[at]!r} {where}")
+    raise Malformed("invalid_json", f"{error.msg[:1].lower()}{error.msg[1:]} {where}, near {shown(text[at:], 30)}")
+
+
+def _check_surrogates(value: Any) -> None:
+    if isinstance(value, str):
+        found = _SURROGATE.search(value)
+        if found:
+            raise Malformed("lone_surrogate", f"half a character (\\u{ord(found.group()):04x}) in {shown(value, 30)}")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_surrogates(key)
+            _check_surrogates(item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_surrogates(item)

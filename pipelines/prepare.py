@@ -1,0 +1,142 @@
+"""Rows ready for work: read, checked, encoded once, duplicates found. Every pipeline starts here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datatools import DataError, files
+from pipelines.config import DataConfig, ModelConfig
+from pipelines.data import BadRow, Pool, read_pool
+from pipelines.dedup import dedup
+from pipelines.encode import Encoder, Scan, scan
+from pipelines.models import collate
+from pipelines.runs import Run, progress
+
+
+@dataclass
+class Rows:
+    """A pool, what encoding it has shown, and which rows may be used."""
+
+    pool: Pool
+    scan: Scan
+    encoder: Encoder
+    bad: list[BadRow]
+    status: list[str]
+    """Of each row: "ok", "duplicate", or the reason why it cannot be encoded."""
+    twins: dict[int, int] = field(default_factory=dict)
+    """A duplicate's row -> the row that is kept in its place."""
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    @property
+    def usable(self) -> NDArray[np.bool_]:
+        """[n], rows with status "ok"."""
+        return np.asarray([status == "ok" for status in self.status])
+
+    @property
+    def keys(self) -> list[str]:
+        """Content hash of each row; "" where it could not be encoded."""
+        return self.scan.keys
+
+    def item(self, index: int) -> tuple[list[int], list[int]]:
+        """(input_ids, labels) of row `index`."""
+        encoded = self.encoder(self.pool[index])
+        return encoded.input_ids, encoded.labels
+
+    def unique(self) -> dict[str, int]:
+        """Content hash -> one usable row that has it, longest rows first: what must be computed once."""
+        order = sorted(np.flatnonzero(self.usable).tolist(), key=lambda i: (-int(self.scan.tokens[i]), self.keys[i]))
+        first: dict[str, int] = {}
+        for index in order:
+            first.setdefault(self.keys[index], index)
+        return first
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The padded batch of these rows."""
+        return collate([self.item(index) for index in indices])
+
+    def tokens(self, where: NDArray[np.bool_] | None = None) -> int:
+        """Tokens of the usable rows (of those in `where`)."""
+        mask = self.usable if where is None else where
+        return int(self.scan.tokens[mask].sum())
+
+
+def prepare(
+    data: DataConfig, model: ModelConfig, tokenizer: Any, *, cache: Path, label: str, folder: Path | None = None
+) -> Rows:
+    """Read, encode and deduplicate the rows of `data`; bad ones are written to `folder`/bad_rows.jsonl.
+
+    Raises: DataError when a row is bad and the policy is "error" (naming file, line and reason), or when no row is left.
+    """
+    quarantine = folder / "quarantine.jsonl" if folder is not None and data.on_bad_row == "quarantine" else None
+    policy = data.on_bad_row if quarantine is not None or data.on_bad_row != "quarantine" else "skip"
+    pool, bad = read_pool(
+        data.paths, on_bad_row=policy, source_key=data.source_key, cache=cache, quarantine=quarantine, columns=data.columns
+    )
+    encoder = Encoder(tokenizer, chat=model.chat, max_length=model.max_length, on_long=model.on_long)
+    with progress(f"reading {label}", len(pool)) as bar:
+        scanned = scan(pool, encoder, bar)
+    status = ["ok" if ok else "bad" for ok in scanned.ok]
+    reasons = {(row.file, row.line): row.reason for row in scanned.bad}
+    for index in np.flatnonzero(~scanned.ok):
+        status[index] = reasons.get((pool.file(index), pool.line(index)), "bad")
+    if scanned.bad and data.on_bad_row == "error":
+        shown = "\n  ".join(str(row) for row in scanned.bad[:5])
+        raise DataError(
+            f"{label}: {len(scanned.bad)} of {len(pool)} rows cannot be used:\n  {shown}\n"
+            "correct them, or go on without them: --on-bad-row skip (or quarantine)"
+        )
+    rows = Rows(pool, scanned, encoder, [*bad, *scanned.bad], status)
+    if data.dedup != "none":
+        found = dedup(pool, scanned, how=data.dedup, threshold=data.near_threshold)
+        rows.twins = dict(found.twins)
+        for index in rows.twins:
+            status[index] = "duplicate"
+    if not rows.usable.any():
+        raise DataError(f"{label}: no usable row in {', '.join(map(str, data.paths))} ({len(rows.bad)} bad)")
+    if folder is not None and rows.bad:
+        lines = [
+            json.dumps({"file": b.file, "line": b.line, "byte_offset": b.byte_offset, "reason": b.reason, "detail": b.detail})
+            for b in rows.bad
+        ]
+        files.write_text(folder / "bad_rows.jsonl", "\n".join(lines) + "\n")
+    return rows
+
+
+def file_facts(rows: Rows) -> dict[str, str]:
+    """What is recorded about the input files, and compared when a run goes on: path -> "digest, n bytes"."""
+    return {info.path: f"{info.digest}, {info.bytes} bytes" for info in rows.pool.files}
+
+
+def accept_growth(run: Run, group: str, rows: Rows) -> list[str]:
+    """Let a continued run go on with input files that only got longer; returns their paths.
+
+    A file whose beginning is still, byte for byte, the file that the run began with has new rows and no changed one.
+    """
+    recorded = run.provenance["facts"].get(group, {}) if run.resumed else {}
+    grown = []
+    for info in rows.pool.files:
+        digest, _, size = str(recorded.get(info.path, "")).removesuffix(" bytes").partition(", ")
+        if size.isdecimal() and info.bytes > int(size) and _digest_of_start(Path(info.path), int(size)) == digest:
+            grown.append(info.path)
+            run.accept = (*run.accept, f"{group}.{info.path}")
+    return grown
+
+
+def _digest_of_start(path: Path, size: int) -> str:
+    state = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while size and (chunk := file.read(min(size, 1 << 20))):
+            state.update(chunk)
+            size -= len(chunk)
+    return state.hexdigest()

@@ -1,0 +1,893 @@
+"""What a report says: `summary.json` and `scores.parquet` of a run turned into the words, numbers and charts of each section.
+
+No text is escaped here; the template and the terminal do that to everything they print. Parts that a method does not have
+come out as None. Every field of the summary may be absent or null.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from datatools import files
+from datatools.errors import DataError
+from pipelines import charts
+from pipelines.charts import Scale
+from pipelines.texts import count, duration, number, percent, plural, signed, size, visible
+
+Json = Mapping[str, Any]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+COLUMNS = ("_source", "_tokens", "_supervised", "_status", "_score", "_selected")  # without these there is no report
+MAX_SOURCES = 24  # the rest is shown as one line
+MAX_SUBTASKS = 60
+LENGTH_WARNING = 0.5  # |Spearman| of score and answer length from which the reader is warned
+SEEN_WARNING = 0.95
+
+# method -> (its name, what one score means). Signs as in LESS: higher is better, and rank 1 is the highest.
+METHODS = {
+    "less": (
+        "LESS",
+        "The score is a cosine between the update that a row would cause and the gradient of the target rows, averaged over "
+        "the checkpoints by their weight and, in its best subtask, over the target rows. Above zero: to first order, training "
+        "on the row lowers the loss on the target; below zero: it raises it.",
+    ),
+    "random": (
+        "Random rows",
+        "Rows drawn at random, every one with the same chance: the baseline that a method has to beat.",
+    ),
+    "random-length": (
+        "Length-matched random rows",
+        "Rows drawn at random so that their answers are as long as those of a reference selection: what choosing by length "
+        "alone would bring.",
+    ),
+    "tfidf": (
+        "Text similarity (TF-IDF)",
+        "The score is a cosine between word counts (TF-IDF) of the row and of the target rows: how alike the texts are; no "
+        "model takes part.",
+    ),
+    "rds": (
+        "Hidden-state similarity (RDS)",
+        "The score is a cosine between the model's hidden states on the row and on the target rows: how alike the model finds "
+        "them; no gradient takes part.",
+    ),
+    "loss": ("Model loss", "The score comes from the model's own loss on the row; the target rows take no part in it."),
+}
+LABELS = {
+    "selected": "this selection",
+    "random": "random",
+    "random-length": "random, same lengths",
+    "tfidf": "text similarity",
+    "bm25": "BM25",
+    "rds": "hidden states (RDS)",
+    "loss": "model loss",
+    "full": "whole pool",
+    "base": "no training",
+    "none": "no training",
+}
+WITH = {
+    "random": "random rows",
+    "random-length": "random rows of the same lengths",
+    "tfidf": "rows picked by text similarity",
+    "rds": "rows picked by hidden states",
+    "bm25": "rows picked by BM25",
+}
+RANDOM_ARMS = ("random", "random-length")
+SIMILARITY_ARMS = ("tfidf", "bm25", "rds", "embedding")
+STATUS = {
+    "ok": "eligible",
+    "duplicate": "copy of another row",
+    "empty": "gradient is zero",
+    "nonfinite": "gradient not finite",
+    "too_long": "too long",
+    "no_supervised_token": "no answer token left to learn from",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ the audit
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm of the audit beside this selection. Losses: lower is better; `delta` = its mean minus the selection's."""
+
+    name: str
+    label: str
+    chosen: bool
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+    delta: float | None
+    reading: str  # "better" (the selection is), "worse", "unclear", "" for the selection itself
+    runs: tuple[float, ...]
+
+
+def arms(audit: Json, method: str) -> list[Arm]:
+    """The audit's table, the selection first, each other arm read against it.
+
+    The selection beats an arm when the 95 % interval of the difference excludes zero: over seeds that both ran, by
+    Student's t; with fewer than two such seeds, only when the two stated intervals lie apart; else the case is unclear.
+    """
+    table = listing(audit.get("table"))
+    runs: dict[str, dict[Any, float]] = {}
+    for row in listing(audit.get("rows")):
+        loss = finite(row.get("loss"))
+        if loss is not None:
+            runs.setdefault(str(row.get("arm")), {})[row.get("seed")] = loss
+    names = [str(row.get("arm")) for row in table]
+    ours = next((name for name in ("selected", "selection", method) if name in names), None)
+    us = next((row for row in table if str(row.get("arm")) == ours), {})
+    result = []
+    for row, name in zip(table, names, strict=True):
+        mean, low, high = (finite(row.get(key)) for key in ("mean", "low", "high"))
+        our_mean = finite(us.get("mean"))
+        delta = mean - our_mean if mean is not None and our_mean is not None else finite(row.get("delta_vs_selected"))
+        paired = (
+            [loss - runs[ours][seed] for seed, loss in runs.get(name, {}).items() if seed in runs.get(ours or "", {})]
+            if ours is not None
+            else []
+        )
+        reading = (
+            "" if name == ours else _reading(paired, (low, high), (finite(us.get("low")), finite(us.get("high"))))
+        )
+        label = LABELS["selected"] if name == ours else LABELS.get(name, name)
+        seen = tuple(runs.get(name, {}).values())
+        result.append(
+            Arm(name, label, name == ours, mean, low, high, int(row.get("n") or len(seen)), delta, reading, seen)
+        )
+    return sorted(result, key=lambda arm: (not arm.chosen, math.inf if arm.mean is None else arm.mean))
+
+
+def _reading(paired: Sequence[float], theirs: tuple[float | None, ...], ours: tuple[float | None, ...]) -> str:
+    if len(paired) >= 2:
+        from pipelines.evaluation import interval  # brings torch
+
+        _, least, most = interval(list(paired))
+        if least is not None and most is not None:
+            return "better" if least > 0 else "worse" if most < 0 else "unclear"
+    (low, high), (our_low, our_high) = theirs, ours
+    if low is None or high is None or our_low is None or our_high is None:
+        return "unclear"
+    return "better" if our_high < low else "worse" if our_low > high else "unclear"
+
+
+def verdict(table: Sequence[Arm], said: str | None) -> tuple[str, str]:
+    """(state, sentence): did the selection beat random choice, and text similarity? `said`, the audit's own words, wins.
+
+    state: "good" (beats every random arm), "bad" (worse than one), "unclear" (neither), "none" (nothing to compare with).
+    """
+    random, similar = _named(table, RANDOM_ARMS), _named(table, SIMILARITY_ARMS)
+    if not random and not similar:
+        return "none", said or ""
+    judged = random or similar
+    readings = {arm.reading for arm in judged}
+    state = "bad" if "worse" in readings else "good" if readings == {"better"} else "unclear"
+    return state, said or _compared([*random, *similar])
+
+
+def _named(table: Sequence[Arm], names: Sequence[str]) -> list[Arm]:
+    return sorted((arm for arm in table if arm.name in names and not arm.chosen), key=lambda arm: names.index(arm.name))
+
+
+def _compared(table: Sequence[Arm]) -> str:
+    """'Held-out loss is 0.0503 lower than with random rows; against ... there is no clear difference (0.0057 lower).'"""
+    clear, unclear = [], []
+    for arm in table:
+        by = "" if arm.delta is None else f"{abs(arm.delta):.4f} {'lower' if arm.delta >= 0 else 'higher'}"
+        with_ = WITH.get(arm.name, arm.label)
+        if arm.reading == "unclear":
+            unclear.append(f"{with_} ({by})" if by else with_)
+        else:
+            clear.append(f"{by or ('lower' if arm.reading == 'better' else 'higher')} than with {with_}")
+    parts = []
+    if clear:
+        parts.append("held-out loss is " + ", ".join(clear))
+    if unclear:
+        parts.append("there is no clear difference from " + ", ".join(unclear))
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:] + "."
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`scores.parquet` as arrays over the n rows of the pool; a score that is null is NaN."""
+
+    score: Floats
+    selected: Flags
+    eligible: Flags
+    tokens: Ints
+    supervised: Ints
+    source: Ints  # index into `sources`
+    sources: tuple[str, ...]
+    status: tuple[tuple[str, int], ...]  # status -> rows, most first
+    serves: tuple[tuple[str, int], ...]  # subtask -> chosen rows that score highest on it
+
+    @property
+    def scored(self) -> Flags:
+        """Eligible rows that have a score."""
+        return self.eligible & np.isfinite(self.score)
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    value = files.read_json(path)
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}; run the same command again")
+    return value
+
+
+def read_scores(path: Path) -> Scores:
+    try:
+        with pq.ParquetFile(path) as file:
+            return _scores_of(file, path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found; a report is drawn from the folder of a finished run") from None
+    except (OSError, ValueError, pa.ArrowException) as problem:
+        raise DataError(f"{path}: cannot be read ({problem}); run the same command again to write it anew") from None
+
+
+def _scores_of(file: Any, path: Path) -> Scores:
+    names = file.schema_arrow.names
+    missing = [name for name in COLUMNS if name not in names]
+    if missing:
+        raise DataError(
+            f"{path}: has no column {missing[0]!r}; expected {', '.join(COLUMNS)}; run the same command again"
+        )
+    table = file.read(columns=list(COLUMNS))
+
+    def numbers(name: str, kind: type[np.generic]) -> Any:
+        fill = False if kind is np.bool_ else math.nan if kind is np.float64 else 0
+        column = table[name].cast({np.bool_: pa.bool_(), np.float64: pa.float64()}.get(kind, pa.int64()))
+        return np.asarray(column.fill_null(fill).to_numpy(zero_copy_only=False), dtype=kind)
+
+    source = table["_source"].cast(pa.string()).fill_null("(none)").combine_chunks().dictionary_encode()
+    if isinstance(source, pa.ChunkedArray):
+        source = source.combine_chunks()
+    status = table["_status"].cast(pa.string()).fill_null("unknown")
+    counts = {item["values"]: item["counts"] for item in status.value_counts().to_pylist()}
+    selected = numbers("_selected", np.bool_)
+
+    best = np.full(
+        int(selected.sum()), -np.inf
+    )  # read column by column: 57 subtasks of a large pool need not be in memory
+    where = np.full(len(best), -1)
+    subtasks = [name for name in names if name.startswith("subtask:")]
+    for i, name in enumerate(subtasks):
+        column = file.read(columns=[name])[name].cast(pa.float64()).fill_null(math.nan).to_numpy(zero_copy_only=False)
+        higher = np.nan_to_num(column[selected], nan=-np.inf) > best
+        best[higher], where[higher] = column[selected][higher], i
+    serves = np.bincount(where[where >= 0], minlength=len(subtasks)) if subtasks else np.zeros(0, dtype=np.int64)
+
+    return Scores(
+        score=numbers("_score", np.float64),
+        selected=selected,
+        eligible=np.asarray(status.to_numpy() == "ok", dtype=np.bool_),
+        tokens=numbers("_tokens", np.int64),
+        supervised=numbers("_supervised", np.int64),
+        source=np.asarray(source.indices.to_numpy(zero_copy_only=False), dtype=np.int64),
+        sources=tuple(source.dictionary.to_pylist()),
+        status=tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+        serves=tuple((name.removeprefix("subtask:"), int(n)) for name, n in zip(subtasks, serves, strict=True)),
+    )
+
+
+def spearman(x: Floats, y: Floats) -> float | None:
+    """Spearman's rank correlation, ties at their mean rank; None when either side does not vary."""
+    if len(x) < 3:
+        return None
+    a, b = _ranks(x), _ranks(y)
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale > 0 else None
+
+
+def _ranks(x: Floats) -> Floats:
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks: Floats = (last - (counts - 1) / 2)[inverse.reshape(-1)]
+    return ranks
+
+
+# ------------------------------------------------------------------------------------------------------------- sections
+
+
+def finite(value: object) -> float | None:
+    """A number that can be drawn, or None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def mapping(value: object) -> Json:
+    return value if isinstance(value, Mapping) else {}
+
+
+def listing(value: object) -> list[Json]:
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+
+
+def share_of(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def method_of(summary: Json) -> tuple[str, str]:
+    name = str(summary.get("method") or "")
+    return METHODS.get(name, (name or "unnamed method", ""))
+
+
+def warnings_of(summary: Json, rho: float | None) -> list[str]:
+    """The run's own warnings, then those that follow from the numbers; each once."""
+    found = [str(item) for item in summary.get("warnings") or []]
+    seen = finite(mapping(summary.get("model")).get("seen_share"))
+    if seen is not None and seen < SEEN_WARNING and not any("parameters" in item for item in found):
+        found.append(f"The scores see only {percent(seen)} of the trainable parameters; the rest had no say.")
+    if (text := length_warning(rho)) is not None:
+        found.append(text)
+    return list(dict.fromkeys(found))
+
+
+def length_warning(rho: float | None) -> str | None:
+    """What to say when the scores follow answer length; None while |Spearman| is at most LENGTH_WARNING."""
+    if rho is None or abs(rho) <= LENGTH_WARNING:
+        return None
+    kind = "short" if rho < 0 else "long"
+    return (
+        f"The score follows answer length (Spearman {signed(rho, 2)}): to a good part, rows were chosen for their {kind} "
+        "answers. Compare with a length-matched random selection before trusting it."
+    )
+
+
+def _chosen(summary: Json, scores: Scores) -> dict[str, Any]:
+    pool, budget = mapping(summary.get("pool")), mapping(summary.get("budget"))
+    rows, of = int(scores.selected.sum()), finite(pool.get("rows")) or len(scores.selected)
+    tokens = int(scores.tokens[scores.selected].sum())
+    all_tokens = finite(pool.get("tokens")) or int(scores.tokens.sum())
+    share = share_of(rows, of)
+    return {
+        "rows": rows,
+        "of": int(of),
+        "share": share,
+        "width": f"{max(0.4, 100 * (share or 0)):.2f}%",
+        "tokens": tokens,
+        "token_share": share_of(tokens, all_tokens),
+        "asked": budget.get("asked"),
+    }
+
+
+def _trust(summary: Json, table: Sequence[Arm]) -> dict[str, str]:
+    """The shortest honest answer to: may I believe this?"""
+    if not table:
+        if str(summary.get("method")) in RANDOM_ARMS:
+            return {"state": "none", "big": "A baseline", "text": "Made to be compared with, not to be believed."}
+        return {"state": "none", "big": "Not audited", "text": "Nothing here shows that these rows beat random ones."}
+    state, _ = verdict(table, None)
+    random, similar = _named(table, RANDOM_ARMS), _named(table, SIMILARITY_ARMS)
+    against = "random choice" if random else "text similarity"
+    big = {
+        "good": f"Beats {against}",
+        "bad": f"Worse than {against}",
+        "unclear": f"Not clearly better than {against}",
+        "none": "Audited",
+    }[state]
+    words = {"better": "Better than", "worse": "Worse than", "unclear": "No clear difference from"}
+    text = " ".join(f"{words[arm.reading]} {arm.label}." for arm in similar) if random else ""
+    fewest = min(arm.n for arm in table)
+    return {"state": state, "big": big, "text": f"{text} {plural(fewest, 'run')} an arm.".strip()}
+
+
+def _audit(summary: Json, table: Sequence[Arm]) -> dict[str, Any] | None:
+    if not table:
+        return None
+    audit = mapping(summary.get("audit"))
+    values = [value for arm in table for value in (arm.mean, arm.low, arm.high, *arm.runs) if value is not None]
+    if not values:
+        return None
+    room = (max(values) - min(values)) * 0.06 or abs(values[0]) * 0.01 or 1.0
+    scale = Scale(min(values) - room, max(values) + room)
+    guide = next((arm.mean for arm in table if arm.chosen), None)
+    words = {"better": "selection better", "worse": "selection worse", "unclear": "no clear difference", "": ""}
+    rows = [
+        {
+            "arm": arm,
+            "mean": f"{arm.mean:.4f}" if arm.mean is not None else "–",
+            "between": f"{arm.low:.4f} to {arm.high:.4f}" if arm.low is not None and arm.high is not None else "",
+            "delta": "" if arm.chosen else signed(arm.delta),
+            "reading": words[arm.reading],
+            "chart": charts.interval(
+                scale,
+                arm.mean,
+                arm.low,
+                arm.high,
+                arm.runs,
+                guide=guide,
+                chosen=arm.chosen,
+                label=f"{visible(arm.label)}: {number(arm.mean, 5)}",
+            ),
+        }
+        for arm in table
+    ]
+    paired = all(len(arm.runs) > 1 for arm in table)
+    return {
+        "metric": str(audit.get("metric") or "held-out loss"),
+        "state": verdict(table, None)[0],
+        "sentence": verdict(table, str(audit.get("verdict") or "") or None)[1],
+        "rows": rows,
+        "ticks": charts.ticks(scale, 6),
+        "paired": paired,
+    }
+
+
+def cost_section(summary: Json) -> dict[str, Any] | None:
+    cost = mapping(summary.get("cost"))
+    before, after = mapping(cost.get("before")), mapping(cost.get("after"))
+    kinds = (
+        ("Time", "seconds", duration),
+        ("Disk", "bytes", size),
+        ("Rows", "rows", count),
+        ("Tokens", "tokens", count),
+    )
+    lines = []
+    for label, key, text in kinds:
+        a, b = finite(before.get(key)), finite(after.get(key))
+        if a is not None or b is not None:
+            ratio = b / a if a and b is not None else None
+            lines.append((label, text(a), text(b), _times(ratio)))
+    peak = finite(after.get("peak_rss_bytes"))
+    if peak is not None:
+        lines.append(("Peak memory", "–", size(peak), ""))
+    stages = [
+        (str(item.get("name")), max(0.0, finite(item.get("seconds")) or 0.0)) for item in listing(cost.get("stages"))
+    ]
+    total, start, bars = sum(seconds for _, seconds in stages), 0.0, []
+    for name, seconds in stages:
+        width = 100 * seconds / total if total else 0.0
+        bars.append(
+            {
+                "name": name,
+                "time": duration(seconds),
+                "left": f"{min(start, 99.6):.2f}%",
+                "width": f"{max(0.4, width):.2f}%",
+                "share": percent(share_of(seconds, total), 0),
+            }
+        )
+        start += width
+    if not lines and not bars:
+        return None
+    took, guess = finite(after.get("seconds")), finite(before.get("seconds"))
+    longest = max(stages, key=lambda stage: stage[1]) if total else None
+    lead = ""
+    if took is not None:
+        lead = f"It took {duration(took)}" + (f" where {duration(guess)} were estimated" if guess else "") + ". "
+    if longest is not None:
+        lead += f"The longest stage, {longest[0]}, was {percent(longest[1] / total, 0)} of the time."
+    return {
+        "lines": lines,
+        "stages": bars,
+        "lead": lead,
+        "took": took,
+        "guess": guess,
+        "bytes": finite(after.get("bytes")),
+    }
+
+
+def _score_range(values: Floats) -> tuple[float, float]:
+    """The range to draw: all of it, unless a few far rows would squeeze the rest; those then stand in the outer columns."""
+    low, high = float(values.min()), float(values.max())
+    inner_low, inner_high = (float(v) for v in np.quantile(values, (0.002, 0.998)))
+    inner = inner_high - inner_low
+    if inner > 0 and high - low > 3 * inner:
+        low, high = max(low, inner_low - inner / 2), min(high, inner_high + inner / 2)
+    return low, high
+
+
+def _distribution(scores: Scores) -> dict[str, Any] | None:
+    scored = scores.scored
+    values = scores.score[scored]
+    chosen = scores.selected[scored]
+    if len(values) < 2 or not float(values.max()) > float(values.min()):
+        return None
+    cut, passed = None, 0
+    if chosen.any():
+        cut = float(values[chosen].min())
+        passed = int((values[~chosen] > cut).sum())
+        # a line where as many better rows were left out as taken would tell a false story (random draws, round robin)
+        if passed > int(chosen.sum()):
+            cut = None
+    low, high = _score_range(values)
+    bins = int(np.clip(math.sqrt(len(values)), 12, 64))
+    if cut is None or not low < cut <= high:
+        edges = np.linspace(low, high, bins + 1)
+    else:  # the cut-off is the edge of a column, or its column would show chosen rows on the wrong side
+        step = (high - low) / bins
+        edges = cut + step * np.arange(-math.ceil((cut - low) / step), max(1, math.ceil((high - cut) / step)) + 1)
+    inside = np.clip(values, edges[0], edges[-1])
+    rest, picked = (np.histogram(inside[which], edges)[0] for which in (~chosen, chosen))
+    scale = Scale(float(edges[0]), float(edges[-1]))
+    bars, counts = charts.histogram(
+        edges.tolist(),
+        rest.tolist(),
+        picked.tolist(),
+        cut=cut,
+        label=f"Histogram of the scores of {count(len(values))} eligible rows, {count(int(chosen.sum()))} of them chosen",
+    )
+    median = float(np.median(values))
+    lead = (
+        f"{plural(len(values), 'eligible row')} score from {number(float(values.min()))} to {number(float(values.max()))}, "
+        f"in the middle {number(median)}."
+    )
+    if cut is not None:
+        lead += f" The chosen ones begin at {number(cut)}."
+        if passed:
+            lead += (
+                f" {plural(passed, 'row')} above that line {'was' if passed == 1 else 'were'} passed over (limits per "
+                "source, or another rule than the score alone)."
+            )
+    return {
+        "chart": bars,
+        "counts": counts,
+        "ticks": charts.ticks(scale, 8),
+        "lead": lead,
+        "cut": None if cut is None else {"at": scale.percent(cut), "text": number(cut), "left": scale(cut) > 550},
+        "clipped": int(((values < edges[0]) | (values > edges[-1])).sum()),
+        "sources": _boxes(scores, scored, scale, cut),
+        "negative": percent(float((values < 0).mean())) if values.min() < 0 else None,
+    }
+
+
+def _boxes(scores: Scores, scored: Flags, scale: Scale, cut: float | None) -> list[dict[str, Any]]:
+    """One box a source, the best median first; small sources beyond MAX_SOURCES are drawn together."""
+    code, value, chosen = scores.source[scored], scores.score[scored], scores.selected[scored]
+    sizes = np.bincount(code, minlength=len(scores.sources))
+    order = np.argsort(-sizes, kind="stable")
+    order = order[sizes[order] > 0]
+    if len(order) < 2:
+        return []
+    own = order if len(order) <= MAX_SOURCES else order[: MAX_SOURCES - 1]
+    group = np.full(len(scores.sources), len(own))
+    group[own] = np.arange(len(own))
+    names = [scores.sources[i] for i in own]
+    if len(own) < len(order):
+        names.append(f"{len(order) - len(own)} smaller sources")
+    which = group[code]
+    sorting = np.argsort(which, kind="stable")
+    ends = np.cumsum(np.bincount(which, minlength=len(names)))
+    rows = []
+    for name, start, end in zip(names, [0, *ends[:-1]], ends, strict=True):
+        index = sorting[start:end]
+        p5, q1, q2, q3, p95 = (float(v) for v in np.quantile(value[index], (0.05, 0.25, 0.5, 0.75, 0.95)))
+        took = int(chosen[index].sum())
+        words = f"{visible(name)}: median {number(q2)}, half of the rows between {number(q1)} and {number(q3)}"
+        drawing = charts.box(scale, (p5, q1, q2, q3, p95), cut=cut, label=words)
+        rows.append(
+            {
+                "name": name,
+                "chart": drawing,
+                "median": q2,
+                "chosen": took,
+                "of": len(index),
+                "share": percent(took / len(index), 0),
+            }
+        )
+    return sorted(rows, key=lambda row: -row["median"])
+
+
+def _length_bins(longest: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16, 24 ...: half octaves at whole numbers, to just beyond `longest`."""
+    edges = [0, 1, 2, 3]
+    while edges[-1] <= longest:
+        edges.append(2 * edges[-2])
+    return edges
+
+
+def _lengths(scores: Scores, rho: float | None) -> dict[str, Any] | None:
+    pool, picked = (scores.supervised[which] for which in (scores.eligible, scores.eligible & scores.selected))
+    if not len(pool) or not len(picked) or not pool.max():
+        return None
+    edges = _length_bins(int(pool.max()))
+    a, b = (np.histogram(values, edges)[0] / len(values) for values in (pool, picked))
+    some = np.flatnonzero(a + b)
+    first, last = int(some[0]), int(some[-1])
+    names = [
+        str(edges[i]) if edges[i + 1] - edges[i] == 1 else f"{edges[i]} to {edges[i + 1] - 1}"
+        for i in range(first, last + 1)
+    ]
+    slots = last + 1 - first
+    ticks = [
+        charts.Tick(f"{100 * (i + 0.5) / slots:.2f}%", str(edges[first + i]), minor=i % 2 == 1) for i in range(slots)
+    ]
+    middle, chosen_middle = float(np.median(pool)), float(np.median(picked))
+    lead = (
+        f"Half of the chosen answers have at most {count(chosen_middle)} supervised tokens; in the pool it is "
+        f"{count(middle)}."
+    )
+    strength = None
+    if rho is not None:
+        size_ = abs(rho)
+        strength = (
+            "strong"
+            if size_ > LENGTH_WARNING
+            else "moderate"
+            if size_ > 0.3
+            else "weak"
+            if size_ > 0.1
+            else "next to none"
+        )
+    return {
+        "chart": charts.pairs(
+            names,
+            a[first : last + 1].tolist(),
+            b[first : last + 1].tolist(),
+            label="Supervised tokens a row, pool and chosen rows",
+        ),
+        "ticks": ticks,
+        "lead": lead,
+        "rho": signed(rho, 2) if rho is not None else None,
+        "at": Scale(-1, 1).percent(rho) if rho is not None else None,
+        "strength": strength,
+        "warn": rho is not None and abs(rho) > LENGTH_WARNING,
+    }
+
+
+def _times(lift: float | None) -> str:
+    """×13, ×6.7, ×0.15: how many times its share of the pool a source has in the selection."""
+    return (
+        "" if lift is None else f"×{lift:.0f}" if lift >= 9.95 else f"×{lift:.1f}" if lift >= 0.995 else f"×{lift:.2f}"
+    )
+
+
+def sources_section(summary: Json) -> dict[str, Any] | None:
+    rows = []
+    for item in listing(summary.get("sources")):
+        pool, chosen = finite(item.get("pool_rows")) or 0.0, finite(item.get("selected_rows")) or 0.0
+        rows.append({"name": str(item.get("source")), "pool": pool, "chosen": chosen})
+    rows = [row for row in rows if row["pool"] or row["chosen"]]
+    if not rows:
+        return None
+    all_pool, all_chosen = sum(row["pool"] for row in rows) or 1.0, sum(row["chosen"] for row in rows) or 1.0
+    rows.sort(key=lambda row: (-row["chosen"], -row["pool"], row["name"]))
+    if len(rows) > MAX_SOURCES:
+        tail = rows[MAX_SOURCES - 1 :]
+        rows = rows[: MAX_SOURCES - 1]
+        rows.append(
+            {
+                "name": f"{len(tail)} more sources",
+                "pool": sum(r["pool"] for r in tail),
+                "chosen": sum(r["chosen"] for r in tail),
+            }
+        )
+    widest = max(max(row["pool"] / all_pool, row["chosen"] / all_chosen) for row in rows)
+    lines = []
+    for row in rows:
+        a, b = row["pool"] / all_pool, row["chosen"] / all_chosen
+        lift = b / a if a else None
+        side = "" if lift is None else "over" if lift > 1.25 else "under" if lift < 0.8 else "even"
+        lines.append(
+            {
+                **row,
+                "pool_share": a,
+                "chosen_share": b,
+                "lift": lift,
+                "side": side,
+                "a": f"{100 * a / widest:.2f}%",
+                "b": f"{100 * b / widest:.2f}%",
+                "lift_text": _times(lift) if row["chosen"] else "none chosen",
+            }
+        )
+    named = [line for line in lines if line["lift"] is not None]
+    lead, none = "", sum(1 for line in lines if not line["chosen"])
+    if len(named) > 1:
+        most, least = (
+            max(named, key=lambda line: line["lift"]),
+            min(named, key=lambda line: (line["lift"], -line["pool"])),
+        )
+        if most["lift"] > 1.25:
+            lead = f"{most['name']} has {_times(most['lift'])[1:]} times the share that it has in the pool"
+            lead += f", {least['name']} {_times(least['lift'])[1:]} times." if least["chosen"] else "."
+        else:
+            lead = "The sources keep about the shares they have in the pool."
+        if none:
+            lead += f" {plural(none, 'source has', 'sources have')} no chosen row."
+    return {"rows": lines, "lead": lead}
+
+
+def examples_of(items: object) -> list[dict[str, Any]]:
+    result = []
+    for item in listing(items):
+        near = mapping(item.get("nearest"))
+        result.append(
+            {
+                "rank": count(finite(item.get("rank"))),
+                "score": number(finite(item.get("score"))),
+                "source": str(item.get("source") or ""),
+                "id": str(item.get("id") or ""),
+                "where": str(item.get("where") or ""),
+                "prompt": str(item.get("prompt") or ""),
+                "answer": str(item.get("answer") or ""),
+                "nearest": {
+                    "id": str(near.get("id") or ""),
+                    "similarity": number(finite(near.get("similarity"))),
+                    "prompt": str(near.get("prompt") or ""),
+                    "answer": str(near.get("answer") or ""),
+                }
+                if near
+                else None,
+            }
+        )
+    return result
+
+
+def _target(summary: Json, scores: Scores) -> dict[str, Any] | None:
+    target = mapping(summary.get("target"))
+    size_of = {str(item.get("name")): finite(item.get("rows")) for item in listing(target.get("subtasks"))}
+    serves = dict(scores.serves)
+    names = list(dict.fromkeys([*serves, *size_of]))
+    if not names or not sum(serves.values()):
+        return None
+    rows = sorted(
+        ({"name": name, "rows": size_of.get(name), "chosen": serves.get(name, 0)} for name in names),
+        key=lambda row: (-int(row["chosen"] or 0), str(row["name"])),
+    )
+    top = max(int(row["chosen"] or 0) for row in rows)
+    for row in rows:
+        row["width"] = f"{100 * int(row['chosen'] or 0) / top:.2f}%"
+    unserved = [str(row["name"]) for row in rows if not row["chosen"]]
+    served = [row for row in rows if row["chosen"]]
+    if len(rows) == 1:
+        lead = f"The target is one task, {rows[0]['name']}; all chosen rows serve it."
+    elif unserved:
+        lead = f"{len(unserved)} of the {len(rows)} subtasks {'is' if len(unserved) == 1 else 'are'} served by no chosen row."
+    else:
+        most, least = rows[0], rows[-1]
+        lead = (
+            f"Each of the {len(rows)} subtasks has rows chosen for it: most {most['name']} ({count(most['chosen'])}), "
+            f"fewest {least['name']} ({count(least['chosen'])})."
+        )
+    return {
+        "rows": served[:MAX_SUBTASKS],
+        "more": len(served[MAX_SUBTASKS:]),
+        "unserved": unserved,
+        "lead": lead,
+        "subtasks": len(rows),
+        "total": finite(target.get("rows")),
+    }
+
+
+def _quality(summary: Json, scores: Scores) -> dict[str, Any]:
+    pool = mapping(summary.get("pool"))
+    bad = [
+        (str(item.get("reason")), finite(item.get("count")) or 0.0, str(item.get("example") or ""))
+        for item in listing(pool.get("bad"))
+    ]
+    duplicates, cut_rows, cut_tokens = (
+        finite(pool.get(key)) or 0.0 for key in ("duplicates", "cut_rows", "cut_tokens")
+    )
+    unread = sum(n for _, n, _ in bad)
+    left_out = [(STATUS.get(name, name), n) for name, n in scores.status if name != "ok"]
+    parts = []
+    if unread:
+        parts.append(f"{plural(unread, 'row')} could not be used as {'it was' if unread == 1 else 'they were'}")
+    if duplicates:
+        parts.append(f"{plural(duplicates, 'row')} {'repeats' if duplicates == 1 else 'repeat'} another")
+    if cut_rows:
+        parts.append(f"{plural(cut_rows, 'row')} lost {plural(cut_tokens, 'token')} to the length limit")
+    lead = "; ".join(parts) + "." if parts else "No row was unreadable, none repeated another, and none was cut."
+    total = len(scores.selected)
+    steps = [("rows read", total), ("eligible", int(scores.eligible.sum())), ("chosen", int(scores.selected.sum()))]
+    return {
+        "lead": lead,
+        "bad": sorted(bad, key=lambda item: (-item[1], item[0])),
+        "left_out": left_out,
+        "steps": [{"name": name, "rows": n, "width": f"{max(0.4, 100 * n / max(1, total)):.2f}%"} for name, n in steps],
+    }
+
+
+def _provenance(summary: Json) -> dict[str, Any]:
+    found = []
+    for role in ("pool", "target"):
+        for item in listing(mapping(summary.get(role)).get("files")):
+            found.append(
+                {
+                    "role": role,
+                    "path": str(item.get("path")),
+                    "rows": count(finite(item.get("rows"))),
+                    "bytes": size(finite(item.get("bytes"))),
+                    "digest": str(item.get("digest") or ""),
+                }
+            )
+    weights = [finite(item.get("weight")) for item in listing(summary.get("checkpoints"))]
+    total = sum(weight for weight in weights if weight is not None and weight > 0)
+    checkpoints = [
+        {
+            "path": str(item.get("path")),
+            "step": count(finite(item.get("step"))),
+            "lr": number(finite(item.get("mean_lr"))),
+            "weight": percent(share_of(weight, total)),
+        }
+        for item, weight in zip(listing(summary.get("checkpoints")), weights, strict=True)
+    ]
+    seeds, versions = (
+        [(str(key), str(value)) for key, value in mapping(summary.get(name)).items()] for name in ("seeds", "versions")
+    )
+    verb = re.match(r"datatools ([a-z][a-z-]*)( |$)", str(summary.get("command") or ""))
+    return {
+        "files": found,
+        "checkpoints": checkpoints,
+        "seeds": seeds,
+        "versions": versions,
+        "command": str(summary.get("command") or ""),
+        "repeat": f"datatools {verb[1] if verb else 'select'} DIR/run.yaml",
+    }
+
+
+def model_section(summary: Json) -> dict[str, Any] | None:
+    model = mapping(summary.get("model"))
+    if not model.get("name"):
+        return None
+    seen = finite(model.get("seen_share"))
+    return {
+        "name": str(model["name"]),
+        "parameters": finite(model.get("parameters")),
+        "trainable": finite(model.get("trainable")),
+        "seen": seen,
+        "low": seen is not None and seen < SEEN_WARNING,
+        "unseen": [str(name) for name in model.get("unseen") or []],
+    }
+
+
+def build(summary: Json, scores: Scores) -> dict[str, Any]:
+    scored = scores.scored
+    rho = spearman(scores.score[scored], scores.supervised[scored].astype(np.float64))
+    method, meaning = method_of(summary)
+    formula = mapping(summary.get("formula"))
+    table = arms(mapping(summary.get("audit")), str(summary.get("method")))
+    best, worst = examples_of(summary.get("best")), examples_of(summary.get("worst"))
+    view: dict[str, Any] = {
+        "title": str(summary.get("title") or "Selection"),
+        "created": _date(str(summary.get("created") or "")),
+        "method": method,
+        "meaning": meaning or str(formula.get("text") or ""),
+        "formula": {
+            "name": str(formula.get("name") or "") if formula.get("name") != summary.get("method") else "",
+            "text": str(formula.get("text") or ""),
+            "notes": [str(note) for note in formula.get("notes") or []],
+        },
+        "model": model_section(summary),
+        "warnings": warnings_of(summary, rho),
+        "chosen": _chosen(summary, scores),
+        "trust": _trust(summary, table),
+        "audit": _audit(summary, table),
+        "cost": cost_section(summary),
+        "distribution": _distribution(scores),
+        "lengths": _lengths(scores, rho),
+        "sources": sources_section(summary),
+        "examples": [(name, rows) for name, rows in (("Best rows", best), ("Worst rows", worst)) if rows],
+        "target": _target(summary, scores),
+        "quality": _quality(summary, scores),
+        "provenance": _provenance(summary),
+    }
+    sections = (
+        ("audit", "Audit"),
+        ("cost", "Cost"),
+        ("distribution", "Scores"),
+        ("lengths", "Length"),
+        ("sources", "Sources"),
+        ("target", "Target"),
+        ("examples", "Rows"),
+        ("quality", "Data"),
+        ("provenance", "Provenance"),
+    )
+    view["nav"] = [(key, word) for key, word in sections if view[key]]
+    return view

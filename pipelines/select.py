@@ -1,0 +1,457 @@
+"""`datatools select`: a pool of rows, a few target rows and a model -> the rows worth training on, and why."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from datatools import Budget, Candidates, DataError, Selection, files, select
+from pipelines import checkpoints, methods, models, report
+from pipelines.config import DataConfig, SelectConfig
+from pipelines.data import Row
+from pipelines.methods import Context, Scored
+from pipelines.prepare import Rows, accept_growth, file_facts, prepare
+from pipelines.runs import Run, command_line, derive_seed, duration, peak_rss_bytes, rank, say, versions
+
+SHOWN_CHARACTERS = 600  # of a row's text in summary and report
+EXAMPLES = 10  # best and worst rows shown
+
+
+def run(config: SelectConfig) -> Path:
+    """Select, and write `selected.jsonl`, `selected.parquet`, `scores.parquet`, `summary.json` and `report.html` to `out`.
+
+    A run that was interrupted goes on where it stopped; a pool that has grown costs its new rows.
+    Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
+    """
+    Budget.parse(config.budget)  # a slip here must not cost a warm-up
+    if config.dry_run:
+        return _dry_run(config)
+    with Run(config.out, config, "select", overwrite=config.overwrite) as current:
+        context = _context(config, current)
+        with current.stage("cost"):
+            before = _estimate(context)
+        scored = methods.SCORERS[config.method](context)
+        if rank() != 0:
+            return config.out
+        with current.stage("select and write"):
+            selection = choose(context, scored)
+            summary = _write(context, scored, selection, before)
+        path = report.render(current.folder)
+    if rank() == 0:
+        from rich.console import Console
+
+        report.terminal(summary, Console(stderr=True))
+        say(f"report: {path}")
+    return config.out
+
+
+def _context(config: SelectConfig, current: Run) -> Context:
+    """Read and check everything, and compare it with what the run in this folder began with."""
+    folder = current.folder
+    with current.stage("read"):
+        tokenizer = models.load(config.model, tokenizer_only=True)
+        pool = prepare(
+            config.train, config.model, tokenizer.tokenizer, cache=current.path("inputs"), label="pool", folder=folder
+        )
+        target = None
+        if config.target:
+            wanted = DataConfig(paths=config.target, source_key=config.train.source_key)
+            target = prepare(wanted, config.model, tokenizer.tokenizer, cache=current.path("inputs"), label="target")
+    if grown := accept_growth(current, "data", pool):
+        say(f"{', '.join(grown)} has grown since the last run: only the new rows are computed")
+    facts: dict[str, Any] = {
+        "model": dict(tokenizer.digests),
+        "encoding": pool.encoder.fingerprint(),
+        "data": file_facts(pool),
+    }
+    if target is not None:
+        facts["target"] = file_facts(target)
+    current.check(facts)
+
+    @cache
+    def model() -> models.LoadedModel:
+        with current.stage("load model"):
+            return models.load(config.model)
+
+    return Context(config, current, pool, target, model)
+
+
+# ------------------------------------------------------------------------------------------------------------- cost
+
+
+def _estimate(context: Context) -> dict[str, Any]:
+    """Rows, tokens, seconds and bytes that the run will cost; seconds from a measured batch of median rows."""
+    config, pool, target = context.config, context.pool, context.target
+    unique = pool.unique()
+    pool_tokens = sum(int(pool.scan.tokens[i]) for i in unique.values())
+    target_tokens = target.tokens() if target is not None else 0
+    cost: dict[str, Any] = {"rows": int(pool.usable.sum()), "tokens": 0, "seconds": None, "bytes": 0}
+    if config.method == "less":
+        usable = int(pool.usable.sum())
+        rows = min(usable, max(config.warmup.minimum_rows, int(config.warmup.fraction * usable)))
+        if config.checkpoints:
+            stops, warm = len(checkpoints.find(config.checkpoints)), 0
+        else:
+            stops = config.warmup.epochs if config.warmup.max_steps is None else 1
+            stops = min(stops, config.warmup.checkpoints or stops)
+            warm = round(rows * config.warmup.epochs * pool.tokens() / max(1, usable))
+        gradients = (pool_tokens + target_tokens) * stops
+        bits = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4, "int1": 1}[config.features.dtype]
+        stored = len(unique) + (len(target.unique()) if target is not None else 0)
+        speed = methods.seconds_a_token(context)
+        cost |= {
+            "tokens": gradients + warm,
+            # a training token costs about a quarter more: LoRA runs beside its layer and padding is not sorted away
+            "seconds": speed * (gradients + 1.25 * warm),
+            "bytes": stored * stops * (config.projector.dim * bits // 8 + 8),
+        }
+    elif config.method in ("rds", "loss"):
+        speed = methods.seconds_a_token(context) / 2  # forward alone
+        tokens = pool_tokens + target_tokens
+        cost |= {"tokens": tokens, "seconds": speed * tokens}
+    seconds = f", about {duration(cost['seconds'])}" if cost["seconds"] is not None else ""
+    say(
+        f"cost: {cost['rows']:,} rows, {cost['tokens']:,} tokens through the model{seconds}, "
+        f"{cost['bytes'] / 1e6:,.1f} MB of features"
+    )
+    return cost
+
+
+def _dry_run(config: SelectConfig) -> Path:
+    """Everything up to the first gradient, in a folder that is thrown away; says what the run would cost."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="datatools-dry-run-") as scratch:
+        inner = config.model_copy(update={"out": Path(scratch) / "run", "overwrite": False})
+        with Run(inner.out, inner, "select") as current:
+            context = _context(inner, current)
+            _estimate(context)
+            budget = Budget.parse(config.budget).resolve(_candidates(context, None))
+            asked = f"{budget.rows} rows" if budget.rows is not None else f"{budget.tokens} tokens"
+            say(f"budget {config.budget}: {asked}")
+            for reason, count in sorted(Counter(bad.reason for bad in context.pool.bad).items()):
+                say(f"bad rows: {count} {reason}")
+    say("dry run: nothing was written; the same command without --dry-run does it")
+    return config.out
+
+
+# ----------------------------------------------------------------------------------------------------------- choose
+
+
+def _candidates(context: Context, scored: Scored | None) -> Candidates:
+    pool = context.pool
+    eligible = pool.usable.copy()
+    scores = None
+    if scored is not None:
+        for row in scored.status:
+            eligible[row] = False
+        if scored.scores.isfinite().any():
+            scores = torch.where(torch.from_numpy(eligible), scored.scores, 0.0)
+    return Candidates(
+        # rows of equal content tie by their id
+        keys=[f"{key} {identity}" for key, identity in zip(pool.keys, pool.pool.ids, strict=True)],
+        scores=scores,
+        sources=pool.pool.sources,
+        tokens=pool.scan.tokens,
+        supervised=pool.scan.supervised,
+        eligible=eligible,
+    )
+
+
+def choose(context: Context, scored: Scored) -> Selection:
+    """The selection of this run's method, budget and caps."""
+    config = context.config
+    candidates = _candidates(context, scored)
+    options: dict[str, Any] = {"seed": derive_seed(config.seed, "selection"), "max_per_source": config.max_per_source}
+    if config.method == "random":
+        return select("random", candidates, config.budget, **options)
+    if config.method == "random-length":
+        return random_as_long_as(candidates, _target_lengths(context), config.budget, **options)
+    if not scored.scores.isfinite().any():
+        raise DataError("no row of the pool has a finite score; see the statuses in scores.parquet")
+    return select("top_k", candidates, config.budget, **options)
+
+
+def _target_lengths(context: Context) -> Sequence[int]:
+    target = context.wanted
+    return [int(n) for n in target.scan.supervised[target.usable]]
+
+
+def random_as_long_as(candidates: Candidates, lengths: Sequence[int], budget: str, **options: Any) -> Selection:
+    """Rows at random with answers as long as `lengths`, those of rows that need not be in the pool."""
+    assert candidates.supervised is not None and candidates.tokens is not None
+    n, m = len(candidates), len(lengths)
+    wider = Candidates(  # the selector matches rows of its own candidates, so the wanted lengths join as rows nobody may take
+        keys=[*candidates.keys, *(f"~{i}" for i in range(m))],
+        sources=[*candidates.sources, *([""] * m)],
+        tokens=torch.cat([candidates.tokens, torch.ones(m, dtype=torch.int64)]),
+        supervised=torch.cat([candidates.supervised, torch.tensor(lengths, dtype=torch.int64)]),
+        eligible=torch.cat([candidates.eligible, torch.zeros(m, dtype=torch.bool)]),
+    )
+    resolved = Budget.parse(budget).resolve(candidates)  # a share of the pool, not of the pool and the target
+    asked = f"{resolved.rows}" if resolved.rows is not None else f"{resolved.tokens} tokens"
+    return select("random_length", wider, asked, reference=Selection(torch.arange(n, n + m)), **options)
+
+
+# ------------------------------------------------------------------------------------------------------------ write
+
+
+def _write(context: Context, scored: Scored, selection: Selection, before: Mapping[str, Any]) -> dict[str, Any]:
+    current, pool = context.run, context.pool
+    chosen = [int(i) for i in selection.indices]
+    why = _reasons(context, scored, selection)
+    with files.atomic_path(current.path("selected.jsonl")) as path, open(path, "wb") as out:
+        for index in chosen:
+            out.write(pool.pool.raw(index) + b"\n")
+    order = _ranking(pool, scored)
+    _write_table(current.path("scores.parquet"), _score_columns(context, scored, chosen, order))
+    _write_table(current.path("selected.parquet"), _selected_columns(context, scored, selection, order, why))
+    current.provenance["selection"] = {
+        "method": context.config.method,
+        "rows": len(chosen),
+        "keys_digest": files.digest("\n".join(pool.keys[i] for i in chosen).encode()),
+    }
+    summary = _summary(context, scored, selection, order, before)
+    files.write_json(current.path("summary.json"), summary)
+    return summary
+
+
+def _write_table(path: Path, columns: Mapping[str, Any]) -> None:
+    with files.atomic_path(path) as aside:
+        pq.write_table(pa.table(dict(columns)), aside, compression="zstd")
+
+
+def _ranking(pool: Rows, scored: Scored) -> dict[int, int]:
+    """Row -> rank by score, 1 the best; rows without a score have none."""
+    rows = [i for i in range(len(pool)) if pool.status[i] == "ok" and i not in scored.status and math.isfinite(scored.scores[i])]
+    rows.sort(key=lambda i: (-float(scored.scores[i]), pool.keys[i], pool.pool.ids[i]))
+    return {row: place for place, row in enumerate(rows, start=1)}
+
+
+def _status(pool: Rows, scored: Scored, index: int) -> str:
+    return scored.status.get(index, pool.status[index])
+
+
+def _nearest(context: Context, scored: Scored, index: int) -> tuple[Row, float] | None:
+    """The target row that this pool row is most similar to."""
+    if scored.similarity is None or context.target is None or not scored.similarity[index].isfinite().all():
+        return None
+    best = int(scored.similarity[index].argmax())
+    place = int(np.flatnonzero(context.target.usable)[best])
+    return context.target.pool[place], float(scored.similarity[index, best])
+
+
+def _score_columns(context: Context, scored: Scored, chosen: Sequence[int], order: Mapping[int, int]) -> dict[str, Any]:
+    pool = context.pool
+    n = len(pool)
+    rows = range(n)
+    taken = set(chosen)
+    columns: dict[str, Any] = {
+        "_id": pa.array([pool.pool.ids[i] for i in rows], pa.string()),
+        "_source": pa.array(pool.pool.sources, pa.string()),
+        "_file": pa.array([pool.pool.file(i) for i in rows], pa.string()),
+        "_line": pa.array([pool.pool.line(i) for i in rows], pa.int64()),
+        "_key": pa.array(pool.keys, pa.string()),
+        "_tokens": pa.array(pool.scan.tokens, pa.int32()),
+        "_supervised": pa.array(pool.scan.supervised, pa.int32()),
+        "_status": pa.array([_status(pool, scored, i) for i in rows], pa.string()),
+        "_score": _floats(scored.scores),
+        "_rank": pa.array([order.get(i) for i in rows], pa.int64()),
+        "_selected": pa.array([i in taken for i in rows], pa.bool_()),
+        "_norm": _floats(scored.norms) if scored.norms is not None else pa.nulls(n, pa.float32()),
+    }
+    nearest: list[str | None] = [None] * n
+    similarities: list[float | None] = [None] * n
+    if scored.similarity is not None and context.target is not None:
+        usable = np.flatnonzero(context.target.usable)
+        ids = [context.target.pool.ids[int(i)] for i in usable]
+        good = scored.similarity.isfinite().all(1)
+        best = scored.similarity.nan_to_num(-torch.inf).max(1)
+        for i in good.nonzero().flatten().tolist():
+            nearest[i], similarities[i] = ids[int(best.indices[i])], float(best.values[i])
+    columns["_nearest"] = pa.array(nearest, pa.string())
+    columns["_nearest_similarity"] = pa.array(similarities, pa.float32())
+    return columns | {f"subtask:{name}": _floats(values) for name, values in scored.subtasks.items()}
+
+
+def _floats(values: torch.Tensor) -> pa.Array:
+    """float32 with null where there is no number."""
+    return pa.array(values.numpy(), pa.float32(), mask=~values.isfinite().numpy())
+
+
+def _selected_columns(
+    context: Context, scored: Scored, selection: Selection, order: Mapping[int, int], why: Sequence[str]
+) -> dict[str, Any]:
+    """The rows' own columns as they were (nested ones as JSON where rows disagree on types), and ours."""
+    pool = context.pool
+    chosen = [int(i) for i in selection.indices]
+    parsed = [json.loads(pool.pool.raw(i).decode("utf-8", "replace").removeprefix("\ufeff")) for i in chosen]
+    names = dict.fromkeys(name for value in parsed for name in value if not name.startswith("_"))
+    columns: dict[str, Any] = {}
+    for name in names:
+        values = [value.get(name) for value in parsed]
+        try:
+            columns[name] = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
+            columns[name] = pa.array([None if v is None else json.dumps(v) for v in values], pa.string())
+    return columns | {
+        "_id": pa.array([pool.pool.ids[i] for i in chosen], pa.string()),
+        "_source": pa.array([pool.pool.sources[i] for i in chosen], pa.string()),
+        "_score": _floats(scored.scores[selection.indices]),
+        "_rank": pa.array([order.get(i) for i in chosen], pa.int64()),
+        "_weight": pa.array(selection.weights.numpy(), pa.float32()),
+        "_why": pa.array(list(why), pa.string()),
+    }
+
+
+def _reasons(context: Context, scored: Scored, selection: Selection) -> list[str]:
+    """One sentence a chosen row."""
+    reasons = []
+    for place, index in enumerate(int(i) for i in selection.indices):
+        near = _nearest(context, scored, index)
+        if near is not None:
+            reasons.append(f"most similar to target row {near[0].id} ({near[1]:.4f})")
+        elif selection.why is not None:
+            reasons.append(selection.why[place])
+        else:
+            reasons.append(f"score {float(scored.scores[index]):.6g}")
+    return reasons
+
+
+def _example(context: Context, scored: Scored, order: Mapping[int, int], index: int) -> dict[str, Any]:
+    row = context.pool.pool[index]
+    near = _nearest(context, scored, index)
+    return {
+        "rank": order[index],
+        "score": float(scored.scores[index]),
+        "source": row.source,
+        "id": row.id,
+        "where": context.pool.pool.where(index),
+        "prompt": _short(row.question),
+        "answer": _short(row.answer),
+        "nearest": None
+        if near is None
+        else {"id": near[0].id, "similarity": near[1], "prompt": _short(near[0].question), "answer": _short(near[0].answer)},
+    }
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+
+
+def _sources(pool: Rows, chosen: Sequence[int]) -> list[dict[str, Any]]:
+    all_rows = Counter(pool.pool.sources[int(i)] for i in np.flatnonzero(pool.usable))
+    taken = Counter(pool.pool.sources[i] for i in chosen)
+    total = sum(all_rows.values())
+    return [
+        {
+            "source": source,
+            "pool_rows": count,
+            "selected_rows": taken[source],
+            "pool_share": count / total,
+            "selected_share": taken[source] / max(1, len(chosen)),
+        }
+        for source, count in sorted(all_rows.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def _bad_counts(rows: Rows) -> list[dict[str, Any]]:
+    first: dict[str, str] = {}
+    for bad in rows.bad:
+        first.setdefault(bad.reason, f"{bad.file}:{bad.line}")
+    counts = Counter(bad.reason for bad in rows.bad)
+    return [{"reason": reason, "count": counts[reason], "example": where} for reason, where in sorted(first.items())]
+
+
+def _warnings(context: Context, scored: Scored, chosen: Sequence[int]) -> list[str]:
+    pool, found = context.pool, list(context.run.warnings)
+    share = scored.coverage.get("seen_share", 1.0)
+    if share < 0.5:
+        found.append(
+            f"only {share:.1%} of the trainable parameters are seen; features.method=loop sees all of them, slowly"
+        )
+    texts = Counter(pool.keys[i] for i in chosen)
+    repeated = sum(count - 1 for count in texts.values())
+    if repeated:
+        found.append(f"{repeated} chosen rows repeat the content of another chosen row; --dedup exact leaves them out")
+    dead = Counter(scored.status.values())
+    found += [f"{count} rows have status {status} and were not scored" for status, count in sorted(dead.items())]
+    if pool.scan.flags.get("control_token_in_text"):
+        found.append(f"{pool.scan.flags['control_token_in_text']} rows hold the template's control tokens in their text")
+    return found
+
+
+def _summary(
+    context: Context, scored: Scored, selection: Selection, order: Mapping[int, int], before: Mapping[str, Any]
+) -> dict[str, Any]:
+    config, current, pool = context.config, context.run, context.pool
+    chosen = [int(i) for i in selection.indices]
+    ranked = list(order)
+    target = context.target
+    scored_text = dict(scored.formula)
+    stages = [dict(stage) for stage in current.stages]
+    names, groups = methods.subtask_groups(target) if target is not None else ([], torch.zeros(0, dtype=torch.int64))
+    model: dict[str, Any] = {"name": config.model.name}
+    if config.method not in ("random", "random-length", "tfidf"):
+        loaded = context.model().model
+        model["parameters"] = sum(p.numel() for p in loaded.parameters())
+    return {
+        "title": f"{len(chosen):,} of {len(pool):,} rows",
+        "command": command_line(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "method": config.method,
+        "formula": {
+            "name": scored_text.get("name", config.method),
+            "text": scored_text.get("text", ""),
+            "notes": [f"update: {scored_text['settings']}"] if "settings" in scored_text else [],
+        },
+        "model": model | scored.coverage,
+        "warnings": _warnings(context, scored, chosen),
+        "cost": {
+            "before": dict(before),
+            "after": {
+                "rows": int(pool.usable.sum()),
+                "tokens": scored.tokens,
+                "seconds": sum(float(stage["seconds"]) for stage in stages),
+                "bytes": scored.feature_bytes,
+                "peak_rss_bytes": peak_rss_bytes(),
+            },
+            "stages": stages,
+        },
+        "pool": {
+            "rows": len(pool),
+            "tokens": pool.tokens(),
+            "supervised_tokens": int(pool.scan.supervised[pool.usable].sum()),
+            "files": [{"path": f.path, "rows": f.rows, "bytes": f.bytes, "digest": f.digest} for f in pool.pool.files],
+            "bad": _bad_counts(pool),
+            "duplicates": len(pool.twins),
+            "cut_tokens": int(pool.scan.cut.sum()),
+            "cut_rows": int((pool.scan.cut > 0).sum()),
+        },
+        "target": None
+        if target is None
+        else {
+            "rows": int(target.usable.sum()),
+            "files": [{"path": f.path, "rows": f.rows, "bytes": f.bytes, "digest": f.digest} for f in target.pool.files],
+            "subtasks": [{"name": name, "rows": int((groups == i).sum())} for i, name in enumerate(names)],
+        },
+        "budget": {"asked": config.budget, "rows": len(chosen), "tokens": int(pool.scan.tokens[chosen].sum())},
+        "sources": _sources(pool, chosen),
+        "best": [_example(context, scored, order, i) for i in ranked[:EXAMPLES]],
+        "worst": [_example(context, scored, order, i) for i in ranked[::-1][:EXAMPLES]],
+        "checkpoints": scored.checkpoints,
+        "seeds": {"seed": config.seed},
+        "versions": versions(),
+        "audit": None,
+    }

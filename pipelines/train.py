@@ -1,0 +1,107 @@
+"""`datatools train`: a model, rows, and any optimizer of the suite -> an adapter (or a whole model)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datatools import files
+from pipelines import models, trainer
+from pipelines.config import LoraConfig, TrainConfig, TrainingConfig
+from pipelines.prepare import Rows, file_facts, prepare
+from pipelines.runs import Run, derive_seed, progress, rank, say
+from pipelines.trainer import Trained
+
+
+def run(config: TrainConfig) -> Path:
+    """Train, and write `adapter/` (or `model/`), `metrics.jsonl` and checkpoints to `out`; a killed run goes on.
+
+    Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
+    """
+    with Run(config.out, config, "train", overwrite=config.overwrite) as current:
+        with current.stage("read"):
+            tokenizer = models.load(config.model, tokenizer_only=True)
+            rows = prepare(
+                config.data, config.model, tokenizer.tokenizer, cache=current.path("inputs"), label="data",
+                folder=current.folder,
+            )
+        current.check(
+            {"model": dict(tokenizer.digests), "encoding": rows.encoder.fingerprint(), "data": file_facts(rows)}
+        )
+        chosen = np.flatnonzero(rows.usable).tolist()
+        steps = trainer.planned_steps(len(chosen), config.training)
+        tokens = rows.tokens() * config.training.epochs
+        say(f"{len(chosen):,} rows, {tokens:,} tokens in {config.training.epochs} epochs, {steps:,} optimizer steps")
+        if config.dry_run:
+            models.load(config.model)
+            say("dry run: data and model load; nothing was trained")
+            return config.out
+        done = current.path("adapter" if config.lora is not None else "model")
+        if (done / trainer.COMPLETE).is_file():
+            say(f"already trained: {done}")
+            return config.out
+        with current.stage("load model"):
+            loaded = models.load(config.model)
+        with current.stage("train"), progress("training", steps, "steps") as bar:
+            module = trainable(loaded.model, config.lora, seed=config.seed)
+            result = trainer.fit(
+                module, rows.item, chosen, config.training, current.path("checkpoints"),
+                seed=derive_seed(config.seed, "training"), save=config.save_steps or "epoch", advance=bar.advance,
+            )
+        if rank() == 0:
+            _save(module, loaded, result, done, current)
+            say(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}; saved {done}")
+    return config.out
+
+
+def trainable(model: Any, lora: LoraConfig | None, *, seed: int) -> Any:
+    """The module whose parameters train: `model` with fresh adapters, or all of `model`."""
+    if lora is not None:
+        return models.add_lora(model, lora, seed=derive_seed(seed, "lora"))
+    return model.requires_grad_(True)
+
+
+def _save(module: Any, loaded: models.LoadedModel, result: Trained, done: Path, current: Run) -> None:
+    files.make_folder(done)
+    module.save_pretrained(done)
+    if done.name == "model":
+        loaded.tokenizer.save_pretrained(done)
+    trainer.mark_complete(done)
+    lines = [
+        f'{{"step": {step}, "loss": {value:.6f}, "learning_rate": {rate:.8g}}}'
+        for step, (value, rate) in enumerate(zip(result.losses, result.learning_rates, strict=True), start=1)
+    ]
+    files.write_text(current.path("metrics.jsonl"), "\n".join(lines) + "\n")
+
+
+def train_adapter(
+    loaded: models.LoadedModel,
+    rows: Rows,
+    chosen: Sequence[int],
+    recipe: TrainingConfig,
+    lora: LoraConfig,
+    folder: Path,
+    *,
+    seed: int,
+    label: str,
+) -> None:
+    """Train fresh adapters on `chosen` rows and save them in `folder`; does nothing where that is already done."""
+    if trainer.is_complete(folder):
+        return
+    steps = trainer.planned_steps(len(chosen), recipe)
+    module = trainable(loaded.model, lora, seed=seed)
+    try:
+        with progress(label, steps, "steps") as bar:
+            result = trainer.fit(
+                module, rows.item, list(chosen), recipe, folder, seed=derive_seed(seed, "training"), advance=bar.advance
+            )
+        files.make_folder(folder)
+        module.save_pretrained(folder)
+        trainer.mark_complete(folder)
+    finally:
+        module.unload()
+        models.forget_adapters(loaded.model)
+    say(f"{label}: loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} ({result.steps} steps, {result.tokens:,} tokens)")

@@ -1,0 +1,245 @@
+"""The training loop: `transformers.Trainer`, subclassed once.
+
+Checkpoints, resume, accelerate and logging are the Trainer's. What differs: the optimizer is one of `optim`'s, built from
+named parameters so that its saved state has names; the loss sees only supervised positions; a step's rows are split by
+length into micro-batches of a token budget; and a checkpoint counts only once `complete.json` (sizes and hashes, written
+last) stands in it, so that a run killed inside a save continues from the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+import optim
+from datatools import DataError, UsageError, files, token_batches
+from pipelines.config import TrainingConfig
+from pipelines.models import collate, token_losses
+
+COMPLETE = "complete.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training run did: optimizer steps, and the loss (mean over supervised tokens) and learning rate of each."""
+
+    steps: int
+    losses: list[float]
+    learning_rates: list[float]
+    tokens: int
+
+
+class DataTrainer(Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` with the suite's optimizer and schedule. The batch of the Trainer is the optimizer's whole step.
+
+    observe: called after each optimizer step with (step, row indices of the step); it must not change anything.
+    """
+
+    loss_is_scaled_for_ga = True  # `training_step` divides by the tokens of the whole step itself
+
+    def __init__(
+        self,
+        *,
+        recipe: TrainingConfig,
+        observe: Callable[[int, Sequence[int]], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.recipe, self.observe = recipe, observe
+        self.seen_tokens = 0
+        super().__init__(**kwargs)
+        self.remove_callback(PrinterCallback)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that the recipe names, over the parameters that train."""
+        if self.optimizer is None:
+            module = self.model if model is None else model
+            trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+            try:
+                self.optimizer = optim.create(
+                    self.recipe.optimizer,
+                    trainable,
+                    lr=self.recipe.learning_rate,
+                    weight_decay=self.recipe.weight_decay,
+                    **self.recipe.optimizer_options,
+                )
+            except (ValueError, TypeError) as error:
+                raise UsageError(f"training.optimizer: {error}") from error
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule that the recipe names, as a `LambdaLR`.
+
+        Step k = 1..T has the factor at k of T + 1: a short run wastes neither its first step nor its last on rate 0.
+        """
+        if self.lr_scheduler is None:
+            warmup = math.ceil(self.recipe.warmup_ratio * num_training_steps)
+            try:
+                factor = optim.schedule(self.recipe.schedule, total_steps=num_training_steps + 1, warmup_steps=warmup)
+            except (ValueError, TypeError) as error:
+                raise UsageError(f"training.schedule: {error}") from error
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: factor(step + 1))
+        return self.lr_scheduler
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Gradients of the mean loss over the step's supervised tokens, micro-batch by micro-batch; that loss, detached."""
+        model.train()
+        rows = inputs.pop("rows")
+        items = inputs["items"]
+        supervised = sum(sum(label != -100 for label in labels[1:]) for _, labels in items)
+        if supervised == 0:
+            raise DataError(f"training: none of the rows {rows[:5]} of this step has a supervised token")
+        total = 0.0
+        for group in token_batches([len(ids) for ids, _ in items], self.recipe.micro_tokens):
+            batch = {key: tensor.to(self.args.device) for key, tensor in collate([items[i] for i in group]).items()}
+            losses, _ = token_losses(model, batch)
+            loss = losses.sum() / supervised
+            self.accelerator.backward(loss)
+            total += float(loss.detach())
+            self.seen_tokens += int(sum(len(items[i][0]) for i in group))
+        if not math.isfinite(total):
+            raise DataError(
+                f"training: the loss of step {self.state.global_step + 1} is {total}, rows {rows[:5]}; "
+                f"lower training.learning_rate (now {self.recipe.learning_rate:g}) or look at these rows"
+            )
+        if self.observe is not None:
+            self.observe(self.state.global_step + 1, rows)
+        return torch.tensor(total, device=self.args.device)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            mark_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+
+def mark_complete(folder: Path) -> None:
+    """Write `complete.json`: size and hash of every file in the checkpoint. Its presence is what makes one valid."""
+    found = {p.name: [p.stat().st_size, files.digest_file(p)] for p in sorted(folder.iterdir()) if p.name != COMPLETE}
+    files.write_json(folder / COMPLETE, found)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file that `complete.json` lists is there, byte for byte."""
+    if not (folder / COMPLETE).is_file():
+        return False
+    listed: Mapping[str, Sequence[Any]] = files.read_json(folder / COMPLETE)
+    return all(
+        (folder / name).is_file()
+        and (folder / name).stat().st_size == size
+        and files.digest_file(folder / name) == digest
+        for name, (size, digest) in listed.items()
+    )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The valid checkpoints in `folder`, oldest first; damaged ones are renamed `*.broken` and never used."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit():
+            if is_complete(path):
+                found.append((int(step), path))
+            else:
+                files.move(path, path.with_name(path.name + ".broken"))
+    return [path for _, path in sorted(found)]
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, advance: Callable[[int], Any] | None) -> None:
+        self.advance = advance
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.advance is not None:
+            self.advance(1)
+
+
+class _Rows(torch.utils.data.Dataset[dict[str, Any]]):
+    def __init__(self, encode: Callable[[int], tuple[list[int], list[int]]], rows: Sequence[int]) -> None:
+        self.encode, self.rows = encode, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"row": self.rows[i], "item": self.encode(self.rows[i])}
+
+
+def _gather(items: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"rows": [item["row"] for item in items], "items": [item["item"] for item in items]}
+
+
+def planned_steps(rows: int, recipe: TrainingConfig) -> int:
+    """Optimizer steps of a run over `rows` rows."""
+    steps = math.ceil(rows / recipe.batch_size) * recipe.epochs
+    return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
+
+
+def fit(
+    model: Any,
+    encode: Callable[[int], tuple[list[int], list[int]]],
+    rows: Sequence[int],
+    recipe: TrainingConfig,
+    folder: Path,
+    *,
+    seed: int,
+    save: int | str | None = None,
+    advance: Callable[[int], Any] | None = None,
+    observe: Callable[[int, Sequence[int]], None] | None = None,
+) -> Trained:
+    """Train `model`'s trainable parameters in place on `rows`; `encode(row)` gives (input_ids, labels).
+
+    save: "epoch", a number of steps, or None for no checkpoint. With checkpoints in `folder`, training continues from the
+    newest valid one, bit for bit as if it had not stopped.
+    Raises: DataError for a non-finite loss; UsageError for an unknown optimizer or schedule.
+    """
+    if not rows:
+        raise DataError("training: there are no rows to train on")
+    strategy = "no" if save is None else "epoch" if save == "epoch" else "steps"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=recipe.batch_size,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        learning_rate=recipe.learning_rate,
+        max_grad_norm=recipe.gradient_clip or 0.0,
+        save_strategy=strategy,
+        save_steps=save if isinstance(save, int) else 500,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed % 2**32,
+        data_seed=seed % 2**32,
+    )
+    trainer = DataTrainer(
+        recipe=recipe,
+        observe=observe,
+        model=model,
+        args=arguments,
+        train_dataset=_Rows(encode, rows),
+        data_collator=_gather,
+        callbacks=[_Progress(advance)],
+    )
+    valid = checkpoints(folder) if save is not None and folder.is_dir() else []
+    if valid and advance is not None:
+        advance(int(valid[-1].name.removeprefix("checkpoint-")))
+    trainer.train(resume_from_checkpoint=str(valid[-1]) if valid else None)
+    model.eval()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return Trained(
+        steps=trainer.state.global_step,
+        losses=[entry["loss"] for entry in logged],
+        learning_rates=[entry["learning_rate"] for entry in logged],
+        tokens=trainer.seen_tokens,
+    )

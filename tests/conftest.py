@@ -1,0 +1,95 @@
+"""Options, fixtures and the final counts that all tests share."""
+
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # helpers are imported as tests.<...>, however pytest is started
+
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, database=None)
+settings.register_profile(
+    "nightly",
+    deadline=None,
+    max_examples=2000,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def shared_folder() -> Path:
+    """Where data and reference numbers that are not part of the repository lie."""
+    return Path(os.environ.get("DATATOOLS_SHARED", REPOSITORY.parent / "shared"))
+
+
+def golden_folder(config: pytest.Config) -> Path:
+    """The folder of reference numbers: `--golden-dir`, or `golden` of the shared folder."""
+    given = config.getoption("--golden-dir")
+    return Path(given) if given else shared_folder() / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden-dir",
+        metavar="DIR",
+        help="reference numbers to compare with: folders with a manifest.json (default: ../shared/golden)",
+    )
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    folder = shared_folder()
+    if not folder.is_dir():
+        pytest.skip(f"no shared folder at {folder} (set DATATOOLS_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_dir(pytestconfig: pytest.Config) -> Path:
+    folder = golden_folder(pytestconfig)
+    if not folder.is_dir():
+        pytest.skip(f"no golden folder at {folder} (pass --golden-dir DIR)")
+    return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The counts of the optimizer battery and of the golden cases: what was held, and what was left out and why."""
+    battery: Counter[str] = Counter()
+    excepted: dict[str, list[str]] = {}
+    golden: Counter[str] = Counter()
+    not_built: Counter[str] = Counter()
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            marks = dict(getattr(report, "user_properties", []))
+            if "battery" in marks:
+                if "excepted" in marks:
+                    excepted.setdefault(marks["excepted"], []).append(marks["battery"])
+                else:
+                    battery[outcome] += 1
+            if "golden" in marks:
+                if "not_built" in marks:
+                    not_built[marks["not_built"]] += 1
+                else:
+                    golden[outcome] += 1
+    if battery or excepted:
+        left_out = sum(len(cells) for cells in excepted.values())
+        total = sum(battery.values()) + left_out
+        terminalreporter.section("optimizer battery")
+        terminalreporter.write_line(
+            f"rule x property: {total} = {battery['passed']} held, {battery['failed'] + battery['error']} failed, "
+            f"{battery['skipped']} skipped, {left_out} exceptions ({100 * left_out / total:.1f} %)"
+        )
+        for reason, cells in sorted(excepted.items()):
+            terminalreporter.write_line(f"  exception: {', '.join(sorted(cells))}: {reason}")
+    if golden or not_built:
+        terminalreporter.section("golden cases")
+        terminalreporter.write_line(
+            f"{golden['passed']} held, {golden['failed'] + golden['error']} failed, {golden['skipped']} skipped, "
+            f"{sum(not_built.values())} of optimizers and schedules that are not built yet"
+        )
+        if not_built:
+            terminalreporter.write_line("  not built: " + ", ".join(f"{k} ({n})" for k, n in sorted(not_built.items())))

@@ -1,0 +1,272 @@
+"""Golden cases: problems, builders of the optimizers under test, comparison. Formats: tests/golden/README.md."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optim import AdamWRule, LionRule, MuonRule, Optimizer, SGDRule
+
+Named = list[tuple[str, torch.nn.Parameter]]
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class NotBuilt(Exception):
+    """The case is of an optimizer that the suite does not have yet; the argument is its name."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a manifest."""
+
+    folder: Path
+    entry: dict[str, Any]
+    problem: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return f"{self.folder.name}:{self.entry['case']}"
+
+
+def cases(root: Path) -> Iterator[Case]:
+    """Every case of every ``root/*/manifest.json``, whatever its optimizer."""
+    for path in sorted(root.glob("*/manifest.json")):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        for entry in manifest.get("cases", []):
+            problem = manifest.get("problems", {}).get(entry.get("problem"), {})
+            yield Case(path.parent, entry, problem)
+
+
+@cache
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as stored:
+        return {key: stored[key] for key in stored.files}
+
+
+# ---------------------------------------------------------------------------------------------------------- problems
+
+
+def set_recorded(inputs: dict[str, np.ndarray], t: int, named: Named) -> None:
+    """Recorded gradients of step t; none where has_grad says so."""
+    for name, p in named:
+        present = f"has_grad/{name}" not in inputs or bool(inputs[f"has_grad/{name}"][t])
+        p.grad = torch.tensor(inputs[f"grad/{name}"][t], dtype=p.dtype) if present else None
+
+
+def loss_softmax_rosen(inputs: dict[str, np.ndarray], p: dict[str, Tensor]) -> Tensor:
+    x = torch.as_tensor(inputs["X"]).to(p["W"].dtype)
+    logits = x @ p["W"].T + p["b"]
+    r0, r1 = p["r"]
+    rosenbrock = (1 - r0) ** 2 + 10 * (r1 - r0**2) ** 2
+    return torch.nn.functional.cross_entropy(logits, torch.as_tensor(inputs["y"])) + 0.05 * rosenbrock
+
+
+def loss_convnet(inputs: dict[str, np.ndarray], p: dict[str, Tensor]) -> Tensor:
+    dtype = p["K"].dtype
+    h = torch.tanh(torch.nn.functional.conv2d(torch.as_tensor(inputs["X"]).to(dtype), p["K"], p["kb"])).flatten(1)
+    return ((h @ p["V"].T - torch.as_tensor(inputs["t"]).to(dtype)) ** 2).mean()
+
+
+def loss_regression(inputs: dict[str, np.ndarray], p: dict[str, Tensor]) -> Tensor:
+    x, y = (torch.as_tensor(inputs[k]).to(p["W"].dtype) for k in "XY")
+    return 0.5 / len(x) * ((x @ p["W"].T - y) ** 2).sum()
+
+
+LOSSES: dict[str, Callable[[dict[str, np.ndarray], dict[str, Tensor]], Tensor]] = {
+    "softmax_rosen": loss_softmax_rosen,
+    "convnet": loss_convnet,
+    "P2": loss_regression,
+}
+
+
+def run(case: Case, build: Callable[[dict[str, Any], Named], Optimizer]) -> tuple[dict[str, Tensor], list[float]]:
+    """The trajectory name -> [steps + 1, *shape] in float64, and the loss before each step (empty if recorded)."""
+    entry, matrix_family = case.entry, "hyper_parameters" in case.entry
+    kind = entry["problem"] if matrix_family else case.problem["kind"]
+    file = f"problem_{entry['problem']}.npz" if matrix_family else case.problem["file"]
+    dtype = DTYPES[entry["param_dtype" if matrix_family else "dtype"]]
+    inputs = arrays(case.folder / file)
+    names = list(entry["parameters"] if matrix_family else entry["params"])
+    named: Named = [(n, torch.nn.Parameter(torch.tensor(inputs[f"init/{n}"], dtype=dtype))) for n in names]  # copies
+    optimizer = build(entry, named)
+    steps = entry.get("steps") or len(next(iter(golden(case).values()))) - 1
+    base = [group["lr"] for group in optimizer.param_groups]
+    path = {n: [p.detach().double().clone()] for n, p in named}
+    losses: list[float] = []
+    for t in range(steps):
+        if kind in LOSSES:
+            optimizer.zero_grad()
+            loss = LOSSES[kind](inputs, dict(named))
+            loss.backward()
+            losses.append(loss.item())
+        else:
+            set_recorded(inputs, t, named)
+        for group, lr in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = lr * (entry["lr_mult"][t] if entry.get("lr_mult") else 1.0)
+        optimizer.step()
+        for n, p in named:
+            path[n].append(p.detach().double().clone())
+    return {n: torch.stack(steps_of) for n, steps_of in path.items()}, losses
+
+
+def golden(case: Case) -> dict[str, Tensor]:
+    """The stored trajectory name -> [steps + 1, *shape]."""
+    stored = arrays(case.folder / case.entry["file"])
+    if "hyper_parameters" in case.entry:
+        return {n: torch.as_tensor(stored[f"param/{n}"]) for n in case.entry["parameters"]}
+    return {n: torch.as_tensor(stored[f"{case.entry['case']}/params/{n}"]) for n in case.entry["params"]}
+
+
+# ---------------------------------------------------------------------------------------------------------- builders
+
+
+def by_groups(
+    entry: dict[str, Any], named: Named, rule_of: Callable[[dict[str, Any]], Any], decay_of: Any = None
+) -> Optimizer:
+    """An optimizer with the param groups of an Adam-family case; rule_of makes the rule of a group's settings."""
+    at = dict(named)
+    groups = []
+    for given in entry["param_groups"] or [{"params": entry["params"]}]:
+        settings = entry["hyper"] | {k: v for k, v in given.items() if k != "params"}
+        decay = settings.get("weight_decay", 0.0)
+        if decay_of is not None:
+            decay = decay_of(settings)
+        groups.append({"params": [(n, at[n]) for n in given["params"]], "rule": rule_of(settings), "lr": settings["lr"],
+                       "weight_decay": decay})
+    return Optimizer(groups, groups[0]["rule"], lr=groups[0]["lr"])
+
+
+def only(settings: dict[str, Any], *known: str) -> dict[str, Any]:
+    """The settings without lr and decay; an unknown one that is switched on is an optimizer that is not built."""
+    rest = {k: v for k, v in settings.items() if k not in ("lr", "weight_decay")}
+    for key, value in rest.items():
+        if key not in known and value not in (None, False):
+            raise NotBuilt(f"setting {key}")
+    return {k: v for k, v in rest.items() if k in known}
+
+
+def adamw(entry: dict[str, Any], named: Named) -> Optimizer:
+    return by_groups(entry, named, lambda s: AdamWRule(**only(s, "betas", "eps", "amsgrad")))
+
+
+def sgd(entry: dict[str, Any], named: Named) -> Optimizer:
+    return by_groups(entry, named, lambda s: SGDRule(**only(s, "momentum", "dampening", "nesterov")))
+
+
+def lion(entry: dict[str, Any], named: Named) -> Optimizer:
+    def decay(settings: dict[str, Any]) -> float:  # lucidrains divides by the constructor's learning rate
+        return settings["weight_decay"] / (entry["hyper"]["lr"] if settings.get("decoupled_weight_decay") else 1.0)
+
+    return by_groups(entry, named, lambda s: LionRule(**only(s | {"decoupled_weight_decay": None}, "betas")), decay)
+
+
+def matrices_and_rest(entry: dict[str, Any], named: Named, muon: dict[str, Any], rest: dict[str, Any]) -> Optimizer:
+    split = {kind: [(n, p) for n, p in named if (entry["parameters"][n] == "muon") == (kind == "muon")]
+             for kind in ("muon", "rest")}
+    groups = [settings | {"params": split[kind]} for kind, settings in (("muon", muon), ("rest", rest)) if split[kind]]
+    return Optimizer(groups, groups[0]["rule"], lr=groups[0]["lr"])
+
+
+def ns_dtype(entry: dict[str, Any]) -> str:
+    return "param" if entry["newton_schulz_dtype"] == entry["param_dtype"] else entry["newton_schulz_dtype"]
+
+
+def coefficients(hyper: dict[str, Any]) -> tuple[tuple[float, float, float], ...]:
+    given = hyper["ns_coefficients"]
+    return tuple(tuple(t) for t in given) if isinstance(given[0], list) else (tuple(given),)  # type: ignore[return-value]
+
+
+def muon(entry: dict[str, Any], named: Named) -> Optimizer:
+    """Keller Jordan's code, or torch.optim.Muon."""
+    h = entry["hyper_parameters"]
+    common = {"momentum_form": "ema", "ns_steps": h["ns_steps"], "ns_eps": h["eps"], "ns_dtype": ns_dtype(entry),
+              "nesterov": h["nesterov"], "ns_coefficients": coefficients(h)}
+    if "adjust_lr_fn" in h:  # torch
+        rule = MuonRule(**common, momentum=h["momentum"], scale=h["adjust_lr_fn"] or "original", ns_form="torch")
+        return matrices_and_rest(entry, named, {"rule": rule, "lr": h["lr"], "weight_decay": h["weight_decay"]}, {})
+    rule = MuonRule(**common, momentum=h["muon"]["momentum"], scale="original", conv_scale="kernel")
+    adam = h.get("adam", {"lr": 0.0, "weight_decay": 0.0, "betas": (0.9, 0.95), "eps": 1e-10})
+    adam_rule = AdamWRule(betas=adam["betas"], eps=adam["eps"])
+    return matrices_and_rest(
+        entry,
+        named,
+        {"rule": rule, "lr": h["muon"]["lr"], "weight_decay": h["muon"]["weight_decay"]},
+        {"rule": adam_rule, "lr": adam["lr"], "weight_decay": adam["weight_decay"]},
+    )
+
+
+def moonlight(entry: dict[str, Any], named: Named) -> Optimizer:
+    h = entry["hyper_parameters"]
+    rule = MuonRule(momentum=h["momentum"], nesterov=h["nesterov"], ns_steps=h["ns_steps"], ns_eps=h["eps"],
+                    ns_dtype=ns_dtype(entry))
+    rest = AdamWRule(betas=h["adamw_betas"], eps=h["adamw_eps"], eps_before_correction=True)
+    shared = {"lr": h["lr"], "weight_decay": h["wd"]}
+    return matrices_and_rest(entry, named, {"rule": rule, **shared}, {"rule": rest, **shared})
+
+
+def dion(entry: dict[str, Any], named: Named) -> Optimizer:
+    h = entry["hyper_parameters"]
+    scale = {"spectral_norm": "spectral_norm", "rms_norm": "match_rms_adamw", None: "none"}[h["adjust_lr"]]
+    table = "polar_express" if h["use_polar_express"] else "dion"
+    rule = MuonRule(momentum=h["mu"], nesterov=h["nesterov"], scale=scale, cautious_decay=h["cautious_wd"],
+                    ns_coefficients=table, ns_eps=h["epsilon"], ns_dtype=ns_dtype(entry))
+    return matrices_and_rest(entry, named, {"rule": rule, "lr": h["lr"], "weight_decay": h["weight_decay"]}, {})
+
+
+BUILDERS: dict[str, Callable[[dict[str, Any], Named], Optimizer]] = {
+    "AdamW": adamw,
+    "SGD": sgd,
+    "Lion": lion,
+    "muon": muon,
+    "muon_moonlight": moonlight,
+    "muon_dion": dion,
+}
+"""Golden optimizer -> how this suite makes it; a case of any other is reported as not built yet."""
+
+
+# -------------------------------------------------------------------------------------------------------- comparison
+
+
+def compare(case: Case, got: dict[str, Tensor], losses: list[float]) -> None:
+    """Assert the manifest's tolerance."""
+    want, tolerance = golden(case), case.entry["tolerance"]
+    if "increment_rel_rms" in tolerance:
+        compare_increments(case, got, want, losses)
+        return
+    for name, reference in want.items():
+        torch.testing.assert_close(
+            got[name], reference, rtol=tolerance["rtol"], atol=tolerance["atol"],
+            msg=lambda m, name=name: f"{case.id}, {name}, against {case.entry['reference']}\n{m}",
+        )
+    stored = arrays(case.folder / case.entry["file"])
+    want_losses = stored.get(f"{case.entry['case']}/loss", stored.get("loss"))
+    if losses and want_losses is not None:
+        assert np.allclose(losses, want_losses, rtol=max(1e-6, 10 * tolerance["rtol"])), f"{case.id}: losses"
+
+
+def compare_increments(case: Case, got: dict[str, Tensor], want: dict[str, Tensor], losses: list[float]) -> None:
+    """bfloat16 Newton-Schulz, as the manifest's `how` says: increments of the matrices, the rest element by element."""
+    tolerance = case.entry["tolerance"]
+    regression = case.entry["problem"] == "P2"
+    for name, reference in want.items():
+        if name.startswith("rank1_"):
+            continue  # bfloat16 noise in the null space becomes part of the update
+        if case.entry["parameters"][name] != "muon":
+            torch.testing.assert_close(got[name], reference, rtol=1e-5, atol=1e-7, msg=lambda m: f"{case.id}\n{m}")
+            continue
+        a, b = got[name].diff(dim=0), reference.diff(dim=0)
+        if regression:
+            a, b = a[:1], b[:1]
+        rms = float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
+        top = float((a - b).abs().max() / b.abs().max())
+        assert rms <= tolerance["increment_rel_rms"], f"{case.id}, {name}: increments differ by {rms:.3f} (rms)"
+        assert top <= tolerance["increment_rel_max"], f"{case.id}, {name}: increments differ by {top:.3f} (max)"
+    if regression:
+        reference_loss = float(arrays(case.folder / case.entry["file"])["loss"][-1])
+        assert abs(losses[-1] - reference_loss) <= 0.1 * abs(reference_loss), f"{case.id}: loss {losses[-1]}"

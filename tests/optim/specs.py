@@ -1,0 +1,233 @@
+"""The table that the battery runs over: one `OptimSpec` a rule, and the exceptions with their reasons.
+
+To put a new optimizer under all properties of `tests/optim/properties*.py`: write ``tests/reference/<name>.py`` (float64
+numpy, from the paper) and add an entry here. Nothing else.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim import RULES, UpdateRule
+from tests.reference import adamw, lion, muon, sgd
+
+Hyper = dict[str, Any]
+Shape = tuple[int, ...]
+
+
+def direction(rule: UpdateRule, *grads: Tensor) -> Tensor:
+    """The direction of the last gradient, from a fresh state through the others."""
+    param = torch.ones_like(grads[0])
+    state = rule.init(param)
+    for grad in grads[:-1]:
+        _, state = rule.update(grad, state, param)
+    return rule.update(grads[-1], state, param)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSpec:
+    """One rule and what is known about it.
+
+    inputs: hyper-parameter sets, exact enough for float64 comparisons; the first is the one for single-input properties.
+    errors: hyper-parameters that must be refused, with a part of the message.
+    reference: module with ``run(start, grads, lr=, weight_decay=, **hyper) -> list of arrays``.
+    oracle: ``(params, lr) -> (torch optimizer, our hyper-parameters)``: published code that the float32 path must equal.
+    limits: (what, the rule at a limit of its hyper-parameters, the base method's direction).
+    symmetries: (what, a hyper-parameter set, a transformation of gradients, the same of directions).
+    shapes: of the parameters in a mixed list, with zero-size and extreme ones. odd_shapes: more of them, one by one.
+    lr: descends on small problems. descent: (lr, steps) that converge on the quadratic and on Rosenbrock's function.
+    temporaries: parameter-sized float32 tensors that one step may hold at once, for float32 parameters.
+    """
+
+    name: str
+    inputs: tuple[Hyper, ...]
+    errors: tuple[tuple[Hyper, str], ...]
+    reference: ModuleType
+    oracle: Callable[[list[Tensor], float], tuple[torch.optim.Optimizer, Hyper]]
+    limits: tuple[tuple[str, Hyper, Callable[[Tensor], Tensor]], ...]
+    symmetries: tuple[tuple[str, Hyper, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], ...]
+    shapes: tuple[Shape, ...] = ((4, 3), (5,), (), (0,), (2, 3, 2))
+    odd_shapes: tuple[Shape, ...] = ((1,), (3,), (31,), (1023,), (1025,), (4097,), (0, 3), (1, 7), (7, 1), (2, 3, 2, 2))
+    min_ndim: int = 0
+    lr: float = 0.01
+    descent: tuple[tuple[float, int], tuple[float, int]]
+    temporaries: float
+    state_bytes: int
+
+    @property
+    def default(self) -> Hyper:
+        return self.inputs[0]
+
+    def rule(self, hyper: Hyper | None = None) -> UpdateRule:
+        return RULES[self.name](**(self.default if hyper is None else hyper))
+
+
+def rotation(n: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+
+
+LEFT, RIGHT = rotation(4, 1), rotation(3, 2)
+
+
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+MATRICES: tuple[Shape, ...] = ((4, 3), (3, 5), (1, 5), (0, 3), (4, 3, 2, 2))
+
+SPECS: dict[str, OptimSpec] = {
+    spec.name: spec
+    for spec in (
+        OptimSpec(
+            name="adamw",
+            inputs=(
+                {},
+                {"betas": (0.9, 0.95), "eps": 1e-6, "amsgrad": True},
+                {"eps": 0.0, "eps_root": 1e-8, "bias_correction": False},
+                {"betas": (0.0, 0.99)},
+                {"eps": 1e-3, "eps_before_correction": True},
+            ),
+            errors=(
+                ({"betas": (1.0, 0.9)}, "betas"),
+                ({"betas": (0.9, -0.1)}, "betas"),
+                ({"betas": 0.9}, "betas"),
+                ({"betas": (0.9,)}, "betas"),
+                ({"eps": -1e-8}, "eps"),
+                ({"eps": float("nan")}, "eps"),
+                ({"eps_root": -1.0}, "eps_root"),
+                ({"amsgrad": "false"}, "amsgrad"),
+            ),
+            reference=adamw,
+            oracle=lambda params, lr: (
+                torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.1, foreach=False),
+                {"betas": (0.9, 0.95)},
+            ),
+            limits=(
+                ("betas 0 and eps 0 is signSGD", {"betas": (0.0, 0.0), "eps": 0.0}, torch.sign),
+                ("a huge eps is momentum SGD", {"betas": (0.0, 0.9), "eps": 1e12}, lambda g: g / 1e12),
+            ),
+            symmetries=(
+                ("scale, at eps 0", {"eps": 0.0}, lambda g: 1024 * g, identity),
+                ("sign", {}, torch.neg, torch.neg),
+            ),
+            lr=0.05,
+            descent=((0.1, 400), (0.05, 2000)),
+            temporaries=1,
+            state_bytes=8,
+        ),
+        OptimSpec(
+            name="lion",
+            inputs=({}, {"betas": (0.95, 0.98)}),
+            errors=(({"betas": (0.9, 1.0)}, "betas"), ({"betas": (-0.1, 0.9)}, "betas"), ({"betas": "ab"}, "betas")),
+            reference=lion,
+            oracle=lambda params, lr: (
+                lion.GoogleLion(params, lr=lr, betas=(0.95, 0.98), weight_decay=0.1),
+                {"betas": (0.95, 0.98)},
+            ),
+            limits=(("betas 0 is signSGD", {"betas": (0.0, 0.0)}, torch.sign),),
+            symmetries=(("scale", {}, lambda g: 1024 * g, identity), ("sign", {}, torch.neg, torch.neg)),
+            lr=0.02,
+            descent=((0.05, 400), (0.02, 2000)),
+            temporaries=1,
+            state_bytes=4,
+        ),
+        OptimSpec(
+            name="muon",
+            inputs=(
+                {"ns_dtype": "param"},
+                {"ns_dtype": "param", "momentum_form": "ema", "scale": "original", "ns_form": "torch", "ns_steps": 6},
+                {
+                    "ns_dtype": "param", "nesterov": False, "scale": "spectral_norm", "ns_coefficients": "polar_express",
+                    "ns_eps": 1e-8, "cautious_decay": True,
+                },
+                {
+                    "ns_dtype": "param", "scale": "none", "conv_scale": "kernel", "ns_steps": 3,
+                    "ns_coefficients": ((3.0, -4.0, 2.0), (2.0, -1.5, 0.5)),
+                },
+            ),
+            errors=(
+                ({"momentum": 1.0}, "momentum"),
+                ({"ns_steps": 0}, "ns_steps"),
+                ({"ns_steps": 100}, "ns_steps"),
+                ({"ns_eps": -1.0}, "ns_eps"),
+                ({"scale": "rms"}, "scale"),
+                ({"ns_coefficients": "keler_jordan"}, "ns_coefficients"),
+                ({"ns_coefficients": ((1.0, 2.0),)}, "ns_coefficients"),
+                ({"ns_dtype": "int8"}, "ns_dtype"),
+                ({"nesterov": 1}, "nesterov"),
+            ),
+            reference=muon,
+            oracle=lambda params, lr: (
+                torch.optim.Muon(params, lr=lr, weight_decay=0.1),
+                {"momentum_form": "ema", "scale": "original", "ns_form": "torch"},
+            ),
+            limits=(
+                (
+                    "momentum 0 orthogonalises the gradient",
+                    {"ns_dtype": "param", "momentum": 0.0, "scale": "none"},
+                    lambda g: torch.as_tensor(muon.orthogonalised(g.numpy())),
+                ),
+                (
+                    "one step of (1, 0, 0) is normalised SGD",
+                    {"ns_dtype": "param", "momentum": 0.0, "scale": "none", "ns_steps": 1, "ns_eps": 0.0,
+                     "ns_coefficients": ((1.0, 0.0, 0.0),)},
+                    lambda g: g / g.norm(),
+                ),
+            ),
+            symmetries=(
+                ("scale, at eps 0", {"ns_dtype": "param", "ns_eps": 0.0}, lambda g: 1024 * g, identity),
+                ("rotations", {"ns_dtype": "param"}, lambda g: LEFT @ g @ RIGHT, lambda d: LEFT @ d @ RIGHT),
+                ("transposition", {"ns_dtype": "param"}, lambda g: g.T, lambda d: d.T),
+            ),
+            shapes=MATRICES,
+            odd_shapes=((1, 1), (3, 1), (1, 31), (31, 33), (0, 3), (3, 0), (2, 3, 2, 2), (1, 1, 1), (65, 2)),
+            min_ndim=2,
+            lr=0.02,
+            descent=((0.1, 400), (0.05, 2000)),
+            temporaries=9,
+            state_bytes=4,
+        ),
+        OptimSpec(
+            name="sgd",
+            inputs=({"momentum": 0.9}, {}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.8, "dampening": 0.5}),
+            errors=(
+                ({"momentum": 1.0}, "momentum"),
+                ({"momentum": -0.1}, "momentum"),
+                ({"momentum": "0.9"}, "momentum"),
+                ({"dampening": 1.5}, "dampening"),
+                ({"nesterov": True}, "nesterov"),
+                ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "nesterov"),
+            ),
+            reference=sgd,
+            oracle=lambda params, lr: (
+                torch.optim.SGD(params, lr=lr, momentum=0.9, dampening=0.3, foreach=False),
+                {"momentum": 0.9, "dampening": 0.3},
+            ),
+            limits=(("momentum 0 is the gradient", {}, identity),),
+            symmetries=(
+                ("scale", {"momentum": 0.9}, lambda g: 1024 * g, lambda d: 1024 * d),
+                ("rotations", {"momentum": 0.9}, lambda g: LEFT @ g @ RIGHT, lambda d: LEFT @ d @ RIGHT),
+            ),
+            lr=0.05,
+            descent=((0.1, 400), (0.001, 3000)),
+            temporaries=0,
+            state_bytes=4,
+        ),
+    )
+}
+
+ORACLE_DECAY = {"adamw": 0.1, "lion": 0.1, "muon": 0.1, "sgd": 0.0}  # torch's SGD couples its decay
+
+EVERYWHERE = "*"
+
+EXCEPTIONS: dict[tuple[str, str], str] = {
+    (EVERYWHERE, "05"): "there are no kernels yet, so nothing fused to compare between devices",
+    (EVERYWHERE, "31"): "no rule with low-bit state yet (wrappers/quantized.py)",
+    (EVERYWHERE, "35"): "no rule with averaged weights yet, so nothing that train() and eval() would swap",
+}
+"""(rule or EVERYWHERE, property) -> why it is not held. Printed at the end of the run."""

@@ -1,0 +1,89 @@
+"""Trajectories and schedules against reference numbers.
+
+Two sets: the small copy in tests/golden, and ../shared/golden or `--golden-dir DIR`, of which every case is compared
+or reported as not built yet.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from optim import schedule
+from tests.conftest import REPOSITORY, golden_folder
+from tests.optim import golden
+
+pytestmark = pytest.mark.golden
+
+BUNDLED = REPOSITORY / "tests" / "golden"
+
+
+def roots(config: pytest.Config) -> list[Path]:
+    return [BUNDLED, golden_folder(config)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for argument, found in (("case", golden.cases), ("curve", curves)):
+        if argument in metafunc.fixturenames:
+            bundled, given = ([*found(root)] for root in roots(metafunc.config))
+            ids = [f"bundled:{c.id}" for c in bundled] + [c.id for c in given]
+            metafunc.parametrize(argument, bundled + given, ids=ids)
+
+
+class Curve:
+    """One schedule of a schedules.json."""
+
+    def __init__(self, folder: Path, entry: dict) -> None:
+        self.entry, self.id = entry, f"{folder.name}:{entry['name']}"
+
+
+def curves(root: Path) -> list[Curve]:
+    return [Curve(path.parent, entry) for path in sorted(root.glob("*/schedules.json"))
+            for entry in json.loads(path.read_text(encoding="utf-8"))["schedules"]]
+
+
+def test_golden_folder(golden_dir):
+    """Says so where the folder is missing; and that what is there has cases."""
+    assert [*golden.cases(golden_dir)], f"no manifest.json with cases below {golden_dir}"
+
+
+def test_trajectory(case, record_property):
+    record_property("golden", case.id)
+    name = case.entry["optimizer"]
+    try:
+        if name not in golden.BUILDERS:
+            raise golden.NotBuilt(name)
+        got, losses = golden.run(case, golden.BUILDERS[name])
+    except golden.NotBuilt as missing:
+        record_property("not_built", str(missing))
+        pytest.skip(f"optimizer {missing} is not built yet")
+    golden.compare(case, got, losses)
+
+
+def ours(entry: dict):
+    """The schedule of a golden curve, or None if the suite does not have it."""
+    p, name = entry["params"], entry["name"]
+    warm = {"total_steps": p.get("total_steps"), "warmup_steps": p.get("warmup")}
+    ratio = p.get("min_lr", 0.0) / p.get("max_lr", 1.0)
+    if name.startswith("linear_warmup"):
+        return schedule("linear", **warm)
+    if name.startswith("cosine_warmup"):
+        return schedule("cosine", **warm, min_ratio=ratio)
+    if name.startswith("cosine_annealing"):
+        return schedule("cosine", total_steps=p["T_max"], min_ratio=p["eta_min"] / p["max_lr"])
+    if name.startswith("wsd_"):
+        total = p["warmup"] + p["stable"] + p["decay"]
+        return schedule("wsd", total_steps=total, warmup_steps=p["warmup"], decay_steps=p["decay"],
+                        decay=name.removeprefix("wsd_"), min_ratio=p["min_lr_ratio"])
+    return None
+
+
+def test_schedule(curve, record_property):
+    record_property("golden", curve.id)
+    factor = ours(curve.entry)
+    if factor is None:
+        record_property("not_built", f"schedule {curve.entry['name']}")
+        pytest.skip(f"schedule {curve.entry['name']} is not built yet")
+    for step, want in zip(curve.entry["steps"], curve.entry["values"], strict=True):
+        got = curve.entry["params"]["max_lr"] * factor(step)
+        assert got == pytest.approx(want, rel=1e-12, abs=1e-18), f"{curve.id}, step {step}: {curve.entry['reference']}"
