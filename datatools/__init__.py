@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from datatools.errors import DatatoolsError as DatatoolsError
     from datatools.errors import EnvironmentProblem as EnvironmentProblem
     from datatools.errors import UsageError as UsageError
-    from datatools.features import extract as extract
+    from datatools.errors import did_you_mean as did_you_mean
     from datatools.features import batch_rows as batch_rows
+    from datatools.features import extract as extract
     from datatools.gradients import covered as covered
     from datatools.gradients import per_sample_grads as per_sample_grads
     from datatools.gradients import token_batches as token_batches
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from datatools.scores import aggregate as aggregate
     from datatools.scores import influence as influence
     from datatools.scores import influence_paper as influence_paper
+    from datatools.scores import subtask_means as subtask_means
+    from datatools.scores import subtask_targets as subtask_targets
     from datatools.selection import Budget as Budget
     from datatools.selection import Candidates as Candidates
     from datatools.selection import Selection as Selection
@@ -37,6 +40,7 @@ _EXPORTS = {
     "DatatoolsError": "datatools.errors",
     "EnvironmentProblem": "datatools.errors",
     "UsageError": "datatools.errors",
+    "did_you_mean": "datatools.errors",
     "extract": "datatools.features",
     "batch_rows": "datatools.features",
     "covered": "datatools.gradients",
@@ -49,6 +53,8 @@ _EXPORTS = {
     "aggregate": "datatools.scores",
     "influence": "datatools.scores",
     "influence_paper": "datatools.scores",
+    "subtask_means": "datatools.scores",
+    "subtask_targets": "datatools.scores",
     "Budget": "datatools.selection",
     "Candidates": "datatools.selection",
     "Selection": "datatools.selection",

@@ -1,4 +1,4 @@
-"""Gradients -> the optimizer's update for each example -> projection -> store: unit by unit, so that it can be killed."""
+"""Gradients -> the optimizer's update for each example -> projection -> store: unit by unit, restartable."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def extract(
 ) -> None:
     """Fill the units that `store` still misses; unit u is the work of rank u mod world, and needs no other rank.
 
-    fetch: keys -> their padded batch. lengths: key -> tokens. updates: the optimizer at the checkpoint, restricted to the
-    parameters to be seen (`SGDRule` in it gives plain gradients). advance: called with (rows, tokens) after each batch.
-    A row's feature depends on the row, the batch it shares a shape with only to rounding; the batches are fixed by the
-    plan, so a run that was killed and started again writes the same bytes.
-    Cost: `visit_per_sample_grads` + the update + the projection, both small for LoRA. Memory: one batch of `token_budget`
-    tokens, one layer's per-example gradients and one unit of features, whatever the number of rows.
+    fetch: keys -> their padded batch. lengths: key -> tokens. updates: the optimizer at the checkpoint, restricted to
+    the parameters to be seen (`SGDRule` in it gives plain gradients). advance: called with (rows, tokens) after each
+    batch. A row's feature depends on the row, the batch it shares a shape with only to rounding; the batches are fixed
+    by the plan, so a run that was killed and started again writes the same bytes.
+    Cost: `visit_per_sample_grads` + the update + the projection, both small for LoRA. Memory: one batch of
+    `token_budget` tokens, one layer's per-example gradients and one unit of features, whatever the number of rows.
     """
     for unit in store.missing_units(rank, world):
         keys = store.unit_keys(unit)

@@ -67,12 +67,12 @@ def _shown(path: PathLike) -> str:
 
 @contextmanager
 def _explained(path: PathLike, doing: str) -> Iterator[None]:
+    if "\0" in os.fspath(path):
+        raise DataError(f"cannot {doing} {_shown(path)}: a path holds no null byte; choose another path")
     try:
         yield
     except OSError as error:
         raise explain(error, path, doing) from error
-    except ValueError as error:  # "embedded null byte"
-        raise DataError(f"cannot {doing} {_shown(path)}: {error}; choose another path") from error
 
 
 # ---------------------------------------------------------------- writing
@@ -154,7 +154,9 @@ def append_line(path: PathLike, line: str) -> None:
 def atomic_path(path: PathLike, *, durable: bool = True) -> Iterator[Path]:
     """A temporary path to write to with any library; it becomes `path` on a clean exit and vanishes on an error."""
     path = Path(path)
-    with _explained(path, "write"), _temporary(path) as (_, temporary):
+    with _explained(path, "write"):
+        descriptor, temporary = _open_temporary(path)
+    try:
         try:
             yield temporary
         except OSError as error:
@@ -162,30 +164,45 @@ def atomic_path(path: PathLike, *, durable: bool = True) -> Iterator[Path]:
             if error.errno in _NO_SPACE or ours:
                 raise explain(error, path, "write") from error
             raise  # the block's own trouble with another file
-        descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)  # the library may have replaced it
-        try:
-            _commit(descriptor, temporary, path, durable)
-        finally:
-            os.close(descriptor)
+        with _explained(path, "write"):
+            written = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)  # maybe not the file of `descriptor`
+            try:
+                _commit(written, temporary, path, durable)
+            finally:
+                os.close(written)
+    finally:
+        _discard(descriptor, temporary)
 
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[tuple[int, Path]]:
     """A fresh locked file beside `path`; unlinked at the end unless it was renamed away."""
+    descriptor, temporary = _open_temporary(path)
+    try:
+        yield descriptor, temporary
+    finally:
+        _discard(descriptor, temporary)
+
+
+def _open_temporary(path: Path) -> tuple[int, Path]:
     while True:
         temporary = path.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"  # a short name: `path` may use all 255 bytes
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(temporary, flags, 0o600)
         try:
             _flock(descriptor, fcntl.LOCK_EX)
-            if os.fstat(descriptor).st_nlink == 0:  # remove_leftovers came between open and flock
-                continue
-            yield descriptor, temporary
-            return
-        finally:
-            with suppress(OSError):  # renamed, or the disk is gone: the lock's end marks it as abandoned
-                os.unlink(temporary)
-            os.close(descriptor)
+            if os.fstat(descriptor).st_nlink:
+                return descriptor, temporary
+        except BaseException:
+            _discard(descriptor, temporary)
+            raise
+        os.close(descriptor)  # remove_leftovers came between open and flock: once more
+
+
+def _discard(descriptor: int, temporary: Path) -> None:
+    with suppress(OSError):  # renamed, or the disk is gone: then the end of the lock marks it as abandoned
+        os.unlink(temporary)
+    os.close(descriptor)
 
 
 def _commit(descriptor: int, temporary: Path, path: Path, durable: bool) -> None:
@@ -244,7 +261,8 @@ def move(path: PathLike, to: PathLike) -> None:
         if os.path.lexists(to):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(to))
         os.rename(path, to)
-        _sync_folder(Path(to).parent)
+        for folder in {Path(path).parent, Path(to).parent}:
+            _sync_folder(folder)
 
 
 def remove(path: PathLike) -> None:
@@ -283,13 +301,16 @@ def read_bytes(path: PathLike, *, limit: int | None = None) -> bytes:
     """The bytes of the regular file `path`. Raises: DataError if it is missing, not a file, or over `limit` bytes."""
     with _explained(path, "read"):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # not to hang on a named pipe
-        with open(descriptor, "rb") as file:
+        try:
             facts = os.fstat(descriptor)
             if not stat.S_ISREG(facts.st_mode):
                 raise DataError(f"cannot read {_shown(path)}: it is not a file; choose another path")
             if limit is not None and facts.st_size > limit:
                 raise DataError(f"cannot read {_shown(path)}: {facts.st_size} bytes, at most {limit} were expected")
-            return file.read()
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(descriptor)
 
 
 def read_json(path: PathLike, *, limit: int | None = None) -> Any:

@@ -1,16 +1,17 @@
 """The gradient of each example of a batch, for any `nn.Module`.
 
-Three methods give the same numbers. `loop` is the definition: one backward pass an example. `hooks` is the fast default for
-linear layers and LoRA matrices: one backward pass for the whole batch that forms no weight gradient at all, only the
-gradient g of each layer's output, from which a layer's per-example gradient is the product with the layer's input x:
+Three methods give the same numbers. `loop` is the definition: one backward pass an example. `hooks` is the fast
+default for linear layers and LoRA matrices: one backward pass for the whole batch that forms no weight gradient at
+all, only the gradient g of each layer's output, from which a layer's per-example gradient is the product with the
+layer's input x:
 
     weight [out, in]:  G_i = sum_s g_is x_is^T            bias [out]:  sum_s g_is
     LoRA y = W x + c B A x:   dA_i = c sum_s (B^T g_is) x_is^T,   dB_i = c sum_s g_is (A x_is)^T
 
 `vmap` is torch.func's, for modules made of other layers that it can transform.
 
-All need rows that do not see each other: the loss of row i may depend on row i alone (no batch normalisation). The module
-must be in eval mode, or dropout would make the gradient a random number; that is checked.
+All need rows that do not see each other: the loss of row i may depend on row i alone (no batch normalisation). The
+module must be in eval mode, or dropout would make the gradient a random number; that is checked.
 Source: Goodfellow 2015, arXiv 1510.01799 (per-example gradients from one backward pass).
 """
 
@@ -58,10 +59,12 @@ def visit_per_sample_grads(
     """
     known = dict(module.named_parameters())
     if missing := [name for name in names if name not in known]:
-        raise ValueError(f"per-sample gradients: the module has no parameter {missing[0]!r} ({len(missing)} unknown names)")
+        raise ValueError(
+            f"per-sample gradients: the module has no parameter {missing[0]!r} ({len(missing)} unknown names)"
+        )
     if training := [name for name, child in module.named_modules() if child.training]:
         raise ValueError(
-            f"per-sample gradients: {len(training)} modules are in training mode (first: {training[0] or 'the module'!r}); "
+            f"per-sample gradients: {len(training)} modules are in training mode (first: {training[0]!r}); "
             "call module.eval(), dropout would make each gradient a random number"
         )
     with torch.enable_grad(), _frozen(module):
@@ -97,7 +100,9 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _visit_by_loop(loss: Loss, module: nn.Module, batch: Batch, params: dict[str, nn.Parameter], visit: Visit) -> Tensor:
+def _visit_by_loop(
+    loss: Loss, module: nn.Module, batch: Batch, params: dict[str, nn.Parameter], visit: Visit
+) -> Tensor:
     for p in params.values():
         p.requires_grad_(True)
     try:
@@ -128,11 +133,15 @@ class _Bound(nn.Module):
         return self.loss(self.module, {key: tensor[None] for key, tensor in row.items()}).sum()
 
 
-def _visit_by_vmap(loss: Loss, module: nn.Module, batch: Batch, params: dict[str, nn.Parameter], visit: Visit) -> Tensor:
+def _visit_by_vmap(
+    loss: Loss, module: nn.Module, batch: Batch, params: dict[str, nn.Parameter], visit: Visit
+) -> Tensor:
     bound = _Bound(module, loss)
 
     def one(p: dict[str, Tensor], row: Batch) -> tuple[Tensor, Tensor]:
-        value: Tensor = torch.func.functional_call(bound, {f"module.{name}": tensor for name, tensor in p.items()}, (row,))
+        value: Tensor = torch.func.functional_call(
+            bound, {f"module.{name}": tensor for name, tensor in p.items()}, (row,)
+        )
         return value, value.detach()
 
     detached = {name: p.detach() for name, p in params.items()}
@@ -161,7 +170,13 @@ class _Site:
 
     def only(self, wanted: set[str]) -> _Site:
         keep = {key: getattr(self, key) for key in ("weight", "bias", "lora_a", "lora_b")}
-        return _Site(self.module, **{k: v if v in wanted else None for k, v in keep.items()}, a=self.a, b=self.b, scale=self.scale)
+        return _Site(
+            self.module,
+            **{k: v if v in wanted else None for k, v in keep.items()},
+            a=self.a,
+            b=self.b,
+            scale=self.scale,
+        )
 
     def emit(self, x: Tensor, g: Tensor, visit: Visit) -> None:
         """`x` [b, s, in] and `g` [b, s, out] -> the per-example gradients of this layer's parameters."""
@@ -190,7 +205,14 @@ def _sites(module: nn.Module) -> dict[str, _Site]:
         lora = _lora_of(child)
         if lora is not None:
             adapter, a, b, scale = lora
-            sites[name] = _Site(child, lora_a=f"{name}.lora_A.{adapter}.weight", lora_b=f"{name}.lora_B.{adapter}.weight", a=a, b=b, scale=scale)
+            sites[name] = _Site(
+                child,
+                lora_a=f"{name}.lora_A.{adapter}.weight",
+                lora_b=f"{name}.lora_B.{adapter}.weight",
+                a=a,
+                b=b,
+                scale=scale,
+            )
             inside.append(name + ".")
         elif hasattr(child, "base_layer") and hasattr(child, "lora_A"):
             inside.append(name + ".")  # DoRA and other variants use their parts in ways of their own
@@ -212,7 +234,11 @@ def _lora_of(module: nn.Module) -> tuple[str, Tensor, Tensor, float] | None:
     if type(base) is not nn.Linear or not a or not b or scaling is None or active is None or len(active) != 1:
         return None
     adapter = active[0]
-    plain = not getattr(module, "merged", False) and not getattr(module, "lora_variant", None) and not getattr(module, "fan_in_fan_out", False)
+    plain = (
+        not getattr(module, "merged", False)
+        and not getattr(module, "lora_variant", None)
+        and not getattr(module, "fan_in_fan_out", False)
+    )
     if not plain or adapter not in a or a[adapter].bias is not None or b[adapter].bias is not None:
         return None
     return adapter, a[adapter].weight.detach(), b[adapter].weight.detach(), float(scaling[adapter])
@@ -225,9 +251,9 @@ def _visit_by_hooks(loss: Loss, module: nn.Module, batch: Batch, names: Sequence
     seen = {name for site in sites for name in site.names}
     if unseen := [name for name in names if name not in seen]:
         raise ValueError(
-            f"per-sample gradients: hooks cannot see {unseen[0]!r} ({len(unseen)} of {len(names)} parameters): only Linear "
-            "weights and biases and plain LoRA matrices that no other module shares; leave them out (`covered`) or use "
-            "method='loop'"
+            f"per-sample gradients: hooks cannot see {unseen[0]!r} ({len(unseen)} of {len(names)} parameters): "
+            "only Linear weights and biases and plain LoRA matrices that no other module shares; leave them out "
+            "(`covered`) or use method='loop'"
         )
     size = _size(batch)
     held: dict[int, list[tuple[Tensor, Tensor | None]]] = {}  # calls of a layer in this pass: (input, output gradient)
@@ -235,8 +261,8 @@ def _visit_by_hooks(loss: Loss, module: nn.Module, batch: Batch, names: Sequence
     def capture(site: _Site, x: Tensor, y: Tensor) -> Tensor:
         if size > 1 and (x.dim() < 2 or x.shape[0] != size):
             raise ValueError(
-                f"per-sample gradients: layer of {site.names[0]!r} got input {tuple(x.shape)}, whose first dimension is not "
-                f"the batch ({size} rows); use method='loop'"
+                f"per-sample gradients: layer of {site.names[0]!r} got input {tuple(x.shape)}, whose first "
+                f"dimension is not the batch ({size} rows); use method='loop'"
             )
         if not y.requires_grad:  # nothing below asks for a gradient: the backward pass ends here
             y = y.detach().requires_grad_(True)
@@ -254,16 +280,18 @@ def _visit_by_hooks(loss: Loss, module: nn.Module, batch: Batch, names: Sequence
                 with torch.no_grad():
                     site.emit(xs, gs, visit)
 
-        y.register_hook(arrived)
+        y.register_hook(arrived)  # type: ignore[no-untyped-call]
         return y
 
     with _hooked(sites, capture):
         losses = loss(module, batch)
         if losses.shape != (size,):
-            raise ValueError(f"per-sample gradients: the loss gave shape {tuple(losses.shape)}, expected one value a row, ({size},)")
+            raise ValueError(
+                f"per-sample gradients: the loss gave shape {tuple(losses.shape)}, expected one value a row, ({size},)"
+            )
         called = {id(site) for site in sites if id(site) in held}
         if losses.requires_grad:
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(losses.sum())
     parameters = dict(module.named_parameters())
     for site in sites:  # layers the loss did not use, or whose gradient never arrived, have gradient zero
         if id(site) in held or id(site) not in called:
@@ -317,17 +345,23 @@ def _size(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def token_batches(lengths: Sequence[int], budget: int, *, padding: float = 0.125) -> list[list[int]]:
     """Indices of rows grouped so that padded tokens (longest row x rows) stay within `budget`, longest rows first.
 
-    Sorting by length keeps padding to a few tokens a row; a row longer than the budget is a batch of its own. The order is
-    fixed by (length, index), so the batches, and with them every bit of the result, do not depend on anything else.
+    A batch is also closed before more than the share `padding` of it would be padding: on a CPU a padded token costs as
+    much as a real one. A row longer than the budget is a batch of its own. The order is fixed by (length, index), so the
+    batches, and with them every bit of the result, do not depend on anything else.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
+    real = 0  # tokens in the last batch
     for i in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
+        if batches:
+            area = lengths[batches[-1][0]] * (len(batches[-1]) + 1)
+            if area <= budget and area - real - lengths[i] <= padding * area:
+                batches[-1].append(i)
+                real += lengths[i]
+                continue
+        batches.append([i])
+        real = lengths[i]
     return batches

@@ -107,7 +107,7 @@ def _column(values: Array, dtype: torch.dtype) -> Tensor:
     return column.detach().cpu().to(dtype)
 
 
-def require_finite(values: Tensor, keys: Sequence[str] | None, what: str, *, where: Tensor | None = None) -> None:
+def require_finite(values: Tensor, keys: Sequence[str], what: str, *, where: Tensor | None = None) -> None:
     """Raise DataError, naming the first rows, if `values` [n] or [n, m] is not finite in some row (of `where` [n])."""
     bad = ~values.isfinite()
     bad = bad.any(1) if bad.ndim == 2 else bad
@@ -115,7 +115,7 @@ def require_finite(values: Tensor, keys: Sequence[str] | None, what: str, *, whe
         bad &= where
     rows = bad.nonzero().flatten().tolist()
     if rows:
-        names = ", ".join(f"{row} ({keys[row]})" if keys is not None else str(row) for row in rows[:5])
+        names = ", ".join(keys[row] for row in rows[:5])
         more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
         raise DataError(f"{what}: {len(rows)} rows are not finite: {names}{more}; "
                         "mark these rows as not eligible, or compute them again")

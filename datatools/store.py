@@ -20,7 +20,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datatools import files
+from datatools.encodings import ENCODINGS, decode, encode, normalize
 from datatools.errors import DataError, EnvironmentProblem, UsageError, did_you_mean
 
 FORMAT = 1
@@ -61,97 +61,6 @@ class Rows(NamedTuple):
     status: list[str]
 
 
-# ---------------------------------------------------------------- row encodings
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How a row of unit length is stored: `levels` 0 for floats, else the largest of the symmetric integer levels."""
-
-    tensor: str  # safetensors' name of the element type
-    element: type[np.generic]
-    bits: int
-    levels: int
-
-    def width(self, dim: int) -> int:
-        """Elements a row."""
-        return -(-dim * self.bits // (8 * np.dtype(self.element).itemsize))
-
-
-ENCODINGS: Mapping[str, Encoding] = {
-    "float32": Encoding("F32", np.float32, 32, 0),
-    "float16": Encoding("F16", np.float16, 16, 0),
-    "bfloat16": Encoding("BF16", np.uint16, 16, 0),
-    "int8": Encoding("I8", np.int8, 8, 127),
-    "int4": Encoding("U8", np.uint8, 4, 7),
-    "int1": Encoding("U8", np.uint8, 1, 1),
-}
-"""QLESS (arXiv 2502.01703): a row x becomes round(x / max|x| * levels), half to even, in 8 or 4 bits, or its signs.
-
-int4 holds column 2i in the low and 2i + 1 in the high half of byte i, each plus 8; int1 holds column 8i + b in bit b of
-byte i, set for x >= 0. `scale` times the integer gives the unit row back; it is 0 for rows that are not "ok". Readers
-normalise again after decoding, as the paper does before the dot product.
-"""
-
-_NIBBLES = (np.stack([np.arange(256) & 15, np.arange(256) >> 4], 1) - 8).astype(np.float32)  # [256, 2]
-_SIGNS = ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(np.float32) * 2 - 1  # [256, 8]
-
-
-def encode(unit: NDArray[np.float32], dtype: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Rows [n, dim] of unit length (or zero) -> stored elements [n, width], scale float32 [n] (1 for float dtypes)."""
-    encoding = ENCODINGS[dtype]
-    n, dim = unit.shape
-    if not encoding.levels:
-        if dtype == "bfloat16":
-            stored = torch.from_numpy(unit).bfloat16().view(torch.int16).numpy().view(np.uint16)
-        else:
-            stored = unit.astype(encoding.element)
-        return stored, np.ones(n, dtype=np.float32)
-    largest = np.abs(unit).max(1, initial=0.0)
-    if dtype == "int1":
-        scale = np.abs(unit).mean(1, dtype=np.float32) if dim else largest
-        return np.packbits(unit >= 0, axis=1, bitorder="little"), scale
-    # divided first: max|x| then is exactly 1, whatever the row was scaled by before
-    ratio = unit / np.where(largest > 0, largest, 1)[:, None]
-    q = np.rint(ratio * np.float32(encoding.levels)).astype(np.int8)
-    scale = (largest / np.float32(encoding.levels)).astype(np.float32)
-    if dtype == "int8":
-        return q, scale
-    codes = np.zeros((n, 2 * encoding.width(dim)), dtype=np.uint8)
-    codes[:, :dim] = q + 8
-    return codes[:, ::2] | codes[:, 1::2] << 4, scale
-
-
-def decode(stored: NDArray[Any], scale: NDArray[np.float32], dtype: str, dim: int) -> Tensor:
-    """What `encode` made -> float32 [n, dim], rows of unit length or zero."""
-    if dtype == "bfloat16":
-        x = torch.from_numpy(stored.view(np.int16).copy()).view(torch.bfloat16).float()
-    elif dtype in ("int4", "int1"):
-        table = _NIBBLES if dtype == "int4" else _SIGNS
-        x = torch.from_numpy(table[stored].reshape(len(stored), -1)[:, :dim].copy())
-    else:
-        x = torch.from_numpy(stored.astype(np.float32))
-    if ENCODINGS[dtype].levels:
-        x[torch.from_numpy(scale == 0)] = 0
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return x.div_(torch.where(length > 0, length, 1.0))
-
-
-def normalize(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """[n, d] -> (rows of unit length, their norms [n]), float32; rows that are zero stay zero, with norm 0.
-
-    Divides by the largest entry first, so that squares neither overflow nor vanish (1e-30 ... 1e30). The norm of a row
-    with a non-finite entry, and one beyond float32, is not finite. numpy: its sums do not depend on threads.
-    """
-    with np.errstate(all="ignore"):
-        one = np.float32(1)
-        largest: NDArray[np.float32] = np.abs(x).max(1, initial=np.float32(0))
-        scaled = x / np.where(largest > 0, largest, one)[:, None]
-        length: NDArray[np.float32] = np.sqrt(np.square(scaled).sum(1))
-        unit: NDArray[np.float32] = scaled / np.where(length > 0, length, one)[:, None]
-        return unit, largest * length
-
-
 # ---------------------------------------------------------------- sealed json
 
 
@@ -176,13 +85,12 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys([*old, *new]):
             yield from _differences(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{name}.{key}" if name else str(key))
-    elif type(old) is not type(new) or old != new:
+    elif _value(old) != _value(new):  # as text: 1 and 1.0 are equal numbers but not the same setting
         yield name, old, new
 
 
 def _value(value: Any) -> str:
-    text = "(absent)" if value is _ABSENT else json.dumps(value)
-    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+    return "(absent)" if value is _ABSENT else json.dumps(value, sort_keys=True)
 
 
 # ---------------------------------------------------------------- the store
@@ -585,7 +493,11 @@ def _read_plan(folder: Path) -> dict[str, Any]:
 
 
 def _refusal(folder: Path, differing: Sequence[tuple[str, Any, Any]]) -> str:
-    fields = ", ".join(f"{name.removeprefix('meta.')} was {_value(old)} and is now {_value(new)}"
+    def short(value: Any) -> str:
+        text = _value(value)
+        return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+    fields = ", ".join(f"{name.removeprefix('meta.')} was {short(old)} and is now {short(new)}"
                        for name, old, new in differing[:3])
     more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
     return (f"the features in {folder} were made differently: {fields}{more}; go back to the old setting, or write to "

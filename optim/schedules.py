@@ -65,7 +65,9 @@ def constant(step: int, *, total_steps: int, warmup_steps: int = 0) -> float:
 
 def _share(step: int, start: int, end: int) -> float:
     """How much of start..end is done, 0 to 1; 1 from the end on, also where there is nothing between them."""
-    return 1.0 if step >= end else max(0.0, (step - start) / (end - start))
+    if step >= end:
+        return 1.0
+    return (step - start) / (end - start) if step > start else 0.0
 
 
 SCHEDULES: dict[str, Callable[..., float]] = {"linear": linear, "cosine": cosine, "wsd": wsd, "constant": constant}

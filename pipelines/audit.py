@@ -1,4 +1,4 @@
-"""`datatools audit`: is the selection better than simple baselines? Trains on each, several seeds, one recipe for all."""
+"""`datatools audit`: is the selection better than simple baselines? One recipe, several seeds, the same rows."""
 
 from __future__ import annotations
 
@@ -42,10 +42,15 @@ def run(config: AuditConfig) -> Path:
                 wanted = DataConfig(paths=config.target, source_key=config.pool.source_key)
                 target = prepare(wanted, config.model, loaded.tokenizer, label="target", **read)
         chosen = _rows_of(config.selected, pool)
-        current.check({"model": dict(loaded.digests), "pool": file_facts(pool), "test": file_facts(test)})
+        facts: dict[str, Any] = {"model": dict(loaded.digests), "pool": file_facts(pool), "test": file_facts(test)}
+        current.check(facts)
         context = Context(_as_select(config), current, pool, target, lambda: loaded)
         with current.stage("baselines"):
-            plan = [(arm, seed, rows) for arm in (SELECTED, *config.against) for seed, rows in _arm(context, config, arm, chosen)]
+            plan = [
+                (arm, seed, rows)
+                for arm in (SELECTED, *config.against)
+                for seed, rows in _arm(context, config, arm, chosen)
+            ]
         if config.dry_run:
             tokens = sum(int(pool.scan.tokens[rows].sum()) for _, _, rows in plan) * config.training.epochs
             say(f"dry run: {len(plan)} training runs, {tokens:,} tokens; nothing was trained")
@@ -55,7 +60,9 @@ def run(config: AuditConfig) -> Path:
             base = evaluation.losses(loaded.model, test, token_budget=2048, label=f"losses, {BASE}")
             for place, (arm, seed, rows) in enumerate(plan, start=1):
                 label = f"{place} of {len(plan)}: {arm}, seed {seed}"
-                results.append({"arm": arm, "seed": seed} | _train_and_measure(config, loaded, pool, test, rows, arm, seed, label))
+                results.append(
+                    {"arm": arm, "seed": seed} | _train_and_measure(config, loaded, pool, test, rows, arm, seed, label)
+                )
         audit = summarise(base, results, config)
         files.write_json(current.path("audit.json"), audit)
         home = config.selected.parent
@@ -68,9 +75,13 @@ def run(config: AuditConfig) -> Path:
 
 def _as_select(config: AuditConfig) -> SelectConfig:
     """The settings that the baselines' scorers read."""
-    method = "less" if config.target else "random"
     return SelectConfig(
-        model=config.model, train=config.pool, target=config.target, out=config.out, seed=config.seed, method=method
+        model=config.model,
+        train=config.pool,
+        target=config.target,
+        out=config.out,
+        seed=config.seed,
+        method="less" if config.target else "random",
     )
 
 
@@ -86,7 +97,9 @@ def _rows_of(selected: Path, pool: Rows) -> list[int]:
         if not line.strip():
             continue
         if not places.get(line):
-            raise DataError(f"{selected}:{number} is not a row of the pool; give --pool the files that it was selected from")
+            raise DataError(
+                f"{selected}:{number} is not a row of the pool; give --pool the files that it was selected from"
+            )
         found.append(places[line].pop(0))
     usable = pool.usable
     found = [i for i in found if usable[i]]
@@ -104,14 +117,18 @@ def _arm(context: Context, config: AuditConfig, arm: str, chosen: list[int]) -> 
         return [(config.seed, np.flatnonzero(pool.usable).tolist())]
     candidates = Candidates(
         keys=[f"{key} {identity}" for key, identity in zip(pool.keys, pool.pool.ids, strict=True)],
-        sources=pool.pool.sources, tokens=pool.scan.tokens, supervised=pool.scan.supervised, eligible=pool.usable,
+        sources=pool.pool.sources,
+        tokens=pool.scan.tokens,
+        supervised=pool.scan.supervised,
+        eligible=pool.usable,
     )
     reference = Selection(torch.tensor(chosen))
     budget = str(len(chosen))
     if arm in ("random", "random-length"):
         name = arm.replace("-", "_")
         drawn = [
-            select(name, candidates, budget, seed=derive_seed(seed, "audit", arm), reference=reference) for seed in seeds
+            select(name, candidates, budget, seed=derive_seed(seed, "audit", arm), reference=reference)
+            for seed in seeds
         ]
         return [(seed, found.indices.tolist()) for seed, found in zip(seeds, drawn, strict=True)]
     if arm in ("tfidf", "rds") and context.target is None:
@@ -123,14 +140,24 @@ def _arm(context: Context, config: AuditConfig, arm: str, chosen: list[int]) -> 
 
 
 def _train_and_measure(
-    config: AuditConfig, loaded: models.LoadedModel, pool: Rows, test: Rows, rows: list[int], arm: str, seed: int, label: str
+    config: AuditConfig,
+    loaded: models.LoadedModel,
+    pool: Rows,
+    test: Rows,
+    rows: list[int],
+    arm: str,
+    seed: int,
+    label: str,
 ) -> dict[str, Any]:
     """Held-out loss after training on `rows`; adapters and losses are kept under the hash of all that makes them."""
     assert config.lora is not None
     recipe = config.training if arm != "full" else one_pass(config.training)
     made_of = {
-        "model": dict(loaded.digests), "lora": config.lora.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json"),
-        "seed": seed, "rows": [pool.keys[i] for i in rows],
+        "model": dict(loaded.digests),
+        "lora": config.lora.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json"),
+        "seed": seed,
+        "rows": [pool.keys[i] for i in rows],
     }
     home = config.arms or config.out / "arms"
     folder = home / files.digest(files.json_bytes(made_of))[:16]
@@ -161,14 +188,34 @@ def summarise(base: dict[str, Any], results: list[dict[str, Any]], config: Audit
     for result in results:
         by_arm.setdefault(result["arm"], []).append(float(result["loss"]))
     ours = by_arm[SELECTED]
-    table = [{"arm": BASE, "mean": base["loss"], "low": None, "high": None, "n": 1,
-              "delta_vs_selected": base["loss"] - evaluation.interval(ours)[0]}]
+    table = [
+        {
+            "arm": BASE,
+            "mean": base["loss"],
+            "low": None,
+            "high": None,
+            "n": 1,
+            "delta_vs_selected": base["loss"] - evaluation.interval(ours)[0],
+        }
+    ]
     for arm, values in by_arm.items():
         mean, low, high = evaluation.interval(values)
-        table.append({"arm": arm, "mean": mean, "low": low, "high": high, "n": len(values),
-                      "delta_vs_selected": mean - evaluation.interval(ours)[0]})
+        table.append(
+            {
+                "arm": arm,
+                "mean": mean,
+                "low": low,
+                "high": high,
+                "n": len(values),
+                "delta_vs_selected": mean - evaluation.interval(ours)[0],
+            }
+        )
     return {
-        "metric": "held-out loss", "test_rows": base["rows"], "test_tokens": base["tokens"], "rows": results, "table": table,
+        "metric": "held-out loss",
+        "test_rows": base["rows"],
+        "test_tokens": base["tokens"],
+        "rows": results,
+        "table": table,
         "verdict": verdict(by_arm),
         "recipe": config.training.model_dump(mode="json"),
     }
@@ -199,7 +246,9 @@ def verdict(by_arm: dict[str, list[float]]) -> str:
 
 def print_table(audit: dict[str, Any], console: Console) -> None:
     """The audit at 80 columns, on stdout."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"held-out loss, {audit['test_rows']} rows, {audit['test_tokens']:,} tokens")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"held-out loss, {audit['test_rows']} rows, {audit['test_tokens']:,} tokens"
+    )
     table.add_column("trained on")
     for name in ("mean", "95 % interval", "seeds", "minus selected"):
         table.add_column(name, justify="right")

@@ -25,6 +25,7 @@ class Scale:
     high: float
 
     def __call__(self, value: float) -> float:
+        """Where `value` stands, 0..WIDTH."""
         if not self.high > self.low:
             return WIDTH / 2
         return WIDTH * min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
@@ -147,8 +148,7 @@ def box(
 def interval(
     scale: Scale,
     mean: float | None,
-    low: float | None,
-    high: float | None,
+    bounds: tuple[float | None, float | None],
     points: Sequence[float],
     *,
     guide: float | None,
@@ -161,6 +161,7 @@ def interval(
     shapes = [Markup("<title>{}</title>").format(label)]
     if guide is not None:
         shapes.append(_line(scale(guide), 0, scale(guide), height, "guide"))
+    low, high = bounds
     if low is not None and high is not None:
         shapes.append(_line(scale(low), middle, scale(high), middle, f"range {kind}"))
     shapes += [_dot(scale(point), middle, f"run {kind}") for point in points[:64]]

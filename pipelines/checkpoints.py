@@ -1,18 +1,20 @@
-"""Checkpoints of a warm-up run, ours or the user's: the adapter, the optimizer's state by parameter name, its learning rate.
+"""Checkpoints of a warm-up run, ours or the user's: the adapter, the optimizer's state by parameter name, its
+learning rate.
 
-Trainer's own `optimizer.pt` has no names: its integers count the decayed parameters first, then the others. The names are
-put back in that order and every shape is checked; nothing is ever unpickled (`weights_only`), `training_args.bin` never read.
+Trainer's own `optimizer.pt` has no names: its integers count the decayed parameters first, then the others. The names
+are put back in that order and every shape is checked; nothing is ever unpickled (`weights_only`), `training_args.bin`
+never read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ _STATES = ("optimizer.pt", "optimizer.bin")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint: where it is, its step, the mean learning rate since the one before, and its share in the score."""
+    """A checkpoint: its folder and step, the mean learning rate since the one before, and its weight in the score."""
 
     folder: Path
     step: int
@@ -85,7 +87,8 @@ def find(paths: Sequence[Path]) -> list[Checkpoint]:
 def _trainer_state(folder: Path) -> dict[str, Any]:
     if not any((folder / name).is_file() for name in _STATES):
         raise DataError(
-            f"checkpoint {folder}: holds no optimizer.pt; LESS needs the optimizer's moments (save_only_model must be off)"
+            f"checkpoint {folder}: holds no optimizer.pt; LESS needs the optimizer's moments "
+            "(train with save_only_model off)"
         )
     path = folder / "trainer_state.json"
     if not path.is_file():
@@ -101,12 +104,13 @@ def updates(checkpoint: Checkpoint, params: Mapping[str, Tensor], *, adam_mode: 
 
     adam_mode: "paper" is the optimizer's own rule; "code" LESS's published one (eps 1e-8 inside the root, no bias
     correction, betas 0.9 and 0.999); "precond_only" g / (sqrt(v^) + eps). The last two need AdamW's state.
-    Raises: DataError when the state is not readable without unpickling, or does not fit the parameters by name and shape.
+    Raises: DataError when the state is not readable without unpickling, or does not fit the parameters by name and
+    shape.
     """
     path = next(checkpoint.folder / name for name in _STATES if (checkpoint.folder / name).is_file())
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{path}: not readable as plain tensors, and nothing else is loaded: {first}") from error
     if not isinstance(saved, dict) or not {"state", "param_groups"} <= set(saved):
@@ -149,8 +153,8 @@ def _with_names(saved: Mapping[str, Any], params: Mapping[str, Tensor]) -> Mappi
         for part, value in saved["state"].get(key, {}).items():
             if isinstance(value, Tensor) and value.dim() > 0 and value.shape != params[name].shape:
                 raise ValueError(
-                    f"state {key} ({part} {tuple(value.shape)}) should be {name!r} {tuple(params[name].shape)} in the order "
-                    "that Trainer saves; this state was saved in another, and has no names to tell"
+                    f"state {key} ({part} {tuple(value.shape)}) should be {name!r} {tuple(params[name].shape)} in "
+                    "the order that Trainer saves; this state was saved in another, and has no names to tell"
                 )
     names = iter(order)
     named = [{**group, "param_names": [next(names) for _ in group["params"]]} for group in groups]
@@ -158,7 +162,7 @@ def _with_names(saved: Mapping[str, Any], params: Mapping[str, Tensor]) -> Mappi
 
 
 def restrict(found: UpdateMap, names: Sequence[str], rule: UpdateRule | None = None) -> UpdateMap:
-    """`found` for the parameters `names` alone; with `rule`, that rule with a fresh state (`SGDRule`: plain gradients)."""
+    """`found` for the parameters `names` alone; with `rule`, that rule and a fresh state (`SGDRule`: the gradient)."""
     params = {name: found.params[name] for name in names}
     if rule is not None:
         return UpdateMap(dict.fromkeys(names, rule), {name: rule.init(p) for name, p in params.items()}, params)
@@ -174,8 +178,8 @@ def epsilon_warning(found: UpdateMap) -> str | None:
     if median >= 10 * 1e-4:
         return None
     return (
-        f"adam_mode=code: the median root of the second moment is {median:.1e}, below its epsilon's 1e-4; the feature is close "
-        "to plain momentum (spec 4.1 of LESS's published code). adam_mode=paper does not have this"
+        f"adam_mode=code: the median root of the second moment is {median:.1e}, below its epsilon's 1e-4; the "
+        "feature is close to plain momentum (spec 4.1 of LESS's published code). adam_mode=paper does not have this"
     )
 
 

@@ -7,8 +7,9 @@ Nothing heavy is imported before a command needs it: help answers at once. Exit 
 import errno
 import inspect
 import json
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -38,7 +39,8 @@ def _command(name: str, *examples: str) -> Callable[[F], F]:
     def register(function: F) -> F:
         text = inspect.getdoc(function) or ""
         shown = "\n".join(f"  {line}" for line in examples)
-        return app.command(name, help=f"{text}\n\n\b\nExamples:\n{shown}")(function)
+        first = re.split(r"(?<=[.?:]) ", text.split("\n")[0])[0].rstrip(":")
+        return app.command(name, help=f"{text}\n\n\b\nExamples:\n{shown}", short_help=first)(function)
 
     return register
 
@@ -56,7 +58,7 @@ def _flag(name: str, text: str, panel: str, default: object = False, **more: Any
 
 YamlArgument = Annotated[
     Path | None,
-    typer.Argument(metavar="[YAML]", help="settings in a file; a run's own run.yaml replays it", show_default=False),
+    typer.Argument(metavar="YAML", help="settings in a file; a run's own run.yaml replays it", show_default=False),
 ]
 YamlOption = Annotated[Path | None, _flag("--config", "the same, as an option", _RUN, metavar="YAML")]
 SetOption = Annotated[
@@ -84,9 +86,11 @@ LoraRankOption = Annotated[int | None, _flag("--lora-rank", "rank of the adapter
 
 BadRowOption = Annotated[
     str | None,
-    _flag("--on-bad-row", "what to do with rows that cannot be read", _DATA, "error", metavar="error|skip|quarantine"),
+    _flag("--on-bad-row", "rows that cannot be read: error, skip or quarantine", _DATA, "error", metavar="HOW"),
 ]
-DedupOption = Annotated[str | None, _flag("--dedup", "drop repeated rows", _DATA, "none", metavar="none|exact|near")]
+DedupOption = Annotated[
+    str | None, _flag("--dedup", "drop repeated rows: none, exact or near", _DATA, "none", metavar="HOW")
+]
 
 OptimizerOption = Annotated[
     str | None, _flag("--optimizer", "a name from: datatools ls optimizers", _TRAINING, "adamw", metavar="NAME")
@@ -104,11 +108,12 @@ BatchSizeOption = Annotated[int | None, _flag("--batch-size", "rows an optimizer
 
 @_command(
     "select",
-    "datatools select --model M --train pool.jsonl --target dev.jsonl --budget 5%",
-    "datatools select --model M --train a.jsonl --train b.jsonl --target dev.jsonl --method random --out runs/random",
-    "datatools select --model M --train pool.jsonl --target dev.jsonl --optimizer muon --set projector.dim=4096",
-    "datatools select settings.yaml --seed 1 --out runs/seed-1",
-    "datatools select runs/select/run.yaml",
+    "datatools select --model M --train pool.jsonl --target dev.jsonl \\",
+    "    --budget 5% --out runs/less",
+    "datatools select --model M --train a.jsonl --train b.jsonl \\",
+    "    --method random --budget 500 --out runs/random",
+    "datatools select settings.yaml --seed 1 --set projector.dim=4096",
+    "datatools select runs/less/run.yaml",
 )
 def select(
     yaml: YamlArgument = None,
@@ -141,7 +146,7 @@ def select(
     ] = None,
     adam_mode: Annotated[
         str | None,
-        _flag("--adam-mode", "which form of Adam's update", _METHOD, "paper", metavar="paper|code|precond_only"),
+        _flag("--adam-mode", "form of Adam's update: paper, code or precond_only", _METHOD, "paper", metavar="FORM"),
     ] = None,
     projector: Annotated[
         str | None, _flag("--projector", "a name from: datatools ls projectors", _METHOD, "sjlt", metavar="NAME")
@@ -199,10 +204,10 @@ def select(
 
 @_command(
     "train",
-    "datatools train --model M --data runs/select/selected.jsonl --out runs/train",
-    "datatools train --model M --data a.jsonl --data b.jsonl --optimizer muon --learning-rate 0.01",
-    "datatools train --model M --data a.jsonl --lora-rank 0 --learning-rate 2e-5   # every weight",
-    "datatools train --model M --data a.jsonl --set training.schedule=cosine --set training.max_steps=200",
+    "datatools train --model M --data runs/select/selected.jsonl --out runs/new",
+    "datatools train --model M --data a.jsonl --data b.jsonl --optimizer muon",
+    "datatools train --model M --data a.jsonl --lora-rank 0 --learning-rate 2e-5",
+    "datatools train --model M --data a.jsonl --set training.schedule=cosine",
 )
 def train(
     yaml: YamlArgument = None,
@@ -261,7 +266,7 @@ def train(
 @_command(
     "evaluate",
     "datatools evaluate --model M --data test.jsonl",
-    "datatools evaluate --model M --adapter runs/train/final --data test.jsonl",
+    "datatools evaluate --model M --adapter runs/new/final --data test.jsonl",
 )
 def evaluate(
     yaml: YamlArgument = None,
@@ -292,9 +297,8 @@ def evaluate(
 
 @_command(
     "audit",
-    "datatools audit --selected runs/select/selected.jsonl --pool pool.jsonl --test test.jsonl",
-    "datatools audit --selected runs/select/selected.jsonl --pool pool.jsonl --test test.jsonl "
-    "--against random,random-length,tfidf,rds --seeds 3",
+    "datatools audit --selected runs/select/selected.jsonl --pool pool.jsonl \\",
+    "    --test test.jsonl --against random,random-length,tfidf,rds --seeds 3",
 )
 def audit(
     yaml: YamlArgument = None,
@@ -385,7 +389,7 @@ def explain(
     nearest: Annotated[int | None, _flag("--nearest", "how many target rows to show", _METHOD, 5, metavar="N")] = None,
 ) -> None:
     """Why was this row selected? Its scores and the target rows that it resembles most."""
-    from datatools.errors import UsageError
+    from datatools import UsageError
     from pipelines.config import ExplainConfig
 
     file, colon, line = row.rpartition(":")
@@ -404,7 +408,7 @@ def report(
     typer.echo(render(folder))
 
 
-@_command("demo", "datatools demo", "datatools demo --out /tmp/demo --set seeds=3")
+@_command("demo", "datatools demo", "datatools demo --out runs/demo-3 --set seeds=3")
 def demo(
     out: OutOption = None,
     seed: SeedOption = None,
@@ -413,16 +417,26 @@ def demo(
     ] = None,
     set_: SetOption = None,
     overwrite: OverwriteOption = False,
+    accept_change: AcceptOption = None,
+    dry_run: DryOption = False,
     print_config: PrintOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """See it work: select from bundled rows with a small model, compare with random rows, and look at the report.
+    """See it work, in a few minutes on a CPU.
 
-    Needs no network and no GPU.
+    Selects from bundled rows with a small model, trains on them and on random rows, and draws the report. Needs no
+    network.
     """
     from pipelines.config import DemoConfig
 
-    flags = {"out": out, "seed": seed, "model.name": model, "overwrite": overwrite or None}
+    flags = {
+        "out": out,
+        "seed": seed,
+        "model.name": model,
+        "overwrite": overwrite or None,
+        "dry_run": dry_run or None,
+        "accept_change": accept_change,
+    }
     _launch(DemoConfig, "pipelines.demo:run", None, flags, set_, print_config, quiet)
 
 
@@ -475,7 +489,7 @@ def _root(
 
 def _yaml(argument: Path | None, option: Path | None) -> Path | None:
     if argument is not None and option is not None:
-        from datatools.errors import UsageError
+        from datatools import UsageError
 
         raise UsageError(f"two files with settings, {argument} and --config {option}; give one")
     return argument if argument is not None else option
@@ -494,14 +508,14 @@ def _sets(lora_rank: int | None, sets: Sequence[str] | None) -> list[str]:
     return [*(["lora=null"] if lora_rank == 0 else []), *(sets or [])]
 
 
-_TALKERS = ("pipelines.explain:run", "pipelines.demo:run")  # they print for a person, on stdout
+_TALKERS = ("pipelines.audit:run", "pipelines.explain:run", "pipelines.demo:run")  # they show tables, on stdout
 
 
 def _launch(
     model: "type[Settings]",
     entry: str,
     yaml: Path | None,
-    flags: dict[str, object],
+    flags: Mapping[str, object],
     sets: Sequence[str] | None = None,
     print_config: bool = False,
     quiet: bool = False,
@@ -527,9 +541,11 @@ def _launch(
             code = 143 if isinstance(interrupt, runs.Terminated) else 130
             print(f"\ninterrupted: {runs.how_to_continue()}", file=sys.stderr)
             raise typer.Exit(code) from None
-    if isinstance(result, dict):
+    if runs.rank() != 0 or getattr(config, "dry_run", False):
+        return
+    if isinstance(result, dict) and entry not in _TALKERS:
         typer.echo(json.dumps(result, ensure_ascii=True, allow_nan=False))
-    elif isinstance(result, str | Path):
+    elif isinstance(result, Path):
         typer.echo(str(result))
 
 
@@ -549,14 +565,18 @@ _MACHINE = {
 
 
 def _report(error: Exception, arguments: Sequence[str]) -> int:
-    from datatools.errors import DatatoolsError, EnvironmentProblem
+    from datatools import DatatoolsError, EnvironmentProblem
 
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own: wrong options and arguments
-        if type(error).__name__ == "NoArgsIsHelpError":
-            error.show()
+        if type(error).__name__ == "NoArgsIsHelpError":  # the bare command
+            typer.echo(error.format_message(), err=True)
             return 2
         command = f" {arguments[0]}" if arguments and not arguments[0].startswith("-") else ""
         message = " ".join(str(error.format_message()).split())
+        options = getattr(getattr(error, "param", None), "opts", [])
+        came = [value for option, value in zip(arguments, arguments[1:], strict=False) if option in options]
+        if came and repr(came[-1]) not in message:
+            message = f"{message.rstrip('.')}; it was {came[-1]!r}"
         return _complain(f"{message.rstrip('.')}; see datatools{command} --help", 2)
     if isinstance(error, DatatoolsError):
         return _complain(str(error), error.exit_code)
@@ -582,9 +602,9 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    from pipelines.runs import printable
+    from pipelines.texts import visible
 
-    print(f"error: {printable(message)}", file=sys.stderr)
+    print(f"error: {visible(message, keep=chr(10))}", file=sys.stderr)
     return code
 
 

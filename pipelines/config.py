@@ -126,7 +126,7 @@ class LoraConfig(Settings):
     rank: int = Field(default=8, ge=1, le=4096, description="rank of each adapter")
     alpha: float = Field(default=16.0, gt=0, le=1e6, description="adapters are scaled by alpha / rank")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout inside adapters while training")
-    targets: Names | Literal["auto"] = Field(
+    targets: Literal["auto"] | Names = Field(
         default=["q_proj", "k_proj", "v_proj", "o_proj"],
         description="endings of the names of the layers that get an adapter; auto is every linear layer but the head",
     )
@@ -360,7 +360,8 @@ class AuditConfig(RunSettings):
     training: TrainingConfig = Field(default=TrainingConfig(), description="the same recipe for every arm")
     arms: FilePath | None = Field(
         default=None,
-        description="where trained arms are kept; null is the audit's own folder. Audits that name the same one share them",
+        description="where trained arms are kept; null is the audit's own folder. Audits that name the same one "
+        "share them",
         json_schema_extra=ELSEWHERE,
     )
     out: FilePath = Field(default=Path("runs/audit"), description="folder of the audit", json_schema_extra=ELSEWHERE)
@@ -553,7 +554,7 @@ M = TypeVar("M", bound=Settings)
 
 
 def _refuse(message: str) -> NoReturn:
-    from datatools.errors import UsageError
+    from datatools import UsageError
 
     raise UsageError(message) from None
 

@@ -202,6 +202,7 @@ def read_pool(paths: Sequence[str | os.PathLike[str]], *, on_bad_row: str = "err
     with ExitStack() as stack:
         rejected: BinaryIO | None = None
         if on_bad_row == "quarantine" and quarantine is not None:
+            files.make_folder(Path(quarantine).parent)
             rejected = stack.enter_context(open(stack.enter_context(files.atomic_path(quarantine)), "wb"))
         for source in find_sources(paths):
             _read_source(source, Path(cache), pool, bad, ids, rejected)

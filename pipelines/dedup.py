@@ -39,7 +39,7 @@ def dedup(pool: Pool, scan: Scan, how: str = "none", threshold: float = 0.8,
     "near": also, of the texts without white space and case, at least `threshold` of the 5-character pieces are shared
     (Jaccard), in the row as a whole and in its answer: one question with two answers is no duplicate. Candidates come
     from MinHash and locality-sensitive hashing (Broder 1997; datasketch), seeded; each is then compared exactly, so
-    nothing is dropped on an estimate. A pair at the threshold is missed 5 times in 100 at most, closer ones more rarely.
+    nothing is dropped on an estimate. A pair at the threshold is missed 5 times in 100 at most, closer ones less.
 
     Of rows that repeat each other the one with the smallest (key, source, id) is kept, so the order of rows and files
     does not change the choice; only rows with equal keys and ids fall back on file and line. Rows that could not be

@@ -29,9 +29,9 @@ SHOWN_LAYERS = 8
 def run(config: ExplainConfig) -> dict[str, Any]:
     """Print, and return, why a row was chosen: similarity to each target row, and the exact share of each layer.
 
-    Similarities are read from the run's stored features. The layers' shares are computed anew, without projection, at the
-    checkpoint with the largest weight: the inner product of the row's update and the target row's gradient is a sum over
-    parameters, so it says which layers carry it.
+    Similarities are read from the run's stored features. The layers' shares are computed anew, without projection, at
+    the checkpoint with the largest weight: the inner product of the row's update and the target row's gradient is a sum
+    over parameters, so it says which layers carry it.
     Raises: UsageError when the line or the run is not there; DataError when the run's data have changed.
     """
     folder = config.file.parent
@@ -49,8 +49,14 @@ def run(config: ExplainConfig) -> dict[str, Any]:
         raise DataError(f"{config.file}:{config.line}: its row is no longer in {', '.join(made_by.train.paths)}")
     row = pool.pool[index]
     found: dict[str, Any] = {
-        "id": row.id, "source": row.source, "where": pool.pool.where(index), "method": made_by.method,
-        "prompt": row.question, "answer": row.answer, "targets": [], "layers": [],
+        "id": row.id,
+        "source": row.source,
+        "where": pool.pool.where(index),
+        "method": made_by.method,
+        "prompt": row.question,
+        "answer": row.answer,
+        "targets": [],
+        "layers": [],
     }
     if made_by.method == "less":
         wanted = DataConfig(paths=made_by.target, source_key=made_by.train.source_key)
@@ -66,10 +72,17 @@ def run(config: ExplainConfig) -> dict[str, Any]:
         for place in order:
             near = target.pool[rows[place]]
             found["targets"].append(
-                {"id": near.id, "subtask": near.subtask, "similarity": float(similarity[place]), "prompt": near.question,
-                 "answer": near.answer}
+                {
+                    "id": near.id,
+                    "subtask": near.subtask,
+                    "similarity": float(similarity[place]),
+                    "prompt": near.question,
+                    "answer": near.answer,
+                }
             )
-        found["layers"] = _layers(made_by, max(stops, key=lambda c: c.weight), pool, index, target, [rows[p] for p in order])
+        found["layers"] = _layers(
+            made_by, max(stops, key=lambda c: c.weight), pool, index, target, [rows[p] for p in order]
+        )
     _show(found, Console())
     return found
 

@@ -1,6 +1,7 @@
 """How rows are scored: LESS and the baselines that must stand beside it. `SCORERS` is the table by name.
 
-Each takes the pool, the target and a `Context` and returns `Scored`; choosing, writing and reporting are the same for all.
+Each takes the pool, the target and a `Context` and returns `Scored`; choosing, writing and reporting are the same for
+all.
 """
 
 from __future__ import annotations
@@ -25,16 +26,19 @@ from datatools import (
     extract,
     files,
     influence,
+    influence_paper,
+    subtask_means,
     token_batches,
 )
-from optim import SGDRule, UpdateMap
+from optim import SGDRule, UpdateMap, UpdateRule
 from pipelines import checkpoints, models, trainer
 from pipelines.config import SelectConfig
 from pipelines.prepare import Rows
 from pipelines.runs import Run, derive_seed, progress, rank, world_size
 
 FEATURE_VERSION = "1"
-"""Raise it when the same model, row and settings give other features: stores made before are then refused, not mixed."""
+"""Raise it when the same model, row and settings give other features: stores made before are then refused, not
+mixed."""
 
 
 @dataclass
@@ -81,24 +85,28 @@ class Context:
 
 
 def subtask_groups(target: Rows) -> tuple[list[str], Tensor]:
-    """Names of the subtasks, sorted, and the subtask int64 [m] of each usable target row ("target" where none is named)."""
+    """Names of the subtasks, sorted, and the subtask int64 [m] of each usable target row; "target" is one without."""
     rows = [target.pool[int(i)] for i in np.flatnonzero(target.usable)]
     named = [row.subtask or "target" for row in rows]
     names = sorted(set(named))
     return names, torch.tensor([names.index(name) for name in named])
 
 
-def _from_similarity(context: Context, similarity: Tensor, how: str) -> Scored:
+def _from_similarity(context: Context, similarity: Tensor) -> Scored:
     """Similarity [usable pool rows, usable target rows] -> `Scored` over the whole pool."""
+    pool, how = context.pool, context.config.aggregate
     names, groups = subtask_groups(context.wanted)
-    usable = torch.from_numpy(np.flatnonzero(context.pool.usable))
-    whole = torch.full((len(context.pool), similarity.shape[1]), float("nan"))
-    whole[usable] = similarity
-    scores = torch.full((len(context.pool),), float("nan"))
-    finite = whole.isfinite().all(1)
-    scores[finite] = aggregate(whole[finite], groups, how).float()
-    subtasks = {name: whole[:, groups == i].mean(1) for i, name in enumerate(names)}
-    return Scored(scores, similarity=whole, subtasks=subtasks)
+    usable = torch.from_numpy(np.flatnonzero(pool.usable))
+    columns, of = (
+        (subtask_means(similarity, groups), torch.arange(len(names))) if how == "paper" else (similarity, groups)
+    )
+    values = aggregate(columns, of, how, keys=[pool.keys[i] for i in usable.tolist()])
+    whole = torch.full((len(pool), similarity.shape[1]), float("nan")).index_copy(0, usable, similarity)
+    return Scored(
+        torch.full((len(pool),), float("nan")).index_copy(0, usable, values.float()),
+        similarity=whole,
+        subtasks={name: whole[:, groups == i].mean(1) for i, name in enumerate(names)},
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- LESS
@@ -122,12 +130,15 @@ def less(context: Context) -> Scored:
             stores.append((train, target))
     with run.stage("scores"):
         _score(context, found, stores, scored)
-    mode = {"paper": "less-paper", "code": "less-official", "precond_only": "less-preconditioner"}[config.features.adam_mode]
+    mode = {"paper": "less-paper", "code": "less-official", "precond_only": "less-preconditioner"}[
+        config.features.adam_mode
+    ]
     rule = scored.formula["rule"]
     scored.formula |= {
         "name": mode if rule == "adamw" else f"less-{rule}",
         "text": "score(z) = max over subtasks, mean over target rows z' of "
-        f"sum_c w_c cos( {rule} update of grad l(z; theta_c), grad l(z'; theta_c) ),  w_c = mean learning rate of c / sum",
+        f"sum_c w_c cos( {rule} update of grad l(z; theta_c), grad l(z'; theta_c) ),  "
+        "w_c = mean learning rate of c / sum",
     }
     return scored
 
@@ -145,7 +156,9 @@ def _warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
             by_key = {key: i for i, key in enumerate(pool.keys) if key}
             recorded = files.read_json(manifest)["keys"]
             if gone := [key for key in recorded if key not in by_key]:
-                raise DataError(f"{len(gone)} of {len(recorded)} warm-up rows are no longer in the pool; use --overwrite")
+                raise DataError(
+                    f"{len(gone)} of {len(recorded)} warm-up rows are no longer in the pool; use --overwrite"
+                )
             rows = [by_key[key] for key in recorded]
         else:
             usable = np.flatnonzero(pool.usable)
@@ -164,7 +177,13 @@ def _warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
             wrapped = models.add_lora(loaded.model, config.lora, seed=derive_seed(config.seed, "lora"))
             with progress(f"warm-up on {len(rows)} rows", steps, "steps") as bar:
                 trainer.fit(
-                    wrapped, pool.item, rows, recipe, folder, seed=derive_seed(config.seed, "warm-up"), save="epoch",
+                    wrapped,
+                    pool.item,
+                    rows,
+                    recipe,
+                    folder,
+                    seed=derive_seed(config.seed, "warm-up"),
+                    save="epoch",
                     advance=bar.advance,
                 )
             wrapped.unload()
@@ -200,7 +219,7 @@ def _features(
         train_map = checkpoints.restrict(state, names)
         target_map = checkpoints.restrict(state, names, SGDRule())
         rule = next(iter(train_map.rules.values()))
-        scored.formula.update(rule=rule.name, settings=rule.describe())
+        scored.formula.update(rule=rule.name, settings=_described(rule))
         projector = PROJECTORS[config.projector.name].of(
             {name: params[name].shape for name in names}, config.projector.dim, derive_seed(config.seed, "projector")
         )
@@ -218,15 +237,24 @@ def _features(
         stores = []
         jobs = (("train", context.pool, pool_rows, train_map), ("target", context.wanted, target_rows, target_map))
         for kind, rows, first, updates in jobs:
-            meta = {**common, "gradient": sorted({r.describe() for r in updates.rules.values()})}
+            meta = {**common, "gradient": sorted({_described(r) for r in updates.rules.values()})}
             store = GradientFeatures.create_or_open(
-                context.features_folder / f"{kind}-{checkpoint.step}", meta=meta, dim=projector.dim,
-                dtype=config.features.dtype, keys=list(first), rows_per_unit=config.features.rows_per_unit,
+                context.features_folder / f"{kind}-{checkpoint.step}",
+                meta=meta,
+                dim=projector.dim,
+                dtype=config.features.dtype,
+                keys=list(first),
+                rows_per_unit=config.features.rows_per_unit,
             )
             _fill(context, store, module, kind, rows, first, updates, projector, scored)
             stores.append(store)
         scored.checkpoints.append(
-            {"path": checkpoint.folder.name, "step": checkpoint.step, "mean_lr": checkpoint.mean_lr, "weight": checkpoint.weight}
+            {
+                "path": checkpoint.folder.name,
+                "step": checkpoint.step,
+                "mean_lr": checkpoint.mean_lr,
+                "weight": checkpoint.weight,
+            }
         )
         return stores[0], stores[1]
     finally:
@@ -259,18 +287,34 @@ def _fill(
     where = "pool" if kind == "train" else "target"
     with progress(f"gradients of the {where} at {store.folder.name}", total, "tokens", done=total - todo) as bar:
         extract(
-            store, module, models.row_losses, lambda keys: rows.batch([first[key] for key in keys]), lengths, updates,
-            projector, method=context.config.features.method,  # type: ignore[arg-type]
-            token_budget=context.config.features.token_budget, advance=lambda n, tokens: bar.advance(tokens),
-            rank=rank(), world=world_size(),
+            store,
+            module,
+            models.row_losses,
+            lambda keys: rows.batch([first[key] for key in keys]),
+            lengths,
+            updates,
+            projector,
+            method=context.config.features.method,  # type: ignore[arg-type]
+            token_budget=context.config.features.token_budget,
+            advance=lambda n, tokens: bar.advance(tokens),
+            rank=rank(),
+            world=world_size(),
         )
     scored.tokens += todo
+
+
+def _described(rule: UpdateRule) -> str:
+    """`adamw(betas=(0.9, 0.999), eps=1e-08, ...)`."""
+    fields = rule.describe()
+    return f"{fields.pop('name')}({', '.join(f'{key}={value}' for key, value in fields.items())})"
 
 
 def _coverage(scored: Scored, params: Mapping[str, Tensor], names: list[str], config: SelectConfig) -> None:
     seen, total = sum(params[n].numel() for n in names), sum(p.numel() for p in params.values())
     if not names:
-        raise DataError(f"features.method={config.features.method}: none of the {len(params)} trainable parameters can be seen")
+        raise DataError(
+            f"features.method={config.features.method}: none of the {len(params)} trainable parameters can be seen"
+        )
     unseen = sorted(set(params) - set(names))
     scored.coverage = {"trainable": total, "seen_share": seen / total, "unseen": unseen}
 
@@ -283,40 +327,54 @@ def _score(
 ) -> None:
     """Fill `scored` from the stores, block by block."""
     pool, target = context.pool, context.wanted
-    keys = [target.keys[int(i)] for i in np.flatnonzero(target.usable)]
-    by_key: dict[str, list[int]] = {}
-    for i in np.flatnonzero(pool.usable).tolist():
-        by_key.setdefault(pool.keys[i], []).append(i)
+    how = context.config.aggregate
+    usable = torch.from_numpy(np.flatnonzero(pool.usable))
+    keys = [pool.keys[i] for i in usable.tolist()]
+    wanted = np.flatnonzero(target.usable).tolist()
+    target_keys = [target.keys[i] for i in wanted]
     names, groups = subtask_groups(target)
-    similarity = torch.zeros(len(pool), len(keys))
-    norms = torch.zeros(len(pool))
-    good = torch.zeros(len(pool), dtype=torch.bool)
-    good[torch.from_numpy(np.flatnonzero(pool.usable))] = True
-    for checkpoint, (train, wanted) in zip(found, stores, strict=True):
-        wanted_features = wanted.take(keys)
-        if (dead := wanted_features.abs().sum(1) == 0).any():
-            bad = int(dead.nonzero()[0])
+    train, weights = [pair[0] for pair in stores], [c.weight for c in found]
+    features, norms = [], torch.zeros(len(keys))
+    good = torch.ones(len(keys), dtype=torch.bool)
+    for (updates, gradients), weight in zip(stores, weights, strict=True):
+        states = dict(zip(*(gradients.rows()[i] for i in (0, 2)), strict=True))
+        if dead := [row for row, key in zip(wanted, target_keys, strict=True) if states[key] != "ok"]:
             raise DataError(
-                f"target row {target.pool.where(int(np.flatnonzero(target.usable)[bad]))} has no finite, non-zero gradient at "
-                f"{checkpoint.folder.name}; remove it from the target"
+                f"target row {target.pool.where(dead[0])} has no finite, non-zero gradient ({len(dead)} such rows in "
+                f"{gradients.folder.name}); remove it from the target"
             )
-        for block in train.iter_blocks():
-            at = [(i, row) for i, key in enumerate(block.keys) for row in by_key.get(key, ())]
-            if not at:
-                continue
-            source, place = torch.tensor([i for i, _ in at]), torch.tensor([row for _, row in at])
-            similarity[place] += checkpoint.weight * (block.features @ wanted_features.T)[source]
-            norms[place] += checkpoint.weight * block.norms[source]
-            for i, row in at:
-                if block.status[i] != "ok":
-                    scored.status[row] = block.status[i]
-                    good[row] = False
-        scored.feature_bytes += sum(p.stat().st_size for s in (train, wanted) for p in s.folder.iterdir())
+        length = dict(zip(*gradients.rows()[:2], strict=True))
+        features.append(
+            [
+                (
+                    target_keys,
+                    gradients.take(target_keys),
+                    torch.stack([length[k] for k in target_keys]),
+                    ["ok"] * len(wanted),
+                )
+            ]
+        )
+        rows = updates.rows()
+        place = {key: i for i, key in enumerate(rows.keys)}
+        at = [place[key] for key in keys]
+        norms += weight * rows.norms[torch.tensor(at)]
+        for i, row in enumerate(at):
+            if rows.status[row] != "ok":
+                scored.status[int(usable[i])] = rows.status[row]
+                good[i] = False
+    similarity = influence(train, features, weights, keys=keys)
+    columns, of = (
+        (influence_paper(train, features, weights, groups, keys=keys), torch.arange(len(names)))
+        if how == "paper"
+        else (similarity, groups)
+    )
+    values = aggregate(columns, of, how, keys=keys, eligible=good)
     similarity[~good] = float("nan")
-    scored.similarity, scored.norms = similarity, norms
-    scored.scores = torch.full((len(pool),), float("nan"))
-    scored.scores[good] = aggregate(similarity[good], groups, context.config.aggregate).float()
-    scored.subtasks = {name: similarity[:, groups == i].mean(1) for i, name in enumerate(names)}
+    scored.similarity = torch.full((len(pool), len(wanted)), float("nan")).index_copy(0, usable, similarity)
+    scored.scores = torch.full((len(pool),), float("nan")).index_copy(0, usable, values.float())
+    scored.norms = torch.full((len(pool),), float("nan")).index_copy(0, usable, norms)
+    scored.subtasks = {name: scored.similarity[:, groups == i].mean(1) for i, name in enumerate(names)}
+    scored.feature_bytes = sum(p.stat().st_size for pair in stores for store in pair for p in store.folder.iterdir())
 
 
 # -------------------------------------------------------------------------------------------------------- baselines
@@ -350,10 +408,12 @@ def tfidf(context: Context) -> Scored:
     texts = [_text(pool, i) for i in chosen]
     wanted = [_text(target, i) for i in np.flatnonzero(target.usable).tolist()]
     with context.run.stage("scores"):
-        vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), dtype=np.float32, token_pattern=r"(?u)\b\w+\b")
+        vectorizer = TfidfVectorizer(
+            sublinear_tf=True, ngram_range=(1, 2), dtype=np.float32, token_pattern=r"(?u)\b\w+\b"
+        )
         matrix = vectorizer.fit_transform(texts + wanted)
         similarity = (matrix[: len(texts)] @ matrix[len(texts) :].T).toarray()
-    scored = _from_similarity(context, torch.from_numpy(np.asarray(similarity, dtype=np.float32)), context.config.aggregate)
+    scored = _from_similarity(context, torch.from_numpy(np.asarray(similarity, dtype=np.float32)))
     scored.formula = {"name": "tfidf", "text": "cosine of TF-IDF vectors of pool row and target rows; no model is used"}
     return scored
 
@@ -366,15 +426,18 @@ def _text(rows: Rows, index: int) -> str:
 def rds(context: Context) -> Scored:
     """RDS+: cosine of hidden states of the last layer, averaged over positions with weights 1, 2, ..., s.
 
-    Source: Ivison et al. 2025, arXiv 2503.01807. Differs: rows are ranked by `aggregate`, as for every method; the paper
-    takes turns between target rows (`--set aggregate=round_robin`).
+    Source: Ivison et al. 2025, arXiv 2503.01807. Differs: rows are ranked by `aggregate`, as for every method; the
+    paper takes turns between target rows (`--set aggregate=round_robin`).
     """
     loaded = context.model()
     with context.run.stage("hidden states"):
         pool = _hidden_states(context, loaded.model, context.pool, "pool")
         target = _hidden_states(context, loaded.model, context.wanted, "target")
-    scored = _from_similarity(context, pool @ target.T, context.config.aggregate)
-    scored.formula = {"name": "rds+", "text": "cosine of position-weighted mean hidden states (last layer) of pool and target row"}
+    scored = _from_similarity(context, pool @ target.T)
+    scored.formula = {
+        "name": "rds+",
+        "text": "cosine of position-weighted mean hidden states (last layer) of pool and target row",
+    }
     scored.tokens = context.pool.tokens() + context.wanted.tokens()
     return scored
 
@@ -407,7 +470,11 @@ def loss(context: Context) -> Scored:
     chosen = np.flatnonzero(pool.usable).tolist()
     lengths = [int(pool.scan.tokens[i]) for i in chosen]
     scores = torch.full((len(pool),), float("nan"))
-    with context.run.stage("losses"), progress("losses of the pool", sum(lengths), "tokens") as bar, torch.inference_mode():
+    with (
+        context.run.stage("losses"),
+        progress("losses of the pool", sum(lengths), "tokens") as bar,
+        torch.inference_mode(),
+    ):
         for group in token_batches(lengths, context.config.features.token_budget):
             batch = pool.batch([chosen[i] for i in group])
             values = models.row_losses(loaded.model, {k: v.to(loaded.model.device) for k, v in batch.items()})
@@ -415,7 +482,10 @@ def loss(context: Context) -> Scored:
             bar.advance(sum(lengths[i] for i in group))
     status = {i: "nonfinite" for i in chosen if not scores[i].isfinite()}
     return Scored(
-        scores, status=status, tokens=sum(lengths), formula={"name": "loss", "text": "mean loss of the row's own answer tokens"}
+        scores,
+        status=status,
+        tokens=sum(lengths),
+        formula={"name": "loss", "text": "mean loss of the row's own answer tokens"},
     )
 
 

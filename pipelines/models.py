@@ -1,17 +1,20 @@
 """Causal language models: loading (hub name, folder, GGUF file), LoRA adapters, and the loss of each row of a batch.
 
-Reading a model never runs code: safetensors and GGUF are data, pickled weights are refused, remote code is off unless asked.
+Reading a model never runs code: safetensors and GGUF are data, pickled weights are refused, remote code is off unless
+asked.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +105,8 @@ def _converted(gguf: Path) -> Path:
     try:
         with _quiet():
             source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-            read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            with redirect_stderr(io.StringIO()):  # its bar is drawn whatever transformers' settings say
+                read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             config = read.config
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
@@ -128,14 +132,16 @@ def _converted(gguf: Path) -> Path:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' advice and its own progress bars while a model loads."""
+    """Silence transformers' advice to its own developers and its progress bars while a model loads or is wrapped."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -204,17 +210,16 @@ def add_lora(model: Any, config: LoraConfig, *, seed: int) -> Any:
     from peft import get_peft_model
 
     state = torch.get_rng_state()
+    adapters = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules="all-linear" if config.targets == "auto" else list(config.targets),
+        task_type="CAUSAL_LM",
+    )
     try:
-        wrapped = get_peft_model(
-            model,
-            PeftLoraConfig(
-                r=config.rank,
-                lora_alpha=config.alpha,
-                lora_dropout=config.dropout,
-                target_modules="all-linear" if config.targets == "auto" else list(config.targets),
-                task_type="CAUSAL_LM",
-            ),
-        )
+        with _quiet():
+            wrapped = get_peft_model(model, adapters)
     except ValueError as error:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise DataError(
@@ -240,7 +245,9 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
     for needed in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / needed).is_file():
-            raise DataError(f"adapter {folder}: {needed} is missing; expected a folder that peft's save_pretrained wrote")
+            raise DataError(
+                f"adapter {folder}: {needed} is missing; expected a folder that peft's save_pretrained wrote"
+            )
     try:
         with _quiet():
             wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)

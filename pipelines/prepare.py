@@ -76,19 +76,25 @@ def prepare(
 ) -> Rows:
     """Read, encode and deduplicate the rows of `data`; bad ones are written to `folder`/bad_rows.jsonl.
 
-    Raises: DataError when a row is bad and the policy is "error" (naming file, line and reason), or when no row is left.
+    Raises: DataError when a row is bad and the policy is "error" (naming file, line and reason), or when no row is
+    left.
     """
     quarantine = folder / "quarantine.jsonl" if folder is not None and data.on_bad_row == "quarantine" else None
     policy = data.on_bad_row if quarantine is not None or data.on_bad_row != "quarantine" else "skip"
     pool, bad = read_pool(
-        data.paths, on_bad_row=policy, source_key=data.source_key, cache=cache, quarantine=quarantine, columns=data.columns
+        data.paths,
+        on_bad_row=policy,
+        source_key=data.source_key,
+        cache=cache,
+        quarantine=quarantine,
+        columns=data.columns,
     )
     encoder = Encoder(tokenizer, chat=model.chat, max_length=model.max_length, on_long=model.on_long)
     with progress(f"reading {label}", len(pool)) as bar:
         scanned = scan(pool, encoder, bar)
     status = ["ok" if ok else "bad" for ok in scanned.ok]
     reasons = {(row.file, row.line): row.reason for row in scanned.bad}
-    for index in np.flatnonzero(~scanned.ok):
+    for index in np.flatnonzero(~scanned.ok).tolist():
         status[index] = reasons.get((pool.file(index), pool.line(index)), "bad")
     if scanned.bad and data.on_bad_row == "error":
         shown = "\n  ".join(str(row) for row in scanned.bad[:5])
@@ -106,7 +112,9 @@ def prepare(
         raise DataError(f"{label}: no usable row in {', '.join(map(str, data.paths))} ({len(rows.bad)} bad)")
     if folder is not None and rows.bad:
         lines = [
-            json.dumps({"file": b.file, "line": b.line, "byte_offset": b.byte_offset, "reason": b.reason, "detail": b.detail})
+            json.dumps(
+                {"file": b.file, "line": b.line, "byte_offset": b.byte_offset, "reason": b.reason, "detail": b.detail}
+            )
             for b in rows.bad
         ]
         files.write_text(folder / "bad_rows.jsonl", "\n".join(lines) + "\n")

@@ -1,18 +1,18 @@
 """The report of a run: one HTML file without script, and the summary at the end in the terminal.
 
 `render` reads nothing but `summary.json` and `scores.parquet` of a run folder, so a report can be drawn again at any
-time, and equal inputs give equal bytes. Texts of data rows are hostile until shown: every value that the template prints
-passes through one function (`finalize=marked`) that escapes it and makes control and bidi characters visible, so that
-forgetting a filter is not possible; no data reaches a link, a style or a script; and the page forbids scripts and the
-network to itself by its Content-Security-Policy.
+time, and equal inputs give equal bytes. Texts of data rows are hostile until shown: every value that the template
+prints passes through one function (`finalize=marked`) that escapes it and makes control and bidi characters visible, so
+that forgetting a filter is not possible; no data reaches a link, a style or a script; and the page forbids scripts and
+the network to itself by its Content-Security-Policy.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich import box
-from rich.console import Console
+from rich.console import Console, OverflowMethod
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -20,11 +20,12 @@ from rich.text import Text
 from datatools import files
 from pipelines import report_view as view
 from pipelines.report_view import Json
-from pipelines.texts import NBSP, breakable, count, duration, marked, percent, plural, signed, size, visible
+from pipelines.texts import NBSP, breakable, count, duration, marked, percent, plural, size, visible
 
 __all__ = ["render", "terminal", "visible"]
 
 SHOWN_EXAMPLES = 3  # examples open at once; the others fold out
+TERMINAL_SOURCES = 12
 
 
 def _environment() -> Environment:
@@ -58,10 +59,8 @@ def render(folder: Path) -> Path:
     report cannot be written.
     """
     folder = Path(folder)
-    summary = view.read_summary(folder / "summary.json")
-    scores = view.read_scores(folder / "scores.parquet")
-    view = view.build(summary, scores)
-    page = _environment().get_template("report.html").render(view, shown=SHOWN_EXAMPLES)
+    parts = view.build(view.read_summary(folder / "summary.json"), view.read_scores(folder / "scores.parquet"))
+    page = _environment().get_template("report.html").render(parts, shown=SHOWN_EXAMPLES)
     path = folder / "report.html"
     files.write_text(path, page)
     return path
@@ -72,118 +71,101 @@ def terminal(summary: Json, console: Console) -> None:
 
     Every text of the run is printed literally: controls and bidi characters as <U+202E>, rich's own markup not read.
     """
+    width, encoding = min(80, console.width), console.encoding or "utf-8"
+    cut: OverflowMethod = "ellipsis" if encoding.lower().startswith("utf") else "crop"
 
     def literal(value: object, style: str = "") -> Text:
-        text = visible(str(value)).replace(NBSP, " ")
-        encoding = console.encoding or "utf-8"
+        text = visible(str(value).replace(NBSP, " "))
         return Text(text.encode(encoding, "backslashreplace").decode(encoding), style=style)
 
-    def say(value: object, style: str = "", indent: int = 2) -> None:
-        console.print(Padding(literal(value, style), (0, 0, 0, indent)), width=min(80, console.width))
+    def say(value: object, style: str = "") -> None:
+        console.print(Padding(literal(value, style), (0, 0, 0, 2)), width=width)
 
-    def show(table: Table) -> None:
-        console.print(Padding(table, (0, 0, 0, 1)), width=min(80, console.width))
-
-    def grid(*heads: str) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False, expand=False)
-        for i, head in enumerate(heads):
-            right = i > 0 and not head.endswith(" ")
+    def show(heads: str, rows: Sequence[Sequence[object]], widest: Sequence[int] = (24,), fill: bool = False) -> None:
+        """A table; heads parted by '|', left where a space follows; `widest` limits the first columns."""
+        table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False, expand=fill)
+        for i, head in enumerate(heads.split("|")):
+            left, most = i == 0 or head.endswith(" "), widest[i] if i < len(widest) and widest[i] else None
             table.add_column(
-                head.strip(),
-                justify="right" if right else "left",
-                overflow="ellipsis",
-                no_wrap=True,
-                max_width=24 if i == 0 else None,
+                head.strip(), justify="left" if left else "right", max_width=most, no_wrap=True, overflow=cut
             )
-        return table
-
-    pool, budget = view.mapping(summary.get("pool")), view.mapping(summary.get("budget"))
-    method, _ = view.method_of(summary)
-    formula, model = view.mapping(summary.get("formula")), view.model_section(summary)
-    table = view.arms(view.mapping(summary.get("audit")), str(summary.get("method")))
-    rows, of = view.finite(budget.get("rows")), view.finite(pool.get("rows"))
-    tokens, all_tokens = view.finite(budget.get("tokens")), view.finite(pool.get("tokens"))
-
-    console.print()
-    say(f"{count(rows)} of {count(of)} rows chosen", "bold")
-    if tokens is not None:
-        say(f"{percent(view.share_of(rows, of))} of the rows, {count(tokens)} tokens ({percent(view.share_of(tokens, all_tokens))})")
-    facts = [method, str(formula.get("name") or ""), model["name"] if model else ""]
-    say(", ".join(fact for fact in facts if fact))
-    if model and model["seen"] is not None:
-        say(f"scores see {percent(model['seen'])} of the trainable parameters", "yellow" if model["low"] else "")
-    for i, item in enumerate(view.warnings_of(summary, None)):
-        if not i:
-            console.print()
-        say(f"warning: {item}", "yellow")
-
-    if table:
-        lines = grid("held-out loss", "mean", "interval", "difference", "selection is ")
-        words = {"better": "better", "worse": "worse", "unclear": "not clearly better", "": ""}
-        for arm in table:
-            between = "" if arm.low is None or arm.high is None else f"{arm.low:.4f} {arm.high:.4f}"
-            lines.add_row(
-                literal(arm.label, "bold" if arm.chosen else ""),
-                literal("" if arm.mean is None else f"{arm.mean:.4f}"),
-                literal(between),
-                literal("" if arm.chosen else signed(arm.delta)),
-                words[arm.reading],
-            )
+        if fill:
+            table.columns[-1].ratio = 1  # the last column takes what the others leave
+        for row in rows:
+            table.add_row(*(value if isinstance(value, Text) else literal(value) for value in row))
         console.print()
-        show(lines)
-        state, sentence = view.verdict(table, str(view.mapping(summary.get("audit")).get("verdict") or "") or None)
+        console.print(Padding(table, (0, 0, 0, 2)), width=width)
+
+    _say_chosen(summary, say)
+
+    audit = view.mapping(summary.get("audit"))
+    arms = view.arms(audit, str(summary.get("method")))
+    if arms:
+        show(
+            "held-out loss|mean|interval|difference|selection is ",
+            [
+                (
+                    literal(a.label, "bold" if a.chosen else ""),
+                    a.text,
+                    a.between.replace(" to", ""),
+                    a.difference,
+                    a.word,
+                )
+                for a in arms
+            ],
+        )
+        state, sentence = view.verdict(arms, audit)
         say(sentence, {"good": "green", "bad": "red"}.get(state, ""))
 
-    shares = view.sources_section(summary)
+    shares = view.sources_section(summary, most=TERMINAL_SOURCES)
     if shares:
-        lines = grid("source", "pool", "chosen", "of pool", "of chosen", "over/under")
-        for row in shares["rows"][:12]:
-            lines.add_row(
-                *(
-                    literal(text)
-                    for text in (
-                        row["name"],
-                        count(row["pool"]),
-                        count(row["chosen"]),
-                        percent(row["pool_share"]),
-                        percent(row["chosen_share"]),
-                        row["lift_text"],
-                    )
-                )
-            )
-        console.print()
-        show(lines)
-        if len(shares["rows"]) > 12:
-            say(f"and {plural(len(shares['rows']) - 12, 'more source')}: see the report", "dim")
+        keys = ("name", "pool", "chosen", "pool_share", "chosen_share", "lift_text")
+        show("source|pool|chosen|of pool|of chosen|over/under", [[row[key] for key in keys] for row in shares["rows"]])
 
     best = view.examples_of(summary.get("best"))[:SHOWN_EXAMPLES]
     if best:
-        lines = grid("best rows", "score", "where ", "begins ")
-        lines.columns[0].max_width, lines.columns[2].max_width, lines.columns[3].ratio = 18, 20, 1
-        lines.expand = True
-        for item in best:
-            first = " ".join(item["prompt"][:120].split(" "))
-            lines.add_row(literal(item["source"]), literal(item["score"]), literal(item["where"]), literal(first))
-        console.print()
-        show(lines)
+        rows = [(x["source"], x["score"], _end(x["where"], 20), " ".join(x["prompt"][:120].split())) for x in best]
+        show("best rows|score|where |begins ", rows, widest=(18, 0, 20), fill=True)
 
-    quality = []
+    console.print()
+    _say_cost(summary, say)
+    if not arms and str(summary.get("method")) not in view.RANDOM_ARMS:
+        say("not audited: nothing here shows yet that these rows beat random ones", "dim")
+
+
+def _end(text: str, most: int) -> str:
+    """The last `most` characters: of a long path the file and the line."""
+    return text if len(text) <= most else ".." + text[2 - most :]
+
+
+def _say_chosen(summary: Json, say: Callable[..., None]) -> None:
+    pool, budget = view.mapping(summary.get("pool")), view.mapping(summary.get("budget"))
+    (rows, tokens), (of, all_tokens) = ([view.finite(x.get(key)) for key in ("rows", "tokens")] for x in (budget, pool))
+    say(f"{count(rows)} of {count(of)} rows chosen", "bold")
+    if tokens is not None:
+        share, token_share = view.share_of(rows, of), view.share_of(tokens, all_tokens)
+        say(f"{percent(share)} of the rows, {count(tokens)} tokens ({percent(token_share)})")
+    model, formula = view.model_section(summary), view.mapping(summary.get("formula"))
+    facts = [view.method_of(summary)[0], str(formula.get("name") or ""), model["name"] if model else ""]
+    say(", ".join(fact for fact in facts if fact))
+    if model and model["seen"] is not None:
+        say(f"scores see {percent(model['seen'])} of the trainable parameters", "yellow" if model["low"] else "")
+    for item in view.warnings_of(summary, None):
+        say(f"warning: {item}", "yellow")
+
+
+def _say_cost(summary: Json, say: Callable[..., None]) -> None:
+    pool = view.mapping(summary.get("pool"))
     unread = sum(view.finite(item.get("count")) or 0 for item in view.listing(pool.get("bad")))
-    for n, words_ in (
+    faults = (
         (unread, "bad"),
         (view.finite(pool.get("duplicates")), "duplicate"),
         (view.finite(pool.get("cut_rows")), "cut"),
-    ):
-        if n:
-            quality.append(f"{count(n)} {words_}")
-    console.print()
-    if quality:
-        say(f"rows with a fault: {', '.join(quality)}")
+    )
+    if any(n for n, _ in faults):
+        say("rows with a fault: " + ", ".join(f"{count(n)} {word}" for n, word in faults if n))
     cost = view.cost_section(summary)
     if cost and cost["took"] is not None:
-        guess = f" (estimated {duration(cost['guess'])})" if cost["guess"] is not None else ""
-        disk = f", {size(cost['bytes'])} on disk" if cost["bytes"] is not None else ""
-        peak = view.finite(view.mapping(view.mapping(summary.get("cost")).get("after")).get("peak_rss_bytes"))
-        say(f"took {duration(cost['took'])}{guess}{disk}" + (f", {size(peak)} memory" if peak else ""))
-    if not table and str(summary.get("method")) not in view.RANDOM_ARMS:
-        say("not audited: nothing here shows yet that these rows beat random ones", "dim")
+        guess = f" (estimated {duration(cost['guess'])})" if cost["guess"] else ""
+        disk = f", {size(cost['bytes'])} on disk" if cost["bytes"] else ""
+        say(f"took {duration(cost['took'])}{guess}{disk}" + (f", {size(cost['peak'])} memory" if cost["peak"] else ""))

@@ -1,7 +1,7 @@
-"""What a report says: `summary.json` and `scores.parquet` of a run turned into the words, numbers and charts of each section.
+"""What a report says: a run's `summary.json` and `scores.parquet` turned into the words and charts of each section.
 
-No text is escaped here; the template and the terminal do that to everything they print. Parts that a method does not have
-come out as None. Every field of the summary may be absent or null.
+No text is escaped here (but inside charts); the template and the terminal do that to everything they print. Parts that
+a method does not have come out as None. Every field of the summary may be absent or null.
 """
 
 import math
@@ -38,9 +38,9 @@ SEEN_WARNING = 0.95
 METHODS = {
     "less": (
         "LESS",
-        "The score is a cosine between the update that a row would cause and the gradient of the target rows, averaged over "
-        "the checkpoints by their weight and, in its best subtask, over the target rows. Above zero: to first order, training "
-        "on the row lowers the loss on the target; below zero: it raises it.",
+        "The score is a cosine between the update that a row would cause and the gradient of the target rows, averaged "
+        "over the checkpoints by their weight and, in its best subtask, over the target rows. Above zero: to first "
+        "order, training on the row lowers the loss on the target; below zero: it raises it.",
     ),
     "random": (
         "Random rows",
@@ -48,20 +48,24 @@ METHODS = {
     ),
     "random-length": (
         "Length-matched random rows",
-        "Rows drawn at random so that their answers are as long as those of a reference selection: what choosing by length "
-        "alone would bring.",
+        "Rows drawn at random so that their answers are as long as those of the target: what choosing by length alone "
+        "would bring.",
     ),
     "tfidf": (
         "Text similarity (TF-IDF)",
-        "The score is a cosine between word counts (TF-IDF) of the row and of the target rows: how alike the texts are; no "
-        "model takes part.",
+        "The score is a cosine between word counts (TF-IDF) of the row and of the target rows: how alike the texts "
+        "are; no model takes part.",
     ),
     "rds": (
         "Hidden-state similarity (RDS)",
-        "The score is a cosine between the model's hidden states on the row and on the target rows: how alike the model finds "
-        "them; no gradient takes part.",
+        "The score is a cosine between the model's hidden states on the row and on the target rows: how alike the "
+        "model finds them; no gradient takes part.",
     ),
-    "loss": ("Model loss", "The score comes from the model's own loss on the row; the target rows take no part in it."),
+    "loss": (
+        "Model loss",
+        "The score is the model's own mean loss on the row's answer: the rows that it finds hardest come first; the "
+        "target rows take no part.",
+    ),
 }
 LABELS = {
     "selected": "this selection",
@@ -72,8 +76,7 @@ LABELS = {
     "rds": "hidden states (RDS)",
     "loss": "model loss",
     "full": "whole pool",
-    "base": "no training",
-    "none": "no training",
+    "untrained": "no training",
 }
 WITH = {
     "random": "random rows",
@@ -82,13 +85,15 @@ WITH = {
     "rds": "rows picked by hidden states",
     "bm25": "rows picked by BM25",
 }
+BASE_ARM = "untrained"  # the model before any training: a landmark, not a rival
 RANDOM_ARMS = ("random", "random-length")
 SIMILARITY_ARMS = ("tfidf", "bm25", "rds", "embedding")
 STATUS = {
     "ok": "eligible",
     "duplicate": "copy of another row",
     "empty": "gradient is zero",
-    "nonfinite": "gradient not finite",
+    "nonfinite": "loss or gradient not finite",
+    "bad": "unusable",
     "too_long": "too long",
     "no_supervised_token": "no answer token left to learn from",
 }
@@ -109,8 +114,28 @@ class Arm:
     high: float | None
     n: int
     delta: float | None
-    reading: str  # "better" (the selection is), "worse", "unclear", "" for the selection itself
+    reading: str  # "better" (the selection is), "worse", "unclear", "" for the selection itself and the untrained model
     runs: tuple[float, ...]
+
+    @property
+    def text(self) -> str:
+        """The mean."""
+        return "–" if self.mean is None else f"{self.mean:.4f}"
+
+    @property
+    def between(self) -> str:
+        """The interval, if there is one."""
+        return "" if self.low is None or self.high is None else f"{self.low:.4f} to {self.high:.4f}"
+
+    @property
+    def difference(self) -> str:
+        """`delta`, but for the selection itself."""
+        return "" if self.chosen else signed(self.delta)
+
+    @property
+    def word(self) -> str:
+        """What the reading means."""
+        return {"unclear": "one run" if self.n < 2 else "unclear"}.get(self.reading, self.reading)
 
 
 def arms(audit: Json, method: str) -> list[Arm]:
@@ -126,30 +151,33 @@ def arms(audit: Json, method: str) -> list[Arm]:
         if loss is not None:
             runs.setdefault(str(row.get("arm")), {})[row.get("seed")] = loss
     names = [str(row.get("arm")) for row in table]
-    ours = next((name for name in ("selected", "selection", method) if name in names), None)
-    us = next((row for row in table if str(row.get("arm")) == ours), {})
+    ours = next((name for name in ("selected", method) if name in names), None)
+    us = table[names.index(ours)] if ours is not None else {}
+    our_runs = runs.get(ours, {}) if ours is not None else {}
+    our_mean, *our_interval = (finite(us.get(key)) for key in ("mean", "low", "high"))
     result = []
     for row, name in zip(table, names, strict=True):
         mean, low, high = (finite(row.get(key)) for key in ("mean", "low", "high"))
-        our_mean = finite(us.get("mean"))
-        delta = mean - our_mean if mean is not None and our_mean is not None else finite(row.get("delta_vs_selected"))
-        paired = (
-            [loss - runs[ours][seed] for seed, loss in runs.get(name, {}).items() if seed in runs.get(ours or "", {})]
-            if ours is not None
-            else []
-        )
-        reading = (
-            "" if name == ours else _reading(paired, (low, high), (finite(us.get("low")), finite(us.get("high"))))
-        )
-        label = LABELS["selected"] if name == ours else LABELS.get(name, name)
-        seen = tuple(runs.get(name, {}).values())
+        losses = runs.get(name, {})
+        paired = [loss - our_runs[seed] for seed, loss in losses.items() if seed in our_runs]
         result.append(
-            Arm(name, label, name == ours, mean, low, high, int(row.get("n") or len(seen)), delta, reading, seen)
+            Arm(
+                name=name,
+                label=LABELS["selected"] if name == ours else LABELS.get(name, name),
+                chosen=name == ours,
+                mean=mean,
+                low=low,
+                high=high,
+                n=int(finite(row.get("n")) or len(losses)),
+                delta=finite(row.get("delta_vs_selected")) if mean is None or our_mean is None else mean - our_mean,
+                reading="" if name in (ours, BASE_ARM) else _reading(paired, (low, high), our_interval),
+                runs=tuple(losses.values()),
+            )
         )
     return sorted(result, key=lambda arm: (not arm.chosen, math.inf if arm.mean is None else arm.mean))
 
 
-def _reading(paired: Sequence[float], theirs: tuple[float | None, ...], ours: tuple[float | None, ...]) -> str:
+def _reading(paired: Sequence[float], theirs: Sequence[float | None], ours: Sequence[float | None]) -> str:
     if len(paired) >= 2:
         from pipelines.evaluation import interval  # brings torch
 
@@ -162,16 +190,16 @@ def _reading(paired: Sequence[float], theirs: tuple[float | None, ...], ours: tu
     return "better" if our_high < low else "worse" if our_low > high else "unclear"
 
 
-def verdict(table: Sequence[Arm], said: str | None) -> tuple[str, str]:
-    """(state, sentence): did the selection beat random choice, and text similarity? `said`, the audit's own words, wins.
+def verdict(table: Sequence[Arm], audit: Json) -> tuple[str, str]:
+    """(state, sentence): did the selection beat random choice, and text similarity? The audit's own sentence wins.
 
-    state: "good" (beats every random arm), "bad" (worse than one), "unclear" (neither), "none" (nothing to compare with).
+    state: "good" (beats every random arm), "bad" (worse than one), "unclear" (neither), "none" (nothing to beat).
     """
     random, similar = _named(table, RANDOM_ARMS), _named(table, SIMILARITY_ARMS)
+    said = str(audit.get("verdict") or "")
     if not random and not similar:
-        return "none", said or ""
-    judged = random or similar
-    readings = {arm.reading for arm in judged}
+        return "none", said
+    readings = {arm.reading for arm in random or similar}
     state = "bad" if "worse" in readings else "good" if readings == {"better"} else "unclear"
     return state, said or _compared([*random, *similar])
 
@@ -181,7 +209,7 @@ def _named(table: Sequence[Arm], names: Sequence[str]) -> list[Arm]:
 
 
 def _compared(table: Sequence[Arm]) -> str:
-    """'Held-out loss is 0.0503 lower than with random rows; against ... there is no clear difference (0.0057 lower).'"""
+    """'Held-out loss is 0.0503 lower than with random rows; there is no clear difference from ... (0.0057 lower).'"""
     clear, unclear = [], []
     for arm in table:
         by = "" if arm.delta is None else f"{abs(arm.delta):.4f} {'lower' if arm.delta >= 0 else 'higher'}"
@@ -223,6 +251,7 @@ class Scores:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises: DataError."""
     value = files.read_json(path)
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}; run the same command again")
@@ -230,6 +259,7 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def read_scores(path: Path) -> Scores:
+    """The table in `path`. Raises: DataError if it is missing, damaged or without one of COLUMNS."""
     try:
         with pq.ParquetFile(path) as file:
             return _scores_of(file, path)
@@ -260,9 +290,8 @@ def _scores_of(file: Any, path: Path) -> Scores:
     counts = {item["values"]: item["counts"] for item in status.value_counts().to_pylist()}
     selected = numbers("_selected", np.bool_)
 
-    best = np.full(
-        int(selected.sum()), -np.inf
-    )  # read column by column: 57 subtasks of a large pool need not be in memory
+    # column by column: 57 subtasks of a large pool need not be in memory at once
+    best = np.full(int(selected.sum()), -np.inf)
     where = np.full(len(best), -1)
     subtasks = [name for name in names if name.startswith("subtask:")]
     for i, name in enumerate(subtasks):
@@ -312,18 +341,22 @@ def finite(value: object) -> float | None:
 
 
 def mapping(value: object) -> Json:
+    """A JSON object, or an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 
 def listing(value: object) -> list[Json]:
+    """The objects of a JSON array, or none."""
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
 
 
 def share_of(part: float | None, whole: float | None) -> float | None:
+    """part / whole, where both are known."""
     return part / whole if part is not None and whole else None
 
 
 def method_of(summary: Json) -> tuple[str, str]:
+    """(name, what one score means)."""
     name = str(summary.get("method") or "")
     return METHODS.get(name, (name or "unnamed method", ""))
 
@@ -334,20 +367,41 @@ def warnings_of(summary: Json, rho: float | None) -> list[str]:
     seen = finite(mapping(summary.get("model")).get("seen_share"))
     if seen is not None and seen < SEEN_WARNING and not any("parameters" in item for item in found):
         found.append(f"The scores see only {percent(seen)} of the trainable parameters; the rest had no say.")
-    if (text := length_warning(rho)) is not None:
+    table = arms(mapping(summary.get("audit")), str(summary.get("method")))
+    matched = next((arm.reading for arm in table if arm.name == "random-length" and not arm.chosen), None)
+    if (text := length_warning(rho, matched)) is not None:
         found.append(text)
     return list(dict.fromkeys(found))
 
 
-def length_warning(rho: float | None) -> str | None:
-    """What to say when the scores follow answer length; None while |Spearman| is at most LENGTH_WARNING."""
+def length_warning(rho: float | None, matched: str | None = None) -> str | None:
+    """What to say when scores go with answer length; None while |Spearman| is at most LENGTH_WARNING.
+
+    matched: how the audit reads random rows of the same lengths ("better" is the selection), None without an audit.
+    """
     if rho is None or abs(rho) <= LENGTH_WARNING:
         return None
+    advice = {
+        None: "Audit it against random rows of the same lengths before trusting it.",
+        "better": "Random rows of the same lengths did worse in the audit, so length is not all of it.",
+    }
+    otherwise = (
+        "Random rows of the same lengths did not do clearly worse in the audit: length may be all there is to it."
+    )
     kind = "short" if rho < 0 else "long"
     return (
-        f"The score follows answer length (Spearman {signed(rho, 2)}): to a good part, rows were chosen for their {kind} "
-        "answers. Compare with a length-matched random selection before trusting it."
+        f"Scores go with answer length (Spearman {signed(rho, 2)}): chosen rows tend to have {kind} answers. "
+        f"{advice.get(matched, otherwise)}"
     )
+
+
+def _date(iso: str) -> str:
+    try:
+        when = datetime.fromisoformat(iso)
+    except ValueError:
+        return iso
+    zone = " UTC" if when.tzinfo is not None and not when.utcoffset() else ""
+    return f"{when.day} {when:%B %Y, %H:%M}{zone}"
 
 
 def _chosen(summary: Json, scores: Scores) -> dict[str, Any]:
@@ -373,7 +427,7 @@ def _trust(summary: Json, table: Sequence[Arm]) -> dict[str, str]:
         if str(summary.get("method")) in RANDOM_ARMS:
             return {"state": "none", "big": "A baseline", "text": "Made to be compared with, not to be believed."}
         return {"state": "none", "big": "Not audited", "text": "Nothing here shows that these rows beat random ones."}
-    state, _ = verdict(table, None)
+    state, _ = verdict(table, {})
     random, similar = _named(table, RANDOM_ARMS), _named(table, SIMILARITY_ARMS)
     against = "random choice" if random else "text similarity"
     big = {
@@ -384,7 +438,7 @@ def _trust(summary: Json, table: Sequence[Arm]) -> dict[str, str]:
     }[state]
     words = {"better": "Better than", "worse": "Worse than", "unclear": "No clear difference from"}
     text = " ".join(f"{words[arm.reading]} {arm.label}." for arm in similar) if random else ""
-    fewest = min(arm.n for arm in table)
+    fewest = min((arm.n for arm in table if arm.name not in (BASE_ARM, "full")), default=1)
     return {"state": state, "big": big, "text": f"{text} {plural(fewest, 'run')} an arm.".strip()}
 
 
@@ -392,45 +446,52 @@ def _audit(summary: Json, table: Sequence[Arm]) -> dict[str, Any] | None:
     if not table:
         return None
     audit = mapping(summary.get("audit"))
-    values = [value for arm in table for value in (arm.mean, arm.low, arm.high, *arm.runs) if value is not None]
+    rivals = [arm for arm in table if arm.name != BASE_ARM] or table
+    values = [value for arm in rivals for value in (arm.mean, arm.low, arm.high, *arm.runs) if value is not None]
     if not values:
         return None
-    room = (max(values) - min(values)) * 0.06 or abs(values[0]) * 0.01 or 1.0
-    scale = Scale(min(values) - room, max(values) + room)
+    low, high = min(values), max(values)
+    landmarks = [arm.mean for arm in table if arm.name == BASE_ARM and arm.mean is not None]
+    if all(low - (high - low) <= mean <= high + (high - low) for mean in landmarks):
+        low, high = min([low, *landmarks]), max([high, *landmarks])  # else it would squeeze what matters: not drawn
+    room = (high - low) * 0.06 or abs(low) * 0.01 or 1.0
+    scale = Scale(low - room, high + room)
     guide = next((arm.mean for arm in table if arm.chosen), None)
     words = {"better": "selection better", "worse": "selection worse", "unclear": "no clear difference", "": ""}
-    rows = [
-        {
-            "arm": arm,
-            "mean": f"{arm.mean:.4f}" if arm.mean is not None else "–",
-            "between": f"{arm.low:.4f} to {arm.high:.4f}" if arm.low is not None and arm.high is not None else "",
-            "delta": "" if arm.chosen else signed(arm.delta),
-            "reading": words[arm.reading],
-            "chart": charts.interval(
-                scale,
-                arm.mean,
-                arm.low,
-                arm.high,
-                arm.runs,
-                guide=guide,
-                chosen=arm.chosen,
-                label=f"{visible(arm.label)}: {number(arm.mean, 5)}",
-            ),
-        }
-        for arm in table
-    ]
-    paired = all(len(arm.runs) > 1 for arm in table)
+    rows = []
+    for arm in table:
+        off = arm.mean is not None and not scale.low <= arm.mean <= scale.high
+        rows.append(
+            {
+                "arm": arm,
+                "word": "one run only" if arm.reading == "unclear" and arm.n < 2 else words[arm.reading],
+                "off": "beyond the scale" if off else "",
+                "chart": ""
+                if off
+                else charts.interval(
+                    scale,
+                    arm.mean,
+                    (arm.low, arm.high),
+                    arm.runs,
+                    guide=guide,
+                    chosen=arm.chosen,
+                    label=f"{visible(arm.label)}: {arm.text}",
+                ),
+            }
+        )
+    state, sentence = verdict(table, audit)
     return {
         "metric": str(audit.get("metric") or "held-out loss"),
-        "state": verdict(table, None)[0],
-        "sentence": verdict(table, str(audit.get("verdict") or "") or None)[1],
+        "state": state,
+        "sentence": sentence,
         "rows": rows,
         "ticks": charts.ticks(scale, 6),
-        "paired": paired,
+        "paired": all(len(arm.runs) > 1 for arm in rivals),
     }
 
 
 def cost_section(summary: Json) -> dict[str, Any] | None:
+    """Estimate beside measurement, and how long each stage took; None if nothing is known."""
     cost = mapping(summary.get("cost"))
     before, after = mapping(cost.get("before")), mapping(cost.get("after"))
     kinds = (
@@ -480,11 +541,12 @@ def cost_section(summary: Json) -> dict[str, Any] | None:
         "took": took,
         "guess": guess,
         "bytes": finite(after.get("bytes")),
+        "peak": peak,
     }
 
 
 def _score_range(values: Floats) -> tuple[float, float]:
-    """The range to draw: all of it, unless a few far rows would squeeze the rest; those then stand in the outer columns."""
+    """The range to draw: all, unless a few far rows would squeeze the rest; those then stand in the outer columns."""
     low, high = float(values.min()), float(values.max())
     inner_low, inner_high = (float(v) for v in np.quantile(values, (0.002, 0.998)))
     inner = inner_high - inner_low
@@ -509,10 +571,11 @@ def _distribution(scores: Scores) -> dict[str, Any] | None:
     low, high = _score_range(values)
     bins = int(np.clip(math.sqrt(len(values)), 12, 64))
     if cut is None or not low < cut <= high:
-        edges = np.linspace(low, high, bins + 1)
+        edges: Floats = np.linspace(low, high, bins + 1)
     else:  # the cut-off is the edge of a column, or its column would show chosen rows on the wrong side
         step = (high - low) / bins
-        edges = cut + step * np.arange(-math.ceil((cut - low) / step), max(1, math.ceil((high - cut) / step)) + 1)
+        columns = np.arange(-math.ceil((cut - low) / step), max(1, math.ceil((high - cut) / step)) + 1)
+        edges = np.asarray(cut + step * columns, dtype=np.float64)
     inside = np.clip(values, edges[0], edges[-1])
     rest, picked = (np.histogram(inside[which], edges)[0] for which in (~chosen, chosen))
     scale = Scale(float(edges[0]), float(edges[-1]))
@@ -521,13 +584,10 @@ def _distribution(scores: Scores) -> dict[str, Any] | None:
         rest.tolist(),
         picked.tolist(),
         cut=cut,
-        label=f"Histogram of the scores of {count(len(values))} eligible rows, {count(int(chosen.sum()))} of them chosen",
+        label=f"Histogram of the scores of {plural(len(values), 'eligible row')}, {count(int(chosen.sum()))} chosen",
     )
-    median = float(np.median(values))
-    lead = (
-        f"{plural(len(values), 'eligible row')} score from {number(float(values.min()))} to {number(float(values.max()))}, "
-        f"in the middle {number(median)}."
-    )
+    least, middle, most = (number(float(v)) for v in (values.min(), np.median(values), values.max()))
+    lead = f"{plural(len(values), 'eligible row')} score from {least} to {most}, in the middle {middle}."
     if cut is not None:
         lead += f" The chosen ones begin at {number(cut)}."
         if passed:
@@ -613,18 +673,8 @@ def _lengths(scores: Scores, rho: float | None) -> dict[str, Any] | None:
         f"Half of the chosen answers have at most {count(chosen_middle)} supervised tokens; in the pool it is "
         f"{count(middle)}."
     )
-    strength = None
-    if rho is not None:
-        size_ = abs(rho)
-        strength = (
-            "strong"
-            if size_ > LENGTH_WARNING
-            else "moderate"
-            if size_ > 0.3
-            else "weak"
-            if size_ > 0.1
-            else "next to none"
-        )
+    strong = abs(rho or 0.0)
+    words = ((LENGTH_WARNING, "strong"), (0.3, "moderate"), (0.1, "weak"), (-1.0, "next to none"))
     return {
         "chart": charts.pairs(
             names,
@@ -636,20 +686,21 @@ def _lengths(scores: Scores, rho: float | None) -> dict[str, Any] | None:
         "lead": lead,
         "rho": signed(rho, 2) if rho is not None else None,
         "at": Scale(-1, 1).percent(rho) if rho is not None else None,
-        "strength": strength,
-        "warn": rho is not None and abs(rho) > LENGTH_WARNING,
+        "strength": next(word for least, word in words if strong > least),
+        "warn": length_warning(rho) is not None,
     }
 
 
 def _times(lift: float | None) -> str:
     """×13, ×6.7, ×0.15: how many times its share of the pool a source has in the selection."""
-    return (
-        "" if lift is None else f"×{lift:.0f}" if lift >= 9.95 else f"×{lift:.1f}" if lift >= 0.995 else f"×{lift:.2f}"
-    )
+    if lift is None:
+        return ""
+    return f"×{lift:.0f}" if lift >= 9.95 else f"×{lift:.1f}" if lift >= 0.995 else f"×{lift:.2f}"
 
 
-def sources_section(summary: Json) -> dict[str, Any] | None:
-    rows = []
+def sources_section(summary: Json, most: int = MAX_SOURCES) -> dict[str, Any] | None:
+    """Sources before and after, the most chosen first; beyond `most` lines the rest is one line."""
+    rows: list[dict[str, Any]] = []
     for item in listing(summary.get("sources")):
         pool, chosen = finite(item.get("pool_rows")) or 0.0, finite(item.get("selected_rows")) or 0.0
         rows.append({"name": str(item.get("source")), "pool": pool, "chosen": chosen})
@@ -658,14 +709,13 @@ def sources_section(summary: Json) -> dict[str, Any] | None:
         return None
     all_pool, all_chosen = sum(row["pool"] for row in rows) or 1.0, sum(row["chosen"] for row in rows) or 1.0
     rows.sort(key=lambda row: (-row["chosen"], -row["pool"], row["name"]))
-    if len(rows) > MAX_SOURCES:
-        tail = rows[MAX_SOURCES - 1 :]
-        rows = rows[: MAX_SOURCES - 1]
+    if len(rows) > most:
+        tail, rows = rows[most - 1 :], rows[: most - 1]
         rows.append(
             {
                 "name": f"{len(tail)} more sources",
-                "pool": sum(r["pool"] for r in tail),
-                "chosen": sum(r["chosen"] for r in tail),
+                "pool": sum(row["pool"] for row in tail),
+                "chosen": sum(row["chosen"] for row in tail),
             }
         )
     widest = max(max(row["pool"] / all_pool, row["chosen"] / all_chosen) for row in rows)
@@ -676,34 +726,37 @@ def sources_section(summary: Json) -> dict[str, Any] | None:
         side = "" if lift is None else "over" if lift > 1.25 else "under" if lift < 0.8 else "even"
         lines.append(
             {
-                **row,
-                "pool_share": a,
-                "chosen_share": b,
-                "lift": lift,
+                "name": row["name"],
+                "pool": count(row["pool"]),
+                "chosen": count(row["chosen"]),
+                "pool_share": percent(a),
+                "chosen_share": percent(b),
                 "side": side,
                 "a": f"{100 * a / widest:.2f}%",
                 "b": f"{100 * b / widest:.2f}%",
                 "lift_text": _times(lift) if row["chosen"] else "none chosen",
             }
         )
-    named = [line for line in lines if line["lift"] is not None]
-    lead, none = "", sum(1 for line in lines if not line["chosen"])
-    if len(named) > 1:
-        most, least = (
-            max(named, key=lambda line: line["lift"]),
-            min(named, key=lambda line: (line["lift"], -line["pool"])),
-        )
-        if most["lift"] > 1.25:
-            lead = f"{most['name']} has {_times(most['lift'])[1:]} times the share that it has in the pool"
-            lead += f", {least['name']} {_times(least['lift'])[1:]} times." if least["chosen"] else "."
-        else:
-            lead = "The sources keep about the shares they have in the pool."
-        if none:
-            lead += f" {plural(none, 'source has', 'sources have')} no chosen row."
-    return {"rows": lines, "lead": lead}
+    return {"rows": lines, "lead": _shift(rows, all_pool, all_chosen)}
+
+
+def _shift(rows: Sequence[Mapping[str, Any]], all_pool: float, all_chosen: float) -> str:
+    """In words: which source gained most, which lost most, how many got nothing."""
+    lifts = [(row["chosen"] / all_chosen / (row["pool"] / all_pool), row) for row in rows if row["pool"]]
+    if len(lifts) < 2:
+        return ""
+    (most, gained), (least, lost) = max(lifts, key=lambda x: x[0]), min(lifts, key=lambda x: (x[0], -x[1]["pool"]))
+    if most > 1.25:
+        text = f"{gained['name']} has {_times(most)[1:]} times the share that it has in the pool"
+        text += f", {lost['name']} {_times(least)[1:]} times." if lost["chosen"] else "."
+    else:
+        text = "The sources keep about the shares that they have in the pool."
+    none = sum(1 for row in rows if not row["chosen"])
+    return text + (f" {plural(none, 'source has', 'sources have')} no chosen row." if none else "")
 
 
 def examples_of(items: object) -> list[dict[str, Any]]:
+    """Rows beside their nearest target row, every field a string."""
     result = []
     for item in listing(items):
         near = mapping(item.get("nearest"))
@@ -731,24 +784,22 @@ def examples_of(items: object) -> list[dict[str, Any]]:
 
 def _target(summary: Json, scores: Scores) -> dict[str, Any] | None:
     target = mapping(summary.get("target"))
-    size_of = {str(item.get("name")): finite(item.get("rows")) for item in listing(target.get("subtasks"))}
     serves = dict(scores.serves)
-    names = list(dict.fromkeys([*serves, *size_of]))
+    names = {*serves, *(str(item.get("name")) for item in listing(target.get("subtasks")))}
     if not names or not sum(serves.values()):
         return None
-    rows = sorted(
-        ({"name": name, "rows": size_of.get(name), "chosen": serves.get(name, 0)} for name in names),
-        key=lambda row: (-int(row["chosen"] or 0), str(row["name"])),
-    )
-    top = max(int(row["chosen"] or 0) for row in rows)
-    for row in rows:
-        row["width"] = f"{100 * int(row['chosen'] or 0) / top:.2f}%"
-    unserved = [str(row["name"]) for row in rows if not row["chosen"]]
+    top = max(serves.values())
+    rows: list[dict[str, Any]] = [
+        {"name": name, "chosen": serves.get(name, 0), "width": f"{100 * serves.get(name, 0) / top:.2f}%"}
+        for name in sorted(names, key=lambda name: (-serves.get(name, 0), name))
+    ]
+    unserved = [row["name"] for row in rows if not row["chosen"]]
     served = [row for row in rows if row["chosen"]]
     if len(rows) == 1:
         lead = f"The target is one task, {rows[0]['name']}; all chosen rows serve it."
     elif unserved:
-        lead = f"{len(unserved)} of the {len(rows)} subtasks {'is' if len(unserved) == 1 else 'are'} served by no chosen row."
+        are = "is" if len(unserved) == 1 else "are"
+        lead = f"{len(unserved)} of the {len(rows)} subtasks {are} served by no chosen row."
     else:
         most, least = rows[0], rows[-1]
         lead = (
@@ -833,12 +884,13 @@ def _provenance(summary: Json) -> dict[str, Any]:
 
 
 def model_section(summary: Json) -> dict[str, Any] | None:
+    """The model and the share of its trainable parameters that the scores see; None if no model took part."""
     model = mapping(summary.get("model"))
     if not model.get("name"):
         return None
-    seen = finite(model.get("seen_share"))
+    name, seen = str(model["name"]), finite(model.get("seen_share"))
     return {
-        "name": str(model["name"]),
+        "name": name.rstrip("/").rpartition("/")[2] if name.startswith(("/", "./", "../", "~")) else name,
         "parameters": finite(model.get("parameters")),
         "trainable": finite(model.get("trainable")),
         "seen": seen,
@@ -848,6 +900,7 @@ def model_section(summary: Json) -> dict[str, Any] | None:
 
 
 def build(summary: Json, scores: Scores) -> dict[str, Any]:
+    """Everything that the template prints."""
     scored = scores.scored
     rho = spearman(scores.score[scored], scores.supervised[scored].astype(np.float64))
     method, meaning = method_of(summary)

@@ -28,9 +28,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from datatools import files
-from datatools.errors import DataError, DatatoolsError, EnvironmentProblem, UsageError
+from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files
+from pipelines import texts
 from pipelines.config import Json, Settings, config_digest, dump, fingerprint, flatten, load_config
+from pipelines.texts import visible
 
 DISTRIBUTION = "datatools-llm"
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "datasets", "accelerate")
@@ -74,13 +75,6 @@ def slug(name: str, limit: int = 80) -> str:
     return f"{text[: limit - 10]}-{tail}" if text and not reserved else f"name-{tail}"
 
 
-def printable(text: str, keep: str = "\n") -> str:
-    """`text` with control, bidirectional and other invisible characters escaped: data cannot command the terminal."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
-
-
 _SECRET_FORMS = [
     re.compile(pattern)
     for pattern in (
@@ -94,7 +88,7 @@ _SECRET_FORMS = [
         r"(?i)(?:(?<=token )|(?<=api-key )|(?<=secret )|(?<=password ))(?=\S{8})[^\s'\"]*[0-9][^\s'\"]*",
     )
 ]
-_SECRET_NAMES = re.compile(r"(?i)token|key|secret|passw|credential|auth")
+_SECRET_NAMES = re.compile(r"(?i)token(?!iz)|keys?(?:_|$)|secret|passw|credential|auth(?!or)")
 
 
 def redact(text: str, *, names: bool = True) -> str:
@@ -217,22 +211,15 @@ def warn(text: str) -> None:
 
 def _print(text: str) -> None:
     if _Screen.bars is not None:
-        _Screen.bars.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+        _Screen.bars.console.print(visible(text, keep="\n"), markup=False, highlight=False, soft_wrap=True)
     else:
         with suppress(BrokenPipeError):
-            print(printable(text), file=sys.stderr, flush=True)
+            print(visible(text, keep="\n"), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """42.3 -> '42 s', 150 -> '2 min 30 s', 9000 -> '2 h 30 min'."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    """42.3 -> '42 s', 150 -> '2 min 30 s'; with plain spaces, for logs."""
+    return texts.duration(seconds).replace(texts.NBSP, " ")
 
 
 def _count(number: float) -> str:
@@ -290,7 +277,7 @@ class Progress:
         parts = [f"{_count(self.rate)} {self.unit}/s"] if self.rate else []
         for name, value in self.notes.items():
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
-        return printable(", ".join(parts), keep="")
+        return visible(", ".join(parts))
 
     def line(self) -> str:
         """`gradients: 120 of 1,000 rows (12 %), 4.1 rows/s, about 3 min 35 s left`."""
@@ -340,7 +327,7 @@ class Progress:
             )
             _Screen.bars.start()
         _Screen.open_bars += 1
-        shown = printable(self.description, keep="")
+        shown = visible(self.description)
         self._bar = _Screen.bars.add_task(shown, total=self.total, completed=self.done, detail="")
 
     def _close(self, failed: bool) -> None:
@@ -393,7 +380,7 @@ def _version(name: str) -> str | None:
 
 _ROOT = Path(__file__).resolve().parents[1]
 # What shows results and does not make them: editing it does not stop a run from being continued.
-_SHOWING = {"cli", "__main__", "doctor", "listing", "report", "charts", "explain", "demo"}
+_SHOWING = {"cli", "__main__", "doctor", "listing", "report", "report_view", "charts", "texts", "explain", "demo"}
 
 
 def code_digest() -> str:
@@ -531,7 +518,11 @@ class Run:
     def _open(self) -> None:
         folder = self.folder
         self._refuse_odd_places()
-        files.make_folder(folder.parent)
+        try:
+            files.make_folder(folder.parent)
+            files.make_folder(folder)
+        except DatatoolsError as error:
+            raise type(error)(f"--out: {error}") from error
         with files.folder_mutex(folder.parent):  # so that moving aside and locking are one step among several starters
             if self.overwrite and folder.is_dir() and any(folder.iterdir()):
                 self._move_aside()
@@ -759,11 +750,11 @@ class Run:
 
 
 def _shown(path: Path | str) -> str:
-    return printable(str(path), keep="")
+    return visible(str(path))
 
 
 def _value(value: Json) -> str:
-    text = printable(json.dumps(value, ensure_ascii=False), keep="") if value is not None else "none"
+    text = visible(json.dumps(value, ensure_ascii=False)) if value is not None else "none"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

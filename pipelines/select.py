@@ -29,7 +29,8 @@ EXAMPLES = 10  # best and worst rows shown
 
 
 def run(config: SelectConfig) -> Path:
-    """Select, and write `selected.jsonl`, `selected.parquet`, `scores.parquet`, `summary.json` and `report.html` to `out`.
+    """Select, and write `selected.jsonl`, `selected.parquet`, `scores.parquet`, `summary.json` and `report.html` to
+    `out`.
 
     A run that was interrupted goes on where it stopped; a pool that has grown costs its new rows.
     Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
@@ -192,7 +193,7 @@ def random_as_long_as(candidates: Candidates, lengths: Sequence[int], budget: st
     """Rows at random with answers as long as `lengths`, those of rows that need not be in the pool."""
     assert candidates.supervised is not None and candidates.tokens is not None
     n, m = len(candidates), len(lengths)
-    wider = Candidates(  # the selector matches rows of its own candidates, so the wanted lengths join as rows nobody may take
+    wider = Candidates(  # the selector matches its own candidates' rows: the wanted lengths join as rows that nobody may take
         keys=[*candidates.keys, *(f"~{i}" for i in range(m))],
         sources=[*candidates.sources, *([""] * m)],
         tokens=torch.cat([candidates.tokens, torch.ones(m, dtype=torch.int64)]),
@@ -234,7 +235,11 @@ def _write_table(path: Path, columns: Mapping[str, Any]) -> None:
 
 def _ranking(pool: Rows, scored: Scored) -> dict[int, int]:
     """Row -> rank by score, 1 the best; rows without a score have none."""
-    rows = [i for i in range(len(pool)) if pool.status[i] == "ok" and i not in scored.status and math.isfinite(scored.scores[i])]
+    rows = [
+        i
+        for i in range(len(pool))
+        if pool.status[i] == "ok" and i not in scored.status and math.isfinite(scored.scores[i])
+    ]
     rows.sort(key=lambda i: (-float(scored.scores[i]), pool.keys[i], pool.pool.ids[i]))
     return {row: place for place, row in enumerate(rows, start=1)}
 
@@ -342,7 +347,12 @@ def _example(context: Context, scored: Scored, order: Mapping[int, int], index: 
         "answer": _short(row.answer),
         "nearest": None
         if near is None
-        else {"id": near[0].id, "similarity": near[1], "prompt": _short(near[0].question), "answer": _short(near[0].answer)},
+        else {
+            "id": near[0].id,
+            "similarity": near[1],
+            "prompt": _short(near[0].question),
+            "answer": _short(near[0].answer),
+        },
     }
 
 
@@ -388,7 +398,9 @@ def _warnings(context: Context, scored: Scored, chosen: Sequence[int]) -> list[s
     dead = Counter(scored.status.values())
     found += [f"{count} rows have status {status} and were not scored" for status, count in sorted(dead.items())]
     if pool.scan.flags.get("control_token_in_text"):
-        found.append(f"{pool.scan.flags['control_token_in_text']} rows hold the template's control tokens in their text")
+        found.append(
+            f"{pool.scan.flags['control_token_in_text']} rows hold the template's control tokens in their text"
+        )
     return found
 
 
@@ -400,7 +412,7 @@ def _summary(
     ranked = list(order)
     target = context.target
     scored_text = dict(scored.formula)
-    stages = [dict(stage) for stage in current.stages]
+    stages: list[dict[str, Any]] = [dict(stage) for stage in current.stages]
     names, groups = methods.subtask_groups(target) if target is not None else ([], torch.zeros(0, dtype=torch.int64))
     model: dict[str, Any] = {"name": config.model.name}
     if config.method not in ("random", "random-length", "tfidf"):
@@ -443,7 +455,9 @@ def _summary(
         if target is None
         else {
             "rows": int(target.usable.sum()),
-            "files": [{"path": f.path, "rows": f.rows, "bytes": f.bytes, "digest": f.digest} for f in target.pool.files],
+            "files": [
+                {"path": f.path, "rows": f.rows, "bytes": f.bytes, "digest": f.digest} for f in target.pool.files
+            ],
             "subtasks": [{"name": name, "rows": int((groups == i).sum())} for i, name in enumerate(names)],
         },
         "budget": {"asked": config.budget, "rows": len(chosen), "tokens": int(pool.scan.tokens[chosen].sum())},

@@ -1,7 +1,7 @@
 """Numbers and texts as a reader sees them, in the report, the terminal and error messages.
 
-Texts of data rows are hostile until shown: `visible` (a string) and `marked` (HTML) let no character hide or move others.
-Light to import: no numpy, no torch.
+Texts of data rows are hostile until shown: `visible` (a string) and `marked` (HTML) let no character hide or move
+others. Light to import: no numpy, no torch.
 """
 
 import math
@@ -16,8 +16,8 @@ def visible(text: str, keep: str = "") -> str:
     r"""`text` with each character that is not seen, or that moves others, written as <U+202E>.
 
     Such are controls (newline and tab too, unless in `keep`), bidi and other format characters, line and paragraph
-    separators, and halves of surrogate pairs. Joiners between letters or symbols beyond ASCII stay (they shape emoji and
-    Persian), as do the Arabic number signs, which are format characters only by name.
+    separators, and halves of surrogate pairs. Joiners between letters or symbols beyond ASCII stay (they shape emoji
+    and Persian), as do the Arabic number signs, which are format characters only by name.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -36,7 +36,7 @@ def _hidden(text: str, i: int) -> bool:
 
 
 def marked(value: object) -> object:
-    """What the template prints for `value`: strings escaped, their hidden characters as small badges; Markup as it is."""
+    """What the template prints for `value`: strings escaped, hidden characters as small badges; Markup as it is."""
     if value is None:
         return ""
     if isinstance(value, Markup) or not isinstance(value, str):

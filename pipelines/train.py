@@ -25,12 +25,19 @@ def run(config: TrainConfig) -> Path:
         with current.stage("read"):
             tokenizer = models.load(config.model, tokenizer_only=True)
             rows = prepare(
-                config.data, config.model, tokenizer.tokenizer, cache=current.path("inputs"), label="data",
+                config.data,
+                config.model,
+                tokenizer.tokenizer,
+                cache=current.path("inputs"),
+                label="data",
                 folder=current.folder,
             )
-        current.check(
-            {"model": dict(tokenizer.digests), "encoding": rows.encoder.fingerprint(), "data": file_facts(rows)}
-        )
+        facts: dict[str, Any] = {
+            "model": dict(tokenizer.digests),
+            "encoding": rows.encoder.fingerprint(),
+            "data": file_facts(rows),
+        }
+        current.check(facts)
         chosen = np.flatnonzero(rows.usable).tolist()
         steps = trainer.planned_steps(len(chosen), config.training)
         tokens = rows.tokens() * config.training.epochs
@@ -48,8 +55,14 @@ def run(config: TrainConfig) -> Path:
         with current.stage("train"), progress("training", steps, "steps") as bar:
             module = trainable(loaded.model, config.lora, seed=config.seed)
             result = trainer.fit(
-                module, rows.item, chosen, config.training, current.path("checkpoints"),
-                seed=derive_seed(config.seed, "training"), save=config.save_steps or "epoch", advance=bar.advance,
+                module,
+                rows.item,
+                chosen,
+                config.training,
+                current.path("checkpoints"),
+                seed=derive_seed(config.seed, "training"),
+                save=config.save_steps or "epoch",
+                advance=bar.advance,
             )
         if rank() == 0:
             _save(module, loaded, result, done, current)
@@ -104,4 +117,5 @@ def train_adapter(
     finally:
         module.unload()
         models.forget_adapters(loaded.model)
-    say(f"{label}: loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} ({result.steps} steps, {result.tokens:,} tokens)")
+    fell = f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}"
+    say(f"{label}: {fell} ({result.steps} steps, {result.tokens:,} tokens)")

@@ -1,9 +1,9 @@
 """The training loop: `transformers.Trainer`, subclassed once.
 
-Checkpoints, resume, accelerate and logging are the Trainer's. What differs: the optimizer is one of `optim`'s, built from
-named parameters so that its saved state has names; the loss sees only supervised positions; a step's rows are split by
-length into micro-batches of a token budget; and a checkpoint counts only once `complete.json` (sizes and hashes, written
-last) stands in it, so that a run killed inside a save continues from the checkpoint before.
+Checkpoints, resume, accelerate and logging are the Trainer's. What differs: the optimizer is one of `optim`'s, built
+from named parameters so that its saved state has names; the loss sees only supervised positions; a step's rows are
+split by length into micro-batches of a token budget; and a checkpoint counts only once `complete.json` (sizes and
+hashes, written last) stands in it, so that a run killed inside a save continues from the checkpoint before.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COMPLETE = "complete.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training run did: optimizer steps, and the loss (mean over supervised tokens) and learning rate of each."""
+    """What a training run did: optimizer steps, and loss (mean over supervised tokens) and learning rate of each."""
 
     steps: int
     losses: list[float]
@@ -39,7 +39,8 @@ class Trained:
 
 
 class DataTrainer(Trainer):  # type: ignore[misc]
-    """`transformers.Trainer` with the suite's optimizer and schedule. The batch of the Trainer is the optimizer's whole step.
+    """`transformers.Trainer` with the suite's optimizer and schedule. The batch of the Trainer is the optimizer's
+    whole step.
 
     observe: called after each optimizer step with (step, row indices of the step); it must not change anything.
     """
@@ -55,6 +56,8 @@ class DataTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         self.recipe, self.observe = recipe, observe
         self.seen_tokens = 0
+        self.optimizer: Any
+        self.lr_scheduler: Any
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)
 
@@ -73,7 +76,7 @@ class DataTrainer(Trainer):  # type: ignore[misc]
                 )
             except (ValueError, TypeError) as error:
                 raise UsageError(f"training.optimizer: {error}") from error
-        return self.optimizer
+        return self.optimizer  # type: ignore[no-any-return]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule that the recipe names, as a `LambdaLR`.
@@ -90,7 +93,7 @@ class DataTrainer(Trainer):  # type: ignore[misc]
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Gradients of the mean loss over the step's supervised tokens, micro-batch by micro-batch; that loss, detached."""
+        """Gradients of the mean loss over the step's supervised tokens, by micro-batches; that loss, detached."""
         model.train()
         rows = inputs.pop("rows")
         items = inputs["items"]
@@ -196,8 +199,8 @@ def fit(
 ) -> Trained:
     """Train `model`'s trainable parameters in place on `rows`; `encode(row)` gives (input_ids, labels).
 
-    save: "epoch", a number of steps, or None for no checkpoint. With checkpoints in `folder`, training continues from the
-    newest valid one, bit for bit as if it had not stopped.
+    save: "epoch", a number of steps, or None for no checkpoint. With checkpoints in `folder`, training continues from
+    the newest valid one, bit for bit as if it had not stopped.
     Raises: DataError for a non-finite loss; UsageError for an unknown optimizer or schedule.
     """
     if not rows:

@@ -23,12 +23,14 @@ def modules(*packages: str) -> Iterator[tuple[str, ast.Module]]:
 
 
 def exported(package: str) -> set[str]:
-    """The names that a package's __init__ defines or imports."""
+    """The names that a package's __init__ defines or imports, also under `if TYPE_CHECKING` (lazy exports)."""
     path = REPOSITORY / package / "__init__.py"
     names: set[str] = set()
     if not path.exists():
         return names
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    lazy = [inner for block in body if isinstance(block, ast.If) for inner in block.body]
+    for node in [*body, *lazy]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):

@@ -1,4 +1,4 @@
-"""A tiny Llama and a byte tokenizer with a ChatML template, made from nothing: real code paths, no download, milliseconds."""
+"""A tiny Llama and a byte tokenizer with a ChatML template: real code paths, no download, milliseconds."""
 
 import json
 from pathlib import Path
@@ -24,8 +24,14 @@ def save_tiny_model(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = TEMPLATE
     config = LlamaConfig(
-        vocab_size=len(fast), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        vocab_size=len(fast),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -18,11 +18,12 @@ GENERATOR_VERSION = "splitmix64-1"
 
 @dataclass(frozen=True)
 class Projector(ABC):
-    """A linear map from gradients, name -> [b, *shape], to features [b, dim]: one matrix a parameter, summed over names.
+    """A linear map from gradients, name -> [b, *shape], to features [b, dim]: one matrix a parameter, summed over
+    names.
 
-    The matrix of a parameter depends on (seed, name, shape, dim) alone: not on the device, the batch, the tiling, or the
-    other parameters. Random ones are scaled so that inner products are unbiased: E <Px, Py> = <x, y>, with a standard
-    deviation of about |x| |y| / sqrt(dim).
+    The matrix of a parameter depends on (seed, name, shape, dim) alone: not on the device, the batch, the tiling, or
+    the other parameters. Random ones are scaled so that inner products are unbiased: E <Px, Py> = <x, y>, with a
+    standard deviation of about |x| |y| / sqrt(dim).
     """
 
     dim: int
@@ -79,8 +80,8 @@ def key(seed: int, name: str, shape: Size | tuple[int, ...]) -> int:
 def bits(counter: Tensor, key: int) -> Tensor:
     """64 random bits for each counter (int64): splitmix64 of key + counter, the same on every device.
 
-    Source: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators". int64 products wrap around like the
-    unsigned ones; a right shift must drop the copies of the sign bit.
+    Source: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators". int64 products wrap around
+    like the unsigned ones; a right shift must drop the copies of the sign bit.
     """
     z = (counter + 1) * _GOLDEN + key
     z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _MIX1

@@ -41,6 +41,8 @@ class SJLT(Projector):
         kept = _CACHE.get(asked)
         if kept is None:
             z = bits(torch.arange(start, stop, device=device), stem)
-            bucket = ((z >> 1) & ((1 << 62) - 1)) % self.dim  # 62 bits: the modulo's bias is below 1e-14 for any real dim
+            bucket = (
+                (z >> 1) & ((1 << 62) - 1)
+            ) % self.dim  # 62 bits: the modulo's bias is below 1e-14 for any real dim
             kept = _CACHE.put(asked, (bucket, 1.0 - 2.0 * (z & 1).float()))
         return kept[0], kept[1]

@@ -15,8 +15,8 @@ def random_length(candidates: Candidates, budget: Budget, *, seed: int = 0, max_
     """Random rows with the reference's distribution of supervised tokens, to tell "better" from "longer".
 
     The reference's lengths are cut at their quantiles into `BINS` bins (fewer if it is small or lengths repeat). The
-    j-th random row of a bin that holds c reference rows gets the place (j + 1/2) / c, and rows are taken in the order of
-    their places, so that every prefix is distributed like the reference and one of its size has c rows of each bin.
+    j-th random row of a bin that holds c reference rows gets the place (j + 1/2) / c, and rows are taken in the order
+    of their places: every prefix is distributed like the reference, and one of its size has c rows of each bin.
     Where a bin runs dry the others go on; rows shorter or longer than all of the reference come last. Rows of the
     reference are not excluded. Like `random` it is independent of the order of the rows.
     Raises: UsageError without a reference or token counts, or for a budget that the pool cannot fill.

@@ -57,7 +57,7 @@ def test_the_matrix_does_not_depend_on_tiling_or_neighbours(name, monkeypatch):
 @pytest.mark.parametrize("name", RANDOM)
 @pytest.mark.parametrize("dim", [100, 256])
 def test_inner_products_are_unbiased_with_the_known_variance(name, dim):
-    """Over seeds: the mean within 4 standard errors of the exact product, the variance within a quarter of the formula's."""
+    """Over seeds: the mean within 4 standard errors of the exact product, the variance within a quarter of theory."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 1, 900, generator=generator)
     products = []

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from io import StringIO, TextIOWrapper
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +23,62 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from datatools.errors import DataError
-from pipelines import charts, report
+from pipelines import charts, report, report_view, texts
 
 CSP = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
-# ------------------------------------------------------------------------------------------- a run folder, made up here
+# ---------------------------------------------------------------------------------------- a run folder, made up here
 
 SOURCES = (  # name, share of the pool, mean score, log-mean of the answer length
-    ("encyclopedia_rewrite", 0.19, -0.004, 3.8), ("repair_questions", 0.15, -0.008, 2.5), ("topic_labels", 0.125, -0.012, 1.0),
-    ("everyday_choice", 0.105, 0.004, 1.7), ("concept_sentences", 0.08, 0.002, 2.0), ("small_programs", 0.07, 0.012, 4.3),
-    ("well_formed", 0.058, -0.015, 0.4), ("word_problems", 0.048, 0.046, 4.4), ("entailment", 0.04, -0.002, 1.1),
-    ("yes_no", 0.033, -0.006, 0.5), ("reading", 0.02, 0.001, 1.5), ("tasks_with_tests", 0.017, 0.014, 3.9),
-    ("algebra_drill", 0.015, 0.03, 1.1), ("multi_step", 0.013, 0.024, 3.8), ("characters", 0.011, -0.01, 4.6),
-    ("options_with_reasons", 0.009, 0.038, 4.3), ("instructions", 0.006, 0.0, 3.7), ("queries", 0.0045, 0.003, 5.3),
-    ("short_problems", 0.003, 0.03, 2.9), ("causes", 0.0025, -0.003, 0.7),
+    ("encyclopedia_rewrite", 0.19, -0.004, 3.8),
+    ("repair_questions", 0.15, -0.008, 2.5),
+    ("topic_labels", 0.125, -0.012, 1.0),
+    ("everyday_choice", 0.105, 0.004, 1.7),
+    ("concept_sentences", 0.08, 0.002, 2.0),
+    ("small_programs", 0.07, 0.012, 4.3),
+    ("well_formed", 0.058, -0.015, 0.4),
+    ("word_problems", 0.048, 0.046, 4.4),
+    ("entailment", 0.04, -0.002, 1.1),
+    ("yes_no", 0.033, -0.006, 0.5),
+    ("reading", 0.02, 0.001, 1.5),
+    ("tasks_with_tests", 0.017, 0.014, 3.9),
+    ("algebra_drill", 0.015, 0.03, 1.1),
+    ("multi_step", 0.013, 0.024, 3.8),
+    ("characters", 0.011, -0.01, 4.6),
+    ("options_with_reasons", 0.009, 0.038, 4.3),
+    ("instructions", 0.006, 0.0, 3.7),
+    ("queries", 0.0045, 0.003, 5.3),
+    ("short_problems", 0.003, 0.03, 2.9),
+    ("causes", 0.0025, -0.003, 0.7),
 )
 SUBTASKS = ("counting", "dates", "geometry", "money", "rates")
-PROMPT = "A baker fills {a} trays with {b} rolls each and sells {c} of them before noon. How many rolls are left?\nShow the steps."
+PROMPT = (
+    "A baker fills {a} trays with {b} rolls each and sells {c} of them before noon. How many rolls are left?\n"
+    "Show the steps."
+)
 ANSWER = "There are {a} x {b} = {n} rolls at first.\nAfter the sale {n} - {c} = {r} are left.\nThe answer is {r}."
 
 
 def example(rank: int, score: float, source: str, i: int, nearest: bool = True) -> dict[str, Any]:
     a, b, c = 4 + i, 12 + 2 * i, 7 + i
     words = {"a": a, "b": b, "c": c, "n": a * b, "r": a * b - c}
-    item: dict[str, Any] = {"rank": rank, "score": score, "source": source, "id": f"{source}_{17 * i + 3}",
-                            "where": f"data/pool.jsonl:{101 + 37 * i}", "prompt": PROMPT.format(**words),
-                            "answer": ANSWER.format(**words), "nearest": None}
+    item: dict[str, Any] = {
+        "rank": rank,
+        "score": score,
+        "source": source,
+        "id": f"{source}_{17 * i + 3}",
+        "where": f"data/pool.jsonl:{101 + 37 * i}",
+        "prompt": PROMPT.format(**words),
+        "answer": ANSWER.format(**words),
+        "nearest": None,
+    }
     if nearest:
-        item["nearest"] = {"id": f"target_{i}", "similarity": score + 0.02,
-                           "prompt": f"Mia saves {a} coins a week. How many has she after {b} weeks?",
-                           "answer": f"{a} coins a week for {b} weeks is {a * b} coins."}
+        item["nearest"] = {
+            "id": f"target_{i}",
+            "similarity": score + 0.02,
+            "prompt": f"Mia saves {a} coins a week. How many has she after {b} weeks?",
+            "answer": f"{a} coins a week for {b} weeks is {a * b} coins.",
+        }
     return item
 
 
@@ -77,70 +103,162 @@ def make_run(folder: Path, n: int = 2000, *, seed: int = 0, method: str = "less"
     rank[order] = np.arange(1, len(order) + 1)
     names = [SOURCES[i][0] for i in code]
     columns: dict[str, Any] = {
-        "_id": [f"{name}_{i}" for i, name in enumerate(names)], "_source": names, "_file": ["data/pool.jsonl"] * n,
-        "_line": np.arange(1, n + 1), "_key": [f"{i:032x}" for i in range(n)], "_tokens": tokens, "_supervised": supervised,
-        "_status": status, "_score": [None if randomly or not good else float(v) for v, good in zip(score, ok, strict=True)],
-        "_rank": [None if r < 0 else int(r) for r in rank], "_selected": selected, "_nearest": [None] * n,
-        "_nearest_similarity": [None] * n, "_norm": np.where(ok, 1.0, 0.0),
+        "_id": [f"{name}_{i}" for i, name in enumerate(names)],
+        "_source": names,
+        "_file": ["data/pool.jsonl"] * n,
+        "_line": np.arange(1, n + 1),
+        "_key": [f"{i:032x}" for i in range(n)],
+        "_tokens": tokens,
+        "_supervised": supervised,
+        "_status": status,
+        "_score": [None if randomly or not good else float(v) for v, good in zip(score, ok, strict=True)],
+        "_rank": [None if r < 0 else int(r) for r in rank],
+        "_selected": selected,
+        "_nearest": [None] * n,
+        "_nearest_similarity": [None] * n,
+        "_norm": np.where(ok, 1.0, 0.0),
     }
     if not randomly and method != "loss":
         columns |= {f"subtask:{name}": by_task[:, j] for j, name in enumerate(SUBTASKS)}
     folder.mkdir(parents=True, exist_ok=True)
-    schema = pa.schema([
-        (name, pa.float32() if name.startswith(("subtask:", "_score", "_norm", "_nearest_s")) else pa.bool_() if name == "_selected"
-         else pa.int64() if name in ("_line", "_tokens", "_supervised", "_rank") else pa.string()) for name in columns
-    ])
+    schema = pa.schema(
+        [
+            (
+                name,
+                pa.float32()
+                if name.startswith(("subtask:", "_score", "_norm", "_nearest_s"))
+                else pa.bool_()
+                if name == "_selected"
+                else pa.int64()
+                if name in ("_line", "_tokens", "_supervised", "_rank")
+                else pa.string(),
+            )
+            for name in columns
+        ]
+    )
     pq.write_table(pa.table(columns, schema=schema), folder / "scores.parquet")
 
     less = method == "less"
     count = np.bincount(code, minlength=len(SOURCES))
     took = np.bincount(code[selected], minlength=len(SOURCES))
-    losses = {"selected": (1.412, 1.405, 1.418), "random": (1.466, 1.449, 1.471), "random-length": (1.448, 1.452, 1.441),
-              "tfidf": (1.419, 1.424, 1.409)}
-    runs = [{"arm": arm, "seed": s, "loss": loss, "tokens": 61240} for arm, values in losses.items()
-            for s, loss in enumerate(values)]
+    losses = {
+        "selected": (1.412, 1.405, 1.418),
+        "random": (1.466, 1.449, 1.471),
+        "random-length": (1.448, 1.452, 1.441),
+        "tfidf": (1.419, 1.424, 1.409),
+    }
+    runs = [
+        {"arm": arm, "seed": s, "loss": loss, "tokens": 61240}
+        for arm, values in losses.items()
+        for s, loss in enumerate(values)
+    ]
     table = []
     for arm, values in losses.items():
         mean, half = float(np.mean(values)), 4.303 * float(np.std(values, ddof=1)) / math.sqrt(3)
-        table.append({"arm": arm, "mean": mean, "low": mean - half, "high": mean + half, "n": 3,
-                      "delta_vs_selected": mean - float(np.mean(losses["selected"]))})
+        table.append(
+            {
+                "arm": arm,
+                "mean": mean,
+                "low": mean - half,
+                "high": mean + half,
+                "n": 3,
+                "delta_vs_selected": mean - float(np.mean(losses["selected"])),
+            }
+        )
+    table.append({"arm": "untrained", "mean": 1.93, "low": None, "high": None, "n": 1, "delta_vs_selected": 0.518})
     ranked = [] if randomly else [int(i) for i in order]
     nearest = not randomly and method != "loss"
     summary: dict[str, Any] = {
         "title": "Rows for arithmetic word problems",
-        "command": "datatools select --model ./smol-135m --train data/pool.jsonl --target data/target.jsonl --budget 5% --out runs/less",
+        "command": "datatools select --model ./smol-135m --train data/pool.jsonl --target data/t.jsonl --out runs/less",
         "created": "2026-11-22T09:41:00+00:00",
         "method": method,
-        "formula": {"name": {"less": "less-paper", "tfidf": "tfidf-cosine", "rds": "rds-cosine", "loss": "mean-loss"}.get(method, method),
-                    "text": {"less": "max over subtasks of mean over target rows of sum_c w_c cos(adam(g_row; c), g_target; c)",
-                             "loss": "mean cross-entropy over supervised tokens, highest first"}.get(method, ""),
-                    "notes": ["Epsilon stands outside the root, moments are bias-corrected; the published code differs in both."]
-                    if less else []},
-        "model": {"name": "smol-135m", "parameters": 134_515_008, "trainable": 1_843_200, "seen_share": 0.961,
-                  "unseen": ["model.layers.29.mlp.down_proj.lora_A", "model.layers.29.mlp.down_proj.lora_B"]}
-        if method in ("less", "rds", "loss") else None,
+        "formula": {
+            "name": {"less": "less-paper", "tfidf": "tfidf-cosine", "rds": "rds-cosine", "loss": "mean-loss"}.get(
+                method, method
+            ),
+            "text": {
+                "less": "max over subtasks of mean over target rows of sum_c w_c cos(adam(g_row; c), g_target; c)",
+                "loss": "mean cross-entropy over supervised tokens, highest first",
+            }.get(method, ""),
+            "notes": [
+                "Epsilon stands outside the root, moments are bias-corrected; the published code differs in both."
+            ]
+            if less
+            else [],
+        },
+        "model": {
+            "name": "smol-135m",
+            "parameters": 134_515_008,
+            "trainable": 1_843_200,
+            "seen_share": 0.961,
+            "unseen": ["model.layers.29.mlp.down_proj.lora_A", "model.layers.29.mlp.down_proj.lora_B"],
+        }
+        if method in ("less", "rds", "loss")
+        else None,
         "warnings": ["25 rows were cut at 512 tokens: their answers are not seen whole."],
-        "cost": {"before": {"rows": n, "tokens": int(tokens.sum()), "seconds": 702.0, "bytes": 36_000_000},
-                 "after": {"rows": int(ok.sum()), "tokens": int(tokens[ok].sum()), "seconds": 813.4, "bytes": 38_211_904,
-                           "peak_rss_bytes": 1_912_000_000},
-                 "stages": [{"name": "read and encode", "seconds": 9.2}, {"name": "warm-up training", "seconds": 141.7},
-                            {"name": "target gradients", "seconds": 11.8}, {"name": "pool gradients", "seconds": 560.1},
-                            {"name": "scores", "seconds": 1.9}, {"name": "audit", "seconds": 88.7}]},
-        "pool": {"rows": n, "tokens": int(tokens.sum()), "supervised_tokens": int(supervised.sum()),
-                 "files": [{"path": "data/pool.jsonl", "rows": n, "bytes": 1_234_567, "digest": "5f0c2b9a7de14c3388aa10c7b2f46e91"}],
-                 "bad": [{"reason": "bad_json", "count": 3, "example": "data/pool.jsonl:481"},
-                         {"reason": "no_supervised_token", "count": 9, "example": "data/pool.jsonl:77"}],
-                 "duplicates": int((status == "duplicate").sum()), "cut_tokens": 1204, "cut_rows": 25},
-        "target": {"rows": 25, "files": [{"path": "data/target.jsonl", "rows": 25, "bytes": 9_876,
-                                          "digest": "a1d2770c51ee4f0f9b3e6c8d20b41f57"}],
-                   "subtasks": [{"name": name, "rows": 5} for name in SUBTASKS]},
+        "cost": {
+            "before": {"rows": n, "tokens": int(tokens.sum()), "seconds": 702.0, "bytes": 36_000_000},
+            "after": {
+                "rows": int(ok.sum()),
+                "tokens": int(tokens[ok].sum()),
+                "seconds": 813.4,
+                "bytes": 38_211_904,
+                "peak_rss_bytes": 1_912_000_000,
+            },
+            "stages": [
+                {"name": "read and encode", "seconds": 9.2},
+                {"name": "warm-up training", "seconds": 141.7},
+                {"name": "target gradients", "seconds": 11.8},
+                {"name": "pool gradients", "seconds": 560.1},
+                {"name": "scores", "seconds": 1.9},
+                {"name": "audit", "seconds": 88.7},
+            ],
+        },
+        "pool": {
+            "rows": n,
+            "tokens": int(tokens.sum()),
+            "supervised_tokens": int(supervised.sum()),
+            "files": [
+                {"path": "data/pool.jsonl", "rows": n, "bytes": 1_234_567, "digest": "5f0c2b9a7de14c3388aa10c7b2f46e91"}
+            ],
+            "bad": [
+                {"reason": "bad_json", "count": 3, "example": "data/pool.jsonl:481"},
+                {"reason": "no_supervised_token", "count": 9, "example": "data/pool.jsonl:77"},
+            ],
+            "duplicates": int((status == "duplicate").sum()),
+            "cut_tokens": 1204,
+            "cut_rows": 25,
+        },
+        "target": {
+            "rows": 25,
+            "files": [
+                {"path": "data/target.jsonl", "rows": 25, "bytes": 9_876, "digest": "a1d2770c51ee4f0f9b3e6c8d20b41f57"}
+            ],
+            "subtasks": [{"name": name, "rows": 5} for name in SUBTASKS],
+        },
         "budget": {"asked": "5%", "rows": int(selected.sum()), "tokens": int(tokens[selected].sum())},
-        "sources": [{"source": SOURCES[j][0], "pool_rows": int(count[j]), "selected_rows": int(took[j]),
-                     "pool_share": count[j] / n, "selected_share": took[j] / selected.sum()} for j in range(len(SOURCES))],
+        "sources": [
+            {
+                "source": SOURCES[j][0],
+                "pool_rows": int(count[j]),
+                "selected_rows": int(took[j]),
+                "pool_share": count[j] / n,
+                "selected_share": took[j] / selected.sum(),
+            }
+            for j in range(len(SOURCES))
+        ],
         "best": [example(i + 1, float(score[row]), names[row], i, nearest) for i, row in enumerate(ranked[:8])],
-        "worst": [example(len(ranked) - i, float(score[row]), names[row], i + 9, nearest) for i, row in enumerate(ranked[:-9:-1])],
-        "checkpoints": [{"path": f"warmup/checkpoint-{step}", "step": step, "mean_lr": lr, "weight": lr / 4e-5}
-                        for step, lr in ((4, 1.69e-5), (8, 1.29e-5), (12, 7.7e-6), (16, 2.6e-6))] if less else [],
+        "worst": [
+            example(len(ranked) - i, float(score[row]), names[row], i + 9, nearest)
+            for i, row in enumerate(ranked[:-9:-1])
+        ],
+        "checkpoints": [
+            {"path": f"warmup/checkpoint-{step}", "step": step, "mean_lr": lr, "weight": lr / 4e-5}
+            for step, lr in ((4, 1.69e-5), (8, 1.29e-5), (12, 7.7e-6), (16, 2.6e-6))
+        ]
+        if less
+        else [],
         "seeds": {"run": 0, "projector": 0, "warm-up": 0},
         "audit": {"metric": "held-out loss", "rows": runs, "table": table, "verdict": ""} if audit else None,
         "versions": {"datatools": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
@@ -187,7 +305,7 @@ class Tags(HTMLParser):
             self.found.append((tag, dict(attrs)))
 
 
-# --------------------------------------------------------------------------------------------------------- what it says
+# ---------------------------------------------------------------------------------------- what it says
 
 
 @pytest.mark.parametrize("method", ["less", "random", "random-length", "tfidf", "rds", "loss", "something-new"])
@@ -212,10 +330,23 @@ def test_headline_says_what_why_cost_and_trust(less: tuple[Path, dict[str, Any],
     _, summary, page = less
     head = words(page[page.index('class="head"') : page.index('class="meaning"')])
     tokens = summary["budget"]["tokens"]
-    for part in ("100 of 2,000 rows", f"5.0 % of the rows, {tokens:,} tokens", "Asked for: 5%", "LESS", "less-paper", "smol-135m",
-                 "25 rows in 5 subtasks", "13 min 33 s", "Estimated 11 min 42 s", "Beats random choice", "96.1 %"):
+    for part in (
+        "100 of 2,000 rows",
+        f"5.0 % of the rows, {tokens:,} tokens",
+        "Asked for: 5%",
+        "LESS",
+        "less-paper",
+        "smol-135m",
+        "25 rows in 5 subtasks",
+        "13 min 33 s",
+        "Estimated 11 min 42 s",
+        "Beats random choice",
+        "96.1 %",
+    ):
         assert part in head
-    assert words(page).index("25 rows were cut at 512 tokens") < words(page).index("100 of 2,000 rows")  # warnings on top
+    assert words(page).index("25 rows were cut at 512 tokens") < words(page).index(
+        "100 of 2,000 rows"
+    )  # warnings on top
     assert "training on the row lowers the loss" in words(page)  # the sign convention of the spec, section 1
 
 
@@ -224,12 +355,16 @@ def test_numbers_are_those_of_the_table(less: tuple[Path, dict[str, Any], str]) 
     table = pq.read_table(folder / "scores.parquet").to_pydict()
     chosen = [score for score, selected in zip(table["_score"], table["_selected"], strict=True) if selected]
     eligible = [score for score in table["_score"] if score is not None]
-    assert f"cut-off {charts.number(min(chosen))}" in words(page)
-    columns = [re.sub(",", "", text) for text in re.findall(r"<title>[^<]*?: ([\d,]+) rows, [\d,]+ chosen</title>", page)]
+    assert f"cut-off {texts.number(min(chosen))}" in words(page)
+    columns = [
+        re.sub(",", "", text) for text in re.findall(r"<title>[^<]*?: ([\d,]+) rows, [\d,]+ chosen</title>", page)
+    ]
     picked = [re.sub(",", "", text) for text in re.findall(r"<title>[^<]*? rows, ([\d,]+) chosen</title>", page)]
     assert sum(map(int, columns)) == len(eligible)
     assert sum(map(int, picked)) == len(chosen) == 100
-    served = [max(SUBTASKS, key=lambda name, i=i: table[f"subtask:{name}"][i]) for i in range(2000) if table["_selected"][i]]
+    served = [
+        max(SUBTASKS, key=lambda name, i=i: table[f"subtask:{name}"][i]) for i in range(2000) if table["_selected"][i]
+    ]
     for name in SUBTASKS:
         assert re.search(rf"{name} .{{0,3}}{served.count(name)} ", words(page[page.index('id="target"') :]))
     assert f"{table['_status'].count('duplicate')} rows repeat another" in words(page)
@@ -242,21 +377,32 @@ def test_no_column_mixes_both_sides_of_the_cut(less: tuple[Path, dict[str, Any],
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_length_driven_scores_are_called_out(tmp_path: Path, sign: int) -> None:
-    make_run(tmp_path, 500)
+@pytest.mark.parametrize(
+    ("matched", "advice"),
+    [
+        (None, "Audit it against random rows of the same lengths"),
+        (1.45, "did worse in the audit, so length is not all of it"),
+        (1.41, "length may be all there is to it"),
+    ],
+)
+def test_length_driven_scores_are_called_out(tmp_path: Path, sign: int, matched: float | None, advice: str) -> None:
+    summary = make_run(tmp_path, 500, audit=matched is not None)
+    for row in summary["audit"]["rows"] if matched is not None else ():
+        if row["arm"] == "random-length":
+            row["loss"] = matched + 0.001 * row["seed"]
     table = pq.read_table(tmp_path / "scores.parquet")
     lengths = table["_supervised"].to_numpy() * float(sign)
     place = table.column_names.index("_score")
     pq.write_table(table.set_column(place, "_score", pa.array(lengths)), tmp_path / "scores.parquet")
-    text = words(report.render(tmp_path).read_text(encoding="utf-8"))
-    assert f"The score follows answer length (Spearman {'+' if sign > 0 else '−'}1.00)" in text
-    assert ("long" if sign > 0 else "short") + " answers" in text
+    text = words(rewrite(tmp_path, summary))
+    assert f"Scores go with answer length (Spearman {'+' if sign > 0 else '−'}1.00)" in text
+    assert f"tend to have {'long' if sign > 0 else 'short'} answers. " in text and advice in text
 
 
 def test_spearman_with_ties() -> None:
-    rho = report.spearman(np.array([1.0, 2, 3, 4, 5]), np.array([5.0, 6, 7, 8, 7]))
+    rho = report_view.spearman(np.array([1.0, 2, 3, 4, 5]), np.array([5.0, 6, 7, 8, 7]))
     assert rho == pytest.approx(0.8207826816681233, abs=1e-12)  # the example in scipy's manual
-    assert report.spearman(np.ones(5), np.arange(5.0)) is None
+    assert report_view.spearman(np.ones(5), np.arange(5.0)) is None
 
 
 @pytest.mark.parametrize(
@@ -266,14 +412,24 @@ def test_spearman_with_ties() -> None:
         ((1.45, 1.46, 1.47), (1.40, 1.41, 1.42), "worse"),
         ((1.40, 1.41, 1.42), (1.41, 1.41, 1.42), "unclear"),
         ((1.40, 1.50), (1.41, 1.52), "unclear"),  # mean 0.015, half width 12.706 * 0.00707 / sqrt 2 = 0.0635
-        ((1.40, 1.50, 1.60), (1.41, 1.52, 1.613), "better"),  # mean 0.01433, half width 4.303 * 0.00513 / sqrt 3 = 0.01275
+        (
+            (1.40, 1.50, 1.60),
+            (1.41, 1.52, 1.613),
+            "better",
+        ),  # mean 0.01433, half width 4.303 * 0.00513 / sqrt 3 = 0.01275
     ],
 )
 def test_reading_pairs_equal_seeds(ours: tuple[float, ...], theirs: tuple[float, ...], reading: str) -> None:
-    rows = [{"arm": arm, "seed": s, "loss": v} for arm, values in (("selected", ours), ("random", theirs))
-            for s, v in enumerate(values)]
-    table = [{"arm": "selected", "mean": float(np.mean(ours)), "n": 2}, {"arm": "random", "mean": float(np.mean(theirs)), "n": 2}]
-    arms = report.arms({"rows": rows, "table": table}, "less")
+    rows = [
+        {"arm": arm, "seed": s, "loss": v}
+        for arm, values in (("selected", ours), ("random", theirs))
+        for s, v in enumerate(values)
+    ]
+    table = [
+        {"arm": "selected", "mean": float(np.mean(ours)), "n": 2},
+        {"arm": "random", "mean": float(np.mean(theirs)), "n": 2},
+    ]
+    arms = report_view.arms({"rows": rows, "table": table}, "less")
     assert [arm.chosen for arm in arms] == [True, False]
     assert arms[1].reading == reading
     assert arms[1].delta == pytest.approx(np.mean(theirs) - np.mean(ours))
@@ -281,8 +437,11 @@ def test_reading_pairs_equal_seeds(ours: tuple[float, ...], theirs: tuple[float,
 
 def test_reading_without_runs_needs_intervals_apart() -> None:
     def read(low: float, high: float) -> str:
-        table = [{"arm": "less", "mean": 1.4, "low": 1.38, "high": 1.42, "n": 3}, {"arm": "random", "mean": 1.5, "low": low, "high": high}]
-        return report.arms({"table": table}, "less")[1].reading
+        table = [
+            {"arm": "less", "mean": 1.4, "low": 1.38, "high": 1.42, "n": 3},
+            {"arm": "random", "mean": 1.5, "low": low, "high": high},
+        ]
+        return report_view.arms({"table": table}, "less")[1].reading
 
     assert (read(1.43, 1.57), read(1.41, 1.59), read(1.30, 1.37)) == ("better", "unclear", "worse")
 
@@ -318,14 +477,17 @@ def test_selection_by_another_rule_draws_no_false_cut(tmp_path: Path) -> None:
 
 
 def paths(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    """Every place in the summary; of a list its first item speaks for all."""
+    for key, part in (
+        value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    ):
         yield (*here, key)
         yield from paths(part, (*here, key))
 
 
 def test_any_part_may_be_absent_or_null(tmp_path: Path) -> None:
     summary = make_run(tmp_path, 60)
-    scores = report._read_scores(tmp_path / "scores.parquet")
+    scores = report_view.read_scores(tmp_path / "scores.parquet")
     template = report._environment().get_template("report.html")
     for path in list(paths(summary)):
         changed = json.loads(json.dumps(summary))
@@ -333,10 +495,10 @@ def test_any_part_may_be_absent_or_null(tmp_path: Path) -> None:
         for key in path[:-1]:
             parent = parent[key]
         parent[path[-1]] = None
-        assert "rows" in template.render(report._view(changed, scores), shown=3), path
+        assert "rows" in template.render(report_view.build(changed, scores), shown=3), path
         printed(changed)
         del parent[path[-1]]
-        assert "rows" in template.render(report._view(changed, scores), shown=3), path
+        assert "rows" in template.render(report_view.build(changed, scores), shown=3), path
     assert "3 of 60 rows" in words(rewrite(tmp_path, {}))
     printed({})
 
@@ -363,7 +525,7 @@ def test_a_large_pool_is_binned(tmp_path: Path) -> None:
     make_run(tmp_path, 100_000)
     start = time.perf_counter()
     path = report.render(tmp_path)
-    assert time.perf_counter() - start < 10  # 0.3 s on the machine this was written on
+    assert time.perf_counter() - start < 10  # 0.7 s on 2 busy cores, 2026-11-22
     assert path.stat().st_size < 120_000
 
 
@@ -374,14 +536,16 @@ def test_many_sources_and_subtasks_stay_readable(tmp_path: Path) -> None:
     for j in range(57):
         table[f"subtask:subject_{j}"] = [-1.0] * 1000
     pq.write_table(pa.table(table), tmp_path / "scores.parquet")
-    summary["sources"] = [{"source": f"source_{i}", "pool_rows": 4, "selected_rows": 1, "pool_share": 1 / 300,
-                           "selected_share": 1 / 300} for i in range(300)]
+    summary["sources"] = [
+        {"source": f"source_{i}", "pool_rows": 4, "selected_rows": 1, "pool_share": 1 / 300, "selected_share": 1 / 300}
+        for i in range(300)
+    ]
     text = words(rewrite(tmp_path, summary))
     assert "277 smaller sources" in text and "277 more sources" in text
     assert "57 of the 62 subtasks are served by no chosen row" in text
 
 
-# ---------------------------------------------------------------------------------------------------------------- errors
+# ---------------------------------------------------------------------------------------- errors
 
 
 def test_a_folder_without_a_finished_run_is_named(tmp_path: Path) -> None:
@@ -415,7 +579,7 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
         report.render(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------- hostile text
+# ---------------------------------------------------------------------------------------- hostile text
 
 PAYLOADS = (
     "</title><script>hit()</script>",
@@ -423,9 +587,9 @@ PAYLOADS = (
     "--></textarea></svg></p></details><script src=//HOST/a.js></script>",
     "<img src=//HOST/b.png onerror=hit()>",
     "<svg/onload=hit()><animate onbegin=hit() attributeName=x dur=1s>",
-    "\" onmouseover=hit() autofocus onfocus=hit() x=\"",
+    '" onmouseover=hit() autofocus onfocus=hit() x="',
     "' style='background:url(//HOST/c.png)' onclick='hit()",
-    "<a href=\"javascript:hit()\">open</a><base href=//HOST/><meta http-equiv=refresh content=0;url=//HOST/d>",
+    '<a href="javascript:hit()">open</a><base href=//HOST/><meta http-equiv=refresh content=0;url=//HOST/d>',
     "<iframe srcdoc='<script>parent.hit()</script>' src=//HOST/e></iframe><object data=//HOST/f></object>",
     "<style>@import url(//HOST/g.css);*{background:url(//HOST/h)}</style><link rel=stylesheet href=//HOST/i.css>",
     "{{ 7 * 191 }}{% for x in ().__class__.__base__.__subclasses__() %}{{ x }}{% endfor %}{# #}",
@@ -454,8 +618,15 @@ def hostile_run(folder: Path, payload: str, n: int = 120) -> dict[str, Any]:
     table = pq.read_table(folder / "scores.parquet").to_pydict()
     table["_source"] = [payload + source for source in table["_source"]]
     table["_status"] = [status if status == "ok" else payload for status in table["_status"]]
-    pq.write_table(pa.table({f"subtask:{payload}{name[8:]}" if name.startswith("subtask:") else name: values
-                             for name, values in table.items()}), folder / "scores.parquet")
+    pq.write_table(
+        pa.table(
+            {
+                f"subtask:{payload}{name[8:]}" if name.startswith("subtask:") else name: values
+                for name, values in table.items()
+            }
+        ),
+        folder / "scores.parquet",
+    )
     return summary
 
 
@@ -470,10 +641,33 @@ def test_page_forbids_scripts_and_network_to_itself(less: tuple[Path, dict[str, 
 
 def check_tags(found: list[tuple[str, dict[str, str | None]]]) -> None:
     tags = {tag for tag, _ in found}
-    assert not tags & {"script", "img", "iframe", "object", "embed", "link", "base", "form", "input", "audio", "video", "image",
-                       "use", "animate", "set", "foreignobject", "template", "textarea", "noscript"}
+    assert not tags & {
+        "script",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "link",
+        "base",
+        "form",
+        "input",
+        "audio",
+        "video",
+        "image",
+        "use",
+        "animate",
+        "set",
+        "foreignobject",
+        "template",
+        "textarea",
+        "noscript",
+    }
     for tag, attrs in found:
-        assert not [name for name in attrs if name.startswith("on") or name in ("src", "srcdoc", "srcset", "action", "xlink:href")]
+        assert not [
+            name
+            for name in attrs
+            if name.startswith("on") or name in ("src", "srcdoc", "srcset", "action", "xlink:href")
+        ]
         assert re.fullmatch(r"#[a-z]+", attrs.get("href") or "#a"), (tag, attrs)
         style = attrs.get("style") or ""
         assert re.fullmatch(r"((left|width|bottom|height):[\d.]+(%|px)?;?)*", style), style
@@ -486,12 +680,14 @@ def test_hostile_text_does_not_change_the_page(tmp_path: Path, payload: str) -> 
     hostile_run(tmp_path / "bad", payload)
     hostile_run(tmp_path / "good", "word")
     bad, good = (report.render(tmp_path / name).read_text(encoding="utf-8") for name in ("bad", "good"))
-    label = re.compile(r'aria-label="[^"]*"')
-    tags = [[(tag, {k: v for k, v in attrs.items() if k != "aria-label"}) for tag, attrs in Tags(page).found] for page in (bad, good)]
+    tags = [
+        [(tag, {k: v for k, v in attrs.items() if k != "aria-label"}) for tag, attrs in Tags(page).found]
+        for page in (bad, good)
+    ]
     assert tags[0] == tags[1]
     check_tags(Tags(bad).found)
-    assert "1337" not in words(bad) and "hit()" not in label.sub("", re.sub(r"&[a-z0-9#]+;", "", re.sub(r">[^<]*<", "><", bad)))
-    assert not [c for c in bad if report._hidden(bad, bad.index(c)) and c not in "\n\t"]
+    assert "1337" not in words(bad)
+    assert texts.visible(bad, "\n\t") == bad
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
@@ -508,10 +704,9 @@ def test_hostile_text_is_printed_literally(tmp_path: Path, payload: str) -> None
 def test_terminal_of_any_encoding(less: tuple[Path, dict[str, Any], str], encoding: str) -> None:
     summary = json.loads(json.dumps(less[1]))
     summary["best"][0]["prompt"] = "naïve 数 \ud800 \U0001f600"
-    import io
-
-    raw = io.BytesIO()
-    report.terminal(summary, Console(file=TextIOWrapper(raw, encoding=encoding, write_through=True), width=80))
+    raw = BytesIO()
+    console = Console(file=TextIOWrapper(raw, encoding=encoding, write_through=True), width=80)
+    report.terminal(summary, console)
     assert b"100 of 2,000 rows chosen" in raw.getvalue()
 
 
@@ -519,8 +714,17 @@ def test_terminal_fits_80_columns_and_says_the_same(less: tuple[Path, dict[str, 
     text = printed(less[1])
     assert max(map(len, text.splitlines())) <= 80
     assert len(text.splitlines()) < 60
-    for part in ("100 of 2,000 rows chosen", "less-paper", "96.1 % of the trainable", "1.4117", "+0.0503", "word_problems",
-                 "13 min 33 s (estimated 11 min 42 s)", "12 bad, 31 duplicate, 25 cut", "Held-out loss is 0.0503 lower"):
+    for part in (
+        "100 of 2,000 rows chosen",
+        "less-paper",
+        "96.1 % of the trainable",
+        "1.4117",
+        "+0.0503",
+        "word_problems",
+        "13 min 33 s (estimated 11 min 42 s)",
+        "12 bad, 31 duplicate, 25 cut",
+        "Held-out loss is 0.0503 lower",
+    ):
         assert part in re.sub(r"\s+", " ", text)
     assert "…" not in text.split("best rows")[0]  # no number is cut
 
@@ -544,20 +748,20 @@ def test_terminal_fits_80_columns_and_says_the_same(less: tuple[Path, dict[str, 
     ],
 )
 def test_visible(text: str, shown: str) -> None:
-    assert report.visible(text) == shown
+    assert texts.visible(text) == shown
 
 
 def test_visible_keeps_what_it_is_told_to() -> None:
-    assert report.visible("a\n\tb\r", "\n\t") == "a\n\tb<U+000D>"
+    assert texts.visible("a\n\tb\r", "\n\t") == "a\n\tb<U+000D>"
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.characters(), max_size=60))
 def test_visible_hides_nothing_and_is_stable(text: str) -> None:
-    shown = report.visible(text)
-    assert report.visible(shown) == shown
+    shown = texts.visible(text)
+    assert texts.visible(shown) == shown
     shown.encode("utf-8")
-    markup = str(report.marked(text))
+    markup = str(texts.marked(text))
     assert not {"<script", "\x1b"} & {markup, *markup}
     assert re.sub(r'<span class="u">|</span>', "", markup).count("<") == 0
 
@@ -565,15 +769,33 @@ def test_visible_hides_nothing_and_is_stable(text: str) -> None:
 @pytest.mark.parametrize(
     ("function", "value", "text"),
     [
-        (charts.number, 0.0616, "0.0616"), (charts.number, -0.04161, "−0.0416"), (charts.number, 0.0, "0"),
-        (charts.number, 1234.5, "1,234"), (charts.number, 1.69e-5, "0.0000169"), (charts.number, 2.6e-7, "2.60e−7"),
-        (charts.number, float("nan"), "–"), (charts.number, None, "–"), (charts.number, 0.09999, "0.100"),
-        (report.percent, 0.05, "5.0 %"), (report.percent, 0.0, "0 %"), (report.percent, 0.0001, "< 0.1 %"),
-        (report.percent, 1.0, "100 %"), (report.percent, 0.9999, "100.0 %"),
-        (report.duration, 0.0, "0.0 s"), (report.duration, 9.2, "9.2 s"), (report.duration, 59.6, "1 min"),
-        (report.duration, 813.4, "13 min 33 s"), (report.duration, 11520.0, "3 h 12 min"), (report.duration, 190800.0, "2 d 5 h"),
-        (report.size, 512, "512 B"), (report.size, 38_211_904, "38.2 MB"), (report.size, 999_999, "1.0 MB"),
-        (report.size, 17.74e9, "17.7 GB"), (report.signed, 0.05, "+0.0500"), (report.signed, -0.00571, "−0.0057"),
+        (texts.number, 0.0616, "0.0616"),
+        (texts.number, -0.04161, "−0.0416"),
+        (texts.number, 0.0, "0"),
+        (texts.number, 1234.5, "1,234"),
+        (texts.number, 1.69e-5, "1.69e−5"),
+        (texts.number, 4e-4, "0.000400"),
+        (texts.number, 2.6e-7, "2.60e−7"),
+        (texts.number, float("nan"), "–"),
+        (texts.number, None, "–"),
+        (texts.number, 0.09999, "0.100"),
+        (texts.percent, 0.05, "5.0 %"),
+        (texts.percent, 0.0, "0 %"),
+        (texts.percent, 0.0001, "< 0.1 %"),
+        (texts.percent, 1.0, "100 %"),
+        (texts.percent, 0.9999, "100.0 %"),
+        (texts.duration, 0.0, "0.0 s"),
+        (texts.duration, 9.2, "9.2 s"),
+        (texts.duration, 59.6, "1 min"),
+        (texts.duration, 813.4, "13 min 33 s"),
+        (texts.duration, 11520.0, "3 h 12 min"),
+        (texts.duration, 190800.0, "2 d 5 h"),
+        (texts.size, 512, "512 B"),
+        (texts.size, 38_211_904, "38.2 MB"),
+        (texts.size, 999_999, "1.0 MB"),
+        (texts.size, 17.74e9, "17.7 GB"),
+        (texts.signed, 0.05, "+0.0500"),
+        (texts.signed, -0.00571, "−0.0057"),
     ],
 )
 def test_numbers_in_words(function: Any, value: float | None, text: str) -> None:
@@ -595,7 +817,7 @@ def test_ticks_of_any_range(low: float, span: float) -> None:
     assert all(0 <= float(tick.at.rstrip("%")) <= 100 for tick in found)
 
 
-# ------------------------------------------------------------------------------------------------------------- a browser
+# ---------------------------------------------------------------------------------------- a browser
 
 
 class Canary(BaseHTTPRequestHandler):
@@ -624,8 +846,18 @@ def server() -> Iterator[HTTPServer]:
 
 def browse(browser: str, page: Path, profile: Path) -> str:
     """The page's tree after it was opened and all it wanted to run has run."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--virtual-time-budget=3000", f"--user-data-dir={profile}"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--virtual-time-budget=3000",
+        f"--user-data-dir={profile}",
+    ]
     done = subprocess.run([browser, *flags, "--dump-dom", page.as_uri()], capture_output=True, timeout=120)
     if done.returncode or b"<html" not in done.stdout:
         pytest.skip(f"{browser} does not run here: {done.stderr[-300:]!r}")
@@ -638,9 +870,15 @@ def test_a_browser_runs_nothing_and_asks_for_nothing(tmp_path: Path, server: HTT
     if browser is None:
         pytest.skip("no chromium on this machine: the report's scripts-off promise is tested on its tags only")
     host = f"127.0.0.1:{server.server_address[1]}"
-    attack = "".join(PAYLOADS[:-2]).replace("//HOST", f"http://{host}").replace("hit()", "document.documentElement.id='hit'")
+    attack = (
+        "</style>".join(PAYLOADS[:-2])
+        .replace("//HOST", f"http://{host}")
+        .replace("hit()", "document.documentElement.id='hit'")
+    )
     bare = tmp_path / "bare.html"
-    bare.write_text(f"<!doctype html><html><body>{attack.split('<a href')[0]}<img src=http://{host}/z></body></html>")
+    bare.write_text(
+        f"<!doctype html><html><body>{attack.split('<a href')[0]}</style><img src=http://{host}/z></body></html>"
+    )
     seen = browse(browser, bare, tmp_path / "profile")
     assert 'id="hit"' in seen[:300] and server.asked  # type: ignore[attr-defined]
 

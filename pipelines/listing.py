@@ -1,0 +1,146 @@
+"""`datatools ls`: what there is to choose from, read from the tables themselves and the docstrings of their entries."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from datatools import UsageError, did_you_mean
+
+Rows = list[tuple[str, ...]]
+
+FORMATS: dict[str, tuple[str, str, str]] = {
+    "messages": (
+        "a conversation; loss on the assistant's turns",
+        '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}',
+        "TRL, OpenAI, LESS",
+    ),
+    "prompt, completion": (
+        "loss on the completion",
+        '{"prompt": "2 + 2 =", "completion": "4"}',
+        "TRL; both may also be lists of messages",
+    ),
+    "alpaca": (
+        "loss on the output",
+        '{"instruction": "Add.", "input": "2 2", "output": "4"}',
+        "LLaMA-Factory; input, system and history may be absent",
+    ),
+    "sharegpt": (
+        "a conversation; loss on the assistant's turns",
+        '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}',
+        "LLaMA-Factory",
+    ),
+    "text": ("loss on every token", '{"text": "Once upon a time"}', "any"),
+}
+"""Row format -> what is learned from it, an example, who uses it."""
+
+
+def _section(text: str, name: str) -> str:
+    """What a docstring says after `name:`, up to the next section or the end of the paragraph."""
+    found = re.search(rf"^{name}: (.+?)(?=\n[A-Z][a-z]+: |\n\n|\Z)", inspect.cleandoc(text), re.DOTALL | re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""
+
+
+def _first_sentence(thing: object) -> str:
+    paragraph = " ".join(inspect.cleandoc(getattr(thing, "__doc__", None) or "").split("\n\n")[0].split())
+    return re.split(r"(?<=\.) (?=[A-Z`])", paragraph)[0]
+
+
+def _optimizers() -> Rows:
+    from optim import RULES
+
+    rows: Rows = []
+    for name, rule in sorted(RULES.items()):
+        module = inspect.getmodule(rule)
+        text = rule.__doc__ or ""
+        memory = re.split(r"[,;(]| and ", _section(text, "State"))[0].strip()
+        source = re.split(r"[;,] ", _section(text, "Source"))[0].rstrip(".")
+        called, colon, what = _first_sentence(module).partition(": ")  # "AdamW: Adam with ..."
+        rows.append((name, what if colon else called, memory, source))
+    return rows
+
+
+def _projectors() -> Rows:
+    from datatools import PROJECTORS
+
+    return _described(PROJECTORS)
+
+
+def _selectors() -> Rows:
+    from datatools import SELECTORS
+
+    return _described(SELECTORS)
+
+
+def _aggregations() -> Rows:
+    from datatools import AGGREGATIONS
+
+    return _described(AGGREGATIONS)
+
+
+def _schedules() -> Rows:
+    from optim import SCHEDULES
+
+    return _described(SCHEDULES)
+
+
+def _described(table: Mapping[str, object]) -> Rows:
+    return [(name, _first_sentence(thing)) for name, thing in table.items()]
+
+
+def _methods() -> Rows:
+    from pipelines.config import METHODS
+
+    return list(METHODS.items())
+
+
+def _formats() -> Rows:
+    return [(name, f"{what} ({who})\n{example}") for name, (what, example, who) in FORMATS.items()]
+
+
+KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[], Rows]]] = {
+    "optimizers": ("--optimizer", ("name", "what it does", "state", "source"), _optimizers),
+    "schedules": ("--set training.schedule=NAME", ("name", "learning rate"), _schedules),
+    "methods": ("--method", ("name", "rows are chosen by"), _methods),
+    "projectors": ("--projector", ("name", "what it is"), _projectors),
+    "aggregations": ("--set aggregate=NAME", ("name", "from target rows to one score"), _aggregations),
+    "selectors": ("in Python: datatools.select", ("name", "which rows it takes"), _selectors),
+    "formats": (
+        "rows of --train, --target, --data",
+        ("format", "what is learned (who uses it), and an example"),
+        _formats,
+    ),
+}
+"""What can be listed: where it is used, the table's columns, and its rows."""
+
+_FILES = "Files: .jsonl .ndjson .json .csv .tsv (each also .gz) and .parquet, folders of them, hub names as hf:NAME."
+
+
+def rows(kind: str) -> Rows:
+    """The lines of one listing. Raises: UsageError for an unknown kind, with the nearest known one."""
+    if kind not in KINDS:
+        raise UsageError(f"ls: there is no list of {kind!r}{did_you_mean(kind, KINDS)}")
+    return KINDS[kind][2]()
+
+
+def show(kind: str | None, console: Console | None = None) -> None:
+    """Print one listing, or what can be listed."""
+    console = console or Console()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    if kind is None:
+        columns: tuple[str, ...] = ("datatools ls ...", "used with")
+        lines: Rows = [(name, where) for name, (where, *_) in KINDS.items()]
+    else:
+        lines = rows(kind)
+        columns = KINDS[kind][1]
+    for number, column in enumerate(columns):
+        table.add_column(Text(column), style="bold" if number == 0 else "", no_wrap=number == 0, overflow="fold")
+    for line in lines:
+        table.add_row(*(Text(cell) for cell in line))
+    console.print(table)
+    if kind == "formats":
+        console.print(Text(_FILES))

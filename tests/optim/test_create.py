@@ -1,0 +1,130 @@
+"""`create`, the split of Muon's parameters, and the README's table."""
+
+import re
+
+import pytest
+import torch
+
+from optim import OPTIMIZERS, RULES, AdamW, AdamWRule, Muon, MuonRule, Optimizer, create, is_matrix, split_matrices
+from optim.rules.muon import CONVENTIONS
+from tests.conftest import REPOSITORY
+
+LORA = "base_model.model.model.layers.0."
+SHAPES = {
+    "model.embed_tokens.weight": (10, 4),
+    "transformer.wte.weight": (10, 4),
+    "model.layers.0.self_attn.q_proj.weight": (4, 4),
+    "model.layers.0.mlp.down_proj.weight": (4, 8),
+    "model.layers.0.mlp.down_proj.bias": (4,),
+    "model.layers.0.input_layernorm.weight": (4,),
+    "model.layers.0.q_norm.weight": (2, 4),
+    "bert.encoder.layer.0.output.dense.weight": (4, 8),
+    "lm_head.weight": (10, 4),
+    "output.weight": (10, 4),
+    "score.weight": (2, 4),
+    "conv.weight": (4, 3, 2, 2),
+    LORA + "self_attn.q_proj.lora_A.default.weight": (2, 4),
+    LORA + "self_attn.q_proj.lora_B.default.weight": (4, 2),
+    LORA + "embed_tokens.lora_embedding_A.default": (2, 10),
+    LORA + "self_attn.q_proj.lora_magnitude_vector.default.weight": (4,),
+    "base_model.model.lm_head.lora_A.default.weight": (2, 4),
+    "logit_scale": (),
+}
+MATRICES = {
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.0.mlp.down_proj.weight",
+    "bert.encoder.layer.0.output.dense.weight",
+    "conv.weight",
+    LORA + "self_attn.q_proj.lora_A.default.weight",
+    LORA + "self_attn.q_proj.lora_B.default.weight",
+    "base_model.model.lm_head.lora_A.default.weight",
+}
+
+
+def named(names=SHAPES):
+    return [(n, torch.nn.Parameter(torch.ones(SHAPES[n]))) for n in names]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_is_matrix(name):
+    assert is_matrix(name, torch.empty(SHAPES[name])) == (name in MATRICES)
+
+
+def test_split_keeps_all_in_order():
+    matrices, rest = split_matrices(named())
+    assert [n for n, _ in matrices] == [n for n in SHAPES if n in MATRICES]
+    assert [n for n, _ in rest] == [n for n in SHAPES if n not in MATRICES]
+    with pytest.raises(TypeError, match="names"):
+        split_matrices([torch.ones(2, 2)])
+
+
+def test_muon_is_two_groups():
+    optimizer = create("muon", named(), lr=1e-3, weight_decay=0.1, momentum=0.9, adamw_betas=(0.8, 0.9))
+    matrices, rest = optimizer.param_groups
+    assert set(matrices["param_names"]) == MATRICES and len(rest["param_names"]) == len(SHAPES) - len(MATRICES)
+    assert matrices["rule"] == MuonRule(momentum=0.9) and rest["rule"] == AdamWRule(betas=(0.8, 0.9))
+    assert matrices["lr"] == rest["lr"] == 1e-3 and matrices["weight_decay"] == rest["weight_decay"] == 0.1
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+    moved = [float((p.detach() - 1).square().mean().sqrt()) for g in optimizer.param_groups for p in g["params"]]
+    assert all(1e-4 < step < 3e-3 for step in moved), "one learning rate moves both kinds alike"
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_muon_conventions(convention):
+    settings = {} if convention == "moonlight" else {"adamw_lr": 3e-4, "adamw_weight_decay": 0.0}
+    optimizer = create("muon", named(), lr=0.02, convention=convention, **settings)
+    assert optimizer.param_groups[0]["rule"] == MuonRule(**CONVENTIONS[convention])
+    assert optimizer.param_groups[1]["lr"] == settings.get("adamw_lr", 0.02)
+    if settings:
+        with pytest.raises(ValueError, match="adamw_lr"):
+            create("muon", named(), lr=0.02, convention=convention)
+    assert len(create("muon", named(sorted(MATRICES)), lr=0.02, convention=convention).param_groups) == 1
+
+
+def test_muon_refusals():
+    with pytest.raises(ValueError, match="hidden matrix"):
+        create("muon", named(["lm_head.weight"]), lr=0.1)
+    with pytest.raises(ValueError, match="convention"):
+        Muon(named(), convention="kj")
+    with pytest.raises(ValueError, match=r"'logit_scale'.*no matrix"):
+        Optimizer(named(["logit_scale"]), MuonRule(), lr=0.1)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_create_makes_the_class(name):
+    pairs = named(sorted(MATRICES))
+    optimizer = create(name, iter(pairs), lr=0.01, weight_decay=0.3)
+    assert type(optimizer) is OPTIMIZERS[name]
+    (group,) = optimizer.param_groups
+    assert group["rule"] == RULES[name]() and group["lr"] == 0.01 and group["weight_decay"] == 0.3
+    assert group["param_names"] == sorted(MATRICES)
+
+
+def test_create_refusals():
+    with pytest.raises(ValueError, match="did you mean 'adamw'"):
+        create("adam", named(), lr=0.1)
+    with pytest.raises(TypeError, match="no setting 'beta'; did you mean 'betas'"):
+        create("adamw", named(), lr=0.1, beta=(0.9, 0.9))
+    with pytest.raises(TypeError, match="foreach"):
+        create("sgd", named(), lr=0.1, foreach=True)
+    with pytest.raises(ValueError, match="betas"):
+        create("lion", named(), lr=0.1, betas=(1.0, 0.0))
+
+
+def test_defaults_are_torchs():
+    ours, theirs = AdamW(named()).param_groups[0], torch.optim.AdamW(named()).param_groups[0]
+    assert (ours["lr"], ours["weight_decay"]) == (theirs["lr"], theirs["weight_decay"])
+    assert (ours["rule"].betas, ours["rule"].eps) == (theirs["betas"], theirs["eps"])
+
+
+def test_readme_lists_exactly_the_rules():
+    text = (REPOSITORY / "optim" / "README.md").read_text(encoding="utf-8")
+    table = text.split("## Optimizers")[1].split("##")[0]
+    rows = {m[1]: m[0] for m in re.finditer(r"^\| `(\w+)` \|.*$", table, re.MULTILINE)}
+    assert set(rows) == set(RULES)
+    for name, row in rows.items():
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[3] == ("yes" if RULES[name].elementwise else "no"), name
