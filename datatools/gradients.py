@@ -316,7 +316,7 @@ def _hooked(sites: Sequence[_Site], capture: Callable[[_Site, Tensor, Tensor], T
                 assert isinstance(base, nn.Linear)
                 if base.weight.dtype == torch.float32:
                     merged = torch.addmm(base.weight.detach(), site.b, site.a, alpha=site.scale)
-                    site.module.forward = _merged_forward(merged, base.bias)  # type: ignore[method-assign]
+                    site.module.forward = _merged_forward(merged, base.bias)
                     patched.append(site.module)
             handles.append(site.module.register_forward_hook(_reporter(site, capture)))
         yield
@@ -349,8 +349,8 @@ def token_batches(lengths: Sequence[int], budget: int, *, padding: float = 0.125
     """Indices of rows grouped so that padded tokens (longest row x rows) stay within `budget`, longest rows first.
 
     A batch is also closed before more than the share `padding` of it would be padding: on a CPU a padded token costs as
-    much as a real one. A row longer than the budget is a batch of its own. The order is fixed by (length, index), so the
-    batches, and with them every bit of the result, do not depend on anything else.
+    much as a real one. A row longer than the budget is a batch of its own. The order is fixed by (length, index), so
+    the batches, and with them every bit of the result, do not depend on anything else.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []

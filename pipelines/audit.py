@@ -13,7 +13,7 @@ from rich.table import Table
 
 from datatools import Candidates, DataError, Selection, UsageError, files, select
 from pipelines import evaluation, methods, models, report
-from pipelines.config import AuditConfig, DataConfig, SelectConfig, TrainingConfig
+from pipelines.config import AuditConfig, DataConfig, FeaturesConfig, SelectConfig, TrainingConfig
 from pipelines.methods import Context
 from pipelines.prepare import Rows, file_facts, prepare
 from pipelines.runs import Run, derive_seed, say
@@ -76,6 +76,7 @@ def run(config: AuditConfig) -> Path:
 def _as_select(config: AuditConfig) -> SelectConfig:
     """The settings that the baselines' scorers read."""
     return SelectConfig(
+        features=FeaturesConfig(folder=config.features),
         model=config.model,
         train=config.pool,
         target=config.target,

@@ -358,6 +358,11 @@ class AuditConfig(RunSettings):
     model: ModelConfig = Field(description="the model to train; the run's own model if not given")
     lora: LoraConfig | None = Field(default=LoraConfig(), description="train adapters; null trains every weight")
     training: TrainingConfig = Field(default=TrainingConfig(), description="the same recipe for every arm")
+    features: FilePath | None = Field(
+        default=None,
+        description="where hidden states (rds) are kept; null is the audit's own folder",
+        json_schema_extra=ELSEWHERE,
+    )
     arms: FilePath | None = Field(
         default=None,
         description="where trained arms are kept; null is the audit's own folder. Audits that name the same one "
@@ -801,7 +806,9 @@ def audit_base(selected: Path | None, yaml_path: Path | None = None) -> tuple[di
     warmup = run.get("warmup")
     if isinstance(warmup, dict):
         base["training"] = {name: value for name, value in warmup.items() if name in TrainingConfig.model_fields}
-    return base | {"out": str(folder / "audit")}, str(path)
+    kept = run.get("features")
+    features = kept.get("folder") if isinstance(kept, dict) else None
+    return base | {"out": str(folder / "audit"), "features": features or str(folder / "features")}, str(path)
 
 
 # ------------------------------------------------------------------------------------------------------------- output

@@ -14,7 +14,16 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 from datatools import DataError
 
 _BOM = b"\xef\xbb\xbf"
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_NOT_TEXT = {  # first bytes of files that somebody may take for rows
+    b"\xff\xfe": "UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"\x1f\x8b": "compressed by gzip; let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd, which is not read; unpack it first",
+    b"\xfd7zXZ\x00": "compressed by xz, which is not read; unpack it first",
+    b"PK\x03\x04": "a zip archive, which is not read; unpack it first",
+    b"PAR1": "a Parquet table; let its name end in .parquet",
+    b"ARROW1": "an Arrow table, which is not read; write it as Parquet or JSONL",
+}
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # strings are swallowed whole, so that brackets inside them do not count; possessive: linear on any bytes
@@ -61,11 +70,12 @@ class Line(NamedTuple):
 def read_lines(file: BinaryIO, name: str, limits: Limits, digest: Any = None) -> Iterator[Line]:
     """The lines of `file`, blank ones included, in order; memory is bounded by one line.
 
-    `digest.update` gets every byte of the file. Raises: DataError if the file is UTF-16.
+    `digest.update` gets every byte of the file. Raises: DataError if the file is UTF-16, compressed, or a table.
     """
     start = file.readline(limits.line_bytes + 1)
-    if start.startswith(_UTF16):
-        raise DataError(f"{name} is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    for magic, what in _NOT_TEXT.items():
+        if start.startswith(magic):
+            raise DataError(f"{name} is {what}")
     offset, number = 0, 0
     piece = start
     while piece:

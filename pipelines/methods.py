@@ -429,10 +429,9 @@ def rds(context: Context) -> Scored:
     Source: Ivison et al. 2025, arXiv 2503.01807. Differs: rows are ranked by `aggregate`, as for every method; the
     paper takes turns between target rows (`--set aggregate=round_robin`).
     """
-    loaded = context.model()
     with context.run.stage("hidden states"):
-        pool = _hidden_states(context, loaded.model, context.pool, "pool")
-        target = _hidden_states(context, loaded.model, context.wanted, "target")
+        pool = _hidden_states(context, "pool", context.pool)
+        target = _hidden_states(context, "target", context.wanted)
     scored = _from_similarity(context, pool @ target.T)
     scored.formula = {
         "name": "rds+",
@@ -442,22 +441,37 @@ def rds(context: Context) -> Scored:
     return scored
 
 
-def _hidden_states(context: Context, model: Any, rows: Rows, label: str) -> Tensor:
-    """Unit vectors [usable rows, hidden size]."""
-    chosen = np.flatnonzero(rows.usable).tolist()
-    lengths = [int(rows.scan.tokens[i]) for i in chosen]
-    found = torch.zeros(len(chosen), model.config.get_text_config().hidden_size)
-    with progress(f"hidden states of the {label}", sum(lengths), "tokens") as bar, torch.inference_mode():
-        for group in token_batches(lengths, context.config.features.token_budget):
-            batch = rows.batch([chosen[i] for i in group])["input_ids"].to(model.device)
-            hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state.float()
-            position = torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=torch.float32)
-            size = torch.tensor([lengths[i] for i in group], device=hidden.device)
-            weight = position * (position <= size[:, None])
-            mean = (hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
-            found[torch.tensor(group)] = torch.nn.functional.normalize(mean, dim=1).cpu()
-            bar.advance(sum(lengths[i] for i in group))
-    return found
+def _hidden_states(context: Context, kind: str, rows: Rows) -> Tensor:
+    """Unit vectors [usable rows, hidden size], kept in a store of their own, so that they are computed once."""
+    loaded, unique = context.model(), rows.unique()
+    model = loaded.model
+    size = int(model.config.get_text_config().hidden_size)
+    meta = {
+        "format": FEATURE_VERSION,
+        "model": dict(loaded.digests),
+        "encoding": rows.encoder.fingerprint(),
+        "feature": "position-weighted mean of the last hidden states",
+        "precision": str(model.dtype),
+    }
+    folder = context.features_folder / f"hidden-{kind}"
+    store = GradientFeatures.create_or_open(folder, meta=meta, dim=size, dtype="float32", keys=list(unique))
+    budget = context.config.features.token_budget
+    todo = sum(int(rows.scan.tokens[unique[k]]) for u in store.missing_units() for k in store.unit_keys(u))
+    with progress(f"hidden states of the {kind}", todo, "tokens") as bar, torch.inference_mode():
+        for unit in store.missing_units():
+            keys = store.unit_keys(unit)
+            lengths = [int(rows.scan.tokens[unique[key]]) for key in keys]
+            found = torch.zeros(len(keys), size)
+            for group in token_batches(lengths, budget):
+                batch = rows.batch([unique[keys[i]] for i in group])["input_ids"].to(model.device)
+                hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state.float()
+                position = torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=torch.float32)
+                real = position <= torch.tensor([lengths[i] for i in group], device=hidden.device)[:, None]
+                weight = position * real
+                found[torch.tensor(group)] = ((hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)).cpu()
+                bar.advance(sum(lengths[i] for i in group))
+            store.write_unit(unit, found)
+    return store.take([rows.keys[i] for i in np.flatnonzero(rows.usable).tolist()])
 
 
 def loss(context: Context) -> Scored:
@@ -506,7 +520,7 @@ def seconds_a_token(context: Context, samples: int = 2) -> float:
     order = chosen[np.argsort(pool.scan.tokens[chosen], kind="stable")]
     middle = len(order) // 2
     lengths = pool.scan.tokens[order]
-    count = max(1, min(len(order), context.config.features.token_budget // max(1, int(lengths[middle]))))
+    count = max(1, min(len(order), 256 // max(1, int(lengths[middle]))))
     start = max(0, min(middle - count // 2, len(order) - count))
     rows = order[start : start + count].tolist()
     batch = pool.batch(rows)

@@ -17,8 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from datatools import files
-from datatools.errors import DataError
+from datatools import DataError, files
 from pipelines import charts
 from pipelines.charts import Scale
 from pipelines.texts import count, duration, number, percent, plural, signed, size, visible

@@ -193,7 +193,8 @@ def random_as_long_as(candidates: Candidates, lengths: Sequence[int], budget: st
     """Rows at random with answers as long as `lengths`, those of rows that need not be in the pool."""
     assert candidates.supervised is not None and candidates.tokens is not None
     n, m = len(candidates), len(lengths)
-    wider = Candidates(  # the selector matches its own candidates' rows: the wanted lengths join as rows that nobody may take
+    # the selector matches rows of its own candidates, so the wanted lengths join as rows that nobody may take
+    wider = Candidates(
         keys=[*candidates.keys, *(f"~{i}" for i in range(m))],
         sources=[*candidates.sources, *([""] * m)],
         tokens=torch.cat([candidates.tokens, torch.ones(m, dtype=torch.int64)]),
@@ -320,6 +321,12 @@ def _selected_columns(
     }
 
 
+def _names(paths: Sequence[str]) -> str:
+    """`gsm8k/dev.jsonl, ...`: the last two parts of the first path."""
+    shown = "/".join(Path(paths[0]).parts[-2:])
+    return shown if len(paths) == 1 else f"{shown} and {len(paths) - 1} more"
+
+
 def _reasons(context: Context, scored: Scored, selection: Selection) -> list[str]:
     """One sentence a chosen row."""
     reasons = []
@@ -419,7 +426,7 @@ def _summary(
         loaded = context.model().model
         model["parameters"] = sum(p.numel() for p in loaded.parameters())
     return {
-        "title": f"{len(chosen):,} of {len(pool):,} rows",
+        "title": " from ".join(_names(paths) for paths in (config.target, config.train.paths) if paths),
         "command": command_line(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "method": config.method,

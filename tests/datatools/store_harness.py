@@ -1,7 +1,8 @@
 """Processes that fill a feature store and are killed, starved of disk or set against each other; the supervisor judges.
 
 Run as `python store_harness.py EXPERIMENT FOLDER [--kills N] [--seed S]`; prints one JSON object. Children are forked
-from one process that has imported torch already, so that a kill costs milliseconds. Features are a function of the key.
+from one process that has imported torch already, so that a kill costs milliseconds; the tests keep that process.
+Features are a function of the key.
 """
 
 import argparse
@@ -309,15 +310,19 @@ EXPERIMENTS = {f.__name__: f for f in (crash, share, faults, full, tmpfs, memory
 
 
 def main() -> None:
+    """One experiment of the command line, or, without one, each that a line of the input asks for."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("experiment", choices=EXPERIMENTS, nargs="?")
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # children are forked
-    args.folder.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(EXPERIMENTS[args.experiment](args.folder, args.kills, args.seed)))
+    asked = [vars(args)] if args.experiment else map(json.loads, iter(sys.stdin.readline, ""))
+    for job in asked:
+        folder = Path(job["folder"])
+        folder.mkdir(parents=True, exist_ok=True)
+        print(json.dumps(EXPERIMENTS[job["experiment"]](folder, job["kills"], job["seed"])), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,11 +64,26 @@ def quick(tmp_path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def harness(experiment, folder, kills=25):
-    done = subprocess.run([sys.executable, str(HARNESS), experiment, str(folder), "--kills", str(kills)],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def harness() -> Iterator[Callable[..., dict[str, Any]]]:
+    """Run an experiment of store_harness.py; one process for all of them, it takes seconds to import torch."""
+    process: subprocess.Popen[str] | None = None
+
+    def run(experiment: str, folder: Path, kills: int = 25) -> dict[str, Any]:
+        nonlocal process
+        process = process or subprocess.Popen([sys.executable, str(HARNESS)], text=True, stdin=subprocess.PIPE,
+                                              stdout=subprocess.PIPE)
+        print(json.dumps({"experiment": experiment, "folder": str(folder), "kills": kills, "seed": 0}),
+              file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+        if not answer:
+            process = None
+        assert answer, f"the harness died in {experiment}; its errors are above"
+        return json.loads(answer)
+
+    yield run
+    if process:
+        process.communicate()
 
 
 # ---------------------------------------------------------------- numbers
@@ -379,7 +395,7 @@ def test_verification_can_be_left_out(tmp_path):
 # ---------------------------------------------------------------- processes and disks
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(quick):
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(quick, harness):
     """R1, R2: 25 kill -9 at random moments and one before each call that changes the disk."""
     found = harness("crash", quick)
     print(found)
@@ -387,14 +403,14 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(quick):
     assert found["wrong_rows"] == 0 and found["differing_files"] == [] and found["committed_units_lost"] == 0
 
 
-def test_several_processes_fill_one_store(quick):
+def test_several_processes_fill_one_store(quick, harness):
     """C5: four processes, killed now and then, created the store at the same moment."""
     found = harness("share", quick, kills=12)
     assert found["codes"] == [0] and found["rows"] == found["distinct"] == 240
     assert found["differing_files"] == []
 
 
-def test_each_failing_call_is_explained_and_leaves_nothing_false(quick):
+def test_each_failing_call_is_explained_and_leaves_nothing_false(quick, harness):
     """C3: the n-th write, fsync, rename, ... gives ENOSPC or EIO, for every n."""
     found = harness("faults", quick)
     assert found["without_context"] == [] and found["wrong_rows"] == 0 and found["differing_files"] == []
@@ -402,14 +418,14 @@ def test_each_failing_call_is_explained_and_leaves_nothing_false(quick):
     assert found["raised"] + found["silent"] == 2 * found["calls"] and found["silent"] == 2 * 5
 
 
-def test_a_size_limit_stops_cleanly_and_goes_on(quick):
+def test_a_size_limit_stops_cleanly_and_goes_on(quick, harness):
     """C2 with RLIMIT_FSIZE: exit code 4 wherever the limit falls."""
     found = harness("full", quick)
     assert list(found["codes"].values()) == [4, 4, 4, 4, 0]  # the last holds all but the plan, which was there
     assert not any(found["cut_files"].values())
 
 
-def test_a_full_disk_stops_cleanly_and_goes_on(tmp_path):
+def test_a_full_disk_stops_cleanly_and_goes_on(tmp_path, harness):
     """C2 on a real file system of 64 KiB."""
     found = harness("tmpfs", tmp_path)
     if "skipped" in found:
@@ -417,7 +433,7 @@ def test_a_full_disk_stops_cleanly_and_goes_on(tmp_path):
     assert set(found["codes"]) == {0, 4} and found["differing_files"] == []
 
 
-def test_reading_keeps_memory_flat(quick):
+def test_reading_keeps_memory_flat(quick, harness):
     """C7: a store of 128 MiB read in blocks of 4 MiB."""
     found = harness("memory", quick)
     assert found["rows"] == 65536 and found["growth_mib"] < 48, found

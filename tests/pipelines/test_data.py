@@ -527,6 +527,10 @@ def test_folders_and_missing_files(tmp_path):
         find_sources([tmp_path / "missing.jsonl"])
     with pytest.raises(DataError, match="UTF-16"):
         read(tmp_path, "text".encode("utf-16"))
+    with pytest.raises(DataError, match="let its name end in .gz"):
+        read(tmp_path, gzip.compress(JSONL))
+    with pytest.raises(DataError, match="compressed by zstd, which is not read; unpack it first"):
+        read(tmp_path, b"\x28\xb5\x2f\xfd rest", name="data.jsonl.zst")
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match="not a file"):
         find_sources([tmp_path / "pipe.jsonl"])

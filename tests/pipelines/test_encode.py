@@ -187,6 +187,9 @@ FAMILIES = {
         "{% elif m['role'] == 'assistant' %}{{ '### Response:\\n' + m['content'] + '\\n\\n' }}"
         "{% else %}{{ m['content'] + '\\n\\n' }}{% endif %}{% endfor %}{{ eos_token }}", "", last_end="\n\n</s>",
         eos="</s>"),
+    "two-ends": Family(
+        CHATML.replace("'<|im_end|>'", "'<|im_end|><|eot|>'"), "<|im_end|><|eot|>",
+        special=("<|im_start|>", "<|im_end|>", "<|eot|>"), eos="<|eot|>"),
     "text-end": Family(
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n### End\\n' }}{% endfor %}", "\n### End",
         eos="</s>"),
@@ -336,6 +339,17 @@ def test_template_refusals_have_reasons():
     assert reason(with_template("{{ ''.__class__.__mro__ }}"), PAIR) == "template_refuses"  # the sandbox
     with pytest.raises(DataError, match="of the tokenizer is not valid"):
         with_template("{% for %}")(PAIR)
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("'<|im_end|>'", "('<|im_end|>' if m['content'] != 'odd' else '<|im_odd|>')"),  # of the same length
+    ("{% endfor %}", "{% endfor %}{{ 'more' if messages[-1]['content'] == 'odd' else '' }}"),
+    ("'<|im_start|>'", "('<|im_start|>' if m['content'] != 'odd' else '<|im_odd|>')"),
+])
+def test_structure_that_depends_on_a_content_is_refused(old, new):
+    encode = with_template(CHATML.replace(old, new, 1))
+    assert encode(PAIR).supervised == 2
+    assert reason(encode, row(("user", "q"), ("assistant", "odd"))) == "template_changes_text"
 
 
 def test_reasoning_rewritten_by_the_template_is_refused():
