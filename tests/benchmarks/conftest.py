@@ -13,7 +13,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     asked = "bench" in config.getoption("markexpr").replace("not bench", "")
     for item in items:
         if HERE in item.path.parents:
-            item.add_marker(pytest.mark.bench)
             item.add_marker(pytest.mark.timeout(7200))
             if not asked:
                 item.add_marker(pytest.mark.skip(reason="a benchmark: run `make bench`, or pytest with -m bench"))
