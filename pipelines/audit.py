@@ -88,20 +88,21 @@ def _as_select(config: AuditConfig) -> SelectConfig:
 
 def _rows_of(selected: Path, pool: Rows) -> list[int]:
     """Rows of the pool whose lines stand in `selected`, in that order."""
-    places: dict[bytes, list[int]] = {}
+    places: dict[str, list[int]] = {}
     for i in range(len(pool)):
-        places.setdefault(pool.pool.raw(i), []).append(i)
+        places.setdefault(files.digest(pool.pool.raw(i)), []).append(i)
     if not selected.is_file():
         raise UsageError(f"--selected {selected}: no such file; give the selected.jsonl of a run")
     found = []
     for number, line in enumerate(files.read_bytes(selected).split(b"\n"), start=1):
         if not line.strip():
             continue
-        if not places.get(line):
+        rows = places.get(files.digest(line))
+        if not rows:
             raise DataError(
                 f"{selected}:{number} is not a row of the pool; give --pool the files that it was selected from"
             )
-        found.append(places[line].pop(0))
+        found.append(rows.pop(0))
     usable = pool.usable
     found = [i for i in found if usable[i]]
     if not found:

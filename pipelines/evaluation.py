@@ -36,8 +36,7 @@ def losses(model: Any, rows: Rows, *, token_budget: int, label: str = "losses") 
     sums, counts = torch.zeros(len(chosen), dtype=torch.float64), torch.zeros(len(chosen), dtype=torch.int64)
     with progress(label, sum(lengths), "tokens") as bar, torch.inference_mode():
         for group in token_batches(lengths, token_budget):
-            batch = {k: v.to(model.device) for k, v in rows.batch([chosen[i] for i in group]).items()}
-            values, where = models.token_losses(model, batch)
+            values, where = models.token_losses(model, rows.batch([chosen[i] for i in group], model.device))
             index = torch.tensor(group)
             sums[index] = torch.zeros(len(group), dtype=torch.float64).index_add(0, where.cpu(), values.double().cpu())
             counts[index] = torch.bincount(where.cpu(), minlength=len(group))

@@ -29,6 +29,7 @@ from datatools import (
     influence_paper,
     subtask_means,
     token_batches,
+    visit_per_sample_grads,
 )
 from optim import SGDRule, UpdateMap, UpdateRule
 from pipelines import checkpoints, models, trainer
@@ -148,6 +149,11 @@ def _warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
     config, run, pool = context.config, context.run, context.pool
     if config.checkpoints:
         return checkpoints.find(config.checkpoints), 0
+    if world_size() > 1:
+        raise UsageError(
+            "under torchrun the warm-up must be there already: train it in one process "
+            "(`datatools train --set save_steps=...`) and give it with --checkpoints; the features are then shared out"
+        )
     folder = run.path("warmup")
     recipe = config.warmup
     manifest = folder / "rows.json"
@@ -290,7 +296,7 @@ def _fill(
             store,
             module,
             models.row_losses,
-            lambda keys: rows.batch([first[key] for key in keys]),
+            lambda keys: rows.batch([first[key] for key in keys], module.device),
             lengths,
             updates,
             projector,
@@ -300,6 +306,8 @@ def _fill(
             rank=rank(),
             world=world_size(),
         )
+        while world_size() > 1 and rank() == 0 and store.missing_units():  # no collectives: the disk says who is done
+            time.sleep(1.0)
     scored.tokens += todo
 
 
@@ -463,7 +471,7 @@ def _hidden_states(context: Context, kind: str, rows: Rows) -> Tensor:
             lengths = [int(rows.scan.tokens[unique[key]]) for key in keys]
             found = torch.zeros(len(keys), size)
             for group in token_batches(lengths, budget):
-                batch = rows.batch([unique[keys[i]] for i in group])["input_ids"].to(model.device)
+                batch = rows.batch([unique[keys[i]] for i in group], model.device)["input_ids"]
                 hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state.float()
                 position = torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=torch.float32)
                 real = position <= torch.tensor([lengths[i] for i in group], device=hidden.device)[:, None]
@@ -490,8 +498,8 @@ def loss(context: Context) -> Scored:
         torch.inference_mode(),
     ):
         for group in token_batches(lengths, context.config.features.token_budget):
-            batch = pool.batch([chosen[i] for i in group])
-            values = models.row_losses(loaded.model, {k: v.to(loaded.model.device) for k, v in batch.items()})
+            batch = pool.batch([chosen[i] for i in group], loaded.model.device)
+            values = models.row_losses(loaded.model, batch)
             scores[torch.tensor([chosen[i] for i in group])] = values.float().cpu()
             bar.advance(sum(lengths[i] for i in group))
     status = {i: "nonfinite" for i in chosen if not scores[i].isfinite()}
@@ -523,13 +531,11 @@ def seconds_a_token(context: Context, samples: int = 2) -> float:
     count = max(1, min(len(order), 256 // max(1, int(lengths[middle]))))
     start = max(0, min(middle - count // 2, len(order) - count))
     rows = order[start : start + count].tolist()
-    batch = pool.batch(rows)
+    batch = pool.batch(rows, loaded.model.device)
     wrapped = models.add_lora(loaded.model, context.config.lora, seed=0).eval()
     names = covered(wrapped, list(models.lora_parameters(wrapped)))
     times = []
     try:
-        from datatools import visit_per_sample_grads
-
         for _ in range(samples):
             begin = time.perf_counter()
             visit_per_sample_grads(models.row_losses, wrapped, batch, names, lambda name, grad: None)

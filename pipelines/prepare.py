@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
@@ -61,9 +62,9 @@ class Rows:
             first.setdefault(self.keys[index], index)
         return first
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The padded batch of these rows."""
-        return collate([self.item(index) for index in indices])
+        return {name: t.to(device) for name, t in collate([self.item(index) for index in indices]).items()}
 
     def tokens(self, where: NDArray[np.bool_] | None = None) -> int:
         """Tokens of the usable rows (of those in `where`)."""

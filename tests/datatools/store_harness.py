@@ -85,10 +85,8 @@ def child(work: Callable[[], None]) -> int:
         work()
         code = 0
     except EnvironmentProblem as error:
-        print(error, file=sys.stderr)
         code = error.exit_code
     finally:
-        sys.stderr.flush()
         os._exit(code)
 
 

@@ -1,0 +1,233 @@
+"""What LESS's official code computed for 64 rows and 12 target rows, without projection, against ours."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from datatools import PROJECTORS, aggregate, influence, token_batches
+from datatools.features import batch_rows
+from optim import AdamWRule, SGDRule, UpdateMap
+from pipelines import models, select
+from pipelines.config import DataConfig, FeaturesConfig, ModelConfig, ProjectorConfig, SelectConfig
+
+pytestmark = pytest.mark.golden
+
+CODE = AdamWRule(eps=0.0, eps_root=1e-8, bias_correction=False)
+EXACT = 1e-4
+PROJECTED = 4 / math.sqrt(8192)  # four standard deviations of a projected cosine
+STEPS = 20  # between the two checkpoints; bias correction is off, so any number would do
+
+
+@pytest.fixture(autouse=True)
+def counted(record_property, request):
+    record_property("golden", f"less, {request.node.name}")
+
+
+@pytest.fixture(scope="module")
+def case(golden_dir):
+    folder = golden_dir / "less" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip(f"no golden case at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manifest(case):
+    return json.loads((case / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def expected(case):
+    with np.load(case / "expected.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def base(shared):
+    return models.load(ModelConfig(name=str(shared / "data" / "models" / "stories260k"))).model
+
+
+def rows_of(expected, part):
+    """(input_ids, labels) of each row, as the official encoding gave them."""
+    ids, labels, offsets = (expected[f"{part}_{name}"] for name in ("input_ids", "labels", "offsets"))
+    return [
+        (ids[start:end].tolist(), labels[start:end].tolist())
+        for start, end in zip(offsets[:-1], offsets[1:], strict=True)
+    ]
+
+
+class Checkpoint:
+    """The base model with the adapters of one checkpoint, and the optimizer there."""
+
+    def __init__(self, base, folder):
+        self.base, self.module = base, models.load_adapter(base, folder)
+        self.params = {name: p.detach() for name, p in models.lora_parameters(self.module).items()}
+        first, second = load_file(folder / "exp_avg.safetensors"), load_file(folder / "exp_avg_sq.safetensors")
+        assert set(first) == set(second) == set(self.params), "names in the case and of peft disagree"
+        states = {
+            name: {"step": torch.tensor(float(STEPS)), "exp_avg": first[name], "exp_avg_sq": second[name]}
+            for name in self.params
+        }
+        self.adam = UpdateMap(dict.fromkeys(self.params, CODE), states, self.params)
+        plain = {name: SGDRule().init(p) for name, p in self.params.items()}
+        self.gradient = UpdateMap(dict.fromkeys(self.params, SGDRule()), plain, self.params)
+        self.identity = PROJECTORS["identity"].of({name: p.shape for name, p in self.params.items()}, 1, 0)
+
+    def features(self, rows, updates, method="hooks"):
+        out = torch.zeros(len(rows), self.identity.dim)
+        for group in token_batches([len(ids) for ids, _ in rows], 1024):
+            batch = models.collate([rows[i] for i in group])
+            out[torch.tensor(group)], _, _ = batch_rows(
+                self.module, models.row_losses, batch, updates, self.identity, method=method
+            )
+        return out
+
+    def project(self, features, projector):
+        offsets = dict(self.identity.offsets)
+        return projector.project(
+            {
+                name: features[:, offsets[name] : offsets[name] + p.numel()].reshape(-1, *p.shape)
+                for name, p in self.params.items()
+            }
+        )
+
+
+@pytest.fixture(scope="module")
+def computed(base, case, expected):
+    """Our exact features at both checkpoints: [(Checkpoint, pool's updates, target's gradients)]; made once."""
+    found = []
+    for k in (1, 2):
+        checkpoint = Checkpoint(base, case / f"checkpoint-{k}")
+        train = checkpoint.features(rows_of(expected, "train"), checkpoint.adam)
+        val = checkpoint.features(rows_of(expected, "val"), checkpoint.gradient)
+        found.append((checkpoint, train, val))
+        checkpoint.module.unload()
+        models.forget_adapters(base)
+    return found
+
+
+def cosines(train, val):
+    return (
+        torch.nn.functional.normalize(train.double(), dim=1) @ torch.nn.functional.normalize(val.double(), dim=1).T
+    ).numpy()
+
+
+def groups(manifest):
+    return [j for j in range(len(manifest["subtasks"])) for _ in range(manifest["n_val_per_subtask"])]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_cosines_are_those_of_the_official_code(computed, expected, k, record_property):
+    """One row at a time or in padded batches, by hooks or by the definition: it is the same gradient."""
+    _, train, val = computed[k - 1]
+    error = np.abs(cosines(train, val) - expected[f"cosine_{k}"]).max()
+    record_property("max_cosine_error", float(error))
+    assert error < EXACT
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_norms_are_those_of_the_official_code(computed, expected, k):
+    """A cosine hides a wrong scale (a loss summed instead of averaged, a forgotten alpha / r); norms do not."""
+    _, train, val = computed[k - 1]
+    np.testing.assert_allclose(train.norm(dim=1), expected[f"train_norm_{k}"], rtol=EXACT)
+    np.testing.assert_allclose(val.norm(dim=1), expected[f"val_norm_{k}"], rtol=EXACT)
+
+
+def test_scores_and_the_ten_best_rows(computed, expected, manifest, case):
+    """Weighted by learning rate, mean in a subtask, best subtask: the official matching."""
+    similarity = influence([train for _, train, _ in computed], [val for _, _, val in computed], expected["checkpoint_lr"])
+    scores = aggregate(similarity, groups(manifest), "less")
+    np.testing.assert_allclose(scores, expected["influence"], atol=EXACT)
+    ids = [json.loads(line)["id"] for line in (case / "train.jsonl").read_text().splitlines()]
+    assert [ids[i] for i in scores.argsort(descending=True)[:10].tolist()] == manifest["top10"]
+
+
+def test_the_loop_agrees(base, case, expected):
+    """The definition, one backward pass a row, on the shortest and longest rows: both methods are held to the code."""
+    checkpoint = Checkpoint(base, case / "checkpoint-1")
+    try:
+        rows = rows_of(expected, "train")
+        order = np.argsort([len(ids) for ids, _ in rows], kind="stable")
+        some = [int(i) for i in (*order[:2], *order[-2:])]
+        train = checkpoint.features([rows[i] for i in some], checkpoint.adam, method="loop")
+        val = checkpoint.features(rows_of(expected, "val")[:3], checkpoint.gradient, method="loop")
+    finally:
+        checkpoint.module.unload()
+        models.forget_adapters(base)
+    np.testing.assert_allclose(cosines(train, val), expected["cosine_1"][some, :3], atol=EXACT)
+    np.testing.assert_allclose(train.norm(dim=1), expected["train_norm_1"][some], rtol=EXACT)
+
+
+def test_projected_by_sjlt_every_cosine_and_score_is_near(computed, expected, manifest):
+    """8192 dimensions move a cosine by 1 / sqrt(8192) in the mean; four times that is never reached by these 1536."""
+    projector = PROJECTORS["sjlt"].of({}, 8192, 0)
+    projected = [(c.project(train, projector), c.project(val, projector)) for c, train, val in computed]
+    for k, (train, val) in enumerate(projected, start=1):
+        assert np.abs(cosines(train, val) - expected[f"cosine_{k}"]).max() < PROJECTED
+    similarity = influence([t for t, _ in projected], [v for _, v in projected], expected["checkpoint_lr"])
+    scores = aggregate(similarity, groups(manifest), "less")
+    assert np.abs(scores.numpy() - expected["influence"]).max() < PROJECTED
+
+
+def test_projected_by_rademacher_every_cosine_is_near(computed, expected):
+    """The published projection, at one checkpoint: making its 147 million signs is most of the time."""
+    checkpoint, train, val = computed[0]
+    projected = checkpoint.project(torch.cat([train, val]), PROJECTORS["rademacher"].of({}, 8192, 0))
+    error = np.abs(cosines(projected[: len(train)], projected[len(train) :]) - expected["cosine_1"]).max()
+    assert error < PROJECTED
+
+
+def test_select_run_gives_the_official_selection(case, expected, manifest, shared, tmp_path):
+    """From the rows' text to selected.jsonl through the pipeline, with the case's adapters as the user's checkpoints."""
+    stops = []
+    for k, rate in enumerate(manifest["checkpoint_lr"], start=1):
+        stops.append(as_trainer_would_save(case / f"checkpoint-{k}", tmp_path / f"checkpoint-{k * STEPS}", k * STEPS, rate))
+    out = select.run(
+        SelectConfig(
+            model=ModelConfig(
+                name=str(shared / "data" / "models" / "stories260k"),
+                chat=manifest["chat_format"],
+                max_length=manifest["max_length"],
+            ),
+            train=DataConfig(paths=[str(case / "train.jsonl")]),
+            target=[str(case / "val.jsonl")],
+            budget="10",
+            checkpoints=stops,
+            features=FeaturesConfig(adam_mode="code", dtype="float32"),
+            projector=ProjectorConfig(name="identity"),
+            out=tmp_path / "run",
+        )
+    )
+    table = pq.read_table(out / "scores.parquet").to_pydict()
+    np.testing.assert_allclose(table["_score"], expected["influence"], atol=EXACT)
+    subtasks = np.stack([table[f"subtask:{name}"] for name in manifest["subtasks"]], axis=1)
+    weights = expected["checkpoint_lr"] / expected["checkpoint_lr"].sum()
+    whole = weights[0] * expected["cosine_1"] + weights[1] * expected["cosine_2"]
+    np.testing.assert_allclose(subtasks, whole.reshape(len(whole), len(manifest["subtasks"]), -1).mean(2), atol=EXACT)
+    selected = [json.loads(line)["id"] for line in (out / "selected.jsonl").read_text().splitlines()]
+    assert selected == manifest["top10"]
+
+
+def as_trainer_would_save(case: Path, folder: Path, step: int, rate: float) -> Path:
+    """The case's checkpoint in the layout of `transformers.Trainer`: optimizer.pt with names, trainer_state.json."""
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(case / name, folder / name)
+    first, second = load_file(case / "exp_avg.safetensors"), load_file(case / "exp_avg_sq.safetensors")
+    state = {
+        i: {"step": torch.tensor(float(step)), "exp_avg": first[name], "exp_avg_sq": second[name]}
+        for i, name in enumerate(first)
+    }
+    group = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]
+    group |= {"params": list(range(len(first))), "param_names": list(first)}
+    torch.save({"state": state, "param_groups": [group]}, folder / "optimizer.pt")
+    log = [{"step": s, "learning_rate": rate, "loss": 1.0} for s in range(step - STEPS + 1, step + 1)]
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": log}))
+    return folder
