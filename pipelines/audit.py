@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from datatools import Candidates, DataError, Selection, UsageError, files, select
-from pipelines import evaluation, methods, models, report
+from pipelines import evaluation, methods, models, report, trainer
 from pipelines.config import AuditConfig, DataConfig, FeaturesConfig, SelectConfig, TrainingConfig
 from pipelines.methods import Context
 from pipelines.prepare import Rows, file_facts, prepare
 from pipelines.runs import Run, derive_seed, say
-from pipelines.train import train_adapter
+from pipelines.train import in_scratch, train_adapter
 
 SELECTED, BASE = "selected", "untrained"
 
@@ -31,7 +31,8 @@ def run(config: AuditConfig) -> Path:
     """
     if config.lora is None:
         raise UsageError("audit: lora is null; arms are trained as adapters, so that one base model serves them all")
-    with Run(config.out, config, "audit", overwrite=config.overwrite) as current:
+    trainer.check(config.training)
+    with in_scratch(config) as kept, Run(kept.out, kept, "audit", overwrite=kept.overwrite) as current:
         with current.stage("read"):
             loaded = models.load(config.model)
             read = {"cache": current.path("inputs")}
@@ -163,7 +164,8 @@ def _train_and_measure(
     }
     home = config.arms or config.out / "arms"
     folder = home / files.digest(files.json_bytes(made_of))[:16]
-    measured = folder / f"losses-{files.digest(files.json_bytes(file_facts(test)))[:16]}.json"
+    tested = [test.keys[i] for i in np.flatnonzero(test.usable).tolist()]  # content, not files: other templates differ
+    measured = folder / f"losses-{files.digest(files.json_bytes(tested))[:16]}.json"
     if measured.is_file():
         return dict(files.read_json(measured))
     train_adapter(loaded, pool, rows, recipe, config.lora, folder / "adapter", seed=seed, label=label)

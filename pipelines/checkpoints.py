@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from datatools import DataError, UsageError, files
 from optim import AdamWRule, UpdateMap, UpdateRule
+from pipelines import trainer
 
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")  # transformers 5, Trainer
 _STATES = ("optimizer.pt", "optimizer.bin")
@@ -48,18 +49,24 @@ class Checkpoint:
 
 
 def find(paths: Sequence[Path]) -> list[Checkpoint]:
-    """The checkpoints in `paths` (checkpoint folders, or run folders that hold `checkpoint-*`), by step.
+    """The checkpoints in `paths` (checkpoint folders, or folders of runs, ours or Trainer's, that hold some), by step.
 
     The weight of a checkpoint is the mean learning rate of the optimizer steps since the one before (`log_history` of
     `trainer_state.json`), divided by the sum over checkpoints.
-    Raises: UsageError when there is none; DataError for a folder without optimizer state or logged learning rates.
+    Raises: UsageError when there is none; DataError for a folder without optimizer state or logged learning rates, or
+    damaged since it was saved.
     """
     folders: list[Path] = []
     for path in paths:
         if not path.is_dir():
             raise UsageError(f"--checkpoints {path}: no such folder")
-        inner = [p for p in path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-        folders += inner or [path]
+        folders += _inside(path) or _inside(path / "checkpoints") or _inside(path / "warmup") or [path]
+    for folder in folders:
+        if (folder / trainer.COMPLETE).is_file() and not trainer.is_complete(folder):
+            raise DataError(
+                f"checkpoint {folder}: a file is not what {trainer.COMPLETE} says was saved; train again from the "
+                "checkpoint before, or leave this one out"
+            )
     states = {folder: _trainer_state(folder) for folder in folders}
     ordered = sorted(set(folders), key=lambda folder: int(states[folder]["global_step"]))
     found: list[tuple[Path, int, float]] = []
@@ -84,6 +91,13 @@ def find(paths: Sequence[Path]) -> list[Checkpoint]:
     return [Checkpoint(folder, step, rate, rate / total) for folder, step, rate in found]
 
 
+def _inside(path: Path) -> list[Path]:
+    """The checkpoints of a run's folder; without those of ours that a kill left half-saved."""
+    found = [p for p in path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    ours = [p for p in found if (p / trainer.COMPLETE).is_file()]
+    return ours or found
+
+
 def _trainer_state(folder: Path) -> dict[str, Any]:
     if not any((folder / name).is_file() for name in _STATES):
         raise DataError(
@@ -99,9 +113,13 @@ def _trainer_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def updates(checkpoint: Checkpoint, params: Mapping[str, Tensor], *, adam_mode: str = "paper") -> UpdateMap:
+def updates(
+    checkpoint: Checkpoint, params: Mapping[str, Tensor], *, adam_mode: str = "paper", module: nn.Module | None = None
+) -> UpdateMap:
     """The optimizer at `checkpoint` as a map from gradients to updates, for the trainable parameters `params`.
 
+    module: the model they are of; needed where a state has no names and its model has `nn.LayerNorm` layers, which
+    Trainer tells by their type.
     adam_mode: "paper" is the optimizer's own rule; "code" LESS's published one (eps 1e-8 inside the root, no bias
     correction, betas 0.9 and 0.999); "precond_only" g / (sqrt(v^) + eps). The last two need AdamW's state.
     Raises: DataError when the state is not readable without unpickling, or does not fit the parameters by name and
@@ -116,7 +134,7 @@ def updates(checkpoint: Checkpoint, params: Mapping[str, Tensor], *, adam_mode: 
     if not isinstance(saved, dict) or not {"state", "param_groups"} <= set(saved):
         raise DataError(f"{path}: not an optimizer's state_dict: expected `state` and `param_groups`")
     try:
-        named = _with_names(saved, params)
+        named = _with_names(saved, params, module)
         found = UpdateMap.from_state_dict(named, params)
         rules = {name: _in_mode(rule, adam_mode) for name, rule in found.rules.items()}
         if rules != dict(found.rules):
@@ -138,7 +156,9 @@ def _in_mode(rule: UpdateRule, mode: str) -> UpdateRule:
     raise ValueError(f"features.adam_mode={mode!r}; choose paper, code or precond_only")
 
 
-def _with_names(saved: Mapping[str, Any], params: Mapping[str, Tensor]) -> Mapping[str, Any]:
+def _with_names(
+    saved: Mapping[str, Any], params: Mapping[str, Tensor], module: nn.Module | None = None
+) -> Mapping[str, Any]:
     """`saved` with `param_names` in its groups, put back in Trainer's order where an integer-keyed state has none."""
     groups = saved["param_groups"]
     keys = [key for group in groups for key in group["params"]]
@@ -146,7 +166,14 @@ def _with_names(saved: Mapping[str, Any], params: Mapping[str, Tensor]) -> Mappi
         return saved
     order = list(params)
     if len(groups) > 1:
-        order = [n for n in params if not _UNDECAYED.search(n)] + [n for n in params if _UNDECAYED.search(n)]
+        norms = {
+            f"{name}.{own}"
+            for name, layer in (module.named_modules() if module is not None else ())
+            if isinstance(layer, nn.LayerNorm)
+            for own in dict(layer.named_parameters())
+        }
+        undecayed = [n for n in params if n in norms or _UNDECAYED.search(n.lower())]
+        order = [n for n in params if n not in set(undecayed)] + undecayed
     if len(keys) != len(order):
         raise ValueError(f"it holds {len(keys)} parameters without names, and the model trains {len(order)}")
     for key, name in zip(keys, order, strict=True):

@@ -104,19 +104,20 @@ def _layers(
     if stop.is_adapter:
         module = models.load_adapter(loaded.model, stop.folder)
     else:
-        module = models.load(config.model.model_copy(update={"name": str(stop.folder), "adapter": None})).model
+        module = models.load(config.model, weights=stop.folder).model
     params = checkpoints.trainable(module)
     names = covered(module, list(params)) if config.features.method == "hooks" else list(params)
-    state = checkpoints.updates(stop, params, adam_mode=config.features.adam_mode)
+    state = checkpoints.updates(stop, params, adam_mode=config.features.adam_mode, module=module)
     method: Any = config.features.method
     update = checkpoints.restrict(state, names).per_sample(
-        per_sample_grads(models.row_losses, module, pool.batch([index]), names, method=method)
+        per_sample_grads(models.row_losses, module, pool.batch([index], module.device), names, method=method)
     )
     plain = checkpoints.restrict(state, names, SGDRule())
     sums: dict[str, float] = defaultdict(float)
     length = torch.stack([u.square().sum() for u in update.values()]).sum().sqrt()
     for row in nearest:
-        grads = plain.per_sample(per_sample_grads(models.row_losses, module, target.batch([row]), names, method=method))
+        batch = target.batch([row], module.device)
+        grads = plain.per_sample(per_sample_grads(models.row_losses, module, batch, names, method=method))
         norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
         for name in names:
             sums[_layer(name)] += float((update[name] * grads[name]).sum() / (length * norm)) / len(nearest)

@@ -10,19 +10,21 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from datatools import (
+    AGGREGATIONS,
     PROJECTORS,
     DataError,
     GradientFeatures,
     UsageError,
     aggregate,
     covered,
+    did_you_mean,
     extract,
     files,
     influence,
@@ -31,6 +33,7 @@ from datatools import (
     token_batches,
     visit_per_sample_grads,
 )
+from datatools.gradients import Method
 from optim import SGDRule, UpdateMap, UpdateRule
 from pipelines import checkpoints, models, trainer
 from pipelines.config import SelectConfig
@@ -177,8 +180,8 @@ def _warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
             files.write_json(manifest, {"keys": [pool.keys[i] for i in rows]})
         steps = trainer.planned_steps(len(rows), recipe)
         tokens = int(pool.scan.tokens[rows].sum()) * recipe.epochs
-        done = trainer.checkpoints(folder)
-        if not done or int(done[-1].name.removeprefix("checkpoint-")) < steps:
+        stops = trainer.planned_checkpoints(len(rows), recipe)
+        if len(trainer.checkpoints(folder, stops)) < len(stops):
             loaded = context.model()
             wrapped = models.add_lora(loaded.model, config.lora, seed=derive_seed(config.seed, "lora"))
             with progress(f"warm-up on {len(rows)} rows", steps, "steps") as bar:
@@ -214,12 +217,12 @@ def _features(
     if checkpoint.is_adapter:
         module = models.load_adapter(loaded.model, checkpoint.folder)
     else:
-        module = models.load(config.model.model_copy(update={"name": str(checkpoint.folder), "adapter": None})).model
+        module = models.load(config.model, weights=checkpoint.folder).model
     try:
         params = checkpoints.trainable(module)
         names = covered(module, list(params)) if config.features.method == "hooks" else list(params)
         _coverage(scored, params, names, config)
-        state = checkpoints.updates(checkpoint, params, adam_mode=config.features.adam_mode)
+        state = checkpoints.updates(checkpoint, params, adam_mode=config.features.adam_mode, module=module)
         if config.features.adam_mode == "code" and (text := checkpoints.epsilon_warning(state)):
             run.warnings.append(text)
         train_map = checkpoints.restrict(state, names)
@@ -252,6 +255,7 @@ def _features(
                 keys=list(first),
                 rows_per_unit=config.features.rows_per_unit,
             )
+            store.verify()  # a damaged unit is set aside and computed again; its bytes are read for scoring anyway
             _fill(context, store, module, kind, rows, first, updates, projector, scored)
             stores.append(store)
         scored.checkpoints.append(
@@ -281,11 +285,11 @@ def _fill(
     scored: Scored,
 ) -> None:
     missing = {key for unit in store.missing_units() for key in store.unit_keys(unit)}
-    if unknown := missing - set(first):  # a shared store whose other run has planned rows that this one does not have
-        missing -= unknown
-        units = [u for u in store.missing_units() if not unknown & set(store.unit_keys(u))]
-        if {k for u in units for k in store.unit_keys(u)} != missing:
-            raise DataError(f"{store.folder}: units planned by another run are not finished; finish that run first")
+    if unknown := missing - set(first):  # a shared store: another run has planned rows that this one does not have
+        raise DataError(
+            f"{store.folder}: {len(unknown)} rows that another run planned there are not computed yet; finish that "
+            "run first, or choose another features.folder"
+        )
     if not missing:
         return
     lengths = {key: int(rows.scan.tokens[first[key]]) for key in missing}
@@ -521,8 +525,24 @@ SCORERS: dict[str, Callable[[Context], Scored]] = {
 }
 
 
-def seconds_a_token(context: Context, samples: int = 2) -> float:
-    """Measured seconds a token of forward and backward on rows of median length, for the estimate before a run."""
+def check(config: SelectConfig) -> None:
+    """Refuse names that do not exist before anything is read: a slip must not cost a warm-up. Raises: UsageError."""
+    for setting, name, known in (
+        ("projector.name", config.projector.name, list(PROJECTORS)),
+        ("features.method", config.features.method, list(get_args(Method))),
+        ("aggregate", config.aggregate, list(AGGREGATIONS)),
+    ):
+        if name not in known:
+            raise UsageError(f"{setting}: there is no '{name}'{did_you_mean(name, known)}")
+    trainer.check(config.warmup)
+
+
+def seconds_a_token(context: Context, samples: int = 2, *, backward: bool = True) -> float:
+    """Measured seconds a token on rows of median length, for the estimate before a run.
+
+    backward: forward and the gradients of each row, at the user's first checkpoint or with fresh adapters; else forward
+    alone.
+    """
     loaded, pool = context.model(), context.pool
     chosen = np.flatnonzero(pool.usable)
     order = chosen[np.argsort(pool.scan.tokens[chosen], kind="stable")]
@@ -532,15 +552,25 @@ def seconds_a_token(context: Context, samples: int = 2) -> float:
     start = max(0, min(middle - count // 2, len(order) - count))
     rows = order[start : start + count].tolist()
     batch = pool.batch(rows, loaded.model.device)
-    wrapped = models.add_lora(loaded.model, context.config.lora, seed=0).eval()
-    names = covered(wrapped, list(models.lora_parameters(wrapped)))
+    module: Any = loaded.model
+    if backward and context.config.checkpoints:
+        first = checkpoints.find(context.config.checkpoints)[0]
+        module = models.load_adapter(module, first.folder) if first.is_adapter else module
+    elif backward:
+        module = models.add_lora(module, context.config.lora, seed=0).eval()
     times = []
     try:
         for _ in range(samples):
             begin = time.perf_counter()
-            visit_per_sample_grads(models.row_losses, wrapped, batch, names, lambda name, grad: None)
+            if backward:
+                names = covered(module, list(checkpoints.trainable(module)))
+                visit_per_sample_grads(models.row_losses, module, batch, names, lambda name, grad: None)
+            else:
+                with torch.inference_mode():
+                    models.row_losses(module, batch)
             times.append(time.perf_counter() - begin)
     finally:
-        wrapped.unload()
-        models.forget_adapters(loaded.model)
+        if module is not loaded.model:
+            module.unload()
+            models.forget_adapters(loaded.model)
     return min(times) / sum(int(pool.scan.tokens[i]) for i in rows)

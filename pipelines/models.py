@@ -148,9 +148,11 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load(config: ModelConfig, *, tokenizer_only: bool = False) -> LoadedModel:
+def load(config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | None = None) -> LoadedModel:
     """Model and tokenizer of `config`, with its adapter when it names one; eval mode, every weight frozen.
 
+    weights: take the model from this folder instead, a checkpoint of a run that trained all of it (Trainer saves no
+    tokenizer there), and no adapter.
     Raises: UsageError (no such model), DataError (unreadable or pickled weights), EnvironmentProblem (not reachable).
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -162,12 +164,18 @@ def load(config: ModelConfig, *, tokenizer_only: bool = False) -> LoadedModel:
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            digests = _digests(name)
+            if config.adapter is not None and config.adapter.is_dir():
+                digests |= {f"adapter/{file}": digest for file, digest in _digests(str(config.adapter)).items()}
             if tokenizer_only:
-                return LoadedModel(None, tokenizer, _folder(name), _digests(name))
+                return LoadedModel(None, tokenizer, _folder(name), digests)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             dtype = torch.float32 if device == "cpu" else torch.bfloat16
             if config.dtype != "auto":
                 dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+            if weights is not None:
+                name = str(weights)
+                options.pop("revision", None)
             model = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, attn_implementation=config.attention, use_safetensors=True, **options
             ).to(device)
@@ -176,9 +184,10 @@ def load(config: ModelConfig, *, tokenizer_only: bool = False) -> LoadedModel:
     except (ValueError, KeyError, RuntimeError) as error:
         raise DataError(f"--model {config.name}: cannot be loaded: {_first_line(error)}") from error
     model.requires_grad_(False)
-    if config.adapter is not None:
+    if config.adapter is not None and weights is None:
         model = load_adapter(model, config.adapter)
-    return LoadedModel(model.eval(), tokenizer, _folder(name), _digests(name))
+    return LoadedModel(model.eval(), tokenizer, _folder(name), digests)
+
 
 
 def _first_line(error: BaseException) -> str:

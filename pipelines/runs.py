@@ -194,6 +194,11 @@ def set_quiet(quiet: bool) -> None:
     _Screen.quiet = quiet
 
 
+def quiet() -> bool:
+    """Whether only warnings and errors are shown."""
+    return _Screen.quiet
+
+
 def say(text: str) -> None:
     """One line of news on stderr, from rank 0 and unless quiet."""
     if not _Screen.quiet and rank() == 0:
@@ -447,6 +452,8 @@ def digest_inputs(paths: Iterable[Path | str]) -> dict[str, Json]:
 
 # What may lie in a folder that a killed run left before it wrote run.yaml.
 _OURS = {"run.yaml", "provenance.json", "progress.json", "events.jsonl", ".lock"}
+# What reading the inputs leaves behind, before anything is made of them.
+_INPUTS = {"inputs", "bad_rows.jsonl", "quarantine.jsonl"}
 
 
 class Run:
@@ -532,7 +539,11 @@ class Run:
         foreign = [entry.name for entry in folder.iterdir() if entry.name not in _OURS]
         foreign = [name for name in foreign if not name.startswith(".tmp-")]
         if (folder / "run.yaml").is_file():
-            self._compare()
+            try:
+                self._compare()
+            except UsageError:
+                if not self._failed_early(foreign):
+                    raise
         elif foreign:
             raise UsageError(
                 f"--out {_shown(folder)} is not empty and holds no run ({_shown(sorted(foreign)[0])} is in it); "
@@ -545,6 +556,22 @@ class Run:
             files.write_text(folder / "run.yaml", self._yaml())
         self.event("continued" if self.resumed else "started", command=self.command)
         self.report_progress(state="running")
+
+    def _failed_early(self, found: list[str]) -> bool:
+        """Whether the run in the folder failed before it made anything (a slip in the command); if so, its traces go.
+
+        Then the corrected command may use the same folder.
+        """
+        path = self.folder / "progress.json"
+        if set(found) - _INPUTS or not path.is_file():
+            return False
+        state = files.read_json(path, limit=1_000_000)
+        if not isinstance(state, dict) or state.get("state") != "failed":
+            return False
+        for name in ("run.yaml", "provenance.json", "events.jsonl"):
+            if (self.folder / name).exists():
+                files.remove(self.folder / name)
+        return True
 
     def _refuse_odd_places(self) -> None:
         folder = self.folder

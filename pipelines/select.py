@@ -15,14 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from rich.console import Console
 
 from datatools import Budget, Candidates, DataError, Selection, files, select
-from pipelines import checkpoints, methods, models, report
+from pipelines import checkpoints, methods, models, report, trainer
 from pipelines.config import DataConfig, SelectConfig
 from pipelines.data import Row
 from pipelines.methods import Context, Scored
 from pipelines.prepare import Rows, accept_growth, file_facts, prepare
-from pipelines.runs import Run, command_line, derive_seed, duration, peak_rss_bytes, rank, say, versions
+from pipelines.runs import Run, command_line, derive_seed, duration, peak_rss_bytes, quiet, rank, say, versions
 
 SHOWN_CHARACTERS = 600  # of a row's text in summary and report
 EXAMPLES = 10  # best and worst rows shown
@@ -36,6 +37,7 @@ def run(config: SelectConfig) -> Path:
     Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
     """
     Budget.parse(config.budget)  # a slip here must not cost a warm-up
+    methods.check(config)
     if config.dry_run:
         return _dry_run(config)
     with Run(config.out, config, "select", overwrite=config.overwrite) as current:
@@ -50,9 +52,8 @@ def run(config: SelectConfig) -> Path:
             summary = _write(context, scored, selection, before)
         path = report.render(current.folder)
     if rank() == 0:
-        from rich.console import Console
-
-        report.terminal(summary, Console(stderr=True))
+        if not quiet():
+            report.terminal(summary, Console(stderr=True))
         say(f"report: {path}")
     return config.out
 
@@ -104,7 +105,7 @@ def _estimate(context: Context) -> dict[str, Any]:
         if config.checkpoints:
             stops, warm = len(checkpoints.find(config.checkpoints)), 0
         else:
-            stops = config.warmup.epochs if config.warmup.max_steps is None else 1
+            stops = len(trainer.planned_checkpoints(rows, config.warmup))
             stops = min(stops, config.warmup.checkpoints or stops)
             warm = round(rows * config.warmup.epochs * pool.tokens() / max(1, usable))
         gradients = (pool_tokens + target_tokens) * stops
@@ -118,7 +119,7 @@ def _estimate(context: Context) -> dict[str, Any]:
             "bytes": stored * stops * (config.projector.dim * bits // 8 + 8),
         }
     elif config.method in ("rds", "loss"):
-        speed = methods.seconds_a_token(context) / 2  # forward alone
+        speed = methods.seconds_a_token(context, backward=False)
         tokens = pool_tokens + target_tokens
         cost |= {"tokens": tokens, "seconds": speed * tokens}
     seconds = f", about {duration(cost['seconds'])}" if cost["seconds"] is not None else ""

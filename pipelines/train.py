@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from datatools import files
 from pipelines import models, trainer
-from pipelines.config import LoraConfig, TrainConfig, TrainingConfig
+from pipelines.config import LoraConfig, RunSettings, TrainConfig, TrainingConfig
 from pipelines.prepare import Rows, file_facts, prepare
 from pipelines.runs import Run, derive_seed, progress, rank, say
 from pipelines.trainer import Trained
+
+S = TypeVar("S", bound=RunSettings)
+
 
 
 def run(config: TrainConfig) -> Path:
@@ -21,7 +26,8 @@ def run(config: TrainConfig) -> Path:
 
     Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
     """
-    with Run(config.out, config, "train", overwrite=config.overwrite) as current:
+    trainer.check(config.training)
+    with in_scratch(config) as kept, Run(kept.out, kept, "train", overwrite=kept.overwrite) as current:
         with current.stage("read"):
             tokenizer = models.load(config.model, tokenizer_only=True)
             rows = prepare(
@@ -47,7 +53,7 @@ def run(config: TrainConfig) -> Path:
             say("dry run: data and model load; nothing was trained")
             return config.out
         done = current.path("adapter" if config.lora is not None else "model")
-        if (done / trainer.COMPLETE).is_file():
+        if trainer.is_complete(done):
             say(f"already trained: {done}")
             return config.out
         with current.stage("load model"):
@@ -70,6 +76,16 @@ def run(config: TrainConfig) -> Path:
     return config.out
 
 
+@contextmanager
+def in_scratch(config: S) -> Iterator[S]:
+    """`config`, and for a dry run one whose `out` is a folder that is thrown away: it must leave nothing behind."""
+    if not config.dry_run:
+        yield config
+        return
+    with tempfile.TemporaryDirectory(prefix="datatools-dry-run-") as scratch:
+        yield config.model_copy(update={"out": Path(scratch) / "run", "overwrite": False})
+
+
 def trainable(model: Any, lora: LoraConfig | None, *, seed: int) -> Any:
     """The module whose parameters train: `model` with fresh adapters, or all of `model`."""
     if lora is not None:
@@ -78,16 +94,17 @@ def trainable(model: Any, lora: LoraConfig | None, *, seed: int) -> Any:
 
 
 def _save(module: Any, loaded: models.LoadedModel, result: Trained, done: Path, current: Run) -> None:
-    files.make_folder(done)
-    module.save_pretrained(done)
-    if done.name == "model":
-        loaded.tokenizer.save_pretrained(done)
-    trainer.mark_complete(done)
     lines = [
         f'{{"step": {step}, "loss": {value:.6f}, "learning_rate": {rate:.8g}}}'
         for step, (value, rate) in enumerate(zip(result.losses, result.learning_rates, strict=True), start=1)
     ]
     files.write_text(current.path("metrics.jsonl"), "\n".join(lines) + "\n")
+    files.make_folder(done)
+    with trainer.saving(done):
+        module.save_pretrained(done)
+        if done.name == "model":
+            loaded.tokenizer.save_pretrained(done)
+    trainer.mark_complete(done)  # last: a run that is killed before it goes on from its newest checkpoint
 
 
 def train_adapter(
@@ -112,7 +129,8 @@ def train_adapter(
                 module, rows.item, list(chosen), recipe, folder, seed=derive_seed(seed, "training"), advance=bar.advance
             )
         files.make_folder(folder)
-        module.save_pretrained(folder)
+        with trainer.saving(folder):
+            module.save_pretrained(folder)
         trainer.mark_complete(folder)
     finally:
         module.unload()

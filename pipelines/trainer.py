@@ -9,19 +9,22 @@ hashes, written last) stands in it, so that a run killed inside a save continues
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import optim
-from datatools import DataError, UsageError, files, token_batches
+from datatools import DataError, EnvironmentProblem, UsageError, files, token_batches
 from pipelines.config import TrainingConfig
 from pipelines.models import collate, token_losses
 
@@ -66,16 +69,7 @@ class DataTrainer(Trainer):  # type: ignore[misc]
         if self.optimizer is None:
             module = self.model if model is None else model
             trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-            try:
-                self.optimizer = optim.create(
-                    self.recipe.optimizer,
-                    trainable,
-                    lr=self.recipe.learning_rate,
-                    weight_decay=self.recipe.weight_decay,
-                    **self.recipe.optimizer_options,
-                )
-            except (ValueError, TypeError) as error:
-                raise UsageError(f"training.optimizer: {error}") from error
+            self.optimizer = _optimizer(self.recipe, trainable)
         return self.optimizer  # type: ignore[no-any-return]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -84,11 +78,7 @@ class DataTrainer(Trainer):  # type: ignore[misc]
         Step k = 1..T has the factor at k of T + 1: a short run wastes neither its first step nor its last on rate 0.
         """
         if self.lr_scheduler is None:
-            warmup = math.ceil(self.recipe.warmup_ratio * num_training_steps)
-            try:
-                factor = optim.schedule(self.recipe.schedule, total_steps=num_training_steps + 1, warmup_steps=warmup)
-            except (ValueError, TypeError) as error:
-                raise UsageError(f"training.schedule: {error}") from error
+            factor = _schedule(self.recipe, num_training_steps)
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: factor(step + 1))
         return self.lr_scheduler
 
@@ -118,9 +108,56 @@ class DataTrainer(Trainer):  # type: ignore[misc]
         return torch.tensor(total, device=self.args.device)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with saving(folder):
+            super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            mark_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            mark_complete(folder)
+
+
+def _optimizer(recipe: TrainingConfig, parameters: Sequence[tuple[str, Tensor]]) -> optim.Optimizer:
+    try:
+        return optim.create(
+            recipe.optimizer,
+            parameters,
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            **recipe.optimizer_options,
+        )
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"training.optimizer: {error}") from error
+
+
+def _schedule(recipe: TrainingConfig, steps: int) -> Callable[[int], float]:
+    try:
+        warmup = math.ceil(recipe.warmup_ratio * steps)
+        return optim.schedule(recipe.schedule, total_steps=steps + 1, warmup_steps=warmup)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"training.schedule: {error}") from error
+
+
+def check(recipe: TrainingConfig) -> None:
+    """Refuse an optimizer, a hyper-parameter or a schedule that does not exist, before anything is loaded.
+
+    Raises: UsageError.
+    """
+    _optimizer(recipe, [("layers.0.weight", nn.Parameter(torch.zeros(2, 2)))])
+    _schedule(recipe, 1)
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """What torch, safetensors and peft raise when the disk refuses, as an error that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise files.explain(error, folder, "write") from error
+    except (SafetensorError, RuntimeError) as error:  # theirs carry no errno
+        first = str(error).strip().splitlines()[0][:200]
+        raise EnvironmentProblem(
+            f"cannot write {folder}: {first}; check the disk (is it full?) and run the same command again, it "
+            "continues from the checkpoint before"
+        ) from error
 
 
 def mark_complete(folder: Path) -> None:
@@ -130,20 +167,25 @@ def mark_complete(folder: Path) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file that `complete.json` lists is there, byte for byte."""
-    if not (folder / COMPLETE).is_file():
+    """Whether every file that `complete.json` lists is there, byte for byte; no when it is damaged itself."""
+    try:
+        listed: Mapping[str, Sequence[Any]] = files.read_json(folder / COMPLETE)
+        return len(listed) > 0 and all(
+            (folder / name).is_file()
+            and (folder / name).stat().st_size == size
+            and files.digest_file(folder / name) == digest
+            for name, (size, digest) in listed.items()
+        )
+    except (DataError, AttributeError, TypeError, ValueError):  # missing, not JSON, or not what `mark_complete` wrote
         return False
-    listed: Mapping[str, Sequence[Any]] = files.read_json(folder / COMPLETE)
-    return all(
-        (folder / name).is_file()
-        and (folder / name).stat().st_size == size
-        and files.digest_file(folder / name) == digest
-        for name, (size, digest) in listed.items()
-    )
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The valid checkpoints in `folder`, oldest first; damaged ones are renamed `*.broken` and never used."""
+def checkpoints(folder: Path, steps: Sequence[int] | None = None) -> list[Path]:
+    """The valid checkpoints in `folder`, oldest first; damaged ones are renamed `*.broken` and never used.
+
+    steps: those there should be (`planned_checkpoints`). What comes behind the first that is missing is set aside too:
+    training goes on before the gap and makes the rest again, bit for bit.
+    """
     found = []
     for path in folder.glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
@@ -151,8 +193,24 @@ def checkpoints(folder: Path) -> list[Path]:
             if is_complete(path):
                 found.append((int(step), path))
             else:
-                files.move(path, path.with_name(path.name + ".broken"))
-    return [path for _, path in sorted(found)]
+                _set_aside(path)
+    found.sort()
+    if steps is not None:
+        sound = 0
+        while sound < min(len(found), len(steps)) and found[sound][0] == steps[sound]:
+            sound += 1
+        for _, path in found[sound:]:
+            _set_aside(path)
+        found = found[:sound]
+    return [path for _, path in found]
+
+
+def _set_aside(path: Path) -> None:
+    number, aside = 1, path.with_name(f"{path.name}.broken")
+    while os.path.lexists(aside):  # the same step may break twice: killed inside its save, and again
+        number += 1
+        aside = path.with_name(f"{path.name}.broken-{number}")
+    files.move(path, aside)
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
@@ -185,6 +243,12 @@ def planned_steps(rows: int, recipe: TrainingConfig) -> int:
     return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
 
 
+def planned_checkpoints(rows: int, recipe: TrainingConfig) -> list[int]:
+    """The steps at which a run with `save="epoch"` saves: the end of each epoch, and the last step."""
+    last = planned_steps(rows, recipe)
+    return [*range(math.ceil(rows / recipe.batch_size), last, math.ceil(rows / recipe.batch_size)), last]
+
+
 def fit(
     model: Any,
     encode: Callable[[int], tuple[list[int], list[int]]],
@@ -210,7 +274,7 @@ def fit(
         output_dir=str(folder),
         per_device_train_batch_size=recipe.batch_size,
         num_train_epochs=recipe.epochs,
-        max_steps=recipe.max_steps or -1,
+        max_steps=-1 if recipe.max_steps is None else planned_steps(len(rows), recipe),  # Trainer's ignores the epochs
         learning_rate=recipe.learning_rate,
         max_grad_norm=recipe.gradient_clip or 0.0,
         save_strategy=strategy,

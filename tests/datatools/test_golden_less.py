@@ -142,7 +142,8 @@ def test_norms_are_those_of_the_official_code(computed, expected, k):
 
 def test_scores_and_the_ten_best_rows(computed, expected, manifest, case):
     """Weighted by learning rate, mean in a subtask, best subtask: the official matching."""
-    similarity = influence([train for _, train, _ in computed], [val for _, _, val in computed], expected["checkpoint_lr"])
+    trains, vals = [train for _, train, _ in computed], [val for _, _, val in computed]
+    similarity = influence(trains, vals, expected["checkpoint_lr"])
     scores = aggregate(similarity, groups(manifest), "less")
     np.testing.assert_allclose(scores, expected["influence"], atol=EXACT)
     ids = [json.loads(line)["id"] for line in (case / "train.jsonl").read_text().splitlines()]
@@ -185,10 +186,11 @@ def test_projected_by_rademacher_every_cosine_is_near(computed, expected):
 
 
 def test_select_run_gives_the_official_selection(case, expected, manifest, shared, tmp_path):
-    """From the rows' text to selected.jsonl through the pipeline, with the case's adapters as the user's checkpoints."""
+    """From the rows' text to selected.jsonl through the pipeline, the case's adapters being the user's checkpoints."""
     stops = []
     for k, rate in enumerate(manifest["checkpoint_lr"], start=1):
-        stops.append(as_trainer_would_save(case / f"checkpoint-{k}", tmp_path / f"checkpoint-{k * STEPS}", k * STEPS, rate))
+        folder = tmp_path / f"checkpoint-{k * STEPS}"
+        stops.append(as_trainer_would_save(case / f"checkpoint-{k}", folder, k * STEPS, rate))
     out = select.run(
         SelectConfig(
             model=ModelConfig(

@@ -574,3 +574,14 @@ def test_an_interrupted_run_says_so():
     assert "finished work is kept in r; the same command continues it: datatools select" in runs.how_to_continue()
     with Run("r", config(), "select") as run:
         assert run.resumed
+
+
+def test_a_run_that_failed_before_it_made_anything_does_not_occupy_the_folder():
+    """A slip in the command must not force --overwrite upon its correction; results in the folder do."""
+    with pytest.raises(ZeroDivisionError), Run("r", config(seed=1), "select"):
+        raise ZeroDivisionError
+    with Run("r", config(seed=2), "select") as run:
+        assert not run.resumed and len(Path("r/events.jsonl").read_text().splitlines()) == 1
+        Path("r/scores.parquet").write_bytes(b"result")
+    with pytest.raises(UsageError, match="other settings"), Run("r", config(seed=3), "select"):
+        pass
