@@ -259,7 +259,7 @@ class RunSettings(Settings):
 METHODS: dict[str, str] = {
     "less": "gradient influence on the target rows (Xia et al. 2024)",
     "random": "uniformly at random",
-    "random-length": "at random, with the answer lengths of what the method would pick",
+    "random-length": "at random, with answers as long as those of the target rows",
     "tfidf": "similarity of words with the target rows",
     "rds": "similarity of hidden states with the target rows",
     "loss": "rows on which the model's loss is highest",

@@ -189,7 +189,6 @@ def load(config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | N
     return LoadedModel(model.eval(), tokenizer, _folder(name), digests)
 
 
-
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
-from datatools import Budget, Candidates, DataError, Selection, files, select
+from datatools import Budget, Candidates, DataError, GradientFeatures, Selection, files, select
 from pipelines import checkpoints, methods, models, report, trainer
 from pipelines.config import DataConfig, SelectConfig
 from pipelines.data import Row
@@ -93,41 +93,56 @@ def _context(config: SelectConfig, current: Run) -> Context:
 
 
 def _estimate(context: Context) -> dict[str, Any]:
-    """Rows, tokens, seconds and bytes that the run will cost; seconds from a measured batch of median rows."""
-    config, pool, target = context.config, context.pool, context.target
-    unique = pool.unique()
-    pool_tokens = sum(int(pool.scan.tokens[i]) for i in unique.values())
-    target_tokens = target.tokens() if target is not None else 0
+    """Rows, tokens, seconds and bytes that the run will still cost; seconds from a measured batch of median rows."""
+    config, pool = context.config, context.pool
     cost: dict[str, Any] = {"rows": int(pool.usable.sum()), "tokens": 0, "seconds": None, "bytes": 0}
     if config.method == "less":
-        usable = int(pool.usable.sum())
-        rows = min(usable, max(config.warmup.minimum_rows, int(config.warmup.fraction * usable)))
-        if config.checkpoints:
-            stops, warm = len(checkpoints.find(config.checkpoints)), 0
-        else:
-            stops = len(trainer.planned_checkpoints(rows, config.warmup))
-            stops = min(stops, config.warmup.checkpoints or stops)
-            warm = round(rows * config.warmup.epochs * pool.tokens() / max(1, usable))
-        gradients = (pool_tokens + target_tokens) * stops
+        warm, steps = _warm_up_to_come(context)
+        gradients, rows = 0, 0
+        for step in steps:
+            for kind, part in (("train", pool), ("target", context.wanted)):
+                todo = part.unique().items() - _stored(context.features_folder / f"{kind}-{step}", part.unique())
+                gradients += sum(int(part.scan.tokens[i]) for _, i in todo)
+                rows += len(todo)
         bits = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4, "int1": 1}[config.features.dtype]
-        stored = len(unique) + (len(target.unique()) if target is not None else 0)
-        speed = methods.seconds_a_token(context)
         cost |= {
             "tokens": gradients + warm,
             # a training token costs about a quarter more: LoRA runs beside its layer and padding is not sorted away
-            "seconds": speed * (gradients + 1.25 * warm),
-            "bytes": stored * stops * (config.projector.dim * bits // 8 + 8),
+            "seconds": methods.seconds_a_token(context) * (gradients + 1.25 * warm) if gradients + warm else 0.0,
+            "bytes": rows * (config.projector.dim * bits // 8 + 8),
         }
     elif config.method in ("rds", "loss"):
-        speed = methods.seconds_a_token(context, backward=False)
-        tokens = pool_tokens + target_tokens
-        cost |= {"tokens": tokens, "seconds": speed * tokens}
+        tokens = pool.tokens() + (context.wanted.tokens() if config.method == "rds" else 0)
+        cost |= {"tokens": tokens, "seconds": methods.seconds_a_token(context, backward=False) * tokens}
     seconds = f", about {duration(cost['seconds'])}" if cost["seconds"] is not None else ""
     say(
         f"cost: {cost['rows']:,} rows, {cost['tokens']:,} tokens through the model{seconds}, "
         f"{cost['bytes'] / 1e6:,.1f} MB of features"
     )
     return cost
+
+
+def _warm_up_to_come(context: Context) -> tuple[int, list[int]]:
+    """Tokens that the warm-up will train on, and the steps of the checkpoints at which gradients will be taken."""
+    config, pool = context.config, context.pool
+    if config.checkpoints:
+        return 0, [c.step for c in checkpoints.find(config.checkpoints)]
+    recipe, usable = config.warmup, int(pool.usable.sum())
+    rows = min(usable, max(recipe.minimum_rows, int(recipe.fraction * usable + 1e-9)))
+    steps = trainer.planned_checkpoints(rows, recipe)
+    done = (context.run.path("warmup") / f"checkpoint-{steps[-1]}" / trainer.COMPLETE).is_file()
+    tokens = 0 if done else round(rows * recipe.epochs * pool.tokens() / max(1, usable))
+    return tokens, steps[-recipe.checkpoints :] if recipe.checkpoints else steps
+
+
+def _stored(folder: Path, rows: Mapping[str, int]) -> set[tuple[str, int]]:
+    """Those of `rows` (key -> row) whose features are in the store `folder` already."""
+    if not (folder / "plan.json").is_file():
+        return set()
+    store = GradientFeatures.open(folder)
+    missing = set(store.missing_units())
+    there = {key for unit in range(store.units) if unit not in missing for key in store.unit_keys(unit)}
+    return {(key, row) for key, row in rows.items() if key in there}
 
 
 def _dry_run(config: SelectConfig) -> Path:

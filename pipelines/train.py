@@ -20,7 +20,6 @@ from pipelines.trainer import Trained
 S = TypeVar("S", bound=RunSettings)
 
 
-
 def run(config: TrainConfig) -> Path:
     """Train, and write `adapter/` (or `model/`), `metrics.jsonl` and checkpoints to `out`; a killed run goes on.
 

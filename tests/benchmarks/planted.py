@@ -38,9 +38,8 @@ def measure(name: str, method: str, options: argparse.Namespace) -> dict[str, ob
     label, _, variant = method.partition(":")
     settings = dict(pair.split("=") for pair in variant.split(",") if pair)
     out = Path(options.out) / name / method.replace(":", "-").replace(",", "-").replace("=", "-")
-    shared_features = (
-        Path(options.out) / name / f"features-{settings.get('mode', 'paper')}-{settings.get('optimizer', 'adamw')}"
-    )
+    kind = "-".join(settings.get(name, "") for name in ("mode", "optimizer", "lora", "seed"))
+    shared_features = Path(options.out) / name / f"features{kind}"
     config = SelectConfig(
         method=label,
         model=ModelConfig(name=options.model, max_length=options.max_length, chat=options.chat),
