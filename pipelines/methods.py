@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,6 @@ from datatools import (
     token_batches,
     visit_per_sample_grads,
 )
-from datatools.gradients import Method
 from optim import SGDRule, UpdateMap, UpdateRule
 from pipelines import checkpoints, models, trainer
 from pipelines.config import SelectConfig
@@ -247,8 +246,11 @@ def _features(
         jobs = (("train", context.pool, pool_rows, train_map), ("target", context.wanted, target_rows, target_map))
         for kind, rows, first, updates in jobs:
             meta = {**common, "gradient": sorted({_described(r) for r in updates.rules.values()})}
+            folder = context.features_folder / f"{kind}-{checkpoint.step}"
+            if (folder / "plan.json").is_file():  # asked before this run plans rows there, or neither could ever finish
+                _refuse_unfinished(GradientFeatures.open(folder), first)
             store = GradientFeatures.create_or_open(
-                context.features_folder / f"{kind}-{checkpoint.step}",
+                folder,
                 meta=meta,
                 dim=projector.dim,
                 dtype=config.features.dtype,
@@ -273,6 +275,16 @@ def _features(
             models.forget_adapters(loaded.model)
 
 
+def _refuse_unfinished(store: GradientFeatures, rows: Mapping[str, int]) -> None:
+    """Refuse a shared store in which rows that this run does not have are planned and not computed."""
+    unknown = {key for unit in store.missing_units() for key in store.unit_keys(unit)} - set(rows)
+    if unknown:
+        raise DataError(
+            f"{store.folder}: {len(unknown)} rows that another run planned there are not computed yet; finish that "
+            "run first, or choose another features.folder"
+        )
+
+
 def _fill(
     context: Context,
     store: GradientFeatures,
@@ -284,12 +296,8 @@ def _fill(
     projector: Any,
     scored: Scored,
 ) -> None:
+    _refuse_unfinished(store, first)
     missing = {key for unit in store.missing_units() for key in store.unit_keys(unit)}
-    if unknown := missing - set(first):  # a shared store: another run has planned rows that this one does not have
-        raise DataError(
-            f"{store.folder}: {len(unknown)} rows that another run planned there are not computed yet; finish that "
-            "run first, or choose another features.folder"
-        )
     if not missing:
         return
     lengths = {key: int(rows.scan.tokens[first[key]]) for key in missing}
@@ -466,7 +474,11 @@ def _hidden_states(context: Context, kind: str, rows: Rows) -> Tensor:
         "precision": str(model.dtype),
     }
     folder = context.features_folder / f"hidden-{kind}"
+    if (folder / "plan.json").is_file():
+        _refuse_unfinished(GradientFeatures.open(folder), unique)
     store = GradientFeatures.create_or_open(folder, meta=meta, dim=size, dtype="float32", keys=list(unique))
+    store.verify()
+    _refuse_unfinished(store, unique)
     budget = context.config.features.token_budget
     todo = sum(int(rows.scan.tokens[unique[k]]) for u in store.missing_units() for k in store.unit_keys(u))
     with progress(f"hidden states of the {kind}", todo, "tokens") as bar, torch.inference_mode():
@@ -529,7 +541,7 @@ def check(config: SelectConfig) -> None:
     """Refuse names that do not exist before anything is read: a slip must not cost a warm-up. Raises: UsageError."""
     for setting, name, known in (
         ("projector.name", config.projector.name, list(PROJECTORS)),
-        ("features.method", config.features.method, list(get_args(Method))),
+        ("features.method", config.features.method, ["hooks", "loop", "vmap"]),
         ("aggregate", config.aggregate, list(AGGREGATIONS)),
     ):
         if name not in known:

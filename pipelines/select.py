@@ -240,6 +240,7 @@ def _write(context: Context, scored: Scored, selection: Selection, before: Mappi
         "rows": len(chosen),
         "keys_digest": files.digest("\n".join(pool.keys[i] for i in chosen).encode()),
     }
+    files.write_json(current.path("provenance.json"), current.provenance)
     summary = _summary(context, scored, selection, order, before)
     files.write_json(current.path("summary.json"), summary)
     return summary
@@ -322,11 +323,7 @@ def _selected_columns(
     names = dict.fromkeys(name for value in parsed for name in value if not name.startswith("_"))
     columns: dict[str, Any] = {}
     for name in names:
-        values = [value.get(name) for value in parsed]
-        try:
-            columns[name] = pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
-            columns[name] = pa.array([None if v is None else json.dumps(v) for v in values], pa.string())
+        columns[name] = column([value.get(name) for value in parsed])
     return columns | {
         "_id": pa.array([pool.pool.ids[i] for i in chosen], pa.string()),
         "_source": pa.array([pool.pool.sources[i] for i in chosen], pa.string()),
@@ -341,6 +338,24 @@ def _names(paths: Sequence[str]) -> str:
     """`gsm8k/dev.jsonl, ...`: the last two parts of the first path."""
     shown = "/".join(Path(paths[0]).parts[-2:])
     return shown if len(paths) == 1 else f"{shown} and {len(paths) - 1} more"
+
+
+def column(values: Sequence[Any]) -> pa.Array:
+    """JSON values as an Arrow column; as JSON text where they have no common type that parquet can hold."""
+    try:
+        found = pa.array(values)
+        if not _hollow(found.type):
+            return found
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        pass
+    return pa.array([None if v is None else json.dumps(v) for v in values], pa.string())
+
+
+def _hollow(kind: pa.DataType) -> bool:
+    """Whether an object without fields is somewhere inside, which parquet cannot write."""
+    return (pa.types.is_struct(kind) and kind.num_fields == 0) or any(
+        _hollow(kind.field(i).type) for i in range(kind.num_fields)
+    )
 
 
 def _reasons(context: Context, scored: Scored, selection: Selection) -> list[str]:

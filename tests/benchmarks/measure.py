@@ -67,8 +67,8 @@ def machine() -> dict[str, Any]:
 
     model = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
+        names = [line.split(":", 1)[1] for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].strip() if names else model
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": model,
@@ -206,8 +206,9 @@ def render(body: Mapping[str, Any]) -> str:
         f"### {body['title']}",
         "",
         f"{body['date']}; {m['cpu']}, {m['cores_usable']} of {m['cores']} cores, {m['torch_threads']} torch threads, "
-        f"{m['instructions']}, {m['memory_gib']} GiB; load {body['load']['before']:g} before, {body['load']['after']:g} "
-        f"after; torch {m['libraries'].get('torch', '?')}; medians of {body['repetitions']} repetitions.{smoke}",
+        f"{m['instructions']}, {m['memory_gib']} GiB; load {body['load']['before']:g} before, "
+        f"{body['load']['after']:g} after; torch {m['libraries'].get('torch', '?')}; medians of {body['repetitions']} "
+        f"repetitions.{smoke}",
         "",
         *([f"Measured: {shapes}.", ""] if shapes else []),
     ]

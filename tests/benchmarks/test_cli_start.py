@@ -32,6 +32,6 @@ def test_cli_start(bench: Settings, tmp_path: Path) -> None:
     report.add("python -c pass", median(samples["python -c pass"]), "s")
     for name in list(arms)[1:]:
         report.add(name, median(samples[name]), "s", at_most=0.5)
-    report.notes.append("Warm file cache, bytecode written; the wall time of the whole process, starting Python included.")
+    report.notes.append("Warm file cache, bytecode written; wall time of the whole process, starting Python included.")
     report.keep(samples)
     report.write(tmp_path)

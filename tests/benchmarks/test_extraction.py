@@ -62,6 +62,8 @@ def fill(report: Report, work: Workload, samples: dict[str, list[Sample]], bound
     dense = [dense_seconds(sample.value) for sample in samples["one by one, dense signs"]]
     report.add("one by one, dense signs: seconds a row", statistics.median(dense), "s")
     report.add("extraction / plain, file order", ratio(ours, samples["plain, file order"]), "x", at_most=0.9)
+    cpu = [a.cpu_seconds / b.cpu_seconds for a, b in zip(ours, samples["plain, file order"], strict=True)]
+    report.add("extraction / plain, file order, in CPU seconds", statistics.median(cpu), "x")
     report.add("extraction / plain, sorted by length", ratio(ours, samples["plain, sorted by length"]), "x")
     report.add("arithmetic bound: seconds a row", bound.seconds() / rows, "s")
     report.add("extraction / arithmetic bound", median(ours) / bound.seconds(), "x", at_most=1.5)

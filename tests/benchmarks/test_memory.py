@@ -47,8 +47,8 @@ def test_memory(bench: Settings, tmp_path: Path) -> None:
     report.add("growth of the peak from N to 4 N rows", growth / MIB, "MiB")
     report.add("growth of the peak", 100 * growth / middle(few, "peak"), "%")
     report.notes.append(
-        "Each extraction runs in a process of its own. Resident memory is the kernel's count; the peak is its high-water "
-        "mark" + (", reset after the model was loaded" if few[0]["reset"] else " over the whole process")
+        "Each extraction runs in a process of its own. Resident memory is the kernel's count; the peak is its "
+        "high-water mark" + (", reset after the model was loaded" if few[0]["reset"] else " over the whole process")
         + ". One unit of features (float32) is held until it is written; with the default plan of 64 units, 16 rows at "
         "least, a unit grows with the rows once there are more than 1,024 of them, up to 16,384 rows."
     )

@@ -119,8 +119,8 @@ def test_store(bench: Settings, tmp_path: Path) -> None:
         report.keep({f"{dtype}: {name}": list_ for name, list_ in samples.items()})
         shutil.rmtree(job.folder)
     report.notes += [
-        "MB is 10^6 stored bytes. write: raw float32 rows to durable bytes on disk, both sides normalise and convert; the "
-        "store also computes norms, statuses and digests, and calls fsync for every unit, the memmap once.",
+        "MB is 10^6 stored bytes. write: raw float32 rows to durable bytes on disk, both sides normalise and convert; "
+        "the store also computes norms, statuses and digests, and calls fsync for every unit, the memmap once.",
         "scan: every row back as float32 in blocks; the store also scales rows to unit length again. Files are in the "
         "page cache: these are costs of a processor, not of a disk.",
         f"score: all rows against {TARGETS} float32 targets; the store by `influence`, keys matched, the memmap as one "

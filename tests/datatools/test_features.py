@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -283,7 +284,7 @@ def test_first_order_fidelity(folder, record_property):
     target, counting = models.collate(counting[:8]), counting[8:]
     generator = torch.Generator().manual_seed(0)
     expected, seen = [], []
-    loss = float(models.row_losses(model, target).mean())
+    loss = float(models.row_losses(model, target).detach().mean())
     for _ in range(60):
         share = float(torch.rand((), generator=generator))
         batch = [
@@ -316,7 +317,7 @@ def patterned_rows(tokenizer):
     counting = [f"{i}, {i + 1}, {i + 2}, {i + 3}, {i + 4}" for i in range(68)]
     names = ["anna", "bela", "cleo", "dora", "emma", "fay", "gina", "hope"]
     words = [f"{names[i % 8]} likes {names[i * 3 % 7]} and {names[i // 8 % 8]}" for i in range(68)]
-    return tuple([(ids, ids) for ids in (tokenizer(text)["input_ids"] for text in texts)] for texts in (counting, words))
+    return [[(ids, ids) for ids in (tokenizer(text)["input_ids"] for text in kind)] for kind in (counting, words)]
 
 
 # -------------------------------------------------------------------------------------------- rows without a number
@@ -363,7 +364,8 @@ def test_a_non_finite_row_is_marked_and_harms_no_other(module, tmp_path, kind, r
     eligible = torch.tensor([state == "ok" for state in status])
     scores = aggregate(similarity, [0, 0], eligible=eligible)
     assert scores[bad].isnan().all() and scores[others].isfinite().all()
-    candidates = Candidates(keys=[key_of(r) for r in rows], scores=torch.where(eligible, scores, 0.0), eligible=eligible)
+    keys = [key_of(row) for row in rows]
+    candidates = Candidates(keys=keys, scores=torch.where(eligible, scores, 0.0), eligible=eligible)
     assert not set(select("top_k", candidates, len(others)).indices.tolist()) & set(bad)
 
 
@@ -376,7 +378,7 @@ def test_a_row_without_a_trained_token_is_empty(module, tmp_path):
     assert features.isfinite().all() and not features[2].any() and float(norms[2]) == 0
 
 
-# ------------------------------------------------------------------------------------------------ saved optimizer states
+# ----------------------------------------------------------------------------------------------- saved optimizer states
 
 
 def as_checkpoint(folder, state):
@@ -441,7 +443,7 @@ def test_a_state_that_does_not_fit_is_refused(module, tmp_path, how):
     with pytest.raises(DataError, match="optimizer.pt") as refused:
         checkpoints.updates(checkpoint, params)
     wanted = {"shape": r"\(7, 5\)", "count": "15|16", "name": "another.weight"}.get(how, "state_dict")
-    assert __import__("re").search(wanted, str(refused.value))
+    assert re.search(wanted, str(refused.value))
 
 
 def trained_by_trainer(model, folder, *, steps=3):
@@ -532,11 +534,11 @@ def test_an_evil_optimizer_file_is_refused_and_runs_nothing(module, tmp_path):
     assert not canary.exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 MEASURE = """
-import resource, sys, tempfile
+import sys, tempfile
 from pathlib import Path
 import torch
 from tests.datatools.test_features import Job, plain, random_rows
@@ -548,15 +550,18 @@ from pipelines.config import LoraConfig, ModelConfig
 with tempfile.TemporaryDirectory() as scratch:
     base = models.load(ModelConfig(name=str(save_tiny_model(Path(scratch) / "model")))).model
     module = models.add_lora(base, LoraConfig(rank=4), seed=1).eval()
-    job = Job(module, random_rows(int(sys.argv[1])), plain(module), PROJECTORS["sjlt"].of({}, 2048, 0), token_budget=512)
-    job.fill(Path(scratch) / "store", rows_per_unit=64, dtype="float16")
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    rows, projector = random_rows(int(sys.argv[1])), PROJECTORS["sjlt"].of({}, 8192, 0)
+    job = Job(module, rows, plain(module), projector, token_budget=512)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports, which would hide ours
+    job.fill(Path(scratch) / "store", rows_per_unit=32, dtype="float16")
+    print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_does_not_grow_with_the_number_of_rows(record_property):
-    """Ten times the rows (16 MB of float32 features more) may cost 8 MB: keys, lengths, and the allocator's moods."""
+    """Ten times the rows, 59 MB of float32 features more, may cost 12 MiB: keys, lengths, and the allocator's moods."""
     peaks = []
     for rows in (200, 2000):
         done = subprocess.run(
@@ -570,4 +575,4 @@ def test_memory_does_not_grow_with_the_number_of_rows(record_property):
         peaks.append(int(done.stdout.split()[-1]) / 1024)
     record_property("rss_growth_mib", peaks[1] - peaks[0])
     print(f"peak RSS: {peaks[0]:.1f} MiB for 200 rows, {peaks[1]:.1f} MiB for 2000")
-    assert peaks[1] - peaks[0] < 8
+    assert peaks[1] - peaks[0] < 12

@@ -241,6 +241,9 @@ def test_shapes_of_the_five_formats():
                                   {"role": "user", "content": "q"}],
                        "completion": [{"role": "assistant", "content": "a"}]})
     assert contents(both)[-1] == ("assistant", "a") and both.masked == {1}  # loss on the completion only
+    weighed = read_shape({"prompt": [turn("user", "q")], "completion": [
+        turn("assistant", "a", weight=0), turn("user", "r"), turn("assistant", "b")]})
+    assert weighed.masked == {1}
 
 
 def test_formats_with_columns_of_others_are_told_apart():
@@ -264,6 +267,9 @@ def test_odd_rows_are_kept_and_flagged():
     shape = read_shape({"messages": [turn("user", "q"), turn("assistant", "a", weight=0),
                                      turn("user", "q"), turn("assistant", "b", weight=1)]})
     assert shape.masked == {1}
+    shape = read_shape({"system": "s", "conversations": [turn("user", "q"), turn("assistant", "a", weight=0),
+                                                         turn("user", "q"), turn("assistant", "b")]})
+    assert shape.masked == {2} and len(shape.messages) == 5
 
 
 def test_columns_are_mapped_and_checked():
@@ -294,7 +300,9 @@ UNICODE = ["emoji 🗼🇯🇵", "שלום עולם", "e\u0301", "a\u2028b\u0085
 def test_rows_are_the_input_lines_byte_for_byte(tmp_path):
     raws = [b'{"id":"%d","z":1,  "a" : [1.0e0],"text":"%s"}' % (k, text.encode()) for k, text in enumerate(UNICODE)]
     raws.append(raws[0].replace(b'"0"', b'"crlf"') + b"\r")
-    pool, bad = read(tmp_path, b"\xef\xbb\xbf" + b"\n".join(raws))  # no newline at the end
+    bom = b"\xef\xbb\xbf"
+    assert read(tmp_path, raws[0] + b"\n" + bom + raws[1])[1][0].reason == "byte_order_mark"
+    pool, bad = read(tmp_path, bom + b"\n".join(raws))  # no newline at the end
     assert not bad
     assert [row.raw for row in pool] == raws
     assert [row.text for row in pool][:4] == UNICODE[:4]
@@ -365,6 +373,7 @@ def test_ids_are_unique(tmp_path):
     assert pool.flags["repeated_id"] == 3 and pool.flags["new_id"] == 4
     with pytest.raises(DataError, match="repeated_id \\(id 'x' is also at .*data.jsonl:1\\)"):
         read(tmp_path, b"\n".join(rows), on_bad_row="error")
+    assert read(tmp_path, b"\n".join(map(line, ["x#2", "x", "x"])))[0].ids == ["x#2", "x", "x#3"]
     start = time.process_time()
     pool, _ = read(tmp_path, b"\n".join([line("same")] * 20_000))
     assert len(set(pool.ids)) == 20_000 and time.process_time() - start < 10

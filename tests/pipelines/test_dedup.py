@@ -76,6 +76,7 @@ def test_near_duplicates_are_found(tmp_path, changed):
 @pytest.mark.parametrize(("a", "b"), [
     (chat(LONG, "In 1799."), chat(LONG, "In 1899.")),  # one question, two answers
     (chat(LONG, "Yes"), chat(LONG, "No")),
+    (chat(LONG, "It was finished in the year 1799."), chat(LONG, "It was finished in the year 1899.")),
     (chat("What is 3 + 4?", "7"), chat("What is 3 - 4?", "-1")),
     (chat("x + y", "a"), chat("x - y", "a")),
     (chat(LONG, "In 1799."), chat(LONG[::-1], "In 1799.")),

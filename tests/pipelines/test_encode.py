@@ -375,7 +375,10 @@ def test_generation_markers_are_used():
     markers = template.replace("m['content'] + '<|im_end|>' }}{% endgeneration %}",
                                "m['content'].split('</think>')[-1] + '<|im_end|>' }}{% endgeneration %}")
     encoded = with_template(markers)(row(("user", "q"), ("assistant", "<think>r</think>a")))
-    assert trained(byte_level(("<|im_start|>", "<|im_end|>"), eos="<|im_end|>"), encoded) == ["a<|im_end|>"]
+    tokenizer = byte_level(("<|im_start|>", "<|im_end|>"), eos="<|im_end|>")
+    assert trained(tokenizer, encoded) == ["a<|im_end|>"]
+    later = with_template(template)(replace(turns, masked=frozenset({1})))  # markers know nothing of such turns
+    assert trained(tokenizer, later) == ["a\n\nb<|im_end|>"]
 
 
 def test_the_date_of_the_day_does_not_change_tokens():
