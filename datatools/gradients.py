@@ -184,6 +184,8 @@ class _Site:
             visit(self.weight, g.mT @ x)
         if self.bias is not None:
             visit(self.bias, g.sum(1))
+        if self.a is not None:  # adapters are float32 also over a bfloat16 model
+            x, g = x.to(self.a.dtype), g.to(self.a.dtype)
         if self.lora_a is not None:
             assert self.b is not None
             visit(self.lora_a, (g @ (self.b * self.scale)).mT @ x)
@@ -257,6 +259,16 @@ def _visit_by_hooks(loss: Loss, module: nn.Module, batch: Batch, names: Sequence
         )
     size = _size(batch)
     held: dict[int, list[tuple[Tensor, Tensor | None]]] = {}  # calls of a layer in this pass: (input, output gradient)
+    emitted: set[int] = set()
+
+    def emit(site: _Site) -> None:
+        """The sum over the layer's calls; one whose output the loss did not use adds nothing."""
+        pairs = [(x, g) for x, g in held.pop(id(site)) if g is not None]
+        if pairs:
+            xs, gs = pairs[0] if len(pairs) == 1 else (torch.cat([p[k] for p in pairs], 1) for k in (0, 1))
+            emitted.add(id(site))
+            with torch.no_grad():
+                site.emit(xs, gs, visit)
 
     def capture(site: _Site, x: Tensor, y: Tensor) -> Tensor:
         if size > 1 and (x.dim() < 2 or x.shape[0] != size):
@@ -273,12 +285,7 @@ def _visit_by_hooks(loss: Loss, module: nn.Module, batch: Batch, names: Sequence
         def arrived(g: Tensor) -> None:
             calls[call] = (calls[call][0], g.detach().reshape(size, -1, g.shape[-1]))
             if all(grad is not None for _, grad in calls):
-                xs = torch.cat([x for x, _ in calls], 1) if len(calls) > 1 else calls[0][0]
-                gs = torch.cat([g for _, g in calls if g is not None], 1) if len(calls) > 1 else calls[0][1]
-                assert gs is not None
-                del held[id(site)]
-                with torch.no_grad():
-                    site.emit(xs, gs, visit)
+                emit(site)
 
         y.register_hook(arrived)  # type: ignore[no-untyped-call]
         return y
@@ -289,12 +296,13 @@ def _visit_by_hooks(loss: Loss, module: nn.Module, batch: Batch, names: Sequence
             raise ValueError(
                 f"per-sample gradients: the loss gave shape {tuple(losses.shape)}, expected one value a row, ({size},)"
             )
-        called = {id(site) for site in sites if id(site) in held}
         if losses.requires_grad:
             torch.autograd.backward(losses.sum())
     parameters = dict(module.named_parameters())
-    for site in sites:  # layers the loss did not use, or whose gradient never arrived, have gradient zero
-        if id(site) in held or id(site) not in called:
+    for site in sites:
+        if id(site) in held:  # not all of its calls reach the loss
+            emit(site)
+        if id(site) not in emitted:  # the loss does not use this layer
             for name in site.names:
                 visit(name, parameters[name].new_zeros(size, *parameters[name].shape))
     return losses.detach()

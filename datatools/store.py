@@ -124,7 +124,7 @@ class GradientFeatures:
 
         keys: 32 hex characters each, unique, in the order in which rows are to be stored. Keys already planned stay in
         their unit, new ones become new units behind the others, planned ones that are not in `keys` keep their rows.
-        rows_per_unit: of the new units; by default a 64th of the new keys, between 16 and 16384.
+        rows_per_unit: of the new units; by default a 64th of the new keys, at least 16 and at most 32 MiB of float32.
         meta: any JSON; opening with another `meta`, `dim` or `dtype` is refused.
         verify: check a unit's digest when its rows are first read.
         Raises: DataError that names the field that differs, the old and the new value; ValueError for impossible keys.
@@ -143,7 +143,7 @@ class GradientFeatures:
                 raise DataError(_refusal(path, differing))
             planned = {key for unit in plan["units"] for key in unit.split()}
             new = [key for key in keys if key not in planned]
-            size = rows_per_unit or min(max(-(-len(new) // 64), 16), 16384)
+            size = rows_per_unit or max(16, min(-(-len(new) // 64), (32 << 20) // (4 * dim)))
             units = [" ".join(new[start:start + size]) for start in range(0, len(new), size)]
             if units or not (path / _PLAN).exists():
                 plan = {**plan, "units": [*plan["units"], *units]}

@@ -13,10 +13,10 @@ from rich.table import Table
 
 from datatools import Candidates, DataError, Selection, UsageError, files, select
 from pipelines import evaluation, methods, models, report, trainer
-from pipelines.config import AuditConfig, DataConfig, FeaturesConfig, SelectConfig, TrainingConfig
+from pipelines.config import AuditConfig, FeaturesConfig, SelectConfig, TrainingConfig
 from pipelines.methods import Context
-from pipelines.prepare import Rows, file_facts, prepare
-from pipelines.runs import Run, derive_seed, say
+from pipelines.prepare import Rows, file_facts, prepare, target_data
+from pipelines.runs import Run, alone, derive_seed, say
 from pipelines.train import in_scratch, train_adapter
 
 SELECTED, BASE = "selected", "untrained"
@@ -31,6 +31,7 @@ def run(config: AuditConfig) -> Path:
     """
     if config.lora is None:
         raise UsageError("audit: lora is null; arms are trained as adapters, so that one base model serves them all")
+    alone("datatools audit")
     trainer.check(config.training)
     with in_scratch(config) as kept, Run(kept.out, kept, "audit", overwrite=kept.overwrite) as current:
         with current.stage("read"):
@@ -40,7 +41,7 @@ def run(config: AuditConfig) -> Path:
             test = prepare(config.test, config.model, loaded.tokenizer, label="test", **read)
             target = None
             if config.target:
-                wanted = DataConfig(paths=config.target, source_key=config.pool.source_key)
+                wanted = target_data(config.pool, config.target)
                 target = prepare(wanted, config.model, loaded.tokenizer, label="target", **read)
         chosen = _rows_of(config.selected, pool)
         facts: dict[str, Any] = {"model": dict(loaded.digests), "pool": file_facts(pool), "test": file_facts(test)}
@@ -90,7 +91,7 @@ def _as_select(config: AuditConfig) -> SelectConfig:
 def _rows_of(selected: Path, pool: Rows) -> list[int]:
     """Rows of the pool whose lines stand in `selected`, in that order."""
     places: dict[str, list[int]] = {}
-    for i in range(len(pool)):
+    for i in np.flatnonzero(pool.usable).tolist():
         places.setdefault(files.digest(pool.pool.raw(i)), []).append(i)
     if not selected.is_file():
         raise UsageError(f"--selected {selected}: no such file; give the selected.jsonl of a run")
@@ -104,8 +105,6 @@ def _rows_of(selected: Path, pool: Rows) -> list[int]:
                 f"{selected}:{number} is not a row of the pool; give --pool the files that it was selected from"
             )
         found.append(rows.pop(0))
-    usable = pool.usable
-    found = [i for i in found if usable[i]]
     if not found:
         raise DataError(f"{selected}: holds no row that can be trained on")
     return found

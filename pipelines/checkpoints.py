@@ -44,8 +44,12 @@ class Checkpoint:
 
     def digests(self) -> dict[str, str]:
         """File name -> hash of the weights and the optimizer state."""
-        names = ("adapter_model.safetensors", "adapter_config.json", "model.safetensors", *_STATES)
-        return {name: files.digest_file(self.folder / name) for name in names if (self.folder / name).is_file()}
+        paths = [*sorted(self.folder.glob("*.safetensors")), *(self.folder / name for name in _STATES)]
+        found = {path.name: files.digest_file(path) for path in paths if path.is_file()}
+        if self.is_adapter:  # what of peft's file makes a difference; it also lists names in no fixed order
+            config = files.read_json(self.folder / "adapter_config.json")
+            found["adapter_config"] = ", ".join(f"{key}={config.get(key)}" for key in ("r", "lora_alpha", "use_rslora"))
+        return found
 
 
 def find(paths: Sequence[Path]) -> list[Checkpoint]:

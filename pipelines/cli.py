@@ -136,7 +136,7 @@ def select(
     on_bad_row: BadRowOption = None,
     dedup: DedupOption = None,
     max_per_source: Annotated[
-        float | None, _flag("--max-per-source", "most rows a source: 500, or a share such as 0.3", _METHOD, metavar="X")
+        str | None, _flag("--max-per-source", "most rows a source: 500, or a share such as 0.3", _METHOD, metavar="X")
     ] = None,
     checkpoints: Annotated[
         list[Path] | None,

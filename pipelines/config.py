@@ -64,6 +64,8 @@ Options = dict[str, Scalar | list[Scalar]]
 # its folder is in run.yaml and not in the fingerprint.
 VOLATILE: dict[str, Json] = {"volatile": True}
 ELSEWHERE: dict[str, Json] = {"elsewhere": True}
+# Read only after everything dear is computed: a finished run may be asked again with another value.
+LATE: dict[str, Json] = {"late": True}
 
 
 class Settings(BaseModel):
@@ -274,7 +276,9 @@ class SelectConfig(RunSettings):
     train: DataConfig = Field(description="the pool to select from")
     target: Names = Field(default=[], description="files with a few examples of what the model should get better at")
     budget: Annotated[str, BeforeValidator(_number_as_text), Field(min_length=1, max_length=64)] = Field(
-        default="5%", description="how much to select: a share '5%', a count '500', or '20000 tokens'"
+        default="5%",
+        description="how much to select: a share '5%', a count '500', or '20000 tokens'",
+        json_schema_extra=LATE,
     )
     method: Literal["less", "random", "random-length", "tfidf", "rds", "loss"] = Field(
         default="less", description="how rows are scored; `datatools ls methods` explains them"
@@ -296,12 +300,14 @@ class SelectConfig(RunSettings):
         min_length=1,
         max_length=64,
         description="from many target rows to one score a row: a name from `datatools ls aggregations`",
+        json_schema_extra=LATE,
     )
     max_per_source: Annotated[int | float | None, BeforeValidator(_cap)] = Field(
         default=None,
         gt=0,
         le=10**12,
         description="most rows a source: a count (500), or below 1 a share of the selection (0.3)",
+        json_schema_extra=LATE,
     )
 
     @model_validator(mode="after")
@@ -858,7 +864,7 @@ def flatten(value: Json, prefix: str = "") -> dict[str, Json]:
 
 def fingerprint(config: Settings) -> dict[str, Json]:
     """Dotted name -> value of everything that can change the result; two runs may share a folder when these agree."""
-    return flatten(as_dict(config, leave_out=("volatile", "elsewhere")))
+    return flatten(as_dict(config, leave_out=("volatile", "elsewhere", "late")))
 
 
 def config_digest(config: Settings) -> str:

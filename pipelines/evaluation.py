@@ -51,6 +51,7 @@ def losses(model: Any, rows: Rows, *, token_budget: int, label: str = "losses") 
         "loss": float(sums.sum() / counts.sum()),
         "tokens": int(counts.sum()),
         "rows": len(chosen),
+        "bad_rows": len(rows.bad),
         "sources": {name: _mean(sums, counts, places) for name, places in sorted(by_source.items())},
     }
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from datatools import DataError, GradientFeatures, UsageError, covered, files, per_sample_grads
+from datatools import DataError, GradientFeatures, UsageError, files, per_sample_grads
 from optim import SGDRule
 from pipelines import checkpoints, models
 from pipelines.config import DataConfig, ExplainConfig, SelectConfig, load_config
@@ -106,7 +106,7 @@ def _layers(
     else:
         module = models.load(config.model, weights=stop.folder).model
     params = checkpoints.trainable(module)
-    names = covered(module, list(params)) if config.features.method == "hooks" else list(params)
+    names = models.seen_parameters(module, params, config.features.method)
     state = checkpoints.updates(stop, params, adam_mode=config.features.adam_mode, module=module)
     method: Any = config.features.method
     update = checkpoints.restrict(state, names).per_sample(

@@ -23,7 +23,6 @@ from datatools import (
     GradientFeatures,
     UsageError,
     aggregate,
-    covered,
     did_you_mean,
     extract,
     files,
@@ -37,7 +36,7 @@ from optim import SGDRule, UpdateMap, UpdateRule
 from pipelines import checkpoints, models, trainer
 from pipelines.config import SelectConfig
 from pipelines.prepare import Rows
-from pipelines.runs import Run, derive_seed, progress, rank, world_size
+from pipelines.runs import Run, derive_seed, progress
 
 FEATURE_VERSION = "1"
 """Raise it when the same model, row and settings give other features: stores made before are then refused, not
@@ -151,11 +150,6 @@ def _warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
     config, run, pool = context.config, context.run, context.pool
     if config.checkpoints:
         return checkpoints.find(config.checkpoints), 0
-    if world_size() > 1:
-        raise UsageError(
-            "under torchrun the warm-up must be there already: train it in one process "
-            "(`datatools train --set save_steps=...`) and give it with --checkpoints; the features are then shared out"
-        )
     folder = run.path("warmup")
     recipe = config.warmup
     manifest = folder / "rows.json"
@@ -219,7 +213,7 @@ def _features(
         module = models.load(config.model, weights=checkpoint.folder).model
     try:
         params = checkpoints.trainable(module)
-        names = covered(module, list(params)) if config.features.method == "hooks" else list(params)
+        names = models.seen_parameters(module, params, config.features.method)
         _coverage(scored, params, names, config)
         state = checkpoints.updates(checkpoint, params, adam_mode=config.features.adam_mode, module=module)
         if config.features.adam_mode == "code" and (text := checkpoints.epsilon_warning(state)):
@@ -307,7 +301,7 @@ def _fill(
         extract(
             store,
             module,
-            models.row_losses,
+            models.dense_row_losses if context.config.features.method == "vmap" else models.row_losses,
             lambda keys: rows.batch([first[key] for key in keys], module.device),
             lengths,
             updates,
@@ -315,11 +309,7 @@ def _fill(
             method=context.config.features.method,  # type: ignore[arg-type]
             token_budget=context.config.features.token_budget,
             advance=lambda n, tokens: bar.advance(tokens),
-            rank=rank(),
-            world=world_size(),
         )
-        while world_size() > 1 and rank() == 0 and store.missing_units():  # no collectives: the disk says who is done
-            time.sleep(1.0)
     scored.tokens += todo
 
 
@@ -575,7 +565,7 @@ def seconds_a_token(context: Context, samples: int = 2, *, backward: bool = True
         for _ in range(samples):
             begin = time.perf_counter()
             if backward:
-                names = covered(module, list(checkpoints.trainable(module)))
+                names = models.seen_parameters(module, checkpoints.trainable(module), "hooks")
                 visit_per_sample_grads(models.row_losses, module, batch, names, lambda name, grad: None)
             else:
                 with torch.inference_mode():

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from datatools import DataError, EnvironmentProblem, UsageError, files
+from datatools import DataError, EnvironmentProblem, UsageError, covered, files
 from pipelines.config import LoraConfig, ModelConfig
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -164,7 +165,7 @@ def load(config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | N
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
-            digests = _digests(name)
+            digests = _digests(name, config.revision)
             if config.adapter is not None and config.adapter.is_dir():
                 digests |= {f"adapter/{file}": digest for file, digest in _digests(str(config.adapter)).items()}
             if tokenizer_only:
@@ -185,7 +186,9 @@ def load(config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | N
         raise DataError(f"--model {config.name}: cannot be loaded: {_first_line(error)}") from error
     model.requires_grad_(False)
     if config.adapter is not None and weights is None:
-        model = load_adapter(model, config.adapter)
+        # merged, so that what comes on top of it (fresh adapters, a checkpoint's) sees one plain model
+        model = load_adapter(model, config.adapter).merge_and_unload()
+        forget_adapters(model)
     return LoadedModel(model.eval(), tokenizer, _folder(name), digests)
 
 
@@ -198,11 +201,13 @@ def _folder(name: str) -> Path | None:
     return Path(name) if Path(name).is_dir() else None
 
 
-def _digests(name: str) -> dict[str, str]:
-    """What identifies the model: a hash of each weight and configuration file, or the hub name when it is no folder."""
+def _digests(name: str, revision: str | None = None) -> dict[str, str]:
+    """What identifies the model: a hash of each weight and configuration file; of a hub name its commit."""
     folder = _folder(name)
     if folder is None:
-        return {"hub": name}
+        from transformers.utils.hub import cached_file
+
+        return {"hub": name, "commit": Path(cached_file(name, "config.json", revision=revision)).parent.name}
     kept = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json", ".jinja") and p.is_file()]
     return {p.name: files.digest_file(p) for p in kept if p.name != "complete.json"}
 
@@ -235,6 +240,9 @@ def add_lora(model: Any, config: LoraConfig, *, seed: int) -> Any:
         ) from error
     finally:
         torch.set_rng_state(state)
+    adapters = wrapped.peft_config["default"]
+    if isinstance(adapters.target_modules, set):  # saved as it is iterated: another order in each process
+        adapters.target_modules = sorted(adapters.target_modules)
     for name, parameter in wrapped.named_parameters():
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(int(files.digest(f"{seed}/{name}".encode())[:15], 16))
@@ -249,7 +257,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
     Raises: DataError when the folder holds no safetensors adapter (pickled adapters are refused), or does not fit.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     for needed in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / needed).is_file():
@@ -257,10 +265,18 @@ def load_adapter(model: Any, folder: Path) -> Any:
                 f"adapter {folder}: {needed} is missing; expected a folder that peft's save_pretrained wrote"
             )
     try:
-        with _quiet():
+        with _quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # keys that do not match are an error below
             wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
-    except (ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as saved:
+            unmatched = set(saved.keys()) ^ set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    except (ValueError, RuntimeError, KeyError, SafetensorError, json.JSONDecodeError) as error:
         raise DataError(f"adapter {folder}: does not fit this model: {_first_line(error)}") from error
+    if unmatched:
+        raise DataError(
+            f"adapter {folder}: does not fit this model: {len(unmatched)} matrices have no counterpart, "
+            f"the first {sorted(unmatched)[0]!r}"
+        )
     return wrapped.eval()
 
 
@@ -269,11 +285,6 @@ def forget_adapters(model: Any) -> None:
     for mark in ("peft_config", "_hf_peft_config_loaded"):
         if mark in vars(model):
             delattr(model, mark)
-
-
-def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The LoRA matrices of a peft model by name, in the model's order."""
-    return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
 
 Batch = Mapping[str, Tensor]
@@ -322,3 +333,22 @@ def row_losses(model: Any, batch: Batch) -> Tensor:
     losses, rows = token_losses(model, batch)
     total = losses.new_zeros(len(batch["labels"])).index_add(0, rows, losses)
     return total / torch.bincount(rows, minlength=len(total)).clamp_min(1)
+
+
+def dense_row_losses(model: Any, batch: Batch) -> Tensor:
+    """`row_losses` with logits at every position: the form that torch.func can transform (no shape depends on data)."""
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
+    labels = batch["labels"][:, 1:]
+    losses = functional.cross_entropy(logits.mT, labels, reduction="none", ignore_index=-100)
+    return losses.sum(1) / (labels != -100).sum(1).clamp_min(1)
+
+
+def seen_parameters(module: Any, params: Mapping[str, Tensor], method: str) -> list[str]:
+    """Those of `params` whose per-example gradients `method` can form.
+
+    `hooks` needs plain linear layers, and not the output head, whose input `token_losses` narrows to supervised tokens.
+    """
+    if method != "hooks":
+        return list(params)
+    head = {id(p) for p in module.get_output_embeddings().parameters()}
+    return [name for name in covered(module, list(params)) if id(params[name]) not in head]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pipelines.data import BadRow, Pool, read_pool
 from pipelines.dedup import dedup
 from pipelines.encode import Encoder, Scan, scan
 from pipelines.models import collate
-from pipelines.runs import Run, progress
+from pipelines.runs import Run, progress, redact, warn
 
 
 @dataclass
@@ -82,14 +83,14 @@ def prepare(
     """
     quarantine = folder / "quarantine.jsonl" if folder is not None and data.on_bad_row == "quarantine" else None
     policy = data.on_bad_row if quarantine is not None or data.on_bad_row != "quarantine" else "skip"
-    pool, bad = read_pool(
-        data.paths,
-        on_bad_row=policy,
-        source_key=data.source_key,
-        cache=cache,
-        quarantine=quarantine,
-        columns=data.columns,
-    )
+    reading: dict[str, Any] = {"source_key": data.source_key, "cache": cache, "columns": data.columns}
+    try:
+        pool, bad = read_pool(data.paths, on_bad_row=policy, quarantine=quarantine, **reading)
+    except DataError:
+        if folder is not None and policy == "error":  # the message shows the first few; the file holds all
+            with suppress(DataError):
+                _write_bad(folder, read_pool(data.paths, on_bad_row="skip", **reading)[1])
+        raise
     encoder = Encoder(tokenizer, chat=model.chat, max_length=model.max_length, on_long=model.on_long)
     with progress(f"reading {label}", len(pool)) as bar:
         scanned = scan(pool, encoder, bar)
@@ -97,11 +98,14 @@ def prepare(
     reasons = {(row.file, row.line): row.reason for row in scanned.bad}
     for index in np.flatnonzero(~scanned.ok).tolist():
         status[index] = reasons.get((pool.file(index), pool.line(index)), "bad")
-    if scanned.bad and data.on_bad_row == "error":
-        shown = "\n  ".join(str(row) for row in scanned.bad[:5])
+    fatal = [row for row in scanned.bad if row.reason != "too_long" or model.on_long != "skip"]
+    if fatal and data.on_bad_row == "error":
+        if folder is not None:
+            _write_bad(folder, fatal)
+        shown = "; ".join(str(row) for row in fatal[:5])
         raise DataError(
-            f"{label}: {len(scanned.bad)} of {len(pool)} rows cannot be used:\n  {shown}\n"
-            "correct them, or go on without them: --on-bad-row skip (or quarantine)"
+            f"{label}: {len(fatal)} of {len(pool)} rows cannot be used: {shown}; correct them, or go on without them: "
+            "--on-bad-row skip (or quarantine)"
         )
     rows = Rows(pool, scanned, encoder, [*bad, *scanned.bad], status)
     if data.dedup != "none":
@@ -111,34 +115,52 @@ def prepare(
             status[index] = "duplicate"
     if not rows.usable.any():
         raise DataError(f"{label}: no usable row in {', '.join(map(str, data.paths))} ({len(rows.bad)} bad)")
+    if rows.bad:
+        where = f"; see {folder / 'bad_rows.jsonl'}" if folder is not None else ""
+        warn(f"{label}: {len(rows.bad)} bad rows are left out{where}")
     if folder is not None and rows.bad:
-        lines = [
-            json.dumps(
-                {"file": b.file, "line": b.line, "byte_offset": b.byte_offset, "reason": b.reason, "detail": b.detail}
-            )
-            for b in rows.bad
-        ]
-        files.write_text(folder / "bad_rows.jsonl", "\n".join(lines) + "\n")
+        _write_bad(folder, rows.bad)
+    if quarantine is not None and scanned.bad:
+        there = files.read_bytes(quarantine) if quarantine.exists() else b""
+        places = {(pool.file(i), pool.line(i)): i for i in np.flatnonzero(~scanned.ok).tolist()}
+        late = (pool.raw(places[row.file, row.line]) + b"\n" for row in scanned.bad)
+        files.write_bytes(quarantine, there + b"".join(late))
     return rows
+
+
+def _write_bad(folder: Path, bad: Sequence[BadRow]) -> None:
+    """`bad_rows.jsonl`: file, line, byte offset, reason and detail of each row that cannot be used."""
+    lines = (
+        {"file": redact(b.file), "line": b.line, "byte_offset": b.byte_offset, "reason": b.reason, "detail": b.detail}
+        for b in bad
+    )
+    files.write_text(folder / "bad_rows.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def target_data(pool: DataConfig, paths: Sequence[str]) -> DataConfig:
+    """How target rows are read: as the pool's are, but every one of them must be good."""
+    return pool.model_copy(update={"paths": list(paths), "on_bad_row": "error", "dedup": "none"})
 
 
 def file_facts(rows: Rows) -> dict[str, str]:
     """What is recorded about the input files, and compared when a run goes on: path -> "digest, n bytes"."""
-    return {info.path: f"{info.digest}, {info.bytes} bytes" for info in rows.pool.files}
+    return {redact(info.path): f"{info.digest}, {info.bytes} bytes" for info in rows.pool.files}
 
 
 def accept_growth(run: Run, group: str, rows: Rows) -> list[str]:
-    """Let a continued run go on with input files that only got longer; returns their paths.
+    """Let a continued run go on with input files that only got longer, and with new ones; returns their paths.
 
     A file whose beginning is still, byte for byte, the file that the run began with has new rows and no changed one.
     """
     recorded = run.provenance["facts"].get(group, {}) if run.resumed else {}
     grown = []
     for info in rows.pool.files:
-        digest, _, size = str(recorded.get(info.path, "")).removesuffix(" bytes").partition(", ")
-        if size.isdecimal() and info.bytes > int(size) and _digest_of_start(Path(info.path), int(size)) == digest:
-            grown.append(info.path)
-            run.accept = (*run.accept, f"{group}.{info.path}")
+        name = redact(info.path)
+        digest, _, size = str(recorded.get(name, "")).removesuffix(" bytes").partition(", ")
+        longer = size.isdecimal() and info.bytes > int(size) and Path(info.path).is_file()
+        if (longer and _digest_of_start(Path(info.path), int(size)) == digest) or (recorded and name not in recorded):
+            grown.append(name)
+            run.accept = (*run.accept, f"{group}.{name}")
     return grown
 
 

@@ -30,7 +30,7 @@ from typing import Any, Self
 
 from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files
 from pipelines import texts
-from pipelines.config import Json, Settings, config_digest, dump, fingerprint, flatten, load_config
+from pipelines.config import Json, Settings, as_dict, config_digest, dump, fingerprint, flatten, load_config
 from pipelines.texts import visible
 
 DISTRIBUTION = "datatools-llm"
@@ -47,6 +47,15 @@ def rank() -> int:
 def world_size() -> int:
     """How many workers there are: WORLD_SIZE as torchrun sets it, 1 alone."""
     return _whole_number("WORLD_SIZE", 1)
+
+
+def alone(command: str) -> None:
+    """Refuse to run `command` as several processes. Raises: UsageError."""
+    if world_size() > 1:
+        raise UsageError(
+            f"{command} runs as one process, and WORLD_SIZE is {world_size()}; start it without torchrun "
+            "(datatools.extract shares its units out among ranks; the command does not yet)"
+        )
 
 
 def _whole_number(name: str, default: int) -> int:
@@ -483,6 +492,7 @@ class Run:
         self._stack = ExitStack()
         self._before: Run | None = None
         self._doing: Json = None
+        self._asks_anew = False  # continued with another value of a setting that is only read at the end
         self._started = time.monotonic()
 
     # ----------------------------------------------------------------------------------------------- enter and leave
@@ -519,6 +529,7 @@ class Run:
     def _finish(self, state: str, error: BaseException | None) -> None:
         text = redact(f"{type(error).__name__}: {error}") if error is not None else None
         self._doing = None if error is None else self._doing
+        self._save_provenance()
         self.report_progress(state=state, error=text)
         self.event(state, seconds=round(time.monotonic() - self._started, 3), **({"error": text} if text else {}))
 
@@ -552,7 +563,7 @@ class Run:
         files.remove_leftovers(folder)
         self._read_stages()
         self._write_provenance()
-        if not self.resumed:
+        if not self.resumed or self._asks_anew:
             files.write_text(folder / "run.yaml", self._yaml())
         self.event("continued" if self.resumed else "started", command=self.command)
         self.report_progress(state="running")
@@ -619,10 +630,10 @@ class Run:
                 f"{_shown(self.folder)} holds a run of `datatools {match[1]}`, not {self.command}; {aside}"
             )
         try:
-            old = fingerprint(load_config(type(self.config), path))
+            before = load_config(type(self.config), path)
         except UsageError as error:
             raise UsageError(f"the run in {_shown(self.folder)} cannot be continued: {error}; {aside}") from error
-        new = fingerprint(self.config)
+        old, new = fingerprint(before), fingerprint(self.config)
         differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         if differing:
             shown = [f"{n} was {_value(old.get(n))}, is {_value(new.get(n))}" for n in differing[:5]]
@@ -632,6 +643,8 @@ class Run:
                 f"Use its settings to continue it, {aside}"
             )
         self.resumed = True
+        kept = [as_dict(config, leave_out=("volatile", "elsewhere")) for config in (before, self.config)]
+        self._asks_anew = kept[0] != kept[1]
 
     # ----------------------------------------------------------------------------------------------------- provenance
 

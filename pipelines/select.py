@@ -19,11 +19,11 @@ from rich.console import Console
 
 from datatools import Budget, Candidates, DataError, GradientFeatures, Selection, files, select
 from pipelines import checkpoints, methods, models, report, trainer
-from pipelines.config import DataConfig, SelectConfig
+from pipelines.config import SelectConfig
 from pipelines.data import Row
 from pipelines.methods import Context, Scored
-from pipelines.prepare import Rows, accept_growth, file_facts, prepare
-from pipelines.runs import Run, command_line, derive_seed, duration, peak_rss_bytes, quiet, rank, say, versions
+from pipelines.prepare import Rows, accept_growth, file_facts, prepare, target_data
+from pipelines.runs import Run, alone, command_line, derive_seed, duration, peak_rss_bytes, quiet, say, versions
 
 SHOWN_CHARACTERS = 600  # of a row's text in summary and report
 EXAMPLES = 10  # best and worst rows shown
@@ -36,25 +36,24 @@ def run(config: SelectConfig) -> Path:
     A run that was interrupted goes on where it stopped; a pool that has grown costs its new rows.
     Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
     """
+    alone("datatools select")
     Budget.parse(config.budget)  # a slip here must not cost a warm-up
     methods.check(config)
     if config.dry_run:
         return _dry_run(config)
     with Run(config.out, config, "select", overwrite=config.overwrite) as current:
         context = _context(config, current)
+        Budget.parse(config.budget).resolve(_candidates(context, None))  # nor a budget that this pool cannot fill
         with current.stage("cost"):
             before = _estimate(context)
         scored = methods.SCORERS[config.method](context)
-        if rank() != 0:
-            return config.out
         with current.stage("select and write"):
             selection = choose(context, scored)
             summary = _write(context, scored, selection, before)
         path = report.render(current.folder)
-    if rank() == 0:
-        if not quiet():
-            report.terminal(summary, Console(stderr=True))
-        say(f"report: {path}")
+    if not quiet():
+        report.terminal(summary, Console(stderr=True))
+    say(f"report: {path}")
     return config.out
 
 
@@ -68,7 +67,7 @@ def _context(config: SelectConfig, current: Run) -> Context:
         )
         target = None
         if config.target:
-            wanted = DataConfig(paths=config.target, source_key=config.train.source_key)
+            wanted = target_data(config.train, config.target)
             target = prepare(wanted, config.model, tokenizer.tokenizer, cache=current.path("inputs"), label="target")
     if grown := accept_growth(current, "data", pool):
         say(f"{', '.join(grown)} has grown since the last run: only the new rows are computed")
@@ -243,6 +242,8 @@ def _write(context: Context, scored: Scored, selection: Selection, before: Mappi
     files.write_json(current.path("provenance.json"), current.provenance)
     summary = _summary(context, scored, selection, order, before)
     files.write_json(current.path("summary.json"), summary)
+    names = ("selected.jsonl", "selected.parquet", "scores.parquet", "summary.json")
+    current.provenance["outputs"] = {name: files.digest_file(current.path(name)) for name in names}
     return summary
 
 

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from datatools import files
+from datatools import UsageError, files
 from pipelines import models, trainer
 from pipelines.config import LoraConfig, RunSettings, TrainConfig, TrainingConfig
 from pipelines.prepare import Rows, file_facts, prepare
-from pipelines.runs import Run, derive_seed, progress, rank, say
+from pipelines.runs import Run, alone, derive_seed, progress, say
 from pipelines.trainer import Trained
 
 S = TypeVar("S", bound=RunSettings)
@@ -25,6 +25,12 @@ def run(config: TrainConfig) -> Path:
 
     Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
     """
+    alone("datatools train")
+    if config.model.adapter is not None and config.lora is not None:
+        raise UsageError(
+            f"model.adapter {config.model.adapter}: fresh adapters would be trained on top of it and saved without it; "
+            "merge it into its model first, or train all weights (--lora-rank 0)"
+        )
     trainer.check(config.training)
     with in_scratch(config) as kept, Run(kept.out, kept, "train", overwrite=kept.overwrite) as current:
         with current.stage("read"):
@@ -69,9 +75,8 @@ def run(config: TrainConfig) -> Path:
                 save=config.save_steps or "epoch",
                 advance=bar.advance,
             )
-        if rank() == 0:
-            _save(module, loaded, result, done, current)
-            say(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}; saved {done}")
+        _save(module, loaded, result, done, current)
+        say(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}; saved {done}")
     return config.out
 
 

@@ -162,6 +162,12 @@ def saving(folder: Path) -> Iterator[None]:
 
 def mark_complete(folder: Path) -> None:
     """Write `complete.json`: size and hash of every file in the checkpoint. Its presence is what makes one valid."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():  # peft writes a set of names in whatever order it has; equal runs shall have equal bytes
+        config = files.read_json(adapter)
+        files.write_json(
+            adapter, {k: sorted(v) if k == "target_modules" and isinstance(v, list) else v for k, v in config.items()}
+        )
     found = {p.name: [p.stat().st_size, files.digest_file(p)] for p in sorted(folder.iterdir()) if p.name != COMPLETE}
     files.write_json(folder / COMPLETE, found)
 
@@ -289,6 +295,7 @@ def fit(
         seed=seed % 2**32,
         data_seed=seed % 2**32,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process is one device: no DataParallel around the model
     trainer = DataTrainer(
         recipe=recipe,
         observe=observe,

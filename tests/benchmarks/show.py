@@ -9,7 +9,7 @@ from tests.benchmarks.measure import RESULTS, render
 
 def main(arguments: list[str]) -> int:
     paths = [Path(argument) for argument in arguments] or [RESULTS]
-    found = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    found = [file for path in paths for file in ([path] if path.suffix == ".json" else sorted(path.glob("*.json")))]
     if not found:
         print(f"no results in {', '.join(map(str, paths))}; run `make bench` first", file=sys.stderr)
         return 1

@@ -187,3 +187,44 @@ def test_token_batches_hold_every_row_once_within_the_budget(lengths, budget):
         assert len(batch) == 1 or (area <= budget and area - sum(lengths[i] for i in batch) <= 0.125 * area)
     longest = [lengths[batch[0]] for batch in batches]
     assert longest == sorted(longest, reverse=True)
+
+
+class Twice(nn.Module):
+    """Two calls of one layer, of which the loss uses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        used, _ = self.layer(x), self.layer(2 * x)
+        return used
+
+
+def test_a_call_that_the_loss_does_not_use_adds_nothing():
+    module, x = Twice().double().eval(), torch.randn(2, 4, 3, dtype=torch.float64)
+
+    def loss(m, batch):
+        return m(batch["x"]).square().flatten(1).sum(1)
+
+    want = per_sample_grads(loss, module, {"x": x}, ["layer.weight"], method="loop")["layer.weight"]
+    assert want.abs().sum() > 0
+    torch.testing.assert_close(per_sample_grads(loss, module, {"x": x}, ["layer.weight"])["layer.weight"], want)
+
+
+def test_float32_adapters_over_a_bfloat16_model(lora):
+    """What peft makes on a GPU: hooks must give the loop's gradient, to bfloat16's rounding."""
+    model = lora.to(torch.bfloat16)
+    names = [n for n, _ in model.named_parameters() if "lora_" in n]
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.float()
+    row = torch.arange(1, 11)[None]
+    batch = {"input_ids": row, "labels": row}
+    want = per_sample_grads(lm_losses, model, batch, names, method="loop")
+    got = per_sample_grads(lm_losses, model, batch, names)
+    for name in names:
+        assert got[name].dtype == torch.float32
+    flat = [torch.cat([g[name].flatten() for name in names]) for g in (got, want)]
+    assert functional.cosine_similarity(flat[0], flat[1], dim=0) > 0.99
+    model.to(torch.float32)

@@ -105,5 +105,5 @@ def command() -> Iterator[Command]:
         return SimpleNamespace(**json.loads(process.stdout.readline()))
 
     yield call
-    process.stdin.close()
-    process.wait(timeout=30)
+    with process:  # closes its pipes, and waits for its end
+        process.stdin.close()

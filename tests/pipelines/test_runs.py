@@ -108,7 +108,7 @@ def test_other_settings_are_refused_by_name_and_overwrite_moves_aside(capsys):
     with Run("r", config(), "select"):
         Path("r/selected.jsonl").write_text("first")
     with pytest.raises(
-        UsageError, match=r"other settings: budget was \"5%\", is \"10%\"; seed was 0, is 1.*--overwrite"
+        UsageError, match=r"other settings: seed was 0, is 1.*--overwrite"
     ):
         with Run("r", config(seed=1, budget="10%"), "select"):
             pass
@@ -585,3 +585,13 @@ def test_a_run_that_failed_before_it_made_anything_does_not_occupy_the_folder():
         Path("r/scores.parquet").write_bytes(b"result")
     with pytest.raises(UsageError, match="other settings"), Run("r", config(seed=3), "select"):
         pass
+
+
+def test_a_setting_that_is_read_last_may_change_in_a_finished_run():
+    """Another budget must not cost the features again; run.yaml says what was asked last."""
+    with Run("r", config(budget="5%"), "select"):
+        pass
+    Path("r/scores.parquet").write_bytes(b"result")
+    with Run("r", config(budget="7"), "select") as run:
+        assert run.resumed
+    assert "budget: '7'" in Path("r/run.yaml").read_text()

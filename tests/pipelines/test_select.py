@@ -151,7 +151,7 @@ ODD_LINES = [
     b'{"id":"crlf","messages":[{"content":"order of keys","role":"user"},{"content":"odd","role":"assistant"}]}\r',
     '{"z": 1e2, "id": "ünï", "messages": [{"role": "user", "content": "Grüße, \u2028 and 🙂"},'
     ' {"role": "assistant", "content": "e\u0301 is not é, \u202e neither"}]}'.encode(),
-    b'  {"id" : "spaces" ,"prompt":"p", "completion":"\\u00e9\\ud83d\\ude42 escaped", "meta":{}, "n": 1000000000000000}\t ',
+    b'  {"id" : "spaces" ,"prompt":"p", "completion":"\\u00e9\\ud83d\\ude42 escaped", "meta":{}, "n": 10}\t ',
     b'{"id": "nested", "text": "plain text", "meta": {"a": [], "b": [{}], "c": null}, "n": "one", "_x": 3}',
     b'{"id": "pair", "prompt": "p ", "completion": "c", "meta": [1, "two"], "n": 1.5}',
     b'{"id": "pair2", "prompt": "p ", "completion": "d", "meta": {"a": 1}, "n": true}',
@@ -531,7 +531,9 @@ def test_non_finite_rows_are_marked_and_never_chosen(world, first, tmp_path, mon
         if model.training or batch["input_ids"].shape[1] < n:
             return values
         same = (batch["input_ids"][:, :n] == torch.tensor(encoded)).all(1)
-        return torch.where(same, values * float("nan"), values)
+        values = values.clone()
+        values[same] = values[same] * float("nan")  # not torch.where: its gradient would be 0 nan = nan everywhere
+        return values
 
     from pipelines.data import read_pool
     from pipelines.encode import Encoder
