@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from datatools import DataError, UsageError, files
 from optim import AdamWRule, UpdateMap, UpdateRule
-from pipelines import trainer
+from pipelines import models, trainer
 
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")  # transformers 5, Trainer
 _STATES = ("optimizer.pt", "optimizer.bin")
@@ -216,5 +216,4 @@ def epsilon_warning(found: UpdateMap) -> str | None:
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that a checkpoint's optimizer state speaks of: LoRA matrices, or every weight of a plain model."""
-    named = {name: p for name, p in model.named_parameters() if "lora_" in name}
-    return dict(named or model.named_parameters())
+    return dict(models.lora_parameters(model) or model.named_parameters())

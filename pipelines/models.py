@@ -240,9 +240,6 @@ def add_lora(model: Any, config: LoraConfig, *, seed: int) -> Any:
         ) from error
     finally:
         torch.set_rng_state(state)
-    adapters = wrapped.peft_config["default"]
-    if isinstance(adapters.target_modules, set):  # saved as it is iterated: another order in each process
-        adapters.target_modules = sorted(adapters.target_modules)
     for name, parameter in wrapped.named_parameters():
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(int(files.digest(f"{seed}/{name}".encode())[:15], 16))
@@ -278,6 +275,11 @@ def load_adapter(model: Any, folder: Path) -> Any:
             f"the first {sorted(unmatched)[0]!r}"
         )
     return wrapped.eval()
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The LoRA matrices of a peft model by name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
 
 def forget_adapters(model: Any) -> None:
