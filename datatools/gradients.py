@@ -17,6 +17,7 @@ Source: Goodfellow 2015, arXiv 1510.01799 (per-example gradients from one backwa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,7 +146,9 @@ def _visit_by_vmap(
         return value, value.detach()
 
     detached = {name: p.detach() for name, p in params.items()}
-    grads, losses = torch.vmap(torch.func.grad(one, has_aux=True), in_dims=(None, 0))(detached, dict(batch))
+    with warnings.catch_warnings():  # torch loops over what it cannot batch, and says so each time
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        grads, losses = torch.vmap(torch.func.grad(one, has_aux=True), in_dims=(None, 0))(detached, dict(batch))
     for name in params:
         visit(name, grads.pop(name))
     return losses  # type: ignore[no-any-return]

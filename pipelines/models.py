@@ -182,7 +182,7 @@ def load(config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | N
             ).to(device)
     except OSError as error:
         raise EnvironmentProblem(f"--model {config.name}: {_first_line(error)}") from error
-    except (ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DataError(f"--model {config.name}: cannot be loaded: {_first_line(error)}") from error
     model.requires_grad_(False)
     if config.adapter is not None and weights is None:

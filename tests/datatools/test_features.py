@@ -112,9 +112,7 @@ class Job:
 def plain(module):
     """Gradients as they are."""
     params = {name: p.detach() for name, p in models.lora_parameters(module).items()}
-    return UpdateMap(
-        dict.fromkeys(params, SGDRule()), {name: SGDRule().init(p) for name, p in params.items()}, params
-    )
+    return UpdateMap(dict.fromkeys(params, SGDRule()), {name: SGDRule().init(p) for name, p in params.items()}, params)
 
 
 def warmed(module, name="adamw", *, steps=2, seed=7, **options):
@@ -160,9 +158,7 @@ def test_a_stored_feature_is_the_definition(module, tmp_path):
     features, norms, status = everything(Job(module, rows, updates, identity(module)).fill(tmp_path))
     assert status == ["ok"] * 12
     for i, row in enumerate(rows):
-        grads = per_sample_grads(
-            models.row_losses, module, models.collate([row]), list(updates.params), method="loop"
-        )
+        grads = per_sample_grads(models.row_losses, module, models.collate([row]), list(updates.params), method="loop")
         wanted = torch.cat([u.flatten() for u in updates({name: g[0] for name, g in grads.items()}).values()])
         assert torch.cosine_similarity(features[i], wanted, dim=0) > 1 - 1e-6
         assert float(norms[i]) == pytest.approx(float(wanted.norm()), rel=1e-5)

@@ -57,8 +57,24 @@ class World:
     def argv(self, command: str, *more: str | Path, out: Path) -> list[str]:
         """The same, or a training run, or an evaluation, as a command line."""
         data = {
-            "select": ["--train", self.pool, "--target", self.target, "--budget", "10%", "--dim", 256, "--lora-rank", 4,
-                       "--set", "warmup.minimum_rows=16", "--epochs", 2, "--batch-size", 4],
+            "select": [
+                "--train",
+                self.pool,
+                "--target",
+                self.target,
+                "--budget",
+                "10%",
+                "--dim",
+                256,
+                "--lora-rank",
+                4,
+                "--set",
+                "warmup.minimum_rows=16",
+                "--epochs",
+                2,
+                "--batch-size",
+                4,
+            ],
             "train": ["--data", self.pool, "--epochs", 1, "--lora-rank", 4],
         }
         return [str(part) for part in (command, "--model", self.model, *data[command], "--out", out, *more)]
