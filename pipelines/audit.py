@@ -25,8 +25,9 @@ SELECTED, BASE = "selected", "untrained"
 def run(config: AuditConfig) -> Path:
     """Write `audit.json` to `out` and into the selection's own report, and print the table.
 
-    Every arm has the same number of rows and the same recipe. A seed changes the adapters' start and the order of the
-    rows, for `random` and `random-length` also the rows. Arms that are done are kept: a killed audit goes on.
+    Every arm has the same number of rows and the same recipe, but `full`: the whole pool, one epoch. A seed changes the
+    adapters' start and the order of the rows, for `random` and `random-length` also the rows. Arms that are done are
+    kept: a killed audit goes on.
     Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
     """
     if config.lora is None:
@@ -181,7 +182,7 @@ def _train_and_measure(
 
 
 def one_pass(recipe: TrainingConfig) -> TrainingConfig:
-    """The recipe of the whole pool: one epoch, which is still more steps than any other arm has."""
+    """The recipe of the whole pool: one epoch, whatever the other arms have; the table says so."""
     return recipe.model_copy(update={"epochs": 1})
 
 
@@ -233,10 +234,10 @@ def verdict(by_arm: dict[str, list[float]]) -> str:
             continue
         paired = [b - a for a, b in zip(ours, theirs, strict=False)]
         mean, low, high = evaluation.interval(paired)
-        name = "the whole pool" if arm == "full" else arm
+        name = "the whole pool in one epoch" if arm == "full" else arm
         if low is None or high is None:
-            word = "lower" if mean > 0 else "higher"
-            said.append(f"loss {abs(mean):.4f} {word} than {name} (one seed: no interval)")
+            word = "below" if mean > 0 else "above"
+            said.append(f"{abs(mean):.4f} {word} {name} (one seed: no interval)")
         elif low > 0:
             said.append(f"better than {name} by {mean:.4f} (95 % {low:.4f} to {high:.4f})")
         elif high < 0:
@@ -259,6 +260,13 @@ def print_table(audit: dict[str, Any], console: Console) -> None:
         spread = "" if arm["low"] is None else f"{arm['low']:.4f} to {arm['high']:.4f}"
         delta = "" if arm["arm"] == SELECTED else f"{arm['delta_vs_selected']:+.4f}"
         style = "bold" if arm["arm"] == SELECTED else None
-        table.add_row(arm["arm"], f"{arm['mean']:.4f}", spread, str(arm["n"]), delta, style=style)
+        table.add_row(
+            "full (1 epoch)" if arm["arm"] == "full" else arm["arm"],
+            f"{arm['mean']:.4f}",
+            spread,
+            str(arm["n"]),
+            delta,
+            style=style,
+        )
     console.print(table)
     console.print(audit["verdict"], soft_wrap=False, highlight=False)

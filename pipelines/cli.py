@@ -266,7 +266,7 @@ def train(
 @_command(
     "evaluate",
     "datatools evaluate --model M --data test.jsonl",
-    "datatools evaluate --model M --adapter runs/new/final --data test.jsonl",
+    "datatools evaluate --model M --adapter runs/new/adapter --data test.jsonl",
 )
 def evaluate(
     yaml: YamlArgument = None,

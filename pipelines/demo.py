@@ -21,7 +21,7 @@ DATA = Path(__file__).parent / "demo_data"
 
 
 def run(config: DemoConfig) -> Path:
-    """Select 10 % of 240 rows for booking sentences with SmolLM2-135M, train on them and on random rows, compare.
+    """Select 5 % of 240 rows for booking sentences with SmolLM2-135M, train on them and on random rows, compare.
 
     Raises: EnvironmentProblem when the demo's model is not installed; it says how to install it.
     """

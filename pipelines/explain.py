@@ -18,8 +18,8 @@ from torch import Tensor
 from datatools import DataError, GradientFeatures, UsageError, files, per_sample_grads
 from optim import SGDRule
 from pipelines import checkpoints, models
-from pipelines.config import DataConfig, ExplainConfig, SelectConfig, load_config
-from pipelines.prepare import Rows, prepare
+from pipelines.config import ExplainConfig, SelectConfig, load_config
+from pipelines.prepare import Rows, prepare, target_data
 from pipelines.report import visible
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
@@ -59,12 +59,13 @@ def run(config: ExplainConfig) -> dict[str, Any]:
         "layers": [],
     }
     if made_by.method == "less":
-        wanted = DataConfig(paths=made_by.target, source_key=made_by.train.source_key)
+        wanted = target_data(made_by.train, made_by.target)
         target = prepare(wanted, made_by.model, loaded.tokenizer, cache=cache, label="target")
         home = made_by.features.folder or folder / "features"
         stops = checkpoints.find(made_by.checkpoints or [folder / "warmup"])
-        stops = [c for c in stops if (home / f"train-{c.step}").is_dir()]
-        if not stops:
+        if not made_by.checkpoints and made_by.warmup.checkpoints:
+            stops = stops[-made_by.warmup.checkpoints :]
+        if not all((home / f"train-{c.step}").is_dir() for c in stops):
             raise DataError(f"{home}: the run's features are gone; run it again to explain its picks")
         rows = np.flatnonzero(target.usable).tolist()
         similarity = _similarities(home, stops, pool.keys[index], [target.keys[i] for i in rows])

@@ -114,6 +114,16 @@ def _from_similarity(context: Context, similarity: Tensor) -> Scored:
 # ------------------------------------------------------------------------------------------------------------- LESS
 
 
+_AGGREGATED = {
+    "less": "max over subtasks, mean over target rows z' of",
+    "paper": "max over subtasks; z' is the mean gradient of a subtask;",
+    "mean": "mean over subtasks, mean over target rows z' of",
+    "max": "max over target rows z' of",
+    "round_robin": "1 - place / n, where target rows z' in turn take the best row left by",
+    "bids": "1 - place / n, where the least-served subtask takes its best row left by the normalised",
+}
+
+
 def less(context: Context) -> Scored:
     """sum_c lr_c cos(update of the optimizer for one pool row, gradient of one target row), at the checkpoints c.
 
@@ -138,7 +148,7 @@ def less(context: Context) -> Scored:
     rule = scored.formula["rule"]
     scored.formula |= {
         "name": mode if rule == "adamw" else f"less-{rule}",
-        "text": "score(z) = max over subtasks, mean over target rows z' of "
+        "text": f"score(z) = {_AGGREGATED[config.aggregate]} "
         f"sum_c w_c cos( {rule} update of grad l(z; theta_c), grad l(z'; theta_c) ),  "
         "w_c = mean learning rate of c / sum",
     }

@@ -74,7 +74,7 @@ LABELS = {
     "bm25": "BM25",
     "rds": "hidden states (RDS)",
     "loss": "model loss",
-    "full": "whole pool",
+    "full": "whole pool, 1 epoch",
     "untrained": "no training",
 }
 WITH = {

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from datatools import Budget, Candidates, DataError, GradientFeatures, Selection, files, select
 from pipelines import checkpoints, methods, models, report, trainer
-from pipelines.config import SelectConfig
+from pipelines.config import NEED_TARGET, SelectConfig
 from pipelines.data import Row
 from pipelines.methods import Context, Scored
 from pipelines.prepare import Rows, accept_growth, file_facts, prepare, target_data
@@ -335,6 +335,14 @@ def _selected_columns(
     }
 
 
+def _notes(config: SelectConfig, formula: Mapping[str, Any]) -> list[str]:
+    """What a reader must know beside the formula."""
+    notes = [f"update: {formula['settings']}"] if "settings" in formula else []
+    if config.aggregate in ("round_robin", "bids") and config.method in NEED_TARGET:
+        notes.append(f"aggregate={config.aggregate}: the score is a place in an order, 1 for the first, and no cosine")
+    return notes
+
+
 def _names(paths: Sequence[str]) -> str:
     """`gsm8k/dev.jsonl, ...`: the last two parts of the first path."""
     shown = "/".join(Path(paths[0]).parts[-2:])
@@ -465,7 +473,7 @@ def _summary(
         "formula": {
             "name": scored_text.get("name", config.method),
             "text": scored_text.get("text", ""),
-            "notes": [f"update: {scored_text['settings']}"] if "settings" in scored_text else [],
+            "notes": _notes(config, scored_text),
         },
         "model": model | scored.coverage,
         "warnings": _warnings(context, scored, chosen),

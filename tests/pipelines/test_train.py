@@ -513,8 +513,8 @@ def test_an_arm_s_loss_can_be_had_by_hand(world, judged, selection, tmp_path):
         ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], r"better than random by 1\.0000 \(95 % 1\.0000 to 1\.0000\)"),
         ([2.0, 2.1, 1.95], [1.0, 1.2, 0.9], r"WORSE than random by 0\.9\d+ \(95 % 0\.\d+ to 1\.\d+\)"),
         ([1.0, 2.0, 3.0], [1.2, 1.7, 3.2], r"not told apart from random: 0\.0333 below, 95 % -0\.\d+ to 0\.\d+"),
-        ([1.0], [1.5], r"loss 0\.5000 lower than random \(one seed: no interval\)"),
-        ([1.5], [1.0], r"loss 0\.5000 higher than random \(one seed: no interval\)"),
+        ([1.0], [1.5], r"is 0\.5000 below random \(one seed: no interval\)"),
+        ([1.5], [1.0], r"is 0\.5000 above random \(one seed: no interval\)"),
     ],
 )
 def test_the_verdict_says_what_the_numbers_say(ours, theirs, words):
@@ -569,7 +569,7 @@ def test_all_baselines_and_the_whole_pool(world, selection, tmp_path):
         ("loss", 8),
         ("full", 60),
     ]
-    assert "the whole pool (one seed: no interval)" in found["verdict"]
+    assert "the whole pool in one epoch (one seed: no interval)" in found["verdict"]
 
 
 def test_what_cannot_be_audited_is_refused(world, selection, tmp_path):
