@@ -186,19 +186,18 @@ ODD_LINES = [
 ]
 
 
-def test_selected_lines_are_the_pool_s_byte_for_byte(world, tmp_path):
+@pytest.mark.parametrize("method", ["random", "less"])
+def test_selected_lines_are_the_pool_s_byte_for_byte(world, tmp_path, method):
     """No parsing and writing again: key order, escapes, spaces, CR and normal forms stay; so does reading them."""
     pool = tmp_path / "odd.jsonl"
     pool.write_bytes(b"\xef\xbb\xbf" + b"\n".join(ODD_LINES))  # the mark is the file's, not the row's; no last newline
-    run = select.run(
-        world.select(tmp_path / "run", train=DataConfig(paths=[str(pool)]), method="random", budget="100%")
-    )
+    run = select.run(world.select(tmp_path / "run", train=DataConfig(paths=[str(pool)]), method=method, budget="100%"))
     written = (run / "selected.jsonl").read_bytes()
     assert written.endswith(b"\n")
     assert sorted(written.removesuffix(b"\n").split(b"\n")) == sorted(ODD_LINES)
     again = select.run(
         world.select(
-            tmp_path / "again", train=DataConfig(paths=[str(run / "selected.jsonl")]), method="random", budget="100%"
+            tmp_path / "again", train=DataConfig(paths=[str(run / "selected.jsonl")]), method=method, budget="100%"
         )
     )
     assert sorted((again / "selected.jsonl").read_bytes().split(b"\n")) == sorted(written.split(b"\n"))
@@ -763,6 +762,56 @@ def test_the_method_of_gradients_does_not_change_the_selection(first, world, tmp
     difference = torch.tensor(scores(run)["_score"]) - torch.tensor(scores(first)["_score"])
     assert float(difference.abs().max()) < 1e-3  # of float16 features
     assert ids(run) == ids(first)
+
+
+@pytest.mark.parametrize("dtype, error", [("bfloat16", 0.005), ("int8", 0.01), ("int4", 0.1), ("int1", 0.5)])
+def test_features_may_be_stored_roughly(first, world, tmp_path, dtype, error):
+    """Rounding of the store moves scores by no more than this, and the files are as small as they should be."""
+    run = select.run(world.select(tmp_path / "run", features=FeaturesConfig(dtype=dtype)))
+    difference = torch.tensor(scores(run)["_score"]) - torch.tensor(scores(first)["_score"])
+    assert float(difference.abs().max()) < error
+    bits = {"bfloat16": 16, "int8": 8, "int4": 4, "int1": 1}[dtype]
+    size = (run / "features" / "train-4" / "part-00000.safetensors").stat().st_size
+    assert 16 * 256 * bits / 8 < size < 16 * 256 * bits / 8 + 700
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"dtype": "bfloat16"}},
+        {"lora": {"targets": "auto"}},
+        {"features": {"rows_per_unit": 1, "token_budget": 1}},
+        {"model": {"max_length": 40}},
+        {"projector": {"name": "rademacher", "dim": 64}},
+        {"warmup": {"max_steps": 3, "checkpoints": 1, "schedule": "cosine", "batch_size": 4}},
+        {"train": {"dedup": "near"}},
+    ],
+    ids=str,
+)
+def test_other_settings_select_too(world, tmp_path, changes):
+    settings = world.select(tmp_path / "run")
+    changed = {name: getattr(settings, name).model_copy(update=inner) for name, inner in changes.items()}
+    run = select.run(settings.model_copy(update=changed))
+    table = scores(run)
+    assert len(ids(run)) == 6
+    assert [value is not None for value in table["_score"]] == [state == "ok" for state in table["_status"]]
+
+
+@pytest.mark.parametrize("pool", ["one row", "equal rows", "the target itself"])
+def test_small_and_degenerate_pools(world, tmp_path, pool):
+    """One row, rows of one content (ties go by id), and a pool that is the target: defined answers."""
+    rows = rows_in(world.target)
+    if pool == "one row":
+        rows = rows[:1]
+    elif pool == "equal rows":
+        rows = [{**rows[0], "id": f"copy-{i}"} for i in (3, 1, 2, 5, 4)]
+    path = tmp_path / "pool.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = select.run(world.select(tmp_path / "run", train=DataConfig(paths=[str(path)]), budget="1"))
+    table = scores(run)
+    assert len(ids(run)) == 1 and all(math.isfinite(value) for value in table["_score"])
+    if pool == "equal rows":
+        assert len(set(table["_score"])) == 1 and ids(run) == ["copy-1"]
 
 
 def test_a_model_without_the_usual_layer_names(tmp_path, world):
