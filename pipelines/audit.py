@@ -137,6 +137,7 @@ def _arm(context: Context, config: AuditConfig, arm: str, chosen: list[int]) -> 
     if arm in ("tfidf", "rds") and context.target is None:
         raise UsageError(f"audit --against {arm}: compares with target rows; name the run's target files with --target")
     scores = methods.SCORERS[arm](context).scores
+    candidates.eligible = candidates.eligible & scores.isfinite()
     candidates.scores = torch.where(candidates.eligible, scores, 0.0)
     best = select("top_k", candidates, budget).indices.tolist()
     return [(seed, best) for seed in seeds]

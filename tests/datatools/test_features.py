@@ -231,6 +231,19 @@ def sorted_like_extract(rows):
     return [rows[i] for i in sorted(range(len(rows)), key=lambda i: (-len(rows[i][0]), i))]
 
 
+def test_losses_and_gradient_norms_are_kept_beside_the_features(module, tmp_path):
+    """A unit's info has each row's loss and the norm of its plain gradient, whatever the optimizer made of it."""
+    rows = random_rows(6)
+    store = Job(module, rows, warmed(module), PROJECTORS["sjlt"].of({}, 32, 0)).fill(tmp_path)
+    info = store.info(0)
+    for i, row in enumerate(rows):
+        batch = models.collate([row])
+        grads = per_sample_grads(models.row_losses, module, batch, list(models.lora_parameters(module)), method="loop")
+        norm = torch.cat([g.flatten() for g in grads.values()]).norm()
+        assert info["gradient_norm"][i] == pytest.approx(float(norm), rel=1e-4)
+        assert info["loss"][i] == pytest.approx(float(models.row_losses(module, batch).detach()), rel=1e-5)
+
+
 # -------------------------------------------------------------------------------------------------- what features tell
 
 
@@ -365,11 +378,13 @@ def test_a_non_finite_row_is_marked_and_harms_no_other(module, tmp_path, kind, r
     assert not set(select("top_k", candidates, len(others)).indices.tolist()) & set(bad)
 
 
-def test_a_row_without_a_trained_token_is_empty(module, tmp_path):
-    """Its gradient is zero: a status, not a cosine of 0/0."""
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_a_row_without_a_trained_token_is_empty(module, tmp_path, rule):
+    """Its gradient is zero: a status, not a cosine of 0/0, nor the momentum that AdamW would make its update of."""
     rows = random_rows(5)
     rows[2] = (rows[2][0], [-100] * len(rows[2][0]))
-    features, norms, status = everything(Job(module, rows, plain(module), identity(module)).fill(tmp_path))
+    updates = warmed(module) if rule == "adamw" else plain(module)
+    features, norms, status = everything(Job(module, rows, updates, identity(module)).fill(tmp_path))
     assert status == ["ok", "ok", "empty", "ok", "ok"]
     assert features.isfinite().all() and not features[2].any() and float(norms[2]) == 0
 

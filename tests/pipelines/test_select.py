@@ -812,6 +812,7 @@ def test_small_and_degenerate_pools(world, tmp_path, pool):
     assert len(ids(run)) == 1 and all(math.isfinite(value) for value in table["_score"])
     if pool == "equal rows":
         assert len(set(table["_score"])) == 1 and ids(run) == ["copy-1"]
+        assert dict(zip(table["_id"], table["_rank"], strict=True)) == {f"copy-{i}": i for i in range(1, 6)}
 
 
 def test_a_model_without_the_usual_layer_names(tmp_path, world):

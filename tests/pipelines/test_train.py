@@ -6,6 +6,7 @@ import random
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -570,6 +571,18 @@ def test_all_baselines_and_the_whole_pool(world, selection, tmp_path):
         ("full", 60),
     ]
     assert "the whole pool in one epoch (one seed: no interval)" in found["verdict"]
+
+
+def test_no_arm_trains_on_a_row_without_a_score(world, selection, tmp_path, monkeypatch):
+    """A row whose loss is not a number is nobody's hardest row."""
+    config = audited(world, selection, tmp_path)
+    tokenizer = models.load(config.model, tokenizer_only=True).tokenizer
+    pool = prepare(config.pool, config.model, tokenizer, cache=tmp_path, label="pool")
+    scores = torch.arange(60.0)
+    scores[7] = float("nan")
+    monkeypatch.setitem(audit.methods.SCORERS, "loss", lambda context: SimpleNamespace(scores=scores))
+    ((_, rows), *_) = audit._arm(SimpleNamespace(pool=pool, target=None), config, "loss", list(range(59)))
+    assert sorted(rows) == [i for i in range(60) if i != 7]
 
 
 def test_what_cannot_be_audited_is_refused(world, selection, tmp_path):
