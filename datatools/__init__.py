@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datatools.encodings import ENCODINGS as ENCODINGS
     from datatools.errors import DataError as DataError
     from datatools.errors import DatatoolsError as DatatoolsError
     from datatools.errors import EnvironmentProblem as EnvironmentProblem
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 # public name -> the module that defines it
 _EXPORTS = {
+    "ENCODINGS": "datatools.encodings",
     "DataError": "datatools.errors",
     "DatatoolsError": "datatools.errors",
     "EnvironmentProblem": "datatools.errors",

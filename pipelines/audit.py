@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from datatools import Candidates, DataError, Selection, UsageError, files, select
+from datatools import DataError, Selection, UsageError, files, select
 from pipelines import evaluation, methods, models, report, trainer
 from pipelines.config import AuditConfig, FeaturesConfig, SelectConfig, TrainingConfig
 from pipelines.methods import Context
@@ -118,27 +118,18 @@ def _arm(context: Context, config: AuditConfig, arm: str, chosen: list[int]) -> 
         return [(seed, chosen) for seed in seeds]
     if arm == "full":
         return [(config.seed, np.flatnonzero(pool.usable).tolist())]
-    candidates = Candidates(
-        keys=[f"{key} {identity}" for key, identity in zip(pool.keys, pool.pool.ids, strict=True)],
-        sources=pool.pool.sources,
-        tokens=pool.scan.tokens,
-        supervised=pool.scan.supervised,
-        eligible=pool.usable,
-    )
     reference = Selection(torch.tensor(chosen))
     budget = str(len(chosen))
     if arm in ("random", "random-length"):
         name = arm.replace("-", "_")
         drawn = [
-            select(name, candidates, budget, seed=derive_seed(seed, "audit", arm), reference=reference)
+            select(name, methods.candidates(pool), budget, seed=derive_seed(seed, "audit", arm), reference=reference)
             for seed in seeds
         ]
         return [(seed, found.indices.tolist()) for seed, found in zip(seeds, drawn, strict=True)]
     if arm in ("tfidf", "rds") and context.target is None:
         raise UsageError(f"audit --against {arm}: compares with target rows; name the run's target files with --target")
-    scores = methods.SCORERS[arm](context).scores
-    candidates.eligible = candidates.eligible & scores.isfinite()
-    candidates.scores = torch.where(candidates.eligible, scores, 0.0)
+    candidates = methods.candidates(pool, methods.SCORERS[arm](context))
     best = select("top_k", candidates, budget).indices.tolist()
     return [(seed, best) for seed in seeds]
 
@@ -174,8 +165,7 @@ def _train_and_measure(
     try:
         found = evaluation.losses(module, test, token_budget=2048, label=f"losses, {label}")
     finally:
-        module.unload()
-        models.forget_adapters(loaded.model)
+        models.unload(module)
     trained = int(pool.scan.tokens[rows].sum()) * recipe.epochs
     result = {"loss": found["loss"], "tokens": found["tokens"], "rows": len(rows), "trained_tokens": trained}
     files.write_json(measured, result)

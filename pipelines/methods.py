@@ -19,6 +19,7 @@ from torch import Tensor
 from datatools import (
     AGGREGATIONS,
     PROJECTORS,
+    Candidates,
     DataError,
     GradientFeatures,
     UsageError,
@@ -103,11 +104,36 @@ def _from_similarity(context: Context, similarity: Tensor) -> Scored:
         (subtask_means(similarity, groups), torch.arange(len(names))) if how == "paper" else (similarity, groups)
     )
     values = aggregate(columns, of, how, keys=[pool.keys[i] for i in usable.tolist()])
-    whole = torch.full((len(pool), similarity.shape[1]), float("nan")).index_copy(0, usable, similarity)
+    whole = _spread(similarity, usable, len(pool))
     return Scored(
-        torch.full((len(pool),), float("nan")).index_copy(0, usable, values.float()),
+        _spread(values, usable, len(pool)),
         similarity=whole,
         subtasks={name: whole[:, groups == i].mean(1) for i, name in enumerate(names)},
+    )
+
+
+def _spread(values: Tensor, rows: Tensor, n: int) -> Tensor:
+    """`values` [k, ...] of the pool rows `rows` [k] as float32 [n, ...], NaN elsewhere."""
+    return torch.full((n, *values.shape[1:]), float("nan")).index_copy(0, rows, values.float())
+
+
+def candidates(pool: Rows, scored: Scored | None = None) -> Candidates:
+    """The rows that may be chosen: usable and, where rows have scores, with a finite one and no status against it."""
+    eligible, scores = torch.from_numpy(pool.usable), None
+    if scored is not None:
+        for row in scored.status:
+            eligible[row] = False
+        if scored.scores.isfinite().any():
+            eligible &= scored.scores.isfinite()
+            scores = torch.where(eligible, scored.scores, 0.0)
+    return Candidates(
+        # rows of equal content tie by their id
+        keys=[f"{key} {identity}" for key, identity in zip(pool.keys, pool.pool.ids, strict=True)],
+        scores=scores,
+        sources=pool.pool.sources,
+        tokens=pool.scan.tokens,
+        supervised=pool.scan.supervised,
+        eligible=eligible,
     )
 
 
@@ -155,6 +181,28 @@ def less(context: Context) -> Scored:
     return scored
 
 
+def warm_up_rows(context: Context) -> list[int]:
+    """The pool rows of the warm-up: those it began with, or a random share drawn by content.
+
+    A pool that has grown since keeps its warm-up: its rows, and so its checkpoints.
+    Raises: DataError when some of those are no longer in the pool.
+    """
+    config, pool = context.config, context.pool
+    manifest = context.run.path("warmup", "rows.json")
+    if manifest.is_file():
+        by_key = {key: i for i, key in enumerate(pool.keys) if key}
+        recorded = files.read_json(manifest)["keys"]
+        if gone := [key for key in recorded if key not in by_key]:
+            raise DataError(f"{len(gone)} of {len(recorded)} warm-up rows are no longer in the pool; use --overwrite")
+        return [by_key[key] for key in recorded]
+    usable = np.flatnonzero(pool.usable)
+    count = min(len(usable), max(config.warmup.minimum_rows, int(config.warmup.fraction * len(usable) + 1e-9)))
+    # by content, so that the order of the input files does not change the sample
+    ordered = sorted(usable.tolist(), key=lambda i: pool.keys[i])
+    generator = np.random.Generator(np.random.Philox(derive_seed(config.seed, "warm-up rows")))
+    return [ordered[i] for i in generator.permutation(len(ordered))[:count]]
+
+
 def _warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
     """The checkpoints to take gradients at: the user's, or those of a warm-up on a random share of the pool."""
     config, run, pool = context.config, context.run, context.pool
@@ -164,21 +212,8 @@ def _warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
     recipe = config.warmup
     manifest = folder / "rows.json"
     with run.stage("warm-up"):
-        if manifest.is_file():  # a pool that has grown since keeps its warm-up: its rows, and so its checkpoints
-            by_key = {key: i for i, key in enumerate(pool.keys) if key}
-            recorded = files.read_json(manifest)["keys"]
-            if gone := [key for key in recorded if key not in by_key]:
-                raise DataError(
-                    f"{len(gone)} of {len(recorded)} warm-up rows are no longer in the pool; use --overwrite"
-                )
-            rows = [by_key[key] for key in recorded]
-        else:
-            usable = np.flatnonzero(pool.usable)
-            count = min(len(usable), max(recipe.minimum_rows, int(recipe.fraction * len(usable) + 1e-9)))
-            # by content, so that the order of the input files does not change the sample
-            ordered = sorted(usable.tolist(), key=lambda i: pool.keys[i])
-            generator = np.random.Generator(np.random.Philox(derive_seed(config.seed, "warm-up rows")))
-            rows = [ordered[i] for i in generator.permutation(len(ordered))[:count]]
+        rows = warm_up_rows(context)
+        if not manifest.is_file():
             files.make_folder(folder)
             files.write_json(manifest, {"keys": [pool.keys[i] for i in rows]})
         steps = trainer.planned_steps(len(rows), recipe)
@@ -198,8 +233,7 @@ def _warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
                     save="epoch",
                     advance=bar.advance,
                 )
-            wrapped.unload()
-            models.forget_adapters(loaded.model)
+            models.unload(wrapped)
     found = checkpoints.find([folder])
     kept = found[-recipe.checkpoints :] if recipe.checkpoints else found
     total = sum(c.mean_lr for c in kept)
@@ -250,18 +284,14 @@ def _features(
         jobs = (("train", context.pool, pool_rows, train_map), ("target", context.wanted, target_rows, target_map))
         for kind, rows, first, updates in jobs:
             meta = {**common, "gradient": sorted({_described(r) for r in updates.rules.values()})}
-            folder = context.features_folder / f"{kind}-{checkpoint.step}"
-            if (folder / "plan.json").is_file():  # asked before this run plans rows there, or neither could ever finish
-                _refuse_unfinished(GradientFeatures.open(folder), first)
-            store = GradientFeatures.create_or_open(
-                folder,
+            store = _open_store(
+                context.features_folder / f"{kind}-{checkpoint.step}",
+                first,
                 meta=meta,
                 dim=projector.dim,
                 dtype=config.features.dtype,
-                keys=list(first),
                 rows_per_unit=config.features.rows_per_unit,
             )
-            store.verify()  # a damaged unit is set aside and computed again; its bytes are read for scoring anyway
             _fill(context, store, module, kind, rows, first, updates, projector, scored)
             stores.append(store)
         scored.checkpoints.append(
@@ -275,8 +305,17 @@ def _features(
         return stores[0], stores[1]
     finally:
         if checkpoint.is_adapter:
-            module.unload()
-            models.forget_adapters(loaded.model)
+            models.unload(module)
+
+
+def _open_store(folder: Path, rows: Mapping[str, int], **options: Any) -> GradientFeatures:
+    """The store in `folder`, planned for `rows` and checked: what is missing in it now is this run's to compute."""
+    if (folder / "plan.json").is_file():  # asked before this run plans rows there, or neither could ever finish
+        _refuse_unfinished(GradientFeatures.open(folder), rows)
+    store = GradientFeatures.create_or_open(folder, keys=list(rows), **options)
+    store.verify()  # a damaged unit is set aside and computed again; its bytes are read for scoring anyway
+    _refuse_unfinished(store, rows)
+    return store
 
 
 def _refuse_unfinished(store: GradientFeatures, rows: Mapping[str, int]) -> None:
@@ -300,7 +339,6 @@ def _fill(
     projector: Any,
     scored: Scored,
 ) -> None:
-    _refuse_unfinished(store, first)
     missing = {key for unit in store.missing_units() for key in store.unit_keys(unit)}
     if not missing:
         return
@@ -357,13 +395,13 @@ def _score(
     features, norms = [], torch.zeros(len(keys))
     good = torch.ones(len(keys), dtype=torch.bool)
     for (updates, gradients), weight in zip(stores, weights, strict=True):
-        states = dict(zip(*(gradients.rows()[i] for i in (0, 2)), strict=True))
+        held = gradients.rows()
+        states, length = dict(zip(held.keys, held.status, strict=True)), dict(zip(held.keys, held.norms, strict=True))
         if dead := [row for row, key in zip(wanted, target_keys, strict=True) if states[key] != "ok"]:
             raise DataError(
                 f"target row {target.pool.where(dead[0])} has no finite, non-zero gradient ({len(dead)} such rows in "
                 f"{gradients.folder.name}); remove it from the target"
             )
-        length = dict(zip(*gradients.rows()[:2], strict=True))
         features.append(
             [
                 (
@@ -390,9 +428,8 @@ def _score(
     )
     values = aggregate(columns, of, how, keys=keys, eligible=good)
     similarity[~good] = float("nan")
-    scored.similarity = torch.full((len(pool), len(wanted)), float("nan")).index_copy(0, usable, similarity)
-    scored.scores = torch.full((len(pool),), float("nan")).index_copy(0, usable, values.float())
-    scored.norms = torch.full((len(pool),), float("nan")).index_copy(0, usable, norms)
+    scored.similarity = _spread(similarity, usable, len(pool))
+    scored.scores, scored.norms = _spread(values, usable, len(pool)), _spread(norms, usable, len(pool))
     scored.subtasks = {name: scored.similarity[:, groups == i].mean(1) for i, name in enumerate(names)}
     scored.feature_bytes = sum(p.stat().st_size for pair in stores for store in pair for p in store.folder.iterdir())
 
@@ -474,11 +511,7 @@ def _hidden_states(context: Context, kind: str, rows: Rows) -> Tensor:
         "precision": str(model.dtype),
     }
     folder = context.features_folder / f"hidden-{kind}"
-    if (folder / "plan.json").is_file():
-        _refuse_unfinished(GradientFeatures.open(folder), unique)
-    store = GradientFeatures.create_or_open(folder, meta=meta, dim=size, dtype="float32", keys=list(unique))
-    store.verify()
-    _refuse_unfinished(store, unique)
+    store = _open_store(folder, unique, meta=meta, dim=size, dtype="float32")
     budget = context.config.features.token_budget
     todo = sum(int(rows.scan.tokens[unique[k]]) for u in store.missing_units() for k in store.unit_keys(u))
     with progress(f"hidden states of the {kind}", todo, "tokens") as bar, torch.inference_mode():
@@ -583,6 +616,5 @@ def seconds_a_token(context: Context, samples: int = 2, *, backward: bool = True
             times.append(time.perf_counter() - begin)
     finally:
         if module is not loaded.model:
-            module.unload()
-            models.forget_adapters(loaded.model)
+            models.unload(module)
     return min(times) / sum(int(pool.scan.tokens[i]) for i in rows)

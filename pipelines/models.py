@@ -187,8 +187,7 @@ def load(config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | N
     model.requires_grad_(False)
     if config.adapter is not None and weights is None:
         # merged, so that what comes on top of it (fresh adapters, a checkpoint's) sees one plain model
-        model = load_adapter(model, config.adapter).merge_and_unload()
-        forget_adapters(model)
+        model = _unmarked(load_adapter(model, config.adapter).merge_and_unload())
     return LoadedModel(model.eval(), tokenizer, _folder(name), digests)
 
 
@@ -282,11 +281,17 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
 
-def forget_adapters(model: Any) -> None:
-    """Let a base model take another adapter: `unload` puts its layers back and leaves peft's mark on it."""
+def unload(wrapped: Any) -> None:
+    """Take the adapters off a peft model: its base model is as it was, and may take others."""
+    _unmarked(wrapped.unload())
+
+
+def _unmarked(model: Any) -> Any:
+    """`model` without the marks that peft leaves on it when it puts the layers back."""
     for mark in ("peft_config", "_hf_peft_config_loaded"):
         if mark in vars(model):
             delattr(model, mark)
+    return model
 
 
 Batch = Mapping[str, Tensor]

@@ -95,9 +95,9 @@ def prepare(
     with progress(f"reading {label}", len(pool)) as bar:
         scanned = scan(pool, encoder, bar)
     status = ["ok" if ok else "bad" for ok in scanned.ok]
-    reasons = {(row.file, row.line): row.reason for row in scanned.bad}
-    for index in np.flatnonzero(~scanned.ok).tolist():
-        status[index] = reasons.get((pool.file(index), pool.line(index)), "bad")
+    unencoded = np.flatnonzero(~scanned.ok).tolist()  # in the order of `scanned.bad`
+    for index, row in zip(unencoded, scanned.bad, strict=True):
+        status[index] = row.reason
     fatal = [row for row in scanned.bad if row.reason != "too_long" or model.on_long != "skip"]
     if fatal and data.on_bad_row == "error":
         if folder is not None:
@@ -122,9 +122,7 @@ def prepare(
         _write_bad(folder, rows.bad)
     if quarantine is not None and scanned.bad:
         there = files.read_bytes(quarantine) if quarantine.exists() else b""
-        places = {(pool.file(i), pool.line(i)): i for i in np.flatnonzero(~scanned.ok).tolist()}
-        late = (pool.raw(places[row.file, row.line]) + b"\n" for row in scanned.bad)
-        files.write_bytes(quarantine, there + b"".join(late))
+        files.write_bytes(quarantine, there + b"".join(pool.raw(index) + b"\n" for index in unencoded))
     return rows
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
-from datatools import Budget, Candidates, DataError, GradientFeatures, Selection, files, select
+from datatools import ENCODINGS, Budget, Candidates, DataError, GradientFeatures, Selection, files, select
 from pipelines import checkpoints, methods, models, report, trainer
 from pipelines.config import NEED_TARGET, SelectConfig
 from pipelines.data import Row
@@ -43,7 +43,7 @@ def run(config: SelectConfig) -> Path:
         return _dry_run(config)
     with Run(config.out, config, "select", overwrite=config.overwrite) as current:
         context = _context(config, current)
-        Budget.parse(config.budget).resolve(_candidates(context, None))  # nor a budget that this pool cannot fill
+        Budget.parse(config.budget).resolve(methods.candidates(context.pool))  # nor a budget that this pool cannot fill
         with current.stage("cost"):
             before = _estimate(context)
         scored = methods.SCORERS[config.method](context)
@@ -98,12 +98,14 @@ def _estimate(context: Context) -> dict[str, Any]:
     if config.method == "less":
         warm, steps = _warm_up_to_come(context)
         gradients, rows = 0, 0
-        for step in steps:
-            for kind, part in (("train", pool), ("target", context.wanted)):
-                todo = part.unique().items() - _stored(context.features_folder / f"{kind}-{step}", part.unique())
-                gradients += sum(int(part.scan.tokens[i]) for _, i in todo)
+        for kind, part in (("train", pool), ("target", context.wanted)):
+            unique = part.unique()
+            for step in steps:
+                there = _stored(context.features_folder / f"{kind}-{step}")
+                todo = [i for key, i in unique.items() if key not in there]
+                gradients += sum(int(part.scan.tokens[i]) for i in todo)
                 rows += len(todo)
-        bits = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4, "int1": 1}[config.features.dtype]
+        bits = ENCODINGS[config.features.dtype].bits
         cost |= {
             "tokens": gradients + warm,
             # a training token costs about a quarter more: LoRA runs beside its layer and padding is not sorted away
@@ -126,22 +128,20 @@ def _warm_up_to_come(context: Context) -> tuple[int, list[int]]:
     config, pool = context.config, context.pool
     if config.checkpoints:
         return 0, [c.step for c in checkpoints.find(config.checkpoints)]
-    recipe, usable = config.warmup, int(pool.usable.sum())
-    rows = min(usable, max(recipe.minimum_rows, int(recipe.fraction * usable + 1e-9)))
-    steps = trainer.planned_checkpoints(rows, recipe)
+    recipe, rows = config.warmup, methods.warm_up_rows(context)
+    steps = trainer.planned_checkpoints(len(rows), recipe)
     done = (context.run.path("warmup") / f"checkpoint-{steps[-1]}" / trainer.COMPLETE).is_file()
-    tokens = 0 if done else round(rows * recipe.epochs * pool.tokens() / max(1, usable))
+    tokens = 0 if done else int(pool.scan.tokens[rows].sum()) * recipe.epochs
     return tokens, steps[-recipe.checkpoints :] if recipe.checkpoints else steps
 
 
-def _stored(folder: Path, rows: Mapping[str, int]) -> set[tuple[str, int]]:
-    """Those of `rows` (key -> row) whose features are in the store `folder` already."""
+def _stored(folder: Path) -> set[str]:
+    """The keys whose features are in the store `folder` already."""
     if not (folder / "plan.json").is_file():
         return set()
     store = GradientFeatures.open(folder)
     missing = set(store.missing_units())
-    there = {key for unit in range(store.units) if unit not in missing for key in store.unit_keys(unit)}
-    return {(key, row) for key, row in rows.items() if key in there}
+    return {key for unit in range(store.units) if unit not in missing for key in store.unit_keys(unit)}
 
 
 def _dry_run(config: SelectConfig) -> Path:
@@ -153,7 +153,7 @@ def _dry_run(config: SelectConfig) -> Path:
         with Run(inner.out, inner, "select") as current:
             context = _context(inner, current)
             _estimate(context)
-            budget = Budget.parse(config.budget).resolve(_candidates(context, None))
+            budget = Budget.parse(config.budget).resolve(methods.candidates(context.pool))
             asked = f"{budget.rows} rows" if budget.rows is not None else f"{budget.tokens} tokens"
             say(f"budget {config.budget}: {asked}")
             for reason, count in sorted(Counter(bad.reason for bad in context.pool.bad).items()):
@@ -165,30 +165,10 @@ def _dry_run(config: SelectConfig) -> Path:
 # ----------------------------------------------------------------------------------------------------------- choose
 
 
-def _candidates(context: Context, scored: Scored | None) -> Candidates:
-    pool = context.pool
-    eligible = pool.usable.copy()
-    scores = None
-    if scored is not None:
-        for row in scored.status:
-            eligible[row] = False
-        if scored.scores.isfinite().any():
-            scores = torch.where(torch.from_numpy(eligible), scored.scores, 0.0)
-    return Candidates(
-        # rows of equal content tie by their id
-        keys=[f"{key} {identity}" for key, identity in zip(pool.keys, pool.pool.ids, strict=True)],
-        scores=scores,
-        sources=pool.pool.sources,
-        tokens=pool.scan.tokens,
-        supervised=pool.scan.supervised,
-        eligible=eligible,
-    )
-
-
 def choose(context: Context, scored: Scored) -> Selection:
     """The selection of this run's method, budget and caps."""
     config = context.config
-    candidates = _candidates(context, scored)
+    candidates = methods.candidates(context.pool, scored)
     options: dict[str, Any] = {"seed": derive_seed(config.seed, "selection"), "max_per_source": config.max_per_source}
     if config.method == "random":
         return select("random", candidates, config.budget, **options)
@@ -239,7 +219,6 @@ def _write(context: Context, scored: Scored, selection: Selection, before: Mappi
         "rows": len(chosen),
         "keys_digest": files.digest("\n".join(pool.keys[i] for i in chosen).encode()),
     }
-    files.write_json(current.path("provenance.json"), current.provenance)
     summary = _summary(context, scored, selection, order, before)
     files.write_json(current.path("summary.json"), summary)
     names = ("selected.jsonl", "selected.parquet", "scores.parquet", "summary.json")

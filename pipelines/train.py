@@ -103,12 +103,17 @@ def _save(module: Any, loaded: models.LoadedModel, result: Trained, done: Path, 
         for step, (value, rate) in enumerate(zip(result.losses, result.learning_rates, strict=True), start=1)
     ]
     files.write_text(current.path("metrics.jsonl"), "\n".join(lines) + "\n")
-    files.make_folder(done)
-    with trainer.saving(done):
-        module.save_pretrained(done)
-        if done.name == "model":
-            loaded.tokenizer.save_pretrained(done)
-    trainer.mark_complete(done)  # last: a run that is killed before it goes on from its newest checkpoint
+    # last: a run that is killed before it goes on from its newest checkpoint
+    _keep(done, module, *([loaded.tokenizer] if done.name == "model" else []))
+
+
+def _keep(folder: Path, *parts: Any) -> None:
+    """Save each part (`save_pretrained`) in `folder`, and mark it complete."""
+    files.make_folder(folder)
+    with trainer.saving(folder):
+        for part in parts:
+            part.save_pretrained(folder)
+    trainer.mark_complete(folder)
 
 
 def train_adapter(
@@ -132,12 +137,8 @@ def train_adapter(
             result = trainer.fit(
                 module, rows.item, list(chosen), recipe, folder, seed=derive_seed(seed, "training"), advance=bar.advance
             )
-        files.make_folder(folder)
-        with trainer.saving(folder):
-            module.save_pretrained(folder)
-        trainer.mark_complete(folder)
+        _keep(folder, module)
     finally:
-        module.unload()
-        models.forget_adapters(loaded.model)
+        models.unload(module)
     fell = f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}"
     say(f"{label}: {fell} ({result.steps} steps, {result.tokens:,} tokens)")

@@ -108,8 +108,7 @@ def computed(base, case, expected):
         train = checkpoint.features(rows_of(expected, "train"), checkpoint.adam)
         val = checkpoint.features(rows_of(expected, "val"), checkpoint.gradient)
         found.append((checkpoint, train, val))
-        checkpoint.module.unload()
-        models.forget_adapters(base)
+        models.unload(checkpoint.module)
     return found
 
 
@@ -160,8 +159,7 @@ def test_the_loop_agrees(base, case, expected):
         train = checkpoint.features([rows[i] for i in some], checkpoint.adam, method="loop")
         val = checkpoint.features(rows_of(expected, "val")[:3], checkpoint.gradient, method="loop")
     finally:
-        checkpoint.module.unload()
-        models.forget_adapters(base)
+        models.unload(checkpoint.module)
     np.testing.assert_allclose(cosines(train, val), expected["cosine_1"][some, :3], atol=EXACT)
     np.testing.assert_allclose(train.norm(dim=1), expected["train_norm_1"][some], rtol=EXACT)
 

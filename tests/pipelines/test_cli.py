@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import types
 from pathlib import Path
@@ -27,6 +26,7 @@ from pipelines.config import (
     TrainConfig,
     load_config,
 )
+from tests.processes import spawn
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = ["select", "train", "evaluate", "audit", "explain", "report", "demo", "doctor", "ls"]
@@ -63,13 +63,7 @@ def pipeline(monkeypatch):
 
 
 def launch(*arguments, code="from pipelines.cli import main; import sys; sys.exit(main())", **environment):
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
-    )
+    return spawn(code, *arguments, **environment)
 
 
 # ---------------------------------------------------------------------------------------------------------- help

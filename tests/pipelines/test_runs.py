@@ -6,9 +6,7 @@ import os
 import platform
 import re
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -21,6 +19,7 @@ from datatools import DataError, EnvironmentProblem, UsageError, files
 from pipelines import runs
 from pipelines.config import SelectConfig, TrainConfig, load_config
 from pipelines.runs import Progress, Run, Terminated, derive_seed, interruptible, progress, redact, slug
+from tests.processes import spawn
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -44,16 +43,6 @@ def config(**more):
 
 def read(path):
     return json.loads(Path(path).read_text())
-
-
-def spawn(code, *arguments, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
-    )
 
 
 # ---------------------------------------------------------------------------------------------- what it leaves

@@ -347,8 +347,7 @@ def test_a_base_model_takes_one_adapter_after_the_other(world):
     want = {name: p.clone() for name, p in loaded.model.named_parameters()}
     for seed in (0, 1):
         wrapped = models.add_lora(loaded.model, LORA, seed=seed)
-        wrapped.unload()
-        models.forget_adapters(loaded.model)
+        models.unload(wrapped)
     after = dict(loaded.model.named_parameters())
     assert list(after) == list(want) and all(torch.equal(after[name], p) for name, p in want.items())
 
@@ -580,7 +579,7 @@ def test_no_arm_trains_on_a_row_without_a_score(world, selection, tmp_path, monk
     pool = prepare(config.pool, config.model, tokenizer, cache=tmp_path, label="pool")
     scores = torch.arange(60.0)
     scores[7] = float("nan")
-    monkeypatch.setitem(audit.methods.SCORERS, "loss", lambda context: SimpleNamespace(scores=scores))
+    monkeypatch.setitem(audit.methods.SCORERS, "loss", lambda context: audit.methods.Scored(scores))
     ((_, rows), *_) = audit._arm(SimpleNamespace(pool=pool, target=None), config, "loss", list(range(59)))
     assert sorted(rows) == [i for i in range(60) if i != 7]
 
