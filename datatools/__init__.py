@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datatools.gradients import per_sample_grads as per_sample_grads
     from datatools.gradients import token_batches as token_batches
     from datatools.gradients import visit_per_sample_grads as visit_per_sample_grads
+    from datatools.memory import keep_pages as keep_pages
     from datatools.projectors import PROJECTORS as PROJECTORS
     from datatools.projectors import Projector as Projector
     from datatools.scores import AGGREGATIONS as AGGREGATIONS
@@ -49,6 +50,7 @@ _EXPORTS = {
     "per_sample_grads": "datatools.gradients",
     "token_batches": "datatools.gradients",
     "visit_per_sample_grads": "datatools.gradients",
+    "keep_pages": "datatools.memory",
     "PROJECTORS": "datatools.projectors",
     "Projector": "datatools.projectors",
     "AGGREGATIONS": "datatools.scores",

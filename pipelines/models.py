@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from datatools import DataError, EnvironmentProblem, UsageError, covered, files
+from datatools import DataError, EnvironmentProblem, UsageError, covered, files, keep_pages
 from pipelines.config import LoraConfig, ModelConfig
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -171,6 +171,8 @@ def load(config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | N
             if tokenizer_only:
                 return LoadedModel(None, tokenizer, _folder(name), digests)
             device = "cuda" if torch.cuda.is_available() else "cpu"
+            if device == "cpu":
+                keep_pages()
             dtype = torch.float32 if device == "cpu" else torch.bfloat16
             if config.dtype != "auto":
                 dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
