@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from optim import schedule
+from optim.schedules import one_cycle_momentum
 from tests.conftest import REPOSITORY, golden_folder
 from tests.optim import golden
 
@@ -63,7 +64,7 @@ def test_trajectory(case, record_property):
 def ours(entry: dict):
     """The schedule of a golden curve, or None if the suite does not have it."""
     p, name = entry["params"], entry["name"]
-    warm = {"total_steps": p.get("total_steps"), "warmup_steps": p.get("warmup")}
+    warm = {"total_steps": p.get("total_steps"), "warmup_steps": p.get("warmup", 0)}
     ratio = p.get("min_lr", 0.0) / p.get("max_lr", 1.0)
     if name.startswith("linear_warmup"):
         return schedule("linear", **warm)
@@ -75,6 +76,23 @@ def ours(entry: dict):
         total = p["warmup"] + p["stable"] + p["decay"]
         return schedule("wsd", total_steps=total, warmup_steps=p["warmup"], decay_steps=p["decay"],
                         decay=name.removeprefix("wsd_"), min_ratio=p["min_lr_ratio"])
+    if name.startswith(("rex_", "uba_", "poly")):
+        kind = "polynomial" if name.startswith("poly") else name[:3]
+        return schedule(kind, **warm, min_ratio=ratio, **{k: p[k] for k in ("d", "phi", "power") if k in p})
+    if name.startswith("onecycle_"):
+        length = p["total_steps"] - 1  # torch counts the values, not the steps between the first and the last
+        if name.endswith("momentum"):
+            options = {k: p[k] for k in ("base_momentum", "max_momentum")}
+            return lambda step: one_cycle_momentum(step, total_steps=length, **options)
+        options = {k: p[k] for k in ("pct_start", "div_factor", "final_div_factor", "three_phase")}
+        anneal = {"cos": "cosine", "linear": "linear"}[p["anneal"]]
+        return schedule("one_cycle", total_steps=length, anneal=anneal, **options)
+    if name.startswith("blockwise_"):
+        block = p["ratio"] if "ratio" in p else 1  # of the peak over the base rate, of which the floor is a share
+        base = p.get("base_lr", p.get("max_lr"))
+        factor = schedule(name.split("_ratio")[0], total_steps=p["max_iters"], warmup_steps=p["warmup"], ratio=block,
+                          min_ratio=p["min_lr"] / base, **({"gamma": p["gamma"]} if "gamma" in p else {}))
+        return lambda step: block * base / p.get("max_lr", 1.0) * factor(step)
     return None
 
 
@@ -84,6 +102,7 @@ def test_schedule(curve, record_property):
     if factor is None:
         record_property("not_built", f"schedule {curve.entry['name']}")
         pytest.skip(f"schedule {curve.entry['name']} is not built yet")
+    peak = curve.entry["params"].get("max_lr", 1.0)  # 1 for momenta, and for block rates, which have a base rate
     for step, want in zip(curve.entry["steps"], curve.entry["values"], strict=True):
-        got = curve.entry["params"]["max_lr"] * factor(step)
+        got = peak * factor(step)
         assert got == pytest.approx(want, rel=1e-12, abs=1e-18), f"{curve.id}, step {step}: {curve.entry['reference']}"
