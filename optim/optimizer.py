@@ -120,6 +120,8 @@ class Optimizer(torch.optim.Optimizer):
         work = [(group, list(self._ready(group, offset))) for group, offset in self._offsets()]
         for group, entries in work:
             rule: UpdateRule = group["rule"]
+            if type(rule).share is not UpdateRule.share and entries:
+                self._share(rule, group, entries)
             for params, grads in _grouped(entries):
                 states = [self._state_of(rule, param) for param in params]
                 rule.step_many(params, grads, states, lr=group["lr"], weight_decay=group["weight_decay"])
@@ -149,6 +151,11 @@ class Optimizer(torch.optim.Optimizer):
                 )
                 continue
             yield param, grad
+
+    def _share(self, rule: UpdateRule, group: dict[str, Any], entries: list[tuple[Tensor, Tensor]]) -> None:
+        states = [self._state_of(rule, param) for param, _ in entries]
+        everyone = [self.state[param] for param in group["params"] if self.state.get(param)]
+        rule.share([grad for _, grad in entries], states, everyone)
 
     def _state_of(self, rule: UpdateRule, param: Tensor) -> State:
         state: State = self.state[param]

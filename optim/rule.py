@@ -59,6 +59,15 @@ class UpdateRule(ABC):
         """
         return param
 
+    def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
+        """What the parameters of a param group tell each other before they are stepped; by default nothing.
+
+        The only way from one parameter to another: a method that needs it (a counter of the whole optimizer, a second
+        moment of several tensors) writes to entries of `states`, in place, which `update` then reads. `grads` and
+        `states` are of the parameters about to be stepped; `group` has the states of all that ever were.
+        """
+        return None
+
     def step(
         self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float
     ) -> None:
