@@ -95,6 +95,9 @@ DedupOption = Annotated[
 OptimizerOption = Annotated[
     str | None, _flag("--optimizer", "a name from: datatools ls optimizers", _TRAINING, "adamw", metavar="NAME")
 ]
+ScheduleOption = Annotated[
+    str | None, _flag("--schedule", "a name from: datatools ls schedules", _TRAINING, "linear", metavar="NAME")
+]
 LearningRateOption = Annotated[
     float | None, _flag("--learning-rate", "peak learning rate", _TRAINING, 0.001, metavar="X")
 ]
@@ -207,7 +210,7 @@ def select(
     "datatools train --model M --data runs/select/selected.jsonl --out runs/new",
     "datatools train --model M --data a.jsonl --data b.jsonl --optimizer muon",
     "datatools train --model M --data a.jsonl --lora-rank 0 --learning-rate 2e-5",
-    "datatools train --model M --data a.jsonl --set training.schedule=cosine",
+    "datatools train --model M --data a.jsonl --optimizer lion --schedule cosine --learning-rate 1e-4",
 )
 def train(
     yaml: YamlArgument = None,
@@ -226,6 +229,7 @@ def train(
         int | None, _flag("--lora-rank", "rank of the adapters; 0 trains every weight", _MODEL, 8, metavar="N")
     ] = None,
     optimizer: OptimizerOption = None,
+    schedule: ScheduleOption = None,
     learning_rate: LearningRateOption = None,
     epochs: EpochsOption = None,
     batch_size: BatchSizeOption = None,
@@ -254,6 +258,7 @@ def train(
         "out": out,
         "seed": seed,
         **_training_flags(optimizer, learning_rate, epochs, batch_size),
+        "training.schedule": schedule,
         "lora.rank": lora_rank or None,
         "overwrite": overwrite or None,
         "dry_run": dry_run or None,

@@ -174,8 +174,19 @@ class TrainingConfig(Settings):
     schedule: str = Field(
         default="linear", min_length=1, max_length=64, description="a name from `datatools ls schedules`"
     )
+    schedule_options: Options = Field(
+        default={}, description="settings of the schedule, such as {min_ratio: 0.1}; `datatools ls schedules`"
+    )
     warmup_ratio: float = Field(
-        default=0.03, ge=0, le=1, description="share of the steps over which the learning rate rises"
+        default=0.03,
+        ge=0,
+        le=1,
+        description="share of the steps over which the learning rate rises; one_cycle has its own (pct_start)",
+    )
+    block_ratios: Literal["paper"] | dict[str, float] | None = Field(
+        default=None,
+        description="learning rates by block, times learning_rate: paper (arXiv 2502.19002) or {embedding: 10, qk: 8, "
+        "ffn: 6, vo: 4, norm: 1, head: 1}; null is one rate",
     )
     epochs: int = Field(default=3, ge=1, le=10_000, description="passes over the rows")
     batch_size: int = Field(default=8, ge=1, le=1_000_000, description="rows an optimizer step, over all micro-batches")

@@ -104,7 +104,7 @@ def _formats() -> Rows:
 
 KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[], Rows]]] = {
     "optimizers": ("--optimizer", ("name", "what it does", "state", "source"), _optimizers),
-    "schedules": ("--set training.schedule=NAME", ("name", "learning rate"), _schedules),
+    "schedules": ("train --schedule", ("name", "learning rate"), _schedules),
     "methods": ("--method", ("name", "rows are chosen by"), _methods),
     "projectors": ("--projector", ("name", "what it is"), _projectors),
     "aggregations": ("--set aggregate=NAME", ("name", "from target rows to one score"), _aggregations),

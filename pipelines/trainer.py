@@ -78,8 +78,8 @@ class DataTrainer(Trainer):  # type: ignore[misc]
         Step k = 1..T has the factor at k of T + 1: a short run wastes neither its first step nor its last on rate 0.
         """
         if self.lr_scheduler is None:
-            factor = _schedule(self.recipe, num_training_steps)
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: factor(step + 1))
+            optimizer = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(optimizer, _factors(self.recipe, num_training_steps, optimizer))
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -122,16 +122,25 @@ def _optimizer(recipe: TrainingConfig, parameters: Sequence[tuple[str, Tensor]])
             parameters,
             lr=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
+            block_ratios=recipe.block_ratios,
             **recipe.optimizer_options,
         )
     except (ValueError, TypeError) as error:
         raise UsageError(f"training.optimizer: {error}") from error
 
 
-def _schedule(recipe: TrainingConfig, steps: int) -> Callable[[int], float]:
+def _factors(recipe: TrainingConfig, steps: int, optimizer: torch.optim.Optimizer) -> list[Callable[[int], float]]:
+    """One function a param group, from the steps taken to the factor of the next: the schedule at that of T + 1."""
+
+    def next_step(factor: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: factor(step + 1)
+
     try:
-        warmup = math.ceil(recipe.warmup_ratio * steps)
-        return optim.schedule(recipe.schedule, total_steps=steps + 1, warmup_steps=warmup)
+        options: dict[str, Any] = dict(recipe.schedule_options)
+        if "warmup_steps" in optim.schedule_options(recipe.schedule):
+            options.setdefault("warmup_steps", math.ceil(recipe.warmup_ratio * steps))
+        factors = optim.group_factors(optimizer, recipe.schedule, total_steps=steps + 1, **options)
+        return [next_step(factor) for factor in factors]
     except (ValueError, TypeError) as error:
         raise UsageError(f"training.schedule: {error}") from error
 
@@ -141,8 +150,8 @@ def check(recipe: TrainingConfig) -> None:
 
     Raises: UsageError.
     """
-    _optimizer(recipe, [("layers.0.weight", nn.Parameter(torch.zeros(2, 2)))])
-    _schedule(recipe, 1)
+    weight = nn.Parameter(torch.zeros(2, 2))
+    _factors(recipe, 1, _optimizer(recipe, [("model.layers.0.mlp.up_proj.weight", weight)]))
 
 
 @contextmanager

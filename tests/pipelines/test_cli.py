@@ -157,6 +157,7 @@ DEFAULTS = {
             "max_length": "model.max_length",
             "lora_rank": "lora.rank",
             "optimizer": "training.optimizer",
+            "schedule": "training.schedule",
             "learning_rate": "training.learning_rate",
             "epochs": "training.epochs",
             "batch_size": "training.batch_size",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import optim
 from datatools import DataError, EnvironmentProblem, UsageError, files
 from pipelines import audit, demo, evaluation, models, select, train, trainer
 from pipelines.config import (
@@ -297,10 +298,39 @@ def test_names_that_do_not_exist_are_refused_before_anything_is_read(tmp_path):
         ({"optimizer_options": {"beta": 1}}, "no setting 'beta'; did you mean 'betas'"),
         ({"optimizer_options": {"betas": [0.9, 1.5]}}, "betas"),
         ({"schedule": "cosin"}, "no schedule is called 'cosin'; did you mean 'cosine'"),
+        ({"schedule": "uba", "schedule_options": {"pho": 1}}, "no option 'pho'; did you mean 'phi'"),
+        ({"schedule": "rex", "schedule_options": {"d": 1.0}}, "d = 1.0; it must be a number at least 0 and below 1"),
+        ({"block_ratios": {"mlp": 2.0}}, "block 'ffn', which has no ratio; known: mlp"),
     ):
         with pytest.raises(UsageError, match=text):
             train.run(TrainConfig(**nothing, training=TrainingConfig(**change)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("schedule", sorted(optim.SCHEDULES))
+def test_every_schedule_by_name(world, tmp_path, schedule):
+    """Steps k = 1..9 of the run have the factors at k of 10; the blockwise ones are as for one block."""
+    training = TrainingConfig(epochs=3, batch_size=8, schedule=schedule, warmup_ratio=0.2, micro_tokens=2048)
+    run = train.run(settings(world, tmp_path / "run", training=training))
+    rates = [json.loads(line)["learning_rate"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    options = {} if schedule == "one_cycle" else {"warmup_steps": 2}
+    factor = optim.schedule(schedule, total_steps=10, **options)
+    assert rates == pytest.approx([1e-3 * factor(k) for k in range(1, 10)], rel=1e-6)
+
+
+def test_blocks_have_rates_of_their_own(world, tmp_path):
+    """LoRA on the four attention matrices: q and k at 8 times the rate, v and o at 4 times, one rate at the end."""
+    options = {"epochs": 1, "max_steps": 2, "schedule": "blockwise_cosine", "warmup_ratio": 0.0, "batch_size": 8}
+    training = TrainingConfig(**options, block_ratios="paper", schedule_options={"min_ratio": 0.5})
+    run = train.run(settings(world, tmp_path / "run", training=training))
+    saved = torch.load(run / "checkpoints" / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    groups = {group["block"]: group for group in saved["param_groups"]}
+    assert {block: (group["lr_ratio"], group["initial_lr"]) for block, group in groups.items()} == {
+        "qk": (8.0, 8e-3), "vo": (4.0, 4e-3)
+    }  # fmt: skip
+    assert all(".q_proj." in name or ".k_proj." in name for name in groups["qk"]["param_names"])
+    # after the second step of three: the scheduler stands at the third, the last of the decay
+    assert [group["lr"] for group in groups.values()] == pytest.approx([5e-4, 5e-4])
 
 
 def test_other_settings_and_changed_data_are_refused_by_name(first, world, tmp_path):
