@@ -9,14 +9,12 @@ from typing import Any, TypeAlias, overload
 import torch
 from torch import Tensor
 
+from optim import fused
 from optim.rule import State, UpdateRule
 from optim.saved import bare_name, check_state, expected_state, loaded_state, saved_rule
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 """Parameters, named parameters, or param groups: what `torch.optim` accepts."""
-
-_MAX_GROUPED = 1 << 25
-"""Elements that one grouped call may hold: bounds its temporaries to 128 MB each in float32, whatever the model."""
 
 _TORCH_FLAGS = {  # refused, with advice
     "maximize": "minimise the negated loss instead",
@@ -122,9 +120,9 @@ class Optimizer(torch.optim.Optimizer):
             rule: UpdateRule = group["rule"]
             if type(rule).share is not UpdateRule.share and entries:
                 self._share(rule, group, entries)
-            for params, grads in _grouped(entries):
-                states = [self._state_of(rule, param) for param in params]
-                rule.step_many(params, grads, states, lr=group["lr"], weight_decay=group["weight_decay"])
+            params, grads = [param for param, _ in entries], [grad for _, grad in entries]
+            states = [self._state_of(rule, param) for param in params]
+            fused.step(rule, params, grads, states, lr=group["lr"], weight_decay=group["weight_decay"])
         return loss
 
     def _offsets(self) -> Iterator[tuple[dict[str, Any], int]]:
@@ -258,22 +256,3 @@ def _labelled(group: Mapping[str, Any], offset: int) -> Iterator[tuple[str, Tens
     names = group.get("param_names")
     for i, param in enumerate(group["params"]):
         yield (repr(names[i]) if names else f"number {offset + i} of shape {tuple(param.shape)}"), param
-
-
-def _grouped(entries: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Parameters and gradients by device and dtypes, at most `_MAX_GROUPED` elements at a time (or one tensor)."""
-    pools: dict[tuple[torch.device, torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
-    for param, grad in entries:
-        pools.setdefault((param.device, param.dtype, grad.dtype), []).append((param, grad))
-    for pool in pools.values():
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        held = 0
-        for param, grad in pool:
-            if params and held + param.numel() > _MAX_GROUPED:
-                yield params, grads
-                params, grads, held = [], [], 0
-            params.append(param)
-            grads.append(grad)
-            held += param.numel()
-        yield params, grads

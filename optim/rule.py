@@ -25,10 +25,9 @@ class UpdateRule(ABC):
     run on the meta device, to check a loaded state). Fields are plain values (bool, int, float, str, None, tuples of
     these, or another rule), because a checkpoint stores them as such.
 
-    Fast paths: `step_many` is the hook that `Optimizer` calls, with tensors of one device and dtype; by default it
-    loops over `step`, and `step` writes `update` back. A rule that wants to be fast overrides `step_many` with
-    grouped in-place arithmetic (`torch._foreach_*` or a kernel) and routes `step` through it: the algorithm then
-    exists twice, once as the definition (`update`) and once as the fast path, and the battery holds the two equal.
+    Written as one tensor program, without Python branches on values and without writing in place, `update` and `decay`
+    are also what a step runs: `optim.fused` compiles them, on the CPU, to one loop over memory. A rule that overrides
+    `step` is stepped by that instead, tensor by tensor.
     """
 
     name: ClassVar[str]
@@ -81,19 +80,6 @@ class UpdateRule(ABC):
         param.copy_(param - lr * direction)
         for key, value in new_state.items():
             state[key].copy_(value)  # not rebound: a new value may alias the gradient
-
-    def step_many(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float | Tensor,
-        weight_decay: float,
-    ) -> None:
-        """`step` for several parameters of one device and dtype; overridden where grouping makes it faster."""
-        for param, grad, state in zip(params, grads, states, strict=True):
-            self.step(param, grad, state, lr=lr, weight_decay=weight_decay)
 
     def describe(self) -> dict[str, Any]:
         """The rule as plain values, ``{"name": ..., field: value, ...}``; `optim.rule_from` is the inverse."""
@@ -181,15 +167,3 @@ def checked_betas(rule: str, betas: Sequence[float]) -> tuple[float, float]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def cast_like(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor in the dtype of its partner: itself where the dtypes agree, a copy otherwise."""
-    return [t.to(other.dtype) for t, other in zip(tensors, like, strict=True)]
-
-
-def write_back(params: Sequence[Tensor], work: Sequence[Tensor]) -> None:
-    """Round working copies back into their parameters; nothing to do where they are the same tensors."""
-    pairs = [(p, w) for p, w in zip(params, work, strict=True) if p is not w]
-    if pairs:
-        torch._foreach_copy_([p for p, _ in pairs], [w for _, w in pairs])

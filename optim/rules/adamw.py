@@ -1,7 +1,5 @@
 """AdamW: Adam with decoupled weight decay."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,12 +10,10 @@ from optim.optimizer import Optimizer, Params
 from optim.rule import (
     State,
     UpdateRule,
-    cast_like,
     check_flag,
     check_non_negative,
     checked_betas,
     correction,
-    write_back,
     zero_moment,
     zero_step,
 )
@@ -93,51 +89,6 @@ class AdamWRule(UpdateRule):
                 m, v = m / c1, v / c2
         root = v.sqrt() if self.eps_root == 0 else (v + self.eps_root).sqrt()
         return m / (root + self.eps), new
-
-    def step(
-        self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float
-    ) -> None:
-        """`step_many` of one parameter."""
-        self.step_many([param], [grad], [state], lr=lr, weight_decay=weight_decay)
-
-    def step_many(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float | Tensor,
-        weight_decay: float,
-    ) -> None:
-        """In place; one temporary a parameter (three for 16-bit parameters, whose copies are float32)."""
-        b1, b2 = self.betas
-        lr = float(lr)
-        m, v = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        p, g = cast_like(params, m), cast_like(grads, m)
-        torch._foreach_add_([s["step"] for s in states], 1.0)
-        torch._foreach_lerp_(m, g, 1 - b1)
-        torch._foreach_mul_(v, b2)
-        torch._foreach_addcmul_(v, g, g, 1 - b2)
-        if self.amsgrad:
-            largest = [s["max_exp_avg_sq"] for s in states]
-            torch._foreach_maximum_(largest, v)
-            v = largest
-        c1, c2 = [1.0] * len(m), [1.0] * len(m)
-        if self.bias_correction:
-            steps = [float(s["step"]) for s in states]
-            c1, c2 = [1 - b1**t for t in steps], [1 - b2**t for t in steps]
-        outer = [1.0] * len(m)
-        if self.eps_before_correction:
-            c2, outer = outer, c2
-        root = torch._foreach_div(v, c2)
-        if self.eps_root != 0:
-            torch._foreach_add_(root, self.eps_root)
-        torch._foreach_sqrt_(root)
-        torch._foreach_add_(root, self.eps)
-        if weight_decay != 0:
-            torch._foreach_mul_(p, 1 - lr * weight_decay)
-        torch._foreach_addcdiv_(p, m, root, [-lr * math.sqrt(o) / c for o, c in zip(outer, c1, strict=True)])
-        write_back(params, p)
 
 
 class AdamW(Optimizer):

@@ -1,14 +1,12 @@
 """Lion: the sign of an interpolated momentum."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, UpdateRule, cast_like, checked_betas, write_back, zero_moment, zero_step
+from optim.rule import State, UpdateRule, checked_betas, zero_moment, zero_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,37 +42,6 @@ class LionRule(UpdateRule):
         g = grad.to(m.dtype)
         direction = (b1 * m).add(g, alpha=1 - b1).sign()
         return direction, {"step": state["step"] + 1, "exp_avg": (b2 * m).add(g, alpha=1 - b2)}
-
-    def step(
-        self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float
-    ) -> None:
-        """`step_many` of one parameter."""
-        self.step_many([param], [grad], [state], lr=lr, weight_decay=weight_decay)
-
-    def step_many(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float | Tensor,
-        weight_decay: float,
-    ) -> None:
-        """In place; one temporary a parameter (three for 16-bit parameters, whose copies are float32)."""
-        b1, b2 = self.betas
-        lr = float(lr)
-        m = [s["exp_avg"] for s in states]
-        p, g = cast_like(params, m), cast_like(grads, m)
-        torch._foreach_add_([s["step"] for s in states], 1.0)
-        u = torch._foreach_mul(m, b1)
-        torch._foreach_add_(u, g, alpha=1 - b1)
-        torch._foreach_sign_(u)
-        torch._foreach_mul_(m, b2)
-        torch._foreach_add_(m, g, alpha=1 - b2)
-        if weight_decay != 0:
-            torch._foreach_mul_(p, 1 - lr * weight_decay)
-        torch._foreach_add_(p, u, alpha=-lr)
-        write_back(params, p)
 
 
 class Lion(Optimizer):

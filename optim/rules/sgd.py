@@ -1,10 +1,8 @@
 """SGD: the gradient itself, or its heavy-ball or Nesterov momentum."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from optim.optimizer import Optimizer, Params
@@ -14,7 +12,6 @@ from optim.rule import (
     check_flag,
     check_unit_interval,
     moment_dtype,
-    write_back,
     zero_moment,
     zero_step,
 )
@@ -61,40 +58,6 @@ class SGDRule(UpdateRule):
         share = 1 - self.dampening * (state["step"] > 0)  # the first gradient enters whole, as in torch
         b = new["momentum_buffer"] = self.momentum * state["momentum_buffer"] + share * g
         return (g + self.momentum * b if self.nesterov else b), new
-
-    def step(
-        self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float
-    ) -> None:
-        """`step_many` of one parameter."""
-        self.step_many([param], [grad], [state], lr=lr, weight_decay=weight_decay)
-
-    def step_many(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float | Tensor,
-        weight_decay: float,
-    ) -> None:
-        """In place; no temporaries, one with dampening or nesterov (two float32 copies for 16-bit parameters)."""
-        lr = float(lr)
-        p = [x.to(moment_dtype(x)) for x in params]
-        u: list[Tensor] | tuple[Tensor, ...] = [x.to(moment_dtype(x)) for x in grads]
-        steps = [s["step"] for s in states]
-        if self.momentum != 0:
-            b = [s["momentum_buffer"] for s in states]
-            torch._foreach_mul_(b, self.momentum)
-            if self.dampening == 0:
-                torch._foreach_add_(b, u)
-            else:
-                torch._foreach_add_(b, torch._foreach_mul(u, [1 - self.dampening * float(t > 0) for t in steps]))
-            u = torch._foreach_add(u, b, alpha=self.momentum) if self.nesterov else b
-        torch._foreach_add_(steps, 1.0)
-        if weight_decay != 0:
-            torch._foreach_mul_(p, 1 - lr * weight_decay)
-        torch._foreach_add_(p, u, alpha=-lr)
-        write_back(params, p)
 
 
 class SGD(Optimizer):

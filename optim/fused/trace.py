@@ -1,0 +1,112 @@
+"""A rule's whole step as a list of tensor operations, recorded once on tensors without data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from optim.rule import State, UpdateRule
+
+
+class Unsupported(Exception):
+    """The step cannot be compiled; the message says why."""
+
+
+@dataclass(eq=False)
+class Node:
+    """One value of the step: an input, a constant or the result of an operation on other values.
+
+    op: "input:NAME", "constant", or the name of torch's operation, such as "add.Tensor". args and kwargs hold nodes
+    where the operation took tensors, otherwise plain values.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Inputs by name ("param", "grad", "lr", "weight_decay", "state:KEY") and what the step writes to "param" and
+    "state:KEY".
+    """
+
+    inputs: dict[str, Node]
+    outputs: dict[str, Node]
+
+
+def trace(
+    rule: UpdateRule, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, decayed: bool
+) -> Trace:
+    """One step, ``p - lr (direction + weight_decay decay)``, on the shapes and dtypes of these tensors.
+
+    Raises: Unsupported if the step looks at values (a Python branch on a tensor), writes in place, or fails.
+    """
+    tensors: dict[str, Tensor] = {"param": param, "grad": grad} | {f"state:{k}": v for k, v in state.items()}
+    metas = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
+    for name in ("lr", "weight_decay"):
+        metas[name] = torch.empty((), dtype=torch.float64, device="meta")
+    recorder = _Recorder(metas)
+    try:
+        with torch.no_grad(), recorder:
+            new = _step(rule, metas, decayed)
+    except Unsupported:
+        raise
+    except Exception as error:  # whatever a rule does to tensors without data
+        raise Unsupported(f"{type(error).__name__} while tracing: {error}") from error
+    missing = {f"state:{k}" for k in state} ^ (set(new) - {"param"})
+    if missing:
+        raise Unsupported(f"update changes the entries of the state: {sorted(missing)}")
+    return Trace({name: recorder.node(t) for name, t in metas.items()},
+                 {name: recorder.node(t) for name, t in new.items()})
+
+
+def _step(rule: UpdateRule, given: Mapping[str, Tensor], decayed: bool) -> dict[str, Tensor]:
+    """`UpdateRule.step` as a function of tensors alone."""
+    param = given["param"]
+    state: State = {name.removeprefix("state:"): t for name, t in given.items() if name.startswith("state:")}
+    direction, new = rule.update(given["grad"], state, param)
+    if decayed:
+        direction = direction + given["weight_decay"] * rule.decay(direction, new, param)
+    return {"param": param - given["lr"] * direction} | {f"state:{key}": t for key, t in new.items()}
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps every operation that runs inside it as a `Node`."""
+
+    def __init__(self, inputs: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.held: dict[int, tuple[Tensor, Node]] = {}  # by id; the tensor is kept alive so that ids stay unique
+        for name, t in inputs.items():
+            self.held[id(t)] = (t, Node(f"input:{name}", tuple(t.shape), t.dtype))
+
+    def node(self, t: Tensor) -> Node:
+        """The node of a tensor; one that no operation made is a constant of the rule."""
+        if id(t) not in self.held:
+            if t.ndim != 0 or t.is_meta:
+                raise Unsupported(f"a constant tensor of shape {tuple(t.shape)}")
+            self.held[id(t)] = (t, Node("constant", (), t.dtype, (t.item(),)))
+        return self.held[id(t)][1]
+
+    def _plain(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.node(value)
+        return tuple(self._plain(v) for v in value) if isinstance(value, list | tuple) else value
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = f"{func.overloadpacket.__name__}.{func._overloadname}"
+        if func._schema.is_mutable:
+            raise Unsupported(f"the operation {name} writes in place")
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and id(out) not in self.held:
+            plain = {key: self._plain(value) for key, value in (kwargs or {}).items()}
+            node = Node(name, tuple(out.shape), out.dtype, self._plain(args), plain)
+            self.held[id(out)] = (out, node)
+        return out
