@@ -117,7 +117,7 @@ def test_own_ratios_and_blocks():
     [
         (ValueError, "'model.mystery'", lambda: blockwise(named([*ALL, "model.mystery"]), lr=1.0)),
         (ValueError, "'model.mystery'", lambda: create("lion", named(["model.mystery"]), lr=1.0, block_ratios="paper")),
-        (ValueError, "block 'embedding', which has no ratio", lambda: blockwise(named(ALL), lr=1.0, ratios={"qk": 1.0})),
+        (ValueError, "'embedding', which has no ratio", lambda: blockwise(named(ALL), lr=1.0, ratios={"qk": 1.0})),
         (ValueError, "'papers'", lambda: blockwise(named(ALL), lr=1.0, ratios="papers")),
         (ValueError, "block 'qk' is -1", lambda: blockwise(named(ALL), lr=1.0, ratios={"qk": -1})),
         (TypeError, "names", lambda: blockwise([torch.ones(1)], lr=1.0)),

@@ -1,0 +1,115 @@
+"""How sharp the loss is in each block of a transformer, and the learning-rate ratios that this suggests."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from optim import curvature
+from optim.param_groups import block_of
+from optim.rule import moment_dtype
+
+
+def block_sharpness(
+    losses: Iterable[Callable[[], Tensor]],
+    named_parameters: Iterable[tuple[str, Tensor]],
+    *,
+    labels: Literal["sampled", "data"] = "sampled",
+    block: Callable[[str], str] = block_of,
+    seed: int = 0,
+) -> dict[str, float]:
+    """S(b) = B |g_b|^2 / #b for each block b, an estimate of trace(H_bb) / #b, averaged over the batches.
+
+        found = block_sharpness([lambda b=b: model(**b).loss for b in batches], model.named_parameters())
+        groups = blockwise(model.named_parameters(), lr=6e-4, ratios=propose_ratios(found))
+
+    g_b is the gradient, in the block's #b parameters, of the mean cross-entropy of a batch of B predictions.
+
+    losses: one function a batch, which computes that mean through `torch.nn.functional.cross_entropy` (once).
+    labels: "sampled" draws them from the model's own distribution: S is then the Gauss-Newton trace in expectation.
+    "data" keeps those of the batch, the empirical Fisher: dominated by the signal early in training and for large B.
+    block: parameter name -> block, the role over all layers; ``lambda name: name`` measures every tensor by itself.
+    Parameters that do not require a gradient, or on which no loss depends, are left out.
+
+    Cost: one forward and backward pass a batch; gradients in `param.grad` stay as they are.
+    Source: arXiv 2502.19002, which measures after the first percents of training (embedding << QK < FFN < VO << norm).
+    Raises: ValueError naming a parameter that is in no block; without a batch, or where no cross_entropy is called.
+    """
+    names, params = [], []
+    for name, param in named_parameters:
+        if param.requires_grad:
+            names.append(name)
+            params.append(param)
+    of = [block(name) for name in names]
+    squares: dict[int, float] = {}  # by parameter; one that only some batches reach has no gradient in the others
+    batches = 0
+    for batches, loss_fn in enumerate(losses, start=1):
+        if labels == "sampled":
+            estimates = curvature.gauss_newton(loss_fn, params, seed=_seed(seed, batches))
+        elif labels == "data":
+            estimates = _empirical(loss_fn, params)
+        else:
+            raise ValueError(f"block_sharpness: labels = {labels!r}; it must be 'sampled' or 'data'")
+        for i, estimate in enumerate(estimates):
+            if estimate is not None:
+                squares[i] = squares.get(i, 0.0) + float(estimate.sum(dtype=torch.float64))
+    if batches == 0:
+        raise ValueError("block_sharpness: losses is empty; give one function a batch")
+    found: dict[str, float] = {}
+    for b in dict.fromkeys(of):
+        members = [i for i in squares if of[i] == b]
+        if size := sum(params[i].numel() for i in members):
+            found[b] = sum(squares[i] for i in members) / batches / size
+    return found
+
+
+def propose_ratios(sharpness: Mapping[str, float], *, largest: float = 10.0) -> dict[str, float]:
+    """Learning-rate ratios for `optim.blockwise`: 1 for the sharpest block, `largest` for the flattest.
+
+    Between them by the logarithm: ``largest ** (log(S_max / S_b) / log(S_max / S_min))``.
+    A starting point and no more: the paper (arXiv 2502.19002) found its ratios by hand, in the order of S and with
+    these two ends, and gives no formula; this one is ours. It raises the head's rate too, which the paper leaves alone.
+    Raises: ValueError naming a block whose sharpness is not a finite number above 0, or for `largest` below 1.
+    """
+    for name, value in sharpness.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"propose_ratios: the sharpness of {name!r} is {value!r}; it must be finite and above 0")
+    if not 1 <= largest < math.inf:
+        raise ValueError(f"propose_ratios: largest = {largest!r}; it must be a finite number of at least 1")
+    if not sharpness:
+        return {}
+    top, spread = max(sharpness.values()), math.log(max(sharpness.values()) / min(sharpness.values()))
+    return {b: largest ** (math.log(top / s) / spread) if spread > 0 else 1.0 for b, s in sharpness.items()}
+
+
+def _seed(seed: int, batch: int) -> int:
+    return (seed << 32) + batch
+
+
+def _empirical(loss_fn: Callable[[], Tensor], params: list[Tensor]) -> list[Tensor | None]:
+    """B g^2 for each parameter, with the loss's own labels."""
+    with _CountedTerms() as counted:
+        loss = loss_fn()
+    if counted.terms == 0:
+        raise ValueError("block_sharpness: this loss calls no torch.nn.functional.cross_entropy with a label")
+    grads = torch.autograd.grad(loss, params, allow_unused=True)
+    return [None if g is None else counted.terms * g.to(moment_dtype(g)).square() for g in grads]
+
+
+class _CountedTerms(TorchFunctionMode):
+    """While active, counts the labels of cross_entropy that are not ignored."""
+
+    terms = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is functional.cross_entropy:
+            given = inspect.signature(functional.cross_entropy).bind(*args, **(kwargs or {})).arguments
+            self.terms += int((given["target"] != given.get("ignore_index", -100)).sum())
+        return func(*args, **(kwargs or {}))
