@@ -1,0 +1,182 @@
+"""Adam-mini: Adam with one second moment a block of a tensor: a head, a row, or the whole."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+from torch import Tensor
+
+from optim.optimizer import Optimizer
+from optim.param_groups import block_of
+from optim.rule import (
+    State,
+    UpdateRule,
+    check_non_negative,
+    checked_betas,
+    correction,
+    moment_dtype,
+    zero_moment,
+    zero_step,
+)
+
+NamedGroups: TypeAlias = Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamMiniRule(UpdateRule):
+    """u = m / (1 - b1^t) / (sqrt(v) / sqrt(1 - b2^t) + eps), with m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) q;
+    q is the mean of g^2 over each block, and v has one entry a block.
+
+    - `blocks`: "tensor", the whole; "row", each index of dimension 0; "element", plain Adam; or an integer, as many
+      consecutive entries, which must divide the tensor: a head of a query or key matrix is head_dim rows, so
+      head_dim * columns entries. `AdamMini` chooses by name.
+
+    Shapes: any; a vector or scalar has one row. Not elementwise.
+    State: 4 bytes a parameter (a float32 moment), 4 a block, and a step count.
+    Source: Zhang et al. 2024, arXiv 2406.16793, algorithm 1; zyushun/Adam-mini, adam_mini 1.1.1.
+    """
+
+    name: ClassVar[str] = "adam_mini"
+    elementwise: ClassVar[bool] = False
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    blocks: str | int = "tensor"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", checked_betas("AdamMiniRule", self.betas))
+        check_non_negative("AdamMiniRule", eps=self.eps)
+        size = isinstance(self.blocks, int) and not isinstance(self.blocks, bool) and self.blocks > 0
+        if self.blocks not in ("tensor", "row", "element") and not size:
+            raise ValueError(
+                f"AdamMiniRule: blocks = {self.blocks!r}; it must be 'tensor', 'row', 'element' or an integer above 0"
+            )
+
+    def _size(self, param: Tensor) -> int:
+        """Entries of a block."""
+        if isinstance(self.blocks, int):
+            return self.blocks
+        if self.blocks == "element":
+            return 1
+        rows = param.shape[0] if self.blocks == "row" and param.ndim > 1 else 1
+        return max(param.numel() // max(rows, 1), 1)
+
+    def init(self, param: Tensor) -> State:
+        """A zero moment, a zero a block, and a step count.
+
+        Raises: ValueError if blocks of the given size do not divide the tensor.
+        """
+        size, count = self._size(param), param.numel()
+        if count % size:
+            raise ValueError(
+                f"AdamMiniRule: blocks of {size} entries do not divide a tensor of shape {tuple(param.shape)}"
+            )
+        shape = () if count <= size else param.shape if size == 1 else (count // size,)
+        v = param.new_zeros(shape, dtype=moment_dtype(param), requires_grad=False)
+        return {"step": zero_step(), "exp_avg": zero_moment(param), "exp_avg_sq": v}
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction u of the class docstring, in the moments' dtype."""
+        b1, b2 = self.betas
+        g = grad.to(state["exp_avg"].dtype)
+        t = state["step"] + 1
+        m = state["exp_avg"].lerp(g, 1 - b1)
+        size, count = self._size(param), param.numel()
+        rows = size > 1 and count > size
+        if rows:
+            q = g.square().reshape(-1, size).mean(1)
+        else:
+            q = g.square().sum() / max(count, 1) if count <= size else g.square()
+        v = b2 * state["exp_avg_sq"] + (1 - b2) * q
+        m_hat = m / correction(b1, t).to(m.dtype)
+        root = (v / correction(b2, t).to(m.dtype)).sqrt() + self.eps
+        direction = (m_hat.reshape(-1, size) / root.unsqueeze(1)).reshape(param.shape) if rows else m_hat / root
+        return direction, {"step": t, "exp_avg": m, "exp_avg_sq": v}
+
+
+class AdamMini(Optimizer):
+    """`Optimizer` running `AdamMiniRule`, the blocks of each parameter chosen by its name.
+
+    One v for each entry of a bias; for each head of a query or key matrix; for each row (a token, an output) of
+    embeddings, heads, value, output and feed-forward matrices; for the whole of a norm or any other vector. Which is
+    which is told by `optim.param_groups.block_of`. Norms and biases have no weight decay.
+
+    params: named parameters, or param groups of them (whose `lr`, `weight_decay`, ... are kept).
+    dim, n_heads: of the model, so that dim / n_heads rows of a query or key matrix are a head; also where there are
+    fewer key heads. Without them, and for matrices with another number of rows (LoRA's A), those too have one v a row.
+    whole_value: one v for each whole value matrix, as the authors advise for runs below about 10,000 steps.
+    blocks: the same for all parameters, whatever their names; weight decay then acts on all.
+    Raises: ValueError naming a parameter that `block_of` does not know (give `blocks` for models that are no
+    transformers), TypeError for parameters without names.
+    Differs: the published code gives unknown names one v a tensor, silently; assumes 32 heads and 2048 dimensions;
+    and fails on vectors in a place of matrices (`mlp.norm.weight`). Query, key and value in one matrix have one v a
+    row in both. Transposed matrices (Hugging Face's GPT-2) have their inputs as rows.
+    """
+
+    def __init__(
+        self,
+        params: NamedGroups,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        dim: int | None = None,
+        n_heads: int | None = None,
+        whole_value: bool = False,
+        blocks: str | int | None = None,
+    ) -> None:
+        rule = AdamMiniRule(betas=betas, eps=eps, blocks="tensor" if blocks is None else blocks)
+        head_dim = _head_dim(dim, n_heads)
+        if blocks is None:
+            given: list[Any] = list(params)
+            groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+            params = [part for group in groups for part in _by_blocks(group, head_dim, whole_value)]
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay)
+
+
+def _head_dim(dim: int | None, n_heads: int | None) -> int | None:
+    if dim is None and n_heads is None:
+        return None
+    if not (isinstance(dim, int) and isinstance(n_heads, int) and dim > 0 and n_heads > 0 and dim % n_heads == 0):
+        raise ValueError(f"AdamMini: dim = {dim!r}, n_heads = {n_heads!r}; give both, with dim a multiple of n_heads")
+    return dim // n_heads
+
+
+def _by_blocks(group: Mapping[str, Any], head_dim: int | None, whole_value: bool) -> list[dict[str, Any]]:
+    """The group divided into groups of like blocks and like weight decay, each with the rest of its settings."""
+    parts: dict[tuple[str | int, bool], list[tuple[str, Tensor]]] = {}
+    entries = list(group["params"])
+    for entry in entries:
+        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
+            raise TypeError("AdamMini chooses blocks by name: pass model.named_parameters(), or `blocks` for all")
+        name, param = entry
+        key = _blocks_of(name, param, head_dim, whole_value), _decays(name)
+        parts.setdefault(key, []).append((name, param))
+    rest = {key: value for key, value in group.items() if key != "params"}
+    return [
+        rest | {"params": part, "blocks": blocks} | ({} if decays else {"weight_decay": 0.0})
+        for (blocks, decays), part in parts.items()
+    ]
+
+
+def _blocks_of(name: str, param: Tensor, head_dim: int | None, whole_value: bool) -> str | int:
+    block = block_of(name)
+    if _is_bias(name):
+        return "element"
+    if param.ndim < 2 or block == "norm":
+        return "tensor"
+    if block == "qk" and head_dim and param.shape[0] % head_dim == 0:
+        return head_dim * (param.numel() // param.shape[0])
+    parts = set(name.lower().split("."))
+    if whole_value and parts & {"v_proj", "v_attn", "v_lin", "value", "wv"}:
+        return "tensor"
+    return "row"
+
+
+def _is_bias(name: str) -> bool:
+    return name.lower().rsplit(".", 1)[-1].endswith("bias")
+
+
+def _decays(name: str) -> bool:
+    return not _is_bias(name) and block_of(name) != "norm"

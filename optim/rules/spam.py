@@ -1,0 +1,183 @@
+"""SPAM: Adam whose gradient spikes are clipped and whose momentum is reset now and then."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optim.optimizer import Optimizer, Params
+from optim.rule import (
+    State,
+    UpdateRule,
+    check_flag,
+    check_non_negative,
+    checked_betas,
+    correction,
+    zero_moment,
+    zero_step,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SPAMRule(UpdateRule):
+    """u = w sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps), with m <- b1 m + (1 - b1) g', v <- b2 v + (1 - b2) g'^2.
+
+    g' is g, but sign(g) sqrt(threshold v) where g^2 > threshold v (v of before this step). Every `DeltaT` calls of
+    `Optimizer.step`, m and v are set to 0 before the step (t is not), and w then rises from 0.01 to 1 over
+    `warmup_steps` calls: w = 1 - 0.99 (1 + cos(pi s / (warmup_steps + 1))) / 2, s calls after the reset. Gradients are
+    not clipped in the first `grad_accu_steps` - 1 calls, nor in as many after the call that resets.
+
+    Shapes: elementwise; moments have the parameter's shape.
+    State: 8 bytes a parameter (two float32 moments), a step count t, and `calls`, which counts the calls of `step` in
+    which the param group had any gradient: resets come to all its parameters at once, t is each parameter's own.
+    Source: Huang et al. 2025, arXiv 2501.06842, algorithm 1; TianjinYellow/SPAM-Optimizer.
+    Differs:
+
+    - The published code decays weights after the update; here as everywhere before it. With lr (1 - lr wd) for lr
+      and wd / (1 - lr wd) for wd the two are the same.
+    - ``DeltaT=0`` means no resets; the published code divides by it. `grad_accu_steps` below 2 is refused, for it
+      clips the first gradient at v = 0, and all after it to nothing.
+    - `density` below 1, the sparse momentum: only entries of a random mask, drawn anew at each reset, have momentum
+      and move. The masks come from `seed`, the reset and the entry's position, all by independent draws (the
+      published code draws the first one with an exact count), so that they need no state. Moments are kept dense:
+      this is the method's trajectory, not its saving of memory. Weight decay pulls every entry (the published code
+      decays a copy of these tensors, to no effect).
+    - `correct_bias=False`: u = w m / (sqrt(v) + eps).
+
+    An entry that had only zero gradients when clipping begins (rows of an embedding that were not seen in
+    `grad_accu_steps` calls) has v = 0, is clipped to 0 and stands still until the next reset, as published.
+    """
+
+    name: ClassVar[str] = "spam"
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    correct_bias: bool = True
+    warmup_steps: int = 150
+    threshold: float = 5000.0
+    DeltaT: int = 500
+    grad_accu_steps: int = 20
+    density: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", checked_betas("SPAMRule", self.betas))
+        check_non_negative("SPAMRule", eps=self.eps, threshold=self.threshold)
+        check_flag("SPAMRule", correct_bias=self.correct_bias)
+        check_counts("SPAMRule", warmup_steps=self.warmup_steps, DeltaT=self.DeltaT, seed=self.seed)
+        check_counts("SPAMRule", grad_accu_steps=self.grad_accu_steps)
+        if self.threshold and self.grad_accu_steps < 2:
+            raise ValueError(
+                f"SPAMRule: grad_accu_steps = {self.grad_accu_steps!r}; it must be at least 2 (or threshold 0), "
+                "or the first gradient is clipped to nothing, and all after it"
+            )
+        if isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 < self.density <= 1:
+            raise ValueError(f"SPAMRule: density = {self.density!r}; it must be a number with 0 < density <= 1")
+
+    def init(self, param: Tensor) -> State:
+        """Zero moments and counts."""
+        m, v = zero_moment(param), zero_moment(param)
+        return {"step": zero_step(), "calls": zero_step(), "exp_avg": m, "exp_avg_sq": v}
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction u of the class docstring, in the moments' dtype."""
+        b1, b2 = self.betas
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        g = grad.to(m.dtype)
+        t, calls = state["step"] + 1, state["calls"] + 1
+        n = calls.double()
+        since = n % self.DeltaT if self.DeltaT else n  # calls since the last reset
+        if self.DeltaT:
+            reset = (since == 0).to(m.device)
+            m, v = torch.where(reset, 0.0, m), torch.where(reset, 0.0, v)
+        if self.density < 1:
+            g = torch.where(self._mask(n, param), g, 0.0)
+        if self.threshold:
+            clipping = (since >= self.grad_accu_steps).to(m.device)
+            limit = self.threshold * v
+            g = torch.where(clipping & (g * g > limit), g.sign() * limit.sqrt(), g)
+        m = m.lerp(g, 1 - b1)
+        v = (b2 * v).addcmul(g, g, value=1 - b2)
+        factor = self.warmup(n, since)
+        if self.correct_bias:
+            factor = factor * correction(b2, t).sqrt() / correction(b1, t)
+        direction = factor.to(m.dtype) * m / (v.sqrt() + self.eps)
+        return direction, {"step": t, "calls": calls, "exp_avg": m, "exp_avg_sq": v}
+
+    def warmup(self, n: Tensor, since: Tensor) -> Tensor:
+        """w of the class docstring in call n, `since` calls after a reset: below 1 for `warmup_steps` calls."""
+        if not self.DeltaT:
+            return torch.ones_like(n)
+        wave = 1 - 0.99 * (1 + torch.cos(math.pi / (self.warmup_steps + 1) * since)) / 2
+        return torch.where((n < self.DeltaT) | (since >= self.warmup_steps), 1.0, wave)
+
+    def _mask(self, n: Tensor, param: Tensor) -> Tensor:
+        """Which entries have momentum in call n: true with probability `density`, another draw after each reset."""
+        draw = torch.floor(n / self.DeltaT).long() if self.DeltaT else torch.zeros_like(n, dtype=torch.int64)
+        key = _mixed(_mixed(draw.to(param.device)) ^ self.seed)
+        bits = _mixed(torch.arange(param.numel(), device=param.device) ^ key)
+        return (bits < self.density * 2**32).view(param.shape)
+
+    def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
+        """`calls` of a parameter that missed gradients catches up with its group's."""
+        catch_up("calls", states, group)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A permutation of 32-bit integers that leaves no pattern (Wellons' lowbias32, public domain)."""
+    x = x & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def catch_up(key: str, states: Sequence[State], group: Sequence[State]) -> None:
+    """Bring the count `key` of these states to the greatest of the group."""
+    most = torch.stack([state[key] for state in group]).amax()
+    behind = (torch.stack([state[key] for state in states]) < most).tolist()
+    for state, lags in zip(states, behind, strict=True):
+        if lags:
+            state[key].copy_(most)
+
+
+def check_counts(rule: str, **values: int) -> None:
+    """ValueError unless every value is an integer of at least zero."""
+    for key, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{rule}: {key} = {value!r}; it must be an integer of at least 0")
+
+
+class SPAM(Optimizer):
+    """`Optimizer` running `SPAMRule`; arguments as in the published code."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        *,
+        warmup_steps: int = 150,
+        threshold: float = 5000.0,
+        DeltaT: int = 500,
+        grad_accu_steps: int = 20,
+        density: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        rule = SPAMRule(
+            betas=betas,
+            eps=eps,
+            correct_bias=correct_bias,
+            warmup_steps=warmup_steps,
+            threshold=threshold,
+            DeltaT=DeltaT,
+            grad_accu_steps=grad_accu_steps,
+            density=density,
+            seed=seed,
+        )
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay)

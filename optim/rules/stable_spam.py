@@ -1,0 +1,179 @@
+"""Stable-SPAM: SPAM for low-precision training, with adaptive clipping and gradient norms."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optim.optimizer import Optimizer, Params
+from optim.rule import (
+    State,
+    UpdateRule,
+    check_flag,
+    check_non_negative,
+    check_unit_interval,
+    checked_betas,
+    moment_dtype,
+    zero_moment,
+    zero_step,
+)
+from optim.rules.spam import catch_up, check_counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class StableSPAMRule(UpdateRule):
+    """u = m / (1 - b^t) / (sqrt(v) / sqrt(1 - b2^t) + eps), with m <- b m + (1 - b) g'', v <- b2 v + (1 - b2) g''^2.
+
+    - AdaClip: with M = max |g|, T <- gamma3 T + (1 - gamma3) M and h = T / (1 - gamma3^t), entries |g| > h become
+      g h / M: g'.
+    - AdaGN: with q = |g'|, A <- c A + (1 - c) q and B <- gamma2 B + (1 - gamma2) q^2,
+      g'' = g' / q A / (1 - c^t) / (sqrt(B / (1 - gamma2^t)) + eps); a zero gradient stays zero.
+    - b = s b1 and c = s gamma1, where s = 1, or with `total_T` falls along a cosine of the number of calls of `step`
+      from 1 to `eta_min` (and rises again after it). gamma1 = -1 stands for b1.
+    - Every `update_proj_gap` calls m and v are reset (0: never).
+
+    Shapes: any; M and q are of the whole tensor, so not elementwise.
+    State: 8 bytes a parameter (two float32 moments), three scalars a tensor (T, A, B under the published names
+    `m_max_t`, `m_norm_t`, `v_norm_t`) and three counts: `step`, `calls` as in `SPAMRule`, and `moment_step`, which a
+    reset sets back.
+    Source: Huang et al. 2025, arXiv 2502.17055, algorithm 1; TianjinYellow/StableSPAM, galore_torch/stablespam.py.
+    Differs:
+
+    - As published (``separate_counters=False``), the call that resets still steps with the old moments, corrected
+      as if t = 1, and throws the result away; from then on t is one too large for the moments. T, A and B are not
+      reset but use the same t, so that h jumps by up to 1 / (1 - gamma3) and hardly any spike is clipped for long.
+      ``separate_counters=True`` is what the paper says: m and v are zero before the step of that call, with a count
+      of their own, and the other three go on with theirs.
+    - There is no `amsgrad`, and the count of calls is part of the state (the published code forgets it on a resume).
+    """
+
+    name: ClassVar[str] = "stable_spam"
+    elementwise: ClassVar[bool] = False
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    gamma1: float = 0.7
+    gamma2: float = 0.9
+    gamma3: float = 0.999
+    total_T: int | None = None
+    eta_min: float = 0.5
+    update_proj_gap: int = 1000
+    separate_counters: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", checked_betas("StableSPAMRule", self.betas))
+        check_non_negative("StableSPAMRule", eps=self.eps, eta_min=self.eta_min)
+        check_unit_interval("StableSPAMRule", gamma2=self.gamma2, gamma3=self.gamma3)
+        if self.gamma1 != -1:
+            check_unit_interval("StableSPAMRule", gamma1=self.gamma1)
+        if self.eta_min > 1:
+            raise ValueError(f"StableSPAMRule: eta_min = {self.eta_min!r}; it must be a number with 0 <= eta_min <= 1")
+        check_counts("StableSPAMRule", update_proj_gap=self.update_proj_gap)
+        if self.total_T is not None:
+            check_counts("StableSPAMRule", total_T=self.total_T)
+        check_flag("StableSPAMRule", separate_counters=self.separate_counters)
+
+    def init(self, param: Tensor) -> State:
+        """Zero moments, scalars and counts."""
+        counts = {key: zero_step() for key in ("step", "calls", "moment_step")}
+        scalars = {
+            key: torch.zeros((), dtype=moment_dtype(param), device=param.device)
+            for key in ("m_max_t", "m_norm_t", "v_norm_t")
+        }
+        return {**counts, **scalars, "exp_avg": zero_moment(param), "exp_avg_sq": zero_moment(param)}
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction u of the class docstring, in the moments' dtype."""
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        dtype = m.dtype
+        g = grad.to(dtype)
+        step, calls, moment_step = (state[key] + 1 for key in ("step", "calls", "moment_step"))
+        s = self.beta_scale(calls)
+        b1, b2 = s * self.betas[0], self.betas[1]
+        gamma1 = s * (self.betas[0] if self.gamma1 == -1 else self.gamma1)
+        t = step if self.separate_counters else moment_step
+
+        largest = g.abs().amax() if g.numel() else g.sum()  # no maximum of nothing
+        top = self.gamma3 * state["m_max_t"] + (1 - self.gamma3) * largest
+        height = (top / _correction(self.gamma3, t)).to(dtype)
+        g = torch.where(g.abs() > height, g / largest * height, g)
+
+        norm = g.square().sum().sqrt()
+        norms = (gamma1 * state["m_norm_t"] + (1 - gamma1) * norm).to(dtype)
+        squares = self.gamma2 * state["v_norm_t"] + (1 - self.gamma2) * norm * norm
+        mean, square = norms / _correction(gamma1, t), squares / _correction(self.gamma2, t)
+        g = torch.where(norm > 0, g / norm * (mean / (square.sqrt() + self.eps)).to(dtype), g)
+
+        reset = calls % self.update_proj_gap == 0 if self.update_proj_gap else torch.zeros_like(calls, dtype=torch.bool)
+        moment_step = torch.where(reset, 1.0, moment_step)
+        here = reset.to(m.device)
+        if self.separate_counters:
+            m, v = torch.where(here, 0.0, m), torch.where(here, 0.0, v)
+        m = (b1 * m + (1 - b1) * g).to(dtype)
+        v = b2 * v + (1 - b2) * g * g
+        c1, c2 = _correction(b1, moment_step), _correction(b2, moment_step)
+        direction = m / c1.to(dtype) / (v.sqrt() / c2.sqrt().to(dtype) + self.eps)
+        if not self.separate_counters:
+            m, v = torch.where(here, 0.0, m), torch.where(here, 0.0, v)
+        return direction, {
+            "step": step,
+            "calls": calls,
+            "moment_step": moment_step,
+            "m_max_t": top,
+            "m_norm_t": norms,
+            "v_norm_t": squares,
+            "exp_avg": m,
+            "exp_avg_sq": v,
+        }
+
+    def beta_scale(self, calls: Tensor) -> float | Tensor:
+        """s of the class docstring in that call of `step`, the first being 1."""
+        if self.total_T is None:
+            return 1.0
+        wave = 1 + torch.cos(math.pi / (self.total_T + 1) * calls.double())
+        return self.eta_min + (1 - self.eta_min) * wave / 2
+
+    def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
+        """`calls` of a parameter that missed gradients catches up with its group's."""
+        catch_up("calls", states, group)
+
+
+def _correction(beta: float | Tensor, step: Tensor) -> Tensor:
+    """`optim.rule.correction`, also of a beta that changes from call to call."""
+    return 1 - beta ** step.double()
+
+
+class StableSPAM(Optimizer):
+    """`Optimizer` running `StableSPAMRule`; arguments as in the published code."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        gamma1: float = 0.7,
+        gamma2: float = 0.9,
+        gamma3: float = 0.999,
+        total_T: int | None = None,
+        eta_min: float = 0.5,
+        update_proj_gap: int = 1000,
+        separate_counters: bool = False,
+    ) -> None:
+        rule = StableSPAMRule(
+            betas=betas,
+            eps=eps,
+            gamma1=gamma1,
+            gamma2=gamma2,
+            gamma3=gamma3,
+            total_T=total_T,
+            eta_min=eta_min,
+            update_proj_gap=update_proj_gap,
+            separate_counters=separate_counters,
+        )
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay)
