@@ -1,4 +1,4 @@
-"""Matrix functions that several rules share: the Newton-Schulz iteration and its coefficients."""
+"""Matrix functions that several rules share: Newton-Schulz and its coefficients, the radial projection."""
 
 import math
 from collections.abc import Sequence
@@ -84,3 +84,34 @@ def newton_schulz(
         else:
             y = a * y + (b * gram + c * (gram @ gram)) @ y
     return (y.mT if tall else y).reshape(x.shape).to(x.dtype)
+
+
+def remove_radial(
+    update: Tensor, grad: Tensor, param: Tensor, *, delta: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`update` without its part along `param` if `grad` is almost orthogonal to `param`; and whether it was, 0-d bool.
+
+    All three [m, ...], seen as m rows of n, and then as one row of m n: at the first of these views in which every row
+    has ``|<g, p>| / (max(|g|, eps) max(|p|, eps)) < delta / sqrt(row length)``, rows become ``u - <u, q> q`` with
+    ``q = p / (|p| + eps)``. If there is none, or for vectors, scalars and tensors without elements, `update` stays.
+    A zero `grad` counts as orthogonal. Weights whose scale does not matter (before a normalisation) have orthogonal
+    gradients, but momentum and Adam's denominator do not, and so make such weights grow.
+
+    Source: Heo et al. 2020, arXiv 2006.08217 (projected updates); clovaai/AdamP.
+    """
+    if param.ndim < 2 or param.numel() == 0:
+        return update, torch.zeros((), dtype=torch.bool, device=param.device)
+    rows, length = param.shape[0], math.prod(param.shape[1:])
+    u, g, p = (x.reshape(rows, length) for x in (update, grad, param))
+    products = [(a * b).sum(1, keepdim=True) for a, b in ((g, p), (g, g), (p, p), (u, p))]
+    by_rows, row_shares = _radial(*products, limit=delta / math.sqrt(length), eps=eps)
+    whole, share = _radial(*(x.sum(0, keepdim=True) for x in products), limit=delta / math.sqrt(rows * length), eps=eps)
+    along = torch.where(by_rows, row_shares, torch.where(whole, share, 0))
+    return (u - along * p).reshape(update.shape), by_rows | whole
+
+
+def _radial(gp: Tensor, gg: Tensor, pp: Tensor, up: Tensor, *, limit: float, eps: float) -> tuple[Tensor, Tensor]:
+    """From inner products of rows: are all cosines below the limit, and how much of p the projection takes off u."""
+    norm = pp.sqrt()
+    cosine = gp.abs() / (gg.sqrt().clamp(min=eps) * norm.clamp(min=eps))
+    return cosine.amax() < limit, up / (norm + eps).square()

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from optim.rule import State, UpdateRule
+from optim.rule import State, UpdateRule, moment_dtype
 from optim.rules import RULES, rule_from
 from optim.saved import bare_name, check_state, expected_state, loaded_state
 
@@ -97,6 +97,8 @@ class UpdateMap:
             rule, state, param = self.rules[name], self.states[name], self.params[name]
             if rule.elementwise:
                 directions[name] = rule.update(grad, state, param)[0]
+            elif len(grad) == 0:  # of an empty batch torch.vmap makes no scalars
+                directions[name] = grad.to(moment_dtype(param))
             else:
                 directions[name] = torch.vmap(lambda g, r=rule, s=state, p=param: r.update(g, s, p)[0])(grad)
         return directions

@@ -7,23 +7,38 @@ from typing import Any
 
 from optim.optimizer import Optimizer
 from optim.rule import UpdateRule
+from optim.rules.adabelief import AdaBelief, AdaBeliefRule
+from optim.rules.adamp import AdamP, AdamPRule
 from optim.rules.adamw import AdamW, AdamWRule
+from optim.rules.exadam import EXAdam, EXAdamRule
 from optim.rules.lion import Lion, LionRule
 from optim.rules.muon import Muon, MuonRule
+from optim.rules.nadam import NAdam, NAdamRule
 from optim.rules.sgd import SGD, SGDRule
+from optim.rules.sgdp import SGDP, SGDPRule
 
 RULES: dict[str, type[UpdateRule]] = {
+    "adabelief": AdaBeliefRule,
+    "adamp": AdamPRule,
     "adamw": AdamWRule,
+    "exadam": EXAdamRule,
     "lion": LionRule,
     "muon": MuonRule,
+    "nadam": NAdamRule,
     "sgd": SGDRule,
+    "sgdp": SGDPRule,
 }
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "adabelief": AdaBelief,
+    "adamp": AdamP,
     "adamw": AdamW,
+    "exadam": EXAdam,
     "lion": Lion,
     "muon": Muon,
+    "nadam": NAdam,
     "sgd": SGD,
+    "sgdp": SGDP,
 }
 
 
@@ -57,12 +72,22 @@ __all__ = [
     "OPTIMIZERS",
     "RULES",
     "SGD",
+    "SGDP",
+    "AdaBelief",
+    "AdaBeliefRule",
+    "AdamP",
+    "AdamPRule",
     "AdamW",
     "AdamWRule",
+    "EXAdam",
+    "EXAdamRule",
     "Lion",
     "LionRule",
     "Muon",
     "MuonRule",
+    "NAdam",
+    "NAdamRule",
+    "SGDPRule",
     "SGDRule",
     "did_you_mean",
     "rule_from",

@@ -11,7 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optim import AdamWRule, LionRule, MuonRule, Optimizer, SGDRule
+from optim import (
+    AdaBeliefRule,
+    AdamPRule,
+    AdamWRule,
+    EXAdamRule,
+    LionRule,
+    MuonRule,
+    NAdamRule,
+    Optimizer,
+    SGDPRule,
+    SGDRule,
+)
 
 Named = list[tuple[str, torch.nn.Parameter]]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -166,6 +177,43 @@ def lion(entry: dict[str, Any], named: Named) -> Optimizer:
     return by_groups(entry, named, lambda s: LionRule(**only(s | {"decoupled_weight_decay": None}, "betas")), decay)
 
 
+def coupled_or_not(settings: dict[str, Any], switch: str) -> tuple[dict[str, Any], float]:
+    """The settings without that switch and with `l2`, and the decoupled decay: all of the decay is one or the other."""
+    rest = {k: v for k, v in settings.items() if k != switch}
+    decay = settings.get("weight_decay", 0.0)
+    return (rest | {"l2": 0.0}, decay) if settings[switch] else (rest | {"l2": decay}, 0.0)
+
+
+def nadam(entry: dict[str, Any], named: Named) -> Optimizer:
+    def split(settings: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        return coupled_or_not(settings, "decoupled_weight_decay")
+
+    known = ("betas", "eps", "momentum_decay", "l2")
+    return by_groups(entry, named, lambda s: NAdamRule(**only(split(s)[0], *known)), lambda s: split(s)[1])
+
+
+def adabelief(entry: dict[str, Any], named: Named) -> Optimizer:
+    def split(settings: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        return coupled_or_not(settings, "weight_decouple")
+
+    known = ("betas", "eps", "amsgrad", "rectify", "degenerated_to_sgd", "l2")
+    return by_groups(entry, named, lambda s: AdaBeliefRule(**only(split(s)[0], *known)), lambda s: split(s)[1])
+
+
+def exadam(entry: dict[str, Any], named: Named) -> Optimizer:
+    return by_groups(entry, named, lambda s: EXAdamRule(**only(s, "betas", "eps")))
+
+
+def adamp(entry: dict[str, Any], named: Named) -> Optimizer:
+    known = ("betas", "eps", "delta", "wd_ratio", "nesterov")
+    return by_groups(entry, named, lambda s: AdamPRule(**only(s, *known)))
+
+
+def sgdp(entry: dict[str, Any], named: Named) -> Optimizer:
+    known = ("momentum", "dampening", "nesterov", "eps", "delta", "wd_ratio")
+    return by_groups(entry, named, lambda s: SGDPRule(**only(s, *known), project_buffer=not s["nesterov"]))
+
+
 def matrices_and_rest(entry: dict[str, Any], named: Named, muon: dict[str, Any], rest: dict[str, Any]) -> Optimizer:
     split = {kind: [(n, p) for n, p in named if (entry["parameters"][n] == "muon") == (kind == "muon")]
              for kind in ("muon", "rest")}
@@ -221,7 +269,12 @@ def dion(entry: dict[str, Any], named: Named) -> Optimizer:
 
 BUILDERS: dict[str, Callable[[dict[str, Any], Named], Optimizer]] = {
     "AdamW": adamw,
+    "NAdam": nadam,
+    "AdaBelief": adabelief,
+    "EXAdam": exadam,
+    "AdamP": adamp,
     "SGD": sgd,
+    "SGDP": sgdp,
     "Lion": lion,
     "muon": muon,
     "muon_moonlight": moonlight,

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import pytorch_optimizer
 import torch
 from torch import Tensor
 
 from optim import RULES, UpdateRule
-from tests.reference import adamw, lion, muon, sgd
+from tests.reference import adabelief, adamp, adamw, exadam, lion, muon, nadam, sgd, sgdp
 
 Hyper = dict[str, Any]
 Shape = tuple[int, ...]
@@ -43,6 +44,7 @@ class OptimSpec:
     shapes: of the parameters in a mixed list, with zero-size and extreme ones. odd_shapes: more of them, one by one.
     lr: descends on small problems. descent: (lr, steps) that converge on the quadratic and on Rosenbrock's function.
     temporaries: parameter-sized float32 tensors that one step may hold at once, for float32 parameters.
+    rest_decay: the share of decoupled weight decay that acts at a zero gradient.
     """
 
     name: str
@@ -59,6 +61,7 @@ class OptimSpec:
     descent: tuple[tuple[float, int], tuple[float, int]]
     temporaries: float
     state_bytes: int
+    rest_decay: float = 1.0
 
     @property
     def default(self) -> Hyper:
@@ -80,11 +83,95 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
+def tangential(x: Tensor) -> Tensor:
+    """Without each row's part along (1, ..., 1), which is where `direction` has its weights."""
+    return x - x.mean(1, keepdim=True)
+
+
+def peer(name: str, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    """An optimizer of pytorch-optimizer, where torch itself has none of that name."""
+    optimizer: torch.optim.Optimizer = getattr(pytorch_optimizer, name)(*args, **kwargs)
+    return optimizer
+
+
 MATRICES: tuple[Shape, ...] = ((4, 3), (3, 5), (1, 5), (0, 3), (4, 3, 2, 2))
 
 SPECS: dict[str, OptimSpec] = {
     spec.name: spec
     for spec in (
+        OptimSpec(
+            name="adabelief",
+            inputs=(
+                {},
+                {"rectify": False, "eps": 1e-6, "betas": (0.9, 0.99)},
+                {"rectify": False, "eps": 1e-12, "amsgrad": True, "l2": 0.02},
+                {"betas": (0.8, 0.9), "eps": 1e-8, "degenerated_to_sgd": False, "amsgrad": True},
+            ),
+            errors=(
+                ({"betas": (1.0, 0.9)}, "betas"),
+                ({"eps": -1e-8}, "eps"),
+                ({"l2": -0.1}, "l2"),
+                ({"rectify": "no"}, "rectify"),
+                ({"amsgrad": 1}, "amsgrad"),
+                ({"degenerated_to_sgd": None}, "degenerated_to_sgd"),
+            ),
+            reference=adabelief,
+            oracle=lambda params, lr: (
+                peer("AdaBelief", params, lr=lr, weight_decay=0.1, rectify=False, eps=1e-8),
+                {"rectify": False, "eps": 1e-8},
+            ),
+            limits=(
+                ("rectified, the first step is SGD", {}, identity),
+                ("or none", {"degenerated_to_sgd": False}, torch.zeros_like),
+                ("betas 0 leave SGD over eps", {"betas": (0.0, 0.0), "eps": 1.0, "rectify": False}, lambda g: g / 2),
+            ),
+            symmetries=(
+                ("sign", {"rectify": False}, torch.neg, torch.neg),
+                ("scale, at eps 0", {"rectify": False, "eps": 0.0}, lambda g: 1024 * g, identity),
+            ),
+            lr=0.05,
+            descent=((0.1, 300), (0.01, 1500)),
+            temporaries=6,
+            state_bytes=8,
+        ),
+        OptimSpec(
+            name="adamp",
+            inputs=(
+                {"delta": 0.8},
+                {},
+                {"betas": (0.8, 0.99), "eps": 1e-6, "delta": 1.0, "wd_ratio": 0.5, "nesterov": True},
+            ),
+            errors=(
+                ({"betas": (0.9, 1.0)}, "betas"),
+                ({"eps": -1e-8}, "eps"),
+                ({"delta": -0.1}, "delta"),
+                ({"wd_ratio": float("nan")}, "wd_ratio"),
+                ({"nesterov": "yes"}, "nesterov"),
+            ),
+            reference=adamp,
+            oracle=lambda params, lr: (
+                peer("AdamP", params, lr=lr, weight_decay=0.1, delta=0.5, nesterov=True),
+                {"delta": 0.5, "nesterov": True},
+            ),
+            limits=(
+                ("delta 0 and betas 0 is signSGD", {"betas": (0.0, 0.0), "eps": 0.0, "delta": 0.0}, torch.sign),
+                (
+                    "a large delta keeps the tangential part",
+                    {"betas": (0.0, 0.0), "eps": 0.0, "delta": 1e9},
+                    lambda g: tangential(g.sign()),
+                ),
+            ),
+            symmetries=(
+                ("scale, at eps 0", {"eps": 0.0, "delta": 0.8}, lambda g: 1024 * g, identity),
+                ("sign", {"delta": 0.8}, torch.neg, torch.neg),
+                ("columns in another order", {"delta": 0.8}, lambda g: g[:, [2, 0, 1]], lambda d: d[:, [2, 0, 1]]),
+            ),
+            lr=0.05,
+            descent=((0.1, 200), (0.05, 700)),
+            temporaries=6,
+            state_bytes=8,
+            rest_decay=0.1,
+        ),
         OptimSpec(
             name="adamw",
             inputs=(
@@ -120,6 +207,25 @@ SPECS: dict[str, OptimSpec] = {
             lr=0.05,
             descent=((0.1, 300), (0.05, 1000)),
             temporaries=1,
+            state_bytes=8,
+        ),
+        OptimSpec(
+            name="exadam",
+            inputs=({}, {"betas": (0.85, 0.99), "eps": 1e-6}),
+            errors=(({"betas": (0.9, 1.0)}, "betas"), ({"betas": 0.9}, "betas"), ({"eps": -1e-8}, "eps")),
+            reference=exadam,
+            oracle=lambda params, lr: (
+                peer("EXAdam", params, lr=lr, betas=(0.85, 0.99), weight_decay=0.1),
+                {"betas": (0.85, 0.99)},
+            ),
+            limits=(("betas 0 is signSGD, twice", {"betas": (0.0, 0.0), "eps": 0.0}, lambda g: 2 * g.sign()),),
+            symmetries=(
+                ("sign", {}, torch.neg, torch.neg),
+                ("scale, at eps 0", {"eps": 0.0}, lambda g: 1024 * g, identity),
+            ),
+            lr=0.02,
+            descent=((0.1, 200), (0.05, 600)),
+            temporaries=7,
             state_bytes=8,
         ),
         OptimSpec(
@@ -195,6 +301,30 @@ SPECS: dict[str, OptimSpec] = {
             state_bytes=4,
         ),
         OptimSpec(
+            name="nadam",
+            inputs=({}, {"betas": (0.8, 0.95), "eps": 1e-6, "momentum_decay": 0.2}, {"l2": 0.05}),
+            errors=(
+                ({"betas": (1.0, 0.9)}, "betas"),
+                ({"eps": -1e-8}, "eps"),
+                ({"momentum_decay": -1.0}, "momentum_decay"),
+                ({"l2": float("inf")}, "l2"),
+            ),
+            reference=nadam,
+            oracle=lambda params, lr: (
+                torch.optim.NAdam(params, lr=lr, weight_decay=0.1, decoupled_weight_decay=True, foreach=False),
+                {},
+            ),
+            limits=(("betas 0 and eps 0 is signSGD", {"betas": (0.0, 0.0), "eps": 0.0}, torch.sign),),
+            symmetries=(
+                ("scale, at eps 0", {"eps": 0.0}, lambda g: 1024 * g, identity),
+                ("sign", {}, torch.neg, torch.neg),
+            ),
+            lr=0.05,
+            descent=((0.1, 200), (0.05, 800)),
+            temporaries=5,
+            state_bytes=8,
+        ),
+        OptimSpec(
             name="sgd",
             inputs=({"momentum": 0.9}, {}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.8, "dampening": 0.5}),
             errors=(
@@ -220,10 +350,51 @@ SPECS: dict[str, OptimSpec] = {
             temporaries=0,
             state_bytes=4,
         ),
+        OptimSpec(
+            name="sgdp",
+            inputs=(
+                {"momentum": 0.9, "delta": 0.8},
+                {},
+                {"momentum": 0.9, "delta": 0.8, "nesterov": True, "eps": 1e-6},
+                {"momentum": 0.8, "dampening": 0.5, "delta": 1.0, "wd_ratio": 0.5, "project_buffer": True},
+            ),
+            errors=(
+                ({"momentum": 1.0}, "momentum"),
+                ({"dampening": -0.5}, "dampening"),
+                ({"eps": -1e-8}, "eps"),
+                ({"delta": -0.1}, "delta"),
+                ({"wd_ratio": -1.0}, "wd_ratio"),
+                ({"project_buffer": "no"}, "project_buffer"),
+                ({"momentum": 0.9, "nesterov": True, "project_buffer": True}, "project_buffer"),
+            ),
+            reference=sgdp,
+            oracle=lambda params, lr: (
+                peer("SGDP", params, lr=lr, momentum=0.9, weight_decay=0.1, delta=0.5),
+                {"momentum": 0.9, "delta": 0.5},
+            ),
+            limits=(
+                ("delta 0 is SGD", {"delta": 0.0}, identity),
+                ("a large delta keeps the tangential part", {"delta": 1e9, "eps": 0.0}, tangential),
+            ),
+            symmetries=(
+                ("scale", {"momentum": 0.9, "delta": 0.8}, lambda g: 1024 * g, lambda d: 1024 * d),
+                (
+                    "columns in another order",
+                    {"momentum": 0.9, "delta": 0.8},
+                    lambda g: g[:, [2, 0, 1]],
+                    lambda d: d[:, [2, 0, 1]],
+                ),
+            ),
+            lr=0.05,
+            descent=((0.03, 250), (0.01, 1000)),
+            temporaries=4,
+            state_bytes=4,
+            rest_decay=0.1 / (1 - 0.9),
+        ),
     )
 }
 
-ORACLE_DECAY = {"adamw": 0.1, "lion": 0.1, "muon": 0.1, "sgd": 0.0}  # torch's SGD couples its decay
+ORACLE_DECAY = {"sgd": 0.0}  # torch couples its decay; 0.1 for the others
 
 EVERYWHERE = "*"
 

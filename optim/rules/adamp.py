@@ -1,0 +1,98 @@
+"""AdamP: Adam that does not push scale-invariant weights outwards."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from optim.linalg import remove_radial
+from optim.optimizer import Optimizer, Params
+from optim.rule import (
+    State,
+    UpdateRule,
+    check_flag,
+    check_non_negative,
+    checked_betas,
+    correction,
+    moment_dtype,
+    zero_moment,
+    zero_step,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamPRule(UpdateRule):
+    """u = P(m / c1 / (sqrt(v) / sqrt(c2) + eps)), with c1 = 1 - b1^t, c2 = 1 - b2^t, m <- b1 m + (1 - b1) g,
+    v <- b2 v + (1 - b2) g^2; nesterov: b1 m + (1 - b1) g of the new m stands for m. P removes the part along the
+    weights if the gradient is almost orthogonal to them (`optim.linalg.remove_radial`), and weight decay then acts
+    with `wd_ratio` of its strength.
+
+    Shapes: tensors of two and more dimensions are seen as [dim 0, rest]; vectors and scalars get Adam. Not
+    elementwise: norms and products of rows and of the whole tensor decide.
+    State: 8 bytes a parameter (two float32 moments), a step count and the share of weight decay of the last update.
+    Source: Heo et al. 2020, arXiv 2006.08217; clovaai/AdamP (adamp 0.3.0).
+    Differs: in what happens on tensors without elements, where the published code fails: nothing.
+
+    One row that is not orthogonal (|cos| >= delta / sqrt(row length)) switches the projection by rows off for the
+    tensor; then the whole tensor is tested. A zero gradient is orthogonal to everything.
+    """
+
+    name: ClassVar[str] = "adamp"
+    elementwise: ClassVar[bool] = False
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    delta: float = 0.1
+    wd_ratio: float = 0.1
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", checked_betas("AdamPRule", self.betas))
+        check_non_negative("AdamPRule", eps=self.eps, delta=self.delta, wd_ratio=self.wd_ratio)
+        check_flag("AdamPRule", nesterov=self.nesterov)
+
+    def init(self, param: Tensor) -> State:
+        """Zero moments and step count, and the whole of weight decay."""
+        share = param.new_ones((), dtype=moment_dtype(param), requires_grad=False)
+        return {
+            "step": zero_step(),
+            "exp_avg": zero_moment(param),
+            "exp_avg_sq": zero_moment(param),
+            "decay_share": share,
+        }
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction u of the class docstring, in the moments' dtype."""
+        b1, b2 = self.betas
+        dtype = state["exp_avg"].dtype
+        g = grad.to(dtype)
+        t = state["step"] + 1
+        m = state["exp_avg"].lerp(g, 1 - b1)
+        v = (b2 * state["exp_avg_sq"]).addcmul(g, g, value=1 - b2)
+        ahead = m.lerp(g, 1 - b1) if self.nesterov else m
+        adam = ahead / correction(b1, t) / (v.sqrt() / correction(b2, t).sqrt() + self.eps)
+        direction, removed = remove_radial(adam.to(dtype), g, param.to(dtype), delta=self.delta, eps=self.eps)
+        share = 1 - (1 - self.wd_ratio) * removed.to(dtype)
+        return direction, {"step": t, "exp_avg": m, "exp_avg_sq": v, "decay_share": share}
+
+    def decay(self, direction: Tensor, state: State, param: Tensor) -> Tensor:
+        """The parameter, or `wd_ratio` of it after a projection."""
+        return state["decay_share"] * param
+
+
+class AdamP(Optimizer):
+    """`Optimizer` running `AdamPRule`; arguments as in clovaai/AdamP."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        nesterov: bool = False,
+    ) -> None:
+        rule = AdamPRule(betas=betas, eps=eps, delta=delta, wd_ratio=wd_ratio, nesterov=nesterov)
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay)

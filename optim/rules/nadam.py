@@ -1,0 +1,93 @@
+"""NAdam: Adam with Nesterov's momentum on a rising schedule."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optim.optimizer import Optimizer, Params
+from optim.rule import (
+    State,
+    UpdateRule,
+    check_non_negative,
+    checked_betas,
+    correction,
+    moment_dtype,
+    zero_moment,
+    zero_step,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NAdamRule(UpdateRule):
+    """u = ((1 - mu_t) / (1 - M_t) g + mu_{t+1} / (1 - M_t mu_{t+1}) m) / (sqrt(v / (1 - b2^t)) + eps),
+    with mu_t = b1 (1 - 0.5 0.96^(t momentum_decay)), M_t = mu_1 ... mu_t,
+    m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2.
+
+    Shapes: elementwise; moments have the parameter's shape.
+    State: 8 bytes a parameter (two float32 moments), a step count and M, a scalar of the moments' dtype on the CPU.
+    Source: Dozat 2016 (ICLR workshop, "Incorporating Nesterov momentum into Adam"); `torch.optim.NAdam`, whose state
+    dicts load.
+    Differs: torch keeps M in float32 for float64 parameters too. Weight decay is decoupled
+    (`decoupled_weight_decay=True` there); torch's default, g <- g + l2 p before everything else, is `l2`, which then
+    is part of the direction.
+    """
+
+    name: ClassVar[str] = "nadam"
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum_decay: float = 4e-3
+    l2: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", checked_betas("NAdamRule", self.betas))
+        check_non_negative("NAdamRule", eps=self.eps, momentum_decay=self.momentum_decay, l2=self.l2)
+
+    def init(self, param: Tensor) -> State:
+        """Zero moments and step count, and the empty product 1."""
+        return {
+            "step": zero_step(),
+            "mu_product": torch.ones((), dtype=moment_dtype(param), device="cpu"),
+            "exp_avg": zero_moment(param),
+            "exp_avg_sq": zero_moment(param),
+        }
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction u of the class docstring, in the moments' dtype."""
+        b1, b2 = self.betas
+        g = grad.to(state["exp_avg"].dtype)
+        if self.l2 != 0:
+            g = g + self.l2 * param.to(g.dtype)
+        t = state["step"] + 1
+        mu, mu_next = self._momentum(t), self._momentum(t + 1)
+        product = state["mu_product"].double() * mu
+        m = state["exp_avg"].lerp(g, 1 - b1)
+        v = (b2 * state["exp_avg_sq"]).addcmul(g, g, value=1 - b2)
+        ahead = (1 - mu) / (1 - product) * g + mu_next / (1 - product * mu_next) * m
+        direction = ahead / ((v / correction(b2, t)).sqrt() + self.eps)
+        kept = product.to(state["mu_product"].dtype)
+        return direction.to(g.dtype), {"step": t, "mu_product": kept, "exp_avg": m, "exp_avg_sq": v}
+
+    def _momentum(self, t: Tensor) -> Tensor:
+        """mu_t as a float64 scalar."""
+        return self.betas[0] * (1 - 0.5 * 0.96 ** (t.double() * self.momentum_decay))
+
+
+class NAdam(Optimizer):
+    """`Optimizer` running `NAdamRule`; the first arguments as in `torch.optim.NAdam`, weight decay decoupled."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum_decay: float = 4e-3,
+        *,
+        l2: float = 0.0,
+    ) -> None:
+        rule = NAdamRule(betas=betas, eps=eps, momentum_decay=momentum_decay, l2=l2)
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay)

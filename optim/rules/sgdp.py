@@ -1,0 +1,109 @@
+"""SGDP: SGD with momentum that does not push scale-invariant weights outwards."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from optim.linalg import remove_radial
+from optim.optimizer import Optimizer, Params
+from optim.rule import (
+    State,
+    UpdateRule,
+    check_flag,
+    check_non_negative,
+    check_unit_interval,
+    moment_dtype,
+    zero_moment,
+    zero_step,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGDPRule(UpdateRule):
+    """u = P(b), or P(g + momentum b) (nesterov), with b <- momentum b + (1 - dampening) g. P removes the part along
+    the weights if the gradient is almost orthogonal to them (`optim.linalg.remove_radial`), and weight decay then acts
+    with `wd_ratio` of its strength; it is always multiplied by 1 / (1 - momentum), as the steps are.
+
+    Shapes: tensors of two and more dimensions are seen as [dim 0, rest]; vectors and scalars get SGD. Not elementwise:
+    norms and products of rows and of the whole tensor decide.
+    State: 4 bytes a parameter (a float32 buffer), none at momentum 0; a step count, which the update does not use, and
+    the share of weight decay of the last update.
+    Source: Heo et al. 2020, arXiv 2006.08217; clovaai/AdamP (adamp 0.3.0).
+    Differs: the paper projects the step only. So does the published code with nesterov; without, it writes the
+    projected step into the buffer, which therefore forgets the radial part for good: `project_buffer=True`.
+    """
+
+    name: ClassVar[str] = "sgdp"
+    elementwise: ClassVar[bool] = False
+
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    eps: float = 1e-8
+    delta: float = 0.1
+    wd_ratio: float = 0.1
+    project_buffer: bool = False
+
+    def __post_init__(self) -> None:
+        check_unit_interval("SGDPRule", momentum=self.momentum)
+        check_non_negative("SGDPRule", eps=self.eps, delta=self.delta, wd_ratio=self.wd_ratio)
+        check_flag("SGDPRule", nesterov=self.nesterov, project_buffer=self.project_buffer)
+        if not isinstance(self.dampening, int | float) or not 0 <= self.dampening <= 1:
+            raise ValueError(f"SGDPRule: dampening = {self.dampening!r}; it must be a number with 0 <= dampening <= 1")
+        if self.nesterov and self.project_buffer:
+            raise ValueError("SGDPRule: project_buffer is for momentum without nesterov, whose step is not the buffer")
+
+    def init(self, param: Tensor) -> State:
+        """A step count, the whole of weight decay, and a zero buffer if there is momentum."""
+        share = param.new_ones((), dtype=moment_dtype(param), requires_grad=False)
+        buffer = {"momentum_buffer": zero_moment(param)} if self.momentum else {}
+        return {"step": zero_step(), "decay_share": share} | buffer
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction u of the class docstring, in the moments' dtype."""
+        dtype = moment_dtype(param)
+        g = grad.to(dtype)
+        b = (1 - self.dampening) * g
+        if self.momentum:
+            b = self.momentum * state["momentum_buffer"] + b
+        step = g + self.momentum * b if self.nesterov else b
+        direction, removed = remove_radial(step, g, param.to(dtype), delta=self.delta, eps=self.eps)
+        share = 1 - (1 - self.wd_ratio) * removed.to(dtype)
+        new = {"step": state["step"] + 1, "decay_share": share}
+        if self.momentum:
+            new["momentum_buffer"] = direction if self.project_buffer else b
+        return direction, new
+
+    def decay(self, direction: Tensor, state: State, param: Tensor) -> Tensor:
+        """The parameter, or `wd_ratio` of it after a projection, over 1 - momentum."""
+        return state["decay_share"] / (1 - self.momentum) * param
+
+
+class SGDP(Optimizer):
+    """`Optimizer` running `SGDPRule`; the first arguments as in clovaai/AdamP."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        eps: float = 1e-8,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        *,
+        project_buffer: bool = False,
+    ) -> None:
+        rule = SGDPRule(
+            momentum=momentum,
+            dampening=dampening,
+            nesterov=nesterov,
+            eps=eps,
+            delta=delta,
+            wd_ratio=wd_ratio,
+            project_buffer=project_buffer,
+        )
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay)
