@@ -95,18 +95,24 @@ def subtask_groups(target: Rows) -> tuple[list[str], Tensor]:
     return names, torch.tensor([names.index(name) for name in named])
 
 
-def _from_similarity(context: Context, similarity: Tensor) -> Scored:
-    """Similarity [usable pool rows, usable target rows] -> `Scored` over the whole pool."""
+def _from_similarity(context: Context, similarity: Tensor, good: Tensor | None = None) -> Scored:
+    """Similarity [usable pool rows, usable target rows] -> `Scored` over the whole pool.
+
+    good: bool [usable pool rows]; the others are marked "nonfinite" and have no score.
+    """
     pool, how = context.pool, context.config.aggregate
     names, groups = subtask_groups(context.wanted)
     usable = torch.from_numpy(np.flatnonzero(pool.usable))
     columns, of = (
         (subtask_means(similarity, groups), torch.arange(len(names))) if how == "paper" else (similarity, groups)
     )
-    values = aggregate(columns, of, how, keys=[pool.keys[i] for i in usable.tolist()])
+    values = aggregate(columns, of, how, keys=[pool.keys[i] for i in usable.tolist()], eligible=good)
+    bad = [] if good is None else usable[~good].tolist()
     whole = _spread(similarity, usable, len(pool))
+    whole[bad] = float("nan")
     return Scored(
         _spread(values, usable, len(pool)),
+        status=dict.fromkeys(bad, "nonfinite"),
         similarity=whole,
         subtasks={name: whole[:, groups == i].mean(1) for i, name in enumerate(names)},
     )
@@ -487,9 +493,15 @@ def rds(context: Context) -> Scored:
     paper takes turns between target rows (`--set aggregate=round_robin`).
     """
     with context.run.stage("hidden states"):
-        pool = _hidden_states(context, "pool", context.pool)
-        target = _hidden_states(context, "target", context.wanted)
-    scored = _from_similarity(context, pool @ target.T)
+        pool, good = _hidden_states(context, "pool", context.pool)
+        target, finite = _hidden_states(context, "target", context.wanted)
+    if not bool(finite.all()):
+        dead = np.flatnonzero(context.wanted.usable)[~finite.numpy()]
+        raise DataError(
+            f"target row {context.wanted.pool.where(int(dead[0]))} has hidden states that are not finite ({len(dead)} "
+            "such rows); remove it from the target"
+        )
+    scored = _from_similarity(context, pool @ target.T, good)
     scored.formula = {
         "name": "rds+",
         "text": "cosine of position-weighted mean hidden states (last layer) of pool and target row",
@@ -498,8 +510,8 @@ def rds(context: Context) -> Scored:
     return scored
 
 
-def _hidden_states(context: Context, kind: str, rows: Rows) -> Tensor:
-    """Unit vectors [usable rows, hidden size], kept in a store of their own, so that they are computed once."""
+def _hidden_states(context: Context, kind: str, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Unit vectors [usable rows, hidden size] and which are finite, kept in a store, so that they are computed once."""
     loaded, unique = context.model(), rows.unique()
     model = loaded.model
     size = int(model.config.get_text_config().hidden_size)
@@ -528,7 +540,10 @@ def _hidden_states(context: Context, kind: str, rows: Rows) -> Tensor:
                 found[torch.tensor(group)] = ((hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)).cpu()
                 bar.advance(sum(lengths[i] for i in group))
             store.write_unit(unit, found)
-    return store.take([rows.keys[i] for i in np.flatnonzero(rows.usable).tolist()])
+    keys = [rows.keys[i] for i in np.flatnonzero(rows.usable).tolist()]
+    held = store.rows()
+    finite = {key for key, status in zip(held.keys, held.status, strict=True) if status == "ok"}
+    return store.take(keys), torch.tensor([key in finite for key in keys])
 
 
 def loss(context: Context) -> Scored:

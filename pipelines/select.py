@@ -69,6 +69,8 @@ def _context(config: SelectConfig, current: Run) -> Context:
         if config.target:
             wanted = target_data(config.train, config.target)
             target = prepare(wanted, config.model, tokenizer.tokenizer, cache=current.path("inputs"), label="target")
+            if empty := [file.path for file in target.pool.files if not file.rows]:
+                raise DataError(f"no row in --target {', '.join(empty)}; leave the file out or fill it")
     if grown := accept_growth(current, "data", pool):
         say(f"{', '.join(grown)} has grown since the last run: only the new rows are computed")
     facts: dict[str, Any] = {

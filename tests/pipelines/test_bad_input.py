@@ -37,6 +37,12 @@ def test_an_empty_target_file(command, world, tmp_path):
     assert "empty.jsonl" in complaint(command(*argv), 3)
 
 
+def test_an_empty_target_file_beside_a_full_one(command, world, tmp_path):
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    argv = [*world.argv("select", out=tmp_path / "run"), "--target", str(tmp_path / "empty.jsonl")]
+    assert "empty.jsonl" in complaint(command(*argv), 3)
+
+
 @pytest.mark.parametrize(
     "row, reason",
     [

@@ -567,6 +567,30 @@ def test_hidden_states_are_averaged_by_position(world, tmp_path):
         assert score == pytest.approx(float((target @ vector(row)).max()), abs=1e-5)
 
 
+def test_hidden_states_that_are_not_finite_have_no_score(world, tmp_path, monkeypatch):
+    """RDS+ too: such a row has a status instead of a score, and is not chosen when the budget asks for every row."""
+    inner = models.load
+
+    def load(*args, **kwargs):
+        loaded = inner(*args, **kwargs)
+        if loaded.model is not None:
+            def spoil(_, inputs, output):
+                if len(output.last_hidden_state) > 3:  # a batch of the pool; the target has three rows
+                    output.last_hidden_state[0] = float("inf")
+                return output
+
+            loaded.model.base_model.register_forward_hook(spoil)
+        return loaded
+
+    monkeypatch.setattr(models, "load", load)
+    run = select.run(world.select(tmp_path / "run", method="rds", budget="100%"))
+    table = scores(run)
+    bad = [i for i, status in enumerate(table["_status"]) if status == "nonfinite"]
+    assert bad and len(ids(run)) == len(table["_id"]) - len(bad)
+    for i in bad:
+        assert table["_score"][i] is None and not table["_selected"][i]
+
+
 @pytest.mark.parametrize("how", ["paper", "mean", "max", "round_robin", "bids"])
 def test_every_aggregation_selects(first, world, tmp_path, how):
     """Another aggregation reads the same features: nothing is computed again in a shared folder."""
