@@ -13,20 +13,28 @@ from typing import Any
 
 from torch import Tensor
 
+from optim import curvature
 from optim.optimizer import Optimizer, Params
-from optim.param_groups import is_matrix, split_matrices
+from optim.param_groups import PAPER_RATIOS, Ratios, block_of, blockwise, divide_groups, is_matrix, split_matrices
 from optim.rule import State, UpdateRule
 from optim.rules import (
     OPTIMIZERS,
     RULES,
     SGD,
     SGDP,
+    SPAM,
     AdaBelief,
     AdaBeliefRule,
+    AdaHessian,
+    AdaHessianRule,
+    AdamMini,
+    AdamMiniRule,
     AdamP,
     AdamPRule,
     AdamW,
     AdamWRule,
+    BlockwiseAdam,
+    BlockwiseAdamRule,
     EXAdam,
     EXAdamRule,
     Lion,
@@ -37,10 +45,19 @@ from optim.rules import (
     NAdamRule,
     SGDPRule,
     SGDRule,
+    SGDSaI,
+    SGDSaIRule,
+    SophiaG,
+    SophiaGRule,
+    SophiaH,
+    SophiaHRule,
+    SPAMRule,
+    StableSPAM,
+    StableSPAMRule,
     did_you_mean,
     rule_from,
 )
-from optim.schedules import SCHEDULES, schedule
+from optim.schedules import SCHEDULES, group_factors, schedule, schedule_options
 from optim.update_map import Grads, UpdateMap
 
 
@@ -50,11 +67,13 @@ def create(
     *,
     lr: float | Tensor,
     weight_decay: float = 0.0,
+    block_ratios: Ratios | None = None,
     **hyper: Any,
 ) -> Optimizer:
     """The optimizer of that name; hyper are the keywords of its class (`AdamW`, `SGD`, `Lion`, `Muon`).
 
     "muon" splits the parameters by name and shape into matrices and the rest, which AdamW steps; see `Muon`.
+    block_ratios: "paper" or block -> ratio multiplies every group's rates by block of a transformer; see `blockwise`.
     Raises: ValueError for an unknown name, TypeError for an unknown keyword (both say what was probably meant),
     ValueError for values out of range.
     """
@@ -65,21 +84,32 @@ def create(
     for key in hyper:
         if key not in known:
             raise TypeError(f"optimizer {name!r} has no setting {key!r}{did_you_mean(key, known)}")
-    return OPTIMIZERS[name](named_parameters, lr=lr, weight_decay=weight_decay, **hyper)
+    optimizer = OPTIMIZERS[name](named_parameters, lr=lr, weight_decay=weight_decay, **hyper)
+    if block_ratios is not None:
+        divide_groups(optimizer, lambda named, rate: blockwise(named, lr=rate, ratios=block_ratios))
+    return optimizer
 
 
 __all__ = [
     "OPTIMIZERS",
+    "PAPER_RATIOS",
     "RULES",
     "SCHEDULES",
     "SGD",
     "SGDP",
+    "SPAM",
     "AdaBelief",
     "AdaBeliefRule",
+    "AdaHessian",
+    "AdaHessianRule",
+    "AdamMini",
+    "AdamMiniRule",
     "AdamP",
     "AdamPRule",
     "AdamW",
     "AdamWRule",
+    "BlockwiseAdam",
+    "BlockwiseAdamRule",
     "EXAdam",
     "EXAdamRule",
     "Grads",
@@ -93,12 +123,26 @@ __all__ = [
     "Params",
     "SGDPRule",
     "SGDRule",
+    "SGDSaI",
+    "SGDSaIRule",
+    "SPAMRule",
+    "SophiaG",
+    "SophiaGRule",
+    "SophiaH",
+    "SophiaHRule",
+    "StableSPAM",
+    "StableSPAMRule",
     "State",
     "UpdateMap",
     "UpdateRule",
+    "block_of",
+    "blockwise",
     "create",
+    "curvature",
+    "group_factors",
     "is_matrix",
     "rule_from",
     "schedule",
+    "schedule_options",
     "split_matrices",
 ]

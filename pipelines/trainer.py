@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Trained:
 
 class DataTrainer(Trainer):  # type: ignore[misc]
     """`transformers.Trainer` with the suite's optimizer and schedule. The batch of the Trainer is the optimizer's
-    whole step.
+    whole step, from which curvature is estimated too (Sophia, AdaHessian).
 
     observe: called after each optimizer step with (step, row indices of the step); it must not change anything.
     """
@@ -90,19 +91,26 @@ class DataTrainer(Trainer):  # type: ignore[misc]
         supervised = sum(sum(label != -100 for label in labels[1:]) for _, labels in items)
         if supervised == 0:
             raise DataError(f"training: none of the rows {rows[:5]} of this step has a supervised token")
-        total = 0.0
-        for group in token_batches([len(ids) for ids, _ in items], self.recipe.micro_tokens):
+        self.seen_tokens += sum(len(ids) for ids, _ in items)
+
+        def share(group: list[int]) -> Tensor:
             batch = {key: tensor.to(self.args.device) for key, tensor in collate([items[i] for i in group]).items()}
-            losses, _ = token_losses(model, batch)
-            loss = losses.sum() / supervised
+            loss: Tensor = token_losses(model, batch)[0].sum() / supervised
+            return loss
+
+        groups = token_batches([len(ids) for ids, _ in items], self.recipe.micro_tokens)
+        parts = [partial(share, group) for group in groups]
+        total = 0.0
+        for part in parts:
+            loss = part()
             self.accelerator.backward(loss)
             total += float(loss.detach())
-            self.seen_tokens += int(sum(len(items[i][0]) for i in group))
         if not math.isfinite(total):
             raise DataError(
                 f"training: the loss of step {self.state.global_step + 1} is {total}, rows {rows[:5]}; "
                 f"lower training.learning_rate (now {self.recipe.learning_rate:g}) or look at these rows"
             )
+        optim.curvature.refresh(self.optimizer, parts, seed=self.args.seed)  # for rules that read it, when it is due
         if self.observe is not None:
             self.observe(self.state.global_step + 1, rows)
         return torch.tensor(total, device=self.args.device)

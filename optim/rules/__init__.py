@@ -3,42 +3,67 @@
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from os.path import commonprefix
 from typing import Any
 
 from optim.optimizer import Optimizer
 from optim.rule import UpdateRule
 from optim.rules.adabelief import AdaBelief, AdaBeliefRule
+from optim.rules.adahessian import AdaHessian, AdaHessianRule
+from optim.rules.adam_mini import AdamMini, AdamMiniRule
 from optim.rules.adamp import AdamP, AdamPRule
 from optim.rules.adamw import AdamW, AdamWRule
+from optim.rules.blockwise_adam import BlockwiseAdam, BlockwiseAdamRule
 from optim.rules.exadam import EXAdam, EXAdamRule
 from optim.rules.lion import Lion, LionRule
 from optim.rules.muon import Muon, MuonRule
 from optim.rules.nadam import NAdam, NAdamRule
 from optim.rules.sgd import SGD, SGDRule
+from optim.rules.sgd_sai import SGDSaI, SGDSaIRule
 from optim.rules.sgdp import SGDP, SGDPRule
+from optim.rules.sophia_g import SophiaG, SophiaGRule
+from optim.rules.sophia_h import SophiaH, SophiaHRule
+from optim.rules.spam import SPAM, SPAMRule
+from optim.rules.stable_spam import StableSPAM, StableSPAMRule
 
 RULES: dict[str, type[UpdateRule]] = {
     "adabelief": AdaBeliefRule,
+    "adahessian": AdaHessianRule,
+    "adam_mini": AdamMiniRule,
     "adamp": AdamPRule,
     "adamw": AdamWRule,
+    "blockwise_adam": BlockwiseAdamRule,
     "exadam": EXAdamRule,
     "lion": LionRule,
     "muon": MuonRule,
     "nadam": NAdamRule,
     "sgd": SGDRule,
+    "sgd_sai": SGDSaIRule,
     "sgdp": SGDPRule,
+    "sophia_g": SophiaGRule,
+    "sophia_h": SophiaHRule,
+    "spam": SPAMRule,
+    "stable_spam": StableSPAMRule,
 }
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adabelief": AdaBelief,
+    "adahessian": AdaHessian,
+    "adam_mini": AdamMini,
     "adamp": AdamP,
     "adamw": AdamW,
+    "blockwise_adam": BlockwiseAdam,
     "exadam": EXAdam,
     "lion": Lion,
     "muon": Muon,
     "nadam": NAdam,
     "sgd": SGD,
+    "sgd_sai": SGDSaI,
     "sgdp": SGDP,
+    "sophia_g": SophiaG,
+    "sophia_h": SophiaH,
+    "spam": SPAM,
+    "stable_spam": StableSPAM,
 }
 
 
@@ -64,8 +89,14 @@ def rule_from(described: Mapping[str, Any]) -> UpdateRule:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown word: the nearest known one, or all of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    close = difflib.get_close_matches(word, known, n=3)
+    if not close:
+        return f"; known: {', '.join(known)}"
+
+    def nearness(name: str) -> tuple[float, int, str]:  # of "nadam" and "adamw", "adam" more likely means the second
+        return difflib.SequenceMatcher(None, name, word).ratio(), len(commonprefix([name, word])), name
+
+    return f"; did you mean {max(close, key=nearness)!r}?"
 
 
 __all__ = [
@@ -73,12 +104,19 @@ __all__ = [
     "RULES",
     "SGD",
     "SGDP",
+    "SPAM",
     "AdaBelief",
     "AdaBeliefRule",
+    "AdaHessian",
+    "AdaHessianRule",
+    "AdamMini",
+    "AdamMiniRule",
     "AdamP",
     "AdamPRule",
     "AdamW",
     "AdamWRule",
+    "BlockwiseAdam",
+    "BlockwiseAdamRule",
     "EXAdam",
     "EXAdamRule",
     "Lion",
@@ -89,6 +127,15 @@ __all__ = [
     "NAdamRule",
     "SGDPRule",
     "SGDRule",
+    "SGDSaI",
+    "SGDSaIRule",
+    "SPAMRule",
+    "SophiaG",
+    "SophiaGRule",
+    "SophiaH",
+    "SophiaHRule",
+    "StableSPAM",
+    "StableSPAMRule",
     "did_you_mean",
     "rule_from",
 ]

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from optim import (
     AdaBeliefRule,
+    AdaHessianRule,
+    AdamMini,
     AdamPRule,
     AdamWRule,
+    BlockwiseAdamRule,
     EXAdamRule,
     LionRule,
     MuonRule,
@@ -22,6 +25,14 @@ from optim import (
     Optimizer,
     SGDPRule,
     SGDRule,
+    SGDSaIRule,
+    SophiaGRule,
+    SophiaHRule,
+    SPAMRule,
+    StableSPAMRule,
+    create,
+    curvature,
+    group_factors,
 )
 
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -105,9 +116,10 @@ def run(case: Case, build: Callable[[dict[str, Any], Named], Optimizer]) -> tupl
     inputs = arrays(case.folder / file)
     names = list(entry["parameters"] if matrix_family else entry["params"])
     named: Named = [(n, torch.nn.Parameter(torch.tensor(inputs[f"init/{n}"], dtype=dtype))) for n in names]  # copies
-    optimizer = build(entry, named)
+    optimizer = build(entry | {"at": case.folder, "problem_settings": case.problem}, named)
     steps = entry.get("steps") or len(next(iter(golden(case).values()))) - 1
     base = [group["lr"] for group in optimizer.param_groups]
+    factors = factors_of(entry, optimizer)
     path = {n: [p.detach().double().clone()] for n, p in named}
     losses: list[float] = []
     for t in range(steps):
@@ -118,12 +130,25 @@ def run(case: Case, build: Callable[[dict[str, Any], Named], Optimizer]) -> tupl
             losses.append(loss.item())
         else:
             set_recorded(inputs, t, named)
-        for group, lr in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = lr * (entry["lr_mult"][t] if entry.get("lr_mult") else 1.0)
+        for group, lr, factor in zip(optimizer.param_groups, base, factors, strict=True):
+            group["lr"] = lr * factor(t)
+        if entry["optimizer"] in CURVATURE:
+            curvature.absorb(optimizer, CURVATURE[entry["optimizer"]](case, inputs, dict(named), t))
         optimizer.step()
         for n, p in named:
             path[n].append(p.detach().double().clone())
     return {n: torch.stack(steps_of) for n, steps_of in path.items()}, losses
+
+
+def factors_of(entry: dict[str, Any], optimizer: Optimizer) -> list[Callable[[int], float]]:
+    """Step -> factor on its learning rate, one a param group: the recorded ones, those of the case's schedule, or 1."""
+    multipliers = entry.get("lr_mult") or None
+    plan = entry.get("hyper", {}).get("schedule")
+    if plan is None:
+        return [lambda t: multipliers[t] if multipliers else 1.0] * len(optimizer.param_groups)
+    assert plan["kind"] == "linear warmup + cosine"
+    return group_factors(optimizer, "blockwise_cosine", total_steps=plan["max_iters"],
+                         warmup_steps=plan["warmup_iters"], min_ratio=plan["min_lr"] / entry["hyper"]["base_lr"])
 
 
 def golden(case: Case) -> dict[str, Tensor]:
@@ -214,6 +239,60 @@ def sgdp(entry: dict[str, Any], named: Named) -> Optimizer:
     return by_groups(entry, named, lambda s: SGDPRule(**only(s, *known), project_buffer=not s["nesterov"]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecordedMasks(SPAMRule):
+    """SPAM with the masks that the published code drew: one a call, in an array of the case."""
+
+    file: str = ""
+    key: str = ""
+
+    def _mask(self, n: Tensor, param: Tensor) -> Tensor:
+        return torch.tensor(arrays(Path(self.file))[self.key][int(n) - 1]).bool()
+
+
+def spam(entry: dict[str, Any], named: Named) -> Optimizer:
+    """Decay after the update, in the terms of decay before it; none where a mask is, as published."""
+    hyper = entry["hyper"]
+    lr, decay = hyper["lr"], hyper["weight_decay"]
+    known = ("betas", "eps", "correct_bias", "warmup_steps", "threshold", "DeltaT", "grad_accu_steps", "density")
+    masked = entry.get("density_params", [])
+    groups: list[dict[str, Any]] = [{"params": [n], "weight_decay": 0.0} for n in masked]
+    rest = [n for n in entry["params"] if n not in masked]
+    groups.append({"params": rest, "lr": lr * (1 - lr * decay), "weight_decay": decay / (1 - lr * decay), "density": 1})
+    mask = {"file": str(entry["at"] / entry["file"]), "key": f"{entry['case']}/mask/{''.join(masked)}"}
+    return by_groups(
+        entry | {"param_groups": groups},
+        named,
+        lambda s: RecordedMasks(**only(s, *known), **mask) if s.get("density", 1) < 1 else SPAMRule(**only(s, *known)),
+    )
+
+
+def stable_spam(entry: dict[str, Any], named: Named) -> Optimizer:
+    known = ("betas", "eps", "gamma1", "gamma2", "gamma3", "total_T", "eta_min", "update_proj_gap")
+    return by_groups(entry, named, lambda s: StableSPAMRule(**only(s, *known)))
+
+
+def sgd_sai(entry: dict[str, Any], named: Named) -> Optimizer:
+    return by_groups(entry, named, lambda s: SGDSaIRule(**only(s, "momentum", "eps")))
+
+
+def adam_mini(entry: dict[str, Any], named: Named) -> Optimizer:
+    """By name for a transformer; other names have one v a tensor in the published code."""
+    problem, settings = entry["problem_settings"], {k: v for k, v in entry["hyper"].items() if k != "whole_v"}
+    if "n_heads" not in problem:
+        return AdamMini(named, **settings, blocks="tensor")
+    whole = entry["hyper"].get("whole_v", False)
+    return AdamMini(named, **settings, dim=problem["dim"], n_heads=problem["n_heads"], whole_value=whole)
+
+
+def blockwise_adam(entry: dict[str, Any], named: Named) -> Optimizer:
+    block = "tensor" if all(len(names) == 1 for names in entry["blocks"]) else "group"
+    groups = [{"params": names} for names in entry["blocks"]]
+    return by_groups(
+        entry | {"param_groups": groups}, named, lambda s: BlockwiseAdamRule(**only(s, "betas", "eps"), block=block)
+    )
+
+
 def matrices_and_rest(entry: dict[str, Any], named: Named, muon: dict[str, Any], rest: dict[str, Any]) -> Optimizer:
     split = {kind: [(n, p) for n, p in named if (entry["parameters"][n] == "muon") == (kind == "muon")]
              for kind in ("muon", "rest")}
@@ -267,6 +346,64 @@ def dion(entry: dict[str, Any], named: Named) -> Optimizer:
     return matrices_and_rest(entry, named, {"rule": rule, "lr": h["lr"], "weight_decay": h["weight_decay"]}, {})
 
 
+def sophia_g(entry: dict[str, Any], named: Named) -> Optimizer:
+    return by_groups(entry, named, lambda s: SophiaGRule(**only(s | {"bs": None, "k": None}, "betas", "rho")))
+
+
+def sampled_curvature(case: Case, inputs: dict[str, np.ndarray], p: dict[str, Tensor], t: int) -> dict[Tensor, Tensor]:
+    """B g^2 of recorded gradients or labels; the published code makes it after the step before this one."""
+    hyper = case.entry["hyper"]
+    if t == 0 or t % hyper["k"]:
+        return {}
+    if case.problem["kind"] in LOSSES:
+        labels = arrays(case.folder / case.entry["file"])[f"{case.entry['case']}/gnb_labels"][t // hyper["k"] - 1]
+        loss = LOSSES[case.problem["kind"]](inputs | {"y": labels}, p)
+        grads = dict(zip(p, torch.autograd.grad(loss, list(p.values())), strict=True))
+    else:
+        present = [n for n in p if f"has_grad/{n}" not in inputs or inputs[f"has_grad/{n}"][t - 1]]
+        grads = {n: torch.tensor(inputs[f"hess_grad/{n}"][t - 1], dtype=p[n].dtype) for n in present}
+    return {p[n]: hyper["bs"] * g * g for n, g in grads.items()}
+
+
+def sophia_h(entry: dict[str, Any], named: Named) -> Optimizer:
+    return by_groups(entry, named, lambda s: SophiaHRule(**only(s | {"k": None}, "betas", "gamma", "eps")))
+
+
+def adahessian(entry: dict[str, Any], named: Named) -> Optimizer:
+    known = ("betas", "eps", "hessian_power", "spatial_average_block_size", "variant")
+    extra: dict[str, Any] = {"variant": {"instr": "instruction", "image": "image"}[entry["variant"]]}
+    if entry["hyper"]["spatial_average_block_size"] is None:
+        extra["spatial_average_block_size"] = (-1, -1, -1, -1)
+    return by_groups(entry, named, lambda s: AdaHessianRule(**only(s | extra, *known)))
+
+
+def probed_curvature(case: Case, inputs: dict[str, np.ndarray], p: dict[str, Tensor], t: int) -> dict[Tensor, Tensor]:
+    """z H z with the recorded probe of the step: normal for Sophia-H, signs for AdaHessian."""
+    if t % case.entry["hyper"].get("k", 1):
+        return {}
+    kind = "z_gauss" if case.entry["optimizer"] == "SophiaH" else "z_rademacher"
+    probes = [torch.tensor(inputs[f"{kind}/{n}"][t], dtype=x.dtype) for n, x in p.items()]
+    found = curvature.hutchinson(lambda: LOSSES[case.problem["kind"]](inputs, p), list(p.values()), probes)
+    return {x: h for x, h in zip(p.values(), found, strict=True) if h is not None}
+
+
+CURVATURE: dict[str, Callable[[Case, dict[str, np.ndarray], dict[str, Tensor], int], dict[Tensor, Tensor]]] = {
+    "SophiaG": sampled_curvature,
+    "SophiaH": probed_curvature,
+    "AdaHessian": probed_curvature,
+}
+"""Golden optimizer -> the estimates of the Hessian's diagonal before step t."""
+
+def blockwise_lr(entry: dict[str, Any], named: Named) -> Optimizer:
+    """The blockwise learning rate over the inner optimizer; blocks are told by the names alone."""
+    h, inner = entry["hyper"], {"AdamW": "adamw", "Lion": "lion", "AdamMini": "adam_mini"}[entry["inner"]]
+    blocks = {"embed": "embedding", "ln": "norm", "mlp": "ffn"}
+    ratios = {blocks.get(block, block): ratio for block, ratio in h["ratios"].items()}
+    shape = {"dim": 8, "n_heads": 4} if inner == "adam_mini" else {}  # of problem p3a
+    return create(inner, named, lr=h["base_lr"], weight_decay=h["weight_decay"], block_ratios=ratios,
+                  betas=h["betas"], **({} if h["eps"] is None else {"eps": h["eps"]}), **shape)
+
+
 BUILDERS: dict[str, Callable[[dict[str, Any], Named], Optimizer]] = {
     "AdamW": adamw,
     "NAdam": nadam,
@@ -276,6 +413,15 @@ BUILDERS: dict[str, Callable[[dict[str, Any], Named], Optimizer]] = {
     "SGD": sgd,
     "SGDP": sgdp,
     "Lion": lion,
+    "SPAM": spam,
+    "StableSPAM": stable_spam,
+    "SGDSaI": sgd_sai,
+    "AdamMini": adam_mini,
+    "BlockwiseAdam": blockwise_adam,
+    "BlockwiseLR": blockwise_lr,
+    "SophiaG": sophia_g,
+    "SophiaH": sophia_h,
+    "AdaHessian": adahessian,
     "muon": muon,
     "muon_moonlight": moonlight,
     "muon_dion": dion,

@@ -1,0 +1,133 @@
+"""AdaHessian: Adam with the magnitude of the Hessian diagonal in the place of the gradient's."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from optim.curvature import CurvatureRule
+from optim.optimizer import Optimizer, Params
+from optim.rule import State, check_non_negative, checked_betas, correction, zero_moment, zero_step
+
+VARIANTS = ("instruction", "image")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaHessianRule(CurvatureRule):
+    """u = m^ / (sqrt(v^)^k + eps), with m^ = m / (1 - b1^t), v^ = v / (1 - b2^n), k the hessian_power, n refreshes,
+    m <- b1 m + (1 - b1) g, and at a refresh v <- b2 v + (1 - b2) D^2, D the block average of |z H z|, z random signs.
+
+    Shapes: `update` is elementwise; the average at a refresh needs whole rows.
+    State: 8 bytes a parameter (two float32 moments), a step count and a count of refreshes.
+    Source: Yao et al. 2021, arXiv 2006.00719, algorithm 1; amirgholami/adahessian.
+    Differs: the paper averages signed estimates, the published code magnitudes, as here. That code refreshes at every
+    step (the default here too), so that n = t.
+
+    Blocks: with `variant="instruction"` (instruction/adahessian.py, the paper's method) rows of matrices, and the
+    trailing dimensions of tensors of more: the last of three, all but two of four and more. A positive entry of
+    `spatial_average_block_size` takes consecutive flat groups of that size instead, for tensors of 1, 2, 3, and 4 or
+    more dimensions. With `variant="image"` (image_classification/optim_adahessian.py) kernels of four dimensions are
+    averaged over the last two, and nothing else is.
+
+    Until the first refresh u = m^, momentum SGD: |z H z| that is zero by chance gives steps of size m^ / eps after it.
+    """
+
+    name: ClassVar[str] = "adahessian"
+    probe: ClassVar[Literal["labels", "normal", "signs"]] = "signs"
+
+    refresh_every: int = 1
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-4
+    hessian_power: float = 1.0
+    variant: str = "instruction"
+    spatial_average_block_size: tuple[int, int, int, int] = (-1, -1, -1, -1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "betas", checked_betas("AdaHessianRule", self.betas))
+        object.__setattr__(self, "spatial_average_block_size", tuple(self.spatial_average_block_size))
+        check_non_negative("AdaHessianRule", eps=self.eps, hessian_power=self.hessian_power)
+        if self.hessian_power > 1:
+            raise ValueError(f"AdaHessianRule: hessian_power = {self.hessian_power!r}; it must be at most 1")
+        if self.variant not in VARIANTS:
+            raise ValueError(f"AdaHessianRule: variant = {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
+        sizes = self.spatial_average_block_size
+        if len(sizes) != 4 or not all(isinstance(s, int) and (s == -1 or s > 0) for s in sizes):
+            raise ValueError(
+                f"AdaHessianRule: spatial_average_block_size = {sizes!r}; it must be four whole numbers, -1 or positive"
+            )
+
+    def init(self, param: Tensor) -> State:
+        """Zero moments and counts."""
+        return {
+            "step": zero_step(),
+            "exp_avg": zero_moment(param),
+            "exp_hessian_diag_sq": zero_moment(param),
+            "hessian_step": zero_step(),
+        }
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction u of the class docstring, in the moments' dtype."""
+        b1, b2 = self.betas
+        v, n, t = state["exp_hessian_diag_sq"], state["hessian_step"], state["step"] + 1
+        m = state["exp_avg"].lerp(grad.to(state["exp_avg"].dtype), 1 - b1)
+        idle = (n == 0).double()  # 1 until the first refresh, when v / (1 - b2^n) would be 0 / 0
+        root = (v / (correction(b2, n) + idle)).sqrt()
+        if self.hessian_power != 1:
+            root = root**self.hessian_power * (1 - idle)  # 0^0 would be 1
+        direction = m / correction(b1, t) / (root + (idle + (1 - idle) * self.eps))
+        direction = direction.to(m.dtype)  # a 0-d parameter would be promoted by the float64 corrections
+        return direction, {"step": t, "exp_avg": m, "exp_hessian_diag_sq": v, "hessian_step": n.clone()}
+
+    def absorb(self, estimate: Tensor, state: State) -> State:
+        """v and n after a refresh; estimate: z H z.
+
+        Raises: ValueError if a block size does not divide the number of elements.
+        """
+        averaged = self.averaged(estimate.abs())
+        v = state["exp_hessian_diag_sq"].lerp(averaged * averaged, 1 - self.betas[1])
+        return {"exp_hessian_diag_sq": v, "hessian_step": state["hessian_step"] + 1}
+
+    def averaged(self, x: Tensor) -> Tensor:
+        """Each entry replaced by the mean of its block."""
+        if x.ndim == 0 or x.numel() == 0:
+            return x
+        if self.variant == "image":
+            return x.mean((-2, -1), keepdim=True).expand_as(x) if x.ndim == 4 else x
+        size = self.spatial_average_block_size[min(x.ndim, 4) - 1]
+        if size == -1:
+            trailing = tuple(range(1 if x.ndim == 2 else 2, x.ndim))
+            return x.mean(trailing, keepdim=True).expand_as(x) if trailing else x
+        if x.numel() % size:
+            raise ValueError(
+                f"AdaHessianRule: blocks of {size} do not divide the {x.numel()} elements of a parameter of shape "
+                f"{tuple(x.shape)}; change spatial_average_block_size"
+            )
+        return x.reshape(-1, size).mean(1, keepdim=True).expand(-1, size).reshape(x.shape)
+
+
+class AdaHessian(Optimizer):
+    """`Optimizer` running `AdaHessianRule`; call `optim.curvature.refresh` before every step."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 0.15,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-4,
+        weight_decay: float = 0.0,
+        hessian_power: float = 1.0,
+        *,
+        variant: str = "instruction",
+        spatial_average_block_size: tuple[int, int, int, int] = (-1, -1, -1, -1),
+        refresh_every: int = 1,
+    ) -> None:
+        rule = AdaHessianRule(
+            betas=betas,
+            eps=eps,
+            hessian_power=hessian_power,
+            variant=variant,
+            spatial_average_block_size=spatial_average_block_size,
+            refresh_every=refresh_every,
+        )
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay)

@@ -1,0 +1,505 @@
+"""Curvature: products against dense Hessians, unbiased estimates, when `refresh` acts and what it leaves alone."""
+
+import copy
+import inspect
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter, functional
+
+from optim import AdaHessianRule, Optimizer, SGDRule, SophiaG, SophiaGRule, SophiaH, SophiaHRule, UpdateMap, curvature
+from optim.curvature import CurvatureRule
+from tests.optim import properties, properties_ours
+from tests.optim.harness import as_arrays, assert_same, make, named, parameters, randn, set_grads, snapshot, states
+from tests.optim.specs import SPECS
+from tests.processes import spawn
+from tests.reference import adahessian
+
+NAMES = sorted(name for name, spec in SPECS.items() if isinstance(spec.rule(), CurvatureRule))
+POSITIVE = {"sophia_g"}  # B g^2 is never negative
+
+
+def estimate(name: str, p: Tensor, t: int) -> Tensor:
+    """Curvature of a size at which some coordinates are clipped and some are not."""
+    drawn = 300 * randn(tuple(p.shape), 31 * t + p.numel(), torch.promote_types(p.dtype, torch.float32))
+    return drawn.abs() if name in POSITIVE else drawn
+
+
+def train_with_curvature(optimizer, params, steps):
+    """`harness.train` with an estimate before every step, also for published code that takes one."""
+    rule = optimizer.param_groups[0].get("rule")
+    name = rule.name if rule else {"PublishedSophiaG": "sophia_g"}.get(type(optimizer).__name__, "")
+    for t in steps:
+        given = {p: estimate(name, p, t) for p in params}
+        if rule is None:
+            optimizer.absorb(given)
+        else:
+            curvature.absorb(optimizer, given)
+        set_grads(params, t + 1)
+        optimizer.step()
+
+
+FUNCTIONS = properties.PROPERTIES | properties_ours.PROPERTIES
+WITH_TRAIN = sorted(number for number, f in FUNCTIONS.items() if "train(" in inspect.getsource(f)) + ["H2", "H4"]
+
+
+@pytest.mark.parametrize("number", WITH_TRAIN)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_battery_holds_with_curvature(name, number, monkeypatch):
+    """The battery's rules see no curvature; here they do, in every property that trains."""
+    for module in (properties, properties_ours):
+        monkeypatch.setattr(module, "train", train_with_curvature)
+    whole = tuple(hyper for hyper in SPECS[name].inputs if "spatial_average_block_size" not in hyper or number != "H2")
+    FUNCTIONS[number](replace(SPECS[name], inputs=whole))  # H2 draws shapes that blocks do not divide
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_formula_holds_with_curvature(name):
+    """12 float64 steps equal the reference, with refreshes now and then and a missing gradient."""
+    spec = SPECS[name]
+    for hyper in spec.inputs:
+        for shape in ((4, 3), (5,), (), (2, 2, 3), (2, 2, 2, 4)):
+            if hyper.get("spatial_average_block_size") and shape == ():
+                continue
+            p = Parameter(randn(shape, 5))
+            grads: list[Tensor | None] = [randn(shape, 100 + t) for t in range(12)]
+            grads[5] = None
+            given = [None if t % 3 == 1 else estimate(name, p, t) for t in range(12)]
+            reference = spec.reference.run(
+                p.detach().numpy(), as_arrays(grads), lr=0.03, weight_decay=0.1, estimates=as_arrays(given), **hyper
+            )
+            optimizer = make(spec, [p], hyper, lr=0.03, weight_decay=0.1)
+            for t, (grad, want) in enumerate(zip(grads, reference, strict=True)):
+                if given[t] is not None:
+                    curvature.absorb(optimizer, {p: given[t]})
+                p.grad = grad
+                optimizer.step()
+                where = f"{hyper} {shape}, step {t}"
+                np.testing.assert_allclose(p.detach().numpy(), want, rtol=1e-9, atol=1e-12, err_msg=where)
+
+
+def test_adahessian_averages_blocks():
+    for shape in ((6,), (4, 6), (2, 3, 4), (2, 3, 2, 2), (2, 2, 2, 2, 2), (0, 3), ()):
+        for fields in ({}, {"variant": "image"}, {"spatial_average_block_size": (3, 8, 12, 4)}):
+            x = randn(shape, 3).abs()
+            got = AdaHessianRule(**fields).averaged(x)
+            np.testing.assert_allclose(got.numpy(), adahessian.averaged(x.numpy(), **fields), rtol=1e-12)
+    p = Parameter(torch.ones(5))
+    optimizer = Optimizer([p], AdaHessianRule(spatial_average_block_size=(2, -1, -1, -1)), lr=0.1)
+    with pytest.raises(ValueError, match=r"blocks of 2 do not divide the 5 elements.*shape \(5,\)"):
+        curvature.absorb(optimizer, {p: torch.ones(5)})
+
+
+# ------------------------------------------------------------------------------------------------------------ products
+
+
+def problem(dtype: torch.dtype = torch.float64):
+    """Two parameters, a smooth loss, and its dense Hessian in (a, b) flattened."""
+    a, b = Parameter(randn((3, 2), 1, dtype)), Parameter(randn((2,), 2, dtype))
+    x = randn((5, 3), 3, dtype)
+
+    def loss_of(a: Tensor, b: Tensor) -> Tensor:
+        return torch.tanh(x @ a + b).square().mean() + 0.1 * (a[0] * b).sum() ** 2
+
+    with torch.no_grad():
+        blocks = torch.autograd.functional.hessian(loss_of, (a.detach(), b.detach()))
+    dense = torch.cat([torch.cat([blocks[i][j].reshape(n, -1) for j in range(2)], 1) for i, n in enumerate((6, 2))])
+    return [a, b], lambda: loss_of(a, b), dense
+
+
+def flat(tensors) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+@pytest.mark.parametrize("method", ["exact", "difference"])
+def test_products_equal_the_dense_hessian(method):
+    params, loss, dense = problem()
+    vectors = [randn(tuple(p.shape), 7 + i) for i, p in enumerate(params)]
+    start = snapshot(params)
+    got = curvature.hvp(loss, params, vectors, method=method)
+    tolerance = {"rtol": 1e-10, "atol": 1e-12} if method == "exact" else {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(flat(got), dense @ flat(vectors), **tolerance)
+    assert_same(params, start, "parameters come back bit for bit:")
+    parts = curvature.hvp([lambda: 0.25 * loss(), lambda: 0.75 * loss()], params, vectors, method=method)
+    torch.testing.assert_close(flat(parts), dense @ flat(vectors), **tolerance)
+
+
+def test_products_in_float32_by_differences():
+    params, loss, dense = problem(torch.float32)
+    vectors = [randn(tuple(p.shape), 7 + i, torch.float32) for i, p in enumerate(params)]
+    got = flat(curvature.hvp(loss, params, vectors, method="difference"))
+    torch.testing.assert_close(got, dense @ flat(vectors), rtol=1e-2, atol=1e-3)
+
+
+def test_what_the_loss_does_not_curve():
+    """Zero where the loss is linear in a parameter, None where it does not reach one."""
+    a, b, c = parameters([(3,), (2,), (4,)])
+    vectors = [torch.ones_like(p) for p in (a, b, c)]
+    product = curvature.hvp(lambda: (2 * a).sum() + c.square().sum(), [a, b, c], vectors)
+    assert torch.equal(product[0], torch.zeros_like(a)) and product[1] is None
+    assert torch.equal(product[2], 2 * vectors[2])
+
+
+class Once(torch.autograd.Function):
+    """x^3 with a first derivative only, as a fused kernel has."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grad
+
+
+def test_kernels_without_a_second_derivative_take_differences_and_say_so():
+    p, v = Parameter(randn((4,), 1)), randn((4,), 2)
+    x = p.detach()
+    words = "depends on no parameter"
+    losses = (  # for both torch itself would give zeros
+        (lambda: Once.apply(p).sum(), 6 * x * v),
+        (lambda: Once.apply(p).square().sum(), 30 * x**4 * v),
+    )
+    for loss, want in losses:
+        with pytest.warns(RuntimeWarning, match=f"{words}.*finite differences"):
+            (got,) = curvature.hvp(loss, [p], [v])
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+        with pytest.raises(RuntimeError, match=words):
+            curvature.hvp(loss, [p], [v], method="exact")
+    low = Parameter(p.detach().bfloat16())
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="16-bit"):
+        curvature.hvp(lambda: Once.apply(low).sum(), [low], [v.bfloat16()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_has_products(dtype):
+    """scaled_dot_product_attention takes its math kernel inside, for its fused one has no second derivative."""
+    q = Parameter(randn((1, 2, 5, 8), 1, dtype))
+    k, v = randn((1, 2, 5, 8), 2, dtype), randn((1, 2, 5, 8), 3, dtype)
+
+    def loss() -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True).float().square().sum()
+
+    with pytest.raises(RuntimeError, match="not implemented"):
+        (grad,) = torch.autograd.grad(loss(), [q], create_graph=True)
+        torch.autograd.grad(grad, [q], torch.ones_like(grad))
+    u = randn((1, 2, 5, 8), 4, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (got,) = curvature.hvp(loss, [q], [u])
+
+    def plain(q: Tensor) -> Tensor:
+        scores = (q @ k.double().mT / 8**0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+        return (scores.softmax(-1) @ v.double()).square().sum()
+
+    _, want = torch.autograd.functional.hvp(plain, q.detach().double(), u.double())
+    rough = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, **rough)
+
+
+# ----------------------------------------------------------------------------------------------------------- estimates
+
+
+@pytest.mark.parametrize("kind", ["normal", "signs"])
+def test_hutchinson_is_unbiased(kind):
+    """The mean of many estimates is the diagonal; with random signs, one estimate of a diagonal Hessian is exact."""
+    params, loss, dense = problem()
+    total, count = torch.zeros(8).double(), 600
+    for seed in range(count):
+        probes = [curvature.draw(p, kind, 10 * seed + i) for i, p in enumerate(params)]
+        total += flat(curvature.hutchinson(loss, params, probes))
+    spread = (dense.square().sum(1) * 2 / count).sqrt()
+    assert ((total / count - dense.diagonal()).abs() < 5 * spread).all()
+    p, scale = Parameter(randn((6,), 1)), randn((6,), 2)
+    if kind == "signs":
+        (exact,) = curvature.hutchinson(lambda: (scale * p**2).sum(), [p], [curvature.draw(p, kind, 3)])
+        torch.testing.assert_close(exact, 2 * scale)
+
+
+def classifier(reduction: str = "mean"):
+    """Softmax regression with ignored labels, and the diagonal of its Gauss-Newton matrix, which is its Hessian's."""
+    w = Parameter(randn((3, 2), 1))
+    x, y = randn((7, 2), 2), torch.tensor([0, 2, -100, 1, 1, -100, 0])
+
+    def loss() -> Tensor:
+        total = functional.cross_entropy(x @ w.T, y, reduction=reduction)
+        return total if reduction == "mean" else total.sum() / 5
+
+    kept = x[y != -100]
+    chance = (kept @ w.detach().T).softmax(-1)
+    diagonal = torch.einsum("nc,nd->cd", chance * (1 - chance), kept**2) / len(kept)
+    return w, loss, diagonal
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
+def test_gauss_newton_bartlett_is_unbiased(reduction):
+    """The mean of many estimates is the diagonal, over the five terms that count."""
+    w, loss, diagonal = classifier(reduction)
+    estimates = torch.stack([curvature.gauss_newton(loss, [w], seed=seed)[0] for seed in range(800)])
+    assert (estimates >= 0).all()
+    error = (estimates.mean(0) - diagonal).abs()
+    assert (error < 5 * estimates.std(0) / len(estimates) ** 0.5).all()
+    assert len({float(e.sum()) for e in estimates[:20]}) > 10  # labels are drawn anew
+
+
+def test_gauss_newton_draws_where_labels_are_shares_and_over_other_layouts():
+    """Soft targets, and logits [b, classes, positions], give the estimate of the same rows in one list."""
+    w, x = Parameter(randn((3, 2), 1)), randn((4, 5, 2), 2)
+
+    def rows() -> Tensor:
+        return functional.cross_entropy((x @ w.T).reshape(20, 3), torch.zeros(20).long())
+
+    def positions() -> Tensor:
+        return functional.cross_entropy((x @ w.T).mT, torch.zeros(4, 5).long())
+
+    def shares() -> Tensor:
+        return functional.cross_entropy((x @ w.T).reshape(20, 3), torch.full((20, 3), 1 / 3).double())
+
+    a, b, c = (curvature.gauss_newton(f, [w], seed=5)[0] for f in (rows, positions, shares))
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(a, c)
+
+
+def test_gauss_newton_over_parts_is_that_of_their_sum():
+    """B counts the terms of all micro-batches, and the gradient is squared after they are summed."""
+    w, x = Parameter(randn((3, 2), 1)), 50 * randn((6, 2), 2)  # saturated: the model draws the labels it is sure of
+    w.data *= 50
+
+    def part(rows: slice) -> Tensor:
+        logits = x[rows] @ w.T
+        return functional.cross_entropy(logits + 0.01 * w.sum(), logits.argmin(1), reduction="sum") / 6
+
+    (whole,) = curvature.gauss_newton(lambda: part(slice(None)), [w], seed=1)
+    (parts,) = curvature.gauss_newton([lambda: part(slice(0, 2)), lambda: part(slice(2, 6))], [w], seed=1)
+    torch.testing.assert_close(whole, parts)
+
+
+def test_losses_that_do_not_serve_are_refused():
+    w, loss, _ = classifier()
+    with pytest.raises(ValueError, match="calls no torch.nn.functional.cross_entropy"):
+        curvature.gauss_newton(lambda: w.square().sum(), [w], seed=0)
+    unsuitable = ((lambda: w, r"shape \(3, 2\)"), (lambda: loss().detach(), r"shape \(\)"), (lambda: 1.0, "float"))
+    for bad, words in unsuitable:
+        with pytest.raises(ValueError, match=words):
+            curvature.hvp(bad, [w], [w.detach()])
+    with pytest.raises(ValueError, match="method = 'exakt'"):
+        curvature.hvp(loss, [w], [w.detach()], method="exakt")
+
+
+# ------------------------------------------------------------------------------------------------------------- refresh
+
+
+def step(optimizer: Optimizer, loss, **options) -> bool:
+    optimizer.zero_grad()
+    loss().backward()
+    done = curvature.refresh(optimizer, loss, **options)
+    optimizer.step()
+    return done
+
+
+def test_when_curvature_is_due():
+    """Sophia-H and AdaHessian from the first step on, Sophia-G after the first k; `every` overrides the rules' k."""
+    for rule, every, want in (
+        (SophiaHRule(refresh_every=3), None, [0, 3, 6]),
+        (SophiaGRule(refresh_every=3), None, [3, 6]),
+        (AdaHessianRule(), None, list(range(8))),
+        (SophiaHRule(), 4, [0, 4]),
+    ):
+        w, loss, _ = classifier()
+        optimizer = Optimizer([w], rule, lr=0.01)
+        assert [t for t in range(8) if step(optimizer, loss, every=every)] == want
+    for wrong in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match="every"):
+            curvature.refresh(optimizer, loss, every=wrong)
+
+
+def test_other_rules_cost_nothing():
+    """Without a rule that wants curvature the loss is not computed; `torch.optim` is such a case too."""
+    p = Parameter(torch.ones(2))
+
+    def never() -> Tensor:
+        raise AssertionError("computed")
+
+    assert not curvature.refresh(Optimizer([p], SGDRule(), lr=0.1), never)
+    assert not curvature.refresh(torch.optim.AdamW([p]), never)
+    assert not curvature.refresh(SophiaG([p]), never)  # not due
+
+
+@pytest.mark.parametrize("make_rule", [SophiaGRule, SophiaHRule, AdaHessianRule])
+def test_a_refresh_changes_curvature_and_nothing_else(make_rule):
+    """Gradients, parameters, momentum, step counts and the global generator stay; dropout may be in the loss."""
+    w, x = Parameter(randn((3, 2), 1)), randn((7, 2), 2)
+    optimizer = Optimizer([("w", w)], make_rule(), lr=0.01)
+
+    def loss() -> Tensor:
+        return functional.cross_entropy(functional.dropout(x, 0.5) @ w.T, torch.zeros(7).long())
+
+    for _ in range(2):
+        step(optimizer, loss, every=2)
+    loss().backward()
+    kept = snapshot([w, w.grad, optimizer.state[w]["step"], optimizer.state[w]["exp_avg"], torch.get_rng_state()])
+    before = snapshot(states(optimizer))
+    assert curvature.refresh(optimizer, loss, every=2)
+    after = [w.detach(), w.grad, optimizer.state[w]["step"], optimizer.state[w]["exp_avg"], torch.get_rng_state()]
+    assert_same(kept, after)
+    assert any(not torch.equal(a, b) for a, b in zip(before, states(optimizer), strict=True))
+
+
+@pytest.mark.parametrize("make_rule", [SophiaGRule, SophiaHRule, AdaHessianRule])
+def test_resumed_is_bit_identical(make_rule):
+    """Stopped between two refreshes: the state dict is all that is needed, whatever the global generator did."""
+    def start(weight: Tensor | None = None):
+        w, loss, _ = classifier()
+        if weight is not None:
+            w.data.copy_(weight)
+        return w, loss, Optimizer([("w", w)], make_rule(), lr=0.05)
+
+    w, loss, optimizer = start()
+    for _ in range(4):
+        step(optimizer, loss, every=3)
+    twin, twin_loss, other = start(w.detach())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    torch.randn(17)
+    for _ in range(5):
+        step(optimizer, loss, every=3)
+        step(other, twin_loss, every=3)
+    assert_same([w, *states(optimizer)], [twin, *states(other)])
+    third, third_loss, another = start(w.detach())
+    another.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    curvature.refresh(optimizer, loss, every=1)
+    curvature.refresh(another, third_loss, every=1, seed=1)
+    assert not all(torch.equal(a, b) for a, b in zip(states(optimizer), states(another), strict=True))
+
+
+def test_rules_may_be_mixed():
+    """Each group gets its own estimate at its own time; a frozen parameter and one without curvature are left out."""
+    a, b, c, d, e = parameters([(3, 2)] * 5)
+    optimizer = Optimizer(
+        [{"params": [a, d], "rule": SophiaGRule(refresh_every=1)}, {"params": [b], "rule": SophiaHRule()},
+         {"params": [c], "rule": SGDRule()}, {"params": [e], "rule": AdaHessianRule()}],
+        SGDRule(), lr=0.01,
+    )
+    x = randn((7, 2), 2)
+
+    def loss() -> Tensor:
+        return functional.cross_entropy(x @ (a + b * c + e).T, torch.zeros(7).long())
+
+    d.requires_grad_(False)
+    assert step(optimizer, loss)
+    assert a not in optimizer.state or not optimizer.state[a]["hessian"].any()  # not before its first step
+    assert optimizer.state[b]["hessian"].any() and optimizer.state[e]["exp_hessian_diag_sq"].any()
+    assert d not in optimizer.state and set(optimizer.state[c]) == {"step"}
+    h = optimizer.state[b]["hessian"].clone()
+    assert step(optimizer, loss)
+    assert optimizer.state[a]["hessian"].any() and torch.equal(optimizer.state[b]["hessian"], h)
+
+
+def test_curvature_that_is_not_finite_is_left_out_by_name():
+    a, b = parameters([(2,), (2,)])
+    optimizer = SophiaH([("fine", a), ("broken", b)], lr=0.1)
+    with pytest.warns(RuntimeWarning, match=r"'broken'.*not finite"):
+        curvature.refresh(optimizer, lambda: (a**3).sum() + (b**3).sum() * torch.inf)
+    assert optimizer.state[a]["hessian"].isfinite().all() and b not in optimizer.state
+
+
+def test_low_precision_parameters_have_float32_curvature():
+    w = Parameter(randn((3, 2), 1, torch.bfloat16))
+    x = randn((7, 2), 2, torch.bfloat16)
+
+    def loss() -> Tensor:
+        return functional.cross_entropy((x @ w.T).float(), torch.zeros(7).long())
+
+    for rule in (SophiaGRule(), SophiaHRule(), AdaHessianRule()):
+        optimizer = Optimizer([w], rule, lr=1e-3)
+        for _ in range(3):
+            step(optimizer, loss, every=1)
+        kept = [value for value in optimizer.state[w].values() if value.ndim]
+        assert {value.dtype for value in kept} == {torch.float32} and all(value.any() for value in kept)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_map_reads_the_slow_diagonal_and_never_renews_it(name):
+    """per_sample of a map that follows the optimizer: another curvature, other directions; the state stays."""
+    params = parameters([(4, 3), (5,)])
+    optimizer = make(SPECS[name], named(params))
+    train_with_curvature(optimizer, params, range(2))
+    grads = {n: randn((6, *p.shape), 9) for n, p in named(params)}
+    update_map = UpdateMap.of(optimizer, copy=False)
+    before = snapshot(states(optimizer))
+    first = update_map.per_sample(grads)
+    assert_same(states(optimizer), before)
+    curvature.absorb(optimizer, {p: 10 * estimate(name, p, 4) for p in params})
+    second = update_map.per_sample(grads)
+    assert all(not torch.equal(first[n], second[n]) for n in first)
+
+
+def test_sharded_parameters_are_refused():
+    w, loss, _ = classifier()
+    w.placements = ("shard",)
+    with pytest.raises(TypeError, match="sharded"):
+        curvature.refresh(Optimizer([w], SophiaHRule(), lr=0.1), loss)
+
+
+RANK = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from optim import AdaHessianRule, Optimizer, SophiaGRule, SophiaHRule, curvature
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+torch.manual_seed(0)
+x, y = torch.randn(2, 6, 4), torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
+end = {}
+for rule in (SophiaGRule(refresh_every=2), SophiaHRule(refresh_every=2), AdaHessianRule()):
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    wrapped = DistributedDataParallel(model)
+    optimizer = Optimizer(wrapped.named_parameters(), rule, lr=1e-2)
+    torch.manual_seed(rank)  # the global generators differ: probes must not come from them
+    loss = lambda: functional.cross_entropy(wrapped(x[rank]), y[rank])
+    for step in range(5):
+        optimizer.zero_grad()
+        loss().backward()
+        curvature.refresh(optimizer, loss)
+        optimizer.step()
+    for name, p in model.named_parameters():
+        end |= {f"{rule.name}/{name}/{key}": value for key, value in optimizer.state[p].items()}
+        end[f"{rule.name}/{name}"] = p.detach()
+torch.save(end, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.distributed
+def test_ranks_agree_and_average(tmp_path):
+    """Two processes under DDP, half of the rows each: equal curvature, and that of one process with all rows."""
+    ranks = [spawn(RANK, str(rank), str(tmp_path), OMP_NUM_THREADS="1") for rank in range(2)]
+    for process in ranks:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 6, 4).reshape(12, 4), torch.tensor([0, 1, 2, 0, 1, 2] * 2)
+    for rule in (SophiaHRule(refresh_every=2), AdaHessianRule()):  # Sophia-G's labels depend on the rank
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+        optimizer = Optimizer(model.named_parameters(), rule, lr=1e-2)
+        for _ in range(5):
+            step(optimizer, lambda model=model: functional.cross_entropy(model(x), y))
+        for name, p in model.named_parameters():
+            for key, value in optimizer.state[p].items():
+                torch.testing.assert_close(first[f"{rule.name}/{name}/{key}"], value, rtol=1e-3, atol=1e-6)
