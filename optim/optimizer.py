@@ -115,7 +115,7 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [(group, list(self._ready(group, offset))) for group, offset in self._offsets()]
+        work = [(group, self._ready(group, offset)) for group, offset in self._offsets()]
         for group, entries in work:
             rule: UpdateRule = group["rule"]
             if type(rule).share is not UpdateRule.share and entries:
@@ -131,24 +131,42 @@ class Optimizer(torch.optim.Optimizer):
             yield group, offset
             offset += len(group["params"])
 
-    def _ready(self, group: dict[str, Any], offset: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _ready(self, group: dict[str, Any], offset: int) -> list[tuple[Tensor, Tensor]]:
         """The group's parameters that can be stepped, with their gradients."""
-        for label, param in _labelled(group, offset):
+        entries: list[tuple[Tensor, Tensor]] = []
+        for i, param in enumerate(group["params"]):
             grad = param.grad
             if grad is None:
                 continue
             if param.is_meta:
-                raise TypeError(f"parameter {label} has no data (meta device); materialise the model before step()")
-            if grad.layout != torch.strided:
-                raise TypeError(f"parameter {label} has a sparse gradient ({grad.layout}); make it dense before step()")
-            if not group["rule"].elementwise and not bool(grad.isfinite().all()):
-                warnings.warn(
-                    f"parameter {label}: its gradient is not finite; {group['rule'].name} left it as it was",
-                    RuntimeWarning,
-                    stacklevel=2,
+                raise TypeError(
+                    f"parameter {_label(group, offset, i)} has no data (meta device); "
+                    "materialise the model before step()"
                 )
-                continue
-            yield param, grad
+            if grad.layout != torch.strided:
+                raise TypeError(
+                    f"parameter {_label(group, offset, i)} has a sparse gradient ({grad.layout}); "
+                    "make it dense before step()"
+                )
+            entries.append((param, grad))
+        return entries if group["rule"].elementwise else self._finite(group, offset, entries)
+
+    def _finite(
+        self, group: dict[str, Any], offset: int, entries: list[tuple[Tensor, Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The entries whose gradients are finite, with a warning that names each of the others."""
+        fine = fused.all_finite([grad for _, grad in entries])
+        if all(fine):
+            return entries
+        labels = {param: label for label, param in _labelled(group, offset)}
+        for (param, _), good in zip(entries, fine, strict=True):
+            if not good:
+                warnings.warn(
+                    f"parameter {labels[param]}: its gradient is not finite; {group['rule'].name} left it as it was",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+        return [entry for entry, good in zip(entries, fine, strict=True) if good]
 
     def _share(self, rule: UpdateRule, group: dict[str, Any], entries: list[tuple[Tensor, Tensor]]) -> None:
         states = [self._state_of(rule, param) for param, _ in entries]
@@ -251,8 +269,13 @@ def _check_lr(lr: float | Tensor) -> None:
         raise ValueError(f"lr = {lr!r}; it must be a finite number of at least 0")
 
 
-def _labelled(group: Mapping[str, Any], offset: int) -> Iterator[tuple[str, Tensor]]:
-    """The group's parameters, each with a name for messages: its own, or its number in the optimizer and its shape."""
+def _label(group: Mapping[str, Any], offset: int, i: int) -> str:
+    """A parameter's name for messages: its own, or its number in the optimizer and its shape."""
     names = group.get("param_names")
+    return repr(names[i]) if names else f"number {offset + i} of shape {tuple(group['params'][i].shape)}"
+
+
+def _labelled(group: Mapping[str, Any], offset: int) -> Iterator[tuple[str, Tensor]]:
+    """The group's parameters, each with its name for messages."""
     for i, param in enumerate(group["params"]):
-        yield (repr(names[i]) if names else f"number {offset + i} of shape {tuple(param.shape)}"), param
+        yield _label(group, offset, i), param

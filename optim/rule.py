@@ -67,17 +67,25 @@ class UpdateRule(ABC):
         """
         return None
 
+    def stepped(
+        self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float | Tensor | None
+    ) -> tuple[Tensor, State]:
+        """The parameter, in the direction's dtype, and the state after one step; arguments untouched.
+
+        weight_decay: None for none (0 times an infinite parameter would not be nothing).
+        """
+        direction, new_state = self.update(grad, state, param)
+        work = param.to(direction.dtype)
+        if weight_decay is not None:
+            direction = direction + weight_decay * self.decay(direction, new_state, work)
+        return work - lr * direction, new_state
+
     def step(
         self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float
     ) -> None:
-        """One step in place: `update`, written back to `param` and `state`.
-
-        Low-precision parameters are computed in the direction's dtype and rounded once.
-        """
-        direction, new_state = self.update(grad, state, param)
-        if weight_decay != 0:
-            direction = direction + weight_decay * self.decay(direction, new_state, param)
-        param.copy_(param - lr * direction)
+        """One step in place: `stepped`, written back to `param` (and only then rounded to its dtype) and `state`."""
+        new_param, new_state = self.stepped(param, grad, state, lr=lr, weight_decay=weight_decay or None)
+        param.copy_(new_param)
         for key, value in new_state.items():
             state[key].copy_(value)  # not rebound: a new value may alias the gradient
 

@@ -11,12 +11,15 @@ as DTensor, and everything where llvmlite is missing or with OPTIM_BACKEND=torch
 """
 
 import ctypes
+import math
 import os
 import threading
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ from torch.nn import Parameter
 
 from optim import backend
 from optim.fused.assembly import Assembly, assemble
-from optim.fused.trace import Unsupported, trace
+from optim.fused.trace import Node, Trace, Unsupported, trace
 from optim.rule import State, UpdateRule
 
 CHUNK = 1 << 15
@@ -34,7 +37,8 @@ CHUNK = 1 << 15
 _TRACED_SHAPE = (2, 3)
 """Of elementwise rules, whose code fits every shape."""
 
-_PLAIN = (Tensor, Parameter)
+_PLAIN = {Tensor, Parameter}
+_on_cpu, _dtype, _shape = attrgetter("is_cpu"), attrgetter("dtype"), attrgetter("shape")
 
 
 def step(
@@ -47,23 +51,37 @@ def step(
     weight_decay: float,
 ) -> None:
     """`rule.step` of every parameter with its gradient and state; compiled where that is possible."""
-    pools: dict[Any, list[list[Tensor]]] = {}
-    compiled = backend.use_fused() and type(rule).step is UpdateRule.step and not torch.compiler.is_compiling()
-    for param, grad, state in zip(params, grads, states, strict=True):
-        row = _dense([param, grad, *state.values()], rule.elementwise) if compiled else None
-        if row is None:
-            rule.step(param, grad, state, lr=lr, weight_decay=weight_decay)
+    pools: list[_Pool] = []
+    rest: Sequence[int] = range(len(params))
+    if params and type(rule).step is UpdateRule.step and _can_run():
+        pools, rest = _pools(rule, params, grads, states)
+    for pool in pools:
+        kernel = _kernel(rule, pool, weight_decay != 0)
+        if isinstance(kernel, Kernel) and kernel.fits(pool):
+            kernel.run(pool, float(lr), float(weight_decay))
         else:
-            key = (None if rule.elementwise else param.shape, *state, *[t.dtype for t in row])
-            pools.setdefault(key, []).append(row)
-    for key, rows in pools.items():
-        names = key[1:len(rows[0]) - 1]
-        kernel = _kernel(rule, names, rows[0], weight_decay != 0)
-        if isinstance(kernel, Kernel):
-            kernel.run(rows, float(lr), float(weight_decay))
-            continue
-        for param, grad, *values in rows:
-            rule.step(param, grad, dict(zip(names, values, strict=True)), lr=lr, weight_decay=weight_decay)
+            rest = [*rest, *pool.index]
+    for i in rest:
+        rule.step(params[i], grads[i], states[i], lr=lr, weight_decay=weight_decay)
+
+
+def all_finite(grads: Sequence[Tensor]) -> list[bool]:
+    """Of each gradient, whether all its entries are finite; without the masks that `isfinite` makes."""
+    fine: list[bool] = [True] * len(grads)
+    pools: dict[torch.dtype, list[int]] = {}
+    for i, grad in enumerate(grads):
+        if _can_run() and type(grad) in _PLAIN and grad.is_cpu and grad.is_contiguous() and not grad.is_neg():
+            pools.setdefault(grad.dtype, []).append(i)
+        else:
+            fine[i] = bool(grad.isfinite().all())
+    for dtype, index in pools.items():
+        flags = torch.ones(len(index), dtype=torch.bool)
+        column = [grads[i] for i in index]
+        kernel = _finite_kernel(dtype)
+        kernel.run(_Pool(index, ("finite",), [column, column, list(flags.unbind())]), 0.0, 0.0)
+        for i, flag in zip(index, flags.tolist(), strict=True):
+            fine[i] = flag
+    return fine
 
 
 def supports(rule: UpdateRule, param: Tensor) -> str:
@@ -78,27 +96,73 @@ def supports(rule: UpdateRule, param: Tensor) -> str:
     return ""
 
 
+def _can_run() -> bool:
+    return backend.use_fused() and not torch.compiler.is_compiling()
+
+
+@dataclass
+class _Pool:
+    """Tensors that one kernel steps: columns of parameters, gradients and of each entry of the state."""
+
+    index: Sequence[int]
+    names: tuple[str, ...]
+    columns: Sequence[Sequence[Tensor]]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(map(Tensor.numel, self.columns[0]))
+
+
+def _pools(
+    rule: UpdateRule, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]
+) -> tuple[list[_Pool], list[int]]:
+    """The tensors in pools of equal dtypes (and shapes, unless the rule is elementwise), and those that fit none."""
+    names = tuple(states[0])
+    if all(map(names.__eq__, map(tuple, states))):
+        columns = [params, grads, *([state[name] for state in states] for name in names)]
+        if all(_uniform(column, not rule.elementwise) for column in columns) and not any(map(Tensor.is_neg, grads)):
+            return [_Pool(range(len(params)), names, columns)], []
+    rows: dict[Any, list[tuple[int, list[Tensor]]]] = {}
+    rest = []
+    for i, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
+        row = _dense([param, grad, *state.values()], rule.elementwise)
+        if row is None:
+            rest.append(i)
+        else:
+            key = (*state, *map(_dtype, row), *([] if rule.elementwise else map(_shape, row)))
+            rows.setdefault((tuple(state), key), []).append((i, row))
+    return [
+        _Pool([i for i, _ in pool], names, [list(column) for column in zip(*(row for _, row in pool), strict=True)])
+        for (names, _), pool in rows.items()
+    ], rest
+
+
+def _uniform(column: Sequence[Tensor], shapes: bool) -> bool:
+    """Whether these are plain contiguous tensors on the CPU of one dtype (and one shape): many, so without a loop."""
+    return (
+        set(map(type, column)) <= _PLAIN
+        and all(map(_on_cpu, column))
+        and all(map(Tensor.is_contiguous, column))
+        and len(set(map(_dtype, column))) == 1
+        and not (shapes and len(set(map(_shape, column))) > 1)
+    )
+
+
 def _dense(row: list[Tensor], elementwise: bool) -> list[Tensor] | None:
     """Parameter, gradient and state such that flat memory holds equal coordinates at equal places; None if they do not.
 
     A gradient of another layout is copied.
     """
-    contiguous = True
-    for t in row:
-        if type(t) not in _PLAIN or not t.is_cpu:
-            return None
-        contiguous = contiguous and t.is_contiguous()
-    param, grad = row[0], row[1]
-    if grad.is_neg():
+    if any(type(t) not in _PLAIN or not t.is_cpu or t.layout != torch.strided for t in row) or row[1].is_neg():
         return None
-    if contiguous:
+    if all(t.is_contiguous() for t in row):
         return row
-    stride = param.stride()
+    param, grad = row[0], row[1]
     if not (torch.ops.aten.is_non_overlapping_and_dense(param) if elementwise else param.is_contiguous()):
         return None
-    if any(t.shape == param.shape and t.stride() != stride for t in row[2:]):
+    if any(t.shape == param.shape and t.stride() != param.stride() for t in row[2:]):
         return None
-    if grad.stride() != stride:
+    if grad.stride() != param.stride():
         row[1] = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
     return row
 
@@ -107,14 +171,15 @@ _kernels: dict[Any, "Kernel | Unsupported"] = {}
 _compiling = threading.Lock()
 
 
-def _kernel(rule: UpdateRule, names: Sequence[str], row: Sequence[Tensor], decayed: bool) -> "Kernel | Unsupported":
+def _kernel(rule: UpdateRule, pool: _Pool, decayed: bool) -> "Kernel | Unsupported":
     """The compiled step for tensors such as these, or why there is none."""
-    shapes = None if rule.elementwise else tuple(tuple(t.shape) for t in row)
-    key = (rule, decayed, shapes, *names, *[t.dtype for t in row])
+    first = [column[0] for column in pool.columns]
+    shapes = () if rule.elementwise else tuple(map(_shape, first))
+    key = (rule, decayed, shapes, pool.names, *map(_dtype, first))
     found = _kernels.get(key)
     if found is None:
         with _compiling:
-            found = _kernels[key] = _compiled(rule, names, row, decayed)
+            found = _kernels[key] = _compiled(rule, pool.names, first, decayed)
     return found
 
 
@@ -125,24 +190,35 @@ def _compiled(rule: UpdateRule, names: Sequence[str], row: Sequence[Tensor], dec
         param, grad = (t.new_empty(_TRACED_SHAPE) for t in (param, grad))
         wanted = rule.init(param)
         if list(wanted) != list(names):
-            return Unsupported(f"a state with entries {list(names)}, in this order; {rule.name} makes {list(wanted)}")
+            return Unsupported(f"a state with entries {list(names)}; {rule.name} makes {list(wanted)}")
         state = {k: v.new_empty(wanted[k].shape) for k, v in state.items()}
     elif param.numel() == 0:
         return Unsupported("a tensor without elements")
     try:
-        return Kernel(assemble(trace(rule, param, grad, state, decayed=decayed)))
+        full = [t.shape == param.shape for t in (param, grad, *state.values())] if rule.elementwise else None
+        return Kernel(assemble(trace(rule, param, grad, state, decayed=decayed)), full)
     except Unsupported as reason:
         return reason
 
 
-class Kernel:
-    """A compiled step."""
+@lru_cache(maxsize=8)
+def _finite_kernel(dtype: torch.dtype) -> "Kernel":
+    """Writes to a flag whether the greatest magnitude is finite; of no decay, no parameter, no rule."""
+    grad, flag = Node("input:param", _TRACED_SHAPE, dtype), Node("input:state:finite", (), torch.bool)
+    size = Node("abs.default", _TRACED_SHAPE, dtype, (grad,))
+    largest = Node("amax.default", (), dtype, (size,))
+    finite = Node("lt.Scalar", (), torch.bool, (largest, math.inf))
+    return Kernel(assemble(Trace({"param": grad, "grad": grad, "state:finite": flag}, {"state:finite": finite})), None)
 
-    def __init__(self, assembly: Assembly) -> None:
+
+class Kernel:
+    """A compiled step. full: the columns that have the parameter's shape, where only that is known of them."""
+
+    def __init__(self, assembly: Assembly, full: Sequence[bool] | None) -> None:
         import llvmlite.binding as llvm
 
         _initialised()
-        self.assembly = assembly
+        self.assembly, self.full = assembly, full
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True)
         module = llvm.parse_assembly(assembly.text)
@@ -155,33 +231,44 @@ class Kernel:
         kinds = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 5]
         self._run = ctypes.CFUNCTYPE(None, *kinds)(self._engine.get_function_address("run"))
 
-    def run(self, rows: Sequence[Sequence[Tensor]], lr: float, weight_decay: float) -> None:
-        """One step of every row: a parameter, its gradient and its state, in the order of the trace."""
+    def fits(self, pool: _Pool) -> bool:
+        """Whether every tensor has as many elements as the code will touch."""
+        if self.full is None:  # the shapes are those that were traced
+            return True
+        sizes, ones = pool.sizes, (1,) * len(pool.index)
+        return all(tuple(map(Tensor.numel, column)) == (sizes if full else ones)
+                   for column, full in zip(pool.columns, self.full, strict=True))
+
+    def run(self, pool: _Pool, lr: float, weight_decay: float) -> None:
+        """One step of every tensor of the pool."""
         code = self.assembly
-        unit = CHUNK if code.row == 0 else max(1, CHUNK // max(code.row, 1))
-        plan = _plan(tuple([row[0].numel() // (code.row or 1) for row in rows]), unit)
-        table = array("q")
-        for head, row in zip(plan.heads, rows, strict=True):
-            table.extend((*head, *[t.data_ptr() for t in row]))
-        scratch = array("d", bytes(8 * max(1, code.scratch * len(rows))))
+        rows = max(code.row, 1)
+        plan = _plan(pool.sizes if code.row == 0 else tuple(n // rows for n in pool.sizes), max(1, CHUNK // rows))
+        width = 2 + len(pool.columns)
+        table = array("q", bytes(8 * width * len(pool.index)))
+        table[0::width], table[1::width] = plan.first, plan.count
+        for j, column in enumerate(pool.columns):
+            table[j + 2::width] = array("q", map(Tensor.data_ptr, column))
+        scratch = array("d", bytes(8 * max(1, code.scratch * len(pool.index))))
         partials = array("d", bytes(8 * max(1, code.partials * plan.chunks)))
         settings = array("d", (lr, weight_decay))
         shared = [_address(a) for a in (table, scratch, partials, settings)]
-        self._phase(0, plan.whole, plan.size, shared)
+        elements = plan.size * rows
+        self._phase(0, plan.whole, elements, shared)
         if plan.cut:
             for stage in range(code.passes + 1):
                 self._phase(2 * stage + 1, plan.large, 0, shared)
-                self._phase(2 * stage + 2, plan.cut, plan.size, shared)
+                self._phase(2 * stage + 2, plan.cut, elements, shared)
 
-    def _phase(self, what: int, items: "array[int]", size: int, shared: Sequence[int]) -> None:
+    def _phase(self, what: int, items: "array[int]", elements: int, shared: Sequence[int]) -> None:
         """All of the items, taken one by one by as many threads as torch has."""
         n = len(items) // 4
         if n == 0:
             return
         counter = array("q", (0,))
         arguments = (what, _address(items), n, _address(counter), *shared)
-        helpers = min(torch.get_num_threads(), n) - 1 if size > 2 * CHUNK else 0
-        running = [_workers(helpers).submit(self._run, *arguments) for _ in range(helpers)]
+        helpers = min(torch.get_num_threads(), n) - 1 if elements > 2 * CHUNK else 0
+        running = [_workers(torch.get_num_threads()).submit(self._run, *arguments) for _ in range(helpers)]
         self._run(*arguments)
         for future in running:
             future.result()
@@ -190,17 +277,18 @@ class Kernel:
 class _Plan:
     """How tensors of these sizes are cut, in items (tensor, lo, hi, chunk).
 
-    whole: tensors of at most one chunk. cut: the chunks of the others. large: those others, as one item each. heads:
-    for every tensor its first chunk and how many it has. size: elements or rows of them all.
+    whole: tensors of at most one chunk. cut: the chunks of the others. large: those others, as one item each. first,
+    count: of every tensor, its first chunk and how many it has. size: of them all, in elements or rows.
     """
 
     def __init__(self, sizes: tuple[int, ...], unit: int) -> None:
         self.whole, self.cut, self.large = array("q"), array("q"), array("q")
-        self.heads: list[tuple[int, int]] = []
+        self.first, self.count = array("q"), array("q")
         self.chunks, self.size = 0, sum(sizes)
         for t, size in enumerate(sizes):
             count = max(1, -(-size // unit))
-            self.heads.append((self.chunks, count))
+            self.first.append(self.chunks)
+            self.count.append(count)
             if count == 1:
                 self.whole.extend((t, 0, size, self.chunks))
             else:
@@ -227,13 +315,13 @@ def _initialised() -> None:
     llvm.initialize_native_asmprinter()
 
 
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_executors: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
 def _workers(count: int) -> ThreadPoolExecutor:
     """Threads of this process: a fork has none of its parent's."""
     key = (os.getpid(), count)
-    if key not in _pools:
-        _pools.clear()
-        _pools[key] = ThreadPoolExecutor(count, thread_name_prefix="optim")
-    return _pools[key]
+    if key not in _executors:
+        _executors.clear()
+        _executors[key] = ThreadPoolExecutor(count, thread_name_prefix="optim")
+    return _executors[key]

@@ -43,7 +43,7 @@ class Trace:
 def trace(
     rule: UpdateRule, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, decayed: bool
 ) -> Trace:
-    """One step, ``p - lr (direction + weight_decay decay)``, on the shapes and dtypes of these tensors.
+    """`rule.stepped` on the shapes and dtypes of these tensors.
 
     Raises: Unsupported if the step looks at values (a Python branch on a tensor), writes in place, or fails.
     """
@@ -54,7 +54,11 @@ def trace(
     recorder = _Recorder(metas)
     try:
         with torch.no_grad(), recorder:
-            new = _step(rule, metas, decayed)
+            given: State = {name: metas[f"state:{name}"] for name in state}
+            weight_decay = metas["weight_decay"] if decayed else None
+            moved, after = rule.stepped(
+                metas["param"], metas["grad"], given, lr=metas["lr"], weight_decay=weight_decay)
+            new = {"param": moved} | {f"state:{key}": t for key, t in after.items()}
     except Unsupported:
         raise
     except Exception as error:  # whatever a rule does to tensors without data
@@ -64,16 +68,6 @@ def trace(
         raise Unsupported(f"update changes the entries of the state: {sorted(missing)}")
     return Trace({name: recorder.node(t) for name, t in metas.items()},
                  {name: recorder.node(t) for name, t in new.items()})
-
-
-def _step(rule: UpdateRule, given: Mapping[str, Tensor], decayed: bool) -> dict[str, Tensor]:
-    """`UpdateRule.step` as a function of tensors alone."""
-    param = given["param"]
-    state: State = {name.removeprefix("state:"): t for name, t in given.items() if name.startswith("state:")}
-    direction, new = rule.update(given["grad"], state, param)
-    if decayed:
-        direction = direction + given["weight_decay"] * rule.decay(direction, new, param)
-    return {"param": param - given["lr"] * direction} | {f"state:{key}": t for key, t in new.items()}
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
