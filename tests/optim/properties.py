@@ -96,6 +96,9 @@ def grouped_equals_single(spec: OptimSpec) -> None:
                         fast[i].grad = slow[i].grad = None
                 optimizer.step()
                 with torch.no_grad():
+                    ready = [(p.grad, state) for p, state in zip(slow, kept, strict=True) if p.grad is not None]
+                    if ready:
+                        rule.share([grad for grad, _ in ready], [state for _, state in ready], kept)
                     for p, state in zip(slow, kept, strict=True):
                         if p.grad is not None:
                             UpdateRule.step(rule, p, p.grad, state, lr=0.05, weight_decay=0.1)

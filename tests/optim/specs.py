@@ -613,7 +613,7 @@ SPECS: dict[str, OptimSpec] = {
                 ("sign", {"threshold": 20, "grad_accu_steps": 2}, torch.neg, torch.neg),
             ),
             lr=0.05,
-            descent=((0.1, 300), (0.1, 1200)),
+            descent=((0.1, 300), (0.05, 1500)),
             temporaries=7,
             state_bytes=8,
         ),

@@ -96,7 +96,8 @@ def test_muon_refusals():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_create_makes_the_class(name):
     pairs = named(sorted(MATRICES))
-    optimizer = create(name, iter(pairs), lr=0.01, weight_decay=0.3)
+    settings = {"blocks": "tensor"} if name == "adam_mini" else {}  # which has groups of its own: test_blocks.py
+    optimizer = create(name, iter(pairs), lr=0.01, weight_decay=0.3, **settings)
     assert type(optimizer) is OPTIMIZERS[name]
     (group,) = optimizer.param_groups
     assert group["rule"] == RULES[name]() and group["lr"] == 0.01 and group["weight_decay"] == 0.3

@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from optim import schedule
+from optim import SPAMRule, StableSPAMRule, schedule
 from optim.schedules import one_cycle_momentum
 from tests.conftest import REPOSITORY, golden_folder
 from tests.optim import golden
@@ -87,6 +88,12 @@ def ours(entry: dict):
         options = {k: p[k] for k in ("pct_start", "div_factor", "final_div_factor", "three_phase")}
         anneal = {"cos": "cosine", "linear": "linear"}[p["anneal"]]
         return schedule("one_cycle", total_steps=length, anneal=anneal, **options)
+    if name == "spam_warmup_scale":
+        spam = SPAMRule(warmup_steps=p["warmup_steps"], DeltaT=1000)
+        return lambda since: float(spam.warmup(torch.tensor(1000.0 + since), torch.tensor(since, dtype=torch.float64)))
+    if name == "stablespam_beta_scale":
+        stable = StableSPAMRule(total_T=p["total_T"], eta_min=p["eta_min"])
+        return lambda call: float(stable.beta_scale(torch.tensor(float(call))))
     if name.startswith("blockwise_"):
         block = p["ratio"] if "ratio" in p else 1  # of the peak over the base rate, of which the floor is a share
         base = p.get("base_lr", p.get("max_lr"))
