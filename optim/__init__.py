@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optim import curvature
+from optim import curvature, fused
 from optim.optimizer import Optimizer, Params
 from optim.param_groups import PAPER_RATIOS, Ratios, block_of, blockwise, divide_groups, is_matrix, split_matrices
 from optim.rule import State, UpdateRule
@@ -139,6 +139,8 @@ __all__ = [
     "blockwise",
     "create",
     "curvature",
+    "divide_groups",
+    "fused",
     "group_factors",
     "is_matrix",
     "rule_from",

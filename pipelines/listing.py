@@ -51,16 +51,21 @@ def _first_sentence(thing: object) -> str:
 
 
 def _optimizers() -> Rows:
-    from optim import RULES
+    import torch
 
+    from optim import RULES, fused
+
+    matrix = torch.empty(4, 4)  # what every rule takes
     rows: Rows = []
     for name, rule in sorted(RULES.items()):
         module = inspect.getmodule(rule)
         text = rule.__doc__ or ""
-        memory = re.split(r"[,;(]| and ", _section(text, "State"))[0].strip()
+        memory = re.split(r"[,;(]| and ", _section(text, "State"))[0].strip().replace(" bytes a parameter", " B")
         source = re.split(r"[;,] ", _section(text, "Source"))[0].rstrip(".")
         called, colon, what = _first_sentence(module).partition(": ")  # "AdamW: Adam with ..."
-        rows.append((name, what if colon else called, memory, source))
+        elementwise = "yes" if rule.elementwise else "no"
+        path = "no" if fused.supports(rule(), matrix) else "compiled"
+        rows.append((name, (what if colon else called).rstrip("."), memory, elementwise, path, source))
     return rows
 
 
@@ -103,7 +108,7 @@ def _formats() -> Rows:
 
 
 KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[], Rows]]] = {
-    "optimizers": ("--optimizer", ("name", "what it does", "state", "source"), _optimizers),
+    "optimizers": ("--optimizer", ("name", "what it does", "state", "elementwise", "fast path", "source"), _optimizers),
     "schedules": ("train --schedule", ("name", "learning rate"), _schedules),
     "methods": ("--method", ("name", "rows are chosen by"), _methods),
     "projectors": ("--projector", ("name", "what it is"), _projectors),
@@ -138,7 +143,8 @@ def show(kind: str | None, console: Console | None = None) -> None:
         lines = rows(kind)
         columns = KINDS[kind][1]
     for number, column in enumerate(columns):
-        table.add_column(Text(column), style="bold" if number == 0 else "", no_wrap=number == 0, overflow="fold")
+        short = number == 0 or all(len(line[number]) <= len(column) + 3 for line in lines)
+        table.add_column(Text(column), style="bold" if number == 0 else "", no_wrap=short, overflow="fold")
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
     console.print(table)

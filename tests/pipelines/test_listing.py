@@ -2,8 +2,11 @@
 
 import io
 import json
+import re
+from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
 import optim
@@ -37,6 +40,20 @@ def test_eighty_columns(kind):
     lines = screen.getvalue().splitlines()
     assert max(map(len, lines)) <= 80 and "…" not in screen.getvalue()
     assert all(name in screen.getvalue() for name in (TABLES[kind] if kind else listing.KINDS))
+
+
+def test_optimizers_are_described_by_themselves():
+    """State bytes are those that `init` makes; elementwise and fast path are what the rule and the engine say."""
+    weight = torch.empty(64, 64)
+    for name, _, state, elementwise, path, source in listing.rows("optimizers"):
+        rule = optim.RULES[name]()
+        if getattr(rule, "momentum", None) == 0.0:  # without momentum there is no state to speak of
+            rule = replace(rule, momentum=0.9)
+        made = sum(v.numel() * v.element_size() for v in rule.init(weight).values() if v.dim() > 0)
+        assert state == f"{made // weight.numel()} B", name
+        assert elementwise == ("yes" if rule.elementwise else "no")
+        assert (path == "compiled") == (optim.fused.supports(rule, weight) == ""), name
+        assert re.search(r"\d{4}|torch", source), name
 
 
 def test_unknown_kind():

@@ -1,0 +1,112 @@
+"""The suite in `transformers.Trainer`, through its own argument; transformers itself is not imported.
+
+    from optim import hf
+
+    trainer = Trainer(model, args, optimizer_cls_and_kwargs=hf.resolve("lion", args), ...)
+
+Not through `TrainingArguments(optim=...)`, which knows its own list only, nor through `optimizers=`, which takes one
+that was built before the model is wrapped and so breaks under FSDP.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from optim import OPTIMIZERS, Optimizer, create
+from optim.param_groups import Named, divide_groups
+from optim.rules import did_you_mean
+
+Build: TypeAlias = Callable[..., Optimizer]
+Factory: TypeAlias = Callable[[], Build]
+
+# Trainer's own choice, which people's weight_decay is tuned for: transformers.Trainer.get_decay_parameter_names
+_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+def resolve(name: str, args: Any = None, *, decay_all: bool = False, **hyper: Any) -> tuple[Factory, dict[str, Any]]:
+    """What `Trainer(optimizer_cls_and_kwargs=...)` takes, for the optimizer of that name.
+
+    args: the `TrainingArguments`. The learning rate and weight decay are taken from them, as are Adam's betas and
+    epsilon where they were changed and the optimizer has them; what is given here wins. Trainer hands nothing of them
+    on by itself, so without `args` the learning rate must be given.
+    hyper: as for `optim.create`: `lr`, `weight_decay`, `block_ratios` and the keywords of the optimizer's class.
+    decay_all: weight decay on norms and biases too; without it they have none, as Trainer's own optimizers do.
+
+    The optimizer is built from the names of the parameters that train, so that its checkpoints have names, selection
+    can read it, and Muon, Adam-mini and block ratios can tell layers apart.
+    Raises: ValueError for an unknown name or values out of range, TypeError for an unknown keyword or no learning rate;
+    at once, not when training starts. Warns (UserWarning) of arguments that were changed and are not used.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"no optimizer is called {name!r}{did_you_mean(name, OPTIMIZERS)}")
+    if args is not None:
+        hyper = _from_arguments(name, args) | hyper
+    if "lr" not in hyper:
+        raise TypeError(
+            "optim.hf.resolve: no learning rate; Trainer does not hand on its own, so pass the TrainingArguments "
+            f"(resolve({name!r}, args)) or lr=..."
+        )
+    create(name, [("model.layers.0.mlp.up_proj.weight", nn.Parameter(torch.zeros(2, 2)))], **hyper)
+    # Trainer tells a factory from a class, calls it once without arguments and the result with the model and the rest
+    return partial(_factory, name, decay_all), hyper
+
+
+def _factory(name: str, decay_all: bool) -> Build:
+    return partial(_build, name=name, decay_all=decay_all)
+
+
+def _build(model: nn.Module, *, name: str, decay_all: bool, **hyper: Any) -> Optimizer:
+    optimizer = create(name, [(n, p) for n, p in model.named_parameters() if p.requires_grad], **hyper)
+    if not decay_all:
+        spared = undecayed(model)
+
+        def by_decay(named: Named, lr: float | Tensor) -> list[dict[str, Any]]:
+            return [
+                {"params": [entry for entry in named if entry[0] not in spared]},
+                {"params": [entry for entry in named if entry[0] in spared], "weight_decay": 0.0},
+            ]
+
+        divide_groups(optimizer, by_decay)
+    return optimizer
+
+
+def undecayed(model: nn.Module) -> set[str]:
+    """The names of the parameters that Trainer gives no weight decay: biases and norms, by name or by type."""
+    norms = {
+        f"{layer}.{own}".removeprefix(".")
+        for layer, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for own, _ in module.named_parameters(recurse=False)
+    }
+    return {name for name, _ in model.named_parameters() if name in norms or _UNDECAYED.search(name.lower())}
+
+
+def _from_arguments(name: str, args: Any) -> dict[str, Any]:
+    """The hyper-parameters that the `TrainingArguments` give to the optimizer of that name."""
+    known = inspect.signature(OPTIMIZERS[name]).parameters
+    found: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    # 0.9, 0.999 and 1e-8 are Trainer's defaults for AdamW: not something that was asked for of another rule
+    betas = (args.adam_beta1, args.adam_beta2)
+    for key, value, default, theirs in (
+        ("betas", betas, (0.9, 0.999), "adam_beta1 and adam_beta2"),
+        ("eps", args.adam_epsilon, 1e-8, "adam_epsilon"),
+    ):
+        if value != default and key in known:
+            found[key] = value
+        elif value != default:
+            warnings.warn(f"optim.hf.resolve: {name} does not use {theirs} ({value})", UserWarning, stacklevel=3)
+    if getattr(args, "optim_args", None):
+        warnings.warn(
+            f"optim.hf.resolve: optim_args={args.optim_args!r} is not used; give keywords to resolve instead",
+            UserWarning,
+            stacklevel=3,
+        )
+    return found
