@@ -15,10 +15,10 @@ import math
 import os
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -215,21 +215,8 @@ class Kernel:
     """A compiled step. full: the columns that have the parameter's shape, where only that is known of them."""
 
     def __init__(self, assembly: Assembly, full: Sequence[bool] | None) -> None:
-        import llvmlite.binding as llvm
-
-        _initialised()
         self.assembly, self.full = assembly, full
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True)
-        module = llvm.parse_assembly(assembly.text)
-        options = llvm.create_pipeline_tuning_options(speed_level=3)
-        options.loop_vectorization = True
-        builder = llvm.create_pass_builder(machine, options)
-        builder.getModulePassManager().run(module, builder)
-        self._engine = llvm.create_mcjit_compiler(module, machine)  # owns the code
-        self._engine.finalize_object()
-        kinds = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 5]
-        self._run = ctypes.CFUNCTYPE(None, *kinds)(self._engine.get_function_address("run"))
+        self._run = _machine_code(assembly.text)[0]
 
     def fits(self, pool: _Pool) -> bool:
         """Whether every tensor has as many elements as the code will touch."""
@@ -307,12 +294,24 @@ def _address(buffer: "array[Any]") -> int:
     return buffer.buffer_info()[0]
 
 
-@lru_cache(maxsize=1)
-def _initialised() -> None:
+@cache  # by text, for some rules read the same for every shape
+def _machine_code(text: str) -> tuple[Callable[..., None], object]:
+    """The function `run` of a module, and what owns its code."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2, jit=True)
+    module = llvm.parse_assembly(text)
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_vectorization = True
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    kinds = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 5]
+    return ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address("run")), engine
 
 
 _executors: dict[tuple[int, int], ThreadPoolExecutor] = {}

@@ -165,7 +165,7 @@ class _Body(Code):
         rows: list[tuple[str, Slot]] = []
         for name, node in outputs.items():
             place = self.step.kind_of_place(name)
-            if place != SCALAR:
+            if place != SCALAR and node is not self.step.trace.inputs[name]:  # a slow statistic stays as it is
                 (full if place == FULL else rows).append((name, self.get(node, last)))
         for name, value in full:
             self.store(self.loops[last], value, self.pointer(name), self.step.trace.inputs[name].dtype, f"%i{last}")
