@@ -117,3 +117,11 @@ def test_features_read_the_curvature_and_never_renew_it(whole):
         torch.testing.assert_close(direction.double(), want, rtol=1e-3, atol=1e-4)
         unclipped += int((direction.abs() < 1).sum())
     assert unclipped > 0
+
+
+@pytest.mark.parametrize("name", sorted(RATES))
+def test_the_command_line_trains_them(command, world, tmp_path, name):
+    argv = world.argv("train", "--optimizer", name, "--set", "training.optimizer_options.refresh_every=2", out=tmp_path)
+    done = command(*argv, "--set", "training.batch_size=20", "--overwrite")
+    assert done.code == 0, done.stderr
+    assert any(state[ENTRY[name]].any() for state in saved_optimizer(tmp_path)["state"].values())
