@@ -261,9 +261,13 @@ def test_a_gap_between_checkpoints_sets_the_later_ones_aside(first, tmp_path):
     assert [p.name for p in trainer.checkpoints(folder, [3, 6, 9])] == ["checkpoint-3"]
 
 
-@pytest.mark.parametrize("name", ["sgd", "lion", "muon"])
+# learning rates for nine steps; 1e-3 for all others
+RATES = {"sgd": 0.5, "sgdp": 0.5, "muon": 1e-2, "adahessian": 0.05, "sgd_sai": 0.05, "spam": 0.05, "nadam": 5e-3}
+
+
+@pytest.mark.parametrize("name", sorted(optim.OPTIMIZERS))
 def test_every_optimizer_lowers_the_loss(world, tmp_path, name):
-    rate = {"sgd": 0.5, "lion": 1e-3, "muon": 1e-2}[name]
+    rate = RATES.get(name, 1e-3)
     recipe = TrainingConfig(optimizer=name, learning_rate=rate, epochs=3, batch_size=8)
     run = train.run(settings(world, tmp_path / "run", training=recipe))
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
