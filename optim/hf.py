@@ -20,7 +20,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from optim import OPTIMIZERS, Optimizer, create
+from optim import OPTIMIZERS, RULES, Optimizer, create
+from optim.curvature import CurvatureRule
 from optim.param_groups import Named, divide_groups
 from optim.rules import did_you_mean
 
@@ -43,7 +44,8 @@ def resolve(name: str, args: Any = None, *, decay_all: bool = False, **hyper: An
     The optimizer is built from the names of the parameters that train, so that its checkpoints have names, selection
     can read it, and Muon, Adam-mini and block ratios can tell layers apart.
     Raises: ValueError for an unknown name or values out of range, TypeError for an unknown keyword or no learning rate;
-    at once, not when training starts. Warns (UserWarning) of arguments that were changed and are not used.
+    at once, not when training starts. Warns (UserWarning) of arguments that were changed and are not used, and for
+    rules that read curvature, which Trainer does not refresh.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"no optimizer is called {name!r}{did_you_mean(name, OPTIMIZERS)}")
@@ -55,6 +57,13 @@ def resolve(name: str, args: Any = None, *, decay_all: bool = False, **hyper: An
             f"(resolve({name!r}, args)) or lr=..."
         )
     create(name, [("model.layers.0.mlp.up_proj.weight", nn.Parameter(torch.zeros(2, 2)))], **hyper)
+    if issubclass(RULES[name], CurvatureRule):
+        warnings.warn(
+            f"optim.hf.resolve: Trainer does not refresh the curvature that {name} reads; without it {name} is hardly "
+            "more than momentum. Call optim.curvature.refresh in a training_step of your own, or use `datatools train`",
+            UserWarning,
+            stacklevel=2,
+        )
     # Trainer tells a factory from a class, calls it once without arguments and the result with the model and the rest
     return partial(_factory, name, decay_all), hyper
 

@@ -13,6 +13,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from optim import hf
 
+EXACT = {"muon": {"ns_dtype": "param"}}
+"""Settings without which rounding in bfloat16 makes runs that are equal but for the order of sums differ visibly."""
+
 
 class ShardedOnCPU(Trainer):
     """accelerate gives FSDP to accelerators only; here its plugin is put in by hand, and the rest of its code runs."""
@@ -61,7 +64,8 @@ def main(folder: str, out: str, kind: str, names: str) -> None:
         for run in ("whole", "resumed") if kind == "fsdp2" else ("whole",):
             AcceleratorState._reset_state()
             place = Path(out) / f"{kind}-{name}"
-            done = trainer(load(Path(folder)), place, name, sharded=kind == "fsdp2", per_device_train_batch_size=2)
+            settings = {"hyper": EXACT.get(name), "sharded": kind == "fsdp2", "per_device_train_batch_size": 2}
+            done = trainer(load(Path(folder)), place, name, **settings)
             done.train(resume_from_checkpoint=str(place / "checkpoint-2") if run == "resumed" else None)
             # a detached copy of every whole parameter; the plain ones are whole already
             params = {
