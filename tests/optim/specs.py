@@ -229,7 +229,7 @@ SPECS: dict[str, OptimSpec] = {
             ),
             lr=0.05,
             descent=((0.1, 300), (0.05, 1000)),
-            temporaries=1,
+            temporaries=7,
             state_bytes=8,
         ),
         OptimSpec(
@@ -264,7 +264,7 @@ SPECS: dict[str, OptimSpec] = {
             symmetries=(("scale", {}, lambda g: 1024 * g, identity), ("sign", {}, torch.neg, torch.neg)),
             lr=0.02,
             descent=((0.05, 300), (0.02, 1000)),
-            temporaries=1,
+            temporaries=4,
             state_bytes=4,
         ),
         OptimSpec(
@@ -449,7 +449,7 @@ SPECS: dict[str, OptimSpec] = {
             ),
             lr=0.05,
             descent=((0.03, 400), (0.01, 1500)),
-            temporaries=0,
+            temporaries=4,
             state_bytes=4,
         ),
         OptimSpec(

@@ -1,0 +1,147 @@
+"""What a step of every optimizer costs, beside torch's and pytorch-optimizer's, and beside moving its bytes once."""
+
+import gc
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from optim import RULES, Optimizer, UpdateRule
+from tests.benchmarks.measure import Report, Settings, interleaved, median, ratio
+from tests.optim.specs import SPECS
+
+pytestmark = pytest.mark.bench
+
+Shapes = list[tuple[int, ...]]
+
+PEERS: dict[str, list[tuple[str, Callable[[list[Parameter]], torch.optim.Optimizer]]]] = {
+    "adamw": [("torch fused", lambda ps: torch.optim.AdamW(ps, lr=1e-4, weight_decay=0.01, fused=True)),
+              ("torch foreach", lambda ps: torch.optim.AdamW(ps, lr=1e-4, weight_decay=0.01, foreach=True))],
+    "sgd": [("torch fused", lambda ps: torch.optim.SGD(ps, lr=1e-4, momentum=0.9, fused=True)),
+            ("torch foreach", lambda ps: torch.optim.SGD(ps, lr=1e-4, momentum=0.9, foreach=True))],
+    "nadam": [("torch foreach", lambda ps: torch.optim.NAdam(ps, lr=1e-4, foreach=True))],
+    "muon": [("torch", lambda ps: torch.optim.Muon(ps, lr=1e-4))],
+}
+OTHERS = {"lion": "Lion", "adabelief": "AdaBelief", "exadam": "EXAdam", "adamp": "AdamP", "sgdp": "SGDP",
+          "spam": "SPAM", "stable_spam": "StableSPAM", "sgd_sai": "SGDSaI"}
+HYPER = {"sgd": {"momentum": 0.9}, "sgdp": {"momentum": 0.9}}
+
+
+def llama(small: bool) -> Shapes:
+    """SmolLM2-135M: hidden 576, 9 heads and 3 key heads of 64, feed-forward 1536, 30 layers, tied embeddings."""
+    hidden, keys, ffn, layers, vocabulary = (96, 32, 256, 2, 512) if small else (576, 192, 1536, 30, 49152)
+    layer = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden), (ffn, hidden), (ffn, hidden),
+             (hidden, ffn), (hidden,), (hidden,)]
+    return [(vocabulary, hidden), *(shape for _ in range(layers) for shape in layer), (hidden,)]
+
+
+def tiny(small: bool) -> Shapes:
+    return [(8, 8)] * (100 if small else 10_000)
+
+
+def made(shapes: Shapes) -> list[Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    params = [Parameter(0.02 * torch.randn(shape, generator=generator)) for shape in shapes]
+    for p in params:
+        p.grad = 0.01 * torch.randn(p.shape, generator=generator)
+    return params
+
+
+def peers(name: str, report: Report) -> list[tuple[str, Callable[[list[Parameter]], torch.optim.Optimizer]]]:
+    """What to compare with: torch's own where it has the optimizer, else pytorch-optimizer's."""
+    if name in PEERS:
+        return PEERS[name]
+    try:
+        others = importlib.import_module("pytorch_optimizer")
+    except ImportError:
+        note = "pytorch-optimizer is not installed (extra `bench`): rules that torch does not have stand alone."
+        report.notes += [note] * (note not in report.notes)
+        return []
+    if name not in OTHERS:
+        return []
+    more: dict[str, Any] = HYPER.get(name, {})
+    return [("pytorch-optimizer", lambda ps: getattr(others, OTHERS[name])(ps, lr=1e-4, **more))]
+
+
+def moved_bytes(rule: UpdateRule, params: list[Parameter], state_bytes: int) -> int:
+    """Bytes that a step must read and write: parameter, gradient, state; the state that it does not change, once."""
+    probe = params[0].detach()[:4, :4].contiguous()
+    state = rule.init(probe)
+    _, new = rule.update(torch.ones_like(probe), state, probe)
+    same = sum(4 for key, value in new.items() if value is state[key] and value.shape == probe.shape)
+    elements = sum(p.numel() for p in params)
+    return 12 * elements + 2 * state_bytes - same * elements
+
+
+def peak_bytes(call: Callable[[], object]) -> int | None:
+    """How much the process grows at most while it runs; None where the system does not say."""
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    try:
+        gc.collect()
+        clear.write_text("5")
+        before = _resident(status, "VmRSS")
+        call()
+        return max(0, _resident(status, "VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _resident(status: Path, field: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.parametrize("which", [llama, tiny], ids=["llama", "tiny"])
+def test_optimizers(which: Callable[[bool], Shapes], bench: Settings, tmp_path: Path) -> None:
+    small = bench.model == "tiny"
+    everything = made(which(small))
+    elements = sum(p.numel() for p in everything)
+    title = f"A step of {elements:,} parameters in {len(everything):,} tensors"
+    report = Report(f"optimizers-{which.__name__}", title, bench)
+    report.workload = {"tensors": len(everything), "parameters": elements}
+    source, target = torch.zeros(1 << (20 if small else 26)), torch.zeros(1 << (20 if small else 26))
+    for name in sorted(RULES):
+        rule = RULES[name](**HYPER.get(name, {}))
+        params = [p for p in everything if p.ndim >= SPECS[name].min_ndim]
+        if name == "muon":  # embeddings are none of Muon's, and a tenth of the layers is enough to compare
+            params = params[1:22] if which is llama else params[:200]
+        ours = Optimizer(params, rule, lr=1e-4, weight_decay=0.01)
+        arms: dict[str, Callable[[], Any]] = {name: ours.step}
+        for label, make in peers(name, report):
+            arms[label] = make(params).step
+        for arm in arms.values():  # makes the state, compiles
+            arm()
+        held = [t for state in ours.state.values() for t in state.values() if t.ndim > 0]
+        state_bytes = sum(t.numel() * t.element_size() for t in held)
+        arms["copy"] = lambda: target.copy_(source)
+        grown = peak_bytes(ours.step)
+        samples = interleaved(arms, bench.times(7), bench.seconds / len(RULES))
+        bandwidth = 2 * source.nbytes / median(samples["copy"])
+        bound = moved_bytes(rule, params, state_bytes) / bandwidth
+        count = sum(p.numel() for p in params)
+        seconds = median(samples[name])
+        report.add(f"{name}: step", seconds * 1e3, "ms")
+        for label in list(arms)[1:-1]:
+            report.add(f"{name}: {label}", median(samples[label]) * 1e3, "ms")
+            aim = {"torch fused": 1.1 if name == "adamw" else None, "pytorch-optimizer": 0.667}.get(label)
+            report.add(f"{name} / {label}", ratio(samples[name], samples[label]), "x", at_most=aim)
+        if which is llama:
+            stated = SPECS[name].state_bytes
+            report.add(f"{name} / bytes bound", seconds / bound, "x", at_most=None if name == "muon" else 2)
+            report.add(f"{name}: state", state_bytes / count, "bytes a parameter", aim=f"{stated}, as stated",
+                       met=round(state_bytes / count, 2) == stated)
+            if grown is not None:
+                report.add(f"{name}: memory that a step adds", grown / 2**20, "MiB")
+        report.keep({f"{name}: {label}": list_ for label, list_ in samples.items()})
+        del ours, arms, samples, held
+        gc.collect()
+    report.notes += [
+        "Bytes bound: parameter, gradient and state read, parameter and state written once, at the speed of a copy of "
+        f"{source.nbytes / 2**20:.0f} MiB in the same repetitions.",
+        "Muon steps the matrices of three layers (llama) or 200 matrices (tiny). Others step everything.",
+    ]
+    report.write(tmp_path)
