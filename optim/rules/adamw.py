@@ -88,7 +88,7 @@ class AdamWRule(UpdateRule):
             else:
                 m, v = m / c1, v / c2
         root = v.sqrt() if self.eps_root == 0 else (v + self.eps_root).sqrt()
-        return m / (root + self.eps), new
+        return (m / (root + self.eps)).to(g.dtype), new  # a correction would make a 0-d tensor float64
 
 
 class AdamW(Optimizer):

@@ -58,7 +58,7 @@ def peers(name: str, report: Report) -> list[tuple[str, Callable[[list[Parameter
     try:
         others = importlib.import_module("pytorch_optimizer")
     except ImportError:
-        note = "pytorch-optimizer is not installed (extra `bench`): rules that torch does not have stand alone."
+        note = "pytorch-optimizer is not installed: rules that torch does not have stand alone."
         report.notes += [note] * (note not in report.notes)
         return []
     if name not in OTHERS:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
@@ -208,6 +208,9 @@ def pure(spec: OptimSpec) -> None:
         assert d.shape == p.shape and d.dtype == torch.promote_types(dtype, torch.float32)
         assert {k: (v.shape, v.dtype) for k, v in new.items()} == {k: (v.shape, v.dtype) for k, v in state.items()}
 
+    if spec.min_ndim == 0:  # where a float64 scalar, a bias correction say, is no mere scalar: torch promotes
+        for hyper in spec.inputs:
+            check = example(shape=(), dtype=torch.float32, hyper=hyper, seed=0)(check)
     check()
 
 

@@ -1,0 +1,220 @@
+"""Every optimizer of the suite trains the same small Llama on the same text: final loss by learning rate and seed.
+
+    python -m tests.benchmarks.compare_optimizers --text ../shared/data/corpus --out runs/compare
+    python -m tests.benchmarks.compare_optimizers --text FOLDER --out runs/compare --optimizers adamw,lion --steps 50
+
+`--text` is a folder with train.txt and valid.txt, read as bytes. Each run is a file in DIR/runs, so that a comparison
+that was stopped goes on; DIR/results.json and DIR/report.html hold all. Same arguments, same machine: same losses.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment
+from markupsafe import Markup
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import optim
+from datatools import files, keep_pages
+from optim import curvature
+from pipelines import charts
+from pipelines.runs import progress
+from pipelines.texts import number
+from tests.conftest import REPOSITORY
+
+MIDDLE = {
+    "adabelief": 3e-3, "adahessian": 0.1, "adam_mini": 3e-3, "adamp": 3e-3, "adamw": 3e-3, "blockwise_adam": 3e-3,
+    "exadam": 3e-3, "lion": 5e-4, "muon": 5e-3, "nadam": 3e-3, "sgd": 0.3, "sgd_sai": 1e-2, "sgdp": 0.3,
+    "sophia_g": 1e-3, "sophia_h": 1e-3, "spam": 3e-3, "stable_spam": 3e-3,
+}  # fmt: skip
+"""The middle one of three learning rates, a factor of 3.16 apart; where the best is at an end, the report says so."""
+
+HYPER: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
+"""Settings that are not the suite's defaults."""
+
+BATCH, LENGTH = 16, 128  # windows a step, bytes a window
+DECAY = 0.1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One training run."""
+
+    optimizer: str
+    lr: float
+    seed: int
+    loss: float | None
+    """Held-out nats a byte after the last step; None when training diverged."""
+    curve: list[float]
+    """Training loss of every tenth step."""
+
+
+def model_of(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=256, max_position_embeddings=LENGTH, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def bytes_of(path: Path) -> Tensor:
+    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+
+
+def windows(text: Tensor, starts: Tensor) -> Tensor:
+    """[starts, LENGTH] bytes as token ids."""
+    return torch.stack([text[s : s + LENGTH] for s in starts.tolist()]).long()
+
+
+def held_out(model: nn.Module, text: Tensor) -> float:
+    """Mean loss of 128 evenly spaced windows."""
+    starts = torch.linspace(0, len(text) - LENGTH - 1, 128).long()
+    model.eval()
+    with torch.no_grad():
+        parts = [float(model(input_ids=w, labels=w).loss) for w in windows(text, starts).split(BATCH)]
+    return statistics.fmean(parts)
+
+
+def train(name: str, lr: float, seed: int, texts: tuple[Tensor, Tensor], steps: int) -> Outcome:
+    model = model_of(seed)
+    optimizer = optim.create(name, list(model.named_parameters()), lr=lr, weight_decay=DECAY, **HYPER.get(name, {}))
+    factor = optim.schedule("cosine", total_steps=steps, warmup_steps=steps // 10, min_ratio=0.1)
+    scheduler = LambdaLR(optimizer, factor)
+    generator = torch.Generator().manual_seed(seed)
+    curve: list[float] = []
+    model.train()
+    for step in range(steps):
+        batch = windows(texts[0], torch.randint(len(texts[0]) - LENGTH, (BATCH,), generator=generator))
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        refresh(optimizer, model, batch)
+        optimizer.step()
+        scheduler.step()
+        value = loss.item()
+        if not math.isfinite(value):
+            return Outcome(name, lr, seed, None, curve)
+        if step % 10 == 0:
+            curve.append(value)
+    final = held_out(model, texts[1])
+    return Outcome(name, lr, seed, final if math.isfinite(final) else None, curve)
+
+
+def refresh(optimizer: optim.Optimizer, model: nn.Module, batch: Tensor) -> None:
+    curvature.refresh(optimizer, lambda: model(input_ids=batch, labels=batch).loss)
+
+
+def planned(names: Sequence[str], seeds: int) -> Iterator[tuple[str, float, int]]:
+    for name in names:
+        for factor in (10**-0.5, 1.0, 10**0.5):
+            for seed in range(seeds):
+                yield name, float(f"{MIDDLE[name] * factor:.2g}"), seed
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+
+
+def rows_of(outcomes: Sequence[Outcome], scale: charts.Scale) -> list[dict[str, Any]]:
+    """One row an optimizer, best mean loss first; a learning rate at which a run diverged counts as the worst."""
+    rows = []
+    for name in sorted({o.optimizer for o in outcomes}):
+        losses: dict[float, list[float | None]] = {}
+        for o in outcomes:
+            if o.optimizer == name:
+                losses.setdefault(o.lr, []).append(o.loss)
+        finite = {lr: [x for x in found if x is not None] for lr, found in sorted(losses.items())}
+        means = {lr: statistics.fmean(x) if len(x) == len(losses[lr]) else math.inf for lr, x in finite.items()}
+        best = min(means, key=means.__getitem__)
+        mean = means[best] if math.isfinite(means[best]) else None
+        rows.append(
+            {
+                "name": name,
+                "best": means[best],
+                "loss": "diverged" if mean is None else number(mean, 3),
+                "seeds": ", ".join(number(x, 3) for x in finite[best]),
+                "lr": f"{best:g}",
+                "edge": best in (min(means), max(means)),
+                "others": ", ".join(
+                    f"{lr:g}: {'diverged' if math.isinf(value) else number(value, 3)}" for lr, value in means.items()
+                ),
+                "plot": charts.interval(
+                    scale,
+                    mean,
+                    (min(finite[best]), max(finite[best])) if mean is not None else (None, None),
+                    [x for found in finite.values() for x in found],
+                    guide=None,
+                    chosen=name == "adamw",
+                    height=30,
+                    label=f"{name}: held-out loss of {sum(map(len, finite.values()))} runs",
+                ),
+            }
+        )
+    return sorted(rows, key=lambda row: row["best"])
+
+
+PAGE = Path(__file__).with_suffix(".html")
+
+
+def report(out: Path, outcomes: Sequence[Outcome], steps: int) -> None:
+    finite = sorted(o.loss for o in outcomes if o.loss is not None)
+    if not finite:
+        raise SystemExit("every run diverged; choose smaller learning rates")
+    scale = charts.Scale(math.floor(finite[0] * 20) / 20, min(finite[-1], finite[0] + 1.0))
+    rows = rows_of(outcomes, scale)
+    best = rows[0]
+    seeds = len({o.seed for o in outcomes})
+    extra = "".join(f"; {name} with {key} = {value}" for name, h in HYPER.items() for key, value in h.items())
+    page = Environment(autoescape=True).from_string(PAGE.read_text())
+    html = page.render(
+        css=Markup((REPOSITORY / "pipelines/templates/report.css").read_text()),
+        rows=rows, runs=len(outcomes), ticks=charts.ticks(scale), top=number(scale.high, 3), steps=steps, batch=BATCH,
+        parameters=f"{sum(p.numel() for p in model_of(0).parameters()):,}", tokens=f"{steps * BATCH * LENGTH:,}",
+        decay=DECAY, extra=extra,
+        lead=f"Lowest held-out loss: {best['name']}, {best['loss']} nats a byte at learning rate {best['lr']}; "
+        f"{seeds} seeds, three learning rates each, {steps} steps.",
+    )  # fmt: skip
+    files.write_text(out / "report.html", html)
+    files.write_json(out / "results.json", [asdict(o) for o in outcomes])
+    print("| optimizer | held-out loss | each seed | learning rate |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row['name']} | {row['loss']} | {row['seeds']} | {row['lr']}{' (end)' if row['edge'] else ''} |")
+    print(f"report: {out / 'report.html'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="folder with train.txt and valid.txt")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--optimizers", default=",".join(MIDDLE), help="names, by commas; all of them unless given")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--seeds", type=int, default=2)
+    options = parser.parse_args()
+    names = options.optimizers.split(",")
+    if unknown := [name for name in names if name not in MIDDLE]:
+        parser.error(f"no learning rate is known for {unknown[0]!r}; one of {', '.join(MIDDLE)}")
+    keep_pages()
+    texts = bytes_of(options.text / "train.txt"), bytes_of(options.text / "valid.txt")
+    plan = list(planned(names, options.seeds))
+    outcomes: list[Outcome] = []
+    with progress("training", len(plan), "runs") as bar:
+        for name, lr, seed in plan:
+            path = files.make_folder(options.out / "runs") / f"{name}-{lr:g}-{seed}-{options.steps}.json"
+            if not path.is_file():
+                files.write_json(path, asdict(train(name, lr, seed, texts, options.steps)))
+            outcomes.append(Outcome(**files.read_json(path)))
+            bar.advance(1)
+    report(options.out, outcomes, options.steps)
+
+
+if __name__ == "__main__":
+    main()
