@@ -61,11 +61,11 @@ def _optimizers() -> Rows:
         module = inspect.getmodule(rule)
         text = rule.__doc__ or ""
         memory = re.split(r"[,;(]| and ", _section(text, "State"))[0].strip().replace(" bytes a parameter", " B")
-        source = re.split(r"[;,] ", _section(text, "Source"))[0].rstrip(".")
+        source = re.split(r"[;,] | \(", _section(text, "Source"))[0].rstrip(".")
         called, colon, what = _first_sentence(module).partition(": ")  # "AdamW: Adam with ..."
         elementwise = "yes" if rule.elementwise else "no"
         path = "no" if fused.supports(rule(), matrix) else "compiled"
-        rows.append((name, (what if colon else called).rstrip("."), memory, elementwise, path, source))
+        rows.append((name, f"{(what if colon else called).rstrip('.')} ({source})", memory, elementwise, path))
     return rows
 
 
@@ -108,7 +108,11 @@ def _formats() -> Rows:
 
 
 KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[], Rows]]] = {
-    "optimizers": ("--optimizer", ("name", "what it does", "state", "elementwise", "fast path", "source"), _optimizers),
+    "optimizers": (
+        "--optimizer",
+        ("name", "what it does (source)", "state", "element-\nwise", "fast path"),
+        _optimizers,
+    ),
     "schedules": ("train --schedule", ("name", "learning rate"), _schedules),
     "methods": ("--method", ("name", "rows are chosen by"), _methods),
     "projectors": ("--projector", ("name", "what it is"), _projectors),
@@ -143,7 +147,7 @@ def show(kind: str | None, console: Console | None = None) -> None:
         lines = rows(kind)
         columns = KINDS[kind][1]
     for number, column in enumerate(columns):
-        short = number == 0 or all(len(line[number]) <= len(column) + 3 for line in lines)
+        short = number == 0 or ("\n" not in column and all(len(line[number]) <= len(column) + 3 for line in lines))
         table.add_column(Text(column), style="bold" if number == 0 else "", no_wrap=short, overflow="fold")
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
