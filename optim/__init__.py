@@ -15,7 +15,16 @@ from torch import Tensor
 
 from optim import curvature, fused
 from optim.optimizer import Optimizer, Params
-from optim.param_groups import PAPER_RATIOS, Ratios, block_of, blockwise, divide_groups, is_matrix, split_matrices
+from optim.param_groups import (
+    PAPER_RATIOS,
+    Ratios,
+    block_of,
+    blockwise,
+    divide_groups,
+    example_parameters,
+    is_matrix,
+    split_matrices,
+)
 from optim.rule import State, UpdateRule
 from optim.rules import (
     OPTIMIZERS,
@@ -70,9 +79,10 @@ def create(
     block_ratios: Ratios | None = None,
     **hyper: Any,
 ) -> Optimizer:
-    """The optimizer of that name; hyper are the keywords of its class (`AdamW`, `SGD`, `Lion`, `Muon`).
+    """The optimizer of that name; hyper are the keywords of its class, `OPTIMIZERS[name]`.
 
     "muon" splits the parameters by name and shape into matrices and the rest, which AdamW steps; see `Muon`.
+    weight_decay: none unless given, whatever the class's own default is.
     block_ratios: "paper" or block -> ratio multiplies every group's rates by block of a transformer; see `blockwise`.
     Raises: ValueError for an unknown name, TypeError for an unknown keyword (both say what was probably meant),
     ValueError for values out of range.
@@ -140,6 +150,7 @@ __all__ = [
     "create",
     "curvature",
     "divide_groups",
+    "example_parameters",
     "fused",
     "group_factors",
     "is_matrix",

@@ -17,12 +17,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from optim import OPTIMIZERS, RULES, Optimizer, create
 from optim.curvature import CurvatureRule
-from optim.param_groups import Named, divide_groups
+from optim.param_groups import Named, divide_groups, example_parameters
 from optim.rules import did_you_mean
 
 Build: TypeAlias = Callable[..., Optimizer]
@@ -56,7 +55,7 @@ def resolve(name: str, args: Any = None, *, decay_all: bool = False, **hyper: An
             "optim.hf.resolve: no learning rate; Trainer does not hand on its own, so pass the TrainingArguments "
             f"(resolve({name!r}, args)) or lr=..."
         )
-    create(name, [("model.layers.0.mlp.up_proj.weight", nn.Parameter(torch.zeros(2, 2)))], **hyper)
+    create(name, example_parameters(hyper.get("block_ratios")), **hyper)
     if issubclass(RULES[name], CurvatureRule):
         warnings.warn(
             f"optim.hf.resolve: Trainer does not refresh the curvature that {name} reads; without it {name} is hardly "

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optim.saved import bare_name
 
@@ -156,6 +156,26 @@ def _checked_ratios(ratios: Ratios) -> dict[str, float]:
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
             raise ValueError(f"the ratio of block {block!r} is {ratio!r}; it must be a finite number above 0")
     return {str(block): float(ratio) for block, ratio in ratios.items()}
+
+
+_EXAMPLES = {
+    "embedding": "model.embed_tokens",
+    "qk": "model.layers.0.self_attn.q_proj",
+    "vo": "model.layers.0.self_attn.o_proj",
+    "ffn": "model.layers.0.mlp.up_proj",
+    "head": "lm_head",
+}
+
+
+def example_parameters(ratios: Ratios | None = None) -> Named:
+    """Matrices without data, one of each kind of block (that has a ratio), to try settings on before a model is there.
+
+    Each side is 5040, a number that almost every number of blocks divides.
+    """
+    chosen = [block for block in _EXAMPLES if not isinstance(ratios, Mapping) or block in ratios]
+    return [
+        (f"{_EXAMPLES[block]}.weight", nn.Parameter(torch.empty(5040, 5040, device="meta"))) for block in chosen or ["ffn"]
+    ]
 
 
 def divide_groups(

@@ -158,8 +158,7 @@ def check(recipe: TrainingConfig) -> None:
 
     Raises: UsageError.
     """
-    weight = nn.Parameter(torch.zeros(2, 2))
-    _factors(recipe, 1, _optimizer(recipe, [("model.layers.0.mlp.up_proj.weight", weight)]))
+    _factors(recipe, 1, _optimizer(recipe, optim.example_parameters(recipe.block_ratios)))
 
 
 @contextmanager

@@ -255,3 +255,20 @@ def test_two_processes_are_one(runs, folder, tmp_path, kind):
             assert all(torch.equal(resumed[n], ranks[0][n]) for n in resumed), name
             seen = json.loads((tmp_path / f"{kind}-{name}-whole-0.json").read_text())
             assert "DTensor" in seen["types"], "the state is sharded like its parameter"
+
+
+@pytest.mark.parametrize(
+    "name, hyper",
+    [
+        ("adam_mini", {"blocks": 64}),
+        ("adamw", {"block_ratios": {"qk": 8.0, "vo": 4.0}}),  # adapters on the attention alone
+        ("muon", {"block_ratios": "paper"}),
+    ],
+)
+def test_settings_that_suit_some_model_are_not_refused_before_there_is_one(name: str, hyper: dict[str, Any]) -> None:
+    hf.resolve(name, lr=1e-3, **hyper)
+
+
+def test_ratios_of_blocks_that_do_not_exist_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="no ratio; known: qq"):
+        hf.resolve("adamw", lr=1e-3, block_ratios={"qq": 8.0})
