@@ -172,10 +172,8 @@ def example_parameters(ratios: Ratios | None = None) -> Named:
 
     Each side is 5040, a number that almost every number of blocks divides.
     """
-    chosen = [block for block in _EXAMPLES if not isinstance(ratios, Mapping) or block in ratios]
-    return [
-        (f"{_EXAMPLES[block]}.weight", nn.Parameter(torch.empty(5040, 5040, device="meta"))) for block in chosen or ["ffn"]
-    ]
+    chosen = [block for block in _EXAMPLES if not isinstance(ratios, Mapping) or block in ratios] or ["ffn"]
+    return [(f"{_EXAMPLES[block]}.weight", nn.Parameter(torch.empty(5040, 5040, device="meta"))) for block in chosen]
 
 
 def divide_groups(

@@ -265,7 +265,7 @@ def test_two_processes_are_one(runs, folder, tmp_path, kind):
         ("muon", {"block_ratios": "paper"}),
     ],
 )
-def test_settings_that_suit_some_model_are_not_refused_before_there_is_one(name: str, hyper: dict[str, Any]) -> None:
+def test_settings_that_suit_some_model_are_not_refused_before_there_is_one(name: str, hyper: dict[str, object]) -> None:
     hf.resolve(name, lr=1e-3, **hyper)
 
 
