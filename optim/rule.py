@@ -134,6 +134,11 @@ def zero_moment(param: Tensor) -> Tensor:
     return torch.zeros_like(param, dtype=moment_dtype(param), requires_grad=False)
 
 
+def is_sharded(x: Tensor) -> bool:
+    """Whether it is a DTensor, as FSDP2 makes them; `torch.distributed.tensor` is not imported to ask."""
+    return hasattr(x, "placements")
+
+
 def zero_step() -> Tensor:
     """A step count: a float32 scalar on the CPU, as in torch, so that reading it never waits for a GPU."""
     return torch.zeros((), dtype=torch.float32, device="cpu")

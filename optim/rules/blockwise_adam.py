@@ -14,6 +14,7 @@ from optim.rule import (
     check_non_negative,
     checked_betas,
     correction,
+    is_sharded,
     moment_dtype,
     zero_moment,
     zero_step,
@@ -57,7 +58,7 @@ class BlockwiseAdamRule(UpdateRule):
     def init(self, param: Tensor) -> State:
         """Zero moments and step count, and with "group" no other tensors."""
         scalars = ("exp_avg_sq", "rest_sq", "rest_numel") if self.block == "group" else ("exp_avg_sq",)
-        zeros = {key: torch.zeros((), dtype=moment_dtype(param), device=param.device) for key in scalars}
+        zeros = {key: param.new_zeros((), dtype=moment_dtype(param), requires_grad=False) for key in scalars}
         return {"step": zero_step(), "exp_avg": zero_moment(param), **zeros}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
@@ -82,12 +83,18 @@ class BlockwiseAdamRule(UpdateRule):
         if self.block != "group":
             return
         dtypes = [state["rest_sq"].dtype for state in states]
-        squares = [grad.detach().to(dtype).square().sum() for grad, dtype in zip(grads, dtypes, strict=True)]
+        squares = [_whole(grad.detach().to(dtype).square().sum()) for grad, dtype in zip(grads, dtypes, strict=True)]
         total = torch.stack([square.double().to(squares[0].device) for square in squares]).sum()
         count = sum(grad.numel() for grad in grads)
         for grad, square, state in zip(grads, squares, states, strict=True):
             state["rest_sq"].copy_((total - square.double().to(total.device)).clamp_min(0))
             state["rest_numel"].fill_(count - grad.numel())
+
+
+def _whole(x: Tensor) -> Tensor:
+    """A sharded tensor (DTensor) as a plain one, its parts on other ranks added; any other as it is."""
+    whole: Tensor = x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
+    return whole
 
 
 class BlockwiseAdam(Optimizer):

@@ -47,7 +47,7 @@ class SGDSaIRule(UpdateRule):
 
     def init(self, param: Tensor) -> State:
         """A step count, gain 0 for "not measured yet", and a zero buffer if there is momentum."""
-        gain = torch.zeros((), dtype=moment_dtype(param), device=param.device)
+        gain = param.new_zeros((), dtype=moment_dtype(param), requires_grad=False)
         return {"step": zero_step(), "gain": gain} | ({"momentum_buffer": zero_moment(param)} if self.momentum else {})
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:

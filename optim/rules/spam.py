@@ -16,6 +16,7 @@ from optim.rule import (
     check_non_negative,
     checked_betas,
     correction,
+    is_sharded,
     zero_moment,
     zero_step,
 )
@@ -30,7 +31,8 @@ class SPAMRule(UpdateRule):
     `warmup_steps` calls: w = 1 - 0.99 (1 + cos(pi s / (warmup_steps + 1))) / 2, s calls after the reset. Gradients are
     not clipped in the first `grad_accu_steps` - 1 calls, nor in as many after the call that resets.
 
-    Shapes: elementwise; moments have the parameter's shape.
+    Shapes: elementwise, but not with `density` below 1, where the mask depends on an entry's position: then no slices
+    or shards (DTensor parameters are refused). Moments have the parameter's shape.
     State: 8 bytes a parameter (two float32 moments), a step count t, and `calls`, which counts the calls of `step` in
     which the param group had any gradient: resets come to all its parameters at once, t is each parameter's own.
     Source: Huang et al. 2025, arXiv 2501.06842, algorithm 1; TianjinYellow/SPAM-Optimizer.
@@ -78,7 +80,15 @@ class SPAMRule(UpdateRule):
             raise ValueError(f"SPAMRule: density = {self.density!r}; it must be a number with 0 < density <= 1")
 
     def init(self, param: Tensor) -> State:
-        """Zero moments and counts."""
+        """Zero moments and counts.
+
+        Raises: ValueError for a sharded parameter with `density` below 1.
+        """
+        if self.density < 1 and is_sharded(param):
+            raise ValueError(
+                f"SPAMRule: density = {self.density!r} draws its mask by positions in the whole tensor, and this "
+                "parameter is sharded (DTensor); use density=1.0"
+            )
         m, v = zero_moment(param), zero_moment(param)
         return {"step": zero_step(), "calls": zero_step(), "exp_avg": m, "exp_avg_sq": v}
 

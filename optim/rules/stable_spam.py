@@ -80,7 +80,7 @@ class StableSPAMRule(UpdateRule):
         """Zero moments, scalars and counts."""
         counts = {key: zero_step() for key in ("step", "calls", "moment_step")}
         scalars = {
-            key: torch.zeros((), dtype=moment_dtype(param), device=param.device)
+            key: param.new_zeros((), dtype=moment_dtype(param), requires_grad=False)
             for key in ("m_max_t", "m_norm_t", "v_norm_t")
         }
         return {**counts, **scalars, "exp_avg": zero_moment(param), "exp_avg_sq": zero_moment(param)}

@@ -1,0 +1,51 @@
+"""Sharded parameters (DTensor, as FSDP2 makes them): every rule steps them as plain ones, or refuses them by name."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn import Parameter
+
+from optim import RULES, BlockwiseAdamRule, MuonRule, Optimizer, SPAMRule, UpdateRule
+from tests.optim.harness import parameters, set_grads
+
+SETTINGS = {"muon": {"ns_dtype": "param"}}
+CASES = [RULES[name](**SETTINGS.get(name, {})) for name in sorted(RULES)] + [BlockwiseAdamRule(block="group")]
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    """One rank, gloo: what differs from a real mesh is the number of ranks alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def sharded(p: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+    return distribute_tensor(p.detach().clone(), mesh, [Shard(0)])
+
+
+@pytest.mark.parametrize("rule", CASES, ids=lambda rule: rule.name)
+def test_steps_as_a_plain_parameter(rule: UpdateRule, mesh: DeviceMesh) -> None:
+    plain = parameters([(4, 3), (3, 5)] if isinstance(rule, MuonRule) else [(4, 3), (5,)], torch.float32)
+    shards = [Parameter(sharded(p, mesh)) for p in plain]
+    ours, theirs = (Optimizer(params, rule, lr=0.05, weight_decay=0.1) for params in (plain, shards))
+    for t in range(3):
+        set_grads(plain, t + 1)
+        for p, shard in zip(plain, shards, strict=True):
+            shard.grad = sharded(p.grad, mesh)
+        ours.step()
+        theirs.step()
+    for p, shard in zip(plain, shards, strict=True):
+        torch.testing.assert_close(shard.detach().full_tensor(), p.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_mask_of_positions_refuses_shards(mesh: DeviceMesh) -> None:
+    """With density below 1 SPAM is not elementwise: a shard would draw another mask than the whole."""
+    (p,) = parameters([(4, 3)])
+    with pytest.raises(ValueError, match=r"parameter 'w'.*density = 0\.5.*sharded"):
+        Optimizer([("w", Parameter(sharded(p, mesh)))], SPAMRule(density=0.5), lr=0.1)
+    Optimizer([("w", p)], SPAMRule(density=0.5), lr=0.1)
