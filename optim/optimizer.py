@@ -58,12 +58,14 @@ class Optimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; fields of its rule given beside `params` replace those of the default rule.
 
-        Raises: ValueError for values out of range or unsupported switches, TypeError for parameters that are not real
-        floating-point tensors or a rule that is no `UpdateRule`.
+        Raises: ValueError for values out of range, unsupported switches, or a parameter that is given twice, TypeError
+        for parameters that are not real floating-point tensors or a rule that is no `UpdateRule`.
         """
         if isinstance(param_group, dict):
             param_group = self._resolved(dict(param_group))
-        super().add_param_group(param_group)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="optimizer contains a parameter group with duplicate")
+            super().add_param_group(param_group)  # torch warns of what _check_params refuses
         try:
             self._check_params(*list(self._offsets())[-1])
         except (TypeError, ValueError):
@@ -87,7 +89,11 @@ class Optimizer(torch.optim.Optimizer):
         return group
 
     def _check_params(self, group: dict[str, Any], offset: int) -> None:
+        seen: set[Tensor] = set()
         for label, param in _labelled(group, offset):
+            if param in seen:
+                raise ValueError(f"parameter {label} is in its param group twice; it would be stepped twice")
+            seen.add(param)
             if not param.is_floating_point():
                 raise TypeError(
                     f"parameter {label} is {param.dtype}; optimizers here take real floating-point parameters "

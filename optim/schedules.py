@@ -264,7 +264,9 @@ def schedule_options(name: str) -> set[str]:
 def _check(name: str, key: str, value: Any) -> None:
     """Raises: ValueError unless the value is one that the option can have."""
     if key.endswith("_steps"):
-        if value is not None and (type(value) is not int or value < 0):
+        if value is None and key == "decay_steps":
+            return
+        if type(value) is not int or value < 0:
             raise ValueError(f"schedule {name!r}: {key} = {value!r}; it must be an integer of at least 0")
     elif key in _BOUNDS:
         holds, text = _BOUNDS[key]

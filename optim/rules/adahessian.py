@@ -45,17 +45,18 @@ class AdaHessianRule(CurvatureRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "betas", checked_betas("AdaHessianRule", self.betas))
-        object.__setattr__(self, "spatial_average_block_size", tuple(self.spatial_average_block_size))
         check_non_negative("AdaHessianRule", eps=self.eps, hessian_power=self.hessian_power)
         if self.hessian_power > 1:
             raise ValueError(f"AdaHessianRule: hessian_power = {self.hessian_power!r}; it must be at most 1")
         if self.variant not in VARIANTS:
             raise ValueError(f"AdaHessianRule: variant = {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
         sizes = self.spatial_average_block_size
-        if len(sizes) != 4 or not all(isinstance(s, int) and (s == -1 or s > 0) for s in sizes):
+        four = isinstance(sizes, list | tuple) and len(sizes) == 4
+        if not four or not all(isinstance(s, int) and (s == -1 or s > 0) for s in sizes):
             raise ValueError(
                 f"AdaHessianRule: spatial_average_block_size = {sizes!r}; it must be four whole numbers, -1 or positive"
             )
+        object.__setattr__(self, "spatial_average_block_size", tuple(sizes))
 
     def init(self, param: Tensor) -> State:
         """Zero moments and counts."""

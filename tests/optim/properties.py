@@ -440,6 +440,8 @@ def errors(spec: OptimSpec) -> None:
         (TypeError, "a class", lambda: Optimizer([p], type(rule), lr=0.1)),
         (ValueError, "empty", lambda: Optimizer([], rule, lr=0.1)),
         (ValueError, "more than one", lambda: Optimizer([{"params": [p]}, {"params": [p]}], rule, lr=0.1)),
+        (ValueError, "number 1 .*twice", lambda: Optimizer([{"params": [p, p]}], rule, lr=0.1)),
+        (ValueError, "'b' .*twice", lambda: Optimizer([("a", p), ("b", p)], rule, lr=0.1)),
         (ValueError, "names", lambda: Optimizer([("a", p), *parameters([shape])], rule, lr=0.1)),
         (ValueError, "lr", lambda: Optimizer([p], rule, lr=-0.1)),
         (ValueError, "lr", lambda: Optimizer([p], rule, lr=float("nan"))),
@@ -456,8 +458,6 @@ def errors(spec: OptimSpec) -> None:
     for kind, part, call in bad:
         with pytest.raises(kind, match=part):
             call()
-    with pytest.warns(UserWarning, match="duplicate"):
-        Optimizer([{"params": [p, p]}], rule, lr=0.1)
     assert OPTIMIZERS[spec.name].__doc__
 
 

@@ -282,6 +282,7 @@ SPECS: dict[str, OptimSpec] = {
                 ({"hessian_power": -1.0}, "hessian_power"),
                 ({"variant": "fairseq"}, "variant"),
                 ({"spatial_average_block_size": (2, 2)}, "spatial_average_block_size"),
+                ({"spatial_average_block_size": 5}, "spatial_average_block_size = 5"),
                 ({"spatial_average_block_size": (0, 1, 1, 1)}, "spatial_average_block_size"),
                 ({"refresh_every": 0}, "refresh_every"),
                 ({"refresh_every": 1.5}, "refresh_every"),

@@ -107,6 +107,11 @@ def test_create_makes_the_class(name):
 def test_create_refusals():
     with pytest.raises(ValueError, match="did you mean 'adamw'"):
         create("adam", named(), lr=0.1)
+    for word, meant in (("AdamW", "adamw"), ("SGD", "sgd"), ("StableSPAM", "stable_spam")):
+        with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
+            create(word, named(), lr=0.1)
+    with pytest.raises(TypeError, match="no setting 'deltat'; did you mean 'DeltaT'"):
+        create("spam", named(), lr=0.1, deltat=3)
     with pytest.raises(TypeError, match="no setting 'beta'; did you mean 'betas'"):
         create("adamw", named(), lr=0.1, beta=(0.9, 0.9))
     with pytest.raises(TypeError, match="foreach"):
