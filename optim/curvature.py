@@ -16,7 +16,7 @@ import math
 import re
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from optim.rule import State, UpdateRule, check_non_negative, moment_dtype
+from optim.rule import State, UpdateRule, check_non_negative, is_sharded, moment_dtype
 
 Loss: TypeAlias = Callable[[], Tensor]
 Parts: TypeAlias = Loss | Sequence[Loss]
@@ -71,8 +71,10 @@ def refresh(optimizer: torch.optim.Optimizer, loss_fn: Parts, *, every: int | No
     `torch.nn.functional.cross_entropy` over all label terms, whose labels are replaced while it runs.
     every: steps from one refresh to the next; the rules' own `refresh_every` by default.
 
-    Nothing but the curvature entries of the state changes: neither gradients nor the global generators (dropout draws
-    the numbers of the step again). Steps are counted by the optimizer's state, and probes are seeded by (seed, step,
+    Of the optimizer nothing but the curvature entries of its state changes; parameters, gradients and the global
+    generators are as before. The loss is computed as `loss_fn` computes it: dropout is drawn as the next forward pass
+    will draw it, not as the one of this step was, and buffers that a forward pass updates (BatchNorm's statistics) are
+    updated by these passes too. Steps are counted by the optimizer's state, and probes are seeded by (seed, step,
     parameter), so a resumed run goes on bit for bit. With `torch.distributed`, probes are the same on all ranks,
     labels are not, and estimates are averaged: call it on all ranks.
 
@@ -82,6 +84,7 @@ def refresh(optimizer: torch.optim.Optimizer, loss_fn: Parts, *, every: int | No
     """
     if every is not None:
         _check_every("curvature.refresh: every", every)
+    _refuse_sharded(param for _, _, param in _wanting(optimizer) if param.requires_grad)
     step = _steps_taken(optimizer)
     due: dict[str, dict[int, Tensor]] = {}
     for index, rule, param in _wanting(optimizer):
@@ -127,10 +130,11 @@ def absorb(optimizer: torch.optim.Optimizer, estimates: Mapping[Tensor, Tensor])
 def hutchinson(loss_fn: Parts, params: Sequence[Tensor], probes: Sequence[Tensor]) -> list[Tensor | None]:
     """z (H z) for each parameter: for independent z with mean 0 and variance 1, the Hessian's diagonal in expectation.
 
-    One product with all parameters at once. Averaged over the ranks of `torch.distributed`. None where the loss does
-    not depend on a parameter.
+    One product with all parameters at once. Averaged over the ranks of `torch.distributed`, where a rank whose loss
+    does not depend on a parameter counts as zero. None where no rank's does.
     """
-    return _averaged([None if h is None else z * h for z, h in zip(probes, hvp(loss_fn, params, probes), strict=True)])
+    products = hvp(loss_fn, params, probes)
+    return _averaged([None if h is None else z * h for z, h in zip(probes, products, strict=True)], params)
 
 
 def gauss_newton(loss_fn: Parts, params: Sequence[Tensor], *, seed: int) -> list[Tensor | None]:
@@ -139,11 +143,12 @@ def gauss_newton(loss_fn: Parts, params: Sequence[Tensor], *, seed: int) -> list
 
     Every `torch.nn.functional.cross_entropy` of the loss gets sampled labels in the place of its own; ignored ones
     stay ignored. Source: Liu et al. 2023, arXiv 2305.14342, algorithm 2.
-    Raises: ValueError if the loss calls no cross_entropy.
+    Raises: ValueError if the loss calls no cross_entropy, TypeError for sharded parameters.
     """
+    _refuse_sharded(params)
     total: list[Tensor | None] = [None] * len(params)
     labels = _SampledLabels(seed)
-    with _private(params):
+    with private(params):
         for part in _parts(loss_fn):
             with labels:
                 loss = _scalar(part())
@@ -153,10 +158,12 @@ def gauss_newton(loss_fn: Parts, params: Sequence[Tensor], *, seed: int) -> list
             "curvature: this loss calls no torch.nn.functional.cross_entropy, whose labels could be sampled; "
             "make an estimate of your own and give it to curvature.absorb"
         )
+    averaged = _averaged(total, params)
     terms = labels.terms
-    if _ranks() > 1:
+    if _ranks() > 1 and params:
+        terms = terms.to(params[0].device)  # NCCL takes no tensors of the CPU
         dist.all_reduce(terms)
-    return [None if g is None else terms.to(g.device) * g * g for g in _averaged(total)]
+    return [None if g is None else terms.to(g.device) * g * g for g in averaged]
 
 
 def hvp(
@@ -171,14 +178,13 @@ def hvp(
     which is noticed only if nothing of the gradient depends on a parameter.)
     Cost: about three gradients, and the memory of a graph of the gradient; "difference" two gradients and a copy.
     None where the loss does not depend on a parameter.
-    Raises: ValueError for an unsuitable loss, and for a difference at 16-bit parameters, which would round it away.
+    Raises: ValueError for an unsuitable loss, and for a difference at 16-bit parameters, which would round it away;
+    TypeError for sharded parameters.
     """
     if method not in ("auto", "exact", "difference"):
         raise ValueError(f"curvature.hvp: method = {method!r}; it must be 'auto', 'exact' or 'difference'")
-    for param in params:
-        if hasattr(param, "placements"):
-            raise TypeError("curvature: a parameter is sharded (DTensor); estimates of shards are not supported")
-    with _private(params):
+    _refuse_sharded(params)
+    with private(params):
         if method != "difference":
             try:
                 return _exact(_parts(loss_fn), params, vectors)
@@ -240,7 +246,7 @@ def _difference(parts: Sequence[Loss], params: Sequence[Tensor], vectors: Sequen
                 for p, start, v in zip(params, kept, vectors, strict=True):
                     p.copy_(start + sign * delta * v)
             total: list[Tensor | None] = [None] * len(params)
-            with _private(params):  # the same dropout on both sides
+            with private(params):  # the same dropout on both sides
                 for part in parts:
                     _add(total, torch.autograd.grad(_scalar(part()), list(params), allow_unused=True))
             sides.append(total)
@@ -352,17 +358,33 @@ def _ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _averaged(estimates: list[Tensor | None]) -> list[Tensor | None]:
-    if _ranks() > 1:
-        for estimate in estimates:
-            if estimate is not None:
-                dist.all_reduce(estimate)
-                estimate /= _ranks()
-    return estimates
+def _averaged(estimates: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The mean over all ranks, where a rank whose loss does not reach a parameter counts as zero; None if none does."""
+    if _ranks() == 1 or not params:
+        return list(estimates)
+    reached = torch.tensor([estimate is not None for estimate in estimates], dtype=torch.float32)
+    reached = reached.to(params[0].device)
+    dist.all_reduce(reached)  # every rank makes the same calls, whatever its own loss reaches
+    averaged: list[Tensor | None] = []
+    for estimate, param, ranks in zip(estimates, params, reached.tolist(), strict=True):
+        if ranks == 0:
+            averaged.append(None)
+            continue
+        mean = torch.zeros(param.shape, dtype=moment_dtype(param), device=param.device)
+        if estimate is not None:
+            mean.copy_(estimate)
+        dist.all_reduce(mean)
+        averaged.append(mean / _ranks())
+    return averaged
+
+
+def _refuse_sharded(params: Iterable[Tensor]) -> None:
+    if any(map(is_sharded, params)):
+        raise TypeError("curvature: a parameter is sharded (DTensor); estimates of shards are not supported")
 
 
 @contextmanager
-def _private(params: Sequence[Tensor]) -> Iterator[None]:
+def private(params: Sequence[Tensor]) -> Iterator[None]:
     """Gradients enabled, and the global generators as before at the end."""
     gpus = sorted({p.device.index for p in params if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=gpus), torch.enable_grad():

@@ -93,11 +93,12 @@ def _seed(seed: int, batch: int) -> int:
 
 def _empirical(loss_fn: Callable[[], Tensor], params: list[Tensor]) -> list[Tensor | None]:
     """B g^2 for each parameter, with the loss's own labels."""
-    with _CountedTerms() as counted:
-        loss = loss_fn()
-    if counted.terms == 0:
-        raise ValueError("block_sharpness: this loss calls no torch.nn.functional.cross_entropy with a label")
-    grads = torch.autograd.grad(loss, params, allow_unused=True)
+    with curvature.private(params):
+        with _CountedTerms() as counted:
+            loss = loss_fn()
+        if counted.terms == 0:
+            raise ValueError("block_sharpness: this loss calls no torch.nn.functional.cross_entropy with a label")
+        grads = torch.autograd.grad(loss, params, allow_unused=True)
     return [None if g is None else counted.terms * g.to(moment_dtype(g)).square() for g in grads]
 
 

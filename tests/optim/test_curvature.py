@@ -441,11 +441,37 @@ def test_a_map_reads_the_slow_diagonal_and_never_renews_it(name):
     assert all(not torch.equal(first[n], second[n]) for n in first)
 
 
-def test_sharded_parameters_are_refused():
+@pytest.mark.parametrize("make_rule", [SophiaGRule, SophiaHRule, AdaHessianRule])
+def test_sharded_parameters_are_refused(make_rule):
+    """At the first call, also by the rule whose first refresh comes later; a frozen one is in nobody's way."""
     w, loss, _ = classifier()
     w.placements = ("shard",)
+    optimizer = Optimizer([w], make_rule(), lr=0.1)
     with pytest.raises(TypeError, match="sharded"):
-        curvature.refresh(Optimizer([w], SophiaHRule(), lr=0.1), loss)
+        curvature.refresh(optimizer, loss)
+    for estimate_of in (lambda: curvature.gauss_newton(loss, [w], seed=0), lambda: curvature.hvp(loss, [w], [w])):
+        with pytest.raises(TypeError, match="sharded"):
+            estimate_of()
+    assert not curvature.refresh(Optimizer([w.requires_grad_(False)], make_rule(), lr=0.1), loss)
+
+
+@pytest.mark.parametrize("make_rule", [SophiaGRule, SophiaHRule, AdaHessianRule])
+def test_a_refresh_draws_the_dropout_of_the_next_pass_and_updates_buffers(make_rule):
+    w, norm = Parameter(randn((3, 2), 1, torch.float32)), torch.nn.BatchNorm1d(2)
+    x, masks = randn((7, 2), 2, torch.float32), []
+
+    def loss() -> Tensor:
+        masks.append(functional.dropout(torch.ones(7, 2), 0.5))
+        return functional.cross_entropy(masks[-1] * norm(x) @ w.T, torch.zeros(7).long())
+
+    optimizer = Optimizer([w], make_rule(refresh_every=1), lr=0.01)
+    step(optimizer, loss)
+    loss().backward()
+    seen, passes = len(masks), int(norm.num_batches_tracked)
+    curvature.refresh(optimizer, loss)
+    loss()
+    assert not torch.equal(masks[seen], masks[seen - 1]) and torch.equal(masks[seen], masks[-1])
+    assert int(norm.num_batches_tracked) == passes + 2
 
 
 RANK = """
@@ -479,6 +505,67 @@ for rule in (SophiaGRule(refresh_every=2), SophiaHRule(refresh_every=2), AdaHess
 torch.save(end, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
+
+
+NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_what_ranks_exchange_lies_where_the_parameters_do(monkeypatch, device):
+    """NCCL reduces no tensors of the CPU: the count of labels has to move."""
+    w, x = Parameter(randn((3, 2), 1).to(device)), randn((7, 2), 2).to(device)
+    devices = []
+    monkeypatch.setattr(curvature, "_ranks", lambda: 2)
+    monkeypatch.setattr(curvature.dist, "all_reduce", lambda t: devices.append(t.device))
+    labels = torch.zeros(7, dtype=torch.int64, device=device)
+    curvature.gauss_newton(lambda: functional.cross_entropy(x @ w.T, labels), [w], seed=0)
+    assert devices == [w.device] * 3, "which parameters are reached, the gradient, the count of labels"
+
+
+UNEVEN = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+from optim import curvature
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+both, first, second, neither = params = [torch.nn.Parameter(torch.full((3, 2), 0.1 * (i + 1))) for i in range(4)]
+x = torch.arange(10.0).reshape(5, 2) / 10
+loss = lambda: functional.cross_entropy(x @ (both * (first if rank == 0 else second)).T, torch.zeros(5).long())
+found = {
+    "hutchinson": curvature.hutchinson(loss, params, [torch.ones(3, 2)] * 4),
+    "gauss_newton": curvature.gauss_newton(loss, params, seed=0),
+}
+torch.save(found, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.distributed
+def test_ranks_may_reach_different_parameters(tmp_path):
+    """As experts do: all ranks make the same calls, and where only one reaches a parameter the other counts as zero."""
+    ranks = [spawn(UNEVEN, str(rank), str(tmp_path), OMP_NUM_THREADS="1") for rank in range(2)]
+    try:
+        for process in ranks:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in ranks:
+            process.kill()
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for kind, found in one.items():
+        assert [h is None for h in found] == [False, False, False, True] == [h is None for h in other[kind]]
+        for a, b in zip(found[:3], other[kind][:3], strict=True):
+            assert torch.equal(a, b) and a.any(), kind
+    both, first = (Parameter(torch.full((3, 2), 0.1 * (i + 1))) for i in range(2))
+    x = torch.arange(10.0).reshape(5, 2) / 10
+    alone = curvature.hutchinson(
+        lambda: functional.cross_entropy(x @ (both * first).T, torch.zeros(5).long()),
+        [both, first], [torch.ones(3, 2)] * 2,
+    )
+    torch.testing.assert_close(one["hutchinson"][1], alone[1] / 2)
 
 
 @pytest.mark.distributed

@@ -107,6 +107,17 @@ def test_blocks_pool_their_tensors_and_nothing_is_touched():
     assert set(block_sharpness([loss], params.items())) == {"ffn"}
 
 
+@pytest.mark.parametrize("labels", ["sampled", "data"])
+def test_dropout_leaves_the_global_generator(labels):
+    w, x = torch.nn.Parameter(torch.ones(3, 5)), torch.ones(12, 5)
+    before = torch.get_rng_state()
+    block_sharpness(
+        [lambda: cross_entropy(torch.nn.functional.dropout(x, 0.5) @ w.T, torch.zeros(12).long())],
+        [("lm_head.weight", w)], labels=labels,
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_ignored_labels_are_no_predictions():
     """B counts the labels that are not ignored: rows that are masked out change nothing but which rows there are."""
     params, loss = plain()
