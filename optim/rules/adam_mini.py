@@ -98,19 +98,29 @@ class AdamMini(Optimizer):
     """`Optimizer` running `AdamMiniRule`, the blocks of each parameter chosen by its name.
 
     One v for each entry of a bias; for each head of a query or key matrix; for each row (a token, an output) of
-    embeddings, heads, value, output and feed-forward matrices; for the whole of a norm or any other vector. Which is
-    which is told by `optim.param_groups.block_of`. Norms and biases have no weight decay.
+    embeddings, heads, value, output and feed-forward matrices, of query, key and value in one matrix, and of LoRA's A
+    and B wherever they are; for the whole of a norm or any other vector. Which is which is told by
+    `optim.param_groups.block_of`. Norms and biases have no weight decay.
 
     params: named parameters, or param groups of them (whose `lr`, `weight_decay`, ... are kept).
-    dim, n_heads: of the model, so that dim / n_heads rows of a query or key matrix are a head; also where there are
-    fewer key heads. Without them, and for matrices with another number of rows (LoRA's A), those too have one v a row.
+    head_dim: how many rows of a query or key matrix are a head; also where there are fewer key heads.
+    dim, n_heads: of the model; dim / n_heads stands for a missing head_dim, but is not it in Qwen3 and Gemma. Without
+    these too, and for matrices with a number of rows that is no multiple of it, query and key have one v a row.
     whole_value: one v for each whole value matrix, as the authors advise for runs below about 10,000 steps.
     blocks: the same for all parameters, whatever their names; weight decay then acts on all.
     Raises: ValueError naming a parameter that `block_of` does not know (give `blocks` for models that are no
     transformers), TypeError for parameters without names.
-    Differs: the published code gives unknown names one v a tensor, silently; assumes 32 heads and 2048 dimensions;
-    and fails on vectors in a place of matrices (`mlp.norm.weight`). Query, key and value in one matrix have one v a
-    row in both. Transposed matrices (Hugging Face's GPT-2) have their inputs as rows.
+    Differs:
+
+    - The published code gives unknown names one v a tensor, silently; assumes 32 heads and 2048 dimensions; and fails
+      on vectors in a place of matrices (`mlp.norm.weight`).
+    - It knows no query, key and value in one matrix: `qkv_proj` has one v a row there too, but `query_key_value` and
+      `wqkv` have one for as many entries as a query's head has, and `c_attn` and `in_proj_weight` one for all.
+    - It knows no LoRA: A and B are divided as the matrix whose name they bear.
+    - Not here: `n_kv_heads` (which chooses no blocks there either), `verbose`, and the lists of name parts
+      (`wv_names`, ...) that are changed after construction; `whole_value` and `blocks` stand for these.
+
+    Transposed matrices (Hugging Face's GPT-2) have their inputs as rows.
     """
 
     def __init__(
@@ -123,19 +133,24 @@ class AdamMini(Optimizer):
         *,
         dim: int | None = None,
         n_heads: int | None = None,
+        head_dim: int | None = None,
         whole_value: bool = False,
         blocks: str | int | None = None,
     ) -> None:
         rule = AdamMiniRule(betas=betas, eps=eps, blocks="tensor" if blocks is None else blocks)
-        head_dim = _head_dim(dim, n_heads)
+        head = _head_dim(dim, n_heads, head_dim)
         if blocks is None:
             given: list[Any] = list(params)
             groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
-            params = [part for group in groups for part in _by_blocks(group, head_dim, whole_value)]
+            params = [part for group in groups for part in _by_blocks(group, head, whole_value)]
         super().__init__(params, rule, lr=lr, weight_decay=weight_decay)
 
 
-def _head_dim(dim: int | None, n_heads: int | None) -> int | None:
+def _head_dim(dim: int | None, n_heads: int | None, head_dim: int | None) -> int | None:
+    if head_dim is not None:
+        if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1:
+            raise ValueError(f"AdamMini: head_dim = {head_dim!r}; it must be an integer above 0")
+        return head_dim
     if dim is None and n_heads is None:
         return None
     if not (isinstance(dim, int) and isinstance(n_heads, int) and dim > 0 and n_heads > 0 and dim % n_heads == 0):
@@ -166,12 +181,17 @@ def _blocks_of(name: str, param: Tensor, head_dim: int | None, whole_value: bool
         return "element"
     if param.ndim < 2 or block == "norm":
         return "tensor"
+    parts = set(name.lower().split("."))
+    if parts & _LORA:
+        return "row"
     if block == "qk" and head_dim and param.shape[0] % head_dim == 0:
         return head_dim * (param.numel() // param.shape[0])
-    parts = set(name.lower().split("."))
     if whole_value and parts & {"v_proj", "v_attn", "v_lin", "value", "wv"}:
         return "tensor"
     return "row"
+
+
+_LORA = {"lora_a", "lora_b", "lora_embedding_a", "lora_embedding_b"}
 
 
 def _is_bias(name: str) -> bool:

@@ -29,7 +29,7 @@ WANTED = {"model.embed_tokens.weight": (10,), LAYER + "self_attn.q_proj.weight":
           LAYER + "self_attn.q_proj.bias": (8,), LAYER + "self_attn.k_proj.weight": (2,),
           LAYER + "self_attn.v_proj.weight": (4,), LAYER + "self_attn.o_proj.weight": (8,),
           LAYER + "self_attn.q_proj.lora_A.default.weight": (3,),
-          LAYER + "self_attn.q_proj.lora_B.default.weight": (4,),
+          LAYER + "self_attn.q_proj.lora_B.default.weight": (8,),
           LAYER + "mlp.up_proj.weight": (6,), LAYER + "mlp.norm.weight": (), LAYER + "input_layernorm.weight": (),
           "model.norm.bias": (8,), "lm_head.weight": (10,)}
 NO_DECAY = {n for n in SHAPES if "norm" in n or n.endswith("bias")}
@@ -71,6 +71,29 @@ def test_without_heads_query_and_key_have_rows_and_values_may_be_whole():
     assert got[LAYER + "self_attn.v_proj.weight"] == () and got[LAYER + "self_attn.o_proj.weight"] == (8,)
 
 
+def test_lora_has_one_second_moment_a_row_whatever_its_rank():
+    """Also where the rank is a head's size (A would be one block), and where the value matrix is whole."""
+    shapes = {f"self_attn.{m}_proj.lora_{ab}.default.weight": shape
+              for m in "qkv" for ab, shape in (("A", (4, 8)), ("B", (8, 4)))}
+    got = stepped(AdamMini([(LAYER + n, torch.nn.Parameter(torch.ones(s))) for n, s in shapes.items()],
+                           head_dim=4, whole_value=True))
+    assert got == {LAYER + n: s[:1] for n, s in shapes.items()}
+
+
+def test_head_dim_may_differ_from_dim_over_heads():
+    """Qwen3: 2 heads of 8 rows and one key head in a model of dimension 8."""
+    q, k = LAYER + "self_attn.q_proj.weight", LAYER + "self_attn.k_proj.weight"
+    for given in ({"head_dim": 8}, {"head_dim": 8, "dim": 8, "n_heads": 2}):
+        named = [(q, torch.nn.Parameter(torch.ones(16, 8))), (k, torch.nn.Parameter(torch.ones(8, 8)))]
+        assert stepped(create("adam_mini", named, lr=0.1, **given)) == {q: (2,), k: ()}
+
+
+@pytest.mark.parametrize("name", ["attn.c_attn", "attention.query_key_value", "self_attn.qkv_proj", "attn.Wqkv"])
+def test_query_key_and_value_in_one_have_rows(name):
+    fused = [(LAYER + name + ".weight", torch.nn.Parameter(torch.ones(24, 8)))]
+    assert stepped(AdamMini(fused, dim=8, n_heads=2, whole_value=True)) == {LAYER + name + ".weight": (24,)}
+
+
 def test_groups_keep_their_settings():
     named = pairs()
     given = [{"params": named[:3], "lr": 0.5, "tag": "a"}, {"params": named[3:]}]
@@ -92,6 +115,9 @@ def test_refusals():
     for settings in ({"dim": 8}, {"n_heads": 4}, {"dim": 8, "n_heads": 3}, {"dim": 8, "n_heads": 0}):
         with pytest.raises(ValueError, match="n_heads"):
             AdamMini(pairs(), **settings)
+    for head_dim in (0, -8, 8.0, True):
+        with pytest.raises(ValueError, match="head_dim"):
+            AdamMini(pairs(), head_dim=head_dim)
     with pytest.raises(ValueError, match=r"'p'.*blocks of 5 entries"):
         Optimizer([("p", torch.nn.Parameter(torch.ones(3, 2)))], AdamMiniRule(blocks=5), lr=0.1)
 
