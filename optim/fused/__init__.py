@@ -12,15 +12,15 @@ as DTensor, and everything where llvmlite is missing or with OPTIM_BACKEND=torch
 
 import ctypes
 import math
-import os
 import threading
+import warnings
 from array import array
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -28,14 +28,17 @@ from torch.nn import Parameter
 
 from optim import backend
 from optim.fused.assembly import Assembly, assemble
+from optim.fused.threads import together
 from optim.fused.trace import Node, Trace, Unsupported, trace
 from optim.rule import State, UpdateRule
 
 CHUNK = 1 << 15
 """Elements that a thread takes at a time; large enough to pay for the call, small enough to share work evenly."""
 
+KERNELS = 256
+"""Compiled steps that are kept, of about 0.5 MiB each: a momentum schedule replaces the rule at every step."""
+
 _TRACED_SHAPE = (2, 3)
-"""Of elementwise rules, whose code fits every shape."""
 
 _PLAIN = {Tensor, Parameter}
 _on_cpu, _dtype, _shape = attrgetter("is_cpu"), attrgetter("dtype"), attrgetter("shape")
@@ -55,12 +58,18 @@ def step(
     rest: Sequence[int] = range(len(params))
     if params and type(rule).step is UpdateRule.step and _can_run():
         pools, rest = _pools(rule, params, grads, states)
+    work: list[tuple[Kernel, _Pool]] = []  # all is compiled before anything moves
     for pool in pools:
-        kernel = _kernel(rule, pool, weight_decay != 0)
-        if isinstance(kernel, Kernel) and kernel.fits(pool):
-            kernel.run(pool, float(lr), float(weight_decay))
-        else:
-            rest = [*rest, *pool.index]
+        for kernel, part in _parts(rule, pool, weight_decay != 0):
+            if isinstance(kernel, Kernel) and kernel.fits(part):
+                work.append((kernel, part))
+            else:
+                rest = [*rest, *part.index]
+    for kernel, part in work:
+        for j, column in enumerate(part.columns):
+            if j != 1:  # autograd must see that these tensors change; the gradients do not
+                torch.autograd.graph.increment_version(column)
+        kernel.run(part, float(lr), float(weight_decay))
     for i in rest:
         rule.step(params[i], grads[i], states[i], lr=lr, weight_decay=weight_decay)
 
@@ -69,13 +78,14 @@ def all_finite(grads: Sequence[Tensor]) -> list[bool]:
     """Of each gradient, whether all its entries are finite; without the masks that `isfinite` makes."""
     fine: list[bool] = [True] * len(grads)
     pools: dict[torch.dtype, list[int]] = {}
+    can_run = _can_run()
     for i, grad in enumerate(grads):
-        if _can_run() and type(grad) in _PLAIN and grad.is_cpu and grad.is_contiguous() and not grad.is_neg():
+        if can_run and type(grad) in _PLAIN and grad.is_cpu and grad.is_contiguous() and not grad.is_neg():
             pools.setdefault(grad.dtype, []).append(i)
         else:
             fine[i] = bool(grad.isfinite().all())
     for dtype, index in pools.items():
-        flags = torch.ones(len(index), dtype=torch.bool)
+        flags = torch.ones(len(index), dtype=torch.bool, device="cpu")
         column = [grads[i] for i in index]
         kernel = _finite_kernel(dtype)
         kernel.run(_Pool(index, ("finite",), [column, column, list(flags.unbind())]), 0.0, 0.0)
@@ -89,8 +99,10 @@ def supports(rule: UpdateRule, param: Tensor) -> str:
     if type(rule).step is not UpdateRule.step:
         return "the rule has a step of its own"
     meta = param.detach().to("meta")
+    state = rule.init(meta)
+    row = [meta, meta, *state.values()]
     try:
-        assemble(trace(rule, meta, meta, rule.init(meta), decayed=True))
+        _assembly(rule, True, tuple(state), tuple(map(_dtype, row)), _places(rule, row))
     except Unsupported as reason:
         return str(reason)
     return ""
@@ -160,45 +172,85 @@ def _dense(row: list[Tensor], elementwise: bool) -> list[Tensor] | None:
     param, grad = row[0], row[1]
     if not (torch.ops.aten.is_non_overlapping_and_dense(param) if elementwise else param.is_contiguous()):
         return None
-    if any(t.shape == param.shape and t.stride() != param.stride() for t in row[2:]):
+    if any(t.stride() != param.stride() if t.shape == param.shape else not t.is_contiguous() for t in row[2:]):
         return None
     if grad.stride() != param.stride():
         row[1] = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
     return row
 
 
-_kernels: dict[Any, "Kernel | Unsupported"] = {}
+_Places: TypeAlias = int | tuple[torch.Size, ...]
+"""What code depends on: the shapes of parameter, gradient and state; for elementwise rules the dimensions' number."""
+
+
+def _places(rule: UpdateRule, row: Sequence[Tensor]) -> _Places:
+    return row[0].ndim if rule.elementwise else tuple(map(_shape, row))
+
+
+def _parts(rule: UpdateRule, pool: _Pool, decayed: bool) -> "Iterator[tuple[Kernel | Unsupported, _Pool]]":
+    """The pool with its compiled step; in parts where an elementwise rule looks at the number of dimensions."""
+    row = [column[0] for column in pool.columns]
+    dtypes = tuple(map(_dtype, row))
+    if not rule.elementwise:
+        yield _kernel(rule, decayed, pool.names, dtypes, _places(rule, row)), pool
+        return
+    dims = list(map(Tensor.dim, pool.columns[0]))
+    kernels = {ndim: _kernel(rule, decayed, pool.names, dtypes, ndim) for ndim in sorted(set(dims))}
+    if len(set(kernels.values())) == 1:
+        yield kernels[dims[0]], pool
+        return
+    for ndim, kernel in kernels.items():
+        mine = [k for k, n in enumerate(dims) if n == ndim]
+        yield kernel, _Pool([pool.index[k] for k in mine], pool.names, [[c[k] for k in mine] for c in pool.columns])
+
+
 _compiling = threading.Lock()
+_warned: set[str] = set()
 
 
-def _kernel(rule: UpdateRule, pool: _Pool, decayed: bool) -> "Kernel | Unsupported":
+@lru_cache(maxsize=KERNELS)
+def _kernel(
+    rule: UpdateRule, decayed: bool, names: tuple[str, ...], dtypes: tuple[torch.dtype, ...], places: _Places
+) -> "Kernel | Unsupported":
     """The compiled step for tensors such as these, or why there is none."""
-    first = [column[0] for column in pool.columns]
-    shapes = () if rule.elementwise else tuple(map(_shape, first))
-    key = (rule, decayed, shapes, pool.names, *map(_dtype, first))
-    found = _kernels.get(key)
-    if found is None:
-        with _compiling:
-            found = _kernels[key] = _compiled(rule, pool.names, first, decayed)
-    return found
+    with _compiling:
+        try:
+            return Kernel.of(*_assembly(rule, decayed, names, dtypes, places))
+        except Unsupported as reason:
+            return reason
+        except Exception as error:  # of ours or of LLVM: a step must not fail because it could not be made fast
+            if rule.name not in _warned:
+                _warned.add(rule.name)
+                warnings.warn(f"{rule.name}: its steps are not compiled ({type(error).__name__}: {error})",
+                              RuntimeWarning, stacklevel=2)
+            return Unsupported(f"{type(error).__name__}: {error}")
 
 
-def _compiled(rule: UpdateRule, names: Sequence[str], row: Sequence[Tensor], decayed: bool) -> "Kernel | Unsupported":
-    param, grad, *values = (torch.empty(t.shape, dtype=t.dtype, device="meta") for t in row)
-    state = dict(zip(names, values, strict=True))
-    if rule.elementwise:
-        param, grad = (t.new_empty(_TRACED_SHAPE) for t in (param, grad))
+def _assembly(
+    rule: UpdateRule, decayed: bool, names: tuple[str, ...], dtypes: Sequence[torch.dtype], places: _Places
+) -> "tuple[Assembly, tuple[bool, ...] | None]":
+    """The code of a step, and which columns have the parameter's shape where only that is known of them.
+
+    Raises: Unsupported, with the reason.
+    """
+    if not isinstance(places, int):
+        param, grad, *values = (torch.empty(t, dtype=d, device="meta") for t, d in zip(places, dtypes, strict=True))
+        if param.numel() == 0:
+            raise Unsupported("a tensor without elements")
+        return assemble(trace(rule, param, grad, dict(zip(names, values, strict=True)), decayed=decayed)), None
+    made = []
+    for least in (2, 3):  # two shapes, to see that the code fits every one
+        shape = tuple(range(least, least + places))
+        param, grad = (torch.empty(shape, dtype=d, device="meta") for d in dtypes[:2])
         wanted = rule.init(param)
-        if list(wanted) != list(names):
-            return Unsupported(f"a state with entries {list(names)}; {rule.name} makes {list(wanted)}")
-        state = {k: v.new_empty(wanted[k].shape) for k, v in state.items()}
-    elif param.numel() == 0:
-        return Unsupported("a tensor without elements")
-    try:
-        full = [t.shape == param.shape for t in (param, grad, *state.values())] if rule.elementwise else None
-        return Kernel(assemble(trace(rule, param, grad, state, decayed=decayed)), full)
-    except Unsupported as reason:
-        return reason
+        if tuple(wanted) != names:
+            raise Unsupported(f"a state with entries {list(names)}; {rule.name} makes {list(wanted)}")
+        state = {k: t.new_empty(t.shape, dtype=d, device="meta")
+                 for (k, t), d in zip(wanted.items(), dtypes[2:], strict=True)}
+        made.append(assemble(trace(rule, param, grad, state, decayed=decayed)))
+    if made[0].passes or made[0].row or made[0] != made[1]:
+        raise Unsupported(f"{rule.name} is called elementwise and looks at the shape, or at several elements")
+    return made[0], tuple(t.shape == shape for t in (param, grad, *state.values()))
 
 
 @lru_cache(maxsize=8)
@@ -208,15 +260,26 @@ def _finite_kernel(dtype: torch.dtype) -> "Kernel":
     size = Node("abs.default", _TRACED_SHAPE, dtype, (grad,))
     largest = Node("amax.default", (), dtype, (size,))
     finite = Node("lt.Scalar", (), torch.bool, (largest, math.inf))
-    return Kernel(assemble(Trace({"param": grad, "grad": grad, "state:finite": flag}, {"state:finite": finite})), None)
+    inputs = {"param": grad, "grad": grad, "state:finite": flag}
+    return Kernel.of(assemble(Trace(inputs, {"state:finite": finite})), None)
 
 
 class Kernel:
     """A compiled step. full: the columns that have the parameter's shape, where only that is known of them."""
 
-    def __init__(self, assembly: Assembly, full: Sequence[bool] | None) -> None:
+    _made: "WeakValueDictionary[tuple[Assembly, tuple[bool, ...] | None], Kernel]" = WeakValueDictionary()
+
+    def __init__(self, assembly: Assembly, full: tuple[bool, ...] | None) -> None:
         self.assembly, self.full = assembly, full
-        self._run = _machine_code(assembly.text)[0]
+        self._run, self._engine = _machine_code(assembly.text)  # the engine owns the code
+
+    @classmethod
+    def of(cls, assembly: Assembly, full: tuple[bool, ...] | None) -> "Kernel":
+        """The one kernel of this code: some rules read the same for every shape."""
+        kernel = cls._made.get((assembly, full))
+        if kernel is None:
+            kernel = cls._made[assembly, full] = cls(assembly, full)
+        return kernel
 
     def fits(self, pool: _Pool) -> bool:
         """Whether every tensor has as many elements as the code will touch."""
@@ -239,26 +302,25 @@ class Kernel:
         scratch = array("d", bytes(8 * max(1, code.scratch * len(pool.index))))
         partials = array("d", bytes(8 * max(1, code.partials * plan.chunks)))
         settings = array("d", (lr, weight_decay))
-        shared = [_address(a) for a in (table, scratch, partials, settings)]
         elements = plan.size * rows
-        self._phase(0, plan.whole, elements, shared)
+
+        def phase(what: int, items: "array[int]", elements: int) -> None:
+            """All of the items, taken one by one by as many threads as torch has."""
+            n = len(items) // 4
+            counter = array("q", (0,))
+
+            def work(_: _Pool = pool) -> None:  # owns all that it has addresses of, in the table too
+                buffers: list[array[Any]] = [counter, table, scratch, partials, settings]
+                self._run(what, _address(items), n, *map(_address, buffers))
+
+            if n:
+                together(work, min(torch.get_num_threads(), n) - 1 if elements > 2 * CHUNK else 0)
+
+        phase(0, plan.whole, elements)
         if plan.cut:
             for stage in range(code.passes + 1):
-                self._phase(2 * stage + 1, plan.large, 0, shared)
-                self._phase(2 * stage + 2, plan.cut, elements, shared)
-
-    def _phase(self, what: int, items: "array[int]", elements: int, shared: Sequence[int]) -> None:
-        """All of the items, taken one by one by as many threads as torch has."""
-        n = len(items) // 4
-        if n == 0:
-            return
-        counter = array("q", (0,))
-        arguments = (what, _address(items), n, _address(counter), *shared)
-        helpers = min(torch.get_num_threads(), n) - 1 if elements > 2 * CHUNK else 0
-        running = [_workers(torch.get_num_threads()).submit(self._run, *arguments) for _ in range(helpers)]
-        self._run(*arguments)
-        for future in running:
-            future.result()
+                phase(2 * stage + 1, plan.large, 0)
+                phase(2 * stage + 2, plan.cut, elements)
 
 
 class _Plan:
@@ -294,7 +356,6 @@ def _address(buffer: "array[Any]") -> int:
     return buffer.buffer_info()[0]
 
 
-@cache  # by text, for some rules read the same for every shape
 def _machine_code(text: str) -> tuple[Callable[..., None], object]:
     """The function `run` of a module, and what owns its code."""
     import llvmlite.binding as llvm
@@ -312,15 +373,3 @@ def _machine_code(text: str) -> tuple[Callable[..., None], object]:
     engine.finalize_object()
     kinds = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 5]
     return ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address("run")), engine
-
-
-_executors: dict[tuple[int, int], ThreadPoolExecutor] = {}
-
-
-def _workers(count: int) -> ThreadPoolExecutor:
-    """Threads of this process: a fork has none of its parent's."""
-    key = (os.getpid(), count)
-    if key not in _executors:
-        _executors.clear()
-        _executors[key] = ThreadPoolExecutor(count, thread_name_prefix="optim")
-    return _executors[key]

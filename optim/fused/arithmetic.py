@@ -1,5 +1,6 @@
 """Operations on numbers as LLVM assembly: IEEE arithmetic in the dtype that torch would use, one by one."""
 
+import ctypes
 import math
 import struct
 from collections.abc import Callable
@@ -8,11 +9,12 @@ from typing import Any, TypeAlias
 
 import torch
 
-from optim.fused.kinds import FILLS, SCALAR, TYPES, VIEWS, Kinds
+from optim.fused.kinds import FILLS, TYPES, VIEWS, Kinds
 from optim.fused.trace import Node, Unsupported
 
 _COMPARISONS = {"gt": "ogt", "ge": "oge", "lt": "olt", "le": "ole", "eq": "oeq", "ne": "une"}
 _INTRINSICS = {"sqrt", "exp", "log", "sin", "cos", "tanh", "floor", "ceil", "exp2", "log2", "log10"}
+_LOGICAL = {f"{kind}_{name}" for kind in ("logical", "bitwise") for name in ("and", "or", "xor", "not")}
 _BINARY = {"mul": "fmul", "div": "fdiv", "true_divide": "fdiv", "fmod": "frem"}
 
 Slot: TypeAlias = tuple[str, str]
@@ -25,7 +27,7 @@ def literal(value: float, ty: str) -> str:
         return "true" if value else "false"
     value = float(value)
     if ty == "float":
-        value = torch.tensor(value, dtype=torch.float64).float().item()
+        value = ctypes.c_float(value).value
     return f"0x{struct.unpack('<Q', struct.pack('<d', value))[0]:016X}"
 
 
@@ -135,7 +137,7 @@ class Code:
             return self.put(block, text)
 
         def both(left: int, right: int) -> str:
-            dtypes = [torch.empty((0,) * (self.kinds[a][0] != SCALAR), dtype=a.dtype) if isinstance(a, Node) else a
+            dtypes = [torch.empty((0,) * bool(a.shape), dtype=a.dtype, device="meta") if isinstance(a, Node) else a
                       for a in (node.args[left], node.args[right])]
             return TYPES[torch.result_type(*dtypes)][0]
 
@@ -143,6 +145,8 @@ class Code:
             value = arg(0)
         elif node.op in FILLS:
             return literal(FILLS[node.op](*node.args), ty), ty
+        elif ty == "i1" and not (name in _COMPARISONS or name in _LOGICAL or name in ("where", "isnan", "isinf")):
+            raise Unsupported(f"{node.op} of booleans")
         elif name in ("add", "sub", "rsub"):
             a, b = (arg(1), arg(0)) if name == "rsub" else (arg(0), arg(1))
             alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
@@ -152,8 +156,8 @@ class Code:
                 b = put(f"fmul {ty} {b}, {literal(alpha, ty)}")
             value = put(f"f{'add' if name == 'add' else 'sub'} {ty} {a}, {b}")
         elif name in _BINARY:
-            if node.kwargs.get("rounding_mode") or ty == "i1":
-                raise Unsupported(f"{node.op} to {node.dtype} or with rounding")
+            if node.kwargs.get("rounding_mode"):
+                raise Unsupported(f"{node.op} with rounding")
             value = put(f"{_BINARY[name]} {ty} {arg(0)}, {arg(1)}")
         elif name == "remainder":
             a, b, zero = arg(0), arg(1), literal(0, ty)

@@ -81,7 +81,7 @@ class Kinds:
         size = math.prod(node.shape)
         if (kind == FULL and size != self.numel) or (kind == ROW and size not in (self.rows, self.numel)):
             raise Unsupported(f"{node.op} to shape {node.shape} from a parameter of shape {self.shape}")
-        if kind != SCALAR and not (kind == ROW and size == self.numel and node.op == "expand.default"):
+        if kind != SCALAR:
             if ROW in kinds:
                 self._check_rows(node, [n for n, (k, _, _) in zip(nodes, found, strict=True) if k == ROW])
             for n, (k, _, _) in zip(nodes, found, strict=True):

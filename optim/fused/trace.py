@@ -48,12 +48,13 @@ def trace(
     Raises: Unsupported if the step looks at values (a Python branch on a tensor), writes in place, or fails.
     """
     tensors: dict[str, Tensor] = {"param": param, "grad": grad} | {f"state:{k}": v for k, v in state.items()}
-    metas = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
-    for name in ("lr", "weight_decay"):
-        metas[name] = torch.empty((), dtype=torch.float64, device="meta")
+    with torch.inference_mode(False):  # inside it, operations would not reach the recorder one by one
+        metas = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
+        for name in ("lr", "weight_decay"):
+            metas[name] = torch.empty((), dtype=torch.float64, device="meta")
     recorder = _Recorder(metas)
     try:
-        with torch.no_grad(), recorder:
+        with torch.inference_mode(False), torch.no_grad(), recorder:
             given: State = {name: metas[f"state:{name}"] for name in state}
             weight_decay = metas["weight_decay"] if decayed else None
             moved, after = rule.stepped(

@@ -1,8 +1,13 @@
 """The compiled step against the definition, `UpdateRule.step`; and that everything else takes the plain path."""
 
+import _thread
+import gc
 import os
 import re
-from dataclasses import dataclass
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -11,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from optim import RULES, AdamWRule, Optimizer, UpdateRule, backend, fused
+from optim.fused.threads import together
 from optim.rule import State, moment_dtype, zero_moment, zero_step
 from tests.conftest import REPOSITORY
 from tests.optim.harness import assert_same, parameters, randn, set_grads, snapshot, states, train
@@ -161,6 +167,7 @@ class Refused(UpdateRule):
     """A rule that looks at a value, multiplies matrices or writes in place."""
 
     name: ClassVar[str] = "refused"
+    elementwise: ClassVar[bool] = False
     how: str
 
     def init(self, param: Tensor) -> State:
@@ -220,6 +227,184 @@ def test_a_forked_process_has_threads_of_its_own():
         optimizer.step()
         os._exit(0 if not torch.equal(params[0], before[0]) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looking(UpdateRule):
+    """A rule that is elementwise by its flag, and looks at the shape or at several elements."""
+
+    name: ClassVar[str] = "looking"
+    how: str
+
+    def init(self, param: Tensor) -> State:
+        return {"step": zero_step()}
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        scale = {
+            "dimensions": lambda: 1.0 + param.ndim,
+            "size": lambda: param.numel() ** 0.5,
+            "mean": lambda: grad.abs().mean(),
+            "row": lambda: grad.abs().sum(-1, keepdim=True),
+            "flags": lambda: (grad > 0) + (param > 0),
+        }[self.how]()
+        return grad * scale, {"step": state["step"] + 1}
+
+
+@pytest.mark.parametrize("how", ["dimensions", "size", "mean", "row", "flags"])
+def test_an_elementwise_rule_that_looks_at_the_shape(how):
+    rule, shapes = Looking(how=how), [(4,), (), (4, 5), (1, 6), (2, 3, 4)]
+    shapes = [shape for shape in shapes if shape or how != "row"]
+    params, grads = [randn(s, 1) for s in shapes], [randn(s, 2) for s in shapes]
+    twins = snapshot(params)
+    fused.step(rule, params, grads, [rule.init(p) for p in params], lr=0.5, weight_decay=0.0)
+    for twin, grad in zip(twins, grads, strict=True):
+        rule.step(twin, grad, rule.init(twin), lr=0.5, weight_decay=0.0)
+    assert_same(params, twins)
+    assert bool(fused.supports(rule, torch.empty(4, 5))) == (how != "dimensions")
+
+
+def test_a_step_that_cannot_be_compiled_is_stepped_and_says_so_once(monkeypatch):
+    def fail(text):
+        raise RuntimeError("no such instruction")
+
+    fused._kernel.cache_clear()
+    monkeypatch.setattr(fused.Kernel, "_made", {})
+    monkeypatch.setattr(fused, "_machine_code", fail)
+    monkeypatch.setattr(fused, "_warned", set())
+    p = randn((3,), 1, torch.float32)
+    twin, rule = p.clone(), AdamWRule()
+    with pytest.warns(RuntimeWarning, match="adamw: .*no such instruction") as caught:
+        for weight_decay in (0.0, 0.1):
+            fused.step(rule, [p], [p.clone()], [rule.init(p)], lr=0.1, weight_decay=weight_decay)
+            rule.step(twin, twin.clone(), rule.init(twin), lr=0.1, weight_decay=weight_decay)
+    assert len(caught) == 1
+    assert_same([p], [twin])
+    fused._kernel.cache_clear()
+
+
+def test_a_first_step_in_inference_mode_is_compiled(only_compiled):
+    fused._kernel.cache_clear()
+    with torch.inference_mode():
+        p = torch.ones(3)
+        fused.step(AdamWRule(), [p], [p.clone()], [AdamWRule().init(p)], lr=0.1, weight_decay=0.0)
+    p = torch.ones(3)
+    fused.step(AdamWRule(), [p], [p.clone()], [AdamWRule().init(p)], lr=0.1, weight_decay=0.0)
+
+
+def test_a_default_device_changes_nothing(only_compiled):
+    rule, p, g = RULES["stable_spam"](), torch.ones(4, 4), torch.ones(4, 4)
+    state = rule.init(p)
+    fused._kernel.cache_clear()
+    with torch.device("meta"):
+        assert fused.all_finite([g, torch.full((2,), torch.nan, device="cpu")]) == [True, False]
+        fused.step(rule, [p], [g], [state], lr=0.1, weight_decay=0.0)
+    assert not torch.equal(p, torch.ones(4, 4))
+
+
+def test_autograd_sees_that_parameter_and_state_change(only_compiled):
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = Optimizer([p], AdamWRule(), lr=0.1)
+    optimizer.step()
+    before = [t._version for t in (p, *optimizer.state[p].values())]
+    seen = p.grad._version
+    loss = (p * p).sum()
+    optimizer.step()
+    assert all(t._version > v for t, v in zip((p, *optimizer.state[p].values()), before, strict=True))
+    assert p.grad._version == seen
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_strided_row_state_keeps_its_place():
+    rule = RULES["adam_mini"](blocks="row")
+    for grad in (torch.ones(4, 3), torch.ones(3, 4).T):
+        p, memory = torch.ones(4, 3), torch.zeros(8)
+        state = rule.init(p)
+        state["exp_avg_sq"] = memory[::2].view(state["exp_avg_sq"].shape)
+        fused.step(rule, [p], [grad], [state], lr=0.1, weight_decay=0.0)
+        assert (memory[::2] > 0).all() and not memory[1::2].any()
+
+
+def test_few_kernels_are_kept_and_those_in_use_keep_their_code(only_compiled):
+    assert fused._kernel.cache_info().maxsize == fused.KERNELS
+    p, rule = torch.ones(3), AdamWRule()
+    kernel = fused._kernel(rule, False, tuple(rule.init(p)), (torch.float32,) * 5, 1)
+    fused._kernel.cache_clear()
+    fused._kernel(replace(rule, eps=1e-5), False, tuple(rule.init(p)), (torch.float32,) * 5, 1)
+    fused._kernel.cache_clear()
+    gc.collect()
+    assert [k for k in fused.Kernel._made.values() if k.full is not None] == [kernel]
+    pool = fused._Pool([0], tuple(rule.init(p)), [[p], [torch.ones(3)], *([t] for t in rule.init(p).values())])
+    kernel.run(pool, 0.1, 0.0)
+    assert not torch.equal(p, torch.ones(3))
+
+
+def test_no_helper_works_after_an_exception():
+    """The thread that steps is interrupted, and again while it waits: helpers have ended all the same."""
+    entered, ended, caller = threading.Event(), threading.Event(), threading.current_thread()
+
+    def work():
+        if threading.current_thread() is caller:
+            assert entered.wait(10)
+            raise KeyboardInterrupt
+        entered.set()
+        time.sleep(0.1)
+        _thread.interrupt_main()
+        time.sleep(0.2)
+        ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        together(work, 1)
+    assert ended.is_set()
+
+
+def test_a_helper_that_comes_too_late_does_nothing():
+    """All threads are busy: the caller does everything and what it asked for is withdrawn."""
+    calls, gate = [], threading.Event()
+    with ThreadPoolExecutor(1) as busy, pytest.MonkeyPatch.context() as patch:
+        busy.submit(gate.wait, 10)
+        patch.setattr("optim.fused.threads._executor", lambda _: busy)
+        together(lambda: calls.append(threading.current_thread()), 3)
+        gate.set()
+    assert calls == [threading.current_thread()]
+
+
+def test_without_threads_a_step_runs_on_its_own(monkeypatch, only_compiled):
+    """As in a thread that outlives the main thread: the executor takes nothing any more."""
+    closed = ThreadPoolExecutor(1)
+    closed.shutdown()
+    asked = []
+    monkeypatch.setattr("optim.fused.threads._executor", lambda process: asked.append(process) or closed)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    p, rule = torch.ones(300_000), RULES["sgd"]()
+    fused.step(rule, [p], [torch.ones(300_000)], [rule.init(p)], lr=0.5, weight_decay=0.0)
+    assert asked and torch.equal(p, torch.full((300_000,), 0.5))
+
+
+def test_threads_of_python_step_at_once(only_compiled):
+    """Several threads of the program, each with a number of torch's threads of its own."""
+    failures = []
+
+    def train_alone(threads):
+        torch.set_num_threads(threads)
+        try:
+            rule, p = RULES["sgd"](momentum=0.0), torch.zeros(200_000)
+            state = rule.init(p)
+            for _ in range(20):
+                fused.step(rule, [p], [torch.ones(200_000)], [state], lr=1.0, weight_decay=0.0)
+            assert torch.equal(p, torch.full((200_000,), -20.0))
+        except BaseException as error:
+            failures.append(error)
+
+    before = torch.get_num_threads()
+    running = [threading.Thread(target=train_alone, args=(n,)) for n in (2, 3, 4)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    torch.set_num_threads(before)
+    assert not failures
 
 
 def test_the_table():
