@@ -6,7 +6,7 @@ first step of a rule, in 0.1 s or so; learning rate and weight decay stay variab
 stepped by one call, spread over ``torch.get_num_threads()`` threads; results do not depend on their number.
 
 What cannot be compiled is stepped by `UpdateRule.step`, tensor by tensor: rules with operations that have no element
-loop (products of matrices), rules that are called elementwise and look at the shape, rules that override `step`, tensors
+loop (products of matrices), rules called elementwise that look at the shape, rules that override `step`, tensors
 that are not dense or not on the CPU, subclasses such as DTensor, and everything where llvmlite is missing or with
 OPTIM_BACKEND=torch in the environment. A rule that fails to compile for another reason is too, with one warning.
 """
