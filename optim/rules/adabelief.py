@@ -28,7 +28,7 @@ class AdaBeliefRule(UpdateRule):
       and R^2 = c2 (r - 4) (r - 2) r' / ((r' - 4) (r' - 2) r); before that u = m / c1 with `degenerated_to_sgd`, or 0.
 
     Shapes: elementwise; moments have the parameter's shape.
-    State: 8 bytes a parameter (two float32 moments; 12 with amsgrad) and a step count.
+    State: 8 bytes a parameter (two float32 moments; 12 with amsgrad unless rectify) and a step count.
     Source: Zhuang et al. 2020, arXiv 2010.07468, algorithm 2, and its published code (adabelief-pytorch 0.2.1, whose
     defaults are these; version 0.0.5 had eps 1e-8 and no rectification). Rectification: Liu et al., arXiv 1908.03265.
     Differs: the paper has neither rectification nor decoupled decay. Of the published code, `weight_decouple=False`,
