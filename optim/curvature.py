@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from optim.rule import State, UpdateRule, check_non_negative, is_sharded, moment_dtype
+from optim.rule import State, UpdateRule, is_sharded, moment_dtype
 
 Loss: TypeAlias = Callable[[], Tensor]
 Parts: TypeAlias = Loss | Sequence[Loss]
@@ -289,14 +289,6 @@ class _SampledLabels(TorchFunctionMode):
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
-
-
-def check_positive(rule: str, **values: float) -> None:
-    """ValueError unless every value is a finite number above zero."""
-    check_non_negative(rule, **values)
-    for key, value in values.items():
-        if value == 0:
-            raise ValueError(f"{rule}: {key} = {value!r}; it must be above 0 (0 / 0 where there is no curvature)")
 
 
 def _check_every(what: str, value: int) -> None:

@@ -36,6 +36,14 @@ def is_matrix(name: str, param: Tensor) -> bool:
     return parts[-1] != "bias" and owner not in _HEADS
 
 
+def with_names(entries: Iterable[Any], otherwise: str) -> Named:
+    """The entries, each a name with its tensor. Raises: TypeError with the message `otherwise` if one is not."""
+    found = list(entries)
+    if all(isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) for entry in found):
+        return found
+    raise TypeError(otherwise)
+
+
 def split_matrices(named_parameters: Iterable[tuple[str, Tensor]]) -> tuple[Named, Named]:
     """(hidden matrices, rest), each in the given order; see `is_matrix`.
 
@@ -43,9 +51,8 @@ def split_matrices(named_parameters: Iterable[tuple[str, Tensor]]) -> tuple[Name
     """
     matrices: Named = []
     rest: Named = []
-    for entry in named_parameters:
-        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
-            raise TypeError("splitting matrices from the rest needs names: pass model.named_parameters()")
+    otherwise = "splitting matrices from the rest needs names: pass model.named_parameters()"
+    for entry in with_names(named_parameters, otherwise):
         (matrices if is_matrix(*entry) else rest).append(entry)
     return matrices, rest
 
@@ -133,9 +140,7 @@ def blockwise(
     """
     table = _checked_ratios(ratios)
     found: dict[str, Named] = {}
-    for entry in named_parameters:
-        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
-            raise TypeError("blockwise learning rates need names: pass model.named_parameters()")
+    for entry in with_names(named_parameters, "blockwise learning rates need names: pass model.named_parameters()"):
         name = entry[0]
         block = next((b for part, b in (blocks or {}).items() if part in name), None) or block_of(name)
         if block not in table:

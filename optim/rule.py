@@ -134,6 +134,11 @@ def zero_moment(param: Tensor) -> Tensor:
     return torch.zeros_like(param, dtype=moment_dtype(param), requires_grad=False)
 
 
+def scalar_moment(param: Tensor, value: float = 0.0) -> Tensor:
+    """One number for the whole tensor, 0-d in `moment_dtype`; on every rank alike where the parameter is a DTensor."""
+    return param.new_full((), value, dtype=moment_dtype(param), requires_grad=False)
+
+
 def is_sharded(x: Tensor) -> bool:
     """Whether it is a DTensor, as FSDP2 makes them; `torch.distributed.tensor` is not imported to ask."""
     return hasattr(x, "placements")
@@ -144,7 +149,7 @@ def zero_step() -> Tensor:
     return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
-def correction(beta: float, step: Tensor) -> Tensor:
+def correction(beta: float | Tensor, step: Tensor) -> Tensor:
     """1 - beta^step as a float64 scalar; float32 would lose digits that float64 parameters show."""
     return 1 - beta ** step.double()
 
@@ -161,6 +166,21 @@ def check_non_negative(rule: str, **values: float) -> None:
     for key, value in values.items():
         if not _is_number(value) or not 0 <= value < float("inf"):
             raise ValueError(f"{rule}: {key} = {value!r}; it must be a finite number of at least 0")
+
+
+def check_positive(rule: str, **values: float) -> None:
+    """ValueError unless every value is a finite number above zero."""
+    check_non_negative(rule, **values)
+    for key, value in values.items():
+        if value == 0:
+            raise ValueError(f"{rule}: {key} = {value!r}; it must be above 0 (0 / 0 where there is no curvature)")
+
+
+def check_counts(rule: str, **values: int) -> None:
+    """ValueError unless every value is an integer of at least zero."""
+    for key, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{rule}: {key} = {value!r}; it must be an integer of at least 0")
 
 
 def check_flag(rule: str, **values: bool) -> None:

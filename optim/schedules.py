@@ -21,16 +21,14 @@ from optim.rules import did_you_mean
 
 def linear(step: int, *, total_steps: int, warmup_steps: int = 0, min_ratio: float = 0.0) -> float:
     """Up from 0 in `warmup_steps`, then in a straight line to `min_ratio` at `total_steps`."""
-    if step < min(warmup_steps, total_steps):
-        return step / warmup_steps
-    return 1 + (min_ratio - 1) * _share(step, warmup_steps, total_steps)
+    return _warmed(step, total_steps, warmup_steps, lambda x: 1 + (min_ratio - 1) * x)
 
 
 def cosine(step: int, *, total_steps: int, warmup_steps: int = 0, min_ratio: float = 0.0) -> float:
     """Up from 0 in `warmup_steps`, then half a cosine down to `min_ratio` at `total_steps`."""
-    if step < min(warmup_steps, total_steps):
-        return step / warmup_steps
-    return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * _share(step, warmup_steps, total_steps))) / 2
+    return _warmed(
+        step, total_steps, warmup_steps, lambda x: min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * x)) / 2
+    )
 
 
 _DECAYS: dict[str, Callable[[float], float]] = {
@@ -65,9 +63,7 @@ def polynomial(
     step: int, *, total_steps: int, warmup_steps: int = 0, power: float = 2.0, min_ratio: float = 0.0
 ) -> float:
     """Up from 0 in `warmup_steps`, then (1 - x)^power down to `min_ratio`, x the share done; power 1 is `linear`."""
-    if step < min(warmup_steps, total_steps):
-        return step / warmup_steps
-    return min_ratio + (1 - min_ratio) * math.pow(1 - _share(step, warmup_steps, total_steps), power)
+    return _warmed(step, total_steps, warmup_steps, lambda x: min_ratio + (1 - min_ratio) * math.pow(1 - x, power))
 
 
 def rex(step: int, *, total_steps: int, warmup_steps: int = 0, d: float = 0.5, min_ratio: float = 0.0) -> float:
@@ -77,10 +73,12 @@ def rex(step: int, *, total_steps: int, warmup_steps: int = 0, d: float = 0.5, m
     Source: Chen et al. 2021, arXiv 2107.04197, where d = 1/2 and there is no warm-up.
     Differs: the most copied code, REX_LR, has d = 0.9 and starts again at `total_steps`.
     """
-    if step < min(warmup_steps, total_steps):
-        return step / warmup_steps
-    left = 1 - _share(step, warmup_steps, total_steps)
-    return min_ratio + (1 - min_ratio) * left / ((1 - d) + d * left)
+
+    def fall(x: float) -> float:
+        left = 1 - x
+        return min_ratio + (1 - min_ratio) * left / ((1 - d) + d * left)
+
+    return _warmed(step, total_steps, warmup_steps, fall)
 
 
 def uba(step: int, *, total_steps: int, warmup_steps: int = 0, phi: float = 1.0, min_ratio: float = 0.0) -> float:
@@ -92,10 +90,12 @@ def uba(step: int, *, total_steps: int, warmup_steps: int = 0, phi: float = 1.0,
     (0, 2]; the paper's form with several phases, its advice on phi for each optimizer and its results could not be
     checked, and there is no warm-up in what could. The default phi = 1 is ours: a knob to tune (try 0.5, 1, 2, 5).
     """
-    if step < min(warmup_steps, total_steps):
-        return step / warmup_steps
-    c = 1 + math.cos(math.pi * _share(step, warmup_steps, total_steps))
-    return min_ratio + (1 - min_ratio) * 2 * c / (2 * phi + (2 - phi) * c)
+
+    def fall(x: float) -> float:
+        c = 1 + math.cos(math.pi * x)
+        return min_ratio + (1 - min_ratio) * 2 * c / (2 * phi + (2 - phi) * c)
+
+    return _warmed(step, total_steps, warmup_steps, fall)
 
 
 def one_cycle(
@@ -198,7 +198,14 @@ def blockwise_wsd(
 
 def constant(step: int, *, total_steps: int, warmup_steps: int = 0) -> float:
     """Up from 0 in `warmup_steps`, then 1."""
-    return step / warmup_steps if step < min(warmup_steps, total_steps) else 1.0
+    return _warmed(step, total_steps, warmup_steps, lambda _: 1.0)
+
+
+def _warmed(step: int, total_steps: int, warmup_steps: int, fall: Callable[[float], float]) -> float:
+    """Up from 0 in `warmup_steps`, then `fall` of the share that is done of the steps after them."""
+    if step < min(warmup_steps, total_steps):
+        return step / warmup_steps
+    return fall(_share(step, warmup_steps, total_steps))
 
 
 def _share(step: float, start: float, end: float) -> float:

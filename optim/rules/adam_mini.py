@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor
 
 from optim.optimizer import Optimizer
-from optim.param_groups import block_of
+from optim.param_groups import block_of, with_names
 from optim.rule import (
     State,
     UpdateRule,
@@ -161,11 +161,8 @@ def _head_dim(dim: int | None, n_heads: int | None, head_dim: int | None) -> int
 def _by_blocks(group: Mapping[str, Any], head_dim: int | None, whole_value: bool) -> list[dict[str, Any]]:
     """The group divided into groups of like blocks and like weight decay, each with the rest of its settings."""
     parts: dict[tuple[str | int, bool], list[tuple[str, Tensor]]] = {}
-    entries = list(group["params"])
-    for entry in entries:
-        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
-            raise TypeError("AdamMini chooses blocks by name: pass model.named_parameters(), or `blocks` for all")
-        name, param = entry
+    otherwise = "AdamMini chooses blocks by name: pass model.named_parameters(), or `blocks` for all"
+    for name, param in with_names(group["params"], otherwise):
         key = _blocks_of(name, param, head_dim, whole_value), _decays(name)
         parts.setdefault(key, []).append((name, param))
     rest = {key: value for key, value in group.items() if key != "params"}

@@ -14,7 +14,7 @@ from optim.rule import (
     check_non_negative,
     checked_betas,
     correction,
-    moment_dtype,
+    scalar_moment,
     zero_moment,
     zero_step,
 )
@@ -53,12 +53,11 @@ class AdamPRule(UpdateRule):
 
     def init(self, param: Tensor) -> State:
         """Zero moments and step count, and the whole of weight decay."""
-        share = param.new_ones((), dtype=moment_dtype(param), requires_grad=False)
         return {
             "step": zero_step(),
             "exp_avg": zero_moment(param),
             "exp_avg_sq": zero_moment(param),
-            "decay_share": share,
+            "decay_share": scalar_moment(param, 1.0),
         }
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:

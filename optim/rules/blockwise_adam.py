@@ -15,7 +15,7 @@ from optim.rule import (
     checked_betas,
     correction,
     is_sharded,
-    moment_dtype,
+    scalar_moment,
     zero_moment,
     zero_step,
 )
@@ -58,7 +58,7 @@ class BlockwiseAdamRule(UpdateRule):
     def init(self, param: Tensor) -> State:
         """Zero moments and step count, and with "group" no other tensors."""
         scalars = ("exp_avg_sq", "rest_sq", "rest_numel") if self.block == "group" else ("exp_avg_sq",)
-        zeros = {key: param.new_zeros((), dtype=moment_dtype(param), requires_grad=False) for key in scalars}
+        zeros = {key: scalar_moment(param) for key in scalars}
         return {"step": zero_step(), "exp_avg": zero_moment(param), **zeros}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:

@@ -13,6 +13,7 @@ from optim.rule import (
     check_non_negative,
     check_unit_interval,
     moment_dtype,
+    scalar_moment,
     zero_moment,
     zero_step,
 )
@@ -47,8 +48,8 @@ class SGDSaIRule(UpdateRule):
 
     def init(self, param: Tensor) -> State:
         """A step count, gain 0 for "not measured yet", and a zero buffer if there is momentum."""
-        gain = param.new_zeros((), dtype=moment_dtype(param), requires_grad=False)
-        return {"step": zero_step(), "gain": gain} | ({"momentum_buffer": zero_moment(param)} if self.momentum else {})
+        buffer = {"momentum_buffer": zero_moment(param)} if self.momentum else {}
+        return {"step": zero_step(), "gain": scalar_moment(param)} | buffer
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
         """The direction u of the class docstring, in the moments' dtype."""

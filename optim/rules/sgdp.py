@@ -14,6 +14,7 @@ from optim.rule import (
     check_non_negative,
     check_unit_interval,
     moment_dtype,
+    scalar_moment,
     zero_moment,
     zero_step,
 )
@@ -56,9 +57,8 @@ class SGDPRule(UpdateRule):
 
     def init(self, param: Tensor) -> State:
         """A step count, the whole of weight decay, and a zero buffer if there is momentum."""
-        share = param.new_ones((), dtype=moment_dtype(param), requires_grad=False)
         buffer = {"momentum_buffer": zero_moment(param)} if self.momentum else {}
-        return {"step": zero_step(), "decay_share": share} | buffer
+        return {"step": zero_step(), "decay_share": scalar_moment(param, 1.0)} | buffer
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
         """The direction u of the class docstring, in the moments' dtype."""

@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from optim.curvature import CurvatureRule, check_positive
+from optim.curvature import CurvatureRule
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, check_non_negative, checked_betas, zero_moment, zero_step
+from optim.rule import State, check_non_negative, check_positive, checked_betas, zero_moment, zero_step
 
 
 @dataclass(frozen=True, kw_only=True)

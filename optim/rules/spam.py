@@ -12,6 +12,7 @@ from optim.optimizer import Optimizer, Params
 from optim.rule import (
     State,
     UpdateRule,
+    check_counts,
     check_flag,
     check_non_negative,
     checked_betas,
@@ -151,13 +152,6 @@ def catch_up(key: str, states: Sequence[State], group: Sequence[State]) -> None:
     for state, lags in zip(states, behind, strict=True):
         if lags:
             state[key].copy_(most)
-
-
-def check_counts(rule: str, **values: int) -> None:
-    """ValueError unless every value is an integer of at least zero."""
-    for key, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{rule}: {key} = {value!r}; it must be an integer of at least 0")
 
 
 class SPAM(Optimizer):

@@ -12,15 +12,17 @@ from optim.optimizer import Optimizer, Params
 from optim.rule import (
     State,
     UpdateRule,
+    check_counts,
     check_flag,
     check_non_negative,
     check_unit_interval,
     checked_betas,
-    moment_dtype,
+    correction,
+    scalar_moment,
     zero_moment,
     zero_step,
 )
-from optim.rules.spam import catch_up, check_counts
+from optim.rules.spam import catch_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +81,7 @@ class StableSPAMRule(UpdateRule):
     def init(self, param: Tensor) -> State:
         """Zero moments, scalars and counts."""
         counts = {key: zero_step() for key in ("step", "calls", "moment_step")}
-        scalars = {
-            key: param.new_zeros((), dtype=moment_dtype(param), requires_grad=False)
-            for key in ("m_max_t", "m_norm_t", "v_norm_t")
-        }
+        scalars = {key: scalar_moment(param) for key in ("m_max_t", "m_norm_t", "v_norm_t")}
         return {**counts, **scalars, "exp_avg": zero_moment(param), "exp_avg_sq": zero_moment(param)}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
@@ -98,13 +97,13 @@ class StableSPAMRule(UpdateRule):
 
         largest = g.abs().amax() if g.numel() else g.sum()  # no maximum of nothing
         top = self.gamma3 * state["m_max_t"] + (1 - self.gamma3) * largest
-        height = (top / _correction(self.gamma3, t)).to(dtype)
+        height = (top / correction(self.gamma3, t)).to(dtype)
         g = torch.where(g.abs() > height, g / largest * height, g)
 
         norm = g.square().sum().sqrt()
         norms = (gamma1 * state["m_norm_t"] + (1 - gamma1) * norm).to(dtype)
         squares = self.gamma2 * state["v_norm_t"] + (1 - self.gamma2) * norm * norm
-        mean, square = norms / _correction(gamma1, t), squares / _correction(self.gamma2, t)
+        mean, square = norms / correction(gamma1, t), squares / correction(self.gamma2, t)
         g = torch.where(norm > 0, g / norm * (mean / (square.sqrt() + self.eps)).to(dtype), g)
 
         reset = calls % self.update_proj_gap == 0 if self.update_proj_gap else torch.zeros_like(calls, dtype=torch.bool)
@@ -114,7 +113,7 @@ class StableSPAMRule(UpdateRule):
             m, v = torch.where(here, 0.0, m), torch.where(here, 0.0, v)
         m = (b1 * m + (1 - b1) * g).to(dtype)
         v = b2 * v + (1 - b2) * g * g
-        c1, c2 = _correction(b1, moment_step), _correction(b2, moment_step)
+        c1, c2 = correction(b1, moment_step), correction(b2, moment_step)
         direction = m / c1.to(dtype) / (v.sqrt() / c2.sqrt().to(dtype) + self.eps)
         if not self.separate_counters:
             m, v = torch.where(here, 0.0, m), torch.where(here, 0.0, v)
@@ -139,11 +138,6 @@ class StableSPAMRule(UpdateRule):
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
         """`calls` of a parameter that missed gradients catches up with its group's."""
         catch_up("calls", states, group)
-
-
-def _correction(beta: float | Tensor, step: Tensor) -> Tensor:
-    """`optim.rule.correction`, also of a beta that changes from call to call."""
-    return 1 - beta ** step.double()
 
 
 class StableSPAM(Optimizer):
