@@ -2,8 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from operator import attrgetter
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -15,6 +16,8 @@ from optim.saved import bare_name, check_state, expected_state, loaded_state, sa
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 """Parameters, named parameters, or param groups: what `torch.optim` accepts."""
+
+_GRAD, _IS_META, _LAYOUT = attrgetter("grad"), attrgetter("is_meta"), attrgetter("layout")
 
 _TORCH_FLAGS = {  # refused, with advice
     "maximize": "minimise the negated loss instead",
@@ -80,8 +83,7 @@ class Optimizer(torch.optim.Optimizer):
         for flag, advice in _TORCH_FLAGS.items():
             if group.pop(flag, None):
                 raise ValueError(f"param group: {flag} is not supported; {advice}")
-        changed = {f.name: group.pop(f.name) for f in fields(rule) if f.name in group}
-        group["rule"] = replace(rule, **changed) if changed else rule
+        group["rule"] = rule.with_settings(**{key: group.pop(key) for key in rule.settings() & set(group)})
         _check_lr(group.get("lr", self.defaults["lr"]))
         weight_decay = group.get("weight_decay", self.defaults["weight_decay"])
         if not isinstance(weight_decay, int | float) or not 0 <= weight_decay < math.inf:
@@ -121,14 +123,14 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [(group, self._ready(group, offset)) for group, offset in self._offsets()]
-        for group, entries in work:
+        work = [(group, offset, *self._ready(group, offset)) for group, offset in self._offsets()]
+        for group, offset, params, grads in work:
             rule: UpdateRule = group["rule"]
-            if type(rule).share is not UpdateRule.share and entries:
-                self._share(rule, group, entries)
-            params, grads = [param for param, _ in entries], [grad for _, grad in entries]
-            states = [self._state_of(rule, param) for param in params]
-            fused.step(rule, params, grads, states, lr=group["lr"], weight_decay=group["weight_decay"])
+            if type(rule).share is not UpdateRule.share and params:
+                params, grads = self._share(rule, group, offset, params, grads)
+            states = self._states_of(rule, params)
+            fine = fused.step(rule, params, grads, states, lr=group["lr"], weight_decay=group["weight_decay"])
+            self._warn_of_left(group, offset, params, fine)
         return loss
 
     def _offsets(self) -> Iterator[tuple[dict[str, Any], int]]:
@@ -137,53 +139,65 @@ class Optimizer(torch.optim.Optimizer):
             yield group, offset
             offset += len(group["params"])
 
-    def _ready(self, group: dict[str, Any], offset: int) -> list[tuple[Tensor, Tensor]]:
-        """The group's parameters that can be stepped, with their gradients."""
-        entries: list[tuple[Tensor, Tensor]] = []
-        for i, param in enumerate(group["params"]):
-            grad = param.grad
-            if grad is None:
-                continue
-            if param.is_meta:
-                raise TypeError(
-                    f"parameter {_label(group, offset, i)} has no data (meta device); "
-                    "materialise the model before step()"
-                )
-            if grad.layout != torch.strided:
-                raise TypeError(
-                    f"parameter {_label(group, offset, i)} has a sparse gradient ({grad.layout}); "
-                    "make it dense before step()"
-                )
-            entries.append((param, grad))
-        return entries if group["rule"].elementwise else self._finite(group, offset, entries)
+    def _ready(self, group: dict[str, Any], offset: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The group's parameters that have a gradient, and the gradients; there may be many, so without a loop."""
+        params: list[Tensor] = group["params"]
+        grads: list[Any] = list(map(_GRAD, params))
+        if None.__class__ in set(map(type, grads)):
+            params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
+        if any(map(_IS_META, params)) or set(map(_LAYOUT, grads)) - {torch.strided}:
+            self._refuse(group, offset)
+        return params, grads
 
-    def _finite(
-        self, group: dict[str, Any], offset: int, entries: list[tuple[Tensor, Tensor]]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The entries whose gradients are finite, with a warning that names each of the others."""
-        fine = fused.all_finite([grad for _, grad in entries])
+    def _refuse(self, group: dict[str, Any], offset: int) -> None:
+        for label, param in _labelled(group, offset):
+            if param.grad is not None and param.is_meta:
+                raise TypeError(
+                    f"parameter {label} has no data (meta device); materialise the model before step()"
+                )
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise TypeError(
+                    f"parameter {label} has a sparse gradient ({param.grad.layout}); make it dense before step()"
+                )
+
+    def _share(
+        self, rule: UpdateRule, group: dict[str, Any], offset: int, params: list[Tensor], grads: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """`rule.share` for those with finite gradients, which are returned."""
+        if not rule.elementwise:
+            fine = fused.all_finite(grads)
+            self._warn_of_left(group, offset, params, fine)
+            params, grads = ([x for x, good in zip(xs, fine, strict=True) if good] for xs in (params, grads))
+        states = self._states_of(rule, params)
+        everyone = [self.state[param] for param in group["params"] if self.state.get(param)]
+        if params:
+            rule.share(grads, states, everyone)
+        return params, grads
+
+    def _warn_of_left(
+        self, group: dict[str, Any], offset: int, params: Sequence[Tensor], fine: Sequence[bool]
+    ) -> None:
+        """A warning that names each parameter whose gradient is not finite."""
         if all(fine):
-            return entries
+            return
         labels = {param: label for label, param in _labelled(group, offset)}
-        for (param, _), good in zip(entries, fine, strict=True):
+        for param, good in zip(params, fine, strict=True):
             if not good:
                 warnings.warn(
                     f"parameter {labels[param]}: its gradient is not finite; {group['rule'].name} left it as it was",
                     RuntimeWarning,
-                    stacklevel=4,
+                    stacklevel=5,  # the line that calls step()
                 )
-        return [entry for entry, good in zip(entries, fine, strict=True) if good]
 
-    def _share(self, rule: UpdateRule, group: dict[str, Any], entries: list[tuple[Tensor, Tensor]]) -> None:
-        states = [self._state_of(rule, param) for param, _ in entries]
-        everyone = [self.state[param] for param in group["params"] if self.state.get(param)]
-        rule.share([grad for _, grad in entries], states, everyone)
-
-    def _state_of(self, rule: UpdateRule, param: Tensor) -> State:
-        state: State = self.state[param]
-        if not state:
-            state.update(rule.init(param))
-        return state
+    def _states_of(self, rule: UpdateRule, params: Sequence[Tensor]) -> list[State]:
+        """Their states, made where there is none."""
+        states: list[State] = list(map(self.state.__getitem__, params))
+        if not all(states):
+            for param, state in zip(params, states, strict=True):
+                if not state:
+                    state.update(rule.init(param))
+        return states
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with each group's rule as its name and plain fields; `param_names` are kept."""

@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -89,6 +89,19 @@ class UpdateRule(ABC):
         for key, value in new_state.items():
             state[key].copy_(value)  # not rebound: a new value may alias the gradient
 
+    def step_all(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], *, lr: float | Tensor,
+        weight_decay: float,
+    ) -> None:
+        """`step` of every parameter that `optim.fused` does not take: one by one, unless a rule has a kernel for many."""
+        for param, grad, state in zip(params, grads, states, strict=True):
+            self.step(param, grad, state, lr=lr, weight_decay=weight_decay)
+
+    @property
+    def step_is_update(self) -> bool:
+        """Whether `step` is `stepped` written back and no more, so that `optim.fused` may compile it."""
+        return type(self).step is UpdateRule.step
+
     def describe(self) -> dict[str, Any]:
         """The rule as plain values, ``{"name": ..., field: value, ...}``; `optim.rule_from` is the inverse."""
         described: dict[str, Any] = {"name": self.name}
@@ -96,6 +109,28 @@ class UpdateRule(ABC):
             value = getattr(self, field.name)
             described[field.name] = value.describe() if isinstance(value, UpdateRule) else value
         return described
+
+    def settings(self) -> set[str]:
+        """The names of the rule's fields, and of those of a rule inside it."""
+        inner = [getattr(self, f.name) for f in fields(self)]
+        return {f.name for f in fields(self)}.union(*(rule.settings() for rule in inner if isinstance(rule, UpdateRule)))
+
+    def with_settings(self, **changed: Any) -> Self:
+        """The rule with these fields instead; what it has no field for goes to the rule inside it.
+
+        Raises: TypeError for a name that is none of `settings`.
+        """
+        own = {f.name for f in fields(self)}
+        rest = {key: value for key, value in changed.items() if key not in own}
+        changed = {key: value for key, value in changed.items() if key in own}
+        for field in fields(self):
+            inner = changed.get(field.name, getattr(self, field.name))
+            if rest and isinstance(inner, UpdateRule):
+                mine = {key: rest.pop(key) for key in inner.settings() & set(rest)}
+                changed[field.name] = inner.with_settings(**mine)
+        if rest:
+            raise TypeError(f"{self.name}: no setting {', '.join(map(repr, rest))}; it has {', '.join(sorted(self.settings()))}")
+        return replace(self, **changed) if changed else self
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """How this rule differs from a saved description, one phrase a field; empty if it does not.

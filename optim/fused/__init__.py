@@ -5,20 +5,25 @@ of `update` and `decay` are recorded (`trace`), turned into LLVM assembly (`asse
 first step of a rule, in 0.1 s or so; learning rate and weight decay stay variables. All tensors of a param group are
 stepped by one call, spread over ``torch.get_num_threads()`` threads; results do not depend on their number.
 
+Tensors that a rule must read several times are stepped whole by one thread while they fit into a cache. The check that
+gradients are finite, which rules with ``elementwise = False`` need, is made in the first of these readings; and what
+stands in a branch of ``torch.where`` is not read where its scalar condition chooses the other one.
+
 What cannot be compiled is stepped by `UpdateRule.step`, tensor by tensor: rules with operations that have no element
-loop (products of matrices), rules called elementwise that look at the shape, rules that override `step`, tensors
-that are not dense or not on the CPU, subclasses such as DTensor, and everything where llvmlite is missing or with
-OPTIM_BACKEND=torch in the environment. A rule that fails to compile for another reason is too, with one warning.
+loop (products of matrices), rules called elementwise that look at the shape, rules that override `step` or have a
+field that cannot be hashed, tensors that are not dense or not on the CPU, subclasses such as DTensor, and everything
+where llvmlite is missing or with OPTIM_BACKEND=torch in the environment. A rule that fails to compile for another
+reason is too, with one warning.
 """
 
 import ctypes
-import math
 import threading
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from operator import attrgetter
 from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
@@ -35,6 +40,9 @@ from optim.rule import State, UpdateRule
 
 CHUNK = 1 << 15
 """Elements that a thread takes at a time; large enough to pay for the call, small enough to share work evenly."""
+
+CACHED = 1 << 20
+"""Elements up to which a thread takes a whole tensor if it must be read several times: what caches of 16 MiB hold."""
 
 KERNELS = 256
 """Compiled steps that are kept, of about 0.5 MiB each: a momentum schedule replaces the rule at every step."""
@@ -53,11 +61,16 @@ def step(
     *,
     lr: float | Tensor,
     weight_decay: float,
-) -> None:
-    """`rule.step` of every parameter with its gradient and state; compiled where that is possible."""
+) -> list[bool]:
+    """`rule.step` of every parameter with its gradient and state; compiled where that is possible.
+
+    Returns, for each, whether it was stepped: under a rule with ``elementwise = False`` a parameter whose gradient is
+    not finite is left as it is, as is its state.
+    """
+    fine = [True] * len(params)
     pools: list[_Pool] = []
     rest: Sequence[int] = range(len(params))
-    if params and type(rule).step is UpdateRule.step and _can_run():
+    if params and rule.step_is_update and _can_run() and _hashable(rule):
         pools, rest = _pools(rule, params, grads, states)
     work: list[tuple[Kernel, _Pool]] = []  # all is compiled before anything moves
     for pool in pools:
@@ -70,9 +83,18 @@ def step(
         for j, column in enumerate(part.columns):
             if j != 1:  # autograd must see that these tensors change; the gradients do not
                 torch.autograd.graph.increment_version(column)
-        kernel.run(part, float(lr), float(weight_decay))
-    for i in rest:
-        rule.step(params[i], grads[i], states[i], lr=lr, weight_decay=weight_decay)
+        flags = kernel.run(part, float(lr), float(weight_decay))
+        if 0 in flags:
+            for i, flag in zip(part.index, flags, strict=True):
+                fine[i] = bool(flag)
+    if rest and not rule.elementwise:
+        for i, flag in zip(rest, all_finite([grads[i] for i in rest]), strict=True):
+            fine[i] = flag
+    left = [i for i in rest if fine[i]]
+    if left:
+        rows = ([column[i] for i in left] for column in (params, grads, states))
+        rule.step_all(*rows, lr=lr, weight_decay=weight_decay)  # type: ignore[arg-type]
+    return fine
 
 
 def all_finite(grads: Sequence[Tensor]) -> list[bool]:
@@ -86,18 +108,15 @@ def all_finite(grads: Sequence[Tensor]) -> list[bool]:
         else:
             fine[i] = bool(grad.isfinite().all())
     for dtype, index in pools.items():
-        flags = torch.ones(len(index), dtype=torch.bool, device="cpu")
         column = [grads[i] for i in index]
-        kernel = _finite_kernel(dtype)
-        kernel.run(_Pool(index, ("finite",), [column, column, list(flags.unbind())]), 0.0, 0.0)
-        for i, flag in zip(index, flags.tolist(), strict=True):
-            fine[i] = flag
+        for i, flag in zip(index, _finite_kernel(dtype).run(_Pool(index, (), [column, column]), 0.0, 0.0), strict=True):
+            fine[i] = bool(flag)
     return fine
 
 
 def supports(rule: UpdateRule, param: Tensor) -> str:
     """Why steps of this rule on such a parameter are not compiled; empty if they are."""
-    if type(rule).step is not UpdateRule.step:
+    if not rule.step_is_update:
         return "the rule has a step of its own"
     meta = param.detach().to("meta")
     state = rule.init(meta)
@@ -107,6 +126,14 @@ def supports(rule: UpdateRule, param: Tensor) -> str:
     except Unsupported as reason:
         return str(reason)
     return ""
+
+
+def _hashable(rule: UpdateRule) -> bool:
+    try:
+        hash(rule)
+    except TypeError:  # a field of somebody's rule is a list
+        return False
+    return True
 
 
 def _can_run() -> bool:
@@ -121,7 +148,7 @@ class _Pool:
     names: tuple[str, ...]
     columns: Sequence[Sequence[Tensor]]
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         return tuple(map(Tensor.numel, self.columns[0]))
 
@@ -133,7 +160,8 @@ def _pools(
     names = tuple(states[0])
     if all(map(names.__eq__, map(tuple, states))):
         columns = [params, grads, *([state[name] for state in states] for name in names)]
-        if all(_uniform(column, not rule.elementwise) for column in columns) and not any(map(Tensor.is_neg, grads)):
+        alike = rule.elementwise or len(set(map(_shape, params))) < 2  # a gradient has its parameter's shape
+        if alike and all(_uniform(c, not rule.elementwise) for c in columns) and not any(map(Tensor.is_neg, grads)):
             return [_Pool(range(len(params)), names, columns)], []
     rows: dict[Any, list[tuple[int, list[Tensor]]]] = {}
     rest = []
@@ -150,14 +178,14 @@ def _pools(
     ], rest
 
 
-def _uniform(column: Sequence[Tensor], shapes: bool) -> bool:
-    """Whether these are plain contiguous tensors on the CPU of one dtype (and one shape): many, so without a loop."""
+def _uniform(column: Sequence[Tensor], sizes: bool) -> bool:
+    """Whether these are plain contiguous tensors on the CPU of one dtype (and one size): many, so without a loop."""
     return (
         set(map(type, column)) <= _PLAIN
         and all(map(_on_cpu, column))
         and all(map(Tensor.is_contiguous, column))
         and len(set(map(_dtype, column))) == 1
-        and not (shapes and len(set(map(_shape, column))) > 1)
+        and not (sizes and len(set(map(Tensor.numel, column))) > 1)
     )
 
 
@@ -238,7 +266,8 @@ def _assembly(
         param, grad, *values = (torch.empty(t, dtype=d, device="meta") for t, d in zip(places, dtypes, strict=True))
         if param.numel() == 0:
             raise Unsupported("a tensor without elements")
-        return assemble(trace(rule, param, grad, dict(zip(names, values, strict=True)), decayed=decayed)), None
+        found = trace(rule, param, grad, dict(zip(names, values, strict=True)), decayed=decayed)
+        return assemble(found, guarded=True), None
     made = []
     for least in (2, 3):  # two shapes, to see that the code fits every one
         shape = tuple(range(least, least + places))
@@ -256,13 +285,9 @@ def _assembly(
 
 @lru_cache(maxsize=8)
 def _finite_kernel(dtype: torch.dtype) -> "Kernel":
-    """Writes to a flag whether the greatest magnitude is finite; of no decay, no parameter, no rule."""
-    grad, flag = Node("input:param", _TRACED_SHAPE, dtype), Node("input:state:finite", (), torch.bool)
-    size = Node("abs.default", _TRACED_SHAPE, dtype, (grad,))
-    largest = Node("amax.default", (), dtype, (size,))
-    finite = Node("lt.Scalar", (), torch.bool, (largest, math.inf))
-    inputs = {"param": grad, "grad": grad, "state:finite": flag}
-    return Kernel.of(assemble(Trace(inputs, {"state:finite": finite})), None)
+    """A step of nothing: only whether gradients are finite."""
+    grad = Node("input:param", _TRACED_SHAPE, dtype)
+    return Kernel.of(assemble(Trace({"param": grad, "grad": grad}, {}), guarded=True), None)
 
 
 class Kernel:
@@ -290,17 +315,24 @@ class Kernel:
         return all(tuple(map(Tensor.numel, column)) == (sizes if full else ones)
                    for column, full in zip(pool.columns, self.full, strict=True))
 
-    def run(self, pool: _Pool, lr: float, weight_decay: float) -> None:
-        """One step of every tensor of the pool."""
+    def run(self, pool: _Pool, lr: float, weight_decay: float) -> bytearray:
+        """One step of every tensor of the pool. Returns a byte for each: 0 if it was left, its gradient not finite."""
         code = self.assembly
-        rows = max(code.row, 1)
-        plan = _plan(pool.sizes if code.row == 0 else tuple(n // rows for n in pool.sizes), max(1, CHUNK // rows))
-        width = 2 + len(pool.columns)
-        table = array("q", bytes(8 * width * len(pool.index)))
-        table[0::width], table[1::width] = plan.first, plan.count
+        rows, count = max(code.row, 1), len(pool.index)
+        plan = _plan(pool.sizes if code.row == 0 else tuple(n // rows for n in pool.sizes), max(1, CHUNK // rows),
+                     max(1, (CACHED if code.passes else CHUNK) // rows))
+        width = 4 + len(pool.columns)
+        table = array("q", bytes(8 * width * count))
+        flags = bytearray(b"\1") * count
+        at = ctypes.addressof(ctypes.c_char.from_buffer(flags)) if count else 0
+        table[0::width], table[1::width], table[2::width] = plan.first, plan.count, array("q", range(at, at + count))
         for j, column in enumerate(pool.columns):
-            table[j + 2::width] = array("q", map(Tensor.data_ptr, column))
-        scratch = array("d", bytes(8 * max(1, code.scratch * len(pool.index))))
+            table[j + 4::width] = array("q", map(Tensor.data_ptr, column))
+        kept = array("d", bytes(8 * code.kept * plan.size))
+        if code.kept:
+            sizes = (8 * code.kept * n // rows for n in pool.sizes)
+            table[3::width] = array("q", accumulate(sizes, initial=_address(kept)))[:-1]
+        scratch = array("d", bytes(8 * max(1, code.scratch * count)))
         partials = array("d", bytes(8 * max(1, code.partials * plan.chunks)))
         settings = array("d", (lr, weight_decay))
         elements = plan.size * rows
@@ -310,7 +342,7 @@ class Kernel:
             n = len(items) // 4
             counter = array("q", (0,))
 
-            def work(_: _Pool = pool) -> None:  # owns all that it has addresses of, in the table too
+            def work(_: Any = (pool, flags, kept)) -> None:  # owns all that it has addresses of, in the table too
                 buffers: list[array[Any]] = [counter, table, scratch, partials, settings]
                 self._run(what, _address(items), n, *map(_address, buffers))
 
@@ -322,21 +354,23 @@ class Kernel:
             for stage in range(code.passes + 1):
                 phase(2 * stage + 1, plan.large, 0)
                 phase(2 * stage + 2, plan.cut, elements)
+        return flags
 
 
 class _Plan:
     """How tensors of these sizes are cut, in items (tensor, lo, hi, chunk).
 
-    whole: tensors of at most one chunk. cut: the chunks of the others. large: those others, as one item each. first,
-    count: of every tensor, its first chunk and how many it has. size: of them all, in elements or rows.
+    whole: tensors up to that size, one chunk each. cut: the chunks of the others, of `unit`. large: those others, as
+    one item each. first, count: of every tensor, its first chunk and how many it has. size: of them all, in elements
+    or rows.
     """
 
-    def __init__(self, sizes: tuple[int, ...], unit: int) -> None:
+    def __init__(self, sizes: tuple[int, ...], unit: int, whole: int) -> None:
         self.whole, self.cut, self.large = array("q"), array("q"), array("q")
         self.first, self.count = array("q"), array("q")
         self.chunks, self.size = 0, sum(sizes)
         for t, size in enumerate(sizes):
-            count = max(1, -(-size // unit))
+            count = 1 if size <= whole else -(-size // unit)
             self.first.append(self.chunks)
             self.count.append(count)
             if count == 1:
@@ -349,8 +383,8 @@ class _Plan:
 
 
 @lru_cache(maxsize=64)
-def _plan(sizes: tuple[int, ...], unit: int) -> _Plan:
-    return _Plan(sizes, unit)
+def _plan(sizes: tuple[int, ...], unit: int, whole: int) -> _Plan:
+    return _Plan(sizes, unit, whole)
 
 
 def _address(buffer: "array[Any]") -> int:

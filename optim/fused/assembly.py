@@ -10,45 +10,60 @@ where body k makes the reductions that scalars k need, and the last body writes 
 written before everything has been read, and every body computes again what it needs. A body runs on a chunk (a range of
 elements, or of rows), and its reductions are combined in the order of the chunks: results depend on the size of chunks,
 not on the number of threads. A reduction of a row ends a loop over that row: *levels* are to the loops of a row what
-stages are to passes.
+stages are to passes. Reductions of rows that a later body needs again are kept, a number a row.
 
 Sums are accumulated in float64, in an order that the compiler chooses and the code then fixes.
+
+Two things keep bodies from running. A *guard*, whether the greatest magnitude of the gradient is finite, is found by
+body 1; without it nothing is written. And a reduction that only one branch of ``where`` reads is not made where the
+condition, a scalar of an earlier stage, chooses the other branch: a step may measure something once and keep it.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from optim.fused.arithmetic import Block, Code, Slot, literal
 from optim.fused.kinds import FULL, ROW, SCALAR, TYPES, Kinds, Reduction
 from optim.fused.trace import Node, Trace, Unsupported
 
-_HEADER = 2
-"""Numbers before the pointers of a tensor in the table: its first chunk and how many it has."""
+_HEADER = 4
+"""Numbers before the pointers of a tensor in the table: its first chunk, how many it has, where the guard is told and
+where reductions of rows are kept."""
+
+_ARGUMENTS = "ptr %table, i64 %lo, i64 %hi, ptr %scratch, ptr %partial"
 
 
 @dataclass(frozen=True)
 class Assembly:
     """The text of a module with the function `run`, and what its caller must know.
 
-    passes: K above. scratch, partials: float64 numbers that a tensor and a chunk need. row: elements of a row, or 0 if
-    chunks are ranges of elements.
+    passes: K above. scratch, partials, kept: float64 numbers that a tensor, a chunk and a row need. row: elements of a
+    row, or 0 if chunks are ranges of elements.
     """
 
     text: str
     passes: int
     scratch: int
     partials: int
+    kept: int
     row: int
 
 
 class _Step:
     """What the functions of one step share: the places of scalars in scratch memory and the reductions asked for."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, guarded: bool) -> None:
         self.trace, self.kinds = trace, Kinds(trace)
+        self.guard = _finite(trace.inputs["grad"]) if guarded else None
+        self.conditions = self.kinds.conditions([*trace.outputs.values(), *([self.guard] if self.guard else [])])
         self.pointers = {name: _HEADER + i for i, name in enumerate(
             ["param", "grad", *(name for name in trace.inputs if name.startswith("state:"))])}
         self.slots: dict[Node, int] = {}
         self.wanted: dict[int, list[Reduction]] = {}
+        self.kept: dict[Node, int] = {}
         self.declared: set[str] = set()
 
     def kind_of_place(self, name: str) -> str:
@@ -57,6 +72,12 @@ class _Step:
     def slot(self, node: Node) -> int:
         return self.slots.setdefault(node, len(self.slots))
 
+    @property
+    def last(self) -> int:
+        """The last stage."""
+        nodes = [*self.trace.outputs.values(), *([self.guard] if self.guard else [])]
+        return max(self.kinds[node][1] for node in nodes)
+
     def partial(self, stage: int, reduction: Reduction) -> int:
         wanted = self.wanted.setdefault(stage, [])
         if reduction not in wanted:
@@ -64,29 +85,36 @@ class _Step:
         return wanted.index(reduction)
 
 
-def assemble(trace: Trace) -> Assembly:
-    """The code of a step.
+def _finite(grad: Node) -> Node:
+    largest = Node("linalg_vector_norm.default", (), grad.dtype, (grad, math.inf))
+    return Node("lt.Scalar", (), torch.bool, (largest, math.inf))
+
+
+def assemble(trace: Trace, *, guarded: bool = False) -> Assembly:
+    """The code of a step; guarded: of one that leaves a tensor as it is if the gradient is not finite.
 
     Raises: Unsupported, with the reason, where an operation or a shape does not fit the scheme.
     """
-    step = _Step(trace)
+    step = _Step(trace, guarded)
     kinds = step.kinds
     for name, node in trace.outputs.items():
         place, kind = step.kind_of_place(name), kinds[node][0]
         if place != kind and kind != SCALAR and not (place == FULL and kind == ROW):
             raise Unsupported(f"a {kind} value for {name}, which holds one a {place}")
-    last = max(kinds[node][1] for node in trace.outputs.values())
-    functions = [_Body(step).writing()]
+    last = step.last
+    guard = [(step.guard, True)] if step.guard else []
+    functions = _gated(step, last + 1, guard, lambda name: _Body(step, last + 1).writing(name), None)
     for stage in range(last, -1, -1):  # backwards: a function decides what those before it must provide
         functions.append(_scalars(step, stage, writing=stage == last))
         if stage:
-            functions.append(_Body(step).reducing(stage))
+            functions += _reducing(step, stage)
     row = 0 if kinds.rows is None else kinds.numel // max(kinds.rows, 1)
     width = max((len(wanted) for wanted in step.wanted.values()), default=0)
     step.declared.add("declare double @llvm.maximum.f64(double, double)")  # of _COMBINE
     text = "\n".join([*functions, _driver(last, len(step.pointers) + _HEADER, len(step.slots), width), *_COMBINE,
-                      *sorted(step.declared), _LOOP_HINT]).replace("$WIDTH", str(width))
-    return Assembly(text, last, len(step.slots), width, row)
+                      *sorted(step.declared), _LOOP_HINT]).replace("$WIDTH", str(width)).replace(
+        "$KEPT", str(len(step.kept)))
+    return Assembly(text, last, len(step.slots), width, len(step.kept), row)
 
 
 class _Body(Code):
@@ -95,9 +123,9 @@ class _Body(Code):
     head: once; segments[j]: once a row, before loop j; after[j]: once a row, after it.
     """
 
-    def __init__(self, step: _Step) -> None:
+    def __init__(self, step: _Step, number: int) -> None:
         super().__init__(step.kinds, step.declared)
-        self.step = step
+        self.step, self.number = step, number
         self.head = Block()
         self.segments: list[Block] = []
         self.loops: list[Block] = []
@@ -144,9 +172,35 @@ class _Body(Code):
         if self.kinds[reduction.operand][0] == ROW:  # over dimensions of one element
             block.known[node] = self.get(reduction.operand, self.kinds[node][2])
             return
+        if self.kinds[node][1] + 1 < self.number:  # an earlier body has read all that this needs
+            place = self._kept(block, self.step.kept.setdefault(node, len(self.step.kept)))
+            ty = TYPES[node.dtype][0]
+            value = self.put(block, f"load double, ptr {place}")
+            block.known[node] = self.convert(block, (value, "double"), ty), ty
+            return
         level = self.kinds[node][2] - 1
         total = self._accumulated(reduction, level)
         block.known[node] = _finished(self, block, reduction, total, node)
+
+    def _kept(self, block: Block, number: int) -> str:
+        """Where a reduction of this row is kept."""
+        key = ("kept",)
+        if key not in self.head.known:
+            at = self.put(self.head, f"getelementptr inbounds i64, ptr %table, i64 {_HEADER - 1}")
+            self.head.known[key] = self.put(self.head, f"load ptr, ptr {at}"), "ptr"
+        row = self.put(block, "mul i64 %r, $KEPT")
+        index = self.put(block, f"add i64 {row}, {number}")
+        return self.put(block, f"getelementptr inbounds double, ptr {self.head.known[key][0]}, i64 {index}")
+
+    def _keep(self) -> None:
+        """Keep what this body is the first to know and a later one needs."""
+        for node, number in self.step.kept.items():
+            if self.kinds[node][1] + 1 == self.number:
+                level = self.kinds[node][2]
+                value = self.get(node, level)
+                block = self.segments[level]
+                wide = self.convert(block, value, "double")
+                block.lines.append(f"  store double {wide}, ptr {self._kept(block, number)}")
 
     def _accumulated(self, reduction: Reduction, loop: int) -> Slot:
         """The reduction over loop `loop`, as known after it."""
@@ -156,30 +210,28 @@ class _Body(Code):
             sums[reduction] = (ty, term)
         return f"%total{loop}_{list(sums).index(reduction)}", sums[reduction][0]
 
-    def writing(self) -> str:
+    def writing(self, name: str) -> str:
         """The last body: parameter and state."""
         outputs = self.step.trace.outputs
-        last = max(self.kinds[node][2] for node in outputs.values())
+        last = max((self.kinds[node][2] for node in outputs.values()), default=0)
         self._grow(last)
         full: list[tuple[str, Slot]] = []
         rows: list[tuple[str, Slot]] = []
-        for name, node in outputs.items():
-            place = self.step.kind_of_place(name)
-            if place != SCALAR and node is not self.step.trace.inputs[name]:  # a slow statistic stays as it is
-                (full if place == FULL else rows).append((name, self.get(node, last)))
-        for name, value in full:
-            self.store(self.loops[last], value, self.pointer(name), self.step.trace.inputs[name].dtype, f"%i{last}")
-        for name, value in rows:
-            self.store(self.after[last], value, self.pointer(name), self.step.trace.inputs[name].dtype, "%r")
-        return self._text(f"body{self._stages(outputs) + 1}", Block())
+        for key, node in outputs.items():
+            place = self.step.kind_of_place(key)
+            if place != SCALAR and node is not self.step.trace.inputs[key]:  # a slow statistic stays as it is
+                (full if place == FULL else rows).append((key, self.get(node, last)))
+        for key, value in full:
+            self.store(self.loops[last], value, self.pointer(key), self.step.trace.inputs[key].dtype, f"%i{last}")
+        for key, value in rows:
+            self.store(self.after[last], value, self.pointer(key), self.step.trace.inputs[key].dtype, "%r")
+        return self._text(name, Block())
 
-    def _stages(self, outputs: dict[str, Node]) -> int:
-        return max(self.kinds[node][1] for node in outputs.values())
-
-    def reducing(self, stage: int) -> str:
-        """Body `stage`: the partial results of its chunk."""
+    def reducing(self, name: str, wanted: Sequence[tuple[int, Reduction]]) -> str:
+        """A body that makes these reductions, each with its place among the partial results of its chunk."""
         end = Block()
-        for j, reduction in enumerate(self.step.wanted.get(stage, [])):
+        self._keep()
+        for j, reduction in wanted:
             kind, _, level = self.kinds[reduction.operand]
             ty = "double" if reduction.how == "sum" else TYPES[reduction.operand.dtype][0]
             held = self.put(self.head, f"alloca {ty}")
@@ -195,12 +247,11 @@ class _Body(Code):
             value = self.convert(end, (self.put(end, f"load {ty}, ptr {held}"), ty), "double")
             at = self.put(end, f"getelementptr inbounds double, ptr %partial, i64 {j}")
             end.lines.append(f"  store double {value}, ptr {at}")
-        return self._text(f"body{stage}", end)
+        return self._text(name, end)
 
     def _text(self, name: str, end: Block) -> str:
         by_rows = self.kinds.rows is not None
-        lines = [f"define internal void @{name}(ptr %table, i64 %lo, i64 %hi, ptr %scratch, ptr %partial) noinline {{",
-                 "entry:", *self.head.lines]
+        lines = [f"define internal void @{name}({_ARGUMENTS}) noinline {{", "entry:", *self.head.lines]
         if by_rows:
             width = self.kinds.numel // max(self.kinds.rows or 1, 1)
             lines += ["  br label %next", "next:", "  %r = phi i64 [ %lo, %entry ], [ %r1, %rowend ]",
@@ -237,6 +288,43 @@ class _Body(Code):
         if by_rows:
             lines += ["rowend:", "  %r1 = add nuw nsw i64 %r, 1", "  br label %next"]
         return "\n".join([*lines, "done:", *end.lines, "  ret void", "}"])
+
+
+def _reducing(step: _Step, stage: int) -> list[str]:
+    """Body `stage`, which makes those of its reductions that the step will read."""
+    wanted = list(enumerate(step.wanted.get(stage, [])))
+    known = {reduction: [(node, value) for node, value in step.conditions.get(reduction, ())
+                         if step.kinds[node][1] < stage] for _, reduction in wanted}
+    always = [(j, reduction) for j, reduction in wanted if not known[reduction]]
+    shared = [condition for condition in next((c for c in known.values() if c), [])
+              if all(condition in c for c in known.values() if c)]
+    kept = any(step.kinds[node][1] + 1 == stage for node in step.kept)
+    some = (lambda name: _Body(step, stage).reducing(name, always)) if always or kept else None
+    return _gated(step, stage, shared, lambda name: _Body(step, stage).reducing(name, wanted), some)
+
+
+def _gated(
+    step: _Step,
+    number: int,
+    conditions: Sequence[tuple[Node, bool]],
+    then: Callable[[str], str],
+    otherwise: Callable[[str], str] | None,
+) -> list[str]:
+    """The body of that number: one of two functions, made under the given name, by scalars that are known before it."""
+    name = f"body{number}"
+    if not conditions:
+        return [then(name)]
+    code, block = Code(step.kinds, step.declared), Block()
+    holds = "true"
+    for node, value in conditions:
+        found = code.convert(block, _from_scratch(code, block, step, node), "i1")
+        holds = code.put(block, f"and i1 {holds}, {found if value else code.put(block, f'xor i1 {found}, true')}")
+    made = [then(f"{name}all"), *([otherwise(f"{name}some")] if otherwise else [])]
+    call = [f"  call void @{name}{part}({_ARGUMENTS})" for part in ("all", "some")]
+    return [*made, "\n".join([
+        f"define internal void @{name}({_ARGUMENTS}) {{", "entry:", *block.lines,
+        f"  br i1 {holds}, label %then, label %otherwise", "then:", call[0], "  ret void",
+        "otherwise:", *(call[1:] if otherwise else []), "  ret void", "}"])]
 
 
 def _from_scratch(code: Code, block: Block, step: _Step, node: Node) -> Slot:
@@ -324,10 +412,18 @@ def _scalars(step: _Step, stage: int, *, writing: bool) -> str:
             value = code.convert(block, get(node), "double")
             at = code.put(block, f"getelementptr inbounds double, ptr %scratch, i64 {number}")
             block.lines.append(f"  store double {value}, ptr {at}")
-    for name, output in outputs:
+    guard = get(step.guard)[0] if writing and step.guard else None
+    for name, (value, ty) in outputs:
         place = code.put(block, f"getelementptr inbounds i64, ptr %table, i64 {step.pointers[name]}")
         pointer = code.put(block, f"load ptr, ptr {place}")
-        code.store(block, output, pointer, step.trace.inputs[name].dtype, "0")
+        node = step.trace.inputs[name]
+        if guard is not None:
+            old = code.convert(block, code.load(block, pointer, node.dtype, "0"), ty)
+            value = code.put(block, f"select i1 {guard}, {ty} {value}, {ty} {old}")
+        code.store(block, (value, ty), pointer, node.dtype, "0")
+    if guard is not None:
+        place = code.put(block, "getelementptr inbounds i64, ptr %table, i64 2")
+        code.store(block, (guard, "i1"), code.put(block, f"load ptr, ptr {place}"), torch.bool, "0")
     head = f"define internal void @scalars{stage}(ptr %table, ptr %scratch, ptr %partials, ptr %settings) noinline {{"
     return "\n".join([head, *block.lines, "  ret void", "}"])
 

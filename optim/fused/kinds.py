@@ -58,6 +58,33 @@ class Kinds:
             self.known[node] = self._find(node)
         return self.known[node]
 
+    def conditions(self, outputs: Sequence[Node]) -> dict[Reduction, frozenset[tuple[Node, bool]]]:
+        """For each reduction the scalars that must have these truth values for it to be read: conditions of `where`."""
+        order: dict[Node, None] = {}
+
+        def visit(node: Node) -> None:
+            if node not in order:
+                for argument in node.args + tuple(node.kwargs.values()):
+                    if isinstance(argument, Node):
+                        visit(argument)
+                order[node] = None
+
+        held: dict[Node, frozenset[tuple[Node, bool]]] = {}
+        for node in outputs:
+            visit(node)
+            held[node] = frozenset()
+        found: dict[Reduction, frozenset[tuple[Node, bool]]] = {}
+        for node in reversed(order):
+            by_branch = node.op.split(".")[0] == "where" and len(node.args) == 3 and self[node.args[0]][0] == SCALAR
+            for i, argument in enumerate(node.args + tuple(node.kwargs.values())):
+                if isinstance(argument, Node):
+                    at = held[node] | ({(node.args[0], i == 1)} if by_branch and i else set())
+                    held[argument] = held[argument] & at if argument in held else at
+            if self[node] and node in self.reductions:
+                reduction = self.reductions[node]
+                found[reduction] = found[reduction] & held[node] if reduction in found else held[node]
+        return found
+
     def _set_rows(self, rows: int) -> None:
         if self.rows not in (None, rows):
             raise Unsupported(f"rows of two kinds: {self.rows} and {rows} of them")

@@ -72,8 +72,9 @@ def test_equals_the_definition(name, dtype, only_compiled):
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_threads_runs_and_pools_give_the_same_bits(name, only_compiled):
+def test_threads_runs_and_pools_give_the_same_bits(name, only_compiled, monkeypatch):
     """One thread or three, alone or in a list, once or twice: the same bits, over several chunks and rows."""
+    monkeypatch.setattr(fused, "CACHED", fused.CHUNK)  # the larger ones are cut, whatever the rule
     shapes = [(400, 300), (7,), (70_000,), (3, 40_000)]
     outcomes = []
     before = torch.get_num_threads()
@@ -122,6 +123,77 @@ def test_finite_gradients():
              torch.ones(5, dtype=torch.float16)]
     grads[3][69_999] = torch.inf
     assert fused.all_finite(grads) == [bool(g.isfinite().all()) for g in grads]
+
+
+@pytest.mark.parametrize("cached", [1 << 20, 1 << 15], ids=["whole", "cut"])
+@pytest.mark.parametrize("name", [name for name in COMPILED if not RULES[name].elementwise])
+def test_a_gradient_that_is_not_finite_leaves_its_tensor_alone(name, cached, only_compiled, monkeypatch):
+    """Parameter and state to the bit, in the same pass over memory that would have stepped it; others are stepped."""
+    monkeypatch.setattr(fused, "CACHED", cached)
+    rule = SPECS[name].rule()
+    for shape in ((300, 200), (60_000,), (3, 5)):
+        params = [randn(shape, i, torch.float32) for i in range(4)]
+        grads = [randn(shape, 10 + i, torch.float32) for i in range(4)]
+        grads[1].view(-1)[-1], grads[3].view(-1)[0] = torch.nan, -torch.inf
+        kept = [rule.init(p) for p in params]
+        before = [snapshot([p, *state.values()]) for p, state in zip(params, kept, strict=True)]
+        assert fused.step(rule, params, grads, kept, lr=0.1, weight_decay=0.1) == [True, False, True, False]
+        for i, (p, state) in enumerate(zip(params, kept, strict=True)):
+            if i in (1, 3):
+                assert_same([p, *state.values()], before[i])
+            else:
+                assert not torch.equal(p, before[i][0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredOnce(UpdateRule):
+    """The largest gradient and the deviation of the first gradient above 1, and then no more; both are 0 before it."""
+
+    name: ClassVar[str] = "measured_once"
+    elementwise: ClassVar[bool] = False
+
+    def init(self, param: Tensor) -> State:
+        return {"step": zero_step(), "spread": param.new_zeros(())}
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        spread = torch.where(grad.amax() > 1, (grad - grad.mean()).square().sum().sqrt(), 0.0)
+        spread = torch.where(state["spread"] == 0, spread, state["spread"])
+        return spread * grad, {"step": state["step"] + 1, "spread": spread}
+
+
+@pytest.mark.parametrize("cached", [1 << 20, 1 << 15], ids=["whole", "cut"])
+def test_what_no_branch_reads_is_not_measured(cached, only_compiled, monkeypatch):
+    """Reductions in the branches of `where` are made when their conditions hold, and then as the definition has them.
+
+    That they are not made otherwise is seen in the time that a step takes; here, in the code.
+    """
+    monkeypatch.setattr(fused, "CACHED", cached)
+    rule, p = MeasuredOnce(), randn((50_000,), 1, torch.float32)
+    state = rule.init(p)
+    for t in range(5):
+        g = randn((50_000,), t, torch.float32)
+        g = g / g.amax() * (0.5 if t == 0 else 1.5)
+        got, want = one_step(rule, p, g, state, only_compiled)
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+        assert (state["spread"] == 0) == (t == 0)
+    text = fused._assembly(rule, True, tuple(state), [torch.float32] * 4, ((9,), (9,), (), ()))[0].text
+    assert "@body1some" in text, "the guard alone"
+    assert "@body2all" in text and "@body2some" not in text, "the deviation from the mean, or nothing"
+
+
+def test_a_rule_with_a_list_is_stepped_plainly():
+    """Fields are plain values, but one that cannot be hashed, and so has no compiled step, is no reason to fail."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Listed(MeasuredOnce):
+        numbers: list[float]
+
+    p = torch.ones(3)
+    optimizer = Optimizer([p], Listed(numbers=[1.0]), lr=0.1)
+    p.grad = torch.tensor([1.0, 2.0, 3.0])
+    optimizer.step()
+    assert not torch.equal(p, torch.ones(3))
 
 
 def test_layouts(only_compiled):
