@@ -1,0 +1,56 @@
+"""The directional derivative of a loss by forward-mode differentiation."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_NO_RULE = re.compile(r"forward AD|forward-mode|setup_context|jvp")
+"""How torch's errors say that an operation has no forward-mode rule."""
+
+
+class _Calling(nn.Module):
+    """Runs a function that uses `inner`, as the forward pass of a module that has `inner`'s parameters."""
+
+    def __init__(self, inner: nn.Module, function: Callable[[], Any]) -> None:
+        super().__init__()
+        self.inner, self.function = inner, function
+
+    def forward(self) -> Any:
+        return self.function()
+
+
+def directional(
+    module: nn.Module, loss_fn: Callable[[], Tensor], tangents: Mapping[str, Tensor]
+) -> tuple[float, float]:
+    """(loss, <grad loss, v>) at the module's parameters, exactly: one forward pass of dual numbers, no graph.
+
+    loss_fn: computes the loss by calling `module`. tangents: parameter name -> v, of its shape and dtype.
+    Cost: two to three forward passes; memory of v, and a tangent beside each activation in flight. Attention runs in
+    torch's plain form, since the fused kernels have no forward-mode rule.
+    Raises: ValueError where an operation of the model has no forward-mode rule, naming it.
+    """
+    calling = _Calling(module, loss_fn)
+    named = dict(module.named_parameters())
+    primals = {f"inner.{name}": named[name].detach() for name in tangents}
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return functional_call(calling, params, ())  # type: ignore[no-any-return]
+
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            found: Any = jvp(loss, (primals,), ({f"inner.{name}": v for name, v in tangents.items()},))
+    except RuntimeError as error:
+        if not _NO_RULE.search(str(error)):
+            raise
+        raise ValueError(
+            f"forward gradient: {str(error).splitlines()[0]}; use the two-sided estimator for this model"
+        ) from error
+    value, slope = found
+    if not isinstance(value, Tensor) or value.numel() != 1 or not torch.is_floating_point(value):
+        raise ValueError("forward gradient: the loss must be one differentiable number, a tensor of a floating dtype")
+    return float(value), float(slope)

@@ -1,0 +1,102 @@
+"""Zeroth-order methods against the published code and the papers, from recorded directions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from optim import AdamWRule, Optimizer, SGDRule
+from optim.zeroth_order import ZerothOrder
+from tests.conftest import golden_folder
+from tests.optim.golden import arrays
+
+pytestmark = pytest.mark.golden
+
+ZEROTH = ("zo_", "mezo_", "forward_grad_")
+
+
+class Z(nn.Module):
+    """Problem Z, as the golden folder's README has it."""
+
+    def __init__(self, inputs, dtype):
+        super().__init__()
+        self.l1, self.layer_norm, self.l2 = nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+        self.to(dtype)
+        start = {k.removeprefix("init/"): torch.tensor(v, dtype=dtype) for k, v in inputs.items() if "/" in k}
+        self.load_state_dict(start)
+        self.x, self.y = (torch.tensor(inputs[k], dtype=dtype) for k in "XY")
+
+    def loss(self):
+        return 0.5 * (self.l2(self.layer_norm(torch.tanh(self.l1(self.x)))) - self.y).square().sum(1).mean()
+
+
+def pytest_generate_tests(metafunc):
+    path = golden_folder(metafunc.config) / "matrix_family" / "manifest.json"
+    found = json.loads(path.read_text())["cases"] if path.is_file() else []
+    metafunc.parametrize("entry", [c for c in found if c["case"].startswith(ZEROTH)] or [None],
+                         ids=lambda c: c["case"] if c else "none")
+
+
+def settings_of(entry, stored):
+    """Arguments of the source; the recorded directions with their masked entries spoiled, so that the mask must act."""
+    h, at = entry["hyper_parameters"], {"step": 0}
+    spoiled = {k: v for k, v in stored.items() if k.startswith("zeroed/")}
+
+    def noise(name, shape, seed, query):
+        z = stored[f"z/{name}"][at["step"]]
+        z = torch.tensor(z[query] if z.ndim > len(shape) else z)
+        return z + 100 * torch.tensor(spoiled[f"zeroed/{name}"][at["step"]]) if spoiled else z
+
+    def mask(name, shape, seed, query):
+        return torch.tensor(spoiled[f"zeroed/{name}"][at["step"]])
+
+    found = {
+        "estimator": "forward" if entry["optimizer"] == "forward_grad" else
+        {"two_side": "two-sided", "one_side": "one-sided"}[h["perturbation"]],
+        "eps": h.get("zo_eps", 1e-3), "q": h.get("q", 1), "noise_fn": noise, "mask_fn": mask,
+        "conserve": entry["optimizer"] == "zo_sgd_conserve", "sparsity": h.get("sparsity", 0.0),
+        "sign": {"sign(projected_grad)*z": "scalar", "sign(projected_grad*z)": "elementwise"}.get(h.get("sign")),
+    }  # fmt: skip
+    if "blocks" in h:
+        found["blocks"] = lambda name: name.split(".")[0] if name.split(".")[0] in h["blocks"] else None
+    if "fo_parameters" in h:
+        found["first_order"] = lambda name: name in h["fo_parameters"]
+    return found, at
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_trajectory(entry, dtype, golden_dir, record_property):
+    """In the dtype of the case to its tolerance, and in float32 to that of the float32 case."""
+    if entry is None:
+        pytest.skip(f"no zeroth-order cases in {golden_dir}")
+    if entry["param_dtype"] == "float32" and dtype == torch.float64:
+        pytest.skip("a float32 case")
+    if str(dtype).endswith(entry["param_dtype"]):
+        record_property("golden", f"matrix_family:{entry['case']}")
+    folder = golden_dir / "matrix_family"
+    stored, h = arrays(folder / entry["file"]), entry["hyper_parameters"]
+    model = Z(arrays(folder / "problem_Z.npz"), dtype)
+    settings, at = settings_of(entry, stored)
+    source = ZerothOrder(model.named_parameters(), module=model, **settings)
+    rule = AdamWRule() if entry["optimizer"] == "zo_adam" else SGDRule(momentum=h.get("momentum", 0.0))
+    fo = set(h.get("fo_parameters", []))
+    lrs = {name: h["lr_fo"] if name in fo else h.get("lr", h.get("lr_zo")) for name, _ in model.named_parameters()}
+    optimizer = Optimizer([{"params": [(n, p)], "lr": lrs[n]} for n, p in model.named_parameters()], rule, lr=0.0)
+    tolerance = entry["tolerance"] if dtype == torch.float64 else {"rtol": 5e-3, "atol": 5e-4}
+    for t in range(len(stored["projected_grad"])):
+        at["step"] = t
+        returned = source.step(optimizer, model.loss)
+        losses = stored.get("forward_losses", np.zeros((99, 0)))[t]
+        if losses.size:
+            want = losses[~np.isnan(losses)].tolist()
+            assert source.last.losses == pytest.approx(want, rel=tolerance["rtol"], abs=tolerance["atol"]), f"step {t}"
+            assert returned == source.last.losses[0]
+        if not np.isnan(stored["projected_grad"][t]) and h.get("q", 1) == 1:  # forward gradients record none
+            rel = 1e-5 if dtype == torch.float64 else 0.05
+            assert source.last.projected_grad[-1] == pytest.approx(stored["projected_grad"][t], rel=rel, abs=2e-3)
+        for name, p in model.named_parameters():
+            want = torch.tensor(stored[f"param/{name}"][t + 1])
+            torch.testing.assert_close(p.detach().double(), want, **tolerance,
+                                       msg=lambda m, t=t, name=name: f"{entry['case']}, step {t}, {name}\n{m}")
