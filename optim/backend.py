@@ -1,7 +1,46 @@
-"""Which fast paths can run here: the only place that asks."""
+"""Which fast paths can run here: the only place that asks, and the only place that launches a kernel.
+
+``OPTIM_BACKEND`` in the environment: ``auto`` (the default), ``torch`` (the definitions, nothing compiled), or
+``triton`` (for tests: CPU tensors too take the Triton kernels, by its interpreter with ``TRITON_INTERPRET=1``).
+"""
 
 import os
 from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+_PLAIN = {Tensor, Parameter}
+_WIDE = {torch.float64, torch.complex32, torch.complex64, torch.complex128}
+
+
+def _chosen() -> str:
+    chosen = os.environ.get("OPTIM_BACKEND", "auto")
+    if chosen not in ("auto", "torch", "triton"):
+        raise ValueError(f"OPTIM_BACKEND is {chosen!r}; choose auto, torch or triton")
+    return chosen
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _load_triton() -> Any:
+    """The package, where kernels may run: torch knows CUDA, or one of the two variables asks for it. None elsewhere."""
+    if torch.version.cuda is None and not _interpreting() and os.environ.get("OPTIM_BACKEND") != "triton":
+        return None
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton
+
+
+triton = _load_triton()
+interpreted = triton is not None and _interpreting()
+"""Whether the kernels were made for Triton's interpreter, which is decided when they are first imported."""
 
 
 @cache
@@ -14,8 +53,57 @@ def _has_llvm() -> bool:
 
 
 def use_fused() -> bool:
-    """Whether steps on CPU tensors are compiled (`optim.fused`): llvmlite is there, and not OPTIM_BACKEND=torch."""
-    chosen = os.environ.get("OPTIM_BACKEND", "auto")
-    if chosen not in ("auto", "torch"):
-        raise ValueError(f"OPTIM_BACKEND is {chosen!r}; choose auto or torch")
-    return chosen == "auto" and _has_llvm()
+    """Whether steps on CPU tensors are compiled (`optim.fused`): llvmlite is there, and OPTIM_BACKEND is auto."""
+    return _chosen() == "auto" and _has_llvm()
+
+
+def use_triton(*tensors: Tensor) -> bool:
+    """Whether a Triton kernel may take these tensors; `contiguous` ones, where a kernel says so, are its own matter.
+
+    They must be plain dense tensors (no DTensor or other subclass, none inside `torch.vmap`, `torch.func` or
+    `torch.compile`), of 32 bit or less, on one GPU (or on the CPU, under the interpreter and OPTIM_BACKEND=triton),
+    and autograd must not be watching them: the kernels have no derivatives.
+    Raises: RuntimeError with OPTIM_BACKEND=triton where triton is not installed.
+    """
+    chosen = _chosen()
+    if chosen == "triton" and triton is None:
+        raise RuntimeError("OPTIM_BACKEND=triton, and triton is not installed (or was asked for after `import optim`)")
+    if chosen == "torch" or triton is None or not tensors or torch.compiler.is_compiling():
+        return False
+    device = tensors[0].device
+    if interpreted:
+        if chosen != "triton" or device.type != "cpu":
+            return False
+    elif device.type != "cuda":
+        return False
+    watching = torch.is_grad_enabled()
+    return all(
+        type(t) in _PLAIN
+        and t.device == device
+        and t.layout == torch.strided
+        and t.dtype not in _WIDE
+        and not (watching and t.requires_grad)
+        and not t.is_neg()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        for t in tensors
+    )
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **settings: Any) -> None:
+    """``kernel[grid](...)`` on that device, current or not; an empty grid launches nothing."""
+    if 0 in grid:
+        return
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **settings)
+    else:
+        kernel[grid](*arguments, **settings)
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """The element type of Triton that a pointer read from a table points to."""
+    import triton.language as tl
+
+    return {
+        torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8,
+    }[dtype]

@@ -40,6 +40,9 @@ class UpdateRule(ABC):
     against a state ``[*shape]`` gives the directions ``[batch, *shape]`` of each gradient by itself.
     """
 
+    stacked: ClassVar[bool] = False
+    """Whether a step takes tensors of one shape together, by `torch.vmap` (`optim.stacks`): for products of matrices."""
+
     @abstractmethod
     def init(self, param: Tensor) -> State:
         """The state before the first step: fresh tensors, moments in `moment_dtype(param)`."""
@@ -61,9 +64,10 @@ class UpdateRule(ABC):
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
         """What the parameters of a param group tell each other before they are stepped; by default nothing.
 
-        The only way from one parameter to another: a method that needs it (a counter of the whole optimizer, a second
-        moment of several tensors) writes to entries of `states`, in place, which `update` then reads. `grads` and
-        `states` are of the parameters about to be stepped; `group` has the states of all that ever were.
+        The only way from one parameter to another, and where a step renews what `update` only reads (Conda's basis):
+        a method that needs it (a counter of the whole optimizer, a second moment of several tensors) writes to entries
+        of `states`, in place, which `update` then reads. `grads` and `states` are of the parameters about to be
+        stepped; `group` has the states of all that ever were.
         """
         return None
 
@@ -93,7 +97,7 @@ class UpdateRule(ABC):
         self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], *, lr: float | Tensor,
         weight_decay: float,
     ) -> None:
-        """`step` of every parameter that `optim.fused` does not take: one by one, unless a rule has a kernel for many."""
+        """`step` of the parameters that `optim.fused` does not take: one by one, unless a rule has a kernel for many."""
         for param, grad, state in zip(params, grads, states, strict=True):
             self.step(param, grad, state, lr=lr, weight_decay=weight_decay)
 
@@ -112,8 +116,8 @@ class UpdateRule(ABC):
 
     def settings(self) -> set[str]:
         """The names of the rule's fields, and of those of a rule inside it."""
-        inner = [getattr(self, f.name) for f in fields(self)]
-        return {f.name for f in fields(self)}.union(*(rule.settings() for rule in inner if isinstance(rule, UpdateRule)))
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return set(own).union(*(rule.settings() for rule in own.values() if isinstance(rule, UpdateRule)))
 
     def with_settings(self, **changed: Any) -> Self:
         """The rule with these fields instead; what it has no field for goes to the rule inside it.
@@ -129,7 +133,8 @@ class UpdateRule(ABC):
                 mine = {key: rest.pop(key) for key in inner.settings() & set(rest)}
                 changed[field.name] = inner.with_settings(**mine)
         if rest:
-            raise TypeError(f"{self.name}: no setting {', '.join(map(repr, rest))}; it has {', '.join(sorted(self.settings()))}")
+            known = ", ".join(sorted(self.settings()))
+            raise TypeError(f"{self.name}: no setting {', '.join(map(repr, rest))}; known: {known}")
         return replace(self, **changed) if changed else self
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:

@@ -6,10 +6,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # helpers are imported as tests.<...>, however pytest is started
+
+if not torch.cuda.is_available():  # kernels are made for Triton's interpreter or a GPU when they are first imported
+    with pytest.MonkeyPatch.context() as _environment:
+        _environment.setenv("TRITON_INTERPRET", "1")
+        import optim  # noqa: F401
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.register_profile(
@@ -54,6 +60,24 @@ def golden_dir(pytestconfig: pytest.Config) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no golden folder at {folder} (pass --golden-dir DIR)")
     return folder
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device whose tensors Triton kernels take: the CPU, by the interpreter, and with `-m gpu` a GPU."""
+    from optim import backend
+
+    if backend.triton is None:
+        pytest.skip("triton is not installed")
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        return torch.device("cuda", 0)
+    if not backend.interpreted:
+        pytest.skip("a GPU is there: kernels are compiled, not interpreted")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("OPTIM_BACKEND", "triton")
+    return torch.device("cpu")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,11 +1,14 @@
 """AdamW: Adam with decoupled weight decay."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from optim.kernels import adamw as kernel
+from optim.kernels.philox import stochastic_round
 from optim.optimizer import Optimizer, Params
 from optim.rule import (
     State,
@@ -14,6 +17,7 @@ from optim.rule import (
     check_non_negative,
     checked_betas,
     correction,
+    is_sharded,
     zero_moment,
     zero_step,
 )
@@ -27,13 +31,18 @@ class AdamWRule(UpdateRule):
     Shapes: elementwise; moments have the parameter's shape.
     State: 8 bytes a parameter (two float32 moments; 12 with amsgrad) and a step count.
     Source: Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2; `torch.optim.AdamW`.
-    Differs: the paper has neither `eps_root` nor the three switches.
+    Kernel: `optim.kernels.adamw`, one launch for all tensors of a param group on a GPU (not with amsgrad).
+    Differs: the paper has neither `eps_root` nor the four switches.
 
     - `bias_correction=False`: m^ = m, v^ = v.
     - `eps_before_correction=True`: u = sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v + eps_root) + eps), the older order of
       things, in which the effective eps is eps / sqrt(1 - b2^t) (Moonlight's AdamW, and transformers' before it used
       torch's).
     - `amsgrad=True`: v^ is made of the running maximum of v.
+    - `stochastic_rounding=True`: bfloat16 parameters are rounded up or down at random, so that steps below half their
+      resolution are not lost but right on average (arXiv 1502.02551). The random bits are a function of the step count
+      and the element's place in its tensor alone: runs repeat and replicas agree; tensors share them, shards count from
+      their own first element. Other dtypes are rounded to nearest, as ever.
 
     The three gradient features of LESS (arXiv 2402.04333), each applied to the state that a warm-up left behind:
 
@@ -53,6 +62,7 @@ class AdamWRule(UpdateRule):
     bias_correction: bool = True
     amsgrad: bool = False
     eps_before_correction: bool = False
+    stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", checked_betas("AdamWRule", self.betas))
@@ -62,6 +72,7 @@ class AdamWRule(UpdateRule):
             bias_correction=self.bias_correction,
             amsgrad=self.amsgrad,
             eps_before_correction=self.eps_before_correction,
+            stochastic_rounding=self.stochastic_rounding,
         )
 
     def init(self, param: Tensor) -> State:
@@ -90,6 +101,56 @@ class AdamWRule(UpdateRule):
         root = v.sqrt() if self.eps_root == 0 else (v + self.eps_root).sqrt()
         return (m / (root + self.eps)).to(g.dtype), new  # a correction would make a 0-d tensor float64
 
+    def step(
+        self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float
+    ) -> None:
+        """`UpdateRule.step`, but for how the new parameter is rounded."""
+        if not (self.stochastic_rounding and param.dtype == torch.bfloat16):
+            return super().step(param, grad, state, lr=lr, weight_decay=weight_decay)
+        new_param, new_state = self.stepped(param, grad, state, lr=lr, weight_decay=weight_decay or None)
+        target, exact = (
+            t.to_local() if is_sharded(t) else t  # type: ignore[attr-defined]
+            for t in (param, new_param)
+        )
+        target.copy_(stochastic_round(exact, kernel.rounding_words(target, new_state["step"])))
+        for key, value in new_state.items():
+            state[key].copy_(value)
+
+    def step_all(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], *, lr: float | Tensor,
+        weight_decay: float,
+    ) -> None:
+        """By the kernel, all at once, but for tensors that it does not fit."""
+        rows = list(zip(params, grads, states, strict=True))
+        fit = [not self.amsgrad and kernel.fits(p, g, s["exp_avg"], s["exp_avg_sq"]) for p, g, s in rows]
+        mine = [row for row, fits in zip(rows, fit, strict=True) if fits]
+        rest = [row for row, fits in zip(rows, fit, strict=True) if not fits]
+        if mine:
+            for _, _, state in mine:
+                state["step"] += 1
+            kernel.adamw_step(
+                [(p, g, s["exp_avg"], s["exp_avg_sq"]) for p, g, s in mine],
+                [self.scalars(int(s["step"])) for _, _, s in mine],
+                lr=float(lr), weight_decay=weight_decay, betas=self.betas, eps=self.eps, eps_root=self.eps_root,
+                stochastic_rounding=self.stochastic_rounding,
+            )
+        for param, grad, state in rest:
+            self.step(param, grad, state, lr=lr, weight_decay=weight_decay)
+
+    def scalars(self, step: int) -> kernel.Scalars:
+        """The bias corrections of `update` at this step as factors of m and of v, for kernels."""
+        if not self.bias_correction:
+            return kernel.Scalars(1.0, 1.0, step)
+        c1, c2 = (1 - beta**step for beta in self.betas)
+        if self.eps_before_correction:
+            return kernel.Scalars(c2**0.5 / c1, 1.0, step)
+        return kernel.Scalars(1 / c1, 1 / c2, step)
+
+    @property
+    def step_is_update(self) -> bool:
+        """Yes, but for stochastic rounding: the kernel is for GPUs."""
+        return not self.stochastic_rounding
+
 
 class AdamW(Optimizer):
     """`Optimizer` running `AdamWRule`; the first arguments as in `torch.optim.AdamW`."""
@@ -106,6 +167,7 @@ class AdamW(Optimizer):
         bias_correction: bool = True,
         amsgrad: bool = False,
         eps_before_correction: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         rule = AdamWRule(
             betas=betas,
@@ -114,5 +176,6 @@ class AdamW(Optimizer):
             bias_correction=bias_correction,
             amsgrad=amsgrad,
             eps_before_correction=eps_before_correction,
+            stochastic_rounding=stochastic_rounding,
         )
         super().__init__(params, rule, lr=lr, weight_decay=weight_decay)

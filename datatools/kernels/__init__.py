@@ -1,0 +1,1 @@
+"""Triton kernels of datatools; `optim/kernels/README.md` has their bounds and costs beside those of `optim`."""

@@ -1,0 +1,94 @@
+"""The sparse Johnson-Lindenstrauss transform of gradients, or of Adam's directions, with hashes made in registers."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optim import backend
+
+_BLOCK = 512
+
+
+class Adam(NamedTuple):
+    """What turns a gradient into AdamW's direction: ``scale m' / (sqrt(shrink v' + eps_root) + eps)``, where
+    m' = b1 m + (1 - b1) g and v' = b2 v + (1 - b2) g^2; moments [*shape] float32 of the parameter.
+    """
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    betas: tuple[float, float]
+    scale: float
+    shrink: float
+    eps: float
+    eps_root: float
+
+
+def fits(out: Tensor, grad: Tensor, adam: Adam | None = None) -> bool:
+    """Whether the kernel takes gradients [b, *shape] into features out [b, dim]: contiguous, on a GPU, and torch is not
+    asked for deterministic algorithms (sums by atomic additions have no fixed order, as in torch's `index_add_` there).
+    """
+    moments = () if adam is None else (adam.exp_avg, adam.exp_avg_sq)
+    return (
+        backend.use_triton(out, grad, *moments)
+        and not torch.are_deterministic_algorithms_enabled()
+        and out.dtype == torch.float32
+        and grad.is_floating_point()
+        and all(t.dtype == torch.float32 and t.shape == grad.shape[1:] for t in moments)
+        and all(t.is_contiguous() for t in (out, grad, *moments))
+    )
+
+
+def add_sjlt(out: Tensor, grad: Tensor, key: int, adam: Adam | None = None) -> None:
+    """out [b, dim] += the signed bucket sums of grad [b, *shape], or of Adam's directions for these gradients.
+
+    Its definition: `SJLT.accumulate` of `AdamWRule.update`, coordinate by coordinate under `projectors.base.bits`.
+    Reads each gradient once (and the moments once for all b rows) and adds once to memory for it; no hash, no sign and
+    no direction is stored. Bound by the additions: one for each coordinate of each row, at random places.
+    """
+    b, dim = out.shape
+    n = grad[0].numel() if b else 0
+    moments = (grad, grad) if adam is None else (adam.exp_avg, adam.exp_avg_sq)
+    b1, b2 = (0.0, 0.0) if adam is None else adam.betas
+    rest = (1.0, 1.0, 0.0, 0.0) if adam is None else adam[3:]
+    backend.launch(
+        _sjlt_kernel, (-(-n // _BLOCK),), out, grad, *moments, key, b, n, dim, b1, 1 - b1, b2, 1 - b2, *rest,
+        ADAM=adam is not None, POWER=dim & (dim - 1) == 0, BLOCK=_BLOCK, device=out.device,
+    )
+
+
+if backend.triton is not None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _bits(counter, key):
+        """`projectors.base.bits`: splitmix64 in int64, whose right shifts copy the sign."""
+        z = (counter + 1) * -7046029254386353131 + key
+        z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+        z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+        return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+    @triton.jit
+    def _sjlt_kernel(
+        out, grad, exp_avg, exp_avg_sq, key: tl.int64, rows, n, dim, b1, w1, b2, w2, scale, shrink, eps, eps_root,
+        ADAM: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
+    ):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < n
+        z = _bits(i, key)
+        sign = 1.0 - 2.0 * (z & 1).to(tl.float32)
+        bucket = (z >> 1) & 0x3FFFFFFFFFFFFFFF
+        if POWER:
+            bucket = bucket & (dim - 1)
+        else:
+            bucket = bucket % dim
+        if ADAM:
+            m = b1 * tl.load(exp_avg + i, mask=inside, other=0.0)
+            v = b2 * tl.load(exp_avg_sq + i, mask=inside, other=1.0)
+        for r in range(rows):
+            row = tl.full((), r, tl.int64)
+            g = tl.load(grad + row * n + i, mask=inside, other=0.0).to(tl.float32)
+            if ADAM:
+                g = scale * (m + w1 * g) / (tl.sqrt_rn(shrink * (v + w2 * g * g) + eps_root) + eps)
+            tl.atomic_add(out + row * dim + bucket, sign * g, mask=inside, sem="relaxed")

@@ -1,0 +1,139 @@
+"""AdamW in one pass over memory: all tensors of a param group in one launch."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optim import backend
+from optim.kernels import philox, tables
+
+_CHUNK = 1024
+_SEED = 0x5DEECE66D
+MASTER = {torch.float32, torch.bfloat16, torch.float16}
+"""Dtypes of parameters and gradients that kernels of steps take."""
+
+
+class Scalars(NamedTuple):
+    """One tensor's step: ``u = scale m / (sqrt(shrink v + eps_root) + eps)`` after moment updates by the betas."""
+
+    scale: float
+    shrink: float
+    step: int
+
+
+def rounding_words(param: Tensor, step: Tensor) -> Tensor:
+    """The random bits with which a step rounds a bfloat16 parameter: they depend on the step and the element alone."""
+    return philox.random_words(param.numel(), seed=_SEED, stream=int(step), device=param.device)
+
+
+def adamw_step(
+    rows: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    scalars: Sequence[Scalars],
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    eps_root: float = 0.0,
+    stochastic_rounding: bool = False,
+) -> None:
+    """In place on rows (p, g, m, v) that `fits`: m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2,
+    p <- p - lr (u + weight_decay p), u = scale m / (sqrt(shrink v + eps_root) + eps).
+
+    Its definition is `AdamWRule.step`, `stepped` written back. stochastic_rounding: of bfloat16 parameters, by
+    `philox.stochastic_round` with `rounding_words`.
+    Bytes: 28 a float32 parameter (reads p, g, m, v; writes p, m, v), 22 with bfloat16 parameters and gradients; no
+    temporaries. Bound by memory.
+    """
+    pools: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
+    for i, (p, g, _, _) in enumerate(rows):
+        pools.setdefault((p.device, p.dtype, g.dtype), []).append(i)
+    for (device, p_dtype, g_dtype), index in pools.items():
+        pool = [rows[i] for i in index]
+        sizes = tuple(row[0].numel() for row in pool)
+        addresses = [[*(t.data_ptr() for t in rows[i]), rows[i][0].numel(), scalars[i].step] for i in index]
+        plan = tables.chunks(sizes, _CHUNK, device)
+        torch.autograd.graph.increment_version([t for p, _, m, v in pool for t in (p, m, v)])
+        backend.launch(
+            _adamw_kernel, (len(plan),),
+            tables.on_device(addresses, torch.int64, device),
+            tables.on_device([scalars[i][:2] for i in index], torch.float32, device), plan,
+            lr, weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, eps_root, _SEED,
+            P=backend.triton_dtype(p_dtype), G=backend.triton_dtype(g_dtype), ALIGNED=tables.aligned(pool),
+            DECAY=weight_decay != 0, STOCHASTIC=stochastic_rounding and p_dtype == torch.bfloat16, BLOCK=_CHUNK,
+            device=device,
+        )
+
+
+def fits(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
+    """Whether the kernel takes such a parameter: flat memory must hold equal coordinates at equal places."""
+    return (
+        backend.use_triton(param, grad, exp_avg, exp_avg_sq)
+        and param.dtype in MASTER
+        and grad.dtype in MASTER
+        and exp_avg.dtype == exp_avg_sq.dtype == torch.float32
+        and param.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape
+        and all(t.is_contiguous() for t in (param, grad, exp_avg, exp_avg_sq))
+    )
+
+
+if backend.triton is not None:
+    import triton
+    import triton.language as tl
+
+    from optim.kernels.philox import stochastic_bfloat16, words_of
+
+    @triton.jit
+    def _adamw_kernel(
+        table, factors, chunks, lr, weight_decay, b1, w1, b2, w2, eps, eps_root, seed,
+        P: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        program = tl.program_id(0).to(tl.int64)
+        tensor = tl.load(chunks + 2 * program)
+        start = tl.multiple_of(tl.load(chunks + 2 * program + 1), BLOCK)
+        row = table + 6 * tensor
+        p_ptr = tl.load(row).to(tl.pointer_type(P))
+        g_ptr = tl.load(row + 1).to(tl.pointer_type(G))
+        m_ptr = tl.load(row + 2).to(tl.pointer_type(tl.float32))
+        v_ptr = tl.load(row + 3).to(tl.pointer_type(tl.float32))
+        if ALIGNED:
+            p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
+            m_ptr, v_ptr = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
+        count = tl.load(row + 4)
+        step = tl.load(row + 5)
+        scale = tl.load(factors + 2 * tensor)
+        shrink = tl.load(factors + 2 * tensor + 1)
+        # a mask, even one that is all true, would keep memory from being read 16 bytes at a time
+        if start + BLOCK <= count:
+            _adamw_chunk(p_ptr, g_ptr, m_ptr, v_ptr, start, count, step, scale, shrink, lr, weight_decay, b1, w1, b2,
+                         w2, eps, eps_root, seed, False, DECAY, STOCHASTIC, BLOCK)
+        else:
+            _adamw_chunk(p_ptr, g_ptr, m_ptr, v_ptr, start, count, step, scale, shrink, lr, weight_decay, b1, w1, b2,
+                         w2, eps, eps_root, seed, True, DECAY, STOCHASTIC, BLOCK)
+
+    @triton.jit
+    def _adamw_chunk(
+        p_ptr, g_ptr, m_ptr, v_ptr, start, count, step, scale, shrink, lr, weight_decay, b1, w1, b2, w2, eps, eps_root,
+        seed, MASKED: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+    ):
+        i = start + tl.arange(0, BLOCK)  # int64: a tensor may have more than 2^31 elements
+        mask = i < count if MASKED else None
+        p = tl.load(p_ptr + i, mask=mask).to(tl.float32)
+        g = tl.load(g_ptr + i, mask=mask).to(tl.float32)
+        m = tl.load(m_ptr + i, mask=mask)
+        v = tl.load(v_ptr + i, mask=mask)
+        m = b1 * m + w1 * g
+        v = b2 * v + w2 * g * g
+        u = scale * m / (tl.sqrt_rn(shrink * v + eps_root) + eps)
+        if DECAY:
+            u += weight_decay * p
+        p -= lr * u
+        tl.store(m_ptr + i, m, mask=mask)
+        tl.store(v_ptr + i, v, mask=mask)
+        if STOCHASTIC:
+            tl.store(p_ptr + i, stochastic_bfloat16(p, words_of(start, seed, step, BLOCK)), mask=mask)
+        else:
+            tl.store(p_ptr + i, p.to(p_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,157 @@
+"""AdamW with moments in 8 bits in one pass over memory: decode, update, encode; all tensors in one launch."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from optim import backend
+from optim.kernels import tables
+from optim.kernels.adamw import MASTER, Scalars
+
+Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Parameter, gradient, codes and scales of m, codes and scales of v."""
+
+_CHUNK = 2048
+
+
+def adamw_8bit_step(
+    rows: Sequence[Row],
+    scalars: Sequence[Scalars],
+    *,
+    books: tuple[Tensor, Tensor],
+    block_size: int,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    eps_root: float = 0.0,
+) -> None:
+    """In place on rows that `fits`: `AdamWRule` on m = book[code] scale, with nearest codes of what that leaves.
+
+    Its definition is `Quantized.step` around `AdamWRule` with dynamic codes: scales are the largest magnitudes of
+    `block_size` consecutive entries, a number halfway between two values of the book gets the lower one, and a positive
+    second moment never the code of zero. The parameter moves by the moments before they are encoded.
+    books: increasing float32 [256] each, of m and of v.
+    Bytes: 16.1 a float32 parameter (reads p, g, both codes; writes p and both codes), 10.1 in bfloat16. Bound by the 18
+    table look-ups for each parameter: two values, and two binary searches among 255 limits.
+    """
+    pools: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
+    for i, (p, g, *_) in enumerate(rows):
+        pools.setdefault((p.device, p.dtype, g.dtype), []).append(i)
+    size = max(_CHUNK, block_size)
+    for (device, p_dtype, g_dtype), index in pools.items():
+        pool = [rows[i] for i in index]
+        plan = tables.chunks(tuple(row[0].numel() for row in pool), size, device)
+        addresses = [[*(t.data_ptr() for t in rows[i]), rows[i][0].numel()] for i in index]
+        torch.autograd.graph.increment_version([t for p, _, *state in pool for t in (p, *state)])
+        backend.launch(
+            _adamw_8bit_kernel, (len(plan),),
+            tables.on_device(addresses, torch.int64, device),
+            tables.on_device([scalars[i][:2] for i in index], torch.float32, device), plan,
+            *_device_books(*books, device), lr, weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps,
+            eps_root, P=backend.triton_dtype(p_dtype), G=backend.triton_dtype(g_dtype), ALIGNED=tables.aligned(pool),
+            DECAY=weight_decay != 0, BLOCKS=size // block_size, SIZE=block_size, device=device,
+        )
+
+
+def fits(row: Row, block_size: int) -> bool:
+    """Whether the kernel takes such a parameter: contiguous, codes uint8, blocks a power of 2 from 16 to 4096."""
+    p, g, m, m_scales, v, v_scales = row
+    return (
+        backend.use_triton(*row)
+        and 16 <= block_size <= 4096
+        and block_size & (block_size - 1) == 0
+        and p.dtype in MASTER
+        and g.dtype in MASTER
+        and m.dtype == v.dtype == torch.uint8
+        and m_scales.dtype == v_scales.dtype == torch.float32
+        and p.shape == g.shape == m.shape == v.shape
+        and m_scales.shape == v_scales.shape == (-(-p.numel() // block_size),)
+        and all(t.is_contiguous() for t in row)
+    )
+
+
+@lru_cache(maxsize=8)
+def _device_books(m_book: Tensor, v_book: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values and limits (halfway between values, as float32 has it) of both books."""
+    m_limits, v_limits = ((book[:-1] + book[1:]) / 2 for book in (m_book, v_book))
+    return m_book.to(device), m_limits.to(device), v_book.to(device), v_limits.to(device)
+
+
+if backend.triton is not None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _encode(x, limits, codes_ptr, scales_ptr, at, mask, block, exists, SIGNED: tl.constexpr, BLOCKS: tl.constexpr,
+                SIZE: tl.constexpr):
+        """Writes the codes and scales of x [BLOCKS, SIZE]; outside the tensor x is 0."""
+        largest = tl.max(tl.abs(x), axis=1)
+        y = tl.div_rn(x, tl.broadcast_to(tl.where(largest > 0, largest, 1.0)[:, None], (BLOCKS, SIZE)))
+        code = tl.zeros((BLOCKS, SIZE), dtype=tl.int32)
+        for k in tl.static_range(8):  # the number of limits below y
+            guess = code + (128 >> k)
+            code = tl.where(y > tl.load(limits + guess - 1), guess, code)
+        if not SIGNED:
+            code = tl.maximum(code, (y > 0).to(tl.int32))
+        tl.store(codes_ptr + at, code.to(tl.uint8), mask=mask)
+        tl.store(scales_ptr + block, largest, mask=exists)
+
+    @triton.jit
+    def _adamw_8bit_kernel(
+        table, factors, chunks, m_book, m_limits, v_book, v_limits, lr, weight_decay, b1, w1, b2, w2, eps, eps_root,
+        P: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, DECAY: tl.constexpr, BLOCKS: tl.constexpr,
+        SIZE: tl.constexpr,
+    ):
+        program = tl.program_id(0).to(tl.int64)
+        tensor = tl.load(chunks + 2 * program)
+        start = tl.multiple_of(tl.load(chunks + 2 * program + 1), BLOCKS * SIZE)
+        row = table + 7 * tensor
+        p_ptr = tl.load(row).to(tl.pointer_type(P))
+        g_ptr = tl.load(row + 1).to(tl.pointer_type(G))
+        m_ptr = tl.load(row + 2).to(tl.pointer_type(tl.uint8))
+        ms_ptr = tl.load(row + 3).to(tl.pointer_type(tl.float32))
+        v_ptr = tl.load(row + 4).to(tl.pointer_type(tl.uint8))
+        vs_ptr = tl.load(row + 5).to(tl.pointer_type(tl.float32))
+        if ALIGNED:
+            p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
+            m_ptr, v_ptr = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
+        count = tl.load(row + 6)
+        scale = tl.load(factors + 2 * tensor)
+        shrink = tl.load(factors + 2 * tensor + 1)
+        # a mask, even one that is all true, would keep memory from being read 16 bytes at a time
+        if start + BLOCKS * SIZE <= count:
+            _adamw_8bit_chunk(p_ptr, g_ptr, m_ptr, ms_ptr, v_ptr, vs_ptr, start, count, scale, shrink, m_book, m_limits,
+                              v_book, v_limits, lr, weight_decay, b1, w1, b2, w2, eps, eps_root, False, DECAY, BLOCKS,
+                              SIZE)
+        else:
+            _adamw_8bit_chunk(p_ptr, g_ptr, m_ptr, ms_ptr, v_ptr, vs_ptr, start, count, scale, shrink, m_book, m_limits,
+                              v_book, v_limits, lr, weight_decay, b1, w1, b2, w2, eps, eps_root, True, DECAY, BLOCKS,
+                              SIZE)
+
+    @triton.jit
+    def _adamw_8bit_chunk(
+        p_ptr, g_ptr, m_ptr, ms_ptr, v_ptr, vs_ptr, start, count, scale, shrink, m_book, m_limits, v_book, v_limits, lr,
+        weight_decay, b1, w1, b2, w2, eps, eps_root, MASKED: tl.constexpr, DECAY: tl.constexpr, BLOCKS: tl.constexpr,
+        SIZE: tl.constexpr,
+    ):
+        block = start // SIZE + tl.arange(0, BLOCKS)
+        at = start + (tl.arange(0, BLOCKS) * SIZE)[:, None] + tl.arange(0, SIZE)[None, :]  # int64
+        mask = at < count if MASKED else None
+        exists = block * SIZE < count if MASKED else None
+        p = tl.load(p_ptr + at, mask=mask).to(tl.float32)
+        g = tl.load(g_ptr + at, mask=mask).to(tl.float32)
+        m = tl.load(m_book + tl.load(m_ptr + at, mask=mask, other=0).to(tl.int32))
+        v = tl.load(v_book + tl.load(v_ptr + at, mask=mask, other=0).to(tl.int32))
+        m = b1 * (m * tl.load(ms_ptr + block, mask=exists)[:, None]) + w1 * g
+        v = b2 * (v * tl.load(vs_ptr + block, mask=exists)[:, None]) + w2 * g * g
+        u = scale * m / (tl.sqrt_rn(shrink * v + eps_root) + eps)
+        if DECAY:
+            u += weight_decay * p
+        tl.store(p_ptr + at, (p - lr * u).to(p_ptr.dtype.element_ty), mask=mask)
+        if MASKED:  # what lies behind the tensor must not be the largest of its last block
+            m, v = tl.where(mask, m, 0.0), tl.where(mask, v, 0.0)
+        _encode(m, m_limits, m_ptr, ms_ptr, at, mask, block, exists, True, BLOCKS, SIZE)
+        _encode(v, v_limits, v_ptr, vs_ptr, at, mask, block, exists, False, BLOCKS, SIZE)

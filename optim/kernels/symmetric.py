@@ -1,0 +1,94 @@
+"""Products that give symmetric matrices, half of the tiles computed and the other half mirrored: for Newton-Schulz."""
+
+import torch
+from torch import Tensor
+
+from optim import backend
+
+
+def gram(x: Tensor, add: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """Stacks x [n, p, q] and add [n, p, p] that `fits` -> alpha x x^T + beta add, [n, p, p] in x's dtype; summed in
+    float32 and rounded once. add: symmetric, for its upper triangle of tiles is not read.
+
+    Its definition is ``torch.baddbmm(add, x, x.mT, beta=beta, alpha=alpha)``.
+    FLOP: p^2 q and a tile's width more, where a general product takes 2 p^2 q. Bytes in 16 bit: about 2 (p q + p^2).
+    Bound by the tensor cores from p of about 700 on, below that by memory and by the launch.
+    """
+    n, p, q = x.shape
+    out = torch.empty(n, p, p, dtype=x.dtype, device=x.device)
+    block, depth, warps = (128, 64, 8) if p > 64 else (64, 64, 4) if p > 16 else (16, 32, 1)
+    if backend.interpreted:
+        block, depth = 16, 32
+    tiles = -(-p // block)
+    addend = out if add is None else add
+    backend.launch(
+        _gram_kernel, (tiles * (tiles + 1) // 2, n), x, addend, out, p, q, *x.stride(), *addend.stride()[:2],
+        alpha, beta, ADD=add is not None, WIDE=backend.interpreted, BLOCK=block, DEPTH=depth,
+        device=x.device, num_warps=warps, num_stages=3,
+    )
+    return out
+
+
+def polynomial(x: Tensor, b: float, c: float) -> Tensor:
+    """x [n, p, q] that `fits` -> b A + c A A with A = x x^T: the inner part of a Newton-Schulz step, [n, p, p].
+
+    A is symmetric, so A A = A A^T is such a product too.
+    """
+    a = gram(x)
+    return gram(a, a, alpha=c, beta=b)
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the kernel takes it: a stack of matrices in 16 bit, on a GPU, dense in one of its last dimensions.
+
+    In float32 the library's product is used: without tensor cores half the tiles are not half the time.
+    """
+    return (
+        backend.use_triton(x)
+        and x.ndim == 3
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and (x.stride(1) == 1 or x.stride(2) == 1)
+        and 0 < len(x) < 1 << 16
+    )
+
+
+if backend.triton is not None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _gram_kernel(
+        x, add, out, p, q, stride_n, stride_p, stride_q, add_n, add_p, alpha, beta,
+        ADD: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    ):
+        # tile k of the lower triangle is in row i = floor((sqrt(8 k + 1) - 1) / 2); the root may be off by one
+        k = tl.program_id(0)
+        i = ((tl.sqrt(8.0 * k + 1.0) - 1.0) / 2.0).to(tl.int32)
+        i = tl.where(i * (i + 1) // 2 > k, i - 1, i)
+        i = tl.where((i + 1) * (i + 2) // 2 <= k, i + 1, i)
+        j = k - i * (i + 1) // 2
+        matrix = tl.program_id(1).to(tl.int64)
+        rows, columns = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
+        inner = tl.arange(0, DEPTH)
+        left = x + matrix * stride_n + rows[:, None].to(tl.int64) * stride_p
+        right = x + matrix * stride_n + columns[None, :].to(tl.int64) * stride_p
+        total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+        for start in range(0, q, DEPTH):
+            at = (start + inner).to(tl.int64)
+            a = tl.load(left + at[None, :] * stride_q, mask=(rows < p)[:, None] & (at < q)[None, :], other=0.0)
+            b = tl.load(right + at[:, None] * stride_q, mask=(at < q)[:, None] & (columns < p)[None, :], other=0.0)
+            if WIDE:  # the interpreter would multiply the bit patterns of bfloat16
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            total = tl.dot(a, b, total)
+        total *= alpha
+        inside = (rows < p)[:, None] & (columns < p)[None, :]
+        here = rows[:, None].to(tl.int64)
+        if ADD:
+            given = tl.load(add + matrix * add_n + here * add_p + columns[None, :], mask=inside, other=0.0)
+            total += beta * given.to(tl.float32)
+        value = total.to(out.dtype.element_ty)
+        corner = out + matrix * p * p
+        tl.store(corner + here * p + columns[None, :], value, mask=inside)
+        if i != j:
+            there = columns[:, None].to(tl.int64)
+            tl.store(corner + there * p + rows[None, :], tl.trans(value), mask=tl.trans(inside))

@@ -1,0 +1,86 @@
+"""Rows or columns scaled to unit root mean square: the inner step of SinkGD and SCALE."""
+
+import torch
+from torch import Tensor
+
+from optim import backend
+
+_TILE = 64
+
+
+def unit_rms(x: Tensor, dim: int, eps: float) -> Tensor:
+    """x [..., m, n] that `fits` -> x / max(rms, eps) in x's dtype, rms of each row (dim -1) or column (-2) in float32.
+
+    Its definition is `optim.linalg.unit_rms`.
+    Rows: one program a row, which is read twice (the second time from the cache) and written once. Columns: sums of
+    squares of tiles of 64 rows, then the quotient: read twice, written once. Bound by memory: 8 bytes an entry in
+    float32 for rows, 12 for columns.
+    """
+    m, n = x.shape[-2:]
+    y, matrices = torch.empty_like(x), x.numel() // (m * n)
+    if dim == -1:
+        block = min(4096, max(16, backend.triton.next_power_of_2(n)))
+        backend.launch(_rows_kernel, (matrices * m,), x, y, n, eps, BLOCK=block, device=x.device)
+        return y
+    tiles = -(-m // _TILE)
+    sums = torch.empty(matrices, tiles, n, device=x.device)
+    grid = (-(-n // _TILE), tiles, matrices)
+    backend.launch(_column_sums_kernel, grid, x, sums, m, n, tiles, TILE=_TILE, BLOCK=_TILE, device=x.device)
+    scales = (sums.sum(1) / m).sqrt_().clamp_(min=eps)  # [matrices, n], beside [m, n] next to nothing
+    backend.launch(_divide_columns_kernel, grid, x, scales, y, m, n, TILE=_TILE, BLOCK=_TILE, device=x.device)
+    return y
+
+
+def fits(x: Tensor, dim: object) -> bool:
+    """Whether the kernel takes it: contiguous matrices of 32 or 16 bit, their rows or columns, on a GPU."""
+    return (
+        dim in (-1, -2)
+        and backend.use_triton(x)
+        and x.ndim >= 2
+        and x.is_floating_point()
+        and x.is_contiguous()
+        and 0 < x.numel()
+        and x.numel() // x.shape[-1] < 1 << 31
+        and (dim == -1 or (x.shape[-2] < _TILE << 16 and x.numel() // (x.shape[-1] * x.shape[-2]) < 1 << 16))
+    )
+
+
+if backend.triton is not None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _rows_kernel(x, y, n, eps, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64) * n  # int64: a stack may have more than 2^31 entries
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, n, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            value = tl.load(x + row + j, mask=j < n, other=0.0).to(tl.float32)
+            total += value * value
+        rms = tl.maximum(tl.sqrt_rn(tl.sum(total) / n), eps)
+        for start in range(0, n, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            value = tl.load(x + row + j, mask=j < n, other=0.0).to(tl.float32)
+            tl.store(y + row + j, (value / rms).to(y.dtype.element_ty), mask=j < n)
+
+    @triton.jit
+    def _tile(m, n, TILE: tl.constexpr, BLOCK: tl.constexpr):
+        """Offsets of this program's tile of its matrix, which of them are inside, and its columns."""
+        i = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        at = tl.program_id(2).to(tl.int64) * m * n + i[:, None].to(tl.int64) * n + j[None, :]
+        return at, (i < m)[:, None] & (j < n)[None, :], j
+
+    @triton.jit
+    def _column_sums_kernel(x, sums, m, n, tiles, TILE: tl.constexpr, BLOCK: tl.constexpr):
+        at, inside, j = _tile(m, n, TILE, BLOCK)
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        line = (tl.program_id(2).to(tl.int64) * tiles + tl.program_id(1)) * n
+        tl.store(sums + line + j, tl.sum(value * value, axis=0), mask=j < n)
+
+    @triton.jit
+    def _divide_columns_kernel(x, scales, y, m, n, TILE: tl.constexpr, BLOCK: tl.constexpr):
+        at, inside, j = _tile(m, n, TILE, BLOCK)
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scales + tl.program_id(2).to(tl.int64) * n + j, mask=j < n, other=1.0)
+        tl.store(y + at, (value / scale[None, :]).to(y.dtype.element_ty), mask=inside)
