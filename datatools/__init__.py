@@ -8,6 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datatools.coresets import CORESET_METHODS as CORESET_METHODS
+    from datatools.coresets import CoLM as CoLM
+    from datatools.coresets import cluster_sources as cluster_sources
+    from datatools.coresets import kept_by_source as kept_by_source
+    from datatools.coresets import matching_error as matching_error
+    from datatools.coresets import not_better as not_better
+    from datatools.coresets import select_batch as select_batch
+    from datatools.coresets import small_sources as small_sources
     from datatools.encodings import ENCODINGS as ENCODINGS
     from datatools.errors import DataError as DataError
     from datatools.errors import DatatoolsError as DatatoolsError
@@ -38,6 +46,14 @@ if TYPE_CHECKING:
 
 # public name -> the module that defines it
 _EXPORTS = {
+    "CORESET_METHODS": "datatools.coresets",
+    "CoLM": "datatools.coresets",
+    "cluster_sources": "datatools.coresets",
+    "kept_by_source": "datatools.coresets",
+    "matching_error": "datatools.coresets",
+    "not_better": "datatools.coresets",
+    "select_batch": "datatools.coresets",
+    "small_sources": "datatools.coresets",
     "ENCODINGS": "datatools.encodings",
     "DataError": "datatools.errors",
     "DatatoolsError": "datatools.errors",

@@ -297,7 +297,9 @@ def _unmarked(model: Any) -> Any:
 
 
 Batch = Mapping[str, Tensor]
-"""`input_ids` and `labels`, int64 [b, s], padded on the right; labels -100 where there is no loss."""
+"""`input_ids` and `labels`, int64 [b, s], padded on the right; labels -100 where there is no loss.
+
+More keys (an `attention_mask` for padding on the left, `position_ids`) are handed to the model as they are."""
 
 
 def collate(rows: list[tuple[list[int], list[int]]], *, pad: int = 0) -> dict[str, Tensor]:
@@ -330,8 +332,9 @@ def token_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         return (hidden[:, :-1][wanted], *inputs[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(narrow)
+    inputs = {key: tensor for key, tensor in batch.items() if key != "labels"}
     try:
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits
     finally:
         handle.remove()
     return functional.cross_entropy(logits.float(), labels[wanted], reduction="none"), rows
