@@ -101,6 +101,11 @@ ScheduleOption = Annotated[
 LearningRateOption = Annotated[
     float | None, _flag("--learning-rate", "peak learning rate", _TRAINING, 0.001, metavar="X")
 ]
+GradientOption = Annotated[
+    str | None,
+    _flag("--gradient", "backprop, or zo: forward passes only, in the memory of inference", _TRAINING, "backprop",
+          metavar="NAME"),
+]  # fmt: skip
 EpochsOption = Annotated[int | None, _flag("--epochs", "passes over the rows", _TRAINING, 3, metavar="N")]
 WarmupEpochsOption = Annotated[int | None, _flag("--epochs", "passes over the warm-up rows", _TRAINING, 4, metavar="N")]
 BatchSizeOption = Annotated[int | None, _flag("--batch-size", "rows an optimizer step", _TRAINING, 8, metavar="N")]
@@ -211,6 +216,9 @@ def select(
     "datatools train --model M --data a.jsonl --data b.jsonl --optimizer muon",
     "datatools train --model M --data a.jsonl --lora-rank 0 --learning-rate 2e-5",
     "datatools train --model M --data a.jsonl --optimizer lion --schedule cosine --learning-rate 1e-4",
+    "datatools train --model M --data a.jsonl --gradient zo --optimizer sgd --learning-rate 1e-5 --lora-rank 0",
+    "datatools train --model M --data a.jsonl --gradient zo --optimizer adamw --learning-rate 1e-4 \\",
+    "    --set training.zo.eps=1e-2 --set training.zo.q=4 --set training.zo.sparsity=0.5",
 )
 def train(
     yaml: YamlArgument = None,
@@ -228,6 +236,7 @@ def train(
     lora_rank: Annotated[
         int | None, _flag("--lora-rank", "rank of the adapters; 0 trains every weight", _MODEL, 8, metavar="N")
     ] = None,
+    gradient: GradientOption = None,
     optimizer: OptimizerOption = None,
     schedule: ScheduleOption = None,
     learning_rate: LearningRateOption = None,
@@ -258,6 +267,7 @@ def train(
         "out": out,
         "seed": seed,
         **_training_flags(optimizer, learning_rate, epochs, batch_size),
+        "training.gradient": gradient,
         "training.schedule": schedule,
         "lora.rank": lora_rank or None,
         "overwrite": overwrite or None,

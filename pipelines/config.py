@@ -160,6 +160,45 @@ class DataConfig(Settings):
     )
 
 
+class ZerothOrderConfig(Settings):
+    """How `gradient: zo` estimates the gradient from forward passes (MeZO and its family)."""
+
+    estimator: Literal["two-sided", "one-sided", "forward"] = Field(
+        default="two-sided",
+        description="two-sided: f(p + eps z) and f(p - eps z); one-sided: f(p + eps z) and f(p); forward: the exact "
+        "derivative along z, by forward-mode differentiation",
+    )
+    eps: float = Field(default=1e-3, gt=0, le=100, description="how far the weights move; 1e-2 suits LoRA")
+    q: int = Field(default=1, ge=1, le=10_000, description="directions a step; each costs two forward passes")
+    sign: Literal["scalar", "elementwise"] | None = Field(
+        default=None,
+        description="sign of the estimate: elementwise (the paper of ZO-SGD-Sign), scalar (its code); null is none",
+    )
+    conserve: bool = Field(
+        default=False, description="keep the best of the step, its opposite and no step; optimizer sgd without momentum"
+    )
+    sparsity: float = Field(default=0.0, ge=0, lt=1, description="share of the weights that a direction leaves alone")
+    mask: Literal["uniform", "normal"] = Field(
+        default="uniform", description="normal is the published code's slip: it drops Phi(sparsity), 0.69 for 0.5"
+    )
+    sparse_by: Literal["layer", "global"] = Field(
+        default="layer", description="the same share of every tensor, or its share of the smallest weights of all"
+    )
+    mask_steps: int = Field(default=1, ge=1, le=10**9, description="steps for which a mask is kept")
+    blocks: Literal["none", "layer", "module"] = Field(
+        default="none", description="estimate layer by layer, or by attention, feed-forward, ... one after another"
+    )
+    block_order: Literal["coordinate", "joint"] = Field(
+        default="coordinate", description="step each block before the next is estimated, or all at the end"
+    )
+    first_order_layers: int = Field(
+        default=0, ge=0, le=10_000, description="last layers that back-propagation trains, with what comes after them"
+    )
+    restore: Literal["inplace", "copy"] = Field(
+        default="inplace", description="copy restores from a copy of the weights, exactly: for 16-bit weights"
+    )
+
+
 class TrainingConfig(Settings):
     """One training run."""
 
@@ -169,6 +208,11 @@ class TrainingConfig(Settings):
     optimizer_options: Options = Field(
         default={}, description="hyper-parameters of the rule, such as {betas: [0.9, 0.95]}"
     )
+    gradient: Literal["backprop", "zo"] = Field(
+        default="backprop",
+        description="zo estimates gradients from forward passes alone, in the memory of inference (see zo below)",
+    )
+    zo: ZerothOrderConfig = Field(default=ZerothOrderConfig(), description="how `gradient: zo` estimates")
     learning_rate: float = Field(default=1e-3, ge=0, le=100, description="peak learning rate")
     weight_decay: float = Field(default=0.0, ge=0, le=100, description="decoupled weight decay")
     schedule: str = Field(
@@ -198,7 +242,7 @@ class TrainingConfig(Settings):
         description="padded tokens a forward pass; bounds memory, changes results only by rounding",
     )
     gradient_clip: float | None = Field(
-        default=1.0, gt=0, le=1e9, description="largest norm of the gradient; null does not clip"
+        default=1.0, gt=0, le=1e9, description="largest norm of the gradient; null does not clip, nor does gradient: zo"
     )
 
 

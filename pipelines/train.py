@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,6 +104,9 @@ def _save(module: Any, loaded: models.LoadedModel, result: Trained, done: Path, 
         for step, (value, rate) in enumerate(zip(result.losses, result.learning_rates, strict=True), start=1)
     ]
     files.write_text(current.path("metrics.jsonl"), "\n".join(lines) + "\n")
+    if result.directions:  # enough to replay the run: optim.zeroth_order
+        steps = (json.dumps(entry, sort_keys=True) + "\n" for entry in result.directions)
+        files.write_text(current.path("zeroth_order.jsonl"), "".join(steps))
     # last: a run that is killed before it goes on from its newest checkpoint
     _keep(done, module, *([loaded.tokenizer] if done.name == "model" else []))
 

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import optim
 from datatools import DataError, EnvironmentProblem, UsageError, files, token_batches
+from pipelines import zeroth_order
 from pipelines.config import TrainingConfig
 from pipelines.models import collate, token_losses
 
@@ -34,12 +35,16 @@ COMPLETE = "complete.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training run did: optimizer steps, and loss (mean over supervised tokens) and learning rate of each."""
+    """What a training run did: optimizer steps, and loss (mean over supervised tokens) and learning rate of each.
+
+    directions: with zeroth-order gradients, the seeds and projected gradients of each step, which replay it.
+    """
 
     steps: int
     losses: list[float]
     learning_rates: list[float]
     tokens: int
+    directions: list[dict[str, Any]] = field(default_factory=list)
 
 
 class DataTrainer(Trainer):  # type: ignore[misc]
@@ -64,6 +69,9 @@ class DataTrainer(Trainer):  # type: ignore[misc]
         self.lr_scheduler: Any
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)
+        self.source = None
+        if recipe.gradient == "zo":
+            self.source = zeroth_order.source_of(recipe, self.model, seed=self.args.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the recipe names, over the parameters that train."""
@@ -84,8 +92,11 @@ class DataTrainer(Trainer):  # type: ignore[misc]
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Gradients of the mean loss over the step's supervised tokens, by micro-batches; that loss, detached."""
-        model.train()
+        """Gradients of the mean loss over the step's supervised tokens, by micro-batches; that loss, detached.
+
+        A zeroth-order source takes the whole step here; the Trainer's own then finds no gradient and does nothing.
+        """
+        model.train(self.source is None)
         rows = inputs.pop("rows")
         items = inputs["items"]
         supervised = sum(sum(label != -100 for label in labels[1:]) for _, labels in items)
@@ -100,6 +111,13 @@ class DataTrainer(Trainer):  # type: ignore[misc]
 
         groups = token_batches([len(ids) for ids, _ in items], self.recipe.micro_tokens)
         parts = [partial(share, group) for group in groups]
+        if self.source is not None:
+            taken = self.state.global_step
+            total, directions = zeroth_order.step(self.source, self.optimizer, parts, taken=taken, rows=rows)
+            self.state.log_history.append(directions)
+            if self.observe is not None:
+                self.observe(taken + 1, rows)
+            return torch.tensor(total, device=self.args.device)
         total = 0.0
         for part in parts:
             loss = part()
@@ -158,7 +176,11 @@ def check(recipe: TrainingConfig) -> None:
 
     Raises: UsageError.
     """
-    _factors(recipe, 1, _optimizer(recipe, optim.example_parameters(recipe.block_ratios)))
+    examples = optim.example_parameters(recipe.block_ratios)
+    optimizer = _optimizer(recipe, examples)
+    _factors(recipe, 1, optimizer)
+    if recipe.gradient == "zo":
+        zeroth_order.check(recipe, optimizer, examples)
 
 
 @contextmanager
@@ -298,7 +320,7 @@ def fit(
         num_train_epochs=recipe.epochs,
         max_steps=-1 if recipe.max_steps is None else planned_steps(len(rows), recipe),  # Trainer's ignores the epochs
         learning_rate=recipe.learning_rate,
-        max_grad_norm=recipe.gradient_clip or 0.0,
+        max_grad_norm=0.0 if recipe.gradient == "zo" else recipe.gradient_clip or 0.0,
         save_strategy=strategy,
         save_steps=save if isinstance(save, int) else 500,
         logging_steps=1,
@@ -332,4 +354,5 @@ def fit(
         losses=[entry["loss"] for entry in logged],
         learning_rates=[entry["learning_rate"] for entry in logged],
         tokens=trainer.seen_tokens,
+        directions=[entry for entry in trainer.state.log_history if "projected_grad" in entry],
     )

@@ -181,7 +181,10 @@ class ZerothOrder:
 
     def _step(self, optimizer: torch.optim.Optimizer, closure: Losses, recorded: Taken | None) -> float:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-        self._check_optimizer(optimizer)
+        self.check(optimizer)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
         parts = [closure] if callable(closure) else list(closure)
         run = _Evaluations(self, parts, recorded)
         start = run.evaluate("the present weights") if self.conserve and recorded is None else 0.0
@@ -198,7 +201,8 @@ class ZerothOrder:
         self.taken += 1
         return run.losses[0] if run.losses else math.nan
 
-    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises: ValueError for an optimizer that this source cannot step, as `step` does before anything moves."""
         known = {id(p) for p in (*self.params.values(), *self.first_order.values())}
         for group in optimizer.param_groups:
             for i, p in enumerate(group["params"]):
@@ -208,7 +212,6 @@ class ZerothOrder:
                         f"ZerothOrder.step: the optimizer has parameter {name!r}, which the source was not made with; "
                         "give both the same named_parameters"
                     )
-                p.grad = None
             if self.conserve and not (_plain(group) and not group["weight_decay"]):
                 raise ValueError(
                     "ZerothOrder: conserve tries three steps and keeps one, which only plain SGD can take back; use "
