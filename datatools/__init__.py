@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from datatools.coresets import not_better as not_better
     from datatools.coresets import select_batch as select_batch
     from datatools.coresets import small_sources as small_sources
+    from datatools import order as order
     from datatools.encodings import ENCODINGS as ENCODINGS
     from datatools.errors import DataError as DataError
     from datatools.errors import DatatoolsError as DatatoolsError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from datatools.gradients import token_batches as token_batches
     from datatools.gradients import visit_per_sample_grads as visit_per_sample_grads
     from datatools.memory import keep_pages as keep_pages
+    from datatools.orders import Order as Order
     from datatools.projectors import PROJECTORS as PROJECTORS
     from datatools.projectors import Projector as Projector
     from datatools.scores import AGGREGATIONS as AGGREGATIONS
@@ -67,6 +69,7 @@ _EXPORTS = {
     "token_batches": "datatools.gradients",
     "visit_per_sample_grads": "datatools.gradients",
     "keep_pages": "datatools.memory",
+    "Order": "datatools.orders",
     "PROJECTORS": "datatools.projectors",
     "Projector": "datatools.projectors",
     "AGGREGATIONS": "datatools.scores",

@@ -1,0 +1,92 @@
+"""What would another order of training have done? Estimates from one recorded run, without retraining.
+
+    problem = Problem(loss, batches, validation)                # loss(params, batch) -> 0-d
+    recipe = Recipe.of(optimizer, rates)                        # any rule that gradients alone replay
+    reference = record(problem, recipe, range(T), params)       # anchors with optimizer states
+    surrogate = precompute("pairwise", reference, problem)
+    surrogate.score(order), surrogate.trust(order)
+    search(surrogate, "local", budget=20_000).sequences[0]
+
+| estimator | one-time | a score | what it is |
+| --- | --- | --- | --- |
+| `pairwise` | a gradient and a product a batch and anchor | T^2 numbers | precedence matrix, momentum kernel |
+| `reduced` | k products a batch and anchor | T k^2 | training replayed in k dimensions |
+| `moments` | a gradient a batch and anchor | T steps of the rule | the order's own moments on stored gradients |
+| `table` | T gradients a batch | T steps of the rule | the published method, as a baseline |
+| `groups` | G (G - 1) short runs | T G | blocks of domains, measured |
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from datatools.errors import UsageError, did_you_mean
+from datatools.order import groups, moments, pairwise, reduced, table
+from datatools.order.memorization import Map, memory_map
+from datatools.order.reference import (
+    Anchor,
+    Cost,
+    Loss,
+    Params,
+    Problem,
+    Recipe,
+    ReferenceRun,
+    States,
+    record,
+    snapshot,
+    train,
+)
+from datatools.order.search import METHODS as SEARCHES
+from datatools.order.search import Found, borda_order, curricula, exact_order, search
+from datatools.order.surrogate import LIMITS, Surrogate, trusted
+from datatools.order.validate import Judgement, Prize, break_even, calibrated, judge, prize, spearman
+
+ESTIMATORS: dict[str, Callable[..., Surrogate]] = {
+    "pairwise": pairwise.precompute,
+    "reduced": reduced.precompute,
+    "moments": moments.precompute,
+    "table": table.precompute,
+    "groups": groups.precompute,
+}
+"""Name -> `precompute(reference, problem, **options) -> Surrogate`."""
+
+
+def precompute(name: str, reference: ReferenceRun, problem: Problem, **options: Any) -> Surrogate:
+    """The surrogate of that name. Raises: UsageError for an unknown name, and what the estimator raises."""
+    if name not in ESTIMATORS:
+        raise UsageError(f"order: no estimator is called {name!r}{did_you_mean(name, ESTIMATORS)}")
+    return ESTIMATORS[name](reference, problem, **options)
+
+
+__all__ = [
+    "ESTIMATORS",
+    "LIMITS",
+    "SEARCHES",
+    "Anchor",
+    "Cost",
+    "Found",
+    "Judgement",
+    "Loss",
+    "Map",
+    "Params",
+    "Prize",
+    "Problem",
+    "Recipe",
+    "ReferenceRun",
+    "States",
+    "Surrogate",
+    "borda_order",
+    "break_even",
+    "calibrated",
+    "curricula",
+    "exact_order",
+    "judge",
+    "memory_map",
+    "precompute",
+    "prize",
+    "record",
+    "search",
+    "snapshot",
+    "spearman",
+    "train",
+    "trusted",
+]

@@ -1,0 +1,94 @@
+"""What does the place of a batch do? To its own loss (memorisation) and to the held-out loss (generalisation).
+
+    M[i, j] = loss of batch i at the end when batch i stands at position j, the rest in random order (spec A.9)
+    G[i, j] = held-out loss at the end, likewise
+    without_i = the same with batch i's step left out (its place is skipped: the others keep their learning rates)
+
+The position effect M[i, j] - mean_j M[i, .] measures recency and forgetting; presence is M[i, .] against without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datatools.errors import UsageError
+from datatools.order.reference import Params
+
+Final = Callable[[Sequence[int | None]], Params]
+"""An order, or one with a step left out (None), -> parameters at the end; true (`train`) or estimated."""
+
+
+@dataclass(frozen=True)
+class Map:
+    """batches: [B], positions: [P]. memory, held_out: [B, P], means over completions; without_memory, without_held_out:
+    [B], with the batch left out; spread: [B, P], standard error of `memory` over completions.
+    """
+
+    batches: tuple[int, ...]
+    positions: tuple[int, ...]
+    memory: Tensor
+    held_out: Tensor
+    without_memory: Tensor
+    without_held_out: Tensor
+    spread: Tensor
+
+    @property
+    def position_effect(self) -> Tensor:
+        """[B, P]: memory less its mean over positions."""
+        return self.memory - self.memory.mean(1, keepdim=True)
+
+    @property
+    def counterfactual(self) -> Tensor:
+        """[B]: by how much the batch's own loss falls for having been trained on at all."""
+        return self.without_memory - self.memory.mean(1)
+
+
+def memory_map(
+    sequence: Sequence[int],
+    final: Final,
+    train_loss: Callable[[Params, int], float],
+    held_out_loss: Callable[[Params], float],
+    *,
+    batches: Sequence[int] | None = None,
+    positions: int = 4,
+    completions: int = 8,
+    seed: int = 0,
+    advance: Callable[[int], object] | None = None,
+) -> Map:
+    """Move each of `batches` to each of `positions` places, spread over the run, with `completions` random rests.
+
+    The same rests for every batch and place. Cost: B x P x completions runs of `final`, and B x completions without.
+    Raises: UsageError for a batch that is not in the sequence, or fewer than 2 positions.
+    """
+    steps = len(sequence)
+    chosen = tuple(dict.fromkeys(sequence)) if batches is None else tuple(batches)
+    unknown = [b for b in chosen if b not in sequence]
+    if unknown:
+        raise UsageError(f"order: batch {unknown[0]} is not in the reference's sequence")
+    if not 2 <= positions <= steps or completions < 1:
+        raise UsageError(f"order: {positions} positions of {steps} steps, {completions} completions; at least 2 and 1")
+    spots = tuple(round(i * (steps - 1) / (positions - 1)) for i in range(positions))
+    rng = np.random.default_rng(seed)
+    rests = [rng.permutation(steps) for _ in range(completions)]
+    memory = torch.zeros(len(chosen), positions, completions, dtype=torch.float64)
+    held_out = torch.zeros_like(memory)
+    without = torch.zeros(len(chosen), 2, completions, dtype=torch.float64)
+    for i, batch in enumerate(chosen):
+        own = list(sequence).index(batch)
+        for r, drawn in enumerate(rests):
+            rest = [sequence[place] for place in drawn if place != own]
+            for j, spot in enumerate(spots):
+                params = final([*rest[:spot], batch, *rest[spot:]])
+                memory[i, j, r], held_out[i, j, r] = train_loss(params, batch), held_out_loss(params)
+            dropped = final([*rest[: steps // 2], None, *rest[steps // 2 :]])
+            without[i, 0, r], without[i, 1, r] = train_loss(dropped, batch), held_out_loss(dropped)
+            if advance is not None:
+                advance(positions + 1)
+    error = memory.std(2) / completions**0.5 if completions > 1 else torch.zeros(len(chosen), positions)
+    means = without.mean(2)
+    return Map(chosen, spots, memory.mean(2), held_out.mean(2), means[:, 0], means[:, 1], error)

@@ -1,0 +1,201 @@
+"""A reduced-order model: training replayed in k dimensions (spec B.4).
+
+In coordinates x = (theta - anchor) / sqrt(P) gradients and Hessians are g' = sqrt(P) g and H' = sqrt(P) H sqrt(P). With
+a basis B [p, k] of {g'_l} and sqrt(P) u, a batch is a vector B^T g'_l and a matrix B^T H'_l B, and a step of an order
+
+    g = g_l + H_l x;   m <- beta m + (1 - beta) g;   x <- x - lr_t m / (1 - beta^t)
+
+costs k^2. The held-out loss is its quadratic model in the same coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from datatools.errors import EnvironmentProblem, UsageError
+from datatools.order.pairwise import Second, expected_second_moment, used_anchors
+from datatools.order.reference import Anchor, Cost, Params, Problem, ReferenceRun
+from datatools.order.surrogate import Layout, Surrogate, linearised
+
+
+@dataclass(frozen=True, eq=False)
+class Reduced(Surrogate):
+    """What `precompute` leaves: for each of A anchors a vector and a matrix a batch, and a model of the held-out loss.
+
+    gradients: [A, n, k]; matrices: [A, n, k, k]; places: [A, k], where the anchors are; begin, carried: [k].
+    segment: int64 [T]; beta, rates, corrections [T]; held_out: (loss, [k], [k, k]) about the reference's end `ends`.
+    """
+
+    name: ClassVar[str] = "reduced"
+
+    gradients: Tensor
+    matrices: Tensor
+    places: Tensor
+    begin: Tensor
+    carried: Tensor
+    ends: Tensor
+    beta: float
+    rates: tuple[float, ...]
+    corrections: tuple[float, ...]
+    positions: tuple[int, ...]
+    loss: float
+    slope: Tensor
+    bend: Tensor
+
+    def _scores(self, sequences: Tensor) -> Tensor:
+        x, _ = self._run(sequences)
+        away = x - self.ends
+        return self.loss + away @ self.slope + 0.5 * ((away @ self.bend) * away).sum(1)
+
+    def _run(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        """The end [R, k] of each order, and the largest ||H x|| / ||g|| of its path [R]."""
+        x = self.begin.expand(len(sequences), -1).clone()
+        m = self.carried.expand(len(sequences), -1).clone()
+        worst = torch.zeros(len(sequences), dtype=x.dtype)
+        for t in range(sequences.shape[1]):
+            grad, change = self._gradient(t, sequences[:, t], x)
+            worst = torch.maximum(worst, change.norm(dim=1) / grad.norm(dim=1).clamp_min(1e-30))
+            m = self.beta * m + (1 - self.beta) * (grad + change)
+            x = x - self.rates[t] / self.corrections[t] * m
+        return x, worst
+
+    def _gradient(self, t: int, batch: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """g at the place between the two anchors around t, and H (x - that place); [R, k] each."""
+        right = next((i for i, p in enumerate(self.positions) if p >= t), len(self.positions) - 1)
+        left, share = right, 0.0
+        if self.positions[right] > t and right > 0:
+            left = right - 1
+            share = (t - self.positions[left]) / (self.positions[right] - self.positions[left])
+        grad = torch.lerp(self.gradients[left, batch], self.gradients[right, batch], share)
+        place = torch.lerp(self.places[left], self.places[right], share)
+        matrix = torch.lerp(self.matrices[left, batch], self.matrices[right, batch], share)
+        return grad, torch.einsum("rij,rj->ri", matrix, x - place)
+
+    def trust(self, sequence: Sequence[int]) -> dict[str, float]:
+        """||H x|| / ||g|| along the path, and the distance from the reference's end as a share of its way."""
+        x, worst = self._run(torch.tensor([list(sequence)]))
+        gone = float((self.ends - self.begin).norm())
+        return {"curvature": float(worst[0]), "drift": float((x[0] - self.ends).norm()) / max(gone, 1e-30)}
+
+
+def precompute(
+    reference: ReferenceRun,
+    problem: Problem,
+    *,
+    k: int = 16,
+    anchors: int | None = 1,
+    second_moment: Second = "expected",
+    limit_bytes: int = 8 << 30,
+) -> Reduced:
+    """The reduced model of a reference run.
+
+    k: dimensions, at most n + 2: the leading directions of the scaled gradients at the anchors, the held-out gradient,
+    and the way the reference went. anchors: as in `pairwise.precompute`.
+    Cost: a gradient and k Hessian-vector products a batch and anchor, and k for the held-out loss.
+    """
+    n = len(problem.batches)
+    chosen = used_anchors(reference, anchors)
+    layout = Layout.of(reference.start.params)
+    dtype = next(iter(reference.start.params.values())).dtype
+    need = len(chosen) * n * layout.size * dtype.itemsize
+    if need > limit_bytes:
+        raise EnvironmentProblem(
+            f"order: reduced keeps {len(chosen)} x {n} gradients of {layout.size:,} numbers while it is made, "
+            f"{need / 2**30:.1f} GiB; more than {limit_bytes / 2**30:.1f}: use one anchor, adapters, or pairwise"
+        )
+    if k < 1:
+        raise UsageError(f"order: a reduced model of {k} dimensions; at least 1")
+    before = (problem.cost.gradients, problem.cost.hvps)
+    grads = torch.empty(len(chosen), n, layout.size, dtype=dtype)
+    for a, anchor in enumerate(chosen):
+        for b in range(n):
+            raw = problem.gradient(anchor.params, b)
+            grads[a, b] = layout.vector(raw) * reference.recipe.clip_factor(raw)
+    middle = len(chosen) // 2
+    v = None
+    if second_moment == "expected":
+        v = expected_second_moment(reference, layout, grads[middle])
+    filtered = linearised(reference, layout, chosen[middle].position, v)
+    root = filtered.preconditioner.to(dtype).sqrt()
+    u = layout.vector(problem.held_out_gradient(reference.end.params))
+    end, begin = layout.vector(reference.end.params), layout.vector(reference.start.params)
+
+    def coordinates(difference: Tensor) -> Tensor:
+        return difference / root
+
+    scaled = root * grads
+    must = torch.stack([root * u, coordinates(end - begin), root * filtered.carried.to(dtype)])
+    basis = leading(scaled.reshape(-1, layout.size), must, k)  # [p, k]
+    k = basis.shape[1]
+    lifted = root[:, None] * basis  # a step in x, as a step in theta
+
+    def matrix(product: Callable[[Params], Params]) -> Tensor:
+        columns = [product(layout.tensors(lifted[:, j].contiguous())) for j in range(k)]
+        dense = torch.stack([lifted.T @ layout.vector(column) for column in columns]).double()
+        return (dense + dense.T) / 2
+
+    def product(anchor: Anchor, batch: int) -> Callable[[Params], Params]:
+        return lambda vector: problem.hvp(anchor.params, batch, vector)
+
+    matrices = torch.stack([torch.stack([matrix(product(anchor, b)) for b in range(n)]) for anchor in chosen])
+    clipped = reference.recipe.clip is not None
+    if clipped:
+        for a, anchor in enumerate(chosen):
+            for b in range(n):
+                matrices[a, b] *= reference.recipe.clip_factor(problem.gradient(anchor.params, b))
+    held_out = matrix(lambda v: problem.held_out_hvp(reference.end.params, v))
+    origin = layout.vector(chosen[middle].params)
+
+    def place(vector: Tensor) -> Tensor:
+        return (basis.T @ coordinates(vector - origin)).double()
+
+    steps = range(len(reference.sequence))
+    cost = Cost(
+        gradients=problem.cost.gradients - before[0],
+        hvps=problem.cost.hvps - before[1],
+        bytes=need + basis.numel() * dtype.itemsize,
+    )
+    made = Reduced(
+        reference.sequence,
+        cost,
+        (scaled @ basis).double(),
+        matrices,
+        torch.stack([place(layout.vector(a.params)) for a in chosen]),
+        place(begin),
+        (basis.T @ (root * filtered.carried.to(dtype))).double(),
+        torch.zeros(k, dtype=torch.float64),
+        filtered.beta,
+        reference.recipe.rates,
+        tuple(filtered.correction(t) for t in steps),
+        tuple(a.position for a in chosen),
+        problem.held_out_loss(reference.end.params),
+        (lifted.T @ u).double(),
+        held_out,
+    )
+    ends = made._run(torch.tensor([list(reference.sequence)]))[0][0]
+    object.__setattr__(made, "ends", ends)  # the model's own end of the reference order: score(reference) is its loss
+    return made
+
+
+def leading(rows: Tensor, must: Tensor, k: int) -> Tensor:
+    """[p, <= k] orthonormal: the directions of `must`, then the leading ones of `rows` [m, p] beside them."""
+    kept = [row / row.norm() for row in must if float(row.norm()) > 0]
+    first = orthonormal(torch.stack(kept[:k]).T)
+    rest = rows - (rows @ first) @ first.T
+    room = min(k - first.shape[1], len(rows))
+    if room <= 0:
+        return first
+    values, vectors = torch.linalg.eigh((rest @ rest.T).double())
+    top = vectors[:, -room:].flip(1)[:, values[-room:].flip(0) > 1e-12 * values[-1].clamp_min(1e-30)]
+    return orthonormal(torch.cat([first, rest.T @ top.to(rows.dtype)], 1))
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """An orthonormal basis [p, m] of what the columns [p, m] span."""
+    q: Tensor = torch.linalg.qr(columns).Q
+    return q

@@ -1,0 +1,453 @@
+"""A run to lean on: how parameters step, what the loss is, and a recorded run with its anchors.
+
+Everything here is a function of named tensors. `Problem` is the loss and the data, `Recipe` the optimizer and its
+learning rates by position, `train` the loop. Estimators and true retrainings use the same `Recipe.step`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from datatools import files
+from datatools.errors import DataError, UsageError
+from datatools.orders import check_permutation
+from optim import Optimizer, State, UpdateMap, UpdateRule, curvature, rule_from
+
+Params: TypeAlias = dict[str, Tensor]
+"""Parameters, gradients or displacements: name -> [*shape]."""
+States: TypeAlias = dict[str, State]
+Loss: TypeAlias = Callable[[Params, Any], Tensor]
+"""(parameters, batch) -> mean loss of the batch, 0-d, differentiable in the parameters."""
+
+_FORMAT = 1
+
+
+@dataclass
+class Cost:
+    """What an estimator spent: passes over one batch. A gradient is the unit; forward passes count a third of it."""
+
+    gradients: int = 0
+    hvps: int = 0
+    forwards: int = 0
+    bytes: int = 0
+
+    def in_gradients(self, *, hvp: float = 3.0) -> float:
+        """Batch-gradient equivalents, a Hessian-vector product being `hvp` of them (2 to 4; spec B.2)."""
+        return self.gradients + hvp * self.hvps + self.forwards / 3
+
+
+@dataclass
+class Problem:
+    """The data of an order question: n training batches, held-out batches, one loss for both.
+
+    weights: of the held-out batches (numbers of tokens, say); equal unless given.
+    cost: counted up by every call, so that estimators can say what they spent.
+    Raises: UsageError for no batches; DataError for a loss that is not finite.
+    """
+
+    loss: Loss
+    batches: Sequence[Any]
+    validation: Sequence[Any]
+    weights: Sequence[float] | None = None
+    hvp_method: str = "auto"
+    cost: Cost = field(default_factory=Cost)
+
+    def __post_init__(self) -> None:
+        if not len(self.batches) or not len(self.validation):
+            raise UsageError("order: a problem needs training batches and held-out batches")
+
+    def gradient(self, params: Params, batch: int) -> Params:
+        """The gradient of training batch `batch` at `params`; a parameter that the loss misses has zero."""
+        self.cost.gradients += 1
+        return self._grad(params, self.batches[batch], f"batch {batch}")
+
+    def held_out_gradient(self, params: Params) -> Params:
+        """The gradient of the held-out loss."""
+        self.cost.gradients += len(self.validation)
+        total: Params = {}
+        for weight, batch in self._weighted():
+            for name, grad in self._grad(params, batch, "a held-out batch").items():
+                total[name] = weight * grad + total[name] if name in total else weight * grad
+        return total
+
+    def held_out_loss(self, params: Params) -> float:
+        """The weighted mean loss over the held-out batches."""
+        self.cost.forwards += len(self.validation)
+        with torch.no_grad():
+            return math.fsum(weight * float(self.loss(params, batch)) for weight, batch in self._weighted())
+
+    def train_loss(self, params: Params, batch: int) -> float:
+        """The loss of training batch `batch`."""
+        self.cost.forwards += 1
+        with torch.no_grad():
+            return float(self.loss(params, self.batches[batch]))
+
+    def hvp(self, params: Params, batch: int, vector: Params) -> Params:
+        """H v of training batch `batch` at `params`: `optim.curvature.hvp`, exact or by differences (`hvp_method`)."""
+        self.cost.hvps += 1
+        return self._hvp(params, self.batches[batch], vector)
+
+    def held_out_hvp(self, params: Params, vector: Params) -> Params:
+        """H v of the held-out loss."""
+        self.cost.hvps += len(self.validation)
+        total = {name: torch.zeros_like(p) for name, p in params.items()}
+        for weight, batch in self._weighted():
+            product = self._hvp(params, batch, vector)
+            total = {name: t + weight * product[name] for name, t in total.items()}
+        return total
+
+    def _hvp(self, params: Params, data: Any, vector: Params) -> Params:
+        leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+        found = curvature.hvp(
+            lambda: self.loss(leaves, data),
+            list(leaves.values()),
+            [vector[name].to(p.dtype) for name, p in leaves.items()],
+            method=self.hvp_method,
+        )
+        return {
+            name: torch.zeros_like(p) if h is None else h.detach()
+            for (name, p), h in zip(leaves.items(), found, strict=True)
+        }
+
+    def _weighted(self) -> Iterator[tuple[float, Any]]:
+        weights = self.weights if self.weights is not None else [1.0] * len(self.validation)
+        total = math.fsum(weights)
+        for weight, batch in zip(weights, self.validation, strict=True):
+            yield weight / total, batch
+
+    def _grad(self, params: Params, data: Any, what: str) -> Params:
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        with torch.enable_grad():
+            loss = self.loss(leaves, data)
+            if not bool(loss.isfinite()):
+                raise DataError(f"order: the loss of {what} is {float(loss.detach())}; lower the learning rate")
+            if not loss.requires_grad:
+                raise UsageError(
+                    f"order: the loss of {what} cannot be differentiated in the parameters: a kernel of the model has "
+                    "no backward, or the loss was detached; use attention 'sdpa' or 'eager', and no inference mode"
+                )
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(params.items(), grads, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How parameters step: a rule, a factor of the learning rate and a weight decay a parameter; rates by position.
+
+    rates: [T], the learning rate belongs to the position, never to the batch.
+    clip: largest norm of the whole gradient, or None.
+    Raises: UsageError for rules that cannot be replayed out of a gradient alone: those that read a curvature, and those
+    whose parameters tell each other something at every step (`UpdateRule.share`).
+    """
+
+    rules: Mapping[str, UpdateRule]
+    rates: tuple[float, ...]
+    factors: Mapping[str, float]
+    weight_decay: Mapping[str, float]
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, rule in self.rules.items():
+            shares = type(rule).share is not UpdateRule.share
+            if shares or isinstance(rule, curvature.CurvatureRule):
+                why = "its parameters share statistics" if shares else "it reads a curvature that only `refresh` renews"
+                raise UsageError(
+                    f"order: the rule {rule.name!r} of {name!r} cannot be replayed from gradients alone ({why}); "
+                    "train with adamw, sgd, lion, nadam, adabelief or muon"
+                )
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, rates: Sequence[float], *, clip: float | None = None) -> Recipe:
+        """The recipe of an optimizer built from named parameters; `rates` are those of its first group."""
+        rules: dict[str, UpdateRule] = {}
+        factors: dict[str, float] = {}
+        decay: dict[str, float] = {}
+        first = float(optimizer.param_groups[0]["lr"])
+        for group in optimizer.param_groups:
+            for name in group["param_names"]:
+                rules[name] = _rule(group["rule"])
+                factors[name] = float(group["lr"]) / first if first else 1.0
+                decay[name] = float(group["weight_decay"])
+        return cls(rules, tuple(float(r) for r in rates), factors, decay, clip)
+
+    def init(self, params: Params) -> States:
+        """The states before the first step."""
+        return {name: rule.init(params[name]) for name, rule in self.rules.items()}
+
+    def clip_factor(self, grads: Params) -> float:
+        """What clipping multiplies this gradient with."""
+        if self.clip is None:
+            return 1.0
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+        return min(1.0, self.clip / (norm + 1e-6))
+
+    def step(self, params: Params, states: States, grads: Params, position: int) -> tuple[Params, States]:
+        """Parameters and states after the step at `position` (0-based) on `grads`; arguments untouched."""
+        scale = self.clip_factor(grads)
+        new_params: Params = {}
+        new_states: States = {}
+        with torch.no_grad():
+            for name, rule in self.rules.items():
+                grad = grads[name] if scale == 1.0 else grads[name] * scale
+                lr, decay = self.rates[position] * self.factors[name], self.weight_decay[name]
+                moved, state = rule.stepped(params[name], grad, states[name], lr=lr, weight_decay=decay or None)
+                new_params[name], new_states[name] = moved.to(params[name].dtype), state
+        return new_params, new_states
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, for `meta.json`."""
+        return {
+            "rules": {name: rule.describe() for name, rule in self.rules.items()},
+            "rates": list(self.rates),
+            "factors": dict(self.factors),
+            "weight_decay": dict(self.weight_decay),
+            "clip": self.clip,
+        }
+
+    @classmethod
+    def from_description(cls, saved: Mapping[str, Any]) -> Recipe:
+        """The inverse of `describe`."""
+        rules = {name: rule_from(rule) for name, rule in saved["rules"].items()}
+        return cls(rules, tuple(saved["rates"]), saved["factors"], saved["weight_decay"], saved["clip"])
+
+
+def _rule(found: Any) -> UpdateRule:
+    return found if isinstance(found, UpdateRule) else rule_from(found)
+
+
+def train(
+    problem: Problem,
+    recipe: Recipe,
+    sequence: Sequence[int | None],
+    params: Params,
+    states: States | None = None,
+    *,
+    start: int = 0,
+    observe: Callable[[int, Params, States], None] | None = None,
+) -> tuple[Params, States]:
+    """Train from position `start` to the end of `sequence`: the definition that every estimator approximates.
+
+    A step whose batch is None is left out: the next ones keep their positions, and so their learning rates.
+    observe: called before each step, and after the last, with (position, parameters, states).
+    """
+    states = recipe.init(params) if states is None else states
+    for position in range(start, len(sequence)):
+        if observe is not None:
+            observe(position, params, states)
+        batch = sequence[position]
+        if batch is not None:
+            params, states = recipe.step(params, states, problem.gradient(params, batch), position)
+    if observe is not None:
+        observe(len(sequence), params, states)
+    return params, states
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Parameters and optimizer states before the step at `position` (T: after the last)."""
+
+    position: int
+    params: Params
+    states: States
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """One recorded run: its sequence of batches, its recipe, and anchors of which the first and the last are the ends.
+
+    facts: what it was made with (model, data, code); `check_same` refuses another's.
+    """
+
+    sequence: tuple[int, ...]
+    recipe: Recipe
+    anchors: tuple[Anchor, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def start(self) -> Anchor:
+        """Where training begins."""
+        return self.anchors[0]
+
+    @property
+    def end(self) -> Anchor:
+        """What the reference order ended with."""
+        return self.anchors[-1]
+
+    def nearest(self, position: float) -> Anchor:
+        """The anchor whose position is nearest."""
+        return min(self.anchors, key=lambda anchor: (abs(anchor.position - position), anchor.position))
+
+    def check(self, sequence: Sequence[int]) -> None:
+        """Raise UsageError unless `sequence` is a permutation of the reference's."""
+        check_permutation(sequence, self.sequence)
+
+    def check_same(self, facts: Mapping[str, Any], what: str = "this run") -> None:
+        """Raise DataError, naming the first fact that differs, unless the reference was made with the same."""
+        for name in sorted(set(self.facts) | set(facts)):
+            if self.facts.get(name) != facts.get(name):
+                raise DataError(
+                    f"the reference run was recorded with another {name} than {what}: {self.facts.get(name)!r} there, "
+                    f"{facts.get(name)!r} here; record it again"
+                )
+
+    def save(self, folder: Path) -> None:
+        """Write `anchor-NNNNN.safetensors` and, last, `meta.json`."""
+        files.make_folder(folder)
+        for anchor in self.anchors:
+            save_anchor(folder, anchor)
+        files.write_json(
+            folder / "meta.json",
+            {
+                "format": _FORMAT,
+                "sequence": list(self.sequence),
+                "recipe": self.recipe.describe(),
+                "anchors": [anchor.position for anchor in self.anchors],
+                "shapes": {name: list(p.shape) for name, p in self.start.params.items()},
+                "facts": dict(self.facts),
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> ReferenceRun:
+        """Read what `save` wrote. Raises: DataError when something is missing or damaged, naming it."""
+        meta = files.read_json(folder / "meta.json")
+        try:
+            if meta["format"] != _FORMAT:
+                raise DataError(f"{folder}: a reference run of format {meta['format']}, this version reads {_FORMAT}")
+            recipe = Recipe.from_description(meta["recipe"])
+            anchors = tuple(load_anchor(folder, position, recipe) for position in meta["anchors"])
+            return cls(tuple(meta["sequence"]), recipe, anchors, meta["facts"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{folder / 'meta.json'} is damaged ({error!r}); record the reference run again") from error
+
+
+def anchor_path(folder: Path, position: int) -> Path:
+    """Where the anchor of a position stands."""
+    return folder / f"anchor-{position:05d}.safetensors"
+
+
+def save_anchor(folder: Path, anchor: Anchor) -> None:
+    """Write one anchor, whole or not at all."""
+    tensors = {f"param/{name}": p.contiguous() for name, p in anchor.params.items()}
+    for name, state in anchor.states.items():
+        tensors |= {f"state/{name}/{key}": value.contiguous().clone() for key, value in state.items()}
+    files.write_bytes(anchor_path(folder, anchor.position), safetensors.torch.save(tensors))
+
+
+def load_anchor(folder: Path, position: int, recipe: Recipe) -> Anchor:
+    """Read one anchor. Raises: DataError when it is missing, damaged, or lacks parameters or states of the recipe."""
+    path = anchor_path(folder, position)
+    try:
+        tensors = safetensors.torch.load(files.read_bytes(path))
+    except SafetensorError as error:
+        raise DataError(f"{path} is damaged ({error}); record the reference run again") from error
+    params = {name: tensors[f"param/{name}"] for name in recipe.rules if f"param/{name}" in tensors}
+    missing = [name for name in recipe.rules if name not in params]
+    states: States = {}
+    for name, rule in recipe.rules.items():
+        if name in params:
+            keys = rule.init(params[name])
+            states[name] = {k: tensors[f"state/{name}/{k}"] for k in keys if f"state/{name}/{k}" in tensors}
+            missing += [f"{name}/{key}" for key in keys if key not in states[name]]
+    if missing:
+        raise DataError(
+            f"{path} lacks {missing[0]!r} (and {len(missing) - 1} more): a reference run needs the parameters and the "
+            "optimizer states of every anchor; record it again"
+        )
+    return Anchor(position, params, states)
+
+
+def anchor_positions(steps: int, anchors: int) -> list[int]:
+    """`anchors` positions spread evenly over 0..steps, both ends among them."""
+    if not 2 <= anchors <= steps + 1:
+        raise UsageError(f"order: {anchors} anchors for {steps} steps; expected 2 to {steps + 1}")
+    return sorted({round(i * steps / (anchors - 1)) for i in range(anchors)})
+
+
+def record(
+    problem: Problem,
+    recipe: Recipe,
+    sequence: Sequence[int],
+    params: Params,
+    states: States | None = None,
+    *,
+    anchors: int = 3,
+    folder: Path | None = None,
+    facts: Mapping[str, Any] | None = None,
+    observe: Callable[[int], None] | None = None,
+) -> ReferenceRun:
+    """Train in the reference order and keep the anchors; with `folder`, a killed recording goes on at its last one.
+
+    states: of a run that was warm before; fresh ones if not given.
+    Raises: UsageError for a sequence that does not fit; DataError for a folder that holds another reference run.
+    """
+    if len(sequence) != len(recipe.rates):
+        raise UsageError(f"order: {len(sequence)} steps and {len(recipe.rates)} learning rates; one a position")
+    wrong = [b for b in sequence if not 0 <= b < len(problem.batches)]
+    if wrong:
+        raise UsageError(f"order: batch {wrong[0]} does not exist; there are {len(problem.batches)}")
+    positions = anchor_positions(len(sequence), anchors)
+    wanted = {
+        "sequence": list(sequence),
+        "recipe": recipe.describe(),
+        "anchors": positions,
+        "facts": dict(facts or {}),
+    }
+    kept: dict[int, Anchor] = {}
+    if folder is not None:
+        files.make_folder(folder)
+        plan = folder / "plan.json"
+        if plan.is_file() and files.read_bytes(plan) != files.json_bytes(wanted):
+            raise DataError(f"{folder} holds another reference run, or a part of one; choose another folder")
+        if (folder / "meta.json").is_file():
+            return ReferenceRun.load(folder)
+        files.write_json(plan, wanted)
+        for position in positions:
+            if not anchor_path(folder, position).is_file():
+                break
+            kept[position] = load_anchor(folder, position, recipe)
+    check_repeatable(problem, params, sequence[0])
+    newest = kept[max(kept)] if kept else Anchor(0, params, recipe.init(params) if states is None else states)
+
+    def keep(position: int, now: Params, state: States) -> None:
+        if observe is not None:
+            observe(position)
+        if position in positions and position not in kept:
+            kept[position] = Anchor(position, now, state)
+            if folder is not None:
+                save_anchor(folder, kept[position])
+
+    train(problem, recipe, sequence, newest.params, newest.states, start=newest.position, observe=keep)
+    run = ReferenceRun(tuple(sequence), recipe, tuple(kept[p] for p in positions), dict(facts or {}))
+    if folder is not None:
+        run.save(folder)
+    return run
+
+
+def check_repeatable(problem: Problem, params: Params, batch: int) -> None:
+    """Raise DataError when the loss is not the same twice: dropout, or data drawn anew. Every estimate differentiates
+    one loss, and a random one would be another at each call.
+    """
+    first, again = problem.train_loss(params, batch), problem.train_loss(params, batch)
+    if first != again and not (math.isnan(first) and math.isnan(again)):
+        raise DataError(
+            f"order: the loss of batch {batch} is {first!r}, and {again!r} when computed again: it is random (dropout "
+            "is on?). Put the model in eval mode, and set dropout to 0"
+        )
+
+
+def snapshot(optimizer: Optimizer, position: int) -> Anchor:
+    """An anchor of a run that trains in place (a `Trainer`): copies of parameters and states."""
+    found = UpdateMap.of(optimizer)
+    return Anchor(position, dict(found.params), {name: dict(state) for name, state in found.states.items()})

@@ -1,0 +1,286 @@
+"""Which order is best? Every method proposes permutations, a surrogate scores them, the best are kept.
+
+local   swaps and moves from the best start there is (Borda, curricula), until none helps; then again from elsewhere
+genetic tournament 3, order crossover 0.9, mutation 0.2 (swap, move, reverse), 2 elites (spec A.8)
+borda   batches sorted by the row sums of the precedence matrix, or by their regressed effect of position
+random  as many random orders as the others may score: what a search must beat
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datatools.errors import UsageError, did_you_mean
+from datatools.order.pairwise import Pairwise
+from datatools.order.surrogate import Surrogate
+
+Permutation = NDArray[np.int64]  # [T], places of the reference's sequence
+_EXACT_LIMIT = 12
+
+
+@dataclass(frozen=True)
+class Found:
+    """The orders of a search, best first: each once, with its score; and how many orders it scored."""
+
+    sequences: list[tuple[int, ...]]
+    scores: list[float]
+    evaluations: int
+
+
+class _Scorer:
+    """Scores permutations of the reference's places, counts them, and remembers the best few."""
+
+    def __init__(self, surrogate: Surrogate, budget: int, keep: int) -> None:
+        self.surrogate, self.budget, self.keep = surrogate, budget, keep
+        self.labels = np.asarray(surrogate.sequence, dtype=np.int64)
+        self.used = 0
+        self.best: dict[tuple[int, ...], float] = {}
+
+    @property
+    def left(self) -> int:
+        return self.budget - self.used
+
+    def __call__(self, permutations: NDArray[np.int64]) -> NDArray[np.float64]:
+        """[R, T] -> [R]; not more than the budget allows are scored, the others get infinity."""
+        scores = np.full(len(permutations), np.inf)
+        allowed = permutations[: max(0, self.left)]
+        if len(allowed):
+            sequences = self.labels[allowed]
+            scores[: len(allowed)] = self.surrogate._scores(torch.from_numpy(sequences)).numpy()
+            self.used += len(allowed)
+            for index in np.argsort(scores[: len(allowed)], kind="stable")[: self.keep]:
+                self.best[tuple(sequences[index].tolist())] = float(scores[index])
+            if len(self.best) > 4 * self.keep:
+                self.best = dict(sorted(self.best.items(), key=lambda item: item[1])[: self.keep])
+        return scores
+
+    def found(self) -> Found:
+        ranked = sorted(self.best.items(), key=lambda item: (item[1], item[0]))[: self.keep]
+        return Found([s for s, _ in ranked], [v for _, v in ranked], self.used)
+
+
+def search(
+    surrogate: Surrogate,
+    method: str = "local",
+    *,
+    budget: int = 20_000,
+    seed: int = 0,
+    starts: Sequence[Sequence[int]] = (),
+    keep: int = 5,
+) -> Found:
+    """The best orders that `method` finds by scoring at most `budget` orders; lower scores are better.
+
+    starts: orders to begin with (curricula); the reference is always one.
+    Raises: UsageError for an unknown method, or a start that is no permutation of the reference.
+    """
+    if method not in METHODS:
+        raise UsageError(f"order: no search is called {method!r}{did_you_mean(method, METHODS)}")
+    if budget < 1 or keep < 1:
+        raise UsageError(f"order: a search of {budget} orders that keeps {keep}; both must be at least 1")
+    scorer = _Scorer(surrogate, budget, keep)
+    given = [np.arange(len(surrogate.sequence))] + [places(start, surrogate.sequence) for start in starts]
+    METHODS[method](scorer, given, np.random.default_rng(seed))
+    return scorer.found()
+
+
+def places(sequence: Sequence[int], reference: Sequence[int]) -> Permutation:
+    """The permutation p with reference[p[t]] = sequence[t]; repeated batches keep their turn."""
+    where: dict[int, list[int]] = {}
+    for place, batch in reversed(list(enumerate(reference))):
+        where.setdefault(int(batch), []).append(place)
+    try:
+        if len(sequence) != len(reference):
+            raise IndexError
+        return np.array([where[int(batch)].pop() for batch in sequence], dtype=np.int64)
+    except (KeyError, IndexError):
+        from datatools.orders import check_permutation
+
+        check_permutation(sequence, reference)
+        raise
+
+
+def _random(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator) -> None:
+    scorer(np.stack(starts))
+    steps = len(starts[0])
+    while scorer.left > 0:
+        scorer(rng.permuted(np.tile(np.arange(steps), (min(scorer.left, 512), 1)), axis=1))
+
+
+def borda_order(surrogate: Surrogate, scorer: _Scorer | None = None, *, seed: int = 0) -> Permutation:
+    """Places sorted by what it costs to have them late.
+
+    Of a precedence matrix its row sums; of any other surrogate the slope of its score in a place's position, over 4 T
+    random orders (at most half the budget).
+    """
+    steps = len(surrogate.sequence)
+    if isinstance(surrogate, Pairwise):
+        matrix = surrogate.matrix().numpy()
+        labels = np.asarray(surrogate.sequence)
+        # matrix[i, j] is the cost of i before j: the lowest sum over all others goes first
+        return np.argsort(matrix[labels][:, labels].sum(1), kind="stable").astype(np.int64)
+    scorer = scorer or _Scorer(surrogate, 4 * steps, 1)
+    rng = np.random.default_rng(seed)
+    count = max(2, min(4 * steps, scorer.left // 2))
+    drawn = rng.permuted(np.tile(np.arange(steps), (count, 1)), axis=1)
+    scores = scorer(drawn)
+    usable = np.isfinite(scores)
+    positions = np.argsort(drawn[usable], axis=1).astype(np.float64)
+    slope = (positions - positions.mean(0)).T @ (scores[usable] - scores[usable].mean())
+    return np.argsort(-slope, kind="stable").astype(np.int64)  # a score that rises with the position: go early
+
+
+def _borda(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator) -> None:
+    scorer(borda_order(scorer.surrogate, scorer, seed=int(rng.integers(2**31)))[None])
+
+
+def neighbours(permutation: Permutation, places_: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For every (kind, a, b) of `places_` [M, 3]: the permutation with a and b swapped (0), or a moved to b (1)."""
+    made = np.tile(permutation, (len(places_), 1))
+    for row, (kind, a, b) in zip(made, places_, strict=True):
+        if kind == 0:
+            row[a], row[b] = row[b], row[a]
+        elif a < b:
+            row[a : b + 1] = np.roll(row[a : b + 1], -1)
+        else:
+            row[b : a + 1] = np.roll(row[b : a + 1], 1)
+    return made
+
+
+def _local(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator) -> None:
+    borda = borda_order(scorer.surrogate, scorer, seed=int(rng.integers(2**31)))
+    pool = [borda, *starts]
+    scores = scorer(np.stack(pool))
+    queue = [pool[i] for i in np.argsort(scores, kind="stable")]
+    steps = len(borda)
+    moves = np.array([(kind, a, b) for kind in (0, 1) for a in range(steps) for b in range(steps) if a != b])
+    moves = moves[~((moves[:, 0] == 0) & (moves[:, 1] > moves[:, 2]))]
+    while scorer.left > 0 and len(moves):
+        current = queue.pop(0) if queue else rng.permutation(steps)
+        value = float(scorer(current[None])[0])
+        batch = 64 if not isinstance(scorer.surrogate, Pairwise) else 256
+        improved = True
+        while improved and scorer.left > 0:
+            improved = False
+            order = rng.permutation(len(moves))
+            for lo in range(0, len(moves), batch):
+                tried = neighbours(current, moves[order[lo : lo + batch]])
+                found = scorer(tried)
+                if scorer.left <= 0 and not np.isfinite(found).any():
+                    break
+                best = int(np.argmin(found))
+                if found[best] < value - 1e-12 * max(1.0, abs(value)):
+                    current, value, improved = tried[best], float(found[best]), True
+
+
+def order_crossover(first: Permutation, second: Permutation, lo: int, hi: int) -> Permutation:
+    """OX: first's places lo..hi-1 where they are, the others in second's order from hi on."""
+    child = np.empty_like(first)
+    child[lo:hi] = first[lo:hi]
+    rest = np.roll(second, -hi)
+    rest = rest[~np.isin(rest, first[lo:hi])]
+    steps = len(first)
+    child[(hi + np.arange(steps - (hi - lo))) % steps] = rest
+    return child
+
+
+def _genetic(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator) -> None:
+    steps, size = len(starts[0]), max(4, min(64, scorer.budget // 10))
+    population = np.stack(
+        [*starts, borda_order(scorer.surrogate, scorer, seed=int(rng.integers(2**31)))][:size]
+        + [rng.permutation(steps) for _ in range(max(0, size - len(starts) - 1))]
+    )
+    scores = scorer(population)
+    while scorer.left > 0:
+        elites = population[np.argsort(scores, kind="stable")[:2]]
+        children = []
+        for _ in range(size - 2):
+            one, two = (min(rng.integers(size, size=3), key=lambda i: scores[i]) for _ in range(2))
+            child = population[one].copy()
+            if rng.random() < 0.9 and steps > 1:
+                lo, hi = sorted(rng.choice(steps + 1, size=2, replace=False))
+                child = order_crossover(population[one], population[two], int(lo), int(hi))
+            if rng.random() < 0.2 and steps > 1:
+                a, b = (int(x) for x in rng.choice(steps, size=2, replace=False))
+                kind = int(rng.integers(3))
+                if kind == 2:
+                    lo, hi = min(a, b), max(a, b) + 1
+                    child[lo:hi] = child[lo:hi][::-1].copy()
+                else:
+                    child = neighbours(child, np.array([(kind, a, b)]))[0]
+            children.append(child)
+        kept = scores[np.argsort(scores, kind="stable")[:2]]
+        made = np.stack(children)
+        population, scores = np.concatenate([elites, made]), np.concatenate([kept, scorer(made)])
+
+
+METHODS: dict[str, Callable[[_Scorer, list[Permutation], np.random.Generator], None]] = {
+    "local": _local,
+    "genetic": _genetic,
+    "borda": _borda,
+    "random": _random,
+}
+"""Name -> search."""
+
+
+def exact_order(costs: Tensor) -> tuple[list[int], float]:
+    """The order of <= 12 groups that minimises the sum of costs[i, j] over i before j, and that sum.
+
+    Dynamic programming over subsets, O(2^n n^2) (Held and Karp). Raises: UsageError for more groups.
+    """
+    n = len(costs)
+    if n > _EXACT_LIMIT:
+        raise UsageError(f"order: exact search of {n} groups; at most {_EXACT_LIMIT}, use method 'local'")
+    cost = costs.double().numpy()
+    best = np.full(1 << n, np.inf)
+    last = np.zeros(1 << n, dtype=np.int64)
+    best[0] = 0.0
+    into = np.zeros((n, 1 << n))  # into[j, S] = sum of cost[i, j] over i in S
+    for subset in range(1, 1 << n):
+        low = (subset & -subset).bit_length() - 1
+        into[:, subset] = into[:, subset & (subset - 1)] + cost[low]
+    for subset in range(1, 1 << n):
+        for j in range(n):
+            if subset >> j & 1:
+                without = subset ^ (1 << j)
+                value = best[without] + into[j, without]
+                if value < best[subset]:
+                    best[subset], last[subset] = value, j
+    order, subset = [], (1 << n) - 1
+    while subset:
+        order.append(int(last[subset]))
+        subset ^= 1 << order[-1]
+    return order[::-1], float(best[-1])
+
+
+# ----------------------------------------------------------------------------------------------------------- curricula
+
+
+def curricula(
+    sequence: Sequence[int], values: Mapping[str, Sequence[float]], sources: Sequence[str] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The usual candidates: batches sorted by each value ("short first", ...) and the reverse; sources one after the
+    other, and taking turns. All are permutations of `sequence`; ties keep its order.
+
+    values: name -> one number a batch. sources: one name a batch.
+    """
+    made: dict[str, tuple[int, ...]] = {}
+    for name, numbers in values.items():
+        rising = sorted(sequence, key=lambda b: numbers[b])  # noqa: B023 (used at once)
+        made[f"{name}, rising"] = tuple(rising)
+        made[f"{name}, falling"] = tuple(reversed(rising))
+    if sources is not None and len(set(sources)) > 1:
+        names = list(dict.fromkeys(sources[b] for b in sequence))
+        blocks = {name: [b for b in sequence if sources[b] == name] for name in names}
+        made["sources, one by one"] = tuple(b for name in names for b in blocks[name])
+        made["sources, one by one, reversed"] = made["sources, one by one"][::-1]
+        turns: list[tuple[float, int, int]] = []
+        for number, name in enumerate(names):  # each source spread evenly over the run
+            turns += [((i + 0.5) / len(blocks[name]), number, b) for i, b in enumerate(blocks[name])]
+        made["sources, interleaved"] = tuple(b for _, _, b in sorted(turns, key=lambda turn: turn[:2]))
+    return made

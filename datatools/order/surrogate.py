@@ -1,0 +1,175 @@
+"""What an estimator leaves behind: a cheap function from orders to predicted held-out losses."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from datatools.errors import UsageError
+from datatools.order.reference import Cost, Params, ReferenceRun
+from datatools.orders import check_permutation
+
+HVP_WARNING = 0.5  # ||H d|| / ||g|| along the path (spec B.6)
+DRIFT_WARNING = 0.7  # ||gamma_t - theta_t|| / ||theta_t - theta_0|| (spec B.6)
+
+
+@dataclass(frozen=True, eq=False)
+class Surrogate(ABC):
+    """Predicts the held-out loss at the end of training in any order of the reference's batches; lower is better.
+
+    sequence: the reference's. cost: what it took to make. Scores of orders that are no permutation of it are refused.
+    """
+
+    name: ClassVar[str]
+    sequence: tuple[int, ...]
+    cost: Cost
+
+    def score(self, sequence: Sequence[int]) -> float:
+        """The predicted held-out loss of one order. Raises: UsageError when it is no permutation."""
+        return float(self.scores([sequence])[0])
+
+    def scores(self, sequences: Iterable[Sequence[int]]) -> Tensor:
+        """The predicted held-out losses [R] of R orders."""
+        listed = [list(map(int, s)) for s in sequences]
+        for sequence in listed:
+            check_permutation(sequence, self.sequence)
+        return self._scores(torch.tensor(listed, dtype=torch.int64).reshape(-1, len(self.sequence)))
+
+    @abstractmethod
+    def _scores(self, sequences: Tensor) -> Tensor:
+        """`scores` of checked sequences, int64 [R, T] -> float64 [R]."""
+
+    @abstractmethod
+    def trust(self, sequence: Sequence[int]) -> dict[str, float]:
+        """Indicators of how far the estimate is from what it rests on, each with a limit in `LIMITS`; small is good."""
+
+
+LIMITS: dict[str, float] = {"curvature": HVP_WARNING, "drift": DRIFT_WARNING, "second_order": 0.5}
+"""Where an indicator of `trust` says that the estimate may not hold."""
+
+
+def trusted(indicators: Mapping[str, float]) -> bool:
+    """Whether every indicator is within its limit (and a number)."""
+    return all(math.isfinite(value) and value <= LIMITS.get(name, math.inf) for name, value in indicators.items())
+
+
+# -------------------------------------------------------------------------------------------- named tensors as vectors
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How named tensors lie in one vector [p], in the order of the names."""
+
+    shapes: Mapping[str, torch.Size]
+
+    @classmethod
+    def of(cls, params: Params) -> Layout:
+        """The layout of these parameters."""
+        return cls({name: p.shape for name, p in params.items()})
+
+    @property
+    def size(self) -> int:
+        """p."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def vector(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """[p]."""
+        return torch.cat([tensors[name].detach().reshape(-1).to(dtype) for name in self.shapes])
+
+    def tensors(self, vector: Tensor) -> Params:
+        """name -> [*shape], views of the vector."""
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        return {
+            name: part.view(shape)
+            for (name, shape), part in zip(self.shapes.items(), torch.split(vector, sizes), strict=True)
+        }
+
+
+# ----------------------------------------------------------------------------------------- linear moments, as numbers
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A rule with frozen second moment, as a linear filter with a diagonal preconditioner.
+
+    One step: m <- beta m + (1 - beta) g, theta <- theta - lr P m / (1 - beta^t) (without bias correction: P m).
+    SGD with momentum mu is beta = mu, P = 1 / (1 - mu).
+    """
+
+    beta: float
+    preconditioner: Tensor  # [p]
+    carried: Tensor  # [p], the first moment before the first step
+    steps: int | None  # taken before the first position; None: no bias correction
+
+    def correction(self, position: int) -> float:
+        """What m is divided by at a position."""
+        return 1.0 if self.steps is None else 1.0 - self.beta ** (self.steps + position + 1)
+
+    def filter(self, rates: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """E [T, T + 1] and e [T + 1], float64: what a gradient at s, and the carried moment, have moved before step q.
+
+        d_q = -P (sum_{s < q} E[s, q] g_s + e[q] m_0);  E[s, q] = sum_{t = s}^{q - 1} lr_t (1 - b) b^(t - s) / c_t. With
+        one learning rate and no bias correction E[s, q] = lr (1 - b^(q - s)): the momentum kernel of spec B.3, and
+        E[s, T] its tail.
+        """
+        n, b = len(rates), self.beta
+        moved, carried = torch.zeros(n, n + 1, dtype=torch.float64), torch.zeros(n + 1, dtype=torch.float64)
+        weights = torch.zeros(n, dtype=torch.float64)
+        for t, rate in enumerate(rates):
+            weights *= b
+            weights[t] += 1 - b
+            moved[:, t + 1] = moved[:, t] + rate * weights / self.correction(t)
+            carried[t + 1] = carried[t] + rate * b ** (t + 1) / self.correction(t)
+        return moved, carried
+
+
+def linearised(reference: ReferenceRun, layout: Layout, position: int, second_moment: Tensor | None) -> Linear:
+    """The linear filter of the reference's rule, its second moment frozen.
+
+    second_moment: [p], bias-corrected, in place of the one in the anchor's state.
+    Raises: UsageError for rules whose moments are not linear: those of `own-moments` are exact for any.
+    """
+    rules = list(reference.recipe.rules.values())
+    rule, fields = rules[0], rules[0].describe()
+    if any(other != rule for other in rules) or rule.name not in ("adamw", "sgd"):
+        names = sorted({r.name for r in rules})
+        raise UsageError(
+            f"order: this estimator needs moments that are linear with a frozen preconditioner, which adamw and sgd "
+            f"have, the same for every parameter; the reference was trained with {', '.join(names)}. Use the estimator "
+            "'moments', which carries the state of any rule"
+        )
+    factors = torch.cat(
+        [
+            torch.full((shape.numel(),), float(reference.recipe.factors[name]))
+            for name, shape in layout.shapes.items()
+        ]
+    )
+    states = reference.start.states
+    if rule.name == "sgd":
+        mu = float(fields["momentum"])
+        if fields.get("nesterov") or fields.get("dampening"):
+            raise UsageError("order: sgd with nesterov or dampening is not linearised; use the estimator 'moments'")
+        carried = torch.zeros(layout.size)
+        if mu and all("momentum_buffer" in state for state in states.values()):
+            carried = layout.vector({n: s["momentum_buffer"] for n, s in states.items()}) * (1 - mu)
+        return Linear(mu, factors / (1 - mu), carried, None)
+    if fields.get("amsgrad"):
+        raise UsageError("order: adamw with amsgrad is not linearised; use the estimator 'moments'")
+    b1, b2 = fields["betas"]
+    anchor = reference.nearest(position)
+    if second_moment is None:
+        steps = float(next(iter(anchor.states.values()))["step"])
+        if steps == 0:
+            raise UsageError("order: the second moment at step 0 is zero; anchor later, or warm up first")
+        correct = 1 - b2**steps if fields["bias_correction"] else 1.0
+        second_moment = layout.vector({n: s["exp_avg_sq"] for n, s in anchor.states.items()}) / correct
+    taken = int(next(iter(states.values()))["step"])
+    preconditioner = factors.to(second_moment) / ((second_moment + fields["eps_root"]).sqrt() + fields["eps"])
+    carried = layout.vector({n: s["exp_avg"] for n, s in states.items()})
+    return Linear(float(b1), preconditioner, carried, taken if fields["bias_correction"] else None)

@@ -1,0 +1,172 @@
+"""Does a surrogate hold? Its estimates against true retrainings (spec B.6)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Numbers = Sequence[float] | NDArray[np.float64]
+_DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Estimated against true losses of the same R orders; intervals are 95 % bootstrap over orders.
+
+    regret: true loss of the order that the estimator likes best, less the best true loss. pearson, mae: of the losses;
+    mae_relative: mae over that of always answering the reference's loss (below 1: better than no estimate).
+    hit_rate: share of pairs of orders ranked rightly. conformal: 90 % of new orders lie within +- this of the estimate,
+    after its mean error is taken off (None below 9 orders, where no such interval is finite).
+    """
+
+    orders: int
+    spearman: float | None
+    spearman_interval: tuple[float, float] | None
+    pearson: float | None
+    pearson_interval: tuple[float, float] | None
+    regret: float
+    regret_random: float
+    hit_rate: float | None
+    hit_rate_interval: tuple[float, float] | None
+    mae: float
+    mae_relative: float | None
+    bias: float
+    conformal: float | None
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values, for JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def judge(estimated: Numbers, true: Numbers, *, reference: float, seed: int = 0) -> Judgement:
+    """What `Judgement` says. reference: the true loss of the reference order.
+
+    Raises: ValueError for unequal lengths or fewer than two orders.
+    """
+    e, t = np.asarray(estimated, dtype=np.float64), np.asarray(true, dtype=np.float64)
+    if e.shape != t.shape or e.ndim != 1 or len(e) < 2:
+        raise ValueError(f"judge: {e.shape} estimates and {t.shape} true losses; expected two rows of 2 or more")
+    error = e - t
+    none = float(np.abs(reference - t).mean())
+    centred = np.abs(error - error.mean())
+    rank = math.ceil(0.9 * (len(t) + 1))
+    return Judgement(
+        orders=len(t),
+        spearman=spearman(e, t),
+        spearman_interval=bootstrap(spearman, e, t, seed=seed),
+        pearson=pearson(e, t),
+        pearson_interval=bootstrap(pearson, e, t, seed=seed),
+        regret=float(t[int(np.argmin(e))] - t.min()),
+        regret_random=float(t.mean() - t.min()),
+        hit_rate=hit_rate(e, t),
+        hit_rate_interval=bootstrap(hit_rate, e, t, seed=seed),
+        mae=float(np.abs(error).mean()),
+        mae_relative=float(np.abs(error).mean()) / none if none > 0 else None,
+        bias=float(error.mean()),
+        conformal=float(np.sort(centred)[rank - 1]) if rank <= len(t) else None,
+    )
+
+
+def ranks(values: Numbers) -> NDArray[np.float64]:
+    """1..n, equal values sharing their mean rank."""
+    v = np.asarray(values, dtype=np.float64)
+    _, group, counts = np.unique(v, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    mean: NDArray[np.float64] = ((ends - counts + 1) + ends)[group] / 2
+    return mean
+
+
+def pearson(a: Numbers, b: Numbers) -> float | None:
+    """Linear correlation; None where one of them does not vary."""
+    x, y = (np.asarray(v, dtype=np.float64) - np.mean(v) for v in (a, b))
+    scale = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y) / scale if scale > 0 else None
+
+
+def spearman(a: Numbers, b: Numbers) -> float | None:
+    """Rank correlation; None where one of them does not vary."""
+    return pearson(ranks(a), ranks(b))
+
+
+def hit_rate(a: Numbers, b: Numbers) -> float | None:
+    """Share of pairs that a and b order alike, among those that differ in b; ties of a count half."""
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    i, j = np.triu_indices(len(x), 1)
+    signs = np.sign(x[i] - x[j]) * np.sign(y[i] - y[j])
+    differ = y[i] != y[j]
+    return float((signs[differ] + 1).mean() / 2) if differ.any() else None
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.float64], NDArray[np.float64]], float | None],
+    a: NDArray[np.float64],
+    b: NDArray[np.float64],
+    *,
+    seed: int = 0,
+    draws: int = _DRAWS,
+) -> tuple[float, float] | None:
+    """95 % percentile interval over resampled orders; None where fewer than half of the draws have the statistic."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(draws):
+        rows = rng.integers(len(a), size=len(a))
+        value = statistic(a[rows], b[rows])
+        if value is not None:
+            found.append(value)
+    if 2 * len(found) < draws:
+        return None
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Prize:
+    """Is there anything to win? Spread of the loss over orders against spread over seeds of one order (spec B.5)."""
+
+    over_orders: float
+    over_seeds: float
+    ratio: float | None
+    worth_it: bool
+
+    def sentence(self) -> str:
+        """For people."""
+        spread = f"losses differ by {self.over_orders:.3g} over orders (standard deviation)"
+        if self.ratio is None:
+            return f"{spread}; nothing else in this run is random, so every difference is the order's"
+        verdict = "an order can matter" if self.worth_it else "less than twice: there is little to win by ordering"
+        return f"{spread} and by {self.over_seeds:.3g} over seeds, {self.ratio:.1f} times as much; {verdict}"
+
+
+def prize(orders: Numbers, seeds: Numbers) -> Prize:
+    """Compare true losses of several orders with those of one order under several seeds (at least two of each)."""
+    a, b = float(np.std(orders, ddof=1)), float(np.std(seeds, ddof=1))
+    ratio = a / b if b > 0 else None
+    return Prize(a, b, ratio, a > 0 and (ratio is None or ratio >= 2))
+
+
+def calibrated(
+    estimates: NDArray[np.float64], true: Numbers, rows: Sequence[int]
+) -> tuple[NDArray[np.float64], list[float]]:
+    """Estimates [E, R] of several surrogates, mixed by ridge regression on the true losses of the orders `rows`.
+
+    Features are standardised, the penalty (1) keeps a mixture of few true runs from following their noise. Returns the
+    mixed estimates [R] and the weights; rows outside `rows` are predictions.
+    """
+    x = np.asarray(estimates, dtype=np.float64).T
+    y = np.asarray(true, dtype=np.float64)[list(rows)]
+    mean, scale = x[list(rows)].mean(0), x[list(rows)].std(0)
+    z = (x - mean) / np.where(scale > 0, scale, 1.0)
+    fit = z[list(rows)]
+    weights = np.linalg.solve(fit.T @ fit + np.eye(z.shape[1]), fit.T @ (y - y.mean()))
+    mixed: NDArray[np.float64] = y.mean() + z @ weights
+    return mixed, [float(w) for w in weights]
+
+
+def break_even(precompute_gradients: float, steps: int, score_gradients: float = 0.0) -> float:
+    """From how many orders on an estimate is cheaper than retraining them all: inf if a score costs as much."""
+    saved = steps - score_gradients
+    return precompute_gradients / saved if saved > 0 else math.inf

@@ -1,0 +1,229 @@
+"""What theory promises of the estimators, on problems small enough to know."""
+
+import math
+
+import pytest
+import torch
+
+from datatools import DataError, UsageError
+from datatools.order import moments, pairwise, reduced, table
+from datatools.order.reference import Problem, ReferenceRun, anchor_path, record, train
+from datatools.order.surrogate import Linear, trusted
+from optim import AdamWRule, LionRule, SGDRule, SophiaGRule, SPAMRule
+from tests.datatools.order.quadratics import loss, random_problem, recipe, run
+
+
+def drawn(steps: int, seed: int) -> list[int]:
+    return torch.randperm(steps, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def reference(problem: Problem, rule=None, rate: float = 0.05, size: int = 5, **more) -> ReferenceRun:  # type: ignore[no-untyped-def]
+    rates = [rate * (1 + 0.1 * t) for t in range(len(problem.batches))]
+    return run(problem, rule or AdamWRule(), [0.3] * size, rates, **more)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "rule, more",
+    [
+        (AdamWRule(), {}),
+        (SGDRule(momentum=0.9), {}),
+        (LionRule(), {}),
+        (AdamWRule(), {"weight_decay": 0.1, "clip": 0.5}),
+    ],
+    ids=["adamw", "sgd", "lion", "decay and clipping"],
+)
+def test_own_moments_with_products_are_exact_on_quadratics(seed, rule, more) -> None:  # type: ignore[no-untyped-def]
+    steps, size = 2 + seed, 1 + seed % 5
+    problem = random_problem(steps, size, seed)
+    ref = reference(problem, rule, size=size, **more)
+    order = drawn(steps, seed)
+    true, _ = train(problem, ref.recipe, order, ref.start.params)
+    got = moments.precompute(ref, problem, hessian="exact").final(order)
+    torch.testing.assert_close(got["theta"], true["theta"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("derivative", ["none", "exact", "secant"])
+def test_the_reference_order_reproduces_the_reference(derivative: str) -> None:
+    problem = random_problem(6, 4, 0)
+    ref = reference(problem, size=4)
+    for estimate in (
+        table.precompute(ref, problem, derivative=derivative),  # type: ignore[arg-type]
+        moments.precompute(ref, problem, hessian="none"),
+        moments.precompute(ref, problem, hessian="exact"),
+    ):
+        torch.testing.assert_close(estimate.final(ref.sequence), ref.end.params, rtol=1e-12, atol=0)
+    true = problem.held_out_loss(ref.end.params)
+    for make in (pairwise, reduced):
+        assert make.precompute(ref, problem).score(ref.sequence) == pytest.approx(true, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "make", [table.precompute, moments.precompute, pairwise.precompute, reduced.precompute], ids=lambda m: m.__module__
+)
+def test_relabelled_batches_give_the_same_scores(make) -> None:  # type: ignore[no-untyped-def]
+    problem = random_problem(6, 4, 1)
+    ref = reference(problem, size=4)
+    names = drawn(6, 3)  # batch b is called names[b]
+    shuffled = [problem.batches[names.index(b)] for b in range(6)]
+    renamed = Problem(loss, shuffled, problem.validation)
+    ref2 = record(
+        renamed, ref.recipe, [names[b] for b in ref.sequence], ref.start.params, anchors=len(ref.sequence) + 1
+    )
+    first, second = make(ref, problem), make(ref2, renamed)
+    for seed in range(5):
+        order = drawn(6, seed)
+        assert second.score([names[b] for b in order]) == pytest.approx(first.score(order), rel=1e-9)
+
+
+def test_pairwise_and_reduced_follow_the_truth_where_steps_are_small() -> None:
+    """The spread over orders is of second order in the learning rate, the error of third: their quotient of first."""
+    problem = random_problem(7, 5, 2)
+    errors = {}
+    for rate in (0.01, 0.005):
+        ref = run(problem, SGDRule(momentum=0.8), [0.3] * 5, [rate] * 7)
+        orders = [drawn(7, seed) for seed in range(8)]
+        true = torch.tensor(
+            [problem.held_out_loss(train(problem, ref.recipe, o, ref.start.params)[0]) for o in orders]
+        )
+        for name, estimate in {
+            "one anchor": pairwise.precompute(ref, problem, anchors=1),
+            "all anchors": pairwise.precompute(ref, problem),
+            "reduced": reduced.precompute(ref, problem, k=7),
+        }.items():
+            errors[name, rate] = float((estimate.scores(orders) - true).abs().max() / true.std())
+    for name in ("one anchor", "all anchors", "reduced"):
+        assert errors[name, 0.005] < 0.1, errors
+        assert errors[name, 0.005] < 0.6 * errors[name, 0.01] or errors[name, 0.005] < 1e-5, errors
+    assert errors["reduced", 0.01] < 1e-5, "k = p: the model is the problem itself"
+
+
+def test_scores_of_many_orders_are_those_of_each() -> None:
+    problem = random_problem(9, 5, 3)
+    for make in (pairwise.precompute, reduced.precompute):
+        estimate = make(reference(problem), problem)
+        orders = [drawn(9, seed) for seed in range(40)]
+        together = estimate.scores(orders)
+        torch.testing.assert_close(together, torch.tensor([estimate.score(o) for o in orders], dtype=torch.float64))
+
+
+def test_several_epochs_repeat_batches() -> None:
+    problem = random_problem(3, 4, 4)
+    rates = [0.05] * 6
+    params = {"theta": torch.full((4,), 0.3, dtype=torch.float64)}
+    ref = record(problem, recipe(AdamWRule(), rates), [0, 1, 2, 0, 1, 2], params, anchors=7)
+    order = [2, 2, 0, 1, 1, 0]
+    true, _ = train(problem, ref.recipe, order, params)
+    got = moments.precompute(ref, problem, hessian="exact").final(order)
+    torch.testing.assert_close(got["theta"], true["theta"], rtol=1e-9, atol=1e-12)
+    assert math.isfinite(pairwise.precompute(ref, problem).score(order))
+    with pytest.raises(UsageError, match="batch 0 comes 3 times and 2 times"):
+        pairwise.precompute(ref, problem).score([0, 0, 0, 1, 1, 2])
+
+
+def test_a_killed_recording_goes_on(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    problem = random_problem(6, 4, 5)
+    params = {"theta": torch.full((4,), 0.3, dtype=torch.float64)}
+    rec = recipe(AdamWRule(), [0.05] * 6)
+    whole = record(problem, rec, range(6), params, anchors=4, folder=tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    def kill(position: int) -> None:
+        if position == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        record(problem, rec, range(6), params, anchors=4, folder=tmp_path / "part", observe=kill)
+    assert not (tmp_path / "part" / "meta.json").exists()
+    before = problem.cost.gradients
+    record(problem, rec, range(6), params, anchors=4, folder=tmp_path / "part")
+    assert problem.cost.gradients - before == 2, "it goes on at the anchor before step 4"
+    read = ReferenceRun.load(tmp_path / "part")
+    assert read.recipe == whole.recipe and read.sequence == whole.sequence
+    for a, b in zip(read.anchors, whole.anchors, strict=True):
+        assert torch.equal(a.params["theta"], b.params["theta"])
+        assert torch.equal(a.states["theta"]["exp_avg_sq"], b.states["theta"]["exp_avg_sq"])
+    with pytest.raises(DataError, match="another reference run"):
+        record(problem, rec, [1, 0, 2, 3, 4, 5], params, anchors=4, folder=tmp_path / "part")
+    with pytest.raises(DataError, match="another model than"):
+        ReferenceRun(whole.sequence, rec, whole.anchors, {"model": "a"}).check_same({"model": "b"})
+
+
+def test_missing_states_are_refused_by_name(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    from safetensors.torch import load_file, save_file
+
+    problem = random_problem(3, 4, 5)
+    run_ = reference(problem, size=4)
+    run_.save(tmp_path)
+    path = anchor_path(tmp_path, 1)
+    save_file({k: v for k, v in load_file(path).items() if "exp_avg_sq" not in k}, path)
+    with pytest.raises(DataError, match=r"anchor-00001.*lacks 'theta/exp_avg_sq'"):
+        ReferenceRun.load(tmp_path)
+
+
+def test_a_random_loss_is_refused() -> None:
+    def noisy(params, batch):  # type: ignore[no-untyped-def]
+        return loss(params, batch) * (1 + 0.1 * torch.rand(()))
+
+    clean = random_problem(3, 4, 6)
+    with pytest.raises(DataError, match="it is random .dropout"):
+        reference(Problem(noisy, clean.batches, clean.validation), size=4)
+
+
+def test_a_loss_without_gradient_is_refused() -> None:
+    def detached(params, batch):  # type: ignore[no-untyped-def]
+        return loss({n: p.detach() for n, p in params.items()}, batch)
+
+    clean = random_problem(3, 4, 6)
+    with pytest.raises(UsageError, match="no backward"):
+        reference(Problem(detached, clean.batches, clean.validation), size=4)
+
+
+@pytest.mark.parametrize("rule", [SPAMRule(), SophiaGRule()])
+def test_rules_that_gradients_alone_do_not_replay_are_refused(rule) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UsageError, match="cannot be replayed from gradients alone"):
+        recipe(rule, [0.1])
+
+
+def test_rules_without_linear_moments_are_refused_where_they_must_be() -> None:
+    problem = random_problem(4, 3, 7)
+    ref = reference(problem, LionRule(), size=3)
+    for make in (pairwise.precompute, reduced.precompute):
+        with pytest.raises(UsageError, match=r"trained with lion. Use the estimator 'moments'"):
+            make(ref, problem)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 9]])
+def test_no_permutation_is_refused(order: list[int]) -> None:
+    problem = random_problem(4, 3, 7)
+    ref = reference(problem, size=3)
+    for make in (pairwise.precompute, reduced.precompute, moments.precompute, table.precompute):
+        with pytest.raises(UsageError, match="an order is a permutation of it"):
+            make(ref, problem).score(order)
+
+
+def test_trust_falls_where_the_estimate_does() -> None:
+    problem = random_problem(6, 4, 8)
+    orders = [drawn(6, seed) for seed in range(6)]
+    small, large = (run(problem, SGDRule(), [0.3] * 4, [rate] * 6) for rate in (0.01, 1.5))
+    for make in (pairwise.precompute, reduced.precompute):
+        low = [max(make(small, problem).trust(o).values()) for o in orders]
+        high = [max(make(large, problem).trust(o).values()) for o in orders]
+        assert sum(low) < sum(high)
+    assert all(trusted(reduced.precompute(small, problem, k=5).trust(o)) for o in orders)
+    assert not any(trusted(reduced.precompute(large, problem, k=5).trust(o)) for o in orders)
+
+
+def test_filter_is_the_optimizer_s() -> None:
+    """E and e against AdamW's own first moment, bias correction and a schedule included."""
+    g = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rates = [0.1, 0.2, 0.1, 0.05, 0.3]
+    m, x, carried, steps = torch.tensor(0.7, dtype=torch.float64), 0.0, 0.7, 3
+    moved, old = Linear(0.9, torch.ones(1), torch.ones(1), steps).filter(rates)
+    for t, rate in enumerate(rates):
+        assert float(moved[:, t] @ g + old[t] * carried) == pytest.approx(-x, abs=1e-15)
+        m = 0.9 * m + 0.1 * g[t]
+        x -= rate * float(m) / (1 - 0.9 ** (steps + t + 1))
+    assert float(moved[:, -1] @ g + old[-1] * carried) == pytest.approx(-x, abs=1e-15)
