@@ -1,0 +1,150 @@
+"""Double descent against conditioning: is the peak of the test error there if optimisation does not get to the bottom?
+
+Random-feature regression where everything is known in closed form: what T steps of gradient descent give, at any width.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Variant = Literal["raw", "standardised", "scaled_init"]
+VARIANTS: tuple[Variant, ...] = ("raw", "standardised", "scaled_init")
+WIDTHS = (5, 10, 20, 30, 36, 40, 44, 50, 60, 80, 120, 200, 320)
+STEPS = (100, 1_000, 10_000, 1_000_000)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """x [n, d], y [n] to fit; x_test, y_test to judge by; v [P, d]: of the features, the first p for width p."""
+
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    v: Tensor
+
+
+def make_data(
+    *, rows: int = 40, inputs: int = 10, noise: float = 0.5, test_rows: int = 500, width: int = 320, seed: int = 0
+) -> Regression:
+    """Gaussian inputs, a linear teacher with |w| about 1, noisy training answers; float64, from a private generator."""
+    made = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=made, dtype=torch.float64)
+
+    x, x_test, teacher = normal(rows, inputs), normal(test_rows, inputs), normal(inputs) / math.sqrt(inputs)
+    y, y_test = x @ teacher + noise * normal(rows), x_test @ teacher + noise * normal(test_rows)
+    return Regression(x, y, x_test, y_test, normal(width, inputs))
+
+
+def features(data: Regression, width: int, variant: Variant = "raw") -> tuple[Tensor, Tensor]:
+    """(F [n, P], F_test): relu(X V_P^T / sqrt(d)) / sqrt(P); or standardised on the training rows, and a constant.
+
+    Raises: ValueError for a width beyond v, or an unknown variant.
+    """
+    if not 1 <= width <= len(data.v):
+        raise ValueError(f"double_descent: width = {width}; v has {len(data.v)} directions, so 1 to that many")
+    if variant not in VARIANTS:
+        raise ValueError(f"double_descent: variant = {variant!r}; it must be one of {', '.join(VARIANTS)}")
+    scale = math.sqrt(data.x.shape[1])
+    f, f_test = ((x @ data.v[:width].T / scale).relu() / math.sqrt(width) for x in (data.x, data.x_test))
+    if variant == "standardised":
+        mean, spread = f.mean(0), f.std(0, correction=0)
+        spread = torch.where(spread > 0, spread, torch.ones_like(spread))
+        f, f_test = ((g - mean) / spread for g in (f, f_test))
+        f, f_test = (torch.cat([g, torch.ones(len(g), 1, dtype=g.dtype)], 1) for g in (f, f_test))
+    return f, f_test
+
+
+def start_of(columns: int, variant: Variant, like: Tensor) -> Tensor:
+    """Where descent starts: zeros, or 3 cos(1 + i), far from them, with a part outside of the data's row space."""
+    index = torch.arange(columns, dtype=like.dtype)
+    return 3 * torch.cos(1 + index) if variant == "scaled_init" else torch.zeros_like(index)
+
+
+class Solved:
+    """The least-squares problem 0.5 / n |F theta - y|^2 from `start`, in the basis of F's right singular vectors."""
+
+    def __init__(self, f: Tensor, y: Tensor, start: Tensor) -> None:
+        u, s, basis = torch.linalg.svd(f, full_matrices=False)
+        kept = s > s[0] * max(f.shape) * torch.finfo(s.dtype).eps
+        self.start, self.basis, self.eigenvalues = start, basis[kept], s[kept].square()
+        self.way: Tensor = (u[:, kept].T @ y) / s[kept] - self.basis @ start  # from the start to the minimum
+
+    @property
+    def condition(self) -> float:
+        """lambda_max / lambda_min of F^T F on its numerical range."""
+        return float(self.eigenvalues[0] / self.eigenvalues[-1])
+
+    def minimum(self) -> Tensor:
+        """The minimum of the loss that is nearest to the start (from zeros: the minimum-norm solution)."""
+        place: Tensor = self.start + self.basis.T @ self.way
+        return place
+
+    def after(self, steps: int) -> Tensor:
+        """Where gradient descent is after so many steps at lr = 1 / lambda_max(F^T F / n), exactly."""
+        left = (1 - self.eigenvalues / self.eigenvalues[0]) ** steps
+        place: Tensor = self.start + self.basis.T @ ((1 - left) * self.way)
+        return place
+
+
+def experiment(
+    data: Regression, *, widths: Sequence[int] = WIDTHS, steps: Sequence[int] = STEPS, variant: Variant = "raw"
+) -> dict[str, list[Any]]:
+    """Errors by width: `condition_number`, `min_norm_{train,test}_mse`, `gd_{train,test}_mse` [widths][steps].
+
+    Mean squared errors. Source: after arXiv 2312.03951, whose data settings could not be read; this setting is ours.
+    """
+    found: dict[str, list[Any]] = {key: [] for key in (
+        "condition_number", "min_norm_train_mse", "min_norm_test_mse", "gd_train_mse", "gd_test_mse")}  # fmt: skip
+    for width in widths:
+        f, f_test = features(data, width, variant)
+        solved = Solved(f, data.y, start_of(f.shape[1], variant, f))
+        found["condition_number"].append(solved.condition)
+        for part, g, y in (("train", f, data.y), ("test", f_test, data.y_test)):
+            found[f"min_norm_{part}_mse"].append(_mse(g, solved.minimum(), y))
+            found[f"gd_{part}_mse"].append([_mse(g, solved.after(t), y) for t in steps])
+    return found
+
+
+def descend(
+    data: Regression,
+    width: int,
+    make: Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
+    *,
+    steps: int,
+    batch: int | None = None,
+    variant: Variant = "raw",
+    seed: int = 0,
+) -> tuple[float, float]:
+    """(training, test error) after `steps` of a real optimizer on the [1, P] weight.
+
+    make: named parameters -> optimizer. batch: rows a step, in another order each pass; None is all of them.
+    """
+    f, f_test = features(data, width, variant)
+    weight = nn.Parameter(start_of(f.shape[1], variant, f)[None].clone())
+    optimizer = make([("weight", weight)])
+    order = _order(len(f), batch or len(f), seed)
+    for _ in range(steps):
+        rows = next(order)
+        residual = f[rows] @ weight.detach()[0] - data.y[rows]
+        weight.grad = (residual @ f[rows] / len(rows))[None]
+        optimizer.step()
+    theta = weight.detach()[0]
+    return _mse(f, theta, data.y), _mse(f_test, theta, data.y_test)
+
+
+def _order(rows: int, batch: int, seed: int) -> Iterator[Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(rows, generator=made) if batch < rows else torch.arange(rows)
+        yield from torch.split(order, batch)
+
+
+def _mse(f: Tensor, theta: Tensor, y: Tensor) -> float:
+    return float((f @ theta - y).square().mean())

@@ -1,0 +1,301 @@
+"""How smooth a loss is in the l-infinity and in the l2 norm: which of Adam and gradient descent its geometry favours.
+
+f is C-smooth in the l-infinity norm if |grad f(x) - grad f(y)|_1 <= C |x - y|_inf; C is at most |H|_{1,1}, the sum
+of the absolute entries of the Hessian, where gradient descent pays d times the largest eigenvalue. Small |H|_{1,1} / d
+against that eigenvalue favours Adam; a rotation of the parameters raises the first and leaves the second alone.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from optim import curvature
+from optim.rule import moment_dtype
+
+Product: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
+"""v -> H v, of one tensor a parameter."""
+
+
+def hessian(loss_fn: curvature.Parts, params: Sequence[Tensor]) -> Product:
+    """The Hessian of the loss in all `params` together, as a product; zeros where the loss does not reach one."""
+
+    def product(vectors: Sequence[Tensor]) -> list[Tensor]:
+        found = curvature.hvp(loss_fn, params, vectors)
+        return [torch.zeros_like(v) if h is None else h for h, v in zip(found, vectors, strict=True)]
+
+    return product
+
+
+# ---------------------------------------------------------------------------------------------------------- l-infinity
+
+
+def cauchy(param: Tensor, seed: int) -> Tensor:
+    """Independent standard Cauchy numbers of the parameter's shape, from a generator of its own."""
+    made = torch.Generator(param.device).manual_seed(seed)
+    return torch.empty(param.shape, dtype=moment_dtype(param), device=param.device).cauchy_(generator=made)
+
+
+def row_scales(products: Tensor, how: Literal["iqr", "median"] = "iqr") -> Tensor:
+    """products [K, m] = H c for K Cauchy probes c: the scale of each coordinate's distribution, [m].
+
+    Entry i of H c is Cauchy with scale |H_i,:|_1 times that of c: half its interquartile range, or the median of its
+    absolute value. Probes with a NaN are dropped. Raises: ValueError where none is left.
+    """
+    sound = products[~products.isnan().any(1)]
+    if len(sound) == 0:
+        raise ValueError(f"row_scales: no probe of {len(products)} is without NaN")
+    if how == "median":
+        return _quantile(sound.abs(), 0.5)
+    if how != "iqr":
+        raise ValueError(f"row_scales: how = {how!r}; it must be 'iqr' or 'median'")
+    return (_quantile(sound, 0.75) - _quantile(sound, 0.25)) / 2
+
+
+def _quantile(x: Tensor, at: float) -> Tensor:
+    """Over the first dimension, linear between neighbours; torch's own refuses more than 2^24 entries."""
+    ordered = x.sort(0).values
+    place = at * (len(x) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(x) - 1)
+    return torch.lerp(ordered[low], ordered[high], place - low)
+
+
+def linf_smoothness(
+    product: Product,
+    params: Sequence[Tensor],
+    *,
+    probes: int = 50,
+    coordinates: int = 4096,
+    rotation: "Rotation | None" = None,
+    seed: int = 0,
+    advance: Callable[[], object] | None = None,
+) -> dict[str, float]:
+    """The l-infinity smoothness of a loss by Cauchy probes of its Hessian (`hessian(loss, params)`).
+
+    `norm11` = |H|_{1,1} by interquartile ranges, `norm11_median` by medians, `norm11_over_d`, `largest_row_sum` =
+    |H|_inf (of the coordinates looked at; biased upwards by the maximum), `coordinates` looked at, `dimension` d.
+    coordinates: the most of each tensor that are kept, drawn with equal chance and weighted by one over it: K probes of
+    them all would not fit for large models. rotation: of H, to R H R^T. advance: called after each probe.
+    Cost: one Hessian-vector product a probe; memory of `probes` numbers a coordinate, and of two vectors.
+    Source: arXiv 2410.08198 and its code (50 probes of standard Cauchy numbers over d).
+    Raises: ValueError for counts below 1.
+    """
+    _check_counts(probes=probes, coordinates=coordinates)
+    d = sum(p.numel() for p in params)
+    if d == 0:
+        raise ValueError("linf_smoothness: there are no parameters")
+    picked = [_picked(p, coordinates, seed, i) for i, p in enumerate(params)]
+    kept: list[list[Tensor]] = [[] for _ in params]
+    for k in range(probes):
+        probe = [cauchy(p, _mix(seed, k, i)).div_(d) for i, p in enumerate(params)]
+        if rotation is not None:
+            probe = rotation.back(probe)
+        found = product([c.to(p.dtype) for c, p in zip(probe, params, strict=True)])
+        if rotation is not None:
+            found = rotation(found)
+        for column, h, places in zip(kept, found, picked, strict=True):
+            column.append(h.flatten()[places].cpu())
+        if advance is not None:
+            advance()
+    hows: tuple[Literal["iqr", "median"], ...] = ("iqr", "median")
+    sums = dict.fromkeys(hows, 0.0)
+    largest = 0.0
+    for column, p in zip(kept, params, strict=True):
+        products = torch.stack(column)
+        if not products.numel():
+            continue
+        for how in hows:
+            scales = row_scales(products, how)
+            sums[how] += float(scales.double().mean()) * p.numel()
+            largest = max(largest, float(scales.max())) if how == "iqr" else largest
+    return {
+        "norm11": sums["iqr"] * d, "norm11_median": sums["median"] * d, "norm11_over_d": sums["iqr"],
+        "largest_row_sum": largest * d, "coordinates": float(sum(len(x) for x in picked)), "dimension": float(d),
+    }  # fmt: skip
+
+
+def _picked(param: Tensor, most: int, seed: int, index: int) -> Tensor:
+    if param.numel() <= most:
+        return torch.arange(param.numel(), device=param.device)
+    made = torch.Generator().manual_seed(_mix(seed, "coordinates", index))
+    drawn = torch.randint(param.numel(), (most,), generator=made)  # with replacement: no permutation of them all
+    return drawn.to(param.device)
+
+
+class Rotation:
+    """An orthogonal change of coordinates within each tensor: its entries shuffled, then small dense rotations.
+
+    `rotation(x)` is R x, `rotation.back(x)` R^T x, of one tensor a parameter. size: of the dense rotations; the entries
+    that are left over are only shuffled. Nothing is kept: both parts are drawn anew from their seeds.
+    """
+
+    def __init__(self, seed: int = 0, size: int = 64) -> None:
+        _check_counts(size=size)
+        self.seed, self.size = seed, size
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """R x."""
+        return [self._turned(x.flatten()[self._order(x, i)], i).view(x.shape) for i, x in enumerate(tensors)]
+
+    def back(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """R^T x, the inverse."""
+        found = []
+        for i, x in enumerate(tensors):
+            y = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
+            y[self._order(x, i)] = self._turned(x.flatten(), i, back=True)
+            found.append(y.view(x.shape))
+        return found
+
+    def _order(self, x: Tensor, index: int) -> Tensor:
+        made = torch.Generator().manual_seed(_mix(self.seed, "order", index))
+        return torch.randperm(x.numel(), generator=made).to(x.device)
+
+    def _turned(self, flat: Tensor, index: int, *, back: bool = False) -> Tensor:
+        size = min(self.size, flat.numel())
+        if size < 2:
+            return flat
+        made = torch.Generator().manual_seed(_mix(self.seed, "turn", index))
+        q, _ = torch.linalg.qr(torch.randn(size, size, generator=made, dtype=torch.float64))
+        q = q.to(flat)
+        whole = flat.numel() // size * size
+        turned = flat[:whole].view(-1, size) @ (q if back else q.T)
+        return torch.cat([turned.flatten(), flat[whole:]])
+
+
+# ------------------------------------------------------------------------------------------------------------------ l2
+
+
+def lanczos(
+    product: Product, start: Sequence[Tensor], *, steps: int = 50, reorthogonalize: bool = True,
+    advance: Callable[[], object] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """The extreme eigenvalues of a symmetric matrix by Lanczos' method: `largest`, `smallest`, and the `steps` it took.
+
+    start: one tensor a parameter, the gradient as a rule. Stops when the next vector is shorter than 1e-10.
+    reorthogonalize: against all vectors before, which then are all kept: `steps` times the parameters' memory. Without,
+    three are, and the extreme values are as good, but copies of them may appear among the others.
+    Raises: ValueError for a start of length zero.
+    """
+    _check_counts(steps=steps)
+    length = _norm(start)
+    if not 0 < length < math.inf:
+        raise ValueError(f"lanczos: the start has length {length}; give a vector that is finite and not zero")
+    now = [x / length for x in start]
+    kept, before, beta = [now], None, 0.0
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for _ in range(steps):
+        w = [x.clone() for x in product(now)]
+        alpha = _dot(w, now)
+        _subtract(w, now, alpha)
+        if before is not None:
+            _subtract(w, before, beta)
+        if reorthogonalize:
+            for _ in range(2):  # twice is enough
+                for old in kept:
+                    _subtract(w, old, _dot(w, old))
+        diagonal.append(alpha)
+        if advance is not None:
+            advance()
+        beta = _norm(w)
+        if beta < 1e-10 or not math.isfinite(beta) or len(diagonal) == steps:
+            break
+        beside.append(beta)
+        before, now = now, [x / beta for x in w]
+        if reorthogonalize:
+            kept.append(now)
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    off = torch.tensor(beside[: len(diagonal) - 1], dtype=torch.float64)
+    matrix += torch.diag(off, 1) + torch.diag(off, -1)
+    values = torch.linalg.eigvalsh(matrix) if bool(matrix.isfinite().all()) else torch.full((1,), math.nan)
+    return {"largest": float(values[-1]), "smallest": float(values[0]), "steps": float(len(diagonal))}
+
+
+def frobenius(
+    product: Product, params: Sequence[Tensor], *, probes: int = 10, seed: int = 0,
+    advance: Callable[[], object] | None = None,
+) -> float:  # fmt: skip
+    """|H|_F: the root of the mean of |H v|^2 over random signs v."""
+    _check_counts(probes=probes)
+    total = 0.0
+    for k in range(probes):
+        signs = [curvature.draw(p, "signs", _mix(seed, "signs", k, i)) for i, p in enumerate(params)]
+        total += _norm(product(signs)) ** 2
+        if advance is not None:
+            advance()
+    return math.sqrt(total / probes)
+
+
+# ---------------------------------------------------------------------------------------------------------------- paths
+
+
+def path_smoothness(
+    points: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]], *, block: Callable[[str], str] | None = None
+) -> dict[str, float]:
+    """The smoothness seen along a path of (parameters, gradients of one fixed batch): the largest over its steps.
+
+    `linf` = |dg|_1 / |dx|_inf, `l2` = |dg|_2 / |dx|_2, and `blockwise`, l2 inside a block and l-infinity across them:
+    sum_b |dg_b|_2 sqrt(#b) over max_b |dx_b|_2 / sqrt(#b), which is `linf` where a block is one entry and d times `l2`
+    where there is one block. block: parameter name -> block; every tensor its own by default. No Hessian; two points
+    are held at a time. Steps that do not move are left out; NaN where none does.
+    """
+    found = {"linf": math.nan, "l2": math.nan, "blockwise": math.nan}
+    before: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+    for params, grads in points:
+        now = ({n: p.detach().clone() for n, p in params.items()}, {n: g.detach().clone() for n, g in grads.items()})
+        if before is not None:
+            moved = {n: (p - before[0][n]).double() for n, p in now[0].items()}
+            turned = {n: (g - before[1][n]).double() for n, g in now[1].items()}
+            for key, value in _ratios(moved, turned, block or (lambda name: name)).items():
+                found[key] = value if math.isnan(found[key]) else max(found[key], value)
+        before = now
+    return found
+
+
+def _ratios(
+    moved: Mapping[str, Tensor], turned: Mapping[str, Tensor], block: Callable[[str], str]
+) -> dict[str, float]:
+    furthest = max((float(x.abs().max()) for x in moved.values() if x.numel()), default=0.0)
+    if furthest == 0:
+        return {}
+    blocks: dict[str, list[str]] = {}
+    for name in moved:
+        blocks.setdefault(block(name), []).append(name)
+    above, below = 0.0, 0.0
+    for names in blocks.values():
+        size = math.sqrt(sum(moved[n].numel() for n in names))
+        above += _norm([turned[n] for n in names]) * size
+        below = max(below, _norm([moved[n] for n in names]) / size) if size else below
+    return {
+        "linf": sum(float(g.abs().sum()) for g in turned.values()) / furthest,
+        "l2": _norm(list(turned.values())) / _norm(list(moved.values())),
+        "blockwise": above / below,
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
+
+
+def _norm(a: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(x.double().square().sum()) for x in a))
+
+
+def _subtract(a: Sequence[Tensor], b: Sequence[Tensor], times: float) -> None:
+    for x, y in zip(a, b, strict=True):
+        x.sub_(y, alpha=times)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"smoothness: {name} = {value!r}; it must be a whole number of at least 1")
+
+
+_mix = curvature._mix
