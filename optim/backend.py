@@ -43,6 +43,15 @@ interpreted = triton is not None and _interpreting()
 """Whether the kernels were made for Triton's interpreter, which is decided when they are first imported."""
 
 
+def jit(function: Any) -> Any:
+    """`triton.jit`; for the interpreter where that was asked for when this module was imported, whatever is set now."""
+    if interpreted:
+        from triton.runtime.interpreter import InterpretedFunction
+
+        return InterpretedFunction(function)
+    return triton.jit(function)
+
+
 @cache
 def _has_llvm() -> bool:
     try:
@@ -87,6 +96,13 @@ def use_triton(*tensors: Tensor) -> bool:
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)
         for t in tensors
     )
+
+
+def unbatched(t: Tensor) -> Tensor:
+    """The tensor that `torch.vmap` wrapped, for a kernel that is an operation with a batching rule."""
+    while torch._C._functorch.is_batchedtensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **settings: Any) -> None:

@@ -5,12 +5,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from optim import backend
 
 GUARD = 16
 """Elements of NaN on both sides of a tensor; 16 keep it aligned to 16 bytes, an odd `shift` takes that away."""
+
+odd_sizes = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+"""For hypothesis tests with `kernel_device`, which is the same for every example; the interpreter is slow."""
 
 
 def poisoned(x: Tensor, device: torch.device, shift: int = 0) -> tuple[Tensor, Callable[[], None]]:

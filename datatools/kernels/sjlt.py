@@ -58,10 +58,9 @@ def add_sjlt(out: Tensor, grad: Tensor, key: int, adam: Adam | None = None) -> N
 
 
 if backend.triton is not None:
-    import triton
     import triton.language as tl
 
-    @triton.jit
+    @backend.jit
     def _bits(counter, key):
         """`projectors.base.bits`: splitmix64 in int64, whose right shifts copy the sign."""
         z = (counter + 1) * -7046029254386353131 + key
@@ -69,7 +68,7 @@ if backend.triton is not None:
         z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
         return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
-    @triton.jit
+    @backend.jit
     def _sjlt_kernel(
         out, grad, exp_avg, exp_avg_sq, key: tl.int64, rows, n, dim, b1, w1, b2, w2, scale, shrink, eps, eps_root,
         ADAM: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from datatools.kernels.sjlt import add_sjlt, fits
 from datatools.projectors.base import Projector, TensorCache, bits, key
 
 _TILE = 1 << 22  # coordinates hashed at a time: bounds memory for a full weight matrix
@@ -27,9 +28,11 @@ class SJLT(Projector):
     name: ClassVar[str] = "sjlt"
 
     def accumulate(self, out: Tensor, name: str, grad: Tensor) -> None:
-        """out [b, dim] += the signed bucket sums of grad [b, *shape]."""
-        flat = grad.reshape(len(grad), -1).float()
+        """out [b, dim] += the signed bucket sums of grad [b, *shape]; by `datatools.kernels.sjlt` on a GPU."""
         stem = key(self.seed, name, grad.shape[1:])
+        if fits(out, grad):
+            return add_sjlt(out, grad, stem)
+        flat = grad.reshape(len(grad), -1).float()
         for start in range(0, flat.shape[1], _TILE):
             stop = min(start + _TILE, flat.shape[1])
             bucket, sign = self._hashes(stem, start, stop, flat.device)

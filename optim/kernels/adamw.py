@@ -10,7 +10,7 @@ from optim import backend
 from optim.kernels import philox, tables
 
 _CHUNK = 1024
-_SEED = 0x5DEECE66D
+SEED = 0x5DEECE66D  # of the bits that round; any number
 MASTER = {torch.float32, torch.bfloat16, torch.float16}
 """Dtypes of parameters and gradients that kernels of steps take."""
 
@@ -25,7 +25,7 @@ class Scalars(NamedTuple):
 
 def rounding_words(param: Tensor, step: Tensor) -> Tensor:
     """The random bits with which a step rounds a bfloat16 parameter: they depend on the step and the element alone."""
-    return philox.random_words(param.numel(), seed=_SEED, stream=int(step), device=param.device)
+    return philox.random_words(param.numel(), seed=SEED, stream=int(step), device=param.device)
 
 
 def adamw_step(
@@ -60,7 +60,7 @@ def adamw_step(
             _adamw_kernel, (len(plan),),
             tables.on_device(addresses, torch.int64, device),
             tables.on_device([scalars[i][:2] for i in index], torch.float32, device), plan,
-            lr, weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, eps_root, _SEED,
+            lr, weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, eps_root, SEED,
             P=backend.triton_dtype(p_dtype), G=backend.triton_dtype(g_dtype), ALIGNED=tables.aligned(pool),
             DECAY=weight_decay != 0, STOCHASTIC=stochastic_rounding and p_dtype == torch.bfloat16, BLOCK=_CHUNK,
             device=device,
@@ -80,12 +80,11 @@ def fits(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bo
 
 
 if backend.triton is not None:
-    import triton
     import triton.language as tl
 
     from optim.kernels.philox import stochastic_bfloat16, words_of
 
-    @triton.jit
+    @backend.jit
     def _adamw_kernel(
         table, factors, chunks, lr, weight_decay, b1, w1, b2, w2, eps, eps_root, seed,
         P: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -114,7 +113,7 @@ if backend.triton is not None:
             _adamw_chunk(p_ptr, g_ptr, m_ptr, v_ptr, start, count, step, scale, shrink, lr, weight_decay, b1, w1, b2,
                          w2, eps, eps_root, seed, True, DECAY, STOCHASTIC, BLOCK)
 
-    @triton.jit
+    @backend.jit
     def _adamw_chunk(
         p_ptr, g_ptr, m_ptr, v_ptr, start, count, step, scale, shrink, lr, weight_decay, b1, w1, b2, w2, eps, eps_root,
         seed, MASKED: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,

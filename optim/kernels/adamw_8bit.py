@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optim import backend
 from optim.kernels import tables
-from optim.kernels.adamw import MASTER, Scalars
+from optim.kernels.adamw import MASTER, SEED, Scalars
 
 Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Parameter, gradient, codes and scales of m, codes and scales of v."""
@@ -27,12 +27,14 @@ def adamw_8bit_step(
     betas: tuple[float, float],
     eps: float,
     eps_root: float = 0.0,
+    stochastic_rounding: bool = False,
+    floor: bool = True,
 ) -> None:
     """In place on rows that `fits`: `AdamWRule` on m = book[code] scale, with nearest codes of what that leaves.
 
-    Its definition is `Quantized.step` around `AdamWRule` with dynamic codes: scales are the largest magnitudes of
-    `block_size` consecutive entries, a number halfway between two values of the book gets the lower one, and a positive
-    second moment never the code of zero. The parameter moves by the moments before they are encoded.
+    Its definition is that of `Quantized`, around `AdamWRule` with dynamic codes: scales are the largest magnitudes of
+    `block_size` consecutive entries, a number halfway between two values of the book gets the lower one, and with
+    `floor` a positive second moment never the code of zero. The parameter moves by the moments before they are encoded.
     books: increasing float32 [256] each, of m and of v.
     Bytes: 16.1 a float32 parameter (reads p, g, both codes; writes p and both codes), 10.1 in bfloat16. Bound by the 18
     table look-ups for each parameter: two values, and two binary searches among 255 limits.
@@ -44,15 +46,17 @@ def adamw_8bit_step(
     for (device, p_dtype, g_dtype), index in pools.items():
         pool = [rows[i] for i in index]
         plan = tables.chunks(tuple(row[0].numel() for row in pool), size, device)
-        addresses = [[*(t.data_ptr() for t in rows[i]), rows[i][0].numel()] for i in index]
+        addresses = [[*(t.data_ptr() for t in rows[i]), rows[i][0].numel(), scalars[i].step] for i in index]
         torch.autograd.graph.increment_version([t for p, _, *state in pool for t in (p, *state)])
         backend.launch(
             _adamw_8bit_kernel, (len(plan),),
             tables.on_device(addresses, torch.int64, device),
             tables.on_device([scalars[i][:2] for i in index], torch.float32, device), plan,
             *_device_books(*books, device), lr, weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps,
-            eps_root, P=backend.triton_dtype(p_dtype), G=backend.triton_dtype(g_dtype), ALIGNED=tables.aligned(pool),
-            DECAY=weight_decay != 0, BLOCKS=size // block_size, SIZE=block_size, device=device,
+            eps_root, SEED, P=backend.triton_dtype(p_dtype), G=backend.triton_dtype(g_dtype),
+            ALIGNED=tables.aligned(pool), DECAY=weight_decay != 0,
+            STOCHASTIC=stochastic_rounding and p_dtype == torch.bfloat16, FLOOR=floor,
+            BLOCKS=size // block_size, SIZE=block_size, device=device,
         )
 
 
@@ -81,11 +85,12 @@ def _device_books(m_book: Tensor, v_book: Tensor, device: torch.device) -> tuple
 
 
 if backend.triton is not None:
-    import triton
     import triton.language as tl
 
-    @triton.jit
-    def _encode(x, limits, codes_ptr, scales_ptr, at, mask, block, exists, SIGNED: tl.constexpr, BLOCKS: tl.constexpr,
+    from optim.kernels.philox import stochastic_bfloat16, words_of
+
+    @backend.jit
+    def _encode(x, limits, codes_ptr, scales_ptr, at, mask, block, exists, FLOOR: tl.constexpr, BLOCKS: tl.constexpr,
                 SIZE: tl.constexpr):
         """Writes the codes and scales of x [BLOCKS, SIZE]; outside the tensor x is 0."""
         largest = tl.max(tl.abs(x), axis=1)
@@ -94,21 +99,21 @@ if backend.triton is not None:
         for k in tl.static_range(8):  # the number of limits below y
             guess = code + (128 >> k)
             code = tl.where(y > tl.load(limits + guess - 1), guess, code)
-        if not SIGNED:
+        if FLOOR:
             code = tl.maximum(code, (y > 0).to(tl.int32))
         tl.store(codes_ptr + at, code.to(tl.uint8), mask=mask)
         tl.store(scales_ptr + block, largest, mask=exists)
 
-    @triton.jit
+    @backend.jit
     def _adamw_8bit_kernel(
         table, factors, chunks, m_book, m_limits, v_book, v_limits, lr, weight_decay, b1, w1, b2, w2, eps, eps_root,
-        P: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, DECAY: tl.constexpr, BLOCKS: tl.constexpr,
-        SIZE: tl.constexpr,
+        seed, P: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
+        FLOOR: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
     ):
         program = tl.program_id(0).to(tl.int64)
         tensor = tl.load(chunks + 2 * program)
         start = tl.multiple_of(tl.load(chunks + 2 * program + 1), BLOCKS * SIZE)
-        row = table + 7 * tensor
+        row = table + 8 * tensor
         p_ptr = tl.load(row).to(tl.pointer_type(P))
         g_ptr = tl.load(row + 1).to(tl.pointer_type(G))
         m_ptr = tl.load(row + 2).to(tl.pointer_type(tl.uint8))
@@ -119,39 +124,46 @@ if backend.triton is not None:
             p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
             m_ptr, v_ptr = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
         count = tl.load(row + 6)
+        step = tl.load(row + 7)
         scale = tl.load(factors + 2 * tensor)
         shrink = tl.load(factors + 2 * tensor + 1)
         # a mask, even one that is all true, would keep memory from being read 16 bytes at a time
         if start + BLOCKS * SIZE <= count:
             _adamw_8bit_chunk(p_ptr, g_ptr, m_ptr, ms_ptr, v_ptr, vs_ptr, start, count, scale, shrink, m_book, m_limits,
-                              v_book, v_limits, lr, weight_decay, b1, w1, b2, w2, eps, eps_root, False, DECAY, BLOCKS,
-                              SIZE)
+                              v_book, v_limits, lr, weight_decay, b1, w1, b2, w2, eps, eps_root, seed, step, False,
+                              DECAY, STOCHASTIC, FLOOR, BLOCKS, SIZE)
         else:
             _adamw_8bit_chunk(p_ptr, g_ptr, m_ptr, ms_ptr, v_ptr, vs_ptr, start, count, scale, shrink, m_book, m_limits,
-                              v_book, v_limits, lr, weight_decay, b1, w1, b2, w2, eps, eps_root, True, DECAY, BLOCKS,
-                              SIZE)
+                              v_book, v_limits, lr, weight_decay, b1, w1, b2, w2, eps, eps_root, seed, step, True,
+                              DECAY, STOCHASTIC, FLOOR, BLOCKS, SIZE)
 
-    @triton.jit
+    @backend.jit
     def _adamw_8bit_chunk(
         p_ptr, g_ptr, m_ptr, ms_ptr, v_ptr, vs_ptr, start, count, scale, shrink, m_book, m_limits, v_book, v_limits, lr,
-        weight_decay, b1, w1, b2, w2, eps, eps_root, MASKED: tl.constexpr, DECAY: tl.constexpr, BLOCKS: tl.constexpr,
-        SIZE: tl.constexpr,
+        weight_decay, b1, w1, b2, w2, eps, eps_root, seed, step, MASKED: tl.constexpr, DECAY: tl.constexpr,
+        STOCHASTIC: tl.constexpr, FLOOR: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
     ):
         block = start // SIZE + tl.arange(0, BLOCKS)
         at = start + (tl.arange(0, BLOCKS) * SIZE)[:, None] + tl.arange(0, SIZE)[None, :]  # int64
         mask = at < count if MASKED else None
         exists = block * SIZE < count if MASKED else None
+        blank = 0 if MASKED else None
         p = tl.load(p_ptr + at, mask=mask).to(tl.float32)
         g = tl.load(g_ptr + at, mask=mask).to(tl.float32)
-        m = tl.load(m_book + tl.load(m_ptr + at, mask=mask, other=0).to(tl.int32))
-        v = tl.load(v_book + tl.load(v_ptr + at, mask=mask, other=0).to(tl.int32))
+        m = tl.load(m_book + tl.load(m_ptr + at, mask=mask, other=blank).to(tl.int32))
+        v = tl.load(v_book + tl.load(v_ptr + at, mask=mask, other=blank).to(tl.int32))
         m = b1 * (m * tl.load(ms_ptr + block, mask=exists)[:, None]) + w1 * g
         v = b2 * (v * tl.load(vs_ptr + block, mask=exists)[:, None]) + w2 * g * g
         u = scale * m / (tl.sqrt_rn(shrink * v + eps_root) + eps)
         if DECAY:
             u += weight_decay * p
-        tl.store(p_ptr + at, (p - lr * u).to(p_ptr.dtype.element_ty), mask=mask)
+        p -= lr * u
+        if STOCHASTIC:
+            words = tl.reshape(words_of(start, seed, step, BLOCKS * SIZE), (BLOCKS, SIZE))
+            tl.store(p_ptr + at, stochastic_bfloat16(p, words), mask=mask)
+        else:
+            tl.store(p_ptr + at, p.to(p_ptr.dtype.element_ty), mask=mask)
         if MASKED:  # what lies behind the tensor must not be the largest of its last block
             m, v = tl.where(mask, m, 0.0), tl.where(mask, v, 0.0)
-        _encode(m, m_limits, m_ptr, ms_ptr, at, mask, block, exists, True, BLOCKS, SIZE)
-        _encode(v, v_limits, v_ptr, vs_ptr, at, mask, block, exists, False, BLOCKS, SIZE)
+        _encode(m, m_limits, m_ptr, ms_ptr, at, mask, block, exists, False, BLOCKS, SIZE)
+        _encode(v, v_limits, v_ptr, vs_ptr, at, mask, block, exists, FLOOR, BLOCKS, SIZE)

@@ -28,12 +28,11 @@ def fits(target: Tensor) -> bool:
 
 
 if backend.triton is not None:
-    import triton
     import triton.language as tl
 
     from optim.kernels.philox import normals_of
 
-    @triton.jit
+    @backend.jit
     def _perturb_kernel(
         target, n, first, shift, scale, seed: tl.int64, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
     ):

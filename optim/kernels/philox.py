@@ -37,7 +37,9 @@ def _product(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return total >> 16, ((total & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def random_words(n: int, *, seed: int, stream: int = 0, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
+def random_words(
+    n: int, *, seed: int, stream: int | Tensor = 0, start: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
     """int64 [n]: 32 random bits for each of the elements start..start + n of a stream."""
     first = start // 4
     block = torch.arange(first, -(-(start + n) // 4), device=device)
@@ -66,10 +68,9 @@ def stochastic_round(x: Tensor, words: Tensor) -> Tensor:
 
 
 if backend.triton is not None:
-    import triton
     import triton.language as tl
 
-    @triton.jit
+    @backend.jit
     def words_of(start, seed, stream, BLOCK: tl.constexpr):
         """uint32 [BLOCK]: the words of elements start..start + BLOCK; both are multiples of 4."""
         block = start // 4 + tl.arange(0, BLOCK // 4)
@@ -78,7 +79,7 @@ if backend.triton is not None:
         w0, w1, w2, w3 = tl.philox(seed, low, high, low * 0 + stream.to(tl.uint32), low * 0)
         return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
 
-    @triton.jit
+    @backend.jit
     def normals_of(start, seed, stream, BLOCK: tl.constexpr):
         """float32 [BLOCK]: the normals of elements start..start + BLOCK; both are multiples of 4."""
         block = start // 4 + tl.arange(0, BLOCK // 4)
@@ -89,13 +90,13 @@ if backend.triton is not None:
         z2, z3 = _box_muller(w2, w3)
         return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
 
-    @triton.jit
+    @backend.jit
     def _box_muller(w0, w1):
         radius = tl.sqrt(-2.0 * tl.log(tl.maximum(tl.uint_to_uniform_float(w0), 1.0e-7)))
         angle = 6.283185307179586 * tl.uint_to_uniform_float(w1)
         return radius * tl.cos(angle), radius * tl.sin(angle)
 
-    @triton.jit
+    @backend.jit
     def stochastic_bfloat16(x, words):
         """`stochastic_round` inside a kernel."""
         bits = x.to(tl.uint32, bitcast=True)

@@ -1,5 +1,7 @@
 """Products that give symmetric matrices, half of the tiles computed and the other half mirrored: for Newton-Schulz."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,60 +16,65 @@ def gram(x: Tensor, add: Tensor | None = None, *, alpha: float = 1.0, beta: floa
     FLOP: p^2 q and a tile's width more, where a general product takes 2 p^2 q. Bytes in 16 bit: about 2 (p q + p^2).
     Bound by the tensor cores from p of about 700 on, below that by memory and by the launch.
     """
+    if 1 not in x.stride()[1:]:
+        x = x.contiguous()
     n, p, q = x.shape
     out = torch.empty(n, p, p, dtype=x.dtype, device=x.device)
     block, depth, warps = (128, 64, 8) if p > 64 else (64, 64, 4) if p > 16 else (16, 32, 1)
     if backend.interpreted:
         block, depth = 16, 32
     tiles = -(-p // block)
+    half = tiles * (tiles + 1) // 2
     addend = out if add is None else add
     backend.launch(
-        _gram_kernel, (tiles * (tiles + 1) // 2, n), x, addend, out, p, q, *x.stride(), *addend.stride()[:2],
-        alpha, beta, ADD=add is not None, WIDE=backend.interpreted, BLOCK=block, DEPTH=depth,
-        device=x.device, num_warps=warps, num_stages=3,
+        _gram_kernel, (half * n,), x, addend, out, p, q, half, *x.stride(), *addend.stride(), alpha, beta,
+        ADD=add is not None, WIDE=backend.interpreted, BLOCK=block, DEPTH=depth, device=x.device, num_warps=warps,
+        num_stages=3,
     )
     return out
 
 
+@torch.library.custom_op("optim::gram_polynomial", mutates_args=())
 def polynomial(x: Tensor, b: float, c: float) -> Tensor:
     """x [n, p, q] that `fits` -> b A + c A A with A = x x^T: the inner part of a Newton-Schulz step, [n, p, p].
 
-    A is symmetric, so A A = A A^T is such a product too.
+    A is symmetric, so A A = A A^T is such a product too. Under `torch.vmap` (steps of stacked matrices, directions of
+    single gradients) the batch joins the stack.
     """
     a = gram(x)
     return gram(a, a, alpha=c, beta=b)
 
 
+@polynomial.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, b: float, c: float) -> tuple[Tensor, int]:
+    assert in_dims[0] is not None
+    stacks = x.movedim(in_dims[0], 0)
+    return polynomial(stacks.flatten(0, 1), b, c).unflatten(0, stacks.shape[:2]), 0
+
+
 def fits(x: Tensor) -> bool:
-    """Whether the kernel takes it: a stack of matrices in 16 bit, on a GPU, dense in one of its last dimensions.
+    """Whether the kernel takes it: a stack of matrices in 16 bit, on a GPU; also inside `torch.vmap`.
 
     In float32 the library's product is used: without tensor cores half the tiles are not half the time.
     """
-    return (
-        backend.use_triton(x)
-        and x.ndim == 3
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and (x.stride(1) == 1 or x.stride(2) == 1)
-        and 0 < len(x) < 1 << 16
-    )
+    return x.ndim == 3 and x.dtype in (torch.bfloat16, torch.float16) and backend.use_triton(backend.unbatched(x))
 
 
 if backend.triton is not None:
-    import triton
     import triton.language as tl
 
-    @triton.jit
+    @backend.jit
     def _gram_kernel(
-        x, add, out, p, q, stride_n, stride_p, stride_q, add_n, add_p, alpha, beta,
+        x, add, out, p, q, half, stride_n, stride_p, stride_q, add_n, add_p, add_q, alpha, beta,
         ADD: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
     ):
         # tile k of the lower triangle is in row i = floor((sqrt(8 k + 1) - 1) / 2); the root may be off by one
-        k = tl.program_id(0)
+        k = tl.program_id(0) % half
         i = ((tl.sqrt(8.0 * k + 1.0) - 1.0) / 2.0).to(tl.int32)
         i = tl.where(i * (i + 1) // 2 > k, i - 1, i)
         i = tl.where((i + 1) * (i + 2) // 2 <= k, i + 1, i)
         j = k - i * (i + 1) // 2
-        matrix = tl.program_id(1).to(tl.int64)
+        matrix = (tl.program_id(0) // half).to(tl.int64)
         rows, columns = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
         inner = tl.arange(0, DEPTH)
         left = x + matrix * stride_n + rows[:, None].to(tl.int64) * stride_p
@@ -84,7 +91,7 @@ if backend.triton is not None:
         inside = (rows < p)[:, None] & (columns < p)[None, :]
         here = rows[:, None].to(tl.int64)
         if ADD:
-            given = tl.load(add + matrix * add_n + here * add_p + columns[None, :], mask=inside, other=0.0)
+            given = tl.load(add + matrix * add_n + here * add_p + columns[None, :] * add_q, mask=inside, other=0.0)
             total += beta * given.to(tl.float32)
         value = total.to(out.dtype.element_ty)
         corner = out + matrix * p * p

@@ -31,7 +31,7 @@ def unit_rms(x: Tensor, dim: int, eps: float) -> Tensor:
     return y
 
 
-def fits(x: Tensor, dim: object) -> bool:
+def fits(x: Tensor, dim: int) -> bool:
     """Whether the kernel takes it: contiguous matrices of 32 or 16 bit, their rows or columns, on a GPU."""
     return (
         dim in (-1, -2)
@@ -46,10 +46,9 @@ def fits(x: Tensor, dim: object) -> bool:
 
 
 if backend.triton is not None:
-    import triton
     import triton.language as tl
 
-    @triton.jit
+    @backend.jit
     def _rows_kernel(x, y, n, eps, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64) * n  # int64: a stack may have more than 2^31 entries
         total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -63,7 +62,7 @@ if backend.triton is not None:
             value = tl.load(x + row + j, mask=j < n, other=0.0).to(tl.float32)
             tl.store(y + row + j, (value / rms).to(y.dtype.element_ty), mask=j < n)
 
-    @triton.jit
+    @backend.jit
     def _tile(m, n, TILE: tl.constexpr, BLOCK: tl.constexpr):
         """Offsets of this program's tile of its matrix, which of them are inside, and its columns."""
         i = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -71,14 +70,14 @@ if backend.triton is not None:
         at = tl.program_id(2).to(tl.int64) * m * n + i[:, None].to(tl.int64) * n + j[None, :]
         return at, (i < m)[:, None] & (j < n)[None, :], j
 
-    @triton.jit
+    @backend.jit
     def _column_sums_kernel(x, sums, m, n, tiles, TILE: tl.constexpr, BLOCK: tl.constexpr):
         at, inside, j = _tile(m, n, TILE, BLOCK)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         line = (tl.program_id(2).to(tl.int64) * tiles + tl.program_id(1)) * n
         tl.store(sums + line + j, tl.sum(value * value, axis=0), mask=j < n)
 
-    @triton.jit
+    @backend.jit
     def _divide_columns_kernel(x, scales, y, m, n, TILE: tl.constexpr, BLOCK: tl.constexpr):
         at, inside, j = _tile(m, n, TILE, BLOCK)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)

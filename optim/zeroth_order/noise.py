@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from optim.kernels import perturb
+
 PIECE = 1 << 16
 
 Kind = Literal["normal", "uniform"]
@@ -29,7 +31,8 @@ def pieces(
 ) -> Iterator[tuple[int, Tensor]]:
     """Entries start .. start + count of a stream of `total` float32 numbers: (offset from start, numbers), in order.
 
-    The tensors that come out are overwritten by the next piece. Streams of CPU and GPU differ.
+    The tensors that come out are overwritten by the next piece. Streams of CPU and GPU differ; on a GPU with Triton
+    normal numbers are those of `optim.kernels.perturb`.
     On the CPU torch seeds its generator with 32 of the bits: two of the pieces of a run may hold the same numbers.
     """
     stop = total if count is None else start + count
@@ -40,7 +43,9 @@ def pieces(
     for first in range(start // PIECE * PIECE, stop, PIECE):
         drawn = buffer[: _drawn(min(PIECE, total - first))]
         generator.manual_seed(mix(seed, first))
-        if kind == "normal":
+        if kind == "normal" and perturb.fits(drawn):
+            perturb.add_normals_(drawn.zero_(), 1.0, seed, start=first)
+        elif kind == "normal":
             drawn.normal_(generator=generator)
         else:
             drawn.uniform_(generator=generator)
@@ -58,6 +63,8 @@ def add_normal_(target: Tensor, scale: float, seed: int, *, total: int | None = 
     target: any shape; a contiguous part of a tensor of `total` entries, from entry `start` on (a shard), or all of it.
     Memory: one piece (262 kB), for a target that is not contiguous all of z.
     """
+    if perturb.fits(target):
+        return perturb.add_normals_(target, scale, seed, start=start)
     total = target.numel() if total is None else total
     stream = pieces("normal", seed, total, start=start, count=target.numel(), device=target.device)
     add_pieces_(target, stream, scale)
