@@ -8,12 +8,11 @@ Imports torch and nothing of the other packages. The table of optimizers is in R
 
 import inspect
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
 
-from optim import curvature, fused
+from optim import curvature, diagnostics, fused
 from optim.optimizer import Optimizer, Params
 from optim.param_groups import (
     PAPER_RATIOS,
@@ -22,16 +21,20 @@ from optim.param_groups import (
     blockwise,
     divide_groups,
     example_parameters,
+    group_table,
     is_matrix,
     split_matrices,
 )
 from optim.rule import State, UpdateRule
 from optim.rules import (
     OPTIMIZERS,
+    ROOT,
     RULES,
+    SCALE,
     SGD,
     SGDP,
     SPAM,
+    SWAN,
     AdaBelief,
     AdaBeliefRule,
     AdaHessian,
@@ -41,30 +44,55 @@ from optim.rules import (
     AdamP,
     AdamPRule,
     AdamW,
+    AdamW8bit,
+    AdamW8bitRule,
     AdamWRule,
+    Apollo,
+    ApolloRule,
     BlockwiseAdam,
     BlockwiseAdamRule,
+    Conda,
+    CondaRule,
     EXAdam,
     EXAdamRule,
+    Fira,
+    FiraRule,
+    GaLore,
+    GaLoreRule,
     Lion,
+    Lion8bit,
+    Lion8bitRule,
     LionRule,
+    LowRank,
     Muon,
+    Muon8bit,
+    Muon8bitRule,
     MuonRule,
     NAdam,
     NAdamRule,
+    NorMuon,
+    NorMuonRule,
+    Quantized,
+    ROOTRule,
+    SCALERule,
     SGDPRule,
     SGDRule,
     SGDSaI,
     SGDSaIRule,
+    SinkGD,
+    SinkGDRule,
     SophiaG,
     SophiaGRule,
     SophiaH,
     SophiaHRule,
     SPAMRule,
+    StableEmbedding,
     StableSPAM,
     StableSPAMRule,
+    SWANRule,
     did_you_mean,
     rule_from,
+    stable_embedding_groups,
 )
 from optim.schedules import SCHEDULES, group_factors, schedule, schedule_options
 from optim.update_map import Grads, UpdateMap
@@ -81,7 +109,8 @@ def create(
 ) -> Optimizer:
     """The optimizer of that name; hyper are the keywords of its class, `OPTIMIZERS[name]`.
 
-    "muon" splits the parameters by name and shape into matrices and the rest, which AdamW steps; see `Muon`.
+    Rules for matrices ("muon", "normuon", "conda", ...) get the hidden matrices, by name and shape, and AdamW the rest;
+    see `MatrixOptimizer`, and `group_table` for what went where.
     weight_decay: none unless given, whatever the class's own default is.
     block_ratios: "paper" or block -> ratio multiplies every group's rates by block of a transformer; see `blockwise`.
     Raises: ValueError for an unknown name, TypeError for an unknown keyword (both say what was probably meant),
@@ -89,8 +118,10 @@ def create(
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"no optimizer is called {name!r}{did_you_mean(name, OPTIMIZERS)}")
-    known = set(inspect.signature(OPTIMIZERS[name]).parameters) - {"params", "named_parameters", "fields"}
-    known |= {f.name for f in fields(RULES[name])}
+    classes = [cls for cls in OPTIMIZERS[name].__mro__ if issubclass(cls, Optimizer) and cls is not Optimizer]
+    known = {key for cls in classes for key in inspect.signature(cls).parameters}
+    known -= {"params", "named_parameters", "fields", "options", "rule", "place"}
+    known |= RULES[name]().settings()
     for key in hyper:
         if key not in known:
             raise TypeError(f"optimizer {name!r} has no setting {key!r}{did_you_mean(key, known)}")
@@ -103,11 +134,14 @@ def create(
 __all__ = [
     "OPTIMIZERS",
     "PAPER_RATIOS",
+    "ROOT",
     "RULES",
+    "SCALE",
     "SCHEDULES",
     "SGD",
     "SGDP",
     "SPAM",
+    "SWAN",
     "AdaBelief",
     "AdaBeliefRule",
     "AdaHessian",
@@ -117,29 +151,53 @@ __all__ = [
     "AdamP",
     "AdamPRule",
     "AdamW",
+    "AdamW8bit",
+    "AdamW8bitRule",
     "AdamWRule",
+    "Apollo",
+    "ApolloRule",
     "BlockwiseAdam",
     "BlockwiseAdamRule",
+    "Conda",
+    "CondaRule",
     "EXAdam",
     "EXAdamRule",
+    "Fira",
+    "FiraRule",
+    "GaLore",
+    "GaLoreRule",
     "Grads",
     "Lion",
+    "Lion8bit",
+    "Lion8bitRule",
     "LionRule",
+    "LowRank",
     "Muon",
+    "Muon8bit",
+    "Muon8bitRule",
     "MuonRule",
     "NAdam",
     "NAdamRule",
+    "NorMuon",
+    "NorMuonRule",
     "Optimizer",
     "Params",
+    "Quantized",
+    "ROOTRule",
+    "SCALERule",
     "SGDPRule",
     "SGDRule",
     "SGDSaI",
     "SGDSaIRule",
     "SPAMRule",
+    "SWANRule",
+    "SinkGD",
+    "SinkGDRule",
     "SophiaG",
     "SophiaGRule",
     "SophiaH",
     "SophiaHRule",
+    "StableEmbedding",
     "StableSPAM",
     "StableSPAMRule",
     "State",
@@ -149,13 +207,16 @@ __all__ = [
     "blockwise",
     "create",
     "curvature",
+    "diagnostics",
     "divide_groups",
     "example_parameters",
     "fused",
     "group_factors",
+    "group_table",
     "is_matrix",
     "rule_from",
     "schedule",
     "schedule_options",
     "split_matrices",
+    "stable_embedding_groups",
 ]

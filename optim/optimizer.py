@@ -128,10 +128,15 @@ class Optimizer(torch.optim.Optimizer):
             rule: UpdateRule = group["rule"]
             if type(rule).share is not UpdateRule.share and params:
                 params, grads = self._share(rule, group, offset, params, grads)
-            states = self._states_of(rule, params)
-            fine = fused.step(rule, params, grads, states, lr=group["lr"], weight_decay=group["weight_decay"])
+            fine = self._step_those(rule, params, grads, lr=group["lr"], weight_decay=group["weight_decay"])
             self._warn_of_left(group, offset, params, fine)
         return loss
+
+    def _step_those(
+        self, rule: UpdateRule, params: list[Tensor], grads: list[Tensor], *, lr: float | Tensor, weight_decay: float
+    ) -> list[bool]:
+        """One step of these parameters; for each, whether it was stepped. `optim.distributed` does it in other ways."""
+        return fused.step(rule, params, grads, self._states_of(rule, params), lr=lr, weight_decay=weight_decay)
 
     def _offsets(self) -> Iterator[tuple[dict[str, Any], int]]:
         offset = 0

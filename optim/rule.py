@@ -40,9 +40,6 @@ class UpdateRule(ABC):
     against a state ``[*shape]`` gives the directions ``[batch, *shape]`` of each gradient by itself.
     """
 
-    stacked: ClassVar[bool] = False
-    """Whether a step takes tensors of one shape together, by `torch.vmap` (`optim.stacks`): for products of matrices."""
-
     @abstractmethod
     def init(self, param: Tensor) -> State:
         """The state before the first step: fresh tensors, moments in `moment_dtype(param)`."""
@@ -70,6 +67,14 @@ class UpdateRule(ABC):
         stepped; `group` has the states of all that ever were.
         """
         return None
+
+    @property
+    def coupled(self) -> bool:
+        """Whether `share` makes one tensor's step depend on others: then no process can step some of them alone.
+
+        So it is taken to be where there is a `share`; a rule that looks at one tensor at a time there may say so.
+        """
+        return type(self).share is not UpdateRule.share
 
     def stepped(
         self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float | Tensor | None
@@ -151,7 +156,10 @@ class UpdateRule(ABC):
             there = saved.get(key, defaults.get(key))
             if isinstance(there, UpdateRule):
                 there = there.describe()
-            if _plain(value) != _plain(there):
+            inner = getattr(self, key)
+            if isinstance(inner, UpdateRule) and isinstance(there, Mapping):
+                found += [f"in {key}, {difference}" for difference in inner.differences(there)]
+            elif _plain(value) != _plain(there):
                 found.append(f"{key} is {value!r} here and {there!r} there")
         return found
 

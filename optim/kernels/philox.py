@@ -48,7 +48,9 @@ def random_words(
     return words.flatten()[start - 4 * first :][:n]
 
 
-def normals(n: int, *, seed: int, stream: int = 0, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
+def normals(
+    n: int, *, seed: int, stream: int | Tensor = 0, start: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
     """float32 [n] standard normal: Box-Muller of words 0 and 1, and of words 2 and 3, of each block."""
     first = start - start % 4
     words = random_words(-(-(start + n - first) // 4) * 4, seed=seed, stream=stream, start=first, device=device)

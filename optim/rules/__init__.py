@@ -14,17 +14,36 @@ from optim.rules.adam_mini import AdamMini, AdamMiniRule
 from optim.rules.adamp import AdamP, AdamPRule
 from optim.rules.adamw import AdamW, AdamWRule
 from optim.rules.blockwise_adam import BlockwiseAdam, BlockwiseAdamRule
+from optim.rules.conda import Conda, CondaRule
 from optim.rules.exadam import EXAdam, EXAdamRule
 from optim.rules.lion import Lion, LionRule
+from optim.rules.matrices import MatrixOptimizer, MatrixRule
 from optim.rules.muon import Muon, MuonRule
 from optim.rules.nadam import NAdam, NAdamRule
+from optim.rules.normuon import NorMuon, NorMuonRule
+from optim.rules.root import ROOT, ROOTRule
+from optim.rules.scale import SCALE, SCALERule
 from optim.rules.sgd import SGD, SGDRule
 from optim.rules.sgd_sai import SGDSaI, SGDSaIRule
 from optim.rules.sgdp import SGDP, SGDPRule
+from optim.rules.sinkgd import SinkGD, SinkGDRule
 from optim.rules.sophia_g import SophiaG, SophiaGRule
 from optim.rules.sophia_h import SophiaH, SophiaHRule
 from optim.rules.spam import SPAM, SPAMRule
 from optim.rules.stable_spam import StableSPAM, StableSPAMRule
+from optim.rules.swan import SWAN, SWANRule
+from optim.wrappers.low_rank import Apollo, ApolloRule, Fira, FiraRule, GaLore, GaLoreRule, LowRank
+from optim.wrappers.quantized import (
+    AdamW8bit,
+    AdamW8bitRule,
+    Lion8bit,
+    Lion8bitRule,
+    Muon8bit,
+    Muon8bitRule,
+    Quantized,
+    StableEmbedding,
+    stable_embedding_groups,
+)
 
 RULES: dict[str, type[UpdateRule]] = {
     "adabelief": AdaBeliefRule,
@@ -32,18 +51,30 @@ RULES: dict[str, type[UpdateRule]] = {
     "adam_mini": AdamMiniRule,
     "adamp": AdamPRule,
     "adamw": AdamWRule,
+    "adamw_8bit": AdamW8bitRule,
+    "apollo": ApolloRule,
     "blockwise_adam": BlockwiseAdamRule,
+    "conda": CondaRule,
     "exadam": EXAdamRule,
+    "fira": FiraRule,
+    "galore": GaLoreRule,
     "lion": LionRule,
+    "lion_8bit": Lion8bitRule,
     "muon": MuonRule,
+    "muon_8bit": Muon8bitRule,
     "nadam": NAdamRule,
+    "normuon": NorMuonRule,
+    "root": ROOTRule,
+    "scale": SCALERule,
     "sgd": SGDRule,
     "sgd_sai": SGDSaIRule,
     "sgdp": SGDPRule,
+    "sinkgd": SinkGDRule,
     "sophia_g": SophiaGRule,
     "sophia_h": SophiaHRule,
     "spam": SPAMRule,
     "stable_spam": StableSPAMRule,
+    "swan": SWANRule,
 }
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -52,19 +83,34 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adam_mini": AdamMini,
     "adamp": AdamP,
     "adamw": AdamW,
+    "adamw_8bit": AdamW8bit,
+    "apollo": Apollo,
     "blockwise_adam": BlockwiseAdam,
+    "conda": Conda,
     "exadam": EXAdam,
+    "fira": Fira,
+    "galore": GaLore,
     "lion": Lion,
+    "lion_8bit": Lion8bit,
     "muon": Muon,
+    "muon_8bit": Muon8bit,
     "nadam": NAdam,
+    "normuon": NorMuon,
+    "root": ROOT,
+    "scale": SCALE,
     "sgd": SGD,
     "sgd_sai": SGDSaI,
     "sgdp": SGDP,
+    "sinkgd": SinkGD,
     "sophia_g": SophiaG,
     "sophia_h": SophiaH,
     "spam": SPAM,
     "stable_spam": StableSPAM,
+    "swan": SWAN,
 }
+
+WRAPPERS: dict[str, type[UpdateRule]] = {"low_rank": LowRank, "quantized": Quantized}
+"""Rules around a rule that has to be given, and so without an optimizer of that name."""
 
 
 def rule_from(described: Mapping[str, Any]) -> UpdateRule:
@@ -73,9 +119,10 @@ def rule_from(described: Mapping[str, Any]) -> UpdateRule:
     Raises: ValueError for a name that is not in `RULES`, TypeError for a field that the rule does not have.
     """
     name = described.get("name")
-    if name not in RULES:
-        raise ValueError(f"no rule is called {name!r}{did_you_mean(str(name), RULES)}")
-    known = {f.name for f in fields(RULES[name])}
+    kinds = RULES | WRAPPERS
+    if name not in kinds:
+        raise ValueError(f"no rule is called {name!r}{did_you_mean(str(name), kinds)}")
+    known = {f.name for f in fields(kinds[name])}
     values: dict[str, Any] = {}
     for key, value in described.items():
         if key == "name":
@@ -83,7 +130,7 @@ def rule_from(described: Mapping[str, Any]) -> UpdateRule:
         if key not in known:
             raise TypeError(f"{name}: no setting {key!r}{did_you_mean(key, known)}")
         values[key] = rule_from(value) if isinstance(value, Mapping) else value
-    return RULES[name](**values)
+    return kinds[name](**values)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -102,10 +149,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 __all__ = [
     "OPTIMIZERS",
+    "ROOT",
     "RULES",
+    "SCALE",
     "SGD",
     "SGDP",
     "SPAM",
+    "SWAN",
     "AdaBelief",
     "AdaBeliefRule",
     "AdaHessian",
@@ -115,28 +165,55 @@ __all__ = [
     "AdamP",
     "AdamPRule",
     "AdamW",
+    "AdamW8bit",
+    "AdamW8bitRule",
     "AdamWRule",
+    "Apollo",
+    "ApolloRule",
     "BlockwiseAdam",
     "BlockwiseAdamRule",
+    "Conda",
+    "CondaRule",
     "EXAdam",
     "EXAdamRule",
+    "Fira",
+    "FiraRule",
+    "GaLore",
+    "GaLoreRule",
     "Lion",
+    "Lion8bit",
+    "Lion8bitRule",
     "LionRule",
+    "LowRank",
+    "MatrixOptimizer",
+    "MatrixRule",
     "Muon",
+    "Muon8bit",
+    "Muon8bitRule",
     "MuonRule",
     "NAdam",
     "NAdamRule",
+    "NorMuon",
+    "NorMuonRule",
+    "Quantized",
+    "ROOTRule",
+    "SCALERule",
     "SGDPRule",
     "SGDRule",
     "SGDSaI",
     "SGDSaIRule",
     "SPAMRule",
+    "SWANRule",
+    "SinkGD",
+    "SinkGDRule",
     "SophiaG",
     "SophiaGRule",
     "SophiaH",
     "SophiaHRule",
+    "StableEmbedding",
     "StableSPAM",
     "StableSPAMRule",
     "did_you_mean",
     "rule_from",
+    "stable_embedding_groups",
 ]

@@ -9,8 +9,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import Parameter
 
-from optim import RULES, BlockwiseAdamRule, MuonRule, Optimizer, SPAMRule, UpdateRule
+from optim import RULES, BlockwiseAdamRule, Optimizer, SPAMRule, UpdateRule
 from tests.optim.harness import parameters, set_grads
+from tests.optim.specs import SPECS
 
 SETTINGS = {"muon": {"ns_dtype": "param"}}
 CASES = [RULES[name](**SETTINGS.get(name, {})) for name in sorted(RULES)] + [BlockwiseAdamRule(block="group")]
@@ -28,9 +29,25 @@ def sharded(p: torch.Tensor, mesh: DeviceMesh) -> DTensor:
     return distribute_tensor(p.detach().clone(), mesh, [Shard(0)])
 
 
-@pytest.mark.parametrize("rule", CASES, ids=lambda rule: rule.name)
+WHOLE = {"apollo", "fira", "galore"}  # their subspaces are those of whole matrices
+
+
+@pytest.mark.parametrize("rule", [rule for rule in CASES if rule.name in WHOLE], ids=lambda rule: rule.name)
+def test_a_subspace_refuses_shards(rule: UpdateRule, mesh: DeviceMesh) -> None:
+    (p,) = parameters([(4, 3)])
+    with pytest.raises(ValueError, match="parameter 'w'.*sharded.*whole matrix"):
+        Optimizer([("w", Parameter(sharded(p, mesh)))], rule, lr=0.1)
+
+
+def test_codes_refuse_shards_unless_the_tensor_is_small(mesh: DeviceMesh) -> None:
+    (p,) = parameters([(64, 64)])
+    with pytest.raises(ValueError, match="parameter 'w'.*sharded.*blocks"):
+        Optimizer([("w", Parameter(sharded(p, mesh)))], RULES["adamw_8bit"](), lr=0.1)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in CASES if rule.name not in WHOLE], ids=lambda rule: rule.name)
 def test_steps_as_a_plain_parameter(rule: UpdateRule, mesh: DeviceMesh) -> None:
-    plain = parameters([(4, 3), (3, 5)] if isinstance(rule, MuonRule) else [(4, 3), (5,)], torch.float32)
+    plain = parameters([(4, 3), (3, 5)] if SPECS[rule.name].min_ndim == 2 else [(4, 3), (5,)], torch.float32)
     shards = [Parameter(sharded(p, mesh)) for p in plain]
     ours, theirs = (Optimizer(params, rule, lr=0.05, weight_decay=0.1) for params in (plain, shards))
     for t in range(3):

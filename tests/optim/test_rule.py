@@ -54,7 +54,7 @@ def test_saves_and_loads_without_a_table():
     saved = optimizer.state_dict()
     assert saved["param_groups"][0]["rule"]["inner"]["name"] == "adamw"
     make(Optimistic(inner=AdamWRule())).load_state_dict(saved)
-    with pytest.raises(ValueError, match="inner is"):
+    with pytest.raises(ValueError, match="in inner, eps is"):
         make(Optimistic(inner=AdamWRule(eps=1e-6))).load_state_dict(saved)
     with pytest.raises(ValueError, match="inner is None here"):
         make(Optimistic()).load_state_dict(saved)

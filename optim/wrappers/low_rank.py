@@ -1,0 +1,338 @@
+"""States of a low-rank gradient: a rule that runs on a projection of each matrix's gradient."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from optim.kernels.philox import normals
+from optim.rule import (
+    State,
+    UpdateRule,
+    check_counts,
+    check_flag,
+    check_non_negative,
+    correction,
+    is_sharded,
+    moment_dtype,
+    scalar_moment,
+)
+from optim.rules.adamw import AdamWRule
+from optim.rules.matrices import MatrixOptimizer, Settings
+
+_CHOICES = {
+    "proj_type": ("std", "reverse_std", "left", "right"),
+    "projection": ("svd", "random"),
+    "form": ("project", "residual", "scale"),
+    "scale_type": ("channel", "tensor"),
+}
+_NORM_EPS = 1e-8
+INNER = AdamWRule(eps=1e-6, bias_correction=False)
+"""The published codes' inner rule; its bias correction is `LowRank.correct_bias`, which comes last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(UpdateRule):
+    """u = c U, with R the gradient's r coordinates in a basis P of its rows or columns, N the inner rule's direction of
+    R, and back(N) that in the parameter's shape.
+
+    - `form` "project" (GaLore): U = scale back(N). "residual" (Fira): U = scale back(N) + limit((G - scale back(R)) s).
+      "scale" (APOLLO): U = sqrt(scale) limit(G s). s is |N| / (|R| + 1e-8) for each row or column that is not
+      projected, or with `scale_type` "tensor" of the whole. c = sqrt(1 - b2^t) / (1 - b1^t) of the inner rule's betas,
+      without `correct_bias` 1.
+    - `rank` r, at most the smaller side. `proj_type`: the side that is projected: "std" the smaller of the two (of
+      equal ones the columns), "reverse_std" the larger, "left" the rows, "right" the columns.
+    - `projection` "svd": the r first singular vectors of the gradient of every `update_proj_gap`-th step, kept in the
+      state; only `step` renews them, an `UpdateMap` never does, and before the first step they are the first r
+      coordinates. "random": normal entries over sqrt(r), drawn anew every `update_proj_gap` steps and not kept: they
+      are a function of (`seed`, the parameter's number, the count of draws).
+    - `limiter`: limit(S) lets |S| grow by this factor a step at most; 0 lets it go. `limiter_reset`: a step with
+      |S| = 0 does not count. Without it, as published, the limiter never recovers from a zero gradient: the norm that
+      it compares with is then 0, the next S is cut to about 1e-8 and may grow by 1 % a step, 1850 steps to come back,
+      in which APOLLO stands still and Fira has no residual.
+    - `scale_front`: APOLLO's sqrt(scale) before the limiter, not after it.
+    - `exact_residual`: Fira's residual as in the paper, (G - back(R)) s. The code's, the default, lets the share
+      1 - scale of the gradient in the subspace act a second time, without momentum.
+
+    After a renewal the inner rule's moments stay in the coordinates of the old basis, as published.
+
+    Shapes: tensors of two and more dimensions, seen as [dim 0, rest]. Not elementwise.
+    Source: Zhao et al. 2024, arXiv 2403.03507 (GaLore); Chen et al. 2024, arXiv 2410.01623 (Fira); Zhu et al. 2024,
+    arXiv 2412.05270 (APOLLO), and their codes.
+    Differs: `limiter_reset`; singular vectors have their largest entry positive, so that what follows a renewal does
+    not depend on the SVD's choice of signs; random bases come from Philox, not from torch's generators; weight decay is
+    that of `Optimizer`, where the codes decay after the update (the same with ``lr (1 - lr wd)`` and
+    ``wd / (1 - lr wd)``). Not here: GaLore's projection of both sides ("full").
+    """
+
+    name: ClassVar[str] = "low_rank"
+    elementwise: ClassVar[bool] = False
+
+    inner: UpdateRule = INNER
+    rank: int = 128
+    update_proj_gap: int = 200
+    proj_type: str = "std"
+    projection: str = "svd"
+    form: str = "project"
+    scale: float = 0.25
+    scale_type: str = "channel"
+    scale_front: bool = False
+    exact_residual: bool = False
+    limiter: float = 1.01
+    limiter_reset: bool = True
+    correct_bias: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        called = type(self).__name__
+        if not isinstance(self.inner, UpdateRule) or isinstance(self.inner, LowRank):
+            raise ValueError(f"{called}: inner = {self.inner!r}; it must be a rule such as AdamWRule()")
+        for key, choices in _CHOICES.items():
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{called}: {key} = {getattr(self, key)!r}; it must be one of {', '.join(choices)}")
+        check_counts(called, rank=self.rank, update_proj_gap=self.update_proj_gap, seed=self.seed)
+        if self.rank < 1 or self.update_proj_gap < 1:
+            raise ValueError(
+                f"{called}: rank = {self.rank!r}, update_proj_gap = {self.update_proj_gap!r}; they must be at least 1"
+            )
+        check_non_negative(called, scale=self.scale, limiter=self.limiter)
+        if 0 < self.limiter < 1:
+            raise ValueError(f"{called}: limiter = {self.limiter!r}; it must be at least 1, or 0 for none")
+        flags = ("scale_front", "exact_residual", "limiter_reset", "correct_bias")
+        check_flag(called, **{key: getattr(self, key) for key in flags})
+        if self.correct_bias and (_found(self.inner, "betas") is None or _found(self.inner, "bias_correction")):
+            raise ValueError(
+                f"{called}: correct_bias is for inner rules with betas that do not correct their bias themselves, such "
+                f"as {INNER!r}; the inner rule is {self.inner!r}"
+            )
+
+    def init(self, param: Tensor) -> State:
+        """The inner rule's state for the projected gradient, the basis (or the number it is drawn by), the limiter's.
+
+        Raises: ValueError for a vector or scalar, and for a sharded parameter.
+        """
+        if param.ndim < 2:
+            raise ValueError(
+                f"{type(self).__name__}: a parameter of shape {tuple(param.shape)} is no matrix; give it another rule "
+                f"(create({self.name!r}, model.named_parameters(), ...) puts it in an AdamW group)"
+            )
+        if is_sharded(param):
+            raise ValueError(f"{type(self).__name__}: a parameter is sharded; the subspace is that of a whole matrix")
+        rows, columns, side, rank = self._sides(param)
+        low = (rank, columns) if side == "left" else (rows, rank)
+        state = dict(self.inner.init(param.new_empty(low)))
+        clash = {"basis", "number", "limited"} & set(state)
+        assert not clash, f"{self.inner.name} has entries of the same names: {clash}"
+        if self.projection == "svd":
+            length = rows if side == "left" else columns
+            state["basis"] = torch.eye(length, rank, dtype=moment_dtype(param), device=param.device)
+        else:
+            state["number"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        if self.form != "project" and self.limiter:
+            state["limited"] = scalar_moment(param)
+        return state
+
+    def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
+        """What only `step` does: renew bases that are due, number new parameters; and the inner rule's.
+
+        (Numbers are the shared part: parameters of a group draw different bases.)
+        """
+        last = max((float(state["number"]) for state in group if "number" in state), default=0.0)
+        for grad, state in zip(grads, states, strict=True):
+            if self.projection == "svd" and float(state["step"]) % self.update_proj_gap == 0:
+                state["basis"].copy_(self._singular_vectors(grad, state["basis"]))
+            elif self.projection == "random" and state["number"] == 0:
+                last += 1
+                state["number"].fill_(last)
+        self.inner.share(grads, states, group)
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction u of the class docstring, in the moments' dtype; the basis stays as it is."""
+        dtype = moment_dtype(param)
+        rows, columns, side, rank = self._sides(param)
+        g = grad.to(dtype).reshape(rows, columns)
+        basis = self._basis(state, rows if side == "left" else columns, rank, g)
+        left = side == "left"
+        r = basis.mT @ g if left else g @ basis
+        own = {key: value for key, value in state.items() if key not in ("basis", "number", "limited")}
+        n, new = self.inner.update(r, own, r)
+        n = n.to(dtype)
+        state = {key: new.get(key, value) for key, value in state.items()}
+
+        def back(x: Tensor) -> Tensor:
+            return basis @ x if left else x @ basis.mT
+
+        if self.form == "project":
+            u = self.scale * back(n)
+        else:
+            axis = None if self.scale_type == "tensor" else (0,) if left else (1,)
+            s = _norm(n, axis) / (_norm(r, axis) + _NORM_EPS)
+            if self.form == "residual":
+                rest = (g - (1.0 if self.exact_residual else self.scale) * back(r)) * s
+            else:
+                rest = g * s * (math.sqrt(self.scale) if self.scale_front else 1.0)
+            if self.limiter:
+                rest, state["limited"] = self._limit(rest, state["limited"], state["step"])
+            if self.form == "residual":
+                u = self.scale * back(n) + rest
+            else:
+                u = rest if self.scale_front else math.sqrt(self.scale) * rest
+        if self.correct_bias:
+            b1, b2 = _found(self.inner, "betas")
+            u = u * (correction(b2, state["step"]).sqrt() / correction(b1, state["step"])).to(dtype)
+        return u.reshape(param.shape), state
+
+    def _limit(self, s: Tensor, stored: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """S, and its norm to compare the next one with; `stored` is the last one's, 0 if there was none."""
+        norm = _norm(s, None).reshape(())
+        first = stored == 0 if self.limiter_reset else (step == 1).to(s.device)
+        cut = torch.where(first, 1.0, (norm / (stored + _NORM_EPS)).clamp(min=self.limiter) / self.limiter)
+        after = norm / cut
+        return s / cut, torch.where(norm == 0, stored, after) if self.limiter_reset else after
+
+    def _sides(self, param: Tensor) -> tuple[int, int, str, int]:
+        """Rows and columns of the parameter as a matrix, the projected side, and the rank."""
+        rows, columns = param.shape[0], math.prod(param.shape[1:])
+        smaller = "right" if rows >= columns else "left"
+        side = {"std": smaller, "reverse_std": "left" if smaller == "right" else "right"}.get(
+            self.proj_type, self.proj_type
+        )
+        return rows, columns, side, min(self.rank, rows, columns)
+
+    def _basis(self, state: State, length: int, rank: int, like: Tensor) -> Tensor:
+        """P [length, r] in the dtype of `like`: of the state, or drawn."""
+        if self.projection == "svd":
+            return state["basis"].to(like.dtype)
+        stream = state["number"].to(torch.int64) * 65536 + (state["step"] // self.update_proj_gap).to(torch.int64)
+        drawn = normals(length * rank, seed=self.seed, stream=stream, device=like.device)
+        return drawn.to(like.dtype).reshape(length, rank) / math.sqrt(max(rank, 1))
+
+    def _singular_vectors(self, grad: Tensor, basis: Tensor) -> Tensor:
+        """The first r left or right singular vectors of a gradient, as columns in the shape of `basis`, signs fixed."""
+        if basis.numel() == 0:
+            return basis
+        u, _, vt = torch.linalg.svd(grad.to(basis.dtype).reshape(grad.shape[0], -1), full_matrices=False)
+        vectors: Tensor = (u if self._sides(grad)[2] == "left" else vt.mT)[:, : basis.shape[1]]
+        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+        return vectors * torch.where(largest < 0, -1.0, 1.0)
+
+
+def _found(rule: UpdateRule, key: str) -> Any:
+    """A field of the rule or, if it has none such, of a rule inside it; None if there is none."""
+    while not hasattr(rule, key):
+        inside = getattr(rule, "inner", None)
+        if not isinstance(inside, UpdateRule):
+            return None
+        rule = inside
+    return getattr(rule, key)
+
+
+def _norm(x: Tensor, axis: tuple[int, ...] | None) -> Tensor:
+    return x.square().sum(axis, keepdim=True).sqrt() if axis is not None else x.square().sum().sqrt()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaLoreRule(LowRank):
+    """GaLore: Adam in the space of each gradient's first singular vectors.
+
+    `LowRank` has the formulas and settings.
+
+    State: at most 12 bytes a parameter, (8 q r + 4 p r) / (p q) at rank r, p the smaller side of the matrix, q the
+    larger.
+    Source: Zhao et al. 2024, arXiv 2403.03507; jiaweizzhao/GaLore.
+    """
+
+    name: ClassVar[str] = "galore"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FiraRule(LowRank):
+    """Fira: GaLore, with what the projection leaves of the gradient beside it, scaled as Adam scales the projection.
+
+    `LowRank` has the formulas and settings.
+
+    State: at most 12 bytes a parameter, (8 q r + 4 p r) / (p q) at rank r, and 4 a matrix.
+    Source: Chen et al. 2024, arXiv 2410.01623; xichen-fy/Fira.
+    """
+
+    name: ClassVar[str] = "fira"
+
+    form: str = "residual"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApolloRule(LowRank):
+    """APOLLO: the gradient itself, each row or column scaled as Adam would scale a random projection of it.
+
+    `LowRank` has the formulas and settings; APOLLO-Mini is ``rank=1, scale=128.0, scale_type="tensor"``.
+
+    State: at most 8 bytes a parameter, 8 r / p at rank r, p the smaller side of the matrix, and 8 a matrix.
+    Source: Zhu et al. 2024, arXiv 2412.05270; zhuhanqing/APOLLO.
+    """
+
+    name: ClassVar[str] = "apollo"
+
+    projection: str = "random"
+    form: str = "scale"
+    scale: float = 1.0
+
+
+class _LowRankOptimizer(MatrixOptimizer):
+    """Hidden matrices by a low-rank rule, the rest by AdamW: param groups of one `Optimizer`.
+
+    lr, weight_decay: of the matrices. betas, eps: of the rule inside; further keywords are fields of the rule.
+    adamw_lr, adamw_weight_decay, adamw_betas, adamw_eps, assign: see `MatrixOptimizer`.
+    """
+
+    rule: ClassVar[type[LowRank]]
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        adamw_lr: float | Tensor | None = None,
+        adamw_weight_decay: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.999),
+        adamw_eps: float = 1e-6,
+        assign: Mapping[str, str | Settings] | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__(
+            named_parameters,
+            self.rule,
+            lr,
+            weight_decay,
+            adamw_lr=adamw_lr,
+            adamw_weight_decay=adamw_weight_decay,
+            adamw_betas=adamw_betas,
+            adamw_eps=adamw_eps,
+            assign=assign,
+            betas=betas,
+            eps=eps,
+            **fields,
+        )
+
+
+class GaLore(_LowRankOptimizer):
+    """Hidden matrices by `GaLoreRule`, the rest by AdamW; see `LowRank`. The published learning rate is 0.01."""
+
+    rule = GaLoreRule
+
+
+class Fira(_LowRankOptimizer):
+    """Hidden matrices by `FiraRule`, the rest by AdamW; see `LowRank`. The published learning rate is 0.01."""
+
+    rule = FiraRule
+
+
+class Apollo(_LowRankOptimizer):
+    """Hidden matrices by `ApolloRule`, the rest by AdamW; see `LowRank`. The published learning rate is 0.01."""
+
+    rule = ApolloRule

@@ -1,0 +1,488 @@
+"""States in 8 bits: a rule whose running averages are kept as codes, with one scale a block."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from optim import fused
+from optim.curvature import CurvatureRule
+from optim.kernels import adamw_8bit
+from optim.kernels.philox import random_words
+from optim.optimizer import Optimizer, Params
+from optim.rule import State, UpdateRule, check_counts, check_flag, is_sharded, moment_dtype
+from optim.rules.adamw import AdamWRule
+from optim.rules.lion import LionRule
+from optim.rules.matrices import MatrixOptimizer, Settings
+from optim.rules.muon import MuonRule
+
+CHUNK = 1 << 16
+"""Elements that a step holds decoded at a time (rounded to whole blocks), under elementwise rules."""
+
+NON_NEGATIVE = frozenset({"exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "max_exp_avg_var"})
+"""Entries of states that are never below zero, whose codes need no sign: second moments."""
+
+_SCALES = "_absmax"
+_LOW_BITS = 16  # of a float32, that the first guess of a code does not look at
+
+
+def _dynamic_book(signed: bool) -> Tensor:
+    """float32 [256], increasing: seven decades, each with twice as many values as the one below; 0 and 1."""
+    values = [torch.zeros(1), torch.ones(1)]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
+        decade = 10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
+        values += [decade, -decade] if signed else [decade]
+    return torch.cat(values).sort().values
+
+
+class _Book:
+    """A code book with what finds the nearest entry fast: a table by the upper half of a float32, and one comparison.
+
+    A number halfway between two entries, as float32 has it, goes to the lower one.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        limits = (values[:-1] + values[1:]) / 2
+        upper = torch.arange(1 << _LOW_BITS, dtype=torch.int64) << _LOW_BITS
+        upper = torch.where(upper >= 1 << 31, upper + (1 << _LOW_BITS) - 1, upper)  # of negative floats, the lowest
+        lowest = torch.where(upper >= 1 << 31, upper - (1 << 32), upper).to(torch.int32).view(torch.float32)
+        self.first = torch.bucketize(lowest.nan_to_num(nan=0.0), limits).to(torch.uint8)
+        self.turn = torch.cat([limits, limits.new_tensor([torch.inf])])[self.first.int()]  # the only limit of that half
+
+    def encode(self, y: Tensor) -> Tensor:
+        """uint8: of each number in [-1, 1] the nearest entry."""
+        index = y.float().view(torch.int32).bitwise_right_shift(_LOW_BITS).bitwise_and_((1 << _LOW_BITS) - 1)
+        first = _take(self.first, index)
+        return first + (y > _take(self.turn, index)).to(torch.uint8)
+
+    def encode_stochastic(self, y: Tensor, uniform: Tensor) -> Tensor:
+        """uint8: of the two neighbours of each number the upper one with a probability that makes it the mean."""
+        nearest = self.encode(y).int()
+        lower = (nearest - (_take(self.values, nearest) > y).int()).clamp(0, 254)
+        below, above = _take(self.values, lower), _take(self.values, lower + 1)
+        return (lower + (uniform * (above - below) < y - below).int()).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """float32: the entries."""
+        return _take(self.values, codes.int())
+
+
+def _take(table: Tensor, index: Tensor) -> Tensor:
+    return table.to(index.device).index_select(0, index.reshape(-1)).reshape(index.shape)
+
+
+_BOOKS = {True: _Book(_dynamic_book(True)), False: _Book(_dynamic_book(False))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized(UpdateRule):
+    """The inner rule, whose running averages are kept as codes of 8 bits: x is about book[code] a, with a = max |x| of
+    its block. A step decodes, steps with the inner rule in full precision, and encodes what that leaves.
+
+    - `inner`: any rule but those that read a curvature (Sophia, AdaHessian) and other `Quantized` ones.
+    - `code`: "dynamic", 256 values with a sign, or without it for second moments, over seven decades, nearest entry;
+      or "linear", round(127 x / a), of second moments round(255 x / a), ties to even. Second moments want "dynamic",
+      Muon's momentum is content with "linear".
+    - `block_size`: consecutive entries of the flattened tensor with one scale; the last block may be shorter.
+    - `min_size`: smaller tensors are kept as the inner rule keeps them. A param group may set it for its own:
+      ``{"params": embeddings, "min_size": 2**62}`` keeps these in full precision (`stable_embedding_groups`).
+    - `floor`: a positive second moment never gets the code of zero, as it would below 1.6e-7 of its block's largest:
+      where the next gradient is zero Adam then steps by m / eps, without bound. Without it, as published.
+    - `stochastic`: round up or down at random, with x as the mean, by Philox bits of (`seed`, step, entry of the state,
+      position): nothing else is drawn or disturbed, and a resumed run draws the same.
+
+    Shapes: any; blocks run over rows, so that results depend on where a tensor is cut. Not elementwise.
+    State: 1 byte a parameter for each moment, and 4 for each block of it. Codes are uint8 (int8 for signed linear
+    ones), scales float32, whatever the parameter's dtype.
+    Source: Dettmers et al. 2021, arXiv 2110.02861; bitsandbytes 0.50.2, its exact nearest-code quantiser and decay
+    before the update. Linear codes of momentum: arXiv 2509.23106.
+    Differs: `floor`. Of bitsandbytes' other forms, the GPU kernel decays after the update and keeps the sign of m, and
+    the CPU library looks codes up on a coarser grid; its blocks are 256 everywhere, the paper's were 2048.
+    """
+
+    name: ClassVar[str] = "quantized"
+    elementwise: ClassVar[bool] = False
+
+    inner: UpdateRule
+    code: str = "dynamic"
+    block_size: int = 256
+    min_size: int = 4096
+    floor: bool = True
+    stochastic: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        called = type(self).__name__
+        if not isinstance(self.inner, UpdateRule) or isinstance(self.inner, Quantized | CurvatureRule):
+            raise ValueError(
+                f"{called}: inner = {self.inner!r}; it must be a rule such as AdamWRule(), not one that is quantised "
+                "already and not one that reads a curvature, which is renewed in its state from outside"
+            )
+        if self.code not in ("dynamic", "linear"):
+            raise ValueError(f"{called}: code = {self.code!r}; it must be 'dynamic' or 'linear'")
+        check_counts(called, block_size=self.block_size, min_size=self.min_size, seed=self.seed)
+        if self.block_size < 1:
+            raise ValueError(f"{called}: block_size = {self.block_size!r}; it must be at least 1")
+        check_flag(called, floor=self.floor, stochastic=self.stochastic)
+
+    def init(self, param: Tensor) -> State:
+        """The inner rule's state: zeros as codes with a scale of zero a block, the rest as it is.
+
+        Raises: ValueError for a sharded parameter, unless it is small.
+        """
+        state: State = {}
+        for key, value in self.inner.init(param).items():
+            if self._is_coded(value):
+                if is_sharded(param):
+                    raise ValueError(
+                        f"{type(self).__name__}: a parameter is sharded; blocks that a shard cuts have other scales"
+                    )
+                blocks = -(-value.numel() // self.block_size)
+                state[key] = torch.zeros_like(value, dtype=self._dtype(key), memory_format=torch.contiguous_format)
+                state[key + _SCALES] = value.new_zeros(blocks, dtype=torch.float32)
+            else:
+                state[key] = value
+        return state
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The inner rule's direction from the decoded state; the state after it encoded."""
+        direction, new = self.inner.update(grad, self.decoded(state, param), param)
+        return direction, self._encoded(new, state)
+
+    def decay(self, direction: Tensor, state: State, param: Tensor) -> Tensor:
+        """The inner rule's."""
+        return self.inner.decay(direction, self.decoded(state, param), param)
+
+    def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
+        """The inner rule's, over what is not encoded: counters and scalars."""
+        self.inner.share(grads, states, group)
+
+    def stepped(
+        self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float | Tensor | None
+    ) -> tuple[Tensor, State]:
+        """The inner rule's step from the decoded state, encoded; what `update` and `decay` say, decoded once."""
+        inner = self.decoded(state, param)
+        moved, new = self.inner.stepped(param, grad, inner, lr=lr, weight_decay=weight_decay)
+        return moved, self._encoded(new, state)
+
+    @property
+    def step_is_update(self) -> bool:
+        """No: codes are decoded and encoded piece by piece."""
+        return False
+
+    def step(self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float) -> None:
+        """`step_all` of one parameter."""
+        self.step_all([param], [grad], [state], lr=lr, weight_decay=weight_decay)
+
+    def step_all(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], *, lr: float | Tensor,
+        weight_decay: float,
+    ) -> None:
+        """Steps in place: under an elementwise inner rule `CHUNK` entries at a time are decoded, else one tensor.
+
+        AdamW with dynamic codes takes `optim.kernels.adamw_8bit` on a GPU, all tensors that it fits at once.
+        """
+        entries = list(zip(params, grads, states, strict=True))
+        rows = [self._kernel_row(*entry) for entry in entries]
+        self._step_by_kernel([(r, e[2]) for r, e in zip(rows, entries, strict=True) if r], lr, weight_decay)
+        for param, grad, state in (e for r, e in zip(rows, entries, strict=True) if not r):
+            if self.inner.elementwise and self.inner.step_is_update and _is_flat(param, grad, state):
+                self._step_pieces(param, grad, state, lr=lr, weight_decay=weight_decay)
+            else:
+                inner = self.decoded(state, param)
+                fused.step(self.inner, [param], [grad], [inner], lr=lr, weight_decay=weight_decay)
+                for key, value in self._encoded(inner, state).items():
+                    if value is not state[key]:
+                        state[key].copy_(value)
+
+    def _kernel_row(self, param: Tensor, grad: Tensor, state: State) -> adamw_8bit.Row | None:
+        """What the kernel takes of this parameter, if it does."""
+        if type(self.inner) is not AdamWRule or self.inner.amsgrad or self.code != "dynamic" or self.stochastic:
+            return None
+        if "exp_avg" + _SCALES not in state or "exp_avg_sq" + _SCALES not in state:
+            return None
+        m, v = "exp_avg", "exp_avg_sq"
+        row = (param, grad, state[m], state[m + _SCALES], state[v], state[v + _SCALES])
+        return row if adamw_8bit.fits(row, self.block_size) else None
+
+    def _step_by_kernel(
+        self, rows: Sequence[tuple[adamw_8bit.Row, State]], lr: float | Tensor, weight_decay: float
+    ) -> None:
+        if not rows:
+            return
+        inner = self.inner
+        assert isinstance(inner, AdamWRule)
+        for _, state in rows:
+            state["step"] += 1
+        adamw_8bit.adamw_8bit_step(
+            [row for row, _ in rows], [inner.scalars(int(state["step"])) for _, state in rows],
+            books=(_BOOKS[True].values, _BOOKS[False].values), block_size=self.block_size, lr=float(lr),
+            weight_decay=weight_decay, betas=inner.betas, eps=inner.eps, eps_root=inner.eps_root,
+            stochastic_rounding=inner.stochastic_rounding, floor=self.floor,
+        )
+
+    def _step_pieces(
+        self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float
+    ) -> None:
+        coded = [key for key in state if key + _SCALES in state]
+        rest = {key: t for key, t in state.items() if key not in coded and not key.endswith(_SCALES)}
+        blocks = max(1, CHUNK // self.block_size)
+        size = blocks * self.block_size
+        form = (1,) * (param.ndim - 1) + (-1,)  # a rule may look at the number of dimensions
+        tensors = (param, grad, *(state[key] for key in coded))
+        pieces = zip(*(torch.split(t.view(-1), size) for t in tensors), strict=True)
+        scales = [torch.split(state[key + _SCALES], blocks) for key in coded]
+        after = rest
+        for i, (p, g, *codes) in enumerate(pieces):
+            after = {key: t.clone() for key, t in rest.items()}  # counters: the steps of all pieces are one step
+            moments = {
+                key: self._decode(key, c, s[i], moment_dtype(param)).view(form)
+                for key, c, s in zip(coded, codes, scales, strict=True)
+            }
+            part = after | moments
+            inner = {key: part[key] for key in state if key in part}  # in the inner rule's order
+            fused.step(self.inner, [p.view(form)], [g.view(form)], [inner], lr=lr, weight_decay=weight_decay)
+            for key, c, s in zip(coded, codes, scales, strict=True):
+                new, largest = self._encode(key, moments[key], after["step"], start=i * size)
+                c.copy_(new.view(-1))
+                s[i].copy_(largest)
+        for key, t in rest.items():
+            t.copy_(after[key])
+
+    def decoded(self, state: State, param: Tensor) -> State:
+        """The state as the inner rule knows it; what is not encoded is not copied."""
+        dtype = moment_dtype(param)
+        return {
+            key: self._decode(key, value, state[key + _SCALES], dtype) if key + _SCALES in state else value
+            for key, value in state.items()
+            if not key.endswith(_SCALES)
+        }
+
+    def _is_coded(self, value: Tensor) -> bool:
+        return value.is_floating_point() and value.ndim > 0 and value.numel() >= max(1, self.min_size)
+
+    def _dtype(self, key: str) -> torch.dtype:
+        return torch.int8 if self.code == "linear" and key not in NON_NEGATIVE else torch.uint8
+
+    def _encoded(self, new: State, old: State) -> State:
+        state: State = {}
+        for key, value in new.items():
+            if key + _SCALES in old:
+                state[key], state[key + _SCALES] = self._encode(key, value, new["step"])
+            else:
+                state[key] = value
+        return state
+
+    def _encode(self, key: str, x: Tensor, step: Tensor, *, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Codes [*shape] and scales [blocks] of the tensor, or of a part of one that begins at entry `start`."""
+        n, size = x.numel(), self.block_size
+        flat = x.detach().reshape(-1)
+        rows = (flat if n % size == 0 else functional.pad(flat, (0, -n % size))).view(-1, size)
+        largest = rows.abs().amax(1).to(torch.float32)
+        y = rows / torch.where(largest > 0, largest, 1.0).to(x.dtype).unsqueeze(1)
+        signed = key not in NON_NEGATIVE
+        draws: Tensor | None = None
+        if self.stochastic:
+            stream = (step.to(torch.int64) << 8) + sum(key.encode()) % 256
+            words = random_words(y.numel(), seed=self.seed, stream=stream, start=start, device=x.device)
+            draws = (words.to(y.dtype) / 2**32).view(y.shape)
+        if self.code == "linear":
+            y = y * (127 if signed else 255)
+            codes = (y.round() if draws is None else (y + draws).floor()).to(self._dtype(key))
+        elif draws is None:
+            codes = _BOOKS[signed].encode(y)
+        else:
+            codes = _BOOKS[signed].encode_stochastic(y, draws)
+        if self.floor and not signed:
+            codes = codes.maximum((y > 0).to(torch.uint8))
+        return codes.view(-1)[:n].view(x.shape), largest
+
+    def _decode(self, key: str, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        n, size = codes.numel(), self.block_size
+        signed = key not in NON_NEGATIVE
+        if self.code == "linear":
+            x = codes.reshape(-1).to(dtype) / (127 if signed else 255)
+        else:
+            x = _BOOKS[signed].decode(codes.reshape(-1)).to(dtype)
+        rows = (x if n % size == 0 else functional.pad(x, (0, -n % size))).view(-1, size)
+        return (rows * scales.to(dtype).unsqueeze(1)).view(-1)[:n].view(codes.shape)
+
+
+def _is_flat(param: Tensor, grad: Tensor, state: State) -> bool:
+    """Whether flat memory holds equal coordinates of parameter, gradient and codes at equal places."""
+    coded = [state[key] for key in state if key + _SCALES in state]
+    return bool(coded) and not is_sharded(param) and all(t.is_contiguous() for t in (param, grad, *coded))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW8bitRule(Quantized):
+    """AdamW with both moments in 8 bits.
+
+    `Quantized` says what that changes, `AdamWRule` the rest.
+
+    State: 2 bytes a parameter, two codes, and two scales a block of 256: 2.03; in tensors below 4096 entries 8 bytes.
+    Source: Dettmers et al. 2021, arXiv 2110.02861; bitsandbytes 0.50.2.
+    """
+
+    name: ClassVar[str] = "adamw_8bit"
+
+    inner: UpdateRule = AdamWRule()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lion8bitRule(Quantized):
+    """Lion with its momentum in 8 bits.
+
+    `Quantized` says what that changes, `LionRule` the rest.
+
+    State: 1 byte a parameter, a code, and a scale a block of 256: 1.02; in tensors below 4096 entries 4 bytes.
+    Source: Chen et al. 2023, arXiv 2302.06675; bitsandbytes 0.50.2 (Lion8bit).
+    """
+
+    name: ClassVar[str] = "lion_8bit"
+
+    inner: UpdateRule = LionRule()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon8bitRule(Quantized):
+    """Muon with its momentum in 8 bits.
+
+    `Quantized` says what that changes, `MuonRule` the rest. The direction is made of the momentum of this step
+    in full precision, not of its codes.
+
+    State: 1 byte a parameter, a code, and a scale a block of 2048: 1.002; in matrices below 4096 entries 4 bytes.
+    Source: arXiv 2509.23106 (no public code; the paper has no Nesterov momentum).
+    """
+
+    name: ClassVar[str] = "muon_8bit"
+
+    inner: UpdateRule = MuonRule(nesterov=False)
+    code: str = "linear"
+    block_size: int = 2048
+
+
+class AdamW8bit(Optimizer):
+    """`Optimizer` running `AdamW8bitRule`; the first arguments as in `torch.optim.AdamW`.
+
+    Further keywords are fields of `AdamW8bitRule` and of `AdamWRule`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        **fields: Any,
+    ) -> None:
+        rule = AdamW8bitRule().with_settings(betas=betas, eps=eps, **fields)
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay)
+
+
+class Lion8bit(Optimizer):
+    """`Optimizer` running `Lion8bitRule`. Further keywords are fields of `Lion8bitRule`."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        **fields: Any,
+    ) -> None:
+        super().__init__(params, Lion8bitRule().with_settings(betas=betas, **fields), lr=lr, weight_decay=weight_decay)
+
+
+class Muon8bit(MatrixOptimizer):
+    """Hidden matrices by `Muon8bitRule`, the rest by AdamW: param groups of one `Optimizer`.
+
+    lr, weight_decay: of the matrices.
+    adamw_8bit: AdamW's moments in 8 bits too, dynamic codes in blocks of 256.
+    adamw_lr, adamw_weight_decay, adamw_betas, adamw_eps, assign: see `MatrixOptimizer`. Further keywords are fields of
+    `Muon8bitRule` and of `MuonRule`; with a `scale` other than "match_rms_adamw" give `adamw_lr` as well.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        *,
+        adamw_8bit: bool = False,
+        adamw_lr: float | Tensor | None = None,
+        adamw_weight_decay: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        assign: Mapping[str, str | Settings] | None = None,
+        **fields: Any,
+    ) -> None:
+        check_flag("Muon8bit", adamw_8bit=adamw_8bit)
+        super().__init__(
+            named_parameters,
+            Muon8bitRule,
+            lr,
+            weight_decay,
+            adamw_lr=adamw_lr,
+            adamw_weight_decay=adamw_weight_decay,
+            adamw_betas=adamw_betas,
+            adamw_eps=adamw_eps,
+            assign=assign,
+            **fields,
+        )
+        for group in self.param_groups:
+            if adamw_8bit and isinstance(group["rule"], AdamWRule):
+                group["rule"] = AdamW8bitRule(inner=group["rule"])
+
+
+class StableEmbedding(nn.Embedding):
+    """An embedding that trains well beside 8-bit states: Xavier-uniform weights, and a LayerNorm over each vector.
+
+    The norm is computed in torch's default dtype and the output cast back to the weight's. Its state should be kept
+    in full precision: `stable_embedding_groups`.
+    Source: Dettmers et al. 2021, arXiv 2110.02861, section 2.3; bitsandbytes.nn.StableEmbedding.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, seed: int = 0, **kwargs: Any) -> None:
+        self.seed = seed
+        super().__init__(num_embeddings, embedding_dim, **kwargs)
+        self.norm = nn.LayerNorm(embedding_dim, device=kwargs.get("device"))
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform, drawn from `seed`; the padding vector is zero."""
+        if not self.weight.is_meta:
+            generator = torch.Generator(self.weight.device).manual_seed(self.seed)
+            with torch.no_grad():
+                bound = (6 / sum(self.weight.shape)) ** 0.5
+                self.weight.uniform_(-bound, bound, generator=generator)
+        self._fill_padding_idx_with_zero()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """ids [...] -> vectors [..., embedding_dim] in the weight's dtype."""
+        vectors = super().forward(input).to(torch.get_default_dtype())
+        normed: Tensor = self.norm(vectors)
+        return normed.to(self.weight.dtype)
+
+
+def stable_embedding_groups(
+    model: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...] = StableEmbedding
+) -> list[dict[str, Any]]:
+    """Param groups for a rule with 8-bit states: the weights of such modules keep theirs in full precision.
+
+        AdamW8bit(stable_embedding_groups(model), lr=1e-3)
+
+    kinds: ``torch.nn.Embedding`` keeps those of all embeddings. Parameters that do not train are left out.
+    """
+    kept = {id(m.weight) for m in model.modules() if isinstance(m, kinds) and isinstance(m.weight, Tensor)}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [entry for entry in named if id(entry[1]) not in kept]},
+        {"params": [entry for entry in named if id(entry[1]) in kept], "min_size": 2**62},
+    ]
+    return [group for group in groups if group["params"]]
