@@ -1,11 +1,14 @@
-"""Matrix functions that several rules share: Newton-Schulz and its coefficients, the radial projection."""
+"""Matrix functions that rules share: Newton-Schulz and its coefficients, whitening, norms, the radial projection."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from optim.kernels import symmetric
+from optim.kernels import unit_rms as unit_rms_kernel
 
 
 class Polynomial(NamedTuple):
@@ -63,8 +66,8 @@ def newton_schulz(
 
     coefficients: a key of `NEWTON_SCHULZ`, or triples (a, b, c), one a step; the last one is repeated as needed.
     form: "plain" (Keller Jordan, Moonlight, Dion) divides the input by ``safety * |x|_F + eps``; "torch"
-    (torch.optim.Muon) by ``max(safety * |x|_F, eps)``, and rounds each sum of products once instead of term by term,
-    which shows in bfloat16 only.
+    (torch.optim.Muon) by ``max(safety * |x|_F, eps)``. In 16-bit dtypes "plain" also rounds each sum of products term
+    by term, as those codes do; otherwise a sum is made by the product that feeds it, and rounded once.
     dtype: of the products (bfloat16 in the published codes); None for x's own. In bfloat16, rounding noise in the null
     space of a rank-deficient x is amplified to order 1; use float32 for small or structurally low-rank matrices.
     Cost: ``steps * (4 p^2 q + 2 p^3)`` FLOP a matrix, p = min(m, n), q = max(m, n).
@@ -76,14 +79,99 @@ def newton_schulz(
         y = y.mT  # the products A = Y Y^T are p x p on the wide orientation
     norm: Tensor = named.safety * torch.linalg.matrix_norm(y, keepdim=True)
     y = y / (norm.clamp(min=eps) if form == "torch" else norm + eps)
+    term_by_term = form == "plain" and y.dtype.itemsize < 4
     for step in range(steps):
         a, b, c = named.coefficients[min(step, len(named.coefficients) - 1)]
+        if symmetric.fits(y):
+            y = torch.baddbmm(y, symmetric.polynomial(y, b, c), y, beta=a)
+            continue
         gram = y @ y.mT
-        if form == "torch":
-            y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-        else:
+        if term_by_term:
             y = a * y + (b * gram + c * (gram @ gram)) @ y
+        else:
+            y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     return (y.mT if tall else y).reshape(x.shape).to(x.dtype)
+
+
+def polar(x: Tensor) -> Tensor:
+    """x [..., m, n] -> U V^T of each matrix's x = U S V^T, over the singular values that are not rounding.
+
+    Those above ``max(m, n) eps`` times the largest; zero gives zero. By an SVD: about 20 p^2 q FLOP a matrix.
+    """
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    if s.shape[-1] == 0:
+        return torch.zeros_like(x)
+    limit = max(x.shape[-2:]) * torch.finfo(x.dtype).eps * s[..., :1]
+    found: Tensor = (u * (s > limit)[..., None, :].to(x.dtype)) @ vt
+    return found
+
+
+def whiten(x: Tensor, *, steps: int, beta: float) -> Tensor:
+    """x [..., m, n] -> about U V^T of each matrix's x = U S V^T, times a number that the caller's scale removes.
+
+    The coupled iteration ``T = 3 I - Z Y; Y <- beta Y T; Z <- beta T Z`` from ``Y = X X^T, Z = I`` on the smaller side,
+    with ``X = x / |x|_F``, then ``Z X``. beta 0.5 converges to U V^T (14 steps or so); 0.8 is faster and ends with
+    singular values anywhere in about [0.56, 1.60]: small changes of x move them, so give it float32. Zero gives zero.
+    Cost: ``4 p^2 q + 6 steps p^3`` FLOP a matrix, p = min(m, n), q = max(m, n).
+    Source: Ma et al. 2024, arXiv 2412.13148. Differs: without the Frobenius norm, our reading, it would diverge.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    wide = x.mT if tall else x
+    wide = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-12)
+    identity = torch.eye(wide.shape[-2], dtype=x.dtype, device=x.device)
+    y, z = wide @ wide.mT, identity.expand(*wide.shape[:-1], wide.shape[-2])
+    for _ in range(steps):
+        t = 3 * identity - z @ y
+        y, z = beta * (y @ t), beta * (t @ z)
+    white: Tensor = z @ wide
+    return white.mT if tall else white
+
+
+def unit_rms(x: Tensor, *, dim: int | tuple[int, ...], eps: float) -> Tensor:
+    """x divided by its root mean square along `dim`, which is taken as at least eps; zero stays zero."""
+    if isinstance(dim, int) and unit_rms_kernel.fits(x, dim):
+        return unit_rms_kernel.unit_rms(x, dim, eps)
+    return x / (x.square().mean(dim, keepdim=True) + _TINY).sqrt().clamp(min=eps)
+
+
+_TINY = 1e-37
+"""Under a square root, so that a zero row has a derivative; below every square that a clamp of 1e-8 lets through."""
+
+
+def row_normalised(x: Tensor) -> Tensor:
+    """Each row of x [..., m, n] on the sphere of radius sqrt(n); a zero row stays zero."""
+    return unit_rms(x, dim=-1, eps=1e-8 / max(x.shape[-1], 1) ** 0.5)
+
+
+def column_normalised(x: Tensor) -> Tensor:
+    """Each column of x [..., m, n] on the sphere of radius sqrt(m); a zero column stays zero."""
+    return unit_rms(x, dim=-2, eps=1e-8 / max(x.shape[-2], 1) ** 0.5)
+
+
+def spectrally_normalised(x: Tensor) -> Tensor:
+    """``sqrt(max(m, n)) U V^T`` of each matrix x = U S V^T: of Frobenius norm sqrt(m n), like the others, if rank p."""
+    return math.sqrt(max(x.shape[-2:])) * polar(x)
+
+
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "row": row_normalised,
+    "column": column_normalised,
+    "spectral": spectrally_normalised,
+    "sign": torch.sign,
+}
+"""Norm g -> the point of largest inner product with x on g's sphere, scaled to a Frobenius norm of sqrt(m n)."""
+
+
+def multi_normalised(x: Tensor, *, norms: Sequence[str], rounds: int) -> Tensor:
+    """x [..., m, n] after `rounds` rounds of each of the `norms`, keys of `NORMS`, in their order.
+
+    ("row", "column") is Sinkhorn's iteration on squares; ("row", "spectral") once is SWAN without centring.
+    Source: Scetbon et al. 2025, arXiv 2502.06742 (MNGD). Divisors are at least 1e-8 in l2.
+    """
+    for _ in range(rounds):
+        for norm in norms:
+            x = NORMS[norm](x)
+    return x
 
 
 def remove_radial(

@@ -13,27 +13,45 @@ from optim.saved import bare_name
 
 Named = list[tuple[str, Tensor]]
 
-_HEADS = {"lm_head", "embed_out", "output", "head", "classifier", "score", "unembed"}
-_EMBEDDINGS = {"wte", "wpe"}
-
 
 def is_matrix(name: str, param: Tensor) -> bool:
     """Whether a rule for hidden matrices should have this parameter.
 
-    Yes for tensors of two or more dimensions, LoRA's A and B among them; no for embeddings (also LoRA on embeddings),
-    output heads, norms, biases, and any vector or scalar. A head is recognised by the module that owns the weight
-    (``lm_head``, ``output``, ``score``, ...). Convolutions count as matrices, the first of a network too: name it
-    apart if it should not.
+    Yes for tensors of two or more dimensions, LoRA's A and B among them (on a head too); no for embeddings (also LoRA
+    on embeddings), what is behind the last layer (`block_of` calls it "head": output heads, poolers, classifiers),
+    norms, biases, and any vector or scalar. A name that tells nothing is told by its shape. Convolutions count as
+    matrices, the first of a network too: name it apart if it should not.
     """
+    parts = _parts(name)
     if param.ndim < 2:
         return False
-    parts = name.lower().split(".")
-    if "lora_a" in parts or "lora_b" in parts:
-        return True
-    if any("embed" in part or "norm" in part or part in _EMBEDDINGS for part in parts):
-        return False
-    owner = parts[-2] if len(parts) > 1 else parts[-1]
-    return parts[-1] != "bias" and owner not in _HEADS
+    return bool({"lora_a", "lora_b"} & set(parts)) or (parts[-1] != "bias" and outside_block(name) is None)
+
+
+_CONV1D = {"c_attn", "c_fc", "c_proj", "q_attn"}
+
+
+def layouts(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, dict[str, bool]]:
+    """name -> how its matrices lie in memory, for those that are not [outputs, inputs]; see `MatrixRule`.
+
+    transposed: GPT-2's Conv1D keeps [inputs, outputs], where copies of GPT-2 with the same names have `nn.Linear`.
+    `c_attn` and `c_fc` have more outputs than inputs, which tells for all four kinds.
+    batched: the experts of a mixture in one tensor of three dimensions.
+    """
+    found: dict[str, dict[str, bool]] = {}
+    conv1d: dict[str, str] = {}
+    wider = []
+    for name, param in named_parameters:
+        parts = [part for part in _parts(name) if part != "base_layer"]
+        if param.ndim == 3 and any("expert" in part for part in parts):
+            found[name] = {"batched": True}
+        if param.ndim == 2 and parts[-1] == "weight" and len(parts) > 1 and parts[-2] in _CONV1D:
+            conv1d[name] = parts[-2]
+            if parts[-2] in ("c_attn", "c_fc"):
+                wider.append(param.shape[0] < param.shape[1])
+    if wider and all(wider):
+        found |= {name: {"transposed": True} for name in conv1d}
+    return found
 
 
 def with_names(entries: Iterable[Any], otherwise: str) -> Named:
@@ -65,12 +83,30 @@ BLOCKS: tuple[Block, ...] = get_args(Block)
 # of single components of a dotted name, in lower case
 _NORM = re.compile(r"norm|^ln(_|\d|$)")
 _HEAD = re.compile(r"^(lm_head|head|embed_out|unembed|(pre_)?classifier|score|cls|pooler|qa_outputs|vocab_\w+)$")
-_EMBEDDING = re.compile(r"embed|^w[tp]e$")
+_EMBEDDING = re.compile(r"embed|^w[tp]e$|^shared$|^relative_\w*bias$")
 _FFN = re.compile(r"mlp|feed_?forward|ffn|moe|expert|intermediate|^(fc\d|c_fc|(gate|up|down|gate_up)_proj|dense_.*h)$")
 _QK = re.compile(r"^(w?[qk]|[qk](_[ab])?_proj|[qk]_(attn|lin)|query|key)$")
 _VO = re.compile(r"^(w?[vo]|[vo]_(proj|attn|lin)|value|out_lin|out_proj)$")
 _FUSED = re.compile(r"^(c_attn|qkv\w*|w_?qkv|query_key_value|in_proj(_\w+)?|kv_\w+)$")
 _ATTENTION = re.compile(r"attn|attention")
+
+
+def _parts(name: str) -> list[str]:
+    return bare_name(name).lower().split(".")
+
+
+def outside_block(name: str) -> Literal["norm", "head", "embedding"] | None:
+    """Which of the blocks without hidden matrices the parameter belongs to, by its name; None for all others."""
+    parts = _parts(name)
+
+    def has(pattern: re.Pattern[str]) -> bool:
+        return any(pattern.search(part) for part in parts)
+
+    if has(_NORM):
+        return "norm"
+    if has(_HEAD) or ("output" in parts and "dense" not in parts and not has(_ATTENTION)):
+        return "head"
+    return "embedding" if has(_EMBEDDING) else None
 
 
 def block_of(name: str) -> Block:
@@ -83,18 +119,15 @@ def block_of(name: str) -> Block:
     Poolers and classifiers are "head".
     Raises: ValueError naming a parameter that is none of these.
     """
-    parts = bare_name(name).lower().split(".")
+    parts = _parts(name)
 
     def has(pattern: re.Pattern[str]) -> bool:
         return any(pattern.search(part) for part in parts)
 
     in_attention = has(_ATTENTION)
-    if has(_NORM):
-        return "norm"
-    if has(_HEAD) or ("output" in parts and "dense" not in parts and not in_attention):
-        return "head"
-    if has(_EMBEDDING):
-        return "embedding"
+    outside = outside_block(name)
+    if outside is not None:
+        return outside
     if has(_FFN):
         return "ffn"
     if has(_QK):
@@ -199,3 +232,24 @@ def divide_groups(
                 names, params = zip(*part["params"], strict=True)
                 groups.append({**group, **part, "params": list(params), "param_names": list(names)})
     optimizer.param_groups[:] = groups
+
+
+def group_table(optimizer: torch.optim.Optimizer) -> str:
+    """What is stepped how, to be read before training: a line a param group, with the first of its tensors."""
+    rows = [("group", "rule", "lr", "decay", "tensors", "parameters", "first tensor")]
+    seen: dict[str, Any] = {}
+    for i, group in enumerate(optimizer.param_groups, start=1):
+        rule = group["rule"]
+        fields = rule.describe()
+        usual = seen.setdefault(rule.name, fields)
+        label = ", ".join([rule.name, *(f"{key} {value}" for key, value in fields.items() if value != usual[key])])
+        count = sum(p.numel() for p in group["params"])
+        name = group["param_names"][0] if group.get("param_names") else ""
+        rows.append((str(i), label, f"{float(group['lr']):g}", f"{group['weight_decay']:g}",
+                     f"{len(group['params']):,}", f"{count:,}", name))  # fmt: skip
+    widths = [max(len(row[k]) for row in rows) for k in range(7)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        lines.append("  ".join(c.rjust(w) if 2 <= k <= 5 else c.ljust(w) for k, (c, w) in enumerate(cells)).rstrip())
+    return "\n".join(lines)

@@ -1,11 +1,23 @@
-"""Newton-Schulz against singular values: theory says what each step does to them; and the radial projection."""
+"""Newton-Schulz and whitening against singular values, on which theory says what they do; norms; radial projection."""
 
 import pytest
 import torch
 
-from optim.linalg import NEWTON_SCHULZ, newton_schulz, remove_radial
+from optim.linalg import (
+    NEWTON_SCHULZ,
+    NORMS,
+    multi_normalised,
+    newton_schulz,
+    polar,
+    remove_radial,
+    unit_rms,
+    whiten,
+)
+from tests.optim import golden
 from tests.optim.harness import randn
 from tests.reference.muon import orthogonalised
+from tests.reference.sinkgd import normalised
+from tests.reference.swan import whitened
 
 
 @pytest.mark.parametrize("form", ["plain", "torch"])
@@ -59,6 +71,70 @@ def test_bfloat16_is_near_float64_on_full_rank_matrices():
     low, high = newton_schulz(x, dtype=torch.bfloat16), newton_schulz(x, dtype=torch.float64)
     assert low.dtype == high.dtype == torch.float32
     assert float((low - high).norm() / high.norm()) < 0.05
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (6, 3), (3, 7), (1, 5), (5, 1)])
+def test_whitening_acts_on_singular_values_alone(shape):
+    x = randn(shape, 6)
+    for steps, beta in ((0, 0.5), (3, 0.5), (8, 0.8)):
+        want = torch.as_tensor(whitened(x.numpy(), steps, beta))
+        torch.testing.assert_close(whiten(x, steps=steps, beta=beta), want, rtol=1e-8, atol=1e-10)
+    assert torch.equal(whiten(torch.zeros(shape), steps=10, beta=0.8), torch.zeros(shape))
+    batch = torch.stack([x, 100 * x])
+    torch.testing.assert_close(whiten(batch, steps=8, beta=0.8)[1], whiten(x, steps=8, beta=0.8))
+
+
+def test_polar_leaves_out_what_is_rounding():
+    """A rank-one matrix has a polar factor of rank one; zero has none; and it is what many Newton-Schulz steps give."""
+    x = randn((4, 1), 7) @ randn((1, 3), 8)
+    torch.testing.assert_close(polar(x), x / torch.linalg.matrix_norm(x), rtol=1e-10, atol=1e-12)
+    assert torch.equal(polar(torch.zeros(2, 3)), torch.zeros(2, 3)) and polar(torch.zeros(0, 3)).shape == (0, 3)
+    full = randn((5, 5), 9)
+    slow = newton_schulz(full, coefficients=((2.0, -1.5, 0.5),), steps=60)
+    torch.testing.assert_close(polar(full), slow, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("norm", sorted(NORMS))
+def test_norms(norm):
+    """Each is its reference, and of Frobenius norm sqrt(m n); zero rows, columns and matrices stay."""
+    for shape in ((3, 5), (5, 3), (4, 4), (1, 3), (3, 1)):
+        x = randn(shape, 10)
+        got = NORMS[norm](x)
+        torch.testing.assert_close(got, torch.as_tensor(normalised(x.numpy(), norm)), rtol=1e-9, atol=1e-11)
+        assert float(got.square().sum()) == pytest.approx(shape[0] * shape[1])
+    x = randn((4, 3), 11)
+    x[2], x[:, 1] = 0, 0
+    got = NORMS[norm](x)
+    assert got.isfinite().all() and not got[2].any() and got[:, 1].abs().max() < 1e-12
+    assert not NORMS[norm](torch.zeros(2, 3)).any()
+
+
+def test_golden_normalisers(golden_dir):
+    """The shared numbers of SWAN's normalisation and whitening, SinkGD's rounds, and row and polar in turns."""
+    stored = golden.arrays(golden_dir / "matrix_family" / "fn_normalisers_shared.npz")
+    held = 0
+    for key, array in stored.items():
+        what, name = key.split("/")
+        if what == "in":
+            continue
+        x, rows = (torch.as_tensor(stored[f"{k}/{name}"]) for k in ("in", "gradnorm_centered"))
+        close = {"rtol": 1e-7, "atol": 1e-9}
+        if what == "gradnorm_centered":
+            got = unit_rms(x - x.mean(-1, keepdim=True), dim=-1, eps=1e-8)
+        elif what == "gradnorm_rms":
+            got = unit_rms(x, dim=-1, eps=1e-8)
+        elif what.startswith("sinkhorn_L"):
+            got = multi_normalised(x, norms=("row", "column"), rounds=int(what[-1]))
+        elif what == "mngd_row_polar_L3":
+            got = multi_normalised(x, norms=("row", "spectral"), rounds=3)
+        elif what == "whiten_exact":
+            got = polar(rows)
+        else:
+            steps, beta = what.removeprefix("whiten_k").split("_b")
+            got = whiten(rows, steps=int(steps), beta=float(beta))
+        torch.testing.assert_close(got, torch.as_tensor(array), **close, msg=lambda m, key=key: f"{key}: {m}")
+        held += 1
+    assert held == 36
 
 
 def test_remove_radial_by_rows_then_whole_then_not_at_all():

@@ -1,0 +1,117 @@
+"""Conda: Adam in the singular basis of the first moment."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from optim.rule import (
+    State,
+    check_counts,
+    check_non_negative,
+    checked_betas,
+    correction,
+    moment_dtype,
+    zero_moment,
+    zero_step,
+)
+from optim.rules.matrices import MatrixOptimizer, MatrixRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class CondaRule(MatrixRule):
+    """u = scale sqrt(c2) / c1 N back, N = M' / (sqrt(v) + eps), c = 1 - b^t, with M <- b1 M + (1 - b1) G,
+    v <- b2 v + (1 - b2) G'^2, and G' = G P, M' = M P, N back = N P^T (m >= n; else P^T G, P^T M, P N).
+
+    P [p, p], p = min(m, n), are the singular vectors of M on its smaller side. `update` reads P; `Optimizer.step` makes
+    it anew, from the M that the step is about to make, at a tensor's first step and every `update_proj_gap` after it.
+    v stays in the old basis then. Before the first step P is the identity, and the rule is Adam.
+
+    Shapes: matrices [m, n]; not elementwise, and not in parts (`split_sizes`, `num_heads`).
+    State: 8 bytes a parameter (two float32 moments), 4 p^2 for P, and a step count.
+    Cost: 6 p^2 q FLOP a step, q = max(m, n), and an SVD of about 20 p^2 q every `update_proj_gap` steps.
+    Source: arXiv 2509.24218 and its code, mode "std". Recipes: betas (0.9, 0.99), gap 2000, scale 0.25; lr 0.01 for
+    Llama, 3e-3 to 6e-3 for GPT-2.
+    Differs: a zero M keeps the basis; decay acts on the old weights, not the updated ones. The other modes of the
+    published code fail for matrices that are not square and are not here.
+    """
+
+    name: ClassVar[str] = "conda"
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    update_proj_gap: int = 2000
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "betas", checked_betas("CondaRule", self.betas))
+        check_non_negative("CondaRule", eps=self.eps, scale=self.scale)
+        check_counts("CondaRule", update_proj_gap=self.update_proj_gap)
+        if self.update_proj_gap == 0:
+            raise ValueError("CondaRule: update_proj_gap = 0; it must be an integer of at least 1")
+        if self.split_sizes is not None or self.num_heads is not None:
+            raise ValueError("CondaRule: split_sizes and num_heads are not for Conda; its matrices are whole")
+
+    def init(self, param: Tensor) -> State:
+        """Zero moments and step count, and the identity as basis."""
+        self.check_layout(param)
+        side = min(self.stacks(param)[0].shape[-2:])
+        basis = torch.eye(side, dtype=moment_dtype(param), device=param.device)
+        return {
+            "step": zero_step(),
+            "exp_avg": zero_moment(param),
+            "exp_avg_sq": zero_moment(param),
+            "basis": basis.expand(param.shape[0], side, side).clone() if self.batched else basis,
+        }
+
+    def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
+        """New bases where they are due; nothing is shared."""
+        for grad, state in zip(grads, states, strict=True):
+            if int(state["step"]) % self.update_proj_gap == 0:
+                m = self.stacks(self._first(grad, state))[0]
+                u, s, vt = torch.linalg.svd(m, full_matrices=False)
+                found = (vt.mT if m.shape[-2] >= m.shape[-1] else u).reshape(state["basis"].shape)
+                if s.numel():
+                    lives = (s[..., :1, None] > 0).reshape(*state["basis"].shape[:-2], 1, 1)
+                    state["basis"].copy_(torch.where(lives, found, state["basis"]))
+
+    def _first(self, grad: Tensor, state: State) -> Tensor:
+        return state["exp_avg"].lerp(grad.to(state["exp_avg"].dtype), 1 - self.betas[0])
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction u of the class docstring, in the moments' dtype."""
+        b1, b2 = self.betas
+        t, p = state["step"] + 1, state["basis"]
+        moment = self._first(grad, state)
+        dtype = moment.dtype
+        (g,), (m,), (v,) = (self.stacks(x) for x in (grad.to(dtype), moment, state["exp_avg_sq"]))
+        right = m.shape[-2] >= m.shape[-1]
+        g_in, m_in = (x @ p if right else p.mT @ x for x in (g, m))
+        v = (b2 * v).addcmul(g_in, g_in, value=1 - b2)
+        n = m_in / (v.sqrt() + self.eps)
+        direction = self.scale * (correction(b2, t).sqrt() / correction(b1, t)) * (n @ p.mT if right else p @ n)
+        new = {"step": t, "exp_avg": moment, "exp_avg_sq": self.joined([v], param.shape), "basis": p}
+        return self.joined([direction.to(dtype)], param.shape), new
+
+
+class Conda(MatrixOptimizer):
+    """Conda for hidden matrices and AdamW for the rest, with the same learning rate, betas and eps unless given.
+
+    options: fields of `CondaRule`, and the keywords of `MatrixOptimizer`.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        **options: Any,
+    ) -> None:
+        usual: dict[str, Any] = {"betas": betas, "eps": eps, "adamw_betas": betas, "adamw_eps": eps}
+        super().__init__(named_parameters, CondaRule, lr, weight_decay, **(usual | options))

@@ -1,0 +1,126 @@
+"""NorMuon: Muon whose rows are brought to one size by a second moment a row."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from optim.rule import State, check_non_negative, check_positive, check_unit_interval, moment_dtype
+from optim.rules.matrices import MatrixOptimizer
+from optim.rules.muon import MuonRule
+
+CONVENTIONS: dict[str, dict[str, Any]] = {
+    "code": {},
+    "paper": {"nesterov": False, "update_scale": "match_rms", "row_eps": 1e-8},
+    "dion": {
+        "momentum_form": "heavy_ball",
+        "nesterov": False,
+        "scale": "spectral_norm",
+        "ns_coefficients": "polar_express",
+        "ns_eps": 1e-8,
+        "row_eps": 1e-8,
+    },
+}
+"""The published forms as settings of `NorMuonRule`: zichongli5/NorMuon, the paper's algorithm 1, microsoft/dion;
+learning rate and weight decay of each: code 0.02 and 0, paper 4e-4 and 0.1, dion 0.01 and 0.01."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NorMuonRule(MuonRule):
+    """u = f c O~, with O = NS(d) as in `MuonRule`, v <- b2 v + (1 - b2) mean of O^2 over each row,
+    O~ = O / (sqrt(v) + row_eps), and c = |O|_F / |O~|_F, which restores Muon's size.
+
+    Shapes: as `MuonRule`; v has one number a row. Norms are of the whole matrix, whatever rows are where.
+    State: 4 + 4 / n bytes a parameter (a float32 buffer, a float32 v a row) and a step count.
+    Source: Li et al. 2025, arXiv 2510.05491; zichongli5/NorMuon, the default; the others are `CONVENTIONS`.
+
+    - `update_scale`: "preserve_norm" as above, or "match_rms", u = 0.2 sqrt(m n) O~ / |O~|_F without f: entries of root
+      mean square `rms`, so that an AdamW learning rate carries over (the paper's algorithm 1).
+    - `conv_scale`: "matrix", rows and norms of the flattened matrix, or "kernel" as in the published code: v [out, in,
+      kh, 1], means over the kernel's width, norms of each kernel.
+
+    Differs: v is float32 for 16-bit parameters and NS output is cast to it, where the published code fails for float32
+    parameters; the Dion port takes norms of the local shard, so that its steps depend on the number of ranks.
+    """
+
+    name: ClassVar[str] = "normuon"
+
+    momentum_form: str = "ema"
+    scale: str = "original"
+    beta2: float = 0.95
+    row_eps: float = 1e-10
+    update_scale: str = "preserve_norm"
+    rms: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_unit_interval("NorMuonRule", beta2=self.beta2)
+        check_non_negative("NorMuonRule", row_eps=self.row_eps)
+        check_positive("NorMuonRule", rms=self.rms)
+        if self.update_scale not in ("preserve_norm", "match_rms"):
+            raise ValueError(
+                f"NorMuonRule: update_scale = {self.update_scale!r}; it must be one of preserve_norm, match_rms"
+            )
+
+    def _by_kernel(self, param: Tensor) -> bool:
+        return self.conv_scale == "kernel" and param.ndim == 4
+
+    def init(self, param: Tensor) -> State:
+        """As Muon's, and a zero second moment a row, of the parameter's shape with 1 for its inputs."""
+        state = super().init(param)
+        shape = list(param.shape)
+        if self.transposed:
+            shape[-2] = 1
+        else:
+            first = 3 if self._by_kernel(param) else 2 if self.batched else 1
+            shape[first:] = [1] * (param.ndim - first)
+        return state | {"row_second_moment": param.new_zeros(shape, dtype=moment_dtype(param), requires_grad=False)}
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction u of the class docstring, in the buffer's dtype."""
+        d, buffer = self.momentum_direction(grad, state)
+        v = state["row_second_moment"]
+        stacks, moments = [], []
+        for x, v_x in zip(self.stacks(d), [v] if self._by_kernel(param) else self.stacks(v), strict=True):
+            o = self.orthogonalised(x, param)
+            seen = o.reshape(d.shape) if self._by_kernel(param) else o
+            v_x = self.beta2 * v_x + (1 - self.beta2) * seen.square().mean(-1, keepdim=True)
+            rows = seen / (v_x.sqrt() + self.row_eps)
+            size = torch.linalg.matrix_norm(rows, keepdim=True) + self.row_eps
+            if self.update_scale == "match_rms":
+                scale = self.rms * (rows.shape[-2] * rows.shape[-1]) ** 0.5 / size
+            else:
+                scale = self.factor(x, param) * torch.linalg.matrix_norm(seen, keepdim=True) / size
+            stacks.append((scale * rows).reshape(o.shape))
+            moments.append(v_x)
+        new_v = moments[0] if self._by_kernel(param) else self.joined(moments, v.shape)
+        new = {"step": state["step"] + 1, "momentum_buffer": buffer, "row_second_moment": new_v}
+        return self.joined(stacks, d.shape), new
+
+
+class NorMuon(MatrixOptimizer):
+    """NorMuon for hidden matrices and AdamW for embeddings, heads, norms and biases.
+
+    convention: a key of `CONVENTIONS`; options that are fields of `NorMuonRule` override it.
+    options: also `adamw_lr` and the others of `MatrixOptimizer`. Without `adamw_lr` the rest uses `lr` if
+    update_scale is "match_rms", and otherwise 0.015 `lr`, the published ratio of 3e-4 to 0.02.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 0.02,
+        weight_decay: float = 0.0,
+        *,
+        convention: str = "code",
+        **options: Any,
+    ) -> None:
+        if convention not in CONVENTIONS:
+            raise ValueError(f"NorMuon: convention {convention!r}; it must be one of {', '.join(CONVENTIONS)}")
+        usual: dict[str, Any] = {"adamw_betas": (0.9, 0.95), "adamw_eps": 1e-10}
+        options = usual | CONVENTIONS[convention] | options
+        if options.get("adamw_lr") is None and options.get("update_scale", "preserve_norm") == "preserve_norm":
+            options["adamw_lr"] = 0.015 * lr
+        super().__init__(named_parameters, NorMuonRule, lr, weight_decay, **options)

@@ -1,0 +1,182 @@
+"""ROOT: Muon with outliers clipped and Newton-Schulz coefficients fitted to each shape."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from optim.linalg import newton_schulz
+from optim.rule import State, check_non_negative, moment_dtype
+from optim.rules.matrices import MatrixOptimizer
+from optim.rules.muon import MuonRule
+
+Triple: TypeAlias = tuple[float, float, float]
+Table: TypeAlias = tuple[tuple[tuple[int, int], Triple], ...]
+
+PUBLISHED: Table = (
+    ((2048, 2048), (3.4916, -4.8224, 2.1095)),
+    ((2048, 16384), (3.1943, -3.8221, 1.5322)),
+    ((2048, 3072), (3.4509, -4.5790, 1.9325)),
+    ((2048, 8192), (2.9794, -3.6674, 1.6207)),
+)
+"""((smaller, larger side), (a, b, c)) as in the published code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ROOTRule(MuonRule):
+    """u = f NS(clamp(d, -e, e)), with d and f as in `MuonRule`, e = quantile of |d| + 1e-9, and the coefficients of NS
+    those of the matrix's shape. Clamping leaves out d's soft-thresholded outliers; the momentum keeps them.
+
+    Shapes and state as `MuonRule`. Source: arXiv 2511.20626 and its code.
+
+    - `shape_coefficients`: ((smaller, larger side), (a, b, c)) of each shape; other shapes take `ns_coefficients`.
+      `fit_coefficients` makes a triple for a shape.
+    - `quantile`: linear between order statistics of the whole tensor; or None, and `threshold` is e (the paper's
+      algorithm, which has no nesterov either).
+
+    Differs: products and the quantile are in the moments' dtype (published: products in the parameter's, the quantile
+    in float32). The published code warns at a shape that its table lacks; here `shape_coefficients` tells.
+    """
+
+    name: ClassVar[str] = "root"
+
+    ns_dtype: str = "param"
+    shape_coefficients: Table = PUBLISHED
+    quantile: float | None = 0.9
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "shape_coefficients", _checked(self.shape_coefficients))
+        if (self.quantile is None) == (self.threshold is None):
+            raise ValueError("ROOTRule: give either quantile or threshold, and None for the other")
+        if self.quantile is not None and not (isinstance(self.quantile, float | int) and 0 < self.quantile <= 1):
+            raise ValueError(f"ROOTRule: quantile = {self.quantile!r}; it must be a number with 0 < quantile <= 1")
+        if self.threshold is not None:
+            check_non_negative("ROOTRule", threshold=self.threshold)
+
+    def momentum_direction(self, grad: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """Muon's, without outliers, and the new buffer, with them."""
+        d, buffer = super().momentum_direction(grad, state)
+        if d.numel() == 0:
+            return d, buffer
+        if self.quantile is None:
+            limit = d.new_full((), self.threshold or 0.0)
+        else:
+            limit = _quantile(d.abs().flatten(), self.quantile) + 1e-9
+        return torch.clamp(d, -limit, limit), buffer
+
+    def orthogonalised(self, x: Tensor, param: Tensor) -> Tensor:
+        """NS of a stack [k, m, n] with the coefficients of its shape."""
+        m, n = x.shape[-2:]
+        triple = dict(self.shape_coefficients).get((min(m, n), max(m, n)))
+        if triple is None:
+            return super().orthogonalised(x, param)
+        dtype = moment_dtype(param) if self.ns_dtype in ("param", "auto") else getattr(torch, self.ns_dtype)
+        return newton_schulz(
+            x, coefficients=(triple,), steps=self.ns_steps, eps=self.ns_eps, form=self.ns_form, dtype=dtype
+        )
+
+
+def _quantile(x: Tensor, q: float) -> Tensor:
+    """torch.quantile of a vector, which refuses more than 16 million entries; by two selections."""
+    place = q * (x.numel() - 1)
+    low = int(place)
+    below = x.kthvalue(low + 1).values
+    return below if low == place else below.lerp(x.kthvalue(low + 2).values, place - low)
+
+
+def _checked(table: Any) -> Table:
+    try:
+        found = []
+        for (m, n), (a, b, c) in table:
+            found.append(((min(int(m), int(n)), max(int(m), int(n))), (float(a), float(b), float(c))))
+        return tuple(found)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"ROOTRule: shape_coefficients = {table!r}; expected entries such as ((768, 3072), (3.4, -4.6, 1.9))"
+        ) from None
+
+
+def fit_coefficients(
+    m: int, n: int, *, recorded: Sequence[Tensor] = (), steps: int = 5, seed: int = 0, samples: int = 4
+) -> Triple:
+    """(a, b, c) that bring the singular values of matrices [m, n] nearest to 1 in `steps` Newton-Schulz steps.
+
+    Minimises the mean of (s - 1)^2 plus its largest mean over one matrix, over the spectra of `samples` Gaussian
+    matrices and of `recorded` momenta (the authors take three of the first for each of the second), from Muon's triple.
+    Deterministic; sides above 1024 are scaled down, which leaves the spectrum of a Gaussian matrix as it is.
+    Source: arXiv 2511.20626, which fits offline; the search (Nelder-Mead) is ours.
+    """
+    if min(m, n) < 1 or samples < 1 or steps < 1:
+        raise ValueError(f"fit_coefficients: m = {m}, n = {n}, samples = {samples}, steps = {steps}; all must be >= 1")
+    shrink = max(1.0, max(m, n) / 1024)
+    sides = max(1, round(m / shrink)), max(1, round(n / shrink))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(sides, generator=generator, dtype=torch.float64) for _ in range(samples)]
+    spectra = []
+    for x in (*drawn, *(r.detach().double().reshape(r.shape[0], -1) for r in recorded)):
+        s = torch.linalg.svdvals(x)
+        # of the full size: the Frobenius norm grows with the square root of the smaller side
+        spectra.append(s / s.norm() * (len(s) / min(m, n)) ** 0.5)
+    flat = torch.cat(spectra)
+    sizes = [len(s) for s in spectra]
+
+    def loss(triple: Tensor) -> float:
+        a, b, c = triple.unbind()
+        s = flat
+        for _ in range(steps):
+            s = s * (a + s.square() * (b + c * s.square()))
+        off = (s - 1).square()
+        worst = max(float(part.mean()) for part in torch.split(off, sizes))
+        found = float(off.mean()) + worst
+        return found if found == found else float("inf")
+
+    a, b, c = _nelder_mead(loss, torch.tensor([3.4445, -4.7750, 2.0315], dtype=torch.float64)).tolist()
+    return a, b, c
+
+
+def _nelder_mead(loss: Any, start: Tensor, rounds: int = 300) -> Tensor:
+    points = [start] + [start + 0.1 * start[i] * torch.eye(len(start), dtype=start.dtype)[i] for i in range(len(start))]
+    simplex = sorted(((loss(x), x) for x in points), key=lambda entry: entry[0])
+    for _ in range(rounds):
+        centre = torch.stack([x for _, x in simplex[:-1]]).mean(0)
+        worst = simplex[-1][1]
+
+        def tried(step: float, centre: Tensor = centre, worst: Tensor = worst) -> tuple[float, Tensor]:
+            x = centre + step * (worst - centre)
+            return loss(x), x
+
+        new = tried(-1.0)
+        if new[0] < simplex[0][0]:
+            new = min(new, tried(-2.0), key=lambda entry: entry[0])
+        elif new[0] >= simplex[-2][0]:
+            new = tried(0.5)
+            if new[0] >= simplex[-1][0]:
+                best = simplex[0][1]
+                shrunk = [best + 0.5 * (x - best) for _, x in simplex[1:]]
+                simplex = [simplex[0], *((loss(x), x) for x in shrunk)]
+                simplex.sort(key=lambda entry: entry[0])
+                continue
+        simplex[-1] = new
+        simplex.sort(key=lambda entry: entry[0])
+    return simplex[0][1]
+
+
+class ROOT(MatrixOptimizer):
+    """ROOT for hidden matrices and AdamW for the rest, at one learning rate.
+
+    options: fields of `ROOTRule`, and the keywords of `MatrixOptimizer`.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        **options: Any,
+    ) -> None:
+        usual: dict[str, Any] = {"adamw_betas": (0.9, 0.95)}
+        super().__init__(named_parameters, ROOTRule, lr, weight_decay, **(usual | options))

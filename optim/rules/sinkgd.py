@@ -1,0 +1,67 @@
+"""SinkGD: the gradient with rows and columns of one size, without a state; and any other round of normalisations."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from optim.linalg import NORMS, multi_normalised
+from optim.rule import State, check_counts, check_non_negative, moment_dtype, zero_step
+from optim.rules.matrices import MatrixOptimizer, MatrixRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkGDRule(MatrixRule):
+    """u = alpha X, with X the gradient after `rounds` rounds of `norms` (`optim.linalg.multi_normalised`).
+
+    The default, ("row", "column"), is SinkGD: rows to l2 norm sqrt(n), then columns to sqrt(m), five times. Other norms
+    ("spectral", "sign") and their orders are the general scheme (MNGD).
+
+    Shapes: matrices [m, n]; not elementwise. State: none but a step count. A zero row stays zero; in a matrix of one
+    row or column entries become +-1. Near an optimum steps do not shrink: the learning rate must.
+    Source: Scetbon et al. 2025, arXiv 2502.06742.
+    Differs: `alpha` scales the update but not weight decay, which is no part of the method.
+    """
+
+    name: ClassVar[str] = "sinkgd"
+
+    alpha: float = 0.05
+    rounds: int = 5
+    norms: tuple[str, ...] = ("row", "column")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_non_negative("SinkGDRule", alpha=self.alpha)
+        check_counts("SinkGDRule", rounds=self.rounds)
+        norms = self.norms
+        if isinstance(norms, str) or not isinstance(norms, Sequence) or not norms or not set(norms) <= set(NORMS):
+            raise ValueError(f"SinkGDRule: norms = {norms!r}; expected some of {', '.join(NORMS)}")
+        object.__setattr__(self, "norms", tuple(norms))
+
+    def init(self, param: Tensor) -> State:
+        """A step count; ValueError for a vector or scalar."""
+        self.check_layout(param)
+        return {"step": zero_step()}
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction u of the class docstring, in float32 or the parameter's dtype if that is larger."""
+        stacks = self.stacks(grad.to(moment_dtype(param)))
+        stacks = [multi_normalised(x, norms=self.norms, rounds=self.rounds) for x in stacks]
+        return self.alpha * self.joined(stacks, grad.shape), {"step": state["step"] + 1}
+
+
+class SinkGD(MatrixOptimizer):
+    """SinkGD for hidden matrices, at `alpha` times the learning rate, and AdamW for the rest.
+
+    options: fields of `SinkGDRule`, and the keywords of `MatrixOptimizer`.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 0.02,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(named_parameters, SinkGDRule, lr, weight_decay, **options)

@@ -1,0 +1,76 @@
+"""SWAN: the gradient, normalised by rows and whitened, without a state."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from optim.linalg import unit_rms, whiten
+from optim.rule import State, check_counts, check_flag, check_non_negative, check_unit_interval, moment_dtype, zero_step
+from optim.rules.matrices import MatrixOptimizer, MatrixRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class SWANRule(MatrixRule):
+    """u = alpha |G1|_F W / |W|_F, W = `optim.linalg.whiten` of G1, G1 = (G - mean) / std of each row.
+
+    Shapes: matrices [m, n]; not elementwise. State: none but a step count.
+    Source: Ma et al. 2024, arXiv 2412.13148; `steps` 10, `beta` 0.8 and `center` are those of its second version.
+
+    - `center=False`: G1 = G / rms of each row. With centring G1 has rank n - 1 at most, and the rows of the weights
+      keep their means; a matrix of one column does not move.
+    - `beta=0.5` (and `steps` 14): W converges to U V^T; 0.8 ends with singular values in about [0.56, 1.60].
+
+    Differs: `alpha` scales the update but not weight decay, which is no part of the method.
+    """
+
+    name: ClassVar[str] = "swan"
+
+    alpha: float = 0.05
+    steps: int = 10
+    beta: float = 0.8
+    center: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_non_negative("SWANRule", alpha=self.alpha)
+        check_counts("SWANRule", steps=self.steps)
+        check_unit_interval("SWANRule", beta=self.beta)
+        check_flag("SWANRule", center=self.center)
+
+    def init(self, param: Tensor) -> State:
+        """A step count; ValueError for a vector or scalar."""
+        self.check_layout(param)
+        return {"step": zero_step()}
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction u of the class docstring, in float32 or the parameter's dtype if that is larger."""
+        stacks = [self._whitened(x) for x in self.stacks(grad.to(moment_dtype(param)))]
+        return self.alpha * self.joined(stacks, grad.shape), {"step": state["step"] + 1}
+
+    def _whitened(self, g: Tensor) -> Tensor:
+        if self.center:
+            g = g - g.mean(-1, keepdim=True)
+        g = unit_rms(g, dim=-1, eps=1e-8)
+        white = whiten(g, steps=self.steps, beta=self.beta)
+        norm: Tensor = torch.linalg.matrix_norm(white, keepdim=True)
+        size: Tensor = torch.linalg.matrix_norm(g, keepdim=True)
+        return white * (size / norm.clamp(min=torch.finfo(g.dtype).tiny))
+
+
+class SWAN(MatrixOptimizer):
+    """SWAN for hidden matrices, at `alpha` times the learning rate, and AdamW for the rest.
+
+    options: fields of `SWANRule`, and the keywords of `MatrixOptimizer`.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 0.02,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(named_parameters, SWANRule, lr, weight_decay, **options)
