@@ -13,7 +13,7 @@ from optim.kernels.adamw import MASTER, SEED, Scalars
 Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Parameter, gradient, codes and scales of m, codes and scales of v."""
 
-_CHUNK = 2048
+_CHUNK = 1024
 
 
 def adamw_8bit_step(
@@ -35,9 +35,10 @@ def adamw_8bit_step(
     Its definition is that of `Quantized`, around `AdamWRule` with dynamic codes: scales are the largest magnitudes of
     `block_size` consecutive entries, a number halfway between two values of the book gets the lower one, and with
     `floor` a positive second moment never the code of zero. The parameter moves by the moments before they are encoded.
-    books: increasing float32 [256] each, of m and of v.
-    Bytes: 16.1 a float32 parameter (reads p, g, both codes; writes p and both codes), 10.1 in bfloat16. Bound by the 18
-    table look-ups for each parameter: two values, and two binary searches among 255 limits.
+    books: float32 [256] each, of m the signed dynamic book and of v the unsigned one, whose form gives a first guess
+    of a code; their limits decide.
+    Bytes: 16.1 a float32 parameter (reads p, g, both codes; writes p and both codes), 10.1 in bfloat16. Bound by
+    memory, in bfloat16 together with six table look-ups for each parameter.
     """
     pools: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
     for i, (p, g, *_) in enumerate(rows):
@@ -90,15 +91,24 @@ if backend.triton is not None:
     from optim.kernels.philox import stochastic_bfloat16, words_of
 
     @backend.jit
-    def _encode(x, limits, codes_ptr, scales_ptr, at, mask, block, exists, FLOOR: tl.constexpr, BLOCKS: tl.constexpr,
-                SIZE: tl.constexpr):
+    def _encode(x, limits, codes_ptr, scales_ptr, at, mask, block, exists, SIGNED: tl.constexpr, FLOOR: tl.constexpr,
+                BLOCKS: tl.constexpr, SIZE: tl.constexpr):
         """Writes the codes and scales of x [BLOCKS, SIZE]; outside the tensor x is 0."""
         largest = tl.max(tl.abs(x), axis=1)
         y = tl.div_rn(x, tl.broadcast_to(tl.where(largest > 0, largest, 1.0)[:, None], (BLOCKS, SIZE)))
-        code = tl.zeros((BLOCKS, SIZE), dtype=tl.int32)
-        for k in tl.static_range(8):  # the number of limits below y
-            guess = code + (128 >> k)
-            code = tl.where(y > tl.load(limits + guess - 1), guess, code)
+        # by the book's form, seven decades of 1, 2, 4... (unsigned: 2, 4, 8...) values, at most one place off
+        size = tl.maximum(tl.abs(y), 1e-9)
+        decade = tl.minimum(tl.maximum(tl.floor(tl.log2(size) * 0.3010299956639812) + 7.0, 0.0), 6.0)
+        count = (1 if SIGNED else 2) << decade.to(tl.int32)
+        share = (size * tl.exp2((6.0 - decade) * 3.321928094887362) - 0.1) * (1 / 0.9)
+        rank = tl.maximum(count + tl.floor(share * count.to(tl.float32)).to(tl.int32) - (0 if SIGNED else 1), 0)
+        code = 127 + tl.where(y < 0, -rank, rank) if SIGNED else rank
+        code = tl.minimum(tl.maximum(code, 0), 255)
+        # and by its limits: the number of those below y
+        lower = tl.load(limits + tl.maximum(code - 1, 0))
+        code = tl.where((code > 0) & (y <= lower), code - 1, code)
+        upper = tl.load(limits + tl.minimum(code, 254))
+        code = tl.where((code < 255) & (y > upper), code + 1, code)
         if FLOOR:
             code = tl.maximum(code, (y > 0).to(tl.int32))
         tl.store(codes_ptr + at, code.to(tl.uint8), mask=mask)
@@ -165,5 +175,5 @@ if backend.triton is not None:
             tl.store(p_ptr + at, p.to(p_ptr.dtype.element_ty), mask=mask)
         if MASKED:  # what lies behind the tensor must not be the largest of its last block
             m, v = tl.where(mask, m, 0.0), tl.where(mask, v, 0.0)
-        _encode(m, m_limits, m_ptr, ms_ptr, at, mask, block, exists, False, BLOCKS, SIZE)
-        _encode(v, v_limits, v_ptr, vs_ptr, at, mask, block, exists, FLOOR, BLOCKS, SIZE)
+        _encode(m, m_limits, m_ptr, ms_ptr, at, mask, block, exists, True, False, BLOCKS, SIZE)
+        _encode(v, v_limits, v_ptr, vs_ptr, at, mask, block, exists, False, FLOOR, BLOCKS, SIZE)
