@@ -188,3 +188,23 @@ def pairs(
             )
         )
     return _svg(height, label, *shapes, kind="columns")
+
+
+def lines(
+    across: Scale, up: Scale, series: Sequence[tuple[str, Sequence[tuple[float, float]]]], *, label: str,
+    height: float = 150,
+) -> tuple[Markup, list[Tick]]:
+    """Lines through points (x, y), one a series of class `chosen` or `other`; (drawing, ticks of the ordinate).
+
+    A series of one point is a dot. Points beyond `up` are drawn at its ends.
+    """
+    marks = ticks(up, 3)
+    shapes = [_line(0, y, WIDTH, y, "grid") for y in (height * (1 - float(tick.at[:-1]) / 100) for tick in marks)]
+    for kind, points in series:
+        places = [(across(x), height * (1 - up(y) / WIDTH)) for x, y in points]
+        if len(places) == 1:
+            shapes.append(_dot(*places[0], f"mean {kind}"))
+        elif places:
+            path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+            shapes.append(Markup('<path class="range {}" d="M{}"/>').format(kind, path))
+    return _svg(height, label, *shapes), marks

@@ -216,6 +216,8 @@ def select(
     "datatools train --model M --data a.jsonl --data b.jsonl --optimizer muon",
     "datatools train --model M --data a.jsonl --lora-rank 0 --learning-rate 2e-5",
     "datatools train --model M --data a.jsonl --optimizer lion --schedule cosine --learning-rate 1e-4",
+    "datatools train --model M --data a.jsonl --order runs/order/order.npz --lora-rank 0",
+    "datatools train --model M --data a.jsonl --coreset colm --large-batch 128 --keep 64 --source-key dataset",
     "datatools train --model M --data a.jsonl --gradient zo --optimizer sgd --learning-rate 1e-5 --lora-rank 0",
     "datatools train --model M --data a.jsonl --gradient zo --optimizer adamw --learning-rate 1e-4 \\",
     "    --set training.zo.eps=1e-2 --set training.zo.q=4 --set training.zo.sparsity=0.5",
@@ -225,6 +227,9 @@ def train(
     model: ModelOption = None,
     data: Annotated[
         list[str] | None, _flag("--data", "rows to train on; may be repeated", _DATA, metavar="FILE")
+    ] = None,
+    source_key: Annotated[
+        str | None, _flag("--source-key", "the column that names a row's source", _DATA, "dataset", metavar="NAME")
     ] = None,
     out: OutOption = None,
     seed: SeedOption = None,
@@ -242,6 +247,20 @@ def train(
     learning_rate: LearningRateOption = None,
     epochs: EpochsOption = None,
     batch_size: BatchSizeOption = None,
+    coreset: Annotated[
+        str | None,
+        _flag("--coreset", "colm: train each step on rows that stand for a larger batch", _TRAINING, metavar="NAME"),
+    ] = None,
+    large_batch: Annotated[
+        int | None,
+        _flag("--large-batch", "rows that --coreset draws a step; else twice those kept", _TRAINING, metavar="N"),
+    ] = None,
+    keep: Annotated[
+        int | None, _flag("--keep", "rows that --coreset keeps of them; else --batch-size", _TRAINING, metavar="N")
+    ] = None,
+    order: Annotated[
+        Path | None, _flag("--order", "train in this order: an order.npz of datatools order", _TRAINING, metavar="FILE")
+    ] = None,
     config: YamlOption = None,
     set_: SetOption = None,
     overwrite: OverwriteOption = False,
@@ -266,7 +285,12 @@ def train(
         "data.dedup": dedup,
         "out": out,
         "seed": seed,
+        "data.source_key": source_key,
         **_training_flags(optimizer, learning_rate, epochs, batch_size),
+        "order": order,
+        "coreset.name": coreset,
+        "coreset.large_batch": large_batch,
+        "coreset.keep": keep,
         "training.gradient": gradient,
         "training.schedule": schedule,
         "lora.rank": lora_rank or None,
@@ -276,6 +300,119 @@ def train(
     }
     sets = _sets(lora_rank, set_)
     _launch(TrainConfig, "pipelines.train:run", _yaml(yaml, config), flags, sets, print_config, quiet)
+
+
+@_command(
+    "order",
+    "datatools order validate --model M --data a.jsonl --batches 32 --orders 30 \\",
+    "    --estimators pairwise,reduced,table --out runs/order --seed 0",
+    "datatools order search --out runs/order",
+    "datatools order map --out runs/order --set map_batches=8",
+    "datatools train --model M --data a.jsonl --order runs/order/order.npz --lora-rank 0",
+)
+def order(
+    task: Annotated[
+        str, typer.Argument(metavar="TASK", help="record, estimate, search, validate or map", show_default=False)
+    ],
+    yaml: YamlArgument = None,
+    model: ModelOption = None,
+    data: Annotated[
+        list[str] | None, _flag("--data", "rows to train on; may be repeated", _DATA, metavar="FILE")
+    ] = None,
+    validation: Annotated[
+        list[str] | None,
+        _flag("--validation", "held-out rows whose loss counts; else 64 rows of --data", _DATA, metavar="FILE"),
+    ] = None,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    batches: Annotated[int | None, _flag("--batches", "batches to order", _METHOD, 32, metavar="T")] = None,
+    grouping: Annotated[
+        str | None, _flag("--grouping", "batches of mixed rows, or of one source each", _METHOD, "mixed", metavar="HOW")
+    ] = None,
+    orders: Annotated[
+        int | None, _flag("--orders", "random orders to estimate, or to retrain to validate", _METHOD, 16, metavar="R")
+    ] = None,
+    estimators: Annotated[
+        str | None,
+        _flag(
+            "--estimators",
+            "comma-separated; known: pairwise, reduced, moments, own-moments, table, groups",
+            _METHOD,
+            "pairwise,reduced",
+            metavar="NAMES",
+        ),
+    ] = None,
+    references: Annotated[
+        int | None, _flag("--references", "reference orders to estimate from", _METHOD, 1, metavar="N")
+    ] = None,
+    search: Annotated[
+        str | None, _flag("--search", "local, genetic, borda or random", _METHOD, "local", metavar="HOW")
+    ] = None,
+    warmup_steps: Annotated[
+        int | None, _flag("--warmup-steps", "steps on other rows before", _TRAINING, 0, metavar="N")
+    ] = None,
+    on_bad_row: BadRowOption = None,
+    chat_template: ChatOption = None,
+    max_length: LengthOption = None,
+    lora_rank: Annotated[
+        int | None, _flag("--lora-rank", "rank of the adapters; 0 trains every weight", _MODEL, 0, metavar="N")
+    ] = None,
+    optimizer: OptimizerOption = None,
+    schedule: Annotated[
+        str | None, _flag("--schedule", "a name from: datatools ls schedules", _TRAINING, "constant", metavar="NAME")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, _flag("--learning-rate", "peak learning rate", _TRAINING, 0.0001, metavar="X")
+    ] = None,
+    epochs: Annotated[int | None, _flag("--epochs", "passes over the batches", _TRAINING, 1, metavar="N")] = None,
+    batch_size: BatchSizeOption = None,
+    config: YamlOption = None,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+    accept_change: AcceptOption = None,
+    dry_run: DryOption = False,
+    print_config: PrintOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """What would another order of training have done?
+
+    Estimates it from one recorded run, without retraining. Tasks share the folder --out, and take its settings over:
+    record the run; estimate losses of orders; search a better one (order.npz); validate estimates against true
+    retrainings; map what the place of a batch does. Writes report.html.
+    """
+    from datatools import UsageError, did_you_mean
+    from pipelines.config import ORDER_TASKS, OrderConfig, order_base
+
+    if task not in ORDER_TASKS:
+        raise UsageError(f"order has no task {task!r}{did_you_mean(task, ORDER_TASKS)}")
+    path = _yaml(yaml, config)
+    flags = {
+        "task": task,
+        "model.name": model,
+        "model.chat": chat_template,
+        "model.max_length": max_length,
+        "data.paths": data,
+        "data.on_bad_row": on_bad_row,
+        "validation": validation,
+        "out": out,
+        "seed": seed,
+        "batches": batches,
+        "grouping": grouping,
+        "orders": orders,
+        "estimators": None if estimators is None else [name.strip() for name in estimators.split(",") if name.strip()],
+        "references": references,
+        "search": search,
+        "warmup_steps": warmup_steps,
+        **_training_flags(optimizer, learning_rate, epochs, batch_size),
+        "training.schedule": schedule,
+        "lora.rank": lora_rank or None,
+        "overwrite": overwrite or None,
+        "dry_run": dry_run or None,
+        "accept_change": accept_change,
+    }
+    base, name = order_base(out) if path is None and not overwrite else ({}, "")
+    sets = _sets(lora_rank, set_)
+    _launch(OrderConfig, "pipelines.order:run", path, flags, sets, print_config, quiet, base=base, base_name=name)
 
 
 @_command(
@@ -396,6 +533,66 @@ def audit(
     base, name = audit_base(selected, path)
     sets = _sets(lora_rank, set_)
     _launch(AuditConfig, "pipelines.audit:run", path, flags, sets, print_config, quiet, base=base, base_name=name)
+
+
+@_command(
+    "diagnose",
+    "datatools diagnose --model M --data a.jsonl --out runs/look",
+    "datatools diagnose --model M --data a.jsonl --checks sharpness,spectrum --rows 64",
+    "datatools diagnose --model M --data a.jsonl --set probes=50 --set lanczos_steps=50",
+)
+def diagnose(
+    yaml: YamlArgument = None,
+    model: ModelOption = None,
+    data: Annotated[
+        list[str] | None, _flag("--data", "rows whose loss is looked at; may be repeated", _DATA, metavar="FILE")
+    ] = None,
+    checks: Annotated[
+        str | None,
+        _flag(
+            "--checks",
+            "comma-separated: sharpness, spectrum, smoothness, conditioning, double-descent; else all",
+            _METHOD,
+            metavar="NAMES",
+        ),
+    ] = None,
+    rows: Annotated[int | None, _flag("--rows", "rows to look at, drawn at random", _DATA, 16, metavar="N")] = None,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    on_bad_row: BadRowOption = None,
+    adapter: AdapterOption = None,
+    chat_template: ChatOption = None,
+    max_length: LengthOption = None,
+    config: YamlOption = None,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+    accept_change: AcceptOption = None,
+    dry_run: DryOption = False,
+    print_config: PrintOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """How a model's weights, gradients and loss surface look: sharpness, spectra, smoothness, conditioning.
+
+    Writes report.html, with a picture a check, and diagnose.json to --out. Stopped runs go on with the next check.
+    """
+    from pipelines.config import DiagnoseConfig
+
+    flags = {
+        "model.name": model,
+        "model.adapter": adapter,
+        "model.chat": chat_template,
+        "model.max_length": max_length,
+        "data.paths": data,
+        "data.on_bad_row": on_bad_row,
+        "checks": None if checks is None else [name.strip() for name in checks.split(",") if name.strip()],
+        "rows": rows,
+        "out": out,
+        "seed": seed,
+        "overwrite": overwrite or None,
+        "dry_run": dry_run or None,
+        "accept_change": accept_change,
+    }
+    _launch(DiagnoseConfig, "pipelines.diagnose:run", _yaml(yaml, config), flags, set_, print_config, quiet)
 
 
 @_command("explain", "datatools explain runs/select/selected.jsonl:17")

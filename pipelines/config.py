@@ -375,6 +375,77 @@ class SelectConfig(RunSettings):
         return self
 
 
+class CoresetConfig(Settings):
+    """Large batches from the data, of which each step trains on a few rows that stand for all (CoLM)."""
+
+    shorthand = "name"
+    name: Literal["colm"] = Field(
+        default="colm", description="colm: rows of small sources all kept, of each large source so many chosen"
+    )
+    large_batch: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="rows drawn a step; null is twice those kept"
+    )
+    keep: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="rows kept, and trained on; null is training.batch_size"
+    )
+    method: Literal["herding", "matching_pursuit", "facility_location", "top_norm", "random_in_source"] = Field(
+        default="herding",
+        description="herding: rows whose mean gradient is nearest to their source's; matching_pursuit: the same with "
+        "weights; facility_location: medoids, as published; top_norm; random_in_source: the control",
+    )
+    features: Literal["exact", "probes", "paper_code"] = Field(
+        default="exact",
+        description="of a row: exact gradient of the last value projection; derivatives along random probes (forward "
+        "passes only); or the published estimate",
+    )
+    rule: Literal["auto", "none", "adam"] = Field(
+        default="auto",
+        description="between gradients and features: adam, with a history of its own, or none; auto is adam for "
+        "facility_location",
+    )
+    metric: Literal["l1", "l2", "cosine"] = Field(default="l1", description="distance, for facility_location")
+    probes: int = Field(default=64, ge=1, le=4096, description="directions, for features: probes")
+    dim: int | None = Field(
+        default=2560,
+        ge=1,
+        le=2**24,
+        description="numbers of a feature: facility_location keeps the largest, the others project; null keeps all",
+    )
+    history: Literal["selected", "all"] = Field(default="selected", description="rows that move adam's history")
+    per_source: bool = Field(default=True, description="choose within each large source; false: among all of them")
+    small: Literal["auto"] | Names = Field(
+        default="auto", description="sources whose rows are all kept: auto is those below the average size, [] none"
+    )
+    clusters: int | None = Field(
+        default=None, ge=2, le=10_000, description="make so many sources by clustering hidden states, for rows without"
+    )
+    loss_weighting: Literal["example", "token"] | None = Field(
+        default=None,
+        description="example: each row counts the same; token: each token; null is example here, and the Trainer's own "
+        "loss under CoresetMixin",
+    )
+    projection: str | None = Field(default=None, description="the layer to take gradients of, where it is not found")
+    token_budget: int = Field(default=4096, ge=1, le=2**24, description="padded tokens a forward pass while choosing")
+    monitor_every: int = Field(default=10, ge=1, le=10**9, description="steps between measurements of the choice")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.large_batch is not None and self.keep is not None and self.keep > self.large_batch:
+            raise ValueError(
+                f"keep {self.keep} of a large batch of {self.large_batch} rows; keep fewer (--keep), or draw more "
+                "(--large-batch)"
+            )
+        if self.method == "matching_pursuit" and self.loss_weighting == "token":
+            raise ValueError("matching_pursuit gives weights to rows, which loss_weighting 'token' has no place for")
+        return self
+
+    def arguments(self) -> dict[str, Any]:
+        """The settings that `datatools.CoLM` takes."""
+        names = ("features", "method", "metric", "rule", "probes", "dim", "history", "per_source", "token_budget",
+                 "projection")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+
 class TrainConfig(RunSettings):
     """Train a model on rows with any optimizer of the suite."""
 
@@ -387,8 +458,129 @@ class TrainConfig(RunSettings):
     )
     lora: LoraConfig | None = Field(default=LoraConfig(), description="train adapters; null trains every weight")
     training: TrainingConfig = Field(default=TrainingConfig(), description="the optimizer and its schedule")
+    coreset: CoresetConfig | None = Field(
+        default=None, description="draw large batches and train on a few of their rows (CoLM); null trains on all"
+    )
+    order: FilePath | None = Field(
+        default=None,
+        description="train in this order (an order.npz of `datatools order`): its batches, its sequence, one pass",
+    )
     save_steps: int | None = Field(
         default=None, ge=1, le=10**9, description="steps between checkpoints; null is one an epoch"
+    )
+
+
+class OrderTraining(TrainingConfig):
+    """The run whose order is asked about: one epoch at a constant, small learning rate."""
+
+    learning_rate: float = Field(default=1e-4, ge=0, le=100, description="peak learning rate")
+    schedule: str = Field(
+        default="constant", min_length=1, max_length=64, description="a name from `datatools ls schedules`"
+    )
+    epochs: int = Field(default=1, ge=1, le=1000, description="passes over the batches")
+    gradient_clip: float | None = Field(
+        default=None, gt=0, le=1e9, description="largest norm of the gradient; null does not clip"
+    )
+
+
+ORDER_TASKS = ("record", "estimate", "search", "validate", "map")
+ORDER_ESTIMATORS = ("pairwise", "reduced", "moments", "own-moments", "table", "groups")
+
+
+class OrderConfig(RunSettings):
+    """What would another order of training have done?"""
+
+    task: Literal["record", "estimate", "search", "validate", "map"] = Field(
+        default="validate", description="what to do with the reference run", json_schema_extra=LATE
+    )
+    model: ModelConfig = Field(description="the model to start from")
+    data: DataConfig = Field(description="the rows to train on")
+    validation: Names = Field(
+        default=[], description="held-out rows whose loss is predicted; [] takes `held_out` rows of the data"
+    )
+    held_out: int = Field(default=64, ge=1, le=100_000, description="rows held out where `validation` names none")
+    out: FilePath = Field(
+        default=Path("runs/order"),
+        description="folder of the run; its tasks share one reference run",
+        json_schema_extra=ELSEWHERE,
+    )
+    lora: LoraConfig | None = Field(default=None, description="train adapters; null trains every weight")
+    training: OrderTraining = Field(default=OrderTraining(), description="the optimizer and its schedule")
+    batches: int = Field(default=32, ge=2, le=4096, description="batches of training.batch_size rows")
+    grouping: Literal["mixed", "source"] = Field(
+        default="mixed", description="what a batch is drawn from: all rows, or the rows of one source"
+    )
+    warmup_steps: int = Field(
+        default=0,
+        ge=0,
+        le=100_000,
+        description="steps on other rows before the reference run, so that the optimizer's moments are warm",
+    )
+    anchors: int = Field(
+        default=3, ge=2, le=4097, description="places of the reference run where gradients are taken"
+    )
+    estimators: list[Literal["pairwise", "reduced", "moments", "own-moments", "table", "groups"]] = Field(
+        default=["pairwise", "reduced"],
+        min_length=1,
+        max_length=6,
+        description="which estimates to make; a search uses the first",
+        json_schema_extra=LATE,
+    )
+    orders: int = Field(
+        default=16,
+        ge=2,
+        le=10_000,
+        description="random orders to estimate, and to retrain to validate",
+        json_schema_extra=LATE,
+    )
+    references: int = Field(
+        default=1,
+        ge=1,
+        le=100,
+        description="reference orders to estimate from; 3 show how much it matters",
+        json_schema_extra=LATE,
+    )
+    seeds: int = Field(
+        default=3,
+        ge=0,
+        le=100,
+        description="runs of one order with other random draws (0: none)",
+        json_schema_extra=LATE,
+    )
+    calibration: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="true runs, beside `orders`, to which a mixture of the estimates is fitted",
+        json_schema_extra=LATE,
+    )
+    dimensions: int = Field(
+        default=16, ge=1, le=4096, description="dimensions of the reduced model", json_schema_extra=LATE
+    )
+    pairwise_anchors: int = Field(
+        default=1, ge=1, le=4097, description="anchors at which pairwise and reduced take Hessian-vector products",
+        json_schema_extra=LATE,
+    )
+    sequences: list[FilePath] = Field(
+        default=[], max_length=10_000, description="order files to estimate", json_schema_extra=LATE
+    )
+    search: Literal["local", "genetic", "borda", "random"] = Field(
+        default="local", description="how orders are searched", json_schema_extra=LATE
+    )
+    budget: int = Field(default=20_000, ge=1, le=10**9, description="orders a search may score", json_schema_extra=LATE)
+    retrain: int = Field(
+        default=3, ge=0, le=100, description="found orders, and as many random ones, that a search retrains",
+        json_schema_extra=LATE,
+    )
+    map_batches: int = Field(default=4, ge=1, le=4096, description="batches of the memory map", json_schema_extra=LATE)
+    map_positions: int = Field(default=4, ge=2, le=4096, description="positions of the map", json_schema_extra=LATE)
+    completions: int = Field(
+        default=8, ge=1, le=1000, description="random orders of the rest, for each place of the map",
+        json_schema_extra=LATE,
+    )
+    map_by: Literal["moments", "retraining"] = Field(
+        default="retraining", description="what makes the map: true runs, or the estimate `moments`",
+        json_schema_extra=LATE,
     )
 
 
@@ -439,6 +631,36 @@ class ExplainConfig(Settings):
     file: FilePath = Field(description="selected.jsonl of a run")
     line: int = Field(ge=1, le=10**12, description="line in that file, counted from 1")
     nearest: int = Field(default=5, ge=1, le=1000, description="how many target rows to show")
+
+
+CHECKS = ("sharpness", "spectrum", "smoothness", "conditioning", "double-descent")
+
+
+class DiagnoseConfig(RunSettings):
+    """How a model's weights, gradients and loss surface look on rows."""
+
+    model: ModelConfig = Field(description="the model to look at, with its adapter if it has one; float32 if auto")
+    data: DataConfig = Field(description="the rows whose loss is looked at")
+    out: FilePath = Field(
+        default=Path("runs/diagnose"),
+        description="folder of the run; an interrupted run in it is continued",
+        json_schema_extra=ELSEWHERE,
+    )
+    checks: Annotated[
+        list[Literal["sharpness", "spectrum", "smoothness", "conditioning", "double-descent"]],
+        Field(min_length=1, max_length=16),
+    ] = Field(default=list(CHECKS), description=f"what to measure: {', '.join(CHECKS)}", json_schema_extra=LATE)
+    rows: int = Field(default=16, ge=1, le=10**6, description="rows to look at, drawn at random; costs grow with them")
+    token_budget: int = Field(default=1024, ge=1, le=2**24, description="padded tokens a pass; bounds memory")
+    updates: list[str] = Field(
+        default=["sgd", "adamw", "muon"],
+        max_length=16,
+        description="optimizers whose first update's spectrum is compared with that of the weights",
+    )
+    probes: int = Field(default=20, ge=3, le=10_000, description="Cauchy probes of the Hessian (smoothness)")
+    coordinates: int = Field(default=4096, ge=1, le=10**9, description="entries of each tensor that the probes look at")
+    rotate: bool = Field(default=True, description="smoothness in rotated coordinates too, at the cost of the probes")
+    lanczos_steps: int = Field(default=20, ge=1, le=1000, description="steps towards the largest eigenvalue")
 
 
 class DemoConfig(RunSettings):
@@ -870,6 +1092,12 @@ def audit_base(selected: Path | None, yaml_path: Path | None = None) -> tuple[di
     kept = run.get("features")
     features = kept.get("folder") if isinstance(kept, dict) else None
     return base | {"out": str(folder / "audit"), "features": features or str(folder / "features")}, str(path)
+
+
+def order_base(out: Path | None) -> tuple[dict[str, Json], str]:
+    """The settings of the run in `out`, which another task of `datatools order` goes on with, and its file's name."""
+    path = Path(_home(str(out or OrderConfig.model_fields["out"].default))) / "run.yaml"
+    return (read_yaml(path), str(path)) if path.is_file() else ({}, "")
 
 
 # ------------------------------------------------------------------------------------------------------------- output

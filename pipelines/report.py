@@ -49,6 +49,11 @@ def _environment() -> Environment:
     return environment
 
 
+def page(template: str, /, **parts: object) -> str:
+    """A page of `templates/` with these parts, escaped and made visible as the module says."""
+    return _environment().get_template(template).render(parts)
+
+
 def render(folder: Path) -> Path:
     """Draw folder/report.html from folder/summary.json and folder/scores.parquet; returns the path written.
 
@@ -60,9 +65,8 @@ def render(folder: Path) -> Path:
     """
     folder = Path(folder)
     parts = view.build(view.read_summary(folder / "summary.json"), view.read_scores(folder / "scores.parquet"))
-    page = _environment().get_template("report.html").render(parts, shown=SHOWN_EXAMPLES)
     path = folder / "report.html"
-    files.write_text(path, page)
+    files.write_text(path, page("report.html", **parts, shown=SHOWN_EXAMPLES))
     return path
 
 

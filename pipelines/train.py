@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from datatools import UsageError, files
-from pipelines import models, trainer
+from datatools import DataError, Order, UsageError, files
+from pipelines import coreset_report, coresets, models, trainer
 from pipelines.config import LoraConfig, RunSettings, TrainConfig, TrainingConfig
 from pipelines.prepare import Rows, file_facts, prepare
 from pipelines.runs import Run, alone, derive_seed, progress, say
@@ -51,9 +51,26 @@ def run(config: TrainConfig) -> Path:
         }
         current.check(facts)
         chosen = np.flatnonzero(rows.usable).tolist()
-        steps = trainer.planned_steps(len(chosen), config.training)
+        recipe, choose = config.training, config.coreset
+        sequence: list[list[int]] | None = None
+        if choose is not None:
+            recipe, choose = coresets.resolve(recipe, choose, len(chosen))
+            coresets.require_sources(choose, rows, chosen, key=config.data.source_key)
+        steps = trainer.planned_steps(len(chosen), recipe)
+        if config.order is not None:
+            if choose is not None:
+                raise UsageError("training in an order (--order) and choosing rows of each batch (coreset) exclude "
+                                 "each other; give one")
+            sequence = rows_of(Order.load(config.order), rows, str(config.order))
+            steps = len(sequence)
         tokens = rows.tokens() * config.training.epochs
-        say(f"{len(chosen):,} rows, {tokens:,} tokens in {config.training.epochs} epochs, {steps:,} optimizer steps")
+        if sequence is None:
+            epochs = config.training.epochs
+            say(f"{len(chosen):,} rows, {tokens:,} tokens in {epochs} epochs, {steps:,} optimizer steps")
+        else:
+            say(f"{steps:,} optimizer steps, in the order of {config.order}")
+        if choose is not None:
+            say(f"coreset: {choose.keep:,} rows kept of {choose.large_batch:,} a step, by {choose.method}")
         if config.dry_run:
             models.load(config.model)
             say("dry run: data and model load; nothing was trained")
@@ -64,21 +81,43 @@ def run(config: TrainConfig) -> Path:
             return config.out
         with current.stage("load model"):
             loaded = models.load(config.model)
+        sources = rows.pool.sources
+        if choose is not None and choose.clusters is not None:
+            with current.stage("cluster rows"):
+                sources = coresets.clusters_of(loaded.model, rows, chosen, choose.clusters, seed=config.seed)
         with current.stage("train"), progress("training", steps, "steps") as bar:
             module = trainable(loaded.model, config.lora, seed=config.seed)
             result = trainer.fit(
                 module,
                 rows.item,
                 chosen,
-                config.training,
+                recipe,
                 current.path("checkpoints"),
                 seed=derive_seed(config.seed, "training"),
                 save=config.save_steps or "epoch",
                 advance=bar.advance,
+                choose=choose,
+                source_of=sources.__getitem__,
+                steps=sequence,
             )
+        if choose is not None:
+            facts_of_choice = coresets.facts(choose, [sources[row] for row in chosen], result.monitored)
+            files.write_json(current.path("coreset.json"), facts_of_choice)
         _save(module, loaded, result, done, current)
         say(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}; saved {done}")
     return config.out
+
+
+def rows_of(order: Order, rows: Rows, name: str) -> list[list[int]]:
+    """The rows of each step of an order. Raises: DataError for an id that is not among the usable rows."""
+    index = {rows.pool.ids[row]: row for row in np.flatnonzero(rows.usable).tolist()}
+    missing = [identity for batch in order.batches for identity in batch if identity not in index]
+    if missing:
+        raise DataError(
+            f"order {name}: row {missing[0]!r} (and {len(missing) - 1} more) is not among the usable rows of the data; "
+            "train on the data that the order was made for"
+        )
+    return [[index[identity] for identity in order[step]] for step in range(len(order))]
 
 
 @contextmanager
@@ -103,7 +142,11 @@ def _save(module: Any, loaded: models.LoadedModel, result: Trained, done: Path, 
         f'{{"step": {step}, "loss": {value:.6f}, "learning_rate": {rate:.8g}}}'
         for step, (value, rate) in enumerate(zip(result.losses, result.learning_rates, strict=True), start=1)
     ]
+    for step, seen in result.monitored.items():
+        lines[step - 1] = f"{lines[step - 1][:-1]}, {json.dumps(seen, sort_keys=True)[1:]}"
     files.write_text(current.path("metrics.jsonl"), "\n".join(lines) + "\n")
+    if current.path("coreset.json").is_file():
+        say(f"{coreset_report.in_short(current.folder)}; report: {coreset_report.render(current.folder)}")
     if result.directions:  # enough to replay the run: optim.zeroth_order
         steps = (json.dumps(entry, sort_keys=True) + "\n" for entry in result.directions)
         files.write_text(current.path("zeroth_order.jsonl"), "".join(steps))

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import optim
-from datatools import DataError, EnvironmentProblem, UsageError, files, token_batches
+from datatools import DataError, EnvironmentProblem, Selection, UsageError, files, token_batches
 from pipelines import zeroth_order
-from pipelines.config import TrainingConfig
+from pipelines.config import CoresetConfig, TrainingConfig
+from pipelines.coresets import MONITORED, WEIGHTS, CoresetMixin, example_weights
 from pipelines.models import collate, token_losses
 
 COMPLETE = "complete.json"
@@ -38,6 +41,7 @@ class Trained:
     """What a training run did: optimizer steps, and loss (mean over supervised tokens) and learning rate of each.
 
     directions: with zeroth-order gradients, the seeds and projected gradients of each step, which replay it.
+    monitored: with a coreset, what was measured of the choice, by step.
     """
 
     steps: int
@@ -45,13 +49,16 @@ class Trained:
     learning_rates: list[float]
     tokens: int
     directions: list[dict[str, Any]] = field(default_factory=list)
+    monitored: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
-class DataTrainer(Trainer):  # type: ignore[misc]
+class DataTrainer(CoresetMixin):
     """`transformers.Trainer` with the suite's optimizer and schedule. The batch of the Trainer is the optimizer's
     whole step, from which curvature is estimated too (Sophia, AdaHessian).
 
     observe: called after each optimizer step with (step, row indices of the step); it must not change anything.
+    choose: batches are large, and each step trains on the rows that this keeps of them (`CoresetMixin`).
+    source_of: the source of a row by its index, for `choose`; None is one source for all.
     """
 
     loss_is_scaled_for_ga = True  # `training_step` divides by the tokens of the whole step itself
@@ -61,17 +68,27 @@ class DataTrainer(Trainer):  # type: ignore[misc]
         *,
         recipe: TrainingConfig,
         observe: Callable[[int, Sequence[int]], None] | None = None,
+        choose: CoresetConfig | None = None,
+        source_of: Callable[[int], Hashable] | None = None,
+        shuffle: bool = True,
         **kwargs: Any,
     ) -> None:
-        self.recipe, self.observe = recipe, observe
+        self.recipe, self.observe, self.shuffle = recipe, observe, shuffle
+        self.source_of = source_of or (lambda row: "")
         self.seen_tokens = 0
         self.optimizer: Any
         self.lr_scheduler: Any
-        super().__init__(**kwargs)
+        super().__init__(choose=choose, **kwargs)
         self.remove_callback(PrinterCallback)
         self.source = None
         if recipe.gradient == "zo":
             self.source = zeroth_order.source_of(recipe, self.model, seed=self.args.seed)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's shuffling sampler, or the rows as they stand."""
+        if self.shuffle:
+            return super()._get_train_sampler(*args, **kwargs)
+        return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the recipe names, over the parameters that train."""
@@ -103,10 +120,16 @@ class DataTrainer(Trainer):  # type: ignore[misc]
         if supervised == 0:
             raise DataError(f"training: none of the rows {rows[:5]} of this step has a supervised token")
         self.seen_tokens += sum(len(ids) for ids, _ in items)
+        weights = inputs.get(WEIGHTS)
+        if self.choose is not None and self.choose.loss_weighting == "token":
+            weights = None
 
         def share(group: list[int]) -> Tensor:
             batch = {key: tensor.to(self.args.device) for key, tensor in collate([items[i] for i in group]).items()}
-            loss: Tensor = token_losses(model, batch)[0].sum() / supervised
+            losses, where = token_losses(model, batch)
+            loss: Tensor = losses.sum() / supervised
+            if weights is not None:
+                loss = (losses * example_weights(weights[group], where, len(items))).sum()
             return loss
 
         groups = token_batches([len(ids) for ids, _ in items], self.recipe.micro_tokens)
@@ -132,6 +155,21 @@ class DataTrainer(Trainer):  # type: ignore[misc]
         if self.observe is not None:
             self.observe(self.state.global_step + 1, rows)
         return torch.tensor(total, device=self.args.device)
+
+    def _count_sources(self) -> None:
+        self._counts = Counter(self.source_of(row) for row in self.train_dataset.rows)
+
+    def _arrange_loss(self) -> None:
+        pass  # `training_step` weighs the rows
+
+    def _large(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], list[Hashable], list[int] | None]:
+        tensors = {key: tensor.to(self.args.device) for key, tensor in collate(batch["items"]).items()}
+        return tensors, [self.source_of(row) for row in batch["rows"]], [len(ids) for ids, _ in batch["items"]]
+
+    def _kept(self, batch: dict[str, Any], chosen: Selection) -> dict[str, Any]:
+        order = chosen.indices.argsort()
+        kept = chosen.indices[order].tolist()
+        return {key: [batch[key][i] for i in kept] for key in ("rows", "items")} | {WEIGHTS: chosen.weights[order]}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -266,6 +304,21 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
             self.advance(1)
 
 
+class _Sequence(torch.utils.data.Dataset[dict[str, Any]]):
+    """The batches of an order, one an item."""
+
+    def __init__(
+        self, encode: Callable[[int], tuple[list[int], list[int]]], steps: Sequence[Sequence[int]]
+    ) -> None:
+        self.encode, self.steps = encode, steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        return {"rows": list(self.steps[step]), "items": [self.encode(row) for row in self.steps[step]]}
+
+
 class _Rows(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(self, encode: Callable[[int], tuple[list[int], list[int]]], rows: Sequence[int]) -> None:
         self.encode, self.rows = encode, rows
@@ -304,8 +357,17 @@ def fit(
     save: int | str | None = None,
     advance: Callable[[int], Any] | None = None,
     observe: Callable[[int, Sequence[int]], None] | None = None,
+    choose: CoresetConfig | None = None,
+    source_of: Callable[[int], Hashable] | None = None,
+    steps: Sequence[Sequence[int]] | None = None,
 ) -> Trained:
     """Train `model`'s trainable parameters in place on `rows`; `encode(row)` gives (input_ids, labels).
+
+    choose, source_of: batches of `recipe.batch_size` are large ones, of which the step trains on a few rows
+    (`DataTrainer`).
+
+    steps: the rows of each step, in order, in place of shuffled batches; `recipe.epochs` and its batch size then say
+    nothing.
 
     save: "epoch", a number of steps, or None for no checkpoint. With checkpoints in `folder`, training continues from
     the newest valid one, bit for bit as if it had not stopped.
@@ -313,6 +375,8 @@ def fit(
     """
     if not rows:
         raise DataError("training: there are no rows to train on")
+    if steps is not None:
+        recipe = recipe.model_copy(update={"batch_size": 1, "epochs": 1, "max_steps": None})
     strategy = "no" if save is None else "epoch" if save == "epoch" else "steps"
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -337,10 +401,13 @@ def fit(
     trainer = DataTrainer(
         recipe=recipe,
         observe=observe,
+        choose=choose,
+        source_of=source_of,
         model=model,
         args=arguments,
-        train_dataset=_Rows(encode, rows),
-        data_collator=_gather,
+        train_dataset=_Rows(encode, rows) if steps is None else _Sequence(encode, steps),
+        data_collator=_gather if steps is None else itemgetter(0),
+        shuffle=steps is None,
         callbacks=[_Progress(advance)],
     )
     valid = checkpoints(folder) if save is not None and folder.is_dir() else []
@@ -355,4 +422,7 @@ def fit(
         learning_rates=[entry["learning_rate"] for entry in logged],
         tokens=trainer.seen_tokens,
         directions=[entry for entry in trainer.state.log_history if "projected_grad" in entry],
+        monitored={
+            entry["step"]: {key: entry[key] for key in MONITORED} for entry in logged if "match_error" in entry
+        },
     )

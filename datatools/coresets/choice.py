@@ -201,9 +201,7 @@ def select_batch(
 ) -> tuple[Selection, Plan]:
     """`plan` and `choose_rows` in one: `budget` rows of a batch with `features` [n, d], and the plan behind them."""
     made = plan(sources, budget, small_sources, generator=generator)
-    chosen = choose_rows(
-        features, made, method=method, metric=metric, coordinates=coordinates, generator=generator
-    )
+    chosen = choose_rows(features, made, method=method, metric=metric, coordinates=coordinates, generator=generator)
     return chosen, made
 
 

@@ -150,9 +150,7 @@ class CoLM:
         self.probes, self.eps, self.dim, self.per_source = probes, eps, dim, per_source
         self.history_of, self.token_budget, self.seed = history, token_budget, seed
         self.target = LastLayer.of(model, projection)
-        self.history = History(
-            _rule(rule, method), (probes,) if features == "probes" else self.target.shape
-        )
+        self.history = History(_rule(rule, method), (probes,) if features == "probes" else self.target.shape)
         self.overflows = 0
         self.last: Chosen | None = None
 

@@ -53,5 +53,5 @@ def cluster_sources(vectors: Tensor, clusters: int, *, seed: int) -> Tensor:
     if not 1 <= clusters <= len(vectors):
         raise UsageError(f"clusters={clusters} of {len(vectors)} rows; expected between 1 and {len(vectors)}")
     rows = torch.nn.functional.normalize(vectors.double(), dim=1).cpu().numpy()
-    found = KMeans(clusters, n_init=4, random_state=np.random.RandomState(seed % 2**32)).fit(rows)
+    found = KMeans(clusters, n_init=4, random_state=seed % 2**32).fit(rows)
     return torch.from_numpy(found.labels_.astype(np.int64))

@@ -1,0 +1,136 @@
+"""The report of a run that trained on coresets: did the choice do anything, and what did it cost?
+
+Drawn from `coreset.json` and `metrics.jsonl` of the run's folder alone; equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datatools import DataError, files
+from pipelines import charts, report
+from pipelines.texts import number, percent
+
+METHODS = {
+    "herding": "rows whose mean gradient is nearest to that of all rows of their source",
+    "matching_pursuit": "weighted rows whose mean gradient is nearest to that of all rows of their source",
+    "facility_location": "medoids of the gradients of their source, as published",
+    "top_norm": "the rows of each source with the largest gradients",
+    "random_in_source": "random rows of each source: the control",
+}
+
+
+def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(facts, metrics of each step). Raises: DataError where a file is missing or damaged."""
+    facts: dict[str, Any] = files.read_json(folder / "coreset.json")
+    path = folder / "metrics.jsonl"
+    try:
+        entries = [json.loads(line) for line in files.read_bytes(path).splitlines()]
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: damaged: {error}; train again") from error
+    return facts, entries
+
+
+def in_short(folder: Path) -> str:
+    """One line for the terminal: the matching error against random rows, and the share of time spent choosing."""
+    return str(_lead(*_numbers(read(folder)[1])))
+
+
+def render(folder: Path) -> Path:
+    """Draw folder/report.html; returns its path."""
+    facts, entries = read(folder)
+    seen, means = _numbers(entries)
+    path = folder / "report.html"
+    files.write_text(path, report.page("coreset.html", **_parts(facts, entries, seen, means)))
+    return path
+
+
+def _numbers(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], dict[str, float]]:
+    """The monitored steps, and means over them; the share of time is a median, for the first step is always slow."""
+    seen = [entry for entry in entries if "match_error" in entry]
+    if not seen:
+        return [], {}
+    means = {key: statistics.fmean(e[key] for e in seen) for key in ("match_error", "match_error_random")}
+    return seen, means | {"share": statistics.median(_share(e) for e in seen)}
+
+
+def _share(entry: Mapping[str, Any]) -> float:
+    return float(entry["select_seconds"] / max(1e-9, entry["select_seconds"] + entry["train_seconds"]))
+
+
+def _lead(seen: Sequence[Mapping[str, Any]], means: Mapping[str, float]) -> str:
+    if not seen:
+        return "coreset: no step was monitored"
+    return (
+        f"coreset: error of the kept rows' mean gradient {number(means['match_error'])}, of random rows with the same "
+        f"quotas {number(means['match_error_random'])}; choosing took {percent(means['share'])} of a step"
+    )
+
+
+def _parts(
+    facts: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], seen: Sequence[Mapping[str, Any]],
+    means: Mapping[str, float],
+) -> dict[str, Any]:  # fmt: skip
+    settings = facts["settings"]
+    across = charts.Scale(1, max(2, entries[-1]["step"]))
+    return {
+        "lead": _lead(seen, means).removeprefix("coreset: "),
+        "warning": facts["warning"],
+        "settings": settings,
+        "method": METHODS[settings["method"]],
+        "steps": len(entries),
+        "monitored": len(seen),
+        "overflows": seen[-1]["overflows"] if seen else 0,
+        "errors": _chart(
+            across,
+            "error of the mean gradient, by step",
+            ("chosen", [(e["step"], e["match_error"]) for e in seen]),
+            ("other", [(e["step"], e["match_error_random"]) for e in seen]),
+        ),
+        "shares": _chart(
+            across, "share of a step's time spent choosing", ("chosen", [(e["step"], _share(e)) for e in seen])
+        ),
+        "losses": _chart(
+            across, "training loss, by step", ("chosen", [(e["step"], e["loss"]) for e in entries]), from_zero=False
+        ),
+        "sources": _sources(facts, seen),
+    }
+
+
+def _chart(
+    across: charts.Scale, label: str, *series: tuple[str, Sequence[tuple[float, float]]], from_zero: bool = True
+) -> dict[str, Any] | None:
+    values = [y for _, points in series for _, y in points]
+    if not values:
+        return None
+    low = 0.0 if from_zero else min(values)
+    up = charts.Scale(low, max(max(values), low + 1e-9))
+    drawing, marks = charts.lines(across, up, series, label=label)
+    return {"drawing": drawing, "ticks": charts.ticks(across), "marks": marks}
+
+
+def _sources(facts: Mapping[str, Any], seen: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row a source: its rows, and in monitored steps how many of those drawn were kept."""
+    drawn: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
+    for entry in seen:
+        drawn.update(entry["seen_by_source"])
+        kept.update(entry["kept_by_source"])
+    total, held = sum(facts["sources"].values()), max(1, kept.total())
+    return [
+        {
+            "name": name,
+            "rows": rows,
+            "share": percent(rows / total),
+            "kept_share": percent(kept[name] / held),
+            "rate": percent(kept[name] / drawn[name]) if drawn[name] else "",
+            "small": name in facts["small"],
+            "widths": [f"{100 * rows / total:.2f}%", f"{100 * kept[name] / held:.2f}%"],
+        }
+        for name, rows in sorted(facts["sources"].items(), key=lambda item: (-item[1], item[0]))
+    ]
