@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optim.linalg import newton_schulz
-from optim.rule import State, check_non_negative, moment_dtype
+from optim.rule import check_non_negative, moment_dtype
 from optim.rules.matrices import MatrixOptimizer
 from optim.rules.muon import MuonRule
 
@@ -33,7 +33,7 @@ class ROOTRule(MuonRule):
 
     - `shape_coefficients`: ((smaller, larger side), (a, b, c)) of each shape; other shapes take `ns_coefficients`.
       `fit_coefficients` makes a triple for a shape.
-    - `quantile`: linear between order statistics of the whole tensor; or None, and `threshold` is e (the paper's
+    - `quantile`: linear between order statistics of the matrix; or None, and `threshold` is e (the paper's
       algorithm, which has no nesterov either).
 
     Differs: products and the quantile are in the moments' dtype (published: products in the parameter's, the quantile
@@ -57,20 +57,15 @@ class ROOTRule(MuonRule):
         if self.threshold is not None:
             check_non_negative("ROOTRule", threshold=self.threshold)
 
-    def momentum_direction(self, grad: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Muon's, without outliers, and the new buffer, with them."""
-        d, buffer = super().momentum_direction(grad, state)
-        if d.numel() == 0:
-            return d, buffer
-        if self.quantile is None:
-            limit = d.new_full((), self.threshold or 0.0)
-        else:
-            limit = _quantile(d.abs().flatten(), self.quantile) + 1e-9
-        return torch.clamp(d, -limit, limit), buffer
-
     def orthogonalised(self, x: Tensor, param: Tensor) -> Tensor:
-        """NS of a stack [k, m, n] with the coefficients of its shape."""
+        """NS of a stack [k, m, n] without outliers, with the coefficients of its shape."""
         m, n = x.shape[-2:]
+        if x.numel():
+            if self.quantile is None:
+                limit = x.new_full((), self.threshold or 0.0)
+            else:
+                limit = _quantile(x.abs().flatten(1), self.quantile)[:, None, None] + 1e-9
+            x = torch.clamp(x, -limit, limit)
         triple = dict(self.shape_coefficients).get((min(m, n), max(m, n)))
         if triple is None:
             return super().orthogonalised(x, param)
@@ -81,8 +76,8 @@ class ROOTRule(MuonRule):
 
 
 def _quantile(x: Tensor, q: float) -> Tensor:
-    """torch.quantile of a vector, which refuses more than 16 million entries; by two selections."""
-    place = q * (x.numel() - 1)
+    """x [k, n] -> [k], as torch.quantile, which refuses more than 16 million entries; by two selections."""
+    place = q * (x.shape[-1] - 1)
     low = int(place)
     below = x.kthvalue(low + 1).values
     return below if low == place else below.lerp(x.kthvalue(low + 2).values, place - low)
