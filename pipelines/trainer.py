@@ -32,6 +32,7 @@ from pipelines import zeroth_order
 from pipelines.config import CoresetConfig, TrainingConfig
 from pipelines.coresets import MONITORED, WEIGHTS, CoresetMixin, example_weights
 from pipelines.models import collate, token_losses
+from pipelines.runs import say
 
 COMPLETE = "complete.json"
 
@@ -96,6 +97,8 @@ class DataTrainer(CoresetMixin):
             module = self.model if model is None else model
             trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
             self.optimizer = _optimizer(self.recipe, trainable)
+            if len(self.optimizer.param_groups) > 1:
+                say(optim.group_table(self.optimizer))
         return self.optimizer  # type: ignore[no-any-return]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

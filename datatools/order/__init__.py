@@ -12,11 +12,13 @@
 | `pairwise` | a gradient and a product a batch and anchor | T^2 numbers | precedence matrix, momentum kernel |
 | `reduced` | k products a batch and anchor | T k^2 | training replayed in k dimensions |
 | `moments` | a gradient a batch and anchor | T steps of the rule | the order's own moments on stored gradients |
+| `own-moments` | | T gradients and products | the same on g + H d: an oracle, dearer than retraining |
 | `table` | T gradients a batch | T steps of the rule | the published method, as a baseline |
 | `groups` | G (G - 1) short runs | T G | blocks of domains, measured |
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from datatools.errors import UsageError, did_you_mean
@@ -44,6 +46,7 @@ ESTIMATORS: dict[str, Callable[..., Surrogate]] = {
     "pairwise": pairwise.precompute,
     "reduced": reduced.precompute,
     "moments": moments.precompute,
+    "own-moments": partial(moments.precompute, hessian="exact"),
     "table": table.precompute,
     "groups": groups.precompute,
 }

@@ -1,0 +1,722 @@
+"""`datatools order`: what would another order of training have done?
+
+One folder holds a reference run and what its tasks made of it; each task does what is not done yet.
+
+    record    reference.npz, reference/ (anchors with optimizer states)
+    estimate  estimates.json: predicted losses of random orders, of curricula, and of the orders of --set sequences=
+    search    search.json, order.npz (for `datatools train --order`), the found orders retrained
+    validate  validation.json: estimates against true retrainings
+    map       map.json: what the place of a batch does to its own loss and to the held-out loss
+
+Every true retraining is a file of its own in true/, so a killed run loses at most one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import optim
+from datatools import DataError, EnvironmentProblem, Order, UsageError, files, order
+from pipelines import models, order_report, trainer
+from pipelines.config import DataConfig, OrderConfig
+from pipelines.prepare import Rows, file_facts, prepare, target_data
+from pipelines.runs import Run, alone, derive_seed, progress, say, warn
+from pipelines.texts import size
+from pipelines.train import in_scratch, trainable
+
+HVP_IN_GRADIENTS = 4.0
+"""What a Hessian-vector product counts in batch gradients (spec B.2: 2 to 4; the upper end)."""
+
+
+@dataclass
+class Setting:
+    """Everything the tasks share."""
+
+    config: OrderConfig
+    run: Run
+    plan: Order
+    sources: list[str]
+    lengths: list[float]
+    problem: order.Problem
+    recipe: order.Recipe
+    facts: dict[str, Any]
+    begin: Callable[[int], tuple[order.Params, order.States | None]]
+    """seed number -> parameters and states at position 0, after the warm-up; 0 is the reference's."""
+    parameters: int
+    """How many numbers are trained."""
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        """The first reference order."""
+        return self.plan.sequence
+
+    def random_orders(self, purpose: str, count: int) -> list[tuple[int, ...]]:
+        """`count` seeded permutations of the reference."""
+        found = []
+        for number in range(count):
+            rng = np.random.default_rng(derive_seed(self.config.seed, "order", purpose, number))
+            found.append(tuple(int(b) for b in rng.permutation(self.sequence)))
+        return found
+
+
+def run(config: OrderConfig) -> Path:
+    """Do `config.task` in `config.out`; returns the folder.
+
+    Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
+    """
+    alone("datatools order")
+    trainer.check(config.training)
+    _refuse(config)
+    with in_scratch(config) as kept, Run(kept.out, kept, "order", overwrite=kept.overwrite) as current:
+        setting = _prepare(kept, current)
+        _announce(setting)
+        if config.dry_run:
+            say("dry run: data and model load, and a step can be taken; nothing was recorded")
+            return config.out
+        _TASKS[config.task](setting)
+        page = order_report.render(current.folder)
+        say(f"report: {page}")
+    return config.out
+
+
+def _refuse(config: OrderConfig) -> None:
+    if config.lora is not None and config.lora.dropout > 0:
+        raise UsageError(
+            f"lora.dropout is {config.lora.dropout:g}: dropout is drawn anew in every order, and no estimate could "
+            "tell it from the order's effect; set it to 0"
+        )
+    if "groups" in config.estimators and config.grouping != "source":
+        raise UsageError("estimator groups: batches of mixed rows belong to no source; use --grouping source")
+    if config.training.gradient == "zo":
+        raise UsageError("training.gradient is zo: an order is estimated from gradients; use gradient 'backprop'")
+
+
+# -------------------------------------------------------------------------------------------------------------- prepare
+
+
+def _prepare(config: OrderConfig, current: Run) -> Setting:
+    with current.stage("read"):
+        tokenizer = models.load(config.model, tokenizer_only=True)
+        if config.model.chat == "auto" and not getattr(tokenizer.tokenizer, "chat_template", None):
+            warn("the tokenizer has no chat template: conversations are written as tulu does (--chat-template)")
+            config = config.model_copy(update={"model": config.model.model_copy(update={"chat": "tulu"})})
+        data = config.data
+        rows = _read(config, data, tokenizer.tokenizer, current, "data")
+        held = None
+        if config.validation:
+            held = _read(config, target_data(data, config.validation), tokenizer.tokenizer, current, "validation")
+    facts: dict[str, Any] = {"model": dict(tokenizer.digests), "encoding": rows.encoder.fingerprint()}
+    facts["data"] = file_facts(rows)
+    if held is not None:
+        facts["validation"] = file_facts(held)
+    current.check(facts)
+    batches, held_rows, spare = _draw(config, rows, held)
+    made = Order(
+        tuple(tuple(rows.pool.ids[row] for row in batch) for batch in batches),
+        tuple(range(len(batches))) * config.training.epochs,
+    )
+    made.save(current.path("reference.npz"))
+
+    with current.stage("load model"):
+        loaded = models.load(config.model.model_copy(update={"dtype": "float32"}))
+        module = trainable(loaded.model, config.lora, seed=config.seed).eval()
+        _refuse_dropout(module)
+    length = max(len(rows.item(row)[0]) for batch in batches for row in batch)
+    if length > (getattr(loaded.model.config, "max_position_embeddings", None) or length):
+        warn(f"rows of {length} tokens are longer than what the model was made for; lower --max-length")
+    device = loaded.model.device
+    loss = functional_loss(module)
+    held_source = rows if held is None else held
+    width = config.training.batch_size
+    groups = [held_rows[lo : lo + width] for lo in range(0, len(held_rows), width)]
+    validation = [held_source.batch(group, device) for group in groups]
+    problem = order.Problem(
+        loss,
+        [rows.batch(batch, device) for batch in batches],
+        validation,
+        weights=[float((batch["labels"][:, 1:] != -100).sum()) for batch in validation],
+    )
+    steps = len(made)
+    optimizer = trainer._optimizer(config.training, [(n, p) for n, p in module.named_parameters() if p.requires_grad])
+    recipe = order.Recipe.of(optimizer, _rates(config, optimizer, steps), clip=config.training.gradient_clip)
+    base = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+
+    def begin(number: int) -> tuple[order.Params, order.States | None]:
+        params = base
+        if number and config.lora is not None:
+            params = _fresh_adapters(module, base, derive_seed(config.seed, "order", "lora", number))
+        if not config.warmup_steps:
+            return params, None
+        rng = np.random.default_rng(derive_seed(config.seed, "order", "warm-up", number))
+        drawn = [rng.choice(spare, size=width, replace=len(spare) < width) for _ in range(config.warmup_steps)]
+        warm = order.Problem(loss, [rows.batch(batch.tolist(), device) for batch in drawn], validation)
+        first = recipe.rates[0]
+        flat = order.Recipe(recipe.rules, (first,) * len(drawn), recipe.factors, recipe.weight_decay, recipe.clip)
+        return order.train(warm, flat, range(len(drawn)), params)
+
+    return Setting(
+        config,
+        current,
+        made,
+        [_source(rows, batch) for batch in batches],
+        [float(np.mean([rows.scan.tokens[row] for row in batch])) for batch in batches],
+        problem,
+        recipe,
+        facts | {"batches": files.digest(repr((made, groups)).encode())},
+        begin,
+        sum(p.numel() for p in base.values()),
+    )
+
+
+def _read(config: OrderConfig, data: DataConfig, tokenizer: Any, current: Run, label: str) -> Rows:
+    return prepare(data, config.model, tokenizer, cache=current.path("inputs"), label=label, folder=current.folder)
+
+
+def _draw(config: OrderConfig, rows: Rows, held: Rows | None) -> tuple[list[list[int]], list[int], list[int]]:
+    """(batches of rows, held-out rows, rows that are left for the warm-up)."""
+    usable = np.flatnonzero(rows.usable)
+    rng = np.random.default_rng(derive_seed(config.seed, "order", "rows"))
+    drawn = rng.permutation(usable).tolist()
+    size_, wanted = config.training.batch_size, config.batches
+    if held is not None:
+        held_rows = np.flatnonzero(held.usable).tolist()
+    else:
+        held_rows, drawn = sorted(drawn[: config.held_out]), drawn[config.held_out :]
+    batches: list[list[int]] = []
+    if config.grouping == "mixed":
+        batches = [drawn[size_ * i : size_ * (i + 1)] for i in range(wanted)]
+        batches = [batch for batch in batches if len(batch) == size_]
+    else:
+        left: dict[str, list[int]] = {}
+        for row in drawn:
+            left.setdefault(rows.pool.sources[row], []).append(row)
+        names = sorted(left)
+        while len(batches) < wanted and any(len(left[name]) >= size_ for name in names):
+            for name in names:
+                if len(left[name]) >= size_ and len(batches) < wanted:
+                    batches.append([left[name].pop() for _ in range(size_)])
+        batches = [batches[i] for i in rng.permutation(len(batches))]
+    if len(batches) < wanted:
+        raise UsageError(
+            f"--batches {wanted}: the data gives {len(batches)} batches of {size_} rows"
+            f"{' of one source' if config.grouping == 'source' else ''}"
+            f"{f' beside {len(held_rows)} held-out rows' if held is None else ''}; use fewer or smaller batches"
+        )
+    taken = {row for batch in batches for row in batch}
+    spare = [row for row in drawn if row not in taken] or drawn
+    return batches, held_rows, spare
+
+
+def _source(rows: Rows, batch: Sequence[int]) -> str:
+    """The source of most rows of a batch."""
+    names = [rows.pool.sources[row] for row in batch]
+    return max(dict.fromkeys(names), key=names.count)
+
+
+def _refuse_dropout(module: nn.Module) -> None:
+    active = [(name, m.p) for name, m in module.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    config = getattr(module, "config", None)
+    attention = float(getattr(config, "attention_dropout", 0) or 0)
+    if attention:
+        active.append(("attention", attention))
+    if active:
+        raise UsageError(
+            f"the model has dropout {active[0][1]:g} in {active[0][0]}: training draws it anew in every order, and no "
+            "estimate could tell it from the order's effect; set it to 0 in the model's config.json"
+        )
+
+
+class _Loss(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: models.Batch) -> Tensor:
+        losses, _ = models.token_losses(self.module, batch)
+        if not len(losses):
+            raise DataError("order: a batch has no supervised token")
+        return losses.mean()
+
+
+def functional_loss(module: nn.Module) -> order.Loss:
+    """(parameters by name, batch) -> mean loss over the batch's supervised tokens, as `datatools train` has it."""
+    whole = _Loss(module)
+
+    def loss(params: order.Params, batch: models.Batch) -> Tensor:
+        named = {f"module.{name}": p for name, p in params.items()}
+        value: Tensor = torch.func.functional_call(whole, named, (batch,))
+        return value
+
+    return loss
+
+
+def _rates(config: OrderConfig, optimizer: optim.Optimizer, steps: int) -> list[float]:
+    factors = trainer._factors(config.training, steps, optimizer)
+    rates = [[factor(t) for factor in factors] for t in range(steps)]
+    if any(max(row) - min(row) > 1e-12 for row in rates):
+        raise UsageError(
+            f"training.schedule {config.training.schedule} differs between groups of parameters; an order is estimated "
+            "with one schedule for all"
+        )
+    return [config.training.learning_rate * row[0] for row in rates]
+
+
+def _fresh_adapters(module: nn.Module, base: order.Params, seed: int) -> order.Params:
+    """`base` with its lora_A matrices drawn anew."""
+    params = dict(base)
+    for number, (name, p) in enumerate(base.items()):
+        if ".lora_A." in name:
+            generator = torch.Generator().manual_seed(derive_seed(seed, number))
+            bound = p.shape[1] ** -0.5
+            params[name] = torch.empty(p.shape).uniform_(-bound, bound, generator=generator).to(p)
+    return params
+
+
+# ----------------------------------------------------------------------------------------------------------------- cost
+
+
+def _cost_of(name: str, setting: Setting) -> order.Cost:
+    """What an estimator will take, before it is made: gradients, products, and the largest block of memory."""
+    config, steps, n = setting.config, len(setting.sequence), len(setting.problem.batches)
+    numbers = setting.parameters
+    held = len(setting.problem.validation)
+    a = min(config.pairwise_anchors, config.anchors)
+    if name == "pairwise":
+        return order.Cost(gradients=a * n + held, hvps=a * n, bytes=8 * n * numbers)
+    if name == "reduced":
+        k = min(config.dimensions, a * n + 3)
+        return order.Cost(gradients=a * n + held, hvps=k * (a * n + held), bytes=4 * (a * n + k) * numbers)
+    if name == "moments":
+        return order.Cost(gradients=config.anchors * n, bytes=4 * config.anchors * n * numbers)
+    if name == "table":
+        return order.Cost(gradients=steps * n, bytes=4 * steps * n * numbers)
+    if name == "groups":
+        groups = len(set(setting.sources))
+        block = min(setting.sources.count(s) for s in set(setting.sources))
+        return order.Cost(gradients=groups * (groups - 1) * 2 * block, bytes=8 * numbers)
+    return order.Cost(bytes=0)
+
+
+def _per_score(name: str, setting: Setting) -> float:
+    """Batch-gradient equivalents of one score."""
+    steps, held = len(setting.sequence), len(setting.problem.validation)
+    if name == "own-moments":
+        return steps * (1 + HVP_IN_GRADIENTS) + held / 3
+    return held / 3 if name in ("moments", "table") else 0.0
+
+
+def _announce(setting: Setting) -> None:
+    """Gradients, products, bytes and the break-even number of orders, before anything is computed."""
+    config, steps = setting.config, len(setting.sequence)
+    held = len(setting.problem.validation)
+    p = setting.parameters
+    say(
+        f"{len(setting.problem.batches)} batches of {config.training.batch_size} rows, {steps} steps, {p:,} trained "
+        f"parameters, {held} held-out batches; a retraining is {steps} batch gradients"
+    )
+    for name in config.estimators:
+        cost, score = _cost_of(name, setting), _per_score(name, setting)
+        total = cost.in_gradients(hvp=HVP_IN_GRADIENTS)
+        even = order.break_even(total, steps, score)
+        orders = f"worth it from {math.ceil(even):,} orders on" if math.isfinite(even) else "never cheaper: an oracle"
+        say(
+            f"  {name}: {cost.gradients:,} gradients, {cost.hvps:,} Hessian-vector products, {size(cost.bytes)} of "
+            f"memory = {total / steps:.1f} retrainings once, {score:.1f} gradients a score; {orders}"
+        )
+    if config.task == "validate":
+        runs = config.orders + config.calibration + (config.seeds if _has_seeds(config) else 0) + config.references
+        say(f"  validation: {runs} true runs, {runs * (steps + config.warmup_steps):,} gradients at most")
+
+
+def _has_seeds(config: OrderConfig) -> bool:
+    return config.seeds >= 2 and (config.warmup_steps > 0 or config.lora is not None)
+
+
+# -------------------------------------------------------------------------------------------------- reference and truth
+
+
+def reference(setting: Setting, number: int = 0, *, every: bool = False) -> order.ReferenceRun:
+    """The recorded run of a reference order: made, or continued, or read. every: with an anchor a step."""
+    config, steps = setting.config, len(setting.sequence)
+    sequence = setting.sequence if number == 0 else setting.random_orders("reference", number)[number - 1]
+    anchors = steps + 1 if every else min(config.anchors, steps + 1)
+    folder = setting.run.path("reference", f"{number:02d}-{anchors}")
+    label = f"reference run {number + 1}"
+    facts = {"model": setting.facts["model"], "batches": setting.facts["batches"]}
+    if (folder / "meta.json").is_file():
+        found = order.ReferenceRun.load(folder)
+        found.check_same(facts, "this run's")
+        return found
+    need = anchors * 3 * 4 * setting.parameters
+    if need > 32 << 30:
+        raise EnvironmentProblem(
+            f"{anchors} anchors of {setting.parameters:,} parameters are {size(need)}; use adapters (--lora-rank 8)"
+        )
+    with setting.run.stage(label), progress(label, steps, "steps") as bar:
+        params, states = setting.begin(0)
+        done = [0]
+
+        def observe(position: int) -> None:
+            bar.advance(position - done[0])
+            done[0] = position
+
+        return order.record(
+            setting.problem, setting.recipe, sequence, params, states,
+            anchors=anchors, folder=folder, facts=facts, observe=observe,
+        )  # fmt: skip
+
+
+def true_loss(setting: Setting, sequence: Sequence[int], *, seed: int = 0) -> float:
+    """The held-out loss after training in an order for real; kept in true/, so that it is done once."""
+    name = files.digest(repr((tuple(sequence), seed)).encode())[:16]
+    path = setting.run.path("true", f"{name}.json")
+    if path.is_file():
+        found = files.read_json(path)
+        if found.get("sequence") == list(sequence) and found.get("seed") == seed:
+            return float(found["loss"])
+    start = time.monotonic()
+    if seed == 0:
+        anchor = reference(setting).start
+        params, states = anchor.params, anchor.states
+    else:
+        params, fresh = setting.begin(seed)
+        states = setting.recipe.init(params) if fresh is None else fresh
+    end, _ = order.train(setting.problem, setting.recipe, sequence, params, states)
+    loss: float = setting.problem.held_out_loss(end)
+    files.make_folder(path.parent)
+    took = time.monotonic() - start
+    files.write_json(path, {"sequence": list(sequence), "seed": seed, "loss": loss, "seconds": took})
+    return loss
+
+
+def true_losses(
+    setting: Setting, sequences: Sequence[Sequence[int]], label: str, *, seeds: bool = False
+) -> list[float]:
+    """Of several orders; with seeds, of one order under the seeds 0, 1, ..."""
+    found = []
+    with setting.run.stage(label), progress(label, len(sequences), "runs") as bar:
+        for number, sequence in enumerate(sequences):
+            found.append(true_loss(setting, sequence, seed=number if seeds else 0))
+            bar.advance(1, loss=found[-1])
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- estimators
+
+
+def surrogate(setting: Setting, name: str, number: int = 0) -> order.Surrogate:
+    """The estimator, made from the reference run of that number."""
+    config = setting.config
+    run_ = reference(setting, number, every=name in ("table", "own-moments"))
+    options: dict[str, Any] = {}
+    if name in ("pairwise", "reduced"):
+        options["anchors"] = min(config.pairwise_anchors, len(run_.anchors))
+    if name == "reduced":
+        options["k"] = config.dimensions
+    if name == "groups":
+        names = sorted(set(setting.sources))
+        options["groups"] = [names.index(source) for source in setting.sources]
+    with setting.run.stage(f"{name} ({number + 1})"):
+        return order.precompute(name, run_, setting.problem, **options)
+
+
+def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], number: int = 0) -> dict[str, Any]:
+    """Scores, trust and cost of an estimator for these orders; kept, and read when it was made for the same."""
+    config = setting.config
+    asked = {
+        "sequences": [list(s) for s in sequences], "anchors": config.pairwise_anchors, "k": config.dimensions,
+        "recorded": config.anchors,
+    }  # fmt: skip
+    path = setting.run.path("estimates", f"{name}-{number:02d}-{files.digest(repr(asked).encode())[:12]}.json")
+    if path.is_file():
+        found: dict[str, Any] = files.read_json(path)
+        return found
+    began = time.monotonic()
+    made = surrogate(setting, name, number)
+    ready = time.monotonic()
+    before = (setting.problem.cost.gradients, setting.problem.cost.hvps, setting.problem.cost.forwards)
+    scores, trusts = [], []
+    cheap = name in ("pairwise", "reduced", "groups")
+    with progress(f"{name}: scores", len(sequences), "orders") as bar:
+        for sequence in sequences:
+            scores.append(made.score(sequence))
+            bar.advance(1)
+    took = time.monotonic() - ready
+    if cheap:
+        trusts = [made.trust(sequence) for sequence in sequences]
+        took = _time_scores(made, sequences)
+    after = (setting.problem.cost.gradients, setting.problem.cost.hvps, setting.problem.cost.forwards)
+    scoring = order.Cost(*(b - a for a, b in zip(before, after, strict=True)))
+    made_for = made.cost.in_gradients(hvp=HVP_IN_GRADIENTS)
+    result: dict[str, Any] = {
+        "estimated": scores,
+        "trust": trusts,
+        "trusted": [order.trusted(t) for t in trusts],
+        "gradients": made.cost.gradients,
+        "hvps": made.cost.hvps,
+        "bytes": made.cost.bytes,
+        "cost_in_batch_gradients": made_for + scoring.in_gradients(hvp=HVP_IN_GRADIENTS),
+        "precompute_in_batch_gradients": made_for,
+        "precompute_seconds": ready - began,
+        "seconds_a_score": took / max(1, len(sequences)),
+    }
+    matrix = getattr(made, "matrix", None)
+    if callable(matrix):
+        result["precedence"] = matrix().tolist()
+    files.make_folder(path.parent)
+    files.write_json(path, result)
+    return result
+
+
+def _time_scores(made: order.Surrogate, sequences: Sequence[Sequence[int]]) -> float:
+    """Seconds for `len(sequences)` scores, measured over 256 at a time."""
+    many = [sequences[i % len(sequences)] for i in range(256)]
+    start = time.monotonic()
+    made.scores(many)
+    return (time.monotonic() - start) * len(sequences) / len(many)
+
+
+def _curricula(setting: Setting) -> dict[str, tuple[int, ...]]:
+    """Candidates by length, by loss and gradient norm at the start, by source; and their reverses."""
+    start = reference(setting).start.params
+    losses = [setting.problem.train_loss(start, b) for b in range(len(setting.problem.batches))]
+    norms = []
+    for b in range(len(setting.problem.batches)):
+        grads = setting.problem.gradient(start, b)
+        norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in grads.values())))
+    values = {"length": setting.lengths, "loss": losses, "gradient norm": norms}
+    return {"reference": setting.sequence} | order.curricula(setting.sequence, values, setting.sources)
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+
+
+def _record(setting: Setting) -> None:
+    run_ = reference(setting)
+    loss = setting.problem.held_out_loss(run_.end.params)
+    say(f"reference run: held-out loss {setting.problem.held_out_loss(run_.start.params):.4f} -> {loss:.4f}")
+
+
+def _estimate(setting: Setting) -> None:
+    named = _curricula(setting)
+    for path in setting.config.sequences:
+        given = Order.load(path)
+        if given.batches != setting.plan.batches:
+            raise DataError(f"order {path}: its batches are not those of this run; estimate orders made from it")
+        named[path.name] = setting.plan.reordered(given.sequence).sequence
+    named |= {f"random {i + 1}": s for i, s in enumerate(setting.random_orders("random", setting.config.orders))}
+    found = {name: estimate(setting, name, list(named.values())) for name in setting.config.estimators}
+    table = [
+        {"name": label, "sequence": list(sequence)} | {name: found[name]["estimated"][i] for name in found}
+        for i, (label, sequence) in enumerate(named.items())
+    ]
+    files.write_json(setting.run.path("estimates.json"), {"orders": table, "estimators": found})
+    first = setting.config.estimators[0]
+    for row in sorted(table, key=lambda row: row[first])[:8]:
+        say(f"  {row[first]:.5f}  {row['name']}")
+
+
+def _search(setting: Setting) -> None:
+    config, name = setting.config, setting.config.estimators[0]
+    if name in ("table", "moments", "own-moments") and config.budget > 1000:
+        warn(f"a score of {name} costs as much as {_per_score(name, setting):.0f} batch gradients; lower --set budget=")
+    made = surrogate(setting, name)
+    candidates = _curricula(setting)
+    with setting.run.stage("search"):
+        start = time.monotonic()
+        options: dict[str, Any] = {"budget": config.budget, "seed": config.seed, "starts": list(candidates.values())}
+        found = order.search(made, config.search, keep=max(1, config.retrain), **options)
+        took = time.monotonic() - start
+        blind = order.search(made, "random", keep=1, budget=found.evaluations, seed=config.seed)
+    say(
+        f"{config.search}: predicted {found.scores[0]:.5f}, the reference {made.score(setting.sequence):.5f}, best of "
+        f"{blind.evaluations:,} random {blind.scores[0]:.5f} ({found.evaluations / max(took, 1e-9):,.0f} a second)"
+    )
+    indicators = made.trust(found.sequences[0])
+    if not order.trusted(indicators):
+        shown = ", ".join(f"{key} {value:.2g}" for key, value in indicators.items())
+        warn(f"the estimate of the found order may not hold ({shown}); retrain before you believe it")
+    setting.plan.reordered(found.sequences[0]).save(setting.run.path("order.npz"))
+    chosen = found.sequences[: config.retrain]
+    blind_orders = setting.random_orders("random", config.retrain)
+    runs = [setting.sequence, *chosen, *blind_orders] if config.retrain else []
+    true = true_losses(setting, runs, "retrain the found, as many random, and the reference")
+    rows: list[dict[str, Any]] = [
+        {"name": label, "sequence": list(s), "estimated": made.score(s)} for label, s in candidates.items()
+    ]
+    rows += [{"name": f"found {i + 1}", "sequence": list(s), "estimated": v}
+             for i, (s, v) in enumerate(zip(found.sequences, found.scores, strict=True))]
+    rows += [{"name": f"random {i + 1}", "sequence": list(s), "estimated": made.score(s)}
+             for i, s in enumerate(blind_orders)]
+    known = {tuple(s): loss for s, loss in zip(runs, true, strict=True)}
+    for row in rows:
+        row["true"] = known.get(tuple(row["sequence"]))
+    best = min(true) if true else None
+    files.write_json(
+        setting.run.path("search.json"),
+        {
+            "estimator": name, "method": config.search, "evaluations": found.evaluations, "seconds": took,
+            "random_best": blind.scores[0], "trust": indicators, "rows": rows,
+            "regret": true[1] - best if best is not None else None,
+            "batches": [{"source": s, "tokens": n} for s, n in zip(setting.sources, setting.lengths, strict=True)],
+        },
+    )  # fmt: skip
+    say(f"proposed order: {setting.run.path('order.npz')} (datatools train --order)")
+
+
+def _validate(setting: Setting) -> None:
+    config = setting.config
+    reference_loss = true_loss(setting, setting.sequence)
+    orders = setting.random_orders("random", config.orders)
+    early = true_losses(setting, orders[: min(8, len(orders))], "is there anything to win? orders")
+    over_seeds = [reference_loss]
+    if _has_seeds(config):
+        same = [setting.sequence] * config.seeds
+        over_seeds = true_losses(setting, same, "is there anything to win? seeds", seeds=True)
+    prize = order.prize(early, over_seeds if len(over_seeds) > 1 else [reference_loss] * 2)
+    say(prize.sentence())
+    if not prize.worth_it:
+        warn("little to win by ordering: the estimates below rank differences that other random draws would drown")
+    true = true_losses(setting, orders, "true retrainings")
+    extra = setting.random_orders("calibration", config.calibration)
+    fitted = true_losses(setting, extra, "true runs to calibrate with") if extra else []
+    known: dict[str, Any] = {}
+    table: dict[str, list[float]] = {}
+    for name in config.estimators:
+        found = estimate(setting, name, [*orders, *extra])
+        table[name] = found["estimated"]
+        entry = _entry(found["estimated"][: len(orders)], true, reference_loss, found, config.seed)
+        others = []
+        for number in range(1, config.references):
+            again = estimate(setting, name, orders, number)
+            others.append(again["estimated"])
+            entry.setdefault("references", []).append(
+                {"spearman": order.spearman(again["estimated"], true),
+                 "agreement": order.spearman(again["estimated"], found["estimated"][: len(orders)])}
+            )
+        known[name] = entry
+        if others:
+            mean = np.mean([found["estimated"][: len(orders)], *others], axis=0).tolist()
+            total = found | {"cost_in_batch_gradients": found["cost_in_batch_gradients"] * config.references}
+            known[f"{name}, mean of {config.references} references"] = _entry(
+                mean, true, reference_loss, total | {"trust": [], "trusted": []}, config.seed
+            )
+        if "precedence" in found:
+            entry["precedence"] = found["precedence"]
+    if fitted:
+        mixed, weights = order.calibrated(
+            np.array([table[name] for name in config.estimators]), [*true, *fitted],
+            range(len(orders), len(orders) + len(extra)),
+        )  # fmt: skip
+        cost = sum(known[name]["cost_in_batch_gradients"] for name in config.estimators)
+        cost += len(extra) * len(setting.sequence)
+        known["calibrated"] = _entry(
+            mixed[: len(orders)].tolist(), true, reference_loss, {"cost_in_batch_gradients": cost}, config.seed
+        ) | {"weights": dict(zip(config.estimators, weights, strict=True)), "true_runs": len(extra)}
+    result = {
+        "format": 1,
+        "reference": {"sequence": list(setting.sequence), "loss": reference_loss},
+        "anything_to_win": {
+            "over_orders": prize.over_orders, "over_seeds": prize.over_seeds, "ratio": prize.ratio,
+            "worth_it": prize.worth_it, "sentence": prize.sentence(),
+        },
+        "orders": [{"sequence": list(s), "true": t} for s, t in zip(orders, true, strict=True)],
+        "estimators": known,
+        "retraining_in_batch_gradients": len(setting.sequence),
+        "batches": [{"source": s, "tokens": n} for s, n in zip(setting.sources, setting.lengths, strict=True)],
+    }  # fmt: skip
+    files.write_json(setting.run.path("validation.json"), result)
+    for label, entry in known.items():
+        say(_sentence(label, entry))
+
+
+def _entry(
+    estimated: list[float], true: list[float], reference_loss: float, found: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    judged = order.judge(estimated, true, reference=reference_loss, seed=derive_seed(seed, "bootstrap"))
+    kept = {k: v for k, v in found.items() if k not in ("estimated", "precedence")}
+    return judged.as_dict() | kept | {"true": true, "estimated": estimated}
+
+
+def _sentence(name: str, entry: dict[str, Any]) -> str:
+    if entry["spearman"] is None:
+        return f"  {name}: its estimates do not vary"
+    low, high = entry["spearman_interval"] or (math.nan, math.nan)
+    doubt = [ok for ok in entry.get("trusted", []) if not ok]
+    note = f"; not to be trusted for {len(doubt)} of {len(entry['trusted'])}" if doubt else ""
+    return (
+        f"  {name}: Spearman {entry['spearman']:.3f} ({low:.3f} to {high:.3f}), regret {entry['regret']:.4g} (random "
+        f"{entry['regret_random']:.4g}), {entry['cost_in_batch_gradients']:,.0f} batch gradients{note}"
+    )
+
+
+def _map(setting: Setting) -> None:
+    config = setting.config
+    run_ = reference(setting)
+    chosen = list(dict.fromkeys(setting.sequence))
+    rng = np.random.default_rng(derive_seed(config.seed, "order", "map"))
+    batches = sorted(int(b) for b in rng.choice(chosen, size=min(config.map_batches, len(chosen)), replace=False))
+    if config.map_by == "moments":
+        made = surrogate(setting, "moments")
+        assert hasattr(made, "final")
+        final = made.final
+    else:
+
+        def final(sequence: Sequence[int | None]) -> order.Params:
+            return order.train(setting.problem, setting.recipe, sequence, run_.start.params, run_.start.states)[0]
+
+    runs = len(batches) * config.completions * (config.map_positions + 1)
+    say(f"map: {runs} runs of {len(setting.sequence)} steps by {config.map_by}")
+    parts = []
+    with setting.run.stage("map"), progress("map", runs, "runs") as bar:
+        for batch in batches:  # a file a batch: what a kill leaves is used
+            path = setting.run.path("maps", f"{config.map_by}-{batch}-{config.map_positions}-{config.completions}.json")
+            if not path.is_file():
+                found = order.memory_map(
+                    setting.sequence, final, setting.problem.train_loss, setting.problem.held_out_loss,
+                    batches=[batch], positions=config.map_positions, completions=config.completions,
+                    seed=derive_seed(config.seed, "order", "map"), advance=bar.advance,
+                )  # fmt: skip
+                files.make_folder(path.parent)
+                files.write_json(
+                    path,
+                    {
+                        "batch": batch, "source": setting.sources[batch], "positions": list(found.positions),
+                        "memory": found.memory[0].tolist(), "held_out": found.held_out[0].tolist(),
+                        "spread": found.spread[0].tolist(), "effect": found.position_effect[0].tolist(),
+                        "without_memory": float(found.without_memory[0]),
+                        "without_held_out": float(found.without_held_out[0]),
+                        "counterfactual": float(found.counterfactual[0]),
+                    },
+                )  # fmt: skip
+            else:
+                bar.advance(config.completions * (config.map_positions + 1))
+            parts.append(files.read_json(path))
+    whole = {"by": config.map_by, "completions": config.completions, "rows": parts}
+    files.write_json(setting.run.path("map.json"), whole)
+    for part in parts:
+        late = part["effect"][-1] - part["effect"][0]
+        say(
+            f"  batch {part['batch']} ({part['source']}): training on it lowers its loss by "
+            f"{part['counterfactual']:.4f}; last instead of first: {late:+.4f}"
+        )
+
+
+_TASKS: dict[str, Callable[[Setting], None]] = {
+    "record": _record,
+    "estimate": _estimate,
+    "search": _search,
+    "validate": _validate,
+    "map": _map,
+}
+
+__all__ = ["functional_loss", "reference", "run", "true_loss"]

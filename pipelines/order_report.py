@@ -1,0 +1,213 @@
+"""`report.html` of `datatools order`: what was predicted, what came true, which order is proposed.
+
+Drawn from the JSON files of a run folder alone, so that it can be drawn again; one file, no script, no network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from datatools import files
+from pipelines.charts import Scale, Tick, ticks
+from pipelines.report import page
+from pipelines.texts import minus, number
+
+PARTS = ("validation", "search", "estimates", "map")
+_SIDE = 1000.0
+
+
+def render(folder: Path) -> Path:
+    """Draw folder/report.html from what its tasks have written; the parts that are not there are left out.
+
+    Raises: DataError for a damaged file, EnvironmentProblem if the report cannot be written.
+    """
+    found = {part: files.read_json(folder / f"{part}.json") for part in PARTS if (folder / f"{part}.json").is_file()}
+    text = page(
+        "order.html",
+        validation=_validation(found.get("validation")),
+        search=_search(found.get("search")),
+        estimates=_estimates(found.get("estimates")),
+        map=_map(found.get("map")),
+        heat=_precedence(found),
+    )
+    path = folder / "report.html"
+    files.write_text(path, text)
+    return path
+
+
+def _validation(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    rows = []
+    for name, entry in found["estimators"].items():
+        interval = entry["spearman_interval"]
+        rows.append(
+            {
+                "name": name,
+                "spearman": number(entry["spearman"], 3),
+                "interval": "" if interval is None else minus(f"{interval[0]:.3f} to {interval[1]:.3f}"),
+                "hit": number(entry["hit_rate"], 3),
+                "regret": number(entry["regret"], 4),
+                "mae": number(entry["mae_relative"], 3),
+                "conformal": number(entry["conformal"], 4),
+                "cost": number(entry["cost_in_batch_gradients"] / found["retraining_in_batch_gradients"], 3),
+                "speed": _speed(entry.get("seconds_a_score")),
+                "doubts": sum(not ok for ok in entry.get("trusted", [])),
+                "of": len(entry.get("trusted", [])),
+                "references": [r["spearman"] for r in entry.get("references", [])],
+            }
+        )
+    best = max(rows, key=lambda row: found["estimators"][row["name"]]["spearman"] or -2.0)
+    return {
+        "rows": rows,
+        "best": best,
+        "orders": len(found["orders"]),
+        "sentence": found["anything_to_win"]["sentence"],
+        "worth_it": found["anything_to_win"]["worth_it"],
+        "random_regret": number(next(iter(found["estimators"].values()))["regret_random"], 4),
+        "charts": [
+            {"name": name} | scatter(entry["estimated"], entry["true"]) for name, entry in found["estimators"].items()
+        ],
+    }
+
+
+def _speed(seconds: float | None) -> str:
+    return "" if not seconds else f"{1 / seconds:,.0f}" if seconds < 1 else f"{1 / seconds:.2g}"
+
+
+def _search(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    rows = sorted(found["rows"], key=lambda row: float(row["estimated"]))
+    best = next(row for row in found["rows"] if row["name"] == "found 1")
+    names = list(dict.fromkeys(found["batches"][b]["source"] for b in best["sequence"]))
+    return {
+        "rows": [
+            {"name": r["name"], "estimated": number(r["estimated"], 5), "true": number(r["true"], 5)} for r in rows
+        ],
+        "method": found["method"],
+        "estimator": found["estimator"],
+        "evaluations": found["evaluations"],
+        "random_best": number(found["random_best"], 5),
+        "estimated": number(best["estimated"], 5),
+        "strip": strip([found["batches"][b]["source"] for b in best["sequence"]], names),
+        "names": [{"name": name, "kind": f"s{i % 8}"} for i, name in enumerate(names)],
+        "steps": [{"step": t + 1, "batch": b, "source": found["batches"][b]["source"],
+                   "tokens": number(found["batches"][b]["tokens"], 3)} for t, b in enumerate(best["sequence"])],
+        "trust": [{"name": k, "value": number(v, 3)} for k, v in found["trust"].items()],
+    }
+
+
+def _estimates(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    names = list(found["estimators"])
+    rows = sorted(found["orders"], key=lambda row: float(row[names[0]]))
+    return {"names": names, "rows": [{"name": r["name"], "values": [number(r[n], 5) for n in names]} for r in rows]}
+
+
+def _map(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    if found is None or not found["rows"]:
+        return None
+    effects = [row["effect"] for row in found["rows"]]
+    held = [[value - sum(row["held_out"]) / len(row["held_out"]) for value in row["held_out"]] for row in found["rows"]]
+    return {
+        "by": found["by"],
+        "completions": found["completions"],
+        "memory": heat(effects, "effect of the position of a batch on its own loss"),
+        "held_out": heat(held, "effect of the position of a batch on the held-out loss"),
+        "positions": [p + 1 for p in found["rows"][0]["positions"]],
+        "rows": [
+            {"batch": r["batch"], "source": r["source"], "counterfactual": number(r["counterfactual"], 4),
+             "late": number(r["effect"][-1] - r["effect"][0], 4)}
+            for r in found["rows"]
+        ],
+        "largest": [number(max(abs(v) for row in values for v in row), 3) for values in (effects, held)],
+    }
+
+
+def _precedence(found: dict[str, Any]) -> dict[str, Any] | None:
+    for part in ("validation", "estimates"):
+        for name, entry in found.get(part, {}).get("estimators", {}).items():
+            if entry.get("precedence"):
+                matrix = entry["precedence"]
+                labels = [batch["source"] for batch in found.get(part, {}).get("batches", [])]
+                order = sorted(range(len(matrix)), key=lambda i: sum(matrix[i]))
+                shown = [[matrix[i][j] for j in order] for i in order]
+                return {
+                    "name": name,
+                    "svg": heat(shown, "cost of a batch before another"),
+                    "first": [labels[i] if labels else str(i) for i in order[:3]],
+                    "last": [labels[i] if labels else str(i) for i in order[-3:]],
+                    "largest": number(max(abs(v) for row in matrix for v in row), 3),
+                    "count": len(matrix),
+                }
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def scatter(estimated: Sequence[float], true: Sequence[float]) -> dict[str, Any]:
+    """Predicted against true: both about their own mean and on one scale, with the line of equality."""
+    means = [math.fsum(values) / len(values) for values in (estimated, true)]
+    x, y = ([value - mean for value in values] for values, mean in zip((estimated, true), means, strict=True))
+    wide = Scale(*_range(x))
+    tall = Scale(*_range(y))
+    dot = Markup('<line class="dot" x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{1:.1f}"/>')
+    dots = Markup("").join(
+        dot.format(wide(a), _SIDE - tall(b)) for a, b in zip(x, y, strict=True)
+    )
+    low, high = max(wide.low, tall.low), min(wide.high, tall.high)
+    same = Markup('<line class="same" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
+        wide(low), _SIDE - tall(low), wide(high), _SIDE - tall(high)
+    )
+    svg = _figure(same + dots, "predicted and true losses of the orders", "square")
+    return {
+        "svg": svg, "x": ticks(wide, 4), "y": [Tick(t.at, t.text) for t in ticks(tall, 4)],
+        "x_mean": number(means[0], 4), "y_mean": number(means[1], 4),
+    }  # fmt: skip
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    pad = 0.06 * (high - low) or 1.0
+    return low - pad, high + pad
+
+
+def heat(rows: Sequence[Sequence[float]], label: str) -> Markup:
+    """A matrix as squares: below zero in one colour, above in the other, deeper the larger."""
+    largest = max((abs(v) for row in rows for v in row if math.isfinite(v)), default=0.0) or 1.0
+    high, wide = _SIDE / len(rows), _SIDE / max(map(len, rows))
+    cell = Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.2f}"/>')
+    cells = Markup("").join(
+        cell.format(
+            "below" if v < 0 else "above", j * wide, i * high, wide, high, min(1.0, abs(v) / largest)
+        )
+        for i, row in enumerate(rows)
+        for j, v in enumerate(row)
+    )
+    return _figure(cells, label, "heat")
+
+
+def strip(sources: Sequence[str], names: Sequence[str]) -> Markup:
+    """The steps of an order from left to right, coloured by source."""
+    wide = _SIDE / len(sources)
+    cells = Markup("").join(
+        Markup('<rect class="s{}" x="{:.1f}" y="0" width="{:.1f}" height="1000"/>').format(
+            names.index(source) % 8, t * wide, wide
+        )
+        for t, source in enumerate(sources)
+    )
+    return _figure(cells, "sources of the proposed order, step by step", "strip")
+
+
+def _figure(shapes: Markup, label: str, kind: str) -> Markup:
+    return Markup(
+        '<svg class="order-{}" viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{}">{}</svg>'
+    ).format(kind, label, shapes)

@@ -1,0 +1,224 @@
+"""`datatools order` as a user runs it, on a tiny model with random weights; kills, changes and bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from datatools import DataError, Order, UsageError, order
+from pipelines import order as pipeline
+from pipelines import train
+from pipelines.config import DataConfig, LoraConfig, ModelConfig, OrderConfig, OrderTraining, TrainConfig, TrainingConfig
+from pipelines.order import run
+from tests.tiny import save_tiny_model, write_rows
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("order")
+    save_tiny_model(folder / "model", layers=1, hidden=16)
+    write_rows(folder / "data.jsonl", 60)
+    return folder
+
+
+def settings(world: Path, out: Path, **changes: object) -> OrderConfig:
+    base: dict[str, object] = {
+        "model": ModelConfig(name=str(world / "model")),
+        "data": DataConfig(paths=[str(world / "data.jsonl")]),
+        "out": out,
+        "training": OrderTraining(batch_size=4, learning_rate=1e-3),
+        "batches": 4,
+        "held_out": 8,
+        "orders": 5,
+        "estimators": ["pairwise", "reduced"],
+        "dimensions": 6,
+    }
+    return OrderConfig.model_validate(base | changes)
+
+
+@pytest.fixture(scope="module")
+def validated(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    names = ["pairwise", "reduced", "moments", "table", "own-moments"]
+    out = tmp_path_factory.mktemp("runs") / "validated"
+    return run(settings(world, out, estimators=names, references=2, calibration=2, warmup_steps=2, seeds=2))
+
+
+def test_validation_says_what_it_must(validated: Path) -> None:
+    found = json.loads((validated / "validation.json").read_text())
+    assert {"pairwise", "reduced", "moments", "table", "own-moments", "calibrated"} <= set(found["estimators"])
+    for name, entry in found["estimators"].items():
+        assert len(entry["true"]) == len(entry["estimated"]) == len(found["orders"]) == 5, name
+        assert entry["true"] == [o["true"] for o in found["orders"]]
+        assert entry["cost_in_batch_gradients"] > 0 and entry["regret"] >= 0
+        assert entry["spearman"] == pytest.approx(order.spearman(entry["estimated"], entry["true"]))
+    assert len(found["estimators"]["pairwise"]["references"]) == 1
+    assert found["anything_to_win"]["over_seeds"] > 0
+    best = found["estimators"]["own-moments"]
+    assert best["spearman"] == pytest.approx(1.0) and best["mae_relative"] < 0.2
+    page = (validated / "report.html").read_text()
+    assert "order-square" in page and "order-heat" in page and "<script" not in page
+
+
+def test_true_losses_are_those_of_training_in_that_order(validated: Path, world: Path, tmp_path: Path) -> None:
+    """`datatools train --order` on the order file ends with the loss that `true/` has, from a cold start."""
+    out = run(settings(world, tmp_path / "cold", task="record"))
+    given = Order.load(out / "reference.npz")
+    reordered = given.reordered([2, 0, 3, 1])
+    reordered.save(tmp_path / "order.npz")
+    kept: dict[str, float] = {}
+
+    def look(setting: pipeline.Setting) -> None:
+        kept["true"] = pipeline.true_loss(setting, reordered.sequence)
+        kept["trained"] = setting.problem.held_out_loss(
+            {name: p for name, p in trained.named_parameters() if name in pipeline.reference(setting).start.params}
+        )
+
+    recipe = TrainingConfig(
+        batch_size=4, learning_rate=1e-3, schedule="constant", gradient_clip=None, epochs=1, warmup_ratio=0.03
+    )
+    done = train.run(
+        TrainConfig(
+            model=ModelConfig(name=str(world / "model")),
+            data=DataConfig(paths=[str(world / "data.jsonl")]),
+            out=tmp_path / "trained",
+            lora=None,
+            training=recipe,
+            order=tmp_path / "order.npz",
+        )
+    )
+    from transformers import AutoModelForCausalLM
+
+    trained = AutoModelForCausalLM.from_pretrained(done / "model", dtype=torch.float32)
+    pipeline._TASKS["record"], before = look, pipeline._TASKS["record"]
+    try:
+        run(settings(world, tmp_path / "cold", task="record"))
+    finally:
+        pipeline._TASKS["record"] = before
+    assert kept["trained"] == pytest.approx(kept["true"], rel=1e-5)
+    metrics = (done / "metrics.jsonl").read_text().splitlines()
+    assert len(metrics) == 4, "one step a batch"
+
+
+def test_an_order_of_other_rows_is_refused(world: Path, tmp_path: Path) -> None:
+    Order((("nobody",),), (0,)).save(tmp_path / "order.npz")
+    config = TrainConfig(
+        model=ModelConfig(name=str(world / "model")),
+        data=DataConfig(paths=[str(world / "data.jsonl")]),
+        out=tmp_path / "out",
+        order=tmp_path / "order.npz",
+    )
+    with pytest.raises(DataError, match="row 'nobody' .* is not among the usable rows"):
+        train.run(config)
+
+
+def test_search_proposes_an_order_and_map_and_estimate_go_on_in_the_same_folder(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(settings(world, out, task="search", budget=300, retrain=1))
+    proposed = Order.load(out / "order.npz")
+    found = json.loads((out / "search.json").read_text())
+    first = next(row for row in found["rows"] if row["name"] == "found 1")
+    assert tuple(first["sequence"]) == proposed.sequence and first["true"] is not None
+    assert first["estimated"] == min(row["estimated"] for row in found["rows"])
+    anchors = {p: p.stat().st_mtime_ns for p in out.rglob("anchor-*.safetensors")}
+    run(settings(world, out, task="estimate", sequences=[out / "order.npz"], orders=3))
+    estimates = json.loads((out / "estimates.json").read_text())
+    again = next(row for row in estimates["orders"] if row["name"] == "order.npz")
+    assert again["pairwise"] == pytest.approx(first["estimated"])
+    run(settings(world, out, task="map", map_batches=2, map_positions=2, completions=2))
+    parts = json.loads((out / "map.json").read_text())["rows"]
+    assert len(parts) == 2 and all(len(p["memory"]) == 2 for p in parts)
+    assert all(p["counterfactual"] > 0 for p in parts), "training on a batch lowers its loss"
+    assert anchors and anchors == {p: p.stat().st_mtime_ns for p in out.rglob("anchor-*.safetensors")}
+    assert "Memorisation" in (out / "report.html").read_text()
+
+
+def test_a_killed_validation_goes_on_where_it_was(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(settings(world, tmp_path / "whole"))
+    calls: list[int] = []
+    real = order.train
+
+    def counted(*args: object, **more: object) -> object:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline.order, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings(world, tmp_path / "part"))
+    assert len(list((tmp_path / "part" / "true").iterdir())) == 3
+    run(settings(world, tmp_path / "part"))
+    assert len(calls) == 4 + 3, "three of the six true runs were kept"
+    one, two = (json.loads((f / "validation.json").read_text()) for f in (whole, tmp_path / "part"))
+    assert one["orders"] == two["orders"]
+    for name, entry in one["estimators"].items():
+        assert entry["estimated"] == two["estimators"][name]["estimated"]
+
+
+def test_what_cannot_be_is_refused_with_the_reason(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"lora.dropout is 0.1: dropout is drawn anew in every order"):
+        run(settings(world, tmp_path / "a", lora=LoraConfig(rank=2, dropout=0.1)))
+    with pytest.raises(UsageError, match="use --grouping source"):
+        run(settings(world, tmp_path / "b", estimators=["groups"]))
+    with pytest.raises(UsageError, match=r"--batches 400: the data gives 13 batches of 4 rows beside 8 held-out rows"):
+        run(settings(world, tmp_path / "c", batches=400))
+    with pytest.raises(UsageError, match="cannot be replayed from gradients alone"):
+        run(settings(world, tmp_path / "d", training=OrderTraining(optimizer="spam", batch_size=4)))
+    config = json.loads((world / "model" / "config.json").read_text())
+    dropping = tmp_path / "dropping"
+    dropping.mkdir()
+    for file in (world / "model").iterdir():
+        (dropping / file.name).write_bytes(file.read_bytes())
+    (dropping / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    with pytest.raises(UsageError, match="the model has dropout 0.1 in attention"):
+        run(settings(world, tmp_path / "e", model=ModelConfig(name=str(dropping))))
+
+
+def test_a_changed_model_is_refused(world: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "model"
+    save_tiny_model(moved, layers=1, hidden=16)
+    config = settings(world, tmp_path / "run", task="record", model=ModelConfig(name=str(moved)))
+    run(config)
+    save_tiny_model(moved, layers=1, hidden=16, seed=1)
+    with pytest.raises(DataError, match=r"changed since the run .* model.model.safetensors"):
+        run(config)
+    with pytest.raises(DataError, match="recorded with another model"):
+        run(config.model_copy(update={"accept_change": ["model"]}))
+
+
+def test_source_batches_epochs_and_adapters(world: Path, tmp_path: Path) -> None:
+    out = run(
+        settings(
+            world, tmp_path / "run", task="validate", grouping="source", orders=3, lora=LoraConfig(rank=2),
+            training=OrderTraining(batch_size=4, learning_rate=1e-3, epochs=2), estimators=["groups", "pairwise"],
+            batches=6, seeds=2,
+        )
+    )  # fmt: skip
+    found = json.loads((out / "validation.json").read_text())
+    assert all(sorted(o["sequence"]) == sorted([*range(6)] * 2) for o in found["orders"])
+    assert found["anything_to_win"]["over_seeds"] > 0, "adapters are drawn anew by seed"
+    plan = Order.load(out / "reference.npz")
+    assert all(len({i.split("-")[0] for i in batch}) == 1 for batch in plan.batches)
+
+
+def test_dry_run_leaves_nothing_behind(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(settings(world, tmp_path / "none", dry_run=True))
+    assert not (tmp_path / "none").exists()
+    said = capsys.readouterr().err
+    assert "Hessian-vector products" in said and "worth it from" in said
+
+
+def test_command_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines.cli import main
+
+    common = ["--model", str(world / "model"), "--data", str(world / "data.jsonl"), "--batches", "3", "--batch-size", "4",
+              "--out", str(tmp_path / "run"), "--quiet", "--set", "held_out=8", "--set", "dimensions=4"]  # fmt: skip
+    assert main(["order", "validate", *common, "--orders", "3", "--estimators", "pairwise,reduced", "--seed", "3"]) == 0
+    assert json.loads((tmp_path / "run" / "validation.json").read_text())["estimators"].keys() == {"pairwise", "reduced"}
+    assert main(["order", "search", "--out", str(tmp_path / "run"), "--quiet", "--set", "retrain=0"]) == 0
+    assert (tmp_path / "run" / "order.npz").is_file()
+    assert main(["order", "valdiate", "--out", str(tmp_path / "run")]) == 2
+    assert "did you mean 'validate'" in capsys.readouterr().err
+    assert main(["order", "search", "--out", str(tmp_path / "run"), "--batches", "5"]) == 2
+    assert "batches was 3, is 5" in capsys.readouterr().err
