@@ -6,6 +6,7 @@ from dataclasses import fields
 from os.path import commonprefix
 from typing import Any
 
+from optim.distributed.onebit import OneBitAdam, OneBitAdamRule
 from optim.optimizer import Optimizer
 from optim.rule import UpdateRule
 from optim.rules.adabelief import AdaBelief, AdaBeliefRule
@@ -64,6 +65,7 @@ RULES: dict[str, type[UpdateRule]] = {
     "muon_8bit": Muon8bitRule,
     "nadam": NAdamRule,
     "normuon": NorMuonRule,
+    "onebit_adam": OneBitAdamRule,
     "root": ROOTRule,
     "scale": SCALERule,
     "sgd": SGDRule,
@@ -96,6 +98,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "muon_8bit": Muon8bit,
     "nadam": NAdam,
     "normuon": NorMuon,
+    "onebit_adam": OneBitAdam,
     "root": ROOT,
     "scale": SCALE,
     "sgd": SGD,
@@ -195,6 +198,8 @@ __all__ = [
     "NAdamRule",
     "NorMuon",
     "NorMuonRule",
+    "OneBitAdam",
+    "OneBitAdamRule",
     "Quantized",
     "ROOTRule",
     "SCALERule",

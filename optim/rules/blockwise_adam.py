@@ -90,6 +90,11 @@ class BlockwiseAdamRule(UpdateRule):
             state["rest_sq"].copy_((total - square.double().to(total.device)).clamp_min(0))
             state["rest_numel"].fill_(count - grad.numel())
 
+    @property
+    def coupled(self) -> bool:
+        """With "group" one second moment belongs to several tensors."""
+        return self.block == "group"
+
 
 def _whole(x: Tensor) -> Tensor:
     """A sharded tensor (DTensor) as a plain one, its parts on other ranks added; any other as it is."""

@@ -81,6 +81,11 @@ class CondaRule(MatrixRule):
     def _first(self, grad: Tensor, state: State) -> Tensor:
         return state["exp_avg"].lerp(grad.to(state["exp_avg"].dtype), 1 - self.betas[0])
 
+    @property
+    def coupled(self) -> bool:
+        """No: `share` renews each basis by itself."""
+        return False
+
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
         """The direction u of the class docstring, in the moments' dtype."""
         b1, b2 = self.betas

@@ -149,6 +149,11 @@ class LowRank(UpdateRule):
                 state["number"].fill_(last)
         self.inner.share(grads, states, group)
 
+    @property
+    def coupled(self) -> bool:
+        """By the numbers of drawn bases; and as the inner rule."""
+        return self.projection == "random" or self.inner.coupled
+
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
         """The direction u of the class docstring, in the moments' dtype; the basis stays as it is."""
         dtype = moment_dtype(param)

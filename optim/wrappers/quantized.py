@@ -1,5 +1,6 @@
 """States in 8 bits: a rule whose running averages are kept as codes, with one scale a block."""
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from optim import fused
 from optim.curvature import CurvatureRule
+from optim.fused.threads import together
 from optim.kernels import adamw_8bit
 from optim.kernels.philox import random_words
 from optim.optimizer import Optimizer, Params
@@ -19,7 +21,7 @@ from optim.rules.lion import LionRule
 from optim.rules.matrices import MatrixOptimizer, Settings
 from optim.rules.muon import MuonRule
 
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 """Elements that a step holds decoded at a time (rounded to whole blocks), under elementwise rules."""
 
 NON_NEGATIVE = frozenset({"exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "max_exp_avg_var"})
@@ -42,7 +44,8 @@ def _dynamic_book(signed: bool) -> Tensor:
 class _Book:
     """A code book with what finds the nearest entry fast: a table by the upper half of a float32, and one comparison.
 
-    A number halfway between two entries, as float32 has it, goes to the lower one.
+    A number halfway between two entries, as float32 has it, goes to the lower one. first: a code for each upper half,
+    right or one too low; limits: above which number it is too low.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -51,14 +54,14 @@ class _Book:
         upper = torch.arange(1 << _LOW_BITS, dtype=torch.int64) << _LOW_BITS
         upper = torch.where(upper >= 1 << 31, upper + (1 << _LOW_BITS) - 1, upper)  # of negative floats, the lowest
         lowest = torch.where(upper >= 1 << 31, upper - (1 << 32), upper).to(torch.int32).view(torch.float32)
-        self.first = torch.bucketize(lowest.nan_to_num(nan=0.0), limits).to(torch.uint8)
-        self.turn = torch.cat([limits, limits.new_tensor([torch.inf])])[self.first.int()]  # the only limit of that half
+        self.first = torch.bucketize(lowest.nan_to_num(nan=0.0), limits).to(torch.int32)
+        self.limits = torch.cat([limits, limits.new_tensor([torch.inf])])
 
     def encode(self, y: Tensor) -> Tensor:
         """uint8: of each number in [-1, 1] the nearest entry."""
         index = y.float().view(torch.int32).bitwise_right_shift(_LOW_BITS).bitwise_and_((1 << _LOW_BITS) - 1)
         first = _take(self.first, index)
-        return first + (y > _take(self.turn, index)).to(torch.uint8)
+        return (first + (y > _take(self.limits, first)).int()).to(torch.uint8)
 
     def encode_stochastic(self, y: Tensor, uniform: Tensor) -> Tensor:
         """uint8: of the two neighbours of each number the upper one with a probability that makes it the mean."""
@@ -67,16 +70,21 @@ class _Book:
         below, above = _take(self.values, lower), _take(self.values, lower + 1)
         return (lower + (uniform * (above - below) < y - below).int()).to(torch.uint8)
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """float32: the entries."""
-        return _take(self.values, codes.int())
-
 
 def _take(table: Tensor, index: Tensor) -> Tensor:
     return table.to(index.device).index_select(0, index.reshape(-1)).reshape(index.shape)
 
 
 _BOOKS = {True: _Book(_dynamic_book(True)), False: _Book(_dynamic_book(False))}
+"""Whether signed -> the dynamic code book."""
+
+_VALUES = {
+    ("dynamic", True): _BOOKS[True].values,
+    ("dynamic", False): _BOOKS[False].values,
+    ("linear", True): torch.arange(256, dtype=torch.uint8).view(torch.int8).to(torch.float32) / 127,
+    ("linear", False): torch.arange(256, dtype=torch.float32) / 255,
+}
+"""(code, whether signed) -> the number that each byte stands for, float32 [256]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +170,11 @@ class Quantized(UpdateRule):
         """The inner rule's, over what is not encoded: counters and scalars."""
         self.inner.share(grads, states, group)
 
+    @property
+    def coupled(self) -> bool:
+        """As the inner rule."""
+        return self.inner.coupled
+
     def stepped(
         self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float | Tensor | None
     ) -> tuple[Tensor, State]:
@@ -196,9 +209,9 @@ class Quantized(UpdateRule):
             else:
                 inner = self.decoded(state, param)
                 fused.step(self.inner, [param], [grad], [inner], lr=lr, weight_decay=weight_decay)
-                for key, value in self._encoded(inner, state).items():
-                    if value is not state[key]:
-                        state[key].copy_(value)
+                for key, value in inner.items():
+                    if key + _SCALES in state:
+                        self._encode_to(state[key].view(-1), state[key + _SCALES], key, value.view(-1), inner["step"])
 
     def _kernel_row(self, param: Tensor, grad: Tensor, state: State) -> adamw_8bit.Row | None:
         """What the kernel takes of this parameter, if it does."""
@@ -233,26 +246,43 @@ class Quantized(UpdateRule):
         rest = {key: t for key, t in state.items() if key not in coded and not key.endswith(_SCALES)}
         blocks = max(1, CHUNK // self.block_size)
         size = blocks * self.block_size
+        dtype = moment_dtype(param)
         form = (1,) * (param.ndim - 1) + (-1,)  # a rule may look at the number of dimensions
-        tensors = (param, grad, *(state[key] for key in coded))
-        pieces = zip(*(torch.split(t.view(-1), size) for t in tensors), strict=True)
+        tensors = [torch.split(t.detach().view(-1), size) for t in (param, grad, *(state[key] for key in coded))]
         scales = [torch.split(state[key + _SCALES], blocks) for key in coded]
-        after = rest
-        for i, (p, g, *codes) in enumerate(pieces):
-            after = {key: t.clone() for key, t in rest.items()}  # counters: the steps of all pieces are one step
-            moments = {
-                key: self._decode(key, c, s[i], moment_dtype(param)).view(form)
-                for key, c, s in zip(coded, codes, scales, strict=True)
-            }
-            part = after | moments
+        left = deque(range(len(tensors[0])))
+        after: list[State] = []
+        failed: list[BaseException] = []
+
+        def piece(i: int) -> State:
+            part = {key: t.clone() for key, t in rest.items()}  # counters: the steps of all pieces are one step
+            places = [(key, c[i], s[i]) for key, c, s in zip(coded, tensors[2:], scales, strict=True)]
+            for key, codes, scale in places:
+                part[key] = self._decode(key, codes, scale, dtype).view(form)
             inner = {key: part[key] for key in state if key in part}  # in the inner rule's order
-            fused.step(self.inner, [p.view(form)], [g.view(form)], [inner], lr=lr, weight_decay=weight_decay)
-            for key, c, s in zip(coded, codes, scales, strict=True):
-                new, largest = self._encode(key, moments[key], after["step"], start=i * size)
-                c.copy_(new.view(-1))
-                s[i].copy_(largest)
+            p, g = tensors[0][i].view(form), tensors[1][i].view(form)
+            fused.step(self.inner, [p], [g], [inner], lr=lr, weight_decay=weight_decay)
+            for key, codes, scale in places:
+                self._encode_to(codes, scale, key, part[key].view(-1), part["step"], start=i * size)
+            return part
+
+        def work() -> None:  # on any number of threads the same: a piece knows nothing of the others
+            while left:
+                try:
+                    after.append(piece(left.popleft()))
+                except IndexError:  # another thread took the last one
+                    return
+                except BaseException as error:
+                    failed.append(error)
+                    left.clear()
+
+        with torch.no_grad():
+            native = param.is_cpu and dtype == torch.float32 and not self.stochastic and fused.codes.supports(param)
+            together(work, min(torch.get_num_threads(), len(left)) - 1 if native else 0)
+        if failed:
+            raise failed[0]
         for key, t in rest.items():
-            t.copy_(after[key])
+            t.copy_(after[0][key])
 
     def decoded(self, state: State, param: Tensor) -> State:
         """The state as the inner rule knows it; what is not encoded is not copied."""
@@ -302,13 +332,29 @@ class Quantized(UpdateRule):
             codes = codes.maximum((y > 0).to(torch.uint8))
         return codes.view(-1)[:n].view(x.shape), largest
 
+    def _encode_to(
+        self, codes: Tensor, scales: Tensor, key: str, x: Tensor, step: Tensor, *, start: int = 0
+    ) -> None:
+        """`_encode`, written to codes [n] and scales [blocks]; compiled where that is possible."""
+        if x.dtype == torch.float32 and not self.stochastic and fused.codes.supports(x, codes, scales):
+            signed = key not in NON_NEGATIVE
+            kind = self.code if signed or self.code == "dynamic" else "linear_unsigned"
+            book = _BOOKS[signed]
+            floor = self.floor and not signed
+            fused.codes.encode(
+                x, codes, scales, book.first, book.limits, kind=kind, floor=floor, block_size=self.block_size
+            )
+        else:
+            new, largest = self._encode(key, x, step, start=start)
+            codes.copy_(new)
+            scales.copy_(largest)
+
     def _decode(self, key: str, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         n, size = codes.numel(), self.block_size
-        signed = key not in NON_NEGATIVE
-        if self.code == "linear":
-            x = codes.reshape(-1).to(dtype) / (127 if signed else 255)
-        else:
-            x = _BOOKS[signed].decode(codes.reshape(-1)).to(dtype)
+        book = _VALUES[self.code, key not in NON_NEGATIVE]
+        if dtype == torch.float32 and fused.codes.supports(codes, scales):
+            return fused.codes.decode(codes, scales, book, size)
+        x = _take(book, codes.reshape(-1).view(torch.uint8).int()).to(dtype)
         rows = (x if n % size == 0 else functional.pad(x, (0, -n % size))).view(-1, size)
         return (rows * scales.to(dtype).unsqueeze(1)).view(-1)[:n].view(codes.shape)
 

@@ -67,6 +67,7 @@ class Case:
 
 
 HELD_ELSEWHERE = {
+    "OneBitAdam": "tests/optim/distributed/test_onebit.py",
     **dict.fromkeys(
         ("mezo", "zo_sgd", "zo_sgd_momentum", "zo_adam", "zo_sgd_sign", "zo_sgd_conserve", "zo_blockwise", "zo_sparse",
          "zo_hybrid", "forward_grad"),

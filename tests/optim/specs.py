@@ -33,6 +33,7 @@ from tests.reference import (
     muon_8bit,
     nadam,
     normuon,
+    onebit_adam,
     root,
     scale,
     sgd,
@@ -275,6 +276,30 @@ SPECS: dict[str, OptimSpec] = {
             lr=0.02,
             descent=((0.1, 200), (0.05, 600)),
             temporaries=7,
+            state_bytes=8,
+        ),
+        OptimSpec(
+            name="onebit_adam",
+            inputs=({}, {"betas": (0.8, 0.5), "eps": 1e-6, "freeze_step": 5}),
+            errors=(
+                ({"betas": (1.0, 0.9)}, "betas"),
+                ({"eps": -1e-8}, "eps"),
+                ({"freeze_step": -1}, "freeze_step"),
+                ({"freeze_step": 2.5}, "freeze_step"),
+            ),
+            reference=onebit_adam,
+            oracle=lambda params, lr: (
+                onebit_adam.PublishedOneBitAdam(params, lr=lr, weight_decay=0.1, freeze_step=4),
+                {"freeze_step": 4},
+            ),
+            limits=(("betas 0 and eps 0 is signSGD", {"betas": (0.0, 0.0), "eps": 0.0}, torch.sign),),
+            symmetries=(
+                ("scale, at eps 0", {"eps": 0.0}, lambda g: 1024 * g, identity),
+                ("sign", {}, torch.neg, torch.neg),
+            ),
+            lr=0.05,
+            descent=((0.1, 400), (0.05, 1500)),
+            temporaries=5,
             state_bytes=8,
         ),
         OptimSpec(

@@ -1,0 +1,42 @@
+"""What passes between processes, in messages of bounded size."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MESSAGE = 1 << 25
+"""Bytes of a message, about: enough to be worth its latency, little beside a model."""
+
+
+def group_size(group: dist.ProcessGroup | None) -> int:
+    """Processes of the group (None for all); 1 where there is no process group."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def bundles(sizes: Sequence[int], limit: int = MESSAGE) -> Iterator[range]:
+    """Consecutive items of these sizes, in runs of about `limit` together."""
+    start = total = 0
+    for i, size in enumerate(sizes):
+        total += size
+        if total >= limit:
+            yield range(start, i + 1)
+            start, total = i + 1, 0
+    if start < len(sizes):
+        yield range(start, len(sizes))
+
+
+def all_reduced_means(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """The mean over the processes of each tensor, in float32 where it has 16 bits; the tensors are untouched."""
+    means: list[Tensor] = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    for dtype in sorted({t.dtype for t in means}, key=str):
+        index = [i for i, t in enumerate(means) if t.dtype == dtype]
+        for run in bundles([means[i].nbytes for i in index]):
+            some = [means[index[k]] for k in run]
+            flat = torch.cat([t.reshape(-1) for t in some])
+            dist.all_reduce(flat, group=group)
+            flat /= dist.get_world_size(group)
+            for k, part in zip(run, torch.split(flat, [t.numel() for t in some]), strict=True):
+                means[index[k]] = part.reshape(some[k - run.start].shape)
+    return means

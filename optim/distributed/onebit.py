@@ -1,0 +1,228 @@
+"""1-bit Adam: after a warm-up the second moment stands still, and workers exchange signs of the first."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from optim.distributed.collectives import all_reduced_means, group_size
+from optim.optimizer import Optimizer, Params
+from optim.rule import (
+    State,
+    UpdateRule,
+    check_counts,
+    check_non_negative,
+    checked_betas,
+    is_sharded,
+    zero_moment,
+    zero_step,
+)
+
+_BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneBitAdamRule(UpdateRule):
+    """u = m / (sqrt(v) + eps), with m <- b1 m + (1 - b1) g, and v <- b2 v + (1 - b2) g^2 in the first `freeze_step`
+    steps; after them v stands still. No bias correction.
+
+    Shapes: elementwise; moments have the parameter's shape.
+    State: 8 bytes a parameter (two float32 moments) and a step count.
+    Source: Tang et al. 2021, arXiv 2102.02888, algorithm 1; DeepSpeed, runtime/fp16/onebit/adam.py.
+    Differs: see `OneBitAdam`, which adds what passes between workers. The paper and its code advise 15 to 25 per cent
+    of all steps for `freeze_step`.
+    """
+
+    name: ClassVar[str] = "onebit_adam"
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    freeze_step: int = 100_000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", checked_betas("OneBitAdamRule", self.betas))
+        check_non_negative("OneBitAdamRule", eps=self.eps)
+        check_counts("OneBitAdamRule", freeze_step=self.freeze_step)
+
+    def init(self, param: Tensor) -> State:
+        """Zero moments and step count."""
+        return {"step": zero_step(), "exp_avg": zero_moment(param), "exp_avg_sq": zero_moment(param)}
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction u of the class docstring, in the moments' dtype."""
+        b1, b2 = self.betas
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        g = grad.to(m.dtype)
+        t = state["step"] + 1
+        m = b1 * m + (1 - b1) * g
+        v = torch.where((t > self.freeze_step).to(v.device), v, b2 * v + (1 - b2) * g * g)
+        return m / (v.sqrt() + self.eps), {"step": t, "exp_avg": m, "exp_avg_sq": v}
+
+
+class OneBitAdam(Optimizer):
+    """`Optimizer` running `OneBitAdamRule` on several workers, each with the gradient of its own data.
+
+    In the warm-up gradients are averaged by all-reduce. Then every worker moves the shared momentum by its own
+    gradient, and `compressed_means` makes it common again with one bit an entry. So nobody else may average gradients
+    after the warm-up: leave out `DistributedDataParallel`, or backpropagate under its `no_sync()`. With one process
+    nothing is sent and nothing compressed.
+
+    process_group: the workers; all of them by default.
+    masks: parameter's name -> tensor of 0 and 1; where it is 0 the momentum is 0 after each exchange.
+    mask_unseen: mask too where v is 0 when it stands still: an exact zero cannot be sent, so there m / eps would grow
+    without bound.
+    Raises: ValueError for a mask of an unknown name or another shape; TypeError for sharded parameters.
+    State: `OneBitAdamRule`'s; beside it each worker has the errors of its own compression, 4 bytes a parameter, and as
+    a server 4 / workers. They differ by worker and are not in a checkpoint: a resumed run starts them at 0, as the
+    published one does.
+    Differs: the published code loses the first gradient to its set-up and so makes ``freeze_step - 1`` updates with a
+    moving v; here there are `freeze_step`. It has no `mask_unseen` (False is its form). It sends each tensor by itself;
+    here one message carries them all, of the same content.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        freeze_step: int = 100_000,
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        mask_unseen: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.process_group, self.mask_unseen = process_group, mask_unseen
+        self._errors: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._masks: dict[Tensor, Tensor] = {}
+        rule = OneBitAdamRule(betas=betas, eps=eps, freeze_step=freeze_step)
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay)
+        named = dict(pair for g in self.param_groups if "param_names" in g
+                     for pair in zip(g["param_names"], g["params"], strict=True))
+        for name, mask in (masks or {}).items():
+            if name not in named:
+                raise ValueError(f"OneBitAdam: a mask for {name!r}, which is no parameter with that name")
+            if mask.shape != named[name].shape:
+                raise ValueError(
+                    f"OneBitAdam: the mask of {name!r} has shape {tuple(mask.shape)}, not {tuple(named[name].shape)}"
+                )
+            self._masks[named[name]] = mask
+
+    def _step_those(
+        self, rule: UpdateRule, params: list[Tensor], grads: list[Tensor], *, lr: float | Tensor, weight_decay: float
+    ) -> list[bool]:
+        if group_size(self.process_group) == 1 or not isinstance(rule, OneBitAdamRule):
+            return super()._step_those(rule, params, grads, lr=lr, weight_decay=weight_decay)
+        states = self._states_of(rule, params)
+        # by the counts, which a parameter that missed gradients has of its own, and which are the same on every worker
+        early = [i for i, state in enumerate(states) if state["step"] < rule.freeze_step]
+        late = [i for i, state in enumerate(states) if state["step"] >= rule.freeze_step]
+        if early:
+            means = all_reduced_means([grads[i] for i in early], self.process_group)
+            super()._step_those(rule, [params[i] for i in early], means, lr=lr, weight_decay=weight_decay)
+        if late:
+            self._compressed(rule, [(params[i], grads[i], states[i]) for i in late], lr, weight_decay)
+        return [True] * len(params)
+
+    def _compressed(
+        self, rule: OneBitAdamRule, entries: Sequence[tuple[Tensor, Tensor, State]], lr: float | Tensor, decay: float
+    ) -> None:
+        b1 = rule.betas[0]
+        for _, grad, state in entries:
+            state["step"] += 1
+            state["exp_avg"].mul_(b1).add_(grad.to(state["exp_avg"].dtype), alpha=1 - b1)
+        moments = [state["exp_avg"] for _, _, state in entries]
+        errors = [self._errors_of(param, m) for (param, _, _), m in zip(entries, moments, strict=True)]
+        for (param, _, state), m in zip(entries, compressed_means(moments, errors, self.process_group), strict=True):
+            if param in self._masks:
+                m = m * self._masks[param].to(m)
+            if self.mask_unseen:
+                m = torch.where(state["exp_avg_sq"] == 0, 0.0, m)
+            state["exp_avg"].copy_(m)
+            work = param.to(m.dtype)
+            direction = m / (state["exp_avg_sq"].sqrt() + rule.eps)
+            param.copy_(work - lr * (direction + decay * work if decay else direction))
+
+    def _errors_of(self, param: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+        """What this worker, and this worker as a server, failed to send so far."""
+        if param not in self._errors:
+            if is_sharded(param):
+                raise TypeError("OneBitAdam: a parameter is sharded (DTensor); its workers hold whole parameters")
+            workers = group_size(self.process_group)
+            size = padded(param.numel(), workers)
+            self._errors[param] = moment.new_zeros(size), moment.new_zeros(size // workers)
+        return self._errors[param]
+
+
+def padded(numel: int, workers: int) -> int:
+    """Entries of a message: a multiple of workers x lcm(workers, 8), so that every chunk is of whole bytes."""
+    unit = workers * math.lcm(workers, 8)
+    return -(-numel // unit) * unit
+
+
+def compressed_means(
+    xs: Sequence[Tensor], errors: Sequence[tuple[Tensor, Tensor]], group: dist.ProcessGroup | None = None
+) -> list[Tensor]:
+    """About the mean over the workers of each tensor [*shape], the same on all; one bit an entry is sent, twice.
+
+    A worker adds what it failed to send before (its error, [L], changed in place), sends the signs and one scale
+    |x| / sqrt(L), and keeps the difference as its error. Chunk j of L / N entries goes to worker j, the server of
+    that chunk, who averages, adds its own error [L / N], and compresses likewise what it sends to all. L is `padded`;
+    the padding takes part, as published.
+    Cost: two collectives for all tensors; in each a worker sends (L / 8 / N + 8) (N - 1) bytes a tensor.
+    Source: Tang et al. 2021, arXiv 2102.02888, section 3; DeepSpeed, runtime/comm/compressed.py.
+    """
+    workers = dist.get_world_size(group)
+    bits, scales = [], []
+    for x, (error, _) in zip(xs, errors, strict=True):
+        error[: x.numel()] += x.reshape(-1)
+        sent, scale = _compress(error)
+        bits.append(sent.reshape(workers, -1))
+        scales.append(scale)
+    received = _exchange(bits, scales, group)
+    bits, scales = [], []
+    for (_, error), (parts, sizes) in zip(errors, received, strict=True):
+        error += (sizes.unsqueeze(1) * _signs(parts, error.dtype)).sum(0) / workers
+        sent, scale = _compress(error)
+        bits.append(sent.expand(workers, -1))
+        scales.append(scale)
+    return [
+        (sizes.unsqueeze(1) * _signs(parts, x.dtype)).reshape(-1)[: x.numel()].reshape(x.shape)
+        for x, (parts, sizes) in zip(xs, _exchange(bits, scales, group), strict=True)
+    ]
+
+
+def _compress(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(one bit an entry [L / 8], 1 for x >= 0; the scale |x| / sqrt(L)); of x [L] only what they miss is left."""
+    scale = x.square().sum().sqrt() / math.sqrt(max(x.numel(), 1))
+    packed = ((x >= 0).reshape(-1, 8) * _BITS.to(x.device)).sum(1, dtype=torch.uint8)
+    x -= scale * _signs(packed, x.dtype)
+    return packed, scale
+
+
+def _signs(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bits [..., bytes] as -1 and +1 [..., 8 bytes]."""
+    ones = (packed.unsqueeze(-1) & _BITS.to(packed.device)) != 0
+    return (ones.to(dtype) * 2 - 1).flatten(-2)
+
+
+def _exchange(
+    bits: Sequence[Tensor], scales: Sequence[Tensor], group: dist.ProcessGroup | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Of each tensor row j of bits [workers, bytes] to worker j, and the scale to everyone, in one message.
+
+    Returns of each what came: bits [workers, bytes] and scales [workers].
+    """
+    workers = dist.get_world_size(group)
+    numbers = torch.stack([scale.double() for scale in scales]).view(torch.uint8)
+    message = torch.cat([*bits, numbers.expand(workers, -1)], 1)
+    received = torch.empty_like(message)
+    dist.all_to_all_single(received, message, group=group)
+    *parts, numbers = torch.split(received, [*(b.shape[1] for b in bits), len(numbers)], 1)
+    sizes = numbers.contiguous().view(torch.float64)
+    return [(part, sizes[:, i].to(scale.dtype)) for i, (part, scale) in enumerate(zip(parts, scales, strict=True))]

@@ -1,0 +1,252 @@
+"""Matrix owner computes: each matrix has one rank that holds its state, steps it, and shares the result."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from optim import fused
+from optim.distributed.collectives import MESSAGE, bundles, group_size
+from optim.optimizer import Optimizer
+from optim.rule import State, UpdateRule, is_sharded
+
+
+class OwnerComputes(Optimizer):
+    """An optimizer whose whole-matrix work is divided among processes: `elementwise = False` rules, each tensor on one.
+
+        optimizer = OwnerComputes(optim.create("muon", model.named_parameters(), lr=0.02))
+
+    Use it instead of the optimizer that it is given, of which it takes the param groups; before that has stepped.
+    Tensors of such rules are sorted by size, largest first, and dealt round to the ranks. The owner holds the state of
+    the whole tensor and steps it as one process would, so results do not depend on the number of ranks (but for the
+    order of sums in the gradients). All others are stepped as before: elementwise rules, which need no other rank, and
+    rules whose tensors look at each other (`UpdateRule.coupled`).
+
+    - Replicated parameters (DDP: the same parameter and gradient on every rank): owners share the new parameters by
+      all-gather, each rank's padded to the longest. A step receives about 1 parameter size a rank.
+    - Parameters of FSDP2 (DTensor, rows over one mesh dimension): gradient and parameter go to the owner by
+      all-to-all, its new parameter comes back: 3 sizes of a shard sent in all. Uneven and empty shards are no
+      special case.
+
+    Messages are of about 32 MiB, so the memory beside the states is a few of the largest tensors.
+    `state_dict` and `load_state_dict` are collective: call them on all ranks. A state dict holds the whole states of
+    all, the same on every rank, and is that of one process: it loads into any number of ranks, and into an `Optimizer`.
+    Between them `state` has the tensors that this rank owns, so `UpdateMap.of` needs a plain optimizer, loaded from it.
+
+    process_group: the ranks; all of them by default. With one process everything is as in the given optimizer.
+    Raises: TypeError for DTensors that are not sharded by rows over the ranks of the group alone; ValueError if the
+    optimizer has stepped already.
+    Source: Jordan et al. 2024 (KellerJordan/Muon) for the dealing and gathering of weights, microsoft/dion for rows.
+    Differs: the whole step is the owner's, with whole norms: Dion's NorMuon rescales by the norm of the local rows,
+    and so depends on the number of ranks. Messages have the dtypes of parameter and gradient, not bfloat16.
+    """
+
+    def __init__(self, optimizer: Optimizer, process_group: dist.ProcessGroup | None = None) -> None:
+        if optimizer.state:
+            raise ValueError(
+                "OwnerComputes: the optimizer has a state already; wrap it before its first step, and load the state "
+                "dict afterwards"
+            )
+        self.process_group = process_group
+        groups = []
+        for group in optimizer.param_groups:
+            params, names = group["params"], group.get("param_names")
+            rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            groups.append(rest | {"params": list(zip(names, params, strict=True)) if names else list(params)})
+        defaults = optimizer.defaults
+        super().__init__(groups, defaults["rule"], lr=defaults["lr"], weight_decay=defaults["weight_decay"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in `Optimizer`. Raises: TypeError for a DTensor whose rows are not spread over the ranks."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for param in group["params"] if self._divided(group["rule"]) else ():
+            if is_sharded(param):
+                _check_rows(param, group_size(self.process_group))
+
+    def _divided(self, rule: UpdateRule) -> bool:
+        return group_size(self.process_group) > 1 and not rule.elementwise and not rule.coupled
+
+    def _owners(self) -> dict[Tensor, int]:
+        """The owner of every tensor of a divided rule."""
+        dealt = [p for group in self.param_groups if self._divided(group["rule"]) for p in group["params"]]
+        dealt.sort(key=lambda p: -p.numel())  # stable: the order of the groups among equals
+        size = group_size(self.process_group)
+        return {param: i % size for i, param in enumerate(dealt)}
+
+    def _share(self, rule: UpdateRule, *args: Any) -> tuple[list[Tensor], list[Tensor]]:
+        if self._divided(rule):  # by the owner, with whole gradients
+            return args[2], args[3]
+        return super()._share(rule, *args)
+
+    def _step_those(
+        self, rule: UpdateRule, params: list[Tensor], grads: list[Tensor], *, lr: float | Tensor, weight_decay: float
+    ) -> list[bool]:
+        if not self._divided(rule):
+            return super()._step_those(rule, params, grads, lr=lr, weight_decay=weight_decay)
+        owners, group = self._owners(), self.process_group
+        fine = dict.fromkeys(params, True)
+
+        def step(keys: Sequence[Tensor], whole: Sequence[Tensor], own_grads: Sequence[Tensor]) -> None:
+            """The owner's part: `whole` are the parameters of `keys`, under which their states are kept."""
+            for key, tensor in zip(keys, whole, strict=True):
+                if not self.state[key]:
+                    self.state[key].update(rule.init(tensor))
+            states: list[State] = [self.state[key] for key in keys]
+            if type(rule).share is not UpdateRule.share:
+                good = [i for i, finite in enumerate(fused.all_finite(own_grads)) if finite]
+                some = [states[i] for i in good]
+                rule.share([own_grads[i] for i in good], some, some)
+            done = fused.step(rule, whole, own_grads, states, lr=lr, weight_decay=weight_decay)
+            fine.update(zip(keys, done, strict=True))
+
+        kinds: dict[Any, list[int]] = {}
+        for i in sorted(range(len(params)), key=lambda i: -params[i].numel()):
+            kinds.setdefault((is_sharded(params[i]), params[i].dtype, grads[i].dtype), []).append(i)
+        for (sharded, *_), index in kinds.items():
+            for run in bundles([params[i].numel() * params[i].element_size() for i in index], MESSAGE):
+                some = [index[k] for k in run]
+                (_by_rows if sharded else _by_replicas)(
+                    [params[i] for i in some], [grads[i] for i in some], [owners[params[i]] for i in some], group, step)
+        return [fine[param] for param in params]
+
+    # ------------------------------------------------------------------------------------------------------ state dicts
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole states of all tensors, on every rank alike. Collective: call it on all ranks."""
+        borrowed = self._gather_states()
+        try:
+            return super().state_dict()
+        finally:
+            for param in borrowed:
+                del self.state[param]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in `Optimizer`; each rank keeps the states of the tensors that it owns."""
+        super().load_state_dict(state_dict)
+        owners = self._owners()
+        rank = dist.get_rank(self.process_group) if owners else 0
+        for param, owner in owners.items():
+            if owner != rank:
+                self.state.pop(param, None)
+
+    def _gather_states(self) -> list[Tensor]:
+        """Fill `state` with what other ranks hold; the parameters concerned."""
+        owners = self._owners()
+        if not owners:
+            return []
+        rank = dist.get_rank(self.process_group)
+        device = _local(next(iter(owners))).device
+        have = torch.tensor([rank == owner and param in self.state for param, owner in owners.items()], device=device)
+        have = have.to(torch.uint8)
+        dist.all_reduce(have, dist.ReduceOp.MAX, group=self.process_group)
+        rules = {param: group["rule"] for group in self.param_groups for param in group["params"]}
+        borrowed = []
+        for (param, owner), made in zip(owners.items(), have.tolist(), strict=True):
+            if not made:
+                continue
+            if owner != rank:
+                self.state[param] = rules[param].init(_local(param).new_empty(param.shape))
+                borrowed.append(param)
+            source = owner if self.process_group is None else dist.get_global_rank(self.process_group, owner)
+            for value in self.state[param].values():  # in the order of `init`, on every rank
+                sent = value.to(device).contiguous()
+                dist.broadcast(sent, source, group=self.process_group)
+                if owner != rank:
+                    value.copy_(sent)
+        return borrowed
+
+
+_Step: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], None]
+
+
+def _local(x: Tensor) -> Tensor:
+    """The rows of a DTensor that this rank has; any other tensor as it is."""
+    local: Tensor = x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
+    return local.detach()
+
+
+def _check_rows(param: Tensor, ranks: int) -> None:
+    from torch.distributed.tensor import Shard
+
+    placements, mesh = param.placements, param.device_mesh  # type: ignore[attr-defined]
+    if tuple(placements) != (Shard(0),) or mesh.size() != ranks:
+        raise TypeError(
+            f"OwnerComputes: a parameter of shape {tuple(param.shape)} has placements {tuple(placements)} on a mesh of "
+            f"{mesh.size()}; expected rows over all {ranks} ranks, (Shard(dim=0),), as fully_shard makes them"
+        )
+
+
+def _by_replicas(
+    params: list[Tensor], grads: list[Tensor], owners: list[int], group: dist.ProcessGroup | None, step: _Step
+) -> None:
+    """Owners step their tensors; then everyone gets all."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    held = [[i for i, owner in enumerate(owners) if owner == r] for r in range(size)]
+    mine = [params[i] for i in held[rank]]
+    step(mine, mine, [grads[i] for i in held[rank]])
+    longest = max(sum(params[i].numel() for i in some) for some in held)
+    sent = params[0].new_zeros(longest)
+    own = _joined([p.detach().reshape(-1) for p in mine], sent)
+    sent[: own.numel()] = own
+    received = sent.new_empty(size * longest)
+    dist.all_gather_into_tensor(received, sent, group=group)
+    for r in range(size):
+        if r != rank:
+            _fill([params[i] for i in held[r]], received[r * longest : (r + 1) * longest])
+
+
+def _by_rows(
+    params: list[Tensor], grads: list[Tensor], owners: list[int], group: dist.ProcessGroup | None, step: _Step
+) -> None:
+    """Owners get the rows of gradient and parameter, step the whole, and send the new rows back."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    held = [[i for i, owner in enumerate(owners) if owner == r] for r in range(size)]
+    mine = held[rank]
+    rows = [_local(p) for p in params]
+
+    def whole_of(column: Sequence[Tensor]) -> list[Tensor]:
+        sent = [_joined([column[i].reshape(-1) for i in some], column[0]) for some in held]
+        came = _all_to_all(sent, [sum(len(_span(params[i], r, size)) for i in mine) for r in range(size)], group)
+        parts = [iter(torch.split(x, [len(_span(params[i], r, size)) for i in mine])) for r, x in enumerate(came)]
+        return [torch.cat([next(part) for part in parts]).reshape(params[i].shape) for i in mine]
+
+    whole_grads, whole = whole_of([_local(g) for g in grads]), whole_of(rows)
+    step([params[i] for i in mine], whole, whole_grads)
+    sent = []
+    for r in range(size):
+        spans = [_span(params[i], r, size) for i in mine]
+        sent.append(_joined([w.reshape(-1)[s.start : s.stop] for w, s in zip(whole, spans, strict=True)], rows[0]))
+    came = _all_to_all(sent, [sum(rows[i].numel() for i in some) for some in held], group)
+    for some, flat in zip(held, came, strict=True):
+        _fill([rows[i] for i in some], flat)
+
+
+def _span(param: Tensor, rank: int, size: int) -> range:
+    """The entries of the flat tensor that a rank has: as many rows as `torch.chunk` gives it, perhaps none."""
+    each = -(-param.shape[0] // size)
+    width = math.prod(param.shape[1:])
+    return range(width * min(rank * each, param.shape[0]), width * min((rank + 1) * each, param.shape[0]))
+
+
+def _all_to_all(sent: Sequence[Tensor], counts: list[int], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """sent[r] to rank r; from each rank as many entries as `counts` says."""
+    flat = torch.cat(list(sent))
+    received = flat.new_empty(sum(counts))
+    dist.all_to_all_single(received, flat, counts, [len(part) for part in sent], group=group)
+    return list(torch.split(received, counts))
+
+
+def _joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(list(parts)) if parts else like.new_empty(0)
+
+
+def _fill(params: Sequence[Tensor], flat: Tensor) -> None:
+    """Write the entries back; what is left of `flat` is padding."""
+    start = 0
+    for param in params:
+        param.copy_(flat[start : start + param.numel()].reshape(param.shape))
+        start += param.numel()

@@ -1,0 +1,52 @@
+"""One job of two ranks and one of three, for all the tests: to start processes is what takes time."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from optim import RULES
+from tests.conftest import golden_folder
+from tests.optim.distributed import jobs, processes
+from tests.optim.specs import SPECS
+
+
+@pytest.fixture(scope="session")
+def onebit_cases(pytestconfig: pytest.Config) -> list[tuple[dict[str, Any], tuple[Any, ...]]]:
+    """The golden cases of 1-bit Adam with the arguments of `jobs.onebit`, in float32 and float64; none without them.
+
+    Without the first gradient, which the published code loses, and one step less of warm-up.
+    """
+    folder = golden_folder(pytestconfig) / "adam_family"
+    if not (folder / "onebit_adam.npz").is_file():
+        return []
+    stored = np.load(folder / "onebit_adam.npz", allow_pickle=False)
+    found = []
+    for case in json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["cases"]:
+        if case["optimizer"] != "OneBitAdam":
+            continue
+        at = case["case"] + "/"
+        inputs = {key.removeprefix(at): torch.tensor(stored[key]) for key in stored.files if key.startswith(at)}
+        hyper = case["hyper"] | {"freeze_step": case["hyper"]["freeze_step"] - 1}
+        for dtype in (torch.float32, torch.float64):
+            found.append((case, (inputs, case["params"], list(range(1, case["steps"])), hyper, dtype)))
+    return found
+
+
+@pytest.fixture(scope="session")
+def job_of(
+    tmp_path_factory: pytest.TempPathFactory, onebit_cases: list[tuple[dict[str, Any], tuple[Any, ...]]]
+) -> Callable[[int], list[Any]]:
+    """Ranks -> what `jobs.job` returned, by rank."""
+    names = sorted(name for name in RULES if not RULES[name].elementwise and name in SPECS)
+
+    @cache
+    def job(ranks: int) -> list[Any]:
+        cases = [arguments for _, arguments in onebit_cases] if ranks == 2 else []
+        return processes.run(jobs.job, ranks, tmp_path_factory.mktemp("ranks"), names, cases)
+
+    return job

@@ -1,0 +1,187 @@
+"""What every rank of a job does; imported by the ranks and, for the names, by the tests."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn import Parameter
+
+from optim import Optimizer
+from optim.distributed import OneBitAdam, OwnerComputes
+from tests.optim.harness import randn
+from tests.optim.specs import SPECS, Shape
+
+SHAPES: tuple[Shape, ...] = ((7, 5), (4, 6), (1, 6), (8, 3), (2, 3, 2), (5,))
+"""Rows that no number of ranks divides, a tensor that leaves ranks without rows, more dimensions and fewer."""
+
+
+def shapes_of(name: str, shapes: tuple[Shape, ...] = SHAPES) -> list[Shape]:
+    return [shape for shape in shapes if len(shape) >= SPECS[name].min_ndim]
+
+
+def train(name: str, kind: str, shapes: tuple[Shape, ...] = SHAPES, reload: bool = False) -> dict[str, Any]:
+    """Four steps in float64, one of them without a gradient for the first tensor, one with a NaN in the second's.
+
+    kind: "replicas", "rows" (DTensor), or "one", a plain `Optimizer`. reload: the last step by another optimizer, from
+    the state dict of the first.
+    """
+    here = shapes_of(name, shapes)
+    params = [Parameter(randn(shape, i)) for i, shape in enumerate(here)]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if kind == "rows" else None
+
+    def placed(x: Tensor) -> Tensor:
+        return x if mesh is None else distribute_tensor(x, mesh, [Shard(0)])
+
+    params = [Parameter(placed(p.detach())) for p in params]
+    rule = SPECS[name].rule(SPECS[name].inputs[0])
+
+    def made() -> Optimizer:
+        plain = Optimizer([(f"p{i}", p) for i, p in enumerate(params)], rule, lr=0.05, weight_decay=0.1)
+        return plain if kind == "one" else OwnerComputes(plain)
+
+    optimizer = made()
+    for t in range(4):
+        for i, p in enumerate(params):
+            grad = randn(here[i], 100 * t + i)
+            if t == 2 and i == 1:
+                grad.view(-1)[3] = torch.nan
+            p.grad = None if t == 1 and i == 0 else placed(grad)
+        if t == 3 and reload:
+            saved = optimizer.state_dict()
+            optimizer = made()
+            optimizer.load_state_dict(saved)
+        optimizer.step()
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in params]
+    return {
+        "params": [p.detach().clone() for p in whole],
+        "state": optimizer.state_dict()["state"],
+        "held": sum(len(state) > 0 for state in optimizer.state.values()),
+    }
+
+
+def everything(names: list[str]) -> dict[tuple[str, str], Any]:
+    """Every rule both ways, the last step after a reload; and one tensor alone, fewer than there are ranks."""
+    found = {}
+    for name in names:
+        for kind in KINDS:
+            if kind == "rows" and (SPECS[name].rule().coupled or _refuses_shards(name)):
+                continue  # not divided: test_dtensor.py and test_hf.py
+            found[name, kind] = train(name, kind, reload=kind == "replicas")
+    return found | {("alone", kind): train("muon", kind, ((5, 4),)) for kind in KINDS}
+
+
+KINDS = ("replicas", "rows")
+
+
+def _refuses_shards(name: str) -> bool:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    try:
+        SPECS[name].rule().init(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    except ValueError:
+        return True
+    return False
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Bytes that this rank sends to others while the block runs, by collective."""
+    sent = {"all_to_all": 0, "all_gather": 0, "all_reduce": 0}
+    rank, size = dist.get_rank(), dist.get_world_size()
+    real = dist.all_to_all_single, dist.all_gather_into_tensor, dist.all_reduce
+
+    def all_to_all(out: Tensor, given: Tensor, outs: Any = None, ins: Any = None, **more: Any) -> None:
+        own = given.numel() // size if ins is None else ins[rank]
+        sent["all_to_all"] += (given.numel() - own) * given.element_size()
+        real[0](out, given, outs, ins, **more)
+
+    def all_gather(out: Tensor, given: Tensor, **more: Any) -> None:
+        sent["all_gather"] += given.nbytes * (size - 1)
+        real[1](out, given, **more)
+
+    def all_reduce(given: Tensor, *args: Any, **more: Any) -> None:
+        sent["all_reduce"] += given.nbytes
+        real[2](given, *args, **more)
+
+    with mock.patch.multiple(dist, all_to_all_single=all_to_all, all_gather_into_tensor=all_gather,
+                             all_reduce=all_reduce):
+        yield sent
+
+
+def owner_bytes(kind: str, shapes: tuple[Shape, ...]) -> dict[str, int]:
+    """Sent in one step of Muon."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    params = [Parameter(randn(shape, i, torch.float32)) for i, shape in enumerate(shapes)]
+    if kind == "rows":
+        params = [Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in params]
+    optimizer = OwnerComputes(Optimizer(params, SPECS["muon"].rule(SPECS["muon"].inputs[0]), lr=0.1))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with counted() as sent:
+        optimizer.step()
+    return sent
+
+
+# --------------------------------------------------------------------------------------------------------- 1-bit Adam
+
+
+def onebit(
+    inputs: dict[str, Tensor], names: list[str], steps: list[int], hyper: dict[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    """A trajectory, with the gradients of this rank, and after each step moments and errors."""
+    rank = dist.get_rank()
+    named = [(n, Parameter(inputs[f"init/{n}"].to(dtype))) for n in names]
+    masks = {n: inputs[f"mask/{n}"] for n in names if f"mask/{n}" in inputs}
+    optimizer = OneBitAdam(named, **hyper, masks=masks, mask_unseen=False)
+    path: dict[str, list[Tensor]] = {}
+    for t in steps:
+        for n, p in named:
+            grads = [inputs[f"grad{r}/{n}"][t].to(dtype) for r in range(dist.get_world_size())]
+            p.grad = grads[rank]
+        optimizer.step()
+        for n, p in named:
+            errors = optimizer._errors.get(p, ())
+            seen = {"params": p, **{key: optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}}
+            seen |= dict(zip(("worker_error", "server_error"), errors, strict=False))
+            for key, value in seen.items():
+                path.setdefault(f"{key}/{n}", []).append(value.detach().double().clone())
+    return {key: torch.stack(values) for key, values in path.items()}
+
+
+STEPS, FREEZE_STEP, LR = 150, 75, 0.02
+
+
+def least_squares(w: Tensor, rank: int, size: int) -> Tensor:
+    """The gradient at w [40, 12] on a rank's own rows."""
+    target, x = randn((40, 12), 1), randn((60, 12), 2)[rank::size]
+    return (w - target) @ (x.T @ x) / len(x)
+
+
+def onebit_training() -> dict[str, Any]:
+    """Least squares, each rank with rows of its own: the parameter at the end, and bytes of the last step."""
+    w = Parameter(torch.zeros(40, 12, dtype=torch.float64))
+    optimizer = OneBitAdam([("w", w)], lr=LR, freeze_step=FREEZE_STEP)
+    for t in range(STEPS):
+        optimizer.param_groups[0]["lr"] = LR * (1 - t / STEPS)
+        w.grad = least_squares(w.detach(), dist.get_rank(), dist.get_world_size())
+        with counted() as sent:
+            optimizer.step()
+    return {"w": w.detach(), "sent": sent}
+
+
+# --------------------------------------------------------------------------------------------------------------- a job
+
+
+def job(names: list[str], cases: list[tuple[Any, ...]]) -> dict[str, Any]:
+    """All that the tests ask of so many ranks: one start of the processes."""
+    return {
+        "owner": everything(names),
+        "bytes": {kind: owner_bytes(kind, ((6, 8), (6, 8), (4, 5))) for kind in KINDS},
+        "onebit": [onebit(*case) for case in cases],
+        "training": onebit_training(),
+    }
