@@ -20,6 +20,7 @@ from pipelines.cli import main
 from pipelines.config import (
     AuditConfig,
     DemoConfig,
+    DiagnoseConfig,
     EvaluateConfig,
     ExplainConfig,
     SelectConfig,
@@ -157,6 +158,7 @@ DEFAULTS = {
             "max_length": "model.max_length",
             "lora_rank": "lora.rank",
             "optimizer": "training.optimizer",
+            "gradient": "training.gradient",
             "schedule": "training.schedule",
             "learning_rate": "training.learning_rate",
             "epochs": "training.epochs",
@@ -168,6 +170,16 @@ DEFAULTS = {
         {"on_bad_row": "data.on_bad_row", "chat_template": "model.chat", "max_length": "model.max_length"},
     ),
     "audit": (AuditConfig, {"against": "against", "seeds": "seeds", "seed": "seed"}),
+    "diagnose": (
+        DiagnoseConfig,
+        {
+            "rows": "rows",
+            "seed": "seed",
+            "on_bad_row": "data.on_bad_row",
+            "chat_template": "model.chat",
+            "max_length": "model.max_length",
+        },
+    ),
     "explain": (ExplainConfig, {"nearest": "nearest"}),
     "demo": (DemoConfig, {"seed": "seed"}),
 }
