@@ -5,6 +5,7 @@
 """
 
 import os
+import warnings
 from functools import cache
 from typing import Any
 
@@ -69,6 +70,7 @@ def use_fused() -> bool:
 def use_triton(*tensors: Tensor) -> bool:
     """Whether a Triton kernel may take these tensors; `contiguous` ones, where a kernel says so, are its own matter.
 
+    On GPUs from compute capability 8.0 on, where kernels can be compiled (once tried, with a warning if they cannot).
     They must be plain dense tensors (no DTensor or other subclass, none inside `torch.vmap`, `torch.func` or
     `torch.compile`), of 32 bit or less, on one GPU (or on the CPU, under the interpreter and OPTIM_BACKEND=triton),
     and autograd must not be watching them: the kernels have no derivatives.
@@ -83,7 +85,7 @@ def use_triton(*tensors: Tensor) -> bool:
     if interpreted:
         if chosen != "triton" or device.type != "cpu":
             return False
-    elif device.type != "cuda":
+    elif device.type != "cuda" or not _can_launch(device):
         return False
     watching = torch.is_grad_enabled()
     return all(
@@ -96,6 +98,21 @@ def use_triton(*tensors: Tensor) -> bool:
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)
         for t in tensors
     )
+
+
+@cache
+def _can_launch(device: torch.device) -> bool:
+    """Whether kernels run there; what stands in the way may be the GPU, its driver, or a missing C compiler."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        launch(_probe, (1,), torch.zeros(1, device=device), device=device)
+    except Exception as error:  # of any kind: a step must not fail because it could not be made fast
+        warnings.warn(
+            f"Triton kernels do not run on {device} ({type(error).__name__}: {error}); torch operations are used, "
+            "as with OPTIM_BACKEND=torch", RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 def unbatched(t: Tensor) -> Tensor:
@@ -111,15 +128,22 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.de
         return
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[grid](*arguments, **settings)
+            kernel[grid](*arguments, enable_fp_fusion=True, **settings)
     else:
         kernel[grid](*arguments, **settings)
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
     """The element type of Triton that a pointer read from a table points to."""
-    import triton.language as tl
-
     return {
         torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8,
     }[dtype]
+
+
+if triton is not None:
+    import triton.language as tl
+
+    @jit
+    def _probe(x):  # type: ignore[no-untyped-def]
+        """The least that shows whether kernels compile and run."""
+        tl.store(x, tl.load(x) + 1.0)

@@ -52,7 +52,8 @@ def add_sjlt(out: Tensor, grad: Tensor, key: int, adam: Adam | None = None) -> N
     b1, b2 = (0.0, 0.0) if adam is None else adam.betas
     rest = (1.0, 1.0, 0.0, 0.0) if adam is None else adam[3:]
     backend.launch(
-        _sjlt_kernel, (-(-n // _BLOCK),), out, grad, *moments, key, b, n, dim, b1, 1 - b1, b2, 1 - b2, *rest,
+        _sjlt_kernel, (-(-n // _BLOCK),), out, grad, *moments, key, b, n, dim,
+        *map(float, (b1, 1 - b1, b2, 1 - b2, *rest)),
         ADAM=adam is not None, POWER=dim & (dim - 1) == 0, BLOCK=_BLOCK, device=out.device,
     )
 

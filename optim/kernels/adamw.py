@@ -60,7 +60,7 @@ def adamw_step(
             _adamw_kernel, (len(plan),),
             tables.on_device(addresses, torch.int64, device),
             tables.on_device([scalars[i][:2] for i in index], torch.float32, device), plan,
-            lr, weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, eps_root, SEED,
+            *map(float, (lr, weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, eps_root)), SEED,
             P=backend.triton_dtype(p_dtype), G=backend.triton_dtype(g_dtype), ALIGNED=tables.aligned(pool),
             DECAY=weight_decay != 0, STOCHASTIC=stochastic_rounding and p_dtype == torch.bfloat16, BLOCK=_CHUNK,
             device=device,

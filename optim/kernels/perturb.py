@@ -17,8 +17,8 @@ def add_normals_(target: Tensor, scale: float, seed: int, *, start: int = 0) -> 
     n, shift = target.numel(), start % 4  # blocks of random words begin at multiples of 4
     programs = -(-(n + shift) // _BLOCK)
     backend.launch(
-        _perturb_kernel, (programs,), target, n, start - shift, shift, scale, seed, ALIGNED=shift == 0, BLOCK=_BLOCK,
-        device=target.device,
+        _perturb_kernel, (programs,), target, n, start - shift, shift, float(scale), seed, ALIGNED=shift == 0,
+        BLOCK=_BLOCK, device=target.device,
     )
 
 

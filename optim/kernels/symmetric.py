@@ -27,7 +27,7 @@ def gram(x: Tensor, add: Tensor | None = None, *, alpha: float = 1.0, beta: floa
     half = tiles * (tiles + 1) // 2
     addend = out if add is None else add
     backend.launch(
-        _gram_kernel, (half * n,), x, addend, out, p, q, half, *x.stride(), *addend.stride(), alpha, beta,
+        _gram_kernel, (half * n,), x, addend, out, p, q, half, *x.stride(), *addend.stride(), float(alpha), float(beta),
         ADD=add is not None, WIDE=backend.interpreted, BLOCK=block, DEPTH=depth, device=x.device, num_warps=warps,
         num_stages=3,
     )

@@ -20,7 +20,7 @@ def unit_rms(x: Tensor, dim: int, eps: float) -> Tensor:
     y, matrices = torch.empty_like(x), x.numel() // (m * n)
     if dim == -1:
         block = min(4096, max(16, backend.triton.next_power_of_2(n)))
-        backend.launch(_rows_kernel, (matrices * m,), x, y, n, eps, BLOCK=block, device=x.device)
+        backend.launch(_rows_kernel, (matrices * m,), x, y, n, float(eps), BLOCK=block, device=x.device)
         return y
     tiles = -(-m // _TILE)
     sums = torch.empty(matrices, tiles, n, device=x.device)
