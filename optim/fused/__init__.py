@@ -33,7 +33,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from optim import backend
+from optim.fused import codes as codes
 from optim.fused.assembly import Assembly, assemble
+from optim.fused.machine import compiled
 from optim.fused.threads import together
 from optim.fused.trace import Node, Trace, Unsupported, trace
 from optim.rule import State, UpdateRule
@@ -393,18 +395,6 @@ def _address(buffer: "array[Any]") -> int:
 
 def _machine_code(text: str) -> tuple[Callable[..., None], object]:
     """The function `run` of a module, and what owns its code."""
-    import llvmlite.binding as llvm
-
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2, jit=True)
-    module = llvm.parse_assembly(text)
-    options = llvm.create_pipeline_tuning_options(speed_level=2)
-    options.loop_vectorization = True
-    builder = llvm.create_pass_builder(machine, options)
-    builder.getModulePassManager().run(module, builder)
-    engine = llvm.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
+    address, engine = compiled(text)
     kinds = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 5]
-    return ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address("run")), engine
+    return ctypes.CFUNCTYPE(None, *kinds)(address("run")), engine

@@ -24,8 +24,8 @@ def kept(x, *, signed, code="dynamic", block_size=256, min_size=4096, floor=True
         y = part / largest if largest > 0 else part
         if code == "linear":
             levels = 127 if signed else 255
-            z = np.rint(levels * y) / levels
-            least = 1 / levels
+            z = np.float32(np.rint(levels * y) / levels).astype(np.float64)
+            least = np.float64(np.float32(1 / levels))
         else:
             values = book(signed)
             z = values[np.abs(y[:, None] - values).argmin(1)]
