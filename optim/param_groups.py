@@ -237,7 +237,7 @@ def divide_groups(
 def group_table(optimizer: torch.optim.Optimizer) -> str:
     """What is stepped how, to be read before training: a line a param group, with the first of its tensors."""
     rows = [("group", "rule", "lr", "decay", "tensors", "parameters", "first tensor")]
-    seen: dict[str, Any] = {}
+    seen = {optimizer.defaults["rule"].name: optimizer.defaults["rule"].describe()}
     for i, group in enumerate(optimizer.param_groups, start=1):
         rule = group["rule"]
         fields = rule.describe()

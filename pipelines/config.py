@@ -205,8 +205,10 @@ class TrainingConfig(Settings):
     optimizer: str = Field(
         default="adamw", min_length=1, max_length=64, description="a name from `datatools ls optimizers`"
     )
-    optimizer_options: Options = Field(
-        default={}, description="hyper-parameters of the rule, such as {betas: [0.9, 0.95]}"
+    optimizer_options: dict[str, Scalar | list[Scalar] | dict[str, str | Options]] = Field(
+        default={},
+        description="hyper-parameters of the rule, such as {betas: [0.9, 0.95]}; with a rule for matrices also "
+        "{assign: {router: adamw}}, part of a name -> matrix, adamw or settings",
     )
     gradient: Literal["backprop", "zo"] = Field(
         default="backprop",
@@ -555,7 +557,13 @@ class OrderConfig(RunSettings):
         json_schema_extra=LATE,
     )
     dimensions: int = Field(
-        default=16, ge=1, le=4096, description="dimensions of the reduced model", json_schema_extra=LATE
+        default=8, ge=1, le=4096, description="directions to which `reduced` reduces Hessians", json_schema_extra=LATE
+    )
+    second_moment: Literal["own", "expected", "anchor"] = Field(
+        default="own",
+        description="of `reduced`: own replays the rule itself; expected or anchor freeze it, for a fast model in "
+        "`dimensions` numbers where the optimizer is warm",
+        json_schema_extra=LATE,
     )
     pairwise_anchors: int = Field(
         default=1, ge=1, le=4097, description="anchors at which pairwise and reduced take Hessian-vector products",

@@ -218,7 +218,10 @@ def check(recipe: TrainingConfig) -> None:
     Raises: UsageError.
     """
     examples = optim.example_parameters(recipe.block_ratios)
-    optimizer = _optimizer(recipe, examples)
+    options = dict(recipe.optimizer_options)
+    if "assign" in options:
+        options["assign"] = {}  # of names that the examples do not have
+    optimizer = _optimizer(recipe.model_copy(update={"optimizer_options": options}), examples)
     _factors(recipe, 1, optimizer)
     if recipe.gradient == "zo":
         zeroth_order.check(recipe, optimizer, examples)

@@ -29,7 +29,9 @@ class ROOTRule(MuonRule):
     """u = f NS(clamp(d, -e, e)), with d and f as in `MuonRule`, e = quantile of |d| + 1e-9, and the coefficients of NS
     those of the matrix's shape. Clamping leaves out d's soft-thresholded outliers; the momentum keeps them.
 
-    Shapes and state as `MuonRule`. Source: arXiv 2511.20626 and its code.
+    Shapes: as `MuonRule`.
+    State: 4 bytes a parameter (one float32 buffer) and a step count.
+    Source: arXiv 2511.20626 and its code.
 
     - `shape_coefficients`: ((smaller, larger side), (a, b, c)) of each shape; other shapes take `ns_coefficients`.
       `fit_coefficients` makes a triple for a shape.

@@ -20,7 +20,7 @@ class SCALERule(MatrixRule):
 
     Shapes: matrices [m, n]; not elementwise. A zero row stays zero; other rows have rms 1 however small, so near an
     optimum steps do not shrink: the learning rate must.
-    State: a step count, and with momentum (the last layer) 4 bytes a parameter.
+    State: 0 bytes a parameter (4 with momentum, in the last layer) and a step count.
     Source: arXiv 2506.16659; OptimAI-Lab/Minimalist_LLM_Pretraining, whose learning rates go with the rms.
 
     - `axis`: "inputs", one rms for each output, or "outputs", one for each input, or each feature of an embedding.

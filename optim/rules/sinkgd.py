@@ -18,8 +18,10 @@ class SinkGDRule(MatrixRule):
     The default, ("row", "column"), is SinkGD: rows to l2 norm sqrt(n), then columns to sqrt(m), five times. Other norms
     ("spectral", "sign") and their orders are the general scheme (MNGD).
 
-    Shapes: matrices [m, n]; not elementwise. State: none but a step count. A zero row stays zero; in a matrix of one
-    row or column entries become +-1. Near an optimum steps do not shrink: the learning rate must.
+    Shapes: matrices [m, n]; not elementwise.
+    State: 0 bytes a parameter, and a step count.
+    A zero row stays zero; in a matrix of one row or column entries become +-1. Near an optimum steps do not shrink: the
+    learning rate must.
     Source: Scetbon et al. 2025, arXiv 2502.06742.
     Differs: `alpha` scales the update but not weight decay, which is no part of the method.
     """

@@ -16,7 +16,8 @@ from optim.rules.matrices import MatrixOptimizer, MatrixRule
 class SWANRule(MatrixRule):
     """u = alpha |G1|_F W / |W|_F, W = `optim.linalg.whiten` of G1, G1 = (G - mean) / std of each row.
 
-    Shapes: matrices [m, n]; not elementwise. State: none but a step count.
+    Shapes: matrices [m, n]; not elementwise.
+    State: 0 bytes a parameter, and a step count.
     Source: Ma et al. 2024, arXiv 2412.13148; `steps` 10, `beta` 0.8 and `center` are those of its second version.
 
     - `center=False`: G1 = G / rms of each row. With centring G1 has rank n - 1 at most, and the rows of the weights

@@ -1,10 +1,10 @@
-"""Blocks of a transformer by name, for the naming schemes of the common families."""
+"""Blocks of a transformer by name, for the naming schemes of the common families; matrices and the rest."""
 
 import pytest
 import torch
 
-from optim import OPTIMIZERS, AdamW, blockwise, create
-from optim.param_groups import BLOCKS, PAPER_RATIOS, block_of, divide_groups
+from optim import OPTIMIZERS, AdamW, AdamWRule, MuonRule, blockwise, create, group_table, hf, is_matrix
+from optim.param_groups import BLOCKS, PAPER_RATIOS, block_of, divide_groups, layouts
 
 LAYER = "model.layers.0."
 NAMES = {
@@ -129,9 +129,8 @@ def test_refusals(error, part, call):
         call()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "qwen3", "phi", "phi3", "bert", "gpt_neox", "mistral"])
-def test_every_parameter_of_a_real_architecture_has_a_block(family):
-    """The names that transformers gives today; every family has all six blocks, as far as its layers go."""
+def model_of(family):
+    """A model of two layers without data, and its configuration."""
     transformers = pytest.importorskip("transformers")
     small = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4,
              "vocab_size": 64, "pad_token_id": 0}  # fmt: skip
@@ -140,7 +139,16 @@ def test_every_parameter_of_a_real_architecture_has_a_block(family):
     config = transformers.AutoConfig.for_model(family, **small)
     auto = transformers.AutoModelForMaskedLM if family == "bert" else transformers.AutoModelForCausalLM
     with torch.device("meta"):
-        model = auto.from_config(config)
+        return auto.from_config(config), config
+
+
+FAMILIES = ["llama", "gpt2", "qwen2", "qwen3", "phi", "phi3", "bert", "gpt_neox", "mistral"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_a_real_architecture_has_a_block(family):
+    """The names that transformers gives today; every family has all six blocks, as far as its layers go."""
+    model, config = model_of(family)
     groups = blockwise(model.named_parameters(), lr=1.0)
     fused = family in ("gpt2", "phi3", "gpt_neox")  # query, key and value in one matrix: "vo"
     tied = family in ("gpt2", "qwen2") and config.tie_word_embeddings
@@ -148,3 +156,107 @@ def test_every_parameter_of_a_real_architecture_has_a_block(family):
         {"head"} if tied else set()
     )
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+# ----------------------------------------------------------------------------------------------- matrices and the rest
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matrices_of_a_real_architecture(family):
+    """The hidden linear layers and no other, with their rows as outputs; blocks and matrices are told alike."""
+    model, _ = model_of(family)
+    linear = {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and block_of(f"{name}.weight") not in ("head", "embedding")
+    }
+    assert len(linear) >= 8
+    optimizer = create("normuon", model.named_parameters(), lr=0.02)
+    *matrices, rest = optimizer.param_groups
+    got = {n: group["rule"].transposed for group in matrices for n in group["param_names"]}
+    assert got == {f"{name}.weight": kind == "Conv1D" for name, kind in linear.items()}
+    assert isinstance(rest["rule"], AdamWRule) and rest["lr"] == pytest.approx(3e-4)
+    for name, p in model.named_parameters():
+        assert is_matrix(name, p) == (p.ndim > 1 and block_of(name) in ("qk", "vo", "ffn"))
+
+
+def shaped(shapes):
+    return [(name, torch.nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
+
+
+def test_layouts():
+    """GPT-2's Conv1D by its wider matrices, where nanoGPT has the same names; experts in one tensor."""
+    gpt2 = {"h.0.attn.c_attn.weight": (4, 12), "h.0.attn.c_proj.weight": (4, 4), "h.0.mlp.c_fc.weight": (4, 16),
+            "h.0.mlp.c_proj.weight": (16, 4), "h.0.attn.c_attn.bias": (12,), "h.0.other.weight": (4, 12),
+            "h.0.attn.c_attn.lora_A.default.weight": (2, 4)}  # fmt: skip
+    turned = {name: {"transposed": True} for name in list(gpt2)[:4]}
+    assert layouts(shaped(gpt2)) == turned
+    assert layouts(shaped({name: shape[::-1] for name, shape in gpt2.items()})) == {}
+    wrapped = {f"base_model.model.{name.replace('.weight', '.base_layer.weight')}": gpt2[name] for name in turned}
+    assert set(layouts(shaped(wrapped))) == set(wrapped)
+    assert layouts(shaped({"h.0.attn.c_proj.weight": (4, 4)})) == {}, "a square matrix tells nothing"
+    experts = {"model.layers.0.mlp.experts.gate_up_proj": (4, 6, 3), "model.layers.0.mlp.experts.0.w1.weight": (6, 3)}
+    assert layouts(shaped(experts)) == {"model.layers.0.mlp.experts.gate_up_proj": {"batched": True}}
+
+
+LAYERS = {
+    "model.embed_tokens.weight": (10, 4), LAYER + "self_attn.qkv_proj.weight": (8, 4),
+    LAYER + "mlp.router.weight": (3, 4), LAYER + "mlp.up_proj.weight": (6, 4),
+    LAYER + "input_layernorm.weight": (4,), "lm_head.weight": (10, 4),
+}  # fmt: skip
+
+
+def test_assign_wins_over_names_and_shapes():
+    """The first part that a name holds; settings make groups of their own."""
+    optimizer = create("muon", shaped(LAYERS), lr=0.1, weight_decay=0.2, assign={
+        "router": "adamw", "qkv": {"split_sizes": (4, 2, 2), "lr": 0.3}, "lm_head": "matrix", "model": "adamw",
+    })  # fmt: skip
+    split, plain, rest = optimizer.param_groups
+    assert split["param_names"] == [LAYER + "self_attn.qkv_proj.weight"] and split["lr"] == 0.3
+    assert split["rule"] == MuonRule(split_sizes=(4, 2, 2)) and split["weight_decay"] == 0.2
+    assert plain["param_names"] == ["lm_head.weight"] and plain["rule"] == MuonRule()
+    assert rest["param_names"] == [n for n in LAYERS if n not in (*split["param_names"], *plain["param_names"])]
+
+
+@pytest.mark.parametrize(
+    ("assign", "part"),
+    [
+        ({"routr": "adamw"}, "'routr', which is in the name of no parameter"),
+        ({"router": "sgd"}, r"assign\['router'\] = 'sgd'; expected 'matrix', 'adamw' or settings"),
+        ({"router": {"momentm": 0.9}}, "momentm"),
+        ({"layernorm": "matrix"}, "no matrix"),
+        ({"model": "adamw", "lm_head": "adamw"}, "none of the parameters is a hidden matrix"),
+    ],
+)
+def test_assignments_that_mean_nothing_are_refused(assign, part):
+    with pytest.raises(ValueError, match=part):
+        create("muon", shaped(LAYERS), lr=0.1, assign=assign)
+
+
+def test_assignments_wait_for_the_model_in_trainer():
+    """`hf.resolve` tries settings on examples, which do not have the names that `assign` speaks of."""
+    factory, hyper = hf.resolve("muon", lr=0.1, assign={"router": "adamw"})
+    model = torch.nn.ModuleDict({"router": torch.nn.Linear(3, 2), "up": torch.nn.Linear(3, 2)})
+    groups = factory()(model, **hyper).param_groups
+    assert [group["param_names"] for group in groups][0] == ["up.weight"]
+
+
+def test_scale_takes_embeddings_and_heads_too():
+    """Statistics over the vocabulary for embeddings, momentum for the head alone, AdamW for vectors."""
+    optimizer = create("scale", shaped(LAYERS), lr=0.1, momentum=0.8)
+    at = {n: g["rule"] for g in optimizer.param_groups for n in g["param_names"]}
+    assert at["model.embed_tokens.weight"].axis == "outputs" and at["model.embed_tokens.weight"].momentum == 0
+    assert at["lm_head.weight"].axis == "inputs" and at["lm_head.weight"].momentum == 0.8
+    assert at[LAYER + "mlp.up_proj.weight"] == at[LAYER + "mlp.router.weight"] == type(at["lm_head.weight"])()
+    assert isinstance(at[LAYER + "input_layernorm.weight"], AdamWRule)
+
+
+def test_group_table():
+    """What a user reads before training: every group, its rule and what differs in it, and how much it holds."""
+    optimizer = create("muon", shaped(LAYERS), lr=0.02, adamw_lr=3e-4, assign={"qkv": {"split_sizes": (4, 2, 2)}})
+    head, *rows = (line.split() for line in group_table(optimizer).splitlines())
+    assert head[:2] == ["group", "rule"] and len(rows) == 3
+    assert " ".join(rows[0]) == f"1 muon, split_sizes (4, 2, 2) 0.02 0 1 32 {LAYER}self_attn.qkv_proj.weight"
+    assert rows[1] == ["2", "muon", "0.02", "0", "2", "36", LAYER + "mlp.router.weight"]
+    assert rows[2] == ["3", "adamw", "0.0003", "0", "3", "84", "model.embed_tokens.weight"]
+    assert "adamw" in group_table(AdamW([torch.nn.Parameter(torch.ones(2))])), "parameters without names too"
