@@ -541,11 +541,29 @@ def compiles(spec: OptimSpec) -> None:
     torch.compiler.reset()
 
 
+def kernels_match(spec: OptimSpec) -> None:
+    """Two steps with every Triton kernel that the rule has, interpreted here, are those of the definition."""
+    if not backend.interpreted:
+        pytest.skip("triton is not installed, or kernels are made for a GPU")
+    for hyper in spec.inputs[:2]:  # the interpreter is slow
+        ends = {}
+        for path in ("triton", "torch"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("OPTIM_BACKEND", path)
+                patch.setenv("TRITON_INTERPRET", "1")
+                params = parameters(spec.shapes, torch.float32)
+                optimizer = make(spec, params, hyper)
+                train(optimizer, params, range(2))
+                ends[path] = snapshot([*params, *(s for s in states(optimizer) if s.is_floating_point())])
+        assert_close(ends["triton"], ends["torch"], torch.float32, f"{hyper}")
+
+
 PROPERTIES = {
     "01": lowers_the_loss,
     "02": follows_schedules,
     "03": tensor_lr,
     "04": grouped_equals_single,
+    "05": kernels_match,
     "06": mixed_dtypes,
     "07": default_dtype,
     "08": chunks,

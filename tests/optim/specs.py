@@ -240,6 +240,7 @@ SPECS: dict[str, OptimSpec] = {
                 ({"eps": float("nan")}, "eps"),
                 ({"eps_root": -1.0}, "eps_root"),
                 ({"amsgrad": "false"}, "amsgrad"),
+                ({"stochastic_rounding": 1}, "stochastic_rounding"),
             ),
             reference=adamw,
             oracle=lambda params, lr: (
@@ -1061,7 +1062,6 @@ EVERYWHERE = "*"
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("adahessian", "26"): "the published code has no step without curvature; held with it by test_curvature.py",
-    (EVERYWHERE, "05"): "there are no kernels yet, so nothing fused to compare between devices",
     ("lion_8bit", "H9"): "it is not, but signs seldom show how the momentum was rounded; adamw_8bit does",
     ("apollo", "06"): "a parameter's number in its group decides on its random bases: alone it has others",
     ("apollo", "26"): "torch's generators draw the published bases; golden cases hold it with those that were drawn",
