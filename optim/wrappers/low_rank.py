@@ -51,7 +51,7 @@ class LowRank(UpdateRule):
       are a function of (`seed`, the parameter's number, the count of draws).
     - `limiter`: limit(S) lets |S| grow by this factor a step at most; 0 lets it go. `limiter_reset`: a step with
       |S| = 0 does not count. Without it, as published, the limiter never recovers from a zero gradient: the norm that
-      it compares with is then 0, the next S is cut to about 1e-8 and may grow by 1 % a step, 1850 steps to come back,
+      it compares with is then 0, the next S is cut to about 1e-8 and may grow by 1 % a step, 1850 steps to reach 100,
       in which APOLLO stands still and Fira has no residual.
     - `scale_front`: APOLLO's sqrt(scale) before the limiter, not after it.
     - `exact_residual`: Fira's residual as in the paper, (G - back(R)) s. The code's, the default, lets the share
