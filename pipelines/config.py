@@ -392,8 +392,9 @@ class CoresetConfig(Settings):
     )
     method: Literal["herding", "matching_pursuit", "facility_location", "top_norm", "random_in_source"] = Field(
         default="herding",
-        description="herding: rows whose mean gradient is nearest to their source's; matching_pursuit: the same with "
-        "weights; facility_location: medoids, as published; top_norm; random_in_source: the control",
+        description="herding: rows whose mean gradient is nearest to the batch's, by quotas; matching_pursuit: the "
+        "same in each source, with weights; facility_location: medoids, as published; top_norm; random_in_source: the "
+        "control",
     )
     features: Literal["exact", "probes", "paper_code"] = Field(
         default="exact",
@@ -566,7 +567,7 @@ class OrderConfig(RunSettings):
         json_schema_extra=LATE,
     )
     pairwise_anchors: int = Field(
-        default=1, ge=1, le=4097, description="anchors at which pairwise and reduced take Hessian-vector products",
+        default=1, ge=1, le=4097, description="anchors at which pairwise (and a frozen `reduced`) take products",
         json_schema_extra=LATE,
     )
     sequences: list[FilePath] = Field(

@@ -292,6 +292,9 @@ def _cost_of(name: str, setting: Setting) -> order.Cost:
     a = min(config.pairwise_anchors, config.anchors)
     if name == "pairwise":
         return order.Cost(gradients=a * n + held, hvps=a * n, bytes=8 * n * numbers)
+    if name == "reduced" and config.second_moment == "own":
+        k = config.dimensions
+        return order.Cost(gradients=(config.anchors + 2 * k) * n, bytes=4 * (config.anchors + k) * n * numbers)
     if name == "reduced":
         k = min(config.dimensions, a * n + 3)
         return order.Cost(gradients=a * n + held, hvps=k * (a * n + held), bytes=4 * (a * n + k) * numbers)
@@ -311,7 +314,12 @@ def _per_score(name: str, setting: Setting) -> float:
     steps, held = len(setting.sequence), len(setting.problem.validation)
     if name == "own-moments":
         return steps * (1 + HVP_IN_GRADIENTS) + held / 3
-    return held / 3 if name in ("moments", "table") else 0.0
+    return 0.0 if _fast(setting, name) else held / 3
+
+
+def _fast(setting: Setting, name: str) -> bool:
+    """Whether a score needs neither the model nor the rule."""
+    return name in ("pairwise", "groups") or (name == "reduced" and setting.config.second_moment != "own")
 
 
 def _announce(setting: Setting) -> None:
@@ -421,7 +429,7 @@ def surrogate(setting: Setting, name: str, number: int = 0) -> order.Surrogate:
     if name in ("pairwise", "reduced"):
         options["anchors"] = min(config.pairwise_anchors, len(run_.anchors))
     if name == "reduced":
-        options["k"] = config.dimensions
+        options |= {"k": config.dimensions, "second_moment": config.second_moment}
     if name == "groups":
         names = sorted(set(setting.sources))
         options["groups"] = [names.index(source) for source in setting.sources]
@@ -434,7 +442,7 @@ def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], nu
     config = setting.config
     asked = {
         "sequences": [list(s) for s in sequences], "anchors": config.pairwise_anchors, "k": config.dimensions,
-        "recorded": config.anchors,
+        "recorded": config.anchors, "second_moment": config.second_moment,
     }  # fmt: skip
     path = setting.run.path("estimates", f"{name}-{number:02d}-{files.digest(repr(asked).encode())[:12]}.json")
     if path.is_file():
@@ -445,17 +453,17 @@ def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], nu
     ready = time.monotonic()
     before = (setting.problem.cost.gradients, setting.problem.cost.hvps, setting.problem.cost.forwards)
     scores, trusts = [], []
-    cheap = name in ("pairwise", "reduced", "groups")
     with progress(f"{name}: scores", len(sequences), "orders") as bar:
         for sequence in sequences:
             scores.append(made.score(sequence))
             bar.advance(1)
     took = time.monotonic() - ready
-    if cheap:
-        trusts = [made.trust(sequence) for sequence in sequences]
+    if _fast(setting, name):
         took = _time_scores(made, sequences)
     after = (setting.problem.cost.gradients, setting.problem.cost.hvps, setting.problem.cost.forwards)
     scoring = order.Cost(*(b - a for a, b in zip(before, after, strict=True)))
+    if name not in ("table", "own-moments"):  # those would do their passes again
+        trusts = [made.trust(sequence) for sequence in sequences]
     made_for = made.cost.in_gradients(hvp=HVP_IN_GRADIENTS)
     result: dict[str, Any] = {
         "estimated": scores,
@@ -527,8 +535,8 @@ def _estimate(setting: Setting) -> None:
 
 def _search(setting: Setting) -> None:
     config, name = setting.config, setting.config.estimators[0]
-    if name in ("table", "moments", "own-moments") and config.budget > 1000:
-        warn(f"a score of {name} costs as much as {_per_score(name, setting):.0f} batch gradients; lower --set budget=")
+    if not _fast(setting, name) and config.budget > 1000:
+        warn(f"{config.budget:,} scores of {name}, each a run of the rule: lower --set budget=, or use pairwise")
     made = surrogate(setting, name)
     candidates = _curricula(setting)
     with setting.run.stage("search"):

@@ -1,9 +1,18 @@
-"""Own moments: step the rule itself, in the new order, on estimated gradients.
+"""Own moments: step the rule itself, in the new order, on estimated gradients (spec B.1).
 
-    g~_t = gradient of batch l_t near where the reference was at position t      (three ways, below)
+    g~_t = gradient of batch l_t where the new order is at position t, estimated
     state, gamma <- the rule's own step on g~_t, with weight decay and clipping as in training
 
-The new order's moments are exact given the gradients, for any rule; nothing of the optimizer is linearised (spec B.1).
+Given the gradients nothing is approximate: the moments are the new order's own, for any rule. Gradients are estimated
+in one of three ways:
+
+- "exact": g + H d at the nearest anchor, d the distance from it. A gradient and a Hessian-vector product a step of
+  every order: dearer than retraining it, an oracle; exact on quadratics with an anchor a step.
+- "none": g there, without H d.
+- "anchors": gradients of all batches at the anchors, taken once and interpolated in t, which follows the drift that all
+  orders share; and where this order strays from that, their change along the k directions in which simulated orders
+  stray most, by central differences over the distance to which those go (a secant: it sees the loss as far as orders
+  reach, not its tangent). No further pass a score.
 """
 
 from __future__ import annotations
@@ -17,115 +26,178 @@ import torch
 from torch import Tensor
 
 from datatools.errors import EnvironmentProblem, UsageError
-from datatools.order.reference import Params, Problem, ReferenceRun
+from datatools.order.reference import Cost, Params, Problem, ReferenceRun, States
 from datatools.order.surrogate import Layout, Surrogate
 
 Gradients = Literal["anchors", "exact", "none"]
+_SIMULATED = 12  # random orders whose paths give the directions
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Gradients at A anchors, [A, n, p], and where these are, [A, p], at which positions; and along `basis` [p, k],
+    orthonormal, how each batch's gradient changes: `curved` [n, k, p].
+    """
+
+    gradients: Tensor
+    places: Tensor
+    positions: tuple[int, ...]
+    basis: Tensor
+    curved: Tensor
+
+    def __call__(self, batch: int, here: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(gradient [p] between the anchors, its change [p], distance from there [p]) of a batch at `here`, step t."""
+        strayed = here - interpolated(self.places, self.positions, t)
+        return (
+            interpolated(self.gradients[:, batch], self.positions, t),
+            (self.basis.T @ strayed) @ self.curved[batch],
+            strayed,
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Moments(Surrogate):
-    """The estimate of `precompute`; `final(order)` gives its parameters, `score` the held-out loss there.
-
-    Cost of a score: T steps of the rule and one evaluation, and with hessian="exact" T Hessian-vector products.
-    """
+    """The estimate of `precompute`; `final(order)` gives its parameters, `score` the held-out loss there."""
 
     name: ClassVar[str] = "moments"
 
     reference: ReferenceRun
     problem: Problem
     hessian: Gradients
-    gradients: Tensor | None = None  # [anchors, n, p]
-    positions: tuple[int, ...] = ()
+    stored: Stored | None = None
 
     def final(self, sequence: Sequence[int | None]) -> Params:
         """The estimated parameters after the last step; a step whose batch is None is left out."""
         return self._run(sequence)[0]
 
     def _run(self, sequence: Sequence[int | None]) -> tuple[Params, dict[str, float]]:
-        run, recipe = self.reference, self.reference.recipe
-        params, states = run.start.params, run.start.states
-        worst = {"curvature": 0.0, "drift": 0.0}
+        params: Params = self.reference.start.params
+        states: States = self.reference.start.states
+        start, worst = params, {"curvature": 0.0, "drift": 0.0}
         for t, batch in enumerate(sequence):
             if batch is None:
                 continue
-            here = run.nearest(t)
-            away = {name: p - here.params[name] for name, p in params.items()}
-            grads = self._gradient(t, batch, away, worst)
-            gone = _norm({name: p - run.start.params[name] for name, p in here.params.items()})
-            if gone > 0 and here.position == t:
-                worst["drift"] = max(worst["drift"], _norm(away) / gone)
-            params, states = recipe.step(params, states, grads, t)
+            grads, curvature, strayed = self._gradient(t, batch, params)
+            gone = _norm({name: p - start[name] for name, p in params.items()})
+            worst["curvature"] = max(worst["curvature"], curvature)
+            if t > len(sequence) // 4:  # before, nobody has gone far, and a share of little says little
+                worst["drift"] = max(worst["drift"], strayed / max(gone, 1e-30))
+            params, states = self.reference.recipe.step(params, states, grads, t)
         return params, worst
 
-    def _gradient(self, t: int, batch: int, away: Params, worst: dict[str, float]) -> Params:
-        if self.gradients is not None:
-            return Layout.of(away).tensors(interpolated(self.gradients[:, batch], self.positions, t))
+    def _gradient(self, t: int, batch: int, params: Params) -> tuple[Params, float, float]:
+        """The estimated gradient, ||H d|| / ||g||, and ||d||."""
+        if self.stored is not None:
+            layout = Layout.of(params)
+            known, change, away = self.stored(batch, layout.vector(params), t)
+            ratio = float(change.norm() / known.norm().clamp_min(1e-30))
+            return layout.tensors(known + change), ratio, float(away.norm())
         here = self.reference.nearest(t).params
-        grads = self.problem.gradient(here, batch)
-        if self.hessian == "none" or not any(bool(d.any()) for d in away.values()):
-            return grads
-        change = self.problem.hvp(here, batch, away)
-        worst["curvature"] = max(worst["curvature"], _norm(change) / max(_norm(grads), 1e-30))
-        return {name: g + change[name] for name, g in grads.items()}
+        strayed = {name: p - here[name] for name, p in params.items()}
+        grads, distance = self.problem.gradient(here, batch), _norm(strayed)
+        if self.hessian == "none" or distance == 0:
+            return grads, 0.0, distance
+        product = self.problem.hvp(here, batch, strayed)
+        ratio = _norm(product) / max(_norm(grads), 1e-30)
+        return {name: g + product[name] for name, g in grads.items()}, ratio, distance
 
     def _scores(self, sequences: Tensor) -> Tensor:
         losses = [self.problem.held_out_loss(self.final(sequence)) for sequence in sequences.tolist()]
         return torch.tensor(losses, dtype=torch.float64)
 
     def trust(self, sequence: Sequence[int]) -> dict[str, float]:
-        """||H d|| / ||g|| along the path (hessian="exact"), and the largest distance from the reference's anchors as a
-        share of the way that the reference had gone there.
+        """||H d|| / ||g|| along the path, and the largest distance from the reference's path as a share of the way gone
+        (after the first quarter of the steps).
         """
         self.reference.check(sequence)
-        indicators = self._run(sequence)[1]
-        return indicators if self.hessian == "exact" else {"drift": indicators["drift"]}
+        return self._run(sequence)[1]
 
 
 def precompute(
-    reference: ReferenceRun, problem: Problem, *, hessian: Gradients = "anchors", limit_bytes: int = 8 << 30
+    reference: ReferenceRun,
+    problem: Problem,
+    *,
+    hessian: Gradients = "anchors",
+    directions: int = 0,
+    limit_bytes: int = 8 << 30,
+    seed: int = 0,
 ) -> Moments:
-    """Own moments. hessian says what the gradient of batch l at position t is:
+    """Own moments; `hessian` is one of the module's three, `directions` the k of "anchors".
 
-    - "exact": g + H d at the nearest anchor (with an anchor a step: at the reference's own checkpoint), d the distance
-      from it. Exact on quadratics, any order. A gradient and a Hessian-vector product a step of every order: dearer
-      than retraining it, an oracle.
-    - "none": g there, without H d.
-    - "anchors": gradients of all batches at every anchor, computed once and interpolated in t: what the drift shared by
-      all orders does to them, and no further pass per order.
-
-    Bytes: "anchors" keeps anchors x n x p float32 numbers.
+    Cost of "anchors": A n gradients, and 2 k n for the directions. Bytes: (A + k) n p numbers.
     Raises: EnvironmentProblem above `limit_bytes`.
     """
     if hessian not in ("anchors", "exact", "none"):
         raise UsageError(f"order: moments has no gradients {hessian!r}; known: anchors, exact, none")
-    before = problem.cost.gradients
+    if directions < 0:
+        raise UsageError(f"order: moments along {directions} directions; 0 or more")
     if hessian != "anchors":
-        cost = type(problem.cost)(bytes=0)
-        return Moments(reference.sequence, cost, reference, problem, hessian)
-    gradients = anchor_gradients(reference, problem, limit_bytes=limit_bytes)
-    cost = type(problem.cost)(gradients=problem.cost.gradients - before, bytes=gradients.numel() * 4)
-    positions = tuple(anchor.position for anchor in reference.anchors)
-    return Moments(reference.sequence, cost, reference, problem, hessian, gradients, positions)
-
-
-def anchor_gradients(reference: ReferenceRun, problem: Problem, *, limit_bytes: int = 8 << 30) -> Tensor:
-    """[anchors, n, p] float32: the gradient of every batch at every anchor."""
+        return Moments(reference.sequence, Cost(), reference, problem, hessian)
+    before, n = problem.cost.gradients, len(problem.batches)
     layout = Layout.of(reference.start.params)
-    need = len(reference.anchors) * len(problem.batches) * layout.size * 4
+    dtype = next(iter(reference.start.params.values())).dtype
+    need = (len(reference.anchors) + directions) * n * layout.size * dtype.itemsize
     if need > limit_bytes:
         raise EnvironmentProblem(
-            f"order: {len(reference.anchors)} anchors x {len(problem.batches)} batches x {layout.size:,} parameters "
-            f"are {need / 2**30:.1f} GiB, more than {limit_bytes / 2**30:.1f}; use fewer anchors, adapters (LoRA), or "
-            "pairwise"
+            f"order: gradients of {n} batches at {len(reference.anchors)} anchors, along {directions} directions, are "
+            f"{need / 2**30:.1f} GiB, more than {limit_bytes / 2**30:.1f}; use fewer, adapters (LoRA), or pairwise"
         )
-    batches = range(len(problem.batches))
-    return torch.stack(
-        [
-            torch.stack([layout.vector(problem.gradient(anchor.params, b), torch.float32) for b in batches])
-            for anchor in reference.anchors
-        ]
+    stored = Stored(
+        torch.stack(
+            [
+                torch.stack([layout.vector(problem.gradient(anchor.params, b)) for b in range(n)])
+                for anchor in reference.anchors
+            ]
+        ),
+        torch.stack([layout.vector(anchor.params) for anchor in reference.anchors]),
+        tuple(anchor.position for anchor in reference.anchors),
+        torch.zeros(layout.size, 0, dtype=dtype),
+        torch.zeros(n, 0, layout.size, dtype=dtype),
     )
+    made = Moments(reference.sequence, Cost(), reference, problem, hessian, stored)
+    if directions:
+        basis, reach = stray_directions(made, directions, seed)
+        middle = layout.vector(reference.nearest(len(reference.sequence) / 2).params)
+        curved = torch.empty(n, basis.shape[1], layout.size, dtype=dtype)
+        for j, length in enumerate(reach.tolist()):
+            for b in range(n):
+                ahead, behind = (
+                    layout.vector(problem.gradient(layout.tensors(middle + side * basis[:, j]), b))
+                    for side in (length, -length)
+                )
+                curved[b, j] = (ahead - behind) / (2 * length)
+        stored = Stored(stored.gradients, stored.places, stored.positions, basis, curved)
+    cost = Cost(gradients=problem.cost.gradients - before, bytes=need)
+    return Moments(reference.sequence, cost, reference, problem, hessian, stored)
+
+
+def stray_directions(made: Moments, k: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Where orders stray from the reference's path: [p, <= k] orthonormal, and how far along each [<= k].
+
+    Principal directions of the distances of simulated random orders (without change of gradients) at positions spread
+    over the run; the reach of each is the root mean square along it.
+    """
+    assert made.stored is not None
+    steps = len(made.sequence)
+    layout = Layout.of(made.reference.start.params)
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(_SIMULATED):
+        drawn = torch.randperm(steps, generator=generator).tolist()
+        params, states = made.reference.start.params, made.reference.start.states
+        for t, place in enumerate(drawn):
+            batch = made.sequence[place]
+            grads, _, _ = made._gradient(t, batch, params)
+            params, states = made.reference.recipe.step(params, states, grads, t)
+            if (t + 1) % max(1, steps // 8) == 0:
+                away = layout.vector(params) - interpolated(made.stored.places, made.stored.positions, t + 1)
+                rows.append(away)
+    strayed = torch.stack(rows)
+    values, vectors = torch.linalg.eigh((strayed @ strayed.T).double())
+    kept = values.flip(0)[:k] > 1e-10 * values[-1]
+    top = vectors.flip(1)[:, :k][:, kept].to(strayed.dtype)
+    basis: Tensor = torch.linalg.qr(strayed.T @ top).Q
+    return basis, (strayed @ basis).square().mean(0).sqrt()
 
 
 def interpolated(at_anchors: Tensor, positions: Sequence[int], t: float) -> Tensor:

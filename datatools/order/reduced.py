@@ -1,7 +1,13 @@
-"""A reduced-order model: training replayed in k dimensions (spec B.4).
+"""A reduced-order model: training replayed with the Hessians of the batches reduced to k directions.
 
-In coordinates x = (theta - anchor) / sqrt(P) gradients and Hessians are g' = sqrt(P) g and H' = sqrt(P) H sqrt(P). With
-a basis B [p, k] of {g'_l} and sqrt(P) u, a batch is a vector B^T g'_l and a matrix B^T H'_l B, and a step of an order
+Two forms. With second_moment="own", the default, the rule itself steps all parameters, with the order's own moments,
+and only what displacement does to gradients is reduced: `moments.precompute` along k directions. A score is T steps of
+the rule; the first steps of a fresh Adam, which no frozen preconditioner describes, are right.
+
+With the second moment frozen ("expected" or "anchor") everything happens in k dimensions (spec B.4), thousands of
+times faster, and right where the optimizer is warm. In coordinates
+x = (theta - anchor) / sqrt(P) gradients and Hessians are g' = sqrt(P) g and H' = sqrt(P) H sqrt(P). With a basis B
+[p, k] of {g'_l} and sqrt(P) u, a batch is a vector B^T g'_l and a matrix B^T H'_l B, and a step of an order
 
     g = g_l + H_l x;   m <- beta m + (1 - beta) g;   x <- x - lr_t m / (1 - beta^t)
 
@@ -12,12 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from datatools.errors import EnvironmentProblem, UsageError
+from datatools.order import moments
 from datatools.order.pairwise import Second, expected_second_moment, used_anchors
 from datatools.order.reference import Anchor, Cost, Params, Problem, ReferenceRun
 from datatools.order.surrogate import Layout, Surrogate, linearised
@@ -87,17 +94,24 @@ def precompute(
     reference: ReferenceRun,
     problem: Problem,
     *,
-    k: int = 16,
+    k: int = 8,
     anchors: int | None = 1,
-    second_moment: Second = "expected",
+    second_moment: Second | Literal["own"] = "own",
     limit_bytes: int = 8 << 30,
-) -> Reduced:
+) -> Surrogate:
     """The reduced model of a reference run.
+
+    second_moment: "own", all of the reference's anchors, k directions and 2 k gradients a batch; or frozen: "expected"
+    or "anchor", as in `pairwise.precompute`, from `anchors` anchors. Of the frozen ones:
 
     k: dimensions, at most n + 2: the leading directions of the scaled gradients at the anchors, the held-out gradient,
     and the way the reference went. anchors: as in `pairwise.precompute`.
     Cost: a gradient and k Hessian-vector products a batch and anchor, and k for the held-out loss.
     """
+    if k < 1:
+        raise UsageError(f"order: a reduced model of {k} dimensions; at least 1")
+    if second_moment == "own":
+        return moments.precompute(reference, problem, directions=k, limit_bytes=limit_bytes)
     n = len(problem.batches)
     chosen = used_anchors(reference, anchors)
     layout = Layout.of(reference.start.params)
@@ -108,8 +122,6 @@ def precompute(
             f"order: reduced keeps {len(chosen)} x {n} gradients of {layout.size:,} numbers while it is made, "
             f"{need / 2**30:.1f} GiB; more than {limit_bytes / 2**30:.1f}: use one anchor, adapters, or pairwise"
         )
-    if k < 1:
-        raise UsageError(f"order: a reduced model of {k} dimensions; at least 1")
     before = (problem.cost.gradients, problem.cost.hvps)
     grads = torch.empty(len(chosen), n, layout.size, dtype=dtype)
     for a, anchor in enumerate(chosen):

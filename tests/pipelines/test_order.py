@@ -9,7 +9,15 @@ import torch
 from datatools import DataError, Order, UsageError, order
 from pipelines import order as pipeline
 from pipelines import train
-from pipelines.config import DataConfig, LoraConfig, ModelConfig, OrderConfig, OrderTraining, TrainConfig, TrainingConfig
+from pipelines.config import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OrderConfig,
+    OrderTraining,
+    TrainConfig,
+    TrainingConfig,
+)
 from pipelines.order import run
 from tests.tiny import save_tiny_model, write_rows
 
@@ -212,10 +220,12 @@ def test_dry_run_leaves_nothing_behind(world: Path, tmp_path: Path, capsys: pyte
 def test_command_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from pipelines.cli import main
 
-    common = ["--model", str(world / "model"), "--data", str(world / "data.jsonl"), "--batches", "3", "--batch-size", "4",
-              "--out", str(tmp_path / "run"), "--quiet", "--set", "held_out=8", "--set", "dimensions=4"]  # fmt: skip
+    common = ["--model", str(world / "model"), "--data", str(world / "data.jsonl"), "--batches", "3",
+              "--batch-size", "4", "--out", str(tmp_path / "run"), "--quiet", "--set", "held_out=8",
+              "--set", "dimensions=2"]  # fmt: skip
     assert main(["order", "validate", *common, "--orders", "3", "--estimators", "pairwise,reduced", "--seed", "3"]) == 0
-    assert json.loads((tmp_path / "run" / "validation.json").read_text())["estimators"].keys() == {"pairwise", "reduced"}
+    found = json.loads((tmp_path / "run" / "validation.json").read_text())
+    assert found["estimators"].keys() == {"pairwise", "reduced"}
     assert main(["order", "search", "--out", str(tmp_path / "run"), "--quiet", "--set", "retrain=0"]) == 0
     assert (tmp_path / "run" / "order.npz").is_file()
     assert main(["order", "valdiate", "--out", str(tmp_path / "run")]) == 2

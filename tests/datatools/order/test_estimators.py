@@ -1,6 +1,7 @@
 """What theory promises of the estimators, on problems small enough to know."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from tests.datatools.order.quadratics import loss, random_problem, recipe, run
 
 def drawn(steps: int, seed: int) -> list[int]:
     return torch.randperm(steps, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+frozen = partial(reduced.precompute, second_moment="expected", k=16)
 
 
 def reference(problem: Problem, rule=None, rate: float = 0.05, size: int = 5, **more) -> ReferenceRun:  # type: ignore[no-untyped-def]
@@ -54,12 +58,14 @@ def test_the_reference_order_reproduces_the_reference(derivative: str) -> None:
     ):
         torch.testing.assert_close(estimate.final(ref.sequence), ref.end.params, rtol=1e-12, atol=0)
     true = problem.held_out_loss(ref.end.params)
-    for make in (pairwise, reduced):
-        assert make.precompute(ref, problem).score(ref.sequence) == pytest.approx(true, abs=1e-12)
+    for make in (pairwise.precompute, reduced.precompute, frozen):
+        assert make(ref, problem).score(ref.sequence) == pytest.approx(true, abs=1e-12)
 
 
 @pytest.mark.parametrize(
-    "make", [table.precompute, moments.precompute, pairwise.precompute, reduced.precompute], ids=lambda m: m.__module__
+    "make",
+    [table.precompute, moments.precompute, pairwise.precompute, reduced.precompute, frozen],
+    ids=["table", "moments", "pairwise", "reduced", "frozen"],
 )
 def test_relabelled_batches_give_the_same_scores(make) -> None:  # type: ignore[no-untyped-def]
     problem = random_problem(6, 4, 1)
@@ -89,7 +95,7 @@ def test_pairwise_and_reduced_follow_the_truth_where_steps_are_small() -> None:
         for name, estimate in {
             "one anchor": pairwise.precompute(ref, problem, anchors=1),
             "all anchors": pairwise.precompute(ref, problem),
-            "reduced": reduced.precompute(ref, problem, k=7),
+            "reduced": reduced.precompute(ref, problem, k=7, second_moment="expected"),
         }.items():
             errors[name, rate] = float((estimate.scores(orders) - true).abs().max() / true.std())
     for name in ("one anchor", "all anchors", "reduced"):
@@ -100,7 +106,7 @@ def test_pairwise_and_reduced_follow_the_truth_where_steps_are_small() -> None:
 
 def test_scores_of_many_orders_are_those_of_each() -> None:
     problem = random_problem(9, 5, 3)
-    for make in (pairwise.precompute, reduced.precompute):
+    for make in (pairwise.precompute, reduced.precompute, frozen):
         estimate = make(reference(problem), problem)
         orders = [drawn(9, seed) for seed in range(40)]
         together = estimate.scores(orders)
@@ -190,7 +196,7 @@ def test_rules_that_gradients_alone_do_not_replay_are_refused(rule) -> None:  # 
 def test_rules_without_linear_moments_are_refused_where_they_must_be() -> None:
     problem = random_problem(4, 3, 7)
     ref = reference(problem, LionRule(), size=3)
-    for make in (pairwise.precompute, reduced.precompute):
+    for make in (pairwise.precompute, frozen):
         with pytest.raises(UsageError, match=r"trained with lion. Use the estimator 'moments'"):
             make(ref, problem)
 
@@ -199,7 +205,7 @@ def test_rules_without_linear_moments_are_refused_where_they_must_be() -> None:
 def test_no_permutation_is_refused(order: list[int]) -> None:
     problem = random_problem(4, 3, 7)
     ref = reference(problem, size=3)
-    for make in (pairwise.precompute, reduced.precompute, moments.precompute, table.precompute):
+    for make in (pairwise.precompute, reduced.precompute, frozen, moments.precompute, table.precompute):
         with pytest.raises(UsageError, match="an order is a permutation of it"):
             make(ref, problem).score(order)
 
@@ -208,12 +214,12 @@ def test_trust_falls_where_the_estimate_does() -> None:
     problem = random_problem(6, 4, 8)
     orders = [drawn(6, seed) for seed in range(6)]
     small, large = (run(problem, SGDRule(), [0.3] * 4, [rate] * 6) for rate in (0.01, 1.5))
-    for make in (pairwise.precompute, reduced.precompute):
+    for make in (pairwise.precompute, reduced.precompute, frozen):
         low = [max(make(small, problem).trust(o).values()) for o in orders]
         high = [max(make(large, problem).trust(o).values()) for o in orders]
         assert sum(low) < sum(high)
-    assert all(trusted(reduced.precompute(small, problem, k=5).trust(o)) for o in orders)
-    assert not any(trusted(reduced.precompute(large, problem, k=5).trust(o)) for o in orders)
+    assert all(trusted(frozen(small, problem).trust(o)) for o in orders)
+    assert not any(trusted(frozen(large, problem).trust(o)) for o in orders)
 
 
 def test_filter_is_the_optimizer_s() -> None:
@@ -227,3 +233,21 @@ def test_filter_is_the_optimizer_s() -> None:
         m = 0.9 * m + 0.1 * g[t]
         x -= rate * float(m) / (1 - 0.9 ** (steps + t + 1))
     assert float(moved[:, -1] @ g + old[-1] * carried) == pytest.approx(-x, abs=1e-15)
+
+
+@pytest.mark.parametrize("anchors", [2, 3])
+def test_moments_along_all_directions_are_exact_on_quadratics(anchors: int) -> None:
+    """Gradients are affine there: right between any two anchors, and right along any direction that was measured."""
+    problem = random_problem(6, 4, 9)
+    start = {"theta": torch.full((4,), 0.3, dtype=torch.float64)}
+    ref = record(problem, recipe(AdamWRule(), [0.05] * 6), range(6), start, anchors=anchors)
+    errors = []
+    for k in (0, 1, 4):
+        before = problem.cost.gradients
+        made = moments.precompute(ref, problem, directions=k)
+        assert made.cost.gradients == problem.cost.gradients - before == 6 * (anchors + 2 * k)
+        order = drawn(6, 1)
+        true, _ = train(problem, ref.recipe, order, ref.start.params)
+        errors.append(float((made.final(order)["theta"] - true["theta"]).norm()))
+        assert set(made.trust(order)) == {"curvature", "drift"}
+    assert errors[2] < 1e-10 < errors[1] < errors[0]
