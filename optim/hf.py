@@ -3,6 +3,7 @@
     from optim import hf
 
     trainer = Trainer(model, args, optimizer_cls_and_kwargs=hf.resolve("lion", args), ...)
+    hf.use_schedule(trainer, "wsd", decay_steps=200)  # if it shall be one of ours
 
 Not through `TrainingArguments(optim=...)`, which knows its own list only, nor through `optimizers=`, which takes one
 that was built before the model is wrapped and so breaks under FSDP.
@@ -15,14 +16,16 @@ import re
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from optim import OPTIMIZERS, RULES, Optimizer, create
+from optim import OPTIMIZERS, RULES, Optimizer, create, group_factors, schedule
 from optim.curvature import CurvatureRule
 from optim.param_groups import Named, divide_groups, example_parameters
 from optim.rules import did_you_mean
+from optim.schedules import schedule_options
 
 Build: TypeAlias = Callable[..., Optimizer]
 Factory: TypeAlias = Callable[[], Build]
@@ -55,7 +58,8 @@ def resolve(name: str, args: Any = None, *, decay_all: bool = False, **hyper: An
             "optim.hf.resolve: no learning rate; Trainer does not hand on its own, so pass the TrainingArguments "
             f"(resolve({name!r}, args)) or lr=..."
         )
-    create(name, example_parameters(hyper.get("block_ratios")), **hyper)
+    named_later = {"assign": {}} if "assign" in hyper else {}  # by parts of names that the examples do not have
+    create(name, example_parameters(hyper.get("block_ratios")), **hyper | named_later)
     if issubclass(RULES[name], CurvatureRule):
         warnings.warn(
             f"optim.hf.resolve: Trainer does not refresh the curvature that {name} reads; without it {name} is hardly "
@@ -65,6 +69,38 @@ def resolve(name: str, args: Any = None, *, decay_all: bool = False, **hyper: An
         )
     # Trainer tells a factory from a class, calls it once without arguments and the result with the model and the rest
     return partial(_factory, name, decay_all), hyper
+
+
+def use_schedule(trainer: Any, name: str, **options: Any) -> None:
+    """Let the Trainer follow the schedule of that name (`optim.SCHEDULES`) instead of `args.lr_scheduler_type`.
+
+    Call it before `train()`. options: as for `optim.schedule`; `warmup_steps` are those of the arguments where the
+    schedule has them and none are given here. Of T steps the k-th has the factor at k of T + 1, as in
+    `datatools train`: neither the first nor the last is at rate 0. Groups with `block_ratios` follow their own
+    blockwise curve.
+    Raises: ValueError for an unknown name or values out of range, TypeError for an option that the schedule does not
+    have, at once; RuntimeError if the Trainer has a schedule already.
+    """
+    known = schedule_options(name)
+    schedule(name, **{"total_steps": 1 << 30} | options)
+    if trainer.lr_scheduler is not None:
+        raise RuntimeError("optim.hf.use_schedule: the Trainer has made its schedule already; call it before train()")
+
+    def create_scheduler(num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        if trainer.lr_scheduler is None:
+            optimizer = trainer.optimizer if optimizer is None else optimizer
+            warmup = {"warmup_steps": trainer.args.get_warmup_steps(num_training_steps)}
+            settings = (warmup if "warmup_steps" in known else {}) | options
+            factors = group_factors(optimizer, name, **{"total_steps": num_training_steps + 1} | settings)
+            trainer.lr_scheduler = LambdaLR(optimizer, [partial(_next, factor) for factor in factors])
+            trainer._created_lr_scheduler = True
+        return cast(LambdaLR, trainer.lr_scheduler)
+
+    trainer.create_scheduler = create_scheduler
+
+
+def _next(factor: Callable[[int], float], step: int) -> float:
+    return factor(step + 1)
 
 
 def _factory(name: str, decay_all: bool) -> Build:

@@ -1,7 +1,7 @@
 """What an optimizer is here: a pure function from a gradient, a state and a parameter to an update."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -102,7 +102,7 @@ class UpdateRule(ABC):
         self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], *, lr: float | Tensor,
         weight_decay: float,
     ) -> None:
-        """`step` of the parameters that `optim.fused` does not take: one by one, unless a rule has a kernel for many."""
+        """`step` of parameters that `optim.fused` does not take: one by one, unless a rule has a kernel for many."""
         for param, grad, state in zip(params, grads, states, strict=True):
             self.step(param, grad, state, lr=lr, weight_decay=weight_decay)
 
@@ -190,6 +190,15 @@ def scalar_moment(param: Tensor, value: float = 0.0) -> Tensor:
 def is_sharded(x: Tensor) -> bool:
     """Whether it is a DTensor, as FSDP2 makes them; `torch.distributed.tensor` is not imported to ask."""
     return hasattr(x, "placements")
+
+
+def check_whole(rule: str, tensors: Iterable[Tensor]) -> None:
+    """TypeError if a tensor is sharded, for rules whose operations have no form for shards."""
+    if any(map(is_sharded, tensors)):
+        raise TypeError(
+            f"{rule}: a parameter is sharded (DTensor), and its step needs whole matrices; "
+            "wrap the optimizer in optim.distributed.OwnerComputes"
+        )
 
 
 def zero_step() -> Tensor:

@@ -49,7 +49,9 @@ class OneBitAdamRule(UpdateRule):
         check_counts("OneBitAdamRule", freeze_step=self.freeze_step)
 
     def init(self, param: Tensor) -> State:
-        """Zero moments and step count."""
+        """Zero moments and step count. Raises: ValueError for a shard: workers hold whole parameters."""
+        if is_sharded(param):
+            raise ValueError("OneBitAdamRule: a parameter is sharded; its workers hold whole ones, as under DDP")
         return {"step": zero_step(), "exp_avg": zero_moment(param), "exp_avg_sq": zero_moment(param)}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
@@ -75,7 +77,7 @@ class OneBitAdam(Optimizer):
     masks: parameter's name -> tensor of 0 and 1; where it is 0 the momentum is 0 after each exchange.
     mask_unseen: mask too where v is 0 when it stands still: an exact zero cannot be sent, so there m / eps would grow
     without bound.
-    Raises: ValueError for a mask of an unknown name or another shape; TypeError for sharded parameters.
+    Raises: ValueError for a mask of an unknown name or another shape, and for sharded parameters.
     State: `OneBitAdamRule`'s; beside it each worker has the errors of its own compression, 4 bytes a parameter, and as
     a server 4 / workers. They differ by worker and are not in a checkpoint: a resumed run starts them at 0, as the
     published one does.
@@ -151,8 +153,6 @@ class OneBitAdam(Optimizer):
     def _errors_of(self, param: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
         """What this worker, and this worker as a server, failed to send so far."""
         if param not in self._errors:
-            if is_sharded(param):
-                raise TypeError("OneBitAdam: a parameter is sharded (DTensor); its workers hold whole parameters")
             workers = group_size(self.process_group)
             size = padded(param.numel(), workers)
             self._errors[param] = moment.new_zeros(size), moment.new_zeros(size // workers)

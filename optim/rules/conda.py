@@ -11,6 +11,7 @@ from optim.rule import (
     State,
     check_counts,
     check_non_negative,
+    check_whole,
     checked_betas,
     correction,
     moment_dtype,
@@ -68,7 +69,8 @@ class CondaRule(MatrixRule):
         }
 
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
-        """New bases where they are due; nothing is shared."""
+        """New bases where they are due; nothing is shared. Raises: TypeError for sharded tensors."""
+        check_whole("CondaRule", grads)
         for grad, state in zip(grads, states, strict=True):
             if int(state["step"]) % self.update_proj_gap == 0:
                 m = self.stacks(self._first(grad, state))[0]

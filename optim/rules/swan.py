@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from optim.linalg import unit_rms, whiten
-from optim.rule import State, check_counts, check_flag, check_non_negative, check_unit_interval, moment_dtype, zero_step
+from optim.rule import (
+    State,
+    check_counts,
+    check_flag,
+    check_non_negative,
+    check_unit_interval,
+    check_whole,
+    moment_dtype,
+    zero_step,
+)
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 
 
@@ -48,6 +57,7 @@ class SWANRule(MatrixRule):
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
         """The direction u of the class docstring, in float32 or the parameter's dtype if that is larger."""
+        check_whole("SWANRule", [grad])
         stacks = [self._whitened(x) for x in self.stacks(grad.to(moment_dtype(param)))]
         return self.alpha * self.joined(stacks, grad.shape), {"step": state["step"] + 1}
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,52 @@ def trainer(
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def stepped(model: Any, name: str, steps: int = 2, *, whole: Any = None, parts: int = 1, **hyper: Any) -> Any:
+    """The optimizer that Trainer would build, after some steps of this rank's share of four rows, in micro-batches.
+
+    whole: the model to build the optimizer of, if another than runs (Trainer gives it the unwrapped one under DDP).
+    """
+    spread = torch.distributed.is_initialized()
+    rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if spread else (0, 1)
+    factory, settings = hf.resolve(name, lr=1e-2, weight_decay=0.1, **EXACT.get(name, {}) | hyper)
+    optimizer = factory()(model if whole is None else whole, **settings)
+    data = torch.stack([row["input_ids"] for row in rows()])
+    for t in range(steps):
+        batch = data[4 * t : 4 * t + 4][rank::size]
+        for ids in batch.chunk(parts):
+            (model(input_ids=ids, labels=ids).loss / parts).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def families(folder: str, names: list[str]) -> dict[tuple[str, str], Any]:
+    """(optimizer, "ddp" or "fsdp2") -> whole parameters by name after two steps; the message, where it is refused."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    warnings.filterwarnings("ignore", message=".*does not refresh the curvature")
+    replica = load(Path(folder), torch.float64)
+    start = {n: p.clone() for n, p in replica.state_dict().items()}
+    found: dict[tuple[str, str], Any] = {}
+    for name in names:
+        replica.load_state_dict(start)
+        replica.zero_grad()
+        stepped(DistributedDataParallel(replica), name, whole=replica)
+        found[name, "ddp"] = {n: p.detach().clone() for n, p in replica.named_parameters()}
+        sharded = load(Path(folder), torch.float64)
+        for layer in sharded.model.layers:
+            fully_shard(layer)
+        fully_shard(sharded)
+        try:
+            stepped(sharded, name)
+        except (ValueError, TypeError) as error:
+            found[name, "fsdp2"] = str(error)
+            continue
+        found[name, "fsdp2"] = {n: p.full_tensor().detach().clone() for n, p in sharded.named_parameters()}
+    return found
 
 
 def main(folder: str, out: str, kind: str, names: str) -> None:

@@ -8,7 +8,8 @@ import socket
 import pytest
 import torch
 
-from optim import OPTIMIZERS, Optimizer, UpdateMap, create, hf
+from optim import OPTIMIZERS, Optimizer, UpdateMap, create, hf, schedule
+from tests.optim.distributed import processes
 from tests.processes import spawn
 from tests.tiny import save_tiny_model
 
@@ -140,6 +141,73 @@ def test_compiled_model(runs, folder, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=name)
 
 
+@pytest.fixture(scope="module")
+def compiled(runs, folder):
+    """A model whose graph is captured once, with the names that torch.compile gives; and how it starts."""
+    model = runs.load(folder)
+    start = {name: p.clone() for name, p in model.state_dict().items()}
+    return model, torch.compile(model, backend="eager"), start
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_model_and_accumulation(runs, compiled, monkeypatch, name):
+    """Every optimizer: a compiled model with two micro-batches is the plain one with one batch."""
+    monkeypatch.setenv("OPTIM_BACKEND", "torch")  # it is not compiled steps that are tested
+    model, wrapped, start = compiled
+    model.load_state_dict(start)
+    plain = runs.stepped(model, name)
+    want = params(model)
+    model.load_state_dict(start)
+    ours = runs.stepped(wrapped, name, parts=2)
+    off = [(p.detach() - want[n]).abs() > 1e-4 for n, p in model.named_parameters()]
+    assert torch.cat([x.flatten() for x in off]).double().mean() < 0.01, "but for signs at rounding level"
+    settings = [[(g["rule"], g["lr"], g["weight_decay"]) for g in o.param_groups] for o in (plain, ours)]
+    assert settings[0] == settings[1], "the wrapper's prefix hides no name"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_steps(runs, folder, monkeypatch, name):
+    """Every optimizer: parameters stay bfloat16 and move; no running average is bfloat16."""
+    monkeypatch.setenv("OPTIM_BACKEND", "torch")
+    model = runs.load(folder, torch.bfloat16)
+    before = params(model)
+    optimizer = runs.stepped(model, name, parts=2)
+    moved = [not torch.equal(p, before[n]) for n, p in model.named_parameters()]
+    assert sum(moved) > len(moved) / 2, "some steps are less than a unit in the last place of bfloat16"
+    assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in model.parameters())
+    assert torch.bfloat16 not in {v.dtype for s in optimizer.state.values() for v in s.values()}
+
+
+def test_schedule_by_name(runs, folder, tmp_path):
+    """Rates are the schedule's at 1..T of T + 1, with the warm-up of the arguments; a resumed run has the same."""
+
+    def made():
+        trainer = runs.trainer(runs.load(folder), tmp_path, "adamw", warmup_steps=2)
+        hf.use_schedule(trainer, "wsd", decay_steps=2, decay="linear")
+        return trainer
+
+    done = made()
+    done.train()
+    rates = [entry["learning_rate"] for entry in done.state.log_history if "learning_rate" in entry]
+    factor = schedule("wsd", total_steps=5, warmup_steps=2, decay_steps=2, decay="linear")
+    assert rates == pytest.approx([1e-2 * factor(k + 1) for k in range(4)])
+    assert len(set(rates)) > 1
+    whole = digests(tmp_path / "checkpoint-4")
+    made().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert digests(tmp_path / "checkpoint-4") == whole
+
+
+def test_schedules_are_refused_at_once(runs, folder, tmp_path):
+    made = runs.trainer(runs.load(folder), tmp_path, "adamw")
+    with pytest.raises(ValueError, match="did you mean 'cosine'"):
+        hf.use_schedule(made, "cosin")
+    with pytest.raises(TypeError, match="no option 'decay_step'"):
+        hf.use_schedule(made, "wsd", decay_step=3)
+    made.create_optimizer_and_scheduler(4)
+    with pytest.raises(RuntimeError, match="before train"):
+        hf.use_schedule(made, "wsd")
+
+
 def test_block_ratios_and_all_decay(runs, folder, tmp_path):
     hyper = {"block_ratios": "paper", "decay_all": True, "lr": 2e-3, "betas": (0.9, 0.95)}
     ours = runs.trainer(runs.load(folder), tmp_path, "adamw", hyper=hyper).create_optimizer()
@@ -228,6 +296,28 @@ def together(folder, out, kind, names):
     finally:
         for process in processes:
             process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_are_one_for_every_optimizer(runs, folder, tmp_path, monkeypatch):
+    """DDP and FSDP2 on half of the rows each, against one process with all; or a refusal that speaks of shards."""
+    monkeypatch.setenv("OPTIM_BACKEND", "torch")
+    found = processes.run(runs.families, 2, tmp_path, str(folder), NAMES)
+    stepped = 0
+    for (name, kind), mine in found[0].items():
+        if isinstance(mine, str):
+            assert kind == "fsdp2" and "shard" in mine and "parameter" in mine, (name, mine)
+            continue
+        alone = runs.load(folder, torch.float64)
+        runs.stepped(alone, name)
+        for n, p in alone.named_parameters():
+            assert torch.equal(mine[n], found[1][name, kind][n]), (name, kind, n)
+            torch.testing.assert_close(mine[n], p.detach(), rtol=1e-5, atol=1e-5,
+                                       msg=lambda m, at=(name, kind, n): f"{at}\n{m}")
+        stepped += 1
+    refused = sorted(name for (name, _), mine in found[0].items() if isinstance(mine, str))
+    assert stepped == 2 * len(NAMES) - len(refused), refused
 
 
 MANY = ("adamw", "muon", "adam_mini", "adamp")
