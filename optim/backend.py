@@ -7,6 +7,7 @@
 import os
 import warnings
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import Parameter
 
 _PLAIN = {Tensor, Parameter}
 _WIDE = {torch.float64, torch.complex32, torch.complex64, torch.complex128}
+_DEVICE, _DTYPE, _LAYOUT, _REQUIRES_GRAD = map(attrgetter, ("device", "dtype", "layout", "requires_grad"))
 
 
 def _chosen() -> str:
@@ -81,22 +83,20 @@ def use_triton(*tensors: Tensor) -> bool:
         raise RuntimeError("OPTIM_BACKEND=triton, and triton is not installed (or was asked for after `import optim`)")
     if chosen == "torch" or triton is None or not tensors or torch.compiler.is_compiling():
         return False
+    if not set(map(type, tensors)) <= _PLAIN or len(set(map(_DEVICE, tensors))) > 1:  # there may be many: no loops
+        return False
     device = tensors[0].device
     if interpreted:
         if chosen != "triton" or device.type != "cpu":
             return False
     elif device.type != "cuda" or not _can_launch(device):
         return False
-    watching = torch.is_grad_enabled()
-    return all(
-        type(t) in _PLAIN
-        and t.device == device
-        and t.layout == torch.strided
-        and t.dtype not in _WIDE
-        and not (watching and t.requires_grad)
-        and not t.is_neg()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-        for t in tensors
+    return not (
+        set(map(_LAYOUT, tensors)) - {torch.strided}
+        or set(map(_DTYPE, tensors)) & _WIDE
+        or (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors)))
+        or any(map(Tensor.is_neg, tensors))
+        or any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
     )
 
 

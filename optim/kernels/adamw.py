@@ -1,6 +1,7 @@
 """AdamW in one pass over memory: all tensors of a param group in one launch."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -10,9 +11,14 @@ from optim import backend
 from optim.kernels import philox, tables
 
 _CHUNK = 1024
+_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 SEED = 0x5DEECE66D  # of the bits that round; any number
 MASTER = {torch.float32, torch.bfloat16, torch.float16}
 """Dtypes of parameters and gradients that kernels of steps take."""
+
+
+Row = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Parameter, gradient, m, v."""
 
 
 class Scalars(NamedTuple):
@@ -29,7 +35,7 @@ def rounding_words(param: Tensor, step: Tensor) -> Tensor:
 
 
 def adamw_step(
-    rows: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    rows: Sequence[Row],
     scalars: Sequence[Scalars],
     *,
     lr: float,
@@ -39,7 +45,7 @@ def adamw_step(
     eps_root: float = 0.0,
     stochastic_rounding: bool = False,
 ) -> None:
-    """In place on rows (p, g, m, v) that `fits`: m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2,
+    """In place on rows (p, g, m, v) that are `fitting`: m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2,
     p <- p - lr (u + weight_decay p), u = scale m / (sqrt(shrink v + eps_root) + eps).
 
     Its definition is `AdamWRule.step`, `stepped` written back. stochastic_rounding: of bfloat16 parameters, by
@@ -52,30 +58,41 @@ def adamw_step(
         pools.setdefault((p.device, p.dtype, g.dtype), []).append(i)
     for (device, p_dtype, g_dtype), index in pools.items():
         pool = [rows[i] for i in index]
-        sizes = tuple(row[0].numel() for row in pool)
-        addresses = [[*(t.data_ptr() for t in rows[i]), rows[i][0].numel(), scalars[i].step] for i in index]
-        plan = tables.chunks(sizes, _CHUNK, device)
+        addresses = [list(map(Tensor.data_ptr, row)) for row in pool]
+        sizes = [row[0].numel() for row in pool]
+        plan = tables.chunks(tuple(sizes), _CHUNK, device)
+        table = [[*a, n, scalars[i].step] for a, n, i in zip(addresses, sizes, index, strict=True)]
         torch.autograd.graph.increment_version([t for p, _, m, v in pool for t in (p, m, v)])
         backend.launch(
             _adamw_kernel, (len(plan),),
-            tables.on_device(addresses, torch.int64, device),
+            tables.on_device(table, torch.int64, device),
             tables.on_device([scalars[i][:2] for i in index], torch.float32, device), plan,
             *map(float, (lr, weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, eps_root)), SEED,
-            P=backend.triton_dtype(p_dtype), G=backend.triton_dtype(g_dtype), ALIGNED=tables.aligned(pool),
+            P=backend.triton_dtype(p_dtype), G=backend.triton_dtype(g_dtype), ALIGNED=tables.aligned(addresses),
             DECAY=weight_decay != 0, STOCHASTIC=stochastic_rounding and p_dtype == torch.bfloat16, BLOCK=_CHUNK,
             device=device,
         )
 
 
-def fits(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
-    """Whether the kernel takes such a parameter: flat memory must hold equal coordinates at equal places."""
+def fitting(rows: Sequence[Row]) -> list[bool]:
+    """Of each row whether the kernel takes it: plain and contiguous on a GPU, so that flat memory holds equal
+    coordinates at equal places; float32 moments.
+    """
+    if len(rows) > 1 and _fit(rows):  # the usual case, without a loop over what may be many
+        return [True] * len(rows)
+    return [_fit([row]) for row in rows]
+
+
+def _fit(rows: Sequence[Row]) -> bool:
+    params, grads, *moments = zip(*rows, strict=True)
+    tensors = [t for row in rows for t in row]
+    shapes = list(map(_SHAPE, params))
     return (
-        backend.use_triton(param, grad, exp_avg, exp_avg_sq)
-        and param.dtype in MASTER
-        and grad.dtype in MASTER
-        and exp_avg.dtype == exp_avg_sq.dtype == torch.float32
-        and param.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape
-        and all(t.is_contiguous() for t in (param, grad, exp_avg, exp_avg_sq))
+        backend.use_triton(*tensors)
+        and set(map(_DTYPE, params + grads)) <= MASTER
+        and all(set(map(_DTYPE, column)) == {torch.float32} for column in moments)
+        and all(list(map(_SHAPE, column)) == shapes for column in (grads, *moments))
+        and all(map(Tensor.is_contiguous, tensors))
     )
 
 

@@ -46,17 +46,19 @@ def adamw_8bit_step(
     size = max(_CHUNK, block_size)
     for (device, p_dtype, g_dtype), index in pools.items():
         pool = [rows[i] for i in index]
-        plan = tables.chunks(tuple(row[0].numel() for row in pool), size, device)
-        addresses = [[*(t.data_ptr() for t in rows[i]), rows[i][0].numel(), scalars[i].step] for i in index]
+        addresses = [list(map(Tensor.data_ptr, row)) for row in pool]
+        sizes = [row[0].numel() for row in pool]
+        plan = tables.chunks(tuple(sizes), size, device)
+        table = [[*a, n, scalars[i].step] for a, n, i in zip(addresses, sizes, index, strict=True)]
         torch.autograd.graph.increment_version([t for p, _, *state in pool for t in (p, *state)])
         backend.launch(
             _adamw_8bit_kernel, (len(plan),),
-            tables.on_device(addresses, torch.int64, device),
+            tables.on_device(table, torch.int64, device),
             tables.on_device([scalars[i][:2] for i in index], torch.float32, device), plan,
             *_device_books(*books, device),
             *map(float, (lr, weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, eps_root)), SEED,
             P=backend.triton_dtype(p_dtype), G=backend.triton_dtype(g_dtype),
-            ALIGNED=tables.aligned(pool), DECAY=weight_decay != 0,
+            ALIGNED=tables.aligned(addresses), DECAY=weight_decay != 0,
             STOCHASTIC=stochastic_rounding and p_dtype == torch.bfloat16, FLOOR=floor,
             BLOCKS=size // block_size, SIZE=block_size, device=device,
         )

@@ -94,7 +94,8 @@ if backend.triton is not None:
 
     @backend.jit
     def _box_muller(w0, w1):
-        radius = tl.sqrt(-2.0 * tl.log(tl.maximum(tl.uint_to_uniform_float(w0), 1.0e-7)))
+        # a GPU's logarithm is approximate: near 1 it must not come out above 0
+        radius = tl.sqrt(tl.maximum(-2.0 * tl.log(tl.maximum(tl.uint_to_uniform_float(w0), 1.0e-7)), 0.0))
         angle = 6.283185307179586 * tl.uint_to_uniform_float(w1)
         return radius * tl.cos(angle), radius * tl.sin(angle)
 

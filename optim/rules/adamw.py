@@ -121,21 +121,20 @@ class AdamWRule(UpdateRule):
         weight_decay: float,
     ) -> None:
         """By the kernel, all at once, but for tensors that it does not fit."""
-        rows = list(zip(params, grads, states, strict=True))
-        fit = [not self.amsgrad and kernel.fits(p, g, s["exp_avg"], s["exp_avg_sq"]) for p, g, s in rows]
-        mine = [row for row, fits in zip(rows, fit, strict=True) if fits]
-        rest = [row for row, fits in zip(rows, fit, strict=True) if not fits]
+        rows = [(p, g, s["exp_avg"], s["exp_avg_sq"]) for p, g, s in zip(params, grads, states, strict=True)]
+        fit = [False] * len(rows) if self.amsgrad else kernel.fitting(rows)
+        mine = [i for i, fits in enumerate(fit) if fits]
         if mine:
-            for _, _, state in mine:
-                state["step"] += 1
+            torch._foreach_add_([states[i]["step"] for i in mine], 1)
+            steps = [int(states[i]["step"]) for i in mine]
+            now = {step: self.scalars(step) for step in set(steps)}
             kernel.adamw_step(
-                [(p, g, s["exp_avg"], s["exp_avg_sq"]) for p, g, s in mine],
-                [self.scalars(int(s["step"])) for _, _, s in mine],
-                lr=float(lr), weight_decay=weight_decay, betas=self.betas, eps=self.eps, eps_root=self.eps_root,
-                stochastic_rounding=self.stochastic_rounding,
+                [rows[i] for i in mine], [now[step] for step in steps], lr=float(lr), weight_decay=weight_decay,
+                betas=self.betas, eps=self.eps, eps_root=self.eps_root, stochastic_rounding=self.stochastic_rounding,
             )
-        for param, grad, state in rest:
-            self.step(param, grad, state, lr=lr, weight_decay=weight_decay)
+        for i, fits in enumerate(fit):
+            if not fits:
+                self.step(params[i], grads[i], states[i], lr=lr, weight_decay=weight_decay)
 
     def scalars(self, step: int) -> kernel.Scalars:
         """The bias corrections of `update` at this step as factors of m and of v, for kernels."""

@@ -20,7 +20,8 @@ def test_any_length_start_and_alignment_amid_nan(kernel_device, n, start, shift,
     target, check = poisoned(p, kernel_device, shift)
     perturb.add_normals_(target, 0.5, SEED, start=start)
     want = p.float() + 0.5 * philox.normals(n, seed=SEED, start=start)
-    assert_rounded(target.cpu(), want, rtol=1e-5, atol=2e-6)
+    exact = kernel_device.type == "cpu"  # a GPU's logarithm and cosine are approximate
+    assert_rounded(target.cpu(), want, rtol=1e-5, atol=2e-6 if exact else 1e-4)
     check()
 
 
