@@ -17,7 +17,7 @@ from pipelines import charts, report
 from pipelines.texts import number, percent
 
 METHODS = {
-    "herding": "rows whose mean gradient is nearest to that of all rows of their source",
+    "herding": "rows whose mean gradient is nearest to that of the whole large batch, so many of each source",
     "matching_pursuit": "weighted rows whose mean gradient is nearest to that of all rows of their source",
     "facility_location": "medoids of the gradients of their source, as published",
     "top_norm": "the rows of each source with the largest gradients",

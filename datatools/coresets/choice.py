@@ -120,10 +120,6 @@ def _medoids(features: Tensor, k: int, metric: str, generator: torch.Generator) 
     return Selection(facility_location(apart.max() - apart, k).indices)
 
 
-def _herding(features: Tensor, k: int, metric: str, generator: torch.Generator) -> Selection:
-    return herding(features, k)
-
-
 def _matching_pursuit(features: Tensor, k: int, metric: str, generator: torch.Generator) -> Selection:
     return matching_pursuit(features, k)
 
@@ -138,8 +134,8 @@ def _random(features: Tensor, k: int, metric: str, generator: torch.Generator) -
 
 Method = Callable[[Tensor, int, str, torch.Generator], Selection]
 
-CORESET_METHODS: Mapping[str, Method] = {
-    "herding": _herding,
+WHOLE_BATCH = "herding"
+BY_SOURCE: Mapping[str, Method] = {
     "matching_pursuit": _matching_pursuit,
     "facility_location": _medoids,
     "top_norm": _top_norm,
@@ -147,8 +143,15 @@ CORESET_METHODS: Mapping[str, Method] = {
 }
 """name -> (features [n, d] of one source, how many, metric, generator) -> `Selection`.
 
-herding: rows whose mean is nearest to the source's mean; matching_pursuit: the same with weights; facility_location:
-medoids, the published choice; top_norm: the largest gradients; random_in_source: the control.
+matching_pursuit: weighted rows whose mean is nearest to the source's mean; facility_location: medoids, the published
+choice; top_norm: the largest gradients; random_in_source: the control.
+"""
+CORESET_METHODS = (WHOLE_BATCH, *BY_SOURCE)
+"""The names of all methods.
+
+Herding looks at all sources at once: rows by the same quotas, whose mean, kept rows of small sources included, is
+nearest to that of the whole batch. Where a source has three rows of which one is kept, there is little to choose within
+it, and much among all of them.
 """
 
 
@@ -163,26 +166,28 @@ def choose_rows(
 ) -> Selection:
     """The plan carried out: rows of small sources, then each large source's choice in the order in which it was made.
 
-    features: [n, d] of the whole batch; rows of small sources are not read.
+    features: [n, d] of the whole batch; rows of small sources are read by herding alone.
     coordinates: `sparsify` each source's features first.
     Raises: UsageError for an unknown method or metric; DataError naming the rows whose features are not finite.
     """
     if method not in CORESET_METHODS:
         raise UsageError(f"coreset: no method is called {method!r}{did_you_mean(method, CORESET_METHODS)}")
-    candidates = plan.candidates()
-    bad = candidates[~features[candidates].isfinite().all(1).cpu()]
+    read = torch.arange(len(features)) if method == WHOLE_BATCH else plan.candidates()
+    bad = read[~features[read].isfinite().all(1).cpu()]
     if len(bad):
         raise DataError(
             f"coreset: the features of rows {bad[:5].tolist()} of the batch are not finite ({len(bad)} rows); "
             "is their loss? Lower the learning rate, or look at these rows"
         )
+    if method == WHOLE_BATCH:
+        return herding(sparsify(features, coordinates), len(plan), kept=plan.kept, groups=plan.groups)
     indices, weights = [plan.kept], [torch.ones(len(plan.kept))]
     for rows, quota in plan.groups:
         if quota == 0:
             continue
         chosen = Selection(torch.arange(len(rows)))
         if quota < len(rows):
-            chosen = CORESET_METHODS[method](sparsify(features[rows], coordinates), quota, metric, generator)
+            chosen = BY_SOURCE[method](sparsify(features[rows], coordinates), quota, metric, generator)
         indices.append(rows[chosen.indices])
         weights.append(chosen.weights)
     return Selection(torch.cat(indices), weights=torch.cat(weights))

@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor, nn
 
 from datatools.coresets import monitor
-from datatools.coresets.choice import CORESET_METHODS, METRICS, Plan, by_source, choose_rows, plan
+from datatools.coresets.choice import CORESET_METHODS, METRICS, WHOLE_BATCH, Plan, by_source, choose_rows, plan
 from datatools.coresets.last_layer import (
     LastLayer,
     central_differences,
@@ -137,7 +137,7 @@ class CoLM:
     ) -> None:
         for what, value, known in (
             ("features", features, FEATURES),
-            ("method", method, tuple(CORESET_METHODS)),
+            ("method", method, CORESET_METHODS),
             ("metric", metric, METRICS),
             ("history", history, ("selected", "all")),
         ):
@@ -208,12 +208,13 @@ class CoLM:
         """The choice, and the plain gradients [n, d] of all rows if `everything` was asked for."""
         generator = self._generator("choice", step, lane)
         n = len(batch["input_ids"])
-        rows = torch.arange(n) if everything else made.candidates()
+        read = torch.arange(n) if self.method == WHOLE_BATCH else made.candidates()
+        rows = torch.arange(n) if everything else read
         settings: dict[str, Any] = {"method": self.method, "metric": self.metric, "generator": generator}
         idle = self.method == "random_in_source" or not made.free
         if idle and self.history.plain and not everything:
             return choose_rows(torch.zeros(n, 1), made, **settings), None
-        if len(rows) == 0:
+        if len(made.candidates()) == 0 and not everything:
             return choose_rows(torch.zeros(n, 1), made, **settings), None
         medoids = self.method == "facility_location"
         if self.features == "exact":
@@ -223,11 +224,13 @@ class CoLM:
         place = torch.full((n,), -1)
         place[rows] = torch.arange(len(rows))
         large = place[made.candidates()]
-        features = self.history.directions(raw[large])
-        if not medoids and not self.history.plain:
-            features = self._project(features)
-        spread = torch.zeros(n, features[0].numel(), device=features.device)
-        spread[made.candidates()] = features.reshape(len(features), -1)
+        spread = torch.zeros(n, 1)
+        if len(read):
+            features = self.history.directions(raw[place[read]])
+            if not medoids and not self.history.plain:
+                features = self._project(features)
+            spread = torch.zeros(n, features[0].numel(), device=features.device)
+            spread[read] = features.reshape(len(features), -1)
         chosen = choose_rows(spread, made, coordinates=self.dim if medoids else None, **settings)
         if not self.history.plain and len(made.candidates()):
             taken = chosen.indices[len(made.kept) :]

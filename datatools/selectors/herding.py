@@ -1,5 +1,7 @@
 """Rows whose mean is near the mean of all: herding, and matching pursuit with weights."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,44 +10,66 @@ from datatools.selection import Selection
 IMPROVEMENT = 1e-9  # of the squared error of one row: an exchange that gains less is rounding
 
 
-def herding(features: Tensor, k: int, *, exchanges: int | None = None) -> Selection:
+def herding(
+    features: Tensor,
+    k: int,
+    *,
+    kept: Tensor | None = None,
+    groups: Sequence[tuple[Tensor, int]] | None = None,
+    exchanges: int | None = None,
+) -> Selection:
     """k rows S that make || mean_S - mean || small: greedy by the running sum, then exchanges of one row for another.
 
     features: [n, d], finite. The greedy step adds the row that brings the sum of the chosen rows nearest to as many
-    times the mean (herding); each exchange is the best of all k (n - k), and they end when none helps, or after
+    times the mean of all n rows (herding); each exchange is the best of all, and they end when none helps, or after
     `exchanges` of them (None: k). Ties go to the lower index. All weights are 1.
+    kept: rows that are in S whatever happens, counted by k; they come first.
+    groups: (rows, how many of them to choose), apart from each other; a row is exchanged within its group. Together
+    with `kept` they add up to k. None is one group of all other rows.
     Cost: O(n^2 d) for the inner products, then O(n k) and O(n^2) an exchange; O(n^2) memory.
     Source: herding, Welling 2009; mean of gradients as the aim, CRAIG, arXiv 1906.01827, and GradMatch, arXiv
     2103.00123.
-    Raises: ValueError unless 1 <= k <= n and the features are finite.
+    Raises: ValueError unless 1 <= k <= n, the features are finite, and kept rows and quotas add up to k.
     """
     centred = _centred("herding", features, k)
+    n, device = len(centred), centred.device
     products = centred @ centred.mT  # [n, n]
     own = products.diagonal().clone()
-    chosen = torch.zeros(len(features), dtype=torch.bool, device=features.device)
-    towards = torch.zeros_like(own)  # inner product of each row with the sum of the chosen ones
-    picks: list[int] = []
-    for _ in range(k):
-        length = (2 * towards + own).masked_fill(chosen, torch.inf)  # of the new sum, up to a constant
+    picks = [] if kept is None else kept.tolist()
+    chosen = torch.zeros(n, dtype=torch.bool, device=device)
+    chosen[picks] = True
+    if groups is None:
+        groups = [((~chosen).nonzero()[:, 0], k - len(picks))]
+    if len(picks) + sum(quota for _, quota in groups) != k:
+        raise ValueError(f"herding: {len(picks)} rows kept and quotas {[q for _, q in groups]} do not add up to k={k}")
+    group = torch.full((n,), -1, device=device)
+    for g, (rows, _) in enumerate(groups):
+        group[rows.to(device)] = g
+    left = torch.tensor([quota for _, quota in groups] + [0], device=device)  # the last is for rows of no group
+    towards = products[chosen].sum(0)  # inner product of each row with the sum of the chosen ones
+    fixed = len(picks)
+    while len(picks) < k:
+        length = (2 * towards + own).masked_fill(chosen | (left[group] == 0), torch.inf)  # of the new sum, relative
         picks.append(int(length.argmin()))
         chosen[picks[-1]] = True
+        left[group[picks[-1]]] -= 1
         towards += products[picks[-1]]
     scale = float(own.max()) * IMPROVEMENT
     for _ in range(k if exchanges is None else exchanges):
-        inside, outside = chosen.nonzero()[:, 0], (~chosen).nonzero()[:, 0]
-        if not len(outside):
+        inside, outside = torch.tensor(picks[fixed:], device=device), (~chosen & (group >= 0)).nonzero()[:, 0]
+        if not len(outside) or not len(inside):
             break
         change = (
             2 * (towards[outside][None] - towards[inside][:, None])
             + own[outside][None]
             + own[inside][:, None]
             - 2 * products[inside][:, outside]
-        )
+        ).masked_fill(group[inside][:, None] != group[outside][None], torch.inf)
         best = int(change.argmin())
         if float(change.flatten()[best]) >= -scale:
             break
-        out, into = int(inside[best // len(outside)]), int(outside[best % len(outside)])
-        picks[picks.index(out)] = into
+        place, into = best // len(outside), int(outside[best % len(outside)])
+        out, picks[fixed + place] = picks[fixed + place], into
         chosen[out], chosen[into] = False, True
         towards += products[into] - products[out]
     return Selection(torch.tensor(picks))

@@ -130,6 +130,22 @@ def test_herding_matches_the_mean_better_than_random_and_medoids(seed):
     assert errors["herding"] < errors["facility_location"]
 
 
+def test_herding_keeps_quotas_and_what_is_kept_and_no_exchange_within_a_source_is_left():
+    rows = gradients(20, 9)
+    made = plan(SOURCES, 11, {"rare"}, generator=generator())
+    found = herding(rows, 11, kept=made.kept, groups=made.groups, exchanges=1000).indices.tolist()
+    assert Counter(SOURCES[i] for i in found) == {"rare": 3, "big": 6, "large": 2}
+
+    def error(picks):
+        return float((rows[picks].mean(0) - rows.mean(0)).norm())
+
+    for out in set(found) - set(made.kept.tolist()):
+        for into in (i for i in range(20) if i not in found and SOURCES[i] == SOURCES[out]):
+            assert error([i for i in found if i != out] + [into]) >= error(found) - 1e-6
+    with pytest.raises(ValueError, match="do not add up to k=12"):
+        herding(rows, 12, kept=made.kept, groups=made.groups)
+
+
 def test_herding_takes_everything_when_everything_fits():
     assert sorted(herding(gradients(9), 9).indices.tolist()) == list(range(9))
 
