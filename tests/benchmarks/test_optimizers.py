@@ -3,6 +3,7 @@
 import gc
 import importlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from optim import RULES, Optimizer, UpdateRule
+from optim import RULES, LowRank, Optimizer, Quantized, UpdateRule
+from optim.rules.muon import CONVENTIONS
 from tests.benchmarks.measure import Report, Settings, interleaved, median, ratio
 from tests.optim.specs import SPECS
 
@@ -27,8 +29,21 @@ PEERS: dict[str, list[tuple[str, Callable[[list[Parameter]], torch.optim.Optimiz
     "muon": [("torch", lambda ps: torch.optim.Muon(ps, lr=1e-4))],
 }
 OTHERS = {"lion": "Lion", "adabelief": "AdaBelief", "exadam": "EXAdam", "adamp": "AdamP", "sgdp": "SGDP",
-          "spam": "SPAM", "stable_spam": "StableSPAM", "sgd_sai": "SGDSaI"}
+          "spam": "SPAM", "stable_spam": "StableSPAM", "sgd_sai": "SGDSaI", "adam_mini": "AdamMini",
+          "adahessian": "AdaHessian", "sophia_h": "SophiaH"}
 HYPER = {"sgd": {"momentum": 0.9}, "sgdp": {"momentum": 0.9}}
+ALIKE: dict[str, dict[str, Any]] = {
+    "adabelief": {"rectify": False},
+    "muon": CONVENTIONS["torch"] | {"ns_dtype": "bfloat16"},
+}
+"""Settings of ours that make the steps those of the peer's defaults."""
+
+OTHERWISE = {
+    "adahessian": "the peer's curvature is 1, ours has had no refresh; both read it",
+    "sgd_sai": "the peer starts its buffer at zero and gives vectors the gain 1",
+    "sophia_h": "the peer's curvature is 1, ours has had no refresh; both read it",
+}
+"""Peers whose steps are not ours, and why; of the others it is tested, with ours set as in `ALIKE`."""
 
 
 def llama(small: bool) -> Shapes:
@@ -63,8 +78,39 @@ def peers(name: str, report: Report) -> list[tuple[str, Callable[[list[Parameter
         return []
     if name not in OTHERS:
         return []
-    more: dict[str, Any] = HYPER.get(name, {})
-    return [("pytorch-optimizer", lambda ps: getattr(others, OTHERS[name])(ps, lr=1e-4, **more))]
+    kind = getattr(others, OTHERS[name])
+    return [("pytorch-optimizer", lambda ps: peer(name, kind, ps))]
+
+
+def peer(name: str, kind: Callable[..., torch.optim.Optimizer], params: list[Parameter]) -> torch.optim.Optimizer:
+    """pytorch-optimizer's, with 1e-4 and no decay; curvature, where it has any, is given once and read from then on."""
+    if name == "adam_mini":  # by names, of which none is a transformer's here: one second moment a tensor
+        model = torch.nn.Module()
+        for i, p in enumerate(params):
+            model.register_parameter(f"p{i}", p)
+        return kind(model, lr=1e-4, weight_decay=0.0)
+    if name in ("adahessian", "sophia_h"):
+        made = kind(params, lr=1e-4, update_period=1 << 40)
+        made.step = partial(made.step, hessian=[torch.ones_like(p) for p in params])  # type: ignore[method-assign]
+        made.step()
+        del made.step
+        return made
+    return kind(params, lr=1e-4, **HYPER.get(name, {}))
+
+
+def agrees(name: str, make: Callable[[list[Parameter]], torch.optim.Optimizer]) -> bool:
+    """Whether three steps of ours and of the peer, both without decay, end at the same parameters (1 % of the way)."""
+    shapes: Shapes = [(24, 16), (16, 24), *([] if SPECS[name].min_ndim > 1 else [(16,)])]
+    ours, theirs, start = made(shapes), made(shapes), made(shapes)
+    optimizer = Optimizer(ours, RULES[name](**HYPER.get(name, {}) | ALIKE.get(name, {})), lr=1e-4)
+    other = make(theirs)
+    for group in other.param_groups:
+        group["weight_decay"] = 0.0
+    for _ in range(3):
+        optimizer.step()
+        other.step()
+    ways = [(torch.cat([(p - s).flatten() for p, s in zip(ps, start, strict=True)])) for ps in (ours, theirs)]
+    return bool((ways[0] - ways[1]).norm() <= 0.01 * ways[1].norm())
 
 
 def moved_bytes(rule: UpdateRule, params: list[Parameter], state_bytes: int) -> int:
@@ -104,14 +150,20 @@ def test_optimizers(which: Callable[[bool], Shapes], bench: Settings, tmp_path: 
     report = Report(f"optimizers-{which.__name__}", title, bench)
     report.workload = {"tensors": len(everything), "parameters": elements}
     yardstick = torch.zeros(1 << (20 if small else 26))
-    for name in sorted(RULES):
+    for name in (n for n in sorted(RULES) if not issubclass(RULES[n], Quantized | LowRank)):  # in test_compressed.py
         rule = RULES[name](**HYPER.get(name, {}))
         params = [p for p in everything if p.ndim >= SPECS[name].min_ndim]
-        if name == "muon":  # embeddings are none of Muon's, and a tenth of the layers is enough to compare
+        matrices = SPECS[name].min_ndim > 1
+        if matrices:  # embeddings are none of theirs, and a tenth of the layers is enough to compare
             params = params[1:22] if which is llama else params[:200]
         ours = Optimizer(params, rule, lr=1e-4, weight_decay=0.01)
         arms: dict[str, Callable[[], Any]] = {name: ours.step}
         for label, make in peers(name, report):
+            if name in OTHERWISE:
+                note = f"{name} / {label}: another step ({OTHERWISE[name]})."
+                report.notes += [note] * (note not in report.notes)
+            else:
+                assert agrees(name, make), f"{name}: its steps are not those of {label}"
             arms[label] = make(params).step
         for arm in arms.values():  # makes the state, compiles
             arm()
@@ -131,7 +183,7 @@ def test_optimizers(which: Callable[[bool], Shapes], bench: Settings, tmp_path: 
             report.add(f"{name} / {label}", ratio(samples[name], samples[label]), "x", at_most=aim)
         if which is llama:
             stated = SPECS[name].state_bytes
-            report.add(f"{name} / bytes bound", seconds / bound, "x", at_most=None if name == "muon" else 2)
+            report.add(f"{name} / bytes bound", seconds / bound, "x", at_most=None if matrices else 2)
             report.add(f"{name}: state", state_bytes / count, "bytes a parameter", aim=f"{stated}, as stated",
                        met=round(state_bytes / count, 2) == stated)
             if grown is not None:
@@ -142,6 +194,6 @@ def test_optimizers(which: Callable[[bool], Shapes], bench: Settings, tmp_path: 
     report.notes += [
         "Bytes bound: parameter, gradient and state read, parameter and state written once, at the speed at which "
         f"{yardstick.nbytes / 2**20:.0f} MiB are read and written back (`add_` in place) in the same repetitions.",
-        "Muon steps the matrices of three layers (llama) or 200 matrices (tiny). Others step everything.",
+        "Rules for matrices step those of three layers (llama) or 200 (tiny). Others step everything.",
     ]
     report.write(tmp_path)

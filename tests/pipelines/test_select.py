@@ -773,7 +773,9 @@ def test_any_optimizer_drives_a_selection(first, world, tmp_path, name):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["formula"]["name"] == f"less-{name}"
     assert summary["formula"]["notes"][0].startswith(f"update: {name}(")
-    assert None not in scores(run)["_score"] and scores(run)["_score"] != scores(first)["_score"]
+    assert None not in scores(run)["_score"]
+    same = name == "adamw_8bit"  # this model's tensors are too small for codes
+    assert (scores(run)["_score"] == scores(first)["_score"]) == same
     if name == "lion":
         with pytest.raises(DataError, match="adam_mode='code' is about AdamW"):
             select.run(world.select(tmp_path / "code", warmup=warmup, features=FeaturesConfig(adam_mode="code")))
