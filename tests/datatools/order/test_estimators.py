@@ -251,3 +251,34 @@ def test_moments_along_all_directions_are_exact_on_quadratics(anchors: int) -> N
         errors.append(float((made.final(order)["theta"] - true["theta"]).norm()))
         assert set(made.trust(order)) == {"curvature", "drift"}
     assert errors[2] < 1e-10 < errors[1] < errors[0]
+
+
+def test_a_recipe_steps_as_its_optimizer_does() -> None:
+    """Two groups with rates and decay of their own; `snapshot` is what `record` would keep."""
+    from datatools.order import Problem as _Problem
+    from datatools.order import Recipe, snapshot
+    from optim import AdamW
+
+    g = torch.Generator().manual_seed(0)
+    one, two = (torch.nn.Parameter(torch.randn(3, generator=g, dtype=torch.float64)) for _ in range(2))
+    optimizer = AdamW(
+        [{"params": [("one", one)], "lr": 0.1}, {"params": [("two", two)], "lr": 0.05, "weight_decay": 0.3}],
+        weight_decay=0.0,
+    )
+    rec = Recipe.of(optimizer, [0.1] * 4, clip=1.0)
+    assert rec.factors == {"one": 1.0, "two": 0.5} and rec.weight_decay == {"one": 0.0, "two": 0.3}
+    clean = random_problem(4, 6, 3)
+    problem = _Problem(clean.loss, clean.batches, clean.validation)
+    start = {"one": one.detach().clone(), "two": two.detach().clone()}
+    ref = record(problem, rec, range(4), start, anchors=5)
+    for t, batch in enumerate(problem.batches):
+        before = snapshot(optimizer, t)
+        for name, p in ref.anchors[t].params.items():
+            torch.testing.assert_close(before.params[name], p, rtol=1e-12, atol=0)
+            for key, value in ref.anchors[t].states[name].items():
+                torch.testing.assert_close(before.states[name][key], value, rtol=1e-12, atol=0)
+        optimizer.zero_grad()
+        loss({"one": one, "two": two}, batch).backward()
+        torch.nn.utils.clip_grad_norm_([one, two], 1.0)
+        optimizer.step()
+    torch.testing.assert_close(ref.end.params["two"], two.detach(), rtol=1e-12, atol=0)
