@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optim import AdamW
 from optim.kernels import perturb, philox
-from optim.zeroth_order import noise
+from optim.zeroth_order import ZerothOrder, noise
 from tests.kernels import assert_rounded, counted, odd_sizes, poisoned
 
 SEED = (1 << 62) + 12345
@@ -46,6 +47,25 @@ def test_zeroth_order_draws_the_same_numbers_in_both_of_its_ways(kernel_device, 
             "normal", SEED, 1 << 20, start=50, count=len(target), device=kernel_device)])
     assert set(launches) == {"_perturb_kernel"}
     torch.testing.assert_close(target, drawn, rtol=0, atol=0)
+
+
+def test_a_zeroth_order_step_moves_weights_by_the_kernel(kernel_device):
+    """MeZO on a quadratic: three perturbations in place, an update along the very direction that was tried."""
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 50, device=kernel_device))
+    source, optimizer = ZerothOrder([("w", p)], eps=1e-3, seed=3), AdamW([p], lr=0.05, weight_decay=0.0)
+
+    def loss():
+        return p.detach().square().sum()
+
+    first, start = float(loss()), p.detach().clone()
+    with counted() as launches:
+        source.step(optimizer, loss)
+    assert launches.count("_perturb_kernel") == 4 and launches[-1] == "_adamw_kernel"
+    moved = p.detach() - start  # Adam's first step is the sign of the estimate
+    torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.05), rtol=1e-2, atol=0)
+    for _ in range(60):
+        source.step(optimizer, loss)
+    assert float(loss()) < 0.5 * first
 
 
 def test_perturb_and_restore_leave_rounding_only(kernel_device):
