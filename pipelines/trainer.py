@@ -81,9 +81,9 @@ class DataTrainer(CoresetMixin):
         self.lr_scheduler: Any
         super().__init__(choose=choose, **kwargs)
         self.remove_callback(PrinterCallback)
-        self.source = None
+        self.zeroth = None
         if recipe.gradient == "zo":
-            self.source = zeroth_order.source_of(recipe, self.model, seed=self.args.seed)
+            self.zeroth = zeroth_order.source_of(recipe, self.model, seed=self.args.seed)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's shuffling sampler, or the rows as they stand."""
@@ -116,7 +116,7 @@ class DataTrainer(CoresetMixin):
 
         A zeroth-order source takes the whole step here; the Trainer's own then finds no gradient and does nothing.
         """
-        model.train(self.source is None)
+        model.train(self.zeroth is None)
         rows = inputs.pop("rows")
         items = inputs["items"]
         supervised = sum(sum(label != -100 for label in labels[1:]) for _, labels in items)
@@ -137,9 +137,9 @@ class DataTrainer(CoresetMixin):
 
         groups = token_batches([len(ids) for ids, _ in items], self.recipe.micro_tokens)
         parts = [partial(share, group) for group in groups]
-        if self.source is not None:
+        if self.zeroth is not None:
             taken = self.state.global_step
-            total, directions = zeroth_order.step(self.source, self.optimizer, parts, taken=taken, rows=rows)
+            total, directions = zeroth_order.step(self.zeroth, self.optimizer, parts, taken=taken, rows=rows)
             self.state.log_history.append(directions)
             if self.observe is not None:
                 self.observe(taken + 1, rows)

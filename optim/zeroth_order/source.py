@@ -489,6 +489,25 @@ def _mean_over_ranks(value: float) -> float:
     return float(shared) / _ranks()
 
 
+def _mezo_decays(name: str) -> bool:
+    return not any(part in name for part in ("bias", "layer_norm", "layernorm"))
+
+
+def decay_groups(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    weight_decay: float,
+    *,
+    decay_filter: Callable[[str], bool] = _mezo_decays,
+) -> list[dict[str, Any]]:
+    """Two param groups, with and without weight decay; by default MeZO's rule on names.
+
+    MeZO and the forward gradient step p <- p - lr (pg z + weight_decay p), which is this suite's decoupled decay.
+    """
+    named = list(named_parameters)
+    groups = [([e for e in named if decay_filter(e[0]) == decayed], decayed) for decayed in (True, False)]
+    return [{"params": part, "weight_decay": weight_decay if decayed else 0.0} for part, decayed in groups if part]
+
+
 _SAMPLE = 10_000_000
 
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from optim import SGD, AdamW, BlockwiseAdam, Muon, Optimizer, SGDRule
-from optim.zeroth_order import ZerothOrder, noise
+from optim.zeroth_order import ZerothOrder, decay_groups, noise
 from tests.processes import spawn
 
 D = 6
@@ -289,6 +289,22 @@ def test_any_optimizer_steps_with_the_estimate(make):
         theirs.step()
         assert all(p.grad is None for p in model.parameters())
     torch.testing.assert_close(weights(model), weights(twin), rtol=1e-9, atol=1e-12)
+
+
+def test_decay_is_mezos_and_by_name():
+    """p <- p - lr (pg z + wd p) where the name is decayed, on the weights before the step."""
+    model, loss = network(torch.float64)
+    named = [("layer_norm.weight" if n == "2.weight" else n, p) for n, p in model.named_parameters()]
+    groups = decay_groups(named, 0.5)
+    assert [[n for n, _ in g["params"]] for g in groups] == [
+        ["0.weight", "3.weight"], ["0.bias", "layer_norm.weight", "2.bias", "3.bias"]]  # fmt: skip
+    source, before = ZerothOrder(named, restore="copy"), {n: p.detach().clone() for n, p in named}
+    source.step(Optimizer(groups, SGDRule(), lr=0.1), loss)
+    for name, p in named:
+        wd = 0.5 if name in ("0.weight", "3.weight") else 0.0
+        move = source.last.projected_grad[0] * direction(source, name, p.shape) + wd * before[name]
+        torch.testing.assert_close(p.detach(), before[name] - 0.1 * move, rtol=1e-9, atol=1e-12)
+    assert len(decay_groups(named, 0.5, decay_filter=lambda name: True)) == 1
 
 
 def test_what_a_mask_drops():

@@ -1,0 +1,93 @@
+"""Which part of a transformer needs a matrix method: arms of an ablation, and the mechanism in closed form."""
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from optim.diagnostics.spectrum import roles
+
+_FFN = ("ffn_in", "ffn_gate", "ffn_out")
+
+ARMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "all": ("q", "k", "v", "o", *_FFN),
+        "none": (),
+        "q": ("q",), "k": ("k",), "v": ("v",), "o": ("o",),
+        "ffn_in": ("ffn_in", "ffn_gate"), "ffn_out": ("ffn_out",),
+        "qk": ("q", "k"), "vo": ("v", "o"), "ffn": _FFN,
+        "vo+ffn": ("v", "o", *_FFN),
+        "vo+ffn_in": ("v", "o", "ffn_in", "ffn_gate"),
+        "vo+ffn_out": ("v", "o", "ffn_out"),
+    }  # fmt: skip
+)
+"""The arms of arXiv 2509.26030's ablation: the roles that Muon steps, with Adam elsewhere, each at its own tuned rate.
+
+Its finding, at 160M parameters: "vo+ffn" is close to "all", and "qk" to "none".
+"""
+
+Named = list[tuple[str, Tensor]]
+
+
+def by_component(named_parameters: Iterable[tuple[str, Tensor]], arm: str) -> tuple[Named, Named]:
+    """(parameters of the arm's roles, all others), each in the given order: param groups for Muon and for Adam.
+
+    Raises: ValueError for an unknown arm, or for a matrix with roles of both sides (query, key and value in one).
+    """
+    if arm not in ARMS:
+        raise ValueError(f"by_component: arm = {arm!r}; it must be one of {', '.join(ARMS)}")
+    chosen: Named = []
+    rest: Named = []
+    for name, param in named_parameters:
+        held = {role for role, _ in roles(name, param, heads=1)}
+        inside = held & set(ARMS[arm])
+        if inside and inside != held:
+            raise ValueError(
+                f"by_component: {name!r} holds {', '.join(sorted(held))} in one matrix, and arm {arm!r} has only "
+                f"{', '.join(sorted(inside))}; split the matrix, or choose an arm that has all of them or none"
+            )
+        (chosen if inside else rest).append((name, param))
+    return chosen, rest
+
+
+def tail_learning(frequencies: Tensor, keys: Tensor, values: Tensor, *, eps: float = 0.05) -> dict[str, float]:
+    """What one step of gradient descent ("gd"), of signs ("sign") and of the polar factor ("polar") learns of facts.
+
+    A linear associative memory with W = 0 at first: fact k of K is right with probability softmax(F^T W E_k)_k, and the
+    loss is sum_k p_k CE_k. Each method takes one full-gradient step, as long as it takes the best fact to 1 - eps; what
+    is returned is the probability of the worst fact. For many facts polar stays within about eps of the best, whatever
+    bases and frequencies; sign does for aligned bases only.
+    frequencies [K] with sum 1; keys E [d, K] and values F [d, K] with orthonormal columns. In float64.
+    Source: arXiv 2509.26030. Raises: ValueError for shapes that do not match, or a step that cannot get there.
+    """
+    p, e, f = (x.double() for x in (frequencies, keys, values))
+    count = len(p)
+    if e.shape != f.shape or e.shape[1:] != p.shape or count < 2:
+        raise ValueError(
+            f"tail_learning: frequencies {tuple(p.shape)}, keys {tuple(e.shape)}, values {tuple(f.shape)}; expected "
+            "[K], with K of at least 2, and twice [d, K]"
+        )
+    descent = f @ (torch.eye(count, dtype=p.dtype) - 1 / count) @ torch.diag(p) @ e.T
+    u, s, vh = torch.linalg.svd(descent)
+    rank = int((s > s[0] * 1e-12).sum())
+    signs = torch.sign(torch.round(descent, decimals=14))  # entries that are zero but for rounding stay zero
+    directions = {"gd": descent, "sign": signs, "polar": u[:, :rank] @ vh[:rank]}
+    return {name: _worst(f.T @ way @ e, eps) for name, way in directions.items()}
+
+
+def _worst(logits: Tensor, eps: float) -> float:
+    """logits [K, K] a unit of step, of fact k in column k: the worst probability where the best is 1 - eps."""
+
+    def right(step: float) -> Tensor:
+        return (step * logits).softmax(0).diagonal()
+
+    low, high = 0.0, 1.0
+    while float(right(high).max()) < 1 - eps:
+        low, high = high, 2 * high
+        if high > 1e30:
+            raise ValueError("tail_learning: no step of this kind gets any fact right")
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(right(middle).max()) < 1 - eps else (low, middle)
+    return float(right(high).min())
