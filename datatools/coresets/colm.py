@@ -107,9 +107,10 @@ class CoLM:
 
     Memory: 4 bytes x rows x coordinates for features (x numel of the matrix while a rule with state reads them), and
     the activations of the last layer and the head for `token_budget` tokens.
-    Source: Nguyen et al. 2025, arXiv 2407.19580. Differs: the default method is herding on exact gradients, which
-    matches the large batch's gradient where the published medoids do not (README); losses are means over a row's own
-    tokens; randomness is private; when small sources overflow, they are drawn by quotas.
+    Source: Nguyen et al. 2025, arXiv 2407.19580. Differs: the default method is herding on exact gradients, because the
+    published feature is one number a row (one direction for all rows and steps), and medoids do not aim at the mean;
+    losses are means over a row's own tokens; randomness is private; when small sources overflow, they are drawn by
+    quotas; each process chooses among its own rows, where the published code gathers them.
     Raises: UsageError for settings that do not exist; DataError for an architecture without a value projection that is
     known. A call raises UsageError for a batch smaller than `keep`, DataError for rows without a supervised token or
     with a loss that is not finite.

@@ -154,6 +154,7 @@ DEFAULTS = {
             "seed": "seed",
             "on_bad_row": "data.on_bad_row",
             "dedup": "data.dedup",
+            "source_key": "data.source_key",
             "chat_template": "model.chat",
             "max_length": "model.max_length",
             "lora_rank": "lora.rank",
