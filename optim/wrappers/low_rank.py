@@ -170,33 +170,38 @@ class LowRank(UpdateRule):
         def back(x: Tensor) -> Tensor:
             return basis @ x if left else x @ basis.mT
 
-        if self.form == "project":
-            u = self.scale * back(n)
+        factor = torch.ones((), dtype=dtype, device=g.device)
+        if self.correct_bias:
+            b1, b2 = _found(self.inner, "betas")
+            factor = (correction(b2, state["step"]).sqrt() / correction(b1, state["step"])).to(dtype).to(g.device)
+        if self.form == "project":  # numbers multiply what is small
+            u = back(self.scale * factor * n)
         else:
             axis = None if self.scale_type == "tensor" else (0,) if left else (1,)
             s = _norm(n, axis) / (_norm(r, axis) + _NORM_EPS)
             if self.form == "residual":
-                rest = (g - (1.0 if self.exact_residual else self.scale) * back(r)) * s
+                rest = (g - back(r if self.exact_residual else self.scale * r)) * s
             else:
-                rest = g * s * (math.sqrt(self.scale) if self.scale_front else 1.0)
+                rest = g * (s * math.sqrt(self.scale) if self.scale_front else s)
+                factor = factor if self.scale_front else math.sqrt(self.scale) * factor
+            cut = factor
             if self.limiter:
-                rest, state["limited"] = self._limit(rest, state["limited"], state["step"])
+                share, state["limited"] = self._limit(_norm(rest, None).reshape(()), state["limited"], state["step"])
+                cut = share * factor
+            u = rest * cut
             if self.form == "residual":
-                u = self.scale * back(n) + rest
-            else:
-                u = rest if self.scale_front else math.sqrt(self.scale) * rest
-        if self.correct_bias:
-            b1, b2 = _found(self.inner, "betas")
-            u = u * (correction(b2, state["step"]).sqrt() / correction(b1, state["step"])).to(dtype)
+                u = u + back(self.scale * factor * n)
         return u.reshape(param.shape), state
 
-    def _limit(self, s: Tensor, stored: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """S, and its norm to compare the next one with; `stored` is the last one's, 0 if there was none."""
-        norm = _norm(s, None).reshape(())
-        first = stored == 0 if self.limiter_reset else (step == 1).to(s.device)
+    def _limit(self, norm: Tensor, stored: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Of S with this norm, the share that is left, and the norm of that to compare the next one with.
+
+        `stored` is the last such norm, 0 if there was none.
+        """
+        first = stored == 0 if self.limiter_reset else (step == 1).to(norm.device)
         cut = torch.where(first, 1.0, (norm / (stored + _NORM_EPS)).clamp(min=self.limiter) / self.limiter)
         after = norm / cut
-        return s / cut, torch.where(norm == 0, stored, after) if self.limiter_reset else after
+        return 1 / cut, torch.where(norm == 0, stored, after) if self.limiter_reset else after
 
     def _sides(self, param: Tensor) -> tuple[int, int, str, int]:
         """Rows and columns of the parameter as a matrix, the projected side, and the rank."""
