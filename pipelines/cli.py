@@ -312,7 +312,10 @@ def train(
 )
 def order(
     task: Annotated[
-        str, typer.Argument(metavar="TASK", help="record, estimate, search, validate or map", show_default=False)
+        str,
+        typer.Argument(
+            metavar="TASK", help="record, estimate, search, validate or map; or a run's run.yaml", show_default=False
+        ),
     ],
     yaml: YamlArgument = None,
     model: ModelOption = None,
@@ -321,7 +324,7 @@ def order(
     ] = None,
     validation: Annotated[
         list[str] | None,
-        _flag("--validation", "held-out rows whose loss counts; else 64 rows of --data", _DATA, metavar="FILE"),
+        _flag("--validation", "held-out rows whose loss counts; else up to 64 of --data", _DATA, metavar="FILE"),
     ] = None,
     out: OutOption = None,
     seed: SeedOption = None,
@@ -351,7 +354,10 @@ def order(
     warmup_steps: Annotated[
         int | None, _flag("--warmup-steps", "steps on other rows before", _TRAINING, 0, metavar="N")
     ] = None,
-    on_bad_row: BadRowOption = None,
+    on_bad_row: Annotated[
+        str | None,
+        _flag("--on-bad-row", "rows that cannot be read: error, skip or quarantine", _DATA, "skip", metavar="HOW"),
+    ] = None,
     chat_template: ChatOption = None,
     max_length: LengthOption = None,
     lora_rank: Annotated[
@@ -383,11 +389,14 @@ def order(
     from datatools import UsageError, did_you_mean
     from pipelines.config import ORDER_TASKS, OrderConfig, order_base
 
-    if task not in ORDER_TASKS:
+    again = task not in ORDER_TASKS and yaml is None and Path(task).is_file()
+    if again:  # a run's own run.yaml, which says what to do
+        yaml = Path(task)
+    elif task not in ORDER_TASKS:
         raise UsageError(f"order has no task {task!r}{did_you_mean(task, ORDER_TASKS)}")
     path = _yaml(yaml, config)
     flags = {
-        "task": task,
+        "task": None if again else task,
         "model.name": model,
         "model.chat": chat_template,
         "model.max_length": max_length,

@@ -473,6 +473,15 @@ class TrainConfig(RunSettings):
     )
 
 
+class OrderData(DataConfig):
+    """Rows that batches are drawn from: one that cannot be used is left out, and counted."""
+
+    on_bad_row: Literal["error", "skip", "quarantine"] = Field(
+        default="skip",
+        description="a row that cannot be read: stop, leave out and count, or set aside in quarantine.jsonl",
+    )
+
+
 class OrderTraining(TrainingConfig):
     """The run whose order is asked about: one epoch at a constant, small learning rate."""
 
@@ -497,11 +506,13 @@ class OrderConfig(RunSettings):
         default="validate", description="what to do with the reference run", json_schema_extra=LATE
     )
     model: ModelConfig = Field(description="the model to start from")
-    data: DataConfig = Field(description="the rows to train on")
+    data: OrderData = Field(description="the rows to train on")
     validation: Names = Field(
         default=[], description="held-out rows whose loss is predicted; [] takes `held_out` rows of the data"
     )
-    held_out: int = Field(default=64, ge=1, le=100_000, description="rows held out where `validation` names none")
+    held_out: int = Field(
+        default=64, ge=1, le=100_000, description="rows held out where `validation` names none, at most a quarter"
+    )
     out: FilePath = Field(
         default=Path("runs/order"),
         description="folder of the run; its tasks share one reference run",

@@ -190,7 +190,8 @@ def _draw(config: OrderConfig, rows: Rows, held: Rows | None) -> tuple[list[list
     if held is not None:
         held_rows = np.flatnonzero(held.usable).tolist()
     else:
-        held_rows, drawn = sorted(drawn[: config.held_out]), drawn[config.held_out :]
+        count = max(1, min(config.held_out, len(drawn) // 4))
+        held_rows, drawn = sorted(drawn[:count]), drawn[count:]
     batches: list[list[int]] = []
     if config.grouping == "mixed":
         batches = [drawn[size_ * i : size_ * (i + 1)] for i in range(wanted)]

@@ -19,7 +19,7 @@ import torch
 
 from datatools import order
 from datatools.order.pairwise import Pairwise
-from pipelines.config import DataConfig, LoraConfig, ModelConfig, OrderConfig, OrderTraining
+from pipelines.config import LoraConfig, ModelConfig, OrderConfig, OrderData, OrderTraining
 from pipelines.order import run
 
 SHARED = Path(os.environ.get("DATATOOLS_SHARED", Path(__file__).resolve().parents[3] / "shared"))
@@ -49,7 +49,7 @@ def settings(options: argparse.Namespace, rate: float, task: str) -> OrderConfig
     return OrderConfig(
         task=task,
         model=ModelConfig(name=options.model, chat=options.chat, max_length=options.max_length),
-        data=DataConfig(paths=[str(SHARED / "data" / "train" / "mix-1k.jsonl")], on_bad_row="skip"),
+        data=OrderData(paths=[str(SHARED / "data" / "train" / "mix-1k.jsonl")]),
         out=Path(options.out) / f"{rate:g}",
         seed=options.seed,
         lora=LoraConfig(rank=options.lora_rank) if options.lora_rank else None,

@@ -14,6 +14,7 @@ from pipelines.config import (
     LoraConfig,
     ModelConfig,
     OrderConfig,
+    OrderData,
     OrderTraining,
     TrainConfig,
     TrainingConfig,
@@ -33,7 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(world: Path, out: Path, **changes: object) -> OrderConfig:
     base: dict[str, object] = {
         "model": ModelConfig(name=str(world / "model")),
-        "data": DataConfig(paths=[str(world / "data.jsonl")]),
+        "data": OrderData(paths=[str(world / "data.jsonl")]),
         "out": out,
         "training": OrderTraining(batch_size=4, learning_rate=1e-3),
         "batches": 4,
@@ -228,6 +229,7 @@ def test_command_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert found["estimators"].keys() == {"pairwise", "reduced"}
     assert main(["order", "search", "--out", str(tmp_path / "run"), "--quiet", "--set", "retrain=0"]) == 0
     assert (tmp_path / "run" / "order.npz").is_file()
+    assert main(["order", str(tmp_path / "run" / "run.yaml"), "--quiet"]) == 0, "replays the validation"
     assert main(["order", "valdiate", "--out", str(tmp_path / "run")]) == 2
     assert "did you mean 'validate'" in capsys.readouterr().err
     assert main(["order", "search", "--out", str(tmp_path / "run"), "--batches", "5"]) == 2
