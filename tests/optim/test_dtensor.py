@@ -39,13 +39,35 @@ def test_a_subspace_refuses_shards(rule: UpdateRule, mesh: DeviceMesh) -> None:
         Optimizer([("w", Parameter(sharded(p, mesh)))], rule, lr=0.1)
 
 
+def test_one_bit_refuses_shards(mesh: DeviceMesh) -> None:
+    (p,) = parameters([(4, 3)])
+    with pytest.raises(ValueError, match="parameter 'w'.*sharded; its workers hold whole"):
+        Optimizer([("w", Parameter(sharded(p, mesh)))], RULES["onebit_adam"](), lr=0.1)
+
+
+BY_OWNERS = {"conda", "swan"}  # decompositions have no form for shards; tests/optim/distributed has them by owners
+
+
+@pytest.mark.parametrize("name", sorted(BY_OWNERS))
+def test_decompositions_refuse_shards_in_the_step(name: str, mesh: DeviceMesh) -> None:
+    (p,) = parameters([(4, 3)])
+    shard = Parameter(sharded(p, mesh))
+    optimizer = Optimizer([shard], RULES[name](), lr=0.1)
+    shard.grad = sharded(torch.ones_like(p), mesh)
+    with pytest.raises(TypeError, match="sharded.*OwnerComputes"):
+        optimizer.step()
+    assert torch.equal(shard.detach().full_tensor(), p.detach())
+
+
 def test_codes_refuse_shards_unless_the_tensor_is_small(mesh: DeviceMesh) -> None:
     (p,) = parameters([(64, 64)])
     with pytest.raises(ValueError, match="parameter 'w'.*sharded.*blocks"):
         Optimizer([("w", Parameter(sharded(p, mesh)))], RULES["adamw_8bit"](), lr=0.1)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in CASES if rule.name not in WHOLE], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "rule", [r for r in CASES if r.name not in WHOLE | BY_OWNERS | {"onebit_adam"}], ids=lambda rule: rule.name
+)
 def test_steps_as_a_plain_parameter(rule: UpdateRule, mesh: DeviceMesh) -> None:
     plain = parameters([(4, 3), (3, 5)] if SPECS[rule.name].min_ndim == 2 else [(4, 3), (5,)], torch.float32)
     shards = [Parameter(sharded(p, mesh)) for p in plain]
