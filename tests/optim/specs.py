@@ -484,7 +484,7 @@ SPECS: dict[str, OptimSpec] = {
             ),
             lr=0.05,
             descent=((0.1, 300), (0.05, 1000)),
-            temporaries=12,
+            temporaries=9,
             state_bytes=4,
         ),
         OptimSpec(
@@ -506,7 +506,7 @@ SPECS: dict[str, OptimSpec] = {
             ),
             lr=0.02,
             descent=((0.05, 300), (0.02, 1000)),
-            temporaries=12,
+            temporaries=7,
             state_bytes=2,
         ),
         OptimSpec(
@@ -538,7 +538,7 @@ SPECS: dict[str, OptimSpec] = {
             min_ndim=2,
             lr=0.02,
             descent=((0.1, 800), (0.05, 1500)),
-            temporaries=12,
+            temporaries=7,
             state_bytes=2,
         ),
         *(
@@ -582,7 +582,7 @@ SPECS: dict[str, OptimSpec] = {
                 min_ndim=2,
                 lr=0.02,
                 descent=((0.2, 800), (0.2 if name == "apollo" else 0.1, 800)),
-                temporaries=12,
+                temporaries=5 if name == "fira" else 4,
                 state_bytes=state_bytes,
             )
             for name, reference, state_bytes, limits in (
@@ -598,10 +598,13 @@ SPECS: dict[str, OptimSpec] = {
         OptimSpec(
             name="normuon",
             inputs=(
-                {},
-                {"nesterov": False, "update_scale": "match_rms", "row_eps": 1e-8, "beta2": 0.9},
+                {"ns_dtype": "param"},
                 {
-                    "momentum_form": "heavy_ball", "nesterov": False, "scale": "spectral_norm", "cautious_decay": True,
+                    "ns_dtype": "param", "nesterov": False, "update_scale": "match_rms", "row_eps": 1e-8, "beta2": 0.9,
+                },
+                {
+                    "ns_dtype": "param", "momentum_form": "heavy_ball", "nesterov": False, "scale": "spectral_norm",
+                    "cautious_decay": True,
                     "ns_coefficients": "polar_express", "ns_eps": 1e-8, "row_eps": 1e-8,
                 },
             ),
@@ -614,7 +617,9 @@ SPECS: dict[str, OptimSpec] = {
                 ({"scale": "rms"}, "NorMuonRule: scale"),
             ),
             reference=normuon,
-            oracle=lambda params, lr: (normuon.PublishedNorMuon(params, lr=lr, weight_decay=0.1), {}),
+            oracle=lambda params, lr: (
+                normuon.PublishedNorMuon(params, lr=lr, weight_decay=0.1), {"ns_dtype": "param"}
+            ),
             limits=(
                 (
                     "momentum 0 and beta2 0 bring the rows of the orthogonalised gradient to one size",
