@@ -66,7 +66,7 @@ class ZerothOrder:
     blocks: name -> block, or None for parameters that do not move; a block has its own directions and evaluations.
     block_order "coordinate" steps each block before the next is estimated; "joint" all at the old weights.
     first_order: whether a parameter gets its gradient by back-propagation instead (deep layers, next to the loss); the
-    graph begins at the first of them. Both are estimated at the same weights.
+    graph begins at the first of them. It is taken at the weights before the step, and applied with the last block.
     restore: "inplace" subtracts what was added, which leaves a rounding error of about one unit in the last place;
     "copy" keeps a copy of the weights and is exact: for 16-bit weights, where that unit is not small.
     noise_fn, mask_fn: directions and masks instead of drawn ones.
