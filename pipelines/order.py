@@ -341,6 +341,12 @@ def _announce(setting: Setting) -> None:
             f"  {name}: {cost.gradients:,} gradients, {cost.hvps:,} Hessian-vector products, {size(cost.bytes)} of "
             f"memory = {total / steps:.1f} retrainings once, {score:.1f} gradients a score; {orders}"
         )
+    frozen = [n for n in config.estimators if n == "pairwise" or (n == "reduced" and config.second_moment != "own")]
+    if frozen and config.warmup_steps < steps // 2 and config.training.optimizer == "adamw":
+        warn(
+            f"{' and '.join(frozen)} freezes Adam's second moment, and a fresh optimizer has none: its ranking may not "
+            "hold; use --warmup-steps, or the estimators moments and reduced (second_moment own)"
+        )
     if config.task == "validate":
         runs = config.orders + config.calibration + (config.seeds if _has_seeds(config) else 0) + config.references
         say(f"  validation: {runs} true runs, {runs * (steps + config.warmup_steps):,} gradients at most")

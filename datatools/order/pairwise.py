@@ -33,7 +33,8 @@ class Pairwise(Surrogate):
     """What `precompute` leaves: no model and no gradients, T n + T^2 + segments n^2 numbers.
 
     position: float64 [T, n], F; kernel: [T, T], K, zero unless s < t; precedence: [segments, n, n], Q[i, j] of i before
-    j; segment: int64 [T], which of them holds at a position; constant: what all orders share.
+    j; segment: int64 [T], which of them holds at a position; constant: what all orders share; fresh: the share of the
+    second moment at the end that the run itself made (0 for rules without one).
     """
 
     name: ClassVar[str] = "pairwise"
@@ -43,6 +44,7 @@ class Pairwise(Surrogate):
     kernel: Tensor
     precedence: Tensor
     segment: Tensor
+    fresh: float = 0.0
 
     def _scores(self, sequences: Tensor) -> Tensor:
         first, second = self._terms(sequences)
@@ -66,10 +68,11 @@ class Pairwise(Surrogate):
         return first, second
 
     def trust(self, sequence: Sequence[int]) -> dict[str, float]:
-        """|second-order term| / |first-order term| of the expansion: both of this order's whole path."""
+        """|second-order term| / |first-order term| of the expansion, both of this order's whole path; and `fresh`."""
         self.scores([sequence])
         first, second = (abs(float(term)) for term in self._terms(torch.tensor([list(sequence)])))
-        return {"second_order": second / first if first else float("inf") if second else 0.0}
+        ratio = second / first if first else float("inf") if second else 0.0
+        return {"second_order": ratio, "fresh": self.fresh}
 
     def matrix(self) -> Tensor:
         """[n, n]: what it costs to have i somewhere before j rather than after, at the mean kernel; for a heat map and
@@ -154,7 +157,10 @@ def precompute(
         hvps=problem.cost.hvps - start_cost[1],
         bytes=2 * n * layout.size * dtype.itemsize,
     )
-    return Pairwise(reference.sequence, cost, constant, position, kernel, torch.stack(products), segment)
+    fresh = 0.0
+    if filtered.steps is not None:  # AdamW
+        fresh = len(reference.sequence) / (len(reference.sequence) + filtered.steps)
+    return Pairwise(reference.sequence, cost, constant, position, kernel, torch.stack(products), segment, fresh)
 
 
 def expansion(
