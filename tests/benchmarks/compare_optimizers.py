@@ -10,8 +10,9 @@ that was stopped goes on; DIR/results.json and DIR/report.html hold all. Same ar
 import argparse
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,24 @@ from pipelines.texts import number
 from tests.conftest import REPOSITORY
 
 MIDDLE = {
-    "adabelief": 3e-3, "adahessian": 0.1, "adam_mini": 3e-3, "adamp": 3e-3, "adamw": 3e-3, "blockwise_adam": 3e-3,
-    "exadam": 3e-3, "lion": 5e-4, "muon": 5e-3, "nadam": 3e-3, "sgd": 0.3, "sgd_sai": 1e-2, "sgdp": 0.3,
+    "adabelief": 1e-2, "adahessian": 0.3, "adam_mini": 1e-3, "adamp": 3e-3, "adamw": 3e-3, "blockwise_adam": 3e-3,
+    "exadam": 1e-3, "lion": 1.5e-3, "muon": 1.5e-2, "nadam": 3e-3, "sgd": 1.0, "sgd_sai": 3e-3, "sgdp": 1.0,
     "sophia_g": 1e-3, "sophia_h": 1e-3, "spam": 3e-3, "stable_spam": 3e-3,
 }  # fmt: skip
-"""The middle one of three learning rates, a factor of 3.16 apart; where the best is at an end, the report says so."""
+"""The middle one of three learning rates, a factor of 3.16 apart. Where the best is at an end, up to `MORE` follow
+beyond it; where it still is, the report says so.
+"""
 
-HYPER: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "sgdp": {"momentum": 0.9}}
-"""Settings that are not the suite's defaults."""
+MORE = 2
 
 BATCH, LENGTH = 8, 128  # windows a step, bytes a window
 DECAY = 0.1
+
+HYPER: dict[str, dict[str, Any]] = {
+    "sgd": {"momentum": 0.9},
+    "sgdp": {"momentum": 0.9, "weight_decay": DECAY * (1 - 0.9)},  # its decay is multiplied by 1 / (1 - momentum)
+}
+"""Settings that are not the suite's defaults."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,8 @@ def held_out(model: nn.Module, text: Tensor) -> float:
 
 def train(name: str, lr: float, seed: int, texts: tuple[Tensor, Tensor], steps: int) -> Outcome:
     model = model_of(seed)
-    optimizer = optim.create(name, list(model.named_parameters()), lr=lr, weight_decay=DECAY, **HYPER.get(name, {}))
+    settings = {"weight_decay": DECAY} | HYPER.get(name, {})
+    optimizer = optim.create(name, list(model.named_parameters()), lr=lr, **settings)
     factor = optim.schedule("cosine", total_steps=steps, warmup_steps=steps // 10, min_ratio=0.1)
     scheduler = LambdaLR(optimizer, factor)
     generator = torch.Generator().manual_seed(seed)
@@ -114,11 +123,23 @@ def refresh(optimizer: optim.Optimizer, model: nn.Module, batch: Tensor) -> None
     curvature.refresh(optimizer, lambda: model(input_ids=batch, labels=batch).loss)
 
 
-def planned(names: Sequence[str], seeds: int) -> Iterator[tuple[str, float, int]]:
-    for name in names:
-        for factor in (10**-0.5, 1.0, 10**0.5):
-            for seed in range(seeds):
-                yield name, float(f"{MIDDLE[name] * factor:.2g}"), seed
+def rate(name: str, place: int) -> float:
+    """The learning rate so many places from the middle."""
+    return float(f"{MIDDLE[name] * 10 ** (place / 2):.2g}")
+
+
+def searched(name: str, run: Callable[[float], Sequence[Outcome]]) -> Iterator[Outcome]:
+    """The outcomes at three learning rates, and at up to `MORE` beyond the end at which the best one is."""
+    means: dict[int, float] = {}
+    wanted = [-1, 0, 1]
+    while wanted:
+        for place in wanted:
+            found = run(rate(name, place))
+            yield from found
+            means[place] = statistics.fmean(math.inf if o.loss is None else o.loss for o in found)
+        best = min(means, key=means.__getitem__)
+        beyond = best + 1 if best == max(means) else best - 1
+        wanted = [beyond] if beyond not in means and len(means) < 3 + MORE else []
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
@@ -173,7 +194,7 @@ def report(out: Path, outcomes: Sequence[Outcome], steps: int) -> None:
     rows = rows_of(outcomes, scale)
     best = rows[0]
     seeds = len({o.seed for o in outcomes})
-    extra = "".join(f"; {name} with {key} = {value}" for name, h in HYPER.items() for key, value in h.items())
+    extra = "".join(f"; {name} with {key} = {value:g}" for name, h in HYPER.items() for key, value in h.items())
     page = Environment(autoescape=True).from_string(PAGE.read_text())
     html = page.render(
         css=Markup((REPOSITORY / "pipelines/templates/report.css").read_text()),
@@ -181,7 +202,7 @@ def report(out: Path, outcomes: Sequence[Outcome], steps: int) -> None:
         parameters=f"{sum(p.numel() for p in model_of(0).parameters()):,}", tokens=f"{steps * BATCH * LENGTH:,}",
         decay=DECAY, extra=extra,
         lead=f"Lowest held-out loss: {best['name']}, {best['loss']} nats a byte at learning rate {best['lr']}; "
-        f"{seeds} seeds, three learning rates each, {steps} steps.",
+        f"{seeds} seeds, three to {3 + MORE} learning rates each, {steps} steps.",
     )  # fmt: skip
     files.write_text(out / "report.html", html)
     files.write_json(out / "results.json", [asdict(o) for o in outcomes])
@@ -204,14 +225,20 @@ def main() -> None:
         parser.error(f"no learning rate is known for {unknown[0]!r}; one of {', '.join(MIDDLE)}")
     keep_pages()
     texts = bytes_of(options.text / "train.txt"), bytes_of(options.text / "valid.txt")
-    plan = list(planned(names, options.seeds))
     outcomes: list[Outcome] = []
-    with progress("training", len(plan), "runs") as bar:
-        for name, lr, seed in plan:
+
+    def run(name: str, lr: float) -> list[Outcome]:
+        found = []
+        for seed in range(options.seeds):
             path = files.make_folder(options.out / "runs") / f"{name}-{lr:g}-{seed}-{options.steps}.json"
             if not path.is_file():
                 files.write_json(path, asdict(train(name, lr, seed, texts, options.steps)))
-            outcomes.append(Outcome(**files.read_json(path)))
+            found.append(Outcome(**files.read_json(path)))
+        return found
+
+    with progress("training", len(names), "optimizers") as bar:
+        for name in names:
+            outcomes += searched(name, partial(run, name))
             bar.advance(1)
     report(options.out, outcomes, options.steps)
 
