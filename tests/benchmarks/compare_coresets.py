@@ -134,9 +134,10 @@ def rows_of(runs: Sequence[dict[str, Any]], small: frozenset[str]) -> tuple[list
             "better" if right < 0 else "worse" if left > 0 else "no difference seen"
         )  # fmt: skip
         found.append({
-            "arm": arm, "label": label, "loss": number(mean), "seeds": ", ".join(number(loss[0]) for loss in losses),
-            "small": number(statistics.fmean(loss[1] for loss in losses)),
-            "large": number(statistics.fmean(loss[2] for loss in losses)),
+            "arm": arm, "label": label, "loss": number(mean, 4),
+            "seeds": ", ".join(number(loss[0], 4) for loss in losses),
+            "small": number(statistics.fmean(loss[1] for loss in losses), 4),
+            "large": number(statistics.fmean(loss[2] for loss in losses), 4),
             "gap": "" if arm == CONTROL else number(gap),
             "between": "" if arm == CONTROL or left is None else f"{number(left)} to {number(right)}",
             "verdict": verdict,
@@ -177,7 +178,7 @@ def report(runs: Sequence[dict[str, Any]], small: frozenset[str], o: argparse.Na
     by_arm = {r["arm"]: [run for run in runs if run["arm"] == r["arm"]] for r in rows}
     table = [
         {"name": name, "small": name in small,
-         "losses": [number(statistics.fmean(run["sources"][name] for run in own)) for own in by_arm.values()]}
+         "losses": [number(statistics.fmean(run["sources"][name] for run in own), 4) for own in by_arm.values()]}
         for name in names
     ]  # fmt: skip
     page = Environment(autoescape=True).from_string(PAGE.read_text())
