@@ -85,9 +85,9 @@ def newton_schulz(
         if symmetric.fits(y):
             y = torch.baddbmm(y, symmetric.polynomial(y, b, c), y, beta=a)
             continue
-        gram = y @ y.mT
+        gram = torch.bmm(y, y.mT)  # `@` would copy the transpose
         if term_by_term:
-            y = a * y + (b * gram + c * (gram @ gram)) @ y
+            y = a * y + torch.bmm(b * gram + c * torch.bmm(gram, gram), y)
         else:
             y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     return (y.mT if tall else y).reshape(x.shape).to(x.dtype)

@@ -16,6 +16,9 @@ from optim.rule import State, UpdateRule, is_sharded
 LIMIT = 1 << 22
 """Elements of a stack: 16 MiB in float32, of which a step makes some ten temporaries. Larger tensors go alone."""
 
+CPU_LIMIT = 1 << 16
+"""The same on a CPU, where matrices above 64 x 64 or so gain nothing, and what leaves the cache loses."""
+
 
 def step(
     rule: UpdateRule,
@@ -26,12 +29,13 @@ def step(
     lr: float | Tensor,
     weight_decay: float,
 ) -> None:
-    """`rule.step` of every parameter, in stacks of at most `LIMIT` elements."""
+    """`rule.step` of every parameter, in stacks of bounded size."""
     alike: dict[Any, list[int]] = {}
     for i, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
         alike.setdefault(_likeness(param, grad, state), []).append(i)
     for index in alike.values():
-        size = max(1, LIMIT // max(params[index[0]].numel(), 1))
+        one = params[index[0]]
+        size = max(1, (min(LIMIT, CPU_LIMIT) if one.is_cpu else LIMIT) // max(one.numel(), 1))
         for start in range(0, len(index), size):
             chosen = index[start : start + size]
             if len(chosen) == 1:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from optim import backend
 from optim.linalg import NEWTON_SCHULZ, newton_schulz
 from optim.rule import (
     State,
@@ -60,8 +61,9 @@ class MuonRule(MatrixRule):
       structurally low-rank matrices, where bfloat16 rounding noise becomes part of the update.
     - `cautious_decay`: weight decay only where it has the update's sign, u p >= 0 (Dion).
 
-    Differs: the published codes multiply in bfloat16 everywhere (``ns_dtype="bfloat16"``); "auto" does so on GPUs,
-    and on CPUs, where that is several times slower, in the moments' own dtype, which is float32 as a rule.
+    Differs: the published codes multiply in bfloat16 everywhere (``ns_dtype="bfloat16"``); "auto" does so for float32
+    and smaller parameters where it is faster, on GPUs and on CPUs that have instructions for it. On others, where it is
+    several times slower, products are in the moments' own dtype. Name a dtype for equal steps on unlike machines.
     """
 
     name: ClassVar[str] = "muon"
@@ -108,14 +110,15 @@ class MuonRule(MatrixRule):
         g = grad.to(state["momentum_buffer"].dtype)
         if self.momentum_form == "ema":
             g = (1 - mu) * g
-        buffer = mu * state["momentum_buffer"] + g
-        return g + mu * buffer if self.nesterov else buffer, buffer
+        buffer = g.add(state["momentum_buffer"], alpha=mu)
+        return g.add(buffer, alpha=mu) if self.nesterov else buffer, buffer
 
     def orthogonalised(self, x: Tensor, param: Tensor) -> Tensor:
         """NS of a stack [k, m, n]."""
         chosen = self.ns_dtype
         if chosen == "auto":
-            chosen = "bfloat16" if param.device.type != "cpu" and param.element_size() < 8 else "param"
+            fast = param.element_size() < 8 and (param.device.type != "cpu" or backend.CPU_MULTIPLIES_BFLOAT16)
+            chosen = "bfloat16" if fast else "param"
         return newton_schulz(
             x,
             coefficients=self.ns_coefficients,

@@ -145,7 +145,9 @@ def nan_stays_put(spec: OptimSpec) -> None:
             optimizer.step()
         untouched.step()
         assert_same([params[0], *optimizer.state[params[0]].values()], before)
-    assert_same([params[1]], [clean[1]])
+    if type(spec.rule()).step_all is UpdateRule.step_all:
+        assert_same([params[1]], [clean[1]])
+    assert_close([params[1]], [clean[1]], torch.float64)  # of a stack of another size, products may round otherwise
 
 
 def keeps_its_state_small(spec: OptimSpec) -> None:

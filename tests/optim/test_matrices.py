@@ -13,7 +13,8 @@ from tests.optim.harness import assert_close, assert_same, randn, set_grads, tra
 from tests.optim.properties import Memory
 
 NAMES = ("muon", "normuon", "root", "conda", "swan", "sinkgd", "scale")
-HYPER = {"muon": {"scale": "original"}, "root": {"quantile": 0.8}, "conda": {"update_proj_gap": 2},
+HYPER = {"muon": {"scale": "original", "ns_dtype": "param"}, "normuon": {"ns_dtype": "param"},
+          "root": {"quantile": 0.8}, "conda": {"update_proj_gap": 2},
          "scale": {"momentum": 0.9}}  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def test_stacks_are_formed_and_bounded(monkeypatch):
     for count in (4, 16):
         monkeypatch.setattr(stacks, "LIMIT", 4 * 32 * 32)
         params = [Parameter(randn((32, 32), i, torch.float32)) for i in range(count)]
-        optimizer = Optimizer(params, MuonRule(), lr=0.1)
+        optimizer = Optimizer(params, MuonRule(ns_dtype="param"), lr=0.1)
         train(optimizer, params, [0])
         set_grads(params, 1)
         with Memory() as memory:
@@ -160,7 +161,7 @@ def test_stacks_are_formed_and_bounded(monkeypatch):
 
 def test_a_matrix_that_is_not_finite_stays_out_of_its_stack():
     params, clean = mixed(), mixed()
-    optimizer, other = (Optimizer(ps, MuonRule(), lr=0.1) for ps in (params, clean))
+    optimizer, other = (Optimizer(ps, MuonRule(ns_dtype="param"), lr=0.1) for ps in (params, clean))
     set_grads(params, 1)
     set_grads(clean, 1)
     params[2].grad[0, 0] = torch.nan
