@@ -96,7 +96,7 @@ class DataTrainer(CoresetMixin):
         if self.optimizer is None:
             module = self.model if model is None else model
             trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-            self.optimizer = _optimizer(self.recipe, trainable)
+            self.optimizer = _optimizer(self.recipe, trainable, head_dim(module))
             if len(self.optimizer.param_groups) > 1:
                 say(optim.group_table(self.optimizer))
         return self.optimizer  # type: ignore[no-any-return]
@@ -182,7 +182,22 @@ class DataTrainer(CoresetMixin):
             mark_complete(folder)
 
 
-def _optimizer(recipe: TrainingConfig, parameters: Sequence[tuple[str, Tensor]]) -> optim.Optimizer:
+def head_dim(model: nn.Module) -> int | None:
+    """Rows of a query matrix that are one head, as the model's configuration says; None where it does not."""
+    config = getattr(model, "config", None)
+    stated = getattr(config, "head_dim", None)
+    hidden, heads = (getattr(config, key, None) for key in ("hidden_size", "num_attention_heads"))
+    found = hidden // heads if stated is None and hidden and heads and hidden % heads == 0 else stated
+    return found if isinstance(found, int) else None
+
+
+def _optimizer(
+    recipe: TrainingConfig, parameters: Sequence[tuple[str, Tensor]], head: int | None = None
+) -> optim.Optimizer:
+    """head: `head_dim` of the model, for Adam-mini, whose blocks are heads where the user says nothing else."""
+    options: dict[str, Any] = dict(recipe.optimizer_options)
+    if recipe.optimizer == "adam_mini" and head and not {"dim", "n_heads", "head_dim", "blocks"} & set(options):
+        options["head_dim"] = head
     try:
         return optim.create(
             recipe.optimizer,
@@ -190,7 +205,7 @@ def _optimizer(recipe: TrainingConfig, parameters: Sequence[tuple[str, Tensor]])
             lr=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
             block_ratios=recipe.block_ratios,
-            **recipe.optimizer_options,
+            **options,
         )
     except (ValueError, TypeError) as error:
         raise UsageError(f"training.optimizer: {error}") from error

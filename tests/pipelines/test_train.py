@@ -27,6 +27,7 @@ from pipelines.config import (
 )
 from pipelines.prepare import prepare
 from tests.pipelines.conftest import make_world
+from tests.tiny import save_tiny_model
 
 LORA = LoraConfig(rank=4, dropout=0.1)  # dropout: a resumed run must also have the same random numbers
 
@@ -641,3 +642,15 @@ def test_the_demo_runs_on_any_model(world, tmp_path):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["audit"]["verdict"].startswith("The selection is ")
     assert Path(run / "report.html").stat().st_size > 10_000 and (run / "selected.jsonl").stat().st_size
+
+
+def test_adam_mini_divides_query_and_key_matrices_by_the_heads_of_the_model(tmp_path):
+    """4 heads of 8 rows: without the model's configuration they would have one second moment a row; a setting wins."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for options, blocks in (({}, 8 * 32), ({"head_dim": 16}, 16 * 32), ({"blocks": "tensor"}, "tensor")):
+        recipe = TrainingConfig(optimizer="adam_mini", optimizer_options=options)
+        made = trainer._optimizer(recipe, list(model.named_parameters()), trainer.head_dim(model))
+        (group,) = [g for g in made.param_groups if name in g["param_names"]]
+        assert group["rule"].blocks == blocks
