@@ -34,7 +34,8 @@ from tests.conftest import REPOSITORY
 MIDDLE = {
     "adabelief": 1e-2, "adahessian": 0.3, "adam_mini": 1e-3, "adamp": 3e-3, "adamw": 3e-3, "blockwise_adam": 3e-3,
     "exadam": 1e-3, "lion": 1.5e-3, "muon": 1.5e-2, "nadam": 3e-3, "sgd": 1.0, "sgd_sai": 3e-3, "sgdp": 1.0,
-    "sophia_g": 1e-3, "sophia_h": 1e-3, "spam": 3e-3, "stable_spam": 3e-3,
+    "sophia_g": 1e-3, "sophia_h": 1e-3, "spam": 3e-3, "stable_spam": 3e-3, "conda": 1e-2, "normuon": 5e-2,
+    "root": 1.5e-2, "scale": 3e-3, "sinkgd": 5e-2, "swan": 5e-2, "muon_8bit": 1.5e-2,
 }  # fmt: skip
 """The middle one of three learning rates, a factor of 3.16 apart. Where the best is at an end, up to `MORE` follow
 beyond it; where it still is, the report says so.
