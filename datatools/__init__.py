@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datatools import order as order
     from datatools.coresets import CORESET_METHODS as CORESET_METHODS
     from datatools.coresets import CoLM as CoLM
     from datatools.coresets import cluster_sources as cluster_sources
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from datatools.coresets import not_better as not_better
     from datatools.coresets import select_batch as select_batch
     from datatools.coresets import small_sources as small_sources
-    from datatools import order as order
     from datatools.encodings import ENCODINGS as ENCODINGS
     from datatools.errors import DataError as DataError
     from datatools.errors import DatatoolsError as DatatoolsError

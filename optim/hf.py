@@ -58,7 +58,8 @@ def resolve(name: str, args: Any = None, *, decay_all: bool = False, **hyper: An
             "optim.hf.resolve: no learning rate; Trainer does not hand on its own, so pass the TrainingArguments "
             f"(resolve({name!r}, args)) or lr=..."
         )
-    named_later: dict[str, Any] = {"assign": {}} if "assign" in hyper else {}  # by parts of names that the examples do not have
+    # by parts of names that the examples do not have
+    named_later: dict[str, Any] = {"assign": {}} if "assign" in hyper else {}
     create(name, example_parameters(hyper.get("block_ratios")), **hyper | named_later)
     if issubclass(RULES[name], CurvatureRule):
         warnings.warn(

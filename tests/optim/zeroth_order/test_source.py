@@ -153,6 +153,13 @@ def test_restoring(settings, dtype):
 # ------------------------------------------------------------------------------------------------------ seeds, replay
 
 
+def said(value):
+    """The name of a case, the same in every process: functions by their place in memory would not be."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={'function' if callable(v) else v}" for k, v in value.items()) or "default"
+    return str(value)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -165,7 +172,7 @@ def test_restoring(settings, dtype):
         {"blocks": lambda name: name.split(".")[0]},
         {"blocks": lambda name: name.split(".")[0], "block_order": "joint"},
     ],
-    ids=str,
+    ids=said,
 )
 def test_replay_and_continuation_are_bit_for_bit(settings):
     """A run; its list of seeds and projected gradients on fresh weights; and a run that stops and goes on."""
@@ -427,7 +434,7 @@ def test_nothing_else_moves():
         ({"first_order": lambda n: True}, "no parameter to estimate"),
         ({"blocks": lambda n: None}, "no parameter to estimate"),
     ],
-    ids=str,
+    ids=said,
 )
 def test_refused_settings(settings, part):
     with pytest.raises(ValueError, match=part):
