@@ -653,7 +653,8 @@ class ExplainConfig(Settings):
     nearest: int = Field(default=5, ge=1, le=1000, description="how many target rows to show")
 
 
-CHECKS = ("sharpness", "spectrum", "smoothness", "conditioning", "double-descent")
+Check = Literal["sharpness", "spectrum", "smoothness", "conditioning", "double-descent"]
+CHECKS: tuple[Check, ...] = get_args(Check)
 
 
 class DiagnoseConfig(RunSettings):
@@ -667,7 +668,7 @@ class DiagnoseConfig(RunSettings):
         json_schema_extra=ELSEWHERE,
     )
     checks: Annotated[
-        list[Literal["sharpness", "spectrum", "smoothness", "conditioning", "double-descent"]],
+        list[Check],
         Field(min_length=1, max_length=16),
     ] = Field(default=list(CHECKS), description=f"what to measure: {', '.join(CHECKS)}", json_schema_extra=LATE)
     rows: int = Field(default=16, ge=1, le=10**6, description="rows to look at, drawn at random; costs grow with them")
