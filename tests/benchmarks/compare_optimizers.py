@@ -36,6 +36,7 @@ MIDDLE = {
     "exadam": 1e-3, "lion": 1.5e-3, "muon": 1.5e-2, "nadam": 3e-3, "sgd": 1.0, "sgd_sai": 3e-3, "sgdp": 1.0,
     "sophia_g": 1e-3, "sophia_h": 1e-3, "spam": 3e-3, "stable_spam": 3e-3, "conda": 1e-2, "normuon": 5e-2,
     "root": 1.5e-2, "scale": 3e-3, "sinkgd": 5e-2, "swan": 5e-2, "muon_8bit": 1.5e-2,
+    "adamw_8bit": 3e-3, "lion_8bit": 1.5e-3, "galore": 1e-2, "fira": 1e-2, "apollo": 1e-2,
 }  # fmt: skip
 """The middle one of three learning rates, a factor of 3.16 apart. Where the best is at an end, up to `MORE` follow
 beyond it; where it still is, the report says so.
