@@ -37,9 +37,9 @@ ARMS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "random, no sources kept": ("random rows, quotas for all sources", {"method": "random_in_source", "small": []}),
     "random": ("random rows, small sources kept", {"method": "random_in_source"}),
     "herding": ("herding, exact", {}),
-    "herding, probes": ("herding, 64 probes", {"features": "probes"}),
+    "herding, probes": ("herding, 16 probes", {"features": "probes", "probes": 16}),
     "medoids, exact": ("CoLM medoids, exact", MEDOIDS),
-    "medoids, probes": ("CoLM medoids, 64 probes", MEDOIDS | {"features": "probes"}),
+    "medoids, probes": ("CoLM medoids, 16 probes", MEDOIDS | {"features": "probes", "probes": 16}),
     "medoids, paper_code": ("CoLM as published", MEDOIDS | {"features": "paper_code"}),
 }
 CONTROL = "random"
