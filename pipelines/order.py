@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import optim
-from datatools import DataError, EnvironmentProblem, Order, UsageError, files, order
+from datatools import DataError, EnvironmentProblem, Order, UsageError, files, order, token_batches
 from pipelines import models, order_report, trainer
 from pipelines.config import DataConfig, OrderConfig
 from pipelines.prepare import Rows, file_facts, prepare, target_data
@@ -138,12 +138,13 @@ def _prepare(config: OrderConfig, current: Run) -> Setting:
     held_source = rows if held is None else held
     width = config.training.batch_size
     groups = [held_rows[lo : lo + width] for lo in range(0, len(held_rows), width)]
-    validation = [held_source.batch(group, device) for group in groups]
+    budget = config.training.micro_tokens
+    validation = [in_parts(held_source, group, budget, device) for group in groups]
     problem = order.Problem(
         loss,
-        [rows.batch(batch, device) for batch in batches],
+        [in_parts(rows, batch, budget, device) for batch in batches],
         validation,
-        weights=[float((batch["labels"][:, 1:] != -100).sum()) for batch in validation],
+        weights=[float(batch[0][0]) for batch in validation],
     )
     steps = len(made)
     optimizer = trainer._optimizer(config.training, [(n, p) for n, p in module.named_parameters() if p.requires_grad])
@@ -158,7 +159,7 @@ def _prepare(config: OrderConfig, current: Run) -> Setting:
             return params, None
         rng = np.random.default_rng(derive_seed(config.seed, "order", "warm-up", number))
         drawn = [rng.choice(spare, size=width, replace=len(spare) < width) for _ in range(config.warmup_steps)]
-        warm = order.Problem(loss, [rows.batch(batch.tolist(), device) for batch in drawn], validation)
+        warm = order.Problem(loss, [in_parts(rows, batch.tolist(), budget, device) for batch in drawn], validation)
         first = recipe.rates[0]
         flat = order.Recipe(recipe.rules, (first,) * len(drawn), recipe.factors, recipe.weight_decay, recipe.clip)
         return order.train(warm, flat, range(len(drawn)), params)
@@ -241,23 +242,34 @@ class _Loss(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, batch: models.Batch) -> Tensor:
+    def forward(self, tokens: int, batch: models.Batch) -> Tensor:
         losses, _ = models.token_losses(self.module, batch)
-        if not len(losses):
-            raise DataError("order: a batch has no supervised token")
-        return losses.mean()
+        return losses.sum() / tokens
 
 
 def functional_loss(module: nn.Module) -> order.Loss:
-    """(parameters by name, batch) -> mean loss over the batch's supervised tokens, as `datatools train` has it."""
+    """(parameters by name, a part of `in_parts`) -> its share of the mean loss over the batch's supervised tokens."""
     whole = _Loss(module)
 
-    def loss(params: order.Params, batch: models.Batch) -> Tensor:
+    def loss(params: order.Params, part: tuple[int, models.Batch]) -> Tensor:
         named = {f"module.{name}": p for name, p in params.items()}
-        value: Tensor = torch.func.functional_call(whole, named, (batch,))
+        value: Tensor = torch.func.functional_call(whole, named, part)
         return value
 
     return loss
+
+
+def in_parts(rows: Rows, batch: Sequence[int], micro_tokens: int, device: torch.device | str = "cpu") -> order.Parts:
+    """A batch in the micro-batches of `DataTrainer.training_step`: each (supervised tokens of the whole batch, padded
+    rows). `datatools train` then sees the same gradients to the bit, and differs by the last bit of its fused steps.
+    Raises: DataError for a batch without a supervised token.
+    """
+    labels = [rows.item(row)[1] for row in batch]
+    tokens = sum(sum(label != -100 for label in row[1:]) for row in labels)
+    if not tokens:
+        raise DataError(f"order: none of the rows {list(batch)[:5]} of a batch has a supervised token")
+    groups = token_batches([len(row) for row in labels], micro_tokens)
+    return order.Parts((tokens, rows.batch([batch[i] for i in group], device)) for group in groups)
 
 
 def _rates(config: OrderConfig, optimizer: optim.Optimizer, steps: int) -> list[float]:

@@ -57,7 +57,8 @@ class DataTrainer(CoresetMixin):
     """`transformers.Trainer` with the suite's optimizer and schedule. The batch of the Trainer is the optimizer's
     whole step, from which curvature is estimated too (Sophia, AdaHessian).
 
-    observe: called after each optimizer step with (step, row indices of the step); it must not change anything.
+    observe: called before each optimizer step, once its gradients are there, with (step from 1 on, row indices of the
+    step); it must not change anything. `order.Recorder` records a reference run so.
     choose: batches are large, and each step trains on the rows that this keeps of them (`CoresetMixin`).
     source_of: the source of a row by its index, for `choose`; None is one source for all.
     """
@@ -139,10 +140,10 @@ class DataTrainer(CoresetMixin):
         parts = [partial(share, group) for group in groups]
         if self.zeroth is not None:
             taken = self.state.global_step
-            total, directions = zeroth_order.step(self.zeroth, self.optimizer, parts, taken=taken, rows=rows)
-            self.state.log_history.append(directions)
             if self.observe is not None:
                 self.observe(taken + 1, rows)
+            total, directions = zeroth_order.step(self.zeroth, self.optimizer, parts, taken=taken, rows=rows)
+            self.state.log_history.append(directions)
             return torch.tensor(total, device=self.args.device)
         total = 0.0
         for part in parts:

@@ -24,11 +24,13 @@ from typing import Any
 from datatools.errors import UsageError, did_you_mean
 from datatools.order import groups, moments, pairwise, reduced, table
 from datatools.order.memorization import Map, memory_map
+from datatools.order.recorder import Recorder
 from datatools.order.reference import (
     Anchor,
     Cost,
     Loss,
     Params,
+    Parts,
     Problem,
     Recipe,
     ReferenceRun,
@@ -71,9 +73,11 @@ __all__ = [
     "Loss",
     "Map",
     "Params",
+    "Parts",
     "Prize",
     "Problem",
     "Recipe",
+    "Recorder",
     "ReferenceRun",
     "States",
     "Surrogate",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +28,13 @@ Params: TypeAlias = dict[str, Tensor]
 States: TypeAlias = dict[str, State]
 Loss: TypeAlias = Callable[[Params, Any], Tensor]
 """(parameters, batch) -> mean loss of the batch, 0-d, differentiable in the parameters."""
+
+
+class Parts(tuple[Any, ...]):
+    """A batch in parts (micro-batches), whose losses add up to the batch's: only one part's graph is held at a time."""
+
+    __slots__ = ()
+
 
 _FORMAT = 1
 
@@ -49,6 +57,7 @@ class Cost:
 class Problem:
     """The data of an order question: n training batches, held-out batches, one loss for both.
 
+    batches, validation: of any kind that the loss takes, or `Parts` of such.
     weights: of the held-out batches (numbers of tokens, say); equal unless given.
     cost: counted up by every call, so that estimators can say what they spent.
     Raises: UsageError for no batches; DataError for a loss that is not finite.
@@ -83,13 +92,13 @@ class Problem:
         """The weighted mean loss over the held-out batches."""
         self.cost.forwards += len(self.validation)
         with torch.no_grad():
-            return math.fsum(weight * float(self.loss(params, batch)) for weight, batch in self._weighted())
+            return math.fsum(weight * self._value(params, batch) for weight, batch in self._weighted())
 
     def train_loss(self, params: Params, batch: int) -> float:
         """The loss of training batch `batch`."""
         self.cost.forwards += 1
         with torch.no_grad():
-            return float(self.loss(params, self.batches[batch]))
+            return self._value(params, self.batches[batch])
 
     def hvp(self, params: Params, batch: int, vector: Params) -> Params:
         """H v of training batch `batch` at `params`: `optim.curvature.hvp`, exact or by differences (`hvp_method`)."""
@@ -108,7 +117,7 @@ class Problem:
     def _hvp(self, params: Params, data: Any, vector: Params) -> Params:
         leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
         found = curvature.hvp(
-            lambda: self.loss(leaves, data),
+            [partial(self.loss, leaves, part) for part in _parts(data)],
             list(leaves.values()),
             [vector[name].to(p.dtype) for name, p in leaves.items()],
             method=self.hvp_method,
@@ -124,7 +133,17 @@ class Problem:
         for weight, batch in zip(weights, self.validation, strict=True):
             yield weight / total, batch
 
+    def _value(self, params: Params, data: Any) -> float:
+        return math.fsum(float(self.loss(params, part)) for part in _parts(data))
+
     def _grad(self, params: Params, data: Any, what: str) -> Params:
+        total: Params = {}
+        for part in _parts(data):  # as `backward` of one micro-batch after the other adds them up
+            for name, grad in self._part_grad(params, part, what).items():
+                total[name] = total[name] + grad if name in total else grad
+        return total
+
+    def _part_grad(self, params: Params, data: Any, what: str) -> Params:
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         with torch.enable_grad():
             loss = self.loss(leaves, data)
@@ -139,6 +158,10 @@ class Problem:
         return {
             name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(params.items(), grads, strict=True)
         }
+
+
+def _parts(data: Any) -> tuple[Any, ...]:
+    return data if isinstance(data, Parts) else (data,)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Numbers = Sequence[float] | NDArray[np.float64]
+Statistic = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
+"""[..., n] and [..., n] -> [...], nan where it does not exist."""
 _DRAWS = 2000
+_PAIRS = 1 << 21  # of orders, compared at a time
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,13 @@ def judge(estimated: Numbers, true: Numbers, *, reference: float, seed: int = 0)
     return Judgement(
         orders=len(t),
         spearman=spearman(e, t),
-        spearman_interval=bootstrap(spearman, e, t, seed=seed),
+        spearman_interval=bootstrap(_spearman, e, t, seed=seed),
         pearson=pearson(e, t),
-        pearson_interval=bootstrap(pearson, e, t, seed=seed),
+        pearson_interval=bootstrap(_pearson, e, t, seed=seed),
         regret=float(t[int(np.argmin(e))] - t.min()),
         regret_random=float(t.mean() - t.min()),
         hit_rate=hit_rate(e, t),
-        hit_rate_interval=bootstrap(hit_rate, e, t, seed=seed),
+        hit_rate_interval=bootstrap(_hit_rate, e, t, seed=seed),
         mae=float(np.abs(error).mean()),
         mae_relative=float(np.abs(error).mean()) / none if none > 0 else None,
         bias=float(error.mean()),
@@ -72,55 +75,82 @@ def judge(estimated: Numbers, true: Numbers, *, reference: float, seed: int = 0)
 
 
 def ranks(values: Numbers) -> NDArray[np.float64]:
-    """1..n, equal values sharing their mean rank."""
+    """[..., n] -> 1..n along the last axis, equal values sharing their mean rank."""
     v = np.asarray(values, dtype=np.float64)
-    _, group, counts = np.unique(v, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    mean: NDArray[np.float64] = ((ends - counts + 1) + ends)[group] / 2
+    order = v.argsort(-1)
+    ordered, at = np.take_along_axis(v, order, -1), np.arange(v.shape[-1])
+    fresh = np.concatenate([np.full((*v.shape[:-1], 1), True), ordered[..., 1:] != ordered[..., :-1]], -1)
+    closed = np.concatenate([fresh[..., 1:], np.full((*v.shape[:-1], 1), True)], -1)
+    first = np.maximum.accumulate(np.where(fresh, at, 0), -1)
+    last = np.minimum.accumulate(np.where(closed, at, v.shape[-1])[..., ::-1], -1)[..., ::-1]
+    mean = np.empty_like(v)
+    np.put_along_axis(mean, order, (first + last) / 2 + 1, -1)
     return mean
 
 
 def pearson(a: Numbers, b: Numbers) -> float | None:
     """Linear correlation; None where one of them does not vary."""
-    x, y = (np.asarray(v, dtype=np.float64) - np.mean(v) for v in (a, b))
-    scale = math.sqrt(float(x @ x) * float(y @ y))
-    return float(x @ y) / scale if scale > 0 else None
+    return _number(_pearson(*_both(a, b)))
 
 
 def spearman(a: Numbers, b: Numbers) -> float | None:
     """Rank correlation; None where one of them does not vary."""
-    return pearson(ranks(a), ranks(b))
+    return _number(_spearman(*_both(a, b)))
 
 
 def hit_rate(a: Numbers, b: Numbers) -> float | None:
     """Share of pairs that a and b order alike, among those that differ in b; ties of a count half."""
-    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    i, j = np.triu_indices(len(x), 1)
-    signs = np.sign(x[i] - x[j]) * np.sign(y[i] - y[j])
-    differ = y[i] != y[j]
-    return float((signs[differ] + 1).mean() / 2) if differ.any() else None
+    return _number(_hit_rate(*_both(a, b)))
 
 
 def bootstrap(
-    statistic: Callable[[NDArray[np.float64], NDArray[np.float64]], float | None],
-    a: NDArray[np.float64],
-    b: NDArray[np.float64],
-    *,
-    seed: int = 0,
-    draws: int = _DRAWS,
+    statistic: Statistic, a: NDArray[np.float64], b: NDArray[np.float64], *, seed: int = 0, draws: int = _DRAWS
 ) -> tuple[float, float] | None:
     """95 % percentile interval over resampled orders; None where fewer than half of the draws have the statistic."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(draws):
-        rows = rng.integers(len(a), size=len(a))
-        value = statistic(a[rows], b[rows])
-        if value is not None:
-            found.append(value)
+    picks = np.random.default_rng(seed).integers(len(a), size=(draws, len(a)))
+    rows = max(1, _PAIRS // len(a) ** 2)
+    found = np.concatenate([statistic(a[part], b[part]) for part in np.array_split(picks, -(-draws // rows))])
+    found = found[np.isfinite(found)]
     if 2 * len(found) < draws:
         return None
     low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)
+
+
+def _signs(values: NDArray[np.float64]) -> NDArray[np.int8]:
+    """[..., n] -> [..., n, n]: the sign of value i less value j."""
+    i, j = values[..., :, None], values[..., None, :]
+    return (i > j).astype(np.int8) - (i < j).astype(np.int8)
+
+
+def _pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    x, y = (v - v.mean(-1, keepdims=True) for v in (x, y))
+    return _quotient((x * y).sum(-1), np.sqrt((x * x).sum(-1) * (y * y).sum(-1)))
+
+
+def _spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    return _pearson(ranks(x), ranks(y))
+
+
+def _hit_rate(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    right = _signs(y)
+    agree = (_signs(x) * right).sum((-2, -1), dtype=np.float64)
+    count = (right != 0).sum((-2, -1), dtype=np.float64)
+    return (_quotient(agree, count) + 1) / 2
+
+
+def _quotient(over: NDArray[np.float64], under: NDArray[np.float64]) -> NDArray[np.float64]:
+    """nan where there is nothing to divide by."""
+    found: NDArray[np.float64] = np.where(under > 0, over / np.where(under > 0, under, 1.0), np.nan)
+    return found
+
+
+def _both(a: Numbers, b: Numbers) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+
+
+def _number(found: NDArray[np.float64]) -> float | None:
+    return float(found) if np.isfinite(found) else None
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
 """`datatools order` as a user runs it, on a tiny model with random weights; kills, changes and bad input."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from datatools import DataError, Order, UsageError, order
+from pipelines import models, train, trainer
 from pipelines import order as pipeline
-from pipelines import train
 from pipelines.config import (
     DataConfig,
     LoraConfig,
@@ -20,6 +22,7 @@ from pipelines.config import (
     TrainingConfig,
 )
 from pipelines.order import run
+from pipelines.prepare import prepare
 from tests.tiny import save_tiny_model, write_rows
 
 
@@ -69,44 +72,86 @@ def test_validation_says_what_it_must(validated: Path) -> None:
     assert "order-square" in page and "order-heat" in page and "<script" not in page
 
 
-def test_true_losses_are_those_of_training_in_that_order(validated: Path, world: Path, tmp_path: Path) -> None:
-    """`datatools train --order` on the order file ends with the loss that `true/` has, from a cold start."""
-    out = run(settings(world, tmp_path / "cold", task="record"))
-    given = Order.load(out / "reference.npz")
-    reordered = given.reordered([2, 0, 3, 1])
-    reordered.save(tmp_path / "order.npz")
-    kept: dict[str, float] = {}
+@pytest.fixture(scope="module")
+def cold(world: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Setting:
+    """What the tasks of a run share, from a cold start; batches fall into several micro-batches."""
+    kept: list[pipeline.Setting] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(pipeline._TASKS, "record", kept.append)
+        training = OrderTraining(batch_size=4, learning_rate=1e-3, micro_tokens=70)
+        run(settings(world, tmp_path_factory.mktemp("runs") / "cold", task="record", training=training))
+    assert max(map(len, kept[0].problem.batches)) > 1
+    return kept[0]
 
-    def look(setting: pipeline.Setting) -> None:
-        kept["true"] = pipeline.true_loss(setting, reordered.sequence)
-        kept["trained"] = setting.problem.held_out_loss(
-            {name: p for name, p in trained.named_parameters() if name in pipeline.reference(setting).start.params}
-        )
 
-    recipe = TrainingConfig(
-        batch_size=4, learning_rate=1e-3, schedule="constant", gradient_clip=None, epochs=1, warmup_ratio=0.03
-    )
+def test_training_in_an_order_ends_where_its_true_run_does(
+    cold: pipeline.Setting, world: Path, tmp_path: Path
+) -> None:
+    """`datatools train --order` and the tasks' own loop: one way of training, but for the last bit of fused steps."""
+    given = cold.plan.reordered([2, 0, 3, 1])
+    given.save(tmp_path / "order.npz")
     done = train.run(
         TrainConfig(
             model=ModelConfig(name=str(world / "model")),
             data=DataConfig(paths=[str(world / "data.jsonl")]),
             out=tmp_path / "trained",
             lora=None,
-            training=recipe,
+            training=train_recipe(),
             order=tmp_path / "order.npz",
         )
     )
-    from transformers import AutoModelForCausalLM
-
     trained = AutoModelForCausalLM.from_pretrained(done / "model", dtype=torch.float32)
-    pipeline._TASKS["record"], before = look, pipeline._TASKS["record"]
-    try:
-        run(settings(world, tmp_path / "cold", task="record"))
-    finally:
-        pipeline._TASKS["record"] = before
-    assert kept["trained"] == pytest.approx(kept["true"], rel=1e-5)
+    start = pipeline.reference(cold).start.params
+    end, _ = order.train(cold.problem, cold.recipe, given.sequence, start)
+    for name, p in trained.named_parameters():
+        if name in end:
+            torch.testing.assert_close(p.detach(), end[name], rtol=1e-6, atol=1e-7)
+    assert cold.problem.held_out_loss(end) == pipeline.true_loss(cold, given.sequence)
     metrics = (done / "metrics.jsonl").read_text().splitlines()
     assert len(metrics) == 4, "one step a batch"
+
+
+def test_a_trainer_records_the_same_reference_run(cold: pipeline.Setting, world: Path, tmp_path: Path) -> None:
+    """`DataTrainer(observe=...)` with a `Recorder`, as a user of the Trainer writes it."""
+    model = ModelConfig(name=str(world / "model"))
+    loaded = models.load(model)
+    data = DataConfig(paths=[str(world / "data.jsonl")])
+    rows = prepare(data, model, loaded.tokenizer, cache=tmp_path, label="data")
+    recorder = order.Recorder(steps=len(cold.plan))
+
+    def observe(step: int, chosen: Sequence[int]) -> None:
+        recorder(step, [rows.pool.ids[row] for row in chosen], driver.optimizer)
+
+    driver = trainer.DataTrainer(
+        recipe=train_recipe(),
+        observe=observe,
+        model=train.trainable(loaded.model, None, seed=0),
+        args=TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, num_train_epochs=1, max_grad_norm=0.0,
+            report_to="none", save_strategy="no", remove_unused_columns=False, use_cpu=True, disable_tqdm=True,
+        ),
+        train_dataset=trainer._Rows(rows.item, [row for step in train.rows_of(cold.plan, rows, "") for row in step]),
+        data_collator=trainer._gather,
+        shuffle=False,
+    )  # fmt: skip
+    driver.train()
+    recorded, plan = recorder.finish(driver.optimizer)
+    wanted = pipeline.reference(cold)
+    assert plan == cold.plan and recorded.recipe == wanted.recipe and recorded.sequence == wanted.sequence
+    for one, other in zip(recorded.anchors, wanted.anchors, strict=True):
+        assert one.position == other.position
+        for name, p in other.params.items():
+            torch.testing.assert_close(one.params[name], p, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(one.states[name], other.states[name], rtol=1e-4, atol=1e-7)
+    scores = [order.precompute("pairwise", r, cold.problem).score([2, 0, 3, 1]) for r in (recorded, wanted)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+def train_recipe() -> TrainingConfig:
+    """What `OrderTraining` of the fixture `cold` says, for `datatools train`."""
+    return TrainingConfig(
+        batch_size=4, learning_rate=1e-3, schedule="constant", gradient_clip=None, epochs=1, micro_tokens=70
+    )
 
 
 def test_an_order_of_other_rows_is_refused(world: Path, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import torch
 
 from datatools import DataError, UsageError
 from datatools.order import moments, pairwise, reduced, table
-from datatools.order.reference import Problem, ReferenceRun, anchor_path, record, train
-from datatools.order.surrogate import Linear, trusted
-from optim import AdamWRule, LionRule, SGDRule, SophiaGRule, SPAMRule
+from datatools.order.reference import Problem, Recipe, ReferenceRun, anchor_path, record, train
+from datatools.order.surrogate import Layout, Linear, trusted
+from optim import AdamWRule, LionRule, MuonRule, SGDRule, SophiaGRule, SPAMRule
 from tests.datatools.order.quadratics import loss, random_problem, recipe, run
 
 
@@ -253,10 +253,10 @@ def test_moments_along_all_directions_are_exact_on_quadratics(anchors: int) -> N
     assert errors[2] < 1e-10 < errors[1] < errors[0]
 
 
-def test_a_recipe_steps_as_its_optimizer_does() -> None:
-    """Two groups with rates and decay of their own; `snapshot` is what `record` would keep."""
-    from datatools.order import Problem as _Problem
-    from datatools.order import Recipe, snapshot
+@pytest.mark.parametrize("killed_at", [None, 3])
+def test_a_plain_loop_records_the_same_run(tmp_path, killed_at) -> None:  # type: ignore[no-untyped-def]
+    """Two groups with rates and decay of their own, clipping, two epochs; and, killed, a recording that goes on."""
+    from datatools.order import Recipe, Recorder
     from optim import AdamW
 
     g = torch.Generator().manual_seed(0)
@@ -265,20 +265,72 @@ def test_a_recipe_steps_as_its_optimizer_does() -> None:
         [{"params": [("one", one)], "lr": 0.1}, {"params": [("two", two)], "lr": 0.05, "weight_decay": 0.3}],
         weight_decay=0.0,
     )
-    rec = Recipe.of(optimizer, [0.1] * 4, clip=1.0)
+    rec = Recipe.of(optimizer, [0.1] * 6, clip=1.0)
     assert rec.factors == {"one": 1.0, "two": 0.5} and rec.weight_decay == {"one": 0.0, "two": 0.3}
-    clean = random_problem(4, 6, 3)
-    problem = _Problem(clean.loss, clean.batches, clean.validation)
+    problem = random_problem(3, 6, 3)
+    sequence = [0, 1, 2, 1, 0, 2]
     start = {"one": one.detach().clone(), "two": two.detach().clone()}
-    ref = record(problem, rec, range(4), start, anchors=5)
-    for t, batch in enumerate(problem.batches):
-        before = snapshot(optimizer, t)
-        for name, p in ref.anchors[t].params.items():
-            torch.testing.assert_close(before.params[name], p, rtol=1e-12, atol=0)
-            for key, value in ref.anchors[t].states[name].items():
-                torch.testing.assert_close(before.states[name][key], value, rtol=1e-12, atol=0)
+    ref = record(problem, rec, sequence, start, anchors=4)
+
+    def recorder() -> Recorder:
+        return Recorder(steps=6, anchors=4, clip=1.0, folder=tmp_path)
+
+    seen = recorder()
+    for step, batch in enumerate(sequence, start=1):
+        if step == killed_at:
+            seen = recorder()
         optimizer.zero_grad()
-        loss({"one": one, "two": two}, batch).backward()
+        loss({"one": one, "two": two}, problem.batches[batch]).backward()
         torch.nn.utils.clip_grad_norm_([one, two], 1.0)
+        seen(step, ["xyz"[batch], str(batch)], optimizer)
         optimizer.step()
-    torch.testing.assert_close(ref.end.params["two"], two.detach(), rtol=1e-12, atol=0)
+    run_, order = seen.finish(optimizer)
+    assert order.batches == (("x", "0"), ("y", "1"), ("z", "2")) and order.sequence == tuple(sequence)
+    read = ReferenceRun.load(tmp_path)
+    for found in (run_, read):
+        assert found.recipe == ref.recipe and found.sequence == ref.sequence
+        for a, b in zip(found.anchors, ref.anchors, strict=True):
+            assert a.position == b.position
+            torch.testing.assert_close(a.params, b.params, rtol=1e-12, atol=0)
+            torch.testing.assert_close(a.states, b.states, rtol=1e-12, atol=0)
+    with pytest.raises(DataError, match="0 of 4 steps were recorded"):
+        Recorder(steps=6)(5, ["x"], optimizer)
+    with pytest.raises(UsageError, match="step 7 of a run of 6"):
+        recorder()(7, ["x"], optimizer)
+    optimizer.param_groups[1]["lr"] = 0.1
+    with pytest.raises(UsageError, match="the learning rate of 'two' against the first group's changed at step 6"):
+        seen(6, ["x"], optimizer)
+
+
+@pytest.mark.parametrize("rule", [AdamWRule(), LionRule(), SGDRule(momentum=0.9), MuonRule()], ids=lambda r: r.name)
+def test_orders_that_step_together_step_as_each_does_alone(rule) -> None:  # type: ignore[no-untyped-def]
+    g = torch.Generator().manual_seed(0)
+    shapes = {"a": (3, 2), "b": (2, 4)}
+    params = {n: torch.randn(s, generator=g) for n, s in shapes.items()}
+    rec = Recipe({n: rule for n in shapes}, (0.1, 0.2), {"a": 1.0, "b": 0.5}, {"a": 0.3, "b": 0.0}, clip=1.5)
+    layout = Layout.of(params)
+    alone = [(params, rec.init(params)) for _ in range(3)]
+    places = layout.vector(params).expand(3, -1)
+    states = {n: {k: v.expand(3, *v.shape) for k, v in s.items()} for n, s in rec.init(params).items()}
+    for t in range(2):
+        grads = torch.randn(3, layout.size, generator=g) * torch.tensor([[0.1], [1.0], [3.0]])
+        alone = [rec.step(*one, layout.tensors(grad), t) for one, grad in zip(alone, grads, strict=True)]
+        places, states = moments.stepped_together(rec, layout, places, states, grads, t)
+    for r, (end, state) in enumerate(alone):
+        torch.testing.assert_close(places[r], layout.vector(end), rtol=1e-4, atol=1e-5)
+        for n in shapes:
+            for k, v in state[n].items():
+                torch.testing.assert_close(states[n][k][r], v, rtol=1e-4, atol=1e-5)
+
+
+def test_moments_of_many_orders_are_those_of_each() -> None:
+    problem = random_problem(6, 4, 3)
+    ref, orders = reference(problem, size=4), [drawn(6, seed) for seed in range(5)]
+    for options in ({"directions": 2}, {"hessian": "none"}, {"hessian": "exact"}):
+        together, each = (moments.precompute(ref, problem, **options) for _ in range(2))  # type: ignore[arg-type]
+        torch.testing.assert_close(
+            together.scores(orders), torch.tensor([each.score(o) for o in orders], dtype=torch.float64)
+        )
+        before = problem.cost.gradients
+        assert [together.trust(o) for o in orders] == [pytest.approx(each.trust(o), rel=1e-5) for o in orders]
+        assert problem.cost.gradients == before, "what was scored is not stepped again"
