@@ -8,7 +8,8 @@ One folder holds a reference run and what its tasks made of it; each task does w
     validate  validation.json: estimates against true retrainings
     map       map.json: what the place of a batch does to its own loss and to the held-out loss
 
-Every true retraining is a file of its own in true/, so a killed run loses at most one.
+Every true retraining is a file of its own in true/, so a killed run loses at most one; an estimator is made once, and
+read from surrogates/ afterwards.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from pipelines.runs import Run, alone, derive_seed, progress, say, warn
 from pipelines.texts import size
 from pipelines.train import in_scratch, trainable
 
+_TOGETHER = 8  # orders that are scored between two words on progress
 HVP_IN_GRADIENTS = 4.0
 """What a Hessian-vector product counts in batch gradients (spec B.2: 2 to 4; the upper end)."""
 
@@ -441,7 +443,7 @@ def true_losses(
 
 
 def surrogate(setting: Setting, name: str, number: int = 0) -> order.Surrogate:
-    """The estimator, made from the reference run of that number."""
+    """The estimator, made from the reference run of that number; kept in surrogates/, so that it is made once."""
     config = setting.config
     run_ = reference(setting, number, every=name in ("table", "own-moments"))
     options: dict[str, Any] = {}
@@ -452,8 +454,13 @@ def surrogate(setting: Setting, name: str, number: int = 0) -> order.Surrogate:
     if name == "groups":
         names = sorted(set(setting.sources))
         options["groups"] = [names.index(source) for source in setting.sources]
+    folder = setting.run.path("surrogates", f"{name}-{number:02d}-{files.digest(repr(options).encode())[:12]}")
+    if (folder / "meta.json").is_file():
+        return order.Surrogate.load(folder, run_, setting.problem)
     with setting.run.stage(f"{name} ({number + 1})"):
-        return order.precompute(name, run_, setting.problem, **options)
+        made = order.precompute(name, run_, setting.problem, **options)
+        made.save(folder, run_)
+    return made
 
 
 def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], number: int = 0) -> dict[str, Any]:
@@ -467,15 +474,14 @@ def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], nu
     if path.is_file():
         found: dict[str, Any] = files.read_json(path)
         return found
-    began = time.monotonic()
     made = surrogate(setting, name, number)
     ready = time.monotonic()
     before = (setting.problem.cost.gradients, setting.problem.cost.hvps, setting.problem.cost.forwards)
     scores, trusts = [], []
     with progress(f"{name}: scores", len(sequences), "orders") as bar:
-        for sequence in sequences:
-            scores.append(made.score(sequence))
-            bar.advance(1)
+        for lo in range(0, len(sequences), _TOGETHER):
+            scores += made.scores(sequences[lo : lo + _TOGETHER]).tolist()
+            bar.advance(len(sequences[lo : lo + _TOGETHER]))
     took = time.monotonic() - ready
     if _fast(setting, name):
         took = _time_scores(made, sequences)
@@ -493,7 +499,6 @@ def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], nu
         "bytes": made.cost.bytes,
         "cost_in_batch_gradients": made_for + scoring.in_gradients(hvp=HVP_IN_GRADIENTS),
         "precompute_in_batch_gradients": made_for,
-        "precompute_seconds": ready - began,
         "seconds_a_score": took / max(1, len(sequences)),
     }
     matrix = getattr(made, "matrix", None)

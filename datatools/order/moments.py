@@ -17,20 +17,21 @@ in one of three ways:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from datatools.errors import EnvironmentProblem, UsageError
-from datatools.order.reference import Cost, Params, Problem, ReferenceRun, States
+from datatools.order.reference import Cost, Params, Problem, Recipe, ReferenceRun, States
 from datatools.order.surrogate import Layout, Surrogate
 
 Gradients = Literal["anchors", "exact", "none"]
 _SIMULATED = 12  # random orders whose paths give the directions
+_TOGETHER = 1 << 24  # parameters of all orders that are stepped at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,52 +66,103 @@ class Moments(Surrogate):
     problem: Problem
     hessian: Gradients
     stored: Stored | None = None
+    paths: dict[tuple[int, ...], dict[str, float]] = field(default_factory=dict)
+    """The indicators of orders that were scored."""
 
     def final(self, sequence: Sequence[int | None]) -> Params:
         """The estimated parameters after the last step; a step whose batch is None is left out."""
-        return self._run(sequence)[0]
+        return self._layout.tensors(self._run([sequence])[0][0])
 
-    def _run(self, sequence: Sequence[int | None]) -> tuple[Params, dict[str, float]]:
-        params: Params = self.reference.start.params
-        states: States = self.reference.start.states
-        start, worst = params, {"curvature": 0.0, "drift": 0.0}
-        for t, batch in enumerate(sequence):
-            if batch is None:
+    @property
+    def _layout(self) -> Layout:
+        return Layout.of(self.reference.start.params)
+
+    def _run(
+        self, sequences: Sequence[Sequence[int | None]], observe: Callable[[int, Tensor], None] | None = None
+    ) -> tuple[Tensor, list[dict[str, float]]]:
+        """The ends [R, p] of R orders that are stepped together, and the indicators of each path.
+
+        A step that is None in all of them is left out. observe: called after each step with (position, places [R, p]).
+        """
+        start, count = self._layout.vector(self.reference.start.params), len(sequences)
+        here = start.expand(count, -1)
+        states: States = {
+            name: {key: value.expand(count, *value.shape) for key, value in state.items()}
+            for name, state in self.reference.start.states.items()
+        }
+        curvature, drift = torch.zeros(count), torch.zeros(count)
+        for t in range(len(sequences[0])):
+            batches = [batch for s in sequences if (batch := s[t]) is not None]
+            if not batches:
                 continue
-            grads, curvature, strayed = self._gradient(t, batch, params)
-            gone = _norm({name: p - start[name] for name, p in params.items()})
-            worst["curvature"] = max(worst["curvature"], curvature)
-            if t > len(sequence) // 4:  # before, nobody has gone far, and a share of little says little
-                worst["drift"] = max(worst["drift"], strayed / max(gone, 1e-30))
-            params, states = self.reference.recipe.step(params, states, grads, t)
-        return params, worst
+            rows = [self._gradient(t, batch, place) for batch, place in zip(batches, here, strict=True)]
+            grads = torch.stack([grad for grad, _, _ in rows])
+            curvature = torch.maximum(curvature, torch.tensor([ratio for _, ratio, _ in rows]))
+            if t > len(sequences[0]) // 4:  # before, nobody has gone far, and a share of little says little
+                gone = (here - start).norm(dim=1).clamp_min(1e-30).cpu().float()
+                drift = torch.maximum(drift, torch.tensor([away for _, _, away in rows]) / gone)
+            here, states = stepped_together(self.reference.recipe, self._layout, here, states, grads, t)
+            if observe is not None:
+                observe(t, here)
+        worst = [{"curvature": c, "drift": d} for c, d in zip(curvature.tolist(), drift.tolist(), strict=True)]
+        return here, worst
 
-    def _gradient(self, t: int, batch: int, params: Params) -> tuple[Params, float, float]:
-        """The estimated gradient, ||H d|| / ||g||, and ||d||."""
+    def _gradient(self, t: int, batch: int, place: Tensor) -> tuple[Tensor, float, float]:
+        """The estimated gradient [p] at a place [p], ||H d|| / ||g||, and ||d||."""
         if self.stored is not None:
-            layout = Layout.of(params)
-            known, change, away = self.stored(batch, layout.vector(params), t)
-            ratio = float(change.norm() / known.norm().clamp_min(1e-30))
-            return layout.tensors(known + change), ratio, float(away.norm())
-        here = self.reference.nearest(t).params
-        strayed = {name: p - here[name] for name, p in params.items()}
-        grads, distance = self.problem.gradient(here, batch), _norm(strayed)
+            known, change, away = self.stored(batch, place, t)
+            return known + change, float(change.norm() / known.norm().clamp_min(1e-30)), float(away.norm())
+        layout, anchor = self._layout, self.reference.nearest(t).params
+        strayed = place - layout.vector(anchor)
+        grads, distance = layout.vector(self.problem.gradient(anchor, batch)), float(strayed.norm())
         if self.hessian == "none" or distance == 0:
             return grads, 0.0, distance
-        product = self.problem.hvp(here, batch, strayed)
-        ratio = _norm(product) / max(_norm(grads), 1e-30)
-        return {name: g + product[name] for name, g in grads.items()}, ratio, distance
+        product = layout.vector(self.problem.hvp(anchor, batch, layout.tensors(strayed)))
+        return grads + product, float(product.norm() / grads.norm().clamp_min(1e-30)), distance
 
     def _scores(self, sequences: Tensor) -> Tensor:
-        losses = [self.problem.held_out_loss(self.final(sequence)) for sequence in sequences.tolist()]
+        losses: list[float] = []
+        together = max(1, _TOGETHER // self._layout.size)
+        for part in sequences.split(together):
+            ends, worst = self._run(part.tolist())
+            losses += [self.problem.held_out_loss(self._layout.tensors(end)) for end in ends]
+            self.paths.update(zip(map(tuple, part.tolist()), worst, strict=True))
         return torch.tensor(losses, dtype=torch.float64)
 
     def trust(self, sequence: Sequence[int]) -> dict[str, float]:
         """||H d|| / ||g|| along the path, and the largest distance from the reference's path as a share of the way gone
-        (after the first quarter of the steps).
+        (after the first quarter of the steps). Free for an order that was scored.
         """
         self.reference.check(sequence)
-        return self._run(sequence)[1]
+        key = tuple(map(int, sequence))
+        if key not in self.paths:
+            self.paths[key] = self._run([key])[1][0]
+        return self.paths[key]
+
+
+def stepped_together(
+    recipe: Recipe, layout: Layout, places: Tensor, states: States, grads: Tensor, position: int
+) -> tuple[Tensor, States]:
+    """`Recipe.step` of R runs at once: places and grads [R, p], states with R in front of each shape."""
+    if recipe.clip is not None:
+        norms = grads.double().norm(dim=1, keepdim=True)
+        grads = grads * (recipe.clip / (norms + 1e-6)).clamp(max=1.0).to(grads.dtype)
+    sizes = [shape.numel() for shape in layout.shapes.values()]
+    moved: list[Tensor] = []
+    new_states: States = {}
+    with torch.no_grad():
+        for (name, shape), place, grad in zip(
+            layout.shapes.items(), places.split(sizes, 1), grads.split(sizes, 1), strict=True
+        ):
+            lr, decay = recipe.rates[position] * recipe.factors[name], recipe.weight_decay[name] or None
+            step = partial(recipe.rules[name].stepped, lr=lr, weight_decay=decay)
+            new, new_states[name] = torch.vmap(step, randomness="different")(
+                place.unflatten(1, shape) if shape else place[:, 0],
+                grad.unflatten(1, shape) if shape else grad[:, 0],
+                states[name],
+            )
+            moved.append(new.reshape(len(places), -1).to(places.dtype))
+    return torch.cat(moved, 1), new_states
 
 
 def precompute(
@@ -179,20 +231,16 @@ def stray_directions(made: Moments, k: int, seed: int) -> tuple[Tensor, Tensor]:
     """
     assert made.stored is not None
     steps = len(made.sequence)
-    layout = Layout.of(made.reference.start.params)
     generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for _ in range(_SIMULATED):
-        drawn = torch.randperm(steps, generator=generator).tolist()
-        params, states = made.reference.start.params, made.reference.start.states
-        for t, place in enumerate(drawn):
-            batch = made.sequence[place]
-            grads, _, _ = made._gradient(t, batch, params)
-            params, states = made.reference.recipe.step(params, states, grads, t)
-            if (t + 1) % max(1, steps // 8) == 0:
-                away = layout.vector(params) - interpolated(made.stored.places, made.stored.positions, t + 1)
-                rows.append(away)
-    strayed = torch.stack(rows)
+    drawn = [torch.randperm(steps, generator=generator).tolist() for _ in range(_SIMULATED)]
+    stored, rows = made.stored, []
+
+    def keep(t: int, places: Tensor) -> None:
+        if (t + 1) % max(1, steps // 8) == 0:
+            rows.append(places - interpolated(stored.places, stored.positions, t + 1))
+
+    made._run([[made.sequence[place] for place in order] for order in drawn], keep)
+    strayed = torch.cat(rows)
     values, vectors = torch.linalg.eigh((strayed @ strayed.T).double())
     kept = values.flip(0)[:k] > 1e-10 * values[-1]
     top = vectors.flip(1)[:, :k][:, kept].to(strayed.dtype)
@@ -208,6 +256,3 @@ def interpolated(at_anchors: Tensor, positions: Sequence[int], t: float) -> Tens
     share = (t - positions[right - 1]) / (positions[right] - positions[right - 1])
     return torch.lerp(at_anchors[right - 1], at_anchors[right], share)
 
-
-def _norm(tensors: Params) -> float:
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))

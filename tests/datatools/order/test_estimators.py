@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from datatools import DataError, UsageError
-from datatools.order import moments, pairwise, reduced, table
+from datatools.order import moments, pairwise, precompute, reduced, table
 from datatools.order.reference import Problem, Recipe, ReferenceRun, anchor_path, record, train
 from datatools.order.surrogate import Layout, Linear, trusted
 from optim import AdamWRule, LionRule, MuonRule, SGDRule, SophiaGRule, SPAMRule
@@ -111,6 +111,28 @@ def test_scores_of_many_orders_are_those_of_each() -> None:
         orders = [drawn(9, seed) for seed in range(40)]
         together = estimate.scores(orders)
         torch.testing.assert_close(together, torch.tensor([estimate.score(o) for o in orders], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["pairwise", "reduced", "frozen", "moments", "own-moments", "table", "groups"])
+def test_a_saved_estimate_is_read_again(tmp_path, name: str) -> None:  # type: ignore[no-untyped-def]
+    problem = random_problem(5, 4, 3)
+    ref = reference(problem, size=4)
+    options = {"groups": {"groups": [0, 0, 1, 1, 1]}, "frozen": {"second_moment": "expected", "k": 3}}.get(name, {})
+    made = precompute("reduced" if name == "frozen" else name, ref, problem, **options)  # type: ignore[arg-type]
+    made.save(tmp_path, ref)
+    before = problem.cost.gradients
+    read = Surrogate.load(tmp_path, ref, problem)
+    assert problem.cost.gradients == before and type(read) is type(made) and read.cost == made.cost
+    for seed in range(3):
+        assert read.score(drawn(5, seed)) == made.score(drawn(5, seed))
+    assert read.trust(drawn(5, 1)) == made.trust(drawn(5, 1))
+    other = reference(problem, rate=0.01, size=4)
+    with pytest.raises(DataError, match="made from another reference run"):
+        Surrogate.load(tmp_path, other, problem)
+    path = tmp_path / "tensors.safetensors"
+    path.write_bytes(path.read_bytes()[:4])
+    with pytest.raises(DataError, match="a damaged surrogate"):
+        Surrogate.load(tmp_path, ref, problem)
 
 
 def test_several_epochs_repeat_batches() -> None:
