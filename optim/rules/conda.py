@@ -31,9 +31,9 @@ class CondaRule(MatrixRule):
     v stays in the old basis then. Before the first step P is the identity, and the rule is Adam.
 
     Shapes: matrices [m, n]; not elementwise, and not in parts (`split_sizes`, `num_heads`).
-    State: 8 bytes a parameter (two float32 moments), 4 p^2 for P, and a step count.
+    State: at most 12 bytes a parameter, 8 and 4 p / q (two float32 moments; 4 p^2 for P), and a step count.
     Cost: 6 p^2 q FLOP a step, q = max(m, n), and an SVD of about 20 p^2 q every `update_proj_gap` steps.
-    Source: arXiv 2509.24218 and its code, mode "std". Recipes: betas (0.9, 0.99), gap 2000, scale 0.25; lr 0.01 for
+    Source: arXiv 2509.24218; and its code, mode "std". Recipes: betas (0.9, 0.99), gap 2000, scale 0.25; lr 0.01 for
     Llama, 3e-3 to 6e-3 for GPT-2.
     Differs: a zero M keeps the basis; decay acts on the old weights, not the updated ones. The other modes of the
     published code fail for matrices that are not square and are not here.

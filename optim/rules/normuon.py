@@ -33,7 +33,7 @@ class NorMuonRule(MuonRule):
     O~ = O / (sqrt(v) + row_eps), and c = |O|_F / |O~|_F, which restores Muon's size.
 
     Shapes: as `MuonRule`; v has one number a row. Norms are of the whole matrix, whatever rows are where.
-    State: 4 + 4 / n bytes a parameter (a float32 buffer, a float32 v a row) and a step count.
+    State: 4 bytes a parameter, 4 a row more (a float32 buffer, a float32 v a row), and a step count.
     Source: Li et al. 2025, arXiv 2510.05491; zichongli5/NorMuon, the default; the others are `CONVENTIONS`.
 
     - `update_scale`: "preserve_norm" as above, or "match_rms", u = 0.2 sqrt(m n) O~ / |O~|_F without f: entries of root

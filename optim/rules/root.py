@@ -31,7 +31,7 @@ class ROOTRule(MuonRule):
 
     Shapes: as `MuonRule`.
     State: 4 bytes a parameter (one float32 buffer) and a step count.
-    Source: arXiv 2511.20626 and its code.
+    Source: arXiv 2511.20626; and its code.
 
     - `shape_coefficients`: ((smaller, larger side), (a, b, c)) of each shape; other shapes take `ns_coefficients`.
       `fit_coefficients` makes a triple for a shape.

@@ -992,7 +992,7 @@ def test_the_store_of_a_run_can_be_read_by_itself(first):
     assert store.verify() == [] and len(store) == 60 and store.dim == 256
     assert store.meta["gradient"] == [
         "adamw(betas=(0.9, 0.999), eps=1e-08, eps_root=0.0, bias_correction=True, amsgrad=False, "
-        "eps_before_correction=False)"
+        "eps_before_correction=False, stochastic_rounding=False)"
     ]
     data = (first / "features" / "train-8" / "part-00000.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
