@@ -330,7 +330,7 @@ def order(
     seed: SeedOption = None,
     batches: Annotated[int | None, _flag("--batches", "batches to order", _METHOD, 32, metavar="T")] = None,
     grouping: Annotated[
-        str | None, _flag("--grouping", "batches of mixed rows, or of one source each", _METHOD, "mixed", metavar="HOW")
+        str | None, _flag("--grouping", "auto, batches of mixed rows, or of one source", _METHOD, "auto", metavar="HOW")
     ] = None,
     orders: Annotated[
         int | None, _flag("--orders", "random orders to estimate, or to retrain to validate", _METHOD, 16, metavar="R")
@@ -352,7 +352,7 @@ def order(
         str | None, _flag("--search", "local, genetic, borda or random", _METHOD, "local", metavar="HOW")
     ] = None,
     warmup_steps: Annotated[
-        int | None, _flag("--warmup-steps", "steps on other rows before", _TRAINING, 0, metavar="N")
+        int | None, _flag("--warmup-steps", "steps on other rows before", _TRAINING, 64, metavar="N")
     ] = None,
     on_bad_row: Annotated[
         str | None,

@@ -521,14 +521,25 @@ class OrderConfig(RunSettings):
     lora: LoraConfig | None = Field(default=None, description="train adapters; null trains every weight")
     training: OrderTraining = Field(default=OrderTraining(), description="the optimizer and its schedule")
     batches: int = Field(default=32, ge=2, le=4096, description="batches of training.batch_size rows")
-    grouping: Literal["mixed", "source"] = Field(
-        default="mixed", description="what a batch is drawn from: all rows, or the rows of one source"
+    grouping: Literal["auto", "mixed", "source"] = Field(
+        default="auto",
+        description="what a batch is drawn from: all rows, or the rows of one source; auto: one source where the data "
+        "has enough of each, else all",
     )
     warmup_steps: int = Field(
-        default=0,
+        default=64,
         ge=0,
         le=100_000,
-        description="steps on other rows before the reference run, so that the optimizer's moments are warm",
+        description="steps on other rows before the reference run, as in the middle of a training run: on a fresh "
+        "optimizer, without moments, pairwise estimates do not hold",
+    )
+    sample_rows: int = Field(
+        default=2,
+        ge=0,
+        le=100_000,
+        description="of `reduced`: rows of every batch whose gradients each score takes again, at a share of the cost "
+        "of retraining; 0: none, but `dimensions` directions",
+        json_schema_extra=LATE,
     )
     anchors: int = Field(
         default=3, ge=2, le=4097, description="places of the reference run where gradients are taken"
@@ -569,12 +580,19 @@ class OrderConfig(RunSettings):
         json_schema_extra=LATE,
     )
     dimensions: int = Field(
-        default=8, ge=1, le=4096, description="directions to which `reduced` reduces Hessians", json_schema_extra=LATE
+        default=8, ge=1, le=4096, description="directions to which `reduced` without rows reduces Hessians",
+        json_schema_extra=LATE,
     )
     second_moment: Literal["own", "expected", "anchor"] = Field(
         default="own",
         description="of `reduced`: own replays the rule itself; expected or anchor freeze it, for a fast model in "
         "`dimensions` numbers where the optimizer is warm",
+        json_schema_extra=LATE,
+    )
+    products: Literal["auto", "exact", "difference", "gauss-newton"] = Field(
+        default="auto",
+        description="of Hessians: exact, by differences of gradients, or with the Gauss-Newton matrix in their place; "
+        "auto is exact where the model's operations have second derivatives",
         json_schema_extra=LATE,
     )
     pairwise_anchors: int = Field(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def _refuse(config: OrderConfig) -> None:
             f"lora.dropout is {config.lora.dropout:g}: dropout is drawn anew in every order, and no estimate could "
             "tell it from the order's effect; set it to 0"
         )
-    if "groups" in config.estimators and config.grouping != "source":
+    if "groups" in config.estimators and config.grouping == "mixed":
         raise UsageError("estimator groups: batches of mixed rows belong to no source; use --grouping source")
     if config.training.gradient == "zo":
         raise UsageError("training.gradient is zo: an order is estimated from gradients; use gradient 'backprop'")
@@ -142,11 +142,19 @@ def _prepare(config: OrderConfig, current: Run) -> Setting:
     groups = [held_rows[lo : lo + width] for lo in range(0, len(held_rows), width)]
     budget = config.training.micro_tokens
     validation = [in_parts(held_source, group, budget, device) for group in groups]
+    samples, share = None, 1.0
+    if config.sample_rows:
+        few = [_longest_answers(rows, batch, config.sample_rows) for batch in batches]
+        samples = [in_parts(rows, part, budget, device) for part in few]
+        share = _tokens(rows, few) / _tokens(rows, batches)
     problem = order.Problem(
         loss,
         [in_parts(rows, batch, budget, device) for batch in batches],
         validation,
         weights=[float(batch[0][0]) for batch in validation],
+        samples=samples,
+        share=share,
+        hvp_method=config.products,
     )
     steps = len(made)
     optimizer = trainer._optimizer(config.training, [(n, p) for n, p in module.named_parameters() if p.requires_grad])
@@ -196,10 +204,7 @@ def _draw(config: OrderConfig, rows: Rows, held: Rows | None) -> tuple[list[list
         count = max(1, min(config.held_out, len(drawn) // 4))
         held_rows, drawn = sorted(drawn[:count]), drawn[count:]
     batches: list[list[int]] = []
-    if config.grouping == "mixed":
-        batches = [drawn[size_ * i : size_ * (i + 1)] for i in range(wanted)]
-        batches = [batch for batch in batches if len(batch) == size_]
-    else:
+    if config.grouping != "mixed":
         left: dict[str, list[int]] = {}
         for row in drawn:
             left.setdefault(rows.pool.sources[row], []).append(row)
@@ -209,6 +214,16 @@ def _draw(config: OrderConfig, rows: Rows, held: Rows | None) -> tuple[list[list
                 if len(left[name]) >= size_ and len(batches) < wanted:
                     batches.append([left[name].pop() for _ in range(size_)])
         batches = [batches[i] for i in rng.permutation(len(batches))]
+    if config.grouping == "mixed" or (config.grouping == "auto" and len(batches) < wanted):
+        if config.grouping == "auto":
+            if "groups" in config.estimators:
+                raise UsageError(
+                    f"estimator groups: sources give {len(batches)} of {wanted} batches of one source each; use fewer "
+                    "or smaller batches"
+                )
+            say(f"sources give {len(batches)} of {wanted} batches of one source each: batches are of mixed rows")
+        batches = [drawn[size_ * i : size_ * (i + 1)] for i in range(wanted)]
+        batches = [batch for batch in batches if len(batch) == size_]
     if len(batches) < wanted:
         raise UsageError(
             f"--batches {wanted}: the data gives {len(batches)} batches of {size_} rows"
@@ -218,6 +233,15 @@ def _draw(config: OrderConfig, rows: Rows, held: Rows | None) -> tuple[list[list
     taken = {row for batch in batches for row in batch}
     spare = [row for row in drawn if row not in taken] or drawn
     return batches, held_rows, spare
+
+
+def _longest_answers(rows: Rows, batch: Sequence[int], count: int) -> list[int]:
+    """The rows with most supervised tokens: a batch's loss is a mean over tokens, so these weigh most in it."""
+    return sorted(batch, key=lambda row: (-sum(label != -100 for label in rows.item(row)[1]), row))[:count]
+
+
+def _tokens(rows: Rows, batches: Sequence[Sequence[int]]) -> int:
+    return sum(len(rows.item(row)[0]) for batch in batches for row in batch)
 
 
 def _source(rows: Rows, batch: Sequence[int]) -> str:
@@ -307,6 +331,9 @@ def _cost_of(name: str, setting: Setting) -> order.Cost:
     a = min(config.pairwise_anchors, config.anchors)
     if name == "pairwise":
         return order.Cost(gradients=a * n + held, hvps=a * n, bytes=8 * n * numbers)
+    if name == "reduced" and config.second_moment == "own" and config.sample_rows:
+        gradients = config.anchors * n * (1 + setting.problem.share)
+        return order.Cost(gradients=gradients, bytes=8 * config.anchors * n * numbers)
     if name == "reduced" and config.second_moment == "own":
         k = config.dimensions
         return order.Cost(gradients=(config.anchors + 2 * k) * n, bytes=4 * (config.anchors + k) * n * numbers)
@@ -329,6 +356,8 @@ def _per_score(name: str, setting: Setting) -> float:
     steps, held = len(setting.sequence), len(setting.problem.validation)
     if name == "own-moments":
         return steps * (1 + HVP_IN_GRADIENTS) + held / 3
+    if name == "reduced" and setting.config.second_moment == "own" and setting.config.sample_rows:
+        return steps * setting.problem.share + held / 3
     return 0.0 if _fast(setting, name) else held / 3
 
 
@@ -352,7 +381,7 @@ def _announce(setting: Setting) -> None:
         even = order.break_even(total, steps, score)
         orders = f"worth it from {math.ceil(even):,} orders on" if math.isfinite(even) else "never cheaper: an oracle"
         say(
-            f"  {name}: {cost.gradients:,} gradients, {cost.hvps:,} Hessian-vector products, {size(cost.bytes)} of "
+            f"  {name}: {cost.gradients:,.0f} gradients, {cost.hvps:,} Hessian-vector products, {size(cost.bytes)} of "
             f"memory = {total / steps:.1f} retrainings once, {score:.1f} gradients a score; {orders}"
         )
     frozen = [n for n in config.estimators if n == "pairwise" or (n == "reduced" and config.second_moment != "own")]
@@ -454,7 +483,8 @@ def surrogate(setting: Setting, name: str, number: int = 0) -> order.Surrogate:
     if name == "groups":
         names = sorted(set(setting.sources))
         options["groups"] = [names.index(source) for source in setting.sources]
-    folder = setting.run.path("surrogates", f"{name}-{number:02d}-{files.digest(repr(options).encode())[:12]}")
+    asked = repr((options, setting.problem.share, setting.problem.hvp_method))
+    folder = setting.run.path("surrogates", f"{name}-{number:02d}-{files.digest(asked.encode())[:12]}")
     if (folder / "meta.json").is_file():
         return order.Surrogate.load(folder, run_, setting.problem)
     with setting.run.stage(f"{name} ({number + 1})"):
@@ -468,7 +498,8 @@ def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], nu
     config = setting.config
     asked = {
         "sequences": [list(s) for s in sequences], "anchors": config.pairwise_anchors, "k": config.dimensions,
-        "recorded": config.anchors, "second_moment": config.second_moment,
+        "recorded": config.anchors, "second_moment": config.second_moment, "rows": config.sample_rows,
+        "products": config.products,
     }  # fmt: skip
     path = setting.run.path("estimates", f"{name}-{number:02d}-{files.digest(repr(asked).encode())[:12]}.json")
     if path.is_file():
@@ -476,7 +507,7 @@ def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], nu
         return found
     made = surrogate(setting, name, number)
     ready = time.monotonic()
-    before = (setting.problem.cost.gradients, setting.problem.cost.hvps, setting.problem.cost.forwards)
+    before = replace(setting.problem.cost)
     scores, trusts = [], []
     with progress(f"{name}: scores", len(sequences), "orders") as bar:
         for lo in range(0, len(sequences), _TOGETHER):
@@ -485,8 +516,10 @@ def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], nu
     took = time.monotonic() - ready
     if _fast(setting, name):
         took = _time_scores(made, sequences)
-    after = (setting.problem.cost.gradients, setting.problem.cost.hvps, setting.problem.cost.forwards)
-    scoring = order.Cost(*(b - a for a, b in zip(before, after, strict=True)))
+    after = setting.problem.cost
+    scoring = order.Cost(
+        after.gradients - before.gradients, after.hvps - before.hvps, after.forwards - before.forwards
+    )
     if name not in ("table", "own-moments"):  # those would do their passes again
         trusts = [made.trust(sequence) for sequence in sequences]
     made_for = made.cost.in_gradients(hvp=HVP_IN_GRADIENTS)

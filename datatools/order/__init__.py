@@ -11,7 +11,8 @@
 | --- | --- | --- | --- |
 | `pairwise` | a gradient and a product a batch and anchor | T^2 numbers | precedence matrix, momentum kernel |
 | `moments` | a gradient a batch and anchor | T steps of the rule | the order's own moments on stored gradients |
-| `reduced` | and 2 k gradients a batch | T steps of the rule | and on how these change along k directions |
+| `reduced` | and a few rows' gradient a batch and anchor | T gradients of the rows | and on how those change |
+| `reduced`, no rows | and 2 k gradients a batch | T steps of the rule | or how they change along k directions |
 | `own-moments` | | T gradients and products | the same on g + H d: an oracle, dearer than retraining |
 | `table` | T gradients a batch | T steps of the rule | the published method, as a baseline |
 | `groups` | G (G - 1) short runs | T G | blocks of domains, measured |

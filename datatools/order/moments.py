@@ -4,7 +4,7 @@
     state, gamma <- the rule's own step on g~_t, with weight decay and clipping as in training
 
 Given the gradients nothing is approximate: the moments are the new order's own, for any rule. Gradients are estimated
-in one of three ways:
+in one of four ways:
 
 - "exact": g + H d at the nearest anchor, d the distance from it. A gradient and a Hessian-vector product a step of
   every order: dearer than retraining it, an oracle; exact on quadratics with an anchor a step.
@@ -13,6 +13,9 @@ in one of three ways:
   orders share; and where this order strays from that, their change along the k directions in which simulated orders
   stray most, by central differences over the distance to which those go (a secant: it sees the loss as far as orders
   reach, not its tangent). No further pass a score.
+- "rows": the same gradients at the anchors; and where this order strays, the change of the gradient of a few rows of
+  the batch (`Problem.samples`), s_l(here) - s_l(there): a control variate, right to all orders of the distance where
+  the rows stand for the batch. A small gradient a step of every order.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from datatools.errors import EnvironmentProblem, UsageError
 from datatools.order.reference import Cost, Params, Problem, Recipe, ReferenceRun, States
 from datatools.order.surrogate import Layout, Surrogate
 
-Gradients = Literal["anchors", "exact", "none"]
+Gradients = Literal["anchors", "rows", "exact", "none"]
 _SIMULATED = 12  # random orders whose paths give the directions
 _TOGETHER = 1 << 24  # parameters of all orders that are stepped at a time
 
@@ -45,6 +48,7 @@ class Stored:
     positions: tuple[int, ...]
     basis: Tensor
     curved: Tensor
+    sampled: Tensor | None = None  # [A, n, p], of the samples
 
     def __call__(self, batch: int, here: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
         """(gradient [p] between the anchors, its change [p], distance from there [p]) of a batch at `here`, step t."""
@@ -111,6 +115,10 @@ class Moments(Surrogate):
         """The estimated gradient [p] at a place [p], ||H d|| / ||g||, and ||d||."""
         if self.stored is not None:
             known, change, away = self.stored(batch, place, t)
+            if self.stored.sampled is not None:
+                there = interpolated(self.stored.sampled[:, batch], self.stored.positions, t)
+                sample = self.problem.sample_gradient(self._layout.tensors(place), batch)
+                change = self._layout.vector(sample) - there
             return known + change, float(change.norm() / known.norm().clamp_min(1e-30)), float(away.norm())
         layout, anchor = self._layout, self.reference.nearest(t).params
         strayed = place - layout.vector(anchor)
@@ -123,7 +131,7 @@ class Moments(Surrogate):
     def _scores(self, sequences: Tensor) -> Tensor:
         losses: list[float] = []
         together = max(1, _TOGETHER // self._layout.size)
-        for part in sequences.split(together):
+        for part in torch.split(sequences, together):
             ends, worst = self._run(part.tolist())
             losses += [self.problem.held_out_loss(self._layout.tensors(end)) for end in ends]
             self.paths.update(zip(map(tuple, part.tolist()), worst, strict=True))
@@ -152,14 +160,12 @@ def stepped_together(
     new_states: States = {}
     with torch.no_grad():
         for (name, shape), place, grad in zip(
-            layout.shapes.items(), places.split(sizes, 1), grads.split(sizes, 1), strict=True
+            layout.shapes.items(), torch.split(places, sizes, 1), torch.split(grads, sizes, 1), strict=True
         ):
             lr, decay = recipe.rates[position] * recipe.factors[name], recipe.weight_decay[name] or None
             step = partial(recipe.rules[name].stepped, lr=lr, weight_decay=decay)
             new, new_states[name] = torch.vmap(step, randomness="different")(
-                place.unflatten(1, shape) if shape else place[:, 0],
-                grad.unflatten(1, shape) if shape else grad[:, 0],
-                states[name],
+                place.reshape(-1, *shape), grad.reshape(-1, *shape), states[name]
             )
             moved.append(new.reshape(len(places), -1).to(places.dtype))
     return torch.cat(moved, 1), new_states
@@ -174,37 +180,43 @@ def precompute(
     limit_bytes: int = 8 << 30,
     seed: int = 0,
 ) -> Moments:
-    """Own moments; `hessian` is one of the module's three, `directions` the k of "anchors".
+    """Own moments; `hessian` is one of the module's four, `directions` the k of "anchors".
 
-    Cost of "anchors": A n gradients, and 2 k n for the directions. Bytes: (A + k) n p numbers.
+    Cost of "anchors": A n gradients, and 2 k n for the directions. Bytes: (A + k) n p numbers. Of "rows": A n gradients
+    of batches and of samples, and T of samples a score. Bytes: 2 A n p numbers.
     Raises: EnvironmentProblem above `limit_bytes`.
     """
-    if hessian not in ("anchors", "exact", "none"):
-        raise UsageError(f"order: moments has no gradients {hessian!r}; known: anchors, exact, none")
-    if directions < 0:
-        raise UsageError(f"order: moments along {directions} directions; 0 or more")
-    if hessian != "anchors":
+    if hessian not in ("anchors", "rows", "exact", "none"):
+        raise UsageError(f"order: moments has no gradients {hessian!r}; known: anchors, rows, exact, none")
+    if directions < 0 or (directions and hessian != "anchors"):
+        raise UsageError(f"order: moments along {directions} directions; 0 or more, of gradients at anchors")
+    if hessian in ("exact", "none"):
         return Moments(reference.sequence, Cost(), reference, problem, hessian)
     before, n = problem.cost.gradients, len(problem.batches)
     layout = Layout.of(reference.start.params)
     dtype = next(iter(reference.start.params.values())).dtype
-    need = (len(reference.anchors) + directions) * n * layout.size * dtype.itemsize
+    tables = len(reference.anchors) * (2 if hessian == "rows" else 1) + directions
+    need = tables * n * layout.size * dtype.itemsize
     if need > limit_bytes:
         raise EnvironmentProblem(
             f"order: gradients of {n} batches at {len(reference.anchors)} anchors, along {directions} directions, are "
             f"{need / 2**30:.1f} GiB, more than {limit_bytes / 2**30:.1f}; use fewer, adapters (LoRA), or pairwise"
         )
+
+    def at_anchors(gradient: Callable[[Params, int], Params]) -> Tensor:
+        table = torch.empty(len(reference.anchors), n, layout.size, dtype=dtype)
+        for a, anchor in enumerate(reference.anchors):
+            for b in range(n):
+                table[a, b] = layout.vector(gradient(anchor.params, b))
+        return table
+
     stored = Stored(
-        torch.stack(
-            [
-                torch.stack([layout.vector(problem.gradient(anchor.params, b)) for b in range(n)])
-                for anchor in reference.anchors
-            ]
-        ),
+        at_anchors(problem.gradient),
         torch.stack([layout.vector(anchor.params) for anchor in reference.anchors]),
         tuple(anchor.position for anchor in reference.anchors),
         torch.zeros(layout.size, 0, dtype=dtype),
         torch.zeros(n, 0, layout.size, dtype=dtype),
+        at_anchors(problem.sample_gradient) if hessian == "rows" else None,
     )
     made = Moments(reference.sequence, Cost(), reference, problem, hessian, stored)
     if directions:

@@ -57,8 +57,8 @@ class Recorder:
 
     def __call__(self, step: int, ids: Sequence[object], optimizer: Any) -> None:
         """Before step `step` = 1, 2, ... on the examples `ids`. Raises: UsageError for a step too many, or when rules,
-        decay or the ratio of learning rates change on the way, or for an optimizer that is not the suite's; DataError when
-        earlier steps were not recorded.
+        decay or the ratio of learning rates change on the way, or for an optimizer that is not the suite's; DataError
+        when earlier steps were not recorded.
         """
         optimizer, position = _plain(optimizer), step - 1
         if not 0 <= position < self.steps:

@@ -1,8 +1,9 @@
-"""A reduced-order model: training replayed with the Hessians of the batches reduced to k directions.
+"""A reduced-order model: training replayed with the Hessians of the batches reduced, to few rows or few directions.
 
 Two forms. With second_moment="own", the default, the rule itself steps all parameters, with the order's own moments,
-and only what displacement does to gradients is reduced: `moments.precompute` along k directions. A score is T steps of
-the rule; the first steps of a fresh Adam, which no frozen preconditioner describes, are right.
+and only what displacement does to gradients is reduced: to a few rows of each batch where the problem has `samples`
+(`moments.precompute` of "rows"), else along k directions. A score is T steps of the rule, with rows also T gradients of
+these; the first steps of a fresh Adam, which no frozen preconditioner describes, are right.
 
 With the second moment frozen ("expected" or "anchor") everything happens in k dimensions (spec B.4), thousands of
 times faster, and right where the optimizer is warm. In coordinates
@@ -101,8 +102,9 @@ def precompute(
 ) -> Surrogate:
     """The reduced model of a reference run.
 
-    second_moment: "own", all of the reference's anchors, k directions and 2 k gradients a batch; or frozen: "expected"
-    or "anchor", as in `pairwise.precompute`, from `anchors` anchors. Of the frozen ones:
+    second_moment: "own", all of the reference's anchors, with the problem's samples, or without any k directions and
+    2 k gradients a batch; or frozen: "expected" or "anchor", as in `pairwise.precompute`, from `anchors` anchors. Of
+    the frozen ones:
 
     k: dimensions, at most n + 2: the leading directions of the scaled gradients at the anchors, the held-out gradient,
     and the way the reference went. anchors: as in `pairwise.precompute`.
@@ -111,6 +113,8 @@ def precompute(
     if k < 1:
         raise UsageError(f"order: a reduced model of {k} dimensions; at least 1")
     if second_moment == "own":
+        if problem.samples is not None:
+            return moments.precompute(reference, problem, hessian="rows", limit_bytes=limit_bytes)
         return moments.precompute(reference, problem, directions=k, limit_bytes=limit_bytes)
     n = len(problem.batches)
     chosen = used_anchors(reference, anchors)

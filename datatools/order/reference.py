@@ -20,6 +20,7 @@ from torch import Tensor
 
 from datatools import files
 from datatools.errors import DataError, UsageError
+from datatools.order import gauss_newton
 from datatools.orders import check_permutation
 from optim import Optimizer, State, UpdateMap, UpdateRule, curvature, rule_from
 
@@ -43,7 +44,7 @@ _FORMAT = 1
 class Cost:
     """What an estimator spent: passes over one batch. A gradient is the unit; forward passes count a third of it."""
 
-    gradients: int = 0
+    gradients: float = 0
     hvps: int = 0
     forwards: int = 0
     bytes: int = 0
@@ -58,7 +59,11 @@ class Problem:
     """The data of an order question: n training batches, held-out batches, one loss for both.
 
     batches, validation: of any kind that the loss takes, or `Parts` of such.
+    hvp_method: "auto", "exact" or "difference" as in `optim.curvature.hvp`, or "gauss-newton" for products with that
+    matrix in place of the Hessian (`gauss_newton.product`).
     weights: of the held-out batches (numbers of tokens, say); equal unless given.
+    samples: for each training batch a part of its rows, as a batch of its own, whose gradients change as the batch's do
+    when parameters move (the estimator `reduced`); share: what a gradient of one costs, in gradients of a batch.
     cost: counted up by every call, so that estimators can say what they spent.
     Raises: UsageError for no batches; DataError for a loss that is not finite.
     """
@@ -67,6 +72,8 @@ class Problem:
     batches: Sequence[Any]
     validation: Sequence[Any]
     weights: Sequence[float] | None = None
+    samples: Sequence[Any] | None = None
+    share: float = 1.0
     hvp_method: str = "auto"
     cost: Cost = field(default_factory=Cost)
 
@@ -78,6 +85,13 @@ class Problem:
         """The gradient of training batch `batch` at `params`; a parameter that the loss misses has zero."""
         self.cost.gradients += 1
         return self._grad(params, self.batches[batch], f"batch {batch}")
+
+    def sample_gradient(self, params: Params, batch: int) -> Params:
+        """The gradient of the sample of training batch `batch`. Raises: UsageError for a problem without samples."""
+        if self.samples is None:
+            raise UsageError("order: this estimate needs Problem(samples=): a few rows of every batch")
+        self.cost.gradients += self.share
+        return self._grad(params, self.samples[batch], f"the sample of batch {batch}")
 
     def held_out_gradient(self, params: Params) -> Params:
         """The gradient of the held-out loss."""
@@ -101,7 +115,7 @@ class Problem:
             return self._value(params, self.batches[batch])
 
     def hvp(self, params: Params, batch: int, vector: Params) -> Params:
-        """H v of training batch `batch` at `params`: `optim.curvature.hvp`, exact or by differences (`hvp_method`)."""
+        """H v of training batch `batch` at `params`."""
         self.cost.hvps += 1
         return self._hvp(params, self.batches[batch], vector)
 
@@ -116,12 +130,12 @@ class Problem:
 
     def _hvp(self, params: Params, data: Any, vector: Params) -> Params:
         leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
-        found = curvature.hvp(
-            [partial(self.loss, leaves, part) for part in _parts(data)],
-            list(leaves.values()),
-            [vector[name].to(p.dtype) for name, p in leaves.items()],
-            method=self.hvp_method,
-        )
+        losses = [partial(self.loss, leaves, part) for part in _parts(data)]
+        along = [vector[name].to(p.dtype) for name, p in leaves.items()]
+        if self.hvp_method == "gauss-newton":
+            products = [gauss_newton.product(loss, list(leaves.values()), along) for loss in losses]
+            return {name: torch.stack(parts).sum(0) for name, *parts in zip(leaves, *products, strict=True)}
+        found = curvature.hvp(losses, list(leaves.values()), along, method=self.hvp_method)
         return {
             name: torch.zeros_like(p) if h is None else h.detach()
             for (name, p), h in zip(leaves.items(), found, strict=True)
@@ -323,6 +337,12 @@ class ReferenceRun:
                     f"the reference run was recorded with another {name} than {what}: {self.facts.get(name)!r} there, "
                     f"{facts.get(name)!r} here; record it again"
                 )
+
+    def digest(self) -> str:
+        """What tells this run from another: its sequence, recipe, anchors, facts, and the parameters it ended with."""
+        ends = b"".join(p.detach().cpu().contiguous().view(torch.uint8).numpy() for p in self.end.params.values())
+        said = [self.sequence, self.recipe.describe(), [a.position for a in self.anchors], dict(self.facts)]
+        return files.digest(files.json_bytes(said) + files.digest(ends).encode())
 
     def save(self, folder: Path) -> None:
         """Write `anchor-NNNNN.safetensors` and, last, `meta.json`."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, get_args, get_type_hints
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from datatools.errors import UsageError
-from datatools.order.reference import Cost, Params, ReferenceRun
+from datatools import files
+from datatools.errors import DataError, UsageError
+from datatools.order.reference import Cost, Params, Problem, ReferenceRun
 from datatools.orders import check_permutation
 
+_FORMAT = 1
 HVP_WARNING = 0.5  # ||H d|| / ||g|| along the path (spec B.6)
 DRIFT_WARNING = 0.7  # ||gamma_t - theta_t|| / ||theta_t - theta_0|| (spec B.6)
 
@@ -45,9 +50,75 @@ class Surrogate(ABC):
     def _scores(self, sequences: Tensor) -> Tensor:
         """`scores` of checked sequences, int64 [R, T] -> float64 [R]."""
 
+    def save(self, folder: Path, reference: ReferenceRun) -> None:
+        """Write `tensors.safetensors` and, last, `meta.json`: all but the reference run and the problem."""
+        tensors: dict[str, Tensor] = {}
+        values = _taken_apart(self, "", tensors)
+        files.make_folder(folder)
+        with files.atomic_path(folder / "tensors.safetensors") as path:
+            safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+        devices = {key: str(tensor.device) for key, tensor in tensors.items()}
+        meta = {"format": _FORMAT, "name": self.name, "reference": reference.digest(), "devices": devices}
+        files.write_json(folder / "meta.json", meta | {"values": values})
+
+    @staticmethod
+    def load(folder: Path, reference: ReferenceRun, problem: Problem) -> Surrogate:
+        """Read what `save` wrote, with the reference run that it was made from.
+
+        Raises: DataError for another reference run, and when something is missing or damaged.
+        """
+        meta = files.read_json(folder / "meta.json")
+        try:
+            if meta["format"] != _FORMAT:
+                raise DataError(f"{folder}: a surrogate of format {meta['format']}, this version reads {_FORMAT}")
+            if meta["reference"] != reference.digest():
+                raise DataError(f"{folder}: this surrogate was made from another reference run; make it again")
+            found = safetensors.torch.load_file(folder / "tensors.safetensors")
+            tensors = {key: found[key].to(device) for key, device in meta["devices"].items()}
+            kinds = {kind.name: kind for kind in Surrogate.__subclasses__()}
+            given = {"reference": reference, "problem": problem}
+            made: Surrogate = _put_together(kinds[meta["name"]], meta["values"], "", tensors, given)
+            return made
+        except (KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
+            raise DataError(f"{folder}: a damaged surrogate ({error!r}); remove it, it is made again") from error
+
     @abstractmethod
     def trust(self, sequence: Sequence[int]) -> dict[str, float]:
         """Indicators of how far the estimate is from what it rests on, each with a limit in `LIMITS`; small is good."""
+
+
+def _taken_apart(value: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The fields of a dataclass as plain values; its tensors, and those of dataclasses in it, go into `tensors`.
+
+    Left out: the run and the problem, which are given again, and dicts, which are caches.
+    """
+    plain: dict[str, Any] = {}
+    for field in fields(value):
+        item = getattr(value, field.name)
+        if isinstance(item, Tensor):
+            tensors[prefix + field.name] = item
+        elif not isinstance(item, ReferenceRun | Problem | dict):
+            inside = is_dataclass(item)
+            plain[field.name] = _taken_apart(item, f"{prefix}{field.name}.", tensors) if inside else item
+    return plain
+
+
+def _put_together(kind: Any, plain: dict[str, Any], prefix: str, tensors: dict[str, Tensor], given: Any) -> Any:
+    """The inverse of `_taken_apart`, `given` for what it left out."""
+    hints, made = get_type_hints(kind), {}
+    for field in fields(kind):
+        key, value = prefix + field.name, plain.get(field.name)
+        if key in tensors:
+            value = tensors[key]
+        elif field.name in given:
+            value = given[field.name]
+        elif field.name not in plain:
+            continue
+        elif isinstance(value, dict):
+            inner = next(h for h in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(h))
+            value = _put_together(inner, value, f"{key}.", tensors, given)
+        made[field.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**made)
 
 
 LIMITS: dict[str, float] = {"curvature": HVP_WARNING, "drift": DRIFT_WARNING, "second_order": 0.05, "fresh": 0.7}

@@ -9,7 +9,7 @@ import torch
 from datatools import DataError, UsageError
 from datatools.order import moments, pairwise, precompute, reduced, table
 from datatools.order.reference import Problem, Recipe, ReferenceRun, anchor_path, record, train
-from datatools.order.surrogate import Layout, Linear, trusted
+from datatools.order.surrogate import Layout, Linear, Surrogate, trusted
 from optim import AdamWRule, LionRule, MuonRule, SGDRule, SophiaGRule, SPAMRule
 from tests.datatools.order.quadratics import loss, random_problem, recipe, run
 
@@ -356,3 +356,25 @@ def test_moments_of_many_orders_are_those_of_each() -> None:
         before = problem.cost.gradients
         assert [together.trust(o) for o in orders] == [pytest.approx(each.trust(o), rel=1e-5) for o in orders]
         assert problem.cost.gradients == before, "what was scored is not stepped again"
+
+
+def test_rows_that_stand_for_their_batch_are_exact() -> None:
+    """Anchors at the ends only; samples with the batch's Hessian and another gradient. And their cost is counted."""
+    problem = random_problem(6, 4, 5)
+    start = {"theta": torch.full((4,), 0.3, dtype=torch.float64)}
+    ref = record(problem, recipe(AdamWRule(), [0.05] * 6), range(6), start, anchors=2)
+    order = drawn(6, 1)
+    true, _ = train(problem, ref.recipe, order, ref.start.params)
+    with pytest.raises(UsageError, match="samples="):
+        moments.precompute(ref, problem, hessian="rows")
+    errors = []
+    for shift in (0.0, 0.5):
+        problem.samples = [(a * (1 - shift), c + 0.4) for a, c in problem.batches]
+        problem.share, before = 0.25, problem.cost.gradients
+        made = reduced.precompute(ref, problem)
+        assert made.cost.gradients == problem.cost.gradients - before == 2 * 6 * 1.25
+        errors.append(float((made.final(order)["theta"] - true["theta"]).norm()))  # type: ignore[attr-defined]
+        assert problem.cost.gradients - before == 2 * 6 * 1.25 + 6 * 0.25
+        assert made.trust(order)["curvature"] > 0
+    without = moments.precompute(ref, problem).final(order)["theta"] - true["theta"]
+    assert errors[0] < 1e-10 < errors[1] < float(without.norm())
