@@ -27,28 +27,28 @@ def product(loss: Callable[[], Tensor], params: Sequence[Tensor], vectors: Seque
     """
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), _Logits() as seen:
         value = loss()
-    if not seen.outer:
+    if not seen.logits:
         raise UsageError(
             "order: Gauss-Newton products need a loss by torch.nn.functional.cross_entropy of logits; this one calls "
             "none. Use hvp_method 'auto'"
         )
-    probes = [torch.zeros_like(z, requires_grad=True) for z in seen.outer]
-    pulled = torch.autograd.grad(seen.outer, params, probes, create_graph=True, allow_unused=True)
+    probes = [torch.zeros_like(z, requires_grad=True) for z in seen.logits]
+    pulled = torch.autograd.grad(seen.logits, params, probes, create_graph=True, allow_unused=True)
     used = [(g, v) for g, v in zip(pulled, vectors, strict=True) if g is not None]
     pushed = torch.autograd.grad([g for g, _ in used], probes, [v for _, v in used], retain_graph=True)
-    slopes = torch.autograd.grad(value, seen.inner, create_graph=True)
-    bent = torch.autograd.grad(slopes, seen.inner, pushed)
-    found = torch.autograd.grad(seen.outer, params, bent, allow_unused=True)
+    slopes = torch.autograd.grad(value, seen.copies, create_graph=True)
+    bent = torch.autograd.grad(slopes, seen.copies, pushed)
+    found = torch.autograd.grad(seen.logits, params, bent, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(params, found, strict=True)]
 
 
 class _Logits(TorchFunctionMode):
-    """While active, cross_entropy reads copies (`inner`) of its logits (`outer`): loss and model are two graphs."""
+    """While active, cross_entropy reads copies (`copies`) of its `logits`: loss and model are two graphs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.outer: list[Tensor] = []
-        self.inner: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        self.copies: list[Tensor] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -56,6 +56,6 @@ class _Logits(TorchFunctionMode):
         if func is not functional.cross_entropy:
             return func(*args, **(kwargs or {}))
         given = inspect.signature(functional.cross_entropy).bind(*args, **(kwargs or {})).arguments
-        self.outer.append(given["input"])
-        self.inner.append(given["input"].detach().requires_grad_())
-        return func(**given | {"input": self.inner[-1]})
+        self.logits.append(given["input"])
+        self.copies.append(given["input"].detach().requires_grad_())
+        return func(**given | {"input": self.copies[-1]})

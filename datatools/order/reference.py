@@ -340,7 +340,8 @@ class ReferenceRun:
 
     def digest(self) -> str:
         """What tells this run from another: its sequence, recipe, anchors, facts, and the parameters it ended with."""
-        ends = b"".join(p.detach().cpu().contiguous().view(torch.uint8).numpy() for p in self.end.params.values())
+        flat = (p.detach().cpu().reshape(-1) for p in self.end.params.values())
+        ends = b"".join(p.view(torch.uint8).numpy().tobytes() for p in flat)
         said = [self.sequence, self.recipe.describe(), [a.position for a in self.anchors], dict(self.facts)]
         return files.digest(files.json_bytes(said) + files.digest(ends).encode())
 
