@@ -382,8 +382,9 @@ def order(
 ) -> None:
     """What would another order of training have done?
 
-    Estimates it from one recorded run, without retraining. Tasks share the folder --out, and take its settings over:
-    record the run; estimate losses of orders; search a better one (order.npz); validate estimates against true
+    Estimates it from one recorded run, without retraining. Tasks share the
+    folder --out, and take its settings over: record the run; estimate losses of
+    orders; search a better one (order.npz); validate estimates against true
     retrainings; map what the place of a batch does. Writes report.html.
     """
     from datatools import UsageError, did_you_mean

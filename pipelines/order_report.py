@@ -136,14 +136,15 @@ def _precedence(found: dict[str, Any]) -> dict[str, Any] | None:
         for name, entry in found.get(part, {}).get("estimators", {}).items():
             if entry.get("precedence"):
                 matrix = entry["precedence"]
-                labels = [batch["source"] for batch in found.get(part, {}).get("batches", [])]
+                sources = [batch["source"] for batch in found.get(part, {}).get("batches", [])]
+                names = [f"batch {i} ({sources[i]})" if sources else f"batch {i}" for i in range(len(matrix))]
                 order = sorted(range(len(matrix)), key=lambda i: sum(matrix[i]))
                 shown = [[matrix[i][j] for j in order] for i in order]
                 return {
                     "name": name,
-                    "svg": heat(shown, "cost of a batch before another"),
-                    "first": [labels[i] if labels else str(i) for i in order[:3]],
-                    "last": [labels[i] if labels else str(i) for i in order[-3:]],
+                    "svg": heat(shown, "cost of a batch before another", [names[i] for i in order]),
+                    "first": [names[i] for i in order[: min(3, len(order) // 2)]],
+                    "last": [names[i] for i in order[-min(3, len(order) // 2) :]],
                     "largest": number(max(abs(v) for row in matrix for v in row), 3),
                     "count": len(matrix),
                 }
@@ -154,7 +155,7 @@ def _precedence(found: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def scatter(estimated: Sequence[float], true: Sequence[float]) -> dict[str, Any]:
-    """Predicted against true: both about their own mean and on one scale, with the line of equality."""
+    """Predicted against true: each about its own mean and on its own scale, with the line of equality."""
     means = [math.fsum(values) / len(values) for values in (estimated, true)]
     x, y = ([value - mean for value in values] for values, mean in zip((estimated, true), means, strict=True))
     wide = Scale(*_range(x))
@@ -180,18 +181,24 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def heat(rows: Sequence[Sequence[float]], label: str) -> Markup:
-    """A matrix as squares: below zero in one colour, above in the other, deeper the larger."""
+def heat(rows: Sequence[Sequence[float]], label: str, names: Sequence[str] = ()) -> Markup:
+    """A matrix as squares: below zero in one colour, above in the other, deeper the larger. names: of its rows and
+    columns, shown with the value under the pointer.
+    """
     largest = max((abs(v) for row in rows for v in row if math.isfinite(v)), default=0.0) or 1.0
     high, wide = _SIDE / len(rows), _SIDE / max(map(len, rows))
-    cell = Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.2f}"/>')
+    cell = Markup(
+        '<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.2f}">{}</rect>'
+    )
+    title = Markup("<title>{} before {}: {}</title>")
     cells = Markup("").join(
         cell.format(
-            "below" if v < 0 else "above", j * wide, i * high, wide, high, min(1.0, abs(v) / largest)
+            "below" if v < 0 else "above", j * wide, i * high, wide, high, min(1.0, abs(v) / largest),
+            title.format(names[i], names[j], number(v, 3)) if names else "",
         )
         for i, row in enumerate(rows)
         for j, v in enumerate(row)
-    )
+    )  # fmt: skip
     return _figure(cells, label, "heat")
 
 
