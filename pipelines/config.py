@@ -534,7 +534,7 @@ class OrderConfig(RunSettings):
         "optimizer, without moments, pairwise estimates do not hold",
     )
     sample_rows: int = Field(
-        default=2,
+        default=3,
         ge=0,
         le=100_000,
         description="of `reduced`: rows of every batch whose gradients each score takes again, at a share of the cost "

@@ -60,6 +60,7 @@ def settings(options: argparse.Namespace, rate: float, task: str) -> OrderConfig
         held_out=options.held_out,
         anchors=options.anchors,
         dimensions=options.dimensions,
+        sample_rows=options.sample_rows,
         orders=options.orders,
         references=options.references,
         estimators=options.estimators.split(","),
@@ -75,10 +76,10 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--rates", default="1e-4,3e-4")
     parser.add_argument("--estimators", default="pairwise,moments,reduced,table")
-    parser.add_argument("--grouping", default="mixed")
+    parser.add_argument("--grouping", default="auto")
     for name, value in {
         "batches": 32, "orders": 30, "batch-size": 8, "references": 3, "max-length": 256, "lora-rank": 0,
-        "warmup-steps": 0, "held-out": 64, "anchors": 9, "dimensions": 8, "seed": 0,
+        "warmup-steps": 64, "held-out": 64, "anchors": 3, "dimensions": 8, "sample-rows": 3, "seed": 0,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
