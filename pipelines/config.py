@@ -599,7 +599,7 @@ class OrderConfig(RunSettings):
         default=1, ge=1, le=4097, description="anchors at which pairwise (and a frozen `reduced`) take products",
         json_schema_extra=LATE,
     )
-    sequences: list[FilePath] = Field(
+    sequences: Annotated[list[FilePath], BeforeValidator(_listed)] = Field(
         default=[], max_length=10_000, description="order files to estimate", json_schema_extra=LATE
     )
     search: Literal["local", "genetic", "borda", "random"] = Field(

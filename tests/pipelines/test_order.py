@@ -177,7 +177,7 @@ def test_search_proposes_an_order_and_map_and_estimate_go_on_in_the_same_folder(
     assert first["estimated"] == min(row["estimated"] for row in found["rows"])
     kept = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     assert any("surrogates" in p.parts for p in kept) and any("reference" in p.parts for p in kept)
-    run(settings(world, out, task="estimate", sequences=[out / "order.npz"], orders=3))
+    run(settings(world, out, task="estimate", sequences=str(out / "order.npz"), orders=3))
     estimates = json.loads((out / "estimates.json").read_text())
     again = next(row for row in estimates["orders"] if row["name"] == "order.npz")
     assert again["pairwise"] == pytest.approx(first["estimated"])
