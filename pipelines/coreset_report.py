@@ -69,7 +69,7 @@ def _lead(seen: Sequence[Mapping[str, Any]], means: Mapping[str, float]) -> str:
     return (
         f"coreset: error of the kept rows' mean gradient {number(means['match_error'])}, of random rows with the same "
         f"quotas {number(means['match_error_random'])}; choosing took {percent(means['share'])} of a step"
-    )
+    ) + (f"; small sources alone filled {seen[-1]['overflows']} batches" if seen[-1]["overflows"] else "")
 
 
 def _parts(
@@ -122,15 +122,16 @@ def _sources(facts: Mapping[str, Any], seen: Sequence[Mapping[str, Any]]) -> lis
         drawn.update(entry["seen_by_source"])
         kept.update(entry["kept_by_source"])
     total, held = sum(facts["sources"].values()), max(1, kept.total())
+    widest = max([rows / total for rows in facts["sources"].values()] + [n / held for n in kept.values()])
     return [
         {
             "name": name,
             "rows": rows,
             "share": percent(rows / total),
             "kept_share": percent(kept[name] / held),
-            "rate": percent(kept[name] / drawn[name]) if drawn[name] else "",
+            "rate": percent(kept[name] / drawn[name]) if drawn[name] else "none drawn",
             "small": name in facts["small"],
-            "widths": [f"{100 * rows / total:.2f}%", f"{100 * kept[name] / held:.2f}%"],
+            "widths": [f"{100 * part / widest:.2f}%" for part in (rows / total, kept[name] / held)],
         }
         for name, rows in sorted(facts["sources"].items(), key=lambda item: (-item[1], item[0]))
     ]

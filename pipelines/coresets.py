@@ -57,8 +57,9 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
     are functions of the seed, the step, the micro-batch and the rank; the history of a rule that has one is saved in
     the checkpoint. Evaluation is untouched. The loss is the Trainer's own unless loss_weighting is "example".
 
-    Monitored steps log match_error, match_error_random (mean of 16 draws), select_seconds and train_seconds; the log
-    history also has kept_by_source and seen_by_source.
+    Monitored steps log match_error, match_error_random (mean of 16 draws), select_seconds (measuring the errors apart)
+    and train_seconds; the log history also has kept_by_source and seen_by_source. Where the Trainer logs less often
+    than that (logging_steps), a log has the last monitored step's.
     Raises: UsageError for packing, FSDP or DeepSpeed, a missing source column, and sizes that do not fit; see also
     `datatools.CoLM`. Nothing of the training state has changed when a choice raises.
     """
@@ -159,7 +160,8 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
         started, step = _now(), self.state.global_step
         colm = self._chooser()
         watch = step % self.choose.monitor_every == 0
-        lanes, reduced, watched = self.args.world_size, [], []
+        lanes, reduced = self.args.world_size, []
+        watched: list[tuple[Any, list[Hashable], Selection]] = []
         for micro, batch in enumerate(batches):
             tensors, sources, lengths = self._large(batch)
             keep = max(1, round(self._keep * len(sources) / self._large_batch))  # an epoch's last batch may be short
@@ -172,7 +174,10 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
                 watched.append((colm.last, sources, chosen))
         self._rows_of_step = sum(len(batch[WEIGHTS]) for batch in reduced)
         if watch:
-            self._watched = _summary(watched) | {"select_seconds": _now() - started, "overflows": colm.overflows}
+            measuring = math.fsum(last.watch_seconds for last, _, _ in watched)
+            self._watched = _summary(watched) | {
+                "select_seconds": _now() - started - measuring, "overflows": colm.overflows,
+            }  # fmt: skip
         self._since = _now()
         return reduced, self._get_num_items_in_batch(reduced, device)
 

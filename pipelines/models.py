@@ -104,7 +104,7 @@ def _converted(gguf: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{gguf.stem}-", dir=target.parent))
     try:
-        with _quiet():
+        with quiet():
             source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
             with redirect_stderr(io.StringIO()):  # its bar is drawn whatever transformers' settings say
                 read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -132,8 +132,8 @@ def _converted(gguf: Path) -> Path:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' advice to its own developers and its progress bars while a model loads or is wrapped."""
+def quiet() -> Iterator[None]:
+    """Silence transformers' advice to its own developers and its progress bars: loading, wrapping, saving."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -163,7 +163,7 @@ def load(config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | N
     if config.revision is not None:
         options["revision"] = config.revision
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
             digests = _digests(name, config.revision)
             if config.adapter is not None and config.adapter.is_dir():
@@ -232,7 +232,7 @@ def add_lora(model: Any, config: LoraConfig, *, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        with _quiet():
+        with quiet():
             wrapped = get_peft_model(model, adapters)
     except ValueError as error:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
@@ -263,7 +263,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
                 f"adapter {folder}: {needed} is missing; expected a folder that peft's save_pretrained wrote"
             )
     try:
-        with _quiet(), warnings.catch_warnings():
+        with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # keys that do not match are an error below
             wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
         with safe_open(folder / "adapter_model.safetensors", "pt") as saved:

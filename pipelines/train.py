@@ -65,8 +65,10 @@ def run(config: TrainConfig) -> Path:
             steps = len(sequence)
         tokens = rows.tokens() * config.training.epochs
         if sequence is None:
-            epochs = config.training.epochs
-            say(f"{len(chosen):,} rows, {tokens:,} tokens in {epochs} epochs, {steps:,} optimizer steps")
+            epochs = f"{tokens:,} tokens in {recipe.epochs} epochs, "
+            if steps == recipe.max_steps:
+                epochs = ""  # it stops before they are over
+            say(f"{len(chosen):,} rows, {epochs}{steps:,} optimizer steps of {recipe.batch_size:,} rows")
         else:
             say(f"{steps:,} optimizer steps, in the order of {config.order}")
         if choose is not None:

@@ -31,7 +31,7 @@ from datatools import DataError, EnvironmentProblem, Selection, UsageError, file
 from pipelines import zeroth_order
 from pipelines.config import CoresetConfig, TrainingConfig
 from pipelines.coresets import MONITORED, WEIGHTS, CoresetMixin, example_weights
-from pipelines.models import collate, token_losses
+from pipelines.models import collate, quiet, token_losses
 from pipelines.runs import say
 
 COMPLETE = "complete.json"
@@ -247,7 +247,8 @@ def check(recipe: TrainingConfig) -> None:
 def saving(folder: Path) -> Iterator[None]:
     """What torch, safetensors and peft raise when the disk refuses, as an error that says how to go on."""
     try:
-        yield
+        with quiet():
+            yield
     except OSError as error:
         raise files.explain(error, folder, "write") from error
     except (SafetensorError, RuntimeError) as error:  # theirs carry no errno

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Literal
 
 import torch
@@ -75,12 +76,16 @@ class History:
 
 @dataclass(frozen=True)
 class Chosen:
-    """One choice, the plan behind it, and how well it and random ones match the batch's gradient, where watched."""
+    """One choice, the plan behind it, and how well it and random ones match the batch's gradient, where watched.
+
+    watch_seconds: what measuring that took beside the choice itself.
+    """
 
     selection: Selection
     plan: Plan
     match_error: float | None = None
     match_error_random: float | None = None
+    watch_seconds: float = 0.0
 
 
 class CoLM:
@@ -194,28 +199,27 @@ class CoLM:
         )
         chosen, grads = self._choose(batch, made, step, lane, lengths, everything=watch and self.features == "exact")
         errors: tuple[float | None, float | None] = (None, None)
+        began = perf_counter()
         if watch:
             if self.features != "exact" or grads is None:
                 grads = self._exact(batch, torch.arange(n), lengths, project=True)
             control = self._generator("monitor", step, lane)
             errors = monitor.matching_error(grads, chosen), monitor.random_error(grads, made, control)
         self.overflows += made.overflow
-        self.last = Chosen(chosen, made, *errors)
+        self.last = Chosen(chosen, made, *errors, watch_seconds=perf_counter() - began if watch else 0.0)
         return chosen
 
     def _choose(
         self, batch: Batch, made: Plan, step: int, lane: int, lengths: Sequence[int] | None, *, everything: bool
     ) -> tuple[Selection, Tensor | None]:
-        """The choice, and the plain gradients [n, d] of all rows if `everything` was asked for."""
+        """The choice, and the plain gradients [n, d] of all rows if `everything` was asked for and it read any."""
         generator = self._generator("choice", step, lane)
         n = len(batch["input_ids"])
         read = torch.arange(n) if self.method == WHOLE_BATCH else made.candidates()
         rows = torch.arange(n) if everything else read
         settings: dict[str, Any] = {"method": self.method, "metric": self.metric, "generator": generator}
         idle = self.method == "random_in_source" or not made.free
-        if idle and self.history.plain and not everything:
-            return choose_rows(torch.zeros(n, 1), made, **settings), None
-        if len(made.candidates()) == 0 and not everything:
+        if (idle and self.history.plain) or len(made.candidates()) == 0:
             return choose_rows(torch.zeros(n, 1), made, **settings), None
         medoids = self.method == "facility_location"
         if self.features == "exact":

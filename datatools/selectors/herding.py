@@ -32,20 +32,20 @@ def herding(
     Raises: ValueError unless 1 <= k <= n, the features are finite, and kept rows and quotas add up to k.
     """
     centred = _centred("herding", features, k)
-    n, device = len(centred), centred.device
-    products = centred @ centred.mT  # [n, n]
+    n = len(centred)
+    products = (centred @ centred.mT).cpu()  # [n, n]; the many small steps that follow are slow on a GPU
     own = products.diagonal().clone()
     picks = [] if kept is None else kept.tolist()
-    chosen = torch.zeros(n, dtype=torch.bool, device=device)
+    chosen = torch.zeros(n, dtype=torch.bool)
     chosen[picks] = True
     if groups is None:
         groups = [((~chosen).nonzero()[:, 0], k - len(picks))]
     if len(picks) + sum(quota for _, quota in groups) != k:
         raise ValueError(f"herding: {len(picks)} rows kept and quotas {[q for _, q in groups]} do not add up to k={k}")
-    group = torch.full((n,), -1, device=device)
+    group = torch.full((n,), -1)
     for g, (rows, _) in enumerate(groups):
-        group[rows.to(device)] = g
-    left = torch.tensor([quota for _, quota in groups] + [0], device=device)  # the last is for rows of no group
+        group[rows.cpu()] = g
+    left = torch.tensor([quota for _, quota in groups] + [0])  # the last is for rows of no group
     towards = products[chosen].sum(0)  # inner product of each row with the sum of the chosen ones
     fixed = len(picks)
     while len(picks) < k:
@@ -56,7 +56,7 @@ def herding(
         towards += products[picks[-1]]
     scale = float(own.max()) * IMPROVEMENT
     for _ in range(k if exchanges is None else exchanges):
-        inside, outside = torch.tensor(picks[fixed:], device=device), (~chosen & (group >= 0)).nonzero()[:, 0]
+        inside, outside = torch.tensor(picks[fixed:]), (~chosen & (group >= 0)).nonzero()[:, 0]
         if not len(outside) or not len(inside):
             break
         change = (

@@ -1,6 +1,7 @@
 """CoLM as a whole: its Adam history, its features, its randomness, and what it refuses."""
 
 from collections import Counter
+from time import perf_counter
 
 import pytest
 import torch
@@ -131,15 +132,16 @@ def test_distances_by_64_probes_are_ordered_as_the_true_ones():
 def test_distances_by_64_probes_on_real_rows_of_a_trained_model(shared, tmp_path):
     if not (shared / "data/models/stories260k").is_dir():
         pytest.skip("no data/models/stories260k in the shared folder")
-    loaded = models.load(ModelConfig(name=str(shared / "data/models/stories260k"), chat="tulu", max_length=256))
+    settings = ModelConfig(name=str(shared / "data/models/stories260k"), chat="tulu", max_length=160)
+    loaded = models.load(settings)
     rows = prepare(
         DataConfig(paths=[str(shared / "data/train/mix-64.jsonl")], on_bad_row="skip"),
-        ModelConfig(name="x", chat="tulu", max_length=256),
+        settings,
         loaded.tokenizer,
         cache=tmp_path,
         label="rows",
     )
-    check_probes(loaded.model, rows.batch(rows.usable.nonzero()[0][:20].tolist()))
+    check_probes(loaded.model, rows.batch(rows.usable.nonzero()[0][:16].tolist()))
 
 
 def test_the_published_features_are_collinear(model, batch):
@@ -239,6 +241,25 @@ def test_watching_measures_the_choice_and_does_not_change_it(model, batch, featu
         assert got.indices.tolist() == want.indices.tolist()
         assert watched.last.match_error == pytest.approx(matching_error(grads, got), rel=1e-3)
         assert watched.last.match_error_random > 0 and plain.last.match_error is None
+        assert watched.last.watch_seconds > 0 and plain.last.watch_seconds == 0
+
+
+def test_measuring_is_no_part_of_a_choice_that_reads_nothing(model, batch):
+    """The control takes no pass over the batch; the one that measures it is timed apart."""
+    passes = []
+
+    def counted(module, part):
+        passes.append(len(part["input_ids"]))
+        return row_losses(module, part)
+
+    chooser = CoLM(model, counted, keep=8, small={"rare"}, method="random_in_source")
+    picks = chooser(batch, SOURCES, step=3).indices.tolist()
+    assert passes == []
+    began = perf_counter()
+    assert chooser(batch, SOURCES, step=3, watch=True).indices.tolist() == picks
+    took = perf_counter() - began
+    assert sum(passes) == len(SOURCES) and 0 < chooser.last.watch_seconds < took
+    assert chooser.last.match_error > 0
 
 
 def test_sources_may_be_numbers_or_absent_and_overflow_is_counted(model, batch):
@@ -291,7 +312,7 @@ def test_the_loop_of_the_readme_runs(capsys):
     }  # fmt: skip
     before = model.model.layers[0].mlp.up_proj.weight.clone()
     exec(code, names)
-    first, second = capsys.readouterr().out.splitlines()
-    ours, chance = map(float, first.split())
-    assert 0 < ours < chance and second == "None None" and len(names["chosen"]) == 64
+    (line,) = capsys.readouterr().out.splitlines()
+    ours, chance = map(float, line.split())
+    assert 0 < ours < chance and len(names["chosen"]) == 64
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
