@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optim.kernels import symmetric
 from optim.kernels import unit_rms as unit_rms_kernel
+from optim.rule import largest
 
 
 class Polynomial(NamedTuple):
@@ -202,4 +203,4 @@ def _radial(gp: Tensor, gg: Tensor, pp: Tensor, up: Tensor, *, limit: float, eps
     """From inner products of rows: are all cosines below the limit, and how much of p the projection takes off u."""
     norm = pp.sqrt()
     cosine = gp.abs() / (gg.sqrt().clamp(min=eps) * norm.clamp(min=eps))
-    return cosine.amax() < limit, up / (norm + eps).square()
+    return largest(cosine) < limit, up / (norm + eps).square()

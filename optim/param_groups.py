@@ -237,12 +237,12 @@ def divide_groups(
 def group_table(optimizer: torch.optim.Optimizer) -> str:
     """What is stepped how, to be read before training: a line a param group, with the first of its tensors."""
     rows = [("group", "rule", "lr", "decay", "tensors", "parameters", "first tensor")]
-    seen = {optimizer.defaults["rule"].name: optimizer.defaults["rule"].describe()}
+    seen = {optimizer.defaults["rule"].name: _flat(optimizer.defaults["rule"].describe())}
     for i, group in enumerate(optimizer.param_groups, start=1):
         rule = group["rule"]
-        fields = rule.describe()
+        fields = _flat(rule.describe())
         usual = seen.setdefault(rule.name, fields)
-        label = ", ".join([rule.name, *(f"{key} {value}" for key, value in fields.items() if value != usual[key])])
+        label = ", ".join([rule.name, *(f"{key} {value}" for key, value in fields.items() if value != usual.get(key))])
         count = sum(p.numel() for p in group["params"])
         name = group["param_names"][0] if group.get("param_names") else ""
         rows.append((str(i), label, f"{float(group['lr']):g}", f"{group['weight_decay']:g}",
@@ -253,3 +253,11 @@ def group_table(optimizer: torch.optim.Optimizer) -> str:
         cells = zip(row, widths, strict=True)
         lines.append("  ".join(c.rjust(w) if 2 <= k <= 5 else c.ljust(w) for k, (c, w) in enumerate(cells)).rstrip())
     return "\n".join(lines)
+
+
+def _flat(described: Mapping[str, Any]) -> dict[str, Any]:
+    """A rule's plain values, those of a rule inside it beside its own."""
+    flat: dict[str, Any] = {}
+    for key, value in described.items():
+        flat |= _flat(value) | {key: value["name"]} if isinstance(value, Mapping) else {key: value}
+    return flat

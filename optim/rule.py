@@ -94,9 +94,9 @@ class UpdateRule(ABC):
     ) -> None:
         """One step in place: `stepped`, written back to `param` (and only then rounded to its dtype) and `state`."""
         new_param, new_state = self.stepped(param, grad, state, lr=lr, weight_decay=weight_decay or None)
-        param.copy_(new_param)
+        param.copy_(_sharded_as(param, new_param))
         for key, value in new_state.items():
-            state[key].copy_(value)  # not rebound: a new value may alias the gradient
+            state[key].copy_(_sharded_as(state[key], value))  # not rebound: a new value may alias the gradient
 
     def step_all(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], *, lr: float | Tensor,
@@ -190,6 +190,35 @@ def scalar_moment(param: Tensor, value: float = 0.0) -> Tensor:
 def is_sharded(x: Tensor) -> bool:
     """Whether it is a DTensor, as FSDP2 makes them; `torch.distributed.tensor` is not imported to ask."""
     return hasattr(x, "placements")
+
+
+def _sharded_as(like: Tensor, x: Tensor) -> Tensor:
+    """x with the shards of `like`: `copy_` does not make them where there are fewer rows than ranks."""
+    if not is_sharded(like) or not is_sharded(x) or x.placements == like.placements:  # type: ignore[attr-defined]
+        return x
+    found: Tensor = x.redistribute(placements=like.placements)  # type: ignore[attr-defined]
+    return found
+
+
+def replicated(x: Tensor) -> Tensor:
+    """A DTensor with all its rows on every rank, for operations that have no form for uneven shards."""
+    if not is_sharded(x):
+        return x
+    from torch.distributed.tensor import Replicate
+
+    found: Tensor = x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)  # type: ignore[attr-defined]
+    return found
+
+
+def largest(x: Tensor) -> Tensor:
+    """max |x| of the whole tensor, 0-d; 0 of nothing, which a rank may have of a DTensor."""
+    if not is_sharded(x):
+        return x.abs().amax() if x.numel() else x.sum()
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = x.device_mesh  # type: ignore[attr-defined]
+    own = largest(x.to_local())  # type: ignore[attr-defined]
+    return replicated(DTensor.from_local(own, mesh, [Partial("max")] * mesh.ndim))
 
 
 def check_whole(rule: str, tensors: Iterable[Tensor]) -> None:

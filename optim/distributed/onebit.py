@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -114,6 +114,11 @@ class OneBitAdam(Optimizer):
                     f"OneBitAdam: the mask of {name!r} has shape {tuple(mask.shape)}, not {tuple(named[name].shape)}"
                 )
             self._masks[named[name]] = mask
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Torch copies and pickles no more than groups and states."""
+        own = ("process_group", "mask_unseen", "_errors", "_masks")
+        return super().__getstate__() | {key: getattr(self, key) for key in own}
 
     def _step_those(
         self, rule: UpdateRule, params: list[Tensor], grads: list[Tensor], *, lr: float | Tensor, weight_decay: float

@@ -59,6 +59,10 @@ class OwnerComputes(Optimizer):
         defaults = optimizer.defaults
         super().__init__(groups, defaults["rule"], lr=defaults["lr"], weight_decay=defaults["weight_decay"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Torch copies and pickles no more than groups and states."""
+        return super().__getstate__() | {"process_group": self.process_group}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `Optimizer`. Raises: TypeError for a DTensor whose rows are not spread over the ranks."""
         super().add_param_group(param_group)
@@ -119,10 +123,15 @@ class OwnerComputes(Optimizer):
         """The whole states of all tensors, on every rank alike. Collective: call it on all ranks."""
         borrowed = self._gather_states()
         try:
-            return super().state_dict()
+            saved = super().state_dict()
         finally:
             for param in borrowed:
                 del self.state[param]
+        whole = {
+            key: {entry: value.full_tensor() if is_sharded(value) else value for entry, value in state.items()}
+            for key, state in sorted(saved["state"].items())
+        }
+        return saved | {"state": whole}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in `Optimizer`; each rank keeps the states of the tensors that it owns."""
@@ -132,6 +141,10 @@ class OwnerComputes(Optimizer):
         for param, owner in owners.items():
             if owner != rank:
                 self.state.pop(param, None)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if is_sharded(param) and param not in owners and param in self.state:
+                    self.state[param] = _spread(self.state[param], group["rule"].init(param))
 
     def _gather_states(self) -> list[Tensor]:
         """Fill `state` with what other ranks hold; the parameters concerned."""
@@ -167,6 +180,18 @@ def _local(x: Tensor) -> Tensor:
     """The rows of a DTensor that this rank has; any other tensor as it is."""
     local: Tensor = x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
     return local.detach()
+
+
+def _spread(state: State, like: State) -> State:
+    """The whole state with the shards that `like` has; what has its shards already stays."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return {
+        key: distribute_tensor(value, like[key].device_mesh, like[key].placements)  # type: ignore[attr-defined]
+        if is_sharded(like[key]) and not is_sharded(value)
+        else value
+        for key, value in state.items()
+    }
 
 
 def _check_rows(param: Tensor, ranks: int) -> None:

@@ -38,7 +38,7 @@ from optim.fused.assembly import Assembly, assemble
 from optim.fused.machine import compiled
 from optim.fused.threads import together
 from optim.fused.trace import Node, Trace, Unsupported, trace
-from optim.rule import State, UpdateRule
+from optim.rule import State, UpdateRule, is_sharded
 
 CHUNK = 1 << 15
 """Elements that a thread takes at a time; large enough to pay for the call, small enough to share work evenly."""
@@ -100,13 +100,15 @@ def step(
 
 
 def all_finite(grads: Sequence[Tensor]) -> list[bool]:
-    """Of each gradient, whether all its entries are finite; without the masks that `isfinite` makes."""
+    """Of each gradient, whether all its entries are finite, on all ranks; without the masks that `isfinite` makes."""
     fine: list[bool] = [True] * len(grads)
     pools: dict[torch.dtype, list[int]] = {}
     can_run = _can_run()
     for i, grad in enumerate(grads):
         if can_run and type(grad) in _PLAIN and grad.is_cpu and grad.is_contiguous() and not grad.is_neg():
             pools.setdefault(grad.dtype, []).append(i)
+        elif is_sharded(grad):  # of a DTensor bool() is the answer of this rank's rows; all ranks must do the same
+            fine[i] = int(grad.isfinite().logical_not().sum().full_tensor()) == 0  # type: ignore[attr-defined]
         else:
             fine[i] = bool(grad.isfinite().all())
     for dtype, index in pools.items():

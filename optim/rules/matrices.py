@@ -114,8 +114,10 @@ class MatrixOptimizer(Optimizer):
     assign: part of a name -> "matrix", "adamw", or settings of the group (fields of the rule, `lr`, `weight_decay`):
     ``{"conv1": "adamw", "qkv_proj": {"split_sizes": (576, 192, 192)}}``. Looked at before everything else; the first
     part that a name holds wins.
-    place: (name, tensor) -> settings of the matrix rule, or None for AdamW.
-    Raises: ValueError if there is no matrix, or for a part of a name that no tensor has; TypeError without names.
+    place: (name, tensor) -> settings of the matrix rule, or None for AdamW; not asked of a mixture's experts in one
+    tensor if the rule has no `batched`: they go to AdamW, unless assigned.
+    Raises: ValueError if there is no matrix, or for a part of a name that no tensor has; TypeError without names, or
+    for an `assign` that is no mapping.
     """
 
     def __init__(
@@ -139,15 +141,19 @@ class MatrixOptimizer(Optimizer):
         matrices: dict[str, dict[str, Any]] = {}
         found = layouts(named)
         chosen = _assigned(own, rule, named, assign or {})
+        known = rule().settings()
         for name, param in named:
+            layout = found.get(name, {})
             if name in chosen:
                 settings = chosen[name]
+            elif layout.get("batched") and "batched" not in known:
+                settings = None  # a stack of matrices, which the rule would take for one
             else:
                 settings = place(name, param)
             if settings is None:
                 rest.append((name, param))
             else:
-                settings = found.get(name, {}) | dict(settings)
+                settings = {key: value for key, value in layout.items() if key in known} | dict(settings)
                 matrices.setdefault(repr(settings), settings | {"params": []})["params"].append((name, param))
         if not matrices:
             raise ValueError(f"{own}: none of the parameters is a hidden matrix; use another optimizer, such as AdamW")
@@ -168,6 +174,8 @@ def _assigned(
     own: str, rule: type[UpdateRule], named: Sequence[tuple[str, Tensor]], assign: Mapping[str, str | Settings]
 ) -> dict[str, Settings | None]:
     """name -> what `assign` says of it: None for AdamW, otherwise settings."""
+    if not isinstance(assign, Mapping):
+        raise TypeError(f"{own}: assign = {assign!r}; expected a mapping such as {{'lm_head': 'adamw'}}")
     known = rule().settings() | {"lr", "weight_decay"}
     meant: dict[str, Settings | None] = {}
     for part, choice in assign.items():

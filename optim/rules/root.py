@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optim.linalg import newton_schulz
-from optim.rule import check_non_negative, moment_dtype
+from optim.rule import check_non_negative, moment_dtype, replicated
 from optim.rules.matrices import MatrixOptimizer
 from optim.rules.muon import MuonRule
 
@@ -66,7 +66,7 @@ class ROOTRule(MuonRule):
             if self.quantile is None:
                 limit = x.new_full((), self.threshold or 0.0)
             else:
-                limit = _quantile(x.abs().flatten(1), self.quantile)[:, None, None] + 1e-9
+                limit = _quantile(replicated(x.abs()).flatten(1), self.quantile)[:, None, None] + 1e-9
             x = torch.clamp(x, -limit, limit)
         triple = dict(self.shape_coefficients).get((min(m, n), max(m, n)))
         if triple is None:

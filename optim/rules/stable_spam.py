@@ -18,6 +18,7 @@ from optim.rule import (
     check_unit_interval,
     checked_betas,
     correction,
+    largest,
     scalar_moment,
     zero_moment,
     zero_step,
@@ -95,10 +96,10 @@ class StableSPAMRule(UpdateRule):
         gamma1 = s * (self.betas[0] if self.gamma1 == -1 else self.gamma1)
         t = step if self.separate_counters else moment_step
 
-        largest = g.abs().amax() if g.numel() else g.sum()  # no maximum of nothing
-        top = self.gamma3 * state["m_max_t"] + (1 - self.gamma3) * largest
+        most = largest(g)
+        top = self.gamma3 * state["m_max_t"] + (1 - self.gamma3) * most
         height = (top / correction(self.gamma3, t)).to(dtype)
-        g = torch.where(g.abs() > height, g / largest * height, g)
+        g = torch.where(g.abs() > height, g / most * height, g)
 
         norm = g.square().sum().sqrt()
         norms = (gamma1 * state["m_norm_t"] + (1 - gamma1) * norm).to(dtype)

@@ -1,7 +1,7 @@
 """States of a low-rank gradient: a rule that runs on a projection of each matrix's gradient."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +21,8 @@ from optim.rule import (
     scalar_moment,
 )
 from optim.rules.adamw import AdamWRule
-from optim.rules.matrices import MatrixOptimizer, Settings
+from optim.rules.conda import CondaRule
+from optim.rules.matrices import MatrixOptimizer
 
 _CHOICES = {
     "proj_type": ("std", "reverse_std", "left", "right"),
@@ -88,8 +89,10 @@ class LowRank(UpdateRule):
 
     def __post_init__(self) -> None:
         called = type(self).__name__
-        if not isinstance(self.inner, UpdateRule) or isinstance(self.inner, LowRank):
-            raise ValueError(f"{called}: inner = {self.inner!r}; it must be a rule such as AdamWRule()")
+        if not isinstance(self.inner, UpdateRule) or isinstance(self.inner, LowRank | CondaRule):
+            raise ValueError(
+                f"{called}: inner = {self.inner!r}; it must be a rule such as AdamWRule(), without a basis of its own"
+            )
         for key, choices in _CHOICES.items():
             if getattr(self, key) not in choices:
                 raise ValueError(f"{called}: {key} = {getattr(self, key)!r}; it must be one of {', '.join(choices)}")
@@ -124,8 +127,6 @@ class LowRank(UpdateRule):
         rows, columns, side, rank = self._sides(param)
         low = (rank, columns) if side == "left" else (rows, rank)
         state = dict(self.inner.init(param.new_empty(low)))
-        clash = {"basis", "number", "limited"} & set(state)
-        assert not clash, f"{self.inner.name} has entries of the same names: {clash}"
         if self.projection == "svd":
             length = rows if side == "left" else columns
             state["basis"] = torch.eye(length, rank, dtype=moment_dtype(param), device=param.device)
@@ -293,8 +294,8 @@ class ApolloRule(LowRank):
 class _LowRankOptimizer(MatrixOptimizer):
     """Hidden matrices by a low-rank rule, the rest by AdamW: param groups of one `Optimizer`.
 
-    lr, weight_decay: of the matrices. betas, eps: of the rule inside; further keywords are fields of the rule.
-    adamw_lr, adamw_weight_decay, adamw_betas, adamw_eps, assign: see `MatrixOptimizer`.
+    lr, weight_decay: of the matrices. betas, eps: of the rule inside.
+    options: other fields of the rule, and the keywords of `MatrixOptimizer`; adamw_eps is 1e-6 unless given.
     """
 
     rule: ClassVar[type[LowRank]]
@@ -306,28 +307,10 @@ class _LowRankOptimizer(MatrixOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
-        *,
-        adamw_lr: float | Tensor | None = None,
-        adamw_weight_decay: float | None = None,
-        adamw_betas: tuple[float, float] = (0.9, 0.999),
-        adamw_eps: float = 1e-6,
-        assign: Mapping[str, str | Settings] | None = None,
-        **fields: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            named_parameters,
-            self.rule,
-            lr,
-            weight_decay,
-            adamw_lr=adamw_lr,
-            adamw_weight_decay=adamw_weight_decay,
-            adamw_betas=adamw_betas,
-            adamw_eps=adamw_eps,
-            assign=assign,
-            betas=betas,
-            eps=eps,
-            **fields,
-        )
+        usual: dict[str, Any] = {"betas": betas, "eps": eps, "adamw_eps": 1e-6}
+        super().__init__(named_parameters, self.rule, lr, weight_decay, **(usual | options))
 
 
 class GaLore(_LowRankOptimizer):

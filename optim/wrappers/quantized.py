@@ -1,7 +1,7 @@
 """States in 8 bits: a rule whose running averages are kept as codes, with one scale a block."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,9 +17,11 @@ from optim.kernels.philox import random_words
 from optim.optimizer import Optimizer, Params
 from optim.rule import State, UpdateRule, check_counts, check_flag, is_sharded, moment_dtype
 from optim.rules.adamw import AdamWRule
+from optim.rules.conda import CondaRule
 from optim.rules.lion import LionRule
-from optim.rules.matrices import MatrixOptimizer, Settings
+from optim.rules.matrices import MatrixOptimizer
 from optim.rules.muon import MuonRule
+from optim.wrappers.low_rank import LowRank
 
 CHUNK = 1 << 17
 """Elements that a step holds decoded at a time (rounded to whole blocks), under elementwise rules."""
@@ -92,7 +94,8 @@ class Quantized(UpdateRule):
     """The inner rule, whose running averages are kept as codes of 8 bits: x is about book[code] a, with a = max |x| of
     its block. A step decodes, steps with the inner rule in full precision, and encodes what that leaves.
 
-    - `inner`: any rule but those that read a curvature (Sophia, AdaHessian) and other `Quantized` ones.
+    - `inner`: any rule but those that read a curvature (Sophia, AdaHessian), those with a basis of singular vectors
+      (Conda, GaLore, Fira; `LowRank` may have a `Quantized` one inside) and other `Quantized` ones.
     - `code`: "dynamic", 256 values with a sign, or without it for second moments, over seven decades, nearest entry;
       or "linear", round(127 x / a), of second moments round(255 x / a), ties to even. Second moments want "dynamic",
       Muon's momentum is content with "linear".
@@ -130,6 +133,11 @@ class Quantized(UpdateRule):
             raise ValueError(
                 f"{called}: inner = {self.inner!r}; it must be a rule such as AdamWRule(), not one that is quantised "
                 "already and not one that reads a curvature, which is renewed in its state from outside"
+            )
+        if isinstance(self.inner, CondaRule) or isinstance(self.inner, LowRank) and self.inner.projection == "svd":
+            raise ValueError(
+                f"{called}: inner = {self.inner!r}; its basis of singular vectors is no running average and cannot be "
+                "coded; quantise the rule inside a LowRank one: LowRank(inner=AdamW8bitRule(...))"
             )
         if self.code not in ("dynamic", "linear"):
             raise ValueError(f"{called}: code = {self.code!r}; it must be 'dynamic' or 'linear'")
@@ -451,8 +459,8 @@ class Muon8bit(MatrixOptimizer):
 
     lr, weight_decay: of the matrices.
     adamw_8bit: AdamW's moments in 8 bits too, dynamic codes in blocks of 256.
-    adamw_lr, adamw_weight_decay, adamw_betas, adamw_eps, assign: see `MatrixOptimizer`. Further keywords are fields of
-    `Muon8bitRule` and of `MuonRule`; with a `scale` other than "match_rms_adamw" give `adamw_lr` as well.
+    options: fields of `Muon8bitRule` and of `MuonRule`, and the keywords of `MatrixOptimizer`; adamw_betas are
+    (0.9, 0.95) unless given. With a `scale` other than "match_rms_adamw" give `adamw_lr` as well.
     """
 
     def __init__(
@@ -462,26 +470,11 @@ class Muon8bit(MatrixOptimizer):
         weight_decay: float = 0.1,
         *,
         adamw_8bit: bool = False,
-        adamw_lr: float | Tensor | None = None,
-        adamw_weight_decay: float | None = None,
-        adamw_betas: tuple[float, float] = (0.9, 0.95),
-        adamw_eps: float = 1e-8,
-        assign: Mapping[str, str | Settings] | None = None,
-        **fields: Any,
+        **options: Any,
     ) -> None:
         check_flag("Muon8bit", adamw_8bit=adamw_8bit)
-        super().__init__(
-            named_parameters,
-            Muon8bitRule,
-            lr,
-            weight_decay,
-            adamw_lr=adamw_lr,
-            adamw_weight_decay=adamw_weight_decay,
-            adamw_betas=adamw_betas,
-            adamw_eps=adamw_eps,
-            assign=assign,
-            **fields,
-        )
+        usual: dict[str, Any] = {"adamw_betas": (0.9, 0.95)}
+        super().__init__(named_parameters, Muon8bitRule, lr, weight_decay, **(usual | options))
         for group in self.param_groups:
             if adamw_8bit and isinstance(group["rule"], AdamWRule):
                 group["rule"] = AdamW8bitRule(inner=group["rule"])

@@ -11,6 +11,7 @@ from optim import (
     AdamW8bitRule,
     AdamWRule,
     ApolloRule,
+    CondaRule,
     FiraRule,
     GaLoreRule,
     LionRule,
@@ -247,6 +248,8 @@ def test_other_rules_inside():
     assert_close([low.abs()], [torch.full_like(low, 0.25)], torch.float64)
     with pytest.raises(ValueError, match="correct_bias is for inner rules with betas"):
         LowRank(inner=AdamW8bitRule())
+    with pytest.raises(ValueError, match="without a basis of its own"):
+        LowRank(inner=CondaRule(), correct_bias=False)
 
 
 def test_create_gives_matrices_to_the_rule_and_the_rest_to_adamw():
@@ -263,6 +266,17 @@ def test_create_gives_matrices_to_the_rule_and_the_rest_to_adamw():
         create("galore", pairs, lr=0.01, ranks=4)
     with pytest.raises(ValueError, match="'norm.weight'.*no matrix"):
         Optimizer(pairs, GaLoreRule(), lr=0.01)
+
+
+def test_layouts_that_the_rule_does_not_know_leave_no_trace():
+    """Conv1D's matrices need none; a stack of experts would be taken for one matrix, and goes to AdamW."""
+    shapes = {"h.0.mlp.c_fc.weight": (4, 16), "h.0.mlp.experts.up": (3, 4, 5), "h.1.mlp.experts.up": (3, 4, 5)}
+    pairs = [(name, Parameter(torch.ones(shape))) for name, shape in shapes.items()]
+    optimizer = create("galore", pairs, lr=0.01, assign={"h.1.": "matrix"})
+    matrices, rest = optimizer.param_groups
+    assert matrices["param_names"] == ["h.0.mlp.c_fc.weight", "h.1.mlp.experts.up"]
+    assert rest["param_names"] == ["h.0.mlp.experts.up"]
+    assert set(matrices) == set(rest) == {"params", "param_names", "rule", "lr", "weight_decay"}
 
 
 @pytest.mark.parametrize("shape", [(576, 1536), (1536, 576), (576, 576)])

@@ -222,6 +222,7 @@ def test_assign_wins_over_names_and_shapes():
     ("assign", "part"),
     [
         ({"routr": "adamw"}, "'routr', which is in the name of no parameter"),
+        (["router"], r"assign = \['router'\]; expected a mapping"),
         ({"router": "sgd"}, r"assign\['router'\] = 'sgd'; expected 'matrix', 'adamw' or settings"),
         ({"router": {"momentm": 0.9}}, "momentm"),
         ({"layernorm": "matrix"}, "no matrix"),
@@ -229,7 +230,7 @@ def test_assign_wins_over_names_and_shapes():
     ],
 )
 def test_assignments_that_mean_nothing_are_refused(assign, part):
-    with pytest.raises(ValueError, match=part):
+    with pytest.raises((TypeError, ValueError), match=part):
         create("muon", shaped(LAYERS), lr=0.1, assign=assign)
 
 
@@ -259,4 +260,7 @@ def test_group_table():
     assert " ".join(rows[0]) == f"1 muon, split_sizes (4, 2, 2) 0.02 0 1 32 {LAYER}self_attn.qkv_proj.weight"
     assert rows[1] == ["2", "muon", "0.02", "0", "2", "36", LAYER + "mlp.router.weight"]
     assert rows[2] == ["3", "adamw", "0.0003", "0", "3", "84", "model.embed_tokens.weight"]
+    _, turned, plain = group_table(create("muon_8bit", shaped({"c_fc.weight": (2, 3), "x": (2, 2)}), lr=1)).splitlines()
+    assert turned.split()[:4] == ["1", "muon_8bit,", "transposed", "True"], "of the rule inside, what differs"
+    assert plain.split()[:3] == ["2", "muon_8bit", "1"]
     assert "adamw" in group_table(AdamW([torch.nn.Parameter(torch.ones(2))])), "parameters without names too"

@@ -14,6 +14,9 @@ from optim import (
     AdamW8bit,
     AdamW8bitRule,
     AdamWRule,
+    ApolloRule,
+    CondaRule,
+    GaLoreRule,
     Lion8bitRule,
     Muon8bitRule,
     MuonRule,
@@ -311,6 +314,14 @@ def test_settings_reach_the_rule_inside():
         AdamW8bit([p], beta=0.9)
     with pytest.raises(TypeError, match="no setting 'block'; did you mean 'block_size'"):
         create("adamw_8bit", [("p", p)], lr=0.1, block=3)
+
+
+@pytest.mark.parametrize("inner", [CondaRule(), GaLoreRule()], ids=lambda rule: rule.name)
+def test_bases_are_no_averages(inner):
+    """A random basis is not kept, and so APOLLO's state can be coded."""
+    with pytest.raises(ValueError, match="basis of singular vectors.*LowRank"):
+        Quantized(inner=inner)
+    assert Quantized(inner=ApolloRule()).inner == ApolloRule()
 
 
 def test_any_rule_can_be_quantised_and_is_found_again():
