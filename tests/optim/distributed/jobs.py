@@ -1,6 +1,6 @@
 """What every rank of a job does; imported by the ranks and, for the names, by the tests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
-from optim import Optimizer
+from optim import Optimizer, create
 from optim.distributed import OneBitAdam, OwnerComputes
 from tests.optim.harness import randn
 from tests.optim.specs import SPECS, Shape
@@ -21,29 +21,37 @@ SHAPES: tuple[Shape, ...] = ((7, 5), (4, 6), (1, 6), (8, 3), (2, 3, 2), (5,))
 """Rows that no number of ranks divides, a tensor that leaves ranks without rows, more dimensions and fewer."""
 
 
+FEW_ROWS = ("adamp", "muon", "normuon", "root", "sgdp", "stable_spam")
+"""Rules to be stepped on shards without an owner, with a tensor that leaves ranks without rows."""
+
+
 def shapes_of(name: str, shapes: tuple[Shape, ...] = SHAPES) -> list[Shape]:
     return [shape for shape in shapes if len(shape) >= SPECS[name].min_ndim]
+
+
+def placing(kind: str) -> Callable[[Tensor], Tensor]:
+    """How that kind of training lays out a whole tensor."""
+    if kind not in ("rows", "shards"):
+        return lambda x: x
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return lambda x: distribute_tensor(x, mesh, [Shard(0)])
 
 
 def train(name: str, kind: str, shapes: tuple[Shape, ...] = SHAPES, reload: bool = False) -> dict[str, Any]:
     """Four steps in float64, one of them without a gradient for the first tensor, one with a NaN in the second's.
 
-    kind: "replicas", "rows" (DTensor), or "one", a plain `Optimizer`. reload: the last step by another optimizer, from
-    the state dict of the first.
+    kind: "replicas", "rows" (DTensor), or a plain `Optimizer`: "one", "shards" (DTensor). reload: the last step by
+    another optimizer, from the state dict of the first.
     """
     here = shapes_of(name, shapes)
     params = [Parameter(randn(shape, i)) for i, shape in enumerate(here)]
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if kind == "rows" else None
-
-    def placed(x: Tensor) -> Tensor:
-        return x if mesh is None else distribute_tensor(x, mesh, [Shard(0)])
-
+    placed = placing(kind)
     params = [Parameter(placed(p.detach())) for p in params]
     rule = SPECS[name].rule(SPECS[name].inputs[0])
 
     def made() -> Optimizer:
         plain = Optimizer([(f"p{i}", p) for i, p in enumerate(params)], rule, lr=0.05, weight_decay=0.1)
-        return plain if kind == "one" else OwnerComputes(plain)
+        return OwnerComputes(plain) if kind in KINDS else plain
 
     optimizer = made()
     for t in range(4):
@@ -74,6 +82,29 @@ def everything(names: list[str]) -> dict[tuple[str, str], Any]:
                 continue  # not divided: test_dtensor.py and test_hf.py
             found[name, kind] = train(name, kind, reload=kind == "replicas")
     return found | {("alone", kind): train("muon", kind, ((5, 4),)) for kind in KINDS}
+
+
+def with_adamw(kind: str) -> dict[str, Any]:
+    """Muon with AdamW for the rest, the last of three steps from a state dict: parameters and states, all whole."""
+    shapes = {"up_proj.weight": (7, 5), "q_proj.weight": (1, 6), "embed_tokens.weight": (5, 3), "norm.weight": (3,)}
+    placed = placing(kind)
+    params = {name: Parameter(placed(randn(shape, i))) for i, (name, shape) in enumerate(shapes.items())}
+
+    def made() -> Optimizer:
+        plain = create("muon", params.items(), lr=0.05, weight_decay=0.1, ns_dtype="param")
+        return OwnerComputes(plain) if kind in KINDS else plain
+
+    optimizer = made()
+    for t in range(3):
+        for i, (name, p) in enumerate(params.items()):
+            p.grad = placed(randn(shapes[name], 100 * t + i))
+        if t == 2:
+            saved = optimizer.state_dict()
+            optimizer = made()
+            optimizer.load_state_dict(saved)
+        optimizer.step()
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in params.values()]
+    return {"params": [p.detach().clone() for p in whole], "state": optimizer.state_dict()["state"]}
 
 
 KINDS = ("replicas", "rows")
@@ -179,8 +210,11 @@ def onebit_training() -> dict[str, Any]:
 
 def job(names: list[str], cases: list[tuple[Any, ...]]) -> dict[str, Any]:
     """All that the tests ask of so many ranks: one start of the processes."""
+    two = dist.get_world_size() == 2
     return {
         "owner": everything(names),
+        "with_adamw": {kind: with_adamw(kind) for kind in KINDS if two},
+        "shards": {name: train(name, "shards")["params"] for name in FEW_ROWS if two},
         "bytes": {kind: owner_bytes(kind, ((6, 8), (6, 8), (4, 5))) for kind in KINDS},
         "onebit": [onebit(*case) for case in cases],
         "training": onebit_training(),

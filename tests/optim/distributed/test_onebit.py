@@ -1,6 +1,8 @@
 """1-bit Adam: the compressed mean, the published trajectories on two workers, and what it costs."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -93,6 +95,17 @@ def test_one_process_compresses_nothing():
         with torch.no_grad():
             p -= 0.05 * (m / (v.sqrt() + 1e-8) + 0.1 * p)
     torch.testing.assert_close(ours[0], p, rtol=1e-12, atol=1e-14)
+
+
+def test_a_copy_steps_on_with_its_masks():
+    (p,) = parameters([(4, 3)])
+    mask = torch.eye(4, 3)
+    optimizer = OneBitAdam([("w", p)], lr=0.05, masks={"w": mask}, mask_unseen=False)
+    for q, other in (copy.deepcopy((p, optimizer)), pickle.loads(pickle.dumps((p, optimizer)))):
+        assert torch.equal(other._masks[q], mask) and not other.mask_unseen
+        train(other, [q], range(3))
+    train(optimizer, [p], range(3))
+    assert_same([p], [q])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Matrix owner computes: two and three ranks give what one gives, replicated and in rows."""
 
+import copy
+
 import pytest
 import torch
 
@@ -40,6 +42,31 @@ def test_ranks_are_one(ranks, job_of, monkeypatch):
 
 
 @pytest.mark.distributed
+def test_state_dicts_hold_whole_states_of_adamws_tensors_too(job_of, monkeypatch):
+    """As FSDP2's parameters have them, AdamW's states are sharded; saved they are those of one process."""
+    monkeypatch.setenv("OPTIM_BACKEND", "torch")
+    want = jobs.with_adamw("one")
+    for result in job_of(2):
+        for kind, mine in result["with_adamw"].items():
+            assert_close(mine["params"], want["params"], torch.float64, kind)
+            assert mine["state"].keys() == want["state"].keys()
+            for i, state in want["state"].items():
+                assert {type(value) for value in mine["state"][i].values()} == {torch.Tensor}, f"{kind} {i}"
+                assert_close(mine["state"][i].values(), state.values(), torch.float64, f"{kind} {i}")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", jobs.FEW_ROWS)
+def test_a_rank_without_rows_takes_its_part(name, job_of, monkeypatch):
+    """FSDP2 without an owner: a tensor of one row leaves the other ranks an empty shard."""
+    monkeypatch.setenv("OPTIM_BACKEND", "torch")
+    with pytest.warns(RuntimeWarning, match="'p1': its gradient is not finite"):
+        want = jobs.train(name, "one")["params"]
+    for result in job_of(2):
+        assert_close(result["shards"][name], want, torch.float64)
+
+
+@pytest.mark.distributed
 def test_bytes_sent(job_of):
     """Replicated: each rank's largest share, to each other. Rows: gradient and parameter there, the parameter back."""
     found = job_of(2)
@@ -74,3 +101,13 @@ def test_an_optimizer_with_a_state_is_refused():
     optimizer.step()
     with pytest.raises(ValueError, match="before its first step"):
         OwnerComputes(optimizer)
+
+
+def test_a_copy_steps_on():
+    (p,) = parameters([(4, 3)])
+    optimizer = OwnerComputes(create("muon", [("w", p)], lr=0.02, ns_dtype="param"))
+    q, other = copy.deepcopy((p, optimizer))
+    for params, one in (([p], optimizer), ([q], other)):
+        set_grads(params, 1)
+        one.step()
+    assert_same([p], [q])
