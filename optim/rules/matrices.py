@@ -12,7 +12,7 @@ from torch import Tensor
 from optim import stacks
 from optim.optimizer import Optimizer
 from optim.param_groups import is_matrix, layouts, with_names
-from optim.rule import State, UpdateRule, check_flag
+from optim.rule import State, UpdateRule, check_flag, zero_step
 from optim.rules.adamw import AdamWRule
 
 Settings: TypeAlias = Mapping[str, Any]
@@ -52,6 +52,11 @@ class MatrixRule(UpdateRule, ABC):
             raise ValueError(f"{name}: num_heads = {self.num_heads!r}; it must be an integer of at least 1")
         if self.num_heads is not None and self.split_sizes is not None:
             raise ValueError(f"{name}: split_sizes and num_heads both divide the rows; give one of them")
+
+    def init(self, param: Tensor) -> State:
+        """A step count; ValueError for a vector or scalar. Rules with more of a state add to it."""
+        self.check_layout(param)
+        return {"step": zero_step()}
 
     def check_layout(self, param: Tensor) -> None:
         """ValueError for a tensor that is no matrix, or does not fit the fields above."""

@@ -17,7 +17,6 @@ from optim.rule import (
     check_unit_interval,
     moment_dtype,
     zero_moment,
-    zero_step,
 )
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 
@@ -95,8 +94,7 @@ class MuonRule(MatrixRule):
 
     def init(self, param: Tensor) -> State:
         """A zero buffer and step count; ValueError for a vector or scalar, which has nothing to orthogonalise."""
-        self.check_layout(param)
-        return {"step": zero_step(), "momentum_buffer": zero_moment(param)}
+        return super().init(param) | {"momentum_buffer": zero_moment(param)}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
         """The direction u of the class docstring, in the buffer's dtype. One NaN in `grad` fills the matrix."""

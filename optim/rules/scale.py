@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optim.linalg import unit_rms
 from optim.param_groups import outside_block
-from optim.rule import State, check_unit_interval, moment_dtype, zero_moment, zero_step
+from optim.rule import State, check_unit_interval, moment_dtype, zero_moment
 from optim.rules.matrices import MatrixOptimizer, MatrixRule, Settings
 
 _CHOICES = {"axis": ("inputs", "outputs"), "normaliser": ("rms", "l2")}
@@ -42,8 +42,7 @@ class SCALERule(MatrixRule):
 
     def init(self, param: Tensor) -> State:
         """A step count, and a zero buffer if there is momentum; ValueError for a vector or scalar."""
-        self.check_layout(param)
-        return {"step": zero_step()} | ({"momentum_buffer": zero_moment(param)} if self.momentum else {})
+        return super().init(param) | ({"momentum_buffer": zero_moment(param)} if self.momentum else {})
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
         """The direction u of the class docstring, in float32 or the parameter's dtype if that is larger."""

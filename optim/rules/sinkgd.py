@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from optim.linalg import NORMS, multi_normalised
-from optim.rule import State, check_counts, check_non_negative, moment_dtype, zero_step
+from optim.rule import State, check_counts, check_non_negative, moment_dtype
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 
 
@@ -40,11 +40,6 @@ class SinkGDRule(MatrixRule):
         if isinstance(norms, str) or not isinstance(norms, Sequence) or not norms or not set(norms) <= set(NORMS):
             raise ValueError(f"SinkGDRule: norms = {norms!r}; expected some of {', '.join(NORMS)}")
         object.__setattr__(self, "norms", tuple(norms))
-
-    def init(self, param: Tensor) -> State:
-        """A step count; ValueError for a vector or scalar."""
-        self.check_layout(param)
-        return {"step": zero_step()}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
         """The direction u of the class docstring, in float32 or the parameter's dtype if that is larger."""

@@ -16,7 +16,6 @@ from optim.rule import (
     check_unit_interval,
     check_whole,
     moment_dtype,
-    zero_step,
 )
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 
@@ -49,11 +48,6 @@ class SWANRule(MatrixRule):
         check_counts("SWANRule", steps=self.steps)
         check_unit_interval("SWANRule", beta=self.beta)
         check_flag("SWANRule", center=self.center)
-
-    def init(self, param: Tensor) -> State:
-        """A step count; ValueError for a vector or scalar."""
-        self.check_layout(param)
-        return {"step": zero_step()}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
         """The direction u of the class docstring, in float32 or the parameter's dtype if that is larger."""
