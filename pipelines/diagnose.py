@@ -21,7 +21,7 @@ from datatools import DataError, UsageError, files, token_batches
 from optim import diagnostics
 from pipelines import diagnose_view, models
 from pipelines.config import CHECKS, DiagnoseConfig, Json
-from pipelines.models import LoadedModel, collate, token_losses
+from pipelines.models import LoadedModel, collate, supervised_tokens, token_losses
 from pipelines.prepare import Rows, file_facts, prepare
 from pipelines.runs import Run, alone, derive_seed, progress, say
 from pipelines.train import in_scratch
@@ -138,7 +138,7 @@ def _measure(
 def loss_parts(model: Any, rows: Rows, picked: Sequence[int], token_budget: int) -> list[Callable[[], Tensor]]:
     """Functions whose losses sum to the mean loss over the rows' supervised tokens, each a few rows by length."""
     items = [rows.item(i) for i in picked]
-    supervised = sum(sum(label != -100 for label in labels[1:]) for _, labels in items)
+    supervised = supervised_tokens(items)
 
     def part(group: Sequence[int]) -> Tensor:
         batch = {key: t.to(model.device) for key, t in collate([items[i] for i in group]).items()}

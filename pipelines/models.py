@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -338,6 +338,11 @@ def token_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     finally:
         handle.remove()
     return functional.cross_entropy(logits.float(), labels[wanted], reduction="none"), rows
+
+
+def supervised_tokens(rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> int:
+    """How many tokens of rows (input_ids, labels) a loss counts: not the first of a row, which nothing predicts."""
+    return sum(sum(label != -100 for label in labels[1:]) for _, labels in rows)
 
 
 def row_losses(model: Any, batch: Batch) -> Tensor:

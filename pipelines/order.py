@@ -290,11 +290,11 @@ def in_parts(rows: Rows, batch: Sequence[int], micro_tokens: int, device: torch.
     rows). `datatools train` then sees the same gradients to the bit, and differs by the last bit of its fused steps.
     Raises: DataError for a batch without a supervised token.
     """
-    labels = [rows.item(row)[1] for row in batch]
-    tokens = sum(sum(label != -100 for label in row[1:]) for row in labels)
+    items = [rows.item(row) for row in batch]
+    tokens = models.supervised_tokens(items)
     if not tokens:
         raise DataError(f"order: none of the rows {list(batch)[:5]} of a batch has a supervised token")
-    groups = token_batches([len(row) for row in labels], micro_tokens)
+    groups = token_batches([len(ids) for ids, _ in items], micro_tokens)
     return order.Parts((tokens, rows.batch([batch[i] for i in group], device)) for group in groups)
 
 

@@ -31,7 +31,7 @@ from datatools import DataError, EnvironmentProblem, Selection, UsageError, file
 from pipelines import zeroth_order
 from pipelines.config import CoresetConfig, TrainingConfig
 from pipelines.coresets import MONITORED, WEIGHTS, CoresetMixin, example_weights
-from pipelines.models import collate, quiet, token_losses
+from pipelines.models import collate, quiet, supervised_tokens, token_losses
 from pipelines.runs import say
 
 COMPLETE = "complete.json"
@@ -120,7 +120,7 @@ class DataTrainer(CoresetMixin):
         model.train(self.zeroth is None)
         rows = inputs.pop("rows")
         items = inputs["items"]
-        supervised = sum(sum(label != -100 for label in labels[1:]) for _, labels in items)
+        supervised = supervised_tokens(items)
         if supervised == 0:
             raise DataError(f"training: none of the rows {rows[:5]} of this step has a supervised token")
         self.seen_tokens += sum(len(ids) for ids, _ in items)
