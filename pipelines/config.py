@@ -566,7 +566,7 @@ class OrderConfig(RunSettings):
         json_schema_extra=LATE,
     )
     seeds: int = Field(
-        default=3,
+        default=5,
         ge=0,
         le=100,
         description="runs of one order with other random draws (0: none)",

@@ -167,8 +167,11 @@ def _prepare(config: OrderConfig, current: Run) -> Setting:
             params = _fresh_adapters(module, base, derive_seed(config.seed, "order", "lora", number))
         if not config.warmup_steps:
             return params, None
-        rng = np.random.default_rng(derive_seed(config.seed, "order", "warm-up", number))
-        drawn = [rng.choice(spare, size=width, replace=len(spare) < width) for _ in range(config.warmup_steps)]
+        rng = np.random.default_rng(derive_seed(config.seed, "order", "warm-up"))
+        drawn = np.stack([rng.choice(spare, width, replace=len(spare) < width) for _ in range(config.warmup_steps)])
+        if number:  # what a seed changes in training: the same rows, shuffled otherwise
+            shuffle = np.random.default_rng(derive_seed(config.seed, "order", "warm-up", number))
+            drawn = shuffle.permutation(drawn.ravel()).reshape(drawn.shape)
         warm = order.Problem(loss, [in_parts(rows, batch.tolist(), budget, device) for batch in drawn], validation)
         first = recipe.rates[0]
         flat = order.Recipe(recipe.rules, (first,) * len(drawn), recipe.factors, recipe.weight_decay, recipe.clip)
