@@ -388,7 +388,8 @@ def order(
     retrainings; map what the place of a batch does. Writes report.html.
     """
     from datatools import UsageError, did_you_mean
-    from pipelines.config import ORDER_TASKS, OrderConfig, order_base
+    from pipelines.config import ORDER_TASKS, OrderConfig
+    from pipelines.config_files import order_base
 
     again = task not in ORDER_TASKS and yaml is None and Path(task).is_file()
     if again:  # a run's own run.yaml, which says what to do
@@ -521,7 +522,8 @@ def audit(
 
     Model, target and training recipe are those of the run that made the selection, unless given here.
     """
-    from pipelines.config import AuditConfig, audit_base
+    from pipelines.config import AuditConfig
+    from pipelines.config_files import audit_base
 
     path = _yaml(yaml, config)
     flags = {
@@ -745,7 +747,7 @@ def _launch(
 ) -> None:
     """Build the configuration and call `entry` ("module:function") with it, or print it."""
     from pipelines import runs
-    from pipelines.config import dump, load_config
+    from pipelines.config_files import dump, load_config
 
     config = load_config(model, yaml, flags, sets, **base)
     if print_config:

@@ -18,7 +18,8 @@ from torch import Tensor
 from datatools import DataError, GradientFeatures, UsageError, files, per_sample_grads
 from optim import SGDRule
 from pipelines import checkpoints, models
-from pipelines.config import ExplainConfig, SelectConfig, load_config
+from pipelines.config import ExplainConfig, SelectConfig
+from pipelines.config_files import load_config
 from pipelines.prepare import Rows, prepare, target_data
 from pipelines.report import visible
 

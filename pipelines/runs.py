@@ -30,7 +30,8 @@ from typing import Any, Self
 
 from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files
 from pipelines import texts
-from pipelines.config import Json, Settings, as_dict, config_digest, dump, fingerprint, flatten, load_config
+from pipelines.config import Json, Settings
+from pipelines.config_files import as_dict, config_digest, dump, fingerprint, flatten, load_config
 from pipelines.texts import visible
 
 DISTRIBUTION = "datatools-llm"

@@ -25,8 +25,8 @@ from pipelines.config import (
     ExplainConfig,
     SelectConfig,
     TrainConfig,
-    load_config,
 )
+from pipelines.config_files import load_config
 from tests.processes import spawn
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -12,20 +12,8 @@ from pydantic import ValidationError
 
 from datatools import UsageError
 from pipelines import config as c
-from pipelines.config import (
-    AuditConfig,
-    DataConfig,
-    EvaluateConfig,
-    SelectConfig,
-    Settings,
-    TrainConfig,
-    audit_base,
-    config_digest,
-    dump,
-    fingerprint,
-    load_config,
-    parse_yaml,
-)
+from pipelines.config import AuditConfig, DataConfig, EvaluateConfig, SelectConfig, Settings, TrainConfig
+from pipelines.config_files import audit_base, config_digest, dump, fingerprint, load_config, parse_yaml
 
 MINIMAL = "model: m\ntrain: a.jsonl\ntarget: d.jsonl\n"
 FLAGS = {"model.name": "m", "train.paths": ["a.jsonl"], "target": ["d.jsonl"]}

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from datatools import DataError, EnvironmentProblem, UsageError, files
 from pipelines import runs
-from pipelines.config import SelectConfig, TrainConfig, load_config
+from pipelines.config import SelectConfig, TrainConfig
+from pipelines.config_files import load_config
 from pipelines.runs import Progress, Run, Terminated, derive_seed, interruptible, progress, redact, slug
 from tests.processes import spawn
 

@@ -31,8 +31,8 @@ from pipelines.config import (
     TrainConfig,
     TrainingConfig,
     WarmupConfig,
-    load_config,
 )
+from pipelines.config_files import load_config
 from tests.pipelines.conftest import make_world
 from tests.tiny import save_tiny_model, write_rows
 

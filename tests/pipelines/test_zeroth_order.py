@@ -12,7 +12,8 @@ from datatools import DataError, UsageError
 from optim import SGD
 from optim.zeroth_order import Taken, ZerothOrder
 from pipelines import models, train, zeroth_order
-from pipelines.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, TrainingConfig, load_config
+from pipelines.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, TrainingConfig
+from pipelines.config_files import load_config
 from pipelines.runs import derive_seed
 from tests.pipelines.conftest import make_world
 
