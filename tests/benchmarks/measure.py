@@ -135,6 +135,27 @@ def ratio(samples: list[Sample], base: list[Sample], *, scale: float = 1.0) -> f
     return scale * statistics.median(a.seconds / b.seconds for a, b in zip(samples, base, strict=True))
 
 
+def peak_bytes(call: Callable[[], object]) -> int | None:
+    """How much the process grows at most while `call` runs; None where the system does not say.
+
+    By the kernel's high-water mark, reset before: `ru_maxrss` starts, in a child process, from its parent's.
+    """
+    status = Path("/proc/self/status")
+    try:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident(status, "VmRSS")
+        call()
+        return max(0, _resident(status, "VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _resident(status: Path, field: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
 @dataclass
 class Report:
     """The results of one benchmark; `write` stores them as `<name>.json` and prints them as a table."""

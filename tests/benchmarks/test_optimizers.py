@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from optim import RULES, LowRank, Optimizer, Quantized, UpdateRule
 from optim.rules.muon import CONVENTIONS
-from tests.benchmarks.measure import Report, Settings, interleaved, median, ratio
+from tests.benchmarks.measure import Report, Settings, interleaved, median, peak_bytes, ratio
 from tests.optim.specs import SPECS
 
 pytestmark = pytest.mark.bench
@@ -121,24 +121,6 @@ def moved_bytes(rule: UpdateRule, params: list[Parameter], state_bytes: int) -> 
     same = sum(4 for key, value in new.items() if value is state[key] and value.shape == probe.shape)
     elements = sum(p.numel() for p in params)
     return 12 * elements + 2 * state_bytes - same * elements
-
-
-def peak_bytes(call: Callable[[], object]) -> int | None:
-    """How much the process grows at most while it runs; None where the system does not say."""
-    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    try:
-        gc.collect()
-        clear.write_text("5")
-        before = _resident(status, "VmRSS")
-        call()
-        return max(0, _resident(status, "VmHWM") - before)
-    except OSError:
-        return None
-
-
-def _resident(status: Path, field: str) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
 
 
 @pytest.mark.parametrize("which", [llama, tiny], ids=["llama", "tiny"])
