@@ -163,11 +163,13 @@ def choose_rows(
     metric: str = "l1",
     coordinates: int | None = None,
     generator: torch.Generator,
+    names: Sequence[object] | None = None,
 ) -> Selection:
     """The plan carried out: rows of small sources, then each large source's choice in the order in which it was made.
 
     features: [n, d] of the whole batch; rows of small sources are read by herding alone.
     coordinates: `sparsify` each source's features first.
+    names: what errors call each row; None is its place in the batch.
     Raises: UsageError for an unknown method or metric; DataError naming the rows whose features are not finite.
     """
     if method not in CORESET_METHODS:
@@ -176,7 +178,7 @@ def choose_rows(
     bad = read[~features[read].isfinite().all(1).cpu()]
     if len(bad):
         raise DataError(
-            f"coreset: the features of rows {bad[:5].tolist()} of the batch are not finite ({len(bad)} rows); "
+            f"coreset: the features of {rows_called(bad, names)} are not finite ({len(bad)} rows); "
             "is their loss? Lower the learning rate, or look at these rows"
         )
     if method == WHOLE_BATCH:
@@ -208,6 +210,12 @@ def select_batch(
     made = plan(sources, budget, small_sources, generator=generator)
     chosen = choose_rows(features, made, method=method, metric=metric, coordinates=coordinates, generator=generator)
     return chosen, made
+
+
+def rows_called(rows: Tensor, names: Sequence[object] | None) -> str:
+    """The first five of `rows` in an error: by their names, else by their places in the batch."""
+    some = rows[:5].tolist()
+    return f"rows {some} of the batch" if names is None else f"rows {', '.join(str(names[i]) for i in some)}"
 
 
 def by_source(sources: Sequence[Hashable], rows: Tensor) -> dict[str, int]:

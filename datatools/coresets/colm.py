@@ -17,11 +17,21 @@ import xxhash
 from torch import Tensor, nn
 
 from datatools.coresets import monitor
-from datatools.coresets.choice import CORESET_METHODS, METRICS, WHOLE_BATCH, Plan, by_source, choose_rows, plan
+from datatools.coresets.choice import (
+    CORESET_METHODS,
+    METRICS,
+    WHOLE_BATCH,
+    Plan,
+    by_source,
+    choose_rows,
+    plan,
+    rows_called,
+)
 from datatools.coresets.last_layer import (
     LastLayer,
     central_differences,
     directional_derivatives,
+    evaluating,
     exact_gradients,
     pieces,
 )
@@ -169,6 +179,7 @@ class CoLM:
         lane: int = 0,
         keep: int | None = None,
         lengths: Sequence[int] | None = None,
+        names: Sequence[object] | None = None,
         watch: bool = False,
     ) -> Selection:
         """Rows of `batch` to train on: indices (small sources first) and weights, which are 1 but for matching pursuit.
@@ -176,6 +187,7 @@ class CoLM:
         batch: what the model and `losses` take, tensors with one row an example: input_ids, labels, attention_mask, ...
         sources: the source of each row; None is one source for all.
         step, lane: which choice this is; lanes are micro-batches and ranks of one step.
+        names: what errors call each row; None is its place in the batch.
         watch: also measure how well the choice, and random ones, match the whole batch (`last.match_error`).
         """
         n = len(batch["input_ids"])
@@ -187,8 +199,8 @@ class CoLM:
         empty = ((batch["labels"][:, 1:] != -100).sum(1) == 0).nonzero()[:, 0]
         if len(empty):
             raise DataError(
-                f"coreset: rows {empty[:5].tolist()} of the batch have no supervised token ({len(empty)} rows); leave "
-                "such rows out of the data"
+                f"coreset: {rows_called(empty, names)} have no supervised token ({len(empty)} rows); leave such rows "
+                "out of the data"
             )
         made = plan(
             named,
@@ -197,7 +209,9 @@ class CoLM:
             per_source=self.per_source,
             generator=self._generator("plan", step, lane),
         )
-        chosen, grads = self._choose(batch, made, step, lane, lengths, everything=watch and self.features == "exact")
+        chosen, grads = self._choose(
+            batch, made, step, lane, lengths, names, everything=watch and self.features == "exact"
+        )
         errors: tuple[float | None, float | None] = (None, None)
         began = perf_counter()
         if watch:
@@ -210,14 +224,24 @@ class CoLM:
         return chosen
 
     def _choose(
-        self, batch: Batch, made: Plan, step: int, lane: int, lengths: Sequence[int] | None, *, everything: bool
+        self,
+        batch: Batch,
+        made: Plan,
+        step: int,
+        lane: int,
+        lengths: Sequence[int] | None,
+        names: Sequence[object] | None,
+        *,
+        everything: bool,
     ) -> tuple[Selection, Tensor | None]:
         """The choice, and the plain gradients [n, d] of all rows if `everything` was asked for and it read any."""
         generator = self._generator("choice", step, lane)
         n = len(batch["input_ids"])
         read = torch.arange(n) if self.method == WHOLE_BATCH else made.candidates()
         rows = torch.arange(n) if everything else read
-        settings: dict[str, Any] = {"method": self.method, "metric": self.metric, "generator": generator}
+        settings: dict[str, Any] = {
+            "method": self.method, "metric": self.metric, "generator": generator, "names": names,
+        }  # fmt: skip
         idle = self.method == "random_in_source" or not made.free
         if (idle and self.history.plain) or len(made.candidates()) == 0:
             return choose_rows(torch.zeros(n, 1), made, **settings), None
@@ -247,12 +271,13 @@ class CoLM:
     def _exact(self, batch: Batch, rows: Tensor, lengths: Sequence[int] | None, *, project: bool) -> Tensor:
         """Gradients [len(rows), *shape], or [len(rows), dim] projected piece by piece."""
         found: Tensor | None = None
-        for places, piece in self._pieces(batch, rows, lengths):
-            part = exact_gradients(self.model, self.losses, piece, self.target)
-            part = self._project(part) if project else part
-            if found is None:
-                found = torch.zeros(len(rows), *part.shape[1:], device=part.device)
-            found[places.to(found.device)] = part
+        with evaluating(self.model):
+            for places, piece in self._pieces(batch, rows, lengths):
+                part = exact_gradients(self.model, self.losses, piece, self.target)
+                part = self._project(part) if project else part
+                if found is None:
+                    found = torch.zeros(len(rows), *part.shape[1:], device=part.device)
+                found[places.to(found.device)] = part
         assert found is not None
         return found
 
@@ -263,13 +288,14 @@ class CoLM:
         count = 1 if self.features == "paper_code" else self.probes
         directions = torch.randn(count, *self.target.shape, generator=generator).to(self.target.parameter.device)
         found = torch.zeros(len(rows), count, device=directions.device)
-        for places, piece in self._pieces(batch, rows, lengths):
-            arguments = (self.model, self.losses, piece, self.target)
-            if self.features == "paper_code":
-                part = central_differences(*arguments, directions[0], eps=self.eps)[:, None]
-            else:
-                part = directional_derivatives(*arguments, directions) / count**0.5
-            found[places.to(found.device)] = part
+        with evaluating(self.model):
+            for places, piece in self._pieces(batch, rows, lengths):
+                arguments = (self.model, self.losses, piece, self.target)
+                if self.features == "paper_code":
+                    part = central_differences(*arguments, directions[0], eps=self.eps)[:, None]
+                else:
+                    part = directional_derivatives(*arguments, directions) / count**0.5
+                found[places.to(found.device)] = part
         return found[:, :, None] * directions if self.features == "paper_code" else found
 
     def _pieces(self, batch: Batch, rows: Tensor, lengths: Sequence[int] | None) -> Any:

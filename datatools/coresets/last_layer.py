@@ -165,11 +165,12 @@ def _adapter(module: nn.Module, where: str) -> str | None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode inside; each module's own mode, whichever it was, behind it."""
+    """`model` in eval mode inside, and no parameter asks for a gradient; behind it each has its own setting again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with _frozen(model):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -204,19 +205,22 @@ def pieces(
 
 
 def exact_gradients(model: nn.Module, losses: Loss, batch: Batch, target: LastLayer) -> Tensor:
-    """The gradient of each row's loss for the target's matrix: [b, *shape] float32.
+    """The gradient of each row's loss for the target's matrix: [b, *shape] float32; inside `evaluating`.
 
-    One forward pass; backward from the losses to the projection's output and no further.
+    One forward pass; backward from the losses to the projection's output and no further. What comes before that output
+    keeps no activation, also where the embeddings ask for gradients (`enable_input_require_grads`, as adapters with
+    gradient checkpointing need).
     """
     held: dict[str, Tensor] = {}
 
     def capture(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        held["x"], held["y"] = inputs[0].detach(), output.detach().requires_grad_(True)
+        held["x"], held["y"] = inputs[0], output.detach().requires_grad_(True)
+        torch.set_grad_enabled(True)  # the graph begins here; `no_grad` below puts the mode back
         return held["y"]
 
     handle = target.projection.register_forward_hook(capture)
     try:
-        with evaluating(model), torch.enable_grad(), _frozen(model):
+        with torch.no_grad():
             values = losses(model, batch)
             (g,) = torch.autograd.grad(values.sum(), held["y"])
     finally:
@@ -295,11 +299,13 @@ def directional_derivatives(
 ) -> Tensor:
     """z_k . gradient_i for directions z [K, *shape]: [b, K] float32, by forward-mode passes through the last layer.
 
+    Inside `evaluating`.
+
     Exact up to rounding, and without the cancellation of differences of losses, which bfloat16 does not survive.
     chunk: directions at a time; memory is that of so many forward passes of one layer and the head.
     """
     value = target.parameter.detach()
-    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), replaying(model, losses, batch, target):
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), replaying(model, losses, batch, target):
         loss = _loss_of(model, losses, batch, target)
 
         def along(direction: Tensor) -> Tensor:
@@ -315,12 +321,13 @@ def directional_derivatives(
 def central_differences(
     model: nn.Module, losses: Loss, batch: Batch, target: LastLayer, direction: Tensor, *, eps: float = 1e-3
 ) -> Tensor:
-    """(L(w + eps z) - L(w - eps z)) / (2 eps) of each row for one direction z [*shape]: [b] float32; two replays.
+    """(L(w + eps z) - L(w - eps z)) / (2 eps) of each row for one direction z [*shape]: [b] float32; two replays,
+    inside `evaluating`.
 
     Source: CoLM, arXiv 2407.19580, equation 3 (SPSA), in its published code's form.
     """
     value, move = target.parameter.detach(), eps * target.embed(direction)
-    with evaluating(model), torch.no_grad(), replaying(model, losses, batch, target):
+    with torch.no_grad(), replaying(model, losses, batch, target):
         loss = _loss_of(model, losses, batch, target)
         up, down = loss(value + move), loss(value - move)
     return ((up.double() - down.double()) / (2 * eps)).float()

@@ -271,6 +271,7 @@ def test_sources_may_be_numbers_or_absent_and_overflow_is_counted(model, batch):
 
 def test_what_is_refused_and_leaves_the_model_alone(model, batch):
     before = {k: v.clone() for k, v in model.state_dict().items()}
+    asked = {k: p.requires_grad for k, p in model.named_parameters()}
     model.train()
     with pytest.raises(UsageError, match="17 rows to keep of a batch of 16"):
         colm(model)(batch, SOURCES, step=0, keep=17)
@@ -280,6 +281,9 @@ def test_what_is_refused_and_leaves_the_model_alone(model, batch):
     silent["labels"][4] = -100
     with pytest.raises(DataError, match=r"rows \[4\] of the batch have no supervised token"):
         colm(model)(silent, SOURCES, step=0)
+    names = [f"a.jsonl:{i + 1}" for i in range(16)]
+    with pytest.raises(DataError, match=r"coreset: rows a\.jsonl:5 have no supervised token \(1 rows\)"):
+        colm(model)(silent, SOURCES, step=0, names=names)
 
     def broken(module, part):
         return row_losses(module, part) * torch.nan
@@ -287,6 +291,8 @@ def test_what_is_refused_and_leaves_the_model_alone(model, batch):
     for features in ("exact", "probes", "paper_code"):
         with pytest.raises(DataError, match="features of rows .* are not finite"):
             CoLM(model, broken, keep=8, features=features, probes=2)(batch, SOURCES, step=0)
+    with pytest.raises(DataError, match=r"features of rows a\.jsonl:1, a\.jsonl:2, .* are not finite \(16 rows\)"):
+        CoLM(model, broken, keep=8)(batch, SOURCES, step=0, names=names)
     for change, text in (
         ({"method": "herdin"}, "did you mean 'herding'"),
         ({"features": "exakt"}, "did you mean 'exact'"),
@@ -298,6 +304,7 @@ def test_what_is_refused_and_leaves_the_model_alone(model, batch):
             colm(model, **change)
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+    assert {k: p.requires_grad for k, p in model.named_parameters()} == asked
 
 
 def test_the_loop_of_the_readme_runs(capsys):

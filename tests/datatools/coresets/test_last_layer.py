@@ -27,6 +27,7 @@ from datatools.coresets.last_layer import (
     LastLayer,
     central_differences,
     directional_derivatives,
+    evaluating,
     exact_gradients,
     pieces,
     replaying,
@@ -116,10 +117,11 @@ def test_features_of_every_architecture(name, lora):
     asked = {k: p.requires_grad for k, p in model.named_parameters()}
     state = torch.get_rng_state()
 
-    grads = exact_gradients(model, row_losses, batch, target)
     directions = torch.randn(3, *target.shape, generator=torch.Generator().manual_seed(1))
-    slopes = directional_derivatives(model, row_losses, batch, target, directions, chunk=2)
-    steps = central_differences(model, row_losses, batch, target, directions[0], eps=1e-3)
+    with evaluating(model):
+        grads = exact_gradients(model, row_losses, batch, target)
+        slopes = directional_derivatives(model, row_losses, batch, target, directions, chunk=2)
+        steps = central_differences(model, row_losses, batch, target, directions[0], eps=1e-3)
 
     torch.testing.assert_close(grads, want, rtol=1e-4, atol=1e-6)
     along = torch.einsum("nij,kij->nk", want, directions)
@@ -151,6 +153,24 @@ def test_replay_gives_the_losses_of_the_full_pass_with_padding_on_either_side(na
         torch.testing.assert_close(again, full, rtol=0, atol=1e-6)
 
 
+def test_nothing_before_the_projection_is_kept_for_a_backward_pass():
+    """Not even where the embeddings ask for gradients, as they do for adapters with gradient checkpointing."""
+    model, (batch, _) = adapted("llama"), some_batch()
+    model.train()
+    target, sizes, grads = LastLayer.of(model), [], []
+    for asking in (False, True):
+        if asking:
+            model.enable_input_require_grads()
+        kept = []
+        with evaluating(model), torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, kept=kept: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
+            grads.append(exact_gradients(model, row_losses, batch, target))
+            assert torch.is_grad_enabled()
+        sizes.append(sum(kept))
+    assert sizes[0] == sizes[1] > 0 and torch.equal(*grads)
+
+
 def test_only_the_last_layer_runs_again():
     model = build("llama").eval()
     calls = []
@@ -179,9 +199,9 @@ def test_a_projection_without_an_adapter_gives_its_weight():
     target = LastLayer.of(model)
     assert target.name.endswith("v_proj.weight") and not target.parameter.requires_grad
     batch, _ = some_batch()
-    torch.testing.assert_close(
-        exact_gradients(model, row_losses, batch, target), brute(model, batch, target), rtol=1e-4, atol=1e-6
-    )
+    with evaluating(model):
+        grads = exact_gradients(model, row_losses, batch, target)
+    torch.testing.assert_close(grads, brute(model, batch, target), rtol=1e-4, atol=1e-6)
 
 
 def test_unknown_architectures_say_what_was_looked_for():
