@@ -73,6 +73,19 @@ def test_bfloat16_is_near_float64_on_full_rank_matrices():
     assert float((low - high).norm() / high.norm()) < 0.05
 
 
+@pytest.mark.parametrize("coefficients", sorted(NEWTON_SCHULZ))
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-4), (torch.float64, 2e-13)])
+def test_steps_on_one_gram_matrix_are_exact_down_to_the_smallest_singular_values(dtype, most, coefficients):
+    """Wide and tall matrices of singular values from 1 to 1e-4; all five steps on one Gram matrix would fail."""
+    m, n = 48, 130
+    u, v = (torch.linalg.qr(randn((side, m), i))[0] for i, side in enumerate((m, n)))
+    x = (u * torch.logspace(0, -4, m, dtype=torch.float64)) @ v.T
+    want = torch.as_tensor(orthogonalised(x.numpy(), coefficients))
+    for matrix, wanted in ((x, want), (x.mT, want.mT)):
+        got = newton_schulz(matrix.to(dtype), coefficients=coefficients)
+        assert float((got - wanted).norm() / wanted.norm()) < most
+
+
 @pytest.mark.parametrize("shape", [(4, 4), (6, 3), (3, 7), (1, 5), (5, 1)])
 def test_whitening_acts_on_singular_values_alone(shape):
     x = randn(shape, 6)
