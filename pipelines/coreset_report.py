@@ -14,7 +14,7 @@ from typing import Any
 
 from datatools import DataError, files
 from pipelines import charts, report
-from pipelines.texts import number, percent
+from pipelines.texts import number, percent, size
 
 METHODS = {
     "herding": "rows whose mean gradient is nearest to that of the whole large batch, so many of each source",
@@ -22,6 +22,11 @@ METHODS = {
     "facility_location": "medoids of the gradients of their source, as published",
     "top_norm": "the rows of each source with the largest gradients",
     "random_in_source": "random rows of each source: the control",
+}
+
+PEAK = {
+    "gpu": "The tensors of a monitored step, choosing included, took up to {} of the GPU.",
+    "process": "The process held up to {} of memory, choosing included.",
 }
 
 
@@ -86,6 +91,7 @@ def _parts(
         "steps": len(entries),
         "monitored": len(seen),
         "overflows": seen[-1]["overflows"] if seen else 0,
+        "peak": _peak(facts, seen),
         "errors": _chart(
             across,
             "error of the mean gradient, by step",
@@ -100,6 +106,11 @@ def _parts(
         ),
         "sources": _sources(facts, seen),
     }
+
+
+def _peak(facts: Mapping[str, Any], seen: Sequence[Mapping[str, Any]]) -> str | None:
+    peaks = [entry["peak_bytes"] for entry in seen if "peak_bytes" in entry]
+    return PEAK[facts["memory"]].format(size(max(peaks))) if peaks else None
 
 
 def _chart(

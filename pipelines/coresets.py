@@ -41,7 +41,7 @@ from datatools import (
 from pipelines.config import CoresetConfig, TrainingConfig
 from pipelines.models import row_losses
 from pipelines.prepare import Rows
-from pipelines.runs import derive_seed, progress, warn
+from pipelines.runs import derive_seed, peak_rss_bytes, progress, warn
 
 SOURCES, WEIGHTS = "coreset_sources", "coreset_weights"  # keys of a batch that no model gets
 _INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
@@ -57,11 +57,13 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
     are functions of the seed, the step, the micro-batch and the rank; the history of a rule that has one is saved in
     the checkpoint. Evaluation is untouched. The loss is the Trainer's own unless loss_weighting is "example".
 
-    Monitored steps log match_error, match_error_random (mean of 16 draws), select_seconds (measuring the errors apart)
-    and train_seconds; the log history also has kept_by_source and seen_by_source. Where the Trainer logs less often
-    than that (logging_steps), a log has the last monitored step's.
-    Raises: UsageError for packing, FSDP or DeepSpeed, a missing source column, and sizes that do not fit; see also
-    `datatools.CoLM`. Nothing of the training state has changed when a choice raises.
+    Monitored steps log match_error, match_error_random (mean of 16 draws), select_seconds (measuring the errors apart),
+    train_seconds and peak_bytes; the log history also has kept_by_source and seen_by_source. Where the Trainer logs
+    less often than that (logging_steps), a log has the last monitored step's. peak_bytes is the most that tensors have
+    taken of the GPU in the step, choosing included (torch's peak statistics are reset for that); on a CPU it is the
+    most that the process has held so far.
+    Raises: UsageError for packing, FSDP or DeepSpeed, clusters, a missing source column, and sizes that do not fit; see
+    also `datatools.CoLM`. Nothing of the training state has changed when a choice raises.
     """
 
     choose: CoresetConfig | None = None
@@ -101,6 +103,12 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
                 raise UsageError(
                     f"coreset: {name} joins examples into one row, so there is nothing to choose; turn it off"
                 )
+        assert self.choose is not None
+        if self.choose.clusters is not None:
+            raise UsageError(
+                "coreset: clusters are made by `datatools train` alone; add a column of sources to the data "
+                "(datatools.cluster_sources makes them of hidden states) and name it (source_key=)"
+            )
         self._names: list[Hashable] = []
         if self.source_key is not None:
             data, columns = self.train_dataset, getattr(self.train_dataset, "column_names", None)
@@ -126,8 +134,8 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
                 raise UsageError("coreset: compute_loss_func and weights of rows exclude each other; leave one out")
             self.compute_loss_func = self._example_loss
 
-    def _large(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], list[Hashable], list[int] | None]:
-        """What a choice reads of a large batch: tensors, sources, and lengths where padding is known to be right."""
+    def _large(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], list[Hashable], dict[str, Any]]:
+        """What a choice reads of a large batch: tensors, sources; and lengths and names of its rows where known."""
         ids = batch["input_ids"]
         positions = batch.get("position_ids")
         if {"cu_seq_lens_q", "seq_idx"} & set(batch) or (
@@ -137,7 +145,7 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
             raise UsageError("coreset: the batch holds packed rows, of which nothing can be chosen; turn packing off")
         numbers = batch[SOURCES].tolist() if SOURCES in batch else [None] * len(ids)
         sources = [None if i is None else self._names[i] for i in numbers]
-        return {key: batch[key].to(self.args.device) for key in _INPUTS if key in batch}, sources, None
+        return {key: batch[key].to(self.args.device) for key in _INPUTS if key in batch}, sources, {}
 
     def _kept(self, batch: dict[str, Any], chosen: Selection) -> dict[str, Any]:
         """The rows of `batch` that a choice keeps, in the loader's order."""
@@ -160,14 +168,16 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
         started, step = _now(), self.state.global_step
         colm = self._chooser()
         watch = step % self.choose.monitor_every == 0
+        if watch and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         lanes, reduced = self.args.world_size, []
         watched: list[tuple[Any, list[Hashable], Selection]] = []
         for micro, batch in enumerate(batches):
-            tensors, sources, lengths = self._large(batch)
+            tensors, sources, known = self._large(batch)
             keep = max(1, round(self._keep * len(sources) / self._large_batch))  # an epoch's last batch may be short
             lane = micro * lanes + self.args.process_index
             chosen = colm(
-                tensors, sources, step=step, lane=lane, keep=min(keep, len(sources)), lengths=lengths, watch=watch
+                tensors, sources, step=step, lane=lane, keep=min(keep, len(sources)), watch=watch, **known
             )
             reduced.append(self._kept(batch, chosen))
             if watch:
@@ -183,11 +193,11 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with what was measured in a monitored step."""
-        seen, self._watched = (self._watched, None) if "loss" in logs else (None, self._watched)
-        if seen is None:
+        seen = self._watched
+        if seen is None or "train_seconds" not in seen or "loss" not in logs:
             super().log(logs, *args, **kwargs)
             return
-        seen.setdefault("train_seconds", _now() - self._since)
+        self._watched = None
         nested = {key: seen.pop(key) for key in ("kept_by_source", "seen_by_source")}
         super().log({**logs, **seen}, *args, **kwargs)
         self.state.log_history[-1] |= nested
@@ -282,14 +292,16 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
-    """Stops the time of a monitored step's training when the step is done."""
+    """Stops the time of a monitored step's training, and reads its peak of memory, when the step is done."""
 
     def __init__(self, trainer: CoresetMixin) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.trainer._watched is not None:
-            self.trainer._watched.setdefault("train_seconds", _now() - self.trainer._since)
+        seen = self.trainer._watched
+        if seen is not None and "train_seconds" not in seen:
+            seen["train_seconds"] = _now() - self.trainer._since
+            seen["peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes()
 
 
 class _Carry:
@@ -348,8 +360,8 @@ def resolve(recipe: TrainingConfig, choose: CoresetConfig, rows: int) -> tuple[T
 
 
 MONITORED = (
-    "match_error", "match_error_random", "select_seconds", "train_seconds", "overflows", "kept_by_source",
-    "seen_by_source",
+    "match_error", "match_error_random", "select_seconds", "train_seconds", "peak_bytes", "overflows",
+    "kept_by_source", "seen_by_source",
 )  # fmt: skip
 """What an entry of the log history has in monitored steps beside the Trainer's own."""
 
@@ -424,5 +436,6 @@ def facts(
         "settings": choose.model_dump(mode="json"),
         "sources": {str(name): counts[name] for name in sorted(counts, key=str)},
         "small": sorted(map(str, small)),
+        "memory": "gpu" if torch.cuda.is_available() else "process",  # of what `peak_bytes` is the peak
         "warning": None if choose.method == "random_in_source" else not_better(entries),
     }

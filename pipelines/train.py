@@ -100,6 +100,7 @@ def run(config: TrainConfig) -> Path:
                 advance=bar.advance,
                 choose=choose,
                 source_of=sources.__getitem__,
+                name_of=rows.pool.where,
                 steps=sequence,
             )
         if choose is not None:

@@ -61,6 +61,7 @@ class DataTrainer(CoresetMixin):
     step); it must not change anything. `order.Recorder` records a reference run so.
     choose: batches are large, and each step trains on the rows that this keeps of them (`CoresetMixin`).
     source_of: the source of a row by its index, for `choose`; None is one source for all.
+    name_of: what errors call a row; its index otherwise.
     """
 
     loss_is_scaled_for_ga = True  # `training_step` divides by the tokens of the whole step itself
@@ -72,11 +73,12 @@ class DataTrainer(CoresetMixin):
         observe: Callable[[int, Sequence[int]], None] | None = None,
         choose: CoresetConfig | None = None,
         source_of: Callable[[int], Hashable] | None = None,
+        name_of: Callable[[int], object] = int,
         shuffle: bool = True,
         **kwargs: Any,
     ) -> None:
         self.recipe, self.observe, self.shuffle = recipe, observe, shuffle
-        self.source_of = source_of or (lambda row: "")
+        self.source_of, self.name_of = source_of or (lambda row: ""), name_of
         self.seen_tokens = 0
         self.optimizer: Any
         self.lr_scheduler: Any
@@ -122,7 +124,7 @@ class DataTrainer(CoresetMixin):
         items = inputs["items"]
         supervised = supervised_tokens(items)
         if supervised == 0:
-            raise DataError(f"training: none of the rows {rows[:5]} of this step has a supervised token")
+            raise DataError(f"training: none of the rows {self._called(rows)} of this step has a supervised token")
         self.seen_tokens += sum(len(ids) for ids, _ in items)
         weights = inputs.get(WEIGHTS)
         if self.choose is not None and self.choose.loss_weighting == "token":
@@ -152,7 +154,7 @@ class DataTrainer(CoresetMixin):
             total += float(loss.detach())
         if not math.isfinite(total):
             raise DataError(
-                f"training: the loss of step {self.state.global_step + 1} is {total}, rows {rows[:5]}; "
+                f"training: the loss of step {self.state.global_step + 1} is {total}, rows {self._called(rows)}; "
                 f"lower training.learning_rate (now {self.recipe.learning_rate:g}) or look at these rows"
             )
         optim.curvature.refresh(self.optimizer, parts, seed=self.args.seed)  # for rules that read it, when it is due
@@ -166,9 +168,13 @@ class DataTrainer(CoresetMixin):
     def _arrange_loss(self) -> None:
         pass  # `training_step` weighs the rows
 
-    def _large(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], list[Hashable], list[int] | None]:
+    def _called(self, rows: Sequence[int]) -> str:
+        return ", ".join(str(self.name_of(row)) for row in rows[:5])
+
+    def _large(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], list[Hashable], dict[str, Any]]:
         tensors = {key: tensor.to(self.args.device) for key, tensor in collate(batch["items"]).items()}
-        return tensors, [self.source_of(row) for row in batch["rows"]], [len(ids) for ids, _ in batch["items"]]
+        known = {"lengths": [len(ids) for ids, _ in batch["items"]], "names": [self.name_of(r) for r in batch["rows"]]}
+        return tensors, [self.source_of(row) for row in batch["rows"]], known
 
     def _kept(self, batch: dict[str, Any], chosen: Selection) -> dict[str, Any]:
         order = chosen.indices.argsort()
@@ -382,12 +388,13 @@ def fit(
     observe: Callable[[int, Sequence[int]], None] | None = None,
     choose: CoresetConfig | None = None,
     source_of: Callable[[int], Hashable] | None = None,
+    name_of: Callable[[int], object] = int,
     steps: Sequence[Sequence[int]] | None = None,
 ) -> Trained:
     """Train `model`'s trainable parameters in place on `rows`; `encode(row)` gives (input_ids, labels).
 
     choose, source_of: batches of `recipe.batch_size` are large ones, of which the step trains on a few rows
-    (`DataTrainer`).
+    (`DataTrainer`). name_of: what errors call a row.
 
     steps: the rows of each step, in order, in place of shuffled batches; `recipe.epochs` and its batch size then say
     nothing.
@@ -426,6 +433,7 @@ def fit(
         observe=observe,
         choose=choose,
         source_of=source_of,
+        name_of=name_of,
         model=model,
         args=arguments,
         train_dataset=_Rows(encode, rows) if steps is None else _Sequence(encode, steps),
@@ -446,6 +454,8 @@ def fit(
         tokens=trainer.seen_tokens,
         directions=[entry for entry in trainer.state.log_history if "projected_grad" in entry],
         monitored={
-            entry["step"]: {key: entry[key] for key in MONITORED} for entry in logged if "match_error" in entry
+            entry["step"]: {key: entry[key] for key in MONITORED if key in entry}
+            for entry in logged
+            if "match_error" in entry
         },
     )

@@ -1,6 +1,7 @@
 """Coresets in the training loop: nothing else changes, every run can be resumed, and the report says what it did."""
 
 import json
+import re
 import shutil
 from collections import Counter
 
@@ -50,7 +51,8 @@ def metrics(run):
 
 def without_seconds(found):
     lines = [json.loads(line) for line in found["metrics"].splitlines()]
-    return found | {"metrics": [{k: v for k, v in e.items() if not k.endswith("_seconds")} for e in lines]}
+    measured = ("_seconds", "_bytes")
+    return found | {"metrics": [{k: v for k, v in e.items() if not k.endswith(measured)} for e in lines]}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,7 @@ def test_metrics_of_monitored_steps(first):
     for entry in lines[::3]:
         assert entry["match_error"] >= 0 and entry["match_error_random"] > 0
         assert entry["select_seconds"] > 0 and entry["train_seconds"] > 0
+        assert 2**24 < entry["peak_bytes"] < 2**36, "more than Python itself, less than a machine has"
         kept, seen = Counter(entry["kept_by_source"]), Counter(entry["seen_by_source"])
         assert kept.total() == 4 and seen.total() == 8 and kept["rare"] == min(4, seen["rare"])
 
@@ -229,11 +232,11 @@ def test_losses_that_are_not_finite_stop_the_run_and_leave_the_weights(world, tm
     rows = prepare(data, ModelConfig(name=str(world.model)), loaded.tokenizer, cache=tmp_path, label="data")
     module = models.add_lora(loaded.model, LORA, seed=0)
     states = []
-    with pytest.raises(DataError, match="features of rows .* are not finite"):
+    with pytest.raises(DataError, match=r"features of rows \S+mixed\.jsonl:\d+, .* are not finite"):
         trainer.fit(
             module, rows.item, list(range(40)), TrainingConfig(epochs=1, batch_size=8), tmp_path / "run", seed=1,
             observe=lambda step, kept: states.append({k: p.clone() for k, p in module.named_parameters()}),
-            choose=CoresetConfig(keep=4), source_of=rows.pool.sources.__getitem__,
+            choose=CoresetConfig(keep=4), source_of=rows.pool.sources.__getitem__, name_of=rows.pool.where,
         )  # fmt: skip
     assert states and not any(p.isnan().any() for p in module.parameters())
     assert all(p.grad is None or not p.grad.isnan().any() for p in module.parameters())
@@ -346,6 +349,8 @@ def test_what_another_trainer_refuses(tmp_path):
         build(tmp_path, choose=CoresetConfig(keep=3))
     with pytest.raises(UsageError, match="7 rows to keep of a large batch of 6"):
         build(tmp_path, choose=CoresetConfig(keep=7), source_key="kind")
+    with pytest.raises(UsageError, match=r"clusters are made by `datatools train` alone.*source_key="):
+        build(tmp_path, choose=CoresetConfig(keep=3, clusters=2), source_key=None)
     with pytest.raises(UsageError, match="large_batch is 9, but per_device_train_batch_size"):
         build(tmp_path, choose=CoresetConfig(keep=3, large_batch=9), source_key="kind")
 
@@ -440,6 +445,7 @@ def test_the_report_says_what_happened(first):
     for text in ("rare", "small: all kept", "share of kept rows", "choosing took", "herding",
                  "random rows, same sources and quotas"):  # fmt: skip
         assert text in page, text
+    assert re.search(r"The process held up to [\d.]+\s[MG]B of memory, choosing included", page)
     assert page.count("<svg") == 3 and page.count('class="range other"') == 1
     assert coreset_report.render(first).read_text() == page, "drawn again from the files alone"
 

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -585,3 +586,12 @@ def test_a_setting_that_is_read_last_may_change_in_a_finished_run():
     with Run("r", config(budget="7"), "select") as run:
         assert run.resumed
     assert "budget: '7'" in Path("r/run.yaml").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere the peak is what getrusage says")
+def test_the_peak_of_memory_is_the_process_s_own():
+    """getrusage's begins with that of the process which started this one."""
+    child = "from pipelines.runs import peak_rss_bytes; print(peak_rss_bytes())"
+    parent = "import subprocess, sys; held = bytearray(400 << 20); subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    found = subprocess.run([sys.executable, "-c", parent, child], cwd=REPOSITORY, capture_output=True, check=True)
+    assert 1 << 22 < int(found.stdout) < 400 << 20

@@ -291,7 +291,8 @@ def data_of(world):
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(world, tmp_path):
     """The weights rot silently otherwise (Trainer logs the running mean in place of NaN)."""
     recipe = TrainingConfig(optimizer="sgd", learning_rate=100.0, warmup_ratio=0, gradient_clip=None, epochs=40)
-    with pytest.raises(DataError, match=r"loss of step \d+ is (nan|inf), rows \[.*lower training.learning_rate"):
+    text = r"loss of step \d+ is (nan|inf), rows \S+\.jsonl:\d+.*lower training.learning_rate"
+    with pytest.raises(DataError, match=text):
         train.run(settings(world, tmp_path / "run", training=recipe, lora=None))
     assert not (tmp_path / "run" / "model").exists()
 
