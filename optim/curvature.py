@@ -148,12 +148,13 @@ def gauss_newton(loss_fn: Parts, params: Sequence[Tensor], *, seed: int) -> list
     _refuse_sharded(params)
     total: list[Tensor | None] = [None] * len(params)
     labels = _SampledLabels(seed)
+    losses = _parts(loss_fn)  # none on a rank that has no part of the batch
     with private(params):
-        for part in _parts(loss_fn):
+        for part in losses:
             with labels:
                 loss = _scalar(part())
             _add(total, torch.autograd.grad(loss, list(params), allow_unused=True))
-    if labels.calls == 0:
+    if losses and labels.calls == 0:
         raise ValueError(
             "curvature: this loss calls no torch.nn.functional.cross_entropy, whose labels could be sampled; "
             "make an estimate of your own and give it to curvature.absorb"

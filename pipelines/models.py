@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from datatools import DataError, EnvironmentProblem, UsageError, covered, files, keep_pages
 from pipelines.config import LoraConfig, ModelConfig
@@ -331,7 +332,8 @@ def token_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
             raise DataError(f"{type(model).__name__}: its head got {tuple(hidden.shape)}, not one vector a token")
         return (hidden[:, :-1][wanted], *inputs[1:])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(narrow)
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    handle = inner.get_output_embeddings().register_forward_pre_hook(narrow)
     inputs = {key: tensor for key, tensor in batch.items() if key != "labels"}
     try:
         logits = model(**inputs, use_cache=False).logits

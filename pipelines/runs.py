@@ -55,7 +55,7 @@ def alone(command: str) -> None:
     if world_size() > 1:
         raise UsageError(
             f"{command} runs as one process, and WORLD_SIZE is {world_size()}; start it without torchrun "
-            "(datatools.extract shares its units out among ranks; the command does not yet)"
+            "(`datatools train` and datatools.extract share their work among processes, this does not yet)"
         )
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from datatools import DataError, Order, UsageError, files
+from optim.distributed import world
 from pipelines import coreset_report, coresets, models, trainer
 from pipelines.config import LoraConfig, RunSettings, TrainConfig, TrainingConfig
 from pipelines.prepare import Rows, file_facts, prepare
-from pipelines.runs import Run, alone, derive_seed, progress, say
+from pipelines.runs import Run, derive_seed, progress, rank, say
 from pipelines.trainer import Trained
 
 S = TypeVar("S", bound=RunSettings)
@@ -24,9 +26,16 @@ S = TypeVar("S", bound=RunSettings)
 def run(config: TrainConfig) -> Path:
     """Train, and write `adapter/` (or `model/`), `metrics.jsonl` and checkpoints to `out`; a killed run goes on.
 
+    Under `torchrun` the processes share the work of each step (`DataTrainer`), and the first of them writes.
     Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
     """
-    alone("datatools train")
+    with world() as here:
+        if here.device.type == "cuda":
+            torch.cuda.set_device(here.device)
+        return _run(config)
+
+
+def _run(config: TrainConfig) -> Path:
     if config.model.adapter is not None and config.lora is not None:
         raise UsageError(
             f"model.adapter {config.model.adapter}: fresh adapters would be trained on top of it and saved without it; "
@@ -34,7 +43,7 @@ def run(config: TrainConfig) -> Path:
         )
     trainer.check(config.training)
     with in_scratch(config) as kept, Run(kept.out, kept, "train", overwrite=kept.overwrite) as current:
-        with current.stage("read"):
+        with current.stage("read"), trainer.lead_first():
             tokenizer = models.load(config.model, tokenizer_only=True)
             rows = prepare(
                 config.data,
@@ -103,10 +112,11 @@ def run(config: TrainConfig) -> Path:
                 name_of=rows.pool.where,
                 steps=sequence,
             )
-        if choose is not None:
+        if choose is not None and rank() == 0:
             facts_of_choice = coresets.facts(choose, [sources[row] for row in chosen], result.monitored)
             files.write_json(current.path("coreset.json"), facts_of_choice)
-        _save(module, loaded, result, done, current)
+        if rank() == 0:
+            _save(module, loaded, result, done, current)
         say(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}; saved {done}")
     return config.out
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -32,7 +33,7 @@ from pipelines import zeroth_order
 from pipelines.config import CoresetConfig, TrainingConfig
 from pipelines.coresets import MONITORED, WEIGHTS, CoresetMixin, example_weights
 from pipelines.models import collate, quiet, supervised_tokens, token_losses
-from pipelines.runs import say
+from pipelines.runs import rank, say, world_size
 
 COMPLETE = "complete.json"
 
@@ -56,6 +57,9 @@ class Trained:
 class DataTrainer(CoresetMixin):
     """`transformers.Trainer` with the suite's optimizer and schedule. The batch of the Trainer is the optimizer's
     whole step, from which curvature is estimated too (Sophia, AdaHessian).
+
+    Several processes (torchrun, DDP) all read the whole step, and its micro-batches are dealt out among them: a run
+    trains on the same rows in the same steps, whatever their number, and differs by rounding only.
 
     observe: called before each optimizer step, once its gradients are there, with (step from 1 on, row indices of the
     step); it must not change anything. `order.Recorder` records a reference run so.
@@ -94,6 +98,15 @@ class DataTrainer(CoresetMixin):
             return super()._get_train_sampler(*args, **kwargs)
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
+    def get_train_dataloader(self) -> Any:
+        """Trainer's, but that every process gets every batch whole: `training_step` deals it out."""
+        loader = super().get_train_dataloader()
+        sharded = loader.batch_sampler
+        if self.args.world_size > 1:
+            assert isinstance(sharded, BatchSamplerShard)
+            sharded.num_processes, sharded.process_index, sharded.even_batches = 1, 0, False
+        return loader
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the recipe names, over the parameters that train."""
         if self.optimizer is None:
@@ -129,17 +142,21 @@ class DataTrainer(CoresetMixin):
         weights = inputs.get(WEIGHTS)
         if self.choose is not None and self.choose.loss_weighting == "token":
             weights = None
+        world, own = self.args.world_size, self.args.process_index
 
-        def share(group: list[int]) -> Tensor:
+        def share(group: list[int], module: nn.Module) -> Tensor:
             batch = {key: tensor.to(self.args.device) for key, tensor in collate([items[i] for i in group]).items()}
-            losses, where = token_losses(model, batch)
+            losses, where = token_losses(module, batch)
             loss: Tensor = losses.sum() / supervised
             if weights is not None:
                 loss = (losses * example_weights(weights[group], where, len(items))).sum()
-            return loss
+            scaled: Tensor = world * loss  # the mean over processes, which DDP takes, is then the step's
+            return scaled
 
-        groups = token_batches([len(ids) for ids, _ in items], self.recipe.micro_tokens)
-        parts = [partial(share, group) for group in groups]
+        lengths = [len(ids) for ids, _ in items]
+        groups = token_batches(lengths, min(self.recipe.micro_tokens, -(-sum(lengths) // world)))
+        inner = self.accelerator.unwrap_model(model)
+        parts = [partial(share, group, inner) for group in groups[own::world]]
         if self.zeroth is not None:
             taken = self.state.global_step
             if self.observe is not None:
@@ -148,10 +165,13 @@ class DataTrainer(CoresetMixin):
             self.state.log_history.append(directions)
             return torch.tensor(total, device=self.args.device)
         total = 0.0
-        for part in parts:
-            loss = part()
-            self.accelerator.backward(loss)
-            total += float(loss.detach())
+        for part in parts[:-1]:
+            total += self._backward(part())
+        # the last through DDP, which then adds up the gradients of all; a process without a part adds nothing
+        idle = 0.0 if not parts else 1.0
+        total += self._backward(idle * share((groups[own::world] or groups)[-1], model))
+        if world > 1:
+            total = float(self.accelerator.reduce(torch.tensor(total, device=self.args.device), reduction="mean"))
         if not math.isfinite(total):
             raise DataError(
                 f"training: the loss of step {self.state.global_step + 1} is {total}, rows {self._called(rows)}; "
@@ -161,6 +181,14 @@ class DataTrainer(CoresetMixin):
         if self.observe is not None:
             self.observe(self.state.global_step + 1, rows)
         return torch.tensor(total, device=self.args.device)
+
+    def _backward(self, loss: Tensor) -> float:
+        self.accelerator.backward(loss)
+        return float(loss.detach())
+
+    @property
+    def _group(self) -> Any:
+        return torch.distributed.group.WORLD if self.args.world_size > 1 else None
 
     def _count_sources(self) -> None:
         self._counts = Counter(self.source_of(row) for row in self.train_dataset.rows)
@@ -185,6 +213,7 @@ class DataTrainer(CoresetMixin):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with saving(folder):
             super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process saves the state of its generators
         if self.args.should_save:
             mark_complete(folder)
 
@@ -363,6 +392,16 @@ def _gather(items: list[dict[str, Any]]) -> dict[str, Any]:
     return {"rows": [item["row"] for item in items], "items": [item["item"] for item in items]}
 
 
+@contextmanager
+def lead_first() -> Iterator[None]:
+    """Of several processes the first does the block, then the others do: it makes or mends what they read."""
+    if world_size() > 1 and rank() > 0:
+        torch.distributed.barrier()
+    yield
+    if world_size() > 1 and rank() == 0:
+        torch.distributed.barrier()
+
+
 def planned_steps(rows: int, recipe: TrainingConfig) -> int:
     """Optimizer steps of a run over `rows` rows."""
     steps = math.ceil(rows / recipe.batch_size) * recipe.epochs
@@ -373,6 +412,12 @@ def planned_checkpoints(rows: int, recipe: TrainingConfig) -> list[int]:
     """The steps at which a run with `save="epoch"` saves: the end of each epoch, and the last step."""
     last = planned_steps(rows, recipe)
     return [*range(math.ceil(rows / recipe.batch_size), last, math.ceil(rows / recipe.batch_size)), last]
+
+
+def _may_skip_parameters(model: nn.Module) -> bool:
+    """Whether a forward pass may leave out parameters, which DDP must know: those of experts."""
+    config = getattr(model, "config", None)
+    return config is not None and any("expert" in name for name in vars(config))
 
 
 def fit(
@@ -423,6 +468,7 @@ def fit(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=_may_skip_parameters(model),
         use_cpu=not torch.cuda.is_available(),
         seed=seed % 2**32,
         data_seed=seed % 2**32,
@@ -441,7 +487,8 @@ def fit(
         shuffle=steps is None,
         callbacks=[_Progress(advance)],
     )
-    valid = checkpoints(folder) if save is not None and folder.is_dir() else []
+    with lead_first():
+        valid = checkpoints(folder) if save is not None and folder.is_dir() else []
     if valid and advance is not None:
         advance(int(valid[-1].name.removeprefix("checkpoint-")))
     trainer.train(resume_from_checkpoint=str(valid[-1]) if valid else None)
