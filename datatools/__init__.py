@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from datatools.coresets import not_better as not_better
     from datatools.coresets import select_batch as select_batch
     from datatools.coresets import small_sources as small_sources
+    from datatools.correlations import spearman as spearman
     from datatools.encodings import ENCODINGS as ENCODINGS
     from datatools.errors import DataError as DataError
     from datatools.errors import DatatoolsError as DatatoolsError
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 # public name -> the module that defines it
 _EXPORTS = {
+    "spearman": "datatools.correlations",
     "CORESET_METHODS": "datatools.coresets",
     "CoLM": "datatools.coresets",
     "cluster_sources": "datatools.coresets",

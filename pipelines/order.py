@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -490,10 +491,28 @@ def surrogate(setting: Setting, name: str, number: int = 0) -> order.Surrogate:
     folder = setting.run.path("surrogates", f"{name}-{number:02d}-{files.digest(asked.encode())[:12]}")
     if (folder / "meta.json").is_file():
         return order.Surrogate.load(folder, run_, setting.problem)
-    with setting.run.stage(f"{name} ({number + 1})"):
+    label = f"{name} ({number + 1})"
+    work = _cost_of(name, setting).in_gradients(hvp=HVP_IN_GRADIENTS)
+    with setting.run.stage(label), _spending(setting.problem, label, math.ceil(work)):
         made = order.precompute(name, run_, setting.problem, **options)
         made.save(folder, run_)
     return made
+
+
+@contextmanager
+def _spending(problem: order.Problem, label: str, total: int) -> Iterator[None]:
+    """A bar of what the problem spends inside, in batch gradients."""
+    first = problem.cost.in_gradients(hvp=HVP_IN_GRADIENTS)
+    with progress(label, total, "batch gradients") as bar:
+
+        def spent() -> None:
+            bar.advance(int(problem.cost.in_gradients(hvp=HVP_IN_GRADIENTS) - first) - bar.done)
+
+        problem.spent = spent
+        try:
+            yield
+        finally:
+            problem.spent = None
 
 
 def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], number: int = 0) -> dict[str, Any]:
@@ -555,12 +574,13 @@ def _time_scores(made: order.Surrogate, sequences: Sequence[Sequence[int]]) -> f
 
 def _curricula(setting: Setting) -> dict[str, tuple[int, ...]]:
     """Candidates by length, by loss and gradient norm at the start, by source; and their reverses."""
-    start = reference(setting).start.params
-    losses = [setting.problem.train_loss(start, b) for b in range(len(setting.problem.batches))]
+    start, count = reference(setting).start.params, len(setting.problem.batches)
+    losses = [setting.problem.train_loss(start, b) for b in range(count)]
     norms = []
-    for b in range(len(setting.problem.batches)):
-        grads = setting.problem.gradient(start, b)
-        norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in grads.values())))
+    with _spending(setting.problem, "curricula: losses and gradient norms", count):
+        for b in range(count):
+            grads = setting.problem.gradient(start, b)
+            norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in grads.values())))
     values = {"length": setting.lengths, "loss": losses, "gradient norm": norms}
     return {"reference": setting.sequence} | order.curricula(setting.sequence, values, setting.sources)
 
@@ -602,9 +622,12 @@ def _search(setting: Setting) -> None:
     with setting.run.stage("search"):
         start = time.monotonic()
         options: dict[str, Any] = {"budget": config.budget, "seed": config.seed, "starts": list(candidates.values())}
-        found = order.search(made, config.search, keep=max(1, config.retrain), **options)
+        with progress(f"search: {config.search}", config.budget, "orders") as bar:
+            found = order.search(made, config.search, keep=max(1, config.retrain), advance=bar.advance, **options)
         took = time.monotonic() - start
-        blind = order.search(made, "random", keep=1, budget=found.evaluations, seed=config.seed)
+        options = {"budget": found.evaluations, "seed": config.seed}
+        with progress("search: as many random orders", found.evaluations, "orders") as bar:
+            blind = order.search(made, "random", keep=1, advance=bar.advance, **options)
     say(
         f"{config.search}: predicted {found.scores[0]:.5f}, the reference {made.score(setting.sequence):.5f}, best of "
         f"{blind.evaluations:,} random {blind.scores[0]:.5f} ({found.evaluations / max(took, 1e-9):,.0f} a second)"

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from datatools import DataError, files
+from datatools import DataError, files, spearman
 from pipelines import charts
 from pipelines.charts import Scale
 from pipelines.texts import count, duration, number, percent, plural, signed, size, visible
@@ -310,23 +310,6 @@ def _scores_of(file: Any, path: Path) -> Scores:
         status=tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
         serves=tuple((name.removeprefix("subtask:"), int(n)) for name, n in zip(subtasks, serves, strict=True)),
     )
-
-
-def spearman(x: Floats, y: Floats) -> float | None:
-    """Spearman's rank correlation, ties at their mean rank; None when either side does not vary."""
-    if len(x) < 3:
-        return None
-    a, b = _ranks(x), _ranks(y)
-    a, b = a - a.mean(), b - b.mean()
-    scale = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / scale if scale > 0 else None
-
-
-def _ranks(x: Floats) -> Floats:
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: Floats = (last - (counts - 1) / 2)[inverse.reshape(-1)]
-    return ranks
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
@@ -901,7 +884,9 @@ def model_section(summary: Json) -> dict[str, Any] | None:
 def build(summary: Json, scores: Scores) -> dict[str, Any]:
     """Everything that the template prints."""
     scored = scores.scored
-    rho = spearman(scores.score[scored], scores.supervised[scored].astype(np.float64))
+    rho = None
+    if scored.sum() > 2:
+        rho = spearman(scores.score[scored], scores.supervised[scored].astype(np.float64))
     method, meaning = method_of(summary)
     formula = mapping(summary.get("formula"))
     table = arms(mapping(summary.get("audit")), str(summary.get("method")))

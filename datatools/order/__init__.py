@@ -22,6 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from datatools.correlations import spearman
 from datatools.errors import UsageError, did_you_mean
 from datatools.order import groups, moments, pairwise, reduced, table
 from datatools.order.memorization import Map, memory_map
@@ -43,7 +44,7 @@ from datatools.order.reference import (
 from datatools.order.search import METHODS as SEARCHES
 from datatools.order.search import Found, borda_order, curricula, exact_order, search
 from datatools.order.surrogate import LIMITS, Surrogate, trusted
-from datatools.order.validate import Judgement, Prize, break_even, calibrated, judge, prize, spearman
+from datatools.order.validate import Judgement, Prize, break_even, calibrated, judge, prize
 
 ESTIMATORS: dict[str, Callable[..., Surrogate]] = {
     "pairwise": pairwise.precompute,

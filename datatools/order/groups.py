@@ -10,7 +10,7 @@ but its mean, so read the ranking and not the number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -69,7 +69,6 @@ def precompute(
     *,
     groups: Sequence[int],
     block: int | None = None,
-    advance: Callable[[int], object] | None = None,
 ) -> Groups:
     """Measure every ordered pair of groups.
 
@@ -97,8 +96,6 @@ def precompute(
                 blocks = [*members[i][:size], *members[j][:size]]
                 params, _ = train(problem, reference.recipe, blocks, start.params, start.states)
                 measured[i, j] = problem.held_out_loss(params)
-                if advance is not None:
-                    advance(1)
     cost = Cost(
         gradients=problem.cost.gradients - before,
         forwards=count * (count - 1) * len(problem.validation),

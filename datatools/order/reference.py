@@ -65,6 +65,7 @@ class Problem:
     samples: for each training batch a part of its rows, as a batch of its own, whose gradients change as the batch's do
     when parameters move (the estimator `reduced`); share: what a gradient of one costs, in gradients of a batch.
     cost: counted up by every call, so that estimators can say what they spent.
+    spent: called after each gradient or product of a training batch has been counted, for a bar of progress.
     Raises: UsageError for no batches; DataError for a loss that is not finite.
     """
 
@@ -76,6 +77,7 @@ class Problem:
     share: float = 1.0
     hvp_method: str = "auto"
     cost: Cost = field(default_factory=Cost)
+    spent: Callable[[], object] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.batches) or not len(self.validation):
@@ -83,14 +85,14 @@ class Problem:
 
     def gradient(self, params: Params, batch: int) -> Params:
         """The gradient of training batch `batch` at `params`; a parameter that the loss misses has zero."""
-        self.cost.gradients += 1
+        self._spend(gradients=1)
         return self._grad(params, self.batches[batch], f"batch {batch}")
 
     def sample_gradient(self, params: Params, batch: int) -> Params:
         """The gradient of the sample of training batch `batch`. Raises: UsageError for a problem without samples."""
         if self.samples is None:
             raise UsageError("order: this estimate needs Problem(samples=): a few rows of every batch")
-        self.cost.gradients += self.share
+        self._spend(gradients=self.share)
         return self._grad(params, self.samples[batch], f"the sample of batch {batch}")
 
     def held_out_gradient(self, params: Params) -> Params:
@@ -116,7 +118,7 @@ class Problem:
 
     def hvp(self, params: Params, batch: int, vector: Params) -> Params:
         """H v of training batch `batch` at `params`."""
-        self.cost.hvps += 1
+        self._spend(hvps=1)
         return self._hvp(params, self.batches[batch], vector)
 
     def held_out_hvp(self, params: Params, vector: Params) -> Params:
@@ -127,6 +129,12 @@ class Problem:
             product = self._hvp(params, batch, vector)
             total = {name: t + weight * product[name] for name, t in total.items()}
         return total
+
+    def _spend(self, gradients: float = 0, hvps: int = 0) -> None:
+        self.cost.gradients += gradients
+        self.cost.hvps += hvps
+        if self.spent is not None:
+            self.spent()
 
     def _hvp(self, params: Params, data: Any, vector: Params) -> Params:
         leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}

@@ -36,8 +36,10 @@ class Found:
 class _Scorer:
     """Scores permutations of the reference's places, counts them, and remembers the best few."""
 
-    def __init__(self, surrogate: Surrogate, budget: int, keep: int) -> None:
-        self.surrogate, self.budget, self.keep = surrogate, budget, keep
+    def __init__(
+        self, surrogate: Surrogate, budget: int, keep: int, advance: Callable[[int], object] | None = None
+    ) -> None:
+        self.surrogate, self.budget, self.keep, self.advance = surrogate, budget, keep, advance
         self.labels = np.asarray(surrogate.sequence, dtype=np.int64)
         self.used = 0
         self.best: dict[tuple[int, ...], float] = {}
@@ -54,6 +56,8 @@ class _Scorer:
             sequences = self.labels[allowed]
             scores[: len(allowed)] = self.surrogate._scores(torch.from_numpy(sequences)).numpy()
             self.used += len(allowed)
+            if self.advance is not None:
+                self.advance(len(allowed))
             for index in np.argsort(scores[: len(allowed)], kind="stable")[: self.keep]:
                 self.best[tuple(sequences[index].tolist())] = float(scores[index])
             if len(self.best) > 4 * self.keep:
@@ -73,17 +77,19 @@ def search(
     seed: int = 0,
     starts: Sequence[Sequence[int]] = (),
     keep: int = 5,
+    advance: Callable[[int], object] | None = None,
 ) -> Found:
     """The best orders that `method` finds by scoring at most `budget` orders; lower scores are better.
 
-    starts: orders to begin with (curricula); the reference is always one.
+    starts: orders to begin with (curricula); the reference is always one. advance: called with every number of orders
+    that were scored.
     Raises: UsageError for an unknown method, or a start that is no permutation of the reference.
     """
     if method not in METHODS:
         raise UsageError(f"order: no search is called {method!r}{did_you_mean(method, METHODS)}")
     if budget < 1 or keep < 1:
         raise UsageError(f"order: a search of {budget} orders that keeps {keep}; both must be at least 1")
-    scorer = _Scorer(surrogate, budget, keep)
+    scorer = _Scorer(surrogate, budget, keep, advance)
     given = [np.arange(len(surrogate.sequence))] + [places(start, surrogate.sequence) for start in starts]
     METHODS[method](scorer, given, np.random.default_rng(seed))
     return scorer.found()

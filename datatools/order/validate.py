@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Numbers = Sequence[float] | NDArray[np.float64]
+from datatools.correlations import Numbers, pearson, pearson_rows, quotient, spearman, spearman_rows
+
 Statistic = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
 """[..., n] and [..., n] -> [...], nan where it does not exist."""
 _DRAWS = 2000
@@ -60,9 +61,9 @@ def judge(estimated: Numbers, true: Numbers, *, reference: float, seed: int = 0)
     return Judgement(
         orders=len(t),
         spearman=spearman(e, t),
-        spearman_interval=bootstrap(_spearman, e, t, seed=seed),
+        spearman_interval=bootstrap(spearman_rows, e, t, seed=seed),
         pearson=pearson(e, t),
-        pearson_interval=bootstrap(_pearson, e, t, seed=seed),
+        pearson_interval=bootstrap(pearson_rows, e, t, seed=seed),
         regret=float(t[int(np.argmin(e))] - t.min()),
         regret_random=float(t.mean() - t.min()),
         hit_rate=hit_rate(e, t),
@@ -74,33 +75,10 @@ def judge(estimated: Numbers, true: Numbers, *, reference: float, seed: int = 0)
     )
 
 
-def ranks(values: Numbers) -> NDArray[np.float64]:
-    """[..., n] -> 1..n along the last axis, equal values sharing their mean rank."""
-    v = np.asarray(values, dtype=np.float64)
-    order = v.argsort(-1)
-    ordered, at = np.take_along_axis(v, order, -1), np.arange(v.shape[-1])
-    fresh = np.concatenate([np.full((*v.shape[:-1], 1), True), ordered[..., 1:] != ordered[..., :-1]], -1)
-    closed = np.concatenate([fresh[..., 1:], np.full((*v.shape[:-1], 1), True)], -1)
-    first = np.maximum.accumulate(np.where(fresh, at, 0), -1)
-    last = np.minimum.accumulate(np.where(closed, at, v.shape[-1])[..., ::-1], -1)[..., ::-1]
-    mean = np.empty_like(v)
-    np.put_along_axis(mean, order, (first + last) / 2 + 1, -1)
-    return mean
-
-
-def pearson(a: Numbers, b: Numbers) -> float | None:
-    """Linear correlation; None where one of them does not vary."""
-    return _number(_pearson(*_both(a, b)))
-
-
-def spearman(a: Numbers, b: Numbers) -> float | None:
-    """Rank correlation; None where one of them does not vary."""
-    return _number(_spearman(*_both(a, b)))
-
-
 def hit_rate(a: Numbers, b: Numbers) -> float | None:
     """Share of pairs that a and b order alike, among those that differ in b; ties of a count half."""
-    return _number(_hit_rate(*_both(a, b)))
+    found = _hit_rate(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
+    return float(found) if np.isfinite(found) else None
 
 
 def bootstrap(
@@ -123,34 +101,11 @@ def _signs(values: NDArray[np.float64]) -> NDArray[np.int8]:
     return (i > j).astype(np.int8) - (i < j).astype(np.int8)
 
 
-def _pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    x, y = (v - v.mean(-1, keepdims=True) for v in (x, y))
-    return _quotient((x * y).sum(-1), np.sqrt((x * x).sum(-1) * (y * y).sum(-1)))
-
-
-def _spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    return _pearson(ranks(x), ranks(y))
-
-
 def _hit_rate(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
     right = _signs(y)
     agree = (_signs(x) * right).sum((-2, -1), dtype=np.float64)
     count = (right != 0).sum((-2, -1), dtype=np.float64)
-    return (_quotient(agree, count) + 1) / 2
-
-
-def _quotient(over: NDArray[np.float64], under: NDArray[np.float64]) -> NDArray[np.float64]:
-    """nan where there is nothing to divide by."""
-    found: NDArray[np.float64] = np.where(under > 0, over / np.where(under > 0, under, 1.0), np.nan)
-    return found
-
-
-def _both(a: Numbers, b: Numbers) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    return np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-
-
-def _number(found: NDArray[np.float64]) -> float | None:
-    return float(found) if np.isfinite(found) else None
+    return (quotient(agree, count) + 1) / 2
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import torch
 
 from datatools import DataError, Order, UsageError
 from datatools import order as orders
+from datatools.correlations import ranks
 from datatools.order import Cost, Surrogate, curricula, exact_order, judge, memory_map, prize, search
 from datatools.order.pairwise import Pairwise
-from datatools.order.validate import calibrated, hit_rate, ranks
+from datatools.order.validate import calibrated, hit_rate
 from tests.datatools.order.quadratics import random_problem, recipe, run
 
 
