@@ -107,8 +107,8 @@ class LastLayer:
         return whole
 
     def contract(self, x: Tensor, g: Tensor) -> Tensor:
-        """Inputs x [b, s, in] and output gradients g [b, s, out] -> per-example gradients [b, *shape], float32."""
-        g = g[..., self.outputs].float()
+        """Inputs x [b, ..., in] and output gradients g [b, ..., out] -> per-example gradients [b, *shape], float32."""
+        x, g = x.flatten(1, -2), g[..., self.outputs].flatten(1, -2).float()  # latents may have a dimension of heads
         if self.adapter is not None:
             scale = self.projection.scaling[self.adapter]  # type: ignore[index]
             a = self.projection.lora_A[self.adapter].weight.detach()  # type: ignore[index, union-attr]
@@ -303,6 +303,7 @@ def directional_derivatives(
 
     Exact up to rounding, and without the cancellation of differences of losses, which bfloat16 does not survive.
     chunk: directions at a time; memory is that of so many forward passes of one layer and the head.
+    Raises: DataError for a model with an operation that torch has no forward-mode derivative of.
     """
     value = target.parameter.detach()
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), replaying(model, losses, batch, target):
@@ -312,9 +313,19 @@ def directional_derivatives(
             slope: Tensor = torch.func.jvp(loss, (value,), (direction,))[1]
             return slope
 
-        found = [
-            torch.vmap(along)(torch.stack([target.embed(z) for z in part])) for part in torch.split(directions, chunk)
-        ]
+        try:
+            found = [
+                torch.vmap(along)(torch.stack([target.embed(z) for z in part]))
+                for part in torch.split(directions, chunk)
+            ]
+        except (NotImplementedError, RuntimeError) as error:
+            text = str(error).splitlines()[0]
+            if not isinstance(error, NotImplementedError) and "functorch" not in text:
+                raise
+            raise DataError(
+                f"{type(model).__name__}: its last layer cannot be differentiated forwards, which probes need "
+                f"({text[:120]}); choose other features (exact)"
+            ) from error
     return torch.cat(found).mT.float()
 
 

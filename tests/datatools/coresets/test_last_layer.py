@@ -4,6 +4,10 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -39,6 +43,10 @@ BASE = {
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 GROUPED = {**BASE, "num_key_value_heads": 2}
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+    "v_head_dim": 8, "first_k_dense_replace": 3, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
 
 
 def build(name):
@@ -55,12 +63,14 @@ def build(name):
         "phi": lambda: PhiForCausalLM(PhiConfig(**BASE)),
         "phi3": lambda: Phi3ForCausalLM(Phi3Config(**GROUPED)),
         "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**BASE)),
+        "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=90, hidden_size=32, n_layer=3, n_head=4)),
+        "deepseek": lambda: DeepseekV2ForCausalLM(DeepseekV2Config(**BASE, **LATENT)),
         "one-layer": lambda: LlamaForCausalLM(LlamaConfig(**{**GROUPED, "num_hidden_layers": 1})),
     }[name]()
 
 
-ARCHITECTURES = ["llama", "llama-tied", "qwen2", "qwen3", "phi", "phi3", "gpt2", "neox", "one-layer"]
-LORA = {"gpt2": ["c_attn"], "phi3": ["qkv_proj"], "neox": ["query_key_value"]}
+ARCHITECTURES = ["llama", "llama-tied", "qwen2", "qwen3", "phi", "phi3", "gpt2", "neox", "deepseek", "one-layer"]
+LORA = {"deepseek": ["kv_b_proj"], "gpt2": ["c_attn"], "phi3": ["qkv_proj"], "neox": ["query_key_value"]}
 
 
 def adapted(name):
@@ -186,7 +196,7 @@ def test_the_matrix_is_the_value_part_of_the_last_layer():
     shapes = {name: LastLayer.of(build(name)).shape for name in ARCHITECTURES}
     assert shapes == {
         "llama": (16, 32), "llama-tied": (16, 32), "qwen2": (16, 32), "qwen3": (16, 32), "phi": (32, 32),
-        "phi3": (16, 32), "gpt2": (32, 32), "neox": (96, 32), "one-layer": (16, 32),
+        "phi3": (16, 32), "gpt2": (32, 32), "neox": (96, 32), "deepseek": (48, 8), "one-layer": (16, 32),
     }  # fmt: skip
     assert LastLayer.of(adapted("llama")).name.endswith("layers.2.self_attn.v_proj.lora_B.default.weight")
     assert LastLayer.of(adapted("llama")).shape == (16, 3)
@@ -220,6 +230,17 @@ def test_unknown_architectures_say_what_was_looked_for():
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     with pytest.raises(DataError, match="encoder-decoder"):
         LastLayer.of(t5)
+
+
+def test_probes_say_so_where_a_layer_cannot_be_differentiated_forwards():
+    """Bloom's activation has a backward pass of its own; the exact gradient is there all the same."""
+    model, (batch, _) = build("bloom").eval(), some_batch()
+    target = LastLayer.of(model)
+    with pytest.raises(DataError, match=r"BloomForCausalLM: its last layer cannot .* forwards.*features \(exact\)"):
+        directional_derivatives(model, row_losses, batch, target, torch.ones(1, *target.shape))
+    torch.testing.assert_close(
+        exact_gradients(model, row_losses, batch, target), brute(model, batch, target), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_two_adapters_are_refused():
