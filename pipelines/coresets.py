@@ -96,6 +96,11 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------ what another batch layout overrides
 
+    @property
+    def _group(self) -> Any:
+        """The processes that hold the same batches, and so choose together; None: each chooses among its own rows."""
+        return None
+
     def _count_sources(self) -> None:
         """Read the sources of the training data: how large each is, and numbers for the loader to carry."""
         for name in ("packing", "padding_free"):
@@ -170,12 +175,13 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
         watch = step % self.choose.monitor_every == 0
         if watch and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        lanes, reduced = self.args.world_size, []
+        together = self._group is not None
+        reduced: list[Any] = []
         watched: list[tuple[Any, list[Hashable], Selection]] = []
         for micro, batch in enumerate(batches):
             tensors, sources, known = self._large(batch)
             keep = max(1, round(self._keep * len(sources) / self._large_batch))  # an epoch's last batch may be short
-            lane = micro * lanes + self.args.process_index
+            lane = micro if together else micro * self.args.world_size + self.args.process_index
             chosen = colm(
                 tensors, sources, step=step, lane=lane, keep=min(keep, len(sources)), watch=watch, **known
             )
@@ -221,7 +227,8 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self.choose is not None and self._colm is not None:
+        mine = self._group is None or self.args.process_index == 0  # together, all have the same history
+        if self.choose is not None and self._colm is not None and mine:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             files.make_folder(folder)
             with files.atomic_path(folder / self._history_name) as path:
@@ -242,7 +249,7 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
 
     @property
     def _history_name(self) -> str:
-        return f"coreset-{self.args.process_index}.safetensors"
+        return f"coreset-{0 if self._group is not None else self.args.process_index}.safetensors"
 
     def _check_sizes(self) -> None:
         assert self.choose is not None
@@ -272,6 +279,7 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
                 keep=self._keep,
                 small=small,
                 seed=self.args.seed,
+                group=self._group,
                 **settings.arguments(),
             )
             if self._saved_history is not None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import islice
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup, all_reduce
 
 from datatools.coresets import monitor
 from datatools.coresets.choice import (
@@ -119,13 +121,16 @@ class CoLM:
     per_source: choose within each large source by quotas; False chooses among all of them at once.
     token_budget: padded tokens a forward pass; changes features by rounding only.
     seed: of everything random; the same seed, step and lane give the same choice, whatever happened before.
+    group: processes that all hold the same batch: each makes its share of the passes, and all get the same choice, that
+    of one process. None: this process alone.
 
     Memory: 4 bytes x rows x coordinates for features (x numel of the matrix while a rule with state reads them), and
     the activations of the last layer and the head for `token_budget` tokens.
     Source: Nguyen et al. 2025, arXiv 2407.19580. Differs: the default method is herding on exact gradients, because the
     published feature is one number a row (one direction for all rows and steps), and medoids do not aim at the mean;
     losses are means over a row's own tokens; randomness is private; when small sources overflow, they are drawn by
-    quotas; each process chooses among its own rows, where the published code gathers them.
+    quotas; each process chooses among its own rows, where the published code gathers them, unless `group` holds one
+    batch; the activations of the choosing pass are not kept for training, which would take the memory of all rows.
     Raises: UsageError for settings that do not exist; DataError for an architecture without a value projection that is
     known. A call raises UsageError for a batch smaller than `keep`, DataError for rows without a supervised token or
     with a loss that is not finite.
@@ -150,6 +155,7 @@ class CoLM:
         token_budget: int = 4096,
         projection: str | None = None,
         seed: int = 0,
+        group: ProcessGroup | None = None,
     ) -> None:
         for what, value, known in (
             ("features", features, FEATURES),
@@ -164,7 +170,7 @@ class CoLM:
         self.model, self.losses, self.keep, self.small = model, losses, keep, frozenset(small)
         self.features, self.method, self.metric = features, method, metric
         self.probes, self.eps, self.dim, self.per_source = probes, eps, dim, per_source
-        self.history_of, self.token_budget, self.seed = history, token_budget, seed
+        self.history_of, self.token_budget, self.seed, self.group = history, token_budget, seed, group
         self.target = LastLayer.of(model, projection)
         self.history = History(_rule(rule, method), (probes,) if features == "probes" else self.target.shape)
         self.overflows = 0
@@ -190,12 +196,15 @@ class CoLM:
         names: what errors call each row; None is its place in the batch.
         watch: also measure how well the choice, and random ones, match the whole batch (`last.match_error`).
         """
+        if missing := [key for key in ("input_ids", "labels") if key not in batch]:
+            raise UsageError(f"coreset: the batch has no {missing[0]!r}, it has {sorted(batch)}; give both")
         n = len(batch["input_ids"])
         if sources is None:
             sources = [0] * n
         named: list[Hashable] = sources.tolist() if isinstance(sources, Tensor) else list(sources)
-        if len(named) != n:
-            raise UsageError(f"coreset: {len(named)} sources for a batch of {n} rows; expected one a row")
+        for what, given in (("sources", named), ("names", names), ("lengths", lengths)):
+            if given is not None and len(given) != n:
+                raise UsageError(f"coreset: {len(given)} {what} for a batch of {n} rows; expected one a row")
         empty = ((batch["labels"][:, 1:] != -100).sum(1) == 0).nonzero()[:, 0]
         if len(empty):
             raise DataError(
@@ -270,16 +279,14 @@ class CoLM:
 
     def _exact(self, batch: Batch, rows: Tensor, lengths: Sequence[int] | None, *, project: bool) -> Tensor:
         """Gradients [len(rows), *shape], or [len(rows), dim] projected piece by piece."""
-        found: Tensor | None = None
+        flat = self.target.numel if self.dim is None else min(self.dim, self.target.numel)
+        shape = (flat,) if project else self.target.shape
+        found = torch.zeros(len(rows), *shape, device=self.target.parameter.device)
         with evaluating(self.model):
             for places, piece in self._pieces(batch, rows, lengths):
                 part = exact_gradients(self.model, self.losses, piece, self.target)
-                part = self._project(part) if project else part
-                if found is None:
-                    found = torch.zeros(len(rows), *part.shape[1:], device=part.device)
-                found[places.to(found.device)] = part
-        assert found is not None
-        return found
+                found[places.to(found.device)] = self._project(part) if project else part
+        return self._of_all(found)
 
     def _zeroth(self, batch: Batch, rows: Tensor, lengths: Sequence[int] | None, step: int, lane: int) -> Tensor:
         """probes: [len(rows), K], scaled so that inner products are unbiased; paper_code: s_i z [len(rows), *shape]."""
@@ -296,11 +303,20 @@ class CoLM:
                 else:
                     part = directional_derivatives(*arguments, directions) / count**0.5
                 found[places.to(found.device)] = part
+        found = self._of_all(found)
         return found[:, :, None] * directions if self.features == "paper_code" else found
 
     def _pieces(self, batch: Batch, rows: Tensor, lengths: Sequence[int] | None) -> Any:
+        """The parts of the batch that this process passes through the model, of all in turn, and their places."""
         some = {key: tensor[rows.to(tensor.device)] for key, tensor in batch.items()}
-        return pieces(some, None if lengths is None else [lengths[i] for i in rows.tolist()], self.token_budget)
+        found = pieces(some, None if lengths is None else [lengths[i] for i in rows.tolist()], self.token_budget)
+        return found if self.group is None else islice(found, self.group.rank(), None, self.group.size())
+
+    def _of_all(self, found: Tensor) -> Tensor:
+        """Rows that this process has left at zero come from the others: the sum is exact, and the same on all."""
+        if self.group is not None:
+            all_reduce(found, group=self.group)
+        return found
 
     def _project(self, grads: Tensor) -> Tensor:
         """[n, *shape] -> [n, d]: as they are, or projected where there are more than `dim` numbers."""

@@ -179,6 +179,33 @@ def test_a_killed_command_goes_on(command, world, tmp_path):
     assert without_seconds(result(tmp_path / "run")) == without_seconds(result(tmp_path / "whole"))
 
 
+def trained(config):
+    return str(train.run(config))
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_of_one_command_choose_what_one_chooses(world, tmp_path):
+    """Each makes half of the passes over a large batch; the history is one, saved once, and a run goes on from it."""
+    changes = {
+        "coreset": METHODS["published"].model_copy(update={"features": "exact", "token_budget": 80}), "save_steps": 2,
+        "training": TrainingConfig(epochs=1, micro_tokens=80), "lora": LORA.model_copy(update={"dropout": 0.0}),
+    }  # fmt: skip
+    one = train.run(settings(world, tmp_path / "one", **changes))
+    two = tmp_path / "two"
+    run(trained, 2, tmp_path, settings(world, two, **changes))
+    assert [p.name for p in (two / "checkpoints/checkpoint-2").glob("coreset-*")] == ["coreset-0.safetensors"]
+    for ours, theirs in zip(metrics(two), metrics(one), strict=True):
+        assert ours["kept_by_source"] == theirs["kept_by_source"]
+        for key in ("loss", "match_error", "match_error_random"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+    finished = result(two)
+    for later in ("adapter", "checkpoints/checkpoint-4", "checkpoints/checkpoint-5"):
+        shutil.rmtree(two / later)
+    run(trained, 2, tmp_path, settings(world, two, **changes))
+    assert without_seconds(result(two)) == without_seconds(finished)
+
+
 def test_sources_by_clustering(world, tmp_path):
     run = train.run(settings(world, tmp_path / "run", coreset=CoresetConfig(keep=4, clusters=3),
                              training=TrainingConfig(epochs=1)))  # fmt: skip

@@ -277,6 +277,10 @@ def test_what_is_refused_and_leaves_the_model_alone(model, batch):
         colm(model)(batch, SOURCES, step=0, keep=17)
     with pytest.raises(UsageError, match="3 sources for a batch of 16 rows"):
         colm(model)(batch, SOURCES[:3], step=0)
+    with pytest.raises(UsageError, match="2 names for a batch of 16 rows"):
+        colm(model)(batch, SOURCES, step=0, names=["a", "b"])
+    with pytest.raises(UsageError, match=r"the batch has no 'labels', it has \['input_ids'\]"):
+        colm(model)({"input_ids": batch["input_ids"]}, SOURCES, step=0)
     silent = {k: v.clone() for k, v in batch.items()}
     silent["labels"][4] = -100
     with pytest.raises(DataError, match=r"rows \[4\] of the batch have no supervised token"):
