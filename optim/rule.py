@@ -77,24 +77,33 @@ class UpdateRule(ABC):
         return type(self).share is not UpdateRule.share
 
     def stepped(
-        self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float | Tensor | None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        *,
+        lr: float | Tensor,
+        weight_decay: float | Tensor | None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """The parameter, in the direction's dtype, and the state after one step; arguments untouched.
+        """The parameter, in the direction's dtype, and the state after one step; arguments untouched but for `out`.
 
         weight_decay: None for none (0 times an infinite parameter would not be nothing).
+        out: where the parameter may be written, itself for one; it is the one returned if so.
         """
         direction, new_state = self.update(grad, state, param)
         work = param.to(direction.dtype)
         if weight_decay is not None:
-            direction = direction + weight_decay * self.decay(direction, new_state, work)
-        return work - lr * direction, new_state
+            direction = _plus(direction, weight_decay, self.decay(direction, new_state, work))
+        return _plus(work, -lr, direction, out), new_state
 
     def step(
         self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float
     ) -> None:
         """One step in place: `stepped`, written back to `param` (and only then rounded to its dtype) and `state`."""
-        new_param, new_state = self.stepped(param, grad, state, lr=lr, weight_decay=weight_decay or None)
-        param.copy_(_sharded_as(param, new_param))
+        new_param, new_state = self.stepped(param, grad, state, lr=lr, weight_decay=weight_decay or None, out=param)
+        if new_param is not param:
+            param.copy_(_sharded_as(param, new_param))
         for key, value in new_state.items():
             state[key].copy_(_sharded_as(state[key], value))  # not rebound: a new value may alias the gradient
 
@@ -162,6 +171,15 @@ class UpdateRule(ABC):
             elif _plain(value) != _plain(there):
                 found.append(f"{key} is {value!r} here and {there!r} there")
         return found
+
+
+def _plus(x: Tensor, factor: float | Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """x + factor y; if factor is a number in one pass, and into `out` if that has x's dtype: temporaries are dear."""
+    if isinstance(factor, Tensor):
+        return x + factor * y
+    if out is None or out.dtype != x.dtype or y.dtype != x.dtype or is_sharded(out):
+        return x.add(y, alpha=factor)
+    return torch.add(x, y, alpha=factor, out=out)
 
 
 def _plain(value: Any) -> Any:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from optim import backend
+from optim.fused import counter
 
 _LOW = 0xFFFFFFFF
-_KEYS = (0x9E3779B9, 0xBB67AE85)
-_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
-_UNIFORM = 4.6566127342e-10  # of 31 bits; the largest float32 for which every product stays below 1
+KEYS = (0x9E3779B9, 0xBB67AE85)
+FACTORS = (0xD2511F53, 0xCD9E8D57)
+UNIFORM = 4.6566127342e-10  # of 31 bits; the largest float32 for which every product stays below 1
 
 
 def philox(counters: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
@@ -23,10 +24,10 @@ def philox(counters: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
     c0, c1, c2, c3 = counters
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):
-        high_a, low_a = _product(_ROUND_A, c0)
-        high_b, low_b = _product(_ROUND_B, c2)
+        high_a, low_a = _product(FACTORS[0], c0)
+        high_b, low_b = _product(FACTORS[1], c2)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
-        k0, k1 = (k0 + _KEYS[0]) & _LOW, (k1 + _KEYS[1]) & _LOW
+        k0, k1 = (k0 + KEYS[0]) & _LOW, (k1 + KEYS[1]) & _LOW
     return c0, c1, c2, c3
 
 
@@ -42,23 +43,33 @@ def random_words(
 ) -> Tensor:
     """int64 [n]: 32 random bits for each of the elements start..start + n of a stream."""
     first = start // 4
-    block = torch.arange(first, -(-(start + n) // 4), device=device)
+    return _words(first, -(-(start + n) // 4), seed, stream, device).flatten()[start - 4 * first :][:n]
+
+
+def _words(first: int, stop: int, seed: int, stream: int | Tensor, device: torch.device | str) -> Tensor:
+    """int64 [stop - first, 4] of these blocks: `philox`, compiled where that is possible."""
+    if counter.supports(stream, device):
+        return counter.words(first, stop - first, stream, seed)
+    block = torch.arange(first, stop, device=device)
     zero = torch.zeros_like(block)
-    words = torch.stack(philox((block & _LOW, block >> 32, zero + (stream & _LOW), zero), seed), 1)
-    return words.flatten()[start - 4 * first :][:n]
+    return torch.stack(philox((block & _LOW, block >> 32, zero + (stream & _LOW), zero), seed), 1)
 
 
 def normals(
     n: int, *, seed: int, stream: int | Tensor = 0, start: int = 0, device: torch.device | str = "cpu"
 ) -> Tensor:
     """float32 [n] standard normal: Box-Muller of words 0 and 1, and of words 2 and 3, of each block."""
-    first = start - start % 4
-    words = random_words(-(-(start + n - first) // 4) * 4, seed=seed, stream=stream, start=first, device=device)
-    signed = torch.where(words >= 1 << 31, words ^ _LOW, words)  # |x| of the 32 bits as an int32, minus 1 if negative
-    u = (signed.float() * _UNIFORM).reshape(-1, 2, 2)
+    first, stop = start // 4, -(-(start + n) // 4)
+    if counter.supports(stream, device):
+        u = counter.uniforms(first, stop - first, stream, seed)
+    else:
+        words = _words(first, stop, seed, stream, device)
+        signed = torch.where(words >= 1 << 31, words ^ _LOW, words)  # |x| of 32 bits as an int32, minus 1 if negative
+        u = signed.float() * UNIFORM
+    u = u.reshape(-1, 2, 2)
     radius = (-2.0 * u[..., 0].clamp(min=1e-7).log()).sqrt()
     angle = 2 * math.pi * u[..., 1]
-    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten()[start - first :][:n]
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten()[start - 4 * first :][:n]
 
 
 def stochastic_round(x: Tensor, words: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class MuonRule(MatrixRule):
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
         """The direction u of the class docstring, in the buffer's dtype. One NaN in `grad` fills the matrix."""
         d, buffer = self.momentum_direction(grad, state)
-        stacks = [self.factor(x, param) * self.orthogonalised(x, param) for x in self.stacks(d)]
+        stacks = [self.orthogonalised(x, param).mul_(self.factor(x, param)) for x in self.stacks(d)]
         return self.joined(stacks, d.shape), {"step": state["step"] + 1, "momentum_buffer": buffer}
 
     def momentum_direction(self, grad: Tensor, state: State) -> tuple[Tensor, Tensor]:

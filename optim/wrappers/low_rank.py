@@ -168,30 +168,31 @@ class LowRank(UpdateRule):
         n = n.to(dtype)
         state = {key: new.get(key, value) for key, value in state.items()}
 
-        def back(x: Tensor) -> Tensor:
-            return basis @ x if left else x @ basis.mT
+        def back(x: Tensor, onto: Tensor | None = None) -> Tensor:
+            factors = (basis, x) if left else (x, basis.mT)
+            return torch.mm(*factors) if onto is None else torch.addmm(onto, *factors)
 
         factor = torch.ones((), dtype=dtype, device=g.device)
         if self.correct_bias:
             b1, b2 = _found(self.inner, "betas")
             factor = (correction(b2, state["step"]).sqrt() / correction(b1, state["step"])).to(dtype).to(g.device)
         if self.form == "project":  # numbers multiply what is small
-            u = back(self.scale * factor * n)
+            return back(self.scale * factor * n).reshape(param.shape), state
+        axis = None if self.scale_type == "tensor" else (0,) if left else (1,)
+        s = _norm(n, axis) / (_norm(r, axis) + _NORM_EPS)
+        rest = g
+        if self.form == "residual":
+            rest = back(-1.0 * r if self.exact_residual else -self.scale * r, onto=g)
         else:
-            axis = None if self.scale_type == "tensor" else (0,) if left else (1,)
-            s = _norm(n, axis) / (_norm(r, axis) + _NORM_EPS)
-            if self.form == "residual":
-                rest = (g - back(r if self.exact_residual else self.scale * r)) * s
-            else:
-                rest = g * (s * math.sqrt(self.scale) if self.scale_front else s)
-                factor = factor if self.scale_front else math.sqrt(self.scale) * factor
-            cut = factor
-            if self.limiter:
-                share, state["limited"] = self._limit(_norm(rest, None).reshape(()), state["limited"], state["step"])
-                cut = share * factor
-            u = rest * cut
-            if self.form == "residual":
-                u = u + back(self.scale * factor * n)
+            s = s * math.sqrt(self.scale) if self.scale_front else s
+            factor = factor if self.scale_front else math.sqrt(self.scale) * factor
+        if self.limiter:
+            norm = _norm(_norm(rest, axis) * s, None)  # of rest s, without making it
+            share, state["limited"] = self._limit(norm, state["limited"], state["step"])
+            s = s * share
+        u = rest * (s * factor)
+        if self.form == "residual":
+            u = back(self.scale * factor * n, onto=u)
         return u.reshape(param.shape), state
 
     def _limit(self, norm: Tensor, stored: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:

@@ -184,11 +184,18 @@ class Quantized(UpdateRule):
         return self.inner.coupled
 
     def stepped(
-        self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float | Tensor | None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        *,
+        lr: float | Tensor,
+        weight_decay: float | Tensor | None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """The inner rule's step from the decoded state, encoded; what `update` and `decay` say, decoded once."""
         inner = self.decoded(state, param)
-        moved, new = self.inner.stepped(param, grad, inner, lr=lr, weight_decay=weight_decay)
+        moved, new = self.inner.stepped(param, grad, inner, lr=lr, weight_decay=weight_decay, out=out)
         return moved, self._encoded(new, state)
 
     @property

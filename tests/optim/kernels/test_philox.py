@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optim import backend
 from optim.kernels import philox
 
 ANSWERS = [  # Random123 1.09, kat_vectors, philox4x32 10
@@ -26,6 +27,22 @@ def test_elements_do_not_depend_on_where_the_drawing_starts(skip, n, start, seed
     assert torch.equal(whole[skip:], philox.random_words(n, seed=seed, stream=5, start=start + skip))
     normals = philox.normals(skip + n, seed=seed, start=start)
     assert torch.equal(normals[skip:], philox.normals(n, seed=seed, start=start + skip))
+
+
+@pytest.mark.skipif(not backend.use_fused(), reason="llvmlite is not installed, or OPTIM_BACKEND=torch")
+@pytest.mark.parametrize(("seed", "stream", "start", "n"), [
+    (0, 0, 0, 0), (3, torch.tensor(5), 7, 1001), ((1 << 63) - 1, (1 << 32) - 1, (1 << 40) + 3, 77),
+    (1 << 32, 9, 4 << 32, 33),
+])  # fmt: skip
+def test_compiled_words_and_normals_are_those_of_the_definition(seed, stream, start, n, monkeypatch):
+    draws = {}
+    for chosen in ("auto", "torch"):
+        monkeypatch.setenv("OPTIM_BACKEND", chosen)
+        draws[chosen] = [
+            draw(n, seed=seed, stream=stream, start=start) for draw in (philox.random_words, philox.normals)
+        ]
+    for compiled, defined in zip(draws["auto"], draws["torch"], strict=True):
+        assert compiled.dtype == defined.dtype and torch.equal(compiled, defined)
 
 
 def test_streams_seeds_and_blocks_beyond_32_bits_differ():
