@@ -175,13 +175,12 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
         watch = step % self.choose.monitor_every == 0
         if watch and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        together = self._group is not None
         reduced: list[Any] = []
         watched: list[tuple[Any, list[Hashable], Selection]] = []
         for micro, batch in enumerate(batches):
             tensors, sources, known = self._large(batch)
             keep = max(1, round(self._keep * len(sources) / self._large_batch))  # an epoch's last batch may be short
-            lane = micro if together else micro * self.args.world_size + self.args.process_index
+            lane = micro if self._group is not None else micro * self.args.world_size + self.args.process_index
             chosen = colm(
                 tensors, sources, step=step, lane=lane, keep=min(keep, len(sources)), watch=watch, **known
             )
