@@ -626,10 +626,12 @@ def explain(
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a run", show_default=False)],
 ) -> None:
-    """Draw report.html of a run again, from its summary.json and scores.parquet."""
+    """Draw report.html of a run again, from what the run has written."""
+    from pipelines import coreset_report, diagnose_view
     from pipelines.report import render
 
-    typer.echo(render(folder))
+    others = {"diagnose.json": diagnose_view.render, "coreset.json": coreset_report.render}
+    typer.echo(next((draw for name, draw in others.items() if (folder / name).is_file()), render)(folder))
 
 
 @_command("demo", "datatools demo", "datatools demo --out runs/demo-3 --set seeds=3")

@@ -172,3 +172,7 @@ def test_command_line(world, command, tmp_path):
     done = command(*base, "--checks", "conditioning, sharpness")
     assert done.code == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "run") and (tmp_path / "run" / "report.html").is_file()
+    page = tmp_path / "run" / "report.html"
+    drawn = page.read_bytes()
+    page.unlink()
+    assert command("report", tmp_path / "run").stdout.strip() == str(page) and page.read_bytes() == drawn
