@@ -336,7 +336,7 @@ def _cost_of(name: str, setting: Setting) -> order.Cost:
     if name == "pairwise":
         return order.Cost(gradients=a * n + held, hvps=a * n, bytes=8 * n * numbers)
     if name == "reduced" and config.second_moment == "own" and config.sample_rows:
-        gradients = config.anchors * n * (1 + setting.problem.share)
+        gradients = config.anchors * n * (1 + setting.problem.share) + steps * setting.problem.share
         return order.Cost(gradients=gradients, bytes=8 * config.anchors * n * numbers)
     if name == "reduced" and config.second_moment == "own":
         k = config.dimensions
@@ -487,7 +487,7 @@ def surrogate(setting: Setting, name: str, number: int = 0) -> order.Surrogate:
     if name == "groups":
         names = sorted(set(setting.sources))
         options["groups"] = [names.index(source) for source in setting.sources]
-    asked = repr((options, setting.problem.share, setting.problem.hvp_method))
+    asked = repr((options, setting.problem.share, setting.problem.hvp_method, order.FORMAT))
     folder = setting.run.path("surrogates", f"{name}-{number:02d}-{files.digest(asked.encode())[:12]}")
     if (folder / "meta.json").is_file():
         return order.Surrogate.load(folder, run_, setting.problem)
@@ -521,7 +521,7 @@ def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], nu
     asked = {
         "sequences": [list(s) for s in sequences], "anchors": config.pairwise_anchors, "k": config.dimensions,
         "recorded": config.anchors, "second_moment": config.second_moment, "rows": config.sample_rows,
-        "products": config.products,
+        "products": config.products, "format": order.FORMAT,
     }  # fmt: skip
     path = setting.run.path("estimates", f"{name}-{number:02d}-{files.digest(repr(asked).encode())[:12]}.json")
     if path.is_file():
@@ -530,7 +530,7 @@ def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], nu
     made = surrogate(setting, name, number)
     ready = time.monotonic()
     before = replace(setting.problem.cost)
-    scores, trusts = [], []
+    scores = []
     with progress(f"{name}: scores", len(sequences), "orders") as bar:
         for lo in range(0, len(sequences), _TOGETHER):
             scores += made.scores(sequences[lo : lo + _TOGETHER]).tolist()
@@ -542,8 +542,7 @@ def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], nu
     scoring = order.Cost(
         after.gradients - before.gradients, after.hvps - before.hvps, after.forwards - before.forwards
     )
-    if name not in ("table", "own-moments"):  # those would do their passes again
-        trusts = [made.trust(sequence) for sequence in sequences]
+    trusts = [made.trust(sequence) for sequence in sequences]  # of what was scored: no pass again
     made_for = made.cost.in_gradients(hvp=HVP_IN_GRADIENTS)
     result: dict[str, Any] = {
         "estimated": scores,

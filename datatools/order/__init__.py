@@ -43,7 +43,7 @@ from datatools.order.reference import (
 )
 from datatools.order.search import METHODS as SEARCHES
 from datatools.order.search import Found, borda_order, curricula, exact_order, search
-from datatools.order.surrogate import LIMITS, Surrogate, trusted
+from datatools.order.surrogate import FORMAT, LIMITS, Surrogate, trusted
 from datatools.order.validate import Judgement, Prize, break_even, calibrated, judge, prize
 
 ESTIMATORS: dict[str, Callable[..., Surrogate]] = {
@@ -66,6 +66,7 @@ def precompute(name: str, reference: ReferenceRun, problem: Problem, **options: 
 
 __all__ = [
     "ESTIMATORS",
+    "FORMAT",
     "LIMITS",
     "SEARCHES",
     "Anchor",

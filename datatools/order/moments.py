@@ -21,7 +21,7 @@ in one of four ways:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -34,6 +34,7 @@ from datatools.order.surrogate import Layout, Surrogate
 
 Gradients = Literal["anchors", "rows", "exact", "none"]
 _SIMULATED = 12  # random orders whose paths give the directions
+_REPLAYED = 4  # random orders that say how far apart orders end
 _TOGETHER = 1 << 24  # parameters of all orders that are stepped at a time
 
 
@@ -50,19 +51,21 @@ class Stored:
     curved: Tensor
     sampled: Tensor | None = None  # [A, n, p], of the samples
 
-    def __call__(self, batch: int, here: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(gradient [p] between the anchors, its change [p], distance from there [p]) of a batch at `here`, step t."""
+    def __call__(self, batch: int, here: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """(gradient [p] between the anchors, its change from there [p]) of a batch at `here`, step t."""
         strayed = here - interpolated(self.places, self.positions, t)
         return (
             interpolated(self.gradients[:, batch], self.positions, t),
             (self.basis.T @ strayed) @ self.curved[batch],
-            strayed,
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Moments(Surrogate):
-    """The estimate of `precompute`; `final(order)` gives its parameters, `score` the held-out loss there."""
+    """The estimate of `precompute`; `final(order)` gives its parameters, `score` the held-out loss there.
+
+    replay: see `replay`; 0 where the reference order comes out by construction ("exact" and "none").
+    """
 
     name: ClassVar[str] = "moments"
 
@@ -70,6 +73,7 @@ class Moments(Surrogate):
     problem: Problem
     hessian: Gradients
     stored: Stored | None = None
+    replay: float = 0.0
     paths: dict[tuple[int, ...], dict[str, float]] = field(default_factory=dict)
     """The indicators of orders that were scored."""
 
@@ -94,39 +98,38 @@ class Moments(Surrogate):
             name: {key: value.expand(count, *value.shape) for key, value in state.items()}
             for name, state in self.reference.start.states.items()
         }
-        curvature, drift = torch.zeros(count), torch.zeros(count)
+        curvature = torch.zeros(count)
         for t in range(len(sequences[0])):
             batches = [batch for s in sequences if (batch := s[t]) is not None]
             if not batches:
                 continue
             rows = [self._gradient(t, batch, place) for batch, place in zip(batches, here, strict=True)]
-            grads = torch.stack([grad for grad, _, _ in rows])
-            curvature = torch.maximum(curvature, torch.tensor([ratio for _, ratio, _ in rows]))
-            if t > len(sequences[0]) // 4:  # before, nobody has gone far, and a share of little says little
-                gone = (here - start).norm(dim=1).clamp_min(1e-30).cpu().float()
-                drift = torch.maximum(drift, torch.tensor([away for _, _, away in rows]) / gone)
+            grads = torch.stack([grad for grad, _ in rows])
+            curvature = torch.maximum(curvature, torch.tensor([ratio for _, ratio in rows]))
             here, states = stepped_together(self.reference.recipe, self._layout, here, states, grads, t)
             if observe is not None:
                 observe(t, here)
+        end = self._layout.vector(self.reference.end.params)
+        drift = (here - end).norm(dim=1) / (end - start).norm().clamp_min(1e-30)
         worst = [{"curvature": c, "drift": d} for c, d in zip(curvature.tolist(), drift.tolist(), strict=True)]
         return here, worst
 
-    def _gradient(self, t: int, batch: int, place: Tensor) -> tuple[Tensor, float, float]:
-        """The estimated gradient [p] at a place [p], ||H d|| / ||g||, and ||d||."""
+    def _gradient(self, t: int, batch: int, place: Tensor) -> tuple[Tensor, float]:
+        """The estimated gradient [p] at a place [p], and ||H d|| / ||g||."""
         if self.stored is not None:
-            known, change, away = self.stored(batch, place, t)
+            known, change = self.stored(batch, place, t)
             if self.stored.sampled is not None:
                 there = interpolated(self.stored.sampled[:, batch], self.stored.positions, t)
                 sample = self.problem.sample_gradient(self._layout.tensors(place), batch)
                 change = self._layout.vector(sample) - there
-            return known + change, float(change.norm() / known.norm().clamp_min(1e-30)), float(away.norm())
+            return known + change, float(change.norm() / known.norm().clamp_min(1e-30))
         layout, anchor = self._layout, self.reference.nearest(t).params
         strayed = place - layout.vector(anchor)
-        grads, distance = layout.vector(self.problem.gradient(anchor, batch)), float(strayed.norm())
-        if self.hessian == "none" or distance == 0:
-            return grads, 0.0, distance
+        grads = layout.vector(self.problem.gradient(anchor, batch))
+        if self.hessian == "none" or not bool(strayed.any()):
+            return grads, 0.0
         product = layout.vector(self.problem.hvp(anchor, batch, layout.tensors(strayed)))
-        return grads + product, float(product.norm() / grads.norm().clamp_min(1e-30)), distance
+        return grads + product, float(product.norm() / grads.norm().clamp_min(1e-30))
 
     def _scores(self, sequences: Tensor) -> Tensor:
         losses: list[float] = []
@@ -138,14 +141,15 @@ class Moments(Surrogate):
         return torch.tensor(losses, dtype=torch.float64)
 
     def trust(self, sequence: Sequence[int]) -> dict[str, float]:
-        """||H d|| / ||g|| along the path, and the largest distance from the reference's path as a share of the way gone
-        (after the first quarter of the steps). Free for an order that was scored.
+        """`replay`; the distance from the reference's end as a share of its way; and, where the change of gradients is
+        linear, ||H d|| / ||g|| along the path. Free for an order that was scored.
         """
         self.reference.check(sequence)
         key = tuple(map(int, sequence))
         if key not in self.paths:
             self.paths[key] = self._run([key])[1][0]
-        return self.paths[key]
+        path = {"replay": self.replay} | self.paths[key]
+        return path if self.hessian != "rows" else {k: v for k, v in path.items() if k != "curvature"}
 
 
 def stepped_together(
@@ -183,7 +187,7 @@ def precompute(
     """Own moments; `hessian` is one of the module's four, `directions` the k of "anchors".
 
     Cost of "anchors": A n gradients, and 2 k n for the directions. Bytes: (A + k) n p numbers. Of "rows": A n gradients
-    of batches and of samples, and T of samples a score. Bytes: 2 A n p numbers.
+    of batches and of samples, and T of samples for `replay` and for a score. Bytes: 2 A n p numbers.
     Raises: EnvironmentProblem above `limit_bytes`.
     """
     if hessian not in ("anchors", "rows", "exact", "none"):
@@ -231,8 +235,29 @@ def precompute(
                 )
                 curved[b, j] = (ahead - behind) / (2 * length)
         stored = Stored(stored.gradients, stored.places, stored.positions, basis, curved)
+    made = Moments(reference.sequence, Cost(), reference, problem, hessian, stored)
+    error = replay(made, seed)
     cost = Cost(gradients=problem.cost.gradients - before, bytes=need)
-    return Moments(reference.sequence, cost, reference, problem, hessian, stored)
+    return Moments(reference.sequence, cost, reference, problem, hessian, stored, error)
+
+
+def replay(made: Moments, seed: int = 0) -> float:
+    """How wrong the estimate is about the one order whose truth is known, in the unit that matters.
+
+    ||estimated end of the reference order - its recorded end||, over the root mean square distance from that end of a
+    few random orders (without change of gradients, so that it is free). Near 1 the error is as large as what tells
+    orders apart; the ranking holds where it is small.
+    """
+    assert made.stored is not None
+    layout, steps = made._layout, len(made.sequence)
+    end = layout.vector(made.reference.end.params)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randperm(steps, generator=generator).tolist() for _ in range(_REPLAYED)]
+    plain = replace(made, stored=replace(made.stored, sampled=None))
+    others, _ = plain._run([[made.sequence[place] for place in order] for order in drawn])
+    again, _ = made._run([made.sequence])
+    error, spread = float((again[0] - end).norm()), float((others - end).norm(dim=1).square().mean().sqrt())
+    return error / max(spread, 1e-30)
 
 
 def stray_directions(made: Moments, k: int, seed: int) -> tuple[Tensor, Tensor]:

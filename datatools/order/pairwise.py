@@ -17,14 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from datatools.errors import UsageError
 from datatools.order.reference import Anchor, Cost, Problem, ReferenceRun
-from datatools.order.surrogate import Layout, Surrogate, linearised
+from datatools.order.surrogate import Layout, Linear, Surrogate, linearised
 
 Second = Literal["expected", "anchor"]
+_DRAWN = 256  # random orders whose scores say how far apart orders are
 _CHUNK = 1 << 22  # numbers gathered at a time
 
 
@@ -34,7 +36,8 @@ class Pairwise(Surrogate):
 
     position: float64 [T, n], F; kernel: [T, T], K, zero unless s < t; precedence: [segments, n, n], Q[i, j] of i before
     j; segment: int64 [T], which of them holds at a position; constant: what all orders share; fresh: the share of the
-    second moment at the end that the run itself made (0 for rules without one).
+    second moment at the end that the run itself made (0 for rules without one); replay: how wrong the expansion is
+    about the way of the reference order (`precompute`).
     """
 
     name: ClassVar[str] = "pairwise"
@@ -45,6 +48,7 @@ class Pairwise(Surrogate):
     precedence: Tensor
     segment: Tensor
     fresh: float = 0.0
+    replay: float = 0.0
 
     def _scores(self, sequences: Tensor) -> Tensor:
         first, second = self._terms(sequences)
@@ -68,11 +72,19 @@ class Pairwise(Surrogate):
         return first, second
 
     def trust(self, sequence: Sequence[int]) -> dict[str, float]:
-        """|second-order term| / |first-order term| of the expansion, both of this order's whole path; and `fresh`."""
+        """|second-order term| / |first-order term|, both of this order's whole path; `replay`; and `fresh`."""
         self.scores([sequence])
         first, second = (abs(float(term)) for term in self._terms(torch.tensor([list(sequence)])))
         ratio = second / first if first else float("inf") if second else 0.0
-        return {"second_order": ratio, "fresh": self.fresh}
+        return {"second_order": ratio, "replay": self.replay, "fresh": self.fresh}
+
+    def way(self, end: int, moved: Tensor) -> Tensor:
+        """<u, what the gradients of the reference order have moved before step `end`>, 0-d. moved: `Linear.filter`."""
+        sequence, tail = torch.tensor(self.sequence[:end]), moved[:end, -1]
+        slopes = self.position[torch.arange(end), sequence] / torch.where(tail > 0, tail, torch.inf)
+        pairs = self.precedence[self.segment[:end], sequence[:, None], sequence]  # [s, t], the segment of t
+        kernel = (moved[:end, :end] * moved[:end, end]).triu(1)
+        return moved[:end, end] @ slopes + (kernel * pairs).sum()
 
     def matrix(self) -> Tensor:
         """[n, n]: what it costs to have i somewhere before j rather than after, at the mean kernel; for a heat map and
@@ -102,6 +114,8 @@ def precompute(
     anchors: how many of the reference's anchors are used, spread over the run; 1 is the middle one (spec B.3), None is
     all of them. Gradients and products at each; between anchors F is interpolated, so that the drift which all
     orders share is in it, and Q is the nearest anchor's.
+    replay: the expansion's way of the reference order along u to each of its anchors, against the recorded one: the
+    largest error, over the standard deviation of the scores of random orders.
     second_moment: P's v^. "anchor": the state's. "expected": the start's, with the mean of the batches' squared
     gradients, at the end: the same for all orders. Only AdamW has one.
     Weight decay is left out: it moves all orders alike, to first order.
@@ -148,9 +162,15 @@ def precompute(
         torch.stack(carried_terms),
         reference.sequence,
     )
-    base = Pairwise(
-        reference.sequence, Cost(), 0.0, position, kernel, torch.stack(products), segment
-    )
+    base = Pairwise(reference.sequence, Cost(), 0.0, position, kernel, torch.stack(products), segment)
+    shared = shared_way(reference, layout, u, filtered, carried_by)
+    known = torch.stack([u @ (layout.vector(anchor.params) - begin) for anchor in reference.anchors[1:]]).double()
+    ends = [anchor.position for anchor in reference.anchors[1:]]
+    wrong = torch.stack([base.way(q, moved_by) + shared[q] for q in ends]) - known
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([torch.randperm(len(moved_by), generator=generator) for _ in range(_DRAWN)])
+    spread = base._scores(torch.tensor(reference.sequence)[drawn]).std()
+    replay = float(wrong.abs().max() / spread.clamp_min(1e-30))
     constant = problem.held_out_loss(reference.end.params) - base.score(reference.sequence)
     cost = Cost(
         gradients=problem.cost.gradients - start_cost[0],
@@ -160,7 +180,23 @@ def precompute(
     fresh = 0.0
     if filtered.steps is not None:  # AdamW
         fresh = len(reference.sequence) / (len(reference.sequence) + filtered.steps)
-    return Pairwise(reference.sequence, cost, constant, position, kernel, torch.stack(products), segment, fresh)
+    return Pairwise(
+        reference.sequence, cost, constant, position, kernel, torch.stack(products), segment, fresh, replay
+    )
+
+
+def shared_way(
+    reference: ReferenceRun, layout: Layout, u: Tensor, filtered: Linear, carried: Tensor
+) -> Tensor:
+    """[T + 1]: what the carried moment and weight decay have moved along u before each step, in any order."""
+    recipe, p = reference.recipe, filtered.preconditioner.to(u.dtype)
+    decays = []
+    for anchor in reference.anchors:
+        decay = {n: theta * recipe.factors[n] * recipe.weight_decay[n] for n, theta in anchor.params.items()}
+        decays.append(float(u @ layout.vector(decay)))
+    there = np.interp(range(len(recipe.rates)), [anchor.position for anchor in reference.anchors], decays)
+    decayed = torch.tensor([0.0, *(there * recipe.rates)], dtype=torch.float64).cumsum(0)
+    return -carried * float(u @ (p * filtered.carried.to(u.dtype))) - decayed
 
 
 def expansion(

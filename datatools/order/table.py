@@ -12,7 +12,7 @@ Differs: derivatives of Gamma go through the rule itself (`torch.func.jvp`), so 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -37,6 +37,8 @@ class Table(Surrogate):
     derivative: Derivative
     order: int
     gradients: Tensor  # [T, n, p]
+    drifts: dict[tuple[int, ...], float] = field(default_factory=dict)
+    """The largest drift of orders that were scored."""
 
     def final(self, sequence: Sequence[int]) -> Params:
         """The estimated parameters after the last step."""
@@ -68,16 +70,31 @@ class Table(Surrogate):
         return layout.tensors(diagonal * layout.vector(away))
 
     def _scores(self, sequences: Tensor) -> Tensor:
-        losses = [self.problem.held_out_loss(self.final(sequence)) for sequence in sequences.tolist()]
-        return torch.tensor(losses, dtype=torch.float64)
+        ends = [self._end(sequence) for sequence in sequences.tolist()]
+        return torch.tensor([self.problem.held_out_loss(end) for end in ends], dtype=torch.float64)
 
-    def trust(self, sequence: Sequence[int]) -> dict[str, float]:
-        """The largest distance from the reference's checkpoints as a share of the way it had gone."""
-        self.reference.check(sequence)
+    def _end(self, sequence: Sequence[int]) -> Params:
+        """`final`, whose distance from the reference's end is kept for `trust`."""
         final, end, start = self.final(sequence), self.reference.end.params, self.reference.start.params
         gone = sum(float((p - start[name]).square().sum()) for name, p in end.items())
         away = sum(float((p - end[name]).square().sum()) for name, p in final.items())
-        return {"drift": (away / max(gone, 1e-30)) ** 0.5}
+        self.drifts[tuple(map(int, sequence))] = (away / max(gone, 1e-30)) ** 0.5
+        return final
+
+    def trust(self, sequence: Sequence[int]) -> dict[str, float]:
+        """The distance from the reference's end as a share of its way, free for an order that was scored; and `frozen`,
+        the share of an update that is momentum, and stays with the reference's batches in any order.
+        """
+        key = tuple(map(int, sequence))
+        if key not in self.drifts:
+            self._end(key)
+        return {"drift": self.drifts[key], "frozen": max(map(_momentum, self.reference.recipe.rules.values()))}
+
+
+def _momentum(rule: UpdateRule) -> float:
+    """The share of the first moment that is not this step's gradient; 0 for rules without one."""
+    fields = rule.describe()
+    return float(fields["betas"][0] if "betas" in fields else fields.get("momentum", 0.0))
 
 
 def precompute(

@@ -4,9 +4,9 @@
     python -m tests.benchmarks.order --model smollm2 --lora-rank 8 --batches 32 --orders 30 --out runs/orders-smollm2
 
 For each rate: Spearman with its interval, regret, cost in retrainings and orders scored a second, of every estimator
-and of the mean over reference orders; then the regret of what a search proposes, retrained beside random orders. Prints
-a table and writes `order.json` in `--out`, where runs are kept and continued. Needs ../shared/data (or
-DATATOOLS_SHARED).
+and of the mean over reference orders; whether it is trusted, and its mean indicators (`datatools.order.LIMITS` are from
+--rates 1e-4,3e-4,1e-3,3e-3); then the regret of what a search proposes, retrained beside random orders. Prints a table
+and writes `order.json` in `--out`, where runs are kept and continued. Needs ../shared/data (or DATATOOLS_SHARED).
 """
 
 import argparse
@@ -68,6 +68,11 @@ def settings(options: argparse.Namespace, rate: float, task: str) -> OrderConfig
     )
 
 
+def means(indicators: list[dict[str, float]]) -> dict[str, float]:
+    """Of each indicator of trust, over orders."""
+    return {name: sum(one[name] for one in indicators) / len(indicators) for name in (indicators or [{}])[0]}
+
+
 def main() -> None:
     """Run both cases and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,6 +106,7 @@ def main() -> None:
                     "retrainings": entry["cost_in_batch_gradients"] / found["retraining_in_batch_gradients"],
                     "a_second": 1 / entry["seconds_a_score"] if entry.get("seconds_a_score") else None,
                     "trusted": sum(entry.get("trusted", [])),
+                    "indicators": means(entry.get("trust", [])),
                     "references": [one["spearman"] for one in entry.get("references", [])],
                     "spread": found["anything_to_win"]["over_orders"], "regret_of_search": proposed - best,
                 }
@@ -113,7 +119,9 @@ def main() -> None:
         low, high = row["interval"] or (float("nan"), float("nan"))
         print(
             f"{row['rate']:g} {row['estimator']:32} {row['spearman'] or float('nan'):6.3f} ({low:.3f} to {high:.3f}) "
-            f"regret {row['regret']:.4f} of {row['regret_random']:.4f}, {row['retrainings']:.1f} retrainings"
+            f"regret {row['regret']:.4f} of {row['regret_random']:.4f}, {row['retrainings']:.1f} retrainings; trusted "
+            f"{row['trusted']} of {options.orders} "
+            + ", ".join(f"{name} {value:.2g}" for name, value in row["indicators"].items())
         )
     print(f"pairwise at T = 64: {speed:,.0f} orders a second")
 

@@ -244,6 +244,26 @@ def test_trust_falls_where_the_estimate_does() -> None:
     assert not any(trusted(frozen(large, problem).trust(o)) for o in orders)
 
 
+def test_replay_measures_the_error_about_the_order_whose_truth_is_known() -> None:
+    """Zero where the reference's gradients are known at every step; decay and carried moments belong to every order."""
+    problem = random_problem(6, 4, 8)
+    start = {"theta": torch.full((4,), 0.3, dtype=torch.float64)}
+    buffer = {"momentum_buffer": torch.tensor([1.0, -2, 0, 1], dtype=torch.float64)}
+    for rule in (SGDRule(momentum=0.9), SGDRule()):
+        warm = {"theta": rule.init(start["theta"]) | (buffer if rule.momentum else {})}
+        found = {}
+        for anchors in (7, 3):
+            ref = record(problem, recipe(rule, [0.1] * 6), range(6), start, warm, anchors=anchors)
+            found[anchors] = (pairwise.precompute(ref, problem).replay, moments.precompute(ref, problem).replay)
+        assert max(found[7]) < 1e-9 < 1e-3 < min(found[3]), rule
+    decayed = record(problem, recipe(SGDRule(), [0.001] * 6, weight_decay=1.0), range(6), start, anchors=7)
+    assert pairwise.precompute(decayed, problem).replay < 0.05, "decay moves all orders alike"
+    with_momentum = run(problem, SGDRule(momentum=0.9), [0.3] * 4, [0.01] * 6)
+    made = table.precompute(with_momentum, problem)
+    assert made.trust(drawn(6, 1))["frozen"] == 0.9 and not trusted(made.trust(drawn(6, 1)))
+    assert trusted(table.precompute(run(problem, SGDRule(), [0.3] * 4, [0.01] * 6), problem).trust(drawn(6, 1)))
+
+
 def test_filter_is_the_optimizer_s() -> None:
     """E and e against AdamW's own first moment, bias correction and a schedule included."""
     g = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -372,9 +392,10 @@ def test_rows_that_stand_for_their_batch_are_exact() -> None:
         problem.samples = [(a * (1 - shift), c + 0.4) for a, c in problem.batches]
         problem.share, before = 0.25, problem.cost.gradients
         made = reduced.precompute(ref, problem)
-        assert made.cost.gradients == problem.cost.gradients - before == 2 * 6 * 1.25
+        once = 2 * 6 * 1.25 + 6 * 0.25  # and the reference order, replayed
+        assert made.cost.gradients == problem.cost.gradients - before == once
         errors.append(float((made.final(order)["theta"] - true["theta"]).norm()))  # type: ignore[attr-defined]
-        assert problem.cost.gradients - before == 2 * 6 * 1.25 + 6 * 0.25
-        assert made.trust(order)["curvature"] > 0
+        assert problem.cost.gradients - before == once + 6 * 0.25
+        assert (made.trust(order)["replay"] < 1e-6) == (shift == 0.0)
     without = moments.precompute(ref, problem).final(order)["theta"] - true["theta"]
     assert errors[0] < 1e-10 < errors[1] < float(without.norm())
