@@ -39,7 +39,8 @@ MIDDLE = {
     "adamw_8bit": 3e-3, "lion_8bit": 1.5e-3, "galore": 1e-2, "fira": 1e-2, "apollo": 1e-2,
 }  # fmt: skip
 """The middle one of three learning rates, a factor of 3.16 apart. Where the best is at an end, up to `MORE` follow
-beyond it; where it still is, the report says so.
+beyond it; where it still is, the report says so. Not here: onebit_adam, which needs a process group, and in one process
+is Adam whose second moment freezes after the warm-up.
 """
 
 MORE = 2

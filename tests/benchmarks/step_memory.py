@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,16 +25,20 @@ Make = Callable[[list[Parameter]], torch.optim.Optimizer]
 
 
 def measured(name: str, make: Make, params: list[Parameter]) -> dict[str, Any]:
+    before = _storages()
     optimizer = make(params)
     optimizer.step()
-    own = {t.data_ptr() for p in params for t in (p, p.grad) if t is not None}
-    gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of modules that answer isinstance with a deprecation
-        tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, Parameter)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
-    held = sum(size for at, size in storages.items() if at not in own)
+    held = sum(size for at, size in _storages().items() if at not in before)
     return {"name": name, "held": held, "grown": peak_bytes(optimizer.step)}
+
+
+def _storages() -> dict[int, int]:
+    """Address -> bytes of everything that a tensor of this process holds on the CPU."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, Parameter)]
+    tensors += [p.grad for p in tensors if isinstance(p, Parameter) and p.grad is not None]
+    storages = [t.untyped_storage() for t in tensors if t.device.type == "cpu"]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def add_rows(report: Report, name: str, arms: Iterable[str], parameters: int) -> None:
