@@ -291,7 +291,7 @@ def test_moments_along_all_directions_are_exact_on_quadratics(anchors: int) -> N
         order = drawn(6, 1)
         true, _ = train(problem, ref.recipe, order, ref.start.params)
         errors.append(float((made.final(order)["theta"] - true["theta"]).norm()))
-        assert set(made.trust(order)) == {"curvature", "drift"}
+        assert set(made.trust(order)) == {"curvature", "drift", "replay"}
     assert errors[2] < 1e-10 < errors[1] < errors[0]
 
 
@@ -344,7 +344,10 @@ def test_a_plain_loop_records_the_same_run(tmp_path, killed_at) -> None:  # type
         seen(6, ["x"], optimizer)
 
 
-@pytest.mark.parametrize("rule", [AdamWRule(), LionRule(), SGDRule(momentum=0.9), MuonRule()], ids=lambda r: r.name)
+RULES = [AdamWRule(), LionRule(), SGDRule(momentum=0.9), MuonRule(ns_dtype="float32")]  # 16 bits round by the stack
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
 def test_orders_that_step_together_step_as_each_does_alone(rule) -> None:  # type: ignore[no-untyped-def]
     g = torch.Generator().manual_seed(0)
     shapes = {"a": (3, 2), "b": (2, 4)}
