@@ -30,6 +30,7 @@ from datatools.order.recorder import Recorder
 from datatools.order.reference import (
     Anchor,
     Cost,
+    Diverged,
     Loss,
     Params,
     Parts,
@@ -43,7 +44,7 @@ from datatools.order.reference import (
 )
 from datatools.order.search import METHODS as SEARCHES
 from datatools.order.search import Found, borda_order, curricula, exact_order, search
-from datatools.order.surrogate import FORMAT, LIMITS, Surrogate, trusted
+from datatools.order.surrogate import FORMAT, LIMITS, Surrogate, finite, trusted
 from datatools.order.validate import Judgement, Prize, break_even, calibrated, judge, prize
 
 ESTIMATORS: dict[str, Callable[..., Surrogate]] = {
@@ -71,6 +72,7 @@ __all__ = [
     "SEARCHES",
     "Anchor",
     "Cost",
+    "Diverged",
     "Found",
     "Judgement",
     "Loss",
@@ -89,6 +91,7 @@ __all__ = [
     "calibrated",
     "curricula",
     "exact_order",
+    "finite",
     "judge",
     "memory_map",
     "precompute",

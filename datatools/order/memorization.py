@@ -9,6 +9,7 @@ The position effect M[i, j] - mean_j M[i, .] measures recency and forgetting; pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from datatools.errors import UsageError
-from datatools.order.reference import Params
+from datatools.order.reference import Diverged, Params
 
 Final = Callable[[Sequence[int | None]], Params]
 """An order, or one with a step left out (None), -> parameters at the end; true (`train`) or estimated."""
@@ -63,7 +64,8 @@ def memory_map(
     """Move each of `batches` to each of `positions` places, spread over the run, with `completions` random rests.
 
     The same rests for every batch and place. Cost: B x P x completions runs of `final`, and B x completions without.
-    Raises: UsageError for a batch that is not in the sequence, or fewer than 2 positions.
+    Raises: UsageError for a batch that is not in the sequence, or fewer than 2 positions; Diverged for a run whose loss
+    is not finite.
     """
     steps = len(sequence)
     chosen = tuple(dict.fromkeys(sequence)) if batches is None else tuple(batches)
@@ -87,6 +89,11 @@ def memory_map(
                 memory[i, j, r], held_out[i, j, r] = train_loss(params, batch), held_out_loss(params)
             dropped = final([*rest[: steps // 2], None, *rest[steps // 2 :]])
             without[i, 0, r], without[i, 1, r] = train_loss(dropped, batch), held_out_loss(dropped)
+            if not all(map(math.isfinite, [*memory[i, :, r], *held_out[i, :, r], *without[i, :, r]])):
+                raise Diverged(
+                    f"order: training diverges in a random order with batch {batch} moved (its losses: "
+                    f"{memory[i, :, r].tolist()}); lower the learning rate"
+                )
             if advance is not None:
                 advance(positions + 1)
     error = memory.std(2) / completions**0.5 if completions > 1 else torch.zeros(len(chosen), positions)

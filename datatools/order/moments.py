@@ -20,6 +20,7 @@ in one of four ways:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from datatools.errors import EnvironmentProblem, UsageError
-from datatools.order.reference import Cost, Params, Problem, Recipe, ReferenceRun, States
+from datatools.order.reference import Cost, Diverged, Params, Problem, Recipe, ReferenceRun, States
 from datatools.order.surrogate import Layout, Surrogate
 
 Gradients = Literal["anchors", "rows", "exact", "none"]
@@ -103,7 +104,7 @@ class Moments(Surrogate):
             batches = [batch for s in sequences if (batch := s[t]) is not None]
             if not batches:
                 continue
-            rows = [self._gradient(t, batch, place) for batch, place in zip(batches, here, strict=True)]
+            rows = [self._or_nan(t, batch, place) for batch, place in zip(batches, here, strict=True)]
             grads = torch.stack([grad for grad, _ in rows])
             curvature = torch.maximum(curvature, torch.tensor([ratio for _, ratio in rows]))
             here, states = stepped_together(self.reference.recipe, self._layout, here, states, grads, t)
@@ -113,6 +114,13 @@ class Moments(Surrogate):
         drift = (here - end).norm(dim=1) / (end - start).norm().clamp_min(1e-30)
         worst = [{"curvature": c, "drift": d} for c, d in zip(curvature.tolist(), drift.tolist(), strict=True)]
         return here, worst
+
+    def _or_nan(self, t: int, batch: int, place: Tensor) -> tuple[Tensor, float]:
+        """`_gradient`, nan from where a run has diverged on: the other orders' runs go on."""
+        try:
+            return self._gradient(t, batch, place)
+        except Diverged:
+            return torch.full_like(place, math.nan), math.nan
 
     def _gradient(self, t: int, batch: int, place: Tensor) -> tuple[Tensor, float]:
         """The estimated gradient [p] at a place [p], and ||H d|| / ||g||."""
@@ -278,6 +286,9 @@ def stray_directions(made: Moments, k: int, seed: int) -> tuple[Tensor, Tensor]:
 
     made._run([[made.sequence[place] for place in order] for order in drawn], keep)
     strayed = torch.cat(rows)
+    strayed = strayed[strayed.isfinite().all(1)]
+    if not len(strayed):
+        raise Diverged("order: the simulated runs of every order diverge; lower the learning rate of the reference run")
     values, vectors = torch.linalg.eigh((strayed @ strayed.T).double())
     kept = values.flip(0)[:k] > 1e-10 * values[-1]
     top = vectors.flip(1)[:, :k][:, kept].to(strayed.dtype)

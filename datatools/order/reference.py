@@ -31,6 +31,10 @@ Loss: TypeAlias = Callable[[Params, Any], Tensor]
 """(parameters, batch) -> mean loss of the batch, 0-d, differentiable in the parameters."""
 
 
+class Diverged(DataError):
+    """A loss that is not finite: training has left what the model can compute."""
+
+
 class Parts(tuple[Any, ...]):
     """A batch in parts (micro-batches), whose losses add up to the batch's: only one part's graph is held at a time."""
 
@@ -66,7 +70,7 @@ class Problem:
     when parameters move (the estimator `reduced`); share: what a gradient of one costs, in gradients of a batch.
     cost: counted up by every call, so that estimators can say what they spent.
     spent: called after each gradient or product of a training batch has been counted, for a bar of progress.
-    Raises: UsageError for no batches; DataError for a loss that is not finite.
+    Raises: UsageError for no batches; Diverged (a DataError) for a gradient of a loss that is not finite.
     """
 
     loss: Loss
@@ -170,7 +174,7 @@ class Problem:
         with torch.enable_grad():
             loss = self.loss(leaves, data)
             if not bool(loss.isfinite()):
-                raise DataError(f"order: the loss of {what} is {float(loss.detach())}; lower the learning rate")
+                raise Diverged(f"order: the loss of {what} is {float(loss.detach())}; lower the learning rate")
             if not loss.requires_grad:
                 raise UsageError(
                     f"order: the loss of {what} cannot be differentiated in the parameters: a kernel of the model has "

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datatools.errors import UsageError, did_you_mean
+from datatools.errors import DataError, UsageError, did_you_mean
 from datatools.order.pairwise import Pairwise
 from datatools.order.surrogate import Surrogate
 
@@ -54,12 +54,13 @@ class _Scorer:
         allowed = permutations[: max(0, self.left)]
         if len(allowed):
             sequences = self.labels[allowed]
-            scores[: len(allowed)] = self.surrogate._scores(torch.from_numpy(sequences)).numpy()
+            scores[: len(allowed)] = self.surrogate.ranked(torch.from_numpy(sequences)).numpy()
             self.used += len(allowed)
             if self.advance is not None:
                 self.advance(len(allowed))
             for index in np.argsort(scores[: len(allowed)], kind="stable")[: self.keep]:
-                self.best[tuple(sequences[index].tolist())] = float(scores[index])
+                if np.isfinite(scores[index]):
+                    self.best[tuple(sequences[index].tolist())] = float(scores[index])
             if len(self.best) > 4 * self.keep:
                 self.best = dict(sorted(self.best.items(), key=lambda item: item[1])[: self.keep])
         return scores
@@ -83,7 +84,8 @@ def search(
 
     starts: orders to begin with (curricula); the reference is always one. advance: called with every number of orders
     that were scored.
-    Raises: UsageError for an unknown method, or a start that is no permutation of the reference.
+    Raises: UsageError for an unknown method, or a start that is no permutation of the reference; DataError where no
+    order that was scored has a finite estimate.
     """
     if method not in METHODS:
         raise UsageError(f"order: no search is called {method!r}{did_you_mean(method, METHODS)}")
@@ -92,6 +94,11 @@ def search(
     scorer = _Scorer(surrogate, budget, keep, advance)
     given = [np.arange(len(surrogate.sequence))] + [places(start, surrogate.sequence) for start in starts]
     METHODS[method](scorer, given, np.random.default_rng(seed))
+    if not scorer.best:
+        raise DataError(
+            f"order: none of the {scorer.used:,} orders that were scored has a finite estimate: the estimated runs "
+            "diverge; lower the learning rate of the reference run"
+        )
     return scorer.found()
 
 
@@ -136,6 +143,8 @@ def borda_order(surrogate: Surrogate, scorer: _Scorer | None = None, *, seed: in
     drawn = rng.permuted(np.tile(np.arange(steps), (count, 1)), axis=1)
     scores = scorer(drawn)
     usable = np.isfinite(scores)
+    if not usable.any():
+        return np.arange(steps)
     positions = np.argsort(drawn[usable], axis=1).astype(np.float64)
     slope = (positions - positions.mean(0)).T @ (scores[usable] - scores[usable].mean())
     return np.argsort(-slope, kind="stable").astype(np.int64)  # a score that rises with the position: go early

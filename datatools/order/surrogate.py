@@ -19,7 +19,7 @@ from datatools.errors import DataError, UsageError
 from datatools.order.reference import Cost, Params, Problem, ReferenceRun
 from datatools.orders import check_permutation
 
-FORMAT = 2  # 1 had no `replay`
+FORMAT = 3  # 1 had no `replay`, 2 no sketched tables
 HVP_WARNING = 0.5  # ||H d|| / ||g|| along the path (spec B.6)
 DRIFT_WARNING = 0.7  # ||gamma_t - theta_t|| / ||theta_t - theta_0|| (spec B.6)
 
@@ -40,15 +40,20 @@ class Surrogate(ABC):
         return float(self.scores([sequence])[0])
 
     def scores(self, sequences: Iterable[Sequence[int]]) -> Tensor:
-        """The predicted held-out losses [R] of R orders."""
+        """The predicted held-out losses [R] of R orders; inf where the estimated run diverges."""
         listed = [list(map(int, s)) for s in sequences]
         for sequence in listed:
             check_permutation(sequence, self.sequence)
-        return self._scores(torch.tensor(listed, dtype=torch.int64).reshape(-1, len(self.sequence)))
+        return self.ranked(torch.tensor(listed, dtype=torch.int64).reshape(-1, len(self.sequence)))
+
+    def ranked(self, sequences: Tensor) -> Tensor:
+        """`scores` of checked sequences, int64 [R, T] -> float64 [R]; what is no finite number is inf, the worst."""
+        found = self._scores(sequences)
+        return torch.where(found.isfinite(), found, math.inf)
 
     @abstractmethod
     def _scores(self, sequences: Tensor) -> Tensor:
-        """`scores` of checked sequences, int64 [R, T] -> float64 [R]."""
+        """int64 [R, T] -> float64 [R]; not finite where the estimated run diverges."""
 
     def save(self, folder: Path, reference: ReferenceRun) -> None:
         """Write `tensors.safetensors` and, last, `meta.json`: all but the reference run and the problem."""
@@ -87,10 +92,20 @@ class Surrogate(ABC):
         """Indicators of how far the estimate is from what it rests on, each with a limit in `LIMITS`; small is good."""
 
 
+def finite(value: Any) -> Any:
+    """`value`, with None in place of numbers that are not finite; in lists, tuples and dicts too, for JSON."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def _taken_apart(value: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The fields of a dataclass as plain values; its tensors, and those of dataclasses in it, go into `tensors`.
 
-    Left out: the run and the problem, which are given again, and dicts, which are caches.
+    Left out: the run and the problem, which are given again, and dicts, which are caches. A number that is not finite
+    is None there: JSON has no other.
     """
     plain: dict[str, Any] = {}
     for field in fields(value):
@@ -99,7 +114,7 @@ def _taken_apart(value: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[st
             tensors[prefix + field.name] = item
         elif not isinstance(item, ReferenceRun | Problem | dict):
             inside = is_dataclass(item)
-            plain[field.name] = _taken_apart(item, f"{prefix}{field.name}.", tensors) if inside else item
+            plain[field.name] = _taken_apart(item, f"{prefix}{field.name}.", tensors) if inside else finite(item)
     return plain
 
 
@@ -117,6 +132,8 @@ def _put_together(kind: Any, plain: dict[str, Any], prefix: str, tensors: dict[s
         elif isinstance(value, dict):
             inner = next(h for h in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(h))
             value = _put_together(inner, value, f"{key}.", tensors, given)
+        elif value is None and hints[field.name] is float:
+            value = math.nan
         made[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**made)
 
@@ -128,6 +145,7 @@ LIMITS: dict[str, float] = {
     "frozen": 0.5,
     "second_order": 0.05,
     "fresh": 0.7,
+    "sketch": 0.2,
 }
 """Where an indicator of `trust` says that the estimate may not hold.
 
@@ -136,6 +154,7 @@ on. `replay` is measured: the error about the reference order, whose truth is kn
 (`moments.replay`, `pairwise.precompute`). Its limit is where rankings of a small Llama cease to hold (`python -m
 tests.benchmarks.order --rates 1e-4,3e-4,1e-3,3e-3`); `pairwise` is at times right beyond it.
 `frozen` is the share of an update that a table leaves with the reference's batches.
+`sketch` is the relative error of projected terms, and so of what tells orders apart: limited as `replay` is.
 `fresh` is the share of the second moment that the run itself makes: near 1, no frozen one describes its first steps.
 """
 

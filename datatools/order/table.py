@@ -6,6 +6,10 @@ with Gamma = Gamma(theta_t, B_l) the update of batch l at the reference's step t
 reference, mixed once with the gradient of B_l, and constant when differentiated. That is the only reading compatible
 with a table over (t, l), and why it sees little of an order's effect under Adam: a batch's part in later momentum
 stays with the reference's batches.
+The published compression is an option (`projection`): Gamma is stored as y = R Gamma, R [k, p] sparse random signs
+(`projectors.SJLT`), and recovered as R^T y (spec A.5, reading 1). A projection keeps inner products, not vectors: the
+relative error of a recovered term is sqrt((p - 1) / k), of Gaussian R sqrt((p + 1) / k): about 1 or more wherever
+anything is saved, and of what tells two orders apart the same. It is measured, and stands in `trust` as `sketch`.
 Differs: derivatives of Gamma go through the rule itself (`torch.func.jvp`), so any rule will do.
 """
 
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -21,7 +26,8 @@ from torch import Tensor
 from datatools.errors import EnvironmentProblem, UsageError
 from datatools.order.reference import Anchor, Params, Problem, Recipe, ReferenceRun
 from datatools.order.surrogate import Layout, Surrogate
-from optim import State, UpdateRule
+from datatools.projectors import SJLT
+from optim import UpdateRule
 
 Derivative = Literal["none", "exact", "secant"]
 
@@ -36,7 +42,9 @@ class Table(Surrogate):
     problem: Problem
     derivative: Derivative
     order: int
-    gradients: Tensor  # [T, n, p]
+    gradients: Tensor  # [T, n, p]; with a sketch R Gamma in their place, float32 [T, n, k]
+    sketch: SJLT | None = None
+    sketch_error: float = 0.0  # root mean square of ||R^T R Gamma - Gamma|| / ||Gamma||
     drifts: dict[tuple[int, ...], float] = field(default_factory=dict)
     """The largest drift of orders that were scored."""
 
@@ -49,9 +57,17 @@ class Table(Surrogate):
         for t, batch in enumerate(sequence):
             here = self.reference.anchors[t]
             away = {name: p - here.params[name] for name, p in params.items()}
-            grads = layout.tensors(self.gradients[t, batch].to(next(iter(params.values())).dtype))
             product = self._product(t, batch, away)
-            params = _frozen_step(recipe, here, params, grads, product, t, second=self.order == 2)
+            if self.sketch is None:
+                grads = layout.tensors(self.gradients[t, batch])
+                term = update(recipe, here, grads)
+            else:
+                grads = {} if product is None else self.problem.gradient(here.params, batch)
+                term = recovered(self.sketch, self.gradients[t, batch], here.params)
+            if product is not None:
+                change = _change(recipe, here, grads, product, second=self.order == 2)
+                term = {name: value + change[name] for name, value in term.items()}
+            params = _moved(recipe, here, params, term, t)
         return params
 
     def _product(self, t: int, batch: int, away: Params) -> Params | None:
@@ -83,12 +99,14 @@ class Table(Surrogate):
 
     def trust(self, sequence: Sequence[int]) -> dict[str, float]:
         """The distance from the reference's end as a share of its way, free for an order that was scored; and `frozen`,
-        the share of an update that is momentum, and stays with the reference's batches in any order.
+        the share of an update that is momentum, and stays with the reference's batches in any order; and `sketch`, the
+        relative error of the terms where they are projected.
         """
         key = tuple(map(int, sequence))
         if key not in self.drifts:
             self._end(key)
-        return {"drift": self.drifts[key], "frozen": max(map(_momentum, self.reference.recipe.rules.values()))}
+        found = {"drift": self.drifts[key], "frozen": max(map(_momentum, self.reference.recipe.rules.values()))}
+        return found if self.sketch is None else found | {"sketch": self.sketch_error}
 
 
 def _momentum(rule: UpdateRule) -> float:
@@ -103,14 +121,18 @@ def precompute(
     *,
     derivative: Derivative = "none",
     order: int = 1,
+    projection: int = 0,
+    seed: int = 0,
     limit_bytes: int = 8 << 30,
 ) -> Table:
-    """The table of update terms, kept as the T n gradients that they are made of (spec A.2 to A.6).
+    """The table of update terms, kept as the T n gradients that they are made of, or projected (spec A.2 to A.6).
 
     derivative: of the loss's gradient. "none": zeroth order. "exact": Hessian-vector products, T more a scored order
     (an oracle). "secant": the published diagonal secant between consecutive checkpoints.
     order: 1 (FUT) or 2 (FUT++: the second derivative of Gamma in the gradient; the third of the loss is left out).
-    Cost: T n gradients, as much as n retrainings. Bytes: T n p numbers.
+    projection: k numbers a term, by random signs of `seed`; 0: whole. Only Gamma is: with derivative "exact" a score
+    takes T more gradients, and "secant" is refused, its element-wise quotients being no linear map of a sketch.
+    Cost: T n gradients, as much as n retrainings. Bytes: T n p numbers, or T n k float32.
     Raises: UsageError without an anchor a step; EnvironmentProblem above `limit_bytes`.
     """
     steps = len(reference.sequence)
@@ -118,43 +140,75 @@ def precompute(
         raise UsageError(f"order: the table needs an anchor at every step of the reference; record {steps + 1} of them")
     if derivative not in ("none", "exact", "secant") or order not in (1, 2):
         raise UsageError(f"order: table has no derivative {derivative!r} of order {order}; none, exact, secant; 1, 2")
-    layout = Layout.of(reference.start.params)
-    dtype = next(iter(reference.start.params.values())).dtype
-    need = steps * len(problem.batches) * layout.size * dtype.itemsize
+    if projection < 0 or (projection and derivative == "secant"):
+        raise UsageError(
+            f"order: a table of derivative {derivative!r} projected to {projection} numbers; 0 or more, with "
+            "derivative 'none' or 'exact': secants divide element by element, which no projection keeps"
+        )
+    layout, n = Layout.of(reference.start.params), len(problem.batches)
+    first = next(iter(reference.start.params.values()))
+    sketch = SJLT(projection, seed) if projection else None
+    width, dtype = (projection, torch.float32) if projection else (layout.size, first.dtype)
+    need = steps * n * width * dtype.itemsize
     if need > limit_bytes:
         raise EnvironmentProblem(
-            f"order: a table of {steps} x {len(problem.batches)} gradients of {layout.size:,} numbers is "
+            f"order: a table of {steps} x {n} terms of {width:,} numbers is "
             f"{need / 2**30:.1f} GiB, more than {limit_bytes / 2**30:.1f}; use pairwise, fewer batches, or adapters"
         )
     before = problem.cost.gradients
-    gradients = torch.empty(steps, len(problem.batches), layout.size, dtype=dtype)
-    for t in range(steps):
-        for batch in range(len(problem.batches)):
-            gradients[t, batch] = layout.vector(problem.gradient(reference.anchors[t].params, batch))
+    table = torch.empty(steps, n, width, dtype=dtype, device=first.device)
+    error = 0.0
+    for t, here in enumerate(reference.anchors[:-1]):
+        for batch in range(n):
+            grads = problem.gradient(here.params, batch)
+            if sketch is None:
+                table[t, batch] = layout.vector(grads)
+                continue
+            term = update(reference.recipe, here, grads)
+            table[t, batch] = sketch.project({name: value[None] for name, value in term.items()})[0]
+            whole, again = layout.vector(term), layout.vector(recovered(sketch, table[t, batch], here.params))
+            error += float((again - whole).square().sum() / whole.square().sum().clamp_min(1e-30)) / (steps * n)
     cost = type(problem.cost)(gradients=problem.cost.gradients - before, bytes=need)
-    return Table(reference.sequence, cost, reference, problem, derivative, order, gradients)
+    return Table(reference.sequence, cost, reference, problem, derivative, order, table, sketch, error**0.5)
 
 
-def _frozen_step(
-    recipe: Recipe, here: Anchor, params: Params, grads: Params, product: Params | None, position: int, *, second: bool
-) -> Params:
-    """One step with the moments of `here`: Gamma at the gradient, and its derivatives along H d."""
+def recovered(sketch: SJLT, projected: Tensor, like: Params) -> Params:
+    """R^T y of a term [k], as tensors of the shapes and dtypes of `like`."""
+    return {name: sketch.transposed(projected[None], name, p.shape)[0].to(p.dtype) for name, p in like.items()}
+
+
+def update(recipe: Recipe, here: Anchor, grads: Params) -> Params:
+    """Gamma: the update, without decay, that the moments of `here` give these gradients."""
     scale = recipe.clip_factor(grads)
+    return {name: gamma(grads[name] * scale) for name, gamma in _gammas(recipe, here).items()}
+
+
+def _change(recipe: Recipe, here: Anchor, grads: Params, product: Params, *, second: bool) -> Params:
+    """The derivatives of Gamma along H d."""
+    scale = recipe.clip_factor(grads)
+    found: Params = {}
+    for name, gamma in _gammas(recipe, here).items():
+        slope, curved = taylor(gamma, grads[name] * scale, product[name] * scale)
+        found[name] = slope + (0.5 * curved if second else 0)
+    return found
+
+
+def _gammas(recipe: Recipe, here: Anchor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """name -> the direction of a gradient, its moments frozen."""
+
+    def gamma(g: Tensor, *, name: str) -> Tensor:
+        return recipe.rules[name].update(g, here.states[name], here.params[name])[0]
+
+    return {name: partial(gamma, name=name) for name in recipe.rules}
+
+
+def _moved(recipe: Recipe, here: Anchor, params: Params, term: Params, position: int) -> Params:
+    """A step along the term, with the weight decay of where the order is."""
     moved: Params = {}
-    for name, rule in recipe.rules.items():
-        state, at = here.states[name], here.params[name]
-
-        def gamma(g: Tensor, rule: UpdateRule = rule, state: State = state, at: Tensor = at) -> Tensor:
-            return rule.update(g, state, at)[0]
-
-        grad = grads[name] * scale
-        direction = gamma(grad)
-        if product is not None:
-            first, curved = taylor(gamma, grad, product[name] * scale)
-            direction = direction + first + (0.5 * curved if second else 0)
+    for name, direction in term.items():
         decay = recipe.weight_decay[name]
         if decay:
-            direction = direction + decay * rule.decay(direction, state, params[name])
+            direction = direction + decay * recipe.rules[name].decay(direction, here.states[name], params[name])
         moved[name] = params[name] - recipe.rates[position] * recipe.factors[name] * direction
     return moved
 

@@ -24,7 +24,8 @@ class Judgement:
     regret: true loss of the order that the estimator likes best, less the best true loss. pearson, mae: of the losses;
     mae_relative: mae over that of always answering the reference's loss (below 1: better than no estimate).
     hit_rate: share of pairs of orders ranked rightly. conformal: 90 % of new orders lie within +- this of the estimate,
-    after its mean error is taken off (None below 9 orders, where no such interval is finite).
+    after its mean error is taken off (None below 9 orders, where no such interval is finite). An estimate of inf ranks
+    as worst; pearson, mae, bias and conformal are then None.
     """
 
     orders: int
@@ -36,9 +37,9 @@ class Judgement:
     regret_random: float
     hit_rate: float | None
     hit_rate_interval: tuple[float, float] | None
-    mae: float
+    mae: float | None
     mae_relative: float | None
-    bias: float
+    bias: float | None
     conformal: float | None
 
     def as_dict(self) -> dict[str, object]:
@@ -49,29 +50,33 @@ class Judgement:
 def judge(estimated: Numbers, true: Numbers, *, reference: float, seed: int = 0) -> Judgement:
     """What `Judgement` says. reference: the true loss of the reference order.
 
-    Raises: ValueError for unequal lengths or fewer than two orders.
+    Raises: ValueError for unequal lengths, fewer than two orders, or a true loss that is not finite.
     """
     e, t = np.asarray(estimated, dtype=np.float64), np.asarray(true, dtype=np.float64)
     if e.shape != t.shape or e.ndim != 1 or len(e) < 2:
         raise ValueError(f"judge: {e.shape} estimates and {t.shape} true losses; expected two rows of 2 or more")
-    error = e - t
-    none = float(np.abs(reference - t).mean())
+    if not np.isfinite(t).all():
+        raise ValueError(f"judge: a true loss is {t[~np.isfinite(t)][0]}")
+    e = np.where(np.isfinite(e), e, np.inf)
+    whole = bool(np.isfinite(e).all())
+    error = e - t if whole else np.zeros_like(t)
+    mae, none = float(np.abs(error).mean()), float(np.abs(reference - t).mean())
     centred = np.abs(error - error.mean())
     rank = math.ceil(0.9 * (len(t) + 1))
     return Judgement(
         orders=len(t),
         spearman=spearman(e, t),
         spearman_interval=bootstrap(spearman_rows, e, t, seed=seed),
-        pearson=pearson(e, t),
-        pearson_interval=bootstrap(pearson_rows, e, t, seed=seed),
+        pearson=pearson(e, t) if whole else None,
+        pearson_interval=bootstrap(pearson_rows, e, t, seed=seed) if whole else None,
         regret=float(t[int(np.argmin(e))] - t.min()),
         regret_random=float(t.mean() - t.min()),
         hit_rate=hit_rate(e, t),
         hit_rate_interval=bootstrap(_hit_rate, e, t, seed=seed),
-        mae=float(np.abs(error).mean()),
-        mae_relative=float(np.abs(error).mean()) / none if none > 0 else None,
-        bias=float(error.mean()),
-        conformal=float(np.sort(centred)[rank - 1]) if rank <= len(t) else None,
+        mae=mae if whole else None,
+        mae_relative=mae / none if whole and none > 0 else None,
+        bias=float(error.mean()) if whole else None,
+        conformal=float(np.sort(centred)[rank - 1]) if whole and rank <= len(t) else None,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from datatools.kernels.sjlt import add_sjlt, fits
 from datatools.projectors.base import Projector, TensorCache, bits, key
@@ -37,6 +37,20 @@ class SJLT(Projector):
             stop = min(start + _TILE, flat.shape[1])
             bucket, sign = self._hashes(stem, start, stop, flat.device)
             out.index_add_(1, bucket, flat[:, start:stop] * sign)
+
+    def transposed(self, features: Tensor, name: str, shape: Size) -> Tensor:
+        """P^T y of one parameter: coordinate i [b, *shape] is sign(i) y_bucket(i), of features [b, dim].
+
+        P^T P x estimates x without bias, and with the error |x| sqrt((p - 1) / dim), p coordinates in all: a
+        projection keeps inner products, not vectors.
+        """
+        stem, size = key(self.seed, name, shape), shape.numel()
+        out = torch.empty(len(features), size, dtype=features.dtype, device=features.device)
+        for start in range(0, size, _TILE):
+            stop = min(start + _TILE, size)
+            bucket, sign = self._hashes(stem, start, stop, features.device)
+            out[:, start:stop] = features[:, bucket] * sign
+        return out.view(len(features), *shape)
 
     def _hashes(self, stem: int, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Bucket int64 [n] and sign float32 [n] of coordinates start..stop."""

@@ -1,13 +1,15 @@
 """What theory promises of the estimators, on problems small enough to know."""
 
+import itertools
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 from datatools import DataError, UsageError
-from datatools.order import moments, pairwise, precompute, reduced, table
+from datatools.order import Diverged, memory_map, moments, pairwise, precompute, reduced, search, table
 from datatools.order.reference import Problem, Recipe, ReferenceRun, anchor_path, record, train
 from datatools.order.surrogate import Layout, Linear, Surrogate, trusted
 from optim import AdamWRule, LionRule, MuonRule, SGDRule, SophiaGRule, SPAMRule
@@ -402,3 +404,92 @@ def test_rows_that_stand_for_their_batch_are_exact() -> None:
         assert (made.trust(order)["replay"] < 1e-6) == (shift == 0.0)
     without = moments.precompute(ref, problem).final(order)["theta"] - true["theta"]
     assert errors[0] < 1e-10 < errors[1] < float(without.norm())
+
+
+def wells() -> tuple[Problem, ReferenceRun]:
+    """One number: batch 0 moves it by +2, batch 1 by -2, batch 2 has no loss from 1 on. Only (0, 2, 1) diverges."""
+
+    def falling(params, kind):  # type: ignore[no-untyped-def]
+        x = params["theta"].sum()
+        return (-10 * x + 1e-6 * x**2, 10 * x + 1e-6 * x**2, -torch.log(1 - x), x**2)[kind]
+
+    problem = Problem(falling, [0, 1, 2], [3], samples=[0, 1, 2])
+    params = {"theta": torch.zeros(1, dtype=torch.float64)}
+    return problem, record(problem, recipe(SGDRule(), [0.2] * 3), [1, 0, 2], params, anchors=4)
+
+
+def test_an_estimate_that_diverges_is_the_worst_and_is_not_trusted(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    problem, ref = wells()
+    orders = [list(o) for o in itertools.permutations(range(3))]
+    made = precompute("reduced", ref, problem)
+    scores = made.scores(orders).tolist()
+    assert [o for o, v in zip(orders, scores, strict=True) if v == math.inf] == [[0, 2, 1]]
+    assert [trusted(made.trust(o)) for o in orders if o == [0, 2, 1]] == [False]
+    assert all(math.isfinite(v) for v in made.trust([1, 0, 2]).values()), "scored together, it alone diverges"
+    assert [0, 2, 1] not in map(list, search(made, "random", budget=200, keep=6).sequences)
+    with pytest.raises(Diverged, match=r"the loss of batch 2 is nan; lower the learning rate"):
+        train(problem, ref.recipe, [0, 2, 1], ref.start.params)
+    lost = replace(moments.precompute(ref, problem, hessian="rows"), replay=math.nan)
+    lost.save(tmp_path, ref)
+    read = Surrogate.load(tmp_path, ref, problem)
+    assert not trusted(read.trust([1, 0, 2])) and read.score([1, 0, 2]) == made.score([1, 0, 2])
+
+
+@pytest.mark.parametrize("method", ["local", "genetic", "borda", "random"])
+def test_a_search_of_nothing_but_diverging_estimates_is_refused(method: str) -> None:
+    problem, ref = wells()
+    made = replace(pairwise.precompute(ref, problem), constant=math.nan)
+    with pytest.raises(DataError, match="has a finite estimate: the estimated runs diverge; lower the learning rate"):
+        search(made, method, budget=50)
+    slow = replace(moments.precompute(ref, problem), problem=Problem(lambda p, b: torch.tensor(math.nan), [0], [0]))
+    with pytest.raises(DataError, match="has a finite estimate"):
+        search(slow, method, budget=50)
+
+
+def test_a_map_of_a_run_that_diverges_is_refused() -> None:
+    problem, ref = wells()
+
+    def final(sequence):  # type: ignore[no-untyped-def]
+        return moments.precompute(ref, problem, hessian="rows").final(sequence)
+
+    with pytest.raises(Diverged, match="training diverges in a random order with batch 2 moved"):
+        memory_map(ref.sequence, final, problem.train_loss, problem.held_out_loss, batches=[2], positions=3)
+
+
+# ------------------------------------------------------------------------------------------------- the table, projected
+
+
+def sketched(k: int, seed: int = 0, **more) -> tuple[table.Table, table.Table]:  # type: ignore[no-untyped-def]
+    problem = random_problem(4, 200, 0)
+    ref = reference(problem, size=200)
+    return table.precompute(ref, problem, projection=k, seed=seed, **more), table.precompute(ref, problem, **more)
+
+
+@pytest.mark.parametrize("k", [10, 200, 5000])
+def test_a_projected_term_comes_back_with_the_error_of_theory(k: int) -> None:
+    """sqrt((p - 1) / k), as of spec A.5 but for one: signs have no fourth moment to pay for."""
+    errors = [sketched(k, seed)[0].trust([1, 0, 3, 2])["sketch"] for seed in range(4)]
+    assert sum(errors) / 4 == pytest.approx(math.sqrt(201 / k), rel=0.2)
+    made, _ = sketched(k)
+    assert made.gradients.shape == (4, 4, k) and made.cost.bytes == 4 * 4 * k * 4
+    assert not trusted(made.trust([1, 0, 3, 2]))
+
+
+@pytest.mark.parametrize("more", [{}, {"derivative": "exact"}, {"derivative": "exact", "order": 2}])
+def test_the_projected_table_becomes_the_whole_one(more) -> None:  # type: ignore[no-untyped-def]
+    """No two of the 200 coordinates fall into one of 2^22 buckets: what is left is float32's rounding."""
+    made, whole = sketched(1 << 22, **more)
+    assert made.sketch_error < 1e-7
+    for seed in range(3):
+        assert made.score(drawn(4, seed)) == pytest.approx(whole.score(drawn(4, seed)), rel=1e-6)
+    rough, same, other = (sketched(40, seed, **more)[0].score([3, 1, 0, 2]) for seed in (0, 0, 1))
+    assert rough == same != other, "a seed is a projection"
+
+
+def test_a_projected_table_is_read_again_and_secants_of_it_are_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    made, _ = sketched(40)
+    made.save(tmp_path, made.reference)
+    read = Surrogate.load(tmp_path, made.reference, made.problem)
+    assert read.score([3, 1, 0, 2]) == made.score([3, 1, 0, 2]) and read.trust([3, 1, 0, 2]) == made.trust([3, 1, 0, 2])
+    with pytest.raises(UsageError, match="secants divide element by element"):
+        sketched(40, derivative="secant")
