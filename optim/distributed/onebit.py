@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from optim import fused
 from optim.distributed.collectives import all_reduced_means, group_size
 from optim.optimizer import Optimizer, Params
 from optim.rule import (
@@ -71,7 +72,8 @@ class OneBitAdam(Optimizer):
     In the warm-up gradients are averaged by all-reduce. Then every worker moves the shared momentum by its own
     gradient, and `compressed_means` makes it common again with one bit an entry. So nobody else may average gradients
     after the warm-up: leave out `DistributedDataParallel`, or backpropagate under its `no_sync()`. With one process
-    nothing is sent and nothing compressed.
+    nothing is sent and nothing compressed. After the warm-up a gradient that is not finite on any worker would make
+    the scale of its tensor NaN on all: that tensor and its errors are left alone on every one, with a warning.
 
     process_group: the workers; all of them by default.
     masks: parameter's name -> tensor of 0 and 1; where it is 0 the momentum is 0 after each exchange.
@@ -120,6 +122,11 @@ class OneBitAdam(Optimizer):
         own = ("process_group", "mask_unseen", "_errors", "_masks")
         return super().__getstate__() | {key: getattr(self, key) for key in own}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `Optimizer`'s; the errors, which belong to the run before, start at 0."""
+        super().load_state_dict(state_dict)
+        self._errors.clear()
+
     def _step_those(
         self, rule: UpdateRule, params: list[Tensor], grads: list[Tensor], *, lr: float | Tensor, weight_decay: float
     ) -> list[bool]:
@@ -132,9 +139,21 @@ class OneBitAdam(Optimizer):
         if early:
             means = all_reduced_means([grads[i] for i in early], self.process_group)
             super()._step_those(rule, [params[i] for i in early], means, lr=lr, weight_decay=weight_decay)
+        fine = [True] * len(params)
+        for i, good in zip(late, self._finite_everywhere([grads[i] for i in late]), strict=True):
+            fine[i] = good
+        late = [i for i in late if fine[i]]
         if late:
             self._compressed(rule, [(params[i], grads[i], states[i]) for i in late], lr, weight_decay)
-        return [True] * len(params)
+        return fine
+
+    def _finite_everywhere(self, grads: Sequence[Tensor]) -> list[bool]:
+        """Of each gradient, whether all its entries are finite on all workers; one byte each is sent."""
+        if not grads:
+            return []
+        fine = torch.tensor(fused.all_finite(grads), dtype=torch.uint8, device=grads[0].device)
+        dist.all_reduce(fine, op=dist.ReduceOp.MIN, group=self.process_group)
+        return [bool(good) for good in fine.tolist()]
 
     def _compressed(
         self, rule: OneBitAdamRule, entries: Sequence[tuple[Tensor, Tensor, State]], lr: float | Tensor, decay: float

@@ -511,9 +511,10 @@ class StableEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """ids [...] -> vectors [..., embedding_dim] in the weight's dtype."""
-        vectors = super().forward(input).to(torch.get_default_dtype())
-        normed: Tensor = self.norm(vectors)
-        return normed.to(self.weight.dtype)
+        norm, dtype = self.norm, torch.get_default_dtype()
+        weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)  # `model.bfloat16()` makes them narrow too
+        vectors = super().forward(input).to(dtype)
+        return functional.layer_norm(vectors, norm.normalized_shape, weight, bias, norm.eps).to(self.weight.dtype)
 
 
 def stable_embedding_groups(

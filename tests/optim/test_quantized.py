@@ -364,9 +364,12 @@ def test_stable_embeddings_keep_full_precision():
     assert not torch.equal(StableEmbedding(300, 32, seed=1).weight, StableEmbedding(300, 32, seed=2).weight)
     vectors = embedding(torch.tensor([[1, 2], [3, 299]]))
     assert vectors.shape == (2, 2, 32) and vectors.mean(-1).abs().max() < 1e-6
-    low = embedding.to(torch.bfloat16)
-    low.norm.float()
-    assert low(torch.tensor([5])).dtype == torch.bfloat16
+    ids = torch.tensor([5, 7, 299])
+    low = copy.deepcopy(embedding).to(torch.bfloat16)
+    want = torch.nn.functional.layer_norm(low.weight.detach()[ids].float(), (32,), eps=low.norm.eps)
+    assert torch.equal(low(ids), want.to(torch.bfloat16)), "the norm is computed in float32"
+    embedding(ids).sum().backward()
+    assert embedding.weight.grad is not None and embedding.norm.bias.grad.tolist() == [3.0] * 32
 
     model = Model()
     optimizer = AdamW8bit(stable_embedding_groups(model), lr=0.1)

@@ -1,5 +1,6 @@
 """What every rank of a job does; imported by the ranks and, for the names, by the tests."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -205,6 +206,29 @@ def onebit_training() -> dict[str, Any]:
     return {"w": w.detach(), "sent": sent}
 
 
+def onebit_not_finite() -> dict[str, Any]:
+    """Two compressed steps of two parameters, the second with a NaN in one gradient of the last rank; then a reload."""
+    named = [(name, Parameter(randn((5, 4), i))) for i, name in enumerate("ab")]
+    optimizer = OneBitAdam(named, lr=LR, freeze_step=1)
+    seen: list[dict[str, Tensor]] = []
+    for t in range(3):
+        for i, (name, p) in enumerate(named):
+            p.grad = randn((5, 4), 10 * t + 3 * i + dist.get_rank())
+            if t == 2 and name == "a" and dist.get_rank() == dist.get_world_size() - 1:
+                p.grad[1, 2] = torch.nan
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        kept = {"p": [p for _, p in named], "m": [optimizer.state[p]["exp_avg"] for _, p in named],
+                "steps": [optimizer.state[p]["step"] for _, p in named]}  # fmt: skip
+        for i, key in enumerate(("worker", "server")) if t else ():
+            kept[key] = [optimizer._errors[p][i] for _, p in named]
+        seen.append({f"{key}/{name}": x.detach().clone() for key, xs in kept.items()
+                     for (name, _), x in zip(named, xs, strict=True)})  # fmt: skip
+    optimizer.load_state_dict(optimizer.state_dict())
+    return {"seen": seen, "said": [str(w.message) for w in caught], "errors": len(optimizer._errors)}
+
+
 # --------------------------------------------------------------------------------------------------------------- a job
 
 
@@ -218,4 +242,5 @@ def job(names: list[str], cases: list[tuple[Any, ...]]) -> dict[str, Any]:
         "bytes": {kind: owner_bytes(kind, ((6, 8), (6, 8), (4, 5))) for kind in KINDS},
         "onebit": [onebit(*case) for case in cases],
         "training": onebit_training(),
+        "not_finite": onebit_not_finite(),
     }

@@ -75,8 +75,23 @@ def test_workers_agree_learn_and_send_a_bit_an_entry(ranks, job_of):
     assert (found[0]["w"] - randn((40, 12), 1)).norm() < 0.2 * randn((40, 12), 1).norm()
     length = padded(480, ranks)
     one = (length // 8 // ranks + 8) * (ranks - 1)
-    assert found[0]["sent"] == {"all_to_all": 2 * one, "all_gather": 0, "all_reduce": 0}
+    assert found[0]["sent"] == {"all_to_all": 2 * one, "all_gather": 0, "all_reduce": 1}, "1: whether all is finite"
     assert 2 * one < 8 * 480 / 16, "less than a sixteenth of a gradient in float64"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_gradient_that_is_not_finite_leaves_its_tensor_alone_on_every_worker(ranks, job_of):
+    """Also on those whose own is fine, errors included; the other tensor steps. A loaded state has no errors."""
+    for result in job_of(ranks):
+        before, after = result["not_finite"]["seen"][1:]
+        assert set(before) == set(after) and len(after) == 10
+        for key in before:
+            assert torch.equal(before[key], after[key]) == key.endswith("/a"), key
+            assert after[key].isfinite().all()
+        (said,) = result["not_finite"]["said"]
+        assert "'a'" in said and "not finite; onebit_adam left it as it was" in said
+        assert result["not_finite"]["errors"] == 0
 
 
 def test_one_process_compresses_nothing():
