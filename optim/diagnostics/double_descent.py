@@ -51,14 +51,18 @@ def features(data: Regression, width: int, variant: Variant = "raw") -> tuple[Te
         raise ValueError(f"double_descent: width = {width}; v has {len(data.v)} directions, so 1 to that many")
     if variant not in VARIANTS:
         raise ValueError(f"double_descent: variant = {variant!r}; it must be one of {', '.join(VARIANTS)}")
-    scale = math.sqrt(data.x.shape[1])
-    f, f_test = ((x @ data.v[:width].T / scale).relu() / math.sqrt(width) for x in (data.x, data.x_test))
+    f, f_test = (_hidden(x, data.v[:width]) for x in (data.x, data.x_test))
     if variant == "standardised":
         mean, spread = f.mean(0), f.std(0, correction=0)
         spread = torch.where(spread > 0, spread, torch.ones_like(spread))
         f, f_test = ((g - mean) / spread for g in (f, f_test))
         f, f_test = (torch.cat([g, torch.ones(len(g), 1, dtype=g.dtype)], 1) for g in (f, f_test))
     return f, f_test
+
+
+def _hidden(x: Tensor, v: Tensor) -> Tensor:
+    """x [n, d], v [P, d] -> [n, P]."""
+    return (x @ v.T / math.sqrt(x.shape[1])).relu() / math.sqrt(len(v))
 
 
 def start_of(columns: int, variant: Variant, like: Tensor) -> Tensor:
@@ -120,21 +124,33 @@ def descend(
     steps: int,
     batch: int | None = None,
     variant: Variant = "raw",
+    both_layers: bool = False,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """(training, test error) after `steps` of a real optimizer on the [1, P] weight.
+    """(training, test error) after `steps` of a real optimizer on 0.5 |F theta - y|^2 / n, from `start_of`.
 
-    make: named parameters -> optimizer. batch: rows a step, in another order each pass; None is all of them.
+    make: named parameters -> optimizer; "weight" is theta [1, P]. batch: rows a step, in another order each pass; None
+    is all of them. both_layers: "features", the [P, d] directions of the features, train too; not "standardised".
+    Raises: ValueError as `features`, and for both layers with standardised features.
     """
+    if both_layers and variant == "standardised":
+        raise ValueError("double_descent: standardised features stand still; train both layers of 'raw' ones")
     f, f_test = features(data, width, variant)
     weight = nn.Parameter(start_of(f.shape[1], variant, f)[None].clone())
-    optimizer = make([("weight", weight)])
+    first = nn.Parameter(data.v[:width].clone())
+    optimizer = make([("features", first), ("weight", weight)] if both_layers else [("weight", weight)])
     order = _order(len(f), batch or len(f), seed)
     for _ in range(steps):
         rows = next(order)
-        residual = f[rows] @ weight.detach()[0] - data.y[rows]
-        weight.grad = (residual @ f[rows] / len(rows))[None]
+        hidden = _hidden(data.x[rows], first.detach()) if both_layers else f[rows]
+        residual = hidden @ weight.detach()[0] - data.y[rows]
+        weight.grad = (residual @ hidden / len(rows))[None]
+        if both_layers:  # of an entry of `hidden` at its input, where it is not 0, the slope is a constant
+            back = residual[:, None] * weight.detach() * (hidden > 0) / len(rows)
+            first.grad = back.T @ data.x[rows] / math.sqrt(data.x.shape[1] * width)
         optimizer.step()
+    if both_layers:
+        f, f_test = (_hidden(x, first.detach()) for x in (data.x, data.x_test))
     theta = weight.detach()[0]
     return _mse(f, theta, data.y), _mse(f_test, theta, data.y_test)
 

@@ -67,6 +67,29 @@ def test_real_optimizers_descend(data):
     assert runs[0] == runs[1] != runs[2] and runs[0][0] < float(data.y.square().mean())
 
 
+@pytest.mark.parametrize("batch", [None, 8])
+def test_both_layers_train_as_a_network_does(data, batch):
+    """Against torch's own network and gradients; and the features that move fit what fixed ones cannot."""
+    train, test = dd.descend(data, 20, lambda named: SGD(named, lr=0.5), steps=30, batch=batch, both_layers=True)
+    network = torch.nn.Sequential(torch.nn.Linear(10, 20, bias=False), torch.nn.ReLU(),
+                                  torch.nn.Linear(20, 1, bias=False)).double()  # fmt: skip
+    network[0].weight.data, network[2].weight.data = data.v[:20].clone(), torch.zeros(1, 20).double()
+    order, theirs = dd._order(40, batch or 40, 0), torch.optim.SGD(network.parameters(), lr=0.5)
+
+    def error(x, y):
+        return (network(x / 10**0.5)[:, 0] / 20**0.5 - y).square().mean()
+
+    for _ in range(30):
+        rows = next(order)
+        theirs.zero_grad()
+        (0.5 * error(data.x[rows], data.y[rows])).backward()
+        theirs.step()
+    assert train == pytest.approx(error(data.x, data.y).item(), rel=1e-9)
+    assert test == pytest.approx(error(data.x_test, data.y_test).item(), rel=1e-9)
+    fixed, _ = dd.descend(data, 20, lambda named: SGD(named, lr=0.5), steps=30, batch=batch)
+    assert train < 0.99 * fixed
+
+
 def test_data_and_refusals(data):
     again, other = dd.make_data(), dd.make_data(seed=1)
     assert torch.equal(data.x, again.x) and not torch.equal(data.x, other.x)
@@ -76,3 +99,5 @@ def test_data_and_refusals(data):
         dd.features(data, 321)
     with pytest.raises(ValueError, match="variant = 'other'"):
         dd.features(data, 5, "other")
+    with pytest.raises(ValueError, match="standardised features stand still"):
+        dd.descend(data, 5, lambda named: SGD(named), steps=1, variant="standardised", both_layers=True)
