@@ -164,6 +164,28 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_same_bits(world, tmp_path, nam
         assert (run / history).read_bytes() == (whole / history).read_bytes()
 
 
+def test_zeroth_order_trains_on_the_rows_that_are_kept(first, world, tmp_path):
+    """The choice reads gradients of one layer and leaves none; the step evaluates the loss of the kept rows alone.
+
+    Resumed in mid-epoch to the same bits. `first` is the same run by back-propagation: its first choice is the same.
+    """
+    recipe = TrainingConfig(gradient="zo", optimizer="sgd", learning_rate=1e-3, epochs=2, micro_tokens=160)
+    whole = train.run(settings(world, tmp_path / "whole", training=recipe, save_steps=2))
+    lines, theirs = metrics(whole), metrics(first)
+    assert len(lines) == 10 and [e["step"] for e in lines if "match_error" in e] == [1, 4, 7, 10]
+    for key in ("match_error", "match_error_random", "kept_by_source", "seen_by_source"):
+        assert lines[0][key] == theirs[0][key], key
+    assert lines[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=0.01), "at p + eps z, without dropout"
+    assert lines[0]["loss"] != theirs[0]["loss"]
+    run = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(run / "adapter")
+    for step in (4, 6, 8, 10):
+        shutil.rmtree(run / f"checkpoints/checkpoint-{step}")
+    train.run(settings(world, run, training=recipe, save_steps=2))
+    assert without_seconds(result(run)) == without_seconds(result(whole))
+    assert (run / "zeroth_order.jsonl").read_text() == (whole / "zeroth_order.jsonl").read_text()
+
+
 def test_a_killed_command_goes_on(command, world, tmp_path):
     argv = [
         "train", "--model", world.model, "--data", world.folder / "mixed.jsonl", "--coreset", "colm",
