@@ -211,8 +211,9 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(module, tmp_path):
 @pytest.mark.parametrize("name", sorted(optim.RULES))
 def test_every_rule_drives_extraction(module, tmp_path, name):
     """Whatever the optimizer, the feature is its update for one row: finite, and equal to the rule applied alone."""
-    # bfloat16 products of Muon round the batch and the single matrix differently; float32 shows that both are the rule
-    updates = warmed(module, name, **({"ns_dtype": "float32"} if name == "muon" else {}))
+    # bfloat16 products of Newton-Schulz round a batch and a single matrix differently; float32 shows that both are the
+    # rule
+    updates = warmed(module, name, **({"ns_dtype": "float32"} if name in ("muon", "muon_8bit", "normuon") else {}))
     assert {rule.name for rule in updates.rules.values()} == {name}
     rows = random_rows(6, seed=2)
     features, norms, status = everything(Job(module, rows, updates, identity(module)).fill(tmp_path))

@@ -221,12 +221,12 @@ def test_yaml_size_and_bombs_are_refused_quickly(write):
     bomb = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
     )
-    start = time.monotonic()
+    start = time.process_time()
     assert "anchors" in refused(SelectConfig, write(bomb))
     assert "1000001 bytes" in refused(SelectConfig, write(b"a" * 1_000_001))
     assert "nested" in refused(SelectConfig, write("[" * 900_000))
     assert "SelectConfig" in refused(SelectConfig, write("".join(f"key{i}: {i}\n" for i in range(60_000))))
-    assert time.monotonic() - start < 10  # each well below a second on an idle machine
+    assert time.process_time() - start < 10  # each well below a second on an idle machine
 
 
 def test_files_that_cannot_be_read(tmp_path):
