@@ -157,7 +157,9 @@ class ZerothOrderConfig(Settings):
         "derivative along z, by forward-mode differentiation",
     )
     eps: float = Field(default=1e-3, gt=0, le=100, description="how far the weights move; 1e-2 suits LoRA")
-    q: int = Field(default=1, ge=1, le=10_000, description="directions a step; each costs two forward passes")
+    q: int = Field(
+        default=1, ge=1, le=10_000, description="directions a step; two forward passes each, one-sided q + 1 in all"
+    )
     sign: Literal["scalar", "elementwise"] | None = Field(
         default=None,
         description="sign of the estimate: elementwise (the paper of ZO-SGD-Sign), scalar (its code); null is none",
@@ -536,7 +538,7 @@ class OrderConfig(RunSettings):
         default=["pairwise", "reduced"],
         min_length=1,
         max_length=6,
-        description="which estimates to make; a search uses the first",
+        description="which estimates to make; a search uses the first, and the second, if any, judges what it found",
         json_schema_extra=LATE,
     )
     orders: int = Field(
@@ -585,6 +587,14 @@ class OrderConfig(RunSettings):
     )
     pairwise_anchors: int = Field(
         default=1, ge=1, le=4097, description="anchors at which pairwise (and a frozen `reduced`) take products",
+        json_schema_extra=LATE,
+    )
+    table_projection: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 30,
+        description="of `table`: numbers to which each update term is projected at random, as published; 0: none. "
+        "Vectors do not survive it: `trust` says so",
         json_schema_extra=LATE,
     )
     sequences: Annotated[list[FilePath], BeforeValidator(_listed)] = Field(

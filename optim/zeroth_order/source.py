@@ -75,14 +75,16 @@ class ZerothOrder:
     those of a run that was not interrupted. `last` is what the last step was.
     Memory: that of inference and one piece of a direction, for plain SGD; other rules add their state and the largest
     tensor's gradient (all gradients, where a rule's tensors share something or the optimizer is not of this suite).
-    Cost: 2 q forward passes; weights are read and written three times a direction ("one-sided": two), and once more.
+    Cost: 2 q forward passes ("one-sided": q + 1, for f(p) is that of all directions from there); weights are read and
+    written three times a direction ("one-sided": two), and once more.
     With `torch.distributed` every rank draws the same directions, and the losses are averaged: one number a pass.
     Sharded parameters (DTensor, by rows) see the directions that whole ones see.
 
     Source: MeZO, arXiv 2305.17333; ZO-Bench, arXiv 2402.11592 (sign, conservative, momentum, Adam, forward gradient,
     block-wise, hybrid, sparse).
     Differs: generators of its own, where the published code reseeds the global one; blocks have different directions,
-    there the same; with q > 1 all directions are evaluated at the same weights and masked alike in estimate and update.
+    there the same; with q > 1 all directions are evaluated at the same weights and masked alike in estimate and update,
+    and f(p) of "one-sided" once, there for each.
     Raises: ValueError for settings out of range or that exclude each other, a loss that is not finite (the weights are
     put back first), and parameters of the optimizer that the source does not know.
     """
@@ -162,7 +164,8 @@ class ZerothOrder:
         """One step of the optimizer with the gradient that this source estimates; returns the first loss it saw.
 
         That is f(p + eps z), as in the published code (with "forward" f(p), with conserve f(p)). closure: called 2 q
-        times without a graph; it must give the same loss at the same weights. Gradients (`.grad`) are None afterwards.
+        times ("one-sided" q + 1) without a graph; it must give the same loss at the same weights. Gradients (`.grad`)
+        are None afterwards.
         """
         return self._step(optimizer, closure, None)
 
@@ -187,7 +190,7 @@ class ZerothOrder:
                 p.grad = None
         parts = [closure] if callable(closure) else list(closure)
         run = _Evaluations(self, parts, recorded)
-        start = run.evaluate("the present weights") if self.conserve and recorded is None else 0.0
+        start = run.at_present_weights() if self.conserve else 0.0
         exact = {} if recorded is not None or not self.first_order else self._exact(parts)
         together = [[block] for block in self.blocks] if self.block_order == "coordinate" else [self.blocks]
         kept = -1
@@ -197,6 +200,7 @@ class ZerothOrder:
                 kept = self._conserve(optimizer, run, queries, start)
             else:
                 self._apply(optimizer, queries, exact if blocks is together[-1] else {})
+            run.present = None
         self.last = Taken(self.taken, run.seeds, run.projected, kept, run.losses)
         self.taken += 1
         return run.losses[0] if run.losses else math.nan
@@ -230,8 +234,12 @@ class ZerothOrder:
             with self._moving(names, seed, i) as to:
                 to(1.0)
                 high = run.evaluate("+eps z")
-                to(-1.0 if self.estimator == "two-sided" else 0.0)
-                low = run.evaluate("-eps z" if self.estimator == "two-sided" else "the present weights")
+                if self.estimator == "two-sided":
+                    to(-1.0)
+                    low = run.evaluate("-eps z")
+                else:
+                    to(0.0)
+                    low = run.at_present_weights()
             if run.recorded is None:
                 projected = (high - low) / (2 * self.eps if self.estimator == "two-sided" else self.eps)
         run.seeds.append(seed)
@@ -416,6 +424,7 @@ class _Evaluations:
     def __init__(self, source: ZerothOrder, parts: Sequence[Loss], recorded: Taken | None) -> None:
         self.source, self.parts, self.recorded = source, parts, recorded
         self.losses: list[float] = []
+        self.present: float | None = None  # the loss at the weights that all directions start from, once it is known
         self.seeds: list[int] = []
         self.projected: list[float] = []
 
@@ -423,6 +432,12 @@ class _Evaluations:
         if self.recorded is not None:
             return 0.0
         return self.note(sum(_value(part()) for part in self.parts), where, or_else)
+
+    def at_present_weights(self) -> float:
+        """Evaluated once, until `present` is forgotten."""
+        if self.present is None:
+            self.present = self.evaluate("the present weights")
+        return self.present
 
     def note(self, loss: float, where: str, or_else: float | None = None) -> float:
         """or_else: what a loss that is not finite counts as, instead of an error."""

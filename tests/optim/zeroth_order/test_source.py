@@ -67,6 +67,33 @@ def test_one_sided_carries_half_the_curvature(eps):
     assert source.last.projected_grad[0] == pytest.approx(want, rel=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("settings", "calls"),
+    [({}, 4), ({"conserve": True}, 6), ({"blocks": str, "block_order": "joint"}, 7), ({"blocks": str}, 8)],
+    ids=["one block", "conserve", "joint", "coordinate"],
+)
+def test_one_sided_evaluates_the_present_weights_once(settings, calls):
+    """For three directions of one or two blocks; again where a block has stepped, and the quotients are from there."""
+    x, a, _ = problem()
+    y = nn.Parameter(x.detach().clone())
+    named = [("x", x), ("y", y)] if "blocks" in settings else [("x", x)]
+    seen = []
+
+    def loss():
+        both = x + 2 * y
+        seen.append(float(0.5 * both @ a @ both))
+        return seen[-1]
+
+    source = ZerothOrder(named, estimator="one-sided", q=3, restore="copy", **settings)
+    source.step(SGD([p for _, p in named], lr=0.01), loss)
+    assert len(seen) == calls and source.last.losses == seen
+    high, low = {  # of each direction, the places of f(p + eps z) and of f(p)
+        4: ([0, 2, 3], [1] * 3), 6: ([1, 2, 3], [0] * 3), 7: ([0, 2, 3, 4, 5, 6], [1] * 6),
+        8: ([0, 2, 3, 4, 6, 7], [1] * 3 + [5] * 3),
+    }[calls]  # fmt: skip
+    assert source.last.projected_grad == [(seen[i] - seen[j]) / 1e-3 for i, j in zip(high, low, strict=True)]
+
+
 def test_estimates_average_to_the_gradient():
     """Mean of N estimates within five standard errors of the gradient, and E|pg z - g|^2 = (d + 1) |g|^2."""
     x, a, loss = problem()
