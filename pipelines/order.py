@@ -36,6 +36,7 @@ from pipelines.texts import size
 from pipelines.train import in_scratch, trainable
 
 _TOGETHER = 8  # orders that are scored between two words on progress
+_BLIND = 8  # best random orders on a search's shortlist
 HVP_IN_GRADIENTS = 4.0
 """What a Hessian-vector product counts in batch gradients (spec B.2: 2 to 4; the upper end)."""
 
@@ -347,7 +348,7 @@ def _cost_of(name: str, setting: Setting) -> order.Cost:
     if name == "moments":
         return order.Cost(gradients=config.anchors * n, bytes=4 * config.anchors * n * numbers)
     if name == "table":
-        return order.Cost(gradients=steps * n, bytes=4 * steps * n * numbers)
+        return order.Cost(gradients=steps * n, bytes=4 * steps * n * (config.table_projection or numbers))
     if name == "groups":
         groups = len(set(setting.sources))
         block = min(setting.sources.count(s) for s in set(setting.sources))
@@ -437,8 +438,13 @@ def reference(setting: Setting, number: int = 0, *, every: bool = False) -> orde
         )  # fmt: skip
 
 
-def true_loss(setting: Setting, sequence: Sequence[int], *, seed: int = 0) -> float:
-    """The held-out loss after training in an order for real; kept in true/, so that it is done once."""
+def true_loss(
+    setting: Setting, sequence: Sequence[int], *, seed: int = 0, label: str = "the reference order"
+) -> float:
+    """The held-out loss after training in an order for real; kept in true/, so that it is done once.
+
+    Raises: DataError, with `label`, where training diverges.
+    """
     name = files.digest(repr((tuple(sequence), seed)).encode())[:16]
     path = setting.run.path("true", f"{name}.json")
     if path.is_file():
@@ -452,8 +458,17 @@ def true_loss(setting: Setting, sequence: Sequence[int], *, seed: int = 0) -> fl
     else:
         params, fresh = setting.begin(seed)
         states = setting.recipe.init(params) if fresh is None else fresh
-    end, _ = order.train(setting.problem, setting.recipe, sequence, params, states)
-    loss: float = setting.problem.held_out_loss(end)
+    try:
+        end, _ = order.train(setting.problem, setting.recipe, sequence, params, states)
+        loss: float = setting.problem.held_out_loss(end)
+    except order.Diverged:
+        loss = math.nan
+    if not math.isfinite(loss):
+        raise order.Diverged(
+            f"training in {label} for real diverges: the loss is not finite. No estimate can be judged by it; lower "
+            f"--learning-rate (now {setting.config.training.learning_rate:g}) or set training.gradient_clip, in "
+            "another --out"
+        )
     files.make_folder(path.parent)
     took = time.monotonic() - start
     files.write_json(path, {"sequence": list(sequence), "seed": seed, "loss": loss, "seconds": took})
@@ -467,7 +482,8 @@ def true_losses(
     found = []
     with setting.run.stage(label), progress(label, len(sequences), "runs") as bar:
         for number, sequence in enumerate(sequences):
-            found.append(true_loss(setting, sequence, seed=number if seeds else 0))
+            which = f"run {number + 1} of {len(sequences)} ({label})"
+            found.append(true_loss(setting, sequence, seed=number if seeds else 0, label=which))
             bar.advance(1, loss=found[-1])
     return found
 
@@ -487,6 +503,8 @@ def surrogate(setting: Setting, name: str, number: int = 0) -> order.Surrogate:
     if name == "groups":
         names = sorted(set(setting.sources))
         options["groups"] = [names.index(source) for source in setting.sources]
+    if name == "table" and config.table_projection:
+        options |= {"projection": config.table_projection, "seed": config.seed}
     asked = repr((options, setting.problem.share, setting.problem.hvp_method, order.FORMAT))
     folder = setting.run.path("surrogates", f"{name}-{number:02d}-{files.digest(asked.encode())[:12]}")
     if (folder / "meta.json").is_file():
@@ -516,17 +534,30 @@ def _spending(problem: order.Problem, label: str, total: int) -> Iterator[None]:
 
 
 def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], number: int = 0) -> dict[str, Any]:
-    """Scores, trust and cost of an estimator for these orders; kept, and read when it was made for the same."""
+    """Scores, trust and cost of an estimator for these orders; kept, and read when it was made for the same.
+
+    A score that is not finite is inf here, null in the files, and not trusted.
+    """
     config = setting.config
     asked = {
         "sequences": [list(s) for s in sequences], "anchors": config.pairwise_anchors, "k": config.dimensions,
         "recorded": config.anchors, "second_moment": config.second_moment, "rows": config.sample_rows,
         "products": config.products, "format": order.FORMAT,
     }  # fmt: skip
+    if name == "table":
+        asked["projection"] = config.table_projection
     path = setting.run.path("estimates", f"{name}-{number:02d}-{files.digest(repr(asked).encode())[:12]}.json")
-    if path.is_file():
-        found: dict[str, Any] = files.read_json(path)
-        return found
+    if not path.is_file():
+        files.make_folder(path.parent)
+        files.write_json(path, order.finite(_estimated(setting, name, sequences, number)))
+    found: dict[str, Any] = files.read_json(path)
+    return found | {
+        "estimated": [math.inf if loss is None else loss for loss in found["estimated"]],
+        "trust": [{key: math.nan if v is None else v for key, v in trust.items()} for trust in found["trust"]],
+    }
+
+
+def _estimated(setting: Setting, name: str, sequences: Sequence[Sequence[int]], number: int) -> dict[str, Any]:
     made = surrogate(setting, name, number)
     ready = time.monotonic()
     before = replace(setting.problem.cost)
@@ -547,7 +578,7 @@ def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], nu
     result: dict[str, Any] = {
         "estimated": scores,
         "trust": trusts,
-        "trusted": [order.trusted(t) for t in trusts],
+        "trusted": [math.isfinite(loss) and order.trusted(t) for loss, t in zip(scores, trusts, strict=True)],
         "gradients": made.cost.gradients,
         "hvps": made.cost.hvps,
         "bytes": made.cost.bytes,
@@ -556,10 +587,8 @@ def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], nu
         "seconds_a_score": took / max(1, len(sequences)),
     }
     matrix = getattr(made, "matrix", None)
-    if callable(matrix):
-        result["precedence"] = matrix().tolist()
-    files.make_folder(path.parent)
-    files.write_json(path, result)
+    if callable(matrix) and bool((costs := matrix()).isfinite().all()):
+        result["precedence"] = costs.tolist()
     return result
 
 
@@ -606,61 +635,78 @@ def _estimate(setting: Setting) -> None:
         {"name": label, "sequence": list(sequence)} | {name: found[name]["estimated"][i] for name in found}
         for i, (label, sequence) in enumerate(named.items())
     ]
-    files.write_json(setting.run.path("estimates.json"), {"orders": table, "estimators": found})
+    files.write_json(setting.run.path("estimates.json"), order.finite({"orders": table, "estimators": found}))
+    for name in found:
+        if lost := _diverged(found[name]["estimated"]):
+            warn(f"{name}: {lost}")
     first = setting.config.estimators[0]
     for row in sorted(table, key=lambda row: row[first])[:8]:
         say(f"  {row[first]:.5f}  {row['name']}")
 
 
 def _search(setting: Setting) -> None:
+    """The first estimator searches. An optimum of an estimate is where its errors help it most, so the second, where
+    one is named, judges a shortlist: what was found, the best of as many random orders, and the curricula.
+    """
     config, name = setting.config, setting.config.estimators[0]
+    judge = config.estimators[1] if len(config.estimators) > 1 else None
     if not _fast(setting, name) and config.budget > 1000:
         warn(f"{config.budget:,} scores of {name}, each a run of the rule: lower --set budget=, or use pairwise")
     made = surrogate(setting, name)
-    candidates = _curricula(setting)
+    shortlist = _curricula(setting)
     with setting.run.stage("search"):
         start = time.monotonic()
-        options: dict[str, Any] = {"budget": config.budget, "seed": config.seed, "starts": list(candidates.values())}
+        options: dict[str, Any] = {"budget": config.budget, "seed": config.seed, "starts": list(shortlist.values())}
         with progress(f"search: {config.search}", config.budget, "orders") as bar:
             found = order.search(made, config.search, keep=max(1, config.retrain), advance=bar.advance, **options)
         took = time.monotonic() - start
         options = {"budget": found.evaluations, "seed": config.seed}
         with progress("search: as many random orders", found.evaluations, "orders") as bar:
-            blind = order.search(made, "random", keep=1, advance=bar.advance, **options)
+            blind = order.search(made, "random", keep=_BLIND, advance=bar.advance, **options)
     say(
         f"{config.search}: predicted {found.scores[0]:.5f}, the reference {made.score(setting.sequence):.5f}, best of "
         f"{blind.evaluations:,} random {blind.scores[0]:.5f} ({found.evaluations / max(took, 1e-9):,.0f} a second)"
     )
-    indicators = made.trust(found.sequences[0])
-    if not order.trusted(indicators):
-        shown = ", ".join(f"{key} {value:.2g}" for key, value in indicators.items())
-        warn(f"the estimate of the found order may not hold ({shown}); retrain before you believe it")
-    setting.plan.reordered(found.sequences[0]).save(setting.run.path("order.npz"))
-    chosen = found.sequences[: config.retrain]
-    blind_orders = setting.random_orders("random", config.retrain)
-    runs = [setting.sequence, *chosen, *blind_orders] if config.retrain else []
-    true = true_losses(setting, runs, "retrain the found, as many random, and the reference")
+    shortlist |= {f"found {i + 1}": s for i, s in enumerate(found.sequences)}
+    shortlist |= {f"best of random, {i + 1}": s for i, s in enumerate(blind.sequences)}
     rows: list[dict[str, Any]] = [
-        {"name": label, "sequence": list(s), "estimated": made.score(s)} for label, s in candidates.items()
+        {"name": label, "sequence": list(s), "estimated": made.score(s)} for label, s in shortlist.items()
     ]
-    rows += [{"name": f"found {i + 1}", "sequence": list(s), "estimated": v}
-             for i, (s, v) in enumerate(zip(found.sequences, found.scores, strict=True))]
+    key = "estimated"
+    if judge is not None:
+        judged, key = estimate(setting, judge, list(shortlist.values())), "judged"
+        for row, value, trust in zip(rows, judged["estimated"], judged["trust"] or [{}] * len(rows), strict=True):
+            row |= {"judged": value, "trust": trust}
+    ranked = sorted(rows, key=lambda row: math.inf if row[key] is None else row[key])
+    proposed = ranked[0]
+    indicators = made.trust(proposed["sequence"]) if judge is None else proposed["trust"]
+    if not order.trusted(indicators):
+        shown = ", ".join(f"{indicator} {value:.2g}" for indicator, value in indicators.items())
+        warn(f"the estimate of the proposed order may not hold ({shown}); retrain before you believe it")
+    setting.plan.reordered(tuple(proposed["sequence"])).save(setting.run.path("order.npz"))
+    tried = [tuple(row["sequence"]) for row in ranked if row["name"] != "reference"][: config.retrain]
+    blind_orders = setting.random_orders("random", config.retrain)
     rows += [{"name": f"random {i + 1}", "sequence": list(s), "estimated": made.score(s)}
              for i, s in enumerate(blind_orders)]
+    runs = [setting.sequence, *tried, *blind_orders] if config.retrain else []
+    true = true_losses(setting, runs, "retrain the best, as many random, and the reference")
     known = {tuple(s): loss for s, loss in zip(runs, true, strict=True)}
     for row in rows:
         row["true"] = known.get(tuple(row["sequence"]))
-    best = min(true) if true else None
     files.write_json(
         setting.run.path("search.json"),
-        {
-            "estimator": name, "method": config.search, "evaluations": found.evaluations, "seconds": took,
-            "random_best": blind.scores[0], "trust": indicators, "rows": rows,
-            "regret": true[1] - best if best is not None else None,
+        order.finite({
+            "estimator": name, "judge": judge, "method": config.search, "evaluations": found.evaluations,
+            "seconds": took, "random_best": blind.scores[0], "proposed": proposed["name"], "trust": indicators,
+            "rows": rows, "regret": proposed["true"] - min(true) if true else None,
             "batches": [{"source": s, "tokens": n} for s, n in zip(setting.sources, setting.lengths, strict=True)],
-        },
+        }),
     )  # fmt: skip
-    say(f"proposed order: {setting.run.path('order.npz')} (datatools train --order)")
+    by = f" by {judge}" if judge is not None else ""
+    say(
+        f"proposed order: {proposed['name']}, predicted{by} {proposed[key]:.5f}: {setting.run.path('order.npz')} "
+        "(datatools train --order)"
+    )
 
 
 def _validate(setting: Setting) -> None:
@@ -702,16 +748,20 @@ def _validate(setting: Setting) -> None:
             )
         if "precedence" in found:
             entry["precedence"] = found["precedence"]
-    if fitted:
+    usable = [name for name in config.estimators if np.isfinite(table[name]).all()]
+    if fitted and len(usable) < len(config.estimators):
+        left = ", ".join(sorted(set(config.estimators) - set(usable)))
+        warn(f"calibrated: leaves out {left}, whose estimates are not all finite")
+    if fitted and usable:
         mixed, weights = order.calibrated(
-            np.array([table[name] for name in config.estimators]), [*true, *fitted],
+            np.array([table[name] for name in usable]), [*true, *fitted],
             range(len(orders), len(orders) + len(extra)),
         )  # fmt: skip
-        cost = sum(known[name]["cost_in_batch_gradients"] for name in config.estimators)
+        cost = sum(known[name]["cost_in_batch_gradients"] for name in usable)
         cost += len(extra) * len(setting.sequence)
         known["calibrated"] = _entry(
             mixed[: len(orders)].tolist(), true, reference_loss, {"cost_in_batch_gradients": cost}, config.seed
-        ) | {"weights": dict(zip(config.estimators, weights, strict=True)), "true_runs": len(extra)}
+        ) | {"weights": dict(zip(usable, weights, strict=True)), "true_runs": len(extra)}
     result = {
         "format": 1,
         "reference": {"sequence": list(setting.sequence), "loss": reference_loss},
@@ -724,7 +774,7 @@ def _validate(setting: Setting) -> None:
         "retraining_in_batch_gradients": len(setting.sequence),
         "batches": [{"source": s, "tokens": n} for s, n in zip(setting.sources, setting.lengths, strict=True)],
     }  # fmt: skip
-    files.write_json(setting.run.path("validation.json"), result)
+    files.write_json(setting.run.path("validation.json"), order.finite(result))
     for label, entry in known.items():
         say(_sentence(label, entry))
 
@@ -738,14 +788,27 @@ def _entry(
 
 
 def _sentence(name: str, entry: dict[str, Any]) -> str:
+    lost = _diverged(entry["estimated"])
     if entry["spearman"] is None:
-        return f"  {name}: its estimates do not vary"
+        return f"  {name}: {lost or 'its estimates do not vary'}"
     low, high = entry["spearman_interval"] or (math.nan, math.nan)
     doubt = [ok for ok in entry.get("trusted", []) if not ok]
     note = f"; not to be trusted for {len(doubt)} of {len(entry['trusted'])}" if doubt else ""
     return (
         f"  {name}: Spearman {entry['spearman']:.3f} ({low:.3f} to {high:.3f}), regret {entry['regret']:.4g} (random "
         f"{entry['regret_random']:.4g}), {entry['cost_in_batch_gradients']:,.0f} batch gradients{note}"
+        f"{'; ' if lost else ''}{lost}"
+    )
+
+
+def _diverged(estimated: Sequence[float]) -> str:
+    """How many estimates are not finite; "" for none."""
+    count = sum(not math.isfinite(loss) for loss in estimated)
+    if not count:
+        return ""
+    return (
+        f"{count} of {len(estimated)} estimates are not finite and rank as worst: the estimated runs diverge; lower "
+        "--learning-rate"
     )
 
 

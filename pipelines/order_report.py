@@ -71,9 +71,16 @@ def _validation(found: dict[str, Any] | None) -> dict[str, Any] | None:
         "worth_it": found["anything_to_win"]["worth_it"],
         "random_regret": number(next(iter(found["estimators"].values()))["regret_random"], 4),
         "charts": [
-            {"name": name} | scatter(entry["estimated"], entry["true"]) for name, entry in found["estimators"].items()
+            {"name": name, "lost": entry["estimated"].count(None)}
+            | scatter(*_finite(entry["estimated"], entry["true"]))
+            for name, entry in found["estimators"].items()
+            if any(value is not None for value in entry["estimated"])
         ],
     }
+
+
+def _last(estimated: float | None) -> float:
+    return math.inf if estimated is None else estimated
 
 
 def _speed(seconds: float | None) -> str:
@@ -83,18 +90,22 @@ def _speed(seconds: float | None) -> str:
 def _search(found: dict[str, Any] | None) -> dict[str, Any] | None:
     if found is None:
         return None
-    rows = sorted(found["rows"], key=lambda row: float(row["estimated"]))
-    best = next(row for row in found["rows"] if row["name"] == "found 1")
+    key = "judged" if found["judge"] else "estimated"
+    rows = sorted(found["rows"], key=lambda row: (_last(row.get(key)), _last(row["estimated"])))
+    best = next(row for row in rows if row["name"] == found["proposed"])
     names = list(dict.fromkeys(found["batches"][b]["source"] for b in best["sequence"]))
     return {
         "rows": [
-            {"name": r["name"], "estimated": number(r["estimated"], 5), "true": number(r["true"], 5)} for r in rows
+            {"name": r["name"], "estimated": number(r["estimated"], 5), "judged": number(r.get("judged"), 5),
+             "true": number(r["true"], 5)} for r in rows
         ],
+        "proposed": found["proposed"],
+        "judge": found["judge"],
         "method": found["method"],
         "estimator": found["estimator"],
         "evaluations": found["evaluations"],
         "random_best": number(found["random_best"], 5),
-        "estimated": number(best["estimated"], 5),
+        "estimated": number(best[key], 5),
         "strip": strip([found["batches"][b]["source"] for b in best["sequence"]], names),
         "names": [{"name": name, "kind": f"s{i % 8}"} for i, name in enumerate(names)],
         "steps": [{"step": t + 1, "batch": b, "source": found["batches"][b]["source"],
@@ -107,7 +118,7 @@ def _estimates(found: dict[str, Any] | None) -> dict[str, Any] | None:
     if found is None:
         return None
     names = list(found["estimators"])
-    rows = sorted(found["orders"], key=lambda row: float(row[names[0]]))
+    rows = sorted(found["orders"], key=lambda row: _last(row[names[0]]))
     return {"names": names, "rows": [{"name": r["name"], "values": [number(r[n], 5) for n in names]} for r in rows]}
 
 
@@ -116,19 +127,30 @@ def _map(found: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     effects = [row["effect"] for row in found["rows"]]
     held = [[value - sum(row["held_out"]) / len(row["held_out"]) for value in row["held_out"]] for row in found["rows"]]
+    columns = [f"step {p + 1}" for p in found["rows"][0]["positions"]]
+    names = [f"batch {row['batch']}" for row in found["rows"]]
     return {
         "by": found["by"],
         "completions": found["completions"],
-        "memory": heat(effects, "effect of the position of a batch on its own loss"),
-        "held_out": heat(held, "effect of the position of a batch on the held-out loss"),
-        "positions": [p + 1 for p in found["rows"][0]["positions"]],
+        "figures": [
+            {"name": name, "largest": number(max(abs(v) for row in values for v in row), 3),
+             "svg": heat(values, f"effect of the position of a batch on {name}", names, columns, "{} at {}: {}")}
+            for name, values in (("its own loss", effects), ("the held-out loss", held))
+        ],
+        "columns": _labels(columns, 5),
+        "names": [Tick(f"calc(100% - {t.at})", t.text) for t in _labels(names, 8)],
         "rows": [
             {"batch": r["batch"], "source": r["source"], "counterfactual": number(r["counterfactual"], 4),
              "late": number(r["effect"][-1] - r["effect"][0], 4)}
             for r in found["rows"]
         ],
-        "largest": [number(max(abs(v) for row in values for v in row), 3) for values in (effects, held)],
     }
+
+
+def _labels(names: Sequence[str], most: int) -> list[Tick]:
+    """At the middle of every part of an axis; of many parts only some have one."""
+    every = math.ceil(len(names) / most)
+    return [Tick(f"{100 * (i + 0.5) / len(names):.2f}%", name) for i, name in enumerate(names) if i % every == 0]
 
 
 def _precedence(found: dict[str, Any]) -> dict[str, Any] | None:
@@ -142,7 +164,9 @@ def _precedence(found: dict[str, Any]) -> dict[str, Any] | None:
                 shown = [[matrix[i][j] for j in order] for i in order]
                 return {
                     "name": name,
-                    "svg": heat(shown, "cost of a batch before another", [names[i] for i in order]),
+                    "svg": heat(
+                        shown, "cost of a batch before another", *2 * [[names[i] for i in order]], "{} before {}: {}"
+                    ),
                     "first": [names[i] for i in order[: min(3, len(order) // 2)]],
                     "last": [names[i] for i in order[-min(3, len(order) // 2) :]],
                     "largest": number(max(abs(v) for row in matrix for v in row), 3),
@@ -175,26 +199,34 @@ def scatter(estimated: Sequence[float], true: Sequence[float]) -> dict[str, Any]
     }  # fmt: skip
 
 
+def _finite(estimated: Sequence[float | None], true: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The orders whose estimate is a finite number."""
+    kept = [(e, t) for e, t in zip(estimated, true, strict=True) if e is not None]
+    return [e for e, _ in kept], [t for _, t in kept]
+
+
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     pad = 0.06 * (high - low) or 1.0
     return low - pad, high + pad
 
 
-def heat(rows: Sequence[Sequence[float]], label: str, names: Sequence[str] = ()) -> Markup:
-    """A matrix as squares: below zero in one colour, above in the other, deeper the larger. names: of its rows and
-    columns, shown with the value under the pointer.
+def heat(
+    rows: Sequence[Sequence[float]], label: str, names: Sequence[str], columns: Sequence[str], said: str
+) -> Markup:
+    """A matrix as squares: below zero in one colour, above in the other, deeper the larger. said: what stands under the
+    pointer, of the names of row and column and the value.
     """
     largest = max((abs(v) for row in rows for v in row if math.isfinite(v)), default=0.0) or 1.0
     high, wide = _SIDE / len(rows), _SIDE / max(map(len, rows))
     cell = Markup(
         '<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.2f}">{}</rect>'
     )
-    title = Markup("<title>{} before {}: {}</title>")
+    title = Markup("<title>{}</title>")
     cells = Markup("").join(
         cell.format(
             "below" if v < 0 else "above", j * wide, i * high, wide, high, min(1.0, abs(v) / largest),
-            title.format(names[i], names[j], number(v, 3)) if names else "",
+            title.format(said.format(names[i], columns[j], number(v, 3))),
         )
         for i, row in enumerate(rows)
         for j, v in enumerate(row)

@@ -23,6 +23,7 @@ from pipelines.config import (
 )
 from pipelines.order import run
 from pipelines.prepare import prepare
+from pipelines.texts import size
 from tests.tiny import save_tiny_model, write_rows
 
 
@@ -169,10 +170,10 @@ def test_an_order_of_other_rows_is_refused(world: Path, tmp_path: Path) -> None:
 
 def test_search_proposes_an_order_and_map_and_estimate_go_on_in_the_same_folder(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    run(settings(world, out, task="search", budget=300, retrain=1))
+    run(settings(world, out, task="search", budget=300, retrain=1, estimators=["pairwise"]))
     proposed = Order.load(out / "order.npz")
     found = json.loads((out / "search.json").read_text())
-    first = next(row for row in found["rows"] if row["name"] == "found 1")
+    first = next(row for row in found["rows"] if row["name"] == found["proposed"])
     assert tuple(first["sequence"]) == proposed.sequence and first["true"] is not None
     assert first["estimated"] == min(row["estimated"] for row in found["rows"])
     kept = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
@@ -189,6 +190,19 @@ def test_search_proposes_an_order_and_map_and_estimate_go_on_in_the_same_folder(
     assert "Memorisation" in (out / "report.html").read_text()
 
 
+def test_a_second_estimator_judges_what_the_first_found(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(settings(world, out, task="search", budget=300, retrain=1, estimators=["pairwise", "reduced"]))
+    found = json.loads((out / "search.json").read_text())
+    judged = {row["name"]: row["judged"] for row in found["rows"] if "judged" in row}
+    assert found["judge"] == "reduced" and judged[found["proposed"]] == min(judged.values())
+    assert {"reference", "found 1", "best of random, 1", "length, rising"} <= judged.keys()
+    proposed = next(row for row in found["rows"] if row["name"] == found["proposed"])
+    assert tuple(proposed["sequence"]) == Order.load(out / "order.npz").sequence
+    assert found["trust"] == proposed["trust"] and "replay" in found["trust"]
+    assert "is the best of a shortlist" in (out / "report.html").read_text()
+
+
 def test_a_killed_validation_goes_on_where_it_was(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(settings(world, tmp_path / "whole"))
     calls: list[int] = []
@@ -200,7 +214,7 @@ def test_a_killed_validation_goes_on_where_it_was(world: Path, tmp_path: Path, m
             raise KeyboardInterrupt
         return real(*args, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline.order, "train", counted)
+    monkeypatch.setattr(order, "train", counted)
     with pytest.raises(KeyboardInterrupt):
         run(settings(world, tmp_path / "part"))
     assert len(list((tmp_path / "part" / "true").iterdir())) == 3
@@ -229,6 +243,71 @@ def test_what_cannot_be_is_refused_with_the_reason(world: Path, tmp_path: Path) 
     (dropping / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
     with pytest.raises(UsageError, match="the model has dropout 0.1 in attention"):
         run(settings(world, tmp_path / "e", model=ModelConfig(name=str(dropping))))
+
+
+def test_orders_of_another_run_are_refused(world: Path, tmp_path: Path) -> None:
+    for name, seed in (("one", 0), ("other", 1)):
+        run(settings(world, tmp_path / name, task="record", seed=seed))
+    path = tmp_path / "other" / "reference.npz"
+    with pytest.raises(DataError, match=r"reference.npz: its batches are not those of this run; estimate orders made"):
+        run(settings(world, tmp_path / "one", task="estimate", sequences=str(path)))
+
+
+def test_estimates_that_are_not_finite_are_null_and_the_worst(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = order.pairwise.Pairwise._scores
+
+    def diverging(made: order.pairwise.Pairwise, sequences: torch.Tensor) -> torch.Tensor:
+        scores = real(made, sequences)
+        scores[sequences[:, 0] == 3] = torch.nan
+        return scores
+
+    monkeypatch.setattr(order.pairwise.Pairwise, "_scores", diverging)
+    config = settings(world, tmp_path / "run", orders=9, calibration=2, estimators=["pairwise", "table"])
+    found = json.loads((run(config) / "validation.json").read_text())
+    entry = found["estimators"]["pairwise"]
+    bad = [o["sequence"][0] == 3 for o in found["orders"]]
+    assert 0 < sum(bad) < 8 and [loss is None for loss in entry["estimated"]] == bad
+    assert not any(ok for ok, lost in zip(entry["trusted"], bad, strict=False) if lost)
+    ranked = [torch.inf if loss is None else loss for loss in entry["estimated"]]
+    assert entry["spearman"] == pytest.approx(order.spearman(ranked, entry["true"]))
+    assert entry["mae"] is entry["pearson"] is entry["conformal"] is None and entry["regret"] >= 0
+    assert found["estimators"]["calibrated"]["weights"].keys() == {"table"}
+    said = capsys.readouterr().err
+    assert f"{sum(bad)} of 9 estimates are not finite and rank as worst" in said
+    assert "calibrated: leaves out pairwise, whose estimates are not all finite" in said
+    assert f"{sum(bad)} not shown: the estimate is not finite" in (tmp_path / "run" / "report.html").read_text()
+    run(config.model_copy(update={"task": "estimate"}))
+    estimates = json.loads((tmp_path / "run" / "estimates.json").read_text())
+    assert any(row["pairwise"] is None for row in estimates["orders"])
+    run(config.model_copy(update={"task": "search", "budget": 50, "retrain": 0}))
+    assert Order.load(tmp_path / "run" / "order.npz").sequence[0] != 3
+
+
+def test_true_runs_that_diverge_are_named(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = order.train
+
+    def exploding(*args: object, **more: object) -> object:
+        params, states = real(*args, **more)  # type: ignore[arg-type]
+        calls.append(1)
+        return {n: p * (torch.nan if len(calls) == 3 else 1) for n, p in params.items()}, states
+
+    monkeypatch.setattr(order, "train", exploding)
+    with pytest.raises(DataError, match=r"run 2 of 5 .* diverges: the loss is not.* lower --learning-rate .now 0"):
+        run(settings(world, tmp_path / "run"))
+    assert len(list((tmp_path / "run" / "true").iterdir())) == 2, "the reference's and the first are kept"
+
+
+def test_a_projected_table_is_doubted(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"task": "estimate", "estimators": ["table"], "orders": 2}
+    for k in (0, 64):
+        run(settings(world, tmp_path / "run", **options, table_projection=k))
+    found = json.loads((tmp_path / "run" / "estimates.json").read_text())["estimators"]["table"]
+    assert found["bytes"] == 4 * 4 * 64 * 4 and all(t["sketch"] > 1 for t in found["trust"])
+    assert not any(found["trusted"])
+    assert f"{size(found['bytes'])} of memory" in capsys.readouterr().err
 
 
 def test_a_changed_model_is_refused(world: Path, tmp_path: Path) -> None:
@@ -277,6 +356,8 @@ def test_command_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["order", "search", "--out", str(tmp_path / "run"), "--quiet", "--set", "retrain=0"]) == 0
     assert (tmp_path / "run" / "order.npz").is_file()
     assert main(["order", str(tmp_path / "run" / "run.yaml"), "--quiet"]) == 0, "replays the validation"
+    assert main(["order", "validate", *common, "--orders", "1"]) == 2
+    assert "setting 'orders' is 1; should be greater than or equal to 2" in capsys.readouterr().err
     assert main(["order", "valdiate", "--out", str(tmp_path / "run")]) == 2
     assert "did you mean 'validate'" in capsys.readouterr().err
     assert main(["order", "search", "--out", str(tmp_path / "run"), "--batches", "5"]) == 2
