@@ -337,16 +337,16 @@ def _cost_of(name: str, setting: Setting) -> order.Cost:
     if name == "pairwise":
         return order.Cost(gradients=a * n + held, hvps=a * n, bytes=8 * n * numbers)
     if name == "reduced" and config.second_moment == "own" and config.sample_rows:
-        gradients = config.anchors * n * (1 + setting.problem.share) + steps * setting.problem.share
+        gradients = config.anchors * n * (1 + setting.problem.share) + steps * setting.problem.share + held
         return order.Cost(gradients=gradients, bytes=8 * config.anchors * n * numbers)
     if name == "reduced" and config.second_moment == "own":
         k = config.dimensions
-        return order.Cost(gradients=(config.anchors + 2 * k) * n, bytes=4 * (config.anchors + k) * n * numbers)
+        return order.Cost(gradients=(config.anchors + 2 * k) * n + held, bytes=4 * (config.anchors + k) * n * numbers)
     if name == "reduced":
         k = min(config.dimensions, a * n + 3)
         return order.Cost(gradients=a * n + held, hvps=k * (a * n + held), bytes=4 * (a * n + k) * numbers)
     if name == "moments":
-        return order.Cost(gradients=config.anchors * n, bytes=4 * config.anchors * n * numbers)
+        return order.Cost(gradients=config.anchors * n + held, bytes=4 * config.anchors * n * numbers)
     if name == "table":
         return order.Cost(gradients=steps * n, bytes=4 * steps * n * (config.table_projection or numbers))
     if name == "groups":
@@ -574,15 +574,15 @@ def _estimated(setting: Setting, name: str, sequences: Sequence[Sequence[int]], 
         after.gradients - before.gradients, after.hvps - before.hvps, after.forwards - before.forwards
     )
     trusts = [made.trust(sequence) for sequence in sequences]  # of what was scored: no pass again
-    made_for = made.cost.in_gradients(hvp=HVP_IN_GRADIENTS)
+    made_for = round(made.cost.in_gradients(hvp=HVP_IN_GRADIENTS), 9)  # sums of shares, by where a resume began
     result: dict[str, Any] = {
         "estimated": scores,
         "trust": trusts,
         "trusted": [math.isfinite(loss) and order.trusted(t) for loss, t in zip(scores, trusts, strict=True)],
-        "gradients": made.cost.gradients,
+        "gradients": round(made.cost.gradients, 9),
         "hvps": made.cost.hvps,
         "bytes": made.cost.bytes,
-        "cost_in_batch_gradients": made_for + scoring.in_gradients(hvp=HVP_IN_GRADIENTS),
+        "cost_in_batch_gradients": round(made_for + scoring.in_gradients(hvp=HVP_IN_GRADIENTS), 9),
         "precompute_in_batch_gradients": made_for,
         "seconds_a_score": took / max(1, len(sequences)),
     }

@@ -90,17 +90,17 @@ def _speed(seconds: float | None) -> str:
 def _search(found: dict[str, Any] | None) -> dict[str, Any] | None:
     if found is None:
         return None
-    key = "judged" if found["judge"] else "estimated"
+    key = "judged" if found.get("judge") else "estimated"
     rows = sorted(found["rows"], key=lambda row: (_last(row.get(key)), _last(row["estimated"])))
-    best = next(row for row in rows if row["name"] == found["proposed"])
+    best = next(row for row in rows if row["name"] == found.get("proposed", "found 1"))
     names = list(dict.fromkeys(found["batches"][b]["source"] for b in best["sequence"]))
     return {
         "rows": [
             {"name": r["name"], "estimated": number(r["estimated"], 5), "judged": number(r.get("judged"), 5),
              "true": number(r["true"], 5)} for r in rows
         ],
-        "proposed": found["proposed"],
-        "judge": found["judge"],
+        "proposed": best["name"],
+        "judge": found.get("judge"),
         "method": found["method"],
         "estimator": found["estimator"],
         "evaluations": found["evaluations"],
@@ -138,7 +138,7 @@ def _map(found: dict[str, Any] | None) -> dict[str, Any] | None:
             for name, values in (("its own loss", effects), ("the held-out loss", held))
         ],
         "columns": _labels(columns, 5),
-        "names": [Tick(f"calc(100% - {t.at})", t.text) for t in _labels(names, 8)],
+        "names": _from_below(names, 8),
         "rows": [
             {"batch": r["batch"], "source": r["source"], "counterfactual": number(r["counterfactual"], 4),
              "late": number(r["effect"][-1] - r["effect"][0], 4)}
@@ -153,6 +153,11 @@ def _labels(names: Sequence[str], most: int) -> list[Tick]:
     return [Tick(f"{100 * (i + 0.5) / len(names):.2f}%", name) for i, name in enumerate(names) if i % every == 0]
 
 
+def _from_below(names: Sequence[str], most: int) -> list[Tick]:
+    """`_labels` of rows, the first on top."""
+    return [Tick(f"calc(100% - {label.at})", label.text) for label in _labels(names, most)]
+
+
 def _precedence(found: dict[str, Any]) -> dict[str, Any] | None:
     for part in ("validation", "estimates"):
         for name, entry in found.get(part, {}).get("estimators", {}).items():
@@ -161,16 +166,16 @@ def _precedence(found: dict[str, Any]) -> dict[str, Any] | None:
                 sources = [batch["source"] for batch in found.get(part, {}).get("batches", [])]
                 names = [f"batch {i} ({sources[i]})" if sources else f"batch {i}" for i in range(len(matrix))]
                 order = sorted(range(len(matrix)), key=lambda i: sum(matrix[i]))
+                ranked, short = [names[i] for i in order], [f"batch {i}" for i in order]
                 shown = [[matrix[i][j] for j in order] for i in order]
                 return {
                     "name": name,
-                    "svg": heat(
-                        shown, "cost of a batch before another", *2 * [[names[i] for i in order]], "{} before {}: {}"
-                    ),
-                    "first": [names[i] for i in order[: min(3, len(order) // 2)]],
-                    "last": [names[i] for i in order[-min(3, len(order) // 2) :]],
+                    "svg": heat(shown, "cost of a batch before another", ranked, ranked, "{} before {}: {}"),
+                    "first": ranked[: min(3, len(order) // 2)],
+                    "last": ranked[-min(3, len(order) // 2) :],
                     "largest": number(max(abs(v) for row in matrix for v in row), 3),
-                    "count": len(matrix),
+                    "columns": _labels(short, 6),
+                    "names": _from_below(short, 12),
                 }
     return None
 
@@ -194,7 +199,7 @@ def scatter(estimated: Sequence[float], true: Sequence[float]) -> dict[str, Any]
     )
     svg = _figure(same + dots, "predicted and true losses of the orders", "square")
     return {
-        "svg": svg, "x": ticks(wide, 4), "y": [Tick(t.at, t.text) for t in ticks(tall, 4)],
+        "svg": svg, "x": _few(ticks(wide, 5)), "y": [Tick(t.at, t.text) for t in ticks(tall, 4)],
         "x_mean": number(means[0], 4), "y_mean": number(means[1], 4),
     }  # fmt: skip
 
@@ -203,6 +208,11 @@ def _finite(estimated: Sequence[float | None], true: Sequence[float]) -> tuple[l
     """The orders whose estimate is a finite number."""
     kept = [(e, t) for e, t in zip(estimated, true, strict=True) if e is not None]
     return [e for e, _ in kept], [t for _, t in kept]
+
+
+def _few(labels: list[Tick]) -> list[Tick]:
+    """At most four, for a narrow figure."""
+    return labels if len(labels) <= 4 else [label for label in labels if not label.minor]
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
