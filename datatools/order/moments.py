@@ -35,7 +35,7 @@ from datatools.order.surrogate import Layout, Surrogate
 
 Gradients = Literal["anchors", "rows", "exact", "none"]
 _SIMULATED = 12  # random orders whose paths give the directions
-_REPLAYED = 4  # random orders that say how far apart orders end
+_REPLAYED = 8  # random orders that say how far apart orders end
 _TOGETHER = 1 << 24  # parameters of all orders that are stepped at a time
 
 
@@ -195,7 +195,8 @@ def precompute(
     """Own moments; `hessian` is one of the module's four, `directions` the k of "anchors".
 
     Cost of "anchors": A n gradients, and 2 k n for the directions. Bytes: (A + k) n p numbers. Of "rows": A n gradients
-    of batches and of samples, and T of samples for `replay` and for a score. Bytes: 2 A n p numbers.
+    of batches and of samples, and T of samples for `replay` and for a score. Bytes: 2 A n p numbers. Of both: the
+    held-out gradient, for `replay`.
     Raises: EnvironmentProblem above `limit_bytes`.
     """
     if hessian not in ("anchors", "rows", "exact", "none"):
@@ -252,19 +253,21 @@ def precompute(
 def replay(made: Moments, seed: int = 0) -> float:
     """How wrong the estimate is about the one order whose truth is known, in the unit that matters.
 
-    ||estimated end of the reference order - its recorded end||, over the root mean square distance from that end of a
-    few random orders (without change of gradients, so that it is free). Near 1 the error is as large as what tells
-    orders apart; the ranking holds where it is small.
+    |u (estimated end of the reference order - its recorded end)| over the standard deviation of u (end) of a few random
+    orders (without change of gradients, so that they cost none), u the held-out gradient at the recorded end: what does
+    not move the held-out loss does not count. Near 1 the error is as large as what tells orders apart; the ranking
+    holds where it is small.
     """
     assert made.stored is not None
     layout, steps = made._layout, len(made.sequence)
     end = layout.vector(made.reference.end.params)
+    u = layout.vector(made.problem.held_out_gradient(made.reference.end.params))
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randperm(steps, generator=generator).tolist() for _ in range(_REPLAYED)]
     plain = replace(made, stored=replace(made.stored, sampled=None))
     others, _ = plain._run([[made.sequence[place] for place in order] for order in drawn])
     again, _ = made._run([made.sequence])
-    error, spread = float((again[0] - end).norm()), float((others - end).norm(dim=1).square().mean().sqrt())
+    error, spread = float(((again[0] - end) @ u).abs()), float(((others - end) @ u).std())
     return error / max(spread, 1e-30)
 
 

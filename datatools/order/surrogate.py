@@ -19,7 +19,7 @@ from datatools.errors import DataError, UsageError
 from datatools.order.reference import Cost, Params, Problem, ReferenceRun
 from datatools.orders import check_permutation
 
-FORMAT = 3  # 1 had no `replay`, 2 no sketched tables
+FORMAT = 4  # 1 had no `replay`, 2 no sketched tables, 3 a `replay` by distance
 HVP_WARNING = 0.5  # ||H d|| / ||g|| along the path (spec B.6)
 DRIFT_WARNING = 0.7  # ||gamma_t - theta_t|| / ||theta_t - theta_0|| (spec B.6)
 
@@ -150,8 +150,8 @@ LIMITS: dict[str, float] = {
 """Where an indicator of `trust` says that the estimate may not hold.
 
 Differs: spec B.6 names no limit for the second order; on a small Llama rankings were no better than chance from 0.08
-on. `replay` is measured: the error about the reference order, whose truth is known, over what tells orders apart
-(`moments.replay`, `pairwise.precompute`). Its limit is where rankings of a small Llama cease to hold (`python -m
+on. `replay` is measured, along the held-out gradient: the error about the reference order, whose truth is known, over
+what tells orders apart (`moments.replay`, `pairwise.precompute`). Its limit is where rankings of a small Llama cease to hold (`python -m
 tests.benchmarks.order --rates 1e-4,3e-4,1e-3,3e-3`); `pairwise` is at times right beyond it.
 `frozen` is the share of an update that a table leaves with the reference's batches.
 `sketch` is the relative error of projected terms, and so of what tells orders apart: limited as `replay` is.
