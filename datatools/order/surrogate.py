@@ -151,8 +151,8 @@ LIMITS: dict[str, float] = {
 
 Differs: spec B.6 names no limit for the second order; on a small Llama rankings were no better than chance from 0.08
 on. `replay` is measured, along the held-out gradient: the error about the reference order, whose truth is known, over
-what tells orders apart (`moments.replay`, `pairwise.precompute`). Its limit is where rankings of a small Llama cease to hold (`python -m
-tests.benchmarks.order --rates 1e-4,3e-4,1e-3,3e-3`); `pairwise` is at times right beyond it.
+what tells orders apart (`moments.replay`, `pairwise.precompute`). Its limit is where rankings of a small Llama cease to
+hold (`python -m tests.benchmarks.order --rates 1e-4,3e-4,1e-3,3e-3`); `pairwise` is at times right beyond it.
 `frozen` is the share of an update that a table leaves with the reference's batches.
 `sketch` is the relative error of projected terms, and so of what tells orders apart: limited as `replay` is.
 `fresh` is the share of the second moment that the run itself makes: near 1, no frozen one describes its first steps.
