@@ -95,7 +95,7 @@ def main() -> None:
         run(settings(options, rate, "search"))
         searched = json.loads((folder / "search.json").read_text())
         known = [row["true"] for row in searched["rows"] if row["true"] is not None]
-        proposed = next(row["true"] for row in searched["rows"] if row["name"] == "found 1")
+        proposed = next(row["true"] for row in searched["rows"] if row["name"] == searched["proposed"])
         best = min([*known, *(one["true"] for one in found["orders"])])
         for name, entry in found["estimators"].items():
             rows.append(
