@@ -250,7 +250,7 @@ def _kernel(
         try:
             return Kernel.of(*_assembly(rule, decayed, names, dtypes, places))
         except Unsupported as reason:
-            return reason
+            return reason.with_traceback(None)  # which would keep the tensors of this call
         except Exception as error:  # of ours or of LLVM: a step must not fail because it could not be made fast
             if rule.name not in _warned:
                 _warned.add(rule.name)

@@ -6,6 +6,7 @@ import os
 import re
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -338,6 +339,18 @@ def test_an_elementwise_rule_that_looks_at_the_shape(how):
         rule.step(twin, grad, rule.init(twin), lr=0.5, weight_decay=0.0)
     assert_same(params, twins)
     assert bool(fused.supports(rule, torch.empty(4, 5))) == (how != "dimensions")
+
+
+def test_a_refused_step_keeps_no_tensor_alive():
+    """The refusal is cached; its traceback would hold the first call's gradient, as large as the parameter."""
+    fused._kernel.cache_clear()
+    rule, p = Refused(how="product"), randn((3, 3), 1)
+    grad, state = p.clone(), rule.init(p)
+    watched = weakref.ref(grad)
+    fused.step(rule, [p], [grad], [state], lr=0.1, weight_decay=0.0)
+    del grad, state
+    gc.collect()
+    assert watched() is None
 
 
 def test_a_step_that_cannot_be_compiled_is_stepped_and_says_so_once(monkeypatch):
