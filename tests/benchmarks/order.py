@@ -1,6 +1,7 @@
 """Estimates of the order of training against true retrainings, at two learning rates.
 
-    python -m tests.benchmarks.order --model ../shared/data/models/stories260k --chat tulu --max-length 192 --out runs/orders
+    python -m tests.benchmarks.order --model ../shared/data/models/stories260k --chat tulu --max-length 192 \
+        --out runs/orders
     python -m tests.benchmarks.order --model smollm2 --lora-rank 8 --batch-size 2 --max-length 96 --warmup-steps 32 \
         --held-out 16 --sample-rows 1 --references 1 --rates 3e-4 --out runs/orders-smollm2
 
