@@ -20,6 +20,7 @@ from tests.conftest import REPOSITORY
 pytestmark = pytest.mark.bench
 
 LARGE, KEEP = 32, 16
+_PROCESSES = 3  # whose largest peak counts: a kernel that reclaims pages meanwhile makes one smaller
 CHOICES: dict[str, dict[str, Any]] = {
     "exact": {},
     "paper_code": {"features": "paper_code", "method": "facility_location"},
@@ -127,13 +128,15 @@ def test_coresets(bench: Settings, tmp_path: Path, lora: bool) -> None:
         report.add(f"whole step, {name}, of a step on the large batch", whole[len(whole) // 2], "", at_most=aim)
     for name in ("choosing, exact", "training, kept rows", "training, large batch in one pass",
                  "training, large batch by accumulation"):  # fmt: skip
-        grown = peak(name, tiny=tiny, lora=lora)
+        found_peaks = [peak(name, tiny=tiny, lora=lora) for _ in range(_PROCESSES)]
+        grown = None if None in found_peaks else max(p for p in found_peaks if p is not None)
         if grown is not None:
             report.add(f"{name}: peak memory above the model's", grown / 2**20, "MiB")
     report.notes = [
         "choosing reads all rows drawn; a forward pass over twice the kept rows is by arithmetic 2/3 of a full "
         "training step on them, and all of one with LoRA: the aim of 0.35 is for what choosing adds to that pass",
-        "memory: the peak resident set of a process of its own, above what it held after a step on one row",
+        "memory: the peak resident set of a process of its own above what it held after a step on one row, the largest "
+        "of three",
     ]
     report.keep(samples)
     report.write(tmp_path)
