@@ -156,7 +156,8 @@ class DataTrainer(CoresetMixin):
         lengths = [len(ids) for ids, _ in items]
         groups = token_batches(lengths, min(self.recipe.micro_tokens, -(-sum(lengths) // world)))
         inner = self.accelerator.unwrap_model(model)
-        parts = [partial(share, group, inner) for group in groups[own::world]]
+        mine = groups[own::world]
+        parts = [partial(share, group, inner) for group in mine]
         if self.zeroth is not None:
             taken = self.state.global_step
             if self.observe is not None:
@@ -168,8 +169,7 @@ class DataTrainer(CoresetMixin):
         for part in parts[:-1]:
             total += self._backward(part())
         # the last through DDP, which then adds up the gradients of all; a process without a part adds nothing
-        idle = 0.0 if not parts else 1.0
-        total += self._backward(idle * share((groups[own::world] or groups)[-1], model))
+        total += self._backward(share(mine[-1], model) if mine else 0.0 * share(groups[-1], model))
         if world > 1:
             total = float(self.accelerator.reduce(torch.tensor(total, device=self.args.device), reduction="mean"))
         if not math.isfinite(total):

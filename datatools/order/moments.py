@@ -250,6 +250,13 @@ def precompute(
     return Moments(reference.sequence, cost, reference, problem, hessian, stored, error)
 
 
+def random_orders(sequence: Sequence[int], count: int, seed: int) -> list[list[int]]:
+    """`count` seeded permutations of a sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randperm(len(sequence), generator=generator).tolist() for _ in range(count)]
+    return [[sequence[place] for place in order] for order in drawn]
+
+
 def replay(made: Moments, seed: int = 0) -> float:
     """How wrong the estimate is about the one order whose truth is known, in the unit that matters.
 
@@ -259,13 +266,11 @@ def replay(made: Moments, seed: int = 0) -> float:
     holds where it is small.
     """
     assert made.stored is not None
-    layout, steps = made._layout, len(made.sequence)
+    layout = made._layout
     end = layout.vector(made.reference.end.params)
     u = layout.vector(made.problem.held_out_gradient(made.reference.end.params))
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randperm(steps, generator=generator).tolist() for _ in range(_REPLAYED)]
     plain = replace(made, stored=replace(made.stored, sampled=None))
-    others, _ = plain._run([[made.sequence[place] for place in order] for order in drawn])
+    others, _ = plain._run(random_orders(made.sequence, _REPLAYED, seed))
     again, _ = made._run([made.sequence])
     error, spread = float(((again[0] - end) @ u).abs()), float(((others - end) @ u).std())
     return error / max(spread, 1e-30)
@@ -279,15 +284,13 @@ def stray_directions(made: Moments, k: int, seed: int) -> tuple[Tensor, Tensor]:
     """
     assert made.stored is not None
     steps = len(made.sequence)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randperm(steps, generator=generator).tolist() for _ in range(_SIMULATED)]
     stored, rows = made.stored, []
 
     def keep(t: int, places: Tensor) -> None:
         if (t + 1) % max(1, steps // 8) == 0:
             rows.append(places - interpolated(stored.places, stored.positions, t + 1))
 
-    made._run([[made.sequence[place] for place in order] for order in drawn], keep)
+    made._run(random_orders(made.sequence, _SIMULATED, seed), keep)
     strayed = torch.cat(rows)
     strayed = strayed[strayed.isfinite().all(1)]
     if not len(strayed):
