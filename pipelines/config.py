@@ -604,6 +604,12 @@ class OrderConfig(RunSettings):
         default="local", description="how orders are searched", json_schema_extra=LATE
     )
     budget: int = Field(default=20_000, ge=1, le=10**9, description="orders a search may score", json_schema_extra=LATE)
+    judged: int = Field(
+        default=64, ge=0, le=1_000_000,
+        description="orders that a search's second estimator tries besides the shortlist of the first: random, then "
+        "crosses of the best",
+        json_schema_extra=LATE,
+    )
     retrain: int = Field(
         default=3, ge=0, le=100, description="found orders, and as many random ones, that a search retrains",
         json_schema_extra=LATE,

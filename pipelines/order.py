@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from datatools import DataError, EnvironmentProblem, Order, UsageError, files, o
 from pipelines import models, order_report, trainer
 from pipelines.config import DataConfig, OrderConfig
 from pipelines.prepare import Rows, file_facts, prepare, target_data
-from pipelines.runs import Run, alone, derive_seed, progress, say, warn
+from pipelines.runs import Progress, Run, alone, derive_seed, progress, say, warn
 from pipelines.texts import size
 from pipelines.train import in_scratch, trainable
 
@@ -398,6 +398,13 @@ def _announce(setting: Setting) -> None:
     if config.task == "validate":
         runs = config.orders + config.calibration + (config.seeds if _has_seeds(config) else 0) + config.references
         say(f"  validation: {runs} true runs, {runs * (steps + config.warmup_steps):,} gradients at most")
+    if config.task == "search":
+        runs = 2 * config.retrain + 1
+        if len(config.estimators) > 1:
+            judge = config.estimators[1]
+            each = _per_score(judge, setting)
+            say(f"  {judge} judges a shortlist and {config.judged:,} more orders, {each:.1f} gradients each")
+        say(f"  search: {runs} true runs, {runs * (steps + config.warmup_steps):,} gradients at most")
 
 
 def _has_seeds(config: OrderConfig) -> bool:
@@ -533,10 +540,12 @@ def _spending(problem: order.Problem, label: str, total: int) -> Iterator[None]:
             problem.spent = None
 
 
-def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], number: int = 0) -> dict[str, Any]:
+def estimate(
+    setting: Setting, name: str, sequences: Sequence[Sequence[int]], number: int = 0, bar: Progress | None = None
+) -> dict[str, Any]:
     """Scores, trust and cost of an estimator for these orders; kept, and read when it was made for the same.
 
-    A score that is not finite is inf here, null in the files, and not trusted.
+    A score that is not finite is inf here, null in the files, and not trusted. bar: of a caller, to advance.
     """
     config = setting.config
     asked = {
@@ -547,9 +556,12 @@ def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], nu
     if name == "table":
         asked["projection"] = config.table_projection
     path = setting.run.path("estimates", f"{name}-{number:02d}-{files.digest(repr(asked).encode())[:12]}.json")
-    if not path.is_file():
+    if path.is_file():
+        if bar is not None:
+            bar.advance(len(sequences))
+    else:
         files.make_folder(path.parent)
-        files.write_json(path, order.finite(_estimated(setting, name, sequences, number)))
+        files.write_json(path, order.finite(_estimated(setting, name, sequences, number, bar)))
     found: dict[str, Any] = files.read_json(path)
     return found | {
         "estimated": [math.inf if loss is None else loss for loss in found["estimated"]],
@@ -557,12 +569,14 @@ def estimate(setting: Setting, name: str, sequences: Sequence[Sequence[int]], nu
     }
 
 
-def _estimated(setting: Setting, name: str, sequences: Sequence[Sequence[int]], number: int) -> dict[str, Any]:
+def _estimated(
+    setting: Setting, name: str, sequences: Sequence[Sequence[int]], number: int, bar: Progress | None
+) -> dict[str, Any]:
     made = surrogate(setting, name, number)
     ready = time.monotonic()
     before = replace(setting.problem.cost)
     scores = []
-    with progress(f"{name}: scores", len(sequences), "orders") as bar:
+    with nullcontext(bar) if bar is not None else progress(f"{name}: scores", len(sequences), "orders") as bar:
         for lo in range(0, len(sequences), _TOGETHER):
             scores += made.scores(sequences[lo : lo + _TOGETHER]).tolist()
             bar.advance(len(sequences[lo : lo + _TOGETHER]))
@@ -646,7 +660,8 @@ def _estimate(setting: Setting) -> None:
 
 def _search(setting: Setting) -> None:
     """The first estimator searches. An optimum of an estimate is where its errors help it most, so the second, where
-    one is named, judges a shortlist: what was found, the best of as many random orders, and the curricula.
+    one is named, judges a shortlist (what was found, the best of as many random orders, and the curricula), and goes on
+    from it with `judged` orders of its own.
     """
     config, name = setting.config, setting.config.estimators[0]
     judge = config.estimators[1] if len(config.estimators) > 1 else None
@@ -669,14 +684,13 @@ def _search(setting: Setting) -> None:
     )
     shortlist |= {f"found {i + 1}": s for i, s in enumerate(found.sequences)}
     shortlist |= {f"best of random, {i + 1}": s for i, s in enumerate(blind.sequences)}
-    rows: list[dict[str, Any]] = [
-        {"name": label, "sequence": list(s), "estimated": made.score(s)} for label, s in shortlist.items()
-    ]
-    key = "estimated"
+    rows: list[dict[str, Any]] = [{"name": label, "sequence": list(s)} for label, s in shortlist.items()]
+    key, judging = "estimated", None
     if judge is not None:
-        judged, key = estimate(setting, judge, list(shortlist.values())), "judged"
-        for row, value, trust in zip(rows, judged["estimated"], judged["trust"] or [{}] * len(rows), strict=True):
-            row |= {"judged": value, "trust": trust}
+        key = "judged"
+        rows, judging = _judge(setting, judge, rows)
+    for row in rows:
+        row["estimated"] = made.score(row["sequence"])
     ranked = sorted(rows, key=lambda row: math.inf if row[key] is None else row[key])
     proposed = ranked[0]
     indicators = made.trust(proposed["sequence"]) if judge is None else proposed["trust"]
@@ -696,9 +710,10 @@ def _search(setting: Setting) -> None:
     files.write_json(
         setting.run.path("search.json"),
         order.finite({
-            "estimator": name, "judge": judge, "method": config.search, "evaluations": found.evaluations,
-            "seconds": took, "random_best": blind.scores[0], "proposed": proposed["name"], "trust": indicators,
-            "rows": rows, "regret": proposed["true"] - min(true) if true else None,
+            "estimator": name, "judge": judge, "judging": judging, "method": config.search,
+            "evaluations": found.evaluations, "seconds": took, "random_best": blind.scores[0],
+            "proposed": proposed["name"], "trust": indicators, "rows": rows,
+            "regret": proposed["true"] - min(true) if true else None,
             "batches": [{"source": s, "tokens": n} for s, n in zip(setting.sources, setting.lengths, strict=True)],
         }),
     )  # fmt: skip
@@ -707,6 +722,38 @@ def _search(setting: Setting) -> None:
         f"proposed order: {proposed['name']}, predicted{by} {proposed[key]:.5f}: {setting.run.path('order.npz')} "
         "(datatools train --order)"
     )
+
+
+def _judge(
+    setting: Setting, judge: str, shortlist: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of the shortlist, and of the best of `judged` orders that go on from it, with the judge's score and
+    trust; and how many it scored, at what cost.
+    """
+    known: dict[tuple[int, ...], dict[str, Any]] = {}
+    spent = {"orders": 0, "cost_in_batch_gradients": 0.0}  # the cost of scores
+
+    def scores(sequences: list[tuple[int, ...]]) -> list[float]:
+        found = estimate(setting, judge, sequences, bar=bar)
+        for sequence, value, trust in zip(sequences, found["estimated"], found["trust"], strict=True):
+            known[sequence] = {"judged": value, "trust": trust}
+        spent["orders"] += len(sequences)
+        spent["cost_in_batch_gradients"] += found["cost_in_batch_gradients"] - found["precompute_in_batch_gradients"]
+        return list(found["estimated"])
+
+    surrogate(setting, judge)  # before the bar of its scores
+    given = list(dict.fromkeys(tuple(row["sequence"]) for row in shortlist))
+    label, budget = f"search: {judge} judges", setting.config.judged
+    with setting.run.stage(label), progress(label, len(given) + budget, "orders") as bar:
+        first = scores(given)
+        options = {"budget": budget, "seed": setting.config.seed}
+        refined = order.refine(scores, dict(zip(given, first, strict=True)), setting.sequence, **options)
+    rows = shortlist + [
+        {"name": f"refined {i + 1}", "sequence": list(s)} for i, s in enumerate(refined.sequences[:_BLIND])
+    ]
+    if refined.scores:
+        say(f"{judge}: best of the shortlist {min(first):.5f}, of {budget} orders from there {refined.scores[0]:.5f}")
+    return [row | known[tuple(row["sequence"])] for row in rows], spent
 
 
 def _validate(setting: Setting) -> None:

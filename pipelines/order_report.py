@@ -101,6 +101,7 @@ def _search(found: dict[str, Any] | None) -> dict[str, Any] | None:
         ],
         "proposed": best["name"],
         "judge": found.get("judge"),
+        "judged": (found.get("judging") or {}).get("orders"),
         "method": found["method"],
         "estimator": found["estimator"],
         "evaluations": found["evaluations"],

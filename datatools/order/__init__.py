@@ -5,7 +5,7 @@
     reference = record(problem, recipe, range(T), params)       # anchors with optimizer states
     surrogate = precompute("pairwise", reference, problem)
     surrogate.score(order), surrogate.trust(order)
-    search(surrogate, "local", budget=20_000).sequences[0]
+    search(surrogate, "local", budget=20_000).sequences[0]      # and `refine`, for a judge that is too dear to search
 
 | estimator | one-time | a score | what it is |
 | --- | --- | --- | --- |
@@ -43,7 +43,7 @@ from datatools.order.reference import (
     train,
 )
 from datatools.order.search import METHODS as SEARCHES
-from datatools.order.search import Found, borda_order, curricula, exact_order, search
+from datatools.order.search import Found, borda_order, curricula, exact_order, refine, search
 from datatools.order.surrogate import FORMAT, LIMITS, Surrogate, finite, trusted
 from datatools.order.validate import Judgement, Prize, break_even, calibrated, judge, prize
 
@@ -97,6 +97,7 @@ __all__ = [
     "precompute",
     "prize",
     "record",
+    "refine",
     "search",
     "snapshot",
     "spearman",

@@ -4,6 +4,8 @@ local   swaps and moves from the best start there is (Borda, curricula), until n
 genetic tournament 3, order crossover 0.9, mutation 0.2 (swap, move, reverse), 2 elites (spec A.8)
 borda   batches sorted by the row sums of the precedence matrix, or by their regressed effect of position
 random  as many random orders as the others may score: what a search must beat
+
+An optimum of an estimate is where its errors help it most: `refine` lets a better, dearer one look on from there.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from datatools.order.surrogate import Surrogate
 
 Permutation = NDArray[np.int64]  # [T], places of the reference's sequence
 _EXACT_LIMIT = 12
+_ROUND = 8  # orders that a costly judge is given at once, and parents of the next
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,35 @@ def order_crossover(first: Permutation, second: Permutation, lo: int, hi: int) -
     return child
 
 
+def offspring(
+    parents: NDArray[np.int64], scores: NDArray[np.float64], count: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """`count` children [count, T] of parents [P, T]: tournament 3, order crossover 0.9, mutation 0.2 (spec A.8)."""
+    size, steps = parents.shape
+    children = []
+    for _ in range(count):
+        one, two = (min(rng.integers(size, size=3), key=lambda i: scores[i]) for _ in range(2))
+        child = parents[one].copy()
+        if rng.random() < 0.9 and steps > 1:
+            lo, hi = sorted(rng.choice(steps + 1, size=2, replace=False))
+            child = order_crossover(parents[one], parents[two], int(lo), int(hi))
+        if rng.random() < 0.2 and steps > 1:
+            child = _mutated(child, rng)
+        children.append(child)
+    return np.stack(children)
+
+
+def _mutated(child: Permutation, rng: np.random.Generator) -> Permutation:
+    """Two places swapped, one moved to the other, or all between them reversed."""
+    a, b = (int(x) for x in rng.choice(len(child), size=2, replace=False))
+    kind = int(rng.integers(3))
+    if kind == 2:
+        lo, hi = min(a, b), max(a, b) + 1
+        return np.concatenate([child[:lo], child[lo:hi][::-1], child[hi:]])
+    made: Permutation = neighbours(child, np.array([(kind, a, b)]))[0]
+    return made
+
+
 def _genetic(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator) -> None:
     steps, size = len(starts[0]), max(4, min(64, scorer.budget // 10))
     population = np.stack(
@@ -212,26 +244,51 @@ def _genetic(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generato
     )
     scores = scorer(population)
     while scorer.left > 0:
-        elites = population[np.argsort(scores, kind="stable")[:2]]
-        children = []
-        for _ in range(size - 2):
-            one, two = (min(rng.integers(size, size=3), key=lambda i: scores[i]) for _ in range(2))
-            child = population[one].copy()
-            if rng.random() < 0.9 and steps > 1:
-                lo, hi = sorted(rng.choice(steps + 1, size=2, replace=False))
-                child = order_crossover(population[one], population[two], int(lo), int(hi))
-            if rng.random() < 0.2 and steps > 1:
-                a, b = (int(x) for x in rng.choice(steps, size=2, replace=False))
-                kind = int(rng.integers(3))
-                if kind == 2:
-                    lo, hi = min(a, b), max(a, b) + 1
-                    child[lo:hi] = child[lo:hi][::-1].copy()
-                else:
-                    child = neighbours(child, np.array([(kind, a, b)]))[0]
-            children.append(child)
-        kept = scores[np.argsort(scores, kind="stable")[:2]]
-        made = np.stack(children)
-        population, scores = np.concatenate([elites, made]), np.concatenate([kept, scorer(made)])
+        elites = np.argsort(scores, kind="stable")[:2]
+        made = offspring(population, scores, size - 2, rng)
+        population, scores = np.concatenate([population[elites], made]), np.concatenate([scores[elites], scorer(made)])
+
+
+def refine(
+    judge: Callable[[list[tuple[int, ...]]], Sequence[float]],
+    known: Mapping[tuple[int, ...], float],
+    reference: Sequence[int],
+    *,
+    budget: int = 64,
+    seed: int = 0,
+) -> Found:
+    """Better orders than the `known` ones, by a judge that is too dear for `search`; the new ones only, best first.
+
+    A quarter of the budget are random orders, so that the known ones' common errors do not decide; then, in rounds of
+    8, children of the 8 best (`offspring`), each order once. Scores that are not finite are no parents.
+
+    judge: orders -> their scores, lower is better; called with at most 8. reference: what they are permutations of.
+    """
+    rng, labels = np.random.default_rng(seed), np.asarray(reference, dtype=np.int64)
+    scores = {tuple(map(int, sequence)): float(value) for sequence, value in known.items()}
+    found: dict[tuple[int, ...], float] = {}
+    tries = 0  # a handful of batches has few orders
+    while len(found) < budget and tries < 50:
+        best = sorted((s for s in scores if np.isfinite(scores[s])), key=lambda s: (scores[s], s))[:_ROUND]
+        count = min(_ROUND, budget - len(found))
+        if len(found) < budget // 4 or len(best) < 2:
+            count = min(count, max(1, budget // 4 - len(found)))
+            made = rng.permuted(np.tile(np.arange(len(labels)), (count, 1)), axis=1)
+        else:
+            parents = np.stack([places(sequence, reference) for sequence in best])
+            made = offspring(parents, np.array([scores[s] for s in best]), count, rng)
+            made = np.stack([
+                _mutated(child, rng) if tuple(labels[child].tolist()) in scores and len(child) > 1 else child
+                for child in made
+            ])
+        fresh = list(dict.fromkeys(s for s in (tuple(labels[child].tolist()) for child in made) if s not in scores))
+        tries = 0 if fresh else tries + 1
+        if fresh:
+            new = dict(zip(fresh, map(float, judge(fresh)), strict=True))
+            found |= new
+            scores |= new
+    ranked = sorted(found.items(), key=lambda item: (item[1], item[0]))
+    return Found([s for s, _ in ranked], [v for _, v in ranked], len(found))
 
 
 METHODS: dict[str, Callable[[_Scorer, list[Permutation], np.random.Generator], None]] = {

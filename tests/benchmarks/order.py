@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--chat", default="auto")
     parser.add_argument("--out", required=True)
     parser.add_argument("--rates", default="1e-4,3e-4")
-    parser.add_argument("--estimators", default="pairwise,moments,reduced,table")
+    parser.add_argument("--estimators", default="pairwise,reduced,moments,table")
     parser.add_argument("--grouping", default="auto")
     for name, value in {
         "batches": 32, "orders": 30, "batch-size": 8, "references": 3, "max-length": 256, "lora-rank": 0,

@@ -190,17 +190,27 @@ def test_search_proposes_an_order_and_map_and_estimate_go_on_in_the_same_folder(
     assert "Memorisation" in (out / "report.html").read_text()
 
 
-def test_a_second_estimator_judges_what_the_first_found(world: Path, tmp_path: Path) -> None:
+def test_a_second_estimator_judges_what_the_first_found_and_goes_on(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    run(settings(world, out, task="search", budget=300, retrain=1, estimators=["pairwise", "reduced"]))
+    settings_ = {"task": "search", "budget": 300, "retrain": 1, "judged": 6}
+    run(settings(world, out, estimators=["pairwise", "reduced"], **settings_))
     found = json.loads((out / "search.json").read_text())
     judged = {row["name"]: row["judged"] for row in found["rows"] if "judged" in row}
     assert found["judge"] == "reduced" and judged[found["proposed"]] == min(judged.values())
-    assert {"reference", "found 1", "best of random, 1", "length, rising"} <= judged.keys()
+    assert {"reference", "found 1", "best of random, 1", "length, rising", "refined 1"} <= judged.keys()
+    assert found["judging"]["orders"] > 6 and found["judging"]["cost_in_batch_gradients"] > 0
+    kept = {p: p.stat().st_mtime_ns for p in (out / "estimates").iterdir()}
+    assert len(kept) > 2, "the shortlist, and rounds"
+    lost = max(kept, key=lambda p: kept[p])
+    lost.unlink()  # as if it had been killed in the last round
+    run(settings(world, out, estimators=["pairwise", "reduced"], **settings_))
+    again = json.loads((out / "search.json").read_text())
+    assert again["rows"] == found["rows"] and again["judging"] == found["judging"]
+    assert all(p.stat().st_mtime_ns == time for p, time in kept.items() if p != lost)
+    assert "orders that it judged" in (out / "report.html").read_text()
     proposed = next(row for row in found["rows"] if row["name"] == found["proposed"])
     assert tuple(proposed["sequence"]) == Order.load(out / "order.npz").sequence
     assert found["trust"] == proposed["trust"] and "replay" in found["trust"]
-    assert "is the best of a shortlist" in (out / "report.html").read_text()
 
 
 def test_a_killed_validation_goes_on_where_it_was(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Searches on planted precedence, statistics of a validation, maps of positions, the order file."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from datatools import DataError, Order, UsageError
 from datatools import order as orders
 from datatools.correlations import ranks
-from datatools.order import Cost, Surrogate, curricula, exact_order, judge, memory_map, prize, search
+from datatools.order import Cost, Surrogate, curricula, exact_order, judge, memory_map, prize, refine, search
 from datatools.order.pairwise import Pairwise
 from datatools.order.validate import calibrated, hit_rate
 from tests.datatools.order.quadratics import random_problem, recipe, run
@@ -70,6 +71,41 @@ def test_a_search_keeps_the_best_curriculum_it_was_given() -> None:
         search(matrix, "random", starts=[[0] * 12])
     with pytest.raises(UsageError, match="did you mean 'genetic'"):
         search(matrix, "genetics")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_refining_beats_random_with_equal_evaluations_and_scores_no_order_twice(seed: int) -> None:
+    matrix, _ = planted(16, seed)
+    drawn = np.random.default_rng(seed).permuted(np.tile(np.arange(16), (8, 1)), axis=1)
+    known = {tuple(s): float(v) for s, v in zip(drawn.tolist(), matrix.scores(drawn), strict=True)}
+    asked: list[tuple[int, ...]] = []
+
+    def judge_(sequences: list[tuple[int, ...]]) -> list[float]:
+        assert len(sequences) <= 8
+        asked.extend(sequences)
+        return [float("inf") if len(asked) < 12 else v for v in matrix.scores(sequences).tolist()]
+
+    found = refine(judge_, known, range(16), budget=80, seed=seed)
+    assert found.evaluations == len(asked) == len(set(asked)) == 80
+    assert not set(asked) & known.keys()
+    assert found.scores == sorted(found.scores) and math.isinf(found.scores[-1])
+    assert found.scores[0] == pytest.approx(matrix.score(found.sequences[0]))
+    assert found.scores[0] < search(matrix, "random", budget=88, seed=seed).scores[0]
+    again = refine(lambda sequences: matrix.scores(sequences).tolist(), known, range(16), budget=80, seed=seed)
+    assert again.scores[0] < min(known.values())
+    assert again == refine(
+        lambda sequences: matrix.scores(sequences).tolist(), known, range(16), budget=80, seed=seed
+    ), "the same seed, the same orders"
+
+
+def test_refining_stops_where_there_is_no_other_order() -> None:
+    score = {s: float(i) for i, s in enumerate(itertools.permutations((5, 6, 7)))}
+    known = {(7, 6, 5): score[7, 6, 5]}
+    found = refine(lambda sequences: [score[s] for s in sequences], known, (5, 6, 7), budget=40)
+    assert found.evaluations == 5 and found.sequences[0] == (5, 6, 7)
+    repeated = refine(lambda sequences: [float(s[0]) for s in sequences], {(4, 3, 4): 4.0}, (4, 4, 3), budget=9)
+    assert repeated.sequences[0] == (3, 4, 4)
+    assert refine(lambda sequences: [0.0] * len(sequences), {(0,): 0.0}, (0,), budget=4).sequences == []
 
 
 def test_dynamic_programming_is_exact() -> None:
