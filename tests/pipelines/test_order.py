@@ -22,6 +22,7 @@ from pipelines.config import (
     TrainingConfig,
 )
 from pipelines.order import run
+from pipelines.order_setting import Setting
 from pipelines.prepare import prepare
 from pipelines.texts import size
 from tests.tiny import save_tiny_model, write_rows
@@ -75,9 +76,9 @@ def test_validation_says_what_it_must(validated: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def cold(world: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Setting:
+def cold(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """What the tasks of a run share, from a cold start; batches fall into several micro-batches."""
-    kept: list[pipeline.Setting] = []
+    kept: list[Setting] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(pipeline._TASKS, "record", kept.append)
         training = OrderTraining(batch_size=4, learning_rate=1e-3, micro_tokens=70)
@@ -87,7 +88,7 @@ def cold(world: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Sett
 
 
 def test_training_in_an_order_ends_where_its_true_run_does(
-    cold: pipeline.Setting, world: Path, tmp_path: Path
+    cold: Setting, world: Path, tmp_path: Path
 ) -> None:
     """`datatools train --order` and the tasks' own loop: one way of training, but for the last bit of fused steps."""
     given = cold.plan.reordered([2, 0, 3, 1])
@@ -113,7 +114,7 @@ def test_training_in_an_order_ends_where_its_true_run_does(
     assert len(metrics) == 4, "one step a batch"
 
 
-def test_a_trainer_records_the_same_reference_run(cold: pipeline.Setting, world: Path, tmp_path: Path) -> None:
+def test_a_trainer_records_the_same_reference_run(cold: Setting, world: Path, tmp_path: Path) -> None:
     """`DataTrainer(observe=...)` with a `Recorder`, as a user of the Trainer writes it."""
     model = ModelConfig(name=str(world / "model"))
     loaded = models.load(model)
