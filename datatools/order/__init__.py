@@ -44,7 +44,7 @@ from datatools.order.reference import (
 )
 from datatools.order.search import METHODS as SEARCHES
 from datatools.order.search import Found, borda_order, curricula, exact_order, refine, search
-from datatools.order.surrogate import FORMAT, LIMITS, Surrogate, finite, trusted
+from datatools.order.surrogate import FORMAT, LIMIT_BYTES, LIMITS, Surrogate, check_linear, finite, trusted
 from datatools.order.validate import Judgement, Prize, break_even, calibrated, judge, prize
 
 ESTIMATORS: dict[str, Callable[..., Surrogate]] = {
@@ -69,6 +69,7 @@ __all__ = [
     "ESTIMATORS",
     "FORMAT",
     "LIMITS",
+    "LIMIT_BYTES",
     "SEARCHES",
     "Anchor",
     "Cost",
@@ -89,6 +90,7 @@ __all__ = [
     "borda_order",
     "break_even",
     "calibrated",
+    "check_linear",
     "curricula",
     "exact_order",
     "finite",

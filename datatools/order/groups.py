@@ -51,7 +51,7 @@ class Groups(Surrogate):
         return total / pairs.clamp_min(1)
 
     def trust(self, sequence: Sequence[int]) -> dict[str, float]:
-        """Share of the pairs of neighbours that stay inside a group: blocks were measured, mixtures were not."""
+        """Share of neighbours that change group, beyond what blocks must: blocks were measured, mixtures were not."""
         self.score(sequence)
         labels = self.groups[list(sequence)]
         changes = int((labels[1:] != labels[:-1]).sum())

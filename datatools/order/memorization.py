@@ -63,7 +63,8 @@ def memory_map(
 ) -> Map:
     """Move each of `batches` to each of `positions` places, spread over the run, with `completions` random rests.
 
-    The same rests for every batch and place. Cost: B x P x completions runs of `final`, and B x completions without.
+    The same rests for every batch and place; of a batch that epochs repeat, its first turn is moved.
+    Cost: B x P x completions runs of `final`, and B x completions without.
     Raises: UsageError for a batch that is not in the sequence, or fewer than 2 positions; Diverged for a run whose loss
     is not finite.
     """
@@ -87,7 +88,8 @@ def memory_map(
             for j, spot in enumerate(spots):
                 params = final([*rest[:spot], batch, *rest[spot:]])
                 memory[i, j, r], held_out[i, j, r] = train_loss(params, batch), held_out_loss(params)
-            dropped = final([*rest[: steps // 2], None, *rest[steps // 2 :]])
+            others = [None if b == batch else b for b in rest]  # all its turns, where epochs repeat it
+            dropped = final([*others[: steps // 2], None, *others[steps // 2 :]])
             without[i, 0, r], without[i, 1, r] = train_loss(dropped, batch), held_out_loss(dropped)
             if not all(map(math.isfinite, [*memory[i, :, r], *held_out[i, :, r], *without[i, :, r]])):
                 raise Diverged(

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from datatools.errors import EnvironmentProblem, UsageError
 from datatools.order.reference import Cost, Diverged, Params, Problem, Recipe, ReferenceRun, States
-from datatools.order.surrogate import Layout, Surrogate
+from datatools.order.surrogate import LIMIT_BYTES, Layout, Surrogate
 
 Gradients = Literal["anchors", "rows", "exact", "none"]
 _SIMULATED = 12  # random orders whose paths give the directions
@@ -96,7 +96,7 @@ class Moments(Surrogate):
         start, count = self._layout.vector(self.reference.start.params), len(sequences)
         here = start.expand(count, -1)
         states: States = {
-            name: {key: value.expand(count, *value.shape) for key, value in state.items()}
+            name: {key: value.to(start.device).expand(count, *value.shape) for key, value in state.items()}
             for name, state in self.reference.start.states.items()
         }
         curvature = torch.zeros(count)
@@ -189,7 +189,7 @@ def precompute(
     *,
     hessian: Gradients = "anchors",
     directions: int = 0,
-    limit_bytes: int = 8 << 30,
+    limit_bytes: int = LIMIT_BYTES,
     seed: int = 0,
 ) -> Moments:
     """Own moments; `hessian` is one of the module's four, `directions` the k of "anchors".
@@ -207,9 +207,9 @@ def precompute(
         return Moments(reference.sequence, Cost(), reference, problem, hessian)
     before, n = problem.cost.gradients, len(problem.batches)
     layout = Layout.of(reference.start.params)
-    dtype = next(iter(reference.start.params.values())).dtype
+    like = next(iter(reference.start.params.values()))
     tables = len(reference.anchors) * (2 if hessian == "rows" else 1) + directions
-    need = tables * n * layout.size * dtype.itemsize
+    need = tables * n * layout.size * like.element_size()
     if need > limit_bytes:
         raise EnvironmentProblem(
             f"order: gradients of {n} batches at {len(reference.anchors)} anchors, along {directions} directions, are "
@@ -217,7 +217,7 @@ def precompute(
         )
 
     def at_anchors(gradient: Callable[[Params, int], Params]) -> Tensor:
-        table = torch.empty(len(reference.anchors), n, layout.size, dtype=dtype)
+        table = like.new_empty(len(reference.anchors), n, layout.size)
         for a, anchor in enumerate(reference.anchors):
             for b in range(n):
                 table[a, b] = layout.vector(gradient(anchor.params, b))
@@ -227,15 +227,15 @@ def precompute(
         at_anchors(problem.gradient),
         torch.stack([layout.vector(anchor.params) for anchor in reference.anchors]),
         tuple(anchor.position for anchor in reference.anchors),
-        torch.zeros(layout.size, 0, dtype=dtype),
-        torch.zeros(n, 0, layout.size, dtype=dtype),
+        like.new_zeros(layout.size, 0),
+        like.new_zeros(n, 0, layout.size),
         at_anchors(problem.sample_gradient) if hessian == "rows" else None,
     )
     made = Moments(reference.sequence, Cost(), reference, problem, hessian, stored)
     if directions:
         basis, reach = stray_directions(made, directions, seed)
         middle = layout.vector(reference.nearest(len(reference.sequence) / 2).params)
-        curved = torch.empty(n, basis.shape[1], layout.size, dtype=dtype)
+        curved = like.new_empty(n, basis.shape[1], layout.size)
         for j, length in enumerate(reach.tolist()):
             for b in range(n):
                 ahead, behind = (

@@ -7,6 +7,7 @@ gradient at the reference's end, and E[s, q] how far a gradient at s has moved b
 
     F[t, l] = -E[t, T] <u, P g_l>,   K[s, t] = E[s, t] E[t, T],   Q[i, j] = <u, P H_j P g_i> = <H_j P u, P g_i>
 
+Where g_l is clipped to c g_l, H_l is the derivative of that (`unclipped`).
 One gradient and one Hessian-vector product a batch and anchor. Swapping two neighbours at beta = 0, P = 1 changes the
 loss by lr^2 <u, H_B g_A - H_A g_B>, the Lie bracket of the two updates (also arXiv 2606.24993).
 """
@@ -125,31 +126,30 @@ def precompute(
     chosen = used_anchors(reference, anchors)
     start_cost = (problem.cost.gradients, problem.cost.hvps)
     layout = Layout.of(reference.start.params)
-    dtype = next(iter(reference.start.params.values())).dtype
     u = layout.vector(problem.held_out_gradient(reference.end.params))
     begin = layout.vector(reference.start.params)
 
     first, products, offsets, carried_terms = [], [], [], []
     filtered = None
     for anchor in chosen:
-        grads = torch.empty(n, layout.size, dtype=dtype)
+        grads, curved = begin.new_empty(n, layout.size), begin.new_empty(n, layout.size)
+        factors = []
         for b in range(n):
             raw = problem.gradient(anchor.params, b)
-            grads[b] = layout.vector(raw) * reference.recipe.clip_factor(raw)
+            factors.append(reference.recipe.clip_factor(raw))
+            grads[b] = layout.vector(raw) * factors[b]
         if filtered is None or second_moment == "anchor":
             v = expected_second_moment(reference, layout, grads) if second_moment == "expected" else None
             filtered = linearised(reference, layout, anchor.position, v)
-        p = filtered.preconditioner.to(dtype)
-        pu = layout.tensors(p * u)
+        p = filtered.preconditioner.to(begin)
         moved = p * grads
-        curved = torch.empty(n, layout.size, dtype=dtype)
-        for b in range(n):
-            scale = reference.recipe.clip_factor(layout.tensors(grads[b])) if reference.recipe.clip else 1.0
-            curved[b] = layout.vector(problem.hvp(anchor.params, b, pu)) * scale
-        first.append((grads @ (p * u)).double())
-        products.append((moved @ curved.T).double())  # [i, j] = <P g_i, H_j P u>
-        offsets.append((curved @ (begin - layout.vector(anchor.params))).double())
-        carried_terms.append((curved @ (p * filtered.carried.to(dtype))).double())
+        for b, factor in enumerate(factors):
+            free = layout.tensors(unclipped(p * u, grads[b], factor))
+            curved[b] = layout.vector(problem.hvp(anchor.params, b, free)) * factor
+        first.append((grads @ (p * u)).double().cpu())
+        products.append((moved @ curved.T).double().cpu())  # [i, j] = <P g_i, H_j P u>
+        offsets.append((curved @ (begin - layout.vector(anchor.params))).double().cpu())
+        carried_terms.append((curved @ (p * filtered.carried.to(p))).double().cpu())
     assert filtered is not None
     moved_by, carried_by = filtered.filter(reference.recipe.rates)
     position, kernel, segment = expansion(
@@ -164,7 +164,7 @@ def precompute(
     )
     base = Pairwise(reference.sequence, Cost(), 0.0, position, kernel, torch.stack(products), segment)
     shared = shared_way(reference, layout, u, filtered, carried_by)
-    known = torch.stack([u @ (layout.vector(anchor.params) - begin) for anchor in reference.anchors[1:]]).double()
+    known = torch.stack([u @ (layout.vector(anchor.params) - begin) for anchor in reference.anchors[1:]]).double().cpu()
     ends = [anchor.position for anchor in reference.anchors[1:]]
     wrong = torch.stack([base.way(q, moved_by) + shared[q] for q in ends]) - known
     generator = torch.Generator().manual_seed(0)
@@ -175,7 +175,7 @@ def precompute(
     cost = Cost(
         gradients=problem.cost.gradients - start_cost[0],
         hvps=problem.cost.hvps - start_cost[1],
-        bytes=2 * n * layout.size * dtype.itemsize,
+        bytes=2 * n * layout.size * begin.element_size(),
     )
     fresh = 0.0
     if filtered.steps is not None:  # AdamW
@@ -185,18 +185,27 @@ def precompute(
     )
 
 
+def unclipped(vector: Tensor, gradient: Tensor, factor: float) -> Tensor:
+    """`vector` without its part along a gradient that is clipped (factor < 1), for the derivative of clipping:
+    c g = clip g / |g| changes by c (I - g g^T / |g|^2) H d, and <v, that> = c <H (I - g g^T / |g|^2) v, d>.
+    """
+    if factor == 1.0:
+        return vector
+    return vector - (gradient @ vector) / (gradient @ gradient).clamp_min(1e-30) * gradient
+
+
 def shared_way(
     reference: ReferenceRun, layout: Layout, u: Tensor, filtered: Linear, carried: Tensor
 ) -> Tensor:
     """[T + 1]: what the carried moment and weight decay have moved along u before each step, in any order."""
-    recipe, p = reference.recipe, filtered.preconditioner.to(u.dtype)
+    recipe, p = reference.recipe, filtered.preconditioner.to(u)
     decays = []
     for anchor in reference.anchors:
         decay = {n: theta * recipe.factors[n] * recipe.weight_decay[n] for n, theta in anchor.params.items()}
         decays.append(float(u @ layout.vector(decay)))
     there = np.interp(range(len(recipe.rates)), [anchor.position for anchor in reference.anchors], decays)
     decayed = torch.tensor([0.0, *(there * recipe.rates)], dtype=torch.float64).cumsum(0)
-    return -carried * float(u @ (p * filtered.carried.to(u.dtype))) - decayed
+    return -carried * float(u @ (p * filtered.carried.to(u))) - decayed
 
 
 def expansion(
@@ -245,7 +254,7 @@ def expected_second_moment(reference: ReferenceRun, layout: Layout, grads: Tenso
     if fields["name"] != "adamw":
         return None
     b2, steps = fields["betas"][1], len(reference.sequence)
-    counts = torch.bincount(torch.tensor(list(reference.sequence)), minlength=len(grads)).to(grads.dtype)
+    counts = torch.bincount(torch.tensor(list(reference.sequence)), minlength=len(grads)).to(grads)
     mean = (grads.square() * counts[:, None]).sum(0) / counts.sum()
     states = reference.start.states
     taken = float(next(iter(states.values()))["step"])

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from datatools.errors import EnvironmentProblem, UsageError
 from datatools.order import moments
-from datatools.order.pairwise import Second, expected_second_moment, used_anchors
-from datatools.order.reference import Anchor, Cost, Params, Problem, ReferenceRun
-from datatools.order.surrogate import Layout, Surrogate, linearised
+from datatools.order.pairwise import Second, expected_second_moment, unclipped, used_anchors
+from datatools.order.reference import Cost, Problem, ReferenceRun
+from datatools.order.surrogate import LIMIT_BYTES, Layout, Surrogate, linearised
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ def precompute(
     k: int = 8,
     anchors: int | None = 1,
     second_moment: Second | Literal["own"] = "own",
-    limit_bytes: int = 8 << 30,
+    limit_bytes: int = LIMIT_BYTES,
 ) -> Surrogate:
     """The reduced model of a reference run.
 
@@ -127,11 +127,14 @@ def precompute(
             f"{need / 2**30:.1f} GiB; more than {limit_bytes / 2**30:.1f}: use one anchor, adapters, or pairwise"
         )
     before = (problem.cost.gradients, problem.cost.hvps)
-    grads = torch.empty(len(chosen), n, layout.size, dtype=dtype)
+    begin = layout.vector(reference.start.params)
+    grads = begin.new_empty(len(chosen), n, layout.size)
+    factors = torch.ones(len(chosen), n, dtype=torch.float64)
     for a, anchor in enumerate(chosen):
         for b in range(n):
             raw = problem.gradient(anchor.params, b)
-            grads[a, b] = layout.vector(raw) * reference.recipe.clip_factor(raw)
+            factors[a, b] = reference.recipe.clip_factor(raw)
+            grads[a, b] = layout.vector(raw) * float(factors[a, b])
     middle = len(chosen) // 2
     v = None
     if second_moment == "expected":
@@ -139,36 +142,37 @@ def precompute(
     filtered = linearised(reference, layout, chosen[middle].position, v)
     root = filtered.preconditioner.to(dtype).sqrt()
     u = layout.vector(problem.held_out_gradient(reference.end.params))
-    end, begin = layout.vector(reference.end.params), layout.vector(reference.start.params)
+    end = layout.vector(reference.end.params)
 
     def coordinates(difference: Tensor) -> Tensor:
         return difference / root
 
     scaled = root * grads
-    must = torch.stack([root * u, coordinates(end - begin), root * filtered.carried.to(dtype)])
+    must = torch.stack([root * u, coordinates(end - begin), root * filtered.carried.to(root)])
     basis = leading(scaled.reshape(-1, layout.size), must, k)  # [p, k]
     k = basis.shape[1]
     lifted = root[:, None] * basis  # a step in x, as a step in theta
 
-    def matrix(product: Callable[[Params], Params]) -> Tensor:
-        columns = [product(layout.tensors(lifted[:, j].contiguous())) for j in range(k)]
-        dense = torch.stack([lifted.T @ layout.vector(column) for column in columns]).double()
-        return (dense + dense.T) / 2
+    def matrix(product: Callable[[Tensor], Tensor], symmetric: bool = True) -> Tensor:
+        curved = torch.stack([product(lifted[:, j].contiguous()) for j in range(k)])
+        dense = (lifted.T @ curved.T).double().cpu()  # [i, j] = <B_i, H' B_j>
+        return (dense + dense.T) / 2 if symmetric else dense
 
-    def product(anchor: Anchor, batch: int) -> Callable[[Params], Params]:
-        return lambda vector: problem.hvp(anchor.params, batch, vector)
+    def of_batch(a: int, b: int) -> Tensor:
+        factor = float(factors[a, b])
 
-    matrices = torch.stack([torch.stack([matrix(product(anchor, b)) for b in range(n)]) for anchor in chosen])
-    clipped = reference.recipe.clip is not None
-    if clipped:
-        for a, anchor in enumerate(chosen):
-            for b in range(n):
-                matrices[a, b] *= reference.recipe.clip_factor(problem.gradient(anchor.params, b))
-    held_out = matrix(lambda v: problem.held_out_hvp(reference.end.params, v))
+        def product(vector: Tensor) -> Tensor:
+            curved = layout.vector(problem.hvp(chosen[a].params, b, layout.tensors(vector)))
+            return factor * unclipped(curved, grads[a, b], factor)
+
+        return matrix(product, symmetric=factor == 1.0)
+
+    matrices = torch.stack([torch.stack([of_batch(a, b) for b in range(n)]) for a in range(len(chosen))])
+    held_out = matrix(lambda v: layout.vector(problem.held_out_hvp(reference.end.params, layout.tensors(v))))
     origin = layout.vector(chosen[middle].params)
 
     def place(vector: Tensor) -> Tensor:
-        return (basis.T @ coordinates(vector - origin)).double()
+        return (basis.T @ coordinates(vector - origin)).double().cpu()
 
     steps = range(len(reference.sequence))
     cost = Cost(
@@ -179,18 +183,18 @@ def precompute(
     made = Reduced(
         reference.sequence,
         cost,
-        (scaled @ basis).double(),
+        (scaled @ basis).double().cpu(),
         matrices,
         torch.stack([place(layout.vector(a.params)) for a in chosen]),
         place(begin),
-        (basis.T @ (root * filtered.carried.to(dtype))).double(),
+        (basis.T @ (root * filtered.carried.to(root))).double().cpu(),
         torch.zeros(k, dtype=torch.float64),
         filtered.beta,
         reference.recipe.rates,
         tuple(filtered.correction(t) for t in steps),
         tuple(a.position for a in chosen),
         problem.held_out_loss(reference.end.params),
-        (lifted.T @ u).double(),
+        (lifted.T @ u).double().cpu(),
         held_out,
     )
     ends = made._run(torch.tensor([list(reference.sequence)]))[0][0]

@@ -375,14 +375,14 @@ class ReferenceRun:
         )
 
     @classmethod
-    def load(cls, folder: Path) -> ReferenceRun:
-        """Read what `save` wrote. Raises: DataError when something is missing or damaged, naming it."""
+    def load(cls, folder: Path, device: torch.device | str = "cpu") -> ReferenceRun:
+        """Read what `save` wrote, to a device. Raises: DataError when something is missing or damaged, naming it."""
         meta = files.read_json(folder / "meta.json")
         try:
             if meta["format"] != _FORMAT:
                 raise DataError(f"{folder}: a reference run of format {meta['format']}, this version reads {_FORMAT}")
             recipe = Recipe.from_description(meta["recipe"])
-            anchors = tuple(load_anchor(folder, position, recipe) for position in meta["anchors"])
+            anchors = tuple(load_anchor(folder, position, recipe, device) for position in meta["anchors"])
             return cls(tuple(meta["sequence"]), recipe, anchors, meta["facts"])
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{folder / 'meta.json'} is damaged ({error!r}); record the reference run again") from error
@@ -401,20 +401,24 @@ def save_anchor(folder: Path, anchor: Anchor) -> None:
     files.write_bytes(anchor_path(folder, anchor.position), safetensors.torch.save(tensors))
 
 
-def load_anchor(folder: Path, position: int, recipe: Recipe) -> Anchor:
-    """Read one anchor. Raises: DataError when it is missing, damaged, or lacks parameters or states of the recipe."""
+def load_anchor(folder: Path, position: int, recipe: Recipe, device: torch.device | str = "cpu") -> Anchor:
+    """Read one anchor, to a device; its states go where the rule makes them.
+
+    Raises: DataError when it is missing, damaged, or lacks parameters or states of the recipe.
+    """
     path = anchor_path(folder, position)
     try:
         tensors = safetensors.torch.load(files.read_bytes(path))
     except SafetensorError as error:
         raise DataError(f"{path} is damaged ({error}); record the reference run again") from error
-    params = {name: tensors[f"param/{name}"] for name in recipe.rules if f"param/{name}" in tensors}
+    params = {name: tensors[f"param/{name}"].to(device) for name in recipe.rules if f"param/{name}" in tensors}
     missing = [name for name in recipe.rules if name not in params]
     states: States = {}
     for name, rule in recipe.rules.items():
         if name in params:
             keys = rule.init(params[name])
-            states[name] = {k: tensors[f"state/{name}/{k}"] for k in keys if f"state/{name}/{k}" in tensors}
+            at = {k: f"state/{name}/{k}" for k in keys}
+            states[name] = {k: tensors[at[k]].to(fresh.device) for k, fresh in keys.items() if at[k] in tensors}
             missing += [f"{name}/{key}" for key in keys if key not in states[name]]
     if missing:
         raise DataError(
@@ -467,12 +471,12 @@ def record(
         if plan.is_file() and files.read_bytes(plan) != files.json_bytes(wanted):
             raise DataError(f"{folder} holds another reference run, or a part of one; choose another folder")
         if (folder / "meta.json").is_file():
-            return ReferenceRun.load(folder)
+            return ReferenceRun.load(folder, next(iter(params.values())).device)
         files.write_json(plan, wanted)
         for position in positions:
             if not anchor_path(folder, position).is_file():
                 break
-            kept[position] = load_anchor(folder, position, recipe)
+            kept[position] = load_anchor(folder, position, recipe, next(iter(params.values())).device)
     check_repeatable(problem, params, sequence[0])
     newest = kept[max(kept)] if kept else Anchor(0, params, recipe.init(params) if states is None else states)
 

@@ -177,6 +177,7 @@ def _local(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator)
     queue = [pool[i] for i in np.argsort(scores, kind="stable")]
     steps = len(borda)
     moves = np.array([(kind, a, b) for kind in (0, 1) for a in range(steps) for b in range(steps) if a != b])
+    moves = moves.reshape(-1, 3)
     moves = moves[~((moves[:, 0] == 0) & (moves[:, 1] > moves[:, 2]))]
     while scorer.left > 0 and len(moves):
         current = queue.pop(0) if queue else rng.permutation(steps)
@@ -192,7 +193,7 @@ def _local(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator)
                 if scorer.left <= 0 and not np.isfinite(found).any():
                     break
                 best = int(np.argmin(found))
-                if found[best] < value - 1e-12 * max(1.0, abs(value)):
+                if found[best] < (value - 1e-12 * max(1.0, abs(value)) if np.isfinite(value) else value):
                     current, value, improved = tried[best], float(found[best]), True
 
 
@@ -257,10 +258,10 @@ def refine(
     budget: int = 64,
     seed: int = 0,
 ) -> Found:
-    """Better orders than the `known` ones, by a judge that is too dear for `search`; the new ones only, best first.
+    """Better orders than the `known` ones, by a judge that is too dear for `search`: the new ones only, best first.
 
     A quarter of the budget are random orders, so that the known ones' common errors do not decide; then, in rounds of
-    8, children of the 8 best (`offspring`), each order once. Scores that are not finite are no parents.
+    8, children of the 8 best (`offspring`), each order once. Scores that are not finite are inf, and no parents.
 
     judge: orders -> their scores, lower is better; called with at most 8. reference: what they are permutations of.
     """
@@ -272,7 +273,8 @@ def refine(
         best = sorted((s for s in scores if np.isfinite(scores[s])), key=lambda s: (scores[s], s))[:_ROUND]
         count = min(_ROUND, budget - len(found))
         if len(found) < budget // 4 or len(best) < 2:
-            count = min(count, max(1, budget // 4 - len(found)))
+            if len(found) < budget // 4:
+                count = min(count, budget // 4 - len(found))
             made = rng.permuted(np.tile(np.arange(len(labels)), (count, 1)), axis=1)
         else:
             parents = np.stack([places(sequence, reference) for sequence in best])
@@ -284,7 +286,8 @@ def refine(
         fresh = list(dict.fromkeys(s for s in (tuple(labels[child].tolist()) for child in made) if s not in scores))
         tries = 0 if fresh else tries + 1
         if fresh:
-            new = dict(zip(fresh, map(float, judge(fresh)), strict=True))
+            judged = np.asarray(judge(fresh), dtype=np.float64)
+            new = dict(zip(fresh, np.where(np.isfinite(judged), judged, np.inf).tolist(), strict=True))
             found |= new
             scores |= new
     ranked = sorted(found.items(), key=lambda item: (item[1], item[0]))

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from datatools import files
 from datatools.errors import DataError, UsageError
-from datatools.order.reference import Cost, Params, Problem, ReferenceRun
+from datatools.order.reference import Cost, Params, Problem, Recipe, ReferenceRun
 from datatools.orders import check_permutation
 
 FORMAT = 4  # 1 had no `replay`, 2 no sketched tables, 3 a `replay` by distance
 HVP_WARNING = 0.5  # ||H d|| / ||g|| along the path (spec B.6)
+LIMIT_BYTES = 8 << 30  # of the gradients that an estimator keeps, unless its `limit_bytes` says otherwise
 DRIFT_WARNING = 0.7  # ||gamma_t - theta_t|| / ||theta_t - theta_0|| (spec B.6)
 
 
@@ -146,6 +147,7 @@ LIMITS: dict[str, float] = {
     "second_order": 0.05,
     "fresh": 0.7,
     "sketch": 0.2,
+    "mixing": 0.2,
 }
 """Where an indicator of `trust` says that the estimate may not hold.
 
@@ -155,6 +157,7 @@ what tells orders apart (`moments.replay`, `pairwise.precompute`). Its limit is 
 hold (`python -m tests.benchmarks.order --rates 1e-4,3e-4,1e-3,3e-3`); `pairwise` is at times right beyond it.
 `frozen` is the share of an update that a table leaves with the reference's batches.
 `sketch` is the relative error of projected terms, and so of what tells orders apart: limited as `replay` is.
+`mixing` is how far `groups` is from the blocks that it measured: 0 in blocks, about 1 in a random order.
 `fresh` is the share of the second moment that the run itself makes: near 1, no frozen one describes its first steps.
 """
 
@@ -234,13 +237,9 @@ class Linear:
         return moved, carried
 
 
-def linearised(reference: ReferenceRun, layout: Layout, position: int, second_moment: Tensor | None) -> Linear:
-    """The linear filter of the reference's rule, its second moment frozen.
-
-    second_moment: [p], bias-corrected, in place of the one in the anchor's state.
-    Raises: UsageError for rules whose moments are not linear: those of `own-moments` are exact for any.
-    """
-    rules = list(reference.recipe.rules.values())
+def check_linear(recipe: Recipe) -> None:
+    """Raise UsageError unless the rule's moments are linear once its preconditioner is frozen, for all parameters."""
+    rules = list(recipe.rules.values())
     rule, fields = rules[0], rules[0].describe()
     if any(other != rule for other in rules) or rule.name not in ("adamw", "sgd"):
         names = sorted({r.name for r in rules})
@@ -249,6 +248,21 @@ def linearised(reference: ReferenceRun, layout: Layout, position: int, second_mo
             f"have, the same for every parameter; the reference was trained with {', '.join(names)}. Use the estimator "
             "'moments', which carries the state of any rule"
         )
+    if rule.name == "sgd" and (fields.get("nesterov") or fields.get("dampening")):
+        raise UsageError("order: sgd with nesterov or dampening is not linearised; use the estimator 'moments'")
+    if fields.get("amsgrad"):
+        raise UsageError("order: adamw with amsgrad is not linearised; use the estimator 'moments'")
+
+
+def linearised(reference: ReferenceRun, layout: Layout, position: int, second_moment: Tensor | None) -> Linear:
+    """The linear filter of the reference's rule, its second moment frozen.
+
+    second_moment: [p], bias-corrected, in place of the one in the anchor's state.
+    Raises: UsageError for rules whose moments are not linear: those of `own-moments` are exact for any.
+    """
+    check_linear(reference.recipe)
+    rule = next(iter(reference.recipe.rules.values()))
+    fields = rule.describe()
     factors = torch.cat(
         [
             torch.full((shape.numel(),), float(reference.recipe.factors[name]))
@@ -257,15 +271,10 @@ def linearised(reference: ReferenceRun, layout: Layout, position: int, second_mo
     )
     states = reference.start.states
     if rule.name == "sgd":
-        mu = float(fields["momentum"])
-        if fields.get("nesterov") or fields.get("dampening"):
-            raise UsageError("order: sgd with nesterov or dampening is not linearised; use the estimator 'moments'")
-        carried = torch.zeros(layout.size)
+        mu, carried = float(fields["momentum"]), torch.zeros_like(layout.vector(reference.start.params))
         if mu and all("momentum_buffer" in state for state in states.values()):
             carried = layout.vector({n: s["momentum_buffer"] for n, s in states.items()}) * (1 - mu)
-        return Linear(mu, factors / (1 - mu), carried, None)
-    if fields.get("amsgrad"):
-        raise UsageError("order: adamw with amsgrad is not linearised; use the estimator 'moments'")
+        return Linear(mu, factors.to(carried) / (1 - mu), carried, None)
     b1, b2 = fields["betas"]
     anchor = reference.nearest(position)
     if second_moment is None:

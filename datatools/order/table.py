@@ -25,7 +25,7 @@ from torch import Tensor
 
 from datatools.errors import EnvironmentProblem, UsageError
 from datatools.order.reference import Anchor, Params, Problem, Recipe, ReferenceRun
-from datatools.order.surrogate import Layout, Surrogate
+from datatools.order.surrogate import LIMIT_BYTES, Layout, Surrogate
 from datatools.projectors import SJLT
 from optim import UpdateRule
 
@@ -123,7 +123,7 @@ def precompute(
     order: int = 1,
     projection: int = 0,
     seed: int = 0,
-    limit_bytes: int = 8 << 30,
+    limit_bytes: int = LIMIT_BYTES,
 ) -> Table:
     """The table of update terms, kept as the T n gradients that they are made of, or projected (spec A.2 to A.6).
 

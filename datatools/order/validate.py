@@ -115,25 +115,36 @@ def _hit_rate(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.floa
 
 @dataclass(frozen=True)
 class Prize:
-    """Is there anything to win? Spread of the loss over orders against spread over seeds of one order (spec B.5)."""
+    """Is there anything to win? Spread of the loss over orders against spread over seeds of one order (spec B.5).
+
+    over_seeds: None where it was not measured; 0 where nothing but the order is random. ratio: None in both cases.
+    worth_it: at least twice the spread over seeds; None where that is not known.
+    """
 
     over_orders: float
-    over_seeds: float
+    over_seeds: float | None
     ratio: float | None
-    worth_it: bool
+    worth_it: bool | None
 
     def sentence(self) -> str:
         """For people."""
         spread = f"losses differ by {self.over_orders:.3g} over orders (standard deviation)"
+        if self.over_seeds is None:
+            return f"{spread}; by how much over seeds was not measured (seeds: 2 or more)"
         if self.ratio is None:
             return f"{spread}; nothing else in this run is random, so every difference is the order's"
         verdict = "an order can matter" if self.worth_it else "less than twice: there is little to win by ordering"
         return f"{spread} and by {self.over_seeds:.3g} over seeds, {self.ratio:.1f} times as much; {verdict}"
 
 
-def prize(orders: Numbers, seeds: Numbers) -> Prize:
-    """Compare true losses of several orders with those of one order under several seeds (at least two of each)."""
-    a, b = float(np.std(orders, ddof=1)), float(np.std(seeds, ddof=1))
+def prize(orders: Numbers, seeds: Numbers | None) -> Prize:
+    """Compare true losses of several orders with those of one order under several seeds (at least two of each, or None
+    where these were not measured).
+    """
+    a = float(np.std(orders, ddof=1))
+    if seeds is None:
+        return Prize(a, None, None, None)
+    b = float(np.std(seeds, ddof=1))
     ratio = a / b if b > 0 else None
     return Prize(a, b, ratio, a > 0 and (ratio is None or ratio >= 2))
 

@@ -106,6 +106,27 @@ def test_pairwise_and_reduced_follow_the_truth_where_steps_are_small() -> None:
     assert errors["reduced", 0.01] < 1e-5, "k = p: the model is the problem itself"
 
 
+@pytest.mark.parametrize("seed", [3, 4, 5])
+def test_pairwise_and_reduced_know_the_derivative_of_clipping(seed: int) -> None:
+    """As above, where every gradient is clipped: only its direction changes with the parameters."""
+    problem = random_problem(7, 5, seed)
+    errors = {}
+    for rate in (0.04, 0.02):
+        ref = run(problem, SGDRule(momentum=0.8), [0.3] * 5, [rate] * 7, clip=0.2)
+        assert all(ref.recipe.clip_factor(problem.gradient(ref.start.params, b)) < 0.9 for b in range(7))
+        orders = [drawn(7, number) for number in range(8)]
+        true = torch.tensor(
+            [problem.held_out_loss(train(problem, ref.recipe, o, ref.start.params)[0]) for o in orders]
+        )
+        for name, estimate in {
+            "pairwise": pairwise.precompute(ref, problem),
+            "reduced": reduced.precompute(ref, problem, k=7, second_moment="expected", anchors=None),
+        }.items():
+            errors[name, rate] = float((estimate.scores(orders) - true).abs().max() / true.std())
+    for name in ("pairwise", "reduced"):
+        assert errors[name, 0.02] < 0.1 and errors[name, 0.02] < 0.7 * errors[name, 0.04], errors
+
+
 def test_scores_of_many_orders_are_those_of_each() -> None:
     problem = random_problem(9, 5, 3)
     for make in (pairwise.precompute, reduced.precompute, frozen):

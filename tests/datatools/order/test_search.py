@@ -158,10 +158,30 @@ def test_judge() -> None:
     assert same.spearman is None and same.conformal is None and same.regret == 0
 
 
+def test_searches_go_on_from_a_start_that_diverges_and_take_a_single_batch() -> None:
+    """From an order whose estimate is inf every neighbour is better."""
+    steps = 5
+
+    class Diverging(Opaque):
+        def _scores(self, sequences: torch.Tensor) -> torch.Tensor:
+            found = super()._scores(sequences)
+            return torch.where((sequences == torch.arange(steps)).all(1), math.inf, found)
+
+    matrix, best = planted(steps, 0)
+    made = Diverging(matrix)
+    for method in ("local", "genetic", "random", "borda"):
+        assert math.isfinite(search(made, method, budget=400).scores[0]), method
+    assert list(search(made, "local", budget=3000).sequences[0]) == best
+    for method in ("local", "genetic", "random", "borda"):
+        assert search(planted(1, 0)[0], method, budget=20).sequences == [(0,)], method
+
+
 def test_prize() -> None:
     assert prize([1.0, 2.0, 3.0], [1.0, 1.1]).worth_it
     assert not prize([1.0, 1.1, 1.2], [1.0, 1.5]).worth_it
     assert prize([1.0, 2.0], [1.0, 1.0]).ratio is None
+    unknown = prize([1.0, 2.0], None)
+    assert unknown.worth_it is None and "not measured" in unknown.sentence()
 
 
 def test_a_mixture_learns_which_estimate_to_follow() -> None:
@@ -197,6 +217,22 @@ def test_memory_map_on_a_problem_with_an_answer() -> None:
     assert bool((found.counterfactual > 0).all()), "training on a batch lowers its loss"
 
 
+def test_leaving_a_batch_out_leaves_out_all_its_turns() -> None:
+    from optim import SGDRule
+
+    problem = random_problem(2, 3, 0)
+    ref = run(problem, SGDRule(), [0.3] * 3, [0.3] * 2)
+    calls: list[list[int | None]] = []
+
+    def final(sequence):  # type: ignore[no-untyped-def]
+        calls.append(list(sequence))
+        return ref.start.params
+
+    memory_map((0, 1, 0, 1), final, problem.train_loss, problem.held_out_loss, batches=[0], positions=2, completions=3)
+    without = [c for c in calls if None in c]
+    assert len(without) == 3 and all(sorted(c, key=str) == [1, 1, None, None] for c in without)
+
+
 def test_groups_are_measured_and_ranked() -> None:
     from optim import AdamWRule
 
@@ -209,6 +245,7 @@ def test_groups_are_measured_and_ranked() -> None:
     assert made.best() == blocks[min(scores, key=scores.__getitem__)]  # type: ignore[attr-defined]
     assert made.trust(blocks[0, 1, 2])["mixing"] == 0
     assert made.trust((0, 2, 4, 1, 3, 5))["mixing"] == 1
+    assert orders.trusted(made.trust(blocks[2, 0, 1])) and not orders.trusted(made.trust((0, 2, 4, 1, 3, 5)))
     assert made.cost.gradients == 6 * 4
     with pytest.raises(UsageError, match="one a batch"):
         orders.precompute("groups", ref, problem, groups=[0] * 6)
