@@ -605,7 +605,7 @@ class OrderConfig(RunSettings):
     )
     budget: int = Field(default=20_000, ge=1, le=10**9, description="orders a search may score", json_schema_extra=LATE)
     judged: int = Field(
-        default=64, ge=0, le=1_000_000,
+        default=64, ge=0, le=10_000,
         description="orders that a search's second estimator tries besides the shortlist of the first: random, then "
         "crosses of the best",
         json_schema_extra=LATE,

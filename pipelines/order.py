@@ -34,6 +34,7 @@ from pipelines.train import in_scratch
 
 _TOGETHER = 8  # orders that are scored between two words on progress
 _BLIND = 8  # best random orders on a search's shortlist
+_RECORDED = 32 << 30  # bytes of a recorded run, at most
 HVP_IN_GRADIENTS = 4.0
 """What a Hessian-vector product counts in batch gradients (spec B.2: 2 to 4; the upper end)."""
 
@@ -49,6 +50,7 @@ def run(config: OrderConfig) -> Path:
     with in_scratch(config) as kept, Run(kept.out, kept, "order", overwrite=kept.overwrite) as current:
         setting = order_setting.build(kept, current)
         _announce(setting)
+        _check_estimators(setting)
         if config.dry_run:
             say("dry run: data and model load, and a step can be taken; nothing was recorded")
             return config.out
@@ -66,6 +68,8 @@ def _refuse(config: OrderConfig) -> None:
         )
     if "groups" in config.estimators and config.grouping == "mixed":
         raise UsageError("estimator groups: batches of mixed rows belong to no source; use --grouping source")
+    if config.training.max_steps is not None:
+        raise UsageError("training.max_steps: a run is all its --batches; give fewer of them")
     if config.training.gradient == "zo":
         raise UsageError("training.gradient is zo: an order is estimated from gradients; use gradient 'backprop'")
 
@@ -125,7 +129,7 @@ def _announce(setting: Setting) -> None:
         f"{len(setting.problem.batches)} batches of {config.training.batch_size} rows, {steps} steps, {p:,} trained "
         f"parameters, {held} held-out batches; a retraining is {steps} batch gradients"
     )
-    for name in config.estimators:
+    for name in _used(config):
         cost, score = _cost_of(name, setting), _per_score(name, setting)
         total = cost.in_gradients(hvp=HVP_IN_GRADIENTS)
         even = order.break_even(total, steps, score)
@@ -134,7 +138,7 @@ def _announce(setting: Setting) -> None:
             f"  {name}: {cost.gradients:,.0f} gradients, {cost.hvps:,} Hessian-vector products, {size(cost.bytes)} of "
             f"memory = {total / steps:.1f} retrainings once, {score:.1f} gradients a score; {orders}"
         )
-    frozen = [n for n in config.estimators if n == "pairwise" or (n == "reduced" and config.second_moment != "own")]
+    frozen = [name for name in _used(config) if _is_frozen(name, config)]
     if frozen and config.warmup_steps < steps // 2 and config.training.optimizer == "adamw":
         warn(
             f"{' and '.join(frozen)} freezes Adam's second moment, and a fresh optimizer has none: its ranking may not "
@@ -145,15 +149,59 @@ def _announce(setting: Setting) -> None:
         say(f"  validation: {runs} true runs, {runs * (steps + config.warmup_steps):,} gradients at most")
     if config.task == "search":
         runs = 2 * config.retrain + 1
-        if len(config.estimators) > 1:
-            judge = config.estimators[1]
+        for judge in _used(config)[1:]:
             each = _per_score(judge, setting)
             say(f"  {judge} judges a shortlist and {config.judged:,} more orders, {each:.1f} gradients each")
         say(f"  search: {runs} true runs, {runs * (steps + config.warmup_steps):,} gradients at most")
 
 
+def _used(config: OrderConfig) -> list[str]:
+    """The estimators that the task makes: of a search those that search and judge."""
+    if config.task == "map":
+        return ["moments"] if config.map_by == "moments" else []
+    if config.task == "record":
+        return []
+    return list(config.estimators[:2] if config.task == "search" else config.estimators)
+
+
+def _is_frozen(name: str, config: OrderConfig) -> bool:
+    """Whether an estimator freezes the second moment, and so needs a rule with linear moments."""
+    return name == "pairwise" or (name == "reduced" and config.second_moment != "own")
+
+
+def _check_estimators(setting: Setting) -> None:
+    """Refuse what cannot be made, before hours of true retrainings and not after."""
+    config, steps = setting.config, len(setting.sequence)
+    for name in _used(config):
+        if _is_frozen(name, config):
+            order.check_linear(setting.recipe)
+        if name == "groups" and len(set(setting.sources)) < 2:
+            raise UsageError("estimator groups: all batches are of one source; there is nothing to order")
+        need = _cost_of(name, setting).bytes
+        if name in ("moments", "reduced", "table") and need > order.LIMIT_BYTES:
+            raise EnvironmentProblem(
+                f"estimator {name} keeps {size(need)} of gradients, more than {size(order.LIMIT_BYTES)}; use adapters "
+                "(--lora-rank 8), fewer --batches, or pairwise"
+            )
+        recorded = (steps + 1 if _needs_every_step(name) else min(config.anchors, steps + 1)) * 3 * 4
+        if (need := recorded * setting.parameters) > _RECORDED:
+            raise EnvironmentProblem(
+                f"estimator {name} needs a recorded run of {size(need)}, more than {size(_RECORDED)}; use adapters "
+                "(--lora-rank 8)"
+            )
+
+
+def _needs_every_step(name: str) -> bool:
+    return name in ("table", "own-moments")
+
+
+def _is_random(config: OrderConfig) -> bool:
+    """Whether anything but the order is random in a run."""
+    return config.warmup_steps > 0 or config.lora is not None
+
+
 def _has_seeds(config: OrderConfig) -> bool:
-    return config.seeds >= 2 and (config.warmup_steps > 0 or config.lora is not None)
+    return config.seeds >= 2 and _is_random(config)
 
 
 # -------------------------------------------------------------------------------------------------- reference and truth
@@ -166,16 +214,10 @@ def reference(setting: Setting, number: int = 0, *, every: bool = False) -> orde
     anchors = steps + 1 if every else min(config.anchors, steps + 1)
     folder = setting.run.path("reference", f"{number:02d}-{anchors}")
     label = f"reference run {number + 1}"
-    facts = {"model": setting.facts["model"], "batches": setting.facts["batches"]}
     if (folder / "meta.json").is_file():
-        found = order.ReferenceRun.load(folder)
-        found.check_same(facts, "this run's")
+        found = order.ReferenceRun.load(folder, setting.device)
+        found.check_same(setting.facts, "this run's")
         return found
-    need = anchors * 3 * 4 * setting.parameters
-    if need > 32 << 30:
-        raise EnvironmentProblem(
-            f"{anchors} anchors of {setting.parameters:,} parameters are {size(need)}; use adapters (--lora-rank 8)"
-        )
     with setting.run.stage(label), progress(label, steps, "steps") as bar:
         params, states = setting.begin(0)
         done = [0]
@@ -186,7 +228,7 @@ def reference(setting: Setting, number: int = 0, *, every: bool = False) -> orde
 
         return order.record(
             setting.problem, setting.recipe, sequence, params, states,
-            anchors=anchors, folder=folder, facts=facts, observe=observe,
+            anchors=anchors, folder=folder, facts=setting.facts, observe=observe,
         )  # fmt: skip
 
 
@@ -197,8 +239,7 @@ def true_loss(
 
     Raises: DataError, with `label`, where training diverges.
     """
-    name = files.digest(repr((tuple(sequence), seed)).encode())[:16]
-    path = setting.run.path("true", f"{name}.json")
+    path = setting.kept("true", "", tuple(sequence), seed)
     if path.is_file():
         found = files.read_json(path)
         if found.get("sequence") == list(sequence) and found.get("seed") == seed:
@@ -246,7 +287,7 @@ def true_losses(
 def surrogate(setting: Setting, name: str, number: int = 0) -> order.Surrogate:
     """The estimator, made from the reference run of that number; kept in surrogates/, so that it is made once."""
     config = setting.config
-    run_ = reference(setting, number, every=name in ("table", "own-moments"))
+    run_ = reference(setting, number, every=_needs_every_step(name))
     options: dict[str, Any] = {}
     if name in ("pairwise", "reduced"):
         options["anchors"] = min(config.pairwise_anchors, len(run_.anchors))
@@ -257,8 +298,8 @@ def surrogate(setting: Setting, name: str, number: int = 0) -> order.Surrogate:
         options["groups"] = [names.index(source) for source in setting.sources]
     if name == "table" and config.table_projection:
         options |= {"projection": config.table_projection, "seed": config.seed}
-    asked = repr((options, setting.problem.share, setting.problem.hvp_method, order.FORMAT))
-    folder = setting.run.path("surrogates", f"{name}-{number:02d}-{files.digest(asked.encode())[:12]}")
+    asked = files.digest(repr((run_.digest(), _asked(setting, name))).encode())
+    folder = setting.run.path("surrogates", f"{name}-{number:02d}-{asked[:12]}")
     if (folder / "meta.json").is_file():
         return order.Surrogate.load(folder, run_, setting.problem)
     label = f"{name} ({number + 1})"
@@ -267,6 +308,25 @@ def surrogate(setting: Setting, name: str, number: int = 0) -> order.Surrogate:
         made = order.precompute(name, run_, setting.problem, **options)
         made.save(folder, run_)
     return made
+
+
+def _asked(setting: Setting, name: str) -> dict[str, Any]:
+    """The settings that an estimator's numbers depend on, in the names of what is kept of it."""
+    config, rows = setting.config, min(setting.config.sample_rows, setting.config.training.batch_size)
+    known: dict[str, Any] = {"format": order.FORMAT}
+    if not _needs_every_step(name) and name != "groups":
+        known["recorded"] = config.anchors
+    if _is_frozen(name, config):
+        known |= {"anchors": config.pairwise_anchors, "products": config.products}
+    if name == "reduced":
+        own = config.second_moment == "own"
+        known |= {"second_moment": config.second_moment, "rows": rows if own else None}
+        known["k"] = None if own and rows else config.dimensions
+    if name == "table":
+        known["projection"] = config.table_projection
+    if name == "own-moments":
+        known["products"] = config.products
+    return known
 
 
 @contextmanager
@@ -286,27 +346,27 @@ def _spending(problem: order.Problem, label: str, total: int) -> Iterator[None]:
 
 
 def estimate(
-    setting: Setting, name: str, sequences: Sequence[Sequence[int]], number: int = 0, bar: Progress | None = None
+    setting: Setting,
+    name: str,
+    sequences: Sequence[Sequence[int]],
+    number: int = 0,
+    *,
+    made: order.Surrogate | None = None,
+    bar: Progress | None = None,
 ) -> dict[str, Any]:
     """Scores, trust and cost of an estimator for these orders; kept, and read when it was made for the same.
 
-    A score that is not finite is inf here, null in the files, and not trusted. bar: of a caller, to advance.
+    A score that is not finite is inf here, null in the files, and not trusted. made, bar: the estimator, and a bar to
+    advance, of a caller that asks for a few orders at a time.
     """
-    config = setting.config
-    asked = {
-        "sequences": [list(s) for s in sequences], "anchors": config.pairwise_anchors, "k": config.dimensions,
-        "recorded": config.anchors, "second_moment": config.second_moment, "rows": config.sample_rows,
-        "products": config.products, "format": order.FORMAT,
-    }  # fmt: skip
-    if name == "table":
-        asked["projection"] = config.table_projection
-    path = setting.run.path("estimates", f"{name}-{number:02d}-{files.digest(repr(asked).encode())[:12]}.json")
+    listed = [list(s) for s in sequences]
+    path = setting.kept("estimates", f"{name}-{number:02d}-", listed, _asked(setting, name))
     if path.is_file():
         if bar is not None:
             bar.advance(len(sequences))
     else:
         files.make_folder(path.parent)
-        files.write_json(path, order.finite(_estimated(setting, name, sequences, number, bar)))
+        files.write_json(path, order.finite(_estimated(setting, name, sequences, number, made, bar)))
     found: dict[str, Any] = files.read_json(path)
     return found | {
         "estimated": [math.inf if loss is None else loss for loss in found["estimated"]],
@@ -315,9 +375,15 @@ def estimate(
 
 
 def _estimated(
-    setting: Setting, name: str, sequences: Sequence[Sequence[int]], number: int, bar: Progress | None
+    setting: Setting,
+    name: str,
+    sequences: Sequence[Sequence[int]],
+    number: int,
+    made: order.Surrogate | None,
+    bar: Progress | None,
 ) -> dict[str, Any]:
-    made = surrogate(setting, name, number)
+    part = made is not None
+    made = made or surrogate(setting, name, number)
     ready = time.monotonic()
     before = replace(setting.problem.cost)
     scores = []
@@ -326,7 +392,7 @@ def _estimated(
             scores += made.scores(sequences[lo : lo + _TOGETHER]).tolist()
             bar.advance(len(sequences[lo : lo + _TOGETHER]))
     took = time.monotonic() - ready
-    if _fast(setting, name):
+    if _fast(setting, name) and not part:
         took = _time_scores(made, sequences)
     after = setting.problem.cost
     scoring = order.Cost(
@@ -346,7 +412,7 @@ def _estimated(
         "seconds_a_score": took / max(1, len(sequences)),
     }
     matrix = getattr(made, "matrix", None)
-    if callable(matrix) and bool((costs := matrix()).isfinite().all()):
+    if callable(matrix) and not part and bool((costs := matrix()).isfinite().all()):
         result["precedence"] = costs.tolist()
     return result
 
@@ -387,7 +453,7 @@ def _estimate(setting: Setting) -> None:
         given = Order.load(path)
         if given.batches != setting.plan.batches:
             raise DataError(f"order {path}: its batches are not those of this run; estimate orders made from it")
-        named[path.name] = setting.plan.reordered(given.sequence).sequence
+        named[path.name if path.name not in named else str(path)] = setting.plan.reordered(given.sequence).sequence
     named |= {f"random {i + 1}": s for i, s in enumerate(setting.random_orders("random", setting.config.orders))}
     found = {name: estimate(setting, name, list(named.values())) for name in setting.config.estimators}
     table = [
@@ -420,15 +486,18 @@ def _search(setting: Setting) -> None:
         with progress(f"search: {config.search}", config.budget, "orders") as bar:
             found = order.search(made, config.search, keep=max(1, config.retrain), advance=bar.advance, **options)
         took = time.monotonic() - start
-        options = {"budget": found.evaluations, "seed": config.seed}
-        with progress("search: as many random orders", found.evaluations, "orders") as bar:
-            blind = order.search(made, "random", keep=_BLIND, advance=bar.advance, **options)
+        # others than those that the search itself may have drawn; the reference is scored with them, and left out
+        options = {"budget": found.evaluations + 1, "seed": derive_seed(config.seed, "order", "blind")}
+        with progress("search: as many random orders", found.evaluations + 1, "orders") as bar:
+            blind = order.search(made, "random", keep=_BLIND + 1, advance=bar.advance, **options)
+    drawn = [(s, v) for s, v in zip(blind.sequences, blind.scores, strict=True) if s != setting.sequence][:_BLIND]
+    best_drawn = drawn[0][1] if drawn else math.nan
     say(
         f"{config.search}: predicted {found.scores[0]:.5f}, the reference {made.score(setting.sequence):.5f}, best of "
-        f"{blind.evaluations:,} random {blind.scores[0]:.5f} ({found.evaluations / max(took, 1e-9):,.0f} a second)"
+        f"{found.evaluations:,} random {best_drawn:.5f} ({found.evaluations / max(took, 1e-9):,.0f} a second)"
     )
     shortlist |= {f"found {i + 1}": s for i, s in enumerate(found.sequences)}
-    shortlist |= {f"best of random, {i + 1}": s for i, s in enumerate(blind.sequences)}
+    shortlist |= {f"best of random, {i + 1}": s for i, (s, _) in enumerate(drawn)}
     rows: list[dict[str, Any]] = [{"name": label, "sequence": list(s)} for label, s in shortlist.items()]
     key, judging = "estimated", None
     if judge is not None:
@@ -443,7 +512,8 @@ def _search(setting: Setting) -> None:
         shown = ", ".join(f"{indicator} {value:.2g}" for indicator, value in indicators.items())
         warn(f"the estimate of the proposed order may not hold ({shown}); retrain before you believe it")
     setting.plan.reordered(tuple(proposed["sequence"])).save(setting.run.path("order.npz"))
-    tried = [tuple(row["sequence"]) for row in ranked if row["name"] != "reference"][: config.retrain]
+    distinct = dict.fromkeys(tuple(row["sequence"]) for row in ranked)
+    tried = [s for s in distinct if s != setting.sequence][: config.retrain]
     blind_orders = setting.random_orders("random", config.retrain)
     rows += [{"name": f"random {i + 1}", "sequence": list(s), "estimated": made.score(s)}
              for i, s in enumerate(blind_orders)]
@@ -456,7 +526,7 @@ def _search(setting: Setting) -> None:
         setting.run.path("search.json"),
         order.finite({
             "estimator": name, "judge": judge, "judging": judging, "method": config.search,
-            "evaluations": found.evaluations, "seconds": took, "random_best": blind.scores[0],
+            "evaluations": found.evaluations, "seconds": took, "random_best": best_drawn,
             "proposed": proposed["name"], "trust": indicators, "rows": rows,
             "regret": proposed["true"] - min(true) if true else None,
             "batches": [{"source": s, "tokens": n} for s, n in zip(setting.sources, setting.lengths, strict=True)],
@@ -467,6 +537,14 @@ def _search(setting: Setting) -> None:
         f"proposed order: {proposed['name']}, predicted{by} {proposed[key]:.5f}: {setting.run.path('order.npz')} "
         "(datatools train --order)"
     )
+    if true:
+        say(
+            f"retrained: proposed {proposed['true']:.5f}, the reference {true[0]:.5f}, best of {len(tried)} candidates "
+            f"{min(true[1 : 1 + len(tried)], default=math.nan):.5f}, of {config.retrain} random orders "
+            f"{min(true[1 + len(tried) :]):.5f}"
+        )
+        if proposed["true"] > min(true):
+            warn("the proposed order is not the best of those that were retrained; search.json has them")
 
 
 def _judge(
@@ -479,25 +557,33 @@ def _judge(
     spent = {"orders": 0, "cost_in_batch_gradients": 0.0}  # the cost of scores
 
     def scores(sequences: list[tuple[int, ...]]) -> list[float]:
-        found = estimate(setting, judge, sequences, bar=bar)
+        found = estimate(setting, judge, sequences, made=made, bar=bar)
         for sequence, value, trust in zip(sequences, found["estimated"], found["trust"], strict=True):
             known[sequence] = {"judged": value, "trust": trust}
         spent["orders"] += len(sequences)
         spent["cost_in_batch_gradients"] += found["cost_in_batch_gradients"] - found["precompute_in_batch_gradients"]
         return list(found["estimated"])
 
-    surrogate(setting, judge)  # before the bar of its scores
+    made = surrogate(setting, judge)
     given = list(dict.fromkeys(tuple(row["sequence"]) for row in shortlist))
     label, budget = f"search: {judge} judges", setting.config.judged
     with setting.run.stage(label), progress(label, len(given) + budget, "orders") as bar:
         first = scores(given)
-        options = {"budget": budget, "seed": setting.config.seed}
+        options = {"budget": budget, "seed": derive_seed(setting.config.seed, "order", "refine")}
         refined = order.refine(scores, dict(zip(given, first, strict=True)), setting.sequence, **options)
     rows = shortlist + [
         {"name": f"refined {i + 1}", "sequence": list(s)} for i, s in enumerate(refined.sequences[:_BLIND])
     ]
+    losses = [row["judged"] for row in known.values()]
+    if not any(map(math.isfinite, losses)):
+        raise DataError(f"{judge}: {_diverged(losses)}; name another second estimator, or only the first")
+    if lost := _diverged(losses):
+        warn(f"{judge}: {lost}")
     if refined.scores:
-        say(f"{judge}: best of the shortlist {min(first):.5f}, of {budget} orders from there {refined.scores[0]:.5f}")
+        say(
+            f"{judge}: best of the shortlist {min(first):.5f}, of {refined.evaluations} orders of its own "
+            f"{refined.scores[0]:.5f}"
+        )
     return [row | known[tuple(row["sequence"])] for row in rows], spent
 
 
@@ -506,13 +592,13 @@ def _validate(setting: Setting) -> None:
     reference_loss = true_loss(setting, setting.sequence)
     orders = setting.random_orders("random", config.orders)
     early = true_losses(setting, orders[: min(8, len(orders))], "is there anything to win? orders")
-    over_seeds = [reference_loss]
+    over_seeds = None if _is_random(config) else [reference_loss] * 2
     if _has_seeds(config):
         same = [setting.sequence] * config.seeds
         over_seeds = true_losses(setting, same, "is there anything to win? seeds", seeds=True)
-    prize = order.prize(early, over_seeds if len(over_seeds) > 1 else [reference_loss] * 2)
+    prize = order.prize(early, over_seeds)
     say(prize.sentence())
-    if not prize.worth_it:
+    if prize.worth_it is False:
         warn("little to win by ordering: the estimates below rank differences that other random draws would drown")
     true = true_losses(setting, orders, "true retrainings")
     extra = setting.random_orders("calibration", config.calibration)
@@ -586,6 +672,8 @@ def _sentence(name: str, entry: dict[str, Any]) -> str:
     low, high = entry["spearman_interval"] or (math.nan, math.nan)
     doubt = [ok for ok in entry.get("trusted", []) if not ok]
     note = f"; not to be trusted for {len(doubt)} of {len(entry['trusted'])}" if doubt else ""
+    if others := [one["spearman"] for one in entry.get("references", []) if one["spearman"] is not None]:
+        note = f"; from other references {', '.join(f'{value:.3f}' for value in others)}{note}"
     return (
         f"  {name}: Spearman {entry['spearman']:.3f} ({low:.3f} to {high:.3f}), regret {entry['regret']:.4g} (random "
         f"{entry['regret_random']:.4g}), {entry['cost_in_batch_gradients']:,.0f} batch gradients{note}"
@@ -624,7 +712,8 @@ def _map(setting: Setting) -> None:
     parts = []
     with setting.run.stage("map"), progress("map", runs, "runs") as bar:
         for batch in batches:  # a file a batch: what a kill leaves is used
-            path = setting.run.path("maps", f"{config.map_by}-{batch}-{config.map_positions}-{config.completions}.json")
+            asked = (config.map_positions, config.completions, _asked(setting, "moments"))
+            path = setting.kept("maps", f"{config.map_by}-{batch}-", *asked[: 3 if config.map_by == "moments" else 2])
             if not path.is_file():
                 found = order.memory_map(
                     setting.sequence, final, setting.problem.train_loss, setting.problem.held_out_loss,

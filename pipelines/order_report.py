@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from datatools import files
@@ -19,6 +21,7 @@ from pipelines.texts import minus, number
 
 PARTS = ("validation", "search", "estimates", "map")
 _SIDE = 1000.0
+_CELLS = 64  # of a picture of precedence, in a row
 
 
 def render(folder: Path) -> Path:
@@ -59,12 +62,13 @@ def _validation(found: dict[str, Any] | None) -> dict[str, Any] | None:
                 "speed": _speed(entry.get("seconds_a_score")),
                 "doubts": sum(not ok for ok in entry.get("trusted", [])),
                 "of": len(entry.get("trusted", [])),
-                "references": [r["spearman"] for r in entry.get("references", [])],
+                "references": ", ".join(number(r["spearman"], 3) for r in entry.get("references", [])),
             }
         )
     best = max(rows, key=lambda row: found["estimators"][row["name"]]["spearman"] or -2.0)
     return {
         "rows": rows,
+        "references": any(row["references"] for row in rows),
         "best": best,
         "orders": len(found["orders"]),
         "sentence": found["anything_to_win"]["sentence"],
@@ -107,6 +111,8 @@ def _search(found: dict[str, Any] | None) -> dict[str, Any] | None:
         "evaluations": found["evaluations"],
         "random_best": number(found["random_best"], 5),
         "estimated": number(best[key], 5),
+        "true": number(best["true"], 5) if best["true"] is not None else "",
+        "reference": number(next(row for row in rows if row["name"] == "reference")["true"], 5),
         "strip": strip([found["batches"][b]["source"] for b in best["sequence"]], names),
         "names": [{"name": name, "kind": f"s{i % 8}"} for i, name in enumerate(names)],
         "steps": [{"step": t + 1, "batch": b, "source": found["batches"][b]["source"],
@@ -167,14 +173,19 @@ def _precedence(found: dict[str, Any]) -> dict[str, Any] | None:
                 sources = [batch["source"] for batch in found.get(part, {}).get("batches", [])]
                 names = [f"batch {i} ({sources[i]})" if sources else f"batch {i}" for i in range(len(matrix))]
                 order = sorted(range(len(matrix)), key=lambda i: sum(matrix[i]))
-                ranked, short = [names[i] for i in order], [f"batch {i}" for i in order]
-                shown = [[matrix[i][j] for j in order] for i in order]
+                ranked = [names[i] for i in order]
+                cuts = [len(order) * i // min(len(order), _CELLS) for i in range(min(len(order), _CELLS) + 1)]
+                spans = list(pairwise(cuts))  # of many batches some share a row of the picture, and have their mean
+                short = [f"batch {order[lo]}" for lo, _ in spans]
+                said = [ranked[lo] + (f" and {hi - lo - 1} more" if hi - lo > 1 else "") for lo, hi in spans]
+                costs = np.asarray(matrix)[order][:, order]
+                shown = [[float(costs[a:b, c:d].mean()) for c, d in spans] for a, b in spans]
                 return {
                     "name": name,
-                    "svg": heat(shown, "cost of a batch before another", ranked, ranked, "{} before {}: {}"),
+                    "svg": heat(shown, "cost of a batch before another", said, said, "{} before {}: {}"),
                     "first": ranked[: min(3, len(order) // 2)],
                     "last": ranked[-min(3, len(order) // 2) :],
-                    "largest": number(max(abs(v) for row in matrix for v in row), 3),
+                    "largest": number(max(abs(v) for row in shown for v in row), 3),
                     "columns": _labels(short, 6),
                     "names": _from_below(short, 12),
                 }

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import optim
@@ -35,10 +37,16 @@ class Setting:
     problem: order.Problem
     recipe: order.Recipe
     facts: dict[str, Any]
+    """What a recorded run rests on: digests of the model, and of the batches with the tokens of all rows."""
     begin: Callable[[int], tuple[order.Params, order.States | None]]
     """seed number -> parameters and states at position 0, after the warm-up; 0 is the reference's."""
     parameters: int
     """How many numbers are trained."""
+    device: torch.device
+
+    def kept(self, folder: str, name: str, *asked: object) -> Path:
+        """The file of a result; another one for other `asked`, or where the run rests on something else."""
+        return self.run.path(folder, f"{name}{files.digest(repr((self.facts, asked)).encode())[:16]}.json")
 
     @property
     def sequence(self) -> tuple[int, ...]:
@@ -114,14 +122,14 @@ def build(config: OrderConfig, current: Run) -> Setting:
     recipe = order.Recipe.of(optimizer, _rates(config, optimizer, steps), clip=config.training.gradient_clip)
     base = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
 
+    warm_rows = _warm_up(config, spare, batches)
+
     def begin(number: int) -> tuple[order.Params, order.States | None]:
-        params = base
+        params, drawn = base, warm_rows
         if number and config.lora is not None:
             params = _fresh_adapters(module, base, derive_seed(config.seed, "order", "lora", number))
-        if not config.warmup_steps:
+        if not len(drawn):
             return params, None
-        rng = np.random.default_rng(derive_seed(config.seed, "order", "warm-up"))
-        drawn = np.stack([rng.choice(spare, width, replace=len(spare) < width) for _ in range(config.warmup_steps)])
         if number:  # what a seed changes in training: the same rows, shuffled otherwise
             shuffle = np.random.default_rng(derive_seed(config.seed, "order", "warm-up", number))
             drawn = shuffle.permutation(drawn.ravel()).reshape(drawn.shape)
@@ -130,6 +138,8 @@ def build(config: OrderConfig, current: Run) -> Setting:
         flat = order.Recipe(recipe.rules, (first,) * len(drawn), recipe.factors, recipe.weight_decay, recipe.clip)
         return order.train(warm, flat, range(len(drawn)), params)
 
+    seen = [rows.item(row) for batch in [*batches, *warm_rows.tolist()] for row in batch]
+    seen += [held_source.item(row) for group in groups for row in group]
     return Setting(
         config,
         current,
@@ -138,9 +148,10 @@ def build(config: OrderConfig, current: Run) -> Setting:
         [float(np.mean([rows.scan.tokens[row] for row in batch])) for batch in batches],
         problem,
         recipe,
-        facts | {"batches": files.digest(repr((made, groups)).encode())},
+        {"model": facts["model"], "batches": files.digest(repr((made, groups, seen)).encode())},
         begin,
         sum(p.numel() for p in base.values()),
+        device,
     )
 
 
@@ -149,7 +160,7 @@ def _read(config: OrderConfig, data: DataConfig, tokenizer: Any, current: Run, l
 
 
 def _draw(config: OrderConfig, rows: Rows, held: Rows | None) -> tuple[list[list[int]], list[int], list[int]]:
-    """(batches of rows, held-out rows, rows that are left for the warm-up)."""
+    """(batches of rows, held-out rows, rows that are left)."""
     usable = np.flatnonzero(rows.usable)
     rng = np.random.default_rng(derive_seed(config.seed, "order", "rows"))
     drawn = rng.permutation(usable).tolist()
@@ -187,8 +198,24 @@ def _draw(config: OrderConfig, rows: Rows, held: Rows | None) -> tuple[list[list
             f"{f' beside {len(held_rows)} held-out rows' if held is None else ''}; use fewer or smaller batches"
         )
     taken = {row for batch in batches for row in batch}
-    spare = [row for row in drawn if row not in taken] or drawn
-    return batches, held_rows, spare
+    return batches, held_rows, [row for row in drawn if row not in taken]
+
+
+def _warm_up(config: OrderConfig, spare: list[int], batches: list[list[int]]) -> NDArray[np.int64]:
+    """Rows of the warm-up's batches [steps, batch size]: of those that are left, or, if none is, of the run's own."""
+    width, steps = config.training.batch_size, config.warmup_steps
+    if not steps:
+        return np.zeros((0, width), dtype=np.int64)
+    pool = spare or [row for batch in batches for row in batch]
+    if not spare:
+        warn("no row is left for the warm-up: it trains on the run's own rows; use fewer batches, or --warmup-steps 0")
+    elif width * steps > 4 * len(spare):
+        warn(
+            f"the warm-up trains {width * steps / len(spare):.0f} times on each of the {len(spare)} rows that are left "
+            "for it, and the run starts from a model that knows them; use fewer batches, or fewer --warmup-steps"
+        )
+    rng = np.random.default_rng(derive_seed(config.seed, "order", "warm-up"))
+    return np.stack([rng.choice(pool, width, replace=len(pool) < width) for _ in range(steps)])
 
 
 def _longest_answers(rows: Rows, batch: Sequence[int], count: int) -> list[int]:

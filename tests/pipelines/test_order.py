@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from datatools import DataError, Order, UsageError, order
-from pipelines import models, train, trainer
+from pipelines import models, order_report, train, trainer
 from pipelines import order as pipeline
 from pipelines.config import (
     DataConfig,
@@ -212,6 +212,74 @@ def test_a_second_estimator_judges_what_the_first_found_and_goes_on(world: Path,
     proposed = next(row for row in found["rows"] if row["name"] == found["proposed"])
     assert tuple(proposed["sequence"]) == Order.load(out / "order.npz").sequence
     assert found["trust"] == proposed["trust"] and "replay" in found["trust"]
+
+
+def test_a_judge_without_a_finite_estimate_proposes_nothing(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pipeline.estimate
+
+    def lost(*args: object, **more: object) -> dict[str, object]:
+        found = real(*args, **more)  # type: ignore[arg-type]
+        return found | {"estimated": [float("inf")] * len(found["estimated"])}
+
+    monkeypatch.setattr(pipeline, "estimate", lost)
+    with pytest.raises(DataError, match="reduced: .* estimates are not finite .* name another second estimator"):
+        run(settings(world, tmp_path / "run", task="search", budget=50, retrain=0, judged=4))
+    assert not (tmp_path / "run" / "order.npz").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"training": OrderTraining(batch_size=4, optimizer="lion")}, "trained with lion. Use the estimator 'moments'"),
+        ({"estimators": ["groups"], "data": {"source_key": "none"}}, "of one source; there is nothing to order"),
+        ({"training": OrderTraining(batch_size=4, max_steps=2)}, "max_steps"),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused_before_anything_is_trained(
+    world: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    if isinstance(data := changes.get("data"), dict):
+        changes = changes | {"data": {"paths": [str(world / "data.jsonl")]} | data}
+    with pytest.raises(UsageError, match=message):
+        run(settings(world, tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "reference").exists()
+
+
+def test_a_reduced_model_of_rows_and_one_of_directions_do_not_mix(world: Path, tmp_path: Path) -> None:
+    found = {}
+    for rows in (4, 0, 7):
+        options = {"task": "estimate", "estimators": ["reduced", "pairwise"], "orders": 3, "sample_rows": rows}
+        run(settings(world, tmp_path / "run", **options))
+        found[rows] = json.loads((tmp_path / "run" / "estimates.json").read_text())["estimators"]
+    assert found[4]["reduced"]["estimated"] != found[0]["reduced"]["estimated"]
+    assert found[4] == found[7], "a batch has four rows"
+    made = sorted(p.name.split("-")[0] for p in (tmp_path / "run" / "surrogates").iterdir())
+    assert made == ["pairwise", "reduced", "reduced"], "pairwise does not depend on them"
+
+
+def test_a_spread_over_seeds_that_was_not_measured_is_not_said_to_be_none(world: Path, tmp_path: Path) -> None:
+    run(settings(world, tmp_path / "run", warmup_steps=2, seeds=0, estimators=["pairwise"], orders=3))
+    prize = json.loads((tmp_path / "run" / "validation.json").read_text())["anything_to_win"]
+    assert prize["worth_it"] is None and prize["over_seeds"] is None and "not measured" in prize["sentence"]
+
+
+def test_a_warm_up_on_a_handful_of_rows_is_named(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(settings(world, tmp_path / "few", task="record", batches=12, warmup_steps=20))
+    assert "the warm-up trains 20 times on each of the 4 rows that are left" in capsys.readouterr().err
+    run(settings(world, tmp_path / "none", task="record", batches=13, warmup_steps=2))
+    assert "no row is left for the warm-up: it trains on the run's own rows" in capsys.readouterr().err
+
+
+def test_a_precedence_of_many_batches_is_drawn_in_few_squares() -> None:
+    n = 100
+    matrix = [[float(i - j) for j in range(n)] for i in range(n)]
+    drawn = order_report._precedence({"estimates": {"estimators": {"pairwise": {"precedence": matrix}}}})
+    assert drawn is not None and drawn["svg"].count("<rect") == 64 * 64
+    assert "batch 0 before" in drawn["svg"] and "and 1 more" in drawn["svg"]
 
 
 def test_a_killed_validation_goes_on_where_it_was(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
