@@ -136,6 +136,26 @@ def test_scores_of_many_orders_are_those_of_each() -> None:
         torch.testing.assert_close(together, torch.tensor([estimate.score(o) for o in orders], dtype=torch.float64))
 
 
+NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize("name", ["pairwise", "reduced", "frozen", "moments", "own-moments", "table", "groups"])
+def test_a_reference_run_is_read_to_the_device_of_the_problem(tmp_path, name: str, device: str) -> None:  # type: ignore[no-untyped-def]
+    """Recorded on a CPU, used where the data lies: the same estimates."""
+    problem, orders = random_problem(5, 4, 0), [drawn(5, seed) for seed in range(4)]
+    options = {"groups": {"groups": [0, 0, 1, 1, 1]}, "frozen": {"second_moment": "expected", "k": 4}}.get(name, {})
+    name = "reduced" if name == "frozen" else name
+    ref = reference(problem, size=4, clip=0.5)
+    wanted = precompute(name, ref, problem, **options).scores(orders)
+    ref.save(tmp_path)
+    data = (problem.batches, problem.validation)
+    there = Problem(loss, *([tuple(t.to(device) for t in batch) for batch in part] for part in data))
+    again = ReferenceRun.load(tmp_path, device)
+    assert all(p.device.type == device for anchor in again.anchors for p in anchor.params.values())
+    torch.testing.assert_close(precompute(name, again, there, **options).scores(orders), wanted)
+
+
 @pytest.mark.parametrize("name", ["pairwise", "reduced", "frozen", "moments", "own-moments", "table", "groups"])
 def test_a_saved_estimate_is_read_again(tmp_path, name: str) -> None:  # type: ignore[no-untyped-def]
     problem = random_problem(5, 4, 3)
