@@ -232,6 +232,13 @@ def reference(setting: Setting, number: int = 0, *, every: bool = False) -> orde
         )  # fmt: skip
 
 
+def start(setting: Setting) -> order.Anchor:
+    """Where the reference run and every true run begin."""
+    if setting.start is None:
+        setting.start = reference(setting).start
+    return setting.start
+
+
 def true_loss(
     setting: Setting, sequence: Sequence[int], *, seed: int = 0, label: str = "the reference order"
 ) -> float:
@@ -244,10 +251,9 @@ def true_loss(
         found = files.read_json(path)
         if found.get("sequence") == list(sequence) and found.get("seed") == seed:
             return float(found["loss"])
-    start = time.monotonic()
+    began = time.monotonic()
     if seed == 0:
-        anchor = reference(setting).start
-        params, states = anchor.params, anchor.states
+        params, states = start(setting).params, start(setting).states
     else:
         params, fresh = setting.begin(seed)
         states = setting.recipe.init(params) if fresh is None else fresh
@@ -263,7 +269,7 @@ def true_loss(
             "another --out"
         )
     files.make_folder(path.parent)
-    took = time.monotonic() - start
+    took = time.monotonic() - began
     files.write_json(path, {"sequence": list(sequence), "seed": seed, "loss": loss, "seconds": took})
     return loss
 
@@ -427,12 +433,12 @@ def _time_scores(made: order.Surrogate, sequences: Sequence[Sequence[int]]) -> f
 
 def _curricula(setting: Setting) -> dict[str, tuple[int, ...]]:
     """Candidates by length, by loss and gradient norm at the start, by source; and their reverses."""
-    start, count = reference(setting).start.params, len(setting.problem.batches)
-    losses = [setting.problem.train_loss(start, b) for b in range(count)]
+    params, count = start(setting).params, len(setting.problem.batches)
+    losses = [setting.problem.train_loss(params, b) for b in range(count)]
     norms = []
     with _spending(setting.problem, "curricula: losses and gradient norms", count):
         for b in range(count):
-            grads = setting.problem.gradient(start, b)
+            grads = setting.problem.gradient(params, b)
             norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in grads.values())))
     values = {"length": setting.lengths, "loss": losses, "gradient norm": norms}
     return {"reference": setting.sequence} | order.curricula(setting.sequence, values, setting.sources)

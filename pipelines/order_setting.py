@@ -43,6 +43,8 @@ class Setting:
     parameters: int
     """How many numbers are trained."""
     device: torch.device
+    start: order.Anchor | None = None
+    """Where every true run begins, once it was recorded or read."""
 
     def kept(self, folder: str, name: str, *asked: object) -> Path:
         """The file of a result; another one for other `asked`, or where the run rests on something else."""
