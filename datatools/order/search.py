@@ -27,7 +27,6 @@ _EXACT_LIMIT = 12
 _ROUND = 8  # orders that a costly judge is given at once, and parents of the next
 _CHILDREN = 512  # of which it is given the most promising
 _FITTED = 512  # judged orders that say which are
-_DECAY, _NOISE = 3.0, 0.1  # of `promise`
 
 
 @dataclass(frozen=True)
@@ -300,21 +299,19 @@ def promise(judged: NDArray[np.int64], values: NDArray[np.float64], orders: NDAr
     A Gaussian process over orders, K = exp(-3 (1 - Spearman of two orders' positions)), of the values' mean and
     variance, with a tenth of it as noise; the lower confidence bound of arXiv 0912.3995 at one deviation.
     """
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import RBF
+
     steps = judged.shape[1]
+    long = max(1.0, float(np.sqrt((steps**3 - steps) / 12)))  # positions about their mean, of length 1
 
     def positions(permutations: NDArray[np.int64]) -> NDArray[np.float64]:
-        at = np.argsort(permutations, axis=1) - (steps - 1) / 2
-        found: NDArray[np.float64] = at / max(1.0, float(np.sqrt((steps**3 - steps) / 12)))
-        return found
+        return np.asarray((np.argsort(permutations, axis=1) - (steps - 1) / 2) / long)
 
-    seen, asked = positions(judged), positions(orders)
-    between = np.exp(-_DECAY * (1 - asked @ seen.T))
-    among = np.exp(-_DECAY * (1 - seen @ seen.T)) + _NOISE * np.eye(len(seen))
-    solved = np.linalg.solve(among, np.column_stack([values - values.mean(), between.T]))
-    left = 1 - np.einsum("mn,nm->m", between, solved[:, 1:])
-    expected = values.mean() + between @ solved[:, 0]
-    bound: NDArray[np.float64] = expected - values.std() * np.sqrt(left.clip(0))
-    return bound
+    process = GaussianProcessRegressor(RBF(3**-0.5, "fixed"), alpha=0.1, optimizer=None, normalize_y=True)
+    process.fit(positions(judged), values)
+    expected, deviation = process.predict(positions(orders), return_std=True)
+    return np.asarray(expected - deviation)
 
 
 METHODS: dict[str, Callable[[_Scorer, list[Permutation], np.random.Generator], None]] = {

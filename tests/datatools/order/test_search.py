@@ -12,6 +12,7 @@ from datatools import order as orders
 from datatools.correlations import ranks
 from datatools.order import Cost, Surrogate, curricula, exact_order, judge, memory_map, prize, refine, search
 from datatools.order.pairwise import Pairwise
+from datatools.order.search import promise
 from datatools.order.validate import calibrated, hit_rate
 from tests.datatools.order.quadratics import random_problem, recipe, run
 
@@ -96,6 +97,24 @@ def test_refining_beats_random_with_equal_evaluations_and_scores_no_order_twice(
     assert again == refine(
         lambda sequences: matrix.scores(sequences).tolist(), known, range(16), budget=80, seed=seed
     ), "the same seed, the same orders"
+
+
+def test_promise_is_the_lower_bound_of_a_process_over_rank_correlations() -> None:
+    """By hand: K = exp(-3 (1 - Spearman)), mean and variance of the values, a tenth of it as noise."""
+    from scipy import stats
+
+    rng = np.random.default_rng(0)
+    judged, asked = (rng.permuted(np.tile(np.arange(7), (n, 1)), axis=1) for n in (9, 5))
+    values = rng.normal(3.0, 2.0, size=9)
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        ranks_ = [[stats.spearmanr(np.argsort(x), np.argsort(y)).statistic for y in b] for x in a]
+        return np.exp(-3 * (1 - np.array(ranks_)))
+
+    noisy, between = kernel(judged, judged) + 0.1 * np.eye(9), kernel(asked, judged)
+    expected = values.mean() + between @ np.linalg.solve(noisy, values - values.mean())
+    deviation = values.std() * np.sqrt(1 - np.einsum("mn,nm->m", between, np.linalg.solve(noisy, between.T)))
+    np.testing.assert_allclose(promise(judged, values, asked), expected - deviation, rtol=1e-6)
 
 
 def test_refining_stops_where_there_is_no_other_order() -> None:
