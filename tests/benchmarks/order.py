@@ -3,7 +3,7 @@
     python -m tests.benchmarks.order --model ../shared/data/models/stories260k --chat tulu --max-length 192 \
         --out runs/orders
     python -m tests.benchmarks.order --model smollm2 --lora-rank 8 --batch-size 2 --max-length 96 --warmup-steps 32 \
-        --held-out 16 --sample-rows 1 --references 1 --rates 3e-4 --out runs/orders-smollm2
+        --held-out 16 --sample-rows 1 --rates 3e-4,1e-3 --out runs/orders-smollm2
 
 For each rate: Spearman with its interval, regret, cost in retrainings and orders scored a second, of every estimator
 and of the mean over reference orders; whether it is trusted, and its mean indicators (`datatools.order.LIMITS` are from
