@@ -140,8 +140,8 @@ def build(config: OrderConfig, current: Run) -> Setting:
         flat = order.Recipe(recipe.rules, (first,) * len(drawn), recipe.factors, recipe.weight_decay, recipe.clip)
         return order.train(warm, flat, range(len(drawn)), params)
 
-    seen = [rows.item(row) for batch in [*batches, *warm_rows.tolist()] for row in batch]
-    seen += [held_source.item(row) for group in groups for row in group]
+    seen = [rows.keys[row] for batch in [*batches, *warm_rows.tolist()] for row in batch]
+    seen += [held_source.keys[row] for group in groups for row in group]
     return Setting(
         config,
         current,

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from datatools.errors import EnvironmentProblem, UsageError
 from datatools.order.reference import Cost, Diverged, Params, Problem, Recipe, ReferenceRun, States
-from datatools.order.surrogate import LIMIT_BYTES, Layout, Surrogate
+from datatools.order.surrogate import LIMIT_BYTES, Layout, Surrogate, random_orders
 
 Gradients = Literal["anchors", "rows", "exact", "none"]
 _SIMULATED = 12  # random orders whose paths give the directions
@@ -248,13 +248,6 @@ def precompute(
     error = replay(made, seed)
     cost = Cost(gradients=problem.cost.gradients - before, bytes=need)
     return Moments(reference.sequence, cost, reference, problem, hessian, stored, error)
-
-
-def random_orders(sequence: Sequence[int], count: int, seed: int) -> list[list[int]]:
-    """`count` seeded permutations of a sequence."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randperm(len(sequence), generator=generator).tolist() for _ in range(count)]
-    return [[sequence[place] for place in order] for order in drawn]
 
 
 def replay(made: Moments, seed: int = 0) -> float:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from datatools.errors import UsageError
 from datatools.order.reference import Anchor, Cost, Problem, ReferenceRun
-from datatools.order.surrogate import Layout, Linear, Surrogate, linearised
+from datatools.order.surrogate import Layout, Linear, Surrogate, linearised, random_orders
 
 Second = Literal["expected", "anchor"]
 _DRAWN = 256  # random orders whose scores say how far apart orders are
@@ -142,11 +142,11 @@ def precompute(
             v = expected_second_moment(reference, layout, grads) if second_moment == "expected" else None
             filtered = linearised(reference, layout, anchor.position, v)
         p = filtered.preconditioner.to(begin)
-        moved = p * grads
+        moved, pu = p * grads, p * u
         for b, factor in enumerate(factors):
-            free = layout.tensors(unclipped(p * u, grads[b], factor))
+            free = layout.tensors(unclipped(pu, grads[b], factor))
             curved[b] = layout.vector(problem.hvp(anchor.params, b, free)) * factor
-        first.append((grads @ (p * u)).double().cpu())
+        first.append((grads @ pu).double().cpu())
         products.append((moved @ curved.T).double().cpu())  # [i, j] = <P g_i, H_j P u>
         offsets.append((curved @ (begin - layout.vector(anchor.params))).double().cpu())
         carried_terms.append((curved @ (p * filtered.carried.to(p))).double().cpu())
@@ -167,9 +167,7 @@ def precompute(
     known = torch.stack([u @ (layout.vector(anchor.params) - begin) for anchor in reference.anchors[1:]]).double().cpu()
     ends = [anchor.position for anchor in reference.anchors[1:]]
     wrong = torch.stack([base.way(q, moved_by) + shared[q] for q in ends]) - known
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([torch.randperm(len(moved_by), generator=generator) for _ in range(_DRAWN)])
-    spread = base._scores(torch.tensor(reference.sequence)[drawn]).std()
+    spread = base._scores(torch.tensor(random_orders(reference.sequence, _DRAWN, 0))).std()
     replay = float(wrong.abs().max() / spread.clamp_min(1e-30))
     constant = problem.held_out_loss(reference.end.params) - base.score(reference.sequence)
     cost = Cost(

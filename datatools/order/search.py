@@ -274,9 +274,10 @@ def refine(
     tries = 0  # a handful of batches has few orders
     while len(found) < budget and tries < 50:
         best = sorted((s for s in scores if np.isfinite(scores[s])), key=lambda s: (scores[s], s))[:_FITTED]
-        count, first = min(_ROUND, budget - len(found)), budget // 4 - len(found)
+        first = budget // 4 - len(found)
+        count = min(_ROUND, first if first > 0 else budget - len(found))
         if first > 0 or len(best) < 2:
-            made = rng.permuted(np.tile(np.arange(len(labels)), (min(count, first) if first > 0 else count, 1)), axis=1)
+            made = rng.permuted(np.tile(np.arange(len(labels)), (count, 1)), axis=1)
         else:
             judged, values = np.stack([places(s, reference) for s in best]), np.array([scores[s] for s in best])
             made = offspring(judged[:_ROUND], values[:_ROUND], _CHILDREN, rng)

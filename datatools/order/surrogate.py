@@ -21,8 +21,8 @@ from datatools.orders import check_permutation
 
 FORMAT = 4  # 1 had no `replay`, 2 no sketched tables, 3 a `replay` by distance
 HVP_WARNING = 0.5  # ||H d|| / ||g|| along the path (spec B.6)
-LIMIT_BYTES = 8 << 30  # of the gradients that an estimator keeps, unless its `limit_bytes` says otherwise
 DRIFT_WARNING = 0.7  # ||gamma_t - theta_t|| / ||theta_t - theta_0|| (spec B.6)
+LIMIT_BYTES = 8 << 30  # of the gradients that an estimator keeps, unless its `limit_bytes` says otherwise
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +165,13 @@ hold (`python -m tests.benchmarks.order --rates 1e-4,3e-4,1e-3,3e-3`); `pairwise
 def trusted(indicators: Mapping[str, float]) -> bool:
     """Whether every indicator is within its limit (and a number)."""
     return all(math.isfinite(value) and value <= LIMITS.get(name, math.inf) for name, value in indicators.items())
+
+
+def random_orders(sequence: Sequence[int], count: int, seed: int) -> list[list[int]]:
+    """`count` seeded permutations of a sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randperm(len(sequence), generator=generator).tolist() for _ in range(count)]
+    return [[sequence[place] for place in order] for order in drawn]
 
 
 # -------------------------------------------------------------------------------------------- named tensors as vectors
