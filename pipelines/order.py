@@ -170,8 +170,8 @@ def _is_frozen(name: str, config: OrderConfig) -> bool:
 
 
 def _check_estimators(setting: Setting) -> None:
-    """Refuse what cannot be made, before hours of true retrainings and not after."""
-    config, steps = setting.config, len(setting.sequence)
+    """Refuse what cannot be made or recorded, before hours of true retrainings and not after."""
+    config = setting.config
     for name in _used(config):
         if _is_frozen(name, config):
             order.check_linear(setting.recipe)
@@ -183,12 +183,17 @@ def _check_estimators(setting: Setting) -> None:
                 f"estimator {name} keeps {size(need)} of gradients, more than {size(order.LIMIT_BYTES)}; use adapters "
                 "(--lora-rank 8), fewer --batches, or pairwise"
             )
-        recorded = (steps + 1 if _needs_every_step(name) else min(config.anchors, steps + 1)) * 3 * 4
-        if (need := recorded * setting.parameters) > _RECORDED:
-            raise EnvironmentProblem(
-                f"estimator {name} needs a recorded run of {size(need)}, more than {size(_RECORDED)}; use adapters "
-                "(--lora-rank 8)"
-            )
+    anchors = _anchors(setting, every=any(map(_needs_every_step, _used(config))))
+    if (need := anchors * 3 * 4 * setting.parameters) > _RECORDED:
+        raise EnvironmentProblem(
+            f"{anchors} anchors of {setting.parameters:,} parameters are {size(need)}; use adapters (--lora-rank 8)"
+        )
+
+
+def _anchors(setting: Setting, *, every: bool) -> int:
+    """Of a reference run: one a step, or as many as the settings ask for."""
+    steps = len(setting.sequence)
+    return steps + 1 if every else min(setting.config.anchors, steps + 1)
 
 
 def _needs_every_step(name: str) -> bool:
@@ -209,9 +214,8 @@ def _has_seeds(config: OrderConfig) -> bool:
 
 def reference(setting: Setting, number: int = 0, *, every: bool = False) -> order.ReferenceRun:
     """The recorded run of a reference order: made, or continued, or read. every: with an anchor a step."""
-    config, steps = setting.config, len(setting.sequence)
+    steps, anchors = len(setting.sequence), _anchors(setting, every=every)
     sequence = setting.sequence if number == 0 else setting.random_orders("reference", number)[number - 1]
-    anchors = steps + 1 if every else min(config.anchors, steps + 1)
     folder = setting.run.path("reference", f"{number:02d}-{anchors}")
     label = f"reference run {number + 1}"
     if (folder / "meta.json").is_file():
@@ -232,7 +236,7 @@ def reference(setting: Setting, number: int = 0, *, every: bool = False) -> orde
         )  # fmt: skip
 
 
-def start(setting: Setting) -> order.Anchor:
+def _start(setting: Setting) -> order.Anchor:
     """Where the reference run and every true run begin."""
     if setting.start is None:
         setting.start = reference(setting).start
@@ -253,7 +257,7 @@ def true_loss(
             return float(found["loss"])
     began = time.monotonic()
     if seed == 0:
-        params, states = start(setting).params, start(setting).states
+        params, states = _start(setting).params, _start(setting).states
     else:
         params, fresh = setting.begin(seed)
         states = setting.recipe.init(params) if fresh is None else fresh
@@ -433,7 +437,7 @@ def _time_scores(made: order.Surrogate, sequences: Sequence[Sequence[int]]) -> f
 
 def _curricula(setting: Setting) -> dict[str, tuple[int, ...]]:
     """Candidates by length, by loss and gradient norm at the start, by source; and their reverses."""
-    params, count = start(setting).params, len(setting.problem.batches)
+    params, count = _start(setting).params, len(setting.problem.batches)
     losses = [setting.problem.train_loss(params, b) for b in range(count)]
     norms = []
     with _spending(setting.problem, "curricula: losses and gradient norms", count):
@@ -718,8 +722,8 @@ def _map(setting: Setting) -> None:
     parts = []
     with setting.run.stage("map"), progress("map", runs, "runs") as bar:
         for batch in batches:  # a file a batch: what a kill leaves is used
-            asked = (config.map_positions, config.completions, _asked(setting, "moments"))
-            path = setting.kept("maps", f"{config.map_by}-{batch}-", *asked[: 3 if config.map_by == "moments" else 2])
+            asked = (config.map_positions, config.completions, [_asked(setting, name) for name in _used(config)])
+            path = setting.kept("maps", f"{config.map_by}-{batch}-", *asked)
             if not path.is_file():
                 found = order.memory_map(
                     setting.sequence, final, setting.problem.train_loss, setting.problem.held_out_loss,

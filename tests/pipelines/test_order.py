@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from datatools import DataError, Order, UsageError, order
+from datatools import DataError, EnvironmentProblem, Order, UsageError, order
 from pipelines import models, order_report, train, trainer
 from pipelines import order as pipeline
 from pipelines.config import (
@@ -245,6 +245,18 @@ def test_what_cannot_be_estimated_is_refused_before_anything_is_trained(
     with pytest.raises(UsageError, match=message):
         run(settings(world, tmp_path / "run", **changes))
     assert not (tmp_path / "run" / "reference").exists()
+
+
+@pytest.mark.parametrize("task, estimators, anchors", [("record", ["pairwise"], 3), ("estimate", ["table"], 5)])
+def test_a_recorded_run_that_is_too_large_is_refused(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, estimators: list[str], anchors: int
+) -> None:
+    monkeypatch.setattr(pipeline, "_RECORDED", 3 * 4 * 6_496 * anchors - 1)
+    with pytest.raises(EnvironmentProblem, match=f"{anchors} anchors of 6,496 parameters are .* use adapters"):
+        run(settings(world, tmp_path / "run", task=task, estimators=estimators))
+    assert not (tmp_path / "run" / "reference").exists()
+    monkeypatch.setattr(pipeline, "_RECORDED", 3 * 4 * 6_496 * anchors)
+    run(settings(world, tmp_path / "run", task=task, estimators=estimators, orders=2))
 
 
 def test_a_reduced_model_of_rows_and_one_of_directions_do_not_mix(world: Path, tmp_path: Path) -> None:
