@@ -39,7 +39,7 @@ from datatools import (
     token_batches,
 )
 from pipelines.config import CoresetConfig, TrainingConfig
-from pipelines.models import row_losses
+from pipelines.models import last_states, row_losses
 from pipelines.prepare import Rows
 from pipelines.runs import derive_seed, peak_rss_bytes, progress, warn
 
@@ -416,16 +416,17 @@ def clusters_of(model: Any, rows: Rows, chosen: Sequence[int], clusters: int, *,
     """Sources made by clustering the mean last hidden state of each row that is used: [rows of the pool], else ""."""
     if clusters > len(chosen):
         raise UsageError(f"coreset: {clusters} clusters of {len(chosen)} rows; make fewer (--set coreset.clusters=N)")
-    found = torch.zeros(len(chosen), model.config.hidden_size)
+    means: dict[int, torch.Tensor] = {}
     lengths = [int(rows.scan.tokens[row]) for row in chosen]
     with torch.inference_mode(), progress("clustering", len(chosen), "rows") as bar:
         for group in token_batches(lengths, 4096):
             batch = rows.batch([chosen[i] for i in group], model.device)
-            hidden = model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state.float().cpu()
+            hidden = last_states(model, batch["input_ids"]).float().cpu()
             for place, i in enumerate(group):  # padding stands on the right, where nothing looks at it
-                found[i] = hidden[place, : lengths[i]].mean(0)
+                means[i] = hidden[place, : lengths[i]].mean(0)
             bar.advance(len(group))
     names, width = [""] * len(rows.pool), len(str(clusters - 1))
+    found = torch.stack([means[i] for i in range(len(chosen))])
     numbers = cluster_sources(found, clusters, seed=derive_seed(seed, "clusters")).tolist()
     for row, c in zip(chosen, numbers, strict=True):
         names[row] = f"cluster {c:0{width}d}"

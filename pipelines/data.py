@@ -44,21 +44,34 @@ class Row:
     """What is odd about the row; `pipelines.formats.Shape`."""
 
     @property
-    def question(self) -> str:
-        """What comes before the last answer, for people: the text of the turns, or the prompt; "" for plain text."""
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """(role, text) of each turn, whatever the format of the row; plain text is one turn of the role "text".
+
+        Everything that reads a row as text reads it here: TF-IDF, duplicates, reports.
+        """
         if self.messages:
-            return "\n\n".join(turn["content"] for turn in self.messages[:self._last()])
-        return self.prompt or ""
+            return tuple((turn["role"], turn["content"]) for turn in self.messages)
+        if self.text is not None:
+            return (("text", self.text),)
+        return (("user", self.prompt or ""), ("assistant", self.completion or ""))
+
+    @property
+    def whole(self) -> str:
+        """The text of all turns, a line break between two."""
+        return "\n".join(text for _, text in self.turns)
+
+    @property
+    def question(self) -> str:
+        """What comes before the last answer, for people; "" for plain text."""
+        return "\n\n".join(text for _, text in self.turns[:self._last()])
 
     @property
     def answer(self) -> str:
         """The last assistant turn, the completion, or the plain text."""
-        if self.messages:
-            return self.messages[self._last()]["content"]
-        return self.completion if self.completion is not None else self.text or ""
+        return self.turns[self._last()][1]
 
     def _last(self) -> int:
-        return max(k for k, turn in enumerate(self.messages) if turn["role"] == "assistant")
+        return max(k for k, (role, _) in enumerate(self.turns) if role in ("assistant", "text"))
 
 
 @dataclass(frozen=True, slots=True)

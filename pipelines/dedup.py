@@ -2,7 +2,6 @@
 
 import re
 import unicodedata
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,18 +75,8 @@ def dedup(pool: Pool, scan: Scan, how: str = "none", threshold: float = 0.8,
     return Duplicates(keep, twins)
 
 
-def _turns(row: Row) -> Iterator[tuple[str, str]]:
-    if row.messages:
-        yield from ((turn["role"], turn["content"]) for turn in row.messages)
-    elif row.text is not None:
-        yield "text", row.text
-    else:
-        yield "user", row.prompt or ""
-        yield "assistant", row.completion or ""
-
-
 def _normal_form(row: Row) -> str:
-    return "\0".join(f"{role}\0{' '.join(unicodedata.normalize('NFKC', text).split())}" for role, text in _turns(row))
+    return "\0".join(f"{role}\0{' '.join(unicodedata.normalize('NFKC', text).split())}" for role, text in row.turns)
 
 
 class _Near:

@@ -468,22 +468,22 @@ def tfidf(context: Context) -> Scored:
 
     pool, target = context.pool, context.wanted
     chosen = np.flatnonzero(pool.usable).tolist()
-    texts = [_text(pool, i) for i in chosen]
-    wanted = [_text(target, i) for i in np.flatnonzero(target.usable).tolist()]
+    texts = [pool.pool[i].whole for i in chosen]
+    wanted = [target.pool[i].whole for i in np.flatnonzero(target.usable).tolist()]
     with context.run.stage("scores"):
         vectorizer = TfidfVectorizer(
             sublinear_tf=True, ngram_range=(1, 2), dtype=np.float32, token_pattern=r"(?u)\b\w+\b"
         )
-        matrix = vectorizer.fit_transform(texts + wanted)
+        try:
+            matrix = vectorizer.fit_transform(texts + wanted)
+        except ValueError as error:  # "empty vocabulary": letters and digits make words, nothing else does
+            raise DataError(
+                "--method tfidf: no row of the pool or the target holds a word; use another method"
+            ) from error
         similarity = (matrix[: len(texts)] @ matrix[len(texts) :].T).toarray()
     scored = _from_similarity(context, torch.from_numpy(np.asarray(similarity, dtype=np.float32)))
     scored.formula = {"name": "tfidf", "text": "cosine of TF-IDF vectors of pool row and target rows; no model is used"}
     return scored
-
-
-def _text(rows: Rows, index: int) -> str:
-    row = rows.pool[index]
-    return row.text if row.text is not None else "\n".join(str(turn["content"]) for turn in row.messages)
 
 
 def rds(context: Context) -> Scored:
@@ -514,7 +514,9 @@ def _hidden_states(context: Context, kind: str, rows: Rows) -> tuple[Tensor, Ten
     """Unit vectors [usable rows, hidden size] and which are finite, kept in a store, so that they are computed once."""
     loaded, unique = context.model(), rows.unique()
     model = loaded.model
-    size = int(model.config.get_text_config().hidden_size)
+    with torch.inference_mode():  # the width is what the model returns: some configurations name another (OPT-350m)
+        shortest = min(unique.values(), key=lambda i: int(rows.scan.tokens[i]))
+        size = models.last_states(model, rows.batch([shortest], model.device)["input_ids"]).shape[-1]
     meta = {
         "format": FEATURE_VERSION,
         "model": dict(loaded.digests),
@@ -533,7 +535,7 @@ def _hidden_states(context: Context, kind: str, rows: Rows) -> tuple[Tensor, Ten
             found = torch.zeros(len(keys), size)
             for group in token_batches(lengths, budget):
                 batch = rows.batch([unique[keys[i]] for i in group], model.device)["input_ids"]
-                hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state.float()
+                hidden = models.last_states(model, batch).float()
                 position = torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=torch.float32)
                 real = position <= torch.tensor([lengths[i] for i in group], device=hidden.device)[:, None]
                 weight = position * real

@@ -362,6 +362,20 @@ def dense_row_losses(model: Any, batch: Batch) -> Tensor:
     return losses.sum(1) / (labels != -100).sum(1).clamp_min(1)
 
 
+def last_states(model: Any, ids: Tensor) -> Tensor:
+    """Hidden states [b, s, width] of the last layer; the width need not be the configuration's hidden size (OPT-350m).
+
+    Raises: DataError when the model returns no such states.
+    """
+    output = model.base_model(input_ids=ids, use_cache=False)
+    states = getattr(output, "last_hidden_state", None)
+    if not isinstance(states, Tensor) or states.shape[:2] != ids.shape:
+        raise DataError(
+            f"{type(model).__name__} returns no hidden states, one vector a token; use a method that needs none"
+        )
+    return states
+
+
 def seen_parameters(module: Any, params: Mapping[str, Tensor], method: str) -> list[str]:
     """Those of `params` whose per-example gradients `method` can form.
 

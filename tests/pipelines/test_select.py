@@ -33,6 +33,7 @@ from pipelines.config import (
     WarmupConfig,
 )
 from pipelines.config_files import load_config
+from pipelines.prepare import prepare
 from tests.pipelines.conftest import make_world
 from tests.tiny import save_tiny_model, write_rows
 
@@ -1003,3 +1004,70 @@ def test_a_second_model_in_one_process_is_another_run(world, first, tmp_path):
     save_tiny_model(tmp_path / "other", seed=1)
     run = select.run(world.select(tmp_path / "run", model=ModelConfig(name=str(tmp_path / "other"))))
     assert scores(run)["_score"] != scores(first)["_score"]
+
+
+def test_words_of_a_row_do_not_depend_on_its_format(world, tmp_path):
+    """--method tfidf: pairs, conversations and texts of the same words have the scores that scikit-learn gives them."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    topics = ["lanterns glow", "ferries cross the bay", "clay dries slowly", "foxes dig dens", "frost covers roofs"]
+    said = [(f"tell me: {t}", f"indeed {t}, item {k}") for k, t in enumerate(topics)]
+    shapes = {
+        "pair": lambda q, a: {"prompt": q, "completion": a},
+        "chat": lambda q, a: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]},
+        "alpaca": lambda q, a: {"instruction": q, "output": a},
+        "text": lambda q, a: {"text": f"{q}\n{a}"},
+    }
+    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b")
+    wanted = ("what do ferries do?", "they cross the bay")
+    matrix = vectorizer.fit_transform(["\n".join(pair) for pair in [*said, wanted]])
+    right = (matrix[:-1] @ matrix[-1:].T).toarray()[:, 0]
+    for pool, target in [(a, b) for a in shapes for b in shapes if "pair" in (a, b)]:
+        for name, lines in (("pool", [shapes[pool](*pair) for pair in said]), ("dev", [shapes[target](*wanted)])):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        config = world.select(tmp_path / f"{pool}-{target}", method="tfidf", target=[str(tmp_path / "dev.jsonl")],
+                              budget="1")
+        run = select.run(config.model_copy(update={"train": DataConfig(paths=[str(tmp_path / "pool.jsonl")])}))
+        assert scores(run)["_score"] == pytest.approx(right.tolist(), abs=1e-5), (pool, target)
+
+
+def test_pools_without_a_word_are_refused_by_tfidf(world, tmp_path):
+    for name in ("pool", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "?!", "completion": "..."}\n')
+    config = world.select(tmp_path / "run", method="tfidf", target=[str(tmp_path / "dev.jsonl")], budget="1")
+    with pytest.raises(DataError, match="no row of the pool or the target holds a word"):
+        select.run(config.model_copy(update={"train": DataConfig(paths=[str(tmp_path / "pool.jsonl")])}))
+
+
+def test_hidden_states_may_be_narrower_than_the_configuration_says(tmp_path, own_world):
+    """OPT-350m projects its states to another width than its hidden size; features and clusters take what comes."""
+    from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+
+    from pipelines.coresets import clusters_of
+
+    tokenizer = AutoTokenizer.from_pretrained(own_world.model)
+    shutil.rmtree(own_world.model)
+    torch.manual_seed(0)
+    model = OPTForCausalLM(OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=128, word_embed_proj_dim=12, do_layer_norm_before=False, pad_token_id=1,
+    ))  # fmt: skip
+    model.save_pretrained(own_world.model)
+    tokenizer.save_pretrained(own_world.model)
+    run = select.run(own_world.select(tmp_path / "run", method="rds"))
+    model.eval()
+
+    def vector(row):
+        tokens = tokenizer(tokenizer.apply_chat_template(row["messages"], tokenize=False), return_tensors="pt",
+                           add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            states = model.model(input_ids=tokens).last_hidden_state[0]
+        return torch.nn.functional.normalize((states * torch.arange(1.0, len(states) + 1)[:, None]).sum(0), dim=0)
+
+    target = torch.stack([vector(row) for row in rows_in(own_world.target)])
+    for row, score in list(zip(rows_in(own_world.pool), scores(run)["_score"], strict=True))[:5]:
+        assert score == pytest.approx(float((target @ vector(row)).mean()), abs=1e-5)
+    loaded = models.load(ModelConfig(name=str(own_world.model)))
+    config = own_world.select(tmp_path / "unused")
+    rows = prepare(config.train, config.model, loaded.tokenizer, cache=tmp_path, label="pool")
+    assert len(set(clusters_of(loaded.model, rows, range(20), 3, seed=0)[:20])) == 3
