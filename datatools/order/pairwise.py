@@ -176,8 +176,9 @@ def precompute(
         bytes=2 * n * layout.size * begin.element_size(),
     )
     fresh = 0.0
-    if filtered.steps is not None:  # AdamW
-        fresh = len(reference.sequence) / (len(reference.sequence) + filtered.steps)
+    if next(iter(reference.recipe.rules.values())).name == "adamw":
+        taken = float(next(iter(reference.start.states.values()))["step"])  # also where nothing is bias-corrected
+        fresh = len(reference.sequence) / (len(reference.sequence) + taken)
     return Pairwise(
         reference.sequence, cost, constant, position, kernel, torch.stack(products), segment, fresh, replay
     )

@@ -223,6 +223,38 @@ def test_source_caps():
     assert len(select("top_k", pool, "20", max_per_source="100%")) == 20
 
 
+@pytest.mark.parametrize(("cap", "budget", "most"), [
+    (0.29, 100, 29), ("29%", 100, 29),  # 0.29 * 100 is 28.999... in binary
+    (0.58, 50, 29), ("58%", 50, 29), (0.07, 100, 7), ("7 %", 100, 7),
+    (0.5, 25, 12), (0.35, 10, 3), (0.35, 20, 7), (0.999, 10, 9), (0.1, 19, 1),  # rounded down, never up
+])
+def test_a_share_as_a_cap_is_rounded_down(cap, budget, most):
+    """floor(share * budget + 1e-9) rows of each source, neither more nor fewer."""
+    pool = candidates(n=2000, sources=["first"] * 1000 + [f"s{i}" for i in range(1000)],
+                      scores=torch.arange(2000, 0, -1))
+    chosen = select("top_k", pool, budget, max_per_source=cap).indices.tolist()
+    assert chosen[:most] == list(range(most)) and chosen[most:] == list(range(1000, 1000 + budget - most))
+
+
+@pytest.mark.parametrize(("cap", "budget", "taken"), [
+    (0.29, 100, [0, 1]),  # 29 tokens a source
+    (0.28, 100, [0]), ("29 %", 100, [0, 1]), (0.5, 59, [0, 1]), (0.5, 57, [0]),
+])
+def test_a_share_of_a_token_budget_is_rounded_down(cap, budget, taken):
+    pool = Candidates(keys=list("abcde"), scores=[5, 4, 3, 2, 1], tokens=[20, 9, 9, 15, 50], sources=list("xxxyz"))
+    chosen = select("top_k", pool, f"{budget} tokens", max_per_source=cap).indices.tolist()
+    assert [row for row in chosen if row < 2] == taken
+
+
+def test_caps_count_rows_of_a_source_among_those_that_may_be_chosen():
+    """A row that may not be chosen does not use up its source's room; sources of one row each never hit a cap."""
+    pool = candidates(n=10, sources=["a"] * 6 + ["b"] * 4, scores=torch.arange(10, 0, -1),
+                      eligible=[False, False, True, True, True, True, True, True, True, True])
+    assert select("top_k", pool, 4, max_per_source=2).indices.tolist() == [2, 3, 6, 7]
+    alone = candidates(n=10, sources=[str(i) for i in range(10)], scores=torch.arange(10, 0, -1))
+    assert select("top_k", alone, 10, max_per_source=1).indices.tolist() == list(range(10))
+
+
 @pytest.mark.parametrize(("cap", "advice"), [(0, "write a share"), (-1, "write a share"), (1.5, "write a share"),
                                              ("many", "write a share"), ("120%", "write a share"), (np.nan, "write"),
                                              (0.01, "less than one"), (5, "only 15 rows of 3 sources"),

@@ -372,6 +372,38 @@ def test_a_unit_of_another_run_does_not_pass(tmp_path):
     assert store.missing_units() == [1] and (tmp_path / "a" / "part-00001.safetensors.broken").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int4"])
+def test_a_unit_of_another_pool_does_not_pass(tmp_path, dtype):
+    """Equal metadata, equal shapes, right digests, but other rows: the keys tell, and nothing of it is ever read."""
+    mine = fill(create(tmp_path / "a", dtype=dtype))
+    fill(create(tmp_path / "b", dtype=dtype, keys=KEYS[100:120]))
+    fill(create(tmp_path / "c", dtype=dtype, keys=[*KEYS[:6], *reversed(KEYS[6:12]), *KEYS[12:20]]))
+    assert {(tmp_path / name / "part-00001.json").stat().st_size for name in "abc"} == {
+        (tmp_path / "a" / "part-00001.json").stat().st_size}
+    kept = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    reason = "part-00001.json belongs to another store or unit: its 'keys' differs from plan.json"
+    for stranger in "bc":  # other rows; the same rows in another order
+        for read in (lambda s: list(s.iter_blocks()), lambda s: s.take([KEYS[6]]), lambda s: s.rows(),
+                     lambda s: s.info(1)):
+            for suffix in ("json", "safetensors"):
+                shutil.copy(tmp_path / stranger / f"part-00001.{suffix}", tmp_path / "a")
+            with pytest.raises(DataError, match=rf"unit 1 is damaged \({reason}\); it was set aside"):
+                read(GradientFeatures.open(tmp_path / "a"))
+            assert GradientFeatures.open(tmp_path / "a").missing_units() == [1]
+            for path in (tmp_path / "a").glob("*.broken"):
+                path.unlink()
+            for name, data in kept.items():
+                (tmp_path / "a" / name).write_bytes(data)
+        for suffix in ("json", "safetensors"):
+            shutil.copy(tmp_path / stranger / f"part-00001.{suffix}", tmp_path / "a")
+        store = GradientFeatures.open(tmp_path / "a")
+        assert store.verify() == [(1, reason)] and store.missing_units() == [1]
+        fill(store)
+        assert all((tmp_path / "a" / name).read_bytes() == data for name, data in kept.items())
+    shutil.copy(tmp_path / "b" / "part-00001.safetensors", tmp_path / "a")  # the rows alone, under the right sidecar
+    assert [unit for unit, _ in mine.verify()] == [1]
+
+
 def test_a_lost_payload_or_sidecar(tmp_path):
     store = fill(create(tmp_path))
     (tmp_path / "part-00000.json").unlink()

@@ -191,6 +191,33 @@ def test_a_group_is_one_block():
     torch.testing.assert_close(c.detach(), torch.full_like(c, -1.0))
 
 
+def test_a_group_block_is_of_those_that_have_a_finite_gradient_now():
+    """A tensor without one, or with a NaN, is no part of the block in this step, whatever it was before."""
+    def built(*names):
+        params = {n: torch.nn.Parameter(torch.zeros(2 + i, dtype=torch.float64)) for i, n in enumerate(names)}
+        return params, BlockwiseAdam(params.items(), lr=1.0, weight_decay=0.0, block="group")
+
+    both, optimizer = built("a", "b")
+    one, alone = built("a")
+    for t in range(3):
+        both["a"].grad, one["a"].grad = (randn((2,), t) for _ in range(2))
+        both["b"].grad = [None, torch.full((3,), torch.nan, dtype=torch.float64), None][t]
+        if t == 1:
+            with pytest.warns(RuntimeWarning, match="parameter 'b': its gradient is not finite"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        alone.step()
+    torch.testing.assert_close(both["a"], one["a"])
+    both["b"].grad = randn((3,), 9)
+    optimizer.step()
+    assert float(optimizer.state[both["b"]]["rest_numel"]) == 2
+    both["a"].grad, before = None, both["a"].detach().clone()
+    optimizer.step()
+    assert float(optimizer.state[both["b"]]["rest_numel"]) == 0 == float(optimizer.state[both["b"]]["rest_sq"])
+    assert torch.equal(both["a"].detach(), before)
+
+
 def test_a_map_of_a_group_block_keeps_the_rest_of_the_block():
     """Exact if the other tensors' gradients stay; near otherwise."""
     def built():

@@ -1,12 +1,13 @@
 """A rule of somebody's own, which is in no table, under `Optimizer` and `UpdateMap`: the default paths."""
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
 
-from optim import AdamWRule, Optimizer, UpdateMap, UpdateRule, rule_from
+from optim import AdamW, AdamWRule, Optimizer, UpdateMap, UpdateRule, rule_from
 from optim.rule import zero_moment, zero_step
 
 
@@ -73,6 +74,99 @@ def test_one_optimizer_steps_several_rules():
     torch.testing.assert_close(p.detach(), torch.full((2,), 0.8))
     torch.testing.assert_close(q.detach(), torch.full((2,), 0.99))
     assert set(optimizer.state[p]) == {"step", "previous"} and "exp_avg" in optimizer.state[q]
+
+
+@pytest.mark.parametrize("saved", ["plain", "wrapped", "unnamed", "torch"])
+@pytest.mark.parametrize("named", [True, False])
+def test_names_stay_those_of_this_optimizer_when_a_state_is_loaded(saved, named):
+    """Not those of the wrappers that it was saved with; messages, maps and the next checkpoint speak of them."""
+    names = {"plain": ["w", "b"], "wrapped": ["module._orig_mod.w", "module._orig_mod.b"]}.get(saved)
+
+    def groups(names):
+        params = [torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in "wb"]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        return [{"params": [entry]} for entry in (zip(names, params, strict=True) if names else params)]
+
+    kind = torch.optim.AdamW if saved == "torch" else AdamW
+    there, here = kind(groups(names), lr=0.1), AdamW(groups(["w", "b"] if named else None), lr=0.1)
+    there.step()
+    kept = copy.deepcopy(there.state_dict())
+    here.load_state_dict(there.state_dict())
+    assert there.state_dict().keys() == kept.keys() and [g.get("param_names") for g in kept["param_groups"]] == [
+        g.get("param_names") for g in there.state_dict()["param_groups"]]
+    own = [["w"], ["b"]] if named else [[n] for n in names] if names else [None, None]  # torch's way: better than none
+    assert [g.get("param_names") for g in here.param_groups] == own
+    assert [g.get("param_names") for g in here.state_dict()["param_groups"]] == own
+    if named:
+        grads = {"w": torch.ones(2, dtype=torch.float64), "b": torch.ones(2, dtype=torch.float64)}
+        assert set(UpdateMap.of(here)(grads)) == {"w", "b"}
+        here.param_groups[1]["params"][0].grad = torch.ones(2, dtype=torch.float64).to_sparse()
+        with pytest.raises(TypeError, match="parameter 'b' has a sparse gradient"):
+            here.step()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting(UpdateRule):
+    """Elementwise or not, its `share` writes down whom it was called with."""
+
+    name: ClassVar[str] = "counting"
+    elementwise: ClassVar[bool] = False
+
+    def init(self, param):
+        return {"step": zero_step(), "told": zero_step(), "stepping": zero_step(), "ever": zero_step()}
+
+    def update(self, grad, state, param):
+        return grad, {**state, "step": state["step"] + 1}
+
+    def share(self, grads, states, group):
+        assert len(grads) == len(states)
+        for grad, state in zip(grads, states, strict=True):
+            assert grad.isfinite().all()
+            state["told"] += 1
+            state["stepping"].fill_(len(states))
+            state["ever"].fill_(len(group))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elementwise(Counting):
+    name: ClassVar[str] = "elementwise"
+    elementwise: ClassVar[bool] = True
+
+    def share(self, grads, states, group):
+        super().share([torch.zeros(1) for _ in grads], states, group)
+
+
+@pytest.mark.parametrize("rule", [Counting(), Elementwise()], ids=lambda r: r.name)
+def test_share_is_told_of_those_that_step_and_of_all_that_ever_did(rule):
+    """Missing gradients, not-finite ones, a step of nobody, a second group: who is about to step, and who ever was."""
+    a, b, c, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(4))
+    optimizer = Optimizer([{"params": [("a", a), ("b", b), ("c", c)]}, {"params": [("other", other)]}], rule, lr=0.1)
+
+    def step(*present, broken=None):
+        for p in (a, b, c, other):
+            p.grad = torch.ones(2) if any(p is q for q in present) else None
+        if broken is not None:
+            broken.grad = torch.full((2,), torch.nan)
+        optimizer.step()
+
+    def seen(p):
+        state = optimizer.state[p]
+        return tuple(int(state[key]) for key in ("step", "told", "stepping", "ever"))
+
+    step(a)
+    assert seen(a) == (1, 1, 1, 1) and not optimizer.state.get(b) and not optimizer.state.get(other)
+    step(b, other)  # the group has two that ever stepped, of which one steps now
+    assert seen(a) == (1, 1, 1, 1) and seen(b) == (1, 1, 1, 2) and seen(other) == (1, 1, 1, 1)
+    step()
+    assert seen(a) == (1, 1, 1, 1) and seen(b) == (1, 1, 1, 2)
+    if rule.elementwise:
+        step(a, broken=c)
+        assert seen(a) == (2, 2, 2, 3) and seen(c) == (1, 1, 2, 3)
+    else:
+        with pytest.warns(RuntimeWarning, match="parameter 'c': its gradient is not finite; counting left it"):
+            step(a, broken=c)
+        assert seen(a) == (2, 2, 1, 2) and not optimizer.state.get(c)
 
 
 def test_added_group_gets_the_default_rule():

@@ -72,6 +72,20 @@ def test_a_parameter_that_starts_late_joins_the_count_of_its_group():
     assert float(optimizer.state[q]["calls"]) == 3 and float(optimizer.state[q]["step"]) == 1
 
 
+@pytest.mark.parametrize("rule", [SPAMRule(), StableSPAMRule()], ids=lambda r: r.name)
+def test_a_parameter_catches_up_with_one_that_has_no_gradient_now(rule):
+    """The count is of the group: it goes on from those that are not stepped this time, too."""
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = Optimizer([p, q], rule, lr=0.01)
+    for present in ((p,), (p,), (p,), (q,)):
+        p.grad = q.grad = None
+        for x in present:
+            x.grad = torch.ones(2)
+        optimizer.step()
+    assert float(optimizer.state[q]["calls"]) == 4 and float(optimizer.state[q]["step"]) == 1
+    assert float(optimizer.state[p]["calls"]) == 3, "it catches up when it steps again"
+
+
 def test_a_spike_is_clipped():
     """A gradient a million times larger moves momentum by no more than sqrt(threshold v)."""
     rule = SPAMRule(grad_accu_steps=2, threshold=100.0, DeltaT=0)

@@ -283,6 +283,27 @@ def test_bad_batches_are_refused_with_advice():
         select_batch(rows, ["a"] * 6, 3, method="herdin", generator=generator())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_rows_of_small_sources_count_where_they_are_read(value):
+    """Herding aims at the mean of all rows: one that is not finite is named. The other methods never look at it."""
+    rows = gradients(20, 9)
+    rows[13, 2] = value
+    names = [f"a.jsonl:{i + 1}" for i in range(20)]
+    made = plan(SOURCES, 11, {"rare"}, generator=generator())
+    assert 13 in made.kept.tolist()
+    with pytest.raises(DataError, match=r"features of rows a\.jsonl:14 are not finite \(1 rows\)"):
+        choose_rows(rows, made, generator=generator(), names=names)
+    with pytest.raises(DataError, match=r"features of rows \[13\] of the batch are not finite"):
+        select_batch(rows, SOURCES, 11, small_sources={"rare"}, method="herding", generator=generator())
+    for method in sorted(set(CORESET_METHODS) - {"herding"}):
+        chosen = choose_rows(rows, made, method=method, generator=generator())
+        assert {12, 13, 14} < set(chosen.indices.tolist()) and chosen.weights.isfinite().all(), method
+    rows[3, 0] = value
+    for method in sorted(CORESET_METHODS):
+        with pytest.raises(DataError, match=r"rows \[3, 13\]" if method == "herding" else r"rows \[3\]"):
+            choose_rows(rows, made, method=method, generator=generator())
+
+
 def test_clusters_find_groups_of_vectors():
     vectors = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.1], [0.1, 5.0]])
     found = cluster_sources(vectors, 2, seed=1).tolist()

@@ -311,6 +311,23 @@ def test_what_is_refused_and_leaves_the_model_alone(model, batch):
     assert {k: p.requires_grad for k, p in model.named_parameters()} == asked
 
 
+@pytest.mark.parametrize("features", ["exact", "probes"])
+def test_a_row_of_a_small_source_without_a_loss_is_named_by_herding_alone(model, batch, features):
+    """Rows 9 and 10 are the small source's; medoids do not read them, and keep them whatever their loss is."""
+    marked = batch["input_ids"][10, :6]
+
+    def broken(module, part):
+        here = (part["input_ids"][:, :6] == marked).all(1)
+        return row_losses(module, part) * torch.where(here, torch.nan, 1.0)
+
+    settings = {"keep": 8, "small": {"rare"}, "features": features, "probes": 2}
+    names = [f"a.jsonl:{i + 1}" for i in range(16)]
+    with pytest.raises(DataError, match=r"features of rows a\.jsonl:11 are not finite \(1 rows\)"):
+        CoLM(model, broken, **settings)(batch, SOURCES, step=0, names=names)
+    chosen = CoLM(model, broken, method="facility_location", **settings)(batch, SOURCES, step=0)
+    assert {9, 10} < set(chosen.indices.tolist()) and len(chosen) == 8
+
+
 def test_the_loop_of_the_readme_runs(capsys):
     """The second block of datatools/README.md, as it stands there, on a tiny model."""
     text = (REPOSITORY / "datatools" / "README.md").read_text()
