@@ -41,7 +41,8 @@ SIZES: Mapping[str, Any] = {
     **dict.fromkeys(
         "hidden_size d_model n_embd embed_dim emb_dim attention_hidden_size embedding_size word_embed_proj_dim "
         "embedding_dim lru_width input_embedding_size output_embedding_size encoder_hidden_size backbone_hidden_size "
-        "output_dim projector_input_dim projector_output_dim input_size pronunciation_embed_dim shape_embed_dim".split(),
+        "output_dim projector_input_dim projector_output_dim input_size pronunciation_embed_dim "
+        "shape_embed_dim".split(),
         HIDDEN,
     ),
     **dict.fromkeys(
