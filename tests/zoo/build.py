@@ -159,6 +159,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
     "Gemma3nForCausalLM": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2},
     "GraniteMoeHybridForCausalLM": {"mamba_n_heads": 8, "layer_types": ["linear_attention", "full_attention"]},
+    "HunYuanMoEV1ForCausalLM": {"num_experts": EXPERTS, "moe_topk": ACTIVE},
     "HrmTextForCausalLM": {"num_layers_per_stack": None, "num_hidden_layers": 1},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
@@ -187,6 +188,15 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "xLSTMForCausalLM": {"autocast_kernel_dtype": "float32", "ffn_round_up_to_multiple_of": 16, "qk_dim_factor": 1.0},
 }
 """Class -> settings that the common table does not give."""
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "FalconForCausalLM new_decoder_architecture": {"new_decoder_architecture": True},
+    "FalconForCausalLM multi_head": {"multi_query": False, "alibi": True},
+    "GPTBigCodeForCausalLM multi_head": {"multi_query": False},
+    "DeepseekV3ForCausalLM no_q_lora": {"q_lora_rank": None},
+    "LlamaForCausalLM biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+}
+"""Settings of a class that change its layout of weights: class and a word -> settings."""
 
 UNBUILDABLE: Mapping[str, str] = {
     "Gemma3nForConditionalGeneration": "its vision tower is made by timm and pillow, which are not requirements",
@@ -233,6 +243,8 @@ def names() -> list[str]:
 
 
 def model_class(name: str) -> Any:
+    """The class, of transformers or one of its modules."""
+    name = name.partition(" ")[0]
     if name in EXTRA:
         return getattr(importlib.import_module(f"transformers.models.{EXTRA[name]}"), name)
     return getattr(transformers, name)
@@ -240,7 +252,8 @@ def model_class(name: str) -> Any:
 
 def config(name: str, *, vocab: int = VOCABULARY) -> PreTrainedConfig:
     """The small configuration of a class."""
-    return shrunk(_classes()[name], OVERRIDES.get(name, {}), vocab)
+    own = name.partition(" ")[0]
+    return shrunk(_classes()[own], {**OVERRIDES.get(own, {}), **VARIANTS.get(name, {})}, vocab)
 
 
 def shrunk(kind: type[PreTrainedConfig], more: Mapping[str, Any], vocab: int) -> PreTrainedConfig:
