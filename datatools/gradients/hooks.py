@@ -1,0 +1,291 @@
+"""Per-example gradients of a whole batch from one backward pass, which forms no gradient of any weight.
+
+    matrix [out, in]:  G_i = sum_s g_is x_is^T            bias [out]:  sum_s g_is
+    LoRA y = W x + c B A x:   dA_i = c sum_s (B^T g_is) x_is^T,   dB_i = c sum_s g_is (A x_is)^T
+
+g_is is the gradient of a layer's output at token s of row i, x_is its input; which token is of which row, `rows` says.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from datatools.gradients import rows
+from datatools.gradients.layers import Adapter, adapters, is_conv1d
+from datatools.gradients.types import Batch, Loss, Visit, size_of
+from datatools.gradients.uses import Use, View, Watch
+
+
+@dataclass(eq=False)
+class _AdapterUse(Use):
+    """A call of a LoRA layer: one input and one output for both of its matrices."""
+
+    adapter: Adapter | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        assert self.adapter is not None
+        return self.adapter.name_a, self.adapter.name_b
+
+    def contract(self, x: Tensor | None, g: Tensor) -> dict[str, Tensor]:
+        one = self.adapter
+        assert one is not None and x is not None
+        x, g = x.to(one.a.dtype), g.to(one.a.dtype)  # adapters are float32 also over a bfloat16 model
+        return {
+            one.name_a: (g @ (one.b * one.scale)).mT @ x,
+            one.name_b: g.mT @ (x @ (one.a * one.scale).mT),
+        }
+
+
+class _Start(torch.autograd.Function):
+    """The beginning of the graph: what comes out asks for a gradient though nothing that went in does.
+
+    A copy, so that a model may go on and change it in place, which it may not do to a leaf.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, anchor: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        return None, None
+
+
+@dataclass
+class _Call:
+    """One use in this pass, with what the backward passes bring."""
+
+    use: Use
+    key: tuple[str, int, int]
+    layout: rows.Layout | None
+    shape: torch.Size
+    """Of the output."""
+    guard: tuple[Tensor, int] | None = None
+    """(output, version): a hook on a view is lost when the view is changed in place, so it must not be."""
+    weighted: list[Tensor] = field(default_factory=list)
+
+
+def visit_by_hooks(
+    loss: Loss, module: nn.Module, batch: Batch, names: Sequence[str], visit: Visit, layouts: rows.Layouts
+) -> tuple[Tensor, dict[str, str]]:
+    """Call `visit` for each of `names` but those that need another method: (losses [b], name -> why not).
+
+    Inside `enable_grad`, with every parameter frozen.
+    """
+    return _Pass(module, batch, names, visit, layouts).run(loss)
+
+
+class _Pass:
+    def __init__(
+        self, module: nn.Module, batch: Batch, names: Sequence[str], visit: Visit, layouts: rows.Layouts
+    ) -> None:
+        self.module, self.batch, self.visit, self.layouts = module, batch, visit, layouts
+        self.size = size_of(batch)
+        known = dict(module.named_parameters())
+        self.params = {name: known[name] for name in names}
+        self.refused: dict[str, str] = {}
+        self.calls: list[_Call] = []
+        self.waiting: Counter[str] = Counter()  # calls of each parameter whose gradient has not arrived
+        self.totals: dict[str, Tensor] = {}
+        self.done: set[str] = set()
+        self.weighing = False
+        self.dtype = torch.float32
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    def run(self, loss: Loss) -> tuple[Tensor, dict[str, str]]:
+        layers = [one for one in adapters(self.module) if {one.name_a, one.name_b} & set(self.params)]
+        inside = {name for one in layers for name in (one.name_a, one.name_b)}
+        watched = {name: p for name, p in self.params.items() if name not in inside}
+        with ExitStack() as stack:
+            for one in layers:
+                stack.enter_context(self._adapter(one, set(watched)))
+            if watched:
+                stack.enter_context(Watch(watched, self._used, self.refused))
+            losses = loss(self.module, self.batch)
+        if losses.shape != (self.size,):
+            raise ValueError(
+                f"per-sample gradients: the loss gave shape {tuple(losses.shape)}, expected one value per row, "
+                f"({self.size},)"
+            )
+        for call in self.calls:
+            if call.guard is not None and call.guard[0]._version != call.guard[1]:
+                self._refuse(call.use, "its layer's output is changed in place")
+        if losses.requires_grad:
+            self._backward(losses)
+        for name, p in self.params.items():
+            if name not in self.done and name not in self.refused:  # the loss uses it nowhere, or not every time
+                total = self.totals.pop(name, None)
+                self.visit(name, p.new_zeros(self.size, *p.shape) if total is None else total)
+        return losses.detach(), self.refused
+
+    def _backward(self, losses: Tensor) -> None:
+        unknown = [call for call in self.calls if self.size > 1 and call.layout is None and self._wanted(call.use)]
+        if unknown:
+            self.dtype = min((losses.dtype, *(p.dtype for p in self.module.parameters())), key=_range)
+            self.weighing = True
+            for weights in rows.weightings(self.size, self.dtype):
+                weights = weights.to(losses.device, losses.dtype)
+                torch.autograd.backward((losses * weights).sum(), retain_graph=True)
+            self.weighing = False
+        torch.autograd.backward(losses.sum())
+
+    def _wanted(self, use: Use) -> bool:
+        return any(name in self.params and name not in self.refused for name in use.names)
+
+    def _refuse(self, use: Use, why: str) -> None:
+        for name in use.names:
+            if name in self.params and name not in self.done:
+                self.refused.setdefault(name, why)
+                self.totals.pop(name, None)
+
+    def _used(self, uses: list[Use], y: Tensor, in_place: bool) -> Tensor:
+        """Put a hook on the output `y` of these uses, and let the graph begin here if nothing before asks for one."""
+        if not y.requires_grad:
+            y = _Start.apply(y, self.anchor)  # type: ignore[no-untyped-call]
+        whole, guard = y, None
+        if y._is_view():
+            base = y._base
+            if not in_place and base is not None and base.numel() == y.numel() and base.is_contiguous() and y.is_contiguous():
+                whole = base  # a hook on the view itself would be lost if the model changed it in place
+            else:
+                guard = (y, y._version)
+        calls = []
+        for use in uses:
+            numbers = [self.waiting[name] for name in use.names]
+            key = (use.names[0], numbers[0], len(use.tokens))
+            layout = None if use.routed else self.layouts.of(key, use.tokens, self.batch)
+            calls.append(_Call(use, key, layout, y.shape, guard))
+            self.waiting.update(use.names)
+        self.calls += calls
+        whole.register_hook(lambda g: self._arrived(calls, g))  # type: ignore[no-untyped-call]
+        return y
+
+    def _arrived(self, calls: list[_Call], g: Tensor) -> None:
+        with torch.no_grad():
+            for call in calls:
+                aligned = call.use.align(g.detach().reshape(call.shape))
+                aligned = aligned.reshape(call.use.tokens.numel(), aligned.shape[-1])
+                if self.weighing:
+                    if call.layout is None and self._wanted(call.use):
+                        call.weighted.append(_largest(aligned))
+                    continue
+                if self._wanted(call.use):
+                    self._add(call, aligned)
+                call.use.x = None
+                for name in call.use.names:
+                    self.waiting[name] -= 1
+                    if not self.waiting[name] and name in self.totals:
+                        self.done.add(name)
+                        self.visit(name, self.totals.pop(name))
+
+    def _add(self, call: _Call, g: Tensor) -> None:
+        """The part of this call in the gradients of its parameters; g [n, out]."""
+        use = call.use
+        x = None if use.x is None else use.x.reshape(len(g), use.x.shape[-1])
+        layout = call.layout
+        if self.size == 1 and not use.routed:
+            layout = "blocks"
+        if layout is not None:
+            return self._add_regular(use, layout, x, g)
+        of_token = torch.zeros(len(g), dtype=torch.int64)
+        if self.size > 1:
+            found = rows.identify(call.weighted, _largest(g), self.size, self.dtype)
+            if found is None:
+                return self._refuse(use, "some of its layer's tokens belong to no single row of the batch")
+            of_token = found
+            if not use.routed:
+                self.layouts.learn(call.key, use.tokens, self.batch, found)
+                layout = self.layouts.of(call.key, use.tokens, self.batch)
+                if layout is not None:
+                    return self._add_regular(use, layout, x, g)
+        self._add_routed(use, of_token, x, g)
+
+    def _add_regular(self, use: Use, layout: rows.Layout, x: Tensor | None, g: Tensor) -> None:
+        def batched(flat: Tensor) -> Tensor:
+            if layout == "blocks":
+                return flat.reshape(self.size, -1, flat.shape[-1])
+            assert isinstance(layout, int)
+            return flat.reshape(*use.tokens, -1).movedim(layout, 0).reshape(self.size, -1, flat.shape[-1])
+
+        for name, grad in use.contract(None if x is None else batched(x), batched(g)).items():
+            if name not in self.params or name in self.refused:
+                continue
+            if name not in self.totals and not use.view.steps:
+                self.totals[name] = grad.to(self.params[name].dtype)
+            else:
+                use.scatter(self._total(name), slice(None), grad, None)
+
+    def _add_routed(self, use: Use, of_token: Tensor, x: Tensor | None, g: Tensor) -> None:
+        everyone: list[tuple[int | None, Any]] = [(None, slice(None))]
+        for expert, tokens in use.groups() if use.groups is not None else everyone:
+            tokens = tokens.cpu() if isinstance(tokens, Tensor) else tokens
+            owners = of_token[tokens]
+            order = owners.argsort(stable=True)
+            numbers, counts = owners[order].unique_consecutive(return_counts=True)
+            places = torch.arange(len(of_token))[tokens][order].to(g.device)
+            for row, at in zip(numbers.tolist(), places.split(counts.tolist()), strict=True):
+                if row < 0:  # no gradient at all
+                    continue
+                grads = use.contract(None if x is None else x[None, at], g[None, at])
+                for name, grad in grads.items():
+                    if name in self.params and name not in self.refused:
+                        use.scatter(self._total(name), slice(row, row + 1), grad, expert)
+
+    def _total(self, name: str) -> Tensor:
+        if name not in self.totals:
+            p = self.params[name]
+            self.totals[name] = p.new_zeros(self.size, *p.shape)
+        return self.totals[name]
+
+    @contextmanager
+    def _adapter(self, one: Adapter, watched: set[str]) -> Iterator[None]:
+        """A LoRA layer's calls are used as one. In float32 it runs as one product with W + c B A: the same function in
+        exact arithmetic, at the cost of the bare layer. Lower precisions keep the two paths apart, where adding would
+        round the adapter away.
+        """
+
+        def capture(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return output
+            x = inputs[0]
+            use = _AdapterUse(
+                View(one.name_a), x.shape, x.shape[:-1], x.detach(), adapter=one
+            )
+            return self._used([use], output, False)
+
+        base: Any = one.module.base_layer
+        merges = type(base) is nn.Linear or is_conv1d(base)
+        alone = not {id(p) for p in base.parameters()} & {id(self.params[name]) for name in watched}
+        if merges and alone and base.weight.dtype == torch.float32:
+            weight = base.weight.detach().mT if is_conv1d(base) else base.weight.detach()
+            one.module.forward = _linear(torch.addmm(weight, one.b, one.a, alpha=one.scale), base.bias)
+        handle = one.module.register_forward_hook(capture)
+        try:
+            yield
+        finally:
+            handle.remove()
+            one.module.__dict__.pop("forward", None)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+    def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return functional.linear(x, weight, bias)
+
+    return forward
+
+
+def _largest(g: Tensor) -> Tensor:
+    return g.abs().amax(-1)
+
+
+def _range(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).max if dtype.is_floating_point else float("inf")
