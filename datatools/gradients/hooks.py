@@ -9,7 +9,7 @@ g_is is the gradient of a layer's output at token s of row i, x_is its input; wh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,7 +56,7 @@ class _Start(torch.autograd.Function):
         return y.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         return None, None
 
 
@@ -154,7 +154,13 @@ class _Pass:
         whole, guard = y, None
         if y._is_view():
             base = y._base
-            if not in_place and base is not None and base.numel() == y.numel() and base.is_contiguous() and y.is_contiguous():
+            if (
+                not in_place
+                and base is not None
+                and base.numel() == y.numel()
+                and base.is_contiguous()
+                and y.is_contiguous()
+            ):
                 whole = base  # a hook on the view itself would be lost if the model changed it in place
             else:
                 guard = (y, y._version)
@@ -229,12 +235,11 @@ class _Pass:
         for expert, tokens in use.groups() if use.groups is not None else everyone:
             tokens = tokens.cpu() if isinstance(tokens, Tensor) else tokens
             owners = of_token[tokens]
-            order = owners.argsort(stable=True)
-            numbers, counts = owners[order].unique_consecutive(return_counts=True)
-            places = torch.arange(len(of_token))[tokens][order].to(g.device)
-            for row, at in zip(numbers.tolist(), places.split(counts.tolist()), strict=True):
+            places = torch.arange(len(of_token))[tokens]
+            for row in sorted(set(owners.tolist())):
                 if row < 0:  # no gradient at all
                     continue
+                at = places[owners == row].to(g.device)
                 grads = use.contract(None if x is None else x[None, at], g[None, at])
                 for name, grad in grads.items():
                     if name in self.params and name not in self.refused:
@@ -257,9 +262,7 @@ class _Pass:
             if not torch.is_grad_enabled():
                 return output
             x = inputs[0]
-            use = _AdapterUse(
-                View(one.name_a), x.shape, x.shape[:-1], x.detach(), adapter=one
-            )
+            use = _AdapterUse(View(one.name_a), x.shape, x.shape[:-1], x.detach(), adapter=one)
             return self._used([use], output, False)
 
         base: Any = one.module.base_layer

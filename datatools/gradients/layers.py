@@ -5,6 +5,7 @@ What a parameter is really used for is seen in the forward pass (`uses`); here i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,21 +60,24 @@ def covered(module: nn.Module, names: Sequence[str]) -> list[str]:
         if hasattr(child, "base_layer"):  # an adapter: its own parts, plain or not, are named above or not at all
             inside += [f"{prefix}{part}" for part in ("lora_", "parametrizations", "ranknum")]
             continue
-        reachable |= {f"{prefix}{own}" for own in _own_matrices(child, embedded)}
+        reachable |= {f"{prefix}{own}" for own in _own_matrices(name, child, embedded)}
     return [name for name in names if name in reachable]
 
 
-def _own_matrices(child: nn.Module, embedded: set[int]) -> list[str]:
+_TABLE = re.compile(r"bias|log|norm|scale|pos", re.IGNORECASE)  # names of what is added or multiplied number by number
+
+
+def _own_matrices(path: str, child: nn.Module, embedded: set[int]) -> list[str]:
     """Names of the parameters directly in `child` that are multiplied with vectors, and of a linear layer's bias."""
     if isinstance(child, nn.Embedding | nn.modules.conv._ConvNd):
         return []
-    own = {name: p for name, p in child.named_parameters(recurse=False) if id(p) not in embedded and min(p.shape, default=0) > 1}
-    weight = own.get("weight")
-    if weight is not None and weight.ndim == 2:
-        bias = getattr(child, "bias", None)
-        has_bias = isinstance(bias, nn.Parameter) and bias.ndim == 1 and len(bias) in weight.shape
-        return ["weight", "bias"] if has_bias and (is_linear(child)) else ["weight"]
-    return [name for name, p in own.items() if p.ndim == 3]
+    own = {name: p for name, p in child.named_parameters(recurse=False) if id(p) not in embedded}
+    if is_linear(child):
+        return list(own)
+    if "expert" in path.lower():  # their matrices have any name
+        return [name for name, p in own.items() if p.ndim > 1 and not _TABLE.search(name)]
+    stacks = [name for name, p in own.items() if p.ndim == 3 and min(p.shape) > 1 and not _TABLE.search(name)]
+    return [name for name, p in own.items() if p.ndim == 2 and name == "weight"] + stacks
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -82,7 +86,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Is it transformers' `Conv1D` (GPT-2's linear layer)? Told by its fields, for this package knows no model class."""
+    """Is it transformers' `Conv1D` (GPT-2's linear layer)? Told by its fields: no model class is known here."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
 
 

@@ -33,9 +33,9 @@ def per_sample_grads(
 
     Cost: `hooks` one forward and about one forward's worth of backward, and as much backward again for layers whose
     tokens are routed or flattened in an order of their own; `loop` b passes with weight gradients. Parameters that
-    `hooks` cannot see (`covered` says which it should) go through `loop` as well, and a warning names them once for each
-    module. The first call for a module and a set of names costs two more passes over one row: they check `hooks` against
-    the definition.
+    `hooks` cannot see (`covered` says which it should) go through `loop` as well, and a warning names them once per
+    module. The first call for a module and a set of names costs two more passes over one row: they check `hooks`
+    against the definition.
     Memory: b gradients; use `visit_per_sample_grads` to hold one layer at a time.
     Raises: ValueError for an unknown parameter, a module in training mode, or a loss that is not one value per row.
     """
@@ -115,9 +115,7 @@ def _visit_by_hooks(
     return losses
 
 
-def _check(
-    loss: Loss, module: nn.Module, batch: Batch, params: dict[str, nn.Parameter], known: _Known
-) -> None:
+def _check(loss: Loss, module: nn.Module, batch: Batch, params: dict[str, nn.Parameter], known: _Known) -> None:
     """Compare `hooks` with the definition on the last row of the batch; what differs is left to `loop` from now on."""
     row = {key: tensor[-1:] for key, tensor in batch.items()}
     found: dict[str, Tensor] = {}
@@ -128,6 +126,7 @@ def _check(
     _visit_by_loop(loss, module, row, {name: params[name] for name in found}, wanted.__setitem__)
     norms = {name: float(grad.double().norm()) for name, grad in wanted.items()}
     precision = max(torch.finfo(p.dtype).eps for p in module.parameters() if p.is_floating_point())
+    precision = max(precision, torch.finfo(torch.float32).eps)  # which parts of a float64 model may still compute in
     for name, grad in found.items():
         off = float((grad.double() - wanted[name].double()).norm())
         limit = _TOLERANCE * precision**0.5 * norms[name] + 4 * precision * max(norms.values())
@@ -135,7 +134,9 @@ def _check(
             known.elsewhere[name] = "one backward pass for the batch does not give its gradient"
 
 
-_TOLERANCE = 3.0  # times the root of the precision: 0.001 in float32, 0.26 in bfloat16; a real error is of order 1
+_TOLERANCE = (
+    3.0  # times the root of the precision: 0.001 in float32 and float64, 0.26 in bfloat16; a real error is of order 1
+)
 
 
 def _announce(slow: Mapping[str, str], among: int, known: _Known) -> None:
@@ -162,7 +163,9 @@ def _visit_by_loop(
         for i in range(size_of(batch)):
             value = loss(module, {key: tensor[i : i + 1] for key, tensor in batch.items()}).sum()
             used = value.requires_grad  # not if the loss uses none of them
-            found = torch.autograd.grad(value, list(params.values()), allow_unused=True) if used else [None] * len(params)
+            found = (
+                torch.autograd.grad(value, list(params.values()), allow_unused=True) if used else [None] * len(params)
+            )
             for (name, p), grad in zip(params.items(), found, strict=True):
                 grads[name].append(torch.zeros_like(p) if grad is None else grad)
             losses.append(value.detach())

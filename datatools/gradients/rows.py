@@ -81,7 +81,7 @@ class Layouts:
 
     def learn(self, key: tuple[str, int, int], tokens: torch.Size, batch: Batch, rows: Tensor) -> None:
         """Remember what `rows` [n] (-1: not known) show, if they leave one possibility."""
-        if self.known.get(key) == "routed" or len(rows[rows >= 0].unique()) < 2:
+        if self.known.get(key) == "routed" or len(set(rows[rows >= 0].tolist())) < 2:
             return
         size, seen = size_of(batch), rows >= 0
         possible = candidates(tokens, batch)

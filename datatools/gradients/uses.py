@@ -10,13 +10,13 @@ from elsewhere, and are never silently zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 Group = tuple[int, Tensor | slice]
@@ -31,8 +31,10 @@ class View:
     steps: tuple[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], int | None], ...] = ()
     """Each function with its other arguments, and which of several results was taken."""
 
-    def then(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], part: int | None) -> View:
-        """This view, seen through one more function."""
+    def then(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], part: int | None
+    ) -> View:
+        """The view, seen through one more function."""
         return View(self.name, (*self.steps, (function, args, kwargs, part)))
 
     def apply(self, whole: Tensor, start: int = 0) -> Tensor:
@@ -53,14 +55,13 @@ class View:
             return int(index) if index.ndim == 0 else index if index.ndim == 1 else None
         return None
 
-
     def swapped(self) -> bool | None:
         """Of a stack of matrices: are the last two dimensions exchanged? None if anything else was done to it."""
         start = int(isinstance(self.picked(), Tensor))
         if any(_name(step[0]) not in _EXCHANGES for step in self.steps[start:]):
             return None
         shape = tuple(self.apply(torch.empty(1, 2, 3), start).shape)
-        return {(1, 2, 3): False, (1, 3, 2): True}.get(shape)
+        return shape == (1, 3, 2) if shape in ((1, 2, 3), (1, 3, 2)) else None
 
 
 @dataclass(eq=False)
@@ -82,6 +83,7 @@ class Use:
     align: Callable[[Tensor], Tensor] = lambda g: g
     groups: Callable[[], list[Group]] | None = None
     """Experts and their tokens, where the parameter is one of a stack; None where every token sees the whole view."""
+    places: Tensor | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -96,26 +98,28 @@ class Use:
     def contract(self, x: Tensor | None, g: Tensor) -> dict[str, Tensor]:
         """x [b, n, in] and g [b, n, out] -> name -> gradient of the view [b, *shape], summed over n."""
         if x is None:
-            return {self.view.name: g.sum(1)}
+            return {self.view.name: g.sum(1).view(len(g), *self.shape) if self.groups is None else g.sum(1)}
         g = g.to(x.dtype)  # they differ under autocast
         return {self.view.name: g.mT @ x if self.out_first else x.mT @ g}
 
     def scatter(self, total: Tensor, rows: slice | int, grad: Tensor, expert: int | None) -> None:
         """total [b, *shape of the parameter] += grad [rows, *shape of the view], seen back through the view."""
-        steps, at, picked = self.view.steps, total[rows], self.view.picked()
-        if expert is not None:
+        steps, at = self.view.steps, total[rows]
+        picked, start = self.view.picked(), 0
+        if expert is not None and (self.x is None or self.view.swapped() is not None):
             at[:, expert] += grad.mT if self.x is not None and self.view.swapped() else grad
             return
-        start = 0
         if isinstance(picked, int):
             at, start = at[:, picked], 1
         if start == len(steps):
             at += grad
             return
-        shape = at.shape[1:]
-        where = self.view.apply(torch.arange(shape.numel(), device=at.device).view(shape), start)
-        whole = torch.zeros(len(at), shape.numel(), dtype=at.dtype, device=at.device)
-        whole.index_add_(1, where.reshape(-1), grad.reshape(len(at), -1).to(at.dtype))
+        if self.places is None:  # where each number of the view stands in the parameter
+            shape = at.shape[1:]
+            self.places = self.view.apply(torch.arange(shape.numel(), device=at.device).view(shape), start)
+        places = self.places if expert is None else self.places.flatten(0, -3)[expert]
+        whole = torch.zeros(len(at), at[0].numel(), dtype=at.dtype, device=at.device)
+        whole.index_add_(1, places.reshape(-1), grad.reshape(len(at), -1).to(at.dtype))
         at += whole.view(at.shape)
 
 
@@ -168,7 +172,9 @@ class Watch(TorchFunctionMode):
                 if id(value) in self._views:
                     found.append(self._views[id(value)])
             elif isinstance(value, list | tuple):
-                found += [self._views[id(item)] for item in value if isinstance(item, Tensor) and id(item) in self._views]
+                found += [
+                    self._views[id(item)] for item in value if isinstance(item, Tensor) and id(item) in self._views
+                ]
         return found
 
     def _look_through(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -221,21 +227,32 @@ _COPIES = {"contiguous", "clone", "to", "type", "type_as", "float", "double", "h
 Views = Mapping[int, View]
 
 
-def _token_groups(view: View, stack: int, each: int) -> Callable[[], list[Group]] | None:
-    """Who sees what, where a view [stack, ., .] meets `stack` x `each` tokens. None: such a view is not understood."""
+def _by_number(index: Tensor, each: int) -> Callable[[], list[Group]]:
+    """Token k * each + j sees expert index[k]."""
+
+    def groups() -> list[Group]:
+        numbers = index.repeat_interleave(each)
+        return [(int(e), (numbers == e).nonzero()[:, 0]) for e in sorted(set(numbers.tolist()))]
+
+    return groups
+
+
+def _stacked(view: View, stack: Tensor, x: Tensor, **more: Any) -> Use | None:
+    """A product of the view [*stack, ., .] with x [*batch, n, in], both stretched; None if it is not understood."""
+    batch = _broadcast(x.shape[:-2], stack.shape[:-2])
+    x = x.expand(*batch, *x.shape[-2:])
     index = view.picked()
-    if view.swapped() is None:
-        return None
-    if isinstance(index, Tensor):  # one expert a token, picked by number
+    if isinstance(index, Tensor):  # one expert per token, picked by number
+        if x.ndim != 3 or view.swapped() is None:
+            return None
+        return _of(view, stack, x, groups=_by_number(index, x.shape[1]), **more)
 
-        def by_number() -> list[Group]:
-            numbers = index.repeat_interleave(each) if each != 1 else index
-            return [(int(e), (numbers == e).nonzero()[:, 0]) for e in numbers.unique().tolist()]
+    def groups() -> list[Group]:
+        count = stack.shape[:-2].numel()
+        numbers = torch.arange(count).view(*stack.shape[:-2], 1).expand(*batch, x.shape[-2]).reshape(-1)
+        return [(e, (numbers == e).nonzero()[:, 0]) for e in range(count)]
 
-        return by_number
-    if index is None:
-        return lambda: [(e, slice(e * each, (e + 1) * each)) for e in range(stack)]
-    return None
+    return _of(view, stack, x, groups=groups, **more)
 
 
 def _linear(views: Views, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Use] | None:
@@ -259,20 +276,14 @@ def _matmul(views: Views, left: Tensor, right: Tensor, **_: Any) -> list[Use] | 
     if id(right) in views:
         if right.ndim == 2 and left.ndim >= 1:
             return [_of(views[id(right)], right, left, out_first=False)]
-        if right.ndim == 3 and left.ndim == 3 and len(left) in (1, len(right)):
-            x = left.expand(len(right), -1, -1)
-            groups = _token_groups(views[id(right)], len(right), x.shape[1])
-            return None if groups is None else [_of(views[id(right)], right, x, out_first=False, groups=groups)]
-        return None
+        use = _stacked(views[id(right)], right, left, out_first=False) if min(left.ndim, right.ndim) > 2 else None
+        return None if use is None else [use]
     if left.ndim == 2 and right.ndim >= 2:
         return [_of(views[id(left)], left, right.mT, align=lambda g: g.mT)]
     if left.ndim == 2 and right.ndim == 1:
         return [_of(views[id(left)], left, right)]
-    if left.ndim == 3 and right.ndim == 3 and len(right) in (1, len(left)):
-        x = right.expand(len(left), -1, -1).mT
-        groups = _token_groups(views[id(left)], len(left), x.shape[1])
-        return None if groups is None else [_of(views[id(left)], left, x, align=lambda g: g.mT, groups=groups)]
-    return None
+    use = _stacked(views[id(left)], left, right.mT, align=lambda g: g.mT) if min(left.ndim, right.ndim) > 2 else None
+    return None if use is None else [use]
 
 
 def _reversed_matmul(views: Views, right: Tensor, left: Tensor) -> list[Use] | None:
@@ -283,11 +294,9 @@ def _addmm(views: Views, bias: Tensor, left: Tensor, right: Tensor, *, beta: flo
            **_: Any) -> list[Use] | None:  # fmt: skip
     if alpha != 1 or beta != 1:
         return None
-    found = _matmul(views, left, right) if id(left) in views or id(right) in views else []
-    if found is not None and id(bias) in views:
-        if bias.ndim != 1 or right.ndim != 2:
-            return None
-        found.append(Use(views[id(bias)], bias.shape, left.shape[:-1], None))
+    found = (_matmul(views, left, right) or []) if id(left) in views or id(right) in views else []
+    if id(bias) in views:
+        found.append(_bias(views[id(bias)], bias, torch.Size((*left.shape[:-1], right.shape[-1]))))
     return found
 
 
@@ -295,36 +304,51 @@ def _grouped_mm(views: Views, x: Tensor, weight: Tensor, offs: Tensor | None = N
                 out_dtype: Any = None, **_: Any) -> list[Use] | None:  # fmt: skip
     if id(weight) not in views or offs is None or x.ndim != 2 or weight.ndim != 3:
         return None
-    if _token_groups(views[id(weight)], len(weight), 1) is None or views[id(weight)].picked() is not None:
+    if views[id(weight)].picked() is not None:
         return None
 
     def segments() -> list[Group]:
         ends = offs.tolist()
-        return [(e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
+        return [
+            (e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start
+        ]
 
     return [_of(views[id(weight)], weight, x, out_first=False, groups=segments)]
 
 
+def _broadcast(*shapes: torch.Size) -> torch.Size:
+    return torch.Size(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+
+
 def _add(views: Views, left: Tensor, right: Any, *, alpha: float = 1, out: Any = None) -> list[Use] | None:
-    """A sum with a bias: the view has the last dimensions of the output, or one bias a token picked by number."""
     if not isinstance(left, Tensor) or not isinstance(right, Tensor) or alpha != 1 or out is not None:
         return None
     if (id(left) in views) == (id(right) in views):
         return None
     bias, other = (left, right) if id(left) in views else (right, left)
-    view = views[id(bias)]
-    if bias.ndim == 1 and other.ndim >= 1 and other.shape[-1] == len(bias):
-        return [Use(view, bias.shape, other.shape[:-1], None)]
-    if bias.ndim == 2 and other.ndim == 2 and bias.shape == other.shape and isinstance(view.picked(), Tensor):
-        return [Use(view, bias.shape, other.shape[:-1], None, groups=_token_groups(view, len(bias), 1))]
-    return None
+    return [_bias(views[id(bias)], bias, _broadcast(left.shape, right.shape))]
+
+
+def _bias(view: View, bias: Tensor, shape: torch.Size) -> Use:
+    """A sum with a bias that is spread over the output's `shape`: tokens are the dimensions that it is spread along."""
+    index = view.picked()
+    if isinstance(index, Tensor) and bias.shape == shape and bias.ndim == 2 and len(view.steps) == 1:
+        return Use(view, bias.shape, shape[:1], None, groups=_by_number(index, 1))  # one bias per token
+    own = (1,) * (len(shape) - bias.ndim) + tuple(bias.shape)
+    tokens = [k for k in range(len(shape)) if own[k] == 1 and shape[k] != 1]
+    features = [k for k in range(len(shape)) if k not in tokens]
+    leading = torch.Size(shape[k] for k in tokens)
+    width = math.prod(shape[k] for k in features)
+    return Use(view, bias.shape, leading, None, align=lambda g: g.permute(*tokens, *features).reshape(*leading, width))
 
 
 _PRODUCTS: dict[str, Callable[..., list[Use] | None]] = {
     "linear": _linear,
     **dict.fromkeys(("matmul", "mm", "bmm", "__matmul__"), _matmul),
     "__rmatmul__": _reversed_matmul,
-    "addmm": _addmm,
-    **dict.fromkeys(("grouped_mm", "_grouped_mm", "transformers.grouped_mm_fallback", "grouped_mm_fallback"), _grouped_mm),
+    **dict.fromkeys(("addmm", "baddbmm"), _addmm),
+    **dict.fromkeys(
+        ("grouped_mm", "_grouped_mm", "transformers.grouped_mm_fallback", "grouped_mm_fallback"), _grouped_mm
+    ),
     **dict.fromkeys(("add", "__add__", "__radd__", "add_", "__iadd__"), _add),
 }

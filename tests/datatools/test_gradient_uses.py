@@ -48,7 +48,12 @@ class HeadsInBatch(Flattened):
     def between(self, h):
         b, s, _ = h.shape
         heads = h.view(b, s, 2, D // 2).transpose(1, 2).reshape(b * 2, s, D // 2)
-        return self.inner(torch.cat([heads, heads], -1))[..., : D // 2].view(b, 2, s, D // 2).transpose(1, 2).reshape(b, s, D)
+        return (
+            self.inner(torch.cat([heads, heads], -1))[..., : D // 2]
+            .view(b, 2, s, D // 2)
+            .transpose(1, 2)
+            .reshape(b, s, D)
+        )
 
 
 class Shuffled(Flattened):
@@ -191,6 +196,33 @@ class ExpertsGrouped(Experts):
         return (torch.empty_like(flat).index_copy(0, order, y) * weight[:, None]).view(h.shape)
 
 
+class Heads(Base):
+    """Zamba: one small matrix per head, stretched over the batch; DeepSeek-V4: groups of one matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.split = nn.Parameter(torch.randn(2, D // 2, D // 2)), nn.Linear(D // 2, D)
+
+    def between(self, h):
+        heads = h.view(*h.shape[:2], 2, D // 2).permute(2, 0, 3, 1)  # [heads, rows, features, tokens]
+        mixed = (self.inner[:, None] @ heads).permute(1, 3, 0, 2)  # [rows, tokens, heads, features]
+        grouped = self.split.weight.view(2, D // 2, D // 2).transpose(1, 2)
+        y = torch.bmm(mixed.reshape(-1, 2, D // 2).transpose(0, 1), grouped).transpose(0, 1).reshape(h.shape)
+        return y + self.split.bias
+
+
+class ChannelBias(Flattened):
+    """A bias along another dimension than the last, and one for each position."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(7, D))
+
+    def between(self, h):
+        y = (self.inner(h).transpose(1, 2) + self.inner.bias[:, None]).transpose(1, 2)
+        return y + self.places[: h.shape[1]]
+
+
 class Sliced(Flattened):
     """Parts of one matrix, used one by one."""
 
@@ -244,7 +276,7 @@ class RowFree(Flattened):
 
 
 FAST = [Flattened, TimeFirst, HeadsInBatch, Shuffled, InPlace, WeightAlone, Subclass, GPT2, Experts, ExpertsInOut,
-        ExpertsBatched, ExpertsDense, Sliced, Tied]  # fmt: skip
+        ExpertsBatched, ExpertsDense, Heads, ChannelBias, Sliced, Tied]  # fmt: skip
 SLOW = [Unseen, Squared, RowFree]
 
 
@@ -274,12 +306,12 @@ def test_one_pass_gives_every_way_of_using_a_weight(kind):
     """Nothing may be left to `loop` (a warning is an error here); batches of every shape, one after the other."""
     module = made(kind)
     names = covered(module, [n for n, _ in module.named_parameters()])
-    biases = [n for n, _ in module.named_parameters() if n.endswith("bias")]
-    assert {n for n, p in module.named_parameters() if p.ndim > 1 and "bias" not in n} <= set(names)
-    names += [n for n in biases if n not in names]
+    matrices = {n for n, p in module.named_parameters() if p.ndim > 1 and "bias" not in n and n != "places"}
+    assert matrices - {"up", "down"} <= set(names)
+    names += [n for n, _ in module.named_parameters() if n not in names]
     for seed, (size, width) in enumerate([(3, 5), (4, 4), (2, 1), (1, 6), (5, 2), (3, 3), (40, 2)]):
         want = agree(module, inputs(size, width, seed), names)
-    assert all(float(grad.abs().sum()) > 0 for name, grad in want.items() if "bias" not in name)
+    assert all(float(grad.abs().sum()) > 0 for name, grad in want.items() if name in matrices)
 
 
 @pytest.mark.parametrize("kind", SLOW)
@@ -294,6 +326,7 @@ def test_what_one_pass_cannot_see_is_left_to_the_loop_and_said(kind):
 
 def test_grouped_products_in_float32():
     """torch's grouped product has no float64."""
+
     class Wide(ExpertsGrouped):
         def __init__(self):
             super().__init__()
