@@ -261,7 +261,10 @@ class FeaturesConfig(Settings):
     """How gradient features are computed and stored."""
 
     method: str = Field(
-        default="hooks", min_length=1, max_length=64, description="hooks, vmap or loop; loop is the definition"
+        default="hooks",
+        min_length=1,
+        max_length=64,
+        description="hooks (fast, completed by loop where needed), vmap or loop; loop is the definition",
     )
     token_budget: int = Field(default=1024, ge=1, le=2**24, description="padded tokens a batch; bounds memory")
     dtype: Literal["float16", "bfloat16", "float32", "int8", "int4", "int1"] = Field(

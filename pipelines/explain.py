@@ -111,15 +111,16 @@ def _layers(
     names = models.seen_parameters(module, params, config.features.method)
     state = checkpoints.updates(stop, params, adam_mode=config.features.adam_mode, module=module)
     method: Any = config.features.method
+    losses = models.losses_for(method)
     update = checkpoints.restrict(state, names).per_sample(
-        per_sample_grads(models.row_losses, module, pool.batch([index], module.device), names, method=method)
+        per_sample_grads(losses, module, pool.batch([index], module.device), names, method=method)
     )
     plain = checkpoints.restrict(state, names, SGDRule())
     sums: dict[str, float] = defaultdict(float)
     length = torch.stack([u.square().sum() for u in update.values()]).sum().sqrt()
     for row in nearest:
         batch = target.batch([row], module.device)
-        grads = plain.per_sample(per_sample_grads(models.row_losses, module, batch, names, method=method))
+        grads = plain.per_sample(per_sample_grads(losses, module, batch, names, method=method))
         norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
         for name in names:
             sums[_layer(name)] += float((update[name] * grads[name]).sum() / (length * norm)) / len(nearest)

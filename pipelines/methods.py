@@ -37,9 +37,9 @@ from optim import SGDRule, UpdateMap, UpdateRule
 from pipelines import checkpoints, models, trainer
 from pipelines.config import SelectConfig
 from pipelines.prepare import Rows
-from pipelines.runs import Run, derive_seed, progress
+from pipelines.runs import Run, derive_seed, library_warnings, progress
 
-FEATURE_VERSION = "1"
+FEATURE_VERSION = "2"
 """Raise it when the same model, row and settings give other features: stores made before are then refused, not
 mixed."""
 
@@ -351,11 +351,14 @@ def _fill(
     lengths = {key: int(rows.scan.tokens[first[key]]) for key in missing}
     total, todo = sum(int(rows.scan.tokens[i]) for i in first.values()), sum(lengths.values())
     where = "pool" if kind == "train" else "target"
-    with progress(f"gradients of the {where} at {store.folder.name}", total, "tokens", done=total - todo) as bar:
+    with (
+        library_warnings(),
+        progress(f"gradients of the {where} at {store.folder.name}", total, "tokens", done=total - todo) as bar,
+    ):
         extract(
             store,
             module,
-            models.dense_row_losses if context.config.features.method == "vmap" else models.row_losses,
+            models.losses_for(context.config.features.method),
             lambda keys: rows.batch([first[key] for key in keys], module.device),
             lengths,
             updates,
@@ -621,12 +624,15 @@ def seconds_a_token(context: Context, samples: int = 2, *, backward: bool = True
     elif backward:
         module = models.add_lora(module, context.config.lora, seed=0).eval()
     times = []
+    method: Any = context.config.features.method
+    names = models.seen_parameters(module, checkpoints.trainable(module), method) if backward else []
+    losses = models.losses_for(method)
     try:
         for _ in range(samples):
             begin = time.perf_counter()
             if backward:
-                names = models.seen_parameters(module, checkpoints.trainable(module), "hooks")
-                visit_per_sample_grads(models.row_losses, module, batch, names, lambda name, grad: None)
+                with library_warnings():
+                    visit_per_sample_grads(losses, module, batch, names, lambda name, grad: None, method=method)
             else:
                 with torch.inference_mode():
                     models.row_losses(module, batch)

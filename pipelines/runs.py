@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
@@ -227,6 +228,15 @@ def warn(text: str) -> None:
         if Run.current is not None:
             Run.current.warnings.append(text)
             Run.current.event("warning", text=text)
+
+
+@contextmanager
+def library_warnings() -> Iterator[None]:
+    """Inside, warnings of per-example gradients (a slower method had to be taken) are the run's own: see `warn`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message="per-sample gradients")
+        warnings.showwarning = lambda message, *_, **__: warn(str(message))
+        yield
 
 
 def _print(text: str) -> None:

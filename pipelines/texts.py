@@ -121,3 +121,9 @@ def number(value: float | None, digits: int = 3) -> str:
 def minus(text: str) -> str:
     """`text` with a true minus sign; none on "-0.00", whose digits show no sign."""
     return text.lstrip("-") if text.startswith("-") and not text.strip("-0.,") else text.replace("-", "−")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first, for a message of one line."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

@@ -1,0 +1,67 @@
+"""Does a model do what every batch here relies on? Tried on eight tokens when it is opened, before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datatools import DataError
+from pipelines.texts import first_line
+
+_TOKENS, _SEEN = 8, 5
+
+
+def check(model: nn.Module, name: str) -> None:
+    """Refuse a model whose first tokens' logits depend on what stands behind them, or that cannot be differentiated.
+
+    Rows of a batch are padded on the right without a mask, which is exact for a decoder that looks back only.
+    Raises: DataError naming the model's class and what would work.
+    """
+    kind = type(model).__name__
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    device = next(model.parameters()).device
+    ids = (torch.arange(1, _TOKENS + 1, device=device) * max(1, vocabulary // (_TOKENS + 2)))[None] % vocabulary
+    other = ids.clone()
+    other[:, _SEEN:] = (ids[:, _SEEN:] + 1) % vocabulary
+    try:
+        logits = _differentiable(model, ids)
+        with torch.no_grad():
+            changed, cut = (model(input_ids=part, use_cache=False).logits for part in (other, ids[:, :_SEEN]))
+    except Exception as error:  # a model is other people's code: whatever it raises, it cannot be used here
+        raise DataError(
+            f"--model {name}: {kind} cannot be run and differentiated on token ids alone "
+            f"({type(error).__name__}: {first_line(error)}); choose a causal decoder of text"
+        ) from error
+    if logits.shape[:2] != ids.shape:
+        raise DataError(f"--model {name}: {kind} gives logits {tuple(logits.shape)} for {tuple(ids.shape)} tokens")
+    limit = (1e-4 if logits.dtype in (torch.float32, torch.float64) else 0.1) * float(logits.abs().max())
+    for what, found in (("the tokens behind", changed), ("the number of tokens behind", cut)):
+        off = float((found[:, :_SEEN].float() - logits[:, :_SEEN].float()).abs().max())
+        if off > limit:
+            advice = "set is_decoder to true in its config.json" if _is_encoder(model) else "choose a causal decoder"
+            raise DataError(
+                f"--model {name}: {kind} is not causal: the logits of a token change with {what} it (by {off:.2g}, of "
+                f"{float(logits.abs().max()):.2g}), so that rows padded to one length would have other losses; {advice}"
+            )
+
+
+def _differentiable(model: nn.Module, ids: Tensor) -> Tensor:
+    """The logits, once a gradient has gone from them to the embeddings."""
+
+    def begin(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output if output.requires_grad else output.detach().requires_grad_(True)
+
+    with torch.enable_grad():
+        handle = model.get_input_embeddings().register_forward_hook(begin)  # type: ignore[operator]
+        try:
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        finally:
+            handle.remove()
+        logits.float().sum().backward()  # type: ignore[no-untyped-call]
+    return logits.detach()
+
+
+def _is_encoder(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "is_decoder", None) is False
