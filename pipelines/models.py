@@ -331,8 +331,12 @@ def token_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         return (hidden[:, :-1][wanted], *inputs[1:])
 
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    handle = inner.get_output_embeddings().register_forward_pre_hook(narrow)
+    head = inner.get_output_embeddings()
     inputs = {key: tensor for key, tensor in batch.items() if key != "labels"}
+    if head is None:  # a model that does not say which layer its head is
+        logits = model(**inputs, use_cache=False).logits[:, :-1][wanted]
+        return functional.cross_entropy(logits.float(), labels[wanted], reduction="none"), rows
+    handle = head.register_forward_pre_hook(narrow)
     try:
         logits = model(**inputs, use_cache=False).logits
     finally:
@@ -386,5 +390,6 @@ def seen_parameters(module: Any, params: Mapping[str, Tensor], method: str) -> l
     """
     if method != "hooks":
         return list(params)
-    head = {id(p) for p in module.get_output_embeddings().parameters()}
+    output = module.get_output_embeddings()
+    head = {id(p) for p in output.parameters()} if output is not None else set()
     return [name for name in covered(module, list(params)) if id(params[name]) not in head]
