@@ -420,7 +420,9 @@ class CoresetConfig(Settings):
         description="example: each row counts the same; token: each token; null is example here, and the Trainer's own "
         "loss under CoresetMixin",
     )
-    projection: str | None = Field(default=None, description="the layer to take gradients of, where it is not found")
+    projection: str | None = Field(
+        default=None, description="the linear layer to take gradients of; null is the last value projection"
+    )
     token_budget: int = Field(default=4096, ge=1, le=2**24, description="padded tokens a forward pass while choosing")
     monitor_every: int = Field(default=10, ge=1, le=10**9, description="steps between measurements of the choice")
 

@@ -119,7 +119,7 @@ class CoLM:
     there are more; None keeps all.
     history: "selected", only chosen rows of large sources move the rule's state, or "all" rows of large sources.
     per_source: choose within each large source by quotas; False chooses among all of them at once.
-    token_budget: padded tokens a forward pass; changes features by rounding only.
+    token_budget: padded tokens a forward pass; changes features by rounding only. projection: `LastLayer.of`.
     seed: of everything random; the same seed, step and lane give the same choice, whatever happened before.
     group: processes that all hold the same batch: each makes its share of the passes, and all get the same choice, that
     of one process. None: this process alone.
@@ -131,9 +131,9 @@ class CoLM:
     losses are means over a row's own tokens; randomness is private; when small sources overflow, they are drawn by
     quotas; each process chooses among its own rows, where the published code gathers them, unless `group` holds one
     batch; the activations of the choosing pass are not kept for training, which would take the memory of all rows.
-    Raises: UsageError for settings that do not exist; DataError for an architecture without a value projection that is
-    known. A call raises UsageError for a batch smaller than `keep`, DataError for rows without a supervised token or
-    with a loss that is not finite.
+    Raises: UsageError for settings that do not exist; DataError for a model in which `LastLayer.of` finds nothing. A
+    call raises UsageError for a batch smaller than `keep`, DataError for rows without a supervised token or with a loss
+    that is not finite.
     """
 
     def __init__(
