@@ -7,7 +7,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -53,7 +52,7 @@ class Order:
         check_permutation(sequence, self.sequence)
         return Order(self.batches, tuple(int(b) for b in sequence))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: files.PathLike) -> None:
         """Write the file, whole or not at all."""
         arrays = {
             "format": np.int64(_FORMAT),
@@ -69,7 +68,7 @@ class Order:
         files.write_bytes(path, buffer.getvalue())
 
     @classmethod
-    def load(cls, path: Path) -> Order:
+    def load(cls, path: files.PathLike) -> Order:
         """Read what `save` wrote. Raises: DataError when the file is missing, damaged or of another format."""
         raw = files.read_bytes(path)
         try:

@@ -44,10 +44,11 @@ class Recorder:
         steps: int,
         anchors: int = 3,
         clip: float | None = None,
-        folder: Path | None = None,
+        folder: files.PathLike | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        self.steps, self.clip, self.folder, self.facts = steps, clip, folder, dict(facts or {})
+        self.steps, self.clip, self.facts = steps, clip, dict(facts or {})
+        self.folder = None if folder is None else Path(folder)
         self.positions = anchor_positions(steps, anchors)
         self.rates: list[float] = []
         self.batches: list[tuple[str, ...]] = []

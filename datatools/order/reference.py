@@ -357,9 +357,9 @@ class ReferenceRun:
         said = [self.sequence, self.recipe.describe(), [a.position for a in self.anchors], dict(self.facts)]
         return files.digest(files.json_bytes(said) + files.digest(ends).encode())
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: files.PathLike) -> None:
         """Write `anchor-NNNNN.safetensors` and, last, `meta.json`."""
-        files.make_folder(folder)
+        folder = files.make_folder(folder)
         for anchor in self.anchors:
             save_anchor(folder, anchor)
         files.write_json(
@@ -375,8 +375,9 @@ class ReferenceRun:
         )
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu") -> ReferenceRun:
+    def load(cls, folder: files.PathLike, device: torch.device | str = "cpu") -> ReferenceRun:
         """Read what `save` wrote, to a device. Raises: DataError when something is missing or damaged, naming it."""
+        folder = Path(folder)
         meta = files.read_json(folder / "meta.json")
         try:
             if meta["format"] != _FORMAT:
@@ -443,7 +444,7 @@ def record(
     states: States | None = None,
     *,
     anchors: int = 3,
-    folder: Path | None = None,
+    folder: files.PathLike | None = None,
     facts: Mapping[str, Any] | None = None,
     observe: Callable[[int], None] | None = None,
 ) -> ReferenceRun:
@@ -466,7 +467,7 @@ def record(
     }
     kept: dict[int, Anchor] = {}
     if folder is not None:
-        files.make_folder(folder)
+        folder = files.make_folder(folder)
         plan = folder / "plan.json"
         if plan.is_file() and files.read_bytes(plan) != files.json_bytes(wanted):
             raise DataError(f"{folder} holds another reference run, or a part of one; choose another folder")

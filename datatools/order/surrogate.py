@@ -56,11 +56,11 @@ class Surrogate(ABC):
     def _scores(self, sequences: Tensor) -> Tensor:
         """int64 [R, T] -> float64 [R]; not finite where the estimated run diverges."""
 
-    def save(self, folder: Path, reference: ReferenceRun) -> None:
+    def save(self, folder: files.PathLike, reference: ReferenceRun) -> None:
         """Write `tensors.safetensors` and, last, `meta.json`: all but the reference run and the problem."""
         tensors: dict[str, Tensor] = {}
         values = _taken_apart(self, "", tensors)
-        files.make_folder(folder)
+        folder = files.make_folder(folder)
         with files.atomic_path(folder / "tensors.safetensors") as path:
             safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
         devices = {key: str(tensor.device) for key, tensor in tensors.items()}
@@ -68,11 +68,12 @@ class Surrogate(ABC):
         files.write_json(folder / "meta.json", meta | {"values": values})
 
     @staticmethod
-    def load(folder: Path, reference: ReferenceRun, problem: Problem) -> Surrogate:
+    def load(folder: files.PathLike, reference: ReferenceRun, problem: Problem) -> Surrogate:
         """Read what `save` wrote, with the reference run that it was made from.
 
         Raises: DataError for another reference run, and when something is missing or damaged.
         """
+        folder = Path(folder)
         meta = files.read_json(folder / "meta.json")
         try:
             if meta["format"] != FORMAT:

@@ -1,5 +1,7 @@
 """Write the demo's pool.jsonl, target.jsonl and test.jsonl: `python -m pipelines.demo_data.make`.
 
+With a folder it writes them there, the target as dev.jsonl: rows to try the lines of the READMEs on.
+
 Everything below is written by hand for this project: sentences, word lists and facts. Whatever can be computed (sums,
 dates, sorted lists, JSON) is computed. The rows depend on nothing but this file: the order comes from hashes, not from
 a random generator whose stream may change between Python versions.
@@ -12,13 +14,14 @@ otherwise.
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
-from datatools import files
+from datatools import DatatoolsError, UsageError, files
 
 FOLDER = Path(__file__).parent
 SEED = 0
@@ -712,5 +715,26 @@ def write(folder: Path = FOLDER) -> None:
         files.write_bytes(folder / name, data)
 
 
+def copy(folder: Path) -> None:
+    """Write the rows under the names that the READMEs use: pool.jsonl, dev.jsonl (the target) and test.jsonl.
+
+    Raises: UsageError for a file that is there already, before any is written.
+    """
+    named = {name.replace("target", "dev"): data for name, data in contents().items()}
+    folder = files.make_folder(folder)
+    if there := [name for name in named if (folder / name).exists()]:
+        raise UsageError(f"{folder / there[0]} is there already; move it, or name another folder")
+    for name, data in named.items():
+        files.write_bytes(folder / name, data)
+
+
 if __name__ == "__main__":
-    write()
+    if len(sys.argv) == 1:
+        write()
+    elif len(sys.argv) == 2 and not sys.argv[1].startswith("-"):
+        try:
+            copy(Path(sys.argv[1]))
+        except DatatoolsError as error:
+            sys.exit(f"error: {error}")
+    else:
+        sys.exit("usage: python -m pipelines.demo_data.make [FOLDER]")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from datatools import UsageError
 from pipelines.demo_data import make
 
 NAMES = ("pool.jsonl", "target.jsonl", "test.jsonl")
@@ -49,6 +50,17 @@ def test_files_are_what_the_generator_writes(name):
 def test_write_writes_the_same_bytes_elsewhere(tmp_path):
     make.write(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.jsonl")} == make.contents()
+
+
+def test_a_copy_to_try_the_readme_on_replaces_nothing(tmp_path):
+    make.copy(tmp_path / "new")
+    wanted = {name.replace("target", "dev"): data for name, data in make.contents().items()}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()} == wanted
+    (tmp_path / "dev.jsonl").write_text("mine")
+    with pytest.raises(UsageError, match=r"dev\.jsonl is there already; move it, or name another folder"):
+        make.copy(tmp_path)
+    assert [p.name for p in tmp_path.glob("*.jsonl")] == ["dev.jsonl"]
+    assert (tmp_path / "dev.jsonl").read_text() == "mine"
 
 
 def test_counts():

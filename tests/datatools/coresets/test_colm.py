@@ -15,7 +15,6 @@ from pipelines import models
 from pipelines.config import DataConfig, ModelConfig
 from pipelines.models import row_losses
 from pipelines.prepare import prepare
-from tests.conftest import REPOSITORY
 from tests.datatools.coresets.test_last_layer import adapted, brute, build, some_batch
 
 SOURCES = ["big"] * 9 + ["rare"] * 2 + ["large"] * 5
@@ -326,21 +325,3 @@ def test_a_row_of_a_small_source_without_a_loss_is_named_by_herding_alone(model,
         CoLM(model, broken, **settings)(batch, SOURCES, step=0, names=names)
     chosen = CoLM(model, broken, method="facility_location", **settings)(batch, SOURCES, step=0)
     assert {9, 10} < set(chosen.indices.tolist()) and len(chosen) == 8
-
-
-def test_the_loop_of_the_readme_runs(capsys):
-    """The second block of datatools/README.md, as it stands there, on a tiny model."""
-    text = (REPOSITORY / "datatools" / "README.md").read_text()
-    code = next(block for block in text.split("```python\n")[1:] if "colm = CoLM(" in block).split("```")[0]
-    model = build("llama")
-    batches = [some_batch(128, 24, seed)[0] | {"source": torch.arange(128) % 9} for seed in (1, 2)]
-    names = {
-        "model": model, "row_losses": row_losses, "rows_of_each_source": {i: 1 if i < 3 else 50 for i in range(9)},
-        "loader": batches, "optimizer": torch.optim.AdamW(model.parameters()),
-    }  # fmt: skip
-    before = model.model.layers[0].mlp.up_proj.weight.clone()
-    exec(code, names)
-    (line,) = capsys.readouterr().out.splitlines()
-    ours, chance = map(float, line.split())
-    assert 0 < ours < chance and len(names["chosen"]) == 64
-    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
