@@ -384,12 +384,17 @@ def losses_for(method: str) -> Callable[[Any, Batch], Tensor]:
 
 
 def seen_parameters(module: Any, params: Mapping[str, Tensor], method: str) -> list[str]:
-    """Those of `params` whose per-example gradients `method` can form.
+    """Those of `params` that features are made of, with `method`.
 
-    `hooks` needs plain linear layers, and not the output head, whose input `token_losses` narrows to supervised tokens.
+    Of adapters, whatever their kind, all matrices: `hooks` takes a pass per row for those of another kind than plain
+    LoRA. Of whole weights, with `hooks`, those of linear layers, without the output head, whose input `token_losses`
+    narrows to supervised tokens: a gradient per row of an embedding or a head is as large as the vocabulary.
     """
     if method != "hooks":
         return list(params)
     output = module.get_output_embeddings()
     head = {id(p) for p in output.parameters()} if output is not None else set()
-    return [name for name in covered(module, list(params)) if id(params[name]) not in head]
+    seen = {name for name in covered(module, list(params)) if id(params[name]) not in head}
+    if hasattr(module, "peft_config"):
+        seen |= {name for name in params if ".modules_to_save." not in name and ".original_module." not in name}
+    return [name for name in params if name in seen]

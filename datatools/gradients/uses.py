@@ -157,7 +157,8 @@ class Watch(TorchFunctionMode):
         named = {use.view.name for use in uses or ()}
         left = {view.name for view in seen} - named
         result = func(*args, **kwargs)
-        in_place = name == "__iadd__" or (name.endswith("_") and not name.endswith("__"))
+        changes = name == "__iadd__" or (name.endswith("_") and not name.endswith("__"))
+        in_place = changes and isinstance(result, Tensor)
         if in_place and not result.requires_grad:  # the model goes on with this very tensor: it cannot be replaced
             left |= named
         if left and _has_floats(result):
