@@ -15,7 +15,7 @@ CASES = {
     "head": (LLAMA, {"target_modules": ["q_proj", "lm_head"]}, None),
     "embedding": (LLAMA, {"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
     "dora": (LLAMA, {"target_modules": ["q_proj"], "use_dora": True}, "lora_magnitude_vector"),
-    "conv1d": ("GPT2LMHeadModel", {"target_modules": "all-linear"}, None),
+    "conv1d": ("GPT2LMHeadModel", {"target_modules": "all-linear", "fan_in_fan_out": True}, None),
     "experts": (MOE, {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}, "lora_A"),
     "tokens": (LLAMA, {"target_modules": ["q_proj"], "trainable_token_indices": [9, 10]}, "trainable_tokens_delta"),
     "biases": (LLAMA, {"target_modules": ["q_proj"], "bias": "lora_only"}, None),
