@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 from datatools import DataError, UsageError, files
-from pipelines.formats import Message, Shape, check_columns, read_shape
+from pipelines.formats import Message, Shape, check_columns, read_shape, text_of
 from pipelines.jsonl import Limits, Line, Malformed, is_blank, parse_object, read_lines, shown
 from pipelines.sources import Source, as_jsonl, find_sources
 
@@ -42,6 +42,8 @@ class Row:
     """Positions in `messages` of assistant turns that are context only, without loss."""
     flags: tuple[str, ...] = ()
     """What is odd about the row; `pipelines.formats.Shape`."""
+    tools: tuple[Any, ...] = ()
+    """Definitions of tools that the template writes; `pipelines.formats.Shape`."""
 
     @property
     def turns(self) -> tuple[tuple[str, str], ...]:
@@ -50,7 +52,7 @@ class Row:
         Everything that reads a row as text reads it here: TF-IDF, duplicates, reports.
         """
         if self.messages:
-            return tuple((turn["role"], turn["content"]) for turn in self.messages)
+            return tuple((turn["role"], text_of(turn)) for turn in self.messages)
         if self.text is not None:
             return (("text", self.text),)
         return (("user", self.prompt or ""), ("assistant", self.completion or ""))
@@ -141,7 +143,7 @@ class Pool:
         shape = read_shape(value, self._options.columns)
         return Row(self.ids[index], self.sources[index], self.file(index), self.line(index), raw,
                    shape.messages, shape.text, _subtask(value, self._options), shape.prompt, shape.completion,
-                   shape.masked, shape.flags)
+                   shape.masked, shape.flags, shape.tools)
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datatools import DataError, UsageError, files
-from pipelines.chat import ChatTemplate, RowError, Turn
+from pipelines.chat import ChatTemplate, RowError
 from pipelines.data import BadRow, Pool, Row
+from pipelines.formats import REASONING_TAG, Message, strings
 from pipelines.jsonl import shown
 
 __all__ = ["IGNORED", "Encoded", "Encoder", "RowError", "Scan", "scan"]
@@ -21,7 +22,7 @@ IGNORED = -100
 """The label of a token without loss (torch's and transformers' `ignore_index`)."""
 
 ON_LONG = ("truncate", "skip", "error")
-_VERSION = "1"  # of the encoding: raise it when the same row gives other tokens or labels
+_VERSION = "2"  # of the encoding: raise it when the same row gives other tokens or labels
 _SPACE = (" ", "\n", "\t")
 
 
@@ -36,7 +37,7 @@ class Encoded:
     cut: int = 0
     """Tokens dropped from the end to fit `max_length`."""
     flags: tuple[str, ...] = ()
-    """system_dropped (the template leaves it out), control_token_in_text (plain text rows only)."""
+    """What the template leaves out (`chat.Rendered.flags`), and control_token_in_text (plain text rows only)."""
 
     @property
     def supervised(self) -> int:
@@ -53,11 +54,13 @@ class Encoder:
     """Rows to token ids and labels, the same for the same row, tokenizer and settings.
 
     `chat`: "auto" (the tokenizer's own template), "tulu" (the format of LESS, spec/less.md section 3) or the path of a
-    Jinja file. Loss is on assistant turns: their content and the end-of-turn token behind it; templates with
-    {% generation %} markers say it themselves. There is one tokenisation, of the whole text; characters become tokens
-    by its offsets, and a token that reaches into a trained span is trained. "tulu" also trains the newline behind the
-    end token, as LESS does. A plain prompt and completion are joined (by a space, if neither has one there) and closed
-    by the end-of-sequence token, with loss behind the prompt. Plain text has loss on every token.
+    Jinja file. Loss is on assistant turns: what they say, their reasoning and tool calls included, and the end-of-turn
+    token behind it (`ChatTemplate.read`); templates with {% generation %} blocks say it themselves. There is one
+    tokenisation, of the whole text; characters become tokens by its offsets, and a token that reaches into a trained
+    span is trained. "tulu" also trains the newline behind the end token, as LESS does. A plain prompt and completion
+    are joined (by a space, if neither has one there) and closed by the end-of-sequence token, with loss behind the
+    prompt. Plain text has loss on every token. A text that itself begins with the tokenizer's beginning-of-sequence
+    token, or ends with its end, does not get it twice.
 
     A control token of the tokenizer (such as <|im_start|>) written out in a turn would become the token itself, and
     the turn could fake another: such rows are refused (control_token_in_text). Plain text may hold them; it is flagged.
@@ -82,11 +85,15 @@ class Encoder:
         self._on_long = on_long
         self._chat = str(chat)
         self._template: ChatTemplate | None = None
+        self._with_tools: ChatTemplate | None = None
         self._template_text = ""
         if self._chat != "tulu":
-            self._template_text, name = _find_template(tokenizer, self._chat)
+            self._template_text, with_tools, name = _find_template(tokenizer, self._chat)
             if self._template_text:
-                self._template = ChatTemplate(tokenizer, self._template_text, name)
+                self._template = self._with_tools = ChatTemplate(tokenizer, self._template_text, name)
+            if with_tools:
+                self._with_tools = ChatTemplate(tokenizer, with_tools, "of the tokenizer for tools")
+                self._template_text += with_tools
         self._control = _control_tokens(tokenizer, self._template_text)
 
     def __call__(self, row: Row) -> Encoded:
@@ -97,12 +104,10 @@ class Encoder:
             labels = list(ids)
             flags = ("control_token_in_text",) if self._control.search(row.text) else ()
         elif row.messages:
-            self._refuse_control(turn["content"] for turn in row.messages)
+            self._refuse_control(_said(row.messages, row.tools))
             ids, labels, flags = self._tulu(row) if self._chat == "tulu" else self._templated(row)
         else:
-            assert row.prompt is not None and row.completion is not None
-            self._refuse_control((row.prompt, row.completion))
-            ids, labels = self._pair(row.prompt, row.completion)
+            ids, labels = self._pair(row)
         cut = max(0, len(ids) - self._max_length)
         if cut and self._on_long != "truncate":
             detail = f"{len(ids)} tokens, at most {self._max_length} (max_length) were expected"
@@ -127,37 +132,61 @@ class Encoder:
         }
 
     def _templated(self, row: Row) -> tuple[list[int], list[int], tuple[str, ...]]:
-        if self._template is None:
+        tools = row.tools or any("tool_calls" in turn for turn in row.messages)
+        template = self._with_tools if tools else self._template
+        if template is None:
             raise DataError(f"{row.file}:{row.line} is a conversation, but the tokenizer has no chat template; "
                             "give one with --chat-template FILE, or 'tulu'")
-        if self._template.has_markers and not row.masked:
-            ids, trained = self._template.marked(row.messages)
-            return ids, [i if yes else IGNORED for i, yes in zip(ids, trained, strict=True)], ()
-        text, turns, complete = self._template.turns(row.messages)
-        ids, offsets = self._tokenise(text, special=False)
-        labels = _labels(ids, offsets, _trained(row, turns))
-        return ids, labels, () if complete else ("system_dropped",)
+        rendered = template.read(row.messages, row.tools, row.masked)
+        ids, offsets = self._tokenise(rendered.text, special=False)
+        return ids, _labels(ids, offsets, rendered.spans), rendered.flags
 
     def _tulu(self, row: Row) -> tuple[list[int], list[int], tuple[str, ...]]:
-        text, turns = "", []
+        if row.tools or any("tool_calls" in turn or turn["role"] == "tool" for turn in row.messages):
+            raise RowError("tool_turn", "the format 'tulu' has no tools; use a chat template that writes them")
+        text, spans = "", []
         for k, turn in enumerate(row.messages):
             text += f"<|{turn['role']}|>\n"
             start = len(text)
             text += turn["content"].strip() + (self._eos() if turn["role"] == "assistant" else "") + "\n"
-            turns.append(Turn(k, start, len(text)))
-        ids, offsets = self._tokenise(text, special=True)
-        return ids, _labels(ids, offsets, _trained(row, turns)), ()
+            if turn["role"] == "assistant" and k not in row.masked:
+                spans.append((start, len(text)))
+        ids, offsets = self._tokenise(text, special=True, closed=True)
+        dropped = any("reasoning" in turn for turn in row.messages)
+        return ids, _labels(ids, offsets, spans), ("reasoning_dropped",) if dropped else ()
 
-    def _pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    def _pair(self, row: Row) -> tuple[list[int], list[int]]:
+        assert row.prompt is not None and row.completion is not None
+        eos, bos = self._eos(), self._tokenizer.bos_token
+        prompt, completion = row.prompt, row.completion.removesuffix(eos) or row.completion
+        self._refuse_control((prompt.removeprefix(bos) if bos else prompt, completion))
         joint = "" if prompt.endswith(_SPACE) or completion.startswith(_SPACE) else " "
-        text = prompt + joint + completion + self._eos()
-        ids, offsets = self._tokenise(text, special=True)
+        text = prompt + joint + completion + eos
+        ids, offsets = self._tokenise(text, special=True, closed=True)
         return ids, _labels(ids, offsets, [(len(prompt), len(text))])
 
-    def _tokenise(self, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    def _tokenise(self, text: str, special: bool, closed: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and offsets. `special`: with the tokens that the tokenizer puts around a text, unless they stand there
+        already; `closed`: the text has its own end, and gets no other behind it.
+        """
         encoded = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, truncation=False,
-                                  padding=False, return_attention_mask=False, verbose=False)
-        return encoded["input_ids"], encoded["offset_mapping"]
+                                  padding=False, return_attention_mask=False, return_special_tokens_mask=True,
+                                  verbose=False)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        if not special:
+            return ids, offsets
+        added = [bool(mark) and start == end for mark, (start, end) in
+                 zip(encoded["special_tokens_mask"], offsets, strict=True)]
+        first = next((t for t, yes in enumerate(added) if not yes), len(ids))
+        last = next((t for t in reversed(range(len(ids))) if not added[t]), -1)
+        start, end = first, last + 1
+        if first <= last:
+            n = first  # tokens put before the text; those behind it
+            start = first if n and ids[first:first + n] == ids[:n] else 0
+            m = len(ids) - 1 - last
+            end = last + 1 if m and (closed or ids[last + 1 - m:last + 1] == ids[last + 1:]) else len(ids)
+            return ids[start:end], offsets[start:end]
+        return ids, offsets
 
     def _eos(self) -> str:
         eos = self._tokenizer.eos_token
@@ -220,23 +249,30 @@ def scan(pool: Pool, encoder: Encoder, progress: Progress | None = None) -> Scan
     return result
 
 
-def _trained(row: Row, turns: Sequence[Turn]) -> list[tuple[int, int]]:
-    """The character spans with loss, in order."""
-    return [(turn.start, turn.end) for turn in turns
-            if row.messages[turn.index]["role"] == "assistant" and turn.index not in row.masked]
+def _said(messages: Sequence[Message], tools: Sequence[Any]) -> Iterator[str]:
+    """Every text of a conversation. Tags of reasoning in an answer are the template's own words: they may be there."""
+    for message in messages:
+        if message["role"] == "assistant":
+            yield from REASONING_TAG.sub("\0", message["content"]).split("\0")
+            yield message.get("reasoning", "")
+            yield from strings(message.get("tool_calls", ()))
+        else:
+            yield message["content"]
+    yield from strings(tools)
 
 
 def _labels(ids: list[int], offsets: Sequence[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
     """The ids of tokens that reach into a span (start, end) of characters, `IGNORED` for the others.
 
     Some tokenizers trim white space off their offsets, which leaves a token of white space with an empty interval at
-    its end: it stands for the gap before it. Spans are in order and do not overlap. Linear time.
+    its end: it stands for the gap before it. Where there is no gap, it stands for what a normaliser made more of than
+    it was, and belongs to the character before it. Spans are in order and do not overlap. Linear time.
     """
     labels = [IGNORED] * len(ids)
     reached = s = 0
     for t, (start, end) in enumerate(offsets):
         if start == end:
-            start = min(start, reached)
+            start = min(start, reached) if reached != end else max(0, end - 1)
         reached = max(reached, end)
         while s < len(spans) and spans[s][1] <= start:
             s += 1
@@ -247,18 +283,18 @@ def _labels(ids: list[int], offsets: Sequence[tuple[int, int]], spans: list[tupl
     return labels
 
 
-def _find_template(tokenizer: Any, chat: str) -> tuple[str, str]:
-    """The template's text ("" if the tokenizer has none) and its name for messages."""
+def _find_template(tokenizer: Any, chat: str) -> tuple[str, str, str]:
+    """The template's text ("" if the tokenizer has none), that of one for tools, and its name for messages."""
     if chat == "auto":
         template = getattr(tokenizer, "chat_template", None)
         if isinstance(template, dict):
-            template = template.get("default")
-        return template or "", "of the tokenizer"
+            return template.get("default") or "", template.get("tool_use") or "", "of the tokenizer"
+        return template or "", "", "of the tokenizer"
     path = Path(chat)
     if not path.is_file():
         raise UsageError(f"chat is {shown(chat, 200)}; expected 'auto', 'tulu' or the path of a Jinja template")
     try:
-        return files.read_bytes(path, limit=1 << 20).decode("utf-8"), chat
+        return files.read_bytes(path, limit=1 << 20).decode("utf-8"), "", chat
     except UnicodeDecodeError as error:
         raise DataError(f"the chat template {chat} is not UTF-8: {error.reason} at byte {error.start}") from error
 

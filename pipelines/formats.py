@@ -1,20 +1,23 @@
-"""The row shapes of instruction data, read into one: messages, prompt and completion, alpaca, sharegpt, text.
+"""The row shapes of instruction data, read into one: messages, prompt and completion, pairs, preferences, text.
 
 A row that cannot be trained on as it stands has a reason; nothing is repaired silently, and what is merely odd is a
 flag that is counted.
 """
 
 import difflib
+import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datatools import UsageError
 from pipelines.jsonl import Malformed, json_type, shown
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+Message = dict[str, Any]
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}; an assistant's may also have "reasoning" (text)
+and "tool_calls" ([{"type": "function", "function": {"name", "arguments"}}]), a tool's "name" and "tool_call_id"."""
 
 ROLES = {
     "system": "system", "developer": "system",
@@ -23,10 +26,22 @@ ROLES = {
 }
 """Accepted role names (any case) and what they mean."""
 
-TOOL_ROLES = {"tool", "function", "function_call", "function_response", "observation", "ipython", "tool_call"}
+TOOL_ROLES = {"tool", "function", "function_response", "tool_response", "observation", "ipython"}
+"""Roles of turns that hold what a tool returned; the template gets them as "tool"."""
+
+CALL_ROLES = {"function_call", "tool_call"}
+"""Roles of turns that are an assistant's call of a tool, written as JSON (sharegpt)."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names under which a turn may hold its reasoning."""
+
+REASONING_TAG = re.compile(
+    r"[<\[◁]\|?(?P<close>/|end_(?:of_)?)?(?:(?:start|begin)_(?:of_)?)?(?:[a-z]+:)?"
+    r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|scratchpad)\|?[>\]▷]", re.IGNORECASE)
+"""What opens or closes reasoning inside a content: <think>, </think>, [THINK], <|END_THINKING|>, ..."""
 
 COLUMNS = ("messages", "role", "content", "conversations", "from", "value", "prompt", "completion", "instruction",
-           "input", "output", "system", "history", "text", "id", "source", "subtask")
+           "input", "output", "system", "history", "text", "tools", "id", "source", "subtask")
 """Names that a `columns` map may give: ours -> the data's. `source` is the row's source, `subtask` a target's part."""
 
 _FORMATS = {  # the columns that decide, in the order in which the formats are tried
@@ -53,9 +68,30 @@ class Shape:
     completion: str | None = None
     masked: frozenset[int] = frozenset()
     """Positions of assistant turns that are context only (in a prompt, or of weight 0): no loss on them."""
+    tools: tuple[Any, ...] = ()
+    """Definitions of tools, as the row has them."""
     flags: tuple[str, ...] = ()
     """Odd but usable: assistant_first, ends_with_user, same_role_twice, role_renamed, parts_joined,
     control_characters, bidi_controls."""
+
+
+def text_of(message: Message) -> str:
+    """What a turn says: its reasoning, its content and its tool calls (as JSON), a line break between two."""
+    calls = (json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ()))
+    return "\n".join(text for text in (message.get("reasoning", ""), message["content"] or "", *calls) if text)
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string in nested lists and objects, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from strings(item)
 
 
 def check_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
@@ -77,20 +113,23 @@ def read_shape(row: Mapping[str, Any], columns: Mapping[str, str] | None = None)
     def get(column: str) -> Any:
         return row.get(columns.get(column, column))
 
-    if get("tools") not in (None, [], {}, "", "[]"):
-        raise Malformed("tools", "the row defines tools; tool use is not read yet")
+    tools = _tools(get("tools"))
     if name == "messages":
-        return _from_messages(get("messages"), "messages", columns)
-    if name == "sharegpt":
-        return _from_messages(get("conversations"), "conversations", columns, get("system"))
-    if name == "prompt_completion":
-        return _from_prompt(get("prompt"), get("completion"), columns)
-    if name == "alpaca":
-        return _from_alpaca(get)
-    text = _text(get("text"), "text")
-    if not visible(text):
-        raise Malformed(f"{_emptiness(text)}_text", "the text has nothing to learn from")
-    return Shape(text=text, flags=_text_flags([text]))
+        shape = _from_messages(get("messages"), "messages", columns)
+    elif name == "sharegpt":
+        shape = _from_messages(get("conversations"), "conversations", columns, get("system"))
+    elif name == "prompt_completion":
+        shape = _from_prompt(get("prompt"), get("completion"), columns)
+    elif name == "alpaca":
+        shape = _from_alpaca(get)
+    else:
+        text = _text(get("text"), "text")
+        if not visible(text):
+            raise Malformed(f"{_emptiness(text)}_text", "the text has nothing to learn from")
+        shape = Shape(text=text, flags=_text_flags([text]))
+    if tools and not shape.messages:
+        raise Malformed("tools", "the row defines tools, which only a conversation (messages) can use")
+    return replace(shape, tools=tools) if tools else shape
 
 
 def visible(text: str) -> bool:
@@ -173,6 +212,18 @@ def _from_alpaca(get: Any) -> Shape:
     return _conversation(turns, set(), set())
 
 
+def _tools(value: Any) -> tuple[Any, ...]:
+    """The definitions of tools in a row: a list of objects, one object, or their JSON."""
+    if isinstance(value, str) and value.strip():
+        value = _loads(value, "tools_not_list", "tools")
+    if value in (None, [], {}, "") or isinstance(value, str):
+        return ()
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise Malformed("tools_not_list", f"tools is {json_type(value)}, not a list of objects")
+    return tuple(value)
+
+
 def _turns(value: list[Any], columns: Mapping[str, str]) -> tuple[list[Message], set[int], set[str]]:
     """Role and content of each turn, under either naming, the positions without loss, and flags."""
     turns: list[Message] = []
@@ -187,28 +238,81 @@ def _turns(value: list[Any], columns: Mapping[str, str]) -> tuple[list[Message],
         if not isinstance(role, str):
             raise Malformed("unknown_role", f"the role of turn {k + 1} is {json_type(role)}")
         lowered = role.strip().lower()
-        if lowered in TOOL_ROLES:
-            raise Malformed("tool_turn", f"turn {k + 1} is a {shown(role, 30)} turn; tool use is not read yet")
-        if lowered not in ROLES:
+        known = ROLES | dict.fromkeys(TOOL_ROLES, "tool") | dict.fromkeys(CALL_ROLES, "assistant")
+        if lowered not in known:
             raise Malformed("unknown_role", f"{shown(role, 30)} in turn {k + 1}{_nearest(lowered, ROLES)}")
-        if turn.get("tool_calls") or turn.get("function_call"):
-            raise Malformed("tool_turn", f"turn {k + 1} calls a tool; tool use is not read yet")
-        name = ROLES[lowered]
+        name = known[lowered]
         if name != role:
             flags.add("role_renamed")
-        what = {"assistant": "answer", "user": "prompt", "system": "system"}[name]
         content = _first(turn, columns.get("content", "content"), columns.get("value", "value"))
-        if isinstance(content, list):
+        calls = _calls(turn, content if lowered in CALL_ROLES else None, k) if name == "assistant" else []
+        reasoning = _first(turn, *REASONING) if name == "assistant" else None
+        if name == "assistant" and isinstance(content, list) and reasoning is None:
+            content, reasoning = _thoughts(content)
+        if isinstance(content, list) and (name != "tool" or all(_is_text_part(part) for part in content)):
             content = _join_parts(content, k)
             flags.add("parts_joined")
-        turns.append({"role": name, "content": _text(content, what, k)})
+        elif name == "tool" and not isinstance(content, str):
+            content = "" if content is None else json.dumps(content, ensure_ascii=False)
+        if calls and (content is None or lowered in CALL_ROLES):
+            content = ""
+        what = {"assistant": "answer", "user": "prompt", "system": "system", "tool": "answer"}[name]
+        message: Message = {"role": name, "content": _text(content, what, k)}
+        if reasoning is not None and visible(_text(reasoning, "reasoning", k)):
+            message["reasoning"] = reasoning
+        if calls:
+            message["tool_calls"] = calls
+        for key in ("name", "tool_call_id"):
+            if name == "tool" and isinstance(turn.get(key), str):
+                message[key] = turn[key]
         weight = _first(turn, "weight", "train")
         if name == "assistant" and weight is not None:
             if weight not in (0, 1):  # also False and True
                 raise Malformed("turn_weight", f"turn {k + 1} has weight {weight!r}; 0 and 1 are understood")
             if weight == 0:
-                masked.add(k)
+                masked.add(len(turns))
+        turns.append(message)
     return turns, masked, flags
+
+
+def _loads(text: str, reason: str, what: str) -> Any:
+    """The JSON inside a text of a row. Raises: Malformed."""
+    def constant(name: str) -> None:
+        raise ValueError(name)
+
+    try:
+        return json.loads(text, parse_constant=constant)
+    except (ValueError, RecursionError):
+        raise Malformed(reason, f"{what} is not JSON: {shown(text, 40)}") from None
+
+
+def _calls(turn: Mapping[str, Any], content: Any, k: int) -> list[dict[str, Any]]:
+    """The tool calls of an assistant's turn in one form, arguments that are JSON of an object as that object."""
+    found = turn.get("tool_calls") or turn.get("function_call")
+    if content is not None:
+        found = content
+        if isinstance(content, str):
+            found = _loads(content, "bad_tool_call", f"turn {k + 1}, a call of a tool,")
+    if not found:
+        return []
+    calls = []
+    for call in found if isinstance(found, list) else [found]:
+        function = call.get("function", call) if isinstance(call, dict) else call
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
+            raise Malformed("bad_tool_call", f"a tool call of turn {k + 1} has no name; expected "
+                                             '{"function": {"name": ..., "arguments": {...}}}')
+        arguments = function.get("arguments", function.get("parameters"))
+        if isinstance(arguments, str):
+            what = f"the text of the arguments of {shown(function['name'], 30)} in turn {k + 1}"
+            parsed = _loads(arguments, "bad_tool_call", what) if arguments.strip() else {}
+            arguments = parsed if isinstance(parsed, dict) else arguments
+        elif arguments is not None and not isinstance(arguments, dict):
+            raise Malformed("bad_tool_call", f"the arguments of {shown(function['name'], 30)} in turn {k + 1} are "
+                                             f"{json_type(arguments)}, not an object")
+        identity = {key: call[key] for key in ("id",) if isinstance(call.get(key), str)}
+        calls.append({**identity, "type": "function",
+                      "function": {"name": function["name"], "arguments": {} if arguments is None else arguments}})
+    return calls
 
 
 def _conversation(turns: list[Message], masked: set[int], flags: set[str]) -> Shape:
@@ -220,7 +324,7 @@ def _conversation(turns: list[Message], masked: set[int], flags: set[str]) -> Sh
     if "user" not in roles:
         raise Malformed("no_user_turn", "an answer to nothing")
     for k, turn in enumerate(turns):
-        if turn["role"] != "system" and not visible(turn["content"]):
+        if turn["role"] not in ("system", "tool") and not visible(turn["content"]) and "tool_calls" not in turn:
             what = "answer" if turn["role"] == "assistant" else "prompt"
             raise Malformed(f"{_emptiness(turn['content'])}_{what}", f"turn {k + 1} has nothing in it")
     if all(k in masked for k, role in enumerate(roles) if role == "assistant"):
@@ -230,10 +334,28 @@ def _conversation(turns: list[Message], masked: set[int], flags: set[str]) -> Sh
         flags.add("assistant_first")
     if spoken[-1] == "user":
         flags.add("ends_with_user")
-    if any(a == b for a, b in zip(spoken, spoken[1:], strict=False)):
+    if any(a == b != "tool" for a, b in zip(spoken, spoken[1:], strict=False)):
         flags.add("same_role_twice")
-    flags.update(_text_flags([turn["content"] for turn in turns]))
+    flags.update(_text_flags([text_of(turn) for turn in turns]))
     return Shape(messages=tuple(turns), masked=frozenset(masked), flags=tuple(sorted(flags)))
+
+
+def _thoughts(parts: list[Any]) -> tuple[list[Any], str | None]:
+    """A content's parts without its reasoning, and that ({"type": "thinking", "thinking": text})."""
+    rest, thoughts = [], []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        thought = _first(part, *REASONING, "text") if kind in REASONING else None
+        if isinstance(thought, str):
+            thoughts.append(thought)
+        else:
+            rest.append(part)
+    return rest, "\n".join(thoughts) if thoughts else None
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, str) or (
+        isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str))
 
 
 def _join_parts(parts: list[Any], k: int) -> str:

@@ -23,6 +23,14 @@ from pipelines.encode import Encoder, Scan, scan
 from pipelines.models import collate
 from pipelines.runs import Run, progress, redact, warn
 
+_LEFT_OUT = {
+    "reasoning_dropped": "the chat template leaves out reasoning (often that of all turns but the last)",
+    "call_text_dropped": "the chat template leaves out what a turn says beside its tool calls",
+    "tools_dropped": "the chat template does not write the definitions of tools",
+    "system_dropped": "the chat template leaves out the system turn",
+}
+"""Flags of rows that are kept though something of them is not in their tokens, and what is said about them."""
+
 
 @dataclass
 class Rows:
@@ -115,6 +123,9 @@ def prepare(
             status[index] = "duplicate"
     if not rows.usable.any():
         raise DataError(f"{label}: no usable row in {', '.join(map(str, data.paths))} ({len(rows.bad)} bad)")
+    for flag, what in _LEFT_OUT.items():
+        if count := scanned.flags[flag]:
+            warn(f"{label}: in {count} of {len(pool)} rows {what}; the rest of them is used")
     if rows.bad:
         where = f"; see {folder / 'bad_rows.jsonl'}" if folder is not None else ""
         warn(f"{label}: {len(rows.bad)} bad rows are left out{where}")

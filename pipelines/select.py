@@ -476,6 +476,7 @@ def _summary(
             "files": [{"path": f.path, "rows": f.rows, "bytes": f.bytes, "digest": f.digest} for f in pool.pool.files],
             "bad": _bad_counts(pool),
             "duplicates": len(pool.twins),
+            "flags": {flag: pool.scan.flags[flag] for flag in sorted(pool.scan.flags)},
             "cut_tokens": int(pool.scan.cut.sum()),
             "cut_rows": int((pool.scan.cut > 0).sum()),
         },

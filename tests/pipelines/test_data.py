@@ -183,9 +183,19 @@ def test_hostile_lines_take_no_time(raw):
     ({"messages": [{"role": None, "content": "a"}]}, "missing_role"),
     (chat(("user", "q"), ("asistant", "a")), "unknown_role"),
     (chat((3, "q")), "unknown_role"),
-    (chat(("user", "q"), ("tool", "a")), "tool_turn"),
-    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "tool_turn"),
-    ({**chat(("user", "q"), ("assistant", "a")), "tools": [{"name": "f"}]}, "tools"),
+    (chat(("user", "q"), ("tool", "a")), "no_assistant_turn"),
+    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "bad_tool_call"),
+    (chat(("user", "q"), ("function_call", "f(x)")), "bad_tool_call"),
+    (chat(("user", "q"), ("function_call", "[" * 100_000)), "bad_tool_call"),
+    ({"messages": [turn("user", "q"), turn("assistant", None, tool_calls=[{"name": "f", "arguments": "{x"}])]},
+     "bad_tool_call"),
+    ({"messages": [turn("user", "q"), turn("assistant", None, tool_calls=[{"name": "f", "arguments": [1]}])]},
+     "bad_tool_call"),
+    ({**chat(("user", "q"), ("assistant", "a")), "tools": "f"}, "tools_not_list"),
+    ({**chat(("user", "q"), ("assistant", "a")), "tools": [1]}, "tools_not_list"),
+    ({"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}, "tools"),
+    ({"messages": [turn("user", "q"), turn("assistant", None, reasoning_content="r")]}, "null_answer"),
+    ({"messages": [turn("user", "q"), turn("assistant", "a", thinking=3)]}, "reasoning_not_text"),
     (chat(("user", "q")), "no_assistant_turn"),
     (chat(("system", "s")), "no_assistant_turn"),
     (chat(("assistant", "a")), "no_user_turn"),
@@ -270,6 +280,36 @@ def test_odd_rows_are_kept_and_flagged():
     shape = read_shape({"system": "s", "conversations": [turn("user", "q"), turn("assistant", "a", weight=0),
                                                          turn("user", "q"), turn("assistant", "b")]})
     assert shape.masked == {2} and len(shape.messages) == 5
+
+
+def test_reasoning_and_tools_are_read_in_one_form():
+    """Under the names in use: OpenAI's, DeepSeek's and Qwen's, gpt-oss's, Anthropic's parts, sharegpt's roles."""
+    for said in [turn("assistant", "a", reasoning_content="r"), turn("assistant", "a", thinking="r"),
+                 turn("assistant", [{"type": "thinking", "thinking": "r"}, {"type": "text", "text": "a"}])]:
+        shape = read_shape({"messages": [turn("user", "q"), said]})
+        assert shape.messages[1] == {"role": "assistant", "content": "a", "reasoning": "r"}
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    spoken = [turn("user", "q"), turn("assistant", "", tool_calls=[call]), turn("tool", "3", name="f"),
+              turn("assistant", "a")]
+    for said in [
+        turn("assistant", None, tool_calls=[call]),
+        turn("assistant", None, tool_calls=[{"name": "f", "arguments": '{"x": 1}'}]),
+        turn("assistant", None, function_call={"name": "f", "arguments": {"x": 1}}),
+        turn("function_call", '{"name": "f", "arguments": {"x": 1}}'),
+        turn("tool_call", '[{"function": {"name": "f", "parameters": {"x": 1}}}]'),
+    ]:
+        for role in ("tool", "function", "observation"):
+            row = {"messages": [turn("user", "q"), said, turn(role, "3", name="f"), turn("assistant", "a")]}
+            assert list(read_shape(row).messages) == spoken, (said, role)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for given_as in (tools, json.dumps(tools), tools[0]):
+        assert read_shape({"messages": spoken, "tools": given_as}).tools == tuple(tools)
+    for none in (None, [], "", "[]"):
+        assert read_shape({"messages": spoken, "tools": none}).tools == ()
+    data = {"messages": [turn("user", "q"), turn("assistant", None, tool_calls=[call]), turn("tool", {"t": [1]})]}
+    assert read_shape(data).messages[2]["content"] == '{"t": [1]}'
+    row = Row("i", "s", "f", 1, b"", (turn("user", "q"), turn("assistant", "a", reasoning="r", tool_calls=[call])))
+    assert row.answer == 'r\na\n{"name": "f", "arguments": {"x": 1}}' and row.whole == f"q\n{row.answer}"
 
 
 def test_columns_are_mapped_and_checked():

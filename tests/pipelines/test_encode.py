@@ -352,12 +352,12 @@ def test_structure_that_depends_on_a_content_is_refused(old, new):
     assert reason(encode, row(("user", "q"), ("assistant", "odd"))) == "template_changes_text"
 
 
-def test_reasoning_rewritten_by_the_template_is_refused():
-    """A template that takes reasoning out of an answer: what is left cannot be told from what it put there."""
+def test_reasoning_taken_out_by_the_template_is_counted():
     template = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
-    thought = row(("user", "q"), ("assistant", "<think>r</think>a"))
-    assert reason(with_template(template), thought) == "template_changes_text"
-    assert with_template(template)(PAIR).supervised == 2
+    tokenizer = byte_level(("<|im_start|>", "<|im_end|>"), eos="<|im_end|>")
+    encoded = with_template(template)(row(("user", "q"), ("assistant", "<think>r</think>a")))
+    assert trained(tokenizer, encoded) == ["a<|im_end|>"] and encoded.flags == ("reasoning_dropped",)
+    assert with_template(template)(PAIR).flags == ()
 
 
 def test_system_turn_left_out_is_flagged():
@@ -624,3 +624,362 @@ def test_every_row_of_real_data_has_its_answer(shared: Path, tmp_path):
     assert not bad and len(pool) == 64
     for example in pool:
         assert [text.strip() for text in trained(tokenizer, encode(example))] == [example.answer.strip() + "</s>"]
+
+
+# ---------------------------------------------------------------- normalisers, and the template's own blocks
+
+
+BLOCKS = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}{% generation %}"
+          "{{ m.content }}{% endgeneration %}{{ '<|im_end|>\\n' }}{% else %}"
+          "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}")
+
+
+def normalisers() -> dict:
+    from tokenizers import Regex, normalizers
+
+    return {
+        "nfc": normalizers.NFC(), "nfd": normalizers.NFD(), "nfkc": normalizers.NFKC(), "nfkd": normalizers.NFKD(),
+        "lowercase": normalizers.Lowercase(), "bert": normalizers.BertNormalizer(),
+        "no accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+        "no zero width": normalizers.Replace(Regex("[\u200b\u200e]"), ""),
+        "longer": normalizers.Replace("a", "bbb"), "shorter": normalizers.Replace("an", ""),
+        "one space": normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")]),
+    }
+
+
+@pytest.mark.parametrize("name", normalisers())
+@pytest.mark.parametrize("trim", [None, False, True])
+def test_normalised_text_has_the_loss_of_its_own_characters(name, trim):
+    """A normaliser drops, joins and multiplies characters: neither the user's turns nor the answer's end move."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    if trim is not None:
+        inner.post_processor = processors.ByteLevel(trim_offsets=trim)
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    inner.normalizer = normalisers()[name]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
+    for template, end in ((BLOCKS, ""), (CHATML, "<|im_end|>")):
+        tokenizer.chat_template = template
+        encode = Encoder(tokenizer, max_length=1000)
+        for answer in ["Ja", "Ja ", " Ja", "Ja\n", "Cafe\u0301", "\u0301x", "Ja\u200b", "\u200eJa", "ﬁ", "banana",
+                       "x  y  ", "\t\tx", "🗼", "\u1112\u1161\u11ab", "İ", "ﷺ", "½", "a\u00ad"]:
+            for question in ("pin 77", "e", "a\u200b", "e\u0301 "):
+                turns = row(("user", question), ("assistant", answer), ("user", "bye"), ("assistant", answer),
+                            ("user", question))
+                want = inner.normalizer.normalize_str(answer) + end
+                assert trained(tokenizer, encode(turns)) == [want, want], (template, answer, question)
+
+
+def test_blocks_stand_where_the_template_says():
+    """Blocks inside macros, with white space control, and with names of their own that do not leave the block."""
+    special = ("<|im_start|>", "<|im_end|>")
+    tokenizer = byte_level(special, eos="<|im_end|>")
+    macro = ("{% macro say(m) %}\n<|im_start|>{{ m.role }}\n"
+             "  {%- generation -%}\n  {% set x = m.content %}{{ x + '<|im_end|>' }}\n  {%- endgeneration %}\n"
+             "{% endmacro %}{% for m in messages %}{% if m.role == 'assistant' %}{{ say(m) }}{{ x }}{% else %}"
+             "{{ m.content }}{% endif %}{% endfor %}")
+    encoded = with_template(macro)(row(("user", "q"), ("assistant", " a\n"), ("user", "r"), ("assistant", "b")))
+    assert trained(tokenizer, encoded) == [" a\n<|im_end|>", "b<|im_end|>"]
+    turns = [("user", "q"), ("assistant", "a "), ("user", "r"), ("assistant", "b")]
+    assert trained(tokenizer, with_template(BLOCKS)(row(*turns, masked=frozenset({1})))) == ["b"]
+    assert trained(tokenizer, with_template(BLOCKS)(row(*turns, masked=frozenset({3})))) == ["a "]
+    empty = BLOCKS.replace("m.content }}{% endg", "'' }}{% endg")
+    assert reason(with_template(empty), row(*turns)) == "template_drops_turn"  # nothing of the answer is left
+
+
+def test_a_turn_that_the_template_looks_at_is_read():
+    """A template may ask what a user's turn begins with, as Qwen3's does for the results of tools."""
+    template = CHATML.replace("m['content']", "('[' + m.content + ']' if m.content.startswith('<r>') else m.content)")
+    tokenizer = byte_level(("<|im_start|>", "<|im_end|>"), eos="<|im_end|>")
+    encoded = with_template(template)(row(("user", "<r>x"), ("assistant", " a ")))
+    assert "[<r>x]" in tokenizer.decode(encoded.input_ids) and trained(tokenizer, encoded) == [" a <|im_end|>"]
+
+
+@pytest.mark.parametrize("how", ["strip()", "strip('\\n')", "lstrip()", "rstrip()"])
+def test_templates_that_trim_train_what_they_leave(how):
+    template = CHATML.replace("m['content']", f"m['content'].{how}")
+    tokenizer = byte_level(("<|im_start|>", "<|im_end|>"), eos="<|im_end|>")
+    for answer in ["a", " a", "a ", "\n\na\n", " \na\n ", "  a b  "]:
+        encoded = with_template(template)(row(("user", " q\n"), ("assistant", answer), ("user", "\nr")))
+        assert trained(tokenizer, encoded) == [eval(f"answer.{how}") + "<|im_end|>"], answer
+
+
+def test_marks_leave_the_characters_of_a_row_alone():
+    """Rows may hold characters for private use: the marks are made of others."""
+    tokenizer = byte_level(("<|im_start|>", "<|im_end|>"), eos="<|im_end|>")
+    odd = "\U00100000\U001007fe\U001007ff\U000f0000a"
+    encoded = encoder("chatml")(row(("user", odd), ("assistant", odd)))
+    assert trained(tokenizer, encoded) == [odd + "<|im_end|>"]
+    everywhere = "".join(chr(c) for c in [*range(0xF0000, 0x10FFFF, 0x400)])
+    assert reason(encoder("chatml"), row(("user", everywhere), ("assistant", "a"))) == "private_use"
+
+
+# ---------------------------------------------------------------- beginnings and ends
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_text_that_begins_with_the_beginning_has_it_once(ends):
+    from tokenizers import processors
+
+    tokenizer = byte_fallback((), "<s>", "</s>")
+    special = [("<s>", 1), ("</s>", 2)] if ends else [("<s>", 1)]
+    inner = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>" if ends else "<s> $A",
+                                                         special_tokens=special)
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{{ bos_token }}" + FAMILIES["zephyr"].template
+    encode = Encoder(tokenizer, max_length=100)
+
+    def text(text: str) -> list[int]:
+        return encode(Row("i", "s", "f", 1, b"", text=text)).input_ids
+
+    def pair(prompt: str, completion: str) -> Encoded:
+        return encode(Row("i", "s", "f", 1, b"", prompt=prompt, completion=completion))
+
+    for said in ("<s>the", "the", "<s>the</s>", "the</s>"):
+        ids = text(said)
+        assert ids[0] == 1 and ids.count(1) == 1, said
+        assert ids.count(2) == int(ends or said.endswith("</s>")) and (2 not in ids or ids[-1] == 2), said
+    assert text("<s><s>the").count(1) == 2  # what stands there twice is the row's
+    plain = pair("the", "in")
+    assert plain.input_ids.count(1) == plain.input_ids.count(2) == 1
+    assert pair("<s>the", "in</s>").input_ids.count(1) == pair("the", "in</s>").input_ids.count(2) == 1
+    assert pair("the", "in</s>") == plain
+    assert reason(encode, Row("i", "s", "f", 1, b"", prompt="a<s>", completion="b")) == "control_token_in_text"
+    chat = encode(PAIR)
+    assert chat.input_ids.count(1) == 1 and chat.input_ids.count(2) == 2  # the user's turn ends with it, too
+    tulu = Encoder(tokenizer, chat="tulu", max_length=100)(PAIR)
+    assert tulu.input_ids.count(1) == tulu.input_ids.count(2) == 1
+
+
+# ---------------------------------------------------------------- reasoning
+
+
+THINKS = (  # as Qwen3's: reasoning is written in the last turn, and taken out of those before
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' %}"
+    "{%- set say = m.content %}{%- set why = m.reasoning_content if m.reasoning_content is string else '' %}"
+    "{%- if '</think>' in say %}{%- set why = say.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
+    "{%- set say = say.split('</think>')[-1].lstrip('\\n') %}{%- endif %}{%- if loop.last %}"
+    "{{- '<think>\\n' + why.strip('\\n') + '\\n</think>\\n\\n' + say }}{%- else %}{{- say }}{%- endif %}{%- else %}"
+    "{{- m.content }}{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
+OPENED = THINKS.replace("{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>\\n' }}")
+UNASKED = THINKS[:THINKS.index("{%- if add_generation_prompt")]
+CHANNELS = (  # as gpt-oss's
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% if loop.last %}{% if 'thinking' in m %}"
+    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|return|>' }}{% else %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|end|>' }}{% endif %}{% else %}"
+    "{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}")
+
+
+def thinker(template: str, special: tuple[str, ...] = ()):
+    marks = ("<|im_start|>", "<|im_end|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
+    tokenizer = byte_level((*marks, *special), ("<think>", "</think>"), eos="<|im_end|>")
+    tokenizer.chat_template = template
+    encode = Encoder(tokenizer, max_length=2000)
+
+    def learnt(*messages: dict) -> tuple[list[str], tuple[str, ...]]:
+        encoded = encode(Row("i", "s", "f", 1, b"", messages))
+        return trained(tokenizer, encoded), encoded.flags
+
+    return learnt
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def says(text: str, **more) -> dict:
+    return {"role": "assistant", "content": text, **more}
+
+
+REASONED = "<think>\n12 and 13 make 25\n</think>\n\n25"
+
+
+@pytest.mark.parametrize("said", [says(REASONED), says("25", reasoning="12 and 13 make 25"),
+                                  says("25", reasoning="\n12 and 13 make 25\n"),
+                                  says(REASONED.removeprefix("<think>\n"))])
+def test_reasoning_that_the_template_keeps_is_trained(said):
+    """All that the model has to write: from the end of the generation prompt to the end of the turn."""
+    asked = [user("12 + 13?"), said]
+    assert thinker(THINKS)(*asked) == ([REASONED + "<|im_end|>"], ())
+    assert thinker(UNASKED)(*asked) == ([REASONED + "<|im_end|>"], ())
+    assert thinker(OPENED)(*asked) == ([REASONED.removeprefix("<think>\n") + "<|im_end|>"], ())
+    earlier = [user("1 + 1?"), said, user("12 + 13?"), said]
+    assert thinker(THINKS)(*earlier) == (["25<|im_end|>", REASONED + "<|im_end|>"], ("reasoning_dropped",))
+
+
+def test_reasoning_that_the_row_does_not_have_is_not_trained():
+    for template in (THINKS, UNASKED, OPENED):
+        assert thinker(template)(user("q"), says("25")) == (["25<|im_end|>"], ())
+        assert thinker(template)(user("q"), says(" 25\n")) == ([" 25\n<|im_end|>"], ())
+    verbatim = "<think>\n\n</think>\n\n25"  # the row says that it does not think
+    assert thinker(THINKS)(user("q"), says(verbatim)) == ([verbatim + "<|im_end|>"], ())
+    assert thinker(THINKS)(user("q"), says("<think>r</think>"))[0] == ["<think>\nr\n</think>\n\n<|im_end|>"]
+
+
+def test_reasoning_in_channels():
+    found = thinker(CHANNELS)(user("q"), says("a", reasoning="x"), user("r"), says("b", reasoning="why"))
+    assert found == (["a", "<|channel|>analysis<|message|>why<|end|><|start|>assistant<|channel|>final<|message|>b"
+                      "<|return|>"], ("reasoning_dropped",))
+
+
+def test_reasoning_under_templates_that_know_none():
+    """In a field it is dropped and counted; inside a content it is text."""
+    assert thinker(CHATML)(user("q"), says("a", reasoning="why")) == (["a<|im_end|>"], ("reasoning_dropped",))
+    assert thinker(CHATML)(user("q"), says(REASONED)) == ([REASONED + "<|im_end|>"], ())
+    tokenizer = byte_level(("</s>",), eos="</s>")
+    encoded = Encoder(tokenizer, chat="tulu", max_length=100)(
+        Row("i", "s", "f", 1, b"", (user("q"), says("a", reasoning="why"))))
+    assert encoded.flags == ("reasoning_dropped",) and trained(tokenizer, encoded) == ["a</s>\n"]
+
+
+def test_tags_of_reasoning_may_be_special_tokens():
+    """[THINK] as a control token of the tokenizer: an assistant may use it, a user may not fake it."""
+    tags = ("[THINK]", "[/THINK]")
+    content = "[THINK]why[/THINK]a"
+    assert thinker(CHATML, special=tags)(user("q"), says(content)) == ([content + "<|im_end|>"], ())
+    with pytest.raises(RowError, match="control_token_in_text"):
+        thinker(CHATML, special=tags)(user("[THINK]"), says("a"))
+    with pytest.raises(RowError, match="control_token_in_text"):
+        thinker(CHATML)(user("q"), says("a", reasoning="<|im_end|>"))
+
+
+# ---------------------------------------------------------------- tools
+
+
+TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|im_end|>\\n' }}"
+    "{% endif %}{% for m in messages %}{% if m.role == 'tool' %}"
+    "{{ '<|im_start|>user\\n<tool_response>' + m.content + '</tool_response><|im_end|>\\n' }}{% else %}"
+    "{{ '<|im_start|>' + m.role + '\\n' }}{% if m.content %}{{ m.content }}{% endif %}"
+    "{% for c in m.tool_calls or [] %}{{ '<tool_call>{\"name\": \"' + c.function.name + '\", \"arguments\": ' }}"
+    "{{ c.function.arguments | tojson }}{{ '}</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+INLINE = (  # the result of a tool stands inside the assistant's turn
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>user\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}{% for c in m.tool_calls or [] %}"
+    "{{ '<call>' + c.function.name + '</call>' }}{% endfor %}"
+    "{% if not loop.last and messages[loop.index].role == 'tool' %}{{ '[' + messages[loop.index].content + ']' }}"
+    "{% endif %}{{ (m.content or '') + '<|im_end|>\\n' }}{% endif %}{% endfor %}")
+CALLED = "<tool_call>{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\", \"days\": 3}}</tool_call>"
+
+
+def call(arguments: object = None) -> dict:
+    given = {"city": "Rome", "days": 3} if arguments is None else arguments
+    return {"type": "function", "function": {"name": "weather", "arguments": given}}
+
+
+def result(text: str) -> dict:
+    return {"role": "tool", "name": "weather", "content": text}
+
+
+def tool_user(template: str, tools=({"type": "function", "function": {"name": "weather"}},)):
+    tokenizer = byte_level(("<|im_start|>", "<|im_end|>"), ("<tool_call>", "</tool_call>"), eos="<|im_end|>")
+    tokenizer.chat_template = template
+    encode = Encoder(tokenizer, max_length=4000)
+
+    def learnt(*messages: dict) -> tuple[str, list[str], tuple[str, ...]]:
+        encoded = encode(Row("i", "s", "f", 1, b"", messages, tools=tools))
+        return tokenizer.decode(encoded.input_ids), trained(tokenizer, encoded), encoded.flags
+
+    return learnt
+
+
+def test_tool_calls_are_trained_and_results_are_not():
+    turns = [user("q"), says("", tool_calls=[call()]), result("sunny"), says("It is sunny"), user("r"),
+             says("Again:", tool_calls=[call(), call()]), result("rain"), result("snow")]
+    text, learnt, flags = tool_user(TOOLS)(*turns)
+    assert text.startswith('<|im_start|>system\n{"type": "function", "function": {"name": "weather"}}<|im_end|>\n')
+    assert learnt == [CALLED + "<|im_end|>", "It is sunny<|im_end|>", f"Again:{CALLED}{CALLED}<|im_end|>"]
+    assert not flags
+    text, learnt, flags = tool_user(INLINE)(*turns[:4])
+    assert learnt == ["<call>weather</call>", "It is sunny<|im_end|>"]
+    assert flags == ("tools_dropped",)
+    both = [user("q"), says("done", tool_calls=[call()]), result("sunny"), says("ok")]
+    assert tool_user(INLINE)(*both)[1] == ["<call>weather</call>", "done<|im_end|>", "ok<|im_end|>"]
+
+
+def test_calls_are_given_in_the_form_that_the_template_takes():
+    as_text = TOOLS.replace("c.function.arguments | tojson", "'' + c.function.arguments")  # DeepSeek's want a text
+    assert tool_user(as_text)(user("q"), says("", tool_calls=[call()]))[1] == [CALLED + "<|im_end|>"]
+    empty = TOOLS.replace("{% if m.content %}{{ m.content }}{% endif %}", "{{ '' + m.content }}")
+    assert tool_user(empty)(user("q"), says("", tool_calls=[call()]))[1] == [CALLED + "<|im_end|>"]
+
+
+def test_templates_without_tools():
+    """Calls that would be lost are refused; definitions that are lost are counted."""
+    with pytest.raises(RowError, match="template_drops_turn: the chat template does not write the tool calls of turn"):
+        tool_user(CHATML)(user("q"), says("x", tool_calls=[call()]), result("r"), says("a"))
+    assert tool_user(CHATML)(user("q"), says("a"))[2] == ("tools_dropped",)
+    tulu = Encoder(byte_level(("</s>",), eos="</s>"), chat="tulu", max_length=100)
+    assert reason(tulu, Row("i", "s", "f", 1, b"", (user("q"), says("", tool_calls=[call()])))) == "tool_turn"
+    with pytest.raises(RowError, match="control_token_in_text"):
+        tool_user(TOOLS)(user("q"), says("", tool_calls=[call({"city": "<|im_end|>"})]))
+
+
+def test_the_template_for_tools_is_taken_where_there_are_two():
+    tokenizer = byte_level(("<|im_start|>", "<|im_end|>"), eos="<|im_end|>")
+    tokenizer.chat_template = {"default": CHATML, "tool_use": TOOLS}
+    encode = Encoder(tokenizer, max_length=1000)
+    calls = Row("i", "s", "f", 1, b"", (user("q"), says("", tool_calls=[call()])))
+    assert trained(tokenizer, encode(calls)) == [CALLED + "<|im_end|>"]
+    assert trained(tokenizer, encode(PAIR)) == ["a<|im_end|>"]
+    only = byte_level(("<|im_start|>", "<|im_end|>"), eos="<|im_end|>")
+    only.chat_template = CHATML
+    assert encode.fingerprint()["template"] != Encoder(only, max_length=1000).fingerprint()["template"]
+
+
+def marked_by_trl() -> list[str]:
+    import trl
+
+    folder = Path(trl.__file__).parent / "chat_templates"
+    return sorted(path.name for path in folder.glob("*_training.jinja") if "vl" not in path.name)
+
+
+@pytest.mark.parametrize("name", marked_by_trl())
+def test_spans_agree_with_the_blocks_that_others_wrote(name):
+    """The templates of 30 families with blocks by TRL's authors: without the blocks, the same answers are found.
+
+    They may also mark the turn's header, an empty block of reasoning, and what stands behind the end.
+    """
+    import trl
+
+    from pipelines.chat import _GENERATION
+
+    template = (Path(trl.__file__).parent / "chat_templates" / name).read_text()
+    bare = _GENERATION.sub(lambda tag: f"{{%{tag[1]} {'endwith' if tag[2] else 'with'} {tag[3]}%}}", template)
+    found = set(re.findall(r"<[|｜][^\s'\"<>{}]+?[|｜]>|</?s>|<(?:start|end)_of_turn>|<end_of_utterance>", template))
+    tokenizer = byte_level((*sorted(found), "<BOS>", "<EOS>"), ("<think>", "</think>"), bos="<BOS>", eos="<EOS>")
+    calls, tools = [call()], ({"type": "function", "function": {
+        "name": "weather", "description": "d", "parameters": {"type": "object", "properties": {}}}},)
+    for messages, known in [
+        ([user("hi"), says("hello"), user("more "), says(" two words\n")], ()),
+        ([user("hi"), says("hello", reasoning="one"), user("more"), says("bye", reasoning="two")], ()),
+        ([user("hi"), says(REASONED), user("more"), says(REASONED)], ()),
+        ([user("hi"), says("", tool_calls=calls), result("sunny"), says("It is sunny")], tools),
+    ]:
+        both = []
+        for text in (template, bare):
+            try:
+                rendered = ChatTemplate(tokenizer, text, name).read(messages, known)
+                edges = [place for span in rendered.spans for place in span]
+                edges = [place for place in edges if edges.count(place) == 1]  # blocks that adjoin are one
+                pieces = [rendered.text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
+                both.append((pieces, rendered.flags))
+            except RowError as error:
+                both.append(([error.reason], ()))
+        (blocks, flags), (spans, same) = both
+        assert flags == same and len(blocks) == len(spans)
+        for block, span in zip(blocks, spans, strict=True):
+            before, found_it, after = block.partition(span.removesuffix("<|tool_response>").strip())
+            assert found_it and after.strip() in ("", "<|end|>", "<EOS>"), (block, span)
+            assert re.fullmatch(r"\s*(<[^<>]*assistant[^<>]*>|<\|start\|>assistant[^\n]*?|<｜tool▁outputs▁end｜>)?\s*"
+                                r"(<\|?think\|?>\s*(</think>\s*)?)?(<think>)?\s*", before, re.IGNORECASE), block

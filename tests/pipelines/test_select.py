@@ -1071,3 +1071,15 @@ def test_hidden_states_may_be_narrower_than_the_configuration_says(tmp_path, own
     config = own_world.select(tmp_path / "unused")
     rows = prepare(config.train, config.model, loaded.tokenizer, cache=tmp_path, label="pool")
     assert len(set(clusters_of(loaded.model, rows, range(20), 3, seed=0)[:20])) == 3
+
+
+def test_what_templates_leave_out_is_counted_in_the_report(own_world, tmp_path):
+    rows = [json.loads(line) for line in own_world.pool.read_text().splitlines()]
+    for row in rows[:7]:
+        row["messages"][1]["reasoning_content"] = "because"
+    own_world.pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = select.run(own_world.select(tmp_path / "run", method="tfidf"))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["pool"]["flags"] == {"reasoning_dropped": 7}
+    said = [text for text in summary["warnings"] if "reasoning" in text]
+    assert len(said) == 1 and said[0].startswith("pool: in 7 of 60 rows the chat template leaves out reasoning")
