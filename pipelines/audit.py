@@ -37,7 +37,7 @@ def run(config: AuditConfig) -> Path:
     with in_scratch(config) as kept, Run(kept.out, kept, "audit", overwrite=kept.overwrite) as current:
         with current.stage("read"):
             loaded = models.load(config.model)
-            read = {"cache": current.path("inputs")}
+            read: dict[str, Any] = {"cache": current.path("inputs"), "limits": loaded.limits}
             pool = prepare(config.pool, config.model, loaded.tokenizer, label="pool", **read)
             test = prepare(config.test, config.model, loaded.tokenizer, label="test", **read)
             target = None

@@ -81,7 +81,9 @@ AdapterOption = Annotated[Path | None, _flag("--adapter", "a LoRA adapter to loa
 ChatOption = Annotated[
     str | None, _flag("--chat-template", "auto, tulu, or a .jinja file", _MODEL, "auto", metavar="NAME")
 ]
-LengthOption = Annotated[int | None, _flag("--max-length", "longest row in tokens", _MODEL, 1024, metavar="N")]
+LengthOption = Annotated[
+    int | None, _flag("--max-length", "longest row in tokens; else what the model takes", _MODEL, metavar="N")
+]
 LoraRankOption = Annotated[int | None, _flag("--lora-rank", "rank of the adapters", _MODEL, 8, metavar="N")]
 
 BadRowOption = Annotated[

@@ -100,7 +100,9 @@ class ModelConfig(Settings):
     chat: Name = Field(
         default="auto", description="auto (the tokenizer's own template), tulu (as LESS), or a .jinja file"
     )
-    max_length: int = Field(default=1024, ge=2, le=2**20, description="longest row in tokens")
+    max_length: int | None = Field(
+        default=None, ge=2, le=2**20, description="longest row in tokens; null is what the model takes"
+    )
     on_long: Literal["truncate", "skip", "error"] = Field(
         default="truncate", description="what to do with a longer row"
     )

@@ -43,7 +43,7 @@ def run(config: DiagnoseConfig) -> Path:
             tokenizer = models.load(config.model, tokenizer_only=True)
             rows = prepare(
                 config.data, config.model, tokenizer.tokenizer,
-                cache=current.path("inputs"), label="data", folder=current.folder,
+                cache=current.path("inputs"), label="data", folder=current.folder, limits=tokenizer.limits,
             )  # fmt: skip
         picked = pick(rows, config.rows, seed=derive_seed(config.seed, "rows"))
         facts: dict[str, Any] = {

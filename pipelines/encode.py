@@ -15,6 +15,7 @@ from pipelines.chat import ChatTemplate, RowError
 from pipelines.data import BadRow, Pool, Row
 from pipelines.formats import REASONING_TAG, Message, strings
 from pipelines.jsonl import shown
+from pipelines.limits import ModelLimits
 
 __all__ = ["IGNORED", "Encoded", "Encoder", "RowError", "Scan", "scan"]
 
@@ -65,23 +66,27 @@ class Encoder:
     A control token of the tokenizer (such as <|im_start|>) written out in a turn would become the token itself, and
     the turn could fake another: such rows are refused (control_token_in_text). Plain text may hold them; it is flagged.
 
-    `on_long`: beyond `max_length` tokens the end is cut ("truncate"), the row refused ("skip"), or DataError raised
-    ("error"). A row left without a trained token is always refused (no_supervised_token).
+    `on_long`: beyond `max_length` tokens (None: as many as the model takes, `limits`) the end is cut ("truncate"), the
+    row refused ("skip"), or DataError raised ("error"). A row with a token that the model's embedding does not have
+    (token_beyond_vocabulary), or left without a trained token (no_supervised_token), is always refused.
 
     Raises: UsageError on bad settings; DataError if the tokenizer has no offsets, or no chat template and needs one.
     """
 
-    def __init__(self, tokenizer: Any, *, chat: str | Path = "auto", max_length: int,
-                 on_long: str = "truncate") -> None:
+    def __init__(self, tokenizer: Any, *, chat: str | Path = "auto", max_length: int | None = None,
+                 on_long: str = "truncate", limits: ModelLimits = ModelLimits()) -> None:  # noqa: B008 (frozen)
         if on_long not in ON_LONG:
             raise UsageError(f"on_long is {on_long!r}; expected one of {', '.join(ON_LONG)}")
-        if max_length < 2:
+        if max_length is not None and max_length < 2:
             raise UsageError(f"max_length is {max_length}; a row needs at least 2 tokens, one to predict the other")
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(f"the tokenizer {type(tokenizer).__name__} cannot say which characters a token stands for; "
                             "use a model with a tokenizer.json")
         self._tokenizer = tokenizer
-        self._max_length = max_length
+        self.max_length = limits.longest(max_length)
+        """Most tokens of a row."""
+        self._limits = limits
+        self._what = "max_length" if self.max_length == max_length else "the positions of the model"
         self._on_long = on_long
         self._chat = str(chat)
         self._template: ChatTemplate | None = None
@@ -108,15 +113,24 @@ class Encoder:
             ids, labels, flags = self._tulu(row) if self._chat == "tulu" else self._templated(row)
         else:
             ids, labels = self._pair(row)
-        cut = max(0, len(ids) - self._max_length)
+        cut = max(0, len(ids) - self.max_length)
         if cut and self._on_long != "truncate":
-            detail = f"{len(ids)} tokens, at most {self._max_length} (max_length) were expected"
+            detail = f"{len(ids)} tokens, at most {self.max_length} ({self._what}) were expected"
             if self._on_long == "error":
-                raise DataError(f"{row.file}:{row.line}: {detail}; raise max_length, or change on_long")
+                advice = "raise max_length, or change on_long" if self._what == "max_length" else "change on_long"
+                raise DataError(f"{row.file}:{row.line}: {detail}; {advice}")
             raise RowError("too_long", detail)
-        encoded = Encoded(ids[:self._max_length], labels[:self._max_length], cut, flags)
+        encoded = Encoded(ids[:self.max_length], labels[:self.max_length], cut, flags)
+        vocabulary = self._limits.vocabulary
+        if vocabulary is not None and encoded.input_ids and max(encoded.input_ids) >= vocabulary:
+            worst = max(encoded.input_ids)
+            raise RowError("token_beyond_vocabulary", f"token {worst} ({shown(self._tokenizer.decode([worst]), 30)}), "
+                           f"and the model's embedding has {vocabulary} rows: the tokenizer has tokens that the model "
+                           "does not; use the model's own tokenizer, or resize its embedding (resize_token_embeddings)")
         if not encoded.supervised:
-            why = f"the answer starts behind the first {self._max_length} tokens" if cut else "no token to learn"
+            why = "no token to learn"
+            if cut:
+                why = f"the answer starts behind the first {self.max_length} tokens ({self._what})"
             raise RowError("no_supervised_token", why)
         return encoded
 
@@ -127,7 +141,7 @@ class Encoder:
             "tokenizer": _tokenizer_digest(self._tokenizer),
             "chat": self._chat if self._chat in {"auto", "tulu"} else "file",
             "template": files.digest(self._template_text.encode()) if self._template_text else "none",
-            "max_length": str(self._max_length),
+            "max_length": str(self.max_length),
             "on_long": self._on_long,
         }
 

@@ -25,7 +25,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     loaded = models.load(config.model)
     with tempfile.TemporaryDirectory(prefix="datatools-evaluate-") as scratch:
-        rows = prepare(config.data, config.model, loaded.tokenizer, cache=Path(scratch), label="data")
+        rows = prepare(config.data, config.model, loaded.tokenizer, cache=Path(scratch), label="data",
+                       limits=loaded.limits)
         return losses(loaded.model, rows, token_budget=config.token_budget)
 
 

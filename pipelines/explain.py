@@ -43,8 +43,8 @@ def run(config: ExplainConfig) -> dict[str, Any]:
     if config.line > len(lines):
         raise UsageError(f"{config.file}:{config.line}: the file has {len(lines)} lines")
     loaded = models.load(made_by.model, tokenizer_only=True)
-    cache = folder / "inputs"
-    pool = prepare(made_by.train, made_by.model, loaded.tokenizer, cache=cache, label="pool")
+    read: dict[str, Any] = {"cache": folder / "inputs", "limits": loaded.limits}
+    pool = prepare(made_by.train, made_by.model, loaded.tokenizer, label="pool", **read)
     index = next((i for i in range(len(pool)) if pool.pool.raw(i) == lines[config.line - 1]), None)
     if index is None:
         raise DataError(f"{config.file}:{config.line}: its row is no longer in {', '.join(made_by.train.paths)}")
@@ -61,7 +61,7 @@ def run(config: ExplainConfig) -> dict[str, Any]:
     }
     if made_by.method == "less":
         wanted = target_data(made_by.train, made_by.target)
-        target = prepare(wanted, made_by.model, loaded.tokenizer, cache=cache, label="target")
+        target = prepare(wanted, made_by.model, loaded.tokenizer, label="target", **read)
         home = made_by.features.folder or folder / "features"
         stops = checkpoints.find(made_by.checkpoints or [folder / "warmup"])
         if not made_by.checkpoints and made_by.warmup.checkpoints:

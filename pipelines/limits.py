@@ -46,8 +46,7 @@ def limits_of(model: nn.Module) -> ModelLimits:
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     rows = getattr(embedding, "num_embeddings", None)
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    trained = next((n for n in (getattr(config, name, None) for name in _LENGTHS) if isinstance(n, int) and n > 0),
-                   None)
+    trained = trained_length(config)
     ends = []
     for name, module in model.named_modules():
         if _ELSEWHERE.search(name):
@@ -67,6 +66,13 @@ def limits_of(model: nn.Module) -> ModelLimits:
     if getattr(config, "alibi", False) or not _has_positions(model):
         return ModelLimits(None, False, rows)
     return ModelLimits(trained, False, rows)
+
+
+def trained_length(config: Any) -> int | None:
+    """The tokens of a row for which the model was made, as its configuration says."""
+    text = config.get_text_config(decoder=True)
+    lengths = (getattr(text, name, None) for name in _LENGTHS)
+    return next((n for n in lengths if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
 
 
 def _first_position(table: Any) -> int:

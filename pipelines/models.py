@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from datatools import DataError, EnvironmentProblem, UsageError, covered, files, keep_pages
 from pipelines import causal
 from pipelines.config import LoraConfig, ModelConfig
+from pipelines.limits import ModelLimits, limits_of, trained_length
 from pipelines.texts import first_line
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -46,6 +47,8 @@ class LoadedModel:
     """The local folder the weights were read from; None for a hub name."""
     digests: Mapping[str, str]
     """File name -> xxh3-128 of weights and configuration; what a store's fingerprint is made of."""
+    limits: ModelLimits = ModelLimits()
+    """How long its rows may be, and which token ids it has."""
 
 
 def cache_folder() -> Path:
@@ -172,7 +175,7 @@ def load(config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | N
             if config.adapter is not None and config.adapter.is_dir():
                 digests |= {f"adapter/{file}": digest for file, digest in _digests(str(config.adapter)).items()}
             if tokenizer_only:
-                return LoadedModel(None, tokenizer, _folder(name), digests)
+                return LoadedModel(None, tokenizer, _folder(name), digests, _limits(name, options))
             device = "cuda" if torch.cuda.is_available() else "cpu"
             if device == "cpu":
                 keep_pages()
@@ -194,7 +197,21 @@ def load(config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | N
         # merged, so that what comes on top of it (fresh adapters, a checkpoint's) sees one plain model
         model = _unmarked(load_adapter(model, config.adapter).merge_and_unload())
     causal.check(model.eval(), config.name)
-    return LoadedModel(model, tokenizer, _folder(name), digests)
+    return LoadedModel(model, tokenizer, _folder(name), digests, limits_of(model))
+
+
+def _limits(name: str, options: Mapping[str, Any]) -> ModelLimits:
+    """The limits of a model whose weights are not read: it is built without any."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(name, **options)
+    code = {key: value for key, value in options.items() if key == "trust_remote_code"}
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            return limits_of(AutoModelForCausalLM.from_config(config, **code))
+    except Exception:  # it cannot be built without weights; loading it says what is wrong with it, if anything is
+        return ModelLimits(trained_length(config))
+
 
 
 def _folder(name: str) -> Path | None:

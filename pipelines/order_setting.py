@@ -75,10 +75,10 @@ def build(config: OrderConfig, current: Run) -> Setting:
             warn("the tokenizer has no chat template: conversations are written as tulu does (--chat-template)")
             config = config.model_copy(update={"model": config.model.model_copy(update={"chat": "tulu"})})
         data = config.data
-        rows = _read(config, data, tokenizer.tokenizer, current, "data")
+        rows = _read(config, data, tokenizer, current, "data")
         held = None
         if config.validation:
-            held = _read(config, target_data(data, config.validation), tokenizer.tokenizer, current, "validation")
+            held = _read(config, target_data(data, config.validation), tokenizer, current, "validation")
     facts: dict[str, Any] = {"model": dict(tokenizer.digests), "encoding": rows.encoder.fingerprint()}
     facts["data"] = file_facts(rows)
     if held is not None:
@@ -95,9 +95,6 @@ def build(config: OrderConfig, current: Run) -> Setting:
         loaded = models.load(config.model.model_copy(update={"dtype": "float32"}))
         module = trainable(loaded.model, config.lora, seed=config.seed).eval()
         _refuse_dropout(module)
-    length = max(len(rows.item(row)[0]) for batch in batches for row in batch)
-    if length > (getattr(loaded.model.config, "max_position_embeddings", None) or length):
-        warn(f"rows of {length} tokens are longer than what the model was made for; lower --max-length")
     device = loaded.model.device
     loss = functional_loss(module)
     held_source = rows if held is None else held
@@ -157,8 +154,9 @@ def build(config: OrderConfig, current: Run) -> Setting:
     )
 
 
-def _read(config: OrderConfig, data: DataConfig, tokenizer: Any, current: Run, label: str) -> Rows:
-    return prepare(data, config.model, tokenizer, cache=current.path("inputs"), label=label, folder=current.folder)
+def _read(config: OrderConfig, data: DataConfig, loaded: models.LoadedModel, current: Run, label: str) -> Rows:
+    return prepare(data, config.model, loaded.tokenizer, cache=current.path("inputs"), label=label,
+                   folder=current.folder, limits=loaded.limits)
 
 
 def _draw(config: OrderConfig, rows: Rows, held: Rows | None) -> tuple[list[list[int]], list[int], list[int]]:

@@ -20,6 +20,7 @@ from pipelines.config import DataConfig, ModelConfig
 from pipelines.data import BadRow, Pool, read_pool
 from pipelines.dedup import dedup
 from pipelines.encode import Encoder, Scan, scan
+from pipelines.limits import ModelLimits
 from pipelines.models import collate
 from pipelines.runs import Run, progress, redact, warn
 
@@ -82,10 +83,18 @@ class Rows:
 
 
 def prepare(
-    data: DataConfig, model: ModelConfig, tokenizer: Any, *, cache: Path, label: str, folder: Path | None = None
+    data: DataConfig,
+    model: ModelConfig,
+    tokenizer: Any,
+    *,
+    cache: Path,
+    label: str,
+    folder: Path | None = None,
+    limits: ModelLimits = ModelLimits(),  # noqa: B008 (frozen)
 ) -> Rows:
     """Read, encode and deduplicate the rows of `data`; bad ones are written to `folder`/bad_rows.jsonl.
 
+    limits: what the model takes; rows are compared with it here, before anything is computed.
     Raises: DataError when a row is bad and the policy is "error" (naming file, line and reason), or when no row is
     left.
     """
@@ -99,7 +108,7 @@ def prepare(
             with suppress(DataError):
                 _write_bad(folder, read_pool(data.paths, on_bad_row="skip", **reading)[1])
         raise
-    encoder = Encoder(tokenizer, chat=model.chat, max_length=model.max_length, on_long=model.on_long)
+    encoder = Encoder(tokenizer, chat=model.chat, max_length=model.max_length, on_long=model.on_long, limits=limits)
     with progress(f"reading {label}", len(pool)) as bar:
         scanned = scan(pool, encoder, bar)
     status = ["ok" if ok else "bad" for ok in scanned.ok]
@@ -123,6 +132,7 @@ def prepare(
             status[index] = "duplicate"
     if not rows.usable.any():
         raise DataError(f"{label}: no usable row in {', '.join(map(str, data.paths))} ({len(rows.bad)} bad)")
+    _compare(rows, limits, model.max_length, label)
     for flag, what in _LEFT_OUT.items():
         if count := scanned.flags[flag]:
             warn(f"{label}: in {count} of {len(pool)} rows {what}; the rest of them is used")
@@ -135,6 +145,22 @@ def prepare(
         there = files.read_bytes(quarantine) if quarantine.exists() else b""
         files.write_bytes(quarantine, there + b"".join(pool.raw(index) + b"\n" for index in unencoded))
     return rows
+
+
+def _compare(rows: Rows, limits: ModelLimits, asked: int | None, label: str) -> None:
+    """Say which rows were cut to the positions of the model, and which go beyond those that it was trained for."""
+    positions = limits.positions
+    if positions is None:
+        return
+    cut = int((rows.scan.cut > 0).sum())
+    if cut and asked != rows.encoder.max_length:
+        warn(f"{label}: {cut} of {len(rows)} rows were cut at {positions} tokens, the positions of the model")
+    beyond = int((rows.scan.tokens > positions).sum())
+    if beyond:
+        warn(
+            f"{label}: {beyond} of {len(rows)} rows are longer than the {positions} tokens that the model was made "
+            f"for; --max-length {positions} cuts them"
+        )
 
 
 def _write_bad(folder: Path, bad: Sequence[BadRow]) -> None:

@@ -62,13 +62,12 @@ def _context(config: SelectConfig, current: Run) -> Context:
     folder = current.folder
     with current.stage("read"):
         tokenizer = models.load(config.model, tokenizer_only=True)
-        pool = prepare(
-            config.train, config.model, tokenizer.tokenizer, cache=current.path("inputs"), label="pool", folder=folder
-        )
+        read: dict[str, Any] = {"cache": current.path("inputs"), "limits": tokenizer.limits}
+        pool = prepare(config.train, config.model, tokenizer.tokenizer, label="pool", folder=folder, **read)
         target = None
         if config.target:
             wanted = target_data(config.train, config.target)
-            target = prepare(wanted, config.model, tokenizer.tokenizer, cache=current.path("inputs"), label="target")
+            target = prepare(wanted, config.model, tokenizer.tokenizer, label="target", **read)
             if empty := [file.path for file in target.pool.files if not file.rows]:
                 raise DataError(f"no row in --target {', '.join(empty)}; leave the file out or fill it")
     if grown := accept_growth(current, "data", pool):

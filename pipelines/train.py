@@ -52,6 +52,7 @@ def _run(config: TrainConfig) -> Path:
                 cache=current.path("inputs"),
                 label="data",
                 folder=current.folder,
+                limits=tokenizer.limits,
             )
         facts: dict[str, Any] = {
             "model": dict(tokenizer.digests),
