@@ -140,7 +140,6 @@ DEFAULTS = {
             "projector": "projector.name",
             "dim": "projector.dim",
             "chat_template": "model.chat",
-            "max_length": "model.max_length",
             "lora_rank": "lora.rank",
             "optimizer": "warmup.optimizer",
             "epochs": "warmup.epochs",
@@ -156,7 +155,6 @@ DEFAULTS = {
             "dedup": "data.dedup",
             "source_key": "data.source_key",
             "chat_template": "model.chat",
-            "max_length": "model.max_length",
             "lora_rank": "lora.rank",
             "optimizer": "training.optimizer",
             "gradient": "training.gradient",
@@ -168,7 +166,7 @@ DEFAULTS = {
     ),
     "evaluate": (
         EvaluateConfig,
-        {"on_bad_row": "data.on_bad_row", "chat_template": "model.chat", "max_length": "model.max_length"},
+        {"on_bad_row": "data.on_bad_row", "chat_template": "model.chat"},
     ),
     "audit": (AuditConfig, {"against": "against", "seeds": "seeds", "seed": "seed"}),
     "diagnose": (
@@ -178,7 +176,6 @@ DEFAULTS = {
             "seed": "seed",
             "on_bad_row": "data.on_bad_row",
             "chat_template": "model.chat",
-            "max_length": "model.max_length",
         },
     ),
     "explain": (ExplainConfig, {"nearest": "nearest"}),
