@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from datatools import order as order
     from datatools.coresets import CORESET_METHODS as CORESET_METHODS
     from datatools.coresets import CoLM as CoLM
+    from datatools.coresets import LastLayer as LastLayer
     from datatools.coresets import cluster_sources as cluster_sources
     from datatools.coresets import kept_by_source as kept_by_source
     from datatools.coresets import matching_error as matching_error
@@ -52,6 +53,7 @@ _EXPORTS = {
     "spearman": "datatools.correlations",
     "CORESET_METHODS": "datatools.coresets",
     "CoLM": "datatools.coresets",
+    "LastLayer": "datatools.coresets",
     "cluster_sources": "datatools.coresets",
     "kept_by_source": "datatools.coresets",
     "matching_error": "datatools.coresets",

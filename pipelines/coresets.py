@@ -28,6 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from datatools import (
     CoLM,
     DataError,
+    LastLayer,
     Selection,
     UsageError,
     cluster_sources,
@@ -44,6 +45,7 @@ from pipelines.prepare import Rows
 from pipelines.runs import derive_seed, peak_rss_bytes, progress, warn
 
 SOURCES, WEIGHTS = "coreset_sources", "coreset_weights"  # keys of a batch that no model gets
+_MEDIA = ("pixel_", "image_", "video_", "input_features", "input_values", "audio_")  # what rows are not cut by
 _INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
 
 
@@ -62,7 +64,8 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
     less often than that (logging_steps), a log has the last monitored step's. peak_bytes is the most that tensors have
     taken of the GPU in the step, choosing included (torch's peak statistics are reset for that); on a CPU it is the
     most that the process has held so far.
-    Raises: UsageError for packing, FSDP or DeepSpeed, clusters, a missing source column, and sizes that do not fit; see
+    Rows without a supervised token, which train nothing, are never chosen.
+    Raises: UsageError for packing, images, FSDP or DeepSpeed, clusters, a missing source column, and sizes that do not fit; see
     also `datatools.CoLM`. Nothing of the training state has changed when a choice raises.
     """
 
@@ -81,6 +84,7 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
         self._saved_history: dict[str, Tensor] | None = None
         self._watched: dict[str, Any] | None = None
         self._warned = False
+        self._idle = 0  # rows without a supervised token so far
         self._weights: Tensor | None = None
         self.data_collator: Any
         self.compute_loss_func: Any
@@ -89,6 +93,7 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
             return
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UsageError("coreset: FSDP and DeepSpeed shard the layer that choices read; use DDP or one process")
+        LastLayer.of(self._bare_model(), self.choose.projection)  # refuse a model before the first step
         self._check_sizes()
         self._count_sources()
         self._arrange_loss()
@@ -128,9 +133,9 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
                 raise UsageError(f"coreset: a row of the training data has no {self.source_key!r}: {error}") from error
             self._counts: Mapping[Hashable, int] = Counter(map(str, sources))
             self._names = sorted(self._counts, key=str)
-            self.data_collator = _Carry(self.data_collator, self.source_key, self._names)
         else:
             self._counts = {}
+        self.data_collator = _Carry(self.data_collator, self.source_key, self._names)
 
     def _arrange_loss(self) -> None:
         assert self.choose is not None
@@ -142,14 +147,24 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
     def _large(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], list[Hashable], dict[str, Any]]:
         """What a choice reads of a large batch: tensors, sources; and lengths and names of its rows where known."""
         ids = batch["input_ids"]
+        if media := [key for key in batch if key.startswith(_MEDIA)]:
+            raise UsageError(f"coreset: the batch has {media[0]!r}; choices read text alone, use text-only data")
         positions = batch.get("position_ids")
-        if {"cu_seq_lens_q", "seq_idx"} & set(batch) or (
+        numbers = batch[SOURCES].tolist()
+        if len(numbers) != len(ids) or {"cu_seq_lens_q", "seq_idx"} & set(batch) or (
             positions is not None and bool(((positions[:, 1:] < positions[:, :-1]) & (positions[:, 1:] == 0)
                                             & (batch["labels"][:, 1:] != -100)).any())
         ):  # fmt: skip
-            raise UsageError("coreset: the batch holds packed rows, of which nothing can be chosen; turn packing off")
-        numbers = batch[SOURCES].tolist() if SOURCES in batch else [None] * len(ids)
-        sources = [None if i is None else self._names[i] for i in numbers]
+            raise UsageError(
+                f"coreset: the batch holds packed rows ({len(numbers)} examples in {len(ids)}), of which nothing can "
+                "be chosen; turn packing off, and use a collator that pads"
+            )
+        if self.source_key is not None and min(numbers) < 0:
+            raise UsageError(
+                f"coreset: a row of the training batches has no {self.source_key!r} that the training data had; the "
+                "loader must hand each row over with it"
+            )
+        sources = [None if self.source_key is None else self._names[i] for i in numbers]
         return {key: batch[key].to(self.args.device) for key in _INPUTS if key in batch}, sources, {}
 
     def _kept(self, batch: dict[str, Any], chosen: Selection) -> dict[str, Any]:
@@ -157,7 +172,11 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
         order = chosen.indices.argsort()
         rows, n = chosen.indices[order], len(batch["input_ids"])
         kept = {
-            key: value[rows.to(value.device)] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
+            key: value[rows.to(value.device)]
+            if isinstance(value, Tensor) and value.ndim and len(value) == n
+            else [value[i] for i in rows.tolist()]
+            if isinstance(value, list | tuple) and len(value) == n
+            else value
             for key, value in batch.items()
             if key != SOURCES
         }
@@ -177,18 +196,32 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
             torch.cuda.reset_peak_memory_stats()
         reduced: list[Any] = []
         watched: list[tuple[Any, list[Hashable], Selection]] = []
+        trained = 0
         for micro, batch in enumerate(batches):
             tensors, sources, known = self._large(batch)
+            live = ((tensors["labels"][:, 1:] != -100).sum(1) > 0).nonzero()[:, 0].cpu()
+            if len(live) < len(sources):  # rows of which max_length has cut the answer away: they train nothing
+                if not self._idle:
+                    warn(f"coreset: {len(sources) - len(live)} rows of step {step + 1} have no supervised token; such "
+                         "rows are never chosen")  # fmt: skip
+                self._idle += len(sources) - len(live)
+                if len(live) == 0:
+                    reduced.append(self._kept(batch, Selection(torch.zeros(1, dtype=torch.int64), torch.zeros(1))))
+                    continue
+                tensors = {key: tensor[live.to(tensor.device)] for key, tensor in tensors.items()}
+                known = {"names": list(range(len(sources)))} | known
+                sources, known = _only(sources, live), {key: _only(rows, live) for key, rows in known.items()}
             keep = max(1, round(self._keep * len(sources) / self._large_batch))  # an epoch's last batch may be short
             lane = micro if self._group is not None else micro * self.args.world_size + self.args.process_index
             chosen = colm(
                 tensors, sources, step=step, lane=lane, keep=min(keep, len(sources)), watch=watch, **known
             )
-            reduced.append(self._kept(batch, chosen))
+            reduced.append(self._kept(batch, Selection(live[chosen.indices], chosen.weights)))
+            trained += len(chosen.indices)
             if watch:
                 watched.append((colm.last, sources, chosen))
-        self._rows_of_step = sum(len(batch[WEIGHTS]) for batch in reduced)
-        if watch:
+        self._rows_of_step = max(1, trained)
+        if watched:
             measuring = math.fsum(last.watch_seconds for last, _, _ in watched)
             self._watched = _summary(watched) | {
                 "select_seconds": _now() - started - measuring, "overflows": colm.overflows,
@@ -265,6 +298,10 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
                 "per_device_train_batch_size"
             )
 
+    def _bare_model(self) -> Any:
+        """The model without DDP and torch.compile around it."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
     def _chooser(self) -> CoLM:
         """Made at the first step, when the model is where it will train."""
         if self._colm is None:
@@ -273,7 +310,7 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
             small = small_sources(self._counts) if settings.small == "auto" else frozenset(settings.small)
             _require_known(small, self._counts)
             self._colm = CoLM(
-                self.accelerator.unwrap_model(self.model),
+                self._bare_model(),
                 row_losses,
                 keep=self._keep,
                 small=small,
@@ -311,14 +348,22 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
             seen["peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes()
 
 
-class _Carry:
-    """A collator that takes the source out of each row, and puts its number into the batch."""
+def _only(rows: Sequence[Any], places: Tensor) -> list[Any]:
+    return [rows[i] for i in places.tolist()]
 
-    def __init__(self, inner: Callable[[list[Any]], dict[str, Any]], key: str, names: Sequence[Hashable]) -> None:
+
+class _Carry:
+    """A collator that takes the source out of each row, and puts its number into the batch: one number for each row."""
+
+    def __init__(
+        self, inner: Callable[[list[Any]], dict[str, Any]], key: str | None, names: Sequence[Hashable]
+    ) -> None:
         self.inner, self.key = inner, key
         self.number = {name: i for i, name in enumerate(names)}
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.key is None:
+            return {**self.inner(rows), SOURCES: torch.zeros(len(rows), dtype=torch.int64)}
         numbers = [self.number.get(str(row.get(self.key)), -1) for row in rows]  # -1: rows to evaluate on
         batch = self.inner([{k: v for k, v in row.items() if k != self.key} for row in rows])
         return {**batch, SOURCES: torch.tensor(numbers)}

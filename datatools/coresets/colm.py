@@ -17,6 +17,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, all_reduce
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from datatools.coresets import monitor
 from datatools.coresets.choice import (
@@ -167,6 +168,8 @@ class CoLM:
                 raise UsageError(f"coreset: {what}={value!r} does not exist{did_you_mean(str(value), known)}")
         if keep < 1 or probes < 1 or not eps > 0:
             raise UsageError(f"coreset: keep={keep}, probes={probes}, eps={eps}; each must be above 0")
+        while inner := getattr(model, "_orig_mod", None) or (model.module if isinstance(model, DDP) else None):
+            model = inner  # torch.compile and DDP: the choice reads layers inside, whose hooks they do not see
         self.model, self.losses, self.keep, self.small = model, losses, keep, frozenset(small)
         self.features, self.method, self.metric = features, method, metric
         self.probes, self.eps, self.dim, self.per_source = probes, eps, dim, per_source

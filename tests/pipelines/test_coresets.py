@@ -387,10 +387,85 @@ def test_another_trainer_without_a_choice_is_untouched(tmp_path):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("weighting", [None, "example"])
+def test_rows_without_a_supervised_token_are_never_chosen(tmp_path, weighting, capsys):
+    """As after a cut that leaves nothing of the answer: they train nothing, and the others are reduced as ever."""
+    from datasets import Dataset
+
+    rows = rows_with_sources().to_list()
+    for i in range(0, 36, 3):
+        rows[i]["labels"] = [-100] * len(rows[i]["labels"])
+    seen = []
+    for keep in (None, 6, 3):
+        choose = None if keep is None else CoresetConfig(keep=keep, loss_weighting=weighting, monitor_every=1)
+        cls = Trainer if keep is None else CoresetTrainer
+        own = {} if keep is None else {"choose": choose, "source_key": "kind"}
+        made = build(tmp_path, cls, Dataset.from_list(rows), save_strategy="no", num_train_epochs=1, **own)
+        for layer in made.model.model.layers:
+            layer.self_attn.attention_dropout = 0.0
+        kept, inner = [], made.training_step
+
+        def spy(model, inputs, num_items_in_batch=None, kept=kept, inner=inner):
+            kept.append((inputs["labels"][:, 1:] != -100).any(1).tolist())
+            return inner(model, inputs, num_items_in_batch)
+
+        made.training_step = spy
+        made.train()
+        seen.append((kept, [e["loss"] for e in made.state.log_history if "loss" in e], weights(made)))
+    (plain, losses, at), (whole, same, there), (half, others, _) = seen
+    assert sum(map(sum, plain)) == 24 == sum(map(sum, whole)) and all(all(step) for step in whole + half)
+    assert [len(step) for step in half] == [max(1, round(sum(step) / 2)) for step in plain]
+    if weighting is None:
+        torch.testing.assert_close(torch.tensor(same), torch.tensor(losses), rtol=1e-4, atol=0)
+        torch.testing.assert_close(there, at, rtol=1e-3, atol=1e-4)
+    assert all(loss > 0 for loss in others)
+    assert capsys.readouterr().err.count("have no supervised token; such rows are never chosen") == 2, "once a run"
+
+
+def test_a_step_of_rows_without_a_supervised_token_trains_nothing(tmp_path):
+    from datasets import Dataset
+
+    rows = rows_with_sources(12).to_list()
+    for row in rows:
+        row["labels"] = [-100] * len(row["labels"])
+    made = build(tmp_path, data=Dataset.from_list(rows), save_strategy="no", num_train_epochs=1,
+                 choose=CoresetConfig(keep=3, loss_weighting="example"), source_key="kind")  # fmt: skip
+    before = weights(made).clone()
+    made.train()
+    assert torch.equal(weights(made), before)
+
+
+def test_lists_of_a_batch_are_reduced_with_its_rows(tmp_path):
+    made = build(tmp_path, **CHOOSE)
+    inner, seen = made.data_collator.inner, []
+    made.data_collator.inner = lambda rows: inner(rows) | {"texts": [str(row["input_ids"]) for row in rows]}
+    step = made.training_step
+
+    def spy(model, inputs, num_items_in_batch=None):
+        texts, ids = inputs.pop("texts"), inputs["input_ids"]
+        seen.append([text == str([t for t in row if t]) for text, row in zip(texts, ids.tolist(), strict=True)])
+        return step(model, inputs, num_items_in_batch)
+
+    made.training_step = spy
+    made.train()
+    assert all(len(each) == 3 and all(each) for each in seen)
+
+
+def test_a_model_without_a_value_projection_is_refused_before_the_first_step(tmp_path):
+    from tests.zoo import build as zoo
+
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none",
+                                  per_device_train_batch_size=6)  # fmt: skip
+    with pytest.raises(DataError, match="ReformerModelWithLMHead: .*coresets cannot use this architecture"):
+        CoresetTrainer(model=zoo.build("ReformerModelWithLMHead"), args=arguments, data_collator=pad,
+                       train_dataset=rows_with_sources(), **CHOOSE)  # fmt: skip
+
+
 def test_bfloat16(tmp_path):
     made = build(tmp_path, bf16=True, **CHOOSE)
     made.train()
     assert weights(made).isfinite().all() and made.state.global_step == 6
+    assert made._colm.target.product and made._colm.target.replays and made._colm.target.forwards
 
 
 def test_what_another_trainer_refuses(tmp_path):
@@ -421,6 +496,22 @@ def test_what_another_trainer_refuses(tmp_path):
     with pytest.raises(UsageError, match="the batch holds packed rows"):
         made.train()
     assert torch.equal(weights(made), before)
+
+    def flattened(rows):
+        return {key: torch.tensor([sum((row[key] for row in rows), [])]) for key in ("input_ids", "labels")}
+
+    made = build(tmp_path, choose=CHOOSE["choose"], source_key=None)
+    made.data_collator.inner = flattened
+    with pytest.raises(UsageError, match=r"packed rows \(6 examples in 1\).*a collator that pads"):
+        made.train()
+    made = build(tmp_path, **CHOOSE)
+    made.data_collator.inner = lambda rows: pad(rows) | {"pixel_values": torch.zeros(len(rows), 3)}
+    with pytest.raises(UsageError, match="the batch has 'pixel_values'; choices read text alone"):
+        made.train()
+    made = build(tmp_path, **CHOOSE)
+    made.data_collator.number.pop("rare")
+    with pytest.raises(UsageError, match="a row of the training batches has no 'kind'"):
+        made.train()
     saved_without = build(tmp_path / "plain", Trainer)
     saved_without.train()
     with pytest.raises(DataError, match="was saved without a coreset"):
