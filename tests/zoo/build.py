@@ -191,7 +191,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "FalconForCausalLM new_decoder_architecture": {"new_decoder_architecture": True},
-    "FalconForCausalLM multi_head": {"multi_query": False, "alibi": True},
+    "FalconForCausalLM multi_head": {"multi_query": False, "alibi": True, "num_kv_heads": HEADS},
     "GPTBigCodeForCausalLM multi_head": {"multi_query": False},
     "DeepseekV3ForCausalLM no_q_lora": {"q_lora_rank": None},
     "LlamaForCausalLM biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
