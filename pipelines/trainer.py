@@ -221,7 +221,10 @@ class DataTrainer(CoresetMixin):
 def head_dim(model: nn.Module) -> int | None:
     """Rows of a query matrix that are one head, as the model's configuration says; None where it does not."""
     config = getattr(model, "config", None)
-    stated = getattr(config, "head_dim", None)
+    try:
+        stated = getattr(config, "head_dim", None)
+    except RuntimeError:  # layers of several sizes, each with a configuration of its own
+        return None
     hidden, heads = (getattr(config, key, None) for key in ("hidden_size", "num_attention_heads"))
     found = hidden // heads if stated is None and hidden and heads and hidden % heads == 0 else stated
     return found if isinstance(found, int) else None

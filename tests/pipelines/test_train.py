@@ -645,6 +645,13 @@ def test_the_demo_runs_on_any_model(world, tmp_path):
     assert Path(run / "report.html").stat().st_size > 10_000 and (run / "selected.jsonl").stat().st_size
 
 
+def test_layers_with_heads_of_several_sizes_have_no_one_size():
+    from tests.zoo.build import build
+
+    assert trainer.head_dim(build("Gemma4ForCausalLM")) is None
+    assert trainer.head_dim(build("LlamaForCausalLM")) == 8
+
+
 def test_adam_mini_divides_query_and_key_matrices_by_the_heads_of_the_model(tmp_path):
     """4 heads of 8 rows: without the model's configuration they would have one second moment a row; a setting wins."""
     transformers = pytest.importorskip("transformers")
