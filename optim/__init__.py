@@ -25,6 +25,7 @@ from optim.param_groups import (
     is_matrix,
     split_matrices,
 )
+from optim.rounding import Arrived, set_rounding
 from optim.rule import State, UpdateRule
 from optim.rules import (
     OPTIMIZERS,
@@ -158,6 +159,7 @@ __all__ = [
     "AdamWRule",
     "Apollo",
     "ApolloRule",
+    "Arrived",
     "BlockwiseAdam",
     "BlockwiseAdamRule",
     "Conda",
@@ -221,6 +223,7 @@ __all__ = [
     "rule_from",
     "schedule",
     "schedule_options",
+    "set_rounding",
     "split_matrices",
     "stable_embedding_groups",
 ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any, TypeAlias, cast
 
@@ -111,27 +111,43 @@ def _factory(name: str, decay_all: bool) -> Build:
 def _build(model: nn.Module, *, name: str, decay_all: bool, **hyper: Any) -> Optimizer:
     optimizer = create(name, [(n, p) for n, p in model.named_parameters() if p.requires_grad], **hyper)
     if not decay_all:
-        spared = undecayed(model)
-
-        def by_decay(named: Named, lr: float | Tensor) -> list[dict[str, Any]]:
-            return [
-                {"params": [entry for entry in named if entry[0] not in spared]},
-                {"params": [entry for entry in named if entry[0] in spared], "weight_decay": 0.0},
-            ]
-
-        divide_groups(optimizer, by_decay)
+        spare(optimizer, undecayed(model))
     return optimizer
 
 
 def undecayed(model: nn.Module) -> set[str]:
     """The names of the parameters that Trainer gives no weight decay: biases and norms, by name or by type."""
+    return without_decay([name for name, _ in model.named_parameters()], model)
+
+
+def without_decay(names: Iterable[str], model: nn.Module | None = None) -> set[str]:
+    """Those of the parameters `names` that Trainer gives no weight decay: biases and norms, by name or by type.
+
+    The one rule of this suite: `resolve`, `datatools train`, and checkpoints of Trainer, whose states it puts in order.
+    model: the model they are of, whose `nn.LayerNorm` layers are norms whatever their name.
+    """
     norms = {
         f"{layer}.{own}".removeprefix(".")
-        for layer, module in model.named_modules()
+        for layer, module in (model.named_modules() if model is not None else ())
         if isinstance(module, nn.LayerNorm)
         for own, _ in module.named_parameters(recurse=False)
     }
-    return {name for name, _ in model.named_parameters() if name in norms or _UNDECAYED.search(name.lower())}
+    return {name for name in names if name in norms or _UNDECAYED.search(name.lower())}
+
+
+def spare(optimizer: Optimizer, names: Collection[str]) -> None:
+    """Take weight decay from the parameters `names`: groups that have any are divided, each part in its old order.
+
+    Raises: ValueError if the optimizer was built without names.
+    """
+
+    def by_decay(named: Named, lr: float | Tensor) -> list[dict[str, Any]]:
+        return [
+            {"params": [entry for entry in named if entry[0] not in names]},
+            {"params": [entry for entry in named if entry[0] in names], "weight_decay": 0.0},
+        ]
+
+    divide_groups(optimizer, by_decay)
 
 
 def _from_arguments(name: str, args: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from optim import fused
+from optim import fused, rounding
 from optim.rule import State, UpdateRule
 from optim.saved import bare_name, check_state, expected_state, loaded_state, saved_rule
 
@@ -48,6 +48,9 @@ class Optimizer(torch.optim.Optimizer):
     Works with torch's schedulers, step and state-dict hooks, closures and `copy.deepcopy`. The torch switches
     `maximize`, `foreach`, `fused`, `capturable` and `differentiable` do not exist here and are refused.
     """
+
+    arrived: rounding.Arrived | None = None
+    """Where set, steps of groups with a `rounding` count here how much of the intended updates they made."""
 
     def __init__(
         self, params: Params, rule: UpdateRule, *, lr: float | Tensor, weight_decay: float = 0.0
@@ -128,7 +131,10 @@ class Optimizer(torch.optim.Optimizer):
             rule: UpdateRule = group["rule"]
             if type(rule).share is not UpdateRule.share and params:
                 params, grads = self._share(rule, group, offset, params, grads)
-            fine = self._step_those(rule, params, grads, lr=group["lr"], weight_decay=group["weight_decay"])
+            if "rounding" in group:
+                fine = rounding.step(self, group, offset, params, grads)
+            else:
+                fine = self._step_those(rule, params, grads, lr=group["lr"], weight_decay=group["weight_decay"])
             self._warn_of_left(group, offset, params, fine)
         return loss
 

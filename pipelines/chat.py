@@ -80,12 +80,15 @@ class _Marked:
 
 
 class ChatTemplate:
-    """A Jinja chat template with its tokenizer, rendered in the sandbox of transformers."""
+    """A Jinja chat template with its tokenizer, rendered in the sandbox of transformers.
+
+    text: the template as it is rendered, with a day of its own where it prints the date.
+    """
 
     def __init__(self, tokenizer: Any, template: str, name: str) -> None:
         self._tokenizer = tokenizer
         self._name = name
-        self._template = _STRFTIME + template if "strftime_now" in template else template
+        self.text = _STRFTIME + template if "strftime_now" in template else template
         self._has_blocks = _GENERATION.search(template) is not None
         self._takes_tools = re.search(r"\btools\b", template) is not None
         added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
@@ -385,7 +388,7 @@ class ChatTemplate:
             word, mark = ("endwith", last) if closes else ("with", first)
             return f"{{%{left} {word} %}}{mark}{{% {word} {right}%}}"
 
-        return _GENERATION.sub(instead, self._template)
+        return _GENERATION.sub(instead, self.text)
 
     def _render(self, written: Sequence[Message], tools: Sequence[Any], *, template: str | None = None,
                 add_generation_prompt: bool = False) -> str:
@@ -394,7 +397,7 @@ class ChatTemplate:
         try:
             text = self._tokenizer.apply_chat_template(
                 [_for_template(message) for message in written], tools=list(tools) or None, tokenize=False,
-                chat_template=template or self._template, add_generation_prompt=add_generation_prompt)
+                chat_template=template or self.text, add_generation_prompt=add_generation_prompt)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"the chat template {self._name} is not valid: {error}") from error
         except Exception as error:  # a template is a program: it refuses, or fails, in any way

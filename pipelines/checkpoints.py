@@ -2,19 +2,18 @@
 learning rate.
 
 Trainer's own `optimizer.pt` has no names: its integers count the decayed parameters first, then the others. The names
-are put back in that order and every shape is checked; nothing is ever unpickled (`weights_only`), `training_args.bin`
-never read.
+are put back in that order and every shape is checked. Which parameters were trained is read from what was saved: an
+adapter's file, the state's names, or else the one choice that fits its shapes. `training_args.bin` is never read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,10 +21,11 @@ from torch import Tensor, nn
 
 from datatools import DataError, UsageError, files
 from optim import AdamWRule, UpdateMap, UpdateRule
-from pipelines import models, trainer
-
-_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")  # transformers 5, Trainer
-_STATES = ("optimizer.pt", "optimizer.bin")
+from optim.hf import without_decay
+from optim.saved import bare_name
+from pipelines import models, saved_states, trainer
+from pipelines.adapters import adapter_folder
+from pipelines.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,22 @@ class Checkpoint:
     @property
     def is_adapter(self) -> bool:
         """Whether it holds LoRA matrices rather than a whole model."""
-        return (self.folder / "adapter_config.json").is_file()
+        return adapter_folder(self.folder) is not None
 
     def digests(self) -> dict[str, str]:
         """File name -> hash of the weights and the optimizer state."""
-        paths = [*sorted(self.folder.glob("*.safetensors")), *(self.folder / name for name in _STATES)]
-        found = {path.name: files.digest_file(path) for path in paths if path.is_file()}
-        if self.is_adapter:  # what of peft's file makes a difference; it also lists names in no fixed order
-            config = files.read_json(self.folder / "adapter_config.json")
-            found["adapter_config"] = ", ".join(f"{key}={config.get(key)}" for key in ("r", "lora_alpha", "use_rslora"))
+        home = adapter_folder(self.folder)
+        paths = [*self.folder.glob("*.safetensors"), *(home.glob("*.safetensors") if home else ())]
+        for held in (saved_states.find(self.folder), saved_states.weights(self.folder)):
+            if held is not None:
+                paths += [p for p in held.rglob("*") if p.is_file()] if held.is_dir() else [held]
+        found = {str(path.relative_to(self.folder)): files.digest_file(path) for path in sorted(set(paths))}
+        if home is not None:  # what of peft's file makes a difference; it also lists names in no fixed order
+            config = files.read_json(home / "adapter_config.json")
+            kept = {key: sorted(map(str, v)) if isinstance(v, list) else v for key, v in config.items()}
+            for key in ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"):
+                kept.pop(key, None)
+            found["adapter_config"] = files.digest(files.json_bytes(kept))
         return found
 
 
@@ -103,11 +110,8 @@ def _inside(path: Path) -> list[Path]:
 
 
 def _trainer_state(folder: Path) -> dict[str, Any]:
-    if not any((folder / name).is_file() for name in _STATES):
-        raise DataError(
-            f"checkpoint {folder}: holds no optimizer.pt; LESS needs the optimizer's moments "
-            "(train with save_only_model off)"
-        )
+    if saved_states.find(folder) is None:
+        raise DataError(f"checkpoint {folder}: {saved_states.refusal(folder)}")
     path = folder / "trainer_state.json"
     if not path.is_file():
         raise DataError(f"checkpoint {folder}: trainer_state.json is missing, so its learning rate is not known")
@@ -117,32 +121,51 @@ def _trainer_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def updates(
-    checkpoint: Checkpoint, params: Mapping[str, Tensor], *, adam_mode: str = "paper", module: nn.Module | None = None
-) -> UpdateMap:
-    """The optimizer at `checkpoint` as a map from gradients to updates, for the trainable parameters `params`.
+@contextmanager
+def at(checkpoint: Checkpoint, config: ModelConfig, model: Any) -> Iterator[Any]:
+    """The model as it was at the checkpoint: `model` with the adapter, taken off again after it, or one of its own.
 
+    config: what `model` was loaded from. Raises: DataError when the checkpoint does not fit it.
+    """
+    if not checkpoint.is_adapter:
+        yield models.load(config, weights=checkpoint.folder).model
+        return
+    module = models.load_adapter(model, checkpoint.folder)
+    try:
+        yield module
+    finally:
+        models.unload(module)
+
+
+def updates(
+    checkpoint: Checkpoint,
+    params: Mapping[str, Tensor],
+    *,
+    adam_mode: str = "paper",
+    module: nn.Module | None = None,
+    base: nn.Module | None = None,
+) -> UpdateMap:
+    """The optimizer at `checkpoint` as a map from gradients to updates, for those of `params` that it trained.
+
+    params: those that may have been trained (`trainable`). The state's names say which were; of a state without names
+    their number and shapes, and `base`, the model that training started from: weights that differ from it were trained.
     module: the model they are of; needed where a state has no names and its model has `nn.LayerNorm` layers, which
     Trainer tells by their type.
     adam_mode: "paper" is the optimizer's own rule; "code" LESS's published one (eps 1e-8 inside the root, no bias
     correction, betas 0.9 and 0.999); "precond_only" g / (sqrt(v^) + eps). The last two need AdamW's state.
-    Raises: DataError when the state is not readable without unpickling, or does not fit the parameters by name and
-    shape.
+    Raises: DataError when the state is not readable without unpickling, does not fit the parameters by name and shape,
+    or does not tell which of them it is of.
     """
-    path = next(checkpoint.folder / name for name in _STATES if (checkpoint.folder / name).is_file())
+    path = saved_states.find(checkpoint.folder)
+    if path is None:
+        raise DataError(f"checkpoint {checkpoint.folder}: {saved_states.refusal(checkpoint.folder)}")
+    saved = saved_states.read(path)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{path}: not readable as plain tensors, and nothing else is loaded: {first}") from error
-    if not isinstance(saved, dict) or not {"state", "param_groups"} <= set(saved):
-        raise DataError(f"{path}: not an optimizer's state_dict: expected `state` and `param_groups`")
-    try:
-        named = _with_names(saved, params, module)
-        found = UpdateMap.from_state_dict(named, params)
+        named, trained = _with_names(saved, params, module, base)
+        found = UpdateMap.from_state_dict(named, trained)
         rules = {name: _in_mode(rule, adam_mode) for name, rule in found.rules.items()}
         if rules != dict(found.rules):
-            found = UpdateMap.from_state_dict(named, params, rules=rules)
+            found = UpdateMap.from_state_dict(named, trained, rules=rules)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: does not fit the model: {error}") from error
     return found
@@ -161,35 +184,92 @@ def _in_mode(rule: UpdateRule, mode: str) -> UpdateRule:
 
 
 def _with_names(
-    saved: Mapping[str, Any], params: Mapping[str, Tensor], module: nn.Module | None = None
-) -> Mapping[str, Any]:
-    """`saved` with `param_names` in its groups, put back in Trainer's order where an integer-keyed state has none."""
+    saved: Mapping[str, Any], params: Mapping[str, Tensor], module: nn.Module | None, base: nn.Module | None
+) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    """`saved` with `param_names` in its groups, and those of `params` that it is of.
+
+    An integer-keyed state has its names put back in Trainer's order.
+    """
     groups = saved["param_groups"]
     keys = [key for group in groups for key in group["params"]]
     if any("param_names" in group for group in groups) or not all(isinstance(key, int) for key in keys):
-        return saved
-    order = list(params)
+        names = {bare_name(str(n)) for group in groups for n in group.get("param_names", group["params"])}
+        kept = {name: p for name, p in params.items() if bare_name(name) in names}
+        return saved, kept if len(kept) == len(names) else dict(params)
+    parts = [list(params)]
     if len(groups) > 1:
-        norms = {
-            f"{name}.{own}"
-            for name, layer in (module.named_modules() if module is not None else ())
-            if isinstance(layer, nn.LayerNorm)
-            for own in dict(layer.named_parameters())
-        }
-        undecayed = [n for n in params if n in norms or _UNDECAYED.search(n.lower())]
-        order = [n for n in params if n not in set(undecayed)] + undecayed
-    if len(keys) != len(order):
-        raise ValueError(f"it holds {len(keys)} parameters without names, and the model trains {len(order)}")
-    for key, name in zip(keys, order, strict=True):
-        for part, value in saved["state"].get(key, {}).items():
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape != params[name].shape:
-                raise ValueError(
-                    f"state {key} ({part} {tuple(value.shape)}) should be {name!r} {tuple(params[name].shape)} in "
-                    "the order that Trainer saves; this state was saved in another, and has no names to tell"
-                )
-    names = iter(order)
-    named = [{**group, "param_names": [next(names) for _ in group["params"]]} for group in groups]
-    return {"state": saved["state"], "param_groups": named}
+        spared = without_decay(params, module)
+        parts = [[n for n in params if n not in spared], [n for n in params if n in spared]]
+    if len(groups) > 2:  # in Trainer's order, if in any
+        groups, parts = [{**groups[0], "params": keys}], [[name for part in parts for name in part]]
+    if base is None and len(keys) != len(params):
+        raise ValueError(f"it holds {len(keys)} parameters without names, and the model trains {len(params)}")
+    states = [[saved["state"].get(key, {}) for key in group["params"]] for group in groups]
+    moved = _moved(params, base) if len(keys) != len(params) else set()
+    order = [
+        name for part, of in zip(parts, states, strict=True) for name in _those_of(part, of, params, moved, len(keys))
+    ]
+    rest = iter(order)
+    named = [{**group, "param_names": [next(rest) for _ in group["params"]]} for group in saved["param_groups"]]
+    return {"state": saved["state"], "param_groups": named}, {name: params[name] for name in params if name in order}
+
+
+def _moved(params: Mapping[str, Tensor], base: nn.Module | None) -> set[str]:
+    """Those of `params` whose weights are not those of the model that training started from."""
+    start = {} if base is None else dict(base.named_parameters())
+    return {
+        name
+        for name, p in params.items()
+        if name in start and not (p.shape == start[name].shape and torch.equal(p.to(start[name]), start[name]))
+    }
+
+
+def _those_of(
+    names: Sequence[str], states: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor], moved: set[str], total: int
+) -> list[str]:
+    """The names that the states are of, in order: all, or the one choice that has their shapes and all that moved."""
+    shapes = [next((tuple(v.shape) for v in s.values() if isinstance(v, Tensor) and v.dim() > 0), None) for s in states]
+
+    def fits(name: str, shape: tuple[int, ...] | None) -> bool:
+        return shape is None or shape == tuple(params[name].shape)
+
+    if len(names) == len(states):
+        for i, (name, state) in enumerate(zip(names, states, strict=True)):
+            for part, value in state.items():
+                if isinstance(value, Tensor) and value.dim() > 0 and value.shape != params[name].shape:
+                    raise ValueError(
+                        f"state {i} ({part} {tuple(value.shape)}) should be {name!r} {tuple(params[name].shape)} in "
+                        "the order that Trainer saves; this state was saved in another, and has no names to tell"
+                    )
+        return list(names)
+    count, wanted = len(names), len(states)
+    # ways[i][j]: in how many ways states j.. are of names i.. ; 2 stands for more than one
+    ways = [[0] * (wanted + 1) for _ in range(count + 1)]
+    ways[count][wanted] = 1
+    for i in range(count - 1, -1, -1):
+        for j in range(wanted, -1, -1):
+            left_out = 0 if names[i] in moved else ways[i + 1][j]
+            taken = ways[i + 1][j + 1] if j < wanted and fits(names[i], shapes[j]) else 0
+            ways[i][j] = min(2, left_out + taken)
+    if ways[0][0] != 1:
+        why = (
+            "several choices of the model's have their shapes"
+            if ways[0][0]
+            else "no choice of the model's has their shapes"
+            + (f" and the {len(moved)} weights that differ from --model" if moved else "")
+        )
+        raise ValueError(
+            f"it holds {total} parameters without names, of {len(params)} that may have been trained, and {why}; save "
+            "a state with names (Trainer with optimizer_cls_and_kwargs=optim.hf.resolve('adamw', args)), or freeze "
+            "nothing; --model must be the model that training started from"
+        )
+    chosen, i = [], 0
+    for j in range(wanted):
+        while names[i] not in moved and ways[i + 1][j]:
+            i += 1
+        chosen.append(names[i])
+        i += 1
+    return chosen
 
 
 def restrict(found: UpdateMap, names: Sequence[str], rule: UpdateRule | None = None) -> UpdateMap:
@@ -215,5 +295,8 @@ def epsilon_warning(found: UpdateMap) -> str | None:
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that a checkpoint's optimizer state speaks of: LoRA matrices, or every weight of a plain model."""
-    return dict(models.lora_parameters(model) or model.named_parameters())
+    """The parameters that a checkpoint's optimizer state may be of.
+
+    Those that an adapter's file holds; the LoRA matrices of fresh adapters; every weight of a plain model.
+    """
+    return dict(models.saved_parameters(model) or models.lora_parameters(model) or model.named_parameters())

@@ -249,6 +249,15 @@ def train(
     learning_rate: LearningRateOption = None,
     epochs: EpochsOption = None,
     batch_size: BatchSizeOption = None,
+    weight_decay: Annotated[
+        float | None,
+        _flag("--weight-decay", "decoupled; norms and biases have none, as with Trainer", _TRAINING, 0.0, metavar="W"),
+    ] = None,
+    rounding: Annotated[
+        str | None,
+        _flag("--rounding", "of bfloat16 weights: stochastic, master (float32), nearest", _TRAINING, "auto",
+              metavar="HOW"),
+    ] = None,
     coreset: Annotated[
         str | None,
         _flag("--coreset", "colm: train each step on rows that stand for a larger batch", _TRAINING, metavar="NAME"),
@@ -289,6 +298,8 @@ def train(
         "seed": seed,
         "data.source_key": source_key,
         **_training_flags(optimizer, learning_rate, epochs, batch_size),
+        "training.weight_decay": weight_decay,
+        "training.rounding": rounding,
         "order": order,
         "coreset.name": coreset,
         "coreset.large_batch": large_batch,

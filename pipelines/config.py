@@ -118,9 +118,10 @@ class LoraConfig(Settings):
     rank: int = Field(default=8, ge=1, le=4096, description="rank of each adapter")
     alpha: float = Field(default=16.0, gt=0, le=1e6, description="adapters are scaled by alpha / rank")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout inside adapters while training")
-    targets: Literal["auto"] | Names = Field(
-        default=["q_proj", "k_proj", "v_proj", "o_proj"],
-        description="endings of the names of the layers that get an adapter; auto is every linear layer but the head",
+    targets: Literal["attention", "auto"] | Names = Field(
+        default="attention",
+        description="the layers that get an adapter: attention is the linear layers of attention blocks (q_proj, "
+        "k_proj, v_proj and o_proj of Llama), auto every linear layer but the head; or endings of their names",
     )
 
 
@@ -208,7 +209,16 @@ class TrainingConfig(Settings):
     )
     zo: ZerothOrderConfig = Field(default=ZerothOrderConfig(), description="how `gradient: zo` estimates")
     learning_rate: float = Field(default=1e-3, ge=0, le=100, description="peak learning rate")
-    weight_decay: float = Field(default=0.0, ge=0, le=100, description="decoupled weight decay")
+    weight_decay: float = Field(
+        default=0.0, ge=0, le=100, description="decoupled weight decay; norms and biases have none (decay_all)"
+    )
+    decay_all: bool = Field(default=False, description="weight decay on norms and biases too, where Trainer has none")
+    rounding: Literal["auto", "nearest", "stochastic", "master"] = Field(
+        default="auto",
+        description="of bfloat16 weights that train: stochastic (up or down at random, right on average; auto is "
+        "this), master (float32 weights, computed with in bfloat16: 4 bytes a weight more), or nearest, which loses "
+        "small updates and says how much",
+    )
     schedule: str = Field(
         default="linear", min_length=1, max_length=64, description="a name from `datatools ls schedules`"
     )

@@ -1,5 +1,7 @@
 """Rows to tokens: the chat format, and the loss on what the assistant says and nothing else."""
 
+import copy
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -49,6 +51,13 @@ class Encoded:
     def key(self) -> str:
         """xxh3-128 of ids and labels (int32, little-endian): equal content has an equal key."""
         return files.digest(np.asarray([self.input_ids, self.labels], dtype="<i4").tobytes())
+
+
+_TULU = (
+    "{{- BEFORE }}{% for message in messages %}{{- '<|' + message['role'] + '|>\n' + message['content'] | trim }}"
+    "{% if message['role'] == 'assistant' %}{{- eos_token }}{% endif %}{{- '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{- '<|assistant|>\n' }}{% endif %}"
+)
 
 
 class Encoder:
@@ -133,6 +142,19 @@ class Encoder:
                 why = f"the answer starts behind the first {self.max_length} tokens ({self._what})"
             raise RowError("no_supervised_token", why)
         return encoded
+
+    def trained_tokenizer(self) -> Any:
+        """The tokenizer with the chat template that rows were written by: what serves a model trained on them.
+
+        Its `apply_chat_template` gives the text, and the tokens, of training; for "tulu" by a template that writes the
+        same. A template that prints the date prints the day that training saw.
+        """
+        found = copy.deepcopy(self._tokenizer)
+        if self._chat == "tulu":
+            found.chat_template = _TULU.replace("BEFORE", json.dumps(_special_tokens_before(found)))
+        elif self._template is not None and (self._chat != "auto" or self._template.text != self._template_text):
+            found.chat_template = self._template.text
+        return found
 
     def fingerprint(self) -> dict[str, str]:
         """What the tokens depend on besides the rows; hashes are xxh3-128."""
@@ -328,9 +350,15 @@ def _control_tokens(tokenizer: Any, template: str) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, found)) or "(?!)")
 
 
-def _tokenizer_digest(tokenizer: Any) -> str:
-    import json
+def _special_tokens_before(tokenizer: Any) -> str:
+    """What the tokenizer puts before a text with special tokens, which a chat template must write itself."""
+    whole = tokenizer("a", return_attention_mask=False)["input_ids"]
+    inner = tokenizer("a", add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    at = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
+    return "".join(tokenizer.convert_ids_to_tokens(whole[:at]))
 
+
+def _tokenizer_digest(tokenizer: Any) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for name in ("truncation", "padding"):  # set and unset by calls
         state.pop(name, None)

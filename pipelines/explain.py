@@ -102,28 +102,26 @@ def _layers(
     config: SelectConfig, stop: checkpoints.Checkpoint, pool: Rows, index: int, target: Rows, nearest: list[int]
 ) -> list[dict[str, Any]]:
     """Share of each layer in the mean cosine of the row's update with the nearest target rows' gradients."""
-    loaded = models.load(config.model)
-    if stop.is_adapter:
-        module = models.load_adapter(loaded.model, stop.folder)
-    else:
-        module = models.load(config.model, weights=stop.folder).model
-    params = checkpoints.trainable(module)
-    names = models.seen_parameters(module, params, config.features.method)
-    state = checkpoints.updates(stop, params, adam_mode=config.features.adam_mode, module=module)
-    method: Any = config.features.method
-    losses = models.losses_for(method)
-    update = checkpoints.restrict(state, names).per_sample(
-        per_sample_grads(losses, module, pool.batch([index], module.device), names, method=method)
-    )
-    plain = checkpoints.restrict(state, names, SGDRule())
-    sums: dict[str, float] = defaultdict(float)
-    length = torch.stack([u.square().sum() for u in update.values()]).sum().sqrt()
-    for row in nearest:
-        batch = target.batch([row], module.device)
-        grads = plain.per_sample(per_sample_grads(losses, module, batch, names, method=method))
-        norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
-        for name in names:
-            sums[_layer(name)] += float((update[name] * grads[name]).sum() / (length * norm)) / len(nearest)
+    base = models.load(config.model).model
+    with checkpoints.at(stop, config.model, base) as module:
+        params = checkpoints.trainable(module)
+        state = checkpoints.updates(stop, params, adam_mode=config.features.adam_mode, module=module, base=base)
+        trained = {name: p for name, p in module.named_parameters() if name in state.params}
+        names = models.seen_parameters(module, trained, config.features.method)
+        method: Any = config.features.method
+        losses = models.losses_for(method)
+        update = checkpoints.restrict(state, names).per_sample(
+            per_sample_grads(losses, module, pool.batch([index], module.device), names, method=method)
+        )
+        plain = checkpoints.restrict(state, names, SGDRule())
+        sums: dict[str, float] = defaultdict(float)
+        length = torch.stack([u.square().sum() for u in update.values()]).sum().sqrt()
+        for row in nearest:
+            batch = target.batch([row], module.device)
+            grads = plain.per_sample(per_sample_grads(losses, module, batch, names, method=method))
+            norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
+            for name in names:
+                sums[_layer(name)] += float((update[name] * grads[name]).sum() / (length * norm)) / len(nearest)
     return [{"layer": name, "cosine": value} for name, value in sorted(sums.items(), key=lambda item: -abs(item[1]))]
 
 

@@ -7,7 +7,8 @@ all.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -256,16 +257,17 @@ def _features(
     """The stores of the pool's updates and of the target's plain gradients at one checkpoint, filled."""
     config, run = context.config, context.run
     loaded = context.model()
-    module: Any
-    if checkpoint.is_adapter:
-        module = models.load_adapter(loaded.model, checkpoint.folder)
-    else:
-        module = models.load(config.model, weights=checkpoint.folder).model
-    try:
-        params = checkpoints.trainable(module)
+    with checkpoints.at(checkpoint, config.model, loaded.model) as module:
+        state = checkpoints.updates(
+            checkpoint,
+            checkpoints.trainable(module),
+            adam_mode=config.features.adam_mode,
+            module=module,
+            base=loaded.model,
+        )
+        params = {name: p for name, p in module.named_parameters() if name in state.params}
         names = models.seen_parameters(module, params, config.features.method)
         _coverage(scored, params, names, config)
-        state = checkpoints.updates(checkpoint, params, adam_mode=config.features.adam_mode, module=module)
         if config.features.adam_mode == "code" and (text := checkpoints.epsilon_warning(state)):
             run.warnings.append(text)
         train_map = checkpoints.restrict(state, names)
@@ -309,9 +311,6 @@ def _features(
             }
         )
         return stores[0], stores[1]
-    finally:
-        if checkpoint.is_adapter:
-            models.unload(module)
 
 
 def _open_store(folder: Path, rows: Mapping[str, int], **options: Any) -> GradientFeatures:
@@ -617,17 +616,11 @@ def seconds_a_token(context: Context, samples: int = 2, *, backward: bool = True
     start = max(0, min(middle - count // 2, len(order) - count))
     rows = order[start : start + count].tolist()
     batch = pool.batch(rows, loaded.model.device)
-    module: Any = loaded.model
-    if backward and context.config.checkpoints:
-        first = checkpoints.find(context.config.checkpoints)[0]
-        module = models.load_adapter(module, first.folder) if first.is_adapter else module
-    elif backward:
-        module = models.add_lora(module, context.config.lora, seed=0).eval()
     times = []
     method: Any = context.config.features.method
-    names = models.seen_parameters(module, checkpoints.trainable(module), method) if backward else []
     losses = models.losses_for(method)
-    try:
+    with _as_trained(context) if backward else nullcontext(loaded.model) as module:
+        names = models.seen_parameters(module, checkpoints.trainable(module), method) if backward else []
         for _ in range(samples):
             begin = time.perf_counter()
             if backward:
@@ -637,7 +630,23 @@ def seconds_a_token(context: Context, samples: int = 2, *, backward: bool = True
                 with torch.inference_mode():
                     models.row_losses(module, batch)
             times.append(time.perf_counter() - begin)
-    finally:
-        if module is not loaded.model:
-            models.unload(module)
     return min(times) / sum(int(pool.scan.tokens[i]) for i in rows)
+
+
+@contextmanager
+def _as_trained(context: Context) -> Iterator[Any]:
+    """The model at the user's first checkpoint, a whole one's by the model itself, or with fresh adapters."""
+    config, model = context.config, context.model().model
+    if not config.checkpoints:
+        module = models.add_lora(model, config.lora, seed=0).eval()
+        try:
+            yield module
+        finally:
+            models.unload(module)
+        return
+    first = checkpoints.find(config.checkpoints)[0]
+    if not first.is_adapter:
+        yield model
+        return
+    with checkpoints.at(first, config.model, model) as module:
+        yield module

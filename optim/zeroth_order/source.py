@@ -464,7 +464,7 @@ def _number(value: object) -> bool:
 def _plain(group: Mapping[str, Any]) -> bool:
     """Whether the group's step is p - lr (g + weight_decay p) and nothing else: then no gradient tensor is made."""
     rule = group.get("rule")
-    return isinstance(rule, SGDRule) and rule.momentum == 0
+    return isinstance(rule, SGDRule) and rule.momentum == 0 and "rounding" not in group
 
 
 def _separate(group: Mapping[str, Any]) -> bool:

@@ -846,7 +846,7 @@ def test_small_and_degenerate_pools(world, tmp_path, pool):
 
 
 def test_a_model_without_the_usual_layer_names(tmp_path, world):
-    """GPT-2 has no q_proj: baselines need no adapters and work; LESS says which layers there are."""
+    """GPT-2 has no q_proj: adapters go where its attention is; names that it does not have are refused with its own."""
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     tokenizer = AutoTokenizer.from_pretrained(world.model)
@@ -857,10 +857,10 @@ def test_a_model_without_the_usual_layer_names(tmp_path, world):
         ).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
     model = ModelConfig(name=str(tmp_path / "gpt2"))
-    for method in ("loss", "rds"):
+    for method in ("loss", "rds", "less"):
         assert len(ids(select.run(world.select(tmp_path / method, model=model, method=method)))) == 6
-    with pytest.raises(DataError, match="lora.targets"):
-        select.run(world.select(tmp_path / "less", model=model))
+    with pytest.raises(DataError, match=r"lora.targets q_proj: no layer .*'c_attn', 'c_fc', 'c_proj'"):
+        select.run(world.select(tmp_path / "named", model=model, lora=LoraConfig(targets=["q_proj"])))
 
 
 # ------------------------------------------------------------------------------------------------ shared features

@@ -1,0 +1,143 @@
+"""How bfloat16 parameters are rounded after a step, for every rule.
+
+A step below half the distance between two neighbours of the format is lost when it is rounded to the nearest: at a
+learning rate of 1e-5 that is most of the update, and all of it on norms. Rounded up or down at random, with the exact
+value as the mean, it arrives on average (arXiv 1502.02551), at no cost in memory.
+
+`set_rounding` marks the param groups. Parameters of a marked group are stepped as float32, a part of the group at a
+time, and rounded afterwards. The random bits are a function of the group's count of steps, the parameter's place and
+the element's: the count is saved with the group, so runs repeat and resume to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from optim.kernels import philox
+from optim.rule import UpdateRule, is_sharded
+
+if TYPE_CHECKING:
+    from optim.optimizer import Optimizer
+
+Rounding = Literal["nearest", "stochastic"]
+
+WIDE = 1 << 26
+"""Elements that are held in float32 at a time, if no tensor is larger: 256 MiB."""
+
+_SEED = 0x5EED_0F_B16
+
+
+@dataclass
+class Arrived:
+    """How much of the intended updates of bfloat16 parameters arrived; `Optimizer.arrived` collects it.
+
+    share: of all parameters; small: of vectors and scalars (norms and biases). The part of the intended movement that
+    was made, 1 is all: <made, intended> / <intended, intended>; None before a step.
+    """
+
+    made: float = 0.0
+    intended: float = 0.0
+    made_small: float = 0.0
+    intended_small: float = 0.0
+
+    @property
+    def share(self) -> float | None:
+        """Of all parameters."""
+        return self.made / self.intended if self.intended else None
+
+    @property
+    def small(self) -> float | None:
+        """Of norms and biases."""
+        return self.made_small / self.intended_small if self.intended_small else None
+
+    def add(self, before: Tensor, exact: Tensor, after: Tensor) -> None:
+        """Count the step of one parameter."""
+        wanted = exact - before.float()
+        made, intended = float((wanted * (after.float() - before.float())).sum()), float(wanted.square().sum())
+        self.made, self.intended = self.made + made, self.intended + intended
+        if before.ndim < 2:
+            self.made_small, self.intended_small = self.made_small + made, self.intended_small + intended
+
+
+def set_rounding(optimizer: Optimizer, how: Rounding) -> None:
+    """Round the bfloat16 parameters of all groups in this way from the next step on; others are not affected.
+
+    AdamW and 8-bit AdamW do it themselves (`stochastic_rounding`, in their kernels).
+    """
+    for group in optimizer.param_groups:
+        itself = _rounds_itself(group["rule"])
+        if itself:
+            group["rule"] = group["rule"].with_settings(stochastic_rounding=how == "stochastic")
+        if itself and how == "stochastic":
+            group.pop("rounding", None)
+        else:
+            group["rounding"] = how
+
+
+def _rounds_itself(rule: UpdateRule) -> bool:
+    """Whether the rule that writes parameters back has `stochastic_rounding`; one inside a subspace does not write."""
+    from optim.wrappers.quantized import Quantized
+
+    writes = rule.inner if isinstance(rule, Quantized) else rule
+    return any(field.name == "stochastic_rounding" for field in fields(writes))
+
+
+def step(
+    optimizer: Optimizer, group: dict[str, Any], offset: int, params: list[Tensor], grads: list[Tensor]
+) -> list[bool]:
+    """The step of a marked group's parameters; for each, whether it was stepped. offset: the group's first place."""
+    if not params:
+        return []
+    count = group["rounding_step"] = group.get("rounding_step", 0) + 1
+    place = {param: offset + i for i, param in enumerate(group["params"])}
+    fine: list[bool] = []
+    for part in _parts(params):
+        before = {i: params[i].data for i in part if params[i].dtype == torch.bfloat16}
+        try:
+            for i, narrow in before.items():
+                params[i].data = narrow.float()
+            fine += optimizer._step_those(
+                group["rule"], [params[i] for i in part], [grads[i] for i in part], lr=group["lr"],
+                weight_decay=group["weight_decay"],
+            )  # fmt: skip
+            exact = {i: params[i].data for i in before}
+        finally:
+            for i, narrow in before.items():
+                params[i].data = narrow
+        for i, value in exact.items():
+            stream = place[params[i]] if group["rounding"] == "stochastic" else None
+            _write_back(optimizer.arrived, _local(params[i].data), _local(value), count, stream)
+    return fine
+
+
+def _write_back(arrived: Arrived | None, param: Tensor, exact: Tensor, count: int, place: int | None) -> None:
+    rounded = exact.to(param.dtype)
+    if place is not None:
+        words = philox.random_words(exact.numel(), seed=_SEED + place, stream=count, device=exact.device)
+        rounded = philox.stochastic_round(exact, words)
+    if arrived is not None:
+        arrived.add(param, exact, rounded)
+    param.copy_(rounded)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    found: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return found
+
+
+def _parts(params: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Runs of places whose tensors have at most `WIDE` elements together, or one tensor."""
+    part: list[int] = []
+    held = 0
+    for i, param in enumerate(params):
+        if part and held + param.numel() > WIDE:
+            yield part
+            part, held = [], 0
+        part.append(i)
+        held += param.numel()
+    yield part
