@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datatools import DataError, Selection, UsageError, files, select
-from pipelines import evaluation, methods, models, report, trainer
+from pipelines import evaluation, leakage, methods, models, report, trainer
 from pipelines.config import AuditConfig, FeaturesConfig, SelectConfig, TrainingConfig
 from pipelines.methods import Context
 from pipelines.prepare import Rows, file_facts, prepare, target_data
@@ -45,6 +45,7 @@ def run(config: AuditConfig) -> Path:
                 wanted = target_data(config.pool, config.target)
                 target = prepare(wanted, config.model, loaded.tokenizer, label="target", **read)
         chosen = _rows_of(config.selected, pool)
+        leaks = _leaks(config, test, pool, target, chosen)
         facts: dict[str, Any] = {"model": dict(loaded.digests), "pool": file_facts(pool), "test": file_facts(test)}
         current.check(facts)
         context = Context(_as_select(config), current, pool, target, lambda: loaded)
@@ -66,7 +67,7 @@ def run(config: AuditConfig) -> Path:
                 results.append(
                     {"arm": arm, "seed": seed} | _train_and_measure(config, loaded, pool, test, rows, arm, seed, label)
                 )
-        audit = summarise(base, results, config)
+        audit = summarise(base, results, config) | _told(leaks)
         files.write_json(current.path("audit.json"), audit)
         home = config.selected.parent
         if (home / "summary.json").is_file() and (home / "scores.parquet").is_file():
@@ -74,6 +75,27 @@ def run(config: AuditConfig) -> Path:
             say(f"report: {report.render(home)}")
     print_table(audit, Console())
     return config.out
+
+
+def _leaks(
+    config: AuditConfig, test: Rows, pool: Rows, target: Rows | None, chosen: list[int]
+) -> list[dict[str, Any]]:
+    """Where test rows were seen before. Raises: DataError if they were and that is not allowed."""
+    others: dict[str, tuple[Rows, list[int] | None]] = {"selection": (pool, chosen), "pool": (pool, None)}
+    if target is not None:
+        others["target"] = (target, None)
+    near = config.pool.near_threshold if config.pool.dedup == "near" else None
+    found = leakage.find(test, others, near=near)
+    if found and not config.allow_overlap:
+        raise DataError(
+            f"audit: {leakage.sentence(found)}; losses on rows that were trained on or selected for prove nothing. "
+            "Take them out of --test, or audit all the same with --allow-overlap: the report will say so"
+        )
+    return found
+
+
+def _told(leaks: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"overlap": leaks, "leaked": leakage.sentence(leaks)} if leaks else {}
 
 
 def _as_select(config: AuditConfig) -> SelectConfig:
@@ -260,4 +282,6 @@ def print_table(audit: dict[str, Any], console: Console) -> None:
             style=style,
         )
     console.print(table)
+    if audit.get("leaked"):
+        console.print(f"LEAKED: {audit['leaked']}.", style="bold red", highlight=False, markup=False)
     console.print(audit["verdict"], soft_wrap=False, highlight=False)

@@ -499,6 +499,9 @@ def audit(
         ),
     ] = None,
     seeds: Annotated[int | None, _flag("--seeds", "training runs an arm", _METHOD, 3, metavar="N")] = None,
+    allow_overlap: Annotated[
+        bool, _flag("--allow-overlap", "go on although test rows are in the pool or the target", _DATA)
+    ] = False,
     model: Annotated[
         str | None, _flag("--model", "the model to train; else as in the run", _MODEL, metavar="NAME")
     ] = None,
@@ -546,6 +549,7 @@ def audit(
         "target": target,
         "against": None if against is None else [name.strip() for name in against.split(",") if name.strip()],
         "seeds": seeds,
+        "allow_overlap": allow_overlap or None,
         "model.name": model,
         "out": out,
         "seed": seed,

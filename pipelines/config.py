@@ -666,6 +666,9 @@ class AuditConfig(RunSettings):
     ] = Field(
         default=["random", "random-length"], description=f"baselines with the same number of rows: {', '.join(ARMS)}"
     )
+    allow_overlap: bool = Field(
+        default=False, description="audit although test rows are in the pool or the target; the report says so"
+    )
     seeds: int = Field(default=3, ge=1, le=1000, description="training runs an arm; two or fewer give no interval")
     model: ModelConfig = Field(description="the model to train; the run's own model if not given")
     lora: LoraConfig | None = Field(default=LoraConfig(), description="train adapters; null trains every weight")

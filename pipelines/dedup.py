@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,10 +62,13 @@ def dedup(pool: Pool, scan: Scan, how: str = "none", threshold: float = 0.8,
     seen: dict[str, int] = {}
     for i in order:
         row = pool[i]
-        names = (files.digest(_normal_form(row).encode()), scan.keys[i])
+        names = _names(row, scan.keys[i])
         twin = next((seen[name] for name in names if name in seen), None)
         if twin is None and near is not None:
-            twin = near.find_or_add(i, row)
+            marks = near.marks(row)
+            twin = near.find(marks)
+            if twin is None:
+                near.add(i, marks)
         if twin is not None:
             keep[i] = False
             twins[i] = twin
@@ -75,8 +79,49 @@ def dedup(pool: Pool, scan: Scan, how: str = "none", threshold: float = 0.8,
     return Duplicates(keep, twins)
 
 
+def overlaps(
+    pool: Pool, scan: Scan, other: Pool, other_scan: Scan, how: str = "exact", threshold: float = 0.8,
+    among: Iterable[int] | None = None,
+) -> dict[int, int]:  # fmt: skip
+    """Rows of `pool` that repeat a row of `other` (of its rows `among`), as `dedup` tells it: row -> row of `other`.
+
+    Cost: linear in both; see `dedup` for "near".
+    """
+    near = _Near(other, threshold) if how == "near" else None
+    seen: dict[str, int] = {}
+    for i in np.flatnonzero(other_scan.ok).tolist() if among is None else among:
+        row = other[i]
+        for name in _names(row, other_scan.keys[i]):
+            seen.setdefault(name, i)
+        if near is not None:
+            near.add(i, near.marks(row))
+    found: dict[int, int] = {}
+    for i in np.flatnonzero(scan.ok).tolist():
+        row = pool[i]
+        twin = next((seen[name] for name in _names(row, scan.keys[i]) if name in seen), None)
+        if twin is None and near is not None:
+            twin = near.find(near.marks(row))
+        if twin is not None:
+            found[i] = twin
+    return found
+
+
+def _names(row: Row, key: str) -> tuple[str, str]:
+    """What rows have in common that repeat each other exactly."""
+    return files.digest(_normal_form(row).encode()), key
+
+
 def _normal_form(row: Row) -> str:
     return "\0".join(f"{role}\0{' '.join(unicodedata.normalize('NFKC', text).split())}" for role, text in row.turns)
+
+
+class _Marks(NamedTuple):
+    """Pieces of a row and of its answer, and their MinHash sketches."""
+
+    whole: NDArray[np.uint64]
+    answer: NDArray[np.uint64]
+    sketch: Any
+    of_answer: Any
 
 
 class _Near:
@@ -92,31 +137,37 @@ class _Near:
         self._whole = np.empty((1024, _PERMUTATIONS), np.uint64)  # rows beyond len(self._rows) are spare
         self._answer = np.empty((1024, _ANSWER_PERMUTATIONS), np.uint64)
 
-    def find_or_add(self, i: int, row: Row) -> int | None:
-        """The kept row that row `i` repeats, or None, and then row `i` is kept."""
+    def marks(self, row: Row) -> _Marks:
+        """What rows are compared by."""
         whole, answer = _shingles(row.question + row.answer), _shingles(row.answer)
-        sketch = _sketch(whole, _PERMUTATIONS)
-        of_answer = _sketch(answer, _ANSWER_PERMUTATIONS).hashvalues
-        places = np.asarray(sorted(self._index.query(sketch)), dtype=np.int64)
-        if len(places):
-            likeness = (self._whole[places] == sketch.hashvalues).mean(1)
-            of_answers = (self._answer[places] == of_answer).mean(1)
-            likely = np.minimum(likeness, of_answers + _SLACK) >= self._threshold - _SLACK
-            places, likeness = places[likely], likeness[likely]
-            for place in places[np.argsort(-likeness, kind="stable")[:_CHECKED]]:
-                kept = self._rows[int(place)]
-                other = self._pool[kept]
-                if (_jaccard(whole, _shingles(other.question + other.answer)) >= self._threshold
-                        and _jaccard(answer, _shingles(other.answer)) >= self._threshold):
-                    return kept
+        return _Marks(whole, answer, _sketch(whole, _PERMUTATIONS), _sketch(answer, _ANSWER_PERMUTATIONS).hashvalues)
+
+    def find(self, marks: _Marks) -> int | None:
+        """The kept row that a row with these marks repeats."""
+        places = np.asarray(sorted(self._index.query(marks.sketch)), dtype=np.int64)
+        if not len(places):
+            return None
+        likeness = (self._whole[places] == marks.sketch.hashvalues).mean(1)
+        of_answers = (self._answer[places] == marks.of_answer).mean(1)
+        likely = np.minimum(likeness, of_answers + _SLACK) >= self._threshold - _SLACK
+        places, likeness = places[likely], likeness[likely]
+        for place in places[np.argsort(-likeness, kind="stable")[:_CHECKED]]:
+            kept = self._rows[int(place)]
+            other = self._pool[kept]
+            if (_jaccard(marks.whole, _shingles(other.question + other.answer)) >= self._threshold
+                    and _jaccard(marks.answer, _shingles(other.answer)) >= self._threshold):
+                return kept
+        return None
+
+    def add(self, i: int, marks: _Marks) -> None:
+        """Keep row `i`."""
         place = len(self._rows)
         if place == len(self._whole):
             self._whole = np.concatenate([self._whole, np.empty_like(self._whole)])
             self._answer = np.concatenate([self._answer, np.empty_like(self._answer)])
         self._rows.append(i)
-        self._whole[place], self._answer[place] = sketch.hashvalues, of_answer
-        self._index.insert(place, sketch)
-        return None
+        self._whole[place], self._answer[place] = marks.sketch.hashvalues, marks.of_answer
+        self._index.insert(place, marks.sketch)
 
 
 def _bands(threshold: float) -> tuple[int, int]:

@@ -409,6 +409,8 @@ def _trust(summary: Json, table: Sequence[Arm]) -> dict[str, str]:
         if str(summary.get("method")) in RANDOM_ARMS:
             return {"state": "none", "big": "A baseline", "text": "Made to be compared with, not to be believed."}
         return {"state": "none", "big": "Not audited", "text": "Nothing here shows that these rows beat random ones."}
+    if leak(mapping(summary.get("audit"))):
+        return {"state": "bad", "big": "Test rows leaked", "text": "They were in the pool or the target."}
     state, _ = verdict(table, {})
     random, similar = _named(table, RANDOM_ARMS), _named(table, SIMILARITY_ARMS)
     against = "random choice" if random else "text similarity"
@@ -422,6 +424,12 @@ def _trust(summary: Json, table: Sequence[Arm]) -> dict[str, str]:
     text = " ".join(f"{words[arm.reading]} {arm.label}." for arm in similar) if random else ""
     fewest = min((arm.n for arm in table if arm.name not in (BASE_ARM, "full")), default=1)
     return {"state": state, "big": big, "text": f"{text} {plural(fewest, 'run')} an arm.".strip()}
+
+
+def leak(audit: Json) -> str | None:
+    """Where test rows were seen before, in a sentence; None if nowhere."""
+    said = audit.get("leaked")
+    return f"Leaked: {said}. The losses below prove nothing." if said else None
 
 
 def _audit(summary: Json, table: Sequence[Arm]) -> dict[str, Any] | None:
@@ -465,6 +473,7 @@ def _audit(summary: Json, table: Sequence[Arm]) -> dict[str, Any] | None:
     return {
         "metric": str(audit.get("metric") or "held-out loss"),
         "state": state,
+        "leak": leak(audit),
         "sentence": sentence,
         "rows": rows,
         "ticks": charts.ticks(scale, 6),

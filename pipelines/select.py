@@ -18,12 +18,12 @@ import torch
 from rich.console import Console
 
 from datatools import ENCODINGS, Budget, Candidates, DataError, GradientFeatures, Selection, files, select
-from pipelines import checkpoints, methods, models, report, trainer
+from pipelines import checkpoints, leakage, methods, models, report, trainer
 from pipelines.config import NEED_TARGET, SelectConfig
 from pipelines.data import Row
 from pipelines.methods import Context, Scored
 from pipelines.prepare import Rows, accept_growth, file_facts, prepare, target_data
-from pipelines.runs import Run, alone, command_line, derive_seed, duration, peak_rss_bytes, quiet, say, versions
+from pipelines.runs import Run, alone, command_line, derive_seed, duration, peak_rss_bytes, quiet, say, versions, warn
 
 SHOWN_CHARACTERS = 600  # of a row's text in summary and report
 EXAMPLES = 10  # best and worst rows shown
@@ -70,6 +70,11 @@ def _context(config: SelectConfig, current: Run) -> Context:
             target = prepare(wanted, config.model, tokenizer.tokenizer, label="target", **read)
             if empty := [file.path for file in target.pool.files if not file.rows]:
                 raise DataError(f"no row in --target {', '.join(empty)}; leave the file out or fill it")
+        if target is not None and (known := leakage.find(target, {"pool": (pool, None)})):
+            warn(
+                f"{leakage.sentence(known).replace('test rows', 'target rows')}: likeness ranks such rows first; a "
+                "selection of what is known already is worth little"
+            )
     if grown := accept_growth(current, "data", pool):
         say(f"{', '.join(grown)} has grown since the last run: only the new rows are computed")
     facts: dict[str, Any] = {

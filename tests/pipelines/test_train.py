@@ -1,5 +1,6 @@
 """`datatools train`, `evaluate` and `audit` on a tiny model: resume to the bit, plain numbers, honest verdicts."""
 
+import copy
 import json
 import math
 import random
@@ -629,6 +630,47 @@ def test_what_cannot_be_audited_is_refused(world, selection, tmp_path):
         audit.run(audited(world, selection, tmp_path / "c", pool=DataConfig(paths=[str(world.test)])))
     with pytest.raises(UsageError, match="--against tfidf: compares with target rows"):
         audit.run(audited(world, selection, tmp_path / "d", target=[]))
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_test_rows_that_were_seen_before_are_refused_before_anything_is_trained(world, selection, tmp_path, capsys):
+    """By content, whatever id or file they have; nearly the same too where the pool's duplicates are told so."""
+    rows = [json.loads(line) for line in world.test.read_text().splitlines()]
+    taken = [json.loads(line) for line in (selection / "selected.jsonl").read_text().splitlines()][0]
+    asked = [json.loads(line) for line in world.target.read_text().splitlines()][0]
+    for k, row in enumerate((taken, asked)):
+        row["id"] = f"other-{k}"
+    for found, words in (([taken], "in the selection"), ([taken], "in the pool"), ([asked], "in the target")):
+        test = jsonl(tmp_path / "test.jsonl", [*rows, *found])
+        with pytest.raises(DataError, match=rf"1 of {len(rows) + 1} .*{words}.*--allow-overlap"):
+            audit.run(audited(world, selection, tmp_path / "a", test=DataConfig(paths=[str(test)]), dry_run=True))
+    near = copy.deepcopy(taken)
+    near["messages"][0]["content"] = near["messages"][0]["content"].upper()
+    test = jsonl(tmp_path / "test.jsonl", [*rows, near])
+    changes = {"test": DataConfig(paths=[str(test)]), "dry_run": True}
+    audit.run(audited(world, selection, tmp_path / "b", **changes))
+    with pytest.raises(DataError, match="in the selection"):
+        pool = DataConfig(paths=[str(world.pool)], dedup="near", near_threshold=1.0)
+        audit.run(audited(world, selection, tmp_path / "c", pool=pool, **changes))
+
+
+def test_an_audit_on_seen_rows_says_so_wherever_it_is_read(world, tmp_path, capsys):
+    home = select.run(world.select(tmp_path / "run", budget="8"))
+    lines = (home / "selected.jsonl").read_text().splitlines()[:2]
+    test = tmp_path / "test.jsonl"
+    test.write_text("\n".join([*world.test.read_text().splitlines(), *lines]) + "\n")
+    changes = {"test": DataConfig(paths=[str(test)]), "against": ["random"], "seeds": 1, "allow_overlap": True}
+    found = audit.run(audited(world, home, tmp_path / "audit", **changes))
+    said = json.loads((found / "audit.json").read_text())
+    assert [one["where"] for one in said["overlap"]] == ["selection", "pool"]
+    assert all(one["rows"] == 2 for one in said["overlap"])
+    assert "LEAKED: 2 of" in capsys.readouterr().out
+    page = (home / "report.html").read_text()
+    assert "Test rows leaked" in page and "Leaked: 2 of" in page
 
 
 def test_a_dry_audit_trains_nothing(world, selection, tmp_path):
