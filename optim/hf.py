@@ -12,27 +12,21 @@ that was built before the model is wrapped and so breaks under FSDP.
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias, cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from optim import OPTIMIZERS, RULES, Optimizer, create, group_factors, schedule
+from optim import OPTIMIZERS, RULES, Optimizer, create, example_parameters, group_factors, schedule
 from optim.curvature import CurvatureRule
-from optim.param_groups import Named, divide_groups, example_parameters
-from optim.rules import did_you_mean
+from optim.rules import check_optimizer
 from optim.schedules import schedule_options
 
 Build: TypeAlias = Callable[..., Optimizer]
 Factory: TypeAlias = Callable[[], Build]
-
-# Trainer's own choice, which people's weight_decay is tuned for: transformers.Trainer.get_decay_parameter_names
-_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-
 
 def resolve(name: str, args: Any = None, *, decay_all: bool = False, **hyper: Any) -> tuple[Factory, dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes, for the optimizer of that name.
@@ -49,8 +43,7 @@ def resolve(name: str, args: Any = None, *, decay_all: bool = False, **hyper: An
     at once, not when training starts. Warns (UserWarning) of arguments that were changed and are not used, and for
     rules that read curvature, which Trainer does not refresh.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"no optimizer is called {name!r}{did_you_mean(name, OPTIMIZERS)}")
+    check_optimizer(name)
     if args is not None:
         hyper = _from_arguments(name, args) | hyper
     if "lr" not in hyper:
@@ -59,7 +52,7 @@ def resolve(name: str, args: Any = None, *, decay_all: bool = False, **hyper: An
             f"(resolve({name!r}, args)) or lr=..."
         )
     # by parts of names that the examples do not have
-    named_later: dict[str, Any] = {"assign": {}} if "assign" in hyper else {}
+    named_later: dict[str, Any] = {key: {} for key in ("assign", "blocks") if isinstance(hyper.get(key), Mapping)}
     create(name, example_parameters(hyper.get("block_ratios")), **hyper | named_later)
     if issubclass(RULES[name], CurvatureRule):
         warnings.warn(
@@ -109,45 +102,7 @@ def _factory(name: str, decay_all: bool) -> Build:
 
 
 def _build(model: nn.Module, *, name: str, decay_all: bool, **hyper: Any) -> Optimizer:
-    optimizer = create(name, [(n, p) for n, p in model.named_parameters() if p.requires_grad], **hyper)
-    if not decay_all:
-        spare(optimizer, undecayed(model))
-    return optimizer
-
-
-def undecayed(model: nn.Module) -> set[str]:
-    """The names of the parameters that Trainer gives no weight decay: biases and norms, by name or by type."""
-    return without_decay([name for name, _ in model.named_parameters()], model)
-
-
-def without_decay(names: Iterable[str], model: nn.Module | None = None) -> set[str]:
-    """Those of the parameters `names` that Trainer gives no weight decay: biases and norms, by name or by type.
-
-    The one rule of this suite: `resolve`, `datatools train`, and checkpoints of Trainer, whose states it puts in order.
-    model: the model they are of, whose `nn.LayerNorm` layers are norms whatever their name.
-    """
-    norms = {
-        f"{layer}.{own}".removeprefix(".")
-        for layer, module in (model.named_modules() if model is not None else ())
-        if isinstance(module, nn.LayerNorm)
-        for own, _ in module.named_parameters(recurse=False)
-    }
-    return {name for name in names if name in norms or _UNDECAYED.search(name.lower())}
-
-
-def spare(optimizer: Optimizer, names: Collection[str]) -> None:
-    """Take weight decay from the parameters `names`: groups that have any are divided, each part in its old order.
-
-    Raises: ValueError if the optimizer was built without names.
-    """
-
-    def by_decay(named: Named, lr: float | Tensor) -> list[dict[str, Any]]:
-        return [
-            {"params": [entry for entry in named if entry[0] not in names]},
-            {"params": [entry for entry in named if entry[0] in names], "weight_decay": 0.0},
-        ]
-
-    divide_groups(optimizer, by_decay)
+    return create(name, model, decay_all=decay_all, **hyper)
 
 
 def _from_arguments(name: str, args: Any) -> dict[str, Any]:

@@ -8,14 +8,18 @@ from operator import attrgetter
 from typing import Any, TypeAlias, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optim import fused, rounding
+from optim.param_groups import by_name, trained
 from optim.rule import State, UpdateRule
 from optim.saved import bare_name, check_state, expected_state, loaded_state, saved_rule
 
-Params: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-"""Parameters, named parameters, or param groups: what `torch.optim` accepts."""
+Params: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+"""Parameters, named parameters or param groups, what `torch.optim` accepts; or a model: its parameters that train."""
+
+Group: TypeAlias = dict[str, Any]
+"""A param group: `params`, `lr` and the like."""
 
 _GRAD, _IS_META, _LAYOUT = attrgetter("grad"), attrgetter("is_meta"), attrgetter("layout")
 
@@ -45,12 +49,18 @@ class Optimizer(torch.optim.Optimizer):
     RuntimeWarning names it. To drop the step of a whole model, test the gradients before calling `step`.
 
     Raises: ValueError for values out of range, TypeError for complex or integer parameters and for sparse gradients.
+    Groups that are added later are divided as those given at first: by `divide`, of classes that decide on the rule of
+    each parameter, and by every one of `divisions` (`optim.param_groups.divide_groups`).
+
     Works with torch's schedulers, step and state-dict hooks, closures and `copy.deepcopy`. The torch switches
     `maximize`, `foreach`, `fused`, `capturable` and `differentiable` do not exist here and are refused.
     """
 
     arrived: rounding.Arrived | None = None
     """Where set, steps of groups with a `rounding` count here how much of the intended updates they made."""
+
+    divide: Callable[[Group, "Optimizer"], list[Group]] | None = None
+    divisions: Sequence[Callable[[Group], list[Group]]] = ()
 
     def __init__(
         self, params: Params, rule: UpdateRule, *, lr: float | Tensor, weight_decay: float = 0.0
@@ -59,24 +69,45 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(f"Optimizer: rule is {_kind(rule)}; expected an UpdateRule such as AdamWRule()")
         if isinstance(params, Mapping):
             raise TypeError("Optimizer: params is a dict; pass an iterable such as model.named_parameters()")
+        if isinstance(params, nn.Module):
+            params = trained(params)
         super().__init__(params, {"rule": rule, "lr": lr, "weight_decay": weight_decay})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        """Torch copies and pickles no more than groups and states."""
+        own = {key: self.__dict__[key] for key in ("divide", "divisions") if key in self.__dict__}
+        return super().__getstate__() | own
+
+    def add_param_group(self, param_group: Group) -> None:
         """Add a group; fields of its rule given beside `params` replace those of the default rule.
 
+        It becomes several groups where the optimizer divides what it is given: Muon's matrices and the rest.
+
         Raises: ValueError for values out of range, unsupported switches, or a parameter that is given twice, TypeError
-        for parameters that are not real floating-point tensors or a rule that is no `UpdateRule`.
+        for parameters that are not real floating-point tensors or a rule that is no `UpdateRule`, and for parameters
+        without names where these tell the groups; no group is added then.
         """
-        if isinstance(param_group, dict):
-            param_group = self._resolved(dict(param_group))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="optimizer contains a parameter group with duplicate")
-            super().add_param_group(param_group)  # torch warns of what _check_params refuses
+        before = len(self.param_groups)
         try:
-            self._check_params(*list(self._offsets())[-1])
+            if not isinstance(param_group, dict):
+                super().add_param_group(param_group)  # which says what is wrong
+            for group in self._divided_group(dict(param_group)):
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="optimizer contains a parameter group with duplicate")
+                    super().add_param_group(group)  # torch warns of what _check_params refuses
+                self._check_params(*list(self._offsets())[-1])
         except (TypeError, ValueError):
-            self.param_groups.pop()
+            del self.param_groups[before:]
             raise
+
+    def _divided_group(self, group: Group) -> list[Group]:
+        if isinstance(group.get("params"), Iterator):
+            group["params"] = list(group["params"])
+        parts = [group] if self.divide is None else self.divide(group, self)
+        parts = [self._resolved(part) for part in parts]
+        for division in self.divisions:
+            parts = [smaller for part in parts for smaller in by_name(division, part)]
+        return parts
 
     def _resolved(self, group: dict[str, Any]) -> dict[str, Any]:
         """The group with its rule built and its values checked."""
@@ -87,8 +118,8 @@ class Optimizer(torch.optim.Optimizer):
             if group.pop(flag, None):
                 raise ValueError(f"param group: {flag} is not supported; {advice}")
         group["rule"] = rule.with_settings(**{key: group.pop(key) for key in rule.settings() & set(group)})
-        _check_lr(group.get("lr", self.defaults["lr"]))
-        weight_decay = group.get("weight_decay", self.defaults["weight_decay"])
+        _check_lr(group.setdefault("lr", self.defaults["lr"]))
+        weight_decay = group.setdefault("weight_decay", self.defaults["weight_decay"])
         if not isinstance(weight_decay, int | float) or not 0 <= weight_decay < math.inf:
             raise ValueError(f"weight_decay = {weight_decay!r}; it must be a finite number of at least 0")
         return group

@@ -51,7 +51,8 @@ def roles(named_parameters: Iterable[tuple[str, Tensor]], model: nn.Module | Non
     kinds: dict[str, Kind] = {}
     for name, param in named:
         owner = owners[name]
-        kinds[name] = "head" if id(owner) in heads and not _is_table(owner) else kind_of(name, param, owner)
+        of_head = id(owner) in heads and param.ndim > 1 and not _is_table(owner)
+        kinds[name] = "head" if of_head else kind_of(name, param, owner)
     found = layouts([entry for entry in named if kinds[entry[0]] == "matrix"], named, owners)
     return {name: Role(kinds[name], found.get(name, {})) for name, _ in named}
 
@@ -71,12 +72,14 @@ _HEAD = re.compile(
 _HEAD_ANYWHERE = re.compile(r"^(lm_head|head|embed_out|unembed\w*)$")  # as the layer's own name, in a layer of many too
 _EMBEDDING = re.compile(
     r"(embed|embeds|embedding|embeddings|embedder|emb|embeds_layers?)(_?\d+)?$|^embed_(?!out|proj)|^w[tp]e$|^shared$"
-    r"|(^|_)(tokens?|tables?|codebooks?)$|(^|_)bias(es)?(_values)?$"
+    r"|(^|_)(tokens?|tables?|codebooks?)$"
 )
 _INPUT_LAYER = re.compile(r"^(proj|projection|linear|conv|convolution|(input|patch)_proj(ection)?)$")
+_BIAS_TABLE = re.compile(r"(^|_)bias(es)?(_values)?$")
 _NOT_EMBEDDING = re.compile(r"^relative_pos_embeddings$")  # ProphetNet's, a linear layer
 _NORM_WORD = re.compile(r"norms?$|^(ln|bn|gn)$")
-_ADAPTER = re.compile(r"^lora_[ab]$|^(hada|lokr)_[wt]\d?(_[ab])?$")
+_PEFT = re.compile(r"^(lora|hada|lokr|ia3|vera|oft|boft|trainable_tokens)_\w+$")  # before the name of an adapter
+_ADAPTER = re.compile(r"^lora_[ab]$|^(hada|lokr)_[wt]\d?(_[ab])?$")  # those that are matrices
 _TABLE_OR_GAIN = {  # words in the name of a parameter that belongs to no linear layer of its own, and maps nothing
     "a_log", "alpha", "ape", "beta", "const", "d", "decay", "emb", "embed", "embedding", "embeddings", "embeds", "enc",
     "encoding", "extensor", "faaaa", "freq", "freqs", "gain", "gamma", "lambda", "latent", "latents", "level", "log",
@@ -97,10 +100,9 @@ def components(name: str) -> list[str]:
     if len(parts) > 3 and parts[-3] == "parametrizations":  # weight norm: a magnitude and a direction
         parts[-3:] = ["weight_g" if parts[-1] == "original0" else parts[-2]]
     kept: list[str] = []
-    for part in parts:
-        if kept and kept[-1] == "modules_to_save":
-            kept.pop()  # with the name of the adapter
-        elif part not in ("base_layer", "original_module"):
+    for part, before in zip(parts, ["", *parts], strict=False):
+        of_adapter = before == "modules_to_save" or (bool(_PEFT.search(before)) and part not in _WEIGHT)
+        if not of_adapter and part not in ("base_layer", "original_module", "modules_to_save"):
             kept.append(part)
     return kept
 
@@ -126,10 +128,10 @@ class _Name:
 
     @property
     def at(self) -> int:
-        """Where the layer's name stands in `parts`, or the parameter's own; -1 for ``0.weight``, where there is none."""
+        """Where the layer's name stands in `parts`, or the parameter's own; -1 where there is none (``0.weight``)."""
         if self.raw:
             return len(self.parts) - 1
-        places = [i for i, part in enumerate(self.parts[:-1]) if not part.isdigit() and part != "default"]
+        places = [i for i, part in enumerate(self.parts[:-1]) if not part.isdigit()]
         return places[-1] if places else -1
 
     @property
@@ -150,12 +152,23 @@ def _name(name: str) -> _Name:
     return _Name(components(name))
 
 
+def is_bias(name: str) -> bool:
+    """Whether the parameter is a bias, by its name."""
+    return _is_bias(_name(name))
+
+
+def is_norm_or_bias(name: str, param: Tensor) -> bool:
+    """Whether the parameter is a norm's, or a bias, by its name."""
+    it = _name(name)
+    return _is_bias(it) or _is_norm(it, param.ndim)
+
+
 def _is_bias(name: _Name) -> bool:
     return bool(_BIAS.search(name.leaf))
 
 
 def _is_norm(name: _Name, ndim: int) -> bool:
-    """Of a vector any word of its layer's name may say so, of a tensor of more dimensions the last: `norm_proj` maps."""
+    """Any word of its layer's name may say so of a vector, the last one of a tensor: `norm_proj` maps."""
     words = _words(name.own)
     return any(_NORM_WORD.search(word) for word in (words if ndim < 2 else words[-1:]))
 
@@ -172,7 +185,7 @@ def _is_head(name: _Name) -> bool:
 def _is_embedding(name: _Name) -> bool:
     if _NOT_EMBEDDING.search(name.own):
         return False
-    if _EMBEDDING.search(name.own):
+    if _EMBEDDING.search(name.own) or (not name.raw and _BIAS_TABLE.search(name.own)):
         return True
     if name.inside or name.raw:
         return False
@@ -189,6 +202,8 @@ def kind_of(name: str, param: Tensor, owner: nn.Module | None = None) -> Kind:
         return "adapter of an embedding"
     if any(_ADAPTER.search(part) for part in it.parts):
         return "matrix"
+    if _PEFT.search(it.own):
+        return "embedding" if it.own.startswith("trainable_tokens") else "other"
     if _is_table(owner):
         return "embedding"
     if _is_linear(owner) and not it.raw:
@@ -203,7 +218,7 @@ def kind_of(name: str, param: Tensor, owner: nn.Module | None = None) -> Kind:
         words = {*_words(it.leaf), it.leaf}
         if _is_embedding(it) and param.ndim == 2:
             return "embedding"
-        if words & _TABLE_OR_GAIN or _TAPS_OR_TABLE.search(it.parent) or min(shape) == 1:
+        if words & _TABLE_OR_GAIN or _TAPS_OR_TABLE.search(it.parent) or sum(side > 1 for side in shape) < 2:
             return "other"
         return "matrix"
     if _is_embedding(it):
@@ -235,7 +250,7 @@ def _output_embeddings(model: nn.Module | None) -> nn.Module | None:
 # ----------------------------------------------------------------------------------------------------------- layouts
 
 _CONV1D = {"c_attn", "c_fc", "c_proj", "q_attn"}
-_UP = re.compile(r"gate|up|^(w|fc|v)_?[13]?$|^wi|input|^c_fc$|^(w1|w3|v1|fc1)$")
+_UP = re.compile(r"gate|up|^(w|fc|v)_?[13]$|^wi(_\d)?$|input|^c_fc$")
 _DOWN = re.compile(r"down|^(w2|fc2)$|^wo|output|^c_proj$")
 _FUSED = re.compile(r"gate_up|up_gate|gateup|^w13$|input_linear")
 _ROUTER = {"router", "gate", "gating", "classifier", "wg"}
@@ -255,6 +270,7 @@ def layouts(
     """
     matrices = list(matrices)
     around = dict(others) | dict(matrices)
+    routers = [(name, param) for name, param in around.items() if param.ndim == 2 and _is_router(_name(name))]
     owners = owners or {}
     found: dict[str, dict[str, Any]] = {}
     stacks: dict[str, dict[str, tuple[str, Tensor]]] = defaultdict(dict)  # parent -> own name -> parameter
@@ -265,21 +281,21 @@ def layouts(
         if _INPUTS_FIRST.search(path):
             batched = {"batched": True} if "rg_lru" in path else {}
             found[name] = {"transposed": True} | batched
-        elif param.ndim == 3 and _is_stack(it):
+        elif param.ndim == 3 and (_is_stack(it) or (it.raw and _beside(name, routers)[:1] == param.shape[:1])):
             stacks[path.rpartition(".")[0]][it.own] = name, param
         elif param.ndim == 2:
             flat.append((name, param))
     for of_one in stacks.values():
-        for name, turned in _orientations(of_one, around, owners).items():
+        for name, turned in _orientations(of_one, around, routers, owners).items():
             found[name] = {"batched": True} | ({"transposed": True} if turned else {})
-    found |= _one_below_the_other(flat, around, owners)
+    found |= _one_below_the_other(flat, routers, owners)
     found |= {name: {"transposed": True} for name in _conv1d(flat, around, owners)}
     return found
 
 
 def _is_stack(name: _Name) -> bool:
     """Whether a tensor of three dimensions is a stack of matrices, and no convolution or matrix between heads."""
-    if any("expert" in part for part in name.parts[: name.at + 1]):
+    if any("expert" in part or "moe" in part for part in name.parts[: name.at + 1]):
         return True
     return bool(_STACK.search(name.own)) and (name.raw or name.own.endswith("linear"))
 
@@ -287,13 +303,14 @@ def _is_stack(name: _Name) -> bool:
 def _orientations(
     stack: Mapping[str, tuple[str, Tensor]],
     around: Mapping[str, Tensor],
+    routers: Named,
     owners: Mapping[str, nn.Module | None],
 ) -> dict[str, bool]:
     """name -> whether its matrices are [inputs, outputs], of the stacks of one mixture."""
     stated = {name: getattr(owners.get(name), "is_transposed", None) for name, _ in stack.values()}
     if all(isinstance(value, bool) for value in stated.values()):
         return {name: bool(value) for name, value in stated.items()}
-    votes = {vote for own, entry in stack.items() if (vote := _by_bias(own, *entry, around)) is not None}
+    votes = {vote for own, entry in stack.items() if (vote := _by_bias(*entry, around)) is not None}
     for up, (_, first) in stack.items():
         for down, (_, second) in stack.items():
             if up != down and _UP.search(up) and _DOWN.search(down) and not _DOWN.search(up):
@@ -304,11 +321,11 @@ def _orientations(
                 if straight != turned:
                     votes.add(turned)
     if not votes:
-        votes = {vote for own, entry in stack.items() if (vote := _by_width(own, *entry, around)) is not None}
+        votes = {vote for own, entry in stack.items() if (vote := _by_width(own, *entry, around, routers)) is not None}
     return {name: votes == {True} for name, _ in stack.values()}
 
 
-def _by_bias(own: str, name: str, param: Tensor, around: Mapping[str, Tensor]) -> bool | None:
+def _by_bias(name: str, param: Tensor, around: Mapping[str, Tensor]) -> bool | None:
     prefix = name.rpartition(".")[0]
     bias = around.get(f"{name}_bias", around.get(f"{prefix}.bias" if name.endswith(".weight") else ""))
     rows, columns = param.shape[-2:]
@@ -317,31 +334,34 @@ def _by_bias(own: str, name: str, param: Tensor, around: Mapping[str, Tensor]) -
     return {rows: False, columns: True}.get(bias.shape[-1])
 
 
-def _by_width(own: str, name: str, param: Tensor, around: Mapping[str, Tensor]) -> bool | None:
-    width = _router(name, around)[1] or _width(around)
+def _by_width(own: str, name: str, param: Tensor, around: Mapping[str, Tensor], routers: Named) -> bool | None:
+    beside = _beside(name, routers)
+    width = beside[1] if beside else _width(around)
     rows, columns = param.shape[-2:]
     if width is None or (rows == width) == (columns == width):
         return None
-    outputs_are_width = bool(_DOWN.search(own))
-    if not outputs_are_width and not _UP.search(own):
-        return None
-    return (columns == width) if outputs_are_width else (rows == width)
+    if _DOWN.search(own):
+        return bool(columns == width)
+    return bool(rows == width) if _UP.search(own) else None
 
 
-def _router(name: str, around: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
-    """(experts, width of the model) by the nearest router [experts, width] beside a mixture's tensor."""
+def _is_router(name: _Name) -> bool:
+    layers = name.parts[:-1]
+    between = [part for part in layers if not part.isdigit()][-2:]  # `router.layer`, `gate.wg`, and plain `gate`
+    return not _is_bias(name) and any(set(_words(part)) <= _ROUTER for part in between)
+
+
+def _beside(name: str, routers: Named) -> tuple[int, ...]:
+    """The shape [experts, width of the model] of the router nearest to a mixture's tensor, in its layer; or ()."""
     prefix = name
     while "." in prefix:
         prefix = prefix.rpartition(".")[0]
-        for other, param in around.items():
-            if param.ndim == 2 and other.startswith(prefix + ".") and other != name:
-                between = components(other[len(prefix) + 1 :])
-                if "bias" not in between[-1] and any(set(_words(part)) & _ROUTER for part in between[:-1]):
-                    if not any("expert" in part or "proj" in part for part in between):
-                        return int(param.shape[0]), int(param.shape[1])
+        for router, param in routers:
+            if router.startswith(prefix + "."):
+                return tuple(param.shape)
         if prefix.rpartition(".")[2].isdigit():
             break  # the next layer's is another's
-    return None, None
+    return ()
 
 
 def _width(around: Mapping[str, Tensor]) -> int | None:
@@ -350,7 +370,7 @@ def _width(around: Mapping[str, Tensor]) -> int | None:
 
 
 def _one_below_the_other(
-    flat: Named, around: Mapping[str, Tensor], owners: Mapping[str, nn.Module | None]
+    flat: Named, routers: Named, owners: Mapping[str, nn.Module | None]
 ) -> dict[str, dict[str, Any]]:
     """DBRX's experts: [experts x size, width], of which `w2` maps from its rows."""
     found: dict[str, dict[str, Any]] = {}
@@ -358,7 +378,7 @@ def _one_below_the_other(
         it = _name(name)
         if not it.raw or it.leaf not in ("w1", "v1", "w2") or "experts" not in it.parts:
             continue
-        count = getattr(owners.get(name), "moe_num_experts", None) or _router(name, around)[0]
+        count = getattr(owners.get(name), "moe_num_experts", None) or next(iter(_beside(name, routers)), 0)
         if count and count > 1 and param.shape[0] % count == 0:
             found[name] = {"batched": int(count)} | ({"transposed": True} if it.leaf == "w2" else {})
     return found
@@ -392,11 +412,11 @@ def _conv1d(
 # ------------------------------------------------------------------------------------------------------------ blocks
 
 _FFN = re.compile(
-    r"mlp|feed_?forward|ffn|moe|expert|intermediate|densereludense|^(fc\d|c_fc|wi(_\d)?|(gate|up|down|gate_up)_proj"
-    r"|dense_.*h)$"
+    r"mlp|feed_?forward|ffn|moe|expert|intermediate|densereludense|^(ff|fc\d|c_fc|wi(_\d)?|dense_.*h"
+    r"|(gate|up|down|gate_up)_proj)$"
 )
-_QK = re.compile(r"^(w?[qk]|[qk](_[ab])?_proj|[qk]_(attn|lin)|query|key)$")
-_VO = re.compile(r"^(w?[vo]|[vo]_(proj|attn|lin)|value|out_lin|out_proj)$")
+_QK = re.compile(r"^(w?[qk](_[ab])?|[qk](_[ab])?_proj|[qk]_(attn|lin)|(query|key)(_proj)?|project_[qk])$")
+_VO = re.compile(r"^(w?[vo]|[vo](_[ab])?_proj|[vo]_(attn|lin)|value(_proj)?|project_v|attention_out|out_lin|out_proj)$")
 _FUSED_QKV = re.compile(r"^(c_attn|qkv\w*|w_?qkv|query_key_value|in_proj(_\w+)?|kv_\w+)$")
 _ATTENTION = re.compile(r"attn|attention")
 
@@ -415,7 +435,7 @@ def block_of(name: str) -> Block:
         return "norm"
     if _is_head(it):
         return "head"
-    if _is_embedding(it) or any(part.startswith("lora_embedding_") for part in it.parts):
+    if _is_embedding(it) or any(part.startswith(("lora_embedding_", "trainable_tokens_")) for part in it.parts):
         return "embedding"
 
     def has(pattern: re.Pattern[str]) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from datatools import DataError, UsageError, files
 from optim import AdamWRule, UpdateMap, UpdateRule
-from optim.hf import without_decay
+from optim import without_decay
 from optim.saved import bare_name
 from pipelines import models, saved_states, trainer
 from pipelines.adapters import adapter_folder

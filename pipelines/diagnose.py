@@ -27,7 +27,6 @@ from pipelines.runs import Run, alone, derive_seed, progress, say
 from pipelines.train import in_scratch
 
 BASIS_BYTES = 2**30  # Lanczos keeps its vectors up to this size, and only the last two beyond
-BLOCK_OF_THE_REST = "other"
 
 
 def run(config: DiagnoseConfig) -> Path:
@@ -168,14 +167,14 @@ def sharpness(
     sizes = {name: p.numel() for name, p in named}
     blocks: dict[str, list[str]] = {}
     for name in tensors:
-        blocks.setdefault(_block(name), []).append(name)
+        blocks.setdefault(optim.block_of(name), []).append(name)
     pooled = {
         block: sum(tensors[n] * sizes[n] for n in names) / sum(sizes[n] for n in names)
         for block, names in blocks.items()
     }
     if not all(math.isfinite(value) for value in pooled.values()):
         raise ValueError("a block's sharpness is not finite; look at the model's weights and the rows")
-    positive = {block: value for block, value in pooled.items() if value > 0 and block != BLOCK_OF_THE_REST}
+    positive = {block: value for block, value in pooled.items() if value > 0 and block != "other"}
     return {
         "labels": "sampled",
         "batches": len(groups),
@@ -183,13 +182,6 @@ def sharpness(
         "tensors": tensors,
         "ratios": diagnostics.propose_ratios(positive),
     }
-
-
-def _block(name: str) -> str:
-    try:
-        return optim.block_of(name)
-    except ValueError:
-        return BLOCK_OF_THE_REST
 
 
 def spectrum(model: Any, parts: Sequence[Callable[[], Tensor]], updates: Sequence[str]) -> dict[str, Any]:
@@ -278,7 +270,7 @@ def conditioning(model: Any) -> dict[str, Any]:
     found = []
     with progress("condition numbers", len(named), "matrices") as bar, torch.no_grad():
         for name, param in named:
-            for role, matrix in _roles(model, name, param.detach()) or [(_block(name), param.detach())]:
+            for role, matrix in _roles(model, name, param.detach()) or [(optim.block_of(name), param.detach())]:
                 penalty = float(diagnostics.condition_penalty(matrix))
                 found.append({"name": name, "role": role, "shape": list(matrix.shape), "penalty": penalty,
                               **diagnostics.condition_numbers(matrix)})  # fmt: skip

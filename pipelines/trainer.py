@@ -29,7 +29,6 @@ from transformers.trainer_callback import PrinterCallback
 
 import optim
 from datatools import DataError, EnvironmentProblem, Selection, UsageError, files, token_batches
-from optim import hf
 from pipelines import zeroth_order
 from pipelines.adapters import quiet
 from pipelines.config import CoresetConfig, TrainingConfig
@@ -237,20 +236,17 @@ def head_dim(model: nn.Module) -> int | None:
 def optimizer_of(recipe: TrainingConfig, module: nn.Module) -> optim.Optimizer:
     """The optimizer that the recipe names over the parameters of `module` that train. Raises: UsageError.
 
-    Norms and biases have no weight decay, as with Trainer (`optim.hf.undecayed`); bfloat16 weights are rounded as the
+    Norms and biases have no weight decay, as with Trainer (`optim.without_decay`); bfloat16 weights are rounded as the
     recipe says.
     """
-    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    optimizer = _optimizer(recipe, trainable, head_dim(module))
-    if recipe.weight_decay and not recipe.decay_all:
-        hf.spare(optimizer, hf.without_decay([name for name, _ in trainable], module))
-    if any(p.dtype == torch.bfloat16 for _, p in trainable):
+    optimizer = _optimizer(recipe, module, head_dim(module))
+    if any(p.dtype == torch.bfloat16 for p in module.parameters() if p.requires_grad):
         optim.set_rounding(optimizer, "nearest" if recipe.rounding == "nearest" else "stochastic")
     return optimizer
 
 
 def _optimizer(
-    recipe: TrainingConfig, parameters: Sequence[tuple[str, Tensor]], head: int | None = None
+    recipe: TrainingConfig, parameters: nn.Module | Sequence[tuple[str, Tensor]], head: int | None = None
 ) -> optim.Optimizer:
     """head: `head_dim` of the model, for Adam-mini, whose blocks are heads where the user says nothing else."""
     options: dict[str, Any] = dict(recipe.optimizer_options)
@@ -262,6 +258,7 @@ def _optimizer(
             parameters,
             lr=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
+            decay_all=recipe.decay_all or not recipe.weight_decay,
             block_ratios=recipe.block_ratios,
             **options,
         )
@@ -292,8 +289,9 @@ def check(recipe: TrainingConfig) -> None:
     """
     examples = optim.example_parameters(recipe.block_ratios)
     options = dict(recipe.optimizer_options)
-    if "assign" in options:
-        options["assign"] = {}  # of names that the examples do not have
+    for key in ("assign", "blocks"):
+        if isinstance(options.get(key), Mapping):
+            options[key] = {}  # of names that the examples do not have
     optimizer = _optimizer(recipe.model_copy(update={"optimizer_options": options}), examples)
     _factors(recipe, 1, optimizer)
     if recipe.gradient == "zo":

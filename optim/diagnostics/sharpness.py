@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from optim import curvature
-from optim.param_groups import block_of
+from optim.roles import block_of
 from optim.rule import moment_dtype
 
 
@@ -38,7 +38,7 @@ def block_sharpness(
 
     Cost: one forward and backward pass a batch; gradients in `param.grad` stay as they are.
     Source: arXiv 2502.19002, which measures after the first percents of training (embedding << QK < FFN < VO << norm).
-    Raises: ValueError naming a parameter that is in no block; without a batch, or where no cross_entropy is called.
+    Raises: ValueError without a batch, or where no cross_entropy is called.
     """
     names, params = [], []
     for name, param in named_parameters:

@@ -58,6 +58,7 @@ class OwnerComputes(Optimizer):
             groups.append(rest | {"params": list(zip(names, params, strict=True)) if names else list(params)})
         defaults = optimizer.defaults
         super().__init__(groups, defaults["rule"], lr=defaults["lr"], weight_decay=defaults["weight_decay"])
+        self.divide, self.divisions = optimizer.divide, optimizer.divisions
 
     def __getstate__(self) -> dict[str, Any]:
         """Torch copies and pickles no more than groups and states."""
@@ -65,11 +66,12 @@ class OwnerComputes(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `Optimizer`. Raises: TypeError for a DTensor whose rows are not spread over the ranks."""
+        before = len(self.param_groups)
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for param in group["params"] if self._divided(group["rule"]) else ():
-            if is_sharded(param):
-                _check_rows(param, group_size(self.process_group))
+        for group in self.param_groups[before:]:
+            for param in group["params"] if self._divided(group["rule"]) else ():
+                if is_sharded(param):
+                    _check_rows(param, group_size(self.process_group))
 
     def _divided(self, rule: UpdateRule) -> bool:
         return group_size(self.process_group) > 1 and not rule.elementwise and not rule.coupled

@@ -1,13 +1,14 @@
 """Adam-mini: Adam with one second moment a block of a tensor: a head, a row, or the whole."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 from torch import Tensor
 
-from optim.optimizer import Optimizer
-from optim.param_groups import block_of, with_names
+from optim.optimizer import Group, Optimizer
+from optim.param_groups import NamedParams, check_parts, named_groups, part_in, told_by, warn_of_strangers, with_names
+from optim.roles import BLOCKS, Role, block_of, is_bias, roles
 from optim.rule import (
     State,
     UpdateRule,
@@ -18,8 +19,9 @@ from optim.rule import (
     zero_moment,
     zero_step,
 )
+from optim.saved import bare_name
 
-NamedGroups: TypeAlias = Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+Blocks: TypeAlias = str | int | Mapping[str, str | int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,18 +100,21 @@ class AdamMini(Optimizer):
     """`Optimizer` running `AdamMiniRule`, the blocks of each parameter chosen by its name.
 
     One v for each entry of a bias; for each head of a query or key matrix; for each row (a token, an output) of
-    embeddings, heads, value, output and feed-forward matrices, of query, key and value in one matrix, and of LoRA's A
-    and B wherever they are; for the whole of a norm or any other vector. Which is which is told by
-    `optim.param_groups.block_of`. Norms and biases have no weight decay.
+    embeddings, heads, value, output and feed-forward matrices, of query, key and value in one matrix, of each expert in
+    a tensor of many, and of LoRA's A and B wherever they are; for the whole of a norm or any other vector. Which is
+    which is told by `optim.roles.block_of`. Norms and biases have no weight decay.
 
-    params: named parameters, or param groups of them (whose `lr`, `weight_decay`, ... are kept).
+    A name that tells no block has the finest v that costs little: one for each row of a matrix, and one for each entry
+    of what is none (attention sinks, `A_log`, depthwise convolutions); one UserWarning names them.
+
+    params: the model, named parameters, or param groups of them (whose `lr`, `weight_decay`, ... are kept).
     head_dim: how many rows of a query or key matrix are a head; also where there are fewer key heads.
     dim, n_heads: of the model; dim / n_heads stands for a missing head_dim, but is not it in Qwen3 and Gemma. Without
     these too, and for matrices with a number of rows that is no multiple of it, query and key have one v a row.
     whole_value: one v for each whole value matrix, as the authors advise for runs below about 10,000 steps.
-    blocks: the same for all parameters, whatever their names; weight decay then acts on all.
-    Raises: ValueError naming a parameter that `block_of` does not know (give `blocks` for models that are no
-    transformers), TypeError for parameters without names.
+    blocks: the same for all parameters, whatever their names; weight decay then acts on all. Or part of a name ->
+    blocks as in `AdamMiniRule`, or a block of a transformer ("qk", "ffn", ...), looked at before `block_of`.
+    Raises: TypeError for parameters without names; ValueError for `blocks` that are none.
     Differs:
 
     - The published code gives unknown names one v a tensor, silently; assumes 32 heads and 2048 dimensions; and fails
@@ -120,12 +125,12 @@ class AdamMini(Optimizer):
     - Not here: `n_kv_heads` (which chooses no blocks there either), `verbose`, and the lists of name parts
       (`wv_names`, ...) that are changed after construction; `whole_value` and `blocks` stand for these.
 
-    Transposed matrices (Hugging Face's GPT-2) have their inputs as rows.
+    Matrices with their inputs first (Hugging Face's GPT-2, GPT-OSS's experts) have inputs as rows.
     """
 
     def __init__(
         self,
-        params: NamedGroups,
+        params: NamedParams,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -135,15 +140,41 @@ class AdamMini(Optimizer):
         n_heads: int | None = None,
         head_dim: int | None = None,
         whole_value: bool = False,
-        blocks: str | int | None = None,
+        blocks: Blocks | None = None,
     ) -> None:
-        rule = AdamMiniRule(betas=betas, eps=eps, blocks="tensor" if blocks is None else blocks)
+        uniform = blocks if isinstance(blocks, str | int) else None
+        rule = AdamMiniRule(betas=betas, eps=eps, blocks="tensor" if uniform is None else uniform)
         head = _head_dim(dim, n_heads, head_dim)
-        if blocks is None:
-            given: list[Any] = list(params)
-            groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
-            params = [part for group in groups for part in _by_blocks(group, head, whole_value)]
-        super().__init__(params, rule, lr=lr, weight_decay=weight_decay)
+        if uniform is not None:
+            super().__init__(params, rule, lr=lr, weight_decay=weight_decay)
+            return
+        groups = named_groups(params, _NAMELESS)
+        self.divide = ByName(head, whole_value, _checked(blocks), told_by(params))
+        names = [name for group in groups for name, _ in group["params"]]
+        check_parts("AdamMini: blocks", self.divide.blocks, names)
+        warn_of_strangers(names, self.divide.blocks, "have a second moment a row or an entry",
+                          "blocks={{{part!r}: 'tensor'}}")  # fmt: skip
+        super().__init__(groups, rule, lr=lr, weight_decay=weight_decay)
+
+
+_NAMELESS = "AdamMini chooses blocks by name: pass model.named_parameters(), or `blocks` for all"
+
+
+def _checked(blocks: Blocks | None) -> dict[str, str | int]:
+    if blocks is None:
+        return {}
+    if not isinstance(blocks, Mapping):
+        raise TypeError(f"AdamMini: blocks = {blocks!r}; expected blocks such as 'row', or part of a name -> blocks")
+    for part, chosen in blocks.items():
+        if chosen not in BLOCKS:
+            try:
+                AdamMiniRule(blocks=chosen)
+            except ValueError:
+                raise ValueError(
+                    f"AdamMini: blocks[{part!r}] = {chosen!r}; it must be 'tensor', 'row', 'element', an integer above "
+                    f"0, or a block of a transformer: {', '.join(BLOCKS)}"
+                ) from None
+    return dict(blocks)
 
 
 def _head_dim(dim: int | None, n_heads: int | None, head_dim: int | None) -> int | None:
@@ -158,42 +189,54 @@ def _head_dim(dim: int | None, n_heads: int | None, head_dim: int | None) -> int
     return dim // n_heads
 
 
-def _by_blocks(group: Mapping[str, Any], head_dim: int | None, whole_value: bool) -> list[dict[str, Any]]:
-    """The group divided into groups of like blocks and like weight decay, each with the rest of its settings."""
-    parts: dict[tuple[str | int, bool], list[tuple[str, Tensor]]] = {}
-    otherwise = "AdamMini chooses blocks by name: pass model.named_parameters(), or `blocks` for all"
-    for name, param in with_names(group["params"], otherwise):
-        key = _blocks_of(name, param, head_dim, whole_value), _decays(name)
-        parts.setdefault(key, []).append((name, param))
-    rest = {key: value for key, value in group.items() if key != "params"}
-    return [
-        rest | {"params": part, "blocks": blocks} | ({} if decays else {"weight_decay": 0.0})
-        for (blocks, decays), part in parts.items()
-    ]
+@dataclass(frozen=True)
+class ByName:
+    """How `AdamMini` divides a group of named parameters; also one that is added later."""
 
+    head_dim: int | None
+    whole_value: bool
+    blocks: Mapping[str, str | int]
+    told: Mapping[str, Role]
 
-def _blocks_of(name: str, param: Tensor, head_dim: int | None, whole_value: bool) -> str | int:
-    block = block_of(name)
-    if _is_bias(name):
-        return "element"
-    if param.ndim < 2 or block == "norm":
-        return "tensor"
-    parts = set(name.lower().split("."))
-    if parts & _LORA:
-        return "row"
-    if block == "qk" and head_dim and param.shape[0] % head_dim == 0:
-        return head_dim * (param.numel() // param.shape[0])
-    if whole_value and parts & {"v_proj", "v_attn", "v_lin", "value", "wv"}:
-        return "tensor"
-    return "row"
+    def __call__(self, group: Group, optimizer: Optimizer) -> list[Group]:
+        """Groups of like blocks and like weight decay, each with the rest of the group's settings."""
+        if "rule" in group or "blocks" in group:
+            return [group]
+        parts: dict[tuple[str | int, bool], list[tuple[str, Tensor]]] = {}
+        named = with_names(group["params"], _NAMELESS)
+        found = roles(named)
+        for name, param in named:
+            of = self._of(name, param, self.told.get(bare_name(name), found[name]))
+            parts.setdefault(of, []).append((name, param))
+        rest = {key: value for key, value in group.items() if key != "params"}
+        return [
+            rest | {"params": part, "blocks": blocks} | ({} if decays else {"weight_decay": 0.0})
+            for (blocks, decays), part in parts.items()
+        ]
+
+    def _of(self, name: str, param: Tensor, role: Role) -> tuple[str | int, bool]:
+        """(blocks, whether weight decay acts on it)."""
+        part = part_in(name, self.blocks)
+        chosen = block_of(name) if part is None else self.blocks[part]
+        bias = is_bias(name)
+        decays = not bias and chosen != "norm"
+        if chosen not in BLOCKS:
+            return chosen, decays
+        if bias:
+            return "element", decays
+        if chosen == "other" and role.kind == "other":
+            return "element", decays
+        if param.ndim < 2 or chosen == "norm":
+            return "tensor", decays
+        if role.layout.get("batched") is True:
+            return param.shape[-1], decays
+        parts = set(name.lower().split("."))
+        if parts & _LORA:
+            return "row", decays
+        if chosen == "qk" and self.head_dim and param.shape[0] % self.head_dim == 0:
+            return self.head_dim * (param.numel() // param.shape[0]), decays
+        whole = self.whole_value and parts & {"v_proj", "v_attn", "v_lin", "value", "wv"}
+        return ("tensor" if whole else "row"), decays
 
 
 _LORA = {"lora_a", "lora_b", "lora_embedding_a", "lora_embedding_b"}
-
-
-def _is_bias(name: str) -> bool:
-    return name.lower().rsplit(".", 1)[-1].endswith("bias")
-
-
-def _decays(name: str) -> bool:
-    return not _is_bias(name) and block_of(name) != "norm"

@@ -1,12 +1,13 @@
 """Conda: Adam in the singular basis of the first moment."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from optim.param_groups import NamedParams
 from optim.rule import (
     State,
     check_counts,
@@ -59,13 +60,14 @@ class CondaRule(MatrixRule):
     def init(self, param: Tensor) -> State:
         """Zero moments and step count, and the identity as basis."""
         self.check_layout(param)
-        side = min(self.stacks(param)[0].shape[-2:])
+        count, *sides = self.matrix_shape(param.shape)
+        side = min(sides)
         basis = torch.eye(side, dtype=moment_dtype(param), device=param.device)
         return {
             "step": zero_step(),
             "exp_avg": zero_moment(param),
             "exp_avg_sq": zero_moment(param),
-            "basis": basis.expand(param.shape[0], side, side).clone() if self.batched else basis,
+            "basis": basis.expand(count, side, side).clone() if self.batched else basis,
         }
 
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
@@ -112,7 +114,7 @@ class Conda(MatrixOptimizer):
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: NamedParams,
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.0,
         *,
@@ -120,5 +122,7 @@ class Conda(MatrixOptimizer):
         eps: float = 1e-8,
         **options: Any,
     ) -> None:
-        usual: dict[str, Any] = {"betas": betas, "eps": eps, "adamw_betas": betas, "adamw_eps": eps}
+        usual: dict[str, Any] = {
+            "betas": betas, "eps": eps, "adamw_betas": betas, "adamw_eps": eps, "adamw_eps_before_correction": True
+        }  # fmt: skip
         super().__init__(named_parameters, CondaRule, lr, weight_decay, **(usual | options))

@@ -2,21 +2,20 @@
 
 import math
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from optim import stacks
-from optim.optimizer import Optimizer
-from optim.param_groups import is_matrix, layouts, with_names
+from optim.optimizer import Group, Optimizer
+from optim.param_groups import Assign, NamedParams, Settings, checked_assign, named_groups, part_in, told_by, with_names
+from optim.roles import Kind, Named, Role, roles
 from optim.rule import State, UpdateRule, check_flag, zero_step
 from optim.rules.adamw import AdamWRule
-
-Settings: TypeAlias = Mapping[str, Any]
-Place: TypeAlias = Callable[[str, Tensor], Settings | None]
+from optim.saved import bare_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +23,11 @@ class MatrixRule(UpdateRule, ABC):
     """A rule for matrices [m, n], m outputs and n inputs as in `torch.nn.Linear`; not elementwise.
 
     Tensors of more dimensions are seen as [dim 0, rest]. Other layouts are fields, which `MatrixOptimizer` sets where
-    names and shapes tell:
+    names and shapes, or the model, tell:
 
     - `transposed`: the parameter is [inputs, outputs], as in GPT-2's Conv1D.
-    - `batched`: a tensor of three dimensions is a stack of matrices, as the experts of a mixture are.
+    - `batched`: a tensor of three dimensions is a stack of matrices, as the experts of a mixture are; or a number, and
+      a tensor of two dimensions is that many matrices one below the other (DBRX). With `transposed` too, each of them.
     - `split_sizes`: the rows are several matrices, (q, k, v) in one say, of that many rows each; the step is that of
       separate parameters. The published codes take such a matrix as one.
     - `num_heads`: the rows are that many matrices of equal size. Not with `split_sizes`.
@@ -36,13 +36,15 @@ class MatrixRule(UpdateRule, ABC):
     elementwise: ClassVar[bool] = False
 
     transposed: bool = False
-    batched: bool = False
+    batched: bool | int = False
     split_sizes: tuple[int, ...] | None = None
     num_heads: int | None = None
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        check_flag(name, transposed=self.transposed, batched=self.batched)
+        check_flag(name, transposed=self.transposed)
+        if not isinstance(self.batched, bool) and not (_is_count(self.batched) and self.batched > 1):
+            raise ValueError(f"{name}: batched = {self.batched!r}; it must be true, false or an integer of at least 2")
         if self.split_sizes is not None:
             sizes = self.split_sizes
             if not isinstance(sizes, Sequence) or isinstance(sizes, str) or not sizes or not all(map(_is_count, sizes)):
@@ -66,11 +68,14 @@ class MatrixRule(UpdateRule, ABC):
                 f"{name}: a parameter of shape {shape} is no matrix; give it another rule "
                 f"(create({self.name!r}, model.named_parameters(), ...) puts it in an AdamW group)"
             )
-        if self.batched and param.ndim != 3:
+        if self.batched is True and param.ndim != 3:
             raise ValueError(f"{name}: batched is for tensors of three dimensions; a parameter has shape {shape}")
-        if self.transposed and param.ndim != (3 if self.batched else 2):
+        if self._below and (param.ndim != 2 or shape[0] % self._below):
+            raise ValueError(f"{name}: a parameter of shape {shape} is no {self._below} matrices one below the other")
+        if self.transposed and param.ndim > 3:
             raise ValueError(f"{name}: transposed is for matrices; a parameter has shape {shape}")
-        rows = shape[-1] if self.transposed else shape[1 if self.batched else 0]
+        _, rows, columns = self.matrix_shape(shape)
+        rows = columns if self.transposed else rows
         if self.split_sizes is not None and sum(self.split_sizes) != rows:
             raise ValueError(f"{name}: split_sizes {self.split_sizes} of {rows} rows, in a parameter of shape {shape}")
         if self.num_heads is not None and rows % self.num_heads:
@@ -88,10 +93,24 @@ class MatrixRule(UpdateRule, ABC):
         """`step` of all of them, those of one shape together."""
         stacks.step(self, params, grads, states, lr=lr, weight_decay=weight_decay)
 
+    @property
+    def _below(self) -> int:
+        """How many matrices stand one below the other in a tensor of two dimensions; 0 in other layouts."""
+        return 0 if isinstance(self.batched, bool) else self.batched
+
+    def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """(how many matrices, rows, columns) of a tensor of that shape as it lies, before transposing."""
+        if self._below:
+            return self._below, shape[0] // self._below, shape[1]
+        lead = (shape[0], shape[1]) if self.batched else (1, shape[0])
+        return *lead, math.prod(shape[2 if self.batched else 1 :])
+
     def stacks(self, x: Tensor) -> list[Tensor]:
-        """The matrices in x, a tensor of the parameter's layout, as stacks [k, m, n]: one but for `split_sizes`."""
-        lead = x.shape[:2] if self.batched else (1, x.shape[0])
-        y = x.reshape(*lead, math.prod(x.shape[2 if self.batched else 1 :]))
+        """The matrices in x, a tensor of the parameter's layout, as stacks [k, m, n]: one but for `split_sizes`.
+
+        x may also have one number for each row or column of a matrix, in the place of the others.
+        """
+        y = x.reshape(self.matrix_shape(x.shape))
         if self.transposed:
             y = y.mT
         if self.num_heads:
@@ -110,24 +129,102 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+@dataclass(frozen=True)
+class Split:
+    """How a `MatrixOptimizer` divides a group of named parameters; also one that is added later."""
+
+    own: str
+    rule: type[UpdateRule]
+    rest: UpdateRule
+    rest_settings: Settings
+    assign: Mapping[str, Settings | None]
+    kinds: Mapping[Kind, Settings]
+    told: Mapping[str, Role] = field(default_factory=dict)
+    rest_needs_lr: str = ""
+
+    def __call__(self, group: Group, optimizer: Optimizer) -> list[Group]:
+        """Groups of `group`'s settings: one for each layout of matrices, and one by AdamW for the others."""
+        if "rule" in group:
+            return [group]
+        named = with_names(group["params"], f"{self.own} tells matrices by name: pass model.named_parameters()")
+        earlier = [entry for g in optimizer.param_groups for entry in zip(g["param_names"], g["params"], strict=True)]
+        found = roles([*earlier, *named])
+        known = self.rule().settings()
+        parts: dict[str, tuple[Settings, bool, Named]] = {}  # settings, whether of matrices, parameters
+        for name, param in named:
+            role = self.told.get(bare_name(name), found[name])
+            settings = self._settings(name, param, role)
+            matrix = settings is not None
+            if settings is None:
+                settings = {key: value for key, value in self._assigned(name).items() if key not in known}
+            else:
+                settings = {key: value for key, value in role.layout.items() if key in known} | dict(settings)
+            parts.setdefault(f"{matrix} {settings!r}", (settings, matrix, []))[2].append((name, param))
+        common = {key: value for key, value in group.items() if key != "params"}
+        adamw = {key.removeprefix("adamw_"): common.pop(key) for key in list(common) if key.startswith("adamw_")}
+        ordered = sorted(parts.values(), key=lambda part: not part[1])  # matrices first
+        return [
+            common | dict(settings) | {"params": of} if matrix else self._rest(of, common, adamw, settings)
+            for settings, matrix, of in ordered
+        ]
+
+    def _assigned(self, name: str) -> Settings:
+        part = part_in(name, self.assign)
+        return {} if part is None else self.assign[part] or {}
+
+    def _settings(self, name: str, param: Tensor, role: Role) -> Settings | None:
+        """Those of the matrix rule, or None for AdamW."""
+        known = self.rule().settings()
+        part = part_in(name, self.assign)
+        whole = role.layout.get("batched") and "batched" not in known  # the rule would take a stack for one matrix
+        own = None if whole else self.kinds.get(role.kind)
+        if part is None:
+            return own
+        chosen = self.assign[part]
+        if not chosen:  # "adamw" or "matrix"
+            return chosen
+        if param.ndim > 1 and set(chosen) & known:
+            return chosen
+        return None if own is None else {**own, **chosen}
+
+    def _rest(self, named: Named, common: Group, adamw: Group, chosen: Settings) -> Group:
+        own: Group = dict(self.rest_settings)
+        own |= {key: adamw[key] for key in ("lr", "weight_decay") if key in adamw} | dict(chosen)
+        if self.rest_needs_lr and "lr" not in own:
+            raise ValueError(
+                f"{self.own}: {self.rest_needs_lr} the learning rate of the matrices does not fit the {len(named)} "
+                f"other parameters ({named[0][0]!r}, ...); give adamw_lr as well, such as 3e-4"
+            )
+        fields = {key: value for key, value in adamw.items() if key not in ("lr", "weight_decay")}
+        settings: Group = {key: value for key, value in common.items() if key not in self.rule().settings()} | own
+        return settings | {"params": named, "rule": self.rest.with_settings(**fields)}
+
+
 class MatrixOptimizer(Optimizer):
     """Hidden matrices by a rule for matrices, the rest by AdamW: param groups of one `Optimizer`.
 
-    named_parameters: with names, by which `optim.param_groups` tells what a tensor is; `optim.group_table` shows it.
+    parameters: with names, by which `optim.roles` tells what a tensor is, or the model, whose modules tell more: those
+    of its parameters that require a gradient. `optim.group_table` shows what went where.
     rule: of the matrices, with `fields`. lr, weight_decay: of their groups.
-    adamw_lr, adamw_weight_decay, adamw_betas, adamw_eps: of the rest; `lr` and `weight_decay` unless given.
+    adamw_lr, adamw_weight_decay, adamw_betas, adamw_eps, adamw_eps_before_correction: of the rest; `lr` and
+    `weight_decay` unless given.
     assign: part of a name -> "matrix", "adamw", or settings of the group (fields of the rule, `lr`, `weight_decay`):
     ``{"conv1": "adamw", "qkv_proj": {"split_sizes": (576, 192, 192)}}``. Looked at before everything else; the first
-    part that a name holds wins.
-    place: (name, tensor) -> settings of the matrix rule, or None for AdamW; not asked of a mixture's experts in one
-    tensor if the rule has no `batched`: they go to AdamW, unless assigned.
+    part that a name holds wins. Fields of the rule make a matrix of a tensor, `lr` and `weight_decay` alone do not:
+    they hold for what the parameter is, and for the bias beside it.
+    kinds: what a parameter may be -> settings of the matrix rule for it; the other kinds go to AdamW. A mixture's
+    experts in one tensor go there too if the rule has no `batched`, unless assigned.
+    adamw_wrapper: makes the rule of the rest of AdamW's.
+
+    A group that is added later is divided in the same way, unless it has a `rule`; its own `lr`, `weight_decay` and
+    `adamw_...` hold for it.
     Raises: ValueError if there is no matrix, or for a part of a name that no tensor has; TypeError without names, or
     for an `assign` that is no mapping.
     """
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        parameters: NamedParams,
         rule: type[UpdateRule],
         lr: float | Tensor,
         weight_decay: float,
@@ -136,67 +233,33 @@ class MatrixOptimizer(Optimizer):
         adamw_weight_decay: float | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
-        assign: Mapping[str, str | Settings] | None = None,
-        place: Place = lambda name, param: {} if is_matrix(name, param) else None,
+        adamw_eps_before_correction: bool = False,
+        assign: Assign | None = None,
+        kinds: Mapping[Kind, Settings] | None = None,
+        adamw_wrapper: Callable[[AdamWRule], UpdateRule] | None = None,
+        adamw_lr_missing: str = "",
         **fields: Any,
     ) -> None:
         own = type(self).__name__
-        named = with_names(named_parameters, f"{own} tells matrices by name: pass model.named_parameters()")
-        rest: list[tuple[str, Tensor]] = []
-        matrices: dict[str, dict[str, Any]] = {}
-        found = layouts(named)
-        chosen = _assigned(own, rule, named, assign or {})
-        known = rule().settings()
-        for name, param in named:
-            layout = found.get(name, {})
-            if name in chosen:
-                settings = chosen[name]
-            elif layout.get("batched") and "batched" not in known:
-                settings = None  # a stack of matrices, which the rule would take for one
-            else:
-                settings = place(name, param)
-            if settings is None:
-                rest.append((name, param))
-            else:
-                settings = {key: value for key, value in layout.items() if key in known} | dict(settings)
-                matrices.setdefault(repr(settings), settings | {"params": []})["params"].append((name, param))
-        if not matrices:
-            raise ValueError(f"{own}: none of the parameters is a hidden matrix; use another optimizer, such as AdamW")
-        groups = list(matrices.values())
-        if rest:
-            groups.append(
-                {
-                    "params": rest,
-                    "rule": AdamWRule(betas=adamw_betas, eps=adamw_eps),
-                    "lr": lr if adamw_lr is None else adamw_lr,
-                    "weight_decay": weight_decay if adamw_weight_decay is None else adamw_weight_decay,
-                }
-            )
+        groups = named_groups(parameters, f"{own} tells matrices by name: pass the model or model.named_parameters()")
+        names = [name for group in groups for name, _ in group["params"]]
+        adamw = AdamWRule(betas=adamw_betas, eps=adamw_eps, eps_before_correction=adamw_eps_before_correction)
+        self.divide = Split(
+            own=own,
+            rule=rule,
+            rest=adamw if adamw_wrapper is None else adamw_wrapper(adamw),
+            rest_settings={
+                key: value
+                for key, value in (("lr", adamw_lr), ("weight_decay", adamw_weight_decay))
+                if value is not None
+            },
+            assign=checked_assign(
+                own, assign, rule().settings() | {"lr", "weight_decay"}, {"matrix": {}, "adamw": None}, names
+            ),
+            kinds={"matrix": {}} if kinds is None else kinds,
+            told=told_by(parameters),
+            rest_needs_lr=adamw_lr_missing,
+        )
         super().__init__(groups, rule().with_settings(**fields), lr=lr, weight_decay=weight_decay)
-
-
-def _assigned(
-    own: str, rule: type[UpdateRule], named: Sequence[tuple[str, Tensor]], assign: Mapping[str, str | Settings]
-) -> dict[str, Settings | None]:
-    """name -> what `assign` says of it: None for AdamW, otherwise settings."""
-    if not isinstance(assign, Mapping):
-        raise TypeError(f"{own}: assign = {assign!r}; expected a mapping such as {{'lm_head': 'adamw'}}")
-    known = rule().settings() | {"lr", "weight_decay"}
-    meant: dict[str, Settings | None] = {}
-    for part, choice in assign.items():
-        if choice in ("matrix", "adamw"):
-            meant[part] = {} if choice == "matrix" else None
-        elif isinstance(choice, Mapping) and set(choice) <= known:
-            meant[part] = choice
-        else:
-            raise ValueError(
-                f"{own}: assign[{part!r}] = {choice!r}; expected 'matrix', 'adamw' or settings out of "
-                + ", ".join(sorted(known))
-            )
-        if not any(part in name for name, _ in named):
-            raise ValueError(f"{own}: assign names {part!r}, which is in the name of no parameter")
-    return {
-        name: next(choice for part, choice in meant.items() if part in name)
-        for name, _ in named
-        if any(part in name for part in meant)
-    }
+        if not any(isinstance(group["rule"], rule) for group in self.param_groups):
+            raise ValueError(f"{own}: none of the parameters is a hidden matrix; use another optimizer, such as AdamW")

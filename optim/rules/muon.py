@@ -1,7 +1,7 @@
 """Muon: momentum, orthogonalised by Newton-Schulz, for hidden matrices; AdamW for the rest."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from optim import backend
 from optim.linalg import NEWTON_SCHULZ, newton_schulz
+from optim.param_groups import NamedParams
 from optim.rule import (
     State,
     check_flag,
@@ -36,6 +37,12 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
 }
 """The four published codes as settings of `MuonRule`; official learning rate and weight decay of each:
 moonlight 1e-3 and 0.1, keller_jordan 0.02 and 0, torch 1e-3 and 0.1, dion 0.01 and 0.01."""
+
+_ADAMW: dict[str, dict[str, Any]] = {
+    "moonlight": {"adamw_eps_before_correction": True},
+    "keller_jordan": {"adamw_eps": 1e-10},
+}
+"""Of these codes, how AdamW for the rest differs from `torch.optim.AdamW`; their betas are (0.9, 0.95)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +170,7 @@ class Muon(MatrixOptimizer):
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: NamedParams,
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.1,
         *,
@@ -172,13 +179,9 @@ class Muon(MatrixOptimizer):
     ) -> None:
         if convention not in CONVENTIONS:
             raise ValueError(f"Muon: convention {convention!r}; it must be one of {', '.join(CONVENTIONS)}")
-        usual: dict[str, Any] = {"adamw_betas": (0.9, 0.95)}
+        usual: dict[str, Any] = {"adamw_betas": (0.9, 0.95)} | _ADAMW.get(convention, {})
         options = usual | CONVENTIONS[convention] | options
+        scale = options.get("scale", MuonRule().scale)
+        if options.get("adamw_lr") is None and scale != "match_rms_adamw":
+            options["adamw_lr_missing"] = f"with scale {scale!r}"
         super().__init__(named_parameters, MuonRule, lr, weight_decay, **options)
-        rule, rest = self.defaults["rule"], self.param_groups[-1]
-        if options.get("adamw_lr") is None and rule.scale != "match_rms_adamw" and rest["rule"].name != rule.name:
-            raise ValueError(
-                f"Muon: with scale {rule.scale!r} the learning rate of the matrices does not fit the "
-                f"{len(rest['params'])} other parameters ({rest['param_names'][0]!r}, ...); give adamw_lr as well, "
-                "such as 3e-4"
-            )

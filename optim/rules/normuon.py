@@ -1,12 +1,12 @@
 """NorMuon: Muon whose rows are brought to one size by a second moment a row."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from optim.param_groups import NamedParams
 from optim.rule import State, check_non_negative, check_positive, check_unit_interval, moment_dtype
 from optim.rules.matrices import MatrixOptimizer
 from optim.rules.muon import MuonRule
@@ -71,10 +71,13 @@ class NorMuonRule(MuonRule):
         """As Muon's, and a zero second moment a row, of the parameter's shape with 1 for its inputs."""
         state = super().init(param)
         shape = list(param.shape)
-        if self.transposed:
-            shape[-2] = 1
+        if self.transposed:  # the first side of each matrix is its inputs
+            if self.batched is True:
+                shape[1] = 1
+            else:
+                shape[0] = self.matrix_shape(shape)[0]
         else:
-            first = 3 if self._by_kernel(param) else 2 if self.batched else 1
+            first = 3 if self._by_kernel(param) else 2 if self.batched is True else 1
             shape[first:] = [1] * (param.ndim - first)
         return state | {"row_second_moment": param.new_zeros(shape, dtype=moment_dtype(param), requires_grad=False)}
 
@@ -110,7 +113,7 @@ class NorMuon(MatrixOptimizer):
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: NamedParams,
         lr: float | Tensor = 0.02,
         weight_decay: float = 0.0,
         *,

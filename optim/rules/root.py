@@ -1,6 +1,6 @@
 """ROOT: Muon with outliers clipped and Newton-Schulz coefficients fitted to each shape."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from optim.linalg import newton_schulz
+from optim.param_groups import NamedParams
 from optim.rule import check_non_negative, moment_dtype, replicated
 from optim.rules.matrices import MatrixOptimizer
 from optim.rules.muon import MuonRule
@@ -170,10 +171,10 @@ class ROOT(MatrixOptimizer):
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: NamedParams,
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.1,
         **options: Any,
     ) -> None:
-        usual: dict[str, Any] = {"adamw_betas": (0.9, 0.95)}
+        usual: dict[str, Any] = {"adamw_betas": (0.9, 0.95), "adamw_eps_before_correction": True}
         super().__init__(named_parameters, ROOTRule, lr, weight_decay, **(usual | options))

@@ -1,15 +1,15 @@
 """SCALE: the gradient with rows of one size, and momentum in the last layer alone."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from optim.linalg import unit_rms
-from optim.param_groups import outside_block
+from optim.param_groups import NamedParams, Settings
+from optim.roles import Kind
 from optim.rule import State, check_unit_interval, moment_dtype, zero_moment
-from optim.rules.matrices import MatrixOptimizer, MatrixRule, Settings
+from optim.rules.matrices import MatrixOptimizer, MatrixRule
 
 _CHOICES = {"axis": ("inputs", "outputs"), "normaliser": ("rms", "l2")}
 
@@ -68,20 +68,16 @@ class SCALE(MatrixOptimizer):
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: NamedParams,
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.0,
         *,
         momentum: float = 0.9,
         **options: Any,
     ) -> None:
-        def place(name: str, param: Tensor) -> Settings | None:
-            blocks: dict[str, Settings] = {"embedding": {"axis": "outputs"}, "head": {"momentum": momentum}}
-            block = outside_block(name)
-            if param.ndim < 2 or block == "norm" or name.lower().endswith("bias"):
-                return None
-            if "lora_" in name.lower():
-                return {}
-            return blocks.get(block or "", {})
-
-        super().__init__(named_parameters, SCALERule, lr, weight_decay, place=place, **options)
+        kinds: dict[Kind, Settings] = {
+            "matrix": {}, "embedding": {"axis": "outputs"}, "head": {"momentum": momentum},
+            "adapter of an embedding": {},
+        }  # fmt: skip
+        usual: dict[str, Any] = {"adamw_eps_before_correction": True}
+        super().__init__(named_parameters, SCALERule, lr, weight_decay, kinds=kinds, **(usual | options))

@@ -1,12 +1,13 @@
 """SinkGD: the gradient with rows and columns of one size, without a state; and any other round of normalisations."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from optim.linalg import NORMS, multi_normalised
+from optim.param_groups import NamedParams
 from optim.rule import State, check_counts, check_non_negative, moment_dtype
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 
@@ -56,7 +57,7 @@ class SinkGD(MatrixOptimizer):
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: NamedParams,
         lr: float | Tensor = 0.02,
         weight_decay: float = 0.0,
         **options: Any,

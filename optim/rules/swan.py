@@ -1,6 +1,5 @@
 """SWAN: the gradient, normalised by rows and whitened, without a state."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from optim.linalg import unit_rms, whiten
+from optim.param_groups import NamedParams
 from optim.rule import (
     State,
     check_counts,
@@ -73,7 +73,7 @@ class SWAN(MatrixOptimizer):
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: NamedParams,
         lr: float | Tensor = 0.02,
         weight_decay: float = 0.0,
         **options: Any,

@@ -1,7 +1,7 @@
 """States of a low-rank gradient: a rule that runs on a projection of each matrix's gradient."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optim.kernels.philox import normals
+from optim.param_groups import NamedParams
 from optim.rule import (
     State,
     UpdateRule,
@@ -303,14 +304,16 @@ class _LowRankOptimizer(MatrixOptimizer):
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: NamedParams,
         lr: float | Tensor = 1e-2,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         **options: Any,
     ) -> None:
-        usual: dict[str, Any] = {"betas": betas, "eps": eps, "adamw_eps": 1e-6}
+        usual: dict[str, Any] = {
+            "betas": betas, "eps": eps, "adamw_eps": 1e-6, "adamw_eps_before_correction": True
+        }  # fmt: skip
         super().__init__(named_parameters, self.rule, lr, weight_decay, **(usual | options))
 
 

@@ -1,7 +1,7 @@
 """States in 8 bits: a rule whose running averages are kept as codes, with one scale a block."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from optim.fused.threads import together
 from optim.kernels import adamw_8bit
 from optim.kernels.philox import random_words
 from optim.optimizer import Optimizer, Params
+from optim.param_groups import NamedParams
 from optim.rule import State, UpdateRule, check_counts, check_flag, is_sharded, moment_dtype
 from optim.rules.adamw import AdamWRule
 from optim.rules.conda import CondaRule
@@ -472,7 +473,7 @@ class Muon8bit(MatrixOptimizer):
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: NamedParams,
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.1,
         *,
@@ -481,10 +482,14 @@ class Muon8bit(MatrixOptimizer):
     ) -> None:
         check_flag("Muon8bit", adamw_8bit=adamw_8bit)
         usual: dict[str, Any] = {"adamw_betas": (0.9, 0.95)}
-        super().__init__(named_parameters, Muon8bitRule, lr, weight_decay, **(usual | options))
-        for group in self.param_groups:
-            if adamw_8bit and isinstance(group["rule"], AdamWRule):
-                group["rule"] = AdamW8bitRule(inner=group["rule"])
+        wrapper = _in_8_bits if adamw_8bit else None
+        super().__init__(
+            named_parameters, Muon8bitRule, lr, weight_decay, adamw_wrapper=wrapper, **(usual | options)
+        )
+
+
+def _in_8_bits(inner: AdamWRule) -> AdamW8bitRule:
+    return AdamW8bitRule(inner=inner)
 
 
 class StableEmbedding(nn.Embedding):

@@ -106,8 +106,13 @@ def test_groups_keep_their_settings():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"'conv1\.weight' is in no block"):
-        AdamMini([*pairs(), ("conv1.weight", torch.nn.Parameter(torch.ones(2, 2)))])
+    for blocks in ({"q_proj": "rows"}, {"q_proj": 0}, {"q_proj": True}):
+        with pytest.raises(ValueError, match=r"blocks\['q_proj'\] = .*'tensor', 'row'"):
+            AdamMini(pairs(), blocks=blocks)
+    with pytest.raises(ValueError, match="blocks names 'qproj', which is in the name of no parameter"):
+        AdamMini(pairs(), blocks={"qproj": "row"})
+    with pytest.raises(TypeError, match="expected blocks"):
+        AdamMini(pairs(), blocks=["row"])
     with pytest.raises(TypeError, match="by name"):
         AdamMini([torch.nn.Parameter(torch.ones(2, 2))])
     with pytest.raises(ValueError, match="empty"):

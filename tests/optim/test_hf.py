@@ -8,7 +8,7 @@ import socket
 import pytest
 import torch
 
-from optim import OPTIMIZERS, Optimizer, UpdateMap, create, hf, schedule
+from optim import OPTIMIZERS, Optimizer, UpdateMap, create, hf, schedule, without_decay
 from tests.optim.distributed import processes
 from tests.processes import spawn
 from tests.tiny import save_tiny_model
@@ -86,7 +86,7 @@ def test_a_plain_loop_gives_the_same_bits(runs, folder, tmp_path):
     batches = list(done.get_train_dataloader())[:4]
     done.train()
     model = runs.load(folder)
-    spared = hf.undecayed(model)
+    spared = without_decay([n for n, _ in model.named_parameters()], model)
     groups = [
         {"params": [(n, p) for n, p in model.named_parameters() if (n in spared) == which], "weight_decay": decay}
         for which, decay in ((False, 0.1), (True, 0.0))

@@ -50,6 +50,25 @@ def test_batched_is_a_step_of_each(name, transposed):
     assert_close([moved(rule_of(name, batched=True, transposed=transposed), start, grads)], [want], torch.float64)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_matrices_one_below_the_other_are_stepped_by_themselves(name, transposed):
+    """DBRX's experts, [experts x size, width]; also where each maps from its rows."""
+    start, grads = randn((8, 3), 1), [randn((8, 3), t) for t in range(2, 5)]
+    parts = [x.unflatten(0, (2, 4)) for x in (start, *grads)]
+    alone = rule_of(name, transposed=transposed)
+    want = torch.cat([moved(alone, parts[0][i], [g[i] for g in parts[1:]]) for i in range(2)])
+    assert_close([moved(rule_of(name, batched=2, transposed=transposed), start, grads)], [want], torch.float64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_before_two_sides_of_outputs(name):
+    """XLNet's [inputs, heads, size] is the transpose of [heads x size, inputs]."""
+    start, grads = randn((6, 2, 2), 1), [randn((6, 2, 2), t) for t in range(2, 5)]
+    want = moved(rule_of(name), start.flatten(1).T.contiguous(), [g.flatten(1).T.contiguous() for g in grads])
+    assert_close([moved(rule_of(name, transposed=True), start, grads).flatten(1)], [want.T], torch.float64)
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "conda"])
 def test_parts_of_rows_are_separate_parameters(name):
     """Fused query, key and value by `split_sizes`, heads by `num_heads`, in either orientation."""
@@ -74,7 +93,10 @@ def test_convolutions_are_flattened(name):
     [
         ((5,), {}, "no matrix"),
         ((4, 3), {"batched": True}, "three dimensions"),
-        ((4, 3, 2), {"transposed": True}, "transposed is for matrices"),
+        ((4, 3, 2, 2), {"transposed": True}, "transposed is for matrices"),
+        ((5, 3), {"batched": 2}, "no 2 matrices one below the other"),
+        ((4, 3, 2), {"batched": 2}, "no 2 matrices one below the other"),
+        ((4, 3), {"batched": 2, "num_heads": 4}, "2 rows are no 4 heads"),
         ((4, 3), {"split_sizes": (2, 1)}, "split_sizes .* of 4 rows"),
         ((4, 3), {"num_heads": 3}, "4 rows are no 3 heads"),
     ],
@@ -93,6 +115,9 @@ def test_layouts_that_do_not_fit_are_refused(shape, layout, part):
         ({"num_heads": 0}, "num_heads"),
         ({"num_heads": 2, "split_sizes": (2, 2)}, "give one of them"),
         ({"transposed": 1}, "transposed"),
+        ({"batched": 1}, "batched = 1"),
+        ({"batched": -2}, "batched = -2"),
+        ({"batched": "2"}, "batched = '2'"),
     ],
 )
 def test_layouts_that_are_none_are_refused(layout, part):

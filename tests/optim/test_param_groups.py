@@ -1,24 +1,44 @@
 """Blocks of a transformer by name, for the naming schemes of the common families; matrices and the rest."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 
-from optim import OPTIMIZERS, AdamW, AdamWRule, MuonRule, blockwise, create, group_table, hf, is_matrix
-from optim.param_groups import BLOCKS, PAPER_RATIOS, block_of, divide_groups, layouts
+from optim import (
+    OPTIMIZERS,
+    AdamW,
+    AdamWRule,
+    LionRule,
+    MuonRule,
+    blockwise,
+    create,
+    group_table,
+    hf,
+    is_matrix,
+    without_decay,
+)
+from optim.param_groups import PAPER_RATIOS, divide_groups
+from optim.roles import BLOCKS, block_of
 
 LAYER = "model.layers.0."
 NAMES = {
     "embedding": [
         "model.embed_tokens.weight", "transformer.wte.weight", "transformer.wpe.weight", "tok_embeddings.weight",
         "bert.embeddings.word_embeddings.weight", "bert.embeddings.token_type_embeddings.weight",
-        "gpt_neox.embed_in.weight", "base_model.model.model.embed_tokens.lora_embedding_A.default",
+        "gpt_neox.embed_in.weight", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "shared.weight", "model.decoder.embed_positions.weight", "vit.embeddings.patch_embeddings.projection.weight",
+        "base_model.model.model.embed_tokens.lora_embedding_A.default",
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default",
     ],
     "qk": [
         LAYER + "self_attn.q_proj.weight", LAYER + "self_attn.k_proj.weight", LAYER + "self_attn.q_proj.bias",
         "layers.0.attention.wq.weight", "layers.0.attention.wk.weight",
         "transformer.h.0.attn.q_attn.weight", "transformer.h.0.attn.k_attn.bias",
         "bert.encoder.layer.0.attention.self.query.weight", "bert.encoder.layer.0.attention.self.key.bias",
-        "distilbert.transformer.layer.0.attention.q_lin.weight",
+        "distilbert.transformer.layer.0.attention.q_lin.weight", "encoder.block.0.layer.0.SelfAttention.q.weight",
+        "prophetnet.decoder.layers.0.cross_attn.key_proj.weight", LAYER + "self_attn.indexer.wq_b.weight",
         "base_model.model." + LAYER + "self_attn.q_proj.lora_A.default.weight",
         "module._orig_mod." + LAYER + "_fsdp_wrapped_module.self_attn.k_proj.weight",
     ],
@@ -28,7 +48,9 @@ NAMES = {
         "transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_proj.weight",
         "transformer.h.0.attn.v_attn.weight", "bert.encoder.layer.0.attention.self.value.weight",
         "bert.encoder.layer.0.attention.output.dense.weight", "gpt_neox.layers.0.attention.query_key_value.weight",
-        "gpt_neox.layers.0.attention.dense.weight", "distilbert.transformer.layer.0.attention.out_lin.weight",
+        "gpt_neox.layers.0.attention.dense.weight", "decoder.block.0.layer.1.EncDecAttention.o.weight",
+        LAYER + "encoder_attn.out_proj.bias", "model.layers.0.attn.Wo.weight", LAYER + "self_attn.o_a_proj.weight",
+        "distilbert.transformer.layer.0.attention.out_lin.weight",
         "base_model.model.transformer.h.0.attn.c_proj.lora_B.default.weight",
     ],
     "ffn": [
@@ -37,18 +59,27 @@ NAMES = {
         "transformer.h.0.mlp.c_proj.weight", "transformer.h.0.mlp.w1.weight",
         "bert.encoder.layer.0.intermediate.dense.weight", "bert.encoder.layer.0.output.dense.weight",
         "gpt_neox.layers.0.mlp.dense_h_to_4h.weight", LAYER + "block_sparse_moe.experts.0.w1.weight",
-        LAYER + "block_sparse_moe.gate.weight", "distilbert.transformer.layer.0.ffn.lin1.weight",
+        LAYER + "block_sparse_moe.gate.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
+        "encoder.block.0.layer.1.DenseReluDense.wo.weight", "model.layers.0.mlp.Wo.weight",
+        LAYER + "mlp.experts.gate_up_proj_bias", LAYER + "mlp.router.weight",
+        "distilbert.transformer.layer.0.ffn.lin1.weight",
     ],
     "norm": [
         LAYER + "input_layernorm.weight", "model.norm.weight", LAYER + "self_attn.q_norm.weight",
         "transformer.h.0.ln_1.weight", "transformer.ln_f.bias", "model.final_layernorm.weight",
         "bert.embeddings.LayerNorm.weight", "bert.encoder.layer.0.attention.output.LayerNorm.bias",
-        "layers.0.attention_norm.weight", LAYER + "mlp.norm.weight", "lm_head.layer_norm.weight", "embed_norm.weight",
+        "layers.0.attention_norm.weight", "vit.layernorm.weight", "backbone.norm_f.weight", "embeddings.norm.weight",
+        LAYER + "mlp.norm.weight", "lm_head.layer_norm.weight", "embed_norm.weight",
     ],
     "head": [
         "lm_head.weight", "output.weight", "score.weight", "classifier.bias", "gpt_neox.embed_out.weight",
-        "bert.pooler.dense.weight", "cls.predictions.transform.dense.weight", "cls.predictions.bias",
+        "bert.pooler.dense.weight", "decoder.bias", "head.dense.weight", "lm_head.dense.bias",
+        "cls.predictions.transform.dense.weight", "cls.predictions.bias",
         "base_model.model.lm_head.lora_A.default.weight",
+    ],
+    "other": [
+        "logit_scale", "conv1.weight", "mat", "0.weight", "backbone.layers.0.mixer.A_log", LAYER + "self_attn.sinks",
+        "backbone.layers.0.mixer.conv1d.weight", LAYER + "linear_attn.dt_bias", "model.encoder.conv2.bias",
     ],
 }
 
@@ -62,12 +93,6 @@ def test_block_of(block, name):
     assert block_of(name) == block
 
 
-@pytest.mark.parametrize("name", ["logit_scale", "conv1.weight", "mat", "0.weight", "model.layers.0.mixer.A_log"])
-def test_unknown_names_are_errors(name):
-    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        block_of(name)
-
-
 # ---------------------------------------------------------------------------------------- blockwise learning rates
 
 
@@ -75,13 +100,14 @@ def named(names):
     return [(name, torch.nn.Parameter(torch.ones(2, 2))) for name in names]
 
 
-ALL = [name for names in NAMES.values() for name in names]
+KNOWN = {block: names for block, names in NAMES.items() if block != "other"}
+ALL = [name for names in KNOWN.values() for name in names]
 
 
 def test_blockwise_groups():
     """Every tensor is in one group, at the paper's ratio to the base; any optimizer takes the groups."""
     groups = blockwise(named(ALL), lr=1e-3)
-    assert {group["block"] for group in groups} == set(BLOCKS)
+    assert {group["block"] for group in groups} == set(KNOWN)
     for group in groups:
         assert [name for name, _ in group["params"]] == NAMES[group["block"]]
         assert group["lr_ratio"] == PAPER_RATIOS[group["block"]]
@@ -95,7 +121,7 @@ def test_blockwise_groups():
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_create_with_block_ratios_divides_any_optimizer(name):
     """Also those that make groups of their own; nothing is lost, and nothing but the rates changes."""
-    chosen = [names[0] for names in NAMES.values()]
+    chosen = [names[0] for names in KNOWN.values()]
     plain, ours = create(name, named(chosen), lr=0.01), create(name, named(chosen), lr=0.01, block_ratios="paper")
     before = {n: g for g in plain.param_groups for n in g["param_names"]}
     after = {n: g for g in ours.param_groups for n in g["param_names"]}
@@ -115,8 +141,8 @@ def test_own_ratios_and_blocks():
 @pytest.mark.parametrize(
     ("error", "part", "call"),
     [
-        (ValueError, "'model.mystery'", lambda: blockwise(named([*ALL, "model.mystery"]), lr=1.0)),
-        (ValueError, "'model.mystery'", lambda: create("lion", named(["model.mystery"]), lr=1.0, block_ratios="paper")),
+        (ValueError, "blocks names 'wqe', which is in the name of no parameter",
+         lambda: blockwise(named(ALL), lr=1.0, blocks={"wqe": "qk"})),
         (ValueError, "'embedding', which has no ratio", lambda: blockwise(named(ALL), lr=1.0, ratios={"qk": 1.0})),
         (ValueError, "'papers'", lambda: blockwise(named(ALL), lr=1.0, ratios="papers")),
         (ValueError, "block 'qk' is -1", lambda: blockwise(named(ALL), lr=1.0, ratios={"qk": -1})),
@@ -152,7 +178,7 @@ def test_every_parameter_of_a_real_architecture_has_a_block(family):
     groups = blockwise(model.named_parameters(), lr=1.0)
     fused = family in ("gpt2", "phi3", "gpt_neox")  # query, key and value in one matrix: "vo"
     tied = family in ("gpt2", "qwen2") and config.tie_word_embeddings
-    assert {group["block"] for group in groups} == set(BLOCKS) - ({"qk"} if fused else set()) - (
+    assert {group["block"] for group in groups} == set(KNOWN) - ({"qk"} if fused else set()) - (
         {"head"} if tied else set()
     )
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
@@ -184,21 +210,6 @@ def shaped(shapes):
     return [(name, torch.nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
 
 
-def test_layouts():
-    """GPT-2's Conv1D by its wider matrices, where nanoGPT has the same names; experts in one tensor."""
-    gpt2 = {"h.0.attn.c_attn.weight": (4, 12), "h.0.attn.c_proj.weight": (4, 4), "h.0.mlp.c_fc.weight": (4, 16),
-            "h.0.mlp.c_proj.weight": (16, 4), "h.0.attn.c_attn.bias": (12,), "h.0.other.weight": (4, 12),
-            "h.0.attn.c_attn.lora_A.default.weight": (2, 4)}  # fmt: skip
-    turned = {name: {"transposed": True} for name in list(gpt2)[:4]}
-    assert layouts(shaped(gpt2)) == turned
-    assert layouts(shaped({name: shape[::-1] for name, shape in gpt2.items()})) == {}
-    wrapped = {f"base_model.model.{name.replace('.weight', '.base_layer.weight')}": gpt2[name] for name in turned}
-    assert set(layouts(shaped(wrapped))) == set(wrapped)
-    assert layouts(shaped({"h.0.attn.c_proj.weight": (4, 4)})) == {}, "a square matrix tells nothing"
-    experts = {"model.layers.0.mlp.experts.gate_up_proj": (4, 6, 3), "model.layers.0.mlp.experts.0.w1.weight": (6, 3)}
-    assert layouts(shaped(experts)) == {"model.layers.0.mlp.experts.gate_up_proj": {"batched": True}}
-
-
 LAYERS = {
     "model.embed_tokens.weight": (10, 4), LAYER + "self_attn.qkv_proj.weight": (8, 4),
     LAYER + "mlp.router.weight": (3, 4), LAYER + "mlp.up_proj.weight": (6, 4),
@@ -216,6 +227,22 @@ def test_assign_wins_over_names_and_shapes():
     assert split["rule"] == MuonRule(split_sizes=(4, 2, 2)) and split["weight_decay"] == 0.2
     assert plain["param_names"] == ["lm_head.weight"] and plain["rule"] == MuonRule()
     assert rest["param_names"] == [n for n in LAYERS if n not in (*split["param_names"], *plain["param_names"])]
+
+
+def test_rates_alone_do_not_make_a_matrix():
+    """A bias beside an assigned matrix goes to AdamW at the assigned rate; fields of the rule are for tensors."""
+    shapes = LAYERS | {LAYER + "self_attn.qkv_proj.bias": (8,)}
+    optimizer = create("muon", shaped(shapes), lr=0.1, adamw_lr=0.2, assign={
+        "qkv_proj": {"split_sizes": (4, 2, 2), "lr": 0.3}, "embed": {"lr": 0.4}, "up_proj": {"weight_decay": 0.5},
+        "lm_head": {"momentum": 0.6, "lr": 0.7},
+    })  # fmt: skip
+    found = {n: (rule.name, lr, decay) for n, (rule, lr, decay) in by_rule(optimizer).items()}
+    assert found == {
+        LAYER + "self_attn.qkv_proj.weight": ("muon", 0.3, 0.0), LAYER + "self_attn.qkv_proj.bias": ("adamw", 0.3, 0.0),
+        "model.embed_tokens.weight": ("adamw", 0.4, 0.0), LAYER + "mlp.up_proj.weight": ("muon", 0.1, 0.5),
+        LAYER + "mlp.router.weight": ("muon", 0.1, 0.0), LAYER + "input_layernorm.weight": ("adamw", 0.2, 0.0),
+        "lm_head.weight": ("muon", 0.7, 0.0),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -264,3 +291,273 @@ def test_group_table():
     assert turned.split()[:4] == ["1", "muon_8bit,", "transposed", "True"], "of the rule inside, what differs"
     assert plain.split()[:3] == ["2", "muon_8bit", "1"]
     assert "adamw" in group_table(AdamW([torch.nn.Parameter(torch.ones(2))])), "parameters without names too"
+
+
+# ----------------------------------------------------------------------------------------------- groups that come later
+
+
+def by_rule(optimizer):
+    """name -> (rule, lr, weight decay)."""
+    return {n: (g["rule"], float(g["lr"]), g["weight_decay"]) for g in optimizer.param_groups for n in g["param_names"]}
+
+
+def halves():
+    """Two halves of the parameters of a small mixture, and both."""
+    first = {
+        "model.embed_tokens.weight": (9, 4), LAYER + "self_attn.q_proj.weight": (4, 4), LAYER + "norm.weight": (4,),
+        "lm_head.weight": (9, 4), LAYER + "self_attn.o_proj.weight": (4, 4), LAYER + "self_attn.o_proj.bias": (4,),
+    }  # fmt: skip
+    second = {
+        "model.layers.1.mlp.experts.gate_up_proj": (2, 4, 12), "model.layers.1.mlp.experts.down_proj": (2, 6, 4),
+        "model.layers.1.mlp.experts.down_proj_bias": (2, 4), "model.layers.1.norm.weight": (4,),
+        "model.layers.1.self_attn.k_proj.weight": (4, 4),
+    }  # fmt: skip
+    return shaped(first), shaped(second), shaped(first | second)
+
+
+@pytest.mark.parametrize(("ratios", "decay_all"), [(None, True), ("paper", False)])
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_a_group_that_comes_later_is_divided_in_the_same_way(name, ratios, decay_all):
+    """As if it had been there from the start; a copy of the optimizer does the same."""
+    first, second, both = halves()
+    settings = {"lr": 0.1, "weight_decay": 0.3, "block_ratios": ratios, "decay_all": decay_all}
+    assign = {"o_proj": {"lr": 0.7}}
+    whole, later = (create(name, given, assign=assign, **settings) for given in (both, first))
+    for optimizer in (later, copy.deepcopy(later)):
+        optimizer.add_param_group({"params": iter(second)})
+        assert by_rule(optimizer) == by_rule(whole)
+        assert all(group["params"] for group in optimizer.param_groups)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        optimizer.step()
+
+
+def test_a_later_group_has_settings_of_its_own():
+    first, second, _ = halves()
+    optimizer = create("normuon", first, lr=0.02, weight_decay=0.1)
+    own = {"lr": 0.5, "weight_decay": 0.2, "momentum": 0.8, "adamw_eps": 1e-3, "tag": "late"}
+    optimizer.add_param_group({"params": second} | own)
+    *_, straight, rest = optimizer.param_groups
+    assert straight["rule"].momentum == 0.8 and straight["lr"] == 0.5 and straight["weight_decay"] == 0.2
+    assert rest["rule"].name == "adamw" and rest["rule"].eps == 1e-3 and rest["weight_decay"] == 0.2
+    assert rest["lr"] == pytest.approx(3e-4), "the rate that the optimizer has for AdamW"
+    assert straight["tag"] == rest["tag"] == "late"
+
+    muon = create("muon", first, lr=0.02)
+    muon.add_param_group({"params": second[:2] + second[2:], "lr": 0.5})
+    assert {float(g["lr"]) for g in muon.param_groups[2:]} == {0.5}, "one rate for both, as at first"
+    for key in ("adamw_lr", "adamw_weight_decay"):
+        muon = create("muon", first, lr=0.02)
+        muon.add_param_group({"params": second, key: 0.25})
+        assert muon.param_groups[-1][key.removeprefix("adamw_")] == 0.25 != muon.param_groups[-2].get(key)
+
+
+def test_a_later_group_with_a_rule_is_left_as_it_is():
+    first, second, _ = halves()
+    optimizer = create("muon", first, lr=0.02)
+    optimizer.add_param_group({"params": second[:1], "rule": AdamWRule(), "lr": 1.0})
+    assert optimizer.param_groups[-1]["rule"] == AdamWRule() and len(optimizer.param_groups) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "part", "group"),
+    [
+        (TypeError, "tells matrices by name", lambda p: [p]),
+        (TypeError, "tells matrices by name", lambda p: p),
+        (ValueError, "more than one parameter group", lambda p: [("lm_head.weight", p), ("new.weight", p)]),
+        (TypeError, "int", lambda p: [("a.weight", p), ("b.weight", torch.ones(2, 2, dtype=torch.int64))]),
+    ],
+)
+def test_a_later_group_that_is_refused_leaves_nothing(error, part, group):
+    first, _, _ = halves()
+    optimizer = create("muon", first, lr=0.02)
+    before = by_rule(optimizer)
+    fresh = dict(first)["lm_head.weight"] if "more" in part else torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(error, match=part):
+        optimizer.add_param_group({"params": group(fresh)})
+    assert by_rule(optimizer) == before
+
+
+def test_muon_with_a_rate_of_its_own_needs_adamws_for_later_vectors_too():
+    first, second, _ = halves()
+    optimizer = create("muon", [first[1]], lr=0.02, convention="keller_jordan")
+    with pytest.raises(ValueError, match=r"scale 'original'.*down_proj_bias.*give adamw_lr"):
+        optimizer.add_param_group({"params": second, "lr": 0.5})
+    optimizer.add_param_group({"params": second, "adamw_lr": 3e-4})
+    assert optimizer.param_groups[-1]["lr"] == 3e-4 and len(optimizer.param_groups) == 4
+
+
+def test_later_groups_of_a_model_are_told_by_its_modules():
+    """Also what was frozen at first."""
+    model = torch.nn.ModuleDict({"codes": torch.nn.Embedding(5, 4), "norm": torch.nn.Linear(4, 4),
+                                 "map": torch.nn.Linear(4, 4)})  # fmt: skip
+    for name in ("codes", "norm"):
+        model[name].requires_grad_(False)
+    optimizer = create("muon", model, lr=0.1)
+    assert [g["param_names"] for g in optimizer.param_groups] == [["map.weight"], ["map.bias"]]
+    optimizer.add_param_group({"params": [(n, p) for n, p in model.named_parameters() if not p.requires_grad]})
+    rules = {n: rule.name for n, (rule, _, _) in by_rule(optimizer).items()}
+    assert rules == {"map.weight": "muon", "map.bias": "adamw", "norm.weight": "muon", "norm.bias": "adamw",
+                     "codes.weight": "adamw"}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ by name, for any optimizer
+
+
+def test_any_optimizer_takes_settings_by_name():
+    optimizer = create("lion", shaped(LAYERS), lr=0.1, weight_decay=0.2, assign={
+        "router": {"lr": 0.5, "betas": (0.5, 0.6)}, "layernorm": {"weight_decay": 0.0}, "layers": {"lr": 0.3},
+    })  # fmt: skip
+    found = by_rule(optimizer)
+    assert found[LAYER + "mlp.router.weight"] == (LionRule(betas=(0.5, 0.6)), 0.5, 0.2)
+    assert found[LAYER + "input_layernorm.weight"] == (LionRule(), 0.1, 0.0)
+    assert found[LAYER + "mlp.up_proj.weight"] == (LionRule(), 0.3, 0.2)
+    assert found["lm_head.weight"] == (LionRule(), 0.1, 0.2) and len(optimizer.param_groups) == 4
+    mini = create("adam_mini", shaped(LAYERS), lr=0.1, assign={"router": {"blocks": "tensor"}, "up_proj": {"lr": 1.0}})
+    assert by_rule(mini)[LAYER + "mlp.router.weight"][0].blocks == "tensor"
+    assert by_rule(mini)[LAYER + "mlp.up_proj.weight"][1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("assign", "part"),
+    [
+        ({"routr": {"lr": 0.1}}, "'routr', which is in the name of no parameter"),
+        (["router"], r"assign = \['router'\]; expected a mapping"),
+        ({"router": "matrix"}, r"assign\['router'\] = 'matrix'; expected settings out of"),
+        ({"router": {"momentm": 0.9}}, "momentm"),
+    ],
+)
+def test_settings_by_name_that_mean_nothing_are_refused(assign, part):
+    with pytest.raises((TypeError, ValueError), match=part):
+        create("lion", shaped(LAYERS), lr=0.1, assign=assign)
+
+
+def test_blocks_by_name_go_with_ratios_or_with_adam_mini():
+    names = ["backbone.layers.0.mixer.A_log", "lm_head.weight"]
+    groups = create("adamw", named(names), lr=0.1, block_ratios="paper", blocks={"A_log": "ffn"}).param_groups
+    assert {g["block"]: float(g["lr"]) for g in groups} == pytest.approx({"ffn": 0.6, "head": 0.1})
+    mini = create("adam_mini", named(names), lr=0.1, blocks={"A_log": "ffn"}, block_ratios="paper")
+    assert by_rule(mini)[names[0]][1] == pytest.approx(0.6) and by_rule(mini)[names[0]][0].blocks == "row"
+    for blocks, more in (({"A_log": "ffn"}, {}), ("row", {"block_ratios": "paper"})):
+        with pytest.raises(TypeError, match="'adamw' has no blocks; .*block_ratios"):
+            create("adamw", named(names), lr=0.1, blocks=blocks, **more)
+
+
+# --------------------------------------------------------------------------------------------- names that tell no block
+
+
+def test_what_is_in_no_block_has_the_base_rate_and_is_named_once():
+    names = ["backbone.layers.0.mixer.A_log", *(f"backbone.layers.{i}.mixer.conv1d.weight" for i in range(4)), *ALL]
+    with pytest.warns(UserWarning) as seen:
+        groups = blockwise(named(names), lr=0.1)
+    (message,) = [str(w.message) for w in seen]
+    assert message.startswith(f"5 of {len(names)} parameters are in no block")
+    assert "('backbone.layers.0.mixer.A_log', " in message
+    assert message.endswith("blocks={'A_log': 'norm'}") and ", ...)" in message
+    other = next(g for g in groups if g["block"] == "other")
+    assert (other["lr"], other["lr_ratio"], len(other["params"])) == (0.1, 1.0, 5)
+    quiet = blockwise(named(names), lr=0.1, ratios=dict(PAPER_RATIOS) | {"other": 0.5})
+    assert next(g for g in quiet if g["block"] == "other")["lr"] == 0.05, "who gives it a ratio knows of it"
+    blockwise(named(names), lr=0.1, blocks={"A_log": "norm", "conv1d": "ffn"})
+    with pytest.warns(UserWarning, match="'mat'"):
+        create("lion", named(["mat"]), lr=1.0, block_ratios={"qk": 2.0})
+
+
+OTHERS = ["T5ForConditionalGeneration", "ModernBertForMaskedLM", "GptOssForCausalLM", "Qwen3NextForCausalLM",
+          "MambaForCausalLM", "WhisperForConditionalGeneration", "BartForConditionalGeneration",
+          "ViTForImageClassification"]  # fmt: skip
+
+
+def meta_model(name):
+    """A model of two layers without data."""
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, name)
+    config = kind.config_class()
+    for key in ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"):
+        if isinstance(getattr(config, key, None), int):
+            setattr(config, key, 2)
+    if isinstance(vars(config).get("layer_types"), list):
+        config.layer_types = config.layer_types[-2:]
+    with torch.device("meta"):
+        return kind(config)
+
+
+@pytest.mark.filterwarnings("ignore:.*in no block of a transformer")
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_architecture_has_blocks_and_adam_mini(name):
+    """Encoder-decoders, encoders, vision, mixtures and state-space models: nothing is refused, few are in no block."""
+    model = meta_model(name)
+    for create_from in (model, list(model.named_parameters())):
+        mini = create("adam_mini", create_from, lr=0.1, weight_decay=0.1, head_dim=64)
+        ratios = create("adamw", create_from, lr=0.1, block_ratios="paper")
+        for optimizer in (mini, ratios):
+            trained = {n for n, p in model.named_parameters() if p.requires_grad or create_from is not model}
+            assert set(by_rule(optimizer)) == trained
+    numbers = {block: 0 for block in BLOCKS}
+    for n, p in model.named_parameters():
+        numbers[block_of(n)] += p.numel()
+    assert numbers["other"] < 0.02 * sum(numbers.values()) or "Mamba" in name
+    for n, (rule, _, decay) in by_rule(mini).items():
+        p = dict(model.named_parameters())[n]
+        if p.ndim == 1 and block_of(n) != "norm":
+            assert rule.blocks in ("element", "tensor")
+        if p.ndim == 3 and "experts" in n:
+            assert rule.blocks == p.shape[-1], "one second moment for each row of each expert"
+        assert (decay == 0) == (n.endswith("bias") or block_of(n) == "norm"), n
+
+
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration",
+                                  "WhisperForConditionalGeneration", "ModernBertForMaskedLM",
+                                  "ViTForImageClassification"])  # fmt: skip
+def test_matrices_of_encoders_and_of_encoder_decoders(name):
+    """The linear layers that are no heads, and Whisper's convolutions behind its first."""
+    model = meta_model(name)
+    heads = ("lm_head", "proj_out", "decoder.weight", "classifier", "head.")
+    linear = {f"{n}.weight" for n, m in model.named_modules()
+              if isinstance(m, torch.nn.Linear) and not f"{n}.weight".startswith(heads)}  # fmt: skip
+    convolutions = {"model.encoder.conv1.weight", "model.encoder.conv2.weight"} if "Whisper" in name else set()
+    for given in (model, model.named_parameters()):
+        groups = create("muon", given, lr=0.1).param_groups
+        got = {n for g in groups for n in g["param_names"] if g["rule"].name == "muon"}
+        assert got == linear | convolutions
+
+
+# ------------------------------------------------------------------------------------ weight decay of norms and biases
+
+
+def test_norms_and_biases_by_names_and_by_modules():
+    model = torch.nn.ModuleDict({"ln_1": torch.nn.LayerNorm(4), "norm": torch.nn.RMSNorm(4),
+                                 "map": torch.nn.Linear(4, 4), "scale": torch.nn.LayerNorm(4),
+                                 "norms": torch.nn.RMSNorm(4)})  # fmt: skip
+    by_module = {"ln_1.weight", "ln_1.bias", "norm.weight", "map.bias", "scale.weight", "scale.bias"}
+    names = [name for name, _ in model.named_parameters()]
+    assert without_decay(names, model) == by_module, "Trainer's: RMSNorm by its name alone"
+    assert without_decay(names) == by_module - {"ln_1.weight", "scale.weight"}
+    for given, spared in ((model, by_module), (model.named_parameters(), by_module - {"scale.weight"} | {"norms.weight"})):
+        optimizer = create("adamw", given, lr=0.1, weight_decay=0.2, decay_all=False)
+        assert {n for n, (_, _, decay) in by_rule(optimizer).items() if decay == 0.0} == spared
+        assert {decay for _, _, decay in by_rule(optimizer).values()} == {0.0, 0.2}
+    assert {decay for _, _, decay in by_rule(create("adamw", model, lr=0.1, weight_decay=0.2)).values()} == {0.2}
+    muon = create("muon", model, lr=0.1, weight_decay=0.2, adamw_weight_decay=0.4, decay_all=False)
+    assert {n: d for n, (_, _, d) in by_rule(muon).items() if d} == {"map.weight": 0.2, "norms.weight": 0.4}
+
+
+def test_trainer_and_create_spare_the_same(tmp_path):
+    """`hf.resolve` is `create` with the model, and without decay on norms and biases."""
+    model = torch.nn.ModuleDict({"ln_1": torch.nn.LayerNorm(4), "map": torch.nn.Linear(4, 4)})
+    factory, hyper = hf.resolve("lion", lr=0.1, weight_decay=0.2)
+    assert by_rule(factory()(model, **hyper)) == by_rule(create("lion", model, decay_all=False, **hyper))
+    factory, hyper = hf.resolve("lion", lr=0.1, weight_decay=0.2, decay_all=True, assign={"map": {"lr": 1.0}})
+    assert by_rule(factory()(model, **hyper)) == by_rule(create("lion", model, **hyper))
+    factory, hyper = hf.resolve("adam_mini", lr=0.1, blocks={"map": "tensor"})
+    assert by_rule(factory()(model, **hyper))["map.weight"][0].blocks == "tensor"
+
+
+def test_a_model_trains_what_requires_a_gradient():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    model["b"].requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = create("sgd", model, lr=0.1), AdamW(model), create("adam_mini", model, lr=0.1)
+    assert all(set(by_rule(optimizer)) == {"a.weight", "a.bias"} for optimizer in made)

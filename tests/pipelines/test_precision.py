@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from optim import hf
+from optim import without_decay
 from pipelines import models, order_setting, train, trainer
 from pipelines.config import LoraConfig, ModelConfig, TrainConfig, TrainingConfig
 from tests.pipelines.conftest import make_world
@@ -90,7 +90,7 @@ def test_norms_and_biases_have_no_weight_decay(world, name):
     """As with Trainer and `optim.hf.resolve`, in the one place where training and orders get their optimizer."""
     module = models.load(ModelConfig(name=str(world.model))).model.requires_grad_(True)
     module.model.layers[0].self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(32))
-    spared = hf.undecayed(module)
+    spared = without_decay([n for n, _ in module.named_parameters()], module)
     names = {n for n, _ in module.named_parameters()}
     recipe = TrainingConfig(optimizer=name, weight_decay=0.1)
     assert decayed(trainer.optimizer_of(recipe, module)) == names - spared and len(spared) == 6

@@ -148,7 +148,6 @@ def test_proposals():
 @pytest.mark.parametrize(
     ("part", "call"),
     [
-        ("'mystery'", lambda p, f: block_sharpness([f], [("mystery", torch.nn.Parameter(torch.ones(1)))])),
         ("empty", lambda p, f: block_sharpness([], p.items())),
         ("labels = 'own'", lambda p, f: block_sharpness([f], p.items(), labels="own")),
         ("cross_entropy", lambda p, f: block_sharpness([lambda: p["score.weight"].sum()], p.items())),
