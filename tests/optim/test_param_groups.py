@@ -534,7 +534,8 @@ def test_norms_and_biases_by_names_and_by_modules():
     names = [name for name, _ in model.named_parameters()]
     assert without_decay(names, model) == by_module, "Trainer's: RMSNorm by its name alone"
     assert without_decay(names) == by_module - {"ln_1.weight", "scale.weight"}
-    for given, spared in ((model, by_module), (model.named_parameters(), by_module - {"scale.weight"} | {"norms.weight"})):
+    by_names = by_module - {"scale.weight"} | {"norms.weight"}
+    for given, spared in ((model, by_module), (model.named_parameters(), by_names)):
         optimizer = create("adamw", given, lr=0.1, weight_decay=0.2, decay_all=False)
         assert {n for n, (_, _, decay) in by_rule(optimizer).items() if decay == 0.0} == spared
         assert {decay for _, _, decay in by_rule(optimizer).values()} == {0.0, 0.2}
