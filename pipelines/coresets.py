@@ -65,8 +65,8 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
     taken of the GPU in the step, choosing included (torch's peak statistics are reset for that); on a CPU it is the
     most that the process has held so far.
     Rows without a supervised token, which train nothing, are never chosen.
-    Raises: UsageError for packing, images, FSDP or DeepSpeed, clusters, a missing source column, and sizes that do not fit; see
-    also `datatools.CoLM`. Nothing of the training state has changed when a choice raises.
+    Raises: UsageError for packing, images, FSDP or DeepSpeed, clusters, a missing source column, and sizes that do not
+    fit; see also `datatools.CoLM`. Nothing of the training state has changed when a choice raises.
     """
 
     choose: CoresetConfig | None = None

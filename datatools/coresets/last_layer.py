@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from datatools.coresets.value_rows import NAMES, Found, Kind, Place, all_of, blocks_of, look, matrices_of
@@ -68,6 +69,8 @@ class LastLayer:
         kind = type(model).__name__
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise DataError(f"{kind} is an encoder-decoder; coresets need a decoder-only model")
+        if hasattr(model, "_orig_mod") or isinstance(model, DistributedDataParallel):
+            raise DataError(f"{kind} is a wrapper whose layers hooks do not see; pass the model that is inside it")
         if not _takes_tokens(model):
             return _by_name(cls, model, projection)
         known = matrices_of(model)
@@ -78,8 +81,8 @@ class LastLayer:
                 found = look(model, lambda rows, tokens: _logits(model, _tokens(model, rows, tokens)), projection)
             except Exception as error:  # whatever a model raises that wants other inputs
                 raise DataError(
-                    f"{kind}: a few random tokens could not be passed through it ({_line(error)}); coresets need a "
-                    "decoder that takes input_ids alone"
+                    f"{kind}: a few random tokens could not be passed through it and back ({_line(error)}); coresets "
+                    "need a decoder that takes input_ids alone and can be differentiated here"
                 ) from error
             if projection is not None and projection not in found.first:
                 raise DataError(f"{kind}: no decoder layer uses {projection!r}; name a linear layer inside one")
