@@ -289,7 +289,8 @@ def check_values(name: str) -> Outcome:
     """The matrix that a coreset reads: its rows are the values and nothing else; its gradients are exact."""
     model = build(name, dtype=torch.float64)
     try:
-        target = LastLayer.of(model)
+        with in_float64():
+            target = LastLayer.of(model)
     except DatatoolsError as error:
         return Outcome("refused", _short(error))
     data = rows(THREE)
@@ -300,9 +301,9 @@ def check_values(name: str) -> Outcome:
         with torch.no_grad():
             chosen = target.embed(torch.ones(target.shape)) != 0
             noise = torch.randn(target.parameter.shape, generator=generator)
-            before = _Attention.of(model, batch)
-            inside = _Attention.of(model, batch, target.parameter, noise * chosen)
-            outside = _Attention.of(model, batch, target.parameter, noise * ~chosen)
+            before = _Attention.of(model, batch, target)
+            inside = _Attention.of(model, batch, target, noise * chosen)
+            outside = _Attention.of(model, batch, target, noise * ~chosen)
         note = _only_values(before, inside, outside, whole=bool(chosen.all()))
         want = torch.stack(
             [
@@ -318,68 +319,96 @@ def check_values(name: str) -> Outcome:
 
 
 class _Attention(TorchFunctionMode):
-    """What every attention of a forward pass computed: probabilities, or queries and keys; and its values."""
+    """What attention computed in the first call of a decoder layer: probabilities, or queries and keys; and its values.
+
+    Later layers, and later calls of the same one, see other hidden states.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.weights: list[Tensor] = []
         self.values: list[Tensor] = []
-        self._pointers: dict[int, int] = {}
+        self.calls = 0
+        self.on = False
+        self._softmax: dict[int, Tensor] = {}  # by address; kept, so that no other tensor gets it
         self.logits = torch.zeros(0)
 
     @classmethod
     def of(
-        cls, model: nn.Module, batch: Mapping[str, Tensor], parameter: Tensor | None = None, move: Tensor | None = None
+        cls, model: nn.Module, batch: Mapping[str, Tensor], target: LastLayer, move: Tensor | None = None
     ) -> _Attention:
         found = cls()
-        if parameter is not None and move is not None:
-            parameter.add_(move)
+
+        def enter(*_: Any) -> None:
+            found.calls += 1
+            found.on = found.calls == 1
+
+        def leave(*_: Any) -> None:
+            found.on = False
+
+        layer = target.layers[-1]
+        handles = [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+        if move is not None:
+            target.parameter.add_(move)
         try:
             with found:
                 found.logits = model(input_ids=batch["input_ids"], use_cache=False).logits
         finally:
-            if parameter is not None and move is not None:
-                parameter.sub_(move)
+            if move is not None:
+                target.parameter.sub_(move)
+            for handle in handles:
+                handle.remove()
         return found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self.on:
+            return func(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
             q, k, v = (*args, *(kwargs[key] for key in ("query", "key", "value")[len(args) :] if key in kwargs))[:3]
             self.weights.append(torch.cat([q.flatten(), k.flatten()]).clone())
             self.values.append(v.clone())
             return func(*args, **kwargs)
         if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm) and len(args) == 2:
-            if self._pointers.get(args[0].data_ptr()) == args[0].numel():
+            if args[0].data_ptr() in self._softmax:  # also what is left of it without the column of a sink
                 self.values.append(args[1].clone())
         result = func(*args, **kwargs)
-        if func in (functional.softmax, torch.softmax, Tensor.softmax) and result.ndim >= 3:
+        if func in (functional.softmax, torch.softmax, Tensor.softmax) and _between_tokens(result):
             self.weights.append(result.clone())
-            self._pointers[result.data_ptr()] = result.numel()
-            self._kept = result  # no other tensor gets its memory
+            self._softmax[result.data_ptr()] = result
         return result
+
+
+def _between_tokens(probabilities: Tensor) -> bool:
+    """Whether a softmax is one of attention, not of a router over experts [rows, tokens, experts]."""
+    return probabilities.ndim >= 4 or (probabilities.ndim == 3 and probabilities.shape[0] != len(THREE))
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference; where both are NaN (rows of attention that are masked as a whole) there is none."""
+    same = a.isnan() & b.isnan()
+    return float((a - b).masked_fill(same, 0).abs().max()) if a.shape == b.shape else float("inf")
 
 
 def _only_values(before: _Attention, inside: _Attention, outside: _Attention, *, whole: bool) -> str:
     """Moving the chosen rows moves values and no weight of attention; moving the other rows moves no value."""
-    moved = float((inside.logits - before.logits).abs().max())
-    if not moved > 1e-9:
+    if not float((inside.logits - before.logits).abs().max()) > 1e-9:
         raise Wrong("moving the value rows changes no output")
     if not before.weights:
         return "no attention to compare with"
-    for a, b in zip(before.weights, inside.weights, strict=True):
-        if a.shape != b.shape or not float((a - b).abs().max()) <= 1e-9:
-            raise Wrong("moving the value rows changes queries, keys or probabilities")
-    if not before.values:
-        return "values not seen"
     if not len(before.values) == len(inside.values) == len(outside.values):
         raise Wrong("moving weights changes how many values there are")
-    if all(float((a - b).abs().max()) <= 1e-9 for a, b in zip(before.values, inside.values, strict=True)):
+    moved = max((_apart(a, b) for a, b in zip(before.values, inside.values, strict=True)), default=None)
+    if moved is not None and not moved > 1e-9:
         raise Wrong("moving the value rows changes no value")
-    if not whole:
-        for a, b in zip(before.values, outside.values, strict=True):
-            if float((a - b).abs().max()) > 1e-9:
-                raise Wrong("moving the other rows changes values")
+    if max(_apart(a, b) for a, b in zip(before.weights, inside.weights, strict=True)) > 1e-9:
+        if whole and moved is not None:
+            return "keys are values too"
+        raise Wrong("moving the value rows changes queries, keys or probabilities")
+    if moved is None:
+        return "values not seen"
+    if not whole and any(_apart(a, b) > 1e-9 for a, b in zip(before.values, outside.values, strict=True)):
+        raise Wrong("moving the other rows changes values")
     return ""
 
 
