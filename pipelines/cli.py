@@ -644,11 +644,9 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a run", show_default=False)],
 ) -> None:
     """Draw report.html of a run again, from what the run has written."""
-    from pipelines import coreset_report, diagnose_view
-    from pipelines.report import render
+    from pipelines.pages import draw
 
-    others = {"diagnose.json": diagnose_view.render, "coreset.json": coreset_report.render}
-    typer.echo(next((draw for name, draw in others.items() if (folder / name).is_file()), render)(folder))
+    typer.echo(draw(folder))
 
 
 @_command("demo", "datatools demo", "datatools demo --out runs/demo-3 --set seeds=3")

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from datatools import DataError, EnvironmentProblem, Order, UsageError, order
-from pipelines import models, order_report, train, trainer
+from pipelines import models, order_report, pages, train, trainer
 from pipelines import order as pipeline
 from pipelines.config import (
     DataConfig,
@@ -72,6 +72,8 @@ def test_validation_says_what_it_must(validated: Path) -> None:
     best = found["estimators"]["own-moments"]
     assert best["spearman"] == pytest.approx(1.0) and best["mae_relative"] < 0.2
     page = (validated / "report.html").read_text()
+    (validated / "report.html").unlink()
+    assert pages.draw(validated) == validated / "report.html" and (validated / "report.html").read_text() == page
     assert "order-square" in page and "order-heat" in page and "<script" not in page
 
 
