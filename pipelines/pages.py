@@ -30,7 +30,7 @@ def draw(folder: Path) -> Path:
     if not (folder / "run.yaml").is_file():
         raise UsageError(f"report {folder}: not the folder of a run (run.yaml is missing)")
     raise DataError(
-        f"report {folder}: there is nothing to draw yet: the run has written none of {', '.join(KINDS)}. A run that was "
-        "interrupted writes it when the same command is given again; training has a report where it chose coresets, "
-        "and an audit is drawn into the report of its selection"
+        f"report {folder}: there is nothing to draw yet: the run has written none of {', '.join(KINDS)}. A run that "
+        "was interrupted writes it when the same command is given again; training has a report where it chose "
+        "coresets, and an audit is drawn into the report of its selection"
     )

@@ -12,7 +12,7 @@ def test_folders_without_a_report_are_told_apart(tmp_path):
     with pytest.raises(UsageError, match="run.yaml is missing"):
         pages.draw(tmp_path)
     (tmp_path / "run.yaml").write_text("seed: 0\n")
-    with pytest.raises(DataError, match=r"nothing to draw yet.*summary.json, diagnose.json, coreset.json, validation.json"):
+    with pytest.raises(DataError, match=r"nothing to draw yet.*summary.json.*validation.json"):
         pages.draw(tmp_path)
 
 
