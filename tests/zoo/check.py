@@ -288,23 +288,24 @@ def check_lora(name: str) -> Outcome:
 def check_values(name: str) -> Outcome:
     """The matrix that a coreset reads: its rows are the values and nothing else; its gradients are exact."""
     model = build(name, dtype=torch.float64)
-    try:
-        with in_float64():
-            target = LastLayer.of(model)
-    except DatatoolsError as error:
-        return Outcome("refused", _short(error))
     data = rows(THREE)
     batch = collate(data)
     generator = torch.Generator().manual_seed(0)
     with in_float64():
+        try:
+            target = LastLayer.of(model)
+        except DatatoolsError as error:
+            return Outcome("refused", _short(error))
         z = torch.randn(3, *target.shape, generator=generator)
         with torch.no_grad():
             chosen = target.embed(torch.ones(target.shape)) != 0
             noise = torch.randn(target.parameter.shape, generator=generator)
-            before = _Attention.of(model, batch, target)
-            inside = _Attention.of(model, batch, target, noise * chosen)
-            outside = _Attention.of(model, batch, target, noise * ~chosen)
-        note = _only_values(before, inside, outside, whole=bool(chosen.all()))
+            before = _Attention.of(model, batch)
+            inside = _Attention.of(model, batch, target.parameter, noise * chosen)
+            outside = _Attention.of(model, batch, target.parameter, noise * ~chosen)
+        note = _only_values(before, inside, outside)
+        if target.kind != "values":
+            note = f"{target.kind} of the last mixer"
         want = torch.stack(
             [
                 torch.stack([(reference(model, row, [target.name])[0][target.name] * target.embed(k)).sum() for k in z])
@@ -319,97 +320,86 @@ def check_values(name: str) -> Outcome:
 
 
 class _Attention(TorchFunctionMode):
-    """What attention computed in the first call of a decoder layer: probabilities, or queries and keys; and its values.
-
-    Later layers, and later calls of the same one, see other hidden states.
+    """What the attentions of a forward pass computed, in order: ("weights", probabilities, or queries and keys) and
+    ("values", values), which are "shared" where they are the keys too.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.calls = 0
-        self.on = False
-        self._softmax: dict[int, Tensor] = {}  # by address; kept, so that no other tensor gets it
+        self.events: list[tuple[str, Tensor]] = []
         self.logits = torch.zeros(0)
+        self._kept: list[Tensor] = []  # probabilities, whose memory no other tensor may get
+        self._keys: Tensor | None = None
 
     @classmethod
     def of(
-        cls, model: nn.Module, batch: Mapping[str, Tensor], target: LastLayer, move: Tensor | None = None
+        cls, model: nn.Module, batch: Mapping[str, Tensor], parameter: Tensor | None = None, move: Tensor | None = None
     ) -> _Attention:
         found = cls()
-
-        def enter(*_: Any) -> None:
-            found.calls += 1
-            found.on = found.calls == 1
-
-        def leave(*_: Any) -> None:
-            found.on = False
-
-        layer = target.layers[-1]
-        handles = [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
-        if move is not None:
-            target.parameter.add_(move)
+        if parameter is not None and move is not None:
+            parameter.add_(move)
         try:
             with found:
                 found.logits = model(input_ids=batch["input_ids"], use_cache=False).logits
         finally:
-            if move is not None:
-                target.parameter.sub_(move)
-            for handle in handles:
-                handle.remove()
+            if parameter is not None and move is not None:
+                parameter.sub_(move)
         return found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self.on:
-            return func(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
             q, k, v = (*args, *(kwargs[key] for key in ("query", "key", "value")[len(args) :] if key in kwargs))[:3]
-            self.weights.append(torch.cat([q.flatten(), k.flatten()]).clone())
-            self.values.append(v.clone())
+            shared = k.shape == v.shape and torch.equal(k, v)
+            self.events.append(("weights", (q if shared else torch.cat([q.flatten(), k.flatten()])).clone()))
+            self.events.append(("values", v.clone()))
             return func(*args, **kwargs)
         if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm) and len(args) == 2:
-            if args[0].data_ptr() in self._softmax:  # also what is left of it without the column of a sink
-                self.values.append(args[1].clone())
+            if any(args[0].untyped_storage().data_ptr() == p.untyped_storage().data_ptr() for p in self._kept[-1:]):
+                keys = self._keys
+                if keys is not None and keys.shape == args[1].mT.shape and torch.equal(keys, args[1].mT):
+                    self.events.pop()  # the weights of shared keys move with the values
+                self.events.append(("values", args[1].clone()))
+            self._keys = args[1]
         result = func(*args, **kwargs)
-        if func in (functional.softmax, torch.softmax, Tensor.softmax) and _between_tokens(result):
-            self.weights.append(result.clone())
-            self._softmax[result.data_ptr()] = result
+        if func in (functional.softmax, torch.softmax, Tensor.softmax) and result.ndim >= 3:
+            self.events.append(("weights", result.clone()))
+            self._kept.append(result)
         return result
 
 
-def _between_tokens(probabilities: Tensor) -> bool:
-    """Whether a softmax is one of attention, not of a router over experts [rows, tokens, experts]."""
-    return probabilities.ndim >= 4 or (probabilities.ndim == 3 and probabilities.shape[0] != len(THREE))
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    """The largest difference; where both are NaN (rows of attention that are masked as a whole) there is none."""
-    same = a.isnan() & b.isnan()
-    return float((a - b).masked_fill(same, 0).abs().max()) if a.shape == b.shape else float("inf")
-
-
-def _only_values(before: _Attention, inside: _Attention, outside: _Attention, *, whole: bool) -> str:
-    """Moving the chosen rows moves values and no weight of attention; moving the other rows moves no value."""
+def _only_values(before: _Attention, inside: _Attention, outside: _Attention) -> str:
+    """The first thing that moving the chosen rows moves is values; that moving the others moves is not."""
     if not float((inside.logits - before.logits).abs().max()) > 1e-9:
         raise Wrong("moving the value rows changes no output")
-    if not before.weights:
+    if not before.events:
         return "no attention to compare with"
-    if not len(before.values) == len(inside.values) == len(outside.values):
-        raise Wrong("moving weights changes how many values there are")
-    moved = max((_apart(a, b) for a, b in zip(before.values, inside.values, strict=True)), default=None)
-    if moved is not None and not moved > 1e-9:
-        raise Wrong("moving the value rows changes no value")
-    if max(_apart(a, b) for a, b in zip(before.weights, inside.weights, strict=True)) > 1e-9:
-        if whole and moved is not None:
-            return "keys are values too"
-        raise Wrong("moving the value rows changes queries, keys or probabilities")
-    if moved is None:
+    kinds = [kind for kind, _ in before.events]
+    if [kind for kind, _ in inside.events] != kinds or [kind for kind, _ in outside.events] != kinds:
+        raise Wrong("moving weights changes which attentions there are")
+    first = _first_change(before, inside)
+    if first is None and "values" not in kinds[-1:]:
         return "values not seen"
-    if not whole and any(_apart(a, b) > 1e-9 for a, b in zip(before.values, outside.values, strict=True)):
+    if first is None or kinds[first] != "values":
+        raise Wrong(f"moving the value rows first changes {'nothing of attention' if first is None else kinds[first]}")
+    other = _first_change(before, outside)
+    if other is not None and kinds[other] == "values":
         raise Wrong("moving the other rows changes values")
-    return ""
+    later = {
+        kind for kind, moved in zip(kinds[first + 1 :], _changes(before, inside)[first + 1 :], strict=True) if moved
+    }
+    return "its layer, or others behind, attend again" if later else ""
+
+
+def _changes(a: _Attention, b: _Attention) -> list[bool]:
+    return [
+        x.shape != y.shape or float((x - y).nan_to_num().abs().max()) > 1e-9  # NaN: rows that are masked as a whole
+        for (_, x), (_, y) in zip(a.events, b.events, strict=True)
+    ]
+
+
+def _first_change(a: _Attention, b: _Attention) -> int | None:
+    return next((i for i, moved in enumerate(_changes(a, b)) if moved), None)
 
 
 def check_groups(name: str) -> Outcome:
