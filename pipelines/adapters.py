@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,16 +191,23 @@ def _targets(model: Any, config: LoraConfig) -> list[str]:
     chosen = inside if inside and config.targets == "attention" else every  # a state-space model has no attention
     if not chosen:
         raise DataError(f"lora.targets {config.targets}: this model has no linear layer but its head")
-    return _shortest(chosen, linear)
+    return _shortest(chosen, [name for name, _ in model.named_modules()])
 
 
 def _called(model: Any, linear: Mapping[str, nn.Module]) -> set[str]:
     """Those of the layers that a row of two tokens passes through, and experts, which it may not reach.
 
-    Some models read a layer's weight and never call it (Mamba's dt_proj): an adapter on it would do nothing.
+    Some models read a layer's weight and never call it (Mamba's dt_proj): an adapter on it would do nothing. And some
+    layers only look like linear ones (routers that choose, products in groups): adapters do not fit their outputs.
     """
     seen = {name for name in linear if "expert" in name.lower()}
-    handles = [layer.register_forward_hook(lambda *_, name=name: seen.add(name)) for name, layer in linear.items()]
+
+    def note(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.nf
+        if isinstance(output, Tensor) and output.shape == (*inputs[0].shape[:-1], outputs):
+            seen.add(name)
+
+    handles = [layer.register_forward_hook(partial(note, name)) for name, layer in linear.items()]
     training = model.training
     try:
         _logits(model, torch.zeros((1, 2), dtype=torch.int64, device=model.device))
@@ -219,10 +227,10 @@ def _refused(model: Any, name: str) -> bool:
     return kind in fused and name.rpartition(".")[2] in ("out_proj", "conv1d")
 
 
-def _shortest(wanted: list[str], linear: Iterable[str]) -> list[str]:
-    """The last parts of the names `wanted`, where these say which layers are meant; the whole names otherwise."""
+def _shortest(wanted: list[str], modules: Iterable[str]) -> list[str]:
+    """The last parts of the names `wanted`, where no other module has one of them; the whole names otherwise."""
     last = sorted({name.rpartition(".")[2] for name in wanted})
-    meant = {name for name in linear if name.rpartition(".")[2] in last}
+    meant = {name for name in modules if name.rpartition(".")[2] in last}
     return last if meant == set(wanted) else wanted
 
 

@@ -16,6 +16,7 @@ from pipelines import checkpoints, models, saved_states, select, train
 from pipelines.config import FeaturesConfig, LoraConfig, ModelConfig, ProjectorConfig, TrainConfig, TrainingConfig
 from tests.pipelines.conftest import make_world
 from tests.tiny import TEMPLATE, save_tiny_model
+from tests.zoo import build as zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 IDS = torch.arange(3, 20)[None]
@@ -195,6 +196,21 @@ def test_adapters_are_on_the_attention_of_any_model(bases):
     assert mamba == inside, "no attention: all but the head, dt_proj that is read and not called, and what peft refuses"
     with pytest.raises(DataError, match=r"q_proj: no layer of this model has this name.*'o_proj', 'qkv_proj'"):
         on(Phi3ForCausalLM(phi), targets=["q_proj", "o_proj"])
+
+
+@pytest.mark.parametrize(
+    "name", ["Llama4ForCausalLM", "PhimoeForCausalLM", "DeepseekV4ForCausalLM", "Gemma3nForCausalLM"]
+)
+def test_adapters_leave_out_what_only_looks_like_a_linear_layer(name):
+    """Routers that return a choice, products in groups; and a list of layers named as the decoder's layers are."""
+    model = zoo.build(name).requires_grad_(False)
+    wrapped = models.add_lora(model, LoraConfig(rank=2, targets="auto"), seed=0)
+    got = named(wrapped)
+    assert got and not any(part in target for target in got for part in ("router.gate", "o_a_proj", "lm_head"))
+    loss = wrapped(input_ids=IDS, use_cache=False).logits.logsumexp(-1).sum()
+    assert all(g is None or g.isfinite().all() for g in torch.autograd.grad(
+        loss, list(models.lora_parameters(wrapped).values()), allow_unused=True
+    ))  # fmt: skip
 
 
 def test_fresh_matrices_on_an_embedding_do_not_depend_on_what_ran_before(bases):
