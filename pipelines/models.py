@@ -346,8 +346,18 @@ def last_states(model: Any, ids: Tensor) -> Tensor:
 
     Raises: DataError when the model returns no such states.
     """
-    output = model.base_model(input_ids=ids, use_cache=False)
-    states = getattr(output, "last_hidden_state", None)
+    states = None
+    if model.base_model is not model:
+        states = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    head = model.get_output_embeddings()
+    if states is None and head is not None:  # models that do not say which part of them is the decoder (Llama 4)
+        seen: list[Tensor] = []
+        handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            model(input_ids=ids, use_cache=False)
+        finally:
+            handle.remove()
+        states = seen[-1] if seen else None
     if not isinstance(states, Tensor) or states.shape[:2] != ids.shape:
         raise DataError(
             f"{type(model).__name__} returns no hidden states, one vector a token; use a method that needs none"

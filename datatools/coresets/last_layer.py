@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from datatools.coresets.value_rows import NAMES, Found, Kind, Place, all_of, blocks_of, look, matrices_of
+from datatools.coresets.value_rows import Found, Kind, Place, all_of, blocks_of, look, matrices_of, named_for_values
 from datatools.errors import DataError
 from datatools.gradients import Batch, Loss, _Bound, _frozen, token_batches
 
@@ -150,11 +150,11 @@ def _by_name(cls: type[LastLayer], model: nn.Module, projection: str | None) -> 
     if projection is not None:
         name = _full_name(model, known, projection)
         last = next((block for block in blocks if name.startswith(f"{block}.")), last)
-    elif not (found := [name for name in inside if name.rpartition(".")[2] in NAMES]):
+    elif not (found := [name for name in inside if named_for_values(name)]):
         raise DataError(
-            f"{type(model).__name__}: no value projection in its last layer ({last}); looked for {', '.join(NAMES)} "
-            f"and found the linear layers {[name.removeprefix(last + '.') for name in inside]}; name one of them "
-            "(projection=)"
+            f"{type(model).__name__}: no value projection in its last layer ({last}); looked for v_proj, value_proj "
+            f"and the like, found the linear layers {[name.removeprefix(last + '.') for name in inside]}; name one of "
+            "them (projection=)"
         )
     else:
         name = found[-1]

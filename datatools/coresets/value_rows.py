@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-NAMES = ("v_proj", "value_proj", "value", "v")
-"""Last names of layers that make values where nothing is a softmax: linear attention, recurrent mixers."""
+NAMES = ("v", "value", "wv")
+"""First words of names of layers that make values: read where no softmax tells (linear attention), or several do."""
 TOKENS = 8
 """Tokens of the row that shows what acts across tokens."""
 ROWS = 8
@@ -243,6 +243,11 @@ def _acts(one: BlockCall, many: BlockCall, generator: torch.Generator) -> list[_
     return list(found.values())
 
 
+def named_for_values(name: str) -> bool:
+    """Whether a linear layer's own name says that it makes values: v_proj, value, v_lin."""
+    return name.rpartition(".")[2].lower().split("_")[0] in NAMES
+
+
 def _apart(a: str, b: str) -> tuple[int, int]:
     """Steps between the modules that hold `a` and `b`, over the innermost one that holds both; and its depth."""
     x, y = a.split(".")[:-1], b.split(".")[:-1]
@@ -265,7 +270,7 @@ def _values(block: str, softmax: bool, acts: list[_Acts]) -> Place | None:
         makes = [a for a in makes if inside.get(a.name) == min(inside.values())]
     elif not any(bool((a.weighing & (a.across > 0)).any()) for a in weighing):  # no keys: a router's softmax
         weighing = []
-    named = [a for a in makes if a.name.rpartition(".")[2] in NAMES]
+    named = [a for a in makes if named_for_values(a.name)]
     if not named and not (weighing and makes):
         return None
     chosen = (named or makes)[-1]

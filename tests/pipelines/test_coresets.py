@@ -238,6 +238,14 @@ def test_sources_by_clustering(world, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
+def test_hidden_states_of_models_that_do_not_say_what_their_decoder_is():
+    from tests.zoo import build as zoo
+
+    model, ids = zoo.build("Llama4ForCausalLM"), torch.randint(8, 60, (2, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(model.lm_head(models.last_states(model, ids)), model(input_ids=ids).logits)
+
+
 def test_sizes_and_sources_that_do_not_fit_are_refused(world, tmp_path):
     def refused(text, **changes):
         with pytest.raises(UsageError, match=text):
