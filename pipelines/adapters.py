@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
+import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,9 +24,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from datatools import DataError, files
+from pipelines import saved_states
 from pipelines.config import LoraConfig
 from pipelines.texts import first_line
 
@@ -107,8 +111,10 @@ class _Standing:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and the buffers that are part of a saved model: rotary tables may follow the length of a row."""
+    kept = model.state_dict(keep_vars=True)
     yield from model.named_parameters()
-    yield from model.named_buffers()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
 
 
 def _parent(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
@@ -283,6 +289,11 @@ def load_adapter(model: Any, folder: Path) -> Any:
     """
     given, folder = folder, adapter_folder(folder) or folder
     name = "default" if folder == given else folder.name
+    if (folder / CONFIG).is_file() and (shards := saved_states.weights(folder)) is not None:
+        with tempfile.TemporaryDirectory(prefix="datatools-adapter-") as home:
+            shutil.copy(folder / CONFIG, home)
+            save_file(saved_states.read_weights(shards), Path(home) / WEIGHTS)
+            return load_adapter(model, Path(home))
     for needed in (CONFIG, WEIGHTS):
         if not (folder / needed).is_file():
             raise DataError(

@@ -257,10 +257,12 @@ def _those_of(
             else "no choice of the model's has their shapes"
             + (f" and the {len(moved)} weights that differ from --model" if moved else "")
         )
+        narrow = any(p.dtype.itemsize < 4 for p in params.values())
         raise ValueError(
             f"it holds {total} parameters without names, of {len(params)} that may have been trained, and {why}; save "
             "a state with names (Trainer with optimizer_cls_and_kwargs=optim.hf.resolve('adamw', args)), or freeze "
             "nothing; --model must be the model that training started from"
+            + (", and small changes show with --set model.dtype=float32 only" if narrow else "")
         )
     chosen, i = [], 0
     for j in range(wanted):

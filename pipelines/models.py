@@ -211,8 +211,8 @@ def _with_weights(model: nn.Module, shards: Path) -> nn.Module:
     held, every = saved_states.read_weights(shards), dict(model.named_parameters(remove_duplicate=False))
     if any("lora_" in name for name in held):
         raise DataError(
-            f"{shards}: holds adapters without their adapter_config.json; train with fsdp_state_dict_type "
-            "FULL_STATE_DICT, which saves them as peft does"
+            f"{shards}: holds adapters without their adapter_config.json; copy it from the run's last adapter into "
+            f"{shards.parent} (or train with fsdp_state_dict_type FULL_STATE_DICT, which saves both)"
         )
     shares = {id(every[name]) for name in held if name in every}
     unknown = sorted(name for name in held if name not in every or held[name].shape != every[name].shape)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
@@ -398,6 +399,22 @@ def test_states_and_weights_that_fsdp_saves_are_read(plain_run, world, tmp_path,
     assert_same(at, module, wanted)
     read = models.load(ModelConfig(name=str(world.model)), weights=at).model
     assert all(torch.equal(p, q) for p, q in zip(read.parameters(), module.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed.*:UserWarning")
+def test_adapters_in_shards_are_read_with_their_configuration(bases, tmp_path):
+    """Trainer leaves no adapter_config.json beside the shards; with that of the run's last adapter they are one."""
+    folder, wanted, trained = saved_adapter(bases / "tied", tmp_path / "a", modules_to_save=["lm_head"])
+    config, weights = folder / "adapter_config.json", load_file(folder / "adapter_model.safetensors")
+    at = tmp_path / "checkpoint-4"
+    sharded({"model": weights}, at / "pytorch_model_fsdp_0")
+    base = ModelConfig(name=str(bases / "tied"))
+    with pytest.raises(DataError, match=r"adapters without their adapter_config\.json; copy it .*checkpoint-4"):
+        models.load(base, weights=at)
+    shutil.copy(config, at)
+    read = models.load_adapter(models.load(base).model, at)
+    torch.testing.assert_close(read(input_ids=IDS).logits, wanted)
+    assert list(models.saved_parameters(read)) == trained
 
 
 def test_the_index_of_shards_runs_no_code(plain_run, tmp_path):
