@@ -104,6 +104,7 @@ from optim.rules import (
     rule_from,
     stable_embedding_groups,
 )
+from optim.saved import bare_name
 from optim.schedules import SCHEDULES, group_factors, schedule, schedule_options
 from optim.update_map import Grads, UpdateMap
 
@@ -244,6 +245,7 @@ __all__ = [
     "State",
     "UpdateMap",
     "UpdateRule",
+    "bare_name",
     "block_of",
     "blockwise",
     "create",
@@ -259,6 +261,7 @@ __all__ = [
     "schedule",
     "schedule_options",
     "set_rounding",
+    "spare_decay",
     "split_matrices",
     "stable_embedding_groups",
     "without_decay",

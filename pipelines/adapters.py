@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import shutil
 import tempfile
 import warnings
 import weakref
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from datatools import DataError, files
@@ -253,9 +252,10 @@ def _named(model: Any) -> str:
 
 @contextmanager
 def _drawn(seed: int) -> Iterator[None]:
-    """Draws of the global generators are those of `seed`, and do not show outside."""
+    """What peft draws, from the global generators and no other, is of `seed`, and does not show outside."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed % 2**63)
+        for generator in (torch.default_generator, *torch.cuda.default_generators):
+            generator.manual_seed(seed % 2**63)
         yield
 
 
@@ -291,8 +291,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
     name = "default" if folder == given else folder.name
     if (folder / CONFIG).is_file() and (shards := saved_states.weights(folder)) is not None:
         with tempfile.TemporaryDirectory(prefix="datatools-adapter-") as home:
-            shutil.copy(folder / CONFIG, home)
-            save_file(saved_states.read_weights(shards), Path(home) / WEIGHTS)
+            files.write_bytes(Path(home) / CONFIG, files.read_bytes(folder / CONFIG))
+            files.write_bytes(Path(home) / WEIGHTS, save(saved_states.read_weights(shards)))
             return load_adapter(model, Path(home))
     for needed in (CONFIG, WEIGHTS):
         if not (folder / needed).is_file():

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from datatools import DataError, UsageError, files
-from optim import AdamWRule, UpdateMap, UpdateRule, without_decay
-from optim.saved import bare_name
+from optim import AdamWRule, UpdateMap, UpdateRule, bare_name, without_decay
 from pipelines import models, saved_states, trainer
 from pipelines.adapters import adapter_folder
 from pipelines.config import ModelConfig

@@ -1,14 +1,13 @@
 """Optimizer states and weights as trainers save them: one file, shards of torch.distributed.checkpoint (FSDP), 8-bit
 states of bitsandbytes, DeepSpeed's universal layout.
 
-Nothing is unpickled but plain values: files are read with `weights_only`, the index of a sharded checkpoint by an
-unpickler that knows its dozen classes and no other. What cannot be read is refused by name, with the conversion.
+Nothing is unpickled but plain values: files are read with `weights_only`, the index of a sharded checkpoint as inert
+records. What cannot be read is refused by name, with the conversion.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datatools import DataError
+from datatools import DataError, files
+from pipelines import inert
+from pipelines.texts import first_line
 
 _FILES = ("optimizer.pt", "optimizer.bin")
 _SHARDS = ("optimizer_0", "optimizer")
@@ -104,8 +105,9 @@ def _plain(path: Path) -> Any:
                 "s['state'] = {k: {n: v.dequantize() if hasattr(v, 'dequantize') else v for n, v in e.items()} "
                 "for k, e in s['state'].items()}; torch.save(s, f)\""
             ) from error
-        first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-        raise DataError(f"{path}: not readable as plain tensors, and nothing else is loaded: {first}") from error
+        raise DataError(
+            f"{path}: not readable as plain tensors, and nothing else is loaded: {first_line(error)}"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------ bitsandbytes
@@ -148,57 +150,42 @@ def _moment(path: Path, entries: Mapping[str, Any], which: str) -> Tensor:
 # ------------------------------------------------------------------------------------- torch.distributed.checkpoint
 
 
+_META = "torch.distributed.checkpoint.metadata"
 _KNOWN = {
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.metadata", "Metadata"),
-    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib", "Path"),
-}
-
-
-class _Index(pickle.Unpickler):
-    """Reads the index of a sharded checkpoint: its own classes, sizes, dtypes, paths, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module.replace("pathlib._local", "pathlib"), name) not in _KNOWN:
-            raise UnpicklingError(f"its index asks for {module}.{name}, which is not part of one")
-        return super().find_class(module, name)
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch.serialization._get_layout",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    *(f"{_META}.{name}" for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
+                                     "ChunkStorageMetadata", "TensorProperties", "StorageMeta",
+                                     "_MEM_FORMAT_ENCODING")),
+    *(f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+    *(f"pathlib{part}.{name}" for part in ("", "._local") for name in ("Path", "PosixPath", "PurePosixPath")),
+}  # fmt: skip
 
 
 def _sharded(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """(the index, flat name -> value) of a checkpoint of torch.distributed.checkpoint; tensors are put together."""
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    """(flat name -> its path in nested containers, flat name -> value) of a checkpoint of torch.distributed.checkpoint.
 
+    Tensors are put together from their shards.
+    """
     try:
-        with open(folder / ".metadata", "rb") as stream:
-            index = _Index(stream).load()
-        pieces: dict[str, list[tuple[Any, Any]]] = {}
-        for place, info in index.storage_data.items():
-            pieces.setdefault(place.fqn, []).append((place, info))
+        index = inert.read(files.read_bytes(folder / ".metadata"), _KNOWN).state
+        pieces: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
+        for place, info in index["storage_data"].items():
+            pieces.setdefault(place.state["fqn"], []).append((_size(place.state.get("offset")), info.state))
         found: dict[str, Any] = {}
-        for name, about in index.state_dict_metadata.items():
-            values = [(place.offset, _piece(folder, info)) for place, info in pieces[name]]
-            if not isinstance(about, TensorStorageMetadata):
+        for name, about in index["state_dict_metadata"].items():
+            values = [(offset, _piece(folder, info)) for offset, info in pieces[name]]
+            if about.name != f"{_META}.TensorStorageMetadata":
                 found[name] = values[0][1]
                 continue
-            whole = torch.empty(about.size, dtype=about.properties.dtype)
+            dtype = getattr(torch, about.state["properties"].state[0].name.removeprefix("torch."))
+            whole = torch.empty(_size(about.state["size"]), dtype=dtype)
             held = 0
             for offset, value in values:
-                area = tuple(slice(lo, lo + n) for lo, n in zip(offset or (0,) * value.dim(), value.shape, strict=True))
-                whole[area] = value
+                corner = offset or (0,) * value.dim()
+                whole[tuple(slice(lo, lo + n) for lo, n in zip(corner, value.shape, strict=True))] = value
                 held += value.numel()
             if held < whole.numel():
                 raise ValueError(f"{name}: shards hold {held} of {whole.numel()} numbers")
@@ -206,26 +193,32 @@ def _sharded(folder: Path) -> tuple[Any, dict[str, Any]]:
     except OSError as error:
         raise DataError(f"{folder}: a shard cannot be read: {error}") from error
     except _DAMAGED as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{folder}: not readable as a sharded checkpoint of plain tensors: {first}") from error
-    return index, found
+        raise DataError(
+            f"{folder}: not readable as a sharded checkpoint of plain tensors: {first_line(error)}"
+        ) from error
+    return index.get("planner_data"), found
 
 
-def _piece(folder: Path, info: Any) -> Any:
-    if compressed := getattr(info, "transform_descriptors", None):
+def _size(saved: Any) -> tuple[int, ...]:
+    """A torch.Size as it stands in the index."""
+    return tuple(saved.args[0]) if isinstance(saved, inert.Inert) and saved.args else ()
+
+
+def _piece(folder: Path, info: Mapping[str, Any]) -> Any:
+    if compressed := info.get("transform_descriptors"):
         raise ValueError(f"its shards are compressed ({', '.join(compressed)}); save them plainly")
-    path = (folder / info.relative_path).resolve()
+    path = (folder / info["relative_path"]).resolve()
     if path.parent != folder.resolve():
-        raise ValueError(f"its index names a file elsewhere: {info.relative_path}")
+        raise ValueError(f"its index names a file elsewhere: {info['relative_path']}")
     with open(path, "rb") as stream:
-        stream.seek(info.offset)
-        return torch.load(io.BytesIO(stream.read(info.length)), map_location="cpu", weights_only=True)
+        stream.seek(info["offset"])
+        return torch.load(io.BytesIO(stream.read(info["length"])), map_location="cpu", weights_only=True)
 
 
 def _nested(folder: Path) -> dict[str, Any]:
     """The values as they were saved: flat names put back where they stood in nested dictionaries and lists."""
-    index, flat = _sharded(folder)
-    paths: Mapping[str, tuple[Any, ...]] = index.planner_data if isinstance(index.planner_data, Mapping) else {}
+    planned, flat = _sharded(folder)
+    paths: Mapping[str, tuple[Any, ...]] = planned if isinstance(planned, Mapping) else {}
     root: dict[Any, Any] = {}
     for name, value in flat.items():
         *above, last = paths.get(name, (name,))
@@ -282,8 +275,9 @@ def _with_stand_ins(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(stand_ins):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path}: not readable as plain tensors, and nothing else is loaded: {first}") from error
+        raise DataError(
+            f"{path}: not readable as plain tensors, and nothing else is loaded: {first_line(error)}"
+        ) from error
     return found if isinstance(found, dict) else {}
 
 

@@ -162,6 +162,8 @@ DEFAULTS = {
             "learning_rate": "training.learning_rate",
             "epochs": "training.epochs",
             "batch_size": "training.batch_size",
+            "weight_decay": "training.weight_decay",
+            "rounding": "training.rounding",
         },
     ),
     "evaluate": (
