@@ -42,7 +42,7 @@ def run(config: AuditConfig) -> Path:
             test = prepare(config.test, config.model, loaded.tokenizer, label="test", **read)
             target = None
             if config.target:
-                wanted = target_data(config.pool, config.target)
+                wanted = target_data(config.pool, config.target, config.target_columns)
                 target = prepare(wanted, config.model, loaded.tokenizer, label="target", **read)
         chosen = _rows_of(config.selected, pool)
         leaks = _leaks(config, test, pool, target, chosen)

@@ -90,6 +90,18 @@ BadRowOption = Annotated[
     str | None,
     _flag("--on-bad-row", "rows that cannot be read: error, skip or quarantine", _DATA, "error", metavar="HOW"),
 ]
+ColumnsOption = Annotated[
+    list[str] | None,
+    _flag("--columns", "names of your columns: prompt=question,completion=answer", _DATA, metavar="OURS=YOURS"),
+]
+TargetColumnsOption = Annotated[
+    list[str] | None,
+    _flag("--target-columns", "those of the target rows; else the same, or detected", _DATA, metavar="OURS=YOURS"),
+]
+PreferenceOption = Annotated[
+    str | None,
+    _flag("--preference", "chosen: rows with a chosen and a rejected answer are the chosen one", _DATA, metavar="NAME"),
+]
 DedupOption = Annotated[
     str | None, _flag("--dedup", "drop repeated rows: none, exact or near", _DATA, "none", metavar="HOW")
 ]
@@ -144,6 +156,9 @@ def select(
         str | None, _flag("--method", "a name from: datatools ls methods", _METHOD, "less", metavar="NAME")
     ] = None,
     on_bad_row: BadRowOption = None,
+    columns: ColumnsOption = None,
+    target_columns: TargetColumnsOption = None,
+    preference: PreferenceOption = None,
     dedup: DedupOption = None,
     max_per_source: Annotated[
         str | None, _flag("--max-per-source", "most rows a source: 500, or a share such as 0.3", _METHOD, metavar="X")
@@ -189,6 +204,9 @@ def select(
         "model.max_length": max_length,
         "train.paths": train,
         "train.on_bad_row": on_bad_row,
+        "train.columns": columns,
+        "train.preference": preference,
+        "target_columns": target_columns,
         "train.dedup": dedup,
         "target": target,
         "budget": budget,
@@ -236,6 +254,8 @@ def train(
     out: OutOption = None,
     seed: SeedOption = None,
     on_bad_row: BadRowOption = None,
+    columns: ColumnsOption = None,
+    preference: PreferenceOption = None,
     dedup: DedupOption = None,
     adapter: AdapterOption = None,
     chat_template: ChatOption = None,
@@ -293,6 +313,8 @@ def train(
         "model.max_length": max_length,
         "data.paths": data,
         "data.on_bad_row": on_bad_row,
+        "data.columns": columns,
+        "data.preference": preference,
         "data.dedup": dedup,
         "out": out,
         "seed": seed,
@@ -371,6 +393,12 @@ def order(
         str | None,
         _flag("--on-bad-row", "rows that cannot be read: error, skip or quarantine", _DATA, "skip", metavar="HOW"),
     ] = None,
+    columns: ColumnsOption = None,
+    validation_columns: Annotated[
+        list[str] | None,
+        _flag("--validation-columns", "those of --validation; else the same, or detected", _DATA, metavar="OURS=YOURS"),
+    ] = None,
+    preference: PreferenceOption = None,
     chat_template: ChatOption = None,
     max_length: LengthOption = None,
     lora_rank: Annotated[
@@ -417,6 +445,9 @@ def order(
         "model.max_length": max_length,
         "data.paths": data,
         "data.on_bad_row": on_bad_row,
+        "data.columns": columns,
+        "data.preference": preference,
+        "validation_columns": validation_columns,
         "validation": validation,
         "out": out,
         "seed": seed,
@@ -450,6 +481,8 @@ def evaluate(
     adapter: AdapterOption = None,
     data: Annotated[list[str] | None, _flag("--data", "held-out rows; may be repeated", _DATA, metavar="FILE")] = None,
     on_bad_row: BadRowOption = None,
+    columns: ColumnsOption = None,
+    preference: PreferenceOption = None,
     chat_template: ChatOption = None,
     max_length: LengthOption = None,
     config: YamlOption = None,
@@ -467,6 +500,8 @@ def evaluate(
         "model.max_length": max_length,
         "data.paths": data,
         "data.on_bad_row": on_bad_row,
+        "data.columns": columns,
+        "data.preference": preference,
     }
     _launch(EvaluateConfig, "pipelines.evaluation:evaluate", _yaml(yaml, config), flags, set_, print_config, quiet)
 
@@ -488,6 +523,19 @@ def audit(
     target: Annotated[
         list[str] | None, _flag("--target", "for baselines that need it; else as in the run", _DATA, metavar="FILE")
     ] = None,
+    columns: Annotated[
+        list[str] | None,
+        _flag("--columns", "names of the pool's columns; else as in the run", _DATA, metavar="OURS=YOURS"),
+    ] = None,
+    target_columns: Annotated[
+        list[str] | None,
+        _flag("--target-columns", "of the target rows; else as in the run", _DATA, metavar="OURS=YOURS"),
+    ] = None,
+    test_columns: Annotated[
+        list[str] | None,
+        _flag("--test-columns", "of the test rows; else they are detected", _DATA, metavar="OURS=YOURS"),
+    ] = None,
+    preference: PreferenceOption = None,
     against: Annotated[
         str | None,
         _flag(
@@ -547,6 +595,11 @@ def audit(
         "pool.paths": pool,
         "test.paths": test,
         "target": target,
+        "pool.columns": columns,
+        "target_columns": target_columns,
+        "test.columns": test_columns,
+        "pool.preference": preference,
+        "test.preference": preference,
         "against": None if against is None else [name.strip() for name in against.split(",") if name.strip()],
         "seeds": seeds,
         "allow_overlap": allow_overlap or None,
@@ -589,6 +642,8 @@ def diagnose(
     out: OutOption = None,
     seed: SeedOption = None,
     on_bad_row: BadRowOption = None,
+    columns: ColumnsOption = None,
+    preference: PreferenceOption = None,
     adapter: AdapterOption = None,
     chat_template: ChatOption = None,
     max_length: LengthOption = None,
@@ -613,6 +668,8 @@ def diagnose(
         "model.max_length": max_length,
         "data.paths": data,
         "data.on_bad_row": on_bad_row,
+        "data.columns": columns,
+        "data.preference": preference,
         "checks": None if checks is None else [name.strip() for name in checks.split(",") if name.strip()],
         "rows": rows,
         "out": out,

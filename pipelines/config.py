@@ -41,6 +41,20 @@ def _cap(value: object) -> object:
     return int(value) if isinstance(value, float) and value >= 1 and value.is_integer() else value
 
 
+def _columns(value: object) -> object:
+    """'a=b,c=d' as {a: b, c: d}; a list of such texts, joined."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        value = ",".join(value)
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    wrong = next((name for name, equals, theirs in pairs if not (equals and name.strip() and theirs.strip())), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong!r} names no column; expected OURS=YOURS, such as prompt=question,completion=answer")
+    return {name.strip(): theirs.strip() for name, _, theirs in pairs}
+
+
+Columns = Annotated[dict[str, str | dict[str, str]], BeforeValidator(_columns)]
 Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(home)]
 Names = Annotated[list[Name], BeforeValidator(_listed), Field(max_length=10_000)]
 FilePath = Annotated[Path, AfterValidator(_home_path)]
@@ -131,7 +145,8 @@ class DataConfig(Settings):
     shorthand = "paths"
     paths: Names = Field(
         min_length=1,
-        description="files (.jsonl .json .csv .parquet, .gz), folders, or hub names (hf:NAME or NAME:split)",
+        description="files (.jsonl .json .csv .parquet .arrow, also .gz .zst .xz .bz2), patterns ('a/*.jsonl'), "
+        "folders (of files, or of save_to_disk), or hub names (hf:NAME or NAME:split)",
     )
     on_bad_row: Literal["error", "skip", "quarantine"] = Field(
         default="error",
@@ -146,9 +161,20 @@ class DataConfig(Settings):
     near_threshold: float = Field(
         default=0.8, gt=0, le=1, description="Jaccard similarity from which near duplicates are one row"
     )
-    columns: dict[str, str] | None = Field(
-        default=None, description="names of your columns, as {ours: yours}; null detects the usual formats"
+    columns: Columns | None = Field(
+        default=None,
+        description="names of your columns, as {prompt: yours, completion: yours} or 'prompt=yours,...', and of single "
+        "files, as {file.jsonl: {...}}; null detects the usual formats",
     )
+    preference: Literal["chosen"] | None = Field(
+        default=None, description="chosen reads rows with a chosen and a rejected answer as prompt and chosen answer"
+    )
+
+
+class TargetData(DataConfig):
+    """Rows that are read beside a pool: its names of columns are tried where they have none of their own."""
+
+    borrowed: bool = Field(default=False, description="the names of columns are the pool's: others are detected")
 
 
 class ZerothOrderConfig(Settings):
@@ -337,6 +363,9 @@ class SelectConfig(RunSettings):
     model: ModelConfig = Field(description="the model to select for")
     train: DataConfig = Field(description="the pool to select from")
     target: Names = Field(default=[], description="files with a few examples of what the model should get better at")
+    target_columns: Columns | None = Field(
+        default=None, description="columns of the target, as `train.columns`; null tries the pool's, then detects"
+    )
     budget: Annotated[str, BeforeValidator(_number_as_text), Field(min_length=1, max_length=64)] = Field(
         default="5%",
         description="how much to select: a share '5%', a count '500', or '20000 tokens'",
@@ -517,6 +546,9 @@ class OrderConfig(RunSettings):
     validation: Names = Field(
         default=[], description="held-out rows whose loss is predicted; [] takes `held_out` rows of the data"
     )
+    validation_columns: Columns | None = Field(
+        default=None, description="columns of `validation`, as `data.columns`; null tries the data's, then detects"
+    )
     held_out: int = Field(
         default=64, ge=1, le=100_000, description="rows held out where `validation` names none, at most a quarter"
     )
@@ -661,6 +693,9 @@ class AuditConfig(RunSettings):
     pool: DataConfig = Field(description="the pool that it was selected from")
     test: DataConfig = Field(description="held-out rows of the target; never the rows used to select")
     target: Names = Field(default=[], description="the target rows, for baselines that need them")
+    target_columns: Columns | None = Field(
+        default=None, description="columns of the target, as `pool.columns`; null tries the pool's, then detects"
+    )
     against: Annotated[
         list[Literal["random", "random-length", "tfidf", "rds", "loss", "full"]], Field(max_length=16)
     ] = Field(

@@ -430,7 +430,7 @@ def audit_base(selected: Path | None, yaml_path: Path | None = None) -> tuple[di
     if not path.is_file():
         return {}, ""
     run = read_yaml(path)
-    base: dict[str, Json] = {name: run[name] for name in ("model", "target", "lora") if name in run}
+    base: dict[str, Json] = {name: run[name] for name in ("model", "target", "target_columns", "lora") if name in run}
     if "train" in run:
         base["pool"] = run["train"]
     warmup = run.get("warmup")

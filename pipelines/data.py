@@ -1,7 +1,6 @@
 """Rows of instruction data: read with row numbers and reasons, indexed in memory, kept on disk."""
 
 import os
-import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 from datatools import DataError, UsageError, files
-from pipelines.formats import Message, Shape, check_columns, read_shape, text_of
+from pipelines.formats import Columns, Message, Shape, check_columns, columns_of, read_shape, text_of
 from pipelines.jsonl import Limits, Line, Malformed, is_blank, parse_object, read_lines, shown
 from pipelines.sources import Source, as_jsonl, find_sources
 
@@ -107,8 +106,19 @@ class FileInfo:
 @dataclass(frozen=True, slots=True)
 class _Options:
     source_key: str
-    columns: Mapping[str, str]
+    columns: Mapping[str, str | dict[str, str]]
+    detect: bool
+    preference: str | None
     limits: Limits
+
+    def read(self, value: Mapping[str, Any], columns: Mapping[str, str]) -> Shape:
+        """The shape of a row by its file's `columns`."""
+        try:
+            return read_shape(value, columns, self.preference)
+        except Malformed as error:
+            if not self.detect or error.reason != "missing_column":
+                raise
+            return read_shape(value, None, self.preference)
 
 
 class Pool:
@@ -128,6 +138,7 @@ class Pool:
         self._options = options
         self._paths: list[Path] = []  # where the lines are: the input itself, or its JSONL copy
         self._names: list[str] = []
+        self._columns: list[dict[str, str]] = []
         self._file, self._line = array("i"), array("q")
         self._offset, self._length, self._digest = array("q"), array("q"), array("Q")
 
@@ -140,9 +151,10 @@ class Pool:
         index %= len(self)
         raw = self.raw(index)
         value = parse_object(raw, self._options.limits)
-        shape = read_shape(value, self._options.columns)
+        columns = self._columns[self._file[index]]
+        shape = self._options.read(value, columns)
         return Row(self.ids[index], self.sources[index], self.file(index), self.line(index), raw,
-                   shape.messages, shape.text, _subtask(value, self._options), shape.prompt, shape.completion,
+                   shape.messages, shape.text, _subtask(value, columns), shape.prompt, shape.completion,
                    shape.masked, shape.flags, shape.tools)
 
     def __iter__(self) -> Iterator[Row]:
@@ -194,14 +206,17 @@ class Pool:
 
 
 def read_pool(paths: Sequence[str | os.PathLike[str]], *, on_bad_row: str = "error", source_key: str = "dataset",
-              cache: Path, quarantine: Path | None = None, columns: Mapping[str, str] | None = None,
+              cache: Path, quarantine: Path | None = None, columns: Columns | None = None, detect: bool = False,
+              preference: str | None = None,
               limits: Limits = Limits()) -> tuple[Pool, list[BadRow]]:  # noqa: B008 (frozen)
     """Read and check every row of `paths`: files, folders, and data sets of the hub (`sources.find_sources`).
 
     `on_bad_row`: "error" refuses the whole input if a row is bad or an id is used twice; "skip" goes on without bad
     rows; "quarantine" also copies their lines, byte for byte, to the file `quarantine`, to be corrected and read again.
     Rows with a repeated id are kept under a new one by the last two. Blank lines are ignored and counted.
-    `columns` maps our names (`formats.COLUMNS`) to the data's. `cache` is the folder for JSONL copies of tables.
+    `columns` maps our names (`formats.COLUMNS`) to the data's, also file by file (`formats.Columns`); with `detect`, a
+    row without these columns is read by the usual ones. `preference`: "chosen" reads rows with a chosen and a rejected
+    answer as the chosen one. `cache` is the folder for JSONL copies of tables.
 
     Cost: one pass, linear in bytes; memory for one line and about 40 bytes a row, and the ids.
     Raises: UsageError on an unknown policy, DataError on bad rows as above, on files that cannot be read, and if no
@@ -211,7 +226,7 @@ def read_pool(paths: Sequence[str | os.PathLike[str]], *, on_bad_row: str = "err
         raise UsageError(f"on_bad_row is {on_bad_row!r}; expected one of {', '.join(POLICIES)}")
     if on_bad_row == "quarantine" and quarantine is None:
         raise UsageError("on_bad_row is 'quarantine', but no quarantine file was named")
-    options = _Options(source_key, check_columns(columns), limits)
+    options = _Options(source_key, check_columns(columns), detect, preference, limits)
     pool, bad = Pool(options), list[BadRow]()
     ids = _Ids(strict=on_bad_row == "error")
     with ExitStack() as stack:
@@ -219,7 +234,10 @@ def read_pool(paths: Sequence[str | os.PathLike[str]], *, on_bad_row: str = "err
         if on_bad_row == "quarantine" and quarantine is not None:
             files.make_folder(Path(quarantine).parent)
             rejected = stack.enter_context(open(stack.enter_context(files.atomic_path(quarantine)), "wb"))
-        for source in find_sources(paths):
+        sources = find_sources(paths)
+        if not detect:
+            _check_files(options.columns, [source.name for source in sources])
+        for source in sources:
             _read_source(source, Path(cache), pool, bad, ids, rejected)
     if on_bad_row == "error" and bad:
         raise DataError(_refusal(bad, len(pool) + len(bad)))
@@ -231,9 +249,11 @@ def read_pool(paths: Sequence[str | os.PathLike[str]], *, on_bad_row: str = "err
 def _read_source(source: Source, cache: Path, pool: Pool, bad: list[BadRow], ids: "_Ids",
                  rejected: BinaryIO | None) -> None:
     path, problems = as_jsonl(source, cache, pool._options.limits)
+    columns, _ = columns_of(source.name, pool._options.columns)
     pool._paths.append(path)
     pool._names.append(source.name)
-    stem = re.sub(r"(\.[A-Za-z]+)?(\.gz)?$", "", os.path.basename(source.name)) or "data"
+    pool._columns.append(columns)
+    stem = source.stem
     sources: dict[str, str] = {}  # one object a name
     before, bad_before, blank = len(pool), len(bad), 0
     digest = xxhash.xxh3_128()
@@ -251,9 +271,9 @@ def _read_source(source: Source, cache: Path, pool: Pool, bad: list[BadRow], ids
                 if problem is not None:
                     raise problem
                 value = parse_object(line.raw, pool._options.limits)
-                shape = read_shape(value, pool._options.columns)
-                name = _source(value, pool._options)
-                own = _own_id(value, pool._options)
+                shape = pool._options.read(value, columns)
+                name = _source(value, columns, pool._options.source_key)
+                own = _own_id(value, columns)
                 identity = ids.take(own if own is not None else f"{stem}:{line.number}", own is not None,
                                     source.name, line.number)
             except Malformed as error:
@@ -266,7 +286,7 @@ def _read_source(source: Source, cache: Path, pool: Pool, bad: list[BadRow], ids
         size = file.tell()
     whole = digest.hexdigest()
     if source.path is not None and path != source.path:  # describe the input, not its copy
-        size, whole = source.path.stat().st_size, files.digest_file(source.path)
+        size, whole = source.size_and_digest()
     pool.files.append(FileInfo(source.name, size, whole, len(pool) - before, len(bad) - bad_before, blank))
 
 
@@ -292,15 +312,25 @@ class _Ids:
         return identity
 
 
-def _own_id(value: Mapping[str, Any], options: _Options) -> str | None:
-    found = value.get(options.columns.get("id", "id"))
+def _check_files(columns: Mapping[str, str | dict[str, str]], names: Sequence[str]) -> None:
+    """Refuse the columns of a file that is not read: a slip in its name would read it by others."""
+    unused = {name for name, own in columns.items() if isinstance(own, dict)}
+    unused -= {columns_of(name, columns)[1] or "" for name in names}
+    if unused:
+        known = ", ".join(shown(name, 200) for name in names[:5])
+        raise UsageError(f"columns: {shown(min(unused), 200)} is none of the files that are read ({known}"
+                         f"{', ...' if len(names) > 5 else ''})")
+
+
+def _own_id(value: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
+    found = value.get(columns.get("id", "id"))
     if isinstance(found, str):
         return found if found.strip() else None
     return str(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
-def _source(value: Mapping[str, Any], options: _Options) -> str | None:
-    for key in (options.columns.get("source"), options.source_key, "source"):
+def _source(value: Mapping[str, Any], columns: Mapping[str, str], source_key: str) -> str | None:
+    for key in (columns.get("source"), source_key, "source"):
         found = value.get(key) if key is not None else None
         if isinstance(found, int | float) and not isinstance(found, bool):
             return str(found)
@@ -309,8 +339,8 @@ def _source(value: Mapping[str, Any], options: _Options) -> str | None:
     return None
 
 
-def _subtask(value: Mapping[str, Any], options: _Options) -> str | None:
-    found = value.get(options.columns.get("subtask", "subtask"))
+def _subtask(value: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
+    found = value.get(columns.get("subtask", "subtask"))
     return str(found) if isinstance(found, str | int) and not isinstance(found, bool) else None
 
 

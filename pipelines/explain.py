@@ -60,7 +60,7 @@ def run(config: ExplainConfig) -> dict[str, Any]:
         "layers": [],
     }
     if made_by.method == "less":
-        wanted = target_data(made_by.train, made_by.target)
+        wanted = target_data(made_by.train, made_by.target, made_by.target_columns)
         target = prepare(wanted, made_by.model, loaded.tokenizer, label="target", **read)
         home = made_by.features.folder or folder / "features"
         stops = checkpoints.find(made_by.checkpoints or [folder / "warmup"])

@@ -5,7 +5,9 @@ flag that is counted.
 """
 
 import difflib
+import fnmatch
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,15 +43,22 @@ REASONING_TAG = re.compile(
 """What opens or closes reasoning inside a content: <think>, </think>, [THINK], <|END_THINKING|>, ..."""
 
 COLUMNS = ("messages", "role", "content", "conversations", "from", "value", "prompt", "completion", "instruction",
-           "input", "output", "system", "history", "text", "tools", "id", "source", "subtask")
+           "input", "output", "question", "answer", "query", "response", "context", "chosen", "rejected", "system",
+           "history", "text", "tools", "id", "source", "subtask")
 """Names that a `columns` map may give: ours -> the data's. `source` is the row's source, `subtask` a target's part."""
 
 _FORMATS = {  # the columns that decide, in the order in which the formats are tried
     "messages": ("messages",),
+    "preference": ("chosen", "rejected"),
     "sharegpt": ("conversations",),
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "text": ("text",),
+    "question_answer": ("question", "answer"),
+    "query_response": ("query", "response"),
+    "instruction_response": ("instruction", "response"),
+    "prompt_response": ("prompt", "response"),
+    "input_output": ("input", "output"),
 }
 # drawn as nothing, though Unicode does not call them spaces or controls: fillers, joiners, variation selectors
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
@@ -94,17 +103,39 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(item)
 
 
-def check_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
+Columns = Mapping[str, str | Mapping[str, str]]
+"""Our names -> the data's; also file -> such a map of its own, which then is the only one for it."""
+
+
+def check_columns(columns: Columns | None) -> dict[str, str | dict[str, str]]:
     """The `columns` map, its names checked. Raises: UsageError with the nearest known name."""
-    for name in columns or {}:
-        if name not in COLUMNS:
-            raise UsageError(f"columns: no column is called '{name}'{_nearest(name, COLUMNS)}")
-    return dict(columns or {})
+    checked: dict[str, str | dict[str, str]] = {}
+    for name, theirs in (columns or {}).items():
+        own = {name: theirs} if isinstance(theirs, str) else theirs
+        for key in own:
+            if key not in COLUMNS:
+                raise UsageError(f"columns: no column is called '{key}'{_nearest(key, COLUMNS)}")
+        checked[name] = theirs if isinstance(theirs, str) else dict(theirs)
+    return checked
 
 
-def read_shape(row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> Shape:
+def columns_of(file: str, columns: Mapping[str, str | dict[str, str]]) -> tuple[dict[str, str], str | None]:
+    """The map for `file`, and the name that it has in `columns` if it has a map of its own there.
+
+    A file's name is its path, its last part, a folder above it, or a pattern of these (*.jsonl).
+    """
+    for name, own in columns.items():
+        if isinstance(own, dict) and (file == name or file.startswith(name.rstrip("/") + "/") or any(
+                fnmatch.fnmatchcase(path, name) for path in (file, os.path.basename(file)))):
+            return own, name
+    return {name: theirs for name, theirs in columns.items() if isinstance(theirs, str)}, None
+
+
+def read_shape(row: Mapping[str, Any], columns: Mapping[str, str] | None = None,
+               preference: str | None = None) -> Shape:
     """Detect the format of `row` by its columns and read it; `columns` maps our names to the data's.
 
+    preference: which answer of a row with `chosen` and `rejected` is the answer ("chosen"); None refuses such rows.
     Raises: Malformed with a reason if the row has no known format or is not fit to train on.
     """
     columns = columns or {}
@@ -120,8 +151,13 @@ def read_shape(row: Mapping[str, Any], columns: Mapping[str, str] | None = None)
         shape = _from_messages(get("conversations"), "conversations", columns, get("system"))
     elif name == "prompt_completion":
         shape = _from_prompt(get("prompt"), get("completion"), columns)
-    elif name == "alpaca":
-        shape = _from_alpaca(get)
+    elif name == "preference":
+        if preference is None:
+            raise Malformed("preference_row", "the row has a chosen and a rejected answer; --preference chosen reads "
+                                              "it as its prompt and the chosen one")
+        shape = _from_preference(get, columns)
+    elif name != "text":
+        shape = _from_pair(get, *_FORMATS[name])
     else:
         text = _text(get("text"), "text")
         if not visible(text):
@@ -157,8 +193,9 @@ def _detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     if "input_ids" in row:
         raise Malformed("pre_tokenised", "the row holds input_ids; give its text, so that one tokenizer is used")
     there = ", ".join(shown(key, 30) for key in list(row)[:8]) or "no column at all"
-    raise Malformed("unknown_format", f"{there}; expected messages, conversations, prompt and completion, instruction "
-                                      "and output, or text")
+    known = ", ".join(" and ".join(keys) for keys in _FORMATS.values())
+    raise Malformed("unknown_format", f"{there}; expected {known}; name other columns with --columns "
+                                      "prompt=YOURS,completion=YOURS (of target rows: --target-columns)")
 
 
 def _from_messages(value: Any, column: str, columns: Mapping[str, str], system: Any = None) -> Shape:
@@ -190,8 +227,42 @@ def _from_prompt(prompt: Any, completion: Any, columns: Mapping[str, str]) -> Sh
     return Shape(prompt=question, completion=answer, flags=_text_flags([question, answer]))
 
 
-def _from_alpaca(get: Any) -> Shape:
-    """instruction and input joined by a newline; earlier [instruction, output] pairs in `history` are trained too."""
+def _from_preference(get: Any, columns: Mapping[str, str]) -> Shape:
+    """The prompt with the chosen answer. A prompt that is only implied is what both conversations begin with."""
+    chosen, rejected = ([turns] if isinstance(turns, dict) else turns for turns in (get("chosen"), get("rejected")))
+    prompt = get("prompt")
+    if prompt is None and isinstance(get("conversations"), list):
+        prompt = get("conversations")
+    if isinstance(chosen, list):
+        first = next((_first(turn, "role", "from") for turn in chosen if isinstance(turn, dict)), None)
+        whole = isinstance(first, str) and first.strip().lower() not in {"assistant", "gpt", "bot", "model", "chatgpt"}
+        if isinstance(prompt, list):
+            return _from_prompt(prompt, chosen[len(prompt):] if chosen[:len(prompt)] == prompt else chosen, columns)
+        if whole:  # the prompt is in the conversation, whether it is in a column, too, or not
+            pairs = zip(chosen, rejected if isinstance(rejected, list) else [], strict=False)
+            shared = next((k for k, (a, b) in enumerate(pairs) if a != b), 0)
+            shared = shared or len(chosen) - 1
+            return _from_prompt(chosen[:shared], chosen[shared:], columns)
+    if not isinstance(prompt, list):
+        ask = next((name for name in ("prompt", "question", "instruction", "query", "input") if get(name) is not None),
+                   "prompt")
+        if ask == "prompt" and get("system") is None and not isinstance(chosen, list):
+            if prompt is None:
+                raise Malformed("null_prompt", "chosen and rejected are texts, and there is no prompt; give it in a "
+                                               "column of its own")
+            return _from_prompt(prompt, chosen, columns)
+        if not isinstance(chosen, list):
+            return _from_pair(get, ask, "chosen")
+        prompt = [{"role": "user", "content": get(ask)}]
+    if not isinstance(chosen, list):
+        chosen = [{"role": "assistant", "content": chosen}]
+    return _from_prompt(prompt, chosen, columns)
+
+
+def _from_pair(get: Any, ask: str, say: str) -> Shape:
+    """A question and an answer, as a conversation; `input` and `context` follow the question on lines of their own,
+    and earlier pairs in `history` are trained too.
+    """
     turns: list[Message] = []
     if get("system") is not None and visible(system := _text(get("system"), "system")):
         turns.append({"role": "system", "content": system})
@@ -203,12 +274,11 @@ def _from_alpaca(get: Any) -> Shape:
             raise Malformed("history_not_list", "an entry of history is not a pair of instruction and output")
         turns.append({"role": "user", "content": _text(pair[0], "prompt")})
         turns.append({"role": "assistant", "content": _text(pair[1], "answer")})
-    question = _text(get("instruction"), "prompt")
-    extra = "" if get("input") is None else _text(get("input"), "prompt")
-    if visible(extra):
-        question = f"{question}\n{extra}" if visible(question) else extra
-    turns.append({"role": "user", "content": question})
-    turns.append({"role": "assistant", "content": _text(get("output"), "answer")})
+    more = [_text(get(name), "prompt") for name in ("input", "context") if name != ask and get(name) is not None]
+    more = [text for text in more if visible(text)]
+    question = "" if get(ask) is None and more else _text(get(ask), "prompt")
+    turns.append({"role": "user", "content": "\n".join([question, *more] if visible(question) else more or [question])})
+    turns.append({"role": "assistant", "content": _text(get(say), "answer")})
     return _conversation(turns, set(), set())
 
 

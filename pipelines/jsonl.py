@@ -18,11 +18,13 @@ _NOT_TEXT = {  # first bytes of files that somebody may take for rows
     b"\xff\xfe": "UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
     b"\x1f\x8b": "compressed by gzip; let its name end in .gz",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd, which is not read; unpack it first",
-    b"\xfd7zXZ\x00": "compressed by xz, which is not read; unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; let its name end in .zst",
+    b"\xfd7zXZ\x00": "compressed by xz; let its name end in .xz",
+    b"BZh": "compressed by bzip2; let its name end in .bz2",
     b"PK\x03\x04": "a zip archive, which is not read; unpack it first",
     b"PAR1": "a Parquet table; let its name end in .parquet",
-    b"ARROW1": "an Arrow table, which is not read; write it as Parquet or JSONL",
+    b"ARROW1": "an Arrow table; let its name end in .arrow",
+    b"\xff\xff\xff\xff": "an Arrow table; let its name end in .arrow",
 }
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")

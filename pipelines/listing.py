@@ -15,7 +15,7 @@ Rows = list[tuple[str, ...]]
 
 FORMATS: dict[str, tuple[str, str, str]] = {
     "messages": (
-        "a conversation; loss on the assistant's turns",
+        "a conversation; loss on the assistant's turns, with their reasoning_content and tool_calls; tools beside it",
         '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}',
         "TRL, OpenAI, LESS",
     ),
@@ -28,6 +28,16 @@ FORMATS: dict[str, tuple[str, str, str]] = {
         "loss on the output",
         '{"instruction": "Add.", "input": "2 2", "output": "4"}',
         "LLaMA-Factory; input, system and history may be absent",
+    ),
+    "question, answer": (
+        "loss on the answer",
+        '{"question": "2 + 2 = ?", "answer": "4"}',
+        "GSM8K; also query, response; instruction, response (Dolly); input, output; context, system, history optional",
+    ),
+    "chosen, rejected": (
+        "loss on the chosen answer, with --preference chosen",
+        '{"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}',
+        "TRL, LLaMA-Factory; texts, or lists of messages with the prompt in a column or in both",
     ),
     "sharegpt": (
         "a conversation; loss on the assistant's turns",

@@ -78,7 +78,8 @@ def build(config: OrderConfig, current: Run) -> Setting:
         rows = _read(config, data, tokenizer, current, "data")
         held = None
         if config.validation:
-            held = _read(config, target_data(data, config.validation), tokenizer, current, "validation")
+            wanted = target_data(data, config.validation, config.validation_columns)
+            held = _read(config, wanted, tokenizer, current, "validation")
     facts: dict[str, Any] = {"model": dict(tokenizer.digests), "encoding": rows.encoder.fingerprint()}
     facts["data"] = file_facts(rows)
     if held is not None:

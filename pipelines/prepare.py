@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datatools import DataError, files
-from pipelines.config import DataConfig, ModelConfig
+from pipelines.config import Columns, DataConfig, ModelConfig, TargetData
 from pipelines.data import BadRow, Pool, read_pool
 from pipelines.dedup import dedup
 from pipelines.encode import Encoder, Scan, scan
@@ -100,7 +100,13 @@ def prepare(
     """
     quarantine = folder / "quarantine.jsonl" if folder is not None and data.on_bad_row == "quarantine" else None
     policy = data.on_bad_row if quarantine is not None or data.on_bad_row != "quarantine" else "skip"
-    reading: dict[str, Any] = {"source_key": data.source_key, "cache": cache, "columns": data.columns}
+    reading: dict[str, Any] = {
+        "source_key": data.source_key,
+        "cache": cache,
+        "columns": data.columns,
+        "preference": data.preference,
+        "detect": isinstance(data, TargetData) and data.borrowed,
+    }
     try:
         pool, bad = read_pool(data.paths, on_bad_row=policy, quarantine=quarantine, **reading)
     except DataError:
@@ -172,9 +178,11 @@ def _write_bad(folder: Path, bad: Sequence[BadRow]) -> None:
     files.write_text(folder / "bad_rows.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def target_data(pool: DataConfig, paths: Sequence[str]) -> DataConfig:
-    """How target rows are read: as the pool's are, but every one of them must be good."""
-    return pool.model_copy(update={"paths": list(paths), "on_bad_row": "error", "dedup": "none"})
+def target_data(pool: DataConfig, paths: Sequence[str], columns: Columns | None = None) -> TargetData:
+    """How target rows are read: as the pool's are, but with their own `columns`, and every one of them must be good."""
+    shared = pool.model_dump(include=set(DataConfig.model_fields))
+    mine = {"paths": list(paths), "on_bad_row": "error", "dedup": "none", "borrowed": columns is None}
+    return TargetData(**shared | mine | ({} if columns is None else {"columns": columns}))
 
 
 def file_facts(rows: Rows) -> dict[str, str]:

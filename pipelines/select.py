@@ -66,7 +66,7 @@ def _context(config: SelectConfig, current: Run) -> Context:
         pool = prepare(config.train, config.model, tokenizer.tokenizer, label="pool", folder=folder, **read)
         target = None
         if config.target:
-            wanted = target_data(config.train, config.target)
+            wanted = target_data(config.train, config.target, config.target_columns)
             target = prepare(wanted, config.model, tokenizer.tokenizer, label="target", **read)
             if empty := [file.path for file in target.pool.files if not file.rows]:
                 raise DataError(f"no row in --target {', '.join(empty)}; leave the file out or fill it")

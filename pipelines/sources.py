@@ -1,20 +1,24 @@
 """Inputs that are named on the command line, turned into JSONL files on disk.
 
-JSONL is read where it lies. Compressed files, JSON arrays, CSV, Parquet and data sets of the hub are written as JSONL
-into a cache folder first; the cache is made anew by every run, so a stale or damaged copy is never read.
+JSONL is read where it lies. Compressed files, JSON arrays, CSV, Parquet, Arrow, folders of `save_to_disk` and data sets
+of the hub are written as JSONL into a cache folder first; the cache is made anew by every run, so a stale or damaged
+copy is never read.
 """
 
+import bz2
 import csv
+import glob
 import gzip
 import io
 import json
+import lzma
 import math
 import os
 import re
 import stat
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from pathlib import Path
@@ -23,12 +27,22 @@ from typing import Any, BinaryIO, TextIO
 from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files
 from pipelines.jsonl import Limits, Malformed, shown
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-"""File types that are read, each also with .gz (but .parquet, which is compressed inside)."""
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+"""File types that are read."""
+
+PACKED = (".gz", ".zst", ".xz", ".bz2")
+"""Compressions that are read, behind a file type (.jsonl.zst)."""
+
+SAVED = ".saved"
+"""The kind of a folder that `datasets.Dataset.save_to_disk` wrote."""
+
+_UNREAD = re.compile(r"\.(zip|7z|rar|tar|tgz|tar\.\w+|lz4|lzma|br|sz|snappy|z|xlsx?|ods|sqlite3?|db|pkl|pickle|pt|npz|"
+                     r"npy|h5|hdf5|avro|orc|msgpack|docx?|pdf)$", re.IGNORECASE)
 
 _HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:(?P<split>.+))?")
 _RATIO_FROM = 64 << 20  # bytes out; small files may pack as they like
 _BLOCK = 1 << 20
+_XZ_MEMORY = 1 << 30  # bytes that unpacking may take; files made by xz -9 take 65 MiB
 
 # a JSON text in tokens that matter for finding where an element of an array ends
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
@@ -37,15 +51,33 @@ _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]|[^"\[\]{},]++', re.DOTALL
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One input: `name` as shown, `path` on disk (None: on the hub), `kind` one of `SUFFIXES` (with .gz) or "hub"."""
+    """One input: `name` as shown, `path` on disk (None: on the hub), `kind` one of `SUFFIXES` (with one of `PACKED`),
+    `SAVED` or "hub".
+    """
 
     name: str
     path: Path | None
     kind: str
 
+    @property
+    def stem(self) -> str:
+        """The last part of its name without what says its type: what its rows are named after."""
+        name = os.path.basename(self.name.rstrip("/"))
+        packed = "|".join(re.escape(suffix) for suffix in PACKED)
+        return re.sub(rf"(\.[A-Za-z]+)?({packed})?$", "", name) or "data"
+
+    def size_and_digest(self) -> tuple[int, str]:
+        """Bytes and xxh3-128 of the file; of a folder, of the digests of its files."""
+        assert self.path is not None
+        if self.kind != SAVED:
+            return self.path.stat().st_size, files.digest_file(self.path)
+        parts = _saved_files(self.path)
+        digests = " ".join(files.digest_file(part) for part in parts)
+        return sum(part.stat().st_size for part in parts), files.digest(digests.encode())
+
 
 def find_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
-    """The files that `paths` name, folders opened (sorted, hidden files left out), in the order given.
+    """The files that `paths` name, folders and patterns (*.jsonl) opened (sorted, hidden files left out), in order.
 
     A path that does not exist and looks like `owner/name` is a data set of the hub; `hf:owner/name[/config][@revision]
     [:split]` always is. Raises: UsageError if nothing is named or a file is named twice, DataError if one is missing.
@@ -72,9 +104,10 @@ def as_jsonl(source: Source, cache: Path, limits: Limits) -> tuple[Path, dict[in
     Row k of the source is line k (1-based) of the file; a row in the second result is a blank line.
     """
     path, kind = source.path, source.kind
-    if path is not None and kind.endswith(".gz"):
-        kind = kind.removesuffix(".gz")
-        path = _unpack(path, _cached(source, cache, kind), limits)
+    packed = next((suffix for suffix in PACKED if kind.endswith(suffix)), None)
+    if path is not None and packed:
+        kind = kind.removesuffix(packed)
+        path = _unpack(path, packed, _cached(source, cache, kind), limits)
     if kind == ".json" and path is not None and not _is_array(path):
         kind = ".jsonl"  # many .json files hold a row a line
     if kind in {".jsonl", ".ndjson"}:
@@ -83,12 +116,16 @@ def as_jsonl(source: Source, cache: Path, limits: Limits) -> tuple[Path, dict[in
     out = _cached(source, cache, ".jsonl")
     problems: dict[int, Malformed] = {}
     with files.atomic_path(out, durable=False) as temporary, open(temporary, "wb") as file:
+        written = 0
         for number, row in enumerate(_rows(source, path, kind, limits), start=1):
             if isinstance(row, Malformed):
                 problems[number] = row
-                file.write(b"\n")
-            else:
-                file.write(row + b"\n")
+                row = b""
+            written += len(row) + 1
+            if written > limits.unpacked_bytes:
+                raise DataError(f"{source.name} holds more than {limits.unpacked_bytes} bytes as JSONL (limit "
+                                "unpacked_bytes); write it as JSONL yourself if that is right")
+            file.write(row + b"\n")
     return out, problems
 
 
@@ -100,32 +137,83 @@ def _expand(given: str) -> list[Source]:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         missing = isinstance(error, FileNotFoundError)
+        if missing and glob.has_magic(given):
+            return _matching(given)
         if missing and _HUB.fullmatch(given) and "/" in given and not given.startswith(".") and not _kind(given):
             return [Source(f"hf:{given}", None, "hub")]
         advice = "check the path; a data set of the hub is named hf:owner/name" if missing else "check the path"
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise DataError(f"cannot read {shown(given, 200)}: {reason}; {advice}") from None
     if stat.S_ISDIR(mode):
-        inside = [Source(str(file), file, kind) for file in _walk(path) if (kind := _kind(file.name))]
+        inside = [Source(str(file), file, kind) for file, kind in _walk(path)]
         if not inside:
-            raise DataError(f"the folder {given} holds no data file ({', '.join(SUFFIXES)}, also .gz)")
-        return inside
+            raise DataError(f"the folder {given} holds no data file ({_known()})")
+        return inside if inside[0].path != path else [Source(given, path, SAVED)]
     if not stat.S_ISREG(mode):
         raise DataError(f"cannot read {given}: it is not a file")
-    return [Source(given, path, _kind(given) or ".jsonl")]
+    kind = _kind(given)
+    if kind is None and (other := _UNREAD.search(given)):
+        raise DataError(f"cannot read {shown(given, 200)}: {other.group()} is not read; unpack or convert it "
+                        f"({_known()})")
+    return [Source(given, path, kind or ".jsonl")]
 
 
-def _walk(folder: Path) -> list[Path]:
-    found = []
+def _known() -> str:
+    return f"read are {', '.join(SUFFIXES)}, also with {', '.join(PACKED)}"
+
+
+def _matching(pattern: str) -> list[Source]:
+    """The files that a pattern names, as if each were named; those of no known type only where there are no others."""
+    found = sorted(glob.glob(pattern, recursive=True))
+    named = [name for name in found if os.path.isdir(name) or _kind(name) or _UNREAD.search(name)]
+    if not found:
+        raise DataError(f"no file matches {shown(pattern, 200)}; check the path")
+    if "**" in pattern:
+        named = [name for name in named if not os.path.isdir(name)]  # what is in them matches by itself
+    return [source for name in named or found for source in _expand(name)]
+
+
+def _walk(folder: Path) -> list[tuple[Path, str]]:
+    """The data files under `folder`, and the folders of `save_to_disk`, with their kinds."""
+    found: list[tuple[Path, str]] = []
     for root, folders, names in os.walk(folder):
+        here = Path(root)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted((file for file in found if file.is_file()), key=lambda file: file.relative_to(folder).as_posix())
+        if "dataset_dict.json" in names:
+            splits = sorted(name for name in folders if (here / name / "state.json").is_file())
+            if len(splits) != 1:
+                raise DataError(f"{here} holds {len(splits)} splits ({', '.join(splits)}); name one, as in "
+                                f"{here / (splits[0] if splits else 'train')}")
+            found.append((here if here == folder else here / splits[0], SAVED))
+            folders.clear()
+        elif "state.json" in names and "dataset_info.json" in names:
+            found.append((here, SAVED))
+            folders.clear()
+        else:
+            found += [(here / name, kind) for name in names if not name.startswith(".") and (kind := _kind(name))]
+    return sorted(((file, kind) for file, kind in found if kind == SAVED or file.is_file()),
+                  key=lambda item: item[0].relative_to(folder).as_posix())
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The Arrow files of a folder of `save_to_disk`, in the order of their rows."""
+    if (folder / "dataset_dict.json").is_file():
+        folder = next(inner.parent for inner in sorted(folder.glob("*/state.json")))
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        names = [entry["filename"] for entry in state["_data_files"]]
+        assert all(isinstance(name, str) and os.path.basename(name) == name for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise DataError(f"{folder}: state.json does not say which files the data set has; save it again "
+                        "(save_to_disk)") from error
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise DataError(f"{folder}: {missing[0]} is missing; copy the folder again")
+    return [folder / name for name in names]
 
 
 def _kind(name: str) -> str | None:
     lowered = name.lower()
-    return next((s + gz for s in SUFFIXES for gz in ("", ".gz") if lowered.endswith(s + gz)), None)
+    return next((s + packed for s in SUFFIXES for packed in ("", *PACKED) if lowered.endswith(s + packed)), None)
 
 
 def _cached(source: Source, cache: Path, suffix: str) -> Path:
@@ -135,16 +223,23 @@ def _cached(source: Source, cache: Path, suffix: str) -> Path:
     return Path(cache) / f"{slug}-{files.digest(name.encode('utf-8', 'surrogateescape'))[:16]}{suffix}"
 
 
-def _unpack(path: Path, out: Path, limits: Limits) -> Path:
-    """Decompress a gzip file, watching size and ratio as it goes."""
+def _unpack(path: Path, how: str, out: Path, limits: Limits) -> Path:
+    """Decompress a file, watching size and ratio as it goes."""
+    import pyarrow
+
+    damaged = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError, pyarrow.ArrowException)
     with files.atomic_path(out, durable=False) as temporary, open(temporary, "wb") as file:
-        with _reading(path) as raw, gzip.GzipFile(fileobj=raw) as unpacked:
+        with _reading(path) as raw:
             done = 0
+            blocks = _unpacked(raw, how)
             while True:
                 try:
-                    block = unpacked.read(_BLOCK)
-                except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                    raise DataError(f"{path} is damaged after {done} unpacked bytes ({error}); make it again") from None
+                    block = next(blocks, b"")
+                except damaged as error:
+                    if isinstance(error, OSError) and error.errno:
+                        raise files.explain(error, path, "read") from error
+                    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    raise DataError(f"{path} is damaged after {done} unpacked bytes ({first}); make it again") from None
                 if not block:
                     return out
                 done += len(block)
@@ -155,6 +250,46 @@ def _unpack(path: Path, out: Path, limits: Limits) -> Path:
                     raise DataError(f"{path} unpacks to more than {limits.unpacked_ratio} times its size (limit "
                                     "unpacked_ratio); unpack it yourself if that is right")
                 file.write(block)
+
+
+def _unpacked(raw: BinaryIO, how: str) -> Iterator[bytes]:
+    """The content of a compressed file in blocks, none of them empty."""
+    if how == ".bz2":
+        yield from _members(raw, bz2.BZ2Decompressor)
+    elif how == ".xz":
+        yield from _members(raw, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY))
+    else:
+        if how == ".gz":
+            unpacked: Any = gzip.GzipFile(fileobj=raw)
+        else:
+            import pyarrow
+
+            unpacked = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+        while block := unpacked.read(_BLOCK):
+            yield block
+
+
+def _members(raw: BinaryIO, start: Callable[[], Any]) -> Iterator[bytes]:
+    """What a bzip2 or xz file holds, which may be several one behind another. Python's own readers of files take what
+    cannot be read behind the first for the end of it.
+    """
+    member, fresh = start(), True
+    while block := raw.read(_BLOCK):
+        while block:
+            if member.eof:
+                block = block.lstrip(b"\0")  # xz may be padded
+                if not block:
+                    break
+                member, fresh = start(), True
+            if out := member.decompress(block, _BLOCK):
+                yield out
+            while not member.eof and not member.needs_input:
+                if out := member.decompress(b"", _BLOCK):
+                    yield out
+            fresh = False
+            block = member.unused_data if member.eof else b""
+    if not member.eof and not fresh:
+        raise EOFError("the file ends inside its compressed data")
 
 
 def _reading(path: Path) -> BinaryIO:
@@ -169,6 +304,9 @@ def _rows(source: Source, path: Path | None, kind: str, limits: Limits) -> Itera
         yield from map(_dumps, _from_hub(source.name))
     elif kind == ".parquet":
         yield from map(_dumps, _from_parquet(path, source.name))
+    elif kind in (".arrow", SAVED):
+        for part in _saved_files(path) if kind == SAVED else [path]:
+            yield from map(_dumps, _from_arrow(part, source.name))
     elif kind == ".json":
         with _reading(path) as file:
             yield from _from_array(file, source.name, limits)
@@ -208,8 +346,31 @@ def _from_parquet(path: Path, name: str) -> Iterator[Mapping[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as table:
             for batch in table.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"cannot read {name} as Parquet: {str(error).splitlines()[0]}") from error
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"cannot read {name} as Parquet: {first}") from error
+
+
+def _from_arrow(path: Path, name: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of an Arrow file, in either of its forms: with an index at its end, or a stream (as `datasets` has)."""
+    import pyarrow
+
+    try:
+        with pyarrow.OSFile(str(path)) as file:
+            indexed = file.read(6) == b"ARROW1"
+            file.seek(0)
+            if indexed:
+                reader = pyarrow.ipc.open_file(file)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            else:
+                batches = iter(pyarrow.ipc.open_stream(file))
+            for batch in batches:
+                batch.validate(full=True)  # offsets that point elsewhere would be read as they are
+                for start in range(0, batch.num_rows, 1024):
+                    yield from batch.slice(start, 1024).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"cannot read {name} as Arrow ({path.name}): {first}") from error
 
 
 def _from_csv(file: TextIO, delimiter: str, limits: Limits) -> Iterator[Mapping[str, Any] | Malformed]:

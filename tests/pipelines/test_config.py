@@ -357,3 +357,21 @@ def test_an_audit_takes_over_the_run_that_it_judges(tmp_path):
 def test_an_audit_without_a_run_needs_a_model(tmp_path):
     assert audit_base(tmp_path / "selected.jsonl") == ({}, "") and audit_base(None) == ({}, "")
     assert "--model" in refused(AuditConfig, None, {"selected": "x", "test.paths": ["t"], "pool.paths": ["p"]})
+
+
+def test_columns_are_read_from_texts_and_files_have_their_own(tmp_path):
+    def columns(*sets, **flags):
+        given = {"model.name": "m", "train.paths": "a", "target": "t", "train.columns": ["prompt=q,completion=a"]}
+        return load_config(SelectConfig, None, given | flags, list(sets))
+
+    both = columns(**{"target_columns": ["prompt=x", "completion=y"]})
+    assert both.train.columns == {"prompt": "q", "completion": "a"}
+    assert both.target_columns == {"prompt": "x", "completion": "y"}
+    assert columns("train.columns={prompt: p, b.jsonl: {text: body}}").train.columns == {
+        "prompt": "p", "b.jsonl": {"text": "body"}}
+    path = tmp_path / "run.yaml"
+    path.write_text(dump(both))
+    assert load_config(SelectConfig, path) == both
+    for wrong in ("prompt", "prompt=", "=q"):
+        with pytest.raises(UsageError, match="expected OURS=YOURS, such as prompt=question"):
+            columns(**{"train.columns": [wrong]})

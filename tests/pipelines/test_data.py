@@ -1,8 +1,10 @@
 """Reading rows: every broken line has a number, an offset and a reason, and good lines survive byte for byte."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import os
 import time
 import tracemalloc
@@ -172,7 +174,11 @@ def test_hostile_lines_take_no_time(raw):
 
 @pytest.mark.parametrize(("row", "expected"), [
     ({}, "unknown_format"),
-    ({"question": "q", "answer": "a"}, "unknown_format"),
+    ({"question": "q", "reply": "a"}, "unknown_format"),
+    ({"question": "q", "answer": 7}, "answer_not_text"),
+    ({"question": None, "answer": "a"}, "null_prompt"),
+    ({"input": "", "output": "a"}, "empty_prompt"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference_row"),
     ({"input_ids": [1, 2]}, "pre_tokenised"),
     ({"messages": None}, "no_messages"),
     ({"messages": []}, "no_messages"),
@@ -254,6 +260,96 @@ def test_shapes_of_the_five_formats():
     weighed = read_shape({"prompt": [turn("user", "q")], "completion": [
         turn("assistant", "a", weight=0), turn("user", "r"), turn("assistant", "b")]})
     assert weighed.masked == {1}
+
+
+@pytest.mark.parametrize(("ask", "say"), [
+    ("question", "answer"), ("query", "response"), ("instruction", "response"), ("prompt", "response"),
+    ("input", "output"), ("instruction", "output")])
+def test_pairs_under_other_names_are_conversations(ask, say):
+    pair = [("user", "q"), ("assistant", "a")]
+    assert contents(read_shape({ask: "q", say: "a", "category": "x"})) == pair
+    assert contents(read_shape({ask: "q", say: "a", "system": "s", "history": [["e", "f"]]})) == [
+        ("system", "s"), ("user", "e"), ("assistant", "f"), *pair]
+    with_context = contents(read_shape({ask: "q", "context": "c", say: "a"}))
+    assert with_context == [("user", "q\nc"), ("assistant", "a")]  # Dolly's
+    assert contents(read_shape({ask: "q", "context": " ", say: "a"})) == pair
+    assert contents(read_shape({"x": "q", "y": "a"}, {ask: "x", say: "y"})) == pair
+    if (ask, say) != ("instruction", "output"):  # alpaca's own set has all of these
+        assert read_shape({ask: "q", say: "a", "text": "t"}).text == "t"
+
+
+def test_input_without_an_instruction():
+    row = {"instruction": None, "input": "x", "output": "a"}
+    assert contents(read_shape(row)) == [("user", "x"), ("assistant", "a")]
+
+
+def test_preferences_are_read_as_prompt_and_chosen():
+    """The shapes of TRL, LLaMA-Factory and public sets; loss on the chosen answer alone."""
+    one, two = [turn("user", "q")], [turn("user", "e"), turn("assistant", "f"), turn("user", "q")]
+    good, worse = [turn("assistant", "a")], [turn("assistant", "b")]
+    assert read_shape({"prompt": "q", "chosen": "a", "rejected": "b"}, None, "chosen") == Shape(
+        prompt="q", completion="a")
+    for row, answers, masked in [
+        ({"prompt": one, "chosen": good, "rejected": worse}, "qa", set()),
+        ({"prompt": two, "chosen": good, "rejected": worse}, "efqa", {1}),
+        ({"prompt": two, "chosen": two + good, "rejected": two + worse}, "efqa", {1}),
+        ({"chosen": one + good, "rejected": one + worse}, "qa", set()),
+        ({"chosen": two + good, "rejected": two + worse}, "efqa", {1}),
+        ({"prompt": "q", "chosen": one + good, "rejected": one + worse}, "qa", set()),
+        ({"prompt": "q", "chosen": good, "rejected": worse}, "qa", set()),
+        ({"chosen": one + good, "rejected": one + good}, "qa", set()),
+        ({"chosen": two + good, "rejected": worse}, "efqa", {1}),
+        ({"question": "q", "system": "", "chosen": "a", "rejected": "b"}, "qa", set()),
+        ({"instruction": "q", "chosen": "a", "rejected": "b"}, "qa", set()),
+        ({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"},
+          "rejected": {"from": "gpt", "value": "b"}}, "qa", set()),
+        ({"prompt": one, "chosen": "a", "rejected": "b"}, "qa", set()),
+    ]:
+        shape = read_shape(row, None, "chosen")
+        assert "".join(text for _, text in contents(shape)) == answers and shape.masked == masked, row
+        with pytest.raises(Malformed, match="preference_row: .*--preference chosen"):
+            read_shape(row)
+    shape = read_shape({"prompt": "q", "system": "s", "chosen": "a", "rejected": "b"}, None, "chosen")
+    assert contents(shape) == [("system", "s"), ("user", "q"), ("assistant", "a")]
+    for row, reason in [({"chosen": "a", "rejected": "b"}, "null_prompt"),
+                        ({"prompt": "q", "chosen": "", "rejected": "b"}, "empty_answer"),
+                        ({"prompt": "q", "chosen": 3, "rejected": 4}, "answer_not_text"),
+                        ({"chosen": [], "rejected": []}, "null_prompt"),
+                        ({"chosen": [3], "rejected": None}, "null_prompt")]:
+        with pytest.raises(Malformed) as caught:
+            read_shape(row, None, "chosen")
+        assert caught.value.reason == reason, row
+    assert read_shape({"chosen": None, "rejected": None, "text": "t"}).text == "t"
+
+
+def test_files_may_have_columns_of_their_own(tmp_path):
+    for name, row in (("a.jsonl", {"q": "1", "r": "2"}), ("b.jsonl", {"ask": "3", "say": "4", "q": "x", "r": "y"}),
+                      ("c.jsonl", {"prompt": "5", "completion": "6"})):
+        (tmp_path / name).write_text(json.dumps(row))
+    columns = {"prompt": "q", "completion": "r", "b.jsonl": {"prompt": "ask", "completion": "say"},
+               str(tmp_path / "c.jsonl"): {}}
+    pool, _ = read_pool([tmp_path], cache=tmp_path, columns=columns)
+    assert [(row.prompt, row.completion) for row in pool] == [("1", "2"), ("3", "4"), ("5", "6")]
+    for pattern in (str(tmp_path), f"{tmp_path}/[ab].jsonl"):
+        theirs = {pattern: {"prompt": "q", "completion": "r"}}
+        pool, _ = read_pool([tmp_path / "a.jsonl"], cache=tmp_path, columns=theirs)
+        assert pool[0].completion == "2"
+    with pytest.raises(UsageError, match=r"columns: 'd.jsonl' is none of the files that are read \('.*a.jsonl'"):
+        read_pool([tmp_path], cache=tmp_path, columns={"d.jsonl": {"prompt": "x"}})
+    with pytest.raises(UsageError, match="'promt'; did you mean 'prompt'"):
+        read_pool([tmp_path], cache=tmp_path, columns={"a.jsonl": {"promt": "x"}})
+    columns = {"prompt": "q", "completion": "r"}
+    with pytest.raises(DataError, match="missing_column"):
+        read_pool([tmp_path / "c.jsonl"], cache=tmp_path, columns=columns)
+    found, _ = read_pool([tmp_path / "c.jsonl"], cache=tmp_path, columns=columns, detect=True)
+    assert found[0].completion == "6"
+
+
+def test_unknown_columns_name_the_flags():
+    with pytest.raises(Malformed) as caught:
+        read_shape({"frage": "q", "antwort": "a"})
+    assert caught.value.detail.startswith("'frage', 'antwort'; expected messages, ")
+    assert "--columns prompt=YOURS,completion=YOURS (of target rows: --target-columns)" in caught.value.detail
 
 
 def test_formats_with_columns_of_others_are_told_apart():
@@ -462,7 +558,27 @@ ROWS = [{"prompt": f"question {k}", "completion": f"ответ {k}\nsecond line"
 JSONL = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in ROWS)
 
 
+def zstd(data: bytes) -> bytes:
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+PACK = {".zst": zstd, ".xz": lzma.compress, ".bz2": bz2.compress}
+
+
 def write_as(kind: str, path: Path) -> None:
+    packed = next((suffix for suffix in PACK if kind.endswith(suffix)), None)
+    if packed:
+        inner = path.with_suffix("")
+        write_as(kind.removesuffix(packed), inner)
+        half = inner.stat().st_size // 2
+        path.write_bytes(b"".join(map(PACK[packed], (inner.read_bytes()[:half], inner.read_bytes()[half:]))))
+        inner.unlink()
+        return
     if kind == "csv":
         with open(path, "w", newline="", encoding="utf-8-sig") as file:
             writer = csv.DictWriter(file, ["prompt", "completion", "id"])
@@ -476,6 +592,13 @@ def write_as(kind: str, path: Path) -> None:
 
         table = [{**row, "score": float("nan"), "when": None} for row in ROWS]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path)
+    elif kind in ("arrow", "feather"):  # a stream, as `datasets` writes it, and a file with an index
+        import pyarrow
+
+        table = pyarrow.Table.from_pylist([{**row, "when": None} for row in ROWS])
+        new = pyarrow.ipc.new_stream if kind == "arrow" else pyarrow.ipc.new_file
+        with new(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
     elif kind == "json.gz":
         path.write_bytes(gzip.compress(json.dumps(ROWS).encode()))
     elif kind == "jsonl.gz":
@@ -484,9 +607,10 @@ def write_as(kind: str, path: Path) -> None:
         path.write_bytes(JSONL)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "jsonl.gz", "json.gz", "ndjson"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "jsonl.gz", "json.gz", "ndjson", "arrow",
+                                  "feather", "jsonl.zst", "jsonl.xz", "jsonl.bz2", "csv.zst", "arrow.xz", "json.bz2"])
 def test_every_file_type_gives_the_same_rows(tmp_path, kind):
-    path = tmp_path / f"data.{kind}"
+    path = tmp_path / f"data.{kind.replace('feather', 'arrow')}"
     write_as(kind, path)
     pool, bad = read_pool([path], cache=tmp_path / "cache")
     assert not bad
@@ -560,6 +684,89 @@ def test_gzip_is_bounded(tmp_path):
     assert not list((tmp_path / "cache").glob("*"))  # nothing half done stays
 
 
+@pytest.mark.parametrize("suffix", PACK)
+def test_other_compressions_are_bounded(tmp_path, suffix):
+    pack, name = PACK[suffix], f"data.jsonl{suffix}"
+    bomb = pack(b"\0" * (200 << 20))
+    with pytest.raises(DataError, match="unpacked_ratio"):
+        read(tmp_path, bomb, name=name)
+    with pytest.raises(DataError, match="unpacked_bytes"):
+        read(tmp_path, pack(JSONL), name=name, limits=Limits(unpacked_bytes=10))
+    for broken in (pack(JSONL)[:-6], pack(JSONL) + b"junk junk junk", JSONL, pack(JSONL)[:10]):
+        with pytest.raises(DataError, match="is damaged after") as caught:
+            read(tmp_path, broken, name=name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="no row in"):
+        read(tmp_path, b"", name=name)
+    assert not list((tmp_path / "cache").glob("*.jsonl")) or suffix  # nothing half done stays
+    assert len(read(tmp_path, pack(JSONL) + (b"\0" * 8 if suffix == ".xz" else b""), name=name)[0]) == 5
+
+
+def test_tables_are_bounded_and_broken_ones_are_one_line(tmp_path):
+    write_as("arrow", tmp_path / "rows.arrow")
+    with pytest.raises(DataError, match="rows.arrow holds more than 100 bytes as JSONL"):
+        read_pool([tmp_path / "rows.arrow"], cache=tmp_path / "cache", limits=Limits(unpacked_bytes=100))
+    whole = (tmp_path / "rows.arrow").read_bytes()
+    for broken in (whole[:-40], b"ARROW1" + whole[6:], whole[:100], b"text"):
+        with pytest.raises(DataError, match="cannot read .* as Arrow") as caught:
+            read(tmp_path, broken, name="broken.arrow")
+        assert "\n" not in str(caught.value)
+
+
+def test_folders_of_save_to_disk(tmp_path):
+    """Rows in order over several files, named after the folder; of several splits one must be named."""
+    import datasets
+
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(tmp_path / "kept", num_shards=2)
+    (tmp_path / "kept" / "cache-1234.arrow").write_bytes(b"left by a map")
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": saved, "test": saved.select([4, 0])}).save_to_disk(tmp_path / "two")
+    for name, stem in (("kept", "kept"), ("one", "one"), ("two/train", "train")):
+        pool, bad = read_pool([tmp_path / name], cache=tmp_path / "cache")
+        assert not bad and [row.id for row in pool] == [row["id"] for row in ROWS]
+        assert [row.completion for row in pool] == [row["completion"] for row in ROWS]
+        assert pool.where(3) == f"{tmp_path / name}:4" and pool.sources[0] == stem
+        assert pool.files[0].bytes > 100 and len(pool.files) == 1
+    assert [row.id for row in read_pool([tmp_path / "two/test"], cache=tmp_path / "cache")[0]] == ["i4", "i0"]
+    with pytest.raises(DataError, match=r"two holds 2 splits \(test, train\); name one, as in .*two/test"):
+        read_pool([tmp_path / "two"], cache=tmp_path / "cache")
+    (tmp_path / "all").mkdir()
+    (tmp_path / "kept").rename(tmp_path / "all" / "a")
+    (tmp_path / "all" / "b.jsonl").write_bytes(b'{"text": "more"}')
+    assert len(read_pool([tmp_path / "all"], cache=tmp_path / "cache", on_bad_row="skip")[0]) == 6
+    next((tmp_path / "one" / "train").glob("*.arrow")).unlink()
+    with pytest.raises(DataError, match="is missing; copy the folder again"):
+        read_pool([tmp_path / "one"], cache=tmp_path / "cache")
+    (tmp_path / "two/train/state.json").write_text('{"_data_files": [{"filename": "../../etc"}]}')
+    with pytest.raises(DataError, match="state.json does not say which files"):
+        read_pool([tmp_path / "two/train"], cache=tmp_path / "cache")
+
+
+def test_patterns_name_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/x-1.jsonl", "a/x-2.jsonl.gz", "a/notes.md", "b/c/x-3.csv", "plain", "odd[1].jsonl"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(line(name))
+
+    def names(*given):
+        return [source.name for source in find_sources(given)]
+
+    assert names("a/*") == ["a/x-1.jsonl", "a/x-2.jsonl.gz"]
+    assert names("a/x-?.jsonl") == ["a/x-1.jsonl"]
+    assert names("**/x-*") == ["a/x-1.jsonl", "a/x-2.jsonl.gz", "b/c/x-3.csv"]
+    assert names("pl*") == ["plain"]  # of no known type, as if it was named
+    assert names("odd[1].jsonl") == ["odd[1].jsonl"]  # a file's own name comes first
+    assert names("[b]") == ["b/c/x-3.csv"]
+    with pytest.raises(DataError, match=r"no file matches 'a/\*.parquet'; check the path"):
+        find_sources(["a/*.parquet"])
+    with pytest.raises(UsageError, match="named twice"):
+        find_sources(["a/*.jsonl", "a/x-1.jsonl"])
+    Path("a/x-4.jsonl.lz4").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"\.lz4 is not read"):
+        find_sources(["a/*"])
+
+
 def test_folders_and_missing_files(tmp_path):
     for name in ("b.jsonl", "a/z.jsonl", "a/.hidden.jsonl", ".git/x.jsonl", "notes.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -578,8 +785,13 @@ def test_folders_and_missing_files(tmp_path):
         read(tmp_path, "text".encode("utf-16"))
     with pytest.raises(DataError, match="let its name end in .gz"):
         read(tmp_path, gzip.compress(JSONL))
-    with pytest.raises(DataError, match="compressed by zstd, which is not read; unpack it first"):
-        read(tmp_path, b"\x28\xb5\x2f\xfd rest", name="data.jsonl.zst")
+    for start, suffix in ((b"\x28\xb5\x2f\xfd", ".zst"), (b"BZh9", ".bz2"), (b"\xfd7zXZ\x00", ".xz"),
+                          (b"ARROW1", ".arrow"), (b"\xff\xff\xff\xff", ".arrow")):
+        with pytest.raises(DataError, match=f"let its name end in {suffix}"):
+            read(tmp_path, start + b" rest", name="data.jsonl")
+    for name in ("data.jsonl.lz4", "data.zip", "data.tar.gz", "data.xlsx", "data.pkl"):
+        with pytest.raises(DataError, match=r"\.\w+(\.gz)? is not read; unpack or convert it \(read are .jsonl,"):
+            read(tmp_path, JSONL, name=name)
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match="not a file"):
         find_sources([tmp_path / "pipe.jsonl"])

@@ -63,7 +63,7 @@ def test_unknown_kind():
 
 @pytest.mark.parametrize("name", listing.FORMATS)
 def test_examples_of_formats_are_read(name):
-    shape = read_shape(json.loads(listing.FORMATS[name][1]))
+    shape = read_shape(json.loads(listing.FORMATS[name][1]), preference="chosen")
     assert shape.messages or shape.text or shape.completion
 
 

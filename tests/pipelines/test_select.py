@@ -1083,3 +1083,45 @@ def test_what_templates_leave_out_is_counted_in_the_report(own_world, tmp_path):
     assert summary["pool"]["flags"] == {"reasoning_dropped": 7}
     said = [text for text in summary["warnings"] if "reasoning" in text]
     assert len(said) == 1 and said[0].startswith("pool: in 7 of 60 rows the chat template leaves out reasoning")
+
+
+def pairs(path, ask, say, count, start=0):
+    rows = [{ask: f"tell {k}", say: f"told {k * k}", "text": "not this"} for k in range(start, start + count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_pool_and_target_have_columns_of_their_own(world, tmp_path):
+    """The pool's names, the target's, and, where the target has none, the pool's or those that are usual."""
+    pool = DataConfig(paths=[pairs(tmp_path / "pool.jsonl", "q", "r", 6)], columns={"prompt": "q", "completion": "r"})
+    mine = world.select(tmp_path / "run", method="tfidf", train=pool, budget="2", target=[str(tmp_path / "dev.jsonl")])
+    runs = []
+    for n, (ask, say, columns) in enumerate([
+        ("frage", "antwort", {"prompt": "frage", "completion": "antwort"}),
+        ("q", "r", None),  # the pool's
+        ("prompt", "completion", None),  # the usual ones
+        ("frage", "antwort", {"dev.jsonl": {"prompt": "frage", "completion": "antwort"}}),
+    ]):
+        pairs(tmp_path / "dev.jsonl", ask, say, 1, start=3)
+        run = select.run(mine.model_copy(update={"out": tmp_path / f"run-{n}", "target_columns": columns}))
+        runs.append(scores(run)["_score"])
+    assert runs[0] == runs[1] == runs[2] == runs[3] and max(range(6), key=runs[0].__getitem__) == 3
+    again = load_config(SelectConfig, tmp_path / "run-3" / "run.yaml")
+    assert again.target_columns == {"dev.jsonl": {"prompt": "frage", "completion": "antwort"}}
+    pairs(tmp_path / "dev.jsonl", "frage", "antwort", 1)
+    (tmp_path / "dev.jsonl").write_text('{"frage": "q", "antwort": "a"}')
+    with pytest.raises(DataError, match=r"dev.jsonl:1: .*--target-columns"):
+        select.run(world.select(tmp_path / "none", method="tfidf", target=[str(tmp_path / "dev.jsonl")]))
+
+
+def test_preferences_are_selected_with_the_flag(command, world, tmp_path):
+    rows = [{"prompt": f"ask {k}", "chosen": f"good {k}", "rejected": "bad"} for k in range(4)]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["select", "--model", world.model, "--train", tmp_path / "pool.jsonl", "--method", "random", "--budget", "2",
+            "--out", tmp_path / "run"]
+    answer = command(*map(str, argv))
+    assert answer.code == 3 and "preference_row" in answer.stderr and "--preference chosen" in answer.stderr
+    answer = command(*map(str, [*argv, "--preference", "chosen"]))
+    assert answer.code == 0, answer.stderr
+    examples = json.loads((tmp_path / "run" / "summary.json").read_text())["best"]
+    assert all(e["answer"].startswith("good") for e in examples)
