@@ -30,7 +30,7 @@ def save_tiny_model(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
     with torch.random.fork_rng():

@@ -63,10 +63,10 @@ def test_the_longest_row():
     assert [limits.longest(64) for limits in (table, rotary, none)] == [32, 64, 64]
 
 
-def rows(path, count=6, words=40):
+def rows(path, count=6, words=40, start=0):
     lines = [{"id": f"r{k}", "messages": [{"role": "user", "content": f"q{k}"},
                                           {"role": "assistant", "content": f"a{k} " + "x" * words}]}
-             for k in range(count)]
+             for k in range(start, start + count)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -155,10 +155,10 @@ def test_tokens_that_the_embedding_does_not_have_are_refused(own_world, tmp_path
 
 def test_rows_longer_than_trained_for_are_said(own_world, capsys):
     """Rotary positions go on: the rows are read, with a warning; without a setting they are cut."""
-    rows(own_world.pool, words=600)  # the tiny Llama is made for 512 tokens
+    rows(own_world.pool, words=2100)  # the tiny Llama is made for 2,048 tokens
     data = DataConfig(paths=[str(own_world.pool)])
-    for asked, text in ((1000, "6 of 6 rows are longer than the 512 tokens that the model was made for"),
-                        (None, "6 of 6 rows were cut at 512 tokens, the positions of the model"), (300, "")):
+    for asked, text in ((3000, "6 of 6 rows are longer than the 2048 tokens that the model was made for"),
+                        (None, "6 of 6 rows were cut at 2048 tokens, the positions of the model"), (300, "")):
         evaluation.evaluate(EvaluateConfig(model=ModelConfig(name=str(own_world.model), max_length=asked), data=data))
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
         assert len(said) == bool(text) and all(text in line for line in said)
@@ -166,7 +166,7 @@ def test_rows_longer_than_trained_for_are_said(own_world, capsys):
 
 @pytest.mark.parametrize("table", [False, True])
 def test_limits_do_not_need_the_weights(own_world, table):
-    world, limits = own_world, ModelLimits(512, False, 259)
+    world, limits = own_world, ModelLimits(2048, False, 259)
     if table:
         world, limits = opt(own_world), ModelLimits(48, True, 300)
     config = ModelConfig(name=str(world.model))
@@ -178,8 +178,8 @@ def test_limits_do_not_need_the_weights(own_world, table):
 
 def test_an_audit_compares_its_rows_too(own_world, tmp_path, capsys):
     world = opt(own_world)
-    for path, count in ((world.pool, 6), (world.target, 1), (world.test, 2)):
-        rows(path, count)
+    for start, (path, count) in enumerate(((world.pool, 6), (world.target, 1), (world.test, 2))):
+        rows(path, count, start=10 * start)
     picked = select.run(world.select(tmp_path / "run", method="random", budget="2", target=[]))
     capsys.readouterr()
     audit.run(AuditConfig(
