@@ -27,8 +27,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from datatools import DataError, files
+from optim import Arrived
 from pipelines import saved_states
 from pipelines.config import LoraConfig
+from pipelines.runs import warn
 from pipelines.texts import first_line
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -37,6 +39,7 @@ READ_AGAIN: weakref.WeakKeyDictionary[nn.Module, Callable[[], nn.Module]] = weak
 """How the weights of a model are read once more; `models.load` notes it for every model that it makes."""
 
 _MOVED = 1e-4  # of a weight's norm: two starts of one adapter may leave base weights that differ by so much
+_LOST = 0.9  # of an adapter's change: less than this arriving in merged weights is said
 _ATTENTION = re.compile(r"attn|attention")
 
 
@@ -410,7 +413,8 @@ def merged(model: Any, folder: Path) -> Any:
 
     Where embedding and head share a weight and the adapter is on one of them, each gets a weight of its own. The merged
     model's logits are compared with those of the adapted one.
-    Raises: DataError as `load_adapter`, and when the adapter cannot be merged.
+    Raises: DataError as `load_adapter`, and when the adapter cannot be merged. Warns when weights of 16 bits round much
+    of it away.
     """
     ids = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]), device=model.device)[None]
     shared = _weight(model.get_input_embeddings())
@@ -419,6 +423,11 @@ def merged(model: Any, folder: Path) -> Any:
     wrapped = load_adapter(model, folder)
     wanted = _logits(wrapped, ids)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if (share := _share_merged(wrapped)) is not None and share < _LOST:
+        warn(
+            f"model.adapter {folder}: of its change {share:.0%} arrive in weights that are merged in 16 bits, the rest "
+            "is rounded away; use --set model.dtype=float32"
+        )
     apart = _as_one_matrix(embedding, head, shared, scale) if tied and _touches(wrapped, (embedding, head)) else None
     try:
         with quiet(), warnings.catch_warnings():
@@ -436,6 +445,22 @@ def merged(model: Any, folder: Path) -> Any:
             "(merge_and_unload), look at the result, and give that as the model"
         )
     return made
+
+
+def _share_merged(wrapped: nn.Module) -> float | None:
+    """How much of the adapter's change stays when it is added to weights of 16 bits; None for wider ones."""
+    from peft.tuners.lora import LoraLayer
+
+    arrived = Arrived()
+    adapted: list[Any] = [layer for layer in wrapped.modules() if isinstance(layer, LoraLayer)]
+    for layer in adapted:
+        base = getattr(layer.get_base_layer(), "weight", None)
+        if not isinstance(base, nn.Parameter) or base.dtype.itemsize > 2:
+            continue
+        for name in layer.active_adapters:
+            exact = base.detach().float() + layer.get_delta_weight(name).detach().float()
+            arrived.add(base.detach(), exact, exact.to(base.dtype))
+    return arrived.share
 
 
 def _scale(embedding: nn.Module) -> float:

@@ -23,7 +23,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Raises: UsageError, DataError, EnvironmentProblem; DataError for a loss that is not finite.
     """
-    loaded = models.load(config.model)
+    loaded = models.load(config.model, merge=False)  # merged into bfloat16, a small adapter would be rounded away
     with tempfile.TemporaryDirectory(prefix="datatools-evaluate-") as scratch:
         rows = prepare(config.data, config.model, loaded.tokenizer, cache=Path(scratch), label="data",
                        limits=loaded.limits)

@@ -149,27 +149,39 @@ def _converted(gguf: Path) -> Path:
     return target
 
 
-def load(config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | None = None) -> LoadedModel:
+def load(
+    config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | None = None, merge: bool = True
+) -> LoadedModel:
     """Model and tokenizer of `config`, with its adapter when it names one; eval mode, every weight frozen.
 
+    The tokenizer, and with it the chat template, is the one that was saved with the adapter, if one was.
     weights: take the model from this folder instead, a checkpoint of a run that trained all of it (Trainer saves no
     tokenizer there), and no adapter.
+    merge: one plain model, on which other adapters may be put; without it the adapter stays beside its layers, exact in
+    every dtype.
     Raises: UsageError (no such model), DataError (unreadable or pickled weights), EnvironmentProblem (not reachable).
     """
     from transformers import AutoTokenizer
 
     name = resolve(config.name)
     with _read_errors(config):
-        tokenizer = AutoTokenizer.from_pretrained(name, **_hub_options(config))
+        source, options = name, _hub_options(config)
         digests = _digests(name, config.revision)
         if config.adapter is not None and config.adapter.is_dir():
             folder = adapter_folder(config.adapter) or config.adapter
             digests |= {f"adapter/{file}": digest for file, digest in _digests(str(folder)).items()}
+            if (folder / "tokenizer_config.json").is_file():
+                source, options = str(folder), {}
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if tokenizer_only:
             return LoadedModel(None, tokenizer, _folder(name), digests, _limits(name, _hub_options(config)))
-    model: Any = _weights_of(config, weights)
+    beside = None if merge or weights is not None else config.adapter
+    model: Any = _weights_of(config if beside is None else config.model_copy(update={"adapter": None}), weights)
+    limits = limits_of(model)
+    if beside is not None:
+        model = load_adapter(model, beside)
     causal.check(model, config.name)
-    return LoadedModel(model, tokenizer, _folder(name), digests, limits_of(model))
+    return LoadedModel(model, tokenizer, _folder(name), digests, limits)
 
 
 def _weights_of(config: ModelConfig, weights: Path | None) -> Any:

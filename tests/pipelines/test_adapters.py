@@ -41,6 +41,11 @@ def bases(tmp_path_factory):
     return home
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
 def moved(model):
     with torch.no_grad():
         for p in model.parameters():
@@ -141,6 +146,40 @@ def test_what_does_not_fit_says_why_and_leaves_the_base(bases, tmp_path):
     assert list(dict(model.named_modules())) == names
 
 
+def test_a_small_adapter_on_bfloat16_weights_is_evaluated_and_not_rounded_away(bases, world, tmp_path, capsys):
+    """Added to weights of 16 bits, a change below half their spacing is lost: said where it must be merged."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_pretrained(world.model)
+        wrapped = get_peft_model(model, PeftLora(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"]))
+        for name, p in wrapped.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(std=1e-4)
+        wrapped.save_pretrained(tmp_path / "a")
+    narrow = ModelConfig(name=str(world.model), dtype="bfloat16", adapter=tmp_path / "a")
+    plain = narrow.model_copy(update={"adapter": None})
+    beside = models.load(narrow, merge=False).model
+    assert len(models.lora_parameters(beside)) == 8
+    with torch.no_grad():
+        change = beside.base_model.model.model.layers[0].mlp.down_proj.get_delta_weight("default")
+    assert 0 < float(change.abs().max()) < 1e-3
+    assert "arrive" not in capsys.readouterr().err
+    merged = models.load(narrow).model
+    share = float(capsys.readouterr().err.split("of its change ")[1].split("%")[0]) / 100
+    assert share < 0.9
+    start = models.load(plain).model
+    made, wanted = [], []
+    for i in range(2):
+        for part, name in (("self_attn", "q_proj"), ("mlp", "down_proj")):
+            own, base, moved = (
+                getattr(getattr(m.model.layers[i], part), name) for m in (beside.base_model.model, start, merged)
+            )
+            made.append((moved.weight.float() - base.weight.float()).flatten())
+            wanted.append(own.get_delta_weight("default").detach().float().flatten())
+    made, wanted = torch.cat(made), torch.cat(wanted)
+    assert share == pytest.approx(float(made @ wanted / (wanted @ wanted)), abs=0.02)
+
+
 def test_an_adapter_with_a_name_has_a_folder_of_its_own(bases, tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -228,11 +267,6 @@ def test_fresh_matrices_on_an_embedding_do_not_depend_on_what_ran_before(bases):
 
 
 # ------------------------------------------------------------------------------------ what a checkpoint says it trained
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def rows_of(world, path):
@@ -417,6 +451,20 @@ def test_adapters_in_shards_are_read_with_their_configuration(bases, tmp_path):
     assert list(models.saved_parameters(read)) == trained
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.distributed.*:UserWarning")
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_the_index_of_shards_is_read_in_every_form_of_pickles(tmp_path, protocol):
+    import pickle
+
+    values = {"a": {"b": torch.arange(6.0).reshape(2, 3), "c": torch.tensor(3, dtype=torch.int64)}, "d": [1.5, "text"]}
+    sharded(values, tmp_path / "x")
+    path = tmp_path / "x" / ".metadata"
+    path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()), protocol=protocol))
+    read = saved_states._nested(tmp_path / "x")
+    assert torch.equal(read["a"]["b"], values["a"]["b"]) and torch.equal(read["a"]["c"], values["a"]["c"])
+    assert saved_states._listed(read["d"]) == [1.5, "text"]
+
+
 def test_the_index_of_shards_runs_no_code(plain_run, tmp_path):
     import pickle
 
@@ -565,6 +613,9 @@ def test_the_chat_template_of_training_is_saved_with_what_was_trained(world, tmp
         prompt = served.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
         assert prompt == rows.item(i)[0][: len(prompt)]
     if lora is not None:
+        beside = ModelConfig(name=str(world.model), adapter=folder)  # the template goes with the adapter
+        own = models.load(beside, tokenizer_only=True).tokenizer
+        assert own.apply_chat_template(messages)["input_ids"] == rows.item(3)[0]
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.model), folder)
 
 
