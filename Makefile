@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+MUTATION_ARGS ?=
 # One thread a test process, two processes: small tensors gain nothing from more threads, and results do not depend on them.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench mutation clean
 
 demo: $(STAMP)
 	$(BIN)/datatools demo
@@ -21,6 +22,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest tests/benchmarks -m bench -p no:cacheprovider -s --timeout 7200 $(PYTEST_ARGS)
+
+mutation: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m tests.mutation.run $(MUTATION_ARGS)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "datatools needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'

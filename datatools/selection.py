@@ -241,7 +241,7 @@ def fill(order: NDArray[np.int64], candidates: Candidates, budget: Budget,
                          "the two")
     used: Counter[str] = Counter()  # by source, in the budget's own unit
     rows: Counter[str] = Counter()
-    left, smallest = total, int(sizes[order].min()) if len(order) else 1
+    left, smallest = total, int(sizes[order].min())
     chosen: list[int] = []
     for row in order.tolist():
         if left < smallest:

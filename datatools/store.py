@@ -444,7 +444,7 @@ class _View:
         """Let the kernel drop the pages of rows that were read, so that memory stays flat."""
         if hasattr(mmap, "MADV_DONTNEED"):
             begin = (self._start + rows.start * self._stride) // mmap.PAGESIZE * mmap.PAGESIZE
-            end = self._start + min(rows.stop, len(self._stored)) * self._stride
+            end = self._start + rows.stop * self._stride  # a last block that is shorter: madvise stops at the end
             self._mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def close(self) -> None:

@@ -189,10 +189,29 @@ def test_bytes_are_a_function_of_the_content(tmp_path):
     assert contents[0] == contents[1] and len(contents[0]) == 1 + 2 * 4
 
 
+def test_stores_of_earlier_versions_are_read(tmp_path):
+    """What stands in the files is compared byte for byte when they are read: another spelling would orphan them all."""
+    store = create(tmp_path, n=2, dim=3, dtype="int8", meta={"b": 1, "a": "ä"})
+    store.write_unit(0, torch.tensor([[1.0, -2.0, 2.0], [0.0, 0.0, 0.0]]), info={"loss": [0.5, None]})
+    header = (b'{"features":{"dtype":"I8","shape":[2,3],"data_offsets":[0,6]},"norms":{"dtype":"F32","shape":[2],'
+              b'"data_offsets":[6,14]},"scale":{"dtype":"F32","shape":[2],"data_offsets":[14,22]}}')
+    payload = (tmp_path / "part-00000.safetensors").read_bytes()
+    assert payload[:8] == (184).to_bytes(8, "little") and payload[8:192] == header.ljust(184)
+    assert payload[192:198] == bytes([64, 256 - 127, 127, 0, 0, 0]) and payload[198:202] == np.float32(3).tobytes()
+    assert files.digest(payload) == "0e2d16019f31c1a918303e9611e60569"
+    assert files.digest((tmp_path / "part-00000.json").read_bytes()) == "7d0f7f75a20ecb2e04fc9a48a201e5a8"
+    assert files.digest((tmp_path / "plan.json").read_bytes()) == "97b4044e9855df10530d68d15148b363"
+
+
 def test_default_unit_size(tmp_path):
     assert create(tmp_path / "a", n=300, per_unit=None).units == 19  # 16 rows at least
     many = [f"{i:032x}" for i in range(64 * 20)]
     assert create(tmp_path / "b", keys=many, per_unit=None).units == 64
+    more = [f"{i:032x}" for i in range(6000)]  # 94 rows a unit, if their features fit into 32 MiB
+    assert create(tmp_path / "c", keys=more, per_unit=None).units == 64
+    assert create(tmp_path / "d", keys=more, dim=1 << 17, per_unit=None).units == -(-6000 // 64)
+    assert create(tmp_path / "e", keys=more, dim=(1 << 17) + 1, per_unit=None).units == -(-6000 // 63)
+    assert create(tmp_path / "f", keys=more, dim=1 << 20, per_unit=None).units == 6000 // 16
 
 
 def test_a_growing_pool_adds_units_and_keeps_the_others(tmp_path):
@@ -422,6 +441,25 @@ def test_verification_can_be_left_out(tmp_path):
     assert len(list(GradientFeatures.open(tmp_path, verify=False).iter_blocks())) == 1
     with pytest.raises(DataError, match="digest does not match"):
         list(GradientFeatures.open(tmp_path).iter_blocks())
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux alone says how much of a map is in memory")
+@pytest.mark.parametrize("verify", [True, False])
+def test_reading_holds_a_block_in_memory(quick, verify):
+    """The pages of rows that were read go back, a block at a time: a store may be larger than the memory."""
+    rows, dim, per_block = 4096, 1024, 256  # 16 MiB in one unit, 1 MiB a block
+    store = create(quick, keys=[f"{i:032x}" for i in range(rows)], dim=dim, per_unit=rows)
+    store.write_unit(0, torch.randn(rows, dim))
+
+    def held() -> int:
+        """Bytes of the unit that are in memory."""
+        part = Path("/proc/self/smaps").read_text().split("part-00000.safetensors")
+        return sum(int(text.split("Rss:")[1].split()[0]) for text in part[1:]) * 1024
+
+    seen = []
+    for _ in GradientFeatures.open(quick, verify=verify).iter_blocks(per_block):
+        seen.append(held())
+    assert len(seen) == 16 and max(seen) <= 3 << 20, seen
 
 
 # ---------------------------------------------------------------- processes and disks
