@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from safetensors.torch import load_file
 
-from datatools import DataError, GradientFeatures, UsageError, files
+from datatools import DataError, DatatoolsError, GradientFeatures, UsageError, files
 from datatools.encodings import ENCODINGS, decode, encode, normalize
 
 HARNESS = Path(__file__).with_name("store_harness.py")
@@ -430,6 +430,20 @@ def test_a_lost_payload_or_sidecar(tmp_path):
     assert GradientFeatures.open(tmp_path).missing_units() == [0]
     assert store.verify() == [(1, "part-00001.safetensors is gone")]
     assert store.missing_units() == [0, 1]
+
+
+def test_what_cannot_be_read_is_no_damage(tmp_path):
+    """A file that the system refuses (here: a folder in its place) is named, and nothing is set aside."""
+    fill(create(tmp_path, n=12))
+    for name in ("part-00000.json", "part-00001.safetensors"):
+        (tmp_path / name).unlink()
+        (tmp_path / name).mkdir()
+    for read in (lambda s: s.info(0), lambda s: s.missing_units(), lambda s: s.take(KEYS[:1]), lambda s: s.verify()):
+        with pytest.raises(DatatoolsError, match=r"part-00000\.json"):
+            read(GradientFeatures.open(tmp_path))
+    with pytest.raises(DatatoolsError, match=r"part-00001\.safetensors"):
+        GradientFeatures.open(tmp_path, verify=False).take(KEYS[6:7])
+    assert not list(tmp_path.glob("*.broken"))
 
 
 def test_verification_can_be_left_out(tmp_path):

@@ -2,7 +2,8 @@
 
 Every mutant is a copy of the tree with one change (`operators`), and the tests of its module run on it until one fails.
 A seeded sample is drawn, as many of each module as of the others and spread over the operators. A mutant that no test
-can tell from the original stands in `equivalent.txt`, with the reason. Ends with 1 unless 95 % of the others are caught.
+can tell from the original stands in `equivalent.txt`, with the reason. The exit code is 1 unless 95 % of the others are
+caught.
 
 The copy is made of the files that git knows. Tests run in children of one process that has imported the libraries, so
 that a mutant costs its tests and a second. A child that takes three times the processor time of the unchanged module's
@@ -159,8 +160,9 @@ def start(tree: Path, file: str, processor: int | None) -> int:
             resource.setrlimit(resource.RLIMIT_CPU, (processor, processor + 1))
         import pytest
 
-        arguments = ["-x", "-q", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-p", "no:cacheprovider", "-m", "not bench and not gpu and not slow and not real",
-                     "--no-header", "--basetemp", str(tree.with_name(f"{tree.name}.tmp")), *MODULES[file]]  # fmt: skip
+        arguments = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning",
+                     "-m", "not bench and not gpu and not slow and not real", "--no-header",
+                     "--basetemp", str(tree.with_name(f"{tree.name}.tmp")), *MODULES[file]]  # fmt: skip
         if file in ONLY:
             arguments += ["-k", ONLY[file]]
         code = int(pytest.main(arguments))
@@ -235,7 +237,7 @@ def examine(tree: Path, chosen: Sequence[Mutant], sources: Mapping[str, str]) ->
 def stale(known: Mapping[tuple[str, str, str], str], sources: Mapping[str, str]) -> list[str]:
     """Entries of `equivalent.txt` that are no mutant of today's files."""
     now = {(file, *m.lines(source)) for file, source in sources.items() for m in mutants(file, source)}
-    return [f"{file}: {before}" for file, before, after in known if file in sources and (file, before, after) not in now]
+    return [f"{key[0]}: {key[1]}" for key in known if key[0] in sources and key not in now]
 
 
 def show(outcome: Outcome) -> str:
@@ -277,7 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     drawn = sample(found, chosen.count, chosen.seed)
     if chosen.line:
         drawn = [m for of_file in found.values() for m in of_file if m.line in chosen.line]
-    print(f"{len(drawn)} of {sum(map(len, found.values()))} mutants of {len(found)} modules, seed {chosen.seed}", flush=True)
+    every = sum(map(len, found.values()))
+    print(f"{len(drawn)} of {every} mutants of {len(found)} modules, seed {chosen.seed}", flush=True)
     if chosen.list:
         for mutant in drawn:
             print(show(Outcome(mutant, *mutant.lines(sources[mutant.file]), "")))

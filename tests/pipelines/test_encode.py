@@ -472,6 +472,11 @@ def test_long_rows():
     assert whole.cut == 0
     cut = encoder("chatml", size - 2)(row(("user", "q"), ("assistant", "The quick brown fox")))
     assert cut.cut == 2 and cut.input_ids == whole.input_ids[:-2] and cut.labels == whole.labels[:-2]
+    for on_long in ("truncate", "skip", "error"):  # just long enough
+        exact = encoder("chatml", size, on_long=on_long)(row(("user", "q"), ("assistant", "The quick brown fox")))
+        assert exact == whole and exact.cut == 0
+    shortest = encoder("chatml", 2)(Row("i", "s", "f", 1, b"", text="The quick brown fox"))
+    assert len(shortest.input_ids) == 2 and shortest.supervised == 1
     long = row(("user", "q " * 500), ("assistant", "a"))
     assert reason(encoder("chatml", 100), long) == "no_supervised_token"
     assert reason(encoder("chatml", 100, on_long="skip"), long) == "too_long"
