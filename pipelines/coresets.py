@@ -303,14 +303,15 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _chooser(self) -> CoLM:
-        """Made at the first step, when the model is where it will train."""
-        if self._colm is None:
+        """Made at the first step, when the model is where it will train; and again for another model (`model_init`)."""
+        model = self._bare_model()
+        if self._colm is None or self._colm.model is not model:
             assert self.choose is not None
             settings = self.choose
             small = small_sources(self._counts) if settings.small == "auto" else frozenset(settings.small)
             _require_known(small, self._counts)
             self._colm = CoLM(
-                self._bare_model(),
+                model,
                 row_losses,
                 keep=self._keep,
                 small=small,
@@ -318,8 +319,9 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
                 group=self._group,
                 **settings.arguments(),
             )
-            if self._saved_history is not None:
-                self._colm.load_state_dict(self._saved_history)
+        if self._saved_history is not None:
+            self._colm.load_state_dict(self._saved_history)
+            self._saved_history = None
         return self._colm
 
     def _example_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:

@@ -63,7 +63,7 @@ class LastLayer:
         """Find it in `model`, by a few small passes on random tokens; no weight, mode or global generator changes.
 
         The last layer that has attention of its own counts, where the last ones have none (hybrids, shared keys and
-        values). projection: the full name of a linear layer inside a decoder layer, to have that one instead.
+        values). projection: the name of a linear layer inside a decoder layer, or its end, to have that one instead.
         Raises: DataError where nothing fits, saying what was looked for.
         """
         kind = type(model).__name__
@@ -125,13 +125,13 @@ def _takes_tokens(model: nn.Module) -> bool:
 
 
 def _full_name(model: nn.Module, known: Mapping[str, nn.Module], projection: str) -> str:
-    """A linear layer by its full name, or by the end of one inside the last layer that has such a one."""
-    names = dict(model.named_modules())
-    for name in (projection, *(f"{block}.{projection}" for block in reversed(blocks_of(model)))):
-        if name in known:
-            return name
-        if name in names:
-            raise DataError(f"{name} is a {type(names[name]).__name__}; expected a linear layer, plain or with LoRA")
+    """The last linear layer whose name is `projection` or ends in it: adapters put names before a model's own."""
+    modules: list[tuple[str, nn.Module]] = list(model.named_modules())
+    for name, module in reversed(modules):
+        if name == projection or name.endswith(f".{projection}"):
+            if name in known:
+                return name
+            raise DataError(f"{name} is a {type(module).__name__}; expected a linear layer, plain or with LoRA")
     raise DataError(f"{type(model).__name__}: no layer {projection!r}; its linear layers are {_some(known)}")
 
 

@@ -81,11 +81,11 @@ class _FixedWeights(TorchFunctionMode):
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> layer, of every outermost list of modules in `model`."""
-    inside: list[str] = []
+    outer: str | None = None  # modules come before what they hold, and all of that before the next
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in inside):
-            inside.append(name)
+        if isinstance(module, nn.ModuleList) and not (outer is not None and name.startswith(f"{outer}.")):
+            outer = name
             found |= {f"{name}.{i}": layer for i, layer in enumerate(module)}
     return found
 
@@ -93,13 +93,12 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 def matrices_of(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module, of everything that maps features to features: linear layers of any make, adapters around them."""
     found: dict[str, nn.Module] = {}
-    wrapped: list[str] = []
+    adapter: str | None = None
     for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in wrapped):
+        if adapter is not None and name.startswith(f"{adapter}."):
             continue
-        base = getattr(module, "base_layer", None)
-        if base is not None:
-            wrapped.append(name)
+        if getattr(module, "base_layer", None) is not None:
+            adapter = name
         if width_of(module) is not None:
             found[name] = module
     return found

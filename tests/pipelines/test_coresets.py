@@ -443,6 +443,23 @@ def test_a_step_of_rows_without_a_supervised_token_trains_nothing(tmp_path):
     assert torch.equal(weights(made), before)
 
 
+def test_training_again_reads_the_model_and_the_history_that_it_has_now(tmp_path):
+    made = build(tmp_path, save_strategy="no", max_steps=2, **CHOOSE)
+    made.train()
+    first = made._colm
+    made.train()
+    assert made._colm is first
+    made.model = tiny()
+    made.model_wrapped, made.optimizer, made.lr_scheduler = made.model, None, None
+    made.train()
+    assert made._colm is not first and made._colm.model is made.model
+    saved = build(tmp_path / "saved", **CHOOSE)
+    saved.train()
+    exact = {k: v.clone() for k, v in saved._colm.state_dict().items()}
+    saved.train(resume_from_checkpoint=str(tmp_path / "saved" / "checkpoint-2"))
+    assert all(torch.equal(v, exact[k]) for k, v in saved._colm.state_dict().items()), "from step 2, not from step 6"
+
+
 def test_lists_of_a_batch_are_reduced_with_its_rows(tmp_path):
     made = build(tmp_path, **CHOOSE)
     inner, seen = made.data_collator.inner, []

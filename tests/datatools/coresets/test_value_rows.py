@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import FalconConfig, FalconForCausalLM, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
-from datatools import DataError
+from datatools import CoLM, DataError
 from datatools.coresets.last_layer import (
     LastLayer,
     central_differences,
@@ -188,7 +188,10 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", [*ROWS, *SHAPES])
+JOINT = ["bigcode, interleaved", "falcon, groups", "CodeGenForCausalLM", "DeepseekV3ForCausalLM", "GPT2LMHeadModel"]
+
+
+@pytest.mark.parametrize("name", [*JOINT, *SHAPES])
 def test_gradients_are_one_backward_pass_per_row(name):
     everything(build(name, torch.float64))
 
@@ -260,6 +263,26 @@ def test_an_adapter_that_is_off_or_merged_leaves_the_weight():
         assert LastLayer.of(model).name.endswith("v_proj.base_layer.weight")
     model.merge_adapter()
     assert LastLayer.of(model).name.endswith("v_proj.base_layer.weight")
+
+
+def test_wrappers_are_looked_through_by_colm_and_refused_by_last_layer():
+    model = zoo.build("LlamaForCausalLM")
+    compiled = torch.compile(model)  # which compiles at its first call
+    assert CoLM(compiled, row_losses, keep=2).model is model
+    with pytest.raises(DataError, match="OptimizedModule is a wrapper .* pass the model that is inside"):
+        LastLayer.of(compiled)
+
+
+def test_a_projection_is_named_as_the_model_without_adapters_names_it():
+    import peft
+
+    model = peft.get_peft_model(
+        zoo.build("LlamaForCausalLM"), peft.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
+    )
+    for name in ("model.layers.1.self_attn.o_proj", "self_attn.o_proj", "o_proj"):
+        assert LastLayer.of(model, name).name == (
+            "base_model.model.model.layers.1.self_attn.o_proj.lora_B.default.weight"
+        )
 
 
 def test_a_named_projection():
