@@ -433,7 +433,7 @@ def merged(model: Any, folder: Path) -> Any:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             made = _unmarked(wrapped.merge_and_unload()).requires_grad_(False)
-    except (ValueError, AttributeError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, AttributeError) as error:
         raise DataError(f"adapter {folder}: cannot be merged into its model: {first_line(error)}") from error
     if apart is not None:  # merged into the weight that both share, it would be on both
         made.get_input_embeddings().weight, made.get_output_embeddings().weight = apart

@@ -110,6 +110,26 @@ def test_an_adapter_is_read_taken_off_and_merged(bases, tmp_path, kind, tied):
     torch.testing.assert_close(again(input_ids=IDS).logits, wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["IA3Config", "LoKrConfig", "LNTuningConfig"])
+def test_adapters_of_other_methods_are_read_and_taken_off(bases, tmp_path, method):
+    import peft
+
+    options = {"target_modules": ["input_layernorm", "norm"] if method == "LNTuningConfig" else TARGETS}
+    options |= {"feedforward_modules": []} if method == "IA3Config" else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_pretrained(bases / "tied")
+        wrapped = get_peft_model(model, getattr(peft, method)(task_type="CAUSAL_LM", **options))
+        moved(wrapped).eval().save_pretrained(tmp_path / "a")
+    base = models.load(ModelConfig(name=str(bases / "tied"))).model
+    alone = base(input_ids=IDS).logits
+    read = models.load_adapter(base, tmp_path / "a")
+    torch.testing.assert_close(read(input_ids=IDS).logits, wrapped(input_ids=IDS).logits.detach())
+    assert list(models.saved_parameters(read)) == [n for n, p in wrapped.named_parameters() if p.requires_grad]
+    models.unload(read)
+    assert torch.equal(base(input_ids=IDS).logits, alone)
+
+
 @pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "lora_ga", "loftq"])
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_base_that_cannot_be_had_again_is_refused_by_name(bases, tmp_path, start, merge):
