@@ -202,6 +202,11 @@ def _with_names(
         groups, parts = [{**groups[0], "params": keys}], [[name for part in parts for name in part]]
     if base is None and len(keys) != len(params):
         raise ValueError(f"it holds {len(keys)} parameters without names, and the model trains {len(params)}")
+    if len(keys) > len(params) and module is not None and models.saved_parameters(module):
+        raise ValueError(
+            f"it holds {len(keys)} parameters, and the adapter's file {len(params)}: the run trained weights that it "
+            "did not save, and the model of this checkpoint is lost; name them in modules_to_save and train again"
+        )
     states = [[saved["state"].get(key, {}) for key in group["params"]] for group in groups]
     moved = _moved(params, base) if len(keys) != len(params) else set()
     order = [

@@ -89,6 +89,9 @@ def resolve(name: str) -> str:
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
             return str(_converted(ggufs[0]))
+        if (path / "adapter_config.json").is_file():
+            base = files.read_json(path / "adapter_config.json").get("base_model_name_or_path")
+            raise UsageError(f"--model {name}: holds an adapter; give its base ({base}) as --model and it as --adapter")
         found = f"{len(ggufs)} GGUF files" if ggufs else "neither config.json nor a GGUF file"
         raise UsageError(f"--model {name}: the folder holds {found}; give one model")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

@@ -12,9 +12,17 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from datatools import DataError, GradientFeatures
-from pipelines import checkpoints, models, saved_states, select, train
-from pipelines.config import FeaturesConfig, LoraConfig, ModelConfig, ProjectorConfig, TrainConfig, TrainingConfig
+from datatools import DataError, GradientFeatures, UsageError
+from pipelines import checkpoints, evaluation, models, saved_states, select, train
+from pipelines.config import (
+    EvaluateConfig,
+    FeaturesConfig,
+    LoraConfig,
+    ModelConfig,
+    ProjectorConfig,
+    TrainConfig,
+    TrainingConfig,
+)
 from tests.pipelines.conftest import make_world
 from tests.tiny import TEMPLATE, save_tiny_model
 from tests.zoo import build as zoo
@@ -396,6 +404,35 @@ def test_a_state_that_may_be_of_several_parameters_is_refused(world, tmp_path):
     moved(other.requires_grad_(True))
     with pytest.raises(DataError, match="no choice of the model's has their shapes and the 20 weights that differ"):
         checkpoints.updates(at, checkpoints.trainable(same), module=same, base=other)
+
+
+def test_weights_that_a_run_trained_and_did_not_save_are_missed(world, tmp_path):
+    """peft saves adapters; a norm that was set to train beside them is in the optimizer's state alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        base = AutoModelForCausalLM.from_pretrained(world.model)
+        model = get_peft_model(base, PeftLora(task_type="CAUSAL_LM", r=4, target_modules=TARGETS))
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    _, stop = user_run(world, tmp_path / "run", model)
+    with pytest.raises(DataError, match=r"holds 9 parameters, and the adapter's file 8: .*modules_to_save"):
+        select.run(world.select(tmp_path / "out", checkpoints=[stop]))
+
+
+@pytest.mark.parametrize("kind", ["pissa", "tokens", "whole head", "both as one"])
+def test_an_adapter_of_any_kind_is_evaluated(world, tmp_path, kind):
+    folder, _, _ = saved_adapter(world.model, tmp_path / "a", **KINDS[kind])
+    model = {"name": str(world.model), "adapter": folder}
+    got = evaluation.evaluate(EvaluateConfig(model=model, data={"paths": [str(world.test)]}))
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.model), folder).eval()
+    rows, losses = rows_of(world, world.test), []
+    for i in range(4):
+        ids, labels = rows.item(i)
+        logits = plain(input_ids=torch.tensor([ids])).logits[0, :-1].double()
+        kept = torch.tensor(labels[1:]) != -100
+        losses.append(functional.cross_entropy(logits[kept], torch.tensor(labels[1:])[kept], reduction="none"))
+    assert got["loss"] == pytest.approx(float(torch.cat(losses).mean().detach()), abs=1e-6)
+    with pytest.raises(UsageError, match=r"holds an adapter; give its base \(.*\) as --model"):
+        models.load(ModelConfig(name=str(folder)))
 
 
 # ---------------------------------------------------------------------------------------- layouts of other trainers
