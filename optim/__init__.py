@@ -106,6 +106,7 @@ from optim.rules import (
 )
 from optim.saved import bare_name
 from optim.schedules import SCHEDULES, group_factors, schedule, schedule_options
+from optim.torch_states import to_torch_state
 from optim.update_map import Grads, UpdateMap
 
 
@@ -264,5 +265,6 @@ __all__ = [
     "spare_decay",
     "split_matrices",
     "stable_embedding_groups",
+    "to_torch_state",
     "without_decay",
 ]

@@ -67,8 +67,12 @@ def newton_schulz(
 
     coefficients: a key of `NEWTON_SCHULZ`, or triples (a, b, c), one a step; the last one is repeated as needed.
     form: "plain" (Keller Jordan, Moonlight, Dion) divides the input by ``safety * |x|_F + eps``; "torch"
-    (torch.optim.Muon) by ``max(safety * |x|_F, eps)``. A sum is made by the product that feeds it and rounded once, as
-    in torch; the other codes round it term by term, which in 16 bits is slower and has twice the error.
+    (torch.optim.Muon) by ``max(safety * |x|_F, eps)``. Below a norm of eps the published codes would shrink x, and so
+    the result; here the input is divided by its norm alone from a tenth of eps down (from eps down with "torch"), and
+    in between the share of eps falls linearly. So the result does not depend on the scale of x, up to its dtype's
+    largest and down to its smallest normal number, whatever the range of `dtype` is.
+    A sum is made by the product that feeds it and rounded once, as in torch; the other codes round it term by term,
+    which in 16 bits is slower and has twice the error.
     dtype: of the products (bfloat16 in the published codes); None for x's own. In bfloat16, rounding noise in the null
     space of a rank-deficient x is amplified to order 1; use float32 for small or structurally low-rank matrices. Single
     rows and columns are multiplied in float32 at least: their steps are on one number, whose errors do not average out.
@@ -79,17 +83,40 @@ def newton_schulz(
     dtype = x.dtype if dtype is None else dtype
     if min(x.shape[-2:]) < 2:
         dtype = torch.promote_types(dtype, torch.float32)
-    y = x.to(dtype).reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    y = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    factor = _power_of_two(y)
+    y = (y * factor).to(dtype)
     tall = y.shape[-2] > y.shape[-1]
     if tall:
         y = y.mT  # the products A = Y Y^T are p x p on the wide orientation
     norm: Tensor = named.safety * torch.linalg.matrix_norm(y, keepdim=True)
-    y = y / (norm.clamp(min=eps) if form == "torch" else norm + eps)
+    y = y / _divisor(norm, 0.0 if form == "torch" else eps, factor)
     triples = [named.coefficients[min(step, len(named.coefficients) - 1)] for step in range(steps)]
     at_once = _GRAM_STEPS if y.dtype.itemsize >= 4 and y.shape[-1] >= 2 * y.shape[-2] else 1
     for start in range(0, steps, at_once):
         y = _newton_schulz_steps(y, *triples[start : start + at_once])
     return (y.mT if tall else y).reshape(x.shape).to(x.dtype)
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """[..., 1, 1] for matrices x [..., m, n]: what brings the largest entry of each into [1, 2), without rounding.
+
+    Otherwise norms of entries above 1e19 or below 1e-23 overflow or vanish, and entries above 65504 in float16.
+    """
+    if x.numel() == 0:
+        return x.new_ones(*x.shape[:-2], 1, 1)
+    largest = torch.linalg.vector_norm(x.detach(), math.inf, dim=(-2, -1), keepdim=True)
+    limit = math.frexp(torch.finfo(x.dtype).max)[1] - 2
+    return torch.exp2(-torch.floor(torch.log2(torch.where(largest > 0, largest, 1))).clamp(-limit, limit))
+
+
+def _divisor(norm: Tensor, eps: float, factor: Tensor) -> Tensor:
+    """norm + eps, in units of 1 / factor, with the share of eps that `newton_schulz` describes; 1 for a zero norm."""
+    if eps == 0:
+        return torch.where(norm > 0, norm, 1)
+    eps_here = eps * factor.to(torch.promote_types(norm.dtype, torch.float32))  # may be infinite
+    share = ((norm / eps_here - 0.1) / 0.9).clamp(0, 1)
+    return torch.where(norm > 0, norm + torch.where(share > 0, eps_here * share, 0).to(norm.dtype), 1)
 
 
 _GRAM_STEPS = 3
@@ -141,7 +168,9 @@ def whiten(x: Tensor, *, steps: int, beta: float) -> Tensor:
     """
     tall = x.shape[-2] > x.shape[-1]
     wide = x.mT if tall else x
-    wide = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-12)
+    factor = _power_of_two(wide)
+    wide = wide * factor
+    wide = wide / _divisor(torch.linalg.matrix_norm(wide, keepdim=True), 1e-12, factor)
     identity = torch.eye(wide.shape[-2], dtype=x.dtype, device=x.device)
     y, z = wide @ wide.mT, identity.expand(*wide.shape[:-1], wide.shape[-2])
     for _ in range(steps):

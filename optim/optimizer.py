@@ -3,17 +3,27 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from operator import attrgetter
 from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from optim import fused, rounding
 from optim.param_groups import by_name, trained
 from optim.rule import State, UpdateRule
-from optim.saved import bare_name, check_state, expected_state, loaded_state, saved_rule
+from optim.saved import (
+    adopted_rule,
+    bare_name,
+    check_state,
+    expected_state,
+    kept_keys,
+    loaded_state,
+    native_state,
+    saved_rule,
+)
+from optim.settings import TORCH_FLAGS, ParamGroup
 
 Params: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 """Parameters, named parameters or param groups, what `torch.optim` accepts; or a model: its parameters that train."""
@@ -23,25 +33,21 @@ Group: TypeAlias = dict[str, Any]
 
 _GRAD, _IS_META, _LAYOUT = attrgetter("grad"), attrgetter("is_meta"), attrgetter("layout")
 
-_TORCH_FLAGS = {  # refused, with advice
-    "maximize": "minimise the negated loss instead",
-    "foreach": "parameters are always grouped where the rule can",
-    "fused": "rules choose their fast path themselves",
-    "capturable": "step counts live on the CPU here",
-    "differentiable": "differentiate UpdateRule.update instead",
-}
-
 
 class Optimizer(torch.optim.Optimizer):
     """Steps every parameter by its group's rule: ``p <- p - lr * (direction + weight_decay * decay)``.
 
     A param group has `rule`, `lr` and `weight_decay`; a group may replace the rule, or single fields of it
     (``{"params": ps, "betas": (0.9, 0.95)}``). Everything that steers the update lives in the groups and in `state`.
+    Fields are read and written under their names too: ``group["momentum"] = 0.9`` holds from the next step on, is part
+    of the state dict, and is how torch's schedulers cycle momentum; see `optim.settings.ParamGroup`.
 
     State: made at a parameter's first step, by `UpdateRule.init`; plain tensors in the rule's own dtype (float32
     moments for bfloat16 parameters), also after `load_state_dict`, where torch would cast them to the parameter's
     dtype. A state dict holds each rule as its name and plain fields, loads with ``torch.load(weights_only=True)``,
-    and is compared on loading. State dicts of `torch.optim.AdamW` load into `AdamW`.
+    and is compared on loading, but for settings that were written to a group since: those are restored, like `lr`.
+    State dicts of `torch.optim.AdamW`, `SGD`, `NAdam` and `Muon` load into the classes of these names, and
+    `optim.to_torch_state` is the way back.
 
     Gradients: a parameter without one is skipped and its step count stands still. Non-finite entries: an elementwise
     rule passes them on to those coordinates alone, as torch does; under a rule with ``elementwise = False`` one of
@@ -52,8 +58,9 @@ class Optimizer(torch.optim.Optimizer):
     Groups that are added later are divided as those given at first: by `divide`, of classes that decide on the rule of
     each parameter, and by every one of `divisions` (`optim.param_groups.divide_groups`).
 
-    Works with torch's schedulers, step and state-dict hooks, closures and `copy.deepcopy`. The torch switches
-    `maximize`, `foreach`, `fused`, `capturable` and `differentiable` do not exist here and are refused.
+    Works with torch's schedulers, step and state-dict hooks, closures, `copy.deepcopy` and `torch.compile`, which runs
+    the step as it is. The torch switches `maximize`, `foreach`, `fused`, `capturable` and `differentiable` do not exist
+    here and are refused.
     """
 
     arrived: rounding.Arrived | None = None
@@ -71,7 +78,7 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError("Optimizer: params is a dict; pass an iterable such as model.named_parameters()")
         if isinstance(params, nn.Module):
             params = trained(params)
-        super().__init__(params, {"rule": rule, "lr": lr, "weight_decay": weight_decay})
+        super().__init__(params, ParamGroup({"rule": rule, "lr": lr, "weight_decay": weight_decay}))
 
     def __getstate__(self) -> dict[str, Any]:
         """Torch copies and pickles no more than groups and states."""
@@ -109,12 +116,12 @@ class Optimizer(torch.optim.Optimizer):
             parts = [smaller for part in parts for smaller in by_name(division, part)]
         return parts
 
-    def _resolved(self, group: dict[str, Any]) -> dict[str, Any]:
+    def _resolved(self, group: dict[str, Any]) -> ParamGroup:
         """The group with its rule built and its values checked."""
         rule = group.get("rule", self.defaults["rule"])
         if not isinstance(rule, UpdateRule):
             raise TypeError(f"param group: rule is {_kind(rule)}; expected an UpdateRule such as AdamWRule()")
-        for flag, advice in _TORCH_FLAGS.items():
+        for flag, advice in TORCH_FLAGS.items():
             if group.pop(flag, None):
                 raise ValueError(f"param group: {flag} is not supported; {advice}")
         group["rule"] = rule.with_settings(**{key: group.pop(key) for key in rule.settings() & set(group)})
@@ -122,7 +129,9 @@ class Optimizer(torch.optim.Optimizer):
         weight_decay = group.setdefault("weight_decay", self.defaults["weight_decay"])
         if not isinstance(weight_decay, int | float) or not 0 <= weight_decay < math.inf:
             raise ValueError(f"weight_decay = {weight_decay!r}; it must be a finite number of at least 0")
-        return group
+        resolved = ParamGroup(group)
+        resolved.settle()
+        return resolved
 
     def _check_params(self, group: dict[str, Any], offset: int) -> None:
         seen: set[Tensor] = set()
@@ -157,7 +166,14 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    @_disable_dynamo  # a step has its own compiled paths, in which a new setting compiles nothing again
+    def _step(self) -> None:
         work = [(group, offset, *self._ready(group, offset)) for group, offset in self._offsets()]
+        for i, (group, _) in enumerate(self._offsets()):
+            self._settle(i, group)
         for group, offset, params, grads in work:
             rule: UpdateRule = group["rule"]
             if type(rule).share is not UpdateRule.share and params:
@@ -167,7 +183,6 @@ class Optimizer(torch.optim.Optimizer):
             else:
                 fine = self._step_those(rule, params, grads, lr=group["lr"], weight_decay=group["weight_decay"])
             self._warn_of_left(group, offset, params, fine)
-        return loss
 
     def _step_those(
         self, rule: UpdateRule, params: list[Tensor], grads: list[Tensor], *, lr: float | Tensor, weight_decay: float
@@ -175,9 +190,40 @@ class Optimizer(torch.optim.Optimizer):
         """One step of these parameters; for each, whether it was stepped. `optim.distributed` does it in other ways."""
         return fused.step(rule, params, grads, self._states_of(rule, params), lr=lr, weight_decay=weight_decay)
 
-    def _offsets(self) -> Iterator[tuple[dict[str, Any], int]]:
+    def _settle(self, index: int, group: ParamGroup) -> None:
+        """See that the states suit the group's rule as it is now, where its settings were changed since the last step.
+
+        Raises: ValueError if a setting was changed that says how the states are kept.
+        """
+        rule = group.settle()
+        before, group.settled = group.settled, rule
+        if before is None or before is rule:
+            return
+        for param in group["params"]:
+            state = self.state.get(param)
+            if not state:
+                continue
+            want = expected_state(rule, param)
+            kept = {key: value for key, value in state.items() if key in want}
+            if before.state_settings() != rule.state_settings() or any(
+                (value.shape, value.dtype) != (want[key].shape, want[key].dtype) for key, value in kept.items()
+            ):
+                group.settled = group["rule"] = before
+                changes = ", ".join(rule.differences(before.describe()))
+                raise ValueError(
+                    f"param group {index}: a setting that says how states are kept cannot be changed after the first "
+                    f"step ({changes}, the last step's value); build a new optimizer"
+                )
+            if set(want) - set(kept):  # SGD's buffer, at its first momentum above 0
+                state.update({key: value for key, value in rule.init(param).items() if key not in kept})
+            for key in set(state) - set(want):
+                del state[key]
+
+    def _offsets(self) -> Iterator[tuple[ParamGroup, int]]:
         offset = 0
-        for group in self.param_groups:
+        for i, group in enumerate(self.param_groups):
+            if not isinstance(group, ParamGroup):  # somebody put a plain dict there
+                group = self.param_groups[i] = ParamGroup(group)
             yield group, offset
             offset += len(group["params"])
 
@@ -229,7 +275,7 @@ class Optimizer(torch.optim.Optimizer):
                 warnings.warn(
                     f"parameter {labels[param]}: its gradient is not finite; {group['rule'].name} left it as it was",
                     RuntimeWarning,
-                    stacklevel=5,  # the line that calls step()
+                    stacklevel=8,  # the line that calls step()
                 )
 
     def _states_of(self, rule: UpdateRule, params: Sequence[Tensor]) -> list[State]:
@@ -249,6 +295,8 @@ class Optimizer(torch.optim.Optimizer):
                 group["rule"] = group["rule"].describe()
 
         # first among the hooks, so that the user's see what will be stored; a lasting hook would not survive deepcopy
+        for group, _ in self._offsets():
+            group.settle()
         handle = self.register_state_dict_post_hook(describe_rules, prepend=True)
         try:
             return super().state_dict()
@@ -258,16 +306,17 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but states keep the rule's dtype and the input dict is neither changed nor aliased.
 
-        Raises: ValueError, before anything is changed, if a group's rule or parameter names differ from those saved,
-        or if a parameter's state has other entries or shapes than the rule makes.
+        Settings that were written to a group, there or here, are restored as they were saved, as `lr` is.
+        Raises: ValueError, before anything is changed, if the other settings of a group's rule or its parameter names
+        differ from those saved, or if a parameter's state has other entries or shapes than the rule makes.
         """
         seen: dict[str, Any] = {}
-        rules = [group["rule"] for group in self.param_groups]
+        rules: list[UpdateRule] = []
         names = [group.get("param_names") for group in self.param_groups]
 
         def verify(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:  # runs last: sees what hooks made of it
             seen.update(saved)
-            self._verify(saved)
+            rules.extend(self._verify(saved))
 
         def restore(_: torch.optim.Optimizer) -> None:  # runs first: hooks see the finished state
             self._restore(seen, rules, names)
@@ -282,21 +331,27 @@ class Optimizer(torch.optim.Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _saved_states(self, saved: dict[str, Any]) -> Iterator[tuple[str, UpdateRule, Tensor, dict[str, Any]]]:
-        """(label, rule, parameter, its saved state) for every parameter that has one."""
-        for (group, offset), saved_group in zip(self._offsets(), saved["param_groups"], strict=False):
+    def _saved_states(
+        self, saved: dict[str, Any], rules: Sequence[UpdateRule]
+    ) -> Iterator[tuple[str, UpdateRule, Tensor, Mapping[str, Any] | None]]:
+        """(label, rule, parameter, its saved state in this rule's terms) for every parameter that was saved."""
+        for (group, offset), rule, saved_group in zip(self._offsets(), rules, saved["param_groups"], strict=False):
             for (label, param), key in zip(_labelled(group, offset), saved_group["params"], strict=False):
                 if key in saved["state"]:
-                    yield label, group["rule"], param, saved["state"][key]
+                    yield label, rule, param, native_state(rule, saved_group, saved["state"][key])
 
-    def _verify(self, saved: dict[str, Any]) -> None:
-        for index, (group, saved_group) in enumerate(zip(self.param_groups, saved["param_groups"], strict=False)):
-            found = group["rule"].differences(saved_rule(saved_group, group["rule"]))
+    def _verify(self, saved: dict[str, Any]) -> list[UpdateRule]:
+        """The rules to go on with, group by group."""
+        rules = []
+        for index, ((group, _), saved_group) in enumerate(zip(self._offsets(), saved["param_groups"], strict=False)):
+            rule = adopted_rule(group, saved_group)
+            found = rule.differences(saved_rule(saved_group, rule))
             if found:
                 raise ValueError(
                     f"load_state_dict: param group {index} was saved with another rule: " + "; ".join(found)
                     + ". Build the optimizer with the saved settings."
                 )
+            rules.append(rule)
             here, there = group.get("param_names"), saved_group.get("param_names")
             if here is None or there is None:
                 continue
@@ -306,18 +361,22 @@ class Optimizer(torch.optim.Optimizer):
                         f"load_state_dict: {a!r} stands where {b!r} was saved; "
                         "a state belongs to its parameter, so give the parameters in the saved order"
                     )
-        for label, rule, param, state in self._saved_states(saved):
-            check_state(label, rule, param, state)
+        for label, rule, param, state in self._saved_states(saved, rules):
+            if state is not None:
+                check_state(label, rule, param, state)
+        return rules
 
     def _restore(self, saved: dict[str, Any], rules: list[UpdateRule], names: list[list[str] | None]) -> None:
-        for group, rule, own_names in zip(self.param_groups, rules, names, strict=True):
-            group["rule"] = rule
-            for key in (*(f.name for f in fields(rule)), *_TORCH_FLAGS, "decoupled_weight_decay"):
-                group.pop(key, None)  # a torch.optim state dict has them in the group; the rule holds them here
+        for i, (rule, own_names) in enumerate(zip(rules, names, strict=True)):
+            group = kept_keys(self.param_groups[i]) | {"rule": rule}
             if own_names is not None:
                 group["param_names"] = own_names
-        for _, rule, param, state in self._saved_states(saved):
-            self.state[param] = loaded_state(rule, param, state)
+            self.param_groups[i] = ParamGroup(group)
+        for _, rule, param, state in self._saved_states(saved, rules):
+            if state is not None:
+                self.state[param] = loaded_state(rule, param, state)
+            else:
+                self.state.pop(param, None)
 
 
 def _kind(value: object) -> str:

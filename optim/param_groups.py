@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from optim.roles import Block, Named, Role, block_of, is_matrix, is_norm_or_bias, roles
 from optim.rule import UpdateRule
 from optim.saved import bare_name
+from optim.settings import ParamGroup
 
 Settings: TypeAlias = Mapping[str, Any]
 Assign: TypeAlias = Mapping[str, str | Settings]
@@ -297,11 +298,12 @@ def divide_groups(
     decides on them itself (Muon's two, Adam-mini's shapes). An `Optimizer` divides groups that are added later as well.
     Raises: ValueError if parameters have no names.
     """
-    groups = []
+    groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         for part in by_name(divide, group):
             names, params = zip(*part["params"], strict=True)
-            groups.append({**part, "params": list(params), "param_names": list(names)})
+            made = {**part, "params": list(params), "param_names": list(names)}
+            groups.append(ParamGroup(made) if "rule" in made else made)  # not those of a torch optimizer
     optimizer.param_groups[:] = groups
     if hasattr(optimizer, "divisions"):
         optimizer.divisions = [*optimizer.divisions, divide]

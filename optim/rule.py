@@ -107,6 +107,12 @@ class UpdateRule(ABC):
         for key, value in new_state.items():
             state[key].copy_(_sharded_as(state[key], value))  # not rebound: a new value may alias the gradient
 
+    def step_part(
+        self, param: Tensor, grad: Tensor, state: State, *, start: int, lr: float | Tensor, weight_decay: float
+    ) -> None:
+        """`step` of a piece of a tensor, flat and from entry `start` on, under an elementwise rule."""
+        self.step(param, grad, state, lr=lr, weight_decay=weight_decay)
+
     def step_all(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], *, lr: float | Tensor,
         weight_decay: float,
@@ -132,6 +138,24 @@ class UpdateRule(ABC):
         """The names of the rule's fields, and of those of a rule inside it."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return set(own).union(*(rule.settings() for rule in own.values() if isinstance(rule, UpdateRule)))
+
+    def setting(self, name: str) -> Any:
+        """The field of that name, the rule's own or that of a rule inside it; KeyError for none of `settings`."""
+        own = [f.name for f in fields(self)]
+        if name in own:
+            return getattr(self, name)
+        for inner in (getattr(self, key) for key in own):
+            if isinstance(inner, UpdateRule) and name in inner.settings():
+                return inner.setting(name)
+        raise KeyError(name)
+
+    def state_settings(self) -> dict[str, Any]:
+        """The settings without which a state cannot be read, which therefore stay as they were once there is one.
+
+        None, unless a rule says so, beyond those that show in the shapes and dtypes of its state.
+        """
+        inner = (getattr(self, f.name) for f in fields(self))
+        return {k: v for rule in inner if isinstance(rule, UpdateRule) for k, v in rule.state_settings().items()}
 
     def with_settings(self, **changed: Any) -> Self:
         """The rule with these fields instead; what it has no field for goes to the rule inside it.

@@ -1,28 +1,62 @@
 """Reading saved optimizer states: rules as plain values, states in the rule's dtypes, names without wrappers."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optim.rule import State, UpdateRule
+from optim import torch_states
+from optim.rule import State, UpdateRule, is_sharded
+from optim.settings import changed_settings, described_setting
 
 
 def saved_rule(saved_group: Mapping[str, Any], rule: UpdateRule) -> dict[str, Any]:
-    """The description of a saved group's rule; of a group that `torch.optim` wrote, the fields shared with `rule`.
+    """The description of a saved group's rule; of a group that `torch.optim` wrote, in the terms of `rule`.
 
-    Raises: ValueError if torch's optimizer ran with a switch that changes the algorithm and does not exist here.
+    Raises: ValueError if an optimizer of torch that is not the counterpart of `rule` wrote it, or if it ran with a
+    switch that changes the algorithm and does not exist here.
     """
     if isinstance(saved_group.get("rule"), Mapping):
         return dict(saved_group["rule"])
-    for flag in ("maximize", "differentiable"):
-        if saved_group.get(flag):
-            raise ValueError(f"load_state_dict: the saved optimizer ran with {flag}=True, which is not supported here")
-    if not saved_group.get("decoupled_weight_decay", True) and saved_group.get("weight_decay", 0.0) != 0:
-        raise ValueError("load_state_dict: the saved Adam put weight decay into the gradient; here it is decoupled")
-    return {"name": rule.name} | {f.name: saved_group[f.name] for f in fields(rule) if f.name in saved_group}
+    return torch_states.described(saved_group, rule)
+
+
+def adopted_rule(group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> UpdateRule:
+    """The group's rule with the saved values of all settings that were written to the group there or here.
+
+    Raises: ValueError as `saved_rule`.
+    """
+    rule: UpdateRule = group["rule"]
+    described = saved_rule(saved_group, rule)
+    if described.get("name") != rule.name:
+        return rule
+    values: dict[str, Any] = {}
+    for key in (changed_settings(group) | changed_settings(saved_group)) & rule.settings():
+        try:
+            values[key] = described_setting(described, key)
+        except KeyError:  # the saved optimizer does not say
+            continue
+    return rule.with_settings(**values)
+
+
+def kept_keys(saved_group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a loaded group keeps of a saved one: all but the settings of torch's optimizers, which the rule holds here.
+
+    A weight decay that torch put into the gradient, and that the rule has as its `l2`, is none of the group's.
+    """
+    if isinstance(saved_group.get("rule"), Mapping):
+        return dict(saved_group)
+    return torch_states.kept_keys(saved_group)
+
+
+def native_state(
+    rule: UpdateRule, saved_group: Mapping[str, Any], state: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    """A saved state in the rule's entries; None if torch kept nothing in it that the rule would go on with."""
+    if isinstance(saved_group.get("rule"), Mapping):
+        return state
+    return torch_states.native(rule, state)
 
 
 def expected_state(rule: UpdateRule, param: Tensor) -> State:
@@ -40,17 +74,43 @@ def check_state(label: str, rule: UpdateRule, param: Tensor, state: Mapping[str,
         )
     for key, want in expected.items():
         shape = tuple(state[key].shape) if isinstance(state[key], Tensor) else ()
+        if shape == (1,) and not want.shape:
+            continue  # a count that a capturable optimizer kept
         if shape != tuple(want.shape):
             raise ValueError(f"state of parameter {label}: {key} has shape {shape}, expected {tuple(want.shape)}")
 
 
 def loaded_state(rule: UpdateRule, param: Tensor, state: Mapping[str, Any]) -> State:
-    """A copy of a saved state in the rule's dtypes: on the parameter's device, but step counts stay on the CPU."""
+    """A copy of a saved state in the rule's dtypes: on the parameter's device, but step counts stay on the CPU.
+
+    Entries are laid out over ranks as the rule lays out its own: of a *full* state dict only those of the parameter's
+    shape come sharded out of torch's hands, and second moments of rows or blocks whole.
+    """
     loaded: State = {}
     for key, want in expected_state(rule, param).items():
         device = param.device if want.device.type == "meta" else want.device
-        loaded[key] = torch.as_tensor(state[key]).detach().to(device=device, dtype=want.dtype, copy=True)
+        value = torch.as_tensor(state[key]).detach()
+        value = _laid_out(value.to(device=device, dtype=want.dtype, copy=True), want)
+        loaded[key] = value if want.shape else value.reshape(())
     return loaded
+
+
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """A whole or sharded tensor with the shards of `like`."""
+    if is_sharded(value) and not is_sharded(like):
+        whole: Tensor = value.full_tensor()  # type: ignore[attr-defined]
+        return whole
+    if not is_sharded(like):
+        return value
+    placements, mesh = like.placements, like.device_mesh  # type: ignore[attr-defined]
+    if is_sharded(value):
+        same = value.placements == placements  # type: ignore[attr-defined]
+        moved: Tensor = value if same else value.redistribute(placements=placements)  # type: ignore[attr-defined]
+        return moved
+    from torch.distributed.tensor import distribute_tensor
+
+    # every rank has the whole: nothing is sent
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
 def bare_name(name: str) -> str:

@@ -7,8 +7,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from optim import torch_states
 from optim.rule import State, UpdateRule, moment_dtype
 from optim.rules import RULES, rule_from
+from optim.rules.muon import CONVENTIONS
 from optim.saved import bare_name, check_state, expected_state, loaded_state
 
 Grads: TypeAlias = Mapping[str, Tensor]
@@ -31,7 +33,7 @@ class UpdateMap:
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, *, rules: Rules | None = None, copy: bool = True) -> "UpdateMap":
-        """The map of an optimizer that was built from named parameters (ours, or `torch.optim.AdamW`).
+        """The map of an optimizer built from named parameters: ours, or torch's AdamW, SGD, NAdam or Muon.
 
         rules: to be used instead of the optimizer's own, one for all or by name, reading the same state; LESS's
         published features, for instance, or `SGDRule` for plain gradients.
@@ -48,14 +50,14 @@ class UpdateMap:
                 rule = _choose(rules, name, group)
                 value = param.detach().clone() if copy else param.detach()
                 chosen[name], params[name] = rule, value
-                states[name] = _state_for(name, rule, value, optimizer.state.get(param, {}), copy=copy)
+                states[name] = _state_for(name, rule, value, group, optimizer.state.get(param, {}), copy=copy)
         return cls(chosen, states, params)
 
     @classmethod
     def from_state_dict(
         cls, saved: Mapping[str, Any], params: Mapping[str, Tensor], *, rules: Rules | None = None
     ) -> "UpdateMap":
-        """The map of a saved `Optimizer.state_dict()`, or of one that `torch.optim.AdamW` wrote.
+        """The map of a saved `Optimizer.state_dict()`, or of one that torch's AdamW, SGD, NAdam or Muon wrote.
 
         params: the same parameters by name. They are matched by name where the state dict has names (`param_names`, or
         names as keys, as FSDP writes them; wrapper prefixes are ignored), otherwise by order.
@@ -73,7 +75,7 @@ class UpdateMap:
             if name is None:
                 raise ValueError(f"the state dict has a parameter {saved_name!r}, which was not given")
             rule = chosen[name] = _choose(rules, name, group)
-            states[name] = _state_for(name, rule, params[name].detach(), state, copy=True)
+            states[name] = _state_for(name, rule, params[name].detach(), group, state, copy=True)
         return cls(chosen, states, {name: param.detach() for name, param in params.items()})
 
     def __call__(self, grads: Grads) -> dict[str, Tensor]:
@@ -125,15 +127,23 @@ def _choose(rules: Rules | None, name: str, group: Mapping[str, Any]) -> UpdateR
         return rule
     if isinstance(rule, Mapping):
         return rule_from(rule)
-    # torch.optim.AdamW (or Adam without coupled decay), by the keys of its groups; its cousins have more or fewer
-    if {"betas", "eps", "amsgrad"} <= set(group) and "momentum_decay" not in group and not group.get("maximize"):
-        if group.get("decoupled_weight_decay", True) or group.get("weight_decay", 0) == 0:
-            return rule_from({"name": "adamw"} | {k: group[k] for k in ("betas", "eps", "amsgrad")})
+    theirs = torch_states.rule_name(group)
+    if theirs is not None:
+        base = {"name": theirs} | (CONVENTIONS["torch"] if theirs == "muon" else {})
+        try:
+            return rule_from(torch_states.described(group, rule_from(base)))
+        except ValueError:  # weight decay in the momentum, or another switch that no rule here has
+            pass
     raise ValueError(f"cannot tell which rule made the state of {name!r}; pass rules=, one of {', '.join(RULES)}")
 
 
-def _state_for(name: str, rule: UpdateRule, param: Tensor, state: Mapping[str, Any], *, copy: bool) -> State:
+def _state_for(
+    name: str, rule: UpdateRule, param: Tensor, group: Mapping[str, Any], entries: Mapping[str, Any], *, copy: bool
+) -> State:
     """The entries that the rule needs, in its dtypes; a fresh state if the parameter has had no step yet."""
+    state: Mapping[str, Any] | None = entries
+    if entries and "rule" not in group and torch_states.rule_name(group) == rule.name:
+        state = torch_states.native(rule, entries)
     if not state:
         return rule.init(param)
     needed = expected_state(rule, param)

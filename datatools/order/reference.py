@@ -215,6 +215,11 @@ class Recipe:
                     f"order: the rule {rule.name!r} of {name!r} cannot be replayed from gradients alone ({why}); "
                     "train with adamw, sgd, lion, nadam, adabelief or muon"
                 )
+            if getattr(rule, "fixed_decay", False) and self.weight_decay[name]:
+                raise UsageError(
+                    f"order: the rule {rule.name!r} of {name!r} decays weights whatever the learning rate is "
+                    "(fixed_decay), which the estimates have no term for; train with fixed_decay=False"
+                )
 
     @classmethod
     def of(cls, optimizer: Optimizer, rates: Sequence[float], *, clip: float | None = None) -> Recipe:

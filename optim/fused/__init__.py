@@ -2,8 +2,10 @@
 
 A step is bound by memory, and written in tensor operations it moves every parameter a dozen times. Here the operations
 of `update` and `decay` are recorded (`trace`), turned into LLVM assembly (`assembly`) and compiled by llvmlite, at the
-first step of a rule, in 0.1 s or so; learning rate and weight decay stay variables. All tensors of a param group are
-stepped by one call, spread over ``torch.get_num_threads()`` threads; results do not depend on their number.
+first step of a rule, in 0.1 s or so. Learning rate, weight decay and the numbers that the rule computes with stay
+variables: a scheduled momentum is traced again at each change, in some milliseconds, and not compiled again. All
+tensors of a param group are stepped by one call, spread over ``torch.get_num_threads()`` threads; results do not depend
+on their number.
 
 Tensors that a rule must read several times are stepped whole by one thread while they fit into a cache. The check that
 gradients are finite, which rules with ``elementwise = False`` need, is made in the first of these readings; and what
@@ -17,15 +19,16 @@ reason is too, with one warning.
 """
 
 import ctypes
+import math
 import threading
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from operator import attrgetter
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
@@ -47,7 +50,7 @@ CACHED = 1 << 20
 """Elements up to which a thread takes a whole tensor if it must be read several times: what caches of 16 MiB hold."""
 
 KERNELS = 256
-"""Compiled steps that are kept, of about 0.5 MiB each: a momentum schedule replaces the rule at every step."""
+"""Compiled steps that are kept, of about 0.5 MiB each."""
 
 _TRACED_SHAPE = (2, 3)
 
@@ -74,18 +77,18 @@ def step(
     rest: Sequence[int] = range(len(params))
     if params and rule.step_is_update and _can_run() and _hashable(rule):
         pools, rest = _pools(rule, params, grads, states)
-    work: list[tuple[Kernel, _Pool]] = []  # all is compiled before anything moves
+    work: list[tuple[_Compiled, _Pool]] = []  # all is compiled before anything moves
     for pool in pools:
-        for kernel, part in _parts(rule, pool, weight_decay != 0):
-            if isinstance(kernel, Kernel) and kernel.fits(part):
-                work.append((kernel, part))
+        for compiled_step, part in _parts(rule, pool, weight_decay != 0):
+            if isinstance(compiled_step, _Compiled) and compiled_step.kernel.fits(part):
+                work.append((compiled_step, part))
             else:
                 rest = [*rest, *part.index]
-    for kernel, part in work:
+    for (kernel, numbers), part in work:
         for j, column in enumerate(part.columns):
             if j != 1:  # autograd must see that these tensors change; the gradients do not
                 torch.autograd.graph.increment_version(column)
-        flags = kernel.run(part, float(lr), float(weight_decay))
+        flags = kernel.run(part, float(lr), float(weight_decay), numbers)
         if 0 in flags:
             for i, flag in zip(part.index, flags, strict=True):
                 fine[i] = bool(flag)
@@ -109,11 +112,11 @@ def all_finite(grads: Sequence[Tensor]) -> list[bool]:
             pools.setdefault(grad.dtype, []).append(i)
         elif is_sharded(grad):  # of a DTensor bool() is the answer of this rank's rows; all ranks must do the same
             fine[i] = int(grad.isfinite().logical_not().sum().full_tensor()) == 0  # type: ignore[attr-defined]
-        else:
-            fine[i] = bool(grad.isfinite().all())
+        elif grad.numel():
+            fine[i] = math.isfinite(torch.linalg.vector_norm(grad, math.inf))  # a largest magnitude: NaN if one is
     for dtype, index in pools.items():
         column = [grads[i] for i in index]
-        for i, flag in zip(index, _finite_kernel(dtype).run(_Pool(index, (), [column, column]), 0.0, 0.0), strict=True):
+        for i, flag in zip(index, _finite_kernel(dtype).run(_Pool(index, (), [column, column])), strict=True):
             fine[i] = bool(flag)
     return fine
 
@@ -220,7 +223,7 @@ def _places(rule: UpdateRule, row: Sequence[Tensor]) -> _Places:
     return row[0].ndim if rule.elementwise else tuple(map(_shape, row))
 
 
-def _parts(rule: UpdateRule, pool: _Pool, decayed: bool) -> "Iterator[tuple[Kernel | Unsupported, _Pool]]":
+def _parts(rule: UpdateRule, pool: _Pool, decayed: bool) -> "Iterator[tuple[_Compiled | Unsupported, _Pool]]":
     """The pool with its compiled step; in parts where an elementwise rule looks at the number of dimensions."""
     row = [column[0] for column in pool.columns]
     dtypes = tuple(map(_dtype, row))
@@ -241,14 +244,22 @@ _compiling = threading.Lock()
 _warned: set[str] = set()
 
 
+class _Compiled(NamedTuple):
+    """A compiled step and the numbers that it runs with."""
+
+    kernel: "Kernel"
+    numbers: tuple[float, ...]
+
+
 @lru_cache(maxsize=KERNELS)
 def _kernel(
     rule: UpdateRule, decayed: bool, names: tuple[str, ...], dtypes: tuple[torch.dtype, ...], places: _Places
-) -> "Kernel | Unsupported":
+) -> _Compiled | Unsupported:
     """The compiled step for tensors such as these, or why there is none."""
     with _compiling:
         try:
-            return Kernel.of(*_assembly(rule, decayed, names, dtypes, places))
+            assembly, full, numbers = _assembly(rule, decayed, names, dtypes, places, _assembled)
+            return _Compiled(Kernel.of(assembly, full), tuple(map(float, numbers)))
         except Unsupported as reason:
             return reason.with_traceback(None)  # which would keep the tensors of this call
         except Exception as error:  # of ours or of LLVM: a step must not fail because it could not be made fast
@@ -259,21 +270,51 @@ def _kernel(
             return Unsupported(f"{type(error).__name__}: {error}")
 
 
+_Full: TypeAlias = tuple[bool, ...] | None
+"""Which columns have the parameter's shape, where only that is known of them."""
+
+_Assembled: TypeAlias = dict[tuple[Any, str], tuple[Assembly, _Full]]
+
+_assembled: _Assembled = {}
+"""Rule but for its numbers, structure of its step -> what was made of it; at most `KERNELS`.
+
+The structure is that of the first of two shapes: equal there, code that was once seen to fit every shape still does.
+"""
+
+
+def _form(value: Any) -> Any:
+    """What of a rule, or of a field of one, is not a number that compiled code reads when it runs."""
+    if isinstance(value, UpdateRule):
+        return type(value), *((field.name, _form(getattr(value, field.name))) for field in fields(value))
+    if isinstance(value, tuple):
+        return tuple(map(_form, value))
+    return float if isinstance(value, float) else value
+
+
 def _assembly(
-    rule: UpdateRule, decayed: bool, names: tuple[str, ...], dtypes: Sequence[torch.dtype], places: _Places
-) -> "tuple[Assembly, tuple[bool, ...] | None]":
-    """The code of a step, and which columns have the parameter's shape where only that is known of them.
+    rule: UpdateRule,
+    decayed: bool,
+    names: tuple[str, ...],
+    dtypes: Sequence[torch.dtype],
+    places: _Places,
+    known: _Assembled | None = None,
+) -> "tuple[Assembly, _Full, tuple[float, ...]]":
+    """The code of a step and its numbers; what was made of another step of the same structure is in `known`.
 
     Raises: Unsupported, with the reason.
     """
+    known = {} if known is None else known
     if not isinstance(places, int):
         param, grad, *values = (torch.empty(t, dtype=d, device="meta") for t, d in zip(places, dtypes, strict=True))
         if param.numel() == 0:
             raise Unsupported("a tensor without elements")
         found = trace(rule, param, grad, dict(zip(names, values, strict=True)), decayed=decayed)
-        return assemble(found, guarded=True), None
-    made = []
-    for least in (2, 3):  # two shapes, to see that the code fits every one
+        key = (_form(rule), found.structure())
+        if key not in known:
+            _keep(known, key, (assemble(found, guarded=True), None))
+        return *known[key], found.numbers
+
+    def traced(least: int) -> tuple[Trace, tuple[bool, ...]]:
         shape = tuple(range(least, least + places))
         param, grad = (torch.empty(shape, dtype=d, device="meta") for d in dtypes[:2])
         wanted = rule.init(param)
@@ -281,10 +322,24 @@ def _assembly(
             raise Unsupported(f"a state with entries {list(names)}; {rule.name} makes {list(wanted)}")
         state = {k: t.new_empty(t.shape, dtype=d, device="meta")
                  for (k, t), d in zip(wanted.items(), dtypes[2:], strict=True)}
-        made.append(assemble(trace(rule, param, grad, state, decayed=decayed)))
-    if made[0].passes or made[0].row or made[0] != made[1]:
-        raise Unsupported(f"{rule.name} is called elementwise and looks at the shape, or at several elements")
-    return made[0], tuple(t.shape == shape for t in (param, grad, *state.values()))
+        full = tuple(t.shape == shape for t in (param, grad, *state.values()))
+        return trace(rule, param, grad, state, decayed=decayed), full
+
+    first, full = traced(2)
+    key = (_form(rule), first.structure())
+    if key not in known:
+        second, _ = traced(3)  # two shapes, to see that the code fits every one
+        made = assemble(first)
+        if made.passes or made.row or made != assemble(second) or first.numbers != second.numbers:
+            raise Unsupported(f"{rule.name} is called elementwise and looks at the shape, or at several elements")
+        _keep(known, key, (made, full))
+    return *known[key], first.numbers
+
+
+def _keep(known: _Assembled, key: tuple[Any, str], value: tuple[Assembly, _Full]) -> None:
+    while len(known) >= KERNELS:
+        del known[next(iter(known))]
+    known[key] = value
 
 
 @lru_cache(maxsize=8)
@@ -319,7 +374,9 @@ class Kernel:
         return all(tuple(map(Tensor.numel, column)) == (sizes if full else ones)
                    for column, full in zip(pool.columns, self.full, strict=True))
 
-    def run(self, pool: _Pool, lr: float, weight_decay: float) -> bytearray:
+    def run(
+        self, pool: _Pool, lr: float = 0.0, weight_decay: float = 0.0, numbers: Sequence[float] = ()
+    ) -> bytearray:
         """One step of every tensor of the pool. Returns a byte for each: 0 if it was left, its gradient not finite."""
         code = self.assembly
         rows, count = max(code.row, 1), len(pool.index)
@@ -338,7 +395,7 @@ class Kernel:
             table[3::width] = array("q", accumulate(sizes, initial=_address(kept)))[:-1]
         scratch = array("d", bytes(8 * max(1, code.scratch * count)))
         partials = array("d", bytes(8 * max(1, code.partials * plan.chunks)))
-        settings = array("d", (lr, weight_decay))
+        settings = array("d", (lr, weight_decay, *numbers))
         elements = plan.size * rows
 
         def phase(what: int, items: "array[int]", elements: int) -> None:

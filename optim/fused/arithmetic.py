@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 
 from optim.fused.kinds import FILLS, TYPES, VIEWS, Kinds
-from optim.fused.trace import Node, Unsupported
+from optim.fused.trace import Node, Number, Unsupported
 
 _COMPARISONS = {"gt": "ogt", "ge": "oge", "lt": "olt", "le": "ole", "eq": "oeq", "ne": "une"}
 _INTRINSICS = {"sqrt", "exp", "log", "sin", "cos", "tanh", "floor", "ceil", "exp2", "log2", "log10"}
@@ -129,9 +129,12 @@ class Code:
         ty = TYPES[node.dtype][0]
         name = node.op.split(".")[0]
 
-        def arg(i: int, default: Any = None, to: str = ty) -> str:
-            value = node.args[i] if i < len(node.args) else default
+        def number(value: Any, to: str = ty) -> str:
+            value = value.node if isinstance(value, Number) else value
             return self.convert(block, get(value), to) if isinstance(value, Node) else literal(value, to)
+
+        def arg(i: int, default: Any = None, to: str = ty) -> str:
+            return number(node.args[i] if i < len(node.args) else default, to)
 
         def put(text: str) -> str:
             return self.put(block, text)
@@ -144,7 +147,7 @@ class Code:
         if node.op in VIEWS or node in self.kinds.identities:
             value = arg(0)
         elif node.op in FILLS:
-            return literal(FILLS[node.op](*node.args), ty), ty
+            return number(FILLS[node.op](*node.args)), ty
         elif ty == "i1" and not (name in _COMPARISONS or name in _LOGICAL or name in ("where", "isnan", "isinf")):
             raise Unsupported(f"{node.op} of booleans")
         elif name in ("add", "sub", "rsub"):
@@ -153,7 +156,7 @@ class Code:
             if alpha != 1:
                 if name == "rsub":
                     raise Unsupported("rsub with alpha")
-                b = put(f"fmul {ty} {b}, {literal(alpha, ty)}")
+                b = put(f"fmul {ty} {b}, {number(alpha)}")
             value = put(f"f{'add' if name == 'add' else 'sub'} {ty} {a}, {b}")
         elif name in _BINARY:
             if node.kwargs.get("rounding_mode"):
@@ -195,7 +198,7 @@ class Code:
                 given = node.args[bound] if bound is not None and bound < len(node.args) else node.kwargs.get(key)
                 if given is None:
                     continue
-                limit = self.convert(block, get(given), ty) if isinstance(given, Node) else literal(given, ty)
+                limit = number(given)
                 beyond = put(f"fcmp {test} {ty} {value}, {limit}")
                 value = put(f"select i1 {beyond}, {ty} {limit}, {ty} {value}")
         elif name == "where":
@@ -211,7 +214,7 @@ class Code:
             value = put(f"select i1 {low}, {ty} {put(f'fadd {ty} {a}, {near}')}, {ty} {put(f'fsub {ty} {b}, {far}')}")
         elif name in ("addcmul", "addcdiv"):
             scale = node.kwargs.get("value", 1)
-            x = arg(1) if scale == 1 else put(f"fmul {ty} {literal(scale, ty)}, {arg(1)}")
+            x = arg(1) if scale == 1 else put(f"fmul {ty} {number(scale)}, {arg(1)}")
             product = put(f"{'fmul' if name == 'addcmul' else 'fdiv'} {ty} {x}, {arg(2)}")
             value = put(f"fadd {ty} {arg(0)}, {product}")
         elif name in _COMPARISONS:

@@ -383,8 +383,9 @@ def _scalars(step: _Step, stage: int, *, writing: bool) -> str:
         _, at, _ = step.kinds[node]
         if at < stage or node.op == "constant":
             return _from_scratch(code, block, step, node)
-        if node.op in ("input:lr", "input:weight_decay"):
-            place = code.put(block, f"getelementptr inbounds double, ptr %settings, i64 {int(node.op != 'input:lr')}")
+        if node.op in ("input:lr", "input:weight_decay", "input:number"):
+            at = 2 + node.args[0] if node.op == "input:number" else int(node.op != "input:lr")
+            place = code.put(block, f"getelementptr inbounds double, ptr %settings, i64 {at}")
             return code.put(block, f"load double, ptr {place}"), "double"
         if node.op.startswith("input:"):
             place = code.put(block, "getelementptr inbounds i64, ptr %table, i64 "

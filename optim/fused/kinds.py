@@ -93,7 +93,7 @@ class Kinds:
     def _find(self, node: Node) -> tuple[str, int, int]:
         if node.dtype not in TYPES:
             raise Unsupported(f"a value of {node.dtype}")
-        if node.op in ("input:lr", "input:weight_decay", "constant") or node.op in FILLS:
+        if node.op in ("input:lr", "input:weight_decay", "input:number", "constant") or node.op in FILLS:
             return SCALAR, 0, 0
         if node.op.startswith("input:"):
             return self._input(node), 0, 0

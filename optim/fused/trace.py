@@ -1,5 +1,6 @@
 """A rule's whole step as a list of tensor operations, recorded once on tensors without data."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,14 +31,56 @@ class Node:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
+class Number(float):
+    """A number that the step calculates with, which compiled code reads when it runs: another value is the same code.
+
+    So a momentum that is scheduled costs a trace a step, and no compilation. Those in `LITERALS` are part of the code.
+    """
+
+    node: Node
+
+    def __new__(cls, value: float, index: int) -> "Number":
+        """The number, which stands at place `index` among those of its trace."""
+        made = super().__new__(cls, value)
+        made.node = Node("input:number", (), torch.float64, (index,))
+        return made
+
+
+LITERALS = frozenset({0.0, 0.5, 1.0, 2.0, 3.0, math.inf})
+"""Magnitudes of numbers that are more often part of a formula than settings: some operations have shorter forms."""
+
+
 @dataclass(frozen=True)
 class Trace:
-    """Inputs by name ("param", "grad", "lr", "weight_decay", "state:KEY") and what the step writes to "param" and
-    "state:KEY".
+    """Inputs by name ("param", "grad", "lr", "weight_decay", "state:KEY"), what the step writes to "param" and
+    "state:KEY", and its numbers.
     """
 
     inputs: dict[str, Node]
     outputs: dict[str, Node]
+    numbers: tuple[Number, ...] = ()
+
+    def structure(self) -> str:
+        """A text that is the same for two traces which differ in the values of their numbers at most."""
+        index: dict[Node, int] = {}
+        lines: list[str] = []
+
+        def text(value: Any) -> str:
+            if isinstance(value, Node):
+                return f"%{visit(value)}"
+            if isinstance(value, Number):
+                return f"#{value.node.args[0]}"
+            return f"({', '.join(map(text, value))})" if isinstance(value, tuple) else repr(value)
+
+        def visit(node: Node) -> int:
+            if node not in index:
+                arguments = [*map(text, node.args), *(f"{key}={text(value)}" for key, value in node.kwargs.items())]
+                index[node] = len(index)
+                lines.append(f"{node.op} {node.shape} {node.dtype} {' '.join(arguments)}")
+            return index[node]
+
+        ends = [f"{name} %{visit(node)}" for name, node in (*self.inputs.items(), *self.outputs.items())]
+        return "\n".join((*lines, *ends))
 
 
 def trace(
@@ -68,7 +111,7 @@ def trace(
     if missing:
         raise Unsupported(f"update changes the entries of the state: {sorted(missing)}")
     return Trace({name: recorder.node(t) for name, t in metas.items()},
-                 {name: recorder.node(t) for name, t in new.items()})
+                 {name: recorder.node(t) for name, t in new.items()}, tuple(recorder.numbers))
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -77,6 +120,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, inputs: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.held: dict[int, tuple[Tensor, Node]] = {}  # by id; the tensor is kept alive so that ids stay unique
+        self.numbers: list[Number] = []
         for name, t in inputs.items():
             self.held[id(t)] = (t, Node(f"input:{name}", tuple(t.shape), t.dtype))
 
@@ -91,6 +135,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _plain(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self.node(value)
+        if isinstance(value, float) and abs(value) not in LITERALS and not math.isnan(value):
+            self.numbers.append(Number(value, len(self.numbers)))
+            return self.numbers[-1]
         return tuple(self._plain(v) for v in value) if isinstance(value, list | tuple) else value
 
     def __torch_dispatch__(

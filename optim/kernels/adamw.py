@@ -29,9 +29,12 @@ class Scalars(NamedTuple):
     step: int
 
 
-def rounding_words(param: Tensor, step: Tensor) -> Tensor:
-    """The random bits with which a step rounds a bfloat16 parameter: they depend on the step and the element alone."""
-    return philox.random_words(param.numel(), seed=SEED, stream=int(step), device=param.device)
+def rounding_words(param: Tensor, step: Tensor, *, start: int = 0) -> Tensor:
+    """The random bits with which a step rounds a bfloat16 parameter, or a piece of one that begins at entry `start`.
+
+    They depend on the step and the element alone.
+    """
+    return philox.random_words(param.numel(), seed=SEED, stream=int(step), start=start, device=param.device)
 
 
 def adamw_step(

@@ -32,14 +32,14 @@ class AdaBeliefRule(UpdateRule):
     Source: Zhuang et al. 2020, arXiv 2010.07468, algorithm 2, and its published code (adabelief-pytorch 0.2.1, whose
     defaults are these; version 0.0.5 had eps 1e-8 and no rectification). Rectification: Liu et al., arXiv 1908.03265.
     Differs: the paper has neither rectification nor decoupled decay. Of the published code, `weight_decouple=False`,
-    g <- g + l2 p, is `l2` here and part of the direction; `fixed_decay=True` decays by wd, not lr wd: pass
-    ``weight_decay=wd / lr``, which is the same at a constant lr only. Its switches are fields, so that they survive a
-    checkpoint, and gradients are never written to.
+    g <- g + l2 p, is `l2` here and part of the direction. Its switches are fields, so that they survive a checkpoint,
+    and gradients are never written to.
 
     - eps is stored in s at every step, where it grows to eps / (1 - b2). It stands for about the square of Adam's:
       1e-16 for transformers, 1e-8 where SGD does better than Adam.
     - With b2 = 0.999 the first five steps are SGD with momentum, of size lr |g|, not lr.
     - Gradients that do not change drive s to rounding level: expect large steps.
+    - `fixed_decay=True`: p <- (1 - wd) p before the step, whatever the learning rate is, instead of (1 - lr wd) p.
     - `amsgrad=True`: s is replaced by its running maximum; without effect under `rectify`, as in the published code.
     """
 
@@ -51,6 +51,7 @@ class AdaBeliefRule(UpdateRule):
     rectify: bool = True
     degenerated_to_sgd: bool = True
     l2: float = 0.0
+    fixed_decay: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", checked_betas("AdaBeliefRule", self.betas))
@@ -60,6 +61,7 @@ class AdaBeliefRule(UpdateRule):
             amsgrad=self.amsgrad,
             rectify=self.rectify,
             degenerated_to_sgd=self.degenerated_to_sgd,
+            fixed_decay=self.fixed_decay,
         )
 
     def init(self, param: Tensor) -> State:
@@ -92,6 +94,23 @@ class AdaBeliefRule(UpdateRule):
             direction = m / c1 / (s.sqrt() / c2.sqrt() + self.eps)
         return direction.to(g.dtype), new
 
+    def stepped(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        *,
+        lr: float | Tensor,
+        weight_decay: float | Tensor | None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """`UpdateRule.stepped`, but for `fixed_decay`."""
+        if not self.fixed_decay or weight_decay is None:
+            return super().stepped(param, grad, state, lr=lr, weight_decay=weight_decay, out=out)
+        direction, new_state = self.update(grad, state, param)
+        work = param.to(direction.dtype)
+        return work - weight_decay * work - lr * direction, new_state
+
 
 class AdaBelief(Optimizer):
     """`Optimizer` running `AdaBeliefRule`; the first arguments as in adabelief-pytorch, weight decay decoupled."""
@@ -108,6 +127,7 @@ class AdaBelief(Optimizer):
         rectify: bool = True,
         degenerated_to_sgd: bool = True,
         l2: float = 0.0,
+        fixed_decay: bool = False,
     ) -> None:
         rule = AdaBeliefRule(
             betas=betas,
@@ -116,5 +136,6 @@ class AdaBelief(Optimizer):
             rectify=rectify,
             degenerated_to_sgd=degenerated_to_sgd,
             l2=l2,
+            fixed_decay=fixed_decay,
         )
         super().__init__(params, rule, lr=lr, weight_decay=weight_decay)

@@ -105,6 +105,12 @@ class AdamWRule(UpdateRule):
         self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float
     ) -> None:
         """`UpdateRule.step`, but for how the new parameter is rounded."""
+        self.step_part(param, grad, state, start=0, lr=lr, weight_decay=weight_decay)
+
+    def step_part(
+        self, param: Tensor, grad: Tensor, state: State, *, start: int, lr: float | Tensor, weight_decay: float
+    ) -> None:
+        """`step` of a piece, whose entries are rounded by the bits of their places in the whole."""
         if not (self.stochastic_rounding and param.dtype == torch.bfloat16):
             return super().step(param, grad, state, lr=lr, weight_decay=weight_decay)
         new_param, new_state = self.stepped(param, grad, state, lr=lr, weight_decay=weight_decay or None)
@@ -112,7 +118,7 @@ class AdamWRule(UpdateRule):
             t.to_local() if is_sharded(t) else t  # type: ignore[attr-defined]
             for t in (param, new_param)
         )
-        target.copy_(stochastic_round(exact, kernel.rounding_words(target, new_state["step"])))
+        target.copy_(stochastic_round(exact, kernel.rounding_words(target, new_state["step"], start=start)))
         for key, value in new_state.items():
             state[key].copy_(value)
 

@@ -1,6 +1,7 @@
 """SPAM: Adam whose gradient spikes are clipped and whose momentum is reset now and then."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -41,14 +42,16 @@ class SPAMRule(UpdateRule):
 
     - The published code decays weights after the update; here as everywhere before it. With lr (1 - lr wd) for lr
       and wd / (1 - lr wd) for wd the two are the same.
-    - ``DeltaT=0`` means no resets; the published code divides by it. `grad_accu_steps` below 2 is refused, for it
-      clips the first gradient at v = 0, and all after it to nothing.
+    - ``DeltaT=0`` means no resets; the published code divides by it.
     - `density` below 1, the sparse momentum: only entries of a random mask, drawn anew at each reset, have momentum
       and move. The masks come from `seed`, the reset and the entry's position, all by independent draws (the
       published code draws the first one with an exact count), so that they need no state. Moments are kept dense:
       this is the method's trajectory, not its saving of memory. Weight decay pulls every entry (the published code
       decays a copy of these tensors, to no effect).
     - `correct_bias=False`: u = w m / (sqrt(v) + eps).
+
+    With `grad_accu_steps` 1 the first gradient is clipped at v = 0, to nothing, and all after it: nothing moves before
+    the first reset, after which one gradient is not clipped; with 0 nothing ever moves. As published; `SPAM` warns.
 
     An entry that had only zero gradients when clipping begins (rows of an embedding that were not seen in
     `grad_accu_steps` calls) has v = 0, is clipped to 0 and stands still until the next reset, as published.
@@ -72,11 +75,6 @@ class SPAMRule(UpdateRule):
         check_flag("SPAMRule", correct_bias=self.correct_bias)
         check_counts("SPAMRule", warmup_steps=self.warmup_steps, DeltaT=self.DeltaT, seed=self.seed)
         check_counts("SPAMRule", grad_accu_steps=self.grad_accu_steps)
-        if self.threshold and self.grad_accu_steps < 2:
-            raise ValueError(
-                f"SPAMRule: grad_accu_steps = {self.grad_accu_steps!r}; it must be at least 2 (or threshold 0), "
-                "or the first gradient is clipped to nothing, and all after it"
-            )
         if isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 < self.density <= 1:
             raise ValueError(f"SPAMRule: density = {self.density!r}; it must be a number with 0 < density <= 1")
 
@@ -184,4 +182,12 @@ class SPAM(Optimizer):
             density=density,
             seed=seed,
         )
+        if threshold and grad_accu_steps < 2:
+            warnings.warn(
+                f"SPAM: grad_accu_steps = {grad_accu_steps} clips the first gradient to nothing, and those after it"
+                + (f" until call {DeltaT}, the first reset" if grad_accu_steps and DeltaT else "")
+                + ", as the published code does; it counts calls of step(), so give at least 2, or threshold 0",
+                UserWarning,
+                stacklevel=2,
+            )
         super().__init__(params, rule, lr=lr, weight_decay=weight_decay)

@@ -1,13 +1,15 @@
 """States in 8 bits: a rule whose running averages are kept as codes, with one scale a block."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from optim import fused
 from optim.curvature import CurvatureRule
@@ -153,15 +155,17 @@ class Quantized(UpdateRule):
         Raises: ValueError for a sharded parameter, unless it is small.
         """
         state: State = {}
-        for key, value in self.inner.init(param).items():
+        with nullcontext() if is_sharded(param) else _WithoutMemory(max(1, self.min_size)):
+            made = self.inner.init(param)
+        for key, value in made.items():
             if self._is_coded(value):
                 if is_sharded(param):
                     raise ValueError(
                         f"{type(self).__name__}: a parameter is sharded; blocks that a shard cuts have other scales"
                     )
                 blocks = -(-value.numel() // self.block_size)
-                state[key] = torch.zeros_like(value, dtype=self._dtype(key), memory_format=torch.contiguous_format)
-                state[key + _SCALES] = value.new_zeros(blocks, dtype=torch.float32)
+                state[key] = torch.zeros(value.shape, dtype=self._dtype(key), device=param.device)
+                state[key + _SCALES] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
             else:
                 state[key] = value
         return state
@@ -174,6 +178,10 @@ class Quantized(UpdateRule):
     def decay(self, direction: Tensor, state: State, param: Tensor) -> Tensor:
         """The inner rule's."""
         return self.inner.decay(direction, self.decoded(state, param), param)
+
+    def state_settings(self) -> dict[str, Any]:
+        """What codes mean, and where the blocks of each scale are."""
+        return {"code": self.code, "block_size": self.block_size, "min_size": self.min_size}
 
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
         """The inner rule's, over what is not encoded: counters and scalars."""
@@ -214,20 +222,43 @@ class Quantized(UpdateRule):
     ) -> None:
         """Steps in place: under an elementwise inner rule `CHUNK` entries at a time are decoded, else one tensor.
 
-        AdamW with dynamic codes takes `optim.kernels.adamw_8bit` on a GPU, all tensors that it fits at once.
+        What is held beside the state are those entries (for each thread) and what the inner rule's step makes of them;
+        a rule for whole matrices holds one matrix. AdamW with dynamic codes takes `optim.kernels.adamw_8bit` on a GPU,
+        all tensors that it fits at once.
         """
         entries = list(zip(params, grads, states, strict=True))
         rows = [self._kernel_row(*entry) for entry in entries]
         self._step_by_kernel([(r, e[2]) for r, e in zip(rows, entries, strict=True) if r], lr, weight_decay)
         for param, grad, state in (e for r, e in zip(rows, entries, strict=True) if not r):
-            if self.inner.elementwise and self.inner.step_is_update and _is_flat(param, grad, state):
+            own_step = not self.inner.step_is_update and type(self.inner).step_part is UpdateRule.step_part
+            if self.inner.elementwise and not own_step and _has_flat_codes(param, state):
                 self._step_pieces(param, grad, state, lr=lr, weight_decay=weight_decay)
             else:
-                inner = self.decoded(state, param)
+                inner = self._decoded_in_pieces(state, param)
                 fused.step(self.inner, [param], [grad], [inner], lr=lr, weight_decay=weight_decay)
                 for key, value in inner.items():
                     if key + _SCALES in state:
-                        self._encode_to(state[key].view(-1), state[key + _SCALES], key, value.view(-1), inner["step"])
+                        flat = value.reshape(-1)
+                        for codes, scales, x, start in self._pieces(state[key], state[key + _SCALES], flat):
+                            self._encode_to(codes, scales, key, x, inner["step"], start=start)
+
+    def _pieces(self, codes: Tensor, scales: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+        """Flat pieces of whole blocks: codes, their scales and values, and the first entry's place."""
+        blocks = max(1, CHUNK // self.block_size)
+        size = blocks * self.block_size
+        parts = torch.split(codes.view(-1), size), torch.split(scales, blocks), torch.split(values, size)
+        for i, (c, s, x) in enumerate(zip(*parts, strict=True)):
+            yield c, s, x, i * size
+
+    def _decoded_in_pieces(self, state: State, param: Tensor) -> State:
+        """`decoded`, without temporaries of the tensor's size."""
+        made = {key: value for key, value in state.items() if not key.endswith(_SCALES)}
+        for key in made:
+            if key + _SCALES in state:
+                made[key] = torch.empty(state[key].shape, dtype=moment_dtype(param), device=param.device)
+                for codes, scales, x, _ in self._pieces(state[key], state[key + _SCALES], made[key].view(-1)):
+                    x.copy_(self._decode(key, codes, scales, x.dtype))
+        return made
 
     def _kernel_row(self, param: Tensor, grad: Tensor, state: State) -> adamw_8bit.Row | None:
         """What the kernel takes of this parameter, if it does."""
@@ -264,23 +295,29 @@ class Quantized(UpdateRule):
         size = blocks * self.block_size
         dtype = moment_dtype(param)
         form = (1,) * (param.ndim - 1) + (-1,)  # a rule may look at the number of dimensions
-        tensors = [torch.split(t.detach().view(-1), size) for t in (param, grad, *(state[key] for key in coded))]
+        codes_of = [torch.split(state[key].view(-1), size) for key in coded]
+        plain = param.is_contiguous() and grad.is_contiguous()
         scales = [torch.split(state[key + _SCALES], blocks) for key in coded]
-        left = deque(range(len(tensors[0])))
+        left = deque(range(len(codes_of[0])))
         after: list[State] = []
         failed: list[BaseException] = []
 
         def piece(i: int) -> State:
             part = {key: t.clone() for key, t in rest.items()}  # counters: the steps of all pieces are one step
-            places = [(key, c[i], s[i]) for key, c, s in zip(coded, tensors[2:], scales, strict=True)]
+            places = [(key, c[i], s[i]) for key, c, s in zip(coded, codes_of, scales, strict=True)]
+            where = slice(i * size, i * size + len(places[0][1]))
             for key, codes, scale in places:
                 part[key] = self._decode(key, codes, scale, dtype).view(form)
             inner = {key: part[key] for key in state if key in part}  # in the inner rule's order
-            p, g = tensors[0][i].view(form), tensors[1][i].view(form)
-            fused.step(self.inner, [p], [g], [inner], lr=lr, weight_decay=weight_decay)
+            with _flat_part(param.detach(), where) as some, _flat_part(grad, where, kept=True) as some_grad:
+                p, g = some.view(form), some_grad.view(form)
+                if self.inner.step_is_update:
+                    fused.step(self.inner, [p], [g], [inner], lr=lr, weight_decay=weight_decay)
+                else:
+                    self.inner.step_part(p, g, inner, start=where.start, lr=lr, weight_decay=weight_decay)
             for key, codes, scale in places:
                 self._encode_to(codes, scale, key, part[key].view(-1), part["step"], start=i * size)
-            return part
+            return {key: part[key] for key in rest}  # and no decoded number beyond its piece
 
         def work() -> None:  # on any number of threads the same: a piece knows nothing of the others
             while left:
@@ -294,7 +331,8 @@ class Quantized(UpdateRule):
 
         with torch.no_grad():
             native = param.is_cpu and dtype == torch.float32 and not self.stochastic and fused.codes.supports(param)
-            together(work, min(torch.get_num_threads(), len(left)) - 1 if native else 0)
+            # rows of a tensor of another layout belong to several pieces
+            together(work, min(torch.get_num_threads(), len(left)) - 1 if native and plain else 0)
         if failed:
             raise failed[0]
         for key, t in rest.items():
@@ -375,10 +413,56 @@ class Quantized(UpdateRule):
         return (rows * scales.to(dtype).unsqueeze(1)).view(-1)[:n].view(codes.shape)
 
 
-def _is_flat(param: Tensor, grad: Tensor, state: State) -> bool:
-    """Whether flat memory holds equal coordinates of parameter, gradient and codes at equal places."""
+def _has_flat_codes(param: Tensor, state: State) -> bool:
     coded = [state[key] for key in state if key + _SCALES in state]
-    return bool(coded) and not is_sharded(param) and all(t.is_contiguous() for t in (param, grad, *coded))
+    return bool(coded) and not is_sharded(param) and all(map(Tensor.is_contiguous, coded))
+
+
+@contextmanager
+def _flat_part(x: Tensor, where: slice, *, kept: bool = False) -> Iterator[Tensor]:
+    """Entries of x in the order of its dimensions, flat: a view, or of another layout a copy that is written back.
+
+    kept: x stays as it is.
+    """
+    if x.is_contiguous():
+        yield x.view(-1)[where]
+        return
+    if x.ndim == 1:
+        part = x[where].contiguous()
+        yield part
+        if not kept:
+            x[where] = part
+        return
+    width = x[0].numel()
+    first, last = where.start // width, (where.stop - 1) // width
+    if first == last:
+        inside = slice(where.start - first * width, where.stop - first * width)
+        with _flat_part(x[first], inside, kept=kept) as part:
+            yield part
+        return
+    rows = x[first : last + 1].contiguous()
+    yield rows.view(-1)[where.start - first * width : where.stop - first * width]
+    if not kept:
+        x[first : last + 1] = rows
+
+
+class _WithoutMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tensors of floating point that are made inside it, and have so many entries, have no data (meta tensors).
+
+    What is to be coded begins as zeros, and to make it as numbers first would take four times the state.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.limit = limit
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(argument.name == "device" for argument in func._schema.arguments):
+            made = func(*args, **kwargs | {"device": torch.device("meta")})
+            if isinstance(made, Tensor) and made.numel() >= self.limit and made.is_floating_point() and made.ndim:
+                return made
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True, kw_only=True)

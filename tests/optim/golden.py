@@ -250,7 +250,7 @@ def adabelief(entry: dict[str, Any], named: Named) -> Optimizer:
     def split(settings: dict[str, Any]) -> tuple[dict[str, Any], float]:
         return coupled_or_not(settings, "weight_decouple")
 
-    known = ("betas", "eps", "amsgrad", "rectify", "degenerated_to_sgd", "l2")
+    known = ("betas", "eps", "amsgrad", "rectify", "degenerated_to_sgd", "l2", "fixed_decay")
     return by_groups(entry, named, lambda s: AdaBeliefRule(**only(split(s)[0], *known)), lambda s: split(s)[1])
 
 

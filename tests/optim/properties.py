@@ -162,7 +162,7 @@ def chunks(spec: OptimSpec) -> None:
 
 
 class Memory(TorchDispatchMode):
-    """Counts the bytes of tensors made inside it that are alive at once."""
+    """Counts the bytes of tensors made inside it that are alive at once; meta tensors have none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Memory(TorchDispatchMode):
         known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in known | self.alive.keys():
+            if isinstance(t, Tensor) and not t.is_meta and t.untyped_storage()._cdata not in known | self.alive.keys():
                 storage = t.untyped_storage()
                 self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}

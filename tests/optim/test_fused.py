@@ -321,6 +321,7 @@ class Looking(UpdateRule):
         scale = {
             "dimensions": lambda: 1.0 + param.ndim,
             "size": lambda: param.numel() ** 0.5,
+            "constant": lambda: 6**0.5,
             "mean": lambda: grad.abs().mean(),
             "row": lambda: grad.abs().sum(-1, keepdim=True),
             "flags": lambda: (grad > 0) + (param > 0),
@@ -419,15 +420,26 @@ def test_a_strided_row_state_keeps_its_place():
 def test_few_kernels_are_kept_and_those_in_use_keep_their_code(only_compiled):
     assert fused._kernel.cache_info().maxsize == fused.KERNELS
     p, rule = torch.ones(3), AdamWRule()
-    kernel = fused._kernel(rule, False, tuple(rule.init(p)), (torch.float32,) * 5, 1)
+    kernel, numbers = fused._kernel(rule, False, tuple(rule.init(p)), (torch.float32,) * 5, 1)
     fused._kernel.cache_clear()
     fused._kernel(replace(rule, eps=1e-5), False, tuple(rule.init(p)), (torch.float32,) * 5, 1)
     fused._kernel.cache_clear()
     gc.collect()
     assert [k for k in fused.Kernel._made.values() if k.full is not None] == [kernel]
     pool = fused._Pool([0], tuple(rule.init(p)), [[p], [torch.ones(3)], *([t] for t in rule.init(p).values())])
-    kernel.run(pool, 0.1, 0.0)
+    kernel.run(pool, 0.1, 0.0, numbers)
     assert not torch.equal(p, torch.ones(3))
+
+
+def test_numbers_that_depend_on_the_shape_are_not_those_of_another_rule():
+    """Two rules whose steps look alike on the shape that is traced, of which one fits every shape."""
+    p, grad = randn((4, 5), 1), randn((4, 5), 2)
+    fused.step(Looking(how="dimensions"), [p], [grad], [{"step": torch.zeros(())}], lr=0.1, weight_decay=0.0)
+    for how in ("constant", "size", "constant"):
+        rule, one, other = Looking(how=how), p.clone(), p.clone()
+        fused.step(rule, [one], [grad], [rule.init(one)], lr=0.1, weight_decay=0.0)
+        rule.step(other, grad, rule.init(other), lr=0.1, weight_decay=0.0)
+        torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-14)
 
 
 def test_no_helper_works_after_an_exception():

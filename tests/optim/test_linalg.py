@@ -54,6 +54,59 @@ def test_zero_gives_zero(dtype, form):
     assert torch.equal(newton_schulz(torch.zeros(3, 5), dtype=dtype, form=form), torch.zeros(3, 5))
 
 
+TINY_AND_HUGE = {torch.float32: (-110, 100), torch.float64: (-1000, 1000), torch.bfloat16: (-110, 100),
+                 torch.float16: (-8, 12)}
+"""Dtype -> exponents of 2 that keep a matrix of ordinary numbers normal in it."""
+
+
+@pytest.mark.parametrize("form", ["plain", "torch"])
+@pytest.mark.parametrize("products", [None, torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", TINY_AND_HUGE, ids=str)
+def test_the_scale_of_a_matrix_does_not_matter(dtype, products, form):
+    """Tiny gradients stay orthogonal and huge ones do not overflow: powers of two change no bit of the result."""
+    x = randn((12, 30), 5).to(dtype)
+    want = newton_schulz(x, dtype=products, form=form, eps=0.0 if form == "torch" else 1e-7)
+    s = torch.linalg.svdvals(want.double())
+    assert 0.6 < float(s.min()) and float(s.max()) < 1.3
+    for exponent in (*TINY_AND_HUGE[dtype], -40, 40):
+        scaled = (x.double() * 2.0**exponent).to(dtype)
+        if not torch.equal(scaled.double(), x.double() * 2.0**exponent):
+            continue  # beyond this dtype
+        got = newton_schulz(scaled, dtype=products, form=form)
+        if exponent > 0:
+            torch.testing.assert_close(got.double(), want.double(), rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(got, newton_schulz(x, dtype=products, form="torch")), exponent
+
+
+def test_eps_is_the_published_one_down_to_a_norm_of_eps_and_then_fades():
+    """At a norm of eps x / (|x| + eps) is half of the unit matrix; at a tenth of eps it is a unit matrix."""
+    x = randn((6, 9), 6)
+    x = x / torch.linalg.matrix_norm(x)
+    one = ((1.0, 0.0, 0.0),)  # a polynomial that changes nothing
+    for norm, want in ((1.0, 1 / 1.01), (0.1, 1 / 1.1), (0.01, 0.5), (0.0055, 0.0055 / (0.0055 + 0.005)),
+                       (0.001, 1.0), (1e-30, 1.0)):
+        got = newton_schulz(norm * x, coefficients=one, eps=0.01)
+        torch.testing.assert_close(got, want * x, rtol=1e-12, atol=1e-15)
+    for norm in (1.0, 0.01, 0.001, 1e-300):
+        torch.testing.assert_close(newton_schulz(norm * x, coefficients=one, eps=0.01, form="torch"), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whitening_does_not_depend_on_the_scale_either(dtype):
+    x = randn((5, 8), 7).to(dtype)
+    want = whiten(x, steps=14, beta=0.5)
+    for exponent in (-100, -60, 60, 100):
+        torch.testing.assert_close(whiten(x * 2.0**exponent, steps=14, beta=0.5), want, rtol=1e-6, atol=1e-6)
+
+
+def test_tiny_gradients_have_derivatives():
+    """Order estimation differentiates through steps; a zero matrix is no reason for NaN."""
+    for x in (1e-20 * randn((3, 5), 8), torch.zeros(3, 5, dtype=torch.float64)):
+        _, moved = torch.func.jvp(newton_schulz, (x,), (randn((3, 5), 9),))
+        assert moved.isfinite().all()
+
+
 @pytest.mark.parametrize("form", ["plain", "torch"])
 @pytest.mark.parametrize("batch", [(4,), (2, 3), (0,)])
 def test_batch_equals_separate_calls(batch, form):

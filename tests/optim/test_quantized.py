@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from optim import (
+    RULES,
     AdaBeliefRule,
     AdamW8bit,
     AdamW8bitRule,
@@ -32,6 +33,7 @@ from optim.wrappers import quantized
 from tests.benchmarks.test_optimizers import llama
 from tests.optim import golden
 from tests.optim.harness import assert_close, assert_same, randn, states
+from tests.optim.properties import Memory
 
 STEP = torch.ones(())
 
@@ -309,7 +311,7 @@ def test_settings_reach_the_rule_inside():
     first, second = (group["rule"] for group in optimizer.param_groups)
     assert (first.inner.betas, first.block_size, first.inner.eps) == ((0.5, 0.6), 32, 1e-6)
     assert second.inner.betas == (0.9, 0.999) and second.block_size == 256
-    assert optimizer.param_groups[0]["note"] == 1 and "betas" not in optimizer.param_groups[0]
+    assert optimizer.param_groups[0]["note"] == 1 and "betas" not in dict(optimizer.param_groups[0])
     with pytest.raises(TypeError, match="no setting 'beta'"):
         AdamW8bit([p], beta=0.9)
     with pytest.raises(TypeError, match="no setting 'block'; did you mean 'block_size'"):
@@ -382,3 +384,99 @@ def test_stable_embeddings_keep_full_precision():
     every = AdamW8bit(stable_embedding_groups(model, nn.Embedding), lr=0.1)
     assert every.param_groups[1]["param_names"] == ["embed.weight", "other.weight"]
     assert every.param_groups[1]["rule"].min_size == 2**62
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.T.contiguous().T,
+    "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
+}
+
+
+def state_bytes(state):
+    return sum(t.numel() * t.element_size() for t in state.values())
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(("rule", "dtype", "layout"), [
+    (AdamW8bitRule(), torch.float32, "contiguous"),
+    (AdamW8bitRule(), torch.float32, "transposed"),
+    (AdamW8bitRule(), torch.bfloat16, "sliced"),
+    (AdamW8bitRule().with_settings(stochastic_rounding=True), torch.bfloat16, "contiguous"),
+    (AdamW8bitRule(stochastic=True, code="linear"), torch.float32, "contiguous"),
+    (Lion8bitRule(), torch.float32, "transposed"),
+    (Quantized(inner=AdaBeliefRule()), torch.bfloat16, "contiguous"),
+    (AdamW8bitRule().with_settings(amsgrad=True), torch.float32, "sliced"),
+], ids=str)  # fmt: skip
+def test_no_more_is_held_than_the_state_and_a_piece(monkeypatch, backend, rule, dtype, layout):
+    """The first step with its initialisation, and a later one, of one tensor of many pieces; decoded it would be 4 to
+    12 bytes a parameter.
+    """
+    monkeypatch.setenv("OPTIM_BACKEND", backend)
+    monkeypatch.setattr(quantized, "CHUNK", 1 << 12)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # pieces of other threads are not counted
+    try:
+        p = Parameter(LAYOUTS[layout](randn((400, 500), 1, dtype)))
+        optimizer = Optimizer([p], rule, lr=0.01, weight_decay=0.1)
+        peaks = []
+        for t in range(2):
+            p.grad = LAYOUTS[layout](randn((400, 500), 2 + t, dtype))
+            with Memory() as memory:
+                optimizer.step()
+            peaks.append(memory.peak)
+    finally:
+        torch.set_num_threads(threads)
+    piece = 4 * (1 << 12)
+    held = state_bytes(optimizer.state[p])
+    assert held < 4 * p.numel(), "8 bits"
+    assert peaks[0] - held < 20 * piece and peaks[1] < 20 * piece, (peaks[0] - held, peaks[1], piece)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "lion_8bit", "muon_8bit"])
+def test_a_new_state_is_made_without_the_numbers_that_it_stands_for(name):
+    p = Parameter(randn((400, 500), 1, torch.float32))
+    rule = RULES[name]()
+    with Memory() as memory:
+        state = rule.init(p)
+    assert memory.peak == state_bytes(state)
+    assert {t.device.type for t in state.values()} == {"cpu"} and not any(t.any() for t in state.values())
+
+
+def test_matrices_are_decoded_one_at_a_time(monkeypatch):
+    """8-bit Muon holds what Muon holds, its momentum included, of one matrix: the other states stay codes."""
+    monkeypatch.setenv("OPTIM_BACKEND", "torch")
+    peaks = {}
+    for name, rule in (("8 bits", Muon8bitRule().with_settings(ns_dtype="float32")),
+                       ("32 bits", MuonRule(nesterov=False, ns_dtype="float32"))):
+        params = [Parameter(randn((300, 400 + i), i, torch.float32)) for i in range(3)]
+        optimizer = Optimizer(params, rule, lr=0.01)
+        for i, p in enumerate(params):
+            p.grad = randn(tuple(p.shape), 7 + i, torch.float32)
+        with Memory() as memory:
+            optimizer.step()
+        peaks[name] = memory.peak - sum(state_bytes(optimizer.state[p]) for p in params)
+    assert peaks["8 bits"] < peaks["32 bits"] + 4 * 300 * 402 + 20 * 4 * quantized.CHUNK, peaks
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("rule", [
+    AdamW8bitRule(), AdamW8bitRule().with_settings(stochastic_rounding=True), AdamW8bitRule(stochastic=True),
+    Muon8bitRule(),
+], ids=str)
+def test_layouts_and_pieces_change_nothing(monkeypatch, backend, layout, rule):
+    """A tensor in another order of memory, in pieces that cut its rows, steps as the contiguous one in one piece."""
+    monkeypatch.setenv("OPTIM_BACKEND", backend)
+    outcomes = []
+    for chunk, how in ((1 << 20, "contiguous"), (1 << 11, layout)):
+        monkeypatch.setattr(quantized, "CHUNK", chunk)
+        p = Parameter(LAYOUTS[how](randn((96, 130), 1, torch.bfloat16)))
+        optimizer = Optimizer([p], rule, lr=0.01, weight_decay=0.1)
+        for t in range(3):
+            p.grad = LAYOUTS[how](randn((96, 130), 2 + t, torch.bfloat16))
+            optimizer.step()
+        outcomes.append([p.detach().contiguous(), *states(optimizer)])
+    assert_same(*outcomes)

@@ -86,6 +86,26 @@ def test_a_parameter_catches_up_with_one_that_has_no_gradient_now(rule):
     assert float(optimizer.state[p]["calls"]) == 3, "it catches up when it steps again"
 
 
+@pytest.mark.parametrize("grad_accu_steps", [0, 1, 2])
+def test_clipping_from_the_first_call_on_is_as_published(grad_accu_steps):
+    """With 1 nothing moves before the first reset, with 0 never; the published code accepts both."""
+    settings = {"threshold": 20, "DeltaT": 6, "warmup_steps": 2, "grad_accu_steps": grad_accu_steps}
+    ours, theirs = (torch.nn.Parameter(randn((3, 2), 1)) for _ in range(2))
+    start = ours.detach().clone()
+    if grad_accu_steps < 2:
+        with pytest.warns(UserWarning, match="clips the first gradient to nothing"):
+            optimizer = create("spam", [("p", ours)], lr=0.01, **settings)
+    else:
+        optimizer = create("spam", [("p", ours)], lr=0.01, **settings)
+    published = PublishedSPAM([theirs], lr=0.01, **settings)
+    for t in range(1, 15):
+        ours.grad, theirs.grad = randn((3, 2), t), randn((3, 2), t)
+        optimizer.step()
+        published.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+        assert torch.equal(ours, start) == (grad_accu_steps == 0 or grad_accu_steps == 1 and t < 6)
+
+
 def test_a_spike_is_clipped():
     """A gradient a million times larger moves momentum by no more than sqrt(threshold v)."""
     rule = SPAMRule(grad_accu_steps=2, threshold=100.0, DeltaT=0)

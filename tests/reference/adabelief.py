@@ -4,7 +4,7 @@ import numpy as np
 
 
 def run(start, grads, *, lr, weight_decay, betas=(0.9, 0.999), eps=1e-16, amsgrad=False, rectify=True,
-        degenerated_to_sgd=True, l2=0.0):
+        degenerated_to_sgd=True, l2=0.0, fixed_decay=False):
     """Parameters after every gradient; a gradient that is None is no step."""
     theta = np.array(start, dtype=np.float64)
     mean, belief, largest = np.zeros_like(theta), np.zeros_like(theta), np.zeros_like(theta)
@@ -27,6 +27,6 @@ def run(start, grads, *, lr, weight_decay, betas=(0.9, 0.999), eps=1e-16, amsgra
                     step = np.sqrt(seen * variance[0] / variance[1]) * unbiased / (np.sqrt(belief) + eps)
                 else:
                     step = unbiased if degenerated_to_sgd else np.zeros_like(theta)
-            theta = theta - lr * weight_decay * theta - lr * step
+            theta = theta * (1 - weight_decay * (1 if fixed_decay else lr)) - lr * step
         path.append(theta.copy())
     return path

@@ -12,7 +12,7 @@ from datatools import DataError, UsageError
 from datatools.order import Diverged, memory_map, moments, pairwise, precompute, reduced, search, table
 from datatools.order.reference import Problem, Recipe, ReferenceRun, anchor_path, record, train
 from datatools.order.surrogate import Layout, Linear, Surrogate, trusted
-from optim import AdamWRule, LionRule, MuonRule, SGDRule, SophiaGRule, SPAMRule
+from optim import AdaBeliefRule, AdamWRule, LionRule, MuonRule, SGDRule, SophiaGRule, SPAMRule
 from tests.datatools.order.quadratics import loss, random_problem, recipe, run
 
 
@@ -256,6 +256,13 @@ def test_a_loss_without_gradient_is_refused() -> None:
 def test_rules_that_gradients_alone_do_not_replay_are_refused(rule) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(UsageError, match="cannot be replayed from gradients alone"):
         recipe(rule, [0.1])
+
+
+def test_decay_that_the_rate_does_not_scale_is_refused() -> None:
+    rule, rates = AdaBeliefRule(fixed_decay=True), (0.1,)
+    assert Recipe({"p": rule}, rates, {"p": 1.0}, {"p": 0.0})
+    with pytest.raises(UsageError, match="fixed_decay"):
+        Recipe({"p": rule}, rates, {"p": 1.0}, {"p": 0.1})
 
 
 def test_rules_without_linear_moments_are_refused_where_they_must_be() -> None:
