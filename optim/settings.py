@@ -18,7 +18,7 @@ _OWN = frozenset({"params", "param_names", "rule", "lr", "weight_decay", CHANGED
 """Keys of the group itself."""
 
 _LABELS = frozenset({"block", "lr_ratio"})
-"""Keys that `optim.param_groups` writes, which are labels except for a rule that has such a setting."""
+"""Keys with which `optim.param_groups` makes groups: labels, also beside a rule that has such a setting."""
 
 TORCH_FLAGS = {  # refused, with advice
     "maximize": "minimise the negated loss instead",
@@ -49,7 +49,7 @@ class ParamGroup(dict[str, Any]):
     def __init__(self, group: Mapping[str, Any]) -> None:
         super().__init__(group)
         if isinstance(self._rule(), UpdateRule):
-            for key in [key for key in self if key not in _OWN]:
+            for key in [key for key in self if key not in _OWN | _LABELS]:
                 value = dict.pop(self, key)
                 self._store(key, value)
 

@@ -100,7 +100,10 @@ def test_learning_rates_and_what_schedulers_need_go_along():
 def test_muon_with_other_tensors_is_two_optimizers_in_torch():
     params = parameters([(4, 3), (5,), (3, 3)], torch.float32)
     names = ["layers.0.weight", "layers.0.bias", "layers.1.weight"]
-    optimizer = Muon(list(zip(names, params, strict=True)), 0.02)
+    moonlight = Muon(list(zip(names, params, strict=True)), 0.02)
+    with pytest.raises(ValueError, match="eps_before_correction = True"):
+        to_torch_state(moonlight, rule="adamw")
+    optimizer = Muon(list(zip(names, params, strict=True)), 0.02, adamw_eps_before_correction=False)
     set_grads(params, 1)
     optimizer.step()
     with pytest.raises(ValueError, match="adamw, muon.*rule='muon'"):
