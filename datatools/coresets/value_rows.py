@@ -56,7 +56,17 @@ class Place:
     width: int
 
 
-class _FixedWeights(TorchFunctionMode):
+class _Unclipped(TorchFunctionMode):
+    """Clipping (`clip_qkv`) has a derivative everywhere inside: what these tokens exceed, others may not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in ("clamp", "clip") and isinstance(found, Tensor) and found.requires_grad:
+            return args[0] + (found - args[0]).detach()
+        return found
+
+
+class _FixedWeights(_Unclipped):
     """Attention weights have no derivative inside: softmax is detached, fused attention gets detached q and k.
 
     calls: the last of them is marked as having a softmax.
@@ -74,8 +84,7 @@ class _FixedWeights(TorchFunctionMode):
             names = ("query", "key")
             args = (*(a.detach() for a in args[:2]), *args[2:])
             kwargs = {k: v.detach() if k in names else v for k, v in kwargs.items()}
-            return func(*args, **kwargs)
-        found = func(*args, **kwargs)
+        found = super().__torch_function__(func, types, args, kwargs)
         return found.detach() if name == "softmax" and isinstance(found, Tensor) else found
 
 
@@ -329,7 +338,7 @@ def look(model: nn.Module, forward: Callable[[int, int], Any], projection: str |
         with recorded(model) as calls, _FixedWeights(calls):
             forward(ROWS, 1)
         ones = {call.name: call for call in calls}
-        with recorded(model) as calls:
+        with recorded(model) as calls, _Unclipped():
             forward(1, TOKENS)
         many = {call.name: call for call in calls}
         first: dict[str, int] = {}

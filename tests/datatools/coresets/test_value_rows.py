@@ -153,6 +153,13 @@ def test_value_rows_are_those_that_change_no_attention_weight(name):
     assert found == (ROWS[name] if name in ROWS else rows)
 
 
+def test_values_that_are_clipped_on_a_few_tokens_are_values():
+    config = zoo.config("MptForCausalLM")
+    config.attn_config.clip_qkv = 0.05
+    model = randomized(zoo.model_class("MptForCausalLM")(config))
+    assert LastLayer.of(model).outputs == slice(64, 96)
+
+
 def everything(model, *, tolerance=1e-5, smooth=True):
     """Exact gradients, probes and differences of a model in float64 equal a backward pass per row; nothing is moved."""
     target = LastLayer.of(model)
