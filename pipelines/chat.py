@@ -149,8 +149,8 @@ class ChatTemplate:
         for written in _ways_to_write(messages):
             try:
                 text = self._render(written, tools)
-                calls = [part for part in _parts(written, True, True) if part.kind == "call"]
-                if calls:
+                if any("tool_calls" in message for message in written):
+                    calls = [part for part in _parts(written, True, True) if part.kind == "call"]
                     marked = _unmark(self._render(_with_marks(written, calls, window), tools), calls, window)
                     missing = next((part for part in calls if part.start < 0), None)
                     if missing is not None or marked.text != text:
@@ -395,7 +395,7 @@ class ChatTemplate:
         import jinja2
 
         try:
-            text = self._tokenizer.apply_chat_template(
+            text: str = self._tokenizer.apply_chat_template(
                 [_for_template(message) for message in written], tools=list(tools) or None, tokenize=False,
                 chat_template=template or self.text, add_generation_prompt=add_generation_prompt)
         except jinja2.TemplateSyntaxError as error:
@@ -403,9 +403,10 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it refuses, or fails, in any way
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RowError("template_refuses", f"the chat template says: {shown(first, 120)}") from None
-        given = sum(map(len, strings([list(written), list(tools)])))
-        limit = 4 * given + _TEMPLATE_BYTES * (len(written) + 1)
-        if not isinstance(text, str) or len(text) > limit:
+        limit = _TEMPLATE_BYTES * (len(written) + 1)
+        if len(text) > limit:
+            limit += 4 * sum(map(len, strings([list(written), list(tools)])))
+        if len(text) > limit:
             raise RowError("template_output_too_long", f"the chat template wrote more than {limit} characters")
         return text
 
