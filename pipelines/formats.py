@@ -63,6 +63,7 @@ _FORMATS = {  # the columns that decide, in the order in which the formats are t
 # drawn as nothing, though Unicode does not call them spaces or controls: fillers, joiners, variation selectors
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
                         "\U000e0000-\U000e0fff]")
+_SPEAKER = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
 
@@ -193,8 +194,8 @@ def _detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     if "input_ids" in row:
         raise Malformed("pre_tokenised", "the row holds input_ids; give its text, so that one tokenizer is used")
     there = ", ".join(shown(key, 30) for key in list(row)[:8]) or "no column at all"
-    known = ", ".join(" and ".join(keys) for keys in _FORMATS.values())
-    raise Malformed("unknown_format", f"{there}; expected {known}; name other columns with --columns "
+    raise Malformed("unknown_format", f"{there}; expected messages, text, or a pair such as prompt and completion "
+                                      "(datatools ls formats); name other columns with --columns "
                                       "prompt=YOURS,completion=YOURS (of target rows: --target-columns)")
 
 
@@ -233,6 +234,8 @@ def _from_preference(get: Any, columns: Mapping[str, str]) -> Shape:
     prompt = get("prompt")
     if prompt is None and isinstance(get("conversations"), list):
         prompt = get("conversations")
+    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str) and _SPEAKER.match(chosen):
+        chosen, rejected = _dialogue(chosen), _dialogue(rejected)
     if isinstance(chosen, list):
         first = next((_first(turn, "role", "from") for turn in chosen if isinstance(turn, dict)), None)
         whole = isinstance(first, str) and first.strip().lower() not in {"assistant", "gpt", "bot", "model", "chatgpt"}
@@ -257,6 +260,13 @@ def _from_preference(get: Any, columns: Mapping[str, str]) -> Shape:
     if not isinstance(chosen, list):
         chosen = [{"role": "assistant", "content": chosen}]
     return _from_prompt(prompt, chosen, columns)
+
+
+def _dialogue(text: str) -> list[Message]:
+    """A conversation that is written in one text, as in Anthropic's hh-rlhf."""
+    pieces = _SPEAKER.split(text)[1:]
+    return [{"role": speaker.lower(), "content": said.strip()}
+            for speaker, said in zip(pieces[::2], pieces[1::2], strict=True)]
 
 
 def _from_pair(get: Any, ask: str, say: str) -> Shape:

@@ -304,6 +304,8 @@ def test_preferences_are_read_as_prompt_and_chosen():
         ({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"},
           "rejected": {"from": "gpt", "value": "b"}}, "qa", set()),
         ({"prompt": one, "chosen": "a", "rejected": "b"}, "qa", set()),
+        ({"chosen": "\n\nHuman: e\n\nAssistant: f\n\nHuman: q\n\nAssistant: a",
+          "rejected": "\n\nHuman: e\n\nAssistant: f\n\nHuman: q\n\nAssistant: b"}, "efqa", {1}),
     ]:
         shape = read_shape(row, None, "chosen")
         assert "".join(text for _, text in contents(shape)) == answers and shape.masked == masked, row
