@@ -29,6 +29,9 @@ Rounding = Literal["nearest", "stochastic"]
 WIDE = 1 << 26
 """Elements that are held in float32 at a time, if no tensor is larger: 256 MiB."""
 
+PIECE = 1 << 22
+"""Elements that are rounded at a time."""
+
 _SEED = 0x5EED_0F_B16
 
 
@@ -116,10 +119,15 @@ def step(
 
 
 def _write_back(arrived: Arrived | None, param: Tensor, exact: Tensor, count: int, place: int | None) -> None:
-    rounded = exact.to(param.dtype)
+    rounded = exact.to(param.dtype).contiguous()
     if place is not None:
-        words = philox.random_words(exact.numel(), seed=_SEED + place, stream=count, device=exact.device)
-        rounded = philox.stochastic_round(exact, words)
+        flat, into = exact.reshape(-1), rounded.view(-1)
+        for lo in range(0, flat.numel(), PIECE):  # random words take 8 bytes each, several times over
+            part = flat[lo : lo + PIECE]
+            words = philox.random_words(
+                part.numel(), seed=_SEED + place, stream=count, start=lo, device=exact.device
+            )
+            into[lo : lo + PIECE] = philox.stochastic_round(part, words)
     if arrived is not None:
         arrived.add(param, exact, rounded)
     param.copy_(rounded)
