@@ -177,7 +177,7 @@ def folder(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "mix-1k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "T").mkdir()
     for name, rows in {"dev": 4, "sixty": 6}.items():
-        write_rows(tmp_path / "T" / f"{name}.jsonl", rows, source="t", start=900)
+        write_rows(tmp_path / "T" / f"{name}.jsonl", rows, source="t", start=900 + 10 * rows)
     return tmp_path
 
 
