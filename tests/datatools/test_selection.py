@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datatools import SELECTORS, Budget, Candidates, DataError, Selection, UsageError, select
+from datatools.selection import require_finite
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -101,6 +102,19 @@ def test_candidates_check_their_columns():
     able = torch.ones(100, dtype=torch.bool)
     able[[4, 7]] = False
     assert not set(select("top_k", candidates(scores=scores, eligible=able), "98").indices.tolist()) & {4, 7}
+
+
+def test_one_number_that_is_not_finite_spoils_its_row():
+    values = torch.zeros(8, 3)
+    values[2, 1], values[5, 0], values[6, 2] = torch.nan, torch.inf, -torch.inf
+    keys = list("abcdefgh")
+    with pytest.raises(DataError, match="features: 3 rows are not finite: c, f, g; mark these rows"):
+        require_finite(values, keys, "features")
+    with pytest.raises(DataError, match="1 rows are not finite: f;"):
+        require_finite(values, keys, "features", where=torch.arange(8) == 5)
+    require_finite(values, keys, "features", where=torch.tensor([i not in (2, 5, 6) for i in range(8)]))
+    with pytest.raises(DataError, match="x: 7 rows are not finite: b, c, d, e, f and 2 more;"):
+        require_finite(torch.tensor([0.0] + 7 * [torch.nan]), keys, "x")
 
 
 # ---------------------------------------------------------------- selectors

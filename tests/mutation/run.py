@@ -269,6 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--module", action="append", choices=list(MODULES), help="only of this one; may be repeated")
     parser.add_argument("--line", type=int, action="append", help="all mutants of this line (with one --module)")
+    parser.add_argument("--again", type=Path, metavar="FILE",
+                        help="run what survived in this --json of an earlier run; what was caught there stays caught")
     parser.add_argument("--list", action="store_true", help="print the mutants drawn, run nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what became of each")
     chosen = parser.parse_args(argv)
@@ -279,6 +281,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     drawn = sample(found, chosen.count, chosen.seed)
     if chosen.line:
         drawn = [m for of_file in found.values() for m in of_file if m.line in chosen.line]
+    caught_before: list[Outcome] = []
+    if chosen.again:
+        earlier = {(e["file"], e["before"], e["after"]): e for e in json.loads(chosen.again.read_text(encoding="utf-8"))}
+        known = {(m.file, *m.lines(sources[m.file])): m for of_file in found.values() for m in of_file}
+        drawn = [known[key] for key, entry in earlier.items() if key in known and entry["state"] == "survived"]
+        caught_before = [Outcome(known[key], key[1], key[2], "caught", "before") for key, entry in earlier.items()
+                         if key in known and entry["state"] == "caught"]  # fmt: skip
+        gone = len(earlier) - len(drawn) - len(caught_before)
+        print(f"{len(caught_before)} of {len(earlier)} were caught before, {gone} are of lines that have changed")
     every = sum(map(len, found.values()))
     print(f"{len(drawn)} of {every} mutants of {len(found)} modules, seed {chosen.seed}", flush=True)
     if chosen.list:
@@ -301,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                   f"  {outcome.how[:100]}", flush=True)  # fmt: skip
             if outcome.state == "survived":
                 print(show(outcome), flush=True)
+    outcomes = [*caught_before, *outcomes]
     text, score = report(outcomes)
     print(text)
     if chosen.json:

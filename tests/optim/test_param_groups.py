@@ -14,6 +14,7 @@ from optim import (
     MuonRule,
     blockwise,
     create,
+    example_parameters,
     group_table,
     hf,
     is_matrix,
@@ -129,6 +130,15 @@ def test_create_with_block_ratios_divides_any_optimizer(name):
     for n, group in after.items():
         assert group["lr"] == pytest.approx(before[n]["lr"] * PAPER_RATIOS[block_of(n)])
         assert (group["rule"], group["weight_decay"]) == (before[n]["rule"], before[n]["weight_decay"])
+
+
+def test_examples_to_try_settings_on_hold_no_memory():
+    for ratios in (None, "paper", {"qk": 1.0, "head": 2.0}, {"own": 1.0}):
+        examples = example_parameters(ratios)
+        assert all(p.device.type == "meta" and p.shape == (5040, 5040) for _, p in examples), ratios
+        names = [block_of(name) for name, _ in examples]
+        assert names == {"own": ["ffn"], "qk": ["qk", "head"]}.get(next(iter(ratios or ()), ""),
+                                                                 ["embedding", "qk", "vo", "ffn", "head"])
 
 
 def test_own_ratios_and_blocks():
