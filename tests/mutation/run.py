@@ -50,6 +50,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
                            "tests/optim/test_battery.py"),
     "optim/param_groups.py": ("tests/optim/test_param_groups.py", "tests/optim/test_create.py",
                               "tests/optim/test_blocks.py", "tests/optim/test_matrices.py"),
+    "optim/roles.py": ("tests/optim/test_roles.py", "tests/optim/test_param_groups.py", "tests/optim/test_matrices.py"),
 }  # fmt: skip
 """A module -> the files of its tests, the quickest first."""
 ONLY: Mapping[str, str] = {
@@ -283,7 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         drawn = [m for of_file in found.values() for m in of_file if m.line in chosen.line]
     caught_before: list[Outcome] = []
     if chosen.again:
-        earlier = {(e["file"], e["before"], e["after"]): e for e in json.loads(chosen.again.read_text(encoding="utf-8"))}
+        entries = json.loads(chosen.again.read_text(encoding="utf-8"))
+        earlier = {(entry["file"], entry["before"], entry["after"]): entry for entry in entries}
         known = {(m.file, *m.lines(sources[m.file])): m for of_file in found.values() for m in of_file}
         drawn = [known[key] for key, entry in earlier.items() if key in known and entry["state"] == "survived"]
         caught_before = [Outcome(known[key], key[1], key[2], "caught", "before") for key, entry in earlier.items()
