@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datatools import order as order
+    from datatools.budget import Budget as Budget
     from datatools.coresets import CORESET_METHODS as CORESET_METHODS
     from datatools.coresets import CoLM as CoLM
     from datatools.coresets import LastLayer as LastLayer
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from datatools.scores import influence_paper as influence_paper
     from datatools.scores import subtask_means as subtask_means
     from datatools.scores import subtask_targets as subtask_targets
-    from datatools.selection import Budget as Budget
     from datatools.selection import Candidates as Candidates
     from datatools.selection import Selection as Selection
     from datatools.selectors import SELECTORS as SELECTORS
@@ -82,7 +82,7 @@ _EXPORTS = {
     "influence_paper": "datatools.scores",
     "subtask_means": "datatools.scores",
     "subtask_targets": "datatools.scores",
-    "Budget": "datatools.selection",
+    "Budget": "datatools.budget",
     "Candidates": "datatools.selection",
     "Selection": "datatools.selection",
     "SELECTORS": "datatools.selectors",

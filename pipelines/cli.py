@@ -820,13 +820,14 @@ def _launch(
     **base: Any,
 ) -> None:
     """Build the configuration and call `entry` ("module:function") with it, or print it."""
-    from pipelines import runs
+    from pipelines import preflight, runs
     from pipelines.config_files import dump, load_config
 
     config = load_config(model, yaml, flags, sets, **base)
     if print_config:
         typer.echo(dump(config, comments=True), nl=False)
         return
+    preflight.check(config)
     runs.set_quiet(quiet)
     runs.Run.last_folder = None
     module, _, name = entry.partition(":")

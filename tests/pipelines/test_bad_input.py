@@ -151,7 +151,7 @@ def test_other_commands_complain_alike(command, world, tmp_path):
     train[train.index("--data") + 1] = str(empty)
     assert "empty.jsonl" in complaint(command(*train), 3)
     assert "did you mean 'adamw'" in complaint(
-        command(*world.argv("train", "--optimizer", "adam", out=tmp_path / "train")), 2
+        command(*world.argv("train", "--optimizer", "adamww", out=tmp_path / "train")), 2
     )
     evaluate = ["evaluate", "--model", world.model, "--data", world.pool]
     assert "adapter_config.json is missing" in complaint(command(*evaluate, "--adapter", tmp_path), 3)

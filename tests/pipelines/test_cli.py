@@ -37,6 +37,8 @@ SELECT = ["select", "--model", "m", "--train", "a.jsonl", "--target", "d.jsonl"]
 @pytest.fixture(autouse=True)
 def quiet_world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # the files that are named here are not there, and the pipelines are not run: see test_preflight
+    monkeypatch.setattr("pipelines.preflight.check", lambda config: None)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     yield
@@ -458,6 +460,8 @@ _SLOW = """
     [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 1), (signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 2)],
 )
 def test_interrupts_end_cleanly_and_say_how_to_go_on(tmp_path, number, code, times):
+    for name in ("a.jsonl", "d.jsonl"):
+        (tmp_path / name).touch()
     process = launch(*SELECT, "--out", "o", code=_SLOW)
     assert process.stderr is not None
     while "ready" not in process.stderr.readline():
