@@ -106,7 +106,7 @@ class ModelConfig(Settings):
         default="auto", description="auto is float32 on CPU, bfloat16 on GPU"
     )
     attention: Literal["sdpa", "eager"] = Field(
-        default="sdpa", description="attention code; eager where sdpa is not supported"
+        default="sdpa", description="attention code; a model without sdpa (CodeGen, gpt-oss, Mamba) gets eager"
     )
     trust_remote_code: bool = Field(
         default=False, description="run Python code that comes with the model; recorded when on"

@@ -201,10 +201,14 @@ def _weights_of(config: ModelConfig, weights: Path | None) -> Any:
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", dtype_of(config)
     if device == "cpu":
         keep_pages()
+    read = partial(AutoModelForCausalLM.from_pretrained, name, dtype=dtype, use_safetensors=True, **options)
     with _read_errors(config):
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=config.attention, use_safetensors=True, **options
-        ).to(device)
+        try:
+            model = read(attn_implementation=config.attention).to(device)
+        except ValueError as error:  # raised before a weight is read
+            if config.attention == "eager" or "scaled_dot_product_attention" not in str(error):
+                raise
+            model = read(attn_implementation="eager").to(device)
     model.requires_grad_(False)
     READ_AGAIN[model] = partial(_weights_of, config.model_copy(update={"adapter": None}), weights)
     if config.adapter is not None and weights is None:

@@ -238,6 +238,20 @@ def test_sources_by_clustering(world, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
+def test_a_model_without_fused_attention_and_with_a_joint_projection(world, tmp_path):
+    """CodeGen has no sdpa and is loaded with its own attention; its queries, keys and values are interleaved."""
+    from transformers import AutoTokenizer, CodeGenConfig, CodeGenForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(world.model)
+    torch.manual_seed(0)
+    config = CodeGenConfig(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=256)
+    CodeGenForCausalLM(config).save_pretrained(tmp_path / "codegen")
+    tokenizer.save_pretrained(tmp_path / "codegen")
+    run = train.run(settings(world, tmp_path / "run", model=ModelConfig(name=str(tmp_path / "codegen")),
+                             training=TrainingConfig(epochs=1)))  # fmt: skip
+    assert all(e["loss"] > 0 for e in metrics(run)) and 0 < metrics(run)[0]["match_error"] < 2
+
+
 def test_hidden_states_of_models_that_do_not_say_what_their_decoder_is():
     from tests.zoo import build as zoo
 
