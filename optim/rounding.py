@@ -70,15 +70,17 @@ class Arrived:
 def set_rounding(optimizer: Optimizer, how: Rounding) -> None:
     """Round the bfloat16 parameters of all groups in this way from the next step on; others are not affected.
 
-    AdamW and 8-bit AdamW do it themselves (`stochastic_rounding`, in their kernels).
+    On a GPU AdamW and 8-bit AdamW do it themselves (`stochastic_rounding`), in their kernels; there tensors share their
+    random bits.
     """
     for group in optimizer.param_groups:
-        itself = _rounds_itself(group["rule"])
-        if itself:
-            group["rule"] = group["rule"].with_settings(stochastic_rounding=how == "stochastic")
-        if itself and how == "stochastic":
-            group.pop("rounding", None)
+        itself = how == "stochastic" and all(param.is_cuda for param in group["params"])
+        if _rounds_itself(group["rule"]):
+            group["rule"] = group["rule"].with_settings(stochastic_rounding=itself)
         else:
+            itself = False
+        group.pop("rounding", None)
+        if not itself:
             group["rounding"] = how
 
 
