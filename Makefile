@@ -8,13 +8,17 @@ MUTATION_ARGS ?=
 # One thread a test process, two processes: small tensors gain nothing from more threads, and results do not depend on them.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test lint bench mutation clean
+.PHONY: demo test zoo lint bench mutation clean
 
 demo: $(STAMP)
 	$(BIN)/datatools demo
 
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not bench and not gpu" $(PYTEST_ARGS)
+
+# Every causal language model class of transformers, against tests/zoo/table.json; `make test` does a stride of them.
+zoo: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m tests.zoo.table
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -304,7 +304,7 @@ def build(
     experts: how a mixture is computed, one of transformers' `experts_implementation`; without one, its own choice
     (`grouped_mm`), and in float64, which that kernel does not take, `eager`.
     """
-    with _quiet(), _marked_memory(), torch.random.fork_rng(devices=[]):
+    with quiet(), _marked_memory(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(name)(config(name, vocab=vocab)).float().eval()
         generator = torch.Generator().manual_seed(seed)
@@ -332,7 +332,7 @@ def _randomize(parameter: Tensor, generator: torch.Generator) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the remarks of transformers on small configurations."""
     logger = logging.getLogger("transformers")
     level = logger.level

@@ -27,10 +27,11 @@ def entry(name: str, only: Sequence[str] | None = None) -> Entry:
     """The checks of one class, as the table holds them."""
     import torch
 
-    from tests.zoo import check
+    from tests.zoo import build, check
 
     torch.set_num_threads(1)
-    return {key: _cell(outcome) for key, outcome in check.check(name, only).items()}
+    with build.quiet():
+        return {key: _cell(outcome) for key, outcome in check.check(name, only).items()}
 
 
 def _cell(outcome: Any) -> str:
@@ -45,8 +46,16 @@ def verdict(cell: str) -> tuple[str, float | None]:
     return kind, float(share) if share else None
 
 
-def read() -> dict[str, Entry]:
-    return json.loads(TABLE.read_text())["classes"]  # type: ignore[no-any-return]
+def every() -> list[str]:
+    """The classes of the zoo, and variants of some."""
+    from tests.zoo.build import VARIANTS, names
+
+    return sorted([*names(), *VARIANTS])
+
+
+def read() -> dict[str, Any]:
+    """table.json."""
+    return json.loads(TABLE.read_text())  # type: ignore[no-any-return]
 
 
 def write(found: Mapping[str, Entry]) -> None:
@@ -106,7 +115,6 @@ def summary(found: Mapping[str, Entry]) -> str:
 
 
 def main() -> int:
-    from tests.zoo.build import VARIANTS, names
     from tests.zoo.check import CHECKS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,9 +123,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write table.json")
     parser.add_argument("--processes", type=int, default=2)
     asked = parser.parse_args()
-    every = sorted([*names(), *VARIANTS])
-    chosen = [name for name in every if not asked.words or any(word in name for word in asked.words)]
-    before = read() if TABLE.is_file() else {}
+    chosen = [name for name in every() if not asked.words or any(word in name for word in asked.words)]
+    before = read()["classes"] if TABLE.is_file() else {}
     found: dict[str, Entry] = {}
     apart = []
     for name, cells in compute(chosen, asked.only, asked.processes):
@@ -125,10 +132,11 @@ def main() -> int:
         apart += differences(name, cells, before.get(name))
         if asked.words:
             print(name, json.dumps(cells, indent=1, ensure_ascii=False))
-    print("\n".join(apart))
-    print(summary(found))
+    print("\n".join([*apart, summary(found)]))
+    if apart and not asked.write:
+        print(f"The table says otherwise in {len(apart)} places; if that is meant: {REGENERATE}")
     if asked.write:
-        kept = {name: before.get(name, {}) for name in every} if asked.words or asked.only else {}
+        kept = {name: before.get(name, {}) for name in every()} if asked.words or asked.only else {}
         write({**kept, **{name: {**kept.get(name, {}), **cells} for name, cells in found.items()}})
     return 1 if apart and not asked.write else 0
 
