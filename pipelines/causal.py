@@ -25,6 +25,7 @@ def check(model: nn.Module, name: str) -> None:
     ids = (torch.arange(1, _TOKENS + 1, device=device) * max(1, vocabulary // (_TOKENS + 2)))[None] % vocabulary
     other = ids.clone()
     other[:, _SEEN:] = (ids[:, _SEEN:] + 1) % vocabulary
+    modules = [id(module) for module in model.modules()]
     try:
         logits = _differentiable(model, ids)
         with torch.no_grad():
@@ -34,6 +35,11 @@ def check(model: nn.Module, name: str) -> None:
             f"--model {name}: {kind} cannot be run and differentiated on token ids alone "
             f"({type(error).__name__}: {first_line(error)}); choose a causal decoder of text"
         ) from error
+    if [id(module) for module in model.modules()] != modules:
+        raise DataError(
+            f"--model {name}: {kind} puts other attention in place of its own, for good, when it sees a short row; set "
+            "attention_type to original_full in its config.json"
+        )
     if logits.shape[:2] != ids.shape:
         raise DataError(f"--model {name}: {kind} gives logits {tuple(logits.shape)} for {tuple(ids.shape)} tokens")
     limit = (1e-4 if logits.dtype in (torch.float32, torch.float64) else 0.1) * float(logits.abs().max())
@@ -51,7 +57,8 @@ def _differentiable(model: nn.Module, ids: Tensor) -> Tensor:
     """The logits, once a gradient has gone from them to the embeddings."""
 
     def begin(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return output if output.requires_grad else output.detach().requires_grad_(True)
+        # a copy: some models write into what the embeddings give them
+        return output if output.requires_grad else output.detach().requires_grad_(True).clone()
 
     with torch.enable_grad():
         handle = model.get_input_embeddings().register_forward_hook(begin)  # type: ignore[operator]

@@ -10,7 +10,8 @@ from tests.zoo import build as zoo
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "MambaForCausalLM", "GPT2LMHeadModel", "Qwen2MoeForCausalLM",
-                                  "Gemma3nForCausalLM", "BertLMHeadModel"])  # fmt: skip
+                                  "Gemma3nForCausalLM", "BertLMHeadModel", "BltForCausalLM", "CTRLLMHeadModel",
+                                  "GitForCausalLM"])  # fmt: skip
 def test_causal_models_pass_and_keep_their_state(name):
     model = zoo.build(name).requires_grad_(False)
     causal.check(model, "m")
@@ -21,6 +22,7 @@ def test_causal_models_pass_and_keep_their_state(name):
 @pytest.mark.parametrize("name, why", [
     ("XLNetLMHeadModel", "not causal: the logits of a token change with the tokens behind it"),
     ("CpmAntForCausalLM", "not causal"),
+    ("BigBirdForCausalLM", "puts other attention .* for good, .* set attention_type to original_full"),
     ("ProphetNetForCausalLM", "the number of tokens behind it"),
     ("ReformerModelWithLMHead", "cannot be run and differentiated"),
 ])  # fmt: skip
