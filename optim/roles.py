@@ -438,16 +438,18 @@ def block_of(name: str) -> Block:
     if _is_embedding(it) or any(part.startswith(("lora_embedding_", "trainable_tokens_")) for part in it.parts):
         return "embedding"
 
+    parts = [*it.parts[:-1], re.sub(r"_(weight|bias)$", "", it.leaf)]
+
     def has(pattern: re.Pattern[str]) -> bool:
-        return any(pattern.search(part) for part in it.parts)
+        return any(pattern.search(part) for part in parts)
 
     in_attention = has(_ATTENTION)
     if has(_FFN):
         return "ffn"
     if has(_QK):
         return "qk"
-    if has(_VO) or has(_FUSED_QKV) or (in_attention and {"c_proj", "dense", "proj"} & set(it.parts)):
+    if has(_VO) or has(_FUSED_QKV) or (in_attention and {"c_proj", "dense", "proj"} & set(parts)):
         return "vo"
-    if "output" in it.parts and not in_attention:  # BERT's second matrix
+    if "output" in parts and not in_attention:  # BERT's second matrix
         return "ffn"
     return "other"
