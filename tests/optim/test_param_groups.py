@@ -339,7 +339,7 @@ def test_a_group_that_comes_later_is_divided_in_the_same_way(name, ratios, decay
         assert by_rule(optimizer) == by_rule(whole)
         assert all(group["params"] for group in optimizer.param_groups)
         if name == "muon":
-            for _, p in (*first, *second):
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
                 p.grad = torch.ones_like(p)
             optimizer.step()
             assert len(optimizer.state) == len(both)
