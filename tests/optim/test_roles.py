@@ -232,6 +232,12 @@ def test_another_layers_router_tells_nothing():
     assert found[EXPERTS + "up_proj"].layout == {"batched": True}
 
 
+def test_what_is_deep_inside_a_router_is_no_router():
+    shapes = {EXPERTS + "up_proj": (3, 4, 6), "model.embed_tokens.weight": (9, 4)}
+    assert lie(shapes | {LAYER + "mlp.router.net.inner.weight": (9, 6)}) == {"up_proj": TURNED}
+    assert lie(shapes | {LAYER + "mlp.router.net.weight": (3, 6)}) == {"up_proj": STRAIGHT}
+
+
 def test_stacks_under_other_names():
     """JetMoE's, Zamba's, a mixture whose names do not say so but whose router does; no convolutions."""
     jet = {LAYER + "mlp.input_linear.weight": (3, 12, 4), LAYER + "mlp.output_linear.weight": (3, 4, 6)}
