@@ -1,6 +1,7 @@
 """Blocks of a transformer by name, for the naming schemes of the common families; matrices and the rest."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -20,7 +21,7 @@ from optim import (
     is_matrix,
     without_decay,
 )
-from optim.param_groups import PAPER_RATIOS, divide_groups
+from optim.param_groups import PAPER_RATIOS, divide_groups, example_parameters
 from optim.roles import BLOCKS, block_of
 
 LAYER = "model.layers.0."
@@ -142,6 +143,41 @@ def test_examples_to_try_settings_on_hold_no_memory():
                                                                  ["embedding", "qk", "vo", "ffn", "head"])
 
 
+def test_the_papers_ratios():
+    assert dict(PAPER_RATIOS) == {
+        "embedding": 10, "qk": 8, "ffn": 6, "vo": 4, "norm": 1, "head": 1, "other": 1,
+    }  # fmt: skip
+
+
+def test_divided_groups_keep_every_setting_and_no_empty_part():
+    """Of torch's optimizers too, which divide nothing later."""
+    for optimizer in (AdamW(named(["a", "b", "c"]), lr=0.1), torch.optim.AdamW(named(["a", "b", "c"]), lr=0.1)):
+        optimizer.param_groups[0]["tag"] = "kept"
+
+        def divide(group):
+            assert [n for n, _ in group["params"]] == ["a", "b", "c"] and "param_names" not in group
+            return [{**group, "params": group["params"][:1], "lr": 0.5}, {**group, "params": []},
+                    {**group, "params": group["params"][1:]}]  # fmt: skip
+
+        divide_groups(optimizer, divide)
+        first, second = optimizer.param_groups
+        assert (first["param_names"], first["lr"], first["tag"]) == (["a"], 0.5, "kept")
+        assert (second["param_names"], second["lr"], second["tag"]) == (["b", "c"], 0.1, "kept")
+        assert all(isinstance(p, torch.nn.Parameter) for g in optimizer.param_groups for p in g["params"])
+        assert getattr(optimizer, "divisions", [divide]) == [divide]
+
+
+def test_param_groups_of_named_parameters_are_divided_each():
+    """`create` takes them where the class does: settings of a group hold for its parts."""
+    names = ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"]
+    optimizer = create("muon", [{"params": named(names), "lr": 0.5}, {"params": named(["x.q_proj.weight"])}], lr=0.1)
+    assert {n: (rule.name, lr) for n, (rule, lr, _) in by_rule(optimizer).items()} == {
+        names[0]: ("muon", 0.5), names[1]: ("adamw", 0.5), "x.q_proj.weight": ("muon", 0.1),
+    }  # fmt: skip
+    with pytest.raises(TypeError, match="tells matrices by name"):
+        create("muon", [{"params": [torch.nn.Parameter(torch.ones(2, 2))]}], lr=0.1)
+
+
 def test_own_ratios_and_blocks():
     names = ["transformer.wte.weight", "transformer.wpe.weight", "logit_scale"]
     table = {"embedding": 10, "position": 2.0, "scale": 0.5}
@@ -156,6 +192,13 @@ def test_own_ratios_and_blocks():
          lambda: blockwise(named(ALL), lr=1.0, blocks={"wqe": "qk"})),
         (ValueError, "'embedding', which has no ratio", lambda: blockwise(named(ALL), lr=1.0, ratios={"qk": 1.0})),
         (ValueError, "'papers'", lambda: blockwise(named(ALL), lr=1.0, ratios="papers")),
+        *((ValueError, f"the ratio of block 'qk' is {re.escape(repr(ratio))}; it must be a finite number above 0",
+           lambda ratio=ratio: blockwise(named(ALL), lr=1.0, ratios={"qk": ratio}))
+          for ratio in (0, 0.0, float("inf"), float("nan"), True, "8", None)),
+        (TypeError, "names", lambda: blockwise([("a", torch.ones(1)), torch.ones(1)], lr=1.0)),
+        (TypeError, "names", lambda: blockwise([(1, torch.ones(1))], lr=1.0)),
+        (TypeError, "names", lambda: blockwise([("a", torch.ones(1), 1)], lr=1.0)),
+        (TypeError, "names", lambda: blockwise(torch.ones(1), lr=1.0)),
         (ValueError, "block 'qk' is -1", lambda: blockwise(named(ALL), lr=1.0, ratios={"qk": -1})),
         (TypeError, "names", lambda: blockwise([torch.ones(1)], lr=1.0)),
         (ValueError, "by name", lambda: divide_groups(AdamW([torch.nn.Parameter(torch.ones(1))]), lambda n, lr: [])),
@@ -292,16 +335,23 @@ def test_scale_takes_embeddings_and_heads_too():
 
 def test_group_table():
     """What a user reads before training: every group, its rule and what differs in it, and how much it holds."""
-    optimizer = create("muon", shaped(LAYERS), lr=0.02, adamw_lr=3e-4, assign={"qkv": {"split_sizes": (4, 2, 2)}})
-    head, *rows = (line.split() for line in group_table(optimizer).splitlines())
-    assert head[:2] == ["group", "rule"] and len(rows) == 3
-    assert " ".join(rows[0]) == f"1 muon, split_sizes (4, 2, 2) 0.02 0 1 32 {LAYER}self_attn.qkv_proj.weight"
-    assert rows[1] == ["2", "muon", "0.02", "0", "2", "36", LAYER + "mlp.router.weight"]
-    assert rows[2] == ["3", "adamw", "0.0003", "0", "3", "84", "model.embed_tokens.weight"]
+    big = torch.nn.Parameter(torch.empty(1200, 1000, device="meta"))
+    named_ones = [("model.embed_tokens.weight", big), *shaped(LAYERS)[1:]]
+    optimizer = create("muon", named_ones, lr=0.02, weight_decay=0.125, adamw_lr=3e-4, adamw_weight_decay=0.0,
+                       assign={"qkv": {"split_sizes": (4, 2, 2), "lr": torch.tensor(0.5)}})  # fmt: skip
+    assert group_table(optimizer).splitlines() == [
+        "group  rule                             lr  decay  tensors  parameters  first tensor",
+        f"1      muon, split_sizes (4, 2, 2)     0.5  0.125        1          32  {LAYER}self_attn.qkv_proj.weight",
+        f"2      muon                           0.02  0.125        2          36  {LAYER}mlp.router.weight",
+        "3      adamw                        0.0003      0        3   1,200,044  model.embed_tokens.weight",
+    ]
     _, turned, plain = group_table(create("muon_8bit", shaped({"c_fc.weight": (2, 3), "x": (2, 2)}), lr=1)).splitlines()
     assert turned.split()[:4] == ["1", "muon_8bit,", "transposed", "True"], "of the rule inside, what differs"
     assert plain.split()[:3] == ["2", "muon_8bit", "1"]
-    assert "adamw" in group_table(AdamW([torch.nn.Parameter(torch.ones(2))])), "parameters without names too"
+    assert group_table(AdamW([torch.nn.Parameter(torch.ones(2))])).splitlines() == [
+        "group  rule      lr  decay  tensors  parameters  first tensor",
+        "1      adamw  0.001   0.01        1           2",
+    ], "parameters without names too"
 
 
 # ----------------------------------------------------------------------------------------------- groups that come later
@@ -552,6 +602,14 @@ def test_norms_and_biases_by_names_and_by_modules():
         assert {n for n, (_, _, decay) in by_rule(optimizer).items() if decay == 0.0} == spared
         assert {decay for _, _, decay in by_rule(optimizer).values()} == {0.0, 0.2}
     assert {decay for _, _, decay in by_rule(create("adamw", model, lr=0.1, weight_decay=0.2)).values()} == {0.2}
+    inner = torch.nn.LayerNorm(4)
+    inner.map = torch.nn.Linear(4, 4)  # in a norm, and none
+    assert without_decay([n for n, _ in inner.named_parameters()], inner) == {"weight", "bias", "map.bias"}
+    later = create("adamw", model, lr=0.1, weight_decay=0.2, decay_all=False)
+    later.add_param_group({"params": shaped({"new.ln_2.weight": (4,), "new.map.weight": (4, 4), "new.b_bias": (4,)})})
+    assert {n: d for n, (_, _, d) in by_rule(later).items() if n.startswith("new")} == {
+        "new.ln_2.weight": 0.0, "new.map.weight": 0.2, "new.b_bias": 0.0,
+    }  # fmt: skip
     muon = create("muon", model, lr=0.1, weight_decay=0.2, adamw_weight_decay=0.4, decay_all=False)
     assert {n: d for n, (_, _, d) in by_rule(muon).items() if d} == {"map.weight": 0.2, "norms.weight": 0.4}
 
