@@ -21,7 +21,7 @@ from optim import (
     is_matrix,
     without_decay,
 )
-from optim.param_groups import PAPER_RATIOS, divide_groups, example_parameters
+from optim.param_groups import PAPER_RATIOS, divide_groups
 from optim.roles import BLOCKS, block_of
 
 LAYER = "model.layers.0."
