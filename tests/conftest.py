@@ -86,6 +86,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     excepted: dict[str, list[str]] = {}
     golden: Counter[str] = Counter()
     not_built: Counter[str] = Counter()
+    elsewhere: dict[str, str] = {}
+    run: set[str] = set()
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
             marks = dict(getattr(report, "user_properties", []))
@@ -97,8 +99,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             if "golden" in marks:
                 if "not_built" in marks:
                     not_built[marks["not_built"]] += 1
+                elif "elsewhere" in marks:
+                    elsewhere[marks["golden"]] = marks["elsewhere"]
                 else:
                     golden[outcome] += 1
+                    run.add(marks["golden"])
     if battery or excepted:
         left_out = sum(len(cells) for cells in excepted.values())
         total = sum(battery.values()) + left_out
@@ -109,11 +114,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         )
         for reason, cells in sorted(excepted.items()):
             terminalreporter.write_line(f"  exception: {', '.join(sorted(cells))}: {reason}")
-    if golden or not_built:
+    if golden or not_built or elsewhere:
         terminalreporter.section("golden cases")
+        left = Counter(test for case, test in elsewhere.items() if case not in run)
         terminalreporter.write_line(
-            f"{golden['passed']} held, {golden['failed'] + golden['error']} failed, {golden['skipped']} skipped, "
-            f"{sum(not_built.values())} of optimizers and schedules that are not built yet"
+            f"{golden['passed']} held, {golden['failed'] + golden['error']} failed, "
+            f"{sum(not_built.values())} not supported"
+            + (f", {golden['skipped']} skipped" if golden["skipped"] else "")
+            + (f", {sum(left.values())} of tests that did not run" if left else "")
         )
-        if not_built:
-            terminalreporter.write_line("  not built: " + ", ".join(f"{k} ({n})" for k, n in sorted(not_built.items())))
+        for reason, count in sorted(not_built.items()):
+            terminalreporter.write_line(f"  not supported: {reason} ({count})")
+        for test, count in sorted(left.items()):
+            terminalreporter.write_line(f"  not run: {count} of {test}")

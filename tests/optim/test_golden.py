@@ -1,7 +1,7 @@
 """Trajectories and schedules against reference numbers.
 
-Two sets: the small copy in tests/golden, and ../shared/golden or `--golden-dir DIR`, of which every case is compared
-or reported as not built yet.
+Two sets: the small copy in tests/golden, and ../shared/golden or `--golden-dir DIR`, of which every case is compared,
+is held by another test, or is reported as not supported, with the reason.
 """
 
 import json
@@ -25,7 +25,7 @@ def roots(config: pytest.Config) -> list[Path]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for argument, found in (("case", golden.cases), ("curve", curves)):
+    for argument, found in (("case", golden.every_case), ("curve", curves)):
         if argument in metafunc.fixturenames:
             bundled, given = ([*found(root)] for root in roots(metafunc.config))
             ids = [f"bundled:{c.id}" for c in bundled] + [c.id for c in given]
@@ -40,25 +40,30 @@ class Curve:
 
 
 def curves(root: Path) -> list[Curve]:
-    return [Curve(path.parent, entry) for path in sorted(root.glob("*/schedules.json"))
+    return [Curve(path.parent, entry) for path in sorted([*root.glob("schedules.json"), *root.glob("*/schedules.json")])
             for entry in json.loads(path.read_text(encoding="utf-8"))["schedules"]]
 
 
 def test_golden_folder(golden_dir):
     """Says so where the folder is missing; and that what is there has cases."""
-    assert [*golden.cases(golden_dir)], f"no manifest.json with cases below {golden_dir}"
+    assert [*golden.every_case(golden_dir)], f"no manifest.json with cases below {golden_dir}"
 
 
 def test_trajectory(case, record_property):
     record_property("golden", case.id)
     name = case.entry["optimizer"]
+    if name in golden.HELD_ELSEWHERE:
+        record_property("elsewhere", golden.HELD_ELSEWHERE[name])
+        pytest.skip(f"held by {golden.HELD_ELSEWHERE[name]}")
     try:
+        if golden.for_information(case):
+            raise golden.NotBuilt(f"{name}, {case.entry.get('variant', 'a variant')}: for information only")
         if name not in golden.BUILDERS:
-            raise golden.NotBuilt(name)
+            raise golden.NotBuilt(f"optimizer {name}")
         got, losses = golden.run(case, golden.BUILDERS[name])
     except golden.NotBuilt as missing:
         record_property("not_built", str(missing))
-        pytest.skip(f"optimizer {missing} is not built yet")
+        pytest.skip(f"not supported: {missing}")
     golden.compare(case, got, losses)
 
 
@@ -108,7 +113,7 @@ def test_schedule(curve, record_property):
     factor = ours(curve.entry)
     if factor is None:
         record_property("not_built", f"schedule {curve.entry['name']}")
-        pytest.skip(f"schedule {curve.entry['name']} is not built yet")
+        pytest.skip(f"not supported: schedule {curve.entry['name']}")
     peak = curve.entry["params"].get("max_lr", 1.0)  # 1 for momenta, and for block rates, which have a base rate
     for step, want in zip(curve.entry["steps"], curve.entry["values"], strict=True):
         got = peak * factor(step)
