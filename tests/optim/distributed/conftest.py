@@ -1,6 +1,5 @@
 """One job of two ranks and one of three, for all the tests: to start processes is what takes time."""
 
-import json
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from optim import RULES
 from tests.conftest import golden_folder
+from tests.optim import golden
 from tests.optim.distributed import jobs, processes
 from tests.optim.specs import SPECS
 
@@ -21,14 +21,12 @@ def onebit_cases(pytestconfig: pytest.Config) -> list[tuple[dict[str, Any], tupl
 
     Without the first gradient, which the published code loses, and one step less of warm-up.
     """
-    folder = golden_folder(pytestconfig) / "adam_family"
-    if not (folder / "onebit_adam.npz").is_file():
-        return []
-    stored = np.load(folder / "onebit_adam.npz", allow_pickle=False)
     found = []
-    for case in json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["cases"]:
-        if case["optimizer"] != "OneBitAdam":
-            continue
+    for golden_case in golden.of_kind(golden_folder(pytestconfig), "OneBitAdam"):
+        case = golden_case.entry | {"id": golden_case.id}
+        stored = np.load(golden_case.folder / case["file"], allow_pickle=False)
+        if case["world_size"] != 2:
+            continue  # reported as one that did not run
         at = case["case"] + "/"
         inputs = {key.removeprefix(at): torch.tensor(stored[key]) for key in stored.files if key.startswith(at)}
         hyper = case["hyper"] | {"freeze_step": case["hyper"]["freeze_step"] - 1}

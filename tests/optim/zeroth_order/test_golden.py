@@ -1,7 +1,5 @@
 """Zeroth-order methods against the published code and the papers, from recorded directions."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -10,11 +8,12 @@ from torch import nn
 from optim import AdamWRule, Optimizer, SGDRule
 from optim.zeroth_order import ZerothOrder
 from tests.conftest import golden_folder
+from tests.optim import golden
 from tests.optim.golden import arrays
 
 pytestmark = pytest.mark.golden
 
-ZEROTH = ("zo_", "mezo_", "forward_grad_")
+ZEROTH = [name for name, test in golden.HELD_ELSEWHERE.items() if test.startswith("tests/optim/zeroth_order/")]
 
 
 class Z(nn.Module):
@@ -22,7 +21,9 @@ class Z(nn.Module):
 
     def __init__(self, inputs, dtype):
         super().__init__()
-        self.l1, self.layer_norm, self.l2 = nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+        (hidden, width), outputs = inputs["init/l1.weight"].shape, len(inputs["init/l2.bias"])
+        self.l1, self.layer_norm = nn.Linear(width, hidden), nn.LayerNorm(hidden)
+        self.l2 = nn.Linear(hidden, outputs)
         self.to(dtype)
         start = {k.removeprefix("init/"): torch.tensor(v, dtype=dtype) for k, v in inputs.items() if "/" in k}
         self.load_state_dict(start)
@@ -33,10 +34,8 @@ class Z(nn.Module):
 
 
 def pytest_generate_tests(metafunc):
-    path = golden_folder(metafunc.config) / "matrix_family" / "manifest.json"
-    found = json.loads(path.read_text())["cases"] if path.is_file() else []
-    metafunc.parametrize("entry", [c for c in found if c["case"].startswith(ZEROTH)] or [None],
-                         ids=lambda c: c["case"] if c else "none")
+    found = golden.of_kind(golden_folder(metafunc.config), *ZEROTH)
+    metafunc.parametrize("case", found or [None], ids=lambda c: c.id if c else "none")
 
 
 def settings_of(entry, stored):
@@ -67,17 +66,17 @@ def settings_of(entry, stored):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_trajectory(entry, dtype, golden_dir, record_property):
+def test_trajectory(case, dtype, golden_dir, record_property):
     """In the dtype of the case to its tolerance, and in float32 to that of the float32 case."""
-    if entry is None:
+    if case is None:
         pytest.skip(f"no zeroth-order cases in {golden_dir}")
+    entry = case.entry
     if entry["param_dtype"] == "float32" and dtype == torch.float64:
         pytest.skip("a float32 case")
     if str(dtype).endswith(entry["param_dtype"]):
-        record_property("golden", f"matrix_family:{entry['case']}")
-    folder = golden_dir / "matrix_family"
-    stored, h = arrays(folder / entry["file"]), entry["hyper_parameters"]
-    model = Z(arrays(folder / "problem_Z.npz"), dtype)
+        record_property("golden", case.id)
+    stored, h = arrays(case.folder / entry["file"]), entry["hyper_parameters"]
+    model = Z(arrays(golden.input_file(case)), dtype)
     settings, at = settings_of(entry, stored)
     source = ZerothOrder(model.named_parameters(), module=model, **settings)
     rule = AdamWRule() if entry["optimizer"] == "zo_adam" else SGDRule(momentum=h.get("momentum", 0.0))
