@@ -366,6 +366,10 @@ class Optimizer(torch.optim.Optimizer):
                 check_state(label, rule, param, state)
         return rules
 
+    def _loaded(self, rule: UpdateRule, param: Tensor, state: Mapping[str, Any]) -> State:
+        """A saved state as this parameter keeps it; `optim.distributed` keeps some whole."""
+        return loaded_state(rule, param, state)
+
     def _restore(self, saved: dict[str, Any], rules: list[UpdateRule], names: list[list[str] | None]) -> None:
         for i, (rule, own_names) in enumerate(zip(rules, names, strict=True)):
             group = kept_keys(self.param_groups[i]) | {"rule": rule}
@@ -374,7 +378,7 @@ class Optimizer(torch.optim.Optimizer):
             self.param_groups[i] = ParamGroup(group)
         for _, rule, param, state in self._saved_states(saved, rules):
             if state is not None:
-                self.state[param] = loaded_state(rule, param, state)
+                self.state[param] = self._loaded(rule, param, state)
             else:
                 self.state.pop(param, None)
 

@@ -80,15 +80,18 @@ def check_state(label: str, rule: UpdateRule, param: Tensor, state: Mapping[str,
             raise ValueError(f"state of parameter {label}: {key} has shape {shape}, expected {tuple(want.shape)}")
 
 
-def loaded_state(rule: UpdateRule, param: Tensor, state: Mapping[str, Any]) -> State:
+def loaded_state(
+    rule: UpdateRule, param: Tensor, state: Mapping[str, Any], *, on: torch.device | None = None
+) -> State:
     """A copy of a saved state in the rule's dtypes: on the parameter's device, but step counts stay on the CPU.
 
     Entries are laid out over ranks as the rule lays out its own: of a *full* state dict only those of the parameter's
     shape come sharded out of torch's hands, and second moments of rows or blocks whole.
+    on: the device, where it is not the parameter's.
     """
     loaded: State = {}
     for key, want in expected_state(rule, param).items():
-        device = param.device if want.device.type == "meta" else want.device
+        device = (on or param.device) if want.device.type == "meta" else want.device
         value = torch.as_tensor(state[key]).detach()
         value = _laid_out(value.to(device=device, dtype=want.dtype, copy=True), want)
         loaded[key] = value if want.shape else value.reshape(())

@@ -1,7 +1,7 @@
 """Matrix owner computes: each matrix has one rank that holds its state, steps it, and shares the result."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +12,7 @@ from optim import fused
 from optim.distributed.collectives import MESSAGE, bundles, group_size
 from optim.optimizer import Optimizer
 from optim.rule import State, UpdateRule, is_sharded
+from optim.saved import loaded_state
 
 
 class OwnerComputes(Optimizer):
@@ -147,6 +148,12 @@ class OwnerComputes(Optimizer):
             for param in group["params"]:
                 if is_sharded(param) and param not in owners and param in self.state:
                     self.state[param] = _spread(self.state[param], group["rule"].init(param))
+
+    def _loaded(self, rule: UpdateRule, param: Tensor, state: Mapping[str, Any]) -> State:
+        if not is_sharded(param) or not self._divided(rule):
+            return super()._loaded(rule, param, state)
+        whole = torch.empty(param.shape, dtype=param.dtype, device="meta")  # an owner has all rows
+        return loaded_state(rule, whole, state, on=_local(param).device)
 
     def _gather_states(self) -> list[Tensor]:
         """Fill `state` with what other ranks hold; the parameters concerned."""
