@@ -23,7 +23,7 @@ def once(name: str, millions: int) -> float:
     from optim import create
 
     for size in (1 << 14, millions * 1_000_000):  # the small one compiles
-        p = torch.nn.Parameter(torch.zeros(size // 1000, 1000))
+        p = torch.nn.Parameter(torch.ones(size // 1000, 1000))
         p.grad = torch.full_like(p, 1e-3)
         optimizer = create(name, [("p", p)], lr=1e-3)
         grown = peak_bytes(optimizer.step)
