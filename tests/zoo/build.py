@@ -190,6 +190,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
 """Class -> settings that the common table does not give."""
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "BigBirdForCausalLM original_full": {"attention_type": "original_full"},
     "FalconForCausalLM new_decoder_architecture": {"new_decoder_architecture": True},
     "FalconForCausalLM multi_head": {"multi_query": False, "alibi": True, "num_kv_heads": HEADS},
     "GPTBigCodeForCausalLM multi_head": {"multi_query": False},
