@@ -21,7 +21,7 @@ from optim import (
     is_matrix,
     without_decay,
 )
-from optim.param_groups import PAPER_RATIOS, divide_groups
+from optim.param_groups import PAPER_RATIOS, divide_groups, warn_of_strangers
 from optim.roles import BLOCKS, block_of
 
 LAYER = "model.layers.0."
@@ -632,3 +632,11 @@ def test_a_model_trains_what_requires_a_gradient():
         warnings.simplefilter("ignore")
         made = create("sgd", model, lr=0.1), AdamW(model), create("adam_mini", model, lr=0.1)
     assert all(set(by_rule(optimizer)) == {"a.weight", "a.bias"} for optimizer in made)
+
+
+@pytest.mark.parametrize(("count", "shown"), [(1, "'s0.x'"), (3, "'s0.x', 's1.x', 's2.x'"),
+                                             (4, "'s0.x', 's1.x', 's2.x', ...")])  # fmt: skip
+def test_three_strangers_are_named(count, shown):
+    told = re.escape(f"{count} of {count + 1} parameters") + ".*" + re.escape(f"({shown}): they stay")
+    with pytest.warns(UserWarning, match=told):
+        warn_of_strangers([*(f"s{i}.x" for i in range(count)), "lm_head.weight"], [], "stay", "{part}")
