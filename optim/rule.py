@@ -198,7 +198,7 @@ class UpdateRule(ABC):
 
 
 def _plus(x: Tensor, factor: float | Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """x + factor y; if factor is a number in one pass, and into `out` if that has x's dtype: temporaries are dear."""
+    """x + factor y; if factor is a number in one pass, and into `out` if that has x's dtype: temporaries cost time."""
     if isinstance(factor, Tensor):
         return x + factor * y
     if out is None or out.dtype != x.dtype or y.dtype != x.dtype or is_sharded(out):

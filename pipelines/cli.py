@@ -743,7 +743,7 @@ def doctor(
     out: Annotated[Path, _flag("--out", "where runs will be written", _RUN, "runs", metavar="DIR")] = Path("runs"),
     as_json: Annotated[bool, _flag("--json", "one JSON object instead of a table", _RUN)] = False,
 ) -> None:
-    """Check this machine: versions, memory, speed, disk, network settings. Exit code 4 if something must be mended."""
+    """Check this machine: versions, memory, speed, disk, network settings. Exit code 4 if something must be fixed."""
     from pipelines.doctor import examine, show
 
     checks = examine(out)

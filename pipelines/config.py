@@ -66,7 +66,7 @@ Options = dict[str, Scalar | list[Scalar]]
 # its folder is in run.yaml and not in the fingerprint.
 VOLATILE: dict[str, Json] = {"volatile": True}
 ELSEWHERE: dict[str, Json] = {"elsewhere": True}
-# Read only after everything dear is computed: a finished run may be asked again with another value.
+# Read only after everything expensive is computed: a finished run may be asked again with another value.
 LATE: dict[str, Json] = {"late": True}
 
 

@@ -69,7 +69,7 @@ def _guarded(name: str, look: Callable[[], list[Check]]) -> list[Check]:
     try:
         return look()
     except Exception as error:  # whatever a broken installation raises
-        return [Check(name, "fail", f"{type(error).__name__}: {error}", "mend this first; see the versions above")]
+        return [Check(name, "fail", f"{type(error).__name__}: {error}", "fix this first; see the versions above")]
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -259,5 +259,5 @@ def show(checks: list[Check], *, as_json: bool = False) -> None:
     console = Console()
     console.print(table)
     bad, odd = (sum(check.state == state for check in checks) for state in ("fail", "warn"))
-    end = f"{bad} to mend" if bad else "ready"
+    end = f"{bad} to fix" if bad else "ready"
     console.print(Text(f"{end}, {odd} {'warning' if odd == 1 else 'warnings'}"))

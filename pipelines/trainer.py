@@ -446,7 +446,7 @@ def _gather(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def lead_first() -> Iterator[None]:
-    """Of several processes the first does the block, then the others do: it makes or mends what they read."""
+    """Of several processes the first does the block, then the others do: it makes or repairs what they read."""
     if world_size() > 1 and rank() > 0:
         torch.distributed.barrier()
     yield

@@ -5,7 +5,7 @@
     reference = record(problem, recipe, range(T), params)       # anchors with optimizer states
     surrogate = precompute("pairwise", reference, problem)
     surrogate.score(order), surrogate.trust(order)
-    search(surrogate, "local", budget=20_000).sequences[0]      # and `refine`, for a judge that is too dear to search
+    search(surrogate, "local", budget=20_000).sequences[0]      # and `refine`, for a judge too expensive to search
 
 | estimator | one-time | a score | what it is |
 | --- | --- | --- | --- |
@@ -13,7 +13,7 @@
 | `moments` | a gradient a batch and anchor | T steps of the rule | the order's own moments on stored gradients |
 | `reduced` | and a few rows' gradient a batch and anchor | T gradients of the rows | and on how those change |
 | `reduced`, no rows | and 2 k gradients a batch | T steps of the rule | or how they change along k directions |
-| `own-moments` | | T gradients and products | the same on g + H d: an oracle, dearer than retraining |
+| `own-moments` | | T gradients and products | the same on g + H d: an oracle, more expensive than retraining |
 | `table` | T gradients a batch | T steps of the rule | the published method, as a baseline |
 | `groups` | G (G - 1) short runs | T G | blocks of domains, measured |
 """

@@ -7,7 +7,7 @@ Given the gradients nothing is approximate: the moments are the new order's own,
 in one of four ways:
 
 - "exact": g + H d at the nearest anchor, d the distance from it. A gradient and a Hessian-vector product a step of
-  every order: dearer than retraining it, an oracle; exact on quadratics with an anchor a step.
+  every order: more expensive than retraining it, an oracle; exact on quadratics with an anchor a step.
 - "none": g there, without H d.
 - "anchors": gradients of all batches at the anchors, taken once and interpolated in t, which follows the drift that all
   orders share; and where this order strays from that, their change along the k directions in which simulated orders

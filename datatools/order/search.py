@@ -5,7 +5,8 @@ genetic tournament 3, order crossover 0.9, mutation 0.2 (swap, move, reverse), 2
 borda   batches sorted by the row sums of the precedence matrix, or by their regressed effect of position
 random  as many random orders as the others may score: what a search must beat
 
-An optimum of an estimate is where its errors help it most: `refine` lets a better, dearer one look on from there.
+An optimum of an estimate is where its errors help it most: `refine` lets a better, more expensive one look on from
+there.
 """
 
 from __future__ import annotations
@@ -260,7 +261,7 @@ def refine(
     budget: int = 64,
     seed: int = 0,
 ) -> Found:
-    """Better orders than the `known` ones, by a judge that is too dear for `search`: the new ones only, best first.
+    """Better orders than the `known` ones, by a judge too expensive for `search`: the new ones only, best first.
 
     A quarter of the budget are random orders, so that the known ones' common errors do not decide; then, in rounds of
     8, of many children of the 8 best (`offspring`) those that `promise` most. Each order once. Scores that are not

@@ -86,7 +86,7 @@ def test_a_broken_installation_is_a_finding():
             "speed",
             "fail",
             "ImportError: libfoo.so: cannot open shared object file",
-            "mend this first; see the versions above",
+            "fix this first; see the versions above",
         )
     ]
 
@@ -118,12 +118,12 @@ def test_names_of_people_stay_out(quick, tmp_path, monkeypatch, capsys):
 
 
 def test_table_and_json_and_exit_code(monkeypatch, capsys, tmp_path):
-    checks = [Check("a", "ok", "fine"), Check("b", "warn", "odd", "do this"), Check("c\x1b", "fail", "bad", "mend it")]
+    checks = [Check("a", "ok", "fine"), Check("b", "warn", "odd", "do this"), Check("c\x1b", "fail", "bad", "fix it")]
     monkeypatch.setattr(doctor, "examine", lambda out: checks)
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["doctor", "--out", str(tmp_path)]) == 4
     text = capsys.readouterr().out
-    assert "do this" in text and "1 to mend, 1 warning" in text
+    assert "do this" in text and "1 to fix, 1 warning" in text
     assert main(["doctor", "--json"]) == 4
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] is False and found["checks"][1] == {

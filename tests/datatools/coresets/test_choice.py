@@ -332,6 +332,6 @@ def test_the_warning_comes_after_a_hundred_steps_that_gave_nothing():
     assert not_better(entries(0.99, 1.0, range(0, 90, 10))) is None, "too early to say"
     assert "0.990 against 1.000" in not_better(entries(0.99, 1.0, range(1, 112, 10)))
     assert not_better(entries(0.9, 1.0, range(1, 112, 10))) is None
-    mended = entries(1.5, 1.0, range(1, 200, 10)) + entries(0.5, 1.0, range(201, 312, 10))
-    assert not_better(mended) is None, "only the last hundred count"
+    better = entries(1.5, 1.0, range(1, 200, 10)) + entries(0.5, 1.0, range(201, 312, 10))
+    assert not_better(better) is None, "only the last hundred count"
     assert not_better([]) is None
