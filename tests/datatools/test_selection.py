@@ -329,3 +329,10 @@ def test_defined_answer_or_typed_error(rows, name, amount, unit, cap, seed):
         if cap is None and unit != " tokens":
             left_out = [i for i in range(n) if rows[i][3] and i not in picked]
             assert all(rows[i][0] <= rows[picked[-1]][0] for i in left_out)
+
+
+@pytest.mark.parametrize("bad, said", [(5, "finite: a, b, c, d, e; mark"), (7, "a, b, c, d, e and 2 more; mark")])
+def test_the_first_rows_that_are_not_finite_are_named_and_the_others_counted(bad, said):
+    values = torch.full((9,), torch.nan).index_fill(0, torch.arange(bad, 9), 1.0)
+    with pytest.raises(DataError, match=said):
+        require_finite(values, list("abcdefghi"), "scores")

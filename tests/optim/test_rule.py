@@ -174,3 +174,28 @@ def test_added_group_gets_the_default_rule():
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "betas": [0.5, 0.6]})
     group = optimizer.param_groups[1]
     assert group["rule"] == AdamWRule(eps=1e-3, betas=(0.5, 0.6)) and group["weight_decay"] == 0.2
+
+
+def test_parameters_may_come_from_a_generator():
+    """Which is read once, also where a group is divided into several."""
+    from optim import create
+
+    def named():
+        yield "layers.0.weight", torch.nn.Parameter(torch.ones(4, 3))
+        yield "layers.0.bias", torch.nn.Parameter(torch.ones(4))
+
+    for name in ("adamw", "muon"):
+        optimizer = create(name, [{"params": named()}], lr=0.1)
+        optimizer.add_param_group({"params": (("layers.1" + key[8:], p) for key, p in named())})
+        names = sorted(key for group in optimizer.param_groups for key in group["param_names"])
+        assert names == ["layers.0.bias", "layers.0.weight", "layers.1.bias", "layers.1.weight"]
+
+
+def test_the_warning_of_a_gradient_that_is_not_finite_points_at_the_step():
+    from optim import create
+
+    optimizer = create("muon", [("layers.0.weight", torch.nn.Parameter(torch.ones(4, 3)))], lr=0.1)
+    optimizer.param_groups[0]["params"][0].grad = torch.full((4, 3), torch.nan)
+    with pytest.warns(RuntimeWarning, match="not finite") as said:
+        optimizer.step()
+    assert [warning.filename for warning in said] == [__file__]

@@ -1,5 +1,6 @@
 """Loss stands on what the assistant says and its end-of-turn token, for every family of chat templates."""
 
+import copy
 import json
 import re
 from dataclasses import dataclass, replace
@@ -989,3 +990,14 @@ def test_spans_agree_with_the_blocks_that_others_wrote(name):
             assert found_it and after.strip() in ("", "<|end|>", "<EOS>"), (block, span)
             assert re.fullmatch(r"\s*(<[^<>]*assistant[^<>]*>|<\|start\|>assistant[^\n]*?|<｜tool▁outputs▁end｜>)?\s*"
                                 r"(<\|?think\|?>\s*(</think>\s*)?)?(<think>)?\s*", before, re.IGNORECASE), block
+
+
+def test_the_template_of_a_file_is_the_one_that_is_saved(tmp_path):
+    """What serves a model trained on rows in a template of the user's own has that template, not the tokenizer's."""
+    tokenizer = copy.deepcopy(byte_level(eos="<|end|>", special=("<|end|>",)))
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    text = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    (tmp_path / "mine.jinja").write_text(text)
+    saved = Encoder(tokenizer, chat=tmp_path / "mine.jinja", max_length=50).trained_tokenizer()
+    assert saved.chat_template == text
+    assert Encoder(tokenizer, chat="auto", max_length=50).trained_tokenizer().chat_template == tokenizer.chat_template
