@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from datatools.gradients.layers import is_conv1d
+
 NAMES = ("v", "value", "wv")
 """First words of names of layers that make values: read where no softmax tells (linear attention), or several do."""
 TOKENS = 8
@@ -116,7 +118,7 @@ def matrices_of(model: nn.Module) -> dict[str, nn.Module]:
 def width_of(module: nn.Module) -> int | None:
     """Outputs of a linear layer, plain, quantized or under an adapter; of GPT-2's Conv1D; None for other modules."""
     base: Any = getattr(module, "base_layer", module)
-    if type(base).__name__ == "Conv1D" and hasattr(base, "nf"):
+    if is_conv1d(base):
         return int(base.nf)
     out = getattr(base, "out_features", None)
     return out if isinstance(out, int) and hasattr(base, "in_features") else None
