@@ -3,7 +3,8 @@
 A file is written under a temporary name in its own folder, fsynced, renamed over its final name, and the folder is
 fsynced: after a kill or a power cut the final name shows the old bytes or the new ones, never a mixture. Temporary
 files are `.tmp-<random>`, mode 0600, and locked while their writer lives, so `remove_leftovers` can tell an abandoned
-one from one in use. Finished files are 0644 less the umask.
+one from one in use. Finished files are 0644 less the umask. Libraries that save a whole folder get a fresh one
+(`atomic_folder`), which is treated alike.
 
 Failures surface as `EnvironmentProblem` (no space, no permission, disk error, folder in use) or `DataError` (no such
 file, not a readable file), always with the path and what to do. POSIX only: locks are `flock`, which the kernel drops
@@ -15,6 +16,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 import socket
 import stat
 import threading
@@ -175,6 +177,74 @@ def atomic_path(path: PathLike, *, durable: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
+def atomic_folder(path: PathLike) -> Iterator[Path]:
+    """A fresh folder beside `path` for a library to write to; it becomes `path` on a clean exit, else it vanishes.
+
+    Files are made 0644 and folders 0755, less the umask, and all are fsynced before the move, so that a folder with the
+    final name is whole. What stood at `path` is replaced; a symbolic link there, or one inside it, is never followed.
+    Raises: DataError for a link or another special file that the block wrote.
+    """
+    path = Path(path)
+    with _explained(path, "write"):
+        descriptor, temporary = _make_temporary_folder(path)
+    try:
+        yield temporary
+        with _explained(path, "write"):
+            _settle(temporary)
+            _put(temporary, path)
+    finally:
+        if os.path.lexists(temporary):
+            shutil.rmtree(temporary, ignore_errors=True)  # which unlinks links and never follows them
+        os.close(descriptor)
+
+
+def _make_temporary_folder(path: Path) -> tuple[int, Path]:
+    while True:
+        temporary = path.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+        os.mkdir(temporary, 0o700)
+        with suppress(FileNotFoundError):  # remove_leftovers came between the making and the lock: once more
+            descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            _flock(descriptor, fcntl.LOCK_EX)
+            if os.path.lexists(temporary):
+                return descriptor, temporary
+            os.close(descriptor)
+
+
+def _settle(folder: Path) -> None:
+    """Permissions of a finished folder for everything in `folder`, on the disk for good."""
+    mask = _umask()
+    for parent, folders, names in os.walk(folder, topdown=False):
+        for name in (*folders, *names):
+            child = Path(parent) / name
+            mode = os.lstat(child).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise DataError(f"cannot write {_shown(child)}: it is neither a file nor a folder; remove what made it")
+            if stat.S_ISDIR(mode):
+                continue  # the walk comes to it, or has
+            descriptor = os.open(child, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.fchmod(descriptor, 0o644 & ~mask)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        os.chmod(parent, 0o755 & ~mask)
+        _sync_folder(Path(parent))
+
+
+def _put(folder: Path, path: Path) -> None:
+    """Move `folder` to `path`; a link or a file there goes, a folder there is moved out of the way first."""
+    old = path.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+    with suppress(FileNotFoundError):
+        os.rename(path, old)  # of a link the link itself
+    os.rename(folder, path)
+    _sync_folder(path.parent)
+    if os.path.islink(old) or old.is_file():
+        os.unlink(old)
+    elif old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
 def _temporary(path: Path) -> Iterator[tuple[int, Path]]:
     """A fresh locked file beside `path`; unlinked at the end unless it was renamed away."""
     descriptor, temporary = _open_temporary(path)
@@ -272,20 +342,27 @@ def remove(path: PathLike) -> None:
 
 
 def remove_leftovers(folder: PathLike) -> int:
-    """Unlink the temporary files that killed writers left in `folder`; those of living writers stay. How many went."""
+    """Remove the temporary files and folders that killed writers left in `folder`; those of living writers stay.
+
+    Returns: how many went.
+    """
     count = 0
     with _explained(folder, "clean"):
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if entry.name.startswith(_TEMPORARY)]
         for name in names:
             temporary = Path(folder) / name
+            kind = os.O_RDONLY | os.O_DIRECTORY if temporary.is_dir() else os.O_RDWR
             try:
-                descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                descriptor = os.open(temporary, kind | os.O_NOFOLLOW | os.O_CLOEXEC)
             except OSError:  # renamed meanwhile, or not ours
                 continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(temporary)
+                if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                    shutil.rmtree(temporary)
+                else:
+                    os.unlink(temporary)
                 count += 1
             except OSError:  # its writer lives, or nobody can tell: leave it
                 continue

@@ -215,6 +215,67 @@ def test_leftovers_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path):
     assert (tmp_path / "x").read_text() == "whole" and names(tmp_path) == [".tmp-link", "x"]
 
 
+@pytest.mark.parametrize(
+    "planted", ["nothing", "a link to a folder", "a dangling link", "a file", "a folder with a link"]
+)
+def test_a_fresh_folder_replaces_what_stood_there_and_follows_no_link(tmp_path, planted):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "weights").write_text("precious")
+    home = tmp_path / "home"
+    home.mkdir()
+    path = home / "adapter"
+    if planted == "a link to a folder":
+        path.symlink_to(outside)
+    elif planted == "a dangling link":
+        path.symlink_to(tmp_path / "nowhere")
+    elif planted == "a file":
+        path.write_text("old")
+    elif planted == "a folder with a link":
+        path.mkdir()
+        (path / "weights").symlink_to(outside / "weights")
+    with files.atomic_folder(path) as fresh:
+        (fresh / "weights").write_text("new")
+        assert fresh.parent == home and not (path / "more").exists()
+        (fresh / "more").mkdir()
+    assert names(home) == ["adapter"] and names(path) == ["more", "weights"] and not path.is_symlink()
+    assert (path / "weights").read_text() == "new"
+    assert names(outside) == ["weights"] and (outside / "weights").read_text() == "precious"
+
+
+def test_a_folder_that_fails_leaves_the_old_one(tmp_path):
+    with files.atomic_folder(tmp_path / "a") as fresh:
+        (fresh / "x").write_text("old")
+    with pytest.raises(ZeroDivisionError), files.atomic_folder(tmp_path / "a") as fresh:
+        (fresh / "x").write_text("new")
+        raise ZeroDivisionError
+    with pytest.raises(DataError, match="neither a file nor a folder"), files.atomic_folder(tmp_path / "a") as fresh:
+        (fresh / "x").symlink_to("/etc/hostname")
+    assert names(tmp_path) == ["a"] and (tmp_path / "a" / "x").read_text() == "old"
+
+
+def test_permissions_of_a_folder_and_its_files_whatever_the_umask(tmp_path):
+    script = """
+import os; os.umask(0)
+from datatools import files
+with files.atomic_folder("a") as fresh:
+    os.mkdir(fresh / "sub")
+    (fresh / "sub" / "x").write_text("")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a", "a/sub", "a/sub/x")]
+    assert modes == [0o755, 0o755, 0o644]
+
+
+def test_folders_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path):
+    (tmp_path / ".tmp-dead").mkdir()
+    (tmp_path / ".tmp-dead" / "x").write_text("half")
+    with files.atomic_folder(tmp_path / "a") as fresh:
+        assert files.remove_leftovers(tmp_path) == 1 and fresh.is_dir()
+    assert names(tmp_path) == ["a"]
+
+
 def test_import_is_light():
     script = "import sys; from datatools import files, DataError; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=REPOSITORY)
