@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datatools import DataError, Selection, UsageError, files, select
-from pipelines import evaluation, leakage, methods, models, report, trainer
+from pipelines import evaluation, leakage, methods, models, report, trainer, verdicts
 from pipelines.config import AuditConfig, FeaturesConfig, SelectConfig, TrainingConfig
 from pipelines.methods import Context
 from pipelines.prepare import Rows, file_facts, prepare, target_data
@@ -44,10 +44,10 @@ def run(config: AuditConfig) -> Path:
             if config.target:
                 wanted = target_data(config.pool, config.target, config.target_columns)
                 target = prepare(wanted, config.model, loaded.tokenizer, label="target", **read)
-        chosen = _rows_of(config.selected, pool)
+        chosen, judged = _rows_of(config.selected, pool)
         leaks = _leaks(config, test, pool, target, chosen)
         facts: dict[str, Any] = {"model": dict(loaded.digests), "pool": file_facts(pool), "test": file_facts(test)}
-        current.check(facts)
+        current.check(facts | {"selection": judged})
         context = Context(_as_select(config), current, pool, target, lambda: loaded)
         with current.stage("baselines"):
             plan = [
@@ -67,12 +67,10 @@ def run(config: AuditConfig) -> Path:
                 results.append(
                     {"arm": arm, "seed": seed} | _train_and_measure(config, loaded, pool, test, rows, arm, seed, label)
                 )
-        audit = summarise(base, results, config) | _told(leaks)
+        audit = summarise(base, results, config) | _told(leaks) | {"selection": judged}
         files.write_json(current.path("audit.json"), audit)
-        home = config.selected.parent
-        if (home / "summary.json").is_file() and (home / "scores.parquet").is_file():
-            files.write_json(home / "summary.json", {**files.read_json(home / "summary.json"), "audit": audit})
-            say(f"report: {report.render(home)}")
+        if verdicts.deliver(config.selected.parent, audit):
+            say(f"report: {report.render(config.selected.parent)}")
     print_table(audit, Console())
     return config.out
 
@@ -111,15 +109,16 @@ def _as_select(config: AuditConfig) -> SelectConfig:
     )
 
 
-def _rows_of(selected: Path, pool: Rows) -> list[int]:
-    """Rows of the pool whose lines stand in `selected`, in that order."""
+def _rows_of(selected: Path, pool: Rows) -> tuple[list[int], str]:
+    """Rows of the pool whose lines stand in `selected`, in that order, and the digest of the bytes that were read."""
     places: dict[str, list[int]] = {}
     for i in np.flatnonzero(pool.usable).tolist():
         places.setdefault(files.digest(pool.pool.raw(i)), []).append(i)
     if not selected.is_file():
         raise UsageError(f"--selected {selected}: no such file; give the selected.jsonl of a run")
     found = []
-    for number, line in enumerate(files.read_bytes(selected).split(b"\n"), start=1):
+    content = files.read_bytes(selected)
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
         rows = places.get(files.digest(line))
@@ -130,7 +129,7 @@ def _rows_of(selected: Path, pool: Rows) -> list[int]:
         found.append(rows.pop(0))
     if not found:
         raise DataError(f"{selected}: holds no row that can be trained on")
-    return found
+    return found, files.digest(content)
 
 
 def _arm(context: Context, config: AuditConfig, arm: str, chosen: list[int]) -> list[tuple[int, list[int]]]:

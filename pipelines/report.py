@@ -19,6 +19,7 @@ from rich.text import Text
 
 from datatools import files
 from pipelines import report_view as view
+from pipelines import verdicts
 from pipelines.report_view import Json
 from pipelines.texts import NBSP, breakable, count, duration, marked, percent, plural, size, visible
 
@@ -64,7 +65,8 @@ def render(folder: Path) -> Path:
     report cannot be written.
     """
     folder = Path(folder)
-    parts = view.build(view.read_summary(folder / "summary.json"), view.read_scores(folder / "scores.parquet"))
+    summary = verdicts.checked(folder, view.read_summary(folder / "summary.json"))
+    parts = view.build(summary, view.read_scores(folder / "scores.parquet"))
     path = folder / "report.html"
     files.write_text(path, page("report.html", **parts, shown=SHOWN_EXAMPLES))
     return path
@@ -133,8 +135,9 @@ def terminal(summary: Json, console: Console) -> None:
 
     console.print()
     _say_cost(summary, say)
-    if not arms and str(summary.get("method")) not in view.RANDOM_ARMS:
-        say("not audited: nothing here shows yet that these rows beat random ones", "dim")
+    if not arms:
+        baseline = str(summary.get("method")) in view.RANDOM_ARMS
+        say("not audited: " + ("a baseline, made to be compared with" if baseline else view.UNAUDITED), "yellow")
 
 
 def _end(text: str, most: int) -> str:

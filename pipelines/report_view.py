@@ -87,6 +87,7 @@ WITH = {
 BASE_ARM = "untrained"  # the model before any training: a landmark, not a rival
 RANDOM_ARMS = ("random", "random-length")
 SIMILARITY_ARMS = ("tfidf", "bm25", "rds", "embedding")
+UNAUDITED = "nothing here shows yet that these rows beat random ones"
 STATUS = {
     "ok": "eligible",
     "duplicate": "copy of another row",
@@ -407,8 +408,8 @@ def _trust(summary: Json, table: Sequence[Arm]) -> dict[str, str]:
     """The shortest honest answer to: may I believe this?"""
     if not table:
         if str(summary.get("method")) in RANDOM_ARMS:
-            return {"state": "none", "big": "A baseline", "text": "Made to be compared with, not to be believed."}
-        return {"state": "none", "big": "Not audited", "text": "Nothing here shows that these rows beat random ones."}
+            return {"state": "none", "big": "A baseline", "text": "Not audited: made to be compared with."}
+        return {"state": "none", "big": "Not audited", "text": f"{UNAUDITED[0].upper()}{UNAUDITED[1:]}."}
     if leak(mapping(summary.get("audit"))):
         return {"state": "bad", "big": "Test rows leaked", "text": "They were in the pool or the target."}
     state, _ = verdict(table, {})

@@ -410,7 +410,8 @@ def _version(name: str) -> str | None:
 
 _ROOT = Path(__file__).resolve().parents[1]
 # What shows results and does not make them: editing it does not stop a run from being continued.
-_SHOWING = {"cli", "__main__", "doctor", "listing", "report", "report_view", "charts", "texts", "explain", "demo"}
+_SHOWING = {"cli", "__main__", "doctor", "listing", "report", "report_view", "charts", "texts", "explain", "demo",
+            "pages", "run_page", "order_report", "coreset_report", "diagnose_view"}  # fmt: skip
 
 
 def code_digest() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -17,9 +18,10 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
-from datatools import ENCODINGS, Budget, Candidates, DataError, GradientFeatures, Selection, files, select
-from pipelines import checkpoints, leakage, methods, models, report, trainer
+from datatools import ENCODINGS, Budget, Candidates, DataError, GradientFeatures, Selection, UsageError, files, select
+from pipelines import checkpoints, leakage, methods, models, report, trainer, verdicts
 from pipelines.config import NEED_TARGET, SelectConfig
+from pipelines.config_files import as_dict, fingerprint, load_config
 from pipelines.data import Row
 from pipelines.methods import Context, Scored
 from pipelines.prepare import Rows, accept_growth, file_facts, prepare, target_data
@@ -33,12 +35,15 @@ def run(config: SelectConfig) -> Path:
     """Select, and write `selected.jsonl`, `selected.parquet`, `scores.parquet`, `summary.json` and `report.html` to
     `out`.
 
-    A run that was interrupted goes on where it stopped; a pool that has grown costs its new rows.
+    A run that was interrupted goes on where it stopped; a pool that has grown costs its new rows. A selection that is
+    there is never replaced: the same one keeps its audit, another budget, cap or aggregation is refused, and a pool
+    that has grown moves the earlier selection to `selected.old-N`.
     Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
     """
     alone("datatools select")
     Budget.parse(config.budget)  # a slip here must not cost a warm-up
     methods.check(config)
+    _refuse_another_selection(config)
     if config.dry_run:
         return _dry_run(config)
     with Run(config.out, config, "select", overwrite=config.overwrite) as current:
@@ -55,6 +60,35 @@ def run(config: SelectConfig) -> Path:
         report.terminal(summary, Console(stderr=True))
     say(f"report: {path}")
     return config.out
+
+
+def _refuse_another_selection(config: SelectConfig) -> None:
+    """Refuse settings that would replace the selection in `out`, and name the command that makes the other one."""
+    folder, path = config.out, config.out / "run.yaml"
+    if config.overwrite or not (folder / verdicts.SELECTED).is_file() or not path.is_file():
+        return
+    try:
+        before = load_config(SelectConfig, path)
+    except UsageError:
+        return  # `Run` says what is wrong with it
+    if fingerprint(before) != fingerprint(config):
+        return  # `Run` says which settings of the whole run differ
+    old, new = (as_dict(one, leave_out=("volatile", "elsewhere")) for one in (before, config))
+    differing = [f"{name} was {old[name]}, is {new[name]}" for name in old if old[name] != new[name]]
+    if not differing:
+        return
+    reuse = [f"--set features.folder={config.features.folder or folder / 'features'}"]
+    if config.method == "less":
+        stops = checkpoints.find(config.checkpoints or [folder / "warmup"])
+        if not config.checkpoints and config.warmup.checkpoints:
+            stops = stops[-config.warmup.checkpoints :]
+        reuse += [f"--checkpoints {stop.folder}" for stop in stops]
+    again = f" (with {shlex.join(' '.join(reuse).split(' '))} it computes no gradient again)"
+    raise UsageError(
+        f"{folder} holds a selection made with other settings: {'; '.join(differing)}. {verdicts.SELECTED} is not "
+        f"replaced: select into another --out{again if config.method in ('less', 'rds') else ''}, or move the whole "
+        f"run to {folder}.old-N with --overwrite"
+    )
 
 
 def _context(config: SelectConfig, current: Run) -> Context:
@@ -214,7 +248,10 @@ def _write(context: Context, scored: Scored, selection: Selection, before: Mappi
     current, pool = context.run, context.pool
     chosen = [int(i) for i in selection.indices]
     why = _reasons(context, scored, selection)
-    with files.atomic_path(current.path("selected.jsonl")) as path, open(path, "wb") as out:
+    digest = verdicts.digest_of_lines(pool.pool.raw(index) for index in chosen)
+    audit = verdicts.kept(current.folder, digest)
+    verdicts.set_aside(current.folder, digest)
+    with files.atomic_path(current.path(verdicts.SELECTED)) as path, open(path, "wb") as out:
         for index in chosen:
             out.write(pool.pool.raw(index) + b"\n")
     order = _ranking(pool, scored)
@@ -226,6 +263,7 @@ def _write(context: Context, scored: Scored, selection: Selection, before: Mappi
         "keys_digest": files.digest("\n".join(pool.keys[i] for i in chosen).encode()),
     }
     summary = _summary(context, scored, selection, order, before)
+    summary |= {"selection": {"digest": digest}, "audit": audit}
     files.write_json(current.path("summary.json"), summary)
     names = ("selected.jsonl", "selected.parquet", "scores.parquet", "summary.json")
     current.provenance["outputs"] = {name: files.digest_file(current.path(name)) for name in names}
@@ -500,5 +538,4 @@ def _summary(
         "checkpoints": scored.checkpoints,
         "seeds": {"seed": config.seed},
         "versions": versions(),
-        "audit": None,
     }

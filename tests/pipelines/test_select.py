@@ -428,14 +428,6 @@ def test_other_settings_are_refused_by_name(first, world, setting, value):
         select.run(world.select(first, **{setting: value}))
 
 
-def test_another_budget_in_a_finished_run_costs_no_gradient(world, tmp_path, counted):
-    """Budget, caps and aggregation are read last: the folder is asked again, its features stay."""
-    run = select.run(world.select(tmp_path / "run"))
-    best, counted[0] = ids(run), 0
-    again = select.run(world.select(tmp_path / "run", budget="20%"))
-    assert counted == [0] and len(ids(again)) == 12 and ids(again)[: len(best)] == best
-
-
 def test_features_of_other_weights_are_refused_even_if_the_change_is_accepted(own_world, tmp_path, monkeypatch):
     """`--accept-change model` lets the run go on, but the store does not mix features of two models."""
     shared = FeaturesConfig(folder=tmp_path / "features")
