@@ -681,18 +681,45 @@ def diagnose(
     _launch(DiagnoseConfig, "pipelines.diagnose:run", _yaml(yaml, config), flags, set_, print_config, quiet)
 
 
-@_command("explain", "datatools explain runs/select/selected.jsonl:17")
+@_command(
+    "explain",
+    "datatools explain runs/select/selected.jsonl:17",
+    "datatools explain runs/select pool.jsonl:803",
+    "datatools explain runs/select some-id",
+)
 def explain(
-    row: Annotated[str, typer.Argument(metavar="FILE:LINE", help="a line of selected.jsonl", show_default=False)],
+    place: Annotated[
+        str, typer.Argument(metavar="FILE:LINE|DIR", help="a line of selected.jsonl, or a run's folder",
+                            show_default=False)
+    ],
+    row: Annotated[
+        str | None,
+        typer.Argument(metavar="ROW", help="a row of the run's pool: FILE:LINE or its id", show_default=False),
+    ] = None,
     nearest: Annotated[int | None, _flag("--nearest", "how many target rows to show", _METHOD, 5, metavar="N")] = None,
 ) -> None:
-    """Why was this row selected? Its scores and the target rows that it resembles most."""
+    """Why was this row selected, or not? Its score and rank, and the target rows that it resembles most."""
     from datatools import UsageError
     from pipelines.config import ExplainConfig
 
-    file, colon, line = row.rpartition(":")
+    if row is not None:
+        home = Path(place)
+        home = home.parent if home.name == "selected.jsonl" else home
+        name, _, number = row.rpartition(":")
+        listed = number.isdecimal() and (name == "selected.jsonl" or Path(name) == home / "selected.jsonl")
+        flags = {"file": home / "selected.jsonl", **({"line": int(number)} if listed else {"row": row})}
+        _launch(ExplainConfig, "pipelines.explain:run", None, {**flags, "nearest": nearest})
+        return
+    file, colon, line = place.rpartition(":")
     if not colon or not file or not line.isdecimal():
-        raise UsageError(f"explain: {row!r} names no row; expected FILE:LINE, such as runs/select/selected.jsonl:17")
+        raise UsageError(
+            f"explain: {place!r} names no row; expected FILE:LINE, such as runs/select/selected.jsonl:17, or a run's "
+            "folder and a row of its pool"
+        )
+    if Path(file).name != "selected.jsonl" and not (Path(file).parent / "run.yaml").is_file():
+        raise UsageError(
+            f"explain: {file} lies in no run; for a row of the pool give the run too: datatools explain DIR {place}"
+        )
     _launch(ExplainConfig, "pipelines.explain:run", None, {"file": file, "line": int(line), "nearest": nearest})
 
 

@@ -723,10 +723,14 @@ class AuditConfig(RunSettings):
 
 
 class ExplainConfig(Settings):
-    """Why was this row selected?"""
+    """Why was this row selected, or not?"""
 
     file: FilePath = Field(description="selected.jsonl of a run")
-    line: int = Field(ge=1, le=10**12, description="line in that file, counted from 1")
+    line: int = Field(default=1, ge=1, le=10**12, description="line in that file, counted from 1; not used with `row`")
+    row: str | None = Field(
+        default=None, min_length=1, max_length=4096,
+        description="any row of the run's pool: FILE:LINE of one of its files, or its id",
+    )
     nearest: int = Field(default=5, ge=1, le=1000, description="how many target rows to show")
 
 

@@ -462,30 +462,29 @@ def random_length(context: Context) -> Scored:
 
 
 def tfidf(context: Context) -> Scored:
-    """Cosine of TF-IDF vectors (words and word pairs, sublinear counts) of whole rows, prompt and answer.
+    """Cosine of TF-IDF vectors (words and word pairs, sublinear counts) of whole rows, prompt and answer."""
+    with context.run.stage("scores"):
+        similarity = word_similarity(context.pool, context.wanted)
+    scored = _from_similarity(context, similarity)
+    scored.formula = {"name": "tfidf", "text": "cosine of TF-IDF vectors of pool row and target rows; no model is used"}
+    return scored
+
+
+def word_similarity(pool: Rows, target: Rows) -> Tensor:
+    """float32 [usable pool rows, usable target rows]: cosines of TF-IDF vectors.
 
     Source: scikit-learn's TfidfVectorizer, fitted on pool and target together.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    pool, target = context.pool, context.wanted
-    chosen = np.flatnonzero(pool.usable).tolist()
-    texts = [pool.pool[i].whole for i in chosen]
-    wanted = [target.pool[i].whole for i in np.flatnonzero(target.usable).tolist()]
-    with context.run.stage("scores"):
-        vectorizer = TfidfVectorizer(
-            sublinear_tf=True, ngram_range=(1, 2), dtype=np.float32, token_pattern=r"(?u)\b\w+\b"
-        )
-        try:
-            matrix = vectorizer.fit_transform(texts + wanted)
-        except ValueError as error:  # "empty vocabulary": letters and digits make words, nothing else does
-            raise DataError(
-                "--method tfidf: no row of the pool or the target holds a word; use another method"
-            ) from error
-        similarity = (matrix[: len(texts)] @ matrix[len(texts) :].T).toarray()
-    scored = _from_similarity(context, torch.from_numpy(np.asarray(similarity, dtype=np.float32)))
-    scored.formula = {"name": "tfidf", "text": "cosine of TF-IDF vectors of pool row and target rows; no model is used"}
-    return scored
+    texts, wanted = ([rows.pool[i].whole for i in np.flatnonzero(rows.usable).tolist()] for rows in (pool, target))
+    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), dtype=np.float32, token_pattern=r"(?u)\b\w+\b")
+    try:
+        matrix = vectorizer.fit_transform(texts + wanted)
+    except ValueError as error:  # "empty vocabulary": letters and digits make words, nothing else does
+        raise DataError("--method tfidf: no row of the pool or the target holds a word; use another method") from error
+    similarity = (matrix[: len(texts)] @ matrix[len(texts) :].T).toarray()
+    return torch.from_numpy(np.asarray(similarity, dtype=np.float32))
 
 
 def rds(context: Context) -> Scored:

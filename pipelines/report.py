@@ -7,21 +7,23 @@ that forgetting a filter is not possible; no data reaches a link, a style or a s
 the network to itself by its Content-Security-Policy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+import pyarrow as pa
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from rich import box
 from rich.console import Console, OverflowMethod
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from datatools import files
+from datatools import DataError, files
 from pipelines import report_view as view
 from pipelines import verdicts
 from pipelines.report_view import Json
-from pipelines.texts import NBSP, breakable, count, duration, marked, percent, plural, size, visible
+from pipelines.texts import NBSP, breakable, count, duration, first_line, marked, percent, plural, size, visible
 
 __all__ = ["render", "terminal", "visible"]
 
@@ -48,6 +50,16 @@ def _environment() -> Environment:
         "plural": plural,
     }
     return environment
+
+
+@contextmanager
+def damaged(path: Path, remedy: str) -> Iterator[None]:
+    """Inside, values of `path` that are missing or of another type than was written are a DataError with the remedy."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, pa.ArrowException, TemplateError,
+            AssertionError, RecursionError, StopIteration) as error:  # fmt: skip
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {first_line(error)}); {remedy}") from error
 
 
 def page(template: str, /, **parts: object) -> str:
