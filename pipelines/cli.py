@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from pipelines import threads
+
 if TYPE_CHECKING:
     from pipelines.config import Settings
 
@@ -878,6 +880,7 @@ def _launch(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Expected errors are one line on stderr, others keep their traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    threads.choose()  # before torch is loaded
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="datatools", standalone_mode=False)
     except Exception as error:

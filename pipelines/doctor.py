@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from datatools import DatatoolsError, files
+from pipelines import threads
 from pipelines.runs import redact
 from pipelines.texts import visible
 
@@ -101,24 +102,21 @@ def _package(name: str) -> Check:
     return Check(name, "ok", version)
 
 
-def _cores() -> int:
-    """Cores that this process may use: affinity, and the container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        if quota != "max":
-            cores = min(cores, max(1, round(int(quota) / int(period))))
-    return cores
-
-
 def _processor() -> list[Check]:
     import torch
 
-    cores, threads = _cores(), torch.get_num_threads()
-    found = f"{platform.machine()}, {cores} {'core' if cores == 1 else 'cores'}, {threads} threads used"
-    if threads > cores:
-        return [Check("processor", "warn", found, f"more threads than cores is slow; set OMP_NUM_THREADS={cores}")]
-    return [Check("processor", "ok", found)]
+    cores, count = threads.cores(), torch.get_num_threads()
+    found = f"{platform.machine()}, {cores} {'core' if cores == 1 else 'cores'}, {count} threads used"
+    checks = [Check("processor", "ok", found)]
+    if count > cores:
+        checks = [Check("processor", "warn", found, f"more threads than cores is slow; set OMP_NUM_THREADS={cores}")]
+    set_ = ", ".join(f"{name}={os.environ[name]}" for name in threads.WAITING if name in os.environ)
+    elsewhere = f"GOMP_SPINCOUNT={threads.SPINS} before torch is imported"
+    if threads.waits_briefly():
+        found = f"idle threads sleep soon ({set_}): two runs share the machine"
+        return [*checks, Check("waiting", "ok", f"{found}; in a notebook or script of your own set {elsewhere}")]
+    advice = f"a second run on this machine may become many times slower; unset it, or set {elsewhere}"
+    return [*checks, Check("waiting", "warn", f"idle threads spin ({set_ or 'torch was loaded first'})", advice)]
 
 
 def _memory() -> list[Check]:

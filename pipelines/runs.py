@@ -30,7 +30,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files
-from pipelines import texts
+from pipelines import texts, threads
 from pipelines.config import Json, Settings
 from pipelines.config_files import as_dict, config_digest, dump, fingerprint, flatten, load_config
 from pipelines.texts import visible
@@ -453,14 +453,15 @@ def machine() -> dict[str, Json]:
     memory: int | None = None
     with suppress(ValueError, OSError, AttributeError):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    threads: dict[str, Json] = {k: os.environ[k] for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if k in os.environ}
+    names = (*threads.COUNTS, *threads.WAITING)
     return {
         "system": platform.system(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
+        "cores": threads.cores(),
         "memory_bytes": memory,
         "python": platform.python_version(),
-        **threads,
+        **{name: redact(os.environ[name]) for name in names if name in os.environ},
     }
 
 
