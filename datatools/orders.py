@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
+import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from datatools import files
+from datatools.arrays import read_npz, write_npz
 from datatools.errors import DataError, UsageError
 
-_FORMAT = 1
+_FORMAT = 2  # 1 had no recipe and no digest
+_LIMIT = 1 << 28  # bytes of a file
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,14 @@ class Order:
     """Batches and their sequence: step t trains on `batches[sequence[t]]`; epochs repeat batches.
 
     batches: n batches of example ids. sequence: T entries in 0..n-1.
-    On disk an `.npz` without pickles: the ids, the size of each batch, the sequence.
+    recipe: how the run trains that the order was made for, as plain values (JSON); None where nothing is known of it.
+    On disk an `.npz` without pickles: the ids, the size of each batch, the sequence, the recipe, and a digest of these.
     Raises: UsageError for an empty batch or an entry of the sequence that names no batch.
     """
 
     batches: tuple[tuple[str, ...], ...]
     sequence: tuple[int, ...]
+    recipe: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         empty = [number for number, batch in enumerate(self.batches) if not batch]
@@ -50,41 +55,71 @@ class Order:
     def reordered(self, sequence: Sequence[int]) -> Order:
         """The same batches in another sequence. Raises: UsageError unless it is a permutation of this one's."""
         check_permutation(sequence, self.sequence)
-        return Order(self.batches, tuple(int(b) for b in sequence))
+        return replace(self, sequence=tuple(int(b) for b in sequence))
 
     def save(self, path: files.PathLike) -> None:
         """Write the file, whole or not at all."""
-        arrays = {
-            "format": np.int64(_FORMAT),
-            "ids": np.array([i for batch in self.batches for i in batch], dtype=np.str_),
+        arrays: dict[str, NDArray[Any]] = {
+            "format": np.asarray(_FORMAT, np.int64),
+            "ids": _packed([i for batch in self.batches for i in batch]),
             "sizes": np.array([len(batch) for batch in self.batches], dtype=np.int64),
             "sequence": np.array(self.sequence, dtype=np.int64),
+            "recipe": _packed(self.recipe),
         }
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w") as archive:  # as np.savez, but without the time: equal orders, equal bytes
-            for name, array in arrays.items():
-                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
-                    np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
-        files.write_bytes(path, buffer.getvalue())
+        files.write_bytes(path, write_npz(arrays | {"digest": _packed(_digest(arrays))}))
 
     @classmethod
     def load(cls, path: files.PathLike) -> Order:
-        """Read what `save` wrote. Raises: DataError when the file is missing, damaged or of another format."""
-        raw = files.read_bytes(path)
+        """Read what `save` wrote, in memory of the order of the file's size.
+
+        Raises: DataError when the file is missing, damaged, edited or of another format.
+        """
+        raw = files.read_bytes(path, limit=_LIMIT)
         try:
-            with np.load(io.BytesIO(raw), allow_pickle=False) as saved:
-                version, ids, sizes, sequence = (saved[key] for key in ("format", "ids", "sizes", "sequence"))
-            if int(version) != _FORMAT:
-                raise DataError(f"order {path}: format {int(version)}, this version reads {_FORMAT}")
-            if sizes.sum() != len(ids) or sizes.ndim != 1 or sequence.ndim != 1:
-                raise ValueError(f"{len(ids)} ids for batches of {int(sizes.sum())}")
-            ends = np.cumsum(sizes)
-            batches = tuple(
-                tuple(str(i) for i in ids[end - size : end]) for size, end in zip(sizes, ends, strict=True)
-            )
-            return cls(batches, tuple(sequence.tolist()))
-        except (ValueError, KeyError, OSError, TypeError, EOFError, UsageError, zipfile.BadZipFile) as error:
-            raise DataError(f"order {path}: not an order that datatools wrote ({error}); make it again") from error
+            saved = read_npz(raw)
+            version = int(saved["format"])
+            if version not in (1, _FORMAT):
+                raise DataError(f"order {path}: format {version}, this version reads {_FORMAT}")
+            sizes, sequence = saved["sizes"], saved["sequence"]
+            if sizes.ndim != 1 or sequence.ndim != 1 or sizes.dtype.kind not in "iu" or sequence.dtype.kind not in "iu":
+                raise ValueError("sizes and sequence must be lists of whole numbers")
+            recipe = None
+            if version == 1:
+                ids = saved["ids"].tolist()
+            else:
+                digest = _unpacked(saved.pop("digest"))
+                if digest != _digest(saved):
+                    raise ValueError("it does not have the digest that it was written with: damaged or edited")
+                ids, recipe = _unpacked(saved["ids"]), _unpacked(saved["recipe"])
+            if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
+                raise ValueError("ids must be a list of texts")
+            if not isinstance(recipe, dict | None):
+                raise ValueError("its recipe is no mapping")
+            if len(sizes) and (sizes.min() < 0 or sizes.max() > len(ids)) or int(sizes.sum()) != len(ids):
+                raise ValueError(f"{len(ids)} ids for batches of other sizes")
+            ends = np.cumsum(sizes).tolist()
+            batches = tuple(tuple(ids[end - size : end]) for size, end in zip(sizes.tolist(), ends, strict=True))
+            return cls(batches, tuple(sequence.tolist()), recipe)
+        except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
+            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise DataError(f"order {path}: not an order that datatools wrote ({what}); make it again") from error
+
+
+def _packed(value: Any) -> NDArray[np.uint8]:
+    """A plain value as the bytes of its JSON: an array of texts would take the longest one's size for each."""
+    return np.frombuffer(json.dumps(value, allow_nan=False).encode(), dtype=np.uint8)
+
+
+def _unpacked(array: NDArray[Any]) -> Any:
+    if array.dtype != np.uint8:
+        raise ValueError(f"text is stored as bytes, and here is {array.dtype}")
+    return json.loads(array.tobytes())
+
+
+def _digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    described = [[name, str(array.dtype), list(array.shape)] for name, array in sorted(arrays.items())]
+    parts = [json.dumps(described).encode(), *(array.tobytes() for _, array in sorted(arrays.items()))]
+    return files.digest(b"".join(parts))
 
 
 def check_permutation(sequence: Sequence[int], of: Sequence[int]) -> None:

@@ -17,14 +17,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from datatools import DataError, EnvironmentProblem, Order, UsageError, files, order
+from datatools import DataError, EnvironmentProblem, Order, UsageError, files, order, sealed
 from pipelines import order_report, order_setting, trainer
 from pipelines.config import OrderConfig
 from pipelines.order_setting import Setting
@@ -54,6 +54,7 @@ def run(config: OrderConfig) -> Path:
         if config.dry_run:
             say("dry run: data and model load, and a step can be taken; nothing was recorded")
             return config.out
+        order_report.read(current.folder, again=config.task)
         _TASKS[config.task](setting)
         page = order_report.render(current.folder)
         say(f"report: {page}")
@@ -219,9 +220,10 @@ def reference(setting: Setting, number: int = 0, *, every: bool = False) -> orde
     folder = setting.run.path("reference", f"{number:02d}-{anchors}")
     label = f"reference run {number + 1}"
     if (folder / "meta.json").is_file():
-        found = order.ReferenceRun.load(folder, setting.device)
-        found.check_same(setting.facts, "this run's")
-        return found
+        with suppress(sealed.Damaged):  # `record` meets what is damaged, and makes it again
+            found = order.ReferenceRun.load(folder, setting.device)
+            found.check_same(setting.facts, "this run's")
+            return found
     with setting.run.stage(label), progress(label, steps, "steps") as bar:
         params, states = setting.begin(0)
         done = [0]
@@ -232,8 +234,23 @@ def reference(setting: Setting, number: int = 0, *, every: bool = False) -> orde
 
         return order.record(
             setting.problem, setting.recipe, sequence, params, states,
-            anchors=anchors, folder=folder, facts=setting.facts, observe=observe,
+            anchors=anchors, folder=folder, facts=setting.facts, observe=observe, damaged=_again,
         )  # fmt: skip
+
+
+def _again(error: DataError) -> None:
+    warn(f"{error}; it is made again")
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """The result in a file; None where there is none, or one that does not hold what was written, which is said."""
+    if not path.is_file():
+        return None
+    try:
+        return sealed.read_json(path)
+    except sealed.Damaged as error:
+        _again(error)
+        return None
 
 
 def _start(setting: Setting) -> order.Anchor:
@@ -251,10 +268,9 @@ def true_loss(
     Raises: DataError, with `label`, where training diverges.
     """
     path = setting.kept("true", "", tuple(sequence), seed)
-    if path.is_file():
-        found = files.read_json(path)
-        if found.get("sequence") == list(sequence) and found.get("seed") == seed:
-            return float(found["loss"])
+    found = _kept(path)
+    if found is not None and found.get("sequence") == list(sequence) and found.get("seed") == seed:
+        return float(found["loss"])
     began = time.monotonic()
     if seed == 0:
         params, states = _start(setting).params, _start(setting).states
@@ -274,7 +290,7 @@ def true_loss(
         )
     files.make_folder(path.parent)
     took = time.monotonic() - began
-    files.write_json(path, {"sequence": list(sequence), "seed": seed, "loss": loss, "seconds": took})
+    sealed.write_json(path, {"sequence": list(sequence), "seed": seed, "loss": loss, "seconds": took})
     return loss
 
 
@@ -311,7 +327,10 @@ def surrogate(setting: Setting, name: str, number: int = 0) -> order.Surrogate:
     asked = files.digest(repr((run_.digest(), _asked(setting, name))).encode())
     folder = setting.run.path("surrogates", f"{name}-{number:02d}-{asked[:12]}")
     if (folder / "meta.json").is_file():
-        return order.Surrogate.load(folder, run_, setting.problem)
+        try:
+            return order.Surrogate.load(folder, run_, setting.problem)
+        except sealed.Damaged as error:
+            _again(error)
     label = f"{name} ({number + 1})"
     work = _cost_of(name, setting).in_gradients(hvp=HVP_IN_GRADIENTS)
     with setting.run.stage(label), _spending(setting.problem, label, math.ceil(work)):
@@ -371,13 +390,13 @@ def estimate(
     """
     listed = [list(s) for s in sequences]
     path = setting.kept("estimates", f"{name}-{number:02d}-", listed, _asked(setting, name))
-    if path.is_file():
-        if bar is not None:
-            bar.advance(len(sequences))
-    else:
+    found = _kept(path)
+    if found is None:
         files.make_folder(path.parent)
-        files.write_json(path, order.finite(_estimated(setting, name, sequences, number, made, bar)))
-    found: dict[str, Any] = files.read_json(path)
+        found = order.finite(_estimated(setting, name, sequences, number, made, bar))
+        sealed.write_json(path, found)
+    elif bar is not None:
+        bar.advance(len(sequences))
     return found | {
         "estimated": [math.inf if loss is None else loss for loss in found["estimated"]],
         "trust": [{key: math.nan if v is None else v for key, v in trust.items()} for trust in found["trust"]],
@@ -463,14 +482,18 @@ def _estimate(setting: Setting) -> None:
         given = Order.load(path)
         if given.batches != setting.plan.batches:
             raise DataError(f"order {path}: its batches are not those of this run; estimate orders made from it")
-        named[path.name if path.name not in named else str(path)] = setting.plan.reordered(given.sequence).sequence
+        try:
+            sequence = setting.plan.reordered(given.sequence).sequence
+        except UsageError as error:
+            raise DataError(f"{path}: {error}") from error
+        named[path.name if path.name not in named else str(path)] = sequence
     named |= {f"random {i + 1}": s for i, s in enumerate(setting.random_orders("random", setting.config.orders))}
     found = {name: estimate(setting, name, list(named.values())) for name in setting.config.estimators}
     table = [
         {"name": label, "sequence": list(sequence)} | {name: found[name]["estimated"][i] for name in found}
         for i, (label, sequence) in enumerate(named.items())
     ]
-    files.write_json(setting.run.path("estimates.json"), order.finite({"orders": table, "estimators": found}))
+    sealed.write_json(setting.run.path("estimates.json"), order.finite({"orders": table, "estimators": found}))
     for name in found:
         if lost := _diverged(found[name]["estimated"]):
             warn(f"{name}: {lost}")
@@ -532,7 +555,7 @@ def _search(setting: Setting) -> None:
     known = {tuple(s): loss for s, loss in zip(runs, true, strict=True)}
     for row in rows:
         row["true"] = known.get(tuple(row["sequence"]))
-    files.write_json(
+    sealed.write_json(
         setting.run.path("search.json"),
         order.finite({
             "estimator": name, "judge": judge, "judging": judging, "method": config.search,
@@ -662,7 +685,7 @@ def _validate(setting: Setting) -> None:
         "retraining_in_batch_gradients": len(setting.sequence),
         "batches": [{"source": s, "tokens": n} for s, n in zip(setting.sources, setting.lengths, strict=True)],
     }  # fmt: skip
-    files.write_json(setting.run.path("validation.json"), order.finite(result))
+    sealed.write_json(setting.run.path("validation.json"), order.finite(result))
     for label, entry in known.items():
         say(_sentence(label, entry))
 
@@ -724,29 +747,28 @@ def _map(setting: Setting) -> None:
         for batch in batches:  # a file a batch: what a kill leaves is used
             asked = (config.map_positions, config.completions, [_asked(setting, name) for name in _used(config)])
             path = setting.kept("maps", f"{config.map_by}-{batch}-", *asked)
-            if not path.is_file():
+            part = _kept(path)
+            if part is None:
                 found = order.memory_map(
                     setting.sequence, final, setting.problem.train_loss, setting.problem.held_out_loss,
                     batches=[batch], positions=config.map_positions, completions=config.completions,
                     seed=derive_seed(config.seed, "order", "map"), advance=bar.advance,
                 )  # fmt: skip
                 files.make_folder(path.parent)
-                files.write_json(
-                    path,
-                    {
-                        "batch": batch, "source": setting.sources[batch], "positions": list(found.positions),
-                        "memory": found.memory[0].tolist(), "held_out": found.held_out[0].tolist(),
-                        "spread": found.spread[0].tolist(), "effect": found.position_effect[0].tolist(),
-                        "without_memory": float(found.without_memory[0]),
-                        "without_held_out": float(found.without_held_out[0]),
-                        "counterfactual": float(found.counterfactual[0]),
-                    },
-                )  # fmt: skip
+                part = {
+                    "batch": batch, "source": setting.sources[batch], "positions": list(found.positions),
+                    "memory": found.memory[0].tolist(), "held_out": found.held_out[0].tolist(),
+                    "spread": found.spread[0].tolist(), "effect": found.position_effect[0].tolist(),
+                    "without_memory": float(found.without_memory[0]),
+                    "without_held_out": float(found.without_held_out[0]),
+                    "counterfactual": float(found.counterfactual[0]),
+                }  # fmt: skip
+                sealed.write_json(path, part)
             else:
                 bar.advance(config.completions * (config.map_positions + 1))
-            parts.append(files.read_json(path))
+            parts.append(part)
     whole = {"by": config.map_by, "completions": config.completions, "rows": parts}
-    files.write_json(setting.run.path("map.json"), whole)
+    sealed.write_json(setting.run.path("map.json"), whole)
     for part in parts:
         late = part["effect"][-1] - part["effect"][0]
         say(

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from datatools import files
+from datatools import DataError, files, sealed
 from pipelines.charts import Scale, Tick, ticks
 from pipelines.report import page
 from pipelines.texts import minus, number
 
-PARTS = ("validation", "search", "estimates", "map")
+PARTS = {"validation": "validate", "search": "search", "estimates": "estimate", "map": "map"}
+"""A result's name -> the task that writes it."""
 _SIDE = 1000.0
 _CELLS = 64  # of a picture of precedence, in a row
 
@@ -29,7 +30,7 @@ def render(folder: Path) -> Path:
 
     Raises: DataError for a damaged file, EnvironmentProblem if the report cannot be written.
     """
-    found = {part: files.read_json(folder / f"{part}.json") for part in PARTS if (folder / f"{part}.json").is_file()}
+    found = read(folder)
     text = page(
         "order.html",
         validation=_validation(found.get("validation")),
@@ -41,6 +42,22 @@ def render(folder: Path) -> Path:
     path = folder / "report.html"
     files.write_text(path, text)
     return path
+
+
+def read(folder: Path, *, again: str = "") -> dict[str, dict[str, Any]]:
+    """The results in a folder, by name, without that of the task `again`, which writes it anew.
+
+    Raises: DataError for one that does not hold what its task wrote.
+    """
+    found = {}
+    for part, task in PARTS.items():
+        path = folder / f"{part}.json"
+        if task != again and path.is_file():
+            try:
+                found[part] = sealed.read_json(path)
+            except sealed.Damaged as error:
+                raise DataError(f"{error}; make it again with `datatools order {task} --out {folder}`") from error
+    return found
 
 
 def _validation(found: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ those of `datatools train` to the bit; the reference starts after a warm-up on o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import optim
 from datatools import DataError, Order, UsageError, files, order, token_batches
-from pipelines import models, trainer
+from pipelines import models, order_recipe, trainer
 from pipelines.config import DataConfig, OrderConfig
 from pipelines.prepare import Rows, file_facts, prepare, target_data
 from pipelines.runs import Run, derive_seed, say, warn
@@ -90,7 +90,6 @@ def build(config: OrderConfig, current: Run) -> Setting:
         tuple(tuple(rows.pool.ids[row] for row in batch) for batch in batches),
         tuple(range(len(batches))) * config.training.epochs,
     )
-    made.save(current.path("reference.npz"))
 
     with current.stage("load model"):
         loaded = models.load(config.model.model_copy(update={"dtype": "float32"}))
@@ -121,8 +120,13 @@ def build(config: OrderConfig, current: Run) -> Setting:
     optimizer = trainer.optimizer_of(config.training, module)
     recipe = order.Recipe.of(optimizer, _rates(config, optimizer, steps), clip=config.training.gradient_clip)
     base = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+    recipe = replace(recipe, rules={name: recipe.rules[name] for name in base})
 
     warm_rows = _warm_up(config, spare, batches)
+    made = replace(
+        made, recipe=order_recipe.of(config, rows, batches, warm_rows.tolist(), tokenizer.digests, optimizer)
+    )
+    made.save(current.path("reference.npz"))
 
     def begin(number: int) -> tuple[order.Params, order.States | None]:
         params, drawn = base, warm_rows
@@ -135,7 +139,7 @@ def build(config: OrderConfig, current: Run) -> Setting:
             drawn = shuffle.permutation(drawn.ravel()).reshape(drawn.shape)
         warm = order.Problem(loss, [in_parts(rows, batch.tolist(), budget, device) for batch in drawn], validation)
         first = recipe.rates[0]
-        flat = order.Recipe(recipe.rules, (first,) * len(drawn), recipe.factors, recipe.weight_decay, recipe.clip)
+        flat = replace(recipe, rates=(first,) * len(drawn))
         return order.train(warm, flat, range(len(drawn)), params)
 
     seen = [rows.keys[row] for batch in [*batches, *warm_rows.tolist()] for row in batch]
@@ -290,7 +294,7 @@ def _rates(config: OrderConfig, optimizer: optim.Optimizer, steps: int) -> list[
             f"training.schedule {config.training.schedule} differs between groups of parameters; an order is estimated "
             "with one schedule for all"
         )
-    return [config.training.learning_rate * row[0] for row in rates]
+    return [float(optimizer.param_groups[0]["lr"]) * row[0] for row in rates]
 
 
 def _fresh_adapters(module: nn.Module, base: order.Params, seed: int) -> order.Params:

@@ -14,7 +14,7 @@ import torch
 
 from datatools import DataError, Order, UsageError, files
 from optim.distributed import world
-from pipelines import coreset_report, coresets, models, trainer
+from pipelines import coreset_report, coresets, models, order_recipe, trainer
 from pipelines.config import LoraConfig, RunSettings, TrainConfig, TrainingConfig
 from pipelines.prepare import Rows, file_facts, prepare
 from pipelines.runs import Run, derive_seed, progress, rank, say
@@ -41,6 +41,10 @@ def _run(config: TrainConfig) -> Path:
             f"model.adapter {config.model.adapter}: fresh adapters would be trained on top of it and saved without it; "
             "merge it into its model first, or train all weights (--lora-rank 0)"
         )
+    given = recipe_of_order = None
+    if config.order is not None:
+        given, recipe_of_order = order_recipe.read(config.order)
+        config = order_recipe.adopt(config, recipe_of_order)
     trainer.check(config.training)
     with in_scratch(config) as kept, Run(kept.out, kept, "train", overwrite=kept.overwrite) as current:
         with current.stage("read"), trainer.lead_first():
@@ -67,11 +71,18 @@ def _run(config: TrainConfig) -> Path:
             recipe, choose = coresets.resolve(recipe, choose, len(chosen))
             coresets.require_sources(choose, rows, chosen, key=config.data.source_key)
         steps = trainer.planned_steps(len(chosen), recipe)
-        if config.order is not None:
+        held = 0
+        if given is not None and config.order is not None:
             if choose is not None:
                 raise UsageError("training in an order (--order) and choosing rows of each batch (coreset) exclude "
                                  "each other; give one")
-            sequence = rows_of(Order.load(config.order), rows, str(config.order))
+            sequence = rows_of(given, rows, str(config.order))
+            if recipe_of_order is not None:
+                order_recipe.check(config.order, recipe_of_order, rows, tokenizer.digests)
+                order_recipe.announce(config.order, recipe_of_order)
+                if (warm_up := order_recipe.warm_up_of(recipe_of_order)) is not None:
+                    held = len(warm_up)
+                    sequence = rows_of(warm_up, rows, str(config.order)) + sequence
             steps = len(sequence)
         tokens = rows.tokens() * config.training.epochs
         if sequence is None:
@@ -102,6 +113,8 @@ def _run(config: TrainConfig) -> Path:
                 sources = coresets.clusters_of(loaded.model, rows, chosen, choose.clusters, seed=config.seed)
         with current.stage("train"), progress("training", steps, "steps") as bar:
             module = trainable(loaded.model, config.lora, seed=config.seed)
+            if recipe_of_order is not None and config.order is not None:
+                order_recipe.check_optimizer(config.order, recipe_of_order, trainer.optimizer_of(recipe, module))
             result = trainer.fit(
                 module,
                 rows.item,
@@ -115,6 +128,7 @@ def _run(config: TrainConfig) -> Path:
                 source_of=sources.__getitem__,
                 name_of=rows.pool.where,
                 steps=sequence,
+                held=held,
                 autocast=master,
             )
         if choose is not None and rank() == 0:

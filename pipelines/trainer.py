@@ -67,6 +67,7 @@ class DataTrainer(CoresetMixin):
     choose: batches are large, and each step trains on the rows that this keeps of them (`CoresetMixin`).
     source_of: the source of a row by its index, for `choose`; None is one source for all.
     name_of: what errors call a row; its index otherwise.
+    held: so many first steps have the learning rate of the step after them, where the schedule begins.
     """
 
     loss_is_scaled_for_ga = True  # `training_step` divides by the tokens of the whole step itself
@@ -80,9 +81,10 @@ class DataTrainer(CoresetMixin):
         source_of: Callable[[int], Hashable] | None = None,
         name_of: Callable[[int], object] = int,
         shuffle: bool = True,
+        held: int = 0,
         **kwargs: Any,
     ) -> None:
-        self.recipe, self.observe, self.shuffle = recipe, observe, shuffle
+        self.recipe, self.observe, self.shuffle, self.held = recipe, observe, shuffle, held
         self.source_of, self.name_of = source_of or (lambda row: ""), name_of
         self.seen_tokens = 0
         self.optimizer: Any
@@ -127,7 +129,8 @@ class DataTrainer(CoresetMixin):
         """
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
-            self.lr_scheduler = LambdaLR(optimizer, _factors(self.recipe, num_training_steps, optimizer))
+            factors = _factors(self.recipe, num_training_steps - self.held, optimizer)
+            self.lr_scheduler = LambdaLR(optimizer, [_held(factor, self.held) for factor in factors])
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -280,6 +283,11 @@ def _factors(recipe: TrainingConfig, steps: int, optimizer: torch.optim.Optimize
         return [next_step(factor) for factor in factors]
     except (ValueError, TypeError) as error:
         raise UsageError(f"training.schedule: {error}") from error
+
+
+def _held(factor: Callable[[int], float], steps: int) -> Callable[[int], float]:
+    """`factor`, which stands still for so many steps before it begins."""
+    return factor if not steps else lambda step: factor(max(step - steps, 0))
 
 
 def check(recipe: TrainingConfig) -> None:
@@ -487,6 +495,7 @@ def fit(
     source_of: Callable[[int], Hashable] | None = None,
     name_of: Callable[[int], object] = int,
     steps: Sequence[Sequence[int]] | None = None,
+    held: int = 0,
     autocast: bool = False,
 ) -> Trained:
     """Train `model`'s trainable parameters in place on `rows`; `encode(row)` gives (input_ids, labels).
@@ -495,7 +504,7 @@ def fit(
     (`DataTrainer`). name_of: what errors call a row.
 
     steps: the rows of each step, in order, in place of shuffled batches; `recipe.epochs` and its batch size then say
-    nothing.
+    nothing. held: the first of them, at the learning rate with which the schedule begins after them.
 
     autocast: compute in bfloat16 with weights in float32 (`recipe.rounding` "master").
 
@@ -541,6 +550,7 @@ def fit(
         train_dataset=_Rows(encode, rows) if steps is None else _Sequence(encode, steps),
         data_collator=_gather if steps is None else itemgetter(0),
         shuffle=steps is None,
+        held=held,
         callbacks=[_Progress(advance), _Watch()],
     )
     with lead_first():

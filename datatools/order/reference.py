@@ -6,23 +6,22 @@ learning rates by position, `train` the loop. Estimators and true retrainings us
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from datatools import files
+from datatools import files, sealed
 from datatools.errors import DataError, UsageError
 from datatools.order import gauss_newton
 from datatools.orders import check_permutation
-from optim import Optimizer, State, UpdateMap, UpdateRule, curvature, rule_from
+from optim import Optimizer, State, UpdateMap, UpdateRule, curvature, fused, rule_from
 
 Params: TypeAlias = dict[str, Tensor]
 """Parameters, gradients or displacements: name -> [*shape]."""
@@ -41,7 +40,7 @@ class Parts(tuple[Any, ...]):
     __slots__ = ()
 
 
-_FORMAT = 1
+_FORMAT = 2  # 1 had no seals
 
 
 @dataclass
@@ -194,6 +193,7 @@ def _parts(data: Any) -> tuple[Any, ...]:
 class Recipe:
     """How parameters step: a rule, a factor of the learning rate and a weight decay a parameter; rates by position.
 
+    rules: in the order of the model's parameters, in which a norm over all of them is added up.
     rates: [T], the learning rate belongs to the position, never to the batch.
     clip: largest norm of the whole gradient, or None.
     Raises: UsageError for rules that cannot be replayed out of a gradient alone: those that read a curvature, and those
@@ -239,24 +239,47 @@ class Recipe:
         """The states before the first step."""
         return {name: rule.init(params[name]) for name, rule in self.rules.items()}
 
+    @cached_property
+    def _groups(self) -> list[tuple[tuple[UpdateRule, float, float], list[str]]]:
+        """(rule, factor, weight decay) and the parameters that have them: the optimizer's param groups."""
+        found: list[tuple[tuple[UpdateRule, float, float], list[str]]] = []
+        for name, rule in self.rules.items():
+            key = (rule, self.factors[name], self.weight_decay[name])
+            names = next((names for known, names in found if known == key), None)
+            if names is None:
+                found.append((key, names := []))
+            names.append(name)
+        return found
+
     def clip_factor(self, grads: Params) -> float:
-        """What clipping multiplies this gradient with."""
+        """What clipping multiplies this gradient with, as `torch.nn.utils.clip_grad_norm_` does."""
         if self.clip is None:
             return 1.0
-        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
-        return min(1.0, self.clip / (norm + 1e-6))
+        norm = torch.nn.utils.get_total_norm([grads[name].detach() for name in self.rules])
+        return float((self.clip / (norm + 1e-6)).clamp(max=1.0))
 
     def step(self, params: Params, states: States, grads: Params, position: int) -> tuple[Params, States]:
-        """Parameters and states after the step at `position` (0-based) on `grads`; arguments untouched."""
+        """Parameters and states after the step at `position` (0-based) on `grads`; arguments untouched.
+
+        The step is that of `Optimizer`, group by group, and so the same to the bit.
+        Raises: Diverged for a gradient that is not finite.
+        """
         scale = self.clip_factor(grads)
-        new_params: Params = {}
-        new_states: States = {}
+        new_params = {name: p.detach().clone() for name, p in params.items()}
+        new_states = {name: {k: v.clone() for k, v in states[name].items()} for name in self.rules}
         with torch.no_grad():
-            for name, rule in self.rules.items():
-                grad = grads[name] if scale == 1.0 else grads[name] * scale
-                lr, decay = self.rates[position] * self.factors[name], self.weight_decay[name]
-                moved, state = rule.stepped(params[name], grad, states[name], lr=lr, weight_decay=decay or None)
-                new_params[name], new_states[name] = moved.to(params[name].dtype), state
+            for (rule, factor, decay), names in self._groups:
+                parts = [grads[name].detach() * scale if scale != 1.0 else grads[name].detach() for name in names]
+                for name, fine in zip(names, fused.all_finite(parts), strict=True):
+                    if not fine:
+                        raise Diverged(
+                            f"order: the gradient of {name!r} at step {position + 1} is not finite; lower the learning "
+                            "rate"
+                        )
+                fused.step(
+                    rule, [new_params[name] for name in names], parts, [new_states[name] for name in names],
+                    lr=self.rates[position] * factor, weight_decay=decay,
+                )  # fmt: skip
         return new_params, new_states
 
     def describe(self) -> dict[str, Any]:
@@ -348,12 +371,7 @@ class ReferenceRun:
 
     def check_same(self, facts: Mapping[str, Any], what: str = "this run") -> None:
         """Raise DataError, naming the first fact that differs, unless the reference was made with the same."""
-        for name in sorted(set(self.facts) | set(facts)):
-            if self.facts.get(name) != facts.get(name):
-                raise DataError(
-                    f"the reference run was recorded with another {name} than {what}: {self.facts.get(name)!r} there, "
-                    f"{facts.get(name)!r} here; record it again"
-                )
+        _check_same(self.facts, facts, what)
 
     def digest(self) -> str:
         """What tells this run from another: its sequence, recipe, anchors, facts, and the parameters it ended with."""
@@ -367,7 +385,7 @@ class ReferenceRun:
         folder = files.make_folder(folder)
         for anchor in self.anchors:
             save_anchor(folder, anchor)
-        files.write_json(
+        sealed.write_json(
             folder / "meta.json",
             {
                 "format": _FORMAT,
@@ -383,7 +401,7 @@ class ReferenceRun:
     def load(cls, folder: files.PathLike, device: torch.device | str = "cpu") -> ReferenceRun:
         """Read what `save` wrote, to a device. Raises: DataError when something is missing or damaged, naming it."""
         folder = Path(folder)
-        meta = files.read_json(folder / "meta.json")
+        meta = sealed.read_json(folder / "meta.json")
         try:
             if meta["format"] != _FORMAT:
                 raise DataError(f"{folder}: a reference run of format {meta['format']}, this version reads {_FORMAT}")
@@ -394,6 +412,15 @@ class ReferenceRun:
             raise DataError(f"{folder / 'meta.json'} is damaged ({error!r}); record the reference run again") from error
 
 
+def _check_same(known: Mapping[str, Any], facts: Mapping[str, Any], what: str) -> None:
+    for name in sorted(set(known) | set(facts)):
+        if known.get(name) != facts.get(name):
+            raise DataError(
+                f"the reference run was recorded with another {name} than {what}: {known.get(name)!r} there, "
+                f"{facts.get(name)!r} here; record it again"
+            )
+
+
 def anchor_path(folder: Path, position: int) -> Path:
     """Where the anchor of a position stands."""
     return folder / f"anchor-{position:05d}.safetensors"
@@ -401,10 +428,10 @@ def anchor_path(folder: Path, position: int) -> Path:
 
 def save_anchor(folder: Path, anchor: Anchor) -> None:
     """Write one anchor, whole or not at all."""
-    tensors = {f"param/{name}": p.contiguous() for name, p in anchor.params.items()}
+    tensors = {f"param/{name}": p for name, p in anchor.params.items()}
     for name, state in anchor.states.items():
-        tensors |= {f"state/{name}/{key}": value.contiguous().clone() for key, value in state.items()}
-    files.write_bytes(anchor_path(folder, anchor.position), safetensors.torch.save(tensors))
+        tensors |= {f"state/{name}/{key}": value for key, value in state.items()}
+    sealed.write_tensors(anchor_path(folder, anchor.position), tensors)
 
 
 def load_anchor(folder: Path, position: int, recipe: Recipe, device: torch.device | str = "cpu") -> Anchor:
@@ -413,10 +440,7 @@ def load_anchor(folder: Path, position: int, recipe: Recipe, device: torch.devic
     Raises: DataError when it is missing, damaged, or lacks parameters or states of the recipe.
     """
     path = anchor_path(folder, position)
-    try:
-        tensors = safetensors.torch.load(files.read_bytes(path))
-    except SafetensorError as error:
-        raise DataError(f"{path} is damaged ({error}); record the reference run again") from error
+    tensors = sealed.read_tensors(path)
     params = {name: tensors[f"param/{name}"].to(device) for name in recipe.rules if f"param/{name}" in tensors}
     missing = [name for name in recipe.rules if name not in params]
     states: States = {}
@@ -452,10 +476,13 @@ def record(
     folder: files.PathLike | None = None,
     facts: Mapping[str, Any] | None = None,
     observe: Callable[[int], None] | None = None,
+    damaged: Callable[[DataError], object] | None = None,
 ) -> ReferenceRun:
     """Train in the reference order and keep the anchors; with `folder`, a killed recording goes on at its last one.
 
     states: of a run that was warm before; fresh ones if not given.
+    damaged: told of a file in the folder that is not what was written; the run goes on from the anchor before it.
+    Without it such a file is an error.
     Raises: UsageError for a sequence that does not fit; DataError for a folder that holds another reference run.
     """
     if len(sequence) != len(recipe.rates):
@@ -473,16 +500,10 @@ def record(
     kept: dict[int, Anchor] = {}
     if folder is not None:
         folder = files.make_folder(folder)
-        plan = folder / "plan.json"
-        if plan.is_file() and files.read_bytes(plan) != files.json_bytes(wanted):
-            raise DataError(f"{folder} holds another reference run, or a part of one; choose another folder")
-        if (folder / "meta.json").is_file():
-            return ReferenceRun.load(folder, next(iter(params.values())).device)
-        files.write_json(plan, wanted)
-        for position in positions:
-            if not anchor_path(folder, position).is_file():
-                break
-            kept[position] = load_anchor(folder, position, recipe, next(iter(params.values())).device)
+        kept = _recorded(folder, wanted, recipe, next(iter(params.values())).device, damaged)
+        if len(kept) == len(positions) and _is_sound(folder / "meta.json", damaged):
+            return ReferenceRun(tuple(sequence), recipe, tuple(kept[p] for p in positions), dict(facts or {}))
+        sealed.write_json(folder / "plan.json", wanted)
     check_repeatable(problem, params, sequence[0])
     newest = kept[max(kept)] if kept else Anchor(0, params, recipe.init(params) if states is None else states)
 
@@ -499,6 +520,45 @@ def record(
     if folder is not None:
         run.save(folder)
     return run
+
+
+def _recorded(
+    folder: Path,
+    wanted: Mapping[str, Any],
+    recipe: Recipe,
+    device: torch.device,
+    damaged: Callable[[DataError], object] | None,
+) -> dict[int, Anchor]:
+    """The anchors that an earlier process kept of the run `wanted`, up to the first that is missing or damaged."""
+    kept: dict[int, Anchor] = {}
+    plan = folder / "plan.json"
+    if not plan.is_file():
+        return kept
+    try:
+        known = sealed.read_json(plan)
+        _check_same(known.get("facts", {}), dict(wanted["facts"]), "this run's")
+        if known != json.loads(files.json_bytes(wanted)):
+            raise DataError(f"{folder} holds another reference run, or a part of one; choose another folder")
+        for position in wanted["anchors"]:
+            if not anchor_path(folder, position).is_file():
+                break
+            kept[position] = load_anchor(folder, position, recipe, device)
+    except sealed.Damaged as error:
+        if damaged is None:
+            raise
+        damaged(error)
+    return kept
+
+
+def _is_sound(path: Path, damaged: Callable[[DataError], object] | None) -> bool:
+    """Whether a file is there, and holds what was written."""
+    try:
+        return path.is_file() and bool(sealed.read_json(path))
+    except sealed.Damaged as error:
+        if damaged is None:
+            raise
+        damaged(error)
+        return False
 
 
 def check_repeatable(problem: Problem, params: Params, batch: int) -> None:

@@ -9,17 +9,15 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_type_hints
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from datatools import files
+from datatools import files, sealed
 from datatools.errors import DataError, UsageError
 from datatools.order.reference import Cost, Params, Problem, Recipe, ReferenceRun
 from datatools.orders import check_permutation
 
-FORMAT = 4  # 1 had no `replay`, 2 no sketched tables, 3 a `replay` by distance
+FORMAT = 5  # 1 had no `replay`, 2 no sketched tables, 3 a `replay` by distance, 4 no seals
 HVP_WARNING = 0.5  # ||H d|| / ||g|| along the path (spec B.6)
 DRIFT_WARNING = 0.7  # ||gamma_t - theta_t|| / ||theta_t - theta_0|| (spec B.6)
 LIMIT_BYTES = 8 << 30  # of the gradients that an estimator keeps, unless its `limit_bytes` says otherwise
@@ -61,11 +59,10 @@ class Surrogate(ABC):
         tensors: dict[str, Tensor] = {}
         values = _taken_apart(self, "", tensors)
         folder = files.make_folder(folder)
-        with files.atomic_path(folder / "tensors.safetensors") as path:
-            safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+        sealed.write_tensors(folder / "tensors.safetensors", tensors)
         devices = {key: str(tensor.device) for key, tensor in tensors.items()}
         meta = {"format": FORMAT, "name": self.name, "reference": reference.digest(), "devices": devices}
-        files.write_json(folder / "meta.json", meta | {"values": values})
+        sealed.write_json(folder / "meta.json", meta | {"values": values})
 
     @staticmethod
     def load(folder: files.PathLike, reference: ReferenceRun, problem: Problem) -> Surrogate:
@@ -74,19 +71,19 @@ class Surrogate(ABC):
         Raises: DataError for another reference run, and when something is missing or damaged.
         """
         folder = Path(folder)
-        meta = files.read_json(folder / "meta.json")
+        meta = sealed.read_json(folder / "meta.json")
         try:
             if meta["format"] != FORMAT:
                 raise DataError(f"{folder}: a surrogate of format {meta['format']}, this version reads {FORMAT}")
             if meta["reference"] != reference.digest():
                 raise DataError(f"{folder}: this surrogate was made from another reference run; make it again")
-            found = safetensors.torch.load_file(folder / "tensors.safetensors")
+            found = sealed.read_tensors(folder / "tensors.safetensors")
             tensors = {key: found[key].to(device) for key, device in meta["devices"].items()}
             kinds = {kind.name: kind for kind in Surrogate.__subclasses__()}
             given = {"reference": reference, "problem": problem}
             made: Surrogate = _put_together(kinds[meta["name"]], meta["values"], "", tensors, given)
             return made
-        except (KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
+        except (KeyError, TypeError, AttributeError, OSError) as error:
             raise DataError(f"{folder}: a damaged surrogate ({error!r}); remove it, it is made again") from error
 
     @abstractmethod

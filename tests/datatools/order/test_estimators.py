@@ -174,7 +174,7 @@ def test_a_saved_estimate_is_read_again(tmp_path, name: str) -> None:  # type: i
         Surrogate.load(tmp_path, other, problem)
     path = tmp_path / "tensors.safetensors"
     path.write_bytes(path.read_bytes()[:4])
-    with pytest.raises(DataError, match="a damaged surrogate"):
+    with pytest.raises(DataError, match="tensors.safetensors is damaged"):
         Surrogate.load(tmp_path, ref, problem)
 
 
@@ -223,13 +223,13 @@ def test_a_killed_recording_goes_on(tmp_path) -> None:  # type: ignore[no-untype
 
 
 def test_missing_states_are_refused_by_name(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from safetensors.torch import load_file, save_file
+    from datatools import sealed
 
     problem = random_problem(3, 4, 5)
     run_ = reference(problem, size=4)
     run_.save(tmp_path)
     path = anchor_path(tmp_path, 1)
-    save_file({k: v for k, v in load_file(path).items() if "exp_avg_sq" not in k}, path)
+    sealed.write_tensors(path, {k: v for k, v in sealed.read_tensors(path).items() if "exp_avg_sq" not in k})
     with pytest.raises(DataError, match=r"anchor-00001.*lacks 'theta/exp_avg_sq'"):
         ReferenceRun.load(tmp_path)
 
