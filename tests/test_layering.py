@@ -10,7 +10,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("optim", "datatools", "pipelines")
 
 MAY_IMPORT = {"optim": {"optim"}, "datatools": {"optim", "datatools"}, "pipelines": {"optim", "datatools", "pipelines"}}
-SHARED_MODULES = {"optim.backend", "optim.distributed", "optim.linalg", "optim.zeroth_order", "datatools.files", "datatools.sealed"}
+SHARED_MODULES = {
+    "optim.backend", "optim.distributed", "optim.linalg", "optim.zeroth_order", "datatools.files", "datatools.sealed",
+}  # fmt: skip
 """Modules that other packages may use beside what a package's __init__ exports."""
 
 WRITER = "datatools/files.py"
