@@ -23,6 +23,7 @@ _NOT_TEXT = {  # first bytes of files that somebody may take for rows
     b"BZh": "compressed by bzip2; let its name end in .bz2",
     b"PK\x03\x04": "a zip archive, which is not read; unpack it first",
     b"PAR1": "a Parquet table; let its name end in .parquet",
+    b"FEA1": "a Feather table of version 1, which is not read; write it again with a current pyarrow or pandas",
     b"ARROW1": "an Arrow table; let its name end in .arrow",
     b"\xff\xff\xff\xff": "an Arrow table; let its name end in .arrow",
 }
@@ -46,7 +47,11 @@ class Limits:
     unpacked_bytes: int = 1 << 38
     """Most bytes that a compressed file may unpack to."""
     unpacked_ratio: int = 200
-    """Most bytes out for a byte in, looked at beyond the first 64 MiB out. Text packs 3 to 20 times."""
+    """Most bytes out for a byte in, looked at beyond `ratio_from` bytes out. Text packs 3 to 20 times."""
+    ratio_from: int = 64 << 20
+    """Bytes that any file may unpack to, however small it is."""
+    batch_bytes: int = 2 << 30
+    """Most memory that a batch of a table (Parquet, Arrow) may take beyond twice the file's size."""
 
 
 class Malformed(Exception):

@@ -171,8 +171,9 @@ def _compare(rows: Rows, limits: ModelLimits, asked: int | None, label: str) -> 
 
 def _write_bad(folder: Path, bad: Sequence[BadRow]) -> None:
     """`bad_rows.jsonl`: file, line, byte offset, reason and detail of each row that cannot be used."""
+    names = {name: redact(name) for name in {b.file for b in bad}}  # it takes long, and files are few
     lines = (
-        {"file": redact(b.file), "line": b.line, "byte_offset": b.byte_offset, "reason": b.reason, "detail": b.detail}
+        {"file": names[b.file], "line": b.line, "byte_offset": b.byte_offset, "reason": b.reason, "detail": b.detail}
         for b in bad
     )
     files.write_text(folder / "bad_rows.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

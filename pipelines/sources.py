@@ -6,28 +6,24 @@ copy is never read.
 """
 
 import bz2
-import csv
 import glob
 import gzip
-import io
 import json
 import lzma
-import math
 import os
 import re
 import stat
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, time
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files
 from pipelines.jsonl import Limits, Malformed, shown
+from pipelines.tables import rows_of_arrow, rows_of_csv, rows_of_mappings, rows_of_parquet
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 """File types that are read."""
 
 PACKED = (".gz", ".zst", ".xz", ".bz2")
@@ -40,7 +36,6 @@ _UNREAD = re.compile(r"\.(zip|7z|rar|tar|tgz|tar\.\w+|lz4|lzma|br|sz|snappy|z|xl
                      r"npy|h5|hdf5|avro|orc|msgpack|docx?|pdf)$", re.IGNORECASE)
 
 _HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:(?P<split>.+))?")
-_RATIO_FROM = 64 << 20  # bytes out; small files may pack as they like
 _BLOCK = 1 << 20
 _XZ_MEMORY = 1 << 30  # bytes that unpacking may take; files made by xz -9 take 65 MiB
 
@@ -66,14 +61,18 @@ class Source:
         packed = "|".join(re.escape(suffix) for suffix in PACKED)
         return re.sub(rf"(\.[A-Za-z]+)?({packed})?$", "", name) or "data"
 
+    def size(self) -> int:
+        """Bytes of the file, or of the files of a folder."""
+        assert self.path is not None
+        return sum(part.stat().st_size for part in (_saved_files(self.path) if self.kind == SAVED else [self.path]))
+
     def size_and_digest(self) -> tuple[int, str]:
         """Bytes and xxh3-128 of the file; of a folder, of the digests of its files."""
         assert self.path is not None
         if self.kind != SAVED:
-            return self.path.stat().st_size, files.digest_file(self.path)
-        parts = _saved_files(self.path)
-        digests = " ".join(files.digest_file(part) for part in parts)
-        return sum(part.stat().st_size for part in parts), files.digest(digests.encode())
+            return self.size(), files.digest_file(self.path)
+        digests = " ".join(files.digest_file(part) for part in _saved_files(self.path))
+        return self.size(), files.digest(digests.encode())
 
 
 def find_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
@@ -91,6 +90,8 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
         found += _expand(os.fspath(given))
     seen: dict[str, str] = {}
     for source in found:
+        if not _is_text(source.name):  # reports, tables of scores and ids of rows name files, and are UTF-8
+            raise DataError(f"the name of {shown(source.name, 200)} is not UTF-8; rename it")
         key = source.name if source.path is None else os.path.realpath(source.path)
         if key in seen:
             raise UsageError(f"{source.name} is named twice (also as {seen[key]}); every row would be there twice")
@@ -115,6 +116,7 @@ def as_jsonl(source: Source, cache: Path, limits: Limits) -> tuple[Path, dict[in
         return path, {}
     out = _cached(source, cache, ".jsonl")
     problems: dict[int, Malformed] = {}
+    size = None if source.path is None else source.size()
     with files.atomic_path(out, durable=False) as temporary, open(temporary, "wb") as file:
         written = 0
         for number, row in enumerate(_rows(source, path, kind, limits), start=1):
@@ -125,8 +127,19 @@ def as_jsonl(source: Source, cache: Path, limits: Limits) -> tuple[Path, dict[in
             if written > limits.unpacked_bytes:
                 raise DataError(f"{source.name} holds more than {limits.unpacked_bytes} bytes as JSONL (limit "
                                 "unpacked_bytes); write it as JSONL yourself if that is right")
+            if size is not None and written > limits.ratio_from and written > limits.unpacked_ratio * size:
+                raise DataError(f"{source.name} holds more than {limits.unpacked_ratio} times its size as JSONL (limit "
+                                "unpacked_ratio); write it as JSONL yourself if that is right")
             file.write(row + b"\n")
     return out, problems
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _expand(given: str) -> list[Source]:
@@ -200,10 +213,10 @@ def _saved_files(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         folder = next(inner.parent for inner in sorted(folder.glob("*/state.json")))
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = json.loads(files.read_bytes(folder / "state.json", limit=1 << 20))
         names = [entry["filename"] for entry in state["_data_files"]]
         assert all(isinstance(name, str) and os.path.basename(name) == name for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (DataError, OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise DataError(f"{folder}: state.json does not say which files the data set has; save it again "
                         "(save_to_disk)") from error
     if missing := [name for name in names if not (folder / name).is_file()]:
@@ -246,7 +259,7 @@ def _unpack(path: Path, how: str, out: Path, limits: Limits) -> Path:
                 if done > limits.unpacked_bytes:
                     raise DataError(f"{path} unpacks to more than {limits.unpacked_bytes} bytes (limit unpacked_bytes);"
                                     " unpack it yourself if that is right")
-                if done > _RATIO_FROM and done > limits.unpacked_ratio * raw.tell():
+                if done > limits.ratio_from and done > limits.unpacked_ratio * raw.tell():
                     raise DataError(f"{path} unpacks to more than {limits.unpacked_ratio} times its size (limit "
                                     "unpacked_ratio); unpack it yourself if that is right")
                 file.write(block)
@@ -301,19 +314,18 @@ def _reading(path: Path) -> BinaryIO:
 
 def _rows(source: Source, path: Path | None, kind: str, limits: Limits) -> Iterator[bytes | Malformed]:
     if path is None:
-        yield from map(_dumps, _from_hub(source.name))
+        yield from rows_of_mappings(_from_hub(source.name))
     elif kind == ".parquet":
-        yield from map(_dumps, _from_parquet(path, source.name))
-    elif kind in (".arrow", SAVED):
+        yield from rows_of_parquet(path, source.name, limits)
+    elif kind in (".arrow", ".feather", SAVED):
         for part in _saved_files(path) if kind == SAVED else [path]:
-            yield from map(_dumps, _from_arrow(part, source.name))
+            yield from rows_of_arrow(part, source.name, limits)
     elif kind == ".json":
         with _reading(path) as file:
             yield from _from_array(file, source.name, limits)
     else:
-        with io.TextIOWrapper(_reading(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-            for row in _from_csv(text, "\t" if kind == ".tsv" else ",", limits):
-                yield row if isinstance(row, Malformed) else _dumps(row)
+        with _reading(path) as file:
+            yield from rows_of_csv(file, "\t" if kind == ".tsv" else ",", limits)
 
 
 def _from_hub(name: str) -> Iterable[Mapping[str, Any]]:
@@ -336,66 +348,6 @@ def _from_hub(name: str) -> Iterable[Mapping[str, Any]]:
         raise EnvironmentProblem(f"no file is called {name.removeprefix('hf:')}, and it cannot be loaded from the hub"
                                  f"{offline}: {first}; check the name, the split and the network") from error
     yield from rows
-
-
-def _from_parquet(path: Path, name: str) -> Iterator[Mapping[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"cannot read {name} as Parquet: {first}") from error
-
-
-def _from_arrow(path: Path, name: str) -> Iterator[Mapping[str, Any]]:
-    """The rows of an Arrow file, in either of its forms: with an index at its end, or a stream (as `datasets` has)."""
-    import pyarrow
-
-    try:
-        with pyarrow.OSFile(str(path)) as file:
-            indexed = file.read(6) == b"ARROW1"
-            file.seek(0)
-            if indexed:
-                reader = pyarrow.ipc.open_file(file)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            else:
-                batches = iter(pyarrow.ipc.open_stream(file))
-            for batch in batches:
-                batch.validate(full=True)  # offsets that point elsewhere would be read as they are
-                for start in range(0, batch.num_rows, 1024):
-                    yield from batch.slice(start, 1024).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"cannot read {name} as Arrow ({path.name}): {first}") from error
-
-
-def _from_csv(file: TextIO, delimiter: str, limits: Limits) -> Iterator[Mapping[str, Any] | Malformed]:
-    csv.field_size_limit(min(max(csv.field_size_limit(), limits.line_bytes), sys.maxsize))  # one limit for the process
-    rows = csv.reader(file, delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if header is None:
-                raise DataError(f"the header of the table cannot be read: {error}") from error
-            yield Malformed("invalid_csv", f"{error}, near line {rows.line_num} of the file")
-            continue
-        if header is None:
-            if len(set(row)) != len(row) or not row:
-                raise DataError(f"the header of the table names a column twice or none at all: {shown(str(row), 120)}")
-            header = row
-        elif row and len(row) != len(header):
-            yield Malformed("invalid_csv", f"{len(row)} fields where the header has {len(header)}, "
-                                           f"near line {rows.line_num} of the file")
-        elif row:
-            yield dict(zip(header, row, strict=True))
 
 
 def _is_array(path: Path) -> bool:
@@ -452,23 +404,3 @@ def _from_array(file: BinaryIO, name: str, limits: Limits) -> Iterator[bytes | M
             depth += 1
         elif token in (b"]", b"}"):
             depth = max(0, depth - 1)
-
-
-def _dumps(row: Mapping[str, Any]) -> bytes:
-    return json.dumps(_plain(row), allow_nan=False).encode("ascii")
-
-
-def _plain(value: Any) -> Any:
-    """Table values as JSON: times as ISO text, NaN (a table's missing number) and what JSON cannot hold as null."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, datetime | date | time):
-        return value.isoformat()
-    return None
-

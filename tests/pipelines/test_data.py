@@ -710,9 +710,27 @@ def test_tables_are_bounded_and_broken_ones_are_one_line(tmp_path):
         read_pool([tmp_path / "rows.arrow"], cache=tmp_path / "cache", limits=Limits(unpacked_bytes=100))
     whole = (tmp_path / "rows.arrow").read_bytes()
     for broken in (whole[:-40], b"ARROW1" + whole[6:], whole[:100], b"text"):
-        with pytest.raises(DataError, match="cannot read .* as Arrow") as caught:
+        with pytest.raises(DataError, match="cannot read .* as (Arrow|a table)") as caught:
             read(tmp_path, broken, name="broken.arrow")
         assert "\n" not in str(caught.value)
+
+
+def test_a_file_name_that_is_not_text_is_refused_at_the_start(tmp_path):
+    (tmp_path / "b\udcff.jsonl").write_bytes(JSONL)
+    for path in (tmp_path / "b\udcff.jsonl", tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(DataError, match="is not UTF-8; rename it") as caught:
+            find_sources([path])
+        str(caught.value).encode()
+
+
+def test_file_names_of_bad_rows_are_redacted_once(tmp_path, monkeypatch):
+    from pipelines import prepare
+    from pipelines.data import BadRow
+
+    asked = []
+    monkeypatch.setattr(prepare, "redact", lambda name: asked.append(name) or name)
+    prepare._write_bad(tmp_path, [BadRow(f"{k % 2}.jsonl", k, 0, "reason", "") for k in range(100)])
+    assert sorted(asked) == ["0.jsonl", "1.jsonl"]
 
 
 def test_folders_of_save_to_disk(tmp_path):
