@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 MUTATION_ARGS ?=
+ATTACK_ARGS ?=
 # One thread a test process, two processes: small tensors gain nothing from more threads, and results do not depend on them.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test zoo lint bench mutation clean
+.PHONY: demo test zoo lint bench mutation attack clean
 
 demo: $(STAMP)
 	$(BIN)/datatools demo
@@ -29,6 +30,10 @@ bench: $(STAMP)
 
 mutation: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m tests.mutation.run $(MUTATION_ARGS)
+
+# Kills, failing file operations and damaged files, against every command; `make test` does a sample.
+attack: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m tests.attack.run $(ATTACK_ARGS)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "datatools needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,9 +102,9 @@ def own_world(tmp_path: Path) -> World:
     return make_world(tmp_path / "world")
 
 
-@pytest.fixture(scope="session")
-def command() -> Iterator[Command]:
-    """`command("select", ..., kill_after=0.5)` runs in a process of its own; see tests/pipelines/forkserver.py."""
+@contextmanager
+def commands() -> Iterator[Command]:
+    """A server for command lines; `call("select", ..., kill_after=0.5)` runs in its own process (see forkserver.py)."""
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("forkserver.py"))],
         stdin=subprocess.PIPE,
@@ -123,3 +124,9 @@ def command() -> Iterator[Command]:
     yield call
     with process:  # closes its pipes, and waits for its end
         process.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def command() -> Iterator[Command]:
+    with commands() as call:
+        yield call

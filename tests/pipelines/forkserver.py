@@ -4,8 +4,8 @@ A child starts in milliseconds instead of seconds, so that a test can afford to 
 are lines of JSON on stdin and stdout:
 
     {"argv": ["select", ...], "env": {}, "cwd": "/x", "kill_after": 0.7, "file_limit": 4096,
-     "die": ["pipelines.trainer:mark_complete", 2, "before"]}
-    {"code": 0, "stdout": "...", "stderr": "...", "seconds": 0.61, "rows": 120}
+     "die": ["pipelines.trainer:mark_complete", 2, "before"], "fault": {"within": "/x", "kind": "write", "nth": 3}}
+    {"code": 0, "stdout": "...", "stderr": "...", "seconds": 0.61, "rows": 120, "calls": {"write": 17}}
 
 `kill_after`: SIGKILL after so many seconds. `file_limit`: RLIMIT_FSIZE, which acts as a full disk. `die`: SIGKILL at
 the n-th call of a function, before or after it. `rows`: how many rows' gradients the child has computed.
@@ -70,12 +70,15 @@ def child(request: dict[str, Any], scratch: Path) -> int:
     if "file_limit" in request:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], before[1]))
+    faults = import_module("tests.attack.faults").install(request["fault"]) if "fault" in request else None
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
     if "file_limit" in request:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     (scratch / "rows").write_text(str(rows))
+    if faults:
+        (scratch / "calls").write_text(json.dumps(faults.calls))
     return code
 
 
@@ -106,6 +109,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
             "stderr": read.get("stderr", ""),
             "seconds": time.monotonic() - started,
             "rows": int(read.get("rows") or 0),
+            "calls": json.loads(read.get("calls") or "{}"),
         }
 
 
@@ -114,7 +118,7 @@ def serve() -> None:
     import transformers
 
     transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.Trainer  # noqa: B018 (lazy names)
-    for name in ("select", "train", "evaluation", "audit", "explain", "demo", "cli"):
+    for name in ("select", "train", "evaluation", "audit", "explain", "demo", "cli", "order", "diagnose", "report"):
         import_module(f"pipelines.{name}")
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:

@@ -1,0 +1,248 @@
+"""Attack the commands: kill them, let file operations fail, damage their folders; then see what they make of it.
+
+    python -m tests.attack.run --kills 500 --flips 500 --faults 500 --seed 0
+    python -m tests.attack.run --kills 20 --flips 20 --faults 20 --only select,train
+
+Every try ends in one of: `identical` (the command, or the same command started again, ends with the very results of an
+undisturbed run), `refused` (a named error, nonzero exit code), `traceback` (an error that nobody explains), `silent`
+(other results with exit code 0) or `stuck` (it does not end, or does not succeed when it is started again after a fault
+that is over). The last three are faults of the project: the exit code is 1 if there is one.
+"""
+
+import argparse
+import itertools
+import random
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tests.attack.faults import KINDS, flip, truncate
+from tests.attack.scenarios import SCENARIOS, Scenario, results
+from tests.pipelines.conftest import commands, make_world
+from tests.tiny import write_rows
+
+OUTCOMES = ("identical", "refused", "traceback", "silent", "stuck")
+WRONG = OUTCOMES[2:]
+_TRACEBACK = re.compile(r"Traceback|this is a bug|Exception ignored", re.IGNORECASE)
+_LIMIT_SECONDS = 120.0
+
+
+@dataclass
+class Prepared:
+    """A scenario whose undisturbed results are known."""
+
+    scenario: Scenario
+    start: Path  # the folder as the command finds it
+    done: Path  # and as an undisturbed command leaves it
+    half: Path  # and as a command that was killed on the way leaves it
+    want: dict[str, Any]
+    calls: dict[str, int]
+    seconds: float
+
+
+@dataclass
+class Try:
+    """One try and its end."""
+
+    scenario: str
+    attack: str
+    outcome: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.outcome}: {self.scenario}: {self.attack}: {self.detail}"
+
+
+@dataclass
+class Attacker:
+    """Runs commands in one world below `folder`, always in the same run folder, so that paths in results agree."""
+
+    folder: Path
+    call: Callable[..., SimpleNamespace]
+    tries: list[Try] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.world = make_world(self.folder / "world").folder
+        write_rows(self.world / "few.jsonl", 32)
+        self.run = self.folder / "run"
+
+    def _do(self, text: str, **options: Any) -> SimpleNamespace:
+        words = [w.replace("$W", str(self.world)).replace("$R", str(self.run)) for w in shlex.split(text)]
+        options.setdefault("kill_after", _LIMIT_SECONDS)
+        return self.call(*words, **options)
+
+    def _set(self, state: Path | None) -> None:
+        shutil.rmtree(self.run, ignore_errors=True)
+        if state is not None and state.is_dir():
+            shutil.copytree(state, self.run, symlinks=True)
+
+    def _keep(self, name: str) -> Path:
+        kept = self.folder / "states" / name
+        if self.run.is_dir():
+            shutil.copytree(self.run, kept, symlinks=True)
+        return kept
+
+    def prepare(self, scenario: Scenario) -> Prepared:
+        """Build the folder, run the command twice undisturbed, and once until a kill on the way.
+
+        What differs between the two undisturbed runs (times, rates) is no result.
+        """
+        self._set(None)
+        for before in scenario.before:
+            answer = self._do(before)
+            assert answer.code == 0, f"{scenario.name}: {before}: {answer.stderr}"
+        start = self._keep(f"{scenario.name}-start")
+        found = []
+        for _ in range(2):
+            self._set(start)
+            answer = self._do(scenario.command, fault={"within": str(self.folder)})
+            assert answer.code == 0, f"{scenario.name}: {answer.stderr}"
+            found.append(results(self.run, answer.stdout if scenario.shown else ""))
+        done = self._keep(f"{scenario.name}-done")
+        want = {name: value for name, value in found[0].items() if found[1].get(name) == value}
+        self._set(start)
+        nth = answer.calls.get("kill", 1) * 6 // 10
+        self._do(scenario.command, fault={"within": str(self.folder), "kind": "kill", "nth": max(nth, 1)})
+        half = self._keep(f"{scenario.name}-half")
+        return Prepared(scenario, start, done, half, want, answer.calls, answer.seconds)
+
+    def _ended(self, made: Prepared, answer: SimpleNamespace, skip: tuple[str, ...] = ()) -> tuple[str, str]:
+        """How a command ended, by its exit code, its messages and its results but those below the folders `skip`."""
+        if answer.code == -9:
+            return "stuck", f"no end after {_LIMIT_SECONDS:.0f} s"
+        if _TRACEBACK.search(answer.stderr):
+            return "traceback", answer.stderr.strip()[-600:]
+        if answer.code != 0:
+            lines = answer.stderr.strip().splitlines()
+            named = any(line.startswith("error:") for line in lines)
+            return ("refused" if named else "traceback"), (lines[-1] if lines else f"exit code {answer.code}")[:300]
+        got = results(self.run, answer.stdout if made.scenario.shown else "")
+        differing = [name for name, value in made.want.items() if got.get(name) != value and not name.startswith(skip)]
+        if differing:
+            name = differing[0]
+            return "silent", f"{len(differing)} differ: {name}: {made.want[name]} != {got.get(name)}"
+        return "identical", ""
+
+    def _note(self, made: Prepared, attack: str, outcome: str, detail: str) -> Try:
+        self.tries.append(Try(made.scenario.name, attack, outcome, detail))
+        return self.tries[-1]
+
+    def damage(self, made: Prepared, state: Path, name: str, how: str, at: float) -> Try:
+        """Flip a bit of a file of the folder, or cut it; the command is then run in this folder."""
+        self._set(state)
+        (flip if how == "flip" else truncate)(self.run / name, at)
+        # A finished run leaves its checkpoints alone; whoever reads one later verifies it.
+        outcome, detail = self._ended(made, self._do(made.scenario.command), ("checkpoints/", "warmup/"))
+        return self._note(made, f"{how} {state.name.rpartition('-')[2]}/{name} at {at:.4f}", outcome, detail)
+
+    def fault(self, made: Prepared, kind: str, nth: int) -> Try:
+        """Let one file operation fail (or all writes from one on); then run the command again, undisturbed.
+
+        A failure that the command survives must not change its results; one that it does not survive must be named.
+        """
+        self._set(made.start)
+        attack = f"{kind} {nth} of {made.calls.get('write' if kind == 'full' else kind, 0)}"
+        answer = self._do(made.scenario.command, fault={"within": str(self.folder), "kind": kind, "nth": nth})
+        outcome, detail = self._ended(made, answer)
+        if outcome == "silent" and "warning" in answer.stderr:  # it said that something could not be written
+            outcome = "refused"
+        if outcome in WRONG and not (kind == "kill" and answer.code == -9):
+            return self._note(made, attack, outcome, detail)
+        return self._again(made, attack)
+
+    def kill(self, made: Prepared, after: float) -> Try:
+        """SIGKILL after so many seconds; then run the command again, undisturbed."""
+        self._set(made.start)
+        self._do(made.scenario.command, kill_after=after)
+        return self._again(made, f"kill after {after:.3f} s")
+
+    def _again(self, made: Prepared, attack: str) -> Try:
+        outcome, detail = self._ended(made, self._do(made.scenario.command))
+        if outcome == "refused":  # nothing is wrong with the folder or the disk any more
+            outcome = "stuck"
+        return self._note(made, attack, outcome, detail)
+
+
+def damages(made: Prepared, count: int, rng: random.Random) -> Iterator[tuple[Path, str, str, float]]:
+    """`count` files of the finished and the half-finished folder to damage: each file once before any twice."""
+    found = [(state, path) for state in (made.done, made.half) for path in sorted(state.rglob("*"))]
+    places = [(state, str(path.relative_to(state))) for state, path in found if path.is_file() and path.stat().st_size]
+    left: list[tuple[Path, str]] = []
+    for number in range(count if places else 0):
+        if not left:
+            left = rng.sample(places, len(places))
+        state, name = left.pop()
+        yield state, name, "truncate" if number % 4 == 3 else "flip", rng.random()
+
+
+def faults(made: Prepared, count: int | None, rng: random.Random) -> list[tuple[str, int]]:
+    """`count` of the operations that can fail, spread over the kinds; all of them for None."""
+    every = [[(kind, n + 1) for n in range(made.calls.get("write" if kind == "full" else kind, 0))] for kind in KINDS]
+    if count is None:
+        return [one for kind in every for one in kind]
+    turns = itertools.zip_longest(*(rng.sample(kind, len(kind)) for kind in every))
+    return [one for turn in turns for one in turn if one][:count]
+
+
+def attack(attacker: Attacker, scenarios: Sequence[Scenario], *, kills: int, flips: int, faults_: int | None,
+           seed: int, say: Callable[[str], None] = print) -> list[Try]:
+    """Share the tries among the scenarios, and report those that went wrong as they come."""
+    for number, scenario in enumerate(scenarios):
+        rng = random.Random(f"{seed} {scenario.name}")
+
+        def share(total: int, number: int = number) -> int:
+            return total // len(scenarios) + (number < total % len(scenarios))
+
+        made = attacker.prepare(scenario)
+        before = len(attacker.tries)
+        for turn in range(share(kills)):
+            if turn % 2 and made.calls.get("kill"):
+                attacker.fault(made, "kill", rng.randint(1, made.calls["kill"]))
+            else:
+                attacker.kill(made, rng.random() * made.seconds)
+        for state, name, how, at in damages(made, share(flips), rng):
+            attacker.damage(made, state, name, how, at)
+        for kind, nth in faults(made, None if faults_ is None else share(faults_), rng):
+            attacker.fault(made, kind, nth)
+        mine = attacker.tries[before:]
+        counts = Counter(one.outcome for one in mine)
+        say(f"{scenario.name}: {len(mine)} tries, " + ", ".join(f"{counts[o]} {o}" for o in OUTCOMES if counts[o]))
+        for one in mine:
+            if one.outcome in WRONG:
+                say(f"  {one}")
+    return attacker.tries
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=500, help="at random moments, and before random file operations")
+    parser.add_argument("--flips", type=int, default=500, help="files of a run folder with a flipped bit, or cut short")
+    parser.add_argument("--faults", default="500", help="file operations that fail once, a number or 'all'")
+    parser.add_argument("--only", default="", help="names of scenarios, comma-separated")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    wanted = [name for name in options.only.split(",") if name]
+    unknown = set(wanted) - {s.name for s in SCENARIOS}
+    if unknown:
+        parser.error(f"no scenario is called {sorted(unknown)[0]!r}; there are {', '.join(s.name for s in SCENARIOS)}")
+    scenarios = [s for s in SCENARIOS if not wanted or s.name in wanted]
+    with tempfile.TemporaryDirectory() as folder, commands() as call:
+        attacker = Attacker(Path(folder), call)
+        tries = attack(attacker, scenarios, kills=options.kills, flips=options.flips,
+                       faults_=None if options.faults == "all" else int(options.faults), seed=options.seed,
+                       say=lambda text: print(text, flush=True))
+    counts = Counter(one.outcome for one in tries)
+    print(f"{len(tries)} tries: " + ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES))
+    return int(any(counts[outcome] for outcome in WRONG))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
