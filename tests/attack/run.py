@@ -114,8 +114,11 @@ class Attacker:
         half = self._keep(f"{scenario.name}-half")
         return Prepared(scenario, start, done, half, want, answer.calls, answer.seconds)
 
-    def _ended(self, made: Prepared, answer: SimpleNamespace, skip: tuple[str, ...] = ()) -> tuple[str, str]:
-        """How a command ended, by its exit code, its messages and its results but those below the folders `skip`."""
+    def _ended(self, made: Prepared, answer: SimpleNamespace, damaged: str | None = None) -> tuple[str, str]:
+        """How a command ended, by its exit code, its messages and its results.
+
+        A `damaged` file that the command found, or a checkpoint, may stay as it is: whoever reads it later verifies it.
+        """
         if answer.code == -9:
             return "stuck", f"no end after {_LIMIT_SECONDS:.0f} s"
         if _TRACEBACK.search(answer.stderr):
@@ -125,7 +128,9 @@ class Attacker:
             named = any(line.startswith("error:") for line in lines)
             return ("refused" if named else "traceback"), (lines[-1] if lines else f"exit code {answer.code}")[:300]
         got = results(self.run, answer.stdout if made.scenario.shown else "")
-        differing = [name for name, value in made.want.items() if got.get(name) != value and not name.startswith(skip)]
+        differing = [name for name, value in made.want.items() if got.get(name) != value]
+        if damaged is not None and ((made.start / damaged).exists() or {"checkpoints", "warmup"} & {*Path(damaged).parts}):
+            differing = [name for name in differing if name.partition(":")[0] != damaged]
         if differing:
             name = differing[0]
             return "silent", f"{len(differing)} differ: {name}: {made.want[name]} != {got.get(name)}"
@@ -139,8 +144,7 @@ class Attacker:
         """Flip a bit of a file of the folder, or cut it; the command is then run in this folder."""
         self._set(state)
         (flip if how == "flip" else truncate)(self.run / name, at)
-        # A finished run leaves its checkpoints alone; whoever reads one later verifies it.
-        outcome, detail = self._ended(made, self._do(made.scenario.command), ("checkpoints/", "warmup/"))
+        outcome, detail = self._ended(made, self._do(made.scenario.command), damaged=name)
         return self._note(made, f"{how} {state.name.rpartition('-')[2]}/{name} at {at:.4f}", outcome, detail)
 
     def fault(self, made: Prepared, kind: str, nth: int) -> Try:

@@ -49,8 +49,9 @@ SCENARIOS = (
     Scenario("report", "report $R", (SELECT, AUDIT)),
 )
 
-# Logs of what happened when, and what a run still had to do when it began: true, and different after a kill.
-_DISPLAYED = {"events.jsonl", "progress.json", "provenance.json", ".lock", "training_args.bin"}
+# Logs of what happened when, what a run still had to do when it began (true, and different after a kill), and model
+# cards that peft writes.
+_DISPLAYED = {"events.jsonl", "progress.json", "provenance.json", ".lock", "training_args.bin", "README.md"}
 _COSTS = (".cost.", ".warnings.")
 
 
