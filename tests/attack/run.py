@@ -129,7 +129,8 @@ class Attacker:
             return ("refused" if named else "traceback"), (lines[-1] if lines else f"exit code {answer.code}")[:300]
         got = results(self.run, answer.stdout if made.scenario.shown else "")
         differing = [name for name, value in made.want.items() if got.get(name) != value]
-        if damaged is not None and ((made.start / damaged).exists() or {"checkpoints", "warmup"} & {*Path(damaged).parts}):
+        left_alone = {"checkpoints", "warmup"} & {*Path(damaged or "").parts}
+        if damaged is not None and (left_alone or (made.start / damaged).exists()):
             differing = [name for name in differing if name.partition(":")[0] != damaged]
         if differing:
             name = differing[0]
