@@ -4,7 +4,11 @@ A file is written under a temporary name in its own folder, fsynced, renamed ove
 fsynced: after a kill or a power cut the final name shows the old bytes or the new ones, never a mixture. Temporary
 files are `.tmp-<random>`, mode 0600, and locked while their writer lives, so `remove_leftovers` can tell an abandoned
 one from one in use. Finished files are 0644 less the umask. Libraries that save a whole folder get a fresh one
-(`atomic_folder`), which is treated alike.
+(`atomic_folder`), which is treated alike. In a run folder, finished files are sealed (`datatools.seals`): what is read
+there later is what was written.
+
+Nothing here follows a link to write, or waits for a pipe: a name that is taken by a link is replaced, and a folder
+inside a run folder that is a link is refused.
 
 Failures surface as `EnvironmentProblem` (no space, no permission, disk error, folder in use) or `DataError` (no such
 file, not a readable file), always with the path and what to do. POSIX only: locks are `flock`, which the kernel drops
@@ -15,22 +19,26 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import xxhash
 
+from datatools import seals
 from datatools.errors import DataError, DatatoolsError, EnvironmentProblem
 
-_TEMPORARY = ".tmp-"
+_TEMPORARY = seals.TEMPORARY
+_SCRATCH = "datatools-scratch-"
 _LOCK = ".lock"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -80,12 +88,21 @@ def _explained(path: PathLike, doing: str) -> Iterator[None]:
 # ---------------------------------------------------------------- writing
 
 
-def write_bytes(path: PathLike, data: bytes | bytearray | memoryview, *, durable: bool = True) -> None:
-    """Replace `path` by `data`, all or nothing. `durable=False` skips the fsyncs: for files that may be lost."""
+def write_bytes(path: PathLike, data: bytes | bytearray | memoryview, *, durable: bool = True,
+                seal: bool = True) -> None:
+    """Replace `path` by `data`, all or nothing.
+
+    Args:
+        path: where to; its folder must exist.
+        data: the whole content.
+        durable: fsync the file and its folder; False is for files that may be lost, which are not sealed either.
+        seal: in a sealed folder, record the content; False is for files that carry a digest of their own.
+
+    """
     path = Path(path)
     with _explained(path, "write"), _temporary(path) as (descriptor, temporary):
         _write_all(descriptor, data)
-        _commit(descriptor, temporary, path, durable)
+        _commit(descriptor, temporary, path, durable, seal)
 
 
 def write_text(path: PathLike, text: str, *, durable: bool = True) -> None:
@@ -115,7 +132,7 @@ def json_bytes(value: Any) -> bytes:
         return json.dumps(value, indent=1, allow_nan=False).encode("ascii") + b"\n"
 
 
-def write_pieces(path: PathLike, pieces: Iterable[bytes | bytearray | memoryview]) -> str:
+def write_pieces(path: PathLike, pieces: Iterable[bytes | bytearray | memoryview], *, seal: bool = True) -> str:
     """`write_bytes` of the joined `pieces`, holding one at a time; returns the `digest` of all of them."""
     path = Path(path)
     total = xxhash.xxh3_128()
@@ -123,12 +140,12 @@ def write_pieces(path: PathLike, pieces: Iterable[bytes | bytearray | memoryview
         for piece in pieces:
             total.update(piece)
             _write_all(descriptor, piece)
-        _commit(descriptor, temporary, path, durable=True)
+        _commit(descriptor, temporary, path, durable=True, seal=seal)
     return total.hexdigest()
 
 
 def write_new(path: PathLike, data: bytes | bytearray | memoryview) -> bool:
-    """Put if absent: write `path` only if it does not exist; of many writers exactly one gets True."""
+    """Put if absent: write `path`, unsealed, only if it does not exist; of many writers exactly one gets True."""
     path = Path(path)
     with _explained(path, "write"), _temporary(path) as (descriptor, temporary):
         _write_all(descriptor, data)
@@ -145,11 +162,25 @@ def write_new(path: PathLike, data: bytes | bytearray | memoryview) -> bool:
 def append_line(path: PathLike, line: str) -> None:
     """Append `line` and a newline in one write, for logs; a kill can cut the last line, never an earlier one."""
     with _explained(path, "append to"):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        _refuse_links(path)
+        descriptor = _open_log(Path(path))
         try:
             _write_all(descriptor, line.encode("utf-8", "backslashreplace") + b"\n")
         finally:
             os.close(descriptor)
+
+
+def _open_log(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    while True:
+        descriptor = os.open(path, flags, 0o644)
+        facts = os.fstat(descriptor)
+        if stat.S_ISREG(facts.st_mode) and facts.st_nlink <= 1:
+            return descriptor
+        os.close(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise DataError(f"cannot append to {_shown(path)}: it is not a file; remove it")
+        write_bytes(path, read_bytes(path), seal=False)  # a second name of another file: that one stays as it is
 
 
 @contextmanager
@@ -169,7 +200,7 @@ def atomic_path(path: PathLike, *, durable: bool = True) -> Iterator[Path]:
         with _explained(path, "write"):
             written = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)  # maybe not the file of `descriptor`
             try:
-                _commit(written, temporary, path, durable)
+                _commit(written, temporary, path, durable, seal=True)
             finally:
                 os.close(written)
     finally:
@@ -191,6 +222,7 @@ def atomic_folder(path: PathLike) -> Iterator[Path]:
         yield temporary
         with _explained(path, "write"):
             _settle(temporary)
+            _seal_folder(temporary, path)
             _put(temporary, path)
     finally:
         if os.path.lexists(temporary):
@@ -199,6 +231,7 @@ def atomic_folder(path: PathLike) -> Iterator[Path]:
 
 
 def _make_temporary_folder(path: Path) -> tuple[int, Path]:
+    _refuse_links(path)
     while True:
         temporary = path.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
         os.mkdir(temporary, 0o700)
@@ -231,6 +264,16 @@ def _settle(folder: Path) -> None:
         _sync_folder(Path(parent))
 
 
+def _seal_folder(folder: Path, path: Path) -> None:
+    """Record the files of `folder` under the names that they will have in `path`."""
+    if seals.root_of(path) is None:
+        return
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            child = Path(parent) / name
+            seals.record(path / child.relative_to(folder), seal_of(child))
+
+
 def _put(folder: Path, path: Path) -> None:
     """Move `folder` to `path`; a link or a file there goes, a folder there is moved out of the way first."""
     old = path.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
@@ -254,7 +297,14 @@ def _temporary(path: Path) -> Iterator[tuple[int, Path]]:
         _discard(descriptor, temporary)
 
 
+def _refuse_links(path: PathLike) -> None:
+    if (link := seals.link_inside(path)) is not None:
+        raise DataError(f"cannot write {_shown(path)}: {_shown(link)} is a symbolic link, and a run folder holds none; "
+                        "remove the link")
+
+
 def _open_temporary(path: Path) -> tuple[int, Path]:
+    _refuse_links(path)
     while True:
         temporary = path.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"  # a short name: `path` may use all 255 bytes
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -275,10 +325,12 @@ def _discard(descriptor: int, temporary: Path) -> None:
     os.close(descriptor)
 
 
-def _commit(descriptor: int, temporary: Path, path: Path, durable: bool) -> None:
+def _commit(descriptor: int, temporary: Path, path: Path, durable: bool, seal: bool) -> None:
     os.fchmod(descriptor, 0o644 & ~_umask())
     if durable:
         os.fsync(descriptor)
+        if seal and seals.root_of(path) is not None:  # before the file has its name
+            seals.record(path, _seal_of(descriptor))
     os.replace(temporary, path)
     if durable:
         _sync_folder(path.parent)
@@ -320,16 +372,64 @@ def _umask() -> int:
 
 def make_folder(path: PathLike) -> Path:
     """Create the folder `path` and its parents where missing (0755 less the umask)."""
+    path = Path(path)
     with _explained(path, "create the folder"):
+        _refuse_links(path / "x")
+        for parent in reversed(path.parents):
+            if not parent.is_dir():  # os.makedirs would give it all that the umask allows
+                with suppress(FileExistsError):
+                    os.mkdir(parent, 0o755)
         os.makedirs(path, mode=0o755, exist_ok=True)
-    return Path(path)
+    return path
+
+
+@contextmanager
+def scratch_folder(within: PathLike | None = None) -> Iterator[Path]:
+    """A fresh private folder in `within` (the system's folder for temporary files), gone at the end.
+
+    It is locked while its owner lives, so that what killed owners left goes when the next one is made.
+    """
+    place = Path(within if within is not None else tempfile.gettempdir())
+    with _explained(place, "make a temporary folder in"):
+        with suppress(OSError):
+            _sweep_scratch(place)
+        while True:
+            folder = place / f"{_SCRATCH}{secrets.token_hex(8)}"
+            os.mkdir(folder, 0o700)
+            with suppress(FileNotFoundError):  # swept between the making and the lock: once more
+                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                _flock(descriptor, fcntl.LOCK_EX)
+                if os.path.lexists(folder):
+                    break
+                os.close(descriptor)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _sweep_scratch(place: Path) -> None:
+    """Remove the scratch folders in `place` of which nobody holds the lock."""
+    with os.scandir(place) as entries:
+        names = [e.name for e in entries if re.fullmatch(rf"{_SCRATCH}[0-9a-f]{{16}}", e.name)]
+    for name in names:
+        with suppress(OSError):  # in use, of another user, or gone
+            descriptor = os.open(place / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(descriptor).st_uid == os.geteuid():
+                    shutil.rmtree(place / name)
+            finally:
+                os.close(descriptor)
 
 
 def move(path: PathLike, to: PathLike) -> None:
-    """Rename `path` (a file or a folder) to the free name `to` on the same file system, durably."""
+    """Rename `path` (a file or a folder) to the free name `to` on the same file system, durably, without its seals."""
     with _explained(path, f"move to {_shown(to)}:"):
         if os.path.lexists(to):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(to))
+        seals.drop(path)
         os.rename(path, to)
         for folder in {Path(path).parent, Path(to).parent}:
             _sync_folder(folder)
@@ -375,7 +475,10 @@ def remove_leftovers(folder: PathLike) -> int:
 
 
 def read_bytes(path: PathLike, *, limit: int | None = None) -> bytes:
-    """The bytes of the regular file `path`. Raises: DataError if it is missing, not a file, or over `limit` bytes."""
+    """The bytes of the regular file `path`.
+
+    Raises: DataError if it is missing, not a file, over `limit` bytes, or in a run folder and not what the run wrote.
+    """
     with _explained(path, "read"):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # not to hang on a named pipe
         try:
@@ -385,9 +488,24 @@ def read_bytes(path: PathLike, *, limit: int | None = None) -> bytes:
             if limit is not None and facts.st_size > limit:
                 raise DataError(f"cannot read {_shown(path)}: {facts.st_size} bytes, at most {limit} were expected")
             with open(descriptor, "rb", closefd=False) as file:
-                return file.read()
+                data = file.read()
         finally:
             os.close(descriptor)
+    seals.check_bytes(path, data)
+    return data
+
+
+def open_file(path: PathLike, *, buffering: int = 0) -> BinaryIO:
+    """The regular file `path`, open for reading bytes; never waits for a pipe.
+
+    Raises: DataError if it is missing or not a file. In a run folder it is not compared with its seal: see `checked`.
+    """
+    with _explained(path, "read"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise DataError(f"cannot read {_shown(path)}: it is not a file; choose another path")
+        return cast(BinaryIO, open(descriptor, "rb", buffering=buffering))
 
 
 def read_json(path: PathLike, *, limit: int | None = None) -> Any:
@@ -404,13 +522,33 @@ def digest(data: bytes | bytearray | memoryview) -> str:
 
 
 def digest_file(path: PathLike) -> str:
-    """`digest` of the file's bytes, read in pieces of 4 MiB."""
-    total = xxhash.xxh3_128()
+    """`digest` of the regular file's bytes, read in pieces of 4 MiB."""
+    return seal_of(path).digest
+
+
+def seal_of(path: PathLike) -> seals.Seal:
+    """Size and digest of the regular file `path`. Raises: DataError if it is missing or not a file."""
+    with open_file(path) as file, _explained(path, "read"):
+        return _seal_of(file.fileno())
+
+
+def _seal_of(descriptor: int) -> seals.Seal:
+    total, size = xxhash.xxh3_128(), 0
     piece = memoryview(bytearray(4 << 20))
-    with _explained(path, "read"), open(path, "rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            total.update(piece[:count])
-    return total.hexdigest()
+    while count := os.preadv(descriptor, [piece], size):
+        total.update(piece[:count])
+        size += count
+    return seals.Seal(size, total.hexdigest())
+
+
+def checked(path: PathLike) -> Path:
+    """`path`, for libraries that open files themselves: in a run folder, only if it is what the run wrote.
+
+    Raises: DataError if it is not, or is missing or not a file.
+    """
+    if seals.expected(path):
+        seals.check(path, seal_of(path))
+    return Path(path)
 
 
 # ---------------------------------------------------------------- locks
@@ -458,11 +596,17 @@ def lock_folder(path: PathLike) -> Iterator[None]:
 
 def _acquire(folder: Path, file: Path) -> int:
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        descriptor = os.open(file, flags, 0o600)
         try:
+            facts = os.fstat(descriptor)
+            if not stat.S_ISREG(facts.st_mode):
+                raise DataError(f"cannot lock {_shown(folder)}: {_LOCK} in it is not a file; remove it")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             current = os.stat(file, follow_symlinks=False)
-            if current.st_ino == os.fstat(descriptor).st_ino:
+            if current.st_nlink > 1:  # a second name of another file, which is not ours to write
+                os.unlink(file)
+            elif current.st_ino == facts.st_ino:
                 started = time.strftime("%Y-%m-%d %H:%M:%S %z")
                 owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started})
                 os.ftruncate(descriptor, 0)

@@ -148,7 +148,7 @@ class GradientFeatures:
             if units or not (path / _PLAN).exists():
                 plan = {**plan, "units": [*plan["units"], *units]}
                 if (path / _PLAN).exists():
-                    files.write_bytes(path / _PLAN, _seal(plan))
+                    files.write_bytes(path / _PLAN, _seal(plan), seal=False)
                 elif not files.write_new(path / _PLAN, _seal(plan)):  # flock excludes nobody on this file system
                     raise EnvironmentProblem(f"{path} was created by another process at the same time; run again")
         return cls(path, plan, verify)
@@ -235,14 +235,14 @@ class GradientFeatures:
         files.remove(sidecar)  # a unit written again is uncommitted until its new payload is complete
         self._forget(unit)
         payload = self._path(unit, "safetensors")
-        digest = files.write_pieces(payload, pieces())
+        digest = files.write_pieces(payload, pieces(), seal=False)
         body = {
             "format": FORMAT, "unit": unit, "rows": n, "store": self._meta_digest,
             "payload": {"file": payload.name, "bytes": _payload_bytes(self.dtype, self.dim, n), "xxh3": digest},
             "status": {state: [i for i in range(n) if states[i] == state] for state in STATUSES[1:]},
             "info": json.loads(files.json_bytes(info or {})), "keys": self._units[unit],
         }
-        files.write_bytes(sidecar, _seal(body))
+        files.write_bytes(sidecar, _seal(body), seal=False)
 
     # ------------------------------------------------------------ reading
 
@@ -338,14 +338,12 @@ class GradientFeatures:
         if unit in self._sidecars:
             return self._sidecars[unit]
         path = self._path(unit, "json")
+        if not path.exists():
+            raise _Damaged(f"{path.name} is gone")
         try:
-            body = _unseal(path.read_bytes())
+            body = _unseal(files.read_bytes(path))
         except ValueError as error:
             raise _Damaged(f"{path.name}: {error}") from None
-        except FileNotFoundError:
-            raise _Damaged(f"{path.name} is gone") from None
-        except OSError as error:
-            raise files.explain(error, path, "read") from error
         expected = {"format": FORMAT, "unit": unit, "rows": self._rows(unit), "store": self._meta_digest,
                     "keys": self._units[unit]}
         for name, value in expected.items():
@@ -377,16 +375,15 @@ class GradientFeatures:
         sidecar, n = self._sidecar(unit), self._rows(unit)
         path = self._path(unit, "safetensors")
         header, size = _header(self.dtype, self.dim, n), _payload_bytes(self.dtype, self.dim, n)
-        try:
-            with open(path, "rb") as file:
-                fits = os.fstat(file.fileno()).st_size == size and file.read(len(header)) == header
-                if not fits:
-                    raise _Damaged(f"{path.name} does not hold the tensors that {_PLAN} describes")
+        if not path.exists():
+            raise _Damaged(f"{path.name} is gone")
+        with files.open_file(path) as file:
+            if os.fstat(file.fileno()).st_size != size or file.read(len(header)) != header:
+                raise _Damaged(f"{path.name} does not hold the tensors that {_PLAN} describes")
+            try:
                 mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise _Damaged(f"{path.name} is gone") from None
-        except OSError as error:
-            raise files.explain(error, path, "read") from error
+            except OSError as error:
+                raise files.explain(error, path, "read") from error
         view = _View(mapped, len(header), n, self.dim, self.dtype, sidecar)
         try:
             yield view

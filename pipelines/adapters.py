@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -293,10 +292,10 @@ def load_adapter(model: Any, folder: Path) -> Any:
     given, folder = folder, adapter_folder(folder) or folder
     name = "default" if folder == given else folder.name
     if (folder / CONFIG).is_file() and (shards := saved_states.weights(folder)) is not None:
-        with tempfile.TemporaryDirectory(prefix="datatools-adapter-") as home:
-            files.write_bytes(Path(home) / CONFIG, files.read_bytes(folder / CONFIG))
-            files.write_bytes(Path(home) / WEIGHTS, save(saved_states.read_weights(shards)))
-            return load_adapter(model, Path(home))
+        with files.scratch_folder() as home:
+            files.write_bytes(home / CONFIG, files.read_bytes(folder / CONFIG))
+            files.write_bytes(home / WEIGHTS, save(saved_states.read_weights(shards)))
+            return load_adapter(model, home)
     for needed in (CONFIG, WEIGHTS):
         if not (folder / needed).is_file():
             raise DataError(

@@ -168,7 +168,11 @@ def read_yaml(path: Path) -> dict[str, Json]:
         size = path.stat().st_size
         if size > MAX_YAML_BYTES:
             _refuse(f"{path}: {size} bytes; a configuration has at most {MAX_YAML_BYTES}")
-        text = path.read_bytes().decode("utf-8-sig")
+        if path.is_dir():
+            raise IsADirectoryError
+        from datatools import files
+
+        text = files.read_bytes(path).decode("utf-8-sig")
     except IsADirectoryError:
         _refuse(f"{path} is a folder; expected a YAML file, such as {path / 'run.yaml'}")
     except OSError as error:

@@ -275,7 +275,7 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
             raise DataError(
                 f"coreset: {checkpoint} has no {path.name}; it was saved without a coreset, or by other ranks"
             )
-        self._saved_history = load_file(path)
+        self._saved_history = load_file(files.checked(path))
 
     # ---------------------------------------------------------------------------------------------------------- its own
 

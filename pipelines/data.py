@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from datatools import DataError, UsageError, files
+from datatools import DataError, UsageError, files, seals
 from pipelines.formats import Columns, Message, Shape, check_columns, columns_of, read_shape, text_of
 from pipelines.jsonl import Limits, Line, Malformed, is_blank, parse_object, read_lines, shown
 from pipelines.sources import Source, as_jsonl, find_sources
@@ -257,11 +257,7 @@ def _read_source(source: Source, cache: Path, pool: Pool, bad: list[BadRow], ids
     sources: dict[str, str] = {}  # one object a name
     before, bad_before, blank = len(pool), len(bad), 0
     digest = xxhash.xxh3_128()
-    try:
-        file = open(path, "rb", buffering=1 << 20)
-    except OSError as error:
-        raise files.explain(error, path, "read") from error
-    with file:
+    with files.open_file(path, buffering=1 << 20) as file:
         for line in read_lines(file, source.name, pool._options.limits, digest):
             problem = problems.get(line.number)
             if problem is None and line.raw is not None and is_blank(line.raw):
@@ -287,6 +283,8 @@ def _read_source(source: Source, cache: Path, pool: Pool, bad: list[BadRow], ids
     whole = digest.hexdigest()
     if source.path is not None and path != source.path:  # describe the input, not its copy
         size, whole = source.size_and_digest()
+    if source.path is not None:
+        seals.check(source.path, seals.Seal(size, whole))
     pool.files.append(FileInfo(source.name, size, whole, len(pool) - before, len(bad) - bad_before, blank))
 
 

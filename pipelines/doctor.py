@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -197,8 +196,7 @@ def _disk(out: Path) -> list[Check]:
     elif free < 10 * 2**30:
         checks = [Check("disk", "warn", found, "100,000 rows at 4 checkpoints take 7 GiB (--dim 8192, float16)")]
     try:
-        with tempfile.TemporaryDirectory(prefix=".datatools-doctor-", dir=place) as name:
-            folder = Path(name)
+        with files.scratch_folder(place) as folder:
             start = time.perf_counter()
             for step in range(3):
                 files.write_bytes(folder / "probe", bytes([step]) * 65536)

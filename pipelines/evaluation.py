@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from datatools import DataError, token_batches
+from datatools import DataError, files, token_batches
 from pipelines import models
 from pipelines.config import EvaluateConfig
 from pipelines.prepare import Rows, prepare
@@ -24,8 +22,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises: UsageError, DataError, EnvironmentProblem; DataError for a loss that is not finite.
     """
     loaded = models.load(config.model, merge=False)  # merged into bfloat16, a small adapter would be rounded away
-    with tempfile.TemporaryDirectory(prefix="datatools-evaluate-") as scratch:
-        rows = prepare(config.data, config.model, loaded.tokenizer, cache=Path(scratch), label="data",
+    with files.scratch_folder() as scratch:
+        rows = prepare(config.data, config.model, loaded.tokenizer, cache=scratch, label="data",
                        limits=loaded.limits)
         return losses(loaded.model, rows, token_budget=config.token_budget)
 

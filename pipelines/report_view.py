@@ -261,7 +261,7 @@ def read_summary(path: Path) -> dict[str, Any]:
 def read_scores(path: Path) -> Scores:
     """The table in `path`. Raises: DataError if it is missing, damaged or without one of COLUMNS."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(files.checked(path)) as file:
             return _scores_of(file, path)
     except FileNotFoundError:
         raise DataError(f"{path}: not found; a report is drawn from the folder of a finished run") from None

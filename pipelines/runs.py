@@ -29,8 +29,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files
-from pipelines import texts, threads
+from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files, seals
+from pipelines import sealed, texts, threads
 from pipelines.config import Json, Settings
 from pipelines.config_files import as_dict, config_digest, dump, fingerprint, flatten, load_config
 from pipelines.texts import visible
@@ -478,7 +478,7 @@ def digest_inputs(paths: Iterable[Path | str]) -> dict[str, Json]:
 # ----------------------------------------------------------------------------------------------------------- the folder
 
 # What may lie in a folder that a killed run left before it wrote run.yaml.
-_OURS = {"run.yaml", "provenance.json", "progress.json", "events.jsonl", ".lock"}
+_OURS = sealed.RECORDS | sealed.OPEN
 # What reading the inputs leaves behind, before anything is made of them.
 _INPUTS = {"inputs", "bad_rows.jsonl", "quarantine.jsonl"}
 
@@ -486,9 +486,10 @@ _INPUTS = {"inputs", "bad_rows.jsonl", "quarantine.jsonl"}
 class Run:
     """A folder that one run owns: `run.yaml` replays it, `provenance.json` says with what, `progress.json` how far.
 
-    Entering locks the folder and continues the run in it if the settings are the same. Attributes: `folder`, `resumed`,
-    `changed` (names of things that changed and were accepted), `warnings`, `stages` [{"name", "seconds"}] over all
-    attempts.
+    Entering locks the folder and continues the run in it if the settings are the same. What the run has written is
+    sealed (`datatools.seals`): a damaged result is set aside and computed again, an edited record is refused.
+    Attributes: `folder`, `resumed`, `changed` (names of things that changed and were accepted), `lost` (names of files
+    that were set aside), `warnings`, `stages` [{"name", "seconds"}] over all attempts.
     Raises: UsageError for other settings or a folder that holds something else; DataError for changed inputs;
     EnvironmentProblem for a folder in use or not writable.
     """
@@ -503,6 +504,7 @@ class Run:
         self.accept: tuple[str, ...] = tuple(getattr(config, "accept_change", ()))
         self.resumed = False
         self.changed: list[str] = []
+        self.lost: list[str] = []
         self.warnings: list[str] = []
         self.stages: list[dict[str, Json]] = []
         self.provenance: dict[str, Any] = {}
@@ -518,6 +520,10 @@ class Run:
     def __enter__(self) -> Self:
         self._before, Run.current = Run.current, self
         try:
+            # libraries create files for everybody; nothing of a run is for others to write
+            before = os.umask(0o077)
+            os.umask(before | 0o022)
+            self._stack.callback(os.umask, before)
             if self._leads:
                 self._open()
         except BaseException:
@@ -567,8 +573,10 @@ class Run:
         Run.last_folder = folder
         foreign = [entry.name for entry in folder.iterdir() if entry.name not in _OURS]
         foreign = [name for name in foreign if not name.startswith(".tmp-")]
+        sealed.sweep(folder)
         if (folder / "run.yaml").is_file():
             try:
+                self._verify()
                 self._compare()
             except UsageError:
                 if not self._failed_early(foreign):
@@ -578,7 +586,8 @@ class Run:
                 f"--out {_shown(folder)} is not empty and holds no run ({_shown(sorted(foreign)[0])} is in it); "
                 "choose a new or an empty folder"
             )
-        files.remove_leftovers(folder)
+        if not self.resumed:
+            sealed.begin(folder)
         self._read_stages()
         self._write_provenance()
         if not self.resumed or self._asks_anew:
@@ -597,13 +606,47 @@ class Run:
         state = files.read_json(path, limit=1_000_000)
         if not isinstance(state, dict) or state.get("state") != "failed":
             return False
-        for name in ("run.yaml", "provenance.json", "events.jsonl"):
+        for name in ("run.yaml", "provenance.json", "events.jsonl", seals.NAME):
             if (self.folder / name).exists():
                 files.remove(self.folder / name)
         return True
 
+    def _verify(self) -> None:
+        """Compare the files of the run with their seals, before any of them is believed."""
+        folder = self.folder
+        if "seals" in self.accept:
+            sealed.adopt(folder)
+            return
+        if not sealed.is_sealed(folder):
+            say(f"the run in {_shown(folder)} is of a version without seals: its files are taken as they are, and "
+                "sealed from now on")
+            sealed.adopt(folder)
+            return
+        for name in sealed.damaged(folder):
+            path = folder / name
+            if name == "run.yaml" and (text := self._yaml().encode()) and seals.Seal(
+                len(text), files.digest(text)
+            ) in seals.expected(path):
+                files.write_bytes(path, text)
+                say(f"{_shown(path)} was damaged or edited; it is written anew, with the settings that ran")
+            elif name in sealed.RECORDS:
+                raise DataError(f"{seals.refusal(path)}, or start anew with --overwrite")
+            else:
+                sealed.set_aside(path)
+                self.lost.append(name)
+                say(f"{_shown(path)} is not what the run wrote (damaged or edited): set aside as "
+                    f"{_shown(path.name)}.damaged, and made again")
+
     def _refuse_odd_places(self) -> None:
         folder = self.folder
+        if visible(str(folder)) != str(folder):
+            raise UsageError(
+                f"--out {_shown(folder)}: the name holds characters that are not seen, or bytes that are not UTF-8; "
+                "choose a name that can be read"
+            )
+        with suppress(OSError, RuntimeError, ValueError):
+            if folder.resolve() in (Path("/"), Path.home().resolve()):
+                raise UsageError(f"--out {_shown(folder)}: a run needs a folder of its own; name one inside")
         try:
             if folder.exists() and not folder.is_dir():
                 raise UsageError(f"--out {_shown(folder)} is a file; expected a folder, new or of an earlier run")
@@ -674,7 +717,7 @@ class Run:
             if not isinstance(found, dict) or not isinstance(found.get("facts", {}), dict):
                 raise DataError(f"{_shown(path)} is damaged; restore it, or remove it to continue without its checks")
         fresh: dict[str, Any] = {
-            "format": 1,
+            "format": sealed.SEALED_SINCE,
             "command": self.command,
             "argv": [redact(argument) for argument in sys.argv[1:]],
             "created": found.get("created") or _now(),
@@ -753,8 +796,7 @@ class Run:
     def event(self, kind: str, /, **fields: Json) -> None:
         """One line in events.jsonl, stamped with the time."""
         if self._leads:
-            line = json.dumps({"time": _now(), "event": kind, **fields}, ensure_ascii=True)
-            files.append_line(self.folder / "events.jsonl", line)
+            files.append_line(self.folder / "events.jsonl", _summed({"time": _now(), "event": kind, **fields}))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -783,13 +825,20 @@ class Run:
         if not path.is_file():
             return
         lines = files.read_bytes(path, limit=1 << 30).split(b"\n")
-        if lines[-1]:  # a kill cut it; what follows starts on a line of its own
-            files.append_line(path, "")
-        for line in lines:
-            with suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
+        if lines[-1]:  # a kill cut it
+            files.write_bytes(path, b"".join(line + b"\n" for line in lines[:-1]), seal=False)
+        damaged = 0
+        for line in lines[:-1]:
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
+                entry = json.loads(line) if line else {"event": ""}
+                if "sum" in entry and _summed({k: v for k, v in entry.items() if k != "sum"}).encode() != line:
+                    raise ValueError
                 if entry["event"] == "stage_end":
                     self._add_stage(str(entry["name"]), float(entry["seconds"]))
+                continue
+            damaged += 1
+        if damaged:
+            say(f"{_shown(path)}: {damaged} damaged lines are passed over; the times of stages may lack some")
 
     def report_progress(self, *, state: str, doing: Json = None, error: str | None = None) -> None:
         """Replace progress.json; other tools may poll it."""
@@ -809,6 +858,12 @@ class Run:
 
 def _shown(path: Path | str) -> str:
     return visible(str(path))
+
+
+def _summed(entry: dict[str, Json]) -> str:
+    """An event as a line, with a checksum of the rest as its last field."""
+    text = json.dumps(entry, ensure_ascii=True)
+    return json.dumps({**entry, "sum": files.digest(text.encode())[:16]}, ensure_ascii=True)
 
 
 def _value(value: Json) -> str:

@@ -186,10 +186,8 @@ def _stored(folder: Path) -> set[str]:
 
 def _dry_run(config: SelectConfig) -> Path:
     """Everything up to the first gradient, in a folder that is thrown away; says what the run would cost."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="datatools-dry-run-") as scratch:
-        inner = config.model_copy(update={"out": Path(scratch) / "run", "overwrite": False})
+    with files.scratch_folder() as scratch:
+        inner = config.model_copy(update={"out": scratch / "run", "overwrite": False})
         with Run(inner.out, inner, "select") as current:
             context = _context(inner, current)
             _estimate(context)

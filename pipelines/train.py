@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,8 +157,8 @@ def in_scratch(config: S) -> Iterator[S]:
     if not config.dry_run:
         yield config
         return
-    with tempfile.TemporaryDirectory(prefix="datatools-dry-run-") as scratch:
-        yield config.model_copy(update={"out": Path(scratch) / "run", "overwrite": False})
+    with files.scratch_folder() as scratch:
+        yield config.model_copy(update={"out": scratch / "run", "overwrite": False})
 
 
 def trainable(model: Any, lora: LoraConfig | None, *, seed: int) -> Any:

@@ -327,9 +327,8 @@ def mark_complete(folder: Path) -> None:
     adapter = folder / "adapter_config.json"
     if adapter.is_file():  # peft writes a set of names in whatever order it has; equal runs shall have equal bytes
         config = files.read_json(adapter)
-        files.write_json(
-            adapter, {k: sorted(v) if k == "target_modules" and isinstance(v, list) else v for k, v in config.items()}
-        )
+        ordered = {k: sorted(v) if k == "target_modules" and isinstance(v, list) else v for k, v in config.items()}
+        files.write_bytes(adapter, files.json_bytes(ordered), seal=False)  # `COMPLETE` has its digest
     found = {p.name: [p.stat().st_size, files.digest_file(p)] for p in sorted(folder.iterdir()) if p.name != COMPLETE}
     files.write_json(folder / COMPLETE, found)
 

@@ -12,10 +12,11 @@ PACKAGES = ("optim", "datatools", "pipelines")
 MAY_IMPORT = {"optim": {"optim"}, "datatools": {"optim", "datatools"}, "pipelines": {"optim", "datatools", "pipelines"}}
 SHARED_MODULES = {
     "optim.backend", "optim.distributed", "optim.linalg", "optim.zeroth_order", "datatools.files", "datatools.sealed",
+    "datatools.seals",
 }  # fmt: skip
 """Modules that other packages may use beside what a package's __init__ exports."""
 
-WRITER = "datatools/files.py"
+WRITING = {"datatools/files.py", "datatools/seals.py"}
 
 
 def modules(*packages: str) -> Iterator[tuple[str, ast.Module]]:
@@ -234,7 +235,7 @@ def test_nothing_that_runs_code_from_data():
 
 
 def test_one_module_writes():
-    report([e for where, tree in modules(*PACKAGES) if where != WRITER for e in write_errors(where, tree)])
+    report([e for where, tree in modules(*PACKAGES) if where not in WRITING for e in write_errors(where, tree)])
 
 
 BAD = [

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datatools import DataError, EnvironmentProblem, UsageError, files
+from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files, seals
 from pipelines import runs
 from pipelines.config import SelectConfig, TrainConfig
 from pipelines.config_files import load_config
@@ -58,7 +59,9 @@ def test_a_run_explains_itself(tmp_path):
         runs.warn("odd row")
         assert Run.current is run and not run.resumed
     folder = tmp_path / "r"
-    assert sorted(p.name for p in folder.iterdir()) == ["events.jsonl", "progress.json", "provenance.json", "run.yaml"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "events.jsonl", "progress.json", "provenance.json", "run.yaml", "seals.jsonl",
+    ]
     assert (folder / "run.yaml").read_text().startswith(f"# Replays this run: datatools select {folder}/run.yaml\n")
     assert load_config(SelectConfig, folder / "run.yaml") == config(seed=7)
     found = read(folder / "provenance.json")
@@ -120,12 +123,132 @@ def test_another_command_is_refused():
             pass
 
 
-def test_a_damaged_run_yaml_is_refused():
+@pytest.mark.parametrize("name", ["run.yaml", "provenance.json"])
+def test_an_edited_record_is_refused_by_name(name):
+    """A hand-edited learning rate must not be reported as the one that ran."""
+    with Run("r", config(seed=7), "select"):
+        pass
+    path = Path("r", name)
+    before = path.read_text()
+    path.write_text(before.replace("7", "8", 1))
+    with pytest.raises(DataError, match=f"r/{name} is not what the run wrote"), Run("r", config(seed=8), "select"):
+        pass
+    with pytest.raises(DataError, match="copy it out of the folder" if name == "run.yaml" else "is not what"):
+        files.read_bytes(path)
+    assert path.read_text() != before
+    with Run("r", config(seed=8 if name == "run.yaml" else 7, accept_change=["seals"]), "select") as run:
+        assert run.resumed
+
+
+def test_a_damaged_run_yaml_is_written_anew_by_the_command_that_ran(capsys):
+    with Run("r", config(seed=7), "select"):
+        pass
+    before = Path("r/run.yaml").read_bytes()
+    Path("r/run.yaml").write_bytes(before[:-9])
+    with Run("r", config(seed=7), "select") as run:
+        assert run.resumed
+    assert Path("r/run.yaml").read_bytes() == before and "written anew" in capsys.readouterr().err
+
+
+def test_a_copy_of_run_yaml_is_a_recipe():
+    """Outside its folder the file is the user's to edit."""
+    with Run("r", config(seed=7), "select"):
+        pass
+    Path("mine.yaml").write_text(Path("r/run.yaml").read_text().replace("seed: 7", "seed: 8"))
+    with Run("s", load_config(SelectConfig, Path("mine.yaml")), "select") as run:
+        assert run.config.seed == 8
+
+
+def test_a_damaged_result_is_set_aside_and_named(capsys):
+    with Run("r", config(), "select") as run:
+        files.write_json(files.make_folder(run.path("deep")) / "scores.json", {"a": 1})
+        with files.atomic_folder(run.path("adapter")) as folder:
+            (folder / "weights").write_bytes(bytes(100))
+    for name, data in (("deep/scores.json", b'{\n "a": 2\n}\n'), ("adapter/weights", bytes(99))):
+        Path("r", name).write_bytes(data)
+        with pytest.raises(DataError, match=f"r/{name} is not what the run wrote"):
+            files.checked(Path("r", name))
+    with Run("r", config(), "select") as run:
+        assert sorted(run.lost) == ["adapter/weights", "deep/scores.json"]
+        files.write_json(run.path("deep", "scores.json"), {"a": 1})
+    assert Path("r/deep/scores.json.damaged").exists() and "set aside as" in capsys.readouterr().err
+    with Run("r", config(), "select") as run:
+        assert run.lost == [] and files.read_json("r/deep/scores.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove"])
+def test_damaged_seals_are_named(damage):
     with Run("r", config(), "select"):
         pass
-    Path("r/run.yaml").write_text("seed: [")
-    with pytest.raises(UsageError, match="cannot be continued: r/run.yaml, line"), Run("r", config(), "select"):
+    path = Path("r/seals.jsonl")
+    data = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    else:
+        data[20] ^= 1
+        path.write_bytes({"flip": data, "cut": data[:9], "empty": b""}[damage])
+    with pytest.raises(DataError, match=r"seals\.jsonl.*--overwrite.*--accept-change seals"):
+        with Run("r", config(), "select"):
+            pass
+    with Run("r", config(accept_change=["seals"]), "select") as run:
+        assert run.resumed
+
+
+def test_a_line_of_seals_that_a_kill_cut_is_passed_over():
+    with Run("r", config(), "select") as run:
+        files.write_json(run.path("a.json"), 1)
+    with open("r/seals.jsonl", "ab") as file:
+        file.write(b'{"name": "b.json", "byt')
+    with Run("r", config(), "select") as run:
+        files.write_json(run.path("b.json"), 2)
+    with Run("r", config(), "select") as run:
+        assert run.lost == [] and files.read_json("r/b.json") == 2
+
+
+def test_a_kill_between_seal_and_rename_leaves_a_file_that_is_believed():
+    with Run("r", config(), "select") as run:
+        files.write_json(run.path("a.json"), 1)
+    seals.record("r/a.json", seals.Seal(2, "0" * 32))
+    with Run("r", config(), "select") as run:
+        assert run.lost == [] and files.read_json("r/a.json") == 1
+
+
+def test_a_name_is_free_again_for_libraries_once_its_file_was_moved_away():
+    with Run("r", config(), "select") as run:
+        files.write_json(files.make_folder(run.path("checkpoint-4")) / "a.json", 1)
+        files.move(run.path("checkpoint-4"), run.path("checkpoint-4.broken"))
+        run.path("checkpoint-4").mkdir()
+        run.path("checkpoint-4", "a.json").write_text("2")
+        assert files.read_json(run.path("checkpoint-4", "a.json")) == 2
+    with Run("r", config(), "select") as run:
+        assert run.lost == []
+
+
+def test_a_folder_of_an_older_version_is_read_with_a_note(capsys):
+    with Run("r", config(), "select") as run:
+        files.write_json(run.path("summary.json"), {})
+    Path("r/seals.jsonl").unlink()
+    record = Path("r/provenance.json")
+    record.write_text(record.read_text().replace('"format": 2', '"format": 1'))
+    assert files.read_json("r/summary.json") == {}
+    with Run("r", config(), "select") as run:
+        assert run.resumed
+    assert "a version without seals" in capsys.readouterr().err
+    Path("r/summary.json").write_text("{} ")
+    with Run("r", config(), "select") as run:
+        assert run.lost == ["summary.json"]
+
+
+def test_damaged_times_of_stages_are_passed_over_and_said(capsys):
+    with Run("r", config(), "select") as run, run.stage("one"):
         pass
+    path = Path("r/events.jsonl")
+    text = path.read_text()
+    at = text.index('"seconds": ') + len('"seconds": ')
+    path.write_text(text[:at] + "9" + text[at + 1:])
+    with Run("r", config(), "select") as run:
+        assert run.stages == []
+    assert "1 damaged lines" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- odd folders
@@ -168,6 +291,79 @@ def test_impossible_folders_are_named(name):
         pass
     assert "--out" in str(caught.value)
     assert "\0" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\udcffb", "a\u202eb", "/", "~"])
+def test_names_that_cannot_be_read_and_folders_of_everybody_are_refused(name):
+    name = os.path.expanduser(name)
+    with pytest.raises(UsageError, match="--out .*(a folder of its own|not seen)") as caught:
+        with Run(name, config(), "select"):
+            pass
+    assert str(caught.value).isprintable() and not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "progress.json", "run.yaml", "inputs", "deep/x.json", ".lock"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "hard"])
+def test_what_is_planted_in_a_run_folder_is_not_written_through(name, kind):
+    """A link, a pipe or a second name of a file outside: refused by name or replaced, never followed or waited for."""
+    with Run("r", config(), "select"):
+        pass
+    Path("outside").write_text("precious")
+    path = Path("r", name)
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    {"link": lambda: path.symlink_to("../outside"), "pipe": lambda: os.mkfifo(path),
+     "hard": lambda: os.link("outside", path)}[kind]()  # fmt: skip
+    with pytest.raises(DatatoolsError) if kind != "hard" else nullcontext(), Run(
+        "r", config(), "select"
+    ) as run:
+        files.write_json(files.make_folder(run.path("deep")) / "x.json", 1)
+    assert Path("outside").read_text() == "precious"
+
+
+def test_a_link_that_comes_later_is_not_followed():
+    Path("outside").mkdir()
+    with Run("r", config(), "select") as run:
+        run.path("deep").symlink_to(Path("outside").resolve())
+        with pytest.raises(DataError, match="r/deep is a symbolic link"):
+            files.write_json(run.path("deep", "x.json"), 1)
+        with pytest.raises(DataError, match="r/deep is a symbolic link"):
+            files.make_folder(run.path("deep", "more"))
+        with pytest.raises(DataError, match="r/deep is a symbolic link"), files.atomic_folder(run.path("deep", "x")):
+            pass
+    assert not list(Path("outside").iterdir())
+
+
+def test_the_folder_itself_may_be_a_link():
+    Path("disk").mkdir()
+    Path("r").symlink_to("disk")
+    for _ in range(2):
+        with Run("r", config(), "select") as run:
+            files.write_json(run.path("a.json"), 1)
+    assert run.resumed and run.lost == []
+
+
+def test_files_of_libraries_are_not_for_others_to_write():
+    before = os.umask(0)
+    try:
+        with Run("deep/r", config(), "select") as run:
+            run.path("theirs").mkdir()
+            run.path("theirs", "x").write_text("x")
+    finally:
+        assert os.umask(before) == 0
+    modes = [p.stat().st_mode & 0o022 for p in (Path("deep"), *Path("deep").rglob("*"))]
+    assert not any(modes)
+
+
+def test_what_killed_writers_left_anywhere_goes():
+    with Run("r", config(), "select") as run:
+        for part in ("inputs", "inputs/.tmp-0123456789abcdef"):
+            run.path(part).mkdir()
+        for name in ("inputs/.tmp-1", "inputs/.tmp-0123456789abcdef/x", ".tmp-2"):
+            run.path(name).write_text("half")
+    with Run("r", config(), "select"):
+        pass
+    assert not [p for p in Path("r").rglob("*") if ".tmp-" in str(p)] and Path("r/inputs").is_dir()
 
 
 @pytest.mark.parametrize("name", ["with space", "été 日本", "x" * 255, "-dash"])

@@ -1,0 +1,120 @@
+"""What a run folder may hold, and whether its files still are what the run wrote; see `datatools.seals`."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from datatools import DataError, files, seals
+from pipelines.texts import visible
+
+OPEN = {seals.NAME, "progress.json", "events.jsonl", ".lock"}
+"""Files of a run folder that are not sealed: they are replaced all the time, or carry checksums of their own."""
+RECORDS = {"run.yaml", "provenance.json"}
+"""What nothing could compute again."""
+COMPLETE = "complete.json"
+"""Lists its folder's files with their digests, which are compared when they are used: not twice."""
+SEALED_SINCE = 2
+"""The format of provenance.json since which there are seals."""
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left anywhere in `folder`.
+
+    Raises: DataError for a link, pipe or device in it: nothing of a run is one, and libraries write through them.
+    """
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            child = Path(parent, name)
+            with suppress(FileNotFoundError):  # of a writer that is at work
+                if (kind := _special(child.lstat().st_mode)) is not None:
+                    raise DataError(
+                        f"{_shown(child)} is {kind}; a run folder holds files and folders only, so nothing is written "
+                        "there: remove it, or choose another --out"
+                    )
+        files.remove_leftovers(parent)
+        folders[:] = [name for name in folders if not name.startswith(seals.TEMPORARY)]
+
+
+def _special(mode: int) -> str | None:
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return None
+    kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def begin(folder: Path) -> None:
+    """Seal the folder of a new run, before its first file."""
+    files.write_bytes(folder / seals.NAME, seals.text({}))
+    seals.forget(folder)
+
+
+def adopt(folder: Path) -> None:
+    """Seal the files that lie in `folder` as they are."""
+    found = {str(path.relative_to(folder)): [files.seal_of(path)] for path in _believed(folder)}
+    files.write_bytes(folder / seals.NAME, seals.text(found))
+    seals.forget(folder)
+
+
+def _believed(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        if "plan.json" in names:  # a feature store, which has its own digests
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith(seals.TEMPORARY) and name != "inputs")
+        for name in sorted(names):
+            if name not in OPEN and not name.startswith(seals.TEMPORARY):
+                yield Path(parent, name)
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether `folder` has seals; False for that of an older version.
+
+    Raises: DataError where the run wrote seals and they are gone.
+    """
+    if os.path.lexists(folder / seals.NAME):
+        return True
+    record = folder / "provenance.json"
+    found = files.read_json(record, limit=64_000_000) if record.is_file() else None
+    made = found.get("format") if isinstance(found, dict) else None
+    if isinstance(made, int) and made >= SEALED_SINCE:
+        raise DataError(f"{_shown(folder / seals.NAME)} is missing{seals.REMEDY}")
+    return False
+
+
+def damaged(folder: Path) -> list[str]:
+    """Names of the files in `folder` that are there and not what their seals say; shortens the file of seals.
+
+    Raises: DataError for damaged seals.
+    """
+    seals.forget(folder)
+    with seals.locked(folder):
+        known = seals.seals_of(folder)
+        kept, wrong = {}, []
+        for name, entries in known.items():
+            path = folder / name
+            if not path.is_file():
+                continue
+            kept[name] = entries
+            if path.name != COMPLETE and str(Path(name).parent / COMPLETE) in known:
+                continue
+            seal = files.seal_of(path)
+            if seal in entries:
+                kept[name] = [seal]
+            else:
+                wrong.append(name)
+        files.write_bytes(folder / seals.NAME, seals.text(kept))
+    seals.forget(folder)
+    return wrong
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged file to `*.damaged`, where the last one of them stays."""
+    aside = path.with_name(f"{path.name}.damaged")
+    files.remove(aside)
+    files.move(path, aside)
+
+
+def _shown(path: Path) -> str:
+    return visible(str(path))
