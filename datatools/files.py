@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -505,7 +505,7 @@ def open_file(path: PathLike, *, buffering: int = 0) -> BinaryIO:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise DataError(f"cannot read {_shown(path)}: it is not a file; choose another path")
-        return cast(BinaryIO, open(descriptor, "rb", buffering=buffering))
+        return open(descriptor, "rb", buffering=buffering)
 
 
 def read_json(path: PathLike, *, limit: int | None = None) -> Any:
