@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from datatools.selectors import SELECTORS as SELECTORS
     from datatools.selectors import select as select
     from datatools.store import GradientFeatures as GradientFeatures
+    from datatools.store import OtherFeatures as OtherFeatures
 
 # public name -> the module that defines it
 _EXPORTS = {
@@ -88,6 +89,7 @@ _EXPORTS = {
     "SELECTORS": "datatools.selectors",
     "select": "datatools.selectors",
     "GradientFeatures": "datatools.store",
+    "OtherFeatures": "datatools.store",
 }
 
 

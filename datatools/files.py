@@ -27,7 +27,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -575,8 +575,10 @@ def folder_mutex(folder: PathLike) -> Iterator[None]:
 
 
 @contextmanager
-def lock_folder(path: PathLike) -> Iterator[None]:
-    """Hold the folder `path` (created if missing) for one run; a second holder is refused at once.
+def lock_folder(path: PathLike, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the folder `path` (created if missing) for one run; a second holder is refused at once, or waits.
+
+    waiting: called once with the holder's name when there is one; then this waits until the folder is free.
 
     The file `.lock` inside names host, pid and start time and is gone afterwards. A killed holder leaves the file but
     not the lock, so the next run takes over.
@@ -585,7 +587,7 @@ def lock_folder(path: PathLike) -> Iterator[None]:
     folder = make_folder(path)
     file = folder / _LOCK
     with _explained(file, "lock"):
-        descriptor = _acquire(folder, file)
+        descriptor = _acquire(folder, file, waiting)
     try:
         yield
     finally:
@@ -594,7 +596,7 @@ def lock_folder(path: PathLike) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _acquire(folder: Path, file: Path) -> int:
+def _acquire(folder: Path, file: Path, waiting: Callable[[str], None] | None) -> int:
     while True:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         descriptor = os.open(file, flags, 0o600)
@@ -615,6 +617,11 @@ def _acquire(folder: Path, file: Path) -> int:
         except BlockingIOError:
             owner = _owner(descriptor)
             os.close(descriptor)
+            if waiting is not None:
+                waiting(owner)
+                waiting = _said
+                time.sleep(0.2)
+                continue
             raise EnvironmentProblem(f"{_shown(folder)} is in use by {owner}; wait for that run, stop it, or choose "
                                      "another folder") from None
         except FileNotFoundError:  # the last holder removed it between open and stat
@@ -623,6 +630,10 @@ def _acquire(folder: Path, file: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _said(owner: str) -> None:
+    """Who holds the folder was said already."""
 
 
 def _owner(descriptor: int) -> str:

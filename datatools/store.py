@@ -96,6 +96,10 @@ def _value(value: Any) -> str:
 # ---------------------------------------------------------------- the store
 
 
+class OtherFeatures(DataError):
+    """A store in which features were made differently: of another model, with other settings."""
+
+
 class GradientFeatures:
     """Features [n, dim] of rows named by content hash, as unit vectors with their norms and statuses.
 
@@ -127,7 +131,8 @@ class GradientFeatures:
         rows_per_unit: of the new units; by default a 64th of the new keys, at least 16 and at most 32 MiB of float32.
         meta: any JSON; opening with another `meta`, `dim` or `dtype` is refused.
         verify: check a unit's digest when its rows are first read.
-        Raises: DataError that names the field that differs, the old and the new value; ValueError for impossible keys.
+        Raises: OtherFeatures that names the field that differs, the old and the new value; ValueError for impossible
+            keys.
         """
         if dtype not in ENCODINGS:
             raise UsageError(f"there is no feature dtype '{dtype}'{did_you_mean(dtype, ENCODINGS)}")
@@ -140,7 +145,7 @@ class GradientFeatures:
             files.remove_leftovers(path)
             plan = _read_plan(path) if (path / _PLAN).exists() else {**head, "units": []}
             if differing := list(_differences(_head(plan), head)):
-                raise DataError(_refusal(path, differing))
+                raise OtherFeatures(_refusal(path, differing))
             planned = {key for unit in plan["units"] for key in unit.split()}
             new = [key for key in keys if key not in planned]
             size = rows_per_unit or max(16, min(-(-len(new) // 64), (32 << 20) // (4 * dim)))

@@ -47,7 +47,7 @@ def run(config: AuditConfig) -> Path:
         chosen, judged = _rows_of(config.selected, pool)
         leaks = _leaks(config, test, pool, target, chosen)
         facts: dict[str, Any] = {"model": dict(loaded.digests), "pool": file_facts(pool), "test": file_facts(test)}
-        current.check(facts | {"selection": judged})
+        current.check(facts | {"selection": judged}, by_content=("pool", "test", "selection"))
         context = Context(_as_select(config), current, pool, target, lambda: loaded)
         with current.stage("baselines"):
             plan = [

@@ -23,6 +23,7 @@ from datatools import (
     Candidates,
     DataError,
     GradientFeatures,
+    OtherFeatures,
     UsageError,
     aggregate,
     did_you_mean,
@@ -38,7 +39,7 @@ from optim import SGDRule, UpdateMap, UpdateRule
 from pipelines import checkpoints, models, trainer
 from pipelines.config import SelectConfig
 from pipelines.prepare import Rows
-from pipelines.runs import Run, derive_seed, library_warnings, progress
+from pipelines.runs import Run, derive_seed, library_warnings, progress, say
 
 FEATURE_VERSION = "2"
 """Raise it when the same model, row and settings give other features: stores made before are then refused, not
@@ -292,15 +293,18 @@ def _features(
         jobs = (("train", context.pool, pool_rows, train_map), ("target", context.wanted, target_rows, target_map))
         for kind, rows, first, updates in jobs:
             meta = {**common, "gradient": sorted({_described(r) for r in updates.rules.values()})}
-            store = _open_store(
-                context.features_folder / f"{kind}-{checkpoint.step}",
-                first,
-                meta=meta,
-                dim=projector.dim,
-                dtype=config.features.dtype,
-                rows_per_unit=config.features.rows_per_unit,
-            )
-            _fill(context, store, module, kind, rows, first, updates, projector, scored)
+            folder = context.features_folder / f"{kind}-{checkpoint.step}"
+            with _filling(folder):
+                store = _open_store(
+                    context,
+                    folder,
+                    first,
+                    meta=meta,
+                    dim=projector.dim,
+                    dtype=config.features.dtype,
+                    rows_per_unit=config.features.rows_per_unit,
+                )
+                _fill(context, store, module, kind, rows, first, updates, projector, scored)
             stores.append(store)
         scored.checkpoints.append(
             {
@@ -313,11 +317,35 @@ def _features(
         return stores[0], stores[1]
 
 
-def _open_store(folder: Path, rows: Mapping[str, int], **options: Any) -> GradientFeatures:
+@contextmanager
+def _filling(folder: Path) -> Iterator[None]:
+    """The store in `folder` for this run alone: another run that fills it is waited for, and what it made is used."""
+    if folder.is_symlink():
+        raise DataError(f"{folder} is a symbolic link; nothing is written through it: remove it")
+
+    def waiting(owner: str) -> None:
+        say(f"waiting for {owner}, which computes features in {folder}")
+
+    with files.lock_folder(folder, waiting):
+        yield
+
+
+def _open_store(context: Context, folder: Path, rows: Mapping[str, int], **options: Any) -> GradientFeatures:
     """The store in `folder`, planned for `rows` and checked: what is missing in it now is this run's to compute."""
     if (folder / "plan.json").is_file():  # asked before this run plans rows there, or neither could ever finish
         _refuse_unfinished(GradientFeatures.open(folder), rows)
-    store = GradientFeatures.create_or_open(folder, keys=list(rows), **options)
+    try:
+        store = GradientFeatures.create_or_open(folder, keys=list(rows), **options)
+    except OtherFeatures:
+        # of its own features a run may go on past a change that was accepted: with new ones
+        if context.config.features.folder is not None or not context.run.provenance["changed"]:
+            raise
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        files.move(folder, aside)
+        say(f"{folder} was made before what has changed: it is in {aside.name}, and computed again")
+        store = GradientFeatures.create_or_open(folder, keys=list(rows), **options)
     store.verify()  # a damaged unit is set aside and computed again; its bytes are read for scoring anyway
     _refuse_unfinished(store, rows)
     return store
@@ -526,23 +554,25 @@ def _hidden_states(context: Context, kind: str, rows: Rows) -> tuple[Tensor, Ten
         "precision": str(model.dtype),
     }
     folder = context.features_folder / f"hidden-{kind}"
-    store = _open_store(folder, unique, meta=meta, dim=size, dtype="float32")
-    budget = context.config.features.token_budget
-    todo = sum(int(rows.scan.tokens[unique[k]]) for u in store.missing_units() for k in store.unit_keys(u))
-    with progress(f"hidden states of the {kind}", todo, "tokens") as bar, torch.inference_mode():
-        for unit in store.missing_units():
-            keys = store.unit_keys(unit)
-            lengths = [int(rows.scan.tokens[unique[key]]) for key in keys]
-            found = torch.zeros(len(keys), size)
-            for group in token_batches(lengths, budget):
-                batch = rows.batch([unique[keys[i]] for i in group], model.device)["input_ids"]
-                hidden = models.last_states(model, batch).float()
-                position = torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=torch.float32)
-                real = position <= torch.tensor([lengths[i] for i in group], device=hidden.device)[:, None]
-                weight = position * real
-                found[torch.tensor(group)] = ((hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)).cpu()
-                bar.advance(sum(lengths[i] for i in group))
-            store.write_unit(unit, found)
+    with _filling(folder):
+        store = _open_store(context, folder, unique, meta=meta, dim=size, dtype="float32")
+        budget = context.config.features.token_budget
+        todo = sum(int(rows.scan.tokens[unique[k]]) for u in store.missing_units() for k in store.unit_keys(u))
+        with progress(f"hidden states of the {kind}", todo, "tokens") as bar, torch.inference_mode():
+            for unit in store.missing_units():
+                keys = store.unit_keys(unit)
+                lengths = [int(rows.scan.tokens[unique[key]]) for key in keys]
+                found = torch.zeros(len(keys), size)
+                for group in token_batches(lengths, budget):
+                    batch = rows.batch([unique[keys[i]] for i in group], model.device)["input_ids"]
+                    hidden = models.last_states(model, batch).float()
+                    position = torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=torch.float32)
+                    real = position <= torch.tensor([lengths[i] for i in group], device=hidden.device)[:, None]
+                    weight = position * real
+                    mean = (hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+                    found[torch.tensor(group)] = mean.cpu()
+                    bar.advance(sum(lengths[i] for i in group))
+                store.write_unit(unit, found)
     keys = [rows.keys[i] for i in np.flatnonzero(rows.usable).tolist()]
     held = store.rows()
     finite = {key for key, status in zip(held.keys, held.status, strict=True) if status == "ok"}

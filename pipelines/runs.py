@@ -21,7 +21,7 @@ import threading
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -481,6 +481,7 @@ def digest_inputs(paths: Iterable[Path | str]) -> dict[str, Json]:
 _OURS = sealed.RECORDS | sealed.OPEN
 # What reading the inputs leaves behind, before anything is made of them.
 _INPUTS = {"inputs", "bad_rows.jsonl", "quarantine.jsonl"}
+_BEFORE_CHANGE = "before-change-"
 
 
 class Run:
@@ -749,17 +750,25 @@ class Run:
         self.changed.append(name)
         self.provenance["changed"].append({"what": name, "old": old, "new": new, "when": _now()})
 
-    def check(self, facts: Mapping[str, Json]) -> list[str]:
+    def check(self, facts: Mapping[str, Json], by_content: Collection[str] = ()) -> list[str]:
         """Record facts about the world (digests of data, model, tokenizer, template), and compare on a continued run.
 
         A fact that differs from what the run began with is refused by name, unless its name or its first part is in the
-        configuration's `accept_change`; then it replaces the old one and its name is returned.
+        configuration's `accept_change`; then it replaces the old one and its name is returned, and what was made of
+        the old one is set aside, so that everything is of the new one.
+
+        Args:
+            facts: by group (code, model, data, ...), flat or nested.
+            by_content: groups whose results are kept under the content that they were made of: nothing of theirs is
+                set aside, because what still applies is found and the rest is computed. Code always counts as one.
+
         Raises: DataError naming what changed, with old and new value.
+
         """
         if not self._leads:
             return []
         known: dict[str, Any] = self.provenance["facts"]
-        accepted, refused = [], []
+        accepted, refused, outdated = [], [], []
         for group, value in facts.items():
             new = {(group, part): v for part, v in flatten(value).items()}
             stored = flatten(known[group]) if group in known else {}
@@ -769,6 +778,8 @@ class Run:
                 name = ".".join(part for part in key if part)
                 if self.accept and {name, group} & set(self.accept):
                     accepted.append(name)
+                    if group not in (*by_content, "code"):
+                        outdated.append(name)
                     self._note_change(name, old.get(key), new.get(key))
                 else:
                     refused.append((group, name, old.get(key), new.get(key)))
@@ -780,9 +791,27 @@ class Run:
                 f"changed since the run in {_shown(self.folder)} began: {'; '.join(shown)}{more}. Restore it, start "
                 f"anew with another --out or --overwrite, or go on all the same with {accept}"
             )
+        if outdated:
+            self._set_results_aside(outdated)
         self.provenance["facts"] = known | dict(facts)
         self._save_provenance()
         return accepted
+
+    def _set_results_aside(self, changed: Sequence[str]) -> None:
+        """Move what the run has made so far to `before-change-N` in its folder, but for what was read just now."""
+        kept = _OURS | _INPUTS
+        names = [entry.name for entry in sorted(self.folder.iterdir()) if entry.name not in kept]
+        names = [name for name in names if not name.startswith((_BEFORE_CHANGE, seals.TEMPORARY))]
+        if not names:
+            return
+        number = 1
+        while (aside := self.folder / f"{_BEFORE_CHANGE}{number}").exists():
+            number += 1
+        files.make_folder(aside)
+        for name in names:
+            files.move(self.folder / name, aside / name)
+        self.stages.clear()
+        say(f"{', '.join(changed[:3])} changed: what was made before is in {_shown(aside)}, and is made again")
 
     # -------------------------------------------------------------------------------------- events, stages, progress
 

@@ -69,7 +69,7 @@ def _refuse_another_selection(config: SelectConfig) -> None:
         return
     try:
         before = load_config(SelectConfig, path)
-    except UsageError:
+    except (UsageError, DataError):
         return  # `Run` says what is wrong with it
     if fingerprint(before) != fingerprint(config):
         return  # `Run` says which settings of the whole run differ
@@ -118,7 +118,7 @@ def _context(config: SelectConfig, current: Run) -> Context:
     }
     if target is not None:
         facts["target"] = file_facts(target)
-    current.check(facts)
+    current.check(facts, by_content=("data", "target"))
 
     @cache
     def model() -> models.LoadedModel:

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 import optim
 import pipelines.methods
 from datatools import DataError, GradientFeatures, UsageError, files
-from pipelines import checkpoints, explain, models, select, train
+from pipelines import checkpoints, explain, models, runs, select, train
 from pipelines.config import (
     METHODS,
     DataConfig,
@@ -32,9 +33,10 @@ from pipelines.config import (
     TrainingConfig,
     WarmupConfig,
 )
-from pipelines.config_files import load_config
+from pipelines.config_files import dump, load_config
 from pipelines.prepare import prepare
 from tests.pipelines.conftest import make_world
+from tests.processes import spawn
 from tests.tiny import save_tiny_model, write_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -420,6 +422,29 @@ def test_an_accepted_change_costs_what_changed(own_world, tmp_path, counted):
     assert counted == [2 * 2] and scores(run)["_score"] != before
     changed = json.loads((run / "provenance.json").read_text())["changed"]
     assert [entry["what"] for entry in changed] == [f"target.{own_world.target}"]
+
+
+def test_an_accepted_model_is_a_new_run_and_going_back_is_one_again(own_world, tmp_path):
+    """Warm-up, features and scores are all of one model, whichever it is; what was made before is kept beside."""
+    first = outcome(select.run(own_world.select(tmp_path / "run")))
+    for attempt in (1, 2):
+        change_weights(own_world)  # there and back: the same bit
+        with pytest.raises(DataError, match="model.safetensors was .*--accept-change model"):
+            select.run(own_world.select(tmp_path / "run"))
+        run = select.run(own_world.select(tmp_path / "run", accept_change=["model"]))
+        fresh = first if attempt == 2 else outcome(select.run(own_world.select(tmp_path / "fresh")))
+        assert outcome(run) == fresh and (run / f"before-change-{attempt}" / "selected.jsonl").is_file()
+    select.run(own_world.select(tmp_path / "run"))
+    assert not (tmp_path / "run" / "before-change-3").exists()
+
+
+def test_features_of_other_code_are_computed_again_once_that_is_accepted(own_world, tmp_path, counted, monkeypatch):
+    run = select.run(own_world.select(tmp_path / "run"))
+    monkeypatch.setattr(runs, "code_digest", lambda: "f" * 32)
+    monkeypatch.setattr(pipelines.methods, "FEATURE_VERSION", 99)
+    before, counted[0] = counted[0], 0
+    select.run(own_world.select(run, accept_change=["code"]))
+    assert counted == [before] and (run / "features" / "train-4.old-1").is_dir()
 
 
 @pytest.mark.parametrize("setting, value", [("seed", 1), ("lora", LoraConfig(rank=3))])
@@ -883,6 +908,50 @@ def test_a_shared_folder_with_another_run_s_unfinished_rows(world, tmp_path):
         select.run(b)
     assert len(ids(select.run(world.select(tmp_path / "a", features=shared)))) == 6
     assert len(ids(select.run(b))) == 6
+
+
+def test_a_run_waits_for_the_one_that_fills_the_shared_features(first, world, tmp_path, counted, monkeypatch):
+    """Both end with what each would have made alone, and nothing is computed twice."""
+    shared = FeaturesConfig(folder=tmp_path / "features")
+    (tmp_path / "a.yaml").write_text(dump(world.select(tmp_path / "a", features=shared)))
+    code = """
+        import sys, time
+        from pathlib import Path
+        import pipelines.methods
+        from pipelines import select
+        from pipelines.config import SelectConfig
+        from pipelines.config_files import load_config
+        here, inner = Path(sys.argv[1]), pipelines.methods.extract
+
+        def extract(*arguments, **options):
+            (here / "filling").touch()
+            while not (here / "go").exists():
+                time.sleep(0.05)
+            return inner(*arguments, **options)
+
+        pipelines.methods.extract = extract
+        select.run(load_config(SelectConfig, here / "a.yaml"))
+    """
+    other = spawn(code, str(tmp_path))
+    said = []
+
+    def say(text):
+        said.append(text)
+        if "waiting for" in text:
+            (tmp_path / "go").touch()
+
+    monkeypatch.setattr(pipelines.methods, "say", say)
+    while not (tmp_path / "filling").exists():
+        assert other.poll() is None, other.communicate()
+        time.sleep(0.05)
+    run = select.run(world.select(tmp_path / "b", features=shared))
+    _, error = other.communicate(timeout=300)
+    assert other.returncode == 0, error
+    assert counted == [0] and f"waiting for process {other.pid} on" in said[0]
+    for folder in (run, tmp_path / "a"):
+        assert {k: v for k, v in outcome(first).items() if "/" not in k} == {
+            k: v for k, v in outcome(folder).items() if "/" not in k
+        }
 
 
 # -------------------------------------------------------------------------------------------------- explain and dry run

@@ -144,7 +144,7 @@ def test_an_audit_is_delivered_to_the_selection_that_it_judged(world, run, monke
 
     def slow(*arguments):
         lines = (run / "selected.jsonl").read_bytes().splitlines(keepends=True)
-        (run / "selected.jsonl").write_bytes(b"".join(lines[1:]))
+        files.write_bytes(run / "selected.jsonl", b"".join(lines[1:]))
         return inner(*arguments)
 
     with monkeypatch.context() as patch:
