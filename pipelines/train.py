@@ -98,7 +98,9 @@ def _run(config: TrainConfig) -> Path:
             say("dry run: data and model load; nothing was trained")
             return config.out
         done = current.path("adapter" if config.lora is not None else "model")
-        if trainer.is_complete(done):
+        beside = ("metrics.jsonl",) if choose is None else ("metrics.jsonl", "coreset.json")
+        # a damaged one was set aside when the run was opened: the last checkpoint knows what is in it
+        if trainer.is_complete(done) and all(current.path(name).is_file() for name in beside):
             say(f"already trained: {done}")
             return config.out
         # all weights train, from float32 ones that are computed with in bfloat16

@@ -1,16 +1,18 @@
 """Run folders: who may use one, what it records, what stops a run from being continued, and how an interrupt ends."""
 
+import errno
 import io
 import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -211,6 +213,45 @@ def test_a_kill_between_seal_and_rename_leaves_a_file_that_is_believed():
     seals.record("r/a.json", seals.Seal(2, "0" * 32))
     with Run("r", config(), "select") as run:
         assert run.lost == [] and files.read_json("r/a.json") == 1
+
+
+def test_a_full_disk_at_any_write_is_said_and_the_same_command_goes_on(monkeypatch):
+    """Half-written seals, too: a file that has none yet, or one of a content that never came, is not taken for damage."""
+
+    def work():
+        with Run("r", config(), "select") as run, run.stage("work"):
+            files.write_json(run.path("a.json"), [1])
+            with files.atomic_folder(run.path("adapter")) as folder:
+                (folder / "weights").write_bytes(bytes(9))
+            files.write_json(run.path("a.json"), [1, 2])
+
+    calls, fail_at = [0], [0]
+
+    def full(inner):
+        def write(descriptor, data, *where):
+            calls[0] += 1
+            if calls[0] == fail_at[0]:
+                inner(descriptor, data[: len(data) // 2], *where)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return inner(descriptor, data, *where)
+
+        return write
+
+    for name in ("write", "pwrite"):
+        monkeypatch.setattr(os, name, full(getattr(os, name)))
+    work()
+    total = calls[0]
+    assert total > 15
+    for number in range(1, total + 1):
+        shutil.rmtree("r")
+        calls[0], fail_at[0] = 0, number
+        with suppress(EnvironmentProblem):  # none, where only the note of how far the run is was not written
+            work()
+            assert number > total - 5
+        fail_at[0] = 0
+        work()
+        assert files.read_json("r/a.json") == [1, 2] and not list(Path("r").rglob("*.damaged")), number
+        assert not list(Path("r").rglob(".tmp-*"))
 
 
 def test_a_name_is_free_again_for_libraries_once_its_file_was_moved_away():

@@ -245,6 +245,11 @@ def test_a_finished_run_is_left_as_it_is_and_a_damaged_result_is_made_again(firs
     damage("flip", run / "adapter" / "adapter_model.safetensors")
     train.run(settings(world, run))
     assert result(run) == result(first)
+    metrics = (run / "metrics.jsonl").read_bytes()
+    damage("flip", run / "metrics.jsonl")
+    train.run(settings(world, run))
+    assert (run / "metrics.jsonl").read_bytes() == metrics and (run / "metrics.jsonl.damaged").is_file()
+    assert result(run) == result(first)
 
 
 def test_steps_and_checkpoints_are_foreseen(world, tmp_path):
