@@ -216,7 +216,7 @@ def test_a_kill_between_seal_and_rename_leaves_a_file_that_is_believed():
 
 
 def test_a_full_disk_at_any_write_is_said_and_the_same_command_goes_on(monkeypatch):
-    """Half-written seals, too: a file that has none yet, or one of a content that never came, is not taken for damage."""
+    """Half-written seals, too: a file without one, or with that of a content that never came, is not damaged."""
 
     def work():
         with Run("r", config(), "select") as run, run.stage("work"):
