@@ -403,7 +403,7 @@ def test_a_projected_table_is_doubted(world: Path, tmp_path: Path, capsys: pytes
     assert f"{size(found['bytes'])} of memory" in capsys.readouterr().err
 
 
-def test_a_changed_model_is_refused(world: Path, tmp_path: Path) -> None:
+def test_a_changed_model_is_refused_and_an_accepted_one_recorded_anew(world: Path, tmp_path: Path) -> None:
     moved = tmp_path / "model"
     save_tiny_model(moved, layers=1, hidden=16)
     config = settings(world, tmp_path / "run", task="record", model=ModelConfig(name=str(moved)))
@@ -411,8 +411,9 @@ def test_a_changed_model_is_refused(world: Path, tmp_path: Path) -> None:
     save_tiny_model(moved, layers=1, hidden=16, seed=1)
     with pytest.raises(DataError, match=r"changed since the run .* model.model.safetensors"):
         run(config)
-    with pytest.raises(DataError, match="recorded with another model"):
-        run(config.model_copy(update={"accept_change": ["model"]}))
+    out = run(config.model_copy(update={"accept_change": ["model"]}))
+    assert (out / "before-change-1" / "reference").is_dir() and (out / "reference").is_dir()
+    run(config)  # and that is the run's model from now on
 
 
 def test_source_batches_epochs_and_adapters(world: Path, tmp_path: Path) -> None:
