@@ -49,9 +49,9 @@ SCENARIOS = (
     Scenario("report", "report $R", (SELECT, AUDIT)),
 )
 
-# Logs of what happened when, what a run still had to do when it began (true, and different after a kill), and model
-# cards that peft writes.
-_DISPLAYED = {"events.jsonl", "progress.json", "provenance.json", ".lock", "training_args.bin", "README.md"}
+# Logs of what happened when and their digests, what a run still had to do when it began (true, and different after a
+# kill), and model cards that peft writes.
+_DISPLAYED = {"seals.jsonl", "events.jsonl", "progress.json", "provenance.json", ".lock", "training_args.bin", "README.md"}
 _COSTS = (".cost.", ".warnings.")
 
 
@@ -75,7 +75,7 @@ def results(folder: Path, shown: str) -> dict[str, Any]:
     found: dict[str, Any] = {"stdout": shown}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        aside = any(".broken" in part or part.startswith(".tmp-") for part in path.relative_to(folder).parts)
+        aside = any(".broken" in part or ".damaged" in part or part.startswith(".tmp-") for part in path.relative_to(folder).parts)
         if not path.is_file() or path.name in _DISPLAYED or aside:
             continue
         data = path.read_bytes()
