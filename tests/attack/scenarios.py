@@ -51,7 +51,10 @@ SCENARIOS = (
 
 # Logs of what happened when and their digests, what a run still had to do when it began (true, and different after a
 # kill), and model cards that peft writes.
-_DISPLAYED = {"seals.jsonl", "events.jsonl", "progress.json", "provenance.json", ".lock", "training_args.bin", "README.md"}
+_DISPLAYED = {
+    "seals.jsonl", "events.jsonl", "progress.json", "provenance.json", ".lock", "training_args.bin", "README.md",
+}  # fmt: skip
+_ASIDE = (".broken", ".damaged", ".tmp-")
 _COSTS = (".cost.", ".warnings.")
 
 
@@ -75,7 +78,7 @@ def results(folder: Path, shown: str) -> dict[str, Any]:
     found: dict[str, Any] = {"stdout": shown}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        aside = any(".broken" in part or ".damaged" in part or part.startswith(".tmp-") for part in path.relative_to(folder).parts)
+        aside = any(mark in name for mark in _ASIDE)
         if not path.is_file() or path.name in _DISPLAYED or aside:
             continue
         data = path.read_bytes()
