@@ -6,6 +6,7 @@ Drawn from `coreset.json` and `metrics.jsonl` of the run's folder alone; equal i
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 from datatools import DataError, files
 from pipelines import charts, report
-from pipelines.texts import number, percent, size
+from pipelines.texts import number, percent, plural, size
 
 METHODS = {
     "herding": "rows whose mean gradient is nearest to that of the whole large batch, so many of each source",
@@ -49,19 +50,25 @@ def in_short(folder: Path) -> str:
 def render(folder: Path) -> Path:
     """Draw folder/report.html; returns its path."""
     facts, entries = read(folder)
-    seen, means = _numbers(entries)
+    with report.damaged(f"{folder}: coreset.json or metrics.jsonl", "train again"):
+        text = report.page("coreset.html", **_parts(facts, entries, *_numbers(entries)))
     path = folder / "report.html"
-    files.write_text(path, report.page("coreset.html", **_parts(facts, entries, seen, means)))
+    files.write_text(path, text)
     return path
 
 
 def _numbers(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], dict[str, float]]:
-    """The monitored steps, and means over them; the share of time is a median, for the first step is always slow."""
+    """The monitored steps, and means over those whose errors are finite (none: without errors).
+
+    The share of time is a median, for the first step is always slow.
+    """
     seen = [entry for entry in entries if "match_error" in entry]
     if not seen:
         return [], {}
-    means = {key: statistics.fmean(e[key] for e in seen) for key in ("match_error", "match_error_random")}
-    return seen, means | {"share": statistics.median(_share(e) for e in seen)}
+    keys = ("match_error", "match_error_random")
+    finite = [entry for entry in seen if all(isinstance(entry[k], float) and math.isfinite(entry[k]) for k in keys)]
+    means = {key: statistics.fmean(e[key] for e in finite) for key in keys} if finite else {}
+    return seen, means | {"share": statistics.median(_share(e) for e in seen), "finite": len(finite)}
 
 
 def _share(entry: Mapping[str, Any]) -> float:
@@ -71,10 +78,32 @@ def _share(entry: Mapping[str, Any]) -> float:
 def _lead(seen: Sequence[Mapping[str, Any]], means: Mapping[str, float]) -> str:
     if not seen:
         return "coreset: no step was monitored"
-    return (
-        f"coreset: error of the kept rows' mean gradient {number(means['match_error'])}, of random rows with the same "
-        f"quotas {number(means['match_error_random'])}; choosing took {percent(means['share'])} of a step"
-    ) + (f"; small sources alone filled {seen[-1]['overflows']} batches" if seen[-1]["overflows"] else "")
+    steps, last = len(seen), seen[-1]
+    if not means["finite"]:
+        said = f"coreset: of {plural(steps, 'monitored step')} none has a finite matching error"
+    else:
+        said = (
+            f"coreset: error of the kept rows' mean gradient {number(means['match_error'])}, of random rows with the "
+            f"same quotas {number(means['match_error_random'])}"
+        )
+        if lost := steps - means["finite"]:
+            said += f" (without {plural(lost, 'monitored step')} whose error is not finite)"
+    said += f"; choosing took {percent(means['share'])} of a step"
+    return said + _nothing_to_choose(seen, int(last["overflows"]), int(last["step"]))
+
+
+def _nothing_to_choose(seen: Sequence[Mapping[str, Any]], overflows: int, steps: int) -> str:
+    """Why the two errors may be equal although nothing is wrong with the choice: there was none to make."""
+    if overflows >= steps:
+        return (
+            "; small sources alone filled every batch, so nothing was chosen: both errors are those of random rows "
+            "(keep more rows with --keep, or name the small sources with --set coreset.small=[...])"
+        )
+    if overflows:
+        return f"; small sources alone filled {overflows:,} of {steps:,} batches, whose rows are random"
+    if all(entry["match_error"] == entry["match_error_random"] for entry in seen):
+        return "; the two are equal in every monitored step: no step had rows to choose from"
+    return ""
 
 
 def _parts(
@@ -95,8 +124,8 @@ def _parts(
         "errors": _chart(
             across,
             "error of the mean gradient, by step",
-            ("chosen", [(e["step"], e["match_error"]) for e in seen]),
-            ("other", [(e["step"], e["match_error_random"]) for e in seen]),
+            ("chosen", _points(seen, "match_error")),
+            ("other", _points(seen, "match_error_random")),
         ),
         "shares": _chart(
             across, "share of a step's time spent choosing", ("chosen", [(e["step"], _share(e)) for e in seen])
@@ -106,6 +135,11 @@ def _parts(
         ),
         "sources": _sources(facts, seen),
     }
+
+
+def _points(entries: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) where the value is finite."""
+    return [(e["step"], e[key]) for e in entries if isinstance(e[key], float) and math.isfinite(e[key])]
 
 
 def _peak(facts: Mapping[str, Any], seen: Sequence[Mapping[str, Any]]) -> str | None:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from datatools import DataError, files, sealed
 from pipelines.charts import Scale, Tick, ticks
-from pipelines.report import page
+from pipelines.report import damaged, page
 from pipelines.texts import minus, number
 
 PARTS = {"validation": "validate", "search": "search", "estimates": "estimate", "map": "map"}
@@ -31,15 +31,17 @@ def render(folder: Path) -> Path:
     Raises: DataError for a damaged file, EnvironmentProblem if the report cannot be written.
     """
     found = read(folder)
-    text = page(
-        "order.html",
-        validation=_validation(found.get("validation")),
-        search=_search(found.get("search")),
-        estimates=_estimates(found.get("estimates")),
-        map=_map(found.get("map")),
-        heat=_precedence(found),
-    )
+    parts: dict[str, Any] = {}
+    precedence = None
+    for part, view in (("validation", _validation), ("search", _search), ("estimates", _estimates), ("map", _map)):
+        with damaged(folder / f"{part}.json", f"`datatools order {PARTS[part]}` again writes it anew"):
+            parts[part] = view(found.get(part))
+            if precedence is None and part in ("validation", "estimates"):
+                precedence = _precedence(found.get(part))
     path = folder / "report.html"
+    names = " or ".join(f"{part}.json" for part, shown in parts.items() if shown)
+    with damaged(f"{folder}: {names}", "`datatools order` with its task again writes it anew"):
+        text = page("order.html", **parts, heat=precedence)
     files.write_text(path, text)
     return path
 
@@ -182,30 +184,29 @@ def _from_below(names: Sequence[str], most: int) -> list[Tick]:
     return [Tick(f"calc(100% - {label.at})", label.text) for label in _labels(names, most)]
 
 
-def _precedence(found: dict[str, Any]) -> dict[str, Any] | None:
-    for part in ("validation", "estimates"):
-        for name, entry in found.get(part, {}).get("estimators", {}).items():
-            if entry.get("precedence"):
-                matrix = entry["precedence"]
-                sources = [batch["source"] for batch in found.get(part, {}).get("batches", [])]
-                names = [f"batch {i} ({sources[i]})" if sources else f"batch {i}" for i in range(len(matrix))]
-                order = sorted(range(len(matrix)), key=lambda i: sum(matrix[i]))
-                ranked = [names[i] for i in order]
-                cuts = [len(order) * i // min(len(order), _CELLS) for i in range(min(len(order), _CELLS) + 1)]
-                spans = list(pairwise(cuts))  # of many batches some share a row of the picture, and have their mean
-                short = [f"batch {order[lo]}" for lo, _ in spans]
-                said = [ranked[lo] + (f" and {hi - lo - 1} more" if hi - lo > 1 else "") for lo, hi in spans]
-                costs = np.asarray(matrix)[order][:, order]
-                shown = [[float(costs[a:b, c:d].mean()) for c, d in spans] for a, b in spans]
-                return {
-                    "name": name,
-                    "svg": heat(shown, "cost of a batch before another", said, said, "{} before {}: {}"),
-                    "first": ranked[: min(3, len(order) // 2)],
-                    "last": ranked[-min(3, len(order) // 2) :],
-                    "largest": number(max(abs(v) for row in shown for v in row), 3),
-                    "columns": _labels(short, 6),
-                    "names": _from_below(short, 12),
-                }
+def _precedence(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    for name, entry in (found or {}).get("estimators", {}).items():
+        if entry.get("precedence"):
+            matrix = entry["precedence"]
+            sources = [batch["source"] for batch in (found or {}).get("batches", [])]
+            names = [f"batch {i} ({sources[i]})" if sources else f"batch {i}" for i in range(len(matrix))]
+            order = sorted(range(len(matrix)), key=lambda i: sum(matrix[i]))
+            ranked = [names[i] for i in order]
+            cuts = [len(order) * i // min(len(order), _CELLS) for i in range(min(len(order), _CELLS) + 1)]
+            spans = list(pairwise(cuts))  # of many batches some share a row of the picture, and have their mean
+            short = [f"batch {order[lo]}" for lo, _ in spans]
+            said = [ranked[lo] + (f" and {hi - lo - 1} more" if hi - lo > 1 else "") for lo, hi in spans]
+            costs = np.asarray(matrix)[order][:, order]
+            shown = [[float(costs[a:b, c:d].mean()) for c, d in spans] for a, b in spans]
+            return {
+                "name": name,
+                "svg": heat(shown, "cost of a batch before another", said, said, "{} before {}: {}"),
+                "first": ranked[: min(3, len(order) // 2)],
+                "last": ranked[-min(3, len(order) // 2) :],
+                "largest": number(max(abs(v) for row in shown for v in row), 3),
+                "columns": _labels(short, 6),
+                "names": _from_below(short, 12),
+            }
     return None
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from datatools import DataError, UsageError
-from pipelines import coreset_report, diagnose_view, order_report, report
+from datatools import UsageError
+from pipelines import coreset_report, diagnose_view, order_report, report, run_page
 
 KINDS: dict[str, Callable[[Path], Path]] = {
     "summary.json": report.render,
+    "audit.json": report.render_audit,
     "diagnose.json": diagnose_view.render,
     "coreset.json": coreset_report.render,
     **{f"{part}.json": order_report.render for part in order_report.PARTS},
@@ -18,19 +19,17 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 
 
 def draw(folder: Path) -> Path:
-    """Draw report.html of the run in `folder` again; returns its path.
+    """Draw report.html of the run in `folder` again; returns its path. A run without a result has the page of a run.
 
-    Raises: UsageError where there is no run; DataError where a run is not finished, or has no report of its own.
+    Raises: UsageError where there is no run; DataError where a result is damaged.
     """
     if not folder.is_dir():
-        raise UsageError(f"report {folder}: no such folder; give the folder of a run")
+        there = "this is a file" if folder.exists() else "no such folder"
+        raise UsageError(f"report {folder}: {there}; give the folder of a run")
     for name, render in KINDS.items():
         if (folder / name).is_file():
-            return render(folder)
+            with report.damaged(folder / name, "run the same command again to write it anew"):
+                return render(folder)
     if not (folder / "run.yaml").is_file():
         raise UsageError(f"report {folder}: not the folder of a run (run.yaml is missing)")
-    raise DataError(
-        f"report {folder}: there is nothing to draw yet: the run has written none of {', '.join(KINDS)}. A run that "
-        "was interrupted writes it when the same command is given again; training has a report where it chose "
-        "coresets, and an audit is drawn into the report of its selection"
-    )
+    return run_page.render(folder)

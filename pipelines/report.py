@@ -53,7 +53,7 @@ def _environment() -> Environment:
 
 
 @contextmanager
-def damaged(path: Path, remedy: str) -> Iterator[None]:
+def damaged(path: Path | str, remedy: str) -> Iterator[None]:
     """Inside, values of `path` that are missing or of another type than was written are a DataError with the remedy."""
     try:
         yield
@@ -77,10 +77,29 @@ def render(folder: Path) -> Path:
     report cannot be written.
     """
     folder = Path(folder)
-    summary = verdicts.checked(folder, view.read_summary(folder / "summary.json"))
-    parts = view.build(summary, view.read_scores(folder / "scores.parquet"))
+    summary = view.read_summary(folder / "summary.json")
+    scores = view.read_scores(folder / "scores.parquet")
+    with damaged(folder / "summary.json", "run the same command again to write it anew"):
+        parts = view.build(verdicts.checked(folder, summary), scores)
+        text = page("report.html", **parts, shown=SHOWN_EXAMPLES)
+    return _written(folder, text)
+
+
+def render_audit(folder: Path) -> Path:
+    """Draw folder/report.html from folder/audit.json; returns the path written.
+
+    Raises: DataError for a damaged file.
+    """
+    path = folder / "audit.json"
+    found = view.read_summary(path)
+    with damaged(path, "run the same audit again to write it anew"):
+        text = page("audit.html", **view.audit_page(found))
+    return _written(folder, text)
+
+
+def _written(folder: Path, text: str) -> Path:
     path = folder / "report.html"
-    files.write_text(path, page("report.html", **parts, shown=SHOWN_EXAMPLES))
+    files.write_text(path, text)
     return path
 
 

@@ -482,6 +482,43 @@ def _audit(summary: Json, table: Sequence[Arm]) -> dict[str, Any] | None:
     }
 
 
+def stages(items: Sequence[Json]) -> list[dict[str, Any]]:
+    """Stages with their seconds as bars one after the other; those of one name are one."""
+    seconds: dict[str, float] = {}
+    for item in items:
+        name = str(item.get("name"))
+        seconds[name] = seconds.get(name, 0.0) + max(0.0, finite(item.get("seconds")) or 0.0)
+    total, start, bars = sum(seconds.values()), 0.0, []
+    for name, took in seconds.items():
+        width = 100 * took / total if total else 0.0
+        bars.append(
+            {
+                "name": name,
+                "seconds": took,
+                "time": duration(took),
+                "left": f"{min(start, 99.6):.2f}%",
+                "width": f"{max(0.4, width):.2f}%",
+                "share": percent(share_of(took, total), 0),
+            }
+        )
+        start += width
+    return bars
+
+
+def audit_page(audit: Json) -> dict[str, Any]:
+    """Everything that the page of an audit prints."""
+    table = arms(audit, "selected")
+    return {
+        "title": "Does training on the selection help?",
+        "trust": _trust({"audit": audit}, table),
+        "audit": _audit({"audit": audit}, table),
+        "test_rows": finite(audit.get("test_rows")),
+        "test_tokens": finite(audit.get("test_tokens")),
+        "recipe": [(str(name), str(value)) for name, value in mapping(audit.get("recipe")).items()],
+        "selection": str(audit.get("selection") or ""),
+    }
+
+
 def cost_section(summary: Json) -> dict[str, Any] | None:
     """Estimate beside measurement, and how long each stage took; None if nothing is known."""
     cost = mapping(summary.get("cost"))
@@ -501,31 +538,17 @@ def cost_section(summary: Json) -> dict[str, Any] | None:
     peak = finite(after.get("peak_rss_bytes"))
     if peak is not None:
         lines.append(("Peak memory", "–", size(peak), ""))
-    stages = [
-        (str(item.get("name")), max(0.0, finite(item.get("seconds")) or 0.0)) for item in listing(cost.get("stages"))
-    ]
-    total, start, bars = sum(seconds for _, seconds in stages), 0.0, []
-    for name, seconds in stages:
-        width = 100 * seconds / total if total else 0.0
-        bars.append(
-            {
-                "name": name,
-                "time": duration(seconds),
-                "left": f"{min(start, 99.6):.2f}%",
-                "width": f"{max(0.4, width):.2f}%",
-                "share": percent(share_of(seconds, total), 0),
-            }
-        )
-        start += width
+    bars = stages(listing(cost.get("stages")))
     if not lines and not bars:
         return None
     took, guess = finite(after.get("seconds")), finite(before.get("seconds"))
-    longest = max(stages, key=lambda stage: stage[1]) if total else None
+    total = sum(bar["seconds"] for bar in bars)
+    longest = max(bars, key=lambda bar: bar["seconds"]) if total else None
     lead = ""
     if took is not None:
         lead = f"It took {duration(took)}" + (f" where {duration(guess)} were estimated" if guess else "") + ". "
     if longest is not None:
-        lead += f"The longest stage, {longest[0]}, was {percent(longest[1] / total, 0)} of the time."
+        lead += f"The longest stage, {longest['name']}, was {longest['share']} of the time."
     return {
         "lines": lines,
         "stages": bars,

@@ -110,12 +110,11 @@ def checked(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     described = recorded.get("digest") if isinstance(recorded, Mapping) else None
     there = digest_of(folder)
     found = dict(summary)
-    said = summary.get("warnings")
-    warnings = list(said) if isinstance(said, list) else []
+    warnings: list[str] = []
     if described is not None and there is not None and described != there:
         warnings.append(f"{SELECTED} has changed since it was selected: this report does not describe its rows.")
     digest = there or described
     if summary.get("audit") and digest is not None and not _judges(summary["audit"], digest, unsigned=True):
         found["audit"] = None
         warnings.append("An audit of another selection is recorded here; its verdict is not shown.")
-    return found | {"warnings": warnings}
+    return found | ({"warnings": [*(summary.get("warnings") or []), *warnings]} if warnings else {})

@@ -1,6 +1,7 @@
 """Coresets in the training loop: nothing else changes, every run can be resumed, and the report says what it did."""
 
 import json
+import math
 import re
 import shutil
 from collections import Counter
@@ -14,6 +15,7 @@ from pipelines import coreset_report, coresets, models, train, trainer
 from pipelines.config import CoresetConfig, DataConfig, LoraConfig, ModelConfig, TrainConfig, TrainingConfig
 from pipelines.prepare import prepare
 from tests.optim.distributed.processes import run
+from tests.pipelines import damage
 from tests.pipelines.conftest import make_world
 from tests.pipelines.test_train import result
 
@@ -616,6 +618,11 @@ def test_trl_s_sft_trainer(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
+@pytest.mark.parametrize("name", ["coreset.json", "metrics.jsonl"])
+def test_values_of_another_type_are_told(first, name):
+    assert damage.check(coreset_report.render, first / name, 25)
+
+
 def test_the_report_says_what_happened(first):
     page = (first / "report.html").read_text()
     assert "Did choosing rows do anything?" in page and "<script" not in page
@@ -649,12 +656,22 @@ def test_the_report_warns_and_shows_hostile_names_harmlessly(first, tmp_path):
     assert control["warning"] is None, "the control is not blamed for being random"
 
 
-def test_batches_that_small_sources_fill_are_counted(first, tmp_path):
+@pytest.mark.parametrize("change, words", [
+    (lambda entry: {"overflows": entry["step"]}, "filled every batch, so nothing was chosen: both errors"),
+    (lambda entry: {"overflows": 7}, "small sources alone filled 7 of 10 batches, whose rows are random"),
+    (lambda entry: {"match_error": math.nan, "match_error_random": math.nan}, "none has a finite matching error"),
+    (lambda entry: {"match_error": math.nan} if entry["step"] == 4 else {}, "(without 1 monitored step whose error"),
+    (lambda entry: {"match_error": 0.0, "match_error_random": 0.0}, "no step had rows to choose from"),
+])  # fmt: skip
+def test_errors_that_say_nothing_about_the_choice_are_called_so(first, tmp_path, change, words):
+    """Small sources that fill the batches, errors that are not finite, batches that are kept whole."""
     assert "small sources" not in coreset_report.in_short(first)
     run = shutil.copytree(first, tmp_path / "run")
-    text = (run / "metrics.jsonl").read_text().replace('"overflows": 0', '"overflows": 7')
-    (run / "metrics.jsonl").write_text(text)
-    assert coreset_report.in_short(run).endswith("of a step; small sources alone filled 7 batches")
+    lines = [{**e, **change(e)} if "match_error" in e else e for e in metrics(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    assert words in coreset_report.in_short(run)
+    page = coreset_report.render(run).read_text()
+    assert words.split(" rows")[0] in page and ">nan" not in page and 'nan"' not in page
 
 
 def test_a_damaged_file_is_named(first, tmp_path):

@@ -12,6 +12,7 @@ from optim import diagnostics
 from pipelines import diagnose, diagnose_view, models
 from pipelines.config import CHECKS, DataConfig, DiagnoseConfig, ModelConfig
 from pipelines.prepare import prepare
+from tests.pipelines import damage
 
 QUICK = {"rows": 4, "probes": 3, "lanczos_steps": 4, "coordinates": 64}
 
@@ -32,6 +33,10 @@ def summary(folder):
 
 def texts(page):
     return re.sub(r"<[^>]*>", " ", page[page.index("<body>") :])
+
+
+def test_values_of_another_type_are_told(done):
+    assert damage.check(diagnose_view.render, done / "diagnose.json", 25)
 
 
 def test_a_run_has_every_check_a_page_and_plain_numbers(done):

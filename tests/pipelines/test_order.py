@@ -25,6 +25,7 @@ from pipelines.order import run
 from pipelines.order_setting import Setting
 from pipelines.prepare import prepare
 from pipelines.texts import size
+from tests.pipelines import damage
 from tests.tiny import save_tiny_model, write_rows
 
 
@@ -288,10 +289,14 @@ def test_a_warm_up_on_a_handful_of_rows_is_named(
     assert "no row is left for the warm-up: it trains on the run's own rows" in capsys.readouterr().err
 
 
+def test_values_of_another_type_are_told(validated: Path) -> None:
+    assert damage.check(order_report.render, validated / "validation.json", 20)
+
+
 def test_a_precedence_of_many_batches_is_drawn_in_few_squares() -> None:
     n = 100
     matrix = [[float(i - j) for j in range(n)] for i in range(n)]
-    drawn = order_report._precedence({"estimates": {"estimators": {"pairwise": {"precedence": matrix}}}})
+    drawn = order_report._precedence({"estimators": {"pairwise": {"precedence": matrix}}})
     assert drawn is not None and drawn["svg"].count("<rect") == 64 * 64
     assert "batch 0 before" in drawn["svg"] and "and 1 more" in drawn["svg"]
 
