@@ -40,7 +40,7 @@ def render(folder: Path) -> Path:
 def _parts(folder: Path) -> dict[str, Any]:
     noted = mapping(_json(folder / "progress.json"))
     known = mapping(_json(folder / "provenance.json"))
-    settings = _text(folder / "run.yaml")
+    settings = _text(folder / "run.yaml", told=True)
     first = re.match(r"# Replays this run: datatools ([a-z-]+) ", settings)
     command = first[1] if first else str(known.get("command") or noted.get("command") or "run")
     state = str(noted.get("state"))
@@ -97,11 +97,12 @@ def _json(path: Path) -> Any:
         return None
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, *, told: bool = False) -> str:
+    """What the file holds; where it cannot be read nothing, or with `told` the reason."""
     try:
         return files.read_bytes(path, limit=_MOST).decode("utf-8", "replace")
-    except DatatoolsError:
-        return ""
+    except DatatoolsError as error:
+        return str(error) if told else ""
 
 
 def _events(path: Path) -> list[report_view.Json]:

@@ -61,8 +61,10 @@ def test_a_run_that_was_killed_and_one_that_runs_are_told_apart(world, tmp_path)
         damage.check(pages.draw, folder / name, 15)
         (folder / name).write_text("{")
     assert "has not said how it ended" in drawn(folder)
-    (folder / "run.yaml").write_bytes(b"\xff\xfe\x00: \x1b[31m")
+    files.write_bytes(folder / "run.yaml", b"\xff\xfe\x00: \x1b[31m")
     assert "U+001B" in pages.draw(folder).read_text()
+    (folder / "run.yaml").write_text("by: hand")
+    assert "is not what the run wrote" in drawn(folder)
 
 
 @pytest.mark.parametrize("name", pages.KINDS)
@@ -88,6 +90,6 @@ def test_a_finished_selection_is_drawn_again(world, tmp_path):
     (run / "report.html").unlink()
     assert pages.draw(run).read_bytes() == before
     summary = json.loads((run / "summary.json").read_text())
-    (run / "summary.json").write_text(json.dumps({**summary, "warnings": 5}))
+    files.write_json(run / "summary.json", {**summary, "warnings": 5})
     with pytest.raises(DataError, match=r"summary.json is damaged .*; run the same command again"):
         pages.draw(run)
