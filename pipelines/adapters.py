@@ -8,8 +8,9 @@ parameters by identity, weights by their digest. What changed is put back, the w
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-import json
+import math
 import re
 import warnings
 import weakref
@@ -21,21 +22,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from datatools import DataError, files
 from optim import Arrived
-from pipelines import saved_states
+from pipelines import loading, saved_states
 from pipelines.config import LoraConfig
 from pipelines.runs import warn
-from pipelines.texts import first_line
+from pipelines.texts import first_line, named
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 READ_AGAIN: weakref.WeakKeyDictionary[nn.Module, Callable[[], nn.Module]] = weakref.WeakKeyDictionary()
 """How the weights of a model are read once more; `models.load` notes it for every model that it makes."""
+
+KINDS = frozenset({
+    "LORA", "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA",
+    "HIRA", "HRA", "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA",
+    "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+})  # fmt: skip
+"""The kinds of peft that are layers on a model and hold nothing but what their file holds; each has a test."""
+
+_TOKENS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE")
+_REFUSED = {
+    "megatron_config": "imports the Python module that megatron_core names",
+    "alora_invocation_tokens": "turns the adapter on inside of a row only, which losses and gradients do not follow",
+}
 
 _MOVED = 1e-4  # of a weight's norm: two starts of one adapter may leave base weights that differ by so much
 _LOST = 0.9  # of an adapter's change: less than this arriving in merged weights is said
@@ -302,6 +316,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
                 f"adapter {folder}: {needed} is missing; expected a folder that peft's save_pretrained wrote"
             )
     start = _start(folder)
+    loading.keys(folder / WEIGHTS)
     standing = _Standing.of(model)
     wrapped = _put_on(standing, folder, name, seed=0)
     if isinstance(start, str) and model in READ_AGAIN and (changed := standing.changed()):
@@ -330,10 +345,11 @@ def _start(folder: Path) -> object:
 
     Raises: DataError for one whose base weights cannot be had again, and for a method that puts no layers on a model.
     """
-    config = files.read_json(folder / CONFIG)
+    config = files.read_json(folder / CONFIG, limit=64 << 20)
     if not isinstance(config, dict):
         raise DataError(f"adapter {folder}: {CONFIG} is not what peft writes: expected an object")
-    start, kind = config.get("init_lora_weights"), str(config.get("peft_type"))
+    start = config.get("init_lora_weights")
+    _check_settings(folder, config)
     if isinstance(start, str) and start.lower().startswith(("corda", "lora_ga")):
         raise DataError(
             f"adapter {folder}: its initialisation {start!r} changed the base weights by what it had computed from "
@@ -344,9 +360,35 @@ def _start(folder: Path) -> object:
             f"adapter {folder}: its initialisation 'loftq' quantises the base weights by bitsandbytes, which is not "
             f"installed. Install it, or: {_KEEP_BASE[0].lower()}{_KEEP_BASE[1:]}"
         )
-    if kind in ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"):
-        raise DataError(f"adapter {folder}: {kind} puts tokens before a row, not layers on a model; use LoRA")
     return start
+
+
+def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse kinds of adapters that are not layers on a model, and settings that would load code or other files.
+
+    Raises: DataError naming the kind or the setting.
+    """
+    kind = config.get("peft_type")
+    if kind in _TOKENS:
+        raise DataError(f"adapter {folder}: {kind} puts tokens before a row, not layers on a model; use LoRA")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise DataError(
+            f"adapter {folder}: peft_type {kind!r} in {CONFIG} is not read here; use one of {', '.join(sorted(KINDS))}"
+        )
+    for name, why in _REFUSED.items():
+        if config.get(name):
+            raise DataError(f"adapter {folder}: {name} in {CONFIG} {why}; remove it, or train the adapter without it")
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    found: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    for field in dataclasses.fields(found) if found is not None else ():
+        value = config.get(field.name, False)
+        if field.type in (bool, "bool") and not isinstance(value, bool):
+            shown = repr(str(value)[:40])
+            raise DataError(f"adapter {folder}: {field.name} in {CONFIG} is {shown}; expected true or false")
+    for name, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DataError(f"adapter {folder}: {name} in {CONFIG} is {value}; expected a finite number")
 
 
 def _put_on(standing: _Standing, folder: Path, name: str, *, seed: int) -> Any:
@@ -365,15 +407,17 @@ def _put_on(standing: _Standing, folder: Path, name: str, *, seed: int) -> Any:
             for key in keys - set(expected):  # weights of the base, saved for embeddings and heads with an adapter
                 if key not in beside or not torch.equal(beside[key].cpu(), saved.get_tensor(key).to(beside[key].dtype)):
                     unmatched.add(key)
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError,
-            json.JSONDecodeError) as error:  # fmt: skip
+    except (MemoryError, torch.OutOfMemoryError):
+        standing.restore()
+        raise
+    except Exception as error:  # peft trusts what the files say, so a damaged or hostile one can make it raise anything
         standing.restore()
         raise DataError(f"adapter {folder}: does not fit this model: {_why(error)}") from error
     if unmatched:
         standing.restore()
         raise DataError(
-            f"adapter {folder}: does not fit this model: {len(unmatched)} matrices have no counterpart, "
-            f"the first {sorted(unmatched)[0]!r}"
+            f"adapter {folder}: does not fit this model: {loading.counted(unmatched, 'has', 'have')} no counterpart "
+            f"({loading.few(sorted(unmatched))})"
         )
     held = {(t.data_ptr(), t.shape) for t in expected.values()}
     wrapped._datatools_standing = standing
@@ -390,7 +434,7 @@ def _why(error: BaseException) -> str:
             "model"
         )
     mismatch = re.search(r"size mismatch for .*", str(error))
-    return mismatch[0] if mismatch else first_line(error)
+    return mismatch[0] if mismatch else named(error)
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

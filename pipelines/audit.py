@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datatools import DataError, Selection, UsageError, files, select
-from pipelines import evaluation, leakage, methods, models, report, trainer, verdicts
+from pipelines import evaluation, leakage, methods, models, report, sealed, trainer, verdicts
 from pipelines.config import AuditConfig, FeaturesConfig, SelectConfig, TrainingConfig
 from pipelines.methods import Context
 from pipelines.prepare import Rows, file_facts, prepare, target_data
@@ -33,6 +33,8 @@ def run(config: AuditConfig) -> Path:
     if config.lora is None:
         raise UsageError("audit: lora is null; arms are trained as adapters, so that one base model serves them all")
     alone("datatools audit")
+    if (config.selected.parent / "run.yaml").is_file():
+        sealed.refuse_special(config.selected.parent)
     trainer.check(config.training)
     with in_scratch(config) as kept, Run(kept.out, kept, "audit", overwrite=kept.overwrite) as current:
         with current.stage("read"):

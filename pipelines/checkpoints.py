@@ -9,6 +9,7 @@ adapter's file, the state's names, or else the one choice that fits its shapes. 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,12 +83,8 @@ def find(paths: Sequence[Path]) -> list[Checkpoint]:
     before = 0
     for folder in ordered:
         step = int(states[folder]["global_step"])
-        rates = [
-            float(entry["learning_rate"])
-            for entry in states[folder].get("log_history", [])
-            if "learning_rate" in entry and before < int(entry["step"]) <= step
-        ]
-        if not rates or not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+        rates = _rates(folder, states[folder], before, step)
+        if not rates:
             raise DataError(
                 f"checkpoint {folder}: trainer_state.json logs no learning rate for steps {before + 1} to {step}; "
                 "train with logging_steps=1, or give checkpoints further apart"
@@ -95,8 +92,9 @@ def find(paths: Sequence[Path]) -> list[Checkpoint]:
         found.append((folder, step, sum(rates) / len(rates)))
         before = step
     total = sum(rate for _, _, rate in found)
-    if total == 0:
-        raise DataError(f"checkpoints {[str(f) for f in ordered]}: every logged learning rate is 0")
+    if total == 0 or not math.isfinite(total):
+        said = "0" if total == 0 else "too large"
+        raise DataError(f"checkpoints {[str(f) for f in ordered]}: every logged learning rate is {said}")
     return [Checkpoint(folder, step, rate, rate / total) for folder, step, rate in found]
 
 
@@ -114,9 +112,36 @@ def _trainer_state(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"checkpoint {folder}: trainer_state.json is missing, so its learning rate is not known")
     state = files.read_json(path)
-    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
-        raise DataError(f"{path}: not a Trainer's state: `global_step` is missing")
+    step = state.get("global_step") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not isinstance(step, int) or isinstance(step, bool) or step < 1:
+        raise DataError(f"{path}: not a Trainer's state: `global_step` is missing, or not a number of steps")
     return state
+
+
+def _rates(folder: Path, state: Mapping[str, Any], before: int, step: int) -> list[float]:
+    """The learning rates that were logged after step `before`, up to `step`. Raises: DataError for what is no rate."""
+    history = state.get("log_history", [])
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise DataError(f"{folder / 'trainer_state.json'}: `log_history` is not a list of objects")
+    rates = []
+    for number, entry in enumerate(history, start=1):
+        if "learning_rate" not in entry:
+            continue
+        at, rate = entry.get("step"), entry["learning_rate"]
+        if not isinstance(at, int) or isinstance(at, bool):
+            raise DataError(
+                f"{folder / 'trainer_state.json'}: entry {number} of `log_history` has step {json.dumps(at)[:40]}; "
+                "expected a whole number"
+            )
+        if not before < at <= step:
+            continue
+        if not isinstance(rate, int | float) or isinstance(rate, bool) or not (math.isfinite(rate) and rate >= 0):
+            raise DataError(
+                f"{folder / 'trainer_state.json'}: the learning rate of step {at} is {json.dumps(rate)[:40]}; LESS "
+                "weighs checkpoints by it: write the rate that was used, or leave the checkpoint out"
+            )
+        rates.append(float(rate))
+    return rates
 
 
 @contextmanager
@@ -126,6 +151,8 @@ def at(checkpoint: Checkpoint, config: ModelConfig, model: Any) -> Iterator[Any]
     config: what `model` was loaded from. Raises: DataError when the checkpoint does not fit it.
     """
     if not checkpoint.is_adapter:
+        if any(checkpoint.folder.glob("adapter_model.*")):
+            raise DataError(f"checkpoint {checkpoint.folder}: holds an adapter without its adapter_config.json")
         yield models.load(config, weights=checkpoint.folder).model
         return
     module = models.load_adapter(model, checkpoint.folder)
@@ -164,9 +191,25 @@ def updates(
         rules = {name: _in_mode(rule, adam_mode) for name, rule in found.rules.items()}
         if rules != dict(found.rules):
             found = UpdateMap.from_state_dict(named, trained, rules=rules)
-    except (ValueError, KeyError, TypeError) as error:
+        _try(found, saved)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise DataError(f"{path}: does not fit the model: {error}") from error
     return found
+
+
+def _try(found: UpdateMap, saved: Mapping[str, Any]) -> None:
+    """Refuse a state that gives no update: settings of a wrong kind, moments that were never written.
+
+    Tried on the smallest parameter. Raises: ValueError, and what the rule raises.
+    """
+    if not found.params:
+        return
+    name = min(found.params, key=lambda n: found.params[n].numel())
+    if not saved["state"] and found.rules[name].init(found.params[name]):
+        raise ValueError(f"it holds no state of any parameter, which {found.rules[name].name!r} needs")
+    update = found({name: torch.zeros_like(found.params[name], dtype=torch.float32)})[name]
+    if not update.isfinite().all():
+        raise ValueError(f"the update of {name!r} for a gradient of zeros is not finite")
 
 
 def _in_mode(rule: UpdateRule, mode: str) -> UpdateRule:

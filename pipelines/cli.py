@@ -79,6 +79,9 @@ PrintOption = Annotated[bool, _flag("--print-config", "print every setting with 
 QuietOption = Annotated[bool, _flag("--quiet", "only warnings and errors", _RUN)]
 
 ModelOption = Annotated[str | None, _flag("--model", "a folder, a hub name, or one .gguf file", _MODEL, metavar="NAME")]
+TrustOption = Annotated[
+    bool, _flag("--trust-remote-code", "run the Python code that comes with the model", _MODEL)
+]
 AdapterOption = Annotated[Path | None, _flag("--adapter", "a LoRA adapter to load on top", _MODEL, metavar="DIR")]
 ChatOption = Annotated[
     str | None, _flag("--chat-template", "auto, tulu, or a .jinja file", _MODEL, "auto", metavar="NAME")
@@ -180,6 +183,7 @@ def select(
     ] = None,
     dim: Annotated[int | None, _flag("--dim", "numbers a gradient feature", _METHOD, 8192, metavar="N")] = None,
     chat_template: ChatOption = None,
+    trust_remote_code: TrustOption = False,
     max_length: LengthOption = None,
     lora_rank: LoraRankOption = None,
     optimizer: OptimizerOption = None,
@@ -203,6 +207,7 @@ def select(
     flags = {
         "model.name": model,
         "model.chat": chat_template,
+        "model.trust_remote_code": trust_remote_code or None,
         "model.max_length": max_length,
         "train.paths": train,
         "train.on_bad_row": on_bad_row,
@@ -261,6 +266,7 @@ def train(
     dedup: DedupOption = None,
     adapter: AdapterOption = None,
     chat_template: ChatOption = None,
+    trust_remote_code: TrustOption = False,
     max_length: LengthOption = None,
     lora_rank: Annotated[
         int | None, _flag("--lora-rank", "rank of the adapters; 0 trains every weight", _MODEL, 8, metavar="N")
@@ -312,6 +318,7 @@ def train(
         "model.name": model,
         "model.adapter": adapter,
         "model.chat": chat_template,
+        "model.trust_remote_code": trust_remote_code or None,
         "model.max_length": max_length,
         "data.paths": data,
         "data.on_bad_row": on_bad_row,
@@ -402,6 +409,7 @@ def order(
     ] = None,
     preference: PreferenceOption = None,
     chat_template: ChatOption = None,
+    trust_remote_code: TrustOption = False,
     max_length: LengthOption = None,
     lora_rank: Annotated[
         int | None, _flag("--lora-rank", "rank of the adapters; 0 trains every weight", _MODEL, 0, metavar="N")
@@ -444,6 +452,7 @@ def order(
         "task": None if again else task,
         "model.name": model,
         "model.chat": chat_template,
+        "model.trust_remote_code": trust_remote_code or None,
         "model.max_length": max_length,
         "data.paths": data,
         "data.on_bad_row": on_bad_row,
@@ -486,6 +495,7 @@ def evaluate(
     columns: ColumnsOption = None,
     preference: PreferenceOption = None,
     chat_template: ChatOption = None,
+    trust_remote_code: TrustOption = False,
     max_length: LengthOption = None,
     config: YamlOption = None,
     set_: SetOption = None,
@@ -499,6 +509,7 @@ def evaluate(
         "model.name": model,
         "model.adapter": adapter,
         "model.chat": chat_template,
+        "model.trust_remote_code": trust_remote_code or None,
         "model.max_length": max_length,
         "data.paths": data,
         "data.on_bad_row": on_bad_row,
@@ -555,6 +566,7 @@ def audit(
     model: Annotated[
         str | None, _flag("--model", "the model to train; else as in the run", _MODEL, metavar="NAME")
     ] = None,
+    trust_remote_code: TrustOption = False,
     out: Annotated[
         Path | None, _flag("--out", "folder of the audit; else 'audit' in the run's folder", _RUN, metavar="DIR")
     ] = None,
@@ -606,6 +618,7 @@ def audit(
         "seeds": seeds,
         "allow_overlap": allow_overlap or None,
         "model.name": model,
+        "model.trust_remote_code": trust_remote_code or None,
         "out": out,
         "seed": seed,
         **_training_flags(optimizer, learning_rate, epochs, batch_size),
@@ -648,6 +661,7 @@ def diagnose(
     preference: PreferenceOption = None,
     adapter: AdapterOption = None,
     chat_template: ChatOption = None,
+    trust_remote_code: TrustOption = False,
     max_length: LengthOption = None,
     config: YamlOption = None,
     set_: SetOption = None,
@@ -667,6 +681,7 @@ def diagnose(
         "model.name": model,
         "model.adapter": adapter,
         "model.chat": chat_template,
+        "model.trust_remote_code": trust_remote_code or None,
         "model.max_length": max_length,
         "data.paths": data,
         "data.on_bad_row": on_bad_row,
@@ -699,18 +714,20 @@ def explain(
         typer.Argument(metavar="ROW", help="a row of the run's pool: FILE:LINE or its id", show_default=False),
     ] = None,
     nearest: Annotated[int | None, _flag("--nearest", "how many target rows to show", _METHOD, 5, metavar="N")] = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Why was this row selected, or not? Its score and rank, and the target rows that it resembles most."""
     from datatools import UsageError
     from pipelines.config import ExplainConfig
 
+    shown = {"nearest": nearest, "trust_remote_code": trust_remote_code or None}
     if row is not None:
         home = Path(place)
         home = home.parent if home.name == "selected.jsonl" else home
         name, _, number = row.rpartition(":")
         listed = number.isdecimal() and (name == "selected.jsonl" or Path(name) == home / "selected.jsonl")
         flags = {"file": home / "selected.jsonl", **({"line": int(number)} if listed else {"row": row})}
-        _launch(ExplainConfig, "pipelines.explain:run", None, {**flags, "nearest": nearest})
+        _launch(ExplainConfig, "pipelines.explain:run", None, {**flags, **shown})
         return
     file, colon, line = place.rpartition(":")
     if not colon or not file or not line.isdecimal():
@@ -722,7 +739,7 @@ def explain(
         raise UsageError(
             f"explain: {file} lies in no run; for a row of the pool give the run too: datatools explain DIR {place}"
         )
-    _launch(ExplainConfig, "pipelines.explain:run", None, {"file": file, "line": int(line), "nearest": nearest})
+    _launch(ExplainConfig, "pipelines.explain:run", None, {"file": file, "line": int(line), **shown})
 
 
 @_command("report", "datatools report runs/select")

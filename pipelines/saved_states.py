@@ -8,6 +8,7 @@ records. What cannot be read is refused by name, with the conversion.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from datatools import DataError, files
 from pipelines import inert
-from pipelines.texts import first_line
+from pipelines.texts import first_line, named
 
 _FILES = ("optimizer.pt", "optimizer.bin")
 _SHARDS = ("optimizer_0", "optimizer")
 _WEIGHT_SHARDS = ("pytorch_model_fsdp_0", "pytorch_model_fsdp", "model")
 
-_DAMAGED = (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+_DAMAGED = (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError,
+            ImportError, OSError, AssertionError, OverflowError)  # fmt: skip
 
 
 def find(folder: Path) -> Path | None:
@@ -73,6 +75,13 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises: DataError for what is damaged, would run code, or is the state of an optimizer that is not known here.
     """
+    try:
+        return _read(path)
+    except _DAMAGED as error:
+        raise DataError(f"{path}: not the state_dict of an optimizer ({named(error)}); save it again") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         saved = _from_universal(path) if path.name == "zero" else _nested(path).get("optimizer")
     else:
@@ -105,9 +114,17 @@ def _plain(path: Path) -> Any:
                 "s['state'] = {k: {n: v.dequantize() if hasattr(v, 'dequantize') else v for n, v in e.items()} "
                 "for k, e in s['state'].items()}; torch.save(s, f)\""
             ) from error
-        raise DataError(
-            f"{path}: not readable as plain tensors, and nothing else is loaded: {first_line(error)}"
-        ) from error
+        raise DataError(f"{path}: not readable as plain tensors, the only thing loaded: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What torch says, without its advice to load the file all the same, which would run what is in it."""
+    asked = re.search(r"(?:Unsupported global|unsupported GLOBAL|GLOBAL)[: ]+(?:GLOBAL )?([\w.]+)", str(error))
+    if asked:
+        return f"it asks for {asked[1]}, which would run code"
+    if "eights only load failed" in str(error):
+        return "it was not written by torch.save, or is damaged"
+    return first_line(error)
 
 
 # ------------------------------------------------------------------------------------------------------ bitsandbytes
@@ -275,9 +292,7 @@ def _with_stand_ins(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(stand_ins):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
-        raise DataError(
-            f"{path}: not readable as plain tensors, and nothing else is loaded: {first_line(error)}"
-        ) from error
+        raise DataError(f"{path}: not readable as plain tensors, the only thing loaded: {_reason(error)}") from error
     return found if isinstance(found, dict) else {}
 
 

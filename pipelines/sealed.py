@@ -20,9 +20,17 @@ SEALED_SINCE = 2
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left anywhere in `folder`.
+    """Remove what killed writers left anywhere in `folder`. Raises: DataError, as `refuse_special`."""
+    refuse_special(folder)
+    for parent, folders, _ in os.walk(folder):
+        files.remove_leftovers(parent)
+        folders[:] = [name for name in folders if not name.startswith(seals.TEMPORARY)]
 
-    Raises: DataError for a link, pipe or device in it: nothing of a run is one, and libraries write through them.
+
+def refuse_special(folder: Path) -> None:
+    """Refuse a run folder that holds a link, a pipe or a device; the folder itself may be a link.
+
+    Raises: DataError naming it: nothing of a run is one, libraries write through them, and they may lead anywhere.
     """
     for parent, folders, names in os.walk(folder):
         for name in (*folders, *names):
@@ -33,8 +41,6 @@ def sweep(folder: Path) -> None:
                         f"{_shown(child)} is {kind}; a run folder holds files and folders only, so nothing is written "
                         "there: remove it, or choose another --out"
                     )
-        files.remove_leftovers(parent)
-        folders[:] = [name for name in folders if not name.startswith(seals.TEMPORARY)]
 
 
 def _special(mode: int) -> str | None:

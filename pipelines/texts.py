@@ -124,6 +124,13 @@ def minus(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says first, for a message of one line."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+    """What an error of another library says first, for a message of one line; what a colon announces belongs to it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    told = lines[0] if not lines[0].endswith(":") else " ".join(lines[:2])
+    return told if len(told) <= 500 else told[:499] + "…"
+
+
+def named(error: BaseException) -> str:
+    """`first_line`, with the error's kind where the text alone says little: KeyError's is only a key."""
+    told = first_line(error)
+    return f"{type(error).__name__}: {told}" if " " not in told and told != type(error).__name__ else told

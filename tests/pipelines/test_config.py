@@ -307,7 +307,7 @@ def test_any_name_survives_a_dump(tmp_path_factory, name):
         config = load_config(SelectConfig, None, FLAGS | {"model.name": name, "target": [name]})
     except UsageError:
         return  # characters that no file name has
-    path = tmp_path_factory.mktemp("dump") / "run.yaml"
+    path = tmp_path_factory.mktemp("dump") / "settings.yaml"
     path.write_text(dump(config), encoding="utf-8", newline="")
     assert load_config(SelectConfig, path) == config
 
@@ -369,7 +369,7 @@ def test_columns_are_read_from_texts_and_files_have_their_own(tmp_path):
     assert both.target_columns == {"prompt": "x", "completion": "y"}
     assert columns("train.columns={prompt: p, b.jsonl: {text: body}}").train.columns == {
         "prompt": "p", "b.jsonl": {"text": "body"}}
-    path = tmp_path / "run.yaml"
+    path = tmp_path / "settings.yaml"
     path.write_text(dump(both))
     assert load_config(SelectConfig, path) == both
     for wrong in ("prompt", "prompt=", "=q"):
