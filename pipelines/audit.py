@@ -16,6 +16,7 @@ from pipelines import evaluation, leakage, methods, models, report, sealed, trai
 from pipelines.config import AuditConfig, FeaturesConfig, SelectConfig, TrainingConfig
 from pipelines.methods import Context
 from pipelines.prepare import Rows, file_facts, prepare, target_data
+from pipelines.report_view import FEWEST_RUNS
 from pipelines.runs import Run, alone, derive_seed, say
 from pipelines.train import in_scratch, train_adapter
 
@@ -240,7 +241,10 @@ def summarise(base: dict[str, Any], results: list[dict[str, Any]], config: Audit
 
 
 def verdict(by_arm: dict[str, list[float]]) -> str:
-    """One plain sentence a baseline: better, worse, or not told apart by these seeds."""
+    """One plain sentence per baseline: better, worse, or not told apart by these seeds.
+
+    Runs of equal seed are compared. Fewer than three such pairs tell nothing apart, whatever their interval says.
+    """
     ours = by_arm[SELECTED]
     said = []
     for arm, theirs in by_arm.items():
@@ -249,16 +253,19 @@ def verdict(by_arm: dict[str, list[float]]) -> str:
         paired = [b - a for a, b in zip(ours, theirs, strict=False)]
         mean, low, high = evaluation.interval(paired)
         name = "the whole pool in one epoch" if arm == "full" else arm
-        if low is None or high is None:
-            word = "below" if mean > 0 else "above"
+        word = "below" if mean > 0 else "above"
+        if len(paired) < 2 or low is None or high is None:
             said.append(f"{abs(mean):.4f} {word} {name} (one seed: no interval)")
+        elif len(paired) < FEWEST_RUNS:
+            said.append(f"{abs(mean):.4f} {word} {name} on average ({len(paired)} seeds: too few to tell them apart)")
         elif low > 0:
-            said.append(f"better than {name} by {mean:.4f} (95 % {low:.4f} to {high:.4f})")
+            said.append(f"better than {name} by {mean:.4f} (95 % {low:.4f} to {high:.4f}, {len(paired)} seeds)")
         elif high < 0:
-            said.append(f"WORSE than {name} by {-mean:.4f} (95 % {-high:.4f} to {-low:.4f})")
+            said.append(f"WORSE than {name} by {-mean:.4f} (95 % {-high:.4f} to {-low:.4f}, {len(paired)} seeds)")
         else:
-            word = "below" if mean > 0 else "above"
-            said.append(f"not told apart from {name}: {abs(mean):.4f} {word}, 95 % {low:.4f} to {high:.4f}")
+            said.append(
+                f"not told apart from {name}: {abs(mean):.4f} {word}, 95 % {low:.4f} to {high:.4f}, {len(paired)} seeds"
+            )
     return "The selection is " + "; ".join(said) + "." if said else "No baseline was asked for."
 
 

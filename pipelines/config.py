@@ -706,7 +706,7 @@ class AuditConfig(RunSettings):
     allow_overlap: bool = Field(
         default=False, description="audit although test rows are in the pool or the target; the report says so"
     )
-    seeds: int = Field(default=3, ge=1, le=1000, description="training runs an arm; two or fewer give no interval")
+    seeds: int = Field(default=3, ge=1, le=1000, description="training runs per arm; fewer than three give no verdict")
     model: ModelConfig = Field(description="the model to train; the run's own model if not given")
     lora: LoraConfig | None = Field(default=LoraConfig(), description="train adapters; null trains every weight")
     training: TrainingConfig = Field(default=TrainingConfig(), description="the same recipe for every arm")

@@ -702,13 +702,16 @@ def _sentence(name: str, entry: dict[str, Any]) -> str:
     lost = _diverged(entry["estimated"])
     if entry["spearman"] is None:
         return f"  {name}: {lost or 'its estimates do not vary'}"
-    low, high = entry["spearman_interval"] or (math.nan, math.nan)
+    interval = entry["spearman_interval"]
+    between = "no interval" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
+    if (few := len(entry["true"])) < order_report.FEWEST_ORDERS:
+        between += f"; of {few} orders, too few for a verdict"
     doubt = [ok for ok in entry.get("trusted", []) if not ok]
     note = f"; not to be trusted for {len(doubt)} of {len(entry['trusted'])}" if doubt else ""
     if others := [one["spearman"] for one in entry.get("references", []) if one["spearman"] is not None]:
         note = f"; from other references {', '.join(f'{value:.3f}' for value in others)}{note}"
     return (
-        f"  {name}: Spearman {entry['spearman']:.3f} ({low:.3f} to {high:.3f}), regret {entry['regret']:.4g} (random "
+        f"  {name}: Spearman {entry['spearman']:.3f} ({between}), regret {entry['regret']:.4g} (random "
         f"{entry['regret_random']:.4g}), {entry['cost_in_batch_gradients']:,.0f} batch gradients{note}"
         f"{'; ' if lost else ''}{lost}"
     )

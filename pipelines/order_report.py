@@ -21,6 +21,8 @@ from pipelines.texts import minus, number
 
 PARTS = {"validation": "validate", "search": "search", "estimates": "estimate", "map": "map"}
 """A result's name -> the task that writes it."""
+FEWEST_ORDERS = 10
+"""From fewer true runs no rank correlation is worth a headline: of 5 random orders one in 60 is ranked perfectly."""
 _SIDE = 1000.0
 _CELLS = 64  # of a picture of precedence, in a row
 
@@ -88,7 +90,8 @@ def _validation(found: dict[str, Any] | None) -> dict[str, Any] | None:
     return {
         "rows": rows,
         "references": any(row["references"] for row in rows),
-        "best": best,
+        "headline": _headline(found["estimators"], best["name"], len(found["orders"])),
+        "few": len(found["orders"]) < FEWEST_ORDERS,
         "orders": len(found["orders"]),
         "sentence": found["anything_to_win"]["sentence"],
         "worth_it": found["anything_to_win"]["worth_it"],
@@ -100,6 +103,21 @@ def _validation(found: dict[str, Any] | None) -> dict[str, Any] | None:
             if any(value is not None for value in entry["estimated"])
         ],
     }
+
+
+def _headline(estimators: dict[str, Any], best: str, orders: int) -> str:
+    """What the true runs show: a rank correlation only where there are enough of them and its interval excludes 0."""
+    if orders < FEWEST_ORDERS:
+        return f"{orders} orders are too few to say how well an estimator ranks them"
+    entry = estimators[best]
+    if entry["spearman"] is None or entry["spearman_interval"] is None:
+        return "No estimator ranks the orders: the estimates do not vary, or are not finite"
+    low, high = entry["spearman_interval"]
+    figure = minus(f"{number(entry['spearman'], 3)} ({low:.3f} to {high:.3f})")
+    among = f", the best of {len(estimators)} estimators" if len(estimators) > 1 else ""
+    if low <= 0:
+        return f"No estimator is shown to rank the {orders} orders: {best}{among}, has Spearman {figure}"
+    return f"{best} ranks {orders} orders with Spearman {figure}{among}"
 
 
 def _last(estimated: float | None) -> float:

@@ -32,6 +32,8 @@ MAX_SOURCES = 24  # the rest is shown as one line
 MAX_SUBTASKS = 60
 LENGTH_WARNING = 0.5  # |Spearman| of score and answer length from which the reader is warned
 SEEN_WARNING = 0.95
+FEWEST_RUNS = 3
+"""Pairs of runs of equal seed from which an interval over seeds may call an arm better or worse."""
 
 # method -> (its name, what one score means). Signs as in LESS: higher is better, and rank 1 is the highest.
 METHODS = {
@@ -133,16 +135,23 @@ class Arm:
         return "" if self.chosen else signed(self.delta)
 
     @property
+    def few(self) -> bool:
+        """Whether it has too few runs for a verdict."""
+        return self.n < FEWEST_RUNS
+
+    @property
     def word(self) -> str:
         """What the reading means."""
-        return {"unclear": "one run" if self.n < 2 else "unclear"}.get(self.reading, self.reading)
+        few = "one run" if self.n < 2 else f"{self.n} runs" if self.few else "unclear"
+        return {"unclear": few}.get(self.reading, self.reading)
 
 
 def arms(audit: Json, method: str) -> list[Arm]:
     """The audit's table, the selection first, each other arm read against it.
 
-    The selection beats an arm when the 95 % interval of the difference excludes zero: over seeds that both ran, by
-    Student's t; with fewer than two such seeds, only when the two stated intervals lie apart; else the case is unclear.
+    The selection beats an arm when the 95 % interval of the difference excludes zero: over at least three seeds that
+    both ran, by Student's t. Without single runs (of both, at least three) the two stated intervals must lie apart;
+    else the case is unclear.
     """
     table = listing(audit.get("table"))
     runs: dict[str, dict[Any, float]] = {}
@@ -168,24 +177,32 @@ def arms(audit: Json, method: str) -> list[Arm]:
                 mean=mean,
                 low=low,
                 high=high,
-                n=int(finite(row.get("n")) or len(losses)),
+                n=_runs(row, losses),
                 delta=finite(row.get("delta_vs_selected")) if mean is None or our_mean is None else mean - our_mean,
-                reading="" if name in (ours, BASE_ARM) else _reading(paired, (low, high), our_interval),
+                reading="" if name in (ours, BASE_ARM) else _reading(
+                    paired, (low, high), our_interval, runs=min(_runs(row, losses), _runs(us, our_runs))
+                ),
                 runs=tuple(losses.values()),
             )
         )
     return sorted(result, key=lambda arm: (not arm.chosen, math.inf if arm.mean is None else arm.mean))
 
 
-def _reading(paired: Sequence[float], theirs: Sequence[float | None], ours: Sequence[float | None]) -> str:
-    if len(paired) >= 2:
+def _runs(row: Json, losses: Mapping[Any, float]) -> int:
+    return int(finite(row.get("n")) or len(losses))
+
+
+def _reading(
+    paired: Sequence[float], theirs: Sequence[float | None], ours: Sequence[float | None], *, runs: int
+) -> str:
+    if len(paired) >= FEWEST_RUNS:
         from pipelines.evaluation import interval  # brings torch
 
         _, least, most = interval(list(paired))
         if least is not None and most is not None:
             return "better" if least > 0 else "worse" if most < 0 else "unclear"
     (low, high), (our_low, our_high) = theirs, ours
-    if low is None or high is None or our_low is None or our_high is None:
+    if paired or runs < FEWEST_RUNS or low is None or high is None or our_low is None or our_high is None:
         return "unclear"
     return "better" if our_high < low else "worse" if our_low > high else "unclear"
 
@@ -421,6 +438,9 @@ def _trust(summary: Json, table: Sequence[Arm]) -> dict[str, str]:
         "unclear": f"Not clearly better than {against}",
         "none": "Audited",
     }[state]
+    rivals = random or similar
+    if state == "unclear" and rivals and max(arm.n for arm in rivals) < FEWEST_RUNS:
+        big = f"Too few runs to compare with {against}"
     words = {"better": "Better than", "worse": "Worse than", "unclear": "No clear difference from"}
     text = " ".join(f"{words[arm.reading]} {arm.label}." for arm in similar) if random else ""
     fewest = min((arm.n for arm in table if arm.name not in (BASE_ARM, "full")), default=1)
@@ -455,7 +475,7 @@ def _audit(summary: Json, table: Sequence[Arm]) -> dict[str, Any] | None:
         rows.append(
             {
                 "arm": arm,
-                "word": "one run only" if arm.reading == "unclear" and arm.n < 2 else words[arm.reading],
+                "word": f"{plural(arm.n, 'run')} only" if arm.few and arm.reading == "unclear" else words[arm.reading],
                 "off": "beyond the scale" if off else "",
                 "chart": ""
                 if off
@@ -478,7 +498,7 @@ def _audit(summary: Json, table: Sequence[Arm]) -> dict[str, Any] | None:
         "sentence": sentence,
         "rows": rows,
         "ticks": charts.ticks(scale, 6),
-        "paired": all(len(arm.runs) > 1 for arm in rivals),
+        "paired": any(len(arm.runs) >= FEWEST_RUNS for arm in rivals),
     }
 
 

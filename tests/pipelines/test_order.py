@@ -289,6 +289,23 @@ def test_a_warm_up_on_a_handful_of_rows_is_named(
     assert "no row is left for the warm-up: it trains on the run's own rows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("orders, interval, words", [
+    (5, (0.9, 1.0), "5 orders are too few"), (30, (-0.1, 0.9), "No estimator is shown to rank the 30 orders"),
+    (30, (0.2, 0.9), "pairwise ranks 30 orders with Spearman 0.700 (0.200 to 0.900)"),
+    (30, None, "the estimates do not vary"),
+])  # fmt: skip
+def test_a_rank_correlation_is_a_headline_only_where_it_shows_something(
+    orders: int, interval: tuple[float, float] | None, words: str
+) -> None:
+    entry = {"spearman": 0.7, "spearman_interval": interval}
+    assert words in order_report._headline({"pairwise": entry}, "pairwise", orders)
+
+
+def test_five_orders_are_no_headline(validated: Path) -> None:
+    page = (validated / "report.html").read_text()
+    assert "<h1>5 orders are too few" in page and "which say little for so few" in page
+
+
 def test_values_of_another_type_are_told(validated: Path) -> None:
     assert damage.check(order_report.render, validated / "validation.json", 20)
 

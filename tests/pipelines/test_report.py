@@ -405,6 +405,8 @@ def test_length_driven_scores_are_called_out(tmp_path: Path, sign: int, matched:
         ((1.40, 1.41, 1.42), (1.45, 1.46, 1.47), "better"),  # the same difference in each seed: interval of width zero
         ((1.45, 1.46, 1.47), (1.40, 1.41, 1.42), "worse"),
         ((1.40, 1.41, 1.42), (1.41, 1.41, 1.42), "unclear"),
+        ((1.40, 1.50), (1.50, 1.60), "unclear"),  # whatever the interval of two says
+        ((1.40,), (9.0,), "unclear"),
         ((1.40, 1.50), (1.41, 1.52), "unclear"),  # mean 0.015, half width 12.706 * 0.00707 / sqrt 2 = 0.0635
         (
             (1.40, 1.50, 1.60),
@@ -430,14 +432,15 @@ def test_reading_pairs_equal_seeds(ours: tuple[float, ...], theirs: tuple[float,
 
 
 def test_reading_without_runs_needs_intervals_apart() -> None:
-    def read(low: float, high: float) -> str:
+    def read(low: float, high: float, n: int = 3) -> str:
         table = [
             {"arm": "less", "mean": 1.4, "low": 1.38, "high": 1.42, "n": 3},
-            {"arm": "random", "mean": 1.5, "low": low, "high": high},
+            {"arm": "random", "mean": 1.5, "low": low, "high": high, "n": n},
         ]
         return report_view.arms({"table": table}, "less")[1].reading
 
     assert (read(1.43, 1.57), read(1.41, 1.59), read(1.30, 1.37)) == ("better", "unclear", "worse")
+    assert read(1.43, 1.57, n=2) == "unclear"
 
 
 def test_verdict_is_plain_and_the_audits_own_words_win(less: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:

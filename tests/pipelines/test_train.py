@@ -552,9 +552,10 @@ def test_an_arm_s_loss_can_be_had_by_hand(world, judged, selection, tmp_path):
 @pytest.mark.parametrize(
     "ours, theirs, words",
     [
-        ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], r"better than random by 1\.0000 \(95 % 1\.0000 to 1\.0000\)"),
-        ([2.0, 2.1, 1.95], [1.0, 1.2, 0.9], r"WORSE than random by 0\.9\d+ \(95 % 0\.\d+ to 1\.\d+\)"),
+        ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], r"better than random by 1\.0000 \(95 % 1\.0000 to 1\.0000, 3 seeds\)"),
+        ([2.0, 2.1, 1.95], [1.0, 1.2, 0.9], r"WORSE than random by 0\.9\d+ \(95 % 0\.\d+ to 1\.\d+, 3 seeds\)"),
         ([1.0, 2.0, 3.0], [1.2, 1.7, 3.2], r"not told apart from random: 0\.0333 below, 95 % -0\.\d+ to 0\.\d+"),
+        ([1.0, 1.1], [2.0, 2.1], r"is 1\.0000 below random on average \(2 seeds: too few to tell them apart\)"),
         ([1.0], [1.5], r"is 0\.5000 below random \(one seed: no interval\)"),
         ([1.5], [1.0], r"is 0\.5000 above random \(one seed: no interval\)"),
     ],
