@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from datatools import DataError, Selection, UsageError, files, select
-from pipelines import evaluation, leakage, methods, models, report, sealed, trainer, verdicts
+from datatools import DataError, Selection, UsageError, files, sealed, select
+from pipelines import evaluation, leakage, methods, models, report, run_files, trainer, verdicts
 from pipelines.config import AuditConfig, FeaturesConfig, SelectConfig, TrainingConfig
 from pipelines.methods import Context
 from pipelines.prepare import Rows, file_facts, prepare, target_data
@@ -35,7 +36,7 @@ def run(config: AuditConfig) -> Path:
         raise UsageError("audit: lora is null; arms are trained as adapters, so that one base model serves them all")
     alone("datatools audit")
     if (config.selected.parent / "run.yaml").is_file():
-        sealed.refuse_special(config.selected.parent)
+        run_files.refuse_special(config.selected.parent)
     trainer.check(config.training)
     with in_scratch(config) as kept, Run(kept.out, kept, "audit", overwrite=kept.overwrite) as current:
         with current.stage("read"):
@@ -47,6 +48,8 @@ def run(config: AuditConfig) -> Path:
             if config.target:
                 wanted = target_data(config.pool, config.target, config.target_columns)
                 target = prepare(wanted, config.model, loaded.tokenizer, label="target", **read)
+        if text := run_files.note(config.selected.parent):
+            say(text)
         chosen, judged = _rows_of(config.selected, pool)
         leaks = _leaks(config, test, pool, target, chosen)
         facts: dict[str, Any] = {"model": dict(loaded.digests), "pool": file_facts(pool), "test": file_facts(test)}
@@ -183,7 +186,8 @@ def _train_and_measure(
     tested = [test.keys[i] for i in np.flatnonzero(test.usable).tolist()]  # content, not files: other templates differ
     measured = folder / f"losses-{files.digest(files.json_bytes(tested))[:16]}.json"
     if measured.is_file():
-        return dict(files.read_json(measured))
+        with suppress(sealed.Damaged):  # or of a version without seals: measured again
+            return sealed.read_json(measured)
     train_adapter(loaded, pool, rows, recipe, config.lora, folder / "adapter", seed=seed, label=label)
     module = models.load_adapter(loaded.model, folder / "adapter")
     try:
@@ -192,7 +196,7 @@ def _train_and_measure(
         models.unload(module)
     trained = int(pool.scan.tokens[rows].sum()) * recipe.epochs
     result = {"loss": found["loss"], "tokens": found["tokens"], "rows": len(rows), "trained_tokens": trained}
-    files.write_json(measured, result)
+    sealed.write_json(measured, result)
     return result
 
 

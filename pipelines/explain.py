@@ -18,12 +18,13 @@ from torch import Tensor
 
 from datatools import DataError, GradientFeatures, UsageError, files, per_sample_grads
 from optim import SGDRule
-from pipelines import checkpoints, methods, models, sealed, trust
+from pipelines import checkpoints, methods, models, run_files, trust
 from pipelines.config import NEED_TARGET, ExplainConfig, SelectConfig
 from pipelines.config_files import load_config
 from pipelines.prepare import Rows, prepare, target_data
 from pipelines.report import damaged, visible
 from pipelines.report_view import method_of
+from pipelines.runs import say
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
 SHOWN_LAYERS = 8
@@ -47,7 +48,9 @@ def run(config: ExplainConfig) -> dict[str, Any]:
     folder = config.file.parent
     if not (folder / "run.yaml").is_file():
         raise UsageError(f"{config.file}: there is no run.yaml beside it; give selected.jsonl inside a run's folder")
-    sealed.refuse_special(folder)
+    run_files.refuse_special(folder)
+    if text := run_files.note(folder):
+        say(text)
     flags = {"out": folder, "model.trust_remote_code": config.trust_remote_code or None}
     made_by = load_config(SelectConfig, folder / "run.yaml", flags, wanted=[trust.CODE])
     loaded = models.load(made_by.model, tokenizer_only=True)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from datatools import UsageError
-from pipelines import coreset_report, diagnose_view, order_report, report, run_page, sealed
+from pipelines import coreset_report, diagnose_view, order_report, report, run_files, run_page
+from pipelines.runs import say
 
 KINDS: dict[str, Callable[[Path], Path]] = {
     "summary.json": report.render,
@@ -26,7 +27,9 @@ def draw(folder: Path) -> Path:
     if not folder.is_dir():
         there = "this is a file" if folder.exists() else "no such folder"
         raise UsageError(f"report {folder}: {there}; give the folder of a run")
-    sealed.refuse_special(folder)
+    run_files.refuse_special(folder)
+    if text := run_files.note(folder):
+        say(text)
     for name, render in KINDS.items():
         if (folder / name).is_file():
             with report.damaged(folder / name, "run the same command again to write it anew"):

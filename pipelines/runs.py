@@ -30,7 +30,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files, seals
-from pipelines import sealed, texts, threads
+from pipelines import run_files, texts, threads
 from pipelines.config import Json, Settings
 from pipelines.config_files import as_dict, config_digest, dump, fingerprint, flatten, load_config
 from pipelines.texts import visible
@@ -478,7 +478,7 @@ def digest_inputs(paths: Iterable[Path | str]) -> dict[str, Json]:
 # ----------------------------------------------------------------------------------------------------------- the folder
 
 # What may lie in a folder that a killed run left before it wrote run.yaml.
-_OURS = sealed.RECORDS | sealed.OPEN
+_OURS = run_files.RECORDS | run_files.OPEN
 # What reading the inputs leaves behind, before anything is made of them.
 _INPUTS = {"inputs", "bad_rows.jsonl", "quarantine.jsonl"}
 _BEFORE_CHANGE = "before-change-"
@@ -574,7 +574,7 @@ class Run:
         Run.last_folder = folder
         foreign = [entry.name for entry in folder.iterdir() if entry.name not in _OURS]
         foreign = [name for name in foreign if not name.startswith(".tmp-")]
-        sealed.sweep(folder)
+        run_files.sweep(folder)
         if (folder / "run.yaml").is_file():
             try:
                 self._verify()
@@ -588,7 +588,7 @@ class Run:
                 "choose a new or an empty folder"
             )
         if not self.resumed:
-            sealed.begin(folder)
+            run_files.begin(folder)
         self._read_stages()
         self._write_provenance()
         if not self.resumed or self._asks_anew:
@@ -616,24 +616,24 @@ class Run:
         """Compare the files of the run with their seals, before any of them is believed."""
         folder = self.folder
         if "seals" in self.accept:
-            sealed.adopt(folder)
+            run_files.adopt(folder)
             return
-        if not sealed.is_sealed(folder):
+        if not run_files.is_sealed(folder):
             say(f"the run in {_shown(folder)} is of a version without seals: its files are taken as they are, and "
                 "sealed from now on")
-            sealed.adopt(folder)
+            run_files.adopt(folder)
             return
-        for name in sealed.damaged(folder):
+        for name in run_files.damaged(folder):
             path = folder / name
             if name == "run.yaml" and (text := self._yaml().encode()) and seals.Seal(
                 len(text), files.digest(text)
             ) in seals.expected(path):
                 files.write_bytes(path, text)
                 say(f"{_shown(path)} was damaged or edited; it is written anew, with the settings that ran")
-            elif name in sealed.RECORDS:
+            elif name in run_files.RECORDS:
                 raise DataError(f"{seals.refusal(path)}, or start anew with --overwrite")
             else:
-                sealed.set_aside(path)
+                run_files.set_aside(path)
                 self.lost.append(name)
                 say(f"{_shown(path)} is not what the run wrote (damaged or edited): set aside as "
                     f"{_shown(path.name)}.damaged, and made again")
@@ -718,7 +718,7 @@ class Run:
             if not isinstance(found, dict) or not isinstance(found.get("facts", {}), dict):
                 raise DataError(f"{_shown(path)} is damaged; restore it, or remove it to continue without its checks")
         fresh: dict[str, Any] = {
-            "format": sealed.SEALED_SINCE,
+            "format": run_files.SEALED_SINCE,
             "command": self.command,
             "argv": [redact(argument) for argument in sys.argv[1:]],
             "created": found.get("created") or _now(),

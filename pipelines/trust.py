@@ -6,7 +6,7 @@ elsewhere: reading runs no code). Two things need a flag of the command that is 
 - Python code that comes with a model (`trust_remote_code`), from any YAML file;
 - folders to write to that lie outside the run's folder, and flags such as `overwrite`, from a run's own run.yaml.
 
-Links inside a run folder are refused (`sealed.refuse_special`). Pickles are never loaded, and no flag changes that.
+Links inside a run folder are refused (`run_files.refuse_special`). Pickles are never loaded, and no flag changes that.
 Nothing here imports torch.
 """
 

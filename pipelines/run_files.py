@@ -11,8 +11,8 @@ from pipelines.texts import visible
 
 OPEN = {seals.NAME, "progress.json", "events.jsonl", ".lock"}
 """Files of a run folder that are not sealed: they are replaced all the time, or carry checksums of their own."""
-RECORDS = {"run.yaml", "provenance.json"}
-"""What nothing could compute again."""
+RECORDS = {"run.yaml", "provenance.json", "warmup/rows.json"}
+"""What nothing could compute again: what ran, and on which rows of the pool as it was then."""
 COMPLETE = "complete.json"
 """Lists its folder's files with their digests, which are compared when they are used: not twice."""
 SEALED_SINCE = 2
@@ -87,6 +87,13 @@ def is_sealed(folder: Path) -> bool:
     if isinstance(made, int) and made >= SEALED_SINCE:
         raise DataError(f"{_shown(folder / seals.NAME)} is missing{seals.REMEDY}")
     return False
+
+
+def note(folder: Path) -> str | None:
+    """What a reader of the run in `folder` must be told, or None. Raises: DataError as `is_sealed`."""
+    if not (folder / "run.yaml").is_file() or is_sealed(folder):
+        return None
+    return f"{_shown(folder)} was written by a version without seals: nothing shows whether its files were changed"
 
 
 def damaged(folder: Path) -> list[str]:
