@@ -331,6 +331,8 @@ def _commit(descriptor: int, temporary: Path, path: Path, durable: bool, seal: b
         os.fsync(descriptor)
         if seal and seals.root_of(path) is not None:  # before the file has its name
             seals.record(path, _seal_of(descriptor))
+        elif not seal and seals.expected(path):  # of a version that sealed this file
+            seals.drop(path)
     os.replace(temporary, path)
     if durable:
         _sync_folder(path.parent)

@@ -1,4 +1,4 @@
-"""Files that a later step believes, each under a digest of what it holds.
+"""Files that a later step believes, each under a digest of its own (so not in a run folder's `seals`).
 
 A flipped byte, a truncation or an edit shows when the file is read, as `Damaged`: what can be made again is, and the
 rest is refused by name. A seal detects accidents and edits; it is no defence against somebody who writes a new one.
@@ -32,7 +32,7 @@ def write_json(path: files.PathLike, value: Mapping[str, Any]) -> None:
         data = files.json_bytes(dict(value))
     except (TypeError, ValueError) as error:
         raise DataError(f"cannot write {path} as JSON: {error}") from error
-    files.write_json(path, {**value, _SEAL: files.digest(data)})
+    files.write_bytes(path, files.json_bytes({**value, _SEAL: files.digest(data)}), seal=False)
 
 
 def read_json(path: files.PathLike) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def write_tensors(path: files.PathLike, tensors: Mapping[str, Tensor]) -> None:
             if flat[name].numel():
                 yield _bytes(flat[name])
 
-    files.write_pieces(path, pieces())
+    files.write_pieces(path, pieces(), seal=False)
 
 
 def read_tensors(path: files.PathLike) -> dict[str, Tensor]:
