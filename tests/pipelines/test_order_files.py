@@ -1,4 +1,4 @@
-"""What a run of `datatools order` believes: damaged files are made again, edited results refused, a full disk is a line."""
+"""What a run of `datatools order` believes: damaged files are made again, edited results refused, a full disk said."""
 
 import json
 import os
