@@ -897,7 +897,7 @@ def _launch(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Expected errors are one line on stderr, others keep their traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    threads.choose()  # before torch is loaded
+    threads.choose(command=True)  # before torch is loaded
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="datatools", standalone_mode=False)
     except Exception as error:

@@ -36,10 +36,10 @@ from datatools import (
     visit_per_sample_grads,
 )
 from optim import SGDRule, UpdateMap, UpdateRule
-from pipelines import checkpoints, models, trainer
+from pipelines import checkpoints, models, numerics, trainer
 from pipelines.config import SelectConfig
 from pipelines.prepare import Rows
-from pipelines.runs import Run, derive_seed, library_warnings, progress, say
+from pipelines.runs import Run, derive_seed, library_warnings, progress, say, warn
 
 FEATURE_VERSION = "2"
 """Raise it when the same model, row and settings give other features: stores made before are then refused, not
@@ -330,10 +330,23 @@ def _filling(folder: Path) -> Iterator[None]:
         yield
 
 
-def _open_store(context: Context, folder: Path, rows: Mapping[str, int], **options: Any) -> GradientFeatures:
-    """The store in `folder`, planned for `rows` and checked: what is missing in it now is this run's to compute."""
+def _open_store(
+    context: Context, folder: Path, rows: Mapping[str, int], *, meta: Mapping[str, Any], **options: Any
+) -> GradientFeatures:
+    """The store in `folder`, planned for `rows` and checked: what is missing in it now is this run's to compute.
+
+    What decides last bits is in its plan. A store that was begun with other numerics is used, and that is said.
+    """
+    now = numerics.facts()
+    begun: dict[str, Any] | None = now
     if (folder / "plan.json").is_file():  # asked before this run plans rows there, or neither could ever finish
-        _refuse_unfinished(GradientFeatures.open(folder), rows)
+        there = GradientFeatures.open(folder)
+        _refuse_unfinished(there, rows)
+        begun = there.meta.get(numerics.GROUP)  # absent where an earlier version wrote it
+    if isinstance(begun, dict):
+        options["meta"] = {**meta, numerics.GROUP: begun}
+    else:
+        options["meta"] = meta
     try:
         store = GradientFeatures.create_or_open(folder, keys=list(rows), **options)
     except OtherFeatures:
@@ -345,9 +358,12 @@ def _open_store(context: Context, folder: Path, rows: Mapping[str, int], **optio
             number += 1
         files.move(folder, aside)
         say(f"{folder} was made before what has changed: it is in {aside.name}, and computed again")
+        begun, options["meta"] = now, {**meta, numerics.GROUP: now}
         store = GradientFeatures.create_or_open(folder, keys=list(rows), **options)
     store.verify()  # a damaged unit is set aside and computed again; its bytes are read for scoring anyway
     _refuse_unfinished(store, rows)
+    if isinstance(begun, dict) and store.missing_units() and (odd := numerics.differences(begun, numerics.facts())):
+        warn(f"{folder} was begun with other numerics ({odd}): its rows and those of this run differ by rounding")
     return store
 
 

@@ -527,6 +527,8 @@ class Run:
             self._stack.callback(os.umask, before)
             if self._leads:
                 self._open()
+            else:
+                self._keep_threads(self._recorded())
         except BaseException:
             self._stack.close()
             Run.current = self._before
@@ -740,8 +742,22 @@ class Run:
         for name in moved:
             warn(f"{name} is {fresh['versions'][name]} and was {old_versions[name]} when this run began")
             self._note_change(f"versions.{name}", old_versions[name], fresh["versions"][name])
-        self.check({"code": {"version": _version(DISTRIBUTION), "digest": code_digest()}})
+        self._keep_threads(found)
+        facts: dict[str, Json] = {"code": {"version": _version(DISTRIBUTION), "digest": code_digest()}}
+        if "torch" in sys.modules:  # else nothing in this process can compute with it
+            facts["numerics"] = _numerics().facts()
+        self.check(facts)
         self._save_provenance()
+
+    def _recorded(self) -> Any:
+        path = self.folder / "provenance.json"
+        return files.read_json(path, limit=64_000_000) if path.is_file() else {}
+
+    def _keep_threads(self, provenance: Any) -> None:
+        """Go on with the number of threads that the run began with; each worker reads it for itself."""
+        facts = provenance.get("facts") if isinstance(provenance, dict) else None
+        if isinstance(facts, dict) and "torch" in sys.modules and "numerics" not in self.accept:
+            _numerics().keep_threads(facts.get("numerics"))
 
     def _save_provenance(self) -> None:
         files.write_json(self.folder / "provenance.json", self.provenance)
@@ -778,7 +794,7 @@ class Run:
                 name = ".".join(part for part in key if part)
                 if self.accept and {name, group} & set(self.accept):
                     accepted.append(name)
-                    if group not in (*by_content, "code"):
+                    if group not in (*by_content, "code", "numerics"):  # those two: what is there is gone on with
                         outdated.append(name)
                     self._note_change(name, old.get(key), new.get(key))
                 else:
@@ -883,6 +899,12 @@ class Run:
             **({"error": error} if error else {}),
         }
         files.write_json(self.folder / "progress.json", value, durable=False)
+
+
+def _numerics() -> Any:
+    from pipelines import numerics  # which imports torch
+
+    return numerics
 
 
 def _shown(path: Path | str) -> str:

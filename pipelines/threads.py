@@ -24,15 +24,21 @@ WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "KMP_LIBRARY")
 chosen: dict[str, str] = {}
 """What `choose` has set in this process."""
 
+_commands = False
+"""Whether a command chose, before torch was loaded."""
 
-def choose(environ: MutableMapping[str, str] = os.environ) -> dict[str, str]:
+
+def choose(environ: MutableMapping[str, str] = os.environ, *, command: bool = False) -> dict[str, str]:
     """Set what the user has not: brief spinning, and no more threads than the cores that this process may use.
 
+    command: whether the process is a command's, in which nobody else sets the number of threads later.
     Returns what was set; nothing where torch is loaded already, which is too late. For a script or a notebook that
     shares its machine: call this first, before torch is imported.
     """
+    global _commands
     if "torch" in sys.modules:
         return {}
+    _commands = command
     found: dict[str, str] = {}
     if not any(name in environ for name in WAITING):
         found |= {"GOMP_SPINCOUNT": str(SPINS), "KMP_BLOCKTIME": "1"}  # the second in milliseconds, 200 by default
@@ -54,6 +60,11 @@ def _share(environ: Mapping[str, str]) -> int:
 def count_is_users(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the number of threads is what the user asked for."""
     return any(name in environ and name not in chosen for name in COUNTS)
+
+
+def count_is_free() -> bool:
+    """Whether the number of threads is a command's to choose: neither a user nor a caller's code has set it."""
+    return _commands and not count_is_users()
 
 
 def waits_briefly(environ: Mapping[str, str] = os.environ) -> bool:
