@@ -925,7 +925,9 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
             message = f"{message.rstrip('.')}; it was {came[-1]!r}"
         return _complain(f"{message.rstrip('.')}; see datatools{command} --help", 2)
     if isinstance(error, DatatoolsError):
-        return _complain(str(error), error.exit_code)
+        from pipelines.advice import fitting
+
+        return _complain(fitting(str(error), arguments[0] if arguments else "", flags_of_commands()), error.exit_code)
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         from datatools import files
 
@@ -945,6 +947,15 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
         file=sys.stderr,
     )
     return 1
+
+
+def flags_of_commands() -> dict[str, set[str]]:
+    """Command -> the flags that it has."""
+    commands = getattr(typer.main.get_command(app), "commands", {})
+    return {
+        name: {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+        for name, command in commands.items()
+    }
 
 
 def _complain(message: str, code: int) -> int:

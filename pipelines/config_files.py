@@ -220,12 +220,13 @@ def _takes(annotation: Any, *kinds: Any) -> bool:
     return any(member in kinds or (get_origin(member) is Literal and str in kinds) for member in _members(annotation))
 
 
-def _all_names(model: type[Settings], prefix: str = "") -> list[str]:
+def all_names(model: type[Settings], prefix: str = "") -> list[str]:
+    """The dotted names of all settings of `model`."""
     names = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
         if (sub := _submodel(field.annotation)) is not None:
-            names += _all_names(sub, f"{prefix}{name}.")
+            names += all_names(sub, f"{prefix}{name}.")
     return names
 
 
@@ -234,7 +235,7 @@ def _unknown(model: type[Settings], root: type[Settings], path: str, key: str, o
     close = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.7)
     if not close:  # a setting of another level: say where it lives
         leaves: dict[str, list[str]] = {}
-        for name in _all_names(root):
+        for name in all_names(root):
             leaves.setdefault(name.rpartition(".")[2], []).append(name)
         close = [name for leaf in difflib.get_close_matches(key, leaves, n=1, cutoff=0.7) for name in leaves[leaf][:2]]
     close = close or difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
