@@ -20,8 +20,10 @@ from typing import Any
 from datatools import DataError
 from pipelines.formats import REASONING_TAG, Message, strings
 from pipelines.jsonl import Malformed, shown
+from pipelines.template_process import SECONDS, worker
 
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+_SLOW_ROWS = 3  # at which a template takes too long for one row after another
 _TEMPLATE_BYTES = 1 << 16  # what a template may add to a conversation, and again for every turn
 _CONTROL_WORDS = re.compile("think|tool|function|reason", re.IGNORECASE)  # in added tokens that close no turn
 
@@ -42,6 +44,10 @@ _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")  # what templa
 
 class RowError(Malformed):
     """A row that cannot be encoded: `reason` (too_long, no_supervised_token, template_refuses, ...) and `detail`."""
+
+
+class _TooSlow(RowError):
+    """The template ran out of time: another try would, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +86,7 @@ class _Marked:
 
 
 class ChatTemplate:
-    """A Jinja chat template with its tokenizer, rendered in the sandbox of transformers.
+    """A Jinja chat template with its tokenizer, rendered in the sandbox of transformers, in a process with limits.
 
     text: the template as it is rendered, with a day of its own where it prints the date.
     """
@@ -97,6 +103,7 @@ class ChatTemplate:
         self._end = re.compile("|".join(map(re.escape, ends)) or "(?!)")
         self._blocks_marked = lru_cache(maxsize=2)(self._mark_blocks)
         self._prompts: dict[tuple[str, bool], str] = {}
+        self._slow = 0  # rows for which the template took too long
 
     def render(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
         """The text of the conversation. Raises: RowError if the template refuses it, DataError if it is broken."""
@@ -158,6 +165,8 @@ class ChatTemplate:
                         raise RowError("template_drops_turn", "the chat template does not write the tool calls of "
                                        f"turn {turn}; use a template that takes tools")
                 return written, text
+            except _TooSlow:
+                raise
             except RowError as error:
                 refused = refused or error
         assert refused is not None
@@ -173,6 +182,8 @@ class ChatTemplate:
         def attempt(parts: list[_Part]) -> _Marked | None:
             try:
                 found = _unmark(self._render(_with_marks(written, parts, window), tools), parts, window)
+            except _TooSlow:
+                raise
             except RowError:
                 return None
             return found if found.text == text else None
@@ -305,6 +316,8 @@ class ChatTemplate:
         parts = _parts(plain, True, True)
         try:
             text = _unmark(self._render(_with_marks(plain, parts, window), tools), parts, window).text
+        except _TooSlow:
+            raise
         except RowError:
             return len(gap)
         place = parts[-1].start
@@ -317,6 +330,8 @@ class ChatTemplate:
         if key not in self._prompts:
             try:
                 asked, plain = (self._render(written[:k], tools, add_generation_prompt=ask) for ask in (True, False))
+            except _TooSlow:
+                raise
             except RowError:
                 return ""
             self._prompts[key] = asked.removeprefix(plain) if asked.startswith(plain) else ""
@@ -359,7 +374,7 @@ class ChatTemplate:
         common = common[:cut]
         tokens = list(self._end.finditer(common))
         if not tokens:  # a part of what closes the turn is none of it
-            return len(common.rstrip() if common == closing else re.sub(r"[^\w}\])>]+$", "", common))
+            return len(common.rstrip() if common == closing else common[:_last_word(common)])
         first = len(tokens) - 1
         if common[tokens[first].end():].strip():
             return len(common.rstrip())
@@ -392,21 +407,27 @@ class ChatTemplate:
 
     def _render(self, written: Sequence[Message], tools: Sequence[Any], *, template: str | None = None,
                 add_generation_prompt: bool = False) -> str:
-        import jinja2
-
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                [_for_template(message) for message in written], tools=list(tools) or None, tokenize=False,
-                chat_template=template or self.text, add_generation_prompt=add_generation_prompt)
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"the chat template {self._name} is not valid: {error}") from error
-        except Exception as error:  # a template is a program: it refuses, or fails, in any way
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RowError("template_refuses", f"the chat template says: {shown(first, 120)}") from None
-        limit = _TEMPLATE_BYTES * (len(written) + 1)
-        if len(text) > limit:
-            limit += 4 * sum(map(len, strings([list(written), list(tools)])))
-        if len(text) > limit:
+        limit = _TEMPLATE_BYTES * (len(written) + 1) + 4 * sum(map(len, strings([list(written), list(tools)])))
+        if not written:
+            raise RowError("template_refuses", "a conversation without a turn")
+        special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
+        kind, text = worker.render(limit, {
+            "conversations": [[_for_template(message) for message in written]], "tools": list(tools) or None,
+            "documents": None, "chat_template": template or self.text, "return_assistant_tokens_mask": False,
+            "continue_final_message": False, "add_generation_prompt": add_generation_prompt, **special})
+        if kind == "invalid":
+            raise DataError(f"the chat template {self._name} is not valid: {text}")
+        if kind == "slow":
+            self._slow += 1
+            if self._slow >= _SLOW_ROWS:
+                raise DataError(f"the chat template {self._name} ran longer than {SECONDS:g} s of processor time for "
+                                f"each of {self._slow} rows; does it loop? Use another one (--chat-template)")
+            raise _TooSlow("template_too_slow", f"the chat template ran longer than {SECONDS:g} s of processor time")
+        if kind == "large":
+            raise RowError("template_too_large", "the chat template took more memory than it may")
+        if kind == "refused":
+            raise RowError("template_refuses", f"the chat template says: {shown(text, 120)}")
+        if kind == "long":
             raise RowError("template_output_too_long", f"the chat template wrote more than {limit} characters")
         return text
 
@@ -414,9 +435,15 @@ class ChatTemplate:
 # ----------------------------------------------------------------------------------------------------------- messages
 
 
+def _last_word(text: str) -> int:
+    """Behind the last character that is a letter, a digit or a closing bracket."""
+    return next((k + 1 for k in range(len(text) - 1, -1, -1) if text[k].isalnum() or text[k] in "_}])>"), 0)
+
+
 def _for_template(message: Message) -> dict[str, Any]:
     """A message as chat templates know it; reasoning under each of the names in use."""
-    known = {key: message[key] for key in ("role", "content", "tool_calls", "tool_call_id", "name") if key in message}
+    known = {key: message[key] for key in ("role", "content", "tool_calls", "tool_call_id", "name")
+             if message.get(key) is not None}  # transformers leaves out what is None, too
     return known | dict.fromkeys(_REASONING_NAMES if "reasoning" in message else (), message.get("reasoning"))
 
 

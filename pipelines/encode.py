@@ -27,6 +27,8 @@ IGNORED = -100
 ON_LONG = ("truncate", "skip", "error")
 _VERSION = "2"  # of the encoding: raise it when the same row gives other tokens or labels
 _SPACE = (" ", "\n", "\t")
+_SHORT = 1 << 16  # characters; texts up to this are tokenised whole
+_MARGIN = 64  # tokens at the end of a piece of a text that the cut may have changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Encoded:
     """As long as `input_ids`: the id where there is loss, `IGNORED` elsewhere. Not shifted: labels[t] is predicted from
     input_ids[:t], so labels[0] never counts."""
     cut: int = 0
-    """Tokens dropped from the end to fit `max_length`."""
+    """Tokens dropped from the end to fit `max_length`; of a very long text, of as much of it as was tokenised."""
     flags: tuple[str, ...] = ()
     """What the template leaves out (`chat.Rendered.flags`), and control_token_in_text (plain text rows only)."""
 
@@ -73,7 +75,8 @@ class Encoder:
     token, or ends with its end, does not get it twice.
 
     A control token of the tokenizer (such as <|im_start|>) written out in a turn would become the token itself, and
-    the turn could fake another: such rows are refused (control_token_in_text). Plain text may hold them; it is flagged.
+    the turn could fake another: such rows are refused (control_token_in_text), also where only the tokenizer's
+    normaliser makes one of a text (full-width letters under NFKC, other case). Plain text may hold them; it is flagged.
 
     `on_long`: beyond `max_length` tokens (None: as many as the model takes, `limits`) the end is cut ("truncate"), the
     row refused ("skip"), or DataError raised ("error"). A row with a token that the model's embedding does not have
@@ -108,15 +111,21 @@ class Encoder:
             if with_tools:
                 self._with_tools = ChatTemplate(tokenizer, with_tools, "of the tokenizer for tools")
                 self._template_text += with_tools
-        self._control = _control_tokens(tokenizer, self._template_text)
+        control = _control_tokens(tokenizer, self._template_text)
+        self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
+        self._merges = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
+        unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
+        ends = {tokenizer.bos_token, tokenizer.eos_token}
+        self._control_ids = {tokenizer.convert_tokens_to_ids(text): text for text in control
+                             if text in ends or text not in (tokenizer.unk_token, unknown)}
 
     def __call__(self, row: Row) -> Encoded:
         """The tokens of `row`. Raises: RowError with a reason; DataError as the class says."""
         flags: tuple[str, ...] = ()
         if row.text is not None:
-            ids, _ = self._tokenise(row.text, special=True)
-            labels = list(ids)
-            flags = ("control_token_in_text",) if self._control.search(row.text) else ()
+            found = self._tokenise(row.text, special=True)
+            ids, labels = found[0], list(found[0])
+            flags = ("control_token_in_text",) if self._control.search(row.text) or self._made(row.text, *found) else ()
         elif row.messages:
             self._refuse_control(_said(row.messages, row.tools))
             ids, labels, flags = self._tulu(row) if self._chat == "tulu" else self._templated(row)
@@ -175,6 +184,7 @@ class Encoder:
                             "give one with --chat-template FILE, or 'tulu'")
         rendered = template.read(row.messages, row.tools, row.masked)
         ids, offsets = self._tokenise(rendered.text, special=False)
+        self._refuse_made(rendered.text, ids, offsets)
         return ids, _labels(ids, offsets, rendered.spans), rendered.flags
 
     def _tulu(self, row: Row) -> tuple[list[int], list[int], tuple[str, ...]]:
@@ -188,6 +198,7 @@ class Encoder:
             if turn["role"] == "assistant" and k not in row.masked:
                 spans.append((start, len(text)))
         ids, offsets = self._tokenise(text, special=True, closed=True)
+        self._refuse_made(text, ids, offsets)
         dropped = any("reasoning" in turn for turn in row.messages)
         return ids, _labels(ids, offsets, spans), ("reasoning_dropped",) if dropped else ()
 
@@ -199,18 +210,41 @@ class Encoder:
         joint = "" if prompt.endswith(_SPACE) or completion.startswith(_SPACE) else " "
         text = prompt + joint + completion + eos
         ids, offsets = self._tokenise(text, special=True, closed=True)
+        self._refuse_made(text, ids, offsets)
         return ids, _labels(ids, offsets, [(len(prompt), len(text))])
 
     def _tokenise(self, text: str, special: bool, closed: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and offsets. `special`: with the tokens that the tokenizer puts around a text, unless they stand there
         already; `closed`: the text has its own end, and gets no other behind it.
+
+        A tokenizer takes 300 bytes of memory for a character, so of a text that is far longer than `max_length` tokens
+        only a beginning is tokenised, where what lies behind cannot change the tokens that are kept: they stand in
+        words (of the pre-tokenizer) that have ended, or, for the merges of BPE, which work from the left, a beginning
+        of half again the length has the same.
         """
+        size = max(_SHORT, 6 * self.max_length)
+        kept = self.max_length + 1  # one more: the row is seen to be too long
+        while len(text) > 2 * size:
+            ids, offsets, words = self._whole(text[:size], special, closed)
+            if len(ids) >= kept + _MARGIN:
+                sure = len(set(words[kept:-_MARGIN]) - {words[kept - 1], None}) > 1
+                if not sure and self._merges:
+                    more = self._whole(text[:size + size // 2 + 1], special, closed)
+                    sure = ids[:kept] == more[0][:kept] and offsets[:kept] == more[1][:kept]
+                if sure:
+                    return ids[:-_MARGIN], offsets[:-_MARGIN]
+            size *= 2
+        ids, offsets, _ = self._whole(text, special, closed)
+        return ids, offsets
+
+    def _whole(self, text: str, special: bool,
+               closed: bool) -> tuple[list[int], list[tuple[int, int]], list[int | None]]:
         encoded = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, truncation=False,
                                   padding=False, return_attention_mask=False, return_special_tokens_mask=True,
                                   verbose=False)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        ids, offsets, words = encoded["input_ids"], encoded["offset_mapping"], encoded.word_ids()
         if not special:
-            return ids, offsets
+            return ids, offsets, words
         added = [bool(mark) and start == end for mark, (start, end) in
                  zip(encoded["special_tokens_mask"], offsets, strict=True)]
         first = next((t for t, yes in enumerate(added) if not yes), len(ids))
@@ -221,8 +255,8 @@ class Encoder:
             start = first if n and ids[first:first + n] == ids[:n] else 0
             m = len(ids) - 1 - last
             end = last + 1 if m and (closed or ids[last + 1 - m:last + 1] == ids[last + 1:]) else len(ids)
-            return ids[start:end], offsets[start:end]
-        return ids, offsets
+            return ids[start:end], offsets[start:end], words[start:end]
+        return ids, offsets, words
 
     def _eos(self) -> str:
         eos = self._tokenizer.eos_token
@@ -230,6 +264,21 @@ class Encoder:
             raise DataError("the tokenizer has no end-of-sequence token, which this format writes behind an answer; "
                             "use a chat template")
         return str(eos)
+
+    def _made(self, text: str, ids: list[int], offsets: Sequence[tuple[int, int]]) -> str:
+        """A stretch of `text` that is not a control token, and became one when the tokenizer normalised it; or ""."""
+        if self._control_ids.keys().isdisjoint(ids):
+            return ""
+        for token, (start, end) in zip(ids, offsets, strict=True):
+            written = self._control_ids.get(token)
+            if written is not None and start < end and text[start:end].strip() != written.strip():
+                return text[start:end]
+        return ""
+
+    def _refuse_made(self, text: str, ids: list[int], offsets: Sequence[tuple[int, int]]) -> None:
+        if found := self._made(text, ids, offsets):
+            raise RowError("control_token_in_text", f"the tokenizer's normaliser turns {shown(found)} into a control "
+                           "token; in a text it could fake a turn")
 
     def _refuse_control(self, texts: Any) -> None:
         for text in texts:
@@ -335,7 +384,7 @@ def _find_template(tokenizer: Any, chat: str) -> tuple[str, str, str]:
         raise DataError(f"the chat template {chat} is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
-def _control_tokens(tokenizer: Any, template: str) -> re.Pattern[str]:
+def _control_tokens(tokenizer: Any, template: str) -> list[str]:
     """The tokenizer's special tokens, and its other added tokens that the template writes (roles, ends of turns).
 
     Marks of reasoning and tools are text that an assistant may write; very short ones are words, not control tokens.
@@ -346,8 +395,7 @@ def _control_tokens(tokenizer: Any, template: str) -> re.Pattern[str]:
         plain = re.search("think|tool|function", token.content) is not None
         if token.special or token.content in special or (token.content in template and not plain):
             found.append(token.content)
-    found = sorted({text for text in found if len(text) > 2}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, found)) or "(?!)")
+    return sorted({text for text in found if len(text) > 2}, key=len, reverse=True)
 
 
 def _special_tokens_before(tokenizer: Any) -> str:

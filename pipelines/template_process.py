@@ -1,0 +1,96 @@
+"""Chat templates rendered in a process of their own, under limits of processor time and memory (`template_worker.py`).
+
+Processor time, not the clock: what a template does for a row does not depend on what else the machine does. Any thread
+may render; a forked process starts its own renderer.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datatools import EnvironmentProblem
+
+SECONDS = 10.0
+"""Processor time that one rendering may take. An honest one takes a fraction of a millisecond."""
+
+MEMORY = 2 << 30
+"""Bytes that the process may take beyond what it starts with."""
+
+
+class Worker:
+    """The process, started when it is first needed and again when it was ended."""
+
+    def __init__(self) -> None:
+        self._owner = 0  # the process that started it
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def render(self, longest: int, arguments: Mapping[str, Any]) -> tuple[str, str]:
+        """(kind, text): "text" and what the template writes; or "refused" or "invalid" and its words, "long" (over
+        `longest` characters), "slow", "large". `arguments` are those of transformers' `render_jinja_template`.
+        """
+        if self._owner != os.getpid():  # forked: the pipes and the lock are the parent's
+            self._owner, self._lock, self._process = os.getpid(), threading.Lock(), None
+        with self._lock:
+            process = self._process or self._start()
+            assert process.stdin is not None and process.stdout is not None
+            asked = json.dumps([SECONDS, longest, dict(arguments)]).encode("ascii")
+            try:
+                process.stdin.write(struct.pack("<q", len(asked)) + asked)
+                process.stdin.flush()
+                header = process.stdout.read(8)
+                answer = process.stdout.read(*struct.unpack("<q", header)) if len(header) == 8 else b""
+            except BrokenPipeError:
+                answer = b""
+            if answer:
+                kind, text = json.loads(answer)
+                return kind, text
+            code = self.close()
+        if code == -signal.SIGPROF:
+            return "slow", ""
+        if code == -signal.SIGKILL or code in (-signal.SIGSEGV, -signal.SIGABRT):
+            return "large", ""
+        raise EnvironmentProblem(f"the process that renders chat templates ended with code {code}; is transformers "
+                                 "installed completely? (python -c 'import transformers')")
+
+    def close(self) -> int:
+        """End the process; its exit code."""
+        process, self._process = self._process, None
+        if process is None or self._owner != os.getpid():
+            return 0
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    continue
+        try:
+            return process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        program = Path(__file__).with_name("template_worker.py")
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(program), str(MEMORY)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={**os.environ, "USE_TORCH": "0", "HF_HUB_OFFLINE": "1"}, start_new_session=True)  # fmt: skip
+        except OSError as error:
+            raise EnvironmentProblem(f"cannot start a process to render chat templates: {error.strerror}; free "
+                                     "memory or processes") from error
+        return self._process
+
+
+worker = Worker()
+atexit.register(worker.close)

@@ -1,0 +1,56 @@
+"""The program that renders chat templates: run as a process of its own, by path, with no other module of this package.
+
+A template is a program of whoever made the model. The sandbox keeps it from files and objects, not from looping for
+ever or from `'a' * 10**10`; the operating system does, here: processor time for one rendering, memory for the process.
+Requests and answers are JSON, each behind its length (8 bytes). An answer is [kind, text].
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import struct
+import sys
+
+
+def main(memory: int) -> None:
+    """Answer requests until there are no more. A rendering over its time ends the process by SIGPROF."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever is printed is no answer
+    requests = sys.stdin.buffer
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    with open("/proc/self/statm") if os.path.exists("/proc/self/statm") else open(os.devnull) as file:
+        pages = int((file.read().split() or ["0"])[0])
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    most = pages * resource.getpagesize() + memory
+    if pages and (hard == resource.RLIM_INFINITY or most < hard):
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    drawn = random.Random(0).getstate()
+    while header := requests.read(8):
+        seconds, longest, arguments = json.loads(requests.read(*struct.unpack("<q", header)))
+        random.setstate(drawn)  # a template that draws draws the same for a row every time
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            text = render_jinja_template(**arguments)[0][0]
+            text.encode("utf-8")
+            answer = ["long", ""] if len(text) > longest else ["text", text]
+        except jinja2.TemplateSyntaxError as error:
+            answer = ["invalid", str(error)]
+        except MemoryError:
+            answer = ["large", ""]
+        except Exception as error:  # a template refuses, or fails, in any way
+            answer = ["refused", (str(error).strip() or type(error).__name__).splitlines()[0][:1000]]
+        written = json.dumps(answer).encode("ascii")
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        text = ""
+        answer.clear()
+        answers.write(struct.pack("<q", len(written)) + written)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
