@@ -16,8 +16,7 @@ import sys
 
 def main(memory: int) -> None:
     """Answer requests until there are no more. A rendering over its time ends the process by SIGPROF."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever is printed is no answer
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # whatever is printed is no answer
     requests = sys.stdin.buffer
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
