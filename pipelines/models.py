@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, covered, files, keep_pages
-from pipelines import causal, gguf_cache, loading, saved_states
+from pipelines import causal, gguf_cache, loading, run_files, saved_states
 from pipelines.adapters import (
     READ_AGAIN,
     adapter_folder,
@@ -121,10 +121,12 @@ def load(
     with _read_errors(config):
         source, options = name, _hub_options(config)
         if (folder := _folder(name)) is not None:
+            run_files.check_saved(folder)
             loading.check_settings(folder, trusted=config.trust_remote_code)
         digests = _digests(name, config.revision, code=[".py"] if config.trust_remote_code else [])
         if config.adapter is not None and config.adapter.is_dir():
             beside = adapter_folder(config.adapter) or config.adapter
+            run_files.check_saved(beside)
             digests |= {f"adapter/{file}": digest for file, digest in _digests(str(beside)).items()}
             if (beside / "tokenizer_config.json").is_file():
                 loading.check_settings(beside, trusted=config.trust_remote_code)

@@ -122,6 +122,28 @@ def damaged(folder: Path) -> list[str]:
     return wrong
 
 
+def check_saved(folder: Path) -> None:
+    """Compare an adapter or a model that `datatools train` saved with the digests beside it; others have none.
+
+    Raises: DataError naming the file that was damaged, edited or lost.
+    """
+    path = folder / COMPLETE
+    if not path.is_file():
+        return
+    listed = files.read_json(path)
+    if isinstance(listed, dict) and "gguf" in listed:  # the cache of converted models, which compares by itself
+        return
+    remedy = f"restore it or train again; to use it as it is, remove {COMPLETE}, which lists what was saved"
+    if not isinstance(listed, dict) or not all(isinstance(v, list) and len(v) == 2 for v in listed.values()):
+        raise DataError(f"{_shown(path)} is damaged; {remedy}")
+    for name, (size, digest) in listed.items():
+        file = folder / name
+        if not file.is_file():
+            raise DataError(f"{_shown(file)} is missing; {remedy}")
+        if files.seal_of(file) != seals.Seal(size, digest):
+            raise DataError(f"{_shown(file)} is not what was saved: it was damaged or edited; {remedy}")
+
+
 def set_aside(path: Path) -> None:
     """Rename a damaged file to `*.damaged`, where the last one of them stays."""
     aside = path.with_name(f"{path.name}.damaged")

@@ -252,6 +252,20 @@ def test_a_finished_run_is_left_as_it_is_and_a_damaged_result_is_made_again(firs
     assert result(run) == result(first)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "complete.json"])
+def test_a_damaged_adapter_is_not_loaded(first, world, tmp_path, name):
+    """Another loss, from weights that nobody trained, would be the worst answer."""
+    adapter = shutil.copytree(first / "adapter", tmp_path / "adapter")  # outside its run: no seals above it
+    config = ModelConfig(name=str(world.model), adapter=adapter)
+    models.load(config, tokenizer_only=True)
+    damage("flip" if name != "complete.json" else "truncate", adapter / name)
+    with pytest.raises(DataError, match=f"{name}.*"):
+        models.load(config, tokenizer_only=True)
+    (adapter / "complete.json").unlink()  # what the message says
+    if name == "complete.json":
+        models.load(config, tokenizer_only=True)
+
+
 def test_steps_and_checkpoints_are_foreseen(world, tmp_path):
     """`max_steps` only shortens a run (Trainer's would also prolong it), and the plan says where it saves."""
     for epochs, limit, steps, stops in ((1, 100, 3, [3]), (3, 4, 4, [3, 4]), (3, 6, 6, [3, 6]), (2, None, 6, [3, 6])):
