@@ -276,6 +276,29 @@ def test_folders_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
+def test_scratch_folders_of_killed_owners_go_and_those_of_living_ones_stay(tmp_path):
+    script = """
+import sys
+from datatools import files
+with files.scratch_folder(sys.argv[1]) as folder:
+    (folder / "part").write_bytes(bytes(1000))
+    print(folder.name, flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    owner = subprocess.Popen(command, cwd=REPOSITORY, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    name = owner.stdout.readline().strip()
+    (tmp_path / "datatools-scratch-of-mine").mkdir()
+    (tmp_path / f"datatools-scratch-{'0' * 16}").symlink_to(tmp_path / "datatools-scratch-of-mine")
+    with files.scratch_folder(tmp_path) as mine:
+        assert stat.S_IMODE(mine.stat().st_mode) == 0o700 and (tmp_path / name / "part").exists()
+    owner.kill()
+    owner.communicate()
+    with files.scratch_folder(tmp_path):
+        assert not (tmp_path / name).exists()
+    assert names(tmp_path) == [f"datatools-scratch-{'0' * 16}", "datatools-scratch-of-mine"]
+
+
 def test_import_is_light():
     script = "import sys; from datatools import files, DataError; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=REPOSITORY)
