@@ -57,12 +57,12 @@ def _run(config: TrainConfig) -> Path:
                 folder=current.folder,
                 limits=tokenizer.limits,
             )
-        facts: dict[str, Any] = {
-            "model": dict(tokenizer.digests),
-            "encoding": rows.encoder.fingerprint(),
-            "data": file_facts(rows),
-        }
-        current.check(facts)
+            facts: dict[str, Any] = {
+                "model": dict(tokenizer.digests),
+                "encoding": rows.encoder.fingerprint(),
+                "data": file_facts(rows),
+            }
+            current.check(facts)  # before others look: what an accepted change makes outdated is moved away here
         chosen = np.flatnonzero(rows.usable).tolist()
         recipe, choose = config.training, config.coreset
         sequence: list[list[int]] | None = None
