@@ -11,7 +11,7 @@ from pipelines.cli import flags_of_commands, main
 from pipelines.config_files import all_names
 
 PACKAGES = Path(__file__).resolve().parents[2]
-OTHERS = {"--no-deps", "--nproc-per-node", "--input", "--output", "--help", "--version", "--rates"}  # of pip, torchrun, DeepSpeed
+OTHERS = {"--no-deps", "--nproc-per-node", "--input", "--output", "--help", "--version", "--rates"}  # of other tools
 FLAGS = flags_of_commands()
 
 
