@@ -443,6 +443,18 @@ def remove(path: PathLike) -> None:
         os.unlink(path)
 
 
+def remove_folder(path: PathLike) -> None:
+    """Remove the folder `path`, or a link in its place, all or nothing: it is renamed first. No error if it is gone."""
+    aside = Path(path).parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+    with _explained(path, "remove"), suppress(FileNotFoundError):
+        os.rename(path, aside)
+        _sync_folder(aside.parent)
+        if aside.is_symlink() or not aside.is_dir():
+            os.unlink(aside)
+        else:
+            shutil.rmtree(aside)
+
+
 def remove_leftovers(folder: PathLike) -> int:
     """Remove the temporary files and folders that killed writers left in `folder`; those of living writers stay.
 

@@ -300,6 +300,20 @@ def train(
     order: Annotated[
         Path | None, _flag("--order", "train in this order: an order.npz of datatools order", _TRAINING, metavar="FILE")
     ] = None,
+    eval_data: Annotated[
+        list[str] | None,
+        _flag("--eval-data", "held-out rows; the weights of their lowest loss are kept", _DATA, metavar="FILE"),
+    ] = None,
+    eval_every: Annotated[
+        int | None, _flag("--eval-every", "steps between evaluations; else one an epoch", _TRAINING, metavar="N")
+    ] = None,
+    patience: Annotated[
+        int | None, _flag("--patience", "stop after N evaluations without a new lowest loss", _TRAINING, metavar="N")
+    ] = None,
+    report_to: Annotated[
+        str | None,
+        _flag("--report-to", "tensorboard, wandb or trackio, while the run lasts", _RUN, "none", metavar="NAME"),
+    ] = None,
     config: YamlOption = None,
     set_: SetOption = None,
     overwrite: OverwriteOption = False,
@@ -331,6 +345,10 @@ def train(
         **_training_flags(optimizer, learning_rate, epochs, batch_size),
         "training.weight_decay": weight_decay,
         "training.rounding": rounding,
+        "eval_data": eval_data,
+        "eval_every": eval_every,
+        "patience": patience,
+        "report_to": report_to,
         "order": order,
         "coreset.name": coreset,
         "coreset.large_batch": large_batch,

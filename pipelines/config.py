@@ -276,6 +276,12 @@ class TrainingConfig(Settings):
     gradient_clip: float | None = Field(
         default=1.0, gt=0, le=1e9, description="largest norm of the gradient; null does not clip, nor does gradient: zo"
     )
+    nonfinite_steps: int = Field(
+        default=5,
+        ge=1,
+        le=10_000,
+        description="a step whose loss or gradient is not finite is skipped; so many in a row stop the run",
+    )
 
 
 class WarmupConfig(TrainingConfig):
@@ -508,6 +514,26 @@ class TrainConfig(RunSettings):
     )
     save_steps: int | None = Field(
         default=None, ge=1, le=10**9, description="steps between checkpoints; null is one an epoch"
+    )
+    eval_data: Names = Field(
+        default=[], description="held-out rows whose loss is measured while the model trains; never trained on"
+    )
+    eval_columns: Columns | None = Field(
+        default=None, description="columns of `eval_data`, as `data.columns`; null tries the data's, then detects"
+    )
+    eval_every: int | None = Field(
+        default=None, ge=1, le=10**9, description="optimizer steps between evaluations; null is one an epoch"
+    )
+    patience: int | None = Field(
+        default=None, ge=1, le=10**6, description="stop after so many evaluations in a row without a new lowest loss"
+    )
+    keep_best: bool = Field(
+        default=True, description="with eval_data, the result is that of the lowest loss; false takes the last step's"
+    )
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
+        default="none",
+        description="where else the numbers of metrics.jsonl go while the run lasts, by transformers' callbacks",
+        json_schema_extra=LATE,
     )
 
 

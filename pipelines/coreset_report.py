@@ -31,14 +31,16 @@ PEAK = {
 }
 
 
-def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read(folder: Path, name: str = "coreset.json") -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(facts, metrics of each step). Raises: DataError where a file is missing or damaged."""
-    facts: dict[str, Any] = files.read_json(folder / "coreset.json")
+    facts: dict[str, Any] = files.read_json(folder / name)
     path = folder / "metrics.jsonl"
     try:
         entries = [json.loads(line) for line in files.read_bytes(path).splitlines()]
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise DataError(f"{path}: damaged: {error}; train again") from error
+    if not isinstance(facts, dict) or not all(isinstance(entry, dict) for entry in entries):
+        raise DataError(f"{folder}: {name} or metrics.jsonl is damaged: it holds other values than a run writes")
     return facts, entries
 
 
@@ -121,18 +123,23 @@ def _parts(
         "monitored": len(seen),
         "overflows": seen[-1]["overflows"] if seen else 0,
         "peak": _peak(facts, seen),
-        "errors": _chart(
+        "errors": chart(
             across,
             "error of the mean gradient, by step",
             ("chosen", _points(seen, "match_error")),
             ("other", _points(seen, "match_error_random")),
         ),
-        "shares": _chart(
+        "shares": chart(
             across, "share of a step's time spent choosing", ("chosen", [(e["step"], _share(e)) for e in seen])
         ),
-        "losses": _chart(
-            across, "training loss, by step", ("chosen", [(e["step"], e["loss"]) for e in entries]), from_zero=False
+        "losses": chart(
+            across,
+            "training loss, by step",
+            ("chosen", [(e["step"], e["loss"]) for e in entries if e["loss"] is not None]),
+            ("other", [(e["step"], e["eval_loss"]) for e in entries if e.get("eval_loss") is not None]),
+            from_zero=False,
         ),
+        "validated": any("eval_loss" in e for e in entries),
         "sources": _sources(facts, seen),
     }
 
@@ -147,9 +154,10 @@ def _peak(facts: Mapping[str, Any], seen: Sequence[Mapping[str, Any]]) -> str | 
     return PEAK[facts["memory"]].format(size(max(peaks))) if peaks else None
 
 
-def _chart(
+def chart(
     across: charts.Scale, label: str, *series: tuple[str, Sequence[tuple[float, float]]], from_zero: bool = True
 ) -> dict[str, Any] | None:
+    """Lines over the steps, with the ticks of both axes; None without a point."""
     values = [y for _, points in series for _, y in points]
     if not values:
         return None

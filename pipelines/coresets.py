@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from datatools import (
@@ -40,6 +40,7 @@ from datatools import (
     token_batches,
 )
 from pipelines.config import CoresetConfig, TrainingConfig
+from pipelines.finite import FiniteSteps
 from pipelines.models import last_states, row_losses
 from pipelines.prepare import Rows
 from pipelines.runs import derive_seed, peak_rss_bytes, progress, warn
@@ -49,10 +50,12 @@ _MEDIA = ("pixel_", "image_", "video_", "input_features", "input_values", "audio
 _INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
 
 
-class CoresetMixin(Trainer):  # type: ignore[misc]
+class CoresetMixin(FiniteSteps):
     """A Trainer whose loader gives large batches, of which each step trains on the rows that `choose` keeps.
 
-    choose: the settings (`CoresetConfig`), or their mapping; None changes nothing.
+    choose: the settings (`CoresetConfig`), or their mapping; None chooses nothing.
+    nonfinite_steps: so many steps in a row may be skipped because the loss or the gradient is not finite before the run
+    stops (`FiniteSteps`, which this is too).
     source_key: the column of the training data that names a row's source; None is one source for all.
 
     With gradient accumulation every micro-batch is reduced by itself, with several processes every process's. Choices
@@ -60,10 +63,10 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
     the checkpoint. Evaluation is untouched. The loss is the Trainer's own unless loss_weighting is "example".
 
     Monitored steps log match_error, match_error_random (mean of 16 draws), select_seconds (measuring the errors apart),
-    train_seconds and peak_bytes; the log history also has kept_by_source and seen_by_source. Where the Trainer logs
-    less often than that (logging_steps), a log has the last monitored step's. peak_bytes is the most that tensors have
-    taken of the GPU in the step, choosing included (torch's peak statistics are reset for that); on a CPU it is the
-    most that the process has held so far.
+    train_seconds, select_share (of both) and peak_bytes; the log history also has kept_by_source and seen_by_source.
+    Where the Trainer logs less often than that (logging_steps), a log has the last monitored step's. peak_bytes is the
+    most that tensors have taken of the GPU in the step, choosing included (torch's peak statistics are reset for that);
+    on a CPU it is the most that the process has held so far.
     Rows without a supervised token, which train nothing, are never chosen.
     Raises: UsageError for packing, images, FSDP or DeepSpeed, clusters, a missing source column, and sizes that do not
     fit; see also `datatools.CoLM`. Nothing of the training state has changed when a choice raises.
@@ -76,8 +79,10 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
         *args: Any,
         choose: CoresetConfig | Mapping[str, Any] | None = None,
         source_key: str | None = "dataset",
+        nonfinite_steps: int = 5,
         **kwargs: Any,
     ) -> None:
+        self.nonfinite_steps = nonfinite_steps
         self.choose = choose if choose is None or isinstance(choose, CoresetConfig) else CoresetConfig(**choose)
         self.source_key = source_key
         self._colm: CoLM | None = None
@@ -237,7 +242,8 @@ class CoresetMixin(Trainer):  # type: ignore[misc]
             return
         self._watched = None
         nested = {key: seen.pop(key) for key in ("kept_by_source", "seen_by_source")}
-        super().log({**logs, **seen}, *args, **kwargs)
+        share = seen["select_seconds"] / max(1e-9, seen["select_seconds"] + seen["train_seconds"])
+        super().log({**logs, **seen, "select_share": share}, *args, **kwargs)
         self.state.log_history[-1] |= nested
         if not self._warned and self.choose is not None and self.choose.method != "random_in_source":
             text = not_better([entry for entry in self.state.log_history if "match_error" in entry])
@@ -414,7 +420,7 @@ def resolve(recipe: TrainingConfig, choose: CoresetConfig, rows: int) -> tuple[T
 
 
 MONITORED = (
-    "match_error", "match_error_random", "select_seconds", "train_seconds", "peak_bytes", "overflows",
+    "match_error", "match_error_random", "select_seconds", "train_seconds", "select_share", "peak_bytes", "overflows",
     "kept_by_source", "seen_by_source",
 )  # fmt: skip
 """What an entry of the log history has in monitored steps beside the Trainer's own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from datatools import DataError, files, token_batches
 from pipelines import models
 from pipelines.config import EvaluateConfig
 from pipelines.prepare import Rows, prepare
-from pipelines.runs import progress
+from pipelines.runs import progress, rank, world_size
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -32,14 +32,8 @@ def losses(model: Any, rows: Rows, *, token_budget: int, label: str = "losses") 
     """What `evaluate` returns, for rows that are read and a model that is loaded."""
     chosen = np.flatnonzero(rows.usable).tolist()
     lengths = [int(rows.scan.tokens[i]) for i in chosen]
-    sums, counts = torch.zeros(len(chosen), dtype=torch.float64), torch.zeros(len(chosen), dtype=torch.int64)
     with progress(label, sum(lengths), "tokens") as bar, torch.inference_mode():
-        for group in token_batches(lengths, token_budget):
-            values, where = models.token_losses(model, rows.batch([chosen[i] for i in group], model.device))
-            index = torch.tensor(group)
-            sums[index] = torch.zeros(len(group), dtype=torch.float64).index_add(0, where.cpu(), values.double().cpu())
-            counts[index] = torch.bincount(where.cpu(), minlength=len(group))
-            bar.advance(sum(lengths[i] for i in group))
+        sums, counts = _sums(model, rows, chosen, token_budget=token_budget, advance=bar.advance)
     if not sums.isfinite().all():
         first = chosen[int((~sums.isfinite()).nonzero()[0])]
         raise DataError(f"{rows.pool.where(first)}: the loss is not finite; this model cannot be evaluated on this row")
@@ -53,6 +47,42 @@ def losses(model: Any, rows: Rows, *, token_budget: int, label: str = "losses") 
         "bad_rows": len(rows.bad),
         "sources": {name: _mean(sums, counts, places) for name, places in sorted(by_source.items())},
     }
+
+
+def validation_loss(model: Any, rows: Rows, *, token_budget: int) -> float:
+    """The mean loss over the supervised tokens of `rows`; NaN or infinite where one is.
+
+    Of several processes each measures a part, and all return the same number.
+    """
+    sums, counts = _sums(model, rows, np.flatnonzero(rows.usable).tolist(), token_budget=token_budget, shared=True)
+    return float(sums.sum() / counts.sum())
+
+
+def _sums(
+    model: Any,
+    rows: Rows,
+    chosen: Sequence[int],
+    *,
+    token_budget: int,
+    advance: Callable[[int], object] = int,
+    shared: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of the losses, number of the supervised tokens) of each row, in the order of `chosen`."""
+    lengths = [int(rows.scan.tokens[i]) for i in chosen]
+    sums, counts = torch.zeros(len(chosen), dtype=torch.float64), torch.zeros(len(chosen), dtype=torch.int64)
+    groups = list(token_batches(lengths, token_budget))
+    for group in groups[rank() :: world_size()] if shared else groups:
+        values, where = models.token_losses(model, rows.batch([chosen[i] for i in group], model.device))
+        index = torch.tensor(group)
+        sums[index] = torch.zeros(len(group), dtype=torch.float64).index_add(0, where.cpu(), values.double().cpu())
+        counts[index] = torch.bincount(where.cpu(), minlength=len(group))
+        advance(sum(lengths[i] for i in group))
+    if shared and world_size() > 1:
+        both = [part.to(model.device) for part in (sums, counts)]
+        for part in both:
+            torch.distributed.all_reduce(part)
+        sums, counts = (part.cpu() for part in both)
+    return sums, counts
 
 
 def _mean(sums: torch.Tensor, counts: torch.Tensor, places: list[int]) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from datatools import UsageError
-from pipelines import coreset_report, diagnose_view, order_report, report, run_files, run_page
+from pipelines import coreset_report, diagnose_view, order_report, report, run_files, run_page, training_report
 from pipelines.runs import say
 
 KINDS: dict[str, Callable[[Path], Path]] = {
@@ -14,6 +14,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "audit.json": report.render_audit,
     "diagnose.json": diagnose_view.render,
     "coreset.json": coreset_report.render,
+    training_report.FACTS: training_report.render,
     **{f"{part}.json": order_report.render for part in order_report.PARTS},
 }
 """A file that a finished run has -> what draws its page."""

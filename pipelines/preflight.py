@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datatools import Budget, EnvironmentProblem, UsageError
-from pipelines.config import DataConfig, ModelConfig, RunSettings, Settings
+from pipelines import trackers
+from pipelines.config import DataConfig, ModelConfig, RunSettings, Settings, TrainConfig
 from pipelines.sources import find_sources
 
 
@@ -23,12 +24,14 @@ def check(config: Settings) -> None:
         _writable(config.out)
     if isinstance(budget := getattr(config, "budget", None), str):
         Budget.parse(budget)
+    if isinstance(config, TrainConfig):
+        trackers.check(config)
     for name, value in _settings(config):
         if isinstance(value, DataConfig):
             find_sources(value.paths)
         elif isinstance(value, ModelConfig):
             _there(value.name)
-        elif name == "target" and isinstance(value, list) and value:
+        elif name in ("target", "eval_data") and isinstance(value, list) and value:
             find_sources(value)
         elif name in ("checkpoints", "adapter") and value:
             for path in value if isinstance(value, list) else [value]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,11 +15,22 @@ import torch
 
 from datatools import DataError, Order, UsageError, files
 from optim.distributed import world
-from pipelines import coreset_report, coresets, models, order_recipe, trainer
+from pipelines import (
+    coresets,
+    evaluation,
+    leakage,
+    models,
+    order_recipe,
+    trackers,
+    trainer,
+    training_report,
+)
 from pipelines.config import LoraConfig, RunSettings, TrainConfig, TrainingConfig
-from pipelines.prepare import Rows, file_facts, prepare
-from pipelines.runs import Run, derive_seed, progress, rank, say
+from pipelines.drawing import draw_last
+from pipelines.prepare import Rows, file_facts, prepare, target_data
+from pipelines.runs import Run, derive_seed, progress, rank, say, warn
 from pipelines.trainer import Trained
+from pipelines.validation import Validation
 
 S = TypeVar("S", bound=RunSettings)
 
@@ -45,6 +58,7 @@ def _run(config: TrainConfig) -> Path:
         given, recipe_of_order = order_recipe.read(config.order)
         config = order_recipe.adopt(config, recipe_of_order)
     trainer.check(config.training)
+    trackers.check(config)
     with in_scratch(config) as kept, Run(kept.out, kept, "train", overwrite=kept.overwrite) as current:
         with current.stage("read"), trainer.lead_first():
             tokenizer = models.load(config.model, tokenizer_only=True)
@@ -57,11 +71,23 @@ def _run(config: TrainConfig) -> Path:
                 folder=current.folder,
                 limits=tokenizer.limits,
             )
+            held_out = None
+            if config.eval_data:
+                held_out = prepare(
+                    target_data(config.data, config.eval_data, config.eval_columns),
+                    config.model,
+                    tokenizer.tokenizer,
+                    cache=current.path("inputs"),
+                    label="validation",
+                    limits=tokenizer.limits,
+                )
             facts: dict[str, Any] = {
                 "model": dict(tokenizer.digests),
                 "encoding": rows.encoder.fingerprint(),
                 "data": file_facts(rows),
             }
+            if held_out is not None:
+                facts["validation"] = file_facts(held_out)
             current.check(facts)  # before others look: what an accepted change makes outdated is moved away here
         chosen = np.flatnonzero(rows.usable).tolist()
         recipe, choose = config.training, config.coreset
@@ -83,6 +109,10 @@ def _run(config: TrainConfig) -> Path:
                     held = len(warm_up)
                     sequence = rows_of(warm_up, rows, str(config.order)) + sequence
             steps = len(sequence)
+        leaked = None if held_out is None else _leaked(config, held_out, rows)
+        every = config.eval_every
+        if every is None:
+            every = steps if sequence is not None else math.ceil(len(chosen) / recipe.batch_size)
         tokens = rows.tokens() * config.training.epochs
         if sequence is None:
             epochs = f"{tokens:,} tokens in {recipe.epochs} epochs, "
@@ -93,6 +123,9 @@ def _run(config: TrainConfig) -> Path:
             say(f"{steps:,} optimizer steps, in the order of {config.order}")
         if choose is not None:
             say(f"coreset: {choose.keep:,} rows kept of {choose.large_batch:,} a step, by {choose.method}")
+        if held_out is not None:
+            times = math.ceil(steps / every)
+            say(f"validation: {int(held_out.usable.sum()):,} rows, {held_out.tokens():,} tokens, {times:,} times")
         if config.dry_run:
             models.load(config.model)
             say("dry run: data and model load; nothing was trained")
@@ -100,8 +133,9 @@ def _run(config: TrainConfig) -> Path:
         done = current.path("adapter" if config.lora is not None else "model")
         beside = ("metrics.jsonl",) if choose is None else ("metrics.jsonl", "coreset.json")
         # a damaged one was set aside when the run was opened: the last checkpoint knows what is in it
-        if trainer.is_complete(done) and all(current.path(name).is_file() for name in beside):
+        if trainer.is_sound(done) and all(current.path(name).is_file() for name in beside):
             say(f"already trained: {done}")
+            draw_last(lambda: training_report.render_any(current.folder), saved=done)
             return config.out
         # all weights train, from float32 ones that are computed with in bfloat16
         master = config.training.rounding == "master" and models.dtype_of(config.model) == torch.bfloat16
@@ -131,14 +165,43 @@ def _run(config: TrainConfig) -> Path:
                 steps=sequence,
                 held=held,
                 autocast=master,
+                validation=_validation(config, held_out, every),
+                report_to=config.report_to,
             )
-        if choose is not None and rank() == 0:
-            facts_of_choice = coresets.facts(choose, [sources[row] for row in chosen], result.monitored)
-            files.write_json(current.path("coreset.json"), facts_of_choice)
         if rank() == 0:
+            if choose is not None:
+                facts_of_choice = coresets.facts(choose, [sources[row] for row in chosen], result.monitored)
+                files.write_json(current.path("coreset.json"), facts_of_choice)
+            story = training_report.facts(
+                config, result, rows=len(chosen), steps=steps, held_out=held_out, leaked=leaked
+            )
+            files.write_json(current.path(training_report.FACTS), story)
             _save(module, rows, result, done, current)
-        say(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}; saved {done}")
+        say(f"{result.fell}; saved {done}")
+        if result.best is not None:
+            say(training_report.best_in_words(result, keep=config.keep_best))
+        if rank() == 0:  # last of all: whatever happens here, what was computed is saved
+            draw_last(lambda: training_report.render_any(current.folder), saved=done)
     return config.out
+
+
+def _leaked(config: TrainConfig, held_out: Rows, rows: Rows) -> str | None:
+    """Which validation rows are also trained on, said at once: their loss shows memory."""
+    near = config.data.near_threshold if config.data.dedup == "near" else None
+    found = leakage.find(held_out, {"training data": (rows, None)}, near=near)
+    if not found:
+        return None
+    sentence = leakage.sentence(found).replace("test rows", "validation rows")
+    if rank() == 0:
+        warn(f"{sentence}: their loss will look too good")
+    return sentence
+
+
+def _validation(config: TrainConfig, held_out: Rows | None, every: int) -> Validation | None:
+    if held_out is None:
+        return None
+    loss = partial(evaluation.validation_loss, rows=held_out, token_budget=config.training.micro_tokens)
+    return Validation(loss, every, config.patience, config.keep_best)
 
 
 def rows_of(order: Order, rows: Rows, name: str) -> list[list[int]]:
@@ -172,15 +235,7 @@ def trainable(model: Any, lora: LoraConfig | None, *, seed: int) -> Any:
 
 
 def _save(module: Any, rows: Rows, result: Trained, done: Path, current: Run) -> None:
-    lines = [
-        f'{{"step": {step}, "loss": {value:.6f}, "learning_rate": {rate:.8g}}}'
-        for step, (value, rate) in enumerate(zip(result.losses, result.learning_rates, strict=True), start=1)
-    ]
-    for step, seen in result.monitored.items():
-        lines[step - 1] = f"{lines[step - 1][:-1]}, {json.dumps(seen, sort_keys=True)[1:]}"
-    files.write_text(current.path("metrics.jsonl"), "\n".join(lines) + "\n")
-    if current.path("coreset.json").is_file():
-        say(f"{coreset_report.in_short(current.folder)}; report: {coreset_report.render(current.folder)}")
+    files.write_text(current.path("metrics.jsonl"), "".join(map(_line, result.entries)))
     if result.directions:  # enough to replay the run: optim.zeroth_order
         steps = (json.dumps(entry, sort_keys=True) + "\n" for entry in result.directions)
         files.write_text(current.path("zeroth_order.jsonl"), "".join(steps))
@@ -188,13 +243,22 @@ def _save(module: Any, rows: Rows, result: Trained, done: Path, current: Run) ->
     _keep(done, module, rows.encoder.trained_tokenizer())
 
 
+def _line(entry: Mapping[str, Any]) -> str:
+    digits = {"loss": ".6f", "eval_loss": ".6f", "learning_rate": ".8g", "grad_norm": ".6g"}
+    shown = {
+        key: float(format(value, digits[key])) if key in digits and value is not None else value
+        for key, value in entry.items()
+    }
+    return json.dumps(shown) + "\n"
+
+
 def _keep(folder: Path, *parts: Any) -> None:
     """Save each part (`save_pretrained`) in `folder`, and mark it complete."""
-    files.make_folder(folder)
-    with trainer.saving(folder):
+    files.remove_leftovers(files.make_folder(folder.parent))
+    with trainer.saving(folder), files.atomic_folder(folder) as fresh:
         for part in parts:
-            part.save_pretrained(folder)
-    trainer.mark_complete(folder)
+            part.save_pretrained(fresh)
+        trainer.mark_complete(fresh)
 
 
 def train_adapter(
@@ -209,7 +273,7 @@ def train_adapter(
     label: str,
 ) -> None:
     """Train fresh adapters on `chosen` rows and save them in `folder`; does nothing where that is already done."""
-    if trainer.is_complete(folder):
+    if trainer.is_sound(folder):
         return
     steps = trainer.planned_steps(len(chosen), recipe)
     module = trainable(loaded.model, lora, seed=seed)
@@ -221,5 +285,4 @@ def train_adapter(
         _keep(folder, module)
     finally:
         models.unload(module)
-    fell = f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}"
-    say(f"{label}: {fell} ({result.steps} steps, {result.tokens:,} tokens)")
+    say(f"{label}: {result.fell} ({result.steps} steps, {result.tokens:,} tokens)")

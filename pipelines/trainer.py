@@ -12,7 +12,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
@@ -24,17 +24,31 @@ from accelerate.data_loader import BatchSamplerShard
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 import optim
 from datatools import DataError, EnvironmentProblem, Selection, UsageError, files, token_batches
+from optim.zeroth_order import NotFinite
 from pipelines import zeroth_order
 from pipelines.adapters import quiet
 from pipelines.config import CoresetConfig, TrainingConfig
 from pipelines.coresets import MONITORED, WEIGHTS, CoresetMixin, example_weights
+from pipelines.finite import rotten
 from pipelines.models import collate, supervised_tokens, token_losses
 from pipelines.runs import rank, say, warn, world_size
+from pipelines.validation import (
+    LOSS,
+    Validate,
+    Validation,
+    best_of,
+    evaluations,
+    history_of,
+    over,
+    resume_point,
+    step_of,
+)
 
 COMPLETE = "complete.json"
 
@@ -43,8 +57,10 @@ COMPLETE = "complete.json"
 class Trained:
     """What a training run did: optimizer steps, and loss (mean over supervised tokens) and learning rate of each.
 
-    directions: with zeroth-order gradients, the seeds and projected gradients of each step, which replay it.
-    monitored: with a coreset, what was measured of the choice, by step.
+    A loss is NaN where it was not finite. directions: with zeroth-order gradients, the seeds and projected gradients of
+    each step, which replay it. entries: what was logged of each step, as `metrics.jsonl` has it. skipped: steps that
+    were left out because loss or gradient was not finite. best: (step, loss) of the lowest validation loss. stopped:
+    whether that ended the run before its last step.
     """
 
     steps: int
@@ -52,7 +68,22 @@ class Trained:
     learning_rates: list[float]
     tokens: int
     directions: list[dict[str, Any]] = field(default_factory=list)
-    monitored: dict[int, dict[str, Any]] = field(default_factory=dict)
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    skipped: int = 0
+    best: tuple[int, float] | None = None
+    stopped: bool = False
+
+    @property
+    def monitored(self) -> dict[int, dict[str, Any]]:
+        """With a coreset, what was measured of the choice, by step."""
+        found = {e["step"]: {key: e[key] for key in MONITORED if key in e} for e in self.entries}
+        return {step: seen for step, seen in found.items() if "match_error" in seen}
+
+    @property
+    def fell(self) -> str:
+        """`loss 1.2345 -> 0.6789`."""
+        known = [loss for loss in self.losses if math.isfinite(loss)] or [math.nan]
+        return f"loss {known[0]:.4f} -> {known[-1]:.4f}"
 
 
 class DataTrainer(CoresetMixin):
@@ -68,6 +99,7 @@ class DataTrainer(CoresetMixin):
     source_of: the source of a row by its index, for `choose`; None is one source for all.
     name_of: what errors call a row; its index otherwise.
     held: so many first steps have the learning rate of the step after them, where the schedule begins.
+    validate: a model in evaluation mode -> its loss on held-out rows; `evaluate` logs it. None is the Trainer's own.
     """
 
     loss_is_scaled_for_ga = True  # `training_step` divides by the tokens of the whole step itself
@@ -80,16 +112,21 @@ class DataTrainer(CoresetMixin):
         choose: CoresetConfig | None = None,
         source_of: Callable[[int], Hashable] | None = None,
         name_of: Callable[[int], object] = int,
+        validate: Callable[[nn.Module], float] | None = None,
         shuffle: bool = True,
         held: int = 0,
         **kwargs: Any,
     ) -> None:
         self.recipe, self.observe, self.shuffle, self.held = recipe, observe, shuffle, held
+        self.validate, self._saved_step = validate, -1
+        self.control: Any
         self.source_of, self.name_of = source_of or (lambda row: ""), name_of
         self.seen_tokens = 0
         self.optimizer: Any
         self.lr_scheduler: Any
-        super().__init__(choose=choose, **kwargs)
+        self._step_rows: Sequence[int] = ()
+        self._aside: Path | None = None
+        super().__init__(choose=choose, nonfinite_steps=recipe.nonfinite_steps, **kwargs)
         self.remove_callback(PrinterCallback)
         self.zeroth = None
         if recipe.gradient == "zo":
@@ -144,7 +181,9 @@ class DataTrainer(CoresetMixin):
         supervised = supervised_tokens(items)
         if supervised == 0:
             raise DataError(f"training: none of the rows {self._called(rows)} of this step has a supervised token")
-        self.seen_tokens += sum(len(ids) for ids, _ in items)
+        self._step_rows, tokens = rows, sum(len(ids) for ids, _ in items)
+        self.seen_tokens += tokens
+        self._tokens += tokens
         weights = inputs.get(WEIGHTS)
         if self.choose is not None and self.choose.loss_weighting == "token":
             weights = None
@@ -168,7 +207,10 @@ class DataTrainer(CoresetMixin):
             taken = self.state.global_step
             if self.observe is not None:
                 self.observe(taken + 1, rows)
-            total, directions = zeroth_order.step(self.zeroth, self.optimizer, parts, taken=taken, rows=rows)
+            try:
+                total, directions = zeroth_order.step(self.zeroth, self.optimizer, parts, taken=taken, rows=rows)
+            except NotFinite as error:
+                return self._judged_loss(torch.tensor(error.value, device=self.args.device))
             self.state.log_history.append(directions)
             return torch.tensor(total, device=self.args.device)
         total = 0.0
@@ -179,14 +221,34 @@ class DataTrainer(CoresetMixin):
         if world > 1:
             total = float(self.accelerator.reduce(torch.tensor(total, device=self.args.device), reduction="mean"))
         if not math.isfinite(total):
-            raise DataError(
-                f"training: the loss of step {self.state.global_step + 1} is {total}, rows {self._called(rows)}; "
-                f"lower training.learning_rate (now {self.recipe.learning_rate:g}) or look at these rows"
-            )
+            return self._judged_loss(torch.tensor(total, device=self.args.device))
         optim.curvature.refresh(self.optimizer, parts, seed=self.args.seed)  # for rules that read it, when it is due
         if self.observe is not None:
             self.observe(self.state.global_step + 1, rows)
         return torch.tensor(total, device=self.args.device)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The loss on the held-out rows of `validate`, logged as `eval_loss`."""
+        if self.validate is None:
+            return super().evaluate(*args, **kwargs)  # type: ignore[no-any-return]
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            metrics = {LOSS: self.validate(model)}
+        model.train(training)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _called_rows(self) -> str:
+        return f", rows {self._called(self._step_rows)}"
+
+    def _advice(self) -> str:
+        return f"lower training.learning_rate (now {self.recipe.learning_rate:g}) or look at these rows"
+
+    def _must_have_every_step(self) -> bool:
+        return self.observe is not None  # a recorded run is a run of all its steps
 
     def _backward(self, loss: Tensor) -> float:
         self.accelerator.backward(loss)
@@ -215,13 +277,44 @@ class DataTrainer(CoresetMixin):
         kept = chosen.indices[order].tolist()
         return {key: [batch[key][i] for i in kept] for key in ("rows", "items")} | {WEIGHTS: chosen.weights[order]}
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's, into a fresh folder that is moved into place when it is complete; a link there is not followed."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with saving(folder):
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # each process saves the state of its generators
-        if self.args.should_save:
-            mark_complete(folder)
+        if self._saved_step == self.state.global_step:
+            return  # the best of its kind, and the end of an epoch
+        files.make_folder(folder.parent)
+        with saving(folder), ExitStack() as stack:
+            fresh = [str(stack.enter_context(files.atomic_folder(folder))) if self.args.should_save else ""]
+            if self.args.world_size > 1:
+                torch.distributed.broadcast_object_list(fresh)
+            self._aside = Path(fresh[0])
+            inner = self._aside / folder.name
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._aside = None
+            self.accelerator.wait_for_everyone()  # each process saves the state of its generators
+            if self.args.should_save:
+                if self.state.best_global_step:
+                    best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
+                    self.state.best_model_checkpoint = str(best)
+                    self.state.save_to_json(str(inner / "trainer_state.json"))
+                for path in sorted(inner.iterdir()):
+                    files.move(path, inner.parent / path.name)
+                inner.rmdir()
+                mark_complete(inner.parent)
+        self._saved_step = self.state.global_step
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and self.args.save_total_limit:
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
 
 
 def head_dim(model: nn.Module) -> int | None:
@@ -347,9 +440,22 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
+def is_sound(folder: Path) -> bool:
+    """Whether what was saved in `folder` is complete, finite, and here: no link leads out of it."""
+    if folder.is_symlink() or (folder.is_dir() and any(path.is_symlink() for path in folder.iterdir())):
+        return False
+    if not is_complete(folder):
+        return False
+    if (found := rotten(folder)) is not None:
+        warn(f"{folder}: {found} is not finite; what was saved there is not used")
+        return False
+    return True
+
+
 def checkpoints(folder: Path, steps: Sequence[int] | None = None) -> list[Path]:
     """The valid checkpoints in `folder`, oldest first; damaged ones are renamed `*.broken` and never used.
 
+    One whose weights or optimizer state are not finite is damaged too, and so is a symbolic link.
     steps: those there should be (`planned_checkpoints`). What comes behind the first that is missing is set aside too:
     training goes on before the gap and makes the rest again, bit for bit.
     """
@@ -357,7 +463,7 @@ def checkpoints(folder: Path, steps: Sequence[int] | None = None) -> list[Path]:
     for path in folder.glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
         if step.isdigit():
-            if is_complete(path):
+            if is_sound(path):
                 found.append((int(step), path))
             else:
                 _set_aside(path)
@@ -496,6 +602,8 @@ def fit(
     steps: Sequence[Sequence[int]] | None = None,
     held: int = 0,
     autocast: bool = False,
+    validation: Validation | None = None,
+    report_to: str = "none",
 ) -> Trained:
     """Train `model`'s trainable parameters in place on `rows`; `encode(row)` gives (input_ids, labels).
 
@@ -509,7 +617,11 @@ def fit(
 
     save: "epoch", a number of steps, or None for no checkpoint. With checkpoints in `folder`, training continues from
     the newest valid one, bit for bit as if it had not stopped.
-    Raises: DataError for a non-finite loss; UsageError for an unknown optimizer or schedule.
+
+    validation: measures held-out rows on the way; needs `save`. The model ends with the weights of the lowest loss.
+    report_to: "tensorboard", "wandb" or "trackio", by transformers' own callbacks.
+    Raises: DataError for steps in a row, or weights, that are not finite; UsageError for an unknown optimizer or
+    schedule.
     """
     if not rows:
         raise DataError("training: there are no rows to train on")
@@ -527,7 +639,7 @@ def fit(
         save_steps=save if isinstance(save, int) else 500,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to="none",
+        report_to=report_to,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -538,9 +650,16 @@ def fit(
         data_seed=seed % 2**32,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process is one device: no DataParallel around the model
+    last = planned_steps(len(rows), recipe) if steps is None else len(steps)
+    per_epoch = math.ceil(len(rows) / recipe.batch_size) if steps is None else len(steps)
+    callbacks: list[TrainerCallback] = [_Progress(advance), _Watch()]
+    if validation is not None:
+        every = save if isinstance(save, int) else per_epoch
+        callbacks.append(Validate(validation, lambda step: step % every == 0 or step == last))
     trainer = DataTrainer(
         recipe=recipe,
         observe=observe,
+        validate=None if validation is None else validation.loss,
         choose=choose,
         source_of=source_of,
         name_of=name_of,
@@ -550,24 +669,67 @@ def fit(
         data_collator=_gather if steps is None else itemgetter(0),
         shuffle=steps is None,
         held=held,
-        callbacks=[_Progress(advance), _Watch()],
+        callbacks=callbacks,
     )
     with lead_first():
-        valid = checkpoints(folder) if save is not None and folder.is_dir() else []
-    if valid and advance is not None:
-        advance(int(valid[-1].name.removeprefix("checkpoint-")))
-    trainer.train(resume_from_checkpoint=str(valid[-1]) if valid else None)
+        valid = []
+        if save is not None and folder.is_dir():
+            if rank() == 0:
+                files.remove_leftovers(folder)
+            valid = checkpoints(folder)
+    start = resume_point(valid, validation)
+    if start is not None and advance is not None:
+        advance(step_of(start))
+    patience = None if validation is None else validation.patience
+    if start is not None and (step_of(start) >= last or over(evaluations(history_of(start)), patience)):
+        trainer._load_from_checkpoint(str(start))  # all is trained: the run was stopped between its end and its result
+        trainer.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    state = trainer.state
+    found = evaluations(state.log_history)
+    best = best_of(found)
+    if validation is not None and validation.keep_best and best is not None and best[0] != state.global_step:
+        trainer._load_from_checkpoint(str(folder / f"checkpoint-{best[0]}"))
     model.eval()
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    entries = _entries(state.log_history, gradients=recipe.gradient != "zo")
+    skipped = sum(entry.get("skipped", False) for entry in entries)
+    if skipped:
+        warn(f"{skipped} of {state.global_step} steps were skipped: their loss or gradient was not finite")
     return Trained(
-        steps=trainer.state.global_step,
-        losses=[entry["loss"] for entry in logged],
-        learning_rates=[entry["learning_rate"] for entry in logged],
+        steps=state.global_step,
+        losses=[math.nan if entry["loss"] is None else entry["loss"] for entry in entries],
+        learning_rates=[entry["learning_rate"] for entry in entries],
         tokens=trainer.seen_tokens,
-        directions=[entry for entry in trainer.state.log_history if "projected_grad" in entry],
-        monitored={
-            entry["step"]: {key: entry[key] for key in MONITORED if key in entry}
-            for entry in logged
-            if "match_error" in entry
-        },
+        directions=[entry for entry in state.log_history if "projected_grad" in entry],
+        entries=entries,
+        skipped=skipped,
+        best=best,
+        stopped=state.global_step < last and over(found, patience),
     )
+
+
+def _entries(history: Sequence[Mapping[str, Any]], *, gradients: bool) -> list[dict[str, Any]]:
+    """One entry a step for `metrics.jsonl`: what is not finite is null, and a skipped step is marked."""
+    found: list[dict[str, Any]] = []
+    skipped = 0
+    validated = dict(evaluations(history))
+    for seen in history:
+        if "loss" not in seen:
+            continue
+        entry = {"step": seen["step"], "loss": _number(seen["loss"]), "learning_rate": seen["learning_rate"]}
+        if gradients:
+            entry["grad_norm"] = _number(seen.get("grad_norm"))
+        if seen.get("skipped_steps", 0) > skipped:
+            skipped, entry["skipped"] = seen["skipped_steps"], True
+        for key in ("tokens_per_second", *MONITORED):
+            if key in seen:
+                entry[key] = seen[key]
+        if seen["step"] in validated:
+            entry[LOSS] = _number(validated[seen["step"]])
+        found.append(entry)
+    return found
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import optim
 from datatools import DataError, UsageError
-from optim.zeroth_order import ZerothOrder
+from optim.zeroth_order import NotFinite, ZerothOrder
 from pipelines.config import TrainingConfig
 from pipelines.runs import derive_seed, warn
 
@@ -74,11 +74,14 @@ def step(
 ) -> tuple[float, dict[str, Any]]:
     """Step the optimizer on the sum of `parts`: (the loss where the source first looked, what replays the step).
 
-    taken: steps before this one. Raises: DataError for a loss that is not finite.
+    taken: steps before this one. Raises: NotFinite for a loss or gradient that is not finite; DataError for what else
+    the source refuses.
     """
     source.taken = taken
     try:
         loss = source.step(optimizer, parts)
+    except NotFinite:
+        raise
     except ValueError as error:
         raise DataError(f"training: {error}; rows {rows[:5]}") from error
     done = source.last

@@ -180,6 +180,11 @@ class Problem:
                     "no backward, or the loss was detached; use attention 'sdpa' or 'eager', and no inference mode"
                 )
             grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        if not all(bool(g.isfinite().all()) for g in grads if g is not None):
+            raise Diverged(
+                f"order: the gradient of {what} is not finite, though its loss is ({float(loss.detach()):.4g}); a run "
+                "of all its steps cannot leave one out. Lower the learning rate, or look at these rows"
+            )
         return {
             name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(params.items(), grads, strict=True)
         }

@@ -1,6 +1,6 @@
 """Zeroth order: gradients from evaluations of the loss alone, as a source that works with any rule."""
 
 from optim.zeroth_order.noise import add_normal_
-from optim.zeroth_order.source import Estimator, Losses, Taken, ZerothOrder, decay_groups
+from optim.zeroth_order.source import Estimator, Losses, NotFinite, Taken, ZerothOrder, decay_groups
 
-__all__ = ["Estimator", "Losses", "Taken", "ZerothOrder", "add_normal_", "decay_groups"]
+__all__ = ["Estimator", "Losses", "NotFinite", "Taken", "ZerothOrder", "add_normal_", "decay_groups"]

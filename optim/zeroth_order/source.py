@@ -49,6 +49,14 @@ class Taken:
     losses: list[float] = field(default_factory=list)
 
 
+class NotFinite(ValueError):
+    """A loss or a gradient that is not finite (`value`): the step was not taken."""
+
+    def __init__(self, text: str, value: float) -> None:
+        super().__init__(text)
+        self.value = value
+
+
 class ZerothOrder:
     """A source of gradients that evaluates the loss and nothing else: MeZO and its family.
 
@@ -85,8 +93,9 @@ class ZerothOrder:
     Differs: generators of its own, where the published code reseeds the global one; blocks have different directions,
     there the same; with q > 1 all directions are evaluated at the same weights and masked alike in estimate and update,
     and f(p) of "one-sided" once, there for each.
-    Raises: ValueError for settings out of range or that exclude each other, a loss that is not finite (the weights are
-    put back first), and parameters of the optimizer that the source does not know.
+    Raises: ValueError for settings out of range or that exclude each other, and parameters of the optimizer that the
+    source does not know; NotFinite, a ValueError, for a loss or a gradient that is not finite (the weights are put back
+    first; with several blocks those before keep their step).
     """
 
     def __init__(
@@ -230,6 +239,8 @@ class ZerothOrder:
         if self.estimator == "forward":
             if run.recorded is None:
                 projected = self._directional(run, names, seed, i)
+                if not math.isfinite(projected):
+                    raise self._not_finite("derivative along a direction", str(projected), projected)
         else:
             with self._moving(names, seed, i) as to:
                 to(1.0)
@@ -296,7 +307,17 @@ class ZerothOrder:
             for grad in found.values():
                 dist.all_reduce(grad)
                 grad.div_(_ranks())
+        for gradient in found.values():
+            if not bool(gradient.isfinite().all()):
+                raise self._not_finite("gradient of the last layers", "not finite", math.nan)
         return found
+
+    def _not_finite(self, what: str, value: str, number: float) -> NotFinite:
+        return NotFinite(
+            f"ZerothOrder: the {what} of step {self.taken + 1} is {value}; the weights are back where they were. "
+            f"Lower eps (now {self.eps:g}) or the learning rate, or look at the batch",
+            number,
+        )
 
     def _conserve(
         self, optimizer: torch.optim.Optimizer, run: _Evaluations, queries: Sequence[_Query], start: float
@@ -445,10 +466,7 @@ class _Evaluations:
         if not math.isfinite(loss) and or_else is not None:
             loss = or_else
         elif not math.isfinite(loss):
-            raise ValueError(
-                f"ZerothOrder: the loss of step {self.source.taken + 1} is {loss} at {where}; the weights are back "
-                f"where they were. Lower eps (now {self.source.eps:g}) or the learning rate, or look at the batch"
-            )
+            raise self.source._not_finite("loss", f"{loss} at {where}", loss)
         self.losses.append(loss)
         return loss
 

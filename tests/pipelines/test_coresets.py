@@ -53,7 +53,7 @@ def metrics(run):
 
 def without_seconds(found):
     lines = [json.loads(line) for line in found["metrics"].splitlines()]
-    measured = ("_seconds", "_bytes")
+    measured = ("_seconds", "_bytes", "_share")
     return found | {"metrics": [{k: v for k, v in e.items() if not k.endswith(measured)} for e in lines]}
 
 
