@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from datatools import UsageError
-from pipelines.jsonl import Malformed, json_type, shown
+from pipelines.jsonl import Malformed, json_type, parse_inside, shown
 
 Message = dict[str, Any]
 """{"role": "system" | "user" | "assistant" | "tool", "content": text}; an assistant's may also have "reasoning" (text)
@@ -63,7 +63,7 @@ _FORMATS = {  # the columns that decide, in the order in which the formats are t
 # drawn as nothing, though Unicode does not call them spaces or controls: fillers, joiners, variation selectors
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
                         "\U000e0000-\U000e0fff]")
-_SPEAKER = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
+_SPEAKER = re.compile(r"\s*+(Human|Assistant):")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
 
@@ -264,9 +264,17 @@ def _from_preference(get: Any, columns: Mapping[str, str]) -> Shape:
 
 def _dialogue(text: str) -> list[Message]:
     """A conversation that is written in one text, as in Anthropic's hh-rlhf."""
-    pieces = _SPEAKER.split(text)[1:]
-    return [{"role": speaker.lower(), "content": said.strip()}
-            for speaker, said in zip(pieces[::2], pieces[1::2], strict=True)]
+    turns: list[tuple[str, int, int]] = []  # who, and where the turn begins with its name, and behind it
+    reached = 0
+    for name in re.finditer("(Human|Assistant):", text):
+        before = text[reached:name.start()]
+        said = before.rstrip()
+        if "\n\n" in before[len(said):] or (not reached and not said):
+            turns.append((name[1].lower(), name.start(), name.end()))
+        reached = name.end()
+    ends = [start for _, start, _ in turns[1:]] + [len(text)]
+    return [{"role": speaker, "content": text[begin:end].strip()}
+            for (speaker, _, begin), end in zip(turns, ends, strict=True)]
 
 
 def _from_pair(get: Any, ask: str, say: str) -> Shape:
@@ -357,12 +365,11 @@ def _turns(value: list[Any], columns: Mapping[str, str]) -> tuple[list[Message],
 
 def _loads(text: str, reason: str, what: str) -> Any:
     """The JSON inside a text of a row. Raises: Malformed."""
-    def constant(name: str) -> None:
-        raise ValueError(name)
-
     try:
-        return json.loads(text, parse_constant=constant)
-    except (ValueError, RecursionError):
+        return parse_inside(text)
+    except Malformed as error:
+        raise Malformed(reason, f"{what}: {error}") from None
+    except ValueError:
         raise Malformed(reason, f"{what} is not JSON: {shown(text, 40)}") from None
 
 

@@ -140,6 +140,14 @@ def parse_object(raw: bytes | None, limits: Limits) -> dict[str, Any]:
     return value
 
 
+def parse_inside(text: str) -> Any:
+    """The JSON that a string of a row holds, by the rules for rows. Raises: Malformed, or ValueError (its syntax)."""
+    _check_size(text.encode("utf-8"), Limits())
+    value = _DECODER.decode(text)
+    _check_surrogates(value)
+    return value
+
+
 def json_type(value: Any) -> str:
     """What JSON calls the type of `value`, with its article."""
     if value is None:

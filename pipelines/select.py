@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,9 @@ from pipelines.prepare import Rows, accept_growth, file_facts, prepare, target_d
 from pipelines.runs import Run, alone, command_line, derive_seed, duration, peak_rss_bytes, quiet, say, versions, warn
 
 SHOWN_CHARACTERS = 600  # of a row's text in summary and report
+MOST_COLUMNS = 1000
+"""Of `selected.parquet`, and fields within one; beyond it values are JSON text."""
+
 EXAMPLES = 10  # best and worst rows shown
 
 
@@ -342,10 +345,14 @@ def _selected_columns(
     pool = context.pool
     chosen = [int(i) for i in selection.indices]
     parsed = [json.loads(pool.pool.raw(i).decode("utf-8", "replace").removeprefix("\ufeff")) for i in chosen]
-    names = dict.fromkeys(name for value in parsed for name in value if not name.startswith("_"))
+    held = Counter(name for value in parsed for name in value if not name.startswith("_"))
     columns: dict[str, Any] = {}
-    for name in names:
+    common = {name for name, _ in held.most_common(MOST_COLUMNS)}
+    for name in (name for name in held if name in common):
         columns[name] = column([value.get(name) for value in parsed])
+    if len(held) > MOST_COLUMNS:  # names that are data: a column for each would be a table of nulls
+        others = [{k: v for k, v in value.items() if k in held and k not in columns} for value in parsed]
+        columns["_others"] = pa.array([json.dumps(other) for other in others], pa.string())
     return columns | {
         "_id": pa.array([pool.pool.ids[i] for i in chosen], pa.string()),
         "_source": pa.array([pool.pool.sources[i] for i in chosen], pa.string()),
@@ -372,6 +379,8 @@ def _names(paths: Sequence[str]) -> str:
 
 def column(values: Sequence[Any]) -> pa.Array:
     """JSON values as an Arrow column; as JSON text where they have no common type that parquet can hold."""
+    if _fields(values) > MOST_COLUMNS:  # every row would have a place for the keys of all others
+        return pa.array([None if v is None else json.dumps(v) for v in values], pa.string())
     try:
         found = pa.array(values)
         if not _hollow(found.type):
@@ -379,6 +388,21 @@ def column(values: Sequence[Any]) -> pa.Array:
     except (pa.ArrowException, OverflowError, UnicodeEncodeError):
         pass
     return pa.array([None if v is None else json.dumps(v) for v in values], pa.string())
+
+
+def _fields(values: Iterable[Any]) -> int:
+    """How many fields an Arrow type of all of `values` has, at any depth: one for each place of a key."""
+    known: set[tuple[str, ...]] = set()
+    pending: list[tuple[tuple[str, ...], Any]] = [((), value) for value in values]
+    while pending:
+        place, value = pending.pop()
+        if isinstance(value, dict):
+            for key, item in value.items():
+                known.add((*place, key))
+                pending.append(((*place, key), item))
+        elif isinstance(value, list):
+            pending += [(place, item) for item in value if isinstance(item, dict | list)]
+    return len(known)
 
 
 def _hollow(kind: pa.DataType) -> bool:

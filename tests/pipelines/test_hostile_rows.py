@@ -12,6 +12,9 @@ from pipelines import chat, encode, template_process
 from pipelines.chat import RowError
 from pipelines.data import Row
 from pipelines.encode import Encoder
+from pipelines.formats import _dialogue, read_shape
+from pipelines.jsonl import Malformed
+from pipelines.select import column
 from tests.pipelines.test_encode import CHATML, FAMILIES, byte_level, row
 
 
@@ -205,3 +208,28 @@ def test_half_a_character_from_a_template_is_a_refusal():
     template = chat.ChatTemplate(bytes_tokenizer(), r"{{ '\ud800' }}", "halves")
     with pytest.raises(RowError, match="template_refuses"):
         template.render([{"role": "user", "content": "one"}])
+
+
+# ---------------------------------------------------------------------------------------- what rows are written as
+
+
+def test_keys_that_are_data_make_no_wide_table():
+    """A struct with a field for every key of every row would hold n * n values for n rows."""
+    values = [{"scores": {f"key {k}": k}} for k in range(3000)]
+    found = column(values)
+    assert str(found.type) == "string" and found.nbytes < 300_000
+    assert column([{"a": [{"b": 1}]}] * 3).to_pylist() == [{"a": [{"b": 1}]}] * 3
+
+
+def test_dialogues_are_read_in_one_pass():
+    text = "\n\nHuman: a\n\n\n  Assistant: x\nHuman: y\n\n Human: z \n \n\nAssistant: Assistant: w" + "\n" * 1_000_000
+    assert [(turn["role"], turn["content"]) for turn in _dialogue(text)] == [
+        ("human", "a"), ("assistant", "x\nHuman: y"), ("human", "z"), ("assistant", "Assistant: w")]
+
+
+@pytest.mark.parametrize("inside", ['{"a": 1e999}', r'{"a": "\ud800"}', "[" * 500 + "]" * 500,
+                                    '{"a": NaN}', '{"a": 1, "a": 2}'])
+def test_json_inside_texts_is_read_by_the_rules_for_rows(inside):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(Malformed, match="tools_not_list"):
+        read_shape({"messages": turns, "tools": inside})
