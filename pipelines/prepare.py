@@ -32,6 +32,8 @@ _LEFT_OUT = {
 }
 """Flags of rows that are kept though something of them is not in their tokens, and what is said about them."""
 
+_OF_TARGET = ". Correct them or take them out of their file: no such row is left out silently, for each one counts"
+
 
 @dataclass
 class Rows:
@@ -109,7 +111,9 @@ def prepare(
     }
     try:
         pool, bad = read_pool(data.paths, on_bad_row=policy, quarantine=quarantine, **reading)
-    except DataError:
+    except DataError as error:
+        if isinstance(data, TargetData) and (said := str(error).partition(". Correct them"))[1]:
+            raise DataError(f"{said[0]}{_OF_TARGET}") from error
         if folder is not None and policy == "error":  # the message shows the first few; the file holds all
             with suppress(DataError):
                 _write_bad(folder, read_pool(data.paths, on_bad_row="skip", **reading)[1])
@@ -127,8 +131,9 @@ def prepare(
             _write_bad(folder, fatal)
         shown = "; ".join(str(row) for row in fatal[:5])
         raise DataError(
-            f"{label}: {len(fatal)} of {len(pool)} rows cannot be used: {shown}; correct them, or go on without them: "
-            "--on-bad-row skip (or quarantine)"
+            f"{label}: {len(fatal)} of {len(pool)} rows cannot be used: {shown}"
+            + (_OF_TARGET if isinstance(data, TargetData) else "; correct them, or go on without them: --on-bad-row "
+               "skip (or quarantine)")
         )
     rows = Rows(pool, scanned, encoder, [*bad, *scanned.bad], status)
     if data.dedup != "none":

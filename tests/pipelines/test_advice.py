@@ -51,3 +51,12 @@ def test_an_audit_of_bad_rows_names_its_own_settings(tmp_path, world, capsys):
     assert main([str(part) for part in argv]) == 3
     said = capsys.readouterr().err.splitlines()[-1]
     assert "--set pool.on_bad_row=... or --set test.on_bad_row=..." in said
+
+
+def test_a_bad_target_row_is_not_advised_to_be_skipped(tmp_path, world, capsys):
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    argv = ["select", "--model", world.model, "--train", world.pool, "--target", tmp_path / "bad.jsonl",
+            "--out", tmp_path / "out"]  # fmt: skip
+    assert main([str(part) for part in argv]) == 3
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "take them out of their file" in said and "--on-bad-row" not in said
