@@ -42,7 +42,7 @@ class Worker:
 def workers(kind: str, how: str, folder: Path) -> Iterator[list[Worker]]:
     """Two warm processes, without any setting of threads in their environment but the user's own."""
     with ExitStack() as stack:
-        found = []
+        started = []
         for number in range(2):
             place = folder / f"{kind}-{how}-{number}"
             place.mkdir()
@@ -51,7 +51,8 @@ def workers(kind: str, how: str, folder: Path) -> Iterator[list[Worker]]:
                 subprocess.Popen(command, cwd=REPOSITORY, env=dict(os.environ), stdin=subprocess.PIPE,
                                  stdout=subprocess.PIPE, text=True)
             )  # fmt: skip
-            found.append(Worker(process))
+            started.append(process)
+        found = [Worker(process) for process in started]  # both load at the same time
         yield found
         for worker in found:
             assert worker.process.stdin is not None
@@ -75,7 +76,7 @@ def test_side_by_side(bench: Settings, tmp_path: Path) -> None:
                 "one run, as torch waits by itself": lambda w=plain: together(w[:1]),
                 "two runs": lambda w=ours: together(w),
             }
-            samples = interleaved(arms, bench.times(9), bench.seconds / 3)
+            samples = interleaved(arms, bench.times(9), bench.seconds / 6)
             # by itself it may be many times slower: twice is enough to see that
             worst = interleaved({"two": lambda w=plain: together(w)}, 2)["two"]
         one, alone, two = (samples[name] for name in arms)
