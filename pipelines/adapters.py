@@ -67,6 +67,8 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            # of peft, where a run does not write down the base's path; its vocabulary is checked when it is loaded
+            warnings.filterwarnings("ignore", message="Could not find a config file")
             yield
     finally:
         logging.set_verbosity(level)

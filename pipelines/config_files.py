@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 import yaml
 from pydantic import ValidationError
 
-from pipelines import trust
+from pipelines import redaction, trust
 from pipelines.config import Json, OrderConfig, Settings, TrainingConfig, home
 
 MAX_YAML_BYTES = 1_000_000
@@ -471,12 +471,10 @@ def _marked(field: Any, *marks: str) -> bool:
 def _plain(value: object) -> Json:
     if isinstance(value, Settings):
         return as_dict(value)
-    if isinstance(value, Path):
-        return _tilde(str(value))
-    if isinstance(value, str):
-        return _tilde(value)
+    if isinstance(value, str | Path):
+        return redaction.hide(_tilde(str(value)))
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {redaction.hide(str(key)): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     assert value is None or isinstance(value, bool | int | float), type(value)
@@ -490,7 +488,7 @@ def _tilde(text: str) -> str:
 
 
 def as_dict(config: Settings, *, leave_out: Sequence[str] = ("volatile",)) -> dict[str, Json]:
-    """The settings as plain values, home folder as `~`, without the fields that carry a mark in `leave_out`."""
+    """The settings as plain values, home folder as `~`, secrets as `***`, without fields with a mark in `leave_out`."""
     fields = type(config).model_fields
     return {name: _plain(getattr(config, name)) for name, field in fields.items() if not _marked(field, *leave_out)}
 

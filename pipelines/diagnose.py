@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import optim
 from datatools import DataError, UsageError, files, token_batches
 from optim import diagnostics
-from pipelines import diagnose_view, models
+from pipelines import diagnose_view, models, redaction
 from pipelines.config import CHECKS, DiagnoseConfig, Json
 from pipelines.models import LoadedModel, collate, supervised_tokens, token_losses
 from pipelines.prepare import Rows, file_facts, prepare
@@ -74,7 +74,7 @@ def run(config: DiagnoseConfig) -> Path:
             "versions": current.provenance["versions"],
             "checks": {name: _result(current, name) for name in chosen},
         }
-        files.write_json(current.path("diagnose.json"), summary)
+        files.write_json(current.path("diagnose.json"), redaction.hide_all(summary))
         diagnose_view.render(current.folder)
         say(f"report: {current.path('report.html')}")
     return config.out

@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, covered, files, keep_pages
-from pipelines import causal, gguf_cache, loading, run_files, saved_states
+from pipelines import causal, gguf_cache, loading, redaction, run_files, saved_states
 from pipelines.adapters import (
     READ_AGAIN,
     adapter_folder,
@@ -166,6 +166,8 @@ def _weights_of(config: ModelConfig, weights: Path | None) -> Any:
                 raise
             model = read(attn_implementation="eager").to(device)
     model.requires_grad_(False)
+    if (shown := redaction.hide(name)) != name:  # peft writes it into an adapter's files
+        model.name_or_path = model.config._name_or_path = shown
     READ_AGAIN[model] = partial(_weights_of, config.model_copy(update={"adapter": None}), weights)
     if config.adapter is not None and weights is None:
         # merged, so that what comes on top of it (fresh adapters, a checkpoint's) sees one plain model
@@ -260,7 +262,8 @@ def _digests(name: str, revision: str | None = None, *, code: Sequence[str] = ()
     if folder is None:
         from transformers.utils.hub import cached_file
 
-        return {"hub": name, "commit": Path(cached_file(name, "config.json", revision=revision)).parent.name}
+        commit = Path(cached_file(name, "config.json", revision=revision)).parent.name
+        return {"hub": redaction.hide(name), "commit": commit}
     known = gguf_cache.digests(folder) or {}
     suffixes = (".safetensors", ".json", ".jinja", *code)
     kept = [p for p in sorted(folder.iterdir()) if p.suffix in suffixes and p.is_file()]

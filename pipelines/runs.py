@@ -30,7 +30,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files, seals
-from pipelines import run_files, texts, threads
+from pipelines import redaction, run_files, texts, threads
 from pipelines.config import Json, Settings
 from pipelines.config_files import as_dict, config_digest, dump, fingerprint, flatten, load_config
 from pipelines.texts import visible
@@ -86,29 +86,9 @@ def slug(name: str, limit: int = 80) -> str:
     return f"{text[: limit - 10]}-{tail}" if text and not reserved else f"name-{tail}"
 
 
-_SECRET_FORMS = [
-    re.compile(pattern)
-    for pattern in (
-        r"\bhf_[A-Za-z0-9]{6,}",
-        r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{8,}",
-        r"\bgh[pousr]_[A-Za-z0-9]{8,}|\bgithub_pat_\w{8,}|\bglpat-[\w-]{8,}",
-        r"\bAKIA[0-9A-Z]{12,}|\bxox[abprs]-[\w-]{8,}|\beyJ[\w-]{10,}\.[\w-]+\.[\w-]*",
-        r"(?<=://)[^/\s@]+(?=@)",
-        r"(?i)(?<=bearer )\S+",
-        r"(?i)(?:(?<=token=)|(?<=key=)|(?<=secret=)|(?<=password=)|(?<=passwd=))[^\s&;,'\"]+",
-        r"(?i)(?:(?<=token )|(?<=api-key )|(?<=secret )|(?<=password ))(?=\S{8})[^\s'\"]*[0-9][^\s'\"]*",
-    )
-]
-_SECRET_NAMES = re.compile(r"(?i)token(?!iz)|keys?(?:_|$)|secret|passw|credential|auth(?!or)")
-
-
 def redact(text: str, *, names: bool = True) -> str:
     """`text` without access tokens, values of secret environment variables, home folder; and user and host `names`."""
-    secrets = {v for k, v in os.environ.items() if _SECRET_NAMES.search(k) and len(v) >= 6 and not v.isdecimal()}
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    for form in _SECRET_FORMS:
-        text = form.sub("***", text)
+    text = redaction.hide(text)
     home = str(Path.home())
     if home != "/":
         text = re.sub(rf"{re.escape(home)}(?=/|\W|$)", "~", text)
@@ -783,6 +763,7 @@ class Run:
         """
         if not self._leads:
             return []
+        facts = redaction.hide_all(dict(facts))
         known: dict[str, Any] = self.provenance["facts"]
         accepted, refused, outdated = [], [], []
         for group, value in facts.items():

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from datatools import ENCODINGS, Budget, Candidates, DataError, GradientFeatures, Selection, UsageError, files, select
-from pipelines import checkpoints, leakage, methods, models, report, trainer, verdicts
+from pipelines import checkpoints, leakage, methods, models, redaction, report, trainer, verdicts
 from pipelines.config import NEED_TARGET, SelectConfig
 from pipelines.config_files import as_dict, fingerprint, load_config
 from pipelines.data import Row
@@ -265,6 +265,7 @@ def _write(context: Context, scored: Scored, selection: Selection, before: Mappi
     }
     summary = _summary(context, scored, selection, order, before)
     summary |= {"selection": {"digest": digest}, "audit": audit}
+    summary = dict(redaction.hide_all(summary))
     files.write_json(current.path("summary.json"), summary)
     names = ("selected.jsonl", "selected.parquet", "scores.parquet", "summary.json")
     current.provenance["outputs"] = {name: files.digest_file(current.path(name)) for name in names}
@@ -304,11 +305,11 @@ def _score_columns(context: Context, scored: Scored, chosen: Sequence[int], orde
     pool = context.pool
     n = len(pool)
     rows = range(n)
-    taken = set(chosen)
+    taken, shown = set(chosen), cache(redaction.hide)
     columns: dict[str, Any] = {
         "_id": pa.array([pool.pool.ids[i] for i in rows], pa.string()),
         "_source": pa.array(pool.pool.sources, pa.string()),
-        "_file": pa.array([pool.pool.file(i) for i in rows], pa.string()),
+        "_file": pa.array([shown(pool.pool.file(i)) for i in rows], pa.string()),
         "_line": pa.array([pool.pool.line(i) for i in rows], pa.int64()),
         "_key": pa.array(pool.keys, pa.string()),
         "_tokens": pa.array(pool.scan.tokens, pa.int32()),

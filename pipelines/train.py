@@ -21,6 +21,7 @@ from pipelines import (
     leakage,
     models,
     order_recipe,
+    redaction,
     trackers,
     trainer,
     training_report,
@@ -171,11 +172,11 @@ def _run(config: TrainConfig) -> Path:
         if rank() == 0:
             if choose is not None:
                 facts_of_choice = coresets.facts(choose, [sources[row] for row in chosen], result.monitored)
-                files.write_json(current.path("coreset.json"), facts_of_choice)
+                files.write_json(current.path("coreset.json"), redaction.hide_all(facts_of_choice))
             story = training_report.facts(
                 config, result, rows=len(chosen), steps=steps, held_out=held_out, leaked=leaked
             )
-            files.write_json(current.path(training_report.FACTS), story)
+            files.write_json(current.path(training_report.FACTS), redaction.hide_all(story))
             _save(module, rows, result, done, current)
         say(f"{result.fell}; saved {done}")
         if result.best is not None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from datatools import UsageError
+from pipelines import redaction
 from pipelines.config import Settings
 
 CODE, PLACES = "code", "places"
@@ -31,6 +32,12 @@ def check(config: Settings, origins: Mapping[str, str], wanted: Sequence[str] = 
     """
     read = [(name, field, value, _origin(origins, name)) for name, field, value in _leaves(config)]
     read = [part for part in read if part[3] not in ("", TYPED) and not part[3].startswith("--set ")]
+    for name, _, value, origin in read if wanted else ():
+        if redaction.hidden(value):
+            raise UsageError(
+                f"{origin}: {name} held a secret, which a run does not write down (it says {redaction.HIDDEN}); give "
+                f"the setting again, by its flag or with --set {name}=..."
+            )
     for name, _, value, origin in read if CODE in wanted else ():
         if name.endswith("trust_remote_code") and value is True:
             raise UsageError(
