@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from datatools import DatatoolsError, UsageError
-from pipelines import cli, models, sealed
+from pipelines import cli, models, run_files
 from pipelines.config import DataConfig, ModelConfig, SelectConfig, WarmupConfig
 from pipelines.config_files import audit_base, load_config, order_base
 from pipelines.encode import Encoder
@@ -170,7 +170,7 @@ def edit(folder: Path, **changes: Any) -> dict[str, Any]:
             here = here.setdefault(part, {})
         here[last] = value
     path.write_text(first + "\n" + json.dumps(settings) + "\n")
-    sealed.adopt(folder)  # as whoever sends it can
+    run_files.adopt(folder)  # as whoever sends it can
     return settings
 
 
