@@ -110,7 +110,7 @@ def damaged(folder: Path) -> list[str]:
             if not path.is_file():
                 continue
             kept[name] = entries
-            if path.name != COMPLETE and str(Path(name).parent / COMPLETE) in known:
+            if str(Path(name).parent / COMPLETE) in known:  # compared when it is used, also this list itself
                 continue
             seal = files.seal_of(path)
             if seal in entries:

@@ -4,9 +4,10 @@
     python -m tests.attack.run --kills 20 --flips 20 --faults 20 --only select,train
 
 Every try ends in one of: `identical` (the command, or the same command started again, ends with the very results of an
-undisturbed run), `refused` (a named error, nonzero exit code), `traceback` (an error that nobody explains), `silent`
-(other results with exit code 0) or `stuck` (it does not end, or does not succeed when it is started again after a fault
-that is over). The last three are faults of the project: the exit code is 1 if there is one.
+undisturbed run), `refused` (a named error and a nonzero exit code, or a warning that names the damaged file),
+`traceback` (an error that nobody explains), `silent` (other results with exit code 0) or `stuck` (it does not end, or
+does not succeed when it is started again after a fault that is over). The last three are faults of the project: the
+exit code is 1 if there is one.
 """
 
 import argparse
@@ -132,6 +133,8 @@ class Attacker:
         left_alone = {"checkpoints", "warmup"} & {*Path(damaged or "").parts}
         if damaged is not None and (left_alone or (made.start / damaged).exists()):
             differing = [name for name in differing if name.partition(":")[0] != damaged]
+        if differing and damaged is not None and Path(damaged).name in answer.stderr:
+            return "refused", "said: " + next(line for line in answer.stderr.splitlines() if Path(damaged).name in line)
         if differing:
             name = differing[0]
             return "silent", f"{len(differing)} differ: {name}: {made.want[name]} != {got.get(name)}"
