@@ -28,7 +28,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from optim.rule import State, UpdateRule, is_sharded, moment_dtype
+from optim.rule import State, UpdateRule, moment_dtype
+from optim.sharding import is_sharded
 
 Loss: TypeAlias = Callable[[], Tensor]
 Parts: TypeAlias = Loss | Sequence[Loss]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optim.kernels import symmetric
 from optim.kernels import unit_rms as unit_rms_kernel
-from optim.rule import largest
+from optim.sharding import largest
 
 
 class Polynomial(NamedTuple):

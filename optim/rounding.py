@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from optim.kernels import philox
-from optim.rule import UpdateRule, is_sharded
+from optim.rule import UpdateRule
+from optim.sharding import is_sharded
 
 if TYPE_CHECKING:
     from optim.optimizer import Optimizer

@@ -1,12 +1,14 @@
 """What an optimizer is here: a pure function from a gradient, a state and a parameter to an update."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor
+
+from optim.sharding import is_sharded, sharded_as
 
 State: TypeAlias = dict[str, Tensor]
 """What a rule remembers of one parameter, under torch's names: `step`, `exp_avg`, `exp_avg_sq`, `momentum_buffer`."""
@@ -103,9 +105,9 @@ class UpdateRule(ABC):
         """One step in place: `stepped`, written back to `param` (and only then rounded to its dtype) and `state`."""
         new_param, new_state = self.stepped(param, grad, state, lr=lr, weight_decay=weight_decay or None, out=param)
         if new_param is not param:
-            param.copy_(_sharded_as(param, new_param))
+            param.copy_(sharded_as(param, new_param))
         for key, value in new_state.items():
-            state[key].copy_(_sharded_as(state[key], value))  # not rebound: a new value may alias the gradient
+            state[key].copy_(sharded_as(state[key], value))  # not rebound: a new value may alias the gradient
 
     def step_part(
         self, param: Tensor, grad: Tensor, state: State, *, start: int, lr: float | Tensor, weight_decay: float
@@ -229,49 +231,6 @@ def scalar_moment(param: Tensor, value: float = 0.0) -> Tensor:
     return param.new_full((), value, dtype=moment_dtype(param), requires_grad=False)
 
 
-def is_sharded(x: Tensor) -> bool:
-    """Whether it is a DTensor, as FSDP2 makes them; `torch.distributed.tensor` is not imported to ask."""
-    return hasattr(x, "placements")
-
-
-def _sharded_as(like: Tensor, x: Tensor) -> Tensor:
-    """x with the shards of `like`: `copy_` does not make them where there are fewer rows than ranks."""
-    if not is_sharded(like) or not is_sharded(x) or x.placements == like.placements:  # type: ignore[attr-defined]
-        return x
-    found: Tensor = x.redistribute(placements=like.placements)  # type: ignore[attr-defined]
-    return found
-
-
-def replicated(x: Tensor) -> Tensor:
-    """A DTensor with all its rows on every rank, for operations that have no form for uneven shards."""
-    if not is_sharded(x):
-        return x
-    from torch.distributed.tensor import Replicate
-
-    found: Tensor = x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)  # type: ignore[attr-defined]
-    return found
-
-
-def largest(x: Tensor) -> Tensor:
-    """max |x| of the whole tensor, 0-d; 0 of nothing, which a rank may have of a DTensor."""
-    if not is_sharded(x):
-        return x.abs().amax() if x.numel() else x.sum()
-    from torch.distributed.tensor import DTensor, Partial
-
-    mesh = x.device_mesh  # type: ignore[attr-defined]
-    own = largest(x.to_local())  # type: ignore[attr-defined]
-    return replicated(DTensor.from_local(own, mesh, [Partial("max")] * mesh.ndim))
-
-
-def check_whole(rule: str, tensors: Iterable[Tensor]) -> None:
-    """TypeError if a tensor is sharded, for rules whose operations have no form for shards."""
-    if any(map(is_sharded, tensors)):
-        raise TypeError(
-            f"{rule}: a parameter is sharded (DTensor), and its step needs whole matrices; "
-            "wrap the optimizer in optim.distributed.OwnerComputes"
-        )
-
-
 def zero_step() -> Tensor:
     """A step count: a float32 scalar on the CPU, as in torch, so that reading it never waits for a GPU."""
     return torch.zeros((), dtype=torch.float32, device="cpu")
@@ -282,49 +241,3 @@ def correction(beta: float | Tensor, step: Tensor) -> Tensor:
     return 1 - beta ** step.double()
 
 
-def check_unit_interval(rule: str, **values: float) -> None:
-    """ValueError unless every value is a number with 0 <= value < 1."""
-    for key, value in values.items():
-        if not _is_number(value) or not 0 <= value < 1:
-            raise ValueError(f"{rule}: {key} = {value!r}; it must be a number with 0 <= {key} < 1")
-
-
-def check_non_negative(rule: str, **values: float) -> None:
-    """ValueError unless every value is a finite number of at least zero."""
-    for key, value in values.items():
-        if not _is_number(value) or not 0 <= value < float("inf"):
-            raise ValueError(f"{rule}: {key} = {value!r}; it must be a finite number of at least 0")
-
-
-def check_positive(rule: str, **values: float) -> None:
-    """ValueError unless every value is a finite number above zero."""
-    check_non_negative(rule, **values)
-    for key, value in values.items():
-        if value == 0:
-            raise ValueError(f"{rule}: {key} = {value!r}; it must be above 0 (0 / 0 where there is no curvature)")
-
-
-def check_counts(rule: str, **values: int) -> None:
-    """ValueError unless every value is an integer of at least zero."""
-    for key, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{rule}: {key} = {value!r}; it must be an integer of at least 0")
-
-
-def check_flag(rule: str, **values: bool) -> None:
-    """ValueError unless every value is True or False (a string "false" from a config would count as true)."""
-    for key, value in values.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{rule}: {key} = {value!r}; it must be True or False")
-
-
-def checked_betas(rule: str, betas: Sequence[float]) -> tuple[float, float]:
-    """The two betas as a tuple; ValueError unless there are two numbers with 0 <= beta < 1."""
-    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
-        raise ValueError(f"{rule}: betas = {betas!r}; expected two numbers, such as (0.9, 0.999)")
-    check_unit_interval(rule, **{f"betas[{i}]": beta for i, beta in enumerate(betas)})
-    return float(betas[0]), float(betas[1])
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

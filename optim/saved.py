@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from optim import torch_states
-from optim.rule import State, UpdateRule, is_sharded
+from optim.rule import State, UpdateRule
 from optim.settings import changed_settings, described_setting
+from optim.sharding import is_sharded
 
 
 def saved_rule(saved_group: Mapping[str, Any], rule: UpdateRule) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.rule import State, UpdateRule, is_sharded
+from optim.rule import State, UpdateRule
+from optim.sharding import is_sharded
 
 LIMIT = 1 << 22
 """Elements of a stack: 16 MiB in float32, of which a step makes some ten temporaries. Larger tensors go alone."""

@@ -34,7 +34,9 @@ def exported(package: str) -> set[str]:
     body = ast.parse(path.read_text(encoding="utf-8")).body
     lazy = [inner for block in body if isinstance(block, ast.If) for inner in block.body]
     for node in [*body, *lazy]:
-        if isinstance(node, ast.Import | ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            names |= exported(str(node.module).replace(".", "/"))
+        elif isinstance(node, ast.Import | ast.ImportFrom):
             names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)

@@ -11,8 +11,9 @@ from torch import Tensor
 from optim import fused
 from optim.distributed.collectives import MESSAGE, bundles, group_size
 from optim.optimizer import Optimizer
-from optim.rule import State, UpdateRule, is_sharded
+from optim.rule import State, UpdateRule
 from optim.saved import loaded_state
+from optim.sharding import is_sharded
 
 
 class OwnerComputes(Optimizer):

@@ -41,7 +41,8 @@ from optim.fused.assembly import Assembly, assemble
 from optim.fused.machine import compiled
 from optim.fused.threads import together
 from optim.fused.trace import Node, Trace, Unsupported, trace
-from optim.rule import State, UpdateRule, is_sharded
+from optim.rule import State, UpdateRule
+from optim.sharding import is_sharded
 
 CHUNK = 1 << 15
 """Elements that a thread takes at a time; large enough to pay for the call, small enough to share work evenly."""

@@ -5,9 +5,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from optim.checks import check_non_negative, checked_betas
 from optim.curvature import CurvatureRule
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, check_non_negative, checked_betas, correction, zero_moment, zero_step
+from optim.rule import State, correction, zero_moment, zero_step
 
 VARIANTS = ("instruction", "image")
 

@@ -7,18 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from optim.checks import check_non_negative, checked_betas
 from optim.optimizer import Optimizer, Params
-from optim.rule import (
-    State,
-    UpdateRule,
-    check_non_negative,
-    checked_betas,
-    correction,
-    is_sharded,
-    scalar_moment,
-    zero_moment,
-    zero_step,
-)
+from optim.rule import State, UpdateRule, correction, scalar_moment, zero_moment, zero_step
+from optim.sharding import is_sharded
 
 
 @dataclass(frozen=True, kw_only=True)

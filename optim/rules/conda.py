@@ -7,19 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from optim.checks import check_counts, check_non_negative, checked_betas
 from optim.param_groups import NamedParams
-from optim.rule import (
-    State,
-    check_counts,
-    check_non_negative,
-    check_whole,
-    checked_betas,
-    correction,
-    moment_dtype,
-    zero_moment,
-    zero_step,
-)
+from optim.rule import State, correction, moment_dtype, zero_moment, zero_step
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
+from optim.sharding import check_whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from optim.checks import checked_betas
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, UpdateRule, checked_betas, zero_moment, zero_step
+from optim.rule import State, UpdateRule, zero_moment, zero_step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from optim import stacks
+from optim.checks import check_flag
 from optim.optimizer import Group, Optimizer
 from optim.param_groups import Assign, NamedParams, Settings, checked_assign, named_groups, part_in, told_by, with_names
 from optim.roles import Kind, Named, Role, roles
-from optim.rule import State, UpdateRule, check_flag, zero_step
+from optim.rule import State, UpdateRule, zero_step
 from optim.rules.adamw import AdamWRule
 from optim.saved import bare_name
 

@@ -9,16 +9,10 @@ import torch
 from torch import Tensor
 
 from optim import backend
+from optim.checks import check_flag, check_non_negative, check_unit_interval
 from optim.linalg import NEWTON_SCHULZ, newton_schulz
 from optim.param_groups import NamedParams
-from optim.rule import (
-    State,
-    check_flag,
-    check_non_negative,
-    check_unit_interval,
-    moment_dtype,
-    zero_moment,
-)
+from optim.rule import State, moment_dtype, zero_moment
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 
 _CHOICES = {

@@ -6,17 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from optim.checks import check_non_negative, checked_betas
 from optim.optimizer import Optimizer, Params
-from optim.rule import (
-    State,
-    UpdateRule,
-    check_non_negative,
-    checked_betas,
-    correction,
-    moment_dtype,
-    zero_moment,
-    zero_step,
-)
+from optim.rule import State, UpdateRule, correction, moment_dtype, zero_moment, zero_step
 
 
 @dataclass(frozen=True, kw_only=True)

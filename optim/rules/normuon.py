@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from optim.checks import check_non_negative, check_positive, check_unit_interval
 from optim.param_groups import NamedParams
-from optim.rule import State, check_non_negative, check_positive, check_unit_interval, moment_dtype
+from optim.rule import State, moment_dtype
 from optim.rules.matrices import MatrixOptimizer
 from optim.rules.muon import MuonRule
 

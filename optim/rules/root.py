@@ -7,11 +7,13 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from optim.checks import check_non_negative
 from optim.linalg import newton_schulz
 from optim.param_groups import NamedParams
-from optim.rule import check_non_negative, moment_dtype, replicated
+from optim.rule import moment_dtype
 from optim.rules.matrices import MatrixOptimizer
 from optim.rules.muon import MuonRule
+from optim.sharding import replicated
 
 Triple: TypeAlias = tuple[float, float, float]
 Table: TypeAlias = tuple[tuple[tuple[int, int], Triple], ...]

@@ -5,10 +5,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from optim.checks import check_unit_interval
 from optim.linalg import unit_rms
 from optim.param_groups import NamedParams, Settings
 from optim.roles import Kind
-from optim.rule import State, check_unit_interval, moment_dtype, zero_moment
+from optim.rule import State, moment_dtype, zero_moment
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 
 _CHOICES = {"axis": ("inputs", "outputs"), "normaliser": ("rms", "l2")}

@@ -5,16 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from optim.checks import check_flag, check_unit_interval
 from optim.optimizer import Optimizer, Params
-from optim.rule import (
-    State,
-    UpdateRule,
-    check_flag,
-    check_unit_interval,
-    moment_dtype,
-    zero_moment,
-    zero_step,
-)
+from optim.rule import State, UpdateRule, moment_dtype, zero_moment, zero_step
 
 
 @dataclass(frozen=True, kw_only=True)

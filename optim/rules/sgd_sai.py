@@ -6,17 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from optim.checks import check_non_negative, check_unit_interval
 from optim.optimizer import Optimizer, Params
-from optim.rule import (
-    State,
-    UpdateRule,
-    check_non_negative,
-    check_unit_interval,
-    moment_dtype,
-    scalar_moment,
-    zero_moment,
-    zero_step,
-)
+from optim.rule import State, UpdateRule, moment_dtype, scalar_moment, zero_moment, zero_step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from optim.checks import check_counts, check_non_negative
 from optim.linalg import NORMS, multi_normalised
 from optim.param_groups import NamedParams
-from optim.rule import State, check_counts, check_non_negative, moment_dtype
+from optim.rule import State, moment_dtype
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 
 

@@ -5,9 +5,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from optim.checks import check_non_negative, check_positive, checked_betas
 from optim.curvature import CurvatureRule
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, check_non_negative, check_positive, checked_betas, zero_moment, zero_step
+from optim.rule import State, zero_moment, zero_step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,19 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from optim.checks import check_counts, check_flag, check_non_negative, checked_betas
 from optim.optimizer import Optimizer, Params
-from optim.rule import (
-    State,
-    UpdateRule,
-    check_counts,
-    check_flag,
-    check_non_negative,
-    checked_betas,
-    correction,
-    is_sharded,
-    zero_moment,
-    zero_step,
-)
+from optim.rule import State, UpdateRule, correction, zero_moment, zero_step
+from optim.sharding import is_sharded
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,22 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from optim.checks import check_counts, check_flag, check_non_negative, check_unit_interval, checked_betas
 from optim.optimizer import Optimizer, Params
-from optim.rule import (
-    State,
-    UpdateRule,
-    check_counts,
-    check_flag,
-    check_non_negative,
-    check_unit_interval,
-    checked_betas,
-    correction,
-    largest,
-    scalar_moment,
-    zero_moment,
-    zero_step,
-)
+from optim.rule import State, UpdateRule, correction, scalar_moment, zero_moment, zero_step
 from optim.rules.spam import catch_up
+from optim.sharding import largest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,18 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from optim.checks import check_counts, check_flag, check_non_negative, check_unit_interval
 from optim.linalg import unit_rms, whiten
 from optim.param_groups import NamedParams
-from optim.rule import (
-    State,
-    check_counts,
-    check_flag,
-    check_non_negative,
-    check_unit_interval,
-    check_whole,
-    moment_dtype,
-)
+from optim.rule import State, moment_dtype
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
+from optim.sharding import check_whole
 
 
 @dataclass(frozen=True, kw_only=True)

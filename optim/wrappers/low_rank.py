@@ -8,22 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from optim.checks import check_counts, check_flag, check_non_negative
 from optim.kernels.philox import normals
 from optim.param_groups import NamedParams
-from optim.rule import (
-    State,
-    UpdateRule,
-    check_counts,
-    check_flag,
-    check_non_negative,
-    correction,
-    is_sharded,
-    moment_dtype,
-    scalar_moment,
-)
+from optim.rule import State, UpdateRule, correction, moment_dtype, scalar_moment
 from optim.rules.adamw import AdamWRule
 from optim.rules.conda import CondaRule
 from optim.rules.matrices import MatrixOptimizer
+from optim.sharding import is_sharded
 
 _CHOICES = {
     "proj_type": ("std", "reverse_std", "left", "right"),
@@ -247,53 +239,7 @@ def _norm(x: Tensor, axis: tuple[int, ...] | None) -> Tensor:
     return x.square().sum(axis, keepdim=True).sqrt() if axis is not None else x.square().sum().sqrt()
 
 
-@dataclass(frozen=True, kw_only=True)
-class GaLoreRule(LowRank):
-    """GaLore: Adam in the space of each gradient's first singular vectors.
-
-    `LowRank` has the formulas and settings.
-
-    State: at most 12 bytes a parameter, (8 q r + 4 p r) / (p q) at rank r, p the smaller side of the matrix, q the
-    larger.
-    Source: Zhao et al. 2024, arXiv 2403.03507; jiaweizzhao/GaLore.
-    """
-
-    name: ClassVar[str] = "galore"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FiraRule(LowRank):
-    """Fira: GaLore, with what the projection leaves of the gradient beside it, scaled as Adam scales the projection.
-
-    `LowRank` has the formulas and settings.
-
-    State: at most 12 bytes a parameter, (8 q r + 4 p r) / (p q) at rank r, and 4 a matrix.
-    Source: Chen et al. 2024, arXiv 2410.01623; xichen-fy/Fira.
-    """
-
-    name: ClassVar[str] = "fira"
-
-    form: str = "residual"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ApolloRule(LowRank):
-    """APOLLO: the gradient itself, each row or column scaled as Adam would scale a random projection of it.
-
-    `LowRank` has the formulas and settings; APOLLO-Mini is ``rank=1, scale=128.0, scale_type="tensor"``.
-
-    State: at most 8 bytes a parameter, 8 r / p at rank r, p the smaller side of the matrix, and 8 a matrix.
-    Source: Zhu et al. 2024, arXiv 2412.05270; zhuhanqing/APOLLO.
-    """
-
-    name: ClassVar[str] = "apollo"
-
-    projection: str = "random"
-    form: str = "scale"
-    scale: float = 1.0
-
-
-class _LowRankOptimizer(MatrixOptimizer):
+class LowRankOptimizer(MatrixOptimizer):
     """Hidden matrices by a low-rank rule, the rest by AdamW: param groups of one `Optimizer`.
 
     lr, weight_decay: of the matrices. betas, eps: of the rule inside.
@@ -317,19 +263,3 @@ class _LowRankOptimizer(MatrixOptimizer):
         super().__init__(named_parameters, self.rule, lr, weight_decay, **(usual | options))
 
 
-class GaLore(_LowRankOptimizer):
-    """Hidden matrices by `GaLoreRule`, the rest by AdamW; see `LowRank`. The published learning rate is 0.01."""
-
-    rule = GaLoreRule
-
-
-class Fira(_LowRankOptimizer):
-    """Hidden matrices by `FiraRule`, the rest by AdamW; see `LowRank`. The published learning rate is 0.01."""
-
-    rule = FiraRule
-
-
-class Apollo(_LowRankOptimizer):
-    """Hidden matrices by `ApolloRule`, the rest by AdamW; see `LowRank`. The published learning rate is 0.01."""
-
-    rule = ApolloRule

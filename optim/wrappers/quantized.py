@@ -7,23 +7,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optim import fused
+from optim.checks import check_counts, check_flag
 from optim.curvature import CurvatureRule
 from optim.fused.threads import together
 from optim.kernels import adamw_8bit
 from optim.kernels.philox import random_words
-from optim.optimizer import Optimizer, Params
-from optim.param_groups import NamedParams
-from optim.rule import State, UpdateRule, check_counts, check_flag, is_sharded, moment_dtype
+from optim.rule import State, UpdateRule, moment_dtype
 from optim.rules.adamw import AdamWRule
 from optim.rules.conda import CondaRule
-from optim.rules.lion import LionRule
-from optim.rules.matrices import MatrixOptimizer
-from optim.rules.muon import MuonRule
+from optim.sharding import is_sharded
+from optim.wrappers.codebooks import BOOKS, VALUES, take
 from optim.wrappers.low_rank import LowRank
 
 CHUNK = 1 << 17
@@ -33,63 +31,6 @@ NON_NEGATIVE = frozenset({"exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "max_ex
 """Entries of states that are never below zero, whose codes need no sign: second moments."""
 
 _SCALES = "_absmax"
-_LOW_BITS = 16  # of a float32, that the first guess of a code does not look at
-
-
-def _dynamic_book(signed: bool) -> Tensor:
-    """float32 [256], increasing: seven decades, each with twice as many values as the one below; 0 and 1."""
-    values = [torch.zeros(1), torch.ones(1)]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
-        decade = 10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
-        values += [decade, -decade] if signed else [decade]
-    return torch.cat(values).sort().values
-
-
-class _Book:
-    """A code book with what finds the nearest entry fast: a table by the upper half of a float32, and one comparison.
-
-    A number halfway between two entries, as float32 has it, goes to the lower one. first: a code for each upper half,
-    right or one too low; limits: above which number it is too low.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-        limits = (values[:-1] + values[1:]) / 2
-        upper = torch.arange(1 << _LOW_BITS, dtype=torch.int64) << _LOW_BITS
-        upper = torch.where(upper >= 1 << 31, upper + (1 << _LOW_BITS) - 1, upper)  # of negative floats, the lowest
-        lowest = torch.where(upper >= 1 << 31, upper - (1 << 32), upper).to(torch.int32).view(torch.float32)
-        self.first = torch.bucketize(lowest.nan_to_num(nan=0.0), limits).to(torch.int32)
-        self.limits = torch.cat([limits, limits.new_tensor([torch.inf])])
-
-    def encode(self, y: Tensor) -> Tensor:
-        """uint8: of each number in [-1, 1] the nearest entry."""
-        index = y.float().view(torch.int32).bitwise_right_shift(_LOW_BITS).bitwise_and_((1 << _LOW_BITS) - 1)
-        first = _take(self.first, index)
-        return (first + (y > _take(self.limits, first)).int()).to(torch.uint8)
-
-    def encode_stochastic(self, y: Tensor, uniform: Tensor) -> Tensor:
-        """uint8: of the two neighbours of each number the upper one with a probability that makes it the mean."""
-        nearest = self.encode(y).int()
-        lower = (nearest - (_take(self.values, nearest) > y).int()).clamp(0, 254)
-        below, above = _take(self.values, lower), _take(self.values, lower + 1)
-        return (lower + (uniform * (above - below) < y - below).int()).to(torch.uint8)
-
-
-def _take(table: Tensor, index: Tensor) -> Tensor:
-    return table.to(index.device).index_select(0, index.reshape(-1)).reshape(index.shape)
-
-
-_BOOKS = {True: _Book(_dynamic_book(True)), False: _Book(_dynamic_book(False))}
-"""Whether signed -> the dynamic code book."""
-
-_VALUES = {
-    ("dynamic", True): _BOOKS[True].values,
-    ("dynamic", False): _BOOKS[False].values,
-    ("linear", True): torch.arange(256, dtype=torch.uint8).view(torch.int8).to(torch.float32) / 127,
-    ("linear", False): torch.arange(256, dtype=torch.float32) / 255,
-}
-"""(code, whether signed) -> the number that each byte stands for, float32 [256]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +222,7 @@ class Quantized(UpdateRule):
             state["step"] += 1
         adamw_8bit.adamw_8bit_step(
             [row for row, _ in rows], [inner.scalars(int(state["step"])) for _, state in rows],
-            books=(_BOOKS[True].values, _BOOKS[False].values), block_size=self.block_size, lr=float(lr),
+            books=(BOOKS[True].values, BOOKS[False].values), block_size=self.block_size, lr=float(lr),
             weight_decay=weight_decay, betas=inner.betas, eps=inner.eps, eps_root=inner.eps_root,
             stochastic_rounding=inner.stochastic_rounding, floor=self.floor,
         )
@@ -379,9 +320,9 @@ class Quantized(UpdateRule):
             y = y * (127 if signed else 255)
             codes = (y.round() if draws is None else (y + draws).floor()).to(self._dtype(key))
         elif draws is None:
-            codes = _BOOKS[signed].encode(y)
+            codes = BOOKS[signed].encode(y)
         else:
-            codes = _BOOKS[signed].encode_stochastic(y, draws)
+            codes = BOOKS[signed].encode_stochastic(y, draws)
         if self.floor and not signed:
             codes = codes.maximum((y > 0).to(torch.uint8))
         return codes.view(-1)[:n].view(x.shape), largest
@@ -393,7 +334,7 @@ class Quantized(UpdateRule):
         if x.dtype == torch.float32 and not self.stochastic and fused.codes.supports(x, codes, scales):
             signed = key not in NON_NEGATIVE
             kind = self.code if signed or self.code == "dynamic" else "linear_unsigned"
-            book = _BOOKS[signed]
+            book = BOOKS[signed]
             floor = self.floor and not signed
             fused.codes.encode(
                 x, codes, scales, book.first, book.limits, kind=kind, floor=floor, block_size=self.block_size
@@ -405,10 +346,10 @@ class Quantized(UpdateRule):
 
     def _decode(self, key: str, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         n, size = codes.numel(), self.block_size
-        book = _VALUES[self.code, key not in NON_NEGATIVE]
+        book = VALUES[self.code, key not in NON_NEGATIVE]
         if dtype == torch.float32 and fused.codes.supports(codes, scales):
             return fused.codes.decode(codes, scales, book, size)
-        x = _take(book, codes.reshape(-1).view(torch.uint8).int()).to(dtype)
+        x = take(book, codes.reshape(-1).view(torch.uint8).int()).to(dtype)
         rows = (x if n % size == 0 else functional.pad(x, (0, -n % size))).view(-1, size)
         return (rows * scales.to(dtype).unsqueeze(1)).view(-1)[:n].view(codes.shape)
 
@@ -465,160 +406,3 @@ class _WithoutMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdamW8bitRule(Quantized):
-    """AdamW with both moments in 8 bits.
-
-    `Quantized` says what that changes, `AdamWRule` the rest.
-
-    State: 2 bytes a parameter, two codes, and two scales a block of 256: 2.03; in tensors below 4096 entries 8 bytes.
-    Source: Dettmers et al. 2021, arXiv 2110.02861; bitsandbytes 0.50.2.
-    """
-
-    name: ClassVar[str] = "adamw_8bit"
-
-    inner: UpdateRule = AdamWRule()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lion8bitRule(Quantized):
-    """Lion with its momentum in 8 bits.
-
-    `Quantized` says what that changes, `LionRule` the rest.
-
-    State: 1 byte a parameter, a code, and a scale a block of 256: 1.02; in tensors below 4096 entries 4 bytes.
-    Source: Chen et al. 2023, arXiv 2302.06675; bitsandbytes 0.50.2 (Lion8bit).
-    """
-
-    name: ClassVar[str] = "lion_8bit"
-
-    inner: UpdateRule = LionRule()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Muon8bitRule(Quantized):
-    """Muon with its momentum in 8 bits.
-
-    `Quantized` says what that changes, `MuonRule` the rest. The direction is made of the momentum of this step
-    in full precision, not of its codes.
-
-    State: 1 byte a parameter, a code, and a scale a block of 2048: 1.002; in matrices below 4096 entries 4 bytes.
-    Source: arXiv 2509.23106 (no public code; the paper has no Nesterov momentum).
-    """
-
-    name: ClassVar[str] = "muon_8bit"
-
-    inner: UpdateRule = MuonRule(nesterov=False)
-    code: str = "linear"
-    block_size: int = 2048
-
-
-class AdamW8bit(Optimizer):
-    """`Optimizer` running `AdamW8bitRule`; the first arguments as in `torch.optim.AdamW`.
-
-    Further keywords are fields of `AdamW8bitRule` and of `AdamWRule`.
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        **fields: Any,
-    ) -> None:
-        rule = AdamW8bitRule().with_settings(betas=betas, eps=eps, **fields)
-        super().__init__(params, rule, lr=lr, weight_decay=weight_decay)
-
-
-class Lion8bit(Optimizer):
-    """`Optimizer` running `Lion8bitRule`. Further keywords are fields of `Lion8bitRule`."""
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        **fields: Any,
-    ) -> None:
-        super().__init__(params, Lion8bitRule().with_settings(betas=betas, **fields), lr=lr, weight_decay=weight_decay)
-
-
-class Muon8bit(MatrixOptimizer):
-    """Hidden matrices by `Muon8bitRule`, the rest by AdamW: param groups of one `Optimizer`.
-
-    lr, weight_decay: of the matrices.
-    adamw_8bit: AdamW's moments in 8 bits too, dynamic codes in blocks of 256.
-    options: fields of `Muon8bitRule` and of `MuonRule`, and the keywords of `MatrixOptimizer`; adamw_betas are
-    (0.9, 0.95) unless given. With a `scale` other than "match_rms_adamw" give `adamw_lr` as well.
-    """
-
-    def __init__(
-        self,
-        named_parameters: NamedParams,
-        lr: float | Tensor = 1e-3,
-        weight_decay: float = 0.1,
-        *,
-        adamw_8bit: bool = False,
-        **options: Any,
-    ) -> None:
-        check_flag("Muon8bit", adamw_8bit=adamw_8bit)
-        usual: dict[str, Any] = {"adamw_betas": (0.9, 0.95)}
-        wrapper = _in_8_bits if adamw_8bit else None
-        super().__init__(
-            named_parameters, Muon8bitRule, lr, weight_decay, adamw_wrapper=wrapper, **(usual | options)
-        )
-
-
-def _in_8_bits(inner: AdamWRule) -> AdamW8bitRule:
-    return AdamW8bitRule(inner=inner)
-
-
-class StableEmbedding(nn.Embedding):
-    """An embedding that trains well beside 8-bit states: Xavier-uniform weights, and a LayerNorm over each vector.
-
-    The norm is computed in torch's default dtype and the output cast back to the weight's. Its state should be kept
-    in full precision: `stable_embedding_groups`.
-    Source: Dettmers et al. 2021, arXiv 2110.02861, section 2.3; bitsandbytes.nn.StableEmbedding.
-    """
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, seed: int = 0, **kwargs: Any) -> None:
-        self.seed = seed
-        super().__init__(num_embeddings, embedding_dim, **kwargs)
-        self.norm = nn.LayerNorm(embedding_dim, device=kwargs.get("device"))
-
-    def reset_parameters(self) -> None:
-        """Xavier-uniform, drawn from `seed`; the padding vector is zero."""
-        if not self.weight.is_meta:
-            generator = torch.Generator(self.weight.device).manual_seed(self.seed)
-            with torch.no_grad():
-                bound = (6 / sum(self.weight.shape)) ** 0.5
-                self.weight.uniform_(-bound, bound, generator=generator)
-        self._fill_padding_idx_with_zero()
-
-    def forward(self, input: Tensor) -> Tensor:
-        """ids [...] -> vectors [..., embedding_dim] in the weight's dtype."""
-        norm, dtype = self.norm, torch.get_default_dtype()
-        weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)  # `model.bfloat16()` makes them narrow too
-        vectors = super().forward(input).to(dtype)
-        return functional.layer_norm(vectors, norm.normalized_shape, weight, bias, norm.eps).to(self.weight.dtype)
-
-
-def stable_embedding_groups(
-    model: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...] = StableEmbedding
-) -> list[dict[str, Any]]:
-    """Param groups for a rule with 8-bit states: the weights of such modules keep theirs in full precision.
-
-        AdamW8bit(stable_embedding_groups(model), lr=1e-3)
-
-    kinds: ``torch.nn.Embedding`` keeps those of all embeddings. Parameters that do not train are left out.
-    """
-    kept = {id(m.weight) for m in model.modules() if isinstance(m, kinds) and isinstance(m.weight, Tensor)}
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [entry for entry in named if id(entry[1]) not in kept]},
-        {"params": [entry for entry in named if id(entry[1]) in kept], "min_size": 2**62},
-    ]
-    return [group for group in groups if group["params"]]

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from optim.rule import UpdateRule, is_sharded
+from optim.rule import UpdateRule
 from optim.rules.sgd import SGDRule
+from optim.sharding import is_sharded
 from optim.zeroth_order.forward import directional
 from optim.zeroth_order.noise import add_normal_, add_pieces_, masked, mix, pieces
 

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from optim import OPTIMIZERS, MuonRule, Optimizer, backend, stacks
 from optim.linalg import newton_schulz
-from optim.rules import MatrixOptimizer
+from optim.rules.matrices import MatrixOptimizer
 from tests.benchmarks.measure import Report, Settings, interleaved, median, ratio
 from tests.benchmarks.step_memory import Make, add_rows
 from tests.benchmarks.test_optimizers import llama, made

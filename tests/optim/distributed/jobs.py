@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
-from optim import Optimizer, create
-from optim.distributed import OneBitAdam, OwnerComputes
+from optim import OneBitAdam, Optimizer, create
+from optim.distributed import OwnerComputes
 from tests.optim.harness import randn
 from tests.optim.specs import SPECS, Shape
 

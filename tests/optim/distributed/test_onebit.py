@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from optim import Optimizer
-from optim.distributed import OneBitAdam, OneBitAdamRule
+from optim import OneBitAdam, OneBitAdamRule, Optimizer
 from optim.distributed.onebit import _compress, _signs, padded
 from tests.optim.distributed import jobs
 from tests.optim.harness import assert_same, parameters, randn, set_grads, train

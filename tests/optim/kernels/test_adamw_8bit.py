@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from optim import AdamW8bit
 from optim.kernels import adamw, adamw_8bit
-from optim.wrappers.quantized import _BOOKS  # the code books, as the wrapper hands them to the kernel
+from optim.wrappers.codebooks import BOOKS
 from tests.kernels import assert_rounded, counted, odd_sizes, poisoned
 
-BOOKS = (_BOOKS[True].values, _BOOKS[False].values)
+BOOKS = (BOOKS[True].values, BOOKS[False].values)
 
 
 def trained(device, backend, dtype, steps, **kwargs):

@@ -1,0 +1,118 @@
+"""Making a rule or an optimizer by its name."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from optim import rules
+from optim.names import instead_of
+from optim.optimizer import Optimizer
+from optim.param_groups import Assign, Assigned, Blockwise, Ratios, SpareNorms, checked_assign, divide_groups
+from optim.rule import UpdateRule
+from optim.rules.matrices import MatrixOptimizer
+from optim.words import did_you_mean
+from optim.wrappers.low_rank import LowRank
+from optim.wrappers.quantized import Quantized
+
+RULES: dict[str, type[UpdateRule]] = {
+    kind.name: kind for kind in vars(rules).values() if isinstance(kind, type) and issubclass(kind, UpdateRule)
+}
+"""Name -> rule, of every line of `optim.rules`."""
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    name: vars(rules)[kind.__name__.removesuffix("Rule")] for name, kind in RULES.items()
+}
+"""Name -> the optimizer that runs the rule of that name."""
+
+WRAPPERS: dict[str, type[UpdateRule]] = {"low_rank": LowRank, "quantized": Quantized}
+"""Rules around a rule that has to be given, and so without an optimizer of that name."""
+
+
+def rule_from(described: Mapping[str, Any]) -> UpdateRule:
+    """The rule of `UpdateRule.describe`'s plain values.
+
+    Raises: ValueError for a name that is not in `RULES`, TypeError for a field that the rule does not have.
+    """
+    name = described.get("name")
+    kinds = RULES | WRAPPERS
+    if name not in kinds:
+        raise ValueError(f"no rule is called {name!r}{instead_of(str(name), kinds)}")
+    known = {f.name for f in fields(kinds[name])}
+    values: dict[str, Any] = {}
+    for key, value in described.items():
+        if key == "name":
+            continue
+        if key not in known:
+            raise TypeError(f"{name}: no setting {key!r}{did_you_mean(key, known)}")
+        values[key] = rule_from(value) if isinstance(value, Mapping) else value
+    return kinds[name](**values)
+
+
+def check_optimizer(name: str) -> None:
+    """ValueError for a name that no optimizer has, saying which one is probably meant or does the same."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"no optimizer is called {name!r}{instead_of(name, OPTIMIZERS)}")
+
+
+def create(
+    name: str,
+    parameters: nn.Module | Iterable[tuple[str, Tensor]],
+    *,
+    lr: float | Tensor,
+    weight_decay: float = 0.0,
+    decay_all: bool = True,
+    block_ratios: Ratios | None = None,
+    blocks: str | int | Mapping[str, str | int] | None = None,
+    assign: Assign | None = None,
+    **hyper: Any,
+) -> Optimizer:
+    """The optimizer of that name; hyper are the keywords of its class, `OPTIMIZERS[name]`.
+
+    parameters: `model.named_parameters()`, or the model, of which those that require a gradient are taken. The model
+    tells more: types of modules beside names and shapes; see `optim.roles.roles`.
+    Rules for matrices ("muon", "normuon", "conda", ...) get the hidden matrices and AdamW the rest; see
+    `MatrixOptimizer`, and `group_table` for what went where.
+    weight_decay: none unless given, whatever the class's own default is.
+    decay_all: without it biases and norms have no weight decay; see `without_decay`.
+    block_ratios: "paper" or block -> ratio multiplies every group's rates by block of a transformer; see `blockwise`.
+    blocks: part of a name -> block of a transformer, for `block_ratios` and "adam_mini" where names do not tell; the
+    latter takes its own as well, see `AdamMini`.
+    assign: part of a name -> settings of the parameters that hold it (`lr`, `weight_decay`, fields of the rule); with a
+    rule for matrices also "matrix" or "adamw". The first part that a name holds wins.
+    A group that `add_param_group` adds later is divided in the same way.
+    Raises: ValueError for an unknown name, TypeError for an unknown keyword (both say what was probably meant),
+    ValueError for values out of range and for parts that no name holds.
+    """
+    check_optimizer(name)
+    kind = OPTIMIZERS[name]
+    classes = [cls for cls in kind.__mro__ if issubclass(cls, Optimizer) and cls is not Optimizer]
+    known = {key for cls in classes for key in inspect.signature(cls).parameters}
+    known -= {"params", "parameters", "named_parameters", "fields", "options", "rule", "kinds"}
+    known -= {"adamw_wrapper", "adamw_lr_missing"}
+    known |= RULES[name]().settings()
+    for key in hyper:
+        if key not in known:
+            raise TypeError(f"optimizer {name!r} has no setting {key!r}{did_you_mean(key, known)}")
+    if not isinstance(parameters, nn.Module):
+        parameters = list(parameters)
+    if issubclass(kind, MatrixOptimizer):
+        hyper["assign"] = assign
+    if blocks is not None:
+        if "blocks" in known:
+            hyper["blocks"] = blocks
+        elif block_ratios is None or not isinstance(blocks, Mapping):
+            raise TypeError(f"optimizer {name!r} has no blocks; `blocks` goes with block_ratios, or with 'adam_mini'")
+    optimizer = kind(parameters, lr=lr, weight_decay=weight_decay, **hyper)
+    names = [name for group in optimizer.param_groups for name in group.get("param_names", [])]
+    if assign is not None and not issubclass(kind, MatrixOptimizer):
+        settings = optimizer.defaults["rule"].settings() | {"lr", "weight_decay"}
+        divide_groups(optimizer, Assigned(checked_assign(kind.__name__, assign, settings, {}, names)))
+    if block_ratios is not None:
+        by_block = {part: str(block) for part, block in blocks.items()} if isinstance(blocks, Mapping) else None
+        divide_groups(optimizer, Blockwise(block_ratios, by_block, names))
+    if not decay_all:
+        divide_groups(optimizer, SpareNorms(parameters if isinstance(parameters, nn.Module) else None))
+    return optimizer

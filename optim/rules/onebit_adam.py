@@ -1,0 +1,174 @@
+"""1-bit Adam: after a warm-up the second moment stands still, and workers exchange signs of the first."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from optim import fused
+from optim.checks import check_counts, check_non_negative, checked_betas
+from optim.distributed.collectives import all_reduced_means, group_size
+from optim.distributed.onebit import compressed_means, padded
+from optim.optimizer import Optimizer, Params
+from optim.rule import State, UpdateRule, zero_moment, zero_step
+from optim.sharding import is_sharded
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneBitAdamRule(UpdateRule):
+    """u = m / (sqrt(v) + eps), with m <- b1 m + (1 - b1) g, and v <- b2 v + (1 - b2) g^2 in the first `freeze_step`
+    steps; after them v stands still. No bias correction.
+
+    Shapes: elementwise; moments have the parameter's shape.
+    State: 8 bytes a parameter (two float32 moments) and a step count.
+    Source: Tang et al. 2021, arXiv 2102.02888, algorithm 1; DeepSpeed, runtime/fp16/onebit/adam.py.
+    Differs: see `OneBitAdam`, which adds what passes between workers. The paper and its code advise 15 to 25 per cent
+    of all steps for `freeze_step`.
+    """
+
+    name: ClassVar[str] = "onebit_adam"
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    freeze_step: int = 100_000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", checked_betas("OneBitAdamRule", self.betas))
+        check_non_negative("OneBitAdamRule", eps=self.eps)
+        check_counts("OneBitAdamRule", freeze_step=self.freeze_step)
+
+    def init(self, param: Tensor) -> State:
+        """Zero moments and step count. Raises: ValueError for a shard: workers hold whole parameters."""
+        if is_sharded(param):
+            raise ValueError("OneBitAdamRule: a parameter is sharded; its workers hold whole ones, as under DDP")
+        return {"step": zero_step(), "exp_avg": zero_moment(param), "exp_avg_sq": zero_moment(param)}
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """The direction u of the class docstring, in the moments' dtype."""
+        b1, b2 = self.betas
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        g = grad.to(m.dtype)
+        t = state["step"] + 1
+        m = b1 * m + (1 - b1) * g
+        v = torch.where((t > self.freeze_step).to(v.device), v, b2 * v + (1 - b2) * g * g)
+        return m / (v.sqrt() + self.eps), {"step": t, "exp_avg": m, "exp_avg_sq": v}
+
+
+class OneBitAdam(Optimizer):
+    """`Optimizer` running `OneBitAdamRule` on several workers, each with the gradient of its own data.
+
+    In the warm-up gradients are averaged by all-reduce. Then every worker moves the shared momentum by its own
+    gradient, and `compressed_means` makes it common again with one bit an entry. So nobody else may average gradients
+    after the warm-up: leave out `DistributedDataParallel`, or backpropagate under its `no_sync()`. With one process
+    nothing is sent and nothing compressed. After the warm-up a gradient that is not finite on any worker would make
+    the scale of its tensor NaN on all: that tensor and its errors are left alone on every one, with a warning.
+
+    process_group: the workers; all of them by default.
+    masks: parameter's name -> tensor of 0 and 1; where it is 0 the momentum is 0 after each exchange.
+    mask_unseen: mask too where v is 0 when it stands still: an exact zero cannot be sent, so there m / eps would grow
+    without bound.
+    Raises: ValueError for a mask of an unknown name or another shape, and for sharded parameters.
+    State: `OneBitAdamRule`'s; beside it each worker has the errors of its own compression, 4 bytes a parameter, and as
+    a server 4 / workers. They differ by worker and are not in a checkpoint: a resumed run starts them at 0, as the
+    published one does.
+    Differs: the published code loses the first gradient to its set-up and so makes ``freeze_step - 1`` updates with a
+    moving v; here there are `freeze_step`. It has no `mask_unseen` (False is its form). It sends each tensor by itself;
+    here one message carries them all, of the same content.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        freeze_step: int = 100_000,
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        mask_unseen: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.process_group, self.mask_unseen = process_group, mask_unseen
+        self._errors: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._masks: dict[Tensor, Tensor] = {}
+        rule = OneBitAdamRule(betas=betas, eps=eps, freeze_step=freeze_step)
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay)
+        named = dict(pair for g in self.param_groups if "param_names" in g
+                     for pair in zip(g["param_names"], g["params"], strict=True))
+        for name, mask in (masks or {}).items():
+            if name not in named:
+                raise ValueError(f"OneBitAdam: a mask for {name!r}, which is no parameter with that name")
+            if mask.shape != named[name].shape:
+                raise ValueError(
+                    f"OneBitAdam: the mask of {name!r} has shape {tuple(mask.shape)}, not {tuple(named[name].shape)}"
+                )
+            self._masks[named[name]] = mask
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Torch copies and pickles no more than groups and states."""
+        own = ("process_group", "mask_unseen", "_errors", "_masks")
+        return super().__getstate__() | {key: getattr(self, key) for key in own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `Optimizer`'s; the errors, which belong to the run before, start at 0."""
+        super().load_state_dict(state_dict)
+        self._errors.clear()
+
+    def _step_those(
+        self, rule: UpdateRule, params: list[Tensor], grads: list[Tensor], *, lr: float | Tensor, weight_decay: float
+    ) -> list[bool]:
+        if group_size(self.process_group) == 1 or not isinstance(rule, OneBitAdamRule):
+            return super()._step_those(rule, params, grads, lr=lr, weight_decay=weight_decay)
+        states = self._states_of(rule, params)
+        # by the counts, which a parameter that missed gradients has of its own, and which are the same on every worker
+        early = [i for i, state in enumerate(states) if state["step"] < rule.freeze_step]
+        late = [i for i, state in enumerate(states) if state["step"] >= rule.freeze_step]
+        if early:
+            means = all_reduced_means([grads[i] for i in early], self.process_group)
+            super()._step_those(rule, [params[i] for i in early], means, lr=lr, weight_decay=weight_decay)
+        fine = [True] * len(params)
+        for i, good in zip(late, self._finite_everywhere([grads[i] for i in late]), strict=True):
+            fine[i] = good
+        late = [i for i in late if fine[i]]
+        if late:
+            self._compressed(rule, [(params[i], grads[i], states[i]) for i in late], lr, weight_decay)
+        return fine
+
+    def _finite_everywhere(self, grads: Sequence[Tensor]) -> list[bool]:
+        """Of each gradient, whether all its entries are finite on all workers; one byte each is sent."""
+        if not grads:
+            return []
+        fine = torch.tensor(fused.all_finite(grads), dtype=torch.uint8, device=grads[0].device)
+        dist.all_reduce(fine, op=dist.ReduceOp.MIN, group=self.process_group)
+        return [bool(good) for good in fine.tolist()]
+
+    def _compressed(
+        self, rule: OneBitAdamRule, entries: Sequence[tuple[Tensor, Tensor, State]], lr: float | Tensor, decay: float
+    ) -> None:
+        b1 = rule.betas[0]
+        for _, grad, state in entries:
+            state["step"] += 1
+            state["exp_avg"].mul_(b1).add_(grad.to(state["exp_avg"].dtype), alpha=1 - b1)
+        moments = [state["exp_avg"] for _, _, state in entries]
+        errors = [self._errors_of(param, m) for (param, _, _), m in zip(entries, moments, strict=True)]
+        for (param, _, state), m in zip(entries, compressed_means(moments, errors, self.process_group), strict=True):
+            if param in self._masks:
+                m = m * self._masks[param].to(m)
+            if self.mask_unseen:
+                m = torch.where(state["exp_avg_sq"] == 0, 0.0, m)
+            state["exp_avg"].copy_(m)
+            work = param.to(m.dtype)
+            direction = m / (state["exp_avg_sq"].sqrt() + rule.eps)
+            param.copy_(work - lr * (direction + decay * work if decay else direction))
+
+    def _errors_of(self, param: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+        """What this worker, and this worker as a server, failed to send so far."""
+        if param not in self._errors:
+            workers = group_size(self.process_group)
+            size = padded(param.numel(), workers)
+            self._errors[param] = moment.new_zeros(size), moment.new_zeros(size // workers)
+        return self._errors[param]
