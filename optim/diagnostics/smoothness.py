@@ -298,4 +298,4 @@ def _check_counts(**counts: int) -> None:
             raise ValueError(f"smoothness: {name} = {value!r}; it must be a whole number of at least 1")
 
 
-_mix = curvature._mix
+_mix = curvature.mix

@@ -1,0 +1,96 @@
+"""Hessian-vector products."""
+
+import math
+import re
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from optim.curvature.losses import Loss, Parts, add, parts_of, private, refuse_sharded, scalar
+
+_ONCE_ONLY = re.compile(r"not implemented|double backward|differentiate twice")
+"""How torch's errors say that an operation has no second derivative: kernels, torch.compile, once_differentiable."""
+
+
+def hvp(
+    loss_fn: Parts, params: Sequence[Tensor], vectors: Sequence[Tensor], *, method: str = "auto"
+) -> list[Tensor | None]:
+    """H v for each parameter, H the Hessian of the loss in all `params` together, in the moments' dtype.
+
+    method: "exact" differentiates the gradient, with torch's math kernel for attention, since the fused ones have no
+    second derivative. "difference" is (g(p + d v) - g(p - d v)) / 2d: any kernel, but half the digits; parameters move
+    and come back bit for bit. "auto" takes the second where an operation of the loss has no second derivative. (A
+    custom `autograd.Function` with a once-differentiable backward does not say so: torch counts that part as linear,
+    which is noticed only if nothing of the gradient depends on a parameter.)
+    Cost: about three gradients, and the memory of a graph of the gradient; "difference" two gradients and a copy.
+    None where the loss does not depend on a parameter.
+    Raises: ValueError for an unsuitable loss, and for a difference at 16-bit parameters, which would round it away;
+    TypeError for sharded parameters.
+    """
+    if method not in ("auto", "exact", "difference"):
+        raise ValueError(f"curvature.hvp: method = {method!r}; it must be 'auto', 'exact' or 'difference'")
+    refuse_sharded(params)
+    with private(params):
+        if method != "difference":
+            try:
+                return _exact(parts_of(loss_fn), params, vectors)
+            except RuntimeError as error:
+                if method == "exact" or not _ONCE_ONLY.search(str(error)):
+                    raise
+                warnings.warn(
+                    f"curvature: no second derivative here ({str(error).splitlines()[0]}); using finite differences",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return _difference(parts_of(loss_fn), params, vectors)
+
+
+def _exact(parts: Sequence[Loss], params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor | None]:
+    total: list[Tensor | None] = [None] * len(params)
+    for part in parts:
+        with sdpa_kernel(SDPBackend.MATH):
+            grads = torch.autograd.grad(scalar(part()), list(params), create_graph=True, allow_unused=True)
+        used = [(g, v) for g, v in zip(grads, vectors, strict=True) if g is not None and g.requires_grad]
+        products: Sequence[Tensor | None] = [None] * len(params)
+        if used:
+            products = torch.autograd.grad([g for g, _ in used], list(params), [v for _, v in used], allow_unused=True)
+        if all(h is None for h in products):  # zeros would be right for a linear loss, not for kernels without a graph
+            raise RuntimeError("second derivative not implemented: the gradient depends on no parameter")
+        pairs = zip(grads, products, strict=True)
+        add(total, [torch.zeros_like(g) if h is None and g is not None else h for g, h in pairs])
+    return total
+
+
+def _difference(parts: Sequence[Loss], params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor | None]:
+    if any(p.dtype.itemsize < 4 for p in params):
+        raise ValueError(
+            "curvature: a finite difference at 16-bit parameters would be rounded away; use float32 parameters, or "
+            "kernels with second derivatives (attn_implementation='sdpa' or 'eager', no torch.compile)"
+        )
+    size, length = _norm(params), _norm(vectors)
+    relative = 1e-5 if all(p.dtype == torch.float64 for p in params) else 1e-3
+    delta = relative * (size or 1.0) / (length or 1.0)
+    kept = [p.detach().clone() for p in params]
+    sides: list[list[Tensor | None]] = []
+    try:
+        for sign in (1, -1):
+            with torch.no_grad():
+                for p, start, v in zip(params, kept, vectors, strict=True):
+                    p.copy_(start + sign * delta * v)
+            total: list[Tensor | None] = [None] * len(params)
+            with private(params):  # the same dropout on both sides
+                for part in parts:
+                    add(total, torch.autograd.grad(scalar(part()), list(params), allow_unused=True))
+            sides.append(total)
+    finally:
+        with torch.no_grad():
+            for p, start in zip(params, kept, strict=True):
+                p.copy_(start)
+    return [None if a is None or b is None else (a - b) / (2 * delta) for a, b in zip(*sides, strict=True)]
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))

@@ -1,0 +1,129 @@
+"""Rules that read a curvature, and what renews it."""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from optim.curvature.diagonals import draw, gauss_newton, hutchinson
+from optim.curvature.losses import Parts, mix, rank_count, refuse_sharded
+from optim.rule import State, UpdateRule, moment_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureRule(UpdateRule):
+    """A rule whose state has an entry that `update` reads and only `refresh` renews, every `refresh_every` steps.
+
+    Until the first refresh `update` must do something sensible without it.
+    """
+
+    probe: ClassVar[Literal["labels", "normal", "signs"]]
+    """The estimator: `gauss_newton` with sampled labels, or `hutchinson` with normal vectors or random signs."""
+
+    refresh_at_start: ClassVar[bool] = True
+    """Whether the first refresh comes before the first step, or after `refresh_every` of them."""
+
+    refresh_every: int = 10
+
+    def __post_init__(self) -> None:
+        _check_every(type(self).__name__ + ": refresh_every", self.refresh_every)
+
+    @abstractmethod
+    def absorb(self, estimate: Tensor, state: State) -> State:
+        """The entries of the state that an estimate [*shape] of the diagonal renews; arguments untouched."""
+
+
+def refresh(optimizer: torch.optim.Optimizer, loss_fn: Parts, *, every: int | None = None, seed: int = 0) -> bool:
+    """Renew the curvature of every parameter whose rule reads one, if it is due; whether it was.
+
+    Call it before every `optimizer.step()`, with the loss of the current batch, unscaled and as it is minimised. The
+    rules say which estimate they want, at most two passes over the batch each; without such rules nothing happens.
+
+    loss_fn: computes the loss and its graph anew. For rules with sampled labels (Sophia-G) it is a mean of
+    `torch.nn.functional.cross_entropy` over all label terms, whose labels are replaced while it runs.
+    every: steps from one refresh to the next; the rules' own `refresh_every` by default.
+
+    Of the optimizer nothing but the curvature entries of its state changes; parameters, gradients and the global
+    generators are as before. The loss is computed as `loss_fn` computes it: dropout is drawn as the next forward pass
+    will draw it, not as the one of this step was, and buffers that a forward pass updates (BatchNorm's statistics) are
+    updated by these passes too. Steps are counted by the optimizer's state, and probes are seeded by (seed, step,
+    parameter), so a resumed run goes on bit for bit. With `torch.distributed`, probes are the same on all ranks,
+    labels are not, and estimates are averaged: call it on all ranks.
+
+    A parameter that the loss does not reach keeps what it has; so does one whose estimate is not finite, with a
+    RuntimeWarning that names it.
+    Raises: ValueError for an unsuitable loss, TypeError for sharded parameters.
+    """
+    if every is not None:
+        _check_every("curvature.refresh: every", every)
+    refuse_sharded(param for _, _, param in _wanting(optimizer) if param.requires_grad)
+    step = _steps_taken(optimizer)
+    due: dict[str, dict[int, Tensor]] = {}
+    for index, rule, param in _wanting(optimizer):
+        k = rule.refresh_every if every is None else every
+        if step % k == 0 and (step > 0 or rule.refresh_at_start) and param.requires_grad:
+            due.setdefault(rule.probe, {})[index] = param
+    for probe, entries in due.items():
+        params = list(entries.values())
+        if probe == "labels":
+            rank = dist.get_rank() if rank_count() > 1 else 0
+            found = gauss_newton(loss_fn, params, seed=mix(seed, step, "labels", rank))
+        else:
+            probes = [draw(p, probe, mix(seed, step, index)) for index, p in entries.items()]
+            found = hutchinson(loss_fn, params, probes)
+        absorb(optimizer, {p: h for p, h in zip(params, found, strict=True) if h is not None})
+    return bool(due)
+
+
+@torch.no_grad()
+def absorb(optimizer: torch.optim.Optimizer, estimates: Mapping[Tensor, Tensor]) -> None:
+    """Give the rules estimates of the Hessian's diagonal, parameter -> [*shape], however they were made.
+
+    Makes a parameter's state if there is none. An estimate that is not finite is left out, with a RuntimeWarning.
+    """
+    for index, rule, param in _wanting(optimizer):
+        if param not in estimates:
+            continue
+        estimate = estimates[param].to(moment_dtype(param))
+        if not bool(estimate.isfinite().all()):
+            warnings.warn(
+                f"parameter {_label(optimizer, index)}: its curvature is not finite; {rule.name} keeps what it had",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            continue
+        state = optimizer.state[param]
+        if not state:
+            state.update(rule.init(param))
+        for key, value in rule.absorb(estimate, state).items():
+            state[key].copy_(value)
+
+
+def _check_every(what: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{what} = {value!r}; it must be a whole number of steps, at least 1")
+
+
+def _wanting(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, CurvatureRule, Tensor]]:
+    """(number in the optimizer, rule, parameter) of every parameter whose rule reads curvature."""
+    offset = 0
+    for group in optimizer.param_groups:
+        if isinstance(group.get("rule"), CurvatureRule):
+            for i, param in enumerate(group["params"], start=offset):
+                yield i, group["rule"], param
+        offset += len(group["params"])
+
+
+def _steps_taken(optimizer: torch.optim.Optimizer) -> int:
+    """Steps of the optimizer so far: those of the parameter with the most (one may have been frozen in between)."""
+    return max((int(optimizer.state[p]["step"]) for _, _, p in _wanting(optimizer) if p in optimizer.state), default=0)
+
+
+def _label(optimizer: torch.optim.Optimizer, index: int) -> str:
+    names = [n for group in optimizer.param_groups for n in group.get("param_names", [None] * len(group["params"]))]
+    return f"number {index}" if names[index] is None else repr(names[index])
