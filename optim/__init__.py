@@ -32,8 +32,8 @@ from optim.rules.matrices import MatrixOptimizer
 from optim.saved import bare_name
 from optim.schedules import SCHEDULES, group_factors, schedule, schedule_options
 from optim.torch_states import to_torch_state
+from optim.unknown import did_you_mean
 from optim.update_map import Grads, UpdateMap
-from optim.words import did_you_mean
 from optim.wrappers.low_rank import LowRank
 from optim.wrappers.quantized import Quantized
 from optim.wrappers.stable_embedding import StableEmbedding, stable_embedding_groups

@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from optim import rules
-from optim.names import instead_of
 from optim.optimizer import Optimizer
 from optim.param_groups import Assign, Assigned, Blockwise, Ratios, SpareNorms, checked_assign, divide_groups
 from optim.rule import UpdateRule
 from optim.rules.matrices import MatrixOptimizer
-from optim.words import did_you_mean
+from optim.unknown import did_you_mean, instead_of
 from optim.wrappers.low_rank import LowRank
 from optim.wrappers.quantized import Quantized
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from optim.words import did_you_mean
+from optim.unknown import did_you_mean
 
 
 def linear(step: int, *, total_steps: int, warmup_steps: int = 0, min_ratio: float = 0.0) -> float:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datatools import DataError, Selection, UsageError, files, sealed, select
-from pipelines import evaluation, leakage, methods, models, report, run_files, trainer, verdicts
+from pipelines import cost, evaluation, leakage, methods, models, preflight, report, run_files, trainer, verdicts
 from pipelines.config import AuditConfig, FeaturesConfig, SelectConfig, TrainingConfig
 from pipelines.methods import Context
 from pipelines.prepare import Rows, file_facts, prepare, target_data
@@ -32,8 +32,7 @@ def run(config: AuditConfig) -> Path:
     kept: a killed audit goes on.
     Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
     """
-    if config.lora is None:
-        raise UsageError("audit: lora is null; arms are trained as adapters, so that one base model serves them all")
+    preflight.contradictions(config)
     alone("datatools audit")
     if (config.selected.parent / "run.yaml").is_file():
         run_files.refuse_special(config.selected.parent)
@@ -55,21 +54,24 @@ def run(config: AuditConfig) -> Path:
         facts: dict[str, Any] = {"model": dict(loaded.digests), "pool": file_facts(pool), "test": file_facts(test)}
         current.check(facts | {"selection": judged}, by_content=("pool", "test", "selection"))
         context = Context(_as_select(config), current, pool, target, lambda: loaded)
+        if config.dry_run:
+            _estimate(config, loaded, context, test, _planned(context, config, chosen)).announce()
+            say("dry run: data and model load; nothing was scored or trained")
+            return config.out
         with current.stage("baselines"):
             plan = [
                 (arm, seed, rows)
                 for arm in (SELECTED, *config.against)
                 for seed, rows in _arm(context, config, arm, chosen)
             ]
-        if config.dry_run:
-            tokens = sum(int(pool.scan.tokens[rows].sum()) for _, _, rows in plan) * config.training.epochs
-            say(f"dry run: {len(plan)} training runs, {tokens:,} tokens; nothing was trained")
-            return config.out
+        estimate = _estimate(config, loaded, context, test, plan, scored=True)
+        estimate.announce()
+        estimate.expect()
         results: list[dict[str, Any]] = []
         with current.stage("train and evaluate"):
             base = evaluation.losses(loaded.model, test, token_budget=2048, label=f"losses, {BASE}")
             for place, (arm, seed, rows) in enumerate(plan, start=1):
-                label = f"{place} of {len(plan)}: {arm}, seed {seed}"
+                label = _label(place, len(plan), arm, seed)
                 results.append(
                     {"arm": arm, "seed": seed} | _train_and_measure(config, loaded, pool, test, rows, arm, seed, label)
                 )
@@ -154,8 +156,6 @@ def _arm(context: Context, config: AuditConfig, arm: str, chosen: list[int]) -> 
             for seed in seeds
         ]
         return [(seed, found.indices.tolist()) for seed, found in zip(seeds, drawn, strict=True)]
-    if arm in ("tfidf", "rds") and context.target is None:
-        raise UsageError(f"audit --against {arm}: compares with target rows; name the run's target files with --target")
     candidates = methods.candidates(pool, methods.SCORERS[arm](context))
     best = select("top_k", candidates, budget).indices.tolist()
     return [(seed, best) for seed in seeds]
@@ -174,17 +174,7 @@ def _train_and_measure(
     """Held-out loss after training on `rows`; adapters and losses are kept under the hash of all that makes them."""
     assert config.lora is not None
     recipe = config.training if arm != "full" else one_pass(config.training)
-    made_of = {
-        "model": dict(loaded.digests),
-        "lora": config.lora.model_dump(mode="json"),
-        "recipe": recipe.model_dump(mode="json"),
-        "seed": seed,
-        "rows": [pool.keys[i] for i in rows],
-    }
-    home = config.arms or config.out / "arms"
-    folder = home / files.digest(files.json_bytes(made_of))[:16]
-    tested = [test.keys[i] for i in np.flatnonzero(test.usable).tolist()]  # content, not files: other templates differ
-    measured = folder / f"losses-{files.digest(files.json_bytes(tested))[:16]}.json"
+    folder, measured = _kept(config, loaded, pool, test, rows, recipe, seed)
     if measured.is_file():
         with suppress(sealed.Damaged):  # or of a version without seals: measured again
             return sealed.read_json(measured)
@@ -198,6 +188,88 @@ def _train_and_measure(
     result = {"loss": found["loss"], "tokens": found["tokens"], "rows": len(rows), "trained_tokens": trained}
     sealed.write_json(measured, result)
     return result
+
+
+def _kept(
+    config: AuditConfig,
+    loaded: models.LoadedModel,
+    pool: Rows,
+    test: Rows,
+    rows: list[int],
+    recipe: TrainingConfig,
+    seed: int,
+) -> tuple[Path, Path]:
+    """The folder of an arm's adapter, and the file of its losses: named for all that makes them."""
+    assert config.lora is not None
+    made_of = {
+        "model": dict(loaded.digests),
+        "lora": config.lora.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json"),
+        "seed": seed,
+        "rows": [pool.keys[i] for i in rows],
+    }
+    folder = (config.arms or config.out / "arms") / files.digest(files.json_bytes(made_of))[:16]
+    tested = [test.keys[i] for i in np.flatnonzero(test.usable).tolist()]  # content, not files: other templates differ
+    return folder, folder / f"losses-{files.digest(files.json_bytes(tested))[:16]}.json"
+
+
+def _label(place: int, runs: int, arm: str, seed: int) -> str:
+    return f"{place} of {runs}: {arm}, seed {seed}"
+
+
+def _planned(context: Context, config: AuditConfig, chosen: list[int]) -> list[tuple[str, int, list[int]]]:
+    """(arm, seed, rows) as far as no score is needed: of an arm that is scored the rows stand for as many others."""
+    plan = []
+    for arm in (SELECTED, *config.against):
+        if arm in ("tfidf", "rds", "loss"):
+            plan += [(arm, seed, chosen) for seed in range(config.seed, config.seed + config.seeds)]
+        else:
+            plan += [(arm, seed, rows) for seed, rows in _arm(context, config, arm, chosen)]
+    return plan
+
+
+def _estimate(
+    config: AuditConfig,
+    loaded: models.LoadedModel,
+    context: Context,
+    test: Rows,
+    plan: list[tuple[str, int, list[int]]],
+    scored: bool = False,
+) -> cost.Estimate:
+    """What the audit will take: runs and losses that are not there yet, and scores unless they are `scored`."""
+    pool = context.pool
+    with cost.as_trained(loaded.model, config.lora) as module:
+        found = cost.probe(module, int(np.median(pool.scan.tokens[pool.usable])))
+        rule = cost.recipe_of(config.training, module)
+    tested = test.tokens()
+    losses = found.seconds(tested, max(1, tested // 2048), gradient=False)
+    parts, tokens, done = {f"losses, {BASE}": losses}, tested, 0
+    wanted = context.target.tokens() if context.target is not None else 0
+    for arm, whole in (("rds", pool.tokens() + wanted), ("loss", pool.tokens())):
+        if arm in config.against and not scored:
+            parts[f"scores of {arm}"] = found.seconds(whole, max(1, whole // 1024), gradient=False)
+            tokens += whole
+    for place, (arm, seed, rows) in enumerate(plan, start=1):
+        recipe = config.training if arm != "full" else one_pass(config.training)
+        label = _label(place, len(plan), arm, seed)
+        folder, measured = _kept(config, loaded, pool, test, rows, recipe, seed)
+        if measured.is_file() and (scored or arm not in ("tfidf", "rds", "loss")):
+            done += 1
+            continue
+        lengths = pool.scan.tokens[rows].tolist()
+        if not trainer.is_complete(folder / "adapter"):
+            parts[label] = cost.training(found, rule, recipe, lengths)
+            tokens += sum(lengths) * recipe.epochs
+        parts[f"losses, {label}"] = losses
+        tokens += tested
+    return cost.Estimate(
+        parts=parts,
+        tokens=tokens,
+        memory=cost.memory(found, rule.state, config.training.micro_tokens),
+        disk=(len(plan) - done) * (found.trainable * found.width + cost.ADAPTER_BYTES),
+        done=f"{done} of {len(plan)} training runs are done" if done else "",
+        based_on=f"{len(plan)} training runs; {found.text()}",
+    )
 
 
 def one_pass(recipe: TrainingConfig) -> TrainingConfig:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+import typer.core
 
 from pipelines import threads
 
@@ -29,20 +30,53 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     help="Which training rows make a language model better at what you want, and proof that they do.\n\n"
-    "Start with `datatools demo`, then `datatools select --help`. Something does not work: `datatools doctor`.",
+    "\b\nStart with `datatools demo`,\nthen `datatools select --help`.\nSomething does not work: `datatools doctor`.",
 )
 
 F = TypeVar("F", bound=Callable[..., None])
 
 
+_WIDTH = 56  # of an example: a narrow terminal shows it as it is
+_WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")
+
+
+class _Command(typer.core.TyperCommand):
+    """A command whose help ends with examples that can be pasted: nothing pads or wraps them."""
+
+    examples: tuple[str, ...] = ()
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Typer's help, then the examples."""
+        super().format_help(ctx, formatter)
+        typer.echo("\n".join([" Examples:", *self.examples]))
+
+
+def pasteable(command: str) -> str:
+    """A command in lines of at most `_WIDTH` characters, broken with backslashes; an option stays with its value."""
+    words: list[str] = []
+    for word in _WORD.findall(command):
+        if words and words[-1].startswith("--") and " " not in words[-1] and not word.startswith("-"):
+            words[-1] += f" {word}"
+        else:
+            words.append(word)
+    lines = [f"  {words[0]}"]
+    for word in words[1:]:
+        if len(lines[-1]) + len(word) + 3 <= _WIDTH + 2:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"      {word}")
+    return " \\\n".join(lines)
+
+
 def _command(name: str, *examples: str) -> Callable[[F], F]:
-    """Register a command; its help is the docstring and the examples."""
+    """Register a command; its help is the docstring and the examples. A line that ends in a backslash goes on."""
+    whole = "\n".join(examples).replace("\\\n", " ").split("\n")
+    shown = type("_Command", (_Command,), {"examples": tuple(map(pasteable, whole))})
 
     def register(function: F) -> F:
         text = inspect.getdoc(function) or ""
-        shown = "\n".join(f"  {line}" for line in examples)
         first = re.split(r"(?<=[.?:]) ", text.split("\n")[0])[0].rstrip(":")
-        return app.command(name, help=f"{text}\n\n\b\nExamples:\n{shown}", short_help=first)(function)
+        return app.command(name, cls=shown, help=text, short_help=first)(function)
 
     return register
 
@@ -112,10 +146,10 @@ DedupOption = Annotated[
 ]
 
 OptimizerOption = Annotated[
-    str | None, _flag("--optimizer", "a name from: datatools ls optimizers", _TRAINING, "adamw", metavar="NAME")
+    str | None, _flag("--optimizer", "see: datatools ls optimizers", _TRAINING, "adamw", metavar="NAME")
 ]
 ScheduleOption = Annotated[
-    str | None, _flag("--schedule", "a name from: datatools ls schedules", _TRAINING, "linear", metavar="NAME")
+    str | None, _flag("--schedule", "see: datatools ls schedules", _TRAINING, "linear", metavar="NAME")
 ]
 LearningRateOption = Annotated[
     float | None, _flag("--learning-rate", "peak learning rate", _TRAINING, 0.001, metavar="X")
@@ -158,7 +192,7 @@ def select(
     out: OutOption = None,
     seed: SeedOption = None,
     method: Annotated[
-        str | None, _flag("--method", "a name from: datatools ls methods", _METHOD, "less", metavar="NAME")
+        str | None, _flag("--method", "see: datatools ls methods", _METHOD, "less", metavar="NAME")
     ] = None,
     on_bad_row: BadRowOption = None,
     columns: ColumnsOption = None,
@@ -179,7 +213,7 @@ def select(
         _flag("--adam-mode", "form of Adam's update: paper, code or precond_only", _METHOD, "paper", metavar="FORM"),
     ] = None,
     projector: Annotated[
-        str | None, _flag("--projector", "a name from: datatools ls projectors", _METHOD, "sjlt", metavar="NAME")
+        str | None, _flag("--projector", "see: datatools ls projectors", _METHOD, "sjlt", metavar="NAME")
     ] = None,
     dim: Annotated[int | None, _flag("--dim", "numbers a gradient feature", _METHOD, 8192, metavar="N")] = None,
     chat_template: ChatOption = None,
@@ -434,7 +468,7 @@ def order(
     ] = None,
     optimizer: OptimizerOption = None,
     schedule: Annotated[
-        str | None, _flag("--schedule", "a name from: datatools ls schedules", _TRAINING, "constant", metavar="NAME")
+        str | None, _flag("--schedule", "see: datatools ls schedules", _TRAINING, "constant", metavar="NAME")
     ] = None,
     learning_rate: Annotated[
         float | None, _flag("--learning-rate", "peak learning rate", _TRAINING, 0.0001, metavar="X")
@@ -460,7 +494,7 @@ def order(
     from pipelines.config import ORDER_TASKS, OrderConfig
     from pipelines.config_files import order_base
 
-    again = task not in ORDER_TASKS and yaml is None and Path(task).is_file()
+    again = task not in ORDER_TASKS and yaml is None and Path(task).expanduser().is_file()
     if again:  # a run's own run.yaml, which says what to do
         yaml = Path(task)
     elif task not in ORDER_TASKS:
@@ -595,7 +629,7 @@ def audit(
     ] = None,
     optimizer: Annotated[
         str | None,
-        _flag("--optimizer", "a name from: datatools ls optimizers; else as in the run", _TRAINING, metavar="NAME"),
+        _flag("--optimizer", "see: datatools ls optimizers; else as in the run", _TRAINING, metavar="NAME"),
     ] = None,
     learning_rate: Annotated[
         float | None, _flag("--learning-rate", "peak learning rate; else as in the run", _TRAINING, metavar="X")
@@ -737,7 +771,9 @@ def explain(
     """Why was this row selected, or not? Its score and rank, and the target rows that it resembles most."""
     from datatools import UsageError
     from pipelines.config import ExplainConfig
+    from pipelines.config import home as opened
 
+    place = opened(place)
     shown = {"nearest": nearest, "trust_remote_code": trust_remote_code or None}
     if row is not None:
         home = Path(place)
@@ -765,6 +801,11 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a run", show_default=False)],
 ) -> None:
     """Draw report.html of a run again, from what the run has written."""
+    from pipelines import preflight
+    from pipelines.config import home
+
+    folder = Path(home(str(folder)))
+    preflight.run_folder(folder)
     from pipelines.pages import draw
 
     typer.echo(draw(folder))
@@ -854,7 +895,10 @@ def _yaml(argument: Path | None, option: Path | None) -> Path | None:
         from datatools import UsageError
 
         raise UsageError(f"two files with settings, {argument} and --config {option}; give one")
-    return argument if argument is not None else option
+    from pipelines.config import home
+
+    given = argument if argument is not None else option
+    return None if given is None else Path(home(str(given)))
 
 
 def _training_flags(optimizer: object, learning_rate: object, epochs: object, batch_size: object) -> dict[str, object]:
@@ -884,14 +928,16 @@ def _launch(
     **base: Any,
 ) -> None:
     """Build the configuration and call `entry` ("module:function") with it, or print it."""
-    from pipelines import preflight, runs
+    from pipelines import runs
     from pipelines.config_files import dump, load_config
 
     config = load_config(model, yaml, flags, sets, **base)
     if print_config:
         typer.echo(dump(config, comments=True), nl=False)
         return
-    preflight.check(config)
+    from pipelines import preflight
+
+    preflight.check(config, re.split(r"[.:]", entry)[1])
     runs.set_quiet(quiet)
     runs.Run.last_folder = None
     module, _, name = entry.partition(":")

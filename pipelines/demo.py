@@ -58,5 +58,9 @@ def run(config: DemoConfig) -> Path:
                 accept_change=config.accept_change,
             )
         )
+    if config.dry_run:
+        if config.seeds:
+            say(f"then an audit: {2 * config.seeds} training runs of as many rows as are selected, 3 epochs each")
+        return config.out
     say(f"{duration(time.monotonic() - started)} in all; look at {config.out / 'report.html'}")
     return config.out

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import optim
 from datatools import DataError, UsageError, files, token_batches
 from optim import diagnostics
-from pipelines import diagnose_view, models, redaction
+from pipelines import cost, diagnose_view, models, redaction
 from pipelines.config import CHECKS, DiagnoseConfig, Json
 from pipelines.models import LoadedModel, collate, supervised_tokens, token_losses
 from pipelines.prepare import Rows, file_facts, prepare
@@ -54,7 +54,7 @@ def run(config: DiagnoseConfig) -> Path:
         tokens = int(rows.scan.tokens[picked].sum())
         say(f"{len(picked):,} rows, {tokens:,} tokens; checks: {', '.join(chosen)}; {_passes(config, chosen)}")
         if config.dry_run:
-            models.load(config.model)
+            _estimate(config, chosen, tokens, len(picked)).announce()
             say("dry run: data and model load; nothing was measured")
             return config.out
         files.make_folder(current.path("checks"))
@@ -96,10 +96,30 @@ def _check_optimizers(config: DiagnoseConfig) -> None:
 
 
 def _passes(config: DiagnoseConfig, chosen: Sequence[str]) -> str:
-    """The cost in passes over the rows, forward and backward; a Hessian-vector product counts as three."""
+    """The cost in passes over the rows, forward and backward."""
+    return f"about {_counted(config, chosen):,} forward and backward passes over them"
+
+
+def _counted(config: DiagnoseConfig, chosen: Sequence[str]) -> int:
+    """Passes over the rows; a Hessian-vector product counts as three."""
     probes = config.probes * (2 if config.rotate else 1) + config.lanczos_steps + FROBENIUS_PROBES
-    cost = {"sharpness": 1, "spectrum": 1, "smoothness": 1 + 3 * probes}
-    return f"about {sum(cost.get(name, 0) for name in chosen):,} forward and backward passes over them"
+    each = {"sharpness": 1, "spectrum": 1, "smoothness": 1 + 3 * probes}
+    return sum(each.get(name, 0) for name in chosen)
+
+
+def _estimate(config: DiagnoseConfig, chosen: Sequence[str], tokens: int, rows: int) -> cost.Estimate:
+    """What the checks will take; the spectra of large matrices come on top, and double-descent on its own data."""
+    loaded = _load(config)
+    found = cost.probe(loaded.model, tokens // max(1, rows))
+    seconds = _counted(config, chosen) * found.seconds(tokens, max(1, tokens // config.token_budget))
+    kept = min(BASIS_BYTES, 4 * found.trainable * config.lanczos_steps) if "smoothness" in chosen else 0
+    return cost.Estimate(
+        parts={"checks": seconds},
+        tokens=_counted(config, chosen) * tokens,
+        memory=cost.memory(found, kept, config.token_budget),
+        disk=1_000_000,
+        based_on=found.text(),
+    )
 
 
 def _result(current: Run, name: str) -> Any:

@@ -36,10 +36,10 @@ from datatools import (
     visit_per_sample_grads,
 )
 from optim import SGDRule, UpdateMap, UpdateRule
-from pipelines import checkpoints, models, numerics, trainer
+from pipelines import checkpoints, cost, models, numerics, trainer
 from pipelines.config import SelectConfig
 from pipelines.prepare import Rows
-from pipelines.runs import Run, derive_seed, library_warnings, progress, say, warn
+from pipelines.runs import Run, derive_seed, library_warnings, peak_rss_bytes, progress, say, warn
 
 FEATURE_VERSION = "2"
 """Raise it when the same model, row and settings give other features: stores made before are then refused, not
@@ -63,7 +63,7 @@ class Scored:
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     feature_bytes: int = 0
     tokens: int = 0
-    """Tokens that went through a model for this score."""
+    """Tokens that went through a model for this score, over all attempts."""
 
 
 @dataclass
@@ -389,6 +389,7 @@ def _fill(
     scored: Scored,
 ) -> None:
     missing = {key for unit in store.missing_units() for key in store.unit_keys(unit)}
+    scored.tokens += sum(int(rows.scan.tokens[i]) for i in first.values())
     if not missing:
         return
     lengths = {key: int(rows.scan.tokens[first[key]]) for key in missing}
@@ -410,7 +411,6 @@ def _fill(
             token_budget=context.config.features.token_budget,
             advance=lambda n, tokens: bar.advance(tokens),
         )
-    scored.tokens += todo
 
 
 def _described(rule: UpdateRule) -> str:
@@ -646,26 +646,21 @@ def check(config: SelectConfig) -> None:
     trainer.check(config.warmup)
 
 
-def seconds_a_token(context: Context, samples: int = 2, *, backward: bool = True) -> float:
-    """Measured seconds a token on rows of median length, for the estimate before a run.
+def pace(context: Context, samples: int = 2, *, backward: bool = True) -> tuple[float, int]:
+    """Measured seconds a token, on made-up rows of the pool's median length, and the bytes of memory at the peak.
 
     backward: forward and the gradients of each row, at the user's first checkpoint or with fresh adapters; else forward
     alone.
     """
     loaded, pool = context.model(), context.pool
-    chosen = np.flatnonzero(pool.usable)
-    order = chosen[np.argsort(pool.scan.tokens[chosen], kind="stable")]
-    middle = len(order) // 2
-    lengths = pool.scan.tokens[order]
-    count = max(1, min(len(order), 256 // max(1, int(lengths[middle]))))
-    start = max(0, min(middle - count // 2, len(order) - count))
-    rows = order[start : start + count].tolist()
-    batch = pool.batch(rows, loaded.model.device)
+    length = int(np.median(pool.scan.tokens[pool.usable]))
+    batch = cost.made_up(loaded.model, length, 256)
     times = []
     method: Any = context.config.features.method
     losses = models.losses_for(method)
-    with _as_trained(context) if backward else nullcontext(loaded.model) as module:
+    with torch.random.fork_rng(devices=[]), _as_trained(context) if backward else nullcontext(loaded.model) as module:
         names = models.seen_parameters(module, checkpoints.trainable(module), method) if backward else []
+        kept = cost.saved(module, batch) / batch["input_ids"].numel() if backward else 0.0
         for _ in range(samples):
             begin = time.perf_counter()
             if backward:
@@ -675,7 +670,9 @@ def seconds_a_token(context: Context, samples: int = 2, *, backward: bool = True
                 with torch.inference_mode():
                     models.row_losses(module, batch)
             times.append(time.perf_counter() - begin)
-    return min(times) / sum(int(pool.scan.tokens[i]) for i in rows)
+    config = context.config
+    width = max(config.features.token_budget, config.warmup.micro_tokens if backward else 0)
+    return min(times) / batch["input_ids"].numel(), int(peak_rss_bytes() + kept * width)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from datatools import DataError, EnvironmentProblem, Order, UsageError, files, order, sealed
-from pipelines import order_report, order_setting, trainer
+from pipelines import cost, order_report, order_setting, preflight, trainer
 from pipelines.config import OrderConfig
 from pipelines.order_setting import Setting
 from pipelines.runs import Progress, Run, alone, derive_seed, progress, say, warn
@@ -46,33 +46,22 @@ def run(config: OrderConfig) -> Path:
     """
     alone("datatools order")
     trainer.check(config.training)
-    _refuse(config)
+    preflight.contradictions(config)
     with in_scratch(config) as kept, Run(kept.out, kept, "order", overwrite=kept.overwrite) as current:
         setting = order_setting.build(kept, current)
         _announce(setting)
         _check_estimators(setting)
+        estimate = _estimate_cost(setting)
+        estimate.announce()
         if config.dry_run:
-            say("dry run: data and model load, and a step can be taken; nothing was recorded")
+            say("dry run: data and model load; no step was taken and nothing recorded")
             return config.out
+        estimate.expect()
         order_report.read(current.folder, again=config.task)
         _TASKS[config.task](setting)
         page = order_report.render(current.folder)
         say(f"report: {page}")
     return config.out
-
-
-def _refuse(config: OrderConfig) -> None:
-    if config.lora is not None and config.lora.dropout > 0:
-        raise UsageError(
-            f"lora.dropout is {config.lora.dropout:g}: dropout is drawn anew in every order, and no estimate could "
-            "tell it from the order's effect; set it to 0"
-        )
-    if "groups" in config.estimators and config.grouping == "mixed":
-        raise UsageError("estimator groups: batches of mixed rows belong to no source; use --grouping source")
-    if config.training.max_steps is not None:
-        raise UsageError("training.max_steps: a run is all its --batches; give fewer of them")
-    if config.training.gradient == "zo":
-        raise UsageError("training.gradient is zo: an order is estimated from gradients; use gradient 'backprop'")
 
 
 # ----------------------------------------------------------------------------------------------------------------- cost
@@ -154,6 +143,61 @@ def _announce(setting: Setting) -> None:
             each = _per_score(judge, setting)
             say(f"  {judge} judges a shortlist and {config.judged:,} more orders, {each:.1f} gradients each")
         say(f"  search: {runs} true runs, {runs * (steps + config.warmup_steps):,} gradients at most")
+
+
+def _work(setting: Setting) -> dict[str, float]:
+    """Batch gradients by the label of their progress: what the task will take, whatever of it is done."""
+    config, steps = setting.config, len(setting.sequence)
+    held = len(setting.problem.validation)
+    run_, work = steps + held / 3, dict[str, float]()
+    references = config.references if config.task == "validate" else 1
+    for number in range(references):
+        work[f"reference run {number + 1}"] = steps + config.warmup_steps
+    for name in _used(config):
+        for number in range(references):
+            work[f"{name} ({number + 1})"] = _cost_of(name, setting).in_gradients(hvp=HVP_IN_GRADIENTS)
+    each = {name: _per_score(name, setting) for name in _used(config)}
+    if config.task in ("estimate", "validate"):
+        for name, score in each.items():
+            work[f"{name}: scores"] = score * (config.orders + config.calibration) * references
+    if config.task == "validate":
+        early = min(8, config.orders)
+        work["is there anything to win? orders"] = early * run_
+        if _has_seeds(config):
+            work["is there anything to win? seeds"] = config.seeds * (run_ + config.warmup_steps)
+        work["true retrainings"] = (config.orders - early) * run_
+        work["true runs to calibrate with"] = config.calibration * run_
+    if config.task == "search":
+        names = list(each)
+        work[f"search: {config.search}"] = each[names[0]] * config.budget
+        work["search: as many random orders"] = each[names[0]] * config.budget
+        for judge in names[1:]:
+            work[f"search: {judge} judges"] = each[judge] * (config.judged + 2 * _BLIND)
+        work["retrain the best, as many random, and the reference"] = (2 * config.retrain + 1) * run_
+    if config.task == "map":
+        runs = config.map_batches * config.completions * (config.map_positions + 1)
+        work["map"] = runs * (run_ if config.map_by == "retraining" else held / 3)
+    return work
+
+
+def _estimate_cost(setting: Setting) -> cost.Estimate:
+    """What the task will take, from one timed pass over made-up tokens."""
+    config, batches = setting.config, setting.problem.batches
+    shapes = [part[1]["input_ids"].shape for batch in batches for part in batch]
+    tokens = sum(int(rows) * int(width) for rows, width in shapes) / len(batches)
+    found = cost.probe(setting.module, max(2, round(sum(int(width) for _, width in shapes) / len(shapes))))
+    one = cost.UPDATE + found.seconds(tokens, len(shapes) / len(batches))
+    work = _work(setting)
+    anchors = _anchors(setting, every=any(map(_needs_every_step, _used(config))))
+    kept = sum(_cost_of(name, setting).bytes for name in _used(config))
+    references = config.references if config.task == "validate" else 1
+    return cost.Estimate(
+        parts={label: gradients * one for label, gradients in work.items() if gradients},
+        tokens=round(sum(work.values()) * tokens),
+        memory=cost.memory(found, 8 * found.trainable, config.training.micro_tokens) + kept,
+        disk=references * anchors * 3 * 4 * setting.parameters + kept,
+        based_on=f"{sum(work.values()):,.0f} batch gradients of {one:.3g} s, {found.text()}",
+    )
 
 
 def _used(config: OrderConfig) -> list[str]:

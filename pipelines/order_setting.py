@@ -43,6 +43,8 @@ class Setting:
     parameters: int
     """How many numbers are trained."""
     device: torch.device
+    module: Any
+    """The model, its parameters that train ready to."""
     start: order.Anchor | None = None
     """Where every true run begins, once it was recorded or read."""
 
@@ -156,6 +158,7 @@ def build(config: OrderConfig, current: Run) -> Setting:
         begin,
         sum(p.numel() for p in base.values()),
         device,
+        module,
     )
 
 

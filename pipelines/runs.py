@@ -10,6 +10,7 @@ Only rank 0 prints and writes here; other ranks pass through. Nothing here impor
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -236,6 +237,33 @@ def _count(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 or number == int(number) else f"{number:.3g}"
 
 
+class Ahead:
+    """What is to come in a run: the estimated seconds of each part, by the label of its progress.
+
+    How long finished parts took beside their estimates corrects those that are to come.
+    """
+
+    def __init__(self, parts: Mapping[str, float]) -> None:
+        self.parts = dict(parts)
+        self._took = self._guessed = 0.0
+
+    def finish(self, label: str, seconds: float) -> None:
+        """A part is over."""
+        guess = self.parts.pop(label, None)
+        if guess is not None:
+            self._took, self._guessed = self._took + seconds, self._guessed + guess
+
+    def left(self, label: str, seconds: float, share: float, eta: float | None) -> float:
+        """Seconds to the end of the run, in the part `label`, which has run for so long and is at this share of its
+        way; eta: what its own rate says is left of it.
+        """
+        guess = self.parts.get(label, 0.0)
+        took, guessed = self._took + seconds * (guess > 0), self._guessed + guess * share
+        pace = min(10.0, max(0.1, took / guessed)) if guessed > 0 and took > 0 else 1.0
+        here = eta if eta is not None else pace * guess * (1 - share)
+        return here + pace * sum(value for name, value in self.parts.items() if name != label)
+
+
 class Progress:
     """How far a loop is. Made by `progress`; `advance` is cheap enough to call for every batch."""
 
@@ -283,8 +311,19 @@ class Progress:
         rate = self.rate
         return None if self.total is None or rate is None else max(0, self.total - self.done) / rate
 
+    @property
+    def run_eta_seconds(self) -> float | None:
+        """Seconds to the end of the whole run, where the run has said what is to come."""
+        ahead = Run.current.ahead if Run.current is not None else None
+        if ahead is None or not ahead.parts:
+            return None
+        share = min(1.0, self.done / self.total) if self.total else 0.0
+        return ahead.left(self.description, self._clock() - self._start, share, self.eta_seconds)
+
     def _detail(self) -> str:
         parts = [f"{_count(self.rate)} {self.unit}/s"] if self.rate else []
+        if self._bar is not None and (left := self.run_eta_seconds) is not None:
+            parts.append(f"run {duration(left)} left")
         for name, value in self.notes.items():
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         return visible(", ".join(parts))
@@ -295,7 +334,11 @@ class Progress:
         percent = f" ({100 * self.done // self.total} %)" if self.total else ""
         parts = [f"{self.description}: {_count(self.done)}{share} {self.unit}{percent}"]
         parts += [detail] if (detail := self._detail()) else []
-        parts += [f"about {duration(eta)} left"] if (eta := self.eta_seconds) else []
+        eta, whole = self.eta_seconds, self.run_eta_seconds
+        if eta and whole is not None:
+            parts.append(f"about {duration(eta)} left, {duration(max(eta, whole))} of the whole run")
+        elif eta:
+            parts.append(f"about {duration(eta)} left")
         return ", ".join(parts)
 
     def _report(self, state: str) -> None:
@@ -303,6 +346,7 @@ class Progress:
             eta = self.eta_seconds
             Run.current.report_progress(
                 state=state,
+                eta_seconds=self.run_eta_seconds,
                 doing={
                     "description": self.description,
                     "done": self.done,
@@ -350,6 +394,8 @@ class Progress:
                 _Screen.bars = None
         seconds = self._clock() - self._start
         if not failed:
+            if Run.current is not None and Run.current.ahead is not None:
+                Run.current.ahead.finish(self.description, seconds)
             rate = f", {_count(self.rate)} {self.unit}/s" if self.rate else ""
             say(f"{self.description}: {_count(self.done)} {self.unit} in {duration(seconds)}{rate}")
         with suppress(DatatoolsError):
@@ -492,7 +538,9 @@ class Run:
         self._leads = rank() == 0
         self._stack = ExitStack()
         self._before: Run | None = None
+        self.ahead: Ahead | None = None
         self._doing: Json = None
+        self._inner: list[float] = []  # seconds of the stages inside each open one
         self._asks_anew = False  # continued with another value of a setting that is only read at the end
         self._started = time.monotonic()
 
@@ -554,21 +602,8 @@ class Run:
             files.make_folder(folder)
             self._stack.enter_context(files.lock_folder(folder))
         Run.last_folder = folder
-        foreign = [entry.name for entry in folder.iterdir() if entry.name not in _OURS]
-        foreign = [name for name in foreign if not name.startswith(".tmp-")]
         run_files.sweep(folder)
-        if (folder / "run.yaml").is_file():
-            try:
-                self._verify()
-                self._compare()
-            except UsageError:
-                if not self._failed_early(foreign):
-                    raise
-        elif foreign:
-            raise UsageError(
-                f"--out {_shown(folder)} is not empty and holds no run ({_shown(sorted(foreign)[0])} is in it); "
-                "choose a new or an empty folder"
-            )
+        self._refuse_others(forget=True)
         if not self.resumed:
             run_files.begin(folder)
         self._read_stages()
@@ -578,7 +613,41 @@ class Run:
         self.event("continued" if self.resumed else "started", command=self.command)
         self.report_progress(state="running")
 
-    def _failed_early(self, found: list[str]) -> bool:
+    def refuse(self) -> None:
+        """Raise what entering the folder would raise, as far as the folder alone tells; writes nothing.
+
+        Raises: UsageError, EnvironmentProblem, DataError, as entering does.
+        """
+        self._refuse_odd_places()
+        if self.folder.is_dir():
+            if self.overwrite:
+                self._refuse_to_move()
+            else:
+                self._refuse_others(forget=False)
+
+    def _refuse_others(self, *, forget: bool) -> None:
+        """Continue the run in the folder, or refuse what else is in it.
+
+        forget: compare its files with their seals, and remove a run that failed early; else nothing is touched.
+        """
+        folder = self.folder
+        foreign = [entry.name for entry in folder.iterdir() if entry.name not in _OURS]
+        foreign = [name for name in foreign if not name.startswith(".tmp-")]
+        if (folder / "run.yaml").is_file():
+            try:
+                if forget:
+                    self._verify()
+                self._compare()
+            except UsageError:
+                if not self._failed_early(foreign, forget=forget):
+                    raise
+        elif foreign:
+            raise UsageError(
+                f"--out {_shown(folder)} is not empty and holds no run ({_shown(sorted(foreign)[0])} is in it); "
+                "choose a new or an empty folder"
+            )
+
+    def _failed_early(self, found: list[str], *, forget: bool) -> bool:
         """Whether the run in the folder failed before it made anything (a slip in the command); if so, its traces go.
 
         Then the corrected command may use the same folder.
@@ -589,7 +658,7 @@ class Run:
         state = files.read_json(path, limit=1_000_000)
         if not isinstance(state, dict) or state.get("state") != "failed":
             return False
-        for name in ("run.yaml", "provenance.json", "events.jsonl", seals.NAME):
+        for name in ("run.yaml", "provenance.json", "events.jsonl", seals.NAME) if forget else ():
             if (self.folder / name).exists():
                 files.remove(self.folder / name)
         return True
@@ -639,7 +708,8 @@ class Run:
             reason = getattr(error, "strerror", None) or str(error)
             raise EnvironmentProblem(f"--out {_shown(folder)}: {reason}; choose another folder") from error
 
-    def _move_aside(self) -> None:
+    def _refuse_to_move(self) -> bool:
+        """Refuse to move a folder aside that is no run's, or that this process is in; False if there is no run."""
         folder = self.folder
         if not (folder / "run.yaml").is_file():
             if any(entry.name not in _OURS and not entry.name.startswith(".tmp-") for entry in folder.iterdir()):
@@ -647,10 +717,16 @@ class Run:
                     f"--overwrite: {_shown(folder)} holds no run (no run.yaml), so it is left alone; "
                     "choose another --out, or move it yourself"
                 )
-            return
+            return False
         here = Path.cwd().resolve()
         if folder.resolve() in (here, *here.parents):
             raise UsageError(f"--overwrite: {_shown(folder)} is the folder you are in; go to another one and run again")
+        return True
+
+    def _move_aside(self) -> None:
+        folder = self.folder
+        if not self._refuse_to_move():
+            return
         with files.lock_folder(folder):  # refused while another process runs in it
             number = 1
             while os.path.lexists(aside := folder.with_name(f"{folder.name}.old-{number}")):
@@ -830,13 +906,26 @@ class Run:
         say(f"{name} ...")
         self.event("stage", name=name)
         start = time.monotonic()
+        self._inner.append(0.0)
         try:
             yield
         finally:
-            seconds = round(time.monotonic() - start, 3)
+            whole = time.monotonic() - start
+            seconds = round(max(0.0, whole - self._inner.pop()), 3)  # a stage inside counts its own
+            if self._inner:
+                self._inner[-1] += whole
             self._add_stage(name, seconds)
             with suppress(DatatoolsError):
                 self.event("stage_end", name=name, seconds=seconds)
+
+    def expect(self, parts: Mapping[str, float]) -> None:
+        """Say what is to come, as estimated seconds by the label of its progress: see `Ahead`."""
+        self.ahead = Ahead(parts)
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages, over all attempts."""
+        return math.fsum(seconds for entry in self.stages if isinstance(seconds := entry["seconds"], float))
 
     def _add_stage(self, name: str, seconds: float) -> None:
         for entry in self.stages:
@@ -854,6 +943,7 @@ class Run:
         if lines[-1]:  # a kill cut it
             files.write_bytes(path, b"".join(line + b"\n" for line in lines[:-1]), seal=False)
         damaged = 0
+        open_since: dict[str, datetime] = {}
         for line in lines[:-1]:
             with suppress(ValueError, KeyError, TypeError, RecursionError):
                 entry = json.loads(line) if line else {"event": ""}
@@ -861,12 +951,31 @@ class Run:
                     raise ValueError
                 if entry["event"] == "stage_end":
                     self._add_stage(str(entry["name"]), float(entry["seconds"]))
+                    open_since.pop(str(entry["name"]), None)
+                elif entry["event"] in ("started", "continued"):
+                    open_since = {}
+                elif entry["event"] == "stage":
+                    open_since[str(entry["name"])] = datetime.fromisoformat(entry["time"])
                 continue
             damaged += 1
         if damaged:
             say(f"{_shown(path)}: {damaged} damaged lines are passed over; the times of stages may lack some")
+        if open_since:
+            self._count_killed(open_since)
 
-    def report_progress(self, *, state: str, doing: Json = None, error: str | None = None) -> None:
+    def _count_killed(self, open_since: Mapping[str, datetime]) -> None:
+        """A killed attempt ended no stage: what it spent in the last one counts, up to its last sign of life."""
+        with suppress(DatatoolsError, ValueError, KeyError, TypeError):
+            seen = datetime.fromisoformat(files.read_json(self.folder / "progress.json", limit=1_000_000)["updated"])
+            name = max(open_since, key=lambda stage: open_since[stage])
+            seconds = (seen - open_since[name]).total_seconds()
+            if seconds > 0:
+                self._add_stage(name, round(seconds, 3))
+                self.event("stage_end", name=name, seconds=round(seconds, 3), killed=True)
+
+    def report_progress(
+        self, *, state: str, doing: Json = None, error: str | None = None, eta_seconds: float | None = None
+    ) -> None:
         """Replace progress.json; other tools may poll it."""
         if not self._leads:
             return
@@ -877,6 +986,7 @@ class Run:
             "updated": _now(),
             "seconds": round(time.monotonic() - self._started, 1),
             "doing": self._doing,
+            **({"eta_seconds": round(eta_seconds, 1)} if eta_seconds is not None else {}),
             **({"error": error} if error else {}),
         }
         files.write_json(self.folder / "progress.json", value, durable=False)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -18,14 +20,25 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
-from datatools import ENCODINGS, Budget, Candidates, DataError, GradientFeatures, Selection, UsageError, files, select
-from pipelines import checkpoints, leakage, methods, models, redaction, report, trainer, verdicts
+from datatools import (
+    ENCODINGS,
+    Budget,
+    Candidates,
+    DataError,
+    DatatoolsError,
+    GradientFeatures,
+    Selection,
+    UsageError,
+    files,
+    select,
+)
+from pipelines import checkpoints, cost, leakage, methods, models, redaction, report, trainer, verdicts
 from pipelines.config import NEED_TARGET, SelectConfig
 from pipelines.config_files import as_dict, fingerprint, load_config
 from pipelines.data import Row
 from pipelines.methods import Context, Scored
 from pipelines.prepare import Rows, accept_growth, file_facts, prepare, target_data
-from pipelines.runs import Run, alone, command_line, derive_seed, duration, peak_rss_bytes, quiet, say, versions, warn
+from pipelines.runs import Run, alone, command_line, derive_seed, peak_rss_bytes, quiet, say, versions, warn
 
 SHOWN_CHARACTERS = 600  # of a row's text in summary and report
 MOST_COLUMNS = 1000
@@ -135,47 +148,107 @@ def _context(config: SelectConfig, current: Run) -> Context:
 
 
 def _estimate(context: Context) -> dict[str, Any]:
-    """Rows, tokens, seconds and bytes that the run will still cost; seconds from a measured batch of median rows."""
+    """Rows, tokens, seconds and bytes of the whole run, over all attempts, and what is left of it; from a timed batch.
+
+    What lay there before the run began (features that another run computed) is no part of it.
+    """
+    config, pool, run_ = context.config, context.pool, context.run
+    began, spent = run_.seconds, time.monotonic()
+    found: dict[str, Any] = {"rows": int(pool.usable.sum()), "tokens": 0, "seconds": None, "bytes": 0}
+    whole, left = _parts(context)  # label -> tokens
+    memory, based = peak_rss_bytes(), ""
+    first = _first_estimate(context, sum(whole.values()) - sum(left.values()))
+    todo = sum(left.values())
+    if whole:
+        if todo or config.dry_run or "seconds_a_token" not in first:
+            rate, memory = methods.pace(context, backward=config.method == "less") if todo else (0.0, memory)
+            first.setdefault("seconds_a_token", rate)
+            based = "timed on made-up tokens"
+        first.setdefault("spent", began + time.monotonic() - spent)
+        rate = first["seconds_a_token"]
+        found["tokens"] = max(0, round(sum(whole.values()) - first["given"]))
+        share = found["tokens"] / max(1.0, sum(whole.values()))  # of the whole, what was not there before
+        found["seconds"] = first["spent"] + share * sum(_seconds(rate, whole).values())
+        found["given"] = first["given"]
+        if config.method == "less":
+            found["bytes"] = _feature_bytes(context)
+        if not config.dry_run:
+            files.write_json(run_.path("cost.json"), first)
+        run_.expect({label: seconds for label, seconds in _seconds(rate, left).items() if seconds})
+    done = found["tokens"] - todo
+    cost.Estimate(
+        parts=_seconds(first.get("seconds_a_token", 0.0), left),
+        tokens=round(todo),
+        memory=memory,
+        disk=found["bytes"],
+        done=f"{found['rows']:,} rows" + (f", {done:,.0f} of {found['tokens']:,} tokens are done" if done > 0 else ""),
+        based_on=based,
+    ).announce()
+    return found
+
+
+def _first_estimate(context: Context, there: float) -> dict[str, float]:
+    """What the first attempt of this run measured; `there` are the tokens whose work is done as an attempt begins."""
+    path = context.run.path("cost.json")
+    if context.run.resumed and path.is_file():
+        with suppress(DatatoolsError):
+            kept = files.read_json(path, limit=1_000_000)
+            if isinstance(kept, dict) and all(isinstance(kept.get(k), int | float) for k in ("given", "spent")):
+                return {str(key): float(value) for key, value in kept.items()}
+    return {"given": 0.0 if context.run.resumed else float(there)}
+
+
+def _parts(context: Context) -> tuple[dict[str, float], dict[str, float]]:
+    """Tokens by the label of their progress: of the whole run, and of what is not done yet."""
     config, pool = context.config, context.pool
-    cost: dict[str, Any] = {"rows": int(pool.usable.sum()), "tokens": 0, "seconds": None, "bytes": 0}
+    whole: dict[str, float] = {}
+    left: dict[str, float] = {}
     if config.method == "less":
-        warm, steps = _warm_up_to_come(context)
-        gradients, rows = 0, 0
-        for kind, part in (("train", pool), ("target", context.wanted)):
-            unique = part.unique()
-            for step in steps:
-                there = _stored(context.features_folder / f"{kind}-{step}")
-                todo = [i for key, i in unique.items() if key not in there]
-                gradients += sum(int(part.scan.tokens[i]) for i in todo)
-                rows += len(todo)
-        bits = ENCODINGS[config.features.dtype].bits
-        cost |= {
-            "tokens": gradients + warm,
-            # a training token costs about a quarter more: LoRA runs beside its layer and padding is not sorted away
-            "seconds": methods.seconds_a_token(context) * (gradients + 1.25 * warm) if gradients + warm else 0.0,
-            "bytes": rows * (config.projector.dim * bits // 8 + 8),
-        }
-    elif config.method in ("rds", "loss"):
-        tokens = pool.tokens() + (context.wanted.tokens() if config.method == "rds" else 0)
-        cost |= {"tokens": tokens, "seconds": methods.seconds_a_token(context, backward=False) * tokens}
-    seconds = f", about {duration(cost['seconds'])}" if cost["seconds"] is not None else ""
-    say(
-        f"cost: {cost['rows']:,} rows, {cost['tokens']:,} tokens through the model{seconds}, "
-        f"{cost['bytes'] / 1e6:,.1f} MB of features"
-    )
-    return cost
+        warm, rows, steps = _warm_up_to_come(context)
+        if rows:
+            label = f"warm-up on {rows} rows"
+            whole[label], left[label] = map(float, warm)
+        for step in steps:
+            for kind, part, name in (("train", pool, "pool"), ("target", context.wanted, "target")):
+                there, unique = _stored(context.features_folder / f"{kind}-{step}"), part.unique()
+                label = f"gradients of the {name} at {kind}-{step}"
+                whole[label] = float(sum(int(part.scan.tokens[i]) for i in unique.values()))
+                left[label] = float(sum(int(part.scan.tokens[i]) for key, i in unique.items() if key not in there))
+    elif config.method == "rds":
+        for name, part in (("pool", pool), ("target", context.wanted)):
+            there, unique = _stored(context.features_folder / f"hidden-{name}"), part.unique()
+            label = f"hidden states of the {name}"
+            whole[label] = float(sum(int(part.scan.tokens[i]) for i in unique.values()))
+            left[label] = float(sum(int(part.scan.tokens[i]) for key, i in unique.items() if key not in there))
+    elif config.method == "loss":
+        whole["losses of the pool"] = left["losses of the pool"] = float(pool.tokens())
+    return whole, left
 
 
-def _warm_up_to_come(context: Context) -> tuple[int, list[int]]:
-    """Tokens that the warm-up will train on, and the steps of the checkpoints at which gradients will be taken."""
+def _seconds(rate: float, parts: Mapping[str, float]) -> dict[str, float]:
+    """Tokens by part as seconds."""
+    # a training token costs about a quarter more: LoRA runs beside its layer, padding is not sorted away
+    return {name: rate * tokens * (1.25 if name.startswith("warm-up") else 1.0) for name, tokens in parts.items()}
+
+
+def _feature_bytes(context: Context) -> int:
+    """Of the features at all checkpoints, once they are there."""
+    config = context.config
+    each = config.projector.dim * ENCODINGS[config.features.dtype].bits // 8 + 8
+    return (len(context.pool.unique()) + len(context.wanted.unique())) * each * len(_warm_up_to_come(context)[2])
+
+
+def _warm_up_to_come(context: Context) -> tuple[tuple[int, int], int, list[int]]:
+    """Tokens of the warm-up, in all and left; its rows (0: there is none); the steps at which gradients are taken."""
     config, pool = context.config, context.pool
     if config.checkpoints:
-        return 0, [c.step for c in checkpoints.find(config.checkpoints)]
+        return (0, 0), 0, [c.step for c in checkpoints.find(config.checkpoints)]
     recipe, rows = config.warmup, methods.warm_up_rows(context)
     steps = trainer.planned_checkpoints(len(rows), recipe)
-    done = (context.run.path("warmup") / f"checkpoint-{steps[-1]}" / trainer.COMPLETE).is_file()
-    tokens = 0 if done else int(pool.scan.tokens[rows].sum()) * recipe.epochs
-    return tokens, steps[-recipe.checkpoints :] if recipe.checkpoints else steps
+    there = [step for step in steps if (context.run.path("warmup") / f"checkpoint-{step}" / trainer.COMPLETE).is_file()]
+    tokens = int(pool.scan.tokens[rows].sum()) * recipe.epochs
+    left = tokens - tokens * max(there, default=0) // steps[-1]
+    return (tokens, left), len(rows), steps[-recipe.checkpoints :] if recipe.checkpoints else steps
 
 
 def _stored(folder: Path) -> set[str]:
@@ -527,8 +600,8 @@ def _summary(
             "before": dict(before),
             "after": {
                 "rows": int(pool.usable.sum()),
-                "tokens": scored.tokens,
-                "seconds": sum(float(stage["seconds"]) for stage in stages),
+                "tokens": max(0, round(scored.tokens - before.get("given", 0))),
+                "seconds": current.seconds,
                 "bytes": scored.feature_bytes,
                 "peak_rss_bytes": peak_rss_bytes(),
             },

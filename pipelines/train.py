@@ -13,14 +13,16 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from datatools import DataError, Order, UsageError, files
+from datatools import DataError, Order, files
 from optim.distributed import world
 from pipelines import (
     coresets,
+    cost,
     evaluation,
     leakage,
     models,
     order_recipe,
+    preflight,
     redaction,
     trackers,
     trainer,
@@ -49,11 +51,7 @@ def run(config: TrainConfig) -> Path:
 
 
 def _run(config: TrainConfig) -> Path:
-    if config.model.adapter is not None and config.lora is not None:
-        raise UsageError(
-            f"model.adapter {config.model.adapter}: fresh adapters would be trained on top of it and saved without it; "
-            "merge it into its model first, or train all weights (--lora-rank 0)"
-        )
+    preflight.contradictions(config)
     given = recipe_of_order = None
     if config.order is not None:
         given, recipe_of_order = order_recipe.read(config.order)
@@ -99,9 +97,6 @@ def _run(config: TrainConfig) -> Path:
         steps = trainer.planned_steps(len(chosen), recipe)
         held = 0
         if given is not None and config.order is not None:
-            if choose is not None:
-                raise UsageError("training in an order (--order) and choosing rows of each batch (coreset) exclude "
-                                 "each other; give one")
             sequence = rows_of(given, rows, str(config.order))
             if recipe_of_order is not None:
                 order_recipe.check(config.order, recipe_of_order, rows, tokenizer.digests)
@@ -128,7 +123,9 @@ def _run(config: TrainConfig) -> Path:
             times = math.ceil(steps / every)
             say(f"validation: {int(held_out.usable.sum()):,} rows, {held_out.tokens():,} tokens, {times:,} times")
         if config.dry_run:
-            models.load(config.model)
+            lengths = rows.scan.tokens[chosen if sequence is None else [row for step in sequence for row in step]]
+            saves = -(-steps // config.save_steps) if config.save_steps else recipe.epochs
+            _estimate(config, recipe, lengths.tolist(), steps, saves).announce()
             say("dry run: data and model load; nothing was trained")
             return config.out
         done = current.path("adapter" if config.lora is not None else "model")
@@ -203,6 +200,33 @@ def _validation(config: TrainConfig, held_out: Rows | None, every: int) -> Valid
         return None
     loss = partial(evaluation.validation_loss, rows=held_out, token_budget=config.training.micro_tokens)
     return Validation(loss, every, config.patience, config.keep_best)
+def _estimate(
+    config: TrainConfig, recipe: TrainingConfig, lengths: list[int], steps: int, saves: int
+) -> cost.Estimate:
+    """What the run will take, timed on made-up tokens."""
+    model = models.load(config.model).model
+    with cost.as_trained(model, config.lora) as module:
+        found = cost.probe(module, int(np.median(lengths)))
+        rule = cost.recipe_of(config.training, module)
+    seconds, choose = cost.training(found, rule, recipe, lengths, saves), config.coreset
+    tokens = sum(lengths) * (recipe.epochs if config.order is None else 1)
+    if config.order is not None:
+        once = recipe.model_copy(update={"epochs": 1, "max_steps": None, "batch_size": -(-len(lengths) // steps)})
+        seconds = cost.training(found, rule, once, lengths, saves)
+    elif recipe.max_steps is not None:
+        whole = trainer.planned_steps(len(lengths), recipe.model_copy(update={"max_steps": None}))
+        tokens = tokens * steps // max(1, whole)
+    if choose is not None:  # of the large batch each row goes forward, and those that are kept train
+        keep = (choose.keep or config.training.batch_size) / recipe.batch_size
+        seconds = keep * seconds + found.seconds(tokens, steps, gradient=choose.features != "exact")
+    one = found.trainable * found.width
+    return cost.Estimate(
+        parts={"training": seconds},
+        tokens=tokens,
+        memory=cost.memory(found, rule.state, recipe.micro_tokens),
+        disk=saves * (one + rule.state + cost.CHECKPOINT_BYTES) + one + cost.ADAPTER_BYTES,
+        based_on=found.text(),
+    )
 
 
 def rows_of(order: Order, rows: Rows, name: str) -> list[list[int]]:

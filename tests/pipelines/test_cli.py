@@ -4,6 +4,8 @@ import importlib
 import inspect
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -38,7 +40,7 @@ SELECT = ["select", "--model", "m", "--train", "a.jsonl", "--target", "d.jsonl"]
 def quiet_world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # the files that are named here are not there, and the pipelines are not run: see test_preflight
-    monkeypatch.setattr("pipelines.preflight.check", lambda config: None)
+    monkeypatch.setattr("pipelines.preflight.check", lambda config, command: None)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     yield
@@ -112,9 +114,8 @@ def test_help_has_examples_that_parse(command, capsys, pipeline):
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
     assert "Examples:" in text
-    registered = next(c for c in cli.app.registered_commands if c.name == command)
-    block = registered.help.partition("Examples:\n")[2].replace("\\\n", " ")
-    examples = [line.split() for line in block.splitlines()]
+    block = text.partition("Examples:\n")[2].replace("\\\n", " ")
+    examples = [shlex.split(line) for line in block.splitlines() if line.strip()]
     assert examples and all(words[:2] == ["datatools", command] for words in examples)
     for name in ("select", "train", "audit", "explain", "demo"):
         pipeline(f"pipelines.{name}:run")
@@ -127,6 +128,33 @@ def test_help_has_examples_that_parse(command, capsys, pipeline):
             assert code == 0 or (
                 needs_a_file and ("cannot be read" in error or "AuditConfig needs 'model'" in error)
             ), error
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_help_fits_and_its_commands_can_be_pasted(columns, capsys, monkeypatch):
+    """No line is wider than the terminal, and no command is broken but by a backslash with nothing behind it."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in [[], *([name] for name in [*COMMANDS, "order", "diagnose"])]:
+        assert main([*command, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= columns, command
+        prose, _, examples = text.partition("Examples:\n")
+        assert all(line.count("`") % 2 == 0 for line in prose.splitlines()), command
+        if columns == 80:  # in a table
+            listed = len(re.findall(r"datatools ls [a-z]{6,}", prose)) + (command == ["ls"])
+            assert prose.count("datatools ls") == listed, command
+        whole = [line for line in examples.replace("\\\n", "").splitlines() if line]
+        assert all(line.startswith("  datatools ") and line == line.rstrip("\\ ") for line in whole), command
+        assert bool(command) == bool(whole)
+
+
+def test_paths_of_suggested_commands_may_begin_with_a_tilde(monkeypatch, tmp_path, capsys):
+    """What is printed has `~` for the home folder, in quotes that a shell does not open."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("model: m\ndata: a.jsonl\n")
+    assert main(["train", "~/run.yaml", "--print-config"]) == 0
+    assert main(["report", "~/nowhere"]) == 2
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err
 
 
 DEFAULTS = {

@@ -1,4 +1,7 @@
-"""Names of optimizers: what a name means that is not in the table."""
+"""What an error says about a name that is not known: the one that is probably meant.
+
+Imports nothing but the standard library: the command line reads this file where torch is not imported yet.
+"""
 
 import difflib
 from collections.abc import Iterable
@@ -56,3 +59,17 @@ def _one_slip(a: str, b: str) -> bool:
         return a[start:] == b[start + 1 :]
     replaced = a[start + 1 :] == b[start + 1 :]
     return replaced or a[start:] == b[start + 1 : start + 2] + b[start : start + 1] + b[start + 2 :]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown word: the nearest known one in any case, or all of them."""
+    by_lower = {name.lower(): name for name in sorted(known)}
+    word = word.lower()
+    close = difflib.get_close_matches(word, by_lower, n=3)
+    if not close:
+        return f"; known: {', '.join(by_lower.values())}"
+
+    def nearness(name: str) -> tuple[float, int, str]:  # of "nadam" and "adamw", "adam" more likely means the second
+        return difflib.SequenceMatcher(None, name, word).ratio(), len(commonprefix([name, word])), name
+
+    return f"; did you mean {by_lower[max(close, key=nearness)]!r}?"
