@@ -389,7 +389,8 @@ def make_folder(path: PathLike) -> Path:
 def scratch_folder(within: PathLike | None = None) -> Iterator[Path]:
     """A fresh private folder in `within` (the system's folder for temporary files), gone at the end.
 
-    It is locked while its owner lives, so that what killed owners left goes when the next one is made.
+    The folder around it is locked while its owner lives, so that what killed owners left goes when the next one is
+    made. The folder itself is not: a run in it locks the folder that it is in.
     """
     place = Path(within if within is not None else tempfile.gettempdir())
     with _explained(place, "make a temporary folder in"):
@@ -405,7 +406,10 @@ def scratch_folder(within: PathLike | None = None) -> Iterator[Path]:
                     break
                 os.close(descriptor)
     try:
-        yield folder
+        inner = folder / "work"
+        with _explained(inner, "create the folder"):
+            os.mkdir(inner, 0o700)
+        yield inner
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)

@@ -248,8 +248,7 @@ def in_scratch(config: S) -> Iterator[S]:
         yield config
         return
     with files.scratch_folder() as scratch:
-        # not in the scratch folder itself: that one is locked while it is in use, and a run locks the folder above it
-        yield config.model_copy(update={"out": scratch / "dry" / "run", "overwrite": False})
+        yield config.model_copy(update={"out": scratch / "run", "overwrite": False})
 
 
 def trainable(model: Any, lora: LoraConfig | None, *, seed: int) -> Any:

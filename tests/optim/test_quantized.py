@@ -29,7 +29,7 @@ from optim import (
     rule_from,
     stable_embedding_groups,
 )
-from optim.wrappers import quantized
+from optim.wrappers import codebooks, quantized
 from tests.benchmarks.test_optimizers import llama
 from tests.optim import golden
 from tests.optim.harness import assert_close, assert_same, randn, states
@@ -58,7 +58,7 @@ def test_code_books_and_codes_are_the_recorded_ones(golden_dir, signed):
         pytest.skip(f"no quant_maps.npz in {golden_dir}")
     stored = golden.arrays(path)
     kind = "signed" if signed else "unsigned"
-    assert np.array_equal(quantized._BOOKS[signed].values.double().numpy(), stored[f"map_{kind}"])
+    assert np.array_equal(codebooks.BOOKS[signed].values.double().numpy(), stored[f"map_{kind}"])
     x = torch.tensor(stored[f"x_{kind}"], dtype=torch.float32)
     sizes = sorted({int(k.split("/")[0].removeprefix(f"{kind}_bs")) for k in stored if k.startswith(f"{kind}_bs")})
     assert sizes, f"no codes in {path}"
@@ -116,7 +116,7 @@ def test_the_codes_of_golden_runs(golden_dir):
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 def test_the_nearest_entry_wins(signed):
     """To float32's rounding of what is halfway; magnitudes from 1e-9 to 1, and every limit between two entries."""
-    book = quantized._BOOKS[signed]
+    book = codebooks.BOOKS[signed]
     values, generator = book.values, torch.Generator().manual_seed(0)
     y = torch.rand(100_000, generator=generator) ** (1 + 20 * torch.rand(100_000, generator=generator))
     if signed:

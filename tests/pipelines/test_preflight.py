@@ -167,8 +167,7 @@ def test_a_mistake_costs_less_than_a_second(folder):
 def test_names_are_those_of_the_tables():
     """Read from the source without importing it, so that torch stays away."""
     from datatools import AGGREGATIONS, PROJECTORS
-    from optim import SCHEDULES
-    from optim.rules import OPTIMIZERS
+    from optim import OPTIMIZERS, SCHEDULES
 
     assert names.known("optimizer") == tuple(OPTIMIZERS) and names.known("schedule") == tuple(SCHEDULES)
     assert names.known("projector") == tuple(PROJECTORS) and names.known("aggregation") == tuple(AGGREGATIONS)
