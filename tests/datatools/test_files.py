@@ -282,7 +282,7 @@ import sys
 from datatools import files
 with files.scratch_folder(sys.argv[1]) as folder:
     (folder / "part").write_bytes(bytes(1000))
-    print(folder.name, flush=True)
+    print(folder.parent.name, flush=True)
     sys.stdin.read()
 """
     command = [sys.executable, "-c", script, str(tmp_path)]
@@ -291,7 +291,7 @@ with files.scratch_folder(sys.argv[1]) as folder:
     (tmp_path / "datatools-scratch-of-mine").mkdir()
     (tmp_path / f"datatools-scratch-{'0' * 16}").symlink_to(tmp_path / "datatools-scratch-of-mine")
     with files.scratch_folder(tmp_path) as mine:
-        assert stat.S_IMODE(mine.stat().st_mode) == 0o700 and (tmp_path / name / "part").exists()
+        assert stat.S_IMODE(mine.stat().st_mode) == 0o700 and (tmp_path / name / "work" / "part").exists()
     owner.kill()
     owner.communicate()
     with files.scratch_folder(tmp_path):

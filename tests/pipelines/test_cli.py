@@ -194,6 +194,7 @@ DEFAULTS = {
             "batch_size": "training.batch_size",
             "weight_decay": "training.weight_decay",
             "rounding": "training.rounding",
+            "report_to": "report_to",
         },
     ),
     "evaluate": (
