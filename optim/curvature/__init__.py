@@ -9,9 +9,9 @@ The rules themselves only read what `refresh` left in their state.
 """
 
 from optim.curvature.diagonals import draw, gauss_newton, hutchinson
-from optim.curvature.hvp import hvp
 from optim.curvature.losses import Loss, Parts, mix, private
-from optim.curvature.refresh import CurvatureRule, absorb, refresh
+from optim.curvature.products import hvp
+from optim.curvature.rule import CurvatureRule, absorb, refresh
 
 __all__ = [
     "CurvatureRule",

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from optim.curvature.hvp import hvp
 from optim.curvature.losses import (
     Parts,
     add,
@@ -22,6 +21,7 @@ from optim.curvature.losses import (
     refuse_sharded,
     scalar,
 )
+from optim.curvature.products import hvp
 from optim.rule import moment_dtype
 
 

@@ -34,6 +34,8 @@ OUTCOMES = ("identical", "refused", "traceback", "silent", "stuck")
 WRONG = OUTCOMES[2:]
 _TRACEBACK = re.compile(r"Traceback|this is a bug|Exception ignored", re.IGNORECASE)
 _LIMIT_SECONDS = 120.0
+_VERIFIED = {"checkpoints", "warmup", "reference", "surrogates"}
+"""Folders of files on the way to a result, which a finished run leaves alone."""
 
 
 @dataclass
@@ -118,7 +120,7 @@ class Attacker:
     def _ended(self, made: Prepared, answer: SimpleNamespace, damaged: str | None = None) -> tuple[str, str]:
         """How a command ended, by its exit code, its messages and its results.
 
-        A `damaged` file that the command found, or a checkpoint, may stay as it is: whoever reads it later verifies it.
+        A `damaged` file that the command only found may stay as it is, and so may what a later reader verifies.
         """
         if answer.code == -9:
             return "stuck", f"no end after {_LIMIT_SECONDS:.0f} s"
@@ -130,9 +132,9 @@ class Attacker:
             return ("refused" if named else "traceback"), (lines[-1] if lines else f"exit code {answer.code}")[:300]
         got = results(self.run, answer.stdout if made.scenario.shown else "")
         differing = [name for name, value in made.want.items() if got.get(name) != value]
-        left_alone = {"checkpoints", "warmup"} & {*Path(damaged or "").parts}
-        if damaged is not None and (left_alone or (made.start / damaged).exists()):
-            differing = [name for name in differing if name.partition(":")[0] != damaged]
+        if damaged is not None:
+            found = damaged if (made.start / damaged).exists() else None
+            differing = [n for n in differing if n.partition(":")[0] != found and not _VERIFIED & {*Path(n).parts}]
         if differing and damaged is not None and Path(damaged).name in answer.stderr:
             return "refused", "said: " + next(line for line in answer.stderr.splitlines() if Path(damaged).name in line)
         if differing:

@@ -53,9 +53,10 @@ SCENARIOS = (
 # kill), and model cards that peft writes.
 _DISPLAYED = {
     "seals.jsonl", "events.jsonl", "progress.json", "provenance.json", ".lock", "training_args.bin", "README.md",
+    "cost.json",
 }  # fmt: skip
 _ASIDE = (".broken", ".damaged", ".tmp-")
-_COSTS = (".cost.", ".warnings.")
+_COSTS = (".cost.", ".warnings.", ".trainer_state.json.")  # the last logs how long steps took
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from datatools import DataError, UsageError, small_sources
+from datatools import DataError, UsageError, files, small_sources
 from pipelines import coreset_report, coresets, models, train, trainer
 from pipelines.config import CoresetConfig, DataConfig, LoraConfig, ModelConfig, TrainConfig, TrainingConfig
 from pipelines.prepare import prepare
@@ -648,7 +648,7 @@ def test_the_report_warns_and_shows_hostile_names_harmlessly(first, tmp_path):
     monitored = {e["step"]: e for e in lines if "match_error" in e}
     found = coresets.facts(choose, ["<script>alert(1)</script>", "b\u202ec"], monitored)
     assert "no better than random" in found["warning"]
-    (run / "coreset.json").write_text(json.dumps(found))
+    files.write_text(run / "coreset.json", json.dumps(found))
     page = coreset_report.render(run).read_text()
     assert "<script" not in page and "&lt;script&gt;" in page and "\u202e" not in page
     assert "no better than random" in page
@@ -668,7 +668,7 @@ def test_errors_that_say_nothing_about_the_choice_are_called_so(first, tmp_path,
     assert "small sources" not in coreset_report.in_short(first)
     run = shutil.copytree(first, tmp_path / "run")
     lines = [{**e, **change(e)} if "match_error" in e else e for e in metrics(run)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    files.write_text(run / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in lines))
     assert words in coreset_report.in_short(run)
     page = coreset_report.render(run).read_text()
     assert words.split(" rows")[0] in page and ">nan" not in page and 'nan"' not in page
@@ -676,7 +676,7 @@ def test_errors_that_say_nothing_about_the_choice_are_called_so(first, tmp_path,
 
 def test_a_damaged_file_is_named(first, tmp_path):
     run = shutil.copytree(first, tmp_path / "run")
-    (run / "metrics.jsonl").write_text("{")
+    files.write_text(run / "metrics.jsonl", "{")
     with pytest.raises(DataError, match=r"metrics\.jsonl: damaged"):
         coreset_report.render(run)
 

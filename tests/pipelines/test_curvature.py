@@ -92,7 +92,7 @@ def test_micro_batches_change_curvature_by_rounding_only(world, tmp_path):
 def test_a_refresh_leaves_gradients_and_the_dropout_of_the_step_alone(world, tmp_path, monkeypatch):
     """With curvature that is thrown away, training ends as without any refresh."""
     ends = []
-    for name, replacement in (("absorb", lambda *args: None), ("refresh", lambda *args, **kwargs: False)):
+    for name, replacement in (("rule.absorb", lambda *args: None), ("refresh", lambda *args, **kwargs: False)):
         with monkeypatch.context() as patch:
             patch.setattr(f"optim.curvature.{name}", replacement)
             ends.append(adapter(train.run(settings(world, tmp_path / name, "sophia_h", max_steps=3))))
