@@ -178,7 +178,7 @@ def test_templates_that_take_too_much_make_bad_rows(quick, monkeypatch):
         encoder(item)
     for template in LARGE.values():
         tokenizer.chat_template = template + CHATML
-        with pytest.raises(RowError, match="template_too_large|template_refuses|template_output_too_long"):
+        with pytest.raises(RowError, match="template_too_(large|slow)|template_refuses|template_output_too_long"):
             Encoder(tokenizer, max_length=1000)(item)
     assert honest(item) == want  # the renderer is there again
 
