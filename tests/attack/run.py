@@ -89,6 +89,7 @@ class Attacker:
 
     def _keep(self, name: str) -> Path:
         kept = self.folder / "states" / name
+        shutil.rmtree(kept, ignore_errors=True)
         if self.run.is_dir():
             shutil.copytree(self.run, kept, symlinks=True)
         return kept

@@ -287,9 +287,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(command, tmp_path,
     write_rows(big.pool, 200)
     argv = big.argv("select", "--epochs", 1, "--set", "warmup.max_steps=2", out=tmp_path / "whole")
     argv += ["--set", "features.token_budget=48", "--set", "features.rows_per_unit=10"]
-    assert command(*argv).code == 0
+    whole = command(*argv)
+    assert whole.code == 0
     want, units = outcome(tmp_path / "whole"), 200 // 10
-    rng, kills, lives, stages, seconds = random.Random(0), 0, 0, Counter(), 1.5
+    rng, kills, lives, stages, seconds = random.Random(0), 0, 0, Counter(), whole.seconds
     while kills < 10:
         lives += 1
         run, started = tmp_path / f"life-{lives}", False

@@ -1,6 +1,7 @@
 """`datatools train --gradient zo` on a tiny model: any optimizer, resume and replay to the bit, refusals."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -83,7 +84,9 @@ def test_resumed_is_the_same_to_the_bit(world, tmp_path, training):
     whole, cut = saved(tmp_path / "whole"), saved(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     for name in ("metrics.jsonl", "zeroth_order.jsonl"):
-        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "cut" / name).read_text()
+        texts = [(tmp_path / run / name).read_text() for run in ("whole", "cut")]
+        one, two = (re.sub(r', "tokens_per_second": [0-9.]+', "", text) for text in texts)
+        assert one == two
 
 
 @pytest.mark.parametrize(
