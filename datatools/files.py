@@ -36,6 +36,7 @@ import xxhash
 
 from datatools import seals
 from datatools.errors import DataError, DatatoolsError, EnvironmentProblem
+from datatools.seals import shown
 
 _TEMPORARY = seals.TEMPORARY
 _SCRATCH = "datatools-scratch-"
@@ -54,7 +55,7 @@ PathLike = str | os.PathLike[str]
 def explain(error: OSError, path: PathLike, doing: str) -> DatatoolsError:
     """`error` while `doing` ("write", "read", "create") something to `path`, as one of ours with advice."""
     what = error.strerror or str(error)
-    head = f"cannot {doing} {_shown(path)}: {what}"
+    head = f"cannot {doing} {shown(path)}: {what}"
     if error.errno in _NO_SPACE:
         return EnvironmentProblem(
             f"{head}; free some space (or raise the quota) and run the same command again, finished parts are kept")
@@ -69,16 +70,10 @@ def explain(error: OSError, path: PathLike, doing: str) -> DatatoolsError:
     return EnvironmentProblem(f"{head}; check the disk and run the same command again, finished parts are kept")
 
 
-def _shown(path: PathLike) -> str:
-    """The path with control characters escaped: a file name must not be able to write to the terminal."""
-    text = os.fspath(path)
-    return text if text.isprintable() else ascii(text)
-
-
 @contextmanager
 def _explained(path: PathLike, doing: str) -> Iterator[None]:
     if "\0" in os.fspath(path):
-        raise DataError(f"cannot {doing} {_shown(path)}: a path holds no null byte; choose another path")
+        raise DataError(f"cannot {doing} {shown(path)}: a path holds no null byte; choose another path")
     try:
         yield
     except OSError as error:
@@ -110,7 +105,7 @@ def write_text(path: PathLike, text: str, *, durable: bool = True) -> None:
     try:
         data = text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"cannot write {_shown(path)} as UTF-8: {error.reason} at character {error.start}") from error
+        raise DataError(f"cannot write {shown(path)} as UTF-8: {error.reason} at character {error.start}") from error
     write_bytes(path, data, durable=durable)
 
 
@@ -119,7 +114,7 @@ def write_json(path: PathLike, value: Any, *, durable: bool = True) -> None:
     try:
         data = json_bytes(value)
     except (TypeError, ValueError) as error:
-        raise DataError(f"cannot write {_shown(path)} as JSON: {error}") from error
+        raise DataError(f"cannot write {shown(path)} as JSON: {error}") from error
     write_bytes(path, data, durable=durable)
 
 
@@ -179,7 +174,7 @@ def _open_log(path: Path) -> int:
             return descriptor
         os.close(descriptor)
         if not stat.S_ISREG(facts.st_mode):
-            raise DataError(f"cannot append to {_shown(path)}: it is not a file; remove it")
+            raise DataError(f"cannot append to {shown(path)}: it is not a file; remove it")
         write_bytes(path, read_bytes(path), seal=False)  # a second name of another file: that one stays as it is
 
 
@@ -251,7 +246,7 @@ def _settle(folder: Path) -> None:
             child = Path(parent) / name
             mode = os.lstat(child).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise DataError(f"cannot write {_shown(child)}: it is neither a file nor a folder; remove what made it")
+                raise DataError(f"cannot write {shown(child)}: it is neither a file nor a folder; remove what made it")
             if stat.S_ISDIR(mode):
                 continue  # the walk comes to it, or has
             descriptor = os.open(child, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -299,7 +294,7 @@ def _temporary(path: Path) -> Iterator[tuple[int, Path]]:
 
 def _refuse_links(path: PathLike) -> None:
     if (link := seals.link_inside(path)) is not None:
-        raise DataError(f"cannot write {_shown(path)}: {_shown(link)} is a symbolic link, and a run folder holds none; "
+        raise DataError(f"cannot write {shown(path)}: {shown(link)} is a symbolic link, and a run folder holds none; "
                         "remove the link")
 
 
@@ -432,7 +427,7 @@ def _sweep_scratch(place: Path) -> None:
 
 def move(path: PathLike, to: PathLike) -> None:
     """Rename `path` (a file or a folder) to the free name `to` on the same file system, durably, without its seals."""
-    with _explained(path, f"move to {_shown(to)}:"):
+    with _explained(path, f"move to {shown(to)}:"):
         if os.path.lexists(to):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(to))
         seals.drop(path)
@@ -502,9 +497,9 @@ def read_bytes(path: PathLike, *, limit: int | None = None) -> bytes:
         try:
             facts = os.fstat(descriptor)
             if not stat.S_ISREG(facts.st_mode):
-                raise DataError(f"cannot read {_shown(path)}: it is not a file; choose another path")
+                raise DataError(f"cannot read {shown(path)}: it is not a file; choose another path")
             if limit is not None and facts.st_size > limit:
-                raise DataError(f"cannot read {_shown(path)}: {facts.st_size} bytes, at most {limit} were expected")
+                raise DataError(f"cannot read {shown(path)}: {facts.st_size} bytes, at most {limit} were expected")
             with open(descriptor, "rb", closefd=False) as file:
                 data = file.read()
         finally:
@@ -522,7 +517,7 @@ def open_file(path: PathLike, *, buffering: int = 0) -> BinaryIO:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise DataError(f"cannot read {_shown(path)}: it is not a file; choose another path")
+            raise DataError(f"cannot read {shown(path)}: it is not a file; choose another path")
         return open(descriptor, "rb", buffering=buffering)
 
 
@@ -531,7 +526,7 @@ def read_json(path: PathLike, *, limit: int | None = None) -> Any:
     try:
         return json.loads(read_bytes(path, limit=limit))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{_shown(path)} is not valid JSON: {error}") from error
+        raise DataError(f"{shown(path)} is not valid JSON: {error}") from error
 
 
 def digest(data: bytes | bytearray | memoryview) -> str:
@@ -621,7 +616,7 @@ def _acquire(folder: Path, file: Path, waiting: Callable[[str], None] | None) ->
         try:
             facts = os.fstat(descriptor)
             if not stat.S_ISREG(facts.st_mode):
-                raise DataError(f"cannot lock {_shown(folder)}: {_LOCK} in it is not a file; remove it")
+                raise DataError(f"cannot lock {shown(folder)}: {_LOCK} in it is not a file; remove it")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             current = os.stat(file, follow_symlinks=False)
             if current.st_nlink > 1:  # a second name of another file, which is not ours to write
@@ -640,7 +635,7 @@ def _acquire(folder: Path, file: Path, waiting: Callable[[str], None] | None) ->
                 waiting = _said
                 time.sleep(0.2)
                 continue
-            raise EnvironmentProblem(f"{_shown(folder)} is in use by {owner}; wait for that run, stop it, or choose "
+            raise EnvironmentProblem(f"{shown(folder)} is in use by {owner}; wait for that run, stop it, or choose "
                                      "another folder") from None
         except FileNotFoundError:  # the last holder removed it between open and stat
             pass

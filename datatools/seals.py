@@ -128,7 +128,7 @@ def seals_of(root: PathLike) -> dict[str, list[Seal]]:
     try:
         descriptor = os.open(path, os.O_RDONLY | _OPEN)
     except OSError as error:
-        raise DataError(f"{_shown(os.path.join(root, NAME))} cannot be read ({error.strerror}){REMEDY}") from error
+        raise DataError(f"{shown(os.path.join(root, NAME))} cannot be read ({error.strerror}){REMEDY}") from error
     with open(descriptor, "rb") as file:
         if known is None or os.pread(descriptor, len(known.last), known.end - len(known.last)) != known.last:
             known = _Read(0, 0, b"", {})  # another file than the one that was read
@@ -142,7 +142,7 @@ def seals_of(root: PathLike) -> dict[str, list[Seal]]:
         _parse(line, number, path, known.seals)
         end, last = end + len(line), line
     if not number:
-        raise DataError(f"{_shown(path)} is empty{REMEDY}")
+        raise DataError(f"{shown(path)} is empty{REMEDY}")
     _read[path] = _Read(end, number, last, known.seals)
     return known.seals
 
@@ -178,10 +178,10 @@ def expected(path: PathLike) -> list[Seal]:
 def refusal(path: PathLike) -> str:
     """What to say of a file that is not what was written."""
     if os.path.basename(path) == "run.yaml":
-        return (f"{_shown(path)} is not what the run wrote: it was damaged or edited. It is the record of what ran; to "
+        return (f"{shown(path)} is not what the run wrote: it was damaged or edited. It is the record of what ran; to "
                 "run with other settings, copy it out of the folder and give the copy another --out, or use --set; "
                 "otherwise restore it")
-    return (f"{_shown(path)} is not what the run wrote: it was damaged or edited. Restore it, or run the command that "
+    return (f"{shown(path)} is not what the run wrote: it was damaged or edited. Restore it, or run the command that "
             "made it again; to use an edited file, copy it out of the run folder")
 
 
@@ -246,8 +246,8 @@ def _parse(line: bytes, number: int, path: str, seals: dict[str, list[Seal]]) ->
             return
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         _read.pop(path, None)
-        raise DataError(f"{_shown(path)}, line {number}: damaged{REMEDY}") from None
-    raise DataError(f"{_shown(path)} has format {body['format']}, this version reads {FORMAT}; use the version that "
+        raise DataError(f"{shown(path)}, line {number}: damaged{REMEDY}") from None
+    raise DataError(f"{shown(path)} has format {body['format']}, this version reads {FORMAT}; use the version that "
                     "wrote it")
 
 
@@ -263,6 +263,7 @@ def _whole_lines(descriptor: int) -> int:
     return 0
 
 
-def _shown(path: PathLike) -> str:
+def shown(path: PathLike) -> str:
+    """The path with control characters escaped: a file name must not be able to write to the terminal."""
     text = os.fspath(path)
     return text if text.isprintable() else ascii(text)

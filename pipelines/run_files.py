@@ -38,7 +38,7 @@ def refuse_special(folder: Path) -> None:
             with suppress(FileNotFoundError):  # of a writer that is at work
                 if (kind := _special(child.lstat().st_mode)) is not None:
                     raise DataError(
-                        f"{_shown(child)} is {kind}; a run folder holds files and folders only, so nothing is written "
+                        f"{shown(child)} is {kind}; a run folder holds files and folders only, so nothing is written "
                         "there: remove it, or choose another --out"
                     )
 
@@ -85,7 +85,7 @@ def is_sealed(folder: Path) -> bool:
     found = files.read_json(record, limit=64_000_000) if record.is_file() else None
     made = found.get("format") if isinstance(found, dict) else None
     if isinstance(made, int) and made >= SEALED_SINCE:
-        raise DataError(f"{_shown(folder / seals.NAME)} is missing{seals.REMEDY}")
+        raise DataError(f"{shown(folder / seals.NAME)} is missing{seals.REMEDY}")
     return False
 
 
@@ -93,7 +93,7 @@ def note(folder: Path) -> str | None:
     """What a reader of the run in `folder` must be told, or None. Raises: DataError as `is_sealed`."""
     if not (folder / "run.yaml").is_file() or is_sealed(folder):
         return None
-    return f"{_shown(folder)} was written by a version without seals: nothing shows whether its files were changed"
+    return f"{shown(folder)} was written by a version without seals: nothing shows whether its files were changed"
 
 
 def damaged(folder: Path) -> list[str]:
@@ -135,13 +135,13 @@ def check_saved(folder: Path) -> None:
         return
     remedy = f"restore it or train again; to use it as it is, remove {COMPLETE}, which lists what was saved"
     if not isinstance(listed, dict) or not all(isinstance(v, list) and len(v) == 2 for v in listed.values()):
-        raise DataError(f"{_shown(path)} is damaged; {remedy}")
+        raise DataError(f"{shown(path)} is damaged; {remedy}")
     for name, (size, digest) in listed.items():
         file = folder / name
         if not file.is_file():
-            raise DataError(f"{_shown(file)} is missing; {remedy}")
+            raise DataError(f"{shown(file)} is missing; {remedy}")
         if files.seal_of(file) != seals.Seal(size, digest):
-            raise DataError(f"{_shown(file)} is not what was saved: it was damaged or edited; {remedy}")
+            raise DataError(f"{shown(file)} is not what was saved: it was damaged or edited; {remedy}")
 
 
 def set_aside(path: Path) -> None:
@@ -151,5 +151,6 @@ def set_aside(path: Path) -> None:
     files.move(path, aside)
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path | str) -> str:
+    """The path as it may go to the terminal: control characters are escaped."""
     return visible(str(path))

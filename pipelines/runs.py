@@ -34,6 +34,7 @@ from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError,
 from pipelines import redaction, run_files, texts, threads
 from pipelines.config import Json, Settings
 from pipelines.config_files import as_dict, config_digest, dump, fingerprint, flatten, load_config
+from pipelines.run_files import shown as _shown
 from pipelines.texts import visible
 
 DISTRIBUTION = "datatools-llm"
@@ -996,10 +997,6 @@ def _numerics() -> Any:
     from pipelines import numerics  # which imports torch
 
     return numerics
-
-
-def _shown(path: Path | str) -> str:
-    return visible(str(path))
 
 
 def _summed(entry: dict[str, Json]) -> str:
