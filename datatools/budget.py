@@ -71,25 +71,31 @@ class Budget:
         """
         n, able = len(candidates), int(candidates.eligible.sum())
         if able == 0:
-            raise UsageError(f"budget '{self.text}': none of the {n} rows may be selected; check why the pool's rows "
-                             "were skipped")
+            raise UsageError(
+                f"budget '{self.text}': none of the {n} rows may be selected; check why the pool's rows were skipped"
+            )
         if self.tokens is not None:
             sizes = candidates.token_sizes[candidates.eligible.numpy()]
             if self.tokens > sizes.sum():
-                raise UsageError(f"budget '{self.text}' is more than the {sizes.sum()} tokens of the {able} eligible "
-                                 "rows; ask for less, or for '100%'")
+                raise UsageError(
+                    f"budget '{self.text}' is more than the {sizes.sum()} tokens of the {able} eligible "
+                    "rows; ask for less, or for '100%'"
+                )
             if self.tokens < sizes.min():
-                raise UsageError(f"budget '{self.text}' holds no row, the shortest has {sizes.min()} tokens; ask for "
-                                 "more")
+                raise UsageError(
+                    f"budget '{self.text}' holds no row, the shortest has {sizes.min()} tokens; ask for more"
+                )
             return Limit(tokens=self.tokens)
         if self.share is not None:
             k = math.floor(self.share * n + 1e-9)
             if k == 0:
-                raise UsageError(f"budget '{self.text}' of {n} rows is less than one row; ask for a number of rows "
-                                 "('1')")
+                raise UsageError(
+                    f"budget '{self.text}' of {n} rows is less than one row; ask for a number of rows ('1')"
+                )
             return Limit(rows=min(k, able))
         assert self.rows is not None
         if self.rows > able:
-            raise UsageError(f"budget '{self.text}' is more than the {able} eligible of {n} rows; ask for at most "
-                             f"{able}")
+            raise UsageError(
+                f"budget '{self.text}' is more than the {able} eligible of {n} rows; ask for at most {able}"
+            )
         return Limit(rows=self.rows)

@@ -89,9 +89,7 @@ def add_updates(out: Tensor, projector: Projector, updates: UpdateMap, name: str
     rule, state = updates.rules[name], updates.states[name]
     if isinstance(projector, SJLT) and isinstance(rule, AdamWRule) and not rule.amsgrad:
         now = rule.scalars(int(state["step"]) + 1)
-        adam = Adam(
-            state["exp_avg"], state["exp_avg_sq"], rule.betas, now.scale, now.shrink, rule.eps, rule.eps_root
-        )
+        adam = Adam(state["exp_avg"], state["exp_avg_sq"], rule.betas, now.scale, now.shrink, rule.eps, rule.eps_root)
         if fits(out, grad, adam):
             return add_sjlt(out, grad, matrix_key(projector.seed, name, grad.shape[1:]), adam)
     projector.accumulate(out, name, updates.per_sample({name: grad})[name])

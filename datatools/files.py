@@ -58,7 +58,8 @@ def explain(error: OSError, path: PathLike, doing: str) -> DatatoolsError:
     head = f"cannot {doing} {shown(path)}: {what}"
     if error.errno in _NO_SPACE:
         return EnvironmentProblem(
-            f"{head}; free some space (or raise the quota) and run the same command again, finished parts are kept")
+            f"{head}; free some space (or raise the quota) and run the same command again, finished parts are kept"
+        )
     if error.errno in _FORBIDDEN:
         return EnvironmentProblem(f"{head}; check the permissions, or choose another folder")
     if error.errno in {errno.EMFILE, errno.ENFILE}:
@@ -83,8 +84,9 @@ def _explained(path: PathLike, doing: str) -> Iterator[None]:
 # ---------------------------------------------------------------- writing
 
 
-def write_bytes(path: PathLike, data: bytes | bytearray | memoryview, *, durable: bool = True,
-                seal: bool = True) -> None:
+def write_bytes(
+    path: PathLike, data: bytes | bytearray | memoryview, *, durable: bool = True, seal: bool = True
+) -> None:
     """Replace `path` by `data`, all or nothing.
 
     Args:
@@ -294,8 +296,10 @@ def _temporary(path: Path) -> Iterator[tuple[int, Path]]:
 
 def _refuse_links(path: PathLike) -> None:
     if (link := seals.link_inside(path)) is not None:
-        raise DataError(f"cannot write {shown(path)}: {shown(link)} is a symbolic link, and a run folder holds none; "
-                        "remove the link")
+        raise DataError(
+            f"cannot write {shown(path)}: {shown(link)} is a symbolic link, and a run folder holds none; "
+            "remove the link"
+        )
 
 
 def _open_temporary(path: Path) -> tuple[int, Path]:
@@ -336,7 +340,7 @@ def _commit(descriptor: int, temporary: Path, path: Path, durable: bool, seal: b
 def _write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
     rest = memoryview(data).cast("B")
     while rest:
-        rest = rest[os.write(descriptor, rest):]
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def _sync_folder(folder: Path) -> None:
@@ -635,8 +639,9 @@ def _acquire(folder: Path, file: Path, waiting: Callable[[str], None] | None) ->
                 waiting = _said
                 time.sleep(0.2)
                 continue
-            raise EnvironmentProblem(f"{shown(folder)} is in use by {owner}; wait for that run, stop it, or choose "
-                                     "another folder") from None
+            raise EnvironmentProblem(
+                f"{shown(folder)} is in use by {owner}; wait for that run, stop it, or choose another folder"
+            ) from None
         except FileNotFoundError:  # the last holder removed it between open and stat
             pass
         except BaseException:

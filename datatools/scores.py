@@ -24,8 +24,13 @@ Features = GradientFeatures | Tensor | Iterable[Block]
 # ---------------------------------------------------------------- influence
 
 
-def influence(train: Sequence[Features], target: Sequence[Features], weights: Sequence[float] | Tensor, *,
-              keys: Sequence[str] | None = None) -> Tensor:
+def influence(
+    train: Sequence[Features],
+    target: Sequence[Features],
+    weights: Sequence[float] | Tensor,
+    *,
+    keys: Sequence[str] | None = None,
+) -> Tensor:
     """similarity float32 [n, m] = sum_c w_c cos(train_c, target_c), w = weights / sum(weights), over checkpoints c.
 
     train, target: one entry a checkpoint: a store, a tensor [n, d] or [m, d] of any row lengths, or blocks of them.
@@ -38,12 +43,15 @@ def influence(train: Sequence[Features], target: Sequence[Features], weights: Se
     add up to something positive.
     """
     if not len(train) == len(target) == len(weights) or not len(train):
-        raise ValueError(f"influence: {len(train)} train features, {len(target)} target features and {len(weights)} "
-                         "weights; there must be one of each for every checkpoint")
+        raise ValueError(
+            f"influence: {len(train)} train features, {len(target)} target features and {len(weights)} "
+            "weights; there must be one of each for every checkpoint"
+        )
     w = torch.as_tensor(weights, dtype=torch.float64)
     if not w.isfinite().all() or (w < 0).any() or w.sum() <= 0:
-        raise UsageError(f"influence: checkpoint weights {w.tolist()}; they are mean learning rates, at least 0 and "
-                         "not all 0")
+        raise UsageError(
+            f"influence: checkpoint weights {w.tolist()}; they are mean learning rates, at least 0 and not all 0"
+        )
     w = w / w.sum()
     similarity: Tensor | None = None
     places = None if keys is None else _places(keys)
@@ -60,8 +68,10 @@ def influence(train: Sequence[Features], target: Sequence[Features], weights: Se
         if similarity is None:
             similarity = torch.zeros(len(keys), len(wanted))
         elif similarity.shape[1] != len(wanted):
-            raise DataError(f"influence: checkpoint {c} has {len(wanted)} target rows, the first "
-                            f"{similarity.shape[1]}; extract the features of the same target at every checkpoint")
+            raise DataError(
+                f"influence: checkpoint {c} has {len(wanted)} target rows, the first "
+                f"{similarity.shape[1]}; extract the features of the same target at every checkpoint"
+            )
         seen = torch.zeros(len(keys), dtype=torch.bool)
         for block_keys, cosine in cosines:
             pairs = [(i, place) for i, key in enumerate(block_keys) for place in places.get(key, ())]
@@ -71,14 +81,22 @@ def influence(train: Sequence[Features], target: Sequence[Features], weights: Se
                 seen[place] = True
         if not seen.all():
             missing = (~seen).nonzero().flatten().tolist()
-            raise DataError(f"influence: checkpoint {c} lacks features of {len(missing)} rows (the first: "
-                            f"{keys[missing[0]]}); run the extraction again")
+            raise DataError(
+                f"influence: checkpoint {c} lacks features of {len(missing)} rows (the first: "
+                f"{keys[missing[0]]}); run the extraction again"
+            )
     assert similarity is not None
     return similarity
 
 
-def influence_paper(train: Sequence[Features], target: Sequence[Features], weights: Sequence[float] | Tensor,
-                    groups: Sequence[int] | Tensor, *, keys: Sequence[str] | None = None) -> Tensor:
+def influence_paper(
+    train: Sequence[Features],
+    target: Sequence[Features],
+    weights: Sequence[float] | Tensor,
+    groups: Sequence[int] | Tensor,
+    *,
+    keys: Sequence[str] | None = None,
+) -> Tensor:
     """similarity float32 [n, g] = sum_c w_c cos(train_c, mean over the subtask of the raw gradients target_c).
 
     As in the paper: the target's gradients are averaged before the cosine, so that one with a large norm counts more.
@@ -106,8 +124,10 @@ def _target(features: Features) -> Tensor:
     zero = (rows == 0).all(1).nonzero().flatten().tolist()
     if zero:
         keys = [key for block in found for key in block[0]]
-        raise DataError(f"influence: {len(zero)} target rows have no gradient (the first: {keys[zero[0]]}); remove "
-                        "them from the target, or give them an answer")
+        raise DataError(
+            f"influence: {len(zero)} target rows have no gradient (the first: {keys[zero[0]]}); remove "
+            "them from the target, or give them an answer"
+        )
     return rows
 
 
@@ -122,8 +142,10 @@ def _scored(features: Features, target: Tensor) -> Iterator[tuple[Sequence[str],
     """(keys [b], cosines [b, m]) block by block."""
     for keys, rows, _, status in _blocks(features):
         if rows.shape[1] != target.shape[1]:
-            raise DataError(f"features of train (dim {rows.shape[1]}) and target (dim {target.shape[1]}) were "
-                            "projected differently; extract one of them again")
+            raise DataError(
+                f"features of train (dim {rows.shape[1]}) and target (dim {target.shape[1]}) were "
+                "projected differently; extract one of them again"
+            )
         bad = torch.tensor([state != "ok" for state in status], dtype=torch.bool)
         yield keys, _unit(keys, rows.masked_fill(bad[:, None], 0.0), "train features") @ target.T
 
@@ -177,8 +199,10 @@ def _less(similarity: Tensor, groups: Tensor) -> Tensor:
 def _paper(similarity: Tensor, groups: Tensor) -> Tensor:
     """The best subtask, whose gradients were averaged before the cosine (`influence_paper`): what LESS's paper says."""
     if len(set(groups.tolist())) != len(groups):
-        raise UsageError("aggregation 'paper' averages the target's gradients before the cosine: give it the "
-                         "similarity of influence_paper, one column a subtask; or use 'less'")
+        raise UsageError(
+            "aggregation 'paper' averages the target's gradients before the cosine: give it the "
+            "similarity of influence_paper, one column a subtask; or use 'less'"
+        )
     return similarity.float().amax(1)
 
 
@@ -242,7 +266,7 @@ class _Queue:
         """The first row that is not `used`, which becomes so. One must be left."""
         look = 16
         while True:
-            free = ~used[self._order[self._next:self._next + look]]
+            free = ~used[self._order[self._next : self._next + look]]
             step = int(free.argmax())
             if free[step]:
                 self._next += step
@@ -264,12 +288,23 @@ def _falling(order: NDArray[np.int64]) -> Tensor:
 Aggregation = Callable[[Tensor, Tensor], Tensor]
 """(similarity [n, m] with rows sorted so that the earlier wins a tie, groups [m]) -> scores float32 [n], n >= 1."""
 AGGREGATIONS: Mapping[str, Aggregation] = {
-    "less": _less, "paper": _paper, "mean": _mean, "max": _max, "round_robin": _round_robin, "bids": _bids,
+    "less": _less,
+    "paper": _paper,
+    "mean": _mean,
+    "max": _max,
+    "round_robin": _round_robin,
+    "bids": _bids,
 }
 
 
-def aggregate(similarity: Tensor, groups: Sequence[int] | Tensor, how: str = "less", *,
-              keys: Sequence[str] | None = None, eligible: Tensor | None = None) -> Tensor:
+def aggregate(
+    similarity: Tensor,
+    groups: Sequence[int] | Tensor,
+    how: str = "less",
+    *,
+    keys: Sequence[str] | None = None,
+    eligible: Tensor | None = None,
+) -> Tensor:
     """similarity [n, m] and the subtask of each target row, groups [m] -> one score a row, float32 [n].
 
     how: a name of `AGGREGATIONS`. "less", "paper", "mean" and "max" score each row by itself; "round_robin" and "bids"

@@ -29,8 +29,10 @@ _DEPTH = 8  # folders between a file and the seals above it
 _OPEN = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 PathLike = str | os.PathLike[str]
-REMEDY = ("; without it nobody can tell whether the files of the run are what it wrote: restore it, start anew with "
-          "--overwrite, or take the files as they are with --accept-change seals")
+REMEDY = (
+    "; without it nobody can tell whether the files of the run are what it wrote: restore it, start anew with "
+    "--overwrite, or take the files as they are with --accept-change seals"
+)
 
 
 class Seal(NamedTuple):
@@ -178,11 +180,15 @@ def expected(path: PathLike) -> list[Seal]:
 def refusal(path: PathLike) -> str:
     """What to say of a file that is not what was written."""
     if os.path.basename(path) == "run.yaml":
-        return (f"{shown(path)} is not what the run wrote: it was damaged or edited. It is the record of what ran; to "
-                "run with other settings, copy it out of the folder and give the copy another --out, or use --set; "
-                "otherwise restore it")
-    return (f"{shown(path)} is not what the run wrote: it was damaged or edited. Restore it, or run the command that "
-            "made it again; to use an edited file, copy it out of the run folder")
+        return (
+            f"{shown(path)} is not what the run wrote: it was damaged or edited. It is the record of what ran; to "
+            "run with other settings, copy it out of the folder and give the copy another --out, or use --set; "
+            "otherwise restore it"
+        )
+    return (
+        f"{shown(path)} is not what the run wrote: it was damaged or edited. Restore it, or run the command that "
+        "made it again; to use an edited file, copy it out of the run folder"
+    )
 
 
 def text(entries: Mapping[str, Iterable[Seal]]) -> bytes:
@@ -247,8 +253,9 @@ def _parse(line: bytes, number: int, path: str, seals: dict[str, list[Seal]]) ->
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         _read.pop(path, None)
         raise DataError(f"{shown(path)}, line {number}: damaged{REMEDY}") from None
-    raise DataError(f"{shown(path)} has format {body['format']}, this version reads {FORMAT}; use the version that "
-                    "wrote it")
+    raise DataError(
+        f"{shown(path)} has format {body['format']}, this version reads {FORMAT}; use the version that wrote it"
+    )
 
 
 def _whole_lines(descriptor: int) -> int:

@@ -41,11 +41,14 @@ class Selection:
         if self.weights is _ONES:
             object.__setattr__(self, "weights", torch.ones(k))
         if self.indices.dtype != torch.int64 or self.indices.shape != (k,):
-            raise ValueError(f"Selection.indices is {self.indices.dtype} {list(self.indices.shape)}; expected "
-                             "int64 [k]")
+            raise ValueError(
+                f"Selection.indices is {self.indices.dtype} {list(self.indices.shape)}; expected int64 [k]"
+            )
         if self.weights.shape != (k,) or (self.why is not None and len(self.why) != k):
-            raise ValueError(f"Selection: {k} indices, {len(self.weights)} weights and "
-                             f"{'no' if self.why is None else len(self.why)} sentences; they must be equally many")
+            raise ValueError(
+                f"Selection: {k} indices, {len(self.weights)} weights and "
+                f"{'no' if self.why is None else len(self.why)} sentences; they must be equally many"
+            )
         if len(set(self.indices.tolist())) != k:
             raise ValueError("Selection.indices names a row twice")
 
@@ -67,8 +70,16 @@ class Candidates:
     Raises: ValueError for columns of unequal length, DataError for non-finite scores of eligible rows.
     """
 
-    def __init__(self, *, keys: Sequence[str], scores: Array | None = None, sources: Sequence[str] | None = None,
-                 tokens: Array | None = None, supervised: Array | None = None, eligible: Array | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        keys: Sequence[str],
+        scores: Array | None = None,
+        sources: Sequence[str] | None = None,
+        tokens: Array | None = None,
+        supervised: Array | None = None,
+        eligible: Array | None = None,
+    ) -> None:
         n = len(keys)
         self.keys = list(keys)
         self.sources = [""] * n if sources is None else list(sources)
@@ -79,8 +90,9 @@ class Candidates:
         for name in ("scores", "sources", "tokens", "supervised", "eligible"):
             value = getattr(self, name)
             if value is not None and len(value) != n:
-                raise ValueError(f"Candidates: {n} keys but {len(value)} {name}; every column must have one entry "
-                                 "a row")
+                raise ValueError(
+                    f"Candidates: {n} keys but {len(value)} {name}; every column must have one entry a row"
+                )
         if self.scores is not None:
             require_finite(self.scores, self.keys, "scores", where=self.eligible)
 
@@ -91,8 +103,9 @@ class Candidates:
     def token_sizes(self) -> NDArray[np.int64]:
         """Tokens of each row, at least 1. Raises: UsageError if there are no token counts."""
         if self.tokens is None:
-            raise UsageError("a token budget needs the rows' token counts, and there are none; ask for a number of "
-                             "rows")
+            raise UsageError(
+                "a token budget needs the rows' token counts, and there are none; ask for a number of rows"
+            )
         sizes: NDArray[np.int64] = self.tokens.clamp_min(1).numpy()
         return sizes
 
@@ -126,15 +139,18 @@ def require_finite(values: Tensor, keys: Sequence[str], what: str, *, where: Ten
     if rows:
         names = ", ".join(keys[row] for row in rows[:5])
         more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-        raise DataError(f"{what}: {len(rows)} rows are not finite: {names}{more}; "
-                        "mark these rows as not eligible, or compute them again")
+        raise DataError(
+            f"{what}: {len(rows)} rows are not finite: {names}{more}; "
+            "mark these rows as not eligible, or compute them again"
+        )
 
 
 # ---------------------------------------------------------------- filling a budget in order
 
 
-def fill(order: NDArray[np.int64], candidates: Candidates, budget: Budget,
-         max_per_source: str | float | None = None) -> list[int]:
+def fill(
+    order: NDArray[np.int64], candidates: Candidates, budget: Budget, max_per_source: str | float | None = None
+) -> list[int]:
     """Rows taken from `order` (eligible rows, best first) until the budget is full, within the per-source cap.
 
     Row budgets: the first k rows whose source has room. Token budgets: a row that does not fit into what is left (of
@@ -153,8 +169,9 @@ def fill(order: NDArray[np.int64], candidates: Candidates, budget: Budget,
     assert total is not None
     cap = total if share is None else math.floor(share * total + 1e-9)
     if cap == 0:
-        raise UsageError(f"max_per_source={max_per_source} of a budget of {total} is less than one; raise one of "
-                         "the two")
+        raise UsageError(
+            f"max_per_source={max_per_source} of a budget of {total} is less than one; raise one of the two"
+        )
     used: Counter[str] = Counter()  # by source, in the budget's own unit
     rows: Counter[str] = Counter()
     left, smallest = total, int(sizes[order].min())
@@ -172,8 +189,10 @@ def fill(order: NDArray[np.int64], candidates: Candidates, budget: Budget,
     if (limit.tokens is None and left) or not chosen:
         asked = f"{total} rows" if limit.tokens is None else f"{total} tokens"
         sources = len({candidates.sources[row] for row in order.tolist()})
-        raise UsageError(f"max_per_source={max_per_source} lets only {len(chosen)} rows of {sources} sources into a "
-                         f"budget of {asked}; raise the cap or lower the budget")
+        raise UsageError(
+            f"max_per_source={max_per_source} lets only {len(chosen)} rows of {sources} sources into a "
+            f"budget of {asked}; raise the cap or lower the budget"
+        )
     return chosen
 
 
@@ -192,5 +211,7 @@ def parse_cap(cap: str | float | None) -> tuple[float | None, int | None]:
         return value, None
     if not text.endswith("%") and value >= 1 and value.is_integer():
         return None, int(value)
-    raise UsageError(f"max_per_source={text[:40]} is not understood; write a share below 1 ('0.3' or '30%') or a whole "
-                     "number of rows ('200')")
+    raise UsageError(
+        f"max_per_source={text[:40]} is not understood; write a share below 1 ('0.3' or '30%') or a whole "
+        "number of rows ('200')"
+    )

@@ -121,9 +121,17 @@ class GradientFeatures:
     # ------------------------------------------------------------ opening
 
     @classmethod
-    def create_or_open(cls, folder: str | os.PathLike[str], *, meta: Mapping[str, Any], dim: int,
-                       dtype: str = "float16", keys: Sequence[str], rows_per_unit: int | None = None,
-                       verify: bool = True) -> GradientFeatures:
+    def create_or_open(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        meta: Mapping[str, Any],
+        dim: int,
+        dtype: str = "float16",
+        keys: Sequence[str],
+        rows_per_unit: int | None = None,
+        verify: bool = True,
+    ) -> GradientFeatures:
         """Open the store in `folder` for writing, planning the units of the `keys` it does not know yet.
 
         keys: 32 hex characters each, unique, in the order in which rows are to be stored. Keys already planned stay in
@@ -149,7 +157,7 @@ class GradientFeatures:
             planned = {key for unit in plan["units"] for key in unit.split()}
             new = [key for key in keys if key not in planned]
             size = rows_per_unit or max(16, min(-(-len(new) // 64), (32 << 20) // (4 * dim)))
-            units = [" ".join(new[start:start + size]) for start in range(0, len(new), size)]
+            units = [" ".join(new[start : start + size]) for start in range(0, len(new), size)]
             if units or not (path / _PLAN).exists():
                 plan = {**plan, "units": [*plan["units"], *units]}
                 if (path / _PLAN).exists():
@@ -201,8 +209,9 @@ class GradientFeatures:
         with self._quarantining(unit):
             return dict(self._sidecar(unit)["info"])
 
-    def write_unit(self, unit: int, features: Tensor, status: Sequence[str] | None = None,
-                   info: Mapping[str, Any] | None = None) -> None:
+    def write_unit(
+        self, unit: int, features: Tensor, status: Sequence[str] | None = None, info: Mapping[str, Any] | None = None
+    ) -> None:
         """Write `features` [n, dim] (float, not normalised, any device) as the rows of `unit`, in `unit_keys` order.
 
         status: [n] of "ok", "empty", "nonfinite"; rows called ok that are zero or not finite are corrected. Rows that
@@ -211,8 +220,10 @@ class GradientFeatures:
         """
         n = self._rows(unit)
         if features.shape != (n, self.dim) or not features.is_floating_point():
-            raise ValueError(f"unit {unit} of {self.folder} takes float features [{n}, {self.dim}]; "
-                             f"got {features.dtype} {list(features.shape)}")
+            raise ValueError(
+                f"unit {unit} of {self.folder} takes float features [{n}, {self.dim}]; "
+                f"got {features.dtype} {list(features.shape)}"
+            )
         states = ["ok"] * n if status is None else list(status)
         if len(states) != n or not set(states) <= set(STATUSES):
             raise ValueError(f"unit {unit} of {self.folder} takes {n} statuses, each one of {STATUSES}")
@@ -242,10 +253,14 @@ class GradientFeatures:
         payload = self._path(unit, "safetensors")
         digest = files.write_pieces(payload, pieces(), seal=False)
         body = {
-            "format": FORMAT, "unit": unit, "rows": n, "store": self._meta_digest,
+            "format": FORMAT,
+            "unit": unit,
+            "rows": n,
+            "store": self._meta_digest,
             "payload": {"file": payload.name, "bytes": _payload_bytes(self.dtype, self.dim, n), "xxh3": digest},
             "status": {state: [i for i in range(n) if states[i] == state] for state in STATUSES[1:]},
-            "info": json.loads(files.json_bytes(info or {})), "keys": self._units[unit],
+            "info": json.loads(files.json_bytes(info or {})),
+            "keys": self._units[unit],
         }
         files.write_bytes(sidecar, _seal(body), seal=False)
 
@@ -298,7 +313,7 @@ class GradientFeatures:
             with self._quarantining(unit), self._mapped(unit) as view:
                 places, rows = zip(*pairs, strict=True)
                 for start in range(0, len(rows), 4096):
-                    out[list(places[start:start + 4096])] = view.features(np.array(rows[start:start + 4096]))
+                    out[list(places[start : start + 4096])] = view.features(np.array(rows[start : start + 4096]))
         return out
 
     def verify(self) -> list[tuple[int, str]]:
@@ -335,8 +350,10 @@ class GradientFeatures:
 
     def _require_complete(self) -> None:
         if missing := [unit for unit in range(self.units) if not self._path(unit, "json").exists()]:
-            raise DataError(f"{self.folder}: {len(missing)} of {self.units} units are missing (the first: {missing[0]})"
-                            "; run the extraction again, it computes only these")
+            raise DataError(
+                f"{self.folder}: {len(missing)} of {self.units} units are missing (the first: {missing[0]})"
+                "; run the extraction again, it computes only these"
+            )
 
     def _sidecar(self, unit: int) -> dict[str, Any]:
         """The sidecar of `unit`, checked against its seal and the plan. Raises: _Damaged."""
@@ -349,8 +366,13 @@ class GradientFeatures:
             body = _unseal(files.read_bytes(path))
         except ValueError as error:
             raise _Damaged(f"{path.name}: {error}") from None
-        expected = {"format": FORMAT, "unit": unit, "rows": self._rows(unit), "store": self._meta_digest,
-                    "keys": self._units[unit]}
+        expected = {
+            "format": FORMAT,
+            "unit": unit,
+            "rows": self._rows(unit),
+            "store": self._meta_digest,
+            "keys": self._units[unit],
+        }
         for name, value in expected.items():
             if body.get(name) != value:
                 raise _Damaged(f"{path.name} belongs to another store or unit: its '{name}' differs from {_PLAN}")
@@ -401,8 +423,10 @@ class GradientFeatures:
             yield
         except _Damaged as error:
             self._quarantine(unit)
-            raise DataError(f"{self.folder}: unit {unit} is damaged ({error}); it was set aside as *.broken, run the "
-                            "extraction again to compute this unit anew") from error
+            raise DataError(
+                f"{self.folder}: unit {unit} is damaged ({error}); it was set aside as *.broken, run the "
+                "extraction again to compute this unit anew"
+            ) from error
 
     def _quarantine(self, unit: int) -> None:
         self._forget(unit)
@@ -431,8 +455,8 @@ class _View:
         self._stored = np.frombuffer(mapped, encoding.element, n * width, start).reshape(n, width)
         tail = start + n * width * itemsize
         # copied: behind rows of odd length float32 values are not aligned
-        self.norms = torch.from_numpy(np.frombuffer(mapped[tail:tail + 4 * n], "<f4").copy())
-        scale = mapped[tail + 4 * n:tail + 8 * n] if encoding.levels else np.ones(n, dtype="<f4").tobytes()
+        self.norms = torch.from_numpy(np.frombuffer(mapped[tail : tail + 4 * n], "<f4").copy())
+        scale = mapped[tail + 4 * n : tail + 8 * n] if encoding.levels else np.ones(n, dtype="<f4").tobytes()
         self._scale = np.frombuffer(scale, "<f4")
         self.status = ["ok"] * n
         for state, rows in sidecar["status"].items():
@@ -459,8 +483,10 @@ def _header(dtype: str, dim: int, n: int) -> bytes:
     encoding = ENCODINGS[dtype]
     width = encoding.width(dim)
     end = n * width * np.dtype(encoding.element).itemsize
-    tensors = {"features": {"dtype": encoding.tensor, "shape": [n, width], "data_offsets": [0, end]},
-               "norms": {"dtype": "F32", "shape": [n], "data_offsets": [end, end + 4 * n]}}
+    tensors = {
+        "features": {"dtype": encoding.tensor, "shape": [n, width], "data_offsets": [0, end]},
+        "norms": {"dtype": "F32", "shape": [n], "data_offsets": [end, end + 4 * n]},
+    }
     if encoding.levels:
         tensors["scale"] = {"dtype": "F32", "shape": [n], "data_offsets": [end + 4 * n, end + 8 * n]}
     text = json.dumps(tensors, separators=(",", ":")).encode()
@@ -489,8 +515,10 @@ def _read_plan(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path} is damaged: {error}; remove the folder and extract the features again") from None
     if plan.get("format") != FORMAT:
-        raise DataError(f"{path} has format {plan.get('format')}, written by another version of datatools; this one "
-                        f"reads format {FORMAT}: use that version, or extract into another folder")
+        raise DataError(
+            f"{path} has format {plan.get('format')}, written by another version of datatools; this one "
+            f"reads format {FORMAT}: use that version, or extract into another folder"
+        )
     return plan
 
 
@@ -499,11 +527,14 @@ def _refusal(folder: Path, differing: Sequence[tuple[str, Any, Any]]) -> str:
         text = _value(value)
         return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
-    fields = ", ".join(f"{name.removeprefix('meta.')} was {short(old)} and is now {short(new)}"
-                       for name, old, new in differing[:3])
+    fields = ", ".join(
+        f"{name.removeprefix('meta.')} was {short(old)} and is now {short(new)}" for name, old, new in differing[:3]
+    )
     more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
-    return (f"the features in {folder} were made differently: {fields}{more}; go back to the old setting, or write to "
-            "another folder")
+    return (
+        f"the features in {folder} were made differently: {fields}{more}; go back to the old setting, or write to "
+        "another folder"
+    )
 
 
 def _check_keys(keys: Sequence[str]) -> None:

@@ -116,7 +116,10 @@ def _can_launch(device: torch.device) -> bool:
     except Exception as error:  # of any kind: a step must not fail because it could not be made fast
         warnings.warn(
             f"Triton kernels do not run on {device} ({type(error).__name__}: {error}); torch operations are used, "
-            "as with OPTIM_BACKEND=torch", RuntimeWarning, stacklevel=2)
+            "as with OPTIM_BACKEND=torch",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return False
     return True
 
@@ -142,7 +145,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.de
 def triton_dtype(dtype: torch.dtype) -> Any:
     """The element type of Triton that a pointer read from a table points to."""
     return {
-        torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8,
+        torch.float32: tl.float32,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+        torch.uint8: tl.uint8,
     }[dtype]
 
 

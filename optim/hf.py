@@ -28,6 +28,7 @@ from optim.schedules import schedule_options
 Build: TypeAlias = Callable[..., Optimizer]
 Factory: TypeAlias = Callable[[], Build]
 
+
 def resolve(name: str, args: Any = None, *, decay_all: bool = False, **hyper: Any) -> tuple[Factory, dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes, for the optimizer of that name.
 

@@ -125,9 +125,7 @@ each step amplifies them as it does the smallest ones: in bfloat16 two steps on 
 where single steps leave 1.14, and three can diverge."""
 
 
-def _newton_schulz_steps(
-    y: Tensor, first: tuple[float, float, float], *rest: tuple[float, float, float]
-) -> Tensor:
+def _newton_schulz_steps(y: Tensor, first: tuple[float, float, float], *rest: tuple[float, float, float]) -> Tensor:
     """Stacks y [k, p, q] after a step for each (a, b, c): (total I + moved) y, with both of them from y y^T alone."""
     a, b, c = first
     if not rest and symmetric.fits(y):
@@ -227,9 +225,7 @@ def multi_normalised(x: Tensor, *, norms: Sequence[str], rounds: int) -> Tensor:
     return x
 
 
-def remove_radial(
-    update: Tensor, grad: Tensor, param: Tensor, *, delta: float, eps: float
-) -> tuple[Tensor, Tensor]:
+def remove_radial(update: Tensor, grad: Tensor, param: Tensor, *, delta: float, eps: float) -> tuple[Tensor, Tensor]:
     """`update` without its part along `param` if `grad` is almost orthogonal to `param`; and whether it was, 0-d bool.
 
     All three [m, ...], seen as m rows of n, and then as one row of m n: at the first of these views in which every row

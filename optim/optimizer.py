@@ -69,9 +69,7 @@ class Optimizer(torch.optim.Optimizer):
     divide: Callable[[Group, "Optimizer"], list[Group]] | None = None
     divisions: Sequence[Callable[[Group], list[Group]]] = ()
 
-    def __init__(
-        self, params: Params, rule: UpdateRule, *, lr: float | Tensor, weight_decay: float = 0.0
-    ) -> None:
+    def __init__(self, params: Params, rule: UpdateRule, *, lr: float | Tensor, weight_decay: float = 0.0) -> None:
         if not isinstance(rule, UpdateRule):
             raise TypeError(f"Optimizer: rule is {_kind(rule)}; expected an UpdateRule such as AdamWRule()")
         if isinstance(params, Mapping):
@@ -241,9 +239,7 @@ class Optimizer(torch.optim.Optimizer):
     def _refuse(self, group: dict[str, Any], offset: int) -> None:
         for label, param in _labelled(group, offset):
             if param.grad is not None and param.is_meta:
-                raise TypeError(
-                    f"parameter {label} has no data (meta device); materialise the model before step()"
-                )
+                raise TypeError(f"parameter {label} has no data (meta device); materialise the model before step()")
             if param.grad is not None and param.grad.layout != torch.strided:
                 raise TypeError(
                     f"parameter {label} has a sparse gradient ({param.grad.layout}); make it dense before step()"
@@ -263,9 +259,7 @@ class Optimizer(torch.optim.Optimizer):
             rule.share(grads, states, everyone)
         return params, grads
 
-    def _warn_of_left(
-        self, group: dict[str, Any], offset: int, params: Sequence[Tensor], fine: Sequence[bool]
-    ) -> None:
+    def _warn_of_left(self, group: dict[str, Any], offset: int, params: Sequence[Tensor], fine: Sequence[bool]) -> None:
         """A warning that names each parameter whose gradient is not finite."""
         if all(fine):
             return
@@ -348,7 +342,8 @@ class Optimizer(torch.optim.Optimizer):
             found = rule.differences(saved_rule(saved_group, rule))
             if found:
                 raise ValueError(
-                    f"load_state_dict: param group {index} was saved with another rule: " + "; ".join(found)
+                    f"load_state_dict: param group {index} was saved with another rule: "
+                    + "; ".join(found)
                     + ". Build the optimizer with the saved settings."
                 )
             rules.append(rule)

@@ -289,9 +289,7 @@ def example_parameters(ratios: Ratios | None = None) -> Named:
     return [(f"{_EXAMPLES[block]}.weight", nn.Parameter(torch.empty(5040, 5040, device="meta"))) for block in chosen]
 
 
-def divide_groups(
-    optimizer: torch.optim.Optimizer, divide: Callable[[dict[str, Any]], list[dict[str, Any]]]
-) -> None:
+def divide_groups(optimizer: torch.optim.Optimizer, divide: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> None:
     """Put several param groups in the place of each: those that `divide(group)` makes of it, but empty ones.
 
     The `params` of the groups that `divide` gets and makes are named parameters. For groups built by a class that
@@ -309,9 +307,7 @@ def divide_groups(
         optimizer.divisions = [*optimizer.divisions, divide]
 
 
-def by_name(
-    divide: Callable[[dict[str, Any]], list[dict[str, Any]]], group: dict[str, Any]
-) -> list[dict[str, Any]]:
+def by_name(divide: Callable[[dict[str, Any]], list[dict[str, Any]]], group: dict[str, Any]) -> list[dict[str, Any]]:
     """The groups that `divide` makes of this one, but empty ones. Raises: ValueError for parameters without names."""
     named = list(zip(group["param_names"], group["params"], strict=True)) if "param_names" in group else group["params"]
     message = "param groups are divided by name: build the optimizer from model.named_parameters()"

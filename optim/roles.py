@@ -384,9 +384,7 @@ def _one_below_the_other(
     return found
 
 
-def _conv1d(
-    flat: Named, around: Mapping[str, Tensor], owners: Mapping[str, nn.Module | None]
-) -> list[str]:
+def _conv1d(flat: Named, around: Mapping[str, Tensor], owners: Mapping[str, nn.Module | None]) -> list[str]:
     """The weights [inputs, outputs] among those of layers: GPT-2's Conv1D, where others give its names to nn.Linear."""
     layers = [(name, _name(name), param) for name, param in flat if name.endswith(".weight")]
     layers = [(name, it, param) for name, it, param in layers if not any(_ADAPTER.search(p) for p in it.parts)]

@@ -127,9 +127,7 @@ def _write_back(arrived: Arrived | None, param: Tensor, exact: Tensor, count: in
         flat, into = exact.reshape(-1), rounded.view(-1)
         for lo in range(0, flat.numel(), PIECE):  # random words take 8 bytes each, several times over
             part = flat[lo : lo + PIECE]
-            words = philox.random_words(
-                part.numel(), seed=_SEED + place, stream=count, start=lo, device=exact.device
-            )
+            words = philox.random_words(part.numel(), seed=_SEED + place, stream=count, start=lo, device=exact.device)
             into[lo : lo + PIECE] = philox.stochastic_round(part, words)
     if arrived is not None:
         arrived.add(param, exact, rounded)

@@ -99,9 +99,7 @@ class UpdateRule(ABC):
             direction = _plus(direction, weight_decay, self.decay(direction, new_state, work))
         return _plus(work, -lr, direction, out), new_state
 
-    def step(
-        self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float
-    ) -> None:
+    def step(self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float) -> None:
         """One step in place: `stepped`, written back to `param` (and only then rounded to its dtype) and `state`."""
         new_param, new_state = self.stepped(param, grad, state, lr=lr, weight_decay=weight_decay or None, out=param)
         if new_param is not param:
@@ -116,7 +114,12 @@ class UpdateRule(ABC):
         self.step(param, grad, state, lr=lr, weight_decay=weight_decay)
 
     def step_all(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], *, lr: float | Tensor,
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        *,
+        lr: float | Tensor,
         weight_decay: float,
     ) -> None:
         """`step` of parameters that `optim.fused` does not take: one by one, unless a rule has a kernel for many."""
@@ -239,5 +242,3 @@ def zero_step() -> Tensor:
 def correction(beta: float | Tensor, step: Tensor) -> Tensor:
     """1 - beta^step as a float64 scalar; float32 would lose digits that float64 parameters show."""
     return 1 - beta ** step.double()
-
-

@@ -81,9 +81,7 @@ def check_state(label: str, rule: UpdateRule, param: Tensor, state: Mapping[str,
             raise ValueError(f"state of parameter {label}: {key} has shape {shape}, expected {tuple(want.shape)}")
 
 
-def loaded_state(
-    rule: UpdateRule, param: Tensor, state: Mapping[str, Any], *, on: torch.device | None = None
-) -> State:
+def loaded_state(rule: UpdateRule, param: Tensor, state: Mapping[str, Any], *, on: torch.device | None = None) -> State:
     """A copy of a saved state in the rule's dtypes: on the parameter's device, but step counts stay on the CPU.
 
     Entries are laid out over ranks as the rule lays out its own: of a *full* state dict only those of the parameter's

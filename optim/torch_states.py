@@ -51,8 +51,10 @@ def described(saved_group: Mapping[str, Any], rule: UpdateRule) -> dict[str, Any
         own = rule.setting("ns_coefficients")
         same = isinstance(own, str) and NEWTON_SCHULZ[own].coefficients == triples and NEWTON_SCHULZ[own].safety == 1
         said = {
-            "momentum": saved_group["momentum"], "nesterov": saved_group["nesterov"],
-            "ns_steps": saved_group["ns_steps"], "ns_coefficients": own if same else triples,
+            "momentum": saved_group["momentum"],
+            "nesterov": saved_group["nesterov"],
+            "ns_steps": saved_group["ns_steps"],
+            "ns_coefficients": own if same else triples,
             "scale": _SCALES[saved_group.get("adjust_lr_fn")],
         }
     elif found == "sgd":
@@ -173,8 +175,9 @@ def _torch_settings(group: Mapping[str, Any]) -> dict[str, Any]:
                 "the groups' weight_decay to 0 first"
             )
     else:
-        need(cautious_decay=False, conv_scale="matrix", batched=False, transposed=False, split_sizes=None,
-             num_heads=None)
+        need(
+            cautious_decay=False, conv_scale="matrix", batched=False, transposed=False, split_sizes=None, num_heads=None
+        )
         if described["scale"] not in _SCALES:
             raise ValueError(f"to_torch_state: torch's Muon has no scale {described['scale']!r}")
         made = torch.optim.Muon(one)
@@ -184,8 +187,12 @@ def _torch_settings(group: Mapping[str, Any]) -> dict[str, Any]:
         if len(triples) != 1 or table and table.safety != 1:
             raise ValueError(f"to_torch_state: torch's Muon has one polynomial, not ns_coefficients = {coefficients!r}")
         said = {
-            "momentum": described["momentum"], "nesterov": described["nesterov"], "ns_steps": described["ns_steps"],
-            "ns_coefficients": tuple(triples[0]), "eps": described["ns_eps"], "adjust_lr_fn": described["scale"],
+            "momentum": described["momentum"],
+            "nesterov": described["nesterov"],
+            "ns_steps": described["ns_steps"],
+            "ns_coefficients": tuple(triples[0]),
+            "eps": described["ns_eps"],
+            "adjust_lr_fn": described["scale"],
         }
     return {k: v for k, v in made.param_groups[0].items() if k != "params"} | said | {"weight_decay": decay}
 

@@ -83,9 +83,7 @@ def run(config: AuditConfig) -> Path:
     return config.out
 
 
-def _leaks(
-    config: AuditConfig, test: Rows, pool: Rows, target: Rows | None, chosen: list[int]
-) -> list[dict[str, Any]]:
+def _leaks(config: AuditConfig, test: Rows, pool: Rows, target: Rows | None, chosen: list[int]) -> list[dict[str, Any]]:
     """Where test rows were seen before. Raises: DataError if they were and that is not allowed."""
     others: dict[str, tuple[Rows, list[int] | None]] = {"selection": (pool, chosen), "pool": (pool, None)}
     if target is not None:

@@ -191,7 +191,11 @@ def pairs(
 
 
 def lines(
-    across: Scale, up: Scale, series: Sequence[tuple[str, Sequence[tuple[float, float]]]], *, label: str,
+    across: Scale,
+    up: Scale,
+    series: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+    *,
+    label: str,
     height: float = 150,
 ) -> tuple[Markup, list[Tick]]:
     """Lines through points (x, y), one a series of class `chosen` or `other`; (drawing, ticks of the ordinate).

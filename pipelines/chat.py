@@ -29,10 +29,29 @@ _CONTROL_WORDS = re.compile("think|tool|function|reason", re.IGNORECASE)  # in a
 
 # A template that prints today's date would give a row other tokens tomorrow. It gets this day instead (the one that
 # Llama 3's template falls back on), through a macro of the same name, which takes precedence over the function.
-_DAY = {"%Y": "2024", "%m": "07", "%d": "26", "%b": "Jul", "%B": "July", "%a": "Fri", "%A": "Friday", "%y": "24",
-        "%j": "208", "%H": "00", "%M": "00", "%S": "00", "%p": "AM", "%I": "12", "%Z": "", "%z": ""}
-_STRFTIME = ("{%- macro strftime_now(format) -%}{{ format"
-             + "".join(f" | replace('{code}', '{text}')" for code, text in _DAY.items()) + " }}{%- endmacro %}\n")
+_DAY = {
+    "%Y": "2024",
+    "%m": "07",
+    "%d": "26",
+    "%b": "Jul",
+    "%B": "July",
+    "%a": "Fri",
+    "%A": "Friday",
+    "%y": "24",
+    "%j": "208",
+    "%H": "00",
+    "%M": "00",
+    "%S": "00",
+    "%p": "AM",
+    "%I": "12",
+    "%Z": "",
+    "%z": "",
+}
+_STRFTIME = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('{code}', '{text}')" for code, text in _DAY.items())
+    + " }}{%- endmacro %}\n"
+)
 
 # Marks are made of characters for private use, from the first window of them that a row's texts do not touch. A mark is
 # three characters: which end it is, and the number of what it encloses, in two digits.
@@ -109,8 +128,9 @@ class ChatTemplate:
         """The text of the conversation. Raises: RowError if the template refuses it, DataError if it is broken."""
         return self._render(next(_ways_to_write(messages)), tools)
 
-    def read(self, messages: Sequence[Message], tools: Sequence[Any] = (),
-             masked: frozenset[int] = frozenset()) -> Rendered:
+    def read(
+        self, messages: Sequence[Message], tools: Sequence[Any] = (), masked: frozenset[int] = frozenset()
+    ) -> Rendered:
         """The text, and the spans of the assistant's turns but those in `masked`.
 
         A span is what the turn says, with the end-of-turn text behind it. Reasoning that the template keeps belongs to
@@ -131,8 +151,12 @@ class ChatTemplate:
             blocks = found.blocks if found.text == text else None
         try:
             marked = self._place(written, tools, text, window)
-            spans = [span for k, message in enumerate(written) if message["role"] == "assistant"
-                     for span in self._spans(k, written, tools, marked, window, wanted=k not in masked)]
+            spans = [
+                span
+                for k, message in enumerate(written)
+                if message["role"] == "assistant"
+                for span in self._spans(k, written, tools, marked, window, wanted=k not in masked)
+            ]
         except RowError as error:
             # what the template's author marked has loss, also where the template rewrites it
             if error.reason != "template_changes_text" or blocks is None or masked:
@@ -140,8 +164,11 @@ class ChatTemplate:
             return Rendered(text, blocks, tuple(sorted(flags)))
         flags |= self._left_out(written, marked)
         if blocks is not None:
-            spans = [block for block in blocks
-                     if not masked or any(block[0] < end and start < block[1] for start, end in spans)]
+            spans = [
+                block
+                for block in blocks
+                if not masked or any(block[0] < end and start < block[1] for start, end in spans)
+            ]
         return Rendered(text, sorted(spans), tuple(sorted(flags)))
 
     # ------------------------------------------------------------------------------------------------------- writing
@@ -162,8 +189,11 @@ class ChatTemplate:
                     missing = next((part for part in calls if part.start < 0), None)
                     if missing is not None or marked.text != text:
                         turn = (missing or calls[0]).turn + 1
-                        raise RowError("template_drops_turn", "the chat template does not write the tool calls of "
-                                       f"turn {turn}; use a template that takes tools")
+                        raise RowError(
+                            "template_drops_turn",
+                            "the chat template does not write the tool calls of "
+                            f"turn {turn}; use a template that takes tools",
+                        )
                 return written, text
             except _TooSlow:
                 raise
@@ -179,6 +209,7 @@ class ChatTemplate:
         the text (the template strips it), the marks stand within, and each side is tried by itself; and a turn of the
         user that the template looks at (`startswith`) goes without.
         """
+
         def attempt(parts: list[_Part]) -> _Marked | None:
             try:
                 found = _unmark(self._render(_with_marks(written, parts, window), tools), parts, window)
@@ -204,7 +235,7 @@ class ChatTemplate:
                 space = getattr(part, side)
                 if part.kind not in ("answer", "reasoning") or not space or space.strip() or part.start < 0:
                     continue
-                around = found.text[part.start - 1] if side == "before" else found.text[part.end:part.end + 1]
+                around = found.text[part.start - 1] if side == "before" else found.text[part.end : part.end + 1]
                 if around != (space[-1] if side == "before" else space[0]):
                     continue
                 wider = [replace(p) for p in found.parts]
@@ -228,7 +259,7 @@ class ChatTemplate:
                 raise RowError("template_drops_turn", f"the chat template leaves out turn {k + 1} (assistant)")
             if i in marked.repeated:
                 raise RowError("template_repeats_turn", f"the chat template writes turn {k + 1} twice")
-            if part.start >= 0 and marked.text[part.start:part.end] != part.text:
+            if part.start >= 0 and marked.text[part.start : part.end] != part.text:
                 raise self._differs(k)
 
     def _left_out(self, written: list[Message], marked: _Marked) -> set[str]:
@@ -248,8 +279,9 @@ class ChatTemplate:
                 flags.add("call_text_dropped")
         return flags
 
-    def _spans(self, k: int, written: list[Message], tools: Sequence[Any], marked: _Marked, window: int, *,
-               wanted: bool) -> list[tuple[int, int]]:
+    def _spans(
+        self, k: int, written: list[Message], tools: Sequence[Any], marked: _Marked, window: int, *, wanted: bool
+    ) -> list[tuple[int, int]]:
         """The spans of turn `k`, checked; several where the template writes another turn into it (a tool's result)."""
         self._check(k, marked)
         said = sorted((p for p in marked.parts if p.turn == k and p.start >= 0), key=lambda part: part.start)
@@ -270,7 +302,7 @@ class ChatTemplate:
                 start -= len(first.before)  # reasoning without a word in it, written out by the row
             if last.kind != "call" and last.after.strip() and marked.text.startswith(last.after, end):
                 end += len(last.after)
-            following = marked.text[end:min((other for other in others if other >= end), default=None)]
+            following = marked.text[end : min((other for other in others if other >= end), default=None)]
             if n < len(runs) - 1 or last.kind != "answer":
                 end += self._call_end(self._closing(k, written, tools, marked, last, window), following)
             else:
@@ -281,8 +313,9 @@ class ChatTemplate:
             spans.append((start, end))
         return spans
 
-    def _start(self, k: int, written: list[Message], tools: Sequence[Any], marked: _Marked, first: _Part,
-               window: int) -> int:
+    def _start(
+        self, k: int, written: list[Message], tools: Sequence[Any], marked: _Marked, first: _Part, window: int
+    ) -> int:
         """Where a turn that begins with reasoning or a tool call begins: behind the generation prompt.
 
         The model has to write what opens its reasoning or its call, unless the prompt already does. An empty block of
@@ -290,7 +323,7 @@ class ChatTemplate:
         """
         text = marked.text
         edge = max((part.end for part in marked.parts if 0 <= part.end <= first.start and part.turn != k), default=0)
-        gap = text[edge:first.start]
+        gap = text[edge : first.start]
         prompt = self._prompt(k, written, tools)
         at = gap.rfind(prompt) if prompt else -1
         tags = list(REASONING_TAG.finditer(gap))
@@ -306,7 +339,7 @@ class ChatTemplate:
             begin = self._header(k, written, tools, gap, window)
         closed = [tag for tag in tags if tag["close"] and tag.start() >= begin]
         if closed:
-            rest = gap[closed[-1].end():]
+            rest = gap[closed[-1].end() :]
             begin = len(gap) - len(rest.lstrip())
         return first.start - len(gap) + begin
 
@@ -337,18 +370,19 @@ class ChatTemplate:
             self._prompts[key] = asked.removeprefix(plain) if asked.startswith(plain) else ""
         return self._prompts[key]
 
-    def _closing(self, k: int, written: list[Message], tools: Sequence[Any], marked: _Marked, last: _Part,
-                 window: int) -> str:
+    def _closing(
+        self, k: int, written: list[Message], tools: Sequence[Any], marked: _Marked, last: _Part, window: int
+    ) -> str:
         """What stands behind the part `last` of turn `k` when the conversation ends with that turn."""
         if k < len(written) - 1:
             place = marked.parts.index(last)
             parts = [replace(part) for part in marked.parts if part.turn <= k]
-            marked = _unmark(self._render(_with_marks(written[:k + 1], parts, window), tools), parts, window)
+            marked = _unmark(self._render(_with_marks(written[: k + 1], parts, window), tools), parts, window)
             last = marked.parts[place]
         if last.end < 0:
             return ""
         after = last.after if last.after.strip() and marked.text.startswith(last.after, last.end) else ""
-        return marked.text[last.end + len(after):]
+        return marked.text[last.end + len(after) :]
 
     def _turn_end(self, closing: str, following: str) -> str:
         """The end-of-turn text that `following` starts with: through its first special token, with those that adjoin;
@@ -369,16 +403,18 @@ class ChatTemplate:
         such tokens follow. What stands between may hold tokens, too (those of a call).
         """
         common = os.path.commonprefix([closing, following])
-        cut = next((token.start() for token in self._token.finditer(following)
-                    if token.start() < len(common) < token.end()), len(common))
+        cut = next(
+            (token.start() for token in self._token.finditer(following) if token.start() < len(common) < token.end()),
+            len(common),
+        )
         common = common[:cut]
         tokens = list(self._end.finditer(common))
         if not tokens:  # a part of what closes the turn is none of it
-            return len(common.rstrip() if common == closing else common[:_last_word(common)])
+            return len(common.rstrip() if common == closing else common[: _last_word(common)])
         first = len(tokens) - 1
-        if common[tokens[first].end():].strip():
+        if common[tokens[first].end() :].strip():
             return len(common.rstrip())
-        while first and not common[tokens[first - 1].end():tokens[first].start()].strip():
+        while first and not common[tokens[first - 1].end() : tokens[first].start()].strip():
             first -= 1
         end = tokens[first].end()
         for before, after in pairwise(tokens[first:]):
@@ -388,9 +424,12 @@ class ChatTemplate:
         return end
 
     def _differs(self, index: int) -> RowError:
-        return RowError("template_changes_text", f"the chat template does more with turn {index + 1} than write it "
-                        "down (it rewrites contents, or depends on them), so what the assistant said cannot be told "
-                        "apart; use a template with {% generation %} markers")
+        return RowError(
+            "template_changes_text",
+            f"the chat template does more with turn {index + 1} than write it "
+            "down (it rewrites contents, or depends on them), so what the assistant said cannot be told "
+            "apart; use a template with {% generation %} markers",
+        )
 
     # ----------------------------------------------------------------------------------------------------- rendering
 
@@ -405,23 +444,40 @@ class ChatTemplate:
 
         return _GENERATION.sub(instead, self.text)
 
-    def _render(self, written: Sequence[Message], tools: Sequence[Any], *, template: str | None = None,
-                add_generation_prompt: bool = False) -> str:
+    def _render(
+        self,
+        written: Sequence[Message],
+        tools: Sequence[Any],
+        *,
+        template: str | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
         limit = _TEMPLATE_BYTES * (len(written) + 1) + 4 * sum(map(len, strings([list(written), list(tools)])))
         if not written:
             raise RowError("template_refuses", "a conversation without a turn")
         special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
-        kind, text = worker.render(limit, {
-            "conversations": [[_for_template(message) for message in written]], "tools": list(tools) or None,
-            "documents": None, "chat_template": template or self.text, "return_assistant_tokens_mask": False,
-            "continue_final_message": False, "add_generation_prompt": add_generation_prompt, **special})
+        kind, text = worker.render(
+            limit,
+            {
+                "conversations": [[_for_template(message) for message in written]],
+                "tools": list(tools) or None,
+                "documents": None,
+                "chat_template": template or self.text,
+                "return_assistant_tokens_mask": False,
+                "continue_final_message": False,
+                "add_generation_prompt": add_generation_prompt,
+                **special,
+            },
+        )
         if kind == "invalid":
             raise DataError(f"the chat template {self._name} is not valid: {text}")
         if kind == "slow":
             self._slow += 1
             if self._slow >= _SLOW_ROWS:
-                raise DataError(f"the chat template {self._name} ran longer than {SECONDS:g} s of processor time for "
-                                f"each of {self._slow} rows; does it loop? Use another one (--chat-template)")
+                raise DataError(
+                    f"the chat template {self._name} ran longer than {SECONDS:g} s of processor time for "
+                    f"each of {self._slow} rows; does it loop? Use another one (--chat-template)"
+                )
             raise _TooSlow("template_too_slow", f"the chat template ran longer than {SECONDS:g} s of processor time")
         if kind == "large":
             raise RowError("template_too_large", "the chat template took more memory than it may")
@@ -442,8 +498,11 @@ def _last_word(text: str) -> int:
 
 def _for_template(message: Message) -> dict[str, Any]:
     """A message as chat templates know it; reasoning under each of the names in use."""
-    known = {key: message[key] for key in ("role", "content", "tool_calls", "tool_call_id", "name")
-             if message.get(key) is not None}  # transformers leaves out what is None, too
+    known = {
+        key: message[key]
+        for key in ("role", "content", "tool_calls", "tool_call_id", "name")
+        if message.get(key) is not None
+    }  # transformers leaves out what is None, too
     return known | dict.fromkeys(_REASONING_NAMES if "reasoning" in message else (), message.get("reasoning"))
 
 
@@ -511,7 +570,7 @@ def _part(turn: int, kind: str, key: str, text: str, outside: bool) -> _Part:
         return _Part(turn, kind, key, 0, text)
     core = text.strip()
     at = text.index(core)
-    return _Part(turn, kind, key, at, core, text[:at], text[at + len(core):])
+    return _Part(turn, kind, key, at, core, text[:at], text[at + len(core) :])
 
 
 def _content_parts(turn: int, content: str, kind: str, outside: bool) -> list[_Part]:
@@ -549,7 +608,7 @@ def _with_marks(written: Sequence[Message], parts: Sequence[_Part], window: int)
             message["tool_calls"] = calls
         else:
             text = message[part.key]
-            message[part.key] = text[:part.at] + marked + text[part.at + len(part.text):]
+            message[part.key] = text[: part.at] + marked + text[part.at + len(part.text) :]
     return result
 
 
@@ -564,7 +623,7 @@ def _unmark(text: str, parts: list[_Part], window: int) -> _Marked:
     for part in parts:
         part.start = part.end = -1
     for mark in marks.finditer(text):
-        pieces.append(text[at:mark.start()])
+        pieces.append(text[at : mark.start()])
         length += len(pieces[-1])
         at = mark.end()
         end, high, low = (ord(c) - window for c in mark[0])

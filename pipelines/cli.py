@@ -113,9 +113,7 @@ PrintOption = Annotated[bool, _flag("--print-config", "print every setting with 
 QuietOption = Annotated[bool, _flag("--quiet", "only warnings and errors", _RUN)]
 
 ModelOption = Annotated[str | None, _flag("--model", "a folder, a hub name, or one .gguf file", _MODEL, metavar="NAME")]
-TrustOption = Annotated[
-    bool, _flag("--trust-remote-code", "run the Python code that comes with the model", _MODEL)
-]
+TrustOption = Annotated[bool, _flag("--trust-remote-code", "run the Python code that comes with the model", _MODEL)]
 AdapterOption = Annotated[Path | None, _flag("--adapter", "a LoRA adapter to load on top", _MODEL, metavar="DIR")]
 ChatOption = Annotated[
     str | None, _flag("--chat-template", "auto, tulu, or a .jinja file", _MODEL, "auto", metavar="NAME")
@@ -317,8 +315,9 @@ def train(
     ] = None,
     rounding: Annotated[
         str | None,
-        _flag("--rounding", "of bfloat16 weights: stochastic, master (float32), nearest", _TRAINING, "auto",
-              metavar="HOW"),
+        _flag(
+            "--rounding", "of bfloat16 weights: stochastic, master (float32), nearest", _TRAINING, "auto", metavar="HOW"
+        ),
     ] = None,
     coreset: Annotated[
         str | None,
@@ -758,8 +757,8 @@ def diagnose(
 )
 def explain(
     place: Annotated[
-        str, typer.Argument(metavar="FILE:LINE|DIR", help="a line of selected.jsonl, or a run's folder",
-                            show_default=False)
+        str,
+        typer.Argument(metavar="FILE:LINE|DIR", help="a line of selected.jsonl, or a run's folder", show_default=False),
     ],
     row: Annotated[
         str | None,

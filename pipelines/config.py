@@ -608,9 +608,7 @@ class OrderConfig(RunSettings):
         "of retraining; 0: none, but `dimensions` directions",
         json_schema_extra=LATE,
     )
-    anchors: int = Field(
-        default=3, ge=2, le=4097, description="places of the reference run where gradients are taken"
-    )
+    anchors: int = Field(default=3, ge=2, le=4097, description="places of the reference run where gradients are taken")
     estimators: list[Literal["pairwise", "reduced", "moments", "own-moments", "table", "groups"]] = Field(
         default=["pairwise", "reduced"],
         min_length=1,
@@ -647,7 +645,10 @@ class OrderConfig(RunSettings):
         json_schema_extra=LATE,
     )
     dimensions: int = Field(
-        default=8, ge=1, le=4096, description="directions to which `reduced` without rows reduces Hessians",
+        default=8,
+        ge=1,
+        le=4096,
+        description="directions to which `reduced` without rows reduces Hessians",
         json_schema_extra=LATE,
     )
     second_moment: Literal["own", "expected", "anchor"] = Field(
@@ -663,7 +664,10 @@ class OrderConfig(RunSettings):
         json_schema_extra=LATE,
     )
     pairwise_anchors: int = Field(
-        default=1, ge=1, le=4097, description="anchors at which pairwise (and a frozen `reduced`) take products",
+        default=1,
+        ge=1,
+        le=4097,
+        description="anchors at which pairwise (and a frozen `reduced`) take products",
         json_schema_extra=LATE,
     )
     table_projection: int = Field(
@@ -682,23 +686,32 @@ class OrderConfig(RunSettings):
     )
     budget: int = Field(default=20_000, ge=1, le=10**9, description="orders a search may score", json_schema_extra=LATE)
     judged: int = Field(
-        default=64, ge=0, le=10_000,
+        default=64,
+        ge=0,
+        le=10_000,
         description="orders that a search's second estimator tries besides the shortlist of the first: random, then "
         "crosses of the best",
         json_schema_extra=LATE,
     )
     retrain: int = Field(
-        default=3, ge=0, le=100, description="found orders, and as many random ones, that a search retrains",
+        default=3,
+        ge=0,
+        le=100,
+        description="found orders, and as many random ones, that a search retrains",
         json_schema_extra=LATE,
     )
     map_batches: int = Field(default=4, ge=1, le=4096, description="batches of the memory map", json_schema_extra=LATE)
     map_positions: int = Field(default=4, ge=2, le=4096, description="positions of the map", json_schema_extra=LATE)
     completions: int = Field(
-        default=8, ge=1, le=1000, description="random orders of the rest, for each place of the map",
+        default=8,
+        ge=1,
+        le=1000,
+        description="random orders of the rest, for each place of the map",
         json_schema_extra=LATE,
     )
     map_by: Literal["moments", "retraining"] = Field(
-        default="retraining", description="what makes the map: true runs, or the estimate `moments`",
+        default="retraining",
+        description="what makes the map: true runs, or the estimate `moments`",
         json_schema_extra=LATE,
     )
 
@@ -756,7 +769,9 @@ class ExplainConfig(Settings):
     file: FilePath = Field(description="selected.jsonl of a run")
     line: int = Field(default=1, ge=1, le=10**12, description="line in that file, counted from 1; not used with `row`")
     row: str | None = Field(
-        default=None, min_length=1, max_length=4096,
+        default=None,
+        min_length=1,
+        max_length=4096,
         description="any row of the run's pool: FILE:LINE of one of its files, or its id",
     )
     nearest: int = Field(default=5, ge=1, le=1000, description="how many target rows to show")

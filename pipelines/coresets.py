@@ -218,9 +218,7 @@ class CoresetMixin(FiniteSteps):
                 sources, known = _only(sources, live), {key: _only(rows, live) for key, rows in known.items()}
             keep = max(1, round(self._keep * len(sources) / self._large_batch))  # an epoch's last batch may be short
             lane = micro if self._group is not None else micro * self.args.world_size + self.args.process_index
-            chosen = colm(
-                tensors, sources, step=step, lane=lane, keep=min(keep, len(sources)), watch=watch, **known
-            )
+            chosen = colm(tensors, sources, step=step, lane=lane, keep=min(keep, len(sources)), watch=watch, **known)
             reduced.append(self._kept(batch, Selection(live[chosen.indices], chosen.weights)))
             trained += len(chosen.indices)
             if watch:

@@ -64,7 +64,7 @@ class Row:
     @property
     def question(self) -> str:
         """What comes before the last answer, for people; "" for plain text."""
-        return "\n\n".join(text for _, text in self.turns[:self._last()])
+        return "\n\n".join(text for _, text in self.turns[: self._last()])
 
     @property
     def answer(self) -> str:
@@ -153,9 +153,21 @@ class Pool:
         value = parse_object(raw, self._options.limits)
         columns = self._columns[self._file[index]]
         shape = self._options.read(value, columns)
-        return Row(self.ids[index], self.sources[index], self.file(index), self.line(index), raw,
-                   shape.messages, shape.text, _subtask(value, columns), shape.prompt, shape.completion,
-                   shape.masked, shape.flags, shape.tools)
+        return Row(
+            self.ids[index],
+            self.sources[index],
+            self.file(index),
+            self.line(index),
+            raw,
+            shape.messages,
+            shape.text,
+            _subtask(value, columns),
+            shape.prompt,
+            shape.completion,
+            shape.masked,
+            shape.flags,
+            shape.tools,
+        )
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
@@ -169,8 +181,10 @@ class Pool:
         except OSError as error:
             raise files.explain(error, path, "read") from error
         if xxhash.xxh3_64_intdigest(raw) != self._digest[index]:
-            raise DataError(f"{self.where(index)} has changed since this run read it; do not edit data during a run, "
-                            "and start again")
+            raise DataError(
+                f"{self.where(index)} has changed since this run read it; do not edit data during a run, "
+                "and start again"
+            )
         return raw
 
     def file(self, index: int) -> str:
@@ -205,10 +219,18 @@ class Pool:
         self._digest.append(xxhash.xxh3_64_intdigest(line.raw))
 
 
-def read_pool(paths: Sequence[str | os.PathLike[str]], *, on_bad_row: str = "error", source_key: str = "dataset",
-              cache: Path, quarantine: Path | None = None, columns: Columns | None = None, detect: bool = False,
-              preference: str | None = None,
-              limits: Limits = Limits()) -> tuple[Pool, list[BadRow]]:  # noqa: B008 (frozen)
+def read_pool(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    on_bad_row: str = "error",
+    source_key: str = "dataset",
+    cache: Path,
+    quarantine: Path | None = None,
+    columns: Columns | None = None,
+    detect: bool = False,
+    preference: str | None = None,
+    limits: Limits = Limits(),
+) -> tuple[Pool, list[BadRow]]:  # noqa: B008 (frozen)
     """Read and check every row of `paths`: files, folders, and data sets of the hub (`sources.find_sources`).
 
     `on_bad_row`: "error" refuses the whole input if a row is bad or an id is used twice; "skip" goes on without bad
@@ -246,8 +268,9 @@ def read_pool(paths: Sequence[str | os.PathLike[str]], *, on_bad_row: str = "err
     return pool, bad
 
 
-def _read_source(source: Source, cache: Path, pool: Pool, bad: list[BadRow], ids: "_Ids",
-                 rejected: BinaryIO | None) -> None:
+def _read_source(
+    source: Source, cache: Path, pool: Pool, bad: list[BadRow], ids: "_Ids", rejected: BinaryIO | None
+) -> None:
     path, problems = as_jsonl(source, cache, pool._options.limits)
     columns, _ = columns_of(source.name, pool._options.columns)
     pool._paths.append(path)
@@ -270,8 +293,9 @@ def _read_source(source: Source, cache: Path, pool: Pool, bad: list[BadRow], ids
                 shape = pool._options.read(value, columns)
                 name = _source(value, columns, pool._options.source_key)
                 own = _own_id(value, columns)
-                identity = ids.take(own if own is not None else f"{stem}:{line.number}", own is not None,
-                                    source.name, line.number)
+                identity = ids.take(
+                    own if own is not None else f"{stem}:{line.number}", own is not None, source.name, line.number
+                )
             except Malformed as error:
                 bad.append(BadRow(source.name, line.number, line.offset, error.reason, error.detail))
                 if rejected is not None and problem is None:
@@ -316,8 +340,10 @@ def _check_files(columns: Mapping[str, str | dict[str, str]], names: Sequence[st
     unused -= {columns_of(name, columns)[1] or "" for name in names}
     if unused:
         known = ", ".join(shown(name, 200) for name in names[:5])
-        raise UsageError(f"columns: {shown(min(unused), 200)} is none of the files that are read ({known}"
-                         f"{', ...' if len(names) > 5 else ''})")
+        raise UsageError(
+            f"columns: {shown(min(unused), 200)} is none of the files that are read ({known}"
+            f"{', ...' if len(names) > 5 else ''})"
+        )
 
 
 def _own_id(value: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
@@ -373,5 +399,7 @@ def _refusal(bad: list[BadRow], total: int) -> str:
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common(8))
     first = "; ".join(map(str, bad[:5]))
     more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
-    return (f"{len(bad)} of {total} rows cannot be used ({reasons}): {first}{more}. Correct them, or go on without "
-            "them: --on-bad-row skip (or quarantine, which copies them to a file)")
+    return (
+        f"{len(bad)} of {total} rows cannot be used ({reasons}): {first}{more}. Correct them, or go on without "
+        "them: --on-bad-row skip (or quarantine, which copies them to a file)"
+    )

@@ -30,8 +30,9 @@ class Duplicates(NamedTuple):
     twins: dict[int, int]
 
 
-def dedup(pool: Pool, scan: Scan, how: str = "none", threshold: float = 0.8,
-          progress: Progress | None = None) -> Duplicates:
+def dedup(
+    pool: Pool, scan: Scan, how: str = "none", threshold: float = 0.8, progress: Progress | None = None
+) -> Duplicates:
     """Which rows to keep, and for each row left out the kept row that it repeats.
 
     "exact": the turns are equal after Unicode normalisation (NFKC) and with runs of white space as one space, letter
@@ -56,8 +57,10 @@ def dedup(pool: Pool, scan: Scan, how: str = "none", threshold: float = 0.8,
     twins: dict[int, int] = {}
     if how == "none":
         return Duplicates(keep, twins)
-    order = sorted(np.flatnonzero(scan.ok).tolist(), key=lambda i: (
-        scan.keys[i], pool.sources[i], pool.ids[i], pool.file(i), pool.line(i)))
+    order = sorted(
+        np.flatnonzero(scan.ok).tolist(),
+        key=lambda i: (scan.keys[i], pool.sources[i], pool.ids[i], pool.file(i), pool.line(i)),
+    )
     near = _Near(pool, threshold) if how == "near" else None
     seen: dict[str, int] = {}
     for i in order:
@@ -154,8 +157,10 @@ class _Near:
         for place in places[np.argsort(-likeness, kind="stable")[:_CHECKED]]:
             kept = self._rows[int(place)]
             other = self._pool[kept]
-            if (_jaccard(marks.whole, _shingles(other.question + other.answer)) >= self._threshold
-                    and _jaccard(marks.answer, _shingles(other.answer)) >= self._threshold):
+            if (
+                _jaccard(marks.whole, _shingles(other.question + other.answer)) >= self._threshold
+                and _jaccard(marks.answer, _shingles(other.answer)) >= self._threshold
+            ):
                 return kept
         return None
 
@@ -175,8 +180,9 @@ def _bands(threshold: float) -> tuple[int, int]:
 
     A pair of likeness s shares a band with probability 1 - (1 - s^rows)^bands.
     """
-    widths = [rows for rows in range(1, _PERMUTATIONS // 2 + 1)
-              if (1 - threshold**rows) ** (_PERMUTATIONS // rows) <= 0.05]
+    widths = [
+        rows for rows in range(1, _PERMUTATIONS // 2 + 1) if (1 - threshold**rows) ** (_PERMUTATIONS // rows) <= 0.05
+    ]
     rows = max(widths)
     return _PERMUTATIONS // rows, rows
 
@@ -188,7 +194,7 @@ def _shingles(text: str) -> NDArray[np.uint64]:
     width = min(_SHINGLE, len(codes))
     hashes = np.zeros(len(codes) - width + 1, np.uint64)
     for k in range(width):  # a polynomial in an odd base, modulo 2^64
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + codes[k:k + len(hashes)]
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + codes[k : k + len(hashes)]
     hashes = (hashes ^ (hashes >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
     return np.unique(hashes ^ (hashes >> np.uint64(32)))
 
@@ -199,7 +205,7 @@ def _sketch(hashes: NDArray[np.uint64], permutations: int) -> Any:
     sketch = MinHash(num_perm=permutations, seed=_SEED, hashfunc=int)
     values = (hashes >> np.uint64(32)).tolist()  # MinHash permutes 32-bit values
     for start in range(0, len(values), _CHUNK):
-        sketch.update_batch(values[start:start + _CHUNK])
+        sketch.update_batch(values[start : start + _CHUNK])
     return sketch
 
 

@@ -169,9 +169,7 @@ def loss_parts(model: Any, rows: Rows, picked: Sequence[int], token_budget: int)
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
-def sharpness(
-    model: Any, rows: Rows, picked: Sequence[int], config: DiagnoseConfig, *, seed: int
-) -> dict[str, Any]:
+def sharpness(model: Any, rows: Rows, picked: Sequence[int], config: DiagnoseConfig, *, seed: int) -> dict[str, Any]:
     """Average sharpness of each block and tensor by sampled labels, and the ratios that it proposes."""
     groups = token_batches([int(rows.scan.tokens[i]) for i in picked], config.token_budget)
     named = list(model.named_parameters())

@@ -85,15 +85,24 @@ class Encoder:
     Raises: UsageError on bad settings; DataError if the tokenizer has no offsets, or no chat template and needs one.
     """
 
-    def __init__(self, tokenizer: Any, *, chat: str | Path = "auto", max_length: int | None = None,
-                 on_long: str = "truncate", limits: ModelLimits = ModelLimits()) -> None:  # noqa: B008 (frozen)
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat: str | Path = "auto",
+        max_length: int | None = None,
+        on_long: str = "truncate",
+        limits: ModelLimits = ModelLimits(),
+    ) -> None:  # noqa: B008 (frozen)
         if on_long not in ON_LONG:
             raise UsageError(f"on_long is {on_long!r}; expected one of {', '.join(ON_LONG)}")
         if max_length is not None and max_length < 2:
             raise UsageError(f"max_length is {max_length}; a row needs at least 2 tokens, one to predict the other")
         if not getattr(tokenizer, "is_fast", False):
-            raise DataError(f"the tokenizer {type(tokenizer).__name__} cannot say which characters a token stands for; "
-                            "use a model with a tokenizer.json")
+            raise DataError(
+                f"the tokenizer {type(tokenizer).__name__} cannot say which characters a token stands for; "
+                "use a model with a tokenizer.json"
+            )
         self._tokenizer = tokenizer
         self.max_length = limits.longest(max_length)
         """Most tokens of a row."""
@@ -116,8 +125,11 @@ class Encoder:
         self._merges = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
         unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
         ends = {tokenizer.bos_token, tokenizer.eos_token}
-        self._control_ids = {tokenizer.convert_tokens_to_ids(text): text for text in control
-                             if text in ends or text not in (tokenizer.unk_token, unknown)}
+        self._control_ids = {
+            tokenizer.convert_tokens_to_ids(text): text
+            for text in control
+            if text in ends or text not in (tokenizer.unk_token, unknown)
+        }
 
     def __call__(self, row: Row) -> Encoded:
         """The tokens of `row`. Raises: RowError with a reason; DataError as the class says."""
@@ -138,13 +150,16 @@ class Encoder:
                 advice = "raise max_length, or change on_long" if self._what == "max_length" else "change on_long"
                 raise DataError(f"{row.file}:{row.line}: {detail}; {advice}")
             raise RowError("too_long", detail)
-        encoded = Encoded(ids[:self.max_length], labels[:self.max_length], cut, flags)
+        encoded = Encoded(ids[: self.max_length], labels[: self.max_length], cut, flags)
         vocabulary = self._limits.vocabulary
         if vocabulary is not None and encoded.input_ids and max(encoded.input_ids) >= vocabulary:
             worst = max(encoded.input_ids)
-            raise RowError("token_beyond_vocabulary", f"token {worst} ({shown(self._tokenizer.decode([worst]), 30)}), "
-                           f"and the model's embedding has {vocabulary} rows: the tokenizer has tokens that the model "
-                           "does not; use the model's own tokenizer, or resize its embedding (resize_token_embeddings)")
+            raise RowError(
+                "token_beyond_vocabulary",
+                f"token {worst} ({shown(self._tokenizer.decode([worst]), 30)}), "
+                f"and the model's embedding has {vocabulary} rows: the tokenizer has tokens that the model "
+                "does not; use the model's own tokenizer, or resize its embedding (resize_token_embeddings)",
+            )
         if not encoded.supervised:
             why = "no token to learn"
             if cut:
@@ -180,8 +195,10 @@ class Encoder:
         tools = row.tools or any("tool_calls" in turn for turn in row.messages)
         template = self._with_tools if tools else self._template
         if template is None:
-            raise DataError(f"{row.file}:{row.line} is a conversation, but the tokenizer has no chat template; "
-                            "give one with --chat-template FILE, or 'tulu'")
+            raise DataError(
+                f"{row.file}:{row.line} is a conversation, but the tokenizer has no chat template; "
+                "give one with --chat-template FILE, or 'tulu'"
+            )
         rendered = template.read(row.messages, row.tools, row.masked)
         ids, offsets = self._tokenise(rendered.text, special=False)
         self._refuse_made(rendered.text, ids, offsets)
@@ -229,7 +246,7 @@ class Encoder:
             if len(ids) >= kept + _MARGIN:
                 sure = len(set(words[kept:-_MARGIN]) - {words[kept - 1], None}) > 1
                 if not sure and self._merges:
-                    more = self._whole(text[:size + size // 2 + 1], special, closed)
+                    more = self._whole(text[: size + size // 2 + 1], special, closed)
                     sure = ids[:kept] == more[0][:kept] and offsets[:kept] == more[1][:kept]
                 if sure:
                     return ids[:-_MARGIN], offsets[:-_MARGIN]
@@ -237,32 +254,44 @@ class Encoder:
         ids, offsets, _ = self._whole(text, special, closed)
         return ids, offsets
 
-    def _whole(self, text: str, special: bool,
-               closed: bool) -> tuple[list[int], list[tuple[int, int]], list[int | None]]:
-        encoded = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, truncation=False,
-                                  padding=False, return_attention_mask=False, return_special_tokens_mask=True,
-                                  verbose=False)
+    def _whole(
+        self, text: str, special: bool, closed: bool
+    ) -> tuple[list[int], list[tuple[int, int]], list[int | None]]:
+        encoded = self._tokenizer(
+            text,
+            add_special_tokens=special,
+            return_offsets_mapping=True,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            return_special_tokens_mask=True,
+            verbose=False,
+        )
         ids, offsets, words = encoded["input_ids"], encoded["offset_mapping"], encoded.word_ids()
         if not special:
             return ids, offsets, words
-        added = [bool(mark) and start == end for mark, (start, end) in
-                 zip(encoded["special_tokens_mask"], offsets, strict=True)]
+        added = [
+            bool(mark) and start == end
+            for mark, (start, end) in zip(encoded["special_tokens_mask"], offsets, strict=True)
+        ]
         first = next((t for t, yes in enumerate(added) if not yes), len(ids))
         last = next((t for t in reversed(range(len(ids))) if not added[t]), -1)
         start, end = first, last + 1
         if first <= last:
             n = first  # tokens put before the text; those behind it
-            start = first if n and ids[first:first + n] == ids[:n] else 0
+            start = first if n and ids[first : first + n] == ids[:n] else 0
             m = len(ids) - 1 - last
-            end = last + 1 if m and (closed or ids[last + 1 - m:last + 1] == ids[last + 1:]) else len(ids)
+            end = last + 1 if m and (closed or ids[last + 1 - m : last + 1] == ids[last + 1 :]) else len(ids)
             return ids[start:end], offsets[start:end], words[start:end]
         return ids, offsets, words
 
     def _eos(self) -> str:
         eos = self._tokenizer.eos_token
         if not eos:
-            raise DataError("the tokenizer has no end-of-sequence token, which this format writes behind an answer; "
-                            "use a chat template")
+            raise DataError(
+                "the tokenizer has no end-of-sequence token, which this format writes behind an answer; "
+                "use a chat template"
+            )
         return str(eos)
 
     def _made(self, text: str, ids: list[int], offsets: Sequence[tuple[int, int]]) -> str:
@@ -277,14 +306,18 @@ class Encoder:
 
     def _refuse_made(self, text: str, ids: list[int], offsets: Sequence[tuple[int, int]]) -> None:
         if found := self._made(text, ids, offsets):
-            raise RowError("control_token_in_text", f"the tokenizer's normaliser turns {shown(found)} into a control "
-                           "token; in a text it could fake a turn")
+            raise RowError(
+                "control_token_in_text",
+                f"the tokenizer's normaliser turns {shown(found)} into a control token; in a text it could fake a turn",
+            )
 
     def _refuse_control(self, texts: Any) -> None:
         for text in texts:
             if found := self._control.search(text):
-                raise RowError("control_token_in_text", f"{shown(found.group())} is a control token of this tokenizer; "
-                               "in a text it could fake a turn")
+                raise RowError(
+                    "control_token_in_text",
+                    f"{shown(found.group())} is a control token of this tokenizer; in a text it could fake a turn",
+                )
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     loaded = models.load(config.model, merge=False)  # merged into bfloat16, a small adapter would be rounded away
     with files.scratch_folder() as scratch:
-        rows = prepare(config.data, config.model, loaded.tokenizer, cache=scratch, label="data",
-                       limits=loaded.limits)
+        rows = prepare(config.data, config.model, loaded.tokenizer, cache=scratch, label="data", limits=loaded.limits)
         return losses(loaded.model, rows, token_budget=config.token_budget)
 
 

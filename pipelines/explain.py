@@ -114,18 +114,24 @@ def _named(name: str, pool: Rows) -> int:
     """The pool row that `name` means: FILE:LINE of a file of the pool, or an id. Raises: UsageError."""
     file, _, line = name.rpartition(":")
     if file and line.isdecimal():
-        for same in (lambda theirs: theirs == file, lambda theirs: Path(theirs).resolve() == Path(file).resolve(),
-                     lambda theirs: Path(theirs).name == file):
+        for same in (
+            lambda theirs: theirs == file,
+            lambda theirs: Path(theirs).resolve() == Path(file).resolve(),
+            lambda theirs: Path(theirs).name == file,
+        ):
             names = [info.path for info in pool.pool.files if same(info.path)]
             if len(names) > 1:
-                raise UsageError(f"{name}: the pool has {len(names)} files of this name: {', '.join(names)}; "
-                                 "give the whole path")
+                raise UsageError(
+                    f"{name}: the pool has {len(names)} files of this name: {', '.join(names)}; give the whole path"
+                )
             for theirs in names:
                 return _at(theirs, int(line), pool)
     places = [i for i, identity in enumerate(pool.pool.ids) if identity == name]
     if len(places) > 1:
-        raise UsageError(f"{name}: {len(places)} rows of the pool have this id; give one as FILE:LINE: "
-                         f"{', '.join(pool.pool.where(i) for i in places[:3])}")
+        raise UsageError(
+            f"{name}: {len(places)} rows of the pool have this id; give one as FILE:LINE: "
+            f"{', '.join(pool.pool.where(i) for i in places[:3])}"
+        )
     if not places:
         shown = ", ".join(info.path for info in pool.pool.files[:3])
         raise UsageError(f"{name}: neither the id of a row of the pool nor FILE:LINE of one of its files ({shown})")

@@ -22,9 +22,16 @@ Message = dict[str, Any]
 and "tool_calls" ([{"type": "function", "function": {"name", "arguments"}}]), a tool's "name" and "tool_call_id"."""
 
 ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
 }
 """Accepted role names (any case) and what they mean."""
 
@@ -39,12 +46,38 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 
 REASONING_TAG = re.compile(
     r"[<\[◁]\|?(?P<close>/|end_(?:of_)?)?(?:(?:start|begin)_(?:of_)?)?(?:[a-z]+:)?"
-    r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|scratchpad)\|?[>\]▷]", re.IGNORECASE)
+    r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|scratchpad)\|?[>\]▷]",
+    re.IGNORECASE,
+)
 """What opens or closes reasoning inside a content: <think>, </think>, [THINK], <|END_THINKING|>, ..."""
 
-COLUMNS = ("messages", "role", "content", "conversations", "from", "value", "prompt", "completion", "instruction",
-           "input", "output", "question", "answer", "query", "response", "context", "chosen", "rejected", "system",
-           "history", "text", "tools", "id", "source", "subtask")
+COLUMNS = (
+    "messages",
+    "role",
+    "content",
+    "conversations",
+    "from",
+    "value",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "question",
+    "answer",
+    "query",
+    "response",
+    "context",
+    "chosen",
+    "rejected",
+    "system",
+    "history",
+    "text",
+    "tools",
+    "id",
+    "source",
+    "subtask",
+)
 """Names that a `columns` map may give: ours -> the data's. `source` is the row's source, `subtask` a target's part."""
 
 _FORMATS = {  # the columns that decide, in the order in which the formats are tried
@@ -61,8 +94,9 @@ _FORMATS = {  # the columns that decide, in the order in which the formats are t
     "input_output": ("input", "output"),
 }
 # drawn as nothing, though Unicode does not call them spaces or controls: fillers, joiners, variation selectors
-_INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
-                        "\U000e0000-\U000e0fff]")
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
+)
 _SPEAKER = re.compile(r"\s*+(Human|Assistant):")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
@@ -126,14 +160,18 @@ def columns_of(file: str, columns: Mapping[str, str | dict[str, str]]) -> tuple[
     A file's name is its path, its last part, a folder above it, or a pattern of these (*.jsonl).
     """
     for name, own in columns.items():
-        if isinstance(own, dict) and (file == name or file.startswith(name.rstrip("/") + "/") or any(
-                fnmatch.fnmatchcase(path, name) for path in (file, os.path.basename(file)))):
+        if isinstance(own, dict) and (
+            file == name
+            or file.startswith(name.rstrip("/") + "/")
+            or any(fnmatch.fnmatchcase(path, name) for path in (file, os.path.basename(file)))
+        ):
             return own, name
     return {name: theirs for name, theirs in columns.items() if isinstance(theirs, str)}, None
 
 
-def read_shape(row: Mapping[str, Any], columns: Mapping[str, str] | None = None,
-               preference: str | None = None) -> Shape:
+def read_shape(
+    row: Mapping[str, Any], columns: Mapping[str, str] | None = None, preference: str | None = None
+) -> Shape:
     """Detect the format of `row` by its columns and read it; `columns` maps our names to the data's.
 
     preference: which answer of a row with `chosen` and `rejected` is the answer ("chosen"); None refuses such rows.
@@ -154,8 +192,11 @@ def read_shape(row: Mapping[str, Any], columns: Mapping[str, str] | None = None,
         shape = _from_prompt(get("prompt"), get("completion"), columns)
     elif name == "preference":
         if preference is None:
-            raise Malformed("preference_row", "the row has a chosen and a rejected answer; --preference chosen reads "
-                                              "it as its prompt and the chosen one")
+            raise Malformed(
+                "preference_row",
+                "the row has a chosen and a rejected answer; --preference chosen reads "
+                "it as its prompt and the chosen one",
+            )
         shape = _from_preference(get, columns)
     elif name != "text":
         shape = _from_pair(get, *_FORMATS[name])
@@ -173,8 +214,9 @@ def visible(text: str) -> bool:
     """Does `text` draw anything? Spaces, controls, format characters, fillers and variation selectors do not."""
     if text.isascii():
         return any("!" <= c <= "~" for c in text)
-    return any(unicodedata.category(c) not in {"Zs", "Zl", "Zp", "Cc", "Cf", "Cs"} and not _INVISIBLE.match(c)
-               for c in text)
+    return any(
+        unicodedata.category(c) not in {"Zs", "Zl", "Zp", "Cc", "Cf", "Cs"} and not _INVISIBLE.match(c) for c in text
+    )
 
 
 def _detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
@@ -194,9 +236,12 @@ def _detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     if "input_ids" in row:
         raise Malformed("pre_tokenised", "the row holds input_ids; give its text, so that one tokenizer is used")
     there = ", ".join(shown(key, 30) for key in list(row)[:8]) or "no column at all"
-    raise Malformed("unknown_format", f"{there}; expected messages, text, or a pair such as prompt and completion "
-                                      "(datatools ls formats); name other columns with --columns "
-                                      "prompt=YOURS,completion=YOURS (of target rows: --target-columns)")
+    raise Malformed(
+        "unknown_format",
+        f"{there}; expected messages, text, or a pair such as prompt and completion "
+        "(datatools ls formats); name other columns with --columns "
+        "prompt=YOURS,completion=YOURS (of target rows: --target-columns)",
+    )
 
 
 def _from_messages(value: Any, column: str, columns: Mapping[str, str], system: Any = None) -> Shape:
@@ -214,8 +259,11 @@ def _from_messages(value: Any, column: str, columns: Mapping[str, str], system: 
 def _from_prompt(prompt: Any, completion: Any, columns: Mapping[str, str]) -> Shape:
     if isinstance(prompt, list) or isinstance(completion, list):
         if not isinstance(prompt, list) or not isinstance(completion, list):
-            raise Malformed("mixed_prompt", f"prompt is {json_type(prompt)}, completion is {json_type(completion)}; "
-                                            "both must be texts, or both lists of messages")
+            raise Malformed(
+                "mixed_prompt",
+                f"prompt is {json_type(prompt)}, completion is {json_type(completion)}; "
+                "both must be texts, or both lists of messages",
+            )
         before, _, flags = _turns(prompt, columns)
         after, masked, more = _turns(completion, columns)
         masked = {k + len(before) for k in masked} | {k for k, t in enumerate(before) if t["role"] == "assistant"}
@@ -240,19 +288,23 @@ def _from_preference(get: Any, columns: Mapping[str, str]) -> Shape:
         first = next((_first(turn, "role", "from") for turn in chosen if isinstance(turn, dict)), None)
         whole = isinstance(first, str) and first.strip().lower() not in {"assistant", "gpt", "bot", "model", "chatgpt"}
         if isinstance(prompt, list):
-            return _from_prompt(prompt, chosen[len(prompt):] if chosen[:len(prompt)] == prompt else chosen, columns)
+            return _from_prompt(prompt, chosen[len(prompt) :] if chosen[: len(prompt)] == prompt else chosen, columns)
         if whole:  # the prompt is in the conversation, whether it is in a column, too, or not
             pairs = zip(chosen, rejected if isinstance(rejected, list) else [], strict=False)
             shared = next((k for k, (a, b) in enumerate(pairs) if a != b), 0)
             shared = shared or len(chosen) - 1
             return _from_prompt(chosen[:shared], chosen[shared:], columns)
     if not isinstance(prompt, list):
-        ask = next((name for name in ("prompt", "question", "instruction", "query", "input") if get(name) is not None),
-                   "prompt")
+        ask = next(
+            (name for name in ("prompt", "question", "instruction", "query", "input") if get(name) is not None),
+            "prompt",
+        )
         if ask == "prompt" and get("system") is None and not isinstance(chosen, list):
             if prompt is None:
-                raise Malformed("null_prompt", "chosen and rejected are texts, and there is no prompt; give it in a "
-                                               "column of its own")
+                raise Malformed(
+                    "null_prompt",
+                    "chosen and rejected are texts, and there is no prompt; give it in a column of its own",
+                )
             return _from_prompt(prompt, chosen, columns)
         if not isinstance(chosen, list):
             return _from_pair(get, ask, "chosen")
@@ -267,14 +319,16 @@ def _dialogue(text: str) -> list[Message]:
     turns: list[tuple[str, int, int]] = []  # who, and where the turn begins with its name, and behind it
     reached = 0
     for name in re.finditer("(Human|Assistant):", text):
-        before = text[reached:name.start()]
+        before = text[reached : name.start()]
         said = before.rstrip()
-        if "\n\n" in before[len(said):] or (not reached and not said):
+        if "\n\n" in before[len(said) :] or (not reached and not said):
             turns.append((name[1].lower(), name.start(), name.end()))
         reached = name.end()
     ends = [start for _, start, _ in turns[1:]] + [len(text)]
-    return [{"role": speaker, "content": text[begin:end].strip()}
-            for (speaker, _, begin), end in zip(turns, ends, strict=True)]
+    return [
+        {"role": speaker, "content": text[begin:end].strip()}
+        for (speaker, _, begin), end in zip(turns, ends, strict=True)
+    ]
 
 
 def _from_pair(get: Any, ask: str, say: str) -> Shape:
@@ -386,19 +440,30 @@ def _calls(turn: Mapping[str, Any], content: Any, k: int) -> list[dict[str, Any]
     for call in found if isinstance(found, list) else [found]:
         function = call.get("function", call) if isinstance(call, dict) else call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
-            raise Malformed("bad_tool_call", f"a tool call of turn {k + 1} has no name; expected "
-                                             '{"function": {"name": ..., "arguments": {...}}}')
+            raise Malformed(
+                "bad_tool_call",
+                f"a tool call of turn {k + 1} has no name; expected "
+                '{"function": {"name": ..., "arguments": {...}}}',
+            )
         arguments = function.get("arguments", function.get("parameters"))
         if isinstance(arguments, str):
             what = f"the text of the arguments of {shown(function['name'], 30)} in turn {k + 1}"
             parsed = _loads(arguments, "bad_tool_call", what) if arguments.strip() else {}
             arguments = parsed if isinstance(parsed, dict) else arguments
         elif arguments is not None and not isinstance(arguments, dict):
-            raise Malformed("bad_tool_call", f"the arguments of {shown(function['name'], 30)} in turn {k + 1} are "
-                                             f"{json_type(arguments)}, not an object")
+            raise Malformed(
+                "bad_tool_call",
+                f"the arguments of {shown(function['name'], 30)} in turn {k + 1} are "
+                f"{json_type(arguments)}, not an object",
+            )
         identity = {key: call[key] for key in ("id",) if isinstance(call.get(key), str)}
-        calls.append({**identity, "type": "function",
-                      "function": {"name": function["name"], "arguments": {} if arguments is None else arguments}})
+        calls.append(
+            {
+                **identity,
+                "type": "function",
+                "function": {"name": function["name"], "arguments": {} if arguments is None else arguments},
+            }
+        )
     return calls
 
 
@@ -442,7 +507,8 @@ def _thoughts(parts: list[Any]) -> tuple[list[Any], str | None]:
 
 def _is_text_part(part: Any) -> bool:
     return isinstance(part, str) or (
-        isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str))
+        isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+    )
 
 
 def _join_parts(parts: list[Any], k: int) -> str:

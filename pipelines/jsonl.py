@@ -225,7 +225,7 @@ def _explain(text: str, error: json.JSONDecodeError) -> NoReturn:
         raise Malformed("extra_data", f"{shown(text[at:], 30)} after the object, {where}")
     if re.match(r"\s*\{\s*'", text):
         raise Malformed("python_repr", "single quotes: a printed Python dict, not JSON; write it with json.dumps")
-    if text[at:at + 1] == "\ufeff":
+    if text[at : at + 1] == "\ufeff":
         raise Malformed("byte_order_mark", f"a byte-order mark inside the file, {where}")
     if error.msg.startswith("Invalid control character"):
         raise Malformed("control_character", f"{shown(text[at])} unescaped inside a string, {where}")

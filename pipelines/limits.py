@@ -15,8 +15,17 @@ if TYPE_CHECKING:
 LONGEST = 1 << 20
 """Most tokens of a row where the model has no limit."""
 
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "n_ctx", "seq_length",
-            "context_length", "max_sequence_length", "model_max_length")
+_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_target_positions",
+    "max_seq_len",
+    "n_ctx",
+    "seq_length",
+    "context_length",
+    "max_sequence_length",
+    "model_max_length",
+)
 _TABLE = re.compile(r"pos|wpe", re.IGNORECASE)
 _ELSEWHERE = re.compile("vision|visual|image|audio|speech|whisper", re.IGNORECASE)  # parts that read no text
 _FIXED = ("mpt", "reformer")  # whose code refuses longer rows, without a table that shows it
@@ -52,8 +61,11 @@ def limits_of(model: nn.Module) -> ModelLimits:
         if _ELSEWHERE.search(name):
             continue
         leaf = name.rsplit(".", 1)[-1]
-        if isinstance(module, nn.Embedding) and module is not embedding and (
-                _TABLE.search(leaf) or "Position" in type(module).__name__):
+        if (
+            isinstance(module, nn.Embedding)
+            and module is not embedding
+            and (_TABLE.search(leaf) or "Position" in type(module).__name__)
+        ):
             ends.append(module.num_embeddings - _first_position(module))
         for key, value in {**vars(module), **module._buffers}.items():
             # sines computed once and looked up (GPT-J, CTRL)
@@ -86,5 +98,7 @@ def _first_position(table: Any) -> int:
 
 
 def _has_positions(model: nn.Module) -> bool:
-    return any("rotary" in name.lower() or "rope" in name.lower() or "Rotary" in type(module).__name__
-               for name, module in model.named_modules())
+    return any(
+        "rotary" in name.lower() or "rope" in name.lower() or "Rotary" in type(module).__name__
+        for name, module in model.named_modules()
+    )

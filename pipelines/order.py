@@ -304,9 +304,7 @@ def _start(setting: Setting) -> order.Anchor:
     return setting.start
 
 
-def true_loss(
-    setting: Setting, sequence: Sequence[int], *, seed: int = 0, label: str = "the reference order"
-) -> float:
+def true_loss(setting: Setting, sequence: Sequence[int], *, seed: int = 0, label: str = "the reference order") -> float:
     """The held-out loss after training in an order for real; kept in true/, so that it is done once.
 
     Raises: DataError, with `label`, where training diverges.
@@ -468,9 +466,7 @@ def _estimated(
     if _fast(setting, name) and not part:
         took = _time_scores(made, sequences)
     after = setting.problem.cost
-    scoring = order.Cost(
-        after.gradients - before.gradients, after.hvps - before.hvps, after.forwards - before.forwards
-    )
+    scoring = order.Cost(after.gradients - before.gradients, after.hvps - before.hvps, after.forwards - before.forwards)
     trusts = [made.trust(sequence) for sequence in sequences]  # of what was scored: no pass again
     made_for = round(made.cost.in_gradients(hvp=HVP_IN_GRADIENTS), 9)  # sums of shares, by where a resume began
     result: dict[str, Any] = {
@@ -592,8 +588,9 @@ def _search(setting: Setting) -> None:
     distinct = dict.fromkeys(tuple(row["sequence"]) for row in ranked)
     tried = [s for s in distinct if s != setting.sequence][: config.retrain]
     blind_orders = setting.random_orders("random", config.retrain)
-    rows += [{"name": f"random {i + 1}", "sequence": list(s), "estimated": made.score(s)}
-             for i, s in enumerate(blind_orders)]
+    rows += [
+        {"name": f"random {i + 1}", "sequence": list(s), "estimated": made.score(s)} for i, s in enumerate(blind_orders)
+    ]
     runs = [setting.sequence, *tried, *blind_orders] if config.retrain else []
     true = true_losses(setting, runs, "retrain the best, as many random, and the reference")
     known = {tuple(s): loss for s, loss in zip(runs, true, strict=True)}
@@ -691,8 +688,10 @@ def _validate(setting: Setting) -> None:
             again = estimate(setting, name, orders, number)
             others.append(again["estimated"])
             entry.setdefault("references", []).append(
-                {"spearman": order.spearman(again["estimated"], true),
-                 "agreement": order.spearman(again["estimated"], found["estimated"][: len(orders)])}
+                {
+                    "spearman": order.spearman(again["estimated"], true),
+                    "agreement": order.spearman(again["estimated"], found["estimated"][: len(orders)]),
+                }
             )
         known[name] = entry
         if others:

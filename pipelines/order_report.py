@@ -137,8 +137,13 @@ def _search(found: dict[str, Any] | None) -> dict[str, Any] | None:
     names = list(dict.fromkeys(found["batches"][b]["source"] for b in best["sequence"]))
     return {
         "rows": [
-            {"name": r["name"], "estimated": number(r["estimated"], 5), "judged": number(r.get("judged"), 5),
-             "true": number(r["true"], 5)} for r in rows
+            {
+                "name": r["name"],
+                "estimated": number(r["estimated"], 5),
+                "judged": number(r.get("judged"), 5),
+                "true": number(r["true"], 5),
+            }
+            for r in rows
         ],
         "proposed": best["name"],
         "judge": found.get("judge"),
@@ -152,8 +157,15 @@ def _search(found: dict[str, Any] | None) -> dict[str, Any] | None:
         "reference": number(next(row for row in rows if row["name"] == "reference")["true"], 5),
         "strip": strip([found["batches"][b]["source"] for b in best["sequence"]], names),
         "names": [{"name": name, "kind": f"s{i % 8}"} for i, name in enumerate(names)],
-        "steps": [{"step": t + 1, "batch": b, "source": found["batches"][b]["source"],
-                   "tokens": number(found["batches"][b]["tokens"], 3)} for t, b in enumerate(best["sequence"])],
+        "steps": [
+            {
+                "step": t + 1,
+                "batch": b,
+                "source": found["batches"][b]["source"],
+                "tokens": number(found["batches"][b]["tokens"], 3),
+            }
+            for t, b in enumerate(best["sequence"])
+        ],
         "trust": [{"name": k, "value": number(v, 3)} for k, v in found["trust"].items()],
     }
 
@@ -177,15 +189,22 @@ def _map(found: dict[str, Any] | None) -> dict[str, Any] | None:
         "by": found["by"],
         "completions": found["completions"],
         "figures": [
-            {"name": name, "largest": number(max(abs(v) for row in values for v in row), 3),
-             "svg": heat(values, f"effect of the position of a batch on {name}", names, columns, "{} at {}: {}")}
+            {
+                "name": name,
+                "largest": number(max(abs(v) for row in values for v in row), 3),
+                "svg": heat(values, f"effect of the position of a batch on {name}", names, columns, "{} at {}: {}"),
+            }
             for name, values in (("its own loss", effects), ("the held-out loss", held))
         ],
         "columns": _labels(columns, 5),
         "names": _from_below(names, 8),
         "rows": [
-            {"batch": r["batch"], "source": r["source"], "counterfactual": number(r["counterfactual"], 4),
-             "late": number(r["effect"][-1] - r["effect"][0], 4)}
+            {
+                "batch": r["batch"],
+                "source": r["source"],
+                "counterfactual": number(r["counterfactual"], 4),
+                "late": number(r["effect"][-1] - r["effect"][0], 4),
+            }
             for r in found["rows"]
         ],
     }
@@ -238,9 +257,7 @@ def scatter(estimated: Sequence[float], true: Sequence[float]) -> dict[str, Any]
     wide = Scale(*_range(x))
     tall = Scale(*_range(y))
     dot = Markup('<line class="dot" x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{1:.1f}"/>')
-    dots = Markup("").join(
-        dot.format(wide(a), _SIDE - tall(b)) for a, b in zip(x, y, strict=True)
-    )
+    dots = Markup("").join(dot.format(wide(a), _SIDE - tall(b)) for a, b in zip(x, y, strict=True))
     low, high = max(wide.low, tall.low), min(wide.high, tall.high)
     same = Markup('<line class="same" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
         wide(low), _SIDE - tall(low), wide(high), _SIDE - tall(high)

@@ -163,8 +163,15 @@ def build(config: OrderConfig, current: Run) -> Setting:
 
 
 def _read(config: OrderConfig, data: DataConfig, loaded: models.LoadedModel, current: Run, label: str) -> Rows:
-    return prepare(data, config.model, loaded.tokenizer, cache=current.path("inputs"), label=label,
-                   folder=current.folder, limits=loaded.limits)
+    return prepare(
+        data,
+        config.model,
+        loaded.tokenizer,
+        cache=current.path("inputs"),
+        label=label,
+        folder=current.folder,
+        limits=loaded.limits,
+    )
 
 
 def _draw(config: OrderConfig, rows: Rows, held: Rows | None) -> tuple[list[list[int]], list[int], list[int]]:

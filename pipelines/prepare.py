@@ -132,8 +132,11 @@ def prepare(
         shown = "; ".join(str(row) for row in fatal[:5])
         raise DataError(
             f"{label}: {len(fatal)} of {len(pool)} rows cannot be used: {shown}"
-            + (_OF_TARGET if isinstance(data, TargetData) else "; correct them, or go on without them: --on-bad-row "
-               "skip (or quarantine)")
+            + (
+                _OF_TARGET
+                if isinstance(data, TargetData)
+                else "; correct them, or go on without them: --on-bad-row skip (or quarantine)"
+            )
         )
     rows = Rows(pool, scanned, encoder, [*bad, *scanned.bad], status)
     if data.dedup != "none":

@@ -179,9 +179,9 @@ def arms(audit: Json, method: str) -> list[Arm]:
                 high=high,
                 n=_runs(row, losses),
                 delta=finite(row.get("delta_vs_selected")) if mean is None or our_mean is None else mean - our_mean,
-                reading="" if name in (ours, BASE_ARM) else _reading(
-                    paired, (low, high), our_interval, runs=min(_runs(row, losses), _runs(us, our_runs))
-                ),
+                reading=""
+                if name in (ours, BASE_ARM)
+                else _reading(paired, (low, high), our_interval, runs=min(_runs(row, losses), _runs(us, our_runs))),
                 runs=tuple(losses.values()),
             )
         )

@@ -671,15 +671,19 @@ class Run:
             run_files.adopt(folder)
             return
         if not run_files.is_sealed(folder):
-            say(f"the run in {_shown(folder)} is of a version without seals: its files are taken as they are, and "
-                "sealed from now on")
+            say(
+                f"the run in {_shown(folder)} is of a version without seals: its files are taken as they are, and "
+                "sealed from now on"
+            )
             run_files.adopt(folder)
             return
         for name in run_files.damaged(folder):
             path = folder / name
-            if name == "run.yaml" and (text := self._yaml().encode()) and seals.Seal(
-                len(text), files.digest(text)
-            ) in seals.expected(path):
+            if (
+                name == "run.yaml"
+                and (text := self._yaml().encode())
+                and seals.Seal(len(text), files.digest(text)) in seals.expected(path)
+            ):
                 files.write_bytes(path, text)
                 say(f"{_shown(path)} was damaged or edited; it is written anew, with the settings that ran")
             elif name in run_files.RECORDS:
@@ -687,8 +691,10 @@ class Run:
             else:
                 run_files.set_aside(path)
                 self.lost.append(name)
-                say(f"{_shown(path)} is not what the run wrote (damaged or edited): set aside as "
-                    f"{_shown(path.name)}.damaged, and made again")
+                say(
+                    f"{_shown(path)} is not what the run wrote (damaged or edited): set aside as "
+                    f"{_shown(path.name)}.damaged, and made again"
+                )
 
     def _refuse_odd_places(self) -> None:
         folder = self.folder

@@ -110,7 +110,7 @@ def _plain(path: Path) -> Any:
         if "torchao" in text:
             raise DataError(
                 f"{path}: is a state of torchao's 8-bit or 4-bit optimizers, whose classes are not loaded here; make "
-                'it plain once: python -c "import torch, torchao.optim; f = \'optimizer.pt\'; s = torch.load(f); '
+                "it plain once: python -c \"import torch, torchao.optim; f = 'optimizer.pt'; s = torch.load(f); "
                 "s['state'] = {k: {n: v.dequantize() if hasattr(v, 'dequantize') else v for n, v in e.items()} "
                 "for k, e in s['state'].items()}; torch.save(s, f)\""
             ) from error

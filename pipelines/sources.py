@@ -32,8 +32,11 @@ PACKED = (".gz", ".zst", ".xz", ".bz2")
 SAVED = ".saved"
 """The kind of a folder that `datasets.Dataset.save_to_disk` wrote."""
 
-_UNREAD = re.compile(r"\.(zip|7z|rar|tar|tgz|tar\.\w+|lz4|lzma|br|sz|snappy|z|xlsx?|ods|sqlite3?|db|pkl|pickle|pt|npz|"
-                     r"npy|h5|hdf5|avro|orc|msgpack|docx?|pdf)$", re.IGNORECASE)
+_UNREAD = re.compile(
+    r"\.(zip|7z|rar|tar|tgz|tar\.\w+|lz4|lzma|br|sz|snappy|z|xlsx?|ods|sqlite3?|db|pkl|pickle|pt|npz|"
+    r"npy|h5|hdf5|avro|orc|msgpack|docx?|pdf)$",
+    re.IGNORECASE,
+)
 
 _HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:(?P<split>.+))?")
 _BLOCK = 1 << 20
@@ -125,11 +128,15 @@ def as_jsonl(source: Source, cache: Path, limits: Limits) -> tuple[Path, dict[in
                 row = b""
             written += len(row) + 1
             if written > limits.unpacked_bytes:
-                raise DataError(f"{source.name} holds more than {limits.unpacked_bytes} bytes as JSONL (limit "
-                                "unpacked_bytes); write it as JSONL yourself if that is right")
+                raise DataError(
+                    f"{source.name} holds more than {limits.unpacked_bytes} bytes as JSONL (limit "
+                    "unpacked_bytes); write it as JSONL yourself if that is right"
+                )
             if size is not None and written > limits.ratio_from and written > limits.unpacked_ratio * size:
-                raise DataError(f"{source.name} holds more than {limits.unpacked_ratio} times its size as JSONL (limit "
-                                "unpacked_ratio); write it as JSONL yourself if that is right")
+                raise DataError(
+                    f"{source.name} holds more than {limits.unpacked_ratio} times its size as JSONL (limit "
+                    "unpacked_ratio); write it as JSONL yourself if that is right"
+                )
             file.write(row + b"\n")
     return out, problems
 
@@ -166,8 +173,9 @@ def _expand(given: str) -> list[Source]:
         raise DataError(f"cannot read {given}: it is not a file")
     kind = _kind(given)
     if kind is None and (other := _UNREAD.search(given)):
-        raise DataError(f"cannot read {shown(given, 200)}: {other.group()} is not read; unpack or convert it "
-                        f"({_known()})")
+        raise DataError(
+            f"cannot read {shown(given, 200)}: {other.group()} is not read; unpack or convert it ({_known()})"
+        )
     return [Source(given, path, kind or ".jsonl")]
 
 
@@ -195,8 +203,10 @@ def _walk(folder: Path) -> list[tuple[Path, str]]:
         if "dataset_dict.json" in names:
             splits = sorted(name for name in folders if (here / name / "state.json").is_file())
             if len(splits) != 1:
-                raise DataError(f"{here} holds {len(splits)} splits ({', '.join(splits)}); name one, as in "
-                                f"{here / (splits[0] if splits else 'train')}")
+                raise DataError(
+                    f"{here} holds {len(splits)} splits ({', '.join(splits)}); name one, as in "
+                    f"{here / (splits[0] if splits else 'train')}"
+                )
             found.append((here if here == folder else here / splits[0], SAVED))
             folders.clear()
         elif "state.json" in names and "dataset_info.json" in names:
@@ -204,8 +214,10 @@ def _walk(folder: Path) -> list[tuple[Path, str]]:
             folders.clear()
         else:
             found += [(here / name, kind) for name in names if not name.startswith(".") and (kind := _kind(name))]
-    return sorted(((file, kind) for file, kind in found if kind == SAVED or file.is_file()),
-                  key=lambda item: item[0].relative_to(folder).as_posix())
+    return sorted(
+        ((file, kind) for file, kind in found if kind == SAVED or file.is_file()),
+        key=lambda item: item[0].relative_to(folder).as_posix(),
+    )
 
 
 def _saved_files(folder: Path) -> list[Path]:
@@ -217,8 +229,9 @@ def _saved_files(folder: Path) -> list[Path]:
         names = [entry["filename"] for entry in state["_data_files"]]
         assert all(isinstance(name, str) and os.path.basename(name) == name for name in names)
     except (DataError, OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
-        raise DataError(f"{folder}: state.json does not say which files the data set has; save it again "
-                        "(save_to_disk)") from error
+        raise DataError(
+            f"{folder}: state.json does not say which files the data set has; save it again (save_to_disk)"
+        ) from error
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise DataError(f"{folder}: {missing[0]} is missing; copy the folder again")
     return [folder / name for name in names]
@@ -257,11 +270,15 @@ def _unpack(path: Path, how: str, out: Path, limits: Limits) -> Path:
                     return out
                 done += len(block)
                 if done > limits.unpacked_bytes:
-                    raise DataError(f"{path} unpacks to more than {limits.unpacked_bytes} bytes (limit unpacked_bytes);"
-                                    " unpack it yourself if that is right")
+                    raise DataError(
+                        f"{path} unpacks to more than {limits.unpacked_bytes} bytes (limit unpacked_bytes);"
+                        " unpack it yourself if that is right"
+                    )
                 if done > limits.ratio_from and done > limits.unpacked_ratio * raw.tell():
-                    raise DataError(f"{path} unpacks to more than {limits.unpacked_ratio} times its size (limit "
-                                    "unpacked_ratio); unpack it yourself if that is right")
+                    raise DataError(
+                        f"{path} unpacks to more than {limits.unpacked_ratio} times its size (limit "
+                        "unpacked_ratio); unpack it yourself if that is right"
+                    )
                 file.write(block)
 
 
@@ -331,13 +348,15 @@ def _rows(source: Source, path: Path | None, kind: str, limits: Limits) -> Itera
 def _from_hub(name: str) -> Iterable[Mapping[str, Any]]:
     match = _HUB.fullmatch(name.removeprefix("hf:"))
     if match is None:
-        raise UsageError(f"{shown(name, 200)} is not the name of a data set; expected "
-                         "hf:owner/name[/config][@revision][:split]")
+        raise UsageError(
+            f"{shown(name, 200)} is not the name of a data set; expected hf:owner/name[/config][@revision][:split]"
+        )
     try:
         import datasets
 
-        rows = datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train",
-                                     revision=match["revision"])
+        rows = datasets.load_dataset(
+            match["name"], match["config"], split=match["split"] or "train", revision=match["revision"]
+        )
         if isinstance(rows, Mapping):
             raise UsageError(f"{name}: choose one split, as in hf:{match['name']}:train (there are {', '.join(rows)})")
     except DatatoolsError:
@@ -345,8 +364,10 @@ def _from_hub(name: str) -> Iterable[Mapping[str, Any]]:
     except Exception as error:  # whatever the hub, the network or the data set's files do
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"} else ""
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EnvironmentProblem(f"no file is called {name.removeprefix('hf:')}, and it cannot be loaded from the hub"
-                                 f"{offline}: {first}; check the name, the split and the network") from error
+        raise EnvironmentProblem(
+            f"no file is called {name.removeprefix('hf:')}, and it cannot be loaded from the hub"
+            f"{offline}: {first}; check the name, the split and the network"
+        ) from error
     yield from rows
 
 
@@ -370,8 +391,10 @@ def _from_array(file: BinaryIO, name: str, limits: Limits) -> Iterator[bytes | M
         if match is None or match.end() == len(buffer) and more:  # the token may go on
             if more:
                 if len(buffer) - at > limits.line_bytes + _BLOCK:
-                    raise DataError(f"{name}: a string is longer than {limits.line_bytes} bytes (limit line_bytes); a "
-                                    "quotation mark may be missing; write the rows as JSONL, one a line")
+                    raise DataError(
+                        f"{name}: a string is longer than {limits.line_bytes} bytes (limit line_bytes); a "
+                        "quotation mark may be missing; write the rows as JSONL, one a line"
+                    )
                 if at - start > limits.line_bytes:
                     too_long, start = True, at
                 block = file.read(_BLOCK)
@@ -386,7 +409,7 @@ def _from_array(file: BinaryIO, name: str, limits: Limits) -> Iterator[bytes | M
         token = match.group()
         ends = token == b"]"
         if depth == 0 and (token == b"," or ends):
-            element = buffer[start:at - 1].strip()
+            element = buffer[start : at - 1].strip()
             if b"\n" in element:
                 if any(b"\n" in string.group() for string in _STRING.finditer(element)):
                     element = b'"'  # a raw line end inside a string: let the reader of lines refuse it

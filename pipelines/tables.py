@@ -49,8 +49,10 @@ def rows_of_parquet(path: Path, name: str, limits: Limits) -> Iterator[bytes | M
             groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
             claimed = sum(group.total_byte_size for group in groups)
             if claimed > limits.ratio_from and claimed > limits.unpacked_ratio * size:
-                raise DataError(f"{name} unpacks to more than {limits.unpacked_ratio} times its size (limit "
-                                "unpacked_ratio); write it as JSONL yourself if that is right")
+                raise DataError(
+                    f"{name} unpacks to more than {limits.unpacked_ratio} times its size (limit "
+                    "unpacked_ratio); write it as JSONL yourself if that is right"
+                )
             rows = max(1, table.metadata.num_rows)
             step = max(1, min(256, _CHUNK_BYTES * rows // max(1, claimed)))
             yield from _rows(table.iter_batches(batch_size=step, use_threads=False), size, name, limits)
@@ -101,9 +103,12 @@ def rows_of_csv(file: BinaryIO, delimiter: str, limits: Limits) -> Iterator[byte
             if isinstance(error, Malformed) or "field limit" in str(error):
                 first, last = lines.give_up()
                 rows = csv.reader(lines, delimiter=delimiter, strict=True)
-                yield Malformed("line_too_long", f"the record that begins in line {first} of the file has not ended "
-                                f"after {limits.line_bytes} bytes (limit line_bytes), in line {last}; a quotation "
-                                "mark may be missing")
+                yield Malformed(
+                    "line_too_long",
+                    f"the record that begins in line {first} of the file has not ended "
+                    f"after {limits.line_bytes} bytes (limit line_bytes), in line {last}; a quotation "
+                    "mark may be missing",
+                )
             else:
                 yield Malformed("invalid_csv", f"{error}, near line {lines.number} of the file")
             continue
@@ -112,8 +117,10 @@ def rows_of_csv(file: BinaryIO, delimiter: str, limits: Limits) -> Iterator[byte
                 raise DataError(f"the header of the table names a column twice or none at all: {shown(str(row), 120)}")
             header = row
         elif row and len(row) != len(header):
-            yield Malformed("invalid_csv", f"{len(row)} fields where the header has {len(header)}, "
-                                           f"near line {lines.number} of the file")
+            yield Malformed(
+                "invalid_csv",
+                f"{len(row)} fields where the header has {len(header)}, near line {lines.number} of the file",
+            )
         elif row:
             yield as_json(dict(zip(header, row, strict=True)))
 
@@ -165,9 +172,9 @@ class _Lines:
         if self._at == len(self._buffer):
             self._buffer, self._at = self._file.readline(self._limit + 2), 0
         end = self._buffer.find(b"\r", self._at) + 1  # a lone carriage return ends a line, too
-        if end and self._buffer[end:end + 1] == b"\n":
+        if end and self._buffer[end : end + 1] == b"\n":
             end += 1
-        line = self._buffer[self._at:end or len(self._buffer)]
+        line = self._buffer[self._at : end or len(self._buffer)]
         self._at += len(line)
         self._offset += len(line)
         return line
@@ -196,8 +203,10 @@ def _readable(name: str, form: str) -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise DataError(f"cannot read {name} as {form}: it takes more memory than there is; write it in smaller row "
-                        "groups or batches") from error
+        raise DataError(
+            f"cannot read {name} as {form}: it takes more memory than there is; write it in smaller row "
+            "groups or batches"
+        ) from error
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno and not isinstance(error, pyarrow.ArrowException):
             raise files.explain(error, Path(name), "read") from error
@@ -211,8 +220,10 @@ def _check_footer(file: BinaryIO, size: int, name: str) -> None:
         file.seek(-8, os.SEEK_END)
         length, magic = struct.unpack("<I4s", file.read(8))
         if magic == b"PAR1" and length > _FOOTER_BYTES:
-            raise DataError(f"cannot read {name} as Parquet: it describes its columns and row groups in {length} "
-                            f"bytes, at most {_FOOTER_BYTES} are read; write it in fewer, larger row groups")
+            raise DataError(
+                f"cannot read {name} as Parquet: it describes its columns and row groups in {length} "
+                f"bytes, at most {_FOOTER_BYTES} are read; write it in fewer, larger row groups"
+            )
     file.seek(0)
 
 
@@ -272,9 +283,11 @@ def _at_most(size: int, name: str, limits: Limits) -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise DataError(f"cannot read {name} as a table: it has {size} bytes, and one batch of its rows takes more "
-                        f"than {most} bytes of memory (limits unpacked_ratio and batch_bytes); it may be damaged; else "
-                        "write it in smaller row groups or batches") from error
+        raise DataError(
+            f"cannot read {name} as a table: it has {size} bytes, and one batch of its rows takes more "
+            f"than {most} bytes of memory (limits unpacked_ratio and batch_bytes); it may be damaged; else "
+            "write it in smaller row groups or batches"
+        ) from error
     finally:
         if restore is not None:
             resource.setrlimit(resource.RLIMIT_AS, restore)
@@ -310,8 +323,12 @@ def _layout(kind: Any) -> Any:
     import pyarrow as pa
 
     is_a = pa.types
-    plain = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view(),
-             pa.date64(): pa.int64()}
+    plain = {
+        pa.string(): pa.binary(),
+        pa.large_string(): pa.large_binary(),
+        pa.string_view(): pa.binary_view(),
+        pa.date64(): pa.int64(),
+    }
     if kind in plain:
         return plain[kind]
     if is_a.is_time(kind):
@@ -327,8 +344,12 @@ def _layout(kind: Any) -> Any:
         return pa.struct(inside)
     if is_a.is_map(kind):
         return pa.map_(kind.key_field.with_type(_layout(kind.key_type)), inside[0].type.field(1))
-    for of_kind, make in ((is_a.is_list, pa.list_), (is_a.is_large_list, pa.large_list),
-                          (is_a.is_list_view, pa.list_view), (is_a.is_large_list_view, pa.large_list_view)):
+    for of_kind, make in (
+        (is_a.is_list, pa.list_),
+        (is_a.is_large_list, pa.large_list),
+        (is_a.is_list_view, pa.list_view),
+        (is_a.is_large_list_view, pa.large_list_view),
+    ):
         if of_kind(kind):
             return make(inside[0])
     if is_a.is_fixed_size_list(kind):
@@ -349,8 +370,9 @@ def _rows_of_batch(batch: Any, limits: Limits, sure: bool) -> Iterator[bytes | M
             start += 1
             continue
         end, total = start, 0
-        while end < n and most[end] <= limits.line_bytes and (
-                end == start or sure and total + most[end] <= _CHUNK_BYTES):
+        while (
+            end < n and most[end] <= limits.line_bytes and (end == start or sure and total + most[end] <= _CHUNK_BYTES)
+        ):
             total += int(most[end])
             end += 1
         group = batch.slice(start, end - start)
@@ -404,8 +426,9 @@ def _why(batch: Any) -> Malformed:
         except Exception as error:  # as in `_objects`
             column = _column(field)
             if isinstance(error, UnicodeDecodeError):
-                return Malformed("invalid_utf8", f"{column}: byte 0x{error.object[error.start]:02x} at byte "
-                                                 f"{error.start} of a text")
+                return Malformed(
+                    "invalid_utf8", f"{column}: byte 0x{error.object[error.start]:02x} at byte {error.start} of a text"
+                )
             if "zoneinfo" in str(error):  # Arrow's words for a zone that it does not find
                 return Malformed("unknown_time_zone", column)
             first = shown((str(error).strip() or type(error).__name__).splitlines()[0], 120)
@@ -470,14 +493,14 @@ def _lengths(array: Any) -> NDArray[np.int64] | int:
         views = array.buffers()[1]
         if views is None:
             return 0
-        return np.frombuffer(views, "<i4")[::4][array.offset:array.offset + len(array)].astype(np.int64)
+        return np.frombuffer(views, "<i4")[::4][array.offset : array.offset + len(array)].astype(np.int64)
     wide = is_a.is_large_string(kind) or is_a.is_large_binary(kind)
     if not wide and not is_a.is_string(kind) and not is_a.is_binary(kind):
         return 0
     offsets = array.buffers()[1]
     if offsets is None or not len(array):
         return 0
-    found = np.frombuffer(offsets, "<i8" if wide else "<i4")[array.offset:array.offset + len(array) + 1]
+    found = np.frombuffer(offsets, "<i8" if wide else "<i4")[array.offset : array.offset + len(array) + 1]
     lengths: NDArray[np.int64] = found[1:].astype(np.int64) - found[:-1]
     return lengths
 

@@ -60,8 +60,10 @@ class Worker:
             return "slow", ""
         if code == -signal.SIGKILL or code in (-signal.SIGSEGV, -signal.SIGABRT):
             return "large", ""
-        raise EnvironmentProblem(f"the process that renders chat templates ended with code {code}; is transformers "
-                                 "installed completely? (python -c 'import transformers')")
+        raise EnvironmentProblem(
+            f"the process that renders chat templates ended with code {code}; is transformers "
+            "installed completely? (python -c 'import transformers')"
+        )
 
     def close(self) -> int:
         """End the process; its exit code."""
@@ -87,8 +89,9 @@ class Worker:
                 [sys.executable, "-P", str(program), str(MEMORY)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 env={**os.environ, "USE_TORCH": "0", "HF_HUB_OFFLINE": "1"}, start_new_session=True)  # fmt: skip
         except OSError as error:
-            raise EnvironmentProblem(f"cannot start a process to render chat templates: {error.strerror}; free "
-                                     "memory or processes") from error
+            raise EnvironmentProblem(
+                f"cannot start a process to render chat templates: {error.strerror}; free memory or processes"
+            ) from error
         return self._process
 
 

@@ -200,9 +200,9 @@ def _validation(config: TrainConfig, held_out: Rows | None, every: int) -> Valid
         return None
     loss = partial(evaluation.validation_loss, rows=held_out, token_budget=config.training.micro_tokens)
     return Validation(loss, every, config.patience, config.keep_best)
-def _estimate(
-    config: TrainConfig, recipe: TrainingConfig, lengths: list[int], steps: int, saves: int
-) -> cost.Estimate:
+
+
+def _estimate(config: TrainConfig, recipe: TrainingConfig, lengths: list[int], steps: int, saves: int) -> cost.Estimate:
     """What the run will take, timed on made-up tokens."""
     model = models.load(config.model).model
     with cost.as_trained(model, config.lora) as module:

@@ -530,9 +530,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 class _Sequence(torch.utils.data.Dataset[dict[str, Any]]):
     """The batches of an order, one an item."""
 
-    def __init__(
-        self, encode: Callable[[int], tuple[list[int], list[int]]], steps: Sequence[Sequence[int]]
-    ) -> None:
+    def __init__(self, encode: Callable[[int], tuple[list[int], list[int]]], steps: Sequence[Sequence[int]]) -> None:
         self.encode, self.steps = encode, steps
 
     def __len__(self) -> int:

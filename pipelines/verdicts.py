@@ -90,12 +90,16 @@ def deliver(home: Path, audit: Mapping[str, Any]) -> bool:
         with files.lock_folder(home):
             summary = files.read_json(home / "summary.json")
             if not isinstance(summary, dict):
-                warn(f"{home / 'summary.json'} is damaged: the audit is not in its report; `datatools select` again "
-                     "with the same settings writes it anew")
+                warn(
+                    f"{home / 'summary.json'} is damaged: the audit is not in its report; `datatools select` again "
+                    "with the same settings writes it anew"
+                )
                 return False
             if digest_of(home) != audit["selection"]:
-                warn(f"the audit judged another selection than {home / SELECTED} as it is now: its verdict is kept "
-                     "with the audit and is not in that report")
+                warn(
+                    f"the audit judged another selection than {home / SELECTED} as it is now: its verdict is kept "
+                    "with the audit and is not in that report"
+                )
                 return False
             files.write_json(home / "summary.json", {**summary, "audit": dict(audit)})
     except DatatoolsError as error:

@@ -117,12 +117,30 @@ def is_constant(node: ast.expr | None, value: object) -> bool:
 
 
 NUMPY_GENERATORS = {"default_rng", "Generator", "SeedSequence", "PCG64", "Philox", "BitGenerator"}
-TORCH_SEEDS = {"torch.manual_seed", "torch.seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all",
-               "torch.random.manual_seed", "torch.set_rng_state", "torch.random.set_rng_state"}
+TORCH_SEEDS = {
+    "torch.manual_seed",
+    "torch.seed",
+    "torch.cuda.manual_seed",
+    "torch.cuda.manual_seed_all",
+    "torch.random.manual_seed",
+    "torch.set_rng_state",
+    "torch.random.set_rng_state",
+}
 TORCH_DRAWS = {
     "torch." + name
-    for name in ("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson",
-                 "rand_like", "randn_like", "randint_like")
+    for name in (
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+        "normal",
+        "bernoulli",
+        "multinomial",
+        "poisson",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+    )
 }
 TENSOR_DRAWS = {"normal_", "uniform_", "bernoulli_", "random_", "exponential_", "cauchy_", "log_normal_", "geometric_"}
 INIT_CONSTANTS = {"zeros_", "ones_", "constant_", "eye_", "dirac_", "calculate_gain"}
@@ -159,8 +177,11 @@ def forbidden_errors(where: str, tree: ast.Module) -> Iterator[str]:
             continue  # what torch.load raises; to catch it is harmless
         if module.split(".")[0] in {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}:
             yield f"{where}:{line}: {module} can run code while it reads; store plain tensors, JSON or safetensors"
-    safe_loaders = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
-                    and any(dotted(base).endswith("SafeLoader") for base in node.bases)}
+    safe_loaders = {
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and any(dotted(base).endswith("SafeLoader") for base in node.bases)
+    }
     for call, name in calls(tree):
         at = f"{where}:{call.lineno}"
         if name in {"eval", "exec", "compile", "os.system", "os.popen"}:
@@ -181,8 +202,17 @@ def forbidden_errors(where: str, tree: ast.Module) -> Iterator[str]:
 
 
 WRITERS = {"write_text", "write_bytes"}
-WRITE_FUNCTIONS = {"numpy.save", "numpy.savez", "numpy.savez_compressed", "torch.save", "safetensors.torch.save_file",
-                   "safetensors.numpy.save_file", "pyarrow.parquet.write_table", "shutil.copy", "shutil.copyfile"}
+WRITE_FUNCTIONS = {
+    "numpy.save",
+    "numpy.savez",
+    "numpy.savez_compressed",
+    "torch.save",
+    "safetensors.torch.save_file",
+    "safetensors.numpy.save_file",
+    "pyarrow.parquet.write_table",
+    "shutil.copy",
+    "shutil.copyfile",
+}
 
 
 WRITES_BESIDE = {

@@ -52,9 +52,20 @@ def add_sjlt(out: Tensor, grad: Tensor, key: int, adam: Adam | None = None) -> N
     b1, b2 = (0.0, 0.0) if adam is None else adam.betas
     rest = (1.0, 1.0, 0.0, 0.0) if adam is None else adam[3:]
     backend.launch(
-        _sjlt_kernel, (-(-n // _BLOCK),), out, grad, *moments, key, b, n, dim,
+        _sjlt_kernel,
+        (-(-n // _BLOCK),),
+        out,
+        grad,
+        *moments,
+        key,
+        b,
+        n,
+        dim,
         *map(float, (b1, 1 - b1, b2, 1 - b2, *rest)),
-        ADAM=adam is not None, POWER=dim & (dim - 1) == 0, BLOCK=_BLOCK, device=out.device,
+        ADAM=adam is not None,
+        POWER=dim & (dim - 1) == 0,
+        BLOCK=_BLOCK,
+        device=out.device,
     )
 
 
@@ -71,8 +82,25 @@ if backend.triton is not None:
 
     @backend.jit
     def _sjlt_kernel(
-        out, grad, exp_avg, exp_avg_sq, key: tl.int64, rows, n, dim, b1, w1, b2, w2, scale, shrink, eps, eps_root,
-        ADAM: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
+        out,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        key: tl.int64,
+        rows,
+        n,
+        dim,
+        b1,
+        w1,
+        b2,
+        w2,
+        scale,
+        shrink,
+        eps,
+        eps_root,
+        ADAM: tl.constexpr,
+        POWER: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = i < n

@@ -302,4 +302,3 @@ def interpolated(at_anchors: Tensor, positions: Sequence[int], t: float) -> Tens
         return at_anchors[right]
     share = (t - positions[right - 1]) / (positions[right] - positions[right - 1])
     return torch.lerp(at_anchors[right - 1], at_anchors[right], share)
-

@@ -179,9 +179,7 @@ def precompute(
     if next(iter(reference.recipe.rules.values())).name == "adamw":
         taken = float(next(iter(reference.start.states.values()))["step"])  # also where nothing is bias-corrected
         fresh = len(reference.sequence) / (len(reference.sequence) + taken)
-    return Pairwise(
-        reference.sequence, cost, constant, position, kernel, torch.stack(products), segment, fresh, replay
-    )
+    return Pairwise(reference.sequence, cost, constant, position, kernel, torch.stack(products), segment, fresh, replay)
 
 
 def unclipped(vector: Tensor, gradient: Tensor, factor: float) -> Tensor:
@@ -193,9 +191,7 @@ def unclipped(vector: Tensor, gradient: Tensor, factor: float) -> Tensor:
     return vector - (gradient @ vector) / (gradient @ gradient).clamp_min(1e-30) * gradient
 
 
-def shared_way(
-    reference: ReferenceRun, layout: Layout, u: Tensor, filtered: Linear, carried: Tensor
-) -> Tensor:
+def shared_way(reference: ReferenceRun, layout: Layout, u: Tensor, filtered: Linear, carried: Tensor) -> Tensor:
     """[T + 1]: what the carried moment and weight decay have moved along u before each step, in any order."""
     recipe, p = reference.recipe, filtered.preconditioner.to(u)
     decays = []

@@ -269,10 +269,7 @@ def linearised(reference: ReferenceRun, layout: Layout, position: int, second_mo
     rule = next(iter(reference.recipe.rules.values()))
     fields = rule.describe()
     factors = torch.cat(
-        [
-            torch.full((shape.numel(),), float(reference.recipe.factors[name]))
-            for name, shape in layout.shapes.items()
-        ]
+        [torch.full((shape.numel(),), float(reference.recipe.factors[name])) for name, shape in layout.shapes.items()]
     )
     states = reference.start.states
     if rule.name == "sgd":

@@ -10,8 +10,14 @@ from numpy.typing import NDArray
 from datatools.selection import Budget, Candidates, Selection, fill
 
 
-def random(candidates: Candidates, budget: Budget, *, seed: int = 0, max_per_source: str | float | None = None,
-           reference: Selection | None = None) -> Selection:
+def random(
+    candidates: Candidates,
+    budget: Budget,
+    *,
+    seed: int = 0,
+    max_per_source: str | float | None = None,
+    reference: Selection | None = None,
+) -> Selection:
     """Rows in a random order until the budget is full; `reference` means nothing here.
 
     The order comes from a hash of (seed, key), not from a stream of random numbers: it depends neither on the order
@@ -20,8 +26,9 @@ def random(candidates: Candidates, budget: Budget, *, seed: int = 0, max_per_sou
     """
     order = candidates.order(-lottery(candidates, seed))
     chosen = fill(order, candidates, budget, max_per_source)
-    return Selection(torch.tensor(chosen, dtype=torch.int64), scores=candidates.scores,
-                     why=[f"random, seed {seed}"] * len(chosen))
+    return Selection(
+        torch.tensor(chosen, dtype=torch.int64), scores=candidates.scores, why=[f"random, seed {seed}"] * len(chosen)
+    )
 
 
 def lottery(candidates: Candidates, seed: int, purpose: str = "random") -> NDArray[np.float64]:

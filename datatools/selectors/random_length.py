@@ -10,8 +10,14 @@ from datatools.selectors.random import lottery
 BINS, ROWS_PER_BIN = 20, 5  # at most so many bins of at least so many reference rows
 
 
-def random_length(candidates: Candidates, budget: Budget, *, seed: int = 0, max_per_source: str | float | None = None,
-                  reference: Selection | None = None) -> Selection:
+def random_length(
+    candidates: Candidates,
+    budget: Budget,
+    *,
+    seed: int = 0,
+    max_per_source: str | float | None = None,
+    reference: Selection | None = None,
+) -> Selection:
     """Random rows with the reference's distribution of supervised tokens, to tell "better" from "longer".
 
     The reference's lengths are cut at their quantiles into `BINS` bins (fewer if it is small or lengths repeat). The
@@ -22,13 +28,17 @@ def random_length(candidates: Candidates, budget: Budget, *, seed: int = 0, max_
     Raises: UsageError without a reference or token counts, or for a budget that the pool cannot fill.
     """
     if reference is None or len(reference) == 0:
-        raise UsageError("random_length needs a reference selection whose answer lengths it can match; select rows "
-                         "with another method first, or use 'random'")
+        raise UsageError(
+            "random_length needs a reference selection whose answer lengths it can match; select rows "
+            "with another method first, or use 'random'"
+        )
     if candidates.supervised is None:
         raise UsageError("random_length needs the rows' supervised token counts and the candidates have none")
     if int(reference.indices.max()) >= len(candidates) or int(reference.indices.min()) < 0:
-        raise UsageError(f"random_length: the reference names row {int(reference.indices.max())} of a pool of "
-                         f"{len(candidates)} rows; it must be a selection from the same pool")
+        raise UsageError(
+            f"random_length: the reference names row {int(reference.indices.max())} of a pool of "
+            f"{len(candidates)} rows; it must be a selection from the same pool"
+        )
     lengths = candidates.supervised.numpy()
     wanted = lengths[reference.indices.numpy()]
     bins = max(1, min(BINS, len(wanted) // ROWS_PER_BIN))
@@ -49,5 +59,8 @@ def random_length(candidates: Candidates, budget: Budget, *, seed: int = 0, max_
             drawn[b] += 1
     order = order[np.argsort(place[order], kind="stable")]  # equal places stay in random order
     chosen = fill(order, candidates, budget, max_per_source)
-    return Selection(torch.tensor(chosen, dtype=torch.int64), scores=candidates.scores,
-                     why=[f"random with the reference's answer lengths, seed {seed}"] * len(chosen))
+    return Selection(
+        torch.tensor(chosen, dtype=torch.int64),
+        scores=candidates.scores,
+        why=[f"random with the reference's answer lengths, seed {seed}"] * len(chosen),
+    )

@@ -6,8 +6,14 @@ from datatools.errors import UsageError
 from datatools.selection import Budget, Candidates, Selection, fill
 
 
-def top_k(candidates: Candidates, budget: Budget, *, seed: int = 0, max_per_source: str | float | None = None,
-          reference: Selection | None = None) -> Selection:
+def top_k(
+    candidates: Candidates,
+    budget: Budget,
+    *,
+    seed: int = 0,
+    max_per_source: str | float | None = None,
+    reference: Selection | None = None,
+) -> Selection:
     """Rows in the order of (-score, key) until the budget is full; `seed` and `reference` mean nothing here.
 
     Cost: O(n log n). Source: LESS, arXiv 2402.04333, step 3 (its code leaves ties undefined; here the key decides).

@@ -255,9 +255,7 @@ def path_smoothness(
     return found
 
 
-def _ratios(
-    moved: Mapping[str, Tensor], turned: Mapping[str, Tensor], block: Callable[[str], str]
-) -> dict[str, float]:
+def _ratios(moved: Mapping[str, Tensor], turned: Mapping[str, Tensor], block: Callable[[str], str]) -> dict[str, float]:
     furthest = max((float(x.abs().max()) for x in moved.values() if x.numel()), default=0.0)
     if furthest == 0:
         return {}

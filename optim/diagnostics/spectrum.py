@@ -111,9 +111,7 @@ def roles(
     return []
 
 
-def _split(
-    name: str, owner: str, weight: Tensor, heads: int | None, kv_heads: int | None
-) -> list[tuple[Role, Tensor]]:
+def _split(name: str, owner: str, weight: Tensor, heads: int | None, kv_heads: int | None) -> list[tuple[Role, Tensor]]:
     columns = owner == "c_attn"
     w = weight.T if columns else weight  # [q, k and v, in]
     if owner == "query_key_value" and heads:

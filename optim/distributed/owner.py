@@ -118,7 +118,8 @@ class OwnerComputes(Optimizer):
             for run in bundles([params[i].numel() * params[i].element_size() for i in index], MESSAGE):
                 some = [index[k] for k in run]
                 (_by_rows if sharded else _by_replicas)(
-                    [params[i] for i in some], [grads[i] for i in some], [owners[params[i]] for i in some], group, step)
+                    [params[i] for i in some], [grads[i] for i in some], [owners[params[i]] for i in some], group, step
+                )
         return [fine[param] for param in params]
 
     # ------------------------------------------------------------------------------------------------------ state dicts

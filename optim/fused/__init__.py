@@ -266,8 +266,11 @@ def _kernel(
         except Exception as error:  # of ours or of LLVM: a step must not fail because it could not be made fast
             if rule.name not in _warned:
                 _warned.add(rule.name)
-                warnings.warn(f"{rule.name}: its steps are not compiled ({type(error).__name__}: {error})",
-                              RuntimeWarning, stacklevel=2)
+                warnings.warn(
+                    f"{rule.name}: its steps are not compiled ({type(error).__name__}: {error})",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             return Unsupported(f"{type(error).__name__}: {error}")
 
 
@@ -321,8 +324,10 @@ def _assembly(
         wanted = rule.init(param)
         if tuple(wanted) != names:
             raise Unsupported(f"a state with entries {list(names)}; {rule.name} makes {list(wanted)}")
-        state = {k: t.new_empty(t.shape, dtype=d, device="meta")
-                 for (k, t), d in zip(wanted.items(), dtypes[2:], strict=True)}
+        state = {
+            k: t.new_empty(t.shape, dtype=d, device="meta")
+            for (k, t), d in zip(wanted.items(), dtypes[2:], strict=True)
+        }
         full = tuple(t.shape == shape for t in (param, grad, *state.values()))
         return trace(rule, param, grad, state, decayed=decayed), full
 
@@ -372,24 +377,27 @@ class Kernel:
         if self.full is None:  # the shapes are those that were traced
             return True
         sizes, ones = pool.sizes, (1,) * len(pool.index)
-        return all(tuple(map(Tensor.numel, column)) == (sizes if full else ones)
-                   for column, full in zip(pool.columns, self.full, strict=True))
+        return all(
+            tuple(map(Tensor.numel, column)) == (sizes if full else ones)
+            for column, full in zip(pool.columns, self.full, strict=True)
+        )
 
-    def run(
-        self, pool: _Pool, lr: float = 0.0, weight_decay: float = 0.0, numbers: Sequence[float] = ()
-    ) -> bytearray:
+    def run(self, pool: _Pool, lr: float = 0.0, weight_decay: float = 0.0, numbers: Sequence[float] = ()) -> bytearray:
         """One step of every tensor of the pool. Returns a byte for each: 0 if it was left, its gradient not finite."""
         code = self.assembly
         rows, count = max(code.row, 1), len(pool.index)
-        plan = _plan(pool.sizes if code.row == 0 else tuple(n // rows for n in pool.sizes), max(1, CHUNK // rows),
-                     max(1, (CACHED if code.passes else CHUNK) // rows))
+        plan = _plan(
+            pool.sizes if code.row == 0 else tuple(n // rows for n in pool.sizes),
+            max(1, CHUNK // rows),
+            max(1, (CACHED if code.passes else CHUNK) // rows),
+        )
         width = 4 + len(pool.columns)
         table = array("q", bytes(8 * width * count))
         flags = bytearray(b"\1") * count
         at = ctypes.addressof(ctypes.c_char.from_buffer(flags)) if count else 0
         table[0::width], table[1::width], table[2::width] = plan.first, plan.count, array("q", range(at, at + count))
         for j, column in enumerate(pool.columns):
-            table[j + 4::width] = array("q", map(Tensor.data_ptr, column))
+            table[j + 4 :: width] = array("q", map(Tensor.data_ptr, column))
         kept = array("d", bytes(8 * code.kept * plan.size))
         if code.kept:
             sizes = (8 * code.kept * n // rows for n in pool.sizes)

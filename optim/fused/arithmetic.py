@@ -140,8 +140,10 @@ class Code:
             return self.put(block, text)
 
         def both(left: int, right: int) -> str:
-            dtypes = [torch.empty((0,) * bool(a.shape), dtype=a.dtype, device="meta") if isinstance(a, Node) else a
-                      for a in (node.args[left], node.args[right])]
+            dtypes = [
+                torch.empty((0,) * bool(a.shape), dtype=a.dtype, device="meta") if isinstance(a, Node) else a
+                for a in (node.args[left], node.args[right])
+            ]
             return TYPES[torch.result_type(*dtypes)][0]
 
         if node.op in VIEWS or node in self.kinds.identities:
@@ -192,8 +194,10 @@ class Code:
             value = self.largest(block, ty, arg(0), arg(1), "ogt" if name.startswith("max") else "olt")
         elif name in ("clamp", "clamp_min", "clamp_max"):
             value = arg(0)
-            for bound, test in ((1 if name != "clamp_max" else None, "olt"),
-                                ({"clamp": 2, "clamp_max": 1}.get(name), "ogt")):
+            for bound, test in (
+                (1 if name != "clamp_max" else None, "olt"),
+                ({"clamp": 2, "clamp_max": 1}.get(name), "ogt"),
+            ):
                 key = "min" if test == "olt" else "max"
                 given = node.args[bound] if bound is not None and bound < len(node.args) else node.kwargs.get(key)
                 if given is None:
@@ -208,8 +212,7 @@ class Code:
         elif name == "lerp":
             a, b = arg(0), arg(1)
             span = put(f"fsub {ty} {b}, {a}")
-            near, far = (put(f"fmul {ty} {span}, {w}") for w in (
-                arg(2), put(f"fsub {ty} {literal(1, ty)}, {arg(2)}")))
+            near, far = (put(f"fmul {ty} {span}, {w}") for w in (arg(2), put(f"fsub {ty} {literal(1, ty)}, {arg(2)}")))
             low = put(f"fcmp olt {ty} {self.call(block, 'fabs', ty, arg(2))}, {literal(0.5, ty)}")
             value = put(f"select i1 {low}, {ty} {put(f'fadd {ty} {a}, {near}')}, {ty} {put(f'fsub {ty} {b}, {far}')}")
         elif name in ("addcmul", "addcdiv"):
@@ -228,8 +231,11 @@ class Code:
             value = put(f"xor i1 {arg(0, to='i1')}, true")
         elif name in ("isnan", "isinf"):
             x, inner = arg(0, to=both(0, 0)), both(0, 0)
-            value = put(f"fcmp uno {inner} {x}, {x}") if name == "isnan" else put(
-                f"fcmp oeq {inner} {self.call(block, 'fabs', inner, x)}, {literal(math.inf, inner)}")
+            value = (
+                put(f"fcmp uno {inner} {x}, {x}")
+                if name == "isnan"
+                else put(f"fcmp oeq {inner} {self.call(block, 'fabs', inner, x)}, {literal(math.inf, inner)}")
+            )
         else:
             raise Unsupported(f"the operation {node.op}")
         return self.rounded(block, value, node.dtype), ty

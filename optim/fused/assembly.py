@@ -59,8 +59,10 @@ class _Step:
         self.trace, self.kinds = trace, Kinds(trace)
         self.guard = _finite(trace.inputs["grad"]) if guarded else None
         self.conditions = self.kinds.conditions([*trace.outputs.values(), *([self.guard] if self.guard else [])])
-        self.pointers = {name: _HEADER + i for i, name in enumerate(
-            ["param", "grad", *(name for name in trace.inputs if name.startswith("state:"))])}
+        self.pointers = {
+            name: _HEADER + i
+            for i, name in enumerate(["param", "grad", *(name for name in trace.inputs if name.startswith("state:"))])
+        }
         self.slots: dict[Node, int] = {}
         self.wanted: dict[int, list[Reduction]] = {}
         self.kept: dict[Node, int] = {}
@@ -111,9 +113,19 @@ def assemble(trace: Trace, *, guarded: bool = False) -> Assembly:
     row = 0 if kinds.rows is None else kinds.numel // max(kinds.rows, 1)
     width = max((len(wanted) for wanted in step.wanted.values()), default=0)
     step.declared.add("declare double @llvm.maximum.f64(double, double)")  # of _COMBINE
-    text = "\n".join([*functions, _driver(last, len(step.pointers) + _HEADER, len(step.slots), width), *_COMBINE,
-                      *sorted(step.declared), _LOOP_HINT]).replace("$WIDTH", str(width)).replace(
-        "$KEPT", str(len(step.kept)))
+    text = (
+        "\n".join(
+            [
+                *functions,
+                _driver(last, len(step.pointers) + _HEADER, len(step.slots), width),
+                *_COMBINE,
+                *sorted(step.declared),
+                _LOOP_HINT,
+            ]
+        )
+        .replace("$WIDTH", str(width))
+        .replace("$KEPT", str(len(step.kept)))
+    )
     return Assembly(text, last, len(step.slots), width, len(step.kept), row)
 
 
@@ -254,9 +266,16 @@ class _Body(Code):
         lines = [f"define internal void @{name}({_ARGUMENTS}) noinline {{", "entry:", *self.head.lines]
         if by_rows:
             width = self.kinds.numel // max(self.kinds.rows or 1, 1)
-            lines += ["  br label %next", "next:", "  %r = phi i64 [ %lo, %entry ], [ %r1, %rowend ]",
-                      "  %inside = icmp slt i64 %r, %hi", "  br i1 %inside, label %row, label %done", "row:",
-                      f"  %from = mul i64 %r, {width}", f"  %to = add i64 %from, {width}"]
+            lines += [
+                "  br label %next",
+                "next:",
+                "  %r = phi i64 [ %lo, %entry ], [ %r1, %rowend ]",
+                "  %inside = icmp slt i64 %r, %hi",
+                "  br i1 %inside, label %row, label %done",
+                "row:",
+                f"  %from = mul i64 %r, {width}",
+                f"  %to = add i64 %from, {width}",
+            ]
             first, past, exit_ = "%from", "%to", "rowend"
         else:
             first, past, exit_ = "%lo", "%hi", "done"
@@ -275,9 +294,14 @@ class _Body(Code):
             lines += [f"seg{j}:", *segment.lines]
             if loop.lines:
                 lines += [
-                    f"  %any{j} = icmp slt i64 {first}, {past}", f"  br i1 %any{j}, label %loop{j}, label %after{j}",
-                    f"loop{j}:", f"  %i{j} = phi i64 [ {first}, %seg{j} ], [ %n{j}, %loop{j} ]", *phis,
-                    *loop.lines, *updates.lines, f"  %n{j} = add nuw nsw i64 %i{j}, 1",
+                    f"  %any{j} = icmp slt i64 {first}, {past}",
+                    f"  br i1 %any{j}, label %loop{j}, label %after{j}",
+                    f"loop{j}:",
+                    f"  %i{j} = phi i64 [ {first}, %seg{j} ], [ %n{j}, %loop{j} ]",
+                    *phis,
+                    *loop.lines,
+                    *updates.lines,
+                    f"  %n{j} = add nuw nsw i64 %i{j}, 1",
                     f"  %more{j} = icmp slt i64 %n{j}, {past}",
                     f"  br i1 %more{j}, label %loop{j}, label %after{j}, !llvm.loop !0",
                 ]
@@ -293,11 +317,16 @@ class _Body(Code):
 def _reducing(step: _Step, stage: int) -> list[str]:
     """Body `stage`, which makes those of its reductions that the step will read."""
     wanted = list(enumerate(step.wanted.get(stage, [])))
-    known = {reduction: [(node, value) for node, value in step.conditions.get(reduction, ())
-                         if step.kinds[node][1] < stage] for _, reduction in wanted}
+    known = {
+        reduction: [(node, value) for node, value in step.conditions.get(reduction, ()) if step.kinds[node][1] < stage]
+        for _, reduction in wanted
+    }
     always = [(j, reduction) for j, reduction in wanted if not known[reduction]]
-    shared = [condition for condition in next((c for c in known.values() if c), [])
-              if all(condition in c for c in known.values() if c)]
+    shared = [
+        condition
+        for condition in next((c for c in known.values() if c), [])
+        if all(condition in c for c in known.values() if c)
+    ]
     kept = any(step.kinds[node][1] + 1 == stage for node in step.kept)
     some = (lambda name: _Body(step, stage).reducing(name, always)) if always or kept else None
     return _gated(step, stage, shared, lambda name: _Body(step, stage).reducing(name, wanted), some)
@@ -321,10 +350,24 @@ def _gated(
         holds = code.put(block, f"and i1 {holds}, {found if value else code.put(block, f'xor i1 {found}, true')}")
     made = [then(f"{name}all"), *([otherwise(f"{name}some")] if otherwise else [])]
     call = [f"  call void @{name}{part}({_ARGUMENTS})" for part in ("all", "some")]
-    return [*made, "\n".join([
-        f"define internal void @{name}({_ARGUMENTS}) {{", "entry:", *block.lines,
-        f"  br i1 {holds}, label %then, label %otherwise", "then:", call[0], "  ret void",
-        "otherwise:", *(call[1:] if otherwise else []), "  ret void", "}"])]
+    return [
+        *made,
+        "\n".join(
+            [
+                f"define internal void @{name}({_ARGUMENTS}) {{",
+                "entry:",
+                *block.lines,
+                f"  br i1 {holds}, label %then, label %otherwise",
+                "then:",
+                call[0],
+                "  ret void",
+                "otherwise:",
+                *(call[1:] if otherwise else []),
+                "  ret void",
+                "}",
+            ]
+        ),
+    ]
 
 
 def _from_scratch(code: Code, block: Block, step: _Step, node: Node) -> Slot:
@@ -388,8 +431,9 @@ def _scalars(step: _Step, stage: int, *, writing: bool) -> str:
             place = code.put(block, f"getelementptr inbounds double, ptr %settings, i64 {at}")
             return code.put(block, f"load double, ptr {place}"), "double"
         if node.op.startswith("input:"):
-            place = code.put(block, "getelementptr inbounds i64, ptr %table, i64 "
-                             f"{step.pointers[node.op.removeprefix('input:')]}")
+            place = code.put(
+                block, f"getelementptr inbounds i64, ptr %table, i64 {step.pointers[node.op.removeprefix('input:')]}"
+            )
             return code.load(block, code.put(block, f"load ptr, ptr {place}"), node.dtype, "0")
         if node in step.kinds.reductions:
             return reduced(node, step.kinds.reductions[node])
@@ -437,21 +481,36 @@ def _driver(last: int, pointers: int, scratch: int, width: int) -> str:
     """
     calls = []
     for stage in range(last + 1):
-        calls += [f"call void @scalars{stage}(ptr %row, ptr %slots, ptr %partials, ptr %settings)",
-                  f"call void @body{stage + 1}(ptr %row, i64 %lo, i64 %hi, ptr %slots, ptr %partial)"]
+        calls += [
+            f"call void @scalars{stage}(ptr %row, ptr %slots, ptr %partials, ptr %settings)",
+            f"call void @body{stage + 1}(ptr %row, i64 %lo, i64 %hi, ptr %slots, ptr %partial)",
+        ]
     cases = " ".join(f"i64 {i + 1}, label %case{i + 1}" for i in range(len(calls)))
     lines = [
         "define void @run(i64 %what, ptr %items, i64 %n, ptr %counter, ptr %tables, ptr %scratch, ptr %partials, "
-        "ptr %settings) {", "entry:", "  br label %next", "next:",
-        "  %at = atomicrmw add ptr %counter, i64 1 monotonic", "  %some = icmp slt i64 %at, %n",
-        "  br i1 %some, label %item, label %done", "item:", "  %first = mul i64 %at, 4",
-        *(f"  %f{j} = add i64 %first, {j}\n  %a{j} = getelementptr inbounds i64, ptr %items, i64 %f{j}\n"
-          f"  %{name} = load i64, ptr %a{j}" for j, name in enumerate(("t", "lo", "hi", "chunk"))),
-        f"  %rowat = mul i64 %t, {pointers}", "  %row = getelementptr inbounds i64, ptr %tables, i64 %rowat",
-        f"  %slotat = mul i64 %t, {scratch}", "  %slots = getelementptr inbounds double, ptr %scratch, i64 %slotat",
+        "ptr %settings) {",
+        "entry:",
+        "  br label %next",
+        "next:",
+        "  %at = atomicrmw add ptr %counter, i64 1 monotonic",
+        "  %some = icmp slt i64 %at, %n",
+        "  br i1 %some, label %item, label %done",
+        "item:",
+        "  %first = mul i64 %at, 4",
+        *(
+            f"  %f{j} = add i64 %first, {j}\n  %a{j} = getelementptr inbounds i64, ptr %items, i64 %f{j}\n"
+            f"  %{name} = load i64, ptr %a{j}"
+            for j, name in enumerate(("t", "lo", "hi", "chunk"))
+        ),
+        f"  %rowat = mul i64 %t, {pointers}",
+        "  %row = getelementptr inbounds i64, ptr %tables, i64 %rowat",
+        f"  %slotat = mul i64 %t, {scratch}",
+        "  %slots = getelementptr inbounds double, ptr %scratch, i64 %slotat",
         f"  %partat = mul i64 %chunk, {width}",
         "  %partial = getelementptr inbounds double, ptr %partials, i64 %partat",
-        f"  switch i64 %what, label %case0 [ {cases} ]", "case0:", *(f"  {call}" for call in calls),
+        f"  switch i64 %what, label %case0 [ {cases} ]",
+        "case0:",
+        *(f"  {call}" for call in calls),
         "  br label %next",
     ]
     for i, call in enumerate(calls):

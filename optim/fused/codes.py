@@ -131,8 +131,11 @@ _SAME = """
   %c = add i32 %found, 0
 """
 
-_BODIES = {"dynamic": _NEAREST, "linear": _ROUNDED.replace("LEVELS", "1.270000e+02"),
-           "linear_unsigned": _ROUNDED.replace("LEVELS", "2.550000e+02")}
+_BODIES = {
+    "dynamic": _NEAREST,
+    "linear": _ROUNDED.replace("LEVELS", "1.270000e+02"),
+    "linear_unsigned": _ROUNDED.replace("LEVELS", "2.550000e+02"),
+}
 
 
 @cache

@@ -83,8 +83,14 @@ def _functions() -> tuple[dict[str, Any], object]:
     from optim.kernels import philox  # which draws by this module
 
     rounds = "".join(
-        _ROUND.format(r=r, s=r + 1, key_a=r * philox.KEYS[0] & 0xFFFFFFFF, key_b=r * philox.KEYS[1] & 0xFFFFFFFF,
-                      factor_a=philox.FACTORS[0], factor_c=philox.FACTORS[1])
+        _ROUND.format(
+            r=r,
+            s=r + 1,
+            key_a=r * philox.KEYS[0] & 0xFFFFFFFF,
+            key_b=r * philox.KEYS[1] & 0xFFFFFFFF,
+            factor_a=philox.FACTORS[0],
+            factor_c=philox.FACTORS[1],
+        )
         for r in range(10)
     )
     text = ""

@@ -17,13 +17,32 @@ TYPES = {  # dtype -> (type of arithmetic, type in memory)
     torch.float16: ("float", "half"),
     torch.bool: ("i1", "i8"),
 }
-VIEWS = {"view.default", "_unsafe_view.default", "reshape.default", "unsqueeze.default", "squeeze.dim",
-          "squeeze.default", "squeeze.dims", "expand.default", "detach.default", "alias.default", "clone.default",
-          "lift_fresh.default", "_to_copy.default", "contiguous.default"}
+VIEWS = {
+    "view.default",
+    "_unsafe_view.default",
+    "reshape.default",
+    "unsqueeze.default",
+    "squeeze.dim",
+    "squeeze.default",
+    "squeeze.dims",
+    "expand.default",
+    "detach.default",
+    "alias.default",
+    "clone.default",
+    "lift_fresh.default",
+    "_to_copy.default",
+    "contiguous.default",
+}
 FILLS: dict[str, Callable[..., Any]] = {
-    "zeros_like.default": lambda *_: 0.0, "ones_like.default": lambda *_: 1.0, "full_like.default": lambda _, x: x,
-    "zeros.default": lambda *_: 0.0, "ones.default": lambda *_: 1.0, "full.default": lambda _, x: x,
-    "scalar_tensor.default": lambda x: x, "new_zeros.default": lambda *_: 0.0, "new_ones.default": lambda *_: 1.0,
+    "zeros_like.default": lambda *_: 0.0,
+    "ones_like.default": lambda *_: 1.0,
+    "full_like.default": lambda _, x: x,
+    "zeros.default": lambda *_: 0.0,
+    "ones.default": lambda *_: 1.0,
+    "full.default": lambda _, x: x,
+    "scalar_tensor.default": lambda x: x,
+    "new_zeros.default": lambda *_: 0.0,
+    "new_ones.default": lambda *_: 1.0,
     "new_full.default": lambda _, __, x: x,
 }
 REDUCTIONS = {"sum", "mean", "amax", "amin", "max", "min", "linalg_vector_norm"}
@@ -178,7 +197,7 @@ class Kinds:
             return SCALAR, stage, level
         wide = [d for d in range(ndim) if operand.shape[d] != 1]
         cut = [d for d in wide if d in axes]
-        if cut != wide[len(wide) - len(cut):]:
+        if cut != wide[len(wide) - len(cut) :]:
             raise Unsupported(f"{node.op} over the leading dimensions of shape {operand.shape}")
         rest = math.prod(operand.shape) // count if count else 0
         if rest == 1:

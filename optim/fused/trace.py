@@ -83,9 +83,7 @@ class Trace:
         return "\n".join((*lines, *ends))
 
 
-def trace(
-    rule: UpdateRule, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, decayed: bool
-) -> Trace:
+def trace(rule: UpdateRule, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, decayed: bool) -> Trace:
     """`rule.stepped` on the shapes and dtypes of these tensors.
 
     Raises: Unsupported if the step looks at values (a Python branch on a tensor), writes in place, or fails.
@@ -100,8 +98,7 @@ def trace(
         with torch.inference_mode(False), torch.no_grad(), recorder:
             given: State = {name: metas[f"state:{name}"] for name in state}
             weight_decay = metas["weight_decay"] if decayed else None
-            moved, after = rule.stepped(
-                metas["param"], metas["grad"], given, lr=metas["lr"], weight_decay=weight_decay)
+            moved, after = rule.stepped(metas["param"], metas["grad"], given, lr=metas["lr"], weight_decay=weight_decay)
             new = {"param": moved} | {f"state:{key}": t for key, t in after.items()}
     except Unsupported:
         raise
@@ -110,8 +107,11 @@ def trace(
     missing = {f"state:{k}" for k in state} ^ (set(new) - {"param"})
     if missing:
         raise Unsupported(f"update changes the entries of the state: {sorted(missing)}")
-    return Trace({name: recorder.node(t) for name, t in metas.items()},
-                 {name: recorder.node(t) for name, t in new.items()}, tuple(recorder.numbers))
+    return Trace(
+        {name: recorder.node(t) for name, t in metas.items()},
+        {name: recorder.node(t) for name, t in new.items()},
+        tuple(recorder.numbers),
+    )
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

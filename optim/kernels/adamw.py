@@ -67,12 +67,19 @@ def adamw_step(
         table = [[*a, n, scalars[i].step] for a, n, i in zip(addresses, sizes, index, strict=True)]
         torch.autograd.graph.increment_version([t for p, _, m, v in pool for t in (p, m, v)])
         backend.launch(
-            _adamw_kernel, (len(plan),),
+            _adamw_kernel,
+            (len(plan),),
             tables.on_device(table, torch.int64, device),
-            tables.on_device([scalars[i][:2] for i in index], torch.float32, device), plan,
-            *map(float, (lr, weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, eps_root)), SEED,
-            P=backend.triton_dtype(p_dtype), G=backend.triton_dtype(g_dtype), ALIGNED=tables.aligned(addresses),
-            DECAY=weight_decay != 0, STOCHASTIC=stochastic_rounding and p_dtype == torch.bfloat16, BLOCK=_CHUNK,
+            tables.on_device([scalars[i][:2] for i in index], torch.float32, device),
+            plan,
+            *map(float, (lr, weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, eps_root)),
+            SEED,
+            P=backend.triton_dtype(p_dtype),
+            G=backend.triton_dtype(g_dtype),
+            ALIGNED=tables.aligned(addresses),
+            DECAY=weight_decay != 0,
+            STOCHASTIC=stochastic_rounding and p_dtype == torch.bfloat16,
+            BLOCK=_CHUNK,
             device=device,
         )
 
@@ -106,8 +113,23 @@ if backend.triton is not None:
 
     @backend.jit
     def _adamw_kernel(
-        table, factors, chunks, lr, weight_decay, b1, w1, b2, w2, eps, eps_root, seed,
-        P: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
+        table,
+        factors,
+        chunks,
+        lr,
+        weight_decay,
+        b1,
+        w1,
+        b2,
+        w2,
+        eps,
+        eps_root,
+        seed,
+        P: tl.constexpr,
+        G: tl.constexpr,
+        ALIGNED: tl.constexpr,
+        DECAY: tl.constexpr,
+        STOCHASTIC: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         program = tl.program_id(0).to(tl.int64)
@@ -127,16 +149,80 @@ if backend.triton is not None:
         shrink = tl.load(factors + 2 * tensor + 1)
         # a mask, even one that is all true, would keep memory from being read 16 bytes at a time
         if start + BLOCK <= count:
-            _adamw_chunk(p_ptr, g_ptr, m_ptr, v_ptr, start, count, step, scale, shrink, lr, weight_decay, b1, w1, b2,
-                         w2, eps, eps_root, seed, False, DECAY, STOCHASTIC, BLOCK)
+            _adamw_chunk(
+                p_ptr,
+                g_ptr,
+                m_ptr,
+                v_ptr,
+                start,
+                count,
+                step,
+                scale,
+                shrink,
+                lr,
+                weight_decay,
+                b1,
+                w1,
+                b2,
+                w2,
+                eps,
+                eps_root,
+                seed,
+                False,
+                DECAY,
+                STOCHASTIC,
+                BLOCK,
+            )
         else:
-            _adamw_chunk(p_ptr, g_ptr, m_ptr, v_ptr, start, count, step, scale, shrink, lr, weight_decay, b1, w1, b2,
-                         w2, eps, eps_root, seed, True, DECAY, STOCHASTIC, BLOCK)
+            _adamw_chunk(
+                p_ptr,
+                g_ptr,
+                m_ptr,
+                v_ptr,
+                start,
+                count,
+                step,
+                scale,
+                shrink,
+                lr,
+                weight_decay,
+                b1,
+                w1,
+                b2,
+                w2,
+                eps,
+                eps_root,
+                seed,
+                True,
+                DECAY,
+                STOCHASTIC,
+                BLOCK,
+            )
 
     @backend.jit
     def _adamw_chunk(
-        p_ptr, g_ptr, m_ptr, v_ptr, start, count, step, scale, shrink, lr, weight_decay, b1, w1, b2, w2, eps, eps_root,
-        seed, MASKED: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+        p_ptr,
+        g_ptr,
+        m_ptr,
+        v_ptr,
+        start,
+        count,
+        step,
+        scale,
+        shrink,
+        lr,
+        weight_decay,
+        b1,
+        w1,
+        b2,
+        w2,
+        eps,
+        eps_root,
+        seed,
+        MASKED: tl.constexpr,
+        DECAY: tl.constexpr,
+        STOCHASTIC: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
         i = start + tl.arange(0, BLOCK)  # int64: a tensor may have more than 2^31 elements
         mask = i < count if MASKED else None

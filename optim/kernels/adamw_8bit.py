@@ -52,15 +52,23 @@ def adamw_8bit_step(
         table = [[*a, n, scalars[i].step] for a, n, i in zip(addresses, sizes, index, strict=True)]
         torch.autograd.graph.increment_version([t for p, _, *state in pool for t in (p, *state)])
         backend.launch(
-            _adamw_8bit_kernel, (len(plan),),
+            _adamw_8bit_kernel,
+            (len(plan),),
             tables.on_device(table, torch.int64, device),
-            tables.on_device([scalars[i][:2] for i in index], torch.float32, device), plan,
+            tables.on_device([scalars[i][:2] for i in index], torch.float32, device),
+            plan,
             *_device_books(*books, device),
-            *map(float, (lr, weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, eps_root)), SEED,
-            P=backend.triton_dtype(p_dtype), G=backend.triton_dtype(g_dtype),
-            ALIGNED=tables.aligned(addresses), DECAY=weight_decay != 0,
-            STOCHASTIC=stochastic_rounding and p_dtype == torch.bfloat16, FLOOR=floor,
-            BLOCKS=size // block_size, SIZE=block_size, device=device,
+            *map(float, (lr, weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, eps_root)),
+            SEED,
+            P=backend.triton_dtype(p_dtype),
+            G=backend.triton_dtype(g_dtype),
+            ALIGNED=tables.aligned(addresses),
+            DECAY=weight_decay != 0,
+            STOCHASTIC=stochastic_rounding and p_dtype == torch.bfloat16,
+            FLOOR=floor,
+            BLOCKS=size // block_size,
+            SIZE=block_size,
+            device=device,
         )
 
 
@@ -94,8 +102,20 @@ if backend.triton is not None:
     from optim.kernels.philox import stochastic_bfloat16, words_of
 
     @backend.jit
-    def _encode(x, limits, codes_ptr, scales_ptr, at, mask, block, exists, SIGNED: tl.constexpr, FLOOR: tl.constexpr,
-                BLOCKS: tl.constexpr, SIZE: tl.constexpr):
+    def _encode(
+        x,
+        limits,
+        codes_ptr,
+        scales_ptr,
+        at,
+        mask,
+        block,
+        exists,
+        SIGNED: tl.constexpr,
+        FLOOR: tl.constexpr,
+        BLOCKS: tl.constexpr,
+        SIZE: tl.constexpr,
+    ):
         """Writes the codes and scales of x [BLOCKS, SIZE]; outside the tensor x is 0."""
         largest = tl.max(tl.abs(x), axis=1)
         y = tl.div_rn(x, tl.broadcast_to(tl.where(largest > 0, largest, 1.0)[:, None], (BLOCKS, SIZE)))
@@ -119,9 +139,30 @@ if backend.triton is not None:
 
     @backend.jit
     def _adamw_8bit_kernel(
-        table, factors, chunks, m_book, m_limits, v_book, v_limits, lr, weight_decay, b1, w1, b2, w2, eps, eps_root,
-        seed, P: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, DECAY: tl.constexpr, STOCHASTIC: tl.constexpr,
-        FLOOR: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+        table,
+        factors,
+        chunks,
+        m_book,
+        m_limits,
+        v_book,
+        v_limits,
+        lr,
+        weight_decay,
+        b1,
+        w1,
+        b2,
+        w2,
+        eps,
+        eps_root,
+        seed,
+        P: tl.constexpr,
+        G: tl.constexpr,
+        ALIGNED: tl.constexpr,
+        DECAY: tl.constexpr,
+        STOCHASTIC: tl.constexpr,
+        FLOOR: tl.constexpr,
+        BLOCKS: tl.constexpr,
+        SIZE: tl.constexpr,
     ):
         program = tl.program_id(0).to(tl.int64)
         tensor = tl.load(chunks + 2 * program)
@@ -142,19 +183,104 @@ if backend.triton is not None:
         shrink = tl.load(factors + 2 * tensor + 1)
         # a mask, even one that is all true, would keep memory from being read 16 bytes at a time
         if start + BLOCKS * SIZE <= count:
-            _adamw_8bit_chunk(p_ptr, g_ptr, m_ptr, ms_ptr, v_ptr, vs_ptr, start, count, scale, shrink, m_book, m_limits,
-                              v_book, v_limits, lr, weight_decay, b1, w1, b2, w2, eps, eps_root, seed, step, False,
-                              DECAY, STOCHASTIC, FLOOR, BLOCKS, SIZE)
+            _adamw_8bit_chunk(
+                p_ptr,
+                g_ptr,
+                m_ptr,
+                ms_ptr,
+                v_ptr,
+                vs_ptr,
+                start,
+                count,
+                scale,
+                shrink,
+                m_book,
+                m_limits,
+                v_book,
+                v_limits,
+                lr,
+                weight_decay,
+                b1,
+                w1,
+                b2,
+                w2,
+                eps,
+                eps_root,
+                seed,
+                step,
+                False,
+                DECAY,
+                STOCHASTIC,
+                FLOOR,
+                BLOCKS,
+                SIZE,
+            )
         else:
-            _adamw_8bit_chunk(p_ptr, g_ptr, m_ptr, ms_ptr, v_ptr, vs_ptr, start, count, scale, shrink, m_book, m_limits,
-                              v_book, v_limits, lr, weight_decay, b1, w1, b2, w2, eps, eps_root, seed, step, True,
-                              DECAY, STOCHASTIC, FLOOR, BLOCKS, SIZE)
+            _adamw_8bit_chunk(
+                p_ptr,
+                g_ptr,
+                m_ptr,
+                ms_ptr,
+                v_ptr,
+                vs_ptr,
+                start,
+                count,
+                scale,
+                shrink,
+                m_book,
+                m_limits,
+                v_book,
+                v_limits,
+                lr,
+                weight_decay,
+                b1,
+                w1,
+                b2,
+                w2,
+                eps,
+                eps_root,
+                seed,
+                step,
+                True,
+                DECAY,
+                STOCHASTIC,
+                FLOOR,
+                BLOCKS,
+                SIZE,
+            )
 
     @backend.jit
     def _adamw_8bit_chunk(
-        p_ptr, g_ptr, m_ptr, ms_ptr, v_ptr, vs_ptr, start, count, scale, shrink, m_book, m_limits, v_book, v_limits, lr,
-        weight_decay, b1, w1, b2, w2, eps, eps_root, seed, step, MASKED: tl.constexpr, DECAY: tl.constexpr,
-        STOCHASTIC: tl.constexpr, FLOOR: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+        p_ptr,
+        g_ptr,
+        m_ptr,
+        ms_ptr,
+        v_ptr,
+        vs_ptr,
+        start,
+        count,
+        scale,
+        shrink,
+        m_book,
+        m_limits,
+        v_book,
+        v_limits,
+        lr,
+        weight_decay,
+        b1,
+        w1,
+        b2,
+        w2,
+        eps,
+        eps_root,
+        seed,
+        step,
+        MASKED: tl.constexpr,
+        DECAY: tl.constexpr,
+        STOCHASTIC: tl.constexpr,
+        FLOOR: tl.constexpr,
+        BLOCKS: tl.constexpr,
+        SIZE: tl.constexpr,
     ):
         block = start // SIZE + tl.arange(0, BLOCKS)
         at = start + (tl.arange(0, BLOCKS) * SIZE)[:, None] + tl.arange(0, SIZE)[None, :]  # int64

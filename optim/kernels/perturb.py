@@ -17,8 +17,17 @@ def add_normals_(target: Tensor, scale: float, seed: int, *, start: int = 0) -> 
     n, shift = target.numel(), start % 4  # blocks of random words begin at multiples of 4
     programs = -(-(n + shift) // _BLOCK)
     backend.launch(
-        _perturb_kernel, (programs,), target, n, start - shift, shift, float(scale), seed, ALIGNED=shift == 0,
-        BLOCK=_BLOCK, device=target.device,
+        _perturb_kernel,
+        (programs,),
+        target,
+        n,
+        start - shift,
+        shift,
+        float(scale),
+        seed,
+        ALIGNED=shift == 0,
+        BLOCK=_BLOCK,
+        device=target.device,
     )
 
 
@@ -33,9 +42,7 @@ if backend.triton is not None:
     from optim.kernels.philox import normals_of
 
     @backend.jit
-    def _perturb_kernel(
-        target, n, first, shift, scale, seed: tl.int64, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
-    ):
+    def _perturb_kernel(target, n, first, shift, scale, seed: tl.int64, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
         begin = tl.program_id(0).to(tl.int64) * BLOCK
         z = normals_of(first + begin, seed, tl.full((), 0, tl.int32), BLOCK)
         i = begin + tl.arange(0, BLOCK)

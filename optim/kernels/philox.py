@@ -76,7 +76,7 @@ def stochastic_round(x: Tensor, words: Tensor) -> Tensor:
     """x float32 -> bfloat16, up or down with probabilities that make the expectation x; words: 32 random bits an
     element, of which the lowest 16 count. What is not finite stays so.
     """
-    carried = ((x.contiguous().view(torch.int32) + (words & 0xFFFF).int().reshape(x.shape)) & -0x10000)
+    carried = (x.contiguous().view(torch.int32) + (words & 0xFFFF).int().reshape(x.shape)) & -0x10000
     return torch.where(x.isfinite(), carried.view(torch.float32), x).to(torch.bfloat16)
 
 

@@ -27,8 +27,24 @@ def gram(x: Tensor, add: Tensor | None = None, *, alpha: float = 1.0, beta: floa
     half = tiles * (tiles + 1) // 2
     addend = out if add is None else add
     backend.launch(
-        _gram_kernel, (half * n,), x, addend, out, p, q, half, *x.stride(), *addend.stride(), float(alpha), float(beta),
-        ADD=add is not None, WIDE=backend.interpreted, BLOCK=block, DEPTH=depth, device=x.device, num_warps=warps,
+        _gram_kernel,
+        (half * n,),
+        x,
+        addend,
+        out,
+        p,
+        q,
+        half,
+        *x.stride(),
+        *addend.stride(),
+        float(alpha),
+        float(beta),
+        ADD=add is not None,
+        WIDE=backend.interpreted,
+        BLOCK=block,
+        DEPTH=depth,
+        device=x.device,
+        num_warps=warps,
         num_stages=3,
     )
     return out
@@ -65,8 +81,24 @@ if backend.triton is not None:
 
     @backend.jit
     def _gram_kernel(
-        x, add, out, p, q, half, stride_n, stride_p, stride_q, add_n, add_p, add_q, alpha, beta,
-        ADD: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+        x,
+        add,
+        out,
+        p,
+        q,
+        half,
+        stride_n,
+        stride_p,
+        stride_q,
+        add_n,
+        add_p,
+        add_q,
+        alpha,
+        beta,
+        ADD: tl.constexpr,
+        WIDE: tl.constexpr,
+        BLOCK: tl.constexpr,
+        DEPTH: tl.constexpr,
     ):
         # tile k of the lower triangle is in row i = floor((sqrt(8 k + 1) - 1) / 2); the root may be off by one
         k = tl.program_id(0) % half

@@ -93,9 +93,7 @@ class AdamWRule(UpdateRule):
         root = v.sqrt() if self.eps_root == 0 else (v + self.eps_root).sqrt()
         return (m / (root + self.eps)).to(g.dtype), new  # a correction would make a 0-d tensor float64
 
-    def step(
-        self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float
-    ) -> None:
+    def step(self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float) -> None:
         """`UpdateRule.step`, but for how the new parameter is rounded."""
         self.step_part(param, grad, state, start=0, lr=lr, weight_decay=weight_decay)
 
@@ -115,7 +113,12 @@ class AdamWRule(UpdateRule):
             state[key].copy_(value)
 
     def step_all(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], *, lr: float | Tensor,
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        *,
+        lr: float | Tensor,
         weight_decay: float,
     ) -> None:
         """By the kernel, all at once, but for tensors that it does not fit."""
@@ -127,8 +130,14 @@ class AdamWRule(UpdateRule):
             steps = [int(states[i]["step"]) for i in mine]
             now = {step: self.scalars(step) for step in set(steps)}
             kernel.adamw_step(
-                [rows[i] for i in mine], [now[step] for step in steps], lr=float(lr), weight_decay=weight_decay,
-                betas=self.betas, eps=self.eps, eps_root=self.eps_root, stochastic_rounding=self.stochastic_rounding,
+                [rows[i] for i in mine],
+                [now[step] for step in steps],
+                lr=float(lr),
+                weight_decay=weight_decay,
+                betas=self.betas,
+                eps=self.eps,
+                eps_root=self.eps_root,
+                stochastic_rounding=self.stochastic_rounding,
             )
         for i, fits in enumerate(fit):
             if not fits:

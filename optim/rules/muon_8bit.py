@@ -54,9 +54,7 @@ class Muon8bit(MatrixOptimizer):
         check_flag("Muon8bit", adamw_8bit=adamw_8bit)
         usual: dict[str, Any] = {"adamw_betas": (0.9, 0.95)}
         wrapper = _in_8_bits if adamw_8bit else None
-        super().__init__(
-            named_parameters, Muon8bitRule, lr, weight_decay, adamw_wrapper=wrapper, **(usual | options)
-        )
+        super().__init__(named_parameters, Muon8bitRule, lr, weight_decay, adamw_wrapper=wrapper, **(usual | options))
 
 
 def _in_8_bits(inner: AdamWRule) -> AdamW8bitRule:

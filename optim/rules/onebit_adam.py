@@ -97,8 +97,12 @@ class OneBitAdam(Optimizer):
         self._masks: dict[Tensor, Tensor] = {}
         rule = OneBitAdamRule(betas=betas, eps=eps, freeze_step=freeze_step)
         super().__init__(params, rule, lr=lr, weight_decay=weight_decay)
-        named = dict(pair for g in self.param_groups if "param_names" in g
-                     for pair in zip(g["param_names"], g["params"], strict=True))
+        named = dict(
+            pair
+            for g in self.param_groups
+            if "param_names" in g
+            for pair in zip(g["param_names"], g["params"], strict=True)
+        )
         for name, mask in (masks or {}).items():
             if name not in named:
                 raise ValueError(f"OneBitAdam: a mask for {name!r}, which is no parameter with that name")

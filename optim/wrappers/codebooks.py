@@ -16,7 +16,6 @@ def _dynamic_book(signed: bool) -> Tensor:
     return torch.cat(values).sort().values
 
 
-
 class Book:
     """A code book with what finds the nearest entry fast: a table by the upper half of a float32, and one comparison.
 
@@ -45,7 +44,6 @@ class Book:
         lower = (nearest - (take(self.values, nearest) > y).int()).clamp(0, 254)
         below, above = take(self.values, lower), take(self.values, lower + 1)
         return (lower + (uniform * (above - below) < y - below).int()).to(torch.uint8)
-
 
 
 def take(table: Tensor, index: Tensor) -> Tensor:

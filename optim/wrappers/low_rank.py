@@ -261,5 +261,3 @@ class LowRankOptimizer(MatrixOptimizer):
             "betas": betas, "eps": eps, "adamw_eps": 1e-6, "adamw_eps_before_correction": True
         }  # fmt: skip
         super().__init__(named_parameters, self.rule, lr, weight_decay, **(usual | options))
-
-

@@ -158,7 +158,12 @@ class Quantized(UpdateRule):
         self.step_all([param], [grad], [state], lr=lr, weight_decay=weight_decay)
 
     def step_all(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], *, lr: float | Tensor,
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        *,
+        lr: float | Tensor,
         weight_decay: float,
     ) -> None:
         """Steps in place: under an elementwise inner rule `CHUNK` entries at a time are decoded, else one tensor.
@@ -221,10 +226,17 @@ class Quantized(UpdateRule):
         for _, state in rows:
             state["step"] += 1
         adamw_8bit.adamw_8bit_step(
-            [row for row, _ in rows], [inner.scalars(int(state["step"])) for _, state in rows],
-            books=(BOOKS[True].values, BOOKS[False].values), block_size=self.block_size, lr=float(lr),
-            weight_decay=weight_decay, betas=inner.betas, eps=inner.eps, eps_root=inner.eps_root,
-            stochastic_rounding=inner.stochastic_rounding, floor=self.floor,
+            [row for row, _ in rows],
+            [inner.scalars(int(state["step"])) for _, state in rows],
+            books=(BOOKS[True].values, BOOKS[False].values),
+            block_size=self.block_size,
+            lr=float(lr),
+            weight_decay=weight_decay,
+            betas=inner.betas,
+            eps=inner.eps,
+            eps_root=inner.eps_root,
+            stochastic_rounding=inner.stochastic_rounding,
+            floor=self.floor,
         )
 
     def _step_pieces(
@@ -327,9 +339,7 @@ class Quantized(UpdateRule):
             codes = codes.maximum((y > 0).to(torch.uint8))
         return codes.view(-1)[:n].view(x.shape), largest
 
-    def _encode_to(
-        self, codes: Tensor, scales: Tensor, key: str, x: Tensor, step: Tensor, *, start: int = 0
-    ) -> None:
+    def _encode_to(self, codes: Tensor, scales: Tensor, key: str, x: Tensor, step: Tensor, *, start: int = 0) -> None:
         """`_encode`, written to codes [n] and scales [blocks]; compiled where that is possible."""
         if x.dtype == torch.float32 and not self.stochastic and fused.codes.supports(x, codes, scales):
             signed = key not in NON_NEGATIVE
@@ -404,5 +414,3 @@ class _WithoutMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(made, Tensor) and made.numel() >= self.limit and made.is_floating_point() and made.ndim:
                 return made
         return func(*args, **kwargs)
-
-

@@ -28,13 +28,41 @@ SEED = 0
 TARGET_ROWS = 8  # the other bookings are test rows
 
 # source -> rows in the pool, duplicates included
-SOURCES = {"facts": 44, "words": 36, "arithmetic": 32, "grammar": 28, "records": 24, "reviews": 20, "notes": 16,
-           "calendar": 14, "lists": 10, "units": 8, "code": 8}
+SOURCES = {
+    "facts": 44,
+    "words": 36,
+    "arithmetic": 32,
+    "grammar": 28,
+    "records": 24,
+    "reviews": 20,
+    "notes": 16,
+    "calendar": 14,
+    "lists": 10,
+    "units": 8,
+    "code": 8,
+}
 
-MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
-          "December")
-MONEY = {"EUR": ("{} euros", "€{}"), "USD": ("{} dollars", "${}"), "GBP": ("{} pounds", "£{}"),
-         "CHF": ("{} francs", "{} Swiss francs"), "JPY": ("{} yen", "¥{}")}
+MONTHS = (
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
+MONEY = {
+    "EUR": ("{} euros", "€{}"),
+    "USD": ("{} dollars", "${}"),
+    "GBP": ("{} pounds", "£{}"),
+    "CHF": ("{} francs", "{} Swiss francs"),
+    "JPY": ("{} yen", "¥{}"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +124,55 @@ def _examples(source: str, wordings: Sequence[str], pairs: Sequence[tuple[str, s
 # ------------------------------------------------------------------------------------------------------------ bookings
 
 POOL_CITIES = (
-    ("Porto", "EUR"), ("Leeds", "GBP"), ("Boston", "USD"), ("Basel", "CHF"), ("Osaka", "JPY"), ("Ghent", "EUR"),
-    ("Bath", "GBP"), ("Denver", "USD"), ("Bern", "CHF"), ("Nara", "JPY"), ("Lille", "EUR"), ("Cork", "EUR"),
-    ("Austin", "USD"), ("Utrecht", "EUR"), ("York", "GBP"), ("Kobe", "JPY"), ("Turin", "EUR"), ("Tampa", "USD"),
-    ("Geneva", "CHF"), ("Graz", "EUR"), ("Faro", "EUR"), ("Durham", "GBP"), ("Bari", "EUR"), ("Nice", "EUR"),
+    ("Porto", "EUR"),
+    ("Leeds", "GBP"),
+    ("Boston", "USD"),
+    ("Basel", "CHF"),
+    ("Osaka", "JPY"),
+    ("Ghent", "EUR"),
+    ("Bath", "GBP"),
+    ("Denver", "USD"),
+    ("Bern", "CHF"),
+    ("Nara", "JPY"),
+    ("Lille", "EUR"),
+    ("Cork", "EUR"),
+    ("Austin", "USD"),
+    ("Utrecht", "EUR"),
+    ("York", "GBP"),
+    ("Kobe", "JPY"),
+    ("Turin", "EUR"),
+    ("Tampa", "USD"),
+    ("Geneva", "CHF"),
+    ("Graz", "EUR"),
+    ("Faro", "EUR"),
+    ("Durham", "GBP"),
+    ("Bari", "EUR"),
+    ("Nice", "EUR"),
 )
 TARGET_CITIES = (
-    ("Lyon", "EUR"), ("Chicago", "USD"), ("Vienna", "EUR"), ("Tokyo", "JPY"), ("Bristol", "GBP"), ("Zurich", "CHF"),
-    ("Athens", "EUR"), ("Seattle", "USD"), ("Madrid", "EUR"), ("Kyoto", "JPY"), ("Oxford", "GBP"), ("Lugano", "CHF"),
-    ("Naples", "EUR"), ("Miami", "USD"), ("Berlin", "EUR"), ("Glasgow", "GBP"), ("Dublin", "EUR"), ("Dallas", "USD"),
-    ("Tallinn", "EUR"), ("Sapporo", "JPY"), ("Cardiff", "GBP"), ("Lucerne", "CHF"), ("Helsinki", "EUR"),
+    ("Lyon", "EUR"),
+    ("Chicago", "USD"),
+    ("Vienna", "EUR"),
+    ("Tokyo", "JPY"),
+    ("Bristol", "GBP"),
+    ("Zurich", "CHF"),
+    ("Athens", "EUR"),
+    ("Seattle", "USD"),
+    ("Madrid", "EUR"),
+    ("Kyoto", "JPY"),
+    ("Oxford", "GBP"),
+    ("Lugano", "CHF"),
+    ("Naples", "EUR"),
+    ("Miami", "USD"),
+    ("Berlin", "EUR"),
+    ("Glasgow", "GBP"),
+    ("Dublin", "EUR"),
+    ("Dallas", "USD"),
+    ("Tallinn", "EUR"),
+    ("Sapporo", "JPY"),
+    ("Cardiff", "GBP"),
+    ("Lucerne", "CHF"),
+    ("Helsinki", "EUR"),
 )
 
 # source -> (wordings, sentences) of the pool rows that teach the target's line
@@ -294,8 +361,13 @@ def _facts() -> list[Example]:
         ("A xylophone", "Percussion, since mallets hit wooden bars."),
         ("A harp", "Strings, since the fingers pluck them."),
     )
-    wordings = ("What is {}?", "Define in one sentence: {}", "Explain {} to a child.", "What do people mean by {}?",
-                "Quick definition of {}, please.")
+    wordings = (
+        "What is {}?",
+        "Define in one sentence: {}",
+        "Explain {} to a child.",
+        "What do people mean by {}?",
+        "Quick definition of {}, please.",
+    )
     return [
         *_examples("facts", wordings, terms),
         *_examples("facts", ("Mammal, bird, fish, reptile, amphibian or insect: what is a {}?",), animals),
@@ -354,8 +426,11 @@ def _words() -> list[Example]:
         ("cost", "Lost, frost and tossed all rhyme with it."),
     )
     return [
-        *_examples("words", ("Give one synonym of '{}' and use it in a sentence.",
-                             "Another word for '{}', with an example?"), synonyms),
+        *_examples(
+            "words",
+            ("Give one synonym of '{}' and use it in a sentence.", "Another word for '{}', with an example?"),
+            synonyms,
+        ),
         *_examples("words", ("What is the opposite of '{}'?", "Name an antonym: {}"), opposites),
         *_examples("words", ("Which word is the odd one out: {}?",), odd),
         *_examples("words", ("What do you call a group of {}?",), groups),
@@ -366,36 +441,83 @@ def _words() -> list[Example]:
 
 def _arithmetic() -> list[Example]:
     result: list[tuple[str, str]] = []
-    for what, n, each, paid in (("ferry tickets", 3, 14, 50), ("pens", 6, 2, 20), ("train tickets", 4, 9, 40),
-                                ("cinema seats", 5, 11, 60)):
-        result.append((f"I buy {n} {what} at {each} euros each and pay with {paid}. What change is due?",
-                       f"{n} x {each} = {n * each}, and {paid} - {n * each} = {paid - n * each} euros."))
-    for thing, box, n, each, broken in (("eggs", "cartons", 7, 12, 5), ("tiles", "crates", 8, 15, 9),
-                                        ("plates", "stacks", 6, 20, 4), ("bulbs", "trays", 9, 10, 13)):
-        result.append((f"{n} {box} hold {each} {thing} each, but {broken} broke. How many are whole?",
-                       f"{n} x {each} = {n * each}; without the broken ones {n * each - broken} are left."))
+    for what, n, each, paid in (
+        ("ferry tickets", 3, 14, 50),
+        ("pens", 6, 2, 20),
+        ("train tickets", 4, 9, 40),
+        ("cinema seats", 5, 11, 60),
+    ):
+        result.append(
+            (
+                f"I buy {n} {what} at {each} euros each and pay with {paid}. What change is due?",
+                f"{n} x {each} = {n * each}, and {paid} - {n * each} = {paid - n * each} euros.",
+            )
+        )
+    for thing, box, n, each, broken in (
+        ("eggs", "cartons", 7, 12, 5),
+        ("tiles", "crates", 8, 15, 9),
+        ("plates", "stacks", 6, 20, 4),
+        ("bulbs", "trays", 9, 10, 13),
+    ):
+        result.append(
+            (
+                f"{n} {box} hold {each} {thing} each, but {broken} broke. How many are whole?",
+                f"{n} x {each} = {n * each}; without the broken ones {n * each - broken} are left.",
+            )
+        )
     for vehicle, speed, hours in (("train", 95, 3), ("cyclist", 18, 4), ("coach", 70, 5), ("ship", 26, 6)):
-        result.append((f"A {vehicle} moves at {speed} km per hour. How far does it get in {hours} hours?",
-                       f"Distance is speed times time: {speed} x {hours} = {speed * hours} km."))
+        result.append(
+            (
+                f"A {vehicle} moves at {speed} km per hour. How far does it get in {hours} hours?",
+                f"Distance is speed times time: {speed} x {hours} = {speed * hours} km.",
+            )
+        )
     for n, bill, tip in ((4, 92, 3), (3, 75, 2), (5, 140, 4), (6, 78, 1)):
-        result.append((f"{n} guests share a bill of {bill} dollars and each adds a tip of {tip}. What does one pay?",
-                       f"{bill} / {n} = {bill // n}, plus {tip} makes {bill // n + tip} dollars."))
+        result.append(
+            (
+                f"{n} guests share a bill of {bill} dollars and each adds a tip of {tip}. What does one pay?",
+                f"{bill} / {n} = {bill // n}, plus {tip} makes {bill // n + tip} dollars.",
+            )
+        )
     for percent, whole in ((15, 60), (20, 45), (35, 80), (5, 240)):
-        result.append((f"What is {percent} percent of {whole}?",
-                       f"One percent of {whole} is {whole / 100:g}, so {percent} percent is "
-                       f"{percent} x {whole / 100:g} = {Fraction(percent * whole, 100)}."))
+        result.append(
+            (
+                f"What is {percent} percent of {whole}?",
+                f"One percent of {whole} is {whole / 100:g}, so {percent} percent is "
+                f"{percent} x {whole / 100:g} = {Fraction(percent * whole, 100)}.",
+            )
+        )
     for place, a, b in (("garden", 12, 7), ("carpet", 5, 3), ("pool", 25, 10), ("poster", 9, 6)):
-        result.append((f"How long is a ribbon around a {place} that measures {a} by {b} metres?",
-                       f"Add the sides and double: 2 x ({a} + {b}) = {2 * (a + b)} metres."))
-    for n, unit, one, factor, small in ((4, "kilograms", "kilogram", 1000, "grams"),
-                                        (7, "hours", "hour", 60, "minutes"), (3, "metres", "metre", 100, "centimetres"),
-                                        (5, "weeks", "week", 7, "days")):
-        result.append((f"How many {small} are in {n} {unit}?",
-                       f"One {one} has {factor} {small}, so {n} x {factor} = {n * factor} {small}."))
-    for colour, a, other, b in (("red", 4, "green", 8), ("white", 6, "black", 9), ("blue", 10, "pink", 15),
-                                ("gold", 3, "grey", 21)):
-        result.append((f"A bag has {a} {colour} and {b} {other} beads. What fraction is {colour}?",
-                       f"There are {a + b} beads, and {a}/{a + b} is {Fraction(a, a + b)} in lowest terms."))
+        result.append(
+            (
+                f"How long is a ribbon around a {place} that measures {a} by {b} metres?",
+                f"Add the sides and double: 2 x ({a} + {b}) = {2 * (a + b)} metres.",
+            )
+        )
+    for n, unit, one, factor, small in (
+        (4, "kilograms", "kilogram", 1000, "grams"),
+        (7, "hours", "hour", 60, "minutes"),
+        (3, "metres", "metre", 100, "centimetres"),
+        (5, "weeks", "week", 7, "days"),
+    ):
+        result.append(
+            (
+                f"How many {small} are in {n} {unit}?",
+                f"One {one} has {factor} {small}, so {n} x {factor} = {n * factor} {small}.",
+            )
+        )
+    for colour, a, other, b in (
+        ("red", 4, "green", 8),
+        ("white", 6, "black", 9),
+        ("blue", 10, "pink", 15),
+        ("gold", 3, "grey", 21),
+    ):
+        result.append(
+            (
+                f"A bag has {a} {colour} and {b} {other} beads. What fraction is {colour}?",
+                f"There are {a + b} beads, and {a}/{a + b} is {Fraction(a, a + b)} in lowest terms.",
+            )
+        )
     return [Example("arithmetic", user, answer) for user, answer in result]
 
 
@@ -462,8 +584,15 @@ def _price(booking: Booking) -> str:
 
 
 def _records() -> list[Example]:
-    told = _decoys(("Room in {c}, {d}, {p}.", "Flight to {c} on {d}, {p}.", "Hotel in {c} from {d} for {p}.",
-                    "Train to {c}, {d}, {p}."), 74)
+    told = _decoys(
+        (
+            "Room in {c}, {d}, {p}.",
+            "Flight to {c} on {d}, {p}.",
+            "Hotel in {c} from {d} for {p}.",
+            "Train to {c}, {d}, {p}.",
+        ),
+        74,
+    )
     as_json = [(text, _json_line({"city": b.city, "cost": b.cost, "day": b.day})) for text, b in told]
     people = [
         ("name Ines Roth, age 41, job welder", _json_line({"name": "Ines Roth", "age": 41, "job": "welder"})),
@@ -471,8 +600,14 @@ def _records() -> list[Example]:
         ("title Low Tide, pages 212, lent no", _json_line({"title": "Low Tide", "pages": 212, "lent": False})),
     ]
     (where, a), (when, b), (price, c), (where2, d) = _decoys(
-        ("We stay at an inn in {c} on {d} for {p}.", "Ticket to {c}, {p}, valid on {d}.",
-         "Hotel booking: {c}, {d}, {p} with breakfast.", "Your seat to {c} on {d} has been paid, {p}."), 78)
+        (
+            "We stay at an inn in {c} on {d} for {p}.",
+            "Ticket to {c}, {p}, valid on {d}.",
+            "Hotel booking: {c}, {d}, {p} with breakfast.",
+            "Your seat to {c} on {d} has been paid, {p}.",
+        ),
+        78,
+    )
     fields = [
         (f"{where}\nWhich city is this?", f"The city is {a.city}."),
         (f"{when}\nWhat day can I use it?", f"The day is {_date(b)}."),
@@ -542,10 +677,21 @@ LONG_ANSWER = (
 
 
 def _notes() -> list[Example]:
-    told = _decoys(("I reserved a hotel room in {c} for {d} at {p}.", "My flight to {c} is on {d} and cost {p}.",
-                    "From {d} we have an apartment in {c} at {p}.", "The ticket to {c} on {d} was {p} in all."), 82)
-    shapes = ("A room in the city of {c}, cost {p}, {d}.", "A flight to {c} on that day, {d}, for {p}.",
-              "{d} is the first day of a stay in {c}; the cost is {p}.", "Going to {c} cost {p}; the day is {d}.")
+    told = _decoys(
+        (
+            "I reserved a hotel room in {c} for {d} at {p}.",
+            "My flight to {c} is on {d} and cost {p}.",
+            "From {d} we have an apartment in {c} at {p}.",
+            "The ticket to {c} on {d} was {p} in all.",
+        ),
+        82,
+    )
+    shapes = (
+        "A room in the city of {c}, cost {p}, {d}.",
+        "A flight to {c} on that day, {d}, for {p}.",
+        "{d} is the first day of a stay in {c}; the cost is {p}.",
+        "Going to {c} cost {p}; the day is {d}.",
+    )
     trips = []
     for (text, b), shape in zip(told, shapes, strict=True):
         answer = shape.replace("{c}", b.city).replace("{d}", _date(b)).replace("{p}", _price(b))
@@ -565,12 +711,20 @@ def _notes() -> list[Example]:
 
 def _calendar() -> list[Example]:
     clock = []
-    for text, hour, minute in (("9:40 in the evening", 21, 40), ("twenty past three in the afternoon", 15, 20),
-                               ("half past midnight", 0, 30), ("quarter to eight in the morning", 7, 45)):
+    for text, hour, minute in (
+        ("9:40 in the evening", 21, 40),
+        ("twenty past three in the afternoon", 15, 20),
+        ("half past midnight", 0, 30),
+        ("quarter to eight in the morning", 7, 45),
+    ):
         clock.append((text, f"{hour:02d}:{minute:02d}"))
     spans = []
-    for event, start, end in (("The film", 1150, 1275), ("The flight to Miami", 515, 700), ("A lesson", 830, 875),
-                              ("The night bus", 1395, 1490)):
+    for event, start, end in (
+        ("The film", 1150, 1275),
+        ("The flight to Miami", 515, 700),
+        ("A lesson", 830, 875),
+        ("The night bus", 1395, 1490),
+    ):
         first, last = (f"{minutes // 60 % 24:02d}:{minutes % 60:02d}" for minutes in (start, end))
         hours, rest = divmod(end - start, 60)
         length = f"{hours} h {rest} min" if hours else f"{rest} min"
@@ -600,26 +754,40 @@ def _lists() -> list[Example]:
 
 def _units() -> list[Example]:
     result = []
-    for n, unit, rate, other in ((5, "miles", Fraction("1.6"), "km"), (10, "inches", Fraction("2.54"), "cm"),
-                                 (8, "pounds", Fraction("0.45"), "kg"), (6, "pints", Fraction("0.57"), "litres")):
-        result.append((f"Convert {n} {unit} to {other}; use {float(rate):g} for one.",
-                       f"{n} * {float(rate):g} = {float(n * rate):g} {other}"))
+    for n, unit, rate, other in (
+        (5, "miles", Fraction("1.6"), "km"),
+        (10, "inches", Fraction("2.54"), "cm"),
+        (8, "pounds", Fraction("0.45"), "kg"),
+        (6, "pints", Fraction("0.57"), "litres"),
+    ):
+        result.append(
+            (
+                f"Convert {n} {unit} to {other}; use {float(rate):g} for one.",
+                f"{n} * {float(rate):g} = {float(n * rate):g} {other}",
+            )
+        )
     for f in (68, 95, 50):
         result.append((f"{f} degrees Fahrenheit in Celsius?", f"({f} - 32) * 5 / 9 = {(f - 32) * 5 // 9} Celsius"))
     return [Example("units", user, answer) for user, answer in result]
 
 
 def _code() -> list[Example]:
-    return [Example("code", user, answer) for user, answer in (
-        ("Python: reverse the string s.", "s[::-1]  # a slice with step -1"),
-        ("One line of Python for the squares of 1 to 9.", "squares = [n * n for n in range(1, 10)]"),
-        ("Count the lines of notes.txt in a shell.", "wc -l notes.txt"),
-        ("SQL: names of all people older than 30.", "SELECT name FROM people WHERE age > 30;"),
-        ("Python: sort the list words by length.", "words.sort(key=len)  # short ones first"),
-        ("How do I load a JSON file in Python?", "import json\nwith open(path) as file:\n    data = json.load(file)"),
-        ("Python: drop repeated items of xs but keep their order.", "list(dict.fromkeys(xs))"),
-        ("JavaScript: the last item of an array a.", "a[a.length - 1]  // or a.at(-1)"),
-    )]
+    return [
+        Example("code", user, answer)
+        for user, answer in (
+            ("Python: reverse the string s.", "s[::-1]  # a slice with step -1"),
+            ("One line of Python for the squares of 1 to 9.", "squares = [n * n for n in range(1, 10)]"),
+            ("Count the lines of notes.txt in a shell.", "wc -l notes.txt"),
+            ("SQL: names of all people older than 30.", "SELECT name FROM people WHERE age > 30;"),
+            ("Python: sort the list words by length.", "words.sort(key=len)  # short ones first"),
+            (
+                "How do I load a JSON file in Python?",
+                "import json\nwith open(path) as file:\n    data = json.load(file)",
+            ),
+            ("Python: drop repeated items of xs but keep their order.", "list(dict.fromkeys(xs))"),
+            ("JavaScript: the last item of an array a.", "a[a.length - 1]  // or a.at(-1)"),
+        )
+    ]
 
 
 def _duplicates(examples: Sequence[Example]) -> list[Example]:

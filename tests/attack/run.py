@@ -203,8 +203,16 @@ def faults(made: Prepared, count: int | None, rng: random.Random) -> list[tuple[
     return [one for turn in turns for one in turn if one][:count]
 
 
-def attack(attacker: Attacker, scenarios: Sequence[Scenario], *, kills: int, flips: int, faults_: int | None,
-           seed: int, say: Callable[[str], None] = print) -> list[Try]:
+def attack(
+    attacker: Attacker,
+    scenarios: Sequence[Scenario],
+    *,
+    kills: int,
+    flips: int,
+    faults_: int | None,
+    seed: int,
+    say: Callable[[str], None] = print,
+) -> list[Try]:
     """Share the tries among the scenarios, and report those that went wrong as they come."""
     for number, scenario in enumerate(scenarios):
         rng = random.Random(f"{seed} {scenario.name}")
@@ -247,9 +255,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     scenarios = [s for s in SCENARIOS if not wanted or s.name in wanted]
     with tempfile.TemporaryDirectory() as folder, commands() as call:
         attacker = Attacker(Path(folder), call)
-        tries = attack(attacker, scenarios, kills=options.kills, flips=options.flips,
-                       faults_=None if options.faults == "all" else int(options.faults), seed=options.seed,
-                       say=lambda text: print(text, flush=True))
+        tries = attack(
+            attacker,
+            scenarios,
+            kills=options.kills,
+            flips=options.flips,
+            faults_=None if options.faults == "all" else int(options.faults),
+            seed=options.seed,
+            say=lambda text: print(text, flush=True),
+        )
     counts = Counter(one.outcome for one in tries)
     print(f"{len(tries)} tries: " + ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES))
     return int(any(counts[outcome] for outcome in WRONG))

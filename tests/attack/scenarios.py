@@ -39,8 +39,11 @@ SCENARIOS = (
     Scenario("train", TRAIN),
     Scenario("train-full", TRAIN.replace("--lora-rank 4", "--lora-rank 0")),
     Scenario("train-coreset", f"{TRAIN} --coreset colm --large-batch 8 --keep 4"),
-    Scenario("train-order", TRAIN.replace("--out $R", "--order $R/plan/order.npz --out $R/trained").replace(
-        "--epochs 1 ", ""), (f"order search{ORDER.removeprefix('order validate')}/plan".replace(" --orders 2", ""),)),
+    Scenario(
+        "train-order",
+        TRAIN.replace("--out $R", "--order $R/plan/order.npz --out $R/trained").replace("--epochs 1 ", ""),
+        (f"order search{ORDER.removeprefix('order validate')}/plan".replace(" --orders 2", ""),),
+    ),
     Scenario("order-validate", ORDER),
     Scenario("audit", AUDIT, (SELECT,)),
     Scenario("diagnose", "diagnose --model $W/model --data $W/few.jsonl --checks sharpness --out $R"),

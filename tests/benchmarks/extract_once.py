@@ -37,8 +37,14 @@ def main(folder: Path, rows: int) -> None:
     peak = status("VmHWM")
     if peak is None:  # not Linux: the peak of the whole process, in bytes on macOS
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = {"rows": len(work.first), "tokens": work.tokens, "longest": max(work.lengths.values()),
-             "before": before or 0, "peak": peak, "reset": reset}
+    found = {
+        "rows": len(work.first),
+        "tokens": work.tokens,
+        "longest": max(work.lengths.values()),
+        "before": before or 0,
+        "peak": peak,
+        "reset": reset,
+    }
     print(json.dumps(found))
 
 

@@ -84,8 +84,15 @@ def _moments(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def _adamw(dtype: torch.dtype, **kwargs: Any) -> None:
-    adamw.adamw_step([_moments(1 << 14, dtype)], [adamw.Scalars(1.0, 1.0, 1)], lr=1e-3, weight_decay=0.1,
-                     betas=(0.9, 0.95), eps=1e-8, **kwargs)
+    adamw.adamw_step(
+        [_moments(1 << 14, dtype)],
+        [adamw.Scalars(1.0, 1.0, 1)],
+        lr=1e-3,
+        weight_decay=0.1,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        **kwargs,
+    )
 
 
 def _adamw_8bit(dtype: torch.dtype, **kwargs: Any) -> None:
@@ -94,8 +101,16 @@ def _adamw_8bit(dtype: torch.dtype, **kwargs: Any) -> None:
     codes, scales = torch.zeros(n, dtype=torch.uint8), torch.zeros(n // 256)
     book = torch.linspace(-1, 1, 256)
     adamw_8bit.adamw_8bit_step(
-        [(p, g, codes, scales, codes.clone(), scales.clone())], [adamw.Scalars(1.0, 1.0, 1)], books=(book, book),
-        block_size=256, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, **kwargs)
+        [(p, g, codes, scales, codes.clone(), scales.clone())],
+        [adamw.Scalars(1.0, 1.0, 1)],
+        books=(book, book),
+        block_size=256,
+        lr=1e-3,
+        weight_decay=0.1,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        **kwargs,
+    )
 
 
 def _newton_schulz(n: int, p: int, q: int) -> dict[str, float]:
@@ -118,31 +133,86 @@ def works() -> list[Work]:
     whole = "all of SmolLM2-135M"
     return [
         Work("AdamW, float32", whole, {"memory": 28 * n}, lambda: _adamw(torch.float32), "adamw", vector_loads=True),
-        Work("AdamW, bfloat16, stochastic rounding", whole, {"memory": 22 * n, "integers": PHILOX * n},
-             lambda: _adamw(torch.bfloat16, stochastic_rounding=True), "adamw", vector_loads=True),
-        Work("8-bit AdamW, float32", whole, {"memory": 16.06 * n, "look-ups": 6 * n},
-             lambda: _adamw_8bit(torch.float32), "adamw_8bit", vector_loads=True),
-        Work("8-bit AdamW, bfloat16, stochastic rounding", whole,
-             {"memory": 10.06 * n, "look-ups": 6 * n, "integers": PHILOX * n},
-             lambda: _adamw_8bit(torch.bfloat16, stochastic_rounding=True), "adamw_8bit", vector_loads=True),
-        Work("Newton-Schulz, 5 steps, bfloat16", "4096 x 4096", _newton_schulz(1, 4096, 4096),
-             lambda: symmetric.polynomial(torch.zeros(1, 256, 256, dtype=torch.bfloat16), 1.0, 1.0), "symmetric",
-             tensor_cores=True),
-        Work("Newton-Schulz, 5 steps, bfloat16", "90 x 576 x 1536", _newton_schulz(90, 576, 1536),
-             lambda: symmetric.gram(torch.zeros(2, 576, 1536, dtype=torch.bfloat16)), "symmetric", tensor_cores=True),
-        Work("rows to unit RMS, float32", "4096 x 4096", {"memory": 8 * 4096**2},
-             lambda: unit_rms.unit_rms(torch.zeros(16, 4096), -1, 1e-8), "unit_rms", vector_loads=True),
-        Work("columns to unit RMS, float32", "4096 x 4096", {"memory": 12 * 4096**2},
-             lambda: unit_rms.unit_rms(torch.zeros(128, 4096), -2, 1e-8), "unit_rms", vector_loads=True),
-        Work("SJLT of Adam's directions, float32", f"{rows} rows of 2^20 to 8192",
-             {"memory": 4 * coordinates * rows + 8 * coordinates, "atomics": rows * coordinates},
-             lambda: sjlt.add_sjlt(torch.zeros(16, 8192), torch.zeros(16, 4096), 1 << 40, _adam(4096)), "sjlt",
-             vector_loads=True),
-        Work("perturbation, float32", whole, {"memory": 8 * n, "integers": PHILOX * n},
-             lambda: perturb.add_normals_(torch.zeros(1 << 14), 1e-3, 1 << 40), "perturb", vector_loads=True),
-        Work("perturbation, bfloat16", whole, {"memory": 4 * n, "integers": PHILOX * n},
-             lambda: perturb.add_normals_(torch.zeros(1 << 14, dtype=torch.bfloat16), 1e-3, 1 << 40), "perturb",
-             vector_loads=True),
+        Work(
+            "AdamW, bfloat16, stochastic rounding",
+            whole,
+            {"memory": 22 * n, "integers": PHILOX * n},
+            lambda: _adamw(torch.bfloat16, stochastic_rounding=True),
+            "adamw",
+            vector_loads=True,
+        ),
+        Work(
+            "8-bit AdamW, float32",
+            whole,
+            {"memory": 16.06 * n, "look-ups": 6 * n},
+            lambda: _adamw_8bit(torch.float32),
+            "adamw_8bit",
+            vector_loads=True,
+        ),
+        Work(
+            "8-bit AdamW, bfloat16, stochastic rounding",
+            whole,
+            {"memory": 10.06 * n, "look-ups": 6 * n, "integers": PHILOX * n},
+            lambda: _adamw_8bit(torch.bfloat16, stochastic_rounding=True),
+            "adamw_8bit",
+            vector_loads=True,
+        ),
+        Work(
+            "Newton-Schulz, 5 steps, bfloat16",
+            "4096 x 4096",
+            _newton_schulz(1, 4096, 4096),
+            lambda: symmetric.polynomial(torch.zeros(1, 256, 256, dtype=torch.bfloat16), 1.0, 1.0),
+            "symmetric",
+            tensor_cores=True,
+        ),
+        Work(
+            "Newton-Schulz, 5 steps, bfloat16",
+            "90 x 576 x 1536",
+            _newton_schulz(90, 576, 1536),
+            lambda: symmetric.gram(torch.zeros(2, 576, 1536, dtype=torch.bfloat16)),
+            "symmetric",
+            tensor_cores=True,
+        ),
+        Work(
+            "rows to unit RMS, float32",
+            "4096 x 4096",
+            {"memory": 8 * 4096**2},
+            lambda: unit_rms.unit_rms(torch.zeros(16, 4096), -1, 1e-8),
+            "unit_rms",
+            vector_loads=True,
+        ),
+        Work(
+            "columns to unit RMS, float32",
+            "4096 x 4096",
+            {"memory": 12 * 4096**2},
+            lambda: unit_rms.unit_rms(torch.zeros(128, 4096), -2, 1e-8),
+            "unit_rms",
+            vector_loads=True,
+        ),
+        Work(
+            "SJLT of Adam's directions, float32",
+            f"{rows} rows of 2^20 to 8192",
+            {"memory": 4 * coordinates * rows + 8 * coordinates, "atomics": rows * coordinates},
+            lambda: sjlt.add_sjlt(torch.zeros(16, 8192), torch.zeros(16, 4096), 1 << 40, _adam(4096)),
+            "sjlt",
+            vector_loads=True,
+        ),
+        Work(
+            "perturbation, float32",
+            whole,
+            {"memory": 8 * n, "integers": PHILOX * n},
+            lambda: perturb.add_normals_(torch.zeros(1 << 14), 1e-3, 1 << 40),
+            "perturb",
+            vector_loads=True,
+        ),
+        Work(
+            "perturbation, bfloat16",
+            whole,
+            {"memory": 4 * n, "integers": PHILOX * n},
+            lambda: perturb.add_normals_(torch.zeros(1 << 14, dtype=torch.bfloat16), 1e-3, 1 << 40),
+            "perturb",
+            vector_loads=True,
+        ),
     ]
 
 
@@ -181,8 +251,16 @@ def compiled(kernel: Any, args: Sequence[Any], settings: dict[str, Any], capabil
         if name in constant:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
-            signature[name] = "*" + {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-                                     torch.int64: "i64", torch.uint8: "u8"}[value.dtype]
+            signature[name] = (
+                "*"
+                + {
+                    torch.float32: "fp32",
+                    torch.bfloat16: "bf16",
+                    torch.float16: "fp16",
+                    torch.int64: "i64",
+                    torch.uint8: "u8",
+                }[value.dtype]
+            )
             if value.data_ptr() % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
@@ -196,7 +274,8 @@ def compiled(kernel: Any, args: Sequence[Any], settings: dict[str, Any], capabil
                 attributes[(i,)] = [["tt.divisibility", 16]]
     made = triton.compile(
         ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True} | options,
+        target=GPUTarget("cuda", capability, 32),
+        options={"enable_fp_fusion": True} | options,
     )
     registers, stack = _resources(made.asm["cubin"])
     return Compiled(kernel.__name__, registers, made.metadata.shared, stack, made.metadata.num_warps, made.asm["ptx"])
@@ -224,16 +303,25 @@ def table() -> list[dict[str, Any]]:
         launches = caught(work.launch)
         for kernel, args, settings in {launch[0].__name__: launch for launch in launches}.values():
             row: dict[str, Any] = {
-                "name": work.name, "size": work.size, "kernel": kernel.__name__, "file": work.file, "bound": bound,
-                "microseconds": round(1e6 * seconds, 1), "targets": {},
+                "name": work.name,
+                "size": work.size,
+                "kernel": kernel.__name__,
+                "file": work.file,
+                "bound": bound,
+                "microseconds": round(1e6 * seconds, 1),
+                "targets": {},
             }
             for capability in TARGETS:
                 made = compiled(kernel, args, settings, capability)
                 row["targets"][f"sm_{capability}"] = {
-                    "registers": made.registers, "shared": made.shared, "stack": made.stack, "warps": made.warps,
+                    "registers": made.registers,
+                    "shared": made.shared,
+                    "stack": made.stack,
+                    "warps": made.warps,
                     "vector_loads": len(re.findall(r"ld\.global\S*\.v[24]", made.ptx)) if work.vector_loads else None,
                     "tensor_cores": len(re.findall(r"wgmma\.mma_async|mma\.sync", made.ptx))
-                    if work.tensor_cores else None,
+                    if work.tensor_cores
+                    else None,
                 }
             out.append(row)
     return out
@@ -251,8 +339,10 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         cells = [f"{t['registers']}, {t['shared']}, {t['stack']}" for t in row["targets"].values()]
-        lines.append(f"| {row['name']} (`{row['kernel']}`) | {row['size']} | {row['bound']} | "
-                     f"{row['microseconds']:g} us | {' | '.join(cells)} |")
+        lines.append(
+            f"| {row['name']} (`{row['kernel']}`) | {row['size']} | {row['bound']} | "
+            f"{row['microseconds']:g} us | {' | '.join(cells)} |"
+        )
     general = 1e6 * 5 * (4 * 4096**3 + 2 * 4096**3) / RATES["tensor cores"]
     lines += ["", f"Newton-Schulz at 4096 x 4096 by general products, 5 (4 p^2 q + 2 p^3) FLOP: {general:.1f} us."]
     return "\n".join(lines)
@@ -288,8 +378,12 @@ def main(arguments: Sequence[str]) -> int:
     title = "Triton kernels: predicted on an H100 SXM from counted work, compiled for sm_80 and sm_90"
     report = Report("kernels", title, Settings.read())
     for row in rows:
-        report.add(f"{row['name']}, {row['size']}: `{row['kernel']}`, bound by {row['bound']}",
-                   row["microseconds"], "us predicted", compiled=row["targets"])
+        report.add(
+            f"{row['name']}, {row['size']}: `{row['kernel']}`, bound by {row['bound']}",
+            row["microseconds"],
+            "us predicted",
+            compiled=row["targets"],
+        )
     report.notes.append("nothing is measured here: see tests/benchmarks/kernels.py for what is counted and the rates")
     with tempfile.TemporaryDirectory() as folder:
         report.write(Path(folder))

@@ -171,8 +171,16 @@ class Report:
     started: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"))
     load_before: float = field(default_factory=lambda: _load())
 
-    def add(self, what: str, value: float, unit: str, *, at_most: float | None = None, at_least: float | None = None,
-            **more: Any) -> None:
+    def add(
+        self,
+        what: str,
+        value: float,
+        unit: str,
+        *,
+        at_most: float | None = None,
+        at_least: float | None = None,
+        **more: Any,
+    ) -> None:
         """One row of the table; with an aim, whether it was met. An aim missed is reported, it fails no test."""
         row: dict[str, Any] = {"what": what, "value": _short(value), "unit": unit}
         if at_most is not None:
@@ -184,9 +192,7 @@ class Report:
     def keep(self, samples: Mapping[str, list[Sample]]) -> None:
         """Store each repetition's wall and CPU seconds."""
         for name, list_ in samples.items():
-            self.samples[name] = [
-                {"seconds": _short(s.seconds), "cpu_seconds": _short(s.cpu_seconds)} for s in list_
-            ]
+            self.samples[name] = [{"seconds": _short(s.seconds), "cpu_seconds": _short(s.cpu_seconds)} for s in list_]
 
     def write(self, fallback: Path) -> Path:
         folder = self.settings.results or fallback

@@ -44,8 +44,12 @@ def arms(name: str, report: Report) -> dict[str, Make]:
     else:
         kind, package = PEERS[name], "pytorch_optimizer"
         settings = {"lr": 1e-4, "weight_decay": 0.01} | ({"scale_type": "channel"} if name == "apollo" else {})
-        groups = {"rank": RANK, "update_proj_gap": 200, "scale": 1.0 if name == "apollo" else 0.25,
-                  "projection_type": "std"}
+        groups = {
+            "rank": RANK,
+            "update_proj_gap": 200,
+            "scale": 1.0 if name == "apollo" else 0.25,
+            "projection_type": "std",
+        }
     if kind is None:
         return found
     try:

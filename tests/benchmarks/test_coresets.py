@@ -36,9 +36,16 @@ class Work:
         hidden, self.length = (64, 32) if tiny else (320, 128)
         base = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=4096, hidden_size=hidden, intermediate_size=8 * hidden // 3, num_hidden_layers=30,
-                num_attention_heads=5 if not tiny else 4, num_key_value_heads=5 if not tiny else 2,
-                max_position_embeddings=self.length, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
+                vocab_size=4096,
+                hidden_size=hidden,
+                intermediate_size=8 * hidden // 3,
+                num_hidden_layers=30,
+                num_attention_heads=5 if not tiny else 4,
+                num_key_value_heads=5 if not tiny else 2,
+                max_position_embeddings=self.length,
+                tie_word_embeddings=True,
+                pad_token_id=0,
+                bos_token_id=1,
                 eos_token_id=2,
             )  # fmt: skip
         )
@@ -121,9 +128,7 @@ def test_coresets(bench: Settings, tmp_path: Path, lora: bool) -> None:
         )
         aim = 0.35 if name == "exact" else None
         report.add(f"beyond the forward pass, {name}, of that step", added[len(added) // 2], "", at_most=aim)
-        whole = sorted(
-            (c.seconds + t.seconds) / r.seconds for c, t, r in zip(found, plain, large, strict=True)
-        )
+        whole = sorted((c.seconds + t.seconds) / r.seconds for c, t, r in zip(found, plain, large, strict=True))
         aim = 1.0 if name == "exact" else None
         report.add(f"whole step, {name}, of a step on the large batch", whole[len(whole) // 2], "", at_most=aim)
     for name in ("choosing, exact", "training, kept rows", "training, large batch in one pass",

@@ -44,8 +44,11 @@ def test_extraction(bench: Settings, tmp_path: Path) -> None:
     )
     report = Report("extraction", "Gradient features of LoRA rows: seconds, and against three yardsticks", bench)
     report.workload = {
-        "rows from": pool_name(bench), **work.described(), **bound.described(),
-        "rows of the dense arm": len(few), "their tokens": sum(len(ids) for ids, _ in few),
+        "rows from": pool_name(bench),
+        **work.described(),
+        **bound.described(),
+        "rows of the dense arm": len(few),
+        "their tokens": sum(len(ids) for ids, _ in few),
         "sign columns measured": min(blocks * BLOCK, DIM),
     }
     fill(report, work, samples, bound, few)
@@ -163,8 +166,12 @@ def one_by_one(work: Workload, few: list[tuple[list[int], list[int]]], blocks: i
         generator.manual_seed(1000 * block)
         signs.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
         out[:, block * BLOCK : (block + 1) * BLOCK] = buffer @ signs
-    return {"gradients": middle - started, "projection": perf_counter() - middle, "rows": len(few),
-            "columns": measured * BLOCK}
+    return {
+        "gradients": middle - started,
+        "projection": perf_counter() - middle,
+        "rows": len(few),
+        "columns": measured * BLOCK,
+    }
 
 
 def dense_seconds(parts: dict[str, float]) -> float:

@@ -19,6 +19,7 @@ from tests.benchmarks.measure import Report, Settings
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
 
+
 def arms(device: torch.device, scale: int) -> list[tuple[str, Callable[[], Tensor], tuple[str, str] | None, float]]:
     """(name, call that returns what it made, (name, size) of its prediction, how far kernel and torch may be apart).
 
@@ -44,8 +45,7 @@ def arms(device: torch.device, scale: int) -> list[tuple[str, Callable[[], Tenso
 
     side, rows = 4096 // scale, 16
     square, stack = drawn(side, side), drawn(90 // scale + 1, 576 // scale, 1536 // scale, dtype=torch.bfloat16)
-    weights = {d: torch.zeros(134_515_008 // scale**2, dtype=d, device=device)
-               for d in (torch.float32, torch.bfloat16)}
+    weights = {d: torch.zeros(134_515_008 // scale**2, dtype=d, device=device) for d in (torch.float32, torch.bfloat16)}
     coordinates = (1 << 20) // scale**2
     grads = drawn(rows, coordinates)
     rule = AdamWRule()
@@ -65,19 +65,43 @@ def arms(device: torch.device, scale: int) -> list[tuple[str, Callable[[], Tenso
     whole = "all of SmolLM2-135M"
     return [
         ("AdamW, float32", stepping(AdamW, torch.float32), ("AdamW, float32", whole), 1e-5),
-        ("AdamW, bfloat16, stochastic rounding", stepping(AdamW, torch.bfloat16, stochastic_rounding=True),
-         ("AdamW, bfloat16, stochastic rounding", whole), 1e-1),
+        (
+            "AdamW, bfloat16, stochastic rounding",
+            stepping(AdamW, torch.bfloat16, stochastic_rounding=True),
+            ("AdamW, bfloat16, stochastic rounding", whole),
+            1e-1,
+        ),
         ("8-bit AdamW, float32", stepping(AdamW8bit, torch.float32), ("8-bit AdamW, float32", whole), 1e-4),
-        ("Newton-Schulz, 5 steps, 4096 x 4096", lambda: linalg.newton_schulz(square.bfloat16()),
-         ("Newton-Schulz, 5 steps, bfloat16", "4096 x 4096"), 0.1),
-        ("Newton-Schulz, 5 steps, 90 x 576 x 1536", lambda: linalg.newton_schulz(stack),
-         ("Newton-Schulz, 5 steps, bfloat16", "90 x 576 x 1536"), 0.1),
-        ("rows to unit RMS", lambda: linalg.unit_rms(square, dim=-1, eps=1e-8),
-         ("rows to unit RMS, float32", "4096 x 4096"), 1e-5),
-        ("columns to unit RMS", lambda: linalg.unit_rms(square, dim=-2, eps=1e-8),
-         ("columns to unit RMS, float32", "4096 x 4096"), 1e-5),
-        ("SJLT of Adam's directions", projected,
-         ("SJLT of Adam's directions, float32", "16 rows of 2^20 to 8192"), 1e-3),
+        (
+            "Newton-Schulz, 5 steps, 4096 x 4096",
+            lambda: linalg.newton_schulz(square.bfloat16()),
+            ("Newton-Schulz, 5 steps, bfloat16", "4096 x 4096"),
+            0.1,
+        ),
+        (
+            "Newton-Schulz, 5 steps, 90 x 576 x 1536",
+            lambda: linalg.newton_schulz(stack),
+            ("Newton-Schulz, 5 steps, bfloat16", "90 x 576 x 1536"),
+            0.1,
+        ),
+        (
+            "rows to unit RMS",
+            lambda: linalg.unit_rms(square, dim=-1, eps=1e-8),
+            ("rows to unit RMS, float32", "4096 x 4096"),
+            1e-5,
+        ),
+        (
+            "columns to unit RMS",
+            lambda: linalg.unit_rms(square, dim=-2, eps=1e-8),
+            ("columns to unit RMS, float32", "4096 x 4096"),
+            1e-5,
+        ),
+        (
+            "SJLT of Adam's directions",
+            projected,
+            ("SJLT of Adam's directions, float32", "16 rows of 2^20 to 8192"),
+            1e-3,
+        ),
         ("perturbation, float32", lambda: perturbed(torch.float32), ("perturbation, float32", whole), 0.0),
         ("perturbation, bfloat16", lambda: perturbed(torch.bfloat16), ("perturbation, bfloat16", whole), 0.0),
     ]

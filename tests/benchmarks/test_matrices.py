@@ -113,8 +113,10 @@ def test_muon(bench: Settings, tmp_path: Path) -> None:
     report.add("muon, float32 / muon", ratio(samples["float32"], samples["muon"]), "x")
     add_rows(report, "muon", [name for name in steps if name in arms("muon", report)], report.workload["parameters"])
     has = "has" if backend.CPU_MULTIPLIES_BFLOAT16 else "lacks"
-    report.notes.append("torch and pytorch-optimizer multiply in bfloat16; ours does on GPUs and on CPUs that have "
-                        f"instructions for it, which this one {has}.")
+    report.notes.append(
+        "torch and pytorch-optimizer multiply in bfloat16; ours does on GPUs and on CPUs that have "
+        f"instructions for it, which this one {has}."
+    )
     report.keep(samples)
     report.write(tmp_path)
 

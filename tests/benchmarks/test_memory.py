@@ -34,8 +34,12 @@ def test_memory(bench: Settings, tmp_path: Path) -> None:
     report = Report("memory", "Peak memory of extraction for N and 4 N rows", bench)
     few, many = ([sample.value for sample in samples[name]] for name in ("N rows", "4 N rows"))
     report.workload = {
-        "rows from": pool_name(bench), "N": few[0]["rows"], "4 N": many[0]["rows"], "tokens of N": few[0]["tokens"],
-        "tokens of 4 N": many[0]["tokens"], "longest row of N": few[0]["longest"],
+        "rows from": pool_name(bench),
+        "N": few[0]["rows"],
+        "4 N": many[0]["rows"],
+        "tokens of N": few[0]["tokens"],
+        "tokens of 4 N": many[0]["tokens"],
+        "longest row of N": few[0]["longest"],
         "longest row of 4 N": many[0]["longest"],
     }
     for name, found in (("N", few), ("4 N", many)):
@@ -48,7 +52,8 @@ def test_memory(bench: Settings, tmp_path: Path) -> None:
     report.add("growth of the peak", 100 * growth / middle(few, "peak"), "%")
     report.notes.append(
         "Each extraction runs in a process of its own. Resident memory is the kernel's count; the peak is its "
-        "high-water mark" + (", reset after the model was loaded" if few[0]["reset"] else " over the whole process")
+        "high-water mark"
+        + (", reset after the model was loaded" if few[0]["reset"] else " over the whole process")
         + ". One unit of features (float32) is held until it is written; with the default plan of 64 units, 16 rows at "
         "least, a unit grows with the rows once there are more than 1,024 of them, up to 16,384 rows."
     )

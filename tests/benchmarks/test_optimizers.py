@@ -21,16 +21,30 @@ pytestmark = pytest.mark.bench
 Shapes = list[tuple[int, ...]]
 
 PEERS: dict[str, list[tuple[str, Callable[[list[Parameter]], torch.optim.Optimizer]]]] = {
-    "adamw": [("torch fused", lambda ps: torch.optim.AdamW(ps, lr=1e-4, weight_decay=0.01, fused=True)),
-              ("torch foreach", lambda ps: torch.optim.AdamW(ps, lr=1e-4, weight_decay=0.01, foreach=True))],
-    "sgd": [("torch fused", lambda ps: torch.optim.SGD(ps, lr=1e-4, momentum=0.9, fused=True)),
-            ("torch foreach", lambda ps: torch.optim.SGD(ps, lr=1e-4, momentum=0.9, foreach=True))],
+    "adamw": [
+        ("torch fused", lambda ps: torch.optim.AdamW(ps, lr=1e-4, weight_decay=0.01, fused=True)),
+        ("torch foreach", lambda ps: torch.optim.AdamW(ps, lr=1e-4, weight_decay=0.01, foreach=True)),
+    ],
+    "sgd": [
+        ("torch fused", lambda ps: torch.optim.SGD(ps, lr=1e-4, momentum=0.9, fused=True)),
+        ("torch foreach", lambda ps: torch.optim.SGD(ps, lr=1e-4, momentum=0.9, foreach=True)),
+    ],
     "nadam": [("torch foreach", lambda ps: torch.optim.NAdam(ps, lr=1e-4, foreach=True))],
     "muon": [("torch", lambda ps: torch.optim.Muon(ps, lr=1e-4))],
 }
-OTHERS = {"lion": "Lion", "adabelief": "AdaBelief", "exadam": "EXAdam", "adamp": "AdamP", "sgdp": "SGDP",
-          "spam": "SPAM", "stable_spam": "StableSPAM", "sgd_sai": "SGDSaI", "adam_mini": "AdamMini",
-          "adahessian": "AdaHessian", "sophia_h": "SophiaH"}
+OTHERS = {
+    "lion": "Lion",
+    "adabelief": "AdaBelief",
+    "exadam": "EXAdam",
+    "adamp": "AdamP",
+    "sgdp": "SGDP",
+    "spam": "SPAM",
+    "stable_spam": "StableSPAM",
+    "sgd_sai": "SGDSaI",
+    "adam_mini": "AdamMini",
+    "adahessian": "AdaHessian",
+    "sophia_h": "SophiaH",
+}
 HYPER = {"sgd": {"momentum": 0.9}, "sgdp": {"momentum": 0.9}}
 ALIKE: dict[str, dict[str, Any]] = {
     "adabelief": {"rectify": False},
@@ -49,8 +63,17 @@ OTHERWISE = {
 def llama(small: bool) -> Shapes:
     """SmolLM2-135M: hidden 576, 9 heads and 3 key heads of 64, feed-forward 1536, 30 layers, tied embeddings."""
     hidden, keys, ffn, layers, vocabulary = (96, 32, 256, 2, 512) if small else (576, 192, 1536, 30, 49152)
-    layer = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden), (ffn, hidden), (ffn, hidden),
-             (hidden, ffn), (hidden,), (hidden,)]
+    layer = [
+        (hidden, hidden),
+        (keys, hidden),
+        (keys, hidden),
+        (hidden, hidden),
+        (ffn, hidden),
+        (ffn, hidden),
+        (hidden, ffn),
+        (hidden,),
+        (hidden,),
+    ]
     return [(vocabulary, hidden), *(shape for _ in range(layers) for shape in layer), (hidden,)]
 
 
@@ -166,8 +189,13 @@ def test_optimizers(which: Callable[[bool], Shapes], bench: Settings, tmp_path: 
         if which is llama:
             stated = SPECS[name].state_bytes
             report.add(f"{name} / bytes bound", seconds / bound, "x", at_most=None if matrices else 2)
-            report.add(f"{name}: state", state_bytes / count, "bytes a parameter", aim=f"{stated}, as stated",
-                       met=round(state_bytes / count, 2) == stated)
+            report.add(
+                f"{name}: state",
+                state_bytes / count,
+                "bytes a parameter",
+                aim=f"{stated}, as stated",
+                met=round(state_bytes / count, 2) == stated,
+            )
             if grown is not None:
                 report.add(f"{name}: memory that a step adds", grown / 2**20, "MiB")
         report.keep({f"{name}: {label}": list_ for label, list_ in samples.items()})

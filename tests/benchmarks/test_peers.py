@@ -101,10 +101,13 @@ def bergson_arms(work: Workload, folder: Path) -> dict[str, Arm]:
     from peft import get_peft_model_state_dict
 
     items = work.items
-    rows = Dataset.from_dict({
-        "input_ids": [ids for ids, _ in items], "labels": [labels for _, labels in items],
-        "length": [len(ids) for ids, _ in items],
-    })
+    rows = Dataset.from_dict(
+        {
+            "input_ids": [ids for ids, _ in items],
+            "labels": [labels for _, labels in items],
+            "length": [len(ids) for ids, _ in items],
+        }
+    )
     moments = {name.replace(".default.", "."): state["exp_avg_sq"] for name, state in work.updates.states.items()}
     order = list(get_peft_model_state_dict(work.model))  # what its reader takes integers to mean
     state = {i: {"exp_avg_sq": moments[name]} for i, name in enumerate(order)}
@@ -122,8 +125,13 @@ def bergson(work: Workload, rows: Any, saved: Path, folder: Path, dim: int, targ
     from bergson.utils.worker_utils import create_processor, extract_peft_target_modules
 
     config = IndexConfig(
-        run_path=str(folder / "index"), projection_dim=dim, projection_target=target, token_batch_size=TOKEN_BUDGET,
-        loss_reduction="mean", optimizer_state=str(saved), projection_seed=0,
+        run_path=str(folder / "index"),
+        projection_dim=dim,
+        projection_target=target,
+        token_batch_size=TOKEN_BUDGET,
+        loss_reduction="mean",
+        optimizer_state=str(saved),
+        projection_seed=0,
     )
     config.partial_run_path.mkdir(parents=True)
     modules = extract_peft_target_modules(work.model)

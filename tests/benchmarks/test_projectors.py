@@ -66,8 +66,13 @@ def test_projectors(bench: Settings, tmp_path: Path) -> None:
     arms |= sklearn_arms(report, whole["w"].flatten(1), n)
     samples = interleaved({name: arm for name, (arm, _) in arms.items()}, bench.times(5), bench.seconds)
 
-    report.workload = {"rows": ROWS, "coordinates": n, "numbers a feature": DIM,
-                       "coordinates of the dense arms": part, "coordinates of the LoRA matrices": coordinates}
+    report.workload = {
+        "rows": ROWS,
+        "coordinates": n,
+        "numbers a feature": DIM,
+        "coordinates of the dense arms": part,
+        "coordinates of the LoRA matrices": coordinates,
+    }
     bandwidth = 2 * source.nbytes / min(sample.seconds for sample in samples["copy of 256 MiB"])
     touched = whole["w"].nbytes + 12 * n + 2 * 4 * ROWS * DIM
     for name, (_, factor) in arms.items():
@@ -75,8 +80,12 @@ def test_projectors(bench: Settings, tmp_path: Path) -> None:
             report.add(name, factor * median(samples[name]) * 1e3, "ms")
     report.add("bytes bound of SJLT: gradients, hashes and features moved once", touched / bandwidth * 1e3, "ms")
     report.add("SJLT / bytes bound", median(samples["SJLT"]) / (touched / bandwidth), "x")
-    report.add("Rademacher / SJLT", SHARE * statistics.median(
-        a.seconds / b.seconds for a, b in zip(samples["Rademacher"], samples["SJLT"], strict=True)), "x")
+    report.add(
+        "Rademacher / SJLT",
+        SHARE
+        * statistics.median(a.seconds / b.seconds for a, b in zip(samples["Rademacher"], samples["SJLT"], strict=True)),
+        "x",
+    )
     report.add("memory bandwidth, copy", bandwidth / 1e9, "GB/s")
     report.notes += [
         f"All times are for {n:,} coordinates of {ROWS} rows. The dense arms (Rademacher, product) ran on 1/{SHARE} of "
@@ -102,6 +111,7 @@ def sklearn_arms(report: Report, x: Tensor, n: int) -> dict[str, tuple[Callable[
         report.add(f"scikit-learn, {label}: making the matrix, once", (time.perf_counter() - started) * 1e3, "ms")
         per_coordinate = fitted.components_.nnz / n
         arms[f"scikit-learn, {label} ({per_coordinate:.3g} non-zeros a coordinate)"] = (
-            lambda fitted=fitted: fitted.transform(rows), 1
+            lambda fitted=fitted: fitted.transform(rows),
+            1,
         )
     return arms

@@ -85,7 +85,7 @@ def test_side_by_side(bench: Settings, tmp_path: Path) -> None:
         report.add(f"{title}: one run / one as torch waits by itself", ratio(one, alone), "x", at_most=1.03)
         report.add(f"{title}: two runs / one, as torch waits by itself", median(worst) / median(alone), "x")
         cpu = [sum(worker["cpu_seconds"] for worker in sample.value) for sample in (*one, *two)]
-        report.add(f"{title}: processor time of two runs / of one", sum(cpu[len(one):]) / sum(cpu[: len(one)]), "x")
+        report.add(f"{title}: processor time of two runs / of one", sum(cpu[len(one) :]) / sum(cpu[: len(one)]), "x")
         kept |= {f"{kind}: {name}": list_ for name, list_ in [*samples.items(), ("two as torch", worst)]}
     report.workload = {"cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
     report.notes.append(

@@ -34,9 +34,7 @@ class Job:
         self.bytes = n * DIM * (2 if dtype == "float16" else 1)
 
     def store(self, name: str) -> GradientFeatures:
-        return GradientFeatures.create_or_open(
-            self.folder / name, meta={}, dim=DIM, dtype=self.dtype, keys=self.keys
-        )
+        return GradientFeatures.create_or_open(self.folder / name, meta={}, dim=DIM, dtype=self.dtype, keys=self.keys)
 
     def piece(self, unit: int, count: int) -> Tensor:
         return self.pieces[unit % len(self.pieces)][:count]
@@ -96,8 +94,13 @@ def test_store(bench: Settings, tmp_path: Path) -> None:
     n = bench.size(20_000, 1_000)
     jobs = {dtype: Job(tmp_path / dtype, n, dtype) for dtype in ("float16", "int8")}
     report = Report("store", "Feature store against a numpy memmap", bench)
-    report.workload = {"rows": n, "numbers a row": DIM, "targets": TARGETS, "rows a unit": jobs["int8"].step,
-                       "rows read at a time": SCAN}
+    report.workload = {
+        "rows": n,
+        "numbers a row": DIM,
+        "targets": TARGETS,
+        "rows a unit": jobs["int8"].step,
+        "rows read at a time": SCAN,
+    }
     for dtype, job in jobs.items():
         job.write()
         job.raw_write()
@@ -137,5 +140,8 @@ def fill(report: Report, job: Job, samples: dict[str, list[Sample]]) -> None:
         report.add(f"{dtype}: {name}", job.n / median(samples[name]), "rows/s")
     for ours, base in (("store write", "memmap write"), ("store scan", "memmap scan"), ("store score", "memmap score")):
         report.add(f"{dtype}: time of {ours} / {base}", ratio(samples[ours], samples[base]), "x")
-    report.add(f"{dtype}: what checking digests adds to a scan",
-               100 * (ratio(samples["store scan, digests checked"], samples["store scan"]) - 1), "%")
+    report.add(
+        f"{dtype}: what checking digests adds to a scan",
+        100 * (ratio(samples["store scan, digests checked"], samples["store scan"]) - 1),
+        "%",
+    )

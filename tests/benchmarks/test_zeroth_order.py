@@ -26,7 +26,8 @@ def test_peak_memory_of_a_step(bench: Settings, tmp_path: Path) -> None:
     first = found["inference"][0]
     report = Report("zeroth_order", "Peak resident memory of training a whole model, by method", bench)
     report.workload = {key: first[key] for key in ("rows", "tokens")} | {
-        "weights, MiB": first["weights"] / MIB, "largest tensor, MiB": first["largest"] / MIB,
+        "weights, MiB": first["weights"] / MIB,
+        "largest tensor, MiB": first["largest"] / MIB,
     }
     inference = middle(found["inference"], "peak")
     for arm in ARMS:
@@ -34,8 +35,12 @@ def test_peak_memory_of_a_step(bench: Settings, tmp_path: Path) -> None:
     for arm in ARMS[1:]:
         aim = {"at_most": 1.1} if arm == "mezo" else {}
         report.add(f"{arm}: peak over that of inference", middle(found[arm], "peak") / inference, "times", **aim)
-    report.add("mezo: peak above inference, over the largest tensor",
-               (middle(found["mezo"], "peak") - inference) / first["largest"], "times", at_most=1.0)
+    report.add(
+        "mezo: peak above inference, over the largest tensor",
+        (middle(found["mezo"], "peak") - inference) / first["largest"],
+        "times",
+        at_most=1.0,
+    )
     for arm in ARMS:
         report.add(f"{arm}: a step (inference: two forward passes)", middle(found[arm], "seconds"), "s")
     report.notes.append(

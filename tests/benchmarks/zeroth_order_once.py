@@ -80,8 +80,21 @@ def main(arm: str, rows: int) -> None:
     seconds = (time.perf_counter() - started) / STEPS
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     largest = max(p.numel() * p.element_size() for p in model.parameters())
-    print(json.dumps({"arm": arm, "rows": rows, "tokens": ids.numel(), "before": before, "peak": status("VmHWM"),
-                      "reset": reset, "seconds": seconds, "weights": size, "largest": largest}))
+    print(
+        json.dumps(
+            {
+                "arm": arm,
+                "rows": rows,
+                "tokens": ids.numel(),
+                "before": before,
+                "peak": status("VmHWM"),
+                "reset": reset,
+                "seconds": seconds,
+                "weights": size,
+                "largest": largest,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

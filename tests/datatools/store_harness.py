@@ -177,8 +177,14 @@ def crash(folder: Path, kills: int, seed: int) -> dict[str, object]:
         wrong += wrong_rows(store, units, expected)
         fill(store, units)
         bad_files += differing(store, reference)
-    return {"random_kills": done, "stores": runs, "point_kills": points, "wrong_rows": wrong,
-            "differing_files": bad_files, "committed_units_lost": sum(lost_units)}
+    return {
+        "random_kills": done,
+        "stores": runs,
+        "point_kills": points,
+        "wrong_rows": wrong,
+        "differing_files": bad_files,
+        "committed_units_lost": sum(lost_units),
+    }
 
 
 def share(folder: Path, kills: int, seed: int) -> dict[str, object]:
@@ -200,8 +206,13 @@ def share(folder: Path, kills: int, seed: int) -> dict[str, object]:
         else:
             codes.add(code)
     rows = GradientFeatures.open(store).rows()
-    return {"killed": killed, "codes": sorted(codes), "rows": len(rows.keys), "distinct": len(set(rows.keys)),
-            "differing_files": differing(store, folder / "reference")}
+    return {
+        "killed": killed,
+        "codes": sorted(codes),
+        "rows": len(rows.keys),
+        "distinct": len(set(rows.keys)),
+        "differing_files": differing(store, folder / "reference"),
+    }
 
 
 def faults(folder: Path, kills: int, seed: int) -> dict[str, object]:
@@ -235,8 +246,14 @@ def faults(folder: Path, kills: int, seed: int) -> dict[str, object]:
             wrong += wrong_rows(store, units, expected)
             fill(store, units)
             bad_files += differing(store, folder / "reference")
-    return {"calls": counting.count, "raised": raised, "silent": silent, "without_context": bare,
-            "wrong_rows": wrong, "differing_files": bad_files}
+    return {
+        "calls": counting.count,
+        "raised": raised,
+        "silent": silent,
+        "without_context": bare,
+        "wrong_rows": wrong,
+        "differing_files": bad_files,
+    }
 
 
 def full(folder: Path, kills: int, seed: int) -> dict[str, object]:

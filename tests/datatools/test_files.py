@@ -118,8 +118,17 @@ def test_atomic_path_keeps_the_blocks_own_errors(tmp_path):
         raise OSError(28, "No space left on device")
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-                    | st.text(st.characters()), lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=10))
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(st.characters()),
+        lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+        max_leaves=10,
+    )
+)
 def test_json_round_trip(value):
     data = files.json_bytes(value)
     assert json.loads(data) == value and data.endswith(b"\n")
@@ -168,11 +177,18 @@ def test_error_text_does_not_write_to_the_terminal(tmp_path):
     assert str(error.value).isprintable()
 
 
-@pytest.mark.parametrize(("code", "kind", "advice"), [
-    (errno.EACCES, EnvironmentProblem, "check the permissions"), (errno.EROFS, EnvironmentProblem, "choose another"),
-    (errno.EDQUOT, EnvironmentProblem, "free some space"), (errno.EMFILE, EnvironmentProblem, "ulimit -n"),
-    (errno.EIO, EnvironmentProblem, "check the disk"), (errno.EINTR, EnvironmentProblem, "run the same command again"),
-    (errno.ENOENT, DataError, "check the path")])
+@pytest.mark.parametrize(
+    ("code", "kind", "advice"),
+    [
+        (errno.EACCES, EnvironmentProblem, "check the permissions"),
+        (errno.EROFS, EnvironmentProblem, "choose another"),
+        (errno.EDQUOT, EnvironmentProblem, "free some space"),
+        (errno.EMFILE, EnvironmentProblem, "ulimit -n"),
+        (errno.EIO, EnvironmentProblem, "check the disk"),
+        (errno.EINTR, EnvironmentProblem, "run the same command again"),
+        (errno.ENOENT, DataError, "check the path"),
+    ],
+)
 def test_each_error_names_path_and_remedy(tmp_path, monkeypatch, code, kind, advice):
     class Failing:
         def __getattr__(self, name):
@@ -320,8 +336,13 @@ except EnvironmentProblem as error:
 
 
 def holder(folder, delay=0.0):
-    return subprocess.Popen([sys.executable, "-c", HOLDER, str(folder), str(delay)], cwd=REPOSITORY, text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder), str(delay)],
+        cwd=REPOSITORY,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
 
 
 def test_lock_names_its_holder_and_goes_with_it(tmp_path):

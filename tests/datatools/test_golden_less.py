@@ -33,8 +33,9 @@ def counted(record_property, request):
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         found = [path.parent for path in sorted((golden_folder(metafunc.config) / "less").glob("*/manifest.json"))]
-        metafunc.parametrize("case", found or [None], indirect=True, scope="module",
-                             ids=lambda folder: folder.name if folder else "none")
+        metafunc.parametrize(
+            "case", found or [None], indirect=True, scope="module", ids=lambda folder: folder.name if folder else "none"
+        )
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,14 @@ V1 = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 5], [0, 3, 4]])
 V2 = torch.tensor([[0.0, 2, 0], [1, 1, 0], [0, 0, 1], [0, 4, 3]])
 WEIGHTS = [3e-5, 1e-5]
 GROUPS = [0, 0, 1, 1]
-SIMILARITY = torch.tensor([[0.45, 0.7767767, 0, 0.36], [0.15, 0.10606602, 0.95, 0.84],
-                           [0.59967937, 0.66871496, 0.51634604, 0.78955112], [-0.5, 0.3232233, 0.5, 0.5]])
+SIMILARITY = torch.tensor(
+    [
+        [0.45, 0.7767767, 0, 0.36],
+        [0.15, 0.10606602, 0.95, 0.84],
+        [0.59967937, 0.66871496, 0.51634604, 0.78955112],
+        [-0.5, 0.3232233, 0.5, 0.5],
+    ]
+)
 KEYS = [f"{i:032x}" for i in range(1000)]
 
 
@@ -55,8 +61,10 @@ def test_similarity_example():
 
 
 def test_code_example():
-    close(subtask_means(SIMILARITY, GROUPS), [[0.61338835, 0.18], [0.12803301, 0.895], [0.63419717, 0.65294858],
-                                              [-0.08838835, 0.5]])
+    close(
+        subtask_means(SIMILARITY, GROUPS),
+        [[0.61338835, 0.18], [0.12803301, 0.895], [0.63419717, 0.65294858], [-0.08838835, 0.5]],
+    )
     scores = aggregate(SIMILARITY, GROUPS, "less")
     close(scores, [0.61338835, 0.895, 0.65294858, 0.5])
     assert scores.argsort(descending=True).tolist() == [1, 2, 0, 3]
@@ -82,19 +90,21 @@ def test_published_checkpoint_weights_are_normalised():
     weights = [1.6877e-05, 1.2859e-05, 7.7030e-06, 2.5616e-06]
     train = [torch.eye(4)[[i]] for i in range(4)]
     target = [torch.eye(4)] * 4
-    torch.testing.assert_close(influence(train, target, weights)[0],
-                               torch.tensor([0.421919, 0.321470, 0.192572, 0.064039]), rtol=0, atol=6e-7)
+    torch.testing.assert_close(
+        influence(train, target, weights)[0], torch.tensor([0.421919, 0.321470, 0.192572, 0.064039]), rtol=0, atol=6e-7
+    )
 
 
 def test_stores_and_tensors_agree(tmp_path):
     """Through stores of one bit to 32 bits: blocks, units, other rows and another order make no difference."""
     stores = []
     for name, x in (("t1", T1), ("t2", T2), ("v1", V1), ("v2", V2)):
-        store = GradientFeatures.create_or_open(tmp_path / name, meta={}, dim=3, dtype="float32", keys=KEYS[:5],
-                                                rows_per_unit=2)
+        store = GradientFeatures.create_or_open(
+            tmp_path / name, meta={}, dim=3, dtype="float32", keys=KEYS[:5], rows_per_unit=2
+        )
         padded = torch.cat([x, torch.ones(1, 3)])
         for unit in store.missing_units():
-            store.write_unit(unit, padded[2 * unit:2 * unit + 2])
+            store.write_unit(unit, padded[2 * unit : 2 * unit + 2])
         stores.append(store)
     order = [KEYS[i] for i in (2, 0, 3, 0)]  # a copy of a row has its key
     blocks = [s.iter_blocks(1) for s in stores[:2]]
@@ -102,8 +112,10 @@ def test_stores_and_tensors_agree(tmp_path):
     close(influence(blocks, targets, WEIGHTS, keys=order), SIMILARITY[[2, 0, 3, 0]])
     close(influence(stores[:2], targets, WEIGHTS)[:4], SIMILARITY)
     raw = [[(b.keys, b.features, b.norms, b.status) for b in s.iter_blocks()] for s in stores[2:]]
-    close(influence_paper(stores[:2], raw, WEIGHTS, [0, 0, 1, 1, 2])[:4, :2],
-          influence_paper([T1, T2], [V1, V2], WEIGHTS, GROUPS))
+    close(
+        influence_paper(stores[:2], raw, WEIGHTS, [0, 0, 1, 1, 2])[:4, :2],
+        influence_paper([T1, T2], [V1, V2], WEIGHTS, GROUPS),
+    )
     with pytest.raises(DataError, match="checkpoint 0 lacks features of 1 rows .the first: .*run the extraction again"):
         influence(stores[:2], targets, WEIGHTS, keys=[KEYS[0], KEYS[9]])
 
@@ -232,24 +244,48 @@ def test_zero_rows_score_zero_not_nan():
 
 def test_rows_that_are_not_ok_get_zeros_whatever_they_hold():
     """N1."""
-    blocks = [(KEYS[:2], torch.tensor([[torch.nan, 1], [1, 0]]), torch.zeros(2), ["nonfinite", "ok"]),
-              (KEYS[2:4], torch.tensor([[0.0, 2], [5, 5]]), torch.zeros(2), ["ok", "empty"])]
+    blocks = [
+        (KEYS[:2], torch.tensor([[torch.nan, 1], [1, 0]]), torch.zeros(2), ["nonfinite", "ok"]),
+        (KEYS[2:4], torch.tensor([[0.0, 2], [5, 5]]), torch.zeros(2), ["ok", "empty"]),
+    ]
     close(influence([blocks], [torch.eye(2)], [2.0]), [[0, 0], [1.0, 0], [0, 1.0], [0, 0]])
 
 
-@pytest.mark.parametrize(("train", "target", "weights", "error", "text"), [
-    ([torch.tensor([[1.0, torch.nan]])], [torch.eye(2)], [1.0], DataError, "train features: 1 rows are not finite: 0;"),
-    ([torch.eye(2)], [torch.tensor([[1.0, 0], [torch.inf, 0]])], [1.0], DataError, "target features: 1 rows .*: 1;"),
-    ([torch.eye(2)], [torch.tensor([[1.0, 0], [0, 0]])], [1.0], DataError, "1 target rows have no gradient"),
-    ([torch.eye(2)], [torch.zeros(0, 2)], [1.0], DataError, "no target rows"),
-    ([torch.eye(2)], [torch.eye(3)], [1.0], DataError, r"train \(dim 2\) and target \(dim 3\)"),
-    ([torch.eye(2)] * 2, [torch.eye(2), torch.eye(2)[:1]], [1.0, 1.0], DataError, "checkpoint 1 has 1 target rows"),
-    ([torch.eye(2), torch.eye(2)[:1]], [torch.eye(2)] * 2, [1.0, 1.0], DataError, "checkpoint 1 lacks features of 1"),
-    ([torch.eye(2)], [torch.eye(2)], [0.0], UsageError, "not all 0"),
-    ([torch.eye(2)], [torch.eye(2)], [-1.0], UsageError, "mean learning rates"),
-    ([torch.eye(2)], [torch.eye(2)], [torch.nan], UsageError, "mean learning rates"),
-    ([torch.eye(2)], [torch.eye(2)], [1.0, 2.0], ValueError, "one of each for every checkpoint"),
-    ([], [], [], ValueError, "one of each for every checkpoint")])
+@pytest.mark.parametrize(
+    ("train", "target", "weights", "error", "text"),
+    [
+        (
+            [torch.tensor([[1.0, torch.nan]])],
+            [torch.eye(2)],
+            [1.0],
+            DataError,
+            "train features: 1 rows are not finite: 0;",
+        ),
+        (
+            [torch.eye(2)],
+            [torch.tensor([[1.0, 0], [torch.inf, 0]])],
+            [1.0],
+            DataError,
+            "target features: 1 rows .*: 1;",
+        ),
+        ([torch.eye(2)], [torch.tensor([[1.0, 0], [0, 0]])], [1.0], DataError, "1 target rows have no gradient"),
+        ([torch.eye(2)], [torch.zeros(0, 2)], [1.0], DataError, "no target rows"),
+        ([torch.eye(2)], [torch.eye(3)], [1.0], DataError, r"train \(dim 2\) and target \(dim 3\)"),
+        ([torch.eye(2)] * 2, [torch.eye(2), torch.eye(2)[:1]], [1.0, 1.0], DataError, "checkpoint 1 has 1 target rows"),
+        (
+            [torch.eye(2), torch.eye(2)[:1]],
+            [torch.eye(2)] * 2,
+            [1.0, 1.0],
+            DataError,
+            "checkpoint 1 lacks features of 1",
+        ),
+        ([torch.eye(2)], [torch.eye(2)], [0.0], UsageError, "not all 0"),
+        ([torch.eye(2)], [torch.eye(2)], [-1.0], UsageError, "mean learning rates"),
+        ([torch.eye(2)], [torch.eye(2)], [torch.nan], UsageError, "mean learning rates"),
+        ([torch.eye(2)], [torch.eye(2)], [1.0, 2.0], ValueError, "one of each for every checkpoint"),
+        ([], [], [], ValueError, "one of each for every checkpoint"),
+    ],
+)
 def test_influence_refuses(train, target, weights, error, text):
     with pytest.raises(error, match=text):
         influence(train, target, weights)

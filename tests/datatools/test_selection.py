@@ -20,18 +20,37 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def candidates(n=100, **columns):
-    defaults = {"keys": [f"{i * 7919 % 10007:05d}" for i in range(n)], "scores": torch.arange(n) % 10 / 10,
-                "sources": ["abc"[i % 3] for i in range(n)], "tokens": np.arange(n, dtype=np.int32) % 17 + 1,
-                "supervised": [i % 13 + 1 for i in range(n)]}
+    defaults = {
+        "keys": [f"{i * 7919 % 10007:05d}" for i in range(n)],
+        "scores": torch.arange(n) % 10 / 10,
+        "sources": ["abc"[i % 3] for i in range(n)],
+        "tokens": np.arange(n, dtype=np.int32) % 17 + 1,
+        "supervised": [i % 13 + 1 for i in range(n)],
+    }
     return Candidates(**{**defaults, **columns})
 
 
 # ---------------------------------------------------------------- budgets
 
 
-@pytest.mark.parametrize(("text", "want"), [
-    ("5%", 5), ("100%", 100), ("1.5 %", 1), ("0.01e2%", None), ("500", None), ("50", 50), (" 7 rows ", 7), ("1 row", 1),
-    ("1_0", 10), ("0.05k", 50), (12, 12), ("29%", 29), ("0.5%", None)])
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("5%", 5),
+        ("100%", 100),
+        ("1.5 %", 1),
+        ("0.01e2%", None),
+        ("500", None),
+        ("50", 50),
+        (" 7 rows ", 7),
+        ("1 row", 1),
+        ("1_0", 10),
+        ("0.05k", 50),
+        (12, 12),
+        ("29%", 29),
+        ("0.5%", None),
+    ],
+)
 def test_row_budgets(text, want):
     if want is None:
         with pytest.raises(UsageError):
@@ -40,18 +59,45 @@ def test_row_budgets(text, want):
         assert Budget.parse(text).resolve(candidates()).rows == want
 
 
-@pytest.mark.parametrize(("text", "want"), [("20000 tokens", 20_000), ("2M tokens", 2_000_000), ("1.5k tokens", 1500),
-                                            ("3b Tokens", 3_000_000_000), ("1 token", 1), ("1_000tokens", 1000)])
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("20000 tokens", 20_000),
+        ("2M tokens", 2_000_000),
+        ("1.5k tokens", 1500),
+        ("3b Tokens", 3_000_000_000),
+        ("1 token", 1),
+        ("1_000tokens", 1000),
+    ],
+)
 def test_token_budgets(text, want):
     assert Budget.parse(text).tokens == want
 
 
-@pytest.mark.parametrize(("text", "advice"), [
-    ("0.05", "ambiguous.*'5%' for a share"), ("1.0", "ambiguous.*'100%'"), ("500.0", "ambiguous.*'500' for a number"),
-    (0.25, "ambiguous.*'25%'"), ("0", "selects nothing"), ("0 tokens", "selects nothing"), ("-5", "write a share"),
-    ("0%", "out of range"), ("101%", "at most 100%"), ("5% tokens", "write a share"), ("5k%", "write a share"),
-    ("", "write a share"), ("many", "write a share"), ("1e3", "write a share"), ("nan%", "write a share"),
-    ("٣", "write a share"), ("9" * 5000, "write a share"), ("1,000", "write a share"), (True, "write a share")])
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("0.05", "ambiguous.*'5%' for a share"),
+        ("1.0", "ambiguous.*'100%'"),
+        ("500.0", "ambiguous.*'500' for a number"),
+        (0.25, "ambiguous.*'25%'"),
+        ("0", "selects nothing"),
+        ("0 tokens", "selects nothing"),
+        ("-5", "write a share"),
+        ("0%", "out of range"),
+        ("101%", "at most 100%"),
+        ("5% tokens", "write a share"),
+        ("5k%", "write a share"),
+        ("", "write a share"),
+        ("many", "write a share"),
+        ("1e3", "write a share"),
+        ("nan%", "write a share"),
+        ("٣", "write a share"),
+        ("9" * 5000, "write a share"),
+        ("1,000", "write a share"),
+        (True, "write a share"),
+    ],
+)
 def test_budgets_that_make_no_sense(text, advice):
     with pytest.raises(UsageError, match=advice):
         Budget.parse(text)
@@ -65,11 +111,18 @@ def test_share_counts_the_pool_but_never_more_than_is_eligible():
     assert Budget.parse("100%").resolve(half).rows == 50
 
 
-@pytest.mark.parametrize(("text", "columns", "advice"), [
-    ("101", {}, "more than the 100 eligible of 100 rows; ask for at most 100"),
-    ("51", {"eligible": torch.arange(100) < 50}, "at most 50"), ("1", {"eligible": [False] * 100}, "none of the 100"),
-    ("1M tokens", {}, "more than the 885 tokens"), ("5 tokens", {"tokens": [9] * 100}, "the shortest has 9 tokens"),
-    ("5 tokens", {"tokens": None}, "there are none"), ("0.9%", {}, "less than one row")])
+@pytest.mark.parametrize(
+    ("text", "columns", "advice"),
+    [
+        ("101", {}, "more than the 100 eligible of 100 rows; ask for at most 100"),
+        ("51", {"eligible": torch.arange(100) < 50}, "at most 50"),
+        ("1", {"eligible": [False] * 100}, "none of the 100"),
+        ("1M tokens", {}, "more than the 885 tokens"),
+        ("5 tokens", {"tokens": [9] * 100}, "the shortest has 9 tokens"),
+        ("5 tokens", {"tokens": None}, "there are none"),
+        ("0.9%", {}, "less than one row"),
+    ],
+)
 def test_budgets_that_the_pool_cannot_fill(text, columns, advice):
     for name in SELECTORS:
         with pytest.raises(UsageError, match=advice):
@@ -83,9 +136,13 @@ def test_selection_defaults_and_checks():
     chosen = Selection(torch.tensor([3, 1]))
     assert torch.equal(chosen.weights, torch.ones(2)) and len(chosen) == 2 and chosen.scores is None
     assert len(Selection(torch.zeros(0, dtype=torch.int64))) == 0
-    for wrong in ({"indices": torch.tensor([1.0])}, {"indices": torch.tensor([1, 1])},
-                  {"indices": torch.tensor([1]), "weights": torch.ones(2)},
-                  {"indices": torch.tensor([1]), "why": []}, {"indices": torch.tensor([[1]])}):
+    for wrong in (
+        {"indices": torch.tensor([1.0])},
+        {"indices": torch.tensor([1, 1])},
+        {"indices": torch.tensor([1]), "weights": torch.ones(2)},
+        {"indices": torch.tensor([1]), "why": []},
+        {"indices": torch.tensor([[1]])},
+    ):
         with pytest.raises(ValueError, match="Selection"):
             Selection(**wrong)
 
@@ -150,8 +207,13 @@ def test_the_order_of_rows_never_changes_the_set(name, cap, budget):
     reference = select("top_k", pool, "20")
 
     def chosen(order):
-        shuffled = Candidates(keys=[pool.keys[i] for i in order], scores=pool.scores[order], tokens=pool.tokens[order],
-                              sources=[pool.sources[i] for i in order], supervised=pool.supervised[order])
+        shuffled = Candidates(
+            keys=[pool.keys[i] for i in order],
+            scores=pool.scores[order],
+            tokens=pool.tokens[order],
+            sources=[pool.sources[i] for i in order],
+            supervised=pool.supervised[order],
+        )
         place = {row: i for i, row in enumerate(order)}
         at = torch.tensor([place[i] for i in reference.indices.tolist()])
         got = select(name, shuffled, budget, seed=3, max_per_source=cap, reference=Selection(at)).indices.tolist()
@@ -173,8 +235,17 @@ from datatools import SELECTORS, Candidates, Selection, select
 pool = Candidates(keys=[str(i) for i in range(50)], scores=[i % 5 for i in range(50)], supervised=list(range(50)))
 for name in SELECTORS:
     print(name, select(name, pool, "10", seed=7, reference=Selection(torch.arange(5))).indices.tolist())"""
-    said = {subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, cwd=REPOSITORY,
-                           capture_output=True, text=True, check=True).stdout for seed in ("1", "2")}
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
     assert len(said) == 1 and len(said.pop().splitlines()) == len(SELECTORS)
 
 
@@ -237,23 +308,41 @@ def test_source_caps():
     assert len(select("top_k", pool, "20", max_per_source="100%")) == 20
 
 
-@pytest.mark.parametrize(("cap", "budget", "most"), [
-    (0.29, 100, 29), ("29%", 100, 29),  # 0.29 * 100 is 28.999... in binary
-    (0.58, 50, 29), ("58%", 50, 29), (0.07, 100, 7), ("7 %", 100, 7),
-    (0.5, 25, 12), (0.35, 10, 3), (0.35, 20, 7), (0.999, 10, 9), (0.1, 19, 1),  # rounded down, never up
-])
+@pytest.mark.parametrize(
+    ("cap", "budget", "most"),
+    [
+        (0.29, 100, 29),
+        ("29%", 100, 29),  # 0.29 * 100 is 28.999... in binary
+        (0.58, 50, 29),
+        ("58%", 50, 29),
+        (0.07, 100, 7),
+        ("7 %", 100, 7),
+        (0.5, 25, 12),
+        (0.35, 10, 3),
+        (0.35, 20, 7),
+        (0.999, 10, 9),
+        (0.1, 19, 1),  # rounded down, never up
+    ],
+)
 def test_a_share_as_a_cap_is_rounded_down(cap, budget, most):
     """floor(share * budget + 1e-9) rows of each source, neither more nor fewer."""
-    pool = candidates(n=2000, sources=["first"] * 1000 + [f"s{i}" for i in range(1000)],
-                      scores=torch.arange(2000, 0, -1))
+    pool = candidates(
+        n=2000, sources=["first"] * 1000 + [f"s{i}" for i in range(1000)], scores=torch.arange(2000, 0, -1)
+    )
     chosen = select("top_k", pool, budget, max_per_source=cap).indices.tolist()
     assert chosen[:most] == list(range(most)) and chosen[most:] == list(range(1000, 1000 + budget - most))
 
 
-@pytest.mark.parametrize(("cap", "budget", "taken"), [
-    (0.29, 100, [0, 1]),  # 29 tokens a source
-    (0.28, 100, [0]), ("29 %", 100, [0, 1]), (0.5, 59, [0, 1]), (0.5, 57, [0]),
-])
+@pytest.mark.parametrize(
+    ("cap", "budget", "taken"),
+    [
+        (0.29, 100, [0, 1]),  # 29 tokens a source
+        (0.28, 100, [0]),
+        ("29 %", 100, [0, 1]),
+        (0.5, 59, [0, 1]),
+        (0.5, 57, [0]),
+    ],
+)
 def test_a_share_of_a_token_budget_is_rounded_down(cap, budget, taken):
     pool = Candidates(keys=list("abcde"), scores=[5, 4, 3, 2, 1], tokens=[20, 9, 9, 15, 50], sources=list("xxxyz"))
     chosen = select("top_k", pool, f"{budget} tokens", max_per_source=cap).indices.tolist()
@@ -262,17 +351,31 @@ def test_a_share_of_a_token_budget_is_rounded_down(cap, budget, taken):
 
 def test_caps_count_rows_of_a_source_among_those_that_may_be_chosen():
     """A row that may not be chosen does not use up its source's room; sources of one row each never hit a cap."""
-    pool = candidates(n=10, sources=["a"] * 6 + ["b"] * 4, scores=torch.arange(10, 0, -1),
-                      eligible=[False, False, True, True, True, True, True, True, True, True])
+    pool = candidates(
+        n=10,
+        sources=["a"] * 6 + ["b"] * 4,
+        scores=torch.arange(10, 0, -1),
+        eligible=[False, False, True, True, True, True, True, True, True, True],
+    )
     assert select("top_k", pool, 4, max_per_source=2).indices.tolist() == [2, 3, 6, 7]
     alone = candidates(n=10, sources=[str(i) for i in range(10)], scores=torch.arange(10, 0, -1))
     assert select("top_k", alone, 10, max_per_source=1).indices.tolist() == list(range(10))
 
 
-@pytest.mark.parametrize(("cap", "advice"), [(0, "write a share"), (-1, "write a share"), (1.5, "write a share"),
-                                             ("many", "write a share"), ("120%", "write a share"), (np.nan, "write"),
-                                             (0.01, "less than one"), (5, "only 15 rows of 3 sources"),
-                                             (0.1, "only 6 rows of 3 sources into a budget of 20 rows")])
+@pytest.mark.parametrize(
+    ("cap", "advice"),
+    [
+        (0, "write a share"),
+        (-1, "write a share"),
+        (1.5, "write a share"),
+        ("many", "write a share"),
+        ("120%", "write a share"),
+        (np.nan, "write"),
+        (0.01, "less than one"),
+        (5, "only 15 rows of 3 sources"),
+        (0.1, "only 6 rows of 3 sources into a budget of 20 rows"),
+    ],
+)
 def test_caps_that_make_no_sense(cap, advice):
     with pytest.raises(UsageError, match=advice):
         select("top_k", candidates(), "20", max_per_source=cap)
@@ -293,15 +396,25 @@ def test_token_budgets_skip_what_does_not_fit():
 COLUMN = st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 20), st.sampled_from("abc"), st.booleans()), max_size=25)
 
 
-@given(rows=COLUMN, name=st.sampled_from(sorted(SELECTORS)), amount=st.integers(0, 60),
-       unit=st.sampled_from(["", "%", " tokens"]), cap=st.sampled_from([None, 1, 2, 5, 0.2, 0.5, 0.9]),
-       seed=st.integers(0, 3))
+@given(
+    rows=COLUMN,
+    name=st.sampled_from(sorted(SELECTORS)),
+    amount=st.integers(0, 60),
+    unit=st.sampled_from(["", "%", " tokens"]),
+    cap=st.sampled_from([None, 1, 2, 5, 0.2, 0.5, 0.9]),
+    seed=st.integers(0, 3),
+)
 def test_defined_answer_or_typed_error(rows, name, amount, unit, cap, seed):
     """N7: any pool, budget and cap; k above n, k = 0, no rows, one row, ties, sources that run out."""
     n = len(rows)
-    pool = Candidates(keys=[f"{(i * 31) % 101}" for i in range(n)], scores=[r[0] for r in rows],
-                      tokens=[r[1] for r in rows], supervised=[r[1] for r in rows], sources=[r[2] for r in rows],
-                      eligible=[r[3] for r in rows])
+    pool = Candidates(
+        keys=[f"{(i * 31) % 101}" for i in range(n)],
+        scores=[r[0] for r in rows],
+        tokens=[r[1] for r in rows],
+        supervised=[r[1] for r in rows],
+        sources=[r[2] for r in rows],
+        eligible=[r[3] for r in rows],
+    )
     reference = Selection(torch.arange(min(n, 4)))
     try:
         chosen = select(name, pool, f"{amount}{unit}", seed=seed, max_per_source=cap, reference=reference)

@@ -39,8 +39,9 @@ def rows_of(keys, dim=8) -> torch.Tensor:
 
 
 def create(folder, n=20, dim=8, dtype="float32", per_unit=6, meta=META, keys=None) -> GradientFeatures:
-    return GradientFeatures.create_or_open(folder, meta=meta, dim=dim, dtype=dtype, keys=keys or KEYS[:n],
-                                           rows_per_unit=per_unit)
+    return GradientFeatures.create_or_open(
+        folder, meta=meta, dim=dim, dtype=dtype, keys=keys or KEYS[:n], rows_per_unit=per_unit
+    )
 
 
 def fill(store: GradientFeatures) -> GradientFeatures:
@@ -71,10 +72,14 @@ def harness() -> Iterator[Callable[..., dict[str, Any]]]:
 
     def run(experiment: str, folder: Path, kills: int = 25) -> dict[str, Any]:
         nonlocal process
-        process = process or subprocess.Popen([sys.executable, str(HARNESS)], text=True, stdin=subprocess.PIPE,
-                                              stdout=subprocess.PIPE)
-        print(json.dumps({"experiment": experiment, "folder": str(folder), "kills": kills, "seed": 0}),
-              file=process.stdin, flush=True)
+        process = process or subprocess.Popen(
+            [sys.executable, str(HARNESS)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        print(
+            json.dumps({"experiment": experiment, "folder": str(folder), "kills": kills, "seed": 0}),
+            file=process.stdin,
+            flush=True,
+        )
         answer = process.stdout.readline()
         if not answer:
             process = None
@@ -117,8 +122,11 @@ def test_round_trip(tmp_path, dtype, dim):
 def test_qless_oracle(tmp_path):
     """The worked example of QLESS: absmax levels, half to even, normalised again after decoding."""
     x = torch.tensor([[0.5, -1.0, 0.25, 0.1]])
-    want = {"int4": [0.478091, -0.836660, 0.239046, 0.119523], "int1": [0.5, -0.5, 0.5, 0.5],
-            "float32": [0.434783, -0.869565, 0.217391, 0.086957]}
+    want = {
+        "int4": [0.478091, -0.836660, 0.239046, 0.119523],
+        "int1": [0.5, -0.5, 0.5, 0.5],
+        "float32": [0.434783, -0.869565, 0.217391, 0.086957],
+    }
     for dtype, row in want.items():
         for scale in (1.0, 1e-20, 1e20):
             store = create(tmp_path / f"{dtype}-{scale}", n=1, dim=4, dtype=dtype)
@@ -137,7 +145,7 @@ def test_no_scale_overflows_or_vanishes(tmp_path, dtype, bound, scale):
     raw = base + 0.5 * rows_of(KEYS[:20], dim)
     store = create(tmp_path, dim=dim, dtype=dtype, per_unit=None)
     for unit in store.missing_units():
-        store.write_unit(unit, (raw * scale)[16 * unit:16 * unit + 16])
+        store.write_unit(unit, (raw * scale)[16 * unit : 16 * unit + 16])
     read, exact = store.take(KEYS[:20]), unit_rows(raw.double())
     dots = exact @ exact.T
     assert ((read.double() @ read.double().T - dots).abs() / dots.abs()).max() < bound
@@ -170,8 +178,9 @@ def test_payload_is_plain_safetensors_with_aligned_data(tmp_path, dtype):
     tensors = load_file(tmp_path / "part-00000.safetensors")
     assert set(tensors) == {"features", "norms"} | ({"scale"} if dtype.startswith("int") else set())
     if dtype == "int8":
-        torch.testing.assert_close(tensors["features"] * tensors["scale"][:, None], unit_rows(rows_of(KEYS[:6], 5)),
-                                   rtol=0, atol=0.5 / 127)
+        torch.testing.assert_close(
+            tensors["features"] * tensors["scale"][:, None], unit_rows(rows_of(KEYS[:6], 5)), rtol=0, atol=0.5 / 127
+        )
     bits = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4, "int1": 1}[dtype]
     assert tensors["features"].nbytes == 6 * -(-5 * bits // 8)
 
@@ -193,8 +202,10 @@ def test_stores_of_earlier_versions_are_read(tmp_path):
     """What stands in the files is compared byte for byte when they are read: another spelling would orphan them all."""
     store = create(tmp_path, n=2, dim=3, dtype="int8", meta={"b": 1, "a": "ä"})
     store.write_unit(0, torch.tensor([[1.0, -2.0, 2.0], [0.0, 0.0, 0.0]]), info={"loss": [0.5, None]})
-    header = (b'{"features":{"dtype":"I8","shape":[2,3],"data_offsets":[0,6]},"norms":{"dtype":"F32","shape":[2],'
-              b'"data_offsets":[6,14]},"scale":{"dtype":"F32","shape":[2],"data_offsets":[14,22]}}')
+    header = (
+        b'{"features":{"dtype":"I8","shape":[2,3],"data_offsets":[0,6]},"norms":{"dtype":"F32","shape":[2],'
+        b'"data_offsets":[6,14]},"scale":{"dtype":"F32","shape":[2],"data_offsets":[14,22]}}'
+    )
     payload = (tmp_path / "part-00000.safetensors").read_bytes()
     assert payload[:8] == (184).to_bytes(8, "little") and payload[8:192] == header.ljust(184)
     assert payload[192:198] == bytes([64, 256 - 127, 127, 0, 0, 0]) and payload[198:202] == np.float32(3).tobytes()
@@ -232,13 +243,18 @@ def test_nothing_to_store(tmp_path):
     assert store.take([]).shape == (0, 4) and store.rows().norms.shape == (0,) and store.verify() == []
 
 
-@pytest.mark.parametrize(("change", "text"), [
-    ({"meta": {**META, "projector": {"dim": 8, "seed": 1}}}, "projector.seed was 0 and is now 1"),
-    ({"meta": {**META, "model": "def"}}, 'model was "abc" and is now "def"'),
-    ({"meta": {**META, "layers": [1, 2.0]}}, r"layers was \[1, 2\] and is now \[1, 2.0\]"),
-    ({"meta": {"model": "abc", "layers": [1, 2]}}, r"projector was \{.*\} and is now \(absent\)"),
-    ({"meta": {**META, "new": None}}, r"new was \(absent\) and is now null"),
-    ({"dim": 9}, "dim was 8 and is now 9"), ({"dtype": "int8"}, 'dtype was "float32" and is now "int8"')])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"meta": {**META, "projector": {"dim": 8, "seed": 1}}}, "projector.seed was 0 and is now 1"),
+        ({"meta": {**META, "model": "def"}}, 'model was "abc" and is now "def"'),
+        ({"meta": {**META, "layers": [1, 2.0]}}, r"layers was \[1, 2\] and is now \[1, 2.0\]"),
+        ({"meta": {"model": "abc", "layers": [1, 2]}}, r"projector was \{.*\} and is now \(absent\)"),
+        ({"meta": {**META, "new": None}}, r"new was \(absent\) and is now null"),
+        ({"dim": 9}, "dim was 8 and is now 9"),
+        ({"dtype": "int8"}, 'dtype was "float32" and is now "int8"'),
+    ],
+)
 def test_another_origin_is_refused_by_name(tmp_path, change, text):
     fill(create(tmp_path))
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -356,7 +372,7 @@ def test_random_damage_is_found_named_and_repaired(quick):
                 data[draw.randrange(len(data))] ^= draw.randint(1, 255)
             hit = {a} if bytes(data) != reference[part.name] else set()
         elif kind == 1:
-            data = data[:draw.randrange(len(data))]
+            data = data[: draw.randrange(len(data))]
         elif kind == 2:
             data += bytes(draw.randint(1, 100))
         elif kind == 3:  # swapped shards
@@ -398,12 +414,17 @@ def test_a_unit_of_another_pool_does_not_pass(tmp_path, dtype):
     fill(create(tmp_path / "b", dtype=dtype, keys=KEYS[100:120]))
     fill(create(tmp_path / "c", dtype=dtype, keys=[*KEYS[:6], *reversed(KEYS[6:12]), *KEYS[12:20]]))
     assert {(tmp_path / name / "part-00001.json").stat().st_size for name in "abc"} == {
-        (tmp_path / "a" / "part-00001.json").stat().st_size}
+        (tmp_path / "a" / "part-00001.json").stat().st_size
+    }
     kept = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
     reason = "part-00001.json belongs to another store or unit: its 'keys' differs from plan.json"
     for stranger in "bc":  # other rows; the same rows in another order
-        for read in (lambda s: list(s.iter_blocks()), lambda s: s.take([KEYS[6]]), lambda s: s.rows(),
-                     lambda s: s.info(1)):
+        for read in (
+            lambda s: list(s.iter_blocks()),
+            lambda s: s.take([KEYS[6]]),
+            lambda s: s.rows(),
+            lambda s: s.info(1),
+        ):
             for suffix in ("json", "safetensors"):
                 shutil.copy(tmp_path / stranger / f"part-00001.{suffix}", tmp_path / "a")
             with pytest.raises(DataError, match=rf"unit 1 is damaged \({reason}\); it was set aside"):
@@ -556,8 +577,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.model |= dict.fromkeys(keys, True)
 
     @precondition(lambda self: self.model)
-    @rule(which=st.integers(0, 20), position=st.integers(0, 10**6), bit=st.integers(0, 7), payload=st.booleans(),
-          by_reader=st.booleans())
+    @rule(
+        which=st.integers(0, 20),
+        position=st.integers(0, 10**6),
+        bit=st.integers(0, 7),
+        payload=st.booleans(),
+        by_reader=st.booleans(),
+    )
     def damage(self, which, position, bit, payload, by_reader):
         present = [unit for unit, keys in enumerate(self.units()) if keys[0] in self.model]
         unit = present[which % len(present)]

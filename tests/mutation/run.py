@@ -270,8 +270,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--module", action="append", choices=list(MODULES), help="only of this one; may be repeated")
     parser.add_argument("--line", type=int, action="append", help="all mutants of this line (with one --module)")
-    parser.add_argument("--again", type=Path, metavar="FILE",
-                        help="run what survived in this --json of an earlier run; what was caught there stays caught")
+    parser.add_argument(
+        "--again",
+        type=Path,
+        metavar="FILE",
+        help="run what survived in this --json of an earlier run; what was caught there stays caught",
+    )
     parser.add_argument("--list", action="store_true", help="print the mutants drawn, run nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what became of each")
     chosen = parser.parse_args(argv)

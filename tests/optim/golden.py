@@ -98,8 +98,11 @@ def every_case(root: Path) -> Iterator[Case]:
 
 def cases(root: Path) -> Iterator[Case]:
     """Those of rules on gradients that are given or made: neither `HELD_ELSEWHERE` nor for information only."""
-    return (case for case in every_case(root) if case.entry.get("optimizer") not in HELD_ELSEWHERE
-            and not for_information(case))
+    return (
+        case
+        for case in every_case(root)
+        if case.entry.get("optimizer") not in HELD_ELSEWHERE and not for_information(case)
+    )
 
 
 def for_information(case: Case) -> bool:
@@ -224,8 +227,13 @@ def factors_of(entry: dict[str, Any], optimizer: Optimizer) -> list[Callable[[in
         return [lambda t: multipliers[t] if multipliers else 1.0] * len(optimizer.param_groups)
     if plan["kind"] != "linear warmup + cosine":
         raise NotBuilt(f"schedule {plan['kind']!r}")
-    return group_factors(optimizer, "blockwise_cosine", total_steps=plan["max_iters"],
-                         warmup_steps=plan["warmup_iters"], min_ratio=plan["min_lr"] / entry["hyper"]["base_lr"])
+    return group_factors(
+        optimizer,
+        "blockwise_cosine",
+        total_steps=plan["max_iters"],
+        warmup_steps=plan["warmup_iters"],
+        min_ratio=plan["min_lr"] / entry["hyper"]["base_lr"],
+    )
 
 
 def golden(case: Case) -> dict[str, Tensor]:
@@ -250,8 +258,14 @@ def by_groups(
         decay = settings.get("weight_decay", 0.0)
         if decay_of is not None:
             decay = decay_of(settings)
-        groups.append({"params": [(n, at[n]) for n in given["params"]], "rule": rule_of(settings), "lr": settings["lr"],
-                       "weight_decay": decay})
+        groups.append(
+            {
+                "params": [(n, at[n]) for n in given["params"]],
+                "rule": rule_of(settings),
+                "lr": settings["lr"],
+                "weight_decay": decay,
+            }
+        )
     return Optimizer(groups, groups[0]["rule"], lr=groups[0]["lr"])
 
 
@@ -342,8 +356,11 @@ def spam(entry: dict[str, Any], named: Named) -> Optimizer:
     return by_groups(
         entry | {"param_groups": groups},
         named,
-        lambda s: SPAMRule(**only(s, *known)) if s.get("density", 1) == 1 else RecordedMasks(
-            **only(s, *known, "key"), file=file),
+        lambda s: (
+            SPAMRule(**only(s, *known))
+            if s.get("density", 1) == 1
+            else RecordedMasks(**only(s, *known, "key"), file=file)
+        ),
     )
 
 
@@ -374,8 +391,10 @@ def blockwise_adam(entry: dict[str, Any], named: Named) -> Optimizer:
 
 
 def matrices_and_rest(entry: dict[str, Any], named: Named, muon: dict[str, Any], rest: dict[str, Any]) -> Optimizer:
-    split = {kind: [(n, p) for n, p in named if (entry["parameters"][n] == "muon") == (kind == "muon")]
-             for kind in ("muon", "rest")}
+    split = {
+        kind: [(n, p) for n, p in named if (entry["parameters"][n] == "muon") == (kind == "muon")]
+        for kind in ("muon", "rest")
+    }
     groups = [settings | {"params": split[kind]} for kind, settings in (("muon", muon), ("rest", rest)) if split[kind]]
     return Optimizer(groups, groups[0]["rule"], lr=groups[0]["lr"])
 
@@ -392,8 +411,14 @@ def coefficients(hyper: dict[str, Any]) -> tuple[tuple[float, float, float], ...
 def muon(entry: dict[str, Any], named: Named) -> Optimizer:
     """Keller Jordan's code, or torch.optim.Muon."""
     h = entry["hyper_parameters"]
-    common = {"momentum_form": "ema", "ns_steps": h["ns_steps"], "ns_eps": h["eps"], "ns_dtype": ns_dtype(entry),
-              "nesterov": h["nesterov"], "ns_coefficients": coefficients(h)}
+    common = {
+        "momentum_form": "ema",
+        "ns_steps": h["ns_steps"],
+        "ns_eps": h["eps"],
+        "ns_dtype": ns_dtype(entry),
+        "nesterov": h["nesterov"],
+        "ns_coefficients": coefficients(h),
+    }
     if "adjust_lr_fn" in h:  # torch
         rule = MuonRule(**common, momentum=h["momentum"], scale=h["adjust_lr_fn"] or "original", ns_form="torch")
         return matrices_and_rest(entry, named, {"rule": rule, "lr": h["lr"], "weight_decay": h["weight_decay"]}, {})
@@ -410,8 +435,13 @@ def muon(entry: dict[str, Any], named: Named) -> Optimizer:
 
 def moonlight(entry: dict[str, Any], named: Named) -> Optimizer:
     h = entry["hyper_parameters"]
-    rule = MuonRule(momentum=h["momentum"], nesterov=h["nesterov"], ns_steps=h["ns_steps"], ns_eps=h["eps"],
-                    ns_dtype=ns_dtype(entry))
+    rule = MuonRule(
+        momentum=h["momentum"],
+        nesterov=h["nesterov"],
+        ns_steps=h["ns_steps"],
+        ns_eps=h["eps"],
+        ns_dtype=ns_dtype(entry),
+    )
     rest = AdamWRule(betas=h["adamw_betas"], eps=h["adamw_eps"], eps_before_correction=True)
     shared = {"lr": h["lr"], "weight_decay": h["wd"]}
     return matrices_and_rest(entry, named, {"rule": rule, **shared}, {"rule": rest, **shared})
@@ -421,8 +451,15 @@ def dion(entry: dict[str, Any], named: Named) -> Optimizer:
     h = entry["hyper_parameters"]
     scale = {"spectral_norm": "spectral_norm", "rms_norm": "match_rms_adamw", None: "none"}[h["adjust_lr"]]
     table = "polar_express" if h["use_polar_express"] else "dion"
-    rule = MuonRule(momentum=h["mu"], nesterov=h["nesterov"], scale=scale, cautious_decay=h["cautious_wd"],
-                    ns_coefficients=table, ns_eps=h["epsilon"], ns_dtype=ns_dtype(entry))
+    rule = MuonRule(
+        momentum=h["mu"],
+        nesterov=h["nesterov"],
+        scale=scale,
+        cautious_decay=h["cautious_wd"],
+        ns_coefficients=table,
+        ns_eps=h["epsilon"],
+        ns_dtype=ns_dtype(entry),
+    )
     return matrices_and_rest(entry, named, {"rule": rule, "lr": h["lr"], "weight_decay": h["weight_decay"]}, {})
 
 
@@ -452,18 +489,36 @@ def normuon(entry: dict[str, Any], named: Named) -> Optimizer:
     """The published code."""
     h = entry["hyper_parameters"]
     matrix, adam = h["matrix"], h.get("adam", {"lr": 0.0, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0})
-    rule = NorMuonRule(momentum=matrix["momentum"], beta2=matrix["beta2"], nesterov=h["nesterov"],
-                       ns_steps=h["ns_steps"], row_eps=h["eps_row"], conv_scale="kernel", ns_dtype=ns_dtype(entry))
-    rest = {"rule": AdamWRule(betas=adam["betas"], eps=adam["eps"]), "lr": adam["lr"],
-            "weight_decay": adam["weight_decay"]}
+    rule = NorMuonRule(
+        momentum=matrix["momentum"],
+        beta2=matrix["beta2"],
+        nesterov=h["nesterov"],
+        ns_steps=h["ns_steps"],
+        row_eps=h["eps_row"],
+        conv_scale="kernel",
+        ns_dtype=ns_dtype(entry),
+    )
+    rest = {
+        "rule": AdamWRule(betas=adam["betas"], eps=adam["eps"]),
+        "lr": adam["lr"],
+        "weight_decay": adam["weight_decay"],
+    }
     settings = {"lr": matrix["lr"], "weight_decay": matrix["weight_decay"]}
     return by_rule(entry, named, lambda kind: rule, settings, rest)
 
 
 def normuon_paper(entry: dict[str, Any], named: Named) -> Optimizer:
     h = entry["hyper_parameters"]
-    rule = NorMuonRule(momentum=h["beta1"], beta2=h["beta2"], nesterov=False, update_scale="match_rms", rms=h["rms"],
-                       row_eps=h["eps"], ns_eps=h["ns_eps"], ns_dtype=ns_dtype(entry))
+    rule = NorMuonRule(
+        momentum=h["beta1"],
+        beta2=h["beta2"],
+        nesterov=False,
+        update_scale="match_rms",
+        rms=h["rms"],
+        row_eps=h["eps"],
+        ns_eps=h["ns_eps"],
+        ns_dtype=ns_dtype(entry),
+    )
     return by_rule(entry, named, lambda kind: rule, {"lr": h["lr"], "weight_decay": h["weight_decay"]}, {})
 
 
@@ -471,9 +526,18 @@ def normuon_dion(entry: dict[str, Any], named: Named) -> Optimizer:
     h = entry["hyper_parameters"]
     scale = {"spectral_norm": "spectral_norm", "rms_norm": "match_rms_adamw"}[h["adjust_lr"]]
     table = "polar_express" if h["use_polar_express"] else "dion"
-    rule = NorMuonRule(momentum=h["mu"], beta2=h["muon_beta2"], momentum_form="heavy_ball", nesterov=h["nesterov"],
-                       scale=scale, ns_coefficients=table, ns_eps=h["epsilon"], row_eps=h["eps_row"],
-                       cautious_decay=h["cautious_wd"], ns_dtype=ns_dtype(entry))
+    rule = NorMuonRule(
+        momentum=h["mu"],
+        beta2=h["muon_beta2"],
+        momentum_form="heavy_ball",
+        nesterov=h["nesterov"],
+        scale=scale,
+        ns_coefficients=table,
+        ns_eps=h["epsilon"],
+        row_eps=h["eps_row"],
+        cautious_decay=h["cautious_wd"],
+        ns_dtype=ns_dtype(entry),
+    )
     return by_rule(entry, named, lambda kind: rule, {"lr": h["lr"], "weight_decay": h["weight_decay"]}, {})
 
 
@@ -482,8 +546,15 @@ def root(entry: dict[str, Any], named: Named) -> Optimizer:
     table = dict(h["coefficients"])
     other = table.pop("other")
     shapes = tuple((tuple(json.loads(f"[{key.strip('()')}]")), tuple(triple)) for key, triple in table.items())
-    rule = ROOTRule(momentum=h["momentum"], nesterov=h["nesterov"], ns_steps=h["root_steps"], ns_eps=h["ns_eps"],
-                    quantile=h["quantile"], shape_coefficients=shapes, ns_coefficients=(tuple(other),))
+    rule = ROOTRule(
+        momentum=h["momentum"],
+        nesterov=h["nesterov"],
+        ns_steps=h["root_steps"],
+        ns_eps=h["ns_eps"],
+        quantile=h["quantile"],
+        shape_coefficients=shapes,
+        ns_coefficients=(tuple(other),),
+    )
     rest = AdamWRule(betas=h["adamw_betas"], eps=h["adamw_eps"], eps_before_correction=True)
     settings = {"lr": h["lr"], "weight_decay": h["wd"]}
     return by_rule(entry, named, lambda kind: rule, settings, settings | {"rule": rest})
@@ -513,8 +584,10 @@ def scale(entry: dict[str, Any], named: Named) -> Optimizer:
     h = entry["hyper_parameters"]
 
     def rule(kind: str) -> SCALERule:
-        return SCALERule(momentum=h["momentum"] if kind.startswith("last") else 0.0,
-                         axis="outputs" if kind.endswith("dim 0") else "inputs")
+        return SCALERule(
+            momentum=h["momentum"] if kind.startswith("last") else 0.0,
+            axis="outputs" if kind.endswith("dim 0") else "inputs",
+        )
 
     adam = AdamWRule(betas=h["adamw_betas"], eps=h["adamw_eps"], eps_before_correction=True)
     rest = {"rule": adam, "lr": h["adam_lr"] or h["lr"], "weight_decay": h["wd"]}
@@ -569,28 +642,43 @@ CURVATURE: dict[str, Callable[[Case, dict[str, np.ndarray], dict[str, Tensor], i
 }
 """Golden optimizer -> the estimates of the Hessian's diagonal before step t."""
 
+
 def blockwise_lr(entry: dict[str, Any], named: Named) -> Optimizer:
     """The blockwise learning rate over the inner optimizer; blocks are told by the names alone."""
     h, inner = entry["hyper"], {"AdamW": "adamw", "Lion": "lion", "AdamMini": "adam_mini"}[entry["inner"]]
     blocks = {"embed": "embedding", "ln": "norm", "mlp": "ffn"}
     ratios = {blocks.get(block, block): ratio for block, ratio in h["ratios"].items()}
     shape = {k: entry["problem_settings"][k] for k in ("dim", "n_heads")} if inner == "adam_mini" else {}
-    return create(inner, named, lr=h["base_lr"], weight_decay=h["weight_decay"], block_ratios=ratios,
-                  betas=h["betas"], **({} if h["eps"] is None else {"eps": h["eps"]}), **shape)
+    return create(
+        inner,
+        named,
+        lr=h["base_lr"],
+        weight_decay=h["weight_decay"],
+        block_ratios=ratios,
+        betas=h["betas"],
+        **({} if h["eps"] is None else {"eps": h["eps"]}),
+        **shape,
+    )
 
 
 def adam_8bit(entry: dict[str, Any], named: Named) -> Optimizer:
     """The nearest code and decay before the step: variant "exact"; the other two are there for information."""
     known = ("betas", "eps", "block_size", "min_size")
     hyper = {"min_size": entry["hyper"]["min_8bit_size"]}
-    return by_groups(entry, named, lambda s: AdamW8bitRule().with_settings(
-        **only({k: v for k, v in s.items() if k != "min_8bit_size"} | hyper, *known)))
+    return by_groups(
+        entry,
+        named,
+        lambda s: AdamW8bitRule().with_settings(
+            **only({k: v for k, v in s.items() if k != "min_8bit_size"} | hyper, *known)
+        ),
+    )
 
 
 def muon_8bit(entry: dict[str, Any], named: Named) -> Optimizer:
     h = entry["hyper_parameters"]
     rule = Muon8bitRule(code=h["scheme"], block_size=h["block_size"], min_size=0, floor=False).with_settings(
-        momentum=h["momentum"], nesterov=h["nesterov"], ns_steps=h["ns_steps"], ns_eps=h["ns_eps"], ns_dtype="param")
+        momentum=h["momentum"], nesterov=h["nesterov"], ns_steps=h["ns_steps"], ns_eps=h["ns_eps"], ns_dtype="param"
+    )
     adam = h["adam"] or {"betas": (0.9, 0.95), "eps": 1e-8, "lr": 0.0, "weight_decay": 0.0, "state": "float32"}
     rest: Any = AdamWRule(betas=adam["betas"], eps=adam["eps"])
     if adam["state"] != "float32":
@@ -599,8 +687,13 @@ def muon_8bit(entry: dict[str, Any], named: Named) -> Optimizer:
             raise NotBuilt(f"muon_8bit with Adam's state {adam['state']!r}")
         rest = AdamW8bitRule(inner=rest, code=said[1], block_size=int(said[2]), min_size=0, floor=False)
     settings = {"lr": h["lr"], "weight_decay": h["weight_decay"]}
-    return by_rule(entry, named, lambda kind: rule, settings,
-                   {"rule": rest, "lr": adam["lr"], "weight_decay": adam["weight_decay"]})
+    return by_rule(
+        entry,
+        named,
+        lambda kind: rule,
+        settings,
+        {"rule": rest, "lr": adam["lr"], "weight_decay": adam["weight_decay"]},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -622,16 +715,24 @@ def low_rank(entry: dict[str, Any], named: Named) -> Optimizer:
     h, kind = entry["hyper_parameters"], entry["optimizer"]
     matrix = h["matrix_group"]
     settings: dict[str, Any] = {k: matrix[k] for k in ("rank", "update_proj_gap", "proj_type")}
-    settings |= {"form": {"galore": "project", "fira": "residual", "apollo": "scale"}[kind], "limiter_reset": False,
-                 "projection": {"random": "random"}.get(matrix.get("proj"), "svd"),
-                 "scale": matrix.get("alpha", matrix.get("scale")), "correct_bias": h["correct_bias"]}
+    settings |= {
+        "form": {"galore": "project", "fira": "residual", "apollo": "scale"}[kind],
+        "limiter_reset": False,
+        "projection": {"random": "random"}.get(matrix.get("proj"), "svd"),
+        "scale": matrix.get("alpha", matrix.get("scale")),
+        "correct_bias": h["correct_bias"],
+    }
     if kind == "apollo":
         settings |= {"scale_type": matrix["scale_type"], "scale_front": h["scale_front"]}
     inner = AdamWRule(betas=h["betas"], eps=h["eps"], bias_correction=False)
     rest = AdamWRule(betas=h["betas"], eps=h["eps"], eps_before_correction=True)
     groups = [
-        {"params": [(n, p)], "rule": rest if entry["parameters"][n] == "adamw" else RecordedBasis(
-            inner=inner, file=str(entry["at"] / entry["file"]), key=f"basis/{n}/", **settings)}
+        {
+            "params": [(n, p)],
+            "rule": rest
+            if entry["parameters"][n] == "adamw"
+            else RecordedBasis(inner=inner, file=str(entry["at"] / entry["file"]), key=f"basis/{n}/", **settings),
+        }
         for n, p in named
     ]
     return Optimizer(groups, rest, **before(h["lr"], h["weight_decay"]))
@@ -699,7 +800,10 @@ def compare(case: Case, got: dict[str, Tensor], losses: list[float]) -> None:
     tolerance = {key: widened(case) * tolerance[key] for key in ("rtol", "atol")}
     for name, reference in want.items():
         torch.testing.assert_close(
-            got[name], reference, rtol=tolerance["rtol"], atol=tolerance["atol"],
+            got[name],
+            reference,
+            rtol=tolerance["rtol"],
+            atol=tolerance["atol"],
             msg=lambda m, name=name: f"{case.id}, {name}, against {case.entry['reference']}\n{m}",
         )
     stored = arrays(case.folder / case.entry["file"])

@@ -73,6 +73,7 @@ def equals_the_formula(spec: OptimSpec) -> None:
 def resumes(spec: OptimSpec) -> None:
     """Stopped, saved to a file and resumed with its scheduler, a run ends with the same bits; bfloat16 too."""
     for dtype in (torch.float32, torch.bfloat16):
+
         def start(dtype: torch.dtype = dtype) -> tuple[list[Parameter], Optimizer, LambdaLR]:
             params = parameters(spec.shapes, dtype)
             optimizer = make(spec, named(params))
@@ -350,8 +351,13 @@ def refuses_wrong_gradients(spec: OptimSpec) -> None:
     update_map = one_map(spec, (4, 3), spec.default, torch.float64)
     with pytest.raises(KeyError, match="'q'"):
         update_map({"q": torch.zeros(4, 3)})
-    for call, shape in ((update_map, (3, 4)), (update_map, (2, 4, 3)), (update_map.per_sample, (4, 3)),
-                        (update_map.per_sample, (2, 3, 4)), (update_map.per_sample, ())):
+    for call, shape in (
+        (update_map, (3, 4)),
+        (update_map, (2, 4, 3)),
+        (update_map.per_sample, (4, 3)),
+        (update_map.per_sample, (2, 3, 4)),
+        (update_map.per_sample, ()),
+    ):
         with pytest.raises(ValueError, match=r"'p' has shape .* expected"):
             call({"p": torch.zeros(shape)})
     with pytest.raises(ValueError, match="names"):
@@ -402,4 +408,3 @@ PROPERTIES = {
     "H8": describes_itself,
     "H9": elementwise_or_not,
 }
-

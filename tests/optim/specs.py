@@ -406,11 +406,18 @@ SPECS: dict[str, OptimSpec] = {
                 {"ns_dtype": "param"},
                 {"ns_dtype": "param", "momentum_form": "ema", "scale": "original", "ns_form": "torch", "ns_steps": 6},
                 {
-                    "ns_dtype": "param", "nesterov": False, "scale": "spectral_norm", "cautious_decay": True,
-                    "ns_coefficients": "polar_express", "ns_eps": 1e-8,
+                    "ns_dtype": "param",
+                    "nesterov": False,
+                    "scale": "spectral_norm",
+                    "cautious_decay": True,
+                    "ns_coefficients": "polar_express",
+                    "ns_eps": 1e-8,
                 },
                 {
-                    "ns_dtype": "param", "scale": "none", "conv_scale": "kernel", "ns_steps": 3,
+                    "ns_dtype": "param",
+                    "scale": "none",
+                    "conv_scale": "kernel",
+                    "ns_steps": 3,
                     "ns_coefficients": ((3.0, -4.0, 2.0), (2.0, -1.5, 0.5)),
                 },
             ),
@@ -438,8 +445,14 @@ SPECS: dict[str, OptimSpec] = {
                 ),
                 (
                     "one step of (1, 0, 0) is normalised SGD",
-                    {"ns_dtype": "param", "momentum": 0.0, "scale": "none", "ns_steps": 1, "ns_eps": 0.0,
-                     "ns_coefficients": ((1.0, 0.0, 0.0),)},
+                    {
+                        "ns_dtype": "param",
+                        "momentum": 0.0,
+                        "scale": "none",
+                        "ns_steps": 1,
+                        "ns_eps": 0.0,
+                        "ns_coefficients": ((1.0, 0.0, 0.0),),
+                    },
                     lambda g: g / g.norm(),
                 ),
             ),
@@ -520,8 +533,13 @@ SPECS: dict[str, OptimSpec] = {
             reference=muon_8bit,
             oracle=lambda params, lr: (  # these are too small for codes
                 torch.optim.Muon(params, lr=lr, weight_decay=0.1),
-                {"momentum_form": "ema", "scale": "original", "ns_form": "torch", "nesterov": True,
-                 "ns_dtype": "bfloat16"},
+                {
+                    "momentum_form": "ema",
+                    "scale": "original",
+                    "ns_form": "torch",
+                    "nesterov": True,
+                    "ns_dtype": "bfloat16",
+                },
             ),
             limits=(
                 (
@@ -548,8 +566,16 @@ SPECS: dict[str, OptimSpec] = {
                 inputs=(
                     {"rank": 2, "update_proj_gap": 4, "scale": 1.0},
                     {"rank": 2, "proj_type": "reverse_std", "betas": (0.8, 0.95), "limiter_reset": False},
-                    {"rank": 2, "proj_type": "left", "scale_type": "tensor", "limiter": 1.2, "exact_residual": True,
-                     "scale_front": True, "scale": 2.0, "update_proj_gap": 50},
+                    {
+                        "rank": 2,
+                        "proj_type": "left",
+                        "scale_type": "tensor",
+                        "limiter": 1.2,
+                        "exact_residual": True,
+                        "scale_front": True,
+                        "scale": 2.0,
+                        "update_proj_gap": 50,
+                    },
                 ),
                 errors=(
                     ({"betas": (1.0, 0.9)}, "betas"),
@@ -568,9 +594,20 @@ SPECS: dict[str, OptimSpec] = {
                 ),
                 reference=reference,
                 oracle=lambda params, lr, name=name: (  # it decays after the update: the same step, with other numbers
-                    peer({"galore": "GaLore", "fira": "Fira", "apollo": "APOLLO"}[name],
-                         [{"params": params, "rank": 2, "update_proj_gap": 1000, "scale": 0.25,
-                           "projection_type": "std"}], lr=lr / (1 - 0.1 * lr), weight_decay=0.1 - 0.01 * lr),
+                    peer(
+                        {"galore": "GaLore", "fira": "Fira", "apollo": "APOLLO"}[name],
+                        [
+                            {
+                                "params": params,
+                                "rank": 2,
+                                "update_proj_gap": 1000,
+                                "scale": 0.25,
+                                "projection_type": "std",
+                            }
+                        ],
+                        lr=lr / (1 - 0.1 * lr),
+                        weight_decay=0.1 - 0.01 * lr,
+                    ),
                     {"rank": 2, "update_proj_gap": 1000, "limiter_reset": False},
                 ),
                 limits=limits,
@@ -587,13 +624,36 @@ SPECS: dict[str, OptimSpec] = {
                 state_bytes=state_bytes,
             )
             for name, reference, state_bytes, limits in (
-                ("galore", galore, 88 / 12, (("at full rank, betas 0: signSGD in the gradient's own coordinates",
-                                              {"betas": (0.0, 0.0), "eps": 0.0, "scale": 1.0}, own_signs),)),
-                ("fira", fira, 88 / 12, (("exact and at full rank, betas 0: signSGD in the gradient's own coordinates",
-                                          {"betas": (0.0, 0.0), "eps": 0.0, "scale": 1.0, "exact_residual": True},
-                                          own_signs),)),
-                ("apollo", apollo, 64 / 12, (("a huge eps is SGD over it", {"betas": (0.0, 0.0), "eps": 1e8},
-                                              lambda g: g / 1e8),)),
+                (
+                    "galore",
+                    galore,
+                    88 / 12,
+                    (
+                        (
+                            "at full rank, betas 0: signSGD in the gradient's own coordinates",
+                            {"betas": (0.0, 0.0), "eps": 0.0, "scale": 1.0},
+                            own_signs,
+                        ),
+                    ),
+                ),
+                (
+                    "fira",
+                    fira,
+                    88 / 12,
+                    (
+                        (
+                            "exact and at full rank, betas 0: signSGD in the gradient's own coordinates",
+                            {"betas": (0.0, 0.0), "eps": 0.0, "scale": 1.0, "exact_residual": True},
+                            own_signs,
+                        ),
+                    ),
+                ),
+                (
+                    "apollo",
+                    apollo,
+                    64 / 12,
+                    (("a huge eps is SGD over it", {"betas": (0.0, 0.0), "eps": 1e8}, lambda g: g / 1e8),),
+                ),
             )
         ),
         OptimSpec(
@@ -601,12 +661,21 @@ SPECS: dict[str, OptimSpec] = {
             inputs=(
                 {"ns_dtype": "param"},
                 {
-                    "ns_dtype": "param", "nesterov": False, "update_scale": "match_rms", "row_eps": 1e-8, "beta2": 0.9,
+                    "ns_dtype": "param",
+                    "nesterov": False,
+                    "update_scale": "match_rms",
+                    "row_eps": 1e-8,
+                    "beta2": 0.9,
                 },
                 {
-                    "ns_dtype": "param", "momentum_form": "heavy_ball", "nesterov": False, "scale": "spectral_norm",
+                    "ns_dtype": "param",
+                    "momentum_form": "heavy_ball",
+                    "nesterov": False,
+                    "scale": "spectral_norm",
                     "cautious_decay": True,
-                    "ns_coefficients": "polar_express", "ns_eps": 1e-8, "row_eps": 1e-8,
+                    "ns_coefficients": "polar_express",
+                    "ns_eps": 1e-8,
+                    "row_eps": 1e-8,
                 },
             ),
             errors=(
@@ -619,7 +688,8 @@ SPECS: dict[str, OptimSpec] = {
             ),
             reference=normuon,
             oracle=lambda params, lr: (
-                normuon.PublishedNorMuon(params, lr=lr, weight_decay=0.1), {"ns_dtype": "param"}
+                normuon.PublishedNorMuon(params, lr=lr, weight_decay=0.1),
+                {"ns_dtype": "param"},
             ),
             limits=(
                 (
@@ -643,8 +713,11 @@ SPECS: dict[str, OptimSpec] = {
             inputs=(
                 {},
                 {"quantile": 0.5, "nesterov": False, "ns_steps": 6},
-                {"quantile": None, "threshold": 0.7,
-                 "shape_coefficients": (((4, 3), (3.1943, -3.8221, 1.5322)), ((4, 12), (2.9794, -3.6674, 1.6207)))},
+                {
+                    "quantile": None,
+                    "threshold": 0.7,
+                    "shape_coefficients": (((4, 3), (3.1943, -3.8221, 1.5322)), ((4, 12), (2.9794, -3.6674, 1.6207))),
+                },
             ),
             errors=(
                 ({"momentum": 1.0}, "ROOTRule: momentum"),
@@ -1006,8 +1079,15 @@ SPECS: dict[str, OptimSpec] = {
             ),
             reference=spam,
             oracle=lambda params, lr: (  # it decays after the update: the same step, with other numbers
-                spam.PublishedSPAM(params, lr=lr / (1 - 0.1 * lr), weight_decay=0.1 - 0.01 * lr, threshold=50,
-                                   warmup_steps=10, DeltaT=30, grad_accu_steps=4),
+                spam.PublishedSPAM(
+                    params,
+                    lr=lr / (1 - 0.1 * lr),
+                    weight_decay=0.1 - 0.01 * lr,
+                    threshold=50,
+                    warmup_steps=10,
+                    DeltaT=30,
+                    grad_accu_steps=4,
+                ),
                 {"threshold": 50, "warmup_steps": 10, "DeltaT": 30, "grad_accu_steps": 4},
             ),
             limits=(("betas 0 and eps 0 is signSGD", {"betas": (0.0, 0.0), "eps": 0.0}, torch.sign),),
@@ -1045,8 +1125,9 @@ SPECS: dict[str, OptimSpec] = {
             ),
             reference=stable_spam,
             oracle=lambda params, lr: (
-                stable_spam.PublishedStableSPAM(params, lr=lr, weight_decay=0.1, gamma3=0.9, total_T=80,
-                                                update_proj_gap=30),
+                stable_spam.PublishedStableSPAM(
+                    params, lr=lr, weight_decay=0.1, gamma3=0.9, total_T=80, update_proj_gap=30
+                ),
                 {"gamma3": 0.9, "total_T": 80, "update_proj_gap": 30},
             ),
             limits=(("betas 0 and eps 0 is signSGD", {"betas": (0.0, 0.0), "eps": 0.0}, torch.sign),),

@@ -15,8 +15,9 @@ def test_fixed_decay_is_not_scaled_by_the_learning_rate(monkeypatch, backend, se
     start, grads = randn((4, 3), 1), [randn((4, 3), t) for t in range(2, 12)]
     p = torch.nn.Parameter(start.clone())
     optimizer = create("adabelief", [("p", p)], lr=0.02, weight_decay=0.03, fixed_decay=True, **settings)
-    want = adabelief.run(start.numpy(), [g.numpy() for g in grads], lr=0.02, weight_decay=0.03, fixed_decay=True,
-                         **settings)
+    want = adabelief.run(
+        start.numpy(), [g.numpy() for g in grads], lr=0.02, weight_decay=0.03, fixed_decay=True, **settings
+    )
     for g, expected in zip(grads, want, strict=True):
         p.grad = g
         optimizer.step()
@@ -30,7 +31,8 @@ def test_fixed_decay_is_no_part_of_a_direction():
     p = torch.nn.Parameter(randn((4, 3), 1))
     directions = [
         UpdateMap.of(Optimizer([("p", p)], AdaBeliefRule(fixed_decay=fixed), lr=0.1, weight_decay=0.5))(
-            {"p": randn((4, 3), 2)})["p"]
+            {"p": randn((4, 3), 2)}
+        )["p"]
         for fixed in (False, True)
     ]
     assert torch.equal(*directions)

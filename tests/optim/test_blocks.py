@@ -25,13 +25,21 @@ SHAPES = {
     "model.norm.bias": (8,),
     "lm_head.weight": (10, 8),
 }
-WANTED = {"model.embed_tokens.weight": (10,), LAYER + "self_attn.q_proj.weight": (4,),
-          LAYER + "self_attn.q_proj.bias": (8,), LAYER + "self_attn.k_proj.weight": (2,),
-          LAYER + "self_attn.v_proj.weight": (4,), LAYER + "self_attn.o_proj.weight": (8,),
-          LAYER + "self_attn.q_proj.lora_A.default.weight": (3,),
-          LAYER + "self_attn.q_proj.lora_B.default.weight": (8,),
-          LAYER + "mlp.up_proj.weight": (6,), LAYER + "mlp.norm.weight": (), LAYER + "input_layernorm.weight": (),
-          "model.norm.bias": (8,), "lm_head.weight": (10,)}
+WANTED = {
+    "model.embed_tokens.weight": (10,),
+    LAYER + "self_attn.q_proj.weight": (4,),
+    LAYER + "self_attn.q_proj.bias": (8,),
+    LAYER + "self_attn.k_proj.weight": (2,),
+    LAYER + "self_attn.v_proj.weight": (4,),
+    LAYER + "self_attn.o_proj.weight": (8,),
+    LAYER + "self_attn.q_proj.lora_A.default.weight": (3,),
+    LAYER + "self_attn.q_proj.lora_B.default.weight": (8,),
+    LAYER + "mlp.up_proj.weight": (6,),
+    LAYER + "mlp.norm.weight": (),
+    LAYER + "input_layernorm.weight": (),
+    "model.norm.bias": (8,),
+    "lm_head.weight": (10,),
+}
 NO_DECAY = {n for n in SHAPES if "norm" in n or n.endswith("bias")}
 
 
@@ -73,10 +81,16 @@ def test_without_heads_query_and_key_have_rows_and_values_may_be_whole():
 
 def test_lora_has_one_second_moment_a_row_whatever_its_rank():
     """Also where the rank is a head's size (A would be one block), and where the value matrix is whole."""
-    shapes = {f"self_attn.{m}_proj.lora_{ab}.default.weight": shape
-              for m in "qkv" for ab, shape in (("A", (4, 8)), ("B", (8, 4)))}
-    got = stepped(AdamMini([(LAYER + n, torch.nn.Parameter(torch.ones(s))) for n, s in shapes.items()],
-                           head_dim=4, whole_value=True))
+    shapes = {
+        f"self_attn.{m}_proj.lora_{ab}.default.weight": shape
+        for m in "qkv"
+        for ab, shape in (("A", (4, 8)), ("B", (8, 4)))
+    }
+    got = stepped(
+        AdamMini(
+            [(LAYER + n, torch.nn.Parameter(torch.ones(s))) for n, s in shapes.items()], head_dim=4, whole_value=True
+        )
+    )
     assert got == {LAYER + n: s[:1] for n, s in shapes.items()}
 
 
@@ -128,8 +142,10 @@ def test_refusals():
 
 
 def test_saves_half_of_adams_memory():
-    named = [(n, torch.nn.Parameter(torch.ones(s))) for n, s in (
-        ("model.embed_tokens.weight", (500, 64)), (LAYER + "self_attn.q_proj.weight", (64, 64)))]
+    named = [
+        (n, torch.nn.Parameter(torch.ones(s)))
+        for n, s in (("model.embed_tokens.weight", (500, 64)), (LAYER + "self_attn.q_proj.weight", (64, 64)))
+    ]
     optimizer = AdamMini(named, dim=64, n_heads=4)
     stepped(optimizer)
     held = sum(v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values())
@@ -199,6 +215,7 @@ def test_a_group_is_one_block():
 
 def test_a_group_block_is_of_those_that_have_a_finite_gradient_now():
     """A tensor without one, or with a NaN, is no part of the block in this step, whatever it was before."""
+
     def built(*names):
         params = {n: torch.nn.Parameter(torch.zeros(2 + i, dtype=torch.float64)) for i, n in enumerate(names)}
         return params, BlockwiseAdam(params.items(), lr=1.0, weight_decay=0.0, block="group")
@@ -226,6 +243,7 @@ def test_a_group_block_is_of_those_that_have_a_finite_gradient_now():
 
 def test_a_map_of_a_group_block_keeps_the_rest_of_the_block():
     """Exact if the other tensors' gradients stay; near otherwise."""
+
     def built():
         params = [(n, torch.nn.Parameter(randn((5, 4), i))) for i, n in enumerate("ab")]
         return params, BlockwiseAdam(params, lr=1.0, weight_decay=0.0, block="group")

@@ -143,8 +143,15 @@ def test_another_algorithm_is_not_offered_for_the_one_that_was_asked_for(word):
 
 @pytest.mark.parametrize(
     ("word", "says"),
-    [("adam", "'adamw' without weight decay is Adam"), ("Adam", "'adamw' without"), ("nadamw", "decoupled"),
-     ("sgdw", "decoupled"), ("SGDM", "momentum=0.9"), ("adamw_torch_fused", "'adamw' is it"), ("sophia", "'sophia_h'")],
+    [
+        ("adam", "'adamw' without weight decay is Adam"),
+        ("Adam", "'adamw' without"),
+        ("nadamw", "decoupled"),
+        ("sgdw", "decoupled"),
+        ("SGDM", "momentum=0.9"),
+        ("adamw_torch_fused", "'adamw' is it"),
+        ("sophia", "'sophia_h'"),
+    ],
 )
 def test_what_another_name_means_here_is_said_as_such(word, says):
     with pytest.raises(ValueError, match=f"{says}.* Known: adabelief") as error:

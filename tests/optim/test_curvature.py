@@ -356,6 +356,7 @@ def test_a_refresh_changes_curvature_and_nothing_else(make_rule):
 @pytest.mark.parametrize("make_rule", [SophiaGRule, SophiaHRule, AdaHessianRule])
 def test_resumed_is_bit_identical(make_rule):
     """Stopped between two refreshes: the state dict is all that is needed, whatever the global generator did."""
+
     def start(weight: Tensor | None = None):
         w, loss, _ = classifier()
         if weight is not None:
@@ -383,9 +384,14 @@ def test_rules_may_be_mixed():
     """Each group gets its own estimate at its own time; a frozen parameter and one without curvature are left out."""
     a, b, c, d, e = parameters([(3, 2)] * 5)
     optimizer = Optimizer(
-        [{"params": [a, d], "rule": SophiaGRule(refresh_every=1)}, {"params": [b], "rule": SophiaHRule()},
-         {"params": [c], "rule": SGDRule()}, {"params": [e], "rule": AdaHessianRule()}],
-        SGDRule(), lr=0.01,
+        [
+            {"params": [a, d], "rule": SophiaGRule(refresh_every=1)},
+            {"params": [b], "rule": SophiaHRule()},
+            {"params": [c], "rule": SGDRule()},
+            {"params": [e], "rule": AdaHessianRule()},
+        ],
+        SGDRule(),
+        lr=0.01,
     )
     x = randn((7, 2), 2)
 
@@ -564,7 +570,8 @@ def test_ranks_may_reach_different_parameters(tmp_path):
     x = torch.arange(10.0).reshape(5, 2) / 10
     alone = curvature.hutchinson(
         lambda: functional.cross_entropy(x @ (both * first).T, torch.zeros(5).long()),
-        [both, first], [torch.ones(3, 2)] * 2,
+        [both, first],
+        [torch.ones(3, 2)] * 2,
     )
     torch.testing.assert_close(one["hutchinson"][1], alone[1] / 2)
 

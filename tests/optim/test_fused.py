@@ -124,9 +124,15 @@ def test_infinite_parameters_and_gradients(only_compiled):
 
 
 def test_finite_gradients():
-    grads = [torch.ones(3), torch.tensor([1.0, torch.nan]), torch.zeros(0), torch.full((70_000,), 3e38),
-             torch.tensor(-torch.inf, dtype=torch.float64), torch.ones(4, 4, dtype=torch.bfloat16)[:, ::2],
-             torch.ones(5, dtype=torch.float16)]
+    grads = [
+        torch.ones(3),
+        torch.tensor([1.0, torch.nan]),
+        torch.zeros(0),
+        torch.full((70_000,), 3e38),
+        torch.tensor(-torch.inf, dtype=torch.float64),
+        torch.ones(4, 4, dtype=torch.bfloat16)[:, ::2],
+        torch.ones(5, dtype=torch.float16),
+    ]
     grads[3][69_999] = torch.inf
     assert fused.all_finite(grads) == [bool(g.isfinite().all()) for g in grads]
 
@@ -205,8 +211,12 @@ def test_a_rule_with_a_list_is_stepped_plainly():
 def test_layouts(only_compiled):
     """Dense tensors in any order of dimensions, views into larger storage and gradients of another layout."""
     base = randn((5, 7), 1, torch.float32)
-    for p, g in ((base.T.contiguous().T, base), (base.T.contiguous().T, base.T.contiguous().T),
-                 (torch.zeros(9, 7)[2:7].copy_(base), base), (base.clone(), base.T.contiguous().T)):
+    for p, g in (
+        (base.T.contiguous().T, base),
+        (base.T.contiguous().T, base.T.contiguous().T),
+        (torch.zeros(9, 7)[2:7].copy_(base), base),
+        (base.clone(), base.T.contiguous().T),
+    ):
         flat = base.clone()
         one, two = AdamWRule().init(p), AdamWRule().init(flat)
         for _ in range(3):
@@ -230,8 +240,9 @@ def test_what_is_left_to_the_plain_path(what, only_compiled):
         g = torch._neg_view(g)
     params = [torch.ones(2), p]
     with pytest.raises(Plain):
-        fused.step(AdamWRule(), params, [torch.ones(2), g], [AdamWRule().init(x) for x in params],
-                   lr=0.1, weight_decay=0.0)
+        fused.step(
+            AdamWRule(), params, [torch.ones(2), g], [AdamWRule().init(x) for x in params], lr=0.1, weight_decay=0.0
+        )
 
 
 def test_a_state_of_another_size_is_never_read_past_its_end(only_compiled):

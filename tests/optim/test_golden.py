@@ -40,8 +40,11 @@ class Curve:
 
 
 def curves(root: Path) -> list[Curve]:
-    return [Curve(path.parent, entry) for path in sorted([*root.glob("schedules.json"), *root.glob("*/schedules.json")])
-            for entry in json.loads(path.read_text(encoding="utf-8"))["schedules"]]
+    return [
+        Curve(path.parent, entry)
+        for path in sorted([*root.glob("schedules.json"), *root.glob("*/schedules.json")])
+        for entry in json.loads(path.read_text(encoding="utf-8"))["schedules"]
+    ]
 
 
 def test_golden_folder(golden_dir):
@@ -80,8 +83,14 @@ def ours(entry: dict):
         return schedule("cosine", total_steps=p["T_max"], min_ratio=p["eta_min"] / p["max_lr"])
     if name.startswith("wsd_"):
         total = p["warmup"] + p["stable"] + p["decay"]
-        return schedule("wsd", total_steps=total, warmup_steps=p["warmup"], decay_steps=p["decay"],
-                        decay=name.removeprefix("wsd_"), min_ratio=p["min_lr_ratio"])
+        return schedule(
+            "wsd",
+            total_steps=total,
+            warmup_steps=p["warmup"],
+            decay_steps=p["decay"],
+            decay=name.removeprefix("wsd_"),
+            min_ratio=p["min_lr_ratio"],
+        )
     if name.startswith(("rex_", "uba_", "poly")):
         kind = "polynomial" if name.startswith("poly") else name[:3]
         return schedule(kind, **warm, min_ratio=ratio, **{k: p[k] for k in ("d", "phi", "power") if k in p})
@@ -102,8 +111,14 @@ def ours(entry: dict):
     if name.startswith("blockwise_"):
         block = p["ratio"] if "ratio" in p else 1  # of the peak over the base rate, of which the floor is a share
         base = p.get("base_lr", p.get("max_lr"))
-        factor = schedule(name.split("_ratio")[0], total_steps=p["max_iters"], warmup_steps=p["warmup"], ratio=block,
-                          min_ratio=p["min_lr"] / base, **({"gamma": p["gamma"]} if "gamma" in p else {}))
+        factor = schedule(
+            name.split("_ratio")[0],
+            total_steps=p["max_iters"],
+            warmup_steps=p["warmup"],
+            ratio=block,
+            min_ratio=p["min_lr"] / base,
+            **({"gamma": p["gamma"]} if "gamma" in p else {}),
+        )
         return lambda step: block * base / p.get("max_lr", 1.0) * factor(step)
     return None
 

@@ -46,8 +46,12 @@ def adam_set(folder):
     """A set in the schema of the Adam family, with problems called otherwise."""
     folder.mkdir()
     shapes = {"kernel": (5, 9), "offset": (4,), "tensor": (2, 3, 2)}
-    named = {"model.layers.0.self_attn.q_proj.weight": (12, 12), "model.layers.0.self_attn.k_proj.weight": (8, 12),
-             "model.layers.0.mlp.up_proj.weight": (7, 12), "lm_head.weight": (11, 12)}
+    named = {
+        "model.layers.0.self_attn.q_proj.weight": (12, 12),
+        "model.layers.0.self_attn.k_proj.weight": (8, 12),
+        "model.layers.0.mlp.up_proj.weight": (7, 12),
+        "lm_head.weight": (11, 12),
+    }
     problems, inputs = {}, {}
     for key, some in (("alpha", shapes), ("omega", named), ("whole", shapes)):
         inputs[key] = recorded(some, len(inputs) + 3, missing=key != "whole")
@@ -66,16 +70,47 @@ def adam_set(folder):
     betas = {"lr": 3e-3, "weight_decay": 0.07, "betas": [0.7, 0.93]}
     add("w1", "AdamW", "alpha", adamw, betas | {"eps": 1e-5, "amsgrad": True})
     add("l1", "Lion", "omega", lion, {"lr": 2e-3, "weight_decay": 0.3, "betas": [0.8, 0.95]})
-    add("mini", "AdamMini", "omega", adam_mini, betas | {"eps": 1e-7},
-        each=lambda n: {"blocks": {"q_proj": 4 * 12, "k_proj": 4 * 12}.get(n.split(".")[-2], "row")})
+    add(
+        "mini",
+        "AdamMini",
+        "omega",
+        adam_mini,
+        betas | {"eps": 1e-7},
+        each=lambda n: {"blocks": {"q_proj": 4 * 12, "k_proj": 4 * 12}.get(n.split(".")[-2], "row")},
+    )
     belief = betas | {"eps": 1e-8}
-    add("b1", "AdaBelief", "alpha", adabelief,
-        belief | {"amsgrad": False, "degenerated_to_sgd": True, "weight_decouple": True, "fixed_decay": True,
-                  "rectify": False},
-        told={k: belief[k] for k in ("betas", "eps")} | {"rectify": False, "fixed_decay": True})
-    add("s1", "SPAM", "whole", spam,
-        {"lr": 3e-3, "weight_decay": 0.0, "betas": [0.7, 0.93], "eps": 1e-6, "correct_bias": True, "warmup_steps": 2,
-         "threshold": 10, "DeltaT": 3, "grad_accu_steps": 1})
+    add(
+        "b1",
+        "AdaBelief",
+        "alpha",
+        adabelief,
+        belief
+        | {
+            "amsgrad": False,
+            "degenerated_to_sgd": True,
+            "weight_decouple": True,
+            "fixed_decay": True,
+            "rectify": False,
+        },
+        told={k: belief[k] for k in ("betas", "eps")} | {"rectify": False, "fixed_decay": True},
+    )
+    add(
+        "s1",
+        "SPAM",
+        "whole",
+        spam,
+        {
+            "lr": 3e-3,
+            "weight_decay": 0.0,
+            "betas": [0.7, 0.93],
+            "eps": 1e-6,
+            "correct_bias": True,
+            "warmup_steps": 2,
+            "threshold": 10,
+            "DeltaT": 3,
+            "grad_accu_steps": 1,
+        },
+    )
     none = {"kernel": np.zeros((STEPS + 1, 5, 9))}
     cases += [
         adam_case("x1", "Unheard", "alpha", {"lr": 1.0}, none),
@@ -93,16 +128,24 @@ def matrix_set(folder, *, spoil=False):
     inputs = recorded(tensors, 8)
     np.savez(folder / "problem_Q9.npz", **inputs)
     draw = np.random.default_rng(5)
-    regression = {"X": draw.standard_normal((15, 5)), "Y": draw.standard_normal((15, 4)),
-                  "init/matrix": draw.standard_normal((4, 5))}
+    regression = {
+        "X": draw.standard_normal((15, 5)),
+        "Y": draw.standard_normal((15, 4)),
+        "init/matrix": draw.standard_normal((4, 5)),
+    }
     np.savez(folder / "problem_R7.npz", **regression)
     shared = {"nesterov": True, "ns_steps": 4, "ns_coefficients": [3.4445, -4.775, 2.0315], "eps": 1e-7}
-    hyper = shared | {"muon": {"lr": 0.03, "momentum": 0.8, "weight_decay": 0.2},
-                      "adam": {"lr": 0.004, "betas": [0.6, 0.9], "eps": 1e-9, "weight_decay": 0.0}}
+    hyper = shared | {
+        "muon": {"lr": 0.03, "momentum": 0.8, "weight_decay": 0.2},
+        "adam": {"lr": 0.004, "betas": [0.6, 0.9], "eps": 1e-9, "weight_decay": 0.0},
+    }
     told = {"momentum_form": "ema", "scale": "original", "ns_steps": 4}
-    paths = {n: trajectory(muon, inputs, n, **hyper["muon"], **told) if len(shape) > 1 else
-             trajectory(adamw, inputs, n, lr=0.004, weight_decay=0.0, betas=(0.6, 0.9), eps=1e-9)
-             for n, shape in tensors.items()}
+    paths = {
+        n: trajectory(muon, inputs, n, **hyper["muon"], **told)
+        if len(shape) > 1
+        else trajectory(adamw, inputs, n, lr=0.004, weight_decay=0.0, betas=(0.6, 0.9), eps=1e-9)
+        for n, shape in tensors.items()
+    }
     if spoil:
         paths["thin"][3:] += 0.01
     np.savez(folder / "m.npz", **{f"param/{n}": path for n, path in paths.items()})
@@ -116,20 +159,47 @@ def matrix_set(folder, *, spoil=False):
         step = muon.orthogonalised(0.8 * buffer + 0.2 * g, steps=4) * max(1.0, 4 / 5) ** 0.5
         w = w - 0.03 * (step + 0.2 * w)
     np.savez(folder / "r.npz", **{"param/matrix": np.stack([*path, w]), "loss": np.array(losses)})
-    common = {"optimizer": "muon", "hyper_parameters": hyper, "source": "derived", "reference": "a transcription",
-              "param_dtype": "float64", "newton_schulz_dtype": "float64", "agreement": "", "notes": "",
-              "tolerance": {"rtol": 1e-7, "atol": 1e-9}}
+    common = {
+        "optimizer": "muon",
+        "hyper_parameters": hyper,
+        "source": "derived",
+        "reference": "a transcription",
+        "param_dtype": "float64",
+        "newton_schulz_dtype": "float64",
+        "agreement": "",
+        "notes": "",
+        "tolerance": {"rtol": 1e-7, "atol": 1e-9},
+    }
     rules = {n: "muon" if len(shape) > 1 else "adam" for n, shape in tensors.items()}
-    cases = [common | {"case": "m", "file": "m.npz", "problem": "Q9", "parameters": rules},
-             common | {"case": "r", "file": "r.npz", "problem": "R7", "parameters": {"matrix": "muon"}}]
+    cases = [
+        common | {"case": "m", "file": "m.npz", "problem": "Q9", "parameters": rules},
+        common | {"case": "r", "file": "r.npz", "problem": "R7", "parameters": {"matrix": "muon"}},
+    ]
     (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "cases": cases}))
 
 
 def run(folder):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/optim/test_golden.py",
-               "-k", "not bundled", "--golden-dir", str(folder)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OPTIM_BACKEND": "torch"})
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/optim/test_golden.py",
+        "-k",
+        "not bundled",
+        "--golden-dir",
+        str(folder),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OPTIM_BACKEND": "torch"},
+    )
     return done.returncode, done.stdout
 
 
@@ -140,8 +210,12 @@ def test_every_case_of_another_folder_is_held_or_reported(tmp_path):
     code, out = run(tmp_path)
     assert code == 0, out[-3000:]
     assert "7 held, 0 failed, 4 not supported" in out, out[-3000:]
-    for reason in ("optimizer Unheard (1)", "problem of kind 'of a kind that nobody knows' (1)",
-                   "setting lookahead (1)", "for information only (1)"):
+    for reason in (
+        "optimizer Unheard (1)",
+        "problem of kind 'of a kind that nobody knows' (1)",
+        "setting lookahead (1)",
+        "for information only (1)",
+    ):
         assert reason in out, out[-3000:]
 
 

@@ -314,8 +314,9 @@ def test_two_processes_are_one_for_every_optimizer(runs, folder, tmp_path, monke
         runs.stepped(alone, name)
         for n, p in alone.named_parameters():
             assert torch.equal(mine[n], found[1][name, kind][n]), (name, kind, n)
-            torch.testing.assert_close(mine[n], p.detach(), rtol=1e-5, atol=1e-5,
-                                       msg=lambda m, at=(name, kind, n): f"{at}\n{m}")
+            torch.testing.assert_close(
+                mine[n], p.detach(), rtol=1e-5, atol=1e-5, msg=lambda m, at=(name, kind, n): f"{at}\n{m}"
+            )
         stepped += 1
     refused = sorted(name for (name, _), mine in found[0].items() if isinstance(mine, str))
     assert stepped == 2 * len(NAMES) - len(refused), refused

@@ -54,8 +54,12 @@ def test_zero_gives_zero(dtype, form):
     assert torch.equal(newton_schulz(torch.zeros(3, 5), dtype=dtype, form=form), torch.zeros(3, 5))
 
 
-TINY_AND_HUGE = {torch.float32: (-110, 100), torch.float64: (-1000, 1000), torch.bfloat16: (-110, 100),
-                 torch.float16: (-8, 12)}
+TINY_AND_HUGE = {
+    torch.float32: (-110, 100),
+    torch.float64: (-1000, 1000),
+    torch.bfloat16: (-110, 100),
+    torch.float16: (-8, 12),
+}
 """Dtype -> exponents of 2 that keep a matrix of ordinary numbers normal in it."""
 
 
@@ -84,8 +88,14 @@ def test_eps_is_the_published_one_down_to_a_norm_of_eps_and_then_fades():
     x = randn((6, 9), 6)
     x = x / torch.linalg.matrix_norm(x)
     one = ((1.0, 0.0, 0.0),)  # a polynomial that changes nothing
-    for norm, want in ((1.0, 1 / 1.01), (0.1, 1 / 1.1), (0.01, 0.5), (0.0055, 0.0055 / (0.0055 + 0.005)),
-                       (0.001, 1.0), (1e-30, 1.0)):
+    for norm, want in (
+        (1.0, 1 / 1.01),
+        (0.1, 1 / 1.1),
+        (0.01, 0.5),
+        (0.0055, 0.0055 / (0.0055 + 0.005)),
+        (0.001, 1.0),
+        (1e-30, 1.0),
+    ):
         got = newton_schulz(norm * x, coefficients=one, eps=0.01)
         torch.testing.assert_close(got, want * x, rtol=1e-12, atol=1e-15)
     for norm in (1.0, 0.01, 0.001, 1e-300):

@@ -211,8 +211,10 @@ def test_what_is_beside_the_subspace():
     g, p = randn((8, 6), 2), torch.zeros(8, 6, dtype=torch.float64)
     state = rule.init(p)
     rule.share([g], [state], [state])
-    inside = [replace(rule, exact_residual=exact, limiter=0.0, scale=0.25).update(g, state, p)[0] @ state["basis"]
-              for exact in (True, False)]
+    inside = [
+        replace(rule, exact_residual=exact, limiter=0.0, scale=0.25).update(g, state, p)[0] @ state["basis"]
+        for exact in (True, False)
+    ]
     low = replace(rule, form="project").update(g, state, p)[0] @ state["basis"]
     assert_close([inside[0]], [low], torch.float64)
     assert float((inside[1] - low).norm() / low.norm()) > 0.1

@@ -276,7 +276,8 @@ def test_pieces_threads_and_backends_make_no_difference(monkeypatch, rule, dtype
             apart = (a.int() - b.int()).abs()
             assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-2
     assert {t.dtype for t in whole[1:]} == {torch.float32, rule._dtype("exp_avg"), rule._dtype("exp_avg_sq")} or (
-        rule.name == "lion_8bit")
+        rule.name == "lion_8bit"
+    )
 
 
 def test_a_failing_piece_fails_the_step(monkeypatch):
@@ -451,8 +452,10 @@ def test_matrices_are_decoded_one_at_a_time(monkeypatch):
     """8-bit Muon holds what Muon holds, its momentum included, of one matrix: the other states stay codes."""
     monkeypatch.setenv("OPTIM_BACKEND", "torch")
     peaks = {}
-    for name, rule in (("8 bits", Muon8bitRule().with_settings(ns_dtype="float32")),
-                       ("32 bits", MuonRule(nesterov=False, ns_dtype="float32"))):
+    for name, rule in (
+        ("8 bits", Muon8bitRule().with_settings(ns_dtype="float32")),
+        ("32 bits", MuonRule(nesterov=False, ns_dtype="float32")),
+    ):
         params = [Parameter(randn((300, 400 + i), i, torch.float32)) for i in range(3)]
         optimizer = Optimizer(params, rule, lr=0.01)
         for i, p in enumerate(params):
@@ -465,10 +468,16 @@ def test_matrices_are_decoded_one_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
-@pytest.mark.parametrize("rule", [
-    AdamW8bitRule(), AdamW8bitRule().with_settings(stochastic_rounding=True), AdamW8bitRule(stochastic=True),
-    Muon8bitRule(),
-], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        AdamW8bitRule(),
+        AdamW8bitRule().with_settings(stochastic_rounding=True),
+        AdamW8bitRule(stochastic=True),
+        Muon8bitRule(),
+    ],
+    ids=str,
+)
 def test_layouts_and_pieces_change_nothing(monkeypatch, backend, layout, rule):
     """A tensor in another order of memory, in pieces that cut its rows, steps as the contiguous one in one piece."""
     monkeypatch.setenv("OPTIM_BACKEND", backend)

@@ -15,9 +15,7 @@ NAMES = {"model.layers.0.mlp.up_proj.weight": (24, 16), "model.layers.0.input_la
 def parameters(dtype, seed=0):
     g = torch.Generator().manual_seed(seed)
     values = {name: torch.randn(shape, generator=g) * 0.02 for name, shape in NAMES.items()}
-    return {
-        name: torch.nn.Parameter((value + ("norm" in name)).bfloat16().to(dtype)) for name, value in values.items()
-    }
+    return {name: torch.nn.Parameter((value + ("norm" in name)).bfloat16().to(dtype)) for name, value in values.items()}
 
 
 def stepped(optimizer, params, steps, start=0):

@@ -94,7 +94,8 @@ def test_names_stay_those_of_this_optimizer_when_a_state_is_loaded(saved, named)
     kept = copy.deepcopy(there.state_dict())
     here.load_state_dict(there.state_dict())
     assert there.state_dict().keys() == kept.keys() and [g.get("param_names") for g in kept["param_groups"]] == [
-        g.get("param_names") for g in there.state_dict()["param_groups"]]
+        g.get("param_names") for g in there.state_dict()["param_groups"]
+    ]
     own = [["w"], ["b"]] if named else [[n] for n in names] if names else [None, None]  # torch's way: better than none
     assert [g.get("param_names") for g in here.param_groups] == own
     assert [g.get("param_names") for g in here.state_dict()["param_groups"]] == own

@@ -321,8 +321,9 @@ def test_written_settings_survive(how):
         with pytest.raises(ValueError, match="betas is"):
             Muon(list(zip(names, twins, strict=True)), 0.02, adamw_betas=(0.8, 0.99)).load_state_dict(saved)
     else:
-        twins, other = copy.deepcopy((params, optimizer)) if how == "deepcopy" else pickle.loads(
-            pickle.dumps((params, optimizer)))
+        twins, other = (
+            copy.deepcopy((params, optimizer)) if how == "deepcopy" else pickle.loads(pickle.dumps((params, optimizer)))
+        )
     assert other.param_groups[0]["momentum"] == 0.87 and other.param_groups[1]["betas"] == (0.9, 0.99)
     step((params, optimizer), (twins, other), seed=9)
     assert_same([*params, *states(optimizer)], [*twins, *states(other)])
@@ -331,6 +332,7 @@ def test_written_settings_survive(how):
 
 def test_resuming_under_a_scheduler():
     """The scheduler has already written to the groups of the new optimizer when the state is loaded."""
+
     def made():
         params = parameters(SHAPES)
         optimizer = AdamW(params, 0.01)
@@ -365,8 +367,13 @@ def test_the_map_follows_what_was_written():
 def test_divided_groups_have_settings_too():
     params = parameters([(4, 3), (5,)])
     optimizer = AdamW(named(params), 0.01)
-    divide_groups(optimizer, lambda group: [group | {"params": group["params"][:1], "betas": (0.5, 0.6)},
-                                            group | {"params": group["params"][1:]}])
+    divide_groups(
+        optimizer,
+        lambda group: [
+            group | {"params": group["params"][:1], "betas": (0.5, 0.6)},
+            group | {"params": group["params"][1:]},
+        ],
+    )
     assert [group["betas"] for group in optimizer.param_groups] == [(0.5, 0.6), (0.9, 0.999)]
     assert optimizer.param_groups[0]["rule"].betas == (0.5, 0.6)
 

@@ -38,10 +38,13 @@ def test_the_transcribed_codes_are_the_published_ones(golden_dir):
         pytest.skip(f"no case of these on recorded gradients in {golden_dir}")
 
 
-@pytest.mark.parametrize("rule", [
-    SPAMRule(DeltaT=4, warmup_steps=2, threshold=0),
-    StableSPAMRule(update_proj_gap=4, separate_counters=True),
-])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        SPAMRule(DeltaT=4, warmup_steps=2, threshold=0),
+        StableSPAMRule(update_proj_gap=4, separate_counters=True),
+    ],
+)
 def test_resets_count_calls_and_steps_count_gradients(rule):
     """A parameter that misses gradients is reset together with the others, and counts its own steps."""
     p, q = (torch.nn.Parameter(randn((3, 2), i)) for i in range(2))
@@ -125,6 +128,7 @@ def test_a_spike_is_clipped():
 
 def test_stable_spam_recovers_the_clip_threshold_only_with_its_own_counters():
     """After a reset the published threshold jumps by about 1 / (1 - gamma3) and lets a spike of 100 through."""
+
     def height_after_a_reset(separate):
         rule = StableSPAMRule(update_proj_gap=20, separate_counters=separate)
         state, param = rule.init(torch.zeros(50)), torch.zeros(50)

@@ -33,20 +33,20 @@ PAIRS = {
     "adam": (lambda p: AdamW(p, 0.01, weight_decay=0.0), lambda p: torch.optim.Adam(p, 0.01)),
     "sgd": (lambda p: SGD(p, 0.1), lambda p: torch.optim.SGD(p, 0.1)),
     "sgd decay": (lambda p: SGD(p, 0.1, weight_decay=0.1), lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1)),
-    "sgd momentum": (
-        lambda p: SGD(p, 0.1, 0.9, dampening=0.5), lambda p: torch.optim.SGD(p, 0.1, 0.9, dampening=0.5)),
-    "sgd nesterov": (
-        lambda p: SGD(p, 0.1, 0.9, nesterov=True), lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True)),
+    "sgd momentum": (lambda p: SGD(p, 0.1, 0.9, dampening=0.5), lambda p: torch.optim.SGD(p, 0.1, 0.9, dampening=0.5)),
+    "sgd nesterov": (lambda p: SGD(p, 0.1, 0.9, nesterov=True), lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True)),
     "nadam": (lambda p: NAdam(p, 0.01), lambda p: torch.optim.NAdam(p, 0.01)),
     "nadam l2": (lambda p: NAdam(p, 0.01, l2=0.1), lambda p: torch.optim.NAdam(p, 0.01, weight_decay=0.1)),
     "nadam decay": (
         lambda p: NAdam(p, 0.01, weight_decay=0.1),
-        lambda p: torch.optim.NAdam(p, 0.01, weight_decay=0.1, decoupled_weight_decay=True)),
+        lambda p: torch.optim.NAdam(p, 0.01, weight_decay=0.1, decoupled_weight_decay=True),
+    ),
     "muon": (lambda p: muon(p, convention="torch"), lambda p: torch.optim.Muon(p, 0.02)),
     "muon moonlight": (lambda p: muon(p), lambda p: torch.optim.Muon(p, 0.02, adjust_lr_fn="match_rms_adamw")),
     "muon plain": (
         lambda p: muon(p, nesterov=False, momentum=0.8),
-        lambda p: torch.optim.Muon(p, 0.02, nesterov=False, momentum=0.8, adjust_lr_fn="match_rms_adamw")),
+        lambda p: torch.optim.Muon(p, 0.02, nesterov=False, momentum=0.8, adjust_lr_fn="match_rms_adamw"),
+    ),
 }
 
 
@@ -118,18 +118,21 @@ def test_muon_with_other_tensors_is_two_optimizers_in_torch():
             torch.testing.assert_close(other.state[p][key], scale * optimizer.state[p][key])
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda p: AdamW(p, eps_root=1e-8), "AdamW.*eps_root = 1e-08"),
-    (lambda p: AdamW(p, bias_correction=False), "bias_correction = False"),
-    (lambda p: AdamW(p, stochastic_rounding=True), "stochastic_rounding = True"),
-    (lambda p: SGD(p, 0.1, 0.9, weight_decay=0.1), "decoupled"),
-    (lambda p: NAdam(p, 0.1, weight_decay=0.1, l2=0.1), "not both"),
-    (lambda p: Lion(p), "no counterpart of 'lion'"),
-    (lambda p: create("adamw_8bit", named(p), lr=0.1), "no counterpart of 'adamw_8bit'"),
-    (lambda p: muon(p, convention="dion", adamw_lr=0.1), "scale 'spectral_norm'"),
-    (lambda p: muon(p, ns_coefficients="polar_express"), "polar_express"),
-    (lambda p: muon(p, cautious_decay=True), "cautious_decay = True"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: AdamW(p, eps_root=1e-8), "AdamW.*eps_root = 1e-08"),
+        (lambda p: AdamW(p, bias_correction=False), "bias_correction = False"),
+        (lambda p: AdamW(p, stochastic_rounding=True), "stochastic_rounding = True"),
+        (lambda p: SGD(p, 0.1, 0.9, weight_decay=0.1), "decoupled"),
+        (lambda p: NAdam(p, 0.1, weight_decay=0.1, l2=0.1), "not both"),
+        (lambda p: Lion(p), "no counterpart of 'lion'"),
+        (lambda p: create("adamw_8bit", named(p), lr=0.1), "no counterpart of 'adamw_8bit'"),
+        (lambda p: muon(p, convention="dion", adamw_lr=0.1), "scale 'spectral_norm'"),
+        (lambda p: muon(p, ns_coefficients="polar_express"), "polar_express"),
+        (lambda p: muon(p, cautious_decay=True), "cautious_decay = True"),
+    ],
+)
 def test_what_torch_does_not_have_is_refused_by_name(make, message):
     with pytest.raises(ValueError, match=f"to_torch_state: .*{message}"):
         to_torch_state(make(parameters(SHAPES)))
@@ -193,21 +196,33 @@ def test_a_map_of_what_torch_wrote():
         saved = UpdateMap.from_state_dict(optimizer.state_dict(), at)
         loaded = ours(params)
         loaded.load_state_dict(optimizer.state_dict())
-        wanted = [loaded.param_groups[0]["rule"].update(g, loaded.state[p], p)[0] for g, p in zip(
-            grads.values(), params, strict=True)]
+        wanted = [
+            loaded.param_groups[0]["rule"].update(g, loaded.state[p], p)[0]
+            for g, p in zip(grads.values(), params, strict=True)
+        ]
         assert_close(saved(grads).values(), wanted, torch.float32, name, 20 * factor(name))
 
 
-HYPER = {"adam_mini": {"blocks": "tensor"}, "galore": {"rank": 8}, "fira": {"rank": 8}, "apollo": {"rank": 8},
-         "sgd": {"momentum": 0.9}, "sgdp": {"momentum": 0.9}, "scale": {"momentum": 0.9}}
+HYPER = {
+    "adam_mini": {"blocks": "tensor"},
+    "galore": {"rank": 8},
+    "fira": {"rank": 8},
+    "apollo": {"rank": 8},
+    "sgd": {"momentum": 0.9},
+    "sgdp": {"momentum": 0.9},
+    "scale": {"momentum": 0.9},
+}
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_loaded_state_goes_on_to_the_bit(name, dtype):
     """torch's own loading would round moments to the parameter's dtype, and step counts above 256 with them."""
-    shapes = {"model.layers.0.mlp.up_proj.weight": (96, 64), "model.layers.0.mlp.down_proj.weight": (64, 96),
-              "model.norm.weight": (64,)}
+    shapes = {
+        "model.layers.0.mlp.up_proj.weight": (96, 64),
+        "model.layers.0.mlp.down_proj.weight": (64, 96),
+        "model.norm.weight": (64,),
+    }
 
     def made(seed):
         params = [(n, Parameter(randn(shape, seed + i, dtype))) for i, (n, shape) in enumerate(shapes.items())]

@@ -66,8 +66,10 @@ def test_other_rules_read_the_same_state():
     params, optimizer = trained(named=True, cls=AdamW)
     less = AdamWRule(eps=0.0, eps_root=1e-8, bias_correction=False)
     grads = {n: randn(tuple(p.shape), 1, torch.float32) for n, p in params.items()}
-    for source in (UpdateMap.of(optimizer, rules=less),
-                   UpdateMap.from_state_dict(optimizer.state_dict(), params, rules=dict.fromkeys(params, less))):
+    for source in (
+        UpdateMap.of(optimizer, rules=less),
+        UpdateMap.from_state_dict(optimizer.state_dict(), params, rules=dict.fromkeys(params, less)),
+    ):
         for name, p in params.items():
             state = optimizer.state[p]
             m = 0.9 * state["exp_avg"] + 0.1 * grads[name]

@@ -368,7 +368,9 @@ def test_columns_are_read_from_texts_and_files_have_their_own(tmp_path):
     assert both.train.columns == {"prompt": "q", "completion": "a"}
     assert both.target_columns == {"prompt": "x", "completion": "y"}
     assert columns("train.columns={prompt: p, b.jsonl: {text: body}}").train.columns == {
-        "prompt": "p", "b.jsonl": {"text": "body"}}
+        "prompt": "p",
+        "b.jsonl": {"text": "body"},
+    }
     path = tmp_path / "settings.yaml"
     path.write_text(dump(both))
     assert load_config(SelectConfig, path) == both

@@ -344,8 +344,10 @@ def rows_with_sources(n=36):
 
 def pad(rows):
     width = max(len(row["input_ids"]) for row in rows)
+
     def filled(key, empty):
         return torch.tensor([row[key] + [empty] * (width - len(row[key])) for row in rows])
+
     ids = filled("input_ids", 0)
     return {"input_ids": ids, "labels": filled("labels", -100), "attention_mask": (ids != 0).long()}
 
@@ -688,4 +690,3 @@ def test_the_warning_appears_while_training_and_the_terminal_is_clean(world, tmp
     assert text.count("warning: after 1 in vain") == 1
     assert "40 rows, 2 optimizer steps of 8 rows" in text, "no word of epochs that are not finished"
     assert "model shards" not in text, "transformers' bars are off while weights are saved"
-

@@ -53,47 +53,50 @@ def reason(raw: bytes, limits: Limits = Limits()) -> str:  # noqa: B008
     return "ok"
 
 
-@pytest.mark.parametrize(("raw", "expected"), [
-    (b'{"a": 1}', "ok"),
-    (b' {"a": 1} \r', "ok"),
-    (b'{"a": "\\ud83d\\ude00"}', "ok"),
-    (b'{"a": 1, "a": 1}', "ok"),  # said twice, but not two things
-    (b'{"a": "\\u0000"}', "ok"),
-    (b'{"a": 1', "truncated_json"),
-    (b'{"a": "b', "truncated_json"),
-    (b'{"a": [1, ', "truncated_json"),
-    (b'{"a":', "truncated_json"),
-    (b'{"a": 1,}', "trailing_comma"),
-    (b'{"a": [1,]}', "trailing_comma"),
-    (b"{'a': 1}", "python_repr"),
-    (b'{"a": 1}{"b": 2}', "two_objects"),
-    (b'{"a": 1} {"b": 2}', "two_objects"),
-    (b'{"a": 1} x', "extra_data"),
-    (b"[1, 2]", "not_an_object"),
-    (b'"text"', "not_an_object"),
-    (b"null", "not_an_object"),
-    (b"3", "not_an_object"),
-    (b"true", "not_an_object"),
-    (b"hello", "invalid_json"),
-    (b'{"a": NaN}', "nan_literal"),
-    (b'{"a": -Infinity}', "nan_literal"),
-    (b'{"a": 1e999}', "number_overflow"),
-    (b'{"a": ' + b"9" * 5000 + b"}", "number_overflow"),
-    (b'{"a": 1, "a": 2}', "duplicate_key"),
-    (b'{"b": {"a": 1, "a": null}}', "duplicate_key"),
-    (b'{"a": "\\ud800"}', "lone_surrogate"),
-    (b'{"\\udfff": 1}', "lone_surrogate"),
-    (b'{"a": ["x", {"b": "\\uDBFFx"}]}', "lone_surrogate"),
-    (b'{"a": "\xff"}', "invalid_utf8"),
-    (b'{"a": "\xed\xa0\x80"}', "invalid_utf8"),  # a surrogate written as UTF-8
-    (b'{"a": "\x00"}', "nul_byte"),
-    (b'{"a": "\x01"}', "control_character"),
-    (b"\xef\xbb\xbf" + b'{"a": 1}', "byte_order_mark"),  # the file's own is gone by then
-    (b"[" * 100_000, "too_deep"),
-    (b'{"a": ' * 65 + b"1" + b"}" * 65, "too_deep"),
-    (b'{"a": ' * 64 + b"1" + b"}" * 64, "ok"),
-    (b'{"a": "' + b"[{" * 1000 + b'"}', "ok"),  # brackets in a text are no depth
-])
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b'{"a": 1}', "ok"),
+        (b' {"a": 1} \r', "ok"),
+        (b'{"a": "\\ud83d\\ude00"}', "ok"),
+        (b'{"a": 1, "a": 1}', "ok"),  # said twice, but not two things
+        (b'{"a": "\\u0000"}', "ok"),
+        (b'{"a": 1', "truncated_json"),
+        (b'{"a": "b', "truncated_json"),
+        (b'{"a": [1, ', "truncated_json"),
+        (b'{"a":', "truncated_json"),
+        (b'{"a": 1,}', "trailing_comma"),
+        (b'{"a": [1,]}', "trailing_comma"),
+        (b"{'a': 1}", "python_repr"),
+        (b'{"a": 1}{"b": 2}', "two_objects"),
+        (b'{"a": 1} {"b": 2}', "two_objects"),
+        (b'{"a": 1} x', "extra_data"),
+        (b"[1, 2]", "not_an_object"),
+        (b'"text"', "not_an_object"),
+        (b"null", "not_an_object"),
+        (b"3", "not_an_object"),
+        (b"true", "not_an_object"),
+        (b"hello", "invalid_json"),
+        (b'{"a": NaN}', "nan_literal"),
+        (b'{"a": -Infinity}', "nan_literal"),
+        (b'{"a": 1e999}', "number_overflow"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "number_overflow"),
+        (b'{"a": 1, "a": 2}', "duplicate_key"),
+        (b'{"b": {"a": 1, "a": null}}', "duplicate_key"),
+        (b'{"a": "\\ud800"}', "lone_surrogate"),
+        (b'{"\\udfff": 1}', "lone_surrogate"),
+        (b'{"a": ["x", {"b": "\\uDBFFx"}]}', "lone_surrogate"),
+        (b'{"a": "\xff"}', "invalid_utf8"),
+        (b'{"a": "\xed\xa0\x80"}', "invalid_utf8"),  # a surrogate written as UTF-8
+        (b'{"a": "\x00"}', "nul_byte"),
+        (b'{"a": "\x01"}', "control_character"),
+        (b"\xef\xbb\xbf" + b'{"a": 1}', "byte_order_mark"),  # the file's own is gone by then
+        (b"[" * 100_000, "too_deep"),
+        (b'{"a": ' * 65 + b"1" + b"}" * 65, "too_deep"),
+        (b'{"a": ' * 64 + b"1" + b"}" * 64, "ok"),
+        (b'{"a": "' + b"[{" * 1000 + b'"}', "ok"),  # brackets in a text are no depth
+    ],
+)
 def test_reason_of_a_line(raw, expected):
     assert reason(raw) == expected
 
@@ -107,11 +110,37 @@ def test_limits_name_themselves():
 
 JSONISH = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["user", "assistant"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-        st.sampled_from(["messages", "role", "content", "text", "prompt", "completion", "instruction", "output", "id",
-                         "conversations", "from", "value", "history", "system", "input", "weight", "type", "tools"]),
-        inner, max_size=5),
-    max_leaves=12)
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "messages",
+                    "role",
+                    "content",
+                    "text",
+                    "prompt",
+                    "completion",
+                    "instruction",
+                    "output",
+                    "id",
+                    "conversations",
+                    "from",
+                    "value",
+                    "history",
+                    "system",
+                    "input",
+                    "weight",
+                    "type",
+                    "tools",
+                ]
+            ),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=12,
+)
 
 
 @st.composite
@@ -120,9 +149,26 @@ def lines(draw) -> bytes:
     raw = bytearray(json.dumps(draw(JSONISH), ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass"))
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(raw)))
-        raw[at:at + draw(st.integers(0, 3))] = draw(st.sampled_from(
-            [b"", b"{", b"}", b"[", b'"', b",", b"\\", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r", b"\\ud800", b"NaN",
-             b"1e999"]))
+        raw[at : at + draw(st.integers(0, 3))] = draw(
+            st.sampled_from(
+                [
+                    b"",
+                    b"{",
+                    b"}",
+                    b"[",
+                    b'"',
+                    b",",
+                    b"\\",
+                    b"\x00",
+                    b"\xff",
+                    b"\xef\xbb\xbf",
+                    b"\r",
+                    b"\\ud800",
+                    b"NaN",
+                    b"1e999",
+                ]
+            )
+        )
     return bytes(raw)
 
 
@@ -153,16 +199,26 @@ def test_any_file_gives_rows_or_one_error(tmp_path_factory, parts, end):
         expected = physical[row.line - 1]
         assert row.raw == (expected.removeprefix(b"\xef\xbb\xbf") if row.line == 1 else expected)
     for entry in bad:
-        at = data[entry.byte_offset:].split(b"\n")[0]
+        at = data[entry.byte_offset :].split(b"\n")[0]
         assert at == physical[entry.line - 1] or entry.line == 1
     assert pool.files[0].rows + pool.files[0].bad + pool.files[0].blank == len(physical) - (physical[-1] == b"")
 
 
-@pytest.mark.parametrize("raw", [
-    b'"' * 2_000_000, b"\\" * 2_000_000, b"[" * 2_000_000, b'{"a":' * 400_000, b'"' + b'\\"' * 1_000_000,
-    b'{"a": [' + b"{}," * 300_000 + b"0]}", b'{"a": 0.' + b"1" * 2_000_000 + b"}", b" " * 2_000_000 + b"x",
-    b"{" + b'"a":1,' * 300_000 + b'"a":1}',
-], ids=["quotes", "backslashes", "brackets", "objects", "escapes", "empty-objects", "digits", "spaces", "keys"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'"' * 2_000_000,
+        b"\\" * 2_000_000,
+        b"[" * 2_000_000,
+        b'{"a":' * 400_000,
+        b'"' + b'\\"' * 1_000_000,
+        b'{"a": [' + b"{}," * 300_000 + b"0]}",
+        b'{"a": 0.' + b"1" * 2_000_000 + b"}",
+        b" " * 2_000_000 + b"x",
+        b"{" + b'"a":1,' * 300_000 + b'"a":1}',
+    ],
+    ids=["quotes", "backslashes", "brackets", "objects", "escapes", "empty-objects", "digits", "spaces", "keys"],
+)
 def test_hostile_lines_take_no_time(raw):
     start = time.process_time()
     reason(raw)
@@ -172,65 +228,72 @@ def test_hostile_lines_take_no_time(raw):
 # ---------------------------------------------------------------- row shapes
 
 
-@pytest.mark.parametrize(("row", "expected"), [
-    ({}, "unknown_format"),
-    ({"question": "q", "reply": "a"}, "unknown_format"),
-    ({"question": "q", "answer": 7}, "answer_not_text"),
-    ({"question": None, "answer": "a"}, "null_prompt"),
-    ({"input": "", "output": "a"}, "empty_prompt"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference_row"),
-    ({"input_ids": [1, 2]}, "pre_tokenised"),
-    ({"messages": None}, "no_messages"),
-    ({"messages": []}, "no_messages"),
-    ({"messages": "hello"}, "messages_not_list"),
-    ({"messages": {"user": "a"}}, "messages_not_list"),
-    ({"messages": ["a", "b"]}, "turn_not_object"),
-    ({"messages": [{"content": "a"}]}, "missing_role"),
-    ({"messages": [{"role": None, "content": "a"}]}, "missing_role"),
-    (chat(("user", "q"), ("asistant", "a")), "unknown_role"),
-    (chat((3, "q")), "unknown_role"),
-    (chat(("user", "q"), ("tool", "a")), "no_assistant_turn"),
-    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "bad_tool_call"),
-    (chat(("user", "q"), ("function_call", "f(x)")), "bad_tool_call"),
-    (chat(("user", "q"), ("function_call", "[" * 100_000)), "bad_tool_call"),
-    ({"messages": [turn("user", "q"), turn("assistant", None, tool_calls=[{"name": "f", "arguments": "{x"}])]},
-     "bad_tool_call"),
-    ({"messages": [turn("user", "q"), turn("assistant", None, tool_calls=[{"name": "f", "arguments": [1]}])]},
-     "bad_tool_call"),
-    ({**chat(("user", "q"), ("assistant", "a")), "tools": "f"}, "tools_not_list"),
-    ({**chat(("user", "q"), ("assistant", "a")), "tools": [1]}, "tools_not_list"),
-    ({"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}, "tools"),
-    ({"messages": [turn("user", "q"), turn("assistant", None, reasoning_content="r")]}, "null_answer"),
-    ({"messages": [turn("user", "q"), turn("assistant", "a", thinking=3)]}, "reasoning_not_text"),
-    (chat(("user", "q")), "no_assistant_turn"),
-    (chat(("system", "s")), "no_assistant_turn"),
-    (chat(("assistant", "a")), "no_user_turn"),
-    (chat(("user", ""), ("assistant", "a")), "empty_prompt"),
-    (chat(("user", " \n"), ("assistant", "a")), "blank_prompt"),
-    (chat(("user", "q"), ("assistant", "")), "empty_answer"),
-    (chat(("user", "q"), ("assistant", " \t\n")), "blank_answer"),
-    (chat(("user", "q"), ("assistant", "\u00a0\u3000")), "blank_answer"),
-    (chat(("user", "q"), ("assistant", "\u200b\ufeff\u2060")), "invisible_answer"),
-    (chat(("user", "q"), ("assistant", "\u3164\u2800\ufe0f")), "invisible_answer"),
-    (chat(("user", "q"), ("assistant", "\x00\x1b")), "invisible_answer"),
-    (chat(("user", "q"), ("assistant", None)), "null_answer"),
-    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant"}]}, "null_answer"),
-    (chat(("user", "q"), ("assistant", 42)), "answer_not_text"),
-    (chat(("user", True), ("assistant", "a")), "prompt_not_text"),
-    (chat(("user", "q"), ("assistant", [{"type": "image", "url": "x"}])), "part_not_text"),
-    (chat(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "")), "empty_answer"),
-    ({"messages": [turn("user", "q"), turn("assistant", "a", weight=0.5)]}, "turn_weight"),
-    ({"messages": [turn("user", "q"), turn("assistant", "a", weight=0)]}, "no_trained_turn"),
-    ({"prompt": "q", "completion": ""}, "empty_answer"),
-    ({"prompt": "", "completion": "a"}, "empty_prompt"),
-    ({"prompt": "q", "completion": None}, "null_answer"),
-    ({"prompt": "q", "completion": [{"role": "assistant", "content": "a"}]}, "mixed_prompt"),
-    ({"instruction": "q", "output": 3}, "answer_not_text"),
-    ({"instruction": "", "input": "", "output": "a"}, "empty_prompt"),
-    ({"instruction": "q", "output": "a", "history": [["only one"]]}, "history_not_list"),
-    ({"text": " "}, "blank_text"),
-    ({"text": 3}, "text_not_text"),
-])
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({}, "unknown_format"),
+        ({"question": "q", "reply": "a"}, "unknown_format"),
+        ({"question": "q", "answer": 7}, "answer_not_text"),
+        ({"question": None, "answer": "a"}, "null_prompt"),
+        ({"input": "", "output": "a"}, "empty_prompt"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference_row"),
+        ({"input_ids": [1, 2]}, "pre_tokenised"),
+        ({"messages": None}, "no_messages"),
+        ({"messages": []}, "no_messages"),
+        ({"messages": "hello"}, "messages_not_list"),
+        ({"messages": {"user": "a"}}, "messages_not_list"),
+        ({"messages": ["a", "b"]}, "turn_not_object"),
+        ({"messages": [{"content": "a"}]}, "missing_role"),
+        ({"messages": [{"role": None, "content": "a"}]}, "missing_role"),
+        (chat(("user", "q"), ("asistant", "a")), "unknown_role"),
+        (chat((3, "q")), "unknown_role"),
+        (chat(("user", "q"), ("tool", "a")), "no_assistant_turn"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "bad_tool_call"),
+        (chat(("user", "q"), ("function_call", "f(x)")), "bad_tool_call"),
+        (chat(("user", "q"), ("function_call", "[" * 100_000)), "bad_tool_call"),
+        (
+            {"messages": [turn("user", "q"), turn("assistant", None, tool_calls=[{"name": "f", "arguments": "{x"}])]},
+            "bad_tool_call",
+        ),
+        (
+            {"messages": [turn("user", "q"), turn("assistant", None, tool_calls=[{"name": "f", "arguments": [1]}])]},
+            "bad_tool_call",
+        ),
+        ({**chat(("user", "q"), ("assistant", "a")), "tools": "f"}, "tools_not_list"),
+        ({**chat(("user", "q"), ("assistant", "a")), "tools": [1]}, "tools_not_list"),
+        ({"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}, "tools"),
+        ({"messages": [turn("user", "q"), turn("assistant", None, reasoning_content="r")]}, "null_answer"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a", thinking=3)]}, "reasoning_not_text"),
+        (chat(("user", "q")), "no_assistant_turn"),
+        (chat(("system", "s")), "no_assistant_turn"),
+        (chat(("assistant", "a")), "no_user_turn"),
+        (chat(("user", ""), ("assistant", "a")), "empty_prompt"),
+        (chat(("user", " \n"), ("assistant", "a")), "blank_prompt"),
+        (chat(("user", "q"), ("assistant", "")), "empty_answer"),
+        (chat(("user", "q"), ("assistant", " \t\n")), "blank_answer"),
+        (chat(("user", "q"), ("assistant", "\u00a0\u3000")), "blank_answer"),
+        (chat(("user", "q"), ("assistant", "\u200b\ufeff\u2060")), "invisible_answer"),
+        (chat(("user", "q"), ("assistant", "\u3164\u2800\ufe0f")), "invisible_answer"),
+        (chat(("user", "q"), ("assistant", "\x00\x1b")), "invisible_answer"),
+        (chat(("user", "q"), ("assistant", None)), "null_answer"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant"}]}, "null_answer"),
+        (chat(("user", "q"), ("assistant", 42)), "answer_not_text"),
+        (chat(("user", True), ("assistant", "a")), "prompt_not_text"),
+        (chat(("user", "q"), ("assistant", [{"type": "image", "url": "x"}])), "part_not_text"),
+        (chat(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "")), "empty_answer"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a", weight=0.5)]}, "turn_weight"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a", weight=0)]}, "no_trained_turn"),
+        ({"prompt": "q", "completion": ""}, "empty_answer"),
+        ({"prompt": "", "completion": "a"}, "empty_prompt"),
+        ({"prompt": "q", "completion": None}, "null_answer"),
+        ({"prompt": "q", "completion": [{"role": "assistant", "content": "a"}]}, "mixed_prompt"),
+        ({"instruction": "q", "output": 3}, "answer_not_text"),
+        ({"instruction": "", "input": "", "output": "a"}, "empty_prompt"),
+        ({"instruction": "q", "output": "a", "history": [["only one"]]}, "history_not_list"),
+        ({"text": " "}, "blank_text"),
+        ({"text": 3}, "text_not_text"),
+    ],
+)
 def test_reason_of_a_row(row, expected):
     with pytest.raises(Malformed) as caught:
         read_shape(row)
@@ -248,28 +311,51 @@ def test_shapes_of_the_five_formats():
     assert contents(read_shape(shared)) == pair
     assert contents(read_shape({**shared, "system": "s"})) == [("system", "s"), *pair]
     assert contents(read_shape({"instruction": "q", "input": "", "output": "a"})) == pair
-    assert contents(read_shape({"instruction": "q", "input": "x", "output": "a", "system": "s",
-                                "history": [["e", "f"]]})) == [
-        ("system", "s"), ("user", "e"), ("assistant", "f"), ("user", "q\nx"), ("assistant", "a")]
+    assert contents(
+        read_shape({"instruction": "q", "input": "x", "output": "a", "system": "s", "history": [["e", "f"]]})
+    ) == [("system", "s"), ("user", "e"), ("assistant", "f"), ("user", "q\nx"), ("assistant", "a")]
     assert read_shape({"text": "t"}) == Shape(text="t")
     assert read_shape({"prompt": "q", "completion": "a"}) == Shape(prompt="q", completion="a")
-    both = read_shape({"prompt": [{"role": "user", "content": "e"}, {"role": "assistant", "content": "f"},
-                                  {"role": "user", "content": "q"}],
-                       "completion": [{"role": "assistant", "content": "a"}]})
+    both = read_shape(
+        {
+            "prompt": [
+                {"role": "user", "content": "e"},
+                {"role": "assistant", "content": "f"},
+                {"role": "user", "content": "q"},
+            ],
+            "completion": [{"role": "assistant", "content": "a"}],
+        }
+    )
     assert contents(both)[-1] == ("assistant", "a") and both.masked == {1}  # loss on the completion only
-    weighed = read_shape({"prompt": [turn("user", "q")], "completion": [
-        turn("assistant", "a", weight=0), turn("user", "r"), turn("assistant", "b")]})
+    weighed = read_shape(
+        {
+            "prompt": [turn("user", "q")],
+            "completion": [turn("assistant", "a", weight=0), turn("user", "r"), turn("assistant", "b")],
+        }
+    )
     assert weighed.masked == {1}
 
 
-@pytest.mark.parametrize(("ask", "say"), [
-    ("question", "answer"), ("query", "response"), ("instruction", "response"), ("prompt", "response"),
-    ("input", "output"), ("instruction", "output")])
+@pytest.mark.parametrize(
+    ("ask", "say"),
+    [
+        ("question", "answer"),
+        ("query", "response"),
+        ("instruction", "response"),
+        ("prompt", "response"),
+        ("input", "output"),
+        ("instruction", "output"),
+    ],
+)
 def test_pairs_under_other_names_are_conversations(ask, say):
     pair = [("user", "q"), ("assistant", "a")]
     assert contents(read_shape({ask: "q", say: "a", "category": "x"})) == pair
     assert contents(read_shape({ask: "q", say: "a", "system": "s", "history": [["e", "f"]]})) == [
-        ("system", "s"), ("user", "e"), ("assistant", "f"), *pair]
+        ("system", "s"),
+        ("user", "e"),
+        ("assistant", "f"),
+        *pair,
+    ]
     with_context = contents(read_shape({ask: "q", "context": "c", say: "a"}))
     assert with_context == [("user", "q\nc"), ("assistant", "a")]  # Dolly's
     assert contents(read_shape({ask: "q", "context": " ", say: "a"})) == pair
@@ -288,7 +374,8 @@ def test_preferences_are_read_as_prompt_and_chosen():
     one, two = [turn("user", "q")], [turn("user", "e"), turn("assistant", "f"), turn("user", "q")]
     good, worse = [turn("assistant", "a")], [turn("assistant", "b")]
     assert read_shape({"prompt": "q", "chosen": "a", "rejected": "b"}, None, "chosen") == Shape(
-        prompt="q", completion="a")
+        prompt="q", completion="a"
+    )
     for row, answers, masked in [
         ({"prompt": one, "chosen": good, "rejected": worse}, "qa", set()),
         ({"prompt": two, "chosen": good, "rejected": worse}, "efqa", {1}),
@@ -301,11 +388,24 @@ def test_preferences_are_read_as_prompt_and_chosen():
         ({"chosen": two + good, "rejected": worse}, "efqa", {1}),
         ({"question": "q", "system": "", "chosen": "a", "rejected": "b"}, "qa", set()),
         ({"instruction": "q", "chosen": "a", "rejected": "b"}, "qa", set()),
-        ({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"},
-          "rejected": {"from": "gpt", "value": "b"}}, "qa", set()),
+        (
+            {
+                "conversations": [{"from": "human", "value": "q"}],
+                "chosen": {"from": "gpt", "value": "a"},
+                "rejected": {"from": "gpt", "value": "b"},
+            },
+            "qa",
+            set(),
+        ),
         ({"prompt": one, "chosen": "a", "rejected": "b"}, "qa", set()),
-        ({"chosen": "\n\nHuman: e\n\nAssistant: f\n\nHuman: q\n\nAssistant: a",
-          "rejected": "\n\nHuman: e\n\nAssistant: f\n\nHuman: q\n\nAssistant: b"}, "efqa", {1}),
+        (
+            {
+                "chosen": "\n\nHuman: e\n\nAssistant: f\n\nHuman: q\n\nAssistant: a",
+                "rejected": "\n\nHuman: e\n\nAssistant: f\n\nHuman: q\n\nAssistant: b",
+            },
+            "efqa",
+            {1},
+        ),
     ]:
         shape = read_shape(row, None, "chosen")
         assert "".join(text for _, text in contents(shape)) == answers and shape.masked == masked, row
@@ -313,11 +413,13 @@ def test_preferences_are_read_as_prompt_and_chosen():
             read_shape(row)
     shape = read_shape({"prompt": "q", "system": "s", "chosen": "a", "rejected": "b"}, None, "chosen")
     assert contents(shape) == [("system", "s"), ("user", "q"), ("assistant", "a")]
-    for row, reason in [({"chosen": "a", "rejected": "b"}, "null_prompt"),
-                        ({"prompt": "q", "chosen": "", "rejected": "b"}, "empty_answer"),
-                        ({"prompt": "q", "chosen": 3, "rejected": 4}, "answer_not_text"),
-                        ({"chosen": [], "rejected": []}, "null_prompt"),
-                        ({"chosen": [3], "rejected": None}, "null_prompt")]:
+    for row, reason in [
+        ({"chosen": "a", "rejected": "b"}, "null_prompt"),
+        ({"prompt": "q", "chosen": "", "rejected": "b"}, "empty_answer"),
+        ({"prompt": "q", "chosen": 3, "rejected": 4}, "answer_not_text"),
+        ({"chosen": [], "rejected": []}, "null_prompt"),
+        ({"chosen": [3], "rejected": None}, "null_prompt"),
+    ]:
         with pytest.raises(Malformed) as caught:
             read_shape(row, None, "chosen")
         assert caught.value.reason == reason, row
@@ -325,11 +427,18 @@ def test_preferences_are_read_as_prompt_and_chosen():
 
 
 def test_files_may_have_columns_of_their_own(tmp_path):
-    for name, row in (("a.jsonl", {"q": "1", "r": "2"}), ("b.jsonl", {"ask": "3", "say": "4", "q": "x", "r": "y"}),
-                      ("c.jsonl", {"prompt": "5", "completion": "6"})):
+    for name, row in (
+        ("a.jsonl", {"q": "1", "r": "2"}),
+        ("b.jsonl", {"ask": "3", "say": "4", "q": "x", "r": "y"}),
+        ("c.jsonl", {"prompt": "5", "completion": "6"}),
+    ):
         (tmp_path / name).write_text(json.dumps(row))
-    columns = {"prompt": "q", "completion": "r", "b.jsonl": {"prompt": "ask", "completion": "say"},
-               str(tmp_path / "c.jsonl"): {}}
+    columns = {
+        "prompt": "q",
+        "completion": "r",
+        "b.jsonl": {"prompt": "ask", "completion": "say"},
+        str(tmp_path / "c.jsonl"): {},
+    }
     pool, _ = read_pool([tmp_path], cache=tmp_path, columns=columns)
     assert [(row.prompt, row.completion) for row in pool] == [("1", "2"), ("3", "4"), ("5", "6")]
     for pattern in (str(tmp_path), f"{tmp_path}/[ab].jsonl"):
@@ -372,23 +481,47 @@ def test_odd_rows_are_kept_and_flagged():
     assert flags(("user", "q"), ("user", "r"), ("assistant", "a")) == {"same_role_twice"}
     assert flags(("system", "s"), ("user", [{"type": "text", "text": "q"}]), ("assistant", "a")) == {"parts_joined"}
     assert flags(("user", "\u202eq"), ("assistant", "a\x1b[31m")) == {"bidi_controls", "control_characters"}
-    shape = read_shape({"messages": [turn("user", "q"), turn("assistant", "a", weight=0),
-                                     turn("user", "q"), turn("assistant", "b", weight=1)]})
+    shape = read_shape(
+        {
+            "messages": [
+                turn("user", "q"),
+                turn("assistant", "a", weight=0),
+                turn("user", "q"),
+                turn("assistant", "b", weight=1),
+            ]
+        }
+    )
     assert shape.masked == {1}
-    shape = read_shape({"system": "s", "conversations": [turn("user", "q"), turn("assistant", "a", weight=0),
-                                                         turn("user", "q"), turn("assistant", "b")]})
+    shape = read_shape(
+        {
+            "system": "s",
+            "conversations": [
+                turn("user", "q"),
+                turn("assistant", "a", weight=0),
+                turn("user", "q"),
+                turn("assistant", "b"),
+            ],
+        }
+    )
     assert shape.masked == {2} and len(shape.messages) == 5
 
 
 def test_reasoning_and_tools_are_read_in_one_form():
     """Under the names in use: OpenAI's, DeepSeek's and Qwen's, gpt-oss's, Anthropic's parts, sharegpt's roles."""
-    for said in [turn("assistant", "a", reasoning_content="r"), turn("assistant", "a", thinking="r"),
-                 turn("assistant", [{"type": "thinking", "thinking": "r"}, {"type": "text", "text": "a"}])]:
+    for said in [
+        turn("assistant", "a", reasoning_content="r"),
+        turn("assistant", "a", thinking="r"),
+        turn("assistant", [{"type": "thinking", "thinking": "r"}, {"type": "text", "text": "a"}]),
+    ]:
         shape = read_shape({"messages": [turn("user", "q"), said]})
         assert shape.messages[1] == {"role": "assistant", "content": "a", "reasoning": "r"}
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-    spoken = [turn("user", "q"), turn("assistant", "", tool_calls=[call]), turn("tool", "3", name="f"),
-              turn("assistant", "a")]
+    spoken = [
+        turn("user", "q"),
+        turn("assistant", "", tool_calls=[call]),
+        turn("tool", "3", name="f"),
+        turn("assistant", "a"),
+    ]
     for said in [
         turn("assistant", None, tool_calls=[call]),
         turn("assistant", None, tool_calls=[{"name": "f", "arguments": '{"x": 1}'}]),
@@ -421,10 +554,23 @@ def test_columns_are_mapped_and_checked():
     assert contents(shape)[1] == ("assistant", "a")
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("", False), (" \n\t", False), ("\u200b", False), ("\u00ad\u034f", False), ("\U000e0020", False), ("\u3164", False),
-    (".", True), ("é", True), ("👨\u200d👩", True), ("\u0301", True), ("\u200ba", True), ("\U0001fae9", True),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", False),
+        (" \n\t", False),
+        ("\u200b", False),
+        ("\u00ad\u034f", False),
+        ("\U000e0020", False),
+        ("\u3164", False),
+        (".", True),
+        ("é", True),
+        ("👨\u200d👩", True),
+        ("\u0301", True),
+        ("\u200ba", True),
+        ("\U0001fae9", True),
+    ],
+)
 def test_visible(text, expected):
     assert visible(text) is expected
 
@@ -463,7 +609,9 @@ def test_long_lines_are_passed_over(tmp_path):
     pool, bad = read(tmp_path, data, limits=Limits(line_bytes=100), on_bad_row="quarantine", quarantine=tmp_path / "q")
     assert [row.text for row in pool] == ["a", "b"]
     assert [(entry.line, entry.byte_offset, entry.reason) for entry in bad] == [
-        (2, data.index(long), "line_too_long"), (4, data.rindex(long), "line_too_long")]
+        (2, data.index(long), "line_too_long"),
+        (4, data.rindex(long), "line_too_long"),
+    ]
     assert (tmp_path / "q").read_bytes() == long + b"\n" + long + b"\n"
     exact = b'{"text": "' + b"y" * 88 + b'"}'
     assert len(exact) == 100 and len(read(tmp_path, exact + b"\n", limits=Limits(line_bytes=100))[0]) == 1
@@ -518,9 +666,16 @@ def test_ids_are_unique(tmp_path):
 
 
 def test_sources_and_subtasks(tmp_path):
-    rows = [line("a"), line("b", dataset=" spaced "), line("c", dataset=""), line("d", dataset=None, source="s"),
-            line("e", dataset=3), line("f", dataset=["x"]), line("g", kind="k"),
-            line("h", subtask="part", dataset="../x")]
+    rows = [
+        line("a"),
+        line("b", dataset=" spaced "),
+        line("c", dataset=""),
+        line("d", dataset=None, source="s"),
+        line("e", dataset=3),
+        line("f", dataset=["x"]),
+        line("g", kind="k"),
+        line("h", subtask="part", dataset="../x"),
+    ]
     pool, _ = read(tmp_path, b"\n".join(rows), name="file.v1.jsonl")
     assert pool.sources == ["d", "spaced", "file.v1", "s", "3", "file.v1", "d", "../x"]
     assert [row.source for row in pool] == pool.sources
@@ -609,15 +764,34 @@ def write_as(kind: str, path: Path) -> None:
         path.write_bytes(JSONL)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "jsonl.gz", "json.gz", "ndjson", "arrow",
-                                  "feather", "jsonl.zst", "jsonl.xz", "jsonl.bz2", "csv.zst", "arrow.xz", "json.bz2"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "jsonl",
+        "json",
+        "csv",
+        "parquet",
+        "jsonl.gz",
+        "json.gz",
+        "ndjson",
+        "arrow",
+        "feather",
+        "jsonl.zst",
+        "jsonl.xz",
+        "jsonl.bz2",
+        "csv.zst",
+        "arrow.xz",
+        "json.bz2",
+    ],
+)
 def test_every_file_type_gives_the_same_rows(tmp_path, kind):
     path = tmp_path / f"data.{kind.replace('feather', 'arrow')}"
     write_as(kind, path)
     pool, bad = read_pool([path], cache=tmp_path / "cache")
     assert not bad
     assert [(row.prompt, row.completion, row.id, row.line) for row in pool] == [
-        (row["prompt"], row["completion"], row["id"], k) for k, row in enumerate(ROWS, start=1)]
+        (row["prompt"], row["completion"], row["id"], k) for k, row in enumerate(ROWS, start=1)
+    ]
     assert pool.files[0].path == str(path) and pool.files[0].bytes == path.stat().st_size
     assert pool.file(0) == str(path) and pool.sources[0] == "data"
 
@@ -632,15 +806,23 @@ def test_bad_rows_of_an_array(tmp_path):
     pool, bad = read(tmp_path, data, name="data.json")
     assert [(row.text, row.line) for row in pool] == [("a", 1), ("}]", 2), ("b", 7)]
     assert [(entry.line, entry.reason) for entry in bad] == [
-        (3, "not_an_object"), (4, "nan_literal"), (5, "truncated_json"), (6, "invalid_json"), (8, "truncated_json")]
+        (3, "not_an_object"),
+        (4, "nan_literal"),
+        (5, "truncated_json"),
+        (6, "invalid_json"),
+        (8, "truncated_json"),
+    ]
     assert [entry.reason for entry in read(tmp_path, b'[{"text": "a"}] x', name="data.json")[1]] == ["extra_data"]
-    pool, bad = read(tmp_path, b'[{"text": "' + b"x" * 200 + b'"}, {"text": "a"}]', name="data.json",
-                     limits=Limits(line_bytes=100))
+    pool, bad = read(
+        tmp_path, b'[{"text": "' + b"x" * 200 + b'"}, {"text": "a"}]', name="data.json", limits=Limits(line_bytes=100)
+    )
     assert [row.line for row in pool] == [2] and bad[0].reason == "line_too_long"
 
 
-@given(st.binary(max_size=120).map(lambda data: b"[" + data) | st.lists(lines(), max_size=4).map(
-    lambda parts: b"[" + b",".join(parts) + b"]"))
+@given(
+    st.binary(max_size=120).map(lambda data: b"[" + data)
+    | st.lists(lines(), max_size=4).map(lambda parts: b"[" + b",".join(parts) + b"]")
+)
 def test_any_array_gives_rows_or_one_error(tmp_path_factory, data):
     try:
         read(tmp_path_factory.mktemp("array"), data, name="data.json")
@@ -669,7 +851,10 @@ def test_bad_rows_of_a_table(tmp_path):
     pool, bad = read(tmp_path, data, name="data.csv")
     assert [(row.text, row.id) for row in pool] == [("a, with comma", "1"), ("e", "5")]
     assert [(entry.line, entry.reason) for entry in bad] == [
-        (2, "invalid_csv"), (3, "invalid_csv"), (4, "lone_surrogate")]
+        (2, "invalid_csv"),
+        (3, "invalid_csv"),
+        (4, "lone_surrogate"),
+    ]
     with pytest.raises(DataError, match="names a column twice"):
         read(tmp_path, b"a,a\n1,2\n", name="data.csv")
 
@@ -805,8 +990,13 @@ def test_folders_and_missing_files(tmp_path):
         read(tmp_path, "text".encode("utf-16"))
     with pytest.raises(DataError, match="let its name end in .gz"):
         read(tmp_path, gzip.compress(JSONL))
-    for start, suffix in ((b"\x28\xb5\x2f\xfd", ".zst"), (b"BZh9", ".bz2"), (b"\xfd7zXZ\x00", ".xz"),
-                          (b"ARROW1", ".arrow"), (b"\xff\xff\xff\xff", ".arrow")):
+    for start, suffix in (
+        (b"\x28\xb5\x2f\xfd", ".zst"),
+        (b"BZh9", ".bz2"),
+        (b"\xfd7zXZ\x00", ".xz"),
+        (b"ARROW1", ".arrow"),
+        (b"\xff\xff\xff\xff", ".arrow"),
+    ):
         with pytest.raises(DataError, match=f"let its name end in {suffix}"):
             read(tmp_path, start + b" rest", name="data.jsonl")
     for name in ("data.jsonl.lz4", "data.zip", "data.tar.gz", "data.xlsx", "data.pkl"):

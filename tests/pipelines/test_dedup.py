@@ -45,11 +45,15 @@ def test_exact_duplicates_are_found_apart_from_ids(tmp_path):
     rows = [chat(question, answer, id=f"copy-{k}") for k in range(4)]
     rows += [chat(unicodedata.normalize("NFD", question), answer), chat(question.replace("\n  ", " "), answer + "\n")]
     rows += [{"prompt": question, "completion": answer}, {"instruction": question, "output": answer}]
-    others = [chat(question.upper(), answer), chat(question, answer + "6"), chat(answer, question),
-              {"text": question + " " + answer}]
+    others = [
+        chat(question.upper(), answer),
+        chat(question, answer + "6"),
+        chat(answer, question),
+        {"text": question + " " + answer},
+    ]
     pool = pool_of(tmp_path, rows + others)
     keep, twins = dedup(pool, scan_of(pool), "exact")
-    assert keep.sum() == 1 + len(others) and keep[len(rows):].all()
+    assert keep.sum() == 1 + len(others) and keep[len(rows) :].all()
     assert len(twins) == len(rows) - 1 and set(twins.values()) == {int(np.flatnonzero(keep)[0])}
     assert dedup(pool, scan_of(pool), "none").keep.all()
 
@@ -63,24 +67,33 @@ def test_rows_with_equal_tokens_are_duplicates(tmp_path):
     assert keep.tolist() == [True, False, True] and twins == {1: 0}
 
 
-@pytest.mark.parametrize("changed", [
-    LONG.upper(), LONG.replace(" ", "  ").replace(",", " ,"), LONG.replace("by hand", "by hand please"),
-    "Please answer. " + LONG, LONG.replace("harbour.", "harbour !"),
-])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        LONG.upper(),
+        LONG.replace(" ", "  ").replace(",", " ,"),
+        LONG.replace("by hand", "by hand please"),
+        "Please answer. " + LONG,
+        LONG.replace("harbour.", "harbour !"),
+    ],
+)
 def test_near_duplicates_are_found(tmp_path, changed):
     pool = pool_of(tmp_path, [chat(LONG, "In 1799."), chat(changed, "In 1799."), chat("Something else?", "In 1799.")])
     assert dedup(pool, scan_of(pool), "near", 0.8).keep.sum() == 2
     assert dedup(pool, scan_of(pool), "exact").keep.all()
 
 
-@pytest.mark.parametrize(("a", "b"), [
-    (chat(LONG, "In 1799."), chat(LONG, "In 1899.")),  # one question, two answers
-    (chat(LONG, "Yes"), chat(LONG, "No")),
-    (chat(LONG, "It was finished in the year 1799."), chat(LONG, "It was finished in the year 1899.")),
-    (chat("What is 3 + 4?", "7"), chat("What is 3 - 4?", "-1")),
-    (chat("x + y", "a"), chat("x - y", "a")),
-    (chat(LONG, "In 1799."), chat(LONG[::-1], "In 1799.")),
-])
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (chat(LONG, "In 1799."), chat(LONG, "In 1899.")),  # one question, two answers
+        (chat(LONG, "Yes"), chat(LONG, "No")),
+        (chat(LONG, "It was finished in the year 1799."), chat(LONG, "It was finished in the year 1899.")),
+        (chat("What is 3 + 4?", "7"), chat("What is 3 - 4?", "-1")),
+        (chat("x + y", "a"), chat("x - y", "a")),
+        (chat(LONG, "In 1799."), chat(LONG[::-1], "In 1799.")),
+    ],
+)
 def test_rows_that_only_look_alike_are_kept(tmp_path, a, b):
     pool = pool_of(tmp_path, [a, b])
     assert dedup(pool, scan_of(pool), "near", 0.8).keep.all()
@@ -105,7 +118,7 @@ def test_threshold_is_the_share_of_pieces(tmp_path):
 def test_likeness_is_that_of_sets_of_pieces(a, b):
     def pieces(text):
         squeezed = "".join(unicodedata.normalize("NFKC", text).casefold().split())
-        return {squeezed[i:i + 5] for i in range(max(1, len(squeezed) - 4))}
+        return {squeezed[i : i + 5] for i in range(max(1, len(squeezed) - 4))}
 
     want = len(pieces(a) & pieces(b)) / len(pieces(a) | pieces(b))
     assert _jaccard(_shingles(a), _shingles(b)) == pytest.approx(want)

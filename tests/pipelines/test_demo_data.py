@@ -14,8 +14,18 @@ from pipelines.demo_data import make
 
 NAMES = ("pool.jsonl", "target.jsonl", "test.jsonl")
 LINE = re.compile(r"city: ([A-Z]\w+) \| day: (\d{1,2}) ([A-Z][a-z]{2}) \| cost: (\d+) (EUR|USD|GBP|CHF|JPY)")
-SIGNS = {"€": "EUR", "euros": "EUR", "$": "USD", "dollars": "USD", "£": "GBP", "pounds": "GBP", "francs": "CHF",
-         "Swiss francs": "CHF", "¥": "JPY", "yen": "JPY"}
+SIGNS = {
+    "€": "EUR",
+    "euros": "EUR",
+    "$": "USD",
+    "dollars": "USD",
+    "£": "GBP",
+    "pounds": "GBP",
+    "francs": "CHF",
+    "Swiss francs": "CHF",
+    "¥": "JPY",
+    "yen": "JPY",
+}
 
 
 def rows(name):

@@ -86,8 +86,9 @@ def outcomes(path, tokenizer, tmp_path, max_length, on_long, **policy):
 @pytest.mark.parametrize(("max_length", "on_long"), [(2048, "truncate"), (2048, "skip"), (100_000, "truncate")])
 def test_every_line_is_handled_as_its_label_allows(planted, tokenizer, tmp_path, policy, max_length, on_long):
     path, labels = planted
-    found, bad, twins = outcomes(path, tokenizer, tmp_path, max_length, on_long, on_bad_row=policy,
-                                 quarantine=tmp_path / "quarantine.jsonl")
+    found, bad, twins = outcomes(
+        path, tokenizer, tmp_path, max_length, on_long, on_bad_row=policy, quarantine=tmp_path / "quarantine.jsonl"
+    )
     assert set(found) == set(labels)
     wrong = []
     pairs = set(twins) | set(twins.values())
@@ -105,7 +106,7 @@ def test_every_line_is_handled_as_its_label_allows(planted, tokenizer, tmp_path,
     lines = path.read_bytes().split(b"\n")
     for row in bad:
         assert row.reason.isidentifier() and row.detail.isprintable() and row.file == str(path)
-        offset = sum(len(text) + 1 for text in lines[:row.line - 1])
+        offset = sum(len(text) + 1 for text in lines[: row.line - 1])
         assert row.byte_offset == offset + (3 if row.line == 1 else 0)
     if policy == "quarantine":
         unread = sorted(row.line for row in bad if row.reason not in _ENCODING)
@@ -119,8 +120,12 @@ def test_counts(planted, tokenizer, tmp_path):
     """150 lines: 148 rows, of which 31 are bad (27 as read, 4 as encoded), and 16 repeat others."""
     path, labels = planted
     found, bad, twins = outcomes(path, tokenizer, tmp_path, 2048, "truncate", on_bad_row="skip")
-    planted_copies = sum("duplicate_row" in str(label["problems"]) or "duplicate_text" in str(label["problems"])
-                         or "near_duplicate" in str(label["problems"]) for label in labels.values())
+    planted_copies = sum(
+        "duplicate_row" in str(label["problems"])
+        or "duplicate_text" in str(label["problems"])
+        or "near_duplicate" in str(label["problems"])
+        for label in labels.values()
+    )
     counts = Counter(found.values())
     assert counts["blank"] == 2 and counts["duplicate"] == len(twins) == planted_copies == 16
     assert counts["bad"] == len(bad) == 31

@@ -21,14 +21,28 @@ from pipelines.encode import IGNORED, Encoded, Encoder, RowError, _labels, scan
 # ---------------------------------------------------------------- tokenizers, made here
 
 
-TEXTS = ["The quick brown fox jumps over the lazy dog.", "def add(a, b):\n    return a + b\n", "What is 3 + 4?",
-         "It is 7!", "Yes", "No", "system user assistant",
-         "  two spaces\n\nand lines\n", "naïve café 東京 🗼", "Question: Answer:"]
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "def add(a, b):\n    return a + b\n",
+    "What is 3 + 4?",
+    "It is 7!",
+    "Yes",
+    "No",
+    "system user assistant",
+    "  two spaces\n\nand lines\n",
+    "naïve café 東京 🗼",
+    "Question: Answer:",
+]
 
 
 @lru_cache(maxsize=32)
-def byte_level(special: tuple[str, ...] = (), plain: tuple[str, ...] = (), trim: bool = False, bos: str | None = None,
-               eos: str | None = None):
+def byte_level(
+    special: tuple[str, ...] = (),
+    plain: tuple[str, ...] = (),
+    trim: bool = False,
+    bos: str | None = None,
+    eos: str | None = None,
+):
     """A small byte-level BPE, as of GPT-2, Llama 3, Qwen, SmolLM2."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -37,8 +51,10 @@ def byte_level(special: tuple[str, ...] = (), plain: tuple[str, ...] = (), trim:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
-    tokenizer.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator(
+        TEXTS * 3,
+        trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
+    )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in plain])
     named = {name: token for name, token in (("bos_token", bos), ("eos_token", eos)) if token}
@@ -93,16 +109,23 @@ class Family:
         return byte_level(special, self.plain, bos=self.bos, eos=self.eos)
 
 
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
-ALTERNATE = ("{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-             "{{ raise_exception('Conversation roles must alternate user/assistant/...') }}{% endif %}{% endfor %}")
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+ALTERNATE = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/...') }}{% endif %}{% endfor %}"
+)
 FAMILIES = {
     "chatml": Family(CHATML, "<|im_end|>", special=("<|im_start|>", "<|im_end|>"), eos="<|im_end|>"),
     "smollm2": Family(
         "{% if messages[0]['role'] != 'system' %}"
         "{{ '<|im_start|>system\\nYou are a helpful AI assistant.<|im_end|>\\n' }}{% endif %}" + CHATML,
-        "<|im_end|>", special=("<|im_start|>", "<|im_end|>"), eos="<|im_end|>"),
+        "<|im_end|>",
+        special=("<|im_start|>", "<|im_end|>"),
+        eos="<|im_end|>",
+    ),
     "chatml-plain-tokens": Family(CHATML, "<|im_end|>", plain=("<|im_start|>", "<|im_end|>"), eos="</s>"),
     "chatml-no-tokens": Family(CHATML, "<|im_end|>", eos="</s>"),
     "qwen3": Family(
@@ -110,8 +133,12 @@ FAMILIES = {
         "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
         "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}"
         "{%- if m.role == 'assistant' and loop.last and loop.index0 > ns.last %}{{- '<think>\\n\\n</think>\\n\\n' }}"
-        "{%- endif %}{{- m.content + '<|im_end|>\\n' }}{%- endfor %}", "<|im_end|>",
-        special=("<|im_start|>", "<|im_end|>"), plain=("<think>", "</think>"), eos="<|im_end|>"),
+        "{%- endif %}{{- m.content + '<|im_end|>\\n' }}{%- endfor %}",
+        "<|im_end|>",
+        special=("<|im_start|>", "<|im_end|>"),
+        plain=("<think>", "</think>"),
+        eos="<|im_end|>",
+    ),
     "llama2": Family(
         "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
         "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}{% else %}"
@@ -119,81 +146,151 @@ FAMILIES = {
         "{% set content = system + m['content'] if loop.index0 == 0 else m['content'] %}"
         "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
         "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
-        " </s>", bos="<s>", eos="</s>", fallback=True, trims=True, alternates=True),
+        " </s>",
+        bos="<s>",
+        eos="</s>",
+        fallback=True,
+        trims=True,
+        alternates=True,
+    ),
     "mistral": Family(
         "{{ bos_token }}" + ALTERNATE + "{% for m in messages %}{% if m['role'] == 'user' %}"
         "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}"
         "{% endfor %}",
-        "</s>", bos="<s>", eos="</s>", fallback=True, system=False, alternates=True),
+        "</s>",
+        bos="<s>",
+        eos="</s>",
+        fallback=True,
+        system=False,
+        alternates=True,
+    ),
     "mistral-v3": Family(  # the system turn is written into the last user turn
         "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}"
         "{% else %}{% set rest = messages %}{% endif %}{{ bos_token }}{% for m in rest %}{% if m['role'] == 'user' %}"
         "{{ '[INST]' }}{% if system is defined and (loop.last or loop.index0 == rest|length - 2) %}"
         "{{ system + '\\n\\n' }}{% endif %}{{ m['content'] + '[/INST]' }}{% else %}{{ m['content'] + eos_token }}"
-        "{% endif %}{% endfor %}", "</s>", special=("[INST]", "[/INST]"), bos="<s>", eos="</s>", alternates=True),
+        "{% endif %}{% endfor %}",
+        "</s>",
+        special=("[INST]", "[/INST]"),
+        bos="<s>",
+        eos="</s>",
+        alternates=True,
+    ),
     "llama3": Family(
         "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n'"
         " + m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
-        "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}", "<|eot_id|>",
-        special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), bos="<|begin_of_text|>", eos="<|eot_id|>",
-        trims=True),
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+        "<|eot_id|>",
+        special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        bos="<|begin_of_text|>",
+        eos="<|eot_id|>",
+        trims=True,
+    ),
     "llama3.2-dated": Family(
         "{{ bos_token }}{{ '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + strftime_now('%d %b %Y')"
         " + '\\n<|eot_id|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n'"
-        " + m['content'] | trim + '<|eot_id|>' }}{% endfor %}", "<|eot_id|>",
-        special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), bos="<|begin_of_text|>", eos="<|eot_id|>",
-        trims=True),
+        " + m['content'] | trim + '<|eot_id|>' }}{% endfor %}",
+        "<|eot_id|>",
+        special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        bos="<|begin_of_text|>",
+        eos="<|eot_id|>",
+        trims=True,
+    ),
     "tulu": Family(
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>\\n' + m['content'] + eos_token"
         " + '\\n' }}{% else %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '\\n' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}", "</s>", eos="</s>"),
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
+        "</s>",
+        eos="</s>",
+    ),
     "zephyr": Family(
         "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}{% endfor %}",
-        "</s>", bos="<s>", eos="</s>", fallback=True),
+        "</s>",
+        bos="<s>",
+        eos="</s>",
+        fallback=True,
+    ),
     "gemma": Family(
         "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
         "{% endif %}" + ALTERNATE + "{% for m in messages %}"
         "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
         "{{ '<start_of_turn>' + role + '\\n' + m['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}",
-        "<end_of_turn>", special=("<start_of_turn>", "<end_of_turn>"), bos="<bos>", eos="<eos>", fallback=True,
-        trims=True, system=False, alternates=True),
+        "<end_of_turn>",
+        special=("<start_of_turn>", "<end_of_turn>"),
+        bos="<bos>",
+        eos="<eos>",
+        fallback=True,
+        trims=True,
+        system=False,
+        alternates=True,
+    ),
     "phi3": Family(
         "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}", "<|end|>",
-        special=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), eos="<|endoftext|>"),
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}",
+        "<|end|>",
+        special=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        eos="<|endoftext|>",
+    ),
     "vicuna": Family(
         "{{ 'A chat. ' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
         "{% elif m['role'] == 'assistant' %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}{% endif %}{% endfor %}",
-        "</s>", bos="<s>", eos="</s>", fallback=True, system=False),
+        "</s>",
+        bos="<s>",
+        eos="</s>",
+        fallback=True,
+        system=False,
+    ),
     "deepseek": Family(
         "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
         "{% elif m['role'] == 'assistant' %}{{ '<｜Assistant｜>' + m['content'] + '<｜end▁of▁sentence｜>' }}"
         "{% else %}{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
         "{{ '<｜Assistant｜><think>\\n' }}{% endif %}",
-        "<｜end▁of▁sentence｜>", special=("<｜User｜>", "<｜Assistant｜>"),
-        bos="<｜begin▁of▁sentence｜>", eos="<｜end▁of▁sentence｜>"),
+        "<｜end▁of▁sentence｜>",
+        special=("<｜User｜>", "<｜Assistant｜>"),
+        bos="<｜begin▁of▁sentence｜>",
+        eos="<｜end▁of▁sentence｜>",
+    ),
     "command-r": Family(
         "{{ bos_token }}{% for m in messages %}{{ '<|START_OF_TURN_TOKEN|><|' + m['role'] + '|>' + m['content']"
-        " + '<|END_OF_TURN_TOKEN|>' }}{% endfor %}", "<|END_OF_TURN_TOKEN|>",
-        special=("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"), bos="<BOS_TOKEN>", eos="<|END_OF_TURN_TOKEN|>"),
+        " + '<|END_OF_TURN_TOKEN|>' }}{% endfor %}",
+        "<|END_OF_TURN_TOKEN|>",
+        special=("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
+        bos="<BOS_TOKEN>",
+        eos="<|END_OF_TURN_TOKEN|>",
+    ),
     "gpt-oss": Family(  # the last turn ends otherwise than those before it
         "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|message|>' + m['content'] }}"
-        "{{ '<|return|>' if loop.last and m['role'] == 'assistant' else '<|end|>' }}{% endfor %}", "",
-        last_end="<|return|>", special=("<|start|>", "<|message|>", "<|end|>", "<|return|>"), eos="<|return|>"),
+        "{{ '<|return|>' if loop.last and m['role'] == 'assistant' else '<|end|>' }}{% endfor %}",
+        "",
+        last_end="<|return|>",
+        special=("<|start|>", "<|message|>", "<|end|>", "<|return|>"),
+        eos="<|return|>",
+    ),
     "glm": Family(  # no end of turn: the next header is the sign
-        "{{ '[gMASK]' }}{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] }}{% endfor %}", "",
-        special=("[gMASK]", "<|system|>", "<|user|>", "<|assistant|>"), eos="<|endoftext|>"),
+        "{{ '[gMASK]' }}{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] }}{% endfor %}",
+        "",
+        special=("[gMASK]", "<|system|>", "<|user|>", "<|assistant|>"),
+        eos="<|endoftext|>",
+    ),
     "alpaca": Family(  # marks in plain text, the end of the sequence only once
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ '### Instruction:\\n' + m['content'] + '\\n\\n' }}"
         "{% elif m['role'] == 'assistant' %}{{ '### Response:\\n' + m['content'] + '\\n\\n' }}"
-        "{% else %}{{ m['content'] + '\\n\\n' }}{% endif %}{% endfor %}{{ eos_token }}", "", last_end="\n\n</s>",
-        eos="</s>"),
+        "{% else %}{{ m['content'] + '\\n\\n' }}{% endif %}{% endfor %}{{ eos_token }}",
+        "",
+        last_end="\n\n</s>",
+        eos="</s>",
+    ),
     "two-ends": Family(
-        CHATML.replace("'<|im_end|>'", "'<|im_end|><|eot|>'"), "<|im_end|><|eot|>",
-        special=("<|im_start|>", "<|im_end|>", "<|eot|>"), eos="<|eot|>"),
+        CHATML.replace("'<|im_end|>'", "'<|im_end|><|eot|>'"),
+        "<|im_end|><|eot|>",
+        special=("<|im_start|>", "<|im_end|>", "<|eot|>"),
+        eos="<|eot|>",
+    ),
     "text-end": Family(
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n### End\\n' }}{% endfor %}", "\n### End",
-        eos="</s>"),
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n### End\\n' }}{% endfor %}",
+        "\n### End",
+        eos="</s>",
+    ),
 }
 
 
@@ -218,12 +315,38 @@ def trained(tokenizer, encoded: Encoded) -> list[str]:
             run = []
         elif label != IGNORED:
             run.append(token)
-    return [tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            for run in [*runs, run] if run]
+    return [
+        tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for run in [*runs, run]
+        if run
+    ]
 
 
-WORDS = st.sampled_from([*TEXTS, "a", "assistant", "user\n", "\n", " ", "\t", "é", "e\u0301", "🗼", "\u2028", "<", "|",
-                         "3", "im_start", "### Response:\n", "\nuser: ", "[", "INST", "0", "\ue0000\ue001"])
+WORDS = st.sampled_from(
+    [
+        *TEXTS,
+        "a",
+        "assistant",
+        "user\n",
+        "\n",
+        " ",
+        "\t",
+        "é",
+        "e\u0301",
+        "🗼",
+        "\u2028",
+        "<",
+        "|",
+        "3",
+        "im_start",
+        "### Response:\n",
+        "\nuser: ",
+        "[",
+        "INST",
+        "0",
+        "\ue0000\ue001",
+    ]
+)
 CONTENT = st.lists(WORDS | st.text(max_size=8), min_size=1, max_size=5).map("".join).filter(lambda text: text.strip())
 
 
@@ -342,11 +465,14 @@ def test_template_refusals_have_reasons():
         with_template("{% for %}")(PAIR)
 
 
-@pytest.mark.parametrize(("old", "new"), [
-    ("'<|im_end|>'", "('<|im_end|>' if m['content'] != 'odd' else '<|im_odd|>')"),  # of the same length
-    ("{% endfor %}", "{% endfor %}{{ 'more' if messages[-1]['content'] == 'odd' else '' }}"),
-    ("'<|im_start|>'", "('<|im_start|>' if m['content'] != 'odd' else '<|im_odd|>')"),
-])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("'<|im_end|>'", "('<|im_end|>' if m['content'] != 'odd' else '<|im_odd|>')"),  # of the same length
+        ("{% endfor %}", "{% endfor %}{{ 'more' if messages[-1]['content'] == 'odd' else '' }}"),
+        ("'<|im_start|>'", "('<|im_start|>' if m['content'] != 'odd' else '<|im_odd|>')"),
+    ],
+)
 def test_structure_that_depends_on_a_content_is_refused(old, new):
     encode = with_template(CHATML.replace(old, new, 1))
     assert encode(PAIR).supervised == 2
@@ -368,13 +494,17 @@ def test_system_turn_left_out_is_flagged():
 
 
 def test_generation_markers_are_used():
-    template = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
-                "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
-                "{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}")
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+        "{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    )
     turns = row(("user", "What is 3 + 4?"), ("assistant", "It is 7!"), ("user", "Yes"), ("assistant", "a\n\nb"))
     assert with_template(template)(turns) == with_template(CHATML)(turns)
-    markers = template.replace("m['content'] + '<|im_end|>' }}{% endgeneration %}",
-                               "m['content'].split('</think>')[-1] + '<|im_end|>' }}{% endgeneration %}")
+    markers = template.replace(
+        "m['content'] + '<|im_end|>' }}{% endgeneration %}",
+        "m['content'].split('</think>')[-1] + '<|im_end|>' }}{% endgeneration %}",
+    )
     encoded = with_template(markers)(row(("user", "q"), ("assistant", "<think>r</think>a")))
     tokenizer = byte_level(("<|im_start|>", "<|im_end|>"), eos="<|im_end|>")
     assert trained(tokenizer, encoded) == ["a<|im_end|>"]
@@ -444,12 +574,15 @@ def test_control_tokens_in_plain_text_are_flagged():
 # ---------------------------------------------------------------- pairs, plain text, lengths
 
 
-@pytest.mark.parametrize(("prompt", "completion", "text", "learnt"), [
-    ("What?", "Yes", "What? Yes</s>", " Yes</s>"),
-    ("What?\n", "Yes", "What?\nYes</s>", "Yes</s>"),
-    ("What?", "\nYes", "What?\nYes</s>", "\nYes</s>"),
-    ("What? ", " Yes", "What?  Yes</s>", " Yes</s>"),
-])
+@pytest.mark.parametrize(
+    ("prompt", "completion", "text", "learnt"),
+    [
+        ("What?", "Yes", "What? Yes</s>", " Yes</s>"),
+        ("What?\n", "Yes", "What?\nYes</s>", "Yes</s>"),
+        ("What?", "\nYes", "What?\nYes</s>", "\nYes</s>"),
+        ("What? ", " Yes", "What?  Yes</s>", " Yes</s>"),
+    ],
+)
 def test_pairs_are_joined_as_in_less(prompt, completion, text, learnt):
     tokenizer = byte_level(("</s>",), eos="</s>")
     encoded = Encoder(tokenizer, max_length=100)(Row("i", "s", "f", 1, b"", prompt=prompt, completion=completion))
@@ -514,7 +647,8 @@ def test_tulu_is_the_format_of_less():
     turns = row(("system", " s "), ("user", "q\n"), ("assistant", " the a "), ("user", "r"), ("assistant", "b"))
     encoded = encode(turns)
     assert tokenizer.decode(encoded.input_ids) == (
-        "<s> <|system|>\ns\n<|user|>\nq\n<|assistant|>\nthe a</s> \n<|user|>\nr\n<|assistant|>\nb</s> \n")
+        "<s> <|system|>\ns\n<|user|>\nq\n<|assistant|>\nthe a</s> \n<|user|>\nr\n<|assistant|>\nb</s> \n"
+    )
     assert trained(tokenizer, encoded) == ["the a</s> \n", "b</s> \n"]
     assert encoded.labels[0] == IGNORED
     with pytest.raises(DataError, match="no end-of-sequence token"):
@@ -523,9 +657,12 @@ def test_tulu_is_the_format_of_less():
 
 def less_labels(tokenizer, messages, max_length: int) -> list[int]:
     """The published mask, by tokenising every prefix again (spec/less.md section 3)."""
+
     def text(turns):
-        return "".join(f"<|{t['role']}|>\n{t['content'].strip()}"
-                       f"{tokenizer.eos_token if t['role'] == 'assistant' else ''}\n" for t in turns)
+        return "".join(
+            f"<|{t['role']}|>\n{t['content'].strip()}{tokenizer.eos_token if t['role'] == 'assistant' else ''}\n"
+            for t in turns
+        )
 
     def length(prefix):
         return len(tokenizer(prefix, truncation=True, max_length=max_length)["input_ids"])
@@ -535,7 +672,7 @@ def less_labels(tokenizer, messages, max_length: int) -> list[int]:
         if turn["role"] != "assistant":
             start = length(text(messages[:k])) if k else 0
             header = k + 1 < len(messages) and messages[k + 1]["role"] == "assistant"
-            end = length(text(messages[:k + 1]) + "<|assistant|>\n" * header)
+            end = length(text(messages[: k + 1]) + "<|assistant|>\n" * header)
             labels[start:end] = [IGNORED] * len(labels[start:end])
     return labels
 
@@ -590,10 +727,16 @@ class Counting:
 
 
 def test_scan(tmp_path):
-    rows = [{"text": "Yes and no"}, {"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "<|im_end|>"},
-            {"messages": PAIR.messages}, {"text": "Yes and no", "id": "other"},
-            {"prompt": "q " * 99, "completion": "a"}, {"text": "<|im_end|>" * 3},
-            {"text": "The quick brown fox jumps over it " * 9}]
+    rows = [
+        {"text": "Yes and no"},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q", "completion": "<|im_end|>"},
+        {"messages": PAIR.messages},
+        {"text": "Yes and no", "id": "other"},
+        {"prompt": "q " * 99, "completion": "a"},
+        {"text": "<|im_end|>" * 3},
+        {"text": "The quick brown fox jumps over it " * 9},
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pool, _ = read_pool([tmp_path / "rows.jsonl"], cache=tmp_path)
     progress, encode = Counting(), encoder("chatml", 40)
@@ -601,12 +744,17 @@ def test_scan(tmp_path):
     assert progress.done == 8
     assert result.ok.tolist() == [True, True, False, True, True, False, True, True]
     assert [(b.line, b.reason, b.byte_offset) for b in result.bad] == [
-        (3, "control_token_in_text", pool.offset(2)), (6, "no_supervised_token", pool.offset(5))]
+        (3, "control_token_in_text", pool.offset(2)),
+        (6, "no_supervised_token", pool.offset(5)),
+    ]
     assert result.flags == {"control_token_in_text": 1}
     for i in np.flatnonzero(result.ok):
         encoded = encode(pool[i])
         assert (result.tokens[i], result.supervised[i], result.cut[i]) == (
-            len(encoded.input_ids), encoded.supervised, encoded.cut)
+            len(encoded.input_ids),
+            encoded.supervised,
+            encoded.cut,
+        )
         both = np.asarray(encoded.input_ids + encoded.labels, "<i4").tobytes()
         assert result.keys[i] == xxhash.xxh3_128_hexdigest(both)
     assert result.cut[7] > 0 and result.tokens[7] == 40
@@ -636,20 +784,27 @@ def test_every_row_of_real_data_has_its_answer(shared: Path, tmp_path):
 # ---------------------------------------------------------------- normalisers, and the template's own blocks
 
 
-BLOCKS = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}{% generation %}"
-          "{{ m.content }}{% endgeneration %}{{ '<|im_end|>\\n' }}{% else %}"
-          "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}")
+BLOCKS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}{% generation %}"
+    "{{ m.content }}{% endgeneration %}{{ '<|im_end|>\\n' }}{% else %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+)
 
 
 def normalisers() -> dict:
     from tokenizers import Regex, normalizers
 
     return {
-        "nfc": normalizers.NFC(), "nfd": normalizers.NFD(), "nfkc": normalizers.NFKC(), "nfkd": normalizers.NFKD(),
-        "lowercase": normalizers.Lowercase(), "bert": normalizers.BertNormalizer(),
+        "nfc": normalizers.NFC(),
+        "nfd": normalizers.NFD(),
+        "nfkc": normalizers.NFKC(),
+        "nfkd": normalizers.NFKD(),
+        "lowercase": normalizers.Lowercase(),
+        "bert": normalizers.BertNormalizer(),
         "no accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
         "no zero width": normalizers.Replace(Regex("[\u200b\u200e]"), ""),
-        "longer": normalizers.Replace("a", "bbb"), "shorter": normalizers.Replace("an", ""),
+        "longer": normalizers.Replace("a", "bbb"),
+        "shorter": normalizers.Replace("an", ""),
         "one space": normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")]),
     }
 
@@ -671,11 +826,34 @@ def test_normalised_text_has_the_loss_of_its_own_characters(name, trim):
     for template, end in ((BLOCKS, ""), (CHATML, "<|im_end|>")):
         tokenizer.chat_template = template
         encode = Encoder(tokenizer, max_length=1000)
-        for answer in ["Ja", "Ja ", " Ja", "Ja\n", "Cafe\u0301", "\u0301x", "Ja\u200b", "\u200eJa", "ﬁ", "banana",
-                       "x  y  ", "\t\tx", "🗼", "\u1112\u1161\u11ab", "İ", "ﷺ", "½", "a\u00ad"]:
+        for answer in [
+            "Ja",
+            "Ja ",
+            " Ja",
+            "Ja\n",
+            "Cafe\u0301",
+            "\u0301x",
+            "Ja\u200b",
+            "\u200eJa",
+            "ﬁ",
+            "banana",
+            "x  y  ",
+            "\t\tx",
+            "🗼",
+            "\u1112\u1161\u11ab",
+            "İ",
+            "ﷺ",
+            "½",
+            "a\u00ad",
+        ]:
             for question in ("pin 77", "e", "a\u200b", "e\u0301 "):
-                turns = row(("user", question), ("assistant", answer), ("user", "bye"), ("assistant", answer),
-                            ("user", question))
+                turns = row(
+                    ("user", question),
+                    ("assistant", answer),
+                    ("user", "bye"),
+                    ("assistant", answer),
+                    ("user", question),
+                )
                 want = inner.normalizer.normalize_str(answer) + end
                 assert trained(tokenizer, encode(turns)) == [want, want], (template, answer, question)
 
@@ -684,10 +862,12 @@ def test_blocks_stand_where_the_template_says():
     """Blocks inside macros, with white space control, and with names of their own that do not leave the block."""
     special = ("<|im_start|>", "<|im_end|>")
     tokenizer = byte_level(special, eos="<|im_end|>")
-    macro = ("{% macro say(m) %}\n<|im_start|>{{ m.role }}\n"
-             "  {%- generation -%}\n  {% set x = m.content %}{{ x + '<|im_end|>' }}\n  {%- endgeneration %}\n"
-             "{% endmacro %}{% for m in messages %}{% if m.role == 'assistant' %}{{ say(m) }}{{ x }}{% else %}"
-             "{{ m.content }}{% endif %}{% endfor %}")
+    macro = (
+        "{% macro say(m) %}\n<|im_start|>{{ m.role }}\n"
+        "  {%- generation -%}\n  {% set x = m.content %}{{ x + '<|im_end|>' }}\n  {%- endgeneration %}\n"
+        "{% endmacro %}{% for m in messages %}{% if m.role == 'assistant' %}{{ say(m) }}{{ x }}{% else %}"
+        "{{ m.content }}{% endif %}{% endfor %}"
+    )
     encoded = with_template(macro)(row(("user", "q"), ("assistant", " a\n"), ("user", "r"), ("assistant", "b")))
     assert trained(tokenizer, encoded) == [" a\n<|im_end|>", "b<|im_end|>"]
     turns = [("user", "q"), ("assistant", "a "), ("user", "r"), ("assistant", "b")]
@@ -734,8 +914,9 @@ def test_a_text_that_begins_with_the_beginning_has_it_once(ends):
     tokenizer = byte_fallback((), "<s>", "</s>")
     special = [("<s>", 1), ("</s>", 2)] if ends else [("<s>", 1)]
     inner = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>" if ends else "<s> $A",
-                                                         special_tokens=special)
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if ends else "<s> $A", special_tokens=special
+    )
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
@@ -774,16 +955,18 @@ THINKS = (  # as Qwen3's: reasoning is written in the last turn, and taken out o
     "{%- set say = say.split('</think>')[-1].lstrip('\\n') %}{%- endif %}{%- if loop.last %}"
     "{{- '<think>\\n' + why.strip('\\n') + '\\n</think>\\n\\n' + say }}{%- else %}{{- say }}{%- endif %}{%- else %}"
     "{{- m.content }}{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
 OPENED = THINKS.replace("{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>\\n' }}")
-UNASKED = THINKS[:THINKS.index("{%- if add_generation_prompt")]
+UNASKED = THINKS[: THINKS.index("{%- if add_generation_prompt")]
 CHANNELS = (  # as gpt-oss's
     "{% for m in messages %}{% if m.role == 'assistant' %}{% if loop.last %}{% if 'thinking' in m %}"
     "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
     "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|return|>' }}{% else %}"
     "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|end|>' }}{% endif %}{% else %}"
     "{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}")
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
 
 
 def thinker(template: str, special: tuple[str, ...] = ()):
@@ -810,9 +993,15 @@ def says(text: str, **more) -> dict:
 REASONED = "<think>\n12 and 13 make 25\n</think>\n\n25"
 
 
-@pytest.mark.parametrize("said", [says(REASONED), says("25", reasoning="12 and 13 make 25"),
-                                  says("25", reasoning="\n12 and 13 make 25\n"),
-                                  says(REASONED.removeprefix("<think>\n"))])
+@pytest.mark.parametrize(
+    "said",
+    [
+        says(REASONED),
+        says("25", reasoning="12 and 13 make 25"),
+        says("25", reasoning="\n12 and 13 make 25\n"),
+        says(REASONED.removeprefix("<think>\n")),
+    ],
+)
 def test_reasoning_that_the_template_keeps_is_trained(said):
     """All that the model has to write: from the end of the generation prompt to the end of the turn."""
     asked = [user("12 + 13?"), said]
@@ -834,8 +1023,10 @@ def test_reasoning_that_the_row_does_not_have_is_not_trained():
 
 def test_reasoning_in_channels():
     found = thinker(CHANNELS)(user("q"), says("a", reasoning="x"), user("r"), says("b", reasoning="why"))
-    assert found == (["a", "<|channel|>analysis<|message|>why<|end|><|start|>assistant<|channel|>final<|message|>b"
-                      "<|return|>"], ("reasoning_dropped",))
+    assert found == (
+        ["a", "<|channel|>analysis<|message|>why<|end|><|start|>assistant<|channel|>final<|message|>b<|return|>"],
+        ("reasoning_dropped",),
+    )
 
 
 def test_reasoning_under_templates_that_know_none():
@@ -844,7 +1035,8 @@ def test_reasoning_under_templates_that_know_none():
     assert thinker(CHATML)(user("q"), says(REASONED)) == ([REASONED + "<|im_end|>"], ())
     tokenizer = byte_level(("</s>",), eos="</s>")
     encoded = Encoder(tokenizer, chat="tulu", max_length=100)(
-        Row("i", "s", "f", 1, b"", (user("q"), says("a", reasoning="why"))))
+        Row("i", "s", "f", 1, b"", (user("q"), says("a", reasoning="why")))
+    )
     assert encoded.flags == ("reasoning_dropped",) and trained(tokenizer, encoded) == ["a</s>\n"]
 
 
@@ -867,16 +1059,18 @@ TOOLS = (
     "{% endif %}{% for m in messages %}{% if m.role == 'tool' %}"
     "{{ '<|im_start|>user\\n<tool_response>' + m.content + '</tool_response><|im_end|>\\n' }}{% else %}"
     "{{ '<|im_start|>' + m.role + '\\n' }}{% if m.content %}{{ m.content }}{% endif %}"
-    "{% for c in m.tool_calls or [] %}{{ '<tool_call>{\"name\": \"' + c.function.name + '\", \"arguments\": ' }}"
+    '{% for c in m.tool_calls or [] %}{{ \'<tool_call>{"name": "\' + c.function.name + \'", "arguments": \' }}'
     "{{ c.function.arguments | tojson }}{{ '}</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 INLINE = (  # the result of a tool stands inside the assistant's turn
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>user\\n' + m.content + '<|im_end|>\\n' }}"
     "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}{% for c in m.tool_calls or [] %}"
     "{{ '<call>' + c.function.name + '</call>' }}{% endfor %}"
     "{% if not loop.last and messages[loop.index].role == 'tool' %}{{ '[' + messages[loop.index].content + ']' }}"
-    "{% endif %}{{ (m.content or '') + '<|im_end|>\\n' }}{% endif %}{% endfor %}")
-CALLED = "<tool_call>{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\", \"days\": 3}}</tool_call>"
+    "{% endif %}{{ (m.content or '') + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+)
+CALLED = '<tool_call>{"name": "weather", "arguments": {"city": "Rome", "days": 3}}</tool_call>'
 
 
 def call(arguments: object = None) -> dict:
@@ -901,8 +1095,16 @@ def tool_user(template: str, tools=({"type": "function", "function": {"name": "w
 
 
 def test_tool_calls_are_trained_and_results_are_not():
-    turns = [user("q"), says("", tool_calls=[call()]), result("sunny"), says("It is sunny"), user("r"),
-             says("Again:", tool_calls=[call(), call()]), result("rain"), result("snow")]
+    turns = [
+        user("q"),
+        says("", tool_calls=[call()]),
+        result("sunny"),
+        says("It is sunny"),
+        user("r"),
+        says("Again:", tool_calls=[call(), call()]),
+        result("rain"),
+        result("snow"),
+    ]
     text, learnt, flags = tool_user(TOOLS)(*turns)
     assert text.startswith('<|im_start|>system\n{"type": "function", "function": {"name": "weather"}}<|im_end|>\n')
     assert learnt == [CALLED + "<|im_end|>", "It is sunny<|im_end|>", f"Again:{CALLED}{CALLED}<|im_end|>"]
@@ -965,8 +1167,15 @@ def test_spans_agree_with_the_blocks_that_others_wrote(name):
     bare = _GENERATION.sub(lambda tag: f"{{%{tag[1]} {'endwith' if tag[2] else 'with'} {tag[3]}%}}", template)
     found = set(re.findall(r"<[|｜][^\s'\"<>{}]+?[|｜]>|</?s>|<(?:start|end)_of_turn>|<end_of_utterance>", template))
     tokenizer = byte_level((*sorted(found), "<BOS>", "<EOS>"), ("<think>", "</think>"), bos="<BOS>", eos="<EOS>")
-    calls, tools = [call()], ({"type": "function", "function": {
-        "name": "weather", "description": "d", "parameters": {"type": "object", "properties": {}}}},)
+    calls, tools = (
+        [call()],
+        (
+            {
+                "type": "function",
+                "function": {"name": "weather", "description": "d", "parameters": {"type": "object", "properties": {}}},
+            },
+        ),
+    )
     for messages, known in [
         ([user("hi"), says("hello"), user("more "), says(" two words\n")], ()),
         ([user("hi"), says("hello", reasoning="one"), user("more"), says("bye", reasoning="two")], ()),
@@ -988,8 +1197,12 @@ def test_spans_agree_with_the_blocks_that_others_wrote(name):
         for block, span in zip(blocks, spans, strict=True):
             before, found_it, after = block.partition(span.removesuffix("<|tool_response>").strip())
             assert found_it and after.strip() in ("", "<|end|>", "<EOS>"), (block, span)
-            assert re.fullmatch(r"\s*(<[^<>]*assistant[^<>]*>|<\|start\|>assistant[^\n]*?|<｜tool▁outputs▁end｜>)?\s*"
-                                r"(<\|?think\|?>\s*(</think>\s*)?)?(<think>)?\s*", before, re.IGNORECASE), block
+            assert re.fullmatch(
+                r"\s*(<[^<>]*assistant[^<>]*>|<\|start\|>assistant[^\n]*?|<｜tool▁outputs▁end｜>)?\s*"
+                r"(<\|?think\|?>\s*(</think>\s*)?)?(<think>)?\s*",
+                before,
+                re.IGNORECASE,
+            ), block
 
 
 def test_the_template_of_a_file_is_the_one_that_is_saved(tmp_path):

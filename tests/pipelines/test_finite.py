@@ -202,6 +202,7 @@ def test_steps_in_a_row_are_counted_across_a_restart(world, tmp_path, poison):
 
 def test_weights_that_are_not_finite_stop_at_once_and_are_never_saved(world, tmp_path, monkeypatch):
     """An update that overflows, where loss and gradient were finite: no checkpoint, no adapter, the tensor's name."""
+
     def rot_weights(self):
         if self.state.global_step == at:
             self.optimizer.param_groups[0]["params"][3].data.view(-1)[1] = torch.inf

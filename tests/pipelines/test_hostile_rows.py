@@ -60,8 +60,11 @@ LONG = {
     (name, text, shape) for name in ("byte level", "bytes", "unigram") for text in LONG
     for shape in (("text", "pair", "messages", "tulu") if text == "words" else ("messages",))])  # fmt: skip
 def test_a_long_text_is_tokenised_no_further_than_it_is_kept(name, text, shape, monkeypatch):
-    tokenizer = {"byte level": lambda: byte_level(("<|im_start|>", "<|im_end|>"), eos="<|im_end|>"),
-                 "bytes": lambda: bytes_tokenizer(normalizers.NFKC()), "unigram": unigram}[name]()
+    tokenizer = {
+        "byte level": lambda: byte_level(("<|im_start|>", "<|im_end|>"), eos="<|im_end|>"),
+        "bytes": lambda: bytes_tokenizer(normalizers.NFKC()),
+        "unigram": unigram,
+    }[name]()
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = CHATML
     said = {"text": {"text": LONG[text]}, "pair": {"prompt": "q", "completion": LONG[text] + "x"}}.get(shape)
@@ -82,8 +85,18 @@ def test_a_long_text_is_tokenised_no_further_than_it_is_kept(name, text, shape, 
 
 def unigram():
     """Pieces chosen over the whole of a word; where the run is not a multiple of three, the rest stands first."""
-    said = ["<unk>", "<|im_start|>", "<|im_end|>", "▁", "\n", "a", "aaa", "▁▁▁", *map(chr, range(33, 97)),
-            *map(chr, range(98, 127))]
+    said = [
+        "<unk>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "▁",
+        "\n",
+        "a",
+        "aaa",
+        "▁▁▁",
+        *map(chr, range(33, 97)),
+        *map(chr, range(98, 127)),
+    ]
     tokenizer = Tokenizer(models.Unigram([(piece, -1.0 - (len(piece) == 1)) for piece in said], unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.add_special_tokens(["<unk>", "<|im_start|>", "<|im_end|>"])
@@ -105,8 +118,10 @@ MADE = {
     "accents": (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "<|ím_start|>"),
     "taken out": (normalizers.Replace(Regex("[\u200b\u200d]"), ""), "<|im_\u200bstart|>"),
     "replaced": (normalizers.Replace("$", "|"), "<$im_start|>"),
-    "several": (normalizers.Sequence([normalizers.Strip(), normalizers.NFKC(), normalizers.Lowercase()]),
-                "<｜IM_start|>"),
+    "several": (
+        normalizers.Sequence([normalizers.Strip(), normalizers.NFKC(), normalizers.Lowercase()]),
+        "<｜IM_start|>",
+    ),
 }
 
 
@@ -146,7 +161,7 @@ LOOPS = {
 LARGE = {
     "times": "{{ 'a' * 99999999999 }}",
     "doubled": "{% set ns = namespace(x='aaaaaaaaaaaaaaaa') %}"
-               "{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "filter": "{{ 'a'|center(99999999999) }}",
     "format": "{{ '%099999999999d' % 1 }}",
 }
@@ -224,11 +239,16 @@ def test_keys_that_are_data_make_no_wide_table():
 def test_dialogues_are_read_in_one_pass():
     text = "\n\nHuman: a\n\n\n  Assistant: x\nHuman: y\n\n Human: z \n \n\nAssistant: Assistant: w" + "\n" * 1_000_000
     assert [(turn["role"], turn["content"]) for turn in _dialogue(text)] == [
-        ("human", "a"), ("assistant", "x\nHuman: y"), ("human", "z"), ("assistant", "Assistant: w")]
+        ("human", "a"),
+        ("assistant", "x\nHuman: y"),
+        ("human", "z"),
+        ("assistant", "Assistant: w"),
+    ]
 
 
-@pytest.mark.parametrize("inside", ['{"a": 1e999}', r'{"a": "\ud800"}', "[" * 500 + "]" * 500,
-                                    '{"a": NaN}', '{"a": 1, "a": 2}'])
+@pytest.mark.parametrize(
+    "inside", ['{"a": 1e999}', r'{"a": "\ud800"}', "[" * 500 + "]" * 500, '{"a": NaN}', '{"a": 1, "a": 2}']
+)
 def test_json_inside_texts_is_read_by_the_rules_for_rows(inside):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     with pytest.raises(Malformed, match="tools_not_list"):

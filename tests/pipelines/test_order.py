@@ -90,9 +90,7 @@ def cold(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return kept[0]
 
 
-def test_training_in_an_order_ends_where_its_true_run_does(
-    cold: Setting, world: Path, tmp_path: Path
-) -> None:
+def test_training_in_an_order_ends_where_its_true_run_does(cold: Setting, world: Path, tmp_path: Path) -> None:
     """`datatools train --order` and the tasks' own loop: one way of training, but for the last bit of fused steps."""
     given = cold.plan.reordered([2, 0, 3, 1])
     given.save(tmp_path / "order.npz")

@@ -53,9 +53,7 @@ def cut(path: Path, at: float) -> None:
     os.truncate(path, int(at * path.stat().st_size))
 
 
-def test_damaged_files_are_made_again_and_said(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_files_are_made_again_and_said(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs.set_quiet(False)
     out = run(settings(world, tmp_path / "run"))
     run(settings(world, out, task="map", map_batches=1, map_positions=2, completions=1))

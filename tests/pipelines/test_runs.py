@@ -62,7 +62,11 @@ def test_a_run_explains_itself(tmp_path):
         assert Run.current is run and not run.resumed
     folder = tmp_path / "r"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "events.jsonl", "progress.json", "provenance.json", "run.yaml", "seals.jsonl",
+        "events.jsonl",
+        "progress.json",
+        "provenance.json",
+        "run.yaml",
+        "seals.jsonl",
     ]
     assert (folder / "run.yaml").read_text().startswith(f"# Replays this run: datatools select {folder}/run.yaml\n")
     assert load_config(SelectConfig, folder / "run.yaml", wanted=()) == config(seed=7)
@@ -103,9 +107,7 @@ def test_a_cut_event_line_is_passed_over():
 def test_other_settings_are_refused_by_name_and_overwrite_moves_aside(capsys):
     with Run("r", config(), "select"):
         Path("r/selected.jsonl").write_text("first")
-    with pytest.raises(
-        UsageError, match=r"other settings: seed was 0, is 1.*--overwrite"
-    ):
+    with pytest.raises(UsageError, match=r"other settings: seed was 0, is 1.*--overwrite"):
         with Run("r", config(seed=1, budget="10%"), "select"):
             pass
     assert read("r/progress.json")["state"] == "done" and Path("r/selected.jsonl").exists()
@@ -286,7 +288,7 @@ def test_damaged_times_of_stages_are_passed_over_and_said(capsys):
     path = Path("r/events.jsonl")
     text = path.read_text()
     at = text.index('"seconds": ') + len('"seconds": ')
-    path.write_text(text[:at] + "9" + text[at + 1:])
+    path.write_text(text[:at] + "9" + text[at + 1 :])
     with Run("r", config(), "select") as run:
         assert run.stages == []
     assert "1 damaged lines" in capsys.readouterr().err
@@ -355,9 +357,7 @@ def test_what_is_planted_in_a_run_folder_is_not_written_through(name, kind):
     path.unlink(missing_ok=True)
     {"link": lambda: path.symlink_to("../outside"), "pipe": lambda: os.mkfifo(path),
      "hard": lambda: os.link("outside", path)}[kind]()  # fmt: skip
-    with pytest.raises(DatatoolsError) if kind != "hard" else nullcontext(), Run(
-        "r", config(), "select"
-    ) as run:
+    with pytest.raises(DatatoolsError) if kind != "hard" else nullcontext(), Run("r", config(), "select") as run:
         files.write_json(files.make_folder(run.path("deep")) / "x.json", 1)
     assert Path("outside").read_text() == "precious"
 

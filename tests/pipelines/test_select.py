@@ -594,6 +594,7 @@ def test_hidden_states_that_are_not_finite_have_no_score(world, tmp_path, monkey
     def load(*args, **kwargs):
         loaded = inner(*args, **kwargs)
         if loaded.model is not None:
+
             def spoil(_, inputs, output):
                 if len(output.last_hidden_state) > 3:  # a batch of the pool; the target has three rows
                     output.last_hidden_state[0] = float("inf")
@@ -1087,8 +1088,9 @@ def test_words_of_a_row_do_not_depend_on_its_format(world, tmp_path):
     for pool, target in [(a, b) for a in shapes for b in shapes if "pair" in (a, b)]:
         for name, lines in (("pool", [shapes[pool](*pair) for pair in said]), ("dev", [shapes[target](*wanted)])):
             (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        config = world.select(tmp_path / f"{pool}-{target}", method="tfidf", target=[str(tmp_path / "dev.jsonl")],
-                              budget="1")
+        config = world.select(
+            tmp_path / f"{pool}-{target}", method="tfidf", target=[str(tmp_path / "dev.jsonl")], budget="1"
+        )
         run = select.run(config.model_copy(update={"train": DataConfig(paths=[str(tmp_path / "pool.jsonl")])}))
         assert scores(run)["_score"] == pytest.approx(right.tolist(), abs=1e-5), (pool, target)
 
@@ -1120,8 +1122,11 @@ def test_hidden_states_may_be_narrower_than_the_configuration_says(tmp_path, own
     model.eval()
 
     def vector(row):
-        tokens = tokenizer(tokenizer.apply_chat_template(row["messages"], tokenize=False), return_tensors="pt",
-                           add_special_tokens=False)["input_ids"]
+        tokens = tokenizer(
+            tokenizer.apply_chat_template(row["messages"], tokenize=False),
+            return_tensors="pt",
+            add_special_tokens=False,
+        )["input_ids"]
         with torch.no_grad():
             states = model.model(input_ids=tokens).last_hidden_state[0]
         return torch.nn.functional.normalize((states * torch.arange(1.0, len(states) + 1)[:, None]).sum(0), dim=0)
@@ -1158,12 +1163,14 @@ def test_pool_and_target_have_columns_of_their_own(world, tmp_path):
     pool = DataConfig(paths=[pairs(tmp_path / "pool.jsonl", "q", "r", 6)], columns={"prompt": "q", "completion": "r"})
     mine = world.select(tmp_path / "run", method="tfidf", train=pool, budget="2", target=[str(tmp_path / "dev.jsonl")])
     runs = []
-    for n, (ask, say, columns) in enumerate([
-        ("frage", "antwort", {"prompt": "frage", "completion": "antwort"}),
-        ("q", "r", None),  # the pool's
-        ("prompt", "completion", None),  # the usual ones
-        ("frage", "antwort", {"dev.jsonl": {"prompt": "frage", "completion": "antwort"}}),
-    ]):
+    for n, (ask, say, columns) in enumerate(
+        [
+            ("frage", "antwort", {"prompt": "frage", "completion": "antwort"}),
+            ("q", "r", None),  # the pool's
+            ("prompt", "completion", None),  # the usual ones
+            ("frage", "antwort", {"dev.jsonl": {"prompt": "frage", "completion": "antwort"}}),
+        ]
+    ):
         pairs(tmp_path / "dev.jsonl", ask, say, 1, start=3)
         run = select.run(mine.model_copy(update={"out": tmp_path / f"run-{n}", "target_columns": columns}))
         runs.append(scores(run)["_score"])
@@ -1179,8 +1186,19 @@ def test_pool_and_target_have_columns_of_their_own(world, tmp_path):
 def test_preferences_are_selected_with_the_flag(command, world, tmp_path):
     rows = [{"prompt": f"ask {k}", "chosen": f"good {k}", "rejected": "bad"} for k in range(4)]
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    argv = ["select", "--model", world.model, "--train", tmp_path / "pool.jsonl", "--method", "random", "--budget", "2",
-            "--out", tmp_path / "run"]
+    argv = [
+        "select",
+        "--model",
+        world.model,
+        "--train",
+        tmp_path / "pool.jsonl",
+        "--method",
+        "random",
+        "--budget",
+        "2",
+        "--out",
+        tmp_path / "run",
+    ]
     answer = command(*map(str, argv))
     assert answer.code == 3 and "preference_row" in answer.stderr and "--preference chosen" in answer.stderr
     answer = command(*map(str, [*argv, "--preference", "chosen"]))

@@ -147,8 +147,9 @@ def test_bad_values_of_a_table_are_bad_rows_of_the_pool(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["parquet", "file", "stream"])
-@pytest.mark.parametrize("kind", [None, pa.struct, lambda f: pa.list_(pa.struct(f)),
-                                  lambda f: pa.map_(pa.string(), pa.list_(pa.struct(f)))])
+@pytest.mark.parametrize(
+    "kind", [None, pa.struct, lambda f: pa.list_(pa.struct(f)), lambda f: pa.map_(pa.string(), pa.list_(pa.struct(f)))]
+)
 def test_a_column_that_is_there_twice_is_refused(kind, form, tmp_path):
     fields = [pa.field("text", pa.string()), pa.field("text", pa.string())]
     schema = pa.schema(fields if kind is None else [pa.field("turns", kind(fields))])
@@ -269,8 +270,10 @@ LONG = Limits(line_bytes=10_000)
 def csv_rows(tmp_path, data, limits=LONG):
     (tmp_path / "t.csv").write_bytes(data)
     with Counting(tmp_path / "t.csv") as file:
-        found = [row.reason if isinstance(row, Malformed) else json.loads(row)
-                 for row in tables.rows_of_csv(file, ",", limits)]
+        found = [
+            row.reason if isinstance(row, Malformed) else json.loads(row)
+            for row in tables.rows_of_csv(file, ",", limits)
+        ]
     return found, file
 
 
@@ -290,8 +293,17 @@ def test_many_missing_quotation_marks_are_read_in_linear_time(tmp_path):
     assert file.bytes < len(data) + (tables._REWINDS + 2) * 2 * LONG.line_bytes
 
 
-@pytest.mark.parametrize("data", [b"word " * 100_000, b"w," * 100_000, b'"' + b"w\n" * 100_000,
-                                  b"\r" * 9_999 + b"x" * 100_000, b'"a\nb",' * 20_000, b'"a\r' * 20_000])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"word " * 100_000,
+        b"w," * 100_000,
+        b'"' + b"w\n" * 100_000,
+        b"\r" * 9_999 + b"x" * 100_000,
+        b'"a\nb",' * 20_000,
+        b'"a\r' * 20_000,
+    ],
+)
 def test_a_record_without_an_end_is_a_bad_row(tmp_path, data):
     found, file = csv_rows(tmp_path, b"prompt,completion\n" + data + b"\nq,last\n")
     assert {"line_too_long", "invalid_csv"} & {row for row in found if isinstance(row, str)}

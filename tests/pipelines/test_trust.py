@@ -74,8 +74,9 @@ def refused(argv: list[object], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("where", ["config", "tokenizer", "attention"])
 @pytest.mark.parametrize("command", ["evaluate", "train", "diagnose", "select", "order"])
-def test_code_of_a_model_is_not_run(world: World, tmp_path: Path, canary: Path, where: str, command: str,
-                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_of_a_model_is_not_run(
+    world: World, tmp_path: Path, canary: Path, where: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = hostile(tmp_path / "model", canary, where=where)
     data = {"evaluate": ["--data", world.pool], "select": ["--train", world.pool, "--target", world.target]}
     argv: list[object] = [command, "--model", model, *data.get(command, ["--data", world.pool])]
@@ -186,8 +187,9 @@ def commands(folder: Path, finished: Path) -> dict[str, list[object]]:
 
 
 @pytest.mark.parametrize("command", ["explain", "audit", "select", "resume"])
-def test_a_run_folder_runs_no_code(received: Path, finished: Path, tmp_path: Path, canary: Path, command: str,
-                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_folder_runs_no_code(
+    received: Path, finished: Path, tmp_path: Path, canary: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     edit(received, model__name=str(hostile(tmp_path / "model", canary)), model__trust_remote_code=True)
     error = refused(commands(received, finished)[command], capsys)
     assert "--trust-remote-code" in error and "run.yaml" in error
@@ -195,15 +197,25 @@ def test_a_run_folder_runs_no_code(received: Path, finished: Path, tmp_path: Pat
     assert "--trust-remote-code" in refused(["train", received / "run.yaml"], capsys) or not canary.exists()
 
 
-@pytest.mark.parametrize("model, task", [("TrainConfig", "train"), ("OrderConfig", "order"),
-                                         ("DiagnoseConfig", "diagnose"), ("EvaluateConfig", "evaluate")])
-def test_a_settings_file_runs_no_code(finished: Path, tmp_path: Path, canary: Path, model: str, task: str,
-                                      capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "model, task",
+    [
+        ("TrainConfig", "train"),
+        ("OrderConfig", "order"),
+        ("DiagnoseConfig", "diagnose"),
+        ("EvaluateConfig", "evaluate"),
+    ],
+)
+def test_a_settings_file_runs_no_code(
+    finished: Path, tmp_path: Path, canary: Path, model: str, task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As run.yaml in a folder that `order` continues, and as any YAML file that a command is given."""
     folder = tmp_path / "sent"
     folder.mkdir()
-    settings = {"model": {"name": str(hostile(tmp_path / "model", canary)), "trust_remote_code": True},
-                "data": {"paths": [str(finished / "pool.jsonl")]}}
+    settings = {
+        "model": {"name": str(hostile(tmp_path / "model", canary)), "trust_remote_code": True},
+        "data": {"paths": [str(finished / "pool.jsonl")]},
+    }
     for name in ("run.yaml", "settings.yaml"):
         (folder / name).write_text(json.dumps(settings))
         assert "--trust-remote-code" in refused([task, folder / name], capsys)
@@ -213,8 +225,9 @@ def test_a_settings_file_runs_no_code(finished: Path, tmp_path: Path, canary: Pa
     assert not canary.exists()
 
 
-def test_what_names_code_elsewhere_is_no_setting(received: Path, finished: Path,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_names_code_elsewhere_is_no_setting(
+    received: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("plugins", "callbacks", "model__plugins", "model__code_revision"):
         folder = shutil.copytree(received, received.with_name(name))
         edit(folder, **{name: ["os.system"]})
@@ -233,16 +246,18 @@ def test_reports_are_drawn_without_the_model(received: Path, tmp_path: Path, can
 
 
 @pytest.mark.parametrize("out", ["/somewhere/else", "../beside", "relative/run"])
-def test_a_runs_file_does_not_say_where_to_write(received: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                 out: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_runs_file_does_not_say_where_to_write(
+    received: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     edit(received, out=out)
     assert "--out DIR" in refused(["select", received / "run.yaml"], capsys)
     assert not (tmp_path / "beside").exists() and not (tmp_path / "relative").exists()
 
 
-def test_a_runs_file_does_not_say_where_features_go(received: Path, finished: Path, tmp_path: Path,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_runs_file_does_not_say_where_features_go(
+    received: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     edit(received, features__folder=str(tmp_path / "elsewhere"), out=str(received))
     assert "--set features.folder=DIR" in refused(["select", received / "run.yaml"], capsys)
     base, _ = audit_base(received / "selected.jsonl")
@@ -271,8 +286,9 @@ def test_what_the_user_may_go_on_doing(received: Path, finished: Path, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["inputs/x", "features", "report.html", "warmup", "events.jsonl"])
-def test_links_out_of_a_run_folder_are_refused(received: Path, finished: Path, tmp_path: Path, name: str,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_links_out_of_a_run_folder_are_refused(
+    received: Path, finished: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     path = received / name

@@ -101,8 +101,9 @@ def test_the_refusal_names_what_computes_no_gradient_again(world, tmp_path, monk
     again = world.select(tmp_path / "other", warmup=shape, budget="20%", checkpoints=named)
     again = again.model_copy(update={"features": again.features.model_copy(update={"folder": tmp_path / features})})
     other = select.run(again)
-    ids = [[json.loads(line)["id"] for line in (one / "selected.jsonl").read_text().splitlines()]
-           for one in (first, other)]
+    ids = [
+        [json.loads(line)["id"] for line in (one / "selected.jsonl").read_text().splitlines()] for one in (first, other)
+    ]
     assert len(ids[1]) == 12 and ids[1][:6] == ids[0]
 
 

@@ -3,8 +3,20 @@
 import numpy as np
 
 
-def run(start, grads, *, lr, weight_decay, betas=(0.9, 0.999), eps=1e-16, amsgrad=False, rectify=True,
-        degenerated_to_sgd=True, l2=0.0, fixed_decay=False):
+def run(
+    start,
+    grads,
+    *,
+    lr,
+    weight_decay,
+    betas=(0.9, 0.999),
+    eps=1e-16,
+    amsgrad=False,
+    rectify=True,
+    degenerated_to_sgd=True,
+    l2=0.0,
+    fixed_decay=False,
+):
     """Parameters after every gradient; a gradient that is None is no step."""
     theta = np.array(start, dtype=np.float64)
     mean, belief, largest = np.zeros_like(theta), np.zeros_like(theta), np.zeros_like(theta)

@@ -25,8 +25,18 @@ def averaged(x, variant="instruction", spatial_average_block_size=(-1, -1, -1, -
 
 
 def run(
-    start, grads, *, lr, weight_decay, betas=(0.9, 0.999), eps=1e-4, hessian_power=1.0, variant="instruction",
-    spatial_average_block_size=(-1, -1, -1, -1), refresh_every=1, estimates=None,
+    start,
+    grads,
+    *,
+    lr,
+    weight_decay,
+    betas=(0.9, 0.999),
+    eps=1e-4,
+    hessian_power=1.0,
+    variant="instruction",
+    spatial_average_block_size=(-1, -1, -1, -1),
+    refresh_every=1,
+    estimates=None,
 ):
     """Parameters after every gradient; a gradient that is None is no step.
 

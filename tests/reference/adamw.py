@@ -3,8 +3,19 @@
 import numpy as np
 
 
-def run(start, grads, *, lr, weight_decay, betas=(0.9, 0.999), eps=1e-8, eps_root=0.0, bias_correction=True,
-        amsgrad=False, eps_before_correction=False):
+def run(
+    start,
+    grads,
+    *,
+    lr,
+    weight_decay,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    eps_root=0.0,
+    bias_correction=True,
+    amsgrad=False,
+    eps_before_correction=False,
+):
     """Parameters after every gradient; a gradient that is None is no step."""
     theta = np.array(start, dtype=np.float64)
     first, second, largest = np.zeros_like(theta), np.zeros_like(theta), np.zeros_like(theta)

@@ -10,15 +10,33 @@ def singular(g, side, rank):
     return vectors * np.where(largest < 0, -1, 1)
 
 
-def run(start, grads, *, form, lr, weight_decay, betas=(0.9, 0.999), eps=1e-6, rank=128, update_proj_gap=200,
-        proj_type="std", scale=0.25, scale_type="channel", scale_front=False, exact_residual=False, limiter=1.01,
-        limiter_reset=True, draw=None):
+def run(
+    start,
+    grads,
+    *,
+    form,
+    lr,
+    weight_decay,
+    betas=(0.9, 0.999),
+    eps=1e-6,
+    rank=128,
+    update_proj_gap=200,
+    proj_type="std",
+    scale=0.25,
+    scale_type="channel",
+    scale_front=False,
+    exact_residual=False,
+    limiter=1.01,
+    limiter_reset=True,
+    draw=None,
+):
     """Parameters after every gradient; a gradient that is None is no step. draw(count, length, rank): random bases."""
     theta = np.array(start, dtype=np.float64)
     rows, cols = theta.shape[0], int(np.prod(theta.shape[1:]))
     rank = min(rank, rows, cols)
     side = {"std": "right" if rows >= cols else "left", "reverse_std": "left" if rows >= cols else "right"}.get(
-        proj_type, proj_type)
+        proj_type, proj_type
+    )
     t, stored, m, v, path = 0, None, 0.0, 0.0, []
     for given in grads:
         if given is None:

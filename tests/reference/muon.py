@@ -12,8 +12,11 @@ TRIPLES = {
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
     ],
     "dion": [
-        (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
-        (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012),
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
     ],
 }
 
@@ -32,9 +35,24 @@ def orthogonalised(matrix, names="keller_jordan", steps=5, eps=1e-7, form="plain
     return (u * s) @ vt
 
 
-def run(start, grads, *, lr, weight_decay, momentum=0.95, nesterov=True, momentum_form="heavy_ball",
-        scale="match_rms_adamw", conv_scale="matrix", ns_steps=5, ns_coefficients="keller_jordan", ns_eps=1e-7,
-        ns_form="plain", ns_dtype="param", cautious_decay=False):
+def run(
+    start,
+    grads,
+    *,
+    lr,
+    weight_decay,
+    momentum=0.95,
+    nesterov=True,
+    momentum_form="heavy_ball",
+    scale="match_rms_adamw",
+    conv_scale="matrix",
+    ns_steps=5,
+    ns_coefficients="keller_jordan",
+    ns_eps=1e-7,
+    ns_form="plain",
+    ns_dtype="param",
+    cautious_decay=False,
+):
     """Parameters after every gradient; a gradient that is None is no step."""
     assert ns_dtype == "param"
     theta = np.array(start, dtype=np.float64)

@@ -6,8 +6,19 @@ from tests.reference.muon import orthogonalised
 from tests.reference.quantized import kept
 
 
-def run(start, grads, *, lr, weight_decay, momentum=0.95, nesterov=False, ns_dtype="param", code="linear",
-        block_size=2048, **coding):
+def run(
+    start,
+    grads,
+    *,
+    lr,
+    weight_decay,
+    momentum=0.95,
+    nesterov=False,
+    ns_dtype="param",
+    code="linear",
+    block_size=2048,
+    **coding,
+):
     """Parameters after every gradient; a gradient that is None is no step."""
     assert ns_dtype == "param"
     theta = np.array(start, dtype=np.float64)

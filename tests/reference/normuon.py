@@ -6,16 +6,39 @@ import torch
 from tests.reference.muon import orthogonalised
 
 
-def run(start, grads, *, lr, weight_decay, momentum=0.95, nesterov=True, momentum_form="ema", scale="original",
-        conv_scale="matrix", ns_steps=5, ns_coefficients="keller_jordan", ns_eps=1e-7, ns_form="plain",
-        ns_dtype="param", cautious_decay=False, beta2=0.95, row_eps=1e-10, update_scale="preserve_norm", rms=0.2):
+def run(
+    start,
+    grads,
+    *,
+    lr,
+    weight_decay,
+    momentum=0.95,
+    nesterov=True,
+    momentum_form="ema",
+    scale="original",
+    conv_scale="matrix",
+    ns_steps=5,
+    ns_coefficients="keller_jordan",
+    ns_eps=1e-7,
+    ns_form="plain",
+    ns_dtype="param",
+    cautious_decay=False,
+    beta2=0.95,
+    row_eps=1e-10,
+    update_scale="preserve_norm",
+    rms=0.2,
+):
     """Parameters after every gradient; a gradient that is None is no step. Row by row."""
     assert ns_dtype == "param" and conv_scale == "matrix"
     theta = np.array(start, dtype=np.float64)
     m, n = theta.shape[0], int(np.prod(theta.shape[1:]))
     buffer, v, path = np.zeros((m, n)), np.zeros(m), []
-    factor = {"match_rms_adamw": 0.2 * max(m, n) ** 0.5, "original": max(1.0, m / n) ** 0.5,
-              "spectral_norm": (m / n) ** 0.5, "none": 1.0}[scale]
+    factor = {
+        "match_rms_adamw": 0.2 * max(m, n) ** 0.5,
+        "original": max(1.0, m / n) ** 0.5,
+        "spectral_norm": (m / n) ** 0.5,
+        "none": 1.0,
+    }[scale]
     for g in grads:
         if g is not None:
             share = 1 - momentum if momentum_form == "ema" else 1.0

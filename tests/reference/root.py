@@ -7,8 +7,22 @@ from tests.reference.muon import orthogonalised
 from tests.reference.normuon import zeropower
 
 
-def run(start, grads, *, lr, weight_decay, momentum=0.95, nesterov=True, ns_steps=5, ns_eps=1e-7, quantile=0.9,
-        threshold=None, shape_coefficients=(), ns_coefficients="keller_jordan", num_heads=None):
+def run(
+    start,
+    grads,
+    *,
+    lr,
+    weight_decay,
+    momentum=0.95,
+    nesterov=True,
+    ns_steps=5,
+    ns_eps=1e-7,
+    quantile=0.9,
+    threshold=None,
+    shape_coefficients=(),
+    ns_coefficients="keller_jordan",
+    num_heads=None,
+):
     """Parameters after every gradient; a gradient that is None is no step."""
     theta = np.array(start, dtype=np.float64)
     m, n = theta.shape[0], int(np.prod(theta.shape[1:]))

@@ -5,8 +5,20 @@ import numpy as np
 from tests.reference.adamp import projected
 
 
-def run(start, grads, *, lr, weight_decay, momentum=0.0, dampening=0.0, nesterov=False, eps=1e-8, delta=0.1,
-        wd_ratio=0.1, project_buffer=False):
+def run(
+    start,
+    grads,
+    *,
+    lr,
+    weight_decay,
+    momentum=0.0,
+    dampening=0.0,
+    nesterov=False,
+    eps=1e-8,
+    delta=0.1,
+    wd_ratio=0.1,
+    project_buffer=False,
+):
     """Parameters after every gradient; a gradient that is None is no step."""
     theta = np.array(start, dtype=np.float64)
     buffer, path = np.zeros_like(theta), []

@@ -6,8 +6,20 @@ import numpy as np
 import torch
 
 
-def run(start, grads, *, lr, weight_decay, betas=(0.9, 0.999), eps=1e-6, correct_bias=True, warmup_steps=150,
-        threshold=5000, DeltaT=500, grad_accu_steps=20):
+def run(
+    start,
+    grads,
+    *,
+    lr,
+    weight_decay,
+    betas=(0.9, 0.999),
+    eps=1e-6,
+    correct_bias=True,
+    warmup_steps=150,
+    threshold=5000,
+    DeltaT=500,
+    grad_accu_steps=20,
+):
     """Parameters after every gradient; a gradient that is None is no step. Entry by entry, in plain Python."""
     theta = np.array(start, dtype=np.float64)
     first, second = np.zeros_like(theta), np.zeros_like(theta)
@@ -45,10 +57,22 @@ class PublishedSPAM(torch.optim.Optimizer):
     at the end of the call before a reset.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, correct_bias=True,
-                 warmup_steps=150, threshold=5000, DeltaT=500, grad_accu_steps=20):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-                                  "correct_bias": correct_bias})
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-6,
+        weight_decay=0.0,
+        correct_bias=True,
+        warmup_steps=150,
+        threshold=5000,
+        DeltaT=500,
+        grad_accu_steps=20,
+    ):
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
+        )
         self.warmup, self.threshold, self.gap, self.grad_accu_steps = warmup_steps, threshold, DeltaT, grad_accu_steps
         self.total_step, self.current_step = 0, warmup_steps + 1
 

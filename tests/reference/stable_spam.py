@@ -6,8 +6,22 @@ import numpy as np
 import torch
 
 
-def run(start, grads, *, lr, weight_decay, betas=(0.9, 0.999), eps=1e-8, gamma1=0.7, gamma2=0.9, gamma3=0.999,
-        total_T=None, eta_min=0.5, update_proj_gap=1000, separate_counters=False):
+def run(
+    start,
+    grads,
+    *,
+    lr,
+    weight_decay,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    gamma1=0.7,
+    gamma2=0.9,
+    gamma3=0.999,
+    total_T=None,
+    eta_min=0.5,
+    update_proj_gap=1000,
+    separate_counters=False,
+):
     """Parameters after every gradient; a gradient that is None is no step."""
     theta = np.array(start, dtype=np.float64)
     first, second = np.zeros_like(theta), np.zeros_like(theta)
@@ -50,8 +64,20 @@ def run(start, grads, *, lr, weight_decay, betas=(0.9, 0.999), eps=1e-8, gamma1=
 class PublishedStableSPAM(torch.optim.Optimizer):
     """The step of TianjinYellow/StableSPAM, galore_torch/stablespam.py, without amsgrad: in its order, in place."""
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, gamma1=0.7, gamma2=0.9,
-                 gamma3=0.999, total_T=None, eta_min=0.5, update_proj_gap=1000):
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        gamma1=0.7,
+        gamma2=0.9,
+        gamma3=0.999,
+        total_T=None,
+        eta_min=0.5,
+        update_proj_gap=1000,
+    ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.gamma1 = betas[0] if gamma1 == -1 else gamma1
         self.gamma2, self.theta, self.total_T, self.eta_min = gamma2, gamma3, total_T, eta_min
@@ -70,8 +96,14 @@ class PublishedStableSPAM(torch.optim.Optimizer):
                     continue
                 grad, state = p.grad.clone(), self.state[p]
                 if "exp_avg" not in state:
-                    state.update(step=0, exp_avg=torch.zeros_like(grad), exp_avg_sq=torch.zeros_like(grad),
-                                 m_norm_t=0, v_norm_t=0, m_max_t=0)
+                    state.update(
+                        step=0,
+                        exp_avg=torch.zeros_like(grad),
+                        exp_avg_sq=torch.zeros_like(grad),
+                        m_norm_t=0,
+                        v_norm_t=0,
+                        m_max_t=0,
+                    )
                 exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
                 beta1, beta2 = group["betas"]
                 beta1 = beta1 * scale

@@ -204,9 +204,7 @@ SOURCES = ["big"] * 12 + ["rare"] * 3 + ["large"] * 5
 def test_every_small_row_is_kept_and_the_size_is_right(method):
     rows = gradients(20, 9)
     for keep in (3, 4, 10, 19, 20):
-        chosen, made = select_batch(
-            rows, SOURCES, keep, small_sources={"rare"}, method=method, generator=generator(1)
-        )
+        chosen, made = select_batch(rows, SOURCES, keep, small_sources={"rare"}, method=method, generator=generator(1))
         assert len(chosen) == keep == len(made) and {12, 13, 14} <= set(chosen.indices.tolist())
         counts = Counter(SOURCES[i] for i in chosen.indices.tolist())
         assert [counts["big"], counts["large"]] == budgets([12, 5], keep - 3)

@@ -42,8 +42,13 @@ def reference(monkeypatch, projector, updates, grad):
 
 
 @odd_sizes
-@given(st.integers(1, 3), st.integers(1, 1300), st.sampled_from([1, 3, 64, 1000]), st.sampled_from([0, 1]),
-       st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    st.integers(1, 3),
+    st.integers(1, 1300),
+    st.sampled_from([1, 3, 64, 1000]),
+    st.sampled_from([0, 1]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_any_length_and_dimension_amid_nan(kernel_device, rows, n, dim, shift, dtype):
     generator = torch.Generator().manual_seed(n)
     grad = torch.randn(rows, n, generator=generator).to(dtype)
@@ -84,8 +89,9 @@ def test_amid_nan_the_directions_stay_clean(kernel_device, monkeypatch):
     adam = sjlt.Adam(placed[1][0], placed[2][0], rule.betas, now.scale, now.shrink, rule.eps, rule.eps_root)
     out, check = poisoned(torch.zeros(2, 16), kernel_device)
     sjlt.add_sjlt(out, placed[0][0], key(0, "w", torch.Size([n])), adam)
-    updates = UpdateMap({"w": rule}, {"w": {"step": torch.tensor(4.0), "exp_avg": m, "exp_avg_sq": v}},
-                        {"w": torch.zeros(n)})
+    updates = UpdateMap(
+        {"w": rule}, {"w": {"step": torch.tensor(4.0), "exp_avg": m, "exp_avg_sq": v}}, {"w": torch.zeros(n)}
+    )
     torch.testing.assert_close(out.cpu(), reference(monkeypatch, SJLT(dim=16), updates, grad), rtol=1e-4, atol=1e-4)
     for guard in (check, *(c for _, c in placed)):
         guard()
@@ -112,8 +118,13 @@ def test_what_the_kernel_does_not_do_is_left_to_torch(kernel_device):
     ]
     for rule, projector, given_grad, expected in cases:
         with counted() as launches:
-            add_updates(torch.zeros(2, 8, device=kernel_device), projector,
-                        updates_of(rule, shape, kernel_device), "w", given_grad)
+            add_updates(
+                torch.zeros(2, 8, device=kernel_device),
+                projector,
+                updates_of(rule, shape, kernel_device),
+                "w",
+                given_grad,
+            )
         assert launches == expected, (rule, projector)
     with counted() as launches:
         out = torch.zeros(2, 8, device=kernel_device)

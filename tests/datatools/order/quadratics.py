@@ -40,9 +40,7 @@ def recipe(rule: UpdateRule, rates: list[float], names: tuple[str, ...] = ("thet
 def run(problem: Problem, rule: UpdateRule, start: list[float], rates: list[float], **more: float) -> ReferenceRun:
     """The reference run 0, 1, ..., with an anchor a step."""
     params = {"theta": torch.tensor(start, dtype=torch.float64)}
-    return record(
-        problem, recipe(rule, rates, **more), range(len(rates)), params, anchors=len(rates) + 1
-    )
+    return record(problem, recipe(rule, rates, **more), range(len(rates)), params, anchors=len(rates) + 1)
 
 
 def random_problem(steps: int, size: int, seed: int) -> Problem:

@@ -91,9 +91,7 @@ def test_pairwise_and_reduced_follow_the_truth_where_steps_are_small() -> None:
     for rate in (0.01, 0.005):
         ref = run(problem, SGDRule(momentum=0.8), [0.3] * 5, [rate] * 7)
         orders = [drawn(7, seed) for seed in range(8)]
-        true = torch.tensor(
-            [problem.held_out_loss(train(problem, ref.recipe, o, ref.start.params)[0]) for o in orders]
-        )
+        true = torch.tensor([problem.held_out_loss(train(problem, ref.recipe, o, ref.start.params)[0]) for o in orders])
         for name, estimate in {
             "one anchor": pairwise.precompute(ref, problem, anchors=1),
             "all anchors": pairwise.precompute(ref, problem),
@@ -115,9 +113,7 @@ def test_pairwise_and_reduced_know_the_derivative_of_clipping(seed: int) -> None
         ref = run(problem, SGDRule(momentum=0.8), [0.3] * 5, [rate] * 7, clip=0.2)
         assert all(ref.recipe.clip_factor(problem.gradient(ref.start.params, b)) < 0.9 for b in range(7))
         orders = [drawn(7, number) for number in range(8)]
-        true = torch.tensor(
-            [problem.held_out_loss(train(problem, ref.recipe, o, ref.start.params)[0]) for o in orders]
-        )
+        true = torch.tensor([problem.held_out_loss(train(problem, ref.recipe, o, ref.start.params)[0]) for o in orders])
         for name, estimate in {
             "pairwise": pairwise.precompute(ref, problem),
             "reduced": reduced.precompute(ref, problem, k=7, second_moment="expected", anchors=None),

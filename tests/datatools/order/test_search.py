@@ -26,9 +26,7 @@ def planted(steps: int, seed: int) -> tuple[Pairwise, list[int]]:
         q[a, b], q[b, a] = -float(torch.rand((), generator=g)), float(torch.rand((), generator=g))
     kernel = torch.ones(steps, steps, dtype=torch.float64).triu(1)
     zero = torch.zeros(steps, steps, dtype=torch.float64)
-    made = Pairwise(
-        tuple(range(steps)), Cost(), 0.0, zero, kernel, q[None], torch.zeros(steps, dtype=torch.int64)
-    )
+    made = Pairwise(tuple(range(steps)), Cost(), 0.0, zero, kernel, q[None], torch.zeros(steps, dtype=torch.int64))
     return made, best
 
 

@@ -119,7 +119,8 @@ def test_dropout_leaves_the_global_generator(labels):
     before = torch.get_rng_state()
     block_sharpness(
         [lambda: cross_entropy(torch.nn.functional.dropout(x, 0.5) @ w.T, torch.zeros(12).long())],
-        [("lm_head.weight", w)], labels=labels,
+        [("lm_head.weight", w)],
+        labels=labels,
     )
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -142,8 +143,10 @@ def test_proposals():
     assert ratios == pytest.approx({"embedding": 10, "qk": 10**0.5, "ffn": 10**0.25, "norm": 1})
     assert propose_ratios({"a": 2.0, "b": 2.0}) == {"a": 1.0, "b": 1.0} and propose_ratios({}) == {}
     order = sorted(found, key=found.__getitem__)
-    assert order == sorted(found, key=PAPER_RATIOS.__getitem__, reverse=True) == sorted(
-        found, key=ratios.__getitem__, reverse=True
+    assert (
+        order
+        == sorted(found, key=PAPER_RATIOS.__getitem__, reverse=True)
+        == sorted(found, key=ratios.__getitem__, reverse=True)
     )
     params, loss = plain()
     measured = block_sharpness([loss], params.items())

@@ -17,11 +17,17 @@ from optim import create
 from tests.optim.harness import randn
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "muon": {"ns_dtype": "param"}, "adam_mini": {"blocks": "row"}, "sgd": {"momentum": 0.9}, "sgdp": {"momentum": 0.9},
+    "muon": {"ns_dtype": "param"},
+    "adam_mini": {"blocks": "row"},
+    "sgd": {"momentum": 0.9},
+    "sgdp": {"momentum": 0.9},
     "sgd_sai": {"momentum": 0.9},
 }
-HOW = {"full": {"full_state_dict": True}, "broadcast": {"full_state_dict": True, "broadcast_from_rank0": True},
-       "sharded": {}}
+HOW = {
+    "full": {"full_state_dict": True},
+    "broadcast": {"full_state_dict": True, "broadcast_from_rank0": True},
+    "sharded": {},
+}
 
 
 class Block(nn.Module):
@@ -75,8 +81,7 @@ def resumed(names: list[str], hows: list[str]) -> dict[tuple[str, str], Any]:
         start = {n: p.detach().clone() for n, p in made.named_parameters()}
         saved = {}
         for how in hows:
-            saved[how] = copy.deepcopy(
-                get_optimizer_state_dict(made, optimizer, options=StateDictOptions(**HOW[how])))
+            saved[how] = copy.deepcopy(get_optimizer_state_dict(made, optimizer, options=StateDictOptions(**HOW[how])))
         go(made, optimizer, range(3, 6))
         for how in hows:
             other = model()

@@ -140,8 +140,9 @@ def counted() -> Iterator[dict[str, int]]:
         sent["all_reduce"] += given.nbytes
         real[2](given, *args, **more)
 
-    with mock.patch.multiple(dist, all_to_all_single=all_to_all, all_gather_into_tensor=all_gather,
-                             all_reduce=all_reduce):
+    with mock.patch.multiple(
+        dist, all_to_all_single=all_to_all, all_gather_into_tensor=all_gather, all_reduce=all_reduce
+    ):
         yield sent
 
 

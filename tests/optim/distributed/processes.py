@@ -18,8 +18,13 @@ def run(function: Any, ranks: int, folder: Path, *arguments: Any, timeout: float
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1",
-              "OPTIM_BACKEND": "torch"}  # to compile takes longer than these steps
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(ranks),
+        "OMP_NUM_THREADS": "1",
+        "OPTIM_BACKEND": "torch",
+    }  # to compile takes longer than these steps
     torch.save(arguments, folder / "arguments.pt")
     job = (function.__module__, function.__name__, str(folder))
     processes = [spawn(_CODE, *job, RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(ranks)]

@@ -48,15 +48,20 @@ def test_published_trajectories(golden_dir, job_of, onebit_cases, record_propert
     for j, (case, (inputs, names, steps, _, dtype)) in enumerate(onebit_cases):
         record_property("golden", case["id"])
         compressed = int(inputs["compressed"].sum())
-        keys = [("params", "params", len(steps)), ("exp_avg", "exp_avg", len(steps)),
-                ("exp_avg_sq", "exp_avg_sq", len(steps))]
+        keys = [
+            ("params", "params", len(steps)),
+            ("exp_avg", "exp_avg", len(steps)),
+            ("exp_avg_sq", "exp_avg_sq", len(steps)),
+        ]
         for rank, result in enumerate(found):
             errors = [(key, f"rank{rank}/{key}", compressed) for key in ("worker_error", "server_error")]
             for n in names:
                 for key, there, count in keys + errors:
                     torch.testing.assert_close(
-                        result["onebit"][j][f"{key}/{n}"], inputs[f"{there}/{n}"][-count:].double(),
-                        **case["tolerance"], msg=lambda m, at=(case["case"], key, n, dtype): f"{at}\n{m}",
+                        result["onebit"][j][f"{key}/{n}"],
+                        inputs[f"{there}/{n}"][-count:].double(),
+                        **case["tolerance"],
+                        msg=lambda m, at=(case["case"], key, n, dtype): f"{at}\n{m}",
                     )
 
 

@@ -107,8 +107,9 @@ def test_resuming_rounds_alike(monkeypatch):
 
 
 @odd_sizes
-@given(st.integers(1, 2100), st.sampled_from([0, 1, 3]), st.sampled_from([torch.float32, torch.bfloat16]),
-       st.booleans())
+@given(
+    st.integers(1, 2100), st.sampled_from([0, 1, 3]), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans()
+)
 def test_any_length_and_alignment_amid_nan(kernel_device, n, shift, dtype, rounding):
     """Nothing outside of the tensors is read into them or written."""
     generator = torch.Generator().manual_seed(n)
@@ -117,8 +118,9 @@ def test_any_length_and_alignment_amid_nan(kernel_device, n, shift, dtype, round
     placed = [poisoned(x, kernel_device, shift) for x in values]
     row = tuple(x for x, _ in placed)
     scalars = adamw.Scalars(2.0, 1.5, 7)
-    adamw.adamw_step([row], [scalars], lr=0.1, weight_decay=0.01, betas=(0.9, 0.99), eps=1e-8,
-                     stochastic_rounding=rounding)
+    adamw.adamw_step(
+        [row], [scalars], lr=0.1, weight_decay=0.01, betas=(0.9, 0.99), eps=1e-8, stochastic_rounding=rounding
+    )
     p, g, m, v = (x.double() for x in values)
     m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
     p = p - 0.1 * (2.0 * m / ((1.5 * v).sqrt() + 1e-8) + 0.01 * p)

@@ -82,8 +82,17 @@ def test_codes_at_every_limit_are_the_books(kernel_device, signed):
     g = g if signed else g.sqrt()  # v = g^2: what is then searched for is the square's own rounding
     state = [torch.zeros(n, dtype=torch.uint8), torch.zeros(step), torch.zeros(n, dtype=torch.uint8), torch.zeros(step)]
     row = tuple(x.to(kernel_device) for x in (torch.zeros(n), g, *state))
-    adamw_8bit.adamw_8bit_step([row], [adamw.Scalars(1.0, 1.0, 1)], books=BOOKS, block_size=256, lr=0.0,
-                               weight_decay=0.0, betas=(0.0, 0.0), eps=1.0, floor=False)
+    adamw_8bit.adamw_8bit_step(
+        [row],
+        [adamw.Scalars(1.0, 1.0, 1)],
+        books=BOOKS,
+        block_size=256,
+        lr=0.0,
+        weight_decay=0.0,
+        betas=(0.0, 0.0),
+        eps=1.0,
+        floor=False,
+    )
     codes = row[2 if signed else 4].cpu().long()
     want = torch.bucketize(g if signed else g * g, limits)
     assert torch.equal(codes, want)
@@ -102,8 +111,16 @@ def test_any_length_and_alignment_amid_poison(kernel_device, n, shift, block_siz
     values = [p, g, codes[0], scales[0], codes[1], scales[1]]
     placed = [poisoned(x, kernel_device, shift) for x in values]
     row = tuple(x for x, _ in placed)
-    adamw_8bit.adamw_8bit_step([row], [adamw.Scalars(2.0, 1.5, 1)], books=BOOKS, block_size=block_size, lr=0.1,
-                               weight_decay=0.01, betas=(0.9, 0.99), eps=1e-8)
+    adamw_8bit.adamw_8bit_step(
+        [row],
+        [adamw.Scalars(2.0, 1.5, 1)],
+        books=BOOKS,
+        block_size=block_size,
+        lr=0.1,
+        weight_decay=0.01,
+        betas=(0.9, 0.99),
+        eps=1e-8,
+    )
     p, g = p.double(), g.double()
     m, v = (
         book.double()[code.int()] * scale.double().repeat_interleave(block_size)[:n]

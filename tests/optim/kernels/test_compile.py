@@ -67,8 +67,11 @@ def test_the_readme_has_the_table_that_the_command_makes(compiled):
     """With the Triton of constraints.txt; another version may well use other registers."""
     text = (REPOSITORY / "optim" / "kernels" / "README.md").read_text(encoding="utf-8")
     for row in compiled:
-        lines = [line for line in text.splitlines() if f"`{row['kernel']}`" in line and row["name"] in line
-                 and f"| {row['size']} |" in line]
+        lines = [
+            line
+            for line in text.splitlines()
+            if f"`{row['kernel']}`" in line and row["name"] in line and f"| {row['size']} |" in line
+        ]
         assert len(lines) == 1, f"{row['name']}: python -m tests.benchmarks.kernels --readme"
         if f"Triton {backend.triton.__version__};" in text:
             made = [f"{t['registers']}, {t['shared']}, {t['stack']}" for t in row["targets"].values()]

@@ -91,6 +91,7 @@ def test_sharded_parameters_are_stepped_by_the_definition(kernel_device, tmp_pat
 
 def test_mixed_groups_are_divided(kernel_device):
     """Contiguous float32 by the kernel; a transposed parameter, float64 and a strided gradient by the definition."""
+
     def ones(*shape):
         return torch.ones(*shape, device=kernel_device)
 
@@ -179,11 +180,16 @@ assert not backend.use_triton(p.detach())
 """
 
 
-@pytest.mark.parametrize("script", [
-    pytest.param(WITHOUT_TRITON, id="without triton everything imports and runs"),
-    pytest.param("import sys, torch, optim\nassert torch.version.cuda or 'triton' not in sys.modules",
-                 id="a torch without CUDA never imports triton"),
-])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(WITHOUT_TRITON, id="without triton everything imports and runs"),
+        pytest.param(
+            "import sys, torch, optim\nassert torch.version.cuda or 'triton' not in sys.modules",
+            id="a torch without CUDA never imports triton",
+        ),
+    ],
+)
 def test_in_a_process_of_its_own(script):
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OPTIM_BACKEND")}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)

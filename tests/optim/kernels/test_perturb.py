@@ -14,8 +14,12 @@ SEED = (1 << 62) + 12345
 
 
 @odd_sizes
-@given(st.integers(1, 2100), st.sampled_from([0, 1, 2, 4099, (1 << 34) + 3]), st.sampled_from([0, 1]),
-       st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@given(
+    st.integers(1, 2100),
+    st.sampled_from([0, 1, 2, 4099, (1 << 34) + 3]),
+    st.sampled_from([0, 1]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
 def test_any_length_start_and_alignment_amid_nan(kernel_device, n, start, shift, dtype):
     p = torch.linspace(-2, 2, n).to(dtype)
     target, check = poisoned(p, kernel_device, shift)
@@ -43,8 +47,12 @@ def test_zeroth_order_draws_the_same_numbers_in_both_of_its_ways(kernel_device, 
         noise.add_normal_(target, 1.0, SEED, start=50, total=1 << 20)
     assert launches == ["_perturb_kernel"], "in place, without a buffer"
     with counted() as launches:
-        drawn = torch.cat([x.clone() for _, x in noise.pieces(
-            "normal", SEED, 1 << 20, start=50, count=len(target), device=kernel_device)])
+        drawn = torch.cat(
+            [
+                x.clone()
+                for _, x in noise.pieces("normal", SEED, 1 << 20, start=50, count=len(target), device=kernel_device)
+            ]
+        )
     assert set(launches) == {"_perturb_kernel"}
     torch.testing.assert_close(target, drawn, rtol=0, atol=0)
 

@@ -11,8 +11,11 @@ from optim.kernels import philox
 ANSWERS = [  # Random123 1.09, kat_vectors, philox4x32 10
     ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (1 << 64) - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0A4093822,
-     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        0x299F31D0A4093822,
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
 ]
 
 
@@ -46,8 +49,10 @@ def test_compiled_words_and_normals_are_those_of_the_definition(seed, stream, st
 
 
 def test_streams_seeds_and_blocks_beyond_32_bits_differ():
-    draws = [philox.random_words(8, seed=s, stream=t, start=a)
-             for s, t, a in [(0, 0, 0), (1, 0, 0), (1 << 32, 0, 0), (0, 1, 0), (0, 0, 8), (0, 0, 4 << 32)]]
+    draws = [
+        philox.random_words(8, seed=s, stream=t, start=a)
+        for s, t, a in [(0, 0, 0), (1, 0, 0), (1 << 32, 0, 0), (0, 1, 0), (0, 0, 8), (0, 0, 4 << 32)]
+    ]
     assert len({tuple(d.tolist()) for d in draws}) == len(draws)
 
 
@@ -74,6 +79,6 @@ def test_stochastic_rounding_is_right_on_average():
 
 def test_stochastic_rounding_leaves_what_bfloat16_holds_and_what_is_not_finite():
     words = philox.random_words(7, seed=0)
-    x = torch.tensor([0.0, -0.0, 1.5, -2.0**100, torch.inf, -torch.inf, torch.nan])
+    x = torch.tensor([0.0, -0.0, 1.5, -(2.0**100), torch.inf, -torch.inf, torch.nan])
     got = philox.stochastic_round(x, words)
     torch.testing.assert_close(got.float(), x, rtol=0, atol=0, equal_nan=True)

@@ -16,8 +16,14 @@ def drawn(*shape, dtype=torch.bfloat16, seed=0):
 
 
 @odd_sizes
-@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.booleans(),
-       st.sampled_from([torch.bfloat16, torch.float16]))
+@given(
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([torch.bfloat16, torch.float16]),
+)
 def test_any_shape_amid_nan(kernel_device, n, p, q, tall, addend, dtype):
     """Rows with NaN between them, an uninitialised output: the right product, symmetric to the bit."""
     x = drawn(n, p, q, dtype=dtype)

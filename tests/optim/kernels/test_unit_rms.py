@@ -11,8 +11,14 @@ from tests.kernels import assert_rounded, counted, nan_outputs, odd_sizes, poiso
 
 
 @odd_sizes
-@given(st.integers(1, 2), st.integers(1, 140), st.integers(1, 70), st.sampled_from([-1, -2]), st.sampled_from([0, 1]),
-       st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    st.integers(1, 2),
+    st.integers(1, 140),
+    st.integers(1, 70),
+    st.sampled_from([-1, -2]),
+    st.sampled_from([0, 1]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_any_shape_amid_nan(kernel_device, matrices, m, n, dim, shift, dtype):
     m = m if dim == -2 else m % 8 + 1  # one program a row
     x = torch.randn(matrices, m, n, generator=torch.Generator().manual_seed(m)).to(dtype)

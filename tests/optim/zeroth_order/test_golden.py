@@ -100,5 +100,9 @@ def test_trajectory(case, dtype, golden_dir, record_property):
             assert source.last.projected_grad[-1] == pytest.approx(stored["projected_grad"][t], rel=rel, abs=2e-3)
         for name, p in model.named_parameters():
             want = torch.tensor(stored[f"param/{name}"][t + 1])
-            torch.testing.assert_close(p.detach().double(), want, **tolerance,
-                                       msg=lambda m, t=t, name=name: f"{entry['case']}, step {t}, {name}\n{m}")
+            torch.testing.assert_close(
+                p.detach().double(),
+                want,
+                **tolerance,
+                msg=lambda m, t=t, name=name: f"{entry['case']}, step {t}, {name}\n{m}",
+            )
