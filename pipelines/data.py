@@ -229,8 +229,8 @@ def read_pool(
     columns: Columns | None = None,
     detect: bool = False,
     preference: str | None = None,
-    limits: Limits = Limits(),
-) -> tuple[Pool, list[BadRow]]:  # noqa: B008 (frozen)
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+) -> tuple[Pool, list[BadRow]]:
     """Read and check every row of `paths`: files, folders, and data sets of the hub (`sources.find_sources`).
 
     `on_bad_row`: "error" refuses the whole input if a row is bad or an id is used twice; "skip" goes on without bad

@@ -92,8 +92,8 @@ class Encoder:
         chat: str | Path = "auto",
         max_length: int | None = None,
         on_long: str = "truncate",
-        limits: ModelLimits = ModelLimits(),
-    ) -> None:  # noqa: B008 (frozen)
+        limits: ModelLimits = ModelLimits(),  # noqa: B008 (frozen)
+    ) -> None:
         if on_long not in ON_LONG:
             raise UsageError(f"on_long is {on_long!r}; expected one of {', '.join(ON_LONG)}")
         if max_length is not None and max_length < 2:
