@@ -6,7 +6,7 @@
 Imports torch and nothing of the other packages. The table of optimizers is in README.md.
 """
 
-from optim import curvature, diagnostics, fused
+from optim import cpu_jit, curvature, diagnostics
 from optim.create import OPTIMIZERS, RULES, check_optimizer, create, rule_from
 from optim.optimizer import Optimizer, Params
 from optim.param_groups import (

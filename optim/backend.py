@@ -70,8 +70,8 @@ def _has_llvm() -> bool:
     return True
 
 
-def use_fused() -> bool:
-    """Whether steps on CPU tensors are compiled (`optim.fused`): llvmlite is there, and OPTIM_BACKEND is auto."""
+def use_cpu_jit() -> bool:
+    """Whether steps on CPU tensors are compiled (`optim.cpu_jit`): llvmlite is there, and OPTIM_BACKEND is auto."""
     return _chosen() == "auto" and _has_llvm()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from optim import fused, rounding
+from optim import cpu_jit, rounding
 from optim.param_groups import by_name, trained
 from optim.rule import State, UpdateRule
 from optim.saved import (
@@ -186,7 +186,7 @@ class Optimizer(torch.optim.Optimizer):
         self, rule: UpdateRule, params: list[Tensor], grads: list[Tensor], *, lr: float | Tensor, weight_decay: float
     ) -> list[bool]:
         """One step of these parameters; for each, whether it was stepped. `optim.distributed` does it in other ways."""
-        return fused.step(rule, params, grads, self._states_of(rule, params), lr=lr, weight_decay=weight_decay)
+        return cpu_jit.step(rule, params, grads, self._states_of(rule, params), lr=lr, weight_decay=weight_decay)
 
     def _settle(self, index: int, group: ParamGroup) -> None:
         """See that the states suit the group's rule as it is now, where its settings were changed since the last step.
@@ -250,7 +250,7 @@ class Optimizer(torch.optim.Optimizer):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """`rule.share` for those with finite gradients, which are returned."""
         if not rule.elementwise:
-            fine = fused.all_finite(grads)
+            fine = cpu_jit.all_finite(grads)
             self._warn_of_left(group, offset, params, fine)
             params, grads = ([x for x, good in zip(xs, fine, strict=True) if good] for xs in (params, grads))
         states = self._states_of(rule, params)

@@ -28,7 +28,7 @@ class UpdateRule(ABC):
     these, or another rule), because a checkpoint stores them as such.
 
     Written as one tensor program, without Python branches on values and without writing in place, `update` and `decay`
-    are also what a step runs: `optim.fused` compiles them, on the CPU, to one loop over memory. A rule that overrides
+    are also what a step runs: `optim.cpu_jit` compiles them, on the CPU, to one loop over memory. A rule that overrides
     `step` is stepped by that instead, tensor by tensor.
     """
 
@@ -122,13 +122,13 @@ class UpdateRule(ABC):
         lr: float | Tensor,
         weight_decay: float,
     ) -> None:
-        """`step` of parameters that `optim.fused` does not take: one by one, unless a rule has a kernel for many."""
+        """`step` of parameters that `optim.cpu_jit` does not take: one by one, unless a rule has a kernel for many."""
         for param, grad, state in zip(params, grads, states, strict=True):
             self.step(param, grad, state, lr=lr, weight_decay=weight_decay)
 
     @property
     def step_is_update(self) -> bool:
-        """Whether `step` is `stepped` written back and no more, so that `optim.fused` may compile it."""
+        """Whether `step` is `stepped` written back and no more, so that `optim.cpu_jit` may compile it."""
         return type(self).step is UpdateRule.step
 
     def describe(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Steps of many small matrices at once: tensors of one shape are stacked and `UpdateRule.stepped` runs on the stack.
 
-A product of matrices cannot be compiled to an element loop (`optim.fused`), and one 64 x 64 matrix at a time is mostly
-the cost of calling torch; on a GPU that is so up to 700 x 700 or thereabouts. `torch.vmap` makes batched products of
-the rule's own definition. Results are those of separate steps, up to the rounding of batched products.
+A product of matrices cannot be compiled to an element loop (`optim.cpu_jit`), and stepping one 64 x 64 matrix at a time
+costs mostly the calls of torch; on a GPU that holds up to about 700 x 700. `torch.vmap` makes batched products from the
+rule's own definition. The results are those of separate steps, up to the rounding of batched products.
 """
 
 from collections.abc import Sequence

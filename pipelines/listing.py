@@ -63,7 +63,7 @@ def _first_sentence(thing: object) -> str:
 def _optimizers() -> Rows:
     import torch
 
-    from optim import RULES, fused
+    from optim import RULES, cpu_jit
 
     matrix = torch.empty(4, 4)  # what every rule takes
     rows: Rows = []
@@ -76,7 +76,7 @@ def _optimizers() -> Rows:
         own = rule.__module__.startswith("optim.wrappers")  # several in a module
         called, colon, what = _first_sentence(rule if own else module).partition(": ")  # "AdamW: Adam with ..."
         elementwise = "yes" if rule.elementwise else "no"
-        path = "no" if fused.supports(rule(), matrix) else "compiled"
+        path = "no" if cpu_jit.supports(rule(), matrix) else "compiled"
         rows.append((name, f"{(what if colon else called).rstrip('.')} ({source})", memory, elementwise, path))
     return rows
 

@@ -47,7 +47,7 @@ def facts() -> dict[str, Json]:
 
 def _steps(cuda: bool) -> str:
     try:
-        fused = backend.use_fused()
+        compiled = backend.use_cpu_jit()
     except ValueError as error:
         raise EnvironmentProblem(str(error)) from error
     chosen = os.environ.get("OPTIM_BACKEND", "auto")
@@ -55,7 +55,7 @@ def _steps(cuda: bool) -> str:
         raise EnvironmentProblem("OPTIM_BACKEND=triton, and triton is not installed")
     if backend.triton is not None and (chosen == "triton" or (cuda and chosen == "auto")):
         return f"triton {_version('triton')}"
-    return f"compiled by llvmlite {_version('llvmlite')}" if fused and not cuda else "torch operations"
+    return f"compiled by llvmlite {_version('llvmlite')}" if compiled and not cuda else "torch operations"
 
 
 def _version(name: str) -> str | None:

@@ -21,7 +21,7 @@ from datatools import files, sealed
 from datatools.errors import DataError, UsageError
 from datatools.order import gauss_newton
 from datatools.orders import check_permutation
-from optim import Optimizer, State, UpdateMap, UpdateRule, curvature, fused, rule_from
+from optim import Optimizer, State, UpdateMap, UpdateRule, cpu_jit, curvature, rule_from
 
 Params: TypeAlias = dict[str, Tensor]
 """Parameters, gradients or displacements: name -> [*shape]."""
@@ -275,13 +275,13 @@ class Recipe:
         with torch.no_grad():
             for (rule, factor, decay), names in self._groups:
                 parts = [grads[name].detach() * scale if scale != 1.0 else grads[name].detach() for name in names]
-                for name, fine in zip(names, fused.all_finite(parts), strict=True):
+                for name, fine in zip(names, cpu_jit.all_finite(parts), strict=True):
                     if not fine:
                         raise Diverged(
                             f"order: the gradient of {name!r} at step {position + 1} is not finite; lower the learning "
                             "rate"
                         )
-                fused.step(
+                cpu_jit.step(
                     rule, [new_params[name] for name in names], parts, [new_states[name] for name in names],
                     lr=self.rates[position] * factor, weight_decay=decay,
                 )  # fmt: skip

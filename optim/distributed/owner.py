@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim import fused
+from optim import cpu_jit
 from optim.distributed.collectives import MESSAGE, bundles, group_size
 from optim.optimizer import Optimizer
 from optim.rule import State, UpdateRule
@@ -105,10 +105,10 @@ class OwnerComputes(Optimizer):
                     self.state[key].update(rule.init(tensor))
             states: list[State] = [self.state[key] for key in keys]
             if type(rule).share is not UpdateRule.share:
-                good = [i for i, finite in enumerate(fused.all_finite(own_grads)) if finite]
+                good = [i for i, finite in enumerate(cpu_jit.all_finite(own_grads)) if finite]
                 some = [states[i] for i in good]
                 rule.share([own_grads[i] for i in good], some, some)
-            done = fused.step(rule, whole, own_grads, states, lr=lr, weight_decay=weight_decay)
+            done = cpu_jit.step(rule, whole, own_grads, states, lr=lr, weight_decay=weight_decay)
             fine.update(zip(keys, done, strict=True))
 
         kinds: dict[Any, list[int]] = {}

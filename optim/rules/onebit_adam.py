@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim import fused
+from optim import cpu_jit
 from optim.checks import check_counts, check_non_negative, checked_betas
 from optim.distributed.collectives import all_reduced_means, group_size
 from optim.distributed.onebit import compressed_means, padded
@@ -146,7 +146,7 @@ class OneBitAdam(Optimizer):
         """Of each gradient, whether all its entries are finite on all workers; one byte each is sent."""
         if not grads:
             return []
-        fine = torch.tensor(fused.all_finite(grads), dtype=torch.uint8, device=grads[0].device)
+        fine = torch.tensor(cpu_jit.all_finite(grads), dtype=torch.uint8, device=grads[0].device)
         dist.all_reduce(fine, op=dist.ReduceOp.MIN, group=self.process_group)
         return [bool(good) for good in fine.tolist()]
 

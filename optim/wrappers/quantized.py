@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optim import fused
+from optim import cpu_jit
 from optim.checks import check_counts, check_flag
+from optim.cpu_jit.threads import together
 from optim.curvature import CurvatureRule
-from optim.fused.threads import together
 from optim.kernels import adamw_8bit
 from optim.kernels.philox import random_words
 from optim.rule import State, UpdateRule, moment_dtype
@@ -181,7 +181,7 @@ class Quantized(UpdateRule):
                 self._step_pieces(param, grad, state, lr=lr, weight_decay=weight_decay)
             else:
                 inner = self._decoded_in_pieces(state, param)
-                fused.step(self.inner, [param], [grad], [inner], lr=lr, weight_decay=weight_decay)
+                cpu_jit.step(self.inner, [param], [grad], [inner], lr=lr, weight_decay=weight_decay)
                 for key, value in inner.items():
                     if key + _SCALES in state:
                         flat = value.reshape(-1)
@@ -265,7 +265,7 @@ class Quantized(UpdateRule):
             with _flat_part(param.detach(), where) as some, _flat_part(grad, where, kept=True) as some_grad:
                 p, g = some.view(form), some_grad.view(form)
                 if self.inner.step_is_update:
-                    fused.step(self.inner, [p], [g], [inner], lr=lr, weight_decay=weight_decay)
+                    cpu_jit.step(self.inner, [p], [g], [inner], lr=lr, weight_decay=weight_decay)
                 else:
                     self.inner.step_part(p, g, inner, start=where.start, lr=lr, weight_decay=weight_decay)
             for key, codes, scale in places:
@@ -283,7 +283,7 @@ class Quantized(UpdateRule):
                     left.clear()
 
         with torch.no_grad():
-            native = param.is_cpu and dtype == torch.float32 and not self.stochastic and fused.codes.supports(param)
+            native = param.is_cpu and dtype == torch.float32 and not self.stochastic and cpu_jit.codes.supports(param)
             # rows of a tensor of another layout belong to several pieces
             together(work, min(torch.get_num_threads(), len(left)) - 1 if native and plain else 0)
         if failed:
@@ -341,12 +341,12 @@ class Quantized(UpdateRule):
 
     def _encode_to(self, codes: Tensor, scales: Tensor, key: str, x: Tensor, step: Tensor, *, start: int = 0) -> None:
         """`_encode`, written to codes [n] and scales [blocks]; compiled where that is possible."""
-        if x.dtype == torch.float32 and not self.stochastic and fused.codes.supports(x, codes, scales):
+        if x.dtype == torch.float32 and not self.stochastic and cpu_jit.codes.supports(x, codes, scales):
             signed = key not in NON_NEGATIVE
             kind = self.code if signed or self.code == "dynamic" else "linear_unsigned"
             book = BOOKS[signed]
             floor = self.floor and not signed
-            fused.codes.encode(
+            cpu_jit.codes.encode(
                 x, codes, scales, book.first, book.limits, kind=kind, floor=floor, block_size=self.block_size
             )
         else:
@@ -357,8 +357,8 @@ class Quantized(UpdateRule):
     def _decode(self, key: str, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         n, size = codes.numel(), self.block_size
         book = VALUES[self.code, key not in NON_NEGATIVE]
-        if dtype == torch.float32 and fused.codes.supports(codes, scales):
-            return fused.codes.decode(codes, scales, book, size)
+        if dtype == torch.float32 and cpu_jit.codes.supports(codes, scales):
+            return cpu_jit.codes.decode(codes, scales, book, size)
         x = take(book, codes.reshape(-1).view(torch.uint8).int()).to(dtype)
         rows = (x if n % size == 0 else functional.pad(x, (0, -n % size))).view(-1, size)
         return (rows * scales.to(dtype).unsqueeze(1)).view(-1)[:n].view(codes.shape)

@@ -18,7 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from optim import OPTIMIZERS, SCHEDULES, Optimizer, UpdateRule, backend, create, fused, schedule, stacks
+from optim import OPTIMIZERS, SCHEDULES, Optimizer, UpdateRule, backend, cpu_jit, create, schedule, stacks
+from optim.cpu_jit import kernel
 from optim.schedules import schedule_options
 from tests.optim.harness import (
     assert_close,
@@ -145,16 +146,16 @@ def default_dtype(spec: OptimSpec) -> None:
 def chunks(spec: OptimSpec) -> None:
     """Cutting tensors into chunks of any size changes nothing (of sums: nothing to speak of)."""
     outcomes = []
-    limit = fused.CHUNK
+    limit = kernel.CHUNK
     try:
         for bound in (limit, 13, 1):
-            fused.CHUNK = bound
+            kernel.CHUNK = bound
             params = parameters(spec.shapes, torch.float32)
             optimizer = make(spec, params)
             train(optimizer, params, range(3))
             outcomes.append([*params, *states(optimizer)])
     finally:
-        fused.CHUNK = limit
+        kernel.CHUNK = limit
     for other in outcomes[1:]:
         assert_close(other, outcomes[0], torch.float32)
         if spec.rule().elementwise:
@@ -184,7 +185,7 @@ class Memory(TorchDispatchMode):
 def bounded_memory(spec: OptimSpec) -> None:
     """A compiled step makes no temporaries; a plain one holds at most the stated number, of one tensor."""
     shape = (96, 96)
-    compiled = backend.use_fused() and not fused.supports(spec.rule(), torch.empty(shape))
+    compiled = backend.use_cpu_jit() and not cpu_jit.supports(spec.rule(), torch.empty(shape))
     for path, stated in (("auto", 0 if compiled else spec.temporaries), ("torch", spec.temporaries)):
         for count in (1, 3):
             with pytest.MonkeyPatch.context() as patch:

@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from optim import RULES, AdamWRule, Optimizer, UpdateRule, backend, fused
-from optim.fused.threads import together
+from optim import RULES, AdamWRule, Optimizer, UpdateRule, backend, cpu_jit
+from optim.cpu_jit import cache, kernel
+from optim.cpu_jit.pools import Pool
+from optim.cpu_jit.threads import together
 from optim.rule import State, moment_dtype, zero_moment, zero_step
 from tests.conftest import REPOSITORY
 from tests.optim.harness import assert_same, parameters, randn, set_grads, snapshot, states, train
 from tests.optim.specs import SPECS
 
-pytestmark = pytest.mark.skipif(not backend.use_fused(), reason="llvmlite is not installed, or OPTIM_BACKEND=torch")
+pytestmark = pytest.mark.skipif(not backend.use_cpu_jit(), reason="llvmlite is not installed, or OPTIM_BACKEND=torch")
 
-COMPILED = sorted(name for name in RULES if not fused.supports(SPECS[name].rule(), torch.empty(4, 3)))
+COMPILED = sorted(name for name in RULES if not cpu_jit.supports(SPECS[name].rule(), torch.empty(4, 3)))
 
 
 class Plain(Exception):
@@ -52,7 +54,7 @@ def fitting(name, *shapes):
 def one_step(rule, p, g, state, plain, lr=0.05, weight_decay=0.1):
     """(parameter and state after the compiled step, after the definition), from the same start."""
     twin, kept = p.clone(), {key: value.clone() for key, value in state.items()}
-    fused.step(rule, [p], [g], [state], lr=lr, weight_decay=weight_decay)
+    cpu_jit.step(rule, [p], [g], [state], lr=lr, weight_decay=weight_decay)
     plain(rule, twin, g, kept, lr=lr, weight_decay=weight_decay)
     return [p, *state.values()], [twin, *kept.values()]
 
@@ -64,7 +66,7 @@ def test_equals_the_definition(name, dtype, only_compiled):
     ulps = 16 * torch.finfo(dtype).eps
     for hyper in SPECS[name].inputs:
         rule = SPECS[name].rule(hyper)
-        if fused.supports(rule, torch.empty(6, 35)):
+        if cpu_jit.supports(rule, torch.empty(6, 35)):
             continue  # an option with operations that have no loop; held by test_the_table
         for shape in fitting(name, (6, 35), (517,)):
             p = randn(shape, 1, dtype)
@@ -80,7 +82,7 @@ def test_equals_the_definition(name, dtype, only_compiled):
 @pytest.mark.parametrize("name", COMPILED)
 def test_threads_runs_and_pools_give_the_same_bits(name, only_compiled, monkeypatch):
     """One thread or three, alone or in a list, once or twice: the same bits, over several chunks and rows."""
-    monkeypatch.setattr(fused, "CACHED", fused.CHUNK)  # the larger ones are cut, whatever the rule
+    monkeypatch.setattr(kernel, "CACHED", kernel.CHUNK)  # the larger ones are cut, whatever the rule
     shapes = fitting(name, (400, 300), (7,), (70_000,), (3, 40_000))
     outcomes = []
     before = torch.get_num_threads()
@@ -112,14 +114,14 @@ def test_16_bits_round_to_nearest_even(dtype, only_compiled):
     p = bits.view(dtype).clone()
     g = randn(p.shape, 3, torch.float32)
     want = (p.float() - 0.01 * g).to(dtype)
-    fused.step(RULES["sgd"](), [p], [g], [{"step": zero_step()}], lr=0.01, weight_decay=0.0)
+    cpu_jit.step(RULES["sgd"](), [p], [g], [{"step": zero_step()}], lr=0.01, weight_decay=0.0)
     assert torch.equal(p.isnan(), want.isnan()) and torch.equal(p.nan_to_num(nan=0.0), want.nan_to_num(nan=0.0))
 
 
 def test_infinite_parameters_and_gradients(only_compiled):
     """Without decay an infinite parameter is not made NaN by 0 times it; non-finite gradients spread nowhere."""
     p, g = torch.tensor([torch.inf, 1.0, 1.0, 1.0]), torch.tensor([1.0, torch.nan, torch.inf, 1.0])
-    fused.step(RULES["sgd"](), [p], [g], [{"step": zero_step()}], lr=1.0, weight_decay=0.0)
+    cpu_jit.step(RULES["sgd"](), [p], [g], [{"step": zero_step()}], lr=1.0, weight_decay=0.0)
     assert torch.equal(p.nan_to_num(nan=7.0, posinf=8.0, neginf=9.0), torch.tensor([8.0, 7.0, 9.0, 0.0]))
 
 
@@ -134,14 +136,14 @@ def test_finite_gradients():
         torch.ones(5, dtype=torch.float16),
     ]
     grads[3][69_999] = torch.inf
-    assert fused.all_finite(grads) == [bool(g.isfinite().all()) for g in grads]
+    assert cpu_jit.all_finite(grads) == [bool(g.isfinite().all()) for g in grads]
 
 
 @pytest.mark.parametrize("cached", [1 << 20, 1 << 15], ids=["whole", "cut"])
 @pytest.mark.parametrize("name", [name for name in COMPILED if not RULES[name].elementwise])
 def test_a_gradient_that_is_not_finite_leaves_its_tensor_alone(name, cached, only_compiled, monkeypatch):
     """Parameter and state to the bit, in the same pass over memory that would have stepped it; others are stepped."""
-    monkeypatch.setattr(fused, "CACHED", cached)
+    monkeypatch.setattr(kernel, "CACHED", cached)
     rule = SPECS[name].rule()
     for shape in fitting(name, (300, 200), (60_000,), (3, 5)):
         params = [randn(shape, i, torch.float32) for i in range(4)]
@@ -149,7 +151,7 @@ def test_a_gradient_that_is_not_finite_leaves_its_tensor_alone(name, cached, onl
         grads[1].view(-1)[-1], grads[3].view(-1)[0] = torch.nan, -torch.inf
         kept = [rule.init(p) for p in params]
         before = [snapshot([p, *state.values()]) for p, state in zip(params, kept, strict=True)]
-        assert fused.step(rule, params, grads, kept, lr=0.1, weight_decay=0.1) == [True, False, True, False]
+        assert cpu_jit.step(rule, params, grads, kept, lr=0.1, weight_decay=0.1) == [True, False, True, False]
         for i, (p, state) in enumerate(zip(params, kept, strict=True)):
             if i in (1, 3):
                 assert_same([p, *state.values()], before[i])
@@ -179,7 +181,7 @@ def test_what_no_branch_reads_is_not_measured(cached, only_compiled, monkeypatch
 
     That they are not made otherwise is seen in the time that a step takes; here, in the code.
     """
-    monkeypatch.setattr(fused, "CACHED", cached)
+    monkeypatch.setattr(kernel, "CACHED", cached)
     rule, p = MeasuredOnce(), randn((50_000,), 1, torch.float32)
     state = rule.init(p)
     for t in range(5):
@@ -189,7 +191,7 @@ def test_what_no_branch_reads_is_not_measured(cached, only_compiled, monkeypatch
         for x, y in zip(got, want, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
         assert (state["spread"] == 0) == (t == 0)
-    text = fused._assembly(rule, True, tuple(state), [torch.float32] * 4, ((9,), (9,), (), ()))[0].text
+    text = cache.assembled(rule, True, tuple(state), [torch.float32] * 4, ((9,), (9,), (), ()))[0].text
     assert "@body1some" in text, "the guard alone"
     assert "@body2all" in text and "@body2some" not in text, "the deviation from the mean, or nothing"
 
@@ -220,8 +222,8 @@ def test_layouts(only_compiled):
         flat = base.clone()
         one, two = AdamWRule().init(p), AdamWRule().init(flat)
         for _ in range(3):
-            fused.step(AdamWRule(), [p], [g], [one], lr=0.1, weight_decay=0.1)
-            fused.step(AdamWRule(), [flat], [base], [two], lr=0.1, weight_decay=0.1)
+            cpu_jit.step(AdamWRule(), [p], [g], [one], lr=0.1, weight_decay=0.1)
+            cpu_jit.step(AdamWRule(), [flat], [base], [two], lr=0.1, weight_decay=0.1)
         assert_same([p], [flat])
 
 
@@ -240,7 +242,7 @@ def test_what_is_left_to_the_plain_path(what, only_compiled):
         g = torch._neg_view(g)
     params = [torch.ones(2), p]
     with pytest.raises(Plain):
-        fused.step(
+        cpu_jit.step(
             AdamWRule(), params, [torch.ones(2), g], [AdamWRule().init(x) for x in params], lr=0.1, weight_decay=0.0
         )
 
@@ -248,7 +250,7 @@ def test_what_is_left_to_the_plain_path(what, only_compiled):
 def test_a_state_of_another_size_is_never_read_past_its_end(only_compiled):
     p = torch.ones(4)
     with pytest.raises(Plain):
-        fused.step(AdamWRule(), [p], [p.clone()], [AdamWRule().init(torch.ones(3))], lr=0.1, weight_decay=0.0)
+        cpu_jit.step(AdamWRule(), [p], [p.clone()], [AdamWRule().init(torch.ones(3))], lr=0.1, weight_decay=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +278,7 @@ class Refused(UpdateRule):
 @pytest.mark.parametrize("how, reason", [("branch", "while tracing"), ("product", "operation"), ("place", "in place")])
 def test_refusals_say_why_and_step_all_the_same(how, reason):
     rule = Refused(how=how)
-    assert re.search(reason, fused.supports(rule, torch.empty(3, 3)))
+    assert re.search(reason, cpu_jit.supports(rule, torch.empty(3, 3)))
     p, twin = Parameter(randn((3, 3), 1)), randn((3, 3), 1)
     optimizer, state = Optimizer([p], rule, lr=0.1), rule.init(twin)
     for t in range(2):
@@ -300,7 +302,7 @@ def test_the_environment_chooses(monkeypatch, only_compiled):
         optimizer.step()
     monkeypatch.setenv("OPTIM_BACKEND", "cuda")
     with pytest.raises(ValueError, match="OPTIM_BACKEND"):
-        backend.use_fused()
+        backend.use_cpu_jit()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
@@ -346,20 +348,20 @@ def test_an_elementwise_rule_that_looks_at_the_shape(how):
     shapes = [shape for shape in shapes if shape or how != "row"]
     params, grads = [randn(s, 1) for s in shapes], [randn(s, 2) for s in shapes]
     twins = snapshot(params)
-    fused.step(rule, params, grads, [rule.init(p) for p in params], lr=0.5, weight_decay=0.0)
+    cpu_jit.step(rule, params, grads, [rule.init(p) for p in params], lr=0.5, weight_decay=0.0)
     for twin, grad in zip(twins, grads, strict=True):
         rule.step(twin, grad, rule.init(twin), lr=0.5, weight_decay=0.0)
     assert_same(params, twins)
-    assert bool(fused.supports(rule, torch.empty(4, 5))) == (how != "dimensions")
+    assert bool(cpu_jit.supports(rule, torch.empty(4, 5))) == (how != "dimensions")
 
 
 def test_a_refused_step_keeps_no_tensor_alive():
     """The refusal is cached; its traceback would hold the first call's gradient, as large as the parameter."""
-    fused._kernel.cache_clear()
+    cache.kernel_of.cache_clear()
     rule, p = Refused(how="product"), randn((3, 3), 1)
     grad, state = p.clone(), rule.init(p)
     watched = weakref.ref(grad)
-    fused.step(rule, [p], [grad], [state], lr=0.1, weight_decay=0.0)
+    cpu_jit.step(rule, [p], [grad], [state], lr=0.1, weight_decay=0.0)
     del grad, state
     gc.collect()
     assert watched() is None
@@ -369,37 +371,37 @@ def test_a_step_that_cannot_be_compiled_is_stepped_and_says_so_once(monkeypatch)
     def fail(text):
         raise RuntimeError("no such instruction")
 
-    fused._kernel.cache_clear()
-    monkeypatch.setattr(fused.Kernel, "_made", {})
-    monkeypatch.setattr(fused, "_machine_code", fail)
-    monkeypatch.setattr(fused, "_warned", set())
+    cache.kernel_of.cache_clear()
+    monkeypatch.setattr(kernel.Kernel, "_made", {})
+    monkeypatch.setattr(kernel, "_machine_code", fail)
+    monkeypatch.setattr(cache, "_warned", set())
     p = randn((3,), 1, torch.float32)
     twin, rule = p.clone(), AdamWRule()
     with pytest.warns(RuntimeWarning, match="adamw: .*no such instruction") as caught:
         for weight_decay in (0.0, 0.1):
-            fused.step(rule, [p], [p.clone()], [rule.init(p)], lr=0.1, weight_decay=weight_decay)
+            cpu_jit.step(rule, [p], [p.clone()], [rule.init(p)], lr=0.1, weight_decay=weight_decay)
             rule.step(twin, twin.clone(), rule.init(twin), lr=0.1, weight_decay=weight_decay)
     assert len(caught) == 1
     assert_same([p], [twin])
-    fused._kernel.cache_clear()
+    cache.kernel_of.cache_clear()
 
 
 def test_a_first_step_in_inference_mode_is_compiled(only_compiled):
-    fused._kernel.cache_clear()
+    cache.kernel_of.cache_clear()
     with torch.inference_mode():
         p = torch.ones(3)
-        fused.step(AdamWRule(), [p], [p.clone()], [AdamWRule().init(p)], lr=0.1, weight_decay=0.0)
+        cpu_jit.step(AdamWRule(), [p], [p.clone()], [AdamWRule().init(p)], lr=0.1, weight_decay=0.0)
     p = torch.ones(3)
-    fused.step(AdamWRule(), [p], [p.clone()], [AdamWRule().init(p)], lr=0.1, weight_decay=0.0)
+    cpu_jit.step(AdamWRule(), [p], [p.clone()], [AdamWRule().init(p)], lr=0.1, weight_decay=0.0)
 
 
 def test_a_default_device_changes_nothing(only_compiled):
     rule, p, g = RULES["stable_spam"](), torch.ones(4, 4), torch.ones(4, 4)
     state = rule.init(p)
-    fused._kernel.cache_clear()
+    cache.kernel_of.cache_clear()
     with torch.device("meta"):
-        assert fused.all_finite([g, torch.full((2,), torch.nan, device="cpu")]) == [True, False]
-        fused.step(rule, [p], [g], [state], lr=0.1, weight_decay=0.0)
+        assert cpu_jit.all_finite([g, torch.full((2,), torch.nan, device="cpu")]) == [True, False]
+        cpu_jit.step(rule, [p], [g], [state], lr=0.1, weight_decay=0.0)
     assert not torch.equal(p, torch.ones(4, 4))
 
 
@@ -424,31 +426,31 @@ def test_a_strided_row_state_keeps_its_place():
         p, memory = torch.ones(4, 3), torch.zeros(8)
         state = rule.init(p)
         state["exp_avg_sq"] = memory[::2].view(state["exp_avg_sq"].shape)
-        fused.step(rule, [p], [grad], [state], lr=0.1, weight_decay=0.0)
+        cpu_jit.step(rule, [p], [grad], [state], lr=0.1, weight_decay=0.0)
         assert (memory[::2] > 0).all() and not memory[1::2].any()
 
 
 def test_few_kernels_are_kept_and_those_in_use_keep_their_code(only_compiled):
-    assert fused._kernel.cache_info().maxsize == fused.KERNELS
+    assert cache.kernel_of.cache_info().maxsize == cache.KERNELS
     p, rule = torch.ones(3), AdamWRule()
-    kernel, numbers = fused._kernel(rule, False, tuple(rule.init(p)), (torch.float32,) * 5, 1)
-    fused._kernel.cache_clear()
-    fused._kernel(replace(rule, eps=1e-5), False, tuple(rule.init(p)), (torch.float32,) * 5, 1)
-    fused._kernel.cache_clear()
+    step, numbers = cache.kernel_of(rule, False, tuple(rule.init(p)), (torch.float32,) * 5, 1)
+    cache.kernel_of.cache_clear()
+    cache.kernel_of(replace(rule, eps=1e-5), False, tuple(rule.init(p)), (torch.float32,) * 5, 1)
+    cache.kernel_of.cache_clear()
     gc.collect()
-    assert [k for k in fused.Kernel._made.values() if k.full is not None] == [kernel]
-    pool = fused._Pool([0], tuple(rule.init(p)), [[p], [torch.ones(3)], *([t] for t in rule.init(p).values())])
-    kernel.run(pool, 0.1, 0.0, numbers)
+    assert [k for k in kernel.Kernel._made.values() if k.full is not None] == [step]
+    pool = Pool([0], tuple(rule.init(p)), [[p], [torch.ones(3)], *([t] for t in rule.init(p).values())])
+    step.run(pool, 0.1, 0.0, numbers)
     assert not torch.equal(p, torch.ones(3))
 
 
 def test_numbers_that_depend_on_the_shape_are_not_those_of_another_rule():
     """Two rules whose steps look alike on the shape that is traced, of which one fits every shape."""
     p, grad = randn((4, 5), 1), randn((4, 5), 2)
-    fused.step(Looking(how="dimensions"), [p], [grad], [{"step": torch.zeros(())}], lr=0.1, weight_decay=0.0)
+    cpu_jit.step(Looking(how="dimensions"), [p], [grad], [{"step": torch.zeros(())}], lr=0.1, weight_decay=0.0)
     for how in ("constant", "size", "constant"):
         rule, one, other = Looking(how=how), p.clone(), p.clone()
-        fused.step(rule, [one], [grad], [rule.init(one)], lr=0.1, weight_decay=0.0)
+        cpu_jit.step(rule, [one], [grad], [rule.init(one)], lr=0.1, weight_decay=0.0)
         rule.step(other, grad, rule.init(other), lr=0.1, weight_decay=0.0)
         torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-14)
 
@@ -477,7 +479,7 @@ def test_a_helper_that_comes_too_late_does_nothing():
     calls, gate = [], threading.Event()
     with ThreadPoolExecutor(1) as busy, pytest.MonkeyPatch.context() as patch:
         busy.submit(gate.wait, 10)
-        patch.setattr("optim.fused.threads._executor", lambda _: busy)
+        patch.setattr("optim.cpu_jit.threads._executor", lambda _: busy)
         together(lambda: calls.append(threading.current_thread()), 3)
         gate.set()
     assert calls == [threading.current_thread()]
@@ -488,10 +490,10 @@ def test_without_threads_a_step_runs_on_its_own(monkeypatch, only_compiled):
     closed = ThreadPoolExecutor(1)
     closed.shutdown()
     asked = []
-    monkeypatch.setattr("optim.fused.threads._executor", lambda process: asked.append(process) or closed)
+    monkeypatch.setattr("optim.cpu_jit.threads._executor", lambda process: asked.append(process) or closed)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     p, rule = torch.ones(300_000), RULES["sgd"]()
-    fused.step(rule, [p], [torch.ones(300_000)], [rule.init(p)], lr=0.5, weight_decay=0.0)
+    cpu_jit.step(rule, [p], [torch.ones(300_000)], [rule.init(p)], lr=0.5, weight_decay=0.0)
     assert asked and torch.equal(p, torch.full((300_000,), 0.5))
 
 
@@ -505,7 +507,7 @@ def test_threads_of_python_step_at_once(only_compiled):
             rule, p = RULES["sgd"](momentum=0.0), torch.zeros(200_000)
             state = rule.init(p)
             for _ in range(20):
-                fused.step(rule, [p], [torch.ones(200_000)], [state], lr=1.0, weight_decay=0.0)
+                cpu_jit.step(rule, [p], [torch.ones(200_000)], [state], lr=1.0, weight_decay=0.0)
             assert torch.equal(p, torch.full((200_000,), -20.0))
         except BaseException as error:
             failures.append(error)

@@ -23,9 +23,9 @@ from optim import (
     UpdateMap,
     UpdateRule,
     divide_groups,
-    fused,
     group_table,
 )
+from optim.cpu_jit import cache, kernel
 from tests.optim.harness import assert_close, assert_same, named, parameters, set_grads, states
 from tests.optim.specs import SPECS
 
@@ -123,9 +123,9 @@ def test_every_number_of_every_rule_takes_effect(monkeypatch, name):
 def test_a_change_is_not_compiled_again(monkeypatch):
     """LLVM runs once for all values of a number; 100 ms a step otherwise."""
     made = []
-    machine_code = fused._machine_code
-    monkeypatch.setattr(fused, "_machine_code", lambda text: made.append(text) or machine_code(text))
-    fused._kernel.cache_clear()
+    machine_code = kernel._machine_code
+    monkeypatch.setattr(kernel, "_machine_code", lambda text: made.append(text) or machine_code(text))
+    cache.kernel_of.cache_clear()
     for rule, key in ((AdamWRule(eps=1.25e-7), "betas"), (SGDRule(momentum=0.7, dampening=0.3), "momentum")):
         params = parameters(SHAPES, torch.float32)
         optimizer = Optimizer(params, rule, lr=0.1, weight_decay=0.01)

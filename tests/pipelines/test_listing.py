@@ -52,7 +52,7 @@ def test_optimizers_are_described_by_themselves():
         made = sum(v.numel() * v.element_size() for v in rule.init(weight).values() if v.dim() > 0)
         assert state.removeprefix("at most ") == f"{made // weight.numel()} B", name
         assert elementwise == ("yes" if rule.elementwise else "no")
-        assert (path == "compiled") == (optim.fused.supports(rule, weight) == ""), name
+        assert (path == "compiled") == (optim.cpu_jit.supports(rule, weight) == ""), name
         assert re.search(r"\((.*\d{4}|.*torch.*)\)$", what), name
 
 

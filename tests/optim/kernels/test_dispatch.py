@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optim import AdamW, backend, fused
+from optim import AdamW, backend, cpu_jit
 from tests.kernels import counted
 
 
@@ -117,7 +117,7 @@ def test_on_the_cpu_and_by_choice_nothing_is_launched(chosen, monkeypatch):
     with counted() as launches:
         AdamW([p]).step()
     assert launches == []
-    assert backend.use_fused() == (chosen != "torch" and backend._has_llvm())
+    assert backend.use_cpu_jit() == (chosen != "torch" and backend._has_llvm())
 
 
 def test_wrong_choices_are_named(monkeypatch):
@@ -156,8 +156,8 @@ def test_stochastic_rounding_is_not_compiled_away():
     from optim import AdamWRule
 
     p = torch.ones(3)
-    assert fused.supports(AdamWRule(stochastic_rounding=True), p) == "the rule has a step of its own"
-    assert fused.supports(AdamWRule(), p) == ""
+    assert cpu_jit.supports(AdamWRule(stochastic_rounding=True), p) == "the rule has a step of its own"
+    assert cpu_jit.supports(AdamWRule(), p) == ""
 
 
 WITHOUT_TRITON = """

@@ -32,7 +32,7 @@ def test_elements_do_not_depend_on_where_the_drawing_starts(skip, n, start, seed
     assert torch.equal(normals[skip:], philox.normals(n, seed=seed, start=start + skip))
 
 
-@pytest.mark.skipif(not backend.use_fused(), reason="llvmlite is not installed, or OPTIM_BACKEND=torch")
+@pytest.mark.skipif(not backend.use_cpu_jit(), reason="llvmlite is not installed, or OPTIM_BACKEND=torch")
 @pytest.mark.parametrize(("seed", "stream", "start", "n"), [
     (0, 0, 0, 0), (3, torch.tensor(5), 7, 1001), ((1 << 63) - 1, (1 << 32) - 1, (1 << 40) + 3, 77),
     (1 << 32, 9, 4 << 32, 33),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from optim.fused.trace import Node, Trace, Unsupported
+from optim.cpu_jit.trace import Node, Trace, Unsupported
 
 FULL, ROW, SCALAR = "full", "row", "scalar"
 TYPES = {  # dtype -> (type of arithmetic, type in memory)

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from optim.fused.kinds import FILLS, TYPES, VIEWS, Kinds
-from optim.fused.trace import Node, Number, Unsupported
+from optim.cpu_jit.kinds import FILLS, TYPES, VIEWS, Kinds
+from optim.cpu_jit.trace import Node, Number, Unsupported
 
 _COMPARISONS = {"gt": "ogt", "ge": "oge", "lt": "olt", "le": "ole", "eq": "oeq", "ne": "une"}
 _INTRINSICS = {"sqrt", "exp", "log", "sin", "cos", "tanh", "floor", "ceil", "exp2", "log2", "log10"}

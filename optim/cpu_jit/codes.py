@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from optim import backend
-from optim.fused.machine import compiled
+from optim.cpu_jit.machine import compiled
 
 _TEXT = """
 declare i64 @llvm.smin.i64(i64, i64)
@@ -158,7 +158,7 @@ def _functions() -> tuple[dict[str, Any], object]:
 def supports(*tensors: Tensor) -> bool:
     """Whether these can be read by address: plain, contiguous, on the CPU; and compiled code may run."""
     return (
-        backend.use_fused()
+        backend.use_cpu_jit()
         and not torch.compiler.is_compiling()
         and all(
             type(t) in (Tensor, Parameter)
