@@ -7,17 +7,22 @@ own, so that adding a direction to a tensor needs one piece of memory and no mor
 
 import hashlib
 import math
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from optim.kernels import perturb
+from optim.sharding import is_sharded
 
 PIECE = 1 << 16
 
 Kind = Literal["normal", "uniform"]
+
+NoiseFn: TypeAlias = Callable[[str, torch.Size, int, int], Tensor]
+"""(name, shape, seed, query) -> the direction, or the mask (1 where it is dropped): recorded ones, for tests."""
 
 
 def mix(*numbers: object) -> int:
@@ -86,3 +91,52 @@ def masked(
     """The stream with zeros where the draws, of the same pieces, are below `dropped`."""
     for (offset, numbers), (_, drawn) in zip(stream, draws, strict=True):
         yield offset, numbers.mul_(drawn >= dropped)
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The directions of named parameters, masked where `dropped` has a parameter's share of dropped entries."""
+
+    mask: Kind = "uniform"
+    noise_fn: NoiseFn | None = None
+    mask_fn: NoiseFn | None = None
+    dropped: Mapping[str, float] = field(default_factory=dict)
+
+    def add_(self, name: str, target: Tensor, scale: float, seed: int, query: int, mask_seed: int) -> None:
+        """target += scale z, with z the direction of the parameter, masked; target has the parameter's layout."""
+        if self.noise_fn is not None:
+            z = self.noise_fn(name, target.shape, seed, query).to(target)
+            if self.dropped:
+                z = z * (1 - self._mask(name, target, mask_seed)) if self.mask_fn is not None else z
+            target.add_(z, alpha=scale)
+            return
+        local, total, start = _local(name, target)
+        if not self.dropped:
+            add_normal_(local, scale, mix(seed, name), total=total, start=start)
+            return
+        where: dict[str, Any] = {"start": start, "count": local.numel(), "device": local.device}
+        draws: Literal["normal", "uniform"] = "normal" if self.mask == "normal" else "uniform"
+        z_pieces = pieces("normal", mix(seed, name), total, **where)
+        m_pieces = pieces(draws, mix(mask_seed, name), total, **where)
+        add_pieces_(local, masked(z_pieces, m_pieces, self.dropped[name]), scale)
+
+    def _mask(self, name: str, target: Tensor, seed: int) -> Tensor:
+        assert self.mask_fn is not None
+        return self.mask_fn(name, target.shape, seed, 0).to(target)
+
+
+def _local(name: str, target: Tensor) -> tuple[Tensor, int, int]:
+    """(what this process has of the tensor, entries of all of it, the first of them that is here)."""
+    if not is_sharded(target):
+        return target, target.numel(), 0
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert isinstance(target, DTensor)
+    if any(not isinstance(p, Replicate) and p != Shard(0) for p in target.placements):
+        raise ValueError(
+            f"ZerothOrder: parameter {name!r} is sharded as {target.placements}; only by rows (Shard(0), as FSDP2 does)"
+        )
+    _, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    row = target.numel() // max(1, target.shape[0]) if target.ndim else 1
+    return target.to_local(), target.numel(), (offset[0] if offset else 0) * row

@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,41 +20,10 @@ from torch import Tensor, nn
 
 from optim.rule import UpdateRule
 from optim.rules.sgd import SGDRule
-from optim.sharding import is_sharded
 from optim.zeroth_order.forward import directional
-from optim.zeroth_order.noise import add_normal_, add_pieces_, masked, mix, pieces
-
-Loss: TypeAlias = Callable[[], Any]
-Losses: TypeAlias = Loss | Sequence[Loss]
-"""A function that computes the loss, a number or a tensor of one; or several (micro-batches) whose sum is the loss."""
-
-NoiseFn: TypeAlias = Callable[[str, torch.Size, int, int], Tensor]
-"""(name, shape, seed, query) -> the direction, or the mask (1 where it is dropped): recorded ones, for tests."""
-
-Estimator = Literal["two-sided", "one-sided", "forward"]
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What one step was: enough to take it again on other weights (`ZerothOrder.replay`), some 12 bytes.
-
-    step: its number. seeds, projected_grad: one of each direction, blocks outermost. kept: -1, 0 or 1, which candidate
-    p + kept * lr * g a conservative step chose; -1 otherwise. losses: every evaluation, in call order.
-    """
-
-    step: int
-    seeds: list[int]
-    projected_grad: list[float]
-    kept: int = -1
-    losses: list[float] = field(default_factory=list)
-
-
-class NotFinite(ValueError):
-    """A loss or a gradient that is not finite (`value`): the step was not taken."""
-
-    def __init__(self, text: str, value: float) -> None:
-        super().__init__(text)
-        self.value = value
+from optim.zeroth_order.noise import Directions, NoiseFn, mix
+from optim.zeroth_order.replay import Evaluations, Loss, Losses, NotFinite, Query, Taken, mean_over_ranks, ranks
+from optim.zeroth_order.settings import Estimator, check_settings, dropped_shares
 
 
 class ZerothOrder:
@@ -122,14 +90,17 @@ class ZerothOrder:
         mask_fn: NoiseFn | None = None,
     ) -> None:
         self.estimator, self.eps, self.q, self.sign, self.conserve = estimator, eps, q, sign, conserve
-        self.sparsity, self.mask, self.mask_steps = sparsity, mask, mask_steps
-        self.block_order, self.restore, self.seed = block_order, restore, seed
-        self.module, self.noise_fn, self.mask_fn = module, noise_fn, mask_fn
+        self.mask_steps, self.block_order, self.restore = mask_steps, block_order, restore
+        self.seed, self.module = seed, module
         everyone = [(name, p) for name, p in named_parameters if p.requires_grad]
         exact = first_order or (lambda name: False)
         self.first_order = {name: p for name, p in everyone if exact(name)}
         self.params = {name: p for name, p in everyone if name not in self.first_order}
-        self._check(sparse_by)
+        check_settings(
+            self.params, self.first_order, estimator=estimator, eps=eps, q=q, sign=sign, conserve=conserve,
+            sparsity=sparsity, mask=mask, sparse_by=sparse_by, mask_steps=mask_steps, block_order=block_order,
+            restore=restore, module=module,
+        )  # fmt: skip
         block = blocks or (lambda name: "")
         self.block_of = {name: found for name in self.params if (found := block(name)) is not None}
         self.blocks = list(dict.fromkeys(self.block_of.values()))
@@ -137,35 +108,10 @@ class ZerothOrder:
             raise ValueError("ZerothOrder: there is no parameter to estimate a gradient of")
         if conserve and len(self.blocks) > 1:
             raise ValueError("ZerothOrder: conserve compares steps of all parameters; it cannot be joined with blocks")
-        self.dropped = _dropped(self.params, sparsity, sparse_by) if sparsity else {}
+        dropped = dropped_shares(self.params, sparsity, sparse_by) if sparsity else {}
+        self.directions = Directions(mask, noise_fn, mask_fn, dropped)
         self.taken = 0
         self.last: Taken | None = None
-
-    def _check(self, sparse_by: str) -> None:
-        for key, value, known in (
-            ("estimator", self.estimator, get_args(Estimator)),
-            ("sign", self.sign, (None, "scalar", "elementwise")),
-            ("mask", self.mask, ("uniform", "normal")),
-            ("sparse_by", sparse_by, ("layer", "global")),
-            ("block_order", self.block_order, ("coordinate", "joint")),
-            ("restore", self.restore, ("inplace", "copy")),
-        ):
-            if value not in known:
-                raise ValueError(f"ZerothOrder: {key} = {value!r}; it must be one of {', '.join(map(repr, known))}")
-        if not _number(self.eps) or not 0 < self.eps < math.inf:
-            raise ValueError(f"ZerothOrder: eps = {self.eps!r}; it must be a finite number above 0")
-        if not _number(self.sparsity) or not 0 <= self.sparsity < 1:
-            raise ValueError(f"ZerothOrder: sparsity = {self.sparsity!r}; it must be a number with 0 <= sparsity < 1")
-        for key, count in (("q", self.q), ("mask_steps", self.mask_steps)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"ZerothOrder: {key} = {count!r}; it must be a whole number of at least 1")
-        if self.estimator == "forward" and self.module is None:
-            raise ValueError("ZerothOrder: estimator 'forward' differentiates the model; give it as module=")
-        if self.conserve and self.first_order:
-            raise ValueError("ZerothOrder: conserve compares zeroth-order steps; it cannot be joined with first_order")
-        for name, p in [*self.params.items(), *self.first_order.items()]:
-            if not p.is_floating_point():
-                raise ValueError(f"ZerothOrder: parameter {name!r} is {p.dtype}; expected real floating-point ones")
 
     # ----------------------------------------------------------------------------------------------------- stepping
 
@@ -199,7 +145,7 @@ class ZerothOrder:
             for p in group["params"]:
                 p.grad = None
         parts = [closure] if callable(closure) else list(closure)
-        run = _Evaluations(self, parts, recorded)
+        run = Evaluations(self._not_finite, parts, recorded)
         start = run.at_present_weights() if self.conserve else 0.0
         exact = {} if recorded is not None or not self.first_order else self._exact(parts)
         together = [[block] for block in self.blocks] if self.block_order == "coordinate" else [self.blocks]
@@ -232,7 +178,7 @@ class ZerothOrder:
                     "SGD without momentum and weight decay"
                 )
 
-    def _query(self, run: _Evaluations, block: str, i: int) -> _Query:
+    def _query(self, run: Evaluations, block: str, i: int) -> Query:
         seed = mix(self.seed, self.taken, block, i) if run.recorded is None else run.recorded.seeds[len(run.seeds)]
         names = [name for name in self.params if self.block_of.get(name) == block]
         if run.recorded is not None:
@@ -256,7 +202,7 @@ class ZerothOrder:
                 projected = (high - low) / (2 * self.eps if self.estimator == "two-sided" else self.eps)
         run.seeds.append(seed)
         run.projected.append(projected)
-        return _Query(block, seed, i, projected)
+        return Query(block, seed, i, projected)
 
     @contextmanager
     def _moving(self, names: Sequence[str], seed: int, query: int) -> Iterator[Callable[[float], None]]:
@@ -271,22 +217,22 @@ class ZerothOrder:
                 if kept:  # each place is reached from p: one rounding
                     self.params[name].copy_(kept[name])
                 if way:
-                    self._add_(name, self.params[name], way * self.eps, seed, query)
+                    self.add_direction_(name, self.params[name], way * self.eps, seed, query)
 
         try:
             yield to
         finally:
             to(0.0)
 
-    def _directional(self, run: _Evaluations, names: Sequence[str], seed: int, query: int) -> float:
+    def _directional(self, run: Evaluations, names: Sequence[str], seed: int, query: int) -> float:
         assert self.module is not None
         tangents = {}
         for name in names:
             tangents[name] = torch.zeros_like(self.params[name], requires_grad=False)
-            self._add_(name, tangents[name], 1.0, seed, query)
+            self.add_direction_(name, tangents[name], 1.0, seed, query)
         values = [directional(self.module, part, tangents) for part in run.parts]
         run.note(sum(loss for loss, _ in values), "the present weights")
-        return _mean_over_ranks(sum(slope for _, slope in values))
+        return mean_over_ranks(sum(slope for _, slope in values))
 
     def _exact(self, parts: Sequence[Loss]) -> dict[int, Tensor]:
         """Gradients of the first-order parameters, by id, from a graph that begins at the first of them."""
@@ -304,10 +250,10 @@ class ZerothOrder:
             for p in self.params.values():
                 p.requires_grad_(True)
         found = {id(p): g for p, g in zip(wanted, total, strict=True) if g is not None}
-        if _ranks() > 1:
+        if ranks() > 1:
             for grad in found.values():
                 dist.all_reduce(grad)
-                grad.div_(_ranks())
+                grad.div_(ranks())
         for gradient in found.values():
             if not bool(gradient.isfinite().all()):
                 raise self._not_finite("gradient of the last layers", "not finite", math.nan)
@@ -321,7 +267,7 @@ class ZerothOrder:
         )
 
     def _conserve(
-        self, optimizer: torch.optim.Optimizer, run: _Evaluations, queries: Sequence[_Query], start: float
+        self, optimizer: torch.optim.Optimizer, run: Evaluations, queries: Sequence[Query], start: float
     ) -> int:
         """Try p - lr g and p + lr g, keep the best of the three; which, as a factor of lr g.
 
@@ -361,7 +307,7 @@ class ZerothOrder:
     def _apply(
         self,
         optimizer: torch.optim.Optimizer,
-        queries: Sequence[_Query],
+        queries: Sequence[Query],
         exact: Mapping[int, Tensor],
         factor: float = -1.0,
     ) -> None:
@@ -395,89 +341,20 @@ class ZerothOrder:
         for p, _ in waiting:
             p.grad = None
 
-    def _gradient(self, name: str, queries: Sequence[_Query]) -> Tensor:
+    def _gradient(self, name: str, queries: Sequence[Query]) -> Tensor:
         gradient = torch.zeros_like(self.params[name], requires_grad=False)
         self._add_all_(name, gradient, 1.0, queries)
         return gradient.sign_() if self.sign == "elementwise" else gradient
 
-    def _add_all_(self, name: str, target: Tensor, scale: float, queries: Sequence[_Query]) -> None:
+    def _add_all_(self, name: str, target: Tensor, scale: float, queries: Sequence[Query]) -> None:
         """target += scale times the mean of the queries' pg z."""
         for q in queries:
             pg = math.copysign(float(q.projected != 0), q.projected) if self.sign == "scalar" else q.projected
-            self._add_(name, target, scale * pg / self.q, q.seed, q.number)
+            self.add_direction_(name, target, scale * pg / self.q, q.seed, q.number)
 
-    def _add_(self, name: str, target: Tensor, scale: float, seed: int, query: int) -> None:
-        """target += scale z, with z the direction of the parameter, masked; target has the parameter's layout."""
-        if self.noise_fn is not None:
-            z = self.noise_fn(name, target.shape, seed, query).to(target)
-            if self.dropped:
-                z = z * (1 - self._mask_given(name, target)) if self.mask_fn is not None else z
-            target.add_(z, alpha=scale)
-            return
-        local, total, start = _local(name, target)
-        if not self.dropped:
-            add_normal_(local, scale, mix(seed, name), total=total, start=start)
-            return
-        where: dict[str, Any] = {"start": start, "count": local.numel(), "device": local.device}
-        draws: Literal["normal", "uniform"] = "normal" if self.mask == "normal" else "uniform"
-        z_pieces = pieces("normal", mix(seed, name), total, **where)
-        m_pieces = pieces(draws, mix(self._mask_seed(), name), total, **where)
-        add_pieces_(local, masked(z_pieces, m_pieces, self.dropped[name]), scale)
-
-    def _mask_seed(self) -> int:
-        return mix(self.seed, "mask", self.taken // self.mask_steps)
-
-    def _mask_given(self, name: str, target: Tensor) -> Tensor:
-        assert self.mask_fn is not None
-        return self.mask_fn(name, target.shape, self._mask_seed(), 0).to(target)
-
-
-@dataclass(frozen=True)
-class _Query:
-    block: str
-    seed: int
-    number: int
-    projected: float
-
-
-class _Evaluations:
-    """The losses of one step, in call order; none are computed where the step is a recorded one."""
-
-    def __init__(self, source: ZerothOrder, parts: Sequence[Loss], recorded: Taken | None) -> None:
-        self.source, self.parts, self.recorded = source, parts, recorded
-        self.losses: list[float] = []
-        self.present: float | None = None  # the loss at the weights that all directions start from, once it is known
-        self.seeds: list[int] = []
-        self.projected: list[float] = []
-
-    def evaluate(self, where: str, *, or_else: float | None = None) -> float:
-        if self.recorded is not None:
-            return 0.0
-        return self.note(sum(_value(part()) for part in self.parts), where, or_else)
-
-    def at_present_weights(self) -> float:
-        """Evaluated once, until `present` is forgotten."""
-        if self.present is None:
-            self.present = self.evaluate("the present weights")
-        return self.present
-
-    def note(self, loss: float, where: str, or_else: float | None = None) -> float:
-        """or_else: what a loss that is not finite counts as, instead of an error."""
-        loss = _mean_over_ranks(loss)
-        if not math.isfinite(loss) and or_else is not None:
-            loss = or_else
-        elif not math.isfinite(loss):
-            raise self.source._not_finite("loss", f"{loss} at {where}", loss)
-        self.losses.append(loss)
-        return loss
-
-
-def _value(loss: Any) -> float:
-    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    def add_direction_(self, name: str, target: Tensor, scale: float, seed: int, query: int) -> None:
+        """Target += scale z, with z the direction of the parameter, masked; target has the parameter's layout."""
+        self.directions.add_(name, target, scale, seed, query, mix(self.seed, "mask", self.taken // self.mask_steps))
 
 
 def _plain(group: Mapping[str, Any]) -> bool:
@@ -490,69 +367,3 @@ def _separate(group: Mapping[str, Any]) -> bool:
     """Whether the group's tensors may be stepped one after another: rules of this suite that share nothing."""
     rule = group.get("rule")
     return isinstance(rule, UpdateRule) and type(rule).share is UpdateRule.share
-
-
-def _local(name: str, target: Tensor) -> tuple[Tensor, int, int]:
-    """(what this process has of the tensor, entries of all of it, the first of them that is here)."""
-    if not is_sharded(target):
-        return target, target.numel(), 0
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    assert isinstance(target, DTensor)
-    if any(not isinstance(p, Replicate) and p != Shard(0) for p in target.placements):
-        raise ValueError(
-            f"ZerothOrder: parameter {name!r} is sharded as {target.placements}; only by rows (Shard(0), as FSDP2 does)"
-        )
-    _, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    row = target.numel() // max(1, target.shape[0]) if target.ndim else 1
-    return target.to_local(), target.numel(), (offset[0] if offset else 0) * row
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _mean_over_ranks(value: float) -> float:
-    """The mean of the ranks' values, the same bits on every one of them."""
-    if _ranks() == 1:
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    shared = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(shared)
-    return float(shared) / _ranks()
-
-
-def _mezo_decays(name: str) -> bool:
-    return not any(part in name for part in ("bias", "layer_norm", "layernorm"))
-
-
-def decay_groups(
-    named_parameters: Iterable[tuple[str, Tensor]],
-    weight_decay: float,
-    *,
-    decay_filter: Callable[[str], bool] = _mezo_decays,
-) -> list[dict[str, Any]]:
-    """Two param groups, with and without weight decay; by default MeZO's rule on names.
-
-    MeZO and the forward gradient step p <- p - lr (pg z + weight_decay p), which is this suite's decoupled decay.
-    """
-    named = list(named_parameters)
-    groups = [([e for e in named if decay_filter(e[0]) == decayed], decayed) for decayed in (True, False)]
-    return [{"params": part, "weight_decay": weight_decay if decayed else 0.0} for part, decayed in groups if part]
-
-
-_SAMPLE = 10_000_000
-
-
-def _dropped(params: Mapping[str, Tensor], sparsity: float, sparse_by: str) -> dict[str, float]:
-    """The share of each tensor's entries that a mask drops."""
-    if sparse_by == "layer":
-        return dict.fromkeys(params, sparsity)
-    total = sum(p.numel() for p in params.values())
-    stride = math.ceil(total / _SAMPLE)  # every k-th entry: a sample that needs no generator
-    magnitudes = {name: p.detach().flatten()[::stride].abs().float() for name, p in params.items()}
-    everything = torch.cat(list(magnitudes.values()))
-    rank = max(1, math.ceil(sparsity * len(everything)))
-    threshold = everything.kthvalue(rank).values
-    return {name: float((m <= threshold).float().mean()) if len(m) else 0.0 for name, m in magnitudes.items()}

@@ -127,7 +127,7 @@ def test_the_forward_gradient_of_the_pipeline_is_the_directional_derivative(worl
     slope = 0.0
     for (name, p), grad in zip(model.named_parameters(), grads, strict=True):
         z = torch.zeros_like(p, requires_grad=False)
-        source._add_(name, z, 1.0, source.last.seeds[0], 0)
+        source.add_direction_(name, z, 1.0, source.last.seeds[0], 0)
         slope += float((grad * z).sum())
     assert source.last.projected_grad[0] == pytest.approx(slope, rel=1e-5)  # logits are float32
 

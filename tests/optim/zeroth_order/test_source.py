@@ -352,7 +352,7 @@ def test_what_a_mask_drops():
         found = {}
         for name, p in params.items():
             found[name] = torch.zeros_like(p)
-            source._add_(name, found[name], 1.0, 1, 0)
+            source.add_direction_(name, found[name], 1.0, 1, 0)
         return {name: float((z == 0).float().mean()) for name, z in found.items()}
 
     assert moved() == pytest.approx({"big": 0.5, "small": 0.5}, abs=0.02)

@@ -1,0 +1,103 @@
+"""One step's record, and its evaluations: computed, or taken from a record that is replayed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Loss: TypeAlias = Callable[[], Any]
+Losses: TypeAlias = Loss | Sequence[Loss]
+"""A function that computes the loss, a number or a tensor of one; or several (micro-batches) whose sum is the loss."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one step was: enough to take it again on other weights (`ZerothOrder.replay`), some 12 bytes.
+
+    step: its number. seeds, projected_grad: one of each direction, blocks outermost. kept: -1, 0 or 1, which candidate
+    p + kept * lr * g a conservative step chose; -1 otherwise. losses: every evaluation, in call order.
+    """
+
+    step: int
+    seeds: list[int]
+    projected_grad: list[float]
+    kept: int = -1
+    losses: list[float] = field(default_factory=list)
+
+
+class NotFinite(ValueError):
+    """A loss or a gradient that is not finite (`value`): the step was not taken."""
+
+    def __init__(self, text: str, value: float) -> None:
+        super().__init__(text)
+        self.value = value
+
+
+@dataclass(frozen=True)
+class Query:
+    """One direction of a step: its block, seed and number within the block, and the projected gradient along it."""
+
+    block: str
+    seed: int
+    number: int
+    projected: float
+
+
+class Evaluations:
+    """The losses of one step, in call order; none are computed where the step is a recorded one."""
+
+    def __init__(
+        self, refused: Callable[[str, str, float], NotFinite], parts: Sequence[Loss], recorded: Taken | None
+    ) -> None:
+        self.refused, self.parts, self.recorded = refused, parts, recorded
+        self.losses: list[float] = []
+        self.present: float | None = None  # the loss at the weights that all directions start from, once it is known
+        self.seeds: list[int] = []
+        self.projected: list[float] = []
+
+    def evaluate(self, where: str, *, or_else: float | None = None) -> float:
+        """The loss at the weights as they are; 0 where the step is a recorded one. where: for the error."""
+        if self.recorded is not None:
+            return 0.0
+        return self.note(sum(_value(part()) for part in self.parts), where, or_else)
+
+    def at_present_weights(self) -> float:
+        """Evaluated once, until `present` is forgotten."""
+        if self.present is None:
+            self.present = self.evaluate("the present weights")
+        return self.present
+
+    def note(self, loss: float, where: str, or_else: float | None = None) -> float:
+        """Record a loss, as its mean over ranks, and return it. or_else: what stands for a loss that is not finite."""
+        loss = mean_over_ranks(loss)
+        if not math.isfinite(loss) and or_else is not None:
+            loss = or_else
+        elif not math.isfinite(loss):
+            raise self.refused("loss", f"{loss} at {where}", loss)
+        self.losses.append(loss)
+        return loss
+
+
+def _value(loss: Any) -> float:
+    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+
+
+def ranks() -> int:
+    """The number of processes that take the step together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_over_ranks(value: float) -> float:
+    """The mean of the ranks' values, the same bits on every one of them."""
+    if ranks() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    shared = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(shared)
+    return float(shared) / ranks()

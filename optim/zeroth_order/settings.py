@@ -1,0 +1,100 @@
+"""What a source may be set to: the checks, the share of entries that masks drop, and MeZO's param groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Estimator = Literal["two-sided", "one-sided", "forward"]
+
+
+def check_settings(
+    estimated: Mapping[str, Tensor],
+    first_order: Mapping[str, Tensor],
+    *,
+    estimator: str,
+    eps: float,
+    q: int,
+    sign: str | None,
+    conserve: bool,
+    sparsity: float,
+    mask: str,
+    sparse_by: str,
+    mask_steps: int,
+    block_order: str,
+    restore: str,
+    module: nn.Module | None,
+) -> None:
+    """Check the settings of a `ZerothOrder`, whose parameters these are by name.
+
+    Raises:
+        ValueError: For a setting out of range, or settings that exclude each other.
+
+    """
+    for key, value, known in (
+        ("estimator", estimator, get_args(Estimator)),
+        ("sign", sign, (None, "scalar", "elementwise")),
+        ("mask", mask, ("uniform", "normal")),
+        ("sparse_by", sparse_by, ("layer", "global")),
+        ("block_order", block_order, ("coordinate", "joint")),
+        ("restore", restore, ("inplace", "copy")),
+    ):
+        if value not in known:
+            raise ValueError(f"ZerothOrder: {key} = {value!r}; it must be one of {', '.join(map(repr, known))}")
+    if not _number(eps) or not 0 < eps < math.inf:
+        raise ValueError(f"ZerothOrder: eps = {eps!r}; it must be a finite number above 0")
+    if not _number(sparsity) or not 0 <= sparsity < 1:
+        raise ValueError(f"ZerothOrder: sparsity = {sparsity!r}; it must be a number with 0 <= sparsity < 1")
+    for key, count in (("q", q), ("mask_steps", mask_steps)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"ZerothOrder: {key} = {count!r}; it must be a whole number of at least 1")
+    if estimator == "forward" and module is None:
+        raise ValueError("ZerothOrder: estimator 'forward' differentiates the model; give it as module=")
+    if conserve and first_order:
+        raise ValueError("ZerothOrder: conserve compares zeroth-order steps; it cannot be joined with first_order")
+    for name, p in [*estimated.items(), *first_order.items()]:
+        if not p.is_floating_point():
+            raise ValueError(f"ZerothOrder: parameter {name!r} is {p.dtype}; expected real floating-point ones")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _mezo_decays(name: str) -> bool:
+    return not any(part in name for part in ("bias", "layer_norm", "layernorm"))
+
+
+def decay_groups(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    weight_decay: float,
+    *,
+    decay_filter: Callable[[str], bool] = _mezo_decays,
+) -> list[dict[str, Any]]:
+    """Two param groups, with and without weight decay; by default MeZO's rule on names.
+
+    MeZO and the forward gradient step p <- p - lr (pg z + weight_decay p), which is this suite's decoupled decay.
+    """
+    named = list(named_parameters)
+    groups = [([e for e in named if decay_filter(e[0]) == decayed], decayed) for decayed in (True, False)]
+    return [{"params": part, "weight_decay": weight_decay if decayed else 0.0} for part, decayed in groups if part]
+
+
+_SAMPLE = 10_000_000
+
+
+def dropped_shares(params: Mapping[str, Tensor], sparsity: float, sparse_by: str) -> dict[str, float]:
+    """The share of each tensor's entries that a mask drops."""
+    if sparse_by == "layer":
+        return dict.fromkeys(params, sparsity)
+    total = sum(p.numel() for p in params.values())
+    stride = math.ceil(total / _SAMPLE)  # every k-th entry: a sample that needs no generator
+    magnitudes = {name: p.detach().flatten()[::stride].abs().float() for name, p in params.items()}
+    everything = torch.cat(list(magnitudes.values()))
+    rank = max(1, math.ceil(sparsity * len(everything)))
+    threshold = everything.kthvalue(rank).values
+    return {name: float((m <= threshold).float().mean()) if len(m) else 0.0 for name, m in magnitudes.items()}
