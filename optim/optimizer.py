@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from optim import cpu_jit, rounding
+from optim.group_checks import check_gradients, check_lr, check_params, kind_name, labelled
 from optim.param_groups import by_name, trained
 from optim.rule import State, UpdateRule
 from optim.saved import (
@@ -71,7 +72,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Params, rule: UpdateRule, *, lr: float | Tensor, weight_decay: float = 0.0) -> None:
         if not isinstance(rule, UpdateRule):
-            raise TypeError(f"Optimizer: rule is {_kind(rule)}; expected an UpdateRule such as AdamWRule()")
+            raise TypeError(f"Optimizer: rule is {kind_name(rule)}; expected an UpdateRule such as AdamWRule()")
         if isinstance(params, Mapping):
             raise TypeError("Optimizer: params is a dict; pass an iterable such as model.named_parameters()")
         if isinstance(params, nn.Module):
@@ -99,8 +100,8 @@ class Optimizer(torch.optim.Optimizer):
             for group in self._divided_group(dict(param_group)):
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="optimizer contains a parameter group with duplicate")
-                    super().add_param_group(group)  # torch warns of what _check_params refuses
-                self._check_params(*list(self._offsets())[-1])
+                    super().add_param_group(group)  # torch warns of what check_params refuses
+                check_params(*list(self._offsets())[-1])
         except (TypeError, ValueError):
             del self.param_groups[before:]
             raise
@@ -118,34 +119,18 @@ class Optimizer(torch.optim.Optimizer):
         """The group with its rule built and its values checked."""
         rule = group.get("rule", self.defaults["rule"])
         if not isinstance(rule, UpdateRule):
-            raise TypeError(f"param group: rule is {_kind(rule)}; expected an UpdateRule such as AdamWRule()")
+            raise TypeError(f"param group: rule is {kind_name(rule)}; expected an UpdateRule such as AdamWRule()")
         for flag, advice in TORCH_FLAGS.items():
             if group.pop(flag, None):
                 raise ValueError(f"param group: {flag} is not supported; {advice}")
         group["rule"] = rule.with_settings(**{key: group.pop(key) for key in rule.settings() & set(group)})
-        _check_lr(group.setdefault("lr", self.defaults["lr"]))
+        check_lr(group.setdefault("lr", self.defaults["lr"]))
         weight_decay = group.setdefault("weight_decay", self.defaults["weight_decay"])
         if not isinstance(weight_decay, int | float) or not 0 <= weight_decay < math.inf:
             raise ValueError(f"weight_decay = {weight_decay!r}; it must be a finite number of at least 0")
         resolved = ParamGroup(group)
         resolved.settle()
         return resolved
-
-    def _check_params(self, group: dict[str, Any], offset: int) -> None:
-        seen: set[Tensor] = set()
-        for label, param in _labelled(group, offset):
-            if param in seen:
-                raise ValueError(f"parameter {label} is in its param group twice; it would be stepped twice")
-            seen.add(param)
-            if not param.is_floating_point():
-                raise TypeError(
-                    f"parameter {label} is {param.dtype}; optimizers here take real floating-point parameters "
-                    "(for a complex one, optimize torch.view_as_real of it)"
-                )
-            try:
-                expected_state(group["rule"], param)
-            except ValueError as error:
-                raise ValueError(f"parameter {label}: {error}") from error
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -177,7 +162,7 @@ class Optimizer(torch.optim.Optimizer):
             if type(rule).share is not UpdateRule.share and params:
                 params, grads = self._share(rule, group, offset, params, grads)
             if "rounding" in group:
-                fine = rounding.step(self, group, offset, params, grads)
+                fine = rounding.step(self._step_those, group, offset, params, grads, self.arrived)
             else:
                 fine = self._step_those(rule, params, grads, lr=group["lr"], weight_decay=group["weight_decay"])
             self._warn_of_left(group, offset, params, fine)
@@ -233,17 +218,8 @@ class Optimizer(torch.optim.Optimizer):
             params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
             grads = [grad for grad in grads if grad is not None]
         if any(map(_IS_META, params)) or set(map(_LAYOUT, grads)) - {torch.strided}:
-            self._refuse(group, offset)
+            check_gradients(group, offset)
         return params, grads
-
-    def _refuse(self, group: dict[str, Any], offset: int) -> None:
-        for label, param in _labelled(group, offset):
-            if param.grad is not None and param.is_meta:
-                raise TypeError(f"parameter {label} has no data (meta device); materialise the model before step()")
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise TypeError(
-                    f"parameter {label} has a sparse gradient ({param.grad.layout}); make it dense before step()"
-                )
 
     def _share(
         self, rule: UpdateRule, group: dict[str, Any], offset: int, params: list[Tensor], grads: list[Tensor]
@@ -263,7 +239,7 @@ class Optimizer(torch.optim.Optimizer):
         """A warning that names each parameter whose gradient is not finite."""
         if all(fine):
             return
-        labels = {param: label for label, param in _labelled(group, offset)}
+        labels = {param: label for label, param in labelled(group, offset)}
         for param, good in zip(params, fine, strict=True):
             if not good:
                 warnings.warn(
@@ -330,7 +306,7 @@ class Optimizer(torch.optim.Optimizer):
     ) -> Iterator[tuple[str, UpdateRule, Tensor, Mapping[str, Any] | None]]:
         """(label, rule, parameter, its saved state in this rule's terms) for every parameter that was saved."""
         for (group, offset), rule, saved_group in zip(self._offsets(), rules, saved["param_groups"], strict=False):
-            for (label, param), key in zip(_labelled(group, offset), saved_group["params"], strict=False):
+            for (label, param), key in zip(labelled(group, offset), saved_group["params"], strict=False):
                 if key in saved["state"]:
                     yield label, rule, param, native_state(rule, saved_group, saved["state"][key])
 
@@ -376,26 +352,3 @@ class Optimizer(torch.optim.Optimizer):
                 self.state[param] = self._loaded(rule, param, state)
             else:
                 self.state.pop(param, None)
-
-
-def _kind(value: object) -> str:
-    return value.__name__ + " (a class)" if isinstance(value, type) else type(value).__name__
-
-
-def _check_lr(lr: float | Tensor) -> None:
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr is a tensor of {lr.numel()} elements; it must be one number")
-    if isinstance(lr, bool) or not isinstance(lr, int | float | Tensor) or not 0 <= float(lr) < math.inf:
-        raise ValueError(f"lr = {lr!r}; it must be a finite number of at least 0")
-
-
-def _label(group: Mapping[str, Any], offset: int, i: int) -> str:
-    """A parameter's name for messages: its own, or its number in the optimizer and its shape."""
-    names = group.get("param_names")
-    return repr(names[i]) if names else f"number {offset + i} of shape {tuple(group['params'][i].shape)}"
-
-
-def _labelled(group: Mapping[str, Any], offset: int) -> Iterator[tuple[str, Tensor]]:
-    """The group's parameters, each with its name for messages."""
-    for i, param in enumerate(group["params"]):
-        yield _label(group, offset, i), param

@@ -11,19 +11,15 @@ the element's: the count is saved with the group, so runs repeat and resume to t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from optim.kernels import philox
-from optim.rule import UpdateRule
 from optim.sharding import is_sharded
-
-if TYPE_CHECKING:
-    from optim.optimizer import Optimizer
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -68,7 +64,7 @@ class Arrived:
             self.made_small, self.intended_small = self.made_small + made, self.intended_small + intended
 
 
-def set_rounding(optimizer: Optimizer, how: Rounding) -> None:
+def set_rounding(optimizer: torch.optim.Optimizer, how: Rounding) -> None:
     """Round the bfloat16 parameters of all groups in this way from the next step on; others are not affected.
 
     On a GPU AdamW and 8-bit AdamW do it themselves (`stochastic_rounding`), in their kernels; there tensors share their
@@ -76,7 +72,7 @@ def set_rounding(optimizer: Optimizer, how: Rounding) -> None:
     """
     for group in optimizer.param_groups:
         itself = how == "stochastic" and all(param.is_cuda for param in group["params"])
-        if _rounds_itself(group["rule"]):
+        if group["rule"].rounds_itself:
             group["rule"] = group["rule"].with_settings(stochastic_rounding=itself)
         else:
             itself = False
@@ -85,16 +81,17 @@ def set_rounding(optimizer: Optimizer, how: Rounding) -> None:
             group["rounding"] = how
 
 
-def _rounds_itself(rule: UpdateRule) -> bool:
-    """Whether the rule that writes parameters back has `stochastic_rounding`; one inside a subspace does not write."""
-    from optim.wrappers.quantized import Quantized
-
-    writes = rule.inner if isinstance(rule, Quantized) else rule
-    return any(field.name == "stochastic_rounding" for field in fields(writes))
+StepThose: TypeAlias = Callable[..., list[bool]]
+"""`Optimizer._step_those`: (rule, params, grads, lr=, weight_decay=) -> for each, whether it was stepped."""
 
 
 def step(
-    optimizer: Optimizer, group: dict[str, Any], offset: int, params: list[Tensor], grads: list[Tensor]
+    step_those: StepThose,
+    group: dict[str, Any],
+    offset: int,
+    params: list[Tensor],
+    grads: list[Tensor],
+    arrived: Arrived | None,
 ) -> list[bool]:
     """The step of a marked group's parameters; for each, whether it was stepped. offset: the group's first place."""
     if not params:
@@ -107,7 +104,7 @@ def step(
         try:
             for i, narrow in before.items():
                 params[i].data = narrow.float()
-            fine += optimizer._step_those(
+            fine += step_those(
                 group["rule"], [params[i] for i in part], [grads[i] for i in part], lr=group["lr"],
                 weight_decay=group["weight_decay"],
             )  # fmt: skip
@@ -117,7 +114,7 @@ def step(
                 params[i].data = narrow
         for i, value in exact.items():
             stream = place[params[i]] if group["rounding"] == "stochastic" else None
-            _write_back(optimizer.arrived, _local(params[i].data), _local(value), count, stream)
+            _write_back(arrived, _local(params[i].data), _local(value), count, stream)
     return fine
 
 

@@ -127,6 +127,11 @@ class UpdateRule(ABC):
             self.step(param, grad, state, lr=lr, weight_decay=weight_decay)
 
     @property
+    def rounds_itself(self) -> bool:
+        """Whether the rule can write bfloat16 parameters back with `stochastic_rounding`, in its own kernel."""
+        return any(field.name == "stochastic_rounding" for field in fields(self))
+
+    @property
     def step_is_update(self) -> bool:
         """Whether `step` is `stepped` written back and no more, so that `optim.cpu_jit` may compile it."""
         return type(self).step is UpdateRule.step

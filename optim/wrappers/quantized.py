@@ -2,14 +2,13 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from optim import cpu_jit
 from optim.checks import check_counts, check_flag
@@ -23,6 +22,7 @@ from optim.rules.conda import CondaRule
 from optim.sharding import is_sharded
 from optim.wrappers.codebooks import BOOKS, VALUES, take
 from optim.wrappers.low_rank import LowRank
+from optim.wrappers.pieces import WithoutMemory, flat_part
 
 CHUNK = 1 << 17
 """Elements that a step holds decoded at a time (rounded to whole blocks), under elementwise rules."""
@@ -96,7 +96,7 @@ class Quantized(UpdateRule):
         Raises: ValueError for a sharded parameter, unless it is small.
         """
         state: State = {}
-        with nullcontext() if is_sharded(param) else _WithoutMemory(max(1, self.min_size)):
+        with nullcontext() if is_sharded(param) else WithoutMemory(max(1, self.min_size)):
             made = self.inner.init(param)
         for key, value in made.items():
             if self._is_coded(value):
@@ -132,6 +132,11 @@ class Quantized(UpdateRule):
     def coupled(self) -> bool:
         """As the inner rule."""
         return self.inner.coupled
+
+    @property
+    def rounds_itself(self) -> bool:
+        """As the inner rule, which writes the parameters."""
+        return self.inner.rounds_itself
 
     def stepped(
         self,
@@ -262,7 +267,7 @@ class Quantized(UpdateRule):
             for key, codes, scale in places:
                 part[key] = self._decode(key, codes, scale, dtype).view(form)
             inner = {key: part[key] for key in state if key in part}  # in the inner rule's order
-            with _flat_part(param.detach(), where) as some, _flat_part(grad, where, kept=True) as some_grad:
+            with flat_part(param.detach(), where) as some, flat_part(grad, where, kept=True) as some_grad:
                 p, g = some.view(form), some_grad.view(form)
                 if self.inner.step_is_update:
                     cpu_jit.step(self.inner, [p], [g], [inner], lr=lr, weight_decay=weight_decay)
@@ -367,50 +372,3 @@ class Quantized(UpdateRule):
 def _has_flat_codes(param: Tensor, state: State) -> bool:
     coded = [state[key] for key in state if key + _SCALES in state]
     return bool(coded) and not is_sharded(param) and all(map(Tensor.is_contiguous, coded))
-
-
-@contextmanager
-def _flat_part(x: Tensor, where: slice, *, kept: bool = False) -> Iterator[Tensor]:
-    """Entries of x in the order of its dimensions, flat: a view, or of another layout a copy that is written back.
-
-    kept: x stays as it is.
-    """
-    if x.is_contiguous():
-        yield x.view(-1)[where]
-        return
-    if x.ndim == 1:
-        part = x[where].contiguous()
-        yield part
-        if not kept:
-            x[where] = part
-        return
-    width = x[0].numel()
-    first, last = where.start // width, (where.stop - 1) // width
-    if first == last:
-        inside = slice(where.start - first * width, where.stop - first * width)
-        with _flat_part(x[first], inside, kept=kept) as part:
-            yield part
-        return
-    rows = x[first : last + 1].contiguous()
-    yield rows.view(-1)[where.start - first * width : where.stop - first * width]
-    if not kept:
-        x[first : last + 1] = rows
-
-
-class _WithoutMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tensors of floating point that are made inside it, and have so many entries, have no data (meta tensors).
-
-    What is to be coded begins as zeros, and to make it as numbers first would take four times the state.
-    """
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.limit = limit
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if any(argument.name == "device" for argument in func._schema.arguments):
-            made = func(*args, **kwargs | {"device": torch.device("meta")})
-            if isinstance(made, Tensor) and made.numel() >= self.limit and made.is_floating_point() and made.ndim:
-                return made
-        return func(*args, **kwargs)

@@ -33,7 +33,6 @@ def check_settings(
 
     Raises:
         ValueError: For a setting out of range, or settings that exclude each other.
-
     """
     for key, value, known in (
         ("estimator", estimator, get_args(Estimator)),

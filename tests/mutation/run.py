@@ -50,7 +50,10 @@ MODULES: Mapping[str, tuple[str, ...]] = {
                            "tests/optim/test_battery.py"),
     "optim/param_groups.py": ("tests/optim/test_param_groups.py", "tests/optim/test_create.py",
                               "tests/optim/test_blocks.py", "tests/optim/test_matrices.py"),
-    "optim/roles.py": ("tests/optim/test_roles.py", "tests/optim/test_param_groups.py", "tests/optim/test_matrices.py"),
+    **dict.fromkeys(
+        ("optim/roles/names.py", "optim/roles/kinds.py", "optim/roles/layouts.py", "optim/roles/blocks.py"),
+        ("tests/optim/test_roles.py", "tests/optim/test_param_groups.py", "tests/optim/test_matrices.py"),
+    ),
 }  # fmt: skip
 """A module -> the files of its tests, the quickest first."""
 ONLY: Mapping[str, str] = {

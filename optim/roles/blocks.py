@@ -1,0 +1,55 @@
+"""Which block of a transformer a parameter belongs to, by its name."""
+
+import re
+from typing import Literal, TypeAlias, get_args
+
+from optim.roles.names import name_of
+
+Block: TypeAlias = Literal["embedding", "qk", "vo", "ffn", "norm", "head", "other"]
+"""The kinds of parameters that a transformer has, as arXiv 2502.19002 (blockwise learning rates) divides them, and
+"other", what is none of them: state-space and convolution weights, attention sinks, names that tell nothing."""
+
+BLOCKS: tuple[Block, ...] = get_args(Block)
+
+_FFN = re.compile(
+    r"mlp|feed_?forward|ffn|moe|expert|intermediate|densereludense|^(ff|fc\d|c_fc|wi(_\d)?|dense_.*h"
+    r"|(gate|up|down|gate_up)_proj)$"
+)
+_QK = re.compile(r"^(w?[qk](_[ab])?|[qk](_[ab])?_proj|[qk]_(attn|lin)|(query|key)(_proj)?|project_[qk])$")
+_VO = re.compile(r"^(w?[vo]|[vo](_[ab])?_proj|[vo]_(attn|lin)|value(_proj)?|project_v|attention_out|out_lin|out_proj)$")
+_FUSED_QKV = re.compile(r"^(c_attn|qkv\w*|w_?qkv|query_key_value|in_proj(_\w+)?|kv_\w+)$")
+_ATTENTION = re.compile(r"attn|attention")
+
+
+def block_of(name: str) -> Block:
+    """Which block of a transformer the parameter belongs to, by its name alone; a bias belongs to its module's.
+
+    Knows the names of Llama (Hugging Face's and Meta's), Mistral, Mixtral, Qwen, Phi, Gemma, GPT-2 (also with split
+    query and key), GPT-NeoX, GPT-OSS, T5, BART, Whisper, BERT, ModernBERT, RoBERTa and DistilBERT, LoRA's matrices on
+    any of them, and wrapper prefixes. A norm is a norm wherever it stands. Query, key and value in one matrix
+    (`c_attn`, `qkv_proj`, `query_key_value`) are "vo", the more cautious choice of the two: a lower learning rate, a
+    finer second moment. Poolers and classifiers are "head". What is none of these is "other".
+    """
+    it = name_of(name)
+    if it.is_norm(1):
+        return "norm"
+    if it.is_head:
+        return "head"
+    if it.is_embedding or any(part.startswith(("lora_embedding_", "trainable_tokens_")) for part in it.parts):
+        return "embedding"
+
+    parts = [*it.parts[:-1], re.sub(r"_(weight|bias)$", "", it.leaf)]
+
+    def has(pattern: re.Pattern[str]) -> bool:
+        return any(pattern.search(part) for part in parts)
+
+    in_attention = has(_ATTENTION)
+    if has(_FFN):
+        return "ffn"
+    if has(_QK):
+        return "qk"
+    if has(_VO) or has(_FUSED_QKV) or (in_attention and {"c_proj", "dense", "proj"} & set(parts)):
+        return "vo"
+    if "output" in parts and not in_attention:  # BERT's second matrix
+        return "ffn"
+    return "other"

@@ -1,0 +1,57 @@
+"""What each parameter of a model is, and how its matrices lie in memory."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from optim.roles.kinds import Kind, is_table, kind_of
+from optim.roles.layouts import layouts
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a parameter is, and the fields of `MatrixRule` that say how its matrices lie, where it is a matrix."""
+
+    kind: Kind
+    layout: Mapping[str, Any] = field(default_factory=dict)
+
+
+def roles(named_parameters: Iterable[tuple[str, Tensor]], model: nn.Module | None = None) -> dict[str, Role]:
+    """name -> what the parameter is.
+
+    A matrix is the weight of a linear map between features: of a linear layer, a router, a convolution over channels,
+    LoRA's A and B (on a head too), and each expert of a mixture, also where one tensor holds all of them. No matrices
+    are embeddings and position tables, what is behind the last layer (heads, poolers, classifiers), norms, biases (an
+    expert's, [experts, outputs], too), depthwise convolutions, time mixes, `A_log`, sinks, and what else is a vector.
+    Without the model, names and shapes decide; a name that tells nothing is told by its shape.
+
+    The layout, as in `MatrixRule`: "transposed" where inputs come first: GPT-2's Conv1D, told by its biases or its
+    wider matrices; experts as in GPT-OSS and Llama 4. "batched" where one tensor is a stack of matrices. The side of an
+    expert's outputs is told by the pair of its matrices, of which one maps to what the other maps from, by its biases,
+    or by the width of the model; outputs come first where none of these tells.
+    """
+    named = list(named_parameters)
+    modules = dict(model.named_modules()) if model is not None else {}
+    heads = {id(head) for head in (_output_embeddings(model),) if head is not None}
+    owners = {name: _owner(name, modules) for name, _ in named}
+    kinds: dict[str, Kind] = {}
+    for name, param in named:
+        owner = owners[name]
+        of_head = id(owner) in heads and param.ndim > 1 and not is_table(owner)
+        kinds[name] = "head" if of_head else kind_of(name, param, owner)
+    found = layouts([entry for entry in named if kinds[entry[0]] == "matrix"], named, owners)
+    return {name: Role(kinds[name], found.get(name, {})) for name, _ in named}
+
+
+def _owner(name: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    return modules.get(name.rpartition(".")[0])
+
+
+def _output_embeddings(model: nn.Module | None) -> nn.Module | None:
+    ask = getattr(model, "get_output_embeddings", None)
+    try:
+        return ask() if ask is not None else None
+    except (AttributeError, NotImplementedError):  # of models that have the method of a base class, and no head
+        return None

@@ -1,0 +1,56 @@
+"""Parts of a tensor as flat memory, and tensors without any: what keeps the memory of a wrapped step small."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@contextmanager
+def flat_part(x: Tensor, where: slice, *, kept: bool = False) -> Iterator[Tensor]:
+    """Entries of x in the order of its dimensions, flat: a view, or of another layout a copy that is written back.
+
+    kept: x stays as it is.
+    """
+    if x.is_contiguous():
+        yield x.view(-1)[where]
+        return
+    if x.ndim == 1:
+        part = x[where].contiguous()
+        yield part
+        if not kept:
+            x[where] = part
+        return
+    width = x[0].numel()
+    first, last = where.start // width, (where.stop - 1) // width
+    if first == last:
+        inside = slice(where.start - first * width, where.stop - first * width)
+        with flat_part(x[first], inside, kept=kept) as part:
+            yield part
+        return
+    rows = x[first : last + 1].contiguous()
+    yield rows.view(-1)[where.start - first * width : where.stop - first * width]
+    if not kept:
+        x[first : last + 1] = rows
+
+
+class WithoutMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tensors of floating point that are made inside it, and have so many entries, have no data (meta tensors).
+
+    What is to be coded begins as zeros, and to make it as numbers first would take four times the state.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.limit = limit
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(argument.name == "device" for argument in func._schema.arguments):
+            made = func(*args, **kwargs | {"device": torch.device("meta")})
+            if isinstance(made, Tensor) and made.numel() >= self.limit and made.is_floating_point() and made.ndim:
+                return made
+        return func(*args, **kwargs)
