@@ -6,10 +6,12 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 MUTATION_ARGS ?=
 ATTACK_ARGS ?=
+BEFORE ?= $(error set BEFORE=DIR, a checkout of the version to compare with)
+STRUCTURE_ARGS ?=
 # One thread a test process, two processes: small tensors gain nothing from more threads, and results do not depend on them.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test zoo lint bench mutation attack clean
+.PHONY: demo test zoo lint bench mutation attack same structure clean
 
 demo: $(STAMP)
 	$(BIN)/datatools demo
@@ -35,6 +37,17 @@ mutation: $(STAMP)
 # Kills, failing file operations and damaged files, against every command; `make test` does a sample.
 attack: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m tests.attack.run $(ATTACK_ARGS)
+
+# Does a change keep every result? Fixed commands with the code of another checkout and of this one, compared file by file.
+same: $(STAMP)
+	rm -rf build/same
+	$(BIN)/python -m tests.same_outputs --code $(BEFORE) --out build/same/before
+	$(BIN)/python -m tests.same_outputs --out build/same/after
+	$(BIN)/python -m tests.same_outputs compare build/same/before build/same/after
+
+# Rooms, floors, arrows, cycles and lengths of the packages; beside another checkout: STRUCTURE_ARGS='--before DIR'.
+structure: $(STAMP)
+	$(BIN)/python -m tests.structure $(STRUCTURE_ARGS)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "datatools needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
