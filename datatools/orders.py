@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datatools import files
-from datatools.arrays import read_npz, write_npz
 from datatools.errors import DataError, UsageError
+from datatools.files.arrays import read_npz, write_npz
 
 _FORMAT = 2  # 1 had no recipe and no digest
 _LIMIT = 1 << 28  # bytes of a file

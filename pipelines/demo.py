@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pipelines import audit, models, select
-from pipelines.config import (
+from pipelines.models import load as models
+from pipelines.runs.folder import duration, say
+from pipelines.select import audit
+from pipelines.select import run as select
+from pipelines.settings.config import (
     AuditConfig,
     DataConfig,
     DemoConfig,
@@ -15,7 +18,6 @@ from pipelines.config import (
     TrainingConfig,
     WarmupConfig,
 )
-from pipelines.runs import duration, say
 
 DATA = Path(__file__).parent / "demo_data"
 

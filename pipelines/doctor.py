@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from datatools import DatatoolsError, files
-from pipelines import threads
-from pipelines.runs import redact
+from pipelines.runs import threads
+from pipelines.runs.folder import redact
 from pipelines.texts import visible
 
 State = Literal["ok", "warn", "fail"]

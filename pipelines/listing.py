@@ -110,7 +110,7 @@ def _described(table: Mapping[str, object]) -> Rows:
 
 
 def _methods() -> Rows:
-    from pipelines.config import METHODS
+    from pipelines.settings.config import METHODS
 
     return list(METHODS.items())
 

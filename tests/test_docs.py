@@ -19,7 +19,9 @@ from typing import Any, get_args, get_origin
 import pytest
 import torch
 
-from pipelines import cli, listing, models
+from pipelines import listing
+from pipelines.cli import app as cli
+from pipelines.models import load as models
 from tests.conftest import REPOSITORY
 from tests.tiny import save_tiny_model, write_rows
 
@@ -39,7 +41,7 @@ NOT_RUN: dict[str, str] = {
     r"make demo": "takes minutes with a model of 135M weights, which tests marked `real` do",
     r"make (test|bench|zoo|mutation|attack|same BEFORE=DIR|structure)": "this suite, or minutes to hours",
     r"pip install .*": "needs the network",
-    r"torchrun .*": "several processes; tests/pipelines/test_torchrun.py starts two",
+    r"torchrun .*": "several processes; tests/pipelines/training/test_torchrun.py starts two",
     r"python3? -m (venv|pip) .*": "needs the network",
     r"(python -m )?pytest .*": "this suite, with a GPU, as a benchmark, or with numbers that are elsewhere",
     r"python -m tests\.benchmarks\.(?!show).*": "a measurement, minutes to hours",
@@ -367,7 +369,7 @@ def test_the_tables_of_the_readme_are_those_of_the_code():
     import optim
     from datatools import AGGREGATIONS, CORESET_METHODS, PROJECTORS
     from datatools.order import ESTIMATORS
-    from pipelines.config import METHODS
+    from pipelines.settings.config import METHODS
 
     assert first_cells("README.md", "`--method`") == sorted(METHODS)
     assert first_cells("README.md", "update rules") == sorted(optim.RULES)
@@ -385,7 +387,7 @@ def test_the_tables_of_the_packages_are_those_of_the_code():
     import optim
     from datatools import AGGREGATIONS, PROJECTORS
     from datatools.order import ESTIMATORS
-    from pipelines.config import CHECKS as DIAGNOSES
+    from pipelines.settings.config import CHECKS as DIAGNOSES
 
     assert first_cells("optim/README.md", "name | source") == sorted(optim.RULES)
     schedules = next(row[1] for row in table("optim/README.md", "piece") if "`SCHEDULES`" in row[0])
@@ -409,7 +411,7 @@ def test_the_table_of_files_is_whole(package):
 
 def test_flags_and_settings_that_are_mentioned_exist(capsys):
     """Spans such as `--on-bad-row` and `--set a.b=c`, which are no commands."""
-    from pipelines import config
+    from pipelines.settings import config
 
     flags = {"--golden-dir", "--readme", "--rates"}  # of pytest and of scripts in tests/benchmarks
     for command in cli.app.registered_commands:

@@ -22,9 +22,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from datatools.correlations import spearman
 from datatools.errors import UsageError, did_you_mean
-from datatools.order import groups, moments, pairwise, reduced, table
+from datatools.order.estimators import fut as table
+from datatools.order.estimators import groups, moments, pairwise, reduced
+from datatools.order.estimators.surrogate import FORMAT, LIMIT_BYTES, LIMITS, Surrogate, check_linear, finite, trusted
 from datatools.order.memorization import Map, memory_map
 from datatools.order.recorder import Recorder
 from datatools.order.reference import (
@@ -44,8 +45,8 @@ from datatools.order.reference import (
 )
 from datatools.order.search import METHODS as SEARCHES
 from datatools.order.search import Found, borda_order, curricula, exact_order, refine, search
-from datatools.order.surrogate import FORMAT, LIMIT_BYTES, LIMITS, Surrogate, check_linear, finite, trusted
 from datatools.order.validate import Judgement, Prize, break_even, calibrated, judge, prize
+from datatools.stats import spearman
 
 ESTIMATORS: dict[str, Callable[..., Surrogate]] = {
     "pairwise": pairwise.precompute,

@@ -17,9 +17,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from datatools import files, sealed
+from datatools import files
 from datatools.errors import DataError, UsageError
-from datatools.order import gauss_newton
+from datatools.files import sealed
+from datatools.order.estimators import gauss_newton
 from datatools.orders import check_permutation
 from optim import Optimizer, State, UpdateMap, UpdateRule, cpu_jit, curvature, rule_from
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datatools.errors import DataError, UsageError, did_you_mean
-from datatools.order.pairwise import Pairwise
-from datatools.order.surrogate import Surrogate
+from datatools.order.estimators.pairwise import Pairwise
+from datatools.order.estimators.surrogate import Surrogate
 
 Permutation = NDArray[np.int64]  # [T], places of the reference's sequence
 _EXACT_LIMIT = 12

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from datatools.correlations import Numbers, pearson, pearson_rows, quotient, spearman, spearman_rows
+from datatools.stats import Numbers, pearson, pearson_rows, quotient, spearman, spearman_rows
 
 Statistic = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
 """[..., n] and [..., n] -> [...], nan where it does not exist."""

@@ -23,11 +23,13 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from datatools import files, small_sources
-from pipelines import charts, evaluation, models, trainer
-from pipelines.config import CoresetConfig, DataConfig, LoraConfig, ModelConfig, TrainingConfig
-from pipelines.prepare import Rows, prepare
-from pipelines.runs import progress
+from pipelines.models import load as models
+from pipelines.report import charts
+from pipelines.rows.prepare import Rows, prepare
+from pipelines.runs.folder import progress
+from pipelines.settings.config import CoresetConfig, DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from pipelines.texts import number
+from pipelines.training import evaluation, trainer
 from tests.conftest import REPOSITORY
 
 MEDOIDS: dict[str, Any] = {"method": "facility_location"}

@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import optim
 from datatools import files, keep_pages
 from optim import curvature
-from pipelines import charts
-from pipelines.runs import progress
+from pipelines.report import charts
+from pipelines.runs.folder import progress
 from pipelines.texts import number
 from tests.conftest import REPOSITORY
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from datatools import order
-from datatools.order.pairwise import Pairwise
-from pipelines.config import LoraConfig, ModelConfig, OrderConfig, OrderData, OrderTraining
-from pipelines.order import run
+from datatools.order.estimators.pairwise import Pairwise
+from pipelines.order.run import run
+from pipelines.settings.config import LoraConfig, ModelConfig, OrderConfig, OrderData, OrderTraining
 
 SHARED = Path(os.environ.get("DATATOOLS_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 

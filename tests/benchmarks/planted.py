@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipelines.config import (
+from pipelines.runs.folder import set_quiet
+from pipelines.select.run import run
+from pipelines.settings.config import (
     DataConfig,
     FeaturesConfig,
     LoraConfig,
@@ -23,8 +25,6 @@ from pipelines.config import (
     SelectConfig,
     WarmupConfig,
 )
-from pipelines.runs import set_quiet
-from pipelines.select import run
 
 SHARED = Path(os.environ.get("DATATOOLS_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 BASELINES = ("random", "random-length", "tfidf", "rds", "loss")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines import threads
+from pipelines.runs import threads
 
 
 def work_of(kind: str, folder: Path) -> Callable[[], object]:
@@ -30,7 +30,7 @@ def work_of(kind: str, folder: Path) -> Callable[[], object]:
     model = save_tiny_model(folder / "model", layers=5, hidden=64)
     rows = write_rows(folder / "rows.jsonl", settings.size(160, 16), answer="answer " * 24)
     if kind == "train":
-        from pipelines.cli import main
+        from pipelines.cli.app import main
 
         def train() -> None:
             out = folder / f"run-{time.time_ns()}"
@@ -40,10 +40,10 @@ def work_of(kind: str, folder: Path) -> Callable[[], object]:
 
         return train
     from datatools import order
-    from pipelines import models
-    from pipelines.config import DataConfig, ModelConfig
-    from pipelines.order_setting import functional_loss, in_parts
-    from pipelines.prepare import prepare
+    from pipelines.models import load as models
+    from pipelines.order.setting import functional_loss, in_parts
+    from pipelines.rows.prepare import prepare
+    from pipelines.settings.config import DataConfig, ModelConfig
 
     config = ModelConfig(name=str(model))
     loaded = models.load(config)

@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from datatools import CoLM, keep_pages
-from pipelines import models
-from pipelines.config import LoraConfig
+from pipelines.models import load as models
+from pipelines.settings.config import LoraConfig
 from tests.benchmarks.measure import Report, Settings, interleaved, median, ratio
 from tests.conftest import REPOSITORY
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from datatools import GradientFeatures, batch_rows
-from pipelines import models
+from pipelines.models import load as models
 from tests.benchmarks.measure import Report, Sample, Settings, interleaved, median, number, ratio
 from tests.benchmarks.workload import DIM, TOKEN_BUDGET, Workload, folder_bytes, pool_name, prepared
 

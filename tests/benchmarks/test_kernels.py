@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from datatools.features import add_updates
+from datatools.features.extract import add_updates
 from datatools.projectors import SJLT
 from optim import AdamW, AdamW8bit, AdamWRule, UpdateMap, linalg
 from optim.zeroth_order import noise

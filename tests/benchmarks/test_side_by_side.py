@@ -91,7 +91,7 @@ def test_side_by_side(bench: Settings, tmp_path: Path) -> None:
     report.notes.append(
         "Each run is a warm process; a piece of work is a whole `datatools train` (without the start of Python), the "
         "gradients of 20 batches, or the features of 2 rows. Two runs do twice the work: 2 is what it takes "
-        "without any waste. Waiting: `pipelines.threads.choose`, against libgomp's own 300,000 rounds of spinning."
+        "without any waste. Waiting: `pipelines.runs.threads.choose`, against libgomp's own 300,000 rounds of spinning."
     )
     report.keep(kept)
     report.write(tmp_path)

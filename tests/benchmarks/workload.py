@@ -15,9 +15,9 @@ from torch import Tensor
 import optim
 from datatools import PROJECTORS, EnvironmentProblem, GradientFeatures, covered, extract
 from optim import UpdateMap
-from pipelines import models
-from pipelines.config import DataConfig, LoraConfig, ModelConfig
-from pipelines.prepare import Rows, prepare
+from pipelines.models import load as models
+from pipelines.rows.prepare import Rows, prepare
+from pipelines.settings.config import DataConfig, LoraConfig, ModelConfig
 from tests.benchmarks.measure import Settings
 from tests.conftest import REPOSITORY, shared_folder
 from tests.tiny import save_tiny_model, write_rows

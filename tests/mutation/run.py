@@ -37,13 +37,13 @@ EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 WANTED = 0.95
 
 MODULES: Mapping[str, tuple[str, ...]] = {
-    "datatools/store.py": ("tests/datatools/test_store.py",),
-    "datatools/selection.py": ("tests/datatools/test_selection.py",),
-    "datatools/scores.py": ("tests/datatools/test_scores.py",),
-    "pipelines/encode.py": ("tests/pipelines/test_encode.py",),
-    "datatools/coresets/choice.py": ("tests/datatools/coresets/test_choice.py",
+    "datatools/features/store.py": ("tests/datatools/features/test_store.py",),
+    "datatools/selection/candidates.py": ("tests/datatools/selection/test_selection.py",),
+    "datatools/less/influence.py": ("tests/datatools/less/test_scores.py",),
+    "pipelines/rows/encode.py": ("tests/pipelines/rows/test_encode.py",),
+    "datatools/colm/choice.py": ("tests/datatools/coresets/test_choice.py",
                                      "tests/datatools/coresets/test_colm.py"),
-    "datatools/order/pairwise.py": ("tests/datatools/order/test_pairwise.py", "tests/datatools/order/test_oracles.py",
+    "datatools/order/estimators/pairwise.py": ("tests/datatools/order/test_pairwise.py", "tests/datatools/order/test_oracles.py",
                                     "tests/datatools/order/test_estimators.py"),
     "optim/optimizer.py": ("tests/optim/test_rule.py", "tests/optim/test_update_map.py", "tests/optim/test_create.py",
                            "tests/optim/test_spam.py", "tests/optim/test_blocks.py",

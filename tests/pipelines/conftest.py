@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.config import DataConfig, LoraConfig, ModelConfig, ProjectorConfig, SelectConfig, WarmupConfig
+from pipelines.settings.config import DataConfig, LoraConfig, ModelConfig, ProjectorConfig, SelectConfig, WarmupConfig
 from tests.tiny import save_tiny_model, write_rows
 
 Command = Callable[..., SimpleNamespace]

@@ -4,7 +4,7 @@ A child starts in milliseconds instead of seconds, so that a test can afford to 
 are lines of JSON on stdin and stdout:
 
     {"argv": ["select", ...], "env": {}, "cwd": "/x", "kill_after": 0.7, "file_limit": 4096,
-     "die": ["pipelines.trainer:mark_complete", 2, "before"], "fault": {"within": "/x", "kind": "write", "nth": 3}}
+     "die": ["pipelines.training.trainer:mark_complete", 2, "before"], "fault": {"within": "/x", "kind": "write", "nth": 3}}
     {"code": 0, "stdout": "...", "stderr": "...", "seconds": 0.61, "rows": 120, "calls": {"write": 17}}
 
 `kill_after`: SIGKILL after so many seconds. `file_limit`: RLIMIT_FSIZE, which acts as a full disk. `die`: SIGKILL at
@@ -52,10 +52,10 @@ def child(request: dict[str, Any], scratch: Path) -> int:
         os.dup2(os.open(scratch / name, os.O_WRONLY | os.O_CREAT, 0o600), number)
     os.environ.update(request.get("env", {}))
     os.chdir(request.get("cwd", "."))
-    import datatools.features
-    from pipelines.cli import main
+    import datatools.features.extract
+    from pipelines.cli.app import main
 
-    rows, inner = 0, datatools.features.batch_rows
+    rows, inner = 0, datatools.features.extract.batch_rows
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal rows
@@ -63,7 +63,7 @@ def child(request: dict[str, Any], scratch: Path) -> int:
         rows += len(result[1])
         return result
 
-    datatools.features.batch_rows = counted
+    datatools.features.extract.batch_rows = counted
     sys.argv = ["datatools", *request["argv"]]
     if "die" in request:
         suicidal(*request["die"])

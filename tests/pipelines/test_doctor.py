@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import doctor
-from pipelines.cli import main
+from pipelines.cli.app import main
 from pipelines.doctor import Check, examine, show
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -12,8 +12,8 @@ from rich.console import Console
 import optim
 from datatools import AGGREGATIONS, PROJECTORS, SELECTORS, UsageError
 from pipelines import listing
-from pipelines.config import ARMS, METHODS, NEED_TARGET, AuditConfig, SelectConfig
-from pipelines.formats import read_shape
+from pipelines.rows.formats import read_shape
+from pipelines.settings.config import ARMS, METHODS, NEED_TARGET, AuditConfig, SelectConfig
 
 TABLES = {
     "optimizers": optim.RULES,

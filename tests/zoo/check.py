@@ -41,12 +41,12 @@ from datatools import (
     order,
     per_sample_grads,
 )
-from datatools.coresets.last_layer import LastLayer, directional_derivatives, evaluating, exact_gradients
+from datatools.colm.last_layer import LastLayer, directional_derivatives, evaluating, exact_gradients
 from datatools.projectors import PROJECTORS
-from pipelines import causal
-from pipelines.config import LoraConfig, TrainingConfig
-from pipelines.models import add_lora, collate, row_losses, seen_parameters
-from pipelines.trainer import fit
+from pipelines.models import causal
+from pipelines.models.load import add_lora, collate, row_losses, seen_parameters
+from pipelines.settings.config import LoraConfig, TrainingConfig
+from pipelines.training.trainer import fit
 from tests.zoo.build import FIRST_TOKEN, HIDDEN, LAST_TOKEN, build
 
 Kind = Literal["right", "refused", "wrong", "crash"]
@@ -475,7 +475,7 @@ def check_coreset(name: str) -> Outcome:
 
 def check_order(name: str) -> Outcome:
     """A gradient and a Hessian-vector product as order estimation takes them."""
-    from pipelines.order_setting import functional_loss
+    from pipelines.order.setting import functional_loss
 
     model = build(name, dtype=torch.float64)
     data = rows(THREE)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from datatools.features import batch_rows
+from datatools.features.extract import batch_rows
 from datatools.projectors import SJLT
 from optim import AdamW, UpdateMap
 from tests.kernels import counted

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datatools.features import add_updates
+from datatools.features.extract import add_updates
 from datatools.kernels import sjlt
 from datatools.projectors import SJLT, Rademacher
 from datatools.projectors.base import key

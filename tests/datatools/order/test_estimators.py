@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from datatools import DataError, UsageError
-from datatools.order import Diverged, memory_map, moments, pairwise, precompute, reduced, search, table
+from datatools.order import Diverged, memory_map, precompute, search
+from datatools.order.estimators import fut as table
+from datatools.order.estimators import moments, pairwise, reduced
+from datatools.order.estimators.surrogate import Layout, Linear, Surrogate, trusted
 from datatools.order.reference import Problem, Recipe, ReferenceRun, anchor_path, record, train
-from datatools.order.surrogate import Layout, Linear, Surrogate, trusted
 from optim import AdaBeliefRule, AdamWRule, LionRule, MuonRule, SGDRule, SophiaGRule, SPAMRule
 from tests.datatools.order.quadratics import loss, random_problem, recipe, run
 
@@ -219,7 +221,7 @@ def test_a_killed_recording_goes_on(tmp_path) -> None:  # type: ignore[no-untype
 
 
 def test_missing_states_are_refused_by_name(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from datatools import sealed
+    from datatools.files import sealed
 
     problem = random_problem(3, 4, 5)
     run_ = reference(problem, size=4)

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
-from datatools.order import moments, pairwise, table
+from datatools.order.estimators import fut as table
+from datatools.order.estimators import moments, pairwise
+from datatools.order.estimators.surrogate import Linear
 from datatools.order.reference import Cost, Problem, ReferenceRun, train
-from datatools.order.surrogate import Linear
 from optim import AdamWRule, SGDRule
 from tests.datatools.order.quadratics import a11, loss, run
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from datatools.order import pairwise, search
+from datatools.order import search
+from datatools.order.estimators import pairwise
+from datatools.order.estimators.surrogate import Layout
 from datatools.order.reference import Problem, ReferenceRun, States, record, train
-from datatools.order.surrogate import Layout
 from optim import AdamWRule, SGDRule
 from tests.datatools.order.quadratics import loss, random_problem, recipe
 

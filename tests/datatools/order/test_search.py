@@ -9,11 +9,11 @@ import torch
 
 from datatools import DataError, Order, UsageError
 from datatools import order as orders
-from datatools.correlations import ranks
 from datatools.order import Cost, Surrogate, curricula, exact_order, judge, memory_map, prize, refine, search
-from datatools.order.pairwise import Pairwise
+from datatools.order.estimators.pairwise import Pairwise
 from datatools.order.search import promise
 from datatools.order.validate import calibrated, hit_rate
+from datatools.stats import ranks
 from tests.datatools.order.quadratics import random_problem, recipe, run
 
 

@@ -1,0 +1,1 @@
+"""Gradient features: extracted, projected, and stored."""

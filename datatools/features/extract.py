@@ -1,0 +1,100 @@
+"""Gradients -> the optimizer's update for each example -> projection -> store: unit by unit, restartable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datatools.features.store import GradientFeatures
+from datatools.gradients import Batch, Loss, Method, token_batches, visit_per_sample_grads
+from datatools.kernels.sjlt import Adam, add_sjlt, fits
+from datatools.projectors import SJLT, Projector
+from datatools.projectors.base import key as matrix_key
+from optim import AdamWRule, UpdateMap
+
+
+def extract(
+    store: GradientFeatures,
+    module: nn.Module,
+    loss: Loss,
+    fetch: Callable[[Sequence[str]], Batch],
+    lengths: Mapping[str, int],
+    updates: UpdateMap,
+    projector: Projector,
+    *,
+    method: Method = "hooks",
+    token_budget: int = 1024,
+    advance: Callable[[int, int], Any] | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Fill the units that `store` still misses; unit u is the work of rank u mod world, and needs no other rank.
+
+    fetch: keys -> their padded batch. lengths: key -> tokens. updates: the optimizer at the checkpoint, restricted to
+    the parameters to be seen (`SGDRule` in it gives plain gradients). advance: called with (rows, tokens) after each
+    batch. A row's feature depends on the row, the batch it shares a shape with only to rounding; the batches are fixed
+    by the plan, so a run that was killed and started again writes the same bytes.
+    Cost: `visit_per_sample_grads` + the update + the projection, both small for LoRA. Memory: one batch of
+    `token_budget` tokens, one layer's per-example gradients and one unit of features, whatever the number of rows.
+    """
+    for unit in store.missing_units(rank, world):
+        keys = store.unit_keys(unit)
+        features = torch.zeros(len(keys), projector.dim)
+        losses, norms = torch.zeros(len(keys)), torch.zeros(len(keys))
+        for group in token_batches([lengths[key] for key in keys], token_budget):
+            batch_features, batch_losses, batch_norms = batch_rows(
+                module, loss, fetch([keys[i] for i in group]), updates, projector, method=method
+            )
+            index = torch.tensor(group)
+            features[index], losses[index], norms[index] = batch_features, batch_losses, batch_norms
+            if advance is not None:
+                advance(len(group), sum(lengths[keys[i]] for i in group))
+        finite = features.isfinite().all(1) & losses.isfinite() & norms.isfinite()
+        statuses = [
+            "nonfinite" if not ok else "empty" if norm == 0 else "ok"
+            for ok, norm in zip(finite.tolist(), norms.tolist(), strict=True)
+        ]
+        info = {"loss": _json(losses), "gradient_norm": _json(norms)}
+        store.write_unit(unit, torch.where(finite[:, None], features, 0.0), statuses, info)
+
+
+def batch_rows(
+    module: nn.Module, loss: Loss, batch: Batch, updates: UpdateMap, projector: Projector, *, method: Method = "hooks"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One batch of b rows -> features [b, dim], losses [b] and norms of the plain gradients [b]; float32, on the CPU.
+
+    The update of a parameter is made and projected as soon as its gradients exist, so one layer is in memory at a time.
+    """
+    size = len(next(iter(batch.values())))
+    device = next(iter(updates.params.values())).device
+    out = torch.zeros(size, projector.dim, device=device)
+    squares = torch.zeros(size, device=device)
+
+    def visit(name: str, grad: Tensor) -> None:
+        squares.add_(grad.flatten(1).float().square().sum(1))
+        add_updates(out, projector, updates, name, grad)
+
+    losses = visit_per_sample_grads(loss, module, batch, list(updates.params), visit, method=method)
+    return out.cpu(), losses.float().cpu(), squares.sqrt().cpu()
+
+
+def add_updates(out: Tensor, projector: Projector, updates: UpdateMap, name: str, grad: Tensor) -> None:
+    """out [b, dim] float32 += the projected updates of `grad` [b, *shape], the gradients of parameter `name`.
+
+    SJLT of AdamW's updates is one kernel on a GPU (`datatools.kernels.sjlt`), which stores no update.
+    """
+    rule, state = updates.rules[name], updates.states[name]
+    if isinstance(projector, SJLT) and isinstance(rule, AdamWRule) and not rule.amsgrad:
+        now = rule.scalars(int(state["step"]) + 1)
+        adam = Adam(state["exp_avg"], state["exp_avg_sq"], rule.betas, now.scale, now.shrink, rule.eps, rule.eps_root)
+        if fits(out, grad, adam):
+            return add_sjlt(out, grad, matrix_key(projector.seed, name, grad.shape[1:]), adam)
+    projector.accumulate(out, name, updates.per_sample({name: grad})[name])
+
+
+def _json(values: Tensor) -> list[float | None]:
+    """Numbers that JSON can hold; None where there is none."""
+    return [value if ok else None for value, ok in zip(values.tolist(), values.isfinite().tolist(), strict=True)]

@@ -1,0 +1,1 @@
+"""LESS: from features to one score per row."""

@@ -1,0 +1,1 @@
+"""Estimators of what another order would have done."""

@@ -1,0 +1,224 @@
+"""The published method, as a baseline: FUT and FUT++ (arXiv 2505.22042; spec part A).
+
+    gamma_{t+1} = gamma_t - lr_t ( Gamma + grad Gamma d_t (+ 1/2 grad^2 Gamma [d_t, d_t]) ),   d_t = gamma_t - theta_t
+
+with Gamma = Gamma(theta_t, B_l) the update of batch l at the reference's step t. Its moments are frozen: those of the
+reference, mixed once with the gradient of B_l, and constant when differentiated. That is the only reading compatible
+with a table over (t, l), and why it sees little of an order's effect under Adam: a batch's part in later momentum
+stays with the reference's batches.
+The published compression is an option (`projection`): Gamma is stored as y = R Gamma, R [k, p] sparse random signs
+(`projectors.SJLT`), and recovered as R^T y (spec A.5, reading 1). A projection keeps inner products, not vectors: the
+relative error of a recovered term is sqrt((p - 1) / k), of Gaussian R sqrt((p + 1) / k): about 1 or more wherever
+anything is saved, and of what tells two orders apart the same. It is measured, and stands in `trust` as `sketch`.
+Differs: derivatives of Gamma go through the rule itself (`torch.func.jvp`), so any rule will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from datatools.errors import EnvironmentProblem, UsageError
+from datatools.order.estimators.surrogate import LIMIT_BYTES, Layout, Surrogate
+from datatools.order.reference import Anchor, Params, Problem, Recipe, ReferenceRun
+from datatools.projectors import SJLT
+from optim import UpdateRule
+
+Derivative = Literal["none", "exact", "secant"]
+
+
+@dataclass(frozen=True, eq=False)
+class Table(Surrogate):
+    """The estimate of `precompute`; `final(order)` gives its parameters, `score` the held-out loss there."""
+
+    name: ClassVar[str] = "table"
+
+    reference: ReferenceRun
+    problem: Problem
+    derivative: Derivative
+    order: int
+    gradients: Tensor  # [T, n, p]; with a sketch R Gamma in their place, float32 [T, n, k]
+    sketch: SJLT | None = None
+    sketch_error: float = 0.0  # root mean square of ||R^T R Gamma - Gamma|| / ||Gamma||
+    drifts: dict[tuple[int, ...], float] = field(default_factory=dict)
+    """The largest drift of orders that were scored."""
+
+    def final(self, sequence: Sequence[int]) -> Params:
+        """The estimated parameters after the last step."""
+        self.reference.check(sequence)
+        recipe = self.reference.recipe
+        layout = Layout.of(self.reference.start.params)
+        params = self.reference.start.params
+        for t, batch in enumerate(sequence):
+            here = self.reference.anchors[t]
+            away = {name: p - here.params[name] for name, p in params.items()}
+            product = self._product(t, batch, away)
+            if self.sketch is None:
+                grads = layout.tensors(self.gradients[t, batch])
+                term = update(recipe, here, grads)
+            else:
+                grads = {} if product is None else self.problem.gradient(here.params, batch)
+                term = recovered(self.sketch, self.gradients[t, batch], here.params)
+            if product is not None:
+                change = _change(recipe, here, grads, product, second=self.order == 2)
+                term = {name: value + change[name] for name, value in term.items()}
+            params = _moved(recipe, here, params, term, t)
+        return params
+
+    def _product(self, t: int, batch: int, away: Params) -> Params | None:
+        """H d, exactly or by the diagonal secant between the checkpoints t - 1 and t; None where there is none."""
+        if self.derivative == "none" or not any(bool(d.any()) for d in away.values()):
+            return None
+        if self.derivative == "exact":
+            return self.problem.hvp(self.reference.anchors[t].params, batch, away)
+        if t == 0:
+            return None
+        layout = Layout.of(away)
+        here, before = self.reference.anchors[t].params, self.reference.anchors[t - 1].params
+        moved = layout.vector({name: p - before[name] for name, p in here.items()})
+        change = self.gradients[t, batch] - self.gradients[t - 1, batch]
+        diagonal = torch.where(moved == 0, torch.zeros_like(moved), change / moved)
+        return layout.tensors(diagonal * layout.vector(away))
+
+    def _scores(self, sequences: Tensor) -> Tensor:
+        ends = [self._end(sequence) for sequence in sequences.tolist()]
+        return torch.tensor([self.problem.held_out_loss(end) for end in ends], dtype=torch.float64)
+
+    def _end(self, sequence: Sequence[int]) -> Params:
+        """`final`, whose distance from the reference's end is kept for `trust`."""
+        final, end, start = self.final(sequence), self.reference.end.params, self.reference.start.params
+        gone = sum(float((p - start[name]).square().sum()) for name, p in end.items())
+        away = sum(float((p - end[name]).square().sum()) for name, p in final.items())
+        self.drifts[tuple(map(int, sequence))] = (away / max(gone, 1e-30)) ** 0.5
+        return final
+
+    def trust(self, sequence: Sequence[int]) -> dict[str, float]:
+        """The distance from the reference's end as a share of its way, free for an order that was scored; and `frozen`,
+        the share of an update that is momentum, and stays with the reference's batches in any order; and `sketch`, the
+        relative error of the terms where they are projected.
+        """
+        key = tuple(map(int, sequence))
+        if key not in self.drifts:
+            self._end(key)
+        found = {"drift": self.drifts[key], "frozen": max(map(_momentum, self.reference.recipe.rules.values()))}
+        return found if self.sketch is None else found | {"sketch": self.sketch_error}
+
+
+def _momentum(rule: UpdateRule) -> float:
+    """The share of the first moment that is not this step's gradient; 0 for rules without one."""
+    fields = rule.describe()
+    return float(fields["betas"][0] if "betas" in fields else fields.get("momentum", 0.0))
+
+
+def precompute(
+    reference: ReferenceRun,
+    problem: Problem,
+    *,
+    derivative: Derivative = "none",
+    order: int = 1,
+    projection: int = 0,
+    seed: int = 0,
+    limit_bytes: int = LIMIT_BYTES,
+) -> Table:
+    """The table of update terms, kept as the T n gradients that they are made of, or projected (spec A.2 to A.6).
+
+    derivative: of the loss's gradient. "none": zeroth order. "exact": Hessian-vector products, T more a scored order
+    (an oracle). "secant": the published diagonal secant between consecutive checkpoints.
+    order: 1 (FUT) or 2 (FUT++: the second derivative of Gamma in the gradient; the third of the loss is left out).
+    projection: k numbers a term, by random signs of `seed`; 0: whole. Only Gamma is: with derivative "exact" a score
+    takes T more gradients, and "secant" is refused, its element-wise quotients being no linear map of a sketch.
+    Cost: T n gradients, as much as n retrainings. Bytes: T n p numbers, or T n k float32.
+    Raises: UsageError without an anchor a step; EnvironmentProblem above `limit_bytes`.
+    """
+    steps = len(reference.sequence)
+    if [a.position for a in reference.anchors] != list(range(steps + 1)):
+        raise UsageError(f"order: the table needs an anchor at every step of the reference; record {steps + 1} of them")
+    if derivative not in ("none", "exact", "secant") or order not in (1, 2):
+        raise UsageError(f"order: table has no derivative {derivative!r} of order {order}; none, exact, secant; 1, 2")
+    if projection < 0 or (projection and derivative == "secant"):
+        raise UsageError(
+            f"order: a table of derivative {derivative!r} projected to {projection} numbers; 0 or more, with "
+            "derivative 'none' or 'exact': secants divide element by element, which no projection keeps"
+        )
+    layout, n = Layout.of(reference.start.params), len(problem.batches)
+    first = next(iter(reference.start.params.values()))
+    sketch = SJLT(projection, seed) if projection else None
+    width, dtype = (projection, torch.float32) if projection else (layout.size, first.dtype)
+    need = steps * n * width * dtype.itemsize
+    if need > limit_bytes:
+        raise EnvironmentProblem(
+            f"order: a table of {steps} x {n} terms of {width:,} numbers is "
+            f"{need / 2**30:.1f} GiB, more than {limit_bytes / 2**30:.1f}; use pairwise, fewer batches, or adapters"
+        )
+    before = problem.cost.gradients
+    table = torch.empty(steps, n, width, dtype=dtype, device=first.device)
+    error = 0.0
+    for t, here in enumerate(reference.anchors[:-1]):
+        for batch in range(n):
+            grads = problem.gradient(here.params, batch)
+            if sketch is None:
+                table[t, batch] = layout.vector(grads)
+                continue
+            term = update(reference.recipe, here, grads)
+            table[t, batch] = sketch.project({name: value[None] for name, value in term.items()})[0]
+            whole, again = layout.vector(term), layout.vector(recovered(sketch, table[t, batch], here.params))
+            error += float((again - whole).square().sum() / whole.square().sum().clamp_min(1e-30)) / (steps * n)
+    cost = type(problem.cost)(gradients=problem.cost.gradients - before, bytes=need)
+    return Table(reference.sequence, cost, reference, problem, derivative, order, table, sketch, error**0.5)
+
+
+def recovered(sketch: SJLT, projected: Tensor, like: Params) -> Params:
+    """R^T y of a term [k], as tensors of the shapes and dtypes of `like`."""
+    return {name: sketch.transposed(projected[None], name, p.shape)[0].to(p.dtype) for name, p in like.items()}
+
+
+def update(recipe: Recipe, here: Anchor, grads: Params) -> Params:
+    """Gamma: the update, without decay, that the moments of `here` give these gradients."""
+    scale = recipe.clip_factor(grads)
+    return {name: gamma(grads[name] * scale) for name, gamma in _gammas(recipe, here).items()}
+
+
+def _change(recipe: Recipe, here: Anchor, grads: Params, product: Params, *, second: bool) -> Params:
+    """The derivatives of Gamma along H d."""
+    scale = recipe.clip_factor(grads)
+    found: Params = {}
+    for name, gamma in _gammas(recipe, here).items():
+        slope, curved = taylor(gamma, grads[name] * scale, product[name] * scale)
+        found[name] = slope + (0.5 * curved if second else 0)
+    return found
+
+
+def _gammas(recipe: Recipe, here: Anchor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """name -> the direction of a gradient, its moments frozen."""
+
+    def gamma(g: Tensor, *, name: str) -> Tensor:
+        return recipe.rules[name].update(g, here.states[name], here.params[name])[0]
+
+    return {name: partial(gamma, name=name) for name in recipe.rules}
+
+
+def _moved(recipe: Recipe, here: Anchor, params: Params, term: Params, position: int) -> Params:
+    """A step along the term, with the weight decay of where the order is."""
+    moved: Params = {}
+    for name, direction in term.items():
+        decay = recipe.weight_decay[name]
+        if decay:
+            direction = direction + decay * recipe.rules[name].decay(direction, here.states[name], params[name])
+        moved[name] = params[name] - recipe.rates[position] * recipe.factors[name] * direction
+    return moved
+
+
+def taylor(gamma: Callable[[Tensor], Tensor], grad: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+    """d Gamma [along] and d^2 Gamma [along, along] at a gradient; zero where they do not exist (v^ = 0)."""
+
+    def slope(g: Tensor) -> Tensor:
+        along_it: Tensor = torch.func.jvp(gamma, (g,), (along,))[1]
+        return along_it
+
+    first, second = torch.func.jvp(slope, (grad,), (along,))[:2]
+    return first.nan_to_num(0.0, 0.0, 0.0), second.nan_to_num(0.0, 0.0, 0.0)

@@ -1,0 +1,106 @@
+"""Groups as units: domains or difficulty bins, whose effect on each other is measured, not derived (spec B.5).
+
+    W[i, j] = held-out loss after (block i, then block j) from the reference's start,  i != j
+    score(order of groups) = mean over its pairs i before j of W[i, j]
+
+G (G - 1) short runs of the real optimizer: no Hessian, no linearisation, Adam and its schedule included. A block's run
+uses the learning rates of the first positions. The sum over pairs ranks orders; it is calibrated to losses by nothing
+but its mean, so read the ranking and not the number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from datatools.errors import UsageError
+from datatools.order.estimators.surrogate import Surrogate
+from datatools.order.reference import Cost, Problem, ReferenceRun, train
+from datatools.order.search import exact_order
+
+
+@dataclass(frozen=True, eq=False)
+class Groups(Surrogate):
+    """groups: [n], the group of each batch. measured: [G, G], W (the diagonal is not used)."""
+
+    name: ClassVar[str] = "groups"
+
+    groups: Tensor
+    measured: Tensor
+    constant: float
+
+    def _scores(self, sequences: Tensor) -> Tensor:
+        return self.constant + self._pairs(self.groups[sequences])
+
+    def _pairs(self, labels: Tensor) -> Tensor:
+        """[R, T] groups by position -> [R], the mean of W over pairs of positions in different groups."""
+        count, before = len(self.measured), torch.zeros(len(labels), len(self.measured), dtype=torch.float64)
+        total = torch.zeros(len(labels), dtype=torch.float64)
+        pairs = torch.zeros_like(total)
+        effect = self.measured.clone().fill_diagonal_(0)
+        off = 1 - torch.eye(count, dtype=torch.float64)
+        for t in range(labels.shape[1]):
+            group = labels[:, t]
+            total += (before * effect[:, group].T).sum(1)
+            pairs += (before * off[:, group].T).sum(1)
+            before[torch.arange(len(labels)), group] += 1
+        return total / pairs.clamp_min(1)
+
+    def trust(self, sequence: Sequence[int]) -> dict[str, float]:
+        """Share of neighbours that change group, beyond what blocks must: blocks were measured, mixtures were not."""
+        self.score(sequence)
+        labels = self.groups[list(sequence)]
+        changes = int((labels[1:] != labels[:-1]).sum())
+        return {"mixing": (changes - len(self.measured) + 1) / max(1, len(labels) - len(self.measured))}
+
+    def best(self) -> tuple[int, ...]:
+        """The order whose groups stand in the best sequence of blocks (exact for at most 12 groups)."""
+        order, _ = exact_order((self.measured - self.measured.T).fill_diagonal_(0) / 2)
+        return tuple(b for group in order for b in self.sequence if int(self.groups[b]) == group)
+
+
+def precompute(
+    reference: ReferenceRun,
+    problem: Problem,
+    *,
+    groups: Sequence[int],
+    block: int | None = None,
+) -> Groups:
+    """Measure every ordered pair of groups.
+
+    groups: the group of each batch, 0..G-1. block: batches of a group a run, all of the smallest group if not given.
+    Cost: G (G - 1) runs of 2 block steps, and as many evaluations.
+    Raises: UsageError for fewer than two groups, or labels that are not one a batch.
+    """
+    count = max(groups, default=-1) + 1
+    members = [[b for b in dict.fromkeys(reference.sequence) if groups[b] == g] for g in range(count)]
+    if len(groups) != len(problem.batches) or count < 2 or not all(members):
+        raise UsageError(
+            f"order: {len(groups)} group labels for {len(problem.batches)} batches in {count} groups; one a batch, 0 "
+            "to G - 1, at least two groups, none empty"
+        )
+    size = min(map(len, members)) if block is None else block
+    size = min(size, len(reference.sequence) // 2)
+    if size < 1:
+        raise UsageError(f"order: blocks of {block} batches; at least 1")
+    before = problem.cost.gradients
+    start = reference.start
+    measured = torch.zeros(count, count, dtype=torch.float64)
+    for i in range(count):
+        for j in range(count):
+            if i != j:
+                blocks = [*members[i][:size], *members[j][:size]]
+                params, _ = train(problem, reference.recipe, blocks, start.params, start.states)
+                measured[i, j] = problem.held_out_loss(params)
+    cost = Cost(
+        gradients=problem.cost.gradients - before,
+        forwards=count * (count - 1) * len(problem.validation),
+        bytes=2 * sum(p.numel() * p.element_size() for p in start.params.values()),
+    )
+    made = Groups(reference.sequence, cost, torch.tensor(list(groups)), measured, 0.0)
+    shift = problem.held_out_loss(reference.end.params) - made.score(reference.sequence)
+    return Groups(reference.sequence, cost, made.groups, measured, shift)

@@ -1,0 +1,1 @@
+"""What a selector gets and gives back, and the selectors."""

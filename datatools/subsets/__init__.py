@@ -1,0 +1,1 @@
+"""Subsets that stand for a whole: herding, facility location."""

@@ -1,0 +1,1 @@
+"""Coresets in the training loop."""

@@ -1,0 +1,1 @@
+"""Diagnoses of a training set-up."""

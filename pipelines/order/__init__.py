@@ -1,0 +1,1 @@
+"""Orders of training: estimates, search, and validation."""

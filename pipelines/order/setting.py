@@ -1,0 +1,319 @@
+"""What the tasks of `datatools order` share: batches of rows, the problem as functions of the parameters, its start.
+
+Batches and the held-out rows are drawn with the seed; the model becomes a loss over named tensors, whose gradients are
+those of `datatools train` to the bit; the reference starts after a warm-up on other rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import optim
+from datatools import DataError, Order, UsageError, files, order, token_batches
+from pipelines.models import load as models
+from pipelines.rows.prepare import Rows, file_facts, prepare, target_data
+from pipelines.runs.folder import Run, derive_seed, say, warn
+from pipelines.settings.config import DataConfig, OrderConfig
+from pipelines.training import order_recipe, trainer
+from pipelines.training.train import trainable
+
+
+@dataclass
+class Setting:
+    """Everything the tasks share."""
+
+    config: OrderConfig
+    run: Run
+    plan: Order
+    sources: list[str]
+    lengths: list[float]
+    problem: order.Problem
+    recipe: order.Recipe
+    facts: dict[str, Any]
+    """What a recorded run rests on: digests of the model, and of the batches with the tokens of all rows."""
+    begin: Callable[[int], tuple[order.Params, order.States | None]]
+    """seed number -> parameters and states at position 0, after the warm-up; 0 is the reference's."""
+    parameters: int
+    """How many numbers are trained."""
+    device: torch.device
+    module: Any
+    """The model, its parameters that train ready to."""
+    start: order.Anchor | None = None
+    """Where every true run begins, once it was recorded or read."""
+
+    def kept(self, folder: str, name: str, *asked: object) -> Path:
+        """The file of a result; another one for other `asked`, or where the run rests on something else."""
+        return self.run.path(folder, f"{name}{files.digest(repr((self.facts, asked)).encode())[:16]}.json")
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        """The first reference order."""
+        return self.plan.sequence
+
+    def random_orders(self, purpose: str, count: int) -> list[tuple[int, ...]]:
+        """`count` seeded permutations of the reference."""
+        found = []
+        for number in range(count):
+            rng = np.random.default_rng(derive_seed(self.config.seed, "order", purpose, number))
+            found.append(tuple(int(b) for b in rng.permutation(self.sequence)))
+        return found
+
+
+def build(config: OrderConfig, current: Run) -> Setting:
+    """Rows, batches, the model and its start.
+
+    Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
+    """
+    with current.stage("read"):
+        tokenizer = models.load(config.model, tokenizer_only=True)
+        if config.model.chat == "auto" and not getattr(tokenizer.tokenizer, "chat_template", None):
+            warn("the tokenizer has no chat template: conversations are written as tulu does (--chat-template)")
+            config = config.model_copy(update={"model": config.model.model_copy(update={"chat": "tulu"})})
+        data = config.data
+        rows = _read(config, data, tokenizer, current, "data")
+        held = None
+        if config.validation:
+            wanted = target_data(data, config.validation, config.validation_columns)
+            held = _read(config, wanted, tokenizer, current, "validation")
+    facts: dict[str, Any] = {"model": dict(tokenizer.digests), "encoding": rows.encoder.fingerprint()}
+    facts["data"] = file_facts(rows)
+    if held is not None:
+        facts["validation"] = file_facts(held)
+    current.check(facts)
+    batches, held_rows, spare = _draw(config, rows, held)
+    made = Order(
+        tuple(tuple(rows.pool.ids[row] for row in batch) for batch in batches),
+        tuple(range(len(batches))) * config.training.epochs,
+    )
+
+    with current.stage("load model"):
+        loaded = models.load(config.model.model_copy(update={"dtype": "float32"}))
+        module = trainable(loaded.model, config.lora, seed=config.seed).eval()
+        _refuse_dropout(module)
+    device = loaded.model.device
+    loss = functional_loss(module)
+    held_source = rows if held is None else held
+    width = config.training.batch_size
+    groups = [held_rows[lo : lo + width] for lo in range(0, len(held_rows), width)]
+    budget = config.training.micro_tokens
+    validation = [in_parts(held_source, group, budget, device) for group in groups]
+    samples, share = None, 1.0
+    if config.sample_rows:
+        few = [_longest_answers(rows, batch, config.sample_rows) for batch in batches]
+        samples = [in_parts(rows, part, budget, device) for part in few]
+        share = _tokens(rows, few) / _tokens(rows, batches)
+    problem = order.Problem(
+        loss,
+        [in_parts(rows, batch, budget, device) for batch in batches],
+        validation,
+        weights=[float(batch[0][0]) for batch in validation],
+        samples=samples,
+        share=share,
+        hvp_method=config.products,
+    )
+    steps = len(made)
+    optimizer = trainer.optimizer_of(config.training, module)
+    recipe = order.Recipe.of(optimizer, _rates(config, optimizer, steps), clip=config.training.gradient_clip)
+    base = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+    recipe = replace(recipe, rules={name: recipe.rules[name] for name in base})
+
+    warm_rows = _warm_up(config, spare, batches)
+    made = replace(
+        made, recipe=order_recipe.of(config, rows, batches, warm_rows.tolist(), tokenizer.digests, optimizer)
+    )
+    made.save(current.path("reference.npz"))
+
+    def begin(number: int) -> tuple[order.Params, order.States | None]:
+        params, drawn = base, warm_rows
+        if number and config.lora is not None:
+            params = _fresh_adapters(module, base, derive_seed(config.seed, "order", "lora", number))
+        if not len(drawn):
+            return params, None
+        if number:  # what a seed changes in training: the same rows, shuffled otherwise
+            shuffle = np.random.default_rng(derive_seed(config.seed, "order", "warm-up", number))
+            drawn = shuffle.permutation(drawn.ravel()).reshape(drawn.shape)
+        warm = order.Problem(loss, [in_parts(rows, batch.tolist(), budget, device) for batch in drawn], validation)
+        first = recipe.rates[0]
+        flat = replace(recipe, rates=(first,) * len(drawn))
+        return order.train(warm, flat, range(len(drawn)), params)
+
+    seen = [rows.keys[row] for batch in [*batches, *warm_rows.tolist()] for row in batch]
+    seen += [held_source.keys[row] for group in groups for row in group]
+    return Setting(
+        config,
+        current,
+        made,
+        [_source(rows, batch) for batch in batches],
+        [float(np.mean([rows.scan.tokens[row] for row in batch])) for batch in batches],
+        problem,
+        recipe,
+        {"model": facts["model"], "batches": files.digest(repr((made, groups, seen)).encode())},
+        begin,
+        sum(p.numel() for p in base.values()),
+        device,
+        module,
+    )
+
+
+def _read(config: OrderConfig, data: DataConfig, loaded: models.LoadedModel, current: Run, label: str) -> Rows:
+    return prepare(
+        data,
+        config.model,
+        loaded.tokenizer,
+        cache=current.path("inputs"),
+        label=label,
+        folder=current.folder,
+        limits=loaded.limits,
+    )
+
+
+def _draw(config: OrderConfig, rows: Rows, held: Rows | None) -> tuple[list[list[int]], list[int], list[int]]:
+    """(batches of rows, held-out rows, rows that are left)."""
+    usable = np.flatnonzero(rows.usable)
+    rng = np.random.default_rng(derive_seed(config.seed, "order", "rows"))
+    drawn = rng.permutation(usable).tolist()
+    size_, wanted = config.training.batch_size, config.batches
+    if held is not None:
+        held_rows = np.flatnonzero(held.usable).tolist()
+    else:
+        count = max(1, min(config.held_out, len(drawn) // 4))
+        held_rows, drawn = sorted(drawn[:count]), drawn[count:]
+    batches: list[list[int]] = []
+    if config.grouping != "mixed":
+        left: dict[str, list[int]] = {}
+        for row in drawn:
+            left.setdefault(rows.pool.sources[row], []).append(row)
+        names = sorted(left)
+        while len(batches) < wanted and any(len(left[name]) >= size_ for name in names):
+            for name in names:
+                if len(left[name]) >= size_ and len(batches) < wanted:
+                    batches.append([left[name].pop() for _ in range(size_)])
+        batches = [batches[i] for i in rng.permutation(len(batches))]
+    if config.grouping == "mixed" or (config.grouping == "auto" and len(batches) < wanted):
+        if config.grouping == "auto":
+            if "groups" in config.estimators:
+                raise UsageError(
+                    f"estimator groups: sources give {len(batches)} of {wanted} batches of one source each; use fewer "
+                    "or smaller batches"
+                )
+            say(f"sources give {len(batches)} of {wanted} batches of one source each: batches are of mixed rows")
+        batches = [drawn[size_ * i : size_ * (i + 1)] for i in range(wanted)]
+        batches = [batch for batch in batches if len(batch) == size_]
+    if len(batches) < wanted:
+        raise UsageError(
+            f"--batches {wanted}: the data gives {len(batches)} batches of {size_} rows"
+            f"{' of one source' if config.grouping == 'source' else ''}"
+            f"{f' beside {len(held_rows)} held-out rows' if held is None else ''}; use fewer or smaller batches"
+        )
+    taken = {row for batch in batches for row in batch}
+    return batches, held_rows, [row for row in drawn if row not in taken]
+
+
+def _warm_up(config: OrderConfig, spare: list[int], batches: list[list[int]]) -> NDArray[np.int64]:
+    """Rows of the warm-up's batches [steps, batch size]: of those that are left, or, if none is, of the run's own."""
+    width, steps = config.training.batch_size, config.warmup_steps
+    if not steps:
+        return np.zeros((0, width), dtype=np.int64)
+    pool = spare or [row for batch in batches for row in batch]
+    if not spare:
+        warn("no row is left for the warm-up: it trains on the run's own rows; use fewer batches, or --warmup-steps 0")
+    elif width * steps > 4 * len(spare):
+        warn(
+            f"the warm-up trains {width * steps / len(spare):.0f} times on each of the {len(spare)} rows that are left "
+            "for it, and the run starts from a model that knows them; use fewer batches, or fewer --warmup-steps"
+        )
+    rng = np.random.default_rng(derive_seed(config.seed, "order", "warm-up"))
+    return np.stack([rng.choice(pool, width, replace=len(pool) < width) for _ in range(steps)])
+
+
+def _longest_answers(rows: Rows, batch: Sequence[int], count: int) -> list[int]:
+    """The rows with most supervised tokens: a batch's loss is a mean over tokens, so these weigh most in it."""
+    return sorted(batch, key=lambda row: (-sum(label != -100 for label in rows.item(row)[1]), row))[:count]
+
+
+def _tokens(rows: Rows, batches: Sequence[Sequence[int]]) -> int:
+    return sum(len(rows.item(row)[0]) for batch in batches for row in batch)
+
+
+def _source(rows: Rows, batch: Sequence[int]) -> str:
+    """The source of most rows of a batch."""
+    names = [rows.pool.sources[row] for row in batch]
+    return max(dict.fromkeys(names), key=names.count)
+
+
+def _refuse_dropout(module: nn.Module) -> None:
+    active = [(name, m.p) for name, m in module.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    config = getattr(module, "config", None)
+    attention = float(getattr(config, "attention_dropout", 0) or 0)
+    if attention:
+        active.append(("attention", attention))
+    if active:
+        raise UsageError(
+            f"the model has dropout {active[0][1]:g} in {active[0][0]}: training draws it anew in every order, and no "
+            "estimate could tell it from the order's effect; set it to 0 in the model's config.json"
+        )
+
+
+class _Loss(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, tokens: int, batch: models.Batch) -> Tensor:
+        losses, _ = models.token_losses(self.module, batch)
+        return losses.sum() / tokens
+
+
+def functional_loss(module: nn.Module) -> order.Loss:
+    """(parameters by name, a part of `in_parts`) -> its share of the mean loss over the batch's supervised tokens."""
+    whole = _Loss(module)
+
+    def loss(params: order.Params, part: tuple[int, models.Batch]) -> Tensor:
+        named = {f"module.{name}": p for name, p in params.items()}
+        value: Tensor = torch.func.functional_call(whole, named, part)
+        return value
+
+    return loss
+
+
+def in_parts(rows: Rows, batch: Sequence[int], micro_tokens: int, device: torch.device | str = "cpu") -> order.Parts:
+    """A batch in the micro-batches of `DataTrainer.training_step`: each (supervised tokens of the whole batch, padded
+    rows). `datatools train` then sees the same gradients to the bit, and differs by the last bit of its fused steps.
+    Raises: DataError for a batch without a supervised token.
+    """
+    items = [rows.item(row) for row in batch]
+    tokens = models.supervised_tokens(items)
+    if not tokens:
+        raise DataError(f"order: none of the rows {list(batch)[:5]} of a batch has a supervised token")
+    groups = token_batches([len(ids) for ids, _ in items], micro_tokens)
+    return order.Parts((tokens, rows.batch([batch[i] for i in group], device)) for group in groups)
+
+
+def _rates(config: OrderConfig, optimizer: optim.Optimizer, steps: int) -> list[float]:
+    factors = trainer._factors(config.training, steps, optimizer)
+    rates = [[factor(t) for factor in factors] for t in range(steps)]
+    if any(max(row) - min(row) > 1e-12 for row in rates):
+        raise UsageError(
+            f"training.schedule {config.training.schedule} differs between groups of parameters; an order is estimated "
+            "with one schedule for all"
+        )
+    return [float(optimizer.param_groups[0]["lr"]) * row[0] for row in rates]
+
+
+def _fresh_adapters(module: nn.Module, base: order.Params, seed: int) -> order.Params:
+    """`base` with its lora_A matrices drawn anew."""
+    params = dict(base)
+    for number, (name, p) in enumerate(base.items()):
+        if ".lora_A." in name:
+            generator = torch.Generator().manual_seed(derive_seed(seed, number))
+            bound = p.shape[1] ** -0.5
+            params[name] = torch.empty(p.shape).uniform_(-bound, bound, generator=generator).to(p)
+    return params

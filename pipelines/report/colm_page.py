@@ -1,0 +1,191 @@
+"""The report of a run that trained on coresets: did the choice do anything, and what did it cost?
+
+Drawn from `coreset.json` and `metrics.jsonl` of the run's folder alone; equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datatools import DataError, files
+from pipelines.report import charts
+from pipelines.report import page as report
+from pipelines.texts import number, percent, plural, size
+
+METHODS = {
+    "herding": "rows whose mean gradient is nearest to that of the whole large batch, so many of each source",
+    "matching_pursuit": "weighted rows whose mean gradient is nearest to that of all rows of their source",
+    "facility_location": "medoids of the gradients of their source, as published",
+    "top_norm": "the rows of each source with the largest gradients",
+    "random_in_source": "random rows of each source: the control",
+}
+
+PEAK = {
+    "gpu": "The tensors of a monitored step, choosing included, took up to {} of the GPU.",
+    "process": "The process held up to {} of memory, choosing included.",
+}
+
+
+def read(folder: Path, name: str = "coreset.json") -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(facts, metrics of each step). Raises: DataError where a file is missing or damaged."""
+    facts: dict[str, Any] = files.read_json(folder / name)
+    path = folder / "metrics.jsonl"
+    try:
+        entries = [json.loads(line) for line in files.read_bytes(path).splitlines()]
+    except ValueError as error:
+        raise DataError(f"{path}: damaged: {error}; train again") from error
+    if not isinstance(facts, dict) or not all(isinstance(entry, dict) for entry in entries):
+        raise DataError(f"{folder}: {name} or metrics.jsonl is damaged: it holds other values than a run writes")
+    return facts, entries
+
+
+def in_short(folder: Path) -> str:
+    """One line for the terminal: the matching error against random rows, and the share of time spent choosing."""
+    return str(_lead(*_numbers(read(folder)[1])))
+
+
+def render(folder: Path) -> Path:
+    """Draw folder/report.html; returns its path."""
+    facts, entries = read(folder)
+    with report.damaged(f"{folder}: coreset.json or metrics.jsonl", "train again"):
+        text = report.page("coreset.html", **_parts(facts, entries, *_numbers(entries)))
+    path = folder / "report.html"
+    files.write_text(path, text)
+    return path
+
+
+def _numbers(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], dict[str, float]]:
+    """The monitored steps, and means over those whose errors are finite (none: without errors).
+
+    The share of time is a median, for the first step is always slow.
+    """
+    seen = [entry for entry in entries if "match_error" in entry]
+    if not seen:
+        return [], {}
+    keys = ("match_error", "match_error_random")
+    finite = [entry for entry in seen if all(isinstance(entry[k], float) and math.isfinite(entry[k]) for k in keys)]
+    means = {key: statistics.fmean(e[key] for e in finite) for key in keys} if finite else {}
+    return seen, means | {"share": statistics.median(_share(e) for e in seen), "finite": len(finite)}
+
+
+def _share(entry: Mapping[str, Any]) -> float:
+    return float(entry["select_seconds"] / max(1e-9, entry["select_seconds"] + entry["train_seconds"]))
+
+
+def _lead(seen: Sequence[Mapping[str, Any]], means: Mapping[str, float]) -> str:
+    if not seen:
+        return "coreset: no step was monitored"
+    steps, last = len(seen), seen[-1]
+    if not means["finite"]:
+        said = f"coreset: of {plural(steps, 'monitored step')} none has a finite matching error"
+    else:
+        said = (
+            f"coreset: error of the kept rows' mean gradient {number(means['match_error'])}, of random rows with the "
+            f"same quotas {number(means['match_error_random'])}"
+        )
+        if lost := steps - means["finite"]:
+            said += f" (without {plural(lost, 'monitored step')} whose error is not finite)"
+    said += f"; choosing took {percent(means['share'])} of a step"
+    return said + _nothing_to_choose(seen, int(last["overflows"]), int(last["step"]))
+
+
+def _nothing_to_choose(seen: Sequence[Mapping[str, Any]], overflows: int, steps: int) -> str:
+    """Why the two errors may be equal although nothing is wrong with the choice: there was none to make."""
+    if overflows >= steps:
+        return (
+            "; small sources alone filled every batch, so nothing was chosen: both errors are those of random rows "
+            "(keep more rows with --keep, or name the small sources with --set coreset.small=[...])"
+        )
+    if overflows:
+        return f"; small sources alone filled {overflows:,} of {steps:,} batches, whose rows are random"
+    if all(entry["match_error"] == entry["match_error_random"] for entry in seen):
+        return "; the two are equal in every monitored step: no step had rows to choose from"
+    return ""
+
+
+def _parts(
+    facts: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], seen: Sequence[Mapping[str, Any]],
+    means: Mapping[str, float],
+) -> dict[str, Any]:  # fmt: skip
+    settings = facts["settings"]
+    across = charts.Scale(1, max(2, entries[-1]["step"]))
+    return {
+        "lead": _lead(seen, means).removeprefix("coreset: "),
+        "warning": facts["warning"],
+        "settings": settings,
+        "method": METHODS[settings["method"]],
+        "steps": len(entries),
+        "monitored": len(seen),
+        "overflows": seen[-1]["overflows"] if seen else 0,
+        "peak": _peak(facts, seen),
+        "errors": chart(
+            across,
+            "error of the mean gradient, by step",
+            ("chosen", _points(seen, "match_error")),
+            ("other", _points(seen, "match_error_random")),
+        ),
+        "shares": chart(
+            across, "share of a step's time spent choosing", ("chosen", [(e["step"], _share(e)) for e in seen])
+        ),
+        "losses": chart(
+            across,
+            "training loss, by step",
+            ("chosen", [(e["step"], e["loss"]) for e in entries if e["loss"] is not None]),
+            ("other", [(e["step"], e["eval_loss"]) for e in entries if e.get("eval_loss") is not None]),
+            from_zero=False,
+        ),
+        "validated": any("eval_loss" in e for e in entries),
+        "sources": _sources(facts, seen),
+    }
+
+
+def _points(entries: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) where the value is finite."""
+    return [(e["step"], e[key]) for e in entries if isinstance(e[key], float) and math.isfinite(e[key])]
+
+
+def _peak(facts: Mapping[str, Any], seen: Sequence[Mapping[str, Any]]) -> str | None:
+    peaks = [entry["peak_bytes"] for entry in seen if "peak_bytes" in entry]
+    return PEAK[facts["memory"]].format(size(max(peaks))) if peaks else None
+
+
+def chart(
+    across: charts.Scale, label: str, *series: tuple[str, Sequence[tuple[float, float]]], from_zero: bool = True
+) -> dict[str, Any] | None:
+    """Lines over the steps, with the ticks of both axes; None without a point."""
+    values = [y for _, points in series for _, y in points]
+    if not values:
+        return None
+    low = 0.0 if from_zero else min(values)
+    up = charts.Scale(low, max(max(values), low + 1e-9))
+    drawing, marks = charts.lines(across, up, series, label=label)
+    return {"drawing": drawing, "ticks": charts.ticks(across), "marks": marks}
+
+
+def _sources(facts: Mapping[str, Any], seen: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row a source: its rows, and in monitored steps how many of those drawn were kept."""
+    drawn: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
+    for entry in seen:
+        drawn.update(entry["seen_by_source"])
+        kept.update(entry["kept_by_source"])
+    total, held = sum(facts["sources"].values()), max(1, kept.total())
+    widest = max([rows / total for rows in facts["sources"].values()] + [n / held for n in kept.values()])
+    return [
+        {
+            "name": name,
+            "rows": rows,
+            "share": percent(rows / total),
+            "kept_share": percent(kept[name] / held),
+            "rate": percent(kept[name] / drawn[name]) if drawn[name] else "none drawn",
+            "small": name in facts["small"],
+            "widths": [f"{100 * part / widest:.2f}%" for part in (rows / total, kept[name] / held)],
+        }
+        for name, rows in sorted(facts["sources"].items(), key=lambda item: (-item[1], item[0]))
+    ]

@@ -1,0 +1,328 @@
+"""`report.html` of `datatools order`: what was predicted, what came true, which order is proposed.
+
+Drawn from the JSON files of a run folder alone, so that it can be drawn again; one file, no script, no network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from datatools import DataError, files
+from datatools.files import sealed
+from pipelines.report.charts import Scale, Tick, ticks
+from pipelines.report.page import damaged, page
+from pipelines.texts import minus, number
+
+PARTS = {"validation": "validate", "search": "search", "estimates": "estimate", "map": "map"}
+"""A result's name -> the task that writes it."""
+FEWEST_ORDERS = 10
+"""From fewer true runs no rank correlation is worth a headline: of 5 random orders one in 60 is ranked perfectly."""
+_SIDE = 1000.0
+_CELLS = 64  # of a picture of precedence, in a row
+
+
+def render(folder: Path) -> Path:
+    """Draw folder/report.html from what its tasks have written; the parts that are not there are left out.
+
+    Raises: DataError for a damaged file, EnvironmentProblem if the report cannot be written.
+    """
+    found = read(folder)
+    parts: dict[str, Any] = {}
+    precedence = None
+    for part, view in (("validation", _validation), ("search", _search), ("estimates", _estimates), ("map", _map)):
+        with damaged(folder / f"{part}.json", f"`datatools order {PARTS[part]}` again writes it anew"):
+            parts[part] = view(found.get(part))
+            if precedence is None and part in ("validation", "estimates"):
+                precedence = _precedence(found.get(part))
+    path = folder / "report.html"
+    names = " or ".join(f"{part}.json" for part, shown in parts.items() if shown)
+    with damaged(f"{folder}: {names}", "`datatools order` with its task again writes it anew"):
+        text = page("order.html", **parts, heat=precedence)
+    files.write_text(path, text)
+    return path
+
+
+def read(folder: Path, *, again: str = "") -> dict[str, dict[str, Any]]:
+    """The results in a folder, by name, without that of the task `again`, which writes it anew.
+
+    Raises: DataError for one that does not hold what its task wrote.
+    """
+    found = {}
+    for part, task in PARTS.items():
+        path = folder / f"{part}.json"
+        if task != again and path.is_file():
+            try:
+                found[part] = sealed.read_json(path)
+            except sealed.Damaged as error:
+                raise DataError(f"{error}; make it again with `datatools order {task} --out {folder}`") from error
+    return found
+
+
+def _validation(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    rows = []
+    for name, entry in found["estimators"].items():
+        interval = entry["spearman_interval"]
+        rows.append(
+            {
+                "name": name,
+                "spearman": number(entry["spearman"], 3),
+                "interval": "" if interval is None else minus(f"{interval[0]:.3f} to {interval[1]:.3f}"),
+                "hit": number(entry["hit_rate"], 3),
+                "regret": number(entry["regret"], 4),
+                "mae": number(entry["mae_relative"], 3),
+                "conformal": number(entry["conformal"], 4),
+                "cost": number(entry["cost_in_batch_gradients"] / found["retraining_in_batch_gradients"], 3),
+                "speed": _speed(entry.get("seconds_a_score")),
+                "doubts": sum(not ok for ok in entry.get("trusted", [])),
+                "of": len(entry.get("trusted", [])),
+                "references": ", ".join(number(r["spearman"], 3) for r in entry.get("references", [])),
+            }
+        )
+    best = max(rows, key=lambda row: found["estimators"][row["name"]]["spearman"] or -2.0)
+    return {
+        "rows": rows,
+        "references": any(row["references"] for row in rows),
+        "headline": _headline(found["estimators"], best["name"], len(found["orders"])),
+        "few": len(found["orders"]) < FEWEST_ORDERS,
+        "orders": len(found["orders"]),
+        "sentence": found["anything_to_win"]["sentence"],
+        "worth_it": found["anything_to_win"]["worth_it"],
+        "random_regret": number(next(iter(found["estimators"].values()))["regret_random"], 4),
+        "charts": [
+            {"name": name, "lost": entry["estimated"].count(None)}
+            | scatter(*_finite(entry["estimated"], entry["true"]))
+            for name, entry in found["estimators"].items()
+            if any(value is not None for value in entry["estimated"])
+        ],
+    }
+
+
+def _headline(estimators: dict[str, Any], best: str, orders: int) -> str:
+    """What the true runs show: a rank correlation only where there are enough of them and its interval excludes 0."""
+    if orders < FEWEST_ORDERS:
+        return f"{orders} orders are too few to say how well an estimator ranks them"
+    entry = estimators[best]
+    if entry["spearman"] is None or entry["spearman_interval"] is None:
+        return "No estimator ranks the orders: the estimates do not vary, or are not finite"
+    low, high = entry["spearman_interval"]
+    figure = minus(f"{number(entry['spearman'], 3)} ({low:.3f} to {high:.3f})")
+    among = f", the best of {len(estimators)} estimators" if len(estimators) > 1 else ""
+    if low <= 0:
+        return f"No estimator is shown to rank the {orders} orders: {best}{among}, has Spearman {figure}"
+    return f"{best} ranks {orders} orders with Spearman {figure}{among}"
+
+
+def _last(estimated: float | None) -> float:
+    return math.inf if estimated is None else estimated
+
+
+def _speed(seconds: float | None) -> str:
+    return "" if not seconds else f"{1 / seconds:,.0f}" if seconds < 1 else f"{1 / seconds:.2g}"
+
+
+def _search(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    key = "judged" if found.get("judge") else "estimated"
+    rows = sorted(found["rows"], key=lambda row: (_last(row.get(key)), _last(row["estimated"])))
+    best = next(row for row in rows if row["name"] == found.get("proposed", "found 1"))
+    names = list(dict.fromkeys(found["batches"][b]["source"] for b in best["sequence"]))
+    return {
+        "rows": [
+            {
+                "name": r["name"],
+                "estimated": number(r["estimated"], 5),
+                "judged": number(r.get("judged"), 5),
+                "true": number(r["true"], 5),
+            }
+            for r in rows
+        ],
+        "proposed": best["name"],
+        "judge": found.get("judge"),
+        "judged": (found.get("judging") or {}).get("orders"),
+        "method": found["method"],
+        "estimator": found["estimator"],
+        "evaluations": found["evaluations"],
+        "random_best": number(found["random_best"], 5),
+        "estimated": number(best[key], 5),
+        "true": number(best["true"], 5) if best["true"] is not None else "",
+        "reference": number(next(row for row in rows if row["name"] == "reference")["true"], 5),
+        "strip": strip([found["batches"][b]["source"] for b in best["sequence"]], names),
+        "names": [{"name": name, "kind": f"s{i % 8}"} for i, name in enumerate(names)],
+        "steps": [
+            {
+                "step": t + 1,
+                "batch": b,
+                "source": found["batches"][b]["source"],
+                "tokens": number(found["batches"][b]["tokens"], 3),
+            }
+            for t, b in enumerate(best["sequence"])
+        ],
+        "trust": [{"name": k, "value": number(v, 3)} for k, v in found["trust"].items()],
+    }
+
+
+def _estimates(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    names = list(found["estimators"])
+    rows = sorted(found["orders"], key=lambda row: _last(row[names[0]]))
+    return {"names": names, "rows": [{"name": r["name"], "values": [number(r[n], 5) for n in names]} for r in rows]}
+
+
+def _map(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    if found is None or not found["rows"]:
+        return None
+    effects = [row["effect"] for row in found["rows"]]
+    held = [[value - sum(row["held_out"]) / len(row["held_out"]) for value in row["held_out"]] for row in found["rows"]]
+    columns = [f"step {p + 1}" for p in found["rows"][0]["positions"]]
+    names = [f"batch {row['batch']}" for row in found["rows"]]
+    return {
+        "by": found["by"],
+        "completions": found["completions"],
+        "figures": [
+            {
+                "name": name,
+                "largest": number(max(abs(v) for row in values for v in row), 3),
+                "svg": heat(values, f"effect of the position of a batch on {name}", names, columns, "{} at {}: {}"),
+            }
+            for name, values in (("its own loss", effects), ("the held-out loss", held))
+        ],
+        "columns": _labels(columns, 5),
+        "names": _from_below(names, 8),
+        "rows": [
+            {
+                "batch": r["batch"],
+                "source": r["source"],
+                "counterfactual": number(r["counterfactual"], 4),
+                "late": number(r["effect"][-1] - r["effect"][0], 4),
+            }
+            for r in found["rows"]
+        ],
+    }
+
+
+def _labels(names: Sequence[str], most: int) -> list[Tick]:
+    """At the middle of every part of an axis; of many parts only some have one."""
+    every = math.ceil(len(names) / most)
+    return [Tick(f"{100 * (i + 0.5) / len(names):.2f}%", name) for i, name in enumerate(names) if i % every == 0]
+
+
+def _from_below(names: Sequence[str], most: int) -> list[Tick]:
+    """`_labels` of rows, the first on top."""
+    return [Tick(f"calc(100% - {label.at})", label.text) for label in _labels(names, most)]
+
+
+def _precedence(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    for name, entry in (found or {}).get("estimators", {}).items():
+        if entry.get("precedence"):
+            matrix = entry["precedence"]
+            sources = [batch["source"] for batch in (found or {}).get("batches", [])]
+            names = [f"batch {i} ({sources[i]})" if sources else f"batch {i}" for i in range(len(matrix))]
+            order = sorted(range(len(matrix)), key=lambda i: sum(matrix[i]))
+            ranked = [names[i] for i in order]
+            cuts = [len(order) * i // min(len(order), _CELLS) for i in range(min(len(order), _CELLS) + 1)]
+            spans = list(pairwise(cuts))  # of many batches some share a row of the picture, and have their mean
+            short = [f"batch {order[lo]}" for lo, _ in spans]
+            said = [ranked[lo] + (f" and {hi - lo - 1} more" if hi - lo > 1 else "") for lo, hi in spans]
+            costs = np.asarray(matrix)[order][:, order]
+            shown = [[float(costs[a:b, c:d].mean()) for c, d in spans] for a, b in spans]
+            return {
+                "name": name,
+                "svg": heat(shown, "cost of a batch before another", said, said, "{} before {}: {}"),
+                "first": ranked[: min(3, len(order) // 2)],
+                "last": ranked[-min(3, len(order) // 2) :],
+                "largest": number(max(abs(v) for row in shown for v in row), 3),
+                "columns": _labels(short, 6),
+                "names": _from_below(short, 12),
+            }
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def scatter(estimated: Sequence[float], true: Sequence[float]) -> dict[str, Any]:
+    """Predicted against true: each about its own mean and on its own scale, with the line of equality."""
+    means = [math.fsum(values) / len(values) for values in (estimated, true)]
+    x, y = ([value - mean for value in values] for values, mean in zip((estimated, true), means, strict=True))
+    wide = Scale(*_range(x))
+    tall = Scale(*_range(y))
+    dot = Markup('<line class="dot" x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{1:.1f}"/>')
+    dots = Markup("").join(dot.format(wide(a), _SIDE - tall(b)) for a, b in zip(x, y, strict=True))
+    low, high = max(wide.low, tall.low), min(wide.high, tall.high)
+    same = Markup('<line class="same" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
+        wide(low), _SIDE - tall(low), wide(high), _SIDE - tall(high)
+    )
+    svg = _figure(same + dots, "predicted and true losses of the orders", "square")
+    return {
+        "svg": svg, "x": _few(ticks(wide, 5)), "y": [Tick(t.at, t.text) for t in ticks(tall, 4)],
+        "x_mean": number(means[0], 4), "y_mean": number(means[1], 4),
+    }  # fmt: skip
+
+
+def _finite(estimated: Sequence[float | None], true: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The orders whose estimate is a finite number."""
+    kept = [(e, t) for e, t in zip(estimated, true, strict=True) if e is not None]
+    return [e for e, _ in kept], [t for _, t in kept]
+
+
+def _few(labels: list[Tick]) -> list[Tick]:
+    """At most four, for a narrow figure."""
+    return labels if len(labels) <= 4 else [label for label in labels if not label.minor]
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    pad = 0.06 * (high - low) or 1.0
+    return low - pad, high + pad
+
+
+def heat(
+    rows: Sequence[Sequence[float]], label: str, names: Sequence[str], columns: Sequence[str], said: str
+) -> Markup:
+    """A matrix as squares: below zero in one colour, above in the other, deeper the larger. said: what stands under the
+    pointer, of the names of row and column and the value.
+    """
+    largest = max((abs(v) for row in rows for v in row if math.isfinite(v)), default=0.0) or 1.0
+    high, wide = _SIDE / len(rows), _SIDE / max(map(len, rows))
+    cell = Markup(
+        '<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.2f}">{}</rect>'
+    )
+    title = Markup("<title>{}</title>")
+    cells = Markup("").join(
+        cell.format(
+            "below" if v < 0 else "above", j * wide, i * high, wide, high, min(1.0, abs(v) / largest),
+            title.format(said.format(names[i], columns[j], number(v, 3))),
+        )
+        for i, row in enumerate(rows)
+        for j, v in enumerate(row)
+    )  # fmt: skip
+    return _figure(cells, label, "heat")
+
+
+def strip(sources: Sequence[str], names: Sequence[str]) -> Markup:
+    """The steps of an order from left to right, coloured by source."""
+    wide = _SIDE / len(sources)
+    cells = Markup("").join(
+        Markup('<rect class="s{}" x="{:.1f}" y="0" width="{:.1f}" height="1000"/>').format(
+            names.index(source) % 8, t * wide, wide
+        )
+        for t, source in enumerate(sources)
+    )
+    return _figure(cells, "sources of the proposed order, step by step", "strip")
+
+
+def _figure(shapes: Markup, label: str, kind: str) -> Markup:
+    return Markup(
+        '<svg class="order-{}" viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{}">{}</svg>'
+    ).format(kind, label, shapes)

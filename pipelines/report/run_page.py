@@ -1,0 +1,126 @@
+"""The page of a run folder that holds no result with a page of its own: what ran, how far it came, what stopped it.
+
+That is a run that was killed, that failed or still runs, and a task whose result is a file for other commands. Every
+file may be missing or damaged: what it would have said is then left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from datatools import DatatoolsError, EnvironmentProblem, files
+from pipelines.report import page as report
+from pipelines.report import view as report_view
+from pipelines.report.view import finite, listing, mapping
+from pipelines.runs.folder import redact
+from pipelines.texts import size
+
+_MOST = 16_000_000  # bytes of a file that are read
+_SHOWN = 40
+_HIDDEN = {".lock", "report.html"}
+_STATES = {
+    "done": "is done",
+    "running": "runs now",
+    "killed": "was stopped before it was done",
+    "interrupted": "was interrupted",
+    "failed": "failed",
+}
+
+
+def render(folder: Path) -> Path:
+    """Draw folder/report.html from what the run has noted about itself; returns its path."""
+    path = folder / "report.html"
+    files.write_text(path, report.page("run.html", **_parts(folder)))
+    return path
+
+
+def _parts(folder: Path) -> dict[str, Any]:
+    noted = mapping(_json(folder / "progress.json"))
+    known = mapping(_json(folder / "provenance.json"))
+    settings = _text(folder / "run.yaml", told=True)
+    first = re.match(r"# Replays this run: datatools ([a-z-]+) ", settings)
+    command = first[1] if first else str(known.get("command") or noted.get("command") or "run")
+    state = str(noted.get("state"))
+    if state == "running" and not _in_use(folder):
+        state = "killed"
+    events = _events(folder / "events.jsonl")
+    argv = known.get("argv")
+    again = shlex.join(["datatools", command, redact(str(folder / "run.yaml"), names=False)])
+    return {
+        "title": f"datatools {command}",
+        "command": command,
+        "created": str(known.get("created") or "")[:10],
+        "headline": f"This run {_STATES.get(state, 'has not said how it ended')}",
+        "lead": _lead(noted, state),
+        "again": "" if state == "running" else again,
+        "error": str(noted.get("error") or ""),
+        "warnings": list(dict.fromkeys(str(e.get("text")) for e in events if e.get("event") == "warning"))[:_SHOWN],
+        "stages": report_view.stages([e for e in events if e.get("event") == "stage_end"]),
+        "entries": _entries(folder),
+        "argv": shlex.join(["datatools", *map(str, argv)]) if isinstance(argv, list) else "",
+        "settings": settings,
+        "versions": [(str(k), str(v)) for k, v in mapping(known.get("versions")).items() if v],
+    }
+
+
+def _lead(noted: report_view.Json, state: str) -> str:
+    doing = mapping(noted.get("doing"))
+    said = []
+    if state != "done" and doing.get("description"):
+        done, total = finite(doing.get("done")), finite(doing.get("total"))
+        far = f": {done:,.0f}" + (f" of {total:,.0f}" if total else "") if done is not None else ""
+        said.append(f"Last it was at {doing['description']}{far} {doing.get('unit') or ''}".rstrip() + ".")
+    said.append(
+        {
+            "done": "There is no picture of what it made; its files are listed below. The same command repeats it:",
+            "running": "It goes on in another process.",
+        }.get(state, "What was finished is kept, and the same command goes on from there:")
+    )
+    return " ".join(said)
+
+
+def _in_use(folder: Path) -> bool:
+    try:
+        with files.lock_folder(folder):
+            return False
+    except EnvironmentProblem:
+        return True
+
+
+def _json(path: Path) -> Any:
+    try:
+        return files.read_json(path, limit=_MOST)
+    except DatatoolsError:
+        return None
+
+
+def _text(path: Path, *, told: bool = False) -> str:
+    """What the file holds; where it cannot be read nothing, or with `told` the reason."""
+    try:
+        return files.read_bytes(path, limit=_MOST).decode("utf-8", "replace")
+    except DatatoolsError as error:
+        return str(error) if told else ""
+
+
+def _events(path: Path) -> list[report_view.Json]:
+    found = []
+    for line in _text(path).splitlines():
+        try:
+            found.append(json.loads(line))
+        except (ValueError, RecursionError):  # a kill cut it
+            continue
+    return listing(found)
+
+
+def _entries(folder: Path) -> list[tuple[str, str]]:
+    """(name, size) of what lies in the folder, folders as such."""
+    try:
+        there = sorted(entry for entry in folder.iterdir() if entry.name not in _HIDDEN)
+        named = [(f"{e.name}/" if e.is_dir() else e.name, "" if e.is_dir() else size(e.lstat().st_size)) for e in there]
+    except OSError:
+        return []
+    return named[:_SHOWN] + ([(f"and {len(named) - _SHOWN} more", "")] if len(named) > _SHOWN else [])

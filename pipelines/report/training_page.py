@@ -1,0 +1,139 @@
+"""The report of a training run: how the losses went, of training and of held-out rows, and what the steps were like.
+
+Drawn from `training.json` and `metrics.jsonl` of the run's folder alone; equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datatools import files
+from pipelines.report import charts
+from pipelines.report import colm_page as coreset_report
+from pipelines.report import page as report
+from pipelines.runs.folder import redact, say
+from pipelines.settings.config import TrainConfig
+from pipelines.texts import number
+
+if TYPE_CHECKING:
+    from pipelines.rows.prepare import Rows
+    from pipelines.training.trainer import Trained
+
+FACTS = "training.json"
+SHOWN = ("optimizer", "learning_rate", "schedule", "weight_decay", "epochs", "batch_size", "gradient", "gradient_clip")
+
+
+def facts(
+    config: TrainConfig, result: Trained, *, rows: int, steps: int, held_out: Rows | None, leaked: str | None
+) -> dict[str, Any]:
+    """What the report says beside the metrics. leaked: which validation rows are trained on too."""
+    found: dict[str, Any] = {
+        "model": redact(str(config.model.name)),
+        "rows": rows,
+        "steps": result.steps,
+        "planned_steps": steps,
+        "skipped_steps": result.skipped,
+        "settings": {key: getattr(config.training, key) for key in SHOWN},
+    }
+    if held_out is not None:
+        found["validation"] = {
+            "rows": int(held_out.usable.sum()),
+            "best_step": None if result.best is None else result.best[0],
+            "best_loss": None if result.best is None else result.best[1],
+            "kept": "best" if config.keep_best else "last",
+            "patience": config.patience,
+            "stopped": result.stopped,
+        }
+        found["leaked"] = leaked
+    return found
+
+
+def best_in_words(result: Trained, *, keep: bool) -> str:
+    """One line for the terminal: the lowest validation loss, and whose weights were saved."""
+    assert result.best is not None
+    step, loss = result.best
+    ended = f"stopped early, after step {result.steps}" if result.stopped else f"{result.steps} steps done"
+    whose = f"the weights saved are those of step {step if keep else result.steps}"
+    return f"validation: lowest loss {loss:.4f} after step {step}; {ended}; {whose}"
+
+
+def render_any(folder: Path) -> Path | None:
+    """Draw the page of a training run, with a coreset or without; None for a run that an old version made."""
+    if (folder / "coreset.json").is_file():
+        say(coreset_report.in_short(folder))
+        return coreset_report.render(folder)
+    return render(folder) if (folder / FACTS).is_file() else None
+
+
+def render(folder: Path) -> Path:
+    """Draw folder/report.html; returns its path. Raises: DataError where a file is missing or damaged."""
+    known, entries = coreset_report.read(folder, FACTS)
+    path = folder / "report.html"
+    files.write_text(path, report.page("training.html", **_parts(known, entries)))
+    return path
+
+
+def _parts(known: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    across = charts.Scale(1, max([2.0, *(x for x, _ in _points(entries, "step"))]))
+    loss, held_out = _points(entries, "loss"), _points(entries, "eval_loss")
+    validation = known.get("validation") if isinstance(known.get("validation"), Mapping) else None
+    return {
+        "model": known.get("model"),
+        "rows": known.get("rows"),
+        "steps": known.get("steps"),
+        "lead": _lead(loss, validation),
+        "warnings": _warnings(known, validation),
+        "validated": bool(held_out),
+        "losses": coreset_report.chart(across, "loss by step", ("other", loss), ("chosen", held_out), from_zero=False),
+        "more": [
+            {"title": title, "part": part, "note": note}
+            for title, key, note in (
+                ("Gradient norm", "grad_norm", "Of the whole gradient, before it is clipped."),
+                ("Learning rate", "learning_rate", "Of the first param group."),
+                ("Tokens per second", "tokens_per_second", "Of each step, evaluations and saving left out."),
+            )
+            if (part := coreset_report.chart(across, f"{title.lower()} by step", ("chosen", _points(entries, key))))
+        ],
+        "settings": known.get("settings") if isinstance(known.get("settings"), Mapping) else {},
+    }
+
+
+def _points(entries: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of each entry that has a finite one."""
+    return [(float(e["step"]), float(e[key])) for e in entries if _finite(e.get("step")) and _finite(e.get(key))]
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _lead(loss: Sequence[tuple[float, float]], validation: Mapping[str, Any] | None) -> str:
+    said = []
+    if loss:
+        said.append(f"The training loss went from {number(loss[0][1])} to {number(loss[-1][1])}.")
+    if validation is not None and _finite(validation.get("best_loss")):
+        said.append(
+            f"On held-out rows it was lowest after step {validation.get('best_step')}: "
+            f"{number(validation['best_loss'])}; the saved weights are those of "
+            + ("that step." if validation.get("kept") == "best" else "the last step.")
+        )
+        if validation.get("stopped"):
+            said.append(f"Training stopped there: {validation.get('patience')} evaluations without a lower loss.")
+    elif validation is None:
+        said.append("Nothing was measured on held-out rows (--eval-data): a training loss alone cannot show that a "
+                    "model got better at anything but these rows.")  # fmt: skip
+    return " ".join(said)
+
+
+def _warnings(known: Mapping[str, Any], validation: Mapping[str, Any] | None) -> list[str]:
+    said = []
+    if known.get("leaked"):
+        said.append(f"{known['leaked']}: their loss looks too good.")
+    if _finite(known.get("skipped_steps")) and known["skipped_steps"]:
+        said.append(f"{known['skipped_steps']} steps were skipped: their loss or gradient was not finite.")
+    if validation is not None and not _finite(validation.get("best_loss")):
+        said.append("No validation loss was finite; the saved weights are those of the last step.")
+    return said

@@ -1,0 +1,1 @@
+"""Rows: files, formats, chat templates, tokens, duplicates."""

@@ -1,0 +1,406 @@
+"""Rows of instruction data: read with row numbers and reasons, indexed in memory, kept on disk."""
+
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+from datatools import DataError, UsageError, files
+from datatools.files import seals
+from pipelines.rows.formats import Columns, Message, Shape, check_columns, columns_of, read_shape, text_of
+from pipelines.rows.jsonl import Limits, Line, Malformed, is_blank, parse_object, read_lines, shown
+from pipelines.rows.sources import Source, as_jsonl, find_sources
+
+POLICIES = ("error", "skip", "quarantine")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example. A conversation has `messages`, plain text has `text`, a plain pair has `prompt` and `completion`."""
+
+    id: str
+    """Unique in the pool: the row's own id, or `<file stem>:<line>`; a repeated one has `#2`, `#3`, ... added."""
+    source: str
+    """The row's `dataset` (or what `source_key` says), else its `source`, else the stem of its file."""
+    file: str
+    line: int
+    """1-based line of the file; for a table or a JSON array, the number of the row."""
+    raw: bytes
+    """The line as it stands in the file without its "\\n" (a "\\r" before it stays); a table's row as JSON."""
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    subtask: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    masked: frozenset[int] = frozenset()
+    """Positions in `messages` of assistant turns that are context only, without loss."""
+    flags: tuple[str, ...] = ()
+    """What is odd about the row; `pipelines.rows.formats.Shape`."""
+    tools: tuple[Any, ...] = ()
+    """Definitions of tools that the template writes; `pipelines.rows.formats.Shape`."""
+
+    @property
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """(role, text) of each turn, whatever the format of the row; plain text is one turn of the role "text".
+
+        Everything that reads a row as text reads it here: TF-IDF, duplicates, reports.
+        """
+        if self.messages:
+            return tuple((turn["role"], text_of(turn)) for turn in self.messages)
+        if self.text is not None:
+            return (("text", self.text),)
+        return (("user", self.prompt or ""), ("assistant", self.completion or ""))
+
+    @property
+    def whole(self) -> str:
+        """The text of all turns, a line break between two."""
+        return "\n".join(text for _, text in self.turns)
+
+    @property
+    def question(self) -> str:
+        """What comes before the last answer, for people; "" for plain text."""
+        return "\n\n".join(text for _, text in self.turns[: self._last()])
+
+    @property
+    def answer(self) -> str:
+        """The last assistant turn, the completion, or the plain text."""
+        return self.turns[self._last()][1]
+
+    def _last(self) -> int:
+        return max(k for k, (role, _) in enumerate(self.turns) if role in ("assistant", "text"))
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used, and where it stands."""
+
+    file: str
+    line: int
+    byte_offset: int
+    """Of the line's first byte in its file; for a table, in the JSONL copy. -1 where there is none."""
+    reason: str
+    """A short code: truncated_json, unknown_role, empty_answer, ..."""
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason} ({self.detail})"
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One input file: its size in bytes, the xxh3-128 of its bytes, and how many usable, bad and blank lines it has."""
+
+    path: str
+    bytes: int
+    digest: str
+    rows: int
+    bad: int = 0
+    blank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    source_key: str
+    columns: Mapping[str, str | dict[str, str]]
+    detect: bool
+    preference: str | None
+    limits: Limits
+
+    def read(self, value: Mapping[str, Any], columns: Mapping[str, str]) -> Shape:
+        """The shape of a row by its file's `columns`."""
+        try:
+            return read_shape(value, columns, self.preference)
+        except Malformed as error:
+            if not self.detect or error.reason != "missing_column":
+                raise
+            return read_shape(value, None, self.preference)
+
+
+class Pool:
+    """The usable rows of all inputs, in order. Texts stay on disk: memory is about 40 bytes a row, and its id.
+
+    `pool[i]` reads and parses row i again. Raises: DataError if the file has changed since it was indexed.
+    """
+
+    def __init__(self, options: _Options) -> None:
+        self.files: list[FileInfo] = []
+        self.ids: list[str] = []
+        """Id of each row."""
+        self.sources: list[str] = []
+        """Source of each row; equal names are one object."""
+        self.flags: Counter[str] = Counter()
+        """How many rows have each flag: `Shape.flags`, and new_id, repeated_id, source_from_file."""
+        self._options = options
+        self._paths: list[Path] = []  # where the lines are: the input itself, or its JSONL copy
+        self._names: list[str] = []
+        self._columns: list[dict[str, str]] = []
+        self._file, self._line = array("i"), array("q")
+        self._offset, self._length, self._digest = array("q"), array("q"), array("Q")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Row:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of a pool of {len(self)} rows")
+        index %= len(self)
+        raw = self.raw(index)
+        value = parse_object(raw, self._options.limits)
+        columns = self._columns[self._file[index]]
+        shape = self._options.read(value, columns)
+        return Row(
+            self.ids[index],
+            self.sources[index],
+            self.file(index),
+            self.line(index),
+            raw,
+            shape.messages,
+            shape.text,
+            _subtask(value, columns),
+            shape.prompt,
+            shape.completion,
+            shape.masked,
+            shape.flags,
+            shape.tools,
+        )
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[i] for i in range(len(self)))
+
+    def raw(self, index: int) -> bytes:
+        """The line of row `index`, byte for byte, without the newline."""
+        path, length = self._paths[self._file[index]], self._length[index]
+        try:
+            with open(path, "rb", buffering=0) as file:
+                raw = os.pread(file.fileno(), length, self._offset[index])
+        except OSError as error:
+            raise files.explain(error, path, "read") from error
+        if xxhash.xxh3_64_intdigest(raw) != self._digest[index]:
+            raise DataError(
+                f"{self.where(index)} has changed since this run read it; do not edit data during a run, "
+                "and start again"
+            )
+        return raw
+
+    def file(self, index: int) -> str:
+        """The input that row `index` is from, as it was named."""
+        return self._names[self._file[index]]
+
+    def line(self, index: int) -> int:
+        """The 1-based line (for a table, the row) of row `index` in its file."""
+        return self._line[index]
+
+    def offset(self, index: int) -> int:
+        """The byte offset of row `index` in its file; for a table, in the JSONL copy."""
+        return self._offset[index]
+
+    def where(self, index: int) -> str:
+        """`file:line` of row `index`."""
+        return f"{self.file(index)}:{self.line(index)}"
+
+    def bad_row(self, index: int, reason: str, detail: str) -> BadRow:
+        """A `BadRow` for row `index`, found unfit after reading."""
+        return BadRow(self.file(index), self.line(index), self.offset(index), reason, detail)
+
+    def _add(self, line: Line, identity: str, source: str, flags: tuple[str, ...]) -> None:
+        assert line.raw is not None
+        self.ids.append(identity)
+        self.sources.append(source)
+        self.flags.update(flags)
+        self._file.append(len(self._paths) - 1)
+        self._line.append(line.number)
+        self._offset.append(line.offset)
+        self._length.append(line.length)
+        self._digest.append(xxhash.xxh3_64_intdigest(line.raw))
+
+
+def read_pool(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    on_bad_row: str = "error",
+    source_key: str = "dataset",
+    cache: Path,
+    quarantine: Path | None = None,
+    columns: Columns | None = None,
+    detect: bool = False,
+    preference: str | None = None,
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+) -> tuple[Pool, list[BadRow]]:
+    """Read and check every row of `paths`: files, folders, and data sets of the hub (`sources.find_sources`).
+
+    `on_bad_row`: "error" refuses the whole input if a row is bad or an id is used twice; "skip" goes on without bad
+    rows; "quarantine" also copies their lines, byte for byte, to the file `quarantine`, to be corrected and read again.
+    Rows with a repeated id are kept under a new one by the last two. Blank lines are ignored and counted.
+    `columns` maps our names (`formats.COLUMNS`) to the data's, also file by file (`formats.Columns`); with `detect`, a
+    row without these columns is read by the usual ones. `preference`: "chosen" reads rows with a chosen and a rejected
+    answer as the chosen one. `cache` is the folder for JSONL copies of tables.
+
+    Cost: one pass, linear in bytes; memory for one line and about 40 bytes a row, and the ids.
+    Raises: UsageError on an unknown policy, DataError on bad rows as above, on files that cannot be read, and if no
+    row is usable; EnvironmentProblem if a data set of the hub cannot be loaded.
+    """
+    if on_bad_row not in POLICIES:
+        raise UsageError(f"on_bad_row is {on_bad_row!r}; expected one of {', '.join(POLICIES)}")
+    if on_bad_row == "quarantine" and quarantine is None:
+        raise UsageError("on_bad_row is 'quarantine', but no quarantine file was named")
+    options = _Options(source_key, check_columns(columns), detect, preference, limits)
+    pool, bad = Pool(options), list[BadRow]()
+    ids = _Ids(strict=on_bad_row == "error")
+    with ExitStack() as stack:
+        rejected: BinaryIO | None = None
+        if on_bad_row == "quarantine" and quarantine is not None:
+            files.make_folder(Path(quarantine).parent)
+            rejected = stack.enter_context(open(stack.enter_context(files.atomic_path(quarantine)), "wb"))
+        sources = find_sources(paths)
+        if not detect:
+            _check_files(options.columns, [source.name for source in sources])
+        for source in sources:
+            _read_source(source, Path(cache), pool, bad, ids, rejected)
+    if on_bad_row == "error" and bad:
+        raise DataError(_refusal(bad, len(pool) + len(bad)))
+    if not len(pool):
+        raise DataError(_refusal(bad, len(bad)) if bad else f"no row in {', '.join(i.path for i in pool.files)}")
+    return pool, bad
+
+
+def _read_source(
+    source: Source, cache: Path, pool: Pool, bad: list[BadRow], ids: "_Ids", rejected: BinaryIO | None
+) -> None:
+    path, problems = as_jsonl(source, cache, pool._options.limits)
+    columns, _ = columns_of(source.name, pool._options.columns)
+    pool._paths.append(path)
+    pool._names.append(source.name)
+    pool._columns.append(columns)
+    stem = source.stem
+    sources: dict[str, str] = {}  # one object a name
+    before, bad_before, blank = len(pool), len(bad), 0
+    digest = xxhash.xxh3_128()
+    with files.open_file(path, buffering=1 << 20) as file:
+        for line in read_lines(file, source.name, pool._options.limits, digest):
+            problem = problems.get(line.number)
+            if problem is None and line.raw is not None and is_blank(line.raw):
+                blank += 1
+                continue
+            try:
+                if problem is not None:
+                    raise problem
+                value = parse_object(line.raw, pool._options.limits)
+                shape = pool._options.read(value, columns)
+                name = _source(value, columns, pool._options.source_key)
+                own = _own_id(value, columns)
+                identity = ids.take(
+                    own if own is not None else f"{stem}:{line.number}", own is not None, source.name, line.number
+                )
+            except Malformed as error:
+                bad.append(BadRow(source.name, line.number, line.offset, error.reason, error.detail))
+                if rejected is not None and problem is None:
+                    _copy_line(file, line, rejected)
+                continue
+            flags = _row_flags(shape, own, identity, name)
+            pool._add(line, identity, sources.setdefault(name or stem, name or stem), flags)
+        size = file.tell()
+    whole = digest.hexdigest()
+    if source.path is not None and path != source.path:  # describe the input, not its copy
+        size, whole = source.size_and_digest()
+    if source.path is not None:
+        seals.check(source.path, seals.Seal(size, whole))
+    pool.files.append(FileInfo(source.name, size, whole, len(pool) - before, len(bad) - bad_before, blank))
+
+
+class _Ids:
+    """The ids given so far. Strict: a data row's own id twice is Malformed; else it gets `#2`, `#3`, ... added."""
+
+    def __init__(self, strict: bool) -> None:
+        self._strict = strict
+        self._first: dict[str, tuple[str, int]] = {}
+        self._repeats: dict[str, int] = {}
+
+    def take(self, identity: str, own: bool, file: str, line: int) -> str:
+        if identity in self._first:
+            if own and self._strict:
+                where = "{}:{}".format(*self._first[identity])
+                raise Malformed("repeated_id", f"id {shown(identity)} is also at {where}")
+            count = self._repeats.get(identity, 1) + 1
+            while f"{identity}#{count}" in self._first:
+                count += 1
+            self._repeats[identity] = count
+            identity = f"{identity}#{count}"
+        self._first[identity] = (file, line)
+        return identity
+
+
+def _check_files(columns: Mapping[str, str | dict[str, str]], names: Sequence[str]) -> None:
+    """Refuse the columns of a file that is not read: a slip in its name would read it by others."""
+    unused = {name for name, own in columns.items() if isinstance(own, dict)}
+    unused -= {columns_of(name, columns)[1] or "" for name in names}
+    if unused:
+        known = ", ".join(shown(name, 200) for name in names[:5])
+        raise UsageError(
+            f"columns: {shown(min(unused), 200)} is none of the files that are read ({known}"
+            f"{', ...' if len(names) > 5 else ''})"
+        )
+
+
+def _own_id(value: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
+    found = value.get(columns.get("id", "id"))
+    if isinstance(found, str):
+        return found if found.strip() else None
+    return str(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+
+
+def _source(value: Mapping[str, Any], columns: Mapping[str, str], source_key: str) -> str | None:
+    for key in (columns.get("source"), source_key, "source"):
+        found = value.get(key) if key is not None else None
+        if isinstance(found, int | float) and not isinstance(found, bool):
+            return str(found)
+        if isinstance(found, str) and found.strip():
+            return found.strip()
+    return None
+
+
+def _subtask(value: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
+    found = value.get(columns.get("subtask", "subtask"))
+    return str(found) if isinstance(found, str | int) and not isinstance(found, bool) else None
+
+
+def _row_flags(shape: Shape, own: str | None, identity: str, source: str | None) -> tuple[str, ...]:
+    flags = list(shape.flags)
+    if own is None:
+        flags.append("new_id")
+    elif own != identity:
+        flags.append("repeated_id")
+    if source is None:
+        flags.append("source_from_file")
+    return tuple(flags)
+
+
+def _copy_line(file: BinaryIO, line: Line, out: BinaryIO) -> None:
+    """The line's bytes, also when it was too long to keep."""
+    if line.raw is not None:
+        out.write(line.raw + b"\n")
+        return
+    offset, end = line.offset, line.offset + line.length
+    while offset < end:
+        piece = os.pread(file.fileno(), min(1 << 20, end - offset), offset)
+        if not piece:
+            break
+        out.write(piece)
+        offset += len(piece)
+    out.write(b"\n")
+
+
+def _refusal(bad: list[BadRow], total: int) -> str:
+    counts = Counter(row.reason for row in bad)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common(8))
+    first = "; ".join(map(str, bad[:5]))
+    more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return (
+        f"{len(bad)} of {total} rows cannot be used ({reasons}): {first}{more}. Correct them, or go on without "
+        "them: --on-bad-row skip (or quarantine, which copies them to a file)"
+    )

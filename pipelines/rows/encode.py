@@ -1,0 +1,447 @@
+"""Rows to tokens: the chat format, and the loss on what the assistant says and nothing else."""
+
+import copy
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datatools import DataError, UsageError, files
+from pipelines.models.limits import ModelLimits
+from pipelines.rows.chat import ChatTemplate, RowError
+from pipelines.rows.data import BadRow, Pool, Row
+from pipelines.rows.formats import REASONING_TAG, Message, strings
+from pipelines.rows.jsonl import shown
+
+__all__ = ["IGNORED", "Encoded", "Encoder", "RowError", "Scan", "scan"]
+
+IGNORED = -100
+"""The label of a token without loss (torch's and transformers' `ignore_index`)."""
+
+ON_LONG = ("truncate", "skip", "error")
+_VERSION = "2"  # of the encoding: raise it when the same row gives other tokens or labels
+_SPACE = (" ", "\n", "\t")
+_SHORT = 1 << 16  # characters; texts up to this are tokenised whole
+_MARGIN = 64  # tokens at the end of a piece of a text that the cut may have changed
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One row in tokens."""
+
+    input_ids: list[int]
+    labels: list[int]
+    """As long as `input_ids`: the id where there is loss, `IGNORED` elsewhere. Not shifted: labels[t] is predicted from
+    input_ids[:t], so labels[0] never counts."""
+    cut: int = 0
+    """Tokens dropped from the end to fit `max_length`; of a very long text, of as much of it as was tokenised."""
+    flags: tuple[str, ...] = ()
+    """What the template leaves out (`chat.Rendered.flags`), and control_token_in_text (plain text rows only)."""
+
+    @property
+    def supervised(self) -> int:
+        """How many tokens carry loss."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+    @property
+    def key(self) -> str:
+        """xxh3-128 of ids and labels (int32, little-endian): equal content has an equal key."""
+        return files.digest(np.asarray([self.input_ids, self.labels], dtype="<i4").tobytes())
+
+
+_TULU = (
+    "{{- BEFORE }}{% for message in messages %}{{- '<|' + message['role'] + '|>\n' + message['content'] | trim }}"
+    "{% if message['role'] == 'assistant' %}{{- eos_token }}{% endif %}{{- '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{- '<|assistant|>\n' }}{% endif %}"
+)
+
+
+class Encoder:
+    """Rows to token ids and labels, the same for the same row, tokenizer and settings.
+
+    `chat`: "auto" (the tokenizer's own template), "tulu" (the format of LESS, spec/less.md section 3) or the path of a
+    Jinja file. Loss is on assistant turns: what they say, their reasoning and tool calls included, and the end-of-turn
+    token behind it (`ChatTemplate.read`); templates with {% generation %} blocks say it themselves. There is one
+    tokenisation, of the whole text; characters become tokens by its offsets, and a token that reaches into a trained
+    span is trained. "tulu" also trains the newline behind the end token, as LESS does. A plain prompt and completion
+    are joined (by a space, if neither has one there) and closed by the end-of-sequence token, with loss behind the
+    prompt. Plain text has loss on every token. A text that itself begins with the tokenizer's beginning-of-sequence
+    token, or ends with its end, does not get it twice.
+
+    A control token of the tokenizer (such as <|im_start|>) written out in a turn would become the token itself, and
+    the turn could fake another: such rows are refused (control_token_in_text), also where only the tokenizer's
+    normaliser makes one of a text (full-width letters under NFKC, other case). Plain text may hold them; it is flagged.
+
+    `on_long`: beyond `max_length` tokens (None: as many as the model takes, `limits`) the end is cut ("truncate"), the
+    row refused ("skip"), or DataError raised ("error"). A row with a token that the model's embedding does not have
+    (token_beyond_vocabulary), or left without a trained token (no_supervised_token), is always refused.
+
+    Raises: UsageError on bad settings; DataError if the tokenizer has no offsets, or no chat template and needs one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat: str | Path = "auto",
+        max_length: int | None = None,
+        on_long: str = "truncate",
+        limits: ModelLimits = ModelLimits(),  # noqa: B008 (frozen)
+    ) -> None:
+        if on_long not in ON_LONG:
+            raise UsageError(f"on_long is {on_long!r}; expected one of {', '.join(ON_LONG)}")
+        if max_length is not None and max_length < 2:
+            raise UsageError(f"max_length is {max_length}; a row needs at least 2 tokens, one to predict the other")
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError(
+                f"the tokenizer {type(tokenizer).__name__} cannot say which characters a token stands for; "
+                "use a model with a tokenizer.json"
+            )
+        self._tokenizer = tokenizer
+        self.max_length = limits.longest(max_length)
+        """Most tokens of a row."""
+        self._limits = limits
+        self._what = "max_length" if self.max_length == max_length else "the positions of the model"
+        self._on_long = on_long
+        self._chat = str(chat)
+        self._template: ChatTemplate | None = None
+        self._with_tools: ChatTemplate | None = None
+        self._template_text = ""
+        if self._chat != "tulu":
+            self._template_text, with_tools, name = _find_template(tokenizer, self._chat)
+            if self._template_text:
+                self._template = self._with_tools = ChatTemplate(tokenizer, self._template_text, name)
+            if with_tools:
+                self._with_tools = ChatTemplate(tokenizer, with_tools, "of the tokenizer for tools")
+                self._template_text += with_tools
+        control = _control_tokens(tokenizer, self._template_text)
+        self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
+        self._merges = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
+        unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
+        ends = {tokenizer.bos_token, tokenizer.eos_token}
+        self._control_ids = {
+            tokenizer.convert_tokens_to_ids(text): text
+            for text in control
+            if text in ends or text not in (tokenizer.unk_token, unknown)
+        }
+
+    def __call__(self, row: Row) -> Encoded:
+        """The tokens of `row`. Raises: RowError with a reason; DataError as the class says."""
+        flags: tuple[str, ...] = ()
+        if row.text is not None:
+            found = self._tokenise(row.text, special=True)
+            ids, labels = found[0], list(found[0])
+            flags = ("control_token_in_text",) if self._control.search(row.text) or self._made(row.text, *found) else ()
+        elif row.messages:
+            self._refuse_control(_said(row.messages, row.tools))
+            ids, labels, flags = self._tulu(row) if self._chat == "tulu" else self._templated(row)
+        else:
+            ids, labels = self._pair(row)
+        cut = max(0, len(ids) - self.max_length)
+        if cut and self._on_long != "truncate":
+            detail = f"{len(ids)} tokens, at most {self.max_length} ({self._what}) were expected"
+            if self._on_long == "error":
+                advice = "raise max_length, or change on_long" if self._what == "max_length" else "change on_long"
+                raise DataError(f"{row.file}:{row.line}: {detail}; {advice}")
+            raise RowError("too_long", detail)
+        encoded = Encoded(ids[: self.max_length], labels[: self.max_length], cut, flags)
+        vocabulary = self._limits.vocabulary
+        if vocabulary is not None and encoded.input_ids and max(encoded.input_ids) >= vocabulary:
+            worst = max(encoded.input_ids)
+            raise RowError(
+                "token_beyond_vocabulary",
+                f"token {worst} ({shown(self._tokenizer.decode([worst]), 30)}), "
+                f"and the model's embedding has {vocabulary} rows: the tokenizer has tokens that the model "
+                "does not; use the model's own tokenizer, or resize its embedding (resize_token_embeddings)",
+            )
+        if not encoded.supervised:
+            why = "no token to learn"
+            if cut:
+                why = f"the answer starts behind the first {self.max_length} tokens ({self._what})"
+            raise RowError("no_supervised_token", why)
+        return encoded
+
+    def trained_tokenizer(self) -> Any:
+        """The tokenizer with the chat template that rows were written by: what serves a model trained on them.
+
+        Its `apply_chat_template` gives the text, and the tokens, of training; for "tulu" by a template that writes the
+        same. A template that prints the date prints the day that training saw.
+        """
+        found = copy.deepcopy(self._tokenizer)
+        if self._chat == "tulu":
+            found.chat_template = _TULU.replace("BEFORE", json.dumps(_special_tokens_before(found)))
+        elif self._template is not None and (self._chat != "auto" or self._template.text != self._template_text):
+            found.chat_template = self._template.text
+        return found
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the tokens depend on besides the rows; hashes are xxh3-128."""
+        return {
+            "encoding": _VERSION,
+            "tokenizer": _tokenizer_digest(self._tokenizer),
+            "chat": self._chat if self._chat in {"auto", "tulu"} else "file",
+            "template": files.digest(self._template_text.encode()) if self._template_text else "none",
+            "max_length": str(self.max_length),
+            "on_long": self._on_long,
+        }
+
+    def _templated(self, row: Row) -> tuple[list[int], list[int], tuple[str, ...]]:
+        tools = row.tools or any("tool_calls" in turn for turn in row.messages)
+        template = self._with_tools if tools else self._template
+        if template is None:
+            raise DataError(
+                f"{row.file}:{row.line} is a conversation, but the tokenizer has no chat template; "
+                "give one with --chat-template FILE, or 'tulu'"
+            )
+        rendered = template.read(row.messages, row.tools, row.masked)
+        ids, offsets = self._tokenise(rendered.text, special=False)
+        self._refuse_made(rendered.text, ids, offsets)
+        return ids, _labels(ids, offsets, rendered.spans), rendered.flags
+
+    def _tulu(self, row: Row) -> tuple[list[int], list[int], tuple[str, ...]]:
+        if row.tools or any("tool_calls" in turn or turn["role"] == "tool" for turn in row.messages):
+            raise RowError("tool_turn", "the format 'tulu' has no tools; use a chat template that writes them")
+        text, spans = "", []
+        for k, turn in enumerate(row.messages):
+            text += f"<|{turn['role']}|>\n"
+            start = len(text)
+            text += turn["content"].strip() + (self._eos() if turn["role"] == "assistant" else "") + "\n"
+            if turn["role"] == "assistant" and k not in row.masked:
+                spans.append((start, len(text)))
+        ids, offsets = self._tokenise(text, special=True, closed=True)
+        self._refuse_made(text, ids, offsets)
+        dropped = any("reasoning" in turn for turn in row.messages)
+        return ids, _labels(ids, offsets, spans), ("reasoning_dropped",) if dropped else ()
+
+    def _pair(self, row: Row) -> tuple[list[int], list[int]]:
+        assert row.prompt is not None and row.completion is not None
+        eos, bos = self._eos(), self._tokenizer.bos_token
+        prompt, completion = row.prompt, row.completion.removesuffix(eos) or row.completion
+        self._refuse_control((prompt.removeprefix(bos) if bos else prompt, completion))
+        joint = "" if prompt.endswith(_SPACE) or completion.startswith(_SPACE) else " "
+        text = prompt + joint + completion + eos
+        ids, offsets = self._tokenise(text, special=True, closed=True)
+        self._refuse_made(text, ids, offsets)
+        return ids, _labels(ids, offsets, [(len(prompt), len(text))])
+
+    def _tokenise(self, text: str, special: bool, closed: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and offsets. `special`: with the tokens that the tokenizer puts around a text, unless they stand there
+        already; `closed`: the text has its own end, and gets no other behind it.
+
+        A tokenizer takes 300 bytes of memory for a character, so of a text that is far longer than `max_length` tokens
+        only a beginning is tokenised, where what lies behind cannot change the tokens that are kept: they stand in
+        words (of the pre-tokenizer) that have ended, or, for the merges of BPE, which work from the left, a beginning
+        of half again the length has the same.
+        """
+        size = max(_SHORT, 6 * self.max_length)
+        kept = self.max_length + 1  # one more: the row is seen to be too long
+        while len(text) > 2 * size:
+            ids, offsets, words = self._whole(text[:size], special, closed)
+            if len(ids) >= kept + _MARGIN:
+                sure = len(set(words[kept:-_MARGIN]) - {words[kept - 1], None}) > 1
+                if not sure and self._merges:
+                    more = self._whole(text[: size + size // 2 + 1], special, closed)
+                    sure = ids[:kept] == more[0][:kept] and offsets[:kept] == more[1][:kept]
+                if sure:
+                    return ids[:-_MARGIN], offsets[:-_MARGIN]
+            size *= 2
+        ids, offsets, _ = self._whole(text, special, closed)
+        return ids, offsets
+
+    def _whole(
+        self, text: str, special: bool, closed: bool
+    ) -> tuple[list[int], list[tuple[int, int]], list[int | None]]:
+        encoded = self._tokenizer(
+            text,
+            add_special_tokens=special,
+            return_offsets_mapping=True,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            return_special_tokens_mask=True,
+            verbose=False,
+        )
+        ids, offsets, words = encoded["input_ids"], encoded["offset_mapping"], encoded.word_ids()
+        if not special:
+            return ids, offsets, words
+        added = [
+            bool(mark) and start == end
+            for mark, (start, end) in zip(encoded["special_tokens_mask"], offsets, strict=True)
+        ]
+        first = next((t for t, yes in enumerate(added) if not yes), len(ids))
+        last = next((t for t in reversed(range(len(ids))) if not added[t]), -1)
+        start, end = first, last + 1
+        if first <= last:
+            n = first  # tokens put before the text; those behind it
+            start = first if n and ids[first : first + n] == ids[:n] else 0
+            m = len(ids) - 1 - last
+            end = last + 1 if m and (closed or ids[last + 1 - m : last + 1] == ids[last + 1 :]) else len(ids)
+            return ids[start:end], offsets[start:end], words[start:end]
+        return ids, offsets, words
+
+    def _eos(self) -> str:
+        eos = self._tokenizer.eos_token
+        if not eos:
+            raise DataError(
+                "the tokenizer has no end-of-sequence token, which this format writes behind an answer; "
+                "use a chat template"
+            )
+        return str(eos)
+
+    def _made(self, text: str, ids: list[int], offsets: Sequence[tuple[int, int]]) -> str:
+        """A stretch of `text` that is not a control token, and became one when the tokenizer normalised it; or ""."""
+        if self._control_ids.keys().isdisjoint(ids):
+            return ""
+        for token, (start, end) in zip(ids, offsets, strict=True):
+            written = self._control_ids.get(token)
+            if written is not None and start < end and text[start:end].strip() != written.strip():
+                return text[start:end]
+        return ""
+
+    def _refuse_made(self, text: str, ids: list[int], offsets: Sequence[tuple[int, int]]) -> None:
+        if found := self._made(text, ids, offsets):
+            raise RowError(
+                "control_token_in_text",
+                f"the tokenizer's normaliser turns {shown(found)} into a control token; in a text it could fake a turn",
+            )
+
+    def _refuse_control(self, texts: Any) -> None:
+        for text in texts:
+            if found := self._control.search(text):
+                raise RowError(
+                    "control_token_in_text",
+                    f"{shown(found.group())} is a control token of this tokenizer; in a text it could fake a turn",
+                )
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What encoding a pool once has shown; row i of every array is row i of the pool, zero or "" where not ok."""
+
+    ok: NDArray[np.bool_]
+    tokens: NDArray[np.int32]
+    """After cutting."""
+    supervised: NDArray[np.int32]
+    cut: NDArray[np.int32]
+    keys: list[str]
+    bad: list[BadRow]
+    flags: Counter[str] = field(default_factory=Counter)
+    """How many rows have each flag of `Encoded`."""
+
+
+class Progress(Protocol):
+    """Whatever shows how far a job is."""
+
+    def advance(self, n: int = 1, /) -> object:
+        """`n` more rows are done."""
+
+
+def scan(pool: Pool, encoder: Encoder, progress: Progress | None = None) -> Scan:
+    """Encode every row once and keep its length, trained tokens, key, and what is wrong with it; not its tokens.
+
+    Cost: one pass over the files; 13 bytes a row and its key.
+    Raises: DataError as `Encoder` does.
+    """
+    n = len(pool)
+    result = Scan(np.zeros(n, bool), np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32), [""] * n, [])
+    for i in range(n):
+        try:
+            encoded = encoder(pool[i])
+        except RowError as error:
+            result.bad.append(pool.bad_row(i, error.reason, error.detail))
+        else:
+            result.ok[i] = True
+            result.tokens[i] = len(encoded.input_ids)
+            result.supervised[i] = encoded.supervised
+            result.cut[i] = encoded.cut
+            result.keys[i] = encoded.key
+            result.flags.update(encoded.flags)
+        if progress is not None:
+            progress.advance(1)
+    return result
+
+
+def _said(messages: Sequence[Message], tools: Sequence[Any]) -> Iterator[str]:
+    """Every text of a conversation. Tags of reasoning in an answer are the template's own words: they may be there."""
+    for message in messages:
+        if message["role"] == "assistant":
+            yield from REASONING_TAG.sub("\0", message["content"]).split("\0")
+            yield message.get("reasoning", "")
+            yield from strings(message.get("tool_calls", ()))
+        else:
+            yield message["content"]
+    yield from strings(tools)
+
+
+def _labels(ids: list[int], offsets: Sequence[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
+    """The ids of tokens that reach into a span (start, end) of characters, `IGNORED` for the others.
+
+    Some tokenizers trim white space off their offsets, which leaves a token of white space with an empty interval at
+    its end: it stands for the gap before it. Where there is no gap, it stands for what a normaliser made more of than
+    it was, and belongs to the character before it. Spans are in order and do not overlap. Linear time.
+    """
+    labels = [IGNORED] * len(ids)
+    reached = s = 0
+    for t, (start, end) in enumerate(offsets):
+        if start == end:
+            start = min(start, reached) if reached != end else max(0, end - 1)
+        reached = max(reached, end)
+        while s < len(spans) and spans[s][1] <= start:
+            s += 1
+        if s == len(spans):
+            break
+        if spans[s][0] < end:
+            labels[t] = ids[t]
+    return labels
+
+
+def _find_template(tokenizer: Any, chat: str) -> tuple[str, str, str]:
+    """The template's text ("" if the tokenizer has none), that of one for tools, and its name for messages."""
+    if chat == "auto":
+        template = getattr(tokenizer, "chat_template", None)
+        if isinstance(template, dict):
+            return template.get("default") or "", template.get("tool_use") or "", "of the tokenizer"
+        return template or "", "", "of the tokenizer"
+    path = Path(chat)
+    if not path.is_file():
+        raise UsageError(f"chat is {shown(chat, 200)}; expected 'auto', 'tulu' or the path of a Jinja template")
+    try:
+        return files.read_bytes(path, limit=1 << 20).decode("utf-8"), "", chat
+    except UnicodeDecodeError as error:
+        raise DataError(f"the chat template {chat} is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def _control_tokens(tokenizer: Any, template: str) -> list[str]:
+    """The tokenizer's special tokens, and its other added tokens that the template writes (roles, ends of turns).
+
+    Marks of reasoning and tools are text that an assistant may write; very short ones are words, not control tokens.
+    """
+    special = set(tokenizer.all_special_tokens)
+    found = []
+    for token in tokenizer.added_tokens_decoder.values():
+        plain = re.search("think|tool|function", token.content) is not None
+        if token.special or token.content in special or (token.content in template and not plain):
+            found.append(token.content)
+    return sorted({text for text in found if len(text) > 2}, key=len, reverse=True)
+
+
+def _special_tokens_before(tokenizer: Any) -> str:
+    """What the tokenizer puts before a text with special tokens, which a chat template must write itself."""
+    whole = tokenizer("a", return_attention_mask=False)["input_ids"]
+    inner = tokenizer("a", add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    at = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
+    return "".join(tokenizer.convert_ids_to_tokens(whole[:at]))
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for name in ("truncation", "padding"):  # set and unset by calls
+        state.pop(name, None)
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    return files.digest(json.dumps([state, special], sort_keys=True).encode())

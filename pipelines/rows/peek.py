@@ -1,0 +1,205 @@
+"""The first rows of the inputs, beside the columns that the command names: a slip is told before anything is loaded.
+
+Looks at the first rows of JSONL, JSON and CSV, and at the schema of Parquet and Arrow files. Rows are judged by the
+reader of rows (`formats`); what is wrong with a row for another reason than its columns is left to it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datatools import DataError, UsageError, did_you_mean
+from pipelines.rows.formats import _detect, check_columns, columns_of, read_shape
+from pipelines.rows.jsonl import Limits, Malformed, is_blank, parse_object, read_lines
+from pipelines.rows.sources import (
+    PACKED,
+    SAVED,
+    Source,
+    _from_array,
+    _is_array,
+    _reading,
+    _saved_files,
+    _unpacked,
+)
+from pipelines.rows.tables import rows_of_csv
+from pipelines.settings.config import Columns
+
+ROWS, BYTES, FILES = 200, 1 << 20, 50
+"""How many rows, bytes of a packed file, and files are looked at."""
+
+_OF_COLUMNS = {"missing_column", "unknown_format", "pre_tokenised", "preference_row"}
+_OF_TURNS = {"role", "content", "from", "value"}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen of one input: its first rows, or one row of nulls that stands for the schema of a table."""
+
+    rows: list[dict[str, Any]]
+    schema: bool
+    whole: bool
+    """There is nothing else in the input."""
+
+
+def look(source: Source, limits: Limits = Limits()) -> Look | None:  # noqa: B008 (frozen)
+    """The first rows; None for what is on the hub, and for what cannot be read (the reader says why)."""
+    path, kind = source.path, source.kind
+    if path is None:
+        return None
+    packed = next((suffix for suffix in PACKED if kind.endswith(suffix)), None)
+    kind = kind.removesuffix(packed or "")
+    with suppress(DataError, OSError, ValueError, EOFError, StopIteration):
+        if kind in (".parquet", ".arrow", ".feather", SAVED):
+            return None if packed else Look([dict.fromkeys(_schema(path, kind))], True, True)
+        if kind == ".json" and not packed and not _is_array(path):
+            kind = ".jsonl"
+        with _reading(path) as raw:
+            stream, cut = raw, False
+            if packed:
+                stream, cut = _beginning(_unpacked(raw, packed))
+            rows, more = _first(stream, kind, source.name, limits)
+            return Look(rows, False, not more and not cut)
+    return None
+
+
+def _beginning(blocks: Iterator[bytes]) -> tuple[io.BytesIO, bool]:
+    """The first bytes of a packed file, and whether there are more."""
+    start = b""
+    for block in blocks:
+        start += block
+        if len(start) >= BYTES:
+            return io.BytesIO(start), True
+    return io.BytesIO(start), False
+
+
+def _first(file: Any, kind: str, name: str, limits: Limits) -> tuple[list[dict[str, Any]], bool]:
+    """At most `ROWS` rows, and whether the file has more lines than were looked at."""
+    lines: Iterator[Any]
+    if kind in (".csv", ".tsv"):
+        lines = rows_of_csv(file, "\t" if kind == ".tsv" else ",", limits)
+    elif kind == ".json":
+        lines = _from_array(file, name, limits)
+    else:
+        lines = (line.raw for line in read_lines(file, name, limits) if line.raw is None or not is_blank(line.raw))
+    found: list[dict[str, Any]] = []
+    for line in islice(lines, ROWS):
+        with suppress(Malformed):
+            if not isinstance(line, Malformed):
+                found.append(parse_object(line, limits))
+    return found, next(lines, None) is not None
+
+
+def _schema(path: Path, kind: str) -> list[str]:
+    import pyarrow
+
+    try:
+        if kind == ".parquet":
+            import pyarrow.parquet
+
+            return list(pyarrow.parquet.read_schema(path).names)
+        with pyarrow.OSFile(str(_saved_files(path)[0] if kind == SAVED else path)) as file:
+            indexed = file.read(6) == b"ARROW1"
+            file.seek(0)
+            reader = pyarrow.ipc.open_file(file) if indexed else pyarrow.ipc.open_stream(file)
+            return list(reader.schema.names)
+    except (pyarrow.ArrowException, IndexError) as error:
+        raise DataError(str(error)) from error
+
+
+def check(
+    sources: Sequence[Source],
+    *,
+    columns: Columns | None,
+    flag: str,
+    source_key: str | None = None,
+    preference: str | None = None,
+    strict: bool = True,
+    borrowed: bool = False,
+) -> None:
+    """Compare the first rows of all `sources` with the names of columns that were given.
+
+    flag: what gave the columns. source_key: the column of `--source-key`, if it was named. strict: one bad row is one
+    too many. borrowed: the columns are those of other rows, and need not be there.
+    Raises: UsageError for a name of ours that is none, and for a named column that no row has; DataError where no row
+    can be read by its columns.
+    """
+    known = check_columns(columns)
+    seen = {source.name: found for source in sources[:FILES] if (found := look(source)) is not None and found.rows}
+    refused = {}
+    for name, found in seen.items():
+        own, _ = columns_of(name, known)
+        problems = [_problem(row, own, preference, found.schema, borrowed) for row in found.rows]
+        if all(problem is not None and problem.reason in _OF_COLUMNS for problem in problems):
+            refused[name] = problems[0]
+    if refused and (strict or (len(refused) == len(sources) and all(found.whole for found in seen.values()))):
+        name, problem = next(iter(refused.items()))
+        assert problem is not None
+        rows, first = seen[name].rows, "" if seen[name].schema else ":1"
+        asked = ""
+        if problem.reason == "missing_column":
+            asked = f"{_there(rows)}; correct {flag}"
+        raise DataError(f"{name}{first}: {problem.reason} ({problem.detail}){asked}")
+    if not borrowed:
+        _all_named(seen, sources, known, flag)
+    if source_key is not None and not any(_has(found.rows, source_key) for found in seen.values()):
+        _refuse_column(seen, sources, source_key, "--source-key")
+
+
+def _problem(
+    row: dict[str, Any], columns: Mapping[str, str], preference: str | None, schema: bool, borrowed: bool
+) -> Malformed | None:
+    ways = [columns, {}] if borrowed and columns else [columns]
+    last: Malformed | None = None
+    for way in ways:
+        try:
+            if schema:
+                _detect(row, way)
+            else:
+                read_shape(row, way, preference)
+            return None
+        except Malformed as problem:
+            last = problem
+    return last
+
+
+def _all_named(
+    seen: Mapping[str, Look], sources: Sequence[Source], known: Mapping[str, str | dict[str, str]], flag: str
+) -> None:
+    """Refuse a column that was named and that no first row has."""
+    for ours, theirs in known.items():
+        if isinstance(theirs, dict):
+            here = [found for name, found in seen.items() if columns_of(name, known)[1] == ours]
+            for inner, named in theirs.items():
+                if here and inner not in _OF_TURNS and not any(_has(found.rows, named) for found in here):
+                    _refuse_column(seen, sources, named, f"{flag} {ours}: {inner}={named}")
+        elif ours not in _OF_TURNS and not any(_has(found.rows, theirs) for found in seen.values()):
+            _refuse_column(seen, sources, theirs, f"{flag} {ours}={theirs}")
+
+
+def _has(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return any(name in row for row in rows)
+
+
+def _refuse_column(seen: Mapping[str, Look], sources: Sequence[Source], name: str, flag: str) -> None:
+    if not seen or len(seen) < len(sources):  # something was not looked at, and may have it
+        return
+    rows = [row for found in seen.values() for row in found.rows]
+    files = [os.path.basename(source.name) for source in sources]
+    shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+    few = "" if all(found.whole for found in seen.values()) else f"the first {len(rows)} "
+    raise UsageError(
+        f"{flag}: no column {name!r} in {few}rows of {shown}"
+        f"{did_you_mean(name, dict.fromkeys(key for row in rows for key in row))}"
+    )
+
+
+def _there(rows: Sequence[Mapping[str, Any]]) -> str:
+    names = dict.fromkeys(key for row in rows for key in row)
+    return f"; there are {', '.join(list(names)[:8])}" if names else ""

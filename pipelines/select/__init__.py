@@ -1,0 +1,1 @@
+"""Selection of training rows: the methods, the run, explanations, and the audit."""

@@ -1,0 +1,375 @@
+"""`datatools audit`: is the selection better than simple baselines? One recipe, several seeds, the same rows."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from datatools import DataError, Selection, UsageError, files, select
+from datatools.files import sealed
+from pipelines.models import load as models
+from pipelines.report import page as report
+from pipelines.report.view import FEWEST_RUNS
+from pipelines.rows import leakage, preflight
+from pipelines.rows.prepare import Rows, file_facts, prepare, target_data
+from pipelines.runs import run_files, verdicts
+from pipelines.runs.folder import Run, alone, derive_seed, say
+from pipelines.select import methods
+from pipelines.select.methods import Context
+from pipelines.settings.config import AuditConfig, FeaturesConfig, SelectConfig, TrainingConfig
+from pipelines.training import cost, evaluation, trainer
+from pipelines.training.train import in_scratch, train_adapter
+
+SELECTED, BASE = "selected", "untrained"
+
+
+def run(config: AuditConfig) -> Path:
+    """Write `audit.json` to `out` and into the selection's own report, and print the table.
+
+    Every arm has the same number of rows and the same recipe, but `full`: the whole pool, one epoch. A seed changes the
+    adapters' start and the order of the rows, for `random` and `random-length` also the rows. Arms that are done are
+    kept: a killed audit goes on.
+    Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
+    """
+    preflight.contradictions(config)
+    alone("datatools audit")
+    if (config.selected.parent / "run.yaml").is_file():
+        run_files.refuse_special(config.selected.parent)
+    trainer.check(config.training)
+    with in_scratch(config) as kept, Run(kept.out, kept, "audit", overwrite=kept.overwrite) as current:
+        with current.stage("read"):
+            loaded = models.load(config.model)
+            read: dict[str, Any] = {"cache": current.path("inputs"), "limits": loaded.limits}
+            pool = prepare(config.pool, config.model, loaded.tokenizer, label="pool", **read)
+            test = prepare(config.test, config.model, loaded.tokenizer, label="test", **read)
+            target = None
+            if config.target:
+                wanted = target_data(config.pool, config.target, config.target_columns)
+                target = prepare(wanted, config.model, loaded.tokenizer, label="target", **read)
+        if text := run_files.note(config.selected.parent):
+            say(text)
+        chosen, judged = _rows_of(config.selected, pool)
+        leaks = _leaks(config, test, pool, target, chosen)
+        facts: dict[str, Any] = {"model": dict(loaded.digests), "pool": file_facts(pool), "test": file_facts(test)}
+        current.check(facts | {"selection": judged}, by_content=("pool", "test", "selection"))
+        context = Context(_as_select(config), current, pool, target, lambda: loaded)
+        if config.dry_run:
+            _estimate(config, loaded, context, test, _planned(context, config, chosen)).announce()
+            say("dry run: data and model load; nothing was scored or trained")
+            return config.out
+        with current.stage("baselines"):
+            plan = [
+                (arm, seed, rows)
+                for arm in (SELECTED, *config.against)
+                for seed, rows in _arm(context, config, arm, chosen)
+            ]
+        estimate = _estimate(config, loaded, context, test, plan, scored=True)
+        estimate.announce()
+        estimate.expect()
+        results: list[dict[str, Any]] = []
+        with current.stage("train and evaluate"):
+            base = evaluation.losses(loaded.model, test, token_budget=2048, label=f"losses, {BASE}")
+            for place, (arm, seed, rows) in enumerate(plan, start=1):
+                label = _label(place, len(plan), arm, seed)
+                results.append(
+                    {"arm": arm, "seed": seed} | _train_and_measure(config, loaded, pool, test, rows, arm, seed, label)
+                )
+        audit = summarise(base, results, config) | _told(leaks) | {"selection": judged}
+        files.write_json(current.path("audit.json"), audit)
+        if verdicts.deliver(config.selected.parent, audit):
+            say(f"report: {report.render(config.selected.parent)}")
+    print_table(audit, Console())
+    return config.out
+
+
+def _leaks(config: AuditConfig, test: Rows, pool: Rows, target: Rows | None, chosen: list[int]) -> list[dict[str, Any]]:
+    """Where test rows were seen before. Raises: DataError if they were and that is not allowed."""
+    others: dict[str, tuple[Rows, list[int] | None]] = {"selection": (pool, chosen), "pool": (pool, None)}
+    if target is not None:
+        others["target"] = (target, None)
+    near = config.pool.near_threshold if config.pool.dedup == "near" else None
+    found = leakage.find(test, others, near=near)
+    if found and not config.allow_overlap:
+        raise DataError(
+            f"audit: {leakage.sentence(found)}; losses on rows that were trained on or selected for prove nothing. "
+            "Take them out of --test, or audit all the same with --allow-overlap: the report will say so"
+        )
+    return found
+
+
+def _told(leaks: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"overlap": leaks, "leaked": leakage.sentence(leaks)} if leaks else {}
+
+
+def _as_select(config: AuditConfig) -> SelectConfig:
+    """The settings that the baselines' scorers read."""
+    return SelectConfig(
+        features=FeaturesConfig(folder=config.features),
+        model=config.model,
+        train=config.pool,
+        target=config.target,
+        out=config.out,
+        seed=config.seed,
+        method="less" if config.target else "random",
+    )
+
+
+def _rows_of(selected: Path, pool: Rows) -> tuple[list[int], str]:
+    """Rows of the pool whose lines stand in `selected`, in that order, and the digest of the bytes that were read."""
+    places: dict[str, list[int]] = {}
+    for i in np.flatnonzero(pool.usable).tolist():
+        places.setdefault(files.digest(pool.pool.raw(i)), []).append(i)
+    if not selected.is_file():
+        raise UsageError(f"--selected {selected}: no such file; give the selected.jsonl of a run")
+    found = []
+    content = files.read_bytes(selected)
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        rows = places.get(files.digest(line))
+        if not rows:
+            raise DataError(
+                f"{selected}:{number} is not a row of the pool; give --pool the files that it was selected from"
+            )
+        found.append(rows.pop(0))
+    if not found:
+        raise DataError(f"{selected}: holds no row that can be trained on")
+    return found, files.digest(content)
+
+
+def _arm(context: Context, config: AuditConfig, arm: str, chosen: list[int]) -> list[tuple[int, list[int]]]:
+    """(seed, rows) of each training run of an arm."""
+    pool, seeds = context.pool, range(config.seed, config.seed + config.seeds)
+    if arm == SELECTED:
+        return [(seed, chosen) for seed in seeds]
+    if arm == "full":
+        return [(config.seed, np.flatnonzero(pool.usable).tolist())]
+    reference = Selection(torch.tensor(chosen))
+    budget = str(len(chosen))
+    if arm in ("random", "random-length"):
+        name = arm.replace("-", "_")
+        drawn = [
+            select(name, methods.candidates(pool), budget, seed=derive_seed(seed, "audit", arm), reference=reference)
+            for seed in seeds
+        ]
+        return [(seed, found.indices.tolist()) for seed, found in zip(seeds, drawn, strict=True)]
+    candidates = methods.candidates(pool, methods.SCORERS[arm](context))
+    best = select("top_k", candidates, budget).indices.tolist()
+    return [(seed, best) for seed in seeds]
+
+
+def _train_and_measure(
+    config: AuditConfig,
+    loaded: models.LoadedModel,
+    pool: Rows,
+    test: Rows,
+    rows: list[int],
+    arm: str,
+    seed: int,
+    label: str,
+) -> dict[str, Any]:
+    """Held-out loss after training on `rows`; adapters and losses are kept under the hash of all that makes them."""
+    assert config.lora is not None
+    recipe = config.training if arm != "full" else one_pass(config.training)
+    folder, measured = _kept(config, loaded, pool, test, rows, recipe, seed)
+    if measured.is_file():
+        with suppress(sealed.Damaged):  # or of a version without seals: measured again
+            return sealed.read_json(measured)
+    train_adapter(loaded, pool, rows, recipe, config.lora, folder / "adapter", seed=seed, label=label)
+    module = models.load_adapter(loaded.model, folder / "adapter")
+    try:
+        found = evaluation.losses(module, test, token_budget=2048, label=f"losses, {label}")
+    finally:
+        models.unload(module)
+    trained = int(pool.scan.tokens[rows].sum()) * recipe.epochs
+    result = {"loss": found["loss"], "tokens": found["tokens"], "rows": len(rows), "trained_tokens": trained}
+    sealed.write_json(measured, result)
+    return result
+
+
+def _kept(
+    config: AuditConfig,
+    loaded: models.LoadedModel,
+    pool: Rows,
+    test: Rows,
+    rows: list[int],
+    recipe: TrainingConfig,
+    seed: int,
+) -> tuple[Path, Path]:
+    """The folder of an arm's adapter, and the file of its losses: named for all that makes them."""
+    assert config.lora is not None
+    made_of = {
+        "model": dict(loaded.digests),
+        "lora": config.lora.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json"),
+        "seed": seed,
+        "rows": [pool.keys[i] for i in rows],
+    }
+    folder = (config.arms or config.out / "arms") / files.digest(files.json_bytes(made_of))[:16]
+    tested = [test.keys[i] for i in np.flatnonzero(test.usable).tolist()]  # content, not files: other templates differ
+    return folder, folder / f"losses-{files.digest(files.json_bytes(tested))[:16]}.json"
+
+
+def _label(place: int, runs: int, arm: str, seed: int) -> str:
+    return f"{place} of {runs}: {arm}, seed {seed}"
+
+
+def _planned(context: Context, config: AuditConfig, chosen: list[int]) -> list[tuple[str, int, list[int]]]:
+    """(arm, seed, rows) as far as no score is needed: of an arm that is scored the rows stand for as many others."""
+    plan = []
+    for arm in (SELECTED, *config.against):
+        if arm in ("tfidf", "rds", "loss"):
+            plan += [(arm, seed, chosen) for seed in range(config.seed, config.seed + config.seeds)]
+        else:
+            plan += [(arm, seed, rows) for seed, rows in _arm(context, config, arm, chosen)]
+    return plan
+
+
+def _estimate(
+    config: AuditConfig,
+    loaded: models.LoadedModel,
+    context: Context,
+    test: Rows,
+    plan: list[tuple[str, int, list[int]]],
+    scored: bool = False,
+) -> cost.Estimate:
+    """What the audit will take: runs and losses that are not there yet, and scores unless they are `scored`."""
+    pool = context.pool
+    with cost.as_trained(loaded.model, config.lora) as module:
+        found = cost.probe(module, int(np.median(pool.scan.tokens[pool.usable])))
+        rule = cost.recipe_of(config.training, module)
+    tested = test.tokens()
+    losses = found.seconds(tested, max(1, tested // 2048), gradient=False)
+    parts, tokens, done = {f"losses, {BASE}": losses}, tested, 0
+    wanted = context.target.tokens() if context.target is not None else 0
+    for arm, whole in (("rds", pool.tokens() + wanted), ("loss", pool.tokens())):
+        if arm in config.against and not scored:
+            parts[f"scores of {arm}"] = found.seconds(whole, max(1, whole // 1024), gradient=False)
+            tokens += whole
+    for place, (arm, seed, rows) in enumerate(plan, start=1):
+        recipe = config.training if arm != "full" else one_pass(config.training)
+        label = _label(place, len(plan), arm, seed)
+        folder, measured = _kept(config, loaded, pool, test, rows, recipe, seed)
+        if measured.is_file() and (scored or arm not in ("tfidf", "rds", "loss")):
+            done += 1
+            continue
+        lengths = pool.scan.tokens[rows].tolist()
+        if not trainer.is_complete(folder / "adapter"):
+            parts[label] = cost.training(found, rule, recipe, lengths)
+            tokens += sum(lengths) * recipe.epochs
+        parts[f"losses, {label}"] = losses
+        tokens += tested
+    return cost.Estimate(
+        parts=parts,
+        tokens=tokens,
+        memory=cost.memory(found, rule.state, config.training.micro_tokens),
+        disk=(len(plan) - done) * (found.trainable * found.width + cost.ADAPTER_BYTES),
+        done=f"{done} of {len(plan)} training runs are done" if done else "",
+        based_on=f"{len(plan)} training runs; {found.text()}",
+    )
+
+
+def one_pass(recipe: TrainingConfig) -> TrainingConfig:
+    """The recipe of the whole pool: one epoch, whatever the other arms have; the table says so."""
+    return recipe.model_copy(update={"epochs": 1})
+
+
+def summarise(base: dict[str, Any], results: list[dict[str, Any]], config: AuditConfig) -> dict[str, Any]:
+    """The audit's table: mean held-out loss of each arm with its interval over seeds, and a verdict in words."""
+    by_arm: dict[str, list[float]] = {}
+    for result in results:
+        by_arm.setdefault(result["arm"], []).append(float(result["loss"]))
+    ours = by_arm[SELECTED]
+    table = [
+        {
+            "arm": BASE,
+            "mean": base["loss"],
+            "low": None,
+            "high": None,
+            "n": 1,
+            "delta_vs_selected": base["loss"] - evaluation.interval(ours)[0],
+        }
+    ]
+    for arm, values in by_arm.items():
+        mean, low, high = evaluation.interval(values)
+        table.append(
+            {
+                "arm": arm,
+                "mean": mean,
+                "low": low,
+                "high": high,
+                "n": len(values),
+                "delta_vs_selected": mean - evaluation.interval(ours)[0],
+            }
+        )
+    return {
+        "metric": "held-out loss",
+        "test_rows": base["rows"],
+        "test_tokens": base["tokens"],
+        "rows": results,
+        "table": table,
+        "verdict": verdict(by_arm),
+        "recipe": config.training.model_dump(mode="json"),
+    }
+
+
+def verdict(by_arm: dict[str, list[float]]) -> str:
+    """One plain sentence per baseline: better, worse, or not told apart by these seeds.
+
+    Runs of equal seed are compared. Fewer than three such pairs tell nothing apart, whatever their interval says.
+    """
+    ours = by_arm[SELECTED]
+    said = []
+    for arm, theirs in by_arm.items():
+        if arm == SELECTED:
+            continue
+        paired = [b - a for a, b in zip(ours, theirs, strict=False)]
+        mean, low, high = evaluation.interval(paired)
+        name = "the whole pool in one epoch" if arm == "full" else arm
+        word = "below" if mean > 0 else "above"
+        if len(paired) < 2 or low is None or high is None:
+            said.append(f"{abs(mean):.4f} {word} {name} (one seed: no interval)")
+        elif len(paired) < FEWEST_RUNS:
+            said.append(f"{abs(mean):.4f} {word} {name} on average ({len(paired)} seeds: too few to tell them apart)")
+        elif low > 0:
+            said.append(f"better than {name} by {mean:.4f} (95 % {low:.4f} to {high:.4f}, {len(paired)} seeds)")
+        elif high < 0:
+            said.append(f"WORSE than {name} by {-mean:.4f} (95 % {-high:.4f} to {-low:.4f}, {len(paired)} seeds)")
+        else:
+            said.append(
+                f"not told apart from {name}: {abs(mean):.4f} {word}, 95 % {low:.4f} to {high:.4f}, {len(paired)} seeds"
+            )
+    return "The selection is " + "; ".join(said) + "." if said else "No baseline was asked for."
+
+
+def print_table(audit: dict[str, Any], console: Console) -> None:
+    """The audit at 80 columns, on stdout."""
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"held-out loss, {audit['test_rows']} rows, {audit['test_tokens']:,} tokens"
+    )
+    table.add_column("trained on")
+    for name in ("mean", "95 % interval", "seeds", "minus selected"):
+        table.add_column(name, justify="right")
+    for arm in sorted(audit["table"], key=lambda a: a["mean"]):
+        spread = "" if arm["low"] is None else f"{arm['low']:.4f} to {arm['high']:.4f}"
+        delta = "" if arm["arm"] == SELECTED else f"{arm['delta_vs_selected']:+.4f}"
+        style = "bold" if arm["arm"] == SELECTED else None
+        table.add_row(
+            "full (1 epoch)" if arm["arm"] == "full" else arm["arm"],
+            f"{arm['mean']:.4f}",
+            spread,
+            str(arm["n"]),
+            delta,
+            style=style,
+        )
+    console.print(table)
+    if audit.get("leaked"):
+        console.print(f"LEAKED: {audit['leaked']}.", style="bold red", highlight=False, markup=False)
+    console.print(audit["verdict"], soft_wrap=False, highlight=False)

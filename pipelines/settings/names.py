@@ -1,0 +1,59 @@
+"""The names in the tables of optimizers, schedules, ..., read from the tables' source: torch is not imported for it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from datatools import UsageError
+
+_ROOT = Path(__file__).resolve().parents[2]
+TABLES: dict[str, tuple[str, str]] = {
+    "optimizer": ("optim/rules/__init__.py", ""),
+    "schedule": ("optim/schedules.py", "SCHEDULES"),
+    "projector": ("datatools/projectors/__init__.py", "PROJECTORS"),
+    "aggregation": ("datatools/less/influence.py", "AGGREGATIONS"),
+}
+"""What is named -> the file, and the dictionary in it whose keys are the names; without one, the names are those of the
+modules that it imports."""
+
+
+@cache
+def known(kind: str) -> tuple[str, ...]:
+    """The names of one table, in its order; none where the source is not there to be read."""
+    file, table = TABLES[kind]
+    try:
+        tree = ast.parse((_ROOT / file).read_text(encoding="utf-8"))
+    except OSError:
+        return ()
+    if not table:
+        return tuple(str(node.module).rpartition(".")[2] for node in tree.body if isinstance(node, ast.ImportFrom))
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == table:
+            keys = node.value.keys if isinstance(node.value, ast.Dict) else []
+            return tuple(key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
+    return ()
+
+
+def check(kind: str, name: str, setting: str) -> None:
+    """Refuse a name that is in no table, in the words of the table's own package. Raises: UsageError."""
+    names = known(kind)
+    if not names or name in names:
+        return
+    words = _unknown()
+    if kind == "optimizer":
+        raise UsageError(f"{setting}: no optimizer is called {name!r}{words.instead_of(name, names)}")
+    raise UsageError(f"{setting}: no {kind} is called {name!r}{words.did_you_mean(name, names)}")
+
+
+@cache
+def _unknown() -> Any:
+    """`optim.unknown`, read as a file: importing it from its package would import torch."""
+    spec = importlib.util.spec_from_file_location("_optim_unknown", _ROOT / "optim" / "unknown.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,29 @@
+"""`report_to`: where the numbers of a training run go while it lasts. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from datatools import EnvironmentProblem, UsageError
+from pipelines.settings.config import TrainConfig
+
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+"""What transformers' callback of that name imports, any of them."""
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse a tracker that is not installed, and settings of a validation without its rows.
+
+    Raises: EnvironmentProblem, UsageError.
+    """
+    if not config.eval_data:
+        for name, value in (("eval_every", config.eval_every), ("patience", config.patience)):
+            if value is not None:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} {value}: nothing to evaluate on; name held-out rows with --eval-data")
+    packages = PACKAGES.get(config.report_to, ())
+    if packages and not any(find_spec(package) for package in packages):
+        raise EnvironmentProblem(
+            f"--report-to {config.report_to}: {packages[0]} is not installed; pip install {packages[0]}, or leave the "
+            "flag out (metrics.jsonl and report.html have the same numbers)"
+        )

@@ -1,0 +1,86 @@
+"""What a file may not decide: whether code is run, and where a command writes.
+
+A run folder may come from somebody else. What its run.yaml names is read as data (models, rows, checkpoints, also from
+elsewhere: reading runs no code). Two things need a flag of the command that is typed now:
+
+- Python code that comes with a model (`trust_remote_code`), from any YAML file;
+- folders to write to that lie outside the run's folder, and flags such as `overwrite`, from a run's own run.yaml.
+
+Links inside a run folder are refused (`run_files.refuse_special`). Pickles are never loaded, and no flag changes that.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datatools import UsageError
+from pipelines.settings import redaction
+from pipelines.settings.config import Settings
+
+CODE, PLACES = "code", "places"
+TYPED = "command line"
+"""The origin of what was given as a flag; `--set NAME` is that of the other way to type a setting."""
+
+
+def check(config: Settings, origins: Mapping[str, str], wanted: Sequence[str] = (CODE, PLACES)) -> None:
+    """Refuse what only the command line may say. origins: dotted name -> the file or flag that a setting came from.
+
+    Raises: UsageError naming the file, the setting, and the flag that allows it.
+    """
+    read = [(name, field, value, _origin(origins, name)) for name, field, value in _leaves(config)]
+    read = [part for part in read if part[3] not in ("", TYPED) and not part[3].startswith("--set ")]
+    for name, _, value, origin in read if wanted else ():
+        if redaction.hidden(value):
+            raise UsageError(
+                f"{origin}: {name} held a secret, which a run does not write down (it says {redaction.HIDDEN}); give "
+                f"the setting again, by its flag or with --set {name}=..."
+            )
+    for name, _, value, origin in read if CODE in wanted else ():
+        if name.endswith("trust_remote_code") and value is True:
+            raise UsageError(
+                f"{origin}: asks to run Python code that comes with the model ({name}: true), and a file cannot allow "
+                "that; if you trust that code, add --trust-remote-code to this command"
+            )
+    for name, field, value, origin in read if PLACES in wanted else ():
+        if not _is_record(Path(origin)):
+            continue
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        if extra.get("volatile") and value != field.default:
+            raise UsageError(f"{origin}: sets {name}, which only a flag of this command can; remove it from the file")
+        if extra.get("elsewhere") and value is not None and not within(Path(str(value)), Path(origin).parent):
+            flag = "--out DIR" if name == "out" else f"--set {name}=DIR"
+            raise UsageError(
+                f"{origin}: says {name}: {value}, which is not inside of its own folder, and a run's file does not "
+                f"decide where else to write; say where with {flag}"
+            )
+
+
+def within(path: Path, folder: Path) -> bool:
+    """Whether `path`, all links followed, lies in `folder`."""
+    return path.expanduser().resolve().is_relative_to(folder.resolve())
+
+
+def _is_record(path: Path) -> bool:
+    """Whether the file belongs to a run, rather than being settings that somebody wrote to be used."""
+    return path.name == "run.yaml" or (path.parent / "provenance.json").is_file()
+
+
+def _origin(origins: Mapping[str, str], name: str) -> str:
+    """Where a setting, or the mapping that holds it, came from; "" is a default."""
+    while name:
+        if name in origins:
+            return origins[name]
+        name = name.rpartition(".")[0]
+    return ""
+
+
+def _leaves(config: Settings, prefix: str = "") -> Iterator[tuple[str, Any, object]]:
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Settings):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field, value

@@ -1,0 +1,265 @@
+"""What a run costs before it runs: one pass of its own model over made-up tokens, times what there is to do.
+
+The same figures make a dry run's answer and the time left that a run shows. A gradient is taken of made-up tokens
+alone, no optimizer steps, and nothing of the data goes through the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipelines.models import load as models
+from pipelines.runs.folder import Run, duration, peak_rss_bytes, say
+from pipelines.settings.config import LoraConfig, TrainingConfig
+from pipelines.texts import NBSP, size
+from pipelines.training import trainer
+
+SMALL, LARGE = 64, 512
+"""Made-up tokens of the two passes: a pass costs so much, and each of its tokens so much more."""
+
+_ENOUGH = 2.0  # seconds of the small pass from which the large one is left out
+_STEP, _SAVE, _START = 0.012, 0.15, 0.6
+"""Seconds beside the model: of a Trainer step, of a checkpoint, and of a Trainer's start (2 cores, November 2026)."""
+
+UPDATE = 0.008
+"""Seconds of a step that is a function, beside the model's (`order`; the same machine)."""
+
+CHECKPOINT_BYTES, ADAPTER_BYTES = 60_000, 18_000
+"""What lies beside weights and moments: the Trainer's state, the tokenizer and configurations."""
+
+_WRITTEN, _MOVED = 2e8, 4e9  # bytes a second: to a disk, and of weights and moments through an optimizer's step
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a pass costs: seconds = `passes` * each + `tokens` * rate, forward alone or with the gradient."""
+
+    forward: tuple[float, float]
+    gradient: tuple[float, float]
+    saved: float
+    """Bytes a token that are kept for a backward pass."""
+    trainable: int
+    """Parameters that train, and the bytes of one in a file."""
+    width: int
+    length: int
+    tokens: int
+
+    def seconds(self, tokens: float, passes: float, *, gradient: bool = True) -> float:
+        """Of so many tokens in so many passes."""
+        each, rate = self.gradient if gradient else self.forward
+        return passes * each + tokens * rate
+
+    def text(self) -> str:
+        """What the figures are based on."""
+        return f"timed on {self.tokens:,} made-up tokens in rows of {self.length}"
+
+
+def probe(module: Any, length: int, *, gradient: bool = True) -> Probe:
+    """Time passes of `module` over made-up rows of `length` tokens; its parameters and the generators stay as they are.
+
+    gradient: with respect to the parameters that require one. Cost: four passes over at most `LARGE` tokens.
+    """
+    params = [p for p in module.parameters() if p.requires_grad]
+    length = max(2, length)
+    gradient = gradient and bool(params)
+    with torch.random.fork_rng(devices=[]):
+        small, large = (made_up(module, length, tokens) for tokens in (SMALL, LARGE))
+        passes: list[Callable[[Mapping[str, Any]], Any]] = [lambda batch: _forward(module, batch)]
+        if gradient:
+            passes.append(lambda batch: _gradient(module, batch, params))
+        kept = saved(module, small) / small["input_ids"].numel() if gradient else 0.0
+        fits = [_fit(call, small, large) for call in passes]
+    width = params[0].element_size() if params else 4
+    used = large["input_ids"].numel() if fits[0][1] else small["input_ids"].numel()
+    return Probe(fits[0], fits[-1], kept, sum(p.numel() for p in params), width, length, used)
+
+
+@contextmanager
+def as_trained(model: Any, lora: LoraConfig | None) -> Iterator[Any]:
+    """`model` with fresh adapters, or with all of its weights to train; as it was afterwards."""
+    if lora is not None:
+        with torch.random.fork_rng(devices=[]):
+            module = models.add_lora(model, lora, seed=0).eval()
+        try:
+            yield module
+        finally:
+            models.unload(module)
+        return
+    before = [p.requires_grad for p in model.parameters()]
+    model.requires_grad_(True)
+    try:
+        yield model
+    finally:
+        for p, needed in zip(model.parameters(), before, strict=True):
+            p.requires_grad_(needed)
+
+
+def made_up(module: Any, length: int, tokens: int) -> dict[str, torch.Tensor]:
+    """A batch of rows of `length` tokens, drawn at random, of about so many tokens in all."""
+    length = max(2, length)
+    device = next(module.parameters()).device
+    words = int(module.get_input_embeddings().num_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, words, (max(1, tokens // length), length), generator=generator).to(device)
+    return {"input_ids": ids, "labels": ids}
+
+
+def _forward(module: Any, batch: Mapping[str, Any]) -> None:
+    with torch.inference_mode():
+        models.token_losses(module, batch)
+
+
+def _gradient(module: Any, batch: Mapping[str, Any], params: Sequence[torch.Tensor]) -> None:
+    torch.autograd.grad(models.token_losses(module, batch)[0].mean(), params, allow_unused=True)
+
+
+def _fit(
+    call: Callable[[Mapping[str, Any]], Any], small: Mapping[str, Any], large: Mapping[str, Any]
+) -> tuple[float, float]:
+    """(seconds of a pass, seconds of a token in it)."""
+    call(small)  # the first pass allocates
+    little, few = _timed(call, small), small["input_ids"].numel()
+    many = large["input_ids"].numel()
+    if little > _ENOUGH or many <= few:
+        return 0.0, little / few
+    much = _timed(call, large)
+    rate = max(0.0, (much - little) / (many - few))
+    return (max(0.0, little - rate * few), rate) if rate else (0.0, much / many)
+
+
+def _timed(call: Callable[[Mapping[str, Any]], Any], batch: Mapping[str, Any]) -> float:
+    times = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        call(batch)
+        if batch["input_ids"].is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def saved(module: Any, batch: Mapping[str, Any]) -> int:
+    """Bytes that a forward pass keeps for the backward one, weights apart."""
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.enable_grad():
+        loss = models.token_losses(module, batch)[0].mean()
+    del loss
+    return sum(kept.values())
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one recipe costs on one model, whatever the rows: seconds of an optimizer's step, bytes of its state."""
+
+    step: float
+    state: int
+
+
+def recipe_of(recipe: TrainingConfig, module: nn.Module) -> Recipe:
+    """Of the optimizer that `recipe` makes of `module`. It is not stepped: a rule for matrices is asked for the update
+    of one made-up matrix of each shape, others move their bytes.
+    """
+    optimizer = trainer.optimizer_of(recipe, module)
+    seconds, state = 0.0, 0
+    timed: dict[tuple[str, tuple[int, ...]], float] = {}
+    for group in optimizer.param_groups:
+        rule = group["rule"] if "rule" in group else getattr(optimizer, "rule", None)
+        for p in group["params"]:
+            state += 8 * p.numel()  # two float32 moments, as most rules have
+            matrix = p.dim() == 2 and rule is not None and not getattr(rule, "elementwise", True)
+            if not matrix:
+                seconds += 24 * p.numel() / _MOVED
+                continue
+            key = (type(rule).__name__, tuple(p.shape))
+            if key not in timed:
+                timed[key] = _update(rule, p)
+            seconds += timed[key]
+    return Recipe(seconds, state)
+
+
+def _update(rule: Any, param: torch.Tensor) -> float:
+    generator = torch.Generator().manual_seed(0)
+    like = 1e-2 * torch.randn(param.shape, generator=generator).to(param.device)
+    with torch.no_grad():
+        begin = time.perf_counter()
+        rule.update(like, rule.init(like), like)
+        return time.perf_counter() - begin
+
+
+def training(found: Probe, rule: Recipe, recipe: TrainingConfig, lengths: Iterable[int], saves: int = 1) -> float:
+    """Seconds of a run over rows of these lengths; `saves` checkpoints."""
+    rows = list(lengths)
+    steps = trainer.planned_steps(len(rows), recipe)
+    share = min(1.0, steps / max(1, recipe.epochs * -(-len(rows) // recipe.batch_size)))
+    tokens = sum(rows) * recipe.epochs * share
+    passes = steps * max(1.0, -(-tokens / max(1, steps) // recipe.micro_tokens))
+    if recipe.gradient == "zo":
+        each = 2 * recipe.zo.q
+        work = found.seconds(each * tokens, each * passes, gradient=False)
+    else:
+        work = found.seconds(tokens, passes)
+    saved = saves * (_SAVE + (found.trainable * found.width + rule.state) / _WRITTEN)
+    return _START + work + steps * (_STEP + rule.step) + saved
+
+
+def memory(found: Probe, state: int, micro_tokens: int) -> int:
+    """Bytes at the peak: what is held now, gradients and moments, and what a backward pass keeps."""
+    return int(peak_rss_bytes() + 4 * found.trainable + state + found.saved * micro_tokens)
+
+
+# ------------------------------------------------------------------------------------------------------------ estimate
+
+
+@dataclass
+class Estimate:
+    """What a run will take: seconds by part (the label of its progress), tokens, bytes of memory and on disk."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    memory: int = 0
+    disk: int = 0
+    done: str = ""
+    """What is done already, in words."""
+    based_on: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Of all parts."""
+        return sum(self.parts.values())
+
+    def announce(self, what: str = "cost") -> None:
+        """Say it in a line."""
+        parts = [f"{self.tokens:,} tokens through the model"] if self.tokens else []
+        parts += [f"about {duration(self.seconds)}", f"{size(self.memory)} of memory", f"{size(self.disk)} on disk"]
+        based = f" ({self.based_on})" if self.based_on else ""
+        done = f"{self.done}; left: " if self.done else ""
+        say(f"{what}: {done}{', '.join(parts)}{based}".replace(NBSP, " "))
+
+    def expect(self) -> None:
+        """Let the run's progress count down to the end of all parts."""
+        if Run.current is not None:
+            Run.current.expect(self.parts)
+
+
+def folder_bytes(*paths: Path) -> int:
+    """Of the files in these folders, for what is there already."""
+    return sum(f.stat().st_size for path in paths if path.is_dir() for f in path.rglob("*") if f.is_file())

@@ -1,0 +1,113 @@
+"""Losses of a model on rows: the mean over supervised tokens, whole and by source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from datatools import DataError, files, token_batches
+from pipelines.models import load as models
+from pipelines.rows.prepare import Rows, prepare
+from pipelines.runs.folder import progress, rank, world_size
+from pipelines.settings.config import EvaluateConfig
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """`loss` (mean over supervised tokens), `tokens` (how many), `rows`, and the same by source.
+
+    Raises: UsageError, DataError, EnvironmentProblem; DataError for a loss that is not finite.
+    """
+    loaded = models.load(config.model, merge=False)  # merged into bfloat16, a small adapter would be rounded away
+    with files.scratch_folder() as scratch:
+        rows = prepare(config.data, config.model, loaded.tokenizer, cache=scratch, label="data", limits=loaded.limits)
+        return losses(loaded.model, rows, token_budget=config.token_budget)
+
+
+def losses(model: Any, rows: Rows, *, token_budget: int, label: str = "losses") -> dict[str, Any]:
+    """What `evaluate` returns, for rows that are read and a model that is loaded."""
+    chosen = np.flatnonzero(rows.usable).tolist()
+    lengths = [int(rows.scan.tokens[i]) for i in chosen]
+    with progress(label, sum(lengths), "tokens") as bar, torch.inference_mode():
+        sums, counts = _sums(model, rows, chosen, token_budget=token_budget, advance=bar.advance)
+    if not sums.isfinite().all():
+        first = chosen[int((~sums.isfinite()).nonzero()[0])]
+        raise DataError(f"{rows.pool.where(first)}: the loss is not finite; this model cannot be evaluated on this row")
+    by_source: dict[str, list[int]] = {}
+    for place, row in enumerate(chosen):
+        by_source.setdefault(rows.pool.sources[row], []).append(place)
+    return {
+        "loss": float(sums.sum() / counts.sum()),
+        "tokens": int(counts.sum()),
+        "rows": len(chosen),
+        "bad_rows": len(rows.bad),
+        "sources": {name: _mean(sums, counts, places) for name, places in sorted(by_source.items())},
+    }
+
+
+def validation_loss(model: Any, rows: Rows, *, token_budget: int) -> float:
+    """The mean loss over the supervised tokens of `rows`; NaN or infinite where one is.
+
+    Of several processes each measures a part, and all return the same number.
+    """
+    sums, counts = _sums(model, rows, np.flatnonzero(rows.usable).tolist(), token_budget=token_budget, shared=True)
+    return float(sums.sum() / counts.sum())
+
+
+def _sums(
+    model: Any,
+    rows: Rows,
+    chosen: Sequence[int],
+    *,
+    token_budget: int,
+    advance: Callable[[int], object] = int,
+    shared: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of the losses, number of the supervised tokens) of each row, in the order of `chosen`."""
+    lengths = [int(rows.scan.tokens[i]) for i in chosen]
+    sums, counts = torch.zeros(len(chosen), dtype=torch.float64), torch.zeros(len(chosen), dtype=torch.int64)
+    groups = list(token_batches(lengths, token_budget))
+    for group in groups[rank() :: world_size()] if shared else groups:
+        values, where = models.token_losses(model, rows.batch([chosen[i] for i in group], model.device))
+        index = torch.tensor(group)
+        sums[index] = torch.zeros(len(group), dtype=torch.float64).index_add(0, where.cpu(), values.double().cpu())
+        counts[index] = torch.bincount(where.cpu(), minlength=len(group))
+        advance(sum(lengths[i] for i in group))
+    if shared and world_size() > 1:
+        both = [part.to(model.device) for part in (sums, counts)]
+        for part in both:
+            torch.distributed.all_reduce(part)
+        sums, counts = (part.cpu() for part in both)
+    return sums, counts
+
+
+def _mean(sums: torch.Tensor, counts: torch.Tensor, places: list[int]) -> Mapping[str, Any]:
+    index = torch.tensor(places)
+    return {"loss": float(sums[index].sum() / counts[index].sum()), "tokens": int(counts[index].sum())}
+
+
+# two-sided 95 % points of Student's t by degrees of freedom, 1 to 10
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def _t95(freedom: int) -> float:
+    """The two-sided 95 % point; beyond the table by the expansion of Abramowitz & Stegun 26.7.5, to three digits."""
+    if freedom <= len(_T95):
+        return _T95[freedom - 1]
+    z = 1.959964
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + first / freedom + second / freedom**2
+
+
+def interval(values: list[float]) -> tuple[float, float | None, float | None]:
+    """(mean, low, high) of a 95 % interval of the mean over seeds (Student's t); no interval for fewer than two."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return mean, None, None
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    t = _t95(n - 1)
+    return mean, mean - t * spread, mean + t * spread

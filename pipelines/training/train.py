@@ -1,0 +1,305 @@
+"""`datatools train`: a model, rows, and any optimizer of the suite -> an adapter (or a whole model)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from datatools import DataError, Order, files
+from optim.distributed import world
+from pipelines.colm import coresets
+from pipelines.models import load as models
+from pipelines.report import training_page as training_report
+from pipelines.report.drawing import draw_last
+from pipelines.rows import leakage, preflight
+from pipelines.rows.prepare import Rows, file_facts, prepare, target_data
+from pipelines.runs.folder import Run, derive_seed, progress, rank, say, warn
+from pipelines.settings import redaction, trackers
+from pipelines.settings.config import LoraConfig, RunSettings, TrainConfig, TrainingConfig
+from pipelines.training import cost, evaluation, order_recipe, trainer
+from pipelines.training.trainer import Trained
+from pipelines.training.validation import Validation
+
+S = TypeVar("S", bound=RunSettings)
+
+
+def run(config: TrainConfig) -> Path:
+    """Train, and write `adapter/` (or `model/`), `metrics.jsonl` and checkpoints to `out`; a killed run goes on.
+
+    Under `torchrun` the processes share the work of each step (`DataTrainer`), and the first of them writes.
+    Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
+    """
+    with world() as here:
+        if here.device.type == "cuda":
+            torch.cuda.set_device(here.device)
+        return _run(config)
+
+
+def _run(config: TrainConfig) -> Path:
+    preflight.contradictions(config)
+    given = recipe_of_order = None
+    if config.order is not None:
+        given, recipe_of_order = order_recipe.read(config.order)
+        config = order_recipe.adopt(config, recipe_of_order)
+    trainer.check(config.training)
+    trackers.check(config)
+    with in_scratch(config) as kept, Run(kept.out, kept, "train", overwrite=kept.overwrite) as current:
+        with current.stage("read"), trainer.lead_first():
+            tokenizer = models.load(config.model, tokenizer_only=True)
+            rows = prepare(
+                config.data,
+                config.model,
+                tokenizer.tokenizer,
+                cache=current.path("inputs"),
+                label="data",
+                folder=current.folder,
+                limits=tokenizer.limits,
+            )
+            held_out = None
+            if config.eval_data:
+                held_out = prepare(
+                    target_data(config.data, config.eval_data, config.eval_columns),
+                    config.model,
+                    tokenizer.tokenizer,
+                    cache=current.path("inputs"),
+                    label="validation",
+                    limits=tokenizer.limits,
+                )
+            facts: dict[str, Any] = {
+                "model": dict(tokenizer.digests),
+                "encoding": rows.encoder.fingerprint(),
+                "data": file_facts(rows),
+            }
+            if held_out is not None:
+                facts["validation"] = file_facts(held_out)
+            current.check(facts)  # before others look: what an accepted change makes outdated is moved away here
+        chosen = np.flatnonzero(rows.usable).tolist()
+        recipe, choose = config.training, config.coreset
+        sequence: list[list[int]] | None = None
+        if choose is not None:
+            recipe, choose = coresets.resolve(recipe, choose, len(chosen))
+            coresets.require_sources(choose, rows, chosen, key=config.data.source_key)
+        steps = trainer.planned_steps(len(chosen), recipe)
+        held = 0
+        if given is not None and config.order is not None:
+            sequence = rows_of(given, rows, str(config.order))
+            if recipe_of_order is not None:
+                order_recipe.check(config.order, recipe_of_order, rows, tokenizer.digests)
+                order_recipe.announce(config.order, recipe_of_order)
+                if (warm_up := order_recipe.warm_up_of(recipe_of_order)) is not None:
+                    held = len(warm_up)
+                    sequence = rows_of(warm_up, rows, str(config.order)) + sequence
+            steps = len(sequence)
+        leaked = None if held_out is None else _leaked(config, held_out, rows)
+        every = config.eval_every
+        if every is None:
+            every = steps if sequence is not None else math.ceil(len(chosen) / recipe.batch_size)
+        tokens = rows.tokens() * config.training.epochs
+        if sequence is None:
+            epochs = f"{tokens:,} tokens in {recipe.epochs} epochs, "
+            if steps == recipe.max_steps:
+                epochs = ""  # it stops before they are over
+            say(f"{len(chosen):,} rows, {epochs}{steps:,} optimizer steps of {recipe.batch_size:,} rows")
+        else:
+            say(f"{steps:,} optimizer steps, in the order of {config.order}")
+        if choose is not None:
+            say(f"coreset: {choose.keep:,} rows kept of {choose.large_batch:,} a step, by {choose.method}")
+        if held_out is not None:
+            times = math.ceil(steps / every)
+            say(f"validation: {int(held_out.usable.sum()):,} rows, {held_out.tokens():,} tokens, {times:,} times")
+        if config.dry_run:
+            lengths = rows.scan.tokens[chosen if sequence is None else [row for step in sequence for row in step]]
+            saves = -(-steps // config.save_steps) if config.save_steps else recipe.epochs
+            _estimate(config, recipe, lengths.tolist(), steps, saves).announce()
+            say("dry run: data and model load; nothing was trained")
+            return config.out
+        done = current.path("adapter" if config.lora is not None else "model")
+        beside = ("metrics.jsonl",) if choose is None else ("metrics.jsonl", "coreset.json")
+        # a damaged one was set aside when the run was opened: the last checkpoint knows what is in it
+        if trainer.is_sound(done) and all(current.path(name).is_file() for name in beside):
+            say(f"already trained: {done}")
+            draw_last(lambda: training_report.render_any(current.folder), saved=done)
+            return config.out
+        # all weights train, from float32 ones that are computed with in bfloat16
+        master = config.training.rounding == "master" and models.dtype_of(config.model) == torch.bfloat16
+        master = master and config.lora is None  # adapters are in float32 as they are
+        with current.stage("load model"):
+            loaded = models.load(config.model.model_copy(update={"dtype": "float32"}) if master else config.model)
+        sources = rows.pool.sources
+        if choose is not None and choose.clusters is not None:
+            with current.stage("cluster rows"):
+                sources = coresets.clusters_of(loaded.model, rows, chosen, choose.clusters, seed=config.seed)
+        with current.stage("train"), progress("training", steps, "steps") as bar:
+            module = trainable(loaded.model, config.lora, seed=config.seed)
+            if recipe_of_order is not None and config.order is not None:
+                order_recipe.check_optimizer(config.order, recipe_of_order, trainer.optimizer_of(recipe, module))
+            result = trainer.fit(
+                module,
+                rows.item,
+                chosen,
+                recipe,
+                current.path("checkpoints"),
+                seed=derive_seed(config.seed, "training"),
+                save=config.save_steps or "epoch",
+                advance=bar.advance,
+                choose=choose,
+                source_of=sources.__getitem__,
+                name_of=rows.pool.where,
+                steps=sequence,
+                held=held,
+                autocast=master,
+                validation=_validation(config, held_out, every),
+                report_to=config.report_to,
+            )
+        if rank() == 0:
+            if choose is not None:
+                facts_of_choice = coresets.facts(choose, [sources[row] for row in chosen], result.monitored)
+                files.write_json(current.path("coreset.json"), redaction.hide_all(facts_of_choice))
+            story = training_report.facts(
+                config, result, rows=len(chosen), steps=steps, held_out=held_out, leaked=leaked
+            )
+            files.write_json(current.path(training_report.FACTS), redaction.hide_all(story))
+            _save(module, rows, result, done, current)
+        say(f"{result.fell}; saved {done}")
+        if result.best is not None:
+            say(training_report.best_in_words(result, keep=config.keep_best))
+        if rank() == 0:  # last of all: whatever happens here, what was computed is saved
+            draw_last(lambda: training_report.render_any(current.folder), saved=done)
+    return config.out
+
+
+def _leaked(config: TrainConfig, held_out: Rows, rows: Rows) -> str | None:
+    """Which validation rows are also trained on, said at once: their loss shows memory."""
+    near = config.data.near_threshold if config.data.dedup == "near" else None
+    found = leakage.find(held_out, {"training data": (rows, None)}, near=near)
+    if not found:
+        return None
+    sentence = leakage.sentence(found).replace("test rows", "validation rows")
+    if rank() == 0:
+        warn(f"{sentence}: their loss will look too good")
+    return sentence
+
+
+def _validation(config: TrainConfig, held_out: Rows | None, every: int) -> Validation | None:
+    if held_out is None:
+        return None
+    loss = partial(evaluation.validation_loss, rows=held_out, token_budget=config.training.micro_tokens)
+    return Validation(loss, every, config.patience, config.keep_best)
+
+
+def _estimate(config: TrainConfig, recipe: TrainingConfig, lengths: list[int], steps: int, saves: int) -> cost.Estimate:
+    """What the run will take, timed on made-up tokens."""
+    model = models.load(config.model).model
+    with cost.as_trained(model, config.lora) as module:
+        found = cost.probe(module, int(np.median(lengths)))
+        rule = cost.recipe_of(config.training, module)
+    seconds, choose = cost.training(found, rule, recipe, lengths, saves), config.coreset
+    tokens = sum(lengths) * (recipe.epochs if config.order is None else 1)
+    if config.order is not None:
+        once = recipe.model_copy(update={"epochs": 1, "max_steps": None, "batch_size": -(-len(lengths) // steps)})
+        seconds = cost.training(found, rule, once, lengths, saves)
+    elif recipe.max_steps is not None:
+        whole = trainer.planned_steps(len(lengths), recipe.model_copy(update={"max_steps": None}))
+        tokens = tokens * steps // max(1, whole)
+    if choose is not None:  # of the large batch each row goes forward, and those that are kept train
+        keep = (choose.keep or config.training.batch_size) / recipe.batch_size
+        seconds = keep * seconds + found.seconds(tokens, steps, gradient=choose.features != "exact")
+    one = found.trainable * found.width
+    return cost.Estimate(
+        parts={"training": seconds},
+        tokens=tokens,
+        memory=cost.memory(found, rule.state, recipe.micro_tokens),
+        disk=saves * (one + rule.state + cost.CHECKPOINT_BYTES) + one + cost.ADAPTER_BYTES,
+        based_on=found.text(),
+    )
+
+
+def rows_of(order: Order, rows: Rows, name: str) -> list[list[int]]:
+    """The rows of each step of an order. Raises: DataError for an id that is not among the usable rows."""
+    index = {rows.pool.ids[row]: row for row in np.flatnonzero(rows.usable).tolist()}
+    missing = [identity for batch in order.batches for identity in batch if identity not in index]
+    if missing:
+        raise DataError(
+            f"order {name}: row {missing[0]!r} (and {len(missing) - 1} more) is not among the usable rows of the data; "
+            "train on the data that the order was made for"
+        )
+    return [[index[identity] for identity in order[step]] for step in range(len(order))]
+
+
+@contextmanager
+def in_scratch(config: S) -> Iterator[S]:
+    """`config`, and for a dry run one whose `out` is a folder that is thrown away: it must leave nothing behind."""
+    if not config.dry_run:
+        yield config
+        return
+    with files.scratch_folder() as scratch:
+        yield config.model_copy(update={"out": scratch / "run", "overwrite": False})
+
+
+def trainable(model: Any, lora: LoraConfig | None, *, seed: int) -> Any:
+    """The module whose parameters train: `model` with fresh adapters, or all of `model`."""
+    if lora is not None:
+        return models.add_lora(model, lora, seed=derive_seed(seed, "lora"))
+    return model.requires_grad_(True)
+
+
+def _save(module: Any, rows: Rows, result: Trained, done: Path, current: Run) -> None:
+    files.write_text(current.path("metrics.jsonl"), "".join(map(_line, result.entries)))
+    if result.directions:  # enough to replay the run: optim.zeroth_order
+        steps = (json.dumps(entry, sort_keys=True) + "\n" for entry in result.directions)
+        files.write_text(current.path("zeroth_order.jsonl"), "".join(steps))
+    # last: a run that is killed before it goes on from its newest checkpoint
+    _keep(done, module, rows.encoder.trained_tokenizer())
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    digits = {"loss": ".6f", "eval_loss": ".6f", "learning_rate": ".8g", "grad_norm": ".6g"}
+    shown = {
+        key: float(format(value, digits[key])) if key in digits and value is not None else value
+        for key, value in entry.items()
+    }
+    return json.dumps(shown) + "\n"
+
+
+def _keep(folder: Path, *parts: Any) -> None:
+    """Save each part (`save_pretrained`) in `folder`, and mark it complete."""
+    files.remove_leftovers(files.make_folder(folder.parent))
+    with trainer.saving(folder), files.atomic_folder(folder) as fresh:
+        for part in parts:
+            part.save_pretrained(fresh)
+        trainer.mark_complete(fresh)
+
+
+def train_adapter(
+    loaded: models.LoadedModel,
+    rows: Rows,
+    chosen: Sequence[int],
+    recipe: TrainingConfig,
+    lora: LoraConfig,
+    folder: Path,
+    *,
+    seed: int,
+    label: str,
+) -> None:
+    """Train fresh adapters on `chosen` rows and save them in `folder`; does nothing where that is already done."""
+    if trainer.is_sound(folder):
+        return
+    steps = trainer.planned_steps(len(chosen), recipe)
+    module = trainable(loaded.model, lora, seed=seed)
+    try:
+        with progress(label, steps, "steps") as bar:
+            result = trainer.fit(
+                module, rows.item, list(chosen), recipe, folder, seed=derive_seed(seed, "training"), advance=bar.advance
+            )
+        _keep(folder, module)
+    finally:
+        models.unload(module)
+    say(f"{label}: {result.fell} ({result.steps} steps, {result.tokens:,} tokens)")

@@ -1,0 +1,117 @@
+"""Validation while a model trains: when it is due, which step was the best, and when to stop.
+
+Everything is read off the log history, which is part of every checkpoint: a resumed run decides as one that was never
+interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from datatools import files
+from pipelines.runs.folder import rank, warn
+
+LOSS = "eval_loss"
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Held-out rows during training.
+
+    loss: a model in evaluation mode -> its loss on them, which may be NaN.
+    every: optimizer steps from one evaluation to the next; the last step is always evaluated.
+    patience: stop after so many evaluations in a row without a new lowest loss; None never stops.
+    keep_best: the trained weights are those of the lowest loss, for which a checkpoint is kept.
+    """
+
+    loss: Callable[[nn.Module], float]
+    every: int
+    patience: int | None = None
+    keep_best: bool = True
+
+
+def evaluations(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """(step, validation loss) of each evaluation in a log history."""
+    return [(entry["step"], entry[LOSS]) for entry in history if LOSS in entry]
+
+
+def best_of(found: Sequence[tuple[int, float]]) -> tuple[int, float] | None:
+    """The first of those with the lowest loss; None where no loss is finite."""
+    finite = [one for one in found if math.isfinite(one[1])]
+    return min(finite, key=lambda one: (one[1], one[0])) if finite else None
+
+
+def over(found: Sequence[tuple[int, float]], patience: int | None) -> bool:
+    """Whether training stops: the last `patience` evaluations brought no loss below the lowest before them."""
+    if patience is None or len(found) <= patience:
+        return False
+    best = best_of(found)
+    since = found if best is None else [one for one in found if one[0] > best[0]]
+    return len(since) >= patience
+
+
+def history_of(checkpoint: Path) -> list[dict[str, Any]]:
+    """The log history that a checkpoint holds."""
+    found: list[dict[str, Any]] = json.loads(files.read_bytes(checkpoint / "trainer_state.json"))["log_history"]
+    return found
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of `checkpoint-N`."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def resume_point(valid: Sequence[Path], validation: Validation | None) -> Path | None:
+    """The newest of the valid checkpoints, of which also the best one before it is still there; None for a new run."""
+    steps = {step_of(path) for path in valid}
+    for path in reversed(valid):
+        if validation is None or not validation.keep_best:
+            return path
+        best = best_of(evaluations(history_of(path)))
+        if best is None or best[0] in steps:
+            return path
+    return None
+
+
+class Validate(TrainerCallback):  # type: ignore[misc]
+    """Asks the Trainer for evaluations, for a checkpoint of each new best one, and for the end when it is over.
+
+    regular: whether a checkpoint is saved at a step anyway; others are removed once they are not the best any more.
+    """
+
+    def __init__(self, validation: Validation, regular: Callable[[int], bool]) -> None:
+        self.validation, self.regular = validation, regular
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Evaluate at every so many steps, and at the last."""
+        if state.global_step % self.validation.every == 0 or state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save the best, and stop."""
+        found = evaluations(state.log_history)
+        if not math.isfinite(found[-1][1]):
+            warn(f"validation: the loss after step {state.global_step} is {found[-1][1]}; it is never the best")
+        best = best_of(found)
+        if self.validation.keep_best and best is not None and best[0] == state.global_step:
+            control.should_save = True
+        if over(found, self.validation.patience):
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Remove what was saved for its validation loss alone and is not the best any more."""
+        best = best_of(evaluations(state.log_history))
+        if rank() != 0 or best is None:
+            return
+        for path in Path(args.output_dir).glob("checkpoint-*"):
+            step = int(number) if (number := path.name.removeprefix("checkpoint-")).isdigit() else best[0]
+            if step < state.global_step and step != best[0] and not self.regular(step):
+                files.remove_folder(path)

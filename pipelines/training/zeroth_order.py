@@ -1,0 +1,122 @@
+"""`gradient: zo`: the source of zeroth-order gradients that a training run's settings ask for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import optim
+from datatools import DataError, UsageError
+from optim.zeroth_order import NotFinite, ZerothOrder
+from pipelines.runs.folder import derive_seed, warn
+from pipelines.settings.config import TrainingConfig
+
+_LAYER = re.compile(r"^(?P<layer>(?:.*\.)?(?:layers?|h|blocks?)\.(?P<number>\d+))(?P<part>\.[^.]+)?")
+
+
+def source_of(recipe: TrainingConfig, module: nn.Module, *, seed: int) -> ZerothOrder:
+    """The source over the parameters of `module` that train. Raises: UsageError."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    narrow = [name for name, p in named if p.dtype.itemsize < 4]
+    if narrow and recipe.zo.restore == "inplace" and recipe.zo.estimator != "forward":
+        warn(
+            f"training.zo: {narrow[0]} and others have 16 bits, where moving weights in place and back leaves an error "
+            "that a small step does not exceed; use --set training.zo.restore=copy, or --set model.dtype=float32"
+        )
+    return _source(recipe, named, module, seed)
+
+
+def _source(recipe: TrainingConfig, named: Sequence[tuple[str, Tensor]], module: nn.Module, seed: int) -> ZerothOrder:
+    settings = recipe.zo.model_dump(exclude={"blocks", "first_order_layers"})
+    names = [name for name, _ in named]
+    deep = after_layer(names, recipe.zo.first_order_layers)
+    try:
+        return ZerothOrder(
+            named,
+            module=module,
+            blocks=block_by(recipe.zo.blocks),
+            first_order=deep.__contains__ if deep else None,
+            seed=derive_seed(seed, "zeroth order"),
+            **settings,
+        )
+    except ValueError as error:
+        raise UsageError(f"training.zo: {error}") from error
+
+
+def check(recipe: TrainingConfig, optimizer: optim.Optimizer, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse settings that exclude each other, and optimizers that need more than an estimate. Raises: UsageError."""
+    for group in optimizer.param_groups:
+        if isinstance(group["rule"], optim.curvature.CurvatureRule):
+            raise UsageError(
+                f"training.optimizer {recipe.optimizer}: reads the loss's curvature, which needs back-propagation; for "
+                "gradient zo choose another, such as sgd or adamw"
+            )
+    settings = recipe.zo.model_copy(update={"first_order_layers": 0, "sparse_by": "layer"})  # these look at a model
+    if recipe.zo.conserve and recipe.zo.first_order_layers:
+        raise UsageError("training.zo: conserve compares zeroth-order steps; set first_order_layers to 0")
+    try:
+        _source(recipe.model_copy(update={"zo": settings}), list(named), nn.Module(), 0).check(optimizer)
+    except ValueError as error:
+        raise UsageError(f"training.zo: {error}") from error
+
+
+def step(
+    source: ZerothOrder,
+    optimizer: torch.optim.Optimizer,
+    parts: Sequence[Callable[[], Tensor]],
+    *,
+    taken: int,
+    rows: Sequence[int],
+) -> tuple[float, dict[str, Any]]:
+    """Step the optimizer on the sum of `parts`: (the loss where the source first looked, what replays the step).
+
+    taken: steps before this one. Raises: NotFinite for a loss or gradient that is not finite; DataError for what else
+    the source refuses.
+    """
+    source.taken = taken
+    try:
+        loss = source.step(optimizer, parts)
+    except NotFinite:
+        raise
+    except ValueError as error:
+        raise DataError(f"training: {error}; rows {rows[:5]}") from error
+    done = source.last
+    assert done is not None
+    return loss, {
+        "step": taken + 1, "seeds": done.seeds, "projected_grad": done.projected_grad, "kept": done.kept,
+    }  # fmt: skip
+
+
+def block_by(how: str) -> Callable[[str], str] | None:
+    """Parameter name -> its block: its transformer layer, or part of one; outside of layers its module."""
+    if how == "none":
+        return None
+
+    def block(name: str) -> str:
+        match = _LAYER.match(name)
+        if match is None:
+            return name.rpartition(".")[0]
+        return match["layer"] + ((match["part"] or "") if how == "module" else "")
+
+    return block
+
+
+def after_layer(names: Sequence[str], layers: int) -> set[str]:
+    """The parameters of the last `layers` layers and of what comes after them. Raises: UsageError for too many."""
+    if not layers:
+        return set()
+    numbers = [int(match["number"]) if (match := _LAYER.match(name)) else None for name in names]
+    present = sorted({n for n in numbers if n is not None})
+    if layers >= len(present):
+        raise UsageError(
+            f"training.zo.first_order_layers is {layers}; of the model's {len(present)} layers that train at least one "
+            "must stay for zeroth order (for all of them use gradient backprop)"
+        )
+    first = present[-layers]
+    last = max(i for i, n in enumerate(numbers) if n is not None)
+    placed = enumerate(zip(names, numbers, strict=True))
+    return {name for i, (name, n) in placed if (i > last if n is None else n >= first)}

@@ -1,0 +1,528 @@
+"""The command line: thin, quick to answer, with errors in one line and exit codes that mean something."""
+
+import importlib
+import inspect
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import typer
+
+from datatools import DataError, EnvironmentProblem, UsageError
+from pipelines.cli import app as cli
+from pipelines.cli.app import main
+from pipelines.runs import folder as runs
+from pipelines.settings.config import (
+    AuditConfig,
+    DemoConfig,
+    DiagnoseConfig,
+    EvaluateConfig,
+    ExplainConfig,
+    SelectConfig,
+    TrainConfig,
+)
+from pipelines.settings.config_files import load_config
+from tests.processes import spawn
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+COMMANDS = ["select", "train", "evaluate", "audit", "explain", "report", "demo", "doctor", "ls"]
+SELECT = ["select", "--model", "m", "--train", "a.jsonl", "--target", "d.jsonl"]
+
+
+@pytest.fixture(autouse=True)
+def quiet_world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # the files that are named here are not there, and the pipelines are not run: see test_preflight
+    monkeypatch.setattr("pipelines.rows.preflight.check", lambda config, command: None)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    yield
+    runs.set_quiet(False)
+
+
+@pytest.fixture
+def pipeline(monkeypatch):
+    """Put a function in the place of a pipeline module; the configurations that it got are in the list."""
+
+    def install(entry, function=lambda config: None):
+        name, _, attribute = entry.partition(":")
+        got = []
+
+        def run(config):
+            got.append(config)
+            return function(config)
+
+        module = types.ModuleType(name)
+        setattr(module, attribute, run)
+        monkeypatch.setitem(sys.modules, name, module)
+        return got
+
+    return install
+
+
+def launch(*arguments, code="from pipelines.cli.app import main; import sys; sys.exit(main())", **environment):
+    return spawn(code, *arguments, **environment)
+
+
+# ---------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_and_config_import_nothing_heavy(tmp_path):
+    """One process, every command's help and --print-config: torch, transformers and pandas stay away."""
+    code = f"""
+        import sys
+        from pipelines.cli.app import main
+        for command in {COMMANDS}:
+            assert main([command, "--help"]) == 0
+        assert not {{"pipelines.settings.config", "pipelines.runs.folder"}} & set(sys.modules), "help needs no settings"
+        assert main({[*SELECT, "--print-config"]}) == 0
+        assert main(["select", "--nonsense"]) == 2
+        assert main(["ls"]) == 0 and main(["ls", "methods"]) == 0
+        heavy = {{"torch", "transformers", "pandas", "numpy", "pyarrow", "sklearn", "peft"}} & set(sys.modules)
+        sys.exit(f"imported {{heavy}}" if heavy else 0)
+    """
+    process = launch(code=code)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert out.count("Usage: datatools") == len(COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["select", "--help"]])
+def test_help_answers_at_once(arguments):
+    """Under 0.5 s of processor time, the best of three: elapsed time on a busy machine says nothing."""
+    spent = []
+    for _ in range(3):
+        before = os.times()
+        process = launch(*arguments)
+        out, _ = process.communicate(timeout=60)
+        after = os.times()
+        assert process.returncode == 0 and "Usage: datatools" in out
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(spent) < 0.5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_that_parse(command, capsys, pipeline):
+    """Each example of the help is a command that is accepted as far as its settings (files are not there)."""
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Examples:" in text
+    block = text.partition("Examples:\n")[2].replace("\\\n", " ")
+    examples = [shlex.split(line) for line in block.splitlines() if line.strip()]
+    assert examples and all(words[:2] == ["datatools", command] for words in examples)
+    for name in ("select", "train", "audit", "explain", "demo"):
+        pipeline(f"pipelines.{name}:run")
+    pipeline("pipelines.training.evaluation:evaluate")
+    if command in ("select", "train", "evaluate", "audit", "explain", "demo"):
+        for words in examples:
+            code = main(words[1:])
+            error = capsys.readouterr().err
+            needs_a_file = any(word.endswith(".yaml") for word in words) or command == "audit"
+            assert code == 0 or (
+                needs_a_file and ("cannot be read" in error or "AuditConfig needs 'model'" in error)
+            ), error
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_help_fits_and_its_commands_can_be_pasted(columns, capsys, monkeypatch):
+    """No line is wider than the terminal, and no command is broken but by a backslash with nothing behind it."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in [[], *([name] for name in [*COMMANDS, "order", "diagnose"])]:
+        assert main([*command, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= columns, command
+        prose, _, examples = text.partition("Examples:\n")
+        assert all(line.count("`") % 2 == 0 for line in prose.splitlines()), command
+        if columns == 80:  # in a table
+            listed = len(re.findall(r"datatools ls [a-z]{6,}", prose)) + (command == ["ls"])
+            assert prose.count("datatools ls") == listed, command
+        whole = [line for line in examples.replace("\\\n", "").splitlines() if line]
+        assert all(line.startswith("  datatools ") and line == line.rstrip("\\ ") for line in whole), command
+        assert bool(command) == bool(whole)
+
+
+def test_paths_of_suggested_commands_may_begin_with_a_tilde(monkeypatch, tmp_path, capsys):
+    """What is printed has `~` for the home folder, in quotes that a shell does not open."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("model: m\ndata: a.jsonl\n")
+    assert main(["train", "~/run.yaml", "--print-config"]) == 0
+    assert main(["report", "~/nowhere"]) == 2
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err
+
+
+DEFAULTS = {
+    "select": (
+        SelectConfig,
+        {
+            "budget": "budget",
+            "method": "method",
+            "seed": "seed",
+            "on_bad_row": "train.on_bad_row",
+            "dedup": "train.dedup",
+            "adam_mode": "features.adam_mode",
+            "projector": "projector.name",
+            "dim": "projector.dim",
+            "chat_template": "model.chat",
+            "lora_rank": "lora.rank",
+            "optimizer": "warmup.optimizer",
+            "epochs": "warmup.epochs",
+            "learning_rate": "warmup.learning_rate",
+            "batch_size": "warmup.batch_size",
+        },
+    ),
+    "train": (
+        TrainConfig,
+        {
+            "seed": "seed",
+            "on_bad_row": "data.on_bad_row",
+            "dedup": "data.dedup",
+            "source_key": "data.source_key",
+            "chat_template": "model.chat",
+            "lora_rank": "lora.rank",
+            "optimizer": "training.optimizer",
+            "gradient": "training.gradient",
+            "schedule": "training.schedule",
+            "learning_rate": "training.learning_rate",
+            "epochs": "training.epochs",
+            "batch_size": "training.batch_size",
+            "weight_decay": "training.weight_decay",
+            "rounding": "training.rounding",
+            "report_to": "report_to",
+        },
+    ),
+    "evaluate": (
+        EvaluateConfig,
+        {"on_bad_row": "data.on_bad_row", "chat_template": "model.chat"},
+    ),
+    "audit": (AuditConfig, {"against": "against", "seeds": "seeds", "seed": "seed"}),
+    "diagnose": (
+        DiagnoseConfig,
+        {
+            "rows": "rows",
+            "seed": "seed",
+            "on_bad_row": "data.on_bad_row",
+            "chat_template": "model.chat",
+        },
+    ),
+    "explain": (ExplainConfig, {"nearest": "nearest"}),
+    "demo": (DemoConfig, {"seed": "seed"}),
+}
+
+
+@pytest.mark.parametrize("command", DEFAULTS)
+def test_defaults_shown_are_the_defaults(command):
+    model, where = DEFAULTS[command]
+    given = {
+        "model.name": "m",
+        "train.paths": "a",
+        "data.paths": "a",
+        "target": "t",
+        "selected": "s",
+        "pool.paths": "p",
+        "test.paths": "t",
+        "file": "f",
+        "line": 1,
+    }
+    config = load_config(
+        model,
+        None,
+        {k: v for k, v in given.items() if k.split(".")[0] in model.model_fields and model is not DemoConfig},
+    )
+    group = typer.main.get_command(cli.app)
+    shown = {p.name: p.show_default for p in group.commands[command].params if isinstance(p.show_default, str)}
+    assert shown.keys() == where.keys()
+    for name, path in where.items():
+        value = config
+        for part in path.split("."):
+            value = getattr(value, part)
+        assert shown[name] == (",".join(value) if isinstance(value, list) else str(value)), name
+
+
+# ------------------------------------------------------------------------------------------------- flags to config
+
+
+def test_every_flag_of_select_reaches_its_setting(pipeline):
+    got = pipeline("pipelines.select.run:run")
+    code = main(
+        [
+            *SELECT,
+            "--train",
+            "b.jsonl",
+            "--budget",
+            "500",
+            "--out",
+            "o",
+            "--seed",
+            "3",
+            "--method",
+            "less",
+            "--on-bad-row",
+            "skip",
+            "--dedup",
+            "near",
+            "--max-per-source",
+            "0.3",
+            "--checkpoints",
+            "c1",
+            "--checkpoints",
+            "c2",
+            "--adam-mode",
+            "code",
+            "--projector",
+            "rademacher",
+            "--dim",
+            "64",
+            "--chat-template",
+            "tulu",
+            "--max-length",
+            "99",
+            "--lora-rank",
+            "4",
+            "--optimizer",
+            "muon",
+            "--learning-rate",
+            "0.1",
+            "--epochs",
+            "2",
+            "--batch-size",
+            "5",
+            "--set",
+            "features.dtype=int8",
+            "--overwrite",
+            "--accept-change",
+            "data",
+            "--dry-run",
+        ]
+    )
+    assert code == 0
+    config = got[0]
+    want = SelectConfig(
+        model={"name": "m", "chat": "tulu", "max_length": 99},
+        train={"paths": ["a.jsonl", "b.jsonl"], "on_bad_row": "skip", "dedup": "near"},
+        target=["d.jsonl"],
+        budget="500",
+        out="o",
+        seed=3,
+        max_per_source=0.3,
+        checkpoints=["c1", "c2"],
+        features={"adam_mode": "code", "dtype": "int8"},
+        projector={"name": "rademacher", "dim": 64},
+        lora={"rank": 4},
+        warmup={"optimizer": "muon", "learning_rate": 0.1, "epochs": 2, "batch_size": 5},
+        overwrite=True,
+        accept_change=["data"],
+        dry_run=True,
+    )
+    assert config == want
+
+
+def test_train_audit_evaluate_explain_demo(pipeline, capsys, tmp_path):
+    got = pipeline("pipelines.training.train:run", lambda config: config.out)
+    assert main(["train", "--model", "M", "--data", "F", "--optimizer", "lion", "--out", "o", "--lora-rank", "0"]) == 0
+    assert got[0].lora is None and got[0].training.optimizer == "lion" and capsys.readouterr().out == "o\n"
+
+    got = pipeline("pipelines.select.audit:run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.yaml").write_text("model: M\ntrain: p.jsonl\ntarget: d.jsonl\nwarmup: {learning_rate: 0.5}\n")
+    command = [
+        "audit",
+        "--selected",
+        "run/selected.jsonl",
+        "--pool",
+        "F",
+        "--test",
+        "T",
+        "--seeds",
+        "3",
+        "--against",
+        "random,random-length, tfidf,rds",
+    ]
+    assert main(command) == 0
+    assert got[0].against == ["random", "random-length", "tfidf", "rds"] and got[0].seeds == 3
+    assert got[0].model.name == "M" and got[0].training.learning_rate == 0.5 and got[0].out == Path("run/audit")
+
+    got = pipeline("pipelines.training.evaluation:evaluate", lambda config: {"loss": 1.5, "tokens": 10})
+    assert main(["evaluate", "--model", "M", "--adapter", "A", "--data", "F"]) == 0
+    assert got[0].model.adapter == Path("A") and json.loads(capsys.readouterr().out) == {"loss": 1.5, "tokens": 10}
+
+    got = pipeline("pipelines.select.explain:run", lambda config: {"not": "printed"})
+    assert main(["explain", "a:b/selected.jsonl:17"]) == 0
+    assert (got[0].file, got[0].line) == (Path("a:b/selected.jsonl"), 17) and capsys.readouterr().out == ""
+
+    got = pipeline("pipelines.demo:run")
+    assert main(["demo", "--set", "seeds=0"]) == 0 and got[0].seeds == 0
+
+
+def test_evaluate_keeps_stdout_clean(pipeline, capsys):
+    def noisy(config):
+        print("a library says hello")
+        return {"loss": 2.0, "tokens": 1}
+
+    pipeline("pipelines.training.evaluation:evaluate", noisy)
+    assert main(["evaluate", "--model", "M", "--data", "F", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == '{"loss": 2.0, "tokens": 1}\n' and "library" in captured.err
+
+
+def test_print_config_replays(pipeline, capsys, tmp_path):
+    assert main([*SELECT, "--dim", "64", "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert "# how much to select" in text
+    (tmp_path / "s.yaml").write_text(text)
+    got = pipeline("pipelines.select.run:run")
+    assert main(["select", "s.yaml"]) == 0 and main(["select", "--config", "s.yaml", "--seed", "5"]) == 0
+    assert got[0] == load_config(SelectConfig, tmp_path / "s.yaml") and got[0].projector.dim == 64 and got[1].seed == 5
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "arguments, want",
+    [
+        (["select"], "SelectConfig needs 'model'"),
+        (["select", "--modle", "m"], "No such option: --modle"),
+        (["select", "--dim", "abc"], "it was 'abc'"),
+        (["selct"], "selct"),
+        ([*SELECT, "--set", "fracton=1"], "did you mean 'warmup.fraction'?"),
+        ([*SELECT, "--method", "les"], "did you mean 'less'?"),
+        (["select", "missing.yaml"], "missing.yaml: cannot be read"),
+        (["select", "a.yaml", "--config", "b.yaml"], "two files with settings"),
+        (["explain", "selected.jsonl"], "expected FILE:LINE"),
+        (["explain", "selected.jsonl:0"], "greater than or equal to 1"),
+        (["ls", "optimisers"], "did you mean 'optimizers'?"),
+        (
+            ["audit", "--against", "randm", "--selected", "s", "--pool", "p", "--test", "t", "--model", "m"],
+            "did you mean 'random",
+        ),
+    ],
+)
+def test_usage_errors_are_one_line_and_2(arguments, want, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert want in captured.err
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (UsageError("u"), 2),
+        (DataError("d"), 3),
+        (EnvironmentProblem("e"), 4),
+        (OSError(28, "No space left on device", "f"), 4),
+        (PermissionError(13, "Permission denied", "f"), 4),
+        (MemoryError(), 4),
+    ],
+)
+def test_exit_codes(pipeline, capsys, error, code):
+    def fail(config):
+        raise error
+
+    pipeline("pipelines.select.run:run", fail)
+    assert main(SELECT) == code
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1 and "Traceback" not in text
+
+
+def test_a_bug_keeps_its_traceback(pipeline, capsys):
+    def fail(config):
+        raise RuntimeError("the bug")
+
+    pipeline("pipelines.select.run:run", fail)
+    assert main(SELECT) == 1
+    text = capsys.readouterr().err
+    assert "Traceback" in text and "the bug" in text and "Please report it" in text
+
+
+def test_errors_cannot_command_the_terminal(pipeline, capsys):
+    def fail(config):
+        raise DataError("row \x1b[2J\u202e is bad")
+
+    pipeline("pipelines.select.run:run", fail)
+    assert main(SELECT) == 3
+    assert not set(capsys.readouterr().err) & {"\x1b", "\u202e"}
+
+
+def test_the_bare_command_shows_what_there_is(capsys):
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert "doctor" in captured.out + captured.err and "Traceback" not in captured.err
+    assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("datatools")
+
+
+def test_python_m_pipelines():
+    process = subprocess.run(
+        [sys.executable, "-m", "pipelines", "--help"], capture_output=True, text=True, cwd=REPOSITORY, timeout=60
+    )
+    assert process.returncode == 0 and "Usage: datatools" in process.stdout
+
+
+# ------------------------------------------------------------------------------------------------------- interrupts
+
+_SLOW = """
+    import sys, time, types
+    from pipelines import runs
+
+    def run(config):
+        with runs.Run(config.out, config, "select"):
+            print("ready", file=sys.stderr, flush=True)
+            time.sleep(60)
+
+    module = types.ModuleType("pipelines.select.run")
+    module.run = run
+    sys.modules["pipelines.select.run"] = module
+    from pipelines.cli.app import main
+    sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    "number, code, times",
+    [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 1), (signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 2)],
+)
+def test_interrupts_end_cleanly_and_say_how_to_go_on(tmp_path, number, code, times):
+    for name in ("a.jsonl", "d.jsonl"):
+        (tmp_path / name).touch()
+    process = launch(*SELECT, "--out", "o", code=_SLOW)
+    assert process.stderr is not None
+    while "ready" not in process.stderr.readline():
+        assert process.poll() is None
+    start = time.monotonic()
+    for _ in range(times):
+        process.send_signal(number)
+    out, error = process.communicate(timeout=30)
+    assert process.returncode == code and time.monotonic() - start < 10
+    assert "Traceback" not in error and out == ""
+    assert "interrupted: finished work is kept in o; the same command continues it: datatools select --model m" in error
+    assert json.loads((tmp_path / "o/progress.json").read_text())["state"] == "interrupted"
+    assert not (tmp_path / "o/.lock").exists()
+
+
+# ------------------------------------------------------------------------------------- the real modules, as they are
+
+
+@pytest.mark.parametrize(
+    "entry, model",
+    [
+        ("select:run", SelectConfig),
+        ("train:run", TrainConfig),
+        ("audit:run", AuditConfig),
+        ("explain:run", ExplainConfig),
+        ("demo:run", DemoConfig),
+        ("evaluation:evaluate", EvaluateConfig),
+    ],
+)
+def test_pipelines_take_their_configuration(entry, model):
+    name, _, attribute = entry.partition(":")
+    function = getattr(importlib.import_module(f"pipelines.{name}"), attribute)
+    parameters = list(inspect.signature(function, eval_str=True).parameters.values())
+    assert parameters[0].annotation is model and all(p.default is not p.empty for p in parameters[1:])

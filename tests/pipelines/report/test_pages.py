@@ -1,0 +1,96 @@
+"""`datatools report DIR` draws what is there, or says what is not."""
+
+import json
+
+import pytest
+
+from datatools import DataError, UsageError, files
+from pipelines.report import pages
+from pipelines.runs.folder import Run
+from pipelines.select import run as select
+from tests.pipelines import damage
+from tests.pipelines.report.test_report import make_run, words
+
+
+def drawn(folder):
+    return words(pages.draw(folder).read_text())
+
+
+@pytest.fixture
+def audit(tmp_path):
+    """The folder of an audit."""
+    found = make_run(tmp_path, n=100)["audit"] | {"test_rows": 61, "test_tokens": 900, "recipe": {"epochs": 3}}
+    (tmp_path / "audit").mkdir()
+    files.write_json(tmp_path / "audit" / "audit.json", found)
+    return tmp_path / "audit"
+
+
+def test_folders_without_a_run_are_told_apart(tmp_path):
+    with pytest.raises(UsageError, match="no such folder"):
+        pages.draw(tmp_path / "none")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="this is a file"):
+        pages.draw(tmp_path / "file")
+    with pytest.raises(UsageError, match="run.yaml is missing"):
+        pages.draw(tmp_path)
+
+
+def test_an_audit_has_a_page_of_its_own(audit):
+    page = drawn(audit)
+    assert "Does training on the selection help?" in page and "61" in page and "random, same lengths" in page
+    assert "epochs" in page
+
+
+def test_a_run_that_failed_says_with_what(world, tmp_path):
+    with pytest.raises(DataError), Run(tmp_path / "run", world.select(tmp_path / "run"), "select") as run:
+        with run.stage("read"):
+            pass
+        raise DataError("row 7 is <b>broken</b>")
+    page = pages.draw(tmp_path / "run").read_text()
+    assert "This run failed" in page and "row 7 is &lt;b&gt;broken&lt;/b&gt;" in page and "<b>broken" not in page
+    assert "datatools select" in page and "the same command goes on" in page and "budget" in page
+
+
+def test_a_run_that_was_killed_and_one_that_runs_are_told_apart(world, tmp_path):
+    folder = tmp_path / "run"
+    with Run(folder, world.select(folder), "select"):
+        assert "This run runs now" in drawn(folder)
+        left = (folder / "progress.json").read_bytes()
+    (folder / "progress.json").write_bytes(left)  # as a kill leaves it
+    assert "was stopped before it was done" in drawn(folder)
+    for name in ("progress.json", "provenance.json", "events.jsonl"):
+        damage.check(pages.draw, folder / name, 15)
+        (folder / name).write_text("{")
+    assert "has not said how it ended" in drawn(folder)
+    files.write_bytes(folder / "run.yaml", b"\xff\xfe\x00: \x1b[31m")
+    assert "U+001B" in pages.draw(folder).read_text()
+    (folder / "run.yaml").write_text("by: hand")
+    assert "is not what the run wrote" in drawn(folder)
+
+
+@pytest.mark.parametrize("name", pages.KINDS)
+def test_a_damaged_file_is_named(tmp_path, name):
+    for content in ("{", "[]", "1", '{"rows": 3}'):
+        (tmp_path / name).write_text(content)
+        try:
+            pages.draw(tmp_path)
+        except DataError as error:
+            assert name in str(error) or "scores.parquet" in str(error) or "metrics.jsonl" in str(error)
+        else:
+            assert name == "audit.json" and content.startswith('{"'), "every part of it may be missing"
+
+
+def test_values_of_another_type_are_told(audit):
+    assert damage.check(pages.draw, audit / "audit.json", 30) < 30
+    damage.check(pages.draw, audit.parent / "summary.json", 60)
+
+
+def test_a_finished_selection_is_drawn_again(world, tmp_path):
+    run = select.run(world.select(tmp_path / "run", method="random"))
+    before = (run / "report.html").read_bytes()
+    (run / "report.html").unlink()
+    assert pages.draw(run).read_bytes() == before
+    summary = json.loads((run / "summary.json").read_text())
+    files.write_json(run / "summary.json", {**summary, "warnings": 5})
+    with pytest.raises(DataError, match=r"summary.json is damaged .*; run the same command again"):
+        pages.draw(run)

@@ -1,0 +1,59 @@
+"""Features are made of every adapter matrix, whatever peft calls it, with the numbers of one pass per row."""
+
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from datatools import per_sample_grads
+from pipelines.models import load as models
+from tests.zoo import build as zoo
+
+LLAMA, MOE = "LlamaForCausalLM", "Qwen3MoeForCausalLM"
+CASES = {
+    "head": (LLAMA, {"target_modules": ["q_proj", "lm_head"]}, None),
+    "embedding": (LLAMA, {"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
+    "dora": (LLAMA, {"target_modules": ["q_proj"], "use_dora": True}, "lora_magnitude_vector"),
+    "conv1d": ("GPT2LMHeadModel", {"target_modules": "all-linear", "fan_in_fan_out": True}, None),
+    "experts": (MOE, {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}, "lora_A"),
+    "tokens": (LLAMA, {"target_modules": ["q_proj"], "trainable_token_indices": [9, 10]}, "trainable_tokens_delta"),
+    "biases": (LLAMA, {"target_modules": ["q_proj"], "bias": "lora_only"}, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_matrix_of_an_adapter_is_seen(case):
+    name, options, slow = CASES[case]
+    model = zoo.build(name)
+    if name == MOE:
+        model.set_experts_implementation("eager")  # grouped products have no float64
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=2, **options)).double().eval()
+        for each, p in model.named_parameters():
+            if "lora_" in each:
+                torch.nn.init.normal_(p, std=0.3)
+        ids = torch.randint(9, 60, (3, 6))
+    params = {each: p for each, p in model.named_parameters() if p.requires_grad}
+    labels = ids.clone()
+    labels[:, :2], labels[1, 4:] = -100, -100
+    batch = {"input_ids": ids, "labels": labels}
+    names = models.seen_parameters(model, params, "hooks")
+    assert names == list(params)
+    want = per_sample_grads(models.row_losses, model, batch, names, method="loop")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        got = per_sample_grads(models.row_losses, model, batch, names)
+    told = [str(each.message) for each in said if "per-sample gradients" in str(each.message)]
+    assert (len(told) == 1 and slow in told[0]) if slow else not told
+    for each in names:
+        torch.testing.assert_close(got[each], want[each], rtol=1e-9, atol=1e-12)
+
+
+def test_whole_heads_beside_an_adapter_are_left_out():
+    model = get_peft_model(zoo.build(LLAMA), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    params = {each: p for each, p in model.named_parameters() if p.requires_grad}
+    assert set(params) - set(models.seen_parameters(model, params, "hooks")) == {
+        "base_model.model.lm_head.modules_to_save.default.weight"
+    }
