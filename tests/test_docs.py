@@ -394,7 +394,7 @@ def test_the_tables_of_the_packages_are_those_of_the_code():
     assert sorted(names_in(schedules.split(":")[0])) == sorted(optim.SCHEDULES)
     of = {row[0]: row[1] for row in table("datatools/README.md", "file")}
     assert sorted(names_in(of["`projectors/`"])) == sorted(PROJECTORS)
-    assert set(AGGREGATIONS) <= set(names_in(of["`scores.py`"]))
+    assert set(AGGREGATIONS) <= set(names_in(of["`less/influence.py`"]))
     assert set(ESTIMATORS) <= set(names_in(of["`orders.py`, `order/`"]))
     checks = document("pipelines/README.md").split("Checks: ", 1)[1].split("\n\n")[0]
     assert set(DIAGNOSES) <= set(names_in(checks))
@@ -407,6 +407,8 @@ def test_the_table_of_files_is_whole(package):
     assert all((REPOSITORY / package / name).exists() for name in told)
     ours = {path.name for path in (REPOSITORY / package).glob("*.py")} - {"__init__.py", "__main__.py"}
     assert sorted(ours - set(told)) == []
+    rooms = {path.parent.name for path in (REPOSITORY / package).glob("*/__init__.py")}
+    assert sorted(rooms - {name.split("/")[0] for name in told}) == []
 
 
 def test_flags_and_settings_that_are_mentioned_exist(capsys):

@@ -4,8 +4,8 @@ A file is written under a temporary name in its own folder, fsynced, renamed ove
 fsynced: after a kill or a power cut the final name shows the old bytes or the new ones, never a mixture. Temporary
 files are `.tmp-<random>`, mode 0600, and locked while their writer lives, so `remove_leftovers` can tell an abandoned
 one from one in use. Finished files are 0644 less the umask. Libraries that save a whole folder get a fresh one
-(`atomic_folder`), which is treated alike. In a run folder, finished files are sealed (`datatools.files.seals`): what is read
-there later is what was written.
+(`atomic_folder`), which is treated alike. In a run folder, finished files are sealed (`datatools.files.seals`): what
+is read there later is what was written.
 
 Nothing here follows a link to write, or waits for a pipe: a name that is taken by a link is replaced, and a folder
 inside a run folder that is a link is refused.

@@ -24,7 +24,7 @@ class Selector(Protocol):
         max_per_source: str | float | None = None,
         reference: Selection | None = None,
     ) -> Selection:
-        """Choose within `budget`, at most `max_per_source` (see `datatools.selection.candidates.fill`) of each source."""
+        """Choose within `budget`, at most `max_per_source` (see `candidates.fill`) of each source."""
 
 
 SELECTORS: Mapping[str, Selector] = {"top_k": top_k, "random": random, "random_length": random_length}

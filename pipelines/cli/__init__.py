@@ -1,5 +1,5 @@
 """The command line: flags, commands, and advice that fits the command."""
 
-from pipelines.cli.app import app, main
+from pipelines.cli.app import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

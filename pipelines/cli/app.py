@@ -82,7 +82,7 @@ def _command(name: str, *examples: str) -> Callable[[F], F]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags
-# None is "not given": defaults live in pipelines.settings.config, and `show_default` repeats them (a test compares the two).
+# None is "not given": defaults live in `settings.config`, and `show_default` repeats them (a test compares the two).
 
 _DATA, _MODEL, _METHOD, _TRAINING, _RUN = "Data", "Model", "Method", "Training", "Run"
 

@@ -4,7 +4,8 @@ A child starts in milliseconds instead of seconds, so that a test can afford to 
 are lines of JSON on stdin and stdout:
 
     {"argv": ["select", ...], "env": {}, "cwd": "/x", "kill_after": 0.7, "file_limit": 4096,
-     "die": ["pipelines.training.trainer:mark_complete", 2, "before"], "fault": {"within": "/x", "kind": "write", "nth": 3}}
+     "die": ["pipelines.training.trainer:mark_complete", 2, "before"],
+     "fault": {"within": "/", "kind": "write", "nth": 3}}
     {"code": 0, "stdout": "...", "stderr": "...", "seconds": 0.61, "rows": 120, "calls": {"write": 17}}
 
 `kill_after`: SIGKILL after so many seconds. `file_limit`: RLIMIT_FSIZE, which acts as a full disk. `die`: SIGKILL at
