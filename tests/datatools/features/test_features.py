@@ -557,7 +557,7 @@ import torch
 from tests.datatools.features.test_features import Job, plain, random_rows
 from tests.tiny import save_tiny_model
 from datatools import PROJECTORS
-from pipelines import models
+from pipelines.models import load as models
 from pipelines.settings.config import LoraConfig, ModelConfig
 
 with tempfile.TemporaryDirectory() as scratch:

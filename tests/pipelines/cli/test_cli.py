@@ -470,7 +470,7 @@ def test_python_m_pipelines():
 
 _SLOW = """
     import sys, time, types
-    from pipelines import runs
+    from pipelines.runs import folder as runs
 
     def run(config):
         with runs.Run(config.out, config, "select"):

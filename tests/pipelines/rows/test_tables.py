@@ -209,7 +209,7 @@ def test_a_batch_may_take_so_much_memory(tmp_path):
     """The operating system stops what Arrow's headers do not tell: here a text of 100 MB in a file of a few kB."""
     write("packed", tmp_path / "t", pa.record_batch([pa.array(["a" * (100 << 20)])], ["text"]))
     script = (  # in a process of its own: this one may have so much address space to spare
-        "import sys; from pathlib import Path; from pipelines import tables; "
+        "import sys; from pathlib import Path; from pipelines.rows import tables; "
         "from tests.pipelines.rows.test_tables import rows; "
         "tables._FREE = 50 << 20; rows('packed', Path(sys.argv[1]))"
     )

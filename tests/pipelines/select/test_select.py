@@ -924,7 +924,7 @@ def test_a_run_waits_for_the_one_that_fills_the_shared_features(first, world, tm
         import sys, time
         from pathlib import Path
         import pipelines.select.methods
-        from pipelines import select
+        from pipelines.select import run as select
         from pipelines.settings.config import SelectConfig
         from pipelines.settings.config_files import load_config
         here, inner = Path(sys.argv[1]), pipelines.select.methods.extract
