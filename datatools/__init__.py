@@ -5,7 +5,12 @@ Takes tensors and loss functions; knows no model class and no tokenizer. Names a
 """
 
 from importlib import import_module
+from os.path import abspath, dirname
 from typing import TYPE_CHECKING, Any
+
+from datatools.shadowed import check_packages
+
+check_packages("optim", home=dirname(dirname(abspath(__file__))), needed_by="datatools")
 
 if TYPE_CHECKING:
     from datatools import order as order

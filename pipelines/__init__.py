@@ -4,5 +4,20 @@
     from pipelines.select.run import run
     folder = run(SelectConfig(model="path/to/model", train="pool.jsonl", target="dev.jsonl", budget="5%"))
 
-Importing this package imports nothing else: `datatools --help` answers at once.
+Importing this package imports nothing else, so that `datatools --help` answers at once.
 """
+
+from importlib.util import module_from_spec, spec_from_file_location
+from os.path import abspath, dirname, join
+
+
+def _check_packages() -> None:
+    home = dirname(dirname(abspath(__file__)))
+    spec = spec_from_file_location("datatools.shadowed", join(home, "datatools", "shadowed.py"))
+    assert spec is not None and spec.loader is not None
+    shadowed = module_from_spec(spec)  # by its path: the name `datatools` may be what is hidden
+    spec.loader.exec_module(shadowed)
+    shadowed.check_packages("datatools", "optim", home=home, needed_by="pipelines")
+
+
+_check_packages()
