@@ -4,8 +4,7 @@ Every message says who, what came, what was expected and what to do; the command
 `error: ...` and leaves with `exit_code`. A bug raises anything else and keeps its traceback.
 """
 
-import difflib
-from collections.abc import Iterable
+from optim.unknown import did_you_mean as did_you_mean
 
 
 class DatatoolsError(Exception):
@@ -30,10 +29,3 @@ class EnvironmentProblem(DatatoolsError):
     """The machine cannot do it now: no space, no permission, a folder in use, too little memory, no network."""
 
     exit_code = 4
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The tail of an error about an unknown name: `; did you mean 'top_k'?`, or the list of what is known."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(names)}"

@@ -3,37 +3,30 @@
     optimizer = create("adamw", model.named_parameters(), lr=3e-4, betas=(0.9, 0.95))
     directions = UpdateMap.of(optimizer).per_sample(grads)  # name -> [batch, *shape]; no state is touched
 
-Imports torch and nothing of the other packages. The table of optimizers is in README.md.
+Imports torch and nothing of the other packages, and torch only when a name of it is first used: what needs no torch
+(`optim.unknown`) is read without it. The table of optimizers is in README.md.
 """
 
-from optim import cpu_jit, curvature, diagnostics
-from optim.create import OPTIMIZERS, RULES, check_optimizer, create, rule_from
-from optim.optimizer import Optimizer, Params
-from optim.param_groups import (
-    PAPER_RATIOS,
-    Assign,
-    Assigned,
-    Blockwise,
-    Ratios,
-    SpareNorms,
-    blockwise,
-    checked_assign,
-    divide_groups,
-    example_parameters,
-    group_table,
-    split_matrices,
-    without_decay,
-)
-from optim.roles import block_of, is_matrix
-from optim.rounding import Arrived, set_rounding
-from optim.rule import State, UpdateRule
-from optim.rules import *  # one line per optimizer, there
-from optim.rules.matrices import MatrixOptimizer
-from optim.saved import bare_name
-from optim.schedules import SCHEDULES, group_factors, schedule, schedule_options
-from optim.torch_states import to_torch_state
-from optim.unknown import did_you_mean
-from optim.update_map import Grads, UpdateMap
-from optim.wrappers.low_rank import LowRank
-from optim.wrappers.quantized import Quantized
-from optim.wrappers.stable_embedding import StableEmbedding, stable_embedding_groups
+from importlib import import_module
+from importlib.machinery import PathFinder
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from optim.api import *
+else:
+
+    def __getattr__(name):
+        """A module of the package, or a public name from `optim.api`."""
+        if name.startswith("__"):
+            raise AttributeError(f"module 'optim' has no attribute {name!r}")
+        if PathFinder.find_spec(f"optim.{name}", __path__) is not None:  # noqa: F405
+            return import_module(f"optim.{name}")
+        try:
+            found = getattr(import_module("optim.api"), name)
+        except AttributeError:
+            raise AttributeError(f"module 'optim' has no attribute {name!r}") from None
+        globals()[name] = found
+        return found
+
+    def __dir__():
+        return sorted({*globals(), *vars(import_module("optim.api"))})

@@ -21,8 +21,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from optim import OPTIMIZERS, RULES, Optimizer, create, example_parameters, group_factors, schedule
-from optim.create import check_optimizer
 from optim.curvature import CurvatureRule
+from optim.registry import check_optimizer
 from optim.schedules import schedule_options
 
 Build: TypeAlias = Callable[..., Optimizer]

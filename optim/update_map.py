@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optim import torch_states
-from optim.create import RULES, rule_from
+from optim.registry import RULES, rule_from
 from optim.rule import State, UpdateRule, moment_dtype
 from optim.rules.muon import CONVENTIONS
 from optim.saved import bare_name, check_state, expected_state, loaded_state

@@ -73,8 +73,7 @@ def _optimizers() -> Rows:
         memory = re.split(r"[,;(]| and ", _section(text, "State"))[0].strip()
         memory = re.sub(" bytes? a parameter", " B", memory)
         source = re.split(r"[;,] | \(", _section(text, "Source"))[0].rstrip(".")
-        own = rule.__module__.startswith("optim.wrappers")  # several in a module
-        called, colon, what = _first_sentence(rule if own else module).partition(": ")  # "AdamW: Adam with ..."
+        called, colon, what = _first_sentence(module).partition(": ")  # "AdamW: Adam with ..."
         elementwise = "yes" if rule.elementwise else "no"
         path = "no" if cpu_jit.supports(rule(), matrix) else "compiled"
         rows.append((name, f"{(what if colon else called).rstrip('.')} ({source})", memory, elementwise, path))

@@ -20,7 +20,6 @@ from torch import Tensor
 from datatools import files
 from datatools.errors import DataError, UsageError
 from datatools.files import sealed
-from datatools.order.estimators import gauss_newton
 from datatools.orders import check_permutation
 from optim import Optimizer, State, UpdateMap, UpdateRule, cpu_jit, curvature, rule_from
 
@@ -64,7 +63,7 @@ class Problem:
 
     batches, validation: of any kind that the loss takes, or `Parts` of such.
     hvp_method: "auto", "exact" or "difference" as in `optim.curvature.hvp`, or "gauss-newton" for products with that
-    matrix in place of the Hessian (`gauss_newton.product`).
+    matrix in place of the Hessian (`curvature.gauss_newton_product`).
     weights: of the held-out batches (numbers of tokens, say); equal unless given.
     samples: for each training batch a part of its rows, as a batch of its own, whose gradients change as the batch's do
     when parameters move (the estimator `reduced`); share: what a gradient of one costs, in gradients of a batch.
@@ -145,7 +144,10 @@ class Problem:
         losses = [partial(self.loss, leaves, part) for part in _parts(data)]
         along = [vector[name].to(p.dtype) for name, p in leaves.items()]
         if self.hvp_method == "gauss-newton":
-            products = [gauss_newton.product(loss, list(leaves.values()), along) for loss in losses]
+            try:
+                products = [curvature.gauss_newton_product(loss, list(leaves.values()), along) for loss in losses]
+            except curvature.NoCrossEntropy as error:
+                raise UsageError(f"order: {str(error).removeprefix('curvature: ')}. Use hvp_method 'auto'") from error
             return {name: torch.stack(parts).sum(0) for name, *parts in zip(leaves, *products, strict=True)}
         found = curvature.hvp(losses, list(leaves.values()), along, method=self.hvp_method)
         return {

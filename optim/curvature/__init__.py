@@ -8,18 +8,21 @@
 The rules themselves only read what `refresh` left in their state.
 """
 
-from optim.curvature.diagonals import draw, gauss_newton, hutchinson
+from optim.curvature.gauss_newton import NoCrossEntropy, gauss_newton, gauss_newton_product
+from optim.curvature.hutchinson import draw, hutchinson
+from optim.curvature.hvp import hvp
 from optim.curvature.losses import Loss, Parts, mix, private
-from optim.curvature.products import hvp
-from optim.curvature.rule import CurvatureRule, absorb, refresh
+from optim.curvature.refresh import CurvatureRule, absorb, refresh
 
 __all__ = [
     "CurvatureRule",
     "Loss",
+    "NoCrossEntropy",
     "Parts",
     "absorb",
     "draw",
     "gauss_newton",
+    "gauss_newton_product",
     "hutchinson",
     "hvp",
     "mix",

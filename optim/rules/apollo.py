@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from optim.wrappers.low_rank import LowRank, LowRankOptimizer
+from optim.rules.wrappers.low_rank import LowRank, LowRankOptimizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from optim.optimizer import Optimizer, Params
 from optim.rule import UpdateRule
 from optim.rules.lion import LionRule
-from optim.wrappers.quantized import Quantized
+from optim.rules.wrappers.quantized import Quantized
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from optim.rules.adamw import AdamWRule
 from optim.rules.adamw_8bit import AdamW8bitRule
 from optim.rules.matrices import MatrixOptimizer
 from optim.rules.muon import MuonRule
-from optim.wrappers.quantized import Quantized
+from optim.rules.wrappers.quantized import Quantized
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from optim.param_groups import without_decay
+
 Estimator = Literal["two-sided", "one-sided", "forward"]
 
 
@@ -64,22 +66,32 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _mezo_decays(name: str) -> bool:
-    return not any(part in name for part in ("bias", "layer_norm", "layernorm"))
-
-
 def decay_groups(
     named_parameters: Iterable[tuple[str, Tensor]],
     weight_decay: float,
     *,
-    decay_filter: Callable[[str], bool] = _mezo_decays,
+    decay_filter: Callable[[str], bool] | None = None,
 ) -> list[dict[str, Any]]:
-    """Two param groups, with and without weight decay; by default MeZO's rule on names.
+    """Two param groups, with and without weight decay.
 
     MeZO and the forward gradient step p <- p - lr (pg z + weight_decay p), which is this suite's decoupled decay.
+
+    Args:
+        named_parameters: (name, parameter) pairs, as `model.named_parameters()` gives them.
+        weight_decay: The weight decay of the first group; the second has none.
+        decay_filter: Whether the parameter of a name decays. By default biases and norms do not
+            (`optim.without_decay`).
+
+    Returns:
+        The groups that have parameters, to be given to an optimizer.
     """
     named = list(named_parameters)
-    groups = [([e for e in named if decay_filter(e[0]) == decayed], decayed) for decayed in (True, False)]
+    if decay_filter is None:
+        spared = without_decay(name for name, _ in named)
+        decays = {name: name not in spared for name, _ in named}
+    else:
+        decays = {name: decay_filter(name) for name, _ in named}
+    groups = [([e for e in named if decays[e[0]] == decayed], decayed) for decayed in (True, False)]
     return [{"params": part, "weight_decay": weight_decay if decayed else 0.0} for part, decayed in groups if part]
 
 

@@ -29,7 +29,7 @@ from optim import (
     rule_from,
     stable_embedding_groups,
 )
-from optim.wrappers import codebooks, quantized
+from optim.rules.wrappers import codebooks, quantized
 from tests.benchmarks.test_optimizers import llama
 from tests.optim import golden
 from tests.optim.harness import assert_close, assert_same, randn, states

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from optim import AdamW8bit
 from optim.kernels import adamw, adamw_8bit
-from optim.wrappers.codebooks import BOOKS
+from optim.rules.wrappers.codebooks import BOOKS
 from tests.kernels import assert_rounded, counted, odd_sizes, poisoned
 
 BOOKS = (BOOKS[True].values, BOOKS[False].values)

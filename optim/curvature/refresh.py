@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.curvature.diagonals import draw, gauss_newton, hutchinson
+from optim.curvature.gauss_newton import gauss_newton
+from optim.curvature.hutchinson import draw, hutchinson
 from optim.curvature.losses import Parts, mix, rank_count, refuse_sharded
 from optim.rule import State, UpdateRule, moment_dtype
 

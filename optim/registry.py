@@ -13,8 +13,8 @@ from optim.param_groups import Assign, Assigned, Blockwise, Ratios, SpareNorms, 
 from optim.rule import UpdateRule
 from optim.rules.matrices import MatrixOptimizer
 from optim.unknown import did_you_mean, instead_of
-from optim.wrappers.low_rank import LowRank
-from optim.wrappers.quantized import Quantized
+from optim.rules.wrappers.low_rank import LowRank
+from optim.rules.wrappers.quantized import Quantized
 
 RULES: dict[str, type[UpdateRule]] = {
     kind.name: kind for kind in vars(rules).values() if isinstance(kind, type) and issubclass(kind, UpdateRule)

@@ -1,0 +1,33 @@
+"""The public names of the package, which `optim` hands on at their first use."""
+
+from optim import cpu_jit, curvature, diagnostics
+from optim.optimizer import Optimizer, Params
+from optim.param_groups import (
+    PAPER_RATIOS,
+    Assign,
+    Assigned,
+    Blockwise,
+    Ratios,
+    SpareNorms,
+    blockwise,
+    checked_assign,
+    divide_groups,
+    example_parameters,
+    group_table,
+    split_matrices,
+    without_decay,
+)
+from optim.registry import OPTIMIZERS, RULES, check_optimizer, create, rule_from
+from optim.roles import block_of, is_matrix
+from optim.rounding import Arrived, set_rounding
+from optim.rule import State, UpdateRule
+from optim.rules import *  # one line per optimizer, there
+from optim.rules.matrices import MatrixOptimizer
+from optim.saved import bare_name
+from optim.schedules import SCHEDULES, group_factors, schedule, schedule_options
+from optim.torch_states import to_torch_state
+from optim.unknown import did_you_mean
+from optim.update_map import Grads, UpdateMap
+from optim.rules.wrappers.low_rank import LowRank
+from optim.rules.wrappers.quantized import Quantized
+from optim.rules.wrappers.stable_embedding import StableEmbedding, stable_embedding_groups

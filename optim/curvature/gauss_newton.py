@@ -1,0 +1,147 @@
+"""The Gauss-Newton matrix of a cross-entropy loss: its diagonal from sampled labels, and exact products with it.
+
+It is the part of the Hessian that is never negative.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from optim.curvature.losses import (
+    Parts,
+    add,
+    mean_over_ranks,
+    mix,
+    parts_of,
+    private,
+    rank_count,
+    refuse_sharded,
+    scalar,
+)
+
+
+class NoCrossEntropy(ValueError):
+    """A loss that calls no torch.nn.functional.cross_entropy, whose Gauss-Newton matrix is therefore not known."""
+
+
+class _CrossEntropies(TorchFunctionMode, ABC):
+    """While active, every call of torch.nn.functional.cross_entropy gets other arguments."""
+
+    @abstractmethod
+    def replaced(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call that are to be others, by name. given: those of the call."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not functional.cross_entropy:
+            return func(*args, **(kwargs or {}))
+        given = inspect.signature(functional.cross_entropy).bind(*args, **(kwargs or {})).arguments
+        return func(**given | self.replaced(given))
+
+
+def gauss_newton(loss_fn: Parts, params: Sequence[Tensor], *, seed: int) -> list[Tensor | None]:
+    """B g^2 for each parameter, with g the gradient of the mean loss over B labels drawn from the model's own
+    distribution: the diagonal of the Gauss-Newton matrix in expectation (Gauss-Newton-Bartlett).
+
+    Every `torch.nn.functional.cross_entropy` of the loss gets sampled labels in the place of its own; ignored ones
+    stay ignored. Source: Liu et al. 2023, arXiv 2305.14342, algorithm 2.
+    Raises: ValueError if the loss calls no cross_entropy, TypeError for sharded parameters.
+    """
+    refuse_sharded(params)
+    total: list[Tensor | None] = [None] * len(params)
+    labels = _SampledLabels(seed)
+    losses = parts_of(loss_fn)  # none on a rank that has no part of the batch
+    with private(params):
+        for part in losses:
+            with labels:
+                loss = scalar(part())
+            add(total, torch.autograd.grad(loss, list(params), allow_unused=True))
+    if losses and labels.calls == 0:
+        raise NoCrossEntropy(
+            "curvature: this loss calls no torch.nn.functional.cross_entropy, whose labels could be sampled; "
+            "make an estimate of your own and give it to curvature.absorb"
+        )
+    averaged = mean_over_ranks(total, params)
+    terms = labels.terms
+    if rank_count() > 1 and params:
+        terms = terms.to(params[0].device)  # NCCL takes no tensors of the CPU
+        dist.all_reduce(terms)
+    return [None if g is None else terms.to(g.device) * g * g for g in averaged]
+
+
+def gauss_newton_product(
+    loss: Callable[[], Tensor], params: Sequence[Tensor], vectors: Sequence[Tensor]
+) -> list[Tensor]:
+    """J^T H_z J v for each parameter: z the logits that the loss hands to cross_entropy, J = dz/dparams, and H_z the
+    Hessian of the loss in z.
+
+    The Hessian without the curvature of the model itself (Schraudolph 2002); equal to it where z is linear in the
+    parameters, and v^T G v >= 0. J v by differentiating J^T w in w, so any kernel with a second derivative will do.
+    Cost: about three gradients, and the memory of a graph of the gradient. What of the loss does not pass through
+    cross_entropy does not count.
+    Raises: NoCrossEntropy, a ValueError, for a loss that never calls torch.nn.functional.cross_entropy.
+    """
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), _Logits() as seen:
+        value = loss()
+    if not seen.logits:
+        raise NoCrossEntropy(
+            "curvature: Gauss-Newton products need a loss by torch.nn.functional.cross_entropy of logits; this one "
+            "calls none"
+        )
+    probes = [torch.zeros_like(z, requires_grad=True) for z in seen.logits]
+    pulled = torch.autograd.grad(seen.logits, params, probes, create_graph=True, allow_unused=True)
+    used = [(g, v) for g, v in zip(pulled, vectors, strict=True) if g is not None]
+    pushed = torch.autograd.grad([g for g, _ in used], probes, [v for _, v in used], retain_graph=True)
+    slopes = torch.autograd.grad(value, seen.copies, create_graph=True)
+    bent = torch.autograd.grad(slopes, seen.copies, pushed)
+    found = torch.autograd.grad(seen.logits, params, bent, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(params, found, strict=True)]
+
+
+class _SampledLabels(_CrossEntropies):
+    """While active, cross_entropy gets labels drawn from its own logits; counts the terms that are not ignored."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed, self.calls, self.terms = seed, 0, torch.zeros(())
+
+    def replaced(self, given: dict[str, Any]) -> dict[str, Any]:
+        logits, target = given["input"].detach(), given["target"]
+        spread = logits.movedim(1 if logits.ndim > 1 else 0, -1).float().softmax(-1)
+        flat = spread.reshape(-1, spread.shape[-1]).nan_to_num(nan=1.0)  # non-finite: the gradient will show it
+        generator = torch.Generator(logits.device).manual_seed(mix(self.seed, self.calls))
+        drawn = flat.new_empty(0, dtype=torch.int64)
+        if len(flat):
+            drawn = torch.multinomial(flat, 1, generator=generator)
+        labels = drawn.reshape(spread.shape[:-1])
+        if not target.is_floating_point():
+            ignored = target == given.get("ignore_index", -100)
+            labels = torch.where(ignored, target, labels)
+            self.terms = self.terms + (~ignored).sum().cpu()
+        else:
+            self.terms = self.terms + labels.numel()
+        self.calls += 1
+        return {"target": labels, "label_smoothing": 0.0}
+
+
+class _Logits(_CrossEntropies):
+    """While active, cross_entropy reads copies (`copies`) of its `logits`: loss and model are two graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits: list[Tensor] = []
+        self.copies: list[Tensor] = []
+
+    def replaced(self, given: dict[str, Any]) -> dict[str, Any]:
+        self.logits.append(given["input"])
+        self.copies.append(given["input"].detach().requires_grad_())
+        return {"input": self.copies[-1]}
