@@ -23,11 +23,11 @@ from optim.rounding import Arrived, set_rounding
 from optim.rule import State, UpdateRule
 from optim.rules import *  # one line per optimizer, there
 from optim.rules.matrices import MatrixOptimizer
+from optim.rules.wrappers.low_rank import LowRank
+from optim.rules.wrappers.quantized import Quantized
+from optim.rules.wrappers.stable_embedding import StableEmbedding, stable_embedding_groups
 from optim.saved import bare_name
 from optim.schedules import SCHEDULES, group_factors, schedule, schedule_options
 from optim.torch_states import to_torch_state
 from optim.unknown import did_you_mean
 from optim.update_map import Grads, UpdateMap
-from optim.rules.wrappers.low_rank import LowRank
-from optim.rules.wrappers.quantized import Quantized
-from optim.rules.wrappers.stable_embedding import StableEmbedding, stable_embedding_groups

@@ -12,9 +12,9 @@ from optim.optimizer import Optimizer
 from optim.param_groups import Assign, Assigned, Blockwise, Ratios, SpareNorms, checked_assign, divide_groups
 from optim.rule import UpdateRule
 from optim.rules.matrices import MatrixOptimizer
-from optim.unknown import did_you_mean, instead_of
 from optim.rules.wrappers.low_rank import LowRank
 from optim.rules.wrappers.quantized import Quantized
+from optim.unknown import did_you_mean, instead_of
 
 RULES: dict[str, type[UpdateRule]] = {
     kind.name: kind for kind in vars(rules).values() if isinstance(kind, type) and issubclass(kind, UpdateRule)

@@ -1,6 +1,7 @@
-"""What an error says about a name that is not known: the one that is probably meant.
+"""The end of an error message about an unknown name: the name that was probably meant.
 
-Imports nothing but the standard library: the command line reads this file where torch is not imported yet.
+This module serves all three packages and imports only the standard library, because the command line needs it before
+it loads torch.
 """
 
 import difflib

@@ -4,17 +4,16 @@ A row that cannot be trained on as it stands has a reason; nothing is repaired s
 flag that is counted.
 """
 
-import difflib
 import fnmatch
 import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from datatools import UsageError
+from datatools import UsageError, did_you_mean
 from pipelines.rows.jsonl import Malformed, json_type, parse_inside, shown
 
 Message = dict[str, Any]
@@ -149,7 +148,7 @@ def check_columns(columns: Columns | None) -> dict[str, str | dict[str, str]]:
         own = {name: theirs} if isinstance(theirs, str) else theirs
         for key in own:
             if key not in COLUMNS:
-                raise UsageError(f"columns: no column is called '{key}'{_nearest(key, COLUMNS)}")
+                raise UsageError(f"columns: no column is called '{key}'{did_you_mean(key, COLUMNS)}")
         checked[name] = theirs if isinstance(theirs, str) else dict(theirs)
     return checked
 
@@ -382,7 +381,7 @@ def _turns(value: list[Any], columns: Mapping[str, str]) -> tuple[list[Message],
         lowered = role.strip().lower()
         known = ROLES | dict.fromkeys(TOOL_ROLES, "tool") | dict.fromkeys(CALL_ROLES, "assistant")
         if lowered not in known:
-            raise Malformed("unknown_role", f"{shown(role, 30)} in turn {k + 1}{_nearest(lowered, ROLES)}")
+            raise Malformed("unknown_role", f"{shown(role, 30)} in turn {k + 1}{did_you_mean(lowered, ROLES)}")
         name = known[lowered]
         if name != role:
             flags.add("role_renamed")
@@ -538,11 +537,6 @@ def _text(value: Any, what: str, k: int | None = None) -> str:
 def _first(turn: Mapping[str, Any], *names: str) -> Any:
     """The first of the columns that is not null."""
     return next((turn[name] for name in names if turn.get(name) is not None), None)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
 
 
 def _emptiness(text: str) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from datatools import UsageError
+from optim.unknown import did_you_mean, instead_of
 
 _ROOT = Path(__file__).resolve().parents[2]
 TABLES: dict[str, tuple[str, str]] = {
@@ -43,17 +42,6 @@ def check(kind: str, name: str, setting: str) -> None:
     names = known(kind)
     if not names or name in names:
         return
-    words = _unknown()
     if kind == "optimizer":
-        raise UsageError(f"{setting}: no optimizer is called {name!r}{words.instead_of(name, names)}")
-    raise UsageError(f"{setting}: no {kind} is called {name!r}{words.did_you_mean(name, names)}")
-
-
-@cache
-def _unknown() -> Any:
-    """`optim.unknown`, read as a file: importing it from its package would import torch."""
-    spec = importlib.util.spec_from_file_location("_optim_unknown", _ROOT / "optim" / "unknown.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        raise UsageError(f"{setting}: no optimizer is called {name!r}{instead_of(name, names)}")
+    raise UsageError(f"{setting}: no {kind} is called {name!r}{did_you_mean(name, names)}")

@@ -19,10 +19,10 @@ from optim.kernels.philox import random_words
 from optim.rule import State, UpdateRule, moment_dtype
 from optim.rules.adamw import AdamWRule
 from optim.rules.conda import CondaRule
-from optim.sharding import is_sharded
 from optim.rules.wrappers.codebooks import BOOKS, VALUES, take
 from optim.rules.wrappers.low_rank import LowRank
 from optim.rules.wrappers.pieces import WithoutMemory, flat_part
+from optim.sharding import is_sharded
 
 CHUNK = 1 << 17
 """Elements that a step holds decoded at a time (rounded to whole blocks), under elementwise rules."""
