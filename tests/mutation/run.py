@@ -46,14 +46,14 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "datatools/order/estimators/pairwise.py": ("tests/datatools/order/test_pairwise.py",
     "tests/datatools/order/test_oracles.py",
                                     "tests/datatools/order/test_estimators.py"),
-    "optim/optimizer.py": ("tests/optim/test_rule.py", "tests/optim/test_update_map.py", "tests/optim/test_create.py",
-                           "tests/optim/test_spam.py", "tests/optim/test_blocks.py",
+    "optim/optimizer.py": ("tests/optim/test_rule.py", "tests/optim/test_update_map.py", "tests/optim/test_registry.py",
+                           "tests/optim/rules/test_spam.py", "tests/optim/rules/test_blocks.py",
                            "tests/optim/test_battery.py"),
-    "optim/param_groups.py": ("tests/optim/test_param_groups.py", "tests/optim/test_create.py",
-                              "tests/optim/test_blocks.py", "tests/optim/test_matrices.py"),
+    "optim/param_groups.py": ("tests/optim/test_param_groups.py", "tests/optim/test_registry.py",
+                              "tests/optim/rules/test_blocks.py", "tests/optim/rules/test_matrices.py"),
     **dict.fromkeys(
         ("optim/roles/names.py", "optim/roles/kinds.py", "optim/roles/layouts.py", "optim/roles/blocks.py"),
-        ("tests/optim/test_roles.py", "tests/optim/test_param_groups.py", "tests/optim/test_matrices.py"),
+        ("tests/optim/roles/test_roles.py", "tests/optim/test_param_groups.py", "tests/optim/rules/test_matrices.py"),
     ),
 }  # fmt: skip
 """A module -> the files of its tests, the quickest first."""
