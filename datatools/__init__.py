@@ -37,12 +37,14 @@ if TYPE_CHECKING:
     from datatools.gradients import per_sample_grads as per_sample_grads
     from datatools.gradients import token_batches as token_batches
     from datatools.gradients import visit_per_sample_grads as visit_per_sample_grads
-    from datatools.less.influence import AGGREGATIONS as AGGREGATIONS
-    from datatools.less.influence import aggregate as aggregate
+    from datatools.less.aggregate import AGGREGATIONS as AGGREGATIONS
+    from datatools.less.aggregate import aggregate as aggregate
+    from datatools.less.aggregate import subtask_means as subtask_means
     from datatools.less.influence import influence as influence
     from datatools.less.influence import influence_paper as influence_paper
-    from datatools.less.influence import subtask_means as subtask_means
     from datatools.less.influence import subtask_targets as subtask_targets
+    from datatools.less.less import LessScores as LessScores
+    from datatools.less.less import less_scores as less_scores
     from datatools.memory import keep_pages as keep_pages
     from datatools.orders import Order as Order
     from datatools.projectors import PROJECTORS as PROJECTORS
@@ -82,12 +84,14 @@ _EXPORTS = {
     "Order": "datatools.orders",
     "PROJECTORS": "datatools.projectors",
     "Projector": "datatools.projectors",
-    "AGGREGATIONS": "datatools.less.influence",
-    "aggregate": "datatools.less.influence",
+    "AGGREGATIONS": "datatools.less.aggregate",
+    "aggregate": "datatools.less.aggregate",
     "influence": "datatools.less.influence",
     "influence_paper": "datatools.less.influence",
-    "subtask_means": "datatools.less.influence",
+    "subtask_means": "datatools.less.aggregate",
     "subtask_targets": "datatools.less.influence",
+    "LessScores": "datatools.less.less",
+    "less_scores": "datatools.less.less",
     "Budget": "datatools.selection.budget",
     "Candidates": "datatools.selection.candidates",
     "Selection": "datatools.selection.candidates",

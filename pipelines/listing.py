@@ -89,13 +89,13 @@ def _projectors() -> Rows:
 def _selectors() -> Rows:
     from datatools import SELECTORS
 
-    return _described(SELECTORS)
+    return _described({name: selector.choose for name, selector in SELECTORS.items()})
 
 
 def _aggregations() -> Rows:
     from datatools import AGGREGATIONS
 
-    return _described(AGGREGATIONS)
+    return _described({name: aggregation.function for name, aggregation in AGGREGATIONS.items()})
 
 
 def _schedules() -> Rows:

@@ -1,4 +1,4 @@
-"""How much to select, as the user writes it. Light: reading a budget costs no torch."""
+"""How much to select, as the user writes it. Reading a budget does not import torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BUDGET_ADVICE = "write a share ('5%'), a number of rows ('500') or of tokens ('
 
 @dataclass(frozen=True)
 class Limit:
-    """A budget for a given pool: so many `rows`, or so many `tokens`; the other is None."""
+    """A budget for a given pool: a number of `rows` or of `tokens`; the other is None."""
 
     rows: int | None = None
     tokens: int | None = None
@@ -38,8 +38,12 @@ class Budget:
     def parse(cls, budget: str | int | float) -> Budget:
         """Read "5%", "500", "500 rows", "2k", "20000 tokens" or "2M tokens" (k, M, B: thousand, million, billion).
 
-        Raises: UsageError for anything else, for nothing or less, for more than 100 %, and for "0.05", which may be
-        meant as a share or be a slip of the pen.
+        Raises:
+            UsageError: for anything else, for zero or less, for more than 100 %, and for "0.05", which may be meant as
+                a share or be a typing error.
+
+        >>> Budget.parse("2M tokens").tokens, Budget.parse("5%").share, Budget.parse(500).rows
+        (2000000, 0.05, 500)
         """
         text = str(budget).strip()
         match = _BUDGET.fullmatch(text.lower()) if len(text) <= 40 else None
@@ -65,9 +69,11 @@ class Budget:
     def resolve(self, candidates: Candidates) -> Limit:
         """The limit for this pool.
 
-        A share p of a pool of n rows is floor(p n + 1e-9) rows, n counting ineligible rows too, but never more than
-        there are eligible rows.
-        Raises: UsageError when nothing can be chosen or more is asked for than there is.
+        A share p of a pool of n rows is floor(p n + 1e-9) rows, where n counts ineligible rows too, but never more
+        than the eligible rows.
+
+        Raises:
+            UsageError: when nothing can be chosen or when the pool holds less than is asked for.
         """
         n, able = len(candidates), int(candidates.eligible.sum())
         if able == 0:

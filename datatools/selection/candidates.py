@@ -1,9 +1,7 @@
-"""What a selector gets (`Candidates`, `Budget`) and what it gives back (`Selection`)."""
+"""What a selector receives (`Candidates`) and what it returns (`Selection`)."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datatools.errors import DataError, UsageError
-from datatools.selection.budget import Budget as Budget
 
 Array = Tensor | NDArray[Any] | Sequence[float] | Sequence[bool]
 _ONES = torch.ones(0)
@@ -25,10 +22,18 @@ _ONES = torch.ones(0)
 class Selection:
     """The chosen rows, best first.
 
-    indices: int64 [k], positions in the pool, each at most once.
-    weights: float32 [k], how much each row counts in training; 1 unless a selector says otherwise.
-    scores: float32 [n], the scores of the whole pool, if there were any.
-    why: [k], one sentence a row.
+    Attributes:
+        indices: int64 [k], positions in the pool, each at most once.
+        weights: float32 [k], how much each row counts in training; 1 unless a selector says otherwise.
+        scores: float32 [n], the scores of the whole pool, if there were any.
+        why: [k], one sentence per row.
+
+    Raises:
+        ValueError: for indices of another type or shape, for repeated ones, and for weights or sentences that are not
+            equally many.
+
+    >>> len(Selection(torch.tensor([7, 2]))), Selection(torch.tensor([7, 2])).weights.tolist()
+    (2, [1.0, 1.0])
     """
 
     indices: Tensor
@@ -59,15 +64,24 @@ class Selection:
 class Candidates:
     """The rows that a selector may choose from, as columns of equal length n.
 
-    keys: a content hash a row. Ties are broken by it, so that the order of the input files never changes the choice.
-    scores: float32 [n], higher is better; needed by `top_k`. Finite wherever `eligible`.
-    sources: [n], for per-source caps; "" when not given.
-    tokens: int64 [n], all tokens of the row; needed by token budgets.
-    supervised: int64 [n], tokens with a loss; needed by `random_length`.
-    eligible: bool [n], rows that may be chosen at all (not a duplicate, not non-finite, ...); all when not given.
+    Args:
+        keys: a content hash per row. Ties are broken by it, so that the order of the input files never changes the
+            choice.
+        scores: float32 [n], higher is better; needed by `top_k`. Finite wherever `eligible`.
+        sources: [n], for caps per source; "" when not given.
+        tokens: int64 [n], all tokens of the row; needed by token budgets.
+        supervised: int64 [n], tokens with a loss; needed by `random_length`.
+        eligible: bool [n], rows that may be chosen at all (not a duplicate, not non-finite, ...); all when not given.
 
-    Arguments may be tensors, numpy arrays or lists; they are not written to.
-    Raises: ValueError for columns of unequal length, DataError for non-finite scores of eligible rows.
+    Columns may be tensors, numpy arrays or lists; they are not written to.
+
+    Raises:
+        ValueError: for columns of unequal length.
+        DataError: for scores of eligible rows that are not finite.
+
+    >>> pool = Candidates(keys=["a", "b", "c"], scores=[0.1, 0.9, 0.5], eligible=[True, True, False])
+    >>> len(pool), int(pool.eligible.sum())
+    (3, 2)
     """
 
     def __init__(
@@ -91,7 +105,7 @@ class Candidates:
             value = getattr(self, name)
             if value is not None and len(value) != n:
                 raise ValueError(
-                    f"Candidates: {n} keys but {len(value)} {name}; every column must have one entry a row"
+                    f"Candidates: {n} keys but {len(value)} {name}; every column must have one entry per row"
                 )
         if self.scores is not None:
             require_finite(self.scores, self.keys, "scores", where=self.eligible)
@@ -101,7 +115,11 @@ class Candidates:
 
     @cached_property
     def token_sizes(self) -> NDArray[np.int64]:
-        """Tokens of each row, at least 1. Raises: UsageError if there are no token counts."""
+        """Tokens of each row, at least 1.
+
+        Raises:
+            UsageError: if there are no token counts.
+        """
         if self.tokens is None:
             raise UsageError(
                 "a token budget needs the rows' token counts, and there are none; ask for a number of rows"
@@ -117,7 +135,11 @@ class Candidates:
         return rank
 
     def order(self, descending: NDArray[Any]) -> NDArray[np.int64]:
-        """Positions of the eligible rows, by `descending` [n] from high to low, ties by key."""
+        """Positions of the eligible rows, by `descending` [n] from high to low, ties by key.
+
+        >>> Candidates(keys=["a", "b", "c"]).order(np.array([0.1, 0.9, 0.5])).tolist()
+        [1, 2, 0]
+        """
         rows = np.flatnonzero(self.eligible.numpy())
         return rows[np.lexsort((self.rank_of_key[rows], -descending[rows]))]
 
@@ -130,7 +152,17 @@ def _column(values: Array, dtype: torch.dtype) -> Tensor:
 
 
 def require_finite(values: Tensor, keys: Sequence[str], what: str, *, where: Tensor | None = None) -> None:
-    """Raise DataError, naming the first rows, if `values` [n] or [n, m] is not finite in some row (of `where` [n])."""
+    """Refuse values that are not finite.
+
+    Args:
+        values: [n] or [n, m], any floating dtype.
+        keys: [n], the names of the rows.
+        what: what the values are, for the error.
+        where: bool [n], the rows that are looked at; all of them when not given.
+
+    Raises:
+        DataError: if a row is not finite; it names the first ones.
+    """
     bad = ~values.isfinite()
     bad = bad.any(1) if bad.ndim == 2 else bad
     if where is not None:
@@ -143,75 +175,3 @@ def require_finite(values: Tensor, keys: Sequence[str], what: str, *, where: Ten
             f"{what}: {len(rows)} rows are not finite: {names}{more}; "
             "mark these rows as not eligible, or compute them again"
         )
-
-
-# ---------------------------------------------------------------- filling a budget in order
-
-
-def fill(
-    order: NDArray[np.int64], candidates: Candidates, budget: Budget, max_per_source: str | float | None = None
-) -> list[int]:
-    """Rows taken from `order` (eligible rows, best first) until the budget is full, within the per-source cap.
-
-    Row budgets: the first k rows whose source has room. Token budgets: a row that does not fit into what is left (of
-    the budget or of its source's cap) is passed over and shorter ones behind it may still be taken; the end is
-    reached when no row can fit. So less than the shortest row's tokens is left over, unless a cap holds rows back.
-    max_per_source: below 1 (or "30%") a share of the budget, in rows or tokens as the budget is; from 1 on a number
-    of rows.
-    Raises: UsageError for a cap that leaves a row budget unfilled, and see `Budget.resolve`.
-    """
-    limit = budget.resolve(candidates)
-    if limit.rows is not None and max_per_source is None:
-        return [int(row) for row in order[: limit.rows]]
-    share, count = parse_cap(max_per_source)
-    sizes = np.ones(len(candidates), dtype=np.int64) if limit.tokens is None else candidates.token_sizes
-    total = limit.rows if limit.tokens is None else limit.tokens
-    assert total is not None
-    cap = total if share is None else math.floor(share * total + 1e-9)
-    if cap == 0:
-        raise UsageError(
-            f"max_per_source={max_per_source} of a budget of {total} is less than one; raise one of the two"
-        )
-    used: Counter[str] = Counter()  # by source, in the budget's own unit
-    rows: Counter[str] = Counter()
-    left, smallest = total, int(sizes[order].min())
-    chosen: list[int] = []
-    for row in order.tolist():
-        if left < smallest:
-            break
-        source, size = candidates.sources[row], int(sizes[row])
-        if size > left or used[source] + size > cap or (count is not None and rows[source] >= count):
-            continue
-        chosen.append(row)
-        used[source] += size
-        rows[source] += 1
-        left -= size
-    if (limit.tokens is None and left) or not chosen:
-        asked = f"{total} rows" if limit.tokens is None else f"{total} tokens"
-        sources = len({candidates.sources[row] for row in order.tolist()})
-        raise UsageError(
-            f"max_per_source={max_per_source} lets only {len(chosen)} rows of {sources} sources into a "
-            f"budget of {asked}; raise the cap or lower the budget"
-        )
-    return chosen
-
-
-def parse_cap(cap: str | float | None) -> tuple[float | None, int | None]:
-    """(share, None), (None, number of rows) or (None, None) for `max_per_source`. Raises: UsageError."""
-    if cap is None:
-        return None, None
-    text = str(cap).strip()
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        value = math.nan
-    if text.endswith("%") and value == 1:
-        return 1.0, None
-    if 0 < value < 1:
-        return value, None
-    if not text.endswith("%") and value >= 1 and value.is_integer():
-        return None, int(value)
-    raise UsageError(
-        f"max_per_source={text[:40]} is not understood; write a share below 1 ('0.3' or '30%') or a whole "
-        "number of rows ('200')"
-    )

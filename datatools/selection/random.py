@@ -7,7 +7,9 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from datatools.selection.candidates import Budget, Candidates, Selection, fill
+from datatools.selection.budget import Budget
+from datatools.selection.candidates import Candidates, Selection
+from datatools.selection.fill import fill
 
 
 def random(
@@ -22,7 +24,9 @@ def random(
 
     The order comes from a hash of (seed, key), not from a stream of random numbers: it depends neither on the order
     of the rows nor on which other rows there are, and a larger budget contains the smaller one.
-    Raises: UsageError for a budget that the pool cannot fill.
+
+    Raises:
+        UsageError: for a budget that the pool cannot fill.
     """
     order = candidates.order(-lottery(candidates, seed))
     chosen = fill(order, candidates, budget, max_per_source)
@@ -32,7 +36,10 @@ def random(
 
 
 def lottery(candidates: Candidates, seed: int, purpose: str = "random") -> NDArray[np.float64]:
-    """[n], independent uniform numbers in [0, 1), a function of (purpose, seed, key, how often the key came before)."""
+    """Independent uniform numbers in [0, 1), float64 [n].
+
+    Each is a function of (purpose, seed, key, how often the key came before).
+    """
     seen: Counter[str] = Counter()
     numbers = np.empty(len(candidates))
     for row, key in enumerate(candidates.keys):

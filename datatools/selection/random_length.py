@@ -4,7 +4,9 @@ import numpy as np
 import torch
 
 from datatools.errors import UsageError
-from datatools.selection.candidates import Budget, Candidates, Selection, fill
+from datatools.selection.budget import Budget
+from datatools.selection.candidates import Candidates, Selection
+from datatools.selection.fill import fill
 from datatools.selection.random import lottery
 
 BINS, ROWS_PER_BIN = 20, 5  # at most so many bins of at least so many reference rows
@@ -22,10 +24,13 @@ def random_length(
 
     The reference's lengths are cut at their quantiles into `BINS` bins (fewer if it is small or lengths repeat). The
     j-th random row of a bin that holds c reference rows gets the place (j + 1/2) / c, and rows are taken in the order
-    of their places: every prefix is distributed like the reference, and one of its size has c rows of each bin.
-    Where a bin runs dry the others go on; rows shorter or longer than all of the reference come last. Rows of the
-    reference are not excluded. Like `random` it is independent of the order of the rows.
-    Raises: UsageError without a reference or token counts, or for a budget that the pool cannot fill.
+    of their places: every prefix is distributed like the reference, and a prefix as large as the reference has c rows
+    of each bin. Where a bin has no row left, the others continue; rows shorter or longer than all rows of the
+    reference come last. Rows of the reference are not excluded. As with `random`, the order of the rows does not
+    matter.
+
+    Raises:
+        UsageError: without a reference or token counts, or for a budget that the pool cannot fill.
     """
     if reference is None or len(reference) == 0:
         raise UsageError(

@@ -3,7 +3,9 @@
 import torch
 
 from datatools.errors import UsageError
-from datatools.selection.candidates import Budget, Candidates, Selection, fill
+from datatools.selection.budget import Budget
+from datatools.selection.candidates import Candidates, Selection
+from datatools.selection.fill import fill
 
 
 def top_k(
@@ -16,8 +18,11 @@ def top_k(
 ) -> Selection:
     """Rows in the order of (-score, key) until the budget is full; `seed` and `reference` mean nothing here.
 
-    Cost: O(n log n). Source: LESS, arXiv 2402.04333, step 3 (its code leaves ties undefined; here the key decides).
-    Raises: UsageError without scores, or for a budget that the pool cannot fill.
+    Cost: O(n log n).
+    Source: LESS, arXiv 2402.04333, step 3 (its code leaves ties undefined; here the key decides).
+
+    Raises:
+        UsageError: without scores, or for a budget that the pool cannot fill.
     """
     if candidates.scores is None:
         raise UsageError("top_k needs scores and the candidates have none; score them, or use 'random'")

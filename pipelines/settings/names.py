@@ -14,7 +14,7 @@ TABLES: dict[str, tuple[str, str]] = {
     "optimizer": ("optim/rules/__init__.py", ""),
     "schedule": ("optim/schedules.py", "SCHEDULES"),
     "projector": ("datatools/projectors/__init__.py", "PROJECTORS"),
-    "aggregation": ("datatools/less/influence.py", "AGGREGATIONS"),
+    "aggregation": ("datatools/less/aggregate.py", "AGGREGATIONS"),
 }
 """What is named -> the file, and the dictionary in it whose keys are the names; without one, the names are those of the
 modules that it imports."""

@@ -1,0 +1,30 @@
+"""The examples in the docstrings of datatools run and print what they say."""
+
+import doctest
+from importlib import import_module
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+MODULES = sorted(
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+    for path in (REPOSITORY / "datatools").rglob("*.py")
+    if ">>> " in path.read_text(encoding="utf-8")
+)
+HAVE_ONE = ("influence", "aggregate", "select", "fill", "Budget.parse", "Candidates", "Selection")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name):
+    assert doctest.testmod(import_module(name)).failed == 0
+
+
+def test_what_users_call_has_an_example():
+    found = {
+        test.name.partition(f"{name}.")[2]
+        for name in MODULES
+        for test in doctest.DocTestFinder().find(import_module(name))
+        if test.examples
+    }
+    assert not set(HAVE_ONE) - found
