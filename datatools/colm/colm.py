@@ -106,7 +106,7 @@ class CoLM:
 
     model: any decoder of transformers, with or without LoRA. Only its outputs are read: no weight, gradient, mode or
     global generator is changed, also when an error is raised.
-    losses: (model, batch) -> mean loss of each row's supervised tokens [n]; `pipelines.models.load.row_losses`.
+    losses: (model, batch) -> mean loss of each row's supervised tokens [n]; `pipelines.models.losses.row_losses`.
     keep: rows kept of each large batch; a call may say otherwise.
     small: sources whose rows are all kept (`small_sources`).
     features: "exact", each row's gradient of the last value projection (LoRA's B, or the weight), one forward pass and

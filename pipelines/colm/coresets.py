@@ -39,7 +39,7 @@ from datatools import (
     small_sources,
     token_batches,
 )
-from pipelines.models.load import last_states, row_losses
+from pipelines.models.losses import last_states, row_losses
 from pipelines.rows.prepare import Rows
 from pipelines.runs.folder import derive_seed, peak_rss_bytes, progress, warn
 from pipelines.settings.config import CoresetConfig, TrainingConfig

@@ -20,7 +20,8 @@ import optim
 from datatools import DataError, UsageError, files, token_batches
 from optim import diagnostics
 from pipelines.models import load as models
-from pipelines.models.load import LoadedModel, collate, supervised_tokens, token_losses
+from pipelines.models.load import LoadedModel
+from pipelines.models.losses import collate, supervised_tokens, token_losses
 from pipelines.report import diagnose_page as diagnose_view
 from pipelines.rows.prepare import Rows, file_facts, prepare
 from pipelines.runs.folder import Run, alone, derive_seed, progress, say

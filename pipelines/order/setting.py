@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import optim
 from datatools import DataError, Order, UsageError, files, order, token_batches
 from pipelines.models import load as models
+from pipelines.models.losses import Batch, supervised_tokens, token_losses
 from pipelines.rows.prepare import Rows, file_facts, prepare, target_data
 from pipelines.runs.folder import Run, derive_seed, say, warn
 from pipelines.settings.config import DataConfig, OrderConfig
@@ -267,8 +268,8 @@ class _Loss(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, tokens: int, batch: models.Batch) -> Tensor:
-        losses, _ = models.token_losses(self.module, batch)
+    def forward(self, tokens: int, batch: Batch) -> Tensor:
+        losses, _ = token_losses(self.module, batch)
         return losses.sum() / tokens
 
 
@@ -276,7 +277,7 @@ def functional_loss(module: nn.Module) -> order.Loss:
     """(parameters by name, a part of `in_parts`) -> its share of the mean loss over the batch's supervised tokens."""
     whole = _Loss(module)
 
-    def loss(params: order.Params, part: tuple[int, models.Batch]) -> Tensor:
+    def loss(params: order.Params, part: tuple[int, Batch]) -> Tensor:
         named = {f"module.{name}": p for name, p in params.items()}
         value: Tensor = torch.func.functional_call(whole, named, part)
         return value
@@ -290,7 +291,7 @@ def in_parts(rows: Rows, batch: Sequence[int], micro_tokens: int, device: torch.
     Raises: DataError for a batch without a supervised token.
     """
     items = [rows.item(row) for row in batch]
-    tokens = models.supervised_tokens(items)
+    tokens = supervised_tokens(items)
     if not tokens:
         raise DataError(f"order: none of the rows {list(batch)[:5]} of a batch has a supervised token")
     groups = token_batches([len(ids) for ids, _ in items], micro_tokens)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from datatools import DataError, files
 from pipelines.models.limits import ModelLimits
-from pipelines.models.load import collate
+from pipelines.models.losses import collate
 from pipelines.rows.data import BadRow, Pool, read_pool
 from pipelines.rows.dedup import dedup
 from pipelines.rows.encode import Encoder, Scan, scan

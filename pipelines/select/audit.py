@@ -15,6 +15,8 @@ from rich.table import Table
 from datatools import DataError, Selection, UsageError, files, select
 from datatools.files import sealed
 from pipelines.models import load as models
+from pipelines.models.adapters import load_adapter
+from pipelines.models.base import unload
 from pipelines.report import page as report
 from pipelines.report.view import FEWEST_RUNS
 from pipelines.rows import leakage, preflight
@@ -183,11 +185,11 @@ def _train_and_measure(
         with suppress(sealed.Damaged):  # or of a version without seals: measured again
             return sealed.read_json(measured)
     train_adapter(loaded, pool, rows, recipe, config.lora, folder / "adapter", seed=seed, label=label)
-    module = models.load_adapter(loaded.model, folder / "adapter")
+    module = load_adapter(loaded.model, folder / "adapter")
     try:
         found = evaluation.losses(module, test, token_budget=2048, label=f"losses, {label}")
     finally:
-        models.unload(module)
+        unload(module)
     trained = int(pool.scan.tokens[rows].sum()) * recipe.epochs
     result = {"loss": found["loss"], "tokens": found["tokens"], "rows": len(rows), "trained_tokens": trained}
     sealed.write_json(measured, result)

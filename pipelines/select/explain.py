@@ -19,6 +19,7 @@ from torch import Tensor
 from datatools import DataError, GradientFeatures, UsageError, files, per_sample_grads
 from optim import SGDRule
 from pipelines.models import load as models
+from pipelines.models.losses import losses_for, seen_parameters
 from pipelines.report.page import damaged, visible
 from pipelines.report.view import method_of
 from pipelines.rows.prepare import Rows, prepare, target_data
@@ -230,9 +231,9 @@ def _layers(
         params = checkpoints.trainable(module)
         state = checkpoints.updates(stop, params, adam_mode=config.features.adam_mode, module=module, base=base)
         trained = {name: p for name, p in module.named_parameters() if name in state.params}
-        names = models.seen_parameters(module, trained, config.features.method)
+        names = seen_parameters(module, trained, config.features.method)
         method: Any = config.features.method
-        losses = models.losses_for(method)
+        losses = losses_for(method)
         update = checkpoints.restrict(state, names).per_sample(
             per_sample_grads(losses, module, pool.batch([index], module.device), names, method=method)
         )

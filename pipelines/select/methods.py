@@ -37,6 +37,9 @@ from datatools import (
 )
 from optim import SGDRule, UpdateMap, UpdateRule
 from pipelines.models import load as models
+from pipelines.models.base import unload
+from pipelines.models.lora import add_lora
+from pipelines.models.losses import last_states, losses_for, row_losses, seen_parameters
 from pipelines.rows.prepare import Rows
 from pipelines.runs import numerics
 from pipelines.runs.folder import Run, derive_seed, library_warnings, peak_rss_bytes, progress, say, warn
@@ -231,7 +234,7 @@ def _warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
         stops = trainer.planned_checkpoints(len(rows), recipe)
         if len(trainer.checkpoints(folder, stops)) < len(stops):
             loaded = context.model()
-            wrapped = models.add_lora(loaded.model, config.lora, seed=derive_seed(config.seed, "lora"))
+            wrapped = add_lora(loaded.model, config.lora, seed=derive_seed(config.seed, "lora"))
             with progress(f"warm-up on {len(rows)} rows", steps, "steps") as bar:
                 trainer.fit(
                     wrapped,
@@ -243,7 +246,7 @@ def _warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
                     save="epoch",
                     advance=bar.advance,
                 )
-            models.unload(wrapped)
+            unload(wrapped)
     found = checkpoints.find([folder])
     kept = found[-recipe.checkpoints :] if recipe.checkpoints else found
     total = sum(c.mean_lr for c in kept)
@@ -269,7 +272,7 @@ def _features(
             base=loaded.model,
         )
         params = {name: p for name, p in module.named_parameters() if name in state.params}
-        names = models.seen_parameters(module, params, config.features.method)
+        names = seen_parameters(module, params, config.features.method)
         _coverage(scored, params, names, config)
         if config.features.adam_mode == "code" and (text := checkpoints.epsilon_warning(state)):
             run.warnings.append(text)
@@ -404,7 +407,7 @@ def _fill(
         extract(
             store,
             module,
-            models.losses_for(context.config.features.method),
+            losses_for(context.config.features.method),
             lambda keys: rows.batch([first[key] for key in keys], module.device),
             lengths,
             updates,
@@ -563,7 +566,7 @@ def _hidden_states(context: Context, kind: str, rows: Rows) -> tuple[Tensor, Ten
     model = loaded.model
     with torch.inference_mode():  # the width is what the model returns: some configurations name another (OPT-350m)
         shortest = min(unique.values(), key=lambda i: int(rows.scan.tokens[i]))
-        size = models.last_states(model, rows.batch([shortest], model.device)["input_ids"]).shape[-1]
+        size = last_states(model, rows.batch([shortest], model.device)["input_ids"]).shape[-1]
     meta = {
         "format": FEATURE_VERSION,
         "model": dict(loaded.digests),
@@ -583,7 +586,7 @@ def _hidden_states(context: Context, kind: str, rows: Rows) -> tuple[Tensor, Ten
                 found = torch.zeros(len(keys), size)
                 for group in token_batches(lengths, budget):
                     batch = rows.batch([unique[keys[i]] for i in group], model.device)["input_ids"]
-                    hidden = models.last_states(model, batch).float()
+                    hidden = last_states(model, batch).float()
                     position = torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=torch.float32)
                     real = position <= torch.tensor([lengths[i] for i in group], device=hidden.device)[:, None]
                     weight = position * real
@@ -614,7 +617,7 @@ def loss(context: Context) -> Scored:
     ):
         for group in token_batches(lengths, context.config.features.token_budget):
             batch = pool.batch([chosen[i] for i in group], loaded.model.device)
-            values = models.row_losses(loaded.model, batch)
+            values = row_losses(loaded.model, batch)
             scores[torch.tensor([chosen[i] for i in group])] = values.float().cpu()
             bar.advance(sum(lengths[i] for i in group))
     status = {i: "nonfinite" for i in chosen if not scores[i].isfinite()}
@@ -659,9 +662,9 @@ def pace(context: Context, samples: int = 2, *, backward: bool = True) -> tuple[
     batch = cost.made_up(loaded.model, length, 256)
     times = []
     method: Any = context.config.features.method
-    losses = models.losses_for(method)
+    losses = losses_for(method)
     with torch.random.fork_rng(devices=[]), _as_trained(context) if backward else nullcontext(loaded.model) as module:
-        names = models.seen_parameters(module, checkpoints.trainable(module), method) if backward else []
+        names = seen_parameters(module, checkpoints.trainable(module), method) if backward else []
         kept = cost.saved(module, batch) / batch["input_ids"].numel() if backward else 0.0
         for _ in range(samples):
             begin = time.perf_counter()
@@ -670,7 +673,7 @@ def pace(context: Context, samples: int = 2, *, backward: bool = True) -> tuple[
                     visit_per_sample_grads(losses, module, batch, names, lambda name, grad: None, method=method)
             else:
                 with torch.inference_mode():
-                    models.row_losses(module, batch)
+                    row_losses(module, batch)
             times.append(time.perf_counter() - begin)
     config = context.config
     width = max(config.features.token_budget, config.warmup.micro_tokens if backward else 0)
@@ -682,11 +685,11 @@ def _as_trained(context: Context) -> Iterator[Any]:
     """The model at the user's first checkpoint, a whole one's by the model itself, or with fresh adapters."""
     config, model = context.config, context.model().model
     if not config.checkpoints:
-        module = models.add_lora(model, config.lora, seed=0).eval()
+        module = add_lora(model, config.lora, seed=0).eval()
         try:
             yield module
         finally:
-            models.unload(module)
+            unload(module)
         return
     first = checkpoints.find(config.checkpoints)[0]
     if not first.is_adapter:

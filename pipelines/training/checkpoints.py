@@ -24,7 +24,9 @@ from datatools import DataError, UsageError, files
 from optim import AdamWRule, UpdateMap, UpdateRule, bare_name, without_decay
 from pipelines.models import load as models
 from pipelines.models import saved_states
-from pipelines.models.adapters import adapter_folder
+from pipelines.models.adapters import adapter_folder, load_adapter, saved_parameters
+from pipelines.models.base import unload
+from pipelines.models.lora import lora_parameters
 from pipelines.settings.config import ModelConfig
 from pipelines.training import trainer
 
@@ -157,11 +159,11 @@ def at(checkpoint: Checkpoint, config: ModelConfig, model: Any) -> Iterator[Any]
             raise DataError(f"checkpoint {checkpoint.folder}: holds an adapter without its adapter_config.json")
         yield models.load(config, weights=checkpoint.folder).model
         return
-    module = models.load_adapter(model, checkpoint.folder)
+    module = load_adapter(model, checkpoint.folder)
     try:
         yield module
     finally:
-        models.unload(module)
+        unload(module)
 
 
 def updates(
@@ -247,7 +249,7 @@ def _with_names(
         groups, parts = [{**groups[0], "params": keys}], [[name for part in parts for name in part]]
     if base is None and len(keys) != len(params):
         raise ValueError(f"it holds {len(keys)} parameters without names, and the model trains {len(params)}")
-    if len(keys) > len(params) and module is not None and models.saved_parameters(module):
+    if len(keys) > len(params) and module is not None and saved_parameters(module):
         raise ValueError(
             f"it holds {len(keys)} parameters, and the adapter's file {len(params)}: the run trained weights that it "
             "did not save, and the model of this checkpoint is lost; name them in modules_to_save and train again"
@@ -349,4 +351,4 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
     Those that an adapter's file holds; the LoRA matrices of fresh adapters; every weight of a plain model.
     """
-    return dict(models.saved_parameters(model) or models.lora_parameters(model) or model.named_parameters())
+    return dict(saved_parameters(model) or lora_parameters(model) or model.named_parameters())

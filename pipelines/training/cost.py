@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipelines.models import load as models
+from pipelines.models.base import unload
+from pipelines.models.lora import add_lora
+from pipelines.models.losses import token_losses
 from pipelines.runs.folder import Run, duration, peak_rss_bytes, say
 from pipelines.settings.config import LoraConfig, TrainingConfig
 from pipelines.texts import NBSP, size
@@ -87,11 +89,11 @@ def as_trained(model: Any, lora: LoraConfig | None) -> Iterator[Any]:
     """`model` with fresh adapters, or with all of its weights to train; as it was afterwards."""
     if lora is not None:
         with torch.random.fork_rng(devices=[]):
-            module = models.add_lora(model, lora, seed=0).eval()
+            module = add_lora(model, lora, seed=0).eval()
         try:
             yield module
         finally:
-            models.unload(module)
+            unload(module)
         return
     before = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(True)
@@ -114,11 +116,11 @@ def made_up(module: Any, length: int, tokens: int) -> dict[str, torch.Tensor]:
 
 def _forward(module: Any, batch: Mapping[str, Any]) -> None:
     with torch.inference_mode():
-        models.token_losses(module, batch)
+        token_losses(module, batch)
 
 
 def _gradient(module: Any, batch: Mapping[str, Any], params: Sequence[torch.Tensor]) -> None:
-    torch.autograd.grad(models.token_losses(module, batch)[0].mean(), params, allow_unused=True)
+    torch.autograd.grad(token_losses(module, batch)[0].mean(), params, allow_unused=True)
 
 
 def _fit(
@@ -158,7 +160,7 @@ def saved(module: Any, batch: Mapping[str, Any]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.enable_grad():
-        loss = models.token_losses(module, batch)[0].mean()
+        loss = token_losses(module, batch)[0].mean()
     del loss
     return sum(kept.values())
 

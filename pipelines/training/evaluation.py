@@ -11,6 +11,7 @@ import torch
 
 from datatools import DataError, files, token_batches
 from pipelines.models import load as models
+from pipelines.models.losses import token_losses
 from pipelines.rows.prepare import Rows, prepare
 from pipelines.runs.folder import progress, rank, world_size
 from pipelines.settings.config import EvaluateConfig
@@ -71,7 +72,7 @@ def _sums(
     sums, counts = torch.zeros(len(chosen), dtype=torch.float64), torch.zeros(len(chosen), dtype=torch.int64)
     groups = list(token_batches(lengths, token_budget))
     for group in groups[rank() :: world_size()] if shared else groups:
-        values, where = models.token_losses(model, rows.batch([chosen[i] for i in group], model.device))
+        values, where = token_losses(model, rows.batch([chosen[i] for i in group], model.device))
         index = torch.tensor(group)
         sums[index] = torch.zeros(len(group), dtype=torch.float64).index_add(0, where.cpu(), values.double().cpu())
         counts[index] = torch.bincount(where.cpu(), minlength=len(group))

@@ -17,6 +17,8 @@ from datatools import DataError, Order, files
 from optim.distributed import world
 from pipelines.colm import coresets
 from pipelines.models import load as models
+from pipelines.models.base import unload
+from pipelines.models.lora import add_lora
 from pipelines.report import training_page as training_report
 from pipelines.report.drawing import draw_last
 from pipelines.rows import leakage, preflight
@@ -247,7 +249,7 @@ def in_scratch(config: S) -> Iterator[S]:
 def trainable(model: Any, lora: LoraConfig | None, *, seed: int) -> Any:
     """The module whose parameters train: `model` with fresh adapters, or all of `model`."""
     if lora is not None:
-        return models.add_lora(model, lora, seed=derive_seed(seed, "lora"))
+        return add_lora(model, lora, seed=derive_seed(seed, "lora"))
     return model.requires_grad_(True)
 
 
@@ -301,5 +303,5 @@ def train_adapter(
             )
         _keep(folder, module)
     finally:
-        models.unload(module)
+        unload(module)
     say(f"{label}: {result.fell} ({result.steps} steps, {result.tokens:,} tokens)")

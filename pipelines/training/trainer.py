@@ -32,8 +32,8 @@ import optim
 from datatools import DataError, EnvironmentProblem, Selection, UsageError, files, token_batches
 from optim.zeroth_order import NotFinite
 from pipelines.colm.coresets import MONITORED, WEIGHTS, CoresetMixin, example_weights
-from pipelines.models.adapters import quiet
-from pipelines.models.load import collate, supervised_tokens, token_losses
+from pipelines.models.losses import collate, supervised_tokens, token_losses
+from pipelines.models.quiet import quiet
 from pipelines.runs.folder import rank, say, warn, world_size
 from pipelines.settings.config import CoresetConfig, TrainingConfig
 from pipelines.training import zeroth_order

@@ -24,6 +24,8 @@ from markupsafe import Markup
 
 from datatools import files, small_sources
 from pipelines.models import load as models
+from pipelines.models import losses
+from pipelines.models.lora import add_lora
 from pipelines.report import charts
 from pipelines.rows.prepare import Rows, prepare
 from pipelines.runs.folder import progress
@@ -64,7 +66,7 @@ def split(rows: Rows, each: int, seed: int) -> tuple[list[int], list[int]]:
 def train(arm: str, seed: int, rows: Rows, chosen: list[int], held: list[int], o: argparse.Namespace) -> dict[str, Any]:
     """One training run: held-out loss by source, and what choosing did and cost."""
     config = ModelConfig(name=o.model, chat=o.chat, max_length=o.max_length)
-    module = models.add_lora(models.load(config).model, LoraConfig(rank=o.rank, alpha=2 * o.rank), seed=seed)
+    module = add_lora(models.load(config).model, LoraConfig(rank=o.rank, alpha=2 * o.rank), seed=seed)
     settings = ARMS[arm][1]
     large = o.keep if arm == "small" else o.large
     # the plain arms keep all they draw, so that rows count alike in every arm
@@ -102,7 +104,7 @@ def row_losses(module: Any, rows: Rows, held: Sequence[int]) -> list[float]:
     import torch
 
     with torch.inference_mode():
-        return [float(models.row_losses(module, rows.batch([row], module.device))[0]) for row in held]
+        return [float(losses.row_losses(module, rows.batch([row], module.device))[0]) for row in held]
 
 
 # ---------------------------------------------------------------------------------------------------------- the report

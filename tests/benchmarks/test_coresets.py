@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from datatools import CoLM, keep_pages
-from pipelines.models import load as models
+from pipelines.models.lora import add_lora
+from pipelines.models.losses import row_losses
 from pipelines.settings.config import LoraConfig
 from tests.benchmarks.measure import Report, Settings, interleaved, median, ratio
 from tests.conftest import REPOSITORY
@@ -51,7 +52,7 @@ class Work:
         )
         self.model: Any = base
         if lora:
-            self.model = models.add_lora(base.requires_grad_(False), LoraConfig(rank=8), seed=0)
+            self.model = add_lora(base.requires_grad_(False), LoraConfig(rank=8), seed=0)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
         ids = torch.randint(3, 4096, (LARGE, self.length), generator=torch.Generator().manual_seed(1))
         labels = ids.clone()
@@ -64,7 +65,7 @@ class Work:
         self.model.train()
         for first in range(0, rows, micro):
             part = {key: tensor[first : first + micro] for key, tensor in self.batch.items()}
-            (models.row_losses(self.model, part).sum() / rows).backward()
+            (row_losses(self.model, part).sum() / rows).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -72,10 +73,10 @@ class Work:
         self.model.eval()
         with torch.no_grad():
             for first in range(0, LARGE, KEEP):
-                models.row_losses(self.model, {k: v[first : first + KEEP] for k, v in self.batch.items()})
+                row_losses(self.model, {k: v[first : first + KEEP] for k, v in self.batch.items()})
 
     def choose(self, settings: dict[str, Any]) -> Callable[[], None]:
-        colm = CoLM(self.model, models.row_losses, keep=KEEP, token_budget=KEEP * self.length, **settings)
+        colm = CoLM(self.model, row_losses, keep=KEEP, token_budget=KEEP * self.length, **settings)
         steps = iter(range(10**9))
         return lambda: (colm(self.batch, self.sources, step=next(steps)), None)[1]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from datatools import GradientFeatures, batch_rows
-from pipelines.models import load as models
+from pipelines.models.losses import collate, row_losses, token_losses
 from tests.benchmarks.measure import Report, Sample, Settings, interleaved, median, number, ratio
 from tests.benchmarks.workload import DIM, TOKEN_BUDGET, Workload, folder_bytes, pool_name, prepared
 
@@ -99,7 +99,7 @@ def same_numbers(work: Workload) -> None:
     batch = work.fetch(keys)
     work.model.eval()
     fast, slow = (
-        batch_rows(work.model, models.row_losses, batch, work.updates, work.projector, method=method)
+        batch_rows(work.model, row_losses, batch, work.updates, work.projector, method=method)
         for method in ("hooks", "loop")
     )
     torch.testing.assert_close(fast[1], slow[1], rtol=1e-3, atol=1e-5)
@@ -107,7 +107,7 @@ def same_numbers(work: Workload) -> None:
     assert torch.cosine_similarity(fast[0], slow[0]).min() > 0.999
     items = [work.rows.item(work.first[key]) for key in keys]
     with torch.no_grad():
-        losses, _ = models.token_losses(work.model, batch)
+        losses, _ = token_losses(work.model, batch)
         theirs = work.model(**padded(items)).loss
     torch.testing.assert_close(theirs, losses.mean(), rtol=1e-3, atol=1e-5)
 
@@ -116,7 +116,7 @@ def same_numbers(work: Workload) -> None:
 
 
 def padded(items: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-    batch = models.collate(items)
+    batch = collate(items)
     lengths = torch.tensor([len(ids) for ids, _ in items])
     mask = torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
     return {**batch, "attention_mask": mask.long()}

@@ -16,6 +16,8 @@ import optim
 from datatools import PROJECTORS, EnvironmentProblem, GradientFeatures, covered, extract
 from optim import UpdateMap
 from pipelines.models import load as models
+from pipelines.models.lora import add_lora
+from pipelines.models.losses import row_losses
 from pipelines.rows.prepare import Rows, prepare
 from pipelines.settings.config import DataConfig, LoraConfig, ModelConfig
 from tests.benchmarks.measure import Settings
@@ -89,7 +91,7 @@ class Workload:
         extract(
             _Store(store, clock),
             self.model,
-            models.row_losses,
+            row_losses,
             clock.around("fetch", self.fetch),
             self.lengths,
             _Updates(self.updates, clock),
@@ -117,7 +119,7 @@ def prepared(settings: Settings, folder: Path, *, rows: int, sample_seed: int = 
     except EnvironmentProblem as problem:
         pytest.skip(str(problem))
     found = prepare(DataConfig(paths=[str(file)]), config, loaded.tokenizer, cache=folder / "cache", label="rows")
-    model = models.add_lora(loaded.model, LoraConfig(rank=RANK, targets=TARGETS), seed=0)
+    model = add_lora(loaded.model, LoraConfig(rank=RANK, targets=TARGETS), seed=0)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     names = covered(model, list(params))
     assert names == list(params), "hooks must see every adapter, or the arms would do different work"
@@ -126,7 +128,7 @@ def prepared(settings: Settings, folder: Path, *, rows: int, sample_seed: int = 
     for _ in range(2):  # moments that are not zero, and lora_B that is not
         optimizer.zero_grad()
         short = found.batch(list(first.values())[-4:])  # the shortest rows: no peak of memory before the measurement
-        models.row_losses(model, short).mean().backward()
+        row_losses(model, short).mean().backward()
         optimizer.step()
     optimizer.zero_grad()
     return Workload(

@@ -18,7 +18,8 @@ import torch
 
 from optim import SGD, AdamW
 from optim.zeroth_order import ZerothOrder
-from pipelines.models.load import load, token_losses
+from pipelines.models.load import load
+from pipelines.models.losses import token_losses
 from pipelines.settings.config import ModelConfig
 from tests.benchmarks.extract_once import status
 from tests.benchmarks.measure import Settings

@@ -44,7 +44,8 @@ from datatools import (
 from datatools.colm.last_layer import LastLayer, directional_derivatives, evaluating, exact_gradients
 from datatools.projectors import PROJECTORS
 from pipelines.models import causal
-from pipelines.models.load import add_lora, collate, row_losses, seen_parameters
+from pipelines.models.lora import add_lora
+from pipelines.models.losses import collate, row_losses, seen_parameters
 from pipelines.settings.config import LoraConfig, TrainingConfig
 from pipelines.training.trainer import fit
 from tests.zoo.build import FIRST_TOKEN, HIDDEN, LAST_TOKEN, build

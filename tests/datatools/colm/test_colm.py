@@ -12,7 +12,7 @@ from datatools.colm.choice import distances
 from datatools.colm.last_layer import LastLayer, exact_gradients
 from optim import AdamWRule, LionRule, MuonRule
 from pipelines.models import load as models
-from pipelines.models.load import row_losses
+from pipelines.models.losses import row_losses
 from pipelines.rows.prepare import prepare
 from pipelines.settings.config import DataConfig, ModelConfig
 from tests.datatools.colm.test_last_layer import adapted, brute, build, some_batch

@@ -36,7 +36,7 @@ from datatools.colm.last_layer import (
     pieces,
     replaying,
 )
-from pipelines.models.load import row_losses
+from pipelines.models.losses import row_losses
 from tests.zoo import build as zoo
 
 BASE = {

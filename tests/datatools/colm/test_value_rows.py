@@ -18,7 +18,7 @@ from datatools.colm.last_layer import (
     evaluating,
     exact_gradients,
 )
-from pipelines.models.load import row_losses
+from pipelines.models.losses import row_losses
 from tests.datatools.colm.test_last_layer import brute, some_batch
 from tests.zoo import build as zoo
 

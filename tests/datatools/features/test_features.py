@@ -32,6 +32,8 @@ from datatools import (
 )
 from optim import SGDRule, UpdateMap
 from pipelines.models import load as models
+from pipelines.models.lora import add_lora, lora_parameters
+from pipelines.models.losses import collate, row_losses
 from pipelines.settings.config import LoraConfig, ModelConfig
 from pipelines.training import checkpoints
 from tests.tiny import save_tiny_model
@@ -52,9 +54,9 @@ def folder(tmp_path_factory):
 def module(folder):
     """The tiny Llama with LoRA matrices that are not at their start (B = 0 would hide half of the formula)."""
     base = models.load(ModelConfig(name=str(folder))).model
-    wrapped = models.add_lora(base, LoraConfig(rank=4), seed=1).eval()
+    wrapped = add_lora(base, LoraConfig(rank=4), seed=1).eval()
     generator = torch.Generator().manual_seed(3)
-    for name, p in models.lora_parameters(wrapped).items():
+    for name, p in lora_parameters(wrapped).items():
         if "lora_B" in name:
             p.data.copy_(torch.randn(p.shape, generator=generator) * 0.05)
     return wrapped
@@ -83,7 +85,7 @@ class Job:
     rows: list[tuple[list[int], list[int]]]
     updates: UpdateMap
     projector: Any
-    loss: Any = models.row_losses
+    loss: Any = row_losses
     token_budget: int = 256
     method: str = "hooks"
     meta: Mapping[str, Any] = field(default_factory=lambda: {"test": 1})
@@ -97,7 +99,7 @@ class Job:
             store,
             self.module,
             self.loss,
-            lambda keys: models.collate([by_key[key] for key in keys]),
+            lambda keys: collate([by_key[key] for key in keys]),
             {key: len(row[0]) for key, row in by_key.items()},
             self.updates,
             self.projector,
@@ -112,19 +114,19 @@ class Job:
 
 def plain(module):
     """Gradients as they are."""
-    params = {name: p.detach() for name, p in models.lora_parameters(module).items()}
+    params = {name: p.detach() for name, p in lora_parameters(module).items()}
     return UpdateMap(dict.fromkeys(params, SGDRule()), {name: SGDRule().init(p) for name, p in params.items()}, params)
 
 
 def warmed(module, name="adamw", *, steps=2, seed=7, **options):
     """The optimizer `name` after a few steps on random rows; the parameters are put back to where they were."""
-    params = models.lora_parameters(module)
+    params = lora_parameters(module)
     before = {key: p.detach().clone() for key, p in params.items()}
     optimizer = optim.create(name, params.items(), lr=1e-3, **options)
     for step in range(steps):
         for p in params.values():
             p.requires_grad_(True)
-        loss = models.row_losses(module, models.collate(random_rows(4, seed=seed + step))).mean()
+        loss = row_losses(module, collate(random_rows(4, seed=seed + step))).mean()
         for p, grad in zip(params.values(), torch.autograd.grad(loss, list(params.values())), strict=True):
             p.grad = grad
         optimizer.step()
@@ -136,7 +138,7 @@ def warmed(module, name="adamw", *, steps=2, seed=7, **options):
 
 
 def identity(module):
-    return PROJECTORS["identity"].of({name: p.shape for name, p in models.lora_parameters(module).items()}, 1, 0)
+    return PROJECTORS["identity"].of({name: p.shape for name, p in lora_parameters(module).items()}, 1, 0)
 
 
 def hashes(folder):
@@ -159,7 +161,7 @@ def test_a_stored_feature_is_the_definition(module, tmp_path):
     features, norms, status = everything(Job(module, rows, updates, identity(module)).fill(tmp_path))
     assert status == ["ok"] * 12
     for i, row in enumerate(rows):
-        grads = per_sample_grads(models.row_losses, module, models.collate([row]), list(updates.params), method="loop")
+        grads = per_sample_grads(row_losses, module, collate([row]), list(updates.params), method="loop")
         wanted = torch.cat([u.flatten() for u in updates({name: g[0] for name, g in grads.items()}).values()])
         assert torch.cosine_similarity(features[i], wanted, dim=0) > 1 - 1e-6
         assert float(norms[i]) == pytest.approx(float(wanted.norm()), rel=1e-5)
@@ -220,7 +222,7 @@ def test_every_rule_drives_extraction(module, tmp_path, name):
     features, norms, status = everything(Job(module, rows, updates, identity(module)).fill(tmp_path))
     assert status == ["ok"] * 6 and features.isfinite().all() and norms.isfinite().all()
     # against the same gradients: Lion's signs would turn the rounding of another batch into whole coordinates
-    grads = per_sample_grads(models.row_losses, module, models.collate(sorted_like_extract(rows)), list(updates.params))
+    grads = per_sample_grads(row_losses, module, collate(sorted_like_extract(rows)), list(updates.params))
     for place, row in enumerate(sorted_like_extract(rows)):
         wanted = torch.cat([u.flatten() for u in updates({n: g[place] for n, g in grads.items()}).values()])
         i = rows.index(row)
@@ -239,11 +241,11 @@ def test_losses_and_gradient_norms_are_kept_beside_the_features(module, tmp_path
     store = Job(module, rows, warmed(module), PROJECTORS["sjlt"].of({}, 32, 0)).fill(tmp_path)
     info = store.info(0)
     for i, row in enumerate(rows):
-        batch = models.collate([row])
-        grads = per_sample_grads(models.row_losses, module, batch, list(models.lora_parameters(module)), method="loop")
+        batch = collate([row])
+        grads = per_sample_grads(row_losses, module, batch, list(lora_parameters(module)), method="loop")
         norm = torch.cat([g.flatten() for g in grads.values()]).norm()
         assert info["gradient_norm"][i] == pytest.approx(float(norm), rel=1e-4)
-        assert info["loss"][i] == pytest.approx(float(models.row_losses(module, batch).detach()), rel=1e-5)
+        assert info["loss"][i] == pytest.approx(float(row_losses(module, batch).detach()), rel=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------- what features tell
@@ -287,15 +289,15 @@ def test_first_order_fidelity(folder, record_property):
     batches are sometimes like the target and mostly not.
     """
     loaded = models.load(ModelConfig(name=str(folder)))
-    model = models.add_lora(loaded.model, LoraConfig(rank=8), seed=0).eval()
-    params = models.lora_parameters(model)
+    model = add_lora(loaded.model, LoraConfig(rank=8), seed=0).eval()
+    params = lora_parameters(model)
     optimizer = optim.create("adamw", params.items(), lr=3e-3)
     projector = PROJECTORS["sjlt"].of({}, 8192, 0)
     counting, words = patterned_rows(loaded.tokenizer)
-    target, counting = models.collate(counting[:8]), counting[8:]
+    target, counting = collate(counting[:8]), counting[8:]
     generator = torch.Generator().manual_seed(0)
     expected, seen = [], []
-    loss = float(models.row_losses(model, target).detach().mean())
+    loss = float(row_losses(model, target).detach().mean())
     for _ in range(60):
         share = float(torch.rand((), generator=generator))
         batch = [
@@ -305,17 +307,15 @@ def test_first_order_fidelity(folder, record_property):
             for _ in range(8)
         ]
         adam = UpdateMap.of(optimizer)
-        features = projector.project(
-            adam.per_sample(per_sample_grads(models.row_losses, model, models.collate(batch), list(params)))
-        )
-        wanted = projector.project(per_sample_grads(models.row_losses, model, target, list(params)))
+        features = projector.project(adam.per_sample(per_sample_grads(row_losses, model, collate(batch), list(params))))
+        wanted = projector.project(per_sample_grads(row_losses, model, target, list(params)))
         expected.append(float(features.mean(0) @ wanted.mean(0)))
         for p in params.values():
             p.requires_grad_(True)
         optimizer.zero_grad()
-        models.row_losses(model, models.collate(batch)).mean().backward()
+        row_losses(model, collate(batch)).mean().backward()
         optimizer.step()
-        before, loss = loss, float(models.row_losses(model, target).detach().mean())
+        before, loss = loss, float(row_losses(model, target).detach().mean())
         seen.append(before - loss)
     r = float(torch.corrcoef(torch.tensor([expected, seen]))[0, 1])
     record_property("fidelity", r)
@@ -338,7 +338,7 @@ def poisoned(kind, first_tokens):
     """`row_losses`, with a loss or only a gradient that is not finite for rows that begin with one of these tokens."""
 
     def loss(module, batch):
-        values = models.row_losses(module, batch).clone()
+        values = row_losses(module, batch).clone()
         for i in range(len(values)):
             if int(batch["input_ids"][i, 0]) in first_tokens:
                 if kind == "gradient":  # the loss stays what it was, the derivative of sqrt at 0 is infinite
@@ -422,7 +422,7 @@ def torch_adamw(params, *, steps=2, named=False, **options):
 @pytest.mark.parametrize("layout", ["integers", "two groups", "param_names", "names as keys", "wrapped names"])
 def test_integers_and_names_give_identical_features(module, tmp_path, layout):
     """Spec 4.2: the feature must not depend on how the optimizer's state was keyed when it was saved."""
-    params = dict(models.lora_parameters(module))
+    params = dict(lora_parameters(module))
     optimizer, wanted = torch_adamw(params, named=layout == "param_names")
     saved = optimizer.state_dict()
     names = list(params)
@@ -444,7 +444,7 @@ def test_integers_and_names_give_identical_features(module, tmp_path, layout):
 
 @pytest.mark.parametrize("how", ["shape", "count", "name", "nothing", "list"])
 def test_a_state_that_does_not_fit_is_refused(module, tmp_path, how):
-    params = dict(models.lora_parameters(module))
+    params = dict(lora_parameters(module))
     saved = torch_adamw(params, named=how == "name")[0].state_dict()
     if how == "shape":
         saved["state"][0]["exp_avg"] = torch.zeros(7, 5)
@@ -528,7 +528,7 @@ def test_an_evil_optimizer_file_is_refused_and_runs_nothing(module, tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {canary}",)
 
-    params = dict(models.lora_parameters(module))
+    params = dict(lora_parameters(module))
     for number, write in enumerate(
         (
             lambda path: path.write_bytes(pickle.dumps(Evil())),
@@ -562,7 +562,7 @@ from pipelines.settings.config import LoraConfig, ModelConfig
 
 with tempfile.TemporaryDirectory() as scratch:
     base = models.load(ModelConfig(name=str(save_tiny_model(Path(scratch) / "model")))).model
-    module = models.add_lora(base, LoraConfig(rank=4), seed=1).eval()
+    module = add_lora(base, LoraConfig(rank=4), seed=1).eval()
     rows, projector = random_rows(int(sys.argv[1])), PROJECTORS["sjlt"].of({}, 8192, 0)
     job = Job(module, rows, plain(module), projector, token_budget=512)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports, which would hide ours

@@ -15,6 +15,10 @@ from datatools import PROJECTORS, aggregate, influence, token_batches
 from datatools.features.extract import batch_rows
 from optim import AdamWRule, SGDRule, UpdateMap
 from pipelines.models import load as models
+from pipelines.models.adapters import load_adapter
+from pipelines.models.base import unload
+from pipelines.models.lora import lora_parameters
+from pipelines.models.losses import collate, row_losses
 from pipelines.select import run as select
 from pipelines.settings.config import DataConfig, FeaturesConfig, ModelConfig, ProjectorConfig, SelectConfig
 from tests.conftest import golden_folder
@@ -93,8 +97,8 @@ class Checkpoint:
     """The base model with the adapters of one checkpoint, and the optimizer there."""
 
     def __init__(self, base, folder, code):
-        self.base, self.module = base, models.load_adapter(base, folder)
-        self.params = {name: p.detach() for name, p in models.lora_parameters(self.module).items()}
+        self.base, self.module = base, load_adapter(base, folder)
+        self.params = {name: p.detach() for name, p in lora_parameters(self.module).items()}
         first, second = load_file(folder / "exp_avg.safetensors"), load_file(folder / "exp_avg_sq.safetensors")
         assert set(first) == set(second) == set(self.params), "names in the case and of peft disagree"
         states = {
@@ -109,9 +113,9 @@ class Checkpoint:
     def features(self, rows, updates, method="hooks"):
         out = torch.zeros(len(rows), self.identity.dim)
         for group in token_batches([len(ids) for ids, _ in rows], 1024):
-            batch = models.collate([rows[i] for i in group])
+            batch = collate([rows[i] for i in group])
             out[torch.tensor(group)], _, _ = batch_rows(
-                self.module, models.row_losses, batch, updates, self.identity, method=method
+                self.module, row_losses, batch, updates, self.identity, method=method
             )
         return out
 
@@ -134,7 +138,7 @@ def computed(base, case, expected, manifest, code):
         train = checkpoint.features(rows_of(expected, "train"), checkpoint.adam)
         val = checkpoint.features(rows_of(expected, "val"), checkpoint.gradient)
         found.append((checkpoint, train, val))
-        models.unload(checkpoint.module)
+        unload(checkpoint.module)
     return found
 
 
@@ -183,7 +187,7 @@ def test_the_loop_agrees(base, case, expected, code):
         train = checkpoint.features([rows[i] for i in some], checkpoint.adam, method="loop")
         val = checkpoint.features(rows_of(expected, "val")[:3], checkpoint.gradient, method="loop")
     finally:
-        models.unload(checkpoint.module)
+        unload(checkpoint.module)
     np.testing.assert_allclose(cosines(train, val), expected["cosine_1"][some, :3], atol=EXACT)
     np.testing.assert_allclose(train.norm(dim=1), expected["train_norm_1"][some], rtol=EXACT)
 

@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from datatools import DataError, UsageError, files, small_sources
 from pipelines.colm import coresets
 from pipelines.models import load as models
+from pipelines.models.lora import add_lora
+from pipelines.models.losses import last_states, row_losses, token_losses
 from pipelines.report import colm_page as coreset_report
 from pipelines.rows.prepare import prepare
 from pipelines.settings.config import CoresetConfig, DataConfig, LoraConfig, ModelConfig, TrainConfig, TrainingConfig
@@ -87,7 +89,7 @@ def test_the_kept_rows_are_small_sources_and_the_rest_by_quota(world, tmp_path):
     rows = prepare(data, ModelConfig(name=str(world.model)), loaded.tokenizer, cache=tmp_path, label="data")
     trained = []
     trainer.fit(
-        models.add_lora(loaded.model, LORA, seed=0),
+        add_lora(loaded.model, LORA, seed=0),
         rows.item,
         list(range(40)),
         TrainingConfig(epochs=1, batch_size=8),
@@ -125,7 +127,7 @@ def test_a_step_counts_rows_alike_or_tokens(world, tmp_path):
     for weighting in ("example", "token"):
         kept = []
         done = trainer.fit(
-            models.add_lora(loaded.model, LORA.model_copy(update={"dropout": 0.0}), seed=0),
+            add_lora(loaded.model, LORA.model_copy(update={"dropout": 0.0}), seed=0),
             rows.item,
             list(range(40)),
             TrainingConfig(epochs=1, batch_size=8, micro_tokens=160, learning_rate=0.0),
@@ -137,8 +139,8 @@ def test_a_step_counts_rows_alike_or_tokens(world, tmp_path):
         )
         for chosen, loss in zip(kept, done.losses, strict=True):
             with torch.no_grad():
-                losses, where = models.token_losses(loaded.model, rows.batch(chosen))
-                each = models.row_losses(loaded.model, rows.batch(chosen))
+                losses, where = token_losses(loaded.model, rows.batch(chosen))
+                each = row_losses(loaded.model, rows.batch(chosen))
             want = each.mean() if weighting == "example" else losses.mean()
             assert loss == pytest.approx(float(want), abs=2e-4)
         loaded = models.load(ModelConfig(name=str(world.model)))
@@ -262,7 +264,7 @@ def test_hidden_states_of_models_that_do_not_say_what_their_decoder_is():
 
     model, ids = zoo.build("Llama4ForCausalLM"), torch.randint(8, 60, (2, 7))
     with torch.no_grad():
-        torch.testing.assert_close(model.lm_head(models.last_states(model, ids)), model(input_ids=ids).logits)
+        torch.testing.assert_close(model.lm_head(last_states(model, ids)), model(input_ids=ids).logits)
 
 
 def test_sizes_and_sources_that_do_not_fit_are_refused(world, tmp_path):
@@ -306,7 +308,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_leave_the_weights(world, tm
     loaded = models.load(ModelConfig(name=str(world.model)))
     data = DataConfig(paths=[str(world.folder / "mixed.jsonl")])
     rows = prepare(data, ModelConfig(name=str(world.model)), loaded.tokenizer, cache=tmp_path, label="data")
-    module = models.add_lora(loaded.model, LORA, seed=0)
+    module = add_lora(loaded.model, LORA, seed=0)
     states = []
     with pytest.raises(DataError, match=r"features of rows \S+mixed\.jsonl:\d+, .* are not finite"):
         trainer.fit(

@@ -11,6 +11,7 @@ from datatools import DataError, UsageError
 from optim import diagnostics
 from pipelines.diagnose import run as diagnose
 from pipelines.models import load as models
+from pipelines.models.losses import token_losses
 from pipelines.report import diagnose_page as diagnose_view
 from pipelines.rows.prepare import prepare
 from pipelines.settings.config import CHECKS, DataConfig, DiagnoseConfig, ModelConfig
@@ -67,13 +68,13 @@ def test_numbers_are_those_of_the_functions_behind_them(world, done):
     (entry,) = [e for e in found["conditioning"]["matrices"] if e["name"].endswith("layers.1.mlp.down_proj.weight")]
     assert entry["cond2"] == pytest.approx(diagnostics.condition_numbers(weight)["cond2"])
     batch = rows.batch(picked)
-    loss = models.token_losses(model, batch)[0].mean()
+    loss = token_losses(model, batch)[0].mean()
     grads = torch.autograd.grad(loss, [weight])
     (entry,) = [e for e in found["spectrum"]["matrices"]
                 if e["name"].endswith("layers.1.mlp.down_proj.weight") and e["of"] == "sgd"]  # fmt: skip
     assert entry["effective_rank"] == pytest.approx(diagnostics.spectrum(grads[0])["effective_rank"], rel=1e-3)
-    product = diagnostics.hessian(lambda: models.token_losses(model, batch)[0].mean(), list(params.values()))
-    start = torch.autograd.grad(models.token_losses(model, batch)[0].mean(), list(params.values()))
+    product = diagnostics.hessian(lambda: token_losses(model, batch)[0].mean(), list(params.values()))
+    start = torch.autograd.grad(token_losses(model, batch)[0].mean(), list(params.values()))
     top = diagnostics.lanczos(product, start, steps=4)["largest"]
     assert found["smoothness"]["lanczos"]["largest"] == pytest.approx(top, rel=1e-2)
     assert found["smoothness"]["plain"]["dimension"] == sum(p.numel() for p in params.values())

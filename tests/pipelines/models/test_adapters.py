@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from datatools import DataError, GradientFeatures, UsageError
 from pipelines.models import load as models
 from pipelines.models import saved_states
+from pipelines.models.adapters import load_adapter, saved_parameters
+from pipelines.models.base import unload
+from pipelines.models.lora import add_lora, lora_parameters
 from pipelines.select import run as select
 from pipelines.settings.config import (
     EvaluateConfig,
@@ -105,10 +108,10 @@ def test_an_adapter_is_read_taken_off_and_merged(bases, tmp_path, kind, tied):
     alone = model(input_ids=IDS).logits
     state = torch.get_rng_state()
     for _ in range(2):
-        wrapped = models.load_adapter(model, folder)
+        wrapped = load_adapter(model, folder)
         torch.testing.assert_close(wrapped(input_ids=IDS).logits, wanted, rtol=0, atol=1e-6)
-        assert list(models.saved_parameters(wrapped)) == trained
-        models.unload(wrapped)
+        assert list(saved_parameters(wrapped)) == trained
+        unload(wrapped)
         after = dict(model.named_parameters())
         assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
         assert torch.equal(model(input_ids=IDS).logits, alone)
@@ -134,10 +137,10 @@ def test_adapters_of_other_methods_are_read_and_taken_off(bases, tmp_path, metho
         moved(wrapped).eval().save_pretrained(tmp_path / "a")
     base = models.load(ModelConfig(name=str(bases / "tied"))).model
     alone = base(input_ids=IDS).logits
-    read = models.load_adapter(base, tmp_path / "a")
+    read = load_adapter(base, tmp_path / "a")
     torch.testing.assert_close(read(input_ids=IDS).logits, wrapped(input_ids=IDS).logits.detach())
-    assert list(models.saved_parameters(read)) == [n for n, p in wrapped.named_parameters() if p.requires_grad]
-    models.unload(read)
+    assert list(saved_parameters(read)) == [n for n, p in wrapped.named_parameters() if p.requires_grad]
+    unload(read)
     assert torch.equal(base(input_ids=IDS).logits, alone)
 
 
@@ -156,7 +159,7 @@ def test_a_base_that_cannot_be_had_again_is_refused_by_name(bases, tmp_path, sta
     with pytest.raises(DataError, match=f"initialisation '{start}'.*init_lora_weights"):
         if merge:
             models.load(ModelConfig(name=str(bases / "tied"), adapter=folder))
-        models.load_adapter(model, folder)
+        load_adapter(model, folder)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -168,12 +171,12 @@ def test_what_does_not_fit_says_why_and_leaves_the_base(bases, tmp_path):
     larger.save_pretrained(tmp_path / "larger")
     folder, _, _ = saved_adapter(tmp_path / "larger", tmp_path / "resized", target_modules=[*TARGETS, "embed_tokens"])
     with pytest.raises(DataError, match="vocabulary of 300 tokens and the model has 259"):
-        models.load_adapter(model, folder)
+        load_adapter(model, folder)
     folder, _, _ = saved_adapter(bases / "untied", tmp_path / "prompt")
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "PREFIX_TUNING"}))
     with pytest.raises(DataError, match="PREFIX_TUNING puts tokens before a row"):
-        models.load_adapter(model, folder)
+        load_adapter(model, folder)
     assert list(dict(model.named_modules())) == names
 
 
@@ -190,7 +193,7 @@ def test_a_small_adapter_on_bfloat16_weights_is_evaluated_and_not_rounded_away(b
     narrow = ModelConfig(name=str(world.model), dtype="bfloat16", adapter=tmp_path / "a")
     plain = narrow.model_copy(update={"adapter": None})
     beside = models.load(narrow, merge=False).model
-    assert len(models.lora_parameters(beside)) == 8
+    assert len(lora_parameters(beside)) == 8
     with torch.no_grad():
         change = beside.base_model.model.model.layers[0].mlp.down_proj.get_delta_weight("default")
     assert 0 < float(change.abs().max()) < 1e-3
@@ -221,29 +224,29 @@ def test_an_adapter_with_a_name_has_a_folder_of_its_own(bases, tmp_path):
     assert not (tmp_path / "a" / "adapter_config.json").exists()
     wanted = wrapped(input_ids=IDS).logits.detach()
     base = models.load(ModelConfig(name=str(bases / "tied"))).model
-    read = models.load_adapter(base, tmp_path / "a")
+    read = load_adapter(base, tmp_path / "a")
     torch.testing.assert_close(read(input_ids=IDS).logits, wanted)
-    assert list(models.saved_parameters(read)) == [n for n, p in wrapped.named_parameters() if p.requires_grad]
+    assert list(saved_parameters(read)) == [n for n, p in wrapped.named_parameters() if p.requires_grad]
     shutil.copytree(tmp_path / "a" / "mine", tmp_path / "a" / "other")
     with pytest.raises(DataError, match="holds 2 adapters \\(mine, other\\)"):
-        models.load_adapter(base, tmp_path / "a")
+        load_adapter(base, tmp_path / "a")
 
 
 def test_weights_that_an_adapter_changed_and_no_file_holds_are_an_error(bases):
     """A model that was not read from files cannot be restored; a change that nobody may make is not passed on."""
     model = AutoModelForCausalLM.from_pretrained(bases / "tied").requires_grad_(False)
-    wrapped = models.add_lora(model, LoraConfig(rank=2), seed=0)
+    wrapped = add_lora(model, LoraConfig(rank=2), seed=0)
     with torch.no_grad():
         model.model.norm.weight.add_(1)
     with pytest.raises(DataError, match=r"changed 1 weights.*model\.norm\.weight"):
-        models.unload(wrapped)
+        unload(wrapped)
 
 
 # ------------------------------------------------------------------------------------------------- targets of adapters
 
 
 def named(model):
-    names = [name.split(".lora_A.")[0] for name in models.lora_parameters(model) if ".lora_A." in name]
+    names = [name.split(".lora_A.")[0] for name in lora_parameters(model) if ".lora_A." in name]
     return {name.removeprefix("base_model.model.") for name in names}
 
 
@@ -251,7 +254,7 @@ def test_adapters_are_on_the_attention_of_any_model(bases):
     from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, Phi3Config, Phi3ForCausalLM
 
     def on(model, **settings):
-        return named(models.add_lora(model.requires_grad_(False), LoraConfig(rank=2, **settings), seed=0))
+        return named(add_lora(model.requires_grad_(False), LoraConfig(rank=2, **settings), seed=0))
 
     llama = on(AutoModelForCausalLM.from_pretrained(bases / "tied"))
     assert llama == {f"model.layers.{i}.self_attn.{k}_proj" for i in (0, 1) for k in "qkvo"}
@@ -275,22 +278,22 @@ def test_adapters_are_on_the_attention_of_any_model(bases):
 def test_adapters_leave_out_what_only_looks_like_a_linear_layer(name):
     """Routers that return a choice, products in groups; and a list of layers named as the decoder's layers are."""
     model = zoo.build(name).requires_grad_(False)
-    wrapped = models.add_lora(model, LoraConfig(rank=2, targets="auto"), seed=0)
+    wrapped = add_lora(model, LoraConfig(rank=2, targets="auto"), seed=0)
     got = named(wrapped)
     assert got and not any(part in target for target in got for part in ("router.gate", "o_a_proj", "lm_head"))
     loss = wrapped(input_ids=IDS, use_cache=False).logits.logsumexp(-1).sum()
     assert all(g is None or g.isfinite().all() for g in torch.autograd.grad(
-        loss, list(models.lora_parameters(wrapped).values()), allow_unused=True
+        loss, list(lora_parameters(wrapped).values()), allow_unused=True
     ))  # fmt: skip
 
 
 def test_fresh_matrices_on_an_embedding_do_not_depend_on_what_ran_before(bases):
     def drawn(before):
         torch.manual_seed(before)
-        model = models.add_lora(
+        model = add_lora(
             AutoModelForCausalLM.from_pretrained(bases / "tied"), LoraConfig(rank=2, targets=["embed_tokens"]), seed=3
         )
-        return {name: p.clone() for name, p in models.lora_parameters(model).items()}
+        return {name: p.clone() for name, p in lora_parameters(model).items()}
 
     with torch.random.fork_rng():
         first, second = drawn(1), drawn(2)
@@ -506,9 +509,9 @@ def test_adapters_in_shards_are_read_with_their_configuration(bases, tmp_path):
     with pytest.raises(DataError, match=r"adapters without their adapter_config\.json; copy it .*checkpoint-4"):
         models.load(base, weights=at)
     shutil.copy(config, at)
-    read = models.load_adapter(models.load(base).model, at)
+    read = load_adapter(models.load(base).model, at)
     torch.testing.assert_close(read(input_ids=IDS).logits, wanted)
-    assert list(models.saved_parameters(read)) == trained
+    assert list(saved_parameters(read)) == trained
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.distributed.*:UserWarning")

@@ -21,6 +21,9 @@ import optim
 import pipelines.select.methods
 from datatools import DataError, GradientFeatures, UsageError, files
 from pipelines.models import load as models
+from pipelines.models import losses
+from pipelines.models.adapters import load_adapter
+from pipelines.models.losses import row_losses
 from pipelines.rows.prepare import prepare
 from pipelines.runs import folder as runs
 from pipelines.select import explain
@@ -630,10 +633,10 @@ def test_non_finite_rows_are_marked_and_never_chosen(world, first, tmp_path, mon
     """A row whose loss is not a number has a status instead of a score; the others keep theirs to the bit."""
     table = scores(first)
     key = table["_key"][table["_id"].index(ids(first)[0])]  # the very best row is the one that breaks
-    inner = models.row_losses
+    inner = row_losses
     index = table["_key"].index(key)
 
-    def row_losses(model, batch):
+    def broken(model, batch):
         values, n = inner(model, batch), len(encoded)
         if model.training or batch["input_ids"].shape[1] < n:
             return values
@@ -649,7 +652,7 @@ def test_non_finite_rows_are_marked_and_never_chosen(world, first, tmp_path, mon
     tokenizer = models.load(config.model, tokenizer_only=True).tokenizer
     pool, _ = read_pool([world.pool], cache=tmp_path)
     encoded = Encoder(tokenizer, max_length=1024)(pool[index]).input_ids
-    monkeypatch.setattr(models, "row_losses", row_losses)
+    monkeypatch.setattr(losses, "row_losses", broken)
     run = select.run(config)
     after = scores(run)
     assert after["_status"][index] == "nonfinite" and after["_score"][index] is None and not after["_selected"][index]
@@ -986,14 +989,14 @@ def exact_cosine(run, world, row_id, target_id):
     config = load_config(SelectConfig, run / "run.yaml", {"out": run}, [])
     stop = max(checkpoints.find([run / "warmup"]), key=lambda c: c.weight)
     loaded = models.load(config.model)
-    module = models.load_adapter(loaded.model, stop.folder)
+    module = load_adapter(loaded.model, stop.folder)
     params = checkpoints.trainable(module)
     gradients = []
     for data, wanted in ((config.train, row_id), (DataConfig(paths=[str(world.target)]), target_id)):
         rows = prepare(data, config.model, loaded.tokenizer, cache=run, label="rows")
         for p in params.values():
             p.requires_grad_(True)
-        loss = models.row_losses(module, rows.batch([rows.pool.ids.index(wanted)])).sum()
+        loss = row_losses(module, rows.batch([rows.pool.ids.index(wanted)])).sum()
         grads = torch.autograd.grad(loss, list(params.values()))
         gradients.append(dict(zip(params, (g.detach() for g in grads), strict=True)))
         for p in params.values():

@@ -12,6 +12,7 @@ import optim
 from datatools import DataError, Order, UsageError, order
 from pipelines.cli.app import main
 from pipelines.models import load as models
+from pipelines.models.adapters import load_adapter
 from pipelines.order import run as pipeline
 from pipelines.order.setting import Setting
 from pipelines.runs import folder as runs
@@ -79,7 +80,7 @@ def test_training_in_the_reference_order_is_the_reference_run(world: Path, tmp_p
         loaded = models.load(ModelConfig(name=str(done / "model"), dtype="float32"))
         found = dict(loaded.model.named_parameters())
     else:
-        module = models.load_adapter(loaded.model, done / "adapter")
+        module = load_adapter(loaded.model, done / "adapter")
         found = {n: p for n, p in module.named_parameters() if "lora_" in n}
     end = pipeline.reference(setting).end.params
     assert end.keys() <= found.keys()

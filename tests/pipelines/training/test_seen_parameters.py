@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from datatools import per_sample_grads
-from pipelines.models import load as models
+from pipelines.models.losses import row_losses, seen_parameters
 from tests.zoo import build as zoo
 
 LLAMA, MOE = "LlamaForCausalLM", "Qwen3MoeForCausalLM"
@@ -39,12 +39,12 @@ def test_every_matrix_of_an_adapter_is_seen(case):
     labels = ids.clone()
     labels[:, :2], labels[1, 4:] = -100, -100
     batch = {"input_ids": ids, "labels": labels}
-    names = models.seen_parameters(model, params, "hooks")
+    names = seen_parameters(model, params, "hooks")
     assert names == list(params)
-    want = per_sample_grads(models.row_losses, model, batch, names, method="loop")
+    want = per_sample_grads(row_losses, model, batch, names, method="loop")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        got = per_sample_grads(models.row_losses, model, batch, names)
+        got = per_sample_grads(row_losses, model, batch, names)
     told = [str(each.message) for each in said if "per-sample gradients" in str(each.message)]
     assert (len(told) == 1 and slow in told[0]) if slow else not told
     for each in names:
@@ -54,6 +54,6 @@ def test_every_matrix_of_an_adapter_is_seen(case):
 def test_whole_heads_beside_an_adapter_are_left_out():
     model = get_peft_model(zoo.build(LLAMA), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     params = {each: p for each, p in model.named_parameters() if p.requires_grad}
-    assert set(params) - set(models.seen_parameters(model, params, "hooks")) == {
+    assert set(params) - set(seen_parameters(model, params, "hooks")) == {
         "base_model.model.lm_head.modules_to_save.default.weight"
     }

@@ -17,6 +17,9 @@ import optim
 from datatools import DataError, EnvironmentProblem, UsageError, files
 from pipelines import demo
 from pipelines.models import load as models
+from pipelines.models.adapters import load_adapter
+from pipelines.models.base import unload
+from pipelines.models.lora import add_lora
 from pipelines.rows.prepare import prepare
 from pipelines.select import audit
 from pipelines.select import run as select
@@ -106,7 +109,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_supervised_tokens(world, first)
     )
     seen = []
     recipe = TrainingConfig(epochs=1, batch_size=8, micro_tokens=160, learning_rate=0.0)
-    module = models.add_lora(loaded.model, LORA.model_copy(update={"dropout": 0.0}), seed=0)
+    module = add_lora(loaded.model, LORA.model_copy(update={"dropout": 0.0}), seed=0)
     with torch.random.fork_rng():
         done = trainer.fit(
             module,
@@ -388,11 +391,11 @@ def test_fresh_adapters_have_a_generator_of_their_own(world):
         random.seed(before)
         states = torch.get_rng_state(), random.getstate()
         loaded = models.load(ModelConfig(name=str(world.model)))
-        wrapped = models.add_lora(loaded.model, LORA, seed=7)
+        wrapped = add_lora(loaded.model, LORA, seed=7)
         assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
         made.append({name: p.detach().clone() for name, p in wrapped.named_parameters() if "lora_" in name})
     assert all(torch.equal(p, made[1][name]) for name, p in made[0].items())
-    other = models.add_lora(models.load(ModelConfig(name=str(world.model))).model, LORA, seed=8)
+    other = add_lora(models.load(ModelConfig(name=str(world.model))).model, LORA, seed=8)
     first = [name for name in made[0] if "lora_A" in name]
     assert not any(torch.equal(dict(other.named_parameters())[name], made[0][name]) for name in first)
     for name in first:  # peft's own default: uniform within 1 / sqrt(in)
@@ -408,8 +411,8 @@ def test_a_base_model_takes_one_adapter_after_the_other(world):
     loaded = models.load(ModelConfig(name=str(world.model)))
     want = {name: p.clone() for name, p in loaded.model.named_parameters()}
     for seed in (0, 1):
-        wrapped = models.add_lora(loaded.model, LORA, seed=seed)
-        models.unload(wrapped)
+        wrapped = add_lora(loaded.model, LORA, seed=seed)
+        unload(wrapped)
     after = dict(loaded.model.named_parameters())
     assert list(after) == list(want) and all(torch.equal(after[name], p) for name, p in want.items())
 
@@ -441,16 +444,16 @@ def test_models_that_cannot_be_read_say_why(world, tmp_path, monkeypatch):
 def test_adapters_that_do_not_fit_say_why(world, first, tmp_path):
     loaded = models.load(ModelConfig(name=str(world.model)))
     with pytest.raises(DataError, match="adapter_config.json is missing"):
-        models.load_adapter(loaded.model, tmp_path)
+        load_adapter(loaded.model, tmp_path)
     adapter = shutil.copytree(first / "adapter", tmp_path / "adapter")
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(DataError, match="adapter_model.safetensors is missing"):
-        models.load_adapter(loaded.model, adapter)
+        load_adapter(loaded.model, adapter)
     (adapter / "adapter_model.bin").rename(adapter / "adapter_model.safetensors")
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": 5}))
     with pytest.raises(DataError, match="does not fit this model"):
-        models.load_adapter(models.load(ModelConfig(name=str(world.model))).model, adapter)
+        load_adapter(models.load(ModelConfig(name=str(world.model))).model, adapter)
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluate
@@ -464,7 +467,7 @@ def test_evaluate_is_the_mean_over_supervised_tokens(world, first, budget):
     )
     found = evaluation.evaluate(config)
     loaded = models.load(ModelConfig(name=str(world.model)))
-    model = models.load_adapter(loaded.model, first / "adapter")
+    model = load_adapter(loaded.model, first / "adapter")
     rows = prepare(data_of(world), config.model, loaded.tokenizer, cache=world.folder, label="data")
     losses = [plain_losses(model, *rows.item(i)) for i in range(24)]
     assert found["tokens"] == sum(map(len, losses)) and found["rows"] == 24

@@ -13,6 +13,7 @@ from datatools import UsageError
 from optim import SGD
 from optim.zeroth_order import NotFinite, Taken, ZerothOrder
 from pipelines.models import load as models
+from pipelines.models.losses import collate, token_losses
 from pipelines.runs.folder import derive_seed
 from pipelines.settings.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, TrainingConfig
 from pipelines.settings.config_files import load_config
@@ -117,10 +118,10 @@ def test_the_forward_gradient_of_the_pipeline_is_the_directional_derivative(worl
     """Through the real model's loss: against back-propagation."""
     config = settings(world, world.folder)
     model = models.load(config.model).model.requires_grad_(True).double()
-    batch = models.collate([([1, 5, 9, 4, 7], [-100, 5, 9, 4, 7]), ([3, 2, 8], [-100, -100, 8])])
+    batch = collate([([1, 5, 9, 4, 7], [-100, 5, 9, 4, 7]), ([3, 2, 8], [-100, -100, 8])])
 
     def loss():
-        return models.token_losses(model, batch)[0].sum() / 5
+        return token_losses(model, batch)[0].sum() / 5
 
     source = ZerothOrder(model.named_parameters(), estimator="forward", module=model)
     source.step(SGD(model.parameters(), lr=0.0), [loss])

@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from datatools import DataError, DatatoolsError, UsageError
-from pipelines.models import adapters, loading
+from pipelines.models import adapters, weight_files
 from pipelines.models import load as models
+from pipelines.models.adapters import load_adapter
+from pipelines.models.base import unload
+from pipelines.models.quiet import quiet
 from pipelines.settings.config import DataConfig, EvaluateConfig, LoraConfig, ModelConfig, TrainConfig, TrainingConfig
 from pipelines.training import checkpoints
 from pipelines.training.evaluation import evaluate
@@ -230,7 +233,7 @@ def sharded(home: Path, tmp_path: Path) -> Path:
 
 
 def indexed(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    path = folder / loading.INDEX
+    path = folder / weight_files.INDEX
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     return folder
 
@@ -348,7 +351,7 @@ def test_every_kind_of_adapter_is_read_as_it_was_saved(wider: Path, tmp_path: Pa
         options = {"target_modules": ["q_proj", "v_proj"]} | options
     ids, base = torch.arange(2, 12)[None], models.load(config_of(wider)).model
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad(), models.quiet(), warnings.catch_warnings():
+    with torch.no_grad(), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plain = base(input_ids=ids).logits
         made_here = get_peft_model(base, made(**options))
@@ -358,8 +361,8 @@ def test_every_kind_of_adapter_is_read_as_it_was_saved(wider: Path, tmp_path: Pa
         wanted = made_here.eval()(input_ids=ids).logits
         made_here.save_pretrained(tmp_path)
         model = models.load(config_of(wider)).model
-        wrapped = models.load_adapter(model, tmp_path)
+        wrapped = load_adapter(model, tmp_path)
         assert not torch.allclose(plain, wanted, atol=1e-3)
         torch.testing.assert_close(wrapped(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5)
-        models.unload(wrapped)
+        unload(wrapped)
         assert torch.equal(model(input_ids=ids).logits, plain)

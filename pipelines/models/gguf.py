@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from datatools import DataError, DatatoolsError, EnvironmentProblem, files
-from pipelines.models import loading
-from pipelines.models.adapters import quiet
+from pipelines.models import weight_files
+from pipelines.models.quiet import quiet
 from pipelines.runs.folder import say
 from pipelines.texts import first_line
 
@@ -135,7 +135,7 @@ def _convert(gguf: Path, folder: Path) -> None:
                 read, report = AutoModelForCausalLM.from_pretrained(
                     **source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
                 )
-            loading.refuse(str(gguf), read, report)
+            weight_files.refuse(str(gguf), read, report)
             config = read.config
             if hasattr(config, "quantization_config"):
                 del config.quantization_config

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from datatools import DataError, DatatoolsError
-from pipelines.models import gguf_cache
+from pipelines.models import gguf
 from pipelines.models import load as models
 from pipelines.settings.config import ModelConfig
 
@@ -67,9 +67,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "gguf"
 
 
-def logits(gguf: Path) -> torch.Tensor:
-    gguf_cache._VERIFIED.clear()  # as another process would
-    found: torch.Tensor = models.load(ModelConfig(name=str(gguf))).model(input_ids=torch.arange(6)[None]).logits
+def logits(path: Path) -> torch.Tensor:
+    gguf._VERIFIED.clear()  # as another process would
+    found: torch.Tensor = models.load(ModelConfig(name=str(path))).model(input_ids=torch.arange(6)[None]).logits
     return found.detach()
 
 
@@ -105,7 +105,7 @@ def test_a_damaged_conversion_is_made_again(whole: Path, cache: Path, capsys: py
 def test_a_half_written_or_older_conversion_is_not_used(whole: Path, cache: Path) -> None:
     wanted = logits(whole)
     [folder] = cache.iterdir()
-    older = folder.with_name(folder.name.replace(f"-v{gguf_cache.FORMAT}", "-v1"))
+    older = folder.with_name(folder.name.replace(f"-v{gguf.FORMAT}", "-v1"))
     folder.rename(older)
     flip(older / "model.safetensors", 5000)
     assert logits(whole).equal(wanted) and folder.is_dir()
@@ -121,7 +121,7 @@ def test_a_half_written_or_older_conversion_is_not_used(whole: Path, cache: Path
 
 def test_it_is_read_once_a_process(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = models.load(ModelConfig(name=str(whole)))
-    monkeypatch.setattr(gguf_cache, "_convert", lambda *_: pytest.fail("converted twice"))
+    monkeypatch.setattr(gguf, "_convert", lambda *_: pytest.fail("converted twice"))
     again = models.load(ModelConfig(name=str(whole)))
     assert again.digests == loaded.digests and "model.safetensors" in again.digests
     assert "complete.json" not in again.digests

@@ -1,0 +1,106 @@
+"""The base model under an adapter, noted before the adapter is put on and restored when it is taken off.
+
+Taking an adapter off must leave the base model as it was, and peft does not promise that: some initializations (PiSSA,
+OLoRA, LoftQ) change the base weights when the adapter is put on, trained biases belong to the base itself, and a layer
+that was trained whole stays in the place of the original. So the state of the base is recorded before and checked
+after: modules and parameters by identity, weights by their digest. Whatever changed is put back, and weights are read
+again from the model's files.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datatools import DataError, files
+
+READ_AGAIN: weakref.WeakKeyDictionary[nn.Module, Callable[[], nn.Module]] = weakref.WeakKeyDictionary()
+"""How the weights of a model are read once more; `models.load` notes it for every model that it makes."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The modules, parameters and weights of a plain model as they were before an adapter was put on."""
+
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    tensors: Mapping[str, Tensor]
+    digests: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Standing:
+        """The state of `model` now."""
+        tensors = dict(_tensors(model))
+        return cls(model, dict(model.named_modules()), tensors, {name: _digest(t) for name, t in tensors.items()})
+
+    def changed(self) -> list[str]:
+        """The names of weights that are not what they were."""
+        return [name for name, tensor in self.tensors.items() if _digest(tensor) != self.digests[name]]
+
+    def restore(self) -> None:
+        """Put modules, parameters and weights back.
+
+        Raises: DataError when weights changed and cannot be read again as they were.
+        """
+        for name, module in self.modules.items():
+            if name:
+                _parent(self.modules, name)._modules[name.rpartition(".")[2]] = module
+        for name, tensor in self.tensors.items():
+            holder, own = _parent(self.modules, name), name.rpartition(".")[2]
+            if own in holder._parameters:
+                holder._parameters[own] = tensor  # type: ignore[assignment]
+        unmarked(self.model).requires_grad_(False)
+        if changed := self.changed():
+            read = READ_AGAIN.get(self.model)
+            if read is not None:
+                again = dict(_tensors(read()))
+                with torch.no_grad():
+                    for name in changed:
+                        tensor = self.tensors[name]
+                        if name in again and again[name].shape == tensor.shape:
+                            tensor.data = again[name].to(tensor).clone()
+                changed = self.changed()
+            if changed:
+                raise DataError(
+                    f"an adapter changed {len(changed)} weights of its base model, the first {changed[0]!r}, and they "
+                    "cannot be read again as they were; load the model again before using it"
+                )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and the buffers that are part of a saved model: rotary tables may follow the length of a row."""
+    kept = model.state_dict(keep_vars=True)
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+
+
+def _parent(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
+    return modules[name.rpartition(".")[0]]
+
+
+def _digest(tensor: Tensor) -> str:
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return files.digest(values.numpy().data)
+
+
+def unload(wrapped: Any) -> None:
+    """Take the adapters off a peft model: its base model is as it was, to the bit, and may take others.
+
+    Raises: DataError when the base weights changed and cannot be read again.
+    """
+    standing: Standing = wrapped._datatools_standing
+    wrapped.unload()
+    standing.restore()
+
+
+def unmarked(model: Any) -> Any:
+    """`model` without the marks that peft leaves on it when it puts the layers back."""
+    for mark in ("peft_config", "_hf_peft_config_loaded"):
+        if mark in vars(model):
+            delattr(model, mark)
+    return model

@@ -1,0 +1,146 @@
+"""Fresh LoRA adapters: the layers that get one, and their initial values."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datatools import DataError, files
+from pipelines.models.base import Standing
+from pipelines.models.quiet import quiet
+from pipelines.settings.config import LoraConfig
+from pipelines.texts import first_line
+
+_ATTENTION = re.compile(r"attn|attention")
+
+
+def add_lora(model: Any, config: LoraConfig, *, seed: int) -> Any:
+    """`model` wrapped by peft with fresh LoRA matrices on `config.targets`; only they train.
+
+    A is drawn from a generator of its own, seeded by (seed, parameter name): the global generator is not touched and
+    the matrices do not depend on what ran before.
+    Raises: DataError when no module of the model has a target's name.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    standing = Standing.of(model)
+    options = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=_targets(model, config),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with quiet(), warnings.catch_warnings(), seeded(seed):
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft finds each layer's layout by itself
+            wrapped = get_peft_model(model, options)
+    except ValueError as error:
+        standing.restore()
+        raise DataError(f"lora.targets {config.targets}: {first_line(error)} {_named(model)}") from error
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_A." in name:
+            generator = torch.Generator().manual_seed(int(files.digest(f"{seed}/{name}".encode())[:15], 16))
+            bound = parameter.shape[1] ** -0.5  # kaiming_uniform(a=sqrt(5)), peft's own default
+            values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            parameter.data.copy_(values)
+    wrapped._datatools_standing = standing
+    return wrapped
+
+
+def _targets(model: Any, config: LoraConfig) -> list[str]:
+    """The layers that get an adapter, as peft takes them. Raises: DataError for a name that no layer ends with."""
+    if isinstance(config.targets, list):
+        names = list(dict(model.named_modules()))
+        for target in config.targets:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise DataError(f"lora.targets {target}: no layer of this model has this name. {_named(model)}")
+        return list(config.targets)
+    linear, head = _linear(model), model.get_output_embeddings()
+    called = _called(model, linear)
+    every = [n for n, layer in linear.items() if layer is not head and n in called and not _refused(model, n)]
+    inside = [name for name in every if _ATTENTION.search(name.rpartition(".")[0].lower())]
+    chosen = inside if inside and config.targets == "attention" else every  # a state-space model has no attention
+    if not chosen:
+        raise DataError(f"lora.targets {config.targets}: this model has no linear layer but its head")
+    return _shortest(chosen, [name for name, _ in model.named_modules()])
+
+
+def _called(model: Any, linear: Mapping[str, nn.Module]) -> set[str]:
+    """Those of the layers that a row of two tokens passes through, and experts, which it may not reach.
+
+    Some models read a layer's weight and never call it (Mamba's dt_proj): an adapter on it would do nothing. And some
+    layers only look like linear ones (routers that choose, products in groups): adapters do not fit their outputs.
+    """
+    seen = {name for name in linear if "expert" in name.lower()}
+
+    def note(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.nf
+        if isinstance(output, Tensor) and output.shape == (*inputs[0].shape[:-1], outputs):
+            seen.add(name)
+
+    handles = [layer.register_forward_hook(partial(note, name)) for name, layer in linear.items()]
+    training = model.training
+    try:
+        logits(model, torch.zeros((1, 2), dtype=torch.int64, device=model.device))
+    except Exception:  # a model that wants more inputs than a row: all its layers may be called
+        return set(linear)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _refused(model: Any, name: str) -> bool:
+    """Whether peft refuses an adapter there: layers whose weights the fused kernels of Mamba read themselves."""
+    kind = getattr(model.config, "model_type", None)
+    fused = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+    return kind in fused and name.rpartition(".")[2] in ("out_proj", "conv1d")
+
+
+def _shortest(wanted: list[str], modules: Iterable[str]) -> list[str]:
+    """The last parts of the names `wanted`, where no other module has one of them; the whole names otherwise."""
+    last = sorted({name.rpartition(".")[2] for name in wanted})
+    meant = {name for name in modules if name.rpartition(".")[2] in last}
+    return last if meant == set(wanted) else wanted
+
+
+def _linear(model: Any) -> dict[str, nn.Module]:
+    from transformers.pytorch_utils import Conv1D
+
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
+
+
+def _named(model: Any) -> str:
+    names = sorted({name.rpartition(".")[2] for name in _linear(model)})
+    return f"This model's linear layers are named {names}; lora.targets auto takes all but the head"
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """What peft draws, from the global generators and no other, is of `seed`, and does not show outside."""
+    with torch.random.fork_rng():
+        for generator in (torch.default_generator, *torch.cuda.default_generators):
+            generator.manual_seed(seed % 2**63)
+        yield
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The LoRA matrices of a peft model by name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if "lora_" in name}
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """float32 logits [b, s, vocabulary] of `ids`, int64 [b, s], without gradients."""
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+    return found.float()
