@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from datatools.features.extract import extract as extract
     from datatools.features.store import GradientFeatures as GradientFeatures
     from datatools.features.store import OtherFeatures as OtherFeatures
+    from datatools.files.order_file import Order as Order
     from datatools.gradients import covered as covered
     from datatools.gradients import per_sample_grads as per_sample_grads
     from datatools.gradients import token_batches as token_batches
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from datatools.less.less import LessScores as LessScores
     from datatools.less.less import less_scores as less_scores
     from datatools.memory import keep_pages as keep_pages
-    from datatools.orders import Order as Order
     from datatools.projectors import PROJECTORS as PROJECTORS
     from datatools.projectors import Projector as Projector
     from datatools.selection.budget import Budget as Budget
@@ -81,7 +81,7 @@ _EXPORTS = {
     "token_batches": "datatools.gradients",
     "visit_per_sample_grads": "datatools.gradients",
     "keep_pages": "datatools.memory",
-    "Order": "datatools.orders",
+    "Order": "datatools.files.order_file",
     "PROJECTORS": "datatools.projectors",
     "Projector": "datatools.projectors",
     "AGGREGATIONS": "datatools.less.aggregate",

@@ -395,7 +395,7 @@ def test_the_tables_of_the_packages_are_those_of_the_code():
     of = {row[0]: row[1] for row in table("datatools/README.md", "file")}
     assert sorted(names_in(of["`projectors/`"])) == sorted(PROJECTORS)
     assert set(AGGREGATIONS) <= set(names_in(of["`less/aggregate.py`"]))
-    assert set(ESTIMATORS) <= set(names_in(of["`orders.py`, `order/`"]))
+    assert set(ESTIMATORS) <= set(names_in(of["`order/`"]))
     checks = document("pipelines/README.md").split("Checks: ", 1)[1].split("\n\n")[0]
     assert set(DIAGNOSES) <= set(names_in(checks))
 

@@ -23,28 +23,19 @@ from functools import partial
 from typing import Any
 
 from datatools.errors import UsageError, did_you_mean
+from datatools.order.curricula import curricula
 from datatools.order.estimators import fut as table
 from datatools.order.estimators import groups, moments, pairwise, reduced
-from datatools.order.estimators.surrogate import FORMAT, LIMIT_BYTES, LIMITS, Surrogate, check_linear, finite, trusted
-from datatools.order.memorization import Map, memory_map
+from datatools.order.estimators.linear import check_linear
+from datatools.order.estimators.surrogate import FORMAT, LIMIT_BYTES, LIMITS, Surrogate, finite, trusted
+from datatools.order.memory_map import Map, memory_map
+from datatools.order.problem import Cost, Diverged, Loss, Params, Parts, Problem
+from datatools.order.recipe import Recipe, States, train
 from datatools.order.recorder import Recorder
-from datatools.order.reference import (
-    Anchor,
-    Cost,
-    Diverged,
-    Loss,
-    Params,
-    Parts,
-    Problem,
-    Recipe,
-    ReferenceRun,
-    States,
-    record,
-    snapshot,
-    train,
-)
+from datatools.order.reference_run import Anchor, ReferenceRun, record, snapshot
+from datatools.order.refine import refine
 from datatools.order.search import METHODS as SEARCHES
-from datatools.order.search import Found, borda_order, curricula, exact_order, refine, search
+from datatools.order.search import Found, borda_order, exact_order, search
 from datatools.order.validate import Judgement, Prize, break_even, calibrated, judge, prize
 from datatools.stats import spearman
 

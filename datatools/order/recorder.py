@@ -8,16 +8,9 @@ from typing import Any
 
 from datatools import files
 from datatools.errors import DataError, UsageError
-from datatools.order.reference import (
-    Anchor,
-    Recipe,
-    ReferenceRun,
-    anchor_positions,
-    load_anchor,
-    save_anchor,
-    snapshot,
-)
-from datatools.orders import Order
+from datatools.files.order_file import Order
+from datatools.order.recipe import Recipe
+from datatools.order.reference_run import Anchor, ReferenceRun, anchor_positions, load_anchor, save_anchor, snapshot
 from optim import Optimizer
 
 

@@ -11,7 +11,7 @@ there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,14 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datatools.errors import DataError, UsageError, did_you_mean
+from datatools.files.order_file import check_permutation
 from datatools.order.estimators.pairwise import Pairwise
 from datatools.order.estimators.surrogate import Surrogate
 
 Permutation = NDArray[np.int64]  # [T], places of the reference's sequence
 _EXACT_LIMIT = 12
-_ROUND = 8  # orders that a costly judge is given at once, and parents of the next
-_CHILDREN = 512  # of which it is given the most promising
-_FITTED = 512  # judged orders that say which are
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,6 @@ def places(sequence: Sequence[int], reference: Sequence[int]) -> Permutation:
             raise IndexError
         return np.array([where[int(batch)].pop() for batch in sequence], dtype=np.int64)
     except (KeyError, IndexError):
-        from datatools.orders import check_permutation
-
         check_permutation(sequence, reference)
         raise
 
@@ -224,12 +220,12 @@ def offspring(
             lo, hi = sorted(rng.choice(steps + 1, size=2, replace=False))
             child = order_crossover(parents[one], parents[two], int(lo), int(hi))
         if rng.random() < 0.2 and steps > 1:
-            child = _mutated(child, rng)
+            child = mutated(child, rng)
         children.append(child)
     return np.stack(children)
 
 
-def _mutated(child: Permutation, rng: np.random.Generator) -> Permutation:
+def mutated(child: Permutation, rng: np.random.Generator) -> Permutation:
     """Two places swapped, one moved to the other, or all between them reversed."""
     a, b = (int(x) for x in rng.choice(len(child), size=2, replace=False))
     kind = int(rng.integers(3))
@@ -251,69 +247,6 @@ def _genetic(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generato
         elites = np.argsort(scores, kind="stable")[:2]
         made = offspring(population, scores, size - 2, rng)
         population, scores = np.concatenate([population[elites], made]), np.concatenate([scores[elites], scorer(made)])
-
-
-def refine(
-    judge: Callable[[list[tuple[int, ...]]], Sequence[float]],
-    known: Mapping[tuple[int, ...], float],
-    reference: Sequence[int],
-    *,
-    budget: int = 64,
-    seed: int = 0,
-) -> Found:
-    """Better orders than the `known` ones, by a judge too expensive for `search`: the new ones only, best first.
-
-    A quarter of the budget are random orders, so that the known ones' common errors do not decide; then, in rounds of
-    8, of many children of the 8 best (`offspring`) those that `promise` most. Each order once. Scores that are not
-    finite are inf, and no parents.
-
-    judge: orders -> their scores, lower is better; called with at most 8. reference: what they are permutations of.
-    """
-    rng, labels = np.random.default_rng(seed), np.asarray(reference, dtype=np.int64)
-    scores = {tuple(map(int, sequence)): float(value) for sequence, value in known.items()}
-    found: dict[tuple[int, ...], float] = {}
-    tries = 0  # a handful of batches has few orders
-    while len(found) < budget and tries < 50:
-        best = sorted((s for s in scores if np.isfinite(scores[s])), key=lambda s: (scores[s], s))[:_FITTED]
-        first = budget // 4 - len(found)
-        count = min(_ROUND, first if first > 0 else budget - len(found))
-        if first > 0 or len(best) < 2:
-            made = rng.permuted(np.tile(np.arange(len(labels)), (count, 1)), axis=1)
-        else:
-            judged, values = np.stack([places(s, reference) for s in best]), np.array([scores[s] for s in best])
-            made = offspring(judged[:_ROUND], values[:_ROUND], _CHILDREN, rng)
-            if len(labels) > 1:  # every other one a step further
-                made[::2] = [_mutated(child, rng) for child in made[::2]]
-            made = made[np.argsort(promise(judged, values, made), kind="stable")]
-        fresh = list(dict.fromkeys(s for s in (tuple(labels[child].tolist()) for child in made) if s not in scores))
-        tries = 0 if fresh else tries + 1
-        if fresh := fresh[:count]:
-            new = np.asarray(judge(fresh), dtype=np.float64)
-            found |= zip(fresh, np.where(np.isfinite(new), new, np.inf).tolist(), strict=True)
-            scores |= found
-    ranked = sorted(found.items(), key=lambda item: (item[1], item[0]))
-    return Found([s for s, _ in ranked], [v for _, v in ranked], len(found))
-
-
-def promise(judged: NDArray[np.int64], values: NDArray[np.float64], orders: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[M]: the expected value of each order [M, T] less its standard deviation, given those judged [N, T]; low is good.
-
-    A Gaussian process over orders, K = exp(-3 (1 - Spearman of two orders' positions)), of the values' mean and
-    variance, with a tenth of it as noise; the lower confidence bound of arXiv 0912.3995 at one deviation.
-    """
-    from sklearn.gaussian_process import GaussianProcessRegressor
-    from sklearn.gaussian_process.kernels import RBF
-
-    steps = judged.shape[1]
-    long = max(1.0, float(np.sqrt((steps**3 - steps) / 12)))  # positions about their mean, of length 1
-
-    def positions(permutations: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.asarray((np.argsort(permutations, axis=1) - (steps - 1) / 2) / long)
-
-    process = GaussianProcessRegressor(RBF(3**-0.5, "fixed"), alpha=0.1, optimizer=None, normalize_y=True)
-    process.fit(positions(judged), values)
-    expected, deviation = process.predict(positions(orders), return_std=True)
-    return np.asarray(expected - deviation)
 
 
 METHODS: dict[str, Callable[[_Scorer, list[Permutation], np.random.Generator], None]] = {
@@ -356,28 +289,3 @@ def exact_order(costs: Tensor) -> tuple[list[int], float]:
 
 
 # ----------------------------------------------------------------------------------------------------------- curricula
-
-
-def curricula(
-    sequence: Sequence[int], values: Mapping[str, Sequence[float]], sources: Sequence[str] | None = None
-) -> dict[str, tuple[int, ...]]:
-    """The usual candidates: batches sorted by each value ("short first", ...) and the reverse; sources one after the
-    other, and taking turns. All are permutations of `sequence`; ties keep its order.
-
-    values: name -> one number a batch. sources: one name a batch.
-    """
-    made: dict[str, tuple[int, ...]] = {}
-    for name, numbers in values.items():
-        rising = sorted(sequence, key=lambda b: numbers[b])  # noqa: B023 (used at once)
-        made[f"{name}, rising"] = tuple(rising)
-        made[f"{name}, falling"] = tuple(reversed(rising))
-    if sources is not None and len(set(sources)) > 1:
-        names = list(dict.fromkeys(sources[b] for b in sequence))
-        blocks = {name: [b for b in sequence if sources[b] == name] for name in names}
-        made["sources, one by one"] = tuple(b for name in names for b in blocks[name])
-        made["sources, one by one, reversed"] = made["sources, one by one"][::-1]
-        turns: list[tuple[float, int, int]] = []
-        for number, name in enumerate(names):  # each source spread evenly over the run
-            turns += [((i + 0.5) / len(blocks[name]), number, b) for i, b in enumerate(blocks[name])]
-        made["sources, interleaved"] = tuple(b for _, _, b in sorted(turns, key=lambda turn: turn[:2]))
-    return made

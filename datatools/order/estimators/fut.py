@@ -24,8 +24,11 @@ import torch
 from torch import Tensor
 
 from datatools.errors import EnvironmentProblem, UsageError
-from datatools.order.estimators.surrogate import LIMIT_BYTES, Layout, Surrogate
-from datatools.order.reference import Anchor, Params, Problem, Recipe, ReferenceRun
+from datatools.order.estimators.layout import Layout
+from datatools.order.estimators.surrogate import LIMIT_BYTES, Surrogate
+from datatools.order.problem import Params, Problem
+from datatools.order.recipe import Recipe
+from datatools.order.reference_run import Anchor, ReferenceRun
 from datatools.projectors import SJLT
 from optim import UpdateRule
 

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from datatools.errors import UsageError
 from datatools.order.estimators.surrogate import Surrogate
-from datatools.order.reference import Cost, Problem, ReferenceRun, train
+from datatools.order.problem import Cost, Problem
+from datatools.order.recipe import train
+from datatools.order.reference_run import ReferenceRun
 from datatools.order.search import exact_order
 
 

@@ -30,8 +30,11 @@ import torch
 from torch import Tensor
 
 from datatools.errors import EnvironmentProblem, UsageError
-from datatools.order.estimators.surrogate import LIMIT_BYTES, Layout, Surrogate, random_orders
-from datatools.order.reference import Cost, Diverged, Params, Problem, Recipe, ReferenceRun, States
+from datatools.order.estimators.layout import Layout
+from datatools.order.estimators.surrogate import LIMIT_BYTES, Surrogate, random_orders
+from datatools.order.problem import Cost, Diverged, Params, Problem
+from datatools.order.recipe import Recipe, States
+from datatools.order.reference_run import ReferenceRun
 
 Gradients = Literal["anchors", "rows", "exact", "none"]
 _SIMULATED = 12  # random orders whose paths give the directions

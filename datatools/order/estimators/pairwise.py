@@ -23,8 +23,11 @@ import torch
 from torch import Tensor
 
 from datatools.errors import UsageError
-from datatools.order.estimators.surrogate import Layout, Linear, Surrogate, linearised, random_orders
-from datatools.order.reference import Anchor, Cost, Problem, ReferenceRun
+from datatools.order.estimators.layout import Layout
+from datatools.order.estimators.linear import Linear, linearised
+from datatools.order.estimators.surrogate import Surrogate, random_orders
+from datatools.order.problem import Cost, Problem
+from datatools.order.reference_run import Anchor, ReferenceRun
 
 Second = Literal["expected", "anchor"]
 _DRAWN = 256  # random orders whose scores say how far apart orders are

@@ -26,9 +26,12 @@ from torch import Tensor
 
 from datatools.errors import EnvironmentProblem, UsageError
 from datatools.order.estimators import moments
+from datatools.order.estimators.layout import Layout
+from datatools.order.estimators.linear import linearised
 from datatools.order.estimators.pairwise import Second, expected_second_moment, unclipped, used_anchors
-from datatools.order.estimators.surrogate import LIMIT_BYTES, Layout, Surrogate, linearised
-from datatools.order.reference import Cost, Problem, ReferenceRun
+from datatools.order.estimators.surrogate import LIMIT_BYTES, Surrogate
+from datatools.order.problem import Cost, Problem
+from datatools.order.reference_run import ReferenceRun
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from datatools.order.reference import Problem, Recipe, ReferenceRun, record
+from datatools.order.problem import Problem
+from datatools.order.recipe import Recipe
+from datatools.order.reference_run import ReferenceRun, record
 from optim import UpdateRule
 
 A11 = [

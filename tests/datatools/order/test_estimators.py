@@ -12,8 +12,12 @@ from datatools import DataError, UsageError
 from datatools.order import Diverged, memory_map, precompute, search
 from datatools.order.estimators import fut as table
 from datatools.order.estimators import moments, pairwise, reduced
-from datatools.order.estimators.surrogate import Layout, Linear, Surrogate, trusted
-from datatools.order.reference import Problem, Recipe, ReferenceRun, anchor_path, record, train
+from datatools.order.estimators.layout import Layout
+from datatools.order.estimators.linear import Linear
+from datatools.order.estimators.surrogate import Surrogate, trusted
+from datatools.order.problem import Problem
+from datatools.order.recipe import Recipe, train
+from datatools.order.reference_run import ReferenceRun, anchor_path, record
 from optim import AdaBeliefRule, AdamWRule, LionRule, MuonRule, SGDRule, SophiaGRule, SPAMRule
 from tests.datatools.order.quadratics import loss, random_problem, recipe, run
 

@@ -7,7 +7,8 @@ from torch.nn import functional
 
 from datatools import UsageError
 from datatools.order import Problem, precompute
-from datatools.order.reference import Parts, record
+from datatools.order.problem import Parts
+from datatools.order.reference_run import record
 from optim import AdamWRule
 from tests.datatools.order.quadratics import random_problem, recipe
 

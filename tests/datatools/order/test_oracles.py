@@ -7,8 +7,10 @@ import torch
 
 from datatools.order.estimators import fut as table
 from datatools.order.estimators import moments, pairwise
-from datatools.order.estimators.surrogate import Linear
-from datatools.order.reference import Cost, Problem, ReferenceRun, train
+from datatools.order.estimators.linear import Linear
+from datatools.order.problem import Cost, Problem
+from datatools.order.recipe import train
+from datatools.order.reference_run import ReferenceRun
 from optim import AdamWRule, SGDRule
 from tests.datatools.order.quadratics import a11, loss, run
 

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from datatools.order import search
 from datatools.order.estimators import pairwise
-from datatools.order.estimators.surrogate import Layout
-from datatools.order.reference import Problem, ReferenceRun, States, record, train
+from datatools.order.estimators.layout import Layout
+from datatools.order.problem import Problem
+from datatools.order.recipe import States, train
+from datatools.order.reference_run import ReferenceRun, record
 from optim import AdamWRule, SGDRule
 from tests.datatools.order.quadratics import loss, random_problem, recipe
 

@@ -11,7 +11,7 @@ from datatools import DataError, Order, UsageError
 from datatools import order as orders
 from datatools.order import Cost, Surrogate, curricula, exact_order, judge, memory_map, prize, refine, search
 from datatools.order.estimators.pairwise import Pairwise
-from datatools.order.search import promise
+from datatools.order.refine import promise
 from datatools.order.validate import calibrated, hit_rate
 from datatools.stats import ranks
 from tests.datatools.order.quadratics import random_problem, recipe, run

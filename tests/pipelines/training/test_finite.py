@@ -337,7 +337,7 @@ def test_states_of_any_shape_are_looked_at():
 
 
 def test_a_reference_run_of_order_refuses_a_gradient_that_is_not_finite():
-    from datatools.order.reference import Diverged, Problem
+    from datatools.order.problem import Diverged, Problem
 
     def loss(params, batch):
         return params["w"].square().sum() + torch.sqrt((params["w"] * 0).sum())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from datatools.errors import UsageError
-from datatools.order.reference import Diverged, Params
+from datatools.order.problem import Diverged, Params
 
 Final = Callable[[Sequence[int | None]], Params]
 """An order, or one with a step left out (None), -> parameters at the end; true (`train`) or estimated."""

@@ -1,0 +1,160 @@
+"""How parameters step: the optimizer's rules and its learning rates by position, and the loop that trains in an order.
+
+Estimators and true retrainings use the same `Recipe.step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+
+from datatools.errors import UsageError
+from datatools.order.problem import Diverged, Params, Problem
+from optim import Optimizer, State, UpdateRule, cpu_jit, curvature, rule_from
+
+States: TypeAlias = dict[str, State]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How parameters step: a rule, a factor of the learning rate and a weight decay a parameter; rates by position.
+
+    rules: in the order of the model's parameters, in which a norm over all of them is added up.
+    rates: [T], the learning rate belongs to the position, never to the batch.
+    clip: largest norm of the whole gradient, or None.
+    Raises: UsageError for rules that cannot be replayed out of a gradient alone: those that read a curvature, and those
+    whose parameters tell each other something at every step (`UpdateRule.share`).
+    """
+
+    rules: Mapping[str, UpdateRule]
+    rates: tuple[float, ...]
+    factors: Mapping[str, float]
+    weight_decay: Mapping[str, float]
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, rule in self.rules.items():
+            shares = type(rule).share is not UpdateRule.share
+            if shares or isinstance(rule, curvature.CurvatureRule):
+                why = "its parameters share statistics" if shares else "it reads a curvature that only `refresh` renews"
+                raise UsageError(
+                    f"order: the rule {rule.name!r} of {name!r} cannot be replayed from gradients alone ({why}); "
+                    "train with adamw, sgd, lion, nadam, adabelief or muon"
+                )
+            if getattr(rule, "fixed_decay", False) and self.weight_decay[name]:
+                raise UsageError(
+                    f"order: the rule {rule.name!r} of {name!r} decays weights whatever the learning rate is "
+                    "(fixed_decay), which the estimates have no term for; train with fixed_decay=False"
+                )
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, rates: Sequence[float], *, clip: float | None = None) -> Recipe:
+        """The recipe of an optimizer built from named parameters; `rates` are those of its first group."""
+        rules: dict[str, UpdateRule] = {}
+        factors: dict[str, float] = {}
+        decay: dict[str, float] = {}
+        first = float(optimizer.param_groups[0]["lr"])
+        for group in optimizer.param_groups:
+            for name in group["param_names"]:
+                rules[name] = _rule(group["rule"])
+                factors[name] = float(group["lr"]) / first if first else 1.0
+                decay[name] = float(group["weight_decay"])
+        return cls(rules, tuple(float(r) for r in rates), factors, decay, clip)
+
+    def init(self, params: Params) -> States:
+        """The states before the first step."""
+        return {name: rule.init(params[name]) for name, rule in self.rules.items()}
+
+    @cached_property
+    def _groups(self) -> list[tuple[tuple[UpdateRule, float, float], list[str]]]:
+        """(rule, factor, weight decay) and the parameters that have them: the optimizer's param groups."""
+        found: list[tuple[tuple[UpdateRule, float, float], list[str]]] = []
+        for name, rule in self.rules.items():
+            key = (rule, self.factors[name], self.weight_decay[name])
+            names = next((names for known, names in found if known == key), None)
+            if names is None:
+                found.append((key, names := []))
+            names.append(name)
+        return found
+
+    def clip_factor(self, grads: Params) -> float:
+        """What clipping multiplies this gradient with, as `torch.nn.utils.clip_grad_norm_` does."""
+        if self.clip is None:
+            return 1.0
+        norm = torch.nn.utils.get_total_norm([grads[name].detach() for name in self.rules])
+        return float((self.clip / (norm + 1e-6)).clamp(max=1.0))
+
+    def step(self, params: Params, states: States, grads: Params, position: int) -> tuple[Params, States]:
+        """Parameters and states after the step at `position` (0-based) on `grads`; arguments untouched.
+
+        The step is that of `Optimizer`, group by group, and so the same to the bit.
+        Raises: Diverged for a gradient that is not finite.
+        """
+        scale = self.clip_factor(grads)
+        new_params = {name: p.detach().clone() for name, p in params.items()}
+        new_states = {name: {k: v.clone() for k, v in states[name].items()} for name in self.rules}
+        with torch.no_grad():
+            for (rule, factor, decay), names in self._groups:
+                parts = [grads[name].detach() * scale if scale != 1.0 else grads[name].detach() for name in names]
+                for name, fine in zip(names, cpu_jit.all_finite(parts), strict=True):
+                    if not fine:
+                        raise Diverged(
+                            f"order: the gradient of {name!r} at step {position + 1} is not finite; lower the learning "
+                            "rate"
+                        )
+                cpu_jit.step(
+                    rule, [new_params[name] for name in names], parts, [new_states[name] for name in names],
+                    lr=self.rates[position] * factor, weight_decay=decay,
+                )  # fmt: skip
+        return new_params, new_states
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, for `meta.json`."""
+        return {
+            "rules": {name: rule.describe() for name, rule in self.rules.items()},
+            "rates": list(self.rates),
+            "factors": dict(self.factors),
+            "weight_decay": dict(self.weight_decay),
+            "clip": self.clip,
+        }
+
+    @classmethod
+    def from_description(cls, saved: Mapping[str, Any]) -> Recipe:
+        """The inverse of `describe`."""
+        rules = {name: rule_from(rule) for name, rule in saved["rules"].items()}
+        return cls(rules, tuple(saved["rates"]), saved["factors"], saved["weight_decay"], saved["clip"])
+
+
+def _rule(found: Any) -> UpdateRule:
+    return found if isinstance(found, UpdateRule) else rule_from(found)
+
+
+def train(
+    problem: Problem,
+    recipe: Recipe,
+    sequence: Sequence[int | None],
+    params: Params,
+    states: States | None = None,
+    *,
+    start: int = 0,
+    observe: Callable[[int, Params, States], None] | None = None,
+) -> tuple[Params, States]:
+    """Train from position `start` to the end of `sequence`: the definition that every estimator approximates.
+
+    A step whose batch is None is left out: the next ones keep their positions, and so their learning rates.
+    observe: called before each step, and after the last, with (position, parameters, states).
+    """
+    states = recipe.init(params) if states is None else states
+    for position in range(start, len(sequence)):
+        if observe is not None:
+            observe(position, params, states)
+        batch = sequence[position]
+        if batch is not None:
+            params, states = recipe.step(params, states, problem.gradient(params, batch), position)
+    if observe is not None:
+        observe(len(sequence), params, states)
+    return params, states
