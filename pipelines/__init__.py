@@ -1,6 +1,6 @@
 """The command line and what it runs: one module a pipeline, each with `run(config)`.
 
-    from pipelines.settings.config import SelectConfig
+    from pipelines.settings.select import SelectConfig
     from pipelines.select.run import run
     folder = run(SelectConfig(model="path/to/model", train="pool.jsonl", target="dev.jsonl", budget="5%"))
 

@@ -9,15 +9,10 @@ from pipelines.models import load as models
 from pipelines.runs.folder import duration, say
 from pipelines.select import audit
 from pipelines.select import run as select
-from pipelines.settings.config import (
-    AuditConfig,
-    DataConfig,
-    DemoConfig,
-    ModelConfig,
-    SelectConfig,
-    TrainingConfig,
-    WarmupConfig,
-)
+from pipelines.settings.audit import AuditConfig
+from pipelines.settings.demo import DemoConfig
+from pipelines.settings.parts import DataConfig, ModelConfig, TrainingConfig
+from pipelines.settings.select import SelectConfig, WarmupConfig
 
 DATA = Path(__file__).parent / "demo_data"
 

@@ -109,7 +109,7 @@ def _described(table: Mapping[str, object]) -> Rows:
 
 
 def _methods() -> Rows:
-    from pipelines.settings.config import METHODS
+    from pipelines.settings.select import METHODS
 
     return list(METHODS.items())
 

@@ -369,7 +369,7 @@ def test_the_tables_of_the_readme_are_those_of_the_code():
     import optim
     from datatools import AGGREGATIONS, CORESET_METHODS, PROJECTORS
     from datatools.order import ESTIMATORS
-    from pipelines.settings.config import METHODS
+    from pipelines.settings.select import METHODS
 
     assert first_cells("README.md", "`--method`") == sorted(METHODS)
     assert first_cells("README.md", "update rules") == sorted(optim.RULES)
@@ -387,7 +387,7 @@ def test_the_tables_of_the_packages_are_those_of_the_code():
     import optim
     from datatools import AGGREGATIONS, PROJECTORS
     from datatools.order import ESTIMATORS
-    from pipelines.settings.config import CHECKS as DIAGNOSES
+    from pipelines.settings.diagnose import CHECKS as DIAGNOSES
 
     assert first_cells("optim/README.md", "name | source") == sorted(optim.RULES)
     schedules = next(row[1] for row in table("optim/README.md", "piece") if "`SCHEDULES`" in row[0])

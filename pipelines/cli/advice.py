@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from pipelines.settings import config, config_files
-from pipelines.settings.config import Settings
+from pipelines.settings.base import Settings
 
 _MODELS: dict[str, type[Settings]] = {
     "select": config.SelectConfig,

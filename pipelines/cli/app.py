@@ -21,7 +21,7 @@ import typer.core
 from pipelines.runs import threads
 
 if TYPE_CHECKING:
-    from pipelines.settings.config import Settings
+    from pipelines.settings.base import Settings
 
 app = typer.Typer(
     name="datatools",
@@ -234,7 +234,7 @@ def select(
 
     Writes selected.jsonl, scores.parquet and report.html to --out. Stopped runs go on where they were.
     """
-    from pipelines.settings.config import SelectConfig
+    from pipelines.settings.select import SelectConfig
 
     flags = {
         "model.name": model,
@@ -359,7 +359,7 @@ def train(
 
     Writes checkpoints and the trained weights or adapter to --out. Stopped runs go on where they were.
     """
-    from pipelines.settings.config import TrainConfig
+    from pipelines.settings.train import TrainConfig
 
     flags = {
         "model.name": model,
@@ -490,8 +490,8 @@ def order(
     retrainings; map what the place of a batch does. Writes report.html.
     """
     from datatools import UsageError, did_you_mean
-    from pipelines.settings.config import ORDER_TASKS, OrderConfig
-    from pipelines.settings.config_files import order_base
+    from pipelines.settings.load import order_base
+    from pipelines.settings.order import ORDER_TASKS, OrderConfig
 
     again = task not in ORDER_TASKS and yaml is None and Path(task).expanduser().is_file()
     if again:  # a run's own run.yaml, which says what to do
@@ -554,7 +554,7 @@ def evaluate(
     quiet: QuietOption = False,
 ) -> None:
     """Loss of a model on rows: one line of JSON on stdout, everything else on stderr."""
-    from pipelines.settings.config import EvaluateConfig
+    from pipelines.settings.train import EvaluateConfig
 
     flags = {
         "model.name": model,
@@ -653,8 +653,8 @@ def audit(
 
     Model, target and training recipe are those of the run that made the selection, unless given here.
     """
-    from pipelines.settings.config import AuditConfig
-    from pipelines.settings.config_files import audit_base
+    from pipelines.settings.audit import AuditConfig
+    from pipelines.settings.load import audit_base
 
     path = _yaml(yaml, config)
     flags = {
@@ -730,7 +730,7 @@ def diagnose(
 
     Writes report.html, with a picture a check, and diagnose.json to --out. Stopped runs go on with the next check.
     """
-    from pipelines.settings.config import DiagnoseConfig
+    from pipelines.settings.diagnose import DiagnoseConfig
 
     flags = {
         "model.name": model,
@@ -773,8 +773,8 @@ def explain(
 ) -> None:
     """Why was this row selected, or not? Its score and rank, and the target rows that it resembles most."""
     from datatools import UsageError
-    from pipelines.settings.config import ExplainConfig
-    from pipelines.settings.config import home as opened
+    from pipelines.settings.base import home as opened
+    from pipelines.settings.select import ExplainConfig
 
     place = opened(place)
     shown = {"nearest": nearest, "trust_remote_code": trust_remote_code or None}
@@ -805,7 +805,7 @@ def report(
 ) -> None:
     """Draw report.html of a run again, from what the run has written."""
     from pipelines.rows import preflight
-    from pipelines.settings.config import home
+    from pipelines.settings.base import home
 
     folder = Path(home(str(folder)))
     preflight.run_folder(folder)
@@ -833,7 +833,7 @@ def demo(
     Selects from bundled rows with a small model, trains on them and on random rows, and draws the report. Needs no
     network.
     """
-    from pipelines.settings.config import DemoConfig
+    from pipelines.settings.demo import DemoConfig
 
     flags = {
         "out": out,
@@ -898,7 +898,7 @@ def _yaml(argument: Path | None, option: Path | None) -> Path | None:
         from datatools import UsageError
 
         raise UsageError(f"two files with settings, {argument} and --config {option}; give one")
-    from pipelines.settings.config import home
+    from pipelines.settings.base import home
 
     given = argument if argument is not None else option
     return None if given is None else Path(home(str(given)))
@@ -936,7 +936,8 @@ def _launch(
 ) -> None:
     """Build the configuration and call `entry` ("module:function") with it, or print it."""
     from pipelines.runs import folder as runs
-    from pipelines.settings.config_files import dump, load_config
+    from pipelines.settings.dump import dump
+    from pipelines.settings.load import load_config
 
     config = load_config(model, yaml, flags, sets, **base)
     if print_config:

@@ -42,7 +42,8 @@ from datatools import (
 from pipelines.models.losses import last_states, row_losses
 from pipelines.rows.prepare import Rows
 from pipelines.runs.folder import derive_seed, peak_rss_bytes, progress, warn
-from pipelines.settings.config import CoresetConfig, TrainingConfig
+from pipelines.settings.parts import TrainingConfig
+from pipelines.settings.train import CoresetConfig
 from pipelines.training.finite import FiniteSteps
 
 SOURCES, WEIGHTS = "coreset_sources", "coreset_weights"  # keys of a batch that no model gets

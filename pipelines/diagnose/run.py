@@ -26,7 +26,8 @@ from pipelines.report import diagnose_page as diagnose_view
 from pipelines.rows.prepare import Rows, file_facts, prepare
 from pipelines.runs.folder import Run, alone, derive_seed, progress, say
 from pipelines.settings import redaction
-from pipelines.settings.config import CHECKS, DiagnoseConfig, Json
+from pipelines.settings.base import Json
+from pipelines.settings.diagnose import CHECKS, DiagnoseConfig
 from pipelines.training import cost
 from pipelines.training.train import in_scratch
 

@@ -26,7 +26,7 @@ from pipelines.models.merge import merged
 from pipelines.models.quiet import quiet
 from pipelines.runs import run_files
 from pipelines.settings import redaction
-from pipelines.settings.config import ModelConfig
+from pipelines.settings.parts import ModelConfig
 from pipelines.texts import first_line, named
 
 SMOLLM2 = "smollm2-135m-instruct"

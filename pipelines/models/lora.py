@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from datatools import DataError, files
 from pipelines.models.base import Standing
 from pipelines.models.quiet import quiet
-from pipelines.settings.config import LoraConfig
+from pipelines.settings.parts import LoraConfig
 from pipelines.texts import first_line
 
 _ATTENTION = re.compile(r"attn|attention")

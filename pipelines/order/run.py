@@ -31,7 +31,7 @@ from pipelines.order.setting import Setting
 from pipelines.report import order_page as order_report
 from pipelines.rows import preflight
 from pipelines.runs.folder import Progress, Run, alone, derive_seed, progress, say, warn
-from pipelines.settings.config import OrderConfig
+from pipelines.settings.order import OrderConfig
 from pipelines.texts import size
 from pipelines.training import cost, trainer
 from pipelines.training.train import in_scratch

@@ -22,7 +22,8 @@ from pipelines.models import load as models
 from pipelines.models.losses import Batch, supervised_tokens, token_losses
 from pipelines.rows.prepare import Rows, file_facts, prepare, target_data
 from pipelines.runs.folder import Run, derive_seed, say, warn
-from pipelines.settings.config import DataConfig, OrderConfig
+from pipelines.settings.order import OrderConfig
+from pipelines.settings.parts import DataConfig
 from pipelines.training import order_recipe, trainer
 from pipelines.training.train import trainable
 

@@ -15,7 +15,7 @@ from pipelines.report import charts
 from pipelines.report import colm_page as coreset_report
 from pipelines.report import page as report
 from pipelines.runs.folder import redact, say
-from pipelines.settings.config import TrainConfig
+from pipelines.settings.train import TrainConfig
 from pipelines.texts import number
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from pipelines.rows.sources import (
     _unpacked,
 )
 from pipelines.rows.tables import rows_of_csv
-from pipelines.settings.config import Columns
+from pipelines.settings.base import Columns
 
 ROWS, BYTES, FILES = 200, 1 << 20, 50
 """How many rows, bytes of a packed file, and files are looked at."""

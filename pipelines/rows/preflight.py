@@ -16,19 +16,12 @@ from pipelines.rows import peek
 from pipelines.rows.sources import find_sources
 from pipelines.runs.folder import Run, alone
 from pipelines.settings import names, trackers
-from pipelines.settings.config import (
-    AuditConfig,
-    Columns,
-    DataConfig,
-    ExplainConfig,
-    ModelConfig,
-    OrderConfig,
-    ProjectorConfig,
-    RunSettings,
-    Settings,
-    TrainConfig,
-    TrainingConfig,
-)
+from pipelines.settings.audit import AuditConfig
+from pipelines.settings.base import Columns, RunSettings, Settings
+from pipelines.settings.order import OrderConfig
+from pipelines.settings.parts import DataConfig, ModelConfig, TrainingConfig
+from pipelines.settings.select import ExplainConfig, ProjectorConfig
+from pipelines.settings.train import TrainConfig
 
 SMOLLM2 = ("smollm2-135m-instruct", "smollm2")
 _FEATURE_METHODS = ("hooks", "loop", "vmap")

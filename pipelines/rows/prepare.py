@@ -22,7 +22,8 @@ from pipelines.rows.data import BadRow, Pool, read_pool
 from pipelines.rows.dedup import dedup
 from pipelines.rows.encode import Encoder, Scan, scan
 from pipelines.runs.folder import Run, progress, redact, warn
-from pipelines.settings.config import Columns, DataConfig, ModelConfig, TargetData
+from pipelines.settings.base import Columns
+from pipelines.settings.parts import DataConfig, ModelConfig, TargetData
 
 _LEFT_OUT = {
     "reasoning_dropped": "the chat template leaves out reasoning (often that of all turns but the last)",

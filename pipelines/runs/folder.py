@@ -36,8 +36,9 @@ from pipelines import texts
 from pipelines.runs import run_files, threads
 from pipelines.runs.run_files import shown as _shown
 from pipelines.settings import redaction
-from pipelines.settings.config import Json, Settings
-from pipelines.settings.config_files import as_dict, config_digest, dump, fingerprint, flatten, load_config
+from pipelines.settings.base import Json, Settings
+from pipelines.settings.dump import as_dict, config_digest, dump, fingerprint, flatten
+from pipelines.settings.load import load_config
 from pipelines.texts import visible
 
 DISTRIBUTION = "datatools-llm"

@@ -16,7 +16,7 @@ from datatools import EnvironmentProblem
 from optim import backend
 from pipelines.runs import threads
 from pipelines.runs.folder import say
-from pipelines.settings.config import Json
+from pipelines.settings.base import Json
 from pipelines.texts import visible
 
 GROUP = "numerics"

@@ -25,7 +25,9 @@ from pipelines.runs import run_files, verdicts
 from pipelines.runs.folder import Run, alone, derive_seed, say
 from pipelines.select import methods
 from pipelines.select.methods import Context
-from pipelines.settings.config import AuditConfig, FeaturesConfig, SelectConfig, TrainingConfig
+from pipelines.settings.audit import AuditConfig
+from pipelines.settings.parts import TrainingConfig
+from pipelines.settings.select import FeaturesConfig, SelectConfig
 from pipelines.training import cost, evaluation, trainer
 from pipelines.training.train import in_scratch, train_adapter
 

@@ -27,8 +27,8 @@ from pipelines.runs import run_files
 from pipelines.runs.folder import say
 from pipelines.select import methods
 from pipelines.settings import trust
-from pipelines.settings.config import NEED_TARGET, ExplainConfig, SelectConfig
-from pipelines.settings.config_files import load_config
+from pipelines.settings.load import load_config
+from pipelines.settings.select import NEED_TARGET, ExplainConfig, SelectConfig
 from pipelines.training import checkpoints
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")

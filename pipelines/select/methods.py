@@ -43,7 +43,7 @@ from pipelines.models.losses import last_states, losses_for, row_losses, seen_pa
 from pipelines.rows.prepare import Rows
 from pipelines.runs import numerics
 from pipelines.runs.folder import Run, derive_seed, library_warnings, peak_rss_bytes, progress, say, warn
-from pipelines.settings.config import SelectConfig
+from pipelines.settings.select import SelectConfig
 from pipelines.training import checkpoints, cost, trainer
 
 FEATURE_VERSION = "2"

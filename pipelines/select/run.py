@@ -42,8 +42,9 @@ from pipelines.runs.folder import Run, alone, command_line, derive_seed, peak_rs
 from pipelines.select import methods
 from pipelines.select.methods import Context, Scored
 from pipelines.settings import redaction
-from pipelines.settings.config import NEED_TARGET, SelectConfig
-from pipelines.settings.config_files import as_dict, fingerprint, load_config
+from pipelines.settings.dump import as_dict, fingerprint
+from pipelines.settings.load import load_config
+from pipelines.settings.select import NEED_TARGET, SelectConfig
 from pipelines.training import checkpoints, cost, trainer
 
 SHOWN_CHARACTERS = 600  # of a row's text in summary and report

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from datatools import EnvironmentProblem, UsageError
-from pipelines.settings.config import TrainConfig
+from pipelines.settings.train import TrainConfig
 
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 """What transformers' callback of that name imports, any of them."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from datatools import UsageError
 from pipelines.settings import redaction
-from pipelines.settings.config import Settings
+from pipelines.settings.base import Settings
 
 CODE, PLACES = "code", "places"
 TYPED = "command line"

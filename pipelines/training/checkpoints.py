@@ -27,7 +27,7 @@ from pipelines.models import saved_states
 from pipelines.models.adapters import adapter_folder, load_adapter, saved_parameters
 from pipelines.models.base import unload
 from pipelines.models.lora import lora_parameters
-from pipelines.settings.config import ModelConfig
+from pipelines.settings.parts import ModelConfig
 from pipelines.training import trainer
 
 

@@ -20,7 +20,7 @@ from pipelines.models.base import unload
 from pipelines.models.lora import add_lora
 from pipelines.models.losses import token_losses
 from pipelines.runs.folder import Run, duration, peak_rss_bytes, say
-from pipelines.settings.config import LoraConfig, TrainingConfig
+from pipelines.settings.parts import LoraConfig, TrainingConfig
 from pipelines.texts import NBSP, size
 from pipelines.training import trainer
 

@@ -14,7 +14,7 @@ from pipelines.models import load as models
 from pipelines.models.losses import token_losses
 from pipelines.rows.prepare import Rows, prepare
 from pipelines.runs.folder import progress, rank, world_size
-from pipelines.settings.config import EvaluateConfig
+from pipelines.settings.train import EvaluateConfig
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

@@ -17,7 +17,10 @@ from pydantic import BaseModel, Field, ValidationError
 from datatools import DataError, Order, UsageError, files
 from pipelines.rows.prepare import Rows
 from pipelines.runs.folder import say, warn
-from pipelines.settings.config import Columns, LoraConfig, OrderConfig, Seed, Settings, TrainConfig, TrainingConfig
+from pipelines.settings.base import Columns, Seed, Settings
+from pipelines.settings.order import OrderConfig
+from pipelines.settings.parts import LoraConfig, TrainingConfig
+from pipelines.settings.train import TrainConfig
 
 _UNUSED = {"zo"}  # settings of a training run without a say where gradients are of back-propagation
 

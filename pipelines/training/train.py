@@ -25,7 +25,9 @@ from pipelines.rows import leakage, preflight
 from pipelines.rows.prepare import Rows, file_facts, prepare, target_data
 from pipelines.runs.folder import Run, derive_seed, progress, rank, say, warn
 from pipelines.settings import redaction, trackers
-from pipelines.settings.config import LoraConfig, RunSettings, TrainConfig, TrainingConfig
+from pipelines.settings.base import RunSettings
+from pipelines.settings.parts import LoraConfig, TrainingConfig
+from pipelines.settings.train import TrainConfig
 from pipelines.training import cost, evaluation, order_recipe, trainer
 from pipelines.training.trainer import Trained
 from pipelines.training.validation import Validation

@@ -35,7 +35,8 @@ from pipelines.colm.coresets import MONITORED, WEIGHTS, CoresetMixin, example_we
 from pipelines.models.losses import collate, supervised_tokens, token_losses
 from pipelines.models.quiet import quiet
 from pipelines.runs.folder import rank, say, warn, world_size
-from pipelines.settings.config import CoresetConfig, TrainingConfig
+from pipelines.settings.parts import TrainingConfig
+from pipelines.settings.train import CoresetConfig
 from pipelines.training import zeroth_order
 from pipelines.training.finite import rotten
 from pipelines.training.validation import (

@@ -13,7 +13,7 @@ import optim
 from datatools import DataError, UsageError
 from optim.zeroth_order import NotFinite, ZerothOrder
 from pipelines.runs.folder import derive_seed, warn
-from pipelines.settings.config import TrainingConfig
+from pipelines.settings.parts import TrainingConfig
 
 _LAYER = re.compile(r"^(?P<layer>(?:.*\.)?(?:layers?|h|blocks?)\.(?P<number>\d+))(?P<part>\.[^.]+)?")
 

@@ -29,7 +29,8 @@ from pipelines.models.lora import add_lora
 from pipelines.report import charts
 from pipelines.rows.prepare import Rows, prepare
 from pipelines.runs.folder import progress
-from pipelines.settings.config import CoresetConfig, DataConfig, LoraConfig, ModelConfig, TrainingConfig
+from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
+from pipelines.settings.train import CoresetConfig
 from pipelines.texts import number
 from pipelines.training import evaluation, trainer
 from tests.conftest import REPOSITORY

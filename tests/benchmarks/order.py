@@ -22,7 +22,8 @@ import torch
 from datatools import order
 from datatools.order.estimators.pairwise import Pairwise
 from pipelines.order.run import run
-from pipelines.settings.config import LoraConfig, ModelConfig, OrderConfig, OrderData, OrderTraining
+from pipelines.settings.order import OrderConfig, OrderData, OrderTraining
+from pipelines.settings.parts import LoraConfig, ModelConfig
 
 SHARED = Path(os.environ.get("DATATOOLS_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 

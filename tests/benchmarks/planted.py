@@ -16,15 +16,8 @@ import pyarrow.parquet as pq
 
 from pipelines.runs.folder import set_quiet
 from pipelines.select.run import run
-from pipelines.settings.config import (
-    DataConfig,
-    FeaturesConfig,
-    LoraConfig,
-    ModelConfig,
-    ProjectorConfig,
-    SelectConfig,
-    WarmupConfig,
-)
+from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig
+from pipelines.settings.select import FeaturesConfig, ProjectorConfig, SelectConfig, WarmupConfig
 
 SHARED = Path(os.environ.get("DATATOOLS_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 BASELINES = ("random", "random-length", "tfidf", "rds", "loss")

@@ -43,7 +43,7 @@ def work_of(kind: str, folder: Path) -> Callable[[], object]:
     from pipelines.models import load as models
     from pipelines.order.setting import functional_loss, in_parts
     from pipelines.rows.prepare import prepare
-    from pipelines.settings.config import DataConfig, ModelConfig
+    from pipelines.settings.parts import DataConfig, ModelConfig
 
     config = ModelConfig(name=str(model))
     loaded = models.load(config)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from datatools import CoLM, keep_pages
 from pipelines.models.lora import add_lora
 from pipelines.models.losses import row_losses
-from pipelines.settings.config import LoraConfig
+from pipelines.settings.parts import LoraConfig
 from tests.benchmarks.measure import Report, Settings, interleaved, median, ratio
 from tests.conftest import REPOSITORY
 

@@ -19,7 +19,7 @@ from pipelines.models import load as models
 from pipelines.models.lora import add_lora
 from pipelines.models.losses import row_losses
 from pipelines.rows.prepare import Rows, prepare
-from pipelines.settings.config import DataConfig, LoraConfig, ModelConfig
+from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig
 from tests.benchmarks.measure import Settings
 from tests.conftest import REPOSITORY, shared_folder
 from tests.tiny import save_tiny_model, write_rows

@@ -20,7 +20,7 @@ from optim import SGD, AdamW
 from optim.zeroth_order import ZerothOrder
 from pipelines.models.load import load
 from pipelines.models.losses import token_losses
-from pipelines.settings.config import ModelConfig
+from pipelines.settings.parts import ModelConfig
 from tests.benchmarks.extract_once import status
 from tests.benchmarks.measure import Settings
 from tests.tiny import save_tiny_model

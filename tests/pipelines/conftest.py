@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.settings.config import DataConfig, LoraConfig, ModelConfig, ProjectorConfig, SelectConfig, WarmupConfig
+from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig
+from pipelines.settings.select import ProjectorConfig, SelectConfig, WarmupConfig
 from tests.tiny import save_tiny_model, write_rows
 
 Command = Callable[..., SimpleNamespace]

@@ -13,7 +13,8 @@ import optim
 from datatools import AGGREGATIONS, PROJECTORS, SELECTORS, UsageError
 from pipelines import listing
 from pipelines.rows.formats import read_shape
-from pipelines.settings.config import ARMS, METHODS, NEED_TARGET, AuditConfig, SelectConfig
+from pipelines.settings.audit import ARMS, AuditConfig
+from pipelines.settings.select import METHODS, NEED_TARGET, SelectConfig
 
 TABLES = {
     "optimizers": optim.RULES,

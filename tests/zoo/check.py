@@ -46,7 +46,7 @@ from datatools.projectors import PROJECTORS
 from pipelines.models import causal
 from pipelines.models.lora import add_lora
 from pipelines.models.losses import collate, row_losses, seen_parameters
-from pipelines.settings.config import LoraConfig, TrainingConfig
+from pipelines.settings.parts import LoraConfig, TrainingConfig
 from pipelines.training.trainer import fit
 from tests.zoo.build import FIRST_TOKEN, HIDDEN, LAST_TOKEN, build
 

@@ -14,7 +14,7 @@ from optim import AdamWRule, LionRule, MuonRule
 from pipelines.models import load as models
 from pipelines.models.losses import row_losses
 from pipelines.rows.prepare import prepare
-from pipelines.settings.config import DataConfig, ModelConfig
+from pipelines.settings.parts import DataConfig, ModelConfig
 from tests.datatools.colm.test_last_layer import adapted, brute, build, some_batch
 
 SOURCES = ["big"] * 9 + ["rare"] * 2 + ["large"] * 5

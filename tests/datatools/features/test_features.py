@@ -34,7 +34,7 @@ from optim import SGDRule, UpdateMap
 from pipelines.models import load as models
 from pipelines.models.lora import add_lora, lora_parameters
 from pipelines.models.losses import collate, row_losses
-from pipelines.settings.config import LoraConfig, ModelConfig
+from pipelines.settings.parts import LoraConfig, ModelConfig
 from pipelines.training import checkpoints
 from tests.tiny import save_tiny_model
 
@@ -558,7 +558,7 @@ from tests.datatools.features.test_features import Job, plain, random_rows
 from tests.tiny import save_tiny_model
 from datatools import PROJECTORS
 from pipelines.models import load as models
-from pipelines.settings.config import LoraConfig, ModelConfig
+from pipelines.settings.parts import LoraConfig, ModelConfig
 
 with tempfile.TemporaryDirectory() as scratch:
     base = models.load(ModelConfig(name=str(save_tiny_model(Path(scratch) / "model")))).model

@@ -20,7 +20,8 @@ from pipelines.models.base import unload
 from pipelines.models.lora import lora_parameters
 from pipelines.models.losses import collate, row_losses
 from pipelines.select import run as select
-from pipelines.settings.config import DataConfig, FeaturesConfig, ModelConfig, ProjectorConfig, SelectConfig
+from pipelines.settings.parts import DataConfig, ModelConfig
+from pipelines.settings.select import FeaturesConfig, ProjectorConfig, SelectConfig
 from tests.conftest import golden_folder
 
 pytestmark = pytest.mark.golden

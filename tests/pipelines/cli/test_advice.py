@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.cli.advice import _MODELS, fitting
 from pipelines.cli.app import flags_of_commands, main
-from pipelines.settings.config_files import all_names
+from pipelines.settings.load import all_names
 
 PACKAGES = Path(__file__).resolve().parents[3]
 OTHERS = {"--no-deps", "--nproc-per-node", "--input", "--output", "--help", "--version", "--rates"}  # of other tools

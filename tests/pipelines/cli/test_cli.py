@@ -20,20 +20,25 @@ from datatools import DataError, EnvironmentProblem, UsageError
 from pipelines.cli import app as cli
 from pipelines.cli.app import main
 from pipelines.runs import folder as runs
-from pipelines.settings.config import (
-    AuditConfig,
-    DemoConfig,
-    DiagnoseConfig,
-    EvaluateConfig,
-    ExplainConfig,
-    SelectConfig,
-    TrainConfig,
-)
-from pipelines.settings.config_files import load_config
+from pipelines.settings.audit import AuditConfig
+from pipelines.settings.demo import DemoConfig
+from pipelines.settings.diagnose import DiagnoseConfig
+from pipelines.settings.load import load_config
+from pipelines.settings.select import ExplainConfig, SelectConfig
+from pipelines.settings.train import EvaluateConfig, TrainConfig
 from tests.processes import spawn
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 COMMANDS = ["select", "train", "evaluate", "audit", "explain", "report", "demo", "doctor", "ls"]
+ENTRIES = {
+    "select.run:run": SelectConfig,
+    "training.train:run": TrainConfig,
+    "select.audit:run": AuditConfig,
+    "select.explain:run": ExplainConfig,
+    "demo:run": DemoConfig,
+    "training.evaluation:evaluate": EvaluateConfig,
+}
+"""The function that each command runs -> the settings that it takes."""
 SELECT = ["select", "--model", "m", "--train", "a.jsonl", "--target", "d.jsonl"]
 
 
@@ -82,7 +87,7 @@ def test_help_and_config_import_nothing_heavy(tmp_path):
         from pipelines.cli.app import main
         for command in {COMMANDS}:
             assert main([command, "--help"]) == 0
-        assert not {{"pipelines.settings.config", "pipelines.runs.folder"}} & set(sys.modules), "help needs no settings"
+        assert not {{"pipelines.settings.base", "pipelines.runs.folder"}} & set(sys.modules), "help needs no settings"
         assert main({[*SELECT, "--print-config"]}) == 0
         assert main(["select", "--nonsense"]) == 2
         assert main(["ls"]) == 0 and main(["ls", "methods"]) == 0
@@ -118,9 +123,8 @@ def test_help_has_examples_that_parse(command, capsys, pipeline):
     block = text.partition("Examples:\n")[2].replace("\\\n", " ")
     examples = [shlex.split(line) for line in block.splitlines() if line.strip()]
     assert examples and all(words[:2] == ["datatools", command] for words in examples)
-    for name in ("select", "train", "audit", "explain", "demo"):
-        pipeline(f"pipelines.{name}:run")
-    pipeline("pipelines.training.evaluation:evaluate")
+    for entry in ENTRIES:
+        pipeline(f"pipelines.{entry}")
     if command in ("select", "train", "evaluate", "audit", "explain", "demo"):
         for words in examples:
             code = main(words[1:])
@@ -510,17 +514,7 @@ def test_interrupts_end_cleanly_and_say_how_to_go_on(tmp_path, number, code, tim
 # ------------------------------------------------------------------------------------- the real modules, as they are
 
 
-@pytest.mark.parametrize(
-    "entry, model",
-    [
-        ("select:run", SelectConfig),
-        ("train:run", TrainConfig),
-        ("audit:run", AuditConfig),
-        ("explain:run", ExplainConfig),
-        ("demo:run", DemoConfig),
-        ("evaluation:evaluate", EvaluateConfig),
-    ],
-)
+@pytest.mark.parametrize("entry, model", ENTRIES.items())
 def test_pipelines_take_their_configuration(entry, model):
     name, _, attribute = entry.partition(":")
     function = getattr(importlib.import_module(f"pipelines.{name}"), attribute)

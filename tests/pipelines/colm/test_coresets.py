@@ -17,7 +17,8 @@ from pipelines.models.lora import add_lora
 from pipelines.models.losses import last_states, row_losses, token_losses
 from pipelines.report import colm_page as coreset_report
 from pipelines.rows.prepare import prepare
-from pipelines.settings.config import CoresetConfig, DataConfig, LoraConfig, ModelConfig, TrainConfig, TrainingConfig
+from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
+from pipelines.settings.train import CoresetConfig, TrainConfig
 from pipelines.training import train, trainer
 from tests.optim.distributed.processes import run
 from tests.pipelines import damage

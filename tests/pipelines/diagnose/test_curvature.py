@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from optim import RULES, UpdateMap
 from optim.curvature import CurvatureRule
 from pipelines.models import load as models
-from pipelines.settings.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, TrainingConfig
+from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
+from pipelines.settings.train import TrainConfig
 from pipelines.training import train, trainer
 
 RATES = {"sophia_g": 1e-3, "sophia_h": 1e-3, "adahessian": 2e-2}

@@ -14,7 +14,8 @@ from pipelines.models import load as models
 from pipelines.models.losses import token_losses
 from pipelines.report import diagnose_page as diagnose_view
 from pipelines.rows.prepare import prepare
-from pipelines.settings.config import CHECKS, DataConfig, DiagnoseConfig, ModelConfig
+from pipelines.settings.diagnose import CHECKS, DiagnoseConfig
+from pipelines.settings.parts import DataConfig, ModelConfig
 from tests.pipelines import damage
 
 QUICK = {"rows": 4, "probes": 3, "lanczos_steps": 4, "coordinates": 64}

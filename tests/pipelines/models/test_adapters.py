@@ -19,15 +19,9 @@ from pipelines.models.adapters import load_adapter, saved_parameters
 from pipelines.models.base import unload
 from pipelines.models.lora import add_lora, lora_parameters
 from pipelines.select import run as select
-from pipelines.settings.config import (
-    EvaluateConfig,
-    FeaturesConfig,
-    LoraConfig,
-    ModelConfig,
-    ProjectorConfig,
-    TrainConfig,
-    TrainingConfig,
-)
+from pipelines.settings.parts import LoraConfig, ModelConfig, TrainingConfig
+from pipelines.settings.select import FeaturesConfig, ProjectorConfig
+from pipelines.settings.train import EvaluateConfig, TrainConfig
 from pipelines.training import checkpoints, evaluation, train
 from tests.pipelines.conftest import make_world
 from tests.tiny import TEMPLATE, save_tiny_model
@@ -305,7 +299,7 @@ def test_fresh_matrices_on_an_embedding_do_not_depend_on_what_ran_before(bases):
 
 def rows_of(world, path):
     from pipelines.rows.prepare import prepare
-    from pipelines.settings.config import DataConfig
+    from pipelines.settings.parts import DataConfig
 
     config = ModelConfig(name=str(world.model))
     tokenizer = models.load(config, tokenizer_only=True).tokenizer

@@ -11,7 +11,7 @@ import torch
 from datatools import DataError, DatatoolsError
 from pipelines.models import gguf
 from pipelines.models import load as models
-from pipelines.settings.config import ModelConfig
+from pipelines.settings.parts import ModelConfig
 
 
 def write_gguf(path: Path, *, leave_out: str = "", rename: str = "") -> Path:

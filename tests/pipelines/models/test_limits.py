@@ -14,15 +14,11 @@ from pipelines.models.limits import LONGEST, ModelLimits, limits_of
 from pipelines.order import run as order
 from pipelines.select import audit
 from pipelines.select import run as select
-from pipelines.settings.config import (
-    AuditConfig,
-    DataConfig,
-    DiagnoseConfig,
-    EvaluateConfig,
-    ModelConfig,
-    OrderConfig,
-    TrainConfig,
-)
+from pipelines.settings.audit import AuditConfig
+from pipelines.settings.diagnose import DiagnoseConfig
+from pipelines.settings.order import OrderConfig
+from pipelines.settings.parts import DataConfig, ModelConfig
+from pipelines.settings.train import EvaluateConfig, TrainConfig
 from pipelines.training import evaluation, train
 from tests.zoo import build
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from optim import without_decay
 from pipelines.models import load as models
 from pipelines.order import setting as order_setting
-from pipelines.settings.config import LoraConfig, ModelConfig, TrainConfig, TrainingConfig
+from pipelines.settings.parts import LoraConfig, ModelConfig, TrainingConfig
+from pipelines.settings.train import TrainConfig
 from pipelines.training import train, trainer
 from tests.pipelines.conftest import make_world
 
@@ -119,7 +120,7 @@ def test_weight_decay_of_a_training_run_leaves_norms_alone(world, tmp_path, grad
 
 def test_the_optimizer_of_an_order_follows_the_same_rule(world, tmp_path, monkeypatch):
     from pipelines.runs.folder import Run
-    from pipelines.settings.config import OrderConfig
+    from pipelines.settings.order import OrderConfig
 
     made = []
     build = trainer.optimizer_of

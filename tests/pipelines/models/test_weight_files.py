@@ -18,7 +18,8 @@ from pipelines.models import load as models
 from pipelines.models.adapters import load_adapter
 from pipelines.models.base import unload
 from pipelines.models.quiet import quiet
-from pipelines.settings.config import DataConfig, EvaluateConfig, LoraConfig, ModelConfig, TrainConfig, TrainingConfig
+from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
+from pipelines.settings.train import EvaluateConfig, TrainConfig
 from pipelines.training import checkpoints
 from pipelines.training.evaluation import evaluate
 from pipelines.training.train import run as train

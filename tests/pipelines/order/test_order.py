@@ -16,16 +16,9 @@ from pipelines.order.setting import Setting
 from pipelines.report import order_page as order_report
 from pipelines.report import pages
 from pipelines.rows.prepare import prepare
-from pipelines.settings.config import (
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    OrderConfig,
-    OrderData,
-    OrderTraining,
-    TrainConfig,
-    TrainingConfig,
-)
+from pipelines.settings.order import OrderConfig, OrderData, OrderTraining
+from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
+from pipelines.settings.train import TrainConfig
 from pipelines.texts import size
 from pipelines.training import train, trainer
 from tests.pipelines import damage

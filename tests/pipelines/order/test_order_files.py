@@ -12,7 +12,8 @@ from datatools.files import sealed
 from pipelines.order.run import run
 from pipelines.report import order_page as order_report
 from pipelines.runs import folder as runs
-from pipelines.settings.config import ModelConfig, OrderConfig, OrderData, OrderTraining
+from pipelines.settings.order import OrderConfig, OrderData, OrderTraining
+from pipelines.settings.parts import ModelConfig
 from tests.tiny import save_tiny_model, write_rows
 
 

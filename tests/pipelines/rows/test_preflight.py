@@ -176,7 +176,8 @@ def test_names_are_those_of_the_tables():
 def test_what_is_right_passes(folder, monkeypatch):
     """Columns of other rows that a target borrows, turns' own names, and mixed files are no mistakes."""
     from pipelines.rows import preflight
-    from pipelines.settings.config import SelectConfig, TrainConfig
+    from pipelines.settings.select import SelectConfig
+    from pipelines.settings.train import TrainConfig
 
     monkeypatch.chdir(folder)
     (folder / "talk.jsonl").write_text('{"talk": [{"who": "user", "says": "a"}, {"who": "assistant", "says": "b"}]}\n')

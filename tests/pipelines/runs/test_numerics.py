@@ -11,7 +11,8 @@ from datatools import DataError, EnvironmentProblem, GradientFeatures, files
 from pipelines.runs import numerics, threads
 from pipelines.runs.folder import Run
 from pipelines.select import methods
-from pipelines.settings.config import SelectConfig, TrainConfig
+from pipelines.settings.select import SelectConfig
+from pipelines.settings.train import TrainConfig
 
 OWN = SimpleNamespace(config=SelectConfig(model="m", train="a.jsonl", target="d.jsonl"), run=None)
 

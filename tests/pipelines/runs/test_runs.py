@@ -23,8 +23,9 @@ from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError,
 from datatools.files import seals
 from pipelines.runs import folder as runs
 from pipelines.runs.folder import Progress, Run, Terminated, derive_seed, interruptible, progress, redact, slug
-from pipelines.settings.config import SelectConfig, TrainConfig
-from pipelines.settings.config_files import load_config
+from pipelines.settings.load import load_config
+from pipelines.settings.select import SelectConfig
+from pipelines.settings.train import TrainConfig
 from tests.processes import spawn
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -418,7 +419,7 @@ def test_odd_but_possible_names(name):
 def test_two_runs_in_one_folder_are_refused():
     with Run("r", config(), "select"):
         code = """
-            from pipelines.settings.config import SelectConfig
+            from pipelines.settings.select import SelectConfig
             from pipelines.runs.folder import Run
             Run("r", SelectConfig(model="m", train="a.jsonl", target="d.jsonl", overwrite=True), "select").__enter__()
         """

@@ -12,7 +12,9 @@ from pipelines.report import page as report
 from pipelines.runs import verdicts
 from pipelines.select import audit
 from pipelines.select import run as select
-from pipelines.settings.config import AuditConfig, DataConfig, LoraConfig, TrainingConfig, WarmupConfig
+from pipelines.settings.audit import AuditConfig
+from pipelines.settings.parts import DataConfig, LoraConfig, TrainingConfig
+from pipelines.settings.select import WarmupConfig
 from tests.tiny import write_rows
 
 VERDICT = "The selection is a made-up one."

@@ -9,7 +9,8 @@ from datatools import AGGREGATIONS, DataError, UsageError
 from pipelines.cli.app import main
 from pipelines.select import explain
 from pipelines.select import run as select
-from pipelines.settings.config import NEED_TARGET, DataConfig, ExplainConfig, FeaturesConfig
+from pipelines.settings.parts import DataConfig
+from pipelines.settings.select import NEED_TARGET, ExplainConfig, FeaturesConfig
 
 
 def scores(run):

@@ -28,19 +28,11 @@ from pipelines.rows.prepare import prepare
 from pipelines.runs import folder as runs
 from pipelines.select import explain
 from pipelines.select import run as select
-from pipelines.settings.config import (
-    METHODS,
-    DataConfig,
-    ExplainConfig,
-    FeaturesConfig,
-    LoraConfig,
-    ModelConfig,
-    SelectConfig,
-    TrainConfig,
-    TrainingConfig,
-    WarmupConfig,
-)
-from pipelines.settings.config_files import dump, load_config
+from pipelines.settings.dump import dump
+from pipelines.settings.load import load_config
+from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
+from pipelines.settings.select import METHODS, ExplainConfig, FeaturesConfig, SelectConfig, WarmupConfig
+from pipelines.settings.train import TrainConfig
 from pipelines.training import checkpoints, train
 from tests.pipelines.conftest import make_world
 from tests.processes import spawn
@@ -928,8 +920,8 @@ def test_a_run_waits_for_the_one_that_fills_the_shared_features(first, world, tm
         from pathlib import Path
         import pipelines.select.methods
         from pipelines.select import run as select
-        from pipelines.settings.config import SelectConfig
-        from pipelines.settings.config_files import load_config
+        from pipelines.settings.select import SelectConfig
+        from pipelines.settings.load import load_config
         here, inner = Path(sys.argv[1]), pipelines.select.methods.extract
 
         def extract(*arguments, **options):

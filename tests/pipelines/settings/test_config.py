@@ -12,8 +12,14 @@ from pydantic import ValidationError
 
 from datatools import UsageError
 from pipelines.settings import config as c
-from pipelines.settings.config import AuditConfig, DataConfig, EvaluateConfig, SelectConfig, Settings, TrainConfig
-from pipelines.settings.config_files import audit_base, config_digest, dump, fingerprint, load_config, parse_yaml
+from pipelines.settings.audit import AuditConfig
+from pipelines.settings.base import Settings
+from pipelines.settings.dump import config_digest, dump, fingerprint
+from pipelines.settings.load import audit_base, load_config
+from pipelines.settings.parts import DataConfig
+from pipelines.settings.select import SelectConfig
+from pipelines.settings.train import EvaluateConfig, TrainConfig
+from pipelines.settings.yaml import parse_yaml
 
 MINIMAL = "model: m\ntrain: a.jsonl\ntarget: d.jsonl\n"
 FLAGS = {"model.name": "m", "train.paths": ["a.jsonl"], "target": ["d.jsonl"]}

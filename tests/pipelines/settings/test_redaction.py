@@ -7,8 +7,9 @@ import pytest
 from datatools import UsageError
 from pipelines.cli import app as cli
 from pipelines.settings import redaction
-from pipelines.settings.config import SelectConfig
-from pipelines.settings.config_files import dump, load_config
+from pipelines.settings.dump import dump
+from pipelines.settings.load import load_config
+from pipelines.settings.select import SelectConfig
 from tests.tiny import save_tiny_model, write_rows
 
 SECRET, TOKEN = "s3cr3tPlace-77", "hf_ABCDEFGHIJKLMNOPQRSTUVWXYZ01234567"

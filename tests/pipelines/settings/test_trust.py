@@ -15,8 +15,9 @@ from pipelines.models import load as models
 from pipelines.rows.encode import Encoder
 from pipelines.runs import run_files
 from pipelines.select.run import run as select
-from pipelines.settings.config import DataConfig, ModelConfig, SelectConfig, WarmupConfig
-from pipelines.settings.config_files import audit_base, load_config, order_base
+from pipelines.settings.load import audit_base, load_config, order_base
+from pipelines.settings.parts import DataConfig, ModelConfig
+from pipelines.settings.select import SelectConfig, WarmupConfig
 from tests.pipelines.conftest import World
 from tests.tiny import save_tiny_model, write_rows
 

@@ -16,16 +16,12 @@ from pipelines.runs import folder as runs
 from pipelines.runs.folder import Ahead, Progress, Run
 from pipelines.select import audit, methods
 from pipelines.select import run as select
-from pipelines.settings.config import (
-    AuditConfig,
-    DemoConfig,
-    DiagnoseConfig,
-    LoraConfig,
-    ModelConfig,
-    OrderConfig,
-    TrainConfig,
-    TrainingConfig,
-)
+from pipelines.settings.audit import AuditConfig
+from pipelines.settings.demo import DemoConfig
+from pipelines.settings.diagnose import DiagnoseConfig
+from pipelines.settings.order import OrderConfig
+from pipelines.settings.parts import LoraConfig, ModelConfig, TrainingConfig
+from pipelines.settings.train import TrainConfig
 from pipelines.training import cost, train
 
 FIGURES = re.compile(r"about [\d.,]+ (s|min|h).*, [\d.,]+ [kMG]B of memory, [\d.,]+ [kMG]?B on disk")

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from datatools import DataError
 from pipelines.colm.coresets import CoresetMixin
 from pipelines.select import run as select
-from pipelines.settings.config import CoresetConfig, DataConfig, LoraConfig, ModelConfig, TrainConfig, TrainingConfig
+from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
+from pipelines.settings.train import CoresetConfig, TrainConfig
 from pipelines.training import finite, train, trainer
 from tests.pipelines.conftest import make_world
 

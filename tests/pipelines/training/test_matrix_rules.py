@@ -3,7 +3,8 @@
 import pytest
 
 from datatools import UsageError
-from pipelines.settings.config import DataConfig, ModelConfig, TrainConfig, TrainingConfig
+from pipelines.settings.parts import DataConfig, ModelConfig, TrainingConfig
+from pipelines.settings.train import TrainConfig
 from pipelines.training import train
 from tests.pipelines.conftest import make_world
 

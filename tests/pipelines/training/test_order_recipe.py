@@ -16,7 +16,9 @@ from pipelines.models.adapters import load_adapter
 from pipelines.order import run as pipeline
 from pipelines.order.setting import Setting
 from pipelines.runs import folder as runs
-from pipelines.settings.config import LoraConfig, ModelConfig, OrderConfig, OrderData, OrderTraining, TrainConfig
+from pipelines.settings.order import OrderConfig, OrderData, OrderTraining
+from pipelines.settings.parts import LoraConfig, ModelConfig
+from pipelines.settings.train import TrainConfig
 from pipelines.training import order_recipe, train, trainer
 from tests.tiny import save_tiny_model, write_rows
 

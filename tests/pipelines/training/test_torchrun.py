@@ -9,14 +9,8 @@ from safetensors.torch import load_file
 from datatools import Order
 from pipelines.models import load as models
 from pipelines.rows.prepare import prepare
-from pipelines.settings.config import (
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    TrainConfig,
-    TrainingConfig,
-    ZerothOrderConfig,
-)
+from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig, ZerothOrderConfig
+from pipelines.settings.train import TrainConfig
 from pipelines.training import train
 from tests.optim.distributed.processes import run
 from tests.pipelines.conftest import make_world

@@ -23,16 +23,10 @@ from pipelines.models.lora import add_lora
 from pipelines.rows.prepare import prepare
 from pipelines.select import audit
 from pipelines.select import run as select
-from pipelines.settings.config import (
-    AuditConfig,
-    DataConfig,
-    DemoConfig,
-    EvaluateConfig,
-    LoraConfig,
-    ModelConfig,
-    TrainConfig,
-    TrainingConfig,
-)
+from pipelines.settings.audit import AuditConfig
+from pipelines.settings.demo import DemoConfig
+from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
+from pipelines.settings.train import EvaluateConfig, TrainConfig
 from pipelines.training import evaluation, train, trainer
 from tests.pipelines.conftest import make_world
 from tests.tiny import save_tiny_model

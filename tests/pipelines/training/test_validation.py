@@ -11,7 +11,8 @@ from datatools import DataError, EnvironmentProblem, UsageError
 from pipelines.report import pages
 from pipelines.report import training_page as training_report
 from pipelines.rows import preflight
-from pipelines.settings.config import DataConfig, EvaluateConfig, LoraConfig, ModelConfig, TrainConfig, TrainingConfig
+from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
+from pipelines.settings.train import EvaluateConfig, TrainConfig
 from pipelines.training import evaluation, train, trainer, validation
 from tests.pipelines.conftest import make_world
 

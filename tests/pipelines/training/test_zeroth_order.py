@@ -15,8 +15,9 @@ from optim.zeroth_order import NotFinite, Taken, ZerothOrder
 from pipelines.models import load as models
 from pipelines.models.losses import collate, token_losses
 from pipelines.runs.folder import derive_seed
-from pipelines.settings.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, TrainingConfig
-from pipelines.settings.config_files import load_config
+from pipelines.settings.load import load_config
+from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
+from pipelines.settings.train import TrainConfig
 from pipelines.training import train, zeroth_order
 from tests.pipelines.conftest import make_world
 

@@ -1,0 +1,109 @@
+"""What all settings are made of: the base class, the types of their values, and the marks of their fields.
+
+The settings of each command are pydantic models in the file of its name. They live here rather than beside what they
+configure because checks before a run, run folders and the command line read those of several commands, and because
+nothing here may import torch: `--help` and `--print-config` answer at once.
+"""
+
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Json = bool | int | float | str | None | list["Json"] | dict[str, "Json"]
+
+
+def home(text: str) -> str:
+    """A path as it was typed, `~` opened. Raises: ValueError for characters that no file name has."""
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{text!r} holds a character that no file name has")
+    return str(Path(text).expanduser()) if text.startswith("~") else text
+
+
+def _home_path(path: Path) -> Path:
+    return Path(home(str(path)))
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str | Path) else value
+
+
+def _number_as_text(value: object) -> object:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _columns(value: object) -> object:
+    """'a=b,c=d' as {a: b, c: d}; a list of such texts, joined."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        value = ",".join(value)
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    wrong = next((name for name, equals, theirs in pairs if not (equals and name.strip() and theirs.strip())), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong!r} names no column; expected OURS=YOURS, such as prompt=question,completion=answer")
+    return {name.strip(): theirs.strip() for name, _, theirs in pairs}
+
+
+Columns = Annotated[dict[str, str | dict[str, str]], BeforeValidator(_columns)]
+Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(home)]
+Names = Annotated[list[Name], BeforeValidator(_listed), Field(max_length=10_000)]
+FilePath = Annotated[Path, AfterValidator(_home_path)]
+Paths = Annotated[list[FilePath], BeforeValidator(_listed)]
+BudgetText = Annotated[str, BeforeValidator(_number_as_text), Field(min_length=1, max_length=64)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Scalar = bool | int | float | str | None
+Options = dict[str, Scalar | list[Scalar]]
+
+# Marks of fields. Volatile says how to run, not what: neither in run.yaml nor in the fingerprint. A run may move, so
+# its folder is in run.yaml and not in the fingerprint.
+VOLATILE: dict[str, Json] = {"volatile": True}
+ELSEWHERE: dict[str, Json] = {"elsewhere": True}
+# Read only after everything expensive is computed: a finished run may be asked again with another value.
+LATE: dict[str, Json] = {"late": True}
+
+
+class Settings(BaseModel):
+    """Base of every configuration: unknown names refused, values immutable, numbers finite.
+
+    `shorthand` names the field that a bare text (or list) stands for: `model: NAME` is `model: {name: NAME}`.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
+    shorthand: ClassVar[str | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, value: object) -> object:
+        return cls.expand(value)
+
+    @classmethod
+    def expand(cls, value: object) -> object:
+        """The mapping that a shorthand stands for; anything else comes back as it is."""
+        if cls.shorthand is not None and isinstance(value, str | list | Path):
+            return {cls.shorthand: value}
+        return value
+
+
+class RunSettings(Settings):
+    """What every pipeline with a folder has."""
+
+    out: FilePath = Field(
+        description="folder of the run; an interrupted run in it is continued", json_schema_extra=ELSEWHERE
+    )
+    seed: Seed = Field(default=0, description="the one seed; all others are derived from it by name")
+    overwrite: bool = Field(
+        default=False, description="move an existing run aside to OUT.old-N", json_schema_extra=VOLATILE
+    )
+    dry_run: bool = Field(
+        default=False,
+        description="check that everything loads, say what it will cost, stop",
+        json_schema_extra=VOLATILE,
+    )
+    accept_change: Names = Field(
+        default=[],
+        description="things that may have changed since the run began (code, data, ...)",
+        json_schema_extra=VOLATILE,
+    )

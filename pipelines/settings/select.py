@@ -1,0 +1,149 @@
+"""Settings of `datatools select`, and of `datatools explain`, which reads its runs."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from pipelines.settings.base import ELSEWHERE, LATE, BudgetText, Columns, FilePath, Names, RunSettings, Settings
+from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
+
+METHODS: dict[str, str] = {
+    "less": "gradient influence on the target rows (Xia et al. 2024)",
+    "random": "uniformly at random",
+    "random-length": "at random, with answers as long as those of the target rows",
+    "tfidf": "similarity of words with the target rows",
+    "rds": "similarity of hidden states with the target rows",
+    "loss": "rows on which the model's loss is highest",
+}
+
+
+NEED_TARGET = ("less", "tfidf", "rds")
+
+
+def _cap(value: object) -> object:
+    """'30%' is 0.3, '100%' is no cap, and 500.0 is 500."""
+    if isinstance(value, str):
+        if value == "100%":
+            return None
+        with suppress(ValueError):
+            value = float(value[:-1]) / 100 if value.endswith("%") else float(value)
+    return int(value) if isinstance(value, float) and value >= 1 and value.is_integer() else value
+
+
+class WarmupConfig(TrainingConfig):
+    """The short training run at whose checkpoints gradients are taken (LESS, section 4.1)."""
+
+    epochs: int = Field(default=4, ge=1, le=10_000, description="passes over the warm-up rows; one checkpoint each")
+    fraction: float = Field(default=0.05, gt=0, le=1, description="share of the pool to warm up on, drawn at random")
+    minimum_rows: int = Field(default=64, ge=1, le=10**9, description="fewest warm-up rows, where the pool has them")
+    checkpoints: int | None = Field(
+        default=None, ge=1, le=10_000, description="take gradients at the last so many checkpoints only; null is at all"
+    )
+
+
+class ProjectorConfig(Settings):
+    """The random projection that makes a gradient a feature."""
+
+    shorthand = "name"
+    name: str = Field(default="sjlt", min_length=1, max_length=64, description="a name from `datatools ls projectors`")
+    dim: int = Field(default=8192, ge=1, le=2**20, description="numbers a feature")
+
+
+class FeaturesConfig(Settings):
+    """How gradient features are computed and stored."""
+
+    method: str = Field(
+        default="hooks",
+        min_length=1,
+        max_length=64,
+        description="hooks (fast, completed by loop where needed), vmap or loop; loop is the definition",
+    )
+    token_budget: int = Field(default=1024, ge=1, le=2**24, description="padded tokens a batch; bounds memory")
+    dtype: Literal["float16", "bfloat16", "float32", "int8", "int4", "int1"] = Field(
+        default="float16", description="how stored features are rounded (int8, int4, int1 as in QLESS)"
+    )
+    folder: FilePath | None = Field(
+        default=None,
+        description="where features are kept; null is the run's own folder. Runs that name the same one share them: "
+        "another target on the same pool and checkpoints costs only the target's rows",
+        json_schema_extra=ELSEWHERE,
+    )
+    rows_per_unit: int | None = Field(
+        default=None, ge=1, le=2**20, description="rows a file, and lost at most when killed"
+    )
+    adam_mode: Literal["paper", "code", "precond_only"] = Field(
+        default="paper",
+        description="Adam's update as in the paper (eps outside the root, bias corrected), as in LESS's code "
+        "(eps inside, none), or the gradient over sqrt(v) without the momentum that all rows share",
+    )
+
+
+class SelectConfig(RunSettings):
+    """Select the training rows that move the model towards the target rows."""
+
+    model: ModelConfig = Field(description="the model to select for")
+    train: DataConfig = Field(description="the pool to select from")
+    target: Names = Field(default=[], description="files with a few examples of what the model should get better at")
+    target_columns: Columns | None = Field(
+        default=None, description="columns of the target, as `train.columns`; null tries the pool's, then detects"
+    )
+    budget: BudgetText = Field(
+        default="5%",
+        description="how much to select: a share '5%', a count '500', or '20000 tokens'",
+        json_schema_extra=LATE,
+    )
+    method: Literal["less", "random", "random-length", "tfidf", "rds", "loss"] = Field(
+        default="less", description="how rows are scored; `datatools ls methods` explains them"
+    )
+    out: FilePath = Field(
+        default=Path("runs/select"),
+        description="folder of the run; an interrupted run in it is continued",
+        json_schema_extra=ELSEWHERE,
+    )
+    lora: LoraConfig = Field(default=LoraConfig(), description="the parameters whose gradients count")
+    warmup: WarmupConfig = Field(default=WarmupConfig(), description="the warm-up run; not used with `checkpoints`")
+    checkpoints: list[FilePath] = Field(
+        default=[], max_length=1000, description="checkpoints of your own run, instead of a warm-up"
+    )
+    features: FeaturesConfig = Field(default=FeaturesConfig(), description="gradients and their storage")
+    projector: ProjectorConfig = Field(default=ProjectorConfig(), description="the random projection")
+    aggregate: str = Field(
+        default="less",
+        min_length=1,
+        max_length=64,
+        description="from many target rows to one score a row: a name from `datatools ls aggregations`",
+        json_schema_extra=LATE,
+    )
+    max_per_source: Annotated[int | float | None, BeforeValidator(_cap)] = Field(
+        default=None,
+        gt=0,
+        le=10**12,
+        description="most rows a source: a count (500), or below 1 a share of the selection (0.3)",
+        json_schema_extra=LATE,
+    )
+
+    @model_validator(mode="after")
+    def _has_target(self) -> Self:
+        if self.method in NEED_TARGET and not self.target:
+            raise ValueError(
+                f"method '{self.method}' compares with target rows and got none; name them with --target "
+                "FILE (setting 'target')"
+            )
+        return self
+
+
+class ExplainConfig(Settings):
+    """Why was this row selected, or not?"""
+
+    file: FilePath = Field(description="selected.jsonl of a run")
+    line: int = Field(default=1, ge=1, le=10**12, description="line in that file, counted from 1; not used with `row`")
+    row: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=4096,
+        description="any row of the run's pool: FILE:LINE of one of its files, or its id",
+    )
+    nearest: int = Field(default=5, ge=1, le=1000, description="how many target rows to show")
+    trust_remote_code: bool = Field(default=False, description="run the Python code that comes with the run's model")
