@@ -119,7 +119,10 @@ def serve() -> None:
     import transformers
 
     transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.Trainer  # noqa: B018 (lazy names)
-    for name in ("select", "train", "evaluation", "audit", "explain", "demo", "cli", "order", "diagnose", "report"):
+    for name in (
+        *("select.run", "select.audit", "select.explain", "training.train", "training.evaluation"),
+        *("order.run", "diagnose.run", "report.pages", "demo", "cli"),
+    ):
         import_module(f"pipelines.{name}")
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
