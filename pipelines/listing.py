@@ -50,8 +50,8 @@ FORMATS: dict[str, tuple[str, str, str]] = {
 
 
 def _section(text: str, name: str) -> str:
-    """What a docstring says after `name:`, up to the next section or the end of the paragraph."""
-    found = re.search(rf"^{name}: (.+?)(?=\n[A-Z][a-z]+: |\n\n|\Z)", inspect.cleandoc(text), re.DOTALL | re.MULTILINE)
+    """The text of the section `name:` of a docstring, on one line."""
+    found = re.search(rf"^{name}:\n((?:[ ]+.+\n?)+)", inspect.cleandoc(text), re.MULTILINE)
     return " ".join(found[1].split()) if found else ""
 
 
@@ -71,7 +71,7 @@ def _optimizers() -> Rows:
         module = inspect.getmodule(rule)
         text = rule.__doc__ or ""
         memory = re.split(r"[,;(]| and ", _section(text, "State"))[0].strip()
-        memory = re.sub(" bytes? a parameter", " B", memory)
+        memory = re.sub(" bytes? per parameter", " B", memory[:1].lower() + memory[1:])
         source = re.split(r"[;,] | \(", _section(text, "Source"))[0].rstrip(".")
         called, colon, what = _first_sentence(module).partition(": ")  # "AdamW: Adam with ..."
         elementwise = "yes" if rule.elementwise else "no"

@@ -1,6 +1,6 @@
-"""The table of optimizers: one file each, and one line here.
+"""The table of optimizers: one file per optimizer, and one line per optimizer here.
 
-A file defines `NameRule`, the pure rule with its `name`, and `Name`, the optimizer that runs it.
+Each file defines `NameRule`, the pure rule with its `name`, and `Name`, the optimizer that runs the rule.
 """
 
 from optim.rules.adabelief import AdaBelief, AdaBeliefRule

@@ -1,4 +1,4 @@
-"""AdaBelief: Adam whose second moment is that of the gradient's distance from its mean."""
+"""AdaBelief: Adam with a second moment of the gradient's distance from its running mean."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,26 +13,46 @@ from optim.rule import State, UpdateRule, correction, zero_moment, zero_step
 
 @dataclass(frozen=True, kw_only=True)
 class AdaBeliefRule(UpdateRule):
-    """With m <- b1 m + (1 - b1) g, s <- b2 s + (1 - b2) (g - m)^2 + eps, c1 = 1 - b1^t, c2 = 1 - b2^t:
+    """AdaBelief: Adam whose second moment measures how far the gradient is from its running mean.
 
-    - `rectify=False`, the paper: u = m / c1 / (sqrt(s) / sqrt(c2) + eps);
-    - `rectify=True`: u = R m / c1 / (sqrt(s) + eps) while r >= 5, where r = r' - 2 t b2^t / c2, r' = 2 / (1 - b2) - 1
-      and R^2 = c2 (r - 4) (r - 2) r' / ((r' - 4) (r' - 2) r); before that u = m / c1 with `degenerated_to_sgd`, or 0.
+    With m <- b1 m + (1 - b1) g, s <- b2 s + (1 - b2) (g - m)^2 + eps, c1 = 1 - b1^t and c2 = 1 - b2^t, the direction is
 
-    Shapes: elementwise; moments have the parameter's shape.
-    State: 8 bytes a parameter (two float32 moments; 12 with amsgrad unless rectify) and a step count.
-    Source: Zhuang et al. 2020, arXiv 2010.07468, algorithm 2, and its published code (adabelief-pytorch 0.2.1, whose
-    defaults are these; version 0.0.5 had eps 1e-8 and no rectification). Rectification: Liu et al., arXiv 1908.03265.
-    Differs: the paper has neither rectification nor decoupled decay. Of the published code, `weight_decouple=False`,
-    g <- g + l2 p, is `l2` here and part of the direction. Its switches are fields, so that they survive a checkpoint,
-    and gradients are never written to.
+    - u = m / c1 / (sqrt(s) / sqrt(c2) + eps) with `rectify=False`, as in the paper;
+    - u = R m / c1 / (sqrt(s) + eps) with `rectify=True` while r >= 5, where r = r' - 2 t b2^t / c2, r' = 2 / (1 - b2) -
+      1 and R^2 = c2 (r - 4) (r - 2) r' / ((r' - 4) (r' - 2) r). Before that, u = m / c1 with `degenerated_to_sgd`, and
+      u = 0 without it.
 
-    - eps is stored in s at every step, where it grows to eps / (1 - b2). It stands for about the square of Adam's:
-      1e-16 for transformers, 1e-8 where SGD does better than Adam.
-    - With b2 = 0.999 the first five steps are SGD with momentum, of size lr |g|, not lr.
-    - Gradients that do not change drive s to rounding level: expect large steps.
-    - `fixed_decay=True`: p <- (1 - wd) p before the step, whatever the learning rate is, instead of (1 - lr wd) p.
-    - `amsgrad=True`: s is replaced by its running maximum; without effect under `rectify`, as in the published code.
+    Args:
+        betas: (b1, b2), the decay rates of the two moments.
+        eps: Added to s at every step, where it accumulates to eps / (1 - b2). It corresponds to about the square of
+            Adam's eps: use 1e-16 for transformers, and 1e-8 where SGD works better than Adam.
+        rectify: Whether to use the rectified step.
+        degenerated_to_sgd: Whether the first steps under `rectify` are SGD with momentum. With b2 = 0.999 these are
+            five steps of size lr |g|, not lr.
+        amsgrad: Whether s is replaced by its running maximum. It has no effect under `rectify`, as in the published
+            code.
+        l2: Adds l2 p to the gradient (`weight_decouple=False` of the published code), so that it becomes part of the
+            direction.
+        fixed_decay: Whether weight decay is p <- (1 - wd) p before the step, whatever the learning rate, instead of (1
+            - lr wd) p.
+
+    Shapes:
+        Elementwise. The moments have the parameter's shape.
+
+    State:
+        8 bytes per parameter (two float32 moments; 12 with amsgrad unless rectify) and a step count.
+
+    Source:
+        Zhuang et al. 2020, arXiv 2010.07468, algorithm 2, and its published code (adabelief-pytorch 0.2.1, whose
+        defaults are used here; version 0.0.5 had eps 1e-8 and no rectification). Rectification: Liu et al., arXiv
+        1908.03265.
+
+    Differs:
+        The paper has neither rectification nor decoupled decay. The switches of the published code are fields here, so
+        that they survive a checkpoint, and gradients are never written to.
+
+    Note:
+        Gradients that do not change drive s down to rounding errors, which causes large steps.
     """
 
     name: ClassVar[str] = "adabelief"
@@ -57,14 +77,14 @@ class AdaBeliefRule(UpdateRule):
         )
 
     def init(self, param: Tensor) -> State:
-        """Zero moments and step count."""
+        """Return zero moments and a zero step count."""
         state = {"step": zero_step(), "exp_avg": zero_moment(param), "exp_avg_var": zero_moment(param)}
         if self.amsgrad and not self.rectify:
             state["max_exp_avg_var"] = zero_moment(param)
         return state
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the moments' dtype."""
+        """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         g = grad.to(state["exp_avg"].dtype)
         if self.l2 != 0:
@@ -105,7 +125,19 @@ class AdaBeliefRule(UpdateRule):
 
 
 class AdaBelief(Optimizer):
-    """`Optimizer` running `AdaBeliefRule`; the first arguments as in adabelief-pytorch, weight decay decoupled."""
+    """`Optimizer` running `AdaBeliefRule`; the first arguments as in adabelief-pytorch, weight decay decoupled.
+
+    Example:
+        >>> import torch
+        >>> from optim import AdaBelief
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = AdaBelief(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'exp_avg_var', 'step']
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""AdaHessian: Adam with the magnitude of the Hessian diagonal in the place of the gradient's."""
+"""AdaHessian: Adam with the Hessian diagonal in place of the gradient's second moment."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,22 +15,40 @@ VARIANTS = ("instruction", "image")
 
 @dataclass(frozen=True, kw_only=True)
 class AdaHessianRule(CurvatureRule):
-    """u = m^ / (sqrt(v^)^k + eps), with m^ = m / (1 - b1^t), v^ = v / (1 - b2^n), k the hessian_power, n refreshes,
-    m <- b1 m + (1 - b1) g, and at a refresh v <- b2 v + (1 - b2) D^2, D the block average of |z H z|, z random signs.
+    """AdaHessian: Adam with the magnitude of the Hessian's diagonal in place of the squared gradient.
 
-    Shapes: `update` is elementwise; the average at a refresh needs whole rows.
-    State: 8 bytes a parameter (two float32 moments), a step count and a count of refreshes.
-    Source: Yao et al. 2021, arXiv 2006.00719, algorithm 1; amirgholami/adahessian.
-    Differs: the paper averages signed estimates, the published code magnitudes, as here. That code refreshes at every
-    step (the default here too), so that n = t.
+        u = m^ / (sqrt(v^)^k + eps),  m^ = m / (1 - b1^t),  v^ = v / (1 - b2^n)
 
-    Blocks: with `variant="instruction"` (instruction/adahessian.py, the paper's method) rows of matrices, and the
-    trailing dimensions of tensors of more: the last of three, all but two of four and more. A positive entry of
-    `spatial_average_block_size` takes consecutive flat groups of that size instead, for tensors of 1, 2, 3, and 4 or
-    more dimensions. With `variant="image"` (image_classification/optim_adahessian.py) kernels of four dimensions are
-    averaged over the last two, and nothing else is.
+    Here m <- b1 m + (1 - b1) g, k is `hessian_power` and n is the number of refreshes. A refresh sets v <- b2 v + (1 -
+    b2) D^2, where D is the block average of |z H z| for random signs z.
 
-    Until the first refresh u = m^, momentum SGD: |z H z| that is zero by chance gives steps of size m^ / eps after it.
+    Until the first refresh u = m^, which is momentum SGD. A |z H z| that is zero by chance would otherwise give steps
+    of size m^ / eps.
+
+    Args:
+        betas: (b1, b2), the decay rates of the two moments.
+        eps: Added to the denominator.
+        hessian_power: k above.
+        refresh_every: Steps from one refresh to the next.
+        variant: Which entries are averaged. "instruction" (instruction/adahessian.py, the paper's method) averages the
+            rows of matrices, and of tensors with more dimensions the trailing ones: the last of three, and all but two
+            of four or more. "image" (image_classification/optim_adahessian.py) averages kernels of four dimensions over
+            the last two, and nothing else.
+        spatial_average_block_size: Four numbers, for tensors of 1, 2, 3, and 4 or more dimensions. A positive number
+            averages consecutive entries of the flattened tensor in groups of that size instead.
+
+    Shapes:
+        `update` is elementwise; the average at a refresh needs whole rows.
+
+    State:
+        8 bytes per parameter (two float32 moments), a step count and a count of refreshes.
+
+    Source:
+        Yao et al. 2021, arXiv 2006.00719, algorithm 1; amirgholami/adahessian.
+
+    Differs:
+        The paper averages signed estimates; the published code averages magnitudes, as is done here. That code
+        refreshes at every step (also the default here), so that n = t.
     """
 
     name: ClassVar[str] = "adahessian"
@@ -60,7 +78,7 @@ class AdaHessianRule(CurvatureRule):
         object.__setattr__(self, "spatial_average_block_size", tuple(sizes))
 
     def init(self, param: Tensor) -> State:
-        """Zero moments and counts."""
+        """Return zero moments and zero counts."""
         return {
             "step": zero_step(),
             "exp_avg": zero_moment(param),
@@ -69,7 +87,7 @@ class AdaHessianRule(CurvatureRule):
         }
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the moments' dtype."""
+        """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         v, n, t = state["exp_hessian_diag_sq"], state["hessian_step"], state["step"] + 1
         m = state["exp_avg"].lerp(grad.to(state["exp_avg"].dtype), 1 - b1)
@@ -82,16 +100,24 @@ class AdaHessianRule(CurvatureRule):
         return direction, {"step": t, "exp_avg": m, "exp_hessian_diag_sq": v, "hessian_step": n.clone()}
 
     def absorb(self, estimate: Tensor, state: State) -> State:
-        """v and n after a refresh; estimate: z H z.
+        """Return the new v and n after a refresh.
 
-        Raises: ValueError if a block size does not divide the number of elements.
+        Args:
+            estimate: z H z, of the parameter's shape.
+            state: The state of the parameter, which is not changed.
+
+        Returns:
+            The entries of the state that change.
+
+        Raises:
+            ValueError: If a block size does not divide the number of elements.
         """
         averaged = self.averaged(estimate.abs())
         v = state["exp_hessian_diag_sq"].lerp(averaged * averaged, 1 - self.betas[1])
         return {"exp_hessian_diag_sq": v, "hessian_step": state["hessian_step"] + 1}
 
     def averaged(self, x: Tensor) -> Tensor:
-        """Each entry replaced by the mean of its block."""
+        """Return x with each entry replaced by the mean of its block."""
         if x.ndim == 0 or x.numel() == 0:
             return x
         if self.variant == "image":
@@ -109,7 +135,28 @@ class AdaHessianRule(CurvatureRule):
 
 
 class AdaHessian(Optimizer):
-    """`Optimizer` running `AdaHessianRule`; call `optim.curvature.refresh` before every step."""
+    """AdaHessian for all parameters; call `optim.curvature.refresh` before every step.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        betas, eps: See `AdaHessianRule`, as for the remaining keywords.
+        weight_decay: Decoupled weight decay.
+
+    Example:
+        >>> import torch
+        >>> from optim import AdaHessian, curvature
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = AdaHessian(model.named_parameters(), lr=1e-3)
+        >>> labels = torch.tensor([0, 1, 2])
+        >>> loss_fn = lambda: torch.nn.functional.cross_entropy(model(torch.ones(3, 8)), labels)
+        >>> loss_fn().backward()
+        >>> _ = curvature.refresh(optimizer, loss_fn)
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'exp_hessian_diag_sq', 'hessian_step', 'step']
+    """
 
     def __init__(
         self,

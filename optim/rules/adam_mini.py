@@ -1,4 +1,4 @@
-"""Adam-mini: Adam with one second moment a block of a tensor: a head, a row, or the whole."""
+"""Adam-mini: Adam with one second moment per block of a tensor: a head, a row, or the whole tensor."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,16 +18,29 @@ Blocks: TypeAlias = str | int | Mapping[str, str | int]
 
 @dataclass(frozen=True, kw_only=True)
 class AdamMiniRule(UpdateRule):
-    """u = m / (1 - b1^t) / (sqrt(v) / sqrt(1 - b2^t) + eps), with m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) q;
-    q is the mean of g^2 over each block, and v has one entry a block.
+    """Adam-mini: Adam with one second moment per block of a tensor.
 
-    - `blocks`: "tensor", the whole; "row", each index of dimension 0; "element", plain Adam; or an integer, as many
-      consecutive entries, which must divide the tensor: a head of a query or key matrix is head_dim rows, so
-      head_dim * columns entries. `AdamMini` chooses by name.
+        u = m / (1 - b1^t) / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
-    Shapes: any; a vector or scalar has one row. Not elementwise.
-    State: 4 bytes a parameter (a float32 moment), 4 a block, and a step count.
-    Source: Zhang et al. 2024, arXiv 2406.16793, algorithm 1; zyushun/Adam-mini, adam_mini 1.1.1.
+    Here m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) q, where q is the mean of g^2 over each block; v has one entry
+    per block.
+
+    Args:
+        betas: (b1, b2), the decay rates of the two moments.
+        eps: Added to the denominator.
+        blocks: "tensor" makes the whole tensor one block, "row" each index of dimension 0, and "element" each entry
+            (plain Adam). An integer makes blocks of that many consecutive entries, and must divide the tensor: a head
+            of a query or key matrix has head_dim rows, and so head_dim * columns entries. `AdamMini` chooses the blocks
+            by the parameter's name.
+
+    Shapes:
+        Any; a vector or scalar has one row. Not elementwise.
+
+    State:
+        4 bytes per parameter (a float32 moment), 4 bytes per block, and a step count.
+
+    Source:
+        Zhang et al. 2024, arXiv 2406.16793, algorithm 1; zyushun/Adam-mini, adam_mini 1.1.1.
     """
 
     name: ClassVar[str] = "adam_mini"
@@ -56,9 +69,10 @@ class AdamMiniRule(UpdateRule):
         return max(param.numel() // max(rows, 1), 1)
 
     def init(self, param: Tensor) -> State:
-        """A zero moment, a zero a block, and a step count.
+        """Return a zero moment, a zero per block, and a zero step count.
 
-        Raises: ValueError if blocks of the given size do not divide the tensor.
+        Raises:
+            ValueError: If blocks of the given size do not divide the tensor.
         """
         size, count = self._size(param), param.numel()
         if count % size:
@@ -70,7 +84,7 @@ class AdamMiniRule(UpdateRule):
         return {"step": zero_step(), "exp_avg": zero_moment(param), "exp_avg_sq": v}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the moments' dtype."""
+        """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         g = grad.to(state["exp_avg"].dtype)
         t = state["step"] + 1
@@ -89,35 +103,62 @@ class AdamMiniRule(UpdateRule):
 
 
 class AdamMini(Optimizer):
-    """`Optimizer` running `AdamMiniRule`, the blocks of each parameter chosen by its name.
+    """Adam-mini for all parameters, with the blocks of each parameter chosen by its name.
 
-    One v for each entry of a bias; for each head of a query or key matrix; for each row (a token, an output) of
-    embeddings, heads, value, output and feed-forward matrices, of query, key and value in one matrix, of each expert in
-    a tensor of many, and of LoRA's A and B wherever they are; for the whole of a norm or any other vector. Which is
-    which is told by `optim.roles.block_of`. Norms and biases have no weight decay.
+    There is one second moment v
 
-    A name that tells no block has the finest v that costs little: one for each row of a matrix, and one for each entry
-    of what is none (attention sinks, `A_log`, depthwise convolutions); one UserWarning names them.
+    - per entry of a bias;
+    - per head of a query or key matrix;
+    - per row (a token or an output) of embeddings, heads, value, output and feed-forward matrices, of matrices that
+      hold query, key and value, of each expert in a tensor of many, and of LoRA's A and B wherever they are;
+    - per tensor for norms and all other vectors.
 
-    params: the model, named parameters, or param groups of them (whose `lr`, `weight_decay`, ... are kept).
-    head_dim: how many rows of a query or key matrix are a head; also where there are fewer key heads.
-    dim, n_heads: of the model; dim / n_heads stands for a missing head_dim, but is not it in Qwen3 and Gemma. Without
-    these too, and for matrices with a number of rows that is no multiple of it, query and key have one v a row.
-    whole_value: one v for each whole value matrix, as the authors advise for runs below about 10,000 steps.
-    blocks: the same for all parameters, whatever their names; weight decay then acts on all. Or part of a name ->
-    blocks as in `AdamMiniRule`, or a block of a transformer ("qk", "ffn", ...), looked at before `block_of`.
-    Raises: TypeError for parameters without names; ValueError for `blocks` that are none.
+    `optim.roles.block_of` tells which is which. Norms and biases have no weight decay. A parameter whose name tells
+    nothing gets the finest v that costs little: one per row of a matrix, and one per entry of anything else (attention
+    sinks, `A_log`, depthwise convolutions). One UserWarning names these parameters. Matrices that store their inputs
+    first (Hugging Face's GPT-2, GPT-OSS's experts) have inputs as rows.
+
+    Args:
+        params: The model, named parameters, or param groups of named parameters, whose `lr`, `weight_decay` and other
+            settings are kept.
+        lr: Learning rate.
+        betas, eps: See `AdamMiniRule`.
+        weight_decay: Decoupled weight decay.
+        dim, n_heads: Width and number of heads of the model. Their quotient stands for a missing `head_dim`, which is
+            wrong for Qwen3 and Gemma.
+        head_dim: The number of rows of a query or key matrix that form a head, also where there are fewer key heads.
+            Without it (and without `dim` and `n_heads`), and for matrices whose number of rows is not a multiple of it,
+            query and key have one v per row.
+        whole_value: Whether each value matrix has a single v, which the authors advise for runs below about 10,000
+            steps.
+        blocks: Blocks for all parameters whatever their names, in which case weight decay applies to all of them. Or a
+            mapping from part of a name to blocks as in `AdamMiniRule` or to a block of a transformer ("qk", "ffn",
+            ...), which takes precedence over `block_of`.
+
+    Raises:
+        TypeError: For parameters without names.
+        ValueError: For `blocks` that do not exist.
+
     Differs:
+        - The published code silently gives unknown names one v per tensor, assumes 32 heads and 2048 dimensions, and
+          fails on vectors where it expects matrices (`mlp.norm.weight`).
+        - It does not recognise query, key and value in one matrix: `qkv_proj` has one v per row there too, but
+          `query_key_value` and `wqkv` have one per as many entries as a head of a query has, and `c_attn` and
+          `in_proj_weight` have a single one.
+        - It does not recognise LoRA: A and B are divided like the matrix whose name they carry.
+        - `n_kv_heads` (which chooses no blocks there either), `verbose`, and the lists of name parts that are changed
+          after construction (`wv_names`, ...) do not exist here; use `whole_value` and `blocks`.
 
-    - The published code gives unknown names one v a tensor, silently; assumes 32 heads and 2048 dimensions; and fails
-      on vectors in a place of matrices (`mlp.norm.weight`).
-    - It knows no query, key and value in one matrix: `qkv_proj` has one v a row there too, but `query_key_value` and
-      `wqkv` have one for as many entries as a query's head has, and `c_attn` and `in_proj_weight` one for all.
-    - It knows no LoRA: A and B are divided as the matrix whose name they bear.
-    - Not here: `n_kv_heads` (which chooses no blocks there either), `verbose`, and the lists of name parts
-      (`wv_names`, ...) that are changed after construction; `whole_value` and `blocks` stand for these.
-
-    Matrices with their inputs first (Hugging Face's GPT-2, GPT-OSS's experts) have inputs as rows.
+    Example:
+        >>> import torch
+        >>> from optim import AdamMini
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = AdamMini(model.named_parameters(), lr=1e-3, head_dim=4)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'exp_avg_sq', 'step']
     """
 
     def __init__(
@@ -183,7 +224,7 @@ def _head_dim(dim: int | None, n_heads: int | None, head_dim: int | None) -> int
 
 @dataclass(frozen=True)
 class ByName:
-    """How `AdamMini` divides a group of named parameters; also one that is added later."""
+    """How `AdamMini` divides a group of named parameters, at construction and when a group is added later."""
 
     head_dim: int | None
     whole_value: bool
@@ -191,7 +232,7 @@ class ByName:
     told: Mapping[str, Role]
 
     def __call__(self, group: Group, optimizer: Optimizer) -> list[Group]:
-        """Groups of like blocks and like weight decay, each with the rest of the group's settings."""
+        """Return groups with equal blocks and equal weight decay, each with the remaining settings of the group."""
         if "rule" in group or "blocks" in group:
             return [group]
         parts: dict[tuple[str | int, bool], list[tuple[str, Tensor]]] = {}

@@ -1,4 +1,4 @@
-"""AdamP: Adam that does not push scale-invariant weights outwards."""
+"""AdamP: Adam that does not increase the norm of scale-invariant weights."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,19 +13,34 @@ from optim.rule import State, UpdateRule, correction, scalar_moment, zero_moment
 
 @dataclass(frozen=True, kw_only=True)
 class AdamPRule(UpdateRule):
-    """u = P(m / c1 / (sqrt(v) / sqrt(c2) + eps)), with c1 = 1 - b1^t, c2 = 1 - b2^t, m <- b1 m + (1 - b1) g,
-    v <- b2 v + (1 - b2) g^2; nesterov: b1 m + (1 - b1) g of the new m stands for m. P removes the part along the
-    weights if the gradient is almost orthogonal to them (`optim.linalg.remove_radial`), and weight decay then acts
-    with `wd_ratio` of its strength.
+    """AdamP: Adam without the radial part of the step for weights whose scale has no effect.
 
-    Shapes: tensors of two and more dimensions are seen as [dim 0, rest]; vectors and scalars get Adam. Not
-    elementwise: norms and products of rows and of the whole tensor decide.
-    State: 8 bytes a parameter (two float32 moments), a step count and the share of weight decay of the last update.
-    Source: Heo et al. 2020, arXiv 2006.08217; clovaai/AdamP (adamp 0.3.0).
-    Differs: in what happens on tensors without elements, where the published code fails: nothing.
+        u = P(m / c1 / (sqrt(v) / sqrt(c2) + eps)),  c1 = 1 - b1^t,  c2 = 1 - b2^t
 
-    One row that is not orthogonal (|cos| >= delta / sqrt(row length)) switches the projection by rows off for the
-    tensor; then the whole tensor is tested. A zero gradient is orthogonal to everything.
+    Here m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2. P removes the part along the weights if the gradient is
+    almost orthogonal to them (`optim.linalg.remove_radial`); weight decay then acts with `wd_ratio` of its strength.
+    One row that is not orthogonal (|cos| >= delta / sqrt(row length)) disables the projection by rows for the whole
+    tensor, and the whole tensor is tested instead. A zero gradient counts as orthogonal.
+
+    Args:
+        betas: (b1, b2), the decay rates of the two moments.
+        eps: Added to the denominator.
+        delta: The threshold of the cosine between gradient and weights.
+        wd_ratio: The share of weight decay that remains after a projection.
+        nesterov: Whether b1 m + (1 - b1) g, with the new m, takes the place of m.
+
+    Shapes:
+        Tensors of two and more dimensions are treated as [dim 0, rest]; vectors and scalars get plain Adam. Not
+        elementwise: norms and products of rows and of the whole tensor decide.
+
+    State:
+        8 bytes per parameter (two float32 moments), a step count, and the share of weight decay of the last update.
+
+    Source:
+        Heo et al. 2020, arXiv 2006.08217; clovaai/AdamP (adamp 0.3.0).
+
+    Differs:
+        Nothing happens to tensors without elements, where the published code fails.
     """
 
     name: ClassVar[str] = "adamp"
@@ -43,7 +58,7 @@ class AdamPRule(UpdateRule):
         check_flag("AdamPRule", nesterov=self.nesterov)
 
     def init(self, param: Tensor) -> State:
-        """Zero moments and step count, and the whole of weight decay."""
+        """Return zero moments, a zero step count, and full weight decay."""
         return {
             "step": zero_step(),
             "exp_avg": zero_moment(param),
@@ -52,7 +67,7 @@ class AdamPRule(UpdateRule):
         }
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the moments' dtype."""
+        """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         dtype = state["exp_avg"].dtype
         g = grad.to(dtype)
@@ -67,12 +82,30 @@ class AdamPRule(UpdateRule):
         return direction, {"step": t, "exp_avg": m, "exp_avg_sq": v, "decay_share": share}
 
     def decay(self, direction: Tensor, state: State, param: Tensor) -> Tensor:
-        """The parameter, or `wd_ratio` of it after a projection."""
+        """Return the parameter, or `wd_ratio` times the parameter after a projection."""
         return state["decay_share"] * param
 
 
 class AdamP(Optimizer):
-    """`Optimizer` running `AdamPRule`; arguments as in clovaai/AdamP."""
+    """AdamP for all parameters; the arguments are those of clovaai/AdamP.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        betas, eps: See `AdamPRule`, as for the remaining keywords.
+        weight_decay: Decoupled weight decay.
+
+    Example:
+        >>> import torch
+        >>> from optim import AdamP
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = AdamP(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['decay_share', 'exp_avg', 'exp_avg_sq', 'step']
+    """
 
     def __init__(
         self,

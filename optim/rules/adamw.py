@@ -17,33 +17,48 @@ from optim.sharding import is_sharded
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWRule(UpdateRule):
-    """u = m^ / (sqrt(v^ + eps_root) + eps), with m^ = m / (1 - b1^t), v^ = v / (1 - b2^t)
-    and m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2.
+    """AdamW: Adam, to which `Optimizer` adds decoupled weight decay.
 
-    Shapes: elementwise; moments have the parameter's shape.
-    State: 8 bytes a parameter (two float32 moments; 12 with amsgrad) and a step count.
-    Source: Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2; `torch.optim.AdamW`.
-    Kernel: `optim.kernels.adamw`, one launch for all tensors of a param group on a GPU (not with amsgrad).
-    Differs: the paper has neither `eps_root` nor the four switches.
+        u = m^ / (sqrt(v^ + eps_root) + eps),  m^ = m / (1 - b1^t),  v^ = v / (1 - b2^t)
 
-    - `bias_correction=False`: m^ = m, v^ = v.
-    - `eps_before_correction=True`: u = sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v + eps_root) + eps), the older order of
-      things, in which the effective eps is eps / sqrt(1 - b2^t) (Moonlight's AdamW, and transformers' before it used
-      torch's).
-    - `amsgrad=True`: v^ is made of the running maximum of v.
-    - `stochastic_rounding=True`: bfloat16 parameters are rounded up or down at random, so that steps below half their
-      resolution are not lost but right on average (arXiv 1502.02551). The random bits are a function of the step count
-      and the element's place in its tensor alone: runs repeat and replicas agree; tensors share them, shards count from
-      their own first element. Other dtypes are rounded to nearest, as ever.
+    Here m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2.
 
-    The three gradient features of LESS (arXiv 2402.04333), each applied to the state that a warm-up left behind:
+    LESS (arXiv 2402.04333) has three kinds of gradient features, each computed with the state that a warm-up left:
 
     - paper: the warm-up's own rule, ``AdamWRule(betas=..., eps=...)``;
-    - published code: ``AdamWRule(eps=0.0, eps_root=1e-8, bias_correction=False)``, whatever the warm-up ran with;
+    - published code: ``AdamWRule(eps=0.0, eps_root=1e-8, bias_correction=False)``, whatever rule the warm-up used;
     - preconditioner only, g / (sqrt(v^) + eps), without the term b1 m that all examples share:
-      ``dataclasses.replace(rule, betas=(0.0, rule.betas[1]))``, for at b1 = 0 both m and m^ are the gradient.
+      ``dataclasses.replace(rule, betas=(0.0, rule.betas[1]))``, since for b1 = 0 both m and m^ equal the gradient.
 
-    With ``eps = eps_root = 0`` a coordinate that has never had a gradient gives 0/0, as in torch.
+    Args:
+        betas: (b1, b2), the decay rates of the two moments.
+        eps: Added to the square root. With ``eps = eps_root = 0`` a coordinate that has never had a gradient gives 0/0,
+            as in torch.
+        eps_root: Added under the square root.
+        bias_correction: Whether m and v are divided by 1 - b^t; without it m^ = m and v^ = v.
+        amsgrad: Whether v^ is computed from the running maximum of v.
+        eps_before_correction: Whether u = sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v + eps_root) + eps), the older order
+            of operations, with an effective eps of eps / sqrt(1 - b2^t) (Moonlight's AdamW, and that of transformers
+            before it used torch's).
+        stochastic_rounding: Whether bfloat16 parameters are rounded up or down at random, so that steps below half of
+            their resolution arrive on average instead of being lost (arXiv 1502.02551). The random bits depend only on
+            the step count and on the element's position in its tensor, so that runs repeat and replicas agree; tensors
+            share them, and shards count from their own first element. Other dtypes are always rounded to nearest.
+
+    Shapes:
+        Elementwise. The moments have the parameter's shape.
+
+    State:
+        8 bytes per parameter (two float32 moments; 12 with amsgrad) and a step count.
+
+    Source:
+        Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2; `torch.optim.AdamW`.
+
+    Differs:
+        The paper has neither `eps_root` nor the four switches.
+
+    Note:
+        `optim.kernels.adamw` steps all tensors of a param group in one launch on a GPU (not with amsgrad).
     """
 
     name: ClassVar[str] = "adamw"
@@ -68,14 +83,14 @@ class AdamWRule(UpdateRule):
         )
 
     def init(self, param: Tensor) -> State:
-        """Zero moments and step count."""
+        """Return zero moments and a zero step count."""
         state = {"step": zero_step(), "exp_avg": zero_moment(param), "exp_avg_sq": zero_moment(param)}
         if self.amsgrad:
             state["max_exp_avg_sq"] = zero_moment(param)
         return state
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the moments' dtype."""
+        """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         g = grad.to(state["exp_avg"].dtype)
         t = state["step"] + 1
@@ -94,13 +109,13 @@ class AdamWRule(UpdateRule):
         return (m / (root + self.eps)).to(g.dtype), new  # a correction would make a 0-d tensor float64
 
     def step(self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float) -> None:
-        """`UpdateRule.step`, but for how the new parameter is rounded."""
+        """Step as `UpdateRule.step` does, except for how the new parameter is rounded."""
         self.step_part(param, grad, state, start=0, lr=lr, weight_decay=weight_decay)
 
     def step_part(
         self, param: Tensor, grad: Tensor, state: State, *, start: int, lr: float | Tensor, weight_decay: float
     ) -> None:
-        """`step` of a piece, whose entries are rounded by the bits of their places in the whole."""
+        """Step one piece of a tensor; its entries are rounded by the bits of their positions in the whole tensor."""
         if not (self.stochastic_rounding and param.dtype == torch.bfloat16):
             return super().step(param, grad, state, lr=lr, weight_decay=weight_decay)
         new_param, new_state = self.stepped(param, grad, state, lr=lr, weight_decay=weight_decay or None)
@@ -121,7 +136,7 @@ class AdamWRule(UpdateRule):
         lr: float | Tensor,
         weight_decay: float,
     ) -> None:
-        """By the kernel, all at once, but for tensors that it does not fit."""
+        """Step all parameters at once with the kernel, and those that it does not fit one by one."""
         rows = [(p, g, s["exp_avg"], s["exp_avg_sq"]) for p, g, s in zip(params, grads, states, strict=True)]
         fit = [False] * len(rows) if self.amsgrad else kernel.fitting(rows)
         mine = [i for i, fits in enumerate(fit) if fits]
@@ -144,7 +159,7 @@ class AdamWRule(UpdateRule):
                 self.step(params[i], grads[i], states[i], lr=lr, weight_decay=weight_decay)
 
     def scalars(self, step: int) -> kernel.Scalars:
-        """The bias corrections of `update` at this step as factors of m and of v, for kernels."""
+        """Return the bias corrections of `update` at this step as factors of m and of v, for kernels."""
         if not self.bias_correction:
             return kernel.Scalars(1.0, 1.0, step)
         c1, c2 = (1 - beta**step for beta in self.betas)
@@ -154,12 +169,30 @@ class AdamWRule(UpdateRule):
 
     @property
     def step_is_update(self) -> bool:
-        """Yes, but for stochastic rounding: the kernel is for GPUs."""
+        """Whether the step is compiled: always, except with stochastic rounding, whose kernel is for GPUs."""
         return not self.stochastic_rounding
 
 
 class AdamW(Optimizer):
-    """`Optimizer` running `AdamWRule`; the first arguments as in `torch.optim.AdamW`."""
+    """AdamW for all parameters; the first arguments are those of `torch.optim.AdamW`.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        betas, eps: See `AdamWRule`, as for the remaining keywords.
+        weight_decay: Decoupled weight decay.
+
+    Example:
+        >>> import torch
+        >>> from optim import AdamW
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = AdamW(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'exp_avg_sq', 'step']
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""AdamW with both moments in 8 bits."""
+"""AdamW with both moments stored in 8 bits."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,12 +13,14 @@ from optim.rules.wrappers.quantized import Quantized
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW8bitRule(Quantized):
-    """AdamW with both moments in 8 bits.
+    """AdamW with both moments stored in 8 bits: `AdamWRule` inside `Quantized`.
 
-    `Quantized` says what that changes, `AdamWRule` the rest.
+    State:
+        2 bytes per parameter, plus two scales per block of 256 entries, which makes 2.03; tensors below 4096 entries
+        take 8 bytes.
 
-    State: 2 bytes a parameter, two codes, and two scales a block of 256: 2.03; in tensors below 4096 entries 8 bytes.
-    Source: Dettmers et al. 2021, arXiv 2110.02861; bitsandbytes 0.50.2.
+    Source:
+        Dettmers et al. 2021, arXiv 2110.02861; bitsandbytes 0.50.2.
     """
 
     name: ClassVar[str] = "adamw_8bit"
@@ -27,9 +29,25 @@ class AdamW8bitRule(Quantized):
 
 
 class AdamW8bit(Optimizer):
-    """`Optimizer` running `AdamW8bitRule`; the first arguments as in `torch.optim.AdamW`.
+    """AdamW with 8-bit moments for all parameters; the first arguments are those of `torch.optim.AdamW`.
 
-    Further keywords are fields of `AdamW8bitRule` and of `AdamWRule`.
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        betas, eps: See `AdamWRule`.
+        weight_decay: Decoupled weight decay.
+        fields: Fields of `AdamW8bitRule` and of `AdamWRule`.
+
+    Example:
+        >>> import torch
+        >>> from optim import AdamW8bit
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(64, 64)
+        >>> optimizer = AdamW8bit(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 64)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'exp_avg_absmax', 'exp_avg_sq', 'exp_avg_sq_absmax', 'step']
     """
 
     def __init__(

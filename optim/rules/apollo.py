@@ -1,4 +1,4 @@
-"""APOLLO: the gradient, scaled by what Adam does to a random projection of it."""
+"""APOLLO: the gradient, scaled as Adam scales a random projection of it."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,12 +8,16 @@ from optim.rules.wrappers.low_rank import LowRank, LowRankOptimizer
 
 @dataclass(frozen=True, kw_only=True)
 class ApolloRule(LowRank):
-    """APOLLO: the gradient itself, each row or column scaled as Adam would scale a random projection of it.
+    """APOLLO: the gradient, with each row or column scaled as Adam would scale a random projection of it.
 
-    `LowRank` has the formulas and settings; APOLLO-Mini is ``rank=1, scale=128.0, scale_type="tensor"``.
+    The formulas and settings are those of `LowRank`. APOLLO-Mini is ``rank=1, scale=128.0, scale_type="tensor"``.
 
-    State: at most 8 bytes a parameter, 8 r / p at rank r, p the smaller side of the matrix, and 8 a matrix.
-    Source: Zhu et al. 2024, arXiv 2412.05270; zhuhanqing/APOLLO.
+    State:
+        At most 8 bytes per parameter, 8 r / p for rank r, where p is the smaller side of the matrix, and 8 bytes per
+        matrix.
+
+    Source:
+        Zhu et al. 2024, arXiv 2412.05270; zhuhanqing/APOLLO.
     """
 
     name: ClassVar[str] = "apollo"
@@ -24,6 +28,24 @@ class ApolloRule(LowRank):
 
 
 class Apollo(LowRankOptimizer):
-    """Hidden matrices by `ApolloRule`, the rest by AdamW; see `LowRank`. The published learning rate is 0.01."""
+    """APOLLO for hidden matrices and AdamW for the rest. The published learning rate is 0.01.
+
+    Args:
+        named_parameters: The model or its named parameters, as for `MatrixOptimizer`.
+        lr: Learning rate of the hidden matrices.
+        weight_decay: Decoupled weight decay of the hidden matrices.
+        options: Fields of `LowRank`, and the keywords of `MatrixOptimizer`.
+
+    Example:
+        >>> import torch
+        >>> from optim import Apollo
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = Apollo(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'exp_avg_sq', 'limited', 'number', 'step']
+    """
 
     rule: ClassVar[type[LowRank]] = ApolloRule

@@ -1,4 +1,4 @@
-"""Blockwise Adam: one second moment a tensor, or one for all tensors of a param group (AdaSGD)."""
+"""Blockwise Adam: one second moment per tensor, or one for all tensors of a param group (AdaSGD)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,23 +15,38 @@ from optim.sharding import is_sharded
 
 @dataclass(frozen=True, kw_only=True)
 class BlockwiseAdamRule(UpdateRule):
-    """u = m / (1 - b1^t) / (sqrt(v) / sqrt(1 - b2^t) + eps), with m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) q;
-    the scalar q is the mean of g^2 over the block that the parameter belongs to.
+    """Blockwise Adam: one second moment per tensor or per param group.
 
-    - `block`: "tensor", every tensor by itself, or "group", all tensors of the param group that have a gradient: one
-      group for the whole model is AdaSGD, a group for each kind of layer (`optim.param_groups.block_of`) stands
-      between it and Adam. For blocks within tensors see `AdamMiniRule`.
+        u = m / (1 - b1^t) / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
-    Shapes: any; not elementwise.
-    State: 4 bytes a parameter (a float32 moment); scalars: v, with "group" the rest of the block's sum of squares and
-    count, and a step count of the tensor's own.
-    Source: Xie et al. 2024, arXiv 2410.08198, algorithm 3; mohamad-amin/adam-coordinate-adaptivity, class AdaSGD.
-    Differs: a group without any gradient is skipped (published: 0/0); v has the moments' dtype (published: float32
-    also for float64). The paper's analysis has eps inside the root and no correction; this is its code.
+    Here m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) q, where the scalar q is the mean of g^2 over the block that
+    the parameter belongs to.
 
-    Under "group" the update of one tensor needs the gradients of others. `Optimizer` brings them together before each
-    step; an `UpdateMap` knows only those of the last step, so there v moves with the new gradient of the tensor and
-    the last ones of the rest: near, as q has the weight 1 - b2, but not what a step would do. "tensor" is exact.
+    Under "group" the update of one tensor needs the gradients of others. `Optimizer` collects them before each step. An
+    `UpdateMap` only knows those of the last step, so its v moves with the new gradient of the tensor and the last
+    gradients of the others. This is close, because q has weight 1 - b2, but it is not what a step would do. "tensor" is
+    exact.
+
+    Args:
+        betas: (b1, b2), the decay rates of the two moments.
+        eps: Added to the denominator.
+        block: "tensor" makes every tensor a block of its own. "group" makes one block of all tensors of the param group
+            that have a gradient: a single group for the whole model is AdaSGD, and one group per kind of layer
+            (`optim.block_of`) lies between AdaSGD and Adam. For blocks within tensors see `AdamMiniRule`.
+
+    Shapes:
+        Any; not elementwise.
+
+    State:
+        4 bytes per parameter (a float32 moment), and scalars: v, under "group" the sum of squares and the count of the
+        rest of the block, and a step count per tensor.
+
+    Source:
+        Xie et al. 2024, arXiv 2410.08198, algorithm 3; mohamad-amin/adam-coordinate-adaptivity, class AdaSGD.
+
+    Differs:
+        A group without any gradient is skipped (published: 0/0), and v has the dtype of the moments (published: float32
+        also for float64). The paper's analysis has eps under the root and no correction; this is its code.
     """
 
     name: ClassVar[str] = "blockwise_adam"
@@ -48,13 +63,13 @@ class BlockwiseAdamRule(UpdateRule):
             raise ValueError(f"BlockwiseAdamRule: block = {self.block!r}; it must be 'tensor' or 'group'")
 
     def init(self, param: Tensor) -> State:
-        """Zero moments and step count, and with "group" no other tensors."""
+        """Return zero moments and a zero step count, and under "group" no other tensors."""
         scalars = ("exp_avg_sq", "rest_sq", "rest_numel") if self.block == "group" else ("exp_avg_sq",)
         zeros = {key: scalar_moment(param) for key in scalars}
         return {"step": zero_step(), "exp_avg": zero_moment(param), **zeros}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the moments' dtype."""
+        """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         g = grad.to(state["exp_avg"].dtype)
         t = state["step"] + 1
@@ -71,7 +86,7 @@ class BlockwiseAdamRule(UpdateRule):
         return m / c1 / ((v / c2).sqrt() + self.eps), new
 
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
-        """With "group": each tensor learns the sum of squares and the count of all others that have a gradient."""
+        """Under "group", tell each tensor the sum of squares and the count of all others that have a gradient."""
         if self.block != "group":
             return
         dtypes = [state["rest_sq"].dtype for state in states]
@@ -84,7 +99,7 @@ class BlockwiseAdamRule(UpdateRule):
 
     @property
     def coupled(self) -> bool:
-        """With "group" one second moment belongs to several tensors."""
+        """Whether several tensors share one second moment, as they do under "group"."""
         return self.block == "group"
 
 
@@ -95,7 +110,25 @@ def _whole(x: Tensor) -> Tensor:
 
 
 class BlockwiseAdam(Optimizer):
-    """`Optimizer` running `BlockwiseAdamRule`."""
+    """Blockwise Adam for all parameters.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        betas, eps, block: See `BlockwiseAdamRule`.
+        weight_decay: Decoupled weight decay.
+
+    Example:
+        >>> import torch
+        >>> from optim import BlockwiseAdam
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = BlockwiseAdam(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'exp_avg_sq', 'step']
+    """
 
     def __init__(
         self,

@@ -16,20 +16,40 @@ from optim.sharding import check_whole
 
 @dataclass(frozen=True, kw_only=True)
 class CondaRule(MatrixRule):
-    """u = scale sqrt(c2) / c1 N back, N = M' / (sqrt(v) + eps), c = 1 - b^t, with M <- b1 M + (1 - b1) G,
-    v <- b2 v + (1 - b2) G'^2, and G' = G P, M' = M P, N back = N P^T (m >= n; else P^T G, P^T M, P N).
+    """Conda: Adam in the singular basis of the first moment.
 
-    P [p, p], p = min(m, n), are the singular vectors of M on its smaller side. `update` reads P; `Optimizer.step` makes
-    it anew, from the M that the step is about to make, at a tensor's first step and every `update_proj_gap` after it.
-    v stays in the old basis then. Before the first step P is the identity, and the rule is Adam.
+        u = scale sqrt(c2) / c1 back(N),  N = M' / (sqrt(v) + eps),  c = 1 - b^t
 
-    Shapes: matrices [m, n]; not elementwise, and not in parts (`split_sizes`, `num_heads`).
-    State: at most 12 bytes a parameter, 8 and 4 p / q (two float32 moments; 4 p^2 for P), and a step count.
-    Cost: 6 p^2 q FLOP a step, q = max(m, n), and an SVD of about 20 p^2 q every `update_proj_gap` steps.
-    Source: arXiv 2509.24218; and its code, mode "std". Recipes: betas (0.9, 0.99), gap 2000, scale 0.25; lr 0.01 for
-    Llama, 3e-3 to 6e-3 for GPT-2.
-    Differs: a zero M keeps the basis; decay acts on the old weights, not the updated ones. The other modes of the
-    published code fail for matrices that are not square and are not here.
+    Here M <- b1 M + (1 - b1) G and v <- b2 v + (1 - b2) G'^2. For m >= n, G' = G P, M' = M P and back(N) = N P^T;
+    otherwise they are P^T G, P^T M and P N.
+
+    P [p, p], with p = min(m, n), holds the singular vectors of M on its smaller side. `update` reads P.
+    `Optimizer.step` computes it from the M that the step is about to make, at a tensor's first step and every
+    `update_proj_gap` steps after it; v then stays in the old basis. Before the first step P is the identity, and the
+    rule is Adam.
+
+    Args:
+        betas: (b1, b2), the decay rates of the two moments.
+        eps: Added to the denominator.
+        update_proj_gap: Steps from one basis to the next.
+        scale: A factor of the direction.
+
+    Shapes:
+        Matrices [m, n]; not elementwise, and not in parts (`split_sizes`, `num_heads`).
+
+    State:
+        At most 12 bytes per parameter, 8 and 4 p / q (two float32 moments; 4 p^2 for P), and a step count.
+
+    Cost:
+        6 p^2 q FLOP per step, with q = max(m, n), and an SVD of about 20 p^2 q every `update_proj_gap` steps.
+
+    Source:
+        arXiv 2509.24218, 2025; and its code, mode "std". Recipes: betas (0.9, 0.99), gap 2000, scale 0.25; lr 0.01 for
+        Llama, 3e-3 to 6e-3 for GPT-2.
+
+    Differs:
+        A zero M keeps the basis; decay acts on the old weights, not the updated ones. The other modes of the published
+        code fail for matrices that are not square and do not exist here.
     """
 
     name: ClassVar[str] = "conda"
@@ -50,7 +70,7 @@ class CondaRule(MatrixRule):
             raise ValueError("CondaRule: split_sizes and num_heads are not for Conda; its matrices are whole")
 
     def init(self, param: Tensor) -> State:
-        """Zero moments and step count, and the identity as basis."""
+        """Return zero moments, a zero step count, and the identity as the basis."""
         self.check_layout(param)
         count, *sides = self.matrix_shape(param.shape)
         side = min(sides)
@@ -63,7 +83,11 @@ class CondaRule(MatrixRule):
         }
 
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
-        """New bases where they are due; nothing is shared. Raises: TypeError for sharded tensors."""
+        """Compute the bases that are due; tensors share nothing.
+
+        Raises:
+            TypeError: For sharded tensors.
+        """
         check_whole("CondaRule", grads)
         for grad, state in zip(grads, states, strict=True):
             if int(state["step"]) % self.update_proj_gap == 0:
@@ -79,11 +103,11 @@ class CondaRule(MatrixRule):
 
     @property
     def coupled(self) -> bool:
-        """No: `share` renews each basis by itself."""
+        """Whether tensors share something: no, `share` computes each basis by itself."""
         return False
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the moments' dtype."""
+        """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         t, p = state["step"] + 1, state["basis"]
         moment = self._first(grad, state)
@@ -99,9 +123,24 @@ class CondaRule(MatrixRule):
 
 
 class Conda(MatrixOptimizer):
-    """Conda for hidden matrices and AdamW for the rest, with the same learning rate, betas and eps unless given.
+    """Conda for hidden matrices and AdamW for the rest, with equal learning rate, betas and eps unless given.
 
-    options: fields of `CondaRule`, and the keywords of `MatrixOptimizer`.
+    Args:
+        named_parameters: The model or its named parameters, as for `MatrixOptimizer`.
+        lr: Learning rate of the hidden matrices.
+        weight_decay: Decoupled weight decay of the hidden matrices.
+        options: Fields of `CondaRule`, and the keywords of `MatrixOptimizer`.
+
+    Example:
+        >>> import torch
+        >>> from optim import Conda
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = Conda(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['basis', 'exp_avg', 'exp_avg_sq', 'step']
     """
 
     def __init__(

@@ -12,19 +12,34 @@ from optim.rule import State, UpdateRule, correction, zero_moment, zero_step
 
 @dataclass(frozen=True, kw_only=True)
 class EXAdamRule(UpdateRule):
-    """u = (m + g) / c1 d1 / (sqrt(v / c2 d2) + eps), with c1 = 1 - b1^t, c2 = 1 - b2^t,
-    d1 = 1 + v / (v + eps) b2^t, d2 = 1 + m^2 / (m^2 + eps) b1^t (d1 is made of v and d2 of m: they cross),
-    m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2.
+    """EXAdam: Adam with the present gradient in the numerator and debiasing terms that cross over.
 
-    Shapes: elementwise; moments have the parameter's shape.
-    State: 8 bytes a parameter (two float32 moments) and a step count.
-    Source: Adly 2024, arXiv 2412.20302 version 2; AhmedMostafa16/EXAdam.
-    Differs: version 1 and the first published code multiply lr by ln(sqrt(2) sqrt(t + 1)); version 2 dropped it, and
-    so did the code. The current file fails on construction (numpy is used but not imported); this is what it computes.
+        u = (m + g) / c1 d1 / (sqrt(v / c2 d2) + eps),  c1 = 1 - b1^t,  c2 = 1 - b2^t
 
-    The first step is large: g is divided by c1 = 1 - b1 although it was never averaged, so with the default betas the
-    first update is about 16 lr and the second 7 lr. That is the published method; use a warm-up or a smaller lr than
-    Adam's. Not invariant to scale: v / (v + eps) and m^2 / (m^2 + eps) switch at gradients of size sqrt(eps).
+    Here d1 = 1 + v / (v + eps) b2^t and d2 = 1 + m^2 / (m^2 + eps) b1^t (d1 comes from v and d2 from m: they cross), m
+    <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2.
+
+    The first step is large: g is divided by c1 = 1 - b1 although it was never averaged, so that with the default betas
+    the first update is about 16 lr and the second about 7 lr. This is the published method; use a warm-up or a smaller
+    learning rate than Adam's. The method is not invariant to scale: v / (v + eps) and m^2 / (m^2 + eps) change at
+    gradients of size sqrt(eps).
+
+    Args:
+        betas: (b1, b2), the decay rates of the two moments.
+        eps: Added to the denominator, and used in d1 and d2.
+
+    Shapes:
+        Elementwise. The moments have the parameter's shape.
+
+    State:
+        8 bytes per parameter (two float32 moments) and a step count.
+
+    Source:
+        Adly 2024, arXiv 2412.20302 version 2; AhmedMostafa16/EXAdam.
+
+    Differs:
+        Version 1 and the first published code multiply lr by ln(sqrt(2) sqrt(t + 1)); version 2 and the current code do
+        not. The current file fails on construction (it uses numpy without importing it); this is what it computes.
     """
 
     name: ClassVar[str] = "exadam"
@@ -37,11 +52,11 @@ class EXAdamRule(UpdateRule):
         check_non_negative("EXAdamRule", eps=self.eps)
 
     def init(self, param: Tensor) -> State:
-        """Zero moments and step count."""
+        """Return zero moments and a zero step count."""
         return {"step": zero_step(), "exp_avg": zero_moment(param), "exp_avg_sq": zero_moment(param)}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the moments' dtype."""
+        """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         g = grad.to(state["exp_avg"].dtype)
         t = state["step"] + 1
@@ -55,7 +70,25 @@ class EXAdamRule(UpdateRule):
 
 
 class EXAdam(Optimizer):
-    """`Optimizer` running `EXAdamRule`; its first steps are many times lr, so warm up."""
+    """EXAdam for all parameters; its first steps are many times lr, so use a warm-up.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        betas, eps: See `EXAdamRule`.
+        weight_decay: Decoupled weight decay.
+
+    Example:
+        >>> import torch
+        >>> from optim import EXAdam
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = EXAdam(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'exp_avg_sq', 'step']
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Fira: GaLore with the rest of the gradient, scaled."""
+"""Fira: GaLore plus the scaled rest of the gradient."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,12 +8,15 @@ from optim.rules.wrappers.low_rank import LowRank, LowRankOptimizer
 
 @dataclass(frozen=True, kw_only=True)
 class FiraRule(LowRank):
-    """Fira: GaLore, with what the projection leaves of the gradient beside it, scaled as Adam scales the projection.
+    """Fira: GaLore plus the part of the gradient that the projection leaves out, scaled as Adam scales the projection.
 
-    `LowRank` has the formulas and settings.
+    The formulas and settings are those of `LowRank`.
 
-    State: at most 12 bytes a parameter, (8 q r + 4 p r) / (p q) at rank r, and 4 a matrix.
-    Source: Chen et al. 2024, arXiv 2410.01623; xichen-fy/Fira.
+    State:
+        At most 12 bytes per parameter, (8 q r + 4 p r) / (p q) for rank r, and 4 bytes per matrix.
+
+    Source:
+        Chen et al. 2024, arXiv 2410.01623; xichen-fy/Fira.
     """
 
     name: ClassVar[str] = "fira"
@@ -22,6 +25,24 @@ class FiraRule(LowRank):
 
 
 class Fira(LowRankOptimizer):
-    """Hidden matrices by `FiraRule`, the rest by AdamW; see `LowRank`. The published learning rate is 0.01."""
+    """Fira for hidden matrices and AdamW for the rest. The published learning rate is 0.01.
+
+    Args:
+        named_parameters: The model or its named parameters, as for `MatrixOptimizer`.
+        lr: Learning rate of the hidden matrices.
+        weight_decay: Decoupled weight decay of the hidden matrices.
+        options: Fields of `LowRank`, and the keywords of `MatrixOptimizer`.
+
+    Example:
+        >>> import torch
+        >>> from optim import Fira
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = Fira(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['basis', 'exp_avg', 'exp_avg_sq', 'limited', 'step']
+    """
 
     rule: ClassVar[type[LowRank]] = FiraRule

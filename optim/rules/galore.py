@@ -1,4 +1,4 @@
-"""GaLore: Adam on a projection of each gradient by its first singular vectors."""
+"""GaLore: Adam on a projection of each gradient onto its first singular vectors."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,17 +10,38 @@ from optim.rules.wrappers.low_rank import LowRank, LowRankOptimizer
 class GaLoreRule(LowRank):
     """GaLore: Adam in the space of each gradient's first singular vectors.
 
-    `LowRank` has the formulas and settings.
+    The formulas and settings are those of `LowRank`.
 
-    State: at most 12 bytes a parameter, (8 q r + 4 p r) / (p q) at rank r, p the smaller side of the matrix, q the
-    larger.
-    Source: Zhao et al. 2024, arXiv 2403.03507; jiaweizzhao/GaLore.
+    State:
+        At most 12 bytes per parameter, (8 q r + 4 p r) / (p q) for rank r, where p is the smaller and q the larger side
+        of the matrix.
+
+    Source:
+        Zhao et al. 2024, arXiv 2403.03507; jiaweizzhao/GaLore.
     """
 
     name: ClassVar[str] = "galore"
 
 
 class GaLore(LowRankOptimizer):
-    """Hidden matrices by `GaLoreRule`, the rest by AdamW; see `LowRank`. The published learning rate is 0.01."""
+    """GaLore for hidden matrices and AdamW for the rest. The published learning rate is 0.01.
+
+    Args:
+        named_parameters: The model or its named parameters, as for `MatrixOptimizer`.
+        lr: Learning rate of the hidden matrices.
+        weight_decay: Decoupled weight decay of the hidden matrices.
+        options: Fields of `LowRank`, and the keywords of `MatrixOptimizer`.
+
+    Example:
+        >>> import torch
+        >>> from optim import GaLore
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = GaLore(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['basis', 'exp_avg', 'exp_avg_sq', 'step']
+    """
 
     rule: ClassVar[type[LowRank]] = GaLoreRule

@@ -12,17 +12,28 @@ from optim.rule import State, UpdateRule, zero_moment, zero_step
 
 @dataclass(frozen=True, kw_only=True)
 class LionRule(UpdateRule):
-    """u = sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g.
+    """Lion: the sign of an interpolated momentum.
 
-    Shapes: elementwise; the buffer has the parameter's shape.
-    State: 4 bytes a parameter (one float32 buffer) and a step count, which the update does not use.
-    Source: Chen et al. 2023, arXiv 2302.06675, algorithm 2; google/automl and lucidrains/lion-pytorch agree bit for
-    bit.
-    Differs: lucidrains' `decoupled_weight_decay=True` decays by wd lr / lr0; here pass ``weight_decay=wd / lr0``.
+        u = sign(b1 m + (1 - b1) g),  then m <- b2 m + (1 - b2) g
 
-    sign(0) = 0: coordinates that never saw a gradient do not move. The authors advise a learning rate 3 to 10 times
-    smaller and a weight decay 3 to 10 times larger than AdamW's, and betas (0.95, 0.98) for language models. Where
-    the interpolated momentum is at rounding level its sign, and so a float32 trajectory, is decided by rounding.
+    sign(0) = 0, so coordinates that never had a gradient do not move. The authors advise a learning rate 3 to 10 times
+    smaller and a weight decay 3 to 10 times larger than AdamW's, and betas (0.95, 0.98) for language models. Where the
+    interpolated momentum is as small as rounding errors, rounding decides its sign, and so a float32 trajectory.
+
+    Args:
+        betas: (b1, b2), the weights of the interpolation and of the momentum.
+
+    Shapes:
+        Elementwise. The buffer has the parameter's shape.
+
+    State:
+        4 bytes per parameter (one float32 buffer) and a step count, which the update does not use.
+
+    Source:
+        Chen et al. 2023, arXiv 2302.06675, algorithm 2; google/automl and lucidrains/lion-pytorch agree bit for bit.
+
+    Differs:
+        With `decoupled_weight_decay=True`, lucidrains' code decays by wd lr / lr0; here pass ``weight_decay=wd / lr0``.
     """
 
     name: ClassVar[str] = "lion"
@@ -33,11 +44,11 @@ class LionRule(UpdateRule):
         object.__setattr__(self, "betas", checked_betas("LionRule", self.betas))
 
     def init(self, param: Tensor) -> State:
-        """A zero buffer and step count."""
+        """Return a zero buffer and a zero step count."""
         return {"step": zero_step(), "exp_avg": zero_moment(param)}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring: -1, 0 or 1, in the buffer's dtype."""
+        """Return the direction u of the class docstring, -1, 0 or 1 in the buffer's dtype, and the new state."""
         b1, b2 = self.betas
         m = state["exp_avg"]
         g = grad.to(m.dtype)
@@ -46,7 +57,25 @@ class LionRule(UpdateRule):
 
 
 class Lion(Optimizer):
-    """`Optimizer` running `LionRule`."""
+    """Lion for all parameters.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        betas: See `LionRule`.
+        weight_decay: Decoupled weight decay.
+
+    Example:
+        >>> import torch
+        >>> from optim import Lion
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = Lion(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'step']
+    """
 
     def __init__(
         self,

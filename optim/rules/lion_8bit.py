@@ -1,4 +1,4 @@
-"""Lion with its momentum in 8 bits."""
+"""Lion with its momentum stored in 8 bits."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,12 +13,14 @@ from optim.rules.wrappers.quantized import Quantized
 
 @dataclass(frozen=True, kw_only=True)
 class Lion8bitRule(Quantized):
-    """Lion with its momentum in 8 bits.
+    """Lion with its momentum stored in 8 bits: `LionRule` inside `Quantized`.
 
-    `Quantized` says what that changes, `LionRule` the rest.
+    State:
+        1 byte per parameter, plus a scale per block of 256 entries, which makes 1.02; tensors below 4096 entries take 4
+        bytes.
 
-    State: 1 byte a parameter, a code, and a scale a block of 256: 1.02; in tensors below 4096 entries 4 bytes.
-    Source: Chen et al. 2023, arXiv 2302.06675; bitsandbytes 0.50.2 (Lion8bit).
+    Source:
+        Chen et al. 2023, arXiv 2302.06675; bitsandbytes 0.50.2 (Lion8bit).
     """
 
     name: ClassVar[str] = "lion_8bit"
@@ -27,7 +29,26 @@ class Lion8bitRule(Quantized):
 
 
 class Lion8bit(Optimizer):
-    """`Optimizer` running `Lion8bitRule`. Further keywords are fields of `Lion8bitRule`."""
+    """Lion with 8-bit momentum for all parameters.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        betas: See `LionRule`.
+        weight_decay: Decoupled weight decay.
+        fields: Fields of `Lion8bitRule`.
+
+    Example:
+        >>> import torch
+        >>> from optim import Lion8bit
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(64, 64)
+        >>> optimizer = Lion8bit(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 64)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'exp_avg_absmax', 'step']
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What the rules for matrices share: which matrices are in a tensor, and the class that gives the rest to AdamW."""
+"""What the rules for matrices share: which matrices a tensor holds, and the class that gives the rest to AdamW."""
 
 import math
 from abc import ABC
@@ -21,17 +21,19 @@ from optim.saved import bare_name
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixRule(UpdateRule, ABC):
-    """A rule for matrices [m, n], m outputs and n inputs as in `torch.nn.Linear`; not elementwise.
+    """A rule for matrices [m, n], with m outputs and n inputs as in `torch.nn.Linear`; not elementwise.
 
-    Tensors of more dimensions are seen as [dim 0, rest]. Other layouts are fields, which `MatrixOptimizer` sets where
-    names and shapes, or the model, tell:
+    Tensors of more dimensions are treated as [dim 0, rest]. Other layouts are fields, which `MatrixOptimizer` sets
+    where names and shapes, or the model, tell them.
 
-    - `transposed`: the parameter is [inputs, outputs], as in GPT-2's Conv1D.
-    - `batched`: a tensor of three dimensions is a stack of matrices, as the experts of a mixture are; or a number, and
-      a tensor of two dimensions is that many matrices one below the other (DBRX). With `transposed` too, each of them.
-    - `split_sizes`: the rows are several matrices, (q, k, v) in one say, of that many rows each; the step is that of
-      separate parameters. The published codes take such a matrix as one.
-    - `num_heads`: the rows are that many matrices of equal size. Not with `split_sizes`.
+    Args:
+        transposed: Whether the parameter is [inputs, outputs], as in GPT-2's Conv1D.
+        batched: True if a tensor of three dimensions is a stack of matrices, such as the experts of a mixture. A number
+            if a tensor of two dimensions is that many matrices, one below the other (DBRX). With `transposed`, each of
+            them is transposed.
+        split_sizes: The numbers of rows of the matrices that the tensor holds, such as (q, k, v); the step is that of
+            separate parameters. The published codes take such a tensor as one matrix.
+        num_heads: The number of matrices with equally many rows that the tensor holds. It excludes `split_sizes`.
     """
 
     elementwise: ClassVar[bool] = False
@@ -57,12 +59,20 @@ class MatrixRule(UpdateRule, ABC):
             raise ValueError(f"{name}: split_sizes and num_heads both divide the rows; give one of them")
 
     def init(self, param: Tensor) -> State:
-        """A step count; ValueError for a vector or scalar. Rules with more of a state add to it."""
+        """Return a zero step count, to which rules with more state add.
+
+        Raises:
+            ValueError: For a vector or scalar.
+        """
         self.check_layout(param)
         return {"step": zero_step()}
 
     def check_layout(self, param: Tensor) -> None:
-        """ValueError for a tensor that is no matrix, or does not fit the fields above."""
+        """Check that the tensor has the layout that the fields describe.
+
+        Raises:
+            ValueError: For a tensor that is no matrix, or does not fit the fields.
+        """
         name, shape = type(self).__name__, tuple(param.shape)
         if param.ndim < 2:
             raise ValueError(
@@ -91,7 +101,7 @@ class MatrixRule(UpdateRule, ABC):
         lr: float | Tensor,
         weight_decay: float,
     ) -> None:
-        """`step` of all of them, those of one shape together."""
+        """Step all parameters, those of equal shape together."""
         stacks.step(self, params, grads, states, lr=lr, weight_decay=weight_decay)
 
     @property
@@ -100,16 +110,17 @@ class MatrixRule(UpdateRule, ABC):
         return 0 if isinstance(self.batched, bool) else self.batched
 
     def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """(how many matrices, rows, columns) of a tensor of that shape as it lies, before transposing."""
+        """Return (number of matrices, rows, columns) of a tensor of that shape as it is stored, before transposing."""
         if self._below:
             return self._below, shape[0] // self._below, shape[1]
         lead = (shape[0], shape[1]) if self.batched else (1, shape[0])
         return *lead, math.prod(shape[2 if self.batched else 1 :])
 
     def stacks(self, x: Tensor) -> list[Tensor]:
-        """The matrices in x, a tensor of the parameter's layout, as stacks [k, m, n]: one but for `split_sizes`.
+        """Return the matrices in x as stacks [k, m, n]: one stack, or several under `split_sizes`.
 
-        x may also have one number for each row or column of a matrix, in the place of the others.
+        Args:
+            x: A tensor of the parameter's layout. It may also have one number per row or column of a matrix.
         """
         y = x.reshape(self.matrix_shape(x.shape))
         if self.transposed:
@@ -119,7 +130,7 @@ class MatrixRule(UpdateRule, ABC):
         return list(torch.split(y, list(self.split_sizes), dim=1)) if self.split_sizes else [y]
 
     def joined(self, stacks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-        """The inverse of `stacks`: a tensor of that shape."""
+        """Return the inverse of `stacks`: a tensor of that shape."""
         y = torch.cat(list(stacks), dim=1) if len(stacks) > 1 else stacks[0]
         if self.num_heads:
             y = y.reshape(y.shape[0] // self.num_heads, y.shape[1] * self.num_heads, y.shape[2])
@@ -132,7 +143,7 @@ def _is_count(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Split:
-    """How a `MatrixOptimizer` divides a group of named parameters; also one that is added later."""
+    """How a `MatrixOptimizer` divides a group of named parameters, at construction and when a group is added later."""
 
     own: str
     rule: type[UpdateRule]
@@ -202,25 +213,29 @@ class Split:
 
 
 class MatrixOptimizer(Optimizer):
-    """Hidden matrices by a rule for matrices, the rest by AdamW: param groups of one `Optimizer`.
+    """A rule for matrices for hidden matrices and AdamW for the rest, as param groups of one `Optimizer`.
 
-    parameters: with names, by which `optim.roles` tells what a tensor is, or the model, whose modules tell more: those
-    of its parameters that require a gradient. `optim.group_table` shows what went where.
-    rule: of the matrices, with `fields`. lr, weight_decay: of their groups.
-    adamw_lr, adamw_weight_decay, adamw_betas, adamw_eps, adamw_eps_before_correction: of the rest; `lr` and
-    `weight_decay` unless given.
-    assign: part of a name -> "matrix", "adamw", or settings of the group (fields of the rule, `lr`, `weight_decay`):
-    ``{"conv1": "adamw", "qkv_proj": {"split_sizes": (576, 192, 192)}}``. Looked at before everything else; the first
-    part that a name holds wins. Fields of the rule make a matrix of a tensor, `lr` and `weight_decay` alone do not:
-    they hold for what the parameter is, and for the bias beside it.
-    kinds: what a parameter may be -> settings of the matrix rule for it; the other kinds go to AdamW. A mixture's
-    experts in one tensor go there too if the rule has no `batched`, unless assigned.
-    adamw_wrapper: makes the rule of the rest of AdamW's.
+    `optim.group_table` shows which parameter went where. A group that is added later is divided in the same way unless
+    it has a `rule`; its own `lr`, `weight_decay` and `adamw_...` apply to it.
 
-    A group that is added later is divided in the same way, unless it has a `rule`; its own `lr`, `weight_decay` and
-    `adamw_...` hold for it.
-    Raises: ValueError if there is no matrix, or for a part of a name that no tensor has; TypeError without names, or
-    for an `assign` that is no mapping.
+    Args:
+        parameters: Named parameters, whose names tell `optim.roles` what a tensor is, or the model, whose modules tell
+            more. Of a model, the parameters that require a gradient are taken.
+        rule: The rule for the matrices, to which `fields` are added.
+        lr, weight_decay: Learning rate and decoupled weight decay of the matrices.
+        adamw_lr, adamw_weight_decay: Those of the rest; `lr` and `weight_decay` unless given.
+        adamw_betas, adamw_eps, adamw_eps_before_correction: See `AdamWRule`.
+        assign: A mapping from part of a name to "matrix", "adamw", or settings of the group (fields of the rule, `lr`,
+            `weight_decay`): ``{"conv1": "adamw", "qkv_proj": {"split_sizes": (576, 192, 192)}}``. It takes precedence
+            over everything else, and the first part that a name contains wins. Fields of the rule make a tensor a
+            matrix; `lr` and `weight_decay` alone do not, and also apply to the bias of the same layer.
+        kinds: A mapping from what a parameter may be to settings of the matrix rule for it. The other kinds go to
+            AdamW, and so do a mixture's experts in one tensor if the rule has no `batched`, unless they are assigned.
+        adamw_wrapper: Makes the rule of the rest from AdamW's.
+
+    Raises:
+        ValueError: If there is no matrix, or for a part of a name that no tensor has.
+        TypeError: For parameters without names, or for an `assign` that is not a mapping.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised by Newton-Schulz, for hidden matrices; AdamW for the rest."""
+"""Muon: momentum, orthogonalised by Newton-Schulz iterations, for hidden matrices; AdamW for the rest."""
 
 import math
 from collections.abc import Sequence
@@ -41,29 +41,44 @@ _ADAMW: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class MuonRule(MatrixRule):
-    """u = f NS(d), with B <- mu B + G and d = G + mu B (nesterov) or B; NS makes d's singular values about 1.
+    """Muon: momentum, orthogonalised by Newton-Schulz iterations.
 
-    Shapes: matrices [m, n] in one of the layouts of `MatrixRule`; not elementwise.
-    State: 4 bytes a parameter (one float32 buffer) and a step count, which the update does not use.
-    Source: Jordan et al. 2024 (KellerJordan/Muon), Liu et al. 2025 (Moonlight, arXiv 2502.16982), `torch.optim.Muon`,
-    microsoft/dion. The defaults are Moonlight's, whose scale lets AdamW's learning rate and weight decay be used
-    unchanged; the others are `CONVENTIONS`: ``MuonRule(**CONVENTIONS["keller_jordan"])``.
+        u = f NS(d),  B <- mu B + G,  d = G + mu B with nesterov, else B
 
-    - `momentum_form`: "heavy_ball" as above, or "ema", B <- mu B + (1 - mu) G and d = (1 - mu) G + mu B or B. They
-      differ by a factor, which NS removes but for its eps.
-    - `scale` f: "match_rms_adamw" 0.2 sqrt(max(m, n)) (Moonlight; Dion's rms_norm), "original" sqrt(max(1, m / n)),
-      "spectral_norm" sqrt(m / n), "none" 1.
-    - `conv_scale`: m and n of a convolution's f are those of the flattened matrix ("matrix"), or the kernel's height
-      and width as in Keller Jordan's code ("kernel", f = 1 for square kernels). NS uses the flattened matrix either
-      way.
-    - `ns_coefficients`, `ns_steps`, `ns_eps`, `ns_form`: see `optim.linalg.newton_schulz`.
-    - `ns_dtype`: of its products, or "param" for the moments' own, or "auto". Choose "float32" for small or
-      structurally low-rank matrices, where bfloat16 rounding noise becomes part of the update.
-    - `cautious_decay`: weight decay only where it has the update's sign, u p >= 0 (Dion).
+    NS maps the singular values of d to about 1.
 
-    Differs: the published codes multiply in bfloat16 everywhere (``ns_dtype="bfloat16"``); "auto" does so for float32
-    and smaller parameters where it is faster, on GPUs and on CPUs that have instructions for it. On others, where it is
-    several times slower, products are in the moments' own dtype. Name a dtype for equal steps on unlike machines.
+    Args:
+        momentum: mu.
+        nesterov: Whether d looks ahead.
+        momentum_form: "heavy_ball" as above. "ema" is B <- mu B + (1 - mu) G and d = (1 - mu) G + mu B, or B without
+            nesterov. The two differ by a factor, which NS removes except for its eps.
+        scale: The factor f. "match_rms_adamw" is 0.2 sqrt(max(m, n)) (Moonlight; Dion's rms_norm), "original" is
+            sqrt(max(1, m / n)), "spectral_norm" is sqrt(m / n), and "none" is 1.
+        conv_scale: Whether m and n in a convolution's f are those of the flattened matrix ("matrix"), or height and
+            width of the kernel as in Keller Jordan's code ("kernel", where f = 1 for square kernels). NS uses the
+            flattened matrix in both cases.
+        ns_steps, ns_coefficients, ns_eps, ns_form: See `optim.linalg.newton_schulz`.
+        ns_dtype: The dtype of the products in NS, "param" for the dtype of the moments, or "auto". Choose "float32" for
+            small or structurally low-rank matrices, for which the rounding noise of bfloat16 becomes part of the
+            update.
+        cautious_decay: Whether weight decay acts only where it has the sign of the update, u p >= 0 (Dion).
+
+    Shapes:
+        Matrices [m, n] in one of the layouts of `MatrixRule`; not elementwise.
+
+    State:
+        4 bytes per parameter (one float32 buffer) and a step count, which the update does not use.
+
+    Source:
+        Jordan et al. 2024 (KellerJordan/Muon), Liu et al. 2025 (Moonlight, arXiv 2502.16982), `torch.optim.Muon`,
+        microsoft/dion. The defaults are Moonlight's, whose scale allows AdamW's learning rate and weight decay to be
+        used unchanged. The others are `CONVENTIONS`: ``MuonRule(**CONVENTIONS["keller_jordan"])``.
+
+    Differs:
+        The published codes always multiply in bfloat16 (``ns_dtype="bfloat16"``). "auto" does so for parameters of 32
+        bits or fewer where it is faster, which is on GPUs and on CPUs that have instructions for it. On other CPUs,
+        where it is several times slower, products are in the dtype of the moments. Name a dtype to get equal steps on
+        different machines.
     """
 
     name: ClassVar[str] = "muon"
@@ -94,17 +109,24 @@ class MuonRule(MatrixRule):
             raise ValueError(f"{own}: ns_steps = {self.ns_steps!r}; it must be an integer from 1 to 99")
 
     def init(self, param: Tensor) -> State:
-        """A zero buffer and step count; ValueError for a vector or scalar, which has nothing to orthogonalise."""
+        """Return a zero buffer and a zero step count.
+
+        Raises:
+            ValueError: For a vector or scalar, which has nothing to orthogonalise.
+        """
         return super().init(param) | {"momentum_buffer": zero_moment(param)}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the buffer's dtype. One NaN in `grad` fills the matrix."""
+        """Return the direction u of the class docstring, in the buffer's dtype, and the new state.
+
+        One NaN in `grad` fills the whole matrix with NaN.
+        """
         d, buffer = self.momentum_direction(grad, state)
         stacks = [self.orthogonalised(x, param).mul_(self.factor(x, param)) for x in self.stacks(d)]
         return self.joined(stacks, d.shape), {"step": state["step"] + 1, "momentum_buffer": buffer}
 
     def momentum_direction(self, grad: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """d of the class docstring, and the new buffer."""
+        """Return d of the class docstring and the new buffer."""
         mu = self.momentum
         g = grad.to(state["momentum_buffer"].dtype)
         if self.momentum_form == "ema":
@@ -113,7 +135,7 @@ class MuonRule(MatrixRule):
         return g.add(buffer, alpha=mu) if self.nesterov else buffer, buffer
 
     def orthogonalised(self, x: Tensor, param: Tensor) -> Tensor:
-        """NS of a stack [k, m, n]."""
+        """Return NS of a stack [k, m, n]."""
         chosen = self.ns_dtype
         if chosen == "auto":
             fast = param.element_size() < 8 and (param.device.type != "cpu" or backend.CPU_MULTIPLIES_BFLOAT16)
@@ -128,7 +150,7 @@ class MuonRule(MatrixRule):
         )
 
     def factor(self, x: Tensor, param: Tensor) -> float:
-        """f of matrices in a stack [k, m, n]."""
+        """Return f for the matrices of a stack [k, m, n]."""
         rows, cols = param.shape[-2:] if self.conv_scale == "kernel" and param.ndim == 4 else x.shape[-2:]
         if self.scale == "match_rms_adamw":
             return 0.2 * math.sqrt(max(rows, cols))
@@ -137,7 +159,7 @@ class MuonRule(MatrixRule):
         return math.sqrt(rows / max(cols, 1)) if self.scale == "spectral_norm" else 1.0
 
     def decay(self, direction: Tensor, state: State, param: Tensor) -> Tensor:
-        """The parameter; with `cautious_decay` only its entries that the update shrinks."""
+        """Return the parameter; under `cautious_decay` only the entries that the update shrinks, and 0 elsewhere."""
         return torch.where(direction * param >= 0, param, 0) if self.cautious_decay else param
 
 
@@ -153,13 +175,31 @@ def _checked_coefficients(
 
 
 class Muon(MatrixOptimizer):
-    """Muon for hidden matrices and AdamW for embeddings, heads, norms and biases: param groups of one `Optimizer`.
+    """Muon for hidden matrices and AdamW for embeddings, heads, norms and biases, as param groups of one `Optimizer`.
 
-    lr, weight_decay: of the matrices.
-    convention: a key of `CONVENTIONS`; options that are fields of `MuonRule` override it.
-    options: also `adamw_lr`, `assign` and the others of `MatrixOptimizer`. Without `adamw_lr` the rest uses `lr`; that
-    fits the scale "match_rms_adamw" only, so with another scale it must be given (Keller Jordan: 0.02 and 3e-4).
-    Raises: ValueError if there is no matrix, or if `adamw_lr` is missing where it is needed.
+    Args:
+        named_parameters: The model or its named parameters, as for `MatrixOptimizer`.
+        lr: Learning rate of the hidden matrices.
+        weight_decay: Decoupled weight decay of the hidden matrices.
+        convention: A key of `CONVENTIONS`, one of the four published codes; options that are fields of `MuonRule`
+            override it.
+        options: Fields of `MuonRule`, and the keywords of `MatrixOptimizer`. Without `adamw_lr` the rest uses `lr`,
+            which fits the scale "match_rms_adamw" only; with another scale it must be given (Keller Jordan: 0.02 and
+            3e-4).
+
+    Raises:
+        ValueError: If there is no matrix, or if `adamw_lr` is missing where it is needed.
+
+    Example:
+        >>> import torch
+        >>> from optim import Muon
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = Muon(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['momentum_buffer', 'step']
     """
 
     def __init__(

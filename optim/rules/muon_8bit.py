@@ -1,4 +1,4 @@
-"""Muon with its momentum in 8 bits."""
+"""Muon with its momentum stored in 8 bits."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,13 +17,16 @@ from optim.rules.wrappers.quantized import Quantized
 
 @dataclass(frozen=True, kw_only=True)
 class Muon8bitRule(Quantized):
-    """Muon with its momentum in 8 bits.
+    """Muon with its momentum stored in 8 bits: `MuonRule` inside `Quantized`.
 
-    `Quantized` says what that changes, `MuonRule` the rest. The direction is made of the momentum of this step
-    in full precision, not of its codes.
+    The direction comes from the momentum of the step in full precision, not from its codes.
 
-    State: 1 byte a parameter, a code, and a scale a block of 2048: 1.002; in matrices below 4096 entries 4 bytes.
-    Source: arXiv 2509.23106 (no public code; the paper has no Nesterov momentum).
+    State:
+        1 byte per parameter, plus a scale per block of 2048 entries, which makes 1.002; matrices below 4096 entries
+        take 4 bytes.
+
+    Source:
+        arXiv 2509.23106, 2025 (there is no public code; the paper has no Nesterov momentum).
     """
 
     name: ClassVar[str] = "muon_8bit"
@@ -34,12 +37,26 @@ class Muon8bitRule(Quantized):
 
 
 class Muon8bit(MatrixOptimizer):
-    """Hidden matrices by `Muon8bitRule`, the rest by AdamW: param groups of one `Optimizer`.
+    """Muon with 8-bit momentum for hidden matrices and AdamW for the rest, as param groups of one `Optimizer`.
 
-    lr, weight_decay: of the matrices.
-    adamw_8bit: AdamW's moments in 8 bits too, dynamic codes in blocks of 256.
-    options: fields of `Muon8bitRule` and of `MuonRule`, and the keywords of `MatrixOptimizer`; adamw_betas are
-    (0.9, 0.95) unless given. With a `scale` other than "match_rms_adamw" give `adamw_lr` as well.
+    Args:
+        named_parameters: The model or its named parameters, as for `MatrixOptimizer`.
+        lr: Learning rate of the hidden matrices.
+        weight_decay: Decoupled weight decay of the hidden matrices.
+        adamw_8bit: Whether AdamW's moments are stored in 8 bits too, as dynamic codes in blocks of 256.
+        options: Fields of `Muon8bitRule` and of `MuonRule`, and the keywords of `MatrixOptimizer`; adamw_betas are
+            (0.9, 0.95) unless given. With a `scale` other than "match_rms_adamw", `adamw_lr` must be given.
+
+    Example:
+        >>> import torch
+        >>> from optim import Muon8bit
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(64, 64)
+        >>> optimizer = Muon8bit(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 64)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['momentum_buffer', 'momentum_buffer_absmax', 'step']
     """
 
     def __init__(

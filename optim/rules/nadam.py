@@ -1,4 +1,4 @@
-"""NAdam: Adam with Nesterov's momentum on a rising schedule."""
+"""NAdam: Adam with Nesterov momentum on a rising schedule."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,17 +13,33 @@ from optim.rule import State, UpdateRule, correction, moment_dtype, zero_moment,
 
 @dataclass(frozen=True, kw_only=True)
 class NAdamRule(UpdateRule):
-    """u = ((1 - mu_t) / (1 - M_t) g + mu_{t+1} / (1 - M_t mu_{t+1}) m) / (sqrt(v / (1 - b2^t)) + eps),
-    with mu_t = b1 (1 - 0.5 0.96^(t momentum_decay)), M_t = mu_1 ... mu_t,
-    m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2.
+    """NAdam: Adam with Nesterov momentum on a rising schedule.
 
-    Shapes: elementwise; moments have the parameter's shape.
-    State: 8 bytes a parameter (two float32 moments), a step count and M, a scalar of the moments' dtype on the CPU.
-    Source: Dozat 2016 (ICLR workshop, "Incorporating Nesterov momentum into Adam"); `torch.optim.NAdam`, whose state
-    dicts load.
-    Differs: torch keeps M in float32 for float64 parameters too. Weight decay is decoupled
-    (`decoupled_weight_decay=True` there); torch's default, g <- g + l2 p before everything else, is `l2`, which then
-    is part of the direction.
+        u = ((1 - mu_t) / (1 - M_t) g + mu_{t+1} / (1 - M_t mu_{t+1}) m) / (sqrt(v / (1 - b2^t)) + eps)
+
+    Here mu_t = b1 (1 - 0.5 0.96^(t momentum_decay)), M_t = mu_1 ... mu_t, m <- b1 m + (1 - b1) g and v <- b2 v + (1 -
+    b2) g^2.
+
+    Args:
+        betas: (b1, b2), the decay rates of the two moments.
+        eps: Added to the denominator.
+        momentum_decay: How fast mu rises.
+        l2: Adds l2 p to the gradient before everything else, so that it becomes part of the direction (torch's default
+            form of weight decay).
+
+    Shapes:
+        Elementwise. The moments have the parameter's shape.
+
+    State:
+        8 bytes per parameter (two float32 moments), a step count, and M, a scalar of the moments' dtype on the CPU.
+
+    Source:
+        Dozat 2016 (ICLR workshop, "Incorporating Nesterov momentum into Adam"); `torch.optim.NAdam`, whose state dicts
+        load.
+
+    Differs:
+        torch keeps M in float32 for float64 parameters too. Weight decay is decoupled (`decoupled_weight_decay=True`
+        there).
     """
 
     name: ClassVar[str] = "nadam"
@@ -38,7 +54,7 @@ class NAdamRule(UpdateRule):
         check_non_negative("NAdamRule", eps=self.eps, momentum_decay=self.momentum_decay, l2=self.l2)
 
     def init(self, param: Tensor) -> State:
-        """Zero moments and step count, and the empty product 1."""
+        """Return zero moments, a zero step count, and the empty product 1."""
         return {
             "step": zero_step(),
             "mu_product": torch.ones((), dtype=moment_dtype(param), device="cpu"),
@@ -47,7 +63,7 @@ class NAdamRule(UpdateRule):
         }
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the moments' dtype."""
+        """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         g = grad.to(state["exp_avg"].dtype)
         if self.l2 != 0:
@@ -68,7 +84,25 @@ class NAdamRule(UpdateRule):
 
 
 class NAdam(Optimizer):
-    """`Optimizer` running `NAdamRule`; the first arguments as in `torch.optim.NAdam`, weight decay decoupled."""
+    """NAdam for all parameters; the first arguments are those of `torch.optim.NAdam`.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        betas, eps, momentum_decay, l2: See `NAdamRule`.
+        weight_decay: Decoupled weight decay.
+
+    Example:
+        >>> import torch
+        >>> from optim import NAdam
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = NAdam(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'exp_avg_sq', 'mu_product', 'step']
+    """
 
     def __init__(
         self,

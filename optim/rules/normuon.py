@@ -1,4 +1,4 @@
-"""NorMuon: Muon whose rows are brought to one size by a second moment a row."""
+"""NorMuon: Muon whose rows are brought to equal size by a second moment per row."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -30,20 +30,35 @@ learning rate and weight decay of each: code 0.02 and 0, paper 4e-4 and 0.1, dio
 
 @dataclass(frozen=True, kw_only=True)
 class NorMuonRule(MuonRule):
-    """u = f c O~, with O = NS(d) as in `MuonRule`, v <- b2 v + (1 - b2) mean of O^2 over each row,
-    O~ = O / (sqrt(v) + row_eps), and c = |O|_F / |O~|_F, which restores Muon's size.
+    """NorMuon: Muon whose rows are brought to equal size by a second moment per row.
 
-    Shapes: as `MuonRule`; v has one number a row. Norms are of the whole matrix, whatever rows are where.
-    State: 4 bytes a parameter, 4 a row more (a float32 buffer, a float32 v a row), and a step count.
-    Source: Li et al. 2025, arXiv 2510.05491; zichongli5/NorMuon, the default; the others are `CONVENTIONS`.
+        u = f c O~,  O~ = O / (sqrt(v) + row_eps),  c = |O|_F / |O~|_F
 
-    - `update_scale`: "preserve_norm" as above, or "match_rms", u = 0.2 sqrt(m n) O~ / |O~|_F without f: entries of root
-      mean square `rms`, so that an AdamW learning rate carries over (the paper's algorithm 1).
-    - `conv_scale`: "matrix", rows and norms of the flattened matrix, or "kernel" as in the published code: v [out, in,
-      kh, 1], means over the kernel's width, norms of each kernel.
+    Here O = NS(d) as in `MuonRule` and v <- b2 v + (1 - b2) mean of O^2 over each row. The factor c restores Muon's
+    size.
 
-    Differs: v is float32 for 16-bit parameters and NS output is cast to it, where the published code fails for float32
-    parameters; the Dion port takes norms of the local shard, so that its steps depend on the number of ranks.
+    Args:
+        beta2: b2, the decay rate of v.
+        row_eps: Added to the square root of v.
+        update_scale: "preserve_norm" as above. "match_rms" is u = 0.2 sqrt(m n) O~ / |O~|_F without f: entries of root
+            mean square `rms`, so that an AdamW learning rate carries over (the paper's algorithm 1).
+        rms: The root mean square of the entries under "match_rms".
+        conv_scale: "matrix" takes rows and norms of the flattened matrix. "kernel" is that of the published code: v
+            [out, in, kh, 1], means over the kernel's width, and the norm of each kernel.
+
+    Shapes:
+        As `MuonRule`; v has one number per row. Norms are those of the whole matrix, wherever its rows are.
+
+    State:
+        4 bytes per parameter, 4 more per row (a float32 buffer, a float32 v per row), and a step count.
+
+    Source:
+        Li et al. 2025, arXiv 2510.05491; zichongli5/NorMuon, the default; the others are `CONVENTIONS`.
+
+    Differs:
+        v is float32 for 16-bit parameters, and the output of NS is cast to it, where the published code fails for
+        float32 parameters. The Dion port takes norms of the local shard, so that its steps depend on the number of
+        ranks.
     """
 
     name: ClassVar[str] = "normuon"
@@ -69,7 +84,7 @@ class NorMuonRule(MuonRule):
         return self.conv_scale == "kernel" and param.ndim == 4
 
     def init(self, param: Tensor) -> State:
-        """As Muon's, and a zero second moment a row, of the parameter's shape with 1 for its inputs."""
+        """Return Muon's state and a zero second moment per row: the parameter's shape with 1 for its inputs."""
         state = super().init(param)
         shape = list(param.shape)
         if self.transposed:  # the first side of each matrix is its inputs
@@ -83,7 +98,7 @@ class NorMuonRule(MuonRule):
         return state | {"row_second_moment": param.new_zeros(shape, dtype=moment_dtype(param), requires_grad=False)}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the buffer's dtype."""
+        """Return the direction u of the class docstring, in the buffer's dtype, and the new state."""
         d, buffer = self.momentum_direction(grad, state)
         v = state["row_second_moment"]
         stacks, moments = [], []
@@ -107,9 +122,24 @@ class NorMuonRule(MuonRule):
 class NorMuon(MatrixOptimizer):
     """NorMuon for hidden matrices and AdamW for embeddings, heads, norms and biases.
 
-    convention: a key of `CONVENTIONS`; options that are fields of `NorMuonRule` override it.
-    options: also `adamw_lr` and the others of `MatrixOptimizer`. Without `adamw_lr` the rest uses `lr` if
-    update_scale is "match_rms", and otherwise 0.015 `lr`, the published ratio of 3e-4 to 0.02.
+    Args:
+        named_parameters: The model or its named parameters, as for `MatrixOptimizer`.
+        lr: Learning rate of the hidden matrices.
+        weight_decay: Decoupled weight decay of the hidden matrices.
+        convention: A key of `CONVENTIONS`; options that are fields of `NorMuonRule` override it.
+        options: Fields of `NorMuonRule`, and the keywords of `MatrixOptimizer`. Without `adamw_lr` the rest uses `lr`
+            if `update_scale` is "match_rms", and otherwise 0.015 `lr`, the published ratio of 3e-4 to 0.02.
+
+    Example:
+        >>> import torch
+        >>> from optim import NorMuon
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = NorMuon(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['momentum_buffer', 'row_second_moment', 'step']
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""1-bit Adam: after a warm-up the second moment stands still, and workers exchange signs of the first."""
+"""1-bit Adam: after a warm-up the second moment is frozen, and workers exchange the signs of the first."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +19,28 @@ from optim.sharding import is_sharded
 
 @dataclass(frozen=True, kw_only=True)
 class OneBitAdamRule(UpdateRule):
-    """u = m / (sqrt(v) + eps), with m <- b1 m + (1 - b1) g, and v <- b2 v + (1 - b2) g^2 in the first `freeze_step`
-    steps; after them v stands still. No bias correction.
+    """1-bit Adam: Adam without bias correction, whose second moment is frozen after a warm-up.
 
-    Shapes: elementwise; moments have the parameter's shape.
-    State: 8 bytes a parameter (two float32 moments) and a step count.
-    Source: Tang et al. 2021, arXiv 2102.02888, algorithm 1; DeepSpeed, runtime/fp16/onebit/adam.py.
-    Differs: see `OneBitAdam`, which adds what passes between workers. The paper and its code advise 15 to 25 per cent
-    of all steps for `freeze_step`.
+        u = m / (sqrt(v) + eps),  m <- b1 m + (1 - b1) g
+
+    In the first `freeze_step` steps v <- b2 v + (1 - b2) g^2; after that v does not change.
+
+    Args:
+        betas: (b1, b2), the decay rates of the two moments.
+        eps: Added to the denominator.
+        freeze_step: The number of warm-up steps. The paper and its code advise 15 to 25 per cent of all steps.
+
+    Shapes:
+        Elementwise. The moments have the parameter's shape.
+
+    State:
+        8 bytes per parameter (two float32 moments) and a step count.
+
+    Source:
+        Tang et al. 2021, arXiv 2102.02888, algorithm 1; DeepSpeed, runtime/fp16/onebit/adam.py.
+
+    Differs:
+        See `OneBitAdam`, which adds the communication between workers.
     """
 
     name: ClassVar[str] = "onebit_adam"
@@ -41,13 +55,17 @@ class OneBitAdamRule(UpdateRule):
         check_counts("OneBitAdamRule", freeze_step=self.freeze_step)
 
     def init(self, param: Tensor) -> State:
-        """Zero moments and step count. Raises: ValueError for a shard: workers hold whole parameters."""
+        """Return zero moments and a zero step count.
+
+        Raises:
+            ValueError: For a shard, because workers hold whole parameters.
+        """
         if is_sharded(param):
             raise ValueError("OneBitAdamRule: a parameter is sharded; its workers hold whole ones, as under DDP")
         return {"step": zero_step(), "exp_avg": zero_moment(param), "exp_avg_sq": zero_moment(param)}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the moments' dtype."""
+        """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         m, v = state["exp_avg"], state["exp_avg_sq"]
         g = grad.to(m.dtype)
@@ -58,25 +76,49 @@ class OneBitAdamRule(UpdateRule):
 
 
 class OneBitAdam(Optimizer):
-    """`Optimizer` running `OneBitAdamRule` on several workers, each with the gradient of its own data.
+    """1-bit Adam on several workers, each with the gradient of its own data.
 
-    In the warm-up gradients are averaged by all-reduce. Then every worker moves the shared momentum by its own
-    gradient, and `compressed_means` makes it common again with one bit an entry. So nobody else may average gradients
-    after the warm-up: leave out `DistributedDataParallel`, or backpropagate under its `no_sync()`. With one process
-    nothing is sent and nothing compressed. After the warm-up a gradient that is not finite on any worker would make
-    the scale of its tensor NaN on all: that tensor and its errors are left alone on every one, with a warning.
+    During the warm-up, gradients are averaged by all-reduce. After it, every worker moves the shared momentum by its
+    own gradient, and `compressed_means` synchronises the momentum again with one bit per entry. Nothing else may
+    therefore average gradients after the warm-up: leave out `DistributedDataParallel`, or back-propagate under its
+    `no_sync()`. With one process nothing is sent or compressed. After the warm-up, a gradient that is not finite on any
+    worker would make the scale of its tensor NaN on all of them; that tensor and its errors are left unchanged on all
+    workers, with a warning.
 
-    process_group: the workers; all of them by default.
-    masks: parameter's name -> tensor of 0 and 1; where it is 0 the momentum is 0 after each exchange.
-    mask_unseen: mask too where v is 0 when it stands still: an exact zero cannot be sent, so there m / eps would grow
-    without bound.
-    Raises: ValueError for a mask of an unknown name or another shape, and for sharded parameters.
-    State: `OneBitAdamRule`'s; beside it each worker has the errors of its own compression, 4 bytes a parameter, and as
-    a server 4 / workers. They differ by worker and are not in a checkpoint: a resumed run starts them at 0, as the
-    published one does.
-    Differs: the published code loses the first gradient to its set-up and so makes ``freeze_step - 1`` updates with a
-    moving v; here there are `freeze_step`. It has no `mask_unseen` (False is its form). It sends each tensor by itself;
-    here one message carries them all, of the same content.
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        betas, eps, freeze_step: See `OneBitAdamRule`.
+        weight_decay: Decoupled weight decay.
+        process_group: The workers; all processes by default.
+        masks: A mapping from a parameter's name to a tensor of zeros and ones. Where the mask is 0, so is the momentum
+            after each exchange.
+        mask_unseen: Whether entries with v = 0 at the freeze are masked as well: an exact zero cannot be sent, so that
+            m / eps would grow without bound there.
+
+    Raises:
+        ValueError: For a mask of an unknown name or another shape, and for sharded parameters.
+
+    State:
+        That of `OneBitAdamRule`. In addition each worker has the errors of its own compression, 4 bytes per parameter,
+        and 4 / workers as a server. They differ between workers and are not in a checkpoint: a resumed run starts them
+        at 0, as the published code does.
+
+    Differs:
+        The published code loses the first gradient to its set-up and so makes ``freeze_step - 1`` updates with a moving
+        v; here there are `freeze_step`. It has no `mask_unseen` (its form is False). It sends each tensor separately;
+        here one message carries all of them, with the same content.
+
+    Example:
+        >>> import torch
+        >>> from optim import OneBitAdam
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = OneBitAdam(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'exp_avg_sq', 'step']
     """
 
     def __init__(
@@ -118,7 +160,7 @@ class OneBitAdam(Optimizer):
         return super().__getstate__() | {key: getattr(self, key) for key in own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `Optimizer`'s; the errors, which belong to the run before, start at 0."""
+        """Load as `Optimizer` does; the compression errors, which belong to the earlier run, start at 0."""
         super().load_state_dict(state_dict)
         self._errors.clear()
 

@@ -1,4 +1,4 @@
-"""ROOT: Muon with outliers clipped and Newton-Schulz coefficients fitted to each shape."""
+"""ROOT: Muon with clipped outliers and Newton-Schulz coefficients fitted to each shape."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,20 +29,32 @@ PUBLISHED: Table = (
 
 @dataclass(frozen=True, kw_only=True)
 class ROOTRule(MuonRule):
-    """u = f NS(clamp(d, -e, e)), with d and f as in `MuonRule`, e = quantile of |d| + 1e-9, and the coefficients of NS
-    those of the matrix's shape. Clamping leaves out d's soft-thresholded outliers; the momentum keeps them.
+    """ROOT: Muon with clipped outliers and Newton-Schulz coefficients fitted to each shape.
 
-    Shapes: as `MuonRule`.
-    State: 4 bytes a parameter (one float32 buffer) and a step count.
-    Source: arXiv 2511.20626; and its code.
+        u = f NS(clamp(d, -e, e)),  e = quantile of |d| + 1e-9
 
-    - `shape_coefficients`: ((smaller, larger side), (a, b, c)) of each shape; other shapes take `ns_coefficients`.
-      `fit_coefficients` makes a triple for a shape.
-    - `quantile`: linear between order statistics of the matrix; or None, and `threshold` is e (the paper's
-      algorithm, which has no nesterov either).
+    d and f are those of `MuonRule`, and NS uses the coefficients of the matrix's shape. Clamping removes the
+    soft-thresholded outliers of d; the momentum keeps them.
 
-    Differs: products and the quantile are in the moments' dtype (published: products in the parameter's, the quantile
-    in float32). The published code warns at a shape that its table lacks; here `shape_coefficients` tells.
+    Args:
+        quantile: Which quantile of |d|, linear between the order statistics of the matrix. None makes e = `threshold`
+            (the paper's algorithm, which has no nesterov either).
+        threshold: e without a quantile.
+        shape_coefficients: ((smaller side, larger side), (a, b, c)) for each shape. Other shapes use `ns_coefficients`.
+            `fit_coefficients` makes the triple of a shape.
+
+    Shapes:
+        As `MuonRule`.
+
+    State:
+        4 bytes per parameter (one float32 buffer) and a step count.
+
+    Source:
+        arXiv 2511.20626, 2025; and its code.
+
+    Differs:
+        Products and the quantile are in the dtype of the moments (published: products in the parameter's, the quantile
+        in float32). The published code warns about a shape that its table lacks; here `shape_coefficients` tells.
     """
 
     name: ClassVar[str] = "root"
@@ -63,7 +75,7 @@ class ROOTRule(MuonRule):
             check_non_negative("ROOTRule", threshold=self.threshold)
 
     def orthogonalised(self, x: Tensor, param: Tensor) -> Tensor:
-        """NS of a stack [k, m, n] without outliers, with the coefficients of its shape."""
+        """Return NS of a stack [k, m, n] without outliers, with the coefficients of its shape."""
         m, n = x.shape[-2:]
         if x.numel():
             if self.quantile is None:
@@ -103,12 +115,32 @@ def _checked(table: Any) -> Table:
 def fit_coefficients(
     m: int, n: int, *, recorded: Sequence[Tensor] = (), steps: int = 5, seed: int = 0, samples: int = 4
 ) -> Triple:
-    """(a, b, c) that bring the singular values of matrices [m, n] nearest to 1 in `steps` Newton-Schulz steps.
+    """Fit Newton-Schulz coefficients that bring the singular values of matrices [m, n] close to 1.
 
-    Minimises the mean of (s - 1)^2 plus its largest mean over one matrix, over the spectra of `samples` Gaussian
-    matrices and of `recorded` momenta (the authors take three of the first for each of the second), from Muon's triple.
-    Deterministic; sides above 1024 are scaled down, which leaves the spectrum of a Gaussian matrix as it is.
-    Source: arXiv 2511.20626, which fits offline; the search (Nelder-Mead) is ours.
+    The fit minimises the mean of (s - 1)^2 plus its largest mean over one matrix, over the spectra of Gaussian and
+    recorded matrices, starting from Muon's triple. It is deterministic. Sides above 1024 are scaled down, which leaves
+    the spectrum of a Gaussian matrix unchanged.
+
+    Args:
+        m: Rows of the matrices.
+        n: Columns of the matrices.
+        recorded: Recorded momenta [m, n] whose spectra count too (the authors take three Gaussian matrices per recorded
+            one).
+        steps: Newton-Schulz steps.
+        seed: Seed of the Gaussian matrices.
+        samples: The number of Gaussian matrices.
+
+    Returns:
+        The triple (a, b, c).
+
+    Source:
+        arXiv 2511.20626, which fits offline; the search (Nelder-Mead) is ours.
+
+    Example:
+        >>> from optim.rules.root import fit_coefficients
+        >>> a, b, c = fit_coefficients(16, 32, samples=1)
+        >>> a > 1 and b < 0 and c > 0
+        True
     """
     if min(m, n) < 1 or samples < 1 or steps < 1:
         raise ValueError(f"fit_coefficients: m = {m}, n = {n}, samples = {samples}, steps = {steps}; all must be >= 1")
@@ -166,9 +198,24 @@ def _nelder_mead(loss: Any, start: Tensor, rounds: int = 300) -> Tensor:
 
 
 class ROOT(MatrixOptimizer):
-    """ROOT for hidden matrices and AdamW for the rest, at one learning rate.
+    """ROOT for hidden matrices and AdamW for the rest, with equal learning rates.
 
-    options: fields of `ROOTRule`, and the keywords of `MatrixOptimizer`.
+    Args:
+        named_parameters: The model or its named parameters, as for `MatrixOptimizer`.
+        lr: Learning rate of the hidden matrices.
+        weight_decay: Decoupled weight decay of the hidden matrices.
+        options: Fields of `ROOTRule`, and the keywords of `MatrixOptimizer`.
+
+    Example:
+        >>> import torch
+        >>> from optim import ROOT
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = ROOT(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['momentum_buffer', 'step']
     """
 
     def __init__(

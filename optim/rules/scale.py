@@ -1,4 +1,4 @@
-"""SCALE: the gradient with rows of one size, and momentum in the last layer alone."""
+"""SCALE: the gradient with rows of equal size, and momentum in the last layer only."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,15 +17,26 @@ _CHOICES = {"axis": ("inputs", "outputs"), "normaliser": ("rms", "l2")}
 
 @dataclass(frozen=True, kw_only=True)
 class SCALERule(MatrixRule):
-    """u = D / max(rms of D along `axis`, 1e-8), with D = G, or with momentum D = B, B <- mu B + (1 - mu) G.
+    """SCALE: the gradient, or its momentum, with rows or columns of equal size.
 
-    Shapes: matrices [m, n]; not elementwise. A zero row stays zero; other rows have rms 1 however small, so near an
-    optimum steps do not shrink: the learning rate must.
-    State: 0 bytes a parameter (4 with momentum, in the last layer) and a step count.
-    Source: arXiv 2506.16659; OptimAI-Lab/Minimalist_LLM_Pretraining, whose learning rates go with the rms.
+        u = D / max(rms of D along `axis`, 1e-8)
 
-    - `axis`: "inputs", one rms for each output, or "outputs", one for each input, or each feature of an embedding.
-    - `normaliser`: "rms", or "l2" as in the paper's formula, smaller by the square root of the axis's length.
+    D = G, or with momentum D = B, where B <- mu B + (1 - mu) G. A zero row stays zero. Other rows have rms 1 however
+    small they are, so that steps do not shrink near an optimum: the learning rate must.
+
+    Args:
+        axis: "inputs" for one rms per output; "outputs" for one per input, or per feature of an embedding.
+        normaliser: "rms", or "l2" as in the paper's formula, which is smaller by the square root of the axis's length.
+        momentum: mu; 0 for none.
+
+    Shapes:
+        Matrices [m, n]; not elementwise.
+
+    State:
+        0 bytes per parameter (4 with momentum, in the last layer) and a step count.
+
+    Source:
+        arXiv 2506.16659, 2025; OptimAI-Lab/Minimalist_LLM_Pretraining, whose learning rates belong to the rms.
     """
 
     name: ClassVar[str] = "scale"
@@ -42,11 +53,18 @@ class SCALERule(MatrixRule):
                 raise ValueError(f"SCALERule: {key} = {getattr(self, key)!r}; it must be one of {', '.join(choices)}")
 
     def init(self, param: Tensor) -> State:
-        """A step count, and a zero buffer if there is momentum; ValueError for a vector or scalar."""
+        """Return a zero step count, and a zero buffer if there is momentum.
+
+        Raises:
+            ValueError: For a vector or scalar.
+        """
         return super().init(param) | ({"momentum_buffer": zero_moment(param)} if self.momentum else {})
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in float32 or the parameter's dtype if that is larger."""
+        """Return the direction u of the class docstring and the new state.
+
+        The direction is in float32, or in the parameter's dtype if that is larger.
+        """
         d = grad.to(moment_dtype(param))
         new = {"step": state["step"] + 1}
         if self.momentum:
@@ -60,11 +78,27 @@ class SCALERule(MatrixRule):
 
 
 class SCALE(MatrixOptimizer):
-    """SCALE for all matrices, embeddings and the head among them, and AdamW for vectors.
+    """SCALE for all matrices, including embeddings and the head, and AdamW for vectors.
 
-    momentum: of the last layer, the output head. With tied embeddings there is none by itself, as in the published
-    code, where no tensor then has momentum; ``assign={"embed_tokens": {"axis": "outputs", "momentum": 0.9}}`` gives it
-    to the tied one. options: other fields of `SCALERule`, and the keywords of `MatrixOptimizer`.
+    Args:
+        named_parameters: The model or its named parameters, as for `MatrixOptimizer`.
+        lr: Learning rate of the matrices.
+        weight_decay: Decoupled weight decay of the matrices.
+        momentum: Momentum of the last layer, the output head. With tied embeddings no tensor has momentum by default,
+            as in the published code; ``assign={"embed_tokens": {"axis": "outputs", "momentum": 0.9}}`` gives it to the
+            tied one.
+        options: Other fields of `SCALERule`, and the keywords of `MatrixOptimizer`.
+
+    Example:
+        >>> import torch
+        >>> from optim import SCALE
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = SCALE(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['step']
     """
 
     def __init__(

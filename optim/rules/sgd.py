@@ -12,16 +12,30 @@ from optim.rule import State, UpdateRule, moment_dtype, zero_moment, zero_step
 
 @dataclass(frozen=True, kw_only=True)
 class SGDRule(UpdateRule):
-    """u = b, or u = g + momentum b (nesterov), with b <- momentum b + (1 - dampening) g, and b = g at first;
-    u = g at momentum 0.
+    """SGD: the gradient, or its heavy-ball or Nesterov momentum.
 
-    Shapes: elementwise; the buffer has the parameter's shape.
-    State: 4 bytes a parameter (a float32 buffer), none at momentum 0; and a step count.
-    Source: `torch.optim.SGD`; Sutskever et al. 2013 for this form of Nesterov's momentum.
-    Differs: weight decay is decoupled, as for every rule here; torch adds it to the gradient, which is the same at
-    momentum 0 only.
+        u = b, or u = g + momentum b with nesterov,  b <- momentum b + (1 - dampening) g
 
-    At momentum 0 the direction is the gradient, in the moments' dtype: the plain gradients of LESS's target side.
+    b = g at the first step. At momentum 0 the direction is the gradient in the moments' dtype, u = g: the plain
+    gradients of LESS's target side.
+
+    Args:
+        momentum: The factor of the buffer.
+        dampening: The share of the gradient that does not enter the buffer.
+        nesterov: Whether the direction looks ahead.
+
+    Shapes:
+        Elementwise. The buffer has the parameter's shape.
+
+    State:
+        4 bytes per parameter (a float32 buffer), none at momentum 0; and a step count.
+
+    Source:
+        `torch.optim.SGD`; Sutskever et al. 2013 for this form of Nesterov momentum.
+
+    Differs:
+        Weight decay is decoupled, as for every rule here. torch adds it to the gradient, which is the same at momentum
+        0 only.
     """
 
     name: ClassVar[str] = "sgd"
@@ -39,11 +53,11 @@ class SGDRule(UpdateRule):
             raise ValueError("SGDRule: nesterov needs a momentum above 0 and dampening 0")
 
     def init(self, param: Tensor) -> State:
-        """A step count, and a zero buffer if there is momentum."""
+        """Return a zero step count, and a zero buffer if there is momentum."""
         return {"step": zero_step()} | ({"momentum_buffer": zero_moment(param)} if self.momentum else {})
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the moments' dtype."""
+        """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         g = grad.to(moment_dtype(param))
         new = {"step": state["step"] + 1}
         if self.momentum == 0:
@@ -54,7 +68,25 @@ class SGDRule(UpdateRule):
 
 
 class SGD(Optimizer):
-    """`Optimizer` running `SGDRule`; arguments as in `torch.optim.SGD`, weight decay decoupled."""
+    """SGD for all parameters; the arguments are those of `torch.optim.SGD`, with decoupled weight decay.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        momentum, dampening, nesterov: See `SGDRule`.
+        weight_decay: Decoupled weight decay.
+
+    Example:
+        >>> import torch
+        >>> from optim import SGD
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = SGD(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['step']
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""SGD-SaI: momentum SGD whose learning rate is scaled, tensor by tensor, once and for all."""
+"""SGD-SaI: momentum SGD whose learning rate is scaled once per tensor."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,19 +13,36 @@ from optim.rule import State, UpdateRule, moment_dtype, scalar_moment, zero_mome
 
 @dataclass(frozen=True, kw_only=True)
 class SGDSaIRule(UpdateRule):
-    """u = k b, with b <- momentum b + (1 - momentum) g, b = g at first, and the gain k = |g| / (std(g) + eps) of the
-    first gradient that is not zero; std is the unbiased deviation of the tensor's entries.
+    """SGD-SaI: momentum SGD with a gain per tensor, which the first gradient sets.
 
-    Shapes: any; the gain is of the whole tensor, so not elementwise. It is about sqrt(number of entries) where they
-    have no common mean, so large tensors learn faster.
-    State: 4 bytes a parameter (a float32 buffer), none at momentum 0; the gain (one scalar a tensor) and a step count.
-    Source: Xu et al. 2024, arXiv 2412.11768, algorithm 1; sgd-sai 1.0.3.
-    Differs: four cases in which the published code fails or runs away.
+        u = k b,  b <- momentum b + (1 - momentum) g,  k = |g| / (std(g) + eps)
 
-    - One entry, or entries all alike, have no deviation: the gain is 1 (published: |g| / eps, about 1e8).
-    - A zero gradient is not measured: buffer and gain start at the first other one (published: gain 0 for ever).
-    - momentum 0 works: u = k g.
-    - The gain is part of the state: a resumed run does not measure again.
+    b = g at first. The gain k is that of the first gradient that is not zero; std is the unbiased deviation of the
+    tensor's entries.
+
+    Args:
+        momentum: The factor of the buffer; 0 gives u = k g.
+        eps: Added to the deviation.
+
+    Shapes:
+        Any. The gain is that of the whole tensor, so the rule is not elementwise. It is about sqrt(number of entries)
+        where these have no common mean, so that large tensors learn faster.
+
+    State:
+        4 bytes per parameter (a float32 buffer), none at momentum 0; the gain (one scalar per tensor) and a step count.
+
+    Source:
+        Xu et al. 2024, arXiv 2412.11768, algorithm 1; sgd-sai 1.0.3.
+
+    Differs:
+        In four cases the published code fails or diverges.
+
+        - A single entry, or entries that are all equal, have no deviation: the gain is 1 (published: |g| / eps, about
+          1e8).
+        - A zero gradient is not measured: buffer and gain start at the first other gradient (published: gain 0 for
+          ever).
+        - momentum 0 works.
+        - The gain is part of the state, so that a resumed run does not measure again.
     """
 
     name: ClassVar[str] = "sgd_sai"
@@ -39,12 +56,12 @@ class SGDSaIRule(UpdateRule):
         check_non_negative("SGDSaIRule", eps=self.eps)
 
     def init(self, param: Tensor) -> State:
-        """A step count, gain 0 for "not measured yet", and a zero buffer if there is momentum."""
+        """Return a zero step count, gain 0 ("not measured yet"), and a zero buffer if there is momentum."""
         buffer = {"momentum_buffer": zero_moment(param)} if self.momentum else {}
         return {"step": zero_step(), "gain": scalar_moment(param)} | buffer
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the moments' dtype."""
+        """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         g = grad.to(moment_dtype(param))
         unmeasured = state["gain"] == 0
         gain = torch.where(unmeasured, self._gain(g), state["gain"])
@@ -66,7 +83,25 @@ class SGDSaIRule(UpdateRule):
 
 
 class SGDSaI(Optimizer):
-    """`Optimizer` running `SGDSaIRule`; arguments as in the published code."""
+    """SGD-SaI for all parameters; the arguments are those of the published code.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        momentum, eps: See `SGDSaIRule`.
+        weight_decay: Decoupled weight decay.
+
+    Example:
+        >>> import torch
+        >>> from optim import SGDSaI
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = SGDSaI(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['gain', 'momentum_buffer', 'step']
+    """
 
     def __init__(
         self,

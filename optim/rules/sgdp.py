@@ -1,4 +1,4 @@
-"""SGDP: SGD with momentum that does not push scale-invariant weights outwards."""
+"""SGDP: SGD with momentum that does not increase the norm of scale-invariant weights."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,17 +13,37 @@ from optim.rule import State, UpdateRule, moment_dtype, scalar_moment, zero_mome
 
 @dataclass(frozen=True, kw_only=True)
 class SGDPRule(UpdateRule):
-    """u = P(b), or P(g + momentum b) (nesterov), with b <- momentum b + (1 - dampening) g. P removes the part along
-    the weights if the gradient is almost orthogonal to them (`optim.linalg.remove_radial`), and weight decay then acts
-    with `wd_ratio` of its strength; it is always multiplied by 1 / (1 - momentum), as the steps are.
+    """SGDP: SGD without the radial part of the step for weights whose scale has no effect.
 
-    Shapes: tensors of two and more dimensions are seen as [dim 0, rest]; vectors and scalars get SGD. Not elementwise:
-    norms and products of rows and of the whole tensor decide.
-    State: 4 bytes a parameter (a float32 buffer), none at momentum 0; a step count, which the update does not use, and
-    the share of weight decay of the last update.
-    Source: Heo et al. 2020, arXiv 2006.08217; clovaai/AdamP (adamp 0.3.0).
-    Differs: the paper projects the step only. So does the published code with nesterov; without, it writes the
-    projected step into the buffer, which therefore forgets the radial part for good: `project_buffer=True`.
+        u = P(b), or P(g + momentum b) with nesterov,  b <- momentum b + (1 - dampening) g
+
+    P removes the part along the weights if the gradient is almost orthogonal to them (`optim.linalg.remove_radial`);
+    weight decay then acts with `wd_ratio` of its strength. Weight decay is always multiplied by 1 / (1 - momentum), as
+    the steps are.
+
+    Args:
+        momentum: The factor of the buffer.
+        dampening: The share of the gradient that does not enter the buffer.
+        nesterov: Whether the direction looks ahead.
+        eps: The least norm in the test of orthogonality.
+        delta: The threshold of the cosine between gradient and weights.
+        wd_ratio: The share of weight decay that remains after a projection.
+        project_buffer: Whether the projected step is written into the buffer, as the published code does without
+            nesterov; the buffer then loses the radial part permanently.
+
+    Shapes:
+        Tensors of two and more dimensions are treated as [dim 0, rest]; vectors and scalars get plain SGD. Not
+        elementwise: norms and products of rows and of the whole tensor decide.
+
+    State:
+        4 bytes per parameter (a float32 buffer), none at momentum 0; a step count, which the update does not use, and
+        the share of weight decay of the last update.
+
+    Source:
+        Heo et al. 2020, arXiv 2006.08217; clovaai/AdamP (adamp 0.3.0).
+
+    Differs:
+        The paper projects only the step, and so does the published code with nesterov.
     """
 
     name: ClassVar[str] = "sgdp"
@@ -47,12 +67,12 @@ class SGDPRule(UpdateRule):
             raise ValueError("SGDPRule: project_buffer is for momentum without nesterov, whose step is not the buffer")
 
     def init(self, param: Tensor) -> State:
-        """A step count, the whole of weight decay, and a zero buffer if there is momentum."""
+        """Return a zero step count, full weight decay, and a zero buffer if there is momentum."""
         buffer = {"momentum_buffer": zero_moment(param)} if self.momentum else {}
         return {"step": zero_step(), "decay_share": scalar_moment(param, 1.0)} | buffer
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the moments' dtype."""
+        """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         dtype = moment_dtype(param)
         g = grad.to(dtype)
         b = (1 - self.dampening) * g
@@ -67,12 +87,30 @@ class SGDPRule(UpdateRule):
         return direction, new
 
     def decay(self, direction: Tensor, state: State, param: Tensor) -> Tensor:
-        """The parameter, or `wd_ratio` of it after a projection, over 1 - momentum."""
+        """Return the parameter, or `wd_ratio` times the parameter after a projection, divided by 1 - momentum."""
         return state["decay_share"] / (1 - self.momentum) * param
 
 
 class SGDP(Optimizer):
-    """`Optimizer` running `SGDPRule`; the first arguments as in clovaai/AdamP."""
+    """SGDP for all parameters; the first arguments are those of clovaai/AdamP.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        momentum, dampening: See `SGDPRule`, as for the remaining keywords.
+        weight_decay: Decoupled weight decay.
+
+    Example:
+        >>> import torch
+        >>> from optim import SGDP
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = SGDP(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['decay_share', 'step']
+    """
 
     def __init__(
         self,

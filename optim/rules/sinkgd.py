@@ -1,4 +1,4 @@
-"""SinkGD: the gradient with rows and columns of one size, without a state; and any other round of normalisations."""
+"""SinkGD: the gradient with rows and columns of equal size, without state; and other rounds of normalisations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +15,31 @@ from optim.rules.matrices import MatrixOptimizer, MatrixRule
 
 @dataclass(frozen=True, kw_only=True)
 class SinkGDRule(MatrixRule):
-    """u = alpha X, with X the gradient after `rounds` rounds of `norms` (`optim.linalg.multi_normalised`).
+    """SinkGD: the gradient after alternating normalisations, without state.
 
-    The default, ("row", "column"), is SinkGD: rows to l2 norm sqrt(n), then columns to sqrt(m), five times. Other norms
-    ("spectral", "sign") and their orders are the general scheme (MNGD).
+        u = alpha X
 
-    Shapes: matrices [m, n]; not elementwise.
-    State: 0 bytes a parameter, and a step count.
-    A zero row stays zero; in a matrix of one row or column entries become +-1. Near an optimum steps do not shrink: the
-    learning rate must.
-    Source: Scetbon et al. 2025, arXiv 2502.06742.
-    Differs: `alpha` scales the update but not weight decay, which is no part of the method.
+    X is the gradient after `rounds` rounds of `norms` (`optim.linalg.multi_normalised`). A zero row stays zero; in a
+    matrix of one row or column, entries become +-1. Steps do not shrink near an optimum: the learning rate must.
+
+    Args:
+        norms: The normalisations of a round, in their order. The default, ("row", "column"), is SinkGD: rows to l2 norm
+            sqrt(n), then columns to sqrt(m), five times. Other norms ("spectral", "sign") and orders are the general
+            scheme (MNGD).
+        rounds: The number of rounds.
+        alpha: A factor of the direction.
+
+    Shapes:
+        Matrices [m, n]; not elementwise.
+
+    State:
+        0 bytes per parameter, and a step count.
+
+    Source:
+        Scetbon et al. 2025, arXiv 2502.06742.
+
+    Differs:
+        `alpha` scales the update but not weight decay, which is no part of the method.
     """
 
     name: ClassVar[str] = "sinkgd"
@@ -44,7 +58,10 @@ class SinkGDRule(MatrixRule):
         object.__setattr__(self, "norms", tuple(norms))
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in float32 or the parameter's dtype if that is larger."""
+        """Return the direction u of the class docstring and the new state.
+
+        The direction is in float32, or in the parameter's dtype if that is larger.
+        """
         stacks = self.stacks(grad.to(moment_dtype(param)))
         stacks = [multi_normalised(x, norms=self.norms, rounds=self.rounds) for x in stacks]
         return self.alpha * self.joined(stacks, grad.shape), {"step": state["step"] + 1}
@@ -53,7 +70,22 @@ class SinkGDRule(MatrixRule):
 class SinkGD(MatrixOptimizer):
     """SinkGD for hidden matrices, at `alpha` times the learning rate, and AdamW for the rest.
 
-    options: fields of `SinkGDRule`, and the keywords of `MatrixOptimizer`.
+    Args:
+        named_parameters: The model or its named parameters, as for `MatrixOptimizer`.
+        lr: Learning rate of the hidden matrices.
+        weight_decay: Decoupled weight decay of the hidden matrices.
+        options: Fields of `SinkGDRule`, and the keywords of `MatrixOptimizer`.
+
+    Example:
+        >>> import torch
+        >>> from optim import SinkGD
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = SinkGD(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['step']
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Sophia-G: momentum over a Gauss-Newton diagonal, clipped element by element."""
+"""Sophia-G: momentum divided by a Gauss-Newton diagonal, clipped element by element."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,19 +13,34 @@ from optim.rule import State, zero_moment, zero_step
 
 @dataclass(frozen=True, kw_only=True)
 class SophiaGRule(CurvatureRule):
-    """u = clip(m / (rho h + eps), -1, 1), with m <- b1 m + (1 - b1) g, and at a refresh h <- b2 h + (1 - b2) B g~^2,
-    g~ the gradient of the mean loss over B labels drawn from the model (`curvature.gauss_newton`).
+    """Sophia-G: momentum divided by a Gauss-Newton diagonal, clipped element by element.
 
-    Shapes: elementwise; both buffers have the parameter's shape.
-    State: 8 bytes a parameter (two float32 buffers) and a step count, which tells `curvature.refresh` what is due.
-    Source: Liu et al. 2023, arXiv 2305.14342, algorithm 3; Liuhong99/Sophia.
-    Differs: the published code keeps h without the factor B and multiplies by ``bs`` = B in the step; here B is counted
-    at each refresh, which is the same for a constant B, and right where it varies (supervised tokens). It refreshes
-    after steps k, 2k, ... on the batch of that step; `curvature.refresh` at the same parameters, before the step that
-    follows, on its batch. The paper refreshes before the first step too.
+        u = clip(m / (rho h + eps), -1, 1),  m <- b1 m + (1 - b1) g
 
-    Until the first refresh h = 0 and u = sign(m): warm the learning rate up. The authors advise a `rho` that leaves 10
-    to 50 % of the coordinates unclipped (0.03 to 0.08), betas (0.965, 0.99) and gradient clipping at norm 1.
+    A refresh sets h <- b2 h + (1 - b2) B g~^2, where g~ is the gradient of the mean loss over B labels drawn from the
+    model (`curvature.gauss_newton`). Until the first refresh h = 0 and u = sign(m), so use a learning-rate warm-up.
+
+    Args:
+        betas: (b1, b2), the decay rates of momentum and curvature; the authors advise (0.965, 0.99).
+        rho: The authors advise a value that leaves 10 to 50 % of the coordinates unclipped (0.03 to 0.08), and gradient
+            clipping at norm 1.
+        eps: Added to the denominator.
+        refresh_every: Steps from one refresh to the next.
+
+    Shapes:
+        Elementwise. Both buffers have the parameter's shape.
+
+    State:
+        8 bytes per parameter (two float32 buffers) and a step count, which tells `curvature.refresh` what is due.
+
+    Source:
+        Liu et al. 2023, arXiv 2305.14342, algorithm 3; Liuhong99/Sophia.
+
+    Differs:
+        The published code keeps h without the factor B and multiplies by ``bs`` = B in the step. Here B is counted at
+        each refresh, which is the same for a constant B, and correct where it varies (supervised tokens). The published
+        code refreshes after steps k, 2k, ... on the batch of that step; `curvature.refresh` does so at the same
+        parameters, before the following step and on its batch. The paper also refreshes before the first step.
     """
 
     name: ClassVar[str] = "sophia_g"
@@ -43,23 +58,44 @@ class SophiaGRule(CurvatureRule):
         check_positive("SophiaGRule", eps=self.eps)
 
     def init(self, param: Tensor) -> State:
-        """Zero momentum, curvature and step count."""
+        """Return zero momentum, zero curvature, and a zero step count."""
         return {"step": zero_step(), "exp_avg": zero_moment(param), "hessian": zero_moment(param)}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, within -1 and 1, in the buffers' dtype."""
+        """Return the direction u of the class docstring, between -1 and 1 in the buffers' dtype, and the new state."""
         m, h = state["exp_avg"], state["hessian"]
         m = m.lerp(grad.to(m.dtype), 1 - self.betas[0])
         direction = (m / (self.rho * h + self.eps)).clamp(-1, 1)
         return direction, {"step": state["step"] + 1, "exp_avg": m, "hessian": h}
 
     def absorb(self, estimate: Tensor, state: State) -> State:
-        """h after a refresh; estimate: B g~^2."""
+        """Return the new h after a refresh, from the estimate B g~^2 of the parameter's shape."""
         return {"hessian": state["hessian"].lerp(estimate, 1 - self.betas[1])}
 
 
 class SophiaG(Optimizer):
-    """`Optimizer` running `SophiaGRule`; call `optim.curvature.refresh` before every step."""
+    """Sophia-G for all parameters; call `optim.curvature.refresh` before every step.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        betas, rho: See `SophiaGRule`, as for the remaining keywords.
+        weight_decay: Decoupled weight decay.
+
+    Example:
+        >>> import torch
+        >>> from optim import SophiaG, curvature
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = SophiaG(model.named_parameters(), lr=1e-3)
+        >>> labels = torch.tensor([0, 1, 2])
+        >>> loss_fn = lambda: torch.nn.functional.cross_entropy(model(torch.ones(3, 8)), labels)
+        >>> loss_fn().backward()
+        >>> _ = curvature.refresh(optimizer, loss_fn)
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'hessian', 'step']
+    """
 
     def __init__(
         self,

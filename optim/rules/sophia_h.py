@@ -1,4 +1,4 @@
-"""Sophia-H: momentum over Hutchinson's estimate of the Hessian diagonal, clipped element by element."""
+"""Sophia-H: momentum divided by Hutchinson's estimate of the Hessian diagonal, clipped element by element."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,17 +13,31 @@ from optim.rule import State, zero_moment, zero_step
 
 @dataclass(frozen=True, kw_only=True)
 class SophiaHRule(CurvatureRule):
-    """u = clip(m / max(gamma h, eps), -1, 1), with m <- b1 m + (1 - b1) g, and at a refresh h <- b2 h + (1 - b2) z H z,
-    z standard normal (`curvature.hutchinson`).
+    """Sophia-H: momentum divided by Hutchinson's estimate of the Hessian diagonal, clipped element by element.
 
-    Shapes: elementwise; both buffers have the parameter's shape.
-    State: 8 bytes a parameter (two float32 buffers) and a step count, which tells `curvature.refresh` what is due.
-    Source: Liu et al. 2023, arXiv 2305.14342, algorithms 1 and 3; the authors published no code for it.
-    Differs: other implementations scale by lr / gamma (pytorch_optimizer, equal after re-parameterising), or correct
-    the bias of m and use the previous h (Levanter).
+        u = clip(m / max(gamma h, eps), -1, 1),  m <- b1 m + (1 - b1) g
 
-    Where h is not positive the step has full size, sign(m): so also until the first refresh, which comes before the
-    first step.
+    A refresh sets h <- b2 h + (1 - b2) z H z with a standard normal z (`curvature.hutchinson`). Where h is not positive
+    the step has full size, sign(m); this also holds until the first refresh, which comes before the first step.
+
+    Args:
+        betas: (b1, b2), the decay rates of momentum and curvature.
+        gamma: The factor of h.
+        eps: The least denominator.
+        refresh_every: Steps from one refresh to the next.
+
+    Shapes:
+        Elementwise. Both buffers have the parameter's shape.
+
+    State:
+        8 bytes per parameter (two float32 buffers) and a step count, which tells `curvature.refresh` what is due.
+
+    Source:
+        Liu et al. 2023, arXiv 2305.14342, algorithms 1 and 3; the authors published no code for it.
+
+    Differs:
+        Other implementations scale by lr / gamma (pytorch_optimizer, which is equal after re-parameterising), or
+        correct the bias of m and use the previous h (Levanter).
     """
 
     name: ClassVar[str] = "sophia_h"
@@ -40,23 +54,44 @@ class SophiaHRule(CurvatureRule):
         check_positive("SophiaHRule", eps=self.eps)
 
     def init(self, param: Tensor) -> State:
-        """Zero momentum, curvature and step count."""
+        """Return zero momentum, zero curvature, and a zero step count."""
         return {"step": zero_step(), "exp_avg": zero_moment(param), "hessian": zero_moment(param)}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, within -1 and 1, in the buffers' dtype."""
+        """Return the direction u of the class docstring, between -1 and 1 in the buffers' dtype, and the new state."""
         m, h = state["exp_avg"], state["hessian"]
         m = m.lerp(grad.to(m.dtype), 1 - self.betas[0])
         direction = (m / (self.gamma * h).clamp_min(self.eps)).clamp(-1, 1)
         return direction, {"step": state["step"] + 1, "exp_avg": m, "hessian": h}
 
     def absorb(self, estimate: Tensor, state: State) -> State:
-        """h after a refresh; estimate: z H z."""
+        """Return the new h after a refresh, from the estimate z H z of the parameter's shape."""
         return {"hessian": state["hessian"].lerp(estimate, 1 - self.betas[1])}
 
 
 class SophiaH(Optimizer):
-    """`Optimizer` running `SophiaHRule`; call `optim.curvature.refresh` before every step."""
+    """Sophia-H for all parameters; call `optim.curvature.refresh` before every step.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        betas: See `SophiaHRule`, as for the remaining keywords.
+        weight_decay: Decoupled weight decay.
+
+    Example:
+        >>> import torch
+        >>> from optim import SophiaH, curvature
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = SophiaH(model.named_parameters(), lr=1e-3)
+        >>> labels = torch.tensor([0, 1, 2])
+        >>> loss_fn = lambda: torch.nn.functional.cross_entropy(model(torch.ones(3, 8)), labels)
+        >>> loss_fn().backward()
+        >>> _ = curvature.refresh(optimizer, loss_fn)
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'hessian', 'step']
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""SPAM: Adam whose gradient spikes are clipped and whose momentum is reset now and then."""
+"""SPAM: Adam with clipped gradient spikes and periodic momentum resets."""
 
 import math
 import warnings
@@ -17,35 +17,54 @@ from optim.sharding import is_sharded
 
 @dataclass(frozen=True, kw_only=True)
 class SPAMRule(UpdateRule):
-    """u = w sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps), with m <- b1 m + (1 - b1) g', v <- b2 v + (1 - b2) g'^2.
+    """SPAM: Adam with clipped gradient spikes and periodic momentum resets.
 
-    g' is g, but sign(g) sqrt(threshold v) where g^2 > threshold v (v of before this step). Every `DeltaT` calls of
-    `Optimizer.step`, m and v are set to 0 before the step (t is not), and w then rises from 0.01 to 1 over
-    `warmup_steps` calls: w = 1 - 0.99 (1 + cos(pi s / (warmup_steps + 1))) / 2, s calls after the reset. Gradients are
-    not clipped in the first `grad_accu_steps` - 1 calls, nor in as many after the call that resets.
+        u = w sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)
 
-    Shapes: elementwise, but not with `density` below 1, where the mask depends on an entry's position: then no slices
-    or shards (DTensor parameters are refused). Moments have the parameter's shape.
-    State: 8 bytes a parameter (two float32 moments), a step count t, and `calls`, which counts the calls of `step` in
-    which the param group had any gradient: resets come to all its parameters at once, t is each parameter's own.
-    Source: Huang et al. 2025, arXiv 2501.06842, algorithm 1; TianjinYellow/SPAM-Optimizer.
+    Here m <- b1 m + (1 - b1) g' and v <- b2 v + (1 - b2) g'^2. g' is g, except sign(g) sqrt(threshold v) where g^2 >
+    threshold v, with v of before this step. Every `DeltaT` calls of `Optimizer.step`, m and v are set to 0 before the
+    step (t is not), and w then rises from 0.01 to 1 over `warmup_steps` calls: w = 1 - 0.99 (1 + cos(pi s /
+    (warmup_steps + 1))) / 2, s calls after the reset. Gradients are not clipped in the first `grad_accu_steps` - 1
+    calls, nor in as many calls after the one that resets.
+
+    With `grad_accu_steps` 1, the first gradient is clipped to nothing because v = 0, and so are all after it: nothing
+    moves before the first reset, after which one gradient is not clipped. With 0 nothing ever moves. This is as
+    published; `SPAM` warns. An entry that had only zero gradients when clipping begins (rows of an embedding that did
+    not occur in `grad_accu_steps` calls) has v = 0, is clipped to 0 and stays in place until the next reset, also as
+    published.
+
+    Args:
+        betas: (b1, b2), the decay rates of the two moments.
+        eps: Added to the denominator.
+        threshold: The square of the largest ratio of |g| to sqrt(v).
+        DeltaT: Calls from one reset to the next; 0 means no resets.
+        warmup_steps: Calls over which w rises after a reset.
+        grad_accu_steps: See above.
+        density: Below 1, the sparse momentum: only the entries of a random mask, drawn anew at each reset, have
+            momentum and move. Weight decay applies to every entry.
+        seed: Of the masks.
+        correct_bias: Without it, u = w m / (sqrt(v) + eps).
+
+    Shapes:
+        Elementwise, except with `density` below 1, where the mask depends on an entry's position, so that slices and
+        shards are excluded (DTensor parameters are refused). The moments have the parameter's shape.
+
+    State:
+        8 bytes per parameter (two float32 moments), a step count t, and `calls`, the number of calls of `step` in which
+        the param group had any gradient. Resets happen for all parameters of a group at once; t is counted per
+        parameter.
+
+    Source:
+        Huang et al. 2025, arXiv 2501.06842, algorithm 1; TianjinYellow/SPAM-Optimizer.
+
     Differs:
-
-    - The published code decays weights after the update; here as everywhere before it. With lr (1 - lr wd) for lr
-      and wd / (1 - lr wd) for wd the two are the same.
-    - ``DeltaT=0`` means no resets; the published code divides by it.
-    - `density` below 1, the sparse momentum: only entries of a random mask, drawn anew at each reset, have momentum
-      and move. The masks come from `seed`, the reset and the entry's position, all by independent draws (the
-      published code draws the first one with an exact count), so that they need no state. Moments are kept dense:
-      this is the method's trajectory, not its saving of memory. Weight decay pulls every entry (the published code
-      decays a copy of these tensors, to no effect).
-    - `correct_bias=False`: u = w m / (sqrt(v) + eps).
-
-    With `grad_accu_steps` 1 the first gradient is clipped at v = 0, to nothing, and all after it: nothing moves before
-    the first reset, after which one gradient is not clipped; with 0 nothing ever moves. As published; `SPAM` warns.
-
-    An entry that had only zero gradients when clipping begins (rows of an embedding that were not seen in
-    `grad_accu_steps` calls) has v = 0, is clipped to 0 and stands still until the next reset, as published.
+        - The published code decays weights after the update; here it happens before the update, as everywhere. With lr
+          (1 - lr wd) for lr and wd / (1 - lr wd) for wd the two are equal.
+        - The published code divides by ``DeltaT=0``.
+        - Masks follow from `seed`, the reset and the entry's position, by independent draws (the published code draws
+          the first one with an exact count), so that they need no state. Moments are stored densely: this is the
+          method's trajectory, without its saving of memory. The published code decays a copy of the masked tensors, to
+          no effect.
     """
 
     name: ClassVar[str] = "spam"
@@ -70,9 +89,10 @@ class SPAMRule(UpdateRule):
             raise ValueError(f"SPAMRule: density = {self.density!r}; it must be a number with 0 < density <= 1")
 
     def init(self, param: Tensor) -> State:
-        """Zero moments and counts.
+        """Return zero moments and zero counts.
 
-        Raises: ValueError for a sharded parameter with `density` below 1.
+        Raises:
+            ValueError: For a sharded parameter with `density` below 1.
         """
         if self.density < 1 and is_sharded(param):
             raise ValueError(
@@ -83,7 +103,7 @@ class SPAMRule(UpdateRule):
         return {"step": zero_step(), "calls": zero_step(), "exp_avg": m, "exp_avg_sq": v}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the moments' dtype."""
+        """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         m, v = state["exp_avg"], state["exp_avg_sq"]
         g = grad.to(m.dtype)
@@ -108,7 +128,7 @@ class SPAMRule(UpdateRule):
         return direction, {"step": t, "calls": calls, "exp_avg": m, "exp_avg_sq": v}
 
     def warmup(self, n: Tensor, since: Tensor) -> Tensor:
-        """w of the class docstring in call n, `since` calls after a reset: below 1 for `warmup_steps` calls."""
+        """Return w of the class docstring in call n, `since` calls after a reset: below 1 for `warmup_steps` calls."""
         if not self.DeltaT:
             return torch.ones_like(n)
         wave = 1 - 0.99 * (1 + torch.cos(math.pi / (self.warmup_steps + 1) * since)) / 2
@@ -122,7 +142,7 @@ class SPAMRule(UpdateRule):
         return (bits < self.density * 2**32).view(param.shape)
 
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
-        """`calls` of a parameter that missed gradients catches up with its group's."""
+        """Set `calls` of a parameter that missed gradients to that of its group."""
         catch_up("calls", states, group)
 
 
@@ -135,7 +155,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def catch_up(key: str, states: Sequence[State], group: Sequence[State]) -> None:
-    """Bring the count `key` of these states to the greatest of the group."""
+    """Set the count `key` of these states to the greatest of the group."""
     most = torch.stack([state[key] for state in group]).amax()
     behind = (torch.stack([state[key] for state in states]) < most).tolist()
     for state, lags in zip(states, behind, strict=True):
@@ -144,7 +164,25 @@ def catch_up(key: str, states: Sequence[State], group: Sequence[State]) -> None:
 
 
 class SPAM(Optimizer):
-    """`Optimizer` running `SPAMRule`; arguments as in the published code."""
+    """SPAM for all parameters; the arguments are those of the published code.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        betas, eps: See `SPAMRule`, as for the remaining keywords.
+        weight_decay: Decoupled weight decay.
+
+    Example:
+        >>> import torch
+        >>> from optim import SPAM
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = SPAM(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['calls', 'exp_avg', 'exp_avg_sq', 'step']
+    """
 
     def __init__(
         self,

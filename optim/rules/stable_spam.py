@@ -17,29 +17,46 @@ from optim.sharding import largest
 
 @dataclass(frozen=True, kw_only=True)
 class StableSPAMRule(UpdateRule):
-    """u = m / (1 - b^t) / (sqrt(v) / sqrt(1 - b2^t) + eps), with m <- b m + (1 - b) g'', v <- b2 v + (1 - b2) g''^2.
+    """Stable-SPAM: SPAM for low-precision training, with adaptive clipping and gradient norms.
 
-    - AdaClip: with M = max |g|, T <- gamma3 T + (1 - gamma3) M and h = T / (1 - gamma3^t), entries |g| > h become
-      g h / M: g'.
-    - AdaGN: with q = |g'|, A <- c A + (1 - c) q and B <- gamma2 B + (1 - gamma2) q^2,
-      g'' = g' / q A / (1 - c^t) / (sqrt(B / (1 - gamma2^t)) + eps); a zero gradient stays zero.
-    - b = s b1 and c = s gamma1, where s = 1, or with `total_T` falls along a cosine of the number of calls of `step`
-      from 1 to `eta_min` (and rises again after it). gamma1 = -1 stands for b1.
-    - Every `update_proj_gap` calls m and v are reset (0: never).
+        u = m / (1 - b^t) / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
-    Shapes: any; M and q are of the whole tensor, so not elementwise.
-    State: 8 bytes a parameter (two float32 moments), three scalars a tensor (T, A, B under the published names
-    `m_max_t`, `m_norm_t`, `v_norm_t`) and three counts: `step`, `calls` as in `SPAMRule`, and `moment_step`, which a
-    reset sets back.
-    Source: Huang et al. 2025, arXiv 2502.17055, algorithm 1; TianjinYellow/StableSPAM, galore_torch/stablespam.py.
+    Here m <- b m + (1 - b) g'' and v <- b2 v + (1 - b2) g''^2, where
+
+    - AdaClip makes g' of g: with M = max |g|, T <- gamma3 T + (1 - gamma3) M and h = T / (1 - gamma3^t), entries |g| >
+      h become g h / M;
+    - AdaGN makes g'' of g': with q = |g'|, A <- c A + (1 - c) q and B <- gamma2 B + (1 - gamma2) q^2, g'' = g' / q A /
+      (1 - c^t) / (sqrt(B / (1 - gamma2^t)) + eps); a zero gradient stays zero;
+    - b = s b1 and c = s gamma1, with s = 1, or with `total_T` on a cosine of the number of calls of `step` from 1 down
+      to `eta_min` (and up again after it).
+
+    Args:
+        betas: (b1, b2), the decay rates of the two moments.
+        eps: Added to the denominators.
+        gamma1, gamma2, gamma3: The decay rates of A, B and T; gamma1 = -1 stands for b1.
+        total_T: The calls of `step` over which s falls; None for s = 1.
+        eta_min: The least s.
+        update_proj_gap: Calls from one reset of m and v to the next; 0 for none.
+        separate_counters: Whether the moments have a step count of their own; see below.
+
+    Shapes:
+        Any. M and q are those of the whole tensor, so the rule is not elementwise.
+
+    State:
+        8 bytes per parameter (two float32 moments), three scalars per tensor (T, A, B under the published names
+        `m_max_t`, `m_norm_t`, `v_norm_t`) and three counts: `step`, `calls` as in `SPAMRule`, and `moment_step`, which
+        a reset sets back.
+
+    Source:
+        Huang et al. 2025, arXiv 2502.17055, algorithm 1; TianjinYellow/StableSPAM, galore_torch/stablespam.py.
+
     Differs:
-
-    - As published (``separate_counters=False``), the call that resets still steps with the old moments, corrected
-      as if t = 1, and throws the result away; from then on t is one too large for the moments. T, A and B are not
-      reset but use the same t, so that h jumps by up to 1 / (1 - gamma3) and hardly any spike is clipped for long.
-      ``separate_counters=True`` is what the paper says: m and v are zero before the step of that call, with a count
-      of their own, and the other three go on with theirs.
-    - There is no `amsgrad`, and the count of calls is part of the state (the published code forgets it on a resume).
+        - As published (``separate_counters=False``), the call that resets still steps with the old moments, corrected
+          as if t = 1, and discards the result; from then on t is one too large for the moments. T, A and B are not
+          reset but use the same t, so that h jumps by up to 1 / (1 - gamma3) and hardly any spike is clipped for a long
+          time. ``separate_counters=True`` is what the paper says: m and v are zero before the step of that call, with a
+          count of their own, and the other three continue with theirs.
+        - There is no `amsgrad`, and the count of calls is part of the state (the published code loses it on a resume).
     """
 
     name: ClassVar[str] = "stable_spam"
@@ -69,13 +86,13 @@ class StableSPAMRule(UpdateRule):
         check_flag("StableSPAMRule", separate_counters=self.separate_counters)
 
     def init(self, param: Tensor) -> State:
-        """Zero moments, scalars and counts."""
+        """Return zero moments, scalars and counts."""
         counts = {key: zero_step() for key in ("step", "calls", "moment_step")}
         scalars = {key: scalar_moment(param) for key in ("m_max_t", "m_norm_t", "v_norm_t")}
         return {**counts, **scalars, "exp_avg": zero_moment(param), "exp_avg_sq": zero_moment(param)}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the moments' dtype."""
+        """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         m, v = state["exp_avg"], state["exp_avg_sq"]
         dtype = m.dtype
         g = grad.to(dtype)
@@ -119,19 +136,37 @@ class StableSPAMRule(UpdateRule):
         }
 
     def beta_scale(self, calls: Tensor) -> float | Tensor:
-        """s of the class docstring in that call of `step`, the first being 1."""
+        """Return s of the class docstring in that call of `step`; the first call is 1."""
         if self.total_T is None:
             return 1.0
         wave = 1 + torch.cos(math.pi / (self.total_T + 1) * calls.double())
         return self.eta_min + (1 - self.eta_min) * wave / 2
 
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
-        """`calls` of a parameter that missed gradients catches up with its group's."""
+        """Set `calls` of a parameter that missed gradients to that of its group."""
         catch_up("calls", states, group)
 
 
 class StableSPAM(Optimizer):
-    """`Optimizer` running `StableSPAMRule`; arguments as in the published code."""
+    """Stable-SPAM for all parameters; the arguments are those of the published code.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        betas, eps: See `StableSPAMRule`, as for the remaining keywords.
+        weight_decay: Decoupled weight decay.
+
+    Example:
+        >>> import torch
+        >>> from optim import StableSPAM
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = StableSPAM(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['calls', 'exp_avg', 'exp_avg_sq', 'm_max_t', 'm_norm_t', 'moment_step', 'step', 'v_norm_t']
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""SWAN: the gradient, normalised by rows and whitened, without a state."""
+"""SWAN: the gradient, normalised by rows and whitened, without state."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,17 +16,30 @@ from optim.sharding import check_whole
 
 @dataclass(frozen=True, kw_only=True)
 class SWANRule(MatrixRule):
-    """u = alpha |G1|_F W / |W|_F, W = `optim.linalg.whiten` of G1, G1 = (G - mean) / std of each row.
+    """SWAN: the gradient, normalised by rows and whitened, without state.
 
-    Shapes: matrices [m, n]; not elementwise.
-    State: 0 bytes a parameter, and a step count.
-    Source: Ma et al. 2024, arXiv 2412.13148; `steps` 10, `beta` 0.8 and `center` are those of its second version.
+        u = alpha |G1|_F W / |W|_F,  W = whiten(G1),  G1 = (G - mean) / std of each row
 
-    - `center=False`: G1 = G / rms of each row. With centring G1 has rank n - 1 at most, and the rows of the weights
-      keep their means; a matrix of one column does not move.
-    - `beta=0.5` (and `steps` 14): W converges to U V^T; 0.8 ends with singular values in about [0.56, 1.60].
+    See `optim.linalg.whiten`.
 
-    Differs: `alpha` scales the update but not weight decay, which is no part of the method.
+    Args:
+        center: Whether the mean of each row is subtracted; without it, G1 = G / rms of each row. With it, G1 has rank n
+            - 1 at most, the rows of the weights keep their means, and a matrix of one column does not move.
+        steps: Steps of the whitening.
+        beta: With 0.5 (and `steps` 14) W converges to U V^T; 0.8 ends with singular values in about [0.56, 1.60].
+        alpha: A factor of the direction.
+
+    Shapes:
+        Matrices [m, n]; not elementwise.
+
+    State:
+        0 bytes per parameter, and a step count.
+
+    Source:
+        Ma et al. 2024, arXiv 2412.13148; `steps` 10, `beta` 0.8 and `center` are those of its second version.
+
+    Differs:
+        `alpha` scales the update but not weight decay, which is no part of the method.
     """
 
     name: ClassVar[str] = "swan"
@@ -44,7 +57,10 @@ class SWANRule(MatrixRule):
         check_flag("SWANRule", center=self.center)
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in float32 or the parameter's dtype if that is larger."""
+        """Return the direction u of the class docstring and the new state.
+
+        The direction is in float32, or in the parameter's dtype if that is larger.
+        """
         check_whole("SWANRule", [grad])
         stacks = [self._whitened(x) for x in self.stacks(grad.to(moment_dtype(param)))]
         return self.alpha * self.joined(stacks, grad.shape), {"step": state["step"] + 1}
@@ -62,7 +78,22 @@ class SWANRule(MatrixRule):
 class SWAN(MatrixOptimizer):
     """SWAN for hidden matrices, at `alpha` times the learning rate, and AdamW for the rest.
 
-    options: fields of `SWANRule`, and the keywords of `MatrixOptimizer`.
+    Args:
+        named_parameters: The model or its named parameters, as for `MatrixOptimizer`.
+        lr: Learning rate of the hidden matrices.
+        weight_decay: Decoupled weight decay of the hidden matrices.
+        options: Fields of `SWANRule`, and the keywords of `MatrixOptimizer`.
+
+    Example:
+        >>> import torch
+        >>> from optim import SWAN
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = SWAN(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['step']
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Code books of 8 bits: the number that each byte stands for, and the nearest byte of a number."""
+"""Code books of 8 bits: the number that each byte stands for, and the nearest byte for a number."""
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ def _dynamic_book(signed: bool) -> Tensor:
 
 
 class Book:
-    """A code book with what finds the nearest entry fast: a table by the upper half of a float32, and one comparison.
+    """A code book with a fast search for the nearest entry: a table indexed by the upper half of a float32, and one
+    comparison.
 
-    A number halfway between two entries, as float32 has it, goes to the lower one. first: a code for each upper half,
-    right or one too low; limits: above which number it is too low.
+    A number halfway between two entries in float32 goes to the lower one. `first` has a code for each upper half, which
+    is correct or one too low; `limits` has the number above which it is too low.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -33,13 +34,13 @@ class Book:
         self.limits = torch.cat([limits, limits.new_tensor([torch.inf])])
 
     def encode(self, y: Tensor) -> Tensor:
-        """uint8: of each number in [-1, 1] the nearest entry."""
+        """Return the nearest entry of each number in [-1, 1], as uint8."""
         index = y.float().view(torch.int32).bitwise_right_shift(_LOW_BITS).bitwise_and_((1 << _LOW_BITS) - 1)
         first = take(self.first, index)
         return (first + (y > take(self.limits, first)).int()).to(torch.uint8)
 
     def encode_stochastic(self, y: Tensor, uniform: Tensor) -> Tensor:
-        """uint8: of the two neighbours of each number the upper one with a probability that makes it the mean."""
+        """Return one of the two neighbours of each number as uint8, at random such that the mean is the number."""
         nearest = self.encode(y).int()
         lower = (nearest - (take(self.values, nearest) > y).int()).clamp(0, 254)
         below, above = take(self.values, lower), take(self.values, lower + 1)
@@ -47,7 +48,7 @@ class Book:
 
 
 def take(table: Tensor, index: Tensor) -> Tensor:
-    """The entries of a table [n] at an index of any shape, on the device of the index."""
+    """Return the entries of a table [n] at an index of any shape, on the device of the index."""
     return table.to(index.device).index_select(0, index.reshape(-1)).reshape(index.shape)
 
 

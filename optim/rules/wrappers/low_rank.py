@@ -30,36 +30,60 @@ INNER = AdamWRule(eps=1e-6, bias_correction=False)
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank(UpdateRule):
-    """u = c U, with R the gradient's r coordinates in a basis P of its rows or columns, N the inner rule's direction of
-    R, and back(N) that in the parameter's shape.
+    """A rule that runs on a low-rank projection of each matrix's gradient (GaLore, Fira, APOLLO).
 
-    - `form` "project" (GaLore): U = scale back(N). "residual" (Fira): U = scale back(N) + limit((G - scale back(R)) s).
-      "scale" (APOLLO): U = sqrt(scale) limit(G s). s is |N| / (|R| + 1e-8) for each row or column that is not
-      projected, or with `scale_type` "tensor" of the whole. c = sqrt(1 - b2^t) / (1 - b1^t) of the inner rule's betas,
-      without `correct_bias` 1.
-    - `rank` r, at most the smaller side. `proj_type`: the side that is projected: "std" the smaller of the two (of
-      equal ones the columns), "reverse_std" the larger, "left" the rows, "right" the columns.
-    - `projection` "svd": the r first singular vectors of the gradient of every `update_proj_gap`-th step, kept in the
-      state; only `step` renews them, an `UpdateMap` never does, and before the first step they are the first r
-      coordinates. "random": normal entries over sqrt(r), drawn anew every `update_proj_gap` steps and not kept: they
-      are a function of (`seed`, the parameter's number, the count of draws).
-    - `limiter`: limit(S) lets |S| grow by this factor a step at most; 0 lets it go. `limiter_reset`: a step with
-      |S| = 0 does not count. Without it, as published, the limiter never recovers from a zero gradient: the norm that
-      it compares with is then 0, the next S is cut to about 1e-8 and may grow by 1 % a step, 1850 steps to reach 100,
-      in which APOLLO stands still and Fira has no residual.
-    - `scale_front`: APOLLO's sqrt(scale) before the limiter, not after it.
-    - `exact_residual`: Fira's residual as in the paper, (G - back(R)) s. The code's, the default, lets the share
-      1 - scale of the gradient in the subspace act a second time, without momentum.
+        u = c U
 
-    After a renewal the inner rule's moments stay in the coordinates of the old basis, as published.
+    R holds the r coordinates of the gradient in a basis P of its rows or columns, N is the inner rule's direction of R,
+    and back(N) is N in the parameter's shape. c = sqrt(1 - b2^t) / (1 - b1^t) with the betas of the inner rule, or 1
+    without `correct_bias`. After a new basis the inner rule's moments stay in the coordinates of the old one, as
+    published.
 
-    Shapes: tensors of two and more dimensions, seen as [dim 0, rest]. Not elementwise.
-    Source: Zhao et al. 2024, arXiv 2403.03507 (GaLore); Chen et al. 2024, arXiv 2410.01623 (Fira); Zhu et al. 2024,
-    arXiv 2412.05270 (APOLLO), and their codes.
-    Differs: `limiter_reset`; singular vectors have their largest entry positive, so that what follows a renewal does
-    not depend on the SVD's choice of signs; random bases come from Philox, not from torch's generators; weight decay is
-    that of `Optimizer`, where the codes decay after the update (the same with ``lr (1 - lr wd)`` and
-    ``wd / (1 - lr wd)``). Not here: GaLore's projection of both sides ("full").
+    Args:
+        inner: The rule that runs on R.
+        form: "project" (GaLore): U = scale back(N). "residual" (Fira): U = scale back(N) + limit((G - scale back(R))
+            s). "scale" (APOLLO): U = sqrt(scale) limit(G s). Here s is |N| / (|R| + 1e-8) per row or column that is not
+            projected.
+        scale: The factor in U.
+        scale_type: "tensor" makes s that of the whole tensor.
+        rank: r, at most the smaller side.
+        proj_type: The side that is projected: "std" the smaller one (the columns if both are equal), "reverse_std" the
+            larger one, "left" the rows, "right" the columns.
+        projection: "svd" takes the r first singular vectors of the gradient of every `update_proj_gap`-th step and
+            stores them in the state; only `step` renews them, an `UpdateMap` never does, and before the first step they
+            are the first r coordinates. "random" takes normal entries over sqrt(r), drawn anew every `update_proj_gap`
+            steps and not stored: they are a function of (`seed`, the parameter's number, the count of draws).
+        update_proj_gap: Steps from one basis to the next.
+        seed: Of random bases.
+        limiter: limit(S) lets |S| grow by this factor per step at most; 0 removes the limit.
+        limiter_reset: Whether a step with |S| = 0 does not count. Without it, as published, the limiter never recovers
+            from a zero gradient: the norm that it compares with is then 0, the next S is cut to about 1e-8 and may grow
+            by 1 % per step, so that it takes 1850 steps to reach 100, during which APOLLO does not move and Fira has no
+            residual.
+        scale_front: Whether APOLLO's sqrt(scale) is applied before the limiter instead of after it.
+        exact_residual: Whether Fira's residual is that of the paper, (G - back(R)) s. In the published code, the
+            default, the share 1 - scale of the gradient in the subspace acts a second time, without momentum.
+        correct_bias: Whether c corrects the bias of the moments.
+
+    Shapes:
+        Tensors of two and more dimensions, treated as [dim 0, rest]. Not elementwise.
+
+    Source:
+        Zhao et al. 2024, arXiv 2403.03507 (GaLore); Chen et al. 2024, arXiv 2410.01623 (Fira); Zhu et al. 2024, arXiv
+        2412.05270 (APOLLO), and their codes.
+
+    Differs:
+        `limiter_reset`. Singular vectors have a positive largest entry, so that what follows a new basis does not
+        depend on the SVD's choice of signs. Random bases come from Philox, not from torch's generators. Weight decay is
+        that of `Optimizer`, where the codes decay after the update (equal with ``lr (1 - lr wd)`` and ``wd / (1 - lr
+        wd)``). GaLore's projection of both sides ("full") does not exist here.
+
+    Example:
+        >>> from optim import AdamWRule, LowRank
+        >>> rule = LowRank(inner=AdamWRule(), rank=2)
+        >>> state = rule.init(torch.empty(8, 6))
+        >>> tuple(state["exp_avg"].shape)
+        (8, 2)
     """
 
     name: ClassVar[str] = "low_rank"
@@ -106,9 +130,11 @@ class LowRank(UpdateRule):
             )
 
     def init(self, param: Tensor) -> State:
-        """The inner rule's state for the projected gradient, the basis (or the number it is drawn by), the limiter's.
+        """Return the inner rule's state for the projected gradient, the basis (or the number it is drawn by), and the
+        limiter's.
 
-        Raises: ValueError for a vector or scalar, and for a sharded parameter.
+        Raises:
+            ValueError: For a vector or scalar, and for a sharded parameter.
         """
         if param.ndim < 2:
             raise ValueError(
@@ -130,9 +156,11 @@ class LowRank(UpdateRule):
         return state
 
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
-        """What only `step` does: renew bases that are due, number new parameters; and the inner rule's.
+        """Compute the bases that are due, number new parameters, and share what the inner rule shares.
 
-        (Numbers are the shared part: parameters of a group draw different bases.)
+        Only `step` does this.
+
+        The numbers are the shared part: the parameters of a group draw different bases.
         """
         last = max((float(state["number"]) for state in group if "number" in state), default=0.0)
         for grad, state in zip(grads, states, strict=True):
@@ -145,11 +173,11 @@ class LowRank(UpdateRule):
 
     @property
     def coupled(self) -> bool:
-        """By the numbers of drawn bases; and as the inner rule."""
+        """Whether tensors share something: the numbers of drawn bases, and what the inner rule shares."""
         return self.projection == "random" or self.inner.coupled
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction u of the class docstring, in the moments' dtype; the basis stays as it is."""
+        """Return the direction u of the class docstring, in the moments' dtype, and the new state with its basis."""
         dtype = moment_dtype(param)
         rows, columns, side, rank = self._sides(param)
         g = grad.to(dtype).reshape(rows, columns)
@@ -240,10 +268,15 @@ def _norm(x: Tensor, axis: tuple[int, ...] | None) -> Tensor:
 
 
 class LowRankOptimizer(MatrixOptimizer):
-    """Hidden matrices by a low-rank rule, the rest by AdamW: param groups of one `Optimizer`.
+    """A low-rank rule for hidden matrices and AdamW for the rest, as param groups of one `Optimizer`.
 
-    lr, weight_decay: of the matrices. betas, eps: of the rule inside.
-    options: other fields of the rule, and the keywords of `MatrixOptimizer`; adamw_eps is 1e-6 unless given.
+    Args:
+        parameters: The model or its named parameters, as for `MatrixOptimizer`.
+        rule: The class of the rule.
+        lr: Learning rate of the hidden matrices.
+        weight_decay: Decoupled weight decay of the hidden matrices.
+        betas, eps: Of the inner rule.
+        options: Other fields of the rule, and the keywords of `MatrixOptimizer`; adamw_eps is 1e-6 unless given.
     """
 
     rule: ClassVar[type[LowRank]]

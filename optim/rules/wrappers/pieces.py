@@ -11,9 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @contextmanager
 def flat_part(x: Tensor, where: slice, *, kept: bool = False) -> Iterator[Tensor]:
-    """Entries of x in the order of its dimensions, flat: a view, or of another layout a copy that is written back.
+    """Yield entries of x in the order of its dimensions, as a flat tensor.
 
-    kept: x stays as it is.
+    It is a view, or for other memory layouts a copy, which is written back afterwards.
+
+    Args:
+        x: The tensor.
+        where: Which entries.
+        kept: Whether x stays as it is, so that a copy is not written back.
     """
     if x.is_contiguous():
         yield x.view(-1)[where]
@@ -38,9 +43,9 @@ def flat_part(x: Tensor, where: slice, *, kept: bool = False) -> Iterator[Tensor
 
 
 class WithoutMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tensors of floating point that are made inside it, and have so many entries, have no data (meta tensors).
+    """While active, floating-point tensors with at least `limit` entries are created without data (as meta tensors).
 
-    What is to be coded begins as zeros, and to make it as numbers first would take four times the state.
+    What will be coded begins as zeros, and creating it as numbers first would take four times the memory of the state.
     """
 
     def __init__(self, limit: int) -> None:

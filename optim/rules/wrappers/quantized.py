@@ -1,4 +1,4 @@
-"""States in 8 bits: a rule whose running averages are kept as codes, with one scale a block."""
+"""States in 8 bits: a rule whose running averages are stored as codes, with one scale per block."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -35,29 +35,49 @@ _SCALES = "_absmax"
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized(UpdateRule):
-    """The inner rule, whose running averages are kept as codes of 8 bits: x is about book[code] a, with a = max |x| of
-    its block. A step decodes, steps with the inner rule in full precision, and encodes what that leaves.
+    """A rule whose running averages are stored as codes of 8 bits.
 
-    - `inner`: any rule but those that read a curvature (Sophia, AdaHessian), those with a basis of singular vectors
-      (Conda, GaLore, Fira; `LowRank` may have a `Quantized` one inside) and other `Quantized` ones.
-    - `code`: "dynamic", 256 values with a sign, or without it for second moments, over seven decades, nearest entry;
-      or "linear", round(127 x / a), of second moments round(255 x / a), ties to even. Second moments want "dynamic",
-      Muon's momentum is content with "linear".
-    - `block_size`: consecutive entries of the flattened tensor with one scale; the last block may be shorter.
-    - `min_size`: smaller tensors are kept as the inner rule keeps them. A param group may set it for its own:
-      ``{"params": embeddings, "min_size": 2**62}`` keeps these in full precision (`stable_embedding_groups`).
-    - `floor`: a positive second moment never gets the code of zero, as it would below 1.6e-7 of its block's largest:
-      where the next gradient is zero Adam then steps by m / eps, without bound. Without it, as published.
-    - `stochastic`: round up or down at random, with x as the mean, by Philox bits of (`seed`, step, entry of the state,
-      position): nothing else is drawn or disturbed, and a resumed run draws the same.
+    A stored number is x = book[code] a, with a = max |x| of its block. A step decodes the state, steps with the inner
+    rule in full precision, and encodes the result.
 
-    Shapes: any; blocks run over rows, so that results depend on where a tensor is cut. Not elementwise.
-    State: 1 byte a parameter for each moment, and 4 for each block of it. Codes are uint8 (int8 for signed linear
-    ones), scales float32, whatever the parameter's dtype.
-    Source: Dettmers et al. 2021, arXiv 2110.02861; bitsandbytes 0.50.2, its exact nearest-code quantiser and decay
-    before the update. Linear codes of momentum: arXiv 2509.23106.
-    Differs: `floor`. Of bitsandbytes' other forms, the GPU kernel decays after the update and keeps the sign of m, and
-    the CPU library looks codes up on a coarser grid; its blocks are 256 everywhere, the paper's were 2048.
+    Args:
+        inner: Any rule except those that read a curvature (Sophia, AdaHessian), those with a basis of singular vectors
+            (Conda, GaLore, Fira; `LowRank` may have a `Quantized` rule inside) and other `Quantized` ones.
+        code: "dynamic" has 256 values over seven decades, with a sign, or without it for second moments, and takes the
+            nearest. "linear" is round(127 x / a), and round(255 x / a) for second moments, with ties to even. Second
+            moments need "dynamic"; "linear" is enough for Muon's momentum.
+        block_size: The number of consecutive entries of the flattened tensor that share a scale; the last block may be
+            shorter.
+        min_size: Smaller tensors are stored as the inner rule stores them. A param group may set it for its own:
+            ``{"params": embeddings, "min_size": 2**62}`` keeps these in full precision (`stable_embedding_groups`).
+        floor: Whether a positive second moment never gets the code of zero, as it otherwise would below 1.6e-7 of its
+            block's largest. Where the next gradient is zero, Adam would then step by m / eps, without bound. False is
+            as published.
+        stochastic: Whether to round up or down at random, with x as the mean, using Philox bits of (`seed`, step, entry
+            of the state, position): no other generator is affected, and a resumed run draws the same numbers.
+        seed: Of stochastic rounding.
+
+    Shapes:
+        Any. Blocks extend over rows, so that results depend on where a tensor is cut. Not elementwise.
+
+    State:
+        1 byte per parameter and moment, and 4 per block of a moment. Codes are uint8 (int8 for signed linear ones) and
+        scales float32, whatever the parameter's dtype.
+
+    Source:
+        Dettmers et al. 2021, arXiv 2110.02861; bitsandbytes 0.50.2, its exact nearest-code quantiser and decay before
+        the update. Linear codes of momentum: arXiv 2509.23106.
+
+    Differs:
+        `floor`. Of bitsandbytes' other forms, the GPU kernel decays after the update and keeps the sign of m, and the
+        CPU library looks codes up on a coarser grid; its blocks are 256 everywhere, while the paper's were 2048.
+
+    Example:
+        >>> from optim import LionRule, Quantized
+        >>> rule = Quantized(inner=LionRule(), min_size=0)
+        >>> state = rule.init(torch.empty(64, 64))
+        >>> {name: str(t.dtype) for name, t in state.items() if t.ndim}
+        {'exp_avg': 'torch.uint8', 'exp_avg_absmax': 'torch.float32'}
     """
 
     name: ClassVar[str] = "quantized"
@@ -91,9 +111,10 @@ class Quantized(UpdateRule):
         check_flag(called, floor=self.floor, stochastic=self.stochastic)
 
     def init(self, param: Tensor) -> State:
-        """The inner rule's state: zeros as codes with a scale of zero a block, the rest as it is.
+        """Return the inner rule's state, with zeros as codes and a scale of zero per block.
 
-        Raises: ValueError for a sharded parameter, unless it is small.
+        Raises:
+            ValueError: For a sharded parameter, unless it is small.
         """
         state: State = {}
         with nullcontext() if is_sharded(param) else WithoutMemory(max(1, self.min_size)):
@@ -112,30 +133,30 @@ class Quantized(UpdateRule):
         return state
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The inner rule's direction from the decoded state; the state after it encoded."""
+        """Return the inner rule's direction for the decoded state, and the new state encoded."""
         direction, new = self.inner.update(grad, self.decoded(state, param), param)
         return direction, self._encoded(new, state)
 
     def decay(self, direction: Tensor, state: State, param: Tensor) -> Tensor:
-        """The inner rule's."""
+        """Return what the inner rule's `decay` returns for the decoded state."""
         return self.inner.decay(direction, self.decoded(state, param), param)
 
     def state_settings(self) -> dict[str, Any]:
-        """What codes mean, and where the blocks of each scale are."""
+        """Return the settings that say what codes mean, and which entries share a scale."""
         return {"code": self.code, "block_size": self.block_size, "min_size": self.min_size}
 
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
-        """The inner rule's, over what is not encoded: counters and scalars."""
+        """Share what the inner rule shares, among the entries that are not encoded: counters and scalars."""
         self.inner.share(grads, states, group)
 
     @property
     def coupled(self) -> bool:
-        """As the inner rule."""
+        """Whether tensors share something, as under the inner rule."""
         return self.inner.coupled
 
     @property
     def rounds_itself(self) -> bool:
-        """As the inner rule, which writes the parameters."""
+        """Whether the inner rule, which writes the parameters, can round them at random."""
         return self.inner.rounds_itself
 
     def stepped(
@@ -148,18 +169,18 @@ class Quantized(UpdateRule):
         weight_decay: float | Tensor | None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """The inner rule's step from the decoded state, encoded; what `update` and `decay` say, decoded once."""
+        """Return the inner rule's step and the new state encoded; the state is decoded once."""
         inner = self.decoded(state, param)
         moved, new = self.inner.stepped(param, grad, inner, lr=lr, weight_decay=weight_decay, out=out)
         return moved, self._encoded(new, state)
 
     @property
     def step_is_update(self) -> bool:
-        """No: codes are decoded and encoded piece by piece."""
+        """Whether the step may be compiled as a whole: no, codes are decoded and encoded piece by piece."""
         return False
 
     def step(self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float) -> None:
-        """`step_all` of one parameter."""
+        """Step one parameter; see `step_all`."""
         self.step_all([param], [grad], [state], lr=lr, weight_decay=weight_decay)
 
     def step_all(
@@ -171,11 +192,11 @@ class Quantized(UpdateRule):
         lr: float | Tensor,
         weight_decay: float,
     ) -> None:
-        """Steps in place: under an elementwise inner rule `CHUNK` entries at a time are decoded, else one tensor.
+        """Step in place, decoding `CHUNK` entries at a time under an elementwise inner rule, and one tensor otherwise.
 
-        What is held beside the state are those entries (for each thread) and what the inner rule's step makes of them;
-        a rule for whole matrices holds one matrix. AdamW with dynamic codes takes `optim.kernels.adamw_8bit` on a GPU,
-        all tensors that it fits at once.
+        Besides the state, memory holds those entries (per thread) and what the inner rule's step makes of them; for
+        rules for whole matrices it holds one matrix. AdamW with dynamic codes uses `optim.kernels.adamw_8bit` on a GPU,
+        for all tensors that the kernel fits at once.
         """
         entries = list(zip(params, grads, states, strict=True))
         rows = [self._kernel_row(*entry) for entry in entries]
@@ -297,7 +318,7 @@ class Quantized(UpdateRule):
             t.copy_(after[0][key])
 
     def decoded(self, state: State, param: Tensor) -> State:
-        """The state as the inner rule knows it; what is not encoded is not copied."""
+        """Return the state as the inner rule knows it; what is not encoded is not copied."""
         dtype = moment_dtype(param)
         return {
             key: self._decode(key, value, state[key + _SCALES], dtype) if key + _SCALES in state else value

@@ -1,4 +1,4 @@
-"""An embedding that trains well beside 8-bit states, and param groups that keep its state in full precision."""
+"""An embedding that trains well with 8-bit states, and param groups that keep its state in full precision."""
 
 from typing import Any
 
@@ -8,11 +8,22 @@ from torch.nn import functional
 
 
 class StableEmbedding(nn.Embedding):
-    """An embedding that trains well beside 8-bit states: Xavier-uniform weights, and a LayerNorm over each vector.
+    """An embedding that trains well with 8-bit states: Xavier-uniform weights, and a LayerNorm over each vector.
 
-    The norm is computed in torch's default dtype and the output cast back to the weight's. Its state should be kept
-    in full precision: `stable_embedding_groups`.
-    Source: Dettmers et al. 2021, arXiv 2110.02861, section 2.3; bitsandbytes.nn.StableEmbedding.
+    The norm is computed in torch's default dtype, and the output is cast back to the dtype of the weights. The
+    embedding's optimizer state should be kept in full precision: see `stable_embedding_groups`.
+
+    Args:
+        num_embeddings, embedding_dim: As in `torch.nn.Embedding`, as for the remaining keywords.
+        seed: Of the initial weights.
+
+    Source:
+        Dettmers et al. 2021, arXiv 2110.02861, section 2.3; bitsandbytes.nn.StableEmbedding.
+
+    Example:
+        >>> from optim import StableEmbedding
+        >>> StableEmbedding(10, 4)(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 4])
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *, seed: int = 0, **kwargs: Any) -> None:
@@ -21,7 +32,7 @@ class StableEmbedding(nn.Embedding):
         self.norm = nn.LayerNorm(embedding_dim, device=kwargs.get("device"))
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform, drawn from `seed`; the padding vector is zero."""
+        """Draw Xavier-uniform weights from `seed`, with a zero padding vector."""
         if not self.weight.is_meta:
             generator = torch.Generator(self.weight.device).manual_seed(self.seed)
             with torch.no_grad():
@@ -30,7 +41,7 @@ class StableEmbedding(nn.Embedding):
         self._fill_padding_idx_with_zero()
 
     def forward(self, input: Tensor) -> Tensor:
-        """ids [...] -> vectors [..., embedding_dim] in the weight's dtype."""
+        """Map ids [...] (int64) to vectors [..., embedding_dim] in the dtype of the weights."""
         norm, dtype = self.norm, torch.get_default_dtype()
         weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)  # `model.bfloat16()` makes them narrow too
         vectors = super().forward(input).to(dtype)
@@ -40,11 +51,21 @@ class StableEmbedding(nn.Embedding):
 def stable_embedding_groups(
     model: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...] = StableEmbedding
 ) -> list[dict[str, Any]]:
-    """Param groups for a rule with 8-bit states: the weights of such modules keep theirs in full precision.
+    """Make param groups for a rule with 8-bit states in which embeddings keep their state in full precision.
 
-        AdamW8bit(stable_embedding_groups(model), lr=1e-3)
+    Args:
+        model: The model. Parameters that do not train are left out.
+        kinds: The modules whose weights keep full precision; ``torch.nn.Embedding`` for all embeddings.
 
-    kinds: ``torch.nn.Embedding`` keeps those of all embeddings. Parameters that do not train are left out.
+    Returns:
+        The param groups that have parameters.
+
+    Example:
+        >>> from optim import AdamW8bit, StableEmbedding, stable_embedding_groups
+        >>> model = torch.nn.Sequential(StableEmbedding(10, 4), torch.nn.Linear(4, 4))
+        >>> optimizer = AdamW8bit(stable_embedding_groups(model), lr=1e-3)
+        >>> [len(group["params"]) for group in optimizer.param_groups]
+        [1, 4]
     """
     kept = {id(m.weight) for m in model.modules() if isinstance(m, kinds) and isinstance(m.weight, Tensor)}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
