@@ -1,0 +1,166 @@
+"""No code but a method's own file and its table knows the method by name; everything else asks the method's record.
+
+A comparison with a name (`==`, `in`, `match`, a key of a dict) is one more place to change when somebody adds a method,
+and nothing says so.
+"""
+
+import ast
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from tests.test_layering import PACKAGES, modules, report
+
+TABLES = {  # what: (module, table, packages whose code may know such names)
+    "scorer": ("pipelines.select.methods", "SCORERS", ("pipelines",)),
+    "row format": ("pipelines.rows.formats", "_FORMATS", ("pipelines",)),
+    "selector": ("datatools", "SELECTORS", ("datatools", "pipelines")),
+    "aggregation": ("datatools", "AGGREGATIONS", ("datatools", "pipelines")),
+    "coreset method": ("datatools", "CORESET_METHODS", ("datatools", "pipelines")),
+    "estimator": ("datatools.order", "ESTIMATORS", ("datatools", "pipelines")),
+    "projector": ("datatools", "PROJECTORS", ("datatools", "pipelines")),
+    "optimizer": ("optim", "OPTIMIZERS", PACKAGES),
+    "update rule": ("optim", "RULES", PACKAGES),
+    "schedule": ("optim", "SCHEDULES", PACKAGES),
+}
+BUILT_FROM = {"CORESET_METHODS": "BY_SOURCE"}
+"""Tables whose entries stand in another one."""
+
+COLUMNS = {"messages", "text"}
+"""Row formats that are called as the one column that they have: a comparison with these says nothing."""
+
+PLAIN_WORDS = {"constant", "linear", "cosine", "polynomial", "mean", "max", "root", "scale", "loss", "table", "groups"}
+"""Names that are words of the code besides: as keys of a dict they say nothing, compared they count."""
+
+ANOTHER_MEANING: dict[str, set[str]] = {
+    "optim/cpu_jit/assembly.py": {"constant"},  # a node that is a constant
+    "optim/cpu_jit/kinds.py": {"constant"},  # the same
+    "optim/cpu_jit/layout.py": {"constant", "root"},  # the same; a square root
+    "optim/rules/matrices.py": {"adamw"},  # the part of a group's settings that is for AdamW
+    "optim/rules/wrappers/quantized.py": {"linear"},  # a code of quantized values
+    "datatools/colm/choice.py": {"cosine"},  # a metric
+    "datatools/order/search.py": {"random"},  # a search, in the table of searches
+    "pipelines/colm/coresets.py": {"loss"},  # the loss in a log
+    "pipelines/rows/prepare.py": {"preference"},  # the setting
+    "pipelines/training/checkpoints.py": {"paper"},  # a form of Adam's update
+    "pipelines/training/finite.py": {"loss"},  # the loss in a log
+    "pipelines/training/trainer.py": {"loss"},  # the loss in a log
+}
+"""File -> words that are compared there and mean something else than a method."""
+
+STILL_COMPARED: dict[str, set[str]] = {
+    "optim/torch_states.py": {"adamw", "muon", "nadam", "sgd"},
+    "optim/update_map.py": {"muon"},
+    "datatools/colm/colm.py": {"facility_location", "random_in_source"},
+    "datatools/order/estimators/linear.py": {"adamw", "sgd"},
+    "datatools/order/estimators/pairwise.py": {"adamw"},
+    "pipelines/colm/coresets.py": {"matching_pursuit", "random_in_source"},
+    "pipelines/listing.py": {"alpaca", "sharegpt"},
+    "pipelines/order/run.py": {"adamw", "groups", "moments", "own-moments", "pairwise", "reduced", "table"},
+    "pipelines/order/setting.py": {"groups"},
+    "pipelines/report/colm_page.py": {
+        "facility_location",
+        "herding",
+        "matching_pursuit",
+        "random_in_source",
+        "top_norm",
+    },
+    "pipelines/report/diagnose_page.py": {"adamw", "muon", "sgd"},
+    "pipelines/report/view.py": {"less", "random", "random-length", "rds", "tfidf"},
+    "pipelines/rows/formats.py": {"preference", "prompt_completion", "sharegpt"},
+    "pipelines/rows/preflight.py": {"groups", "rds", "tfidf"},
+    "pipelines/select/audit.py": {"loss", "random", "random-length", "rds", "tfidf"},
+    "pipelines/select/explain.py": {"less", "rds", "tfidf"},
+    "pipelines/select/methods.py": {"adamw", "bids", "less", "paper", "round_robin"},
+    "pipelines/select/run.py": {"bids", "less", "loss", "random", "random-length", "rds", "round_robin", "tfidf"},
+    "pipelines/settings/select.py": {"less", "random", "random-length", "rds", "tfidf"},
+    "pipelines/settings/train.py": {"matching_pursuit"},
+    "pipelines/training/trainer.py": {"adam_mini"},
+}
+"""File -> methods that its code still knows by name. This may only shrink: what is no longer true fails the test."""
+
+
+def names(package: str) -> set[str]:
+    """The names of methods that code of `package` could know."""
+    tables = [
+        getattr(import_module(module), table) for module, table, packages in TABLES.values() if package in packages
+    ]
+    return set().union(*tables) - COLUMNS
+
+
+def constants(node: ast.AST | None) -> Iterator[str]:
+    """The strings of a constant, or of a tuple, list or set of them."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.Tuple | ast.List | ast.Set):
+        for inner in node.elts:
+            yield from constants(inner)
+
+
+def compared(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, string) of what is compared with a constant, and of the keys of dicts that are no table of methods."""
+    tables = {BUILT_FROM.get(table, table) for _, table, _ in TABLES.values()}
+    exempt = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id in tables for target in targets):
+                exempt.add(node.value)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            yield from ((node.lineno, text) for side in (node.left, *node.comparators) for text in constants(side))
+        elif isinstance(node, ast.MatchValue):
+            yield from ((node.lineno, text) for text in constants(node.value))
+        elif isinstance(node, ast.Dict) and node not in exempt:
+            keys = ((key.lineno, text) for key in node.keys if key is not None for text in constants(key))
+            yield from ((line, text) for line, text in keys if text not in PLAIN_WORDS)
+
+
+def known(where: str, tree: ast.Module, methods: set[str]) -> Mapping[str, int]:
+    """Method -> the first line at which a file that is not the method's own compares with its name."""
+    own = Path(where).stem.replace("_", "-")
+    found: dict[str, int] = {}
+    for line, name in compared(tree):
+        if name in methods and name.replace("_", "-") != own:
+            found[name] = min(line, found.get(name, line))
+    return found
+
+
+def test_methods_are_known_by_their_records_alone():
+    errors = []
+    gone = {(where, name) for table in (ANOTHER_MEANING, STILL_COMPARED) for where in table for name in table[where]}
+    for package in PACKAGES:
+        methods = names(package)
+        for where, tree in modules(package):
+            found = known(where, tree, methods)
+            gone -= {(where, name) for name in found}
+            listed = ANOTHER_MEANING.get(where, set()) | STILL_COMPARED.get(where, set())
+            new = sorted(found.keys() - listed)
+            errors += [
+                f"{where}:{found[name]}: compares with '{name}'; ask the method's record instead" for name in new
+            ]
+    report(errors)
+    report([f"{where}: no longer compares with '{name}'; take it out of the list" for where, name in sorted(gone)])
+
+
+@pytest.mark.parametrize(
+    ("source", "want"),
+    [
+        ("if name == 'less': pass", {"less": 1}),
+        ("x = 1\nif 'less' != name: pass", {"less": 2}),
+        ("if name in ('less', 'rds'): pass", {"less": 1, "rds": 1}),
+        ("if 'rds' in names: pass", {"rds": 1}),
+        ("match name:\n    case 'less' | 'rds': pass", {"less": 2, "rds": 2}),
+        ("TITLES = {'less': 'LESS'}", {"less": 1}),
+        ("SCORERS = {'less': less}\nSCORERS: T = {'rds': rds}", {}),
+        ("f('less')\nx['less']\nname = 'less'", {}),
+        ("x = {'loss': 1}", {}),
+        ("if name == 'loss': pass", {"loss": 1}),
+    ],
+)
+def test_comparisons_are_seen(source, want):
+    assert known("pipelines/select/run.py", ast.parse(source), {"less", "rds", "loss"}) == want
+    own = known("pipelines/select/less.py", ast.parse(source), {"less", "rds", "loss"})
+    assert own == {name: line for name, line in want.items() if name != "less"}
