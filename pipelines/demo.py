@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from pipelines.models import load as models
-from pipelines.runs.folder import duration, say
+from pipelines.runs.messages import duration, say
 from pipelines.select import audit
 from pipelines.select import run as select
 from pipelines.settings.audit import AuditConfig

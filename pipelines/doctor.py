@@ -16,7 +16,7 @@ from typing import Literal
 
 from datatools import DatatoolsError, files
 from pipelines.runs import threads
-from pipelines.runs.folder import redact
+from pipelines.runs.redact import redact
 from pipelines.texts import visible
 
 State = Literal["ok", "warn", "fail"]

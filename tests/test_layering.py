@@ -274,12 +274,10 @@ STILL_OVER = {
     "pipelines/rows/formats.py: over 400 lines",
     "pipelines/rows/sources.py: over 400 lines",
     "pipelines/rows/tables.py: over 400 lines",
-    "pipelines/runs/folder.py: over 400 lines",
     "pipelines/select/methods.py: over 400 lines",
     "pipelines/select/run.py: over 400 lines",
     "pipelines/training/trainer.py: over 400 lines",
     "pipelines: colm/ -> training/ -> colm/",
-    "pipelines: runs/folder.py -lazy-> runs/numerics.py -> runs/folder.py",
 }
 """What breaks these limits today. The list may only shrink: a line that is no longer true fails the test."""
 

@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO
 
 import xxhash
@@ -352,6 +353,19 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+_WRITERS = ("write", "append", "move", "_commit", "_write_all", "_sync_folder")
+
+
+def is_writing(frame: FrameType | None) -> bool:
+    """Whether a file is being written in `frame` or in one that called it, so that an interrupt should wait."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == __file__ and code.co_name.startswith(_WRITERS):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _umask() -> int:

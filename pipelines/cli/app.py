@@ -935,7 +935,7 @@ def _launch(
     **base: Any,
 ) -> None:
     """Build the configuration and call `entry` ("module:function") with it, or print it."""
-    from pipelines.runs import folder as runs
+    from pipelines.runs import current, messages, signals, workers
     from pipelines.settings.dump import dump
     from pipelines.settings.load import load_config
 
@@ -946,19 +946,19 @@ def _launch(
     from pipelines.rows import preflight
 
     preflight.check(config, re.split(r"[.:]", entry)[1])
-    runs.set_quiet(quiet)
-    runs.Run.last_folder = None
+    messages.set_quiet(quiet)
+    current.opened(None)
     module, _, name = entry.partition(":")
-    with runs.interruptible():
+    with signals.interruptible():
         try:
             # stdout is for the result alone, whatever a library prints
             with nullcontext() if entry in _TALKERS else redirect_stdout(sys.stderr):
                 result = getattr(import_module(module), name)(config)
         except KeyboardInterrupt as interrupt:
-            code = 143 if isinstance(interrupt, runs.Terminated) else 130
-            print(f"\ninterrupted: {runs.how_to_continue()}", file=sys.stderr)
+            code = 143 if isinstance(interrupt, signals.Terminated) else 130
+            print(f"\ninterrupted: {signals.how_to_continue()}", file=sys.stderr)
             raise typer.Exit(code) from None
-    if runs.rank() != 0 or getattr(config, "dry_run", False):
+    if workers.rank() != 0 or getattr(config, "dry_run", False):
         return
     if isinstance(result, dict) and entry not in _TALKERS:
         typer.echo(json.dumps(result, ensure_ascii=True, allow_nan=False))

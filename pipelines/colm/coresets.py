@@ -41,7 +41,10 @@ from datatools import (
 )
 from pipelines.models.losses import last_states, row_losses
 from pipelines.rows.prepare import Rows
-from pipelines.runs.folder import derive_seed, peak_rss_bytes, progress, warn
+from pipelines.runs.messages import warn
+from pipelines.runs.progress import progress
+from pipelines.runs.provenance import peak_rss_bytes
+from pipelines.runs.seeds import derive_seed
 from pipelines.settings.parts import TrainingConfig
 from pipelines.settings.train import CoresetConfig
 from pipelines.training.finite import FiniteSteps

@@ -24,12 +24,15 @@ from pipelines.models.load import LoadedModel
 from pipelines.models.losses import collate, supervised_tokens, token_losses
 from pipelines.report import diagnose_page as diagnose_view
 from pipelines.rows.prepare import Rows, file_facts, prepare
-from pipelines.runs.folder import Run, alone, derive_seed, progress, say
+from pipelines.runs.folder import Run, in_scratch
+from pipelines.runs.messages import say
+from pipelines.runs.progress import progress
+from pipelines.runs.seeds import derive_seed
+from pipelines.runs.workers import alone
 from pipelines.settings import redaction
 from pipelines.settings.base import Json
 from pipelines.settings.diagnose import CHECKS, DiagnoseConfig
 from pipelines.training import cost
-from pipelines.training.train import in_scratch
 
 BASIS_BYTES = 2**30  # Lanczos keeps its vectors up to this size, and only the last two beyond
 

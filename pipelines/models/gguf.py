@@ -18,7 +18,7 @@ import torch
 from datatools import DataError, DatatoolsError, EnvironmentProblem, files
 from pipelines.models import weight_files
 from pipelines.models.quiet import quiet
-from pipelines.runs.folder import say
+from pipelines.runs.messages import say
 from pipelines.texts import first_line
 
 FORMAT = "2"

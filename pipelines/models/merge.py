@@ -16,7 +16,7 @@ from pipelines.models.adapters import load_adapter, saved_parameters
 from pipelines.models.base import unmarked
 from pipelines.models.lora import logits
 from pipelines.models.quiet import quiet
-from pipelines.runs.folder import warn
+from pipelines.runs.messages import warn
 from pipelines.texts import first_line
 
 _LOST = 0.9  # of an adapter's change: less than this arriving in merged weights is said

@@ -30,11 +30,14 @@ from pipelines.order import setting as order_setting
 from pipelines.order.setting import Setting
 from pipelines.report import order_page as order_report
 from pipelines.rows import preflight
-from pipelines.runs.folder import Progress, Run, alone, derive_seed, progress, say, warn
+from pipelines.runs.folder import Run, in_scratch
+from pipelines.runs.messages import say, warn
+from pipelines.runs.progress import Progress, progress
+from pipelines.runs.seeds import derive_seed
+from pipelines.runs.workers import alone
 from pipelines.settings.order import OrderConfig
 from pipelines.texts import size
 from pipelines.training import cost, trainer
-from pipelines.training.train import in_scratch
 
 _TOGETHER = 8  # orders that are scored between two words on progress
 _BLIND = 8  # best random orders on a search's shortlist

@@ -21,7 +21,9 @@ from datatools import DataError, Order, UsageError, files, order, token_batches
 from pipelines.models import load as models
 from pipelines.models.losses import Batch, supervised_tokens, token_losses
 from pipelines.rows.prepare import Rows, file_facts, prepare, target_data
-from pipelines.runs.folder import Run, derive_seed, say, warn
+from pipelines.runs.folder import Run
+from pipelines.runs.messages import say, warn
+from pipelines.runs.seeds import derive_seed
 from pipelines.settings.order import OrderConfig
 from pipelines.settings.parts import DataConfig
 from pipelines.training import order_recipe, trainer

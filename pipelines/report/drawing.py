@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.runs.folder import say, warn
+from pipelines.runs.messages import say, warn
 
 
 def draw_last(draw: Callable[[], Path | None], *, saved: Path) -> Path | None:

@@ -13,7 +13,7 @@ from pipelines.report import page as report
 from pipelines.report import run_page
 from pipelines.report import training_page as training_report
 from pipelines.runs import run_files
-from pipelines.runs.folder import say
+from pipelines.runs.messages import say
 
 KINDS: dict[str, Callable[[Path], Path]] = {
     "summary.json": report.render,

@@ -16,7 +16,7 @@ from datatools import DatatoolsError, EnvironmentProblem, files
 from pipelines.report import page as report
 from pipelines.report import view as report_view
 from pipelines.report.view import finite, listing, mapping
-from pipelines.runs.folder import redact
+from pipelines.runs.redact import redact
 from pipelines.texts import size
 
 _MOST = 16_000_000  # bytes of a file that are read

@@ -14,7 +14,8 @@ from datatools import files
 from pipelines.report import charts
 from pipelines.report import colm_page as coreset_report
 from pipelines.report import page as report
-from pipelines.runs.folder import redact, say
+from pipelines.runs.messages import say
+from pipelines.runs.redact import redact
 from pipelines.settings.train import TrainConfig
 from pipelines.texts import number
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from datatools import Budget, DataError, EnvironmentProblem, UsageError, did_you_mean
 from pipelines.rows import peek
 from pipelines.rows.sources import find_sources
-from pipelines.runs.folder import Run, alone
+from pipelines.runs.folder import Run
+from pipelines.runs.workers import alone
 from pipelines.settings import names, trackers
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.base import Columns, RunSettings, Settings

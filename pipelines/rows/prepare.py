@@ -21,7 +21,10 @@ from pipelines.models.losses import collate
 from pipelines.rows.data import BadRow, Pool, read_pool
 from pipelines.rows.dedup import dedup
 from pipelines.rows.encode import Encoder, Scan, scan
-from pipelines.runs.folder import Run, progress, redact, warn
+from pipelines.runs.folder import Run
+from pipelines.runs.messages import warn
+from pipelines.runs.progress import progress
+from pipelines.runs.redact import redact
 from pipelines.settings.base import Columns
 from pipelines.settings.parts import DataConfig, ModelConfig, TargetData
 

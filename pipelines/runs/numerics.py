@@ -15,7 +15,7 @@ import torch
 from datatools import EnvironmentProblem
 from optim import backend
 from pipelines.runs import threads
-from pipelines.runs.folder import say
+from pipelines.runs.messages import say
 from pipelines.settings.base import Json
 from pipelines.texts import visible
 

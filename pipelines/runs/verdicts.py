@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from datatools import DatatoolsError, files
-from pipelines.runs.folder import warn
+from pipelines.runs.messages import warn
 
 SELECTED = "selected.jsonl"
 _ASIDE = ("selected.parquet", "scores.parquet", "summary.json", "report.html", SELECTED)  # last: a kill resumes here

@@ -22,14 +22,17 @@ from pipelines.report.view import FEWEST_RUNS
 from pipelines.rows import leakage, preflight
 from pipelines.rows.prepare import Rows, file_facts, prepare, target_data
 from pipelines.runs import run_files, verdicts
-from pipelines.runs.folder import Run, alone, derive_seed, say
+from pipelines.runs.folder import Run, in_scratch
+from pipelines.runs.messages import say
+from pipelines.runs.seeds import derive_seed
+from pipelines.runs.workers import alone
 from pipelines.select import methods
 from pipelines.select.methods import Context
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.parts import TrainingConfig
 from pipelines.settings.select import FeaturesConfig, SelectConfig
 from pipelines.training import cost, evaluation, trainer
-from pipelines.training.train import in_scratch, train_adapter
+from pipelines.training.train import train_adapter
 
 SELECTED, BASE = "selected", "untrained"
 

@@ -24,7 +24,7 @@ from pipelines.report.page import damaged, visible
 from pipelines.report.view import method_of
 from pipelines.rows.prepare import Rows, prepare, target_data
 from pipelines.runs import run_files
-from pipelines.runs.folder import say
+from pipelines.runs.messages import say
 from pipelines.select import methods
 from pipelines.settings import trust
 from pipelines.settings.load import load_config

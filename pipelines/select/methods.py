@@ -42,7 +42,11 @@ from pipelines.models.lora import add_lora
 from pipelines.models.losses import last_states, losses_for, row_losses, seen_parameters
 from pipelines.rows.prepare import Rows
 from pipelines.runs import numerics
-from pipelines.runs.folder import Run, derive_seed, library_warnings, peak_rss_bytes, progress, say, warn
+from pipelines.runs.folder import Run
+from pipelines.runs.messages import library_warnings, say, warn
+from pipelines.runs.progress import progress
+from pipelines.runs.provenance import peak_rss_bytes
+from pipelines.runs.seeds import derive_seed
 from pipelines.settings.select import SelectConfig
 from pipelines.training import checkpoints, cost, trainer
 

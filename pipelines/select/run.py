@@ -38,7 +38,12 @@ from pipelines.rows import leakage
 from pipelines.rows.data import Row
 from pipelines.rows.prepare import Rows, accept_growth, file_facts, prepare, target_data
 from pipelines.runs import verdicts
-from pipelines.runs.folder import Run, alone, command_line, derive_seed, peak_rss_bytes, quiet, say, versions, warn
+from pipelines.runs.folder import Run
+from pipelines.runs.messages import quiet, say, warn
+from pipelines.runs.provenance import peak_rss_bytes, versions
+from pipelines.runs.redact import command_line
+from pipelines.runs.seeds import derive_seed
+from pipelines.runs.workers import alone
 from pipelines.select import methods
 from pipelines.select.methods import Context, Scored
 from pipelines.settings import redaction

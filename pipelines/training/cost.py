@@ -19,7 +19,9 @@ from torch import nn
 from pipelines.models.base import unload
 from pipelines.models.lora import add_lora
 from pipelines.models.losses import token_losses
-from pipelines.runs.folder import Run, duration, peak_rss_bytes, say
+from pipelines.runs import current
+from pipelines.runs.messages import duration, say
+from pipelines.runs.provenance import peak_rss_bytes
 from pipelines.settings.parts import LoraConfig, TrainingConfig
 from pipelines.texts import NBSP, size
 from pipelines.training import trainer
@@ -258,8 +260,8 @@ class Estimate:
 
     def expect(self) -> None:
         """Let the run's progress count down to the end of all parts."""
-        if Run.current is not None:
-            Run.current.expect(self.parts)
+        if (run := current.run()) is not None:
+            run.expect(self.parts)
 
 
 def folder_bytes(*paths: Path) -> int:

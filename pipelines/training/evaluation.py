@@ -13,7 +13,8 @@ from datatools import DataError, files, token_batches
 from pipelines.models import load as models
 from pipelines.models.losses import token_losses
 from pipelines.rows.prepare import Rows, prepare
-from pipelines.runs.folder import progress, rank, world_size
+from pipelines.runs.progress import progress
+from pipelines.runs.workers import rank, world_size
 from pipelines.settings.train import EvaluateConfig
 
 

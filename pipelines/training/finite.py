@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from datatools import DataError
-from pipelines.runs.folder import warn
+from pipelines.runs.messages import warn
 
 OPTIMIZER = "optimizer.pt"
 

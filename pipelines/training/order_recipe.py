@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from datatools import DataError, Order, UsageError, files
 from pipelines.rows.prepare import Rows
-from pipelines.runs.folder import say, warn
+from pipelines.runs.messages import say, warn
 from pipelines.settings.base import Columns, Seed, Settings
 from pipelines.settings.order import OrderConfig
 from pipelines.settings.parts import LoraConfig, TrainingConfig

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +22,17 @@ from pipelines.report import training_page as training_report
 from pipelines.report.drawing import draw_last
 from pipelines.rows import leakage, preflight
 from pipelines.rows.prepare import Rows, file_facts, prepare, target_data
-from pipelines.runs.folder import Run, derive_seed, progress, rank, say, warn
+from pipelines.runs.folder import Run, in_scratch
+from pipelines.runs.messages import say, warn
+from pipelines.runs.progress import progress
+from pipelines.runs.seeds import derive_seed
+from pipelines.runs.workers import rank
 from pipelines.settings import redaction, trackers
-from pipelines.settings.base import RunSettings
 from pipelines.settings.parts import LoraConfig, TrainingConfig
 from pipelines.settings.train import TrainConfig
 from pipelines.training import cost, evaluation, order_recipe, trainer
 from pipelines.training.trainer import Trained
 from pipelines.training.validation import Validation
-
-S = TypeVar("S", bound=RunSettings)
 
 
 def run(config: TrainConfig) -> Path:
@@ -236,16 +236,6 @@ def rows_of(order: Order, rows: Rows, name: str) -> list[list[int]]:
             "train on the data that the order was made for"
         )
     return [[index[identity] for identity in order[step]] for step in range(len(order))]
-
-
-@contextmanager
-def in_scratch(config: S) -> Iterator[S]:
-    """`config`, and for a dry run one whose `out` is a folder that is thrown away: it must leave nothing behind."""
-    if not config.dry_run:
-        yield config
-        return
-    with files.scratch_folder() as scratch:
-        yield config.model_copy(update={"out": scratch / "run", "overwrite": False})
 
 
 def trainable(model: Any, lora: LoraConfig | None, *, seed: int) -> Any:

@@ -34,7 +34,8 @@ from optim.zeroth_order import NotFinite
 from pipelines.colm.coresets import MONITORED, WEIGHTS, CoresetMixin, example_weights
 from pipelines.models.losses import collate, supervised_tokens, token_losses
 from pipelines.models.quiet import quiet
-from pipelines.runs.folder import rank, say, warn, world_size
+from pipelines.runs.messages import say, warn
+from pipelines.runs.workers import rank, world_size
 from pipelines.settings.parts import TrainingConfig
 from pipelines.settings.train import CoresetConfig
 from pipelines.training import zeroth_order

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from datatools import files
-from pipelines.runs.folder import rank, warn
+from pipelines.runs.messages import warn
+from pipelines.runs.workers import rank
 
 LOSS = "eval_loss"
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import optim
 from datatools import DataError, UsageError
 from optim.zeroth_order import NotFinite, ZerothOrder
-from pipelines.runs.folder import derive_seed, warn
+from pipelines.runs.messages import warn
+from pipelines.runs.seeds import derive_seed
 from pipelines.settings.parts import TrainingConfig
 
 _LAYER = re.compile(r"^(?P<layer>(?:.*\.)?(?:layers?|h|blocks?)\.(?P<number>\d+))(?P<part>\.[^.]+)?")

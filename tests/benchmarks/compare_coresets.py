@@ -28,7 +28,7 @@ from pipelines.models import losses
 from pipelines.models.lora import add_lora
 from pipelines.report import charts
 from pipelines.rows.prepare import Rows, prepare
-from pipelines.runs.folder import progress
+from pipelines.runs.progress import progress
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import CoresetConfig
 from pipelines.texts import number

@@ -27,7 +27,7 @@ import optim
 from datatools import files, keep_pages
 from optim import curvature
 from pipelines.report import charts
-from pipelines.runs.folder import progress
+from pipelines.runs.progress import progress
 from pipelines.texts import number
 from tests.conftest import REPOSITORY
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipelines.runs.folder import set_quiet
+from pipelines.runs.messages import set_quiet
 from pipelines.select.run import run
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig
 from pipelines.settings.select import FeaturesConfig, ProjectorConfig, SelectConfig, WarmupConfig

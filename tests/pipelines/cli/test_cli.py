@@ -19,7 +19,7 @@ import typer
 from datatools import DataError, EnvironmentProblem, UsageError
 from pipelines.cli import app as cli
 from pipelines.cli.app import main
-from pipelines.runs import folder as runs
+from pipelines.runs import messages
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.demo import DemoConfig
 from pipelines.settings.diagnose import DiagnoseConfig
@@ -50,7 +50,7 @@ def quiet_world(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     yield
-    runs.set_quiet(False)
+    messages.set_quiet(False)
 
 
 @pytest.fixture
@@ -474,10 +474,10 @@ def test_python_m_pipelines():
 
 _SLOW = """
     import sys, time, types
-    from pipelines.runs import folder as runs
+    from pipelines.runs.folder import Run
 
     def run(config):
-        with runs.Run(config.out, config, "select"):
+        with Run(config.out, config, "select"):
             print("ready", file=sys.stderr, flush=True)
             time.sleep(60)
 

@@ -25,7 +25,7 @@ from pipelines.models import losses
 from pipelines.models.adapters import load_adapter
 from pipelines.models.losses import row_losses
 from pipelines.rows.prepare import prepare
-from pipelines.runs import folder as runs
+from pipelines.runs import provenance
 from pipelines.select import explain
 from pipelines.select import run as select
 from pipelines.settings.dump import dump
@@ -440,7 +440,7 @@ def test_an_accepted_model_is_a_new_run_and_going_back_is_one_again(own_world, t
 
 def test_features_of_other_code_are_computed_again_once_that_is_accepted(own_world, tmp_path, counted, monkeypatch):
     run = select.run(own_world.select(tmp_path / "run"))
-    monkeypatch.setattr(runs, "code_digest", lambda: "f" * 32)
+    monkeypatch.setattr(provenance, "code_digest", lambda: "f" * 32)
     monkeypatch.setattr(pipelines.select.methods, "FEATURE_VERSION", 99)
     before, counted[0] = counted[0], 0
     select.run(own_world.select(run, accept_change=["code"]))

@@ -12,8 +12,10 @@ from pipelines import demo
 from pipelines.diagnose import run as diagnose
 from pipelines.models import load as models
 from pipelines.order import run as order
-from pipelines.runs import folder as runs
-from pipelines.runs.folder import Ahead, Progress, Run
+from pipelines.runs import messages
+from pipelines.runs.ahead import Ahead
+from pipelines.runs.folder import Run
+from pipelines.runs.progress import Progress
 from pipelines.select import audit, methods
 from pipelines.select import run as select
 from pipelines.settings.audit import AuditConfig
@@ -152,7 +154,7 @@ def test_a_resumed_selection_compares_like_with_like(own_world, tmp_path, monkey
             select.run(own_world.select(tmp_path / "run"))
     first = json.loads((tmp_path / "run" / "cost.json").read_text())
     said = []
-    monkeypatch.setattr(runs, "_print", said.append)
+    monkeypatch.setattr(messages, "_print", said.append)
     found = json.loads((select.run(own_world.select(tmp_path / "run")) / "summary.json").read_text())["cost"]
     for side in ("before", "after"):
         assert found[side]["tokens"] == want[side]["tokens"] == want["before"]["tokens"]

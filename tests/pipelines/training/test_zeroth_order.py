@@ -14,7 +14,7 @@ from optim import SGD
 from optim.zeroth_order import NotFinite, Taken, ZerothOrder
 from pipelines.models import load as models
 from pipelines.models.losses import collate, token_losses
-from pipelines.runs.folder import derive_seed
+from pipelines.runs.seeds import derive_seed
 from pipelines.settings.load import load_config
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import TrainConfig

@@ -1,0 +1,120 @@
+"""events.jsonl of a run folder: what happened when, and how long the stages of the run took over all attempts."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from datatools import DatatoolsError, files
+from pipelines.runs.messages import say
+from pipelines.runs.run_files import shown
+from pipelines.settings.base import Json
+
+NAME = "events.jsonl"
+
+
+def now() -> str:
+    """The time as it stands in the files of a run."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class Events:
+    """The events of a run, and the seconds of its stages.
+
+    Args:
+        folder: of the run.
+        writes: whether this process writes them down; rank 0 does.
+
+    Attributes:
+        stages: `{"name", "seconds"}` per stage, over all attempts.
+
+    """
+
+    def __init__(self, folder: Path, *, writes: bool) -> None:
+        self.folder, self._writes = folder, writes
+        self.stages: list[dict[str, Json]] = []
+        self._inner: list[float] = []  # seconds of the stages inside each open one
+
+    def add(self, kind: str, /, **fields: Json) -> None:
+        """Append one line, stamped with the time."""
+        if self._writes:
+            files.append_line(self.folder / NAME, _summed({"time": now(), "event": kind, **fields}))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Announce a named part of the run, and log when it begins and how long it took."""
+        say(f"{name} ...")
+        self.add("stage", name=name)
+        start = time.monotonic()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            whole = time.monotonic() - start
+            seconds = round(max(0.0, whole - self._inner.pop()), 3)  # a stage inside counts its own
+            if self._inner:
+                self._inner[-1] += whole
+            self._count(name, seconds)
+            with suppress(DatatoolsError):
+                self.add("stage_end", name=name, seconds=seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages, over all attempts."""
+        return math.fsum(seconds for entry in self.stages if isinstance(seconds := entry["seconds"], float))
+
+    def _count(self, name: str, seconds: float) -> None:
+        for entry in self.stages:
+            if entry["name"] == name:
+                before = entry["seconds"]
+                entry["seconds"] = round((before if isinstance(before, float) else 0.0) + seconds, 3)
+                return
+        self.stages.append({"name": name, "seconds": float(seconds)})
+
+    def read(self) -> None:
+        """Take over the stages of earlier attempts; a line that a kill cut short is removed."""
+        path = self.folder / NAME
+        if not path.is_file():
+            return
+        lines = files.read_bytes(path, limit=1 << 30).split(b"\n")
+        if lines[-1]:  # a kill cut it
+            files.write_bytes(path, b"".join(line + b"\n" for line in lines[:-1]), seal=False)
+        damaged = 0
+        open_since: dict[str, datetime] = {}
+        for line in lines[:-1]:
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
+                entry = json.loads(line) if line else {"event": ""}
+                if "sum" in entry and _summed({k: v for k, v in entry.items() if k != "sum"}).encode() != line:
+                    raise ValueError
+                if entry["event"] == "stage_end":
+                    self._count(str(entry["name"]), float(entry["seconds"]))
+                    open_since.pop(str(entry["name"]), None)
+                elif entry["event"] in ("started", "continued"):
+                    open_since = {}
+                elif entry["event"] == "stage":
+                    open_since[str(entry["name"])] = datetime.fromisoformat(entry["time"])
+                continue
+            damaged += 1
+        if damaged:
+            say(f"{shown(path)}: {damaged} damaged lines are skipped; the times of some stages may be missing")
+        if open_since:
+            self._count_killed(open_since)
+
+    def _count_killed(self, open_since: Mapping[str, datetime]) -> None:
+        """A killed attempt ended no stage: what it spent in the last one counts, up to its last sign of life."""
+        with suppress(DatatoolsError, ValueError, KeyError, TypeError):
+            seen = datetime.fromisoformat(files.read_json(self.folder / "progress.json", limit=1_000_000)["updated"])
+            name = max(open_since, key=lambda stage: open_since[stage])
+            seconds = (seen - open_since[name]).total_seconds()
+            if seconds > 0:
+                self._count(name, round(seconds, 3))
+                self.add("stage_end", name=name, seconds=round(seconds, 3), killed=True)
+
+
+def _summed(entry: dict[str, Json]) -> str:
+    """An event as a line, with a checksum of the rest as its last field."""
+    text = json.dumps(entry, ensure_ascii=True)
+    return json.dumps({**entry, "sum": files.digest(text.encode())[:16]}, ensure_ascii=True)

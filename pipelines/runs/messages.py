@@ -1,0 +1,115 @@
+"""What a command says on stderr: news, warnings, and the bars of its progress. Only rank 0 speaks."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import Any
+
+from pipelines import texts
+from pipelines.runs import current
+from pipelines.runs.workers import rank
+from pipelines.texts import visible
+
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+_bars: ContextVar["Bars | None"] = ContextVar("bars", default=None)
+
+
+def set_quiet(quiet: bool) -> None:
+    """Show warnings and errors only, or everything again."""
+    _quiet.set(quiet)
+
+
+def quiet() -> bool:
+    """Whether only warnings and errors are shown."""
+    return _quiet.get()
+
+
+def say(text: str) -> None:
+    """Print one line of news on stderr, from rank 0 and unless quiet."""
+    if not quiet() and rank() == 0:
+        _print(text)
+
+
+def warn(text: str) -> None:
+    """Print `warning: text` on stderr from rank 0, even when quiet; the open run keeps it as an event."""
+    if rank() == 0:
+        _print(f"warning: {text}")
+        if (run := current.run()) is not None:
+            run.warned(text)
+
+
+@contextmanager
+def library_warnings() -> Iterator[None]:
+    """Inside, warnings of per-sample gradients (a slower method had to be taken) are the run's own: see `warn`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message="per-sample gradients")
+        warnings.showwarning = lambda message, *_, **__: warn(str(message))
+        yield
+
+
+def duration(seconds: float) -> str:
+    """A duration with plain spaces, for logs.
+
+    Example:
+        >>> duration(42.3), duration(150)
+        ('42 s', '2 min 30 s')
+
+    """
+    return texts.duration(seconds).replace(texts.NBSP, " ")
+
+
+def _print(text: str) -> None:
+    shown = visible(text, keep="\n")
+    if (bars := _bars.get()) is not None:
+        bars.display.console.print(shown, markup=False, highlight=False, soft_wrap=True)
+    else:
+        with suppress(BrokenPipeError):
+            print(shown, file=sys.stderr, flush=True)
+
+
+class Bars:
+    """The display that nested progress bars share on a terminal; it stops with its last bar."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.display = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self.display.start()
+        self._open = 0
+
+    @classmethod
+    def shared(cls) -> "Bars":
+        """The display of this context; a new one where there is none."""
+        bars = _bars.get()
+        if bars is None:
+            bars = cls()
+            _bars.set(bars)
+        return bars
+
+    def add(self, description: str, total: int | None, done: int) -> Any:
+        """Show a bar; returns its number."""
+        self._open += 1
+        return self.display.add_task(visible(description), total=total, completed=done, detail="")
+
+    def update(self, bar: Any, done: int, detail: str) -> None:
+        """Move a bar to `done`."""
+        self.display.update(bar, completed=done, detail=detail)
+
+    def remove(self, bar: Any) -> None:
+        """Take a bar away, and the display with the last one."""
+        self.display.remove_task(bar)
+        self._open -= 1
+        if self._open == 0:
+            self.display.stop()
+            _bars.set(None)

@@ -1,0 +1,108 @@
+"""Where a run may be: what else is in the folder, and moving an earlier run out of the way."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from datatools import EnvironmentProblem, UsageError, files
+from datatools.files import seals
+from pipelines.runs.check import INPUTS, OURS
+from pipelines.runs.messages import say
+from pipelines.runs.run_files import shown
+from pipelines.texts import visible
+
+
+def refuse_odd(folder: Path) -> None:
+    """Refuse a folder that no run can have.
+
+    Raises:
+        UsageError: The name cannot be read, it is the home folder or the root, or it is a file.
+        EnvironmentProblem: It cannot be written to.
+
+    """
+    if visible(str(folder)) != str(folder):
+        raise UsageError(
+            f"--out {shown(folder)}: the name holds characters that are not seen, or bytes that are not UTF-8; "
+            "choose a name that can be read"
+        )
+    with suppress(OSError, RuntimeError, ValueError):
+        if folder.resolve() in (Path("/"), Path.home().resolve()):
+            raise UsageError(f"--out {shown(folder)}: a run needs a folder of its own; name one inside")
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"--out {shown(folder)} is a file; expected a folder, new or of an earlier run")
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise EnvironmentProblem(f"--out {shown(folder)}: no permission to write there; choose another folder")
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a loop of links, no permission above it
+        reason = getattr(error, "strerror", None) or str(error)
+        raise EnvironmentProblem(f"--out {shown(folder)}: {reason}; choose another folder") from error
+
+
+def foreign(folder: Path) -> list[str]:
+    """Names in `folder` that are no record of a run, and no leftover of a killed writer."""
+    names = [entry.name for entry in folder.iterdir() if entry.name not in OURS]
+    return [name for name in names if not name.startswith(seals.TEMPORARY)]
+
+
+def failed_early(folder: Path, *, forget: bool) -> bool:
+    """Whether the run in `folder` failed before it made anything (a mistake in the command).
+
+    The corrected command may then use the same folder.
+
+    Args:
+        folder: of a run.
+        forget: remove the traces of such a run.
+
+    """
+    path = folder / "progress.json"
+    if set(foreign(folder)) - INPUTS or not path.is_file():
+        return False
+    state = files.read_json(path, limit=1_000_000)
+    if not isinstance(state, dict) or state.get("state") != "failed":
+        return False
+    for name in ("run.yaml", "provenance.json", "events.jsonl", seals.NAME) if forget else ():
+        if (folder / name).exists():
+            files.remove(folder / name)
+    return True
+
+
+def refuse_to_move(folder: Path) -> bool:
+    """Refuse to move a folder aside that is no run's, or that this process is in.
+
+    Returns:
+        Whether there is a run to move.
+
+    Raises:
+        UsageError: The folder holds something else, or is the current folder or one above it.
+
+    """
+    if not (folder / "run.yaml").is_file():
+        if foreign(folder):
+            raise UsageError(
+                f"--overwrite: {shown(folder)} holds no run (no run.yaml), so it is left alone; "
+                "choose another --out, or move it yourself"
+            )
+        return False
+    here = Path.cwd().resolve()
+    if folder.resolve() in (here, *here.parents):
+        raise UsageError(f"--overwrite: {shown(folder)} is the folder you are in; go to another one and run again")
+    return True
+
+
+def move_aside(folder: Path) -> None:
+    """Move the run in `folder` to `FOLDER.old-N`, and say so.
+
+    Raises:
+        UsageError: As `refuse_to_move`.
+        EnvironmentProblem: Another process runs in it.
+
+    """
+    if not refuse_to_move(folder):
+        return
+    with files.lock_folder(folder):
+        number = 1
+        while os.path.lexists(aside := folder.with_name(f"{folder.name}.old-{number}")):
+            number += 1
+        files.move(folder, aside)
+    files.remove(aside / ".lock")
+    say(f"moved the earlier run to {aside}")

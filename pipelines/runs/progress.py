@@ -1,0 +1,169 @@
+"""How far a loop is: a bar on a terminal, else a line every 30 seconds, and the run's progress.json."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from datatools import DatatoolsError
+from pipelines.runs import current
+from pipelines.runs.messages import Bars, duration, quiet, say
+from pipelines.runs.workers import rank
+from pipelines.settings.base import Json
+from pipelines.texts import visible
+
+
+class Progress:
+    """How far a loop is. Made by `progress`; `advance` is cheap enough to call for every batch.
+
+    Args:
+        description: what the loop does, as shown.
+        total: how many units there are; None if unknown.
+        unit: of what, in the plural.
+        done: how many an earlier attempt finished.
+        line_seconds: seconds between two lines of news where there is no bar.
+        file_seconds: seconds between two reports to the run.
+        clock: seconds since some moment.
+
+    """
+
+    def __init__(
+        self,
+        description: str,
+        total: int | None,
+        unit: str,
+        done: int = 0,
+        *,
+        line_seconds: float = 30.0,
+        file_seconds: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.description, self.total, self.unit, self.done = description, total, unit, done
+        self.notes: dict[str, Json] = {}
+        self._first, self._clock, self._start = done, clock, clock()
+        self._line_seconds, self._file_seconds = line_seconds, file_seconds
+        self._next_line, self._next_file = self._start + line_seconds, self._start
+        self._bars: Bars | None = None
+        self._bar: Any = None
+
+    def advance(self, n: int = 1, **notes: float | int | str) -> None:
+        """Count `n` more units as done; `notes` (loss=1.2, tokens=900) are shown and kept until replaced."""
+        self.done += n
+        self.notes |= notes
+        now = self._clock()
+        if self._bars is not None:
+            self._bars.update(self._bar, self.done, self._detail())
+        elif now >= self._next_line:
+            self._next_line = now + self._line_seconds
+            say(self.line())
+        if now >= self._next_file:
+            self._next_file = now + self._file_seconds
+            self._report()
+
+    @property
+    def rate(self) -> float | None:
+        """Units per second since the start of this process."""
+        seconds = self._clock() - self._start
+        return (self.done - self._first) / seconds if seconds > 0 and self.done > self._first else None
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds to go at the present rate."""
+        rate = self.rate
+        return None if self.total is None or rate is None else max(0, self.total - self.done) / rate
+
+    @property
+    def run_eta_seconds(self) -> float | None:
+        """Seconds to the end of the whole run, where the run has said what is to come."""
+        run = current.run()
+        if run is None or run.ahead is None or not run.ahead.parts:
+            return None
+        share = min(1.0, self.done / self.total) if self.total else 0.0
+        return run.ahead.left(self.description, self._clock() - self._start, share, self.eta_seconds)
+
+    def line(self) -> str:
+        """`gradients: 120 of 1,000 rows (12 %), 4.1 rows/s, about 3 min 35 s left`."""
+        share = f" of {_count(self.total)}" if self.total is not None else ""
+        percent = f" ({100 * self.done // self.total} %)" if self.total else ""
+        parts = [f"{self.description}: {_count(self.done)}{share} {self.unit}{percent}"]
+        parts += [detail] if (detail := self._detail()) else []
+        eta, whole = self.eta_seconds, self.run_eta_seconds
+        if eta and whole is not None:
+            parts.append(f"about {duration(eta)} left, {duration(max(eta, whole))} of the whole run")
+        elif eta:
+            parts.append(f"about {duration(eta)} left")
+        return ", ".join(parts)
+
+    def _detail(self) -> str:
+        parts = [f"{_count(self.rate)} {self.unit}/s"] if self.rate else []
+        if self._bars is not None and (left := self.run_eta_seconds) is not None:
+            parts.append(f"run {duration(left)} left")
+        for name, value in self.notes.items():
+            parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+        return visible(", ".join(parts))
+
+    def _report(self) -> None:
+        if (run := current.run()) is not None:
+            eta = self.eta_seconds
+            run.report_progress(
+                state="running",
+                eta_seconds=self.run_eta_seconds,
+                doing={
+                    "description": self.description,
+                    "done": self.done,
+                    "total": self.total,
+                    "unit": self.unit,
+                    "per_second": self.rate,
+                    "eta_seconds": eta,
+                    **({"notes": dict(self.notes)} if self.notes else {}),
+                },
+            )
+
+    def _open(self) -> None:
+        self._report()
+        if quiet() or rank() != 0:
+            self._next_line = float("inf")
+        elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            self._bars = Bars.shared()
+            self._bar = self._bars.add(self.description, self.total, self.done)
+
+    def _close(self, failed: bool) -> None:
+        if self._bars is not None:
+            self._bars.remove(self._bar)
+            self._bars = None
+        seconds = self._clock() - self._start
+        if not failed:
+            run = current.run()
+            if run is not None and run.ahead is not None:
+                run.ahead.finish(self.description, seconds)
+            rate = f", {_count(self.rate)} {self.unit}/s" if self.rate else ""
+            say(f"{self.description}: {_count(self.done)} {self.unit} in {duration(seconds)}{rate}")
+        with suppress(DatatoolsError):
+            self._report()
+
+
+@contextmanager
+def progress(description: str, total: int | None, unit: str = "rows", *, done: int = 0) -> Iterator[Progress]:
+    """Show how far the loop inside is, with its rate and the time left, and keep the run's progress.json fresh.
+
+    Args:
+        description: what the loop does.
+        total: how many units there are; None if unknown.
+        unit: of what, in the plural.
+        done: how many an earlier attempt finished; they do not enter the rate.
+
+    """
+    bar = Progress(description, total, unit, done)
+    bar._open()
+    failed = True
+    try:
+        yield bar
+        failed = False
+    finally:
+        bar._close(failed)
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 or number == int(number) else f"{number:.3g}"

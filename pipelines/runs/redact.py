@@ -1,0 +1,36 @@
+"""What a run writes about its machine and its command names neither the user nor the host, and holds no secret."""
+
+import os
+import platform
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from pipelines.settings import redaction
+
+
+def redact(text: str, *, names: bool = True) -> str:
+    """Hide access tokens, values of secret environment variables and the home folder in `text`.
+
+    Args:
+        text: anything that goes into a file or to the terminal.
+        names: also hide the names of the user and of the host.
+
+    Returns:
+        The text, with `***`, `~`, `<user>` and `<host>` in their places.
+
+    """
+    text = redaction.hide(text)
+    home = str(Path.home())
+    if home != "/":
+        text = re.sub(rf"{re.escape(home)}(?=/|\W|$)", "~", text)
+    for name, mask in () if not names else ((os.environ.get("USER", ""), "<user>"), (platform.node(), "<host>")):
+        if len(name) >= 3:
+            text = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", mask, text)
+    return text
+
+
+def command_line(*, names: bool = True) -> str:
+    """The command that was typed, quoted for a shell and redacted; `names` as in `redact`."""
+    return redact(shlex.join(["datatools", *sys.argv[1:]]), names=names)
