@@ -68,7 +68,7 @@ class UpdateRule(ABC):
         of `states`, in place, which `update` then reads. `grads` and `states` are of the parameters about to be
         stepped; `group` has the states of all that ever were.
         """
-        return None
+        return
 
     @property
     def coupled(self) -> bool:

@@ -766,8 +766,10 @@ def _units() -> list[Example]:
                 f"{n} * {float(rate):g} = {float(n * rate):g} {other}",
             )
         )
-    for f in (68, 95, 50):
-        result.append((f"{f} degrees Fahrenheit in Celsius?", f"({f} - 32) * 5 / 9 = {(f - 32) * 5 // 9} Celsius"))
+    result += [
+        (f"{f} degrees Fahrenheit in Celsius?", f"({f} - 32) * 5 / 9 = {(f - 32) * 5 // 9} Celsius")
+        for f in (68, 95, 50)
+    ]
     return [Example("units", user, answer) for user, answer in result]
 
 

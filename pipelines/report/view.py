@@ -881,18 +881,17 @@ def _quality(summary: Json, scores: Scores) -> dict[str, Any]:
 
 
 def _provenance(summary: Json) -> dict[str, Any]:
-    found = []
-    for role in ("pool", "target"):
-        for item in listing(mapping(summary.get(role)).get("files")):
-            found.append(
-                {
-                    "role": role,
-                    "path": str(item.get("path")),
-                    "rows": count(finite(item.get("rows"))),
-                    "bytes": size(finite(item.get("bytes"))),
-                    "digest": str(item.get("digest") or ""),
-                }
-            )
+    found = [
+        {
+            "role": role,
+            "path": str(item.get("path")),
+            "rows": count(finite(item.get("rows"))),
+            "bytes": size(finite(item.get("bytes"))),
+            "digest": str(item.get("digest") or ""),
+        }
+        for role in ("pool", "target")
+        for item in listing(mapping(summary.get(role)).get("files"))
+    ]
     weights = [finite(item.get("weight")) for item in listing(summary.get("checkpoints"))]
     total = sum(weight for weight in weights if weight is not None and weight > 0)
     checkpoints = [

@@ -77,8 +77,8 @@ def _dump_level(config: Settings, depth: int, comments: bool) -> list[str]:
             continue
         value = getattr(config, name)
         if comments and field.description:
-            for line in textwrap.wrap(field.description, 110 - len(pad), break_on_hyphens=False):
-                lines.append(f"{pad}# {line}\n")
+            wrapped = textwrap.wrap(field.description, 110 - len(pad), break_on_hyphens=False)
+            lines += [f"{pad}# {line}\n" for line in wrapped]
         if isinstance(value, Settings):
             lines.append(f"{pad}{name}:\n")
             lines += _dump_level(value, depth + 1, comments)

@@ -625,7 +625,7 @@ def test_every_architecture_has_blocks_and_adam_mini(name):
         for optimizer in (mini, ratios):
             trained = {n for n, p in model.named_parameters() if p.requires_grad or create_from is not model}
             assert set(by_rule(optimizer)) == trained
-    numbers = {block: 0 for block in BLOCKS}
+    numbers = dict.fromkeys(BLOCKS, 0)
     for n, p in model.named_parameters():
         numbers[block_of(n)] += p.numel()
     assert numbers["other"] < 0.02 * sum(numbers.values()) or "Mamba" in name

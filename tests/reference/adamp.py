@@ -8,7 +8,7 @@ def projected(update, grad, weights, delta, eps, wd_ratio):
     if weights.ndim < 2:
         return update, 1.0
     for shape in ((weights.shape[0], -1), (1, -1)):
-        rows = [r for r in zip(*(x.reshape(shape) for x in (update, grad, weights)), strict=True)]
+        rows = list(zip(*(x.reshape(shape) for x in (update, grad, weights)), strict=True))
         cosines = [abs(g @ w) / (max(np.linalg.norm(g), eps) * max(np.linalg.norm(w), eps)) for _, g, w in rows]
         if max(cosines) < delta / np.sqrt(len(rows[0][0])):
             units = [w / (np.linalg.norm(w) + eps) for _, _, w in rows]

@@ -272,7 +272,7 @@ def shrunk(kind: type[PreTrainedConfig], more: Mapping[str, Any], vocab: int) ->
             settings[key] = shrunk(type(value), more.get(key, {}), vocab)
         elif key == "is_decoder":
             settings[key] = True
-        elif key.endswith("token_id") or key.endswith("token_index"):
+        elif key.endswith(("token_id", "token_index")):
             if value is not None:
                 settings[key] = SPECIAL[key] if key in SPECIAL else next(media)
         elif whole and "vocab_size" in key:

@@ -306,10 +306,8 @@ def test_a_store_of_another_format_is_refused(tmp_path):
 
 def damaged(folder) -> list[tuple[int, str]]:
     """Damaged units as a reader meets them, one after the other; each must be named with its file."""
-    found = []
     store = GradientFeatures.open(folder)
-    for unit in store.missing_units():
-        found.append((unit, ""))
+    found = [(unit, "") for unit in store.missing_units()]
     for unit in range(store.units):
         if unit not in dict(found):
             try:
@@ -491,9 +489,7 @@ def test_reading_holds_a_block_in_memory(quick, verify):
         part = Path("/proc/self/smaps").read_text().split("part-00000.safetensors")
         return sum(int(text.split("Rss:")[1].split()[0]) for text in part[1:]) * 1024
 
-    seen = []
-    for _ in GradientFeatures.open(quick, verify=verify).iter_blocks(per_block):
-        seen.append(held())
+    seen = [held() for _ in GradientFeatures.open(quick, verify=verify).iter_blocks(per_block)]
     assert len(seen) == 16 and max(seen) <= 3 << 20, seen
 
 

@@ -404,7 +404,7 @@ def test_orders_that_step_together_step_as_each_does_alone(rule) -> None:  # typ
     g = torch.Generator().manual_seed(0)
     shapes = {"a": (3, 2), "b": (2, 4)}
     params = {n: torch.randn(s, generator=g) for n, s in shapes.items()}
-    rec = Recipe({n: rule for n in shapes}, (0.1, 0.2), {"a": 1.0, "b": 0.5}, {"a": 0.3, "b": 0.0}, clip=1.5)
+    rec = Recipe(dict.fromkeys(shapes, rule), (0.1, 0.2), {"a": 1.0, "b": 0.5}, {"a": 0.3, "b": 0.0}, clip=1.5)
     layout = Layout.of(params)
     alone = [(params, rec.init(params)) for _ in range(3)]
     places = layout.vector(params).expand(3, -1)

@@ -30,8 +30,8 @@ def onebit_cases(pytestconfig: pytest.Config) -> list[tuple[dict[str, Any], tupl
         at = case["case"] + "/"
         inputs = {key.removeprefix(at): torch.tensor(stored[key]) for key in stored.files if key.startswith(at)}
         hyper = case["hyper"] | {"freeze_step": case["hyper"]["freeze_step"] - 1}
-        for dtype in (torch.float32, torch.float64):
-            found.append((case, (inputs, case["params"], list(range(1, case["steps"])), hyper, dtype)))
+        steps = list(range(1, case["steps"]))
+        found += [(case, (inputs, case["params"], steps, hyper, dtype)) for dtype in (torch.float32, torch.float64)]
     return found
 
 

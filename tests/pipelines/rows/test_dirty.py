@@ -71,7 +71,7 @@ def outcomes(path, tokenizer, tmp_path, max_length, on_long, **policy):
     pool, bad = read_pool([path], cache=tmp_path, **policy)
     result = scan(pool, Encoder(tokenizer, max_length=max_length, on_long=on_long))
     keep, twins = dedup(pool, result, "near", 0.8)
-    found = {line: "blank" for line in range(1, path.read_bytes().count(b"\n") + 2)}
+    found = dict.fromkeys(range(1, path.read_bytes().count(b"\n") + 2), "blank")
     for i in range(len(pool)):
         odd = set(pool[i].flags) - {"parts_joined", "role_renamed"}
         found[pool.line(i)] = "cut" if result.cut[i] else "flagged" if odd else "kept"

@@ -370,7 +370,7 @@ def test_columns_are_read_from_texts_and_files_have_their_own(tmp_path):
         given = {"model.name": "m", "train.paths": "a", "target": "t", "train.columns": ["prompt=q,completion=a"]}
         return load_config(SelectConfig, None, given | flags, list(sets))
 
-    both = columns(**{"target_columns": ["prompt=x", "completion=y"]})
+    both = columns(target_columns=["prompt=x", "completion=y"])
     assert both.train.columns == {"prompt": "q", "completion": "a"}
     assert both.target_columns == {"prompt": "x", "completion": "y"}
     assert columns("train.columns={prompt: p, b.jsonl: {text: body}}").train.columns == {
