@@ -55,10 +55,12 @@ if TYPE_CHECKING:
     from datatools.selection.selectors import SELECTORS as SELECTORS
     from datatools.selection.selectors import select as select
     from datatools.stats import spearman as spearman
+    from datatools.stats import t_interval as t_interval
 
 # public name -> the module that defines it
 _EXPORTS = {
     "spearman": "datatools.stats",
+    "t_interval": "datatools.stats",
     "CORESET_METHODS": "datatools.colm",
     "CoLM": "datatools.colm",
     "LastLayer": "datatools.colm",

@@ -1,5 +1,6 @@
-"""Correlations of two lists of numbers, or of many pairs of lists at once. Imports no torch."""
+"""Correlations of two lists of numbers, or of many pairs of lists at once; intervals of a mean. Imports no torch."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,3 +50,39 @@ def quotient(over: NDArray[np.float64], under: NDArray[np.float64]) -> NDArray[n
     """nan where there is nothing to divide by."""
     found: NDArray[np.float64] = np.where(under > 0, over / np.where(under > 0, under, 1.0), np.nan)
     return found
+
+
+# two-sided 95 % points of Student's t by degrees of freedom, 1 to 10
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def _t95(freedom: int) -> float:
+    """The two-sided 95 % point; beyond the table by the expansion of Abramowitz & Stegun 26.7.5, to three digits."""
+    if freedom <= len(_T95):
+        return _T95[freedom - 1]
+    z = 1.959964
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + first / freedom + second / freedom**2
+
+
+def t_interval(values: list[float]) -> tuple[float, float | None, float | None]:
+    """A 95 % interval of the mean, by Student's t distribution.
+
+    Args:
+        values: Measurements of the same quantity, such as one per seed.
+
+    Returns:
+        (mean, low, high); low and high are None for fewer than two values.
+
+    Example:
+        >>> mean, low, high = t_interval([1.0, 2.0, 3.0])
+        >>> round(mean, 2), round(low, 2), round(high, 2)
+        (2.0, -0.48, 4.48)
+    """
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return mean, None, None
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    t = _t95(n - 1)
+    return mean, mean - t * spread, mean + t * spread

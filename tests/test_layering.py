@@ -264,7 +264,6 @@ STILL_OVER = {
     "datatools/features/store.py: over 400 lines",
     "datatools/files/__init__.py: over 400 lines",
     "pipelines/cli/app.py: over 400 lines",
-    "pipelines/colm/coresets.py: over 400 lines",
     "pipelines/demo_data/make.py: over 400 lines",
     "pipelines/order/run.py: over 400 lines",
     "pipelines/report/view.py: over 400 lines",
@@ -276,8 +275,6 @@ STILL_OVER = {
     "pipelines/rows/tables.py: over 400 lines",
     "pipelines/select/methods.py: over 400 lines",
     "pipelines/select/run.py: over 400 lines",
-    "pipelines/training/trainer.py: over 400 lines",
-    "pipelines: colm/ -> training/ -> colm/",
 }
 """What breaks these limits today. The list may only shrink: a line that is no longer true fails the test."""
 

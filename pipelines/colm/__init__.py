@@ -1,1 +1,24 @@
-"""Coresets in the training loop."""
+"""CoLM in the training loop: each step trains on the rows of a large batch that stand for all of it.
+
+`from pipelines.colm import CoresetMixin` for any `transformers.Trainer`; `CoresetConfig` has its settings. Names are
+imported on first use, because the Trainer takes seconds to import.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.colm.mixin import CoresetMixin as CoresetMixin
+    from pipelines.settings.train import CoresetConfig as CoresetConfig
+
+_EXPORTS = {"CoresetMixin": "pipelines.colm.mixin", "CoresetConfig": "pipelines.settings.train"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'pipelines.colm' has no attribute '{name}'")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

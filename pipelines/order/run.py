@@ -37,7 +37,7 @@ from pipelines.runs.seeds import derive_seed
 from pipelines.runs.workers import alone
 from pipelines.settings.order import OrderConfig
 from pipelines.texts import size
-from pipelines.training import cost, trainer
+from pipelines.training import cost, optimizers
 
 _TOGETHER = 8  # orders that are scored between two words on progress
 _BLIND = 8  # best random orders on a search's shortlist
@@ -52,7 +52,7 @@ def run(config: OrderConfig) -> Path:
     Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
     """
     alone("datatools order")
-    trainer.check(config.training)
+    optimizers.check(config.training)
     preflight.contradictions(config)
     with in_scratch(config) as kept, Run(kept.out, kept, "order", overwrite=kept.overwrite) as current:
         setting = order_setting.build(kept, current)

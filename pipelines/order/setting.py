@@ -26,7 +26,7 @@ from pipelines.runs.messages import say, warn
 from pipelines.runs.seeds import derive_seed
 from pipelines.settings.order import OrderConfig
 from pipelines.settings.parts import DataConfig
-from pipelines.training import order_recipe, trainer
+from pipelines.training import optimizers, order_recipe
 from pipelines.training.train import trainable
 
 
@@ -124,7 +124,7 @@ def build(config: OrderConfig, current: Run) -> Setting:
         hvp_method=config.products,
     )
     steps = len(made)
-    optimizer = trainer.optimizer_of(config.training, module)
+    optimizer = optimizers.optimizer_of(config.training, module)
     recipe = order.Recipe.of(optimizer, _rates(config, optimizer, steps), clip=config.training.gradient_clip)
     base = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
     recipe = replace(recipe, rules={name: recipe.rules[name] for name in base})
@@ -302,7 +302,7 @@ def in_parts(rows: Rows, batch: Sequence[int], micro_tokens: int, device: torch.
 
 
 def _rates(config: OrderConfig, optimizer: optim.Optimizer, steps: int) -> list[float]:
-    factors = trainer._factors(config.training, steps, optimizer)
+    factors = optimizers.factors(config.training, steps, optimizer)
     rates = [[factor(t) for factor in factors] for t in range(steps)]
     if any(max(row) - min(row) > 1e-12 for row in rates):
         raise UsageError(

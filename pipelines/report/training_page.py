@@ -8,57 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datatools import files
 from pipelines.report import charts
 from pipelines.report import colm_page as coreset_report
 from pipelines.report import page as report
 from pipelines.runs.messages import say
-from pipelines.runs.redact import redact
-from pipelines.settings.train import TrainConfig
 from pipelines.texts import number
 
-if TYPE_CHECKING:
-    from pipelines.rows.prepare import Rows
-    from pipelines.training.trainer import Trained
-
 FACTS = "training.json"
-SHOWN = ("optimizer", "learning_rate", "schedule", "weight_decay", "epochs", "batch_size", "gradient", "gradient_clip")
-
-
-def facts(
-    config: TrainConfig, result: Trained, *, rows: int, steps: int, held_out: Rows | None, leaked: str | None
-) -> dict[str, Any]:
-    """What the report says beside the metrics. leaked: which validation rows are trained on too."""
-    found: dict[str, Any] = {
-        "model": redact(str(config.model.name)),
-        "rows": rows,
-        "steps": result.steps,
-        "planned_steps": steps,
-        "skipped_steps": result.skipped,
-        "settings": {key: getattr(config.training, key) for key in SHOWN},
-    }
-    if held_out is not None:
-        found["validation"] = {
-            "rows": int(held_out.usable.sum()),
-            "best_step": None if result.best is None else result.best[0],
-            "best_loss": None if result.best is None else result.best[1],
-            "kept": "best" if config.keep_best else "last",
-            "patience": config.patience,
-            "stopped": result.stopped,
-        }
-        found["leaked"] = leaked
-    return found
-
-
-def best_in_words(result: Trained, *, keep: bool) -> str:
-    """One line for the terminal: the lowest validation loss, and whose weights were saved."""
-    assert result.best is not None
-    step, loss = result.best
-    ended = f"stopped early, after step {result.steps}" if result.stopped else f"{result.steps} steps done"
-    whose = f"the weights saved are those of step {step if keep else result.steps}"
-    return f"validation: lowest loss {loss:.4f} after step {step}; {ended}; {whose}"
 
 
 def render_any(folder: Path) -> Path | None:

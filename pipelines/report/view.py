@@ -196,9 +196,9 @@ def _reading(
     paired: Sequence[float], theirs: Sequence[float | None], ours: Sequence[float | None], *, runs: int
 ) -> str:
     if len(paired) >= FEWEST_RUNS:
-        from pipelines.training.evaluation import interval  # brings torch
+        from datatools import t_interval
 
-        _, least, most = interval(list(paired))
+        _, least, most = t_interval(list(paired))
         if least is not None and most is not None:
             return "better" if least > 0 else "worse" if most < 0 else "unclear"
     (low, high), (our_low, our_high) = theirs, ours

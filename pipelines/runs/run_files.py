@@ -134,15 +134,25 @@ def check_saved(folder: Path) -> None:
     listed = files.read_json(path)
     if isinstance(listed, dict) and "gguf" in listed:  # the cache of converted models, which compares by itself
         return
-    remedy = f"restore it or train again; to use it as it is, remove {COMPLETE}, which lists what was saved"
-    if not isinstance(listed, dict) or not all(isinstance(v, list) and len(v) == 2 for v in listed.values()):
-        raise DataError(f"{shown(path)} is damaged; {remedy}")
+    if (wrong := changed(folder, listed)) is not None:
+        remedy = f"restore it or train again; to use it as it is, remove {COMPLETE}, which lists what was saved"
+        raise DataError(f"{wrong}; {remedy}")
+
+
+def changed(folder: Path, listed: object) -> str | None:
+    """Which of the saved files in `folder` is not what `listed`, the content of `complete.json`, says; None if all are.
+
+    Raises: ValueError for names that no file can have.
+    """
+    if not (isinstance(listed, dict) and listed and all(isinstance(v, list) and len(v) == 2 for v in listed.values())):
+        return f"{shown(folder / COMPLETE)} is damaged"
     for name, (size, digest) in listed.items():
         file = folder / name
         if not file.is_file():
-            raise DataError(f"{shown(file)} is missing; {remedy}")
+            return f"{shown(file)} is missing"
         if files.seal_of(file) != seals.Seal(size, digest):
-            raise DataError(f"{shown(file)} is not what was saved: it was damaged or edited; {remedy}")
+            return f"{shown(file)} is not what was saved: it was damaged or edited"
+    return None
 
 
 def set_aside(path: Path) -> None:

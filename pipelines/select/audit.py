@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from datatools import DataError, Selection, UsageError, files, select
+from datatools import DataError, Selection, UsageError, files, select, t_interval
 from datatools.files import sealed
 from pipelines.models import load as models
 from pipelines.models.adapters import load_adapter
@@ -31,7 +31,8 @@ from pipelines.select.methods import Context
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.parts import TrainingConfig
 from pipelines.settings.select import FeaturesConfig, SelectConfig
-from pipelines.training import cost, evaluation, trainer
+from pipelines.training import cost, evaluation, optimizers
+from pipelines.training.checkpoint_files import is_complete
 from pipelines.training.train import train_adapter
 
 SELECTED, BASE = "selected", "untrained"
@@ -49,7 +50,7 @@ def run(config: AuditConfig) -> Path:
     alone("datatools audit")
     if (config.selected.parent / "run.yaml").is_file():
         run_files.refuse_special(config.selected.parent)
-    trainer.check(config.training)
+    optimizers.check(config.training)
     with in_scratch(config) as kept, Run(kept.out, kept, "audit", overwrite=kept.overwrite) as current:
         with current.stage("read"):
             loaded = models.load(config.model)
@@ -268,7 +269,7 @@ def _estimate(
             done += 1
             continue
         lengths = pool.scan.tokens[rows].tolist()
-        if not trainer.is_complete(folder / "adapter"):
+        if not is_complete(folder / "adapter"):
             parts[label] = cost.training(found, rule, recipe, lengths)
             tokens += sum(lengths) * recipe.epochs
         parts[f"losses, {label}"] = losses
@@ -301,11 +302,11 @@ def summarise(base: dict[str, Any], results: list[dict[str, Any]], config: Audit
             "low": None,
             "high": None,
             "n": 1,
-            "delta_vs_selected": base["loss"] - evaluation.interval(ours)[0],
+            "delta_vs_selected": base["loss"] - t_interval(ours)[0],
         }
     ]
     for arm, values in by_arm.items():
-        mean, low, high = evaluation.interval(values)
+        mean, low, high = t_interval(values)
         table.append(
             {
                 "arm": arm,
@@ -313,7 +314,7 @@ def summarise(base: dict[str, Any], results: list[dict[str, Any]], config: Audit
                 "low": low,
                 "high": high,
                 "n": len(values),
-                "delta_vs_selected": mean - evaluation.interval(ours)[0],
+                "delta_vs_selected": mean - t_interval(ours)[0],
             }
         )
     return {
@@ -338,7 +339,7 @@ def verdict(by_arm: dict[str, list[float]]) -> str:
         if arm == SELECTED:
             continue
         paired = [b - a for a, b in zip(ours, theirs, strict=False)]
-        mean, low, high = evaluation.interval(paired)
+        mean, low, high = t_interval(paired)
         name = "the whole pool in one epoch" if arm == "full" else arm
         word = "below" if mean > 0 else "above"
         if len(paired) < 2 or low is None or high is None:

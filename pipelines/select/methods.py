@@ -48,7 +48,7 @@ from pipelines.runs.progress import progress
 from pipelines.runs.provenance import peak_rss_bytes
 from pipelines.runs.seeds import derive_seed
 from pipelines.settings.select import SelectConfig
-from pipelines.training import checkpoints, cost, trainer
+from pipelines.training import checkpoint_files, checkpoints, cost, fit, optimizers
 
 FEATURE_VERSION = "2"
 """Raise it when the same model, row and settings give other features: stores made before are then refused, not
@@ -233,14 +233,14 @@ def _warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
         if not manifest.is_file():
             files.make_folder(folder)
             files.write_json(manifest, {"keys": [pool.keys[i] for i in rows]})
-        steps = trainer.planned_steps(len(rows), recipe)
+        steps = fit.planned_steps(len(rows), recipe)
         tokens = int(pool.scan.tokens[rows].sum()) * recipe.epochs
-        stops = trainer.planned_checkpoints(len(rows), recipe)
-        if len(trainer.checkpoints(folder, stops)) < len(stops):
+        stops = fit.planned_checkpoints(len(rows), recipe)
+        if len(checkpoint_files.checkpoints(folder, stops)) < len(stops):
             loaded = context.model()
             wrapped = add_lora(loaded.model, config.lora, seed=derive_seed(config.seed, "lora"))
             with progress(f"warm-up on {len(rows)} rows", steps, "steps") as bar:
-                trainer.fit(
+                fit.fit(
                     wrapped,
                     pool.item,
                     rows,
@@ -652,7 +652,7 @@ def check(config: SelectConfig) -> None:
     ):
         if name not in known:
             raise UsageError(f"{setting}: there is no '{name}'{did_you_mean(name, known)}")
-    trainer.check(config.warmup)
+    optimizers.check(config.warmup)
 
 
 def pace(context: Context, samples: int = 2, *, backward: bool = True) -> tuple[float, int]:

@@ -50,7 +50,7 @@ from pipelines.settings import redaction
 from pipelines.settings.dump import as_dict, fingerprint
 from pipelines.settings.load import load_config
 from pipelines.settings.select import NEED_TARGET, SelectConfig
-from pipelines.training import checkpoints, cost, trainer
+from pipelines.training import checkpoint_files, checkpoints, cost, fit
 
 SHOWN_CHARACTERS = 600  # of a row's text in summary and report
 MOST_COLUMNS = 1000
@@ -256,8 +256,9 @@ def _warm_up_to_come(context: Context) -> tuple[tuple[int, int], int, list[int]]
     if config.checkpoints:
         return (0, 0), 0, [c.step for c in checkpoints.find(config.checkpoints)]
     recipe, rows = config.warmup, methods.warm_up_rows(context)
-    steps = trainer.planned_checkpoints(len(rows), recipe)
-    there = [step for step in steps if (context.run.path("warmup") / f"checkpoint-{step}" / trainer.COMPLETE).is_file()]
+    steps = fit.planned_checkpoints(len(rows), recipe)
+    folder = context.run.path("warmup")
+    there = [step for step in steps if (folder / f"checkpoint-{step}" / checkpoint_files.COMPLETE).is_file()]
     tokens = int(pool.scan.tokens[rows].sum()) * recipe.epochs
     left = tokens - tokens * max(there, default=0) // steps[-1]
     return (tokens, left), len(rows), steps[-recipe.checkpoints :] if recipe.checkpoints else steps

@@ -28,7 +28,7 @@ from pipelines.models.adapters import adapter_folder, load_adapter, saved_parame
 from pipelines.models.base import unload
 from pipelines.models.lora import lora_parameters
 from pipelines.settings.parts import ModelConfig
-from pipelines.training import trainer
+from pipelines.training.checkpoint_files import COMPLETE, is_complete
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def find(paths: Sequence[Path]) -> list[Checkpoint]:
             raise UsageError(f"--checkpoints {path}: no such folder")
         folders += _inside(path) or _inside(path / "checkpoints") or _inside(path / "warmup") or [path]
     for folder in folders:
-        if (folder / trainer.COMPLETE).is_file() and not trainer.is_complete(folder):
+        if (folder / COMPLETE).is_file() and not is_complete(folder):
             raise DataError(
-                f"checkpoint {folder}: a file is not what {trainer.COMPLETE} says was saved; train again from the "
+                f"checkpoint {folder}: a file is not what {COMPLETE} says was saved; train again from the "
                 "checkpoint before, or leave this one out"
             )
     states = {folder: _trainer_state(folder) for folder in folders}
@@ -105,7 +105,7 @@ def find(paths: Sequence[Path]) -> list[Checkpoint]:
 def _inside(path: Path) -> list[Path]:
     """The checkpoints of a run's folder; without those of ours that a kill left half-saved."""
     found = [p for p in path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    ours = [p for p in found if (p / trainer.COMPLETE).is_file()]
+    ours = [p for p in found if (p / COMPLETE).is_file()]
     return ours or found
 
 

@@ -24,7 +24,7 @@ from pipelines.runs.messages import duration, say
 from pipelines.runs.provenance import peak_rss_bytes
 from pipelines.settings.parts import LoraConfig, TrainingConfig
 from pipelines.texts import NBSP, size
-from pipelines.training import trainer
+from pipelines.training import fit, optimizers
 
 SMALL, LARGE = 64, 512
 """Made-up tokens of the two passes: a pass costs so much, and each of its tokens so much more."""
@@ -182,7 +182,7 @@ def recipe_of(recipe: TrainingConfig, module: nn.Module) -> Recipe:
     """Of the optimizer that `recipe` makes of `module`. It is not stepped: a rule for matrices is asked for the update
     of one made-up matrix of each shape, others move their bytes.
     """
-    optimizer = trainer.optimizer_of(recipe, module)
+    optimizer = optimizers.optimizer_of(recipe, module)
     seconds, state = 0.0, 0
     timed: dict[tuple[str, tuple[int, ...]], float] = {}
     for group in optimizer.param_groups:
@@ -212,7 +212,7 @@ def _update(rule: Any, param: torch.Tensor) -> float:
 def training(found: Probe, rule: Recipe, recipe: TrainingConfig, lengths: Iterable[int], saves: int = 1) -> float:
     """Seconds of a run over rows of these lengths; `saves` checkpoints."""
     rows = list(lengths)
-    steps = trainer.planned_steps(len(rows), recipe)
+    steps = fit.planned_steps(len(rows), recipe)
     share = min(1.0, steps / max(1, recipe.epochs * -(-len(rows) // recipe.batch_size)))
     tokens = sum(rows) * recipe.epochs * share
     passes = steps * max(1.0, -(-tokens / max(1, steps) // recipe.micro_tokens))

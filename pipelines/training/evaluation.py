@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -89,27 +88,3 @@ def _sums(
 def _mean(sums: torch.Tensor, counts: torch.Tensor, places: list[int]) -> Mapping[str, Any]:
     index = torch.tensor(places)
     return {"loss": float(sums[index].sum() / counts[index].sum()), "tokens": int(counts[index].sum())}
-
-
-# two-sided 95 % points of Student's t by degrees of freedom, 1 to 10
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
-def _t95(freedom: int) -> float:
-    """The two-sided 95 % point; beyond the table by the expansion of Abramowitz & Stegun 26.7.5, to three digits."""
-    if freedom <= len(_T95):
-        return _T95[freedom - 1]
-    z = 1.959964
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + first / freedom + second / freedom**2
-
-
-def interval(values: list[float]) -> tuple[float, float | None, float | None]:
-    """(mean, low, high) of a 95 % interval of the mean over seeds (Student's t); no interval for fewer than two."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return mean, None, None
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    t = _t95(n - 1)
-    return mean, mean - t * spread, mean + t * spread

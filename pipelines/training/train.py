@@ -15,6 +15,7 @@ import torch
 from datatools import DataError, Order, files
 from optim.distributed import world
 from pipelines.colm import coresets
+from pipelines.colm.sources import clusters_of, require_sources
 from pipelines.models import load as models
 from pipelines.models.base import unload
 from pipelines.models.lora import add_lora
@@ -30,8 +31,7 @@ from pipelines.runs.workers import rank
 from pipelines.settings import redaction, trackers
 from pipelines.settings.parts import LoraConfig, TrainingConfig
 from pipelines.settings.train import TrainConfig
-from pipelines.training import cost, evaluation, order_recipe, trainer
-from pipelines.training.trainer import Trained
+from pipelines.training import checkpoint_files, cost, evaluation, fit, optimizers, order_recipe, summary
 from pipelines.training.validation import Validation
 
 
@@ -53,10 +53,10 @@ def _run(config: TrainConfig) -> Path:
     if config.order is not None:
         given, recipe_of_order = order_recipe.read(config.order)
         config = order_recipe.adopt(config, recipe_of_order)
-    trainer.check(config.training)
+    optimizers.check(config.training)
     trackers.check(config)
     with in_scratch(config) as kept, Run(kept.out, kept, "train", overwrite=kept.overwrite) as current:
-        with current.stage("read"), trainer.lead_first():
+        with current.stage("read"), checkpoint_files.lead_first():
             tokenizer = models.load(config.model, tokenizer_only=True)
             rows = prepare(
                 config.data,
@@ -90,8 +90,8 @@ def _run(config: TrainConfig) -> Path:
         sequence: list[list[int]] | None = None
         if choose is not None:
             recipe, choose = coresets.resolve(recipe, choose, len(chosen))
-            coresets.require_sources(choose, rows, chosen, key=config.data.source_key)
-        steps = trainer.planned_steps(len(chosen), recipe)
+            require_sources(choose, rows, chosen, key=config.data.source_key)
+        steps = fit.planned_steps(len(chosen), recipe)
         held = 0
         if given is not None and config.order is not None:
             sequence = rows_of(given, rows, str(config.order))
@@ -128,7 +128,7 @@ def _run(config: TrainConfig) -> Path:
         done = current.path("adapter" if config.lora is not None else "model")
         beside = ("metrics.jsonl",) if choose is None else ("metrics.jsonl", "coreset.json")
         # a damaged one was set aside when the run was opened: the last checkpoint knows what is in it
-        if trainer.is_sound(done) and all(current.path(name).is_file() for name in beside):
+        if checkpoint_files.is_sound(done) and all(current.path(name).is_file() for name in beside):
             say(f"already trained: {done}")
             draw_last(lambda: training_report.render_any(current.folder), saved=done)
             return config.out
@@ -140,12 +140,13 @@ def _run(config: TrainConfig) -> Path:
         sources = rows.pool.sources
         if choose is not None and choose.clusters is not None:
             with current.stage("cluster rows"):
-                sources = coresets.clusters_of(loaded.model, rows, chosen, choose.clusters, seed=config.seed)
+                sources = clusters_of(loaded.model, rows, chosen, choose.clusters, seed=config.seed)
         with current.stage("train"), progress("training", steps, "steps") as bar:
             module = trainable(loaded.model, config.lora, seed=config.seed)
             if recipe_of_order is not None and config.order is not None:
-                order_recipe.check_optimizer(config.order, recipe_of_order, trainer.optimizer_of(recipe, module))
-            result = trainer.fit(
+                made = optimizers.optimizer_of(recipe, module)
+                order_recipe.check_optimizer(config.order, recipe_of_order, made)
+            result = fit.fit(
                 module,
                 rows.item,
                 chosen,
@@ -154,8 +155,7 @@ def _run(config: TrainConfig) -> Path:
                 seed=derive_seed(config.seed, "training"),
                 save=config.save_steps or "epoch",
                 advance=bar.advance,
-                choose=choose,
-                source_of=sources.__getitem__,
+                choose=None if choose is None else coresets.Coresets(choose, sources.__getitem__),
                 name_of=rows.pool.where,
                 steps=sequence,
                 held=held,
@@ -165,16 +165,16 @@ def _run(config: TrainConfig) -> Path:
             )
         if rank() == 0:
             if choose is not None:
-                facts_of_choice = coresets.facts(choose, [sources[row] for row in chosen], result.monitored)
+                facts_of_choice = coresets.facts(
+                    choose, [sources[row] for row in chosen], coresets.monitored(result.entries)
+                )
                 files.write_json(current.path("coreset.json"), redaction.hide_all(facts_of_choice))
-            story = training_report.facts(
-                config, result, rows=len(chosen), steps=steps, held_out=held_out, leaked=leaked
-            )
+            story = summary.facts(config, result, rows=len(chosen), steps=steps, held_out=held_out, leaked=leaked)
             files.write_json(current.path(training_report.FACTS), redaction.hide_all(story))
             _save(module, rows, result, done, current)
         say(f"{result.fell}; saved {done}")
         if result.best is not None:
-            say(training_report.best_in_words(result, keep=config.keep_best))
+            say(summary.best_in_words(result, keep=config.keep_best))
         if rank() == 0:  # last of all: whatever happens here, what was computed is saved
             draw_last(lambda: training_report.render_any(current.folder), saved=done)
     return config.out
@@ -211,7 +211,7 @@ def _estimate(config: TrainConfig, recipe: TrainingConfig, lengths: list[int], s
         once = recipe.model_copy(update={"epochs": 1, "max_steps": None, "batch_size": -(-len(lengths) // steps)})
         seconds = cost.training(found, rule, once, lengths, saves)
     elif recipe.max_steps is not None:
-        whole = trainer.planned_steps(len(lengths), recipe.model_copy(update={"max_steps": None}))
+        whole = fit.planned_steps(len(lengths), recipe.model_copy(update={"max_steps": None}))
         tokens = tokens * steps // max(1, whole)
     if choose is not None:  # of the large batch each row goes forward, and those that are kept train
         keep = (choose.keep or config.training.batch_size) / recipe.batch_size
@@ -245,7 +245,7 @@ def trainable(model: Any, lora: LoraConfig | None, *, seed: int) -> Any:
     return model.requires_grad_(True)
 
 
-def _save(module: Any, rows: Rows, result: Trained, done: Path, current: Run) -> None:
+def _save(module: Any, rows: Rows, result: fit.Trained, done: Path, current: Run) -> None:
     files.write_text(current.path("metrics.jsonl"), "".join(map(_line, result.entries)))
     if result.directions:  # enough to replay the run: optim.zeroth_order
         steps = (json.dumps(entry, sort_keys=True) + "\n" for entry in result.directions)
@@ -266,10 +266,10 @@ def _line(entry: Mapping[str, Any]) -> str:
 def _keep(folder: Path, *parts: Any) -> None:
     """Save each part (`save_pretrained`) in `folder`, and mark it complete."""
     files.remove_leftovers(files.make_folder(folder.parent))
-    with trainer.saving(folder), files.atomic_folder(folder) as fresh:
+    with checkpoint_files.saving(folder), files.atomic_folder(folder) as fresh:
         for part in parts:
             part.save_pretrained(fresh)
-        trainer.mark_complete(fresh)
+        checkpoint_files.mark_complete(fresh)
 
 
 def train_adapter(
@@ -284,13 +284,13 @@ def train_adapter(
     label: str,
 ) -> None:
     """Train fresh adapters on `chosen` rows and save them in `folder`; does nothing where that is already done."""
-    if trainer.is_sound(folder):
+    if checkpoint_files.is_sound(folder):
         return
-    steps = trainer.planned_steps(len(chosen), recipe)
+    steps = fit.planned_steps(len(chosen), recipe)
     module = trainable(loaded.model, lora, seed=seed)
     try:
         with progress(label, steps, "steps") as bar:
-            result = trainer.fit(
+            result = fit.fit(
                 module, rows.item, list(chosen), recipe, folder, seed=derive_seed(seed, "training"), advance=bar.advance
             )
         _keep(folder, module)

@@ -22,7 +22,8 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 
-from datatools import files, small_sources
+from datatools import files, small_sources, t_interval
+from pipelines.colm.coresets import Coresets, monitored
 from pipelines.models import load as models
 from pipelines.models import losses
 from pipelines.models.lora import add_lora
@@ -32,7 +33,7 @@ from pipelines.runs.progress import progress
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import CoresetConfig
 from pipelines.texts import number
-from pipelines.training import evaluation, trainer
+from pipelines.training import fit
 from tests.conftest import REPOSITORY
 
 MEDOIDS: dict[str, Any] = {"method": "facility_location"}
@@ -79,15 +80,15 @@ def train(arm: str, seed: int, rows: Rows, chosen: list[int], held: list[int], o
     )  # fmt: skip
     started = perf_counter()
     with tempfile.TemporaryDirectory() as scratch, progress(f"{arm}, seed {seed}", o.steps, "steps") as bar:
-        done = trainer.fit(
+        done = fit.fit(
             module, rows.item, chosen, recipe, Path(scratch), seed=seed, advance=bar.advance,
-            choose=choose, source_of=rows.pool.sources.__getitem__,
+            choose=Coresets(choose, rows.pool.sources.__getitem__),
         )  # fmt: skip
     seconds = perf_counter() - started
     by_source: dict[str, list[float]] = {}
     for row, loss in zip(held, row_losses(module, rows, held), strict=True):
         by_source.setdefault(rows.pool.sources[row], []).append(loss)
-    seen = list(done.monitored.values())
+    seen = monitored(done.entries)
     return {
         "arm": arm,
         "seed": seed,
@@ -132,9 +133,9 @@ def rows_of(runs: Sequence[dict[str, Any]], small: frozenset[str]) -> tuple[list
         if not own:
             continue
         losses = [means(run, small) for run in own]
-        mean, low, high = evaluation.interval([loss[0] for loss in losses])
+        mean, low, high = t_interval([loss[0] for loss in losses])
         paired = [means(run, small)[0] - control[run["seed"]] for run in own if run["seed"] in control]
-        gap, left, right = evaluation.interval(paired) if paired else (0.0, None, None)
+        gap, left, right = t_interval(paired) if paired else (0.0, None, None)
         verdict = "" if arm == CONTROL or left is None or right is None else (
             "better" if right < 0 else "worse" if left > 0 else "no difference seen"
         )  # fmt: skip

@@ -47,7 +47,7 @@ from pipelines.models import causal
 from pipelines.models.lora import add_lora
 from pipelines.models.losses import collate, row_losses, seen_parameters
 from pipelines.settings.parts import LoraConfig, TrainingConfig
-from pipelines.training.trainer import fit
+from pipelines.training.fit import fit
 from tests.zoo.build import FIRST_TOKEN, HIDDEN, LAST_TOKEN, build
 
 Kind = Literal["right", "refused", "wrong", "crash"]

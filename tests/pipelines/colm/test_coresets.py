@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from datatools import DataError, UsageError, files, small_sources
-from pipelines.colm import coresets
+from pipelines.colm import CoresetMixin, choosing, coresets
 from pipelines.models import load as models
 from pipelines.models.lora import add_lora
 from pipelines.models.losses import last_states, row_losses, token_losses
@@ -19,7 +19,7 @@ from pipelines.report import colm_page as coreset_report
 from pipelines.rows.prepare import prepare
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import CoresetConfig, TrainConfig
-from pipelines.training import train, trainer
+from pipelines.training import fit, train
 from tests.optim.distributed.processes import run
 from tests.pipelines import damage
 from tests.pipelines.conftest import make_world
@@ -89,7 +89,7 @@ def test_the_kept_rows_are_small_sources_and_the_rest_by_quota(world, tmp_path):
     data = DataConfig(paths=[str(world.folder / "mixed.jsonl")])
     rows = prepare(data, ModelConfig(name=str(world.model)), loaded.tokenizer, cache=tmp_path, label="data")
     trained = []
-    trainer.fit(
+    fit.fit(
         add_lora(loaded.model, LORA, seed=0),
         rows.item,
         list(range(40)),
@@ -97,8 +97,7 @@ def test_the_kept_rows_are_small_sources_and_the_rest_by_quota(world, tmp_path):
         tmp_path / "run",
         seed=1,
         observe=lambda step, kept: trained.append(list(kept)),
-        choose=CoresetConfig(keep=4),
-        source_of=rows.pool.sources.__getitem__,
+        choose=coresets.Coresets(CoresetConfig(keep=4), rows.pool.sources.__getitem__),
     )
     assert small_sources(Counter(rows.pool.sources)) == {"rare"}
     assert [len(kept) for kept in trained] == [4] * 5 and len({i for kept in trained for i in kept}) == 20
@@ -127,7 +126,7 @@ def test_a_step_counts_rows_alike_or_tokens(world, tmp_path):
     rows = prepare(data, ModelConfig(name=str(world.model)), loaded.tokenizer, cache=tmp_path, label="data")
     for weighting in ("example", "token"):
         kept = []
-        done = trainer.fit(
+        done = fit.fit(
             add_lora(loaded.model, LORA.model_copy(update={"dropout": 0.0}), seed=0),
             rows.item,
             list(range(40)),
@@ -135,8 +134,7 @@ def test_a_step_counts_rows_alike_or_tokens(world, tmp_path):
             tmp_path / weighting,
             seed=1,
             observe=lambda step, chosen, kept=kept: kept.append(list(chosen)),
-            choose=CoresetConfig(keep=4, loss_weighting=weighting),
-            source_of=rows.pool.sources.__getitem__,
+            choose=coresets.Coresets(CoresetConfig(keep=4, loss_weighting=weighting), rows.pool.sources.__getitem__),
         )
         for chosen, loss in zip(kept, done.losses, strict=True):
             with torch.no_grad():
@@ -299,23 +297,23 @@ def test_one_source_works_with_a_warning_and_a_short_last_batch_is_halved_too(wo
 
 
 def test_losses_that_are_not_finite_stop_the_run_and_leave_the_weights(world, tmp_path, monkeypatch):
-    good, calls = coresets.row_losses, []
+    good, calls = choosing.row_losses, []
 
     def rotten(model, batch):
         calls.append(1)
         return good(model, batch) * (torch.nan if len(calls) > 3 else 1)
 
-    monkeypatch.setattr(coresets, "row_losses", rotten)
+    monkeypatch.setattr(choosing, "row_losses", rotten)
     loaded = models.load(ModelConfig(name=str(world.model)))
     data = DataConfig(paths=[str(world.folder / "mixed.jsonl")])
     rows = prepare(data, ModelConfig(name=str(world.model)), loaded.tokenizer, cache=tmp_path, label="data")
     module = add_lora(loaded.model, LORA, seed=0)
     states = []
     with pytest.raises(DataError, match=r"features of rows \S+mixed\.jsonl:\d+, .* are not finite"):
-        trainer.fit(
+        fit.fit(
             module, rows.item, list(range(40)), TrainingConfig(epochs=1, batch_size=8), tmp_path / "run", seed=1,
             observe=lambda step, kept: states.append({k: p.clone() for k, p in module.named_parameters()}),
-            choose=CoresetConfig(keep=4), source_of=rows.pool.sources.__getitem__, name_of=rows.pool.where,
+            choose=coresets.Coresets(CoresetConfig(keep=4), rows.pool.sources.__getitem__), name_of=rows.pool.where,
         )  # fmt: skip
     assert states and not any(p.isnan().any() for p in module.parameters())
     assert all(p.grad is None or not p.grad.isnan().any() for p in module.parameters())
@@ -324,7 +322,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_leave_the_weights(world, tm
 # -------------------------------------------------------------------------------------------------- any other Trainer
 
 
-class CoresetTrainer(coresets.CoresetMixin, Trainer):
+class CoresetTrainer(CoresetMixin, Trainer):
     """What a user writes."""
 
 
@@ -406,7 +404,7 @@ def test_another_trainer_resumes_in_mid_epoch_to_the_same_bits(tmp_path, weighti
     again = build(tmp_path / "b", **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert torch.equal(weights(whole), weights(again))
-    assert again._colm.state_dict().keys() > {"exp_avg", "exp_avg_sq"}
+    assert again._choosing._colm.state_dict().keys() > {"exp_avg", "exp_avg_sq"}
 
 
 def test_another_trainer_without_a_choice_is_untouched(tmp_path):
@@ -470,18 +468,20 @@ def test_a_step_of_rows_without_a_supervised_token_trains_nothing(tmp_path):
 def test_training_again_reads_the_model_and_the_history_that_it_has_now(tmp_path):
     made = build(tmp_path, save_strategy="no", max_steps=2, **CHOOSE)
     made.train()
-    first = made._colm
+    first = made._choosing._colm
     made.train()
-    assert made._colm is first
+    assert made._choosing._colm is first
     made.model = tiny()
     made.model_wrapped, made.optimizer, made.lr_scheduler = made.model, None, None
     made.train()
-    assert made._colm is not first and made._colm.model is made.model
+    assert made._choosing._colm is not first and made._choosing._colm.model is made.model
     saved = build(tmp_path / "saved", **CHOOSE)
     saved.train()
-    exact = {k: v.clone() for k, v in saved._colm.state_dict().items()}
+    exact = {k: v.clone() for k, v in saved._choosing._colm.state_dict().items()}
     saved.train(resume_from_checkpoint=str(tmp_path / "saved" / "checkpoint-2"))
-    assert all(torch.equal(v, exact[k]) for k, v in saved._colm.state_dict().items()), "from step 2, not from step 6"
+    assert all(torch.equal(v, exact[k]) for k, v in saved._choosing._colm.state_dict().items()), (
+        "from step 2, not from step 6"
+    )
 
 
 def test_lists_of_a_batch_are_reduced_with_its_rows(tmp_path):
@@ -514,7 +514,11 @@ def test_bfloat16(tmp_path):
     made = build(tmp_path, bf16=True, **CHOOSE)
     made.train()
     assert weights(made).isfinite().all() and made.state.global_step == 6
-    assert made._colm.target.product and made._colm.target.replays and made._colm.target.forwards
+    assert (
+        made._choosing._colm.target.product
+        and made._choosing._colm.target.replays
+        and made._choosing._colm.target.forwards
+    )
 
 
 def test_what_another_trainer_refuses(tmp_path):
@@ -601,7 +605,7 @@ def test_trl_s_sft_trainer(tmp_path):
         for i in range(24)
     ])  # fmt: skip
 
-    class CoresetSFTTrainer(coresets.CoresetMixin, trl.SFTTrainer):
+    class CoresetSFTTrainer(CoresetMixin, trl.SFTTrainer):
         pass
 
     def made(out, **changes):
@@ -653,7 +657,7 @@ def test_the_report_warns_and_shows_hostile_names_harmlessly(first, tmp_path):
             entry["match_error"] = entry["match_error_random"]
     facts = json.loads((run / "coreset.json").read_text())
     choose = CoresetConfig(**facts["settings"])
-    monitored = {e["step"]: e for e in lines if "match_error" in e}
+    monitored = coresets.monitored(lines)
     found = coresets.facts(choose, ["<script>alert(1)</script>", "b\u202ec"], monitored)
     assert "no better than random" in found["warning"]
     files.write_text(run / "coreset.json", json.dumps(found))
@@ -690,7 +694,7 @@ def test_a_damaged_file_is_named(first, tmp_path):
 
 
 def test_the_warning_appears_while_training_and_the_terminal_is_clean(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(coresets, "not_better", lambda entries: f"after {len(entries)} in vain")
+    monkeypatch.setattr(choosing, "not_better", lambda entries: f"after {len(entries)} in vain")
     train.run(settings(world, tmp_path / "run", training=TrainingConfig(max_steps=2), lora=None))
     text = capsys.readouterr().err
     assert text.count("warning: after 1 in vain") == 1

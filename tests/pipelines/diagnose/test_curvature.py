@@ -11,7 +11,7 @@ from optim.curvature import CurvatureRule
 from pipelines.models import load as models
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import TrainConfig
-from pipelines.training import train, trainer
+from pipelines.training import checkpoint_files, train
 
 RATES = {"sophia_g": 1e-3, "sophia_h": 1e-3, "adahessian": 2e-2}
 ENTRY = {"sophia_g": "hessian", "sophia_h": "hessian", "adahessian": "exp_hessian_diag_sq"}
@@ -31,7 +31,7 @@ def settings(world, out, name, *, lora=4, dropout=0.1, dtype="auto", save_steps=
 
 
 def saved_optimizer(run):
-    return torch.load(trainer.checkpoints(run / "checkpoints")[-1] / "optimizer.pt", weights_only=True)
+    return torch.load(checkpoint_files.checkpoints(run / "checkpoints")[-1] / "optimizer.pt", weights_only=True)
 
 
 def adapter(run):
@@ -72,10 +72,10 @@ def test_a_resumed_run_ends_with_the_same_bits(world, tmp_path, name):
     config = settings(world, tmp_path / "run", name)
     run = train.run(config)
     before = adapter(run)
-    kept, *later = trainer.checkpoints(run / "checkpoints")
+    kept, *later = checkpoint_files.checkpoints(run / "checkpoints")
     assert kept.name == "checkpoint-3"
     for path in (*later, run / "adapter"):
-        trainer._set_aside(path)
+        checkpoint_files._set_aside(path)
     train.run(config)
     after = adapter(run)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)

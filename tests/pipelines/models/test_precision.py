@@ -11,7 +11,7 @@ from pipelines.models import load as models
 from pipelines.order import setting as order_setting
 from pipelines.settings.parts import LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import TrainConfig
-from pipelines.training import train, trainer
+from pipelines.training import optimizers, train, trainer
 from tests.pipelines.conftest import make_world
 
 
@@ -96,10 +96,10 @@ def test_norms_and_biases_have_no_weight_decay(world, name):
     spared = without_decay([n for n, _ in module.named_parameters()], module)
     names = {n for n, _ in module.named_parameters()}
     recipe = TrainingConfig(optimizer=name, weight_decay=0.1)
-    assert decayed(trainer.optimizer_of(recipe, module)) == names - spared and len(spared) == 6
+    assert decayed(optimizers.optimizer_of(recipe, module)) == names - spared and len(spared) == 6
     everything = recipe.model_copy(update={"decay_all": True})
-    assert decayed(trainer.optimizer_of(everything, module)) == names
-    assert len(trainer.optimizer_of(recipe.model_copy(update={"weight_decay": 0.0}), module).param_groups) == (
+    assert decayed(optimizers.optimizer_of(everything, module)) == names
+    assert len(optimizers.optimizer_of(recipe.model_copy(update={"weight_decay": 0.0}), module).param_groups) == (
         2 if name == "muon" else 1
     )
 
@@ -123,7 +123,7 @@ def test_the_optimizer_of_an_order_follows_the_same_rule(world, tmp_path, monkey
     from pipelines.settings.order import OrderConfig
 
     made = []
-    build = trainer.optimizer_of
+    build = optimizers.optimizer_of
     monkeypatch.setattr(trainer, "optimizer_of", lambda *args: made.append(build(*args)) or made[-1])
     config = OrderConfig(
         model=ModelConfig(name=str(world.model)), data={"paths": [str(world.pool)]}, out=tmp_path / "run", batches=2,

@@ -20,7 +20,7 @@ from pipelines.settings.order import OrderConfig, OrderData, OrderTraining
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import TrainConfig
 from pipelines.texts import size
-from pipelines.training import train, trainer
+from pipelines.training import fit, train, trainer
 from tests.pipelines import damage
 from tests.tiny import save_tiny_model, write_rows
 
@@ -130,8 +130,8 @@ def test_a_trainer_records_the_same_reference_run(cold: Setting, world: Path, tm
             output_dir=str(tmp_path), per_device_train_batch_size=4, num_train_epochs=1, max_grad_norm=0.0,
             report_to="none", save_strategy="no", remove_unused_columns=False, use_cpu=True, disable_tqdm=True,
         ),
-        train_dataset=trainer._Rows(rows.item, [row for step in train.rows_of(cold.plan, rows, "") for row in step]),
-        data_collator=trainer._gather,
+        train_dataset=fit.SingleRows(rows.item, [row for step in train.rows_of(cold.plan, rows, "") for row in step]),
+        data_collator=fit.gather,
         shuffle=False,
     )  # fmt: skip
     driver.train()

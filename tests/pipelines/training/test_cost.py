@@ -56,7 +56,7 @@ def nothing_expensive(monkeypatch):
         raise AssertionError("a dry run must not do this")
 
     refuse.hooked = True  # else torch wraps it, for good
-    for name in ("pipelines.training.trainer.fit", "pipelines.select.methods.extract", "datatools.order.record",
+    for name in ("pipelines.training.fit.fit", "pipelines.select.methods.extract", "datatools.order.record",
                  "datatools.order.train", "datatools.order.precompute", "torch.optim.Optimizer.step",
                  "optim.Optimizer.step", "pipelines.training.evaluation.losses"):  # fmt: skip
         monkeypatch.setattr(name, refuse)

@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from datatools import DataError
-from pipelines.colm.coresets import CoresetMixin
+from pipelines.colm import CoresetMixin
+from pipelines.models import finite
 from pipelines.select import run as select
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import CoresetConfig, TrainConfig
-from pipelines.training import finite, train, trainer
+from pipelines.training import checkpoint_files, train, trainer
 from tests.pipelines.conftest import make_world
 
 
@@ -148,7 +149,7 @@ def test_too_many_in_a_row_stop_the_run_and_leave_sound_checkpoints(world, tmp_p
     with pytest.raises(DataError, match=r"the gradient of step 6 is not finite .*few\.jsonl:\d+.* the 2 steps before"):
         train.run(settings(world, tmp_path / "run", training=recipe))
     assert not (tmp_path / "run" / "adapter").exists()
-    for path in trainer.checkpoints(tmp_path / "run" / "checkpoints"):
+    for path in checkpoint_files.checkpoints(tmp_path / "run" / "checkpoints"):
         all_finite(path)
 
 
@@ -220,7 +221,7 @@ def test_weights_that_are_not_finite_stop_at_once_and_are_never_saved(world, tmp
             train.run(settings(world, out, save_steps=save))
         assert not (out / "adapter").exists()
         for path in (out / "checkpoints").glob("checkpoint-*"):
-            assert trainer.is_complete(path)
+            assert checkpoint_files.is_complete(path)
             all_finite(path)
 
 
@@ -245,8 +246,8 @@ def rot(folder, name):
         weights = load_file(path)
         next(iter(weights.values())).view(-1)[0] = torch.nan
         save_file(weights, path, {"format": "pt"})
-    trainer.mark_complete(folder)
-    assert trainer.is_complete(folder)
+    checkpoint_files.mark_complete(folder)
+    assert checkpoint_files.is_complete(folder)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
@@ -268,7 +269,7 @@ def test_a_warm_up_skips_too_and_a_rotten_one_is_made_again(world, tmp_path, poi
     last = max((run / "warmup").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     rot(last, "adapter_model.safetensors")
     folder = shutil.copytree(run / "warmup", tmp_path / "copy")
-    assert last.name not in [path.name for path in trainer.checkpoints(folder)]
+    assert last.name not in [path.name for path in checkpoint_files.checkpoints(folder)]
 
 
 # ------------------------------------------------------------------------------------------------ in another's Trainer

@@ -19,7 +19,7 @@ from pipelines.runs import messages
 from pipelines.settings.order import OrderConfig, OrderData, OrderTraining
 from pipelines.settings.parts import LoraConfig, ModelConfig
 from pipelines.settings.train import TrainConfig
-from pipelines.training import order_recipe, train, trainer
+from pipelines.training import optimizers, order_recipe, train, trainer
 from tests.tiny import save_tiny_model, write_rows
 
 
@@ -201,7 +201,7 @@ def test_order_and_train_build_the_same_optimizer(name: str) -> None:
             LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
         )
     training = OrderTraining(optimizer=name, learning_rate=0.01, weight_decay=0.1)
-    used = trainer.optimizer_of(training, model)
+    used = optimizers.optimizer_of(training, model)
     if name == "adam_mini":
         assert any(group["rule"].blocks == 8 * 16 for group in used.param_groups), "blocks are heads"
     try:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import optim
-from datatools import DataError, EnvironmentProblem, UsageError, files
+from datatools import DataError, EnvironmentProblem, UsageError, files, t_interval
 from pipelines import demo
 from pipelines.models import load as models
 from pipelines.models.adapters import load_adapter
@@ -27,7 +27,7 @@ from pipelines.settings.audit import AuditConfig
 from pipelines.settings.demo import DemoConfig
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import EvaluateConfig, TrainConfig
-from pipelines.training import evaluation, train, trainer
+from pipelines.training import checkpoint_files, evaluation, fit, optimizers, train
 from tests.pipelines.conftest import make_world
 from tests.tiny import save_tiny_model
 
@@ -75,8 +75,9 @@ def result(run):
 
 
 def test_files_and_numbers_of_a_run(first):
-    assert (first / "adapter" / "adapter_model.safetensors").is_file() and trainer.is_complete(first / "adapter")
-    assert [p.name for p in trainer.checkpoints(first / "checkpoints")] == [
+    assert (first / "adapter" / "adapter_model.safetensors").is_file()
+    assert checkpoint_files.is_complete(first / "adapter")
+    assert [p.name for p in checkpoint_files.checkpoints(first / "checkpoints")] == [
         "checkpoint-3",
         "checkpoint-6",
         "checkpoint-9",
@@ -105,7 +106,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_supervised_tokens(world, first)
     recipe = TrainingConfig(epochs=1, batch_size=8, micro_tokens=160, learning_rate=0.0)
     module = add_lora(loaded.model, LORA.model_copy(update={"dropout": 0.0}), seed=0)
     with torch.random.fork_rng():
-        done = trainer.fit(
+        done = fit.fit(
             module,
             rows.item,
             list(range(24)),
@@ -204,7 +205,7 @@ def test_the_newest_valid_checkpoint_is_used(first, tmp_path, how):
     for name in names:
         copy = shutil.copytree(folder, tmp_path / name)
         damage(how, copy / "checkpoint-9" / name)
-        assert [p.name for p in trainer.checkpoints(copy)] == ["checkpoint-3", "checkpoint-6"], name
+        assert [p.name for p in checkpoint_files.checkpoints(copy)] == ["checkpoint-3", "checkpoint-6"], name
         assert (copy / "checkpoint-9.broken").is_dir()
 
 
@@ -214,7 +215,7 @@ def test_a_step_may_break_twice(first, tmp_path):
     for _ in range(3):
         shutil.copytree(first / "checkpoints" / "checkpoint-9", folder / "checkpoint-9", dirs_exist_ok=True)
         (folder / "checkpoint-9" / "optimizer.pt").unlink()
-        assert len(trainer.checkpoints(folder)) == 2
+        assert len(checkpoint_files.checkpoints(folder)) == 2
     assert {p.name for p in folder.glob("*.broken*")} == {
         "checkpoint-9.broken",
         "checkpoint-9.broken-2",
@@ -225,11 +226,11 @@ def test_a_step_may_break_twice(first, tmp_path):
 @pytest.mark.parametrize("content", [b"{}", b"[]", b"null", b'{"optimizer.pt": 3}', b'{"optimizer.pt": ["a", "b"]}'])
 def test_an_odd_complete_json_makes_nothing_complete(first, tmp_path, content):
     folder = shutil.copytree(first / "checkpoints" / "checkpoint-9", tmp_path / "c")
-    assert trainer.is_complete(folder)
+    assert checkpoint_files.is_complete(folder)
     (folder / "complete.json").write_bytes(content)
-    assert not trainer.is_complete(folder)
+    assert not checkpoint_files.is_complete(folder)
     (folder / "complete.json").unlink()
-    assert not trainer.is_complete(folder)
+    assert not checkpoint_files.is_complete(folder)
 
 
 def test_a_damaged_newest_checkpoint_costs_one_epoch_and_no_bit(first, world, tmp_path):
@@ -273,16 +274,16 @@ def test_steps_and_checkpoints_are_foreseen(world, tmp_path):
     """`max_steps` only shortens a run (Trainer's would also prolong it), and the plan says where it saves."""
     for epochs, limit, steps, stops in ((1, 100, 3, [3]), (3, 4, 4, [3, 4]), (3, 6, 6, [3, 6]), (2, None, 6, [3, 6])):
         recipe = TrainingConfig(epochs=epochs, max_steps=limit, batch_size=8)
-        assert (trainer.planned_steps(24, recipe), trainer.planned_checkpoints(24, recipe)) == (steps, stops)
+        assert (fit.planned_steps(24, recipe), fit.planned_checkpoints(24, recipe)) == (steps, stops)
         run = train.run(settings(world, tmp_path / f"{epochs}-{limit}", training=recipe))
-        assert [p.name for p in trainer.checkpoints(run / "checkpoints")] == [f"checkpoint-{k}" for k in stops]
+        assert [p.name for p in checkpoint_files.checkpoints(run / "checkpoints")] == [f"checkpoint-{k}" for k in stops]
         assert len((run / "metrics.jsonl").read_text().splitlines()) == steps
 
 
 def test_a_gap_between_checkpoints_sets_the_later_ones_aside(first, tmp_path):
     folder = shutil.copytree(first / "checkpoints", tmp_path / "c")
     damage("delete", folder / "checkpoint-6" / "optimizer.pt")
-    assert [p.name for p in trainer.checkpoints(folder, [3, 6, 9])] == ["checkpoint-3"]
+    assert [p.name for p in checkpoint_files.checkpoints(folder, [3, 6, 9])] == ["checkpoint-3"]
 
 
 # learning rates for nine steps; 1e-3 for all others
@@ -484,15 +485,15 @@ def test_evaluate_refuses_a_loss_that_is_not_finite(world, tmp_path):
 
 def test_intervals_are_student_s():
     """95 % intervals of a mean against numbers from a table: mean +- t s / sqrt(n)."""
-    assert evaluation.interval([2.0]) == (2.0, None, None)
-    mean, low, high = evaluation.interval([1.0, 2.0, 3.0])  # s = 1, t(2) = 4.303
+    assert t_interval([2.0]) == (2.0, None, None)
+    mean, low, high = t_interval([1.0, 2.0, 3.0])  # s = 1, t(2) = 4.303
     assert mean == 2 and high - mean == pytest.approx(4.303 / math.sqrt(3), abs=1e-3) == mean - low
-    mean, low, high = evaluation.interval([0.1, 0.3])  # s = sqrt(0.02), t(1) = 12.706
+    mean, low, high = t_interval([0.1, 0.3])  # s = sqrt(0.02), t(1) = 12.706
     assert high - mean == pytest.approx(12.706 * math.sqrt(0.02) / math.sqrt(2), abs=1e-3)
     for n, t in ((5, 2.776), (11, 2.228), (12, 2.201), (21, 2.086), (31, 2.042), (61, 2.000)):
         values = [float(i % 2) for i in range(n)]
         spread = math.sqrt(sum((v - sum(values) / n) ** 2 for v in values) / (n - 1) / n)
-        mean, low, high = evaluation.interval(values)
+        mean, low, high = t_interval(values)
         assert (high - mean) / spread == pytest.approx(t, abs=3e-3), f"n = {n}"
 
 
@@ -715,8 +716,8 @@ def test_the_demo_runs_on_any_model(world, tmp_path):
 def test_layers_with_heads_of_several_sizes_have_no_one_size():
     from tests.zoo.build import build
 
-    assert trainer.head_dim(build("Gemma4ForCausalLM")) is None
-    assert trainer.head_dim(build("LlamaForCausalLM")) == 8
+    assert optimizers.head_dim(build("Gemma4ForCausalLM")) is None
+    assert optimizers.head_dim(build("LlamaForCausalLM")) == 8
 
 
 def test_adam_mini_divides_query_and_key_matrices_by_the_heads_of_the_model(tmp_path):
@@ -726,6 +727,6 @@ def test_adam_mini_divides_query_and_key_matrices_by_the_heads_of_the_model(tmp_
     name = "model.layers.0.self_attn.q_proj.weight"
     for options, blocks in (({}, 8 * 32), ({"head_dim": 16}, 16 * 32), ({"blocks": "tensor"}, "tensor")):
         recipe = TrainingConfig(optimizer="adam_mini", optimizer_options=options)
-        made = trainer._optimizer(recipe, list(model.named_parameters()), trainer.head_dim(model))
+        made = optimizers._optimizer(recipe, list(model.named_parameters()), optimizers.head_dim(model))
         (group,) = [g for g in made.param_groups if name in g["param_names"]]
         assert group["rule"].blocks == blocks

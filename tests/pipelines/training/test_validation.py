@@ -13,7 +13,7 @@ from pipelines.report import training_page as training_report
 from pipelines.rows import preflight
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import EvaluateConfig, TrainConfig
-from pipelines.training import evaluation, train, trainer, validation
+from pipelines.training import checkpoint_files, evaluation, train, trainer, validation
 from tests.pipelines.conftest import make_world
 
 
@@ -210,7 +210,7 @@ def test_a_report_that_fails_loses_nothing_and_is_drawn_by_the_next_run(world, t
         run = train.run(settings(world, tmp_path / "run"))
     said = capsys.readouterr().err
     assert "the report could not be drawn (RuntimeError: the pen is dry)" in said and str(run / "adapter") in said
-    assert trainer.is_complete(run / "adapter") and not (run / "report.html").exists()
+    assert checkpoint_files.is_complete(run / "adapter") and not (run / "report.html").exists()
     monkeypatch.setattr(trainer, "fit", fail)  # nothing is trained again
     train.run(settings(world, run))
     assert (run / "report.html").is_file()
@@ -238,9 +238,9 @@ def test_no_link_in_a_run_folder_is_followed(world, tmp_path):
         with pytest.raises(DataError, match="is a symbolic link"):
             train.run(settings(world, copy))
         part = copy / planted.split("/adapter_")[0]
-        assert not trainer.is_sound(part)
+        assert not checkpoint_files.is_sound(part)
         train._keep(part, Part())
-        assert not part.is_symlink() and trainer.is_sound(part)
+        assert not part.is_symlink() and checkpoint_files.is_sound(part)
         assert [path.name for path in outside.iterdir()] == [precious.name] and precious.read_bytes() == b"precious"
         shutil.rmtree(copy)
 

@@ -1,0 +1,271 @@
+"""Choosing rows of large batches for a Trainer: what is the same for `datatools train` and for any other Trainer.
+
+A `Choosing` reduces the batches of each step, measures its choices, and keeps its history in the checkpoints. How a
+batch is read, and what is left of it, is up to its two kinds: `pipelines.colm.coresets` for the rows of
+`datatools train`, `pipelines.colm.mixin` for the tensors of any other Trainer.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from transformers import TrainerCallback
+
+from datatools import (
+    CoLM,
+    DataError,
+    LastLayer,
+    Selection,
+    UsageError,
+    files,
+    kept_by_source,
+    not_better,
+    small_sources,
+)
+from pipelines.colm.sources import require_known
+from pipelines.models.losses import row_losses
+from pipelines.runs.messages import warn
+from pipelines.runs.provenance import peak_rss_bytes
+from pipelines.settings.train import CoresetConfig
+
+MONITORED = (
+    "match_error", "match_error_random", "select_seconds", "train_seconds", "select_share", "peak_bytes", "overflows",
+    "kept_by_source", "seen_by_source",
+)  # fmt: skip
+"""What a log entry of a monitored step has beside the Trainer's own keys."""
+
+
+class Choosing(ABC):
+    """Reduces the batches of a Trainer's steps to the rows that `settings.method` keeps.
+
+    Choices are functions of the seed, the step, the micro-batch and (without a group) the rank, so that a resumed run
+    makes the same ones. Nothing of the training state has changed when a choice raises.
+
+    Args:
+        settings: How many rows are kept, and how they are chosen.
+    """
+
+    counts: Mapping[Hashable, int]
+    """Rows of each source in the whole training set."""
+    logged: Sequence[str] = MONITORED
+    """Keys that this adds to entries of the log history."""
+
+    def __init__(self, settings: CoresetConfig) -> None:
+        self.settings = settings
+        self.trainer: Any = None
+        self.rows_of_step = 1  # rows that the present step trains on, of this process
+        self._colm: CoLM | None = None
+        self._saved_history: dict[str, Tensor] | None = None
+        self._watched: dict[str, Any] | None = None  # what was measured and is not logged yet
+        self._tables: dict[str, Any] = {}  # what is too nested for a log, and goes into the log history alone
+        self._warned = False
+        self._idle = 0  # rows without a supervised token so far
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The processes that hold the same batches, and so choose together; None: each chooses among its own rows."""
+        return None
+
+    @abstractmethod
+    def large(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], list[Hashable], dict[str, Any]]:
+        """What a choice reads of a large batch of n rows.
+
+        Returns:
+            The tensors of the model's inputs (`input_ids` and `labels`, int64 [n, tokens], and others with n rows); the
+            source of each row; and, where they are known, `lengths` and `names` of the rows.
+        """
+
+    @abstractmethod
+    def kept(self, batch: dict[str, Any], chosen: Selection) -> dict[str, Any]:
+        """The chosen rows of `batch`, in the loader's order, with their weights."""
+
+    def begin(self, trainer: Any) -> None:
+        """Attach to a Trainer that has just been made.
+
+        Raises:
+            UsageError: For FSDP and DeepSpeed, and for sizes that do not fit each other.
+            DataError: For a model in which no layer can be found whose gradients tell rows apart.
+        """
+        self.trainer = trainer
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise UsageError("coreset: FSDP and DeepSpeed shard the layer that choices read; use DDP or one process")
+        LastLayer.of(self._bare_model(), self.settings.projection)  # refuse a model before the first step
+        self._check_sizes()
+        trainer.add_callback(_Clock(self))
+
+    def reduce(self, batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The micro-batches of the next step, each reduced to the rows that are kept.
+
+        Rows without a supervised token, which train nothing, are never chosen.
+        """
+        args, step, started = self.trainer.args, self.trainer.state.global_step, _now()
+        colm = self._chooser()
+        watch = step % self.settings.monitor_every == 0
+        if watch and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        reduced: list[Any] = []
+        watched: list[tuple[Any, list[Hashable], Selection]] = []
+        trained = 0
+        for micro, batch in enumerate(batches):
+            tensors, sources, known = self.large(batch)
+            live = ((tensors["labels"][:, 1:] != -100).sum(1) > 0).nonzero()[:, 0].cpu()
+            if len(live) < len(sources):  # rows of which max_length has cut the answer away: they train nothing
+                if not self._idle:
+                    warn(f"coreset: {len(sources) - len(live)} rows of step {step + 1} have no supervised token; such "
+                         "rows are never chosen")  # fmt: skip
+                self._idle += len(sources) - len(live)
+                if len(live) == 0:
+                    reduced.append(self.kept(batch, Selection(torch.zeros(1, dtype=torch.int64), torch.zeros(1))))
+                    continue
+                tensors = {key: tensor[live.to(tensor.device)] for key, tensor in tensors.items()}
+                known = {"names": list(range(len(sources)))} | known
+                sources, known = _only(sources, live), {key: _only(rows, live) for key, rows in known.items()}
+            keep = max(1, round(self._keep * len(sources) / self._large_batch))  # an epoch's last batch may be short
+            lane = micro if self.group is not None else micro * args.world_size + args.process_index
+            chosen = colm(tensors, sources, step=step, lane=lane, keep=min(keep, len(sources)), watch=watch, **known)
+            reduced.append(self.kept(batch, Selection(live[chosen.indices], chosen.weights)))
+            trained += len(chosen.indices)
+            if watch:
+                watched.append((colm.last, sources, chosen))
+        self.rows_of_step = max(1, trained)
+        if watched:
+            measuring = math.fsum(last.watch_seconds for last, _, _ in watched)
+            self._watched = _errors(watched) | {
+                "select_seconds": _now() - started - measuring, "overflows": colm.overflows,
+            }  # fmt: skip
+            self._tables = _rows_by_source(watched)
+        self._since = _now()
+        return reduced
+
+    def measured(self, logs: Mapping[str, Any]) -> dict[str, float]:
+        """What was measured in the last monitored step, for the next log of a loss; empty otherwise."""
+        seen = self._watched
+        if seen is None or "train_seconds" not in seen or "loss" not in logs:
+            return {}
+        self._watched = None
+        share = seen["select_seconds"] / max(1e-9, seen["select_seconds"] + seen["train_seconds"])
+        return {**seen, "select_share": share}
+
+    def noted(self, history: list[dict[str, Any]]) -> None:
+        """After a log: complete its entry in the log history, and warn once where choosing has done nothing."""
+        if not history or "match_error" not in history[-1] or not self._tables:
+            return
+        history[-1] |= self._tables
+        self._tables = {}
+        if not self._warned and self.settings.method != "random_in_source":
+            text = not_better([entry for entry in history if "match_error" in entry])
+            if text is not None:
+                self._warned = True
+                warn(text)
+
+    def save(self, folder: Path) -> None:
+        """Write the history of the choices into a checkpoint."""
+        mine = self.group is None or self.trainer.args.process_index == 0  # together, all have the same history
+        if self._colm is not None and mine:
+            files.make_folder(folder)
+            with files.atomic_path(folder / self._history_name) as path:
+                save_file(self._colm.state_dict(), path)
+
+    def load(self, folder: Path) -> None:
+        """Go on from the history in a checkpoint. Raises: DataError where it has none."""
+        path = folder / self._history_name
+        if not path.is_file():
+            raise DataError(f"coreset: {folder} has no {path.name}; it was saved without a coreset, or by other ranks")
+        self._saved_history = load_file(files.checked(path))
+
+    @property
+    def _history_name(self) -> str:
+        return f"coreset-{0 if self.group is not None else self.trainer.args.process_index}.safetensors"
+
+    def _check_sizes(self) -> None:
+        self._large_batch = self.trainer.args.per_device_train_batch_size
+        if self.settings.large_batch not in (None, self._large_batch):
+            raise UsageError(
+                f"coreset: large_batch is {self.settings.large_batch}, but per_device_train_batch_size, which is the "
+                f"large batch here, is {self._large_batch}; leave large_batch out"
+            )
+        self._keep = self.settings.keep if self.settings.keep is not None else max(1, self._large_batch // 2)
+        if not 1 <= self._keep <= self._large_batch:
+            raise UsageError(
+                f"coreset: {self._keep} rows to keep of a large batch of {self._large_batch}; keep fewer, or raise "
+                "per_device_train_batch_size"
+            )
+
+    def _bare_model(self) -> Any:
+        """The model without DDP and torch.compile around it."""
+        return self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
+
+    def _chooser(self) -> CoLM:
+        """Made at the first step, when the model is where it will train; and again for another model (`model_init`)."""
+        model = self._bare_model()
+        if self._colm is None or self._colm.model is not model:
+            settings = self.settings
+            small = small_sources(self.counts) if settings.small == "auto" else frozenset(settings.small)
+            require_known(small, self.counts)
+            self._colm = CoLM(
+                model,
+                row_losses,
+                keep=self._keep,
+                small=small,
+                seed=self.trainer.args.seed,
+                group=self.group,
+                **settings.arguments(),
+            )
+        if self._saved_history is not None:
+            self._colm.load_state_dict(self._saved_history)
+            self._saved_history = None
+        return self._colm
+
+
+class _Clock(TrainerCallback):  # type: ignore[misc]
+    """Stops the time of a monitored step's training, and reads its peak of memory, when the step is done."""
+
+    def __init__(self, choosing: Choosing) -> None:
+        self.choosing = choosing
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        seen = self.choosing._watched
+        if seen is not None and "train_seconds" not in seen:
+            seen["train_seconds"] = _now() - self.choosing._since
+            seen["peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes()
+
+
+def _only(rows: Sequence[Any], places: Tensor) -> list[Any]:
+    return [rows[i] for i in places.tolist()]
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return perf_counter()
+
+
+Watched = Sequence[tuple[Any, Sequence[Hashable], Selection]]
+
+
+def _errors(watched: Watched) -> dict[str, Any]:
+    """The mean errors over the micro-batches of a step."""
+    return {
+        "match_error": math.fsum(last.match_error for last, _, _ in watched) / len(watched),
+        "match_error_random": math.fsum(last.match_error_random for last, _, _ in watched) / len(watched),
+    }
+
+
+def _rows_by_source(watched: Watched) -> dict[str, Any]:
+    """How many rows of each source the micro-batches of a step held, and how many of them were kept."""
+    kept: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
+    for _, sources, chosen in watched:
+        kept.update(kept_by_source(sources, chosen))
+        seen.update(map(str, sources))
+    return {"kept_by_source": dict(sorted(kept.items())), "seen_by_source": dict(sorted(seen.items()))}

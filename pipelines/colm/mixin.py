@@ -1,0 +1,237 @@
+"""Coresets in any Trainer's loop: large batches from the loader, small ones into the step.
+
+`CoresetMixin` goes before any `transformers.Trainer`, or TRL's `SFTTrainer`:
+
+    class CoresetSFTTrainer(CoresetMixin, SFTTrainer): ...
+    trainer = CoresetSFTTrainer(..., choose=CoresetConfig(keep=8), source_key="dataset")
+
+`per_device_train_batch_size` is then the size of the large batch. Steps, epochs, schedules and the place in the data
+after a resume are the Trainer's, because the loader is read as ever; the tokens that scale the loss are counted anew.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from datatools import Selection, UsageError
+from pipelines.colm.choosing import Choosing
+from pipelines.models.finite import FiniteSteps
+from pipelines.settings.train import CoresetConfig
+
+SOURCES, WEIGHTS = "coreset_sources", "coreset_weights"  # keys of a batch that no model gets
+_MEDIA = ("pixel_", "image_", "video_", "input_features", "input_values", "audio_")  # what rows are not cut by
+_INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
+
+
+class CoresetMixin(FiniteSteps):
+    """A Trainer whose loader gives large batches, of which each step trains on the rows that `choose` keeps.
+
+    With gradient accumulation, every micro-batch is reduced by itself; with several processes, every process's. Choices
+    are functions of the seed, the step, the micro-batch and the rank. The history of a rule that has one is saved in
+    the checkpoint. Evaluation is untouched. The loss is the Trainer's own unless `loss_weighting` is "example".
+
+    Monitored steps log `match_error`, `match_error_random` (the mean of 16 draws), `select_seconds` (without measuring
+    the errors), `train_seconds`, `select_share` (of both) and `peak_bytes`; the log history also has `kept_by_source`
+    and `seen_by_source`. Where the Trainer logs less often than that (`logging_steps`), a log has the last monitored
+    step's values. `peak_bytes` is the most that tensors took of the GPU in the step, choosing included (torch's peak
+    statistics are reset for that); on a CPU it is the most that the process has held so far.
+
+    Rows without a supervised token, which train nothing, are never chosen.
+
+    Args:
+        choose: The settings (`CoresetConfig`), or a mapping of them; None chooses nothing.
+        source_key: The column of the training data that names the source of a row; None is one source for all.
+        nonfinite_steps: How many steps in a row may be skipped because the loss or the gradient is not finite before
+            the run stops (this class is a `FiniteSteps` too).
+
+    Raises:
+        UsageError: For packing, images, FSDP or DeepSpeed, clusters, a missing source column, and sizes that do not
+            fit; see also `datatools.CoLM`. Nothing of the training state has changed when a choice raises.
+
+    Example:
+        >>> from transformers import Trainer
+        >>> class CoresetTrainer(CoresetMixin, Trainer):
+        ...     pass
+        >>> [base.__name__ for base in CoresetTrainer.__mro__[:4]]
+        ['CoresetTrainer', 'CoresetMixin', 'FiniteSteps', 'Trainer']
+    """
+
+    choose: CoresetConfig | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        choose: CoresetConfig | Mapping[str, Any] | None = None,
+        source_key: str | None = "dataset",
+        nonfinite_steps: int = 5,
+        **kwargs: Any,
+    ) -> None:
+        self.nonfinite_steps = nonfinite_steps
+        self.choose = choose if choose is None or isinstance(choose, CoresetConfig) else CoresetConfig(**choose)
+        self.source_key = source_key
+        self._weights: Tensor | None = None
+        self._choosing: _Batches | None = None
+        self.data_collator: Any
+        self.compute_loss_func: Any
+        super().__init__(*args, **kwargs)
+        if self.choose is None:
+            return
+        self._choosing = _Batches(self.choose, source_key)
+        self._choosing.begin(self)
+        if self.choose.loss_weighting == "example" or self.choose.method == "matching_pursuit":
+            if self.compute_loss_func is not None:
+                raise UsageError("coreset: compute_loss_func and weights of rows exclude each other; leave one out")
+            self.compute_loss_func = self._example_loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of the next step, each reduced to the rows that are kept."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._choosing is None or not batches:
+            return batches, items
+        reduced = self._choosing.reduce(batches)
+        return reduced, self._get_num_items_in_batch(reduced, device)
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with what was measured in a monitored step."""
+        if self._choosing is None:
+            super().log(logs, *args, **kwargs)
+            return
+        super().log({**logs, **self._choosing.measured(logs)}, *args, **kwargs)
+        self._choosing.noted(self.state.log_history)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if self.choose is not None:
+            self._weights = inputs.pop(WEIGHTS, None)
+            inputs.pop(SOURCES, None)
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        return prepared
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.choose is not None and self.source_key is not None and self.source_key not in self._signature_columns:
+            self._signature_columns += [self.source_key]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._choosing is not None:
+            place = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self._choosing.save(Path(self._get_output_dir(trial=trial)) / place)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._choosing is not None and checkpoint is not None:
+            self._choosing.load(Path(checkpoint))
+
+    def _example_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """Each row's mean over its own tokens, times its weight, over the rows of the whole step."""
+        logits, labels = outputs.logits[:, :-1].float(), labels[:, 1:].to(outputs.logits.device)
+        tokens = functional.cross_entropy(logits.mT, labels, reduction="none", ignore_index=-100)
+        rows = tokens.sum(1) / (labels != -100).sum(1).clamp_min(1)
+        if self._weights is None or self._choosing is None:  # evaluation
+            return rows.mean()
+        scale = (
+            self.args.world_size if self.args.average_tokens_across_devices and num_items_in_batch is not None else 1
+        )
+        return (rows * self._weights.to(rows.device)).sum() / (self._choosing.rows_of_step * scale)
+
+
+class _Batches(Choosing):
+    """Chooses rows of the padded batches that a Trainer's collator makes."""
+
+    def __init__(self, settings: CoresetConfig, source_key: str | None) -> None:
+        super().__init__(settings)
+        self.source_key = source_key
+
+    def begin(self, trainer: Any) -> None:
+        """Read the sources of the training data: how large each is, and numbers for the loader to carry."""
+        super().begin(trainer)
+        for name in ("packing", "padding_free"):
+            if getattr(trainer.args, name, False):
+                raise UsageError(
+                    f"coreset: {name} joins examples into one row, so there is nothing to choose; turn it off"
+                )
+        if self.settings.clusters is not None:
+            raise UsageError(
+                "coreset: clusters are made by `datatools train` alone; add a column of sources to the data "
+                "(datatools.cluster_sources makes them of hidden states) and name it (source_key=)"
+            )
+        self._names: list[Hashable] = []
+        if self.source_key is not None:
+            data, columns = trainer.train_dataset, getattr(trainer.train_dataset, "column_names", None)
+            if columns is not None and self.source_key not in columns:
+                raise UsageError(
+                    f"coreset: the training data has no column {self.source_key!r}, it has {columns}; name the one "
+                    "with the rows' sources (source_key=), or None for one source"
+                )
+            try:
+                sources = data[self.source_key] if columns is not None else [row[self.source_key] for row in data]
+            except (KeyError, TypeError) as error:
+                raise UsageError(f"coreset: a row of the training data has no {self.source_key!r}: {error}") from error
+            self.counts = Counter(map(str, sources))
+            self._names = sorted(self.counts, key=str)
+        else:
+            self.counts = {}
+        trainer.data_collator = _Carry(trainer.data_collator, self.source_key, self._names)
+
+    def large(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], list[Hashable], dict[str, Any]]:
+        """What a choice reads of a large batch: tensors, sources; and lengths and names of its rows where known."""
+        ids = batch["input_ids"]
+        if media := [key for key in batch if key.startswith(_MEDIA)]:
+            raise UsageError(f"coreset: the batch has {media[0]!r}; choices read text alone, use text-only data")
+        positions = batch.get("position_ids")
+        numbers = batch[SOURCES].tolist()
+        if len(numbers) != len(ids) or {"cu_seq_lens_q", "seq_idx"} & set(batch) or (
+            positions is not None and bool(((positions[:, 1:] < positions[:, :-1]) & (positions[:, 1:] == 0)
+                                            & (batch["labels"][:, 1:] != -100)).any())
+        ):  # fmt: skip
+            raise UsageError(
+                f"coreset: the batch holds packed rows ({len(numbers)} examples in {len(ids)}), of which nothing can "
+                "be chosen; turn packing off, and use a collator that pads"
+            )
+        if self.source_key is not None and min(numbers) < 0:
+            raise UsageError(
+                f"coreset: a row of the training batches has no {self.source_key!r} that the training data had; the "
+                "loader must hand each row over with it"
+            )
+        sources = [None if self.source_key is None else self._names[i] for i in numbers]
+        return {key: batch[key].to(self.trainer.args.device) for key in _INPUTS if key in batch}, sources, {}
+
+    def kept(self, batch: dict[str, Any], chosen: Selection) -> dict[str, Any]:
+        """The rows of `batch` that a choice keeps, in the loader's order."""
+        order = chosen.indices.argsort()
+        rows, n = chosen.indices[order], len(batch["input_ids"])
+        kept = {
+            key: value[rows.to(value.device)]
+            if isinstance(value, Tensor) and value.ndim and len(value) == n
+            else [value[i] for i in rows.tolist()]
+            if isinstance(value, list | tuple) and len(value) == n
+            else value
+            for key, value in batch.items()
+            if key != SOURCES
+        }
+        return kept | {WEIGHTS: chosen.weights[order]}
+
+
+class _Carry:
+    """A collator that takes the source out of each row, and puts its number into the batch: one number for each row."""
+
+    def __init__(
+        self, inner: Callable[[list[Any]], dict[str, Any]], key: str | None, names: Sequence[Hashable]
+    ) -> None:
+        self.inner, self.key = inner, key
+        self.number = {name: i for i, name in enumerate(names)}
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.key is None:
+            return {**self.inner(rows), SOURCES: torch.zeros(len(rows), dtype=torch.int64)}
+        numbers = [self.number.get(str(row.get(self.key)), -1) for row in rows]  # -1: rows to evaluate on
+        batch = self.inner([{k: v for k, v in row.items() if k != self.key} for row in rows])
+        return {**batch, SOURCES: torch.tensor(numbers)}

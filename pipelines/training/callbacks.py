@@ -1,0 +1,58 @@
+"""What watches a training run without changing it: its progress, and how much of the updates arrives in the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+
+import optim
+from pipelines.runs.messages import warn
+
+
+class WatchRounding(TrainerCallback):  # type: ignore[misc]
+    """Measures in the first steps how much of the updates of bfloat16 weights arrives, and warns of what is lost."""
+
+    steps, lost = 5, 0.9
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Begin to measure, unless nothing is rounded to the nearest or the first steps are over."""
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        rounded = [group for group in inner.param_groups if group.get("rounding") == "nearest"]
+        self.optimizer = inner if rounded and state.global_step < self.steps else None
+        if self.optimizer is not None:
+            self.optimizer.arrived = optim.Arrived()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Warn after the first steps."""
+        if state.global_step >= self.steps:
+            self._say()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Warn where the run was shorter."""
+        self._say()
+
+    def _say(self) -> None:
+        if self.optimizer is None:
+            return
+        arrived, self.optimizer.arrived, self.optimizer = self.optimizer.arrived, None, None
+        if arrived.share is None or min(arrived.share, 1.0 if arrived.small is None else arrived.small) >= self.lost:
+            return
+        norms = "" if arrived.small is None else f", of norms and biases {arrived.small:.0%}"
+        warn(
+            f"weights in bfloat16, rounded to the nearest: {arrived.share:.0%} of the intended updates arrived{norms}, "
+            "the rest was rounded away; use --rounding stochastic or master, or --set model.dtype=float32"
+        )
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """Calls `advance(1)` after each step."""
+
+    def __init__(self, advance: Callable[[int], Any] | None) -> None:
+        self.advance = advance
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count the step."""
+        if self.advance is not None:
+            self.advance(1)

@@ -1,0 +1,271 @@
+"""One training run: a `DataTrainer` made from a recipe, continued from its checkpoints, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from datatools import DataError, files
+from pipelines.runs.messages import warn
+from pipelines.runs.workers import rank
+from pipelines.settings.parts import TrainingConfig
+from pipelines.training.callbacks import Progress, WatchRounding
+from pipelines.training.checkpoint_files import checkpoints, lead_first
+from pipelines.training.trainer import Choice, DataTrainer, Observe
+from pipelines.training.validation import (
+    LOSS,
+    Validate,
+    Validation,
+    best_of,
+    evaluations,
+    history_of,
+    over,
+    resume_point,
+    step_of,
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training run did: optimizer steps, and loss (mean over supervised tokens) and learning rate of each.
+
+    A loss is NaN where it was not finite. directions: with zeroth-order gradients, the seeds and projected gradients of
+    each step, which replay it. entries: what was logged of each step, as `metrics.jsonl` has it. skipped: steps that
+    were left out because loss or gradient was not finite. best: (step, loss) of the lowest validation loss. stopped:
+    whether that ended the run before its last step.
+    """
+
+    steps: int
+    losses: list[float]
+    learning_rates: list[float]
+    tokens: int
+    directions: list[dict[str, Any]] = field(default_factory=list)
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    skipped: int = 0
+    best: tuple[int, float] | None = None
+    stopped: bool = False
+
+    @property
+    def fell(self) -> str:
+        """`loss 1.2345 -> 0.6789`."""
+        known = [loss for loss in self.losses if math.isfinite(loss)] or [math.nan]
+        return f"loss {known[0]:.4f} -> {known[-1]:.4f}"
+
+
+class WholeSteps(torch.utils.data.Dataset[dict[str, Any]]):
+    """The steps of an order, one per item."""
+
+    def __init__(self, encode: Callable[[int], tuple[list[int], list[int]]], steps: Sequence[Sequence[int]]) -> None:
+        self.encode, self.steps = encode, steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        return {"rows": list(self.steps[step]), "items": [self.encode(row) for row in self.steps[step]]}
+
+
+class SingleRows(torch.utils.data.Dataset[dict[str, Any]]):
+    """Rows, one per item; `gather` makes batches of them."""
+
+    def __init__(self, encode: Callable[[int], tuple[list[int], list[int]]], rows: Sequence[int]) -> None:
+        self.encode, self.rows = encode, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"row": self.rows[i], "item": self.encode(self.rows[i])}
+
+
+def gather(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """The batch of a `DataTrainer`: `rows`, their numbers, and `items`, their (input_ids, labels)."""
+    return {"rows": [item["row"] for item in items], "items": [item["item"] for item in items]}
+
+
+def planned_steps(rows: int, recipe: TrainingConfig) -> int:
+    """Optimizer steps of a run over `rows` rows."""
+    steps = math.ceil(rows / recipe.batch_size) * recipe.epochs
+    return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
+
+
+def planned_checkpoints(rows: int, recipe: TrainingConfig) -> list[int]:
+    """The steps at which a run with `save="epoch"` saves: the end of each epoch, and the last step."""
+    last = planned_steps(rows, recipe)
+    return [*range(math.ceil(rows / recipe.batch_size), last, math.ceil(rows / recipe.batch_size)), last]
+
+
+def _may_skip_parameters(model: nn.Module) -> bool:
+    """Whether a forward pass may leave out parameters, which DDP must know: those of experts."""
+    config = getattr(model, "config", None)
+    return config is not None and any("expert" in name for name in vars(config))
+
+
+def fit(
+    model: Any,
+    encode: Callable[[int], tuple[list[int], list[int]]],
+    rows: Sequence[int],
+    recipe: TrainingConfig,
+    folder: Path,
+    *,
+    seed: int,
+    save: int | str | None = None,
+    advance: Callable[[int], Any] | None = None,
+    observe: Observe | None = None,
+    choose: Choice | None = None,
+    name_of: Callable[[int], object] = int,
+    steps: Sequence[Sequence[int]] | None = None,
+    held: int = 0,
+    autocast: bool = False,
+    validation: Validation | None = None,
+    report_to: str = "none",
+) -> Trained:
+    """Train the parameters of `model` that ask for gradients, in place, on `rows`.
+
+    Args:
+        model: What is trained.
+        encode: A row's number -> its (input_ids, labels).
+        rows: The numbers of the rows to train on.
+        recipe: The optimizer, its schedule, the number of epochs and the sizes of batches.
+        folder: Where checkpoints are. Training continues from the newest valid one there, bit for bit as if it had not
+            stopped.
+        seed: Of the order of rows, dropout and all else that is random.
+        save: When checkpoints are saved: "epoch", a number of steps, or None for never.
+        advance: Called with 1 after each step, and with the number of those that a checkpoint had already.
+        observe: Sees each step (`trainer.Observe`).
+        choose: Batches of `recipe.batch_size` rows are large ones, of which this keeps what a step trains on
+            (`trainer.Choice`).
+        name_of: What errors call a row.
+        steps: The rows of each step, in order, in place of shuffled batches; the recipe's epochs and batch size are
+            then ignored.
+        held: How many of the first steps have the learning rate with which the schedule begins after them.
+        autocast: Compute in bfloat16 with weights in float32 (`recipe.rounding` "master").
+        validation: Measures held-out rows on the way; needs `save`. The model ends with the weights of the lowest loss.
+        report_to: "tensorboard", "wandb" or "trackio", by transformers' own callbacks.
+
+    Returns:
+        What the run did, step by step.
+
+    Raises:
+        DataError: For a number of steps in a row, or weights, that are not finite.
+        UsageError: For an unknown optimizer or schedule.
+    """
+    if not rows:
+        raise DataError("training: there are no rows to train on")
+    if steps is not None:
+        recipe = recipe.model_copy(update={"batch_size": 1, "epochs": 1, "max_steps": None})
+    strategy = "no" if save is None else "epoch" if save == "epoch" else "steps"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=recipe.batch_size,
+        num_train_epochs=recipe.epochs,
+        max_steps=-1 if recipe.max_steps is None else planned_steps(len(rows), recipe),  # Trainer's ignores the epochs
+        learning_rate=recipe.learning_rate,
+        max_grad_norm=0.0 if recipe.gradient == "zo" else recipe.gradient_clip or 0.0,
+        save_strategy=strategy,
+        save_steps=save if isinstance(save, int) else 500,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=report_to,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=_may_skip_parameters(model),
+        use_cpu=not torch.cuda.is_available(),
+        bf16=autocast,
+        seed=seed % 2**32,
+        data_seed=seed % 2**32,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process is one device: no DataParallel around the model
+    last = planned_steps(len(rows), recipe) if steps is None else len(steps)
+    per_epoch = math.ceil(len(rows) / recipe.batch_size) if steps is None else len(steps)
+    callbacks: list[TrainerCallback] = [Progress(advance), WatchRounding()]
+    if validation is not None:
+        every = save if isinstance(save, int) else per_epoch
+        callbacks.append(Validate(validation, lambda step: step % every == 0 or step == last))
+    trainer = DataTrainer(
+        recipe=recipe,
+        observe=observe,
+        validate=None if validation is None else validation.loss,
+        choose=choose,
+        name_of=name_of,
+        model=model,
+        args=arguments,
+        train_dataset=SingleRows(encode, rows) if steps is None else WholeSteps(encode, steps),
+        data_collator=gather if steps is None else itemgetter(0),
+        shuffle=steps is None,
+        held=held,
+        callbacks=callbacks,
+    )
+    with lead_first():
+        valid = []
+        if save is not None and folder.is_dir():
+            if rank() == 0:
+                files.remove_leftovers(folder)
+            valid = checkpoints(folder)
+    start = resume_point(valid, validation)
+    if start is not None and advance is not None:
+        advance(step_of(start))
+    patience = None if validation is None else validation.patience
+    if start is not None and (step_of(start) >= last or over(evaluations(history_of(start)), patience)):
+        trainer._load_from_checkpoint(str(start))  # all is trained: the run was stopped between its end and its result
+        trainer.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    state = trainer.state
+    found = evaluations(state.log_history)
+    best = best_of(found)
+    if validation is not None and validation.keep_best and best is not None and best[0] != state.global_step:
+        trainer._load_from_checkpoint(str(folder / f"checkpoint-{best[0]}"))
+    model.eval()
+    entries = _entries(
+        state.log_history, gradients=recipe.gradient != "zo", more=() if choose is None else choose.logged
+    )
+    skipped = sum(entry.get("skipped", False) for entry in entries)
+    if skipped:
+        warn(f"{skipped} of {state.global_step} steps were skipped: their loss or gradient was not finite")
+    return Trained(
+        steps=state.global_step,
+        losses=[math.nan if entry["loss"] is None else entry["loss"] for entry in entries],
+        learning_rates=[entry["learning_rate"] for entry in entries],
+        tokens=trainer.seen_tokens,
+        directions=[entry for entry in state.log_history if "projected_grad" in entry],
+        entries=entries,
+        skipped=skipped,
+        best=best,
+        stopped=state.global_step < last and over(found, patience),
+    )
+
+
+def _entries(history: Sequence[Mapping[str, Any]], *, gradients: bool, more: Sequence[str]) -> list[dict[str, Any]]:
+    """One entry a step for `metrics.jsonl`: what is not finite is null, and a skipped step is marked."""
+    found: list[dict[str, Any]] = []
+    skipped = 0
+    validated = dict(evaluations(history))
+    for seen in history:
+        if "loss" not in seen:
+            continue
+        entry = {"step": seen["step"], "loss": _number(seen["loss"]), "learning_rate": seen["learning_rate"]}
+        if gradients:
+            entry["grad_norm"] = _number(seen.get("grad_norm"))
+        if seen.get("skipped_steps", 0) > skipped:
+            skipped, entry["skipped"] = seen["skipped_steps"], True
+        for key in ("tokens_per_second", *more):
+            if key in seen:
+                entry[key] = seen[key]
+        if seen["step"] in validated:
+            entry[LOSS] = _number(validated[seen["step"]])
+        found.append(entry)
+    return found
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

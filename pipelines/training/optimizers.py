@@ -1,0 +1,97 @@
+"""The optimizer and the learning-rate schedule that a training recipe names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import optim
+from datatools import UsageError
+from pipelines.settings.parts import TrainingConfig
+from pipelines.training import zeroth_order
+
+
+def head_dim(model: nn.Module) -> int | None:
+    """Rows of a query matrix that are one head, as the model's configuration says; None where it does not."""
+    config = getattr(model, "config", None)
+    try:
+        stated = getattr(config, "head_dim", None)
+    except RuntimeError:  # layers of several sizes, each with a configuration of its own
+        return None
+    hidden, heads = (getattr(config, key, None) for key in ("hidden_size", "num_attention_heads"))
+    found = hidden // heads if stated is None and hidden and heads and hidden % heads == 0 else stated
+    return found if isinstance(found, int) else None
+
+
+def optimizer_of(recipe: TrainingConfig, module: nn.Module) -> optim.Optimizer:
+    """The optimizer that the recipe names over the parameters of `module` that train. Raises: UsageError.
+
+    Norms and biases have no weight decay, as with Trainer (`optim.without_decay`); bfloat16 weights are rounded as the
+    recipe says.
+    """
+    optimizer = _optimizer(recipe, module, head_dim(module))
+    if any(p.dtype == torch.bfloat16 for p in module.parameters() if p.requires_grad):
+        optim.set_rounding(optimizer, "nearest" if recipe.rounding == "nearest" else "stochastic")
+    return optimizer
+
+
+def _optimizer(
+    recipe: TrainingConfig, parameters: nn.Module | Sequence[tuple[str, Tensor]], head: int | None = None
+) -> optim.Optimizer:
+    """head: `head_dim` of the model, for Adam-mini, whose blocks are heads where the user says nothing else."""
+    options: dict[str, Any] = dict(recipe.optimizer_options)
+    if recipe.optimizer == "adam_mini" and head and not {"dim", "n_heads", "head_dim", "blocks"} & set(options):
+        options["head_dim"] = head
+    try:
+        return optim.create(
+            recipe.optimizer,
+            parameters,
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            decay_all=recipe.decay_all or not recipe.weight_decay,
+            block_ratios=recipe.block_ratios,
+            **options,
+        )
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"training.optimizer: {error}") from error
+
+
+def factors(recipe: TrainingConfig, steps: int, optimizer: torch.optim.Optimizer) -> list[Callable[[int], float]]:
+    """One function a param group, from the steps taken to the factor of the next: the schedule at that of T + 1."""
+
+    def next_step(factor: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: factor(step + 1)
+
+    try:
+        options: dict[str, Any] = dict(recipe.schedule_options)
+        if "warmup_steps" in optim.schedule_options(recipe.schedule):
+            options.setdefault("warmup_steps", math.ceil(recipe.warmup_ratio * steps))
+        found = optim.group_factors(optimizer, recipe.schedule, total_steps=steps + 1, **options)
+        return [next_step(factor) for factor in found]
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"training.schedule: {error}") from error
+
+
+def held(factor: Callable[[int], float], steps: int) -> Callable[[int], float]:
+    """`factor`, which stands still for so many steps before it begins."""
+    return factor if not steps else lambda step: factor(max(step - steps, 0))
+
+
+def check(recipe: TrainingConfig) -> None:
+    """Refuse an optimizer, a hyper-parameter or a schedule that does not exist, before anything is loaded.
+
+    Raises: UsageError.
+    """
+    examples = optim.example_parameters(recipe.block_ratios)
+    options = dict(recipe.optimizer_options)
+    for key in ("assign", "blocks"):
+        if isinstance(options.get(key), Mapping):
+            options[key] = {}  # of names that the examples do not have
+    optimizer = _optimizer(recipe.model_copy(update={"optimizer_options": options}), examples)
+    factors(recipe, 1, optimizer)
+    if recipe.gradient == "zo":
+        zeroth_order.check(recipe, optimizer, examples)
