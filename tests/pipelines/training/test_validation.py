@@ -14,6 +14,7 @@ from pipelines.rows import preflight
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import EvaluateConfig, TrainConfig
 from pipelines.training import checkpoint_files, evaluation, train, trainer, validation
+from pipelines.training import fit as fit_module
 from tests.pipelines.conftest import make_world
 
 
@@ -211,7 +212,7 @@ def test_a_report_that_fails_loses_nothing_and_is_drawn_by_the_next_run(world, t
     said = capsys.readouterr().err
     assert "the report could not be drawn (RuntimeError: the pen is dry)" in said and str(run / "adapter") in said
     assert checkpoint_files.is_complete(run / "adapter") and not (run / "report.html").exists()
-    monkeypatch.setattr(trainer, "fit", fail)  # nothing is trained again
+    monkeypatch.setattr(fit_module, "fit", fail)  # nothing is trained again
     train.run(settings(world, run))
     assert (run / "report.html").is_file()
 
