@@ -18,9 +18,9 @@ from datatools import DataError, EnvironmentProblem, files
 from pipelines.models.finite import rotten
 from pipelines.models.quiet import quiet
 from pipelines.runs.messages import warn
-from pipelines.runs.workers import rank, world_size
 from pipelines.runs.run_files import COMPLETE as COMPLETE
 from pipelines.runs.run_files import changed
+from pipelines.runs.workers import rank, world_size
 
 
 @contextmanager
