@@ -117,7 +117,7 @@ def test_time_left_is_that_of_the_whole_run(tmp_path, monkeypatch):
         now[0] = 50.0
         bar.done = 50
         assert bar.line() == "here: 50 of 100 rows (50 %), 1 rows/s, about 50 s left, 17 min 30 s of the whole run"
-        bar._report("running")
+        bar._report()
         assert json.loads((tmp_path / "run" / "progress.json").read_text())["eta_seconds"] == 1050
 
 
