@@ -18,7 +18,8 @@ SHARED_MODULES = {
 }  # fmt: skip
 """Modules that other packages may use beside what a package's __init__ exports."""
 
-WRITING = {"datatools/files/__init__.py", "datatools/files/seals.py"}
+WRITING = {f"datatools/files/{name}.py" for name in ("atomic", "disk", "folders", "locks", "reading", "seals")}
+"""What may open, write and rename files; nothing else does, in this package or another."""
 
 
 def modules(*packages: str) -> Iterator[tuple[str, ast.Module]]:
@@ -262,7 +263,6 @@ LIMITS = {"folders": 12, "root files": 6, "floors": 9}
 STILL_OVER = {
     "datatools/colm/last_layer.py: over 400 lines",
     "datatools/features/store.py: over 400 lines",
-    "datatools/files/__init__.py: over 400 lines",
     "pipelines/cli/app.py: over 400 lines",
     "pipelines/demo_data/make.py: over 400 lines",
     "pipelines/order/run.py: over 400 lines",
@@ -305,7 +305,7 @@ def test_nothing_that_runs_code_from_data():
     report([error for where, tree in modules(*PACKAGES) for error in forbidden_errors(where, tree)])
 
 
-def test_one_module_writes():
+def test_one_package_writes():
     report([e for where, tree in modules(*PACKAGES) if where not in WRITING for e in write_errors(where, tree)])
 
 

@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from datatools import EnvironmentProblem, GradientFeatures, files  # noqa: E402
+from datatools.files import atomic, disk, folders, locks, reading  # noqa: E402
 
 DIM, ROWS, META = 24, 6, {"model": "fake", "projector": {"seed": 0, "dim": 24}}
 
@@ -117,6 +118,12 @@ class Interposed:
         return call
 
 
+def interpose(replacement: object) -> None:
+    """Make every module that writes files call `replacement` for `os`."""
+    for module in (atomic, disk, folders, locks, reading):
+        module.os = replacement
+
+
 def expected_rows(reference: Path) -> dict[str, torch.Tensor]:
     store = GradientFeatures.open(reference)
     return {name: row for block in store.iter_blocks() for name, row in zip(block.keys, block.features, strict=True)}
@@ -160,15 +167,15 @@ def crash(folder: Path, kills: int, seed: int) -> dict[str, object]:
     fill(reference, units)
     expected = expected_rows(reference)
     counting = Interposed(lambda n: None)
-    files.os = counting
+    interpose(counting)
     fill(folder / "counted", units)
-    files.os = os
+    interpose(os)
     points = 0
     for n in range(1, counting.count + 1):
         store = folder / f"point-{n}"
 
         def work(n: int = n, store: Path = store) -> None:
-            files.os = Interposed(lambda m: os.kill(os.getpid(), signal.SIGKILL) if m == n else None)
+            interpose(Interposed(lambda m: os.kill(os.getpid(), signal.SIGKILL) if m == n else None))
             fill(store, units)
 
         code = wait(child(work))
@@ -221,7 +228,7 @@ def faults(folder: Path, kills: int, seed: int) -> dict[str, object]:
     fill(folder / "reference", units)
     expected = expected_rows(folder / "reference")
     counting = Interposed(lambda n: None)
-    files.os = counting
+    interpose(counting)
     fill(folder / "counted", units)
     raised, silent, bare, bad_files, wrong = 0, 0, [], [], 0
     for code in (errno.ENOSPC, errno.EIO):
@@ -232,7 +239,7 @@ def faults(folder: Path, kills: int, seed: int) -> dict[str, object]:
                 if m == n:
                     raise OSError(code, os.strerror(code))
 
-            files.os = Interposed(fail)
+            interpose(Interposed(fail))
             try:
                 fill(store, units)
                 silent += 1
@@ -242,7 +249,7 @@ def faults(folder: Path, kills: int, seed: int) -> dict[str, object]:
                     bare.append(f"call {n}: {error}")
             except Exception as error:  # noqa: BLE001 - whatever it is, it is counted
                 bare.append(f"call {n}: {error!r}")
-            files.os = os
+            interpose(os)
             wrong += wrong_rows(store, units, expected)
             fill(store, units)
             bad_files += differing(store, folder / "reference")

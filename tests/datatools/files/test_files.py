@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datatools import DataError, EnvironmentProblem, files
+from datatools.files import atomic, disk
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -197,7 +198,8 @@ def test_each_error_names_path_and_remedy(tmp_path, monkeypatch, code, kind, adv
         def open(self, *args):
             raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(files, "os", Failing())
+    for module in (atomic, disk):
+        monkeypatch.setattr(module, "os", Failing())
     for call in (files.write_bytes, files.append_line):
         with pytest.raises(kind, match=f"cannot (write|append to) {tmp_path}/x: {os.strerror(code)}.*{advice}"):
             call(tmp_path / "x", "" if call is files.append_line else b"")

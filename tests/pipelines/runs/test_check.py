@@ -12,7 +12,8 @@ from datatools import DataError, EnvironmentProblem, UsageError, files
 from datatools.files import seals
 from pipelines.runs.folder import Run
 from pipelines.settings.load import load_config
-from pipelines.settings.select import SelectConfig, TrainConfig
+from pipelines.settings.select import SelectConfig
+from pipelines.settings.train import TrainConfig
 from tests.pipelines.runs.common import config, read
 
 
