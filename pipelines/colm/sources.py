@@ -9,7 +9,7 @@ import torch
 
 from datatools import UsageError, cluster_sources, did_you_mean, token_batches
 from pipelines.models.losses import last_states
-from pipelines.rows.prepare import Rows
+from pipelines.rows.rows import Rows
 from pipelines.runs.messages import warn
 from pipelines.runs.progress import progress
 from pipelines.runs.seeds import derive_seed

@@ -23,7 +23,8 @@ from pipelines.models import load as models
 from pipelines.models.load import LoadedModel
 from pipelines.models.losses import collate, supervised_tokens, token_losses
 from pipelines.report import diagnose_page as diagnose_view
-from pipelines.rows.prepare import Rows, file_facts, prepare
+from pipelines.rows.prepare import file_facts, prepare
+from pipelines.rows.rows import Rows
 from pipelines.runs.folder import Run, in_scratch
 from pipelines.runs.messages import say
 from pipelines.runs.progress import progress

@@ -20,7 +20,8 @@ import optim
 from datatools import DataError, Order, UsageError, files, order, token_batches
 from pipelines.models import load as models
 from pipelines.models.losses import Batch, supervised_tokens, token_losses
-from pipelines.rows.prepare import Rows, file_facts, prepare, target_data
+from pipelines.rows.prepare import file_facts, prepare, target_data
+from pipelines.rows.rows import Rows
 from pipelines.runs.folder import Run
 from pipelines.runs.messages import say, warn
 from pipelines.runs.seeds import derive_seed

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datatools import UsageError, files
-from pipelines.rows.data import Pool, Row
-from pipelines.rows.encode import Progress, Scan
+from pipelines.rows.index import Pool
+from pipelines.rows.row import Row
+from pipelines.rows.scan import Progress, Scan
 
 HOW = ("none", "exact", "near")
 

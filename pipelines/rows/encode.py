@@ -1,60 +1,26 @@
-"""Rows to tokens: the chat format, and the loss on what the assistant says and nothing else."""
+"""Rows to tokens: the chat format, with loss on what the assistant says and nothing else."""
 
 import copy
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from datatools import DataError, UsageError, files
 from pipelines.models.limits import ModelLimits
-from pipelines.rows.chat import ChatTemplate, RowError
-from pipelines.rows.data import BadRow, Pool, Row
+from pipelines.rows.chat.refusals import RowError
+from pipelines.rows.chat.template import ChatTemplate
+from pipelines.rows.encoded import IGNORED, Encoded
 from pipelines.rows.formats import REASONING_TAG, Message, strings
 from pipelines.rows.jsonl import shown
-
-__all__ = ["IGNORED", "Encoded", "Encoder", "RowError", "Scan", "scan"]
-
-IGNORED = -100
-"""The label of a token without loss (torch's and transformers' `ignore_index`)."""
+from pipelines.rows.row import Row
 
 ON_LONG = ("truncate", "skip", "error")
 _VERSION = "2"  # of the encoding: raise it when the same row gives other tokens or labels
 _SPACE = (" ", "\n", "\t")
 _SHORT = 1 << 16  # characters; texts up to this are tokenised whole
 _MARGIN = 64  # tokens at the end of a piece of a text that the cut may have changed
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One row in tokens."""
-
-    input_ids: list[int]
-    labels: list[int]
-    """As long as `input_ids`: the id where there is loss, `IGNORED` elsewhere. Not shifted: labels[t] is predicted from
-    input_ids[:t], so labels[0] never counts."""
-    cut: int = 0
-    """Tokens dropped from the end to fit `max_length`; of a very long text, of as much of it as was tokenised."""
-    flags: tuple[str, ...] = ()
-    """What the template leaves out (`chat.Rendered.flags`), and control_token_in_text (plain text rows only)."""
-
-    @property
-    def supervised(self) -> int:
-        """How many tokens carry loss."""
-        return sum(label != IGNORED for label in self.labels[1:])
-
-    @property
-    def key(self) -> str:
-        """xxh3-128 of ids and labels (int32, little-endian): equal content has an equal key."""
-        return files.digest(np.asarray([self.input_ids, self.labels], dtype="<i4").tobytes())
-
-
 _TULU = (
     "{{- BEFORE }}{% for message in messages %}{{- '<|' + message['role'] + '|>\n' + message['content'] | trim }}"
     "{% if message['role'] == 'assistant' %}{{- eos_token }}{% endif %}{{- '\n' }}{% endfor %}"
@@ -318,53 +284,6 @@ class Encoder:
                     "control_token_in_text",
                     f"{shown(found.group())} is a control token of this tokenizer; in a text it could fake a turn",
                 )
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What encoding a pool once has shown; row i of every array is row i of the pool, zero or "" where not ok."""
-
-    ok: NDArray[np.bool_]
-    tokens: NDArray[np.int32]
-    """After cutting."""
-    supervised: NDArray[np.int32]
-    cut: NDArray[np.int32]
-    keys: list[str]
-    bad: list[BadRow]
-    flags: Counter[str] = field(default_factory=Counter)
-    """How many rows have each flag of `Encoded`."""
-
-
-class Progress(Protocol):
-    """Whatever shows how far a job is."""
-
-    def advance(self, n: int = 1, /) -> object:
-        """`n` more rows are done."""
-
-
-def scan(pool: Pool, encoder: Encoder, progress: Progress | None = None) -> Scan:
-    """Encode every row once and keep its length, trained tokens, key, and what is wrong with it; not its tokens.
-
-    Cost: one pass over the files; 13 bytes a row and its key.
-    Raises: DataError as `Encoder` does.
-    """
-    n = len(pool)
-    result = Scan(np.zeros(n, bool), np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32), [""] * n, [])
-    for i in range(n):
-        try:
-            encoded = encoder(pool[i])
-        except RowError as error:
-            result.bad.append(pool.bad_row(i, error.reason, error.detail))
-        else:
-            result.ok[i] = True
-            result.tokens[i] = len(encoded.input_ids)
-            result.supervised[i] = encoded.supervised
-            result.cut[i] = encoded.cut
-            result.keys[i] = encoded.key
-            result.flags.update(encoded.flags)
-        if progress is not None:
-            progress.advance(1)
-    return result
 
 
 def _said(messages: Sequence[Message], tools: Sequence[Any]) -> Iterator[str]:

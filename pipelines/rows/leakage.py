@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipelines.rows.dedup import overlaps
-from pipelines.rows.prepare import Rows
+from pipelines.rows.rows import Rows
 
 _SHOWN = 3
 

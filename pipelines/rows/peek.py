@@ -17,18 +17,11 @@ from typing import Any
 
 from datatools import DataError, UsageError, did_you_mean
 from pipelines.rows.formats import _detect, check_columns, columns_of, read_shape
+from pipelines.rows.input_files import PACKED, SAVED, Source, saved_files
+from pipelines.rows.json_array import is_array, rows_of_array
 from pipelines.rows.jsonl import Limits, Malformed, is_blank, parse_object, read_lines
-from pipelines.rows.sources import (
-    PACKED,
-    SAVED,
-    Source,
-    _from_array,
-    _is_array,
-    _reading,
-    _saved_files,
-    _unpacked,
-)
-from pipelines.rows.tables import rows_of_csv
+from pipelines.rows.tables.csv import rows_of_csv
+from pipelines.rows.unpacked import reading, unpacked
 from pipelines.settings.base import Columns
 
 ROWS, BYTES, FILES = 200, 1 << 20, 50
@@ -58,12 +51,12 @@ def look(source: Source, limits: Limits = Limits()) -> Look | None:  # noqa: B00
     with suppress(DataError, OSError, ValueError, EOFError, StopIteration):
         if kind in (".parquet", ".arrow", ".feather", SAVED):
             return None if packed else Look([dict.fromkeys(_schema(path, kind))], True, True)
-        if kind == ".json" and not packed and not _is_array(path):
+        if kind == ".json" and not packed and not is_array(path):
             kind = ".jsonl"
-        with _reading(path) as raw:
+        with reading(path) as raw:
             stream, cut = raw, False
             if packed:
-                stream, cut = _beginning(_unpacked(raw, packed))
+                stream, cut = _beginning(unpacked(raw, packed))
             rows, more = _first(stream, kind, source.name, limits)
             return Look(rows, False, not more and not cut)
     return None
@@ -85,7 +78,7 @@ def _first(file: Any, kind: str, name: str, limits: Limits) -> tuple[list[dict[s
     if kind in (".csv", ".tsv"):
         lines = rows_of_csv(file, "\t" if kind == ".tsv" else ",", limits)
     elif kind == ".json":
-        lines = _from_array(file, name, limits)
+        lines = rows_of_array(file, name, limits)
     else:
         lines = (line.raw for line in read_lines(file, name, limits) if line.raw is None or not is_blank(line.raw))
     found: list[dict[str, Any]] = []
@@ -104,7 +97,7 @@ def _schema(path: Path, kind: str) -> list[str]:
             import pyarrow.parquet
 
             return list(pyarrow.parquet.read_schema(path).names)
-        with pyarrow.OSFile(str(_saved_files(path)[0] if kind == SAVED else path)) as file:
+        with pyarrow.OSFile(str(saved_files(path)[0] if kind == SAVED else path)) as file:
             indexed = file.read(6) == b"ARROW1"
             file.seek(0)
             reader = pyarrow.ipc.open_file(file) if indexed else pyarrow.ipc.open_stream(file)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from datatools import Budget, DataError, EnvironmentProblem, UsageError, did_you_mean
 from pipelines.rows import peek
-from pipelines.rows.sources import find_sources
+from pipelines.rows.input_files import find_sources
 from pipelines.runs.folder import Run
 from pipelines.runs.workers import alone
 from pipelines.settings import names, trackers

@@ -20,7 +20,8 @@ from pipelines.models.base import unload
 from pipelines.report import page as report
 from pipelines.report.view import FEWEST_RUNS
 from pipelines.rows import leakage, preflight
-from pipelines.rows.prepare import Rows, file_facts, prepare, target_data
+from pipelines.rows.prepare import file_facts, prepare, target_data
+from pipelines.rows.rows import Rows
 from pipelines.runs import run_files, verdicts
 from pipelines.runs.folder import Run, in_scratch
 from pipelines.runs.messages import say

@@ -22,7 +22,8 @@ from pipelines.models import load as models
 from pipelines.models.losses import losses_for, seen_parameters
 from pipelines.report.page import damaged, visible
 from pipelines.report.view import method_of
-from pipelines.rows.prepare import Rows, prepare, target_data
+from pipelines.rows.prepare import prepare, target_data
+from pipelines.rows.rows import Rows
 from pipelines.runs import run_files
 from pipelines.runs.messages import say
 from pipelines.select import methods

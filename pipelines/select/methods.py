@@ -40,7 +40,7 @@ from pipelines.models import load as models
 from pipelines.models.base import unload
 from pipelines.models.lora import add_lora
 from pipelines.models.losses import last_states, losses_for, row_losses, seen_parameters
-from pipelines.rows.prepare import Rows
+from pipelines.rows.rows import Rows
 from pipelines.runs import numerics
 from pipelines.runs.folder import Run
 from pipelines.runs.messages import library_warnings, say, warn

@@ -35,8 +35,9 @@ from datatools import (
 from pipelines.models import load as models
 from pipelines.report import page as report
 from pipelines.rows import leakage
-from pipelines.rows.data import Row
-from pipelines.rows.prepare import Rows, accept_growth, file_facts, prepare, target_data
+from pipelines.rows.prepare import accept_growth, file_facts, prepare, target_data
+from pipelines.rows.row import Row
+from pipelines.rows.rows import Rows
 from pipelines.runs import verdicts
 from pipelines.runs.folder import Run
 from pipelines.runs.messages import quiet, say, warn

@@ -11,7 +11,8 @@ import torch
 from datatools import DataError, files, token_batches
 from pipelines.models import load as models
 from pipelines.models.losses import token_losses
-from pipelines.rows.prepare import Rows, prepare
+from pipelines.rows.prepare import prepare
+from pipelines.rows.rows import Rows
 from pipelines.runs.progress import progress
 from pipelines.runs.workers import rank, world_size
 from pipelines.settings.train import EvaluateConfig

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from datatools import DataError, Order, UsageError, files
-from pipelines.rows.prepare import Rows
+from pipelines.rows.rows import Rows
 from pipelines.runs.messages import say, warn
 from pipelines.settings.base import Columns, Seed, Settings
 from pipelines.settings.order import OrderConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.rows.prepare import Rows
+from pipelines.rows.rows import Rows
 from pipelines.runs.redact import redact
 from pipelines.settings.train import TrainConfig
 from pipelines.training.fit import Trained

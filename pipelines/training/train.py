@@ -22,7 +22,8 @@ from pipelines.models.lora import add_lora
 from pipelines.report import training_page as training_report
 from pipelines.report.drawing import draw_last
 from pipelines.rows import leakage, preflight
-from pipelines.rows.prepare import Rows, file_facts, prepare, target_data
+from pipelines.rows.prepare import file_facts, prepare, target_data
+from pipelines.rows.rows import Rows
 from pipelines.runs.folder import Run, in_scratch
 from pipelines.runs.messages import say, warn
 from pipelines.runs.progress import progress

@@ -28,7 +28,8 @@ from pipelines.models import load as models
 from pipelines.models import losses
 from pipelines.models.lora import add_lora
 from pipelines.report import charts
-from pipelines.rows.prepare import Rows, prepare
+from pipelines.rows.prepare import prepare
+from pipelines.rows.rows import Rows
 from pipelines.runs.progress import progress
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import CoresetConfig

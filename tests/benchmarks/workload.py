@@ -18,7 +18,8 @@ from optim import UpdateMap
 from pipelines.models import load as models
 from pipelines.models.lora import add_lora
 from pipelines.models.losses import row_losses
-from pipelines.rows.prepare import Rows, prepare
+from pipelines.rows.prepare import prepare
+from pipelines.rows.rows import Rows
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig
 from tests.benchmarks.measure import Settings
 from tests.conftest import REPOSITORY, shared_folder

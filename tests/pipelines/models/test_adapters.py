@@ -687,7 +687,7 @@ def test_a_template_for_tulu_writes_the_tokens_that_the_tokenizer_adds(world):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
     )
-    from pipelines.rows.data import Row
+    from pipelines.rows.row import Row
 
     messages = ({"role": "system", "content": " be brief "}, {"role": "user", "content": "hi"},
                 {"role": "assistant", "content": "yes"}, {"role": "user", "content": "?"},

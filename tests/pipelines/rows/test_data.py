@@ -15,10 +15,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from datatools import DataError, EnvironmentProblem, UsageError
-from pipelines.rows.data import BadRow, Pool, Row, read_pool
 from pipelines.rows.formats import Shape, read_shape, visible
+from pipelines.rows.index import Pool
+from pipelines.rows.input_files import find_sources
 from pipelines.rows.jsonl import Limits, Malformed, parse_object
-from pipelines.rows.sources import find_sources
+from pipelines.rows.read import read_pool
+from pipelines.rows.row import BadRow, Row
 
 
 def turn(role, content, **more) -> dict:
@@ -910,7 +912,7 @@ def test_a_file_name_that_is_not_text_is_refused_at_the_start(tmp_path):
 
 def test_file_names_of_bad_rows_are_redacted_once(tmp_path, monkeypatch):
     from pipelines.rows import prepare
-    from pipelines.rows.data import BadRow
+    from pipelines.rows.row import BadRow
 
     asked = []
     monkeypatch.setattr(prepare, "redact", lambda name: asked.append(name) or name)

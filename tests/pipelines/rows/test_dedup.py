@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datatools import UsageError
-from pipelines.rows.data import Pool, read_pool
 from pipelines.rows.dedup import _bands, _jaccard, _shingles, dedup
-from pipelines.rows.encode import Scan
+from pipelines.rows.index import Pool
+from pipelines.rows.read import read_pool
+from pipelines.rows.scan import Scan
 
 
 def pool_of(tmp_path: Path, rows: list[dict], name: str = "rows.jsonl") -> Pool:

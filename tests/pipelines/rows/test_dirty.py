@@ -6,9 +6,10 @@ from collections import Counter
 import pytest
 
 from datatools import DataError
-from pipelines.rows.data import read_pool
 from pipelines.rows.dedup import dedup
-from pipelines.rows.encode import Encoder, scan
+from pipelines.rows.encode import Encoder
+from pipelines.rows.read import read_pool
+from pipelines.rows.scan import scan
 
 # what a label's `expect` allows: kept, duplicate (dropped as one), bad (dropped with a reason), blank (not a row)
 ALLOWED = {

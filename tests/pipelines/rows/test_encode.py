@@ -14,9 +14,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from datatools import DataError, UsageError
-from pipelines.rows.chat import ChatTemplate
-from pipelines.rows.data import Row, read_pool
-from pipelines.rows.encode import IGNORED, Encoded, Encoder, RowError, _labels, scan
+from pipelines.rows.chat.refusals import RowError
+from pipelines.rows.chat.template import ChatTemplate
+from pipelines.rows.encode import Encoder, _labels
+from pipelines.rows.encoded import IGNORED, Encoded
+from pipelines.rows.read import read_pool
+from pipelines.rows.row import Row
+from pipelines.rows.scan import scan
 
 # ---------------------------------------------------------------- tokenizers, made here
 
@@ -1161,7 +1165,7 @@ def test_spans_agree_with_the_blocks_that_others_wrote(name):
     """
     import trl
 
-    from pipelines.rows.chat import _GENERATION
+    from pipelines.rows.chat.render import _GENERATION
 
     template = (Path(trl.__file__).parent / "chat_templates" / name).read_text()
     bare = _GENERATION.sub(lambda tag: f"{{%{tag[1]} {'endwith' if tag[2] else 'with'} {tag[3]}%}}", template)

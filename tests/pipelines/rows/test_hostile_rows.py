@@ -8,12 +8,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from datatools import DataError
-from pipelines.rows import chat, encode, template_process
-from pipelines.rows.chat import RowError
-from pipelines.rows.data import Row
+from pipelines.rows import encode
+from pipelines.rows.chat import process, render
+from pipelines.rows.chat.refusals import RowError
+from pipelines.rows.chat.template import ChatTemplate
 from pipelines.rows.encode import Encoder
 from pipelines.rows.formats import _dialogue, read_shape
 from pipelines.rows.jsonl import Malformed
+from pipelines.rows.row import Row
 from pipelines.select.run import column
 from tests.pipelines.rows.test_encode import CHATML, FAMILIES, byte_level, row
 
@@ -170,10 +172,10 @@ LARGE = {
 @pytest.fixture
 def quick(monkeypatch):
     """A renderer of its own, with little time and memory."""
-    monkeypatch.setattr(template_process, "SECONDS", 0.2)
-    monkeypatch.setattr(template_process, "MEMORY", 256 << 20)
-    worker = template_process.Worker()
-    monkeypatch.setattr(chat, "worker", worker)
+    monkeypatch.setattr(process, "SECONDS", 0.2)
+    monkeypatch.setattr(process, "MEMORY", 256 << 20)
+    worker = process.Worker()
+    monkeypatch.setattr(render, "worker", worker)
     yield worker
     worker.close()
 
@@ -188,7 +190,7 @@ def test_templates_that_take_too_much_make_bad_rows(quick, monkeypatch):
         encoder = Encoder(tokenizer, max_length=1000)
         with pytest.raises(RowError, match="template_too_slow"):
             encoder(item)
-    monkeypatch.setattr(chat, "_SLOW_ROWS", 2)
+    monkeypatch.setattr(render, "_SLOW_ROWS", 2)
     with pytest.raises(DataError, match="does it loop"):
         encoder(item)
     for template in LARGE.values():
@@ -204,7 +206,7 @@ def test_rendering_is_that_of_transformers_from_any_thread():
         tokenizer.chat_template = family.template
         messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
         found: list[str] = []
-        template = chat.ChatTemplate(tokenizer, family.template, name)
+        template = ChatTemplate(tokenizer, family.template, name)
         want = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template.text)
         thread = threading.Thread(target=lambda: found.append(template.render(messages)))  # noqa: B023
         thread.start()
@@ -214,13 +216,13 @@ def test_rendering_is_that_of_transformers_from_any_thread():
 
 def test_a_template_that_draws_draws_the_same():
     tokenizer = bytes_tokenizer()
-    template = chat.ChatTemplate(tokenizer, "{{ [1, 2, 3, 4, 5, 6, 7, 8, 9]|random }}{{ lipsum(1) }}", "drawing")
+    template = ChatTemplate(tokenizer, "{{ [1, 2, 3, 4, 5, 6, 7, 8, 9]|random }}{{ lipsum(1) }}", "drawing")
     messages = [{"role": "user", "content": "one"}]
     assert len({template.render(messages) for _ in range(5)}) == 1
 
 
 def test_half_a_character_from_a_template_is_a_refusal():
-    template = chat.ChatTemplate(bytes_tokenizer(), r"{{ '\ud800' }}", "halves")
+    template = ChatTemplate(bytes_tokenizer(), r"{{ '\ud800' }}", "halves")
     with pytest.raises(RowError, match="template_refuses"):
         template.render([{"role": "user", "content": "one"}])
 

@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from datatools import DataError
-from pipelines.rows import tables
-from pipelines.rows.data import read_pool
 from pipelines.rows.jsonl import Limits, Malformed
-from pipelines.rows.tables import rows_of_arrow, rows_of_parquet, sizes
+from pipelines.rows.read import read_pool
+from pipelines.rows.tables import checks, csv
+from pipelines.rows.tables.arrow import rows_of_arrow, rows_of_parquet
+from pipelines.rows.tables.sizes import sizes
 from tests.conftest import REPOSITORY
 
 D = decimal.Decimal
@@ -209,9 +210,9 @@ def test_a_batch_may_take_so_much_memory(tmp_path):
     """The operating system stops what Arrow's headers do not tell: here a text of 100 MB in a file of a few kB."""
     write("packed", tmp_path / "t", pa.record_batch([pa.array(["a" * (100 << 20)])], ["text"]))
     script = (  # in a process of its own: this one may have so much address space to spare
-        "import sys; from pathlib import Path; from pipelines.rows import tables; "
+        "import sys; from pathlib import Path; from pipelines.rows.tables import arrow; "
         "from tests.pipelines.rows.test_tables import rows; "
-        "tables._FREE = 50 << 20; rows('packed', Path(sys.argv[1]))"
+        "arrow._FREE = 50 << 20; rows('packed', Path(sys.argv[1]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "t")], cwd=REPOSITORY, capture_output=True, text=True
@@ -221,7 +222,7 @@ def test_a_batch_may_take_so_much_memory(tmp_path):
 
 def test_a_parquet_file_that_describes_itself_at_length_is_refused(tmp_path, monkeypatch):
     write("parquet", tmp_path / "t", pa.record_batch([pa.array([1])], ["text"]))
-    monkeypatch.setattr(tables, "_FOOTER_BYTES", 10)
+    monkeypatch.setattr(checks, "_FOOTER_BYTES", 10)
     with pytest.raises(DataError, match="write it in fewer, larger row groups"):
         rows("parquet", tmp_path / "t")
 
@@ -271,8 +272,7 @@ def csv_rows(tmp_path, data, limits=LONG):
     (tmp_path / "t.csv").write_bytes(data)
     with Counting(tmp_path / "t.csv") as file:
         found = [
-            row.reason if isinstance(row, Malformed) else json.loads(row)
-            for row in tables.rows_of_csv(file, ",", limits)
+            row.reason if isinstance(row, Malformed) else json.loads(row) for row in csv.rows_of_csv(file, ",", limits)
         ]
     return found, file
 
@@ -290,7 +290,7 @@ def test_a_missing_quotation_mark_costs_its_own_row(tmp_path):
 def test_many_missing_quotation_marks_are_read_in_linear_time(tmp_path):
     data = b"prompt,completion\n" + b'q,"a\n"b\n' * 5000 + b'q,"' + b"x,\n" * 20000
     _, file = csv_rows(tmp_path, data)
-    assert file.bytes < len(data) + (tables._REWINDS + 2) * 2 * LONG.line_bytes
+    assert file.bytes < len(data) + (csv._REWINDS + 2) * 2 * LONG.line_bytes
 
 
 @pytest.mark.parametrize(

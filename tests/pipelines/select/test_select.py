@@ -637,8 +637,8 @@ def test_non_finite_rows_are_marked_and_never_chosen(world, first, tmp_path, mon
         values[same] = values[same] * float("nan")  # not torch.where: its gradient would be 0 nan = nan everywhere
         return values
 
-    from pipelines.rows.data import read_pool
     from pipelines.rows.encode import Encoder
+    from pipelines.rows.read import read_pool
 
     config = world.select(tmp_path / "run")
     tokenizer = models.load(config.model, tokenizer_only=True).tokenizer

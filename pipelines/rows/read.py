@@ -1,11 +1,9 @@
-"""Rows of instruction data: read with row numbers and reasons, indexed in memory, kept on disk."""
+"""Rows read and checked, each with its place in its file and, where it cannot be used, the reason."""
 
 import os
-from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,211 +11,14 @@ import xxhash
 
 from datatools import DataError, UsageError, files
 from datatools.files import seals
-from pipelines.rows.formats import Columns, Message, Shape, check_columns, columns_of, read_shape, text_of
+from pipelines.rows.as_jsonl import as_jsonl
+from pipelines.rows.formats import Columns, Shape, check_columns, columns_of
+from pipelines.rows.index import FileInfo, Options, Pool
+from pipelines.rows.input_files import Source, find_sources
 from pipelines.rows.jsonl import Limits, Line, Malformed, is_blank, parse_object, read_lines, shown
-from pipelines.rows.sources import Source, as_jsonl, find_sources
+from pipelines.rows.row import BadRow
 
 POLICIES = ("error", "skip", "quarantine")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One example. A conversation has `messages`, plain text has `text`, a plain pair has `prompt` and `completion`."""
-
-    id: str
-    """Unique in the pool: the row's own id, or `<file stem>:<line>`; a repeated one has `#2`, `#3`, ... added."""
-    source: str
-    """The row's `dataset` (or what `source_key` says), else its `source`, else the stem of its file."""
-    file: str
-    line: int
-    """1-based line of the file; for a table or a JSON array, the number of the row."""
-    raw: bytes
-    """The line as it stands in the file without its "\\n" (a "\\r" before it stays); a table's row as JSON."""
-    messages: tuple[Message, ...] = ()
-    text: str | None = None
-    subtask: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    masked: frozenset[int] = frozenset()
-    """Positions in `messages` of assistant turns that are context only, without loss."""
-    flags: tuple[str, ...] = ()
-    """What is odd about the row; `pipelines.rows.formats.Shape`."""
-    tools: tuple[Any, ...] = ()
-    """Definitions of tools that the template writes; `pipelines.rows.formats.Shape`."""
-
-    @property
-    def turns(self) -> tuple[tuple[str, str], ...]:
-        """(role, text) of each turn, whatever the format of the row; plain text is one turn of the role "text".
-
-        Everything that reads a row as text reads it here: TF-IDF, duplicates, reports.
-        """
-        if self.messages:
-            return tuple((turn["role"], text_of(turn)) for turn in self.messages)
-        if self.text is not None:
-            return (("text", self.text),)
-        return (("user", self.prompt or ""), ("assistant", self.completion or ""))
-
-    @property
-    def whole(self) -> str:
-        """The text of all turns, a line break between two."""
-        return "\n".join(text for _, text in self.turns)
-
-    @property
-    def question(self) -> str:
-        """What comes before the last answer, for people; "" for plain text."""
-        return "\n\n".join(text for _, text in self.turns[: self._last()])
-
-    @property
-    def answer(self) -> str:
-        """The last assistant turn, the completion, or the plain text."""
-        return self.turns[self._last()][1]
-
-    def _last(self) -> int:
-        return max(k for k, (role, _) in enumerate(self.turns) if role in ("assistant", "text"))
-
-
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that cannot be used, and where it stands."""
-
-    file: str
-    line: int
-    byte_offset: int
-    """Of the line's first byte in its file; for a table, in the JSONL copy. -1 where there is none."""
-    reason: str
-    """A short code: truncated_json, unknown_role, empty_answer, ..."""
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.reason} ({self.detail})"
-
-
-@dataclass(frozen=True, slots=True)
-class FileInfo:
-    """One input file: its size in bytes, the xxh3-128 of its bytes, and how many usable, bad and blank lines it has."""
-
-    path: str
-    bytes: int
-    digest: str
-    rows: int
-    bad: int = 0
-    blank: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    source_key: str
-    columns: Mapping[str, str | dict[str, str]]
-    detect: bool
-    preference: str | None
-    limits: Limits
-
-    def read(self, value: Mapping[str, Any], columns: Mapping[str, str]) -> Shape:
-        """The shape of a row by its file's `columns`."""
-        try:
-            return read_shape(value, columns, self.preference)
-        except Malformed as error:
-            if not self.detect or error.reason != "missing_column":
-                raise
-            return read_shape(value, None, self.preference)
-
-
-class Pool:
-    """The usable rows of all inputs, in order. Texts stay on disk: memory is about 40 bytes a row, and its id.
-
-    `pool[i]` reads and parses row i again. Raises: DataError if the file has changed since it was indexed.
-    """
-
-    def __init__(self, options: _Options) -> None:
-        self.files: list[FileInfo] = []
-        self.ids: list[str] = []
-        """Id of each row."""
-        self.sources: list[str] = []
-        """Source of each row; equal names are one object."""
-        self.flags: Counter[str] = Counter()
-        """How many rows have each flag: `Shape.flags`, and new_id, repeated_id, source_from_file."""
-        self._options = options
-        self._paths: list[Path] = []  # where the lines are: the input itself, or its JSONL copy
-        self._names: list[str] = []
-        self._columns: list[dict[str, str]] = []
-        self._file, self._line = array("i"), array("q")
-        self._offset, self._length, self._digest = array("q"), array("q"), array("Q")
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> Row:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of a pool of {len(self)} rows")
-        index %= len(self)
-        raw = self.raw(index)
-        value = parse_object(raw, self._options.limits)
-        columns = self._columns[self._file[index]]
-        shape = self._options.read(value, columns)
-        return Row(
-            self.ids[index],
-            self.sources[index],
-            self.file(index),
-            self.line(index),
-            raw,
-            shape.messages,
-            shape.text,
-            _subtask(value, columns),
-            shape.prompt,
-            shape.completion,
-            shape.masked,
-            shape.flags,
-            shape.tools,
-        )
-
-    def __iter__(self) -> Iterator[Row]:
-        return (self[i] for i in range(len(self)))
-
-    def raw(self, index: int) -> bytes:
-        """The line of row `index`, byte for byte, without the newline."""
-        path, length = self._paths[self._file[index]], self._length[index]
-        try:
-            with open(path, "rb", buffering=0) as file:
-                raw = os.pread(file.fileno(), length, self._offset[index])
-        except OSError as error:
-            raise files.explain(error, path, "read") from error
-        if xxhash.xxh3_64_intdigest(raw) != self._digest[index]:
-            raise DataError(
-                f"{self.where(index)} has changed since this run read it; do not edit data during a run, "
-                "and start again"
-            )
-        return raw
-
-    def file(self, index: int) -> str:
-        """The input that row `index` is from, as it was named."""
-        return self._names[self._file[index]]
-
-    def line(self, index: int) -> int:
-        """The 1-based line (for a table, the row) of row `index` in its file."""
-        return self._line[index]
-
-    def offset(self, index: int) -> int:
-        """The byte offset of row `index` in its file; for a table, in the JSONL copy."""
-        return self._offset[index]
-
-    def where(self, index: int) -> str:
-        """`file:line` of row `index`."""
-        return f"{self.file(index)}:{self.line(index)}"
-
-    def bad_row(self, index: int, reason: str, detail: str) -> BadRow:
-        """A `BadRow` for row `index`, found unfit after reading."""
-        return BadRow(self.file(index), self.line(index), self.offset(index), reason, detail)
-
-    def _add(self, line: Line, identity: str, source: str, flags: tuple[str, ...]) -> None:
-        assert line.raw is not None
-        self.ids.append(identity)
-        self.sources.append(source)
-        self.flags.update(flags)
-        self._file.append(len(self._paths) - 1)
-        self._line.append(line.number)
-        self._offset.append(line.offset)
-        self._length.append(line.length)
-        self._digest.append(xxhash.xxh3_64_intdigest(line.raw))
 
 
 def read_pool(
@@ -249,7 +50,7 @@ def read_pool(
         raise UsageError(f"on_bad_row is {on_bad_row!r}; expected one of {', '.join(POLICIES)}")
     if on_bad_row == "quarantine" and quarantine is None:
         raise UsageError("on_bad_row is 'quarantine', but no quarantine file was named")
-    options = _Options(source_key, check_columns(columns), detect, preference, limits)
+    options = Options(source_key, check_columns(columns), detect, preference, limits)
     pool, bad = Pool(options), list[BadRow]()
     ids = _Ids(strict=on_bad_row == "error")
     with ExitStack() as stack:
@@ -362,11 +163,6 @@ def _source(value: Mapping[str, Any], columns: Mapping[str, str], source_key: st
         if isinstance(found, str) and found.strip():
             return found.strip()
     return None
-
-
-def _subtask(value: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    found = value.get(columns.get("subtask", "subtask"))
-    return str(found) if isinstance(found, str | int) and not isinstance(found, bool) else None
 
 
 def _row_flags(shape: Shape, own: str | None, identity: str, source: str | None) -> tuple[str, ...]:

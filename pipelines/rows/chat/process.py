@@ -1,4 +1,4 @@
-"""Chat templates rendered in a process of their own, under limits of processor time and memory (`template_worker.py`).
+"""Chat templates rendered in a process of their own, under limits of processor time and memory (`worker.py`).
 
 Processor time, not the clock: what a template does for a row does not depend on what else the machine does. Any thread
 may render; a forked process starts its own renderer.
@@ -83,7 +83,7 @@ class Worker:
             return process.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        program = Path(__file__).with_name("template_worker.py")
+        program = Path(__file__).with_name("worker.py")
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(program), str(MEMORY)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,

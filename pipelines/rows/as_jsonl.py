@@ -1,0 +1,145 @@
+"""Inputs of every kind as JSONL files on disk.
+
+JSONL is read where it lies. Compressed files, JSON arrays, CSV, Parquet, Arrow, folders of `save_to_disk` and data sets
+of the hub are first written as JSONL into a cache folder. Every run writes the cache again, so that a stale or damaged
+copy is never read.
+"""
+
+import gzip
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files
+from pipelines.rows.input_files import HUB, PACKED, SAVED, Source, saved_files
+from pipelines.rows.json_array import is_array, rows_of_array
+from pipelines.rows.jsonl import Limits, Malformed, shown
+from pipelines.rows.tables.arrow import rows_of_arrow, rows_of_parquet
+from pipelines.rows.tables.csv import rows_of_csv
+from pipelines.rows.tables.values import rows_of_mappings
+from pipelines.rows.unpacked import reading, unpacked
+
+
+def as_jsonl(source: Source, cache: Path, limits: Limits) -> tuple[Path, dict[int, Malformed]]:
+    """The JSONL file that holds the rows of `source`, and what is wrong with rows that could not be written to it.
+
+    Row k of the source is line k (1-based) of the file; a row in the second result is a blank line.
+    """
+    path, kind = source.path, source.kind
+    packed = next((suffix for suffix in PACKED if kind.endswith(suffix)), None)
+    if path is not None and packed:
+        kind = kind.removesuffix(packed)
+        path = _unpack(path, packed, _cached(source, cache, kind), limits)
+    if kind == ".json" and path is not None and not is_array(path):
+        kind = ".jsonl"  # many .json files hold a row a line
+    if kind in {".jsonl", ".ndjson"}:
+        assert path is not None
+        return path, {}
+    out = _cached(source, cache, ".jsonl")
+    problems: dict[int, Malformed] = {}
+    size = None if source.path is None else source.size()
+    with files.atomic_path(out, durable=False) as temporary, open(temporary, "wb") as file:
+        written = 0
+        for number, row in enumerate(_rows(source, path, kind, limits), start=1):
+            if isinstance(row, Malformed):
+                problems[number] = row
+                row = b""
+            written += len(row) + 1
+            if written > limits.unpacked_bytes:
+                raise DataError(
+                    f"{source.name} holds more than {limits.unpacked_bytes} bytes as JSONL (limit "
+                    "unpacked_bytes); write it as JSONL yourself if that is right"
+                )
+            if size is not None and written > limits.ratio_from and written > limits.unpacked_ratio * size:
+                raise DataError(
+                    f"{source.name} holds more than {limits.unpacked_ratio} times its size as JSONL (limit "
+                    "unpacked_ratio); write it as JSONL yourself if that is right"
+                )
+            file.write(row + b"\n")
+    return out, problems
+
+
+def _cached(source: Source, cache: Path, suffix: str) -> Path:
+    files.make_folder(cache)
+    name = source.name if source.path is None else os.path.realpath(source.path)
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", os.path.basename(source.name)).strip("-")[:40]
+    return Path(cache) / f"{slug}-{files.digest(name.encode('utf-8', 'surrogateescape'))[:16]}{suffix}"
+
+
+def _unpack(path: Path, how: str, out: Path, limits: Limits) -> Path:
+    """Decompress a file, watching size and ratio as it goes."""
+    import pyarrow
+
+    damaged = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError, pyarrow.ArrowException)
+    with files.atomic_path(out, durable=False) as temporary, open(temporary, "wb") as file:
+        with reading(path) as raw:
+            done = 0
+            blocks = unpacked(raw, how)
+            while True:
+                try:
+                    block = next(blocks, b"")
+                except damaged as error:
+                    if isinstance(error, OSError) and error.errno:
+                        raise files.explain(error, path, "read") from error
+                    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    raise DataError(f"{path} is damaged after {done} unpacked bytes ({first}); make it again") from None
+                if not block:
+                    return out
+                done += len(block)
+                if done > limits.unpacked_bytes:
+                    raise DataError(
+                        f"{path} unpacks to more than {limits.unpacked_bytes} bytes (limit unpacked_bytes);"
+                        " unpack it yourself if that is right"
+                    )
+                if done > limits.ratio_from and done > limits.unpacked_ratio * raw.tell():
+                    raise DataError(
+                        f"{path} unpacks to more than {limits.unpacked_ratio} times its size (limit "
+                        "unpacked_ratio); unpack it yourself if that is right"
+                    )
+                file.write(block)
+
+
+def _rows(source: Source, path: Path | None, kind: str, limits: Limits) -> Iterator[bytes | Malformed]:
+    if path is None:
+        yield from rows_of_mappings(_from_hub(source.name))
+    elif kind == ".parquet":
+        yield from rows_of_parquet(path, source.name, limits)
+    elif kind in (".arrow", ".feather", SAVED):
+        for part in saved_files(path) if kind == SAVED else [path]:
+            yield from rows_of_arrow(part, source.name, limits)
+    elif kind == ".json":
+        with reading(path) as file:
+            yield from rows_of_array(file, source.name, limits)
+    else:
+        with reading(path) as file:
+            yield from rows_of_csv(file, "\t" if kind == ".tsv" else ",", limits)
+
+
+def _from_hub(name: str) -> Iterable[Mapping[str, Any]]:
+    match = HUB.fullmatch(name.removeprefix("hf:"))
+    if match is None:
+        raise UsageError(
+            f"{shown(name, 200)} is not the name of a data set; expected hf:owner/name[/config][@revision][:split]"
+        )
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(
+            match["name"], match["config"], split=match["split"] or "train", revision=match["revision"]
+        )
+        if isinstance(rows, Mapping):
+            raise UsageError(f"{name}: choose one split, as in hf:{match['name']}:train (there are {', '.join(rows)})")
+    except DatatoolsError:
+        raise
+    except Exception as error:  # whatever the hub, the network or the data set's files do
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"} else ""
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EnvironmentProblem(
+            f"no file is called {name.removeprefix('hf:')}, and it cannot be loaded from the hub"
+            f"{offline}: {first}; check the name, the split and the network"
+        ) from error
+    yield from rows

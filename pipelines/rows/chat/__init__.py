@@ -1,0 +1,1 @@
+"""Conversations rendered by chat templates, and the spans that the assistant wrote."""

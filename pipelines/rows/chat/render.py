@@ -1,0 +1,127 @@
+"""A Jinja chat template, rendered in the sandbox of transformers in a process with limits."""
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from datatools import DataError
+from pipelines.rows.chat.marks import CLOSE, OPEN, mark_of
+from pipelines.rows.chat.messages import for_template
+from pipelines.rows.chat.process import SECONDS, worker
+from pipelines.rows.chat.refusals import RowError, TooSlow
+from pipelines.rows.formats import Message, strings
+from pipelines.rows.jsonl import shown
+
+_GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+_SLOW_ROWS = 3  # at which a template takes too long for one row after another
+_TEMPLATE_BYTES = 1 << 16  # what a template may add to a conversation, and again for every turn
+
+# A template that prints today's date would give a row other tokens tomorrow. It gets this day instead (the one that
+# Llama 3's template falls back on), through a macro of the same name, which takes precedence over the function.
+_DAY = {
+    "%Y": "2024",
+    "%m": "07",
+    "%d": "26",
+    "%b": "Jul",
+    "%B": "July",
+    "%a": "Fri",
+    "%A": "Friday",
+    "%y": "24",
+    "%j": "208",
+    "%H": "00",
+    "%M": "00",
+    "%S": "00",
+    "%p": "AM",
+    "%I": "12",
+    "%Z": "",
+    "%z": "",
+}
+_STRFTIME = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('{code}', '{text}')" for code, text in _DAY.items())
+    + " }}{%- endmacro %}\n"
+)
+
+
+class Renderer:
+    """Renders one template with the special tokens of its tokenizer.
+
+    Attributes:
+        text: The template as it is rendered, with a fixed day where it prints the date.
+        has_blocks: Whether the template says by {% generation %} blocks what has loss.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, name: str) -> None:
+        self._tokenizer = tokenizer
+        self._name = name
+        self.text = _STRFTIME + template if "strftime_now" in template else template
+        self.has_blocks = _GENERATION.search(template) is not None
+        self.with_marked_blocks = lru_cache(maxsize=2)(self._mark_blocks)
+        self._slow = 0  # rows for which the template took too long
+
+    def render(
+        self,
+        written: Sequence[Message],
+        tools: Sequence[Any],
+        *,
+        template: str | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The text of the conversation.
+
+        Args:
+            written: The messages, in a form that the template understands.
+            tools: Definitions of tools.
+            template: Use this template text in place of `self.text`.
+            add_generation_prompt: End with what asks the assistant for its next turn.
+
+        Raises:
+            RowError: The template refuses the conversation, or takes too long or too much memory for it.
+            DataError: The template is not valid, or has taken too long for several rows.
+        """
+        limit = _TEMPLATE_BYTES * (len(written) + 1) + 4 * sum(map(len, strings([list(written), list(tools)])))
+        if not written:
+            raise RowError("template_refuses", "a conversation without a turn")
+        special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
+        kind, text = worker.render(
+            limit,
+            {
+                "conversations": [[for_template(message) for message in written]],
+                "tools": list(tools) or None,
+                "documents": None,
+                "chat_template": template or self.text,
+                "return_assistant_tokens_mask": False,
+                "continue_final_message": False,
+                "add_generation_prompt": add_generation_prompt,
+                **special,
+            },
+        )
+        if kind == "invalid":
+            raise DataError(f"the chat template {self._name} is not valid: {text}")
+        if kind == "slow":
+            self._slow += 1
+            if self._slow >= _SLOW_ROWS:
+                raise DataError(
+                    f"the chat template {self._name} ran longer than {SECONDS:g} s of processor time for "
+                    f"each of {self._slow} rows; does it loop? Use another one (--chat-template)"
+                )
+            raise TooSlow("template_too_slow", f"the chat template ran longer than {SECONDS:g} s of processor time")
+        if kind == "large":
+            raise RowError("template_too_large", "the chat template took more memory than it may")
+        if kind == "refused":
+            raise RowError("template_refuses", f"the chat template says: {shown(text, 120)}")
+        if kind == "long":
+            raise RowError("template_output_too_long", f"the chat template wrote more than {limit} characters")
+        return text
+
+    def _mark_blocks(self, window: int) -> str:
+        """The template with marks in place of its {% generation %} tags; a `with` block has the same scope."""
+        first, last = (mark_of(window, end, 0) for end in (OPEN, CLOSE))
+
+        def instead(tag: re.Match[str]) -> str:
+            left, closes, right = tag.groups()
+            word, mark = ("endwith", last) if closes else ("with", first)
+            return f"{{%{left} {word} %}}{mark}{{% {word} {right}%}}"
+
+        return _GENERATION.sub(instead, self.text)

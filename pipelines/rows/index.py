@@ -1,0 +1,152 @@
+"""The usable rows of all inputs, indexed in memory while their texts stay on disk."""
+
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from datatools import DataError, files
+from pipelines.rows.formats import Shape, read_shape
+from pipelines.rows.jsonl import Limits, Line, Malformed, parse_object
+from pipelines.rows.row import BadRow, Row
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One input file: its size in bytes, the xxh3-128 of its bytes, and how many usable, bad and blank lines it has."""
+
+    path: str
+    bytes: int
+    digest: str
+    rows: int
+    bad: int = 0
+    blank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the rows of a pool are read."""
+
+    source_key: str
+    columns: Mapping[str, str | dict[str, str]]
+    detect: bool
+    preference: str | None
+    limits: Limits
+
+    def read(self, value: Mapping[str, Any], columns: Mapping[str, str]) -> Shape:
+        """The shape of a row by its file's `columns`."""
+        try:
+            return read_shape(value, columns, self.preference)
+        except Malformed as error:
+            if not self.detect or error.reason != "missing_column":
+                raise
+            return read_shape(value, None, self.preference)
+
+
+class Pool:
+    """The usable rows of all inputs, in order. Texts stay on disk: memory is about 40 bytes a row, and its id.
+
+    `pool[i]` reads and parses row i again. Raises: DataError if the file has changed since it was indexed.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.files: list[FileInfo] = []
+        self.ids: list[str] = []
+        """Id of each row."""
+        self.sources: list[str] = []
+        """Source of each row; equal names are one object."""
+        self.flags: Counter[str] = Counter()
+        """How many rows have each flag: `Shape.flags`, and new_id, repeated_id, source_from_file."""
+        self._options = options
+        self._paths: list[Path] = []  # where the lines are: the input itself, or its JSONL copy
+        self._names: list[str] = []
+        self._columns: list[dict[str, str]] = []
+        self._file, self._line = array("i"), array("q")
+        self._offset, self._length, self._digest = array("q"), array("q"), array("Q")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Row:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of a pool of {len(self)} rows")
+        index %= len(self)
+        raw = self.raw(index)
+        value = parse_object(raw, self._options.limits)
+        columns = self._columns[self._file[index]]
+        shape = self._options.read(value, columns)
+        return Row(
+            self.ids[index],
+            self.sources[index],
+            self.file(index),
+            self.line(index),
+            raw,
+            shape.messages,
+            shape.text,
+            subtask_of(value, columns),
+            shape.prompt,
+            shape.completion,
+            shape.masked,
+            shape.flags,
+            shape.tools,
+        )
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[i] for i in range(len(self)))
+
+    def raw(self, index: int) -> bytes:
+        """The line of row `index`, byte for byte, without the newline."""
+        path, length = self._paths[self._file[index]], self._length[index]
+        try:
+            with open(path, "rb", buffering=0) as file:
+                raw = os.pread(file.fileno(), length, self._offset[index])
+        except OSError as error:
+            raise files.explain(error, path, "read") from error
+        if xxhash.xxh3_64_intdigest(raw) != self._digest[index]:
+            raise DataError(
+                f"{self.where(index)} has changed since this run read it; do not edit data during a run, "
+                "and start again"
+            )
+        return raw
+
+    def file(self, index: int) -> str:
+        """The input that row `index` is from, as it was named."""
+        return self._names[self._file[index]]
+
+    def line(self, index: int) -> int:
+        """The 1-based line (for a table, the row) of row `index` in its file."""
+        return self._line[index]
+
+    def offset(self, index: int) -> int:
+        """The byte offset of row `index` in its file; for a table, in the JSONL copy."""
+        return self._offset[index]
+
+    def where(self, index: int) -> str:
+        """`file:line` of row `index`."""
+        return f"{self.file(index)}:{self.line(index)}"
+
+    def bad_row(self, index: int, reason: str, detail: str) -> BadRow:
+        """A `BadRow` for row `index`, found unfit after reading."""
+        return BadRow(self.file(index), self.line(index), self.offset(index), reason, detail)
+
+    def _add(self, line: Line, identity: str, source: str, flags: tuple[str, ...]) -> None:
+        assert line.raw is not None
+        self.ids.append(identity)
+        self.sources.append(source)
+        self.flags.update(flags)
+        self._file.append(len(self._paths) - 1)
+        self._line.append(line.number)
+        self._offset.append(line.offset)
+        self._length.append(line.length)
+        self._digest.append(xxhash.xxh3_64_intdigest(line.raw))
+
+
+def subtask_of(value: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
+    """The part of a target that the row belongs to, if it names one."""
+    found = value.get(columns.get("subtask", "subtask"))
+    return str(found) if isinstance(found, str | int) and not isinstance(found, bool) else None

@@ -1,0 +1,182 @@
+"""The inputs that are named on the command line: files, folders, patterns, and data sets of the hub."""
+
+import glob
+import json
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datatools import DataError, UsageError, files
+from pipelines.rows.jsonl import shown
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+"""File types that are read."""
+PACKED = (".gz", ".zst", ".xz", ".bz2")
+"""Compressions that are read, behind a file type (.jsonl.zst)."""
+SAVED = ".saved"
+"""The kind of a folder that `datasets.Dataset.save_to_disk` wrote."""
+_UNREAD = re.compile(
+    r"\.(zip|7z|rar|tar|tgz|tar\.\w+|lz4|lzma|br|sz|snappy|z|xlsx?|ods|sqlite3?|db|pkl|pickle|pt|npz|"
+    r"npy|h5|hdf5|avro|orc|msgpack|docx?|pdf)$",
+    re.IGNORECASE,
+)
+HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:(?P<split>.+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input: `name` as shown, `path` on disk (None: on the hub), `kind` one of `SUFFIXES` (with one of `PACKED`),
+    `SAVED` or "hub".
+    """
+
+    name: str
+    path: Path | None
+    kind: str
+
+    @property
+    def stem(self) -> str:
+        """The last part of its name without what says its type: what its rows are named after."""
+        name = os.path.basename(self.name.rstrip("/"))
+        packed = "|".join(re.escape(suffix) for suffix in PACKED)
+        return re.sub(rf"(\.[A-Za-z]+)?({packed})?$", "", name) or "data"
+
+    def size(self) -> int:
+        """Bytes of the file, or of the files of a folder."""
+        assert self.path is not None
+        return sum(part.stat().st_size for part in (saved_files(self.path) if self.kind == SAVED else [self.path]))
+
+    def size_and_digest(self) -> tuple[int, str]:
+        """Bytes and xxh3-128 of the file; of a folder, of the digests of its files."""
+        assert self.path is not None
+        if self.kind != SAVED:
+            return self.size(), files.digest_file(self.path)
+        digests = " ".join(files.digest_file(part) for part in saved_files(self.path))
+        return self.size(), files.digest(digests.encode())
+
+
+def find_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
+    """The files that `paths` name, folders and patterns (*.jsonl) opened (sorted, hidden files left out), in order.
+
+    A path that does not exist and looks like `owner/name` is a data set of the hub; `hf:owner/name[/config][@revision]
+    [:split]` always is. Raises: UsageError if nothing is named or a file is named twice, DataError if one is missing.
+    """
+    if isinstance(paths, str | os.PathLike):
+        paths = [paths]
+    if not paths:
+        raise UsageError("no data was named; give at least one file, folder or data set")
+    found: list[Source] = []
+    for given in paths:
+        found += _expand(os.fspath(given))
+    seen: dict[str, str] = {}
+    for source in found:
+        if not _is_text(source.name):  # reports, tables of scores and ids of rows name files, and are UTF-8
+            raise DataError(f"the name of {shown(source.name, 200)} is not UTF-8; rename it")
+        key = source.name if source.path is None else os.path.realpath(source.path)
+        if key in seen:
+            raise UsageError(f"{source.name} is named twice (also as {seen[key]}); every row would be there twice")
+        seen[key] = source.name
+    return found
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _expand(given: str) -> list[Source]:
+    if given.startswith("hf:"):
+        return [Source(given, None, "hub")]
+    path = Path(given)
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        if missing and glob.has_magic(given):
+            return _matching(given)
+        if missing and HUB.fullmatch(given) and "/" in given and not given.startswith(".") and not _kind(given):
+            return [Source(f"hf:{given}", None, "hub")]
+        advice = "check the path; a data set of the hub is named hf:owner/name" if missing else "check the path"
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"cannot read {shown(given, 200)}: {reason}; {advice}") from None
+    if stat.S_ISDIR(mode):
+        inside = [Source(str(file), file, kind) for file, kind in _walk(path)]
+        if not inside:
+            raise DataError(f"the folder {given} holds no data file ({_known()})")
+        return inside if inside[0].path != path else [Source(given, path, SAVED)]
+    if not stat.S_ISREG(mode):
+        raise DataError(f"cannot read {given}: it is not a file")
+    kind = _kind(given)
+    if kind is None and (other := _UNREAD.search(given)):
+        raise DataError(
+            f"cannot read {shown(given, 200)}: {other.group()} is not read; unpack or convert it ({_known()})"
+        )
+    return [Source(given, path, kind or ".jsonl")]
+
+
+def _known() -> str:
+    return f"read are {', '.join(SUFFIXES)}, also with {', '.join(PACKED)}"
+
+
+def _matching(pattern: str) -> list[Source]:
+    """The files that a pattern names, as if each were named; those of no known type only where there are no others."""
+    found = sorted(glob.glob(pattern, recursive=True))
+    named = [name for name in found if os.path.isdir(name) or _kind(name) or _UNREAD.search(name)]
+    if not found:
+        raise DataError(f"no file matches {shown(pattern, 200)}; check the path")
+    if "**" in pattern:
+        named = [name for name in named if not os.path.isdir(name)]  # what is in them matches by itself
+    return [source for name in named or found for source in _expand(name)]
+
+
+def _walk(folder: Path) -> list[tuple[Path, str]]:
+    """The data files under `folder`, and the folders of `save_to_disk`, with their kinds."""
+    found: list[tuple[Path, str]] = []
+    for root, folders, names in os.walk(folder):
+        here = Path(root)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if "dataset_dict.json" in names:
+            splits = sorted(name for name in folders if (here / name / "state.json").is_file())
+            if len(splits) != 1:
+                raise DataError(
+                    f"{here} holds {len(splits)} splits ({', '.join(splits)}); name one, as in "
+                    f"{here / (splits[0] if splits else 'train')}"
+                )
+            found.append((here if here == folder else here / splits[0], SAVED))
+            folders.clear()
+        elif "state.json" in names and "dataset_info.json" in names:
+            found.append((here, SAVED))
+            folders.clear()
+        else:
+            found += [(here / name, kind) for name in names if not name.startswith(".") and (kind := _kind(name))]
+    return sorted(
+        ((file, kind) for file, kind in found if kind == SAVED or file.is_file()),
+        key=lambda item: item[0].relative_to(folder).as_posix(),
+    )
+
+
+def saved_files(folder: Path) -> list[Path]:
+    """The Arrow files of a folder of `save_to_disk`, in the order of their rows."""
+    if (folder / "dataset_dict.json").is_file():
+        folder = next(inner.parent for inner in sorted(folder.glob("*/state.json")))
+    try:
+        state = json.loads(files.read_bytes(folder / "state.json", limit=1 << 20))
+        names = [entry["filename"] for entry in state["_data_files"]]
+        assert all(isinstance(name, str) and os.path.basename(name) == name for name in names)
+    except (DataError, OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+        raise DataError(
+            f"{folder}: state.json does not say which files the data set has; save it again (save_to_disk)"
+        ) from error
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise DataError(f"{folder}: {missing[0]} is missing; copy the folder again")
+    return [folder / name for name in names]
+
+
+def _kind(name: str) -> str | None:
+    lowered = name.lower()
+    return next((s + packed for s in SUFFIXES for packed in ("", *PACKED) if lowered.endswith(s + packed)), None)

@@ -1,0 +1,78 @@
+"""One row of instruction data, and a row that cannot be used."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.rows.formats import Message, text_of
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example. A conversation has `messages`, plain text has `text`, a plain pair has `prompt` and `completion`."""
+
+    id: str
+    """Unique in the pool: the row's own id, or `<file stem>:<line>`; a repeated one has `#2`, `#3`, ... added."""
+    source: str
+    """The row's `dataset` (or what `source_key` says), else its `source`, else the stem of its file."""
+    file: str
+    line: int
+    """1-based line of the file; for a table or a JSON array, the number of the row."""
+    raw: bytes
+    """The line as it stands in the file without its "\\n" (a "\\r" before it stays); a table's row as JSON."""
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    subtask: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    masked: frozenset[int] = frozenset()
+    """Positions in `messages` of assistant turns that are context only, without loss."""
+    flags: tuple[str, ...] = ()
+    """What is odd about the row; `pipelines.rows.formats.Shape`."""
+    tools: tuple[Any, ...] = ()
+    """Definitions of tools that the template writes; `pipelines.rows.formats.Shape`."""
+
+    @property
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """(role, text) of each turn, whatever the format of the row; plain text is one turn of the role "text".
+
+        Everything that reads a row as text reads it here: TF-IDF, duplicates, reports.
+        """
+        if self.messages:
+            return tuple((turn["role"], text_of(turn)) for turn in self.messages)
+        if self.text is not None:
+            return (("text", self.text),)
+        return (("user", self.prompt or ""), ("assistant", self.completion or ""))
+
+    @property
+    def whole(self) -> str:
+        """The text of all turns, a line break between two."""
+        return "\n".join(text for _, text in self.turns)
+
+    @property
+    def question(self) -> str:
+        """What comes before the last answer, for people; "" for plain text."""
+        return "\n\n".join(text for _, text in self.turns[: self._last()])
+
+    @property
+    def answer(self) -> str:
+        """The last assistant turn, the completion, or the plain text."""
+        return self.turns[self._last()][1]
+
+    def _last(self) -> int:
+        return max(k for k, (role, _) in enumerate(self.turns) if role in ("assistant", "text"))
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used, and where it stands."""
+
+    file: str
+    line: int
+    byte_offset: int
+    """Of the line's first byte in its file; for a table, in the JSONL copy. -1 where there is none."""
+    reason: str
+    """A short code: truncated_json, unknown_role, empty_answer, ..."""
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason} ({self.detail})"

@@ -1,0 +1,66 @@
+"""Rows that are ready for work: their pool, their tokens, and which of them may be used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.models.losses import collate
+from pipelines.rows.encode import Encoder
+from pipelines.rows.index import Pool
+from pipelines.rows.row import BadRow
+from pipelines.rows.scan import Scan
+
+
+@dataclass
+class Rows:
+    """A pool, what encoding it has shown, and which rows may be used."""
+
+    pool: Pool
+    scan: Scan
+    encoder: Encoder
+    bad: list[BadRow]
+    status: list[str]
+    """Of each row: "ok", "duplicate", or the reason why it cannot be encoded."""
+    twins: dict[int, int] = field(default_factory=dict)
+    """A duplicate's row -> the row that is kept in its place."""
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    @property
+    def usable(self) -> NDArray[np.bool_]:
+        """[n], rows with status "ok"."""
+        return np.asarray([status == "ok" for status in self.status])
+
+    @property
+    def keys(self) -> list[str]:
+        """Content hash of each row; "" where it could not be encoded."""
+        return self.scan.keys
+
+    def item(self, index: int) -> tuple[list[int], list[int]]:
+        """(input_ids, labels) of row `index`."""
+        encoded = self.encoder(self.pool[index])
+        return encoded.input_ids, encoded.labels
+
+    def unique(self) -> dict[str, int]:
+        """Content hash -> one usable row that has it, longest rows first: what must be computed once."""
+        order = sorted(np.flatnonzero(self.usable).tolist(), key=lambda i: (-int(self.scan.tokens[i]), self.keys[i]))
+        first: dict[str, int] = {}
+        for index in order:
+            first.setdefault(self.keys[index], index)
+        return first
+
+    def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The padded batch of these rows."""
+        return {name: t.to(device) for name, t in collate([self.item(index) for index in indices]).items()}
+
+    def tokens(self, where: NDArray[np.bool_] | None = None) -> int:
+        """Tokens of the usable rows (of those in `where`)."""
+        mask = self.usable if where is None else where
+        return int(self.scan.tokens[mask].sum())

@@ -1,0 +1,60 @@
+"""What encoding every row of a pool shows: lengths, content keys, and what is wrong."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.rows.chat.refusals import RowError
+from pipelines.rows.encode import Encoder
+from pipelines.rows.index import Pool
+from pipelines.rows.row import BadRow
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What encoding a pool once has shown; row i of every array is row i of the pool, zero or "" where not ok."""
+
+    ok: NDArray[np.bool_]
+    tokens: NDArray[np.int32]
+    """After cutting."""
+    supervised: NDArray[np.int32]
+    cut: NDArray[np.int32]
+    keys: list[str]
+    bad: list[BadRow]
+    flags: Counter[str] = field(default_factory=Counter)
+    """How many rows have each flag of `Encoded`."""
+
+
+class Progress(Protocol):
+    """Whatever shows how far a job is."""
+
+    def advance(self, n: int = 1, /) -> object:
+        """`n` more rows are done."""
+
+
+def scan(pool: Pool, encoder: Encoder, progress: Progress | None = None) -> Scan:
+    """Encode every row once and keep its length, trained tokens, key, and what is wrong with it; not its tokens.
+
+    Cost: one pass over the files; 13 bytes a row and its key.
+    Raises: DataError as `Encoder` does.
+    """
+    n = len(pool)
+    result = Scan(np.zeros(n, bool), np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32), [""] * n, [])
+    for i in range(n):
+        try:
+            encoded = encoder(pool[i])
+        except RowError as error:
+            result.bad.append(pool.bad_row(i, error.reason, error.detail))
+        else:
+            result.ok[i] = True
+            result.tokens[i] = len(encoded.input_ids)
+            result.supervised[i] = encoded.supervised
+            result.cut[i] = encoded.cut
+            result.keys[i] = encoded.key
+            result.flags.update(encoded.flags)
+        if progress is not None:
+            progress.advance(1)
+    return result

@@ -1,0 +1,1 @@
+"""Parquet, Arrow and CSV files, row by row."""
