@@ -70,7 +70,7 @@ class ParamGroup(dict[str, Any]):
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of a dict."""
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401, this is that `get`
 
     def __setitem__(self, key: str, value: Any) -> None:
         if self._has(key) and _plain(value) != self._rule().setting(key):

@@ -75,32 +75,31 @@ def _unpack(path: Path, how: str, out: Path, limits: Limits) -> Path:
     import pyarrow
 
     damaged = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError, pyarrow.ArrowException)
-    with files.atomic_path(out, durable=False) as temporary, open(temporary, "wb") as file:
-        with reading(path) as raw:
-            done = 0
-            blocks = unpacked(raw, how)
-            while True:
-                try:
-                    block = next(blocks, b"")
-                except damaged as error:
-                    if isinstance(error, OSError) and error.errno:
-                        raise files.explain(error, path, "read") from error
-                    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    raise DataError(f"{path} is damaged after {done} unpacked bytes ({first}); make it again") from None
-                if not block:
-                    return out
-                done += len(block)
-                if done > limits.unpacked_bytes:
-                    raise DataError(
-                        f"{path} unpacks to more than {limits.unpacked_bytes} bytes (limit unpacked_bytes);"
-                        " unpack it yourself if that is right"
-                    )
-                if done > limits.ratio_from and done > limits.unpacked_ratio * raw.tell():
-                    raise DataError(
-                        f"{path} unpacks to more than {limits.unpacked_ratio} times its size (limit "
-                        "unpacked_ratio); unpack it yourself if that is right"
-                    )
-                file.write(block)
+    with files.atomic_path(out, durable=False) as temporary, open(temporary, "wb") as file, reading(path) as raw:
+        done = 0
+        blocks = unpacked(raw, how)
+        while True:
+            try:
+                block = next(blocks, b"")
+            except damaged as error:
+                if isinstance(error, OSError) and error.errno:
+                    raise files.explain(error, path, "read") from error
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise DataError(f"{path} is damaged after {done} unpacked bytes ({first}); make it again") from None
+            if not block:
+                return out
+            done += len(block)
+            if done > limits.unpacked_bytes:
+                raise DataError(
+                    f"{path} unpacks to more than {limits.unpacked_bytes} bytes (limit unpacked_bytes);"
+                    " unpack it yourself if that is right"
+                )
+            if done > limits.ratio_from and done > limits.unpacked_ratio * raw.tell():
+                raise DataError(
+                    f"{path} unpacks to more than {limits.unpacked_ratio} times its size (limit "
+                    "unpacked_ratio); unpack it yourself if that is right"
+                )
+            file.write(block)
 
 
 def _rows(source: Source, path: Path | None, kind: str, limits: Limits) -> Iterator[bytes | Malformed]:

@@ -181,10 +181,9 @@ def _model(config: ModelConfig) -> None:
     if template not in ("auto", "tulu") and not Path(template).expanduser().is_file():
         near = did_you_mean(template, ("auto", "tulu"))
         raise UsageError(f"--chat-template {template}: no such file; expected auto, tulu or a .jinja file{near}")
-    if config.adapter is not None and config.adapter.is_dir():
-        if not (config.adapter / "adapter_config.json").is_file():
-            missing = "adapter_config.json is missing; give the folder of an adapter"
-            raise DataError(f"--adapter {config.adapter}: {missing}")
+    adapter = config.adapter
+    if adapter is not None and adapter.is_dir() and not (adapter / "adapter_config.json").is_file():
+        raise DataError(f"--adapter {adapter}: adapter_config.json is missing; give the folder of an adapter")
 
 
 def _base(path: Path) -> str:

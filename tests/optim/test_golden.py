@@ -109,7 +109,7 @@ def ours(entry: dict):
         stable = StableSPAMRule(total_T=p["total_T"], eta_min=p["eta_min"])
         return lambda call: float(stable.beta_scale(torch.tensor(float(call))))
     if name.startswith("blockwise_"):
-        block = p["ratio"] if "ratio" in p else 1  # of the peak over the base rate, of which the floor is a share
+        block = p.get("ratio", 1)  # of the peak over the base rate, of which the floor is a share
         base = p.get("base_lr", p.get("max_lr"))
         factor = schedule(
             name.split("_ratio")[0],

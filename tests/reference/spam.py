@@ -97,10 +97,10 @@ class PublishedSPAM(torch.optim.Optimizer):
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
                 exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
                 beta1, beta2 = group["betas"]
-                if self.threshold != 0 and self.total_step >= self.grad_accu_steps:
-                    if self.total_step % self.gap >= self.grad_accu_steps:
-                        mask = grad**2 > self.threshold * exp_avg_sq
-                        grad[mask] = grad[mask].sign() * torch.sqrt(exp_avg_sq[mask] * self.threshold)
+                begun = self.total_step >= self.grad_accu_steps
+                if self.threshold != 0 and begun and self.total_step % self.gap >= self.grad_accu_steps:
+                    mask = grad**2 > self.threshold * exp_avg_sq
+                    grad[mask] = grad[mask].sign() * torch.sqrt(exp_avg_sq[mask] * self.threshold)
                 exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
                 exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
                 denom = exp_avg_sq.sqrt().add_(group["eps"])

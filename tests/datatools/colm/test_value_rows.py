@@ -148,9 +148,9 @@ def test_value_rows_are_those_that_change_no_attention_weight(name):
     assert target.kind == "values"
     rows = list(range(target.parameter.shape[1 if target.transposed else 0]))
     if name != "LongcatFlashForCausalLM":  # whose layer has two attentions: the first one's weights are seen
-        assert judged(model, target) == (ROWS[name] if name in ROWS else rows)
+        assert judged(model, target) == ROWS.get(name, rows)
     found = rows[target.outputs] if isinstance(target.outputs, slice) else target.outputs.tolist()
-    assert found == (ROWS[name] if name in ROWS else rows)
+    assert found == ROWS.get(name, rows)
 
 
 def test_values_that_are_clipped_on_a_few_tokens_are_values():

@@ -112,7 +112,7 @@ def test_atomic_path_commits_or_cleans_up(tmp_path):
 
 def test_atomic_path_keeps_the_blocks_own_errors(tmp_path):
     with pytest.raises(FileNotFoundError), files.atomic_path(tmp_path / "x"):
-        open(tmp_path / "input that is not there")
+        (tmp_path / "input that is not there").read_bytes()
     with pytest.raises(ValueError, match="mine"), files.atomic_path(tmp_path / "x"):
         raise ValueError("mine")
     with pytest.raises(EnvironmentProblem, match="x: No space left"), files.atomic_path(tmp_path / "x"):
