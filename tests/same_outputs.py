@@ -96,9 +96,21 @@ COMMANDS = (
     Command("settings-select", f"{SELECT} {SMALL} --print-config"),
     Command("settings-train", f"{TRAIN} --coreset colm --print-config"),
     Command("settings-order", "order search --model world/model --data world/few.jsonl --print-config"),
-    Command("typing-error", "train --model world/model --data world/few.jsonl --set training.lerning_rate=1", code=2),
+    # Refused before anything is loaded; quick.
+    Command("refused-setting", f"{TRAIN} --set training.lerning_rate=1 --out new", code=2),
+    Command("refused-flag", f"{TRAIN} --budget 5% --out new", code=2),
+    Command("refused-file", "select --model world/model --train world/none.jsonl --method random --out new", code=3),
+    Command("refused-folder", f"{TRAIN} --out world", code=2),
+    Command("refused-run", f"{TRAIN} --out select-rds", ("select-rds",), code=2),
+    Command("refused-seed", f"{SELECT} --method rds --seed 7 --out select-rds", ("select-rds",), code=2),
+    Command(
+        "refused-audit",
+        "audit --selected select-rds/selected.jsonl --test world/test.jsonl --out select-less",
+        ("select-rds", "select-less"),
+        code=2,
+    ),
 )
-"""Twelve that compute, then eight that show."""
+"""Twelve that compute, then seven that show, and seven that are refused."""
 
 
 def make_world(folder: Path) -> None:
