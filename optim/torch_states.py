@@ -92,7 +92,7 @@ def native(rule: UpdateRule, state: Mapping[str, Any]) -> dict[str, Any] | None:
     if rule.name not in ("sgd", "muon"):
         return dict(state)
     buffer = state.get("momentum_buffer")
-    if buffer is None or rule.name == "sgd" and rule.setting("momentum") == 0:
+    if buffer is None or (rule.name == "sgd" and rule.setting("momentum") == 0):
         return None
     if rule.name == "muon" and rule.setting("momentum_form") == "heavy_ball":
         buffer = buffer / (1 - rule.setting("momentum"))
@@ -184,7 +184,7 @@ def _torch_settings(group: Mapping[str, Any]) -> dict[str, Any]:
         coefficients = described["ns_coefficients"]
         table = NEWTON_SCHULZ[coefficients] if isinstance(coefficients, str) else None
         triples = table.coefficients if table else coefficients
-        if len(triples) != 1 or table and table.safety != 1:
+        if len(triples) != 1 or (table and table.safety != 1):
             raise ValueError(f"to_torch_state: torch's Muon has one polynomial, not ns_coefficients = {coefficients!r}")
         said = {
             "momentum": described["momentum"],

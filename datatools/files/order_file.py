@@ -95,7 +95,7 @@ class Order:
                 raise ValueError("ids must be a list of texts")
             if not isinstance(recipe, dict | None):
                 raise ValueError("its recipe is no mapping")
-            if len(sizes) and (sizes.min() < 0 or sizes.max() > len(ids)) or int(sizes.sum()) != len(ids):
+            if (len(sizes) and (sizes.min() < 0 or sizes.max() > len(ids))) or int(sizes.sum()) != len(ids):
                 raise ValueError(f"{len(ids)} ids for batches of other sizes")
             ends = np.cumsum(sizes).tolist()
             batches = tuple(tuple(ids[end - size : end]) for size, end in zip(sizes.tolist(), ends, strict=True))

@@ -326,7 +326,7 @@ def _add(views: Views, left: Tensor, right: Any, *, alpha: float = 1, out: Any =
         return None
     if (id(left) in views) == (id(right) in views):
         return None
-    bias, other = (left, right) if id(left) in views else (right, left)
+    bias, _other = (left, right) if id(left) in views else (right, left)
     return [_bias(views[id(bias)], bias, _broadcast(left.shape, right.shape))]
 
 

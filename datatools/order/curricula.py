@@ -15,7 +15,7 @@ def curricula(
     """
     made: dict[str, tuple[int, ...]] = {}
     for name, numbers in values.items():
-        rising = sorted(sequence, key=lambda b: numbers[b])  # noqa: B023 (used at once)
+        rising = sorted(sequence, key=lambda b: numbers[b])
         made[f"{name}, rising"] = tuple(rising)
         made[f"{name}, falling"] = tuple(reversed(rising))
     if sources is not None and len(set(sources)) > 1:

@@ -8,4 +8,4 @@ from datatools.projectors.sjlt import SJLT
 PROJECTORS: dict[str, type[Projector]] = {"sjlt": SJLT, "rademacher": Rademacher, "identity": Identity}
 """Name -> projector; `PROJECTORS[name].of(shapes, dim, seed)` makes one."""
 
-__all__ = ["GENERATOR_VERSION", "PROJECTORS", "Identity", "Projector", "Rademacher", "SJLT"]
+__all__ = ["GENERATOR_VERSION", "PROJECTORS", "SJLT", "Identity", "Projector", "Rademacher"]

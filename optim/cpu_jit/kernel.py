@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -26,7 +26,7 @@ CACHED = 1 << 20
 class Kernel:
     """A compiled step. full: the columns that have the parameter's shape, where only that is known of them."""
 
-    _made: "WeakValueDictionary[tuple[Assembly, tuple[bool, ...] | None], Kernel]" = WeakValueDictionary()
+    _made: ClassVar["WeakValueDictionary[tuple[Assembly, tuple[bool, ...] | None], Kernel]"] = WeakValueDictionary()
 
     def __init__(self, assembly: Assembly, full: tuple[bool, ...] | None) -> None:
         self.assembly, self.full = assembly, full

@@ -26,7 +26,7 @@ ARMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "vo+ffn": ("v", "o", *_FFN),
         "vo+ffn_in": ("v", "o", "ffn_in", "ffn_gate"),
         "vo+ffn_out": ("v", "o", "ffn_out"),
-    }  # fmt: skip
+    }
 )
 """The arms of arXiv 2509.26030's ablation: the roles that Muon steps, with Adam elsewhere, each at its own tuned rate.
 

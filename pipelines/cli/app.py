@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it: help answers at once. Exit 
 
 import errno
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -992,7 +993,7 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
         command = f" {arguments[0]}" if arguments and not arguments[0].startswith("-") else ""
         message = " ".join(str(error.format_message()).split())
         options = getattr(getattr(error, "param", None), "opts", [])
-        came = [value for option, value in zip(arguments, arguments[1:], strict=False) if option in options]
+        came = [value for option, value in itertools.pairwise(arguments) if option in options]
         if came and repr(came[-1]) not in message:
             message = f"{message.rstrip('.')}; it was {came[-1]!r}"
         return _complain(f"{message.rstrip('.')}; see datatools{command} --help", 2)

@@ -61,7 +61,7 @@ def refuse(name: str, model: Any, report: Mapping[str, Any]) -> None:
             "(AutoModelForCausalLM ... save_pretrained)"
         )
     if messages := report.get("error_msgs"):
-        raise DataError(f"{name}: the weights in the files are not those of {kind}: {str(list(messages)[0])[:300]}")
+        raise DataError(f"{name}: the weights in the files are not those of {kind}: {str(next(iter(messages)))[:300]}")
 
 
 def counted(keys: Collection[object], one: str, many: str) -> str:

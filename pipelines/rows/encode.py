@@ -58,7 +58,7 @@ class Encoder:
         chat: str | Path = "auto",
         max_length: int | None = None,
         on_long: str = "truncate",
-        limits: ModelLimits = ModelLimits(),  # noqa: B008 (frozen)
+        limits: ModelLimits = ModelLimits(),
     ) -> None:
         if on_long not in ON_LONG:
             raise UsageError(f"on_long is {on_long!r}; expected one of {', '.join(ON_LONG)}")

@@ -5,6 +5,7 @@ flag that is counted.
 """
 
 import fnmatch
+import itertools
 import json
 import os
 import re
@@ -485,7 +486,7 @@ def _conversation(turns: list[Message], masked: set[int], flags: set[str]) -> Sh
         flags.add("assistant_first")
     if spoken[-1] == "user":
         flags.add("ends_with_user")
-    if any(a == b != "tool" for a, b in zip(spoken, spoken[1:], strict=False)):
+    if any(a == b != "tool" for a, b in itertools.pairwise(spoken)):
         flags.add("same_role_twice")
     flags.update(_text_flags([text_of(turn) for turn in turns]))
     return Shape(messages=tuple(turns), masked=frozenset(masked), flags=tuple(sorted(flags)))

@@ -32,7 +32,7 @@ def rows_of_array(file: BinaryIO, name: str, limits: Limits) -> Iterator[bytes |
     depth, too_long, more = 0, False, True
     while True:
         match = _TOKEN.match(buffer, at)
-        if match is None or match.end() == len(buffer) and more:  # the token may go on
+        if match is None or (match.end() == len(buffer) and more):  # the token may go on
             if more:
                 if len(buffer) - at > limits.line_bytes + BLOCK:
                     raise DataError(

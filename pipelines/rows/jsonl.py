@@ -231,7 +231,9 @@ def _explain(text: str, error: json.JSONDecodeError) -> NoReturn:
         raise Malformed("control_character", f"{shown(text[at])} unescaped inside a string, {where}")
     if error.msg.startswith("Unterminated string") or at >= end or end == 0:
         raise Malformed("truncated_json", f"the line ends inside the object ({error.msg.lower()})")
-    if text[at] in "]}" and before.endswith(",") or text[at] == "," and error.msg.startswith("Illegal trailing comma"):
+    if (text[at] in "]}" and before.endswith(",")) or (
+        text[at] == "," and error.msg.startswith("Illegal trailing comma")
+    ):
         raise Malformed("trailing_comma", f"a comma before {text[at]!r} {where}")
     raise Malformed("invalid_json", f"{error.msg[:1].lower()}{error.msg[1:]} {where}, near {shown(text[at:], 30)}")
 

@@ -44,7 +44,7 @@ def prepare(
     cache: Path,
     label: str,
     folder: Path | None = None,
-    limits: ModelLimits = ModelLimits(),  # noqa: B008 (frozen)
+    limits: ModelLimits = ModelLimits(),
 ) -> Rows:
     """Read, encode and deduplicate the rows of `data`; bad ones are written to `folder`/bad_rows.jsonl.
 

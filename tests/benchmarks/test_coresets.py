@@ -48,7 +48,7 @@ class Work:
                 pad_token_id=0,
                 bos_token_id=1,
                 eos_token_id=2,
-            )  # fmt: skip
+            )
         )
         self.model: Any = base
         if lora:

@@ -389,7 +389,7 @@ def test_assignments_wait_for_the_model_in_trainer():
     factory, hyper = hf.resolve("muon", lr=0.1, assign={"router": "adamw"})
     model = torch.nn.ModuleDict({"router": torch.nn.Linear(3, 2), "up": torch.nn.Linear(3, 2)})
     groups = factory()(model, **hyper).param_groups
-    assert [group["param_names"] for group in groups][0] == ["up.weight"]
+    assert next(group["param_names"] for group in groups) == ["up.weight"]
 
 
 def test_scale_takes_embeddings_and_heads_too():

@@ -98,7 +98,7 @@ class Quantized(UpdateRule):
                 f"{called}: inner = {self.inner!r}; it must be a rule such as AdamWRule(), not one that is quantised "
                 "already and not one that reads a curvature, which is renewed in its state from outside"
             )
-        if isinstance(self.inner, CondaRule) or isinstance(self.inner, LowRank) and self.inner.projection == "svd":
+        if isinstance(self.inner, CondaRule) or (isinstance(self.inner, LowRank) and self.inner.projection == "svd"):
             raise ValueError(
                 f"{called}: inner = {self.inner!r}; its basis of singular vectors is no running average and cannot be "
                 "coded; quantise the rule inside a LowRank one: LowRank(inner=AdamW8bitRule(...))"

@@ -125,7 +125,9 @@ def _rows_of_batch(batch: Any, limits: Limits, sure: bool) -> Iterator[bytes | M
             continue
         end, total = start, 0
         while (
-            end < n and most[end] <= limits.line_bytes and (end == start or sure and total + most[end] <= _CHUNK_BYTES)
+            end < n
+            and most[end] <= limits.line_bytes
+            and (end == start or (sure and total + most[end] <= _CHUNK_BYTES))
         ):
             total += int(most[end])
             end += 1

@@ -283,7 +283,7 @@ def test_pieces_cut_padding_and_keep_rows():
         assert part["attention_mask"].any(0).all(), "no column of padding alone"
         seen += rows.tolist()
     assert sorted(seen) == list(range(5))
-    assert [p["input_ids"].shape for _, p in pieces(batch, lengths, 28)][0] == (2, 14)
+    assert next(p["input_ids"].shape for _, p in pieces(batch, lengths, 28)) == (2, 14)
 
 
 # ------------------------------------------------------------------------------------------ the specification's numbers

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from datatools import EnvironmentProblem, GradientFeatures, files  # noqa: E402
-from datatools.files import atomic, disk, folders, locks, reading  # noqa: E402
+from datatools import EnvironmentProblem, GradientFeatures, files
+from datatools.files import atomic, disk, folders, locks, reading
 
 DIM, ROWS, META = 24, 6, {"model": "fake", "projector": {"seed": 0, "dim": 24}}
 
@@ -247,7 +247,7 @@ def faults(folder: Path, kills: int, seed: int) -> dict[str, object]:
                 raised += 1
                 if str(folder) not in str(error) or os.strerror(code) not in str(error):
                     bare.append(f"call {n}: {error}")
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is counted
+            except Exception as error:
                 bare.append(f"call {n}: {error!r}")
             interpose(os)
             wrong += wrong_rows(store, units, expected)

@@ -1,5 +1,6 @@
 """What LESS's official code computed for 64 rows and 12 target rows, without projection, against ours."""
 
+import itertools
 import json
 import math
 import shutil
@@ -88,10 +89,7 @@ def checkpoints(manifest):
 def rows_of(expected, part):
     """(input_ids, labels) of each row, as the official encoding gave them."""
     ids, labels, offsets = (expected[f"{part}_{name}"] for name in ("input_ids", "labels", "offsets"))
-    return [
-        (ids[start:end].tolist(), labels[start:end].tolist())
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True)
-    ]
+    return [(ids[start:end].tolist(), labels[start:end].tolist()) for start, end in itertools.pairwise(offsets)]
 
 
 class Checkpoint:

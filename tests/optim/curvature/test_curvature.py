@@ -45,7 +45,7 @@ def train_with_curvature(optimizer, params, steps):
 
 
 FUNCTIONS = properties.PROPERTIES | properties_ours.PROPERTIES
-WITH_TRAIN = sorted(number for number, f in FUNCTIONS.items() if "train(" in inspect.getsource(f)) + ["H2", "H4"]
+WITH_TRAIN = [*sorted(number for number, f in FUNCTIONS.items() if "train(" in inspect.getsource(f)), "H2", "H4"]
 
 
 @pytest.mark.parametrize("number", WITH_TRAIN)
@@ -374,7 +374,7 @@ def test_resumed_is_bit_identical(make_rule):
         step(optimizer, loss, every=3)
         step(other, twin_loss, every=3)
     assert_same([w, *states(optimizer)], [twin, *states(other)])
-    third, third_loss, another = start(w.detach())
+    _third, third_loss, another = start(w.detach())
     another.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     curvature.refresh(optimizer, loss, every=1)
     curvature.refresh(another, third_loss, every=1, seed=1)

@@ -253,7 +253,7 @@ def test_a_map_of_a_group_block_keeps_the_rest_of_the_block():
         for i, (_, p) in enumerate(params):
             p.grad = randn((5, 4), 10 * i + t * (i == 0))
         optimizer.step()
-    (_, a), (_, b) = params
+    (_, a), (_, _b) = params
     update_map, before = UpdateMap.of(optimizer), a.detach().clone()
     a.grad = randn((5, 4), 99)
     direction = update_map({"a": a.grad})["a"]

@@ -107,7 +107,7 @@ def test_clipping_from_the_first_call_on_is_as_published(grad_accu_steps):
         optimizer.step()
         published.step()
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
-        assert torch.equal(ours, start) == (grad_accu_steps == 0 or grad_accu_steps == 1 and t < 6)
+        assert torch.equal(ours, start) == (grad_accu_steps == 0 or (grad_accu_steps == 1 and t < 6))
 
 
 def test_a_spike_is_clipped():

@@ -255,7 +255,7 @@ def test_sharded_parameters_step_as_whole_ones(monkeypatch):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        x, a, loss = problem(torch.float32)
+        x, a, _loss = problem(torch.float32)
         whole = nn.Parameter(x.detach().clone())
         shard = nn.Parameter(distribute_tensor(x.detach().clone(), mesh, [Shard(0)]))
         for p, f in ((whole, lambda: 0.5 * whole @ a @ whole),

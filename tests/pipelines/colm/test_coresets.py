@@ -138,7 +138,7 @@ def test_a_step_counts_rows_alike_or_tokens(world, tmp_path):
         )
         for chosen, loss in zip(kept, done.losses, strict=True):
             with torch.no_grad():
-                losses, where = token_losses(loaded.model, rows.batch(chosen))
+                losses, _where = token_losses(loaded.model, rows.batch(chosen))
                 each = row_losses(loaded.model, rows.batch(chosen))
             want = each.mean() if weighting == "example" else losses.mean()
             assert loss == pytest.approx(float(want), abs=2e-4)
@@ -551,7 +551,7 @@ def test_what_another_trainer_refuses(tmp_path):
     assert torch.equal(weights(made), before)
 
     def flattened(rows):
-        return {key: torch.tensor([sum((row[key] for row in rows), [])]) for key in ("input_ids", "labels")}
+        return {key: torch.tensor([[number for row in rows for number in row[key]]]) for key in ("input_ids", "labels")}
 
     made = build(tmp_path, choose=CHOOSE["choose"], source_key=None)
     made.data_collator.inner = flattened

@@ -441,7 +441,7 @@ def test_an_adapter_of_any_kind_is_evaluated(world, tmp_path, kind):
 @pytest.fixture(scope="module")
 def plain_run(world, tmp_path_factory):
     """(a checkpoint of all weights, the map that its own optimizer.pt gives)."""
-    model, stop = user_run(world, tmp_path_factory.mktemp("run"), AutoModelForCausalLM.from_pretrained(world.model))
+    _model, stop = user_run(world, tmp_path_factory.mktemp("run"), AutoModelForCausalLM.from_pretrained(world.model))
     module = models.load(ModelConfig(name=str(world.model)), weights=stop).model
     found = checkpoints.updates(checkpoints.find([stop])[0], checkpoints.trainable(module), module=module)
     return stop, found, module

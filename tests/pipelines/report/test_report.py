@@ -634,7 +634,7 @@ def test_page_forbids_scripts_and_network_to_itself(less: tuple[Path, dict[str, 
     found = Tags(less[2]).found
     policy = [attrs["content"] for tag, attrs in found if attrs.get("http-equiv") == "Content-Security-Policy"]
     assert len(policy) == 1 and policy[0] is not None and policy[0].startswith(CSP)
-    before = [tag for tag, _ in found][: [i for i, (_, a) in enumerate(found) if "http-equiv" in a][0]]
+    before = [tag for tag, _ in found][: next(i for i, (_, a) in enumerate(found) if "http-equiv" in a)]
     assert before == ["html", "head", "meta"]  # nothing can load before the policy stands
     check_tags(found)
 

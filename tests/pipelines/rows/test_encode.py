@@ -389,7 +389,7 @@ def test_trained_tokens_decode_to_the_answers(name, data):
     found = trained(tokenizer, encoded)
     assert [text.strip() for text in found] == [text.strip() for text in expected]
     for text, want in zip(found, expected, strict=True):
-        assert want.rstrip() in text or want.strip() == text.strip() and want[:1].isspace()
+        assert want.rstrip() in text or (want.strip() == text.strip() and want[:1].isspace())
         assert len(text) <= len(want) + 4
     assert encoded.labels.count(IGNORED) > 0
     assert encoder(name)(row(*turns)) == encoded

@@ -202,7 +202,7 @@ def test_sizes_are_no_less_than_the_text_and_follow_slices(kind):
     found = np.broadcast_to(sizes(values), 3)
     for value, size in zip(want, found.tolist(), strict=True):
         text = json.dumps(value, ensure_ascii=False).encode()
-        assert isinstance(value, str) and value.isupper() or size >= len(text) / 2
+        assert (isinstance(value, str) and value.isupper()) or size >= len(text) / 2
     assert np.broadcast_to(sizes(values.slice(1)), 2).tolist() == found[1:].tolist()
 
 

@@ -252,7 +252,7 @@ def test_any_text_is_read_or_refused(text):
     try:
         parse_yaml(text, "x")
     except UsageError as error:
-        assert str(error).startswith("x")  # noqa: PT017
+        assert str(error).startswith("x")
 
 
 # -------------------------------------------------------------------------------------------------------- --set

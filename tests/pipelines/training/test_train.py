@@ -666,8 +666,8 @@ def jsonl(path, rows):
 def test_test_rows_that_were_seen_before_are_refused_before_anything_is_trained(world, selection, tmp_path, capsys):
     """By content, whatever id or file they have; nearly the same too where the pool's duplicates are told so."""
     rows = [json.loads(line) for line in world.test.read_text().splitlines()]
-    taken = [json.loads(line) for line in (selection / "selected.jsonl").read_text().splitlines()][0]
-    asked = [json.loads(line) for line in world.target.read_text().splitlines()][0]
+    taken = next(json.loads(line) for line in (selection / "selected.jsonl").read_text().splitlines())
+    asked = next(json.loads(line) for line in world.target.read_text().splitlines())
     for k, row in enumerate((taken, asked)):
         row["id"] = f"other-{k}"
     for found, words in (([taken], "in the selection"), ([taken], "in the pool"), ([asked], "in the target")):
