@@ -1,10 +1,10 @@
 """Optimizers as functions: rules, the one `Optimizer` that runs them, and the map from gradients to updates.
 
     optimizer = create("adamw", model.named_parameters(), lr=3e-4, betas=(0.9, 0.95))
-    directions = UpdateMap.of(optimizer).per_sample(grads)  # name -> [batch, *shape]; no state is touched
+    directions = UpdateMap.of(optimizer).per_sample(grads)  # name -> [batch, *shape]; no state is changed
 
-Imports torch and nothing of the other packages, and torch only when a name of it is first used: what needs no torch
-(`optim.unknown`) is read without it. The table of optimizers is in README.md.
+The package imports torch and neither of the other packages. It loads torch when a name that needs it is first used,
+so that modules without torch (`optim.unknown`) load quickly. README.md has the table of optimizers.
 """
 
 from importlib import import_module

@@ -1,18 +1,14 @@
-"""The public names of the package, which `optim` hands on at their first use."""
+"""The public names of the package; `optim` loads them when one is first used."""
 
 from optim import cpu_jit, curvature, diagnostics
+from optim.block_rates import PAPER_RATIOS, Blockwise, Ratios, blockwise, example_parameters
 from optim.optimizer import Optimizer, Params
 from optim.param_groups import (
-    PAPER_RATIOS,
     Assign,
     Assigned,
-    Blockwise,
-    Ratios,
     SpareNorms,
-    blockwise,
     checked_assign,
     divide_groups,
-    example_parameters,
     group_table,
     split_matrices,
     without_decay,

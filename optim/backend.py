@@ -1,7 +1,7 @@
-"""Which fast paths can run here: the only place that asks, and the only place that launches a kernel.
+"""Which fast paths can run here: the only place that decides, and the only place that launches a kernel.
 
-``OPTIM_BACKEND`` in the environment: ``auto`` (the default), ``torch`` (the definitions, nothing compiled), or
-``triton`` (for tests: CPU tensors too take the Triton kernels, by its interpreter with ``TRITON_INTERPRET=1``).
+``OPTIM_BACKEND`` in the environment is ``auto`` (the default), ``torch`` (the definitions, nothing compiled), or
+``triton`` (for tests: CPU tensors too use the Triton kernels, through its interpreter with ``TRITON_INTERPRET=1``).
 """
 
 import os
@@ -71,18 +71,20 @@ def _has_llvm() -> bool:
 
 
 def use_cpu_jit() -> bool:
-    """Whether steps on CPU tensors are compiled (`optim.cpu_jit`): llvmlite is there, and OPTIM_BACKEND is auto."""
+    """Whether steps on CPU tensors are compiled (`optim.cpu_jit`): llvmlite is installed, and OPTIM_BACKEND is auto."""
     return _chosen() == "auto" and _has_llvm()
 
 
 def use_triton(*tensors: Tensor) -> bool:
-    """Whether a Triton kernel may take these tensors; `contiguous` ones, where a kernel says so, are its own matter.
+    """Whether a Triton kernel may process these tensors; whether they must be contiguous is up to the kernel.
 
-    On GPUs from compute capability 8.0 on, where kernels can be compiled (once tried, with a warning if they cannot).
-    They must be plain dense tensors (no DTensor or other subclass, none inside `torch.vmap`, `torch.func` or
-    `torch.compile`), of 32 bit or less, on one GPU (or on the CPU, under the interpreter and OPTIM_BACKEND=triton),
-    and autograd must not be watching them: the kernels have no derivatives.
-    Raises: RuntimeError with OPTIM_BACKEND=triton where triton is not installed.
+    This holds on GPUs from compute capability 8.0 on, where kernels can be compiled (tried once, with a warning if they
+    cannot). The tensors must be plain and dense (no DTensor or other subclass, none inside `torch.vmap`, `torch.func`
+    or `torch.compile`), of 32 bits or fewer, on one GPU (or on the CPU, under the interpreter and
+    OPTIM_BACKEND=triton), and autograd must not be watching them: the kernels have no derivatives.
+
+    Raises:
+        RuntimeError: With OPTIM_BACKEND=triton if triton is not installed.
     """
     chosen = _chosen()
     if chosen == "triton" and triton is None:
@@ -125,14 +127,14 @@ def _can_launch(device: torch.device) -> bool:
 
 
 def unbatched(t: Tensor) -> Tensor:
-    """The tensor that `torch.vmap` wrapped, for a kernel that is an operation with a batching rule."""
+    """Return the tensor that `torch.vmap` wrapped, for a kernel that is an operation with a batching rule."""
     while torch._C._functorch.is_batchedtensor(t):
         t = torch._C._functorch.get_unwrapped(t)
     return t
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **settings: Any) -> None:
-    """``kernel[grid](...)`` on that device, current or not; an empty grid launches nothing."""
+    """Launch ``kernel[grid](...)`` on that device, current or not; an empty grid launches nothing."""
     if 0 in grid:
         return
     if device.type == "cuda":
@@ -143,7 +145,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.de
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
-    """The element type of Triton that a pointer read from a table points to."""
+    """Return the element type of Triton that a pointer read from a table points to."""
     return {
         torch.float32: tl.float32,
         torch.bfloat16: tl.bfloat16,

@@ -1,12 +1,12 @@
-"""The suite in `transformers.Trainer`, through its own argument; transformers itself is not imported.
+"""The optimizers in `transformers.Trainer`, through its own argument; transformers itself is not imported.
 
     from optim import hf
 
     trainer = Trainer(model, args, optimizer_cls_and_kwargs=hf.resolve("lion", args), ...)
-    hf.use_schedule(trainer, "wsd", decay_steps=200)  # if it shall be one of ours
+    hf.use_schedule(trainer, "wsd", decay_steps=200)  # optional: a schedule of this package
 
-Not through `TrainingArguments(optim=...)`, which knows its own list only, nor through `optimizers=`, which takes one
-that was built before the model is wrapped and so breaks under FSDP.
+`TrainingArguments(optim=...)` accepts the names of its own list only, and `optimizers=` takes an optimizer that was
+built before the model is wrapped, which breaks under FSDP.
 """
 
 from __future__ import annotations
@@ -30,19 +30,33 @@ Factory: TypeAlias = Callable[[], Build]
 
 
 def resolve(name: str, args: Any = None, *, decay_all: bool = False, **hyper: Any) -> tuple[Factory, dict[str, Any]]:
-    """What `Trainer(optimizer_cls_and_kwargs=...)` takes, for the optimizer of that name.
-
-    args: the `TrainingArguments`. The learning rate and weight decay are taken from them, as are Adam's betas and
-    epsilon where they were changed and the optimizer has them; what is given here wins. Trainer hands nothing of them
-    on by itself, so without `args` the learning rate must be given.
-    hyper: as for `optim.create`: `lr`, `weight_decay`, `block_ratios` and the keywords of the optimizer's class.
-    decay_all: weight decay on norms and biases too; without it they have none, as Trainer's own optimizers do.
+    """Return what `Trainer(optimizer_cls_and_kwargs=...)` takes for the optimizer of that name.
 
     The optimizer is built from the names of the parameters that train, so that its checkpoints have names, selection
-    can read it, and Muon, Adam-mini and block ratios can tell layers apart.
-    Raises: ValueError for an unknown name or values out of range, TypeError for an unknown keyword or no learning rate;
-    at once, not when training starts. Warns (UserWarning) of arguments that were changed and are not used, and for
-    rules that read curvature, which Trainer does not refresh.
+    can read it, and Muon, Adam-mini and block ratios can distinguish layers.
+
+    Args:
+        name: A key of `optim.OPTIMIZERS`.
+        args: The `TrainingArguments`. Learning rate and weight decay are taken from them, and so are Adam's betas and
+            epsilon where they were changed and the optimizer has them; what is given here takes precedence. Trainer
+            passes none of them on by itself, so without `args` the learning rate must be given.
+        decay_all: Whether norms and biases have weight decay as well; without it they have none, as with Trainer's own
+            optimizers.
+        **hyper: As for `optim.create`: `lr`, `weight_decay`, `block_ratios` and the keywords of the optimizer's class.
+
+    Raises:
+        ValueError: For an unknown name or values out of range, immediately and not when training starts.
+        TypeError: For an unknown keyword or a missing learning rate, immediately.
+
+    Warns:
+        UserWarning: About arguments that were changed and are not used, and for rules that read curvature, which
+            Trainer does not refresh.
+
+    Example:
+        >>> from optim import hf
+        >>> factory, settings = hf.resolve("lion", lr=1e-4, betas=(0.95, 0.98))
+        >>> settings
+        {'lr': 0.0001, 'betas': (0.95, 0.98)}
     """
     check_optimizer(name)
     if args is not None:
@@ -67,14 +81,29 @@ def resolve(name: str, args: Any = None, *, decay_all: bool = False, **hyper: An
 
 
 def use_schedule(trainer: Any, name: str, **options: Any) -> None:
-    """Let the Trainer follow the schedule of that name (`optim.SCHEDULES`) instead of `args.lr_scheduler_type`.
+    """Make a Trainer follow a schedule of this package instead of `args.lr_scheduler_type`; call it before `train()`.
 
-    Call it before `train()`. options: as for `optim.schedule`; `warmup_steps` are those of the arguments where the
-    schedule has them and none are given here. Of T steps the k-th has the factor at k of T + 1, as in
-    `datatools train`: neither the first nor the last is at rate 0. Groups with `block_ratios` follow their own
-    blockwise curve.
-    Raises: ValueError for an unknown name or values out of range, TypeError for an option that the schedule does not
-    have, at once; RuntimeError if the Trainer has a schedule already.
+    Of T steps the k-th has the factor at k of T + 1, as in `datatools train`: neither the first nor the last step is at
+    rate 0. Groups with `block_ratios` follow their own blockwise curve.
+
+    Args:
+        trainer: The Trainer.
+        name: A key of `optim.SCHEDULES`.
+        **options: As for `optim.schedule`; `warmup_steps` are those of the arguments where the schedule has them and
+            none are given here.
+
+    Raises:
+        ValueError: For an unknown name or values out of range, immediately.
+        TypeError: For an option that the schedule does not have, immediately.
+        RuntimeError: If the Trainer already has a schedule.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from optim import hf
+        >>> trainer = SimpleNamespace(lr_scheduler=None, args=SimpleNamespace(warmup_steps=0), create_scheduler=None)
+        >>> hf.use_schedule(trainer, "wsd", decay_steps=200)  # here a stand-in for a transformers.Trainer
+        >>> callable(trainer.create_scheduler)
+        True
     """
     known = schedule_options(name)
     schedule(name, **{"total_steps": 1 << 30} | options)

@@ -13,7 +13,13 @@ from optim.sharding import largest
 
 
 class Polynomial(NamedTuple):
-    """An odd polynomial a s + b s^3 + c s^5 a step: the last one is repeated if more steps are asked for."""
+    """An odd polynomial a s + b s^3 + c s^5 per step; the last one is repeated if more steps are asked for.
+
+    Example:
+        >>> from optim.linalg import NEWTON_SCHULZ
+        >>> NEWTON_SCHULZ["keller_jordan"].coefficients
+        ((3.4445, -4.775, 2.0315),)
+    """
 
     coefficients: tuple[tuple[float, float, float], ...]
     safety: float
@@ -61,23 +67,40 @@ def newton_schulz(
     form: str = "plain",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x [..., m, n] -> about U V^T of each matrix's x = U S V^T, in x's dtype.
+    """Return about U V^T for each matrix x = U S V^T, in x's dtype.
 
     Each step maps singular values by ``s -> a s + b s^3 + c s^5`` and keeps singular vectors; zero gives zero.
 
-    coefficients: a key of `NEWTON_SCHULZ`, or triples (a, b, c), one a step; the last one is repeated as needed.
-    form: "plain" (Keller Jordan, Moonlight, Dion) divides the input by ``safety * |x|_F + eps``; "torch"
-    (torch.optim.Muon) by ``max(safety * |x|_F, eps)``. Below a norm of eps the published codes would shrink x, and so
-    the result; here the input is divided by its norm alone from a tenth of eps down (from eps down with "torch"), and
-    in between the share of eps falls linearly. So the result does not depend on the scale of x, up to its dtype's
-    largest and down to its smallest normal number, whatever the range of `dtype` is.
-    A sum is made by the product that feeds it and rounded once, as in torch; the other codes round it term by term,
-    which in 16 bits is slower and has twice the error.
-    dtype: of the products (bfloat16 in the published codes); None for x's own. In bfloat16, rounding noise in the null
-    space of a rank-deficient x is amplified to order 1; use float32 for small or structurally low-rank matrices. Single
-    rows and columns are multiplied in float32 at least: their steps are on one number, whose errors do not average out.
-    Cost: ``steps * (4 p^2 q + 2 p^3)`` FLOP a matrix, p = min(m, n), q = max(m, n). From q = 2 p on, in 32 bits and
-    more, three steps at a time are taken on their Gram matrix alone: ``8 p^2 q + 28 p^3`` for five of them.
+    The published codes would shrink x, and so the result, below a norm of eps. Here the input is divided by its norm
+    alone for norms below a tenth of eps (below eps with "torch"), and in between the share of eps falls linearly. The
+    result therefore does not depend on the scale of x, up to the largest and down to the smallest normal number of its
+    dtype, whatever the range of `dtype` is. A sum is computed by the product that feeds it and rounded once, as in
+    torch; the other codes round it term by term, which in 16 bits is slower and has twice the error.
+
+    Args:
+        x: Matrices [..., m, n] of a floating-point dtype.
+        coefficients: A key of `NEWTON_SCHULZ`, or triples (a, b, c), one per step; the last one is repeated as needed.
+        steps: The number of steps.
+        eps: See `form`.
+        form: "plain" (Keller Jordan, Moonlight, Dion) divides the input by ``safety * |x|_F + eps``, and "torch"
+            (torch.optim.Muon) by ``max(safety * |x|_F, eps)``.
+        dtype: The dtype of the products (bfloat16 in the published codes); None for that of x. In bfloat16, rounding
+            noise in the null space of a rank-deficient x is amplified to order 1; use float32 for small or structurally
+            low-rank matrices. Single rows and columns are multiplied in float32 at least: their steps act on one
+            number, whose errors do not average out.
+
+    Returns:
+        A tensor of x's shape and dtype.
+
+    Cost:
+        ``steps * (4 p^2 q + 2 p^3)`` FLOP per matrix, with p = min(m, n) and q = max(m, n). From q = 2 p on, in 32 bits
+        and more, three steps at a time use their Gram matrix alone: ``8 p^2 q + 28 p^3`` for five of them.
+
+    Example:
+        >>> from optim.linalg import newton_schulz
+        >>> x = newton_schulz(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), coefficients="polar_express", steps=8)
+        >>> torch.allclose(x, torch.eye(2), atol=0.1)
+        True
     """
     named = NEWTON_SCHULZ[coefficients] if isinstance(coefficients, str) else Polynomial(tuple(coefficients), 1.0, "")
     dtype = x.dtype if dtype is None else dtype
@@ -143,9 +166,21 @@ def _newton_schulz_steps(y: Tensor, first: tuple[float, float, float], *rest: tu
 
 
 def polar(x: Tensor) -> Tensor:
-    """x [..., m, n] -> U V^T of each matrix's x = U S V^T, over the singular values that are not rounding.
+    """Return U V^T for each matrix x = U S V^T, over the singular values that are not rounding errors.
 
-    Those above ``max(m, n) eps`` times the largest; zero gives zero. By an SVD: about 20 p^2 q FLOP a matrix.
+    These are the ones above ``max(m, n) eps`` times the largest; zero gives zero. The function uses an SVD: about 20
+    p^2 q FLOP per matrix.
+
+    Args:
+        x: Matrices [..., m, n] of dtype float32 or float64.
+
+    Returns:
+        A tensor of x's shape and dtype.
+
+    Example:
+        >>> from optim.linalg import polar
+        >>> torch.allclose(polar(torch.tensor([[0.0, -2.0], [5.0, 0.0]])), torch.tensor([[0.0, -1.0], [1.0, 0.0]]))
+        True
     """
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
     if s.shape[-1] == 0:
@@ -156,13 +191,34 @@ def polar(x: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, *, steps: int, beta: float) -> Tensor:
-    """x [..., m, n] -> about U V^T of each matrix's x = U S V^T, times a number that the caller's scale removes.
+    """Return about U V^T for each matrix x = U S V^T, times a number that the caller's scale removes.
 
-    The coupled iteration ``T = 3 I - Z Y; Y <- beta Y T; Z <- beta T Z`` from ``Y = X X^T, Z = I`` on the smaller side,
-    with ``X = x / |x|_F``, then ``Z X``. beta 0.5 converges to U V^T (14 steps or so); 0.8 is faster and ends with
-    singular values anywhere in about [0.56, 1.60]: small changes of x move them, so give it float32. Zero gives zero.
-    Cost: ``4 p^2 q + 6 steps p^3`` FLOP a matrix, p = min(m, n), q = max(m, n).
-    Source: Ma et al. 2024, arXiv 2412.13148. Differs: without the Frobenius norm, our reading, it would diverge.
+    The coupled iteration ``T = 3 I - Z Y; Y <- beta Y T; Z <- beta T Z`` runs from ``Y = X X^T, Z = I`` on the smaller
+    side, with ``X = x / |x|_F``, and the result is ``Z X``. Zero gives zero.
+
+    Args:
+        x: Matrices [..., m, n] of dtype float32 or float64.
+        steps: The number of steps.
+        beta: 0.5 converges to U V^T (in about 14 steps). 0.8 is faster and ends with singular values anywhere in about
+            [0.56, 1.60]: small changes of x move them, so use float32.
+
+    Returns:
+        A tensor of x's shape and dtype.
+
+    Cost:
+        ``4 p^2 q + 6 steps p^3`` FLOP per matrix, with p = min(m, n) and q = max(m, n).
+
+    Source:
+        Ma et al. 2024, arXiv 2412.13148.
+
+    Differs:
+        The division by the Frobenius norm is our reading; without it the iteration would diverge.
+
+    Example:
+        >>> from optim.linalg import whiten
+        >>> x = whiten(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), steps=20, beta=0.5)
+        >>> torch.allclose(x / x[0, 0], torch.eye(2), atol=1e-3)
+        True
     """
     tall = x.shape[-2] > x.shape[-1]
     wide = x.mT if tall else x
@@ -179,7 +235,22 @@ def whiten(x: Tensor, *, steps: int, beta: float) -> Tensor:
 
 
 def unit_rms(x: Tensor, *, dim: int | tuple[int, ...], eps: float) -> Tensor:
-    """x divided by its root mean square along `dim`, which is taken as at least eps; zero stays zero."""
+    """Return x divided by its root mean square along `dim`, which is taken as at least eps; zero stays zero.
+
+    Args:
+        x: A tensor of any shape and a floating-point dtype.
+        dim: The dimension or dimensions.
+        eps: The least divisor.
+
+    Returns:
+        A tensor of x's shape and dtype.
+
+    Example:
+        >>> from optim.linalg import unit_rms
+        >>> unit_rms(torch.tensor([[3.0, -3.0], [0.0, 0.0]]), dim=-1, eps=1e-8)
+        tensor([[ 1., -1.],
+                [ 0.,  0.]])
+    """
     if isinstance(dim, int) and unit_rms_kernel.fits(x, dim):
         return unit_rms_kernel.unit_rms(x, dim, eps)
     return x / (x.square().mean(dim, keepdim=True) + _TINY).sqrt().clamp(min=eps)
@@ -190,17 +261,47 @@ _TINY = 1e-37
 
 
 def row_normalised(x: Tensor) -> Tensor:
-    """Each row of x [..., m, n] on the sphere of radius sqrt(n); a zero row stays zero."""
+    """Return x with each row on the sphere of radius sqrt(n); a zero row stays zero.
+
+    Args:
+        x: Matrices [..., m, n] of a floating-point dtype.
+
+    Example:
+        >>> from optim.linalg import row_normalised
+        >>> row_normalised(torch.tensor([[5.0, -5.0]]))
+        tensor([[ 1., -1.]])
+    """
     return unit_rms(x, dim=-1, eps=1e-8 / max(x.shape[-1], 1) ** 0.5)
 
 
 def column_normalised(x: Tensor) -> Tensor:
-    """Each column of x [..., m, n] on the sphere of radius sqrt(m); a zero column stays zero."""
+    """Return x with each column on the sphere of radius sqrt(m); a zero column stays zero.
+
+    Args:
+        x: Matrices [..., m, n] of a floating-point dtype.
+
+    Example:
+        >>> from optim.linalg import column_normalised
+        >>> column_normalised(torch.tensor([[5.0], [-5.0]]))
+        tensor([[ 1.],
+                [-1.]])
+    """
     return unit_rms(x, dim=-2, eps=1e-8 / max(x.shape[-2], 1) ** 0.5)
 
 
 def spectrally_normalised(x: Tensor) -> Tensor:
-    """``sqrt(max(m, n)) U V^T`` of each matrix x = U S V^T: of Frobenius norm sqrt(m n), like the others, if rank p."""
+    """Return ``sqrt(max(m, n)) U V^T`` for each matrix x = U S V^T.
+
+    For a matrix of full rank its Frobenius norm is sqrt(m n), like that of the other normalisations.
+
+    Args:
+        x: Matrices [..., m, n] of dtype float32 or float64.
+
+    Example:
+        >>> from optim.linalg import spectrally_normalised
+        >>> round(float(spectrally_normalised(torch.tensor([[2.0, 0.0], [0.0, 7.0]])).norm()), 4)
+        2.0
+    """
     return math.sqrt(max(x.shape[-2:])) * polar(x)
 
 
@@ -214,10 +315,24 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def multi_normalised(x: Tensor, *, norms: Sequence[str], rounds: int) -> Tensor:
-    """x [..., m, n] after `rounds` rounds of each of the `norms`, keys of `NORMS`, in their order.
+    """Return x after `rounds` rounds of each of the `norms`, in their order.
 
-    ("row", "column") is Sinkhorn's iteration on squares; ("row", "spectral") once is SWAN without centring.
-    Source: Scetbon et al. 2025, arXiv 2502.06742 (MNGD). Divisors are at least 1e-8 in l2.
+    ("row", "column") is Sinkhorn's iteration on squares; ("row", "spectral") once is SWAN without centring. Divisors
+    are at least 1e-8 in l2.
+
+    Args:
+        x: Matrices [..., m, n] of dtype float32 or float64.
+        norms: Keys of `NORMS`.
+        rounds: The number of rounds.
+
+    Source:
+        Scetbon et al. 2025, arXiv 2502.06742 (MNGD).
+
+    Example:
+        >>> from optim.linalg import multi_normalised
+        >>> x = multi_normalised(torch.rand(4, 4), norms=("row", "column"), rounds=20)
+        >>> torch.allclose(x.square().sum(1), torch.full((4,), 4.0), atol=1e-2)
+        True
     """
     for _ in range(rounds):
         for norm in norms:
@@ -226,15 +341,32 @@ def multi_normalised(x: Tensor, *, norms: Sequence[str], rounds: int) -> Tensor:
 
 
 def remove_radial(update: Tensor, grad: Tensor, param: Tensor, *, delta: float, eps: float) -> tuple[Tensor, Tensor]:
-    """`update` without its part along `param` if `grad` is almost orthogonal to `param`; and whether it was, 0-d bool.
+    """Remove the part of `update` along `param` if `grad` is almost orthogonal to `param`.
 
-    All three [m, ...], seen as m rows of n, and then as one row of m n: at the first of these views in which every row
-    has ``|<g, p>| / (max(|g|, eps) max(|p|, eps)) < delta / sqrt(row length)``, rows become ``u - <u, q> q`` with
-    ``q = p / (|p| + eps)``. If there is none, or for vectors, scalars and tensors without elements, `update` stays.
-    A zero `grad` counts as orthogonal. Weights whose scale does not matter (before a normalisation) have orthogonal
-    gradients, but momentum and Adam's denominator do not, and so make such weights grow.
+    The tensors [m, ...] are treated as m rows of n, and then as one row of m n. In the first of these views in which
+    every row has ``|<g, p>| / (max(|g|, eps) max(|p|, eps)) < delta / sqrt(row length)``, rows become ``u - <u, q> q``
+    with ``q = p / (|p| + eps)``. If there is none, and for vectors, scalars and tensors without elements, `update` is
+    unchanged. A zero `grad` counts as orthogonal. Weights whose scale has no effect (before a normalisation) have
+    orthogonal gradients, but momentum and Adam's denominator are not orthogonal, and so let such weights grow.
 
-    Source: Heo et al. 2020, arXiv 2006.08217 (projected updates); clovaai/AdamP.
+    Args:
+        update: u, a tensor [m, ...].
+        grad: g, of the same shape.
+        param: p, of the same shape.
+        delta: The threshold.
+        eps: The least norm.
+
+    Returns:
+        The update, and whether something was removed, as a 0-d bool tensor.
+
+    Source:
+        Heo et al. 2020, arXiv 2006.08217 (projected updates); clovaai/AdamP.
+
+    Example:
+        >>> from optim.linalg import remove_radial
+        >>> p, g = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> remove_radial(torch.tensor([[2.0, 3.0]]), g, p, delta=0.1, eps=1e-8)
+        (tensor([[0., 3.]]), tensor(True))
     """
     if param.ndim < 2 or param.numel() == 0:
         return update, torch.zeros((), dtype=torch.bool, device=param.device)

@@ -36,32 +36,49 @@ _GRAD, _IS_META, _LAYOUT = attrgetter("grad"), attrgetter("is_meta"), attrgetter
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Steps every parameter by its group's rule: ``p <- p - lr * (direction + weight_decay * decay)``.
+    """Steps every parameter by the rule of its group: ``p <- p - lr * (direction + weight_decay * decay)``.
 
-    A param group has `rule`, `lr` and `weight_decay`; a group may replace the rule, or single fields of it
-    (``{"params": ps, "betas": (0.9, 0.95)}``). Everything that steers the update lives in the groups and in `state`.
-    Fields are read and written under their names too: ``group["momentum"] = 0.9`` holds from the next step on, is part
-    of the state dict, and is how torch's schedulers cycle momentum; see `optim.settings.ParamGroup`.
+    A param group has `rule`, `lr` and `weight_decay`. A group may replace the rule, or single fields of it
+    (``{"params": ps, "betas": (0.9, 0.95)}``). Everything that determines the update is in the groups and in `state`.
+    Fields can also be read and written by their names: ``group["momentum"] = 0.9`` takes effect from the next step on,
+    is part of the state dict, and is how torch's schedulers cycle momentum; see `optim.settings.ParamGroup`.
 
-    State: made at a parameter's first step, by `UpdateRule.init`; plain tensors in the rule's own dtype (float32
-    moments for bfloat16 parameters), also after `load_state_dict`, where torch would cast them to the parameter's
-    dtype. A state dict holds each rule as its name and plain fields, loads with ``torch.load(weights_only=True)``,
-    and is compared on loading, but for settings that were written to a group since: those are restored, like `lr`.
-    State dicts of `torch.optim.AdamW`, `SGD`, `NAdam` and `Muon` load into the classes of these names, and
-    `optim.to_torch_state` is the way back.
+    `UpdateRule.init` makes the state of a parameter at its first step: plain tensors in the rule's own dtype (float32
+    moments for bfloat16 parameters). They keep it after `load_state_dict`, where torch would cast them to the dtype of
+    the parameter. A state dict holds each rule as its name and plain fields and loads with
+    ``torch.load(weights_only=True)``. Loading compares the rules, except for settings that were written to a group
+    since: those are restored, like `lr`. State dicts of `torch.optim.AdamW`, `SGD`, `NAdam` and `Muon` load into the
+    classes of these names, and `optim.to_torch_state` converts back.
 
-    Gradients: a parameter without one is skipped and its step count stands still. Non-finite entries: an elementwise
-    rule passes them on to those coordinates alone, as torch does; under a rule with ``elementwise = False`` one of
-    them would poison a whole matrix, so that tensor and its state are left as they are for this step and a
-    RuntimeWarning names it. To drop the step of a whole model, test the gradients before calling `step`.
+    A parameter without a gradient is skipped and its step count does not change. An elementwise rule passes non-finite
+    entries of a gradient on to those coordinates only, as torch does. Under a rule with ``elementwise = False`` one of
+    them would spoil a whole matrix, so that tensor and its state are left unchanged for this step and a RuntimeWarning
+    names the parameter. To drop the step of a whole model, test the gradients before calling `step`.
 
-    Raises: ValueError for values out of range, TypeError for complex or integer parameters and for sparse gradients.
-    Groups that are added later are divided as those given at first: by `divide`, of classes that decide on the rule of
-    each parameter, and by every one of `divisions` (`optim.param_groups.divide_groups`).
+    Groups that are added later are divided like those given at first: by `divide`, in classes that choose the rule of
+    each parameter, and by every one of `divisions` (`optim.divide_groups`). The optimizer works with torch's
+    schedulers, step and state-dict hooks, closures, `copy.deepcopy` and `torch.compile`, which runs the step as it is.
+    The torch switches `maximize`, `foreach`, `fused`, `capturable` and `differentiable` are refused.
 
-    Works with torch's schedulers, step and state-dict hooks, closures, `copy.deepcopy` and `torch.compile`, which runs
-    the step as it is. The torch switches `maximize`, `foreach`, `fused`, `capturable` and `differentiable` do not exist
-    here and are refused.
+    Args:
+        params: The model, of which the parameters that require a gradient are taken; its parameters, with or without
+            names; or param groups.
+        rule: The rule of the groups that have none of their own.
+        lr: Learning rate, a number or a tensor with one element.
+        weight_decay: Decoupled weight decay.
+
+    Raises:
+        ValueError: For values out of range.
+        TypeError: For complex or integer parameters and for sparse gradients.
+
+    Example:
+        >>> from optim import AdamWRule, Optimizer, SGDRule
+        >>> model = torch.nn.Linear(4, 2)
+        >>> groups = [{"params": [model.weight]}, {"params": [model.bias], "rule": SGDRule(), "lr": 0.1}]
+        >>> optimizer = Optimizer(groups, AdamWRule(), lr=1e-3)
+        >>> optimizer.param_groups[0]["betas"] = (0.9, 0.95)
+        >>> [(group["rule"].name, group["lr"]) for group in optimizer.param_groups]
+        [('adamw', 0.001), ('sgd', 0.1)]
     """
 
     arrived: rounding.Arrived | None = None
@@ -85,13 +102,17 @@ class Optimizer(torch.optim.Optimizer):
         return super().__getstate__() | own
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group; fields of its rule given beside `params` replace those of the default rule.
+        """Add a group; fields of its rule that are given next to `params` replace those of the default rule.
 
-        It becomes several groups where the optimizer divides what it is given: Muon's matrices and the rest.
+        It becomes several groups where the optimizer divides what it is given, such as Muon's matrices and the rest.
 
-        Raises: ValueError for values out of range, unsupported switches, or a parameter that is given twice, TypeError
-        for parameters that are not real floating-point tensors or a rule that is no `UpdateRule`, and for parameters
-        without names where these tell the groups; no group is added then.
+        Args:
+            param_group: A dictionary with `params` and settings.
+
+        Raises:
+            ValueError: For values out of range, unsupported switches, or a parameter that is given twice.
+            TypeError: For parameters that are not real floating-point tensors, for a rule that is no `UpdateRule`, and
+                for parameters without names where these determine the groups. No group is added in any of these cases.
         """
         before = len(self.param_groups)
         try:
@@ -258,7 +279,7 @@ class Optimizer(torch.optim.Optimizer):
         return states
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, with each group's rule as its name and plain fields; `param_names` are kept."""
+        """Return the state as torch does, with each group's rule as its name and plain fields, and `param_names`."""
 
         def describe_rules(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
             for group in saved["param_groups"]:
@@ -274,11 +295,17 @@ class Optimizer(torch.optim.Optimizer):
             handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but states keep the rule's dtype and the input dict is neither changed nor aliased.
+        """Load as torch does, but keep states in the rule's dtype, and neither change nor alias the input.
 
-        Settings that were written to a group, there or here, are restored as they were saved, as `lr` is.
-        Raises: ValueError, before anything is changed, if the other settings of a group's rule or its parameter names
-        differ from those saved, or if a parameter's state has other entries or shapes than the rule makes.
+        Settings that were written to a group, in the saved or in this optimizer, are restored as they were saved, like
+        `lr`.
+
+        Args:
+            state_dict: What `state_dict` returned, or torch's class of the same name.
+
+        Raises:
+            ValueError: If other settings of a group's rule or its parameter names differ from those saved, or if a
+                parameter's state has other entries or shapes than the rule makes. Nothing is changed in that case.
         """
         seen: dict[str, Any] = {}
         rules: list[UpdateRule] = []

@@ -1,16 +1,13 @@
 """Param groups by what a parameter is: matrices and the rest, blocks of a transformer, norms and biases, names."""
 
-import math
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from optim.roles import Block, Named, Role, block_of, is_matrix, is_norm_or_bias, roles
+from optim.roles import Named, Role, is_matrix, is_norm_or_bias, roles
 from optim.rule import UpdateRule
 from optim.saved import bare_name
 from optim.settings import ParamGroup
@@ -51,9 +48,20 @@ def told_by(parameters: NamedParams) -> dict[str, Role]:
 
 
 def split_matrices(named_parameters: Iterable[tuple[str, Tensor]]) -> tuple[Named, Named]:
-    """(hidden matrices, rest), each in the given order; see `optim.roles.roles`.
+    """Return (hidden matrices, rest), each in the given order; see `optim.roles.roles`.
 
-    Raises: TypeError if the parameters have no names, for the split needs them.
+    Args:
+        named_parameters: (name, parameter) pairs.
+
+    Raises:
+        TypeError: If the parameters have no names, which the split needs.
+
+    Example:
+        >>> from optim import split_matrices
+        >>> model = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(10, 4), "proj": torch.nn.Linear(4, 4)})
+        >>> matrices, rest = split_matrices(model.named_parameters())
+        >>> [name for name, _ in matrices]
+        ['proj.weight']
     """
     matrices: Named = []
     rest: Named = []
@@ -69,9 +77,23 @@ def split_matrices(named_parameters: Iterable[tuple[str, Tensor]]) -> tuple[Name
 def checked_assign(
     own: str, assign: Assign | None, known: Iterable[str], words: Mapping[str, Settings | None], names: Iterable[str]
 ) -> dict[str, Settings | None]:
-    """part of a name -> settings; `words` are short for some. For `assign` of `create`.
+    """Return `assign` as a mapping from part of a name to settings, after checking it; see `create`.
 
-    Raises: TypeError if it is no mapping, ValueError for settings that are not `known` or a part that no name holds.
+    Args:
+        own: Whose setting it is, for error messages.
+        assign: The mapping, or None.
+        known: The settings that may be assigned.
+        words: Short words for settings, such as "adamw".
+        names: The names of the parameters.
+
+    Raises:
+        TypeError: If `assign` is not a mapping.
+        ValueError: For settings that are not `known`, or a part that no name contains.
+
+    Example:
+        >>> from optim import checked_assign
+        >>> checked_assign("AdamW", {"bias": {"lr": 0.1}}, {"lr"}, {}, ["layer.bias"])
+        {'bias': {'lr': 0.1}}
     """
     if assign is None:
         return {}
@@ -107,7 +129,19 @@ def part_in(name: str, parts: Iterable[str]) -> str | None:
 
 
 class Assigned:
-    """A division of param groups by parts of names, each with its own settings."""
+    """A division of param groups by parts of names, each with its own settings.
+
+    Args:
+        meant: A mapping from part of a name to the settings of the parameters that contain it.
+
+    Example:
+        >>> from optim import AdamW, Assigned, divide_groups
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = AdamW(model.named_parameters(), lr=1e-3)
+        >>> divide_groups(optimizer, Assigned({"bias": {"lr": 0.1}}))
+        >>> [(group["param_names"], group["lr"]) for group in optimizer.param_groups]
+        [(['weight'], 0.001), (['bias'], 0.1)]
+    """
 
     def __init__(self, meant: Mapping[str, Settings | None]) -> None:
         self.meant = meant
@@ -133,11 +167,20 @@ _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|
 
 
 def without_decay(names: Iterable[str], model: nn.Module | None = None) -> set[str]:
-    """Those of the parameters `names` that Trainer gives no weight decay: biases and norms, by name or by type.
+    """Return the names of the parameters that have no weight decay: biases and norms, by name or by type.
 
-    The one rule of this suite: `create(decay_all=False)`, `hf.resolve`, `datatools train`, and checkpoints of Trainer,
-    whose states it puts in order.
-    model: the model they are of, whose `nn.LayerNorm` layers are norms whatever their name.
+    This is the one such rule of the three packages, and that of transformers' Trainer. `create(decay_all=False)`,
+    `hf.resolve`, `zeroth_order.decay_groups` and `datatools train` follow it, and checkpoints of Trainer, whose states
+    it puts in order, are read by it.
+
+    Args:
+        names: The names of the parameters.
+        model: The model that they belong to, whose `nn.LayerNorm` layers are norms whatever their name.
+
+    Example:
+        >>> from optim import without_decay
+        >>> sorted(without_decay(["layers.0.norm.weight", "layers.0.proj.weight", "layers.0.proj.bias"]))
+        ['layers.0.norm.weight', 'layers.0.proj.bias']
     """
     norms = {
         f"{layer}.{own}".removeprefix(".")
@@ -149,9 +192,21 @@ def without_decay(names: Iterable[str], model: nn.Module | None = None) -> set[s
 
 
 class SpareNorms:
-    """A division of param groups into those with weight decay and those without: `without_decay` of the model.
+    """A division of param groups into those with weight decay and those without, by `without_decay` of the model.
 
-    Of parameters that are of no model, a bias or norm with a name that Trainer does not know (``ln_1``) is spared too.
+    Of parameters that belong to no model, a bias or norm with a name that Trainer does not know (``ln_1``) is spared
+    too.
+
+    Args:
+        model: The model, if there is one.
+
+    Example:
+        >>> from optim import AdamW, SpareNorms, divide_groups
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = AdamW(model.named_parameters(), lr=1e-3, weight_decay=0.1)
+        >>> divide_groups(optimizer, SpareNorms(model))
+        >>> [(group["param_names"], group["weight_decay"]) for group in optimizer.param_groups]
+        [(['weight'], 0.1), (['bias'], 0.0)]
     """
 
     def __init__(self, model: nn.Module | None) -> None:
@@ -172,129 +227,26 @@ class SpareNorms:
         return [{**group, "params": decayed}, {**group, "params": spared, "weight_decay": 0.0}]
 
 
-# --------------------------------------------------------------------------------------------- blocks of a transformer
-
-PAPER_RATIOS: Mapping[Block, float] = MappingProxyType(
-    {"embedding": 10.0, "qk": 8.0, "ffn": 6.0, "vo": 4.0, "norm": 1.0, "head": 1.0, "other": 1.0}
-)
-"""A block's learning rate over the base: tuned once, for a Llama of 0.25B parameters, and reused (arXiv 2502.19002).
-What the paper does not know, "other", has the base rate."""
-
-Ratios: TypeAlias = Literal["paper"] | Mapping[str, float]
-
-
-def blockwise(
-    named_parameters: nn.Module | Iterable[tuple[str, Tensor]],
-    *,
-    lr: float | Tensor,
-    ratios: Ratios = "paper",
-    blocks: Mapping[str, str] | None = None,
-) -> list[dict[str, Any]]:
-    """Param groups with the blockwise learning rate: one a block, at `lr` times the block's ratio.
-
-        optimizer = AdamW(blockwise(model.named_parameters(), lr=6e-4), betas=(0.9, 0.95), weight_decay=0.1)
-        factors = group_factors(optimizer, "blockwise_cosine", total_steps=10_000, warmup_steps=600)
-
-    ratios: block -> ratio to `lr`; "paper" is `PAPER_RATIOS`; `optim.diagnostics` measures and proposes others.
-    blocks: parts of names -> block, looked at before `block_of`, the first match winning; the block may be a new one.
-    What is in none is "other", at the base rate unless `ratios` has it; one UserWarning names such parameters.
-    A group has `lr`, `lr_ratio` (read by `group_factors`), `block`, and its parameters with their names.
-    Source: arXiv 2502.19002. It runs AdamW and Adam-mini with betas (0.9, 0.95) and decay 0.1, Lion with (0.95, 0.98)
-    and 1.0, and decays every tensor, norms too. Decoupled decay is scaled by a group's rate as well.
-    Differs: a tensor in no block trains, at the base rate, where the AdamW and Lion scripts leave it untrained;
-    position embeddings (``wpe``) are embeddings, where the GPT-2 script leaves them at the base rate
-    (``blocks={"wpe": "norm"}``).
-    Raises: ValueError naming a parameter whose block has no ratio; TypeError without names.
-    """
-    if isinstance(named_parameters, nn.Module):
-        named_parameters = trained(named_parameters)
-    named = with_names(named_parameters, "blockwise learning rates need names: pass model.named_parameters()")
-    return Blockwise(ratios, blocks, [name for name, _ in named])({"params": named, "lr": lr})
-
-
-class Blockwise:
-    """A division of param groups by block of a transformer, each at its ratio to the group's rate; see `blockwise`.
-
-    names: those that are known beforehand, to warn once of parameters in no block.
-    """
-
-    def __init__(self, ratios: Ratios, blocks: Mapping[str, str] | None, names: Iterable[str]) -> None:
-        self.ratios = _checked_ratios(ratios)
-        self.ratios.setdefault("other", 1.0)
-        names = list(names)
-        self.blocks = dict(blocks or {})
-        check_parts("blocks", self.blocks, names)
-        if ratios == "paper" or "other" not in ratios:
-            warn_of_strangers(names, self.blocks, "have the base learning rate", "blocks={{{part!r}: 'norm'}}")
-
-    def __call__(self, group: dict[str, Any]) -> list[dict[str, Any]]:
-        """A group for each block, with `lr_ratio` and `block`."""
-        found: dict[str, Named] = {}
-        for entry in group["params"]:
-            part = part_in(entry[0], self.blocks)
-            block = block_of(entry[0]) if part is None else self.blocks[part]
-            if block not in self.ratios:
-                raise ValueError(
-                    f"parameter {entry[0]!r} is in block {block!r}, which has no ratio; known: {', '.join(self.ratios)}"
-                )
-            found.setdefault(block, []).append(entry)
-        return [
-            {**group, "params": named, "lr": group["lr"] * ratio, "lr_ratio": ratio, "block": block}
-            for block, named in found.items()
-            for ratio in (self.ratios[block],)
-        ]
-
-
-def warn_of_strangers(names: Iterable[str], chosen: Iterable[str], fate: str, remedy: str) -> None:
-    """One UserWarning of the parameters whose names tell no block of a transformer, and that nothing else chose."""
-    names, chosen = list(names), list(chosen)
-    strangers = [name for name in names if block_of(name) == "other" and part_in(name, chosen) is None]
-    if strangers:
-        last = [part for part in strangers[0].split(".") if part not in ("weight", "bias") and not part.isdigit()]
-        some = ", ".join(map(repr, strangers[:3])) + (", ..." if len(strangers) > 3 else "")
-        warnings.warn(
-            f"{len(strangers)} of {len(names)} parameters are in no block of a transformer that their names tell "
-            f"({some}): they {fate}; say otherwise with {remedy.format(part=(last or strangers[:1])[-1])}",
-            UserWarning,
-            stacklevel=4,
-        )
-
-
-def _checked_ratios(ratios: Ratios) -> dict[str, float]:
-    if isinstance(ratios, str):
-        if ratios != "paper":
-            raise ValueError(f"block ratios {ratios!r}; expected 'paper' or a mapping such as {dict(PAPER_RATIOS)}")
-        return {str(block): ratio for block, ratio in PAPER_RATIOS.items()}
-    for block, ratio in ratios.items():
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
-            raise ValueError(f"the ratio of block {block!r} is {ratio!r}; it must be a finite number above 0")
-    return {str(block): float(ratio) for block, ratio in ratios.items()}
-
-
-_EXAMPLES = {
-    "embedding": "model.embed_tokens",
-    "qk": "model.layers.0.self_attn.q_proj",
-    "vo": "model.layers.0.self_attn.o_proj",
-    "ffn": "model.layers.0.mlp.up_proj",
-    "head": "lm_head",
-}
-
-
-def example_parameters(ratios: Ratios | None = None) -> Named:
-    """Matrices without data, one of each kind of block (that has a ratio), to try settings on before a model is there.
-
-    Each side is 5040, a number that almost every number of blocks divides.
-    """
-    chosen = [block for block in _EXAMPLES if not isinstance(ratios, Mapping) or block in ratios] or ["ffn"]
-    return [(f"{_EXAMPLES[block]}.weight", nn.Parameter(torch.empty(5040, 5040, device="meta"))) for block in chosen]
-
-
 def divide_groups(optimizer: torch.optim.Optimizer, divide: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> None:
-    """Put several param groups in the place of each: those that `divide(group)` makes of it, but empty ones.
+    """Replace each param group by the groups that `divide` makes of it, except empty ones.
 
-    The `params` of the groups that `divide` gets and makes are named parameters. For groups built by a class that
-    decides on them itself (Muon's two, Adam-mini's shapes). An `Optimizer` divides groups that are added later as well.
-    Raises: ValueError if parameters have no names.
+    It is meant for groups of a class that makes them itself (Muon's two, Adam-mini's shapes). An `Optimizer` also
+    divides groups that are added later.
+
+    Args:
+        optimizer: An optimizer that was built from named parameters.
+        divide: A function from a group to groups; the `params` of all of them are named parameters.
+
+    Raises:
+        ValueError: If parameters have no names.
+
+    Example:
+        >>> from optim import AdamW, divide_groups
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = AdamW(model.named_parameters(), lr=1e-3)
+        >>> divide_groups(optimizer, lambda group: [group | {"params": [entry]} for entry in group["params"]])
+        >>> [group["param_names"] for group in optimizer.param_groups]
+        [['weight'], ['bias']]
     """
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
@@ -308,7 +260,11 @@ def divide_groups(optimizer: torch.optim.Optimizer, divide: Callable[[dict[str, 
 
 
 def by_name(divide: Callable[[dict[str, Any]], list[dict[str, Any]]], group: dict[str, Any]) -> list[dict[str, Any]]:
-    """The groups that `divide` makes of this one, but empty ones. Raises: ValueError for parameters without names."""
+    """Return the groups that `divide` makes of this one, except empty ones.
+
+    Raises:
+        ValueError: For parameters without names.
+    """
     named = list(zip(group["param_names"], group["params"], strict=True)) if "param_names" in group else group["params"]
     message = "param groups are divided by name: build the optimizer from model.named_parameters()"
     try:
@@ -320,7 +276,17 @@ def by_name(divide: Callable[[dict[str, Any]], list[dict[str, Any]]], group: dic
 
 
 def group_table(optimizer: torch.optim.Optimizer) -> str:
-    """What is stepped how, to be read before training: a line a param group, with the first of its tensors."""
+    """Return how each tensor is stepped, to be read before training: one line per param group, with its first tensors.
+
+    Args:
+        optimizer: The optimizer.
+
+    Example:
+        >>> from optim import create, group_table
+        >>> print(group_table(create("adamw", torch.nn.Linear(4, 2), lr=1e-3)))
+        group  rule      lr  decay  tensors  parameters  first tensor
+        1      adamw  0.001      0        2          10  weight
+    """
     rows = [("group", "rule", "lr", "decay", "tensors", "parameters", "first tensor")]
     seen = {optimizer.defaults["rule"].name: _flat(optimizer.defaults["rule"].describe())}
     for i, group in enumerate(optimizer.param_groups, start=1):

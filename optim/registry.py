@@ -1,4 +1,4 @@
-"""Making a rule or an optimizer by its name."""
+"""Making a rule or an optimizer from its name."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from optim import rules
+from optim.block_rates import Blockwise, Ratios
 from optim.optimizer import Optimizer
-from optim.param_groups import Assign, Assigned, Blockwise, Ratios, SpareNorms, checked_assign, divide_groups
+from optim.param_groups import Assign, Assigned, SpareNorms, checked_assign, divide_groups
 from optim.rule import UpdateRule
 from optim.rules.matrices import MatrixOptimizer
 from optim.rules.wrappers.low_rank import LowRank
@@ -31,9 +32,19 @@ WRAPPERS: dict[str, type[UpdateRule]] = {"low_rank": LowRank, "quantized": Quant
 
 
 def rule_from(described: Mapping[str, Any]) -> UpdateRule:
-    """The rule of `UpdateRule.describe`'s plain values.
+    """Return the rule that `UpdateRule.describe` described.
 
-    Raises: ValueError for a name that is not in `RULES`, TypeError for a field that the rule does not have.
+    Args:
+        described: The rule's `name` and fields as plain values.
+
+    Raises:
+        ValueError: For a name that is not in `RULES`.
+        TypeError: For a field that the rule does not have.
+
+    Example:
+        >>> from optim import rule_from
+        >>> rule_from({"name": "lion", "betas": (0.95, 0.98)})
+        LionRule(betas=(0.95, 0.98))
     """
     name = described.get("name")
     kinds = RULES | WRAPPERS
@@ -51,7 +62,17 @@ def rule_from(described: Mapping[str, Any]) -> UpdateRule:
 
 
 def check_optimizer(name: str) -> None:
-    """ValueError for a name that no optimizer has, saying which one is probably meant or does the same."""
+    """Check the name of an optimizer.
+
+    Raises:
+        ValueError: For a name that no optimizer has, with the one that was probably meant or that does the same.
+
+    Example:
+        >>> from optim import check_optimizer
+        >>> check_optimizer("adamv")
+        Traceback (most recent call last):
+        ValueError: no optimizer is called 'adamv'; did you mean 'adamw' or 'adamp'?
+    """
     if name not in OPTIMIZERS:
         raise ValueError(f"no optimizer is called {name!r}{instead_of(name, OPTIMIZERS)}")
 
@@ -68,22 +89,42 @@ def create(
     assign: Assign | None = None,
     **hyper: Any,
 ) -> Optimizer:
-    """The optimizer of that name; hyper are the keywords of its class, `OPTIMIZERS[name]`.
+    """Return the optimizer of that name.
 
-    parameters: `model.named_parameters()`, or the model, of which those that require a gradient are taken. The model
-    tells more: types of modules beside names and shapes; see `optim.roles.roles`.
-    Rules for matrices ("muon", "normuon", "conda", ...) get the hidden matrices and AdamW the rest; see
-    `MatrixOptimizer`, and `group_table` for what went where.
-    weight_decay: none unless given, whatever the class's own default is.
-    decay_all: without it biases and norms have no weight decay; see `without_decay`.
-    block_ratios: "paper" or block -> ratio multiplies every group's rates by block of a transformer; see `blockwise`.
-    blocks: part of a name -> block of a transformer, for `block_ratios` and "adam_mini" where names do not tell; the
-    latter takes its own as well, see `AdamMini`.
-    assign: part of a name -> settings of the parameters that hold it (`lr`, `weight_decay`, fields of the rule); with a
-    rule for matrices also "matrix" or "adamw". The first part that a name holds wins.
-    A group that `add_param_group` adds later is divided in the same way.
-    Raises: ValueError for an unknown name, TypeError for an unknown keyword (both say what was probably meant),
-    ValueError for values out of range and for parts that no name holds.
+    Rules for matrices ("muon", "normuon", "conda", ...) take the hidden matrices and AdamW the rest; see
+    `MatrixOptimizer`, and `group_table` for which parameter went where. A group that `add_param_group` adds later is
+    divided in the same way.
+
+    Args:
+        name: A key of `OPTIMIZERS`.
+        parameters: `model.named_parameters()`, or the model, of which the parameters that require a gradient are taken.
+            The model tells more: the types of modules in addition to names and shapes; see `optim.roles.roles`.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay; 0 unless given, whatever the default of the class is.
+        decay_all: Whether biases and norms have weight decay as well; see `without_decay`.
+        block_ratios: "paper", or a mapping from block of a transformer to the factor of its learning rate; see
+            `blockwise`.
+        blocks: A mapping from part of a name to block of a transformer, for `block_ratios` and "adam_mini" where names
+            do not tell. "adam_mini" takes its own `blocks` as well, see `AdamMini`.
+        assign: A mapping from part of a name to settings of the parameters that contain it (`lr`, `weight_decay`,
+            fields of the rule); with a rule for matrices also to "matrix" or "adamw". The first part that a name
+            contains wins.
+        **hyper: Keywords of the optimizer's class, `OPTIMIZERS[name]`.
+
+    Returns:
+        The optimizer, an instance of `OPTIMIZERS[name]`.
+
+    Raises:
+        ValueError: For an unknown name (with what was probably meant), values out of range, and parts that no name
+            contains.
+        TypeError: For an unknown keyword (with what was probably meant).
+
+    Example:
+        >>> from optim import create
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
+        >>> optimizer = create("muon", model, lr=0.02, adamw_lr=3e-4, scale="original")
+        >>> [(group["rule"].name, group["param_names"]) for group in optimizer.param_groups]
+        [('muon', ['0.weight']), ('adamw', ['0.bias', '1.weight', '1.bias'])]
     """
     check_optimizer(name)
     kind = OPTIMIZERS[name]

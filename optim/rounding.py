@@ -1,12 +1,12 @@
-"""How bfloat16 parameters are rounded after a step, for every rule.
+"""Rounding of bfloat16 parameters after a step, for every rule.
 
-A step below half the distance between two neighbours of the format is lost when it is rounded to the nearest: at a
-learning rate of 1e-5 that is most of the update, and all of it on norms. Rounded up or down at random, with the exact
-value as the mean, it arrives on average (arXiv 1502.02551), at no cost in memory.
+A step below half the distance between two neighbours of the format is lost when the result is rounded to nearest. At a
+learning rate of 1e-5 that is most of the update, and all of it for norms. Rounded up or down at random, with the exact
+value as the mean, the step arrives on average (arXiv 1502.02551), without any memory.
 
 `set_rounding` marks the param groups. Parameters of a marked group are stepped as float32, a part of the group at a
-time, and rounded afterwards. The random bits are a function of the group's count of steps, the parameter's place and
-the element's: the count is saved with the group, so runs repeat and resume to the bit.
+time, and rounded afterwards. The random bits are a function of the group's step count, the parameter's position and
+the element's position. The count is saved with the group, so that runs repeat and resume bit for bit.
 """
 
 from __future__ import annotations
@@ -36,8 +36,23 @@ _SEED = 0x5EED_0F_B16
 class Arrived:
     """How much of the intended updates of bfloat16 parameters arrived; `Optimizer.arrived` collects it.
 
-    share: of all parameters; small: of vectors and scalars (norms and biases). The part of the intended movement that
-    was made, 1 is all: <made, intended> / <intended, intended>; None before a step.
+    Both shares are <made, intended> / <intended, intended>, where 1 means everything, and None before a step.
+
+    Args:
+        made: The sum of <made, intended> over all parameters.
+        intended: The sum of <intended, intended> over all parameters.
+        made_small: The first sum, over vectors and scalars (norms and biases).
+        intended_small: The second sum, over vectors and scalars.
+
+    Example:
+        >>> from optim import SGD, Arrived, set_rounding
+        >>> param = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+        >>> optimizer = SGD([param], lr=1e-4)
+        >>> set_rounding(optimizer, "nearest")
+        >>> optimizer.arrived, param.grad = Arrived(), torch.ones_like(param)
+        >>> optimizer.step()
+        >>> optimizer.arrived.share  # below the resolution of bfloat16 near 1
+        0.0
     """
 
     made: float = 0.0
@@ -47,16 +62,22 @@ class Arrived:
 
     @property
     def share(self) -> float | None:
-        """Of all parameters."""
+        """The share of the intended movement that was made, over all parameters."""
         return self.made / self.intended if self.intended else None
 
     @property
     def small(self) -> float | None:
-        """Of norms and biases."""
+        """The share of the intended movement that was made, over norms and biases."""
         return self.made_small / self.intended_small if self.intended_small else None
 
     def add(self, before: Tensor, exact: Tensor, after: Tensor) -> None:
-        """Count the step of one parameter."""
+        """Count the step of one parameter.
+
+        Args:
+            before: The parameter before the step, of any shape, in bfloat16.
+            exact: The parameter after the step, in float32.
+            after: The parameter after the step, rounded.
+        """
         wanted = exact - before.float()
         made, intended = float((wanted * (after.float() - before.float())).sum()), float(wanted.square().sum())
         self.made, self.intended = self.made + made, self.intended + intended
@@ -65,10 +86,24 @@ class Arrived:
 
 
 def set_rounding(optimizer: torch.optim.Optimizer, how: Rounding) -> None:
-    """Round the bfloat16 parameters of all groups in this way from the next step on; others are not affected.
+    """Choose how the bfloat16 parameters of all groups are rounded from the next step on; others are not affected.
 
-    On a GPU AdamW and 8-bit AdamW do it themselves (`stochastic_rounding`), in their kernels; there tensors share their
-    random bits.
+    On a GPU, AdamW and 8-bit AdamW round in their kernels (`stochastic_rounding`); tensors share their random bits
+    there.
+
+    Args:
+        optimizer: An optimizer of this package.
+        how: "nearest" or "stochastic".
+
+    Example:
+        >>> from optim import Lion, set_rounding
+        >>> param = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
+        >>> optimizer = Lion([param], lr=1e-4)
+        >>> set_rounding(optimizer, "stochastic")
+        >>> param.grad = torch.ones_like(param)
+        >>> optimizer.step()
+        >>> abs(float(param.detach().float().mean()) - (1 - 1e-4)) < 1e-4  # right on average
+        True
     """
     for group in optimizer.param_groups:
         itself = how == "stochastic" and all(param.is_cuda for param in group["params"])
@@ -93,7 +128,19 @@ def step(
     grads: list[Tensor],
     arrived: Arrived | None,
 ) -> list[bool]:
-    """The step of a marked group's parameters; for each, whether it was stepped. offset: the group's first place."""
+    """Step the parameters of a marked group.
+
+    Args:
+        step_those: Steps parameters in float32.
+        group: The param group.
+        offset: The position of the group's first parameter in the optimizer.
+        params: The parameters that have a gradient, of any shapes.
+        grads: Their gradients, of the same shapes.
+        arrived: Where to count what arrives.
+
+    Returns:
+        For each parameter, whether it was stepped.
+    """
     if not params:
         return []
     count = group["rounding_step"] = group.get("rounding_step", 0) + 1

@@ -1,4 +1,4 @@
-"""What an optimizer is here: a pure function from a gradient, a state and a parameter to an update."""
+"""The definition of an optimizer: a pure function from a gradient, a state and a parameter to an update."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,20 +16,28 @@ State: TypeAlias = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateRule(ABC):
-    """One optimizer. Its fields are the hyper-parameters; its two pure functions are the algorithm.
+    """An optimizer: its fields are the hyper-parameters, and its two pure functions are the algorithm.
 
-    A parameter moves by ``p <- p - lr * (direction + weight_decay * decay)``: the learning rate and the decoupled
-    weight decay belong to the `Optimizer`'s param group, the direction belongs to the rule.
+    A parameter moves by ``p <- p - lr * (direction + weight_decay * decay)``. The learning rate and the decoupled
+    weight decay belong to the param group of the `Optimizer`; the direction belongs to the rule.
 
-    To write one: a frozen, keyword-only dataclass with a `name`, `init`, `update`, and range checks in `__post_init__`.
+    A new rule is a frozen, keyword-only dataclass with a `name`, `init`, `update`, and range checks in `__post_init__`.
     `init` and `update` never write to their arguments and read no global state, so that selection can `vmap` them and
-    order estimation can differentiate them. `init` looks at the parameter's shape, dtype and device only (it is also
-    run on the meta device, to check a loaded state). Fields are plain values (bool, int, float, str, None, tuples of
-    these, or another rule), because a checkpoint stores them as such.
+    order estimation can differentiate them. `init` only reads the parameter's shape, dtype and device (it also runs on
+    the meta device, to check a loaded state). Fields are plain values (bool, int, float, str, None, tuples of these, or
+    another rule), because a checkpoint stores them as such.
 
-    Written as one tensor program, without Python branches on values and without writing in place, `update` and `decay`
-    are also what a step runs: `optim.cpu_jit` compiles them, on the CPU, to one loop over memory. A rule that overrides
-    `step` is stepped by that instead, tensor by tensor.
+    `update` and `decay` are written as one tensor program, without Python branches on values and without in-place
+    writes. A step then runs them too: `optim.cpu_jit` compiles them into one loop over memory on the CPU. A rule that
+    overrides `step` is stepped by that method instead, tensor by tensor.
+
+    Example:
+        >>> from optim import AdamWRule
+        >>> rule = AdamWRule(betas=(0.9, 0.95))
+        >>> param, grad = torch.ones(2), torch.tensor([1.0, -3.0])
+        >>> direction, state = rule.update(grad, rule.init(param), param)
+        >>> [round(x, 4) for x in direction.tolist()]
+        [1.0, -1.0]
     """
 
     name: ClassVar[str]
@@ -44,37 +52,59 @@ class UpdateRule(ABC):
 
     @abstractmethod
     def init(self, param: Tensor) -> State:
-        """The state before the first step: fresh tensors, moments in `moment_dtype(param)`."""
+        """Return the state before the first step.
+
+        Args:
+            param: The parameter, of any shape and a real floating-point dtype. Its values are not read.
+
+        Returns:
+            Fresh tensors by name; moments have the dtype `moment_dtype(param)`.
+        """
 
     @abstractmethod
     def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """The direction (to be subtracted, times lr) and the state after this gradient; arguments untouched.
+        """Return the direction and the state after this gradient, without changing the arguments.
 
-        The direction may be the gradient tensor itself (plain SGD): do not write to it.
+        Args:
+            grad: The gradient, of the parameter's shape.
+            state: The state before this gradient.
+            param: The parameter.
+
+        Returns:
+            The direction, of the parameter's shape, which a step multiplies by lr and subtracts; and the new state. The
+            direction may be the gradient tensor itself (plain SGD), so do not write to it.
         """
 
     def decay(self, direction: Tensor, state: State, param: Tensor) -> Tensor:
-        """What weight decay pulls towards zero: the parameter itself, unless a method says otherwise.
+        """Return what weight decay pulls towards zero: the parameter itself, unless a method defines it otherwise.
 
-        `state` is the state after the update.
+        Args:
+            direction: The direction of this step.
+            state: The state after the update.
+            param: The parameter.
         """
         return param
 
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
-        """What the parameters of a param group tell each other before they are stepped; by default nothing.
+        """Let the parameters of a param group exchange information before they are stepped; by default nothing happens.
 
-        The only way from one parameter to another, and where a step renews what `update` only reads (Conda's basis):
-        a method that needs it (a counter of the whole optimizer, a second moment of several tensors) writes to entries
-        of `states`, in place, which `update` then reads. `grads` and `states` are of the parameters about to be
-        stepped; `group` has the states of all that ever were.
+        This is the only connection between parameters, and the place where a step renews what `update` only reads
+        (Conda's basis). A method that needs it (a counter for the whole optimizer, a second moment of several tensors)
+        writes in place to entries of `states`, which `update` then reads.
+
+        Args:
+            grads: Gradients of the parameters that are about to be stepped.
+            states: Their states.
+            group: The states of all parameters of the group that were ever stepped.
         """
         return
 
     @property
     def coupled(self) -> bool:
-        """Whether `share` makes one tensor's step depend on others: then no process can step some of them alone.
+        """Whether `share` makes the step of one tensor depend on others, so that no process can step some alone.
 
-        So it is taken to be where there is a `share`; a rule that looks at one tensor at a time there may say so.
+        A rule that overrides `share` is assumed to be coupled; a rule that looks at one tensor at a time there may
+        override this.
         """
         return type(self).share is not UpdateRule.share
 
@@ -88,10 +118,18 @@ class UpdateRule(ABC):
         weight_decay: float | Tensor | None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """The parameter, in the direction's dtype, and the state after one step; arguments untouched but for `out`.
+        """Return the parameter and the state after one step, without changing any argument except `out`.
 
-        weight_decay: None for none (0 times an infinite parameter would not be nothing).
-        out: where the parameter may be written, itself for one; it is the one returned if so.
+        Args:
+            param: The parameter.
+            grad: The gradient, of the parameter's shape.
+            state: The state before the step.
+            lr: Learning rate.
+            weight_decay: Decoupled weight decay; None for none (0 times an infinite parameter would not be 0).
+            out: Where the parameter may be written, such as `param` itself; it is then the tensor that is returned.
+
+        Returns:
+            The parameter, in the direction's dtype, and the new state.
         """
         direction, new_state = self.update(grad, state, param)
         work = param.to(direction.dtype)
@@ -100,7 +138,7 @@ class UpdateRule(ABC):
         return _plus(work, -lr, direction, out), new_state
 
     def step(self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float) -> None:
-        """One step in place: `stepped`, written back to `param` (and only then rounded to its dtype) and `state`."""
+        """Step in place: write `stepped` back to `param` (rounded to its dtype only then) and to `state`."""
         new_param, new_state = self.stepped(param, grad, state, lr=lr, weight_decay=weight_decay or None, out=param)
         if new_param is not param:
             param.copy_(sharded_as(param, new_param))
@@ -110,7 +148,7 @@ class UpdateRule(ABC):
     def step_part(
         self, param: Tensor, grad: Tensor, state: State, *, start: int, lr: float | Tensor, weight_decay: float
     ) -> None:
-        """`step` of a piece of a tensor, flat and from entry `start` on, under an elementwise rule."""
+        """Step a piece of a tensor, flat and beginning at entry `start`, under an elementwise rule."""
         self.step(param, grad, state, lr=lr, weight_decay=weight_decay)
 
     def step_all(
@@ -122,7 +160,7 @@ class UpdateRule(ABC):
         lr: float | Tensor,
         weight_decay: float,
     ) -> None:
-        """`step` of parameters that `optim.cpu_jit` does not take: one by one, unless a rule has a kernel for many."""
+        """Step the parameters that `optim.cpu_jit` does not take: one by one, or by a kernel for several."""
         for param, grad, state in zip(params, grads, states, strict=True):
             self.step(param, grad, state, lr=lr, weight_decay=weight_decay)
 
@@ -133,11 +171,11 @@ class UpdateRule(ABC):
 
     @property
     def step_is_update(self) -> bool:
-        """Whether `step` is `stepped` written back and no more, so that `optim.cpu_jit` may compile it."""
+        """Whether `step` only writes `stepped` back, so that `optim.cpu_jit` may compile it."""
         return type(self).step is UpdateRule.step
 
     def describe(self) -> dict[str, Any]:
-        """The rule as plain values, ``{"name": ..., field: value, ...}``; `optim.rule_from` is the inverse."""
+        """Return the rule as plain values, ``{"name": ..., field: value, ...}``; `optim.rule_from` is the inverse."""
         described: dict[str, Any] = {"name": self.name}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -145,12 +183,16 @@ class UpdateRule(ABC):
         return described
 
     def settings(self) -> set[str]:
-        """The names of the rule's fields, and of those of a rule inside it."""
+        """Return the names of the rule's fields, and of those of a rule inside it."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return set(own).union(*(rule.settings() for rule in own.values() if isinstance(rule, UpdateRule)))
 
     def setting(self, name: str) -> Any:
-        """The field of that name, the rule's own or that of a rule inside it; KeyError for none of `settings`."""
+        """Return the field of that name, of this rule or of a rule inside it.
+
+        Raises:
+            KeyError: For a name that is not one of `settings`.
+        """
         own = [f.name for f in fields(self)]
         if name in own:
             return getattr(self, name)
@@ -160,17 +202,18 @@ class UpdateRule(ABC):
         raise KeyError(name)
 
     def state_settings(self) -> dict[str, Any]:
-        """The settings without which a state cannot be read, which therefore stay as they were once there is one.
+        """Return the settings without which a state cannot be read; they cannot change once there is a state.
 
-        None, unless a rule says so, beyond those that show in the shapes and dtypes of its state.
+        By default there are none, apart from those that show in the shapes and dtypes of the state.
         """
         inner = (getattr(self, f.name) for f in fields(self))
         return {k: v for rule in inner if isinstance(rule, UpdateRule) for k, v in rule.state_settings().items()}
 
     def with_settings(self, **changed: Any) -> Self:
-        """The rule with these fields instead; what it has no field for goes to the rule inside it.
+        """Return the rule with other values of these fields; those that it does not have go to the rule inside it.
 
-        Raises: TypeError for a name that is none of `settings`.
+        Raises:
+            TypeError: For a name that is not one of `settings`.
         """
         own = {f.name for f in fields(self)}
         rest = {key: value for key, value in changed.items() if key not in own}
@@ -186,9 +229,9 @@ class UpdateRule(ABC):
         return replace(self, **changed) if changed else self
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
-        """How this rule differs from a saved description, one phrase a field; empty if it does not.
+        """Return how this rule differs from a saved description, one phrase per field; empty if it does not.
 
-        A field that the description lacks (it was written by an older version) counts as that field's default.
+        A field that the description lacks (because an older version wrote it) counts as having that field's default.
         """
         if saved.get("name") != self.name:
             return [f"the rule is {self.name!r} here and {saved.get('name')!r} there"]
@@ -222,28 +265,29 @@ def _plain(value: Any) -> Any:
 
 
 def moment_dtype(param: Tensor) -> torch.dtype:
-    """The dtype of running averages: float32 for parameters of 16 bits and less, otherwise the parameter's own.
+    """Return the dtype of running averages: float32 for parameters of 16 bits or fewer, otherwise the parameter's own.
 
-    The increment (1 - b2) g^2 of a second moment is below bfloat16's resolution, so a 16-bit moment would stand still.
+    The increment (1 - b2) g^2 of a second moment is below the resolution of bfloat16, so that a 16-bit moment would not
+    change.
     """
     return torch.promote_types(param.dtype, torch.float32)
 
 
 def zero_moment(param: Tensor) -> Tensor:
-    """A zero tensor of the parameter's shape, device and layout, in `moment_dtype`."""
+    """Return a zero tensor of the parameter's shape, device and layout, with the dtype `moment_dtype(param)`."""
     return torch.zeros_like(param, dtype=moment_dtype(param), requires_grad=False)
 
 
 def scalar_moment(param: Tensor, value: float = 0.0) -> Tensor:
-    """One number for the whole tensor, 0-d in `moment_dtype`; on every rank alike where the parameter is a DTensor."""
+    """Return one number for the whole tensor, 0-d in `moment_dtype`; equal on every rank of a DTensor."""
     return param.new_full((), value, dtype=moment_dtype(param), requires_grad=False)
 
 
 def zero_step() -> Tensor:
-    """A step count: a float32 scalar on the CPU, as in torch, so that reading it never waits for a GPU."""
+    """Return a step count: a float32 scalar on the CPU, as in torch, so that reading it never waits for a GPU."""
     return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def correction(beta: float | Tensor, step: Tensor) -> Tensor:
-    """1 - beta^step as a float64 scalar; float32 would lose digits that float64 parameters show."""
+    """Return 1 - beta^step as a float64 scalar; float32 would lose digits that float64 parameters show."""
     return 1 - beta ** step.double()

@@ -116,7 +116,13 @@ def _laid_out(value: Tensor, like: Tensor) -> Tensor:
 
 
 def bare_name(name: str) -> str:
-    """The parameter's name without what DDP, FSDP, checkpointing and torch.compile put around modules."""
+    """Return the parameter's name without what DDP, FSDP, checkpointing and torch.compile add to module names.
+
+    Example:
+        >>> from optim import bare_name
+        >>> bare_name("module._orig_mod.layers.0.weight")
+        'layers.0.weight'
+    """
     for wrapper in ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module."):
         name = name.replace(wrapper, "")
     return name.removeprefix("module.")

@@ -100,17 +100,27 @@ def native(rule: UpdateRule, state: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def to_torch_state(optimizer: Any, *, rule: str | None = None) -> dict[str, Any]:
-    """A state dict that `torch.optim`'s class of the same name loads and goes on from: AdamW, SGD, NAdam or Muon.
+    """Return a state dict for `torch.optim`'s class of the same name: AdamW, SGD, NAdam or Muon.
 
-        torch_optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-        torch_optimizer.load_state_dict(optim.to_torch_state(optimizer))
+    Muon's momentum is written in torch's convention (an average, not a sum). torch's Muon always computes in bfloat16.
 
-    optimizer: an `Optimizer`, or its state dict. Param groups and parameters are in its order, and torch matches by
-    order: build torch's with as many groups of as many parameters.
-    rule: of an optimizer with groups of several rules (`Muon`, whose other tensors are AdamW's) those of this one,
-    "muon" or "adamw"; parameters are then numbered from 0.
-    Muon's momentum is written in torch's convention (an average, not a sum). torch's Muon computes in bfloat16 always.
-    Raises: ValueError for a rule or a setting that torch's classes do not have, by name.
+    Args:
+        optimizer: An `Optimizer`, or its state dict. Param groups and parameters keep its order, and torch matches by
+            order: build torch's optimizer with equally many groups of equally many parameters.
+        rule: Of an optimizer with groups of several rules (`Muon`, whose other tensors are AdamW's), the one whose
+            groups are wanted, "muon" or "adamw"; parameters are then numbered from 0.
+
+    Raises:
+        ValueError: For a rule or a setting that torch's classes do not have, by name.
+
+    Example:
+        >>> from optim import AdamW, to_torch_state
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = AdamW(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> theirs = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> theirs.load_state_dict(to_torch_state(optimizer))
     """
     saved = optimizer if isinstance(optimizer, Mapping) else optimizer.state_dict()
     kinds = [group["rule"]["name"] for group in saved["param_groups"]]

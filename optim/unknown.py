@@ -63,7 +63,17 @@ def _one_slip(a: str, b: str) -> bool:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown word: the nearest known one in any case, or all of them."""
+    """Return the end of an error message about an unknown word: the nearest known one in any case, or all of them.
+
+    Args:
+        word: What was given.
+        known: What exists.
+
+    Example:
+        >>> from optim import did_you_mean
+        >>> did_you_mean("cosin", ["cosine", "linear"])
+        "; did you mean 'cosine'?"
+    """
     by_lower = {name.lower(): name for name in sorted(known)}
     word = word.lower()
     close = difflib.get_close_matches(word, by_lower, n=3)

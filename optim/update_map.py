@@ -1,4 +1,4 @@
-"""The optimizer as a function: which update would it make of these gradients?"""
+"""The optimizer as a function: the update that it would make for given gradients."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,12 +19,24 @@ Rules: TypeAlias = UpdateRule | Mapping[str, UpdateRule]
 
 @dataclass(frozen=True)
 class UpdateMap:
-    """An optimizer frozen at one step: gradients in, directions out, by parameter name; no state is ever touched.
+    """An optimizer at one step as a function from gradients to directions, by parameter name; it never changes a state.
 
-    The direction of a parameter is what its rule would subtract, times the learning rate, if this gradient came next;
-    weight decay is not part of it, for it does not depend on data.
+    The direction of a parameter is what its rule would multiply by the learning rate and subtract if this gradient came
+    next. Weight decay is not part of it, because it does not depend on data. Both calls take any subset of the names,
+    so that features can be computed layer by layer.
 
-    Both calls take any subset of the names, so that features can be made layer by layer.
+    Args:
+        rules: The rule of each parameter, by name.
+        states: The state of each parameter, by name.
+        params: The parameters, by name.
+
+    Example:
+        >>> from optim import SGD, UpdateMap
+        >>> model = torch.nn.Linear(3, 2)
+        >>> update = UpdateMap.of(SGD(model.named_parameters(), lr=0.1))
+        >>> directions = update.per_sample({"weight": torch.ones(5, 2, 3)})
+        >>> directions["weight"].shape
+        torch.Size([5, 2, 3])
     """
 
     rules: Mapping[str, UpdateRule]
@@ -33,12 +45,17 @@ class UpdateMap:
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, *, rules: Rules | None = None, copy: bool = True) -> "UpdateMap":
-        """The map of an optimizer built from named parameters: ours, or torch's AdamW, SGD, NAdam or Muon.
+        """Return the map of an optimizer built from named parameters.
 
-        rules: to be used instead of the optimizer's own, one for all or by name, reading the same state; LESS's
-        published features, for instance, or `SGDRule` for plain gradients.
-        copy: take a snapshot. Without it the map follows the optimizer's later steps, and costs no memory.
-        Raises: ValueError if parameters have no names or a state does not suit its rule.
+        Args:
+            optimizer: An optimizer of this package, or torch's AdamW, SGD, NAdam or Muon.
+            rules: Rules to be used instead of the optimizer's own with the same states, one for all or by name; LESS's
+                published features, for instance, or `SGDRule` for plain gradients.
+            copy: Whether to take a snapshot. Without it the map follows the later steps of the optimizer and needs no
+                memory.
+
+        Raises:
+            ValueError: If parameters have no names or a state does not fit its rule.
         """
         states: dict[str, State] = {}
         params: dict[str, Tensor] = {}
@@ -57,12 +74,16 @@ class UpdateMap:
     def from_state_dict(
         cls, saved: Mapping[str, Any], params: Mapping[str, Tensor], *, rules: Rules | None = None
     ) -> "UpdateMap":
-        """The map of a saved `Optimizer.state_dict()`, or of one that torch's AdamW, SGD, NAdam or Muon wrote.
+        """Return the map of a saved `Optimizer.state_dict()`, or of one that torch's AdamW, SGD, NAdam or Muon wrote.
 
-        params: the same parameters by name. They are matched by name where the state dict has names (`param_names`, or
-        names as keys, as FSDP writes them; wrapper prefixes are ignored), otherwise by order.
-        rules: as in `of`; without it those that were saved.
-        Raises: ValueError if names, their number or shapes do not match, or if a rule cannot be told from a group.
+        Args:
+            saved: The state dict.
+            params: The same parameters by name. They are matched by name where the state dict has names (`param_names`,
+                or names as keys, as FSDP writes them; wrapper prefixes are ignored), otherwise by order.
+            rules: As in `of`; the saved rules by default.
+
+        Raises:
+            ValueError: If names, their number or shapes do not match, or if the rule of a group cannot be determined.
         """
         stripped = {bare_name(name): name for name in params}
         entries = list(_saved_entries(saved))
@@ -89,10 +110,16 @@ class UpdateMap:
         }
 
     def per_sample(self, grads: Grads) -> dict[str, Tensor]:
-        """Gradients name -> [batch, *shape] to directions name -> [batch, *shape], each as if it came alone.
+        """Map gradients name -> [batch, *shape] to directions name -> [batch, *shape], each as if it came alone.
 
-        Elementwise rules broadcast, others go through `torch.vmap`: the batch is never looped over.
-        Raises: KeyError for unknown names, ValueError for wrong shapes.
+        Elementwise rules broadcast, and others go through `torch.vmap`: there is no loop over the batch.
+
+        Args:
+            grads: The gradients, by parameter name.
+
+        Raises:
+            KeyError: For unknown names.
+            ValueError: For wrong shapes.
         """
         directions: dict[str, Tensor] = {}
         for name, grad in self._checked(grads, batched=True):

@@ -23,10 +23,19 @@ def step(
     lr: float | Tensor,
     weight_decay: float,
 ) -> list[bool]:
-    """`rule.step` of every parameter with its gradient and state; compiled where that is possible.
+    """Step every parameter with its gradient and state, compiled where that is possible.
 
-    Returns, for each, whether it was stepped: under a rule with ``elementwise = False`` a parameter whose gradient is
-    not finite is left as it is, as is its state.
+    Args:
+        rule: The rule.
+        params: The parameters, of any shapes.
+        grads: Their gradients, of the same shapes.
+        states: Their states.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+
+    Returns:
+        For each parameter, whether it was stepped: under a rule with ``elementwise = False``, a parameter whose
+        gradient is not finite is left unchanged, as is its state.
     """
     fine = [True] * len(params)
     taken: list[Pool] = []
@@ -59,7 +68,7 @@ def step(
 
 
 def all_finite(grads: Sequence[Tensor]) -> list[bool]:
-    """Of each gradient, whether all its entries are finite, on all ranks; without the masks that `isfinite` makes."""
+    """Return whether all entries of each gradient are finite on all ranks, without the masks of `isfinite`."""
     fine: list[bool] = [True] * len(grads)
     pools: dict[torch.dtype, list[int]] = {}
     can_run = _can_run()
@@ -78,7 +87,7 @@ def all_finite(grads: Sequence[Tensor]) -> list[bool]:
 
 
 def supports(rule: UpdateRule, param: Tensor) -> str:
-    """Why steps of this rule on such a parameter are not compiled; empty if they are."""
+    """Return why steps of this rule on such a parameter are not compiled; empty if they are."""
     if not rule.step_is_update:
         return "the rule has a step of its own"
     meta = param.detach().to("meta")

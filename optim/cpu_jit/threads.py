@@ -1,4 +1,4 @@
-"""Threads of the process that help with a step, and leave nothing running behind it."""
+"""Threads of the process that help with a step, and leave nothing running after it."""
 
 import os
 from collections.abc import Callable
@@ -10,10 +10,10 @@ _MOST = 256
 
 
 def together(work: Callable[[], None], helpers: int) -> None:
-    """`work` on this thread and on up to so many others; nobody works on it after the return, or after an exception.
+    """Run `work` on this thread and up to `helpers` others, none of which works after the return or an exception.
 
-    `work` takes its share until nothing is left, so it may run on any number of threads. What it touches it must own:
-    a helper can come too late and then only lets go of it. Where no thread can be had, as when the interpreter ends
+    `work` takes its share until nothing is left, so it may run on any number of threads. It must own what it touches: a
+    helper can come too late and then only lets go of it. Where no thread can be started, as when the interpreter ends
     while other threads still train, this thread does everything.
     """
     futures: list[Future[None]] = [Future() for _ in range(helpers)]  # known before any thread is

@@ -1,4 +1,4 @@
-"""Curvature for rules that read a Hessian diagonal (Sophia, AdaHessian): Hessian-vector products, estimates, `refresh`.
+"""Curvature for rules that read a Hessian diagonal (Sophia, AdaHessian): products, estimates and `refresh`.
 
     loss = loss_fn()
     loss.backward()

@@ -49,12 +49,33 @@ class _CrossEntropies(TorchFunctionMode, ABC):
 
 
 def gauss_newton(loss_fn: Parts, params: Sequence[Tensor], *, seed: int) -> list[Tensor | None]:
-    """B g^2 for each parameter, with g the gradient of the mean loss over B labels drawn from the model's own
-    distribution: the diagonal of the Gauss-Newton matrix in expectation (Gauss-Newton-Bartlett).
+    """Return B g^2 for each parameter: the diagonal of the Gauss-Newton matrix in expectation (Gauss-Newton-Bartlett).
 
-    Every `torch.nn.functional.cross_entropy` of the loss gets sampled labels in the place of its own; ignored ones
-    stay ignored. Source: Liu et al. 2023, arXiv 2305.14342, algorithm 2.
-    Raises: ValueError if the loss calls no cross_entropy, TypeError for sharded parameters.
+    g is the gradient of the mean loss over B labels drawn from the model's own distribution. Every
+    `torch.nn.functional.cross_entropy` of the loss gets sampled labels in place of its own; ignored ones stay ignored.
+
+    Args:
+        loss_fn: Computes the loss anew, or several functions whose sum is the loss.
+        params: The parameters, of any shapes.
+        seed: Of the labels.
+
+    Returns:
+        One tensor per parameter, of its shape; None where no rank's loss depends on it.
+
+    Raises:
+        NoCrossEntropy: A ValueError, if the loss calls no cross_entropy.
+        TypeError: For sharded parameters.
+
+    Source:
+        Liu et al. 2023, arXiv 2305.14342, algorithm 2.
+
+    Example:
+        >>> from optim import curvature
+        >>> w = torch.zeros(3, 4, requires_grad=True)
+        >>> x, y = torch.ones(8, 4), torch.zeros(8, dtype=torch.int64)
+        >>> (diagonal,) = curvature.gauss_newton(lambda: torch.nn.functional.cross_entropy(x @ w.T, y), [w], seed=0)
+        >>> diagonal.shape, bool((diagonal >= 0).all())
+        (torch.Size([3, 4]), True)
     """
     refuse_sharded(params)
     total: list[Tensor | None] = [None] * len(params)
@@ -81,14 +102,34 @@ def gauss_newton(loss_fn: Parts, params: Sequence[Tensor], *, seed: int) -> list
 def gauss_newton_product(
     loss: Callable[[], Tensor], params: Sequence[Tensor], vectors: Sequence[Tensor]
 ) -> list[Tensor]:
-    """J^T H_z J v for each parameter: z the logits that the loss hands to cross_entropy, J = dz/dparams, and H_z the
-    Hessian of the loss in z.
+    """Return J^T H_z J v for each parameter: the product of the Gauss-Newton matrix with v.
 
-    The Hessian without the curvature of the model itself (Schraudolph 2002); equal to it where z is linear in the
-    parameters, and v^T G v >= 0. J v by differentiating J^T w in w, so any kernel with a second derivative will do.
-    Cost: about three gradients, and the memory of a graph of the gradient. What of the loss does not pass through
-    cross_entropy does not count.
-    Raises: NoCrossEntropy, a ValueError, for a loss that never calls torch.nn.functional.cross_entropy.
+    z are the logits that the loss passes to cross_entropy, J = dz/dparams, and H_z is the Hessian of the loss in z. The
+    matrix is the Hessian without the curvature of the model itself (Schraudolph 2002). It equals the Hessian where z is
+    linear in the parameters, and v^T G v >= 0. J v is computed by differentiating J^T w in w, so that any kernel with a
+    second derivative works. Parts of the loss that do not pass through cross_entropy do not count.
+
+    Args:
+        loss: Computes the loss.
+        params: The parameters, of any shapes.
+        vectors: v, one tensor per parameter, of its shape and dtype.
+
+    Returns:
+        One tensor per parameter, of its shape and dtype.
+
+    Cost:
+        About three gradients, and the memory of a graph of the gradient.
+
+    Raises:
+        NoCrossEntropy: A ValueError, for a loss that never calls torch.nn.functional.cross_entropy.
+
+    Example:
+        >>> from optim import curvature
+        >>> w = torch.zeros(3, 4, requires_grad=True)
+        >>> x, y, v = torch.ones(8, 4), torch.zeros(8, dtype=torch.int64), torch.ones(3, 4)
+        >>> loss = lambda: torch.nn.functional.cross_entropy(x @ w.T, y)
+        >>> curvature.gauss_newton_product(loss, [w], [v])[0].abs().max() < 1e-6  # equal logits move alike
+        tensor(True)
     """
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), _Logits() as seen:
         value = loss()

@@ -14,17 +14,43 @@ from optim.rule import moment_dtype
 
 
 def hutchinson(loss_fn: Parts, params: Sequence[Tensor], probes: Sequence[Tensor]) -> list[Tensor | None]:
-    """z (H z) for each parameter: for independent z with mean 0 and variance 1, the Hessian's diagonal in expectation.
+    """Return z (H z) for each parameter: the diagonal of the Hessian in expectation, for independent z of mean 0 and
+    variance 1.
 
-    One product with all parameters at once. Averaged over the ranks of `torch.distributed`, where a rank whose loss
-    does not depend on a parameter counts as zero. None where no rank's does.
+    One product covers all parameters at once. It is averaged over the ranks of `torch.distributed`, where a rank whose
+    loss does not depend on a parameter counts as zero.
+
+    Args:
+        loss_fn: Computes the loss anew, or several functions whose sum is the loss.
+        params: The parameters, of any shapes.
+        probes: z, one tensor per parameter, of its shape and dtype.
+
+    Returns:
+        One tensor per parameter, of its shape; None where no rank's loss depends on it.
+
+    Example:
+        >>> from optim import curvature
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> curvature.hutchinson(lambda: (w**3).sum(), [w], [torch.tensor([1.0, -1.0])])
+        [tensor([ 6., 12.])]
     """
     products = hvp(loss_fn, params, probes)
     return mean_over_ranks([None if h is None else z * h for z, h in zip(probes, products, strict=True)], params)
 
 
 def draw(param: Tensor, probe: str, seed: int) -> Tensor:
-    """A probe of the parameter's shape and dtype from a generator of its own: "normal" or "signs"."""
+    """Draw a probe of the parameter's shape and dtype from a generator of its own.
+
+    Args:
+        param: The parameter, of any shape.
+        probe: "normal" or "signs".
+        seed: The seed.
+
+    Example:
+        >>> from optim import curvature
+        >>> curvature.draw(torch.empty(4), "signs", seed=0).abs()
+        tensor([1., 1., 1., 1.])
+    """
     generator = torch.Generator(param.device).manual_seed(seed)
     drawn = torch.empty(param.shape, dtype=moment_dtype(param), device=param.device)
     if probe == "normal":

@@ -18,17 +18,33 @@ _ONCE_ONLY = re.compile(r"not implemented|double backward|differentiate twice")
 def hvp(
     loss_fn: Parts, params: Sequence[Tensor], vectors: Sequence[Tensor], *, method: str = "auto"
 ) -> list[Tensor | None]:
-    """H v for each parameter, H the Hessian of the loss in all `params` together, in the moments' dtype.
+    """Return H v for each parameter, with H the Hessian of the loss in all `params` together, in the moments' dtype.
 
-    method: "exact" differentiates the gradient, with torch's math kernel for attention, since the fused ones have no
-    second derivative. "difference" is (g(p + d v) - g(p - d v)) / 2d: any kernel, but half the digits; parameters move
-    and come back bit for bit. "auto" takes the second where an operation of the loss has no second derivative. (A
-    custom `autograd.Function` with a once-differentiable backward does not say so: torch counts that part as linear,
-    which is noticed only if nothing of the gradient depends on a parameter.)
-    Cost: about three gradients, and the memory of a graph of the gradient; "difference" two gradients and a copy.
-    None where the loss does not depend on a parameter.
-    Raises: ValueError for an unsuitable loss, and for a difference at 16-bit parameters, which would round it away;
-    TypeError for sharded parameters.
+    Args:
+        loss_fn: Computes the loss anew, or several functions whose sum is the loss.
+        params: The parameters, of any shapes.
+        vectors: v, one tensor per parameter, of its shape.
+        method: "exact" differentiates the gradient, with torch's math kernel for attention, because the fused ones have
+            no second derivative. "difference" is (g(p + d v) - g(p - d v)) / 2d: any kernel, but half the digits;
+            parameters move and come back bit for bit. "auto" uses the second where an operation of the loss has no
+            second derivative. (A custom `autograd.Function` with a once-differentiable backward does not say so: torch
+            treats that part as linear, which is noticed only if nothing of the gradient depends on a parameter.)
+
+    Returns:
+        One tensor per parameter, of its shape; None where the loss does not depend on it.
+
+    Cost:
+        About three gradients, and the memory of a graph of the gradient; "difference" two gradients and a copy.
+
+    Raises:
+        ValueError: For an unsuitable loss, and for a difference at 16-bit parameters, which would round it away.
+        TypeError: For sharded parameters.
+
+    Example:
+        >>> from optim import curvature
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> curvature.hvp(lambda: (w**3).sum(), [w], [torch.ones(2)])
+        [tensor([ 6., 12.])]
     """
     if method not in ("auto", "exact", "difference"):
         raise ValueError(f"curvature.hvp: method = {method!r}; it must be 'auto', 'exact' or 'difference'")

@@ -23,7 +23,11 @@ def parts_of(loss_fn: Parts) -> Sequence[Loss]:
 
 
 def scalar(loss: Tensor) -> Tensor:
-    """A loss as a scalar. Raises: ValueError if it is none, or depends on no parameter."""
+    """Return a loss as a scalar.
+
+    Raises:
+        ValueError: If it is not a single number, or depends on no parameter.
+    """
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"curvature: loss_fn returned {what}; expected one number that depends on the parameters")
@@ -40,7 +44,13 @@ def add(total: list[Tensor | None], more: Sequence[Tensor | None]) -> None:
 
 
 def mix(*numbers: object) -> int:
-    """One seed of several numbers."""
+    """Return one seed of 63 bits made from several numbers and names.
+
+    Example:
+        >>> from optim import curvature
+        >>> curvature.mix(0, 1) == curvature.mix(0, 1) != curvature.mix(1, 0)
+        True
+    """
     digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -71,14 +81,30 @@ def mean_over_ranks(estimates: Sequence[Tensor | None], params: Sequence[Tensor]
 
 
 def refuse_sharded(params: Iterable[Tensor]) -> None:
-    """Raises: TypeError if a parameter is sharded."""
+    """Check that no parameter is sharded.
+
+    Raises:
+        TypeError: If one is.
+    """
     if any(map(is_sharded, params)):
         raise TypeError("curvature: a parameter is sharded (DTensor); estimates of shards are not supported")
 
 
 @contextmanager
 def private(params: Sequence[Tensor]) -> Iterator[None]:
-    """Gradients enabled, and the global generators as before at the end."""
+    """Enable gradients, and restore the global generators at the end.
+
+    Args:
+        params: The parameters, whose devices' generators are restored.
+
+    Example:
+        >>> from optim import curvature
+        >>> before = torch.get_rng_state()
+        >>> with curvature.private([]):
+        ...     _ = torch.rand(3)
+        >>> torch.equal(before, torch.get_rng_state())
+        True
+    """
     gpus = sorted({p.device.index for p in params if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=gpus), torch.enable_grad():
         yield

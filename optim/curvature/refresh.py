@@ -1,4 +1,4 @@
-"""Rules that read a curvature, and what renews it."""
+"""Rules that read a curvature, and the function that renews it."""
 
 import warnings
 from abc import abstractmethod
@@ -20,7 +20,15 @@ from optim.rule import State, UpdateRule, moment_dtype
 class CurvatureRule(UpdateRule):
     """A rule whose state has an entry that `update` reads and only `refresh` renews, every `refresh_every` steps.
 
-    Until the first refresh `update` must do something sensible without it.
+    Until the first refresh, `update` must do something sensible without it.
+
+    Args:
+        refresh_every: Steps from one refresh to the next.
+
+    Example:
+        >>> from optim import SophiaGRule, curvature
+        >>> issubclass(SophiaGRule, curvature.CurvatureRule), SophiaGRule.probe
+        (True, 'labels')
     """
 
     probe: ClassVar[Literal["labels", "normal", "signs"]]
@@ -36,29 +44,46 @@ class CurvatureRule(UpdateRule):
 
     @abstractmethod
     def absorb(self, estimate: Tensor, state: State) -> State:
-        """The entries of the state that an estimate [*shape] of the diagonal renews; arguments untouched."""
+        """Return the entries of the state that an estimate [*shape] of the diagonal renews, without changing the
+        arguments.
+        """
 
 
 def refresh(optimizer: torch.optim.Optimizer, loss_fn: Parts, *, every: int | None = None, seed: int = 0) -> bool:
-    """Renew the curvature of every parameter whose rule reads one, if it is due; whether it was.
+    """Renew the curvature of every parameter whose rule reads one, if it is due.
 
     Call it before every `optimizer.step()`, with the loss of the current batch, unscaled and as it is minimised. The
-    rules say which estimate they want, at most two passes over the batch each; without such rules nothing happens.
+    rules determine which estimate they need, with at most two passes over the batch each; without such rules nothing
+    happens.
 
-    loss_fn: computes the loss and its graph anew. For rules with sampled labels (Sophia-G) it is a mean of
-    `torch.nn.functional.cross_entropy` over all label terms, whose labels are replaced while it runs.
-    every: steps from one refresh to the next; the rules' own `refresh_every` by default.
+    Only the curvature entries of the optimizer's state change; parameters, gradients and the global generators do not.
+    The loss is computed as `loss_fn` computes it: dropout is drawn as the next forward pass will draw it, not as that
+    of this step was, and these passes also update buffers that a forward pass updates (BatchNorm's statistics). Steps
+    are counted by the optimizer's state, and probes are seeded by (seed, step, parameter), so that a resumed run
+    continues bit for bit. With `torch.distributed`, probes are the same on all ranks, labels are not, and estimates are
+    averaged: call it on all ranks. A parameter that the loss does not reach keeps its curvature, and so does one whose
+    estimate is not finite, with a RuntimeWarning that names it.
 
-    Of the optimizer nothing but the curvature entries of its state changes; parameters, gradients and the global
-    generators are as before. The loss is computed as `loss_fn` computes it: dropout is drawn as the next forward pass
-    will draw it, not as the one of this step was, and buffers that a forward pass updates (BatchNorm's statistics) are
-    updated by these passes too. Steps are counted by the optimizer's state, and probes are seeded by (seed, step,
-    parameter), so a resumed run goes on bit for bit. With `torch.distributed`, probes are the same on all ranks,
-    labels are not, and estimates are averaged: call it on all ranks.
+    Args:
+        optimizer: The optimizer.
+        loss_fn: Computes the loss and its graph anew. For rules with sampled labels (Sophia-G) it is a mean of
+            `torch.nn.functional.cross_entropy` over all label terms, whose labels are replaced while it runs.
+        every: Steps from one refresh to the next; the rules' own `refresh_every` by default.
+        seed: Of probes and labels.
 
-    A parameter that the loss does not reach keeps what it has; so does one whose estimate is not finite, with a
-    RuntimeWarning that names it.
-    Raises: ValueError for an unsuitable loss, TypeError for sharded parameters.
+    Returns:
+        Whether a refresh was due.
+
+    Raises:
+        ValueError: For an unsuitable loss.
+        TypeError: For sharded parameters.
+
+    Example:
+        >>> from optim import SophiaH, curvature
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> optimizer = SophiaH([w], lr=0.01)
+        >>> curvature.refresh(optimizer, lambda: (w**4).sum())
+        True
     """
     if every is not None:
         _check_every("curvature.refresh: every", every)
@@ -83,9 +108,21 @@ def refresh(optimizer: torch.optim.Optimizer, loss_fn: Parts, *, every: int | No
 
 @torch.no_grad()
 def absorb(optimizer: torch.optim.Optimizer, estimates: Mapping[Tensor, Tensor]) -> None:
-    """Give the rules estimates of the Hessian's diagonal, parameter -> [*shape], however they were made.
+    """Give the rules estimates of the Hessian's diagonal, however they were made.
 
-    Makes a parameter's state if there is none. An estimate that is not finite is left out, with a RuntimeWarning.
+    It makes a parameter's state if there is none. An estimate that is not finite is left out, with a RuntimeWarning.
+
+    Args:
+        optimizer: The optimizer.
+        estimates: A mapping from parameter to estimate, of the parameter's shape.
+
+    Example:
+        >>> from optim import SophiaH, curvature
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> optimizer = SophiaH([w], lr=0.01, betas=(0.9, 0.5))
+        >>> curvature.absorb(optimizer, {w: torch.tensor([4.0, 8.0])})
+        >>> optimizer.state[w]["hessian"]
+        tensor([2., 4.])
     """
     for index, rule, param in _wanting(optimizer):
         if param not in estimates:

@@ -1,4 +1,4 @@
-"""Which part of a transformer needs a matrix method: arms of an ablation, and the mechanism in closed form."""
+"""Which part of a transformer needs a matrix method: the arms of an ablation, and the mechanism in closed form."""
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -37,9 +37,21 @@ Named = list[tuple[str, Tensor]]
 
 
 def by_component(named_parameters: Iterable[tuple[str, Tensor]], arm: str) -> tuple[Named, Named]:
-    """(parameters of the arm's roles, all others), each in the given order: param groups for Muon and for Adam.
+    """Return (parameters of the arm's roles, all others), each in the given order: param groups for Muon and for Adam.
 
-    Raises: ValueError for an unknown arm, or for a matrix with roles of both sides (query, key and value in one).
+    Args:
+        named_parameters: (name, parameter) pairs.
+        arm: A key of `ARMS`.
+
+    Raises:
+        ValueError: For an unknown arm, or for a matrix with roles of both sides (query, key and value in one).
+
+    Example:
+        >>> from optim import diagnostics
+        >>> model = torch.nn.ModuleDict({"v_proj": torch.nn.Linear(4, 4), "q_proj": torch.nn.Linear(4, 4)})
+        >>> mine, others = diagnostics.by_component(model.named_parameters(), "vo")
+        >>> [name for name, _ in mine]
+        ['v_proj.weight']
     """
     if arm not in ARMS:
         raise ValueError(f"by_component: arm = {arm!r}; it must be one of {', '.join(ARMS)}")
@@ -58,14 +70,33 @@ def by_component(named_parameters: Iterable[tuple[str, Tensor]], arm: str) -> tu
 
 
 def tail_learning(frequencies: Tensor, keys: Tensor, values: Tensor, *, eps: float = 0.05) -> dict[str, float]:
-    """What one step of gradient descent ("gd"), of signs ("sign") and of the polar factor ("polar") learns of facts.
+    """Return how well one step of gradient descent, of signs, and of the polar factor learns rare facts.
 
-    A linear associative memory with W = 0 at first: fact k of K is right with probability softmax(F^T W E_k)_k, and the
-    loss is sum_k p_k CE_k. Each method takes one full-gradient step, as long as it takes the best fact to 1 - eps; what
-    is returned is the probability of the worst fact. For many facts polar stays within about eps of the best, whatever
-    bases and frequencies; sign does for aligned bases only.
-    frequencies [K] with sum 1; keys E [d, K] and values F [d, K] with orthonormal columns. In float64.
-    Source: arXiv 2509.26030. Raises: ValueError for shapes that do not match, or a step that cannot get there.
+    A linear associative memory starts at W = 0: fact k of K is right with probability softmax(F^T W E_k)_k, and the
+    loss is sum_k p_k CE_k. Each method takes one full-gradient step, long enough to take the best fact to 1 - eps. For
+    many facts polar stays within about eps of the best, whatever the bases and frequencies; sign does so for aligned
+    bases only.
+
+    Args:
+        frequencies: p [K], with sum 1; computed in float64.
+        keys: E [d, K] with orthonormal columns.
+        values: F [d, K] with orthonormal columns.
+        eps: See above.
+
+    Returns:
+        The probability of the worst fact for "gd", "sign" and "polar".
+
+    Raises:
+        ValueError: For shapes that do not match, or a step that cannot get there.
+
+    Source:
+        arXiv 2509.26030.
+
+    Example:
+        >>> from optim import diagnostics
+        >>> found = diagnostics.tail_learning(torch.tensor([0.7, 0.2, 0.1]), torch.eye(3), torch.eye(3))
+        >>> found["gd"] < found["polar"]
+        True
     """
     p, e, f = (x.double() for x in (frequencies, keys, values))
     count = len(p)

@@ -1,4 +1,4 @@
-"""Condition numbers of layers, and the penalties that TSCNC puts on them, as losses."""
+"""Condition numbers of layers, and TSCNC's penalties on them, as losses."""
 
 import math
 from typing import Literal
@@ -10,11 +10,27 @@ DET_EPS = 1e-5
 
 
 def condition_numbers(weight: Tensor) -> dict[str, float]:
-    """`cond2` = s_1 / s_r, `condF` = |W|_F |W^+|_F, `log10_cond2`, `log10_condF`, `largest` s_1 and `smallest` s_r.
+    """Return the condition numbers of a matrix.
 
-    weight: [m, n]; more dimensions are flattened to [out, rest]. Below r u s_1, with u the dtype's unit of rounding,
-    the matrix counts as singular and both numbers as infinite. In float64 for float64, otherwise in float32.
-    Source: arXiv 2503.20454. Raises: ValueError for less than two dimensions or no entries.
+    Args:
+        weight: A tensor [m, n]; more dimensions are flattened to [out, rest]. float64 is computed in float64, all else
+            in float32.
+
+    Returns:
+        `cond2` = s_1 / s_r, `condF` = |W|_F |W^+|_F, `log10_cond2`, `log10_condF`, `largest` s_1 and `smallest` s_r.
+        Below r u s_1, with u the unit of rounding of the dtype, the matrix counts as singular and both numbers as
+        infinite.
+
+    Raises:
+        ValueError: For fewer than two dimensions or no entries.
+
+    Source:
+        arXiv 2503.20454.
+
+    Example:
+        >>> from optim import diagnostics
+        >>> round(diagnostics.condition_numbers(torch.tensor([[4.0, 0.0], [0.0, 2.0]]))["cond2"], 4)
+        2.0
     """
     if weight.ndim < 2 or weight.numel() == 0:
         raise ValueError(f"condition_numbers: shape {tuple(weight.shape)}; expected a matrix with entries")
@@ -37,13 +53,27 @@ def condition_numbers(weight: Tensor) -> dict[str, float]:
 
 
 def condition_penalty(weight: Tensor, *, form: Literal["small_side", "code"] = "small_side") -> Tensor:
-    """A loss that is zero where the geometric mean of the eigenvalues of M / n is one: logdet(M / n + 1e-5 I)^2.
+    """Return a loss that is zero where the geometric mean of the eigenvalues of M / n is one: logdet(M / n + 1e-5 I)^2.
 
-    M is the smaller of W W^T and W^T W, n the columns of W as stored (more dimensions are flattened to [out, rest]).
-    It bounds the volume and not s_1 / s_r: eigenvalues 100 and 0.01 cost nothing. Look at `condition_numbers` too.
-    Differs: the published code has ln(1e-5 + det(W^T W / n))^2, `form="code"`: its determinant leaves the range of
-    floats past some 50 columns, and is 0, without a gradient, where the matrix is wide.
-    Source: TSCNC, arXiv 2503.20454, and its repository. Float32 at least.
+    M is the smaller of W W^T and W^T W, and n is the number of columns of W as stored. The penalty bounds the volume
+    and not s_1 / s_r: eigenvalues 100 and 0.01 cost nothing. Look at `condition_numbers` as well.
+
+    Args:
+        weight: W [m, n]; more dimensions are flattened to [out, rest]. It is computed in float32 at least.
+        form: "small_side" as above, or "code" for that of the published code, ln(1e-5 + det(W^T W / n))^2. Its
+            determinant leaves the range of floats for more than about 50 columns, and is 0, without a gradient, for a
+            wide matrix.
+
+    Returns:
+        A 0-d tensor.
+
+    Source:
+        TSCNC, arXiv 2503.20454, and its repository.
+
+    Example:
+        >>> from optim import diagnostics
+        >>> float(diagnostics.condition_penalty(2**0.5 * torch.eye(2))) < 1e-6
+        True
     """
     w = weight.flatten(1)
     w = w if w.dtype == torch.float64 else w.float()
@@ -60,9 +90,22 @@ def condition_penalty(weight: Tensor, *, form: Literal["small_side", "code"] = "
 
 
 def transformed_l1(x: Tensor, a: float = 1.0) -> Tensor:
-    """sum (a + 1) |x| / (a + |x|): the count of non-zeros for a -> 0, the sum of |x| for a -> infinity.
+    """Return sum (a + 1) |x| / (a + |x|): the count of non-zeros for a -> 0, and the sum of |x| for a -> infinity.
 
-    Raises: ValueError unless a is above 0.
+    Args:
+        x: A tensor of any shape.
+        a: See above.
+
+    Returns:
+        A 0-d tensor.
+
+    Raises:
+        ValueError: Unless a is above 0.
+
+    Example:
+        >>> from optim import diagnostics
+        >>> diagnostics.transformed_l1(torch.tensor([0.0, 1.0, -1.0]))
+        tensor(2.)
     """
     if not 0 < a < math.inf:
         raise ValueError(f"transformed_l1: a = {a!r}; it must be a finite number above 0")
@@ -74,19 +117,43 @@ _LOW, _HIGH, _TEMPERATURE = -0.1, 1.1, 2 / 3
 
 
 def gate_closed(log_alpha: Tensor) -> Tensor:
-    """The probability that each hard-concrete gate is closed: limits -0.1 and 1.1, temperature 2/3."""
+    """Return the probability that each hard-concrete gate is closed: limits -0.1 and 1.1, temperature 2/3."""
     return torch.sigmoid(_TEMPERATURE * math.log(-_LOW / _HIGH) - log_alpha)
 
 
 def gate_penalty(
     weight: Tensor, log_alpha: Tensor, *, data_size: int, strength: float = 1.0, precision: float = 1.0, a: float = 1.0
 ) -> Tensor:
-    """strength / data_size times the transformed l1 of the energies of groups of weights that a gate may close.
+    """Return strength / data_size times the transformed l1 of the energies of groups of weights that a gate may close.
 
-    E_g = (1 - pi_g) (strength #g + precision |w_g|^2 / 2), with pi_g = `gate_closed` and #g the weights of the group.
-    weight [groups, ...]: the weights behind each gate; log_alpha [groups]; data_size: rows of the training set.
-    Differs: the published code has -E_g in the place of |E_g|, and with it a pole at E_g = a.
-    Source: TSCNC, arXiv 2503.20454. Raises: ValueError where groups do not match.
+        E_g = (1 - pi_g) (strength #g + precision |w_g|^2 / 2)
+
+    pi_g is `gate_closed`, and #g is the number of weights in the group.
+
+    Args:
+        weight: The weights that each gate controls, [groups, ...].
+        log_alpha: The gates, [groups].
+        data_size: Rows of the training set.
+        strength: See above.
+        precision: See above.
+        a: As in `transformed_l1`.
+
+    Returns:
+        A 0-d tensor.
+
+    Raises:
+        ValueError: Where groups do not match.
+
+    Source:
+        TSCNC, arXiv 2503.20454.
+
+    Differs:
+        The published code has -E_g in place of |E_g|, and so a pole at E_g = a.
+
+    Example:
+        >>> from optim import diagnostics
+        >>> bool(diagnostics.gate_penalty(torch.ones(2, 3), torch.zeros(2), data_size=100) > 0)
+        True
     """
     if log_alpha.shape != weight.shape[:1]:
         raise ValueError(

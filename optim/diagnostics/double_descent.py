@@ -1,6 +1,7 @@
-"""Double descent against conditioning: is the peak of the test error there if optimisation does not get to the bottom?
+"""Double descent and conditioning: does the peak of the test error remain if the optimiser does not reach the minimum?
 
-Random-feature regression where everything is known in closed form: what T steps of gradient descent give, at any width.
+Random-feature regression where everything is known in closed form: the result of T steps of gradient descent, at any
+width.
 """
 
 import math
@@ -19,7 +20,7 @@ STEPS = (100, 1_000, 10_000, 1_000_000)
 
 @dataclass(frozen=True)
 class Regression:
-    """x [n, d], y [n] to fit; x_test, y_test to judge by; v [P, d]: of the features, the first p for width p."""
+    """A regression: x [n, d], y [n] to fit; x_test, y_test to judge by; features from the first rows of v [P, d]."""
 
     x: Tensor
     y: Tensor
@@ -31,7 +32,9 @@ class Regression:
 def make_data(
     *, rows: int = 40, inputs: int = 10, noise: float = 0.5, test_rows: int = 500, width: int = 320, seed: int = 0
 ) -> Regression:
-    """Gaussian inputs, a linear teacher with |w| about 1, noisy training answers; float64, from a private generator."""
+    """Return Gaussian inputs, a linear teacher with |w| about 1 and noisy training answers, in float64 from a private
+    generator.
+    """
     made = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -43,9 +46,10 @@ def make_data(
 
 
 def features(data: Regression, width: int, variant: Variant = "raw") -> tuple[Tensor, Tensor]:
-    """(F [n, P], F_test): relu(X V_P^T / sqrt(d)) / sqrt(P); or standardised on the training rows, and a constant.
+    """Return (F [n, P], F_test): relu(X V_P^T / sqrt(d)) / sqrt(P), or standardised, plus a constant.
 
-    Raises: ValueError for a width beyond v, or an unknown variant.
+    Raises:
+        ValueError: For a width beyond v, or an unknown variant.
     """
     if not 1 <= width <= len(data.v):
         raise ValueError(f"double_descent: width = {width}; v has {len(data.v)} directions, so 1 to that many")
@@ -66,7 +70,7 @@ def _hidden(x: Tensor, v: Tensor) -> Tensor:
 
 
 def start_of(columns: int, variant: Variant, like: Tensor) -> Tensor:
-    """Where descent starts: zeros, or 3 cos(1 + i), far from them, with a part outside of the data's row space."""
+    """Return where descent starts: zeros, or 3 cos(1 + i), partly outside the row space of the data."""
     index = torch.arange(columns, dtype=like.dtype)
     return 3 * torch.cos(1 + index) if variant == "scaled_init" else torch.zeros_like(index)
 
@@ -82,16 +86,16 @@ class Solved:
 
     @property
     def condition(self) -> float:
-        """lambda_max / lambda_min of F^T F on its numerical range."""
+        """Return lambda_max / lambda_min of F^T F on its numerical range."""
         return float(self.eigenvalues[0] / self.eigenvalues[-1])
 
     def minimum(self) -> Tensor:
-        """The minimum of the loss that is nearest to the start (from zeros: the minimum-norm solution)."""
+        """Return the minimum of the loss that is nearest to the start (from zeros: the minimum-norm solution)."""
         place: Tensor = self.start + self.basis.T @ self.way
         return place
 
     def after(self, steps: int) -> Tensor:
-        """Where gradient descent is after so many steps at lr = 1 / lambda_max(F^T F / n), exactly."""
+        """Return where gradient descent is after that many steps at lr = 1 / lambda_max(F^T F / n), exactly."""
         left = (1 - self.eigenvalues / self.eigenvalues[0]) ** steps
         place: Tensor = self.start + self.basis.T @ ((1 - left) * self.way)
         return place
@@ -100,9 +104,12 @@ class Solved:
 def experiment(
     data: Regression, *, widths: Sequence[int] = WIDTHS, steps: Sequence[int] = STEPS, variant: Variant = "raw"
 ) -> dict[str, list[Any]]:
-    """Errors by width: `condition_number`, `min_norm_{train,test}_mse`, `gd_{train,test}_mse` [widths][steps].
+    """Return errors by width: `condition_number`, `min_norm_{train,test}_mse`, `gd_{train,test}_mse` [widths][steps].
 
-    Mean squared errors. Source: after arXiv 2312.03951, whose data settings could not be read; this setting is ours.
+    The errors are mean squared errors.
+
+    Source:
+        After arXiv 2312.03951, whose data settings could not be read; this setting is ours.
     """
     found: dict[str, list[Any]] = {key: [] for key in (
         "condition_number", "min_norm_train_mse", "min_norm_test_mse", "gd_train_mse", "gd_test_mse")}  # fmt: skip
@@ -127,11 +134,20 @@ def descend(
     both_layers: bool = False,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """(training, test error) after `steps` of a real optimizer on 0.5 |F theta - y|^2 / n, from `start_of`.
+    """Return (training, test error) after `steps` of a real optimizer on 0.5 |F theta - y|^2 / n, from `start_of`.
 
-    make: named parameters -> optimizer; "weight" is theta [1, P]. batch: rows a step, in another order each pass; None
-    is all of them. both_layers: "features", the [P, d] directions of the features, train too; not "standardised".
-    Raises: ValueError as `features`, and for both layers with standardised features.
+    Args:
+        data: The problem.
+        width: Features.
+        make: A function from named parameters to an optimizer; "weight" is theta [1, P].
+        steps: Steps of the optimizer.
+        batch: Rows per step, in another order in each pass; None for all.
+        variant: As in `features`.
+        both_layers: Whether "features", the [P, d] directions of the features, train too; not for "standardised".
+        seed: Of the order of the rows.
+
+    Raises:
+        ValueError: As `features`, and for both layers with standardised features.
     """
     if both_layers and variant == "standardised":
         raise ValueError("double_descent: standardised features stand still; train both layers of 'raw' ones")

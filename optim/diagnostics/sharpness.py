@@ -23,22 +23,41 @@ def block_sharpness(
     block: Callable[[str], str] = block_of,
     seed: int = 0,
 ) -> dict[str, float]:
-    """S(b) = B |g_b|^2 / #b for each block b, an estimate of trace(H_bb) / #b, averaged over the batches.
+    """Return S(b) = B |g_b|^2 / #b for each block b, an estimate of trace(H_bb) / #b, averaged over the batches.
 
         found = block_sharpness([lambda b=b: model(**b).loss for b in batches], model.named_parameters())
         groups = blockwise(model.named_parameters(), lr=6e-4, ratios=propose_ratios(found))
 
-    g_b is the gradient, in the block's #b parameters, of the mean cross-entropy of a batch of B predictions.
+    g_b is the gradient, in the block's #b parameters, of the mean cross-entropy of a batch of B predictions. Gradients
+    in `param.grad` do not change.
 
-    losses: one function a batch, which computes that mean through `torch.nn.functional.cross_entropy` (once).
-    labels: "sampled" draws them from the model's own distribution: S is then the Gauss-Newton trace in expectation.
-    "data" keeps those of the batch, the empirical Fisher: dominated by the signal early in training and for large B.
-    block: parameter name -> block, the role over all layers; ``lambda name: name`` measures every tensor by itself.
-    Parameters that do not require a gradient, or on which no loss depends, are left out.
+    Args:
+        losses: One function per batch, which computes that mean through `torch.nn.functional.cross_entropy` (once).
+        named_parameters: (name, parameter) pairs. Parameters that do not require a gradient, or on which no loss
+            depends, are left out.
+        labels: "sampled" draws labels from the model's own distribution: S is then the Gauss-Newton trace in
+            expectation. "data" keeps those of the batch, the empirical Fisher, which the signal dominates early in
+            training and for large B.
+        block: A function from parameter name to block, by default the role over all layers; ``lambda name: name``
+            measures every tensor by itself.
+        seed: Of the labels.
 
-    Cost: one forward and backward pass a batch; gradients in `param.grad` stay as they are.
-    Source: arXiv 2502.19002, which measures after the first percents of training (embedding << QK < FFN < VO << norm).
-    Raises: ValueError without a batch, or where no cross_entropy is called.
+    Cost:
+        One forward and backward pass per batch.
+
+    Raises:
+        ValueError: Without a batch, or where no cross_entropy is called.
+
+    Source:
+        arXiv 2502.19002, which measures after the first percents of training (embedding << QK < FFN < VO << norm).
+
+    Example:
+        >>> from optim import diagnostics
+        >>> model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 3)})
+        >>> x, y = torch.ones(5, 4), torch.zeros(5, dtype=torch.int64)
+        >>> loss = lambda: torch.nn.functional.cross_entropy(model["q_proj"](x), y)
+        >>> list(diagnostics.block_sharpness([loss], model.named_parameters()))
+        ['qk']
     """
     names, params = [], []
     for name, param in named_parameters:
@@ -69,12 +88,28 @@ def block_sharpness(
 
 
 def propose_ratios(sharpness: Mapping[str, float], *, largest: float = 10.0) -> dict[str, float]:
-    """Learning-rate ratios for `optim.blockwise`: 1 for the sharpest block, `largest` for the flattest.
+    """Return learning-rate ratios for `optim.blockwise`: 1 for the sharpest block, `largest` for the flattest.
 
-    Between them by the logarithm: ``largest ** (log(S_max / S_b) / log(S_max / S_min))``.
-    A starting point and no more: the paper (arXiv 2502.19002) found its ratios by hand, in the order of S and with
-    these two ends, and gives no formula; this one is ours. It raises the head's rate too, which the paper leaves alone.
-    Raises: ValueError naming a block whose sharpness is not a finite number above 0, or for `largest` below 1.
+        ratio_b = largest^(log(S_max / S_b) / log(S_max / S_min))
+
+    This is only a starting point: the paper found its ratios by hand, in the order of S and with these two ends, and
+    gives no formula; this one is ours. It raises the head's rate too, which the paper leaves unchanged.
+
+    Args:
+        sharpness: S by block.
+        largest: The largest ratio.
+
+    Raises:
+        ValueError: For a block whose sharpness is not a finite number above 0, by name, or for `largest` below 1.
+
+    Source:
+        arXiv 2502.19002.
+
+    Example:
+        >>> from optim import diagnostics
+        >>> found = diagnostics.propose_ratios({"qk": 1.0, "ffn": 10.0, "vo": 100.0})
+        >>> {name: round(ratio, 2) for name, ratio in found.items()}
+        {'qk': 10.0, 'ffn': 3.16, 'vo': 1.0}
     """
     for name, value in sharpness.items():
         if not 0 < value < math.inf:

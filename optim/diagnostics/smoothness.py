@@ -20,7 +20,21 @@ Product: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 def hessian(loss_fn: curvature.Parts, params: Sequence[Tensor]) -> Product:
-    """The Hessian of the loss in all `params` together, as a product; zeros where the loss does not reach one."""
+    """Return the Hessian of the loss in all `params` together, as a function that multiplies vectors with it.
+
+    Args:
+        loss_fn: Computes the loss anew, or several functions whose sum is the loss.
+        params: The parameters, of any shapes.
+
+    Returns:
+        A function from one tensor per parameter to one tensor per parameter; zeros where the loss does not reach one.
+
+    Example:
+        >>> from optim import diagnostics
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> diagnostics.hessian(lambda: (w**2).sum(), [w])([torch.ones(2)])
+        [tensor([2., 2.])]
+    """
 
     def product(vectors: Sequence[Tensor]) -> list[Tensor]:
         found = curvature.hvp(loss_fn, params, vectors)
@@ -33,16 +47,23 @@ def hessian(loss_fn: curvature.Parts, params: Sequence[Tensor]) -> Product:
 
 
 def cauchy(param: Tensor, seed: int) -> Tensor:
-    """Independent standard Cauchy numbers of the parameter's shape, from a generator of its own."""
+    """Return independent standard Cauchy numbers of the parameter's shape, from a generator of its own."""
     made = torch.Generator(param.device).manual_seed(seed)
     return torch.empty(param.shape, dtype=moment_dtype(param), device=param.device).cauchy_(generator=made)
 
 
 def row_scales(products: Tensor, how: Literal["iqr", "median"] = "iqr") -> Tensor:
-    """products [K, m] = H c for K Cauchy probes c: the scale of each coordinate's distribution, [m].
+    """Return the scale of the distribution of each coordinate, [m], from products [K, m] = H c for K Cauchy probes c.
 
     Entry i of H c is Cauchy with scale |H_i,:|_1 times that of c: half its interquartile range, or the median of its
-    absolute value. Probes with a NaN are dropped. Raises: ValueError where none is left.
+    absolute value. Probes with a NaN are dropped.
+
+    Args:
+        products: H c, [K, m].
+        how: "iqr" or "median".
+
+    Raises:
+        ValueError: If no probe is left.
     """
     sound = products[~products.isnan().any(1)]
     if len(sound) == 0:
@@ -73,15 +94,38 @@ def linf_smoothness(
     seed: int = 0,
     advance: Callable[[], object] | None = None,
 ) -> dict[str, float]:
-    """The l-infinity smoothness of a loss by Cauchy probes of its Hessian (`hessian(loss, params)`).
+    """Return the l-infinity smoothness of a loss, by Cauchy probes of its Hessian (`hessian(loss, params)`).
 
-    `norm11` = |H|_{1,1} by interquartile ranges, `norm11_median` by medians, `norm11_over_d`, `largest_row_sum` =
-    |H|_inf (of the coordinates looked at; biased upwards by the maximum), `coordinates` looked at, `dimension` d.
-    coordinates: the most of each tensor that are kept, drawn with equal chance and weighted by one over it: K probes of
-    them all would not fit for large models. rotation: of H, to R H R^T. advance: called after each probe.
-    Cost: one Hessian-vector product a probe; memory of `probes` numbers a coordinate, and of two vectors.
-    Source: arXiv 2410.08198 and its code (50 probes of standard Cauchy numbers over d).
-    Raises: ValueError for counts below 1.
+    Args:
+        product: Multiplies with the Hessian.
+        params: The parameters, of any shapes.
+        probes: The number of probes.
+        coordinates: How many coordinates of each tensor are kept at most, drawn with equal probability and weighted by
+            its inverse: K probes of all of them would not fit into memory for large models.
+        rotation: Rotates H to R H R^T.
+        seed: Of probes and coordinates.
+        advance: Called after each probe.
+
+    Returns:
+        `norm11` = |H|_{1,1} by interquartile ranges, `norm11_median` by medians, `norm11_over_d`, `largest_row_sum` =
+        |H|_inf (of the coordinates that were kept; biased upwards by the maximum), `coordinates` kept, and `dimension`
+        d.
+
+    Cost:
+        One Hessian-vector product per probe; memory of `probes` numbers per coordinate, and of two vectors.
+
+    Raises:
+        ValueError: For counts below 1.
+
+    Source:
+        arXiv 2410.08198 and its code (50 probes of standard Cauchy numbers over d).
+
+    Example:
+        >>> from optim import diagnostics
+        >>> w = torch.ones(3, requires_grad=True)
+        >>> found = diagnostics.linf_smoothness(diagnostics.hessian(lambda: (w**2).sum(), [w]), [w], probes=400)
+        >>> 1.5 < found["norm11_over_d"] < 2.5  # the Hessian is 2 I
+        True
     """
     _check_counts(probes=probes, coordinates=coordinates)
     d = sum(p.numel() for p in params)
@@ -126,10 +170,21 @@ def _picked(param: Tensor, most: int, seed: int, index: int) -> Tensor:
 
 
 class Rotation:
-    """An orthogonal change of coordinates within each tensor: its entries shuffled, then small dense rotations.
+    """An orthogonal change of coordinates within each tensor: its entries are shuffled, then rotated in small dense
+    blocks.
 
-    `rotation(x)` is R x, `rotation.back(x)` R^T x, of one tensor a parameter. size: of the dense rotations; the entries
-    that are left over are only shuffled. Nothing is kept: both parts are drawn anew from their seeds.
+    `rotation(x)` is R x and `rotation.back(x)` is R^T x, for one tensor per parameter. Nothing is stored: both parts
+    are drawn again from their seeds.
+
+    Args:
+        seed: Of the shuffling and the rotations.
+        size: Of the dense rotations; the entries that are left over are only shuffled.
+
+    Example:
+        >>> from optim import diagnostics
+        >>> rotation, x = diagnostics.Rotation(seed=0, size=2), [torch.arange(4.0)]
+        >>> torch.allclose(rotation.back(rotation(x))[0], x[0], atol=1e-6)
+        True
     """
 
     def __init__(self, seed: int = 0, size: int = 64) -> None:
@@ -141,7 +196,7 @@ class Rotation:
         return [self._turned(x.flatten()[self._order(x, i)], i).view(x.shape) for i, x in enumerate(tensors)]
 
     def back(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """R^T x, the inverse."""
+        """Return R^T x, the inverse."""
         found = []
         for i, x in enumerate(tensors):
             y = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
@@ -172,12 +227,30 @@ def lanczos(
     product: Product, start: Sequence[Tensor], *, steps: int = 50, reorthogonalize: bool = True,
     advance: Callable[[], object] | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """The extreme eigenvalues of a symmetric matrix by Lanczos' method: `largest`, `smallest`, and the `steps` it took.
+    """Return the extreme eigenvalues of a symmetric matrix by Lanczos' method.
 
-    start: one tensor a parameter, the gradient as a rule. Stops when the next vector is shorter than 1e-10.
-    reorthogonalize: against all vectors before, which then are all kept: `steps` times the parameters' memory. Without,
-    three are, and the extreme values are as good, but copies of them may appear among the others.
-    Raises: ValueError for a start of length zero.
+    It stops when the next vector is shorter than 1e-10.
+
+    Args:
+        product: Multiplies with the matrix.
+        start: One tensor per parameter, usually the gradient.
+        steps: The largest number of steps.
+        reorthogonalize: Whether to orthogonalise against all earlier vectors, which are then all kept: `steps` times
+            the memory of the parameters. Without it three are kept, and the extreme values are as good, but copies of
+            them may appear among the others.
+        advance: Called after each step.
+
+    Returns:
+        `largest`, `smallest`, and the number of `steps`.
+
+    Raises:
+        ValueError: For a start of length zero.
+
+    Example:
+        >>> from optim import diagnostics
+        >>> found = diagnostics.lanczos(lambda v: [torch.tensor([1.0, 5.0]) * v[0]], [torch.ones(2)], steps=2)
+        >>> round(found["largest"], 4), round(found["smallest"], 4)
+        (5.0, 1.0)
     """
     _check_counts(steps=steps)
     length = _norm(start)
@@ -218,7 +291,21 @@ def frobenius(
     product: Product, params: Sequence[Tensor], *, probes: int = 10, seed: int = 0,
     advance: Callable[[], object] | None = None,
 ) -> float:  # fmt: skip
-    """|H|_F: the root of the mean of |H v|^2 over random signs v."""
+    """Return |H|_F, the root of the mean of |H v|^2 over random signs v.
+
+    Args:
+        product: Multiplies with H.
+        params: The parameters, of any shapes.
+        probes: The number of products.
+        seed: Of the signs.
+        advance: Called after each product.
+
+    Example:
+        >>> from optim import diagnostics
+        >>> w = torch.ones(4, requires_grad=True)
+        >>> round(diagnostics.frobenius(diagnostics.hessian(lambda: (w**2).sum(), [w]), [w]), 4)
+        4.0
+    """
     _check_counts(probes=probes)
     total = 0.0
     for k in range(probes):
@@ -235,12 +322,24 @@ def frobenius(
 def path_smoothness(
     points: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]], *, block: Callable[[str], str] | None = None
 ) -> dict[str, float]:
-    """The smoothness seen along a path of (parameters, gradients of one fixed batch): the largest over its steps.
+    """Return the smoothness along a path: the largest over its steps.
 
-    `linf` = |dg|_1 / |dx|_inf, `l2` = |dg|_2 / |dx|_2, and `blockwise`, l2 inside a block and l-infinity across them:
-    sum_b |dg_b|_2 sqrt(#b) over max_b |dx_b|_2 / sqrt(#b), which is `linf` where a block is one entry and d times `l2`
-    where there is one block. block: parameter name -> block; every tensor its own by default. No Hessian; two points
-    are held at a time. Steps that do not move are left out; NaN where none does.
+    No Hessian is computed, and two points are held at a time. Steps that do not move are left out.
+
+    Args:
+        points: (parameters, gradients of one fixed batch), each by name.
+        block: A function from parameter name to block; every tensor is its own block by default.
+
+    Returns:
+        `linf` = |dg|_1 / |dx|_inf, `l2` = |dg|_2 / |dx|_2, and `blockwise`, l2 inside a block and l-infinity across
+        blocks: sum_b |dg_b|_2 sqrt(#b) over max_b |dx_b|_2 / sqrt(#b), which is `linf` where a block is one entry and d
+        times `l2` where there is one block. NaN where no step moves.
+
+    Example:
+        >>> from optim import diagnostics
+        >>> points = [({"w": torch.tensor([x])}, {"w": torch.tensor([3.0 * x])}) for x in (1.0, 2.0)]
+        >>> diagnostics.path_smoothness(points)["l2"]
+        3.0
     """
     found = {"linf": math.nan, "l2": math.nan, "blockwise": math.nan}
     before: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None

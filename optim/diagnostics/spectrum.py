@@ -22,17 +22,34 @@ ROLE_GROUPS: Mapping[str, tuple[str, ...]] = {
 
 
 def spectrum(matrix: Tensor, *, top: Sequence[int] = (1, 3, 10)) -> dict[str, float]:
-    """Isotropy of a matrix's singular values s_1 >= ... >= s_r, r = min(m, n), with energies q_i = s_i^2 / sum s^2.
+    """Return how isotropic the singular values s_1 >= ... >= s_r of a matrix are, with r = min(m, n).
 
-    `svd_entropy_normalized` = -sum q ln q / ln r (1: isotropic, 0: rank one; 1 where r = 1), `effective_rank` =
-    exp(-sum q ln q) (r, 1), `effective_rank_roy` the same of s_i / sum s (the older definition, another number),
-    `topK` = sum of the K largest q, `q75_q25` = quantile(s^2, 0.75) / quantile(s^2, 0.25), linear interpolation,
-    `stable_rank` = sum s^2 / s_1^2, `participation` = 1 / sum q^2, `cond` = s_1 / s_r, `sigma_ratio` = s_r / s_1.
+    Args:
+        matrix: A tensor [m, n]; more dimensions are flattened to [m, rest]. float64 is computed in float64, all else in
+            float32.
+        top: The numbers K of `topK`.
 
-    matrix [m, n]; more dimensions are flattened to [m, rest]. Computed in float64 for float64, otherwise in float32.
-    NaN for all where the matrix is zero or not finite; ratios may be infinite.
-    Cost: one `svdvals`. Source: arXiv 2509.26030 section 4.2.
-    Raises: ValueError for a tensor of less than two dimensions, or without entries.
+    Returns:
+        With energies q_i = s_i^2 / sum s^2: `svd_entropy_normalized` = -sum q ln q / ln r (1: isotropic, 0: rank one; 1
+        where r = 1), `effective_rank` = exp(-sum q ln q) (r, 1), `effective_rank_roy`, the same of s_i / sum s (the
+        older definition, another number), `topK` = sum of the K largest q, `q75_q25` = quantile(s^2, 0.75) /
+        quantile(s^2, 0.25) with linear interpolation, `stable_rank` = sum s^2 / s_1^2, `participation` = 1 / sum q^2,
+        `cond` = s_1 / s_r, and `sigma_ratio` = s_r / s_1. All are NaN where the matrix is zero or not finite; ratios
+        may be infinite.
+
+    Cost:
+        One `svdvals`.
+
+    Raises:
+        ValueError: For a tensor of fewer than two dimensions, or without entries.
+
+    Source:
+        arXiv 2509.26030 section 4.2.
+
+    Example:
+        >>> from optim import diagnostics
+        >>> round(diagnostics.spectrum(torch.eye(4))["effective_rank"], 4)
+        4.0
     """
     if matrix.ndim < 2 or matrix.numel() == 0:
         raise ValueError(f"spectrum: a tensor of shape {tuple(matrix.shape)} has no singular values; expected a matrix")
@@ -82,12 +99,25 @@ _QKV = re.compile(r"^(c_attn|qkv(_proj)?|w_?qkv|query_key_value|in_proj(_weight)
 def roles(
     name: str, weight: Tensor, *, heads: int | None = None, kv_heads: int | None = None
 ) -> list[tuple[Role, Tensor]]:
-    """The matrices of a transformer that a parameter holds, each with its role; empty where it holds none.
+    """Return the matrices of a transformer that a parameter holds, each with its role; empty if it holds none.
 
     Query, key and value in one matrix are split, as are gate and input of a feed-forward layer: by rows in the order q,
-    k, v with `heads` and `kv_heads` (Phi-3), by columns (GPT-2's `c_attn`, whose weights are [in, out]), head by head
-    (GPT-NeoX's `query_key_value`).
-    Raises: ValueError for a fused matrix whose heads are not given, or do not divide it.
+    k, v with `heads` and `kv_heads` (Phi-3), by columns (GPT-2's `c_attn`, whose weights are [in, out]), or head by
+    head (GPT-NeoX's `query_key_value`).
+
+    Args:
+        name: The name of the parameter.
+        weight: The parameter, of any shape.
+        heads: Query heads of the model.
+        kv_heads: Key and value heads of the model.
+
+    Raises:
+        ValueError: For a fused matrix whose heads are not given, or do not divide it.
+
+    Example:
+        >>> from optim import diagnostics
+        >>> [role for role, _ in diagnostics.roles("layers.0.self_attn.q_proj.weight", torch.empty(4, 4))]
+        ['q']
     """
     if weight.ndim != 2:
         return []
@@ -137,9 +167,20 @@ def _split(name: str, owner: str, weight: Tensor, heads: int | None, kv_heads: i
 
 
 def by_role(measured: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """(role, its metrics) of every matrix -> role or group -> metric -> mean, spread (of the matrices), count.
+    """Return mean, spread and count of each metric, by role or group of roles.
 
     The groups are `ROLE_GROUPS`. Matrices where a metric is not finite are left out of that metric's mean.
+
+    Args:
+        measured: (role, its metrics) of every matrix.
+
+    Returns:
+        A mapping from role or group to metric to `mean`, `spread` (over the matrices) and `count`.
+
+    Example:
+        >>> from optim import diagnostics
+        >>> diagnostics.by_role([("Q", {"cond": 2.0}), ("Q", {"cond": 4.0})])["Q"]["cond"]["mean"]
+        3.0
     """
     rows = list(measured)
     found: dict[str, dict[str, dict[str, float]]] = {}

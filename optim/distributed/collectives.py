@@ -1,4 +1,4 @@
-"""What passes between processes, in messages of bounded size."""
+"""The messages between processes, of bounded size."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,12 +11,12 @@ MESSAGE = 1 << 25
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:
-    """Processes of the group (None for all); 1 where there is no process group."""
+    """Return the number of processes of the group (None for all); 1 if there is no process group."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def bundles(sizes: Sequence[int], limit: int = MESSAGE) -> Iterator[range]:
-    """Consecutive items of these sizes, in runs of about `limit` together."""
+    """Yield consecutive items of these sizes, in runs of about `limit` together."""
     start = total = 0
     for i, size in enumerate(sizes):
         total += size
@@ -28,7 +28,7 @@ def bundles(sizes: Sequence[int], limit: int = MESSAGE) -> Iterator[range]:
 
 
 def all_reduced_means(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
-    """The mean over the processes of each tensor, in float32 where it has 16 bits; the tensors are untouched."""
+    """Return the mean of each tensor over the processes, in float32 for 16-bit tensors; the tensors do not change."""
     means: list[Tensor] = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
     for dtype in sorted({t.dtype for t in means}, key=str):
         index = [i for i, t in enumerate(means) if t.dtype == dtype]

@@ -11,7 +11,7 @@ _BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
 
 
 def padded(numel: int, workers: int) -> int:
-    """Entries of a message: a multiple of workers x lcm(workers, 8), so that every chunk is of whole bytes."""
+    """Return the entries of a message: a multiple of workers * lcm(workers, 8), so that every chunk is whole bytes."""
     unit = workers * math.lcm(workers, 8)
     return -(-numel // unit) * unit
 
@@ -19,14 +19,35 @@ def padded(numel: int, workers: int) -> int:
 def compressed_means(
     xs: Sequence[Tensor], errors: Sequence[tuple[Tensor, Tensor]], group: dist.ProcessGroup | None = None
 ) -> list[Tensor]:
-    """About the mean over the workers of each tensor [*shape], the same on all; one bit an entry is sent, twice.
+    """Return about the mean over the workers of each tensor, the same on all; one bit per entry is sent, twice.
 
-    A worker adds what it failed to send before (its error, [L], changed in place), sends the signs and one scale
-    |x| / sqrt(L), and keeps the difference as its error. Chunk j of L / N entries goes to worker j, the server of
-    that chunk, who averages, adds its own error [L / N], and compresses likewise what it sends to all. L is `padded`;
-    the padding takes part, as published.
-    Cost: two collectives for all tensors; in each a worker sends (L / 8 / N + 8) (N - 1) bytes a tensor.
-    Source: Tang et al. 2021, arXiv 2102.02888, section 3; DeepSpeed, runtime/comm/compressed.py.
+    A worker adds what it failed to send before (its error), sends the signs and one scale |x| / sqrt(L), and keeps the
+    difference as its error. Chunk j of L / N entries goes to worker j, the server of that chunk, which averages, adds
+    its own error, and compresses in the same way what it sends to all. L is `padded`; the padding takes part, as
+    published.
+
+    Args:
+        xs: Tensors of any shapes.
+        errors: Per tensor the worker's error [L] and the server's error [L / N], both changed in place.
+        group: The workers; all processes by default.
+
+    Returns:
+        One tensor per tensor of `xs`, of its shape.
+
+    Cost:
+        Two collectives for all tensors; in each a worker sends (L / 8 / N + 8) (N - 1) bytes per tensor.
+
+    Source:
+        Tang et al. 2021, arXiv 2102.02888, section 3; DeepSpeed, runtime/comm/compressed.py.
+
+    Example:
+        >>> from optim.distributed import compressed_means
+        >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> errors = [(torch.zeros(8), torch.zeros(8))]
+        >>> (mean,) = compressed_means([torch.tensor([3.0, -3.0, 3.0, -3.0])], errors)
+        >>> mean.sign()
+        tensor([ 1., -1.,  1., -1.])
+        >>> torch.distributed.destroy_process_group()
     """
     workers = dist.get_world_size(group)
     bits, scales = [], []
@@ -75,5 +96,5 @@ def _exchange(
     received = torch.empty_like(message)
     dist.all_to_all_single(received, message, group=group)
     *parts, numbers = torch.split(received, [*(b.shape[1] for b in bits), len(numbers)], 1)
-    sizes = numbers.contiguous().view(torch.float64)
+    sizes = numbers.clone(memory_format=torch.contiguous_format).view(torch.float64)  # at an offset of whole numbers
     return [(part, sizes[:, i].to(scale.dtype)) for i, (part, scale) in enumerate(zip(parts, scales, strict=True))]

@@ -1,4 +1,4 @@
-"""Matrix owner computes: each matrix has one rank that holds its state, steps it, and shares the result."""
+"""The owner of a matrix computes: each matrix has one rank that holds its state, steps it, and shares the result."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,33 +17,48 @@ from optim.sharding import is_sharded
 
 
 class OwnerComputes(Optimizer):
-    """An optimizer whose whole-matrix work is divided among processes: `elementwise = False` rules, each tensor on one.
+    """An optimizer whose work on whole matrices is divided among processes: rules with `elementwise = False`.
 
-        optimizer = OwnerComputes(optim.create("muon", model.named_parameters(), lr=0.02))
-
-    Use it instead of the optimizer that it is given, of which it takes the param groups; before that has stepped.
-    Tensors of such rules are sorted by size, largest first, and dealt round to the ranks. The owner holds the state of
-    the whole tensor and steps it as one process would, so results do not depend on the number of ranks (but for the
-    order of sums in the gradients). All others are stepped as before: elementwise rules, which need no other rank, and
-    rules whose tensors look at each other (`UpdateRule.coupled`).
+    Use it instead of the optimizer that it is given, of which it takes the param groups, before that optimizer has
+    stepped. The tensors of such rules are sorted by size, largest first, and dealt out to the ranks in turn. The owner
+    holds the state of the whole tensor and steps it as a single process would, so that results do not depend on the
+    number of ranks (except for the order of sums in the gradients). All other tensors are stepped as before:
+    elementwise rules, which need no other rank, and rules whose tensors depend on each other (`UpdateRule.coupled`).
 
     - Replicated parameters (DDP: the same parameter and gradient on every rank): owners share the new parameters by
-      all-gather, each rank's padded to the longest. A step receives about 1 parameter size a rank.
-    - Parameters of FSDP2 (DTensor, rows over one mesh dimension): gradient and parameter go to the owner by
-      all-to-all, its new parameter comes back: 3 sizes of a shard sent in all. Uneven and empty shards are no
-      special case.
+      all-gather, each rank's padded to the longest. A step receives about the size of all parameters per rank.
+    - Parameters of FSDP2 (DTensor, rows over one mesh dimension): gradient and parameter go to the owner by all-to-all,
+      and its new parameter comes back: 3 times the size of a shard is sent in total. Uneven and empty shards need no
+      special treatment.
 
-    Messages are of about 32 MiB, so the memory beside the states is a few of the largest tensors.
-    `state_dict` and `load_state_dict` are collective: call them on all ranks. A state dict holds the whole states of
-    all, the same on every rank, and is that of one process: it loads into any number of ranks, and into an `Optimizer`.
-    Between them `state` has the tensors that this rank owns, so `UpdateMap.of` needs a plain optimizer, loaded from it.
+    Messages have about 32 MiB, so that the memory besides the states is a few of the largest tensors. `state_dict` and
+    `load_state_dict` are collective: call them on all ranks. A state dict holds the whole states of all tensors, the
+    same on every rank, and equals that of a single process: it loads into any number of ranks, and into an `Optimizer`.
+    Between these calls `state` has the tensors that this rank owns, so `UpdateMap.of` needs a plain optimizer that was
+    loaded from the state dict.
 
-    process_group: the ranks; all of them by default. With one process everything is as in the given optimizer.
-    Raises: TypeError for DTensors that are not sharded by rows over the ranks of the group alone; ValueError if the
-    optimizer has stepped already.
-    Source: Jordan et al. 2024 (KellerJordan/Muon) for the dealing and gathering of weights, microsoft/dion for rows.
-    Differs: the whole step is the owner's, with whole norms: Dion's NorMuon rescales by the norm of the local rows,
-    and so depends on the number of ranks. Messages have the dtypes of parameter and gradient, not bfloat16.
+    Args:
+        optimizer: The optimizer, before its first step.
+        process_group: The ranks; all of them by default. With one process everything is as in the given optimizer.
+
+    Raises:
+        TypeError: For DTensors that are not sharded by rows over exactly the ranks of the group.
+        ValueError: If the optimizer has already stepped.
+
+    Source:
+        Jordan et al. 2024 (KellerJordan/Muon) for dealing out and gathering the weights, microsoft/dion for rows.
+
+    Differs:
+        The owner takes the whole step, with norms of whole matrices. Dion's NorMuon rescales by the norm of the local
+        rows, and so depends on the number of ranks. Messages have the dtypes of parameter and gradient, not bfloat16.
+
+    Example:
+        >>> from optim import create
+        >>> from optim.distributed import OwnerComputes
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        >>> optimizer = OwnerComputes(create("muon", model.named_parameters(), lr=0.02))
+        >>> model(torch.ones(2, 8)).sum().backward()
+        >>> optimizer.step()  # with one process, the step of the given optimizer
     """
 
     def __init__(self, optimizer: Optimizer, process_group: dist.ProcessGroup | None = None) -> None:
@@ -67,7 +82,14 @@ class OwnerComputes(Optimizer):
         return super().__getstate__() | {"process_group": self.process_group}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in `Optimizer`. Raises: TypeError for a DTensor whose rows are not spread over the ranks."""
+        """Add a group as `Optimizer` does.
+
+        Args:
+            param_group: A dictionary with `params` and settings.
+
+        Raises:
+            TypeError: For a DTensor whose rows are not spread over the ranks.
+        """
         before = len(self.param_groups)
         super().add_param_group(param_group)
         for group in self.param_groups[before:]:
@@ -125,7 +147,7 @@ class OwnerComputes(Optimizer):
     # ------------------------------------------------------------------------------------------------------ state dicts
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole states of all tensors, on every rank alike. Collective: call it on all ranks."""
+        """Return the whole states of all tensors, the same on every rank. This is collective: call it on all ranks."""
         borrowed = self._gather_states()
         try:
             saved = super().state_dict()
@@ -139,7 +161,7 @@ class OwnerComputes(Optimizer):
         return saved | {"state": whole}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in `Optimizer`; each rank keeps the states of the tensors that it owns."""
+        """Load as `Optimizer` does; each rank keeps the states of the tensors that it owns."""
         super().load_state_dict(state_dict)
         owners = self._owners()
         rank = dist.get_rank(self.process_group) if owners else 0

@@ -1,4 +1,4 @@
-"""The processes of a run: as torchrun, accelerate or Slurm start them, or one alone."""
+"""The processes of a run, as torchrun, accelerate or Slurm start them, or a single one."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,14 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """One process among all: its rank, their number, its device."""
+    """One process among all: its rank, the number of processes, and its device.
+
+    Example:
+        >>> from optim.distributed import world
+        >>> with world() as here:
+        ...     here.rank, here.size
+        (0, 1)
+    """
 
     rank: int
     size: int
@@ -20,13 +27,20 @@ class World:
 
 @contextmanager
 def world() -> Iterator[World]:
-    """The world that the environment describes, with its process group while the block runs.
+    """Yield the world that the environment describes, with its process group while the block runs.
 
-    RANK, WORLD_SIZE and LOCAL_RANK are read as ``torchrun`` sets them (``torchrun --nproc-per-node 2 train.py``);
-    without them, or with one process, there is no process group and every collective of `optim` falls away. A group
-    that exists is used and left as it is. The device is this process's GPU (NCCL) where there are GPUs, else the CPU
-    (gloo).
-    Raises: ValueError naming a variable that is missing or no number.
+    RANK, WORLD_SIZE and LOCAL_RANK are read as ``torchrun`` sets them (``torchrun --nproc-per-node 2 train.py``).
+    Without them, or with one process, there is no process group and every collective of `optim` does nothing. An
+    existing group is used and left as it is. The device is this process's GPU (NCCL) if there are GPUs, and the CPU
+    (gloo) otherwise.
+
+    Raises:
+        ValueError: For a variable that is missing or not a number, by name.
+
+    Example:
+        >>> from optim.distributed import world
+        >>> with world() as here:
+        ...     model = torch.nn.Linear(4, 2).to(here.device)
     """
     if dist.is_available() and dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size(), _device(_number("LOCAL_RANK", dist.get_rank())))

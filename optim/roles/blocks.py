@@ -22,13 +22,21 @@ _ATTENTION = re.compile(r"attn|attention")
 
 
 def block_of(name: str) -> Block:
-    """Which block of a transformer the parameter belongs to, by its name alone; a bias belongs to its module's.
+    """Return the block of a transformer that a parameter belongs to by its name; a bias belongs to its module's.
 
-    Knows the names of Llama (Hugging Face's and Meta's), Mistral, Mixtral, Qwen, Phi, Gemma, GPT-2 (also with split
+    It knows the names of Llama (Hugging Face's and Meta's), Mistral, Mixtral, Qwen, Phi, Gemma, GPT-2 (also with split
     query and key), GPT-NeoX, GPT-OSS, T5, BART, Whisper, BERT, ModernBERT, RoBERTa and DistilBERT, LoRA's matrices on
-    any of them, and wrapper prefixes. A norm is a norm wherever it stands. Query, key and value in one matrix
-    (`c_attn`, `qkv_proj`, `query_key_value`) are "vo", the more cautious choice of the two: a lower learning rate, a
-    finer second moment. Poolers and classifiers are "head". What is none of these is "other".
+    any of them, and wrapper prefixes. A norm is a norm wherever it is. Query, key and value in one matrix (`c_attn`,
+    `qkv_proj`, `query_key_value`) are "vo", the more cautious of the two choices: a lower learning rate, a finer second
+    moment. Poolers and classifiers are "head". Everything else is "other".
+
+    Args:
+        name: The name of the parameter.
+
+    Example:
+        >>> from optim import block_of
+        >>> block_of("model.layers.0.self_attn.q_proj.weight"), block_of("model.layers.0.mlp.up_proj.weight")
+        ('qk', 'ffn')
     """
     it = name_of(name)
     if it.is_norm(1):

@@ -25,7 +25,17 @@ _TAPS_OR_TABLE = re.compile(r"conv|^rel(ative)?_(logits|bias|pos)|embed")  # mod
 
 
 def is_matrix(name: str, param: Tensor) -> bool:
-    """Whether a rule for hidden matrices should have this parameter, by its name and shape alone; see `roles`."""
+    """Whether a rule for hidden matrices should take this parameter, by its name and shape alone.
+
+    Args:
+        name: The name of the parameter.
+        param: The parameter, of any shape.
+
+    Example:
+        >>> from optim import is_matrix
+        >>> is_matrix("layers.0.mlp.up_proj.weight", torch.empty(8, 4)), is_matrix("lm_head.weight", torch.empty(8, 4))
+        (True, False)
+    """
     return kind_of(name, param) == "matrix"
 
 

@@ -27,9 +27,12 @@ def layouts(
     others: Iterable[tuple[str, Tensor]] = (),
     owners: Mapping[str, nn.Module | None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """name -> how its matrices lie in memory, for those that are not [outputs, inputs]; see `roles`.
+    """Return how matrices lie in memory, by name, for those that are not [outputs, inputs]; see `optim.roles.roles`.
 
-    others: parameters beside them that tell something: biases, routers, embeddings.
+    Args:
+        matrices: The (name, parameter) pairs of the matrices.
+        others: Other parameters that help to decide: biases, routers, embeddings.
+        owners: The module of each parameter, by name, where it is known.
     """
     matrices = list(matrices)
     around = dict(others) | dict(matrices)

@@ -12,25 +12,29 @@ from optim.roles.layouts import layouts
 
 @dataclass(frozen=True)
 class Role:
-    """What a parameter is, and the fields of `MatrixRule` that say how its matrices lie, where it is a matrix."""
+    """What a parameter is, and, for a matrix, the fields of `MatrixRule` that describe its layout in memory."""
 
     kind: Kind
     layout: Mapping[str, Any] = field(default_factory=dict)
 
 
 def roles(named_parameters: Iterable[tuple[str, Tensor]], model: nn.Module | None = None) -> dict[str, Role]:
-    """name -> what the parameter is.
+    """Return what each parameter is, by name.
 
     A matrix is the weight of a linear map between features: of a linear layer, a router, a convolution over channels,
-    LoRA's A and B (on a head too), and each expert of a mixture, also where one tensor holds all of them. No matrices
-    are embeddings and position tables, what is behind the last layer (heads, poolers, classifiers), norms, biases (an
-    expert's, [experts, outputs], too), depthwise convolutions, time mixes, `A_log`, sinks, and what else is a vector.
-    Without the model, names and shapes decide; a name that tells nothing is told by its shape.
+    LoRA's A and B (also on a head), and each expert of a mixture, also where one tensor holds all of them. Everything
+    else is no matrix: embeddings and position tables, what comes after the last layer (heads, poolers, classifiers),
+    norms, biases (also those of experts, [experts, outputs]), depthwise convolutions, time mixes, `A_log`, sinks, and
+    all vectors. Without the model, names and shapes decide; where a name tells nothing, the shape does.
 
-    The layout, as in `MatrixRule`: "transposed" where inputs come first: GPT-2's Conv1D, told by its biases or its
-    wider matrices; experts as in GPT-OSS and Llama 4. "batched" where one tensor is a stack of matrices. The side of an
-    expert's outputs is told by the pair of its matrices, of which one maps to what the other maps from, by its biases,
-    or by the width of the model; outputs come first where none of these tells.
+    The layout is that of `MatrixRule`. "transposed" means that inputs come first: GPT-2's Conv1D, which its biases or
+    its wider matrices reveal, and experts as in GPT-OSS and Llama 4. "batched" means that one tensor is a stack of
+    matrices. The side of an expert's outputs follows from the pair of its matrices, of which one maps to what the other
+    maps from, from its biases, or from the width of the model; outputs come first where none of these decides.
+
+    Args:
+        named_parameters: (name, parameter) pairs.
+        model: The model, whose modules tell more than names do.
     """
     named = list(named_parameters)
     modules = dict(model.named_modules()) if model is not None else {}

@@ -6,9 +6,10 @@ from typing import ClassVar, TypeAlias
 
 from torch import Tensor
 
+from optim.block_rates import warn_of_strangers
 from optim.checks import check_non_negative, checked_betas
 from optim.optimizer import Group, Optimizer
-from optim.param_groups import NamedParams, check_parts, named_groups, part_in, told_by, warn_of_strangers, with_names
+from optim.param_groups import NamedParams, check_parts, named_groups, part_in, told_by, with_names
 from optim.roles import BLOCKS, Role, block_of, is_bias, roles
 from optim.rule import State, UpdateRule, correction, moment_dtype, zero_moment, zero_step
 from optim.saved import bare_name

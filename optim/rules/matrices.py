@@ -221,7 +221,7 @@ class MatrixOptimizer(Optimizer):
     Args:
         parameters: Named parameters, whose names tell `optim.roles` what a tensor is, or the model, whose modules tell
             more. Of a model, the parameters that require a gradient are taken.
-        rule: The rule for the matrices, to which `fields` are added.
+        rule: The class of the rule for the matrices, which is made with `fields`.
         lr, weight_decay: Learning rate and decoupled weight decay of the matrices.
         adamw_lr, adamw_weight_decay: Those of the rest; `lr` and `weight_decay` unless given.
         adamw_betas, adamw_eps, adamw_eps_before_correction: See `AdamWRule`.
@@ -236,6 +236,13 @@ class MatrixOptimizer(Optimizer):
     Raises:
         ValueError: If there is no matrix, or for a part of a name that no tensor has.
         TypeError: For parameters without names, or for an `assign` that is not a mapping.
+
+    Example:
+        >>> from optim import MatrixOptimizer, MuonRule
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
+        >>> optimizer = MatrixOptimizer(model, MuonRule, lr=1e-3, weight_decay=0.1, assign={"1.weight": "adamw"})
+        >>> [group["param_names"] for group in optimizer.param_groups]
+        [['0.weight'], ['0.bias', '1.weight', '1.bias']]
     """
 
     def __init__(

@@ -63,10 +63,25 @@ def _drawn(wanted: int) -> int:
 
 
 def add_normal_(target: Tensor, scale: float, seed: int, *, total: int | None = None, start: int = 0) -> None:
-    """target += scale z, in place and rounded once to target's dtype; z is standard normal, float32 before that.
+    """Add scale z to `target` in place, rounded once to its dtype; z is standard normal, in float32 before that.
 
-    target: any shape; a contiguous part of a tensor of `total` entries, from entry `start` on (a shard), or all of it.
-    Memory: one piece (262 kB), for a target that is not contiguous all of z.
+    Args:
+        target: A tensor of any shape; a contiguous part of a tensor of `total` entries, from entry `start` on (a
+            shard), or all of it.
+        scale: The factor.
+        seed: The seed of z.
+        total: Entries of the whole tensor; those of `target` by default.
+        start: The first entry.
+
+    Memory:
+        One piece (262 kB); for a target that is not contiguous, all of z.
+
+    Example:
+        >>> from optim.zeroth_order import add_normal_
+        >>> target = torch.zeros(1000)
+        >>> add_normal_(target, 2.0, seed=0)
+        >>> abs(float(target.std()) - 2.0) < 0.2
+        True
     """
     if perturb.fits(target):
         return perturb.add_normals_(target, scale, seed, start=start)

@@ -18,10 +18,23 @@ Losses: TypeAlias = Loss | Sequence[Loss]
 
 @dataclass(frozen=True)
 class Taken:
-    """What one step was: enough to take it again on other weights (`ZerothOrder.replay`), some 12 bytes.
+    """The record of one step: enough to take it again on other weights (`ZerothOrder.replay`), in some 12 bytes.
 
-    step: its number. seeds, projected_grad: one of each direction, blocks outermost. kept: -1, 0 or 1, which candidate
-    p + kept * lr * g a conservative step chose; -1 otherwise. losses: every evaluation, in call order.
+    Args:
+        step: The number of the step.
+        seeds: One per direction, blocks outermost.
+        projected_grad: One per direction, blocks outermost.
+        kept: Which candidate p + kept * lr * g a conservative step chose, -1, 0 or 1; otherwise -1.
+        losses: Every evaluation, in call order.
+
+    Example:
+        >>> from optim import SGD
+        >>> from optim.zeroth_order import ZerothOrder
+        >>> model = torch.nn.Linear(4, 1)
+        >>> source, optimizer = ZerothOrder(model.named_parameters()), SGD(model.named_parameters(), lr=1e-2)
+        >>> _ = source.step(optimizer, lambda: model(torch.ones(2, 4)).square().mean())
+        >>> source.last.step, len(source.last.seeds), len(source.last.losses)
+        (0, 1, 2)
     """
 
     step: int

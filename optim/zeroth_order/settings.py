@@ -84,6 +84,12 @@ def decay_groups(
 
     Returns:
         The groups that have parameters, to be given to an optimizer.
+
+    Example:
+        >>> from optim.zeroth_order import decay_groups
+        >>> groups = decay_groups(torch.nn.Linear(4, 2).named_parameters(), 0.1)
+        >>> [(name, group["weight_decay"]) for group in groups for name, _ in group["params"]]
+        [('weight', 0.1), ('bias', 0.0)]
     """
     named = list(named_parameters)
     if decay_filter is None:

@@ -1,10 +1,10 @@
-"""Gradients without back-propagation, for any rule: random directions, forward passes, and one number a direction.
+"""Gradients without back-propagation, for any rule: random directions, forward passes, and one number per direction.
 
     source = ZerothOrder(model.named_parameters(), eps=1e-3, seed=0)
-    optimizer = SGD(model.named_parameters(), lr=1e-6)           # MeZO; AdamW, Muon or any other as well
+    optimizer = SGD(model.named_parameters(), lr=1e-6)           # MeZO; AdamW, Muon or any other works too
     loss = source.step(optimizer, lambda: loss_of(model, batch))  # model in eval mode, the same batch in every call
 
-No graph is built and no gradient is kept: the memory of inference.
+No graph is built and no gradient is stored: the memory is that of inference.
 """
 
 from __future__ import annotations
@@ -12,59 +12,97 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from optim.rule import UpdateRule
-from optim.rules.sgd import SGDRule
+from optim.zeroth_order.exact import exact_gradients
 from optim.zeroth_order.forward import directional
+from optim.zeroth_order.groups import is_plain, is_separate
 from optim.zeroth_order.noise import Directions, NoiseFn, mix
-from optim.zeroth_order.replay import Evaluations, Loss, Losses, NotFinite, Query, Taken, mean_over_ranks, ranks
+from optim.zeroth_order.replay import Evaluations, Losses, NotFinite, Query, Taken, mean_over_ranks
 from optim.zeroth_order.settings import Estimator, check_settings, dropped_shares
 
 
 class ZerothOrder:
-    """A source of gradients that evaluates the loss and nothing else: MeZO and its family.
+    """A source of gradients that only evaluates the loss: MeZO and its family.
 
-    For each of `q` directions z of a step, standard normal: pg = (f(p + eps z) - f(p - eps z)) / (2 eps) "two-sided",
-    (f(p + eps z) - f(p)) / eps "one-sided", or <grad f, z> "forward", exact and by forward-mode differentiation of
-    `module`. The gradient is the mean of pg z, an unbiased estimate of that of f smoothed by eps (of f itself,
-    "forward"). z is drawn anew from its seed wherever it is needed; weights are moved in place.
+    For each of the `q` directions z of a step, standard normal, the projected gradient is
 
-    sign: "scalar" takes sign(pg) z, as the published code of ZO-SGD-Sign; "elementwise" sign(pg z), as its paper.
-    conserve: plain SGD keeps the best of p, p - lr g and p + lr g, by two more evaluations and one at p.
-    sparsity: the share of entries that a direction leaves alone, by a mask kept for `mask_steps` steps. mask "uniform"
-    drops that share; "normal" is the published code's slip, which drops Phi(sparsity) (0.69 at 0.5, never below half).
-    sparse_by "layer" drops the same share of each tensor; "global" the share of its entries that are among the
-    smallest of all weights as they are when this is made.
-    blocks: name -> block, or None for parameters that do not move; a block has its own directions and evaluations.
-    block_order "coordinate" steps each block before the next is estimated; "joint" all at the old weights.
-    first_order: whether a parameter gets its gradient by back-propagation instead (deep layers, next to the loss); the
-    graph begins at the first of them. It is taken at the weights before the step, and applied with the last block.
-    restore: "inplace" subtracts what was added, which leaves a rounding error of about one unit in the last place;
-    "copy" keeps a copy of the weights and is exact: for 16-bit weights, where that unit is not small.
-    noise_fn, mask_fn: directions and masks instead of drawn ones.
+    - pg = (f(p + eps z) - f(p - eps z)) / (2 eps) for "two-sided",
+    - pg = (f(p + eps z) - f(p)) / eps for "one-sided", and
+    - pg = <grad f, z> for "forward", exactly, by forward-mode differentiation of `module`.
 
-    State: none but `taken`, the number of steps: set it when a run is continued, and the next steps are bit for bit
-    those of a run that was not interrupted. `last` is what the last step was.
-    Memory: that of inference and one piece of a direction, for plain SGD; other rules add their state and the largest
-    tensor's gradient (all gradients, where a rule's tensors share something or the optimizer is not of this suite).
-    Cost: 2 q forward passes ("one-sided": q + 1, for f(p) is that of all directions from there); weights are read and
-    written three times a direction ("one-sided": two), and once more.
-    With `torch.distributed` every rank draws the same directions, and the losses are averaged: one number a pass.
-    Sharded parameters (DTensor, by rows) see the directions that whole ones see.
+    The gradient is the mean of pg z, an unbiased estimate of the gradient of f smoothed by eps (of f itself for
+    "forward"). z is drawn again from its seed wherever it is needed, and weights are moved in place.
 
-    Source: MeZO, arXiv 2305.17333; ZO-Bench, arXiv 2402.11592 (sign, conservative, momentum, Adam, forward gradient,
-    block-wise, hybrid, sparse).
-    Differs: generators of its own, where the published code reseeds the global one; blocks have different directions,
-    there the same; with q > 1 all directions are evaluated at the same weights and masked alike in estimate and update,
-    and f(p) of "one-sided" once, there for each.
-    Raises: ValueError for settings out of range or that exclude each other, and parameters of the optimizer that the
-    source does not know; NotFinite, a ValueError, for a loss or a gradient that is not finite (the weights are put back
-    first; with several blocks those before keep their step).
+    `taken`, the number of steps, is the only state: set it when a run is continued, and the next steps are bit for bit
+    those of a run that was not interrupted. `last` is the record of the last step. With `torch.distributed` every rank
+    draws the same directions, and the losses are averaged: one number per pass. Sharded parameters (DTensor, by rows)
+    see the directions that whole ones see.
+
+    Args:
+        named_parameters: (name, parameter) pairs; those that require a gradient are used.
+        estimator: "two-sided", "one-sided" or "forward".
+        eps: The length of the probing step.
+        q: Directions per step.
+        sign: "scalar" takes sign(pg) z, as the published code of ZO-SGD-Sign; "elementwise" takes sign(pg z), as its
+            paper.
+        conserve: Whether plain SGD keeps the best of p, p - lr g and p + lr g, with two more evaluations and one at p.
+        sparsity: The share of entries that a direction leaves unchanged, by a mask that is kept for `mask_steps` steps.
+        mask: "uniform" drops that share. "normal" reproduces an error of the published code, which drops Phi(sparsity)
+            (0.69 at 0.5, and never below half).
+        sparse_by: "layer" drops the same share of each tensor; "global" drops the share of its entries that are among
+            the smallest of all weights at construction.
+        mask_steps: Steps with the same mask.
+        blocks: A function from name to block, or to None for parameters that do not move; a block has its own
+            directions and evaluations.
+        block_order: "coordinate" steps each block before the next is estimated; "joint" estimates all at the old
+            weights.
+        first_order: A function from name to whether the parameter gets its gradient by back-propagation instead (deep
+            layers, next to the loss); the graph begins at the first of them. The gradient is taken at the weights
+            before the step, and applied with the last block.
+        restore: "inplace" subtracts what was added, which leaves a rounding error of about one unit in the last place.
+            "copy" keeps a copy of the weights and is exact: use it for 16-bit weights, where that unit is not small.
+        seed: Of directions and masks.
+        module: The model, for "forward".
+        noise_fn: Directions to be used instead of drawn ones.
+        mask_fn: Masks to be used instead of drawn ones.
+
+    Memory:
+        That of inference and one piece of a direction for plain SGD. Other rules add their state and the gradient of
+        the largest tensor (all gradients, where a rule's tensors share something or the optimizer is not of this
+        package).
+
+    Cost:
+        2 q forward passes ("one-sided": q + 1, because f(p) serves all directions). Weights are read and written three
+        times per direction ("one-sided": two), and once more.
+
+    Raises:
+        ValueError: For settings out of range or that exclude each other, and for parameters of the optimizer that the
+            source does not know.
+        NotFinite: A ValueError, for a loss or a gradient that is not finite (the weights are put back first; with
+            several blocks those before keep their step).
+
+    Source:
+        MeZO, arXiv 2305.17333; ZO-Bench, arXiv 2402.11592 (sign, conservative, momentum, Adam, forward gradient,
+        block-wise, hybrid, sparse).
+
+    Differs:
+        It has generators of its own, where the published code reseeds the global one. Blocks have different directions,
+        there the same. With q > 1 all directions are evaluated at the same weights and masked alike in estimate and
+        update, and f(p) of "one-sided" is evaluated once, there once per direction.
+
+    Example:
+        >>> from optim import SGD
+        >>> from optim.zeroth_order import ZerothOrder
+        >>> model = torch.nn.Linear(4, 1)
+        >>> source = ZerothOrder(model.named_parameters(), seed=0)
+        >>> optimizer = SGD(model.named_parameters(), lr=1e-2)
+        >>> losses = [source.step(optimizer, lambda: model(torch.ones(2, 4)).square().mean()) for _ in range(200)]
+        >>> losses[-1] < losses[0]
+        True
     """
 
     def __init__(
@@ -117,20 +155,30 @@ class ZerothOrder:
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer, closure: Losses) -> float:
-        """One step of the optimizer with the gradient that this source estimates; returns the first loss it saw.
+        """Take one step of the optimizer with the gradient that this source estimates.
 
-        That is f(p + eps z), as in the published code (with "forward" f(p), with conserve f(p)). closure: called 2 q
-        times ("one-sided" q + 1) without a graph; it must give the same loss at the same weights. Gradients (`.grad`)
-        are None afterwards.
+        Args:
+            optimizer: The optimizer; gradients (`.grad`) are None afterwards.
+            closure: Computes the loss; it is called 2 q times ("one-sided" q + 1) without a graph, and must return the
+                same loss at the same weights.
+
+        Returns:
+            The first loss, which is f(p + eps z), as in the published code (f(p) with "forward" and with conserve).
         """
         return self._step(optimizer, closure, None)
 
     @torch.no_grad()
     def replay(self, optimizer: torch.optim.Optimizer, steps: Iterable[Taken]) -> None:
-        """Take recorded steps again, without evaluating anything: bit for bit the weights of the run on equal ones.
+        """Take recorded steps again without evaluating anything; from equal weights the result is equal bit for bit.
 
-        Learning rates are the optimizer's at the time: step its schedule between calls where it had one.
-        Raises: ValueError with first-order parameters, whose gradients no record holds.
+        Learning rates are those of the optimizer at the time: step its schedule between calls if it had one.
+
+        Args:
+            optimizer: The optimizer.
+            steps: What `last` was after each step.
+
+        Raises:
+            ValueError: With first-order parameters, whose gradients no record holds.
         """
         if self.first_order:
             raise ValueError("ZerothOrder.replay: gradients of first_order parameters are in no record")
@@ -147,7 +195,9 @@ class ZerothOrder:
         parts = [closure] if callable(closure) else list(closure)
         run = Evaluations(self._not_finite, parts, recorded)
         start = run.at_present_weights() if self.conserve else 0.0
-        exact = {} if recorded is not None or not self.first_order else self._exact(parts)
+        exact: dict[int, Tensor] = {}
+        if recorded is None and self.first_order:
+            exact = exact_gradients(parts, self.first_order, self.params, self._not_finite)
         together = [[block] for block in self.blocks] if self.block_order == "coordinate" else [self.blocks]
         kept = -1
         for blocks in together:
@@ -162,7 +212,11 @@ class ZerothOrder:
         return run.losses[0] if run.losses else math.nan
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raises: ValueError for an optimizer that this source cannot step, as `step` does before anything moves."""
+        """Check that this source can step the optimizer, as `step` does before anything moves.
+
+        Raises:
+            ValueError: If it cannot.
+        """
         known = {id(p) for p in (*self.params.values(), *self.first_order.values())}
         for group in optimizer.param_groups:
             for i, p in enumerate(group["params"]):
@@ -172,7 +226,7 @@ class ZerothOrder:
                         f"ZerothOrder.step: the optimizer has parameter {name!r}, which the source was not made with; "
                         "give both the same named_parameters"
                     )
-            if self.conserve and not (_plain(group) and not group["weight_decay"]):
+            if self.conserve and not (is_plain(group) and not group["weight_decay"]):
                 raise ValueError(
                     "ZerothOrder: conserve tries three steps and keeps one, which only plain SGD can take back; use "
                     "SGD without momentum and weight decay"
@@ -233,31 +287,6 @@ class ZerothOrder:
         values = [directional(self.module, part, tangents) for part in run.parts]
         run.note(sum(loss for loss, _ in values), "the present weights")
         return mean_over_ranks(sum(slope for _, slope in values))
-
-    def _exact(self, parts: Sequence[Loss]) -> dict[int, Tensor]:
-        """Gradients of the first-order parameters, by id, from a graph that begins at the first of them."""
-        wanted = list(self.first_order.values())
-        total: list[Tensor | None] = [None] * len(wanted)
-        for p in self.params.values():
-            p.requires_grad_(False)
-        try:
-            with torch.enable_grad():
-                for part in parts:
-                    grads = torch.autograd.grad(part(), wanted, allow_unused=True)
-                    for i, (before, grad) in enumerate(zip(total, grads, strict=True)):
-                        total[i] = before if grad is None else grad if before is None else before + grad
-        finally:
-            for p in self.params.values():
-                p.requires_grad_(True)
-        found = {id(p): g for p, g in zip(wanted, total, strict=True) if g is not None}
-        if ranks() > 1:
-            for grad in found.values():
-                dist.all_reduce(grad)
-                grad.div_(ranks())
-        for gradient in found.values():
-            if not bool(gradient.isfinite().all()):
-                raise self._not_finite("gradient of the last layers", "not finite", math.nan)
-        return found
 
     def _not_finite(self, what: str, value: str, number: float) -> NotFinite:
         return NotFinite(
@@ -320,7 +349,7 @@ class ZerothOrder:
                 mine = [q for q in queries if name is not None and self.block_of.get(name) == q.block]
                 if id(p) in exact:
                     waiting.append((p, lambda p=p: exact[id(p)]))  # type: ignore[misc]
-                elif mine and name is not None and _plain(group) and self.sign != "elementwise":
+                elif mine and name is not None and is_plain(group) and self.sign != "elementwise":
                     lr = float(group["lr"])
                     if group["weight_decay"]:
                         p.mul_(1 - lr * group["weight_decay"])
@@ -329,7 +358,7 @@ class ZerothOrder:
                     waiting.append((p, lambda name=name, mine=mine: self._gradient(name, mine)))  # type: ignore[misc]
         if not waiting:
             return
-        if all(_separate(group) for group in optimizer.param_groups):
+        if all(is_separate(group) for group in optimizer.param_groups):
             for p, gradient in waiting:  # one tensor's gradient at a time
                 p.grad = gradient()
                 optimizer.step()
@@ -353,17 +382,13 @@ class ZerothOrder:
             self.add_direction_(name, target, scale * pg / self.q, q.seed, q.number)
 
     def add_direction_(self, name: str, target: Tensor, scale: float, seed: int, query: int) -> None:
-        """Target += scale z, with z the direction of the parameter, masked; target has the parameter's layout."""
+        """Add scale z to `target` in place, with z the masked direction of the parameter.
+
+        Args:
+            name: The name of the parameter.
+            target: A tensor with the parameter's shape and layout.
+            scale: The factor.
+            seed: The seed of the direction.
+            query: The number of the direction within its step.
+        """
         self.directions.add_(name, target, scale, seed, query, mix(self.seed, "mask", self.taken // self.mask_steps))
-
-
-def _plain(group: Mapping[str, Any]) -> bool:
-    """Whether the group's step is p - lr (g + weight_decay p) and nothing else: then no gradient tensor is made."""
-    rule = group.get("rule")
-    return isinstance(rule, SGDRule) and rule.momentum == 0 and "rounding" not in group
-
-
-def _separate(group: Mapping[str, Any]) -> bool:
-    """Whether the group's tensors may be stepped one after another: rules of this suite that share nothing."""
-    rule = group.get("rule")
-    return isinstance(rule, UpdateRule) and type(rule).share is UpdateRule.share

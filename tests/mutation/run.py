@@ -49,6 +49,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "optim/optimizer.py": ("tests/optim/test_rule.py", "tests/optim/test_update_map.py", "tests/optim/test_registry.py",
                            "tests/optim/rules/test_spam.py", "tests/optim/rules/test_blocks.py",
                            "tests/optim/test_battery.py"),
+    "optim/block_rates.py": ("tests/optim/test_param_groups.py",),
     "optim/param_groups.py": ("tests/optim/test_param_groups.py", "tests/optim/test_registry.py",
                               "tests/optim/rules/test_blocks.py", "tests/optim/rules/test_matrices.py"),
     **dict.fromkeys(

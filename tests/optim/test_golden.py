@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from optim import SPAMRule, StableSPAMRule, schedule
-from optim.schedules import one_cycle_momentum
+from optim.curves import one_cycle_momentum
 from tests.conftest import REPOSITORY, golden_folder
 from tests.optim import golden
 

@@ -21,7 +21,8 @@ from optim import (
     is_matrix,
     without_decay,
 )
-from optim.param_groups import PAPER_RATIOS, divide_groups, warn_of_strangers
+from optim.block_rates import PAPER_RATIOS, warn_of_strangers
+from optim.param_groups import divide_groups
 from optim.roles import BLOCKS, block_of
 
 LAYER = "model.layers.0."

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from optim import SCHEDULES, SGD, group_factors, schedule, schedule_options
-from optim.schedules import one_cycle_momentum
+from optim.curves import one_cycle_momentum
 
 steps = st.integers(0, 40)
 

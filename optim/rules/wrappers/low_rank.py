@@ -80,7 +80,7 @@ class LowRank(UpdateRule):
 
     Example:
         >>> from optim import AdamWRule, LowRank
-        >>> rule = LowRank(inner=AdamWRule(), rank=2)
+        >>> rule = LowRank(inner=AdamWRule(bias_correction=False), rank=2)
         >>> state = rule.init(torch.empty(8, 6))
         >>> tuple(state["exp_avg"].shape)
         (8, 2)

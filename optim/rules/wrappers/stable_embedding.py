@@ -65,7 +65,7 @@ def stable_embedding_groups(
         >>> model = torch.nn.Sequential(StableEmbedding(10, 4), torch.nn.Linear(4, 4))
         >>> optimizer = AdamW8bit(stable_embedding_groups(model), lr=1e-3)
         >>> [len(group["params"]) for group in optimizer.param_groups]
-        [1, 4]
+        [4, 1]
     """
     kept = {id(m.weight) for m in model.modules() if isinstance(m, kinds) and isinstance(m.weight, Tensor)}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -1,0 +1,48 @@
+"""Gradients by back-propagation, for the parameters of a hybrid step that have them."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from optim.zeroth_order.replay import Loss, NotFinite, ranks
+
+
+def exact_gradients(
+    parts: Sequence[Loss],
+    first_order: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
+    refused: Callable[[str, str, float], NotFinite],
+) -> dict[int, Tensor]:
+    """Return the gradients of the first-order parameters, by id, from a graph that begins at the first of them.
+
+    Args:
+        parts: Functions whose sum is the loss.
+        first_order: The parameters, by name.
+        others: The other parameters, which the graph leaves out.
+        refused: Makes the error for a gradient that is not finite.
+    """
+    wanted = list(first_order.values())
+    total: list[Tensor | None] = [None] * len(wanted)
+    for p in others.values():
+        p.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            for part in parts:
+                grads = torch.autograd.grad(part(), wanted, allow_unused=True)
+                for i, (before, grad) in enumerate(zip(total, grads, strict=True)):
+                    total[i] = before if grad is None else grad if before is None else before + grad
+    finally:
+        for p in others.values():
+            p.requires_grad_(True)
+    found = {id(p): g for p, g in zip(wanted, total, strict=True) if g is not None}
+    if ranks() > 1:
+        for grad in found.values():
+            dist.all_reduce(grad)
+            grad.div_(ranks())
+    for gradient in found.values():
+        if not bool(gradient.isfinite().all()):
+            raise refused("gradient of the last layers", "not finite", math.nan)
+    return found
