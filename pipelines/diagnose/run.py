@@ -23,7 +23,7 @@ from pipelines.models import load as models
 from pipelines.models.load import LoadedModel
 from pipelines.models.losses import collate, supervised_tokens, token_losses
 from pipelines.report import diagnose_page as diagnose_view
-from pipelines.rows.prepare import file_facts, prepare
+from pipelines.rows.inputs import Inputs
 from pipelines.rows.rows import Rows
 from pipelines.runs.folder import Run, in_scratch
 from pipelines.runs.messages import say
@@ -49,17 +49,10 @@ def run(config: DiagnoseConfig) -> Path:
     with in_scratch(config) as kept, Run(kept.out, kept, "diagnose", overwrite=kept.overwrite) as current:
         with current.stage("read"):
             tokenizer = models.load(config.model, tokenizer_only=True)
-            rows = prepare(
-                config.data, config.model, tokenizer.tokenizer,
-                cache=current.path("inputs"), label="data", folder=current.folder, limits=tokenizer.limits,
-            )  # fmt: skip
+            inputs = Inputs(current, config.model, tokenizer)
+            rows = inputs.read("data", config.data, bad_rows=True)
         picked = pick(rows, config.rows, seed=derive_seed(config.seed, "rows"))
-        facts: dict[str, Any] = {
-            "model": dict(tokenizer.digests),
-            "encoding": rows.encoder.fingerprint(),
-            "data": file_facts(rows),
-        }
-        current.check(facts)
+        inputs.record()
         tokens = int(rows.scan.tokens[picked].sum())
         say(f"{len(picked):,} rows, {tokens:,} tokens; checks: {', '.join(chosen)}; {_passes(config, chosen)}")
         if config.dry_run:

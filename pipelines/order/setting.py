@@ -20,13 +20,12 @@ import optim
 from datatools import DataError, Order, UsageError, files, order, token_batches
 from pipelines.models import load as models
 from pipelines.models.losses import Batch, supervised_tokens, token_losses
-from pipelines.rows.prepare import file_facts, prepare, target_data
+from pipelines.rows.inputs import Inputs
 from pipelines.rows.rows import Rows
 from pipelines.runs.folder import Run
 from pipelines.runs.messages import say, warn
 from pipelines.runs.seeds import derive_seed
 from pipelines.settings.order import OrderConfig
-from pipelines.settings.parts import DataConfig
 from pipelines.training import optimizers, order_recipe
 from pipelines.training.train import trainable
 
@@ -82,17 +81,11 @@ def build(config: OrderConfig, current: Run) -> Setting:
         if config.model.chat == "auto" and not getattr(tokenizer.tokenizer, "chat_template", None):
             warn("the tokenizer has no chat template: conversations are written as tulu does (--chat-template)")
             config = config.model_copy(update={"model": config.model.model_copy(update={"chat": "tulu"})})
-        data = config.data
-        rows = _read(config, data, tokenizer, current, "data")
-        held = None
-        if config.validation:
-            wanted = target_data(data, config.validation, config.validation_columns)
-            held = _read(config, wanted, tokenizer, current, "validation")
-    facts: dict[str, Any] = {"model": dict(tokenizer.digests), "encoding": rows.encoder.fingerprint()}
-    facts["data"] = file_facts(rows)
-    if held is not None:
-        facts["validation"] = file_facts(held)
-    current.check(facts)
+        inputs = Inputs(current, config.model, tokenizer)
+        rows = inputs.read("data", config.data, bad_rows=True)
+        columns = config.validation_columns
+        held = inputs.read_like("validation", config.data, config.validation, columns, bad_rows=True)
+    facts = inputs.record()
     batches, held_rows, spare = _draw(config, rows, held)
     made = Order(
         tuple(tuple(rows.pool.ids[row] for row in batch) for batch in batches),
@@ -165,18 +158,6 @@ def build(config: OrderConfig, current: Run) -> Setting:
         sum(p.numel() for p in base.values()),
         device,
         module,
-    )
-
-
-def _read(config: OrderConfig, data: DataConfig, loaded: models.LoadedModel, current: Run, label: str) -> Rows:
-    return prepare(
-        data,
-        config.model,
-        loaded.tokenizer,
-        cache=current.path("inputs"),
-        label=label,
-        folder=current.folder,
-        limits=loaded.limits,
     )
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from datatools import DataError, files
 from pipelines.models.limits import ModelLimits
@@ -19,7 +18,6 @@ from pipelines.rows.read import read_pool
 from pipelines.rows.row import BadRow
 from pipelines.rows.rows import Rows
 from pipelines.rows.scan import scan
-from pipelines.runs.folder import Run
 from pipelines.runs.messages import warn
 from pipelines.runs.progress import progress
 from pipelines.runs.redact import redact
@@ -144,34 +142,3 @@ def target_data(pool: DataConfig, paths: Sequence[str], columns: Columns | None 
     shared = pool.model_dump(include=set(DataConfig.model_fields))
     mine = {"paths": list(paths), "on_bad_row": "error", "dedup": "none", "borrowed": columns is None}
     return TargetData(**shared | mine | ({} if columns is None else {"columns": columns}))
-
-
-def file_facts(rows: Rows) -> dict[str, str]:
-    """What is recorded about the input files, and compared when a run goes on: path -> "digest, n bytes"."""
-    return {redact(info.path): f"{info.digest}, {info.bytes} bytes" for info in rows.pool.files}
-
-
-def accept_growth(run: Run, group: str, rows: Rows) -> list[str]:
-    """Let a continued run go on with input files that only got longer, and with new ones; returns their paths.
-
-    A file whose beginning is still, byte for byte, the file that the run began with has new rows and no changed one.
-    """
-    recorded = run.provenance["facts"].get(group, {}) if run.resumed else {}
-    grown = []
-    for info in rows.pool.files:
-        name = redact(info.path)
-        digest, _, size = str(recorded.get(name, "")).removesuffix(" bytes").partition(", ")
-        longer = size.isdecimal() and info.bytes > int(size) and Path(info.path).is_file()
-        if (longer and _digest_of_start(Path(info.path), int(size)) == digest) or (recorded and name not in recorded):
-            grown.append(name)
-            run.accept = (*run.accept, f"{group}.{name}")
-    return grown
-
-
-def _digest_of_start(path: Path, size: int) -> str:
-    state = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while size and (chunk := file.read(min(size, 1 << 20))):
-            state.update(chunk)
-            size -= len(chunk)
-    return state.hexdigest()

@@ -20,7 +20,7 @@ from pipelines.models.base import unload
 from pipelines.report import page as report
 from pipelines.report.view import FEWEST_RUNS
 from pipelines.rows import leakage, preflight
-from pipelines.rows.prepare import file_facts, prepare, target_data
+from pipelines.rows.inputs import Inputs
 from pipelines.rows.rows import Rows
 from pipelines.runs import run_files, verdicts
 from pipelines.runs.folder import Run, in_scratch
@@ -55,19 +55,15 @@ def run(config: AuditConfig) -> Path:
     with in_scratch(config) as kept, Run(kept.out, kept, "audit", overwrite=kept.overwrite) as current:
         with current.stage("read"):
             loaded = models.load(config.model)
-            read: dict[str, Any] = {"cache": current.path("inputs"), "limits": loaded.limits}
-            pool = prepare(config.pool, config.model, loaded.tokenizer, label="pool", **read)
-            test = prepare(config.test, config.model, loaded.tokenizer, label="test", **read)
-            target = None
-            if config.target:
-                wanted = target_data(config.pool, config.target, config.target_columns)
-                target = prepare(wanted, config.model, loaded.tokenizer, label="target", **read)
+            inputs = Inputs(current, config.model, loaded)
+            pool = inputs.read("pool", config.pool)
+            test = inputs.read("test", config.test)
+            target = inputs.read_like("target", config.pool, config.target, config.target_columns, recorded=False)
         if text := run_files.note(config.selected.parent):
             say(text)
         chosen, judged = _rows_of(config.selected, pool)
         leaks = _leaks(config, test, pool, target, chosen)
-        facts: dict[str, Any] = {"model": dict(loaded.digests), "pool": file_facts(pool), "test": file_facts(test)}
-        current.check(facts | {"selection": judged}, by_content=("pool", "test", "selection"))
+        inputs.record(by_content=("pool", "test", "selection"), encoding=False, selection=judged)
         context = Context(_as_select(config), current, pool, target, lambda: loaded)
         if config.dry_run:
             _estimate(config, loaded, context, test, _planned(context, config, chosen)).announce()

@@ -35,7 +35,7 @@ from datatools import (
 from pipelines.models import load as models
 from pipelines.report import page as report
 from pipelines.rows import leakage
-from pipelines.rows.prepare import accept_growth, file_facts, prepare, target_data
+from pipelines.rows.inputs import Inputs
 from pipelines.rows.row import Row
 from pipelines.rows.rows import Rows
 from pipelines.runs import verdicts
@@ -122,32 +122,18 @@ def _refuse_another_selection(config: SelectConfig) -> None:
 
 def _context(config: SelectConfig, current: Run) -> Context:
     """Read and check everything, and compare it with what the run in this folder began with."""
-    folder = current.folder
     with current.stage("read"):
-        tokenizer = models.load(config.model, tokenizer_only=True)
-        read: dict[str, Any] = {"cache": current.path("inputs"), "limits": tokenizer.limits}
-        pool = prepare(config.train, config.model, tokenizer.tokenizer, label="pool", folder=folder, **read)
-        target = None
-        if config.target:
-            wanted = target_data(config.train, config.target, config.target_columns)
-            target = prepare(wanted, config.model, tokenizer.tokenizer, label="target", **read)
-            if empty := [file.path for file in target.pool.files if not file.rows]:
-                raise DataError(f"no row in --target {', '.join(empty)}; leave the file out or fill it")
+        inputs = Inputs(current, config.model, models.load(config.model, tokenizer_only=True))
+        pool = inputs.read("pool", config.train, group="data", bad_rows=True)
+        target = inputs.read_like("target", config.train, config.target, config.target_columns)
+        if target is not None and (empty := [file.path for file in target.pool.files if not file.rows]):
+            raise DataError(f"no row in --target {', '.join(empty)}; leave the file out or fill it")
         if target is not None and (known := leakage.find(target, {"pool": (pool, None)})):
             warn(
                 f"{leakage.sentence(known).replace('test rows', 'target rows')}: likeness ranks such rows first; a "
                 "selection of what is known already is worth little"
             )
-    if grown := accept_growth(current, "data", pool):
-        say(f"{', '.join(grown)} has grown since the last run: only the new rows are computed")
-    facts: dict[str, Any] = {
-        "model": dict(tokenizer.digests),
-        "encoding": pool.encoder.fingerprint(),
-        "data": file_facts(pool),
-    }
-    if target is not None:
-        facts["target"] = file_facts(target)
-    current.check(facts, by_content=("data", "target"))
+    inputs.record(by_content=("data", "target"), grows=("data",))
 
     @cache
     def model() -> models.LoadedModel:

@@ -22,7 +22,7 @@ from pipelines.models.lora import add_lora
 from pipelines.report import training_page as training_report
 from pipelines.report.drawing import draw_last
 from pipelines.rows import leakage, preflight
-from pipelines.rows.prepare import file_facts, prepare, target_data
+from pipelines.rows.inputs import Inputs
 from pipelines.rows.rows import Rows
 from pipelines.runs.folder import Run, in_scratch
 from pipelines.runs.messages import say, warn
@@ -59,33 +59,10 @@ def _run(config: TrainConfig) -> Path:
     with in_scratch(config) as kept, Run(kept.out, kept, "train", overwrite=kept.overwrite) as current:
         with current.stage("read"), checkpoint_files.lead_first():
             tokenizer = models.load(config.model, tokenizer_only=True)
-            rows = prepare(
-                config.data,
-                config.model,
-                tokenizer.tokenizer,
-                cache=current.path("inputs"),
-                label="data",
-                folder=current.folder,
-                limits=tokenizer.limits,
-            )
-            held_out = None
-            if config.eval_data:
-                held_out = prepare(
-                    target_data(config.data, config.eval_data, config.eval_columns),
-                    config.model,
-                    tokenizer.tokenizer,
-                    cache=current.path("inputs"),
-                    label="validation",
-                    limits=tokenizer.limits,
-                )
-            facts: dict[str, Any] = {
-                "model": dict(tokenizer.digests),
-                "encoding": rows.encoder.fingerprint(),
-                "data": file_facts(rows),
-            }
-            if held_out is not None:
-                facts["validation"] = file_facts(held_out)
-            current.check(facts)  # before others look: what an accepted change makes outdated is moved away here
+            inputs = Inputs(current, config.model, tokenizer)
+            rows = inputs.read("data", config.data, bad_rows=True)
+            held_out = inputs.read_like("validation", config.data, config.eval_data, config.eval_columns)
+            inputs.record()  # before others look: what an accepted change makes outdated is moved away here
         chosen = np.flatnonzero(rows.usable).tolist()
         recipe, choose = config.training, config.coreset
         sequence: list[list[int]] | None = None
