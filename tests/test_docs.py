@@ -413,12 +413,12 @@ def test_the_table_of_files_is_whole(package):
 
 def test_flags_and_settings_that_are_mentioned_exist(capsys):
     """Spans such as `--on-bad-row` and `--set a.b=c`, which are no commands."""
-    from pipelines.settings import config
+    from pipelines.cli.commands import COMMANDS
 
     flags = {"--golden-dir", "--readme", "--rates"}  # of pytest and of scripts in tests/benchmarks
     for command in cli.app.registered_commands:
         flags |= set(re.findall(r"--[a-z][a-z-]*", datatools([str(command.name), "--help"], capsys)[1]))
-    roots = [value for value in vars(config).values() if isinstance(value, type) and value.__name__.endswith("Config")]
+    roots = [command.settings for command in COMMANDS.values()]
 
     def there(model: Any, path: list[str]) -> bool:
         field = getattr(model, "model_fields", {}).get(path[0])

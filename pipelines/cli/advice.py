@@ -5,33 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from pipelines.settings import config, config_files
+from pipelines.cli.commands import COMMANDS
 from pipelines.settings.base import Settings
+from pipelines.settings.flags import flags_of
+from pipelines.settings.load import all_names
 
-_MODELS: dict[str, type[Settings]] = {
-    "select": config.SelectConfig,
-    "train": config.TrainConfig,
-    "order": config.OrderConfig,
-    "evaluate": config.EvaluateConfig,
-    "audit": config.AuditConfig,
-    "diagnose": config.DiagnoseConfig,
-    "demo": config.DemoConfig,
-}
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 _OTHER_TOOL = re.compile(r"(?:datatools [a-z]+|pip|python|torchrun)\b[^;:`]*$")
-_NAMES = {"chat_template": "chat", "lora_rank": "rank", "train": "paths", "data": "paths"}  # where they differ
 
 
 def fitting(message: str, command: str, flags: Mapping[str, set[str]]) -> str:
-    """`message`, and for each flag in it that `command` does not have what stands in its place there.
+    """`message`, and for each flag in it that `command` does not have what to use instead.
 
     Args:
         message: what an error says.
         command: the command that ran.
         flags: command -> its flags.
 
-    Returns: the message; flags of other tools, and those of a `datatools COMMAND` that is named before them, are left.
-
+    Returns:
+        The message. Flags of other tools, and those of a `datatools COMMAND` that is named before them, are left.
     """
     if command not in flags:
         return message
@@ -47,13 +39,17 @@ def fitting(message: str, command: str, flags: Mapping[str, set[str]]) -> str:
 def _instead(flag: str, command: str, ours: set[str]) -> str:
     if command == "explain":
         return f"{flag} is a setting of the run that explain reads: give it to `datatools select`"
-    name = flag.removeprefix("--").replace("-", "_")
-    leaf = _NAMES.get(name, name)
-    settings = [one for one in _settings(command) if one.rpartition(".")[2] == leaf]
+    leaves = {path.rpartition(".")[2] for one in COMMANDS.values() for path in _paths(one.settings, flag)}
+    settings = [name for name in _settings(command) if name.rpartition(".")[2] in leaves]
     if settings and "--set" in ours:
         return f"for `datatools {command}`: " + " or ".join(f"--set {one}=..." for one in settings[:3])
     return f"`datatools {command}` has no {flag}"
 
 
+def _paths(model: type[Settings], flag: str) -> tuple[str, ...]:
+    """The settings that `flag` gives in the command of `model`."""
+    return next((setting.paths for setting in flags_of(model) if setting.flag.name == flag), ())
+
+
 def _settings(command: str) -> list[str]:
-    return config_files.all_names(_MODELS[command]) if command in _MODELS else []
+    return all_names(COMMANDS[command].settings) if command in COMMANDS else []

@@ -5,34 +5,62 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipelines.settings.base import ELSEWHERE, Columns, FilePath, Names, RunSettings
+from pipelines.settings.base import Columns, FilePath, Names, RunSettings
+from pipelines.settings.marks import DATA, ELSEWHERE, METHOD, RUN, Flag, Flags
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
+
+RUNS = "as in the run"
+"""What help shows as the default of settings that an audit takes over from the run whose selection it judges."""
 
 ARMS = ("random", "random-length", "tfidf", "rds", "loss", "full")
 
 
 class AuditConfig(RunSettings):
-    """Is the selection better than simple baselines? Trains on each with several seeds and compares held-out losses."""
+    """Is the selection better than simple baselines? Trains on each with several seeds and compares held-out losses.
 
-    selected: FilePath = Field(description="selected.jsonl of a run")
-    pool: DataConfig = Field(description="the pool that it was selected from")
-    test: DataConfig = Field(description="held-out rows of the target; never the rows used to select")
-    target: Names = Field(default=[], description="the target rows, for baselines that need them")
-    target_columns: Columns | None = Field(
-        default=None, description="columns of the target, as `pool.columns`; null tries the pool's, then detects"
+    The model, the target and the training recipe are those of the run that made the selection, unless given here.
+    """
+
+    examples = (
+        "datatools audit --selected runs/select/selected.jsonl --pool pool.jsonl --test test.jsonl "
+        "--against random,random-length,tfidf,rds --seeds 3",
+    )
+
+    selected: Annotated[FilePath, Flag("--selected", DATA)] = Field(description="selected.jsonl of a run")
+    pool: Annotated[DataConfig, Flags("paths columns", default=RUNS, paths="--pool"), Flags("preference")] = Field(
+        description="the pool that it was selected from"
+    )
+    test: Annotated[DataConfig, Flags("paths columns preference", paths="--test", columns="--test-columns")] = Field(
+        description="held-out rows like the target, never rows that were used to select"
+    )
+    target: Annotated[Names, Flag("--target", DATA, "FILE", default=RUNS)] = Field(
+        default=[], description="the target rows, for baselines that need them"
+    )
+    target_columns: Annotated[Columns | None, Flag("--target-columns", DATA, "OURS=YOURS", default=RUNS)] = Field(
+        default=None, description="columns of the target rows, as --columns; null tries the pool's, then detects them"
     )
     against: Annotated[
-        list[Literal["random", "random-length", "tfidf", "rds", "loss", "full"]], Field(max_length=16)
+        list[Literal["random", "random-length", "tfidf", "rds", "loss", "full"]],
+        Field(max_length=16),
+        Flag("--against", METHOD, "NAMES"),
     ] = Field(
         default=["random", "random-length"], description=f"baselines with the same number of rows: {', '.join(ARMS)}"
     )
-    allow_overlap: bool = Field(
-        default=False, description="audit although test rows are in the pool or the target; the report says so"
+    allow_overlap: Annotated[bool, Flag("--allow-overlap", DATA)] = Field(
+        default=False, description="continue although test rows are in the pool or the target; the report says so"
     )
-    seeds: int = Field(default=3, ge=1, le=1000, description="training runs per arm; fewer than three give no verdict")
-    model: ModelConfig = Field(description="the model to train; the run's own model if not given")
-    lora: LoraConfig | None = Field(default=LoraConfig(), description="train adapters; null trains every weight")
-    training: TrainingConfig = Field(default=TrainingConfig(), description="the same recipe for every arm")
+    seeds: Annotated[int, Flag("--seeds", METHOD)] = Field(
+        default=3, ge=1, le=1000, description="training runs per arm; fewer than three give no verdict"
+    )
+    model: Annotated[ModelConfig, Flags("name", default=RUNS), Flags("trust_remote_code")] = Field(
+        description="the model to train"
+    )
+    lora: Annotated[LoraConfig | None, Flags("rank", default=RUNS)] = Field(
+        default=LoraConfig(), description="train adapters; null trains every weight"
+    )
+    training: Annotated[TrainingConfig, Flags("optimizer learning_rate epochs batch_size", default=RUNS)] = Field(
+        default=TrainingConfig(), description="the same recipe for every arm"
+    )
     features: FilePath | None = Field(
         default=None,
         description="where hidden states (rds) are kept; null is the audit's own folder",
@@ -44,4 +72,6 @@ class AuditConfig(RunSettings):
         "share them",
         json_schema_extra=ELSEWHERE,
     )
-    out: FilePath = Field(default=Path("runs/audit"), description="folder of the audit", json_schema_extra=ELSEWHERE)
+    out: Annotated[FilePath, Flag("--out", RUN, "DIR", default="'audit' in the run's folder")] = Field(
+        default=Path("runs/audit"), description="folder of the audit", json_schema_extra=ELSEWHERE
+    )

@@ -10,6 +10,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from pipelines.settings.marks import ELSEWHERE, RUN, VOLATILE, Flag
+
 Json = bool | int | float | str | None | list["Json"] | dict[str, "Json"]
 
 
@@ -55,24 +57,24 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Scalar = bool | int | float | str | None
 Options = dict[str, Scalar | list[Scalar]]
 
-# Marks of fields. Volatile says how to run, not what: neither in run.yaml nor in the fingerprint. A run may move, so
-# its folder is in run.yaml and not in the fingerprint.
-VOLATILE: dict[str, Json] = {"volatile": True}
-ELSEWHERE: dict[str, Json] = {"elsewhere": True}
-# Read only after everything expensive is computed: a finished run may be asked again with another value.
-LATE: dict[str, Json] = {"late": True}
-
 
 class Settings(BaseModel):
     """Base of every configuration: unknown names refused, values immutable, numbers finite.
 
-    `shorthand` names the field that a bare text (or list) stands for: `model: NAME` is `model: {name: NAME}`.
+    `shorthand` names the field that a bare text (or list) stands for: `model: NAME` is `model: {name: NAME}`. Of the
+    settings of a command, the docstring is the command's help and `examples` are the commands that it ends with.
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, hide_input_in_errors=True
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        defer_build=True,
     )
     shorthand: ClassVar[str | None] = None
+    examples: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -88,22 +90,24 @@ class Settings(BaseModel):
 
 
 class RunSettings(Settings):
-    """What every pipeline with a folder has."""
+    """What every command with a run folder has."""
 
-    out: FilePath = Field(
+    out: Annotated[FilePath, Flag("--out", RUN, "DIR")] = Field(
         description="folder of the run; an interrupted run in it is continued", json_schema_extra=ELSEWHERE
     )
-    seed: Seed = Field(default=0, description="the one seed; all others are derived from it by name")
-    overwrite: bool = Field(
+    seed: Annotated[Seed, Flag("--seed", RUN)] = Field(
+        default=0, description="the one seed; all others are derived from it by name"
+    )
+    overwrite: Annotated[bool, Flag("--overwrite", RUN)] = Field(
         default=False, description="move an existing run aside to OUT.old-N", json_schema_extra=VOLATILE
     )
-    dry_run: bool = Field(
+    dry_run: Annotated[bool, Flag("--dry-run", RUN)] = Field(
         default=False,
-        description="check that everything loads, say what it will cost, stop",
+        description="check that everything loads, show what the run will cost, and stop",
         json_schema_extra=VOLATILE,
     )
-    accept_change: Names = Field(
+    accept_change: Annotated[Names, Flag("--accept-change", RUN)] = Field(
         default=[],
-        description="things that may have changed since the run began (code, data, ...)",
+        description="continue the run although this changed since it began: code, data, model, ...",
         json_schema_extra=VOLATILE,
     )

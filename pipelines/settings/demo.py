@@ -1,17 +1,29 @@
 """Settings of `datatools demo`."""
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
-from pipelines.settings.base import ELSEWHERE, BudgetText, FilePath, RunSettings
+from pipelines.settings.base import BudgetText, FilePath, RunSettings
+from pipelines.settings.marks import ELSEWHERE, Flags
 from pipelines.settings.parts import ModelConfig
 
 
 class DemoConfig(RunSettings):
-    """The whole chain on bundled data with a small model: select, audit, report."""
+    """See it work, in a few minutes on a CPU.
+
+    Selects from bundled rows with a small model, trains on them and on random rows, and draws the report. Needs no
+    network.
+    """
+
+    examples = ("datatools demo", "datatools demo --out runs/demo-3 --set seeds=3")
 
     out: FilePath = Field(default=Path("runs/demo"), description="folder of the demo", json_schema_extra=ELSEWHERE)
-    model: ModelConfig | None = Field(default=None, description="another model than the demo's own")
+    model: Annotated[ModelConfig | None, Flags("name")] = Field(
+        default=None, description="another model than the demo's own small one"
+    )
     budget: BudgetText = Field(default="5%", description="how much to select")
-    seeds: int = Field(default=1, ge=0, le=100, description="training runs an arm of the audit; 0 leaves the audit out")
+    seeds: int = Field(
+        default=1, ge=0, le=100, description="training runs per arm of the audit; 0 leaves the audit out"
+    )

@@ -4,15 +4,15 @@ Weakest first: defaults < the run that a command builds on < YAML < flags < `--s
 """
 
 import difflib
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, get_origin
 
 from pydantic import ValidationError
 
 from pipelines.settings import trust
 from pipelines.settings.base import Json, Settings, home
+from pipelines.settings.flags import flag_for, members, submodel
 from pipelines.settings.order import OrderConfig
 from pipelines.settings.parts import TrainingConfig
 from pipelines.settings.yaml import parse_yaml, read_yaml, refuse
@@ -20,25 +20,8 @@ from pipelines.settings.yaml import parse_yaml, read_yaml, refuse
 M = TypeVar("M", bound=Settings)
 
 
-def _members(annotation: Any) -> list[Any]:
-    """The alternatives of an annotation, with Annotated and unions opened."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _members(get_args(annotation)[0])
-    if origin in (Union, types.UnionType):
-        return [member for argument in get_args(annotation) for member in _members(argument)]
-    return [annotation]
-
-
-def _submodel(annotation: Any) -> type[Settings] | None:
-    for member in _members(annotation):
-        if isinstance(member, type) and issubclass(member, Settings):
-            return member
-    return None
-
-
 def _takes(annotation: Any, *kinds: Any) -> bool:
-    return any(member in kinds or (get_origin(member) is Literal and str in kinds) for member in _members(annotation))
+    return any(member in kinds or (get_origin(member) is Literal and str in kinds) for member in members(annotation))
 
 
 def all_names(model: type[Settings], prefix: str = "") -> list[str]:
@@ -46,7 +29,7 @@ def all_names(model: type[Settings], prefix: str = "") -> list[str]:
     names = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
-        if (sub := _submodel(field.annotation)) is not None:
+        if (sub := submodel(field.annotation)) is not None:
             names += all_names(sub, f"{prefix}{name}.")
     return names
 
@@ -83,7 +66,7 @@ def _absorb(
         if key not in model.model_fields:
             _unknown(model, root, prefix.rstrip("."), key, origin)
         path, annotation = prefix + key, model.model_fields[key].annotation
-        sub = _submodel(annotation)
+        sub = submodel(annotation)
         if sub is not None and value is not None:
             expanded = sub.expand(value)
             if isinstance(expanded, Mapping):
@@ -115,7 +98,7 @@ def _assign(model: type[Settings], assignment: str, into: dict[str, Any], origin
         if part not in level.model_fields:
             _unknown(level, model, done, part, origin)
         field = level.model_fields[part]
-        sub = _submodel(field.annotation)
+        sub = submodel(field.annotation)
         last = depth == len(parts) - 1
         if sub is not None and not last:
             if not isinstance(here.get(part), dict):
@@ -125,14 +108,14 @@ def _assign(model: type[Settings], assignment: str, into: dict[str, Any], origin
         if last:
             value: Json
             if _takes(field.annotation, str, Path) and not _takes(field.annotation, int, float, bool):
-                listed = text.startswith("[") and any(get_origin(m) is list for m in _members(field.annotation))
+                listed = text.startswith("[") and any(get_origin(m) is list for m in members(field.annotation))
                 none = text in ("", "~", "null") and _takes(field.annotation, type(None))
                 value = parse_yaml(text, origin) if listed else None if none else text
             else:
                 value = parse_yaml(text, origin)
             _absorb(model, level, {part: value}, origin, here, origins, f"{done}." if done else "")
             return
-        if any(get_origin(member) is dict for member in _members(field.annotation)) and depth == len(parts) - 2:
+        if any(get_origin(member) is dict for member in members(field.annotation)) and depth == len(parts) - 2:
             table = here.get(part)
             here[part] = {**(table if isinstance(table, dict) else {}), parts[-1]: parse_yaml(text, origin)}
             origins[".".join(parts[: depth + 1])] = origin
@@ -156,7 +139,7 @@ def _explain(model: type[Settings], error: ValidationError, origins: Mapping[str
                 field = level.model_fields[part]
                 path.append(part)
                 description = field.description or ""
-                sub = _submodel(field.annotation)
+                sub = submodel(field.annotation)
                 inside_model = sub is not None
                 level = sub or level
             elif isinstance(part, int) and path:
@@ -170,7 +153,7 @@ def _explain(model: type[Settings], error: ValidationError, origins: Mapping[str
         message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
         message = message[:1].lower() + message[1:]
         if problem["type"] == "missing":
-            flag = FLAGS.get(name)
+            flag = flag_for(model, name)
             how = f"give {flag}, or " if flag else ""
             lines.setdefault(name, f"{model.__name__} needs {name!r} ({description}); {how}set it in the YAML")
         elif problem["type"] == "value_error" or not name:
@@ -188,21 +171,6 @@ def _explain(model: type[Settings], error: ValidationError, origins: Mapping[str
     unique = list(lines.values())
     more = f" (and {len(unique) - 1} more: {' | '.join(unique[1:4])})" if len(unique) > 1 else ""
     return unique[0] + more
-
-
-# The flag that sets a required setting, for the error that says it is missing.
-FLAGS = {
-    "model": "--model",
-    "model.name": "--model",
-    "train": "--train",
-    "train.paths": "--train",
-    "data": "--data",
-    "data.paths": "--data",
-    "pool": "--pool",
-    "test": "--test",
-    "selected": "--selected",
-    "out": "--out",
-}
 
 
 def load_config(

@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipelines.settings.base import ELSEWHERE, LATE, BudgetText, Columns, FilePath, Names, RunSettings, Settings
+from pipelines.settings.base import BudgetText, Columns, FilePath, Names, RunSettings, Settings
+from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, MODEL, Flag, Flags
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 
 METHODS: dict[str, str] = {
@@ -39,16 +40,21 @@ class WarmupConfig(TrainingConfig):
     fraction: float = Field(default=0.05, gt=0, le=1, description="share of the pool to warm up on, drawn at random")
     minimum_rows: int = Field(default=64, ge=1, le=10**9, description="fewest warm-up rows, where the pool has them")
     checkpoints: int | None = Field(
-        default=None, ge=1, le=10_000, description="take gradients at the last so many checkpoints only; null is at all"
+        default=None,
+        ge=1,
+        le=10_000,
+        description="take gradients at this many of the last checkpoints only; null is all of them",
     )
 
 
 class ProjectorConfig(Settings):
-    """The random projection that makes a gradient a feature."""
+    """The random projection that turns a gradient into a feature."""
 
     shorthand = "name"
-    name: str = Field(default="sjlt", min_length=1, max_length=64, description="a name from `datatools ls projectors`")
-    dim: int = Field(default=8192, ge=1, le=2**20, description="numbers a feature")
+    name: Annotated[str, Flag("--projector", METHOD)] = Field(
+        default="sjlt", min_length=1, max_length=64, description="a name from `datatools ls projectors`"
+    )
+    dim: Annotated[int, Flag("--dim", METHOD)] = Field(default=8192, ge=1, le=2**20, description="feature dimension")
 
 
 class FeaturesConfig(Settings):
@@ -60,7 +66,7 @@ class FeaturesConfig(Settings):
         max_length=64,
         description="hooks (fast, completed by loop where needed), vmap or loop; loop is the definition",
     )
-    token_budget: int = Field(default=1024, ge=1, le=2**24, description="padded tokens a batch; bounds memory")
+    token_budget: int = Field(default=1024, ge=1, le=2**24, description="padded tokens per batch; limits memory")
     dtype: Literal["float16", "bfloat16", "float32", "int8", "int4", "int1"] = Field(
         default="float16", description="how stored features are rounded (int8, int4, int1 as in QLESS)"
     )
@@ -71,56 +77,85 @@ class FeaturesConfig(Settings):
         json_schema_extra=ELSEWHERE,
     )
     rows_per_unit: int | None = Field(
-        default=None, ge=1, le=2**20, description="rows a file, and lost at most when killed"
+        default=None,
+        ge=1,
+        le=2**20,
+        description="rows per file, which is also the most that is lost when the run is killed",
     )
-    adam_mode: Literal["paper", "code", "precond_only"] = Field(
+    adam_mode: Annotated[Literal["paper", "code", "precond_only"], Flag("--adam-mode", METHOD, "FORM")] = Field(
         default="paper",
-        description="Adam's update as in the paper (eps outside the root, bias corrected), as in LESS's code "
-        "(eps inside, none), or the gradient over sqrt(v) without the momentum that all rows share",
+        description="form of Adam's update: paper (eps outside the root, bias-corrected), code (as in LESS's code: "
+        "eps inside the root, no correction), or precond_only (the gradient over sqrt(v), without the momentum that "
+        "all rows share)",
     )
 
 
 class SelectConfig(RunSettings):
-    """Select the training rows that move the model towards the target rows."""
+    """Select the training rows that move the model towards the target rows.
 
-    model: ModelConfig = Field(description="the model to select for")
-    train: DataConfig = Field(description="the pool to select from")
-    target: Names = Field(default=[], description="files with a few examples of what the model should get better at")
-    target_columns: Columns | None = Field(
-        default=None, description="columns of the target, as `train.columns`; null tries the pool's, then detects"
+    Writes selected.jsonl, scores.parquet and report.html to --out. An interrupted run continues where it stopped.
+    """
+
+    examples = (
+        "datatools select --model M --train pool.jsonl --target dev.jsonl --budget 5% --out runs/less",
+        "datatools select --model M --train a.jsonl --train b.jsonl --method random --budget 500 --out runs/random",
+        "datatools select settings.yaml --seed 1 --set projector.dim=4096",
+        "datatools select runs/less/run.yaml",
     )
-    budget: BudgetText = Field(
+
+    model: Annotated[ModelConfig, Flags("name chat trust_remote_code max_length")] = Field(
+        description="the model to select for"
+    )
+    train: Annotated[DataConfig, Flags("paths on_bad_row columns preference dedup", paths="--train")] = Field(
+        description="the pool to select from"
+    )
+    target: Annotated[Names, Flag("--target", DATA, "FILE")] = Field(
+        default=[], description="files with a few examples of what the model should get better at"
+    )
+    target_columns: Annotated[Columns | None, Flag("--target-columns", DATA, "OURS=YOURS")] = Field(
+        default=None, description="columns of the target rows, as --columns; null tries the pool's, then detects them"
+    )
+    budget: Annotated[BudgetText, Flag("--budget", METHOD, "SIZE")] = Field(
         default="5%",
         description="how much to select: a share '5%', a count '500', or '20000 tokens'",
         json_schema_extra=LATE,
     )
-    method: Literal["less", "random", "random-length", "tfidf", "rds", "loss"] = Field(
-        default="less", description="how rows are scored; `datatools ls methods` explains them"
+    method: Annotated[Literal["less", "random", "random-length", "tfidf", "rds", "loss"], Flag("--method", METHOD)] = (
+        Field(default="less", description="how rows are scored; see `datatools ls methods`")
     )
     out: FilePath = Field(
         default=Path("runs/select"),
         description="folder of the run; an interrupted run in it is continued",
         json_schema_extra=ELSEWHERE,
     )
-    lora: LoraConfig = Field(default=LoraConfig(), description="the parameters whose gradients count")
-    warmup: WarmupConfig = Field(default=WarmupConfig(), description="the warm-up run; not used with `checkpoints`")
-    checkpoints: list[FilePath] = Field(
-        default=[], max_length=1000, description="checkpoints of your own run, instead of a warm-up"
+    lora: Annotated[LoraConfig, Flags("rank")] = Field(
+        default=LoraConfig(), description="the parameters whose gradients are compared"
     )
-    features: FeaturesConfig = Field(default=FeaturesConfig(), description="gradients and their storage")
-    projector: ProjectorConfig = Field(default=ProjectorConfig(), description="the random projection")
+    warmup: Annotated[WarmupConfig, Flags("optimizer learning_rate epochs batch_size")] = Field(
+        default=WarmupConfig(), description="the warm-up run; not used with `checkpoints`"
+    )
+    checkpoints: Annotated[list[FilePath], Flag("--checkpoints", METHOD, "DIR")] = Field(
+        default=[], max_length=1000, description="checkpoints of your own training run, instead of a warm-up"
+    )
+    features: Annotated[FeaturesConfig, Flags("adam_mode")] = Field(
+        default=FeaturesConfig(), description="gradients and their storage"
+    )
+    projector: Annotated[ProjectorConfig, Flags("name dim")] = Field(
+        default=ProjectorConfig(), description="random projection of gradients"
+    )
     aggregate: str = Field(
         default="less",
         min_length=1,
         max_length=64,
-        description="from many target rows to one score a row: a name from `datatools ls aggregations`",
+        description="how the similarities to many target rows become one score per row: a name from `datatools ls "
+        "aggregations`",
         json_schema_extra=LATE,
     )
-    max_per_source: Annotated[int | float | None, BeforeValidator(_cap)] = Field(
+    max_per_source: Annotated[int | float | None, BeforeValidator(_cap), Flag("--max-per-source", METHOD, "X")] = Field(
         default=None,
         gt=0,
         le=10**12,
-        description="most rows a source: a count (500), or below 1 a share of the selection (0.3)",
+        description="most rows per source: a count (500), or a share of the selection (0.3, 30%)",
         json_schema_extra=LATE,
     )
 
@@ -135,7 +170,13 @@ class SelectConfig(RunSettings):
 
 
 class ExplainConfig(Settings):
-    """Why was this row selected, or not?"""
+    """Why was this row selected, or not? Shows its score, its rank, and the target rows that it resembles most."""
+
+    examples = (
+        "datatools explain runs/select/selected.jsonl:17",
+        "datatools explain runs/select pool.jsonl:803",
+        "datatools explain runs/select some-id",
+    )
 
     file: FilePath = Field(description="selected.jsonl of a run")
     line: int = Field(default=1, ge=1, le=10**12, description="line in that file, counted from 1; not used with `row`")
@@ -145,5 +186,9 @@ class ExplainConfig(Settings):
         max_length=4096,
         description="any row of the run's pool: FILE:LINE of one of its files, or its id",
     )
-    nearest: int = Field(default=5, ge=1, le=1000, description="how many target rows to show")
-    trust_remote_code: bool = Field(default=False, description="run the Python code that comes with the run's model")
+    nearest: Annotated[int, Flag("--nearest", METHOD)] = Field(
+        default=5, ge=1, le=1000, description="how many target rows to show"
+    )
+    trust_remote_code: Annotated[bool, Flag("--trust-remote-code", MODEL)] = Field(
+        default=False, description="run the Python code that comes with the run's model"
+    )

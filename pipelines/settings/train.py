@@ -1,26 +1,34 @@
 """Settings of `datatools train` and `datatools evaluate`."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipelines.settings.base import ELSEWHERE, LATE, Columns, FilePath, Names, RunSettings, Settings
+from pipelines.settings.base import Columns, FilePath, Names, RunSettings, Settings
+from pipelines.settings.marks import DATA, ELSEWHERE, LATE, RUN, TRAINING, Flag, Flags
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 
 
 class CoresetConfig(Settings):
-    """Large batches from the data, of which each step trains on a few rows that stand for all (CoLM)."""
+    """Large batches from the data; each step trains on a few of their rows, chosen to stand for all of them (CoLM)."""
 
     shorthand = "name"
-    name: Literal["colm"] = Field(
-        default="colm", description="colm: rows of small sources all kept, of each large source so many chosen"
+    name: Annotated[Literal["colm"], Flag("--coreset", TRAINING)] = Field(
+        default="colm",
+        description="colm, which keeps all rows of small sources and chooses a quota of each large one",
     )
-    large_batch: int | None = Field(
-        default=None, ge=1, le=1_000_000, description="rows drawn a step; null is twice those kept"
+    large_batch: Annotated[int | None, Flag("--large-batch", TRAINING)] = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="rows that a coreset draws per step; null is twice the number that it keeps",
     )
-    keep: int | None = Field(
-        default=None, ge=1, le=1_000_000, description="rows kept, and trained on; null is training.batch_size"
+    keep: Annotated[int | None, Flag("--keep", TRAINING)] = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="rows that a coreset keeps per step, and trains on; null is training.batch_size",
     )
     method: Literal["herding", "matching_pursuit", "facility_location", "top_norm", "random_in_source"] = Field(
         default="herding",
@@ -30,39 +38,45 @@ class CoresetConfig(Settings):
     )
     features: Literal["exact", "probes", "paper_code"] = Field(
         default="exact",
-        description="of a row: exact gradient of the last value projection; derivatives along random probes (forward "
-        "passes only); or the published estimate",
+        description="features of a row: exact, the gradient of the last value projection; probes, derivatives along "
+        "random directions (forward passes only); paper_code, the published estimate",
     )
     rule: Literal["auto", "none", "adam"] = Field(
         default="auto",
-        description="between gradients and features: adam, with a history of its own, or none; auto is adam for "
-        "facility_location",
+        description="update rule between gradients and features: adam, with a history of its own, or none; auto is "
+        "adam for facility_location",
     )
-    metric: Literal["l1", "l2", "cosine"] = Field(default="l1", description="distance, for facility_location")
-    probes: int = Field(default=64, ge=1, le=4096, description="directions, for features: probes")
+    metric: Literal["l1", "l2", "cosine"] = Field(default="l1", description="distance that facility_location uses")
+    probes: int = Field(default=64, ge=1, le=4096, description="number of random directions of `features: probes`")
     dim: int | None = Field(
         default=2560,
         ge=1,
         le=2**24,
-        description="numbers of a feature: facility_location keeps the largest, the others project; null keeps all",
+        description="feature dimension: facility_location keeps the largest entries, the others project; null keeps "
+        "all",
     )
-    history: Literal["selected", "all"] = Field(default="selected", description="rows that move adam's history")
-    per_source: bool = Field(default=True, description="choose within each large source; false: among all of them")
+    history: Literal["selected", "all"] = Field(default="selected", description="the rows that update adam's history")
+    per_source: bool = Field(
+        default=True, description="choose within each large source; false chooses among all of them"
+    )
     small: Literal["auto"] | Names = Field(
-        default="auto", description="sources whose rows are all kept: auto is those below the average size, [] none"
+        default="auto", description="sources whose rows are all kept: auto is those below the average size, [] is none"
     )
     clusters: int | None = Field(
-        default=None, ge=2, le=10_000, description="make so many sources by clustering hidden states, for rows without"
+        default=None,
+        ge=2,
+        le=10_000,
+        description="make this many sources by clustering hidden states, for rows that name no source",
     )
     loss_weighting: Literal["example", "token"] | None = Field(
         default=None,
-        description="example: each row counts the same; token: each token; null is example here, and the Trainer's own "
-        "loss under CoresetMixin",
+        description="example: each row has the same weight; token: each token has; null is example here, and the "
+        "Trainer's own loss under CoresetMixin",
     )
     projection: str | None = Field(
-        default=None, description="the linear layer to take gradients of; null is the last value projection"
+        default=None, description="the linear layer whose gradients are taken; null is the last value projection"
     )
-    token_budget: int = Field(default=4096, ge=1, le=2**24, description="padded tokens a forward pass while choosing")
+    token_budget: int = Field(default=4096, ge=1, le=2**24, description="padded tokens per forward pass while choosing")
     monitor_every: int = Field(default=10, ge=1, le=10**9, description="steps between measurements of the choice")
 
     @model_validator(mode="after")
@@ -73,7 +87,7 @@ class CoresetConfig(Settings):
                 "(--large-batch)"
             )
         if self.method == "matching_pursuit" and self.loss_weighting == "token":
-            raise ValueError("matching_pursuit gives weights to rows, which loss_weighting 'token' has no place for")
+            raise ValueError("matching_pursuit gives weights to rows, which loss_weighting 'token' cannot use")
         return self
 
     def arguments(self) -> dict[str, Any]:
@@ -84,52 +98,86 @@ class CoresetConfig(Settings):
 
 
 class TrainConfig(RunSettings):
-    """Train a model on rows with any optimizer of the suite."""
+    """Train a model on rows, with any optimizer of the suite.
 
-    model: ModelConfig = Field(description="the model to start from")
-    data: DataConfig = Field(description="the rows to train on")
+    Writes checkpoints and the trained weights or adapter to --out. An interrupted run continues where it stopped.
+    """
+
+    examples = (
+        "datatools train --model M --data runs/select/selected.jsonl --out runs/new",
+        "datatools train --model M --data a.jsonl --data b.jsonl --optimizer muon",
+        "datatools train --model M --data a.jsonl --lora-rank 0 --learning-rate 2e-5",
+        "datatools train --model M --data a.jsonl --optimizer lion --schedule cosine --learning-rate 1e-4",
+        "datatools train --model M --data a.jsonl --order runs/order/order.npz --lora-rank 0",
+        "datatools train --model M --data a.jsonl --coreset colm --large-batch 128 --keep 64 --source-key dataset",
+        "datatools train --model M --data a.jsonl --gradient zo --optimizer sgd --learning-rate 1e-5 --lora-rank 0",
+        "datatools train --model M --data a.jsonl --gradient zo --optimizer adamw --learning-rate 1e-4 "
+        "--set training.zo.eps=1e-2 --set training.zo.q=4 --set training.zo.sparsity=0.5",
+    )
+
+    model: Annotated[ModelConfig, Flags("name adapter chat trust_remote_code max_length")] = Field(
+        description="the model to start from"
+    )
+    data: Annotated[DataConfig, Flags("paths source_key on_bad_row columns preference dedup")] = Field(
+        description="the rows to train on"
+    )
     out: FilePath = Field(
         default=Path("runs/train"),
         description="folder of the run; an interrupted run in it is continued",
         json_schema_extra=ELSEWHERE,
     )
-    lora: LoraConfig | None = Field(default=LoraConfig(), description="train adapters; null trains every weight")
-    training: TrainingConfig = Field(default=TrainingConfig(), description="the optimizer and its schedule")
-    coreset: CoresetConfig | None = Field(
-        default=None, description="draw large batches and train on a few of their rows (CoLM); null trains on all"
+    lora: Annotated[LoraConfig | None, Flags("rank")] = Field(
+        default=LoraConfig(), description="train adapters; null trains every weight"
     )
-    order: FilePath | None = Field(
+    training: Annotated[
+        TrainingConfig,
+        Flags("gradient optimizer schedule learning_rate epochs batch_size weight_decay rounding"),
+    ] = Field(default=TrainingConfig(), description="the optimizer and its schedule")
+    coreset: Annotated[CoresetConfig | None, Flags("name large_batch keep")] = Field(
+        default=None, description="a few rows of each large batch to train on (null trains on all)"
+    )
+    order: Annotated[FilePath | None, Flag("--order", TRAINING)] = Field(
         default=None,
-        description="train in this order (an order.npz of `datatools order`): its batches, its sequence, one pass",
+        description="train in the order of this order.npz, made by `datatools order`: its batches, its sequence, one "
+        "pass",
     )
     save_steps: int | None = Field(
-        default=None, ge=1, le=10**9, description="steps between checkpoints; null is one an epoch"
+        default=None, ge=1, le=10**9, description="steps between checkpoints; null is one checkpoint per epoch"
     )
-    eval_data: Names = Field(
-        default=[], description="held-out rows whose loss is measured while the model trains; never trained on"
+    eval_data: Annotated[Names, Flag("--eval-data", DATA, "FILE")] = Field(
+        default=[],
+        description="held-out rows whose loss is measured during training; the weights with the lowest loss are kept",
     )
     eval_columns: Columns | None = Field(
-        default=None, description="columns of `eval_data`, as `data.columns`; null tries the data's, then detects"
+        default=None, description="columns of `eval_data`, as `data.columns`; null tries the data's, then detects them"
     )
-    eval_every: int | None = Field(
-        default=None, ge=1, le=10**9, description="optimizer steps between evaluations; null is one an epoch"
+    eval_every: Annotated[int | None, Flag("--eval-every", TRAINING)] = Field(
+        default=None, ge=1, le=10**9, description="steps between evaluations; null is one evaluation per epoch"
     )
-    patience: int | None = Field(
-        default=None, ge=1, le=10**6, description="stop after so many evaluations in a row without a new lowest loss"
+    patience: Annotated[int | None, Flag("--patience", TRAINING)] = Field(
+        default=None, ge=1, le=10**6, description="stop after this many evaluations without a new lowest loss"
     )
     keep_best: bool = Field(
-        default=True, description="with eval_data, the result is that of the lowest loss; false takes the last step's"
+        default=True,
+        description="with eval_data, the result is that of the lowest loss; false takes that of the last step",
     )
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
+    report_to: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], Flag("--report-to", RUN)] = Field(
         default="none",
-        description="where else the numbers of metrics.jsonl go while the run lasts, by transformers' callbacks",
+        description="where else the numbers of metrics.jsonl go during the run, by the callbacks of transformers",
         json_schema_extra=LATE,
     )
 
 
 class EvaluateConfig(Settings):
-    """Loss of a model on rows."""
+    """Measure the loss of a model on rows: one line of JSON on stdout, everything else on stderr."""
 
-    model: ModelConfig = Field(description="the model, with its adapter if it has one")
-    data: DataConfig = Field(description="held-out rows")
-    token_budget: int = Field(default=2048, ge=1, le=2**24, description="padded tokens a batch; bounds memory")
+    examples = (
+        "datatools evaluate --model M --data test.jsonl",
+        "datatools evaluate --model M --adapter runs/new/adapter --data test.jsonl",
+    )
+
+    model: Annotated[ModelConfig, Flags("name adapter chat trust_remote_code max_length")] = Field(
+        description="the model, with its adapter if it has one"
+    )
+    data: Annotated[DataConfig, Flags("paths on_bad_row columns preference")] = Field(description="held-out rows")
+    token_budget: int = Field(default=2048, ge=1, le=2**24, description="padded tokens per batch; limits memory")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cli.advice import _MODELS, fitting
+from pipelines.cli.advice import fitting
 from pipelines.cli.app import flags_of_commands, main
+from pipelines.cli.commands import COMMANDS
 from pipelines.settings.load import all_names
 
 PACKAGES = Path(__file__).resolve().parents[3]
@@ -39,7 +40,7 @@ def test_a_flag_of_another_command_comes_with_what_stands_in_its_place(command):
         said = fitting(text, command, FLAGS)
         assert said.startswith(text) and (said == text) == (flag in FLAGS[command])
         for other in re.findall(r"--set ([\w.]+)=", said.removeprefix(text)):
-            assert "--set" in FLAGS[command] and other in all_names(_MODELS[command])
+            assert "--set" in FLAGS[command] and other in all_names(COMMANDS[command].settings)
     assert fitting("use `datatools train --order x`", command, FLAGS) == "use `datatools train --order x`"
     assert fitting("run pip install --no-deps x", command, FLAGS) == "run pip install --no-deps x"
 

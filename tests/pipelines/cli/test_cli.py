@@ -19,17 +19,20 @@ import typer
 from datatools import DataError, EnvironmentProblem, UsageError
 from pipelines.cli import app as cli
 from pipelines.cli.app import main
+from pipelines.cli.commands import COMMANDS, SIMPLE
 from pipelines.runs import messages
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.demo import DemoConfig
 from pipelines.settings.diagnose import DiagnoseConfig
-from pipelines.settings.load import load_config
+from pipelines.settings.flags import flags_of
+from pipelines.settings.load import all_names, load_config
+from pipelines.settings.order import OrderConfig
 from pipelines.settings.select import ExplainConfig, SelectConfig
 from pipelines.settings.train import EvaluateConfig, TrainConfig
 from tests.processes import spawn
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-COMMANDS = ["select", "train", "evaluate", "audit", "explain", "report", "demo", "doctor", "ls"]
+NAMES = [*COMMANDS, *SIMPLE]
 ENTRIES = {
     "select.run:run": SelectConfig,
     "training.train:run": TrainConfig,
@@ -85,9 +88,9 @@ def test_help_and_config_import_nothing_heavy(tmp_path):
     code = f"""
         import sys
         from pipelines.cli.app import main
-        for command in {COMMANDS}:
+        for command in {NAMES}:
             assert main([command, "--help"]) == 0
-        assert not {{"pipelines.settings.base", "pipelines.runs.folder"}} & set(sys.modules), "help needs no settings"
+        assert not {{"pipelines.settings.load", "pipelines.runs.folder"}} & set(sys.modules), "help needs fields alone"
         assert main({[*SELECT, "--print-config"]}) == 0
         assert main(["select", "--nonsense"]) == 2
         assert main(["ls"]) == 0 and main(["ls", "methods"]) == 0
@@ -97,7 +100,7 @@ def test_help_and_config_import_nothing_heavy(tmp_path):
     process = launch(code=code)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
-    assert out.count("Usage: datatools") == len(COMMANDS)
+    assert out.count("Usage: datatools") == len(NAMES)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["select", "--help"]])
@@ -114,7 +117,7 @@ def test_help_answers_at_once(arguments):
     assert min(spent) < 0.5
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", NAMES)
 def test_help_has_examples_that_parse(command, capsys, pipeline):
     """Each example of the help is a command that is accepted as far as its settings (files are not there)."""
     assert main([command, "--help"]) == 0
@@ -122,7 +125,7 @@ def test_help_has_examples_that_parse(command, capsys, pipeline):
     assert "Examples:" in text
     block = text.partition("Examples:\n")[2].replace("\\\n", " ")
     examples = [shlex.split(line) for line in block.splitlines() if line.strip()]
-    assert examples and all(words[:2] == ["datatools", command] for words in examples)
+    assert examples and all(words[0] == "datatools" and words[1] in (command, "train") for words in examples)
     for entry in ENTRIES:
         pipeline(f"pipelines.{entry}")
     if command in ("select", "train", "evaluate", "audit", "explain", "demo"):
@@ -139,7 +142,7 @@ def test_help_has_examples_that_parse(command, capsys, pipeline):
 def test_help_fits_and_its_commands_can_be_pasted(columns, capsys, monkeypatch):
     """No line is wider than the terminal, and no command is broken but by a backslash with nothing behind it."""
     monkeypatch.setenv("COLUMNS", str(columns))
-    for command in [[], *([name] for name in [*COMMANDS, "order", "diagnose"])]:
+    for command in [[], *([name] for name in NAMES)]:
         assert main([*command, "--help"]) == 0
         text = capsys.readouterr().out
         assert max(map(len, text.splitlines())) <= columns, command
@@ -162,92 +165,34 @@ def test_paths_of_suggested_commands_may_begin_with_a_tilde(monkeypatch, tmp_pat
     assert str(tmp_path / "nowhere") in capsys.readouterr().err
 
 
-DEFAULTS = {
-    "select": (
-        SelectConfig,
-        {
-            "budget": "budget",
-            "method": "method",
-            "seed": "seed",
-            "on_bad_row": "train.on_bad_row",
-            "dedup": "train.dedup",
-            "adam_mode": "features.adam_mode",
-            "projector": "projector.name",
-            "dim": "projector.dim",
-            "chat_template": "model.chat",
-            "lora_rank": "lora.rank",
-            "optimizer": "warmup.optimizer",
-            "epochs": "warmup.epochs",
-            "learning_rate": "warmup.learning_rate",
-            "batch_size": "warmup.batch_size",
-        },
-    ),
-    "train": (
-        TrainConfig,
-        {
-            "seed": "seed",
-            "on_bad_row": "data.on_bad_row",
-            "dedup": "data.dedup",
-            "source_key": "data.source_key",
-            "chat_template": "model.chat",
-            "lora_rank": "lora.rank",
-            "optimizer": "training.optimizer",
-            "gradient": "training.gradient",
-            "schedule": "training.schedule",
-            "learning_rate": "training.learning_rate",
-            "epochs": "training.epochs",
-            "batch_size": "training.batch_size",
-            "weight_decay": "training.weight_decay",
-            "rounding": "training.rounding",
-            "report_to": "report_to",
-        },
-    ),
-    "evaluate": (
-        EvaluateConfig,
-        {"on_bad_row": "data.on_bad_row", "chat_template": "model.chat"},
-    ),
-    "audit": (AuditConfig, {"against": "against", "seeds": "seeds", "seed": "seed"}),
-    "diagnose": (
-        DiagnoseConfig,
-        {
-            "rows": "rows",
-            "seed": "seed",
-            "on_bad_row": "data.on_bad_row",
-            "chat_template": "model.chat",
-        },
-    ),
-    "explain": (ExplainConfig, {"nearest": "nearest"}),
-    "demo": (DemoConfig, {"seed": "seed"}),
-}
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_are_those_of_the_settings(command):
+    """A command has the flags that its settings state, each of a setting that is there, and four options besides."""
+    parameters = typer.main.get_command(cli.app).commands[command].params
+    options = {name for parameter in parameters for name in parameter.opts if name.startswith("--")}
+    stated = {setting.flag.name: setting for setting in flags_of(COMMANDS[command].settings)}
+    assert set(stated) <= options <= set(stated) | {"--config", "--set", "--print-config", "--quiet"}
+    names = all_names(COMMANDS[command].settings)
+    assert all(setting.help and set(setting.paths) <= set(names) for setting in stated.values())
 
 
-@pytest.mark.parametrize("command", DEFAULTS)
-def test_defaults_shown_are_the_defaults(command):
-    model, where = DEFAULTS[command]
-    given = {
-        "model.name": "m",
-        "train.paths": "a",
-        "data.paths": "a",
-        "target": "t",
-        "selected": "s",
-        "pool.paths": "p",
-        "test.paths": "t",
-        "file": "f",
-        "line": 1,
-    }
-    config = load_config(
-        model,
-        None,
-        {k: v for k, v in given.items() if k.split(".")[0] in model.model_fields and model is not DemoConfig},
-    )
-    group = typer.main.get_command(cli.app)
-    shown = {p.name: p.show_default for p in group.commands[command].params if isinstance(p.show_default, str)}
-    assert shown.keys() == where.keys()
-    for name, path in where.items():
-        value = config
-        for part in path.split("."):
-            value = getattr(value, part)
-        assert shown[name] == (",".join(value) if isinstance(value, list) else str(value)), name
+@pytest.mark.parametrize(
+    "model, flag, default",
+    [
+        (SelectConfig, "--epochs", "4"),
+        (SelectConfig, "--lora-rank", "8"),
+        (TrainConfig, "--epochs", "3"),
+        (TrainConfig, "--weight-decay", "0.0"),
+        (TrainConfig, "--keep", ""),
+        (OrderConfig, "--on-bad-row", "skip"),
+        (OrderConfig, "--estimators", "pairwise,reduced"),
+        (OrderConfig, "--lora-rank", "0"),
+        (AuditConfig, "--learning-rate", "as in the run"),
+        (DiagnoseConfig, "--checks", "all"),
+    ],
+)
+def test_defaults_are_those_of_the_command(model, flag, default):
+    assert next(setting.default for setting in flags_of(model) if setting.flag.name == flag) == default
 
 
 # ------------------------------------------------------------------------------------------------- flags to config

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from datatools import UsageError
-from pipelines.settings import config as c
+from pipelines.cli.commands import COMMANDS
 from pipelines.settings.audit import AuditConfig
-from pipelines.settings.base import Settings
 from pipelines.settings.dump import config_digest, dump, fingerprint
+from pipelines.settings.flags import submodel
 from pipelines.settings.load import audit_base, load_config
 from pipelines.settings.parts import DataConfig
 from pipelines.settings.select import SelectConfig
@@ -37,7 +37,12 @@ def write(tmp_path, monkeypatch):
 
 
 def models():
-    return [m for m in vars(c).values() if isinstance(m, type) and issubclass(m, Settings)]
+    """The settings of all commands and their sections."""
+    found = [command.settings for command in COMMANDS.values()]
+    for model in found:
+        sections = (submodel(field.annotation) for field in model.model_fields.values())
+        found += [section for section in sections if section is not None and section not in found]
+    return found
 
 
 def refused(*arguments, **more):

@@ -1,0 +1,91 @@
+"""Parameters of typer, made of the flags that settings state, and the options that every command has besides."""
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.settings.base import Settings
+from pipelines.settings.flags import Setting, flags_of, parameter_name
+from pipelines.settings.marks import RUN
+
+
+def parameter(name: str, annotation: Any, info: Any, default: Any = None) -> inspect.Parameter:
+    """One parameter of a command: an option or an argument."""
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info]
+    )
+
+
+def option(flag: str, annotation: Any, text: str, panel: str = RUN, **more: Any) -> inspect.Parameter:
+    """An option; its default is None, "not given", or False, for real defaults are those of the settings."""
+    shown = more.pop("show_default", False)
+    info = typer.Option(flag, help=text, rich_help_panel=panel, show_default=shown, **more)
+    return parameter(parameter_name(flag), annotation, info, False if annotation is bool else None)
+
+
+def argument(name: str, annotation: Any, metavar: str, text: str, *, required: bool = False) -> inspect.Parameter:
+    """A positional argument."""
+    info = typer.Argument(metavar=metavar, help=text, show_default=False)
+    return parameter(name, annotation, info, inspect.Parameter.empty if required else None)
+
+
+YAML = argument("yaml", Path | None, "YAML", "settings in a file; the run.yaml of a run repeats that run")
+CONFIG = option("--config", Path | None, "the same as YAML, as an option", metavar="YAML")
+COMMON = (
+    option(
+        "--set",
+        list[str] | None,
+        "any other setting, such as projector.dim=4096; --print-config lists them; may be repeated",
+        metavar="A.B=C",
+    ),
+    option("--print-config", bool, "print every setting with its meaning, and stop"),
+    option("--quiet", bool, "show only warnings and errors"),
+)
+
+
+def of_settings(model: type[Settings]) -> list[inspect.Parameter]:
+    """The options of the flags of a command."""
+    return [_of_setting(setting) for setting in flags_of(model)]
+
+
+def _of_setting(setting: Setting) -> inspect.Parameter:
+    flag = setting.flag
+    if setting.kind is bool:
+        return option(flag.name, bool, _help(setting), flag.panel)
+    one: Any = setting.kind
+    annotation = list[one] | None if setting.repeats else one | None
+    return option(
+        flag.name,
+        annotation,
+        _help(setting),
+        flag.panel,
+        metavar=flag.metavar,
+        show_default=setting.default or False,
+    )
+
+
+def _help(setting: Setting) -> str:
+    """The field's description, with what its type says besides."""
+    text = setting.help.replace("`", "")
+    # None is "null" in YAML, and what a flag is that was not given
+    text = re.sub(r"\bnull (?=\w+s\b)", "by default it ", re.sub(r"\bnull is ", "by default ", text))
+    if not all(name in text for name in setting.choices) and "datatools ls " not in text:
+        text += f": {', '.join(setting.choices)}" if setting.listed else f"; one of {', '.join(setting.choices)}"
+    if setting.listed:
+        text += "; comma-separated"
+    return f"{text}; may be repeated" if setting.repeats else text
+
+
+def with_parameters(function: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
+    """`function`, which takes any keywords, with the parameters that typer reads."""
+
+    def command(**given: Any) -> None:
+        function(given)
+
+    command.__signature__ = inspect.Signature(list(parameters))  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    return command

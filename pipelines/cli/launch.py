@@ -1,0 +1,71 @@
+"""From what was typed to a pipeline: its settings are built, checked, printed or run."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from pipelines.settings.base import Settings
+
+
+def launch(
+    command: str,
+    model: type[Settings],
+    entry: str,
+    yaml: Path | None,
+    flags: Mapping[str, object],
+    sets: Sequence[str] = (),
+    *,
+    print_config: bool = False,
+    quiet: bool = False,
+    talks: bool = False,
+    **base: Any,
+) -> None:
+    """Build the settings and run a pipeline with them, or print them.
+
+    Args:
+        command: its name.
+        model: the settings of the command.
+        entry: "module:function" of the pipeline, which takes the settings.
+        yaml: a file with settings.
+        flags: dotted name -> value of what was given as flags; None is "not given".
+        sets: the texts of --set.
+        print_config: whether to print the settings instead.
+        quiet: whether to show only warnings and errors.
+        talks: whether the pipeline itself writes to stdout, rather than returning what to print.
+        base: `base` and `base_name` of `load_config`: the settings of the run that the command builds on.
+    """
+    from pipelines.runs import current, messages, signals, workers
+    from pipelines.settings.dump import dump
+    from pipelines.settings.load import load_config
+
+    config = load_config(model, yaml, flags, sets, **base)
+    if print_config:
+        typer.echo(dump(config, comments=True), nl=False)
+        return
+    from pipelines.rows import preflight
+
+    preflight.check(config, command)
+    messages.set_quiet(quiet)
+    current.opened(None)
+    module, _, function = entry.partition(":")
+    with signals.interruptible():
+        try:
+            # stdout is for the result alone, whatever a library prints
+            with nullcontext() if talks else redirect_stdout(sys.stderr):
+                result = getattr(import_module(module), function)(config)
+        except KeyboardInterrupt as interrupt:
+            code = 143 if isinstance(interrupt, signals.Terminated) else 130
+            print(f"\ninterrupted: {signals.how_to_continue()}", file=sys.stderr)
+            raise typer.Exit(code) from None
+    if workers.rank() != 0 or getattr(config, "dry_run", False):
+        return
+    if isinstance(result, dict) and not talks:
+        typer.echo(json.dumps(result, ensure_ascii=True, allow_nan=False))
+    elif isinstance(result, Path):
+        typer.echo(str(result))
