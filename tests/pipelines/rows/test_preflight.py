@@ -92,7 +92,7 @@ CASES = [
     ([*LOSS, "--adapter", "nowhere"], 2, "nowhere"),
     ([*LOSS, "--columns", "text=body"], 3, "no column 'body'"),
     (["explain", "a.jsonl"], 2, "FILE:LINE"),
-    (["explain", "no.jsonl:3"], 2, "lies in no run"),
+    (["explain", "no.jsonl:3"], 2, "is not in the folder of a run"),
     (["explain", "nowhere", "a.jsonl:3"], 2, "no such file; give selected.jsonl of a run"),
     (["explain", "other/selected.jsonl:9"], 2, "the file has 3 lines"),
     (["report", "nowhere"], 2, "no such folder"),
