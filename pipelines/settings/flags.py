@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pipelines.settings.base import Settings
+from pipelines.settings.base import FilePath, Name, Settings
 from pipelines.settings.marks import PANELS, Flag, Flags, OneOf
 
 
@@ -91,10 +91,11 @@ def _mark(model: type[Settings], name: str) -> Flag | None:
 
 def _setting(flag: Flag, path: str, text: str, info: FieldInfo, default: object) -> Setting:
     kinds = [member for member in members(info.annotation) if member is not type(None)]
-    listed = [member for member in kinds if get_origin(member) is list]
-    inner = members(get_args(listed[0])[0]) if listed else kinds
+    item = next((get_args(member)[0] for member in kinds if get_origin(member) is list), None)
+    inner = kinds if item is None else members(item)
     choices = _choices(info, inner)
-    repeats = bool(listed and not choices) or any(get_origin(member) is dict for member in kinds)
+    # names of files may hold commas; other names do not
+    repeats = item in (Name, FilePath) or any(get_origin(member) is dict for member in kinds)
     kind = next((one for one in (bool, int, float, Path) if inner == [one]), str)
     metavar = flag.metavar or {int: "N", float: "X", Path: "FILE"}.get(kind, "NAME")
     if isinstance(default, list):
@@ -107,7 +108,7 @@ def _setting(flag: Flag, path: str, text: str, info: FieldInfo, default: object)
         text,
         flag.default or shown,
         repeats=repeats,
-        listed=bool(listed and choices),
+        listed=item is not None and not repeats,
         choices=choices,
     )
 
