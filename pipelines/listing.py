@@ -13,41 +13,6 @@ from datatools import UsageError, did_you_mean
 
 Rows = list[tuple[str, ...]]
 
-FORMATS: dict[str, tuple[str, str, str]] = {
-    "messages": (
-        "a conversation; loss on the assistant's turns, with their reasoning_content and tool_calls; tools beside it",
-        '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}',
-        "TRL, OpenAI, LESS",
-    ),
-    "prompt, completion": (
-        "loss on the completion",
-        '{"prompt": "2 + 2 =", "completion": "4"}',
-        "TRL; both may also be lists of messages",
-    ),
-    "alpaca": (
-        "loss on the output",
-        '{"instruction": "Add.", "input": "2 2", "output": "4"}',
-        "LLaMA-Factory; input, system and history may be absent",
-    ),
-    "question, answer": (
-        "loss on the answer",
-        '{"question": "2 + 2 = ?", "answer": "4"}',
-        "GSM8K; also query, response; instruction, response (Dolly); input, output; context, system, history optional",
-    ),
-    "chosen, rejected": (
-        "loss on the chosen answer, with --preference chosen",
-        '{"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}',
-        "TRL, LLaMA-Factory; texts, or lists of messages with the prompt in a column or in both",
-    ),
-    "sharegpt": (
-        "a conversation; loss on the assistant's turns",
-        '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}',
-        "LLaMA-Factory",
-    ),
-    "text": ("loss on every token", '{"text": "Once upon a time"}', "any"),
-}
-"""Row format -> what is learned from it, an example, who uses it."""
-
 
 def _section(text: str, name: str) -> str:
     """The text of the section `name:` of a docstring, on one line."""
@@ -115,7 +80,12 @@ def _methods() -> Rows:
 
 
 def _formats() -> Rows:
-    return [(name, f"{what} ({who})\n{example}") for name, (what, example, who) in FORMATS.items()]
+    from pipelines.rows.formats.table import FORMATS
+
+    return [
+        (known.title, f"{known.learned} ({known.used_by}); rendered {known.rendering}\n{known.example}")
+        for known in FORMATS.values()
+    ]
 
 
 KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[], Rows]]] = {
@@ -131,7 +101,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[], Rows]]] = {
     "selectors": ("in Python: datatools.select", ("name", "which rows it takes"), _selectors),
     "formats": (
         "rows of --train, --target, --data",
-        ("format", "what is learned (who uses it), and an example"),
+        ("format", "what is learned (who uses it), how it is rendered, and an example"),
         _formats,
     ),
 }

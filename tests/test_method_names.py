@@ -15,7 +15,7 @@ from tests.test_layering import PACKAGES, modules, report
 
 TABLES = {  # what: (module, table, packages whose code may know such names)
     "scorer": ("pipelines.select.methods", "SCORERS", ("pipelines",)),
-    "row format": ("pipelines.rows.formats", "_FORMATS", ("pipelines",)),
+    "row format": ("pipelines.rows.formats.table", "FORMATS", ("pipelines",)),
     "selector": ("datatools", "SELECTORS", ("datatools", "pipelines")),
     "aggregation": ("datatools", "AGGREGATIONS", ("datatools", "pipelines")),
     "coreset method": ("datatools", "CORESET_METHODS", ("datatools", "pipelines")),
@@ -59,7 +59,6 @@ STILL_COMPARED: dict[str, set[str]] = {
     "pipelines/colm/choosing.py": {"random_in_source"},
     "pipelines/colm/coresets.py": {"random_in_source"},
     "pipelines/colm/mixin.py": {"matching_pursuit"},
-    "pipelines/listing.py": {"alpaca", "sharegpt"},
     "pipelines/order/run.py": {"adamw", "groups", "moments", "own-moments", "pairwise", "reduced", "table"},
     "pipelines/order/setting.py": {"groups"},
     "pipelines/report/colm_page.py": {
@@ -71,7 +70,6 @@ STILL_COMPARED: dict[str, set[str]] = {
     },
     "pipelines/report/diagnose_page.py": {"adamw", "muon", "sgd"},
     "pipelines/report/view.py": {"less", "random", "random-length", "rds", "tfidf"},
-    "pipelines/rows/formats.py": {"preference", "prompt_completion", "sharegpt"},
     "pipelines/rows/preflight.py": {"groups", "rds", "tfidf"},
     "pipelines/select/audit.py": {"loss", "random", "random-length", "rds", "tfidf"},
     "pipelines/select/explain.py": {"less", "rds", "tfidf"},

@@ -12,7 +12,8 @@ from pipelines.models.limits import ModelLimits
 from pipelines.rows.chat.refusals import RowError
 from pipelines.rows.chat.template import ChatTemplate
 from pipelines.rows.encoded import IGNORED, Encoded
-from pipelines.rows.formats import REASONING_TAG, Message, strings
+from pipelines.rows.formats.contents import REASONING_TAG, strings
+from pipelines.rows.formats.shape import Message
 from pipelines.rows.jsonl import shown
 from pipelines.rows.row import Row
 

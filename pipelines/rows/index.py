@@ -11,8 +11,10 @@ from typing import Any
 import xxhash
 
 from datatools import DataError, files
-from pipelines.rows.formats import Shape, read_shape
-from pipelines.rows.jsonl import Limits, Line, Malformed, parse_object
+from pipelines.rows.formats.record import WrongColumns
+from pipelines.rows.formats.shape import Shape
+from pipelines.rows.formats.table import read_shape
+from pipelines.rows.jsonl import Limits, Line, parse_object
 from pipelines.rows.row import BadRow, Row
 
 
@@ -42,7 +44,7 @@ class Options:
         """The shape of a row by its file's `columns`."""
         try:
             return read_shape(value, columns, self.preference)
-        except Malformed as error:
+        except WrongColumns as error:
             if not self.detect or error.reason != "missing_column":
                 raise
             return read_shape(value, None, self.preference)

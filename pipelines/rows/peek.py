@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from datatools import DataError, UsageError, did_you_mean
-from pipelines.rows.formats import _detect, check_columns, columns_of, read_shape
+from pipelines.rows.formats.columns import columns_of
+from pipelines.rows.formats.record import WrongColumns
+from pipelines.rows.formats.table import check_columns, detect, read_shape
+from pipelines.rows.formats.turns import KEYS
 from pipelines.rows.input_files import PACKED, SAVED, Source, saved_files
 from pipelines.rows.json_array import is_array, rows_of_array
 from pipelines.rows.jsonl import Limits, Malformed, is_blank, parse_object, read_lines
@@ -26,9 +29,6 @@ from pipelines.settings.base import Columns
 
 ROWS, BYTES, FILES = 200, 1 << 20, 50
 """How many rows, bytes of a packed file, and files are looked at."""
-
-_OF_COLUMNS = {"missing_column", "unknown_format", "pre_tokenised", "preference_row"}
-_OF_TURNS = {"role", "content", "from", "value"}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def check(
     for name, found in seen.items():
         own, _ = columns_of(name, known)
         problems = [_problem(row, own, preference, found.schema, borrowed) for row in found.rows]
-        if all(problem is not None and problem.reason in _OF_COLUMNS for problem in problems):
+        if all(isinstance(problem, WrongColumns) for problem in problems):
             refused[name] = problems[0]
     if refused and (strict or (len(refused) == len(sources) and all(found.whole for found in seen.values()))):
         name, problem = next(iter(refused.items()))
@@ -153,7 +153,7 @@ def _problem(
     for way in ways:
         try:
             if schema:
-                _detect(row, way)
+                detect(row, way)
             else:
                 read_shape(row, way, preference)
             return None
@@ -170,9 +170,9 @@ def _all_named(
         if isinstance(theirs, dict):
             here = [found for name, found in seen.items() if columns_of(name, known)[1] == ours]
             for inner, named in theirs.items():
-                if here and inner not in _OF_TURNS and not any(_has(found.rows, named) for found in here):
+                if here and inner not in KEYS and not any(_has(found.rows, named) for found in here):
                     _refuse_column(seen, sources, named, f"{flag} {ours}: {inner}={named}")
-        elif ours not in _OF_TURNS and not any(_has(found.rows, theirs) for found in seen.values()):
+        elif ours not in KEYS and not any(_has(found.rows, theirs) for found in seen.values()):
             _refuse_column(seen, sources, theirs, f"{flag} {ours}={theirs}")
 
 

@@ -12,7 +12,9 @@ import xxhash
 from datatools import DataError, UsageError, files
 from datatools.files import seals
 from pipelines.rows.as_jsonl import as_jsonl
-from pipelines.rows.formats import Columns, Shape, check_columns, columns_of
+from pipelines.rows.formats.columns import Columns, columns_of
+from pipelines.rows.formats.shape import Shape
+from pipelines.rows.formats.table import check_columns
 from pipelines.rows.index import FileInfo, Options, Pool
 from pipelines.rows.input_files import Source, find_sources
 from pipelines.rows.jsonl import Limits, Line, Malformed, is_blank, parse_object, read_lines, shown

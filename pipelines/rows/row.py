@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.rows.formats import Message, text_of
+from pipelines.rows.formats.contents import text_of
+from pipelines.rows.formats.shape import Message
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 import optim
 from datatools import AGGREGATIONS, PROJECTORS, SELECTORS, UsageError
 from pipelines import listing
-from pipelines.rows.formats import read_shape
+from pipelines.rows.formats.table import FORMATS, read_shape
 from pipelines.settings.audit import ARMS, AuditConfig
 from pipelines.settings.select import METHODS, NEED_TARGET, SelectConfig
 
@@ -23,7 +23,7 @@ TABLES = {
     "aggregations": AGGREGATIONS,
     "selectors": SELECTORS,
     "methods": METHODS,
-    "formats": listing.FORMATS,
+    "formats": {known.title for known in FORMATS.values()},
 }
 
 
@@ -62,9 +62,9 @@ def test_unknown_kind():
         listing.rows("format")
 
 
-@pytest.mark.parametrize("name", listing.FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_examples_of_formats_are_read(name):
-    shape = read_shape(json.loads(listing.FORMATS[name][1]), preference="chosen")
+    shape = read_shape(json.loads(FORMATS[name].example), preference="chosen")
     assert shape.messages or shape.text or shape.completion
 
 

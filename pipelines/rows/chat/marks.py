@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.rows.chat.refusals import RowError
-from pipelines.rows.formats import REASONING_TAG, Message, strings
+from pipelines.rows.formats.contents import REASONING_TAG, strings
+from pipelines.rows.formats.shape import Message
 
 # Marks are made of characters for private use, from the first window of them that a row's texts do not touch. A mark is
 # three characters: which end it is, and the number of what it encloses, in two digits.

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pipelines.rows.formats import Message
+from pipelines.rows.formats.shape import Message
 
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")  # what templates call it: Qwen, gpt-oss, others
 

@@ -10,7 +10,8 @@ from pipelines.rows.chat.marks import CLOSE, OPEN, mark_of
 from pipelines.rows.chat.messages import for_template
 from pipelines.rows.chat.process import SECONDS, worker
 from pipelines.rows.chat.refusals import RowError, TooSlow
-from pipelines.rows.formats import Message, strings
+from pipelines.rows.formats.contents import strings
+from pipelines.rows.formats.shape import Message
 from pipelines.rows.jsonl import shown
 
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")

@@ -19,7 +19,8 @@ from pipelines.rows.chat.marks import Marked, Part, free_window, parts_of, unmar
 from pipelines.rows.chat.messages import ways_to_write
 from pipelines.rows.chat.refusals import RowError, TooSlow
 from pipelines.rows.chat.render import Renderer
-from pipelines.rows.formats import REASONING_TAG, Message
+from pipelines.rows.formats.contents import REASONING_TAG
+from pipelines.rows.formats.shape import Message
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from datatools import DataError, EnvironmentProblem, UsageError
-from pipelines.rows.formats import Shape, read_shape, visible
+from pipelines.rows.formats.contents import visible
+from pipelines.rows.formats.shape import Shape
+from pipelines.rows.formats.table import read_shape
 from pipelines.rows.index import Pool
 from pipelines.rows.input_files import find_sources
 from pipelines.rows.jsonl import Limits, Malformed, parse_object
@@ -461,7 +463,7 @@ def test_files_may_have_columns_of_their_own(tmp_path):
 def test_unknown_columns_name_the_flags():
     with pytest.raises(Malformed) as caught:
         read_shape({"frage": "q", "antwort": "a"})
-    assert caught.value.detail.startswith("'frage', 'antwort'; expected messages, ")
+    assert caught.value.detail.startswith("'frage', 'antwort'; expected messages; ")
     assert "--columns prompt=YOURS,completion=YOURS (of target rows: --target-columns)" in caught.value.detail
 
 

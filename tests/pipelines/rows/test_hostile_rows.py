@@ -13,7 +13,8 @@ from pipelines.rows.chat import process, render
 from pipelines.rows.chat.refusals import RowError
 from pipelines.rows.chat.template import ChatTemplate
 from pipelines.rows.encode import Encoder
-from pipelines.rows.formats import _dialogue, read_shape
+from pipelines.rows.formats.preference import dialogue
+from pipelines.rows.formats.table import read_shape
 from pipelines.rows.jsonl import Malformed
 from pipelines.rows.row import Row
 from pipelines.select.run import column
@@ -240,7 +241,7 @@ def test_keys_that_are_data_make_no_wide_table():
 
 def test_dialogues_are_read_in_one_pass():
     text = "\n\nHuman: a\n\n\n  Assistant: x\nHuman: y\n\n Human: z \n \n\nAssistant: Assistant: w" + "\n" * 1_000_000
-    assert [(turn["role"], turn["content"]) for turn in _dialogue(text)] == [
+    assert [(turn["role"], turn["content"]) for turn in dialogue(text)] == [
         ("human", "a"),
         ("assistant", "x\nHuman: y"),
         ("human", "z"),

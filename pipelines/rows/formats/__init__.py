@@ -1,0 +1,1 @@
+"""Row formats: one file per format and one line in `table.FORMATS`."""

@@ -1,0 +1,68 @@
+"""Definitions and calls of tools, in one form."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.rows.jsonl import Malformed, json_type, parse_inside, shown
+
+
+def tools_of(value: Any) -> tuple[Any, ...]:
+    """The definitions of tools in a row: a list of objects, one object, or their JSON."""
+    if isinstance(value, str) and value.strip():
+        value = loads(value, "tools_not_list", "tools")
+    if value in (None, [], {}, "") or isinstance(value, str):
+        return ()
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise Malformed("tools_not_list", f"tools is {json_type(value)}, not a list of objects")
+    return tuple(value)
+
+
+def loads(text: str, reason: str, what: str) -> Any:
+    """The JSON inside a text of a row. Raises: Malformed."""
+    try:
+        return parse_inside(text)
+    except Malformed as error:
+        raise Malformed(reason, f"{what}: {error}") from None
+    except ValueError:
+        raise Malformed(reason, f"{what} is not JSON: {shown(text, 40)}") from None
+
+
+def calls_of(turn: Mapping[str, Any], content: Any, k: int) -> list[dict[str, Any]]:
+    """The tool calls of an assistant's turn in one form, arguments that are JSON of an object as that object."""
+    found = turn.get("tool_calls") or turn.get("function_call")
+    if content is not None:
+        found = content
+        if isinstance(content, str):
+            found = loads(content, "bad_tool_call", f"turn {k + 1}, a call of a tool,")
+    if not found:
+        return []
+    calls = []
+    for call in found if isinstance(found, list) else [found]:
+        function = call.get("function", call) if isinstance(call, dict) else call
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
+            raise Malformed(
+                "bad_tool_call",
+                f"a tool call of turn {k + 1} has no name; expected "
+                '{"function": {"name": ..., "arguments": {...}}}',
+            )
+        arguments = function.get("arguments", function.get("parameters"))
+        if isinstance(arguments, str):
+            what = f"the text of the arguments of {shown(function['name'], 30)} in turn {k + 1}"
+            parsed = loads(arguments, "bad_tool_call", what) if arguments.strip() else {}
+            arguments = parsed if isinstance(parsed, dict) else arguments
+        elif arguments is not None and not isinstance(arguments, dict):
+            raise Malformed(
+                "bad_tool_call",
+                f"the arguments of {shown(function['name'], 30)} in turn {k + 1} are "
+                f"{json_type(arguments)}, not an object",
+            )
+        identity = {key: call[key] for key in ("id",) if isinstance(call.get(key), str)}
+        calls.append(
+            {
+                **identity,
+                "type": "function",
+                "function": {"name": function["name"], "arguments": {} if arguments is None else arguments},
+            }
+        )
+    return calls

@@ -1,0 +1,85 @@
+"""A chosen and a rejected answer: the prompt with the chosen one."""
+
+import re
+
+from pipelines.rows.formats.contents import first_of
+from pipelines.rows.formats.pair import from_pair
+from pipelines.rows.formats.prompt_completion import from_prompt
+from pipelines.rows.formats.record import TEXTS_OR_LISTS, Format, Given, WrongColumns
+from pipelines.rows.formats.shape import Message, Shape
+from pipelines.rows.jsonl import Malformed
+
+_SPEAKER = re.compile(r"\s*+(Human|Assistant):")
+
+
+def _read(given: Given, _: tuple[str, ...]) -> Shape:
+    """The prompt with the chosen answer. A prompt that is only implied is what both conversations begin with."""
+    if given.preference is None:
+        raise WrongColumns(
+            "preference_row",
+            "the row has a chosen and a rejected answer; --preference chosen reads it as its prompt and the chosen one",
+        )
+    get, columns = given.get, given.names
+    chosen, rejected = ([turns] if isinstance(turns, dict) else turns for turns in (get("chosen"), get("rejected")))
+    prompt = get("prompt")
+    if prompt is None and isinstance(get("conversations"), list):
+        prompt = get("conversations")
+    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str) and _SPEAKER.match(chosen):
+        chosen, rejected = dialogue(chosen), dialogue(rejected)
+    if isinstance(chosen, list):
+        first = next((first_of(turn, "role", "from") for turn in chosen if isinstance(turn, dict)), None)
+        whole = isinstance(first, str) and first.strip().lower() not in {"assistant", "gpt", "bot", "model", "chatgpt"}
+        if isinstance(prompt, list):
+            return from_prompt(prompt, chosen[len(prompt) :] if chosen[: len(prompt)] == prompt else chosen, columns)
+        if whole:  # the prompt is in the conversation, whether it is in a column, too, or not
+            pairs = zip(chosen, rejected if isinstance(rejected, list) else [], strict=False)
+            shared = next((k for k, (a, b) in enumerate(pairs) if a != b), 0)
+            shared = shared or len(chosen) - 1
+            return from_prompt(chosen[:shared], chosen[shared:], columns)
+    if not isinstance(prompt, list):
+        ask = next(
+            (name for name in ("prompt", "question", "instruction", "query", "input") if get(name) is not None),
+            "prompt",
+        )
+        if ask == "prompt" and get("system") is None and not isinstance(chosen, list):
+            if prompt is None:
+                raise Malformed(
+                    "null_prompt",
+                    "chosen and rejected are texts, and there is no prompt; give it in a column of its own",
+                )
+            return from_prompt(prompt, chosen, columns)
+        if not isinstance(chosen, list):
+            return from_pair(given, (ask, "chosen"))
+        prompt = [{"role": "user", "content": get(ask)}]
+    if not isinstance(chosen, list):
+        chosen = [{"role": "assistant", "content": chosen}]
+    return from_prompt(prompt, chosen, columns)
+
+
+def dialogue(text: str) -> list[Message]:
+    """A conversation that is written in one text, as in Anthropic's hh-rlhf."""
+    turns: list[tuple[str, int, int]] = []  # who, and where the turn begins with its name, and behind it
+    reached = 0
+    for name in re.finditer("(Human|Assistant):", text):
+        before = text[reached : name.start()]
+        said = before.rstrip()
+        if "\n\n" in before[len(said) :] or (not reached and not said):
+            turns.append((name[1].lower(), name.start(), name.end()))
+        reached = name.end()
+    ends = [start for _, start, _ in turns[1:]] + [len(text)]
+    return [
+        {"role": speaker, "content": text[begin:end].strip()}
+        for (speaker, _, begin), end in zip(turns, ends, strict=True)
+    ]
+
+
+PREFERENCE = Format(
+    name="preference",
+    title="chosen, rejected",
+    learned="loss on the chosen answer, with --preference chosen",
+    example='{"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}',
+    used_by="TRL, LLaMA-Factory; texts, or lists of messages with the prompt in a column or in both",
+    rendering=TEXTS_OR_LISTS,
+    columns=(("chosen", "rejected"),),
+    read=_read,
+)
