@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from datatools import did_you_mean
@@ -128,7 +129,7 @@ def conversation(turns: list[Message], masked: set[int], flags: set[str]) -> Sha
         flags.add("assistant_first")
     if spoken[-1] == "user":
         flags.add("ends_with_user")
-    if any(a == b != "tool" for a, b in zip(spoken, spoken[1:], strict=False)):
+    if any(a == b != "tool" for a, b in pairwise(spoken)):
         flags.add("same_role_twice")
     flags.update(text_flags([text_of(turn) for turn in turns]))
     return Shape(messages=tuple(turns), masked=frozenset(masked), flags=tuple(sorted(flags)))
