@@ -74,9 +74,9 @@ def _described(table: Mapping[str, object]) -> Rows:
 
 
 def _methods() -> Rows:
-    from pipelines.settings.select import METHODS
+    from pipelines.settings.methods import SCORERS, known
 
-    return list(METHODS.items())
+    return [(name, known(name).summary) for name in SCORERS]
 
 
 def _formats() -> Rows:

@@ -369,9 +369,9 @@ def test_the_tables_of_the_readme_are_those_of_the_code():
     import optim
     from datatools import AGGREGATIONS, CORESET_METHODS, PROJECTORS
     from datatools.order import ESTIMATORS
-    from pipelines.settings.select import METHODS
+    from pipelines.settings.methods import SCORERS
 
-    assert first_cells("README.md", "`--method`") == sorted(METHODS)
+    assert first_cells("README.md", "`--method`") == sorted(SCORERS)
     assert first_cells("README.md", "update rules") == sorted(optim.RULES)
     assert first_cells("README.md", "`order --estimators`") == sorted(ESTIMATORS)
     coresets = [row[0].partition("others ")[2] for row in table("README.md", "`train --coreset colm`")]

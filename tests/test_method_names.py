@@ -14,7 +14,7 @@ import pytest
 from tests.test_layering import PACKAGES, modules, report
 
 TABLES = {  # what: (module, table, packages whose code may know such names)
-    "scorer": ("pipelines.select.methods", "SCORERS", ("pipelines",)),
+    "scorer": ("pipelines.settings.methods", "SCORERS", ("pipelines",)),
     "row format": ("pipelines.rows.formats.table", "FORMATS", ("pipelines",)),
     "selector": ("datatools", "SELECTORS", ("datatools", "pipelines")),
     "aggregation": ("datatools", "AGGREGATIONS", ("datatools", "pipelines")),
@@ -45,6 +45,7 @@ ANOTHER_MEANING: dict[str, set[str]] = {
     "pipelines/colm/choosing.py": {"loss"},  # the loss in a log
     "pipelines/models/finite.py": {"loss"},  # the loss in a log
     "pipelines/rows/prepare.py": {"preference"},  # the setting
+    "pipelines/select/less.py": {"paper"},  # a form of Adam's update
     "pipelines/training/checkpoints.py": {"paper"},  # a form of Adam's update
     "pipelines/training/fit.py": {"loss"},  # the loss in a log
 }
@@ -70,12 +71,7 @@ STILL_COMPARED: dict[str, set[str]] = {
     },
     "pipelines/report/diagnose_page.py": {"adamw", "muon", "sgd"},
     "pipelines/report/view.py": {"less", "random", "random-length", "rds", "tfidf"},
-    "pipelines/rows/preflight.py": {"groups", "rds", "tfidf"},
-    "pipelines/select/audit.py": {"loss", "random", "random-length", "rds", "tfidf"},
-    "pipelines/select/explain.py": {"less", "rds", "tfidf"},
-    "pipelines/select/methods.py": {"adamw", "bids", "less", "paper", "round_robin"},
-    "pipelines/select/run.py": {"bids", "less", "loss", "random", "random-length", "rds", "round_robin", "tfidf"},
-    "pipelines/settings/select.py": {"less", "random", "random-length", "rds", "tfidf"},
+    "pipelines/rows/preflight.py": {"groups"},
     "pipelines/settings/train.py": {"matching_pursuit"},
     "pipelines/training/optimizers.py": {"adam_mini"},
 }

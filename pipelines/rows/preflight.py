@@ -16,7 +16,7 @@ from pipelines.rows import peek
 from pipelines.rows.input_files import find_sources
 from pipelines.runs.folder import Run
 from pipelines.runs.workers import alone
-from pipelines.settings import names, trackers
+from pipelines.settings import methods, names, trackers
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.base import Columns, RunSettings, Settings
 from pipelines.settings.order import OrderConfig
@@ -84,7 +84,7 @@ def contradictions(config: Settings) -> None:
                 "audit: lora is null; arms are trained as adapters, so that one base model serves them all"
             )
         for arm in config.against:
-            if arm in ("tfidf", "rds") and not config.target:
+            if arm != methods.FULL and "target" in methods.known(arm).needs and not config.target:
                 raise UsageError(
                     f"audit --against {arm}: compares with target rows; name the run's target files with --target"
                 )
@@ -143,6 +143,8 @@ def _names(name: str, value: object) -> None:
         names.check("projector", value.name, f"{name}.name")
     elif name == "aggregate" and isinstance(value, str):
         names.check("aggregation", value, name)
+    elif name == "selector" and isinstance(value, str):
+        names.check("selector", value, name)
     elif name == "features" and (method := getattr(value, "method", None)) is not None:
         if method not in _FEATURE_METHODS:
             known = did_you_mean(method, _FEATURE_METHODS)

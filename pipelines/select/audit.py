@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from datatools import DataError, Selection, UsageError, files, select, t_interval
+from datatools import SELECTORS, DataError, Selection, UsageError, files, select, t_interval
 from datatools.files import sealed
 from pipelines.models import load as models
 from pipelines.models.adapters import load_adapter
@@ -27,9 +27,10 @@ from pipelines.runs.folder import Run, in_scratch
 from pipelines.runs.messages import say
 from pipelines.runs.seeds import derive_seed
 from pipelines.runs.workers import alone
-from pipelines.select import methods
-from pipelines.select.methods import Context
+from pipelines.select.scored import Context, candidates
+from pipelines.select.scorer import scorer
 from pipelines.settings.audit import AuditConfig
+from pipelines.settings.methods import FULL, SCORERS, known
 from pipelines.settings.parts import TrainingConfig
 from pipelines.settings.select import FeaturesConfig, SelectConfig
 from pipelines.training import cost, evaluation, optimizers
@@ -64,18 +65,20 @@ def run(config: AuditConfig) -> Path:
         chosen, judged = _rows_of(config.selected, pool)
         leaks = _leaks(config, test, pool, target, chosen)
         inputs.record(by_content=("pool", "test", "selection"), encoding=False, selection=judged)
-        context = Context(_as_select(config), current, pool, target, lambda: loaded)
+        contexts = {
+            arm: Context(_as_select(config, arm), current, pool, target, lambda: loaded) for arm in _methods(config)
+        }
         if config.dry_run:
-            _estimate(config, loaded, context, test, _planned(context, config, chosen)).announce()
+            _estimate(config, loaded, pool, target, test, _planned(contexts, pool, config, chosen)).announce()
             say("dry run: data and model load; nothing was scored or trained")
             return config.out
         with current.stage("baselines"):
             plan = [
                 (arm, seed, rows)
                 for arm in (SELECTED, *config.against)
-                for seed, rows in _arm(context, config, arm, chosen)
+                for seed, rows in _arm(contexts.get(arm), pool, config, arm, chosen)
             ]
-        estimate = _estimate(config, loaded, context, test, plan, scored=True)
+        estimate = _estimate(config, loaded, pool, target, test, plan, scored=True)
         estimate.announce()
         estimate.expect()
         results: list[dict[str, Any]] = []
@@ -113,8 +116,13 @@ def _told(leaks: list[dict[str, Any]]) -> dict[str, Any]:
     return {"overlap": leaks, "leaked": leakage.sentence(leaks)} if leaks else {}
 
 
-def _as_select(config: AuditConfig) -> SelectConfig:
-    """The settings that the baselines' scorers read."""
+def _methods(config: AuditConfig) -> list[str]:
+    """The arms that are methods."""
+    return [arm for arm in config.against if arm != FULL]
+
+
+def _as_select(config: AuditConfig, arm: str) -> SelectConfig:
+    """The settings that the scorer of an arm reads."""
     return SelectConfig(
         features=FeaturesConfig(folder=config.features),
         model=config.model,
@@ -122,7 +130,7 @@ def _as_select(config: AuditConfig) -> SelectConfig:
         target=config.target,
         out=config.out,
         seed=config.seed,
-        method="less" if config.target else "random",
+        method=arm,
     )
 
 
@@ -149,24 +157,34 @@ def _rows_of(selected: Path, pool: Rows) -> tuple[list[int], str]:
     return found, files.digest(content)
 
 
-def _arm(context: Context, config: AuditConfig, arm: str, chosen: list[int]) -> list[tuple[int, list[int]]]:
+def _draws(arm: str) -> bool:
+    """Whether every seed of the arm draws other rows: its method's selector looks at no score."""
+    return arm != FULL and not SELECTORS[known(arm).selector].scores
+
+
+def _is_scored(arm: str) -> bool:
+    return arm not in (SELECTED, FULL) and not _draws(arm)
+
+
+def _arm(
+    context: Context | None, pool: Rows, config: AuditConfig, arm: str, chosen: list[int]
+) -> list[tuple[int, list[int]]]:
     """(seed, rows) of each training run of an arm."""
-    pool, seeds = context.pool, range(config.seed, config.seed + config.seeds)
+    seeds = range(config.seed, config.seed + config.seeds)
     if arm == SELECTED:
         return [(seed, chosen) for seed in seeds]
-    if arm == "full":
+    if arm == FULL:
         return [(config.seed, np.flatnonzero(pool.usable).tolist())]
     reference = Selection(torch.tensor(chosen))
-    budget = str(len(chosen))
-    if arm in ("random", "random-length"):
-        name = arm.replace("-", "_")
+    budget, selector = str(len(chosen)), known(arm).selector
+    if _draws(arm):
         drawn = [
-            select(name, methods.candidates(pool), budget, seed=derive_seed(seed, "audit", arm), reference=reference)
+            select(selector, candidates(pool), budget, seed=derive_seed(seed, "audit", arm), reference=reference)
             for seed in seeds
         ]
         return [(seed, found.indices.tolist()) for seed, found in zip(seeds, drawn, strict=True)]
-    candidates = methods.candidates(pool, methods.SCORERS[arm](context))
-    best = select("top_k", candidates, budget).indices.tolist()
+    assert context is not None
+    best = select(selector, candidates(pool, scorer(arm).score(context)), budget).indices.tolist()
     return [(seed, best) for seed in seeds]
 
 
@@ -182,7 +200,7 @@ def _train_and_measure(
 ) -> dict[str, Any]:
     """Held-out loss after training on `rows`; adapters and losses are kept under the hash of all that makes them."""
     assert config.lora is not None
-    recipe = config.training if arm != "full" else one_pass(config.training)
+    recipe = config.training if arm != FULL else one_pass(config.training)
     folder, measured = _kept(config, loaded, pool, test, rows, recipe, seed)
     if measured.is_file():
         with suppress(sealed.Damaged):  # or of a version without seals: measured again
@@ -226,43 +244,45 @@ def _label(place: int, runs: int, arm: str, seed: int) -> str:
     return f"{place} of {runs}: {arm}, seed {seed}"
 
 
-def _planned(context: Context, config: AuditConfig, chosen: list[int]) -> list[tuple[str, int, list[int]]]:
+def _planned(
+    contexts: dict[str, Context], pool: Rows, config: AuditConfig, chosen: list[int]
+) -> list[tuple[str, int, list[int]]]:
     """(arm, seed, rows) as far as no score is needed: of an arm that is scored the rows stand for as many others."""
     plan = []
     for arm in (SELECTED, *config.against):
-        if arm in ("tfidf", "rds", "loss"):
+        if _is_scored(arm):
             plan += [(arm, seed, chosen) for seed in range(config.seed, config.seed + config.seeds)]
         else:
-            plan += [(arm, seed, rows) for seed, rows in _arm(context, config, arm, chosen)]
+            plan += [(arm, seed, rows) for seed, rows in _arm(contexts.get(arm), pool, config, arm, chosen)]
     return plan
 
 
 def _estimate(
     config: AuditConfig,
     loaded: models.LoadedModel,
-    context: Context,
+    pool: Rows,
+    target: Rows | None,
     test: Rows,
     plan: list[tuple[str, int, list[int]]],
     scored: bool = False,
 ) -> cost.Estimate:
     """What the audit will take: runs and losses that are not there yet, and scores unless they are `scored`."""
-    pool = context.pool
     with cost.as_trained(loaded.model, config.lora) as module:
         found = cost.probe(module, int(np.median(pool.scan.tokens[pool.usable])))
         rule = cost.recipe_of(config.training, module)
     tested = test.tokens()
     losses = found.seconds(tested, max(1, tested // 2048), gradient=False)
     parts, tokens, done = {f"losses, {BASE}": losses}, tested, 0
-    wanted = context.target.tokens() if context.target is not None else 0
-    for arm, whole in (("rds", pool.tokens() + wanted), ("loss", pool.tokens())):
-        if arm in config.against and not scored:
+    part_of = {"pool": pool.tokens(), "target": target.tokens() if target is not None else 0}
+    for arm in () if scored else [arm for arm in SCORERS if arm in _methods(config)]:
+        if whole := sum(part_of[rows] for rows in known(arm).forward):
             parts[f"scores of {arm}"] = found.seconds(whole, max(1, whole // 1024), gradient=False)
             tokens += whole
     for place, (arm, seed, rows) in enumerate(plan, start=1):
-        recipe = config.training if arm != "full" else one_pass(config.training)
+        recipe = config.training if arm != FULL else one_pass(config.training)
         label = _label(place, len(plan), arm, seed)
         folder, measured = _kept(config, loaded, pool, test, rows, recipe, seed)
-        if measured.is_file() and (scored or arm not in ("tfidf", "rds", "loss")):
+        if measured.is_file() and (scored or not _is_scored(arm)):
             done += 1
             continue
         lengths = pool.scan.tokens[rows].tolist()
@@ -337,7 +357,7 @@ def verdict(by_arm: dict[str, list[float]]) -> str:
             continue
         paired = [b - a for a, b in zip(ours, theirs, strict=False)]
         mean, low, high = t_interval(paired)
-        name = "the whole pool in one epoch" if arm == "full" else arm
+        name = "the whole pool in one epoch" if arm == FULL else arm
         word = "below" if mean > 0 else "above"
         if len(paired) < 2 or low is None or high is None:
             said.append(f"{abs(mean):.4f} {word} {name} (one seed: no interval)")
@@ -367,7 +387,7 @@ def print_table(audit: dict[str, Any], console: Console) -> None:
         delta = "" if arm["arm"] == SELECTED else f"{arm['delta_vs_selected']:+.4f}"
         style = "bold" if arm["arm"] == SELECTED else None
         table.add_row(
-            "full (1 epoch)" if arm["arm"] == "full" else arm["arm"],
+            "full (1 epoch)" if arm["arm"] == FULL else arm["arm"],
             f"{arm['mean']:.4f}",
             spread,
             str(arm["n"]),

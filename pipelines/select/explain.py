@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
-from datatools import DataError, GradientFeatures, UsageError, files, per_sample_grads
-from optim import SGDRule
+from datatools import DataError, UsageError, files
 from pipelines.models import load as models
-from pipelines.models.losses import losses_for, seen_parameters
 from pipelines.report.page import damaged, visible
-from pipelines.report.view import method_of
 from pipelines.rows.prepare import prepare, target_data
 from pipelines.rows.rows import Rows
 from pipelines.runs import run_files
 from pipelines.runs.messages import say
-from pipelines.select import methods
+from pipelines.select.scorer import Asked, scorer
 from pipelines.settings import trust
 from pipelines.settings.load import load_config
-from pipelines.settings.select import NEED_TARGET, ExplainConfig, SelectConfig
-from pipelines.training import checkpoints
+from pipelines.settings.methods import Method, known
+from pipelines.settings.select import ExplainConfig, SelectConfig
 
-_LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
 SHOWN_LAYERS = 8
 _STATUS = {
     "duplicate": "it repeats another row",
@@ -75,12 +67,13 @@ def run(config: ExplainConfig) -> dict[str, Any]:
         "targets": [],
         "layers": [],
     }
-    if made_by.method in NEED_TARGET and found["status"] == "ok":
+    method, functions = known(made_by.method), scorer(made_by.method)
+    if "target" in method.needs and functions.nearest is not None and found["status"] == "ok":
         wanted = target_data(made_by.train, made_by.target, made_by.target_columns)
         target = prepare(wanted, made_by.model, loaded.tokenizer, label="target", **read)
-        stops = _stops(made_by, folder) if made_by.method == "less" else []
+        asked = Asked(made_by, folder, pool, target, index)
         rows = np.flatnonzero(target.usable).tolist()
-        similarity = _similarity(made_by, folder, stops, pool, index, target)
+        similarity = functions.nearest(asked)
         order = similarity.argsort(descending=True).tolist()[: config.nearest]
         for place in order:
             near = target.pool[rows[place]]
@@ -93,10 +86,8 @@ def run(config: ExplainConfig) -> dict[str, Any]:
                     "answer": near.answer,
                 }
             )
-        if stops:
-            heaviest = max(stops, key=lambda c: c.weight)
-            found["layers"] = _layers(made_by, heaviest, pool, index, target, [rows[p] for p in order])
-    _show(found, Console())
+        found["layers"] = functions.layers(asked, [rows[place] for place in order])
+    _show(found, method, Console())
     return found
 
 
@@ -184,91 +175,15 @@ def _placed(folder: Path, pool: Rows, index: int) -> dict[str, Any]:
         }
 
 
-# ----------------------------------------------------------------------------------------------------- what it is like
-
-
-def _stops(made_by: SelectConfig, folder: Path) -> list[checkpoints.Checkpoint]:
-    """The checkpoints that count in the run's scores."""
-    stops = checkpoints.find(made_by.checkpoints or [folder / "warmup"])
-    if not made_by.checkpoints and made_by.warmup.checkpoints:
-        stops = stops[-made_by.warmup.checkpoints :]
-    return stops
-
-
-def _similarity(
-    made_by: SelectConfig, folder: Path, stops: list[checkpoints.Checkpoint], pool: Rows, index: int, target: Rows
-) -> Tensor:
-    """float32 [usable target rows]: of the row to each, as the run's method measures it."""
-    wanted = np.flatnonzero(target.usable).tolist()
-    if made_by.method == "tfidf":
-        others = np.flatnonzero(pool.usable).tolist()
-        return methods.word_similarity(pool, target)[others.index(index)]
-    home = made_by.features.folder or folder / "features"
-    names = [f"train-{stop.step}" for stop in stops] or ["hidden-pool"]
-    if not all((home / name).is_dir() for name in names):
-        raise DataError(f"{home}: the run's features are gone; run the same selection again to explain its picks")
-    key, keys = pool.keys[index], [target.keys[i] for i in wanted]
-    if made_by.method == "rds":
-        hidden = GradientFeatures.open(home / "hidden-pool").take([key])[0]
-        return GradientFeatures.open(home / "hidden-target").take(keys) @ hidden
-    return _similarities(home, stops, key, keys)
-
-
-def _similarities(home: Path, stops: list[checkpoints.Checkpoint], key: str, keys: list[str]) -> Tensor:
-    total = sum(c.mean_lr for c in stops)
-    similarity = torch.zeros(len(keys))
-    for stop in stops:
-        features = GradientFeatures.open(home / f"train-{stop.step}").take([key])[0]
-        similarity += stop.mean_lr / total * (GradientFeatures.open(home / f"target-{stop.step}").take(keys) @ features)
-    return similarity
-
-
-def _layers(
-    config: SelectConfig, stop: checkpoints.Checkpoint, pool: Rows, index: int, target: Rows, nearest: list[int]
-) -> list[dict[str, Any]]:
-    """Share of each layer in the mean cosine of the row's update with the nearest target rows' gradients."""
-    base = models.load(config.model).model
-    with checkpoints.at(stop, config.model, base) as module:
-        params = checkpoints.trainable(module)
-        state = checkpoints.updates(stop, params, adam_mode=config.features.adam_mode, module=module, base=base)
-        trained = {name: p for name, p in module.named_parameters() if name in state.params}
-        names = seen_parameters(module, trained, config.features.method)
-        method: Any = config.features.method
-        losses = losses_for(method)
-        update = checkpoints.restrict(state, names).per_sample(
-            per_sample_grads(losses, module, pool.batch([index], module.device), names, method=method)
-        )
-        plain = checkpoints.restrict(state, names, SGDRule())
-        sums: dict[str, float] = defaultdict(float)
-        length = torch.stack([u.square().sum() for u in update.values()]).sum().sqrt()
-        for row in nearest:
-            batch = target.batch([row], module.device)
-            grads = plain.per_sample(per_sample_grads(losses, module, batch, names, method=method))
-            norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
-            for name in names:
-                sums[_layer(name)] += float((update[name] * grads[name]).sum() / (length * norm)) / len(nearest)
-    return [{"layer": name, "cosine": value} for name, value in sorted(sums.items(), key=lambda item: -abs(item[1]))]
-
-
-def _layer(name: str) -> str:
-    """`layer 12 o_proj` for a parameter of block 12; the parameter's own name elsewhere."""
-    found = _LAYER.search(name)
-    module = re.sub(r"\.(lora_[AB]\.\w+\.)?(weight|bias)$", "", name).rsplit(".", 1)[-1]
-    return f"layer {found[1]} {module}" if found else module
-
-
-def _show(found: dict[str, Any], console: Console) -> None:
+def _show(found: dict[str, Any], method: Method, console: Console) -> None:
     console.print(Text(f"{visible(found['where'])}  {visible(found['source'])}  {visible(found['id'])}", style="bold"))
     console.print(Text(_short(found["prompt"], 400), style="dim"))
     console.print(Text(_short(found["answer"], 400)))
-    console.print(Text(_why(found), style="" if found["selected"] else "yellow"))
+    console.print(Text(_why(found, method), style="" if found["selected"] else "yellow"))
     if not found["targets"]:
         return
-    less = found["method"] == "less"
-    what = "cosine, weighted over checkpoints" if less else f"cosine, {method_of({'method': found['method']})[0]}"
-    title = "target rows it helps most" if less else "target rows that it is most like"
     shape: dict[str, Any] = {"box": box.SIMPLE_HEAD, "min_width": min(80, console.width), "title_justify": "left"}
-    table = Table(title=f"{title} ({what})", **shape)
+    table = Table(title=f"{method.nearest} ({method.measure})", **shape)
     table.add_column("cosine", justify="right")
     table.add_column("target row")
     table.add_column("text", ratio=1)
@@ -289,7 +204,7 @@ def _show(found: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _why(found: dict[str, Any]) -> str:
+def _why(found: dict[str, Any], record: Method) -> str:
     """One sentence: chosen or not, by which method, and why."""
     method = found["method"]
     if found["status"] != "ok":
@@ -304,7 +219,7 @@ def _why(found: dict[str, Any]) -> str:
         lowest = found["lowest_chosen"]
         last = f", the lowest chosen score is {lowest:+.4g}" if lowest is not None else ""
         said = f"not chosen by --method {method}: {rank}; {found['chosen_rows']:,} rows were chosen{last}"
-    if method not in NEED_TARGET:
+    if "target" not in record.needs:
         said += ". This method looks at no target rows, so none stand behind it"
     return said
 

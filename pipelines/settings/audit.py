@@ -1,18 +1,17 @@
 """Settings of `datatools audit`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from pipelines.settings.base import Columns, FilePath, Names, RunSettings
-from pipelines.settings.marks import DATA, ELSEWHERE, METHOD, RUN, Flag, Flags
+from pipelines.settings.marks import DATA, ELSEWHERE, METHOD, RUN, Flag, Flags, OneOf
+from pipelines.settings.methods import arms
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 
 RUNS = "as in the run"
 """What help shows as the default of settings that an audit takes over from the run whose selection it judges."""
-
-ARMS = ("random", "random-length", "tfidf", "rds", "loss", "full")
 
 
 class AuditConfig(RunSettings):
@@ -40,11 +39,11 @@ class AuditConfig(RunSettings):
         default=None, description="columns of the target rows, as --columns; null tries the pool's, then detects them"
     )
     against: Annotated[
-        list[Literal["random", "random-length", "tfidf", "rds", "loss", "full"]],
+        list[Annotated[str, OneOf(arms)]],
         Field(max_length=16),
         Flag("--against", METHOD, "NAMES"),
     ] = Field(
-        default=["random", "random-length"], description=f"baselines with the same number of rows: {', '.join(ARMS)}"
+        default=["random", "random-length"], description=f"baselines with the same number of rows: {', '.join(arms())}"
     )
     allow_overlap: Annotated[bool, Flag("--allow-overlap", DATA)] = Field(
         default=False, description="continue although test rows are in the pool or the target; the report says so"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -15,15 +16,25 @@ TABLES: dict[str, tuple[str, str]] = {
     "schedule": ("optim/schedules.py", "SCHEDULES"),
     "projector": ("datatools/projectors/__init__.py", "PROJECTORS"),
     "aggregation": ("datatools/less/aggregate.py", "AGGREGATIONS"),
+    "selector": ("datatools/selection/selectors.py", "SELECTORS"),
 }
 """What is named -> the file, and the dictionary in it whose keys are the names; without one, the names are those of the
 modules that it imports."""
 
 
-@cache
 def known(kind: str) -> tuple[str, ...]:
-    """The names of one table, in its order; none where the source is not there to be read."""
+    """The names of one table, in its order: of the table itself where it is loaded, else of its source.
+
+    Returns:
+        No names where the source is not there to be read.
+    """
     file, table = TABLES[kind]
+    loaded = sys.modules.get(file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    return tuple(getattr(loaded, table)) if table and hasattr(loaded, table) else _read(file, table)
+
+
+@cache
+def _read(file: str, table: str) -> tuple[str, ...]:
     try:
         tree = ast.parse((_ROOT / file).read_text(encoding="utf-8"))
     except OSError:

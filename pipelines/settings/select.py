@@ -7,20 +7,9 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipelines.settings.base import BudgetText, Columns, FilePath, Names, RunSettings, Settings
-from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, MODEL, Flag, Flags
+from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, MODEL, Flag, Flags, OneOf
+from pipelines.settings.methods import SCORERS, known
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
-
-METHODS: dict[str, str] = {
-    "less": "gradient influence on the target rows (Xia et al. 2024)",
-    "random": "uniformly at random",
-    "random-length": "at random, with answers as long as those of the target rows",
-    "tfidf": "similarity of words with the target rows",
-    "rds": "similarity of hidden states with the target rows",
-    "loss": "rows on which the model's loss is highest",
-}
-
-
-NEED_TARGET = ("less", "tfidf", "rds")
 
 
 def _cap(value: object) -> object:
@@ -120,8 +109,16 @@ class SelectConfig(RunSettings):
         description="how much to select: a share '5%', a count '500', or '20000 tokens'",
         json_schema_extra=LATE,
     )
-    method: Annotated[Literal["less", "random", "random-length", "tfidf", "rds", "loss"], Flag("--method", METHOD)] = (
-        Field(default="less", description="how rows are scored; see `datatools ls methods`")
+    method: Annotated[str, OneOf(lambda: tuple(SCORERS)), Flag("--method", METHOD)] = Field(
+        default="less", description="how rows are scored; see `datatools ls methods`"
+    )
+    selector: Annotated[str | None, Flag("--selector", METHOD)] = Field(
+        default=None,
+        min_length=1,
+        max_length=64,
+        description="how rows are taken: see `datatools ls selectors`; null is the method's own, the highest scores or "
+        "at random",
+        json_schema_extra=LATE,
     )
     out: FilePath = Field(
         default=Path("runs/select"),
@@ -161,7 +158,7 @@ class SelectConfig(RunSettings):
 
     @model_validator(mode="after")
     def _has_target(self) -> Self:
-        if self.method in NEED_TARGET and not self.target:
+        if "target" in known(self.method).needs and not self.target:
             raise ValueError(
                 f"method '{self.method}' compares with target rows and got none; name them with --target "
                 "FILE (setting 'target')"

@@ -13,8 +13,7 @@ import optim
 from datatools import AGGREGATIONS, PROJECTORS, SELECTORS, UsageError
 from pipelines import listing
 from pipelines.rows.formats.table import FORMATS, read_shape
-from pipelines.settings.audit import ARMS, AuditConfig
-from pipelines.settings.select import METHODS, NEED_TARGET, SelectConfig
+from pipelines.settings.methods import SCORERS
 
 TABLES = {
     "optimizers": optim.RULES,
@@ -22,7 +21,7 @@ TABLES = {
     "projectors": PROJECTORS,
     "aggregations": AGGREGATIONS,
     "selectors": SELECTORS,
-    "methods": METHODS,
+    "methods": SCORERS,
     "formats": {known.title for known in FORMATS.values()},
 }
 
@@ -66,11 +65,3 @@ def test_unknown_kind():
 def test_examples_of_formats_are_read(name):
     shape = read_shape(json.loads(FORMATS[name].example), preference="chosen")
     assert shape.messages or shape.text or shape.completion
-
-
-def test_methods_are_those_of_the_settings():
-    assert set(METHODS) == set(SelectConfig.model_fields["method"].annotation.__args__) and set(NEED_TARGET) <= set(
-        METHODS
-    )
-    members = AuditConfig.model_fields["against"].annotation
-    assert set(ARMS) == set(members.__args__[0].__args__) and set(ARMS) - {"full"} <= set(METHODS)

@@ -17,7 +17,7 @@ from pipelines.rows.formats.preference import dialogue
 from pipelines.rows.formats.table import read_shape
 from pipelines.rows.jsonl import Malformed
 from pipelines.rows.row import Row
-from pipelines.select.run import column
+from pipelines.select.columns import column
 from tests.pipelines.rows.test_encode import CHATML, FAMILIES, byte_level, row
 
 

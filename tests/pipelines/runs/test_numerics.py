@@ -10,7 +10,7 @@ import torch
 from datatools import DataError, EnvironmentProblem, GradientFeatures, files
 from pipelines.runs import numerics, threads
 from pipelines.runs.folder import Run
-from pipelines.select import methods
+from pipelines.select import stores
 from pipelines.settings.select import SelectConfig
 from pipelines.settings.train import TrainConfig
 
@@ -128,22 +128,22 @@ def test_a_backend_that_is_not_there(monkeypatch, value):
 def test_a_store_holds_what_decides_its_bits_and_mixing_is_said(capsys):
     keys = {f"{i:032x}": i for i in range(20)}
     options = {"meta": {"of": "test"}, "dim": 4, "rows_per_unit": 16}
-    store = methods._open_store(OWN, files.make_folder("s"), keys, **options)
+    store = stores.open_store(OWN, files.make_folder("s"), keys, **options)
     assert store.meta["numerics"] == numerics.facts()
     store.write_unit(0, torch.ones(16, 4))
-    assert methods._open_store(OWN, store.folder, keys, **options).missing_units() == [1]
+    assert stores.open_store(OWN, store.folder, keys, **options).missing_units() == [1]
     assert not capsys.readouterr().err
     torch.set_num_threads(2)
-    again = methods._open_store(OWN, store.folder, keys, **options)  # another run with the same features.folder
+    again = stores.open_store(OWN, store.folder, keys, **options)  # another run with the same features.folder
     assert "begun with other numerics (threads 1 and 2)" in capsys.readouterr().err
     again.write_unit(1, torch.ones(4, 4))
-    methods._open_store(OWN, store.folder, keys, **options)  # nothing is computed: nothing is mixed
+    stores.open_store(OWN, store.folder, keys, **options)  # nothing is computed: nothing is mixed
     assert not capsys.readouterr().err
 
 
 def test_a_store_of_an_earlier_version_is_opened(capsys):
     keys = {f"{i:032x}": i for i in range(4)}
     GradientFeatures.create_or_open("s", meta={"of": "test"}, dim=4, keys=list(keys))
-    store = methods._open_store(OWN, files.make_folder("s"), keys, meta={"of": "test"}, dim=4)
+    store = stores.open_store(OWN, files.make_folder("s"), keys, meta={"of": "test"}, dim=4)
     assert "numerics" not in store.meta and not capsys.readouterr().err
     assert json.loads((store.folder / "plan.json").read_text())["meta"] == {"of": "test"}

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-import pipelines.select.methods
+import pipelines.select.less
 from datatools import DataError, UsageError, files
 from pipelines.report import page as report
 from pipelines.runs import verdicts
@@ -102,7 +102,7 @@ def test_the_refusal_names_what_computes_no_gradient_again(world, tmp_path, monk
     def nothing(*_, **__):
         raise AssertionError("a gradient was computed again")
 
-    monkeypatch.setattr(pipelines.select.methods, "extract", nothing)
+    monkeypatch.setattr(pipelines.select.less, "extract", nothing)
     again = world.select(tmp_path / "other", warmup=shape, budget="20%", checkpoints=named)
     again = again.model_copy(update={"features": again.features.model_copy(update={"folder": tmp_path / features})})
     other = select.run(again)

@@ -9,8 +9,9 @@ from datatools import AGGREGATIONS, DataError, UsageError
 from pipelines.cli.app import main
 from pipelines.select import explain
 from pipelines.select import run as select
+from pipelines.settings.methods import known
 from pipelines.settings.parts import DataConfig
-from pipelines.settings.select import NEED_TARGET, ExplainConfig, FeaturesConfig
+from pipelines.settings.select import ExplainConfig, FeaturesConfig
 
 
 def scores(run):
@@ -58,7 +59,7 @@ def test_methods_without_target_rows_say_so(world, tmp_path, method, capsys):
     run = select.run(world.select(tmp_path / "run", method=method))
     for line in (1, 6):
         found = explain.run(ExplainConfig(file=run / "selected.jsonl", line=line))
-        assert found["targets"] == found["layers"] == [] and method not in NEED_TARGET
+        assert found["targets"] == found["layers"] == [] and "target" not in known(method).needs
     shown = " ".join(capsys.readouterr().out.split())
     assert ("looks at no target rows" if method == "loss" else "at random") in shown and "--target" not in shown
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import optim
-import pipelines.select.methods
+import pipelines.select.less
 from datatools import DataError, GradientFeatures, UsageError, files
 from pipelines.models import load as models
 from pipelines.models import losses
@@ -26,12 +26,14 @@ from pipelines.models.adapters import load_adapter
 from pipelines.models.losses import row_losses
 from pipelines.rows.prepare import prepare
 from pipelines.runs import provenance
-from pipelines.select import explain
+from pipelines.select import explain, write
 from pipelines.select import run as select
+from pipelines.select.columns import column
 from pipelines.settings.dump import dump
 from pipelines.settings.load import load_config
+from pipelines.settings.methods import SCORERS
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
-from pipelines.settings.select import METHODS, ExplainConfig, FeaturesConfig, SelectConfig, WarmupConfig
+from pipelines.settings.select import ExplainConfig, FeaturesConfig, SelectConfig, WarmupConfig
 from pipelines.settings.train import TrainConfig
 from pipelines.training import checkpoints, train
 from tests.pipelines.conftest import make_world
@@ -77,7 +79,7 @@ def first(world, tmp_path_factory):
 @pytest.fixture
 def counted(monkeypatch):
     """How many rows' gradients are computed: a one-element list that counts."""
-    inner, total = pipelines.select.methods.extract, [0]
+    inner, total = pipelines.select.less.extract, [0]
 
     def extract(*args, advance, **options):
         def count(rows, tokens):
@@ -86,7 +88,7 @@ def counted(monkeypatch):
 
         return inner(*args, advance=count, **options)
 
-    monkeypatch.setattr(pipelines.select.methods, "extract", extract)
+    monkeypatch.setattr(pipelines.select.less, "extract", extract)
     return total
 
 
@@ -217,7 +219,7 @@ JSON_VALUES = st.recursive(
 def test_any_column_can_be_written(tmp_path_factory, values):
     """selected.parquet takes whatever JSON rows bring: empty objects, mixed types, whole numbers beyond 64 bits."""
     path = tmp_path_factory.mktemp("any") / "t.parquet"
-    select._write_table(path, {"x": select.column(values)})
+    write._write_table(path, {"x": column(values)})
     assert pq.read_table(path).num_rows == len(values)
 
 
@@ -318,7 +320,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(command, tmp_path,
         ("transformers:Trainer._save_rng_state", 1, "before"),
         ("datatools.files:_commit", 20, "before"),
         ("datatools.features.store:GradientFeatures.write_unit", 3, "after"),
-        ("pipelines.select.run:_write_table", 1, "after"),
+        ("pipelines.select.write:_write_table", 1, "after"),
         ("pipelines.report.page:render", 1, "before"),
     ],
 )
@@ -407,7 +409,7 @@ def stopped_after_warm_up(world, run, monkeypatch):
         raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(pipelines.select.methods, "extract", stop)
+        patch.setattr(pipelines.select.less, "extract", stop)
         select.run(world.select(run))
 
 
@@ -441,7 +443,7 @@ def test_an_accepted_model_is_a_new_run_and_going_back_is_one_again(own_world, t
 def test_features_of_other_code_are_computed_again_once_that_is_accepted(own_world, tmp_path, counted, monkeypatch):
     run = select.run(own_world.select(tmp_path / "run"))
     monkeypatch.setattr(provenance, "code_digest", lambda: "f" * 32)
-    monkeypatch.setattr(pipelines.select.methods, "FEATURE_VERSION", 99)
+    monkeypatch.setattr(pipelines.select.less, "FEATURE_VERSION", 99)
     before, counted[0] = counted[0], 0
     select.run(own_world.select(run, accept_change=["code"]))
     assert counted == [before] and (run / "features" / "train-4.old-1").is_dir()
@@ -534,7 +536,7 @@ def test_copies_that_are_kept_have_one_score(own_world, tmp_path, counted):
     assert any("repeat the content" in text for text in json.loads((run / "summary.json").read_text())["warnings"])
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"less"}))
+@pytest.mark.parametrize("method", sorted(set(SCORERS) - {"less"}))
 def test_every_method_writes_the_same_files(world, tmp_path, method):
     target = [] if method in ("random", "loss") else [str(world.target)]
     run = select.run(world.select(tmp_path / "run", method=method, target=target))
@@ -918,11 +920,11 @@ def test_a_run_waits_for_the_one_that_fills_the_shared_features(first, world, tm
     code = """
         import sys, time
         from pathlib import Path
-        import pipelines.select.methods
+        import pipelines.select.less
         from pipelines.select import run as select
         from pipelines.settings.select import SelectConfig
         from pipelines.settings.load import load_config
-        here, inner = Path(sys.argv[1]), pipelines.select.methods.extract
+        here, inner = Path(sys.argv[1]), pipelines.select.less.extract
 
         def extract(*arguments, **options):
             (here / "filling").touch()
@@ -930,7 +932,7 @@ def test_a_run_waits_for_the_one_that_fills_the_shared_features(first, world, tm
                 time.sleep(0.05)
             return inner(*arguments, **options)
 
-        pipelines.select.methods.extract = extract
+        pipelines.select.less.extract = extract
         select.run(load_config(SelectConfig, here / "a.yaml"))
     """
     other = spawn(code, str(tmp_path))
@@ -941,7 +943,7 @@ def test_a_run_waits_for_the_one_that_fills_the_shared_features(first, world, tm
         if "waiting for" in text:
             (tmp_path / "go").touch()
 
-    monkeypatch.setattr(pipelines.select.methods, "say", say)
+    monkeypatch.setattr("pipelines.select.stores.say", say)
     while not (tmp_path / "filling").exists():
         assert other.poll() is None, other.communicate()
         time.sleep(0.05)

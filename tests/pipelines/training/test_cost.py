@@ -16,7 +16,7 @@ from pipelines.runs import messages
 from pipelines.runs.ahead import Ahead
 from pipelines.runs.folder import Run
 from pipelines.runs.progress import Progress
-from pipelines.select import audit, methods
+from pipelines.select import audit
 from pipelines.select import run as select
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.demo import DemoConfig
@@ -56,12 +56,12 @@ def nothing_expensive(monkeypatch):
         raise AssertionError("a dry run must not do this")
 
     refuse.hooked = True  # else torch wraps it, for good
-    for name in ("pipelines.training.fit.fit", "pipelines.select.methods.extract", "datatools.order.record",
+    for name in ("pipelines.training.fit.fit", "pipelines.select.less.extract", "datatools.order.record",
                  "datatools.order.train", "datatools.order.precompute", "torch.optim.Optimizer.step",
                  "optim.Optimizer.step", "pipelines.training.evaluation.losses"):  # fmt: skip
         monkeypatch.setattr(name, refuse)
     for name in ("tfidf", "rds", "loss", "less"):
-        monkeypatch.setitem(methods.SCORERS, name, refuse)
+        monkeypatch.setattr(f"pipelines.select.{name}.score", refuse)
 
 
 TASKS = ["train", "diagnose", "select", "audit", *(f"order {task}" for task in order._TASKS)]
@@ -149,7 +149,7 @@ def test_a_resumed_selection_compares_like_with_like(own_world, tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("pipelines.select.methods.extract", stop)
+        patched.setattr("pipelines.select.less.extract", stop)
         with pytest.raises(KeyboardInterrupt):
             select.run(own_world.select(tmp_path / "run"))
     first = json.loads((tmp_path / "run" / "cost.json").read_text())

@@ -23,6 +23,7 @@ from pipelines.models.lora import add_lora
 from pipelines.rows.prepare import prepare
 from pipelines.select import audit
 from pipelines.select import run as select
+from pipelines.select.scored import Scored
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.demo import DemoConfig
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
@@ -642,8 +643,8 @@ def test_no_arm_trains_on_a_row_without_a_score(world, selection, tmp_path, monk
     pool = prepare(config.pool, config.model, tokenizer, cache=tmp_path, label="pool")
     scores = torch.arange(60.0)
     scores[7] = float("nan")
-    monkeypatch.setitem(audit.methods.SCORERS, "loss", lambda context: audit.methods.Scored(scores))
-    ((_, rows), *_) = audit._arm(SimpleNamespace(pool=pool, target=None), config, "loss", list(range(59)))
+    monkeypatch.setattr("pipelines.select.loss.score", lambda context: Scored(scores=scores, formula={}))
+    ((_, rows), *_) = audit._arm(SimpleNamespace(), pool, config, "loss", list(range(59)))
     assert sorted(rows) == [i for i in range(60) if i != 7]
 
 

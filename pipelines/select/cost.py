@@ -1,0 +1,130 @@
+"""What a selection costs: measured on made-up rows before anything is computed, over all attempts of a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+from datatools import DatatoolsError, files, visit_per_sample_grads
+from pipelines.models.base import unload
+from pipelines.models.lora import add_lora
+from pipelines.models.losses import losses_for, row_losses, seen_parameters
+from pipelines.runs.messages import library_warnings
+from pipelines.runs.provenance import peak_rss_bytes
+from pipelines.select.scored import Context
+from pipelines.select.scorer import scorer
+from pipelines.settings.methods import known
+from pipelines.training import checkpoints, cost
+
+
+def estimate(context: Context) -> dict[str, Any]:
+    """Rows, tokens, seconds and bytes of the whole run, over all attempts, and what is left of it; from a timed batch.
+
+    What lay there before the run began (features that another run computed) is no part of it.
+    """
+    config, pool, run_ = context.config, context.pool, context.run
+    began, spent = run_.seconds, time.monotonic()
+    found: dict[str, Any] = {"rows": int(pool.usable.sum()), "tokens": 0, "seconds": None, "bytes": 0}
+    work, method = scorer(config.method).work(context), known(config.method)
+    whole, left = work.whole, work.left
+    memory, based = peak_rss_bytes(), ""
+    first = _first_estimate(context, sum(whole.values()) - sum(left.values()))
+    todo = sum(left.values())
+    if whole:
+        if todo or config.dry_run or "seconds_a_token" not in first:
+            rate, memory = pace(context, backward="gradients" in method.needs) if todo else (0.0, memory)
+            first.setdefault("seconds_a_token", rate)
+            based = "timed on made-up tokens"
+        first.setdefault("spent", began + time.monotonic() - spent)
+        rate = first["seconds_a_token"]
+        found["tokens"] = max(0, round(sum(whole.values()) - first["given"]))
+        share = found["tokens"] / max(1.0, sum(whole.values()))  # of the whole, what was not there before
+        found["seconds"] = first["spent"] + share * sum(_seconds(rate, whole).values())
+        found["given"] = first["given"]
+        found["bytes"] = work.bytes
+        if not config.dry_run:
+            files.write_json(run_.path("cost.json"), first)
+        run_.expect({label: seconds for label, seconds in _seconds(rate, left).items() if seconds})
+    done = found["tokens"] - todo
+    cost.Estimate(
+        parts=_seconds(first.get("seconds_a_token", 0.0), left),
+        tokens=round(todo),
+        memory=memory,
+        disk=found["bytes"],
+        done=f"{found['rows']:,} rows" + (f", {done:,.0f} of {found['tokens']:,} tokens are done" if done > 0 else ""),
+        based_on=based,
+    ).announce()
+    return found
+
+
+def _first_estimate(context: Context, there: float) -> dict[str, float]:
+    """What the first attempt of this run measured; `there` are the tokens whose work is done as an attempt begins."""
+    path = context.run.path("cost.json")
+    if context.run.resumed and path.is_file():
+        with suppress(DatatoolsError):
+            kept = files.read_json(path, limit=1_000_000)
+            if isinstance(kept, dict) and all(isinstance(kept.get(k), int | float) for k in ("given", "spent")):
+                return {str(key): float(value) for key, value in kept.items()}
+    return {"given": 0.0 if context.run.resumed else float(there)}
+
+
+def _seconds(rate: float, parts: Mapping[str, float]) -> dict[str, float]:
+    """Tokens by part as seconds."""
+    # a training token costs about a quarter more: LoRA runs beside its layer, padding is not sorted away
+    return {name: rate * tokens * (1.25 if name.startswith("warm-up") else 1.0) for name, tokens in parts.items()}
+
+
+def pace(context: Context, samples: int = 2, *, backward: bool = True) -> tuple[float, int]:
+    """Measured seconds per token, on made-up rows of the pool's median length, and the bytes of memory at the peak.
+
+    Args:
+        context: what is to be scored.
+        samples: how many passes are timed; the fastest counts.
+        backward: forward and the gradients of each row, at the user's first checkpoint or with fresh adapters; else
+            forward alone.
+    """
+    loaded, pool = context.model(), context.pool
+    length = int(np.median(pool.scan.tokens[pool.usable]))
+    batch = cost.made_up(loaded.model, length, 256)
+    times = []
+    method: Any = context.config.features.method
+    losses = losses_for(method)
+    with torch.random.fork_rng(devices=[]), _as_trained(context) if backward else nullcontext(loaded.model) as module:
+        names = seen_parameters(module, checkpoints.trainable(module), method) if backward else []
+        kept = cost.saved(module, batch) / batch["input_ids"].numel() if backward else 0.0
+        for _ in range(samples):
+            begin = time.perf_counter()
+            if backward:
+                with library_warnings():
+                    visit_per_sample_grads(losses, module, batch, names, lambda name, grad: None, method=method)
+            else:
+                with torch.inference_mode():
+                    row_losses(module, batch)
+            times.append(time.perf_counter() - begin)
+    config = context.config
+    width = max(config.features.token_budget, config.warmup.micro_tokens if backward else 0)
+    return min(times) / batch["input_ids"].numel(), int(peak_rss_bytes() + kept * width)
+
+
+@contextmanager
+def _as_trained(context: Context) -> Iterator[Any]:
+    """The model at the user's first checkpoint, a whole one's by the model itself, or with fresh adapters."""
+    config, model = context.config, context.model().model
+    if not config.checkpoints:
+        module = add_lora(model, config.lora, seed=0).eval()
+        try:
+            yield module
+        finally:
+            unload(module)
+        return
+    first = checkpoints.find(config.checkpoints)[0]
+    if not first.is_adapter:
+        yield model
+        return
+    with checkpoints.at(first, config.model, model) as module:
+        yield module

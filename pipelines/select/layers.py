@@ -1,0 +1,53 @@
+"""Which layers carry the influence of a row, for `datatools explain`: exact gradients, without projection."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from datatools import per_sample_grads
+from optim import SGDRule
+from pipelines.models import load as models
+from pipelines.models.losses import losses_for, seen_parameters
+from pipelines.rows.rows import Rows
+from pipelines.settings.select import SelectConfig
+from pipelines.training import checkpoints
+
+_LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
+
+
+def layers_of(
+    config: SelectConfig, stop: checkpoints.Checkpoint, pool: Rows, index: int, target: Rows, nearest: list[int]
+) -> list[dict[str, Any]]:
+    """Share of each layer in the mean cosine of the row's update with the nearest target rows' gradients."""
+    base = models.load(config.model).model
+    with checkpoints.at(stop, config.model, base) as module:
+        params = checkpoints.trainable(module)
+        state = checkpoints.updates(stop, params, adam_mode=config.features.adam_mode, module=module, base=base)
+        trained = {name: p for name, p in module.named_parameters() if name in state.params}
+        names = seen_parameters(module, trained, config.features.method)
+        method: Any = config.features.method
+        losses = losses_for(method)
+        update = checkpoints.restrict(state, names).per_sample(
+            per_sample_grads(losses, module, pool.batch([index], module.device), names, method=method)
+        )
+        plain = checkpoints.restrict(state, names, SGDRule())
+        sums: dict[str, float] = defaultdict(float)
+        length = torch.stack([u.square().sum() for u in update.values()]).sum().sqrt()
+        for row in nearest:
+            batch = target.batch([row], module.device)
+            grads = plain.per_sample(per_sample_grads(losses, module, batch, names, method=method))
+            norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
+            for name in names:
+                sums[_layer(name)] += float((update[name] * grads[name]).sum() / (length * norm)) / len(nearest)
+    return [{"layer": name, "cosine": value} for name, value in sorted(sums.items(), key=lambda item: -abs(item[1]))]
+
+
+def _layer(name: str) -> str:
+    """`layer 12 o_proj` for a parameter of block 12; the parameter's own name elsewhere."""
+    found = _LAYER.search(name)
+    module = re.sub(r"\.(lora_[AB]\.\w+\.)?(weight|bias)$", "", name).rsplit(".", 1)[-1]
+    return f"layer {found[1]} {module}" if found else module

@@ -1,0 +1,146 @@
+"""What a method is given (`Context`) and what it returns (`Scored`), and helpers that methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datatools import AGGREGATIONS, Candidates, UsageError, aggregate, subtask_means
+from pipelines.models import load as models
+from pipelines.rows.rows import Rows
+from pipelines.runs.folder import Run
+from pipelines.settings.select import SelectConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """One score per pool row, higher is better, and what is known about how it came to be.
+
+    Attributes:
+        scores: float32 [n]; NaN where a row has no score.
+        formula: `name` and `text` of the formula, and the `settings` of the update where there is one.
+        status: pool row -> "empty" or "nonfinite", where scoring found one.
+        similarity: float32 [n, m], each pool row with each target row.
+        subtasks: name -> float32 [n], the mean similarity with its target rows.
+        norms: float32 [n], of the updates.
+        coverage: which of the trainable parameters the scores see.
+        checkpoints: those at which gradients were taken.
+        feature_bytes: what the features occupy on disk.
+        tokens: tokens that went through a model for these scores, over all attempts.
+    """
+
+    scores: Tensor
+    formula: Mapping[str, Any]
+    status: Mapping[int, str] = field(default_factory=dict)
+    similarity: Tensor | None = None
+    subtasks: Mapping[str, Tensor] = field(default_factory=dict)
+    norms: Tensor | None = None
+    coverage: Mapping[str, Any] = field(default_factory=dict)
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    feature_bytes: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may use. `model()` loads the model on first use: methods that compare words never pay for it."""
+
+    config: SelectConfig
+    run: Run
+    pool: Rows
+    target: Rows | None
+    model: Callable[[], models.LoadedModel]
+
+    @property
+    def wanted(self) -> Rows:
+        """The target rows.
+
+        Raises:
+            UsageError: when there are none.
+        """
+        if self.target is None:
+            raise UsageError(f"--method {self.config.method} compares with target rows; name them with --target FILE")
+        return self.target
+
+    @property
+    def features_folder(self) -> Path:
+        """Where features are kept."""
+        return self.config.features.folder or self.run.path("features")
+
+
+def subtask_groups(target: Rows) -> tuple[list[str], Tensor]:
+    """Names of the subtasks, sorted, and the subtask int64 [m] of each usable target row; "target" without one."""
+    rows = [target.pool[int(i)] for i in np.flatnonzero(target.usable)]
+    named = [row.subtask or "target" for row in rows]
+    names = sorted(set(named))
+    return names, torch.tensor([names.index(name) for name in named])
+
+
+def from_similarity(
+    context: Context, similarity: Tensor, *, formula: Mapping[str, Any], good: Tensor | None = None, tokens: int = 0
+) -> Scored:
+    """Scores from the similarity of pool rows to target rows, over the whole pool.
+
+    Args:
+        context: what is being scored.
+        similarity: float32 [usable pool rows, usable target rows].
+        formula: see `Scored`.
+        good: bool [usable pool rows]; the others are marked "nonfinite" and have no score.
+        tokens: see `Scored`.
+    """
+    pool, how = context.pool, context.config.aggregate
+    names, groups = subtask_groups(context.wanted)
+    usable = torch.from_numpy(np.flatnonzero(pool.usable))
+    columns, of = (
+        (subtask_means(similarity, groups), torch.arange(len(names)))
+        if AGGREGATIONS[how].means
+        else (similarity, groups)
+    )
+    values = aggregate(columns, of, how, keys=[pool.keys[i] for i in usable.tolist()], eligible=good)
+    bad = [] if good is None else usable[~good].tolist()
+    whole = spread(similarity, usable, len(pool))
+    whole[bad] = float("nan")
+    return Scored(
+        scores=spread(values, usable, len(pool)),
+        formula=formula,
+        status=dict.fromkeys(bad, "nonfinite"),
+        similarity=whole,
+        subtasks={name: whole[:, groups == i].mean(1) for i, name in enumerate(names)},
+        tokens=tokens,
+    )
+
+
+def spread(values: Tensor, rows: Tensor, n: int) -> Tensor:
+    """`values` [k, ...] of the pool rows `rows` int64 [k] as float32 [n, ...], NaN elsewhere."""
+    return torch.full((n, *values.shape[1:]), float("nan")).index_copy(0, rows, values.float())
+
+
+def no_scores(pool: Rows) -> Tensor:
+    """float32 [n], all NaN: the scores of a method that draws at random."""
+    return torch.full((len(pool),), float("nan"))
+
+
+def candidates(pool: Rows, scored: Scored | None = None) -> Candidates:
+    """The rows that may be chosen: usable and, where rows have scores, with a finite one and no status against it."""
+    eligible, scores = torch.from_numpy(pool.usable), None
+    if scored is not None:
+        for row in scored.status:
+            eligible[row] = False
+        if scored.scores.isfinite().any():
+            eligible &= scored.scores.isfinite()
+            scores = torch.where(eligible, scored.scores, 0.0)
+    return Candidates(
+        # rows of equal content tie by their id
+        keys=[f"{key} {identity}" for key, identity in zip(pool.keys, pool.pool.ids, strict=True)],
+        scores=scores,
+        sources=pool.pool.sources,
+        tokens=pool.scan.tokens,
+        supervised=pool.scan.supervised,
+        eligible=eligible,
+    )

@@ -1,0 +1,82 @@
+"""The functions of a method's file: `score`, and those that it may have besides. Without one, its default stands here.
+
+A method is added with one file (see `pipelines.settings.methods.Method` for its record) and one line in `SCORERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipelines.rows.rows import Rows
+from pipelines.select.scored import Context, Scored
+from pipelines.settings.methods import SCORERS
+from pipelines.settings.select import SelectConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """What scores cost, known before they are computed.
+
+    Attributes:
+        whole: tokens of the whole run, by the label of their progress bar.
+        left: what is not done yet of them.
+        bytes: what the features will occupy on disk.
+    """
+
+    whole: Mapping[str, float] = field(default_factory=dict)
+    left: Mapping[str, float] = field(default_factory=dict)
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of `datatools explain`: why this row of a finished run?
+
+    Attributes:
+        config: the run's settings.
+        folder: the run's folder.
+        pool: its pool.
+        target: its target rows.
+        index: the pool row.
+    """
+
+    config: SelectConfig
+    folder: Path
+    pool: Rows
+    target: Rows
+    index: int
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The functions of one method.
+
+    Attributes:
+        score: scores the pool.
+        work: what that costs.
+        check: raises a UsageError for settings that it cannot work with, before anything is read.
+        reuse: flags with which another run computes none of the features again, for a finished run in `config.out`.
+        nearest: float32 [m], the similarity of a pool row to each usable target row; None if it compares with none.
+        layers: which layers carry the similarity with some target rows (rows of `target`), as
+            `[{"layer": ..., "cosine": ...}]`.
+    """
+
+    score: Callable[[Context], Scored]
+    work: Callable[[Context], Work] = lambda context: Work()
+    check: Callable[[SelectConfig], None] = lambda config: None
+    reuse: Callable[[SelectConfig], list[str]] = lambda config: []
+    nearest: Callable[[Asked], Tensor] | None = None
+    layers: Callable[[Asked, list[int]], list[dict[str, Any]]] = lambda asked, rows: []
+
+
+def scorer(name: str) -> Scorer:
+    """The functions of the method `name`; its module is imported."""
+    module = import_module(SCORERS[name])
+    optional = ("work", "check", "reuse", "nearest", "layers")
+    return Scorer(module.score, **{part: getattr(module, part) for part in optional if hasattr(module, part)})

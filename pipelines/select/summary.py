@@ -1,0 +1,197 @@
+"""What `summary.json` says about a selection; the report is drawn from it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from datatools import AGGREGATIONS, Selection
+from pipelines.rows.row import Row
+from pipelines.rows.rows import Rows
+from pipelines.runs.provenance import peak_rss_bytes, versions
+from pipelines.runs.redact import command_line
+from pipelines.select.scored import Context, Scored, subtask_groups
+from pipelines.settings.methods import known
+from pipelines.settings.select import SelectConfig
+
+SHOWN_CHARACTERS = 600  # of a row's text in summary and report
+EXAMPLES = 10  # best and worst rows shown
+
+
+def summarise(
+    context: Context, scored: Scored, selection: Selection, order: Mapping[int, int], before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything but the digest of the selection; `order` is row -> rank, `before` the estimate of the cost."""
+    config, current, pool = context.config, context.run, context.pool
+    chosen = [int(i) for i in selection.indices]
+    ranked = list(order)
+    target = context.target
+    scored_text = dict(scored.formula)
+    stages: list[dict[str, Any]] = [dict(stage) for stage in current.stages]
+    names, groups = subtask_groups(target) if target is not None else ([], torch.zeros(0, dtype=torch.int64))
+    model: dict[str, Any] = {"name": config.model.name}
+    if "model" in known(config.method).needs:
+        loaded = context.model().model
+        model["parameters"] = sum(p.numel() for p in loaded.parameters())
+    return {
+        "title": " from ".join(_names(paths) for paths in (config.target, config.train.paths) if paths),
+        "command": command_line(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "method": config.method,
+        "formula": {
+            "name": scored_text.get("name", config.method),
+            "text": scored_text.get("text", ""),
+            "notes": _notes(config, scored_text),
+        },
+        "model": {**model, **scored.coverage},
+        "warnings": _warnings(context, scored, chosen),
+        "cost": {
+            "before": dict(before),
+            "after": {
+                "rows": int(pool.usable.sum()),
+                "tokens": max(0, round(scored.tokens - before.get("given", 0))),
+                "seconds": current.seconds,
+                "bytes": scored.feature_bytes,
+                "peak_rss_bytes": peak_rss_bytes(),
+            },
+            "stages": stages,
+        },
+        "pool": {
+            "rows": len(pool),
+            "tokens": pool.tokens(),
+            "supervised_tokens": int(pool.scan.supervised[pool.usable].sum()),
+            "files": [{"path": f.path, "rows": f.rows, "bytes": f.bytes, "digest": f.digest} for f in pool.pool.files],
+            "bad": _bad_counts(pool),
+            "duplicates": len(pool.twins),
+            "flags": {flag: pool.scan.flags[flag] for flag in sorted(pool.scan.flags)},
+            "cut_tokens": int(pool.scan.cut.sum()),
+            "cut_rows": int((pool.scan.cut > 0).sum()),
+        },
+        "target": None
+        if target is None
+        else {
+            "rows": int(target.usable.sum()),
+            "files": [
+                {"path": f.path, "rows": f.rows, "bytes": f.bytes, "digest": f.digest} for f in target.pool.files
+            ],
+            "subtasks": [{"name": name, "rows": int((groups == i).sum())} for i, name in enumerate(names)],
+        },
+        "budget": {"asked": config.budget, "rows": len(chosen), "tokens": int(pool.scan.tokens[chosen].sum())},
+        "sources": _sources(pool, chosen),
+        "best": [_example(context, scored, order, i) for i in ranked[:EXAMPLES]],
+        "worst": [_example(context, scored, order, i) for i in ranked[::-1][:EXAMPLES]],
+        "checkpoints": scored.checkpoints,
+        "seeds": {"seed": config.seed},
+        "versions": versions(),
+    }
+
+
+def ranking(pool: Rows, scored: Scored) -> dict[int, int]:
+    """Row -> rank by score, 1 the best; rows without a score have none."""
+    rows = [
+        i
+        for i in range(len(pool))
+        if pool.status[i] == "ok" and i not in scored.status and math.isfinite(scored.scores[i])
+    ]
+    rows.sort(key=lambda i: (-float(scored.scores[i]), pool.keys[i], pool.pool.ids[i]))
+    return {row: place for place, row in enumerate(rows, start=1)}
+
+
+def nearest(context: Context, scored: Scored, index: int) -> tuple[Row, float] | None:
+    """The target row that this pool row is most similar to."""
+    if scored.similarity is None or context.target is None or not scored.similarity[index].isfinite().all():
+        return None
+    best = int(scored.similarity[index].argmax())
+    place = int(np.flatnonzero(context.target.usable)[best])
+    return context.target.pool[place], float(scored.similarity[index, best])
+
+
+def _notes(config: SelectConfig, formula: Mapping[str, Any]) -> list[str]:
+    """What a reader must know beside the formula."""
+    notes = [f"update: {formula['settings']}"] if "settings" in formula else []
+    if AGGREGATIONS[config.aggregate].places and "target" in known(config.method).needs:
+        notes.append(f"aggregate={config.aggregate}: the score is a place in an order, 1 for the first, and no cosine")
+    return notes
+
+
+def _names(paths: Sequence[str]) -> str:
+    """`gsm8k/dev.jsonl, ...`: the last two parts of the first path."""
+    shown = "/".join(Path(paths[0]).parts[-2:])
+    return shown if len(paths) == 1 else f"{shown} and {len(paths) - 1} more"
+
+
+def _example(context: Context, scored: Scored, order: Mapping[int, int], index: int) -> dict[str, Any]:
+    row = context.pool.pool[index]
+    near = nearest(context, scored, index)
+    return {
+        "rank": order[index],
+        "score": float(scored.scores[index]),
+        "source": row.source,
+        "id": row.id,
+        "where": context.pool.pool.where(index),
+        "prompt": _short(row.question),
+        "answer": _short(row.answer),
+        "nearest": None
+        if near is None
+        else {
+            "id": near[0].id,
+            "similarity": near[1],
+            "prompt": _short(near[0].question),
+            "answer": _short(near[0].answer),
+        },
+    }
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+
+
+def _sources(pool: Rows, chosen: Sequence[int]) -> list[dict[str, Any]]:
+    all_rows = Counter(pool.pool.sources[int(i)] for i in np.flatnonzero(pool.usable))
+    taken = Counter(pool.pool.sources[i] for i in chosen)
+    total = sum(all_rows.values())
+    return [
+        {
+            "source": source,
+            "pool_rows": count,
+            "selected_rows": taken[source],
+            "pool_share": count / total,
+            "selected_share": taken[source] / max(1, len(chosen)),
+        }
+        for source, count in sorted(all_rows.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def _bad_counts(rows: Rows) -> list[dict[str, Any]]:
+    first: dict[str, str] = {}
+    for bad in rows.bad:
+        first.setdefault(bad.reason, f"{bad.file}:{bad.line}")
+    counts = Counter(bad.reason for bad in rows.bad)
+    return [{"reason": reason, "count": counts[reason], "example": where} for reason, where in sorted(first.items())]
+
+
+def _warnings(context: Context, scored: Scored, chosen: Sequence[int]) -> list[str]:
+    pool, found = context.pool, list(context.run.warnings)
+    share = scored.coverage.get("seen_share", 1.0)
+    if share < 0.5:
+        found.append(
+            f"only {share:.1%} of the trainable parameters are seen; features.method=loop sees all of them, slowly"
+        )
+    texts = Counter(pool.keys[i] for i in chosen)
+    repeated = sum(count - 1 for count in texts.values())
+    if repeated:
+        found.append(f"{repeated} chosen rows repeat the content of another chosen row; --dedup exact leaves them out")
+    dead = Counter(scored.status.values())
+    found += [f"{count} rows have status {status} and were not scored" for status, count in sorted(dead.items())]
+    if pool.scan.flags.get("control_token_in_text"):
+        found.append(
+            f"{pool.scan.flags['control_token_in_text']} rows hold the template's control tokens in their text"
+        )
+    return found

@@ -1,0 +1,102 @@
+"""The warm-up of LESS: a short training run on a random share of the pool, at whose checkpoints gradients are taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from datatools import DataError, files
+from pipelines.models.base import unload
+from pipelines.models.lora import add_lora
+from pipelines.runs.progress import progress
+from pipelines.runs.seeds import derive_seed
+from pipelines.select.scored import Context
+from pipelines.settings.select import SelectConfig
+from pipelines.training import checkpoint_files, checkpoints, fit
+
+
+def warm_up_rows(context: Context) -> list[int]:
+    """The pool rows of the warm-up: those it began with, or a random share drawn by content.
+
+    A pool that has grown since keeps its warm-up: its rows, and so its checkpoints.
+
+    Raises:
+        DataError: when some of those are no longer in the pool.
+    """
+    config, pool = context.config, context.pool
+    manifest = context.run.path("warmup", "rows.json")
+    if manifest.is_file():
+        by_key = {key: i for i, key in enumerate(pool.keys) if key}
+        recorded = files.read_json(manifest)["keys"]
+        if gone := [key for key in recorded if key not in by_key]:
+            raise DataError(f"{len(gone)} of {len(recorded)} warm-up rows are no longer in the pool; use --overwrite")
+        return [by_key[key] for key in recorded]
+    usable = np.flatnonzero(pool.usable)
+    count = min(len(usable), max(config.warmup.minimum_rows, int(config.warmup.fraction * len(usable) + 1e-9)))
+    # by content, so that the order of the input files does not change the sample
+    ordered = sorted(usable.tolist(), key=lambda i: pool.keys[i])
+    generator = np.random.Generator(np.random.Philox(derive_seed(config.seed, "warm-up rows")))
+    return [ordered[i] for i in generator.permutation(len(ordered))[:count]]
+
+
+def warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
+    """The checkpoints to take gradients at: the user's, or those of a warm-up on a random share of the pool."""
+    config, run, pool = context.config, context.run, context.pool
+    if config.checkpoints:
+        return checkpoints.find(config.checkpoints), 0
+    folder = run.path("warmup")
+    recipe = config.warmup
+    manifest = folder / "rows.json"
+    with run.stage("warm-up"):
+        rows = warm_up_rows(context)
+        if not manifest.is_file():
+            files.make_folder(folder)
+            files.write_json(manifest, {"keys": [pool.keys[i] for i in rows]})
+        steps = fit.planned_steps(len(rows), recipe)
+        tokens = int(pool.scan.tokens[rows].sum()) * recipe.epochs
+        stops = fit.planned_checkpoints(len(rows), recipe)
+        if len(checkpoint_files.checkpoints(folder, stops)) < len(stops):
+            loaded = context.model()
+            wrapped = add_lora(loaded.model, config.lora, seed=derive_seed(config.seed, "lora"))
+            with progress(f"warm-up on {len(rows)} rows", steps, "steps") as bar:
+                fit.fit(
+                    wrapped,
+                    pool.item,
+                    rows,
+                    recipe,
+                    folder,
+                    seed=derive_seed(config.seed, "warm-up"),
+                    save="epoch",
+                    advance=bar.advance,
+                )
+            unload(wrapped)
+    found = checkpoints.find([folder])
+    kept = found[-recipe.checkpoints :] if recipe.checkpoints else found
+    total = sum(c.mean_lr for c in kept)
+    return [checkpoints.Checkpoint(c.folder, c.step, c.mean_lr, c.mean_lr / total) for c in kept], tokens
+
+
+def warm_up_to_come(context: Context) -> tuple[tuple[int, int], int, list[int]]:
+    """Tokens of the warm-up, in all and left; its rows (0: there is none); the steps at which gradients are taken."""
+    config, pool = context.config, context.pool
+    if config.checkpoints:
+        return (0, 0), 0, [c.step for c in checkpoints.find(config.checkpoints)]
+    recipe, rows = config.warmup, warm_up_rows(context)
+    steps = fit.planned_checkpoints(len(rows), recipe)
+    there = [
+        step
+        for step in steps
+        if (context.run.path("warmup") / f"checkpoint-{step}" / checkpoint_files.COMPLETE).is_file()
+    ]
+    tokens = int(pool.scan.tokens[rows].sum()) * recipe.epochs
+    left = tokens - tokens * max(there, default=0) // steps[-1]
+    return (tokens, left), len(rows), steps[-recipe.checkpoints :] if recipe.checkpoints else steps
+
+
+def stops(config: SelectConfig, folder: Path) -> list[checkpoints.Checkpoint]:
+    """The checkpoints that count in the scores of the run in `folder`."""
+    found = checkpoints.find(config.checkpoints or [folder / "warmup"])
+    if not config.checkpoints and config.warmup.checkpoints:
+        found = found[-config.warmup.checkpoints :]
+    return found

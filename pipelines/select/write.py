@@ -1,0 +1,70 @@
+"""What a selection writes: the chosen rows, two tables and `summary.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from datatools import SELECTORS, Selection, files
+from pipelines.runs import verdicts
+from pipelines.select.columns import score_columns, selected_columns
+from pipelines.select.scored import Context, Scored
+from pipelines.select.summary import nearest, ranking, summarise
+from pipelines.settings import redaction
+from pipelines.settings.methods import known
+
+
+def write(context: Context, scored: Scored, selection: Selection, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Write everything; an audit of the same rows is kept.
+
+    Returns:
+        The summary.
+    """
+    current, pool = context.run, context.pool
+    chosen = [int(i) for i in selection.indices]
+    why = _reasons(context, scored, selection)
+    digest = verdicts.digest_of_lines(pool.pool.raw(index) for index in chosen)
+    audit = verdicts.kept(current.folder, digest)
+    verdicts.set_aside(current.folder, digest)
+    with files.atomic_path(current.path(verdicts.SELECTED)) as path, open(path, "wb") as out:
+        for index in chosen:
+            out.write(pool.pool.raw(index) + b"\n")
+    order = ranking(pool, scored)
+    _write_table(current.path("scores.parquet"), score_columns(context, scored, chosen, order))
+    _write_table(current.path("selected.parquet"), selected_columns(context, scored, selection, order, why))
+    current.provenance["selection"] = {
+        "method": context.config.method,
+        "rows": len(chosen),
+        "keys_digest": files.digest("\n".join(pool.keys[i] for i in chosen).encode()),
+    }
+    summary = summarise(context, scored, selection, order, before)
+    summary |= {"selection": {"digest": digest}, "audit": audit}
+    summary = dict(redaction.hide_all(summary))
+    files.write_json(current.path("summary.json"), summary)
+    names = ("selected.jsonl", "selected.parquet", "scores.parquet", "summary.json")
+    current.provenance["outputs"] = {name: files.digest_file(current.path(name)) for name in names}
+    return summary
+
+
+def _reasons(context: Context, scored: Scored, selection: Selection) -> list[str]:
+    """One sentence per chosen row."""
+    reasons = []
+    by_score = SELECTORS[context.config.selector or known(context.config.method).selector].scores
+    for place, index in enumerate(int(i) for i in selection.indices):
+        near = nearest(context, scored, index)
+        if near is not None and (by_score or selection.why is None):
+            reasons.append(f"most similar to target row {near[0].id} ({near[1]:.4f})")
+        elif selection.why is not None:
+            reasons.append(selection.why[place])
+        else:
+            reasons.append(f"score {float(scored.scores[index]):.6g}")
+    return reasons
+
+
+def _write_table(path: Path, columns: Mapping[str, Any]) -> None:
+    with files.atomic_path(path) as aside:
+        pq.write_table(pa.table(dict(columns)), aside, compression="zstd")
