@@ -24,6 +24,7 @@ from pipelines.rows.prepare import prepare
 from pipelines.select import audit
 from pipelines.select import run as select
 from pipelines.select.scored import Scored
+from pipelines.select.verdict import verdict
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.demo import DemoConfig
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
@@ -583,7 +584,7 @@ def test_the_verdict_says_what_the_numbers_say(ours, theirs, words):
     """Paired by seed; `better` only where the whole interval is on one side."""
     import re
 
-    assert re.search(words, audit.verdict({"selected": ours, "random": theirs}))
+    assert re.search(words, verdict({"selected": ours, "random": theirs}))
 
 
 def test_a_killed_audit_keeps_its_arms(command, world, selection, judged, tmp_path):

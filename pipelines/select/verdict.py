@@ -1,0 +1,110 @@
+"""What an audit says: the table of its arms, and a verdict in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from datatools import t_interval
+from pipelines.report.view import FEWEST_RUNS
+from pipelines.settings.audit import AuditConfig
+from pipelines.settings.methods import FULL
+
+SELECTED, BASE = "selected", "untrained"
+
+
+def summarise(base: dict[str, Any], results: list[dict[str, Any]], config: AuditConfig) -> dict[str, Any]:
+    """The audit's table: mean held-out loss of each arm with its interval over seeds, and a verdict in words."""
+    by_arm: dict[str, list[float]] = {}
+    for result in results:
+        by_arm.setdefault(result["arm"], []).append(float(result["loss"]))
+    ours = by_arm[SELECTED]
+    table = [
+        {
+            "arm": BASE,
+            "mean": base["loss"],
+            "low": None,
+            "high": None,
+            "n": 1,
+            "delta_vs_selected": base["loss"] - t_interval(ours)[0],
+        }
+    ]
+    for arm, values in by_arm.items():
+        mean, low, high = t_interval(values)
+        table.append(
+            {
+                "arm": arm,
+                "mean": mean,
+                "low": low,
+                "high": high,
+                "n": len(values),
+                "delta_vs_selected": mean - t_interval(ours)[0],
+            }
+        )
+    return {
+        "metric": "held-out loss",
+        "test_rows": base["rows"],
+        "test_tokens": base["tokens"],
+        "rows": results,
+        "table": table,
+        "verdict": verdict(by_arm),
+        "recipe": config.training.model_dump(mode="json"),
+    }
+
+
+def verdict(by_arm: dict[str, list[float]]) -> str:
+    """One plain sentence per baseline: better, worse, or not told apart by these seeds.
+
+    Runs of equal seed are compared. Fewer than three such pairs tell nothing apart, whatever their interval says.
+    """
+    ours = by_arm[SELECTED]
+    said = []
+    for arm, theirs in by_arm.items():
+        if arm == SELECTED:
+            continue
+        paired = [b - a for a, b in zip(ours, theirs, strict=False)]
+        mean, low, high = t_interval(paired)
+        name = "the whole pool in one epoch" if arm == FULL else arm
+        word = "below" if mean > 0 else "above"
+        if len(paired) < 2 or low is None or high is None:
+            said.append(f"{abs(mean):.4f} {word} {name} (one seed: no interval)")
+        elif len(paired) < FEWEST_RUNS:
+            said.append(f"{abs(mean):.4f} {word} {name} on average ({len(paired)} seeds: too few to tell them apart)")
+        elif low > 0:
+            said.append(f"better than {name} by {mean:.4f} (95 % {low:.4f} to {high:.4f}, {len(paired)} seeds)")
+        elif high < 0:
+            said.append(f"WORSE than {name} by {-mean:.4f} (95 % {-high:.4f} to {-low:.4f}, {len(paired)} seeds)")
+        else:
+            said.append(
+                f"not told apart from {name}: {abs(mean):.4f} {word}, 95 % {low:.4f} to {high:.4f}, {len(paired)} seeds"
+            )
+    return "The selection is " + "; ".join(said) + "." if said else "No baseline was asked for."
+
+
+def print_table(audit: dict[str, Any], console: Console) -> None:
+    """The audit at 80 columns, on stdout."""
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"held-out loss, {audit['test_rows']} rows, {audit['test_tokens']:,} tokens"
+    )
+    table.add_column("trained on")
+    for name in ("mean", "95 % interval", "seeds", "minus selected"):
+        table.add_column(name, justify="right")
+    for arm in sorted(audit["table"], key=lambda a: a["mean"]):
+        spread = "" if arm["low"] is None else f"{arm['low']:.4f} to {arm['high']:.4f}"
+        delta = "" if arm["arm"] == SELECTED else f"{arm['delta_vs_selected']:+.4f}"
+        style = "bold" if arm["arm"] == SELECTED else None
+        table.add_row(
+            "full (1 epoch)" if arm["arm"] == FULL else arm["arm"],
+            f"{arm['mean']:.4f}",
+            spread,
+            str(arm["n"]),
+            delta,
+            style=style,
+        )
+    console.print(table)
+    if audit.get("leaked"):
+        console.print(f"LEAKED: {audit['leaked']}.", style="bold red", highlight=False, markup=False)
+    console.print(audit["verdict"], soft_wrap=False, highlight=False)
