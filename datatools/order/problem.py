@@ -32,6 +32,10 @@ class Parts(tuple[Any, ...]):
     __slots__ = ()
 
 
+HVP_IN_GRADIENTS = 4.0
+"""What a Hessian-vector product costs in batch gradients, for plans (spec B.2: 2 to 4; the upper end)."""
+
+
 @dataclass
 class Cost:
     """What an estimator spent: passes over one batch. A gradient is the unit; forward passes count a third of it."""

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from datatools.errors import DataError, UsageError, did_you_mean
 from datatools.files.order_file import check_permutation
-from datatools.order.estimators.pairwise import Pairwise
 from datatools.order.estimators.surrogate import Surrogate
 
 Permutation = NDArray[np.int64]  # [T], places of the reference's sequence
@@ -91,13 +90,13 @@ def search(
     Raises: UsageError for an unknown method, or a start that is no permutation of the reference; DataError where no
     order that was scored has a finite estimate.
     """
-    if method not in METHODS:
-        raise UsageError(f"order: no search is called {method!r}{did_you_mean(method, METHODS)}")
+    if method not in SEARCHES:
+        raise UsageError(f"order: no search is called {method!r}{did_you_mean(method, SEARCHES)}")
     if budget < 1 or keep < 1:
         raise UsageError(f"order: a search of {budget} orders that keeps {keep}; both must be at least 1")
     scorer = _Scorer(surrogate, budget, keep, advance)
     given = [np.arange(len(surrogate.sequence))] + [places(start, surrogate.sequence) for start in starts]
-    METHODS[method](scorer, given, np.random.default_rng(seed))
+    SEARCHES[method](scorer, given, np.random.default_rng(seed))
     if not scorer.best:
         raise DataError(
             f"order: none of the {scorer.used:,} orders that were scored has a finite estimate: the estimated runs "
@@ -134,8 +133,8 @@ def borda_order(surrogate: Surrogate, scorer: _Scorer | None = None, *, seed: in
     random orders (at most half the budget).
     """
     steps = len(surrogate.sequence)
-    if isinstance(surrogate, Pairwise):
-        matrix = surrogate.matrix().numpy()
+    if (costs := surrogate.matrix()) is not None:
+        matrix = costs.numpy()
         labels = np.asarray(surrogate.sequence)
         # matrix[i, j] is the cost of i before j: the lowest sum over all others goes first
         return np.argsort(matrix[labels][:, labels].sum(1), kind="stable").astype(np.int64)
@@ -181,7 +180,7 @@ def _local(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator)
     while scorer.left > 0 and len(moves):
         current = queue.pop(0) if queue else rng.permutation(steps)
         value = float(scorer(current[None])[0])
-        batch = 64 if not isinstance(scorer.surrogate, Pairwise) else 256
+        batch = scorer.surrogate.together
         improved = True
         while improved and scorer.left > 0:
             improved = False
@@ -249,7 +248,7 @@ def _genetic(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generato
         population, scores = np.concatenate([population[elites], made]), np.concatenate([scores[elites], scorer(made)])
 
 
-METHODS: dict[str, Callable[[_Scorer, list[Permutation], np.random.Generator], None]] = {
+SEARCHES: dict[str, Callable[[_Scorer, list[Permutation], np.random.Generator], None]] = {
     "local": _local,
     "genetic": _genetic,
     "borda": _borda,

@@ -377,7 +377,7 @@ def surrogate(setting: Setting, name: str, number: int = 0) -> order.Surrogate:
     folder = setting.run.path("surrogates", f"{name}-{number:02d}-{asked[:12]}")
     if (folder / "meta.json").is_file():
         try:
-            return order.Surrogate.load(folder, run_, setting.problem)
+            return order.load_surrogate(folder, run_, setting.problem)
         except sealed.Damaged as error:
             _again(error)
     label = f"{name} ({number + 1})"

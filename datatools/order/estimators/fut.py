@@ -15,18 +15,19 @@ Differs: derivatives of Gamma go through the rule itself (`torch.func.jvp`), so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from datatools.errors import EnvironmentProblem, UsageError
 from datatools.order.estimators.layout import Layout
-from datatools.order.estimators.surrogate import LIMIT_BYTES, Surrogate
-from datatools.order.problem import Params, Problem
+from datatools.order.estimators.question import Question
+from datatools.order.estimators.surrogate import DRIFT_LIMIT, LIMIT_BYTES, Surrogate
+from datatools.order.problem import Cost, Params, Problem
 from datatools.order.recipe import Recipe
 from datatools.order.reference_run import Anchor, ReferenceRun
 from datatools.projectors import SJLT
@@ -40,6 +41,16 @@ class Table(Surrogate):
     """The estimate of `precompute`; `final(order)` gives its parameters, `score` the held-out loss there."""
 
     name: ClassVar[str] = "table"
+    title: ClassVar[str] = "the published method (FUT, FUT++): updates with the reference's moments, a baseline"
+    once: ClassVar[str] = "T gradients per batch"
+    each: ClassVar[str] = "T steps of the rule"
+    source: ClassVar[str] = "arXiv 2505.22042"
+    limits: ClassVar[Mapping[str, float]] = {"drift": DRIFT_LIMIT, "frozen": 0.5, "sketch": 0.2}
+    """`frozen` is the share of an update that stays with the reference's batches. `sketch`, the relative error of
+    projected terms and so of what tells orders apart, is limited as the `replay` of `moments` is.
+    """
+    every_step: ClassVar[bool] = True
+    keeps_gradients: ClassVar[bool] = True
 
     reference: ReferenceRun
     problem: Problem
@@ -50,6 +61,28 @@ class Table(Surrogate):
     sketch_error: float = 0.0  # root mean square of ||R^T R Gamma - Gamma|| / ||Gamma||
     drifts: dict[tuple[int, ...], float] = field(default_factory=dict)
     """The largest drift of orders that were scored."""
+
+    @classmethod
+    def precompute(cls, reference: ReferenceRun, problem: Problem, **options: Any) -> Table:
+        """See the function `precompute`."""
+        return precompute(reference, problem, **options)
+
+    @classmethod
+    def options(cls, question: Question) -> dict[str, Any]:
+        """The projection, where one is asked for."""
+        settings = question.settings
+        return {"projection": settings.table_projection, "seed": settings.seed} if settings.table_projection else {}
+
+    @classmethod
+    def expected(cls, question: Question) -> Cost:
+        """A gradient per step and batch, which are kept, whole or projected."""
+        terms = question.steps * question.batches
+        return Cost(gradients=terms, bytes=4 * terms * (question.settings.table_projection or question.parameters))
+
+    @classmethod
+    def depends_on(cls, question: Question) -> dict[str, Any]:
+        """On the projection alone."""
+        return {"projection": question.settings.table_projection}
 
     def final(self, sequence: Sequence[int]) -> Params:
         """The estimated parameters after the last step."""

@@ -10,14 +10,15 @@ but its mean, so read the ranking and not the number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from datatools.errors import UsageError
+from datatools.order.estimators.question import Question, Settings
 from datatools.order.estimators.surrogate import Surrogate
 from datatools.order.problem import Cost, Problem
 from datatools.order.recipe import train
@@ -30,10 +31,51 @@ class Groups(Surrogate):
     """groups: [n], the group of each batch. measured: [G, G], W (the diagonal is not used)."""
 
     name: ClassVar[str] = "groups"
+    title: ClassVar[str] = "blocks of domains, whose effect on each other is measured"
+    once: ClassVar[str] = "G (G - 1) short runs"
+    each: ClassVar[str] = "T G numbers"
+    source: ClassVar[str] = "own"
+    limits: ClassVar[Mapping[str, float]] = {"mixing": 0.2}
+    """`mixing` is how far an order is from the blocks that were measured: 0 in blocks, about 1 in a random order."""
+    by_source: ClassVar[bool] = True
 
     groups: Tensor
     measured: Tensor
     constant: float
+
+    @classmethod
+    def precompute(cls, reference: ReferenceRun, problem: Problem, **options: Any) -> Groups:
+        """See the function `precompute`."""
+        return precompute(reference, problem, **options)
+
+    @classmethod
+    def options(cls, question: Question) -> dict[str, Any]:
+        """The groups are the sources."""
+        names = sorted(set(question.sources))
+        return {"groups": [names.index(source) for source in question.sources]}
+
+    @classmethod
+    def expected(cls, question: Question) -> Cost:
+        """Two blocks for every ordered pair of sources."""
+        names = set(question.sources)
+        block = min(list(question.sources).count(name) for name in names)
+        return Cost(gradients=len(names) * (len(names) - 1) * 2 * block, bytes=8 * question.parameters)
+
+    @classmethod
+    def fast(cls, settings: Settings) -> bool:
+        """A score is a sum of numbers."""
+        return True
+
+    @classmethod
+    def depends_on(cls, question: Question) -> dict[str, Any]:
+        """On no setting of its own."""
+        return {}
+
+    @classmethod
+    def check(cls, question: Question) -> None:
+        """Refuse batches of one source. Raises: UsageError."""
+        if len(set(question.sources)) < 2:
+            raise UsageError("estimator groups: all batches are of one source; there is nothing to order")
 
     def _scores(self, sequences: Tensor) -> Tensor:
         return self.constant + self._pairs(self.groups[sequences])

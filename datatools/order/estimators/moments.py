@@ -21,17 +21,18 @@ in one of four ways:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from datatools.errors import EnvironmentProblem, UsageError
 from datatools.order.estimators.layout import Layout
-from datatools.order.estimators.surrogate import LIMIT_BYTES, Surrogate, random_orders
+from datatools.order.estimators.question import Question
+from datatools.order.estimators.surrogate import CURVATURE_LIMIT, DRIFT_LIMIT, LIMIT_BYTES, Surrogate, random_orders
 from datatools.order.problem import Cost, Diverged, Params, Problem
 from datatools.order.recipe import Recipe, States
 from datatools.order.reference_run import ReferenceRun
@@ -72,6 +73,16 @@ class Moments(Surrogate):
     """
 
     name: ClassVar[str] = "moments"
+    title: ClassVar[str] = "the order's own moments, stepped by the rule on stored gradients"
+    once: ClassVar[str] = "a gradient per batch and anchor"
+    each: ClassVar[str] = "T steps of the rule"
+    source: ClassVar[str] = "own"
+    limits: ClassVar[Mapping[str, float]] = {"curvature": CURVATURE_LIMIT, "drift": DRIFT_LIMIT, "replay": 0.2}
+    """`replay` is measured, along the held-out gradient: the error about the reference order, whose truth is known,
+    over what tells orders apart (the function `replay`). Its limit is where rankings of a small Llama cease to hold
+    (`python -m tests.benchmarks.order --rates 1e-4,3e-4,1e-3,3e-3`).
+    """
+    keeps_gradients: ClassVar[bool] = True
 
     reference: ReferenceRun
     problem: Problem
@@ -80,6 +91,17 @@ class Moments(Surrogate):
     replay: float = 0.0
     paths: dict[tuple[int, ...], dict[str, float]] = field(default_factory=dict)
     """The indicators of orders that were scored."""
+
+    @classmethod
+    def precompute(cls, reference: ReferenceRun, problem: Problem, **options: Any) -> Moments:
+        """See the function `precompute`."""
+        return precompute(reference, problem, **options)
+
+    @classmethod
+    def expected(cls, question: Question) -> Cost:
+        """A gradient per batch and anchor, which are kept."""
+        kept = question.settings.anchors * question.batches
+        return Cost(gradients=kept + question.held_out, bytes=4 * kept * question.parameters)
 
     def final(self, sequence: Sequence[int | None]) -> Params:
         """The estimated parameters after the last step; a step whose batch is None is left out."""

@@ -17,9 +17,9 @@ costs k^2. The held-out loss is its quadratic model in the same coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +28,9 @@ from datatools.errors import EnvironmentProblem, UsageError
 from datatools.order.estimators import moments
 from datatools.order.estimators.layout import Layout
 from datatools.order.estimators.linear import linearised
-from datatools.order.estimators.pairwise import Second, expected_second_moment, unclipped, used_anchors
-from datatools.order.estimators.surrogate import LIMIT_BYTES, Surrogate
+from datatools.order.estimators.pairwise import Pairwise, Second, expected_second_moment, unclipped, used_anchors
+from datatools.order.estimators.question import Question, Settings
+from datatools.order.estimators.surrogate import CURVATURE_LIMIT, DRIFT_LIMIT, LIMIT_BYTES, Surrogate
 from datatools.order.problem import Cost, Problem
 from datatools.order.reference_run import ReferenceRun
 
@@ -43,6 +44,12 @@ class Reduced(Surrogate):
     """
 
     name: ClassVar[str] = "reduced"
+    title: ClassVar[str] = "the rule replayed on stored gradients, and on how those of a few rows change"
+    once: ClassVar[str] = "a gradient per batch and anchor, and one of a few rows; without rows 2 k gradients per batch"
+    each: ClassVar[str] = "T gradients of the rows; without rows T steps of the rule"
+    source: ClassVar[str] = "own"
+    limits: ClassVar[Mapping[str, float]] = {"curvature": CURVATURE_LIMIT, "drift": DRIFT_LIMIT}
+    keeps_gradients: ClassVar[bool] = True
 
     gradients: Tensor
     matrices: Tensor
@@ -57,6 +64,56 @@ class Reduced(Surrogate):
     loss: float
     slope: Tensor
     bend: Tensor
+
+    @classmethod
+    def precompute(cls, reference: ReferenceRun, problem: Problem, **options: Any) -> Surrogate:
+        """See the function `precompute`."""
+        return precompute(reference, problem, **options)
+
+    @classmethod
+    def options(cls, question: Question) -> dict[str, Any]:
+        """The number of directions, the second moment, and for a frozen one the anchors of `pairwise`."""
+        settings = question.settings
+        return Pairwise.options(question) | {"k": settings.dimensions, "second_moment": settings.second_moment}
+
+    @classmethod
+    def expected(cls, question: Question) -> Cost:
+        """Of the form that the settings ask for: with rows, with directions, or frozen."""
+        settings, n, held, numbers = question.settings, question.batches, question.held_out, question.parameters
+        anchors, k = settings.anchors, settings.dimensions
+        if not cls.freezes(settings) and settings.sample_rows:
+            gradients = anchors * n * (1 + question.share) + question.steps * question.share + held
+            return Cost(gradients=gradients, bytes=8 * anchors * n * numbers)
+        if not cls.freezes(settings):
+            return Cost(gradients=(anchors + 2 * k) * n + held, bytes=4 * (anchors + k) * n * numbers)
+        a = min(settings.pairwise_anchors, anchors)
+        k = min(k, a * n + 3)
+        return Cost(gradients=a * n + held, hvps=k * (a * n + held), bytes=4 * (a * n + k) * numbers)
+
+    @classmethod
+    def per_score(cls, question: Question) -> float:
+        """With rows, a gradient of them at every step."""
+        rows = not cls.freezes(question.settings) and question.settings.sample_rows
+        return super().per_score(question) + (question.steps * question.share if rows else 0.0)
+
+    @classmethod
+    def fast(cls, settings: Settings) -> bool:
+        """Only with a frozen second moment is a score a matter of k numbers."""
+        return cls.freezes(settings)
+
+    @classmethod
+    def freezes(cls, settings: Settings) -> bool:
+        """As the settings say."""
+        return settings.second_moment != "own"
+
+    @classmethod
+    def depends_on(cls, question: Question) -> dict[str, Any]:
+        """Also on its form, and on what that form reads."""
+        settings, frozen = question.settings, cls.freezes(question.settings)
+        rows = min(settings.sample_rows, question.batch_size)
+        known = Pairwise.depends_on(question) if frozen else super().depends_on(question)
+        known |= {"second_moment": settings.second_moment, "rows": None if frozen else rows}
+        return known | {"k": None if not frozen and rows else settings.dimensions}
 
     def _scores(self, sequences: Tensor) -> Tensor:
         x, _ = self._run(sequences)

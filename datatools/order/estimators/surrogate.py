@@ -6,22 +6,22 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any, ClassVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from datatools import files
-from datatools.errors import DataError
 from datatools.files import sealed
 from datatools.files.order_file import check_permutation
+from datatools.order.estimators.linear import check_linear
+from datatools.order.estimators.question import Question, Settings
 from datatools.order.problem import Cost, Problem
 from datatools.order.reference_run import ReferenceRun
 
 FORMAT = 5  # 1 had no `replay`, 2 no sketched tables, 3 a `replay` by distance, 4 no seals
-HVP_WARNING = 0.5  # ||H d|| / ||g|| along the path (spec B.6)
-DRIFT_WARNING = 0.7  # ||gamma_t - theta_t|| / ||theta_t - theta_0|| (spec B.6)
+CURVATURE_LIMIT = 0.5  # ||H d|| / ||g|| along the path (spec B.6)
+DRIFT_LIMIT = 0.7  # ||gamma_t - theta_t|| / ||theta_t - theta_0|| (spec B.6)
 LIMIT_BYTES = 8 << 30  # of the gradients that an estimator keeps, unless its `limit_bytes` says otherwise
 
 
@@ -29,12 +29,86 @@ LIMIT_BYTES = 8 << 30  # of the gradients that an estimator keeps, unless its `l
 class Surrogate(ABC):
     """Predicts the held-out loss at the end of training in any order of the reference's batches; lower is better.
 
-    sequence: the reference's. cost: what it took to make. Scores of orders that are no permutation of it are refused.
+    Scores of orders that are no permutation of the reference's sequence are refused. The class is the record of the
+    estimator: what `datatools order`, `datatools ls estimators`, costs and checks know of it stands here.
+
+    Args:
+        sequence: the reference's sequence of batches.
+        cost: what making the estimate took.
+
+    Attributes:
+        name: in `ESTIMATORS`, in `--estimators` and in saved files.
+        title: what it is, in one line.
+        once: what making it costs, in words.
+        each: what a score costs, in words.
+        source: where the method comes from.
+        limits: each indicator of `trust` -> the value up to which the estimate is taken to hold.
+        every_step: whether it needs an anchor at every step of the reference run.
+        by_source: whether it needs batches of one source each.
+        keeps_gradients: whether it keeps gradients, whose size `LIMIT_BYTES` limits.
+        together: how many orders a local search has scored at a time.
+
     """
 
     name: ClassVar[str]
+    title: ClassVar[str] = ""
+    once: ClassVar[str] = ""
+    each: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    limits: ClassVar[Mapping[str, float]] = {}
+    every_step: ClassVar[bool] = False
+    by_source: ClassVar[bool] = False
+    keeps_gradients: ClassVar[bool] = False
+    together: ClassVar[int] = 64
+
     sequence: tuple[int, ...]
     cost: Cost
+
+    @classmethod
+    @abstractmethod
+    def precompute(cls, reference: ReferenceRun, problem: Problem, **options: Any) -> Surrogate:
+        """The estimate, made from a reference run."""
+
+    @classmethod
+    def options(cls, question: Question) -> dict[str, Any]:
+        """The options of `precompute` that the settings ask for."""
+        return {}
+
+    @classmethod
+    def expected(cls, question: Question) -> Cost:
+        """What making it will take: gradients, products, and the largest block of memory in bytes."""
+        return Cost()
+
+    @classmethod
+    def per_score(cls, question: Question) -> float:
+        """What a score takes, in batch gradients."""
+        return 0.0 if cls.fast(question.settings) else question.held_out / 3
+
+    @classmethod
+    def fast(cls, settings: Settings) -> bool:
+        """Whether a score needs neither the model nor the rule."""
+        return False
+
+    @classmethod
+    def freezes(cls, settings: Settings) -> bool:
+        """Whether it freezes the second moment, and so needs a rule with linear moments and a warm optimizer."""
+        return False
+
+    @classmethod
+    def depends_on(cls, question: Question) -> dict[str, Any]:
+        """The settings that its numbers depend on, in the names of what is kept of it: other values, other files."""
+        return {} if cls.every_step else {"recorded": question.settings.anchors}
+
+    @classmethod
+    def check(cls, question: Question) -> None:
+        """Refuse what cannot be made, before anything is computed.
+
+        Raises:
+            UsageError: for a rule whose moments are not linear, where the second moment is frozen.
+
+        """
+        if cls.freezes(question.settings):
+            check_linear(question.recipe)
 
     def score(self, sequence: Sequence[int]) -> float:
         """The predicted held-out loss of one order. Raises: UsageError when it is no permutation."""
@@ -66,31 +140,13 @@ class Surrogate(ABC):
         meta = {"format": FORMAT, "name": self.name, "reference": reference.digest(), "devices": devices}
         sealed.write_json(folder / "meta.json", meta | {"values": values})
 
-    @staticmethod
-    def load(folder: files.PathLike, reference: ReferenceRun, problem: Problem) -> Surrogate:
-        """Read what `save` wrote, with the reference run that it was made from.
-
-        Raises: DataError for another reference run, and when something is missing or damaged.
-        """
-        folder = Path(folder)
-        meta = sealed.read_json(folder / "meta.json")
-        try:
-            if meta["format"] != FORMAT:
-                raise DataError(f"{folder}: a surrogate of format {meta['format']}, this version reads {FORMAT}")
-            if meta["reference"] != reference.digest():
-                raise DataError(f"{folder}: this surrogate was made from another reference run; make it again")
-            found = sealed.read_tensors(folder / "tensors.safetensors")
-            tensors = {key: found[key].to(device) for key, device in meta["devices"].items()}
-            kinds = {kind.name: kind for kind in Surrogate.__subclasses__()}
-            given = {"reference": reference, "problem": problem}
-            made: Surrogate = _put_together(kinds[meta["name"]], meta["values"], "", tensors, given)
-            return made
-        except (KeyError, TypeError, AttributeError, OSError) as error:
-            raise DataError(f"{folder}: a damaged surrogate ({error!r}); remove it, it is made again") from error
-
     @abstractmethod
     def trust(self, sequence: Sequence[int]) -> dict[str, float]:
-        """Indicators of how far the estimate is from what it rests on, each with a limit in `LIMITS`; small is good."""
+        """Indicators of how far the estimate is from what it rests on, each with a limit in `limits`; small is good."""
+
+    def matrix(self) -> Tensor | None:
+        """What it costs to have batch i before batch j rather than after, [n, n]; None where that is not known."""
+        return None
 
 
 def finite(value: Any) -> Any:
@@ -119,6 +175,18 @@ def _taken_apart(value: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[st
     return plain
 
 
+def put_together(
+    kind: type[Surrogate],
+    plain: dict[str, Any],
+    tensors: dict[str, Tensor],
+    reference: ReferenceRun,
+    problem: Problem,
+) -> Surrogate:
+    """A surrogate of the values and tensors that `Surrogate.save` wrote."""
+    made: Surrogate = _put_together(kind, plain, "", tensors, {"reference": reference, "problem": problem})
+    return made
+
+
 def _put_together(kind: Any, plain: dict[str, Any], prefix: str, tensors: dict[str, Tensor], given: Any) -> Any:
     """The inverse of `_taken_apart`, `given` for what it left out."""
     hints, made = get_type_hints(kind), {}
@@ -137,34 +205,6 @@ def _put_together(kind: Any, plain: dict[str, Any], prefix: str, tensors: dict[s
             value = math.nan
         made[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**made)
-
-
-LIMITS: dict[str, float] = {
-    "curvature": HVP_WARNING,
-    "drift": DRIFT_WARNING,
-    "replay": 0.2,
-    "frozen": 0.5,
-    "second_order": 0.05,
-    "fresh": 0.7,
-    "sketch": 0.2,
-    "mixing": 0.2,
-}
-"""Where an indicator of `trust` says that the estimate may not hold.
-
-Differs: spec B.6 names no limit for the second order; on a small Llama rankings were no better than chance from 0.08
-on. `replay` is measured, along the held-out gradient: the error about the reference order, whose truth is known, over
-what tells orders apart (`moments.replay`, `pairwise.precompute`). Its limit is where rankings of a small Llama cease to
-hold (`python -m tests.benchmarks.order --rates 1e-4,3e-4,1e-3,3e-3`); `pairwise` is at times right beyond it.
-`frozen` is the share of an update that a table leaves with the reference's batches.
-`sketch` is the relative error of projected terms, and so of what tells orders apart: limited as `replay` is.
-`mixing` is how far `groups` is from the blocks that it measured: 0 in blocks, about 1 in a random order.
-`fresh` is the share of the second moment that the run itself makes: near 1, no frozen one describes its first steps.
-"""
-
-
-def trusted(indicators: Mapping[str, float]) -> bool:
-    """Whether every indicator is within its limit (and a number)."""
-    return all(math.isfinite(value) and value <= LIMITS.get(name, math.inf) for name, value in indicators.items())
 
 
 def random_orders(sequence: Sequence[int], count: int, seed: int) -> list[list[int]]:

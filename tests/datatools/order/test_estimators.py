@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from datatools import DataError, UsageError
-from datatools.order import Diverged, memory_map, precompute, search
+from datatools.order import Diverged, load_surrogate, memory_map, precompute, search
 from datatools.order.estimators import fut as table
-from datatools.order.estimators import moments, pairwise, reduced
+from datatools.order.estimators import moments, pairwise, reduced, trusted
 from datatools.order.estimators.layout import Layout
 from datatools.order.estimators.linear import Linear
-from datatools.order.estimators.surrogate import Surrogate, trusted
 from datatools.order.problem import Problem
 from datatools.order.recipe import Recipe, train
 from datatools.order.reference_run import ReferenceRun, anchor_path, record
@@ -166,18 +165,18 @@ def test_a_saved_estimate_is_read_again(tmp_path, name: str) -> None:  # type: i
     made = precompute("reduced" if name == "frozen" else name, ref, problem, **options)  # type: ignore[arg-type]
     made.save(tmp_path, ref)
     before = problem.cost.gradients
-    read = Surrogate.load(tmp_path, ref, problem)
+    read = load_surrogate(tmp_path, ref, problem)
     assert problem.cost.gradients == before and type(read) is type(made) and read.cost == made.cost
     for seed in range(3):
         assert read.score(drawn(5, seed)) == made.score(drawn(5, seed))
     assert read.trust(drawn(5, 1)) == made.trust(drawn(5, 1))
     other = reference(problem, rate=0.01, size=4)
     with pytest.raises(DataError, match="made from another reference run"):
-        Surrogate.load(tmp_path, other, problem)
+        load_surrogate(tmp_path, other, problem)
     path = tmp_path / "tensors.safetensors"
     path.write_bytes(path.read_bytes()[:4])
     with pytest.raises(DataError, match="tensors.safetensors is damaged"):
-        Surrogate.load(tmp_path, ref, problem)
+        load_surrogate(tmp_path, ref, problem)
 
 
 def test_several_epochs_repeat_batches() -> None:
@@ -481,7 +480,7 @@ def test_an_estimate_that_diverges_is_the_worst_and_is_not_trusted(tmp_path) -> 
         train(problem, ref.recipe, [0, 2, 1], ref.start.params)
     lost = replace(moments.precompute(ref, problem, hessian="rows"), replay=math.nan)
     lost.save(tmp_path, ref)
-    read = Surrogate.load(tmp_path, ref, problem)
+    read = load_surrogate(tmp_path, ref, problem)
     assert not trusted(read.trust([1, 0, 2])) and read.score([1, 0, 2]) == made.score([1, 0, 2])
 
 
@@ -539,7 +538,7 @@ def test_the_projected_table_becomes_the_whole_one(more) -> None:  # type: ignor
 def test_a_projected_table_is_read_again_and_secants_of_it_are_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
     made, _ = sketched(40)
     made.save(tmp_path, made.reference)
-    read = Surrogate.load(tmp_path, made.reference, made.problem)
+    read = load_surrogate(tmp_path, made.reference, made.problem)
     assert read.score([3, 1, 0, 2]) == made.score([3, 1, 0, 2]) and read.trust([3, 1, 0, 2]) == made.trust([3, 1, 0, 2])
     with pytest.raises(UsageError, match="secants divide element by element"):
         sketched(40, derivative="secant")
