@@ -55,13 +55,9 @@ STILL_COMPARED: dict[str, set[str]] = {
     "optim/torch_states.py": {"adamw", "muon", "nadam", "sgd"},
     "optim/update_map.py": {"muon"},
     "datatools/colm/colm.py": {"facility_location", "random_in_source"},
-    "datatools/order/estimators/linear.py": {"adamw", "sgd"},
-    "datatools/order/estimators/pairwise.py": {"adamw"},
     "pipelines/colm/choosing.py": {"random_in_source"},
     "pipelines/colm/coresets.py": {"random_in_source"},
     "pipelines/colm/mixin.py": {"matching_pursuit"},
-    "pipelines/order/run.py": {"adamw", "groups", "moments", "own-moments", "pairwise", "reduced", "table"},
-    "pipelines/order/setting.py": {"groups"},
     "pipelines/report/colm_page.py": {
         "facility_location",
         "herding",
@@ -71,7 +67,6 @@ STILL_COMPARED: dict[str, set[str]] = {
     },
     "pipelines/report/diagnose_page.py": {"adamw", "muon", "sgd"},
     "pipelines/report/view.py": {"less", "random", "random-length", "rds", "tfidf"},
-    "pipelines/rows/preflight.py": {"groups"},
     "pipelines/settings/train.py": {"matching_pursuit"},
     "pipelines/training/optimizers.py": {"adam_mini"},
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from pipelines.runs.seeds import derive_seed
 from pipelines.settings.order import OrderConfig
 from pipelines.training import optimizers, order_recipe
 from pipelines.training.train import trainable
+
+BLIND = 8
+"""How many of the best random orders are on the shortlist of a search."""
 
 
 @dataclass
@@ -56,6 +60,21 @@ class Setting:
     def kept(self, folder: str, name: str, *asked: object) -> Path:
         """The file of a result; another one for other `asked`, or where the run rests on something else."""
         return self.run.path(folder, f"{name}{files.digest(repr((self.facts, asked)).encode())[:16]}.json")
+
+    @cached_property
+    def question(self) -> order.Question:
+        """What the estimators' records work out their costs and refusals from."""
+        return order.Question(
+            steps=len(self.sequence),
+            batches=len(self.problem.batches),
+            batch_size=self.config.training.batch_size,
+            held_out=len(self.problem.validation),
+            parameters=self.parameters,
+            share=self.problem.share,
+            sources=tuple(self.sources),
+            recipe=self.recipe,
+            settings=self.config,
+        )
 
     @property
     def sequence(self) -> tuple[int, ...]:
@@ -185,10 +204,10 @@ def _draw(config: OrderConfig, rows: Rows, held: Rows | None) -> tuple[list[list
         batches = [batches[i] for i in rng.permutation(len(batches))]
     if config.grouping == "mixed" or (config.grouping == "auto" and len(batches) < wanted):
         if config.grouping == "auto":
-            if "groups" in config.estimators:
+            if by_source := [name for name in config.estimators if order.estimator(name).by_source]:
                 raise UsageError(
-                    f"estimator groups: sources give {len(batches)} of {wanted} batches of one source each; use fewer "
-                    "or smaller batches"
+                    f"estimator {by_source[0]}: sources give {len(batches)} of {wanted} batches of one source each; "
+                    "use fewer or smaller batches"
                 )
             say(f"sources give {len(batches)} of {wanted} batches of one source each: batches are of mixed rows")
         batches = [drawn[size_ * i : size_ * (i + 1)] for i in range(wanted)]

@@ -107,8 +107,9 @@ def _order(config: OrderConfig) -> None:
             f"lora.dropout is {config.lora.dropout:g}: dropout is drawn anew in every order, and no estimate could "
             "tell it from the order's effect; set it to 0"
         )
-    if "groups" in config.estimators and config.grouping == "mixed":
-        raise UsageError("estimator groups: batches of mixed rows belong to no source; use --grouping source")
+    for name in config.estimators if config.grouping == "mixed" else ():
+        if names.fact("estimator", name, "by_source"):
+            raise UsageError(f"estimator {name}: batches of mixed rows belong to no source; use --grouping source")
     if config.training.max_steps is not None:
         raise UsageError("training.max_steps: a run is all its --batches; give fewer of them")
     if config.training.gradient == "zo":

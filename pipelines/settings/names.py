@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from datatools import UsageError
 from optim.unknown import did_you_mean, instead_of
@@ -17,6 +19,9 @@ TABLES: dict[str, tuple[str, str]] = {
     "projector": ("datatools/projectors/__init__.py", "PROJECTORS"),
     "aggregation": ("datatools/less/aggregate.py", "AGGREGATIONS"),
     "selector": ("datatools/selection/selectors.py", "SELECTORS"),
+    "estimator": ("datatools/order/estimators/__init__.py", "ESTIMATORS"),
+    "search": ("datatools/order/search.py", "SEARCHES"),
+    "check": ("pipelines/diagnose/checks/__init__.py", "CHECKS"),
 }
 """What is named -> the file, and the dictionary in it whose keys are the names; without one, the names are those of the
 modules that it imports."""
@@ -28,24 +33,59 @@ def known(kind: str) -> tuple[str, ...]:
     Returns:
         No names where the source is not there to be read.
     """
+    return tuple(_entries(kind))
+
+
+def fact(kind: str, name: str, attribute: str) -> Any:
+    """A plain attribute of a method's record, in tables whose entries are "module:Class" or the class itself.
+
+    Returns:
+        The attribute; from the source of a class, without what it inherits. None where it is not there.
+    """
+    entry = _entries(kind).get(name)
+    if not isinstance(entry, str):
+        return getattr(entry, attribute, None)
+    module, _, record = entry.partition(":")
+    return _attributes(module, record).get(attribute)
+
+
+def _entries(kind: str) -> Mapping[str, Any]:
     file, table = TABLES[kind]
     loaded = sys.modules.get(file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
-    return tuple(getattr(loaded, table)) if table and hasattr(loaded, table) else _read(file, table)
+    found: Mapping[str, Any] = getattr(loaded, table) if table and hasattr(loaded, table) else _read(file, table)
+    return found
 
 
 @cache
-def _read(file: str, table: str) -> tuple[str, ...]:
+def _read(file: str, table: str) -> dict[str, str]:
+    """The names in the source of a table, each with its entry where that is a text."""
     try:
         tree = ast.parse((_ROOT / file).read_text(encoding="utf-8"))
     except OSError:
-        return ()
+        return {}
     if not table:
-        return tuple(str(node.module).rpartition(".")[2] for node in tree.body if isinstance(node, ast.ImportFrom))
+        return {str(node.module).rpartition(".")[2]: "" for node in tree.body if isinstance(node, ast.ImportFrom)}
     for node in tree.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == table:
-            keys = node.value.keys if isinstance(node.value, ast.Dict) else []
-            return tuple(key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
-    return ()
+            entries = zip(node.value.keys, node.value.values, strict=True) if isinstance(node.value, ast.Dict) else ()
+            return {
+                key.value: str(value.value) if isinstance(value, ast.Constant) else ""
+                for key, value in entries
+                if isinstance(key, ast.Constant) and isinstance(key.value, str)
+            }
+    return {}
+
+
+@cache
+def _attributes(module: str, record: str) -> dict[str, Any]:
+    """The plain values that a class sets, from its source."""
+    tree = ast.parse((_ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == record)
+    return {
+        ast.unparse(node.target): node.value.value
+        for node in body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Constant)
+    }
 
 
 def check(kind: str, name: str, setting: str) -> None:

@@ -1,12 +1,14 @@
 """Settings of `datatools order`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pipelines.settings import names
 from pipelines.settings.base import Columns, FilePath, Names, Paths, RunSettings
-from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, TRAINING, Flag, Flags
+from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, TRAINING, Flag, Flags, OneOf
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 
 
@@ -37,9 +39,6 @@ class OrderTraining(TrainingConfig):
 
 
 ORDER_TASKS = ("record", "estimate", "search", "validate", "map")
-
-
-ORDER_ESTIMATORS = ("pairwise", "reduced", "moments", "own-moments", "table", "groups")
 
 
 class OrderConfig(RunSettings):
@@ -117,12 +116,12 @@ class OrderConfig(RunSettings):
         default=3, ge=2, le=4097, description="number of points of the reference run where gradients are taken"
     )
     estimators: Annotated[
-        list[Literal["pairwise", "reduced", "moments", "own-moments", "table", "groups"]],
+        list[Annotated[str, OneOf(partial(names.known, "estimator"))]],
         Flag("--estimators", METHOD, "NAMES"),
     ] = Field(
         default=["pairwise", "reduced"],
         min_length=1,
-        max_length=6,
+        max_length=16,
         description="which estimates to make; a search uses the first, and the second, if any, judges what it found",
         json_schema_extra=LATE,
     )
@@ -191,7 +190,7 @@ class OrderConfig(RunSettings):
     sequences: Paths = Field(
         default=[], max_length=10_000, description="order files to estimate", json_schema_extra=LATE
     )
-    search: Annotated[Literal["local", "genetic", "borda", "random"], Flag("--search", METHOD, "HOW")] = Field(
+    search: Annotated[str, OneOf(partial(names.known, "search")), Flag("--search", METHOD, "HOW")] = Field(
         default="local", description="how orders are searched", json_schema_extra=LATE
     )
     budget: int = Field(

@@ -6,7 +6,7 @@
         --held-out 16 --sample-rows 1 --rates 3e-4,1e-3 --out runs/orders-smollm2
 
 For each rate: Spearman with its interval, regret, cost in retrainings and orders scored a second, of every estimator
-and of the mean over reference orders; whether it is trusted, and its mean indicators (those of `order.limits()` are from
+and of the mean over reference orders; whether it is trusted, and its mean indicators (`order.limits()` are from
 --rates 1e-4,3e-4,1e-3,3e-3); then the regret of what a search proposes, retrained beside random orders. Prints a table
 and writes `order.json` in `--out`, where runs are kept and continued. Needs ../shared/data (or DATATOOLS_SHARED).
 """

@@ -12,6 +12,7 @@ from datatools.errors import UsageError
 from datatools.order.estimators.layout import Layout
 from datatools.order.recipe import Recipe
 from datatools.order.reference_run import ReferenceRun
+from optim import AdamWRule, SGDRule
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ def check_linear(recipe: Recipe) -> None:
     """Raise UsageError unless the rule's moments are linear once its preconditioner is frozen, for all parameters."""
     rules = list(recipe.rules.values())
     rule, fields = rules[0], rules[0].describe()
-    if any(other != rule for other in rules) or rule.name not in ("adamw", "sgd"):
+    if any(other != rule for other in rules) or not isinstance(rule, AdamWRule | SGDRule):
         names = sorted({r.name for r in rules})
         raise UsageError(
             f"order: this estimator needs moments that are linear with a frozen preconditioner, which adamw and sgd "
             f"have, the same for every parameter; the reference was trained with {', '.join(names)}. Use the estimator "
             "'moments', which carries the state of any rule"
         )
-    if rule.name == "sgd" and (fields.get("nesterov") or fields.get("dampening")):
+    if isinstance(rule, SGDRule) and (fields.get("nesterov") or fields.get("dampening")):
         raise UsageError("order: sgd with nesterov or dampening is not linearised; use the estimator 'moments'")
     if fields.get("amsgrad"):
         raise UsageError("order: adamw with amsgrad is not linearised; use the estimator 'moments'")
@@ -79,7 +80,7 @@ def linearised(reference: ReferenceRun, layout: Layout, position: int, second_mo
         [torch.full((shape.numel(),), float(reference.recipe.factors[name])) for name, shape in layout.shapes.items()]
     )
     states = reference.start.states
-    if rule.name == "sgd":
+    if isinstance(rule, SGDRule):
         mu, carried = float(fields["momentum"]), torch.zeros_like(layout.vector(reference.start.params))
         if mu and all("momentum_buffer" in state for state in states.values()):
             carried = layout.vector({n: s["momentum_buffer"] for n, s in states.items()}) * (1 - mu)

@@ -29,6 +29,7 @@ from datatools.order.estimators.question import Question, Settings
 from datatools.order.estimators.surrogate import Surrogate, random_orders
 from datatools.order.problem import Cost, Problem
 from datatools.order.reference_run import Anchor, ReferenceRun
+from optim import AdamWRule
 
 Second = Literal["expected", "anchor"]
 _DRAWN = 256  # random orders whose scores say how far apart orders are
@@ -225,7 +226,7 @@ def precompute(
         bytes=2 * n * layout.size * begin.element_size(),
     )
     fresh = 0.0
-    if next(iter(reference.recipe.rules.values())).name == "adamw":
+    if isinstance(next(iter(reference.recipe.rules.values())), AdamWRule):
         taken = float(next(iter(reference.start.states.values()))["step"])  # also where nothing is bias-corrected
         fresh = len(reference.sequence) / (len(reference.sequence) + taken)
     return Pairwise(reference.sequence, cost, constant, position, kernel, torch.stack(products), segment, fresh, replay)
@@ -294,9 +295,10 @@ def expected_second_moment(reference: ReferenceRun, layout: Layout, grads: Tenso
     second moment, and P g would explode where Adam's own step, which sees g^2 first, does not.
     None for rules without a second moment.
     """
-    fields = next(iter(reference.recipe.rules.values())).describe()
-    if fields["name"] != "adamw":
+    rule = next(iter(reference.recipe.rules.values()))
+    if not isinstance(rule, AdamWRule):
         return None
+    fields = rule.describe()
     b2, steps = fields["betas"][1], len(reference.sequence)
     counts = torch.bincount(torch.tensor(list(reference.sequence)), minlength=len(grads)).to(grads)
     mean = (grads.square() * counts[:, None]).sum(0) / counts.sum()

@@ -9,8 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from datatools import DataError, EnvironmentProblem, Order, UsageError, order
+from datatools.order.estimators.pairwise import Pairwise
 from pipelines.models import load as models
+from pipelines.order import cost
+from pipelines.order import kept as kept_files
 from pipelines.order import run as pipeline
+from pipelines.order import search as judging
 from pipelines.order.run import run
 from pipelines.order.setting import Setting
 from pipelines.report import order_page as order_report
@@ -79,7 +83,7 @@ def cold(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """What the tasks of a run share, from a cold start; batches fall into several micro-batches."""
     kept: list[Setting] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(pipeline._TASKS, "record", kept.append)
+        patch.setitem(pipeline.TASKS, "record", kept.append)
         training = OrderTraining(batch_size=4, learning_rate=1e-3, micro_tokens=70)
         run(settings(world, tmp_path_factory.mktemp("runs") / "cold", task="record", training=training))
     assert max(map(len, kept[0].problem.batches)) > 1
@@ -101,12 +105,12 @@ def test_training_in_an_order_ends_where_its_true_run_does(cold: Setting, world:
         )
     )
     trained = AutoModelForCausalLM.from_pretrained(done / "model", dtype=torch.float32)
-    start = pipeline.reference(cold).start.params
+    start = kept_files.reference(cold).start.params
     end, _ = order.train(cold.problem, cold.recipe, given.sequence, start)
     for name, p in trained.named_parameters():
         if name in end:
             torch.testing.assert_close(p.detach(), end[name], rtol=1e-6, atol=1e-7)
-    assert cold.problem.held_out_loss(end) == pipeline.true_loss(cold, given.sequence)
+    assert cold.problem.held_out_loss(end) == kept_files.true_loss(cold, given.sequence)
     metrics = (done / "metrics.jsonl").read_text().splitlines()
     assert len(metrics) == 4, "one step a batch"
 
@@ -136,7 +140,7 @@ def test_a_trainer_records_the_same_reference_run(cold: Setting, world: Path, tm
     )  # fmt: skip
     driver.train()
     recorded, plan = recorder.finish(driver.optimizer)
-    wanted = pipeline.reference(cold)
+    wanted = kept_files.reference(cold)
     assert plan == cold.plan and recorded.recipe == wanted.recipe and recorded.sequence == wanted.sequence
     for one, other in zip(recorded.anchors, wanted.anchors, strict=True):
         assert one.position == other.position
@@ -214,13 +218,13 @@ def test_a_second_estimator_judges_what_the_first_found_and_goes_on(world: Path,
 def test_a_judge_without_a_finite_estimate_proposes_nothing(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pipeline.estimate
+    real = judging.estimate
 
     def lost(*args: object, **more: object) -> dict[str, object]:
         found = real(*args, **more)  # type: ignore[arg-type]
         return found | {"estimated": [float("inf")] * len(found["estimated"])}
 
-    monkeypatch.setattr(pipeline, "estimate", lost)
+    monkeypatch.setattr(judging, "estimate", lost)
     with pytest.raises(DataError, match="reduced: .* estimates are not finite .* name another second estimator"):
         run(settings(world, tmp_path / "run", task="search", budget=50, retrain=0, judged=4))
     assert not (tmp_path / "run" / "order.npz").exists()
@@ -248,11 +252,11 @@ def test_what_cannot_be_estimated_is_refused_before_anything_is_trained(
 def test_a_recorded_run_that_is_too_large_is_refused(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, estimators: list[str], anchors: int
 ) -> None:
-    monkeypatch.setattr(pipeline, "_RECORDED", 3 * 4 * 6_496 * anchors - 1)
+    monkeypatch.setattr(cost, "RECORDED", 3 * 4 * 6_496 * anchors - 1)
     with pytest.raises(EnvironmentProblem, match=f"{anchors} anchors of 6,496 parameters are .* use adapters"):
         run(settings(world, tmp_path / "run", task=task, estimators=estimators))
     assert not (tmp_path / "run" / "reference").exists()
-    monkeypatch.setattr(pipeline, "_RECORDED", 3 * 4 * 6_496 * anchors)
+    monkeypatch.setattr(cost, "RECORDED", 3 * 4 * 6_496 * anchors)
     run(settings(world, tmp_path / "run", task=task, estimators=estimators, orders=2))
 
 
@@ -365,14 +369,14 @@ def test_orders_of_another_run_are_refused(world: Path, tmp_path: Path) -> None:
 def test_estimates_that_are_not_finite_are_null_and_the_worst(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = order.pairwise.Pairwise._scores
+    real = Pairwise._scores
 
-    def diverging(made: order.pairwise.Pairwise, sequences: torch.Tensor) -> torch.Tensor:
+    def diverging(made: Pairwise, sequences: torch.Tensor) -> torch.Tensor:
         scores = real(made, sequences)
         scores[sequences[:, 0] == 3] = torch.nan
         return scores
 
-    monkeypatch.setattr(order.pairwise.Pairwise, "_scores", diverging)
+    monkeypatch.setattr(Pairwise, "_scores", diverging)
     config = settings(world, tmp_path / "run", orders=9, calibration=2, estimators=["pairwise", "table"])
     found = json.loads((run(config) / "validation.json").read_text())
     entry = found["estimators"]["pairwise"]

@@ -64,7 +64,7 @@ def nothing_expensive(monkeypatch):
         monkeypatch.setattr(f"pipelines.select.{name}.score", refuse)
 
 
-TASKS = ["train", "diagnose", "select", "audit", *(f"order {task}" for task in order._TASKS)]
+TASKS = ["train", "diagnose", "select", "audit", *(f"order {task}" for task in order.TASKS)]
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -13,6 +13,7 @@ from datatools import DataError, Order, UsageError, order
 from pipelines.cli.app import main
 from pipelines.models import load as models
 from pipelines.models.adapters import load_adapter
+from pipelines.order import kept as kept_files
 from pipelines.order import run as pipeline
 from pipelines.order.setting import Setting
 from pipelines.runs import messages
@@ -42,9 +43,9 @@ def recorded(world: Path, out: Path, **changes: Any) -> Setting:
         "data": OrderData(paths=[str(world / "data.jsonl")]), "batches": 4, "held_out": 8, "warmup_steps": 2, "seed": 3,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(pipeline._TASKS, "record", kept.append)
+        patch.setitem(pipeline.TASKS, "record", kept.append)
         pipeline.run(OrderConfig.model_validate(base | changes))
-    pipeline.reference(kept[0])
+    kept_files.reference(kept[0])
     return kept[0]
 
 
@@ -84,14 +85,14 @@ def test_training_in_the_reference_order_is_the_reference_run(world: Path, tmp_p
     else:
         module = load_adapter(loaded.model, done / "adapter")
         found = {n: p for n, p in module.named_parameters() if "lora_" in n}
-    end = pipeline.reference(setting).end.params
+    end = kept_files.reference(setting).end.params
     assert end.keys() <= found.keys()
     differing = [n for n, p in end.items() if not torch.equal(p, found[n])]
     assert differing == []
-    moved = [n for n, p in pipeline.reference(setting).start.params.items() if not torch.equal(p, end[n])]
+    moved = [n for n, p in kept_files.reference(setting).start.params.items() if not torch.equal(p, end[n])]
     assert moved, "it trained"
     assert len((done / "metrics.jsonl").read_text().splitlines()) == 2 + len(setting.sequence), "warm-up and order"
-    assert setting.problem.held_out_loss({n: found[n].detach() for n in end}) == pipeline.true_loss(
+    assert setting.problem.held_out_loss({n: found[n].detach() for n in end}) == kept_files.true_loss(
         setting, setting.sequence
     )
 

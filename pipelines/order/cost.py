@@ -1,0 +1,161 @@
+"""What `datatools order` will take, said before it is computed, and what is refused because it takes too much."""
+
+from __future__ import annotations
+
+import math
+
+from datatools import EnvironmentProblem, order
+from optim import AdamWRule
+from pipelines.order.setting import BLIND, Setting
+from pipelines.runs.messages import say, warn
+from pipelines.settings.order import OrderConfig
+from pipelines.texts import size
+from pipelines.training import cost
+
+RECORDED = 32 << 30  # bytes of a recorded run, at most
+
+
+def announce(setting: Setting) -> None:
+    """Gradients, products, bytes and the break-even number of orders, before anything is computed."""
+    config, steps = setting.config, len(setting.sequence)
+    held = len(setting.problem.validation)
+    p = setting.parameters
+    say(
+        f"{len(setting.problem.batches)} batches of {config.training.batch_size} rows, {steps} steps, {p:,} trained "
+        f"parameters, {held} held-out batches; a retraining is {steps} batch gradients"
+    )
+    question = setting.question
+    for name in used(config):
+        record = order.estimator(name)
+        once, score = record.expected(question), record.per_score(question)
+        total = once.in_gradients(hvp=order.HVP_IN_GRADIENTS)
+        even = order.break_even(total, steps, score)
+        orders = f"worth it from {math.ceil(even):,} orders on" if math.isfinite(even) else "never cheaper: an oracle"
+        say(
+            f"  {name}: {once.gradients:,.0f} gradients, {once.hvps:,} Hessian-vector products, {size(once.bytes)} of "
+            f"memory = {total / steps:.1f} retrainings once, {score:.1f} gradients a score; {orders}"
+        )
+    frozen = [name for name in used(config) if order.estimator(name).freezes(config)]
+    if (
+        frozen
+        and config.warmup_steps < steps // 2
+        and all(isinstance(rule, AdamWRule) for rule in setting.recipe.rules.values())
+    ):
+        warn(
+            f"{' and '.join(frozen)} freezes Adam's second moment, and a fresh optimizer has none: its ranking may not "
+            "hold; use --warmup-steps, or the estimators moments and reduced (second_moment own)"
+        )
+    if config.task == "validate":
+        runs = config.orders + config.calibration + (config.seeds if has_seeds(config) else 0) + config.references
+        say(f"  validation: {runs} true runs, {runs * (steps + config.warmup_steps):,} gradients at most")
+    if config.task == "search":
+        runs = 2 * config.retrain + 1
+        for judge in used(config)[1:]:
+            each = order.estimator(judge).per_score(question)
+            say(f"  {judge} judges a shortlist and {config.judged:,} more orders, {each:.1f} gradients each")
+        say(f"  search: {runs} true runs, {runs * (steps + config.warmup_steps):,} gradients at most")
+
+
+def _work(setting: Setting) -> dict[str, float]:
+    """Batch gradients by the label of their progress: what the task will take, whatever of it is done."""
+    config, steps = setting.config, len(setting.sequence)
+    held = len(setting.problem.validation)
+    run_, work = steps + held / 3, dict[str, float]()
+    references = config.references if config.task == "validate" else 1
+    for number in range(references):
+        work[f"reference run {number + 1}"] = steps + config.warmup_steps
+    for name in used(config):
+        for number in range(references):
+            once = order.estimator(name).expected(setting.question)
+            work[f"{name} ({number + 1})"] = once.in_gradients(hvp=order.HVP_IN_GRADIENTS)
+    each = {name: order.estimator(name).per_score(setting.question) for name in used(config)}
+    if config.task in ("estimate", "validate"):
+        for name, score in each.items():
+            work[f"{name}: scores"] = score * (config.orders + config.calibration) * references
+    if config.task == "validate":
+        early = min(8, config.orders)
+        work["is there anything to win? orders"] = early * run_
+        if has_seeds(config):
+            work["is there anything to win? seeds"] = config.seeds * (run_ + config.warmup_steps)
+        work["true retrainings"] = (config.orders - early) * run_
+        work["true runs to calibrate with"] = config.calibration * run_
+    if config.task == "search":
+        names = list(each)
+        work[f"search: {config.search}"] = each[names[0]] * config.budget
+        work["search: as many random orders"] = each[names[0]] * config.budget
+        for judge in names[1:]:
+            work[f"search: {judge} judges"] = each[judge] * (config.judged + 2 * BLIND)
+        work["retrain the best, as many random, and the reference"] = (2 * config.retrain + 1) * run_
+    if config.task == "map":
+        runs = config.map_batches * config.completions * (config.map_positions + 1)
+        work["map"] = runs * (run_ if config.map_by == "retraining" else held / 3)
+    return work
+
+
+def estimate_cost(setting: Setting) -> cost.Estimate:
+    """What the task will take, from one timed pass over made-up tokens."""
+    config, batches = setting.config, setting.problem.batches
+    shapes = [part[1]["input_ids"].shape for batch in batches for part in batch]
+    tokens = sum(int(rows) * int(width) for rows, width in shapes) / len(batches)
+    found = cost.probe(setting.module, max(2, round(sum(int(width) for _, width in shapes) / len(shapes))))
+    one = cost.UPDATE + found.seconds(tokens, len(shapes) / len(batches))
+    work = _work(setting)
+    anchors = most_anchors(setting)
+    kept = sum(order.estimator(name).expected(setting.question).bytes for name in used(config))
+    references = config.references if config.task == "validate" else 1
+    return cost.Estimate(
+        parts={label: gradients * one for label, gradients in work.items() if gradients},
+        tokens=round(sum(work.values()) * tokens),
+        memory=cost.memory(found, 8 * found.trainable, config.training.micro_tokens) + kept,
+        disk=references * anchors * 3 * 4 * setting.parameters + kept,
+        based_on=f"{sum(work.values()):,.0f} batch gradients of {one:.3g} s, {found.text()}",
+    )
+
+
+def used(config: OrderConfig) -> list[str]:
+    """The estimators that the task makes: of a search those that search and judge."""
+    if config.task == "map":
+        return [] if config.map_by == "retraining" else [config.map_by]
+    if config.task == "record":
+        return []
+    return list(config.estimators[:2] if config.task == "search" else config.estimators)
+
+
+def check_estimators(setting: Setting) -> None:
+    """Refuse what cannot be made or recorded, before hours of true retrainings and not after."""
+    config = setting.config
+    for name in used(config):
+        record = order.estimator(name)
+        record.check(setting.question)
+        need = record.expected(setting.question).bytes
+        if record.keeps_gradients and need > order.LIMIT_BYTES:
+            raise EnvironmentProblem(
+                f"estimator {name} keeps {size(need)} of gradients, more than {size(order.LIMIT_BYTES)}; use adapters "
+                "(--lora-rank 8), fewer --batches, or pairwise"
+            )
+    anchors = most_anchors(setting)
+    if (need := anchors * 3 * 4 * setting.parameters) > RECORDED:
+        raise EnvironmentProblem(
+            f"{anchors} anchors of {setting.parameters:,} parameters are {size(need)}; use adapters (--lora-rank 8)"
+        )
+
+
+def most_anchors(setting: Setting) -> int:
+    """The most anchors that an estimator of the task needs of a reference run."""
+    return anchors_of(setting, every=any(order.estimator(name).every_step for name in used(setting.config)))
+
+
+def anchors_of(setting: Setting, *, every: bool) -> int:
+    """How many anchors a reference run has: one per step, or as many as the settings ask for."""
+    steps = len(setting.sequence)
+    return steps + 1 if every else min(setting.config.anchors, steps + 1)
+
+
+def is_random(config: OrderConfig) -> bool:
+    """Whether anything but the order is random in a run."""
+    return config.warmup_steps > 0 or config.lora is not None
+
+
+def has_seeds(config: OrderConfig) -> bool:
+    """Whether the spread over seeds is measured."""
+    return config.seeds >= 2 and is_random(config)

@@ -1,0 +1,70 @@
+"""The task `map`: what the place of a batch does to its own loss and to the held-out loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from datatools import files, order
+from datatools.files import sealed
+from pipelines.order.cost import used
+from pipelines.order.estimate import depends_on, surrogate
+from pipelines.order.kept import kept, reference
+from pipelines.order.setting import Setting
+from pipelines.runs.messages import say
+from pipelines.runs.progress import progress
+from pipelines.runs.seeds import derive_seed
+
+
+def draw_map(setting: Setting) -> None:
+    """The task `map`: one file per batch, so that what a kill leaves is used."""
+    config = setting.config
+    run_ = reference(setting)
+    chosen = list(dict.fromkeys(setting.sequence))
+    rng = np.random.default_rng(derive_seed(config.seed, "order", "map"))
+    batches = sorted(int(b) for b in rng.choice(chosen, size=min(config.map_batches, len(chosen)), replace=False))
+    if by := used(config):
+        made = surrogate(setting, by[0])
+        assert hasattr(made, "final")
+        final = made.final
+    else:
+
+        def final(sequence: Sequence[int | None]) -> order.Params:
+            return order.train(setting.problem, setting.recipe, sequence, run_.start.params, run_.start.states)[0]
+
+    runs = len(batches) * config.completions * (config.map_positions + 1)
+    say(f"map: {runs} runs of {len(setting.sequence)} steps by {config.map_by}")
+    parts = []
+    with setting.run.stage("map"), progress("map", runs, "runs") as bar:
+        for batch in batches:  # a file a batch: what a kill leaves is used
+            asked = (config.map_positions, config.completions, [depends_on(setting, name) for name in used(config)])
+            path = setting.kept("maps", f"{config.map_by}-{batch}-", *asked)
+            part = kept(path)
+            if part is None:
+                found = order.memory_map(
+                    setting.sequence, final, setting.problem.train_loss, setting.problem.held_out_loss,
+                    batches=[batch], positions=config.map_positions, completions=config.completions,
+                    seed=derive_seed(config.seed, "order", "map"), advance=bar.advance,
+                )  # fmt: skip
+                files.make_folder(path.parent)
+                part = {
+                    "batch": batch, "source": setting.sources[batch], "positions": list(found.positions),
+                    "memory": found.memory[0].tolist(), "held_out": found.held_out[0].tolist(),
+                    "spread": found.spread[0].tolist(), "effect": found.position_effect[0].tolist(),
+                    "without_memory": float(found.without_memory[0]),
+                    "without_held_out": float(found.without_held_out[0]),
+                    "counterfactual": float(found.counterfactual[0]),
+                }  # fmt: skip
+                sealed.write_json(path, part)
+            else:
+                bar.advance(config.completions * (config.map_positions + 1))
+            parts.append(part)
+    whole = {"by": config.map_by, "completions": config.completions, "rows": parts}
+    sealed.write_json(setting.run.path("map.json"), whole)
+    for part in parts:
+        late = part["effect"][-1] - part["effect"][0]
+        say(
+            f"  batch {part['batch']} ({part['source']}): training on it lowers its loss by "
+            f"{part['counterfactual']:.4f}; last instead of first: {late:+.4f}"
+        )
