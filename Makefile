@@ -11,7 +11,7 @@ STRUCTURE_ARGS ?=
 # One thread a test process, two processes: small tensors gain nothing from more threads, and results do not depend on them.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test zoo lint bench mutation attack same structure clean
+.PHONY: demo test zoo lint bench mutation attack same structure pins clean
 
 demo: $(STAMP)
 	$(BIN)/datatools demo
@@ -48,6 +48,11 @@ same: $(STAMP)
 # Rooms, floors, arrows, cycles and lengths of the packages; beside another checkout: STRUCTURE_ARGS='--before DIR'.
 structure: $(STAMP)
 	$(BIN)/python -m tests.structure $(STRUCTURE_ARGS)
+
+# Known vulnerabilities of the versions in constraints.txt; asks the package index, and needs one that knows of them.
+pins:
+	test -x build/pins/bin/pip-audit || { $(PYTHON) -m venv build/pins && build/pins/bin/pip install --quiet pip-audit; }
+	build/pins/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "datatools needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
