@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optim.kernels import symmetric
@@ -59,14 +60,14 @@ NEWTON_SCHULZ: dict[str, Polynomial] = {
 
 
 def newton_schulz(
-    x: Tensor,
+    x: Float[Tensor, "*k m n"],
     *,
     coefficients: str | Sequence[tuple[float, float, float]] = "keller_jordan",
     steps: int = 5,
     eps: float = 1e-7,
     form: str = "plain",
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Float[Tensor, "*k m n"]:
     """Return about U V^T for each matrix x = U S V^T, in x's dtype.
 
     Each step maps singular values by ``s -> a s + b s^3 + c s^5`` and keeps singular vectors; zero gives zero.
@@ -165,7 +166,7 @@ def _newton_schulz_steps(y: Tensor, first: tuple[float, float, float], *rest: tu
     return torch.baddbmm(y, moved, y, beta=total)
 
 
-def polar(x: Tensor) -> Tensor:
+def polar(x: Float[Tensor, "*k m n"]) -> Float[Tensor, "*k m n"]:
     """Return U V^T for each matrix x = U S V^T, over the singular values that are not rounding errors.
 
     These are the ones above ``max(m, n) eps`` times the largest; zero gives zero. The function uses an SVD: about 20
@@ -190,7 +191,7 @@ def polar(x: Tensor) -> Tensor:
     return found
 
 
-def whiten(x: Tensor, *, steps: int, beta: float) -> Tensor:
+def whiten(x: Float[Tensor, "*k m n"], *, steps: int, beta: float) -> Float[Tensor, "*k m n"]:
     """Return about U V^T for each matrix x = U S V^T, times a number that the caller's scale removes.
 
     The coupled iteration ``T = 3 I - Z Y; Y <- beta Y T; Z <- beta T Z`` runs from ``Y = X X^T, Z = I`` on the smaller
@@ -234,7 +235,7 @@ def whiten(x: Tensor, *, steps: int, beta: float) -> Tensor:
     return white.mT if tall else white
 
 
-def unit_rms(x: Tensor, *, dim: int | tuple[int, ...], eps: float) -> Tensor:
+def unit_rms(x: Float[Tensor, "*shape"], *, dim: int | tuple[int, ...], eps: float) -> Float[Tensor, "*shape"]:
     """Return x divided by its root mean square along `dim`, which is taken as at least eps; zero stays zero.
 
     Args:
@@ -260,7 +261,7 @@ _TINY = 1e-37
 """Under a square root, so that a zero row has a derivative; below every square that a clamp of 1e-8 lets through."""
 
 
-def row_normalised(x: Tensor) -> Tensor:
+def row_normalised(x: Float[Tensor, "*k m n"]) -> Float[Tensor, "*k m n"]:
     """Return x with each row on the sphere of radius sqrt(n); a zero row stays zero.
 
     Args:
@@ -274,7 +275,7 @@ def row_normalised(x: Tensor) -> Tensor:
     return unit_rms(x, dim=-1, eps=1e-8 / max(x.shape[-1], 1) ** 0.5)
 
 
-def column_normalised(x: Tensor) -> Tensor:
+def column_normalised(x: Float[Tensor, "*k m n"]) -> Float[Tensor, "*k m n"]:
     """Return x with each column on the sphere of radius sqrt(m); a zero column stays zero.
 
     Args:
@@ -289,7 +290,7 @@ def column_normalised(x: Tensor) -> Tensor:
     return unit_rms(x, dim=-2, eps=1e-8 / max(x.shape[-2], 1) ** 0.5)
 
 
-def spectrally_normalised(x: Tensor) -> Tensor:
+def spectrally_normalised(x: Float[Tensor, "*k m n"]) -> Float[Tensor, "*k m n"]:
     """Return ``sqrt(max(m, n)) U V^T`` for each matrix x = U S V^T.
 
     For a matrix of full rank its Frobenius norm is sqrt(m n), like that of the other normalisations.
@@ -314,7 +315,7 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {
 """Norm g -> the point of largest inner product with x on g's sphere, scaled to a Frobenius norm of sqrt(m n)."""
 
 
-def multi_normalised(x: Tensor, *, norms: Sequence[str], rounds: int) -> Tensor:
+def multi_normalised(x: Float[Tensor, "*k m n"], *, norms: Sequence[str], rounds: int) -> Float[Tensor, "*k m n"]:
     """Return x after `rounds` rounds of each of the `norms`, in their order.
 
     ("row", "column") is Sinkhorn's iteration on squares; ("row", "spectral") once is SWAN without centring. Divisors
@@ -340,7 +341,14 @@ def multi_normalised(x: Tensor, *, norms: Sequence[str], rounds: int) -> Tensor:
     return x
 
 
-def remove_radial(update: Tensor, grad: Tensor, param: Tensor, *, delta: float, eps: float) -> tuple[Tensor, Tensor]:
+def remove_radial(
+    update: Float[Tensor, "*shape"],
+    grad: Float[Tensor, "*shape"],
+    param: Float[Tensor, "*shape"],
+    *,
+    delta: float,
+    eps: float,
+) -> tuple[Float[Tensor, "*shape"], Bool[Tensor, ""]]:
     """Remove the part of `update` along `param` if `grad` is almost orthogonal to `param`.
 
     The tensors [m, ...] are treated as m rows of n, and then as one row of m n. In the first of these views in which

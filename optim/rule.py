@@ -6,9 +6,13 @@ from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from optim.sharding import is_sharded, sharded_as
+
+OfParam: TypeAlias = Float[Tensor, "*shape"]
+"""A tensor of the parameter's shape."""
 
 State: TypeAlias = dict[str, Tensor]
 """What a rule remembers of one parameter, under torch's names: `step`, `exp_avg`, `exp_avg_sq`, `momentum_buffer`."""
@@ -51,7 +55,7 @@ class UpdateRule(ABC):
     """
 
     @abstractmethod
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return the state before the first step.
 
         Args:
@@ -62,7 +66,7 @@ class UpdateRule(ABC):
         """
 
     @abstractmethod
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction and the state after this gradient, without changing the arguments.
 
         Args:
@@ -75,7 +79,7 @@ class UpdateRule(ABC):
             direction may be the gradient tensor itself (plain SGD), so do not write to it.
         """
 
-    def decay(self, direction: Tensor, state: State, param: Tensor) -> Tensor:
+    def decay(self, direction: OfParam, state: State, param: OfParam) -> OfParam:
         """Return what weight decay pulls towards zero: the parameter itself, unless a method defines it otherwise.
 
         Args:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from optim.curvature.hvp import hvp
@@ -38,7 +39,7 @@ def hutchinson(loss_fn: Parts, params: Sequence[Tensor], probes: Sequence[Tensor
     return mean_over_ranks([None if h is None else z * h for z, h in zip(probes, products, strict=True)], params)
 
 
-def draw(param: Tensor, probe: str, seed: int) -> Tensor:
+def draw(param: Float[Tensor, "*shape"], probe: str, seed: int) -> Float[Tensor, "*shape"]:
     """Draw a probe of the parameter's shape and dtype from a generator of its own.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor
 from optim.curvature.gauss_newton import gauss_newton
 from optim.curvature.hutchinson import draw, hutchinson
 from optim.curvature.losses import Parts, mix, rank_count, refuse_sharded
-from optim.rule import State, UpdateRule, moment_dtype
+from optim.rule import OfParam, State, UpdateRule, moment_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class CurvatureRule(UpdateRule):
         _check_every(type(self).__name__ + ": refresh_every", self.refresh_every)
 
     @abstractmethod
-    def absorb(self, estimate: Tensor, state: State) -> State:
+    def absorb(self, estimate: OfParam, state: State) -> State:
         """Return the entries of the state that an estimate [*shape] of the diagonal renews, without changing the
         arguments.
         """

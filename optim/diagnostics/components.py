@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from optim.diagnostics.spectrum import roles
@@ -69,7 +70,9 @@ def by_component(named_parameters: Iterable[tuple[str, Tensor]], arm: str) -> tu
     return chosen, rest
 
 
-def tail_learning(frequencies: Tensor, keys: Tensor, values: Tensor, *, eps: float = 0.05) -> dict[str, float]:
+def tail_learning(
+    frequencies: Float[Tensor, " k"], keys: Float[Tensor, "d k"], values: Float[Tensor, "d k"], *, eps: float = 0.05
+) -> dict[str, float]:
     """Return how well one step of gradient descent, of signs, and of the polar factor learns rare facts.
 
     A linear associative memory starts at W = 0: fact k of K is right with probability softmax(F^T W E_k)_k, and the

@@ -4,12 +4,13 @@ import math
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 DET_EPS = 1e-5
 
 
-def condition_numbers(weight: Tensor) -> dict[str, float]:
+def condition_numbers(weight: Float[Tensor, "m ..."]) -> dict[str, float]:
     """Return the condition numbers of a matrix.
 
     Args:
@@ -52,7 +53,9 @@ def condition_numbers(weight: Tensor) -> dict[str, float]:
     }  # fmt: skip
 
 
-def condition_penalty(weight: Tensor, *, form: Literal["small_side", "code"] = "small_side") -> Tensor:
+def condition_penalty(
+    weight: Float[Tensor, "m ..."], *, form: Literal["small_side", "code"] = "small_side"
+) -> Float[Tensor, ""]:
     """Return a loss that is zero where the geometric mean of the eigenvalues of M / n is one: logdet(M / n + 1e-5 I)^2.
 
     M is the smaller of W W^T and W^T W, and n is the number of columns of W as stored. The penalty bounds the volume
@@ -89,7 +92,7 @@ def condition_penalty(weight: Tensor, *, form: Literal["small_side", "code"] = "
     return volume.square()
 
 
-def transformed_l1(x: Tensor, a: float = 1.0) -> Tensor:
+def transformed_l1(x: Float[Tensor, "..."], a: float = 1.0) -> Float[Tensor, ""]:
     """Return sum (a + 1) |x| / (a + |x|): the count of non-zeros for a -> 0, and the sum of |x| for a -> infinity.
 
     Args:
@@ -116,14 +119,20 @@ def transformed_l1(x: Tensor, a: float = 1.0) -> Tensor:
 _LOW, _HIGH, _TEMPERATURE = -0.1, 1.1, 2 / 3
 
 
-def gate_closed(log_alpha: Tensor) -> Tensor:
+def gate_closed(log_alpha: Float[Tensor, " groups"]) -> Float[Tensor, " groups"]:
     """Return the probability that each hard-concrete gate is closed: limits -0.1 and 1.1, temperature 2/3."""
     return torch.sigmoid(_TEMPERATURE * math.log(-_LOW / _HIGH) - log_alpha)
 
 
 def gate_penalty(
-    weight: Tensor, log_alpha: Tensor, *, data_size: int, strength: float = 1.0, precision: float = 1.0, a: float = 1.0
-) -> Tensor:
+    weight: Float[Tensor, "groups ..."],
+    log_alpha: Float[Tensor, " groups"],
+    *,
+    data_size: int,
+    strength: float = 1.0,
+    precision: float = 1.0,
+    a: float = 1.0,
+) -> Float[Tensor, ""]:
     """Return strength / data_size times the transformed l1 of the energies of groups of weights that a gate may close.
 
         E_g = (1 - pi_g) (strength #g + precision |w_g|^2 / 2)

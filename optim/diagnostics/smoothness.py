@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from optim import curvature
@@ -46,13 +47,13 @@ def hessian(loss_fn: curvature.Parts, params: Sequence[Tensor]) -> Product:
 # ---------------------------------------------------------------------------------------------------------- l-infinity
 
 
-def cauchy(param: Tensor, seed: int) -> Tensor:
+def cauchy(param: Float[Tensor, "*shape"], seed: int) -> Float[Tensor, "*shape"]:
     """Return independent standard Cauchy numbers of the parameter's shape, from a generator of its own."""
     made = torch.Generator(param.device).manual_seed(seed)
     return torch.empty(param.shape, dtype=moment_dtype(param), device=param.device).cauchy_(generator=made)
 
 
-def row_scales(products: Tensor, how: Literal["iqr", "median"] = "iqr") -> Tensor:
+def row_scales(products: Float[Tensor, "probes m"], how: Literal["iqr", "median"] = "iqr") -> Float[Tensor, " m"]:
     """Return the scale of the distribution of each coordinate, [m], from products [K, m] = H c for K Cauchy probes c.
 
     Entry i of H c is Cauchy with scale |H_i,:|_1 times that of c: half its interquartile range, or the median of its

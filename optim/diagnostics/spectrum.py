@@ -7,6 +7,7 @@ from statistics import fmean, pstdev
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from optim.saved import bare_name
@@ -21,7 +22,7 @@ ROLE_GROUPS: Mapping[str, tuple[str, ...]] = {
 """The groups over which arXiv 2509.26030 averages."""
 
 
-def spectrum(matrix: Tensor, *, top: Sequence[int] = (1, 3, 10)) -> dict[str, float]:
+def spectrum(matrix: Float[Tensor, "m ..."], *, top: Sequence[int] = (1, 3, 10)) -> dict[str, float]:
     """Return how isotropic the singular values s_1 >= ... >= s_r of a matrix are, with r = min(m, n).
 
     Args:

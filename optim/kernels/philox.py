@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from jaxtyping import BFloat16, Float32, Int, Int64
 from torch import Tensor
 
 from optim import backend
@@ -45,7 +46,7 @@ def _product(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def random_words(
     n: int, *, seed: int, stream: int | Tensor = 0, start: int = 0, device: torch.device | str = "cpu"
-) -> Tensor:
+) -> Int64[Tensor, " n"]:
     """int64 [n]: 32 random bits for each of the elements start..start + n of a stream."""
     first = start // 4
     return _words(first, -(-(start + n) // 4), seed, stream, device).flatten()[start - 4 * first :][:n]
@@ -62,7 +63,7 @@ def _words(first: int, stop: int, seed: int, stream: int | Tensor, device: torch
 
 def normals(
     n: int, *, seed: int, stream: int | Tensor = 0, start: int = 0, device: torch.device | str = "cpu"
-) -> Tensor:
+) -> Float32[Tensor, " n"]:
     """float32 [n] standard normal: Box-Muller of words 0 and 1, and of words 2 and 3, of each block."""
     first, stop = start // 4, -(-(start + n) // 4)
     if _is_compiled(stream, device):
@@ -77,7 +78,7 @@ def normals(
     return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten()[start - 4 * first :][:n]
 
 
-def stochastic_round(x: Tensor, words: Tensor) -> Tensor:
+def stochastic_round(x: Float32[Tensor, "*shape"], words: Int[Tensor, "..."]) -> BFloat16[Tensor, "*shape"]:
     """x float32 -> bfloat16, up or down with probabilities that make the expectation x; words: 32 random bits an
     element, of which the lowest 16 count. What is not finite stays so.
     """

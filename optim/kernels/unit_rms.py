@@ -1,6 +1,7 @@
 """Rows or columns scaled to unit root mean square: the inner step of SinkGD and SCALE."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from optim import backend
@@ -8,7 +9,7 @@ from optim import backend
 _TILE = 64
 
 
-def unit_rms(x: Tensor, dim: int, eps: float) -> Tensor:
+def unit_rms(x: Float[Tensor, "*k m n"], dim: int, eps: float) -> Float[Tensor, "*k m n"]:
     """x [..., m, n] that `fits` -> x / max(rms, eps) in x's dtype, rms of each row (dim -1) or column (-2) in float32.
 
     Its definition is `optim.linalg.unit_rms`.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optim.checks import check_flag, check_non_negative, checked_betas
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, UpdateRule, correction, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule, correction, zero_moment, zero_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +76,14 @@ class AdaBeliefRule(UpdateRule):
             fixed_decay=self.fixed_decay,
         )
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return zero moments and a zero step count."""
         state = {"step": zero_step(), "exp_avg": zero_moment(param), "exp_avg_var": zero_moment(param)}
         if self.amsgrad and not self.rectify:
             state["max_exp_avg_var"] = zero_moment(param)
         return state
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         g = grad.to(state["exp_avg"].dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 from optim.checks import check_non_negative, checked_betas
 from optim.curvature import CurvatureRule
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, correction, zero_moment, zero_step
+from optim.rule import OfParam, State, correction, zero_moment, zero_step
 
 VARIANTS = ("instruction", "image")
 
@@ -77,7 +77,7 @@ class AdaHessianRule(CurvatureRule):
             )
         object.__setattr__(self, "spatial_average_block_size", tuple(sizes))
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return zero moments and zero counts."""
         return {
             "step": zero_step(),
@@ -86,7 +86,7 @@ class AdaHessianRule(CurvatureRule):
             "hessian_step": zero_step(),
         }
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         v, n, t = state["exp_hessian_diag_sq"], state["hessian_step"], state["step"] + 1
@@ -99,7 +99,7 @@ class AdaHessianRule(CurvatureRule):
         direction = direction.to(m.dtype)  # a 0-d parameter would be promoted by the float64 corrections
         return direction, {"step": t, "exp_avg": m, "exp_hessian_diag_sq": v, "hessian_step": n.clone()}
 
-    def absorb(self, estimate: Tensor, state: State) -> State:
+    def absorb(self, estimate: OfParam, state: State) -> State:
         """Return the new v and n after a refresh.
 
         Args:

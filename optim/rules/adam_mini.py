@@ -11,7 +11,7 @@ from optim.checks import check_non_negative, checked_betas
 from optim.optimizer import Group, Optimizer
 from optim.param_groups import NamedParams, check_parts, named_groups, part_in, told_by, with_names
 from optim.roles import BLOCKS, Role, block_of, is_bias, roles
-from optim.rule import State, UpdateRule, correction, moment_dtype, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule, correction, moment_dtype, zero_moment, zero_step
 from optim.saved import bare_name
 
 Blocks: TypeAlias = str | int | Mapping[str, str | int]
@@ -69,7 +69,7 @@ class AdamMiniRule(UpdateRule):
         rows = param.shape[0] if self.blocks == "row" and param.ndim > 1 else 1
         return max(param.numel() // max(rows, 1), 1)
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return a zero moment, a zero per block, and a zero step count.
 
         Raises:
@@ -84,7 +84,7 @@ class AdamMiniRule(UpdateRule):
         v = param.new_zeros(shape, dtype=moment_dtype(param), requires_grad=False)
         return {"step": zero_step(), "exp_avg": zero_moment(param), "exp_avg_sq": v}
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         g = grad.to(state["exp_avg"].dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 from optim.checks import check_flag, check_non_negative, checked_betas
 from optim.linalg import remove_radial
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, UpdateRule, correction, scalar_moment, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule, correction, scalar_moment, zero_moment, zero_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class AdamPRule(UpdateRule):
         check_non_negative("AdamPRule", eps=self.eps, delta=self.delta, wd_ratio=self.wd_ratio)
         check_flag("AdamPRule", nesterov=self.nesterov)
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return zero moments, a zero step count, and full weight decay."""
         return {
             "step": zero_step(),
@@ -66,7 +66,7 @@ class AdamPRule(UpdateRule):
             "decay_share": scalar_moment(param, 1.0),
         }
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         dtype = state["exp_avg"].dtype
@@ -81,7 +81,7 @@ class AdamPRule(UpdateRule):
         share = 1 - (1 - self.wd_ratio) * removed.to(dtype)
         return direction, {"step": t, "exp_avg": m, "exp_avg_sq": v, "decay_share": share}
 
-    def decay(self, direction: Tensor, state: State, param: Tensor) -> Tensor:
+    def decay(self, direction: OfParam, state: State, param: OfParam) -> OfParam:
         """Return the parameter, or `wd_ratio` times the parameter after a projection."""
         return state["decay_share"] * param
 

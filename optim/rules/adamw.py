@@ -11,7 +11,7 @@ from optim.checks import check_flag, check_non_negative, checked_betas
 from optim.kernels import adamw as kernel
 from optim.kernels.philox import stochastic_round
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, UpdateRule, correction, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule, correction, zero_moment, zero_step
 from optim.sharding import is_sharded
 
 
@@ -82,14 +82,14 @@ class AdamWRule(UpdateRule):
             stochastic_rounding=self.stochastic_rounding,
         )
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return zero moments and a zero step count."""
         state = {"step": zero_step(), "exp_avg": zero_moment(param), "exp_avg_sq": zero_moment(param)}
         if self.amsgrad:
             state["max_exp_avg_sq"] = zero_moment(param)
         return state
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         g = grad.to(state["exp_avg"].dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optim.checks import check_non_negative, checked_betas
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, UpdateRule, correction, scalar_moment, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule, correction, scalar_moment, zero_moment, zero_step
 from optim.sharding import is_sharded
 
 
@@ -62,13 +62,13 @@ class BlockwiseAdamRule(UpdateRule):
         if self.block not in ("tensor", "group"):
             raise ValueError(f"BlockwiseAdamRule: block = {self.block!r}; it must be 'tensor' or 'group'")
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return zero moments and a zero step count, and under "group" no other tensors."""
         scalars = ("exp_avg_sq", "rest_sq", "rest_numel") if self.block == "group" else ("exp_avg_sq",)
         zeros = {key: scalar_moment(param) for key in scalars}
         return {"step": zero_step(), "exp_avg": zero_moment(param), **zeros}
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         g = grad.to(state["exp_avg"].dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optim.checks import check_counts, check_non_negative, checked_betas
 from optim.param_groups import NamedParams
-from optim.rule import State, correction, moment_dtype, zero_moment, zero_step
+from optim.rule import OfParam, State, correction, moment_dtype, zero_moment, zero_step
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 from optim.sharding import check_whole
 
@@ -69,7 +69,7 @@ class CondaRule(MatrixRule):
         if self.split_sizes is not None or self.num_heads is not None:
             raise ValueError("CondaRule: split_sizes and num_heads are not for Conda; its matrices are whole")
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return zero moments, a zero step count, and the identity as the basis."""
         self.check_layout(param)
         count, *sides = self.matrix_shape(param.shape)
@@ -106,7 +106,7 @@ class CondaRule(MatrixRule):
         """Whether tensors share something: no, `share` computes each basis by itself."""
         return False
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         t, p = state["step"] + 1, state["basis"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from optim.checks import checked_betas
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, UpdateRule, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule, zero_moment, zero_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,11 @@ class LionRule(UpdateRule):
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", checked_betas("LionRule", self.betas))
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return a zero buffer and a zero step count."""
         return {"step": zero_step(), "exp_avg": zero_moment(param)}
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, -1, 0 or 1 in the buffer's dtype, and the new state."""
         b1, b2 = self.betas
         m = state["exp_avg"]

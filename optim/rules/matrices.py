@@ -14,7 +14,7 @@ from optim.checks import check_flag
 from optim.optimizer import Group, Optimizer
 from optim.param_groups import Assign, NamedParams, Settings, checked_assign, named_groups, part_in, told_by, with_names
 from optim.roles import Kind, Named, Role, roles
-from optim.rule import State, UpdateRule, zero_step
+from optim.rule import OfParam, State, UpdateRule, zero_step
 from optim.rules.adamw import AdamWRule
 from optim.saved import bare_name
 
@@ -58,7 +58,7 @@ class MatrixRule(UpdateRule, ABC):
         if self.num_heads is not None and self.split_sizes is not None:
             raise ValueError(f"{name}: split_sizes and num_heads both divide the rows; give one of them")
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return a zero step count, to which rules with more state add.
 
         Raises:

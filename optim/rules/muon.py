@@ -12,7 +12,7 @@ from optim import backend
 from optim.checks import check_flag, check_non_negative, check_unit_interval
 from optim.linalg import NEWTON_SCHULZ, newton_schulz
 from optim.param_groups import NamedParams
-from optim.rule import State, moment_dtype, zero_moment
+from optim.rule import OfParam, State, moment_dtype, zero_moment
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 
 _CHOICES = {
@@ -108,7 +108,7 @@ class MuonRule(MatrixRule):
         if isinstance(self.ns_steps, bool) or not isinstance(self.ns_steps, int) or not 1 <= self.ns_steps < 100:
             raise ValueError(f"{own}: ns_steps = {self.ns_steps!r}; it must be an integer from 1 to 99")
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return a zero buffer and a zero step count.
 
         Raises:
@@ -116,7 +116,7 @@ class MuonRule(MatrixRule):
         """
         return super().init(param) | {"momentum_buffer": zero_moment(param)}
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the buffer's dtype, and the new state.
 
         One NaN in `grad` fills the whole matrix with NaN.
@@ -158,7 +158,7 @@ class MuonRule(MatrixRule):
             return math.sqrt(max(1.0, rows / max(cols, 1)))
         return math.sqrt(rows / max(cols, 1)) if self.scale == "spectral_norm" else 1.0
 
-    def decay(self, direction: Tensor, state: State, param: Tensor) -> Tensor:
+    def decay(self, direction: OfParam, state: State, param: OfParam) -> OfParam:
         """Return the parameter; under `cautious_decay` only the entries that the update shrinks, and 0 elsewhere."""
         return torch.where(direction * param >= 0, param, 0) if self.cautious_decay else param
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optim.checks import check_non_negative, checked_betas
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, UpdateRule, correction, moment_dtype, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule, correction, moment_dtype, zero_moment, zero_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class NAdamRule(UpdateRule):
         object.__setattr__(self, "betas", checked_betas("NAdamRule", self.betas))
         check_non_negative("NAdamRule", eps=self.eps, momentum_decay=self.momentum_decay, l2=self.l2)
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return zero moments, a zero step count, and the empty product 1."""
         return {
             "step": zero_step(),
@@ -62,7 +62,7 @@ class NAdamRule(UpdateRule):
             "exp_avg_sq": zero_moment(param),
         }
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         g = grad.to(state["exp_avg"].dtype)

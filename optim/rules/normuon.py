@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optim.checks import check_non_negative, check_positive, check_unit_interval
 from optim.param_groups import NamedParams
-from optim.rule import State, moment_dtype
+from optim.rule import OfParam, State, moment_dtype
 from optim.rules.matrices import MatrixOptimizer
 from optim.rules.muon import MuonRule
 
@@ -83,7 +83,7 @@ class NorMuonRule(MuonRule):
     def _by_kernel(self, param: Tensor) -> bool:
         return self.conv_scale == "kernel" and param.ndim == 4
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return Muon's state and a zero second moment per row: the parameter's shape with 1 for its inputs."""
         state = super().init(param)
         shape = list(param.shape)
@@ -97,7 +97,7 @@ class NorMuonRule(MuonRule):
             shape[first:] = [1] * (param.ndim - first)
         return state | {"row_second_moment": param.new_zeros(shape, dtype=moment_dtype(param), requires_grad=False)}
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the buffer's dtype, and the new state."""
         d, buffer = self.momentum_direction(grad, state)
         v = state["row_second_moment"]

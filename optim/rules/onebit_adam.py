@@ -13,7 +13,7 @@ from optim.checks import check_counts, check_non_negative, checked_betas
 from optim.distributed.collectives import all_reduced_means, group_size
 from optim.distributed.onebit import compressed_means, padded
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, UpdateRule, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule, zero_moment, zero_step
 from optim.sharding import is_sharded
 
 
@@ -54,7 +54,7 @@ class OneBitAdamRule(UpdateRule):
         check_non_negative("OneBitAdamRule", eps=self.eps)
         check_counts("OneBitAdamRule", freeze_step=self.freeze_step)
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return zero moments and a zero step count.
 
         Raises:
@@ -64,7 +64,7 @@ class OneBitAdamRule(UpdateRule):
             raise ValueError("OneBitAdamRule: a parameter is sharded; its workers hold whole ones, as under DDP")
         return {"step": zero_step(), "exp_avg": zero_moment(param), "exp_avg_sq": zero_moment(param)}
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         m, v = state["exp_avg"], state["exp_avg_sq"]

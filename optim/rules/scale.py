@@ -9,7 +9,7 @@ from optim.checks import check_unit_interval
 from optim.linalg import unit_rms
 from optim.param_groups import NamedParams, Settings
 from optim.roles import Kind
-from optim.rule import State, moment_dtype, zero_moment
+from optim.rule import OfParam, State, moment_dtype, zero_moment
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 
 _CHOICES = {"axis": ("inputs", "outputs"), "normaliser": ("rms", "l2")}
@@ -52,7 +52,7 @@ class SCALERule(MatrixRule):
             if getattr(self, key) not in choices:
                 raise ValueError(f"SCALERule: {key} = {getattr(self, key)!r}; it must be one of {', '.join(choices)}")
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return a zero step count, and a zero buffer if there is momentum.
 
         Raises:
@@ -60,7 +60,7 @@ class SCALERule(MatrixRule):
         """
         return super().init(param) | ({"momentum_buffer": zero_moment(param)} if self.momentum else {})
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring and the new state.
 
         The direction is in float32, or in the parameter's dtype if that is larger.

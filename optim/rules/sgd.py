@@ -7,7 +7,7 @@ from torch import Tensor
 
 from optim.checks import check_flag, check_unit_interval
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, UpdateRule, moment_dtype, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule, moment_dtype, zero_moment, zero_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +52,11 @@ class SGDRule(UpdateRule):
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
             raise ValueError("SGDRule: nesterov needs a momentum above 0 and dampening 0")
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return a zero step count, and a zero buffer if there is momentum."""
         return {"step": zero_step()} | ({"momentum_buffer": zero_moment(param)} if self.momentum else {})
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         g = grad.to(moment_dtype(param))
         new = {"step": state["step"] + 1}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optim.checks import check_non_negative, check_unit_interval
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, UpdateRule, moment_dtype, scalar_moment, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule, moment_dtype, scalar_moment, zero_moment, zero_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +55,12 @@ class SGDSaIRule(UpdateRule):
         check_unit_interval("SGDSaIRule", momentum=self.momentum)
         check_non_negative("SGDSaIRule", eps=self.eps)
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return a zero step count, gain 0 ("not measured yet"), and a zero buffer if there is momentum."""
         buffer = {"momentum_buffer": zero_moment(param)} if self.momentum else {}
         return {"step": zero_step(), "gain": scalar_moment(param)} | buffer
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         g = grad.to(moment_dtype(param))
         unmeasured = state["gain"] == 0

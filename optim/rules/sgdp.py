@@ -8,7 +8,7 @@ from torch import Tensor
 from optim.checks import check_flag, check_non_negative, check_unit_interval
 from optim.linalg import remove_radial
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, UpdateRule, moment_dtype, scalar_moment, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule, moment_dtype, scalar_moment, zero_moment, zero_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +66,12 @@ class SGDPRule(UpdateRule):
         if self.nesterov and self.project_buffer:
             raise ValueError("SGDPRule: project_buffer is for momentum without nesterov, whose step is not the buffer")
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return a zero step count, full weight decay, and a zero buffer if there is momentum."""
         buffer = {"momentum_buffer": zero_moment(param)} if self.momentum else {}
         return {"step": zero_step(), "decay_share": scalar_moment(param, 1.0)} | buffer
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         dtype = moment_dtype(param)
         g = grad.to(dtype)
@@ -86,7 +86,7 @@ class SGDPRule(UpdateRule):
             new["momentum_buffer"] = direction if self.project_buffer else b
         return direction, new
 
-    def decay(self, direction: Tensor, state: State, param: Tensor) -> Tensor:
+    def decay(self, direction: OfParam, state: State, param: OfParam) -> OfParam:
         """Return the parameter, or `wd_ratio` times the parameter after a projection, divided by 1 - momentum."""
         return state["decay_share"] / (1 - self.momentum) * param
 

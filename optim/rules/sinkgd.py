@@ -9,7 +9,7 @@ from torch import Tensor
 from optim.checks import check_counts, check_non_negative
 from optim.linalg import NORMS, multi_normalised
 from optim.param_groups import NamedParams
-from optim.rule import State, moment_dtype
+from optim.rule import OfParam, State, moment_dtype
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 
 
@@ -57,7 +57,7 @@ class SinkGDRule(MatrixRule):
             raise ValueError(f"SinkGDRule: norms = {norms!r}; expected some of {', '.join(NORMS)}")
         object.__setattr__(self, "norms", tuple(norms))
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring and the new state.
 
         The direction is in float32, or in the parameter's dtype if that is larger.

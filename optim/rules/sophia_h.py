@@ -8,7 +8,7 @@ from torch import Tensor
 from optim.checks import check_non_negative, check_positive, checked_betas
 from optim.curvature import CurvatureRule
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, zero_moment, zero_step
+from optim.rule import OfParam, State, zero_moment, zero_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +53,18 @@ class SophiaHRule(CurvatureRule):
         check_non_negative("SophiaHRule", gamma=self.gamma)
         check_positive("SophiaHRule", eps=self.eps)
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return zero momentum, zero curvature, and a zero step count."""
         return {"step": zero_step(), "exp_avg": zero_moment(param), "hessian": zero_moment(param)}
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, between -1 and 1 in the buffers' dtype, and the new state."""
         m, h = state["exp_avg"], state["hessian"]
         m = m.lerp(grad.to(m.dtype), 1 - self.betas[0])
         direction = (m / (self.gamma * h).clamp_min(self.eps)).clamp(-1, 1)
         return direction, {"step": state["step"] + 1, "exp_avg": m, "hessian": h}
 
-    def absorb(self, estimate: Tensor, state: State) -> State:
+    def absorb(self, estimate: OfParam, state: State) -> State:
         """Return the new h after a refresh, from the estimate z H z of the parameter's shape."""
         return {"hessian": state["hessian"].lerp(estimate, 1 - self.betas[1])}
 

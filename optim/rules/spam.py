@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optim.checks import check_counts, check_flag, check_non_negative, checked_betas
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, UpdateRule, correction, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule, correction, zero_moment, zero_step
 from optim.sharding import is_sharded
 
 
@@ -88,7 +88,7 @@ class SPAMRule(UpdateRule):
         if isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 < self.density <= 1:
             raise ValueError(f"SPAMRule: density = {self.density!r}; it must be a number with 0 < density <= 1")
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return zero moments and zero counts.
 
         Raises:
@@ -102,7 +102,7 @@ class SPAMRule(UpdateRule):
         m, v = zero_moment(param), zero_moment(param)
         return {"step": zero_step(), "calls": zero_step(), "exp_avg": m, "exp_avg_sq": v}
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         b1, b2 = self.betas
         m, v = state["exp_avg"], state["exp_avg_sq"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optim.checks import check_counts, check_flag, check_non_negative, check_unit_interval, checked_betas
 from optim.optimizer import Optimizer, Params
-from optim.rule import State, UpdateRule, correction, scalar_moment, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule, correction, scalar_moment, zero_moment, zero_step
 from optim.rules.spam import catch_up
 from optim.sharding import largest
 
@@ -85,13 +85,13 @@ class StableSPAMRule(UpdateRule):
             check_counts("StableSPAMRule", total_T=self.total_T)
         check_flag("StableSPAMRule", separate_counters=self.separate_counters)
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return zero moments, scalars and counts."""
         counts = {key: zero_step() for key in ("step", "calls", "moment_step")}
         scalars = {key: scalar_moment(param) for key in ("m_max_t", "m_norm_t", "v_norm_t")}
         return {**counts, **scalars, "exp_avg": zero_moment(param), "exp_avg_sq": zero_moment(param)}
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state."""
         m, v = state["exp_avg"], state["exp_avg_sq"]
         dtype = m.dtype

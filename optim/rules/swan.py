@@ -9,7 +9,7 @@ from torch import Tensor
 from optim.checks import check_counts, check_flag, check_non_negative, check_unit_interval
 from optim.linalg import unit_rms, whiten
 from optim.param_groups import NamedParams
-from optim.rule import State, moment_dtype
+from optim.rule import OfParam, State, moment_dtype
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 from optim.sharding import check_whole
 
@@ -56,7 +56,7 @@ class SWANRule(MatrixRule):
         check_unit_interval("SWANRule", beta=self.beta)
         check_flag("SWANRule", center=self.center)
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring and the new state.
 
         The direction is in float32, or in the parameter's dtype if that is larger.

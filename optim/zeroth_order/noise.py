@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from optim.kernels import perturb
@@ -62,7 +63,9 @@ def _drawn(wanted: int) -> int:
     return math.ceil(wanted / 16) * 16  # torch has another order for lengths that 16 does not divide
 
 
-def add_normal_(target: Tensor, scale: float, seed: int, *, total: int | None = None, start: int = 0) -> None:
+def add_normal_(
+    target: Float[Tensor, "..."], scale: float, seed: int, *, total: int | None = None, start: int = 0
+) -> None:
     """Add scale z to `target` in place, rounded once to its dtype; z is standard normal, in float32 before that.
 
     Args:

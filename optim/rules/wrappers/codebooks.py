@@ -1,6 +1,7 @@
 """Code books of 8 bits: the number that each byte stands for, and the nearest byte for a number."""
 
 import torch
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 _LOW_BITS = 16  # of a float32, that the first guess of a code does not look at
@@ -33,13 +34,15 @@ class Book:
         self.first = torch.bucketize(lowest.nan_to_num(nan=0.0), limits).to(torch.int32)
         self.limits = torch.cat([limits, limits.new_tensor([torch.inf])])
 
-    def encode(self, y: Tensor) -> Tensor:
+    def encode(self, y: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
         """Return the nearest entry of each number in [-1, 1], as uint8."""
         index = y.float().view(torch.int32).bitwise_right_shift(_LOW_BITS).bitwise_and_((1 << _LOW_BITS) - 1)
         first = take(self.first, index)
         return (first + (y > take(self.limits, first)).int()).to(torch.uint8)
 
-    def encode_stochastic(self, y: Tensor, uniform: Tensor) -> Tensor:
+    def encode_stochastic(
+        self, y: Float[Tensor, "*shape"], uniform: Float[Tensor, "*shape"]
+    ) -> UInt8[Tensor, "*shape"]:
         """Return one of the two neighbours of each number as uint8, at random such that the mean is the number."""
         nearest = self.encode(y).int()
         lower = (nearest - (take(self.values, nearest) > y).int()).clamp(0, 254)
@@ -47,7 +50,7 @@ class Book:
         return (lower + (uniform * (above - below) < y - below).int()).to(torch.uint8)
 
 
-def take(table: Tensor, index: Tensor) -> Tensor:
+def take(table: Shaped[Tensor, " n"], index: Int[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """Return the entries of a table [n] at an index of any shape, on the device of the index."""
     return table.to(index.device).index_select(0, index.reshape(-1)).reshape(index.shape)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from optim.checks import check_counts, check_flag, check_non_negative
 from optim.kernels.philox import normals
 from optim.param_groups import NamedParams
-from optim.rule import State, UpdateRule, correction, moment_dtype, scalar_moment
+from optim.rule import OfParam, State, UpdateRule, correction, moment_dtype, scalar_moment
 from optim.rules.adamw import AdamWRule
 from optim.rules.conda import CondaRule
 from optim.rules.matrices import MatrixOptimizer
@@ -129,7 +129,7 @@ class LowRank(UpdateRule):
                 f"as {INNER!r}; the inner rule is {self.inner!r}"
             )
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return the inner rule's state for the projected gradient, the basis (or the number it is drawn by), and the
         limiter's.
 
@@ -176,7 +176,7 @@ class LowRank(UpdateRule):
         """Whether tensors share something: the numbers of drawn bases, and what the inner rule shares."""
         return self.projection == "random" or self.inner.coupled
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the moments' dtype, and the new state with its basis."""
         dtype = moment_dtype(param)
         rows, columns, side, rank = self._sides(param)

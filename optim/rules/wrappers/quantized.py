@@ -16,7 +16,7 @@ from optim.cpu_jit.threads import together
 from optim.curvature import CurvatureRule
 from optim.kernels import adamw_8bit
 from optim.kernels.philox import random_words
-from optim.rule import State, UpdateRule, moment_dtype
+from optim.rule import OfParam, State, UpdateRule, moment_dtype
 from optim.rules.adamw import AdamWRule
 from optim.rules.conda import CondaRule
 from optim.rules.wrappers.codebooks import BOOKS, VALUES, take
@@ -110,7 +110,7 @@ class Quantized(UpdateRule):
             raise ValueError(f"{called}: block_size = {self.block_size!r}; it must be at least 1")
         check_flag(called, floor=self.floor, stochastic=self.stochastic)
 
-    def init(self, param: Tensor) -> State:
+    def init(self, param: OfParam) -> State:
         """Return the inner rule's state, with zeros as codes and a scale of zero per block.
 
         Raises:
@@ -132,12 +132,12 @@ class Quantized(UpdateRule):
                 state[key] = value
         return state
 
-    def update(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the inner rule's direction for the decoded state, and the new state encoded."""
         direction, new = self.inner.update(grad, self.decoded(state, param), param)
         return direction, self._encoded(new, state)
 
-    def decay(self, direction: Tensor, state: State, param: Tensor) -> Tensor:
+    def decay(self, direction: OfParam, state: State, param: OfParam) -> OfParam:
         """Return what the inner rule's `decay` returns for the decoded state."""
         return self.inner.decay(direction, self.decoded(state, param), param)
 
