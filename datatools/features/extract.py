@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from datatools.features.store import GradientFeatures
 from datatools.gradients import Batch, Loss, Method, token_batches, visit_per_sample_grads
-from datatools.kernels.sjlt import Adam, add_sjlt, fits
-from datatools.projectors import SJLT, Projector
-from datatools.projectors.base import key as matrix_key
-from optim import AdamWRule, UpdateMap
+from datatools.projectors import Projector
+from optim import UpdateMap
 
 
 def extract(
@@ -75,24 +73,10 @@ def batch_rows(
 
     def visit(name: str, grad: Tensor) -> None:
         squares.add_(grad.flatten(1).float().square().sum(1))
-        add_updates(out, projector, updates, name, grad)
+        projector.accumulate_updates(out, updates, name, grad)
 
     losses = visit_per_sample_grads(loss, module, batch, list(updates.params), visit, method=method)
     return out.cpu(), losses.float().cpu(), squares.sqrt().cpu()
-
-
-def add_updates(out: Tensor, projector: Projector, updates: UpdateMap, name: str, grad: Tensor) -> None:
-    """out [b, dim] float32 += the projected updates of `grad` [b, *shape], the gradients of parameter `name`.
-
-    SJLT of AdamW's updates is one kernel on a GPU (`datatools.kernels.sjlt`), which stores no update.
-    """
-    rule, state = updates.rules[name], updates.states[name]
-    if isinstance(projector, SJLT) and isinstance(rule, AdamWRule) and not rule.amsgrad:
-        now = rule.scalars(int(state["step"]) + 1)
-        adam = Adam(state["exp_avg"], state["exp_avg_sq"], rule.betas, now.scale, now.shrink, rule.eps, rule.eps_root)
-        if fits(out, grad, adam):
-            return add_sjlt(out, grad, matrix_key(projector.seed, name, grad.shape[1:]), adam)
-    projector.accumulate(out, name, updates.per_sample({name: grad})[name])
 
 
 def _json(values: Tensor) -> list[float | None]:

@@ -12,18 +12,29 @@ import torch
 import xxhash
 from torch import Size, Tensor
 
+from optim import UpdateMap
+
 GENERATOR_VERSION = "splitmix64-1"
 """Stands in every store's metadata: features made with other bits are refused, never mixed."""
 
 
 @dataclass(frozen=True)
 class Projector(ABC):
-    """A linear map from gradients, name -> [b, *shape], to features [b, dim]: one matrix a parameter, summed over
+    """A linear map from gradients, name -> [b, *shape], to features [b, dim]: one matrix per parameter, summed over
     names.
+
+    To add one, write a file with a frozen dataclass that sets `name` and defines `accumulate`, and one line in
+    `PROJECTORS`.
 
     The matrix of a parameter depends on (seed, name, shape, dim) alone: not on the device, the batch, the tiling, or
     the other parameters. Random ones are scaled so that inner products are unbiased: E <Px, Py> = <x, y>, with a
     standard deviation of about |x| |y| / sqrt(dim).
+
+    Attributes:
+        dim: number of features.
+        seed: of the random matrices.
+        name: as in `PROJECTORS`.
+
     """
 
     dim: int
@@ -36,12 +47,46 @@ class Projector(ABC):
 
     @classmethod
     def of(cls, shapes: Mapping[str, Size], dim: int, seed: int) -> Projector:
-        """The projector for parameters of these shapes; `identity` takes its dim from them, the others ignore them."""
+        """The projector for parameters of these shapes.
+
+        Args:
+            shapes: name -> shape of each parameter; a projector whose dimension depends on them overrides this method.
+            dim: number of features.
+            seed: of the random matrices.
+
+        Example:
+            >>> from datatools import PROJECTORS
+            >>> projector = PROJECTORS["sjlt"].of({"w": torch.Size((30, 20))}, dim=64, seed=0)
+            >>> projector.project({"w": torch.ones(5, 30, 20)}).shape
+            torch.Size([5, 64])
+
+        """
         return cls(dim=dim, seed=seed)
 
     @abstractmethod
     def accumulate(self, out: Tensor, name: str, grad: Tensor) -> None:
-        """out [b, dim] float32 += projection of `grad` [b, *shape], the gradients of parameter `name`."""
+        """Add the projection of one parameter's gradients.
+
+        Args:
+            out: float32 [b, dim], added to.
+            name: of the parameter.
+            grad: [b, *shape], its gradients, of any floating dtype.
+
+        """
+
+    def accumulate_updates(self, out: Tensor, updates: UpdateMap, name: str, grad: Tensor) -> None:
+        """Add the projected updates of one parameter.
+
+        A projector may override this to make and project an update in one step, without storing it.
+
+        Args:
+            out: float32 [b, dim], added to.
+            updates: the optimizer at a checkpoint.
+            name: of the parameter.
+            grad: [b, *shape], its gradients.
+
+        """
+        self.accumulate(out, name, updates.per_sample({name: grad})[name])
 
     def block(self, name: str, grad: Tensor) -> Tensor:
         """The projection [b, dim], float32, of one parameter's gradients [b, *shape]."""
@@ -78,10 +123,17 @@ def key(seed: int, name: str, shape: Size | tuple[int, ...]) -> int:
 
 
 def bits(counter: Tensor, key: int) -> Tensor:
-    """64 random bits for each counter (int64): splitmix64 of key + counter, the same on every device.
+    """64 random bits per counter: splitmix64 of key + counter, the same on every device.
 
-    Source: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators". int64 products wrap around
-    like the unsigned ones; a right shift must drop the copies of the sign bit.
+    int64 products wrap around like unsigned ones; a right shift must drop the copies of the sign bit.
+
+    Args:
+        counter: int64, of any shape.
+        key: as `key` makes it.
+
+    Source:
+        Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators".
+
     """
     z = (counter + 1) * _GOLDEN + key
     z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _MIX1

@@ -20,9 +20,12 @@ _OCTETS = 1.0 - 2.0 * ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).floa
 class Rademacher(Projector):
     """Px = R^T x / sqrt(dim) with R_ij = +1 or -1 by a fair coin: bit j mod 64 of the hash of (i, j div 64).
 
-    Cost: 2 dim multiplications and additions a coordinate, and making the signs; LESS's published projection (there
-    without the 1 / sqrt(dim), and with a matrix that depends on the device).
-    Source: Achlioptas 2003; Xia et al. 2024, arXiv 2402.04333.
+    Cost: 2 dim multiplications and additions per coordinate, and making the signs. This is LESS's published projection
+    (there without the 1 / sqrt(dim), and with a matrix that depends on the device).
+
+    Source:
+        Achlioptas 2003; Xia et al. 2024, arXiv 2402.04333.
+
     """
 
     name: ClassVar[str] = "rademacher"

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Size, Tensor
 
-from datatools.kernels.sjlt import add_sjlt, fits
+from datatools.kernels.sjlt import Adam, add_sjlt, fits
 from datatools.projectors.base import Projector, TensorCache, bits, key
+from optim import AdamWRule, UpdateMap
 
 _TILE = 1 << 22  # coordinates hashed at a time: bounds memory for a full weight matrix
 _CACHE = TensorCache()
@@ -19,10 +20,13 @@ _CACHE = TensorCache()
 class SJLT(Projector):
     """(Px)_j = sum over coordinates i with bucket(i) = j of sign(i) x_i.
 
-    Cost: one multiplication and one addition a coordinate, whatever `dim` is; a dense matrix costs `dim` of each.
-    Memory: 12 bytes a coordinate for cached hashes (LoRA sizes; larger parameters are hashed again, tile by tile).
+    Cost: one multiplication and one addition per coordinate, whatever `dim` is; a dense matrix costs `dim` of each.
+    Memory: 12 bytes per coordinate for cached hashes (LoRA sizes; larger parameters are hashed again, tile by tile).
     Unbiased; variance at most (|x|^2 |y|^2 + <x,y>^2) / dim.
-    Source: Kane & Nelson 2014, arXiv 1012.1577, with one non-zero a column, as in GraSS (arXiv 2505.18976).
+
+    Source:
+        Kane & Nelson 2014, arXiv 1012.1577, with one non-zero per column, as in GraSS (arXiv 2505.18976).
+
     """
 
     name: ClassVar[str] = "sjlt"
@@ -37,6 +41,17 @@ class SJLT(Projector):
             stop = min(start + _TILE, flat.shape[1])
             bucket, sign = self._hashes(stem, start, stop, flat.device)
             out.index_add_(1, bucket, flat[:, start:stop] * sign)
+
+    def accumulate_updates(self, out: Tensor, updates: UpdateMap, name: str, grad: Tensor) -> None:
+        """Add the projected updates; those of AdamW are made and projected by one kernel on a GPU, and not stored."""
+        rule, state = updates.rules[name], updates.states[name]
+        if isinstance(rule, AdamWRule) and not rule.amsgrad:
+            now = rule.scalars(int(state["step"]) + 1)
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            adam = Adam(*moments, rule.betas, now.scale, now.shrink, rule.eps, rule.eps_root)
+            if fits(out, grad, adam):
+                return add_sjlt(out, grad, key(self.seed, name, grad.shape[1:]), adam)
+        return super().accumulate_updates(out, updates, name, grad)
 
     def transposed(self, features: Tensor, name: str, shape: Size) -> Tensor:
         """P^T y of one parameter: coordinate i [b, *shape] is sign(i) y_bucket(i), of features [b, dim].

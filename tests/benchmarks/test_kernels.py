@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from datatools.features.extract import add_updates
 from datatools.projectors import SJLT
 from optim import AdamW, AdamW8bit, AdamWRule, UpdateMap, linalg
 from optim.zeroth_order import noise
@@ -59,7 +58,7 @@ def arms(device: torch.device, scale: int) -> list[tuple[str, Callable[[], Tenso
 
     def projected() -> Tensor:
         out = torch.zeros(rows, 8192, device=device)
-        add_updates(out, projector, updates, "w", grads)
+        projector.accumulate_updates(out, updates, "w", grads)
         return out
 
     whole = "all of SmolLM2-135M"

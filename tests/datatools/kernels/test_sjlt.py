@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datatools.features.extract import add_updates
 from datatools.kernels import sjlt
 from datatools.projectors import SJLT, Rademacher
 from datatools.projectors.base import key
@@ -74,7 +73,7 @@ def test_projected_updates_of_adamw_are_one_kernel(kernel_device, rule, monkeypa
     for projector in (SJLT(dim=64, seed=3), SJLT(dim=100, seed=3)):
         out = torch.zeros(3, projector.dim, device=kernel_device)
         with counted() as launches:
-            add_updates(out, projector, updates, "w", grad)
+            projector.accumulate_updates(out, updates, "w", grad)
         assert launches == ["_sjlt_kernel"]
         want = reference(monkeypatch, projector, updates, grad)
         torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
@@ -102,7 +101,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(kernel_device):
     grad = torch.ones(3, 50, device=kernel_device)
     grad[1, 7] = torch.nan
     out = torch.zeros(3, 8, device=kernel_device)
-    add_updates(out, SJLT(dim=8), updates, "w", grad)
+    SJLT(dim=8).accumulate_updates(out, updates, "w", grad)
     assert out.isfinite().all(1).tolist() == [True, False, True]
 
 
@@ -118,13 +117,8 @@ def test_what_the_kernel_does_not_do_is_left_to_torch(kernel_device):
     ]
     for rule, projector, given_grad, expected in cases:
         with counted() as launches:
-            add_updates(
-                torch.zeros(2, 8, device=kernel_device),
-                projector,
-                updates_of(rule, shape, kernel_device),
-                "w",
-                given_grad,
-            )
+            out = torch.zeros(2, 8, device=kernel_device)
+            projector.accumulate_updates(out, updates_of(rule, shape, kernel_device), "w", given_grad)
         assert launches == expected, (rule, projector)
     with counted() as launches:
         out = torch.zeros(2, 8, device=kernel_device)
