@@ -55,10 +55,10 @@ class AuditConfig(RunSettings):
         description="the model to train"
     )
     lora: Annotated[LoraConfig | None, Flags("rank", default=RUNS)] = Field(
-        default=LoraConfig(), description="train adapters; null trains every weight"
+        default_factory=LoraConfig, description="train adapters; null trains every weight"
     )
     training: Annotated[TrainingConfig, Flags("optimizer learning_rate epochs batch_size", default=RUNS)] = Field(
-        default=TrainingConfig(), description="the same recipe for every arm"
+        default_factory=TrainingConfig, description="the same recipe for every arm"
     )
     features: FilePath | None = Field(
         default=None,

@@ -16,7 +16,11 @@ Json = bool | int | float | str | None | list["Json"] | dict[str, "Json"]
 
 
 def home(text: str) -> str:
-    """A path as it was typed, `~` opened. Raises: ValueError for characters that no file name has."""
+    """A path as it was typed, with `~` expanded.
+
+    Raises:
+        ValueError: for characters that no file name has.
+    """
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(f"{text!r} holds a character that no file name has")
     return str(Path(text).expanduser()) if text.startswith("~") else text
@@ -35,7 +39,7 @@ def _number_as_text(value: object) -> object:
 
 
 def _columns(value: object) -> object:
-    """'a=b,c=d' as {a: b, c: d}; a list of such texts, joined."""
+    """'a=b,c=d' as {a: b, c: d}, and a list of such texts as one mapping."""
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         value = ",".join(value)
     if not isinstance(value, str):
@@ -59,7 +63,7 @@ Options = dict[str, Scalar | list[Scalar]]
 
 
 class Settings(BaseModel):
-    """Base of every configuration: unknown names refused, values immutable, numbers finite.
+    """Base of all settings: unknown names are refused, values are immutable, and numbers are finite.
 
     `shorthand` names the field that a bare text (or list) stands for: `model: NAME` is `model: {name: NAME}`. Of the
     settings of a command, the docstring is the command's help and `examples` are the commands that it ends with.
@@ -83,7 +87,7 @@ class Settings(BaseModel):
 
     @classmethod
     def expand(cls, value: object) -> object:
-        """The mapping that a shorthand stands for; anything else comes back as it is."""
+        """The mapping that a shorthand stands for; anything else is returned unchanged."""
         if cls.shorthand is not None and isinstance(value, str | list | Path):
             return {cls.shorthand: value}
         return value

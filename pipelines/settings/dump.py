@@ -1,4 +1,4 @@
-"""How settings are written down: as YAML that `load.load_config` reads back, as plain values, as a fingerprint."""
+"""How settings are written: as YAML that `load.load_config` reads back, as plain values, and as a fingerprint."""
 
 import hashlib
 import json
@@ -39,13 +39,24 @@ def _tilde(text: str) -> str:
 
 
 def as_dict(config: Settings, *, leave_out: Sequence[str] = ("volatile",)) -> dict[str, Json]:
-    """The settings as plain values, home folder as `~`, secrets as `***`, without fields with a mark in `leave_out`."""
+    """The settings as plain values: the home folder is `~`, and secrets are `***`.
+
+    Args:
+        config: the settings.
+        leave_out: marks (see `marks`) of the fields to leave out.
+    """
     fields = type(config).model_fields
     return {name: _plain(getattr(config, name)) for name, field in fields.items() if not _marked(field, *leave_out)}
 
 
 def flatten(value: Json, prefix: str = "") -> dict[str, Json]:
-    """Nested settings as dotted names: {"model": {"name": "x"}} -> {"model.name": "x"}."""
+    """Nested settings as dotted names.
+
+    Example:
+        >>> flatten({"model": {"name": "x"}, "seed": 0})
+        {'model.name': 'x', 'seed': 0}
+
+    """
     if isinstance(value, dict) and (value or not prefix):
         flat: dict[str, Json] = {}
         for key, inner in value.items():
@@ -55,18 +66,18 @@ def flatten(value: Json, prefix: str = "") -> dict[str, Json]:
 
 
 def fingerprint(config: Settings) -> dict[str, Json]:
-    """Dotted name -> value of everything that can change the result; two runs may share a folder when these agree."""
+    """Dotted name -> value of all that can change the result; two runs may share a folder when these are equal."""
     return flatten(as_dict(config, leave_out=("volatile", "elsewhere", "late")))
 
 
 def config_digest(config: Settings) -> str:
-    """128-bit blake2b, in hex, of `fingerprint`."""
+    """The 128-bit BLAKE2b digest of `fingerprint`, in hexadecimal."""
     text = json.dumps(fingerprint(config), sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def dump(config: Settings, *, comments: bool = False) -> str:
-    """YAML that `load_config` reads back to an equal configuration; `comments` puts each setting's meaning above it."""
+    """YAML that `load_config` reads back to equal settings; `comments` puts the meaning of each setting above it."""
     return "".join(_dump_level(config, 0, comments))
 
 
@@ -83,8 +94,13 @@ def _dump_level(config: Settings, depth: int, comments: bool) -> list[str]:
             lines.append(f"{pad}{name}:\n")
             lines += _dump_level(value, depth + 1, comments)
         else:
-            text = yaml.dump(
-                _plain(value), Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10**9, sort_keys=False
-            )
-            lines.append(f"{pad}{name}: {text.removesuffix(chr(10)).removesuffix(chr(10) + '...')}\n")
+            lines.append(f"{pad}{name}: {flow(value)}\n")
     return lines
+
+
+def flow(value: object) -> str:
+    """One value as YAML on one line."""
+    text = yaml.dump(
+        _plain(value), Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10**9, sort_keys=False
+    )
+    return text.removesuffix("\n").removesuffix("\n...")

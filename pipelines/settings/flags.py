@@ -68,7 +68,7 @@ def _settings(model: type[Settings]) -> Iterator[Setting]:
             flag = _mark(section, inner)
             assert flag is not None, f"{section.__name__}.{inner} has no flag"
             leaf = section.model_fields[inner]
-            value = leaf.default if info.is_required() else getattr(info.default, inner, flag.off)
+            value = flag.off if info.default is None else leaf.default  # a section is null, or what its class says
             text = leaf.description or ""
             if inner == section.shorthand:
                 text = f"{info.description}: {text}"

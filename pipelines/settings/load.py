@@ -25,7 +25,14 @@ def _takes(annotation: Any, *kinds: Any) -> bool:
 
 
 def all_names(model: type[Settings], prefix: str = "") -> list[str]:
-    """The dotted names of all settings of `model`."""
+    """The dotted names of all settings of `model`, sections included.
+
+    Example:
+        >>> from pipelines.settings.select import SelectConfig
+        >>> [name for name in all_names(SelectConfig) if name.startswith("projector")]
+        ['projector', 'projector.name', 'projector.dim']
+
+    """
     names = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
@@ -84,7 +91,7 @@ def _absorb(
 
 
 def _assign(model: type[Settings], assignment: str, into: dict[str, Any], origins: dict[str, str]) -> None:
-    """One `--set a.b=c`. The value is read as YAML, but stays text where the setting is text."""
+    """Apply one `--set a.b=c`. The value is read as YAML, but stays text where the setting is text."""
     path, equals, text = assignment.partition("=")
     path, text = path.strip(), text.strip()
     origin = f"--set {path}"
@@ -129,8 +136,8 @@ def _short(value: object) -> str:
 
 
 def _explain(model: type[Settings], error: ValidationError, origins: Mapping[str, str]) -> str:
-    """A pydantic error in the house's words: who, what came, what was expected, what to do."""
-    lines: dict[str, str] = {}  # one a setting: a union complains once for each of its members
+    """A pydantic error as one message: the source, the value, what was expected, and what to do."""
+    lines: dict[str, str] = {}  # one per setting: a union has one error for each of its members
     for problem in sorted(error.errors(include_url=False), key=lambda e: -len(e["loc"])):
         path, level, description = [], model, ""
         inside_model = True
@@ -183,12 +190,29 @@ def load_config(
     base_name: str = "the run",
     wanted: Sequence[str] = (trust.CODE, trust.PLACES),
 ) -> M:
-    """A configuration from its sources: defaults < `base` < YAML < `flags` < `sets`.
+    """Settings from their sources: defaults < `base` < YAML < `flags` < `sets`.
 
-    `flags` maps dotted names to values ("train.paths": [...]); None means not given. `sets` are "a.b=value" texts.
-    `base` is what a run to lean on says (an audit takes its model from the run that it audits).
-    `wanted` is what of `trust.check` the caller needs: no code to be run, nothing to be written elsewhere.
-    Raises: UsageError naming the source, the setting, what came and what was expected.
+    Args:
+        model: the class of the settings.
+        yaml_path: a file with settings.
+        flags: dotted name -> value ("train.paths": [...]); None is "not given".
+        sets: texts "a.b=value".
+        base: the settings of the run that the command builds on (an audit takes the model of the run that it judges).
+        base_name: the file that `base` is from, for messages.
+        wanted: the checks of `trust.check` that the caller needs.
+
+    Returns:
+        The settings, checked.
+
+    Raises:
+        UsageError: naming the source, the setting, its value, and what was expected.
+
+    Example:
+        >>> from pipelines.settings.train import EvaluateConfig
+        >>> flags = {"model.name": "m", "data.paths": ["test.jsonl"]}
+        >>> load_config(EvaluateConfig, None, flags, ["token_budget=512"]).token_budget
+        512
+
     """
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -215,9 +239,16 @@ def load_config(
 
 
 def audit_base(selected: Path | None, yaml_path: Path | None = None) -> tuple[dict[str, Json], str]:
-    """What an audit takes over from the run whose selected.jsonl it judges, and the name of the file it is from.
+    """What an audit takes over from the run whose selected.jsonl it judges.
 
-    Model, target, pool and adapters are the run's, the training recipe is that of its warm-up.
+    The model, target, pool and adapters are those of the run; the training recipe is that of its warm-up.
+
+    Args:
+        selected: selected.jsonl of the run.
+        yaml_path: a file with settings, which may name it instead.
+
+    Returns:
+        The settings, and the name of the file that they are from; empty where there is no run.
     """
     if selected is None and yaml_path is not None:
         named = read_yaml(yaml_path).get("selected")
@@ -243,7 +274,14 @@ def audit_base(selected: Path | None, yaml_path: Path | None = None) -> tuple[di
 
 
 def order_base(out: Path | None) -> tuple[dict[str, Json], str]:
-    """The settings of the run in `out`, which another task of `datatools order` goes on with, and its file's name."""
+    """The settings of the run in `out`, which another task of `datatools order` continues.
+
+    Args:
+        out: the folder, by default that of the settings.
+
+    Returns:
+        The settings, and the name of the file that they are from; empty where there is no run.
+    """
     folder = Path(home(str(out or OrderConfig.model_fields["out"].default)))
     path = folder / "run.yaml"
     return ({**read_yaml(path), "out": str(folder)}, str(path)) if path.is_file() else ({}, "")

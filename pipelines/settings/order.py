@@ -87,7 +87,7 @@ class OrderConfig(RunSettings):
         default=None, description="train adapters; null trains every weight"
     )
     training: Annotated[OrderTraining, Flags("optimizer schedule learning_rate epochs batch_size")] = Field(
-        default=OrderTraining(), description="the optimizer and its schedule"
+        default_factory=OrderTraining, description="the optimizer and its schedule"
     )
     batches: Annotated[int, Flag("--batches", METHOD, "T")] = Field(
         default=32, ge=2, le=4096, description="number of batches, of training.batch_size rows each"

@@ -158,7 +158,9 @@ class TrainingConfig(Settings):
         default="backprop",
         description="backprop, or zo: gradients estimated from forward passes alone, in the memory of inference",
     )
-    zo: ZerothOrderConfig = Field(default=ZerothOrderConfig(), description="how `gradient: zo` estimates the gradient")
+    zo: ZerothOrderConfig = Field(
+        default_factory=ZerothOrderConfig, description="how `gradient: zo` estimates the gradient"
+    )
     learning_rate: Annotated[float, Flag("--learning-rate", TRAINING)] = Field(
         default=1e-3, ge=0, le=100, description="peak learning rate"
     )

@@ -1,7 +1,7 @@
 """Access tokens, passwords in URLs and values of secret environment variables stay out of what a run writes.
 
-What a run's own settings held of them is written as `***`, and cannot be repeated from the file: `trust.check` asks for
-the setting again. Nothing here imports torch.
+A secret in the settings of a run is written as `***`, and cannot be repeated from the file: `trust.check` asks for the
+setting again. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ _NAMES = re.compile(r"(?i)token(?!iz)|keys?(?:_|$)|secret|passw|credential|auth(
 
 
 def hide(text: str) -> str:
-    """`text` with `***` in the place of every secret."""
+    """`text` with `***` in place of every secret.
+
+    Example:
+        >>> hide("https://user:password@example.org")
+        'https://***@example.org'
+
+    """
     secrets = {v for k, v in os.environ.items() if _NAMES.search(k) and len(v) >= 6 and not v.isdecimal()}
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
@@ -51,7 +57,7 @@ def hide_all(value: Any) -> Any:
 
 
 def hidden(value: object) -> bool:
-    """Whether a setting, read from a file, lacks what was hidden of it."""
+    """Whether a setting that was read from a file contains a hidden secret."""
     if isinstance(value, dict):
         return any(hidden(key) or hidden(inner) for key, inner in value.items())
     if isinstance(value, list | tuple):

@@ -126,19 +126,19 @@ class SelectConfig(RunSettings):
         json_schema_extra=ELSEWHERE,
     )
     lora: Annotated[LoraConfig, Flags("rank")] = Field(
-        default=LoraConfig(), description="the parameters whose gradients are compared"
+        default_factory=LoraConfig, description="the parameters whose gradients are compared"
     )
     warmup: Annotated[WarmupConfig, Flags("optimizer learning_rate epochs batch_size")] = Field(
-        default=WarmupConfig(), description="the warm-up run; not used with `checkpoints`"
+        default_factory=WarmupConfig, description="the warm-up run; not used with `checkpoints`"
     )
     checkpoints: Annotated[list[FilePath], Flag("--checkpoints", METHOD, "DIR")] = Field(
         default=[], max_length=1000, description="checkpoints of your own training run, instead of a warm-up"
     )
     features: Annotated[FeaturesConfig, Flags("adam_mode")] = Field(
-        default=FeaturesConfig(), description="gradients and their storage"
+        default_factory=FeaturesConfig, description="gradients and their storage"
     )
     projector: Annotated[ProjectorConfig, Flags("name dim")] = Field(
-        default=ProjectorConfig(), description="random projection of gradients"
+        default_factory=ProjectorConfig, description="random projection of gradients"
     )
     aggregate: str = Field(
         default="less",

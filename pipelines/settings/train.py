@@ -127,12 +127,12 @@ class TrainConfig(RunSettings):
         json_schema_extra=ELSEWHERE,
     )
     lora: Annotated[LoraConfig | None, Flags("rank")] = Field(
-        default=LoraConfig(), description="train adapters; null trains every weight"
+        default_factory=LoraConfig, description="train adapters; null trains every weight"
     )
     training: Annotated[
         TrainingConfig,
         Flags("gradient optimizer schedule learning_rate epochs batch_size weight_decay rounding"),
-    ] = Field(default=TrainingConfig(), description="the optimizer and its schedule")
+    ] = Field(default_factory=TrainingConfig, description="the optimizer and its schedule")
     coreset: Annotated[CoresetConfig | None, Flags("name large_batch keep")] = Field(
         default=None, description="a few rows of each large batch to train on (null trains on all)"
     )

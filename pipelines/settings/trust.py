@@ -1,7 +1,7 @@
 """What a file may not decide: whether code is run, and where a command writes.
 
-A run folder may come from somebody else. What its run.yaml names is read as data (models, rows, checkpoints, also from
-elsewhere: reading runs no code). Two things need a flag of the command that is typed now:
+A run folder may come from somebody else. What its run.yaml names is read as data (models, rows and checkpoints, also
+from other folders: reading runs no code). Two things need a flag of the command that is typed now:
 
 - Python code that comes with a model (`trust_remote_code`), from any YAML file;
 - folders to write to that lie outside the run's folder, and flags such as `overwrite`, from a run's own run.yaml.
@@ -26,9 +26,15 @@ TYPED = "command line"
 
 
 def check(config: Settings, origins: Mapping[str, str], wanted: Sequence[str] = (CODE, PLACES)) -> None:
-    """Refuse what only the command line may say. origins: dotted name -> the file or flag that a setting came from.
+    """Refuse what only the command line may say.
 
-    Raises: UsageError naming the file, the setting, and the flag that allows it.
+    Args:
+        config: the settings.
+        origins: dotted name -> the file or flag that the setting came from.
+        wanted: what to check: CODE (no code is run), PLACES (nothing is written elsewhere).
+
+    Raises:
+        UsageError: naming the file, the setting, and the flag that allows it.
     """
     read = [(name, field, value, _origin(origins, name)) for name, field, value in _leaves(config)]
     read = [part for part in read if part[3] not in ("", TYPED) and not part[3].startswith("--set ")]
@@ -53,8 +59,8 @@ def check(config: Settings, origins: Mapping[str, str], wanted: Sequence[str] = 
         if extra.get("elsewhere") and value is not None and not within(Path(str(value)), Path(origin).parent):
             flag = "--out DIR" if name == "out" else f"--set {name}=DIR"
             raise UsageError(
-                f"{origin}: says {name}: {value}, which is not inside of its own folder, and a run's file does not "
-                f"decide where else to write; say where with {flag}"
+                f"{origin}: says {name}: {value}, which is not inside of its own folder, and the file of a run "
+                f"may not decide where else to write; say where with {flag}"
             )
 
 

@@ -18,7 +18,7 @@ def refuse(message: str) -> NoReturn:
     raise UsageError(message) from None
 
 
-# libyaml where there is one: 1 MB in a second, not in twenty
+# with libyaml, where it is installed, 1 MB takes one second rather than twenty
 _BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _INT = r"[-+]?(?:0|[1-9][0-9]*)"
@@ -29,10 +29,10 @@ _ODD_NUMBER = r"[-+]?0[0-9_]+|[-+]?0[xXoObB][0-9a-fA-F_]+|[-+]?[0-9][0-9_]*_[0-9
 
 
 def _resolvers() -> dict[str, list[tuple[str, Any]]]:
-    """Plain scalars: YAML 1.2's numbers, YAML 1.1's truth values; dates and 1:30 stay text.
+    """Plain scalars: the numbers of YAML 1.2 and the truth values of YAML 1.1; dates and 1:30 stay text.
 
-    Truth values stay so that `no` for a text is refused by its type and not taken differently by two YAML readers;
-    `010` (8 to some readers, 10 to others), hexadecimal and underscored numbers are refused by name.
+    Truth values stay, so that `no` for a text is refused by its type, where YAML readers differ about it. `010` (8 or
+    10, depending on the reader), hexadecimal numbers and numbers with underscores are refused by name.
     """
     table: dict[str, list[tuple[str, Any]]] = {}
     for tag, pattern, first in [
@@ -116,10 +116,20 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 
 def parse_yaml(text: str, name: str = "YAML") -> Json:
-    """The value of one YAML document; `name` is what errors call it.
+    """The value of one YAML document.
 
-    Refused: duplicate keys, anchors and aliases, tags, merge keys, more than 1 MB, deeper than 32, two documents,
-    numbers that YAML versions disagree about. Raises: UsageError.
+    Args:
+        text: the document.
+        name: what errors call it.
+
+    Raises:
+        UsageError: for what is not YAML, and for duplicate keys, anchors and aliases, tags, merge keys, more than
+            1 MB, more than 32 levels, a second document, and numbers that YAML versions read differently.
+
+    Example:
+        >>> parse_yaml("{epochs: 2, schedule: cosine}")
+        {'epochs': 2, 'schedule': 'cosine'}
+
     """
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_YAML_BYTES:
@@ -159,7 +169,11 @@ def parse_yaml(text: str, name: str = "YAML") -> Json:
 
 
 def read_yaml(path: Path) -> dict[str, Json]:
-    """The mapping in a YAML file. Raises: UsageError, as `parse_yaml`, and for files that cannot be read."""
+    """The mapping in a YAML file.
+
+    Raises:
+        UsageError: as `parse_yaml`, and for a file that cannot be read or holds no mapping.
+    """
     try:
         size = path.stat().st_size
         if size > MAX_YAML_BYTES:
@@ -179,5 +193,5 @@ def read_yaml(path: Path) -> dict[str, Json]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        refuse(f"{path}: holds a {type(value).__name__}; expected settings, one 'name: value' a line")
+        refuse(f"{path}: holds a {type(value).__name__}; expected settings, one 'name: value' per line")
     return value
