@@ -387,7 +387,7 @@ def test_the_tables_of_the_packages_are_those_of_the_code():
     import optim
     from datatools import AGGREGATIONS, PROJECTORS
     from datatools.order import ESTIMATORS
-    from pipelines.settings.diagnose import CHECKS as DIAGNOSES
+    from pipelines.diagnose.checks import CHECKS as DIAGNOSES
 
     assert first_cells("optim/README.md", "name | source") == sorted(optim.RULES)
     schedules = next(row[1] for row in table("optim/README.md", "piece") if "`SCHEDULES`" in row[0])

@@ -1,7 +1,7 @@
 """What a diagnosis says: `diagnose.json` turned into words, tables and one picture a check, on one page."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,14 @@ def build(summary: Json) -> dict[str, Any]:
     """The parts of the page."""
     checks = summary["checks"]
     data = summary["data"]
-    sections = {
+    sections: dict[str, Callable[[Json], dict[str, Any]]] = {
         "sharpness": _sharpness, "spectrum": _spectrum, "smoothness": _smoothness, "conditioning": _conditioning,
         "double-descent": _double_descent,
     }  # fmt: skip
-    found = [{"key": key, **section(checks[key])} for key, section in sections.items() if key in checks]
+    found = [
+        {"key": key, **(sections[key](check) if key in sections else _numbers(key, check))}
+        for key, check in checks.items()
+    ]
     return {
         "title": f"Diagnosis of {Path(summary['model']).name}",
         "created": str(summary["created"])[:10],
@@ -69,6 +72,22 @@ def shown(x: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
+
+
+def _numbers(key: str, found: Json) -> dict[str, Any]:
+    """The section of a check that has no picture of its own: the numbers that it found."""
+    texts = ("nan", "inf", "-inf")
+    numbers = {name: found[name] for name in found if isinstance(found[name], int | float) or found[name] in texts}
+    title = key.replace("-", " ").capitalize()
+    first = next(iter(numbers), "")
+    return {
+        "title": title,
+        "short": (shown(numbers[first]) if first else "–", first),
+        "lead": f"{title}: {plural(len(numbers), 'number')}.",
+        "head": ["Quantity", "Value"],
+        "rows": [[name, shown(number_)] for name, number_ in numbers.items()],
+        "note": "",
+    }
 
 
 def _sharpness(found: Json) -> dict[str, Any]:

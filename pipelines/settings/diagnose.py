@@ -1,18 +1,15 @@
 """Settings of `datatools diagnose`."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated
 
 from pydantic import Field
 
+from pipelines.settings import names
 from pipelines.settings.base import FilePath, RunSettings
-from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, Flag, Flags
+from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, Flag, Flags, OneOf
 from pipelines.settings.parts import DataConfig, ModelConfig
-
-Check = Literal["sharpness", "spectrum", "smoothness", "conditioning", "double-descent"]
-
-
-CHECKS: tuple[Check, ...] = get_args(Check)
 
 
 class DiagnoseConfig(RunSettings):
@@ -40,10 +37,10 @@ class DiagnoseConfig(RunSettings):
         json_schema_extra=ELSEWHERE,
     )
     checks: Annotated[
-        list[Check],
+        list[Annotated[str, OneOf(partial(names.known, "check"))]],
         Field(min_length=1, max_length=16),
         Flag("--checks", METHOD, "NAMES", default="all"),
-    ] = Field(default=list(CHECKS), description=f"what to measure: {', '.join(CHECKS)}", json_schema_extra=LATE)
+    ] = Field(default=list(names.known("check")), description="what to measure", json_schema_extra=LATE)
     rows: Annotated[int, Flag("--rows", DATA)] = Field(
         default=16, ge=1, le=10**6, description="number of rows, drawn at random; the cost grows with it"
     )

@@ -10,11 +10,13 @@ import torch
 from datatools import DataError, UsageError
 from optim import diagnostics
 from pipelines.diagnose import run as diagnose
+from pipelines.diagnose.checks import CHECKS
+from pipelines.diagnose.looks import Check
 from pipelines.models import load as models
 from pipelines.models.losses import token_losses
 from pipelines.report import diagnose_page as diagnose_view
 from pipelines.rows.prepare import prepare
-from pipelines.settings.diagnose import CHECKS, DiagnoseConfig
+from pipelines.settings.diagnose import DiagnoseConfig
 from pipelines.settings.parts import DataConfig, ModelConfig
 from tests.pipelines import damage
 
@@ -45,7 +47,7 @@ def test_values_of_another_type_are_told(done):
 
 def test_a_run_has_every_check_a_page_and_plain_numbers(done):
     found = summary(done)
-    assert tuple(found["checks"]) == CHECKS and found["data"]["rows"] == 4 and found["seed"] == 0
+    assert tuple(found["checks"]) == tuple(CHECKS) and found["data"]["rows"] == 4 and found["seed"] == 0
     page = (done / "report.html").read_text()
     for title in ("Sharpness of blocks", "Spectra of weights", "Smoothness", "Condition numbers", "Double descent"):
         assert title in page
@@ -96,7 +98,7 @@ def test_the_polar_update_is_the_most_even(done):
 def test_equal_runs_are_equal_and_a_stopped_one_goes_on(world, done, tmp_path, monkeypatch):
     """Stopped in the third check: the first two are not measured again, and the results are those of the whole run."""
     measured = []
-    real = diagnose._measure
+    real = diagnose.measure
 
     def stop(name, *more):
         measured.append(name)
@@ -104,7 +106,7 @@ def test_equal_runs_are_equal_and_a_stopped_one_goes_on(world, done, tmp_path, m
             raise KeyboardInterrupt
         return real(name, *more)
 
-    monkeypatch.setattr(diagnose, "_measure", stop)
+    monkeypatch.setattr(diagnose, "measure", stop)
     with pytest.raises(KeyboardInterrupt):
         diagnose.run(settings(world, tmp_path / "run"))
     assert sorted(p.stem for p in (tmp_path / "run" / "checks").iterdir()) == ["sharpness", "spectrum"]
@@ -116,7 +118,8 @@ def test_equal_runs_are_equal_and_a_stopped_one_goes_on(world, done, tmp_path, m
 def test_a_finished_run_is_asked_for_another_check(world, tmp_path, monkeypatch):
     diagnose.run(settings(world, tmp_path / "run", checks=["conditioning"]))
     assert tuple(summary(tmp_path / "run")["checks"]) == ("conditioning",)
-    monkeypatch.setattr(diagnose, "conditioning", lambda model: pytest.fail("measured again"))
+    again = Check("", lambda look, seed: pytest.fail("measured again"))
+    monkeypatch.setitem(CHECKS, "conditioning", again)
     diagnose.run(settings(world, tmp_path / "run", checks=["sharpness", "conditioning"]))
     assert tuple(summary(tmp_path / "run")["checks"]) == ("sharpness", "conditioning")
     other = diagnose.run(settings(world, tmp_path / "other", checks=["sharpness"], seed=1))
