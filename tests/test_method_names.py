@@ -66,7 +66,6 @@ STILL_COMPARED: dict[str, set[str]] = {
         "top_norm",
     },
     "pipelines/report/diagnose_page.py": {"adamw", "muon", "sgd"},
-    "pipelines/report/view.py": {"less", "random", "random-length", "rds", "tfidf"},
     "pipelines/settings/train.py": {"matching_pursuit"},
     "pipelines/training/optimizers.py": {"adam_mini"},
 }

@@ -6,18 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from datatools import UsageError
+from pipelines.report import audit_page, run_page, select_page
 from pipelines.report import colm_page as coreset_report
 from pipelines.report import diagnose_page as diagnose_view
 from pipelines.report import order_page as order_report
-from pipelines.report import page as report
-from pipelines.report import run_page
 from pipelines.report import training_page as training_report
+from pipelines.report.page import damaged
 from pipelines.runs import run_files
 from pipelines.runs.messages import say
 
 KINDS: dict[str, Callable[[Path], Path]] = {
-    "summary.json": report.render,
-    "audit.json": report.render_audit,
+    "summary.json": select_page.render,
+    "audit.json": audit_page.render,
     "diagnose.json": diagnose_view.render,
     "coreset.json": coreset_report.render,
     training_report.FACTS: training_report.render,
@@ -39,7 +39,7 @@ def draw(folder: Path) -> Path:
         say(text)
     for name, render in KINDS.items():
         if (folder / name).is_file():
-            with report.damaged(folder / name, "run the same command again to write it anew"):
+            with damaged(folder / name, "run the same command again to write it anew"):
                 return render(folder)
     if not (folder / "run.yaml").is_file():
         raise UsageError(f"report {folder}: not the folder of a run (run.yaml is missing)")

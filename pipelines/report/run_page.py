@@ -14,8 +14,8 @@ from typing import Any
 
 from datatools import DatatoolsError, EnvironmentProblem, files
 from pipelines.report import page as report
-from pipelines.report import view as report_view
-from pipelines.report.view import finite, listing, mapping
+from pipelines.report.summary import stages
+from pipelines.report.values import Json, finite, listing, mapping
 from pipelines.runs.redact import redact
 from pipelines.texts import size
 
@@ -59,7 +59,7 @@ def _parts(folder: Path) -> dict[str, Any]:
         "again": "" if state == "running" else again,
         "error": str(noted.get("error") or ""),
         "warnings": list(dict.fromkeys(str(e.get("text")) for e in events if e.get("event") == "warning"))[:_SHOWN],
-        "stages": report_view.stages([e for e in events if e.get("event") == "stage_end"]),
+        "stages": stages([e for e in events if e.get("event") == "stage_end"]),
         "entries": _entries(folder),
         "argv": shlex.join(["datatools", *map(str, argv)]) if isinstance(argv, list) else "",
         "settings": settings,
@@ -67,7 +67,7 @@ def _parts(folder: Path) -> dict[str, Any]:
     }
 
 
-def _lead(noted: report_view.Json, state: str) -> str:
+def _lead(noted: Json, state: str) -> str:
     doing = mapping(noted.get("doing"))
     said = []
     if state != "done" and doing.get("description"):
@@ -106,7 +106,7 @@ def _text(path: Path, *, told: bool = False) -> str:
         return str(error) if told else ""
 
 
-def _events(path: Path) -> list[report_view.Json]:
+def _events(path: Path) -> list[Json]:
     found = []
     for line in _text(path).splitlines():
         try:

@@ -15,7 +15,7 @@ from datatools.files import sealed
 from pipelines.models import load as models
 from pipelines.models.adapters import load_adapter
 from pipelines.models.base import unload
-from pipelines.report import page as report
+from pipelines.report import select_page
 from pipelines.rows import leakage, preflight
 from pipelines.rows.inputs import Inputs
 from pipelines.rows.rows import Rows
@@ -88,7 +88,7 @@ def run(config: AuditConfig) -> Path:
         audit = summarise(base, results, config) | _told(leaks) | {"selection": judged}
         files.write_json(current.path("audit.json"), audit)
         if verdicts.deliver(config.selected.parent, audit):
-            say(f"report: {report.render(config.selected.parent)}")
+            say(f"report: {select_page.render(config.selected.parent)}")
     print_table(audit, Console())
     return config.out
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from datatools import DataError, UsageError, files
 from pipelines.models import load as models
-from pipelines.report.page import damaged, visible
+from pipelines.report.page import damaged
 from pipelines.rows.prepare import prepare, target_data
 from pipelines.rows.rows import Rows
 from pipelines.runs import run_files
@@ -24,6 +24,7 @@ from pipelines.settings import trust
 from pipelines.settings.load import load_config
 from pipelines.settings.methods import Method, known
 from pipelines.settings.select import ExplainConfig, SelectConfig
+from pipelines.texts import visible
 
 SHOWN_LAYERS = 8
 _STATUS = {

@@ -10,7 +10,7 @@ METHOD = Method(
     "alone would bring.",
     label="random, same lengths",
     rows="random rows of the same lengths",
-    kind="random",
+    kind="baseline",
     matches_length=True,
     selector="random_length",
     cost="nothing",

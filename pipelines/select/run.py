@@ -26,7 +26,7 @@ from datatools import (
     select,
 )
 from pipelines.models import load as models
-from pipelines.report import page as report
+from pipelines.report import select_page, terminal
 from pipelines.rows import leakage
 from pipelines.rows.inputs import Inputs
 from pipelines.runs import verdicts
@@ -69,9 +69,9 @@ def run(config: SelectConfig) -> Path:
         with current.stage("select and write"):
             selection = choose(context, scored)
             summary = write(context, scored, selection, before)
-        path = report.render(current.folder)
+        path = select_page.render(current.folder)
     if not quiet():
-        report.terminal(summary, Console(stderr=True))
+        terminal.show(summary, Console(stderr=True))
     say(f"report: {path}")
     return config.out
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datatools import t_interval
-from pipelines.report.view import FEWEST_RUNS
+from pipelines.report.audit_section import FEWEST_RUNS
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.methods import FULL
 

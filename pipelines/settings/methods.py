@@ -40,7 +40,7 @@ class Method:
         label: what an audit calls it.
         rows: the rows that it picks, after "than with ..."; the label when empty.
         needs: what it needs: a target; a model; gradients (with a warm-up run, or checkpoints of the user's own).
-        kind: what an audit compares it with: a random baseline, a similarity baseline, or neither ("").
+        kind: what it is in an audit: a baseline (random rows), a rival that compares texts or states, or neither ("").
         matches_length: whether it is the control for answer length.
         selector: how rows are taken by default, a name of `datatools.SELECTORS`.
         forward: the rows that go through the model for a score, forward alone; what an audit estimates its cost from.
@@ -60,7 +60,7 @@ class Method:
     limits: str
     rows: str = ""
     needs: tuple[Literal["target", "model", "gradients"], ...] = ()
-    kind: Literal["random", "similarity", ""] = ""
+    kind: Literal["baseline", "similarity", ""] = ""
     matches_length: bool = False
     selector: str = "top_k"
     forward: tuple[Literal["pool", "target"], ...] = ()

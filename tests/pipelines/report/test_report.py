@@ -24,9 +24,9 @@ from rich.console import Console
 
 from datatools.errors import DataError
 from pipelines import texts
-from pipelines.report import charts
-from pipelines.report import page as report
-from pipelines.report import view as report_view
+from pipelines.report import charts, page, select_page, terminal
+from pipelines.report.audit_section import arms as arms_of
+from pipelines.report.scores_section import read_scores
 
 CSP = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -274,12 +274,12 @@ def make_run(folder: Path, n: int = 2000, *, seed: int = 0, method: str = "less"
 def less(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     folder = tmp_path_factory.mktemp("less")
     summary = make_run(folder)
-    return folder, summary, report.render(folder).read_text(encoding="utf-8")
+    return folder, summary, select_page.render(folder).read_text(encoding="utf-8")
 
 
 def rewrite(folder: Path, summary: dict[str, Any]) -> str:
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-    return report.render(folder).read_text(encoding="utf-8")
+    return select_page.render(folder).read_text(encoding="utf-8")
 
 
 def words(page: str) -> str:
@@ -290,7 +290,7 @@ def words(page: str) -> str:
 
 def printed(summary: dict[str, Any], width: int = 80) -> str:
     out = StringIO()
-    report.terminal(summary, Console(file=out, width=width))
+    terminal.show(summary, Console(file=out, width=width))
     return out.getvalue()
 
 
@@ -315,7 +315,7 @@ class Tags(HTMLParser):
 @pytest.mark.parametrize("audit", [True, False])
 def test_every_method_has_a_report(tmp_path: Path, method: str, audit: bool) -> None:
     summary = make_run(tmp_path, 400, method=method, audit=audit)
-    page = report.render(tmp_path).read_text(encoding="utf-8")
+    page = select_page.render(tmp_path).read_text(encoding="utf-8")
     assert len(page.encode()) < 300_000
     text = words(page)
     assert "20 of 400 rows" in text
@@ -428,7 +428,7 @@ def test_reading_pairs_equal_seeds(ours: tuple[float, ...], theirs: tuple[float,
         {"arm": "selected", "mean": float(np.mean(ours)), "n": 2},
         {"arm": "random", "mean": float(np.mean(theirs)), "n": 2},
     ]
-    arms = report_view.arms({"rows": rows, "table": table}, "less")
+    arms = arms_of({"rows": rows, "table": table}, "less")
     assert [arm.chosen for arm in arms] == [True, False]
     assert arms[1].reading == reading
     assert arms[1].delta == pytest.approx(np.mean(theirs) - np.mean(ours))
@@ -440,7 +440,7 @@ def test_reading_without_runs_needs_intervals_apart() -> None:
             {"arm": "less", "mean": 1.4, "low": 1.38, "high": 1.42, "n": 3},
             {"arm": "random", "mean": 1.5, "low": low, "high": high, "n": n},
         ]
-        return report_view.arms({"table": table}, "less")[1].reading
+        return arms_of({"table": table}, "less")[1].reading
 
     assert (read(1.43, 1.57), read(1.41, 1.59), read(1.30, 1.37)) == ("better", "unclear", "worse")
     assert read(1.43, 1.57, n=2) == "unclear"
@@ -472,7 +472,7 @@ def test_selection_by_another_rule_draws_no_false_cut(tmp_path: Path) -> None:
     anyhow[np.random.default_rng(3).choice(np.flatnonzero(ok), 25, replace=False)] = True
     place = table.column_names.index("_selected")
     pq.write_table(table.set_column(place, "_selected", pa.array(anyhow)), tmp_path / "scores.parquet")
-    page = report.render(tmp_path).read_text(encoding="utf-8")
+    page = select_page.render(tmp_path).read_text(encoding="utf-8")
     assert "cut-off" not in words(page)
 
 
@@ -487,18 +487,18 @@ def paths(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 def test_any_part_may_be_absent_or_null(tmp_path: Path) -> None:
     summary = make_run(tmp_path, 60)
-    scores = report_view.read_scores(tmp_path / "scores.parquet")
-    template = report._environment().get_template("report.html")
+    scores = read_scores(tmp_path / "scores.parquet")
+    template = page._environment().get_template("report.html")
     for path in list(paths(summary)):
         changed = json.loads(json.dumps(summary))
         parent = changed
         for key in path[:-1]:
             parent = parent[key]
         parent[path[-1]] = None
-        assert "rows" in template.render(report_view.build(changed, scores), shown=3), path
+        assert "rows" in template.render(select_page.build(changed, scores), shown=3), path
         printed(changed)
         del parent[path[-1]]
-        assert "rows" in template.render(report_view.build(changed, scores), shown=3), path
+        assert "rows" in template.render(select_page.build(changed, scores), shown=3), path
     assert "3 of 60 rows" in words(rewrite(tmp_path, {}))
     printed({})
 
@@ -510,21 +510,21 @@ def test_nothing_or_everything_chosen(tmp_path: Path, chosen: int) -> None:
     place = table.column_names.index("_selected")
     table = table.set_column(place, "_selected", pa.array([i < chosen for i in range(60)]))
     pq.write_table(table, tmp_path / "scores.parquet")
-    assert f"{chosen} of 60 rows" in words(report.render(tmp_path).read_text(encoding="utf-8"))
+    assert f"{chosen} of 60 rows" in words(select_page.render(tmp_path).read_text(encoding="utf-8"))
     pq.write_table(table.slice(0, 0), tmp_path / "scores.parquet")
-    report.render(tmp_path)
+    select_page.render(tmp_path)
 
 
 def test_equal_inputs_give_equal_bytes(less: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
     for name in ("summary.json", "scores.parquet"):
         shutil.copy(less[0] / name, tmp_path)
-    assert report.render(tmp_path).read_bytes() == (less[0] / "report.html").read_bytes()
+    assert select_page.render(tmp_path).read_bytes() == (less[0] / "report.html").read_bytes()
 
 
 def test_a_large_pool_is_binned(tmp_path: Path) -> None:
     make_run(tmp_path, 100_000)
     start = time.perf_counter()
-    path = report.render(tmp_path)
+    path = select_page.render(tmp_path)
     assert time.perf_counter() - start < 10  # 0.7 s on 2 busy cores, 2026-11-22
     assert path.stat().st_size < 120_000
 
@@ -550,11 +550,11 @@ def test_many_sources_and_subtasks_stay_readable(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_finished_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"summary\.json"):
-        report.render(tmp_path)
+        select_page.render(tmp_path)
     make_run(tmp_path, 50)
     (tmp_path / "scores.parquet").unlink()
     with pytest.raises(DataError, match=r"scores\.parquet.*finished run"):
-        report.render(tmp_path)
+        select_page.render(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 but not really", b"[1, 2]"])
@@ -563,11 +563,11 @@ def test_damaged_files_are_named(tmp_path: Path, content: bytes) -> None:
     whole = (tmp_path / "scores.parquet").read_bytes()
     (tmp_path / "scores.parquet").write_bytes(content)
     with pytest.raises(DataError, match=r"scores\.parquet"):
-        report.render(tmp_path)
+        select_page.render(tmp_path)
     (tmp_path / "scores.parquet").write_bytes(whole)
     (tmp_path / "summary.json").write_bytes(content)
     with pytest.raises(DataError, match=r"summary\.json"):
-        report.render(tmp_path)
+        select_page.render(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 
@@ -576,7 +576,7 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "scores.parquet").drop_columns(["_supervised"])
     pq.write_table(table, tmp_path / "scores.parquet")
     with pytest.raises(DataError, match="no column '_supervised'"):
-        report.render(tmp_path)
+        select_page.render(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------- hostile text
@@ -679,7 +679,7 @@ def test_hostile_text_does_not_change_the_page(tmp_path: Path, payload: str) -> 
     """The page's tags are those of a page with a harmless word in each field: no text can open, close or alter one."""
     hostile_run(tmp_path / "bad", payload)
     hostile_run(tmp_path / "good", "word")
-    bad, good = (report.render(tmp_path / name).read_text(encoding="utf-8") for name in ("bad", "good"))
+    bad, good = (select_page.render(tmp_path / name).read_text(encoding="utf-8") for name in ("bad", "good"))
     tags = [
         [(tag, {k: v for k, v in attrs.items() if k != "aria-label"}) for tag, attrs in Tags(page).found]
         for page in (bad, good)
@@ -706,7 +706,7 @@ def test_terminal_of_any_encoding(less: tuple[Path, dict[str, Any], str], encodi
     summary["best"][0]["prompt"] = "naïve 数 \ud800 \U0001f600"
     raw = BytesIO()
     console = Console(file=TextIOWrapper(raw, encoding=encoding, write_through=True), width=80)
-    report.terminal(summary, console)
+    terminal.show(summary, console)
     assert b"100 of 2,000 rows chosen" in raw.getvalue()
 
 
@@ -884,6 +884,6 @@ def test_a_browser_runs_nothing_and_asks_for_nothing(tmp_path: Path, server: HTT
 
     server.asked.clear()  # type: ignore[attr-defined]
     hostile_run(tmp_path / "run", attack)
-    seen = browse(browser, report.render(tmp_path / "run"), tmp_path / "profile")
+    seen = browse(browser, select_page.render(tmp_path / "run"), tmp_path / "profile")
     assert 'id="hit"' not in seen[:300] and 'id="provenance"' in seen
     assert server.asked == []  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import pytest
 
 import pipelines.select.less
 from datatools import DataError, UsageError, files
-from pipelines.report import page as report
+from pipelines.report import select_page, terminal
 from pipelines.runs import verdicts
 from pipelines.select import audit
 from pipelines.select import run as select
@@ -49,7 +49,7 @@ def sign(run, digest=None):
 
 
 def page(run):
-    return report.render(run).read_text()
+    return select_page.render(run).read_text()
 
 
 @pytest.fixture
@@ -174,5 +174,5 @@ def test_an_audit_is_delivered_to_the_selection_that_it_judged(world, run, monke
 def test_an_unaudited_selection_says_so(run, capsys):
     from rich.console import Console
 
-    report.terminal(summary(run), Console(width=80))
+    terminal.show(summary(run), Console(width=80))
     assert "not audited" in capsys.readouterr().out and "Not audited" in page(run)

@@ -321,7 +321,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(command, tmp_path,
         ("datatools.files:_commit", 20, "before"),
         ("datatools.features.store:GradientFeatures.write_unit", 3, "after"),
         ("pipelines.select.write:_write_table", 1, "after"),
-        ("pipelines.report.page:render", 1, "before"),
+        ("pipelines.report.select_page:render", 1, "before"),
     ],
 )
 def test_killed_at_an_instrumented_point_twice(command, first, world, tmp_path, where, count, when):
