@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from rich import box
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from datatools import UsageError, did_you_mean
+from pipelines.settings import names
 
 Rows = list[tuple[str, ...]]
 
@@ -79,6 +81,20 @@ def _methods() -> Rows:
     return [(name, known(name).summary) for name in SCORERS]
 
 
+def _estimators() -> Rows:
+    facts = {name: partial(names.fact, "estimator", name) for name in names.known("estimator")}
+    return [
+        (name, f"{fact('title')} ({fact('source') or 'own'})", fact("once") or "", fact("each") or "")
+        for name, fact in facts.items()
+    ]
+
+
+def _searches() -> Rows:
+    from datatools import order
+
+    return _described(order.SEARCHES)
+
+
 def _formats() -> Rows:
     from pipelines.rows.formats.table import FORMATS
 
@@ -103,6 +119,8 @@ KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[], Rows]]] = {
         _aggregations,
     ),
     "selectors": ("--selector", ("name", "rows that it takes"), _selectors),
+    "estimators": ("order --estimators", ("name", "what it is (source)", "to make it", "per score"), _estimators),
+    "searches": ("order --search", ("name", "how orders are searched"), _searches),
     "formats": (
         "rows of --train, --target, --data",
         ("format", "what is learned (who uses it), how it is rendered, and an example"),

@@ -120,6 +120,7 @@ def places(sequence: Sequence[int], reference: Sequence[int]) -> Permutation:
 
 
 def _random(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator) -> None:
+    """Random orders, as many as the budget allows."""
     scorer(np.stack(starts))
     steps = len(starts[0])
     while scorer.left > 0:
@@ -152,6 +153,7 @@ def borda_order(surrogate: Surrogate, scorer: _Scorer | None = None, *, seed: in
 
 
 def _borda(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator) -> None:
+    """One order: batches sorted by what it costs to have them late (`borda_order`)."""
     scorer(borda_order(scorer.surrogate, scorer, seed=int(rng.integers(2**31)))[None])
 
 
@@ -169,6 +171,7 @@ def neighbours(permutation: Permutation, places_: NDArray[np.int64]) -> NDArray[
 
 
 def _local(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator) -> None:
+    """Local search from the best known and random orders: swaps and moves, as long as one is better."""
     borda = borda_order(scorer.surrogate, scorer, seed=int(rng.integers(2**31)))
     pool = [borda, *starts]
     scores = scorer(np.stack(pool))
@@ -236,6 +239,7 @@ def mutated(child: Permutation, rng: np.random.Generator) -> Permutation:
 
 
 def _genetic(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator) -> None:
+    """A genetic algorithm: crosses and mutations of the best orders so far."""
     steps, size = len(starts[0]), max(4, min(64, scorer.budget // 10))
     population = np.stack(
         [*starts, borda_order(scorer.surrogate, scorer, seed=int(rng.integers(2**31)))][:size]

@@ -230,7 +230,7 @@ def doctor(
 def ls(
     kind: Annotated[str | None, typer.Argument(metavar="KIND", help="what to list", show_default=False)] = None,
 ) -> None:
-    """List what can be chosen: optimizers, schedules, methods, projectors, aggregations, selectors, formats."""
+    """List what can be chosen, by kind; without KIND, list the kinds: optimizers, schedules, methods, ..."""
     from pipelines.listing import show
 
     show(kind)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import optim
-from datatools import AGGREGATIONS, PROJECTORS, SELECTORS, UsageError
+from datatools import AGGREGATIONS, PROJECTORS, SELECTORS, UsageError, order
 from pipelines import listing
 from pipelines.rows.formats.table import FORMATS, read_shape
 from pipelines.settings.methods import SCORERS
@@ -22,6 +22,8 @@ TABLES = {
     "aggregations": AGGREGATIONS,
     "selectors": SELECTORS,
     "methods": SCORERS,
+    "estimators": order.ESTIMATORS,
+    "searches": order.SEARCHES,
     "formats": {known.title for known in FORMATS.values()},
 }
 
