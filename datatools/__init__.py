@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from datatools.features.encodings import ENCODINGS as ENCODINGS
     from datatools.features.extract import batch_rows as batch_rows
     from datatools.features.extract import extract as extract
+    from datatools.features.plan import OtherFeatures as OtherFeatures
     from datatools.features.store import GradientFeatures as GradientFeatures
-    from datatools.features.store import OtherFeatures as OtherFeatures
     from datatools.files.order_file import Order as Order
     from datatools.gradients import covered as covered
     from datatools.gradients import per_sample_grads as per_sample_grads
@@ -100,7 +100,7 @@ _EXPORTS = {
     "SELECTORS": "datatools.selection.selectors",
     "select": "datatools.selection.selectors",
     "GradientFeatures": "datatools.features.store",
-    "OtherFeatures": "datatools.features.store",
+    "OtherFeatures": "datatools.features.plan",
 }
 
 

@@ -31,12 +31,51 @@ def extract(
 ) -> None:
     """Fill the units that `store` still misses; unit u is the work of rank u mod world, and needs no other rank.
 
-    fetch: keys -> their padded batch. lengths: key -> tokens. updates: the optimizer at the checkpoint, restricted to
-    the parameters to be seen (`SGDRule` in it gives plain gradients). advance: called with (rows, tokens) after each
-    batch. A row's feature depends on the row, the batch it shares a shape with only to rounding; the batches are fixed
-    by the plan, so a run that was killed and started again writes the same bytes.
-    Cost: `visit_per_sample_grads` + the update + the projection, both small for LoRA. Memory: one batch of
-    `token_budget` tokens, one layer's per-example gradients and one unit of features, whatever the number of rows.
+    A row's feature depends on the row, and on the batch that it shares a shape with only to rounding. The batches are
+    fixed by the plan, so a run that was killed and started again writes the same bytes.
+
+    Cost: `visit_per_sample_grads`, the update and the projection, both small for LoRA.
+    Memory: one batch of `token_budget` tokens, one layer's per-sample gradients and one unit of features, whatever the
+    number of rows.
+
+    Args:
+        store: where the features go.
+        module: the model.
+        loss: (module, batch) -> [b], one loss per row.
+        fetch: keys -> their padded batch, name -> [b, ...].
+        lengths: key -> tokens.
+        updates: the optimizer at the checkpoint, restricted to the parameters to be seen (`SGDRule` in it gives plain
+            gradients).
+        projector: of the store's dimension.
+        method: how per-sample gradients are made.
+        token_budget: tokens per batch, padding included.
+        advance: called with (rows, tokens) after each batch.
+        rank: of this process.
+        world: number of processes that fill the store.
+
+    Raises:
+        EnvironmentProblem: The disk refuses.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import PROJECTORS, GradientFeatures, extract, files
+        >>> from optim import SGDRule, UpdateMap, create
+        >>> module = nn.Linear(3, 2).eval()
+        >>> rows = {files.digest(b"%d" % i): torch.full((3,), float(i)) for i in range(4)}
+        >>> updates = UpdateMap.of(create("sgd", list(module.named_parameters()), lr=0.1), rules=SGDRule())
+        >>> store = GradientFeatures.create_or_open(tempfile.mkdtemp(), meta={"step": 0}, dim=8, keys=list(rows))
+        >>> extract(
+        ...     store,
+        ...     module,
+        ...     lambda module, batch: module(batch["x"]).square().sum(1),
+        ...     lambda keys: {"x": torch.stack([rows[key] for key in keys])},
+        ...     dict.fromkeys(rows, 3),
+        ...     updates,
+        ...     PROJECTORS["sjlt"].of({n: p.shape for n, p in updates.params.items()}, dim=8, seed=0),
+        ... )
+        >>> store.missing_units(), store.take(list(rows)).shape
+        ([], torch.Size([4, 8]))
+
     """
     for unit in store.missing_units(rank, world):
         keys = store.unit_keys(unit)
@@ -62,9 +101,33 @@ def extract(
 def batch_rows(
     module: nn.Module, loss: Loss, batch: Batch, updates: UpdateMap, projector: Projector, *, method: Method = "hooks"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One batch of b rows -> features [b, dim], losses [b] and norms of the plain gradients [b]; float32, on the CPU.
+    """The features of one batch of b rows.
 
     The update of a parameter is made and projected as soon as its gradients exist, so one layer is in memory at a time.
+
+    Args:
+        module: the model.
+        loss: (module, batch) -> [b], one loss per row.
+        batch: name -> [b, ...].
+        updates: the optimizer at the checkpoint, restricted to the parameters to be seen.
+        projector: gradients -> features.
+        method: how per-sample gradients are made.
+
+    Returns:
+        Features [b, dim], losses [b] and norms of the plain gradients [b]; float32, on the CPU.
+
+    Example:
+        >>> from datatools import PROJECTORS, batch_rows
+        >>> from optim import SGDRule, UpdateMap, create
+        >>> module = nn.Linear(3, 2, bias=False).eval()
+        >>> updates = UpdateMap.of(create("sgd", list(module.named_parameters()), lr=0.1), rules=SGDRule())
+        >>> identity = PROJECTORS["identity"].of({"weight": module.weight.shape}, dim=1, seed=0)
+        >>> def loss(module, batch):
+        ...     return module(batch["x"]).sum(1)
+        >>> features, losses, norms = batch_rows(module, loss, {"x": torch.ones(4, 3)}, updates, identity)
+        >>> features.shape, norms.square().round()
+        (torch.Size([4, 6]), tensor([6., 6., 6., 6.]))
+
     """
     size = len(next(iter(batch.values())))
     device = next(iter(updates.params.values())).device

@@ -12,7 +12,19 @@ MODULES = sorted(
     for path in (REPOSITORY / "datatools").rglob("*.py")
     if ">>> " in path.read_text(encoding="utf-8")
 )
-HAVE_ONE = ("influence", "aggregate", "select", "fill", "Budget.parse", "Candidates", "Selection")
+HAVE_ONE = (
+    "influence",
+    "aggregate",
+    "select",
+    "fill",
+    "Budget.parse",
+    "Candidates",
+    "Selection",
+    "extract",
+    "batch_rows",
+    "GradientFeatures.create_or_open",
+    "Projector.of",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -7,6 +7,7 @@ from datatools import PROJECTORS
 from datatools.projectors import rademacher as rademacher_module
 from datatools.projectors import sjlt as sjlt_module
 from datatools.projectors.base import bits, key
+from optim import AdamW, UpdateMap
 
 SHAPES = {"a": torch.Size((6, 5)), "b": torch.Size((300,)), "c": torch.Size((40, 50))}
 RANDOM = ["sjlt", "rademacher"]
@@ -108,3 +109,30 @@ FROZEN = {"sjlt": [[-7.0, -12.0, -1.0, -4.0]], "rademacher": [[-12.0, -2.0, 5.0,
 def test_dim_must_be_positive(name):
     with pytest.raises(ValueError, match="dim=0"):
         PROJECTORS[name](dim=0)
+
+
+def test_the_fused_kernel_of_sjlt_gets_what_makes_adamws_direction(monkeypatch):
+    """The kernel itself needs a GPU (tests/datatools/kernels); here its definition stands in for it."""
+    params = {"w": torch.nn.Parameter(torch.randn(6, 5, generator=torch.Generator().manual_seed(0)))}
+    optimizer = AdamW(params.items(), lr=1e-3)
+    for _ in range(2):
+        params["w"].square().sum().backward()
+        optimizer.step()
+    updates, sjlt = UpdateMap.of(optimizer), PROJECTORS["sjlt"](dim=16, seed=2)
+    grad, want, got = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(1)), *torch.zeros(2, 3, 16)
+    sjlt.accumulate_updates(want, updates, "w", grad)
+    calls = []
+
+    def definition(out, grad, stem, adam):
+        calls.append(stem)
+        b1, b2 = adam.betas
+        m, v = b1 * adam.exp_avg + (1 - b1) * grad, b2 * adam.exp_avg_sq + (1 - b2) * grad * grad
+        with monkeypatch.context() as plain:
+            plain.setattr(sjlt_module, "fits", lambda *_: False)
+            sjlt.accumulate(out, "w", adam.scale * m / ((adam.shrink * v + adam.eps_root).sqrt() + adam.eps))
+
+    monkeypatch.setattr(sjlt_module, "fits", lambda *_: True)
+    monkeypatch.setattr(sjlt_module, "add_sjlt", definition)
+    sjlt.accumulate_updates(got, updates, "w", grad)
+    torch.testing.assert_close(got, want)
+    assert calls == [key(2, "w", (6, 5))]
