@@ -62,6 +62,7 @@ def run(config: ExplainConfig) -> dict[str, Any]:
         "source": row.source,
         "where": pool.pool.where(index),
         "method": made_by.method,
+        "selector": made_by.selector,
         "prompt": row.question,
         "answer": row.answer,
         **_placed(folder, pool, index),
@@ -220,6 +221,8 @@ def _why(found: dict[str, Any], record: Method) -> str:
         lowest = found["lowest_chosen"]
         last = f", the lowest chosen score is {lowest:+.4g}" if lowest is not None else ""
         said = f"not chosen by --method {method}: {rank}; {found['chosen_rows']:,} rows were chosen{last}"
+    if found["selector"] not in (None, record.selector):
+        said += f". Rows were taken by --selector {found['selector']}, which may pass over better scores"
     if "target" not in record.needs:
         said += ". This method looks at no target rows, so none stand behind it"
     return said

@@ -90,7 +90,20 @@ def check(config: SelectConfig) -> None:
         if name not in there:
             raise UsageError(f"{setting}: there is no '{name}'{did_you_mean(name, there)}")
     optimizers.check(config.warmup)
+    if config.selector is not None:
+        _check_selector(config, config.selector)
     scorer(config.method).check(config)
+
+
+def _check_selector(config: SelectConfig, name: str) -> None:
+    if name not in SELECTORS:
+        raise UsageError(f"selector: there is no '{name}'{did_you_mean(name, SELECTORS)}")
+    if SELECTORS[name].scores and not SELECTORS[known(config.method).selector].scores:
+        raise UsageError(
+            f"--selector {name} needs scores, and --method {config.method} gives none; leave one of them out"
+        )
+    if SELECTORS[name].reference and not config.target:
+        raise UsageError(f"--selector {name} compares with target rows; name them with --target FILE")
 
 
 def _refuse_another_selection(config: SelectConfig) -> None:

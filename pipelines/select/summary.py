@@ -114,8 +114,10 @@ def nearest(context: Context, scored: Scored, index: int) -> tuple[Row, float] |
 
 
 def _notes(config: SelectConfig, formula: Mapping[str, Any]) -> list[str]:
-    """What a reader must know beside the formula."""
+    """What a reader must know besides the formula."""
     notes = [f"update: {formula['settings']}"] if "settings" in formula else []
+    if config.selector not in (None, known(config.method).selector):
+        notes.append(f"selector={config.selector}: this took the rows, and not necessarily those with the best scores")
     if AGGREGATIONS[config.aggregate].places and "target" in known(config.method).needs:
         notes.append(f"aggregate={config.aggregate}: the score is a place in an order, 1 for the first, and no cosine")
     return notes

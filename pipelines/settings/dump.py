@@ -87,6 +87,8 @@ def _dump_level(config: Settings, depth: int, comments: bool) -> list[str]:
         if _marked(field, "volatile"):
             continue
         value = getattr(config, name)
+        if value is None and not comments and _marked(field, "unsaid"):
+            continue
         if comments and field.description:
             wrapped = textwrap.wrap(field.description, 110 - len(pad), break_on_hyphens=False)
             lines += [f"{pad}# {line}\n" for line in wrapped]

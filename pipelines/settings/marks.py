@@ -71,3 +71,5 @@ ELSEWHERE: dict[str, Any] = {"elsewhere": True}
 """A folder: a run may move, so it is in run.yaml and not in the fingerprint."""
 LATE: dict[str, Any] = {"late": True}
 """Read only after everything expensive is computed: a finished run may be asked again with another value."""
+UNSAID: dict[str, Any] = {"unsaid": True}
+"""Null in almost every run, and then not in run.yaml, which older versions can still read."""

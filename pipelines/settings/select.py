@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipelines.settings.base import BudgetText, Columns, FilePath, Names, RunSettings, Settings
-from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, MODEL, Flag, Flags, OneOf
+from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, MODEL, UNSAID, Flag, Flags, OneOf
 from pipelines.settings.methods import SCORERS, known
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 
@@ -118,7 +118,7 @@ class SelectConfig(RunSettings):
         max_length=64,
         description="how rows are taken: see `datatools ls selectors`; null is the method's own, the highest scores or "
         "at random",
-        json_schema_extra=LATE,
+        json_schema_extra=LATE | UNSAID,
     )
     out: FilePath = Field(
         default=Path("runs/select"),
