@@ -192,12 +192,12 @@ def _drawn(cycle: Sequence[str], package: Package) -> str:
 def table(sides: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
     """Lines: the numbers of every package, side by side, then what stands behind them on the last side."""
     for name in PACKAGES:
-        yield f"\n{name:24s}" + "".join(f"{side:>26s}" for side in sides)
+        yield f"\n{name:24s}" + "".join(f"{side:>34s}" for side in sides)
         found = [side[name] for side in sides.values()]
         for key, value in found[-1].items():
             if key != "rooms":
                 cells = [len(one[key]) if isinstance(value, list) else one[key] for one in found]
-                yield f"  {key:22s}" + "".join(f"{cell!s:>26s}" for cell in cells)
+                yield f"  {key:22s}" + "".join(f"{cell!s:>34s}" for cell in cells)
         last = found[-1]
         for key in ("room cycles", "file cycles", f"over {LONG} lines"):
             yield from (f"  {key}: {one}" for one in last[key])
