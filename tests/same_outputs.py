@@ -10,8 +10,8 @@ its files relative to it, so that two folders can be compared. `--only WORDS` ru
 of the comma-separated words (and what they need), on both sides alike.
 
 A file is `identical`; or the `same` apart from what may differ between two runs of the same code (RULES); or it shows
-the same numbers in other `words` (only files that people read: WORDS); or it is `different`. Stores, weights, orders
-and tables are compared by their bytes, with no rule.
+the same numbers in other `words` (READ_BY_PEOPLE, SENTENCE); or it is `different`. Stores, weights, orders and tables
+are compared by their bytes, with no rule.
 """
 
 import argparse
@@ -275,6 +275,12 @@ RULES = (
 READ_BY_PEOPLE = re.compile(r"\.(out|err|html|md)$")
 """Files that may say the same numbers in other words."""
 
+SENTENCE = re.compile(r"\.(detail|warnings?|sentence|notes?|title|description|formula\.text)(\.\d+)?$")
+"""JSON leaves that are sentences for people: the same."""
+
+SETTINGS = re.compile(r"(run\.yaml|shown/settings-\w+\.out)$")
+"""Files of settings: the second side may have a setting that the first does not know, as long as it is null."""
+
 
 def applied(kind: str, name: str) -> list[tuple[str, re.Pattern[str]]]:
     """The rules' `kind` (keys or text) for the file `name`, each with its rule's name."""
@@ -314,19 +320,33 @@ def structured(name: str, data: bytes) -> Any:
 
 
 def compare_values(name: str, a: Any, b: Any) -> tuple[str, str]:
-    """`same` or `different`, and the first leaf that differs."""
+    """`same`, `words` or `different`, and the first leaf that differs."""
     keys = applied("keys", name)
     left, right = dict(leaves(a, keys)), dict(leaves(b, keys))
-    differing = [
-        key
-        for key in {**left, **right}
-        if repr(left.get(key)) != repr(right.get(key)) or (key in left) != (key in right)
-    ]
-    if not differing:
+    settings = SETTINGS.search(name) is not None
+    found: dict[str, str] = {}
+    for key in {**left, **right}:
+        if key in left and key in right:
+            before, after = left[key], right[key]
+            if repr(before) != repr(after):
+                found[key] = "words" if SENTENCE.search(key) and _only_words(before, after) else "different"
+        elif not (settings and key not in left and right[key] is None):  # a setting that is new, and not set
+            found[key] = "different"
+    if not found:
         return "same", ""
-    key = differing[0]
-    before, after = (repr(side[key]) if key in side else "nothing" for side in (left, right))
-    return "different", f"{len(differing)} of {len(left)} values: {key}: {before[:200]} != {after[:200]}"
+    kind = "different" if "different" in found.values() else "words"
+    first = next(key for key in found if found[key] == kind)
+    shown = [repr(side[first])[:200] if first in side else "nothing" for side in (left, right)]
+    return kind, f"{len(found)} of {len(left)} values: {first}: {shown[0]} != {shown[1]}"
+
+
+def _only_words(a: Any, b: Any) -> bool:
+    """Whether two texts say the same numbers, in any order."""
+    return isinstance(a, str) and isinstance(b, str) and _numbers(a) == _numbers(b)
+
+
+def _numbers(text: str) -> Counter[str]:
+    return Counter(re.findall(r"\d[\d.,]*", text))
 
 
 def plain(name: str, text: str) -> list[str]:
@@ -345,8 +365,7 @@ def compare_texts(name: str, a: str, b: str) -> tuple[str, str]:
     x, y = "".join(left[at : at + 1]), "".join(right[at : at + 1])
     start = max(0, _first(x, y) - 60)
     first = f"line {at + 1}: {x[start : start + 160]!r} != {y[start : start + 160]!r}"
-    numbers = [Counter(re.findall(r"\d[\d.,]*", "\n".join(lines))) for lines in (left, right)]
-    return ("words" if numbers[0] == numbers[1] else "different"), first
+    return ("words" if _only_words("\n".join(left), "\n".join(right)) else "different"), first
 
 
 def _first(a: Sequence[Any], b: Sequence[Any]) -> int:
