@@ -158,6 +158,15 @@ class Encoder:
             "on_long": self._on_long,
         }
 
+    def identity(self) -> dict[str, str]:
+        """All that the tokens of a row, or its refusal, depend on besides the row and the code."""
+        found = {
+            "class": type(self._tokenizer).__name__,
+            "vocabulary": str(self._limits.vocabulary),
+            "longest": self._what,
+        }
+        return self.fingerprint() | found
+
     def _templated(self, row: Row) -> tuple[list[int], list[int], tuple[str, ...]]:
         tools = row.tools or any("tool_calls" in turn for turn in row.messages)
         template = self._with_tools if tools else self._template

@@ -4,7 +4,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,19 @@ class Pool:
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
+
+    def identity(self) -> dict[str, Any]:
+        """What the content of the rows depends on: the files, and how they are read."""
+        rows = xxhash.xxh3_128(self._digest.tobytes())
+        rows.update(self._file.tobytes())
+        return {
+            "files": [info.digest for info in self.files],
+            "rows": rows.hexdigest(),
+            "columns": self._columns,
+            "detect": self._options.detect,
+            "preference": self._options.preference,
+            "limits": asdict(self._options.limits),
+        }
 
     def raw(self, index: int) -> bytes:
         """The line of row `index`, byte for byte, without the newline."""

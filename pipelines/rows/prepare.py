@@ -17,7 +17,7 @@ from pipelines.rows.encode import Encoder
 from pipelines.rows.read import read_pool
 from pipelines.rows.row import BadRow
 from pipelines.rows.rows import Rows
-from pipelines.rows.scan import scan
+from pipelines.rows.tokens import encode_pool
 from pipelines.runs.messages import warn
 from pipelines.runs.progress import progress
 from pipelines.runs.redact import redact
@@ -70,7 +70,7 @@ def prepare(
         raise
     encoder = Encoder(tokenizer, chat=model.chat, max_length=model.max_length, on_long=model.on_long, limits=limits)
     with progress(f"reading {label}", len(pool)) as bar:
-        scanned = scan(pool, encoder, bar)
+        scanned, kept = encode_pool(pool, encoder, cache, label, bar)
     status = ["ok" if ok else "bad" for ok in scanned.ok]
     unencoded = np.flatnonzero(~scanned.ok).tolist()  # in the order of `scanned.bad`
     for index, row in zip(unencoded, scanned.bad, strict=True):
@@ -88,7 +88,7 @@ def prepare(
                 else "; correct them, or go on without them: --on-bad-row skip (or quarantine)"
             )
         )
-    rows = Rows(pool, scanned, encoder, [*bad, *scanned.bad], status)
+    rows = Rows(pool, scanned, encoder, [*bad, *scanned.bad], status, kept=kept)
     if data.dedup != "none":
         found = dedup(pool, scanned, how=data.dedup, threshold=data.near_threshold)
         rows.twins = dict(found.twins)

@@ -15,6 +15,7 @@ from pipelines.rows.encode import Encoder
 from pipelines.rows.index import Pool
 from pipelines.rows.row import BadRow
 from pipelines.rows.scan import Scan
+from pipelines.rows.tokens import Tokens
 
 
 @dataclass
@@ -29,6 +30,8 @@ class Rows:
     """Of each row: "ok", "duplicate", or the reason why it cannot be encoded."""
     twins: dict[int, int] = field(default_factory=dict)
     """A duplicate's row -> the row that is kept in its place."""
+    kept: Tokens | None = None
+    """The tokens of all rows on disk; None encodes a row whenever it is asked for."""
 
     def __len__(self) -> int:
         return len(self.pool)
@@ -44,8 +47,14 @@ class Rows:
         return self.scan.keys
 
     def item(self, index: int) -> tuple[list[int], list[int]]:
-        """(input_ids, labels) of row `index`."""
-        encoded = self.encoder(self.pool[index])
+        """(input_ids, labels) of row `index`: the kept tokens, or encoded again where they are damaged or not kept.
+
+        Raises:
+            RowError: The row cannot be encoded.
+        """
+        encoded = self.kept.row(index) if self.kept is not None else None
+        if encoded is None:
+            encoded = self.encoder(self.pool[index])
         return encoded.input_ids, encoded.labels
 
     def unique(self) -> dict[str, int]:

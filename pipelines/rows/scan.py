@@ -1,6 +1,7 @@
 """What encoding every row of a pool shows: lengths, content keys, and what is wrong."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -9,13 +10,14 @@ from numpy.typing import NDArray
 
 from pipelines.rows.chat.refusals import RowError
 from pipelines.rows.encode import Encoder
+from pipelines.rows.encoded import Encoded
 from pipelines.rows.index import Pool
 from pipelines.rows.row import BadRow
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What encoding a pool once has shown; row i of every array is row i of the pool, zero or "" where not ok."""
+    """What encoding a pool once has shown. Entry i of an array is row i of the pool; zero or "" where it is not ok."""
 
     ok: NDArray[np.bool_]
     tokens: NDArray[np.int32]
@@ -29,17 +31,30 @@ class Scan:
 
 
 class Progress(Protocol):
-    """Whatever shows how far a job is."""
+    """Whatever shows the progress of a job."""
 
     def advance(self, n: int = 1, /) -> object:
         """`n` more rows are done."""
 
 
-def scan(pool: Pool, encoder: Encoder, progress: Progress | None = None) -> Scan:
-    """Encode every row once and keep its length, trained tokens, key, and what is wrong with it; not its tokens.
+def scan(
+    pool: Pool,
+    encoder: Encoder,
+    progress: Progress | None = None,
+    keep: Callable[[int, Encoded], object] | None = None,
+) -> Scan:
+    """Encode every row once, and record its length, its tokens with loss, its key, and what is wrong with it.
 
-    Cost: one pass over the files; 13 bytes a row and its key.
-    Raises: DataError as `Encoder` does.
+    Cost: one pass over the files; 13 bytes per row, and its key.
+
+    Args:
+        pool: The rows.
+        encoder: How they are encoded.
+        progress: Advanced by one per row.
+        keep: Called with the number and the tokens of each row that can be encoded.
+
+    Raises:
+        DataError: As `Encoder` does.
     """
     n = len(pool)
     result = Scan(np.zeros(n, bool), np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32), [""] * n, [])
@@ -55,6 +70,8 @@ def scan(pool: Pool, encoder: Encoder, progress: Progress | None = None) -> Scan
             result.cut[i] = encoded.cut
             result.keys[i] = encoded.key
             result.flags.update(encoded.flags)
+            if keep is not None:
+                keep(i, encoded)
         if progress is not None:
             progress.advance(1)
     return result
