@@ -262,7 +262,6 @@ LIMITS = {"folders": 12, "root files": 6, "floors": 9}
 
 STILL_OVER = {
     "datatools/colm/last_layer.py: over 400 lines",
-    "pipelines/demo_data/make.py: over 400 lines",
 }
 """What breaks these limits today. The list may only shrink: a line that is no longer true fails the test."""
 

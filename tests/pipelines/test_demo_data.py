@@ -11,6 +11,8 @@ import pytest
 
 from datatools import UsageError
 from pipelines.demo_data import make
+from pipelines.demo_data.bookings import POOL_CITIES, TARGET_CITIES
+from pipelines.demo_data.examples import MONTHS
 
 NAMES = ("pool.jsonl", "target.jsonl", "test.jsonl")
 LINE = re.compile(r"city: ([A-Z]\w+) \| day: (\d{1,2}) ([A-Z][a-z]{2}) \| cost: (\d+) (EUR|USD|GBP|CHF|JPY)")
@@ -117,7 +119,7 @@ def test_booking_lines_agree_with_their_sentences():
     bookings = [row for row in rows("pool.jsonl") if row["id"] in make.relevant_ids()]
     bookings += rows("target.jsonl") + rows("test.jsonl")
     amount = re.compile(r"([€$£¥])(\d+)|(\d+) (euros|dollars|pounds|Swiss francs|francs|yen)")
-    month = "|".join(make.MONTHS)
+    month = "|".join(MONTHS)
     date = re.compile(rf"(\d{{1,2}})(?:st|nd|rd|th)? ({month})|({month}) (\d{{1,2}})\b")
     for row in bookings:
         user, answer = turns(row)
@@ -175,7 +177,7 @@ def test_target_and_test_are_new():
     pool, target, test = (rows(name) for name in NAMES)
     known = {normal(text) for row in pool for text in turns(row)}
     assert not [row["id"] for row in target + test for text in turns(row) if normal(text) in known]
-    assert not {c for c, _ in make.POOL_CITIES} & {c for c, _ in make.TARGET_CITIES}
+    assert not {c for c, _ in POOL_CITIES} & {c for c, _ in TARGET_CITIES}
     sets = [shingles(row) for row in target + test]
     assert max(similarity(a, b) for i, a in enumerate(sets) for b in sets[:i]) < 0.5
     assert max(similarity(a, shingles(row)) for a in sets for row in pool) < 0.5
