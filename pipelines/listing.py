@@ -78,7 +78,8 @@ def _described(table: Mapping[str, object]) -> Rows:
 def _methods() -> Rows:
     from pipelines.settings.methods import SCORERS, known
 
-    return [(name, known(name).summary) for name in SCORERS]
+    found = {name: known(name) for name in SCORERS}
+    return [(name, f"{one.summary}\nlimits: {one.limits}", one.cost) for name, one in found.items()]
 
 
 def _estimators() -> Rows:
@@ -111,7 +112,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[], Rows]]] = {
         _optimizers,
     ),
     "schedules": ("train --schedule", ("name", "learning rate"), _schedules),
-    "methods": ("--method", ("name", "rows are chosen by"), _methods),
+    "methods": ("--method", ("name", "rows are chosen by", "scores cost"), _methods),
     "projectors": ("--projector", ("name", "what it is"), _projectors),
     "aggregations": (
         "--set aggregate=NAME",

@@ -13,7 +13,8 @@ from datatools.colm.small_sources import budgets
 from datatools.errors import DataError, UsageError, did_you_mean
 from datatools.selection.candidates import Selection
 from datatools.subsets.facility_location import facility_location
-from datatools.subsets.herding import herding, matching_pursuit
+from datatools.subsets.herding import herding
+from datatools.subsets.matching_pursuit import matching_pursuit
 
 METRICS = ("l1", "l2", "cosine")
 

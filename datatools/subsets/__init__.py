@@ -1,1 +1,1 @@
-"""Subsets that stand for a whole: herding, facility location."""
+"""Subsets that stand for a whole: herding, matching pursuit, facility location."""

@@ -7,20 +7,34 @@ from torch import Tensor
 
 from datatools.selection.candidates import Selection
 
-LAZY_FROM = 512  # rows from which lazy greedy pays: below, one pass over the matrix a pick costs less than a heap
+LAZY_FROM = 512  # rows from which lazy greedy is faster: below, a pass over the matrix per pick costs less than a heap
 
 
 def facility_location(similarity: Tensor, k: int, *, lazy: bool | None = None) -> Selection:
     """The k rows S that greedily maximise F(S) = sum_i max_{j in S} similarity_ij, F of nothing being sum_i min_j.
 
-    similarity: [n, n], symmetric, finite; computed in float64. Ties go to the lower index, and picks that gain nothing
-    are made all the same. indices are in the order of the picks; weights are cluster sizes: every row votes for the
-    most similar pick, a pick for itself.
-    lazy: gains are recomputed only where an old one, which is an upper bound, could still win; the same picks. None
-    takes what is faster for n.
-    Cost: O(k n^2) time, O(n^2) memory; lazy usually far less. F is within 1 - 1/e of the best set's (Nemhauser et al.
-    1978).
-    Raises: ValueError unless 1 <= k <= n and the matrix is square and finite.
+    Ties go to the lower index, and picks that gain nothing are made all the same. F is within 1 - 1/e of the best
+    set's (Nemhauser et al. 1978).
+
+    Cost: O(k n^2) time, O(n^2) memory; lazy usually far less.
+
+    Args:
+        similarity: [n, n], symmetric, finite, any floating dtype; computed in float64.
+        k: how many rows to choose.
+        lazy: recompute gains only where an old one, which is an upper bound, could still win; the picks are the same.
+            None takes what is faster for n.
+
+    Returns:
+        Indices in the order of the picks; weights are cluster sizes: every row votes for the most similar pick, a pick
+        for itself.
+
+    Raises:
+        ValueError: unless 1 <= k <= n and the matrix is square and finite.
+
+    >>> similarity = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    >>> found = facility_location(similarity, k=2)
+    >>> found.indices.tolist(), found.weights.tolist()
+    ([0, 2], [2.0, 1.0])
     """
     n = len(similarity)
     if similarity.shape != (n, n) or not similarity.isfinite().all():

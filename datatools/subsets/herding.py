@@ -1,4 +1,4 @@
-"""Rows whose mean is near the mean of all: herding, and matching pursuit with weights."""
+"""Rows whose mean is near the mean of all rows: herding, with exchanges."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from datatools.selection.candidates import Selection
+from datatools.subsets.rows import check_rows
 
 IMPROVEMENT = 1e-9  # of the squared error of one row: an exchange that gains less is rounding
 
@@ -20,18 +21,32 @@ def herding(
 ) -> Selection:
     """k rows S that make || mean_S - mean || small: greedy by the running sum, then exchanges of one row for another.
 
-    features: [n, d], finite. The greedy step adds the row that brings the sum of the chosen rows nearest to as many
-    times the mean of all n rows (herding); each exchange is the best of all, and they end when none helps, or after
-    `exchanges` of them (None: k). Ties go to the lower index. All weights are 1.
-    kept: rows that are in S whatever happens, counted by k; they come first.
-    groups: (rows, how many of them to choose), apart from each other; a row is exchanged within its group. Together
-    with `kept` they add up to k. None is one group of all other rows.
-    Cost: O(n^2 d) for the inner products, then O(n k) and O(n^2) an exchange; O(n^2) memory.
-    Source: herding, Welling 2009; mean of gradients as the aim, CRAIG, arXiv 1906.01827, and GradMatch, arXiv
-    2103.00123.
-    Raises: ValueError unless 1 <= k <= n, the features are finite, and kept rows and quotas add up to k.
+    The greedy step adds the row that brings the sum of the chosen rows nearest to the same multiple of the mean of all
+    n rows (herding). Each exchange is the best of all possible ones; exchanges end when none helps. Ties go to the
+    lower index. All weights are 1.
+
+    Cost: O(n^2 d) for the inner products, then O(n k), and O(n^2) per exchange; O(n^2) memory.
+
+    Args:
+        features: [n, d], finite, any floating dtype.
+        k: how many rows to choose.
+        kept: int64, rows that are in S in any case, counted by k; they come first.
+        groups: (rows, how many of them to choose), disjoint; a row is exchanged within its group. Together with `kept`
+            they add up to k. None is one group of all other rows.
+        exchanges: at most this many; None is k.
+
+    Raises:
+        ValueError: unless 1 <= k <= n, the features are finite, and kept rows and quotas add up to k.
+
+    Source:
+        Herding, Welling 2009; mean of gradients as the aim, CRAIG, arXiv 1906.01827, and GradMatch, arXiv 2103.00123.
+
+    >>> herding(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), k=1).indices.tolist()  # the mean is 3
+    [2]
     """
-    centred = _centred("herding", features, k)
+    check_rows("herding", features, k)
+    rows = features.double()
+    centred = rows - rows.mean(0)
     n = len(centred)
     products = (centred @ centred.mT).cpu()  # [n, n]; the many small steps that follow are slow on a GPU
     own = products.diagonal().clone()
@@ -73,47 +88,3 @@ def herding(
         chosen[out], chosen[into] = False, True
         towards += products[into] - products[out]
     return Selection(torch.tensor(picks))
-
-
-def matching_pursuit(features: Tensor, k: int) -> Selection:
-    """k rows with weights w >= 0 that make || sum_S w_i x_i / k - mean || small: orthogonal matching pursuit.
-
-    features: [n, d], finite. Each step takes the row with the largest inner product with what is left of the mean, and
-    solves for all weights anew (non-negative least squares). Rows that the solution does not need have weight 0.
-    Cost: O(n^2 d), then k small least-squares problems.
-    Source: GradMatch, arXiv 2103.00123, algorithm 2; without its ridge term, the weights being bounded by w >= 0.
-    Raises: ValueError unless 1 <= k <= n and the features are finite.
-    """
-    from scipy.optimize import nnls
-
-    _centred("matching_pursuit", features, k)
-    rows = features.double().cpu()
-    scale = rows.norm(dim=1).max().clamp_min(torch.finfo(torch.float64).tiny)
-    rows = rows / scale
-    mean = rows.mean(0)
-    # least squares only sees inner products: work in the span of the rows, at most n dimensions
-    if rows.shape[1] > len(rows):
-        left, values, _ = torch.linalg.svd(rows, full_matrices=False)
-        rows = left * values
-        mean = rows.mean(0)
-    picks: list[int] = []
-    weights = torch.zeros(0, dtype=torch.float64)
-    rest = mean
-    for _ in range(k):
-        fit = rows @ rest
-        fit[picks] = -torch.inf
-        picks.append(int(fit.argmax()))
-        solution, _ = nnls(rows[picks].T.numpy(), mean.numpy())
-        weights = torch.from_numpy(solution)
-        rest = mean - weights @ rows[picks]
-    return Selection(torch.tensor(picks), weights=(weights * k).float())
-
-
-def _centred(who: str, features: Tensor, k: int) -> Tensor:
-    """The rows less their mean, float64, after the checks that both share."""
-    if features.ndim != 2 or not features.isfinite().all():
-        raise ValueError(f"{who}: features {list(features.shape)} must be finite, [n, d]")
-    if not 1 <= k <= len(features):
-        raise ValueError(f"{who}: k={k} of n={len(features)} rows; k must be between 1 and {len(features)}")
-    rows = features.double()
-    return rows - rows.mean(0)

@@ -22,7 +22,8 @@ from datatools.colm import (
 )
 from datatools.colm.choice import distances, sparsify
 from datatools.subsets.facility_location import facility_location
-from datatools.subsets.herding import herding, matching_pursuit
+from datatools.subsets.herding import herding
+from datatools.subsets.matching_pursuit import matching_pursuit
 from tests.reference import facility_location as reference
 
 POINTS = torch.tensor([[0, 0], [1, 0], [0, 1.5], [5, 5], [6, 5.5], [10, 0.5]])

@@ -1,0 +1,54 @@
+"""Rows with weights whose weighted mean is near the mean of all rows: orthogonal matching pursuit."""
+
+import torch
+from torch import Tensor
+
+from datatools.selection.candidates import Selection
+from datatools.subsets.rows import check_rows
+
+
+def matching_pursuit(features: Tensor, k: int) -> Selection:
+    """k rows with weights w >= 0 that make || sum_S w_i x_i / k - mean || small: orthogonal matching pursuit.
+
+    Each step takes the row with the largest inner product with what is left of the mean, and solves for all weights
+    again (non-negative least squares). Rows that the solution does not need have weight 0.
+
+    Cost: O(n^2 d), then k small least-squares problems.
+
+    Args:
+        features: [n, d], finite, any floating dtype.
+        k: how many rows to choose.
+
+    Raises:
+        ValueError: unless 1 <= k <= n and the features are finite.
+
+    Source:
+        GradMatch, arXiv 2103.00123, algorithm 2; without its ridge term, because w >= 0 bounds the weights.
+
+    >>> found = matching_pursuit(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 0.1]]), k=2)
+    >>> sorted(found.indices.tolist())
+    [0, 1]
+    """
+    from scipy.optimize import nnls
+
+    check_rows("matching_pursuit", features, k)
+    rows = features.double().cpu()
+    scale = rows.norm(dim=1).max().clamp_min(torch.finfo(torch.float64).tiny)
+    rows = rows / scale
+    mean = rows.mean(0)
+    # least squares only sees inner products: work in the span of the rows, at most n dimensions
+    if rows.shape[1] > len(rows):
+        left, values, _ = torch.linalg.svd(rows, full_matrices=False)
+        rows = left * values
+        mean = rows.mean(0)
+    picks: list[int] = []
+    weights = torch.zeros(0, dtype=torch.float64)
+    rest = mean
+    for _ in range(k):
+        fit = rows @ rest
+        fit[picks] = -torch.inf
+        picks.append(int(fit.argmax()))
+        solution, _ = nnls(rows[picks].T.numpy(), mean.numpy())
+        weights = torch.from_numpy(solution)
+        rest = mean - weights @ rows[picks]
+    return Selection(torch.tensor(picks), weights=(weights * k).float())
