@@ -11,7 +11,8 @@ from pipelines.report.values import Json, finite, mapping, read_summary
 def render(folder: Path) -> Path:
     """Draw folder/report.html from folder/audit.json; returns the path written.
 
-    Raises: DataError for a damaged file.
+    Raises:
+        DataError: for a damaged file.
     """
     path = folder / "audit.json"
     found = read_summary(path)

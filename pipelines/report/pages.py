@@ -29,7 +29,9 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 def draw(folder: Path) -> Path:
     """Draw report.html of the run in `folder` again; returns its path. A run without a result has the page of a run.
 
-    Raises: UsageError where there is no run; DataError where a result is damaged.
+    Raises:
+        UsageError: where there is no run.
+        DataError: where a result is damaged.
     """
     if not folder.is_dir():
         there = "this is a file" if folder.exists() else "no such folder"

@@ -44,7 +44,11 @@ class Scores:
 
 
 def read_scores(path: Path) -> Scores:
-    """The table in `path`. Raises: DataError if it is missing, damaged or without one of COLUMNS."""
+    """The table in `path`.
+
+    Raises:
+        DataError: if it is missing, damaged or without one of COLUMNS.
+    """
     try:
         with pq.ParquetFile(files.checked(path)) as file:
             return _scores_of(file, path)
@@ -183,7 +187,7 @@ def distribution(scores: Scores) -> dict[str, Any] | None:
 
 
 def _boxes(scores: Scores, scored: Flags, scale: Scale, cut: float | None) -> list[dict[str, Any]]:
-    """One box a source, the best median first; small sources beyond MAX_SOURCES are drawn together."""
+    """One box per source, the best median first; small sources beyond MAX_SOURCES are drawn together."""
     code, value, chosen = scores.source[scored], scores.score[scored], scores.selected[scored]
     sizes = np.bincount(code, minlength=len(scores.sources))
     order = np.argsort(-sizes, kind="stable")

@@ -38,8 +38,9 @@ def render(folder: Path) -> Path:
     One file: no script, no network, light and dark. Equal inputs give equal bytes. Parts that a method does not have
     (scores of a random draw, an audit not run) are left out.
 
-    Raises: DataError if either file is missing, damaged or without a column it must have; EnvironmentProblem if the
-    report cannot be written.
+    Raises:
+        DataError: if either file is missing, damaged or without a column that it must have.
+        EnvironmentProblem: if the report cannot be written.
     """
     folder = Path(folder)
     summary = read_summary(folder / "summary.json")

@@ -33,7 +33,11 @@ def share_of(part: float | None, whole: float | None) -> float | None:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises: DataError."""
+    """The JSON object in `path`.
+
+    Raises:
+        DataError: if it is missing, damaged or no object.
+    """
     value = files.read_json(path)
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}; run the same command again")

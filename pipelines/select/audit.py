@@ -39,10 +39,14 @@ from pipelines.training.train import train_adapter
 def run(config: AuditConfig) -> Path:
     """Write `audit.json` to `out` and into the selection's own report, and print the table.
 
-    Every arm has the same number of rows and the same recipe, but `full`: the whole pool, one epoch. A seed changes the
-    adapters' start and the order of the rows, for `random` and `random-length` also the rows. Arms that are done are
-    kept: a killed audit goes on.
-    Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
+    Every arm has the same number of rows and the same recipe, except `full`: the whole pool, one epoch. A seed changes
+    the start of the adapters and the order of the rows; where rows are drawn at random, also the rows. Arms that are
+    done are kept: a killed audit continues.
+
+    Raises:
+        UsageError: for settings that contradict each other, or a file that is not there.
+        DataError: for rows that cannot be used, or that were trained on or selected for.
+        EnvironmentProblem: where the machine cannot do it; each of the three says what to do.
     """
     preflight.contradictions(config)
     alone("datatools audit")
@@ -94,7 +98,11 @@ def run(config: AuditConfig) -> Path:
 
 
 def _leaks(config: AuditConfig, test: Rows, pool: Rows, target: Rows | None, chosen: list[int]) -> list[dict[str, Any]]:
-    """Where test rows were seen before. Raises: DataError if they were and that is not allowed."""
+    """Where test rows were seen before.
+
+    Raises:
+        DataError: if they were, and that is not allowed.
+    """
     others: dict[str, tuple[Rows, list[int] | None]] = {"selection": (pool, chosen), "pool": (pool, None)}
     if target is not None:
         others["target"] = (target, None)
@@ -131,7 +139,7 @@ def _as_select(config: AuditConfig, arm: str) -> SelectConfig:
 
 
 def _rows_of(selected: Path, pool: Rows) -> tuple[list[int], str]:
-    """Rows of the pool whose lines stand in `selected`, in that order, and the digest of the bytes that were read."""
+    """The rows of the pool whose lines are in `selected`, in that order, and the digest of the bytes that were read."""
     places: dict[str, list[int]] = {}
     for i in np.flatnonzero(pool.usable).tolist():
         places.setdefault(files.digest(pool.pool.raw(i)), []).append(i)

@@ -1,4 +1,4 @@
-"""`datatools explain RUN/selected.jsonl:17`: why a row was chosen, or was not: the target rows and layers behind it."""
+"""`datatools explain RUN/selected.jsonl:17`: why a row was chosen or not: its nearest target rows, its layers."""
 
 from __future__ import annotations
 
@@ -38,11 +38,14 @@ _STATUS = {
 def run(config: ExplainConfig) -> dict[str, Any]:
     """Print, and return, why a row was chosen or not: its score and rank, and its similarity to each target row.
 
-    For `less` also the exact share of each layer. Similarities are those of the run: of its stored features (less, rds)
-    or of the words (tfidf). The layers' shares are computed anew, without projection, at the checkpoint with the
-    largest weight: the inner product of the row's update and the target row's gradient is a sum over parameters, so it
-    says which layers carry it.
-    Raises: UsageError when the row or the run is not there; DataError when the run's data have changed.
+    The method of the run says how similar (`nearest` in its file), from what the run has kept, and which layers carry
+    the similarity (`layers`), if it can. LESS computes the shares of layers again, without projection, at the
+    checkpoint with the largest weight: the inner product of the row's update and the target row's gradient is a sum
+    over parameters.
+
+    Raises:
+        UsageError: when the row or the run is not there.
+        DataError: when the data of the run have changed.
     """
     folder = config.file.parent
     if not (folder / "run.yaml").is_file():
@@ -97,7 +100,7 @@ def run(config: ExplainConfig) -> dict[str, Any]:
 
 
 def _chosen(config: ExplainConfig, pool: Rows, made_by: SelectConfig) -> int:
-    """The pool row that stands in line `config.line` of the selection."""
+    """The pool row that is line `config.line` of the selection."""
     if not config.file.is_file():
         raise UsageError(f"{config.file}: no such file; the run in its folder has not selected yet")
     lines = files.read_bytes(config.file).removesuffix(b"\n").split(b"\n")
@@ -110,7 +113,11 @@ def _chosen(config: ExplainConfig, pool: Rows, made_by: SelectConfig) -> int:
 
 
 def _named(name: str, pool: Rows) -> int:
-    """The pool row that `name` means: FILE:LINE of a file of the pool, or an id. Raises: UsageError."""
+    """The pool row that `name` means: FILE:LINE of a file of the pool, or an id.
+
+    Raises:
+        UsageError: if there is no such row, or more than one.
+    """
     file, _, line = name.rpartition(":")
     if file and line.isdecimal():
         for same in (

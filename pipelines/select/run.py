@@ -46,16 +46,19 @@ from pipelines.training import optimizers
 
 
 def run(config: SelectConfig) -> Path:
-    """Select, and write `selected.jsonl`, `selected.parquet`, `scores.parquet`, `summary.json` and `report.html` to
-    `out`.
+    """Select, and write `selected.jsonl`, the two tables, `summary.json` and `report.html` to `out`.
 
-    A run that was interrupted goes on where it stopped; a pool that has grown costs its new rows. A selection that is
-    there is never replaced: the same one keeps its audit, another budget, cap or aggregation is refused, and a pool
-    that has grown moves the earlier selection to `selected.old-N`.
-    Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
+    A run that was interrupted continues where it stopped; a pool that has grown costs only its new rows. A selection
+    that is there is never replaced: the same one keeps its audit; another budget, cap, selector or aggregation is
+    refused; and when the pool has grown, the earlier selection moves to `selected.old-N`.
+
+    Raises:
+        UsageError: for settings that make no sense, or that would replace a selection.
+        DataError: for rows, checkpoints or features that cannot be used.
+        EnvironmentProblem: where the machine cannot do it; each of the three says what to do.
     """
     alone("datatools select")
-    Budget.parse(config.budget)  # a slip here must not cost a warm-up
+    Budget.parse(config.budget)  # a typing error here must not cost a warm-up
     check(config)
     _refuse_another_selection(config)
     if config.dry_run:
