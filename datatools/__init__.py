@@ -14,10 +14,14 @@ check_packages("optim", home=dirname(dirname(abspath(__file__))), needed_by="dat
 
 if TYPE_CHECKING:
     from datatools import order as order
+    from datatools.colm import CORESET_FEATURES as CORESET_FEATURES
     from datatools.colm import CORESET_METHODS as CORESET_METHODS
     from datatools.colm import CoLM as CoLM
+    from datatools.colm import CoresetMethod as CoresetMethod
+    from datatools.colm import FeatureKind as FeatureKind
     from datatools.colm import LastLayer as LastLayer
     from datatools.colm import cluster_sources as cluster_sources
+    from datatools.colm import coreset_method as coreset_method
     from datatools.colm import kept_by_source as kept_by_source
     from datatools.colm import matching_error as matching_error
     from datatools.colm import not_better as not_better
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from datatools.features.store import GradientFeatures as GradientFeatures
     from datatools.files.order_file import Order as Order
     from datatools.gradients import covered as covered
+    from datatools.gradients import micro_batches as micro_batches
     from datatools.gradients import per_sample_grads as per_sample_grads
     from datatools.gradients import token_batches as token_batches
     from datatools.gradients import visit_per_sample_grads as visit_per_sample_grads
@@ -61,7 +66,11 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "spearman": "datatools.stats",
     "t_interval": "datatools.stats",
+    "CORESET_FEATURES": "datatools.colm",
     "CORESET_METHODS": "datatools.colm",
+    "CoresetMethod": "datatools.colm",
+    "FeatureKind": "datatools.colm",
+    "coreset_method": "datatools.colm",
     "CoLM": "datatools.colm",
     "LastLayer": "datatools.colm",
     "cluster_sources": "datatools.colm",
@@ -79,6 +88,7 @@ _EXPORTS = {
     "extract": "datatools.features.extract",
     "batch_rows": "datatools.features.extract",
     "covered": "datatools.gradients",
+    "micro_batches": "datatools.gradients",
     "per_sample_grads": "datatools.gradients",
     "token_batches": "datatools.gradients",
     "visit_per_sample_grads": "datatools.gradients",

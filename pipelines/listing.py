@@ -96,6 +96,18 @@ def _searches() -> Rows:
     return _described(order.SEARCHES)
 
 
+def _coresets() -> Rows:
+    from datatools import CORESET_METHODS
+
+    return [(name, method.title, method.cost) for name, method in CORESET_METHODS.items()]
+
+
+def _coreset_features() -> Rows:
+    from datatools import CORESET_FEATURES
+
+    return [(name, kind.title, kind.cost) for name, kind in CORESET_FEATURES.items()]
+
+
 def _formats() -> Rows:
     from pipelines.rows.formats.table import FORMATS
 
@@ -122,6 +134,8 @@ KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[], Rows]]] = {
     "selectors": ("--selector", ("name", "rows that it takes"), _selectors),
     "estimators": ("order --estimators", ("name", "what it is (source)", "to make it", "per score"), _estimators),
     "searches": ("order --search", ("name", "how orders are searched"), _searches),
+    "coresets": ("train --coreset colm --set coreset.method=NAME", ("name", "which rows are kept", "cost"), _coresets),
+    "coreset-features": ("--set coreset.features=NAME", ("name", "what is read of a row", "cost"), _coreset_features),
     "formats": (
         "rows of --train, --target, --data",
         ("format", "what is learned (who uses it), how it is rendered, and an example"),

@@ -261,7 +261,6 @@ LIMITS = {"folders": 12, "root files": 6, "floors": 9}
 """Of pipelines; see tests/structure.py for the words. No package may have a cycle, or a file over 400 lines."""
 
 STILL_OVER = {
-    "datatools/colm/last_layer.py: over 400 lines",
 }
 """What breaks these limits today. The list may only shrink: a line that is no longer true fails the test."""
 

@@ -20,71 +20,32 @@ from torch.distributed import ProcessGroup, all_reduce
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from datatools.colm import monitor
-from datatools.colm.choice import (
-    CORESET_METHODS,
-    METRICS,
-    WHOLE_BATCH,
-    Plan,
-    by_source,
-    choose_rows,
-    plan,
-    rows_called,
-)
-from datatools.colm.last_layer import (
-    LastLayer,
-    central_differences,
-    directional_derivatives,
-    evaluating,
-    exact_gradients,
-    pieces,
-)
+from datatools.colm.choice import CORESET_METHODS, choose_rows, rows_called
+from datatools.colm.exact import EXACT
+from datatools.colm.feature import FeatureKind
+from datatools.colm.history import History, feature_rule
+from datatools.colm.last_layer import LastLayer
+from datatools.colm.paper_code import PAPER_CODE
+from datatools.colm.probes import PROBES
+from datatools.colm.quotas import Plan, by_source, plan
+from datatools.colm.replay import evaluating
 from datatools.errors import DataError, UsageError, did_you_mean
-from datatools.gradients import Batch, Loss
+from datatools.gradients import Batch, Loss, pieces
 from datatools.projectors import PROJECTORS
 from datatools.selection.candidates import Selection
-from optim import AdamWRule, SGDRule, State, UpdateMap, UpdateRule
+from datatools.subsets.facility_location import METRICS
+from optim import UpdateRule
 
-FEATURES = ("exact", "probes", "paper_code")
+CORESET_FEATURES: dict[str, FeatureKind] = {
+    kind.name: kind
+    for kind in (
+        EXACT,
+        PROBES,
+        PAPER_CODE,
+    )
+}
+"""What `coreset.features` can be, by name."""
 _NAME = "features"
-
-
-class History:
-    """An optimizer's state of its own for features, and the directions that it would take of each row's gradient.
-
-    The state moves on by the mean of the chosen rows' new states, as in CoLM's code: its second moment is the mean of
-    squares of per-example gradients, not the square of the mean as in training.
-    Source: CoLM, arXiv 2407.19580, section 4.2, and its code (bias correction is applied when the state is used).
-    """
-
-    def __init__(self, rule: UpdateRule, shape: Sequence[int]) -> None:
-        if not rule.elementwise:
-            raise UsageError(f"coreset: {rule.describe()} is not an elementwise rule; use adam, or none")
-        self.rule, self.param = rule, torch.zeros(tuple(shape))
-        self.state: State = rule.init(self.param)
-
-    @property
-    def plain(self) -> bool:
-        """Whether directions are the gradients themselves: nothing to keep."""
-        return self.rule == SGDRule()
-
-    def directions(self, grads: Tensor) -> Tensor:
-        """[n, *shape] -> [n, *shape]."""
-        if self.plain:
-            return grads
-        self._to(grads.device)
-        return UpdateMap({_NAME: self.rule}, {_NAME: self.state}, {_NAME: self.param}).per_sample({_NAME: grads})[_NAME]
-
-    def advance(self, grads: Tensor) -> None:
-        """Take the mean of the states that the rows of `grads` [n, *shape] would each lead to."""
-        if self.plain or len(grads) == 0:
-            return
-        self._to(grads.device)
-        after = self.rule.update(grads, self.state, self.param)[1]
-        self.state = {k: v.mean(0) if v.ndim > self.state[k].ndim else v for k, v in after.items()}
-
-    def _to(self, device: torch.device) -> None:
-        self.param = self.param.to(device)
-        self.state = {k: v if v.ndim == 0 else v.to(device) for k, v in self.state.items()}
 
 
 @dataclass(frozen=True)
@@ -144,7 +105,7 @@ class CoLM:
         *,
         keep: int,
         small: Set[Any] = frozenset(),
-        features: Literal["exact", "probes", "paper_code"] = "exact",
+        features: str = "exact",
         method: str = "herding",
         metric: str = "l1",
         rule: str | UpdateRule = "auto",
@@ -159,7 +120,7 @@ class CoLM:
         group: ProcessGroup | None = None,
     ) -> None:
         for what, value, known in (
-            ("features", features, FEATURES),
+            ("features", features, CORESET_FEATURES),
             ("method", method, CORESET_METHODS),
             ("metric", metric, METRICS),
             ("history", history, ("selected", "all")),
@@ -171,11 +132,11 @@ class CoLM:
         while inner := getattr(model, "_orig_mod", None) or (model.module if isinstance(model, DDP) else None):
             model = inner  # torch.compile and DDP: the choice reads layers inside, whose hooks they do not see
         self.model, self.losses, self.keep, self.small = model, losses, keep, frozenset(small)
-        self.features, self.method, self.metric = features, method, metric
+        self.kind, self.method, self.metric = CORESET_FEATURES[features], CORESET_METHODS[method], metric
         self.probes, self.eps, self.dim, self.per_source = probes, eps, dim, per_source
         self.history_of, self.token_budget, self.seed, self.group = history, token_budget, seed, group
         self.target = LastLayer.of(model, projection)
-        self.history = History(_rule(rule, method), (probes,) if features == "probes" else self.target.shape)
+        self.history = History(feature_rule(rule, self.method.rule), self.kind.shape(self.target, probes))
         self.overflows = 0
         self.last: Chosen | None = None
 
@@ -221,14 +182,12 @@ class CoLM:
             per_source=self.per_source,
             generator=self._generator("plan", step, lane),
         )
-        chosen, grads = self._choose(
-            batch, made, step, lane, lengths, names, everything=watch and self.features == "exact"
-        )
+        chosen, grads = self._choose(batch, made, step, lane, lengths, names, everything=watch and self.kind.exact)
         errors: tuple[float | None, float | None] = (None, None)
         began = perf_counter()
         if watch:
-            if self.features != "exact" or grads is None:
-                grads = self._exact(batch, torch.arange(n), lengths, project=True)
+            if not self.kind.exact or grads is None:
+                grads = self._measure(EXACT, batch, torch.arange(n), lengths, step, lane, project=True)
             control = self._generator("monitor", step, lane)
             errors = monitor.matching_error(grads, chosen), monitor.random_error(grads, made, control)
         self.overflows += made.overflow
@@ -249,30 +208,29 @@ class CoLM:
         """The choice, and the plain gradients [n, d] of all rows if `everything` was asked for and it read any."""
         generator = self._generator("choice", step, lane)
         n = len(batch["input_ids"])
-        read = torch.arange(n) if self.method == WHOLE_BATCH else made.candidates()
+        read = torch.arange(n) if self.method.scope == "batch" else made.candidates()
         rows = torch.arange(n) if everything else read
         settings: dict[str, Any] = {
-            "method": self.method, "metric": self.metric, "generator": generator, "names": names,
+            "method": self.method.name, "metric": self.metric, "generator": generator, "names": names,
         }  # fmt: skip
-        idle = self.method == "random_in_source" or not made.free
+        idle = not self.method.features or not made.free
         if (idle and self.history.plain) or len(made.candidates()) == 0:
             return choose_rows(torch.zeros(n, 1), made, **settings), None
-        medoids = self.method == "facility_location"
-        if self.features == "exact":
-            raw = self._exact(batch, rows, lengths, project=self.history.plain and not medoids)
-        else:
-            raw = self._zeroth(batch, rows, lengths, step, lane)
+        project = not self.method.coordinates
+        raw = self._measure(
+            self.kind, batch, rows, lengths, step, lane, project=self.kind.exact and self.history.plain and project
+        )
         place = torch.full((n,), -1)
         place[rows] = torch.arange(len(rows))
         large = place[made.candidates()]
         spread = torch.zeros(n, 1)
         if len(read):
             features = self.history.directions(raw[place[read]])
-            if not medoids and not self.history.plain:
+            if project and not self.history.plain:
                 features = self._project(features)
             spread = torch.zeros(n, features[0].numel(), device=features.device)
             spread[read] = features.reshape(len(features), -1)
-        chosen = choose_rows(spread, made, coordinates=self.dim if medoids else None, **settings)
+        chosen = choose_rows(spread, made, coordinates=None if project else self.dim, **settings)
         if not self.history.plain and len(made.candidates()):
             taken = chosen.indices[len(made.kept) :]
             self.history.advance(raw[place[taken] if self.history_of == "selected" else large])
@@ -280,34 +238,31 @@ class CoLM:
 
     # ------------------------------------------------------------------------------------------------------- features
 
-    def _exact(self, batch: Batch, rows: Tensor, lengths: Sequence[int] | None, *, project: bool) -> Tensor:
-        """Gradients [len(rows), *shape], or [len(rows), dim] projected piece by piece."""
-        flat = self.target.numel if self.dim is None else min(self.dim, self.target.numel)
-        shape = (flat,) if project else self.target.shape
-        found = torch.zeros(len(rows), *shape, device=self.target.parameter.device)
-        with evaluating(self.model):
-            for places, piece in self._pieces(batch, rows, lengths):
-                part = exact_gradients(self.model, self.losses, piece, self.target)
-                found[places.to(found.device)] = self._project(part) if project else part
-        return self._of_all(found)
-
-    def _zeroth(self, batch: Batch, rows: Tensor, lengths: Sequence[int] | None, step: int, lane: int) -> Tensor:
-        """probes: [len(rows), K], scaled so that inner products are unbiased; paper_code: s_i z [len(rows), *shape]."""
-        fixed = self.features == "paper_code" or not self.history.plain  # one history needs the same directions
+    def _measure(
+        self,
+        kind: FeatureKind,
+        batch: Batch,
+        rows: Tensor,
+        lengths: Sequence[int] | None,
+        step: int,
+        lane: int,
+        *,
+        project: bool,
+    ) -> Tensor:
+        """Features of `rows`, [len(rows), *shape] of the kind, or [len(rows), dim] projected piece by piece."""
+        fixed = kind.one_direction or not self.history.plain  # one history needs the same directions
         generator = self._generator("probes", 0 if fixed else step, 0 if fixed else lane)
-        count = 1 if self.features == "paper_code" else self.probes
-        directions = torch.randn(count, *self.target.shape, generator=generator).to(self.target.parameter.device)
-        found = torch.zeros(len(rows), count, device=directions.device)
+        directions = torch.randn(kind.directions(self.probes), *self.target.shape, generator=generator)
+        directions = directions.to(self.target.parameter.device)
+        flat = self.target.numel if self.dim is None else min(self.dim, self.target.numel)
+        shape = (flat,) if project else kind.measured(self.target, self.probes)
+        found = torch.zeros(len(rows), *shape, device=directions.device)
         with evaluating(self.model):
             for places, piece in self._pieces(batch, rows, lengths):
-                arguments = (self.model, self.losses, piece, self.target)
-                if self.features == "paper_code":
-                    part = central_differences(*arguments, directions[0], eps=self.eps)[:, None]
-                else:
-                    part = directional_derivatives(*arguments, directions) / count**0.5
-                found[places.to(found.device)] = part
+                part = kind.measure(self.model, self.losses, piece, self.target, directions, eps=self.eps)
+                found[places.to(found.device)] = self._project(part) if project else part
         found = self._of_all(found)
-        return found[:, :, None] * directions if self.features == "paper_code" else found
+        return found[:, :, None] * directions if kind.one_direction else found
 
     def _pieces(self, batch: Batch, rows: Tensor, lengths: Sequence[int] | None) -> Any:
         """The parts of the batch that this process passes through the model, of all in turn, and their places."""
@@ -350,17 +305,6 @@ class CoLM:
         self.overflows = int(state["overflows"])
         if not self.history.plain:
             self.history.state = {k: state[k].to(v.dtype) for k, v in self.history.state.items()}
-
-
-def _rule(rule: str | UpdateRule, method: str) -> UpdateRule:
-    if isinstance(rule, UpdateRule):
-        return rule
-    if rule == "auto":
-        rule = "adam" if method == "facility_location" else "none"
-    known = {"adam": AdamWRule(), "none": SGDRule()}
-    if rule not in known:
-        raise UsageError(f"coreset: rule={rule!r} does not exist{did_you_mean(rule, ('auto', *known))}")
-    return known[rule]
 
 
 def kept_by_source(sources: Sequence[Hashable], selection: Selection) -> dict[str, int]:

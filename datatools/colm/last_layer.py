@@ -1,9 +1,9 @@
-"""Per-example gradients of the last value projection of a decoder, without a backward pass through all of it.
+"""The last value projection of a decoder, found by trying: the matrix whose per-example gradients are features.
 
 A matrix inside a late decoder layer changes nothing before that layer. So the exact gradient of each example needs one
-forward pass, of which only what follows the projection is differentiated; and a directional derivative needs the layers
-from there on, run again on their stored input ("replay"): those before are skipped inside the model's own forward pass,
-so that masks, positions, scaling of logits and the head are the model's own code.
+forward pass, of which only what follows the projection is differentiated (`exact.py`); and a directional derivative
+needs the layers from there on, run again on their stored input (`replay.py`): those before are skipped inside the
+model's own forward pass, so that masks, positions, scaling of logits and the head are the model's own code.
 
 Which matrix it is, and that the fast ways are right for the model at hand, is found by trying on a few random tokens
 (`LastLayer.of`). Where a fast way is not right, the definition is used: a backward pass per row, whole forward passes.
@@ -11,52 +11,29 @@ Which matrix it is, and that the fast ways are right for the model at hand, is f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 
+from datatools.colm.exact import exact_gradients
+from datatools.colm.probes import slopes
+from datatools.colm.replay import evaluating, loss_of, replaying
+from datatools.colm.target import Target
 from datatools.colm.value_rows import Found, Kind, Place, all_of, blocks_of, look, matrices_of, named_for_values
 from datatools.errors import DataError
-from datatools.gradients import Batch, Loss, _Bound, _frozen, token_batches
+from datatools.gradients import Batch
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
-class LastLayer:
-    """The last value projection of a decoder: the matrix whose gradient is a row's feature.
-
-    layers: the decoder layers up to the one that calls it first, in the order of their calls. projection: the linear
-    layer. sharing: all layers that use its weight; there are several in models that repeat a layer. name: the
-    parameter, as in `model.named_parameters()`: LoRA's B if the projection has an adapter, else its weight. outputs:
-    which of the projection's outputs count: of a joint projection those that are values. shape: [outputs, inputs] of
-    the matrix, or [outputs, rank]. kind: "values"; "output", the output projection of the last mixer, where no layer
-    makes values (Mamba); "named", all outputs of a projection that was asked for.
-    product: gradients are products of the projection's inputs and output gradients, whose first dimension is the row;
-    else there is one backward pass per row. replays: running from that layer on gives what the whole model gives.
-    forwards: torch's forward-mode derivative is the derivative.
-    """
-
-    layers: tuple[nn.Module, ...]
-    projection: nn.Module
-    sharing: tuple[nn.Module, ...]
-    name: str
-    outputs: slice | Tensor
-    shape: tuple[int, int]
-    parameter: nn.Parameter
-    transposed: bool
-    adapter: str | None
-    kind: Kind
-    product: bool = True
-    replays: bool = True
-    forwards: bool = True
+class LastLayer(Target):
+    """The last value projection of a decoder."""
 
     @classmethod
     def of(cls, model: nn.Module, projection: str | None = None) -> LastLayer:
@@ -89,33 +66,6 @@ class LastLayer:
             if found.place is None:
                 raise DataError(_no_values(cls, model, found))
             return _tried(model, _placed(cls, model, found, found.place))
-
-    @property
-    def numel(self) -> int:
-        """Numbers in the matrix."""
-        return self.shape[0] * self.shape[1]
-
-    def embed(self, direction: Tensor) -> Tensor:
-        """A direction [*shape] as one of the whole parameter: zero for outputs that do not count."""
-        whole = torch.zeros_like(self.parameter)
-        (whole.T if self.transposed else whole)[self.outputs] = direction.to(whole.dtype)
-        return whole
-
-    def part(self, grad: Tensor) -> Tensor:
-        """The outputs that count [*shape] of a gradient of the whole parameter."""
-        return (grad.T if self.transposed else grad)[self.outputs]
-
-    def contract(self, x: Tensor, g: Tensor) -> Tensor:
-        """Inputs x [b, ..., in] and output gradients g [b, ..., out] -> per-example gradients [b, *shape], float32."""
-        x, g = x.flatten(1, -2), g[..., self.outputs].flatten(1, -2).float()  # latents may have a dimension of heads
-        if self.adapter is not None:
-            scale = self.projection.scaling[self.adapter]  # type: ignore[index]
-            a = self.projection.lora_A[self.adapter].weight.detach()  # type: ignore[index, union-attr]
-            x = x.float() @ (a.float() * float(scale)).mT
-        return g.mT @ x.float()
-
-
-# ----------------------------------------------------------------------------------------------------------- finding it
 
 
 def _takes_tokens(model: nn.Module) -> bool:
@@ -321,7 +271,7 @@ def _tried(model: nn.Module, target: LastLayer) -> LastLayer:
 
     def losses(of: LastLayer) -> list[Tensor]:
         with torch.no_grad(), replaying(model, _probe, batch, of):
-            loss = _loss_of(model, _probe, batch, of)
+            loss = loss_of(model, _probe, batch, of)
             return [loss(place) for place in places]
 
     whole, again = losses(replace(target, replays=False)), _or_none(lambda: losses(target))
@@ -334,7 +284,7 @@ def _tried(model: nn.Module, target: LastLayer) -> LastLayer:
         )
     )
     along = (want * target.part(noise)).flatten(1).sum(1)
-    slope = _or_none(lambda: _slopes(model, _probe, batch, target, target.part(noise)[None])[:, 0])
+    slope = _or_none(lambda: slopes(model, _probe, batch, target, target.part(noise)[None])[:, 0])
     return replace(target, replays=close, forwards=_same(slope, along, 1e-2 if exact else 0.1))
 
 
@@ -355,241 +305,3 @@ def _same(found: Tensor | None, want: Tensor, tolerance: float) -> bool:
 
 def _line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-
-
-# ------------------------------------------------------------------------------------------------------------ using it
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode inside, and no parameter asks for a gradient; behind it each has its own setting again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with _frozen(model):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def pieces(
-    batch: Batch, lengths: Sequence[int] | None, token_budget: int
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """(rows, part of the batch), longest rows first: padded tokens of a part stay within `token_budget`.
-
-    lengths: tokens of each row, of a batch padded on the right; columns that only hold padding are cut off. None: the
-    place behind the last attended token, or the whole width without an attention mask.
-    """
-    n, width = batch["input_ids"].shape
-    if lengths is None:
-        mask = batch.get("attention_mask")
-        if mask is None or mask.ndim != 2:
-            lengths = [width] * n
-        else:
-            lengths = (width - mask.flip(1).to(torch.int64).argmax(1)).tolist()
-    for group in token_batches(lengths, token_budget):
-        rows, longest = torch.tensor(group), max(lengths[i] for i in group)
-        yield (
-            rows,
-            {
-                key: tensor[rows.to(tensor.device)][:, :longest]
-                if tensor.ndim == 2 and tensor.shape[1] == width
-                else tensor[rows.to(tensor.device)]
-                for key, tensor in batch.items()
-            },
-        )
-
-
-def exact_gradients(model: nn.Module, losses: Loss, batch: Batch, target: LastLayer) -> Tensor:
-    """The gradient of each row's loss for the target's matrix: [b, *shape] float32; inside `evaluating`.
-
-    One forward pass; backward from the losses to the projection's output and no further. What comes before that output
-    keeps no activation, also where the embeddings ask for gradients (`enable_input_require_grads`, as adapters with
-    gradient checkpointing need). Where the target is no `product`, one backward pass per row.
-    """
-    if not target.product:
-        return _row_by_row(model, losses, batch, target)
-    calls: list[tuple[Tensor, Tensor]] = []  # shared layers are called several times
-
-    def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        x = args[0] if args else next(iter(kwargs.values()))
-        torch.set_grad_enabled(True)  # the graph begins here; `no_grad` below puts the mode back
-        y = output if output.requires_grad else output.detach().requires_grad_(True)
-        calls.append((x.detach().clone(), y))  # copies: some models write into a layer's input and output afterwards
-        return y.clone()
-
-    with ExitStack() as hooks:
-        for projection in target.sharing:
-            hooks.callback(projection.register_forward_hook(capture, with_kwargs=True).remove)
-        with torch.no_grad():
-            values = losses(model, batch)
-            found = torch.autograd.grad(values.sum(), [y for _, y in calls], allow_unused=True) if calls else ()
-    if not calls:
-        raise DataError(f"{type(model).__name__}: its forward pass does not call the layer of {target.name}")
-    grads = torch.zeros(len(values), *target.shape, device=values.device)
-    with torch.no_grad():
-        for (x, _), g in zip(calls, found, strict=True):
-            if g is not None:
-                grads += target.contract(x, g).to(grads.device)
-    return grads
-
-
-def _row_by_row(model: nn.Module, losses: Loss, batch: Batch, target: LastLayer) -> Tensor:
-    """The definition: a backward pass for each row's loss."""
-    asked = target.parameter.requires_grad
-    target.parameter.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            values = losses(model, batch)
-            found = [
-                torch.autograd.grad(
-                    value, target.parameter, retain_graph=True, allow_unused=True, materialize_grads=True
-                )[0]
-                for value in values
-            ]
-    finally:
-        target.parameter.requires_grad_(asked)
-    return torch.stack([target.part(grad) for grad in found]).float()
-
-
-class _Stop(Exception):
-    pass
-
-
-@contextmanager
-def replaying(model: nn.Module, losses: Loss, batch: Batch, target: LastLayer) -> Iterator[None]:
-    """Inside, the model's forward pass on `batch` runs the target's decoder layer and what follows, and no other.
-
-    The layers before run once, without gradients, on entry; what the target's layer got then is what it gets again.
-    Nothing is skipped in models in which that would not give the same losses (`LastLayer.replays`).
-    """
-    if not target.replays:
-        yield
-        return
-    *before, last = target.layers
-    given: dict[str, Any] = {}
-    blank: dict[nn.Module, Any] = {}
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given["args"] = args
-        given["kwargs"] = {k: dict(v) if isinstance(v, MutableMapping) else v for k, v in kwargs.items()}
-        raise _Stop
-
-    def note(layer: nn.Module, _: Any, output: Any) -> None:
-        # the type and shapes of what a skipped layer gives back; nobody reads its values
-        blank[layer] = tree_map_only(Tensor, lambda t: t.new_zeros(()).expand(t.shape), output)
-
-    with ExitStack() as hooks:
-        hooks.callback(last.register_forward_pre_hook(stop, with_kwargs=True).remove)
-        for layer in before:
-            hooks.callback(layer.register_forward_hook(note).remove)
-        try:
-            with torch.no_grad():
-                losses(model, batch)
-            raise DataError(f"{type(model).__name__}: its forward pass does not call the layer of {target.name}")
-        except _Stop:
-            pass
-
-    reached = False  # the target's layer, in this forward pass
-
-    def begin(*_: Any) -> None:
-        nonlocal reached
-        reached = False
-
-    def restart(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        nonlocal reached
-        if reached:
-            return None
-        reached = True
-        again = dict(given["kwargs"])
-        for key, value in again.items():
-            if isinstance(value, dict) and isinstance(kwargs.get(key), MutableMapping):  # layers share it by writing
-                kwargs[key].update(value)
-                again[key] = kwargs[key]
-            elif isinstance(value, Tensor):
-                again[key] = value.clone()
-        return tuple(a.clone() if isinstance(a, Tensor) else a for a in given["args"]), again
-
-    def skipping(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def skip(*args: Any, **kwargs: Any) -> Any:
-            return forward(*args, **kwargs) if reached else tree_map_only(Tensor, torch.clone, blank[layer])
-
-        return skip
-
-    own = [(layer, layer.__dict__.get("forward")) for layer in before]
-    with ExitStack() as hooks:
-        hooks.callback(model.register_forward_pre_hook(begin).remove)
-        hooks.callback(last.register_forward_pre_hook(restart, with_kwargs=True).remove)
-        try:
-            for layer in before:
-                layer.forward = skipping(layer, layer.forward)
-            yield
-        finally:
-            for layer, forward in own:
-                if forward is None:
-                    del layer.forward
-                else:
-                    layer.forward = forward
-
-
-def _loss_of(model: nn.Module, losses: Loss, batch: Batch, target: LastLayer) -> Callable[[Tensor], Tensor]:
-    """Losses [b] as a function of the target's parameter, which is swapped, never written to."""
-    bound = _Rows(model, losses)
-    return lambda value: torch.func.functional_call(bound, {f"module.{target.name}": value}, (batch,))
-
-
-class _Rows(_Bound):
-    def forward(self, batch: Batch) -> Tensor:
-        return self.loss(self.module, batch)
-
-
-def directional_derivatives(
-    model: nn.Module, losses: Loss, batch: Batch, target: LastLayer, directions: Tensor, *, chunk: int = 8
-) -> Tensor:
-    """z_k . gradient_i for directions z [K, *shape]: [b, K] float32, by forward-mode passes through the last layer.
-
-    Inside `evaluating`.
-
-    Exact up to rounding, and without the cancellation of differences of losses, which bfloat16 does not survive.
-    chunk: directions at a time; memory is that of so many forward passes of one layer and the head. Models with an
-    operation that torch has no forward derivative of, or cannot batch, get the products of `exact_gradients`.
-    """
-    if target.forwards:
-        try:
-            with replaying(model, losses, batch, target):
-                return torch.cat([_slopes(model, losses, batch, target, z) for z in torch.split(directions, chunk)], 1)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError):  # an operation of this batch that the few tokens did not meet
-            pass
-    grads = exact_gradients(model, losses, batch, target)
-    return torch.einsum("bij,kij->bk", grads, directions.to(grads))
-
-
-def _slopes(model: nn.Module, losses: Loss, batch: Batch, target: LastLayer, directions: Tensor) -> Tensor:
-    """[b, K] float32 for directions [K, *shape] at a time, by forward-mode passes of what the model runs."""
-    value, loss = target.parameter.detach(), _loss_of(model, losses, batch, target)
-
-    def along(direction: Tensor) -> Tensor:
-        slope: Tensor = torch.func.jvp(loss, (value,), (direction,))[1]
-        return slope
-
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        found: Tensor = torch.vmap(along)(torch.stack([target.embed(z) for z in directions]))
-    return found.mT.float()
-
-
-def central_differences(
-    model: nn.Module, losses: Loss, batch: Batch, target: LastLayer, direction: Tensor, *, eps: float = 1e-3
-) -> Tensor:
-    """(L(w + eps z) - L(w - eps z)) / (2 eps) of each row for one direction z [*shape]: [b] float32; two replays,
-    inside `evaluating`.
-
-    Source: CoLM, arXiv 2407.19580, equation 3 (SPSA), in its published code's form.
-    """
-    value, move = target.parameter.detach(), eps * target.embed(direction)
-    with torch.no_grad(), replaying(model, losses, batch, target):
-        loss = _loss_of(model, losses, batch, target)
-        up, down = loss(value + move), loss(value - move)
-    return ((up.double() - down.double()) / (2 * eps)).float()

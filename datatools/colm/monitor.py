@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datatools.colm.choice import Plan
+from datatools.colm.quotas import Plan
 from datatools.selection.candidates import Selection
 
 DRAWS = 16

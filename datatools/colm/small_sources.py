@@ -1,6 +1,6 @@
 """Which sources are small, how many rows each of the others may keep, and sources for rows that have none."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -20,24 +20,6 @@ def small_sources(counts: Mapping[Source, int]) -> frozenset[Source]:
     """
     total = sum(counts.values())
     return frozenset(source for source, count in counts.items() if count * len(counts) < total)
-
-
-def budgets(sizes: Sequence[int], total: int) -> list[int]:
-    """`total` shared out in proportion to `sizes` by largest remainder; ties go to the lower index.
-
-    No share exceeds its size: a quota is at most the size, and a whole number is never rounded up.
-    Raises: ValueError unless 0 <= total <= sum(sizes) and no size is negative.
-    """
-    whole = sum(sizes)
-    if min(sizes, default=0) < 0 or not 0 <= total <= whole:
-        raise ValueError(f"budgets: {total} of {whole} rows; expected at least 0 and at most as many as there are")
-    if whole == 0:
-        return [0] * len(sizes)
-    shares = [total * size // whole for size in sizes]
-    rest = sorted(range(len(sizes)), key=lambda q: (-(total * sizes[q] % whole), q))
-    for q in rest[: total - sum(shares)]:
-        shares[q] += 1
-    return shares
 
 
 def cluster_sources(vectors: Tensor, clusters: int, *, seed: int) -> Tensor:

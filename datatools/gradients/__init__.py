@@ -1,5 +1,7 @@
 """The gradient of each example of a batch: `per_sample_grads`, its definition and its fast path."""
 
+from datatools.gradients.batching import micro_batches as micro_batches
+from datatools.gradients.batching import pieces as pieces
 from datatools.gradients.batching import token_batches as token_batches
 from datatools.gradients.layers import covered as covered
 from datatools.gradients.per_sample import _Bound as _Bound

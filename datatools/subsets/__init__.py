@@ -1,1 +1,1 @@
-"""Subsets that stand for a whole: herding, matching pursuit, facility location."""
+"""Coreset methods, one per file: subsets of rows that stand for all of them."""

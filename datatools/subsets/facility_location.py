@@ -2,11 +2,17 @@
 
 import heapq
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from datatools.errors import UsageError, did_you_mean
 from datatools.selection.candidates import Selection
+from datatools.subsets.method import CoresetMethod
 
+METRICS = ("l1", "l2", "cosine")
+"""Distances of features."""
 LAZY_FROM = 512  # rows from which lazy greedy is faster: below, a pass over the matrix per pick costs less than a heap
 
 
@@ -73,3 +79,47 @@ def _lazy(matrix: Tensor, k: int) -> list[int]:
         else:
             heapq.heappush(heap, (-float((matrix[j] - covered).clamp_min(0).sum()), j, len(picks)))
     return picks
+
+
+def distances(features: Tensor, metric: str = "l1") -> Tensor:
+    """The distances of all pairs of rows.
+
+    Args:
+        features: Float [n, d].
+        metric: A name of `METRICS`; "cosine" is 1 - cosine.
+
+    Returns:
+        Float64 [n, n], symmetric, zero on the diagonal.
+
+    Raises:
+        UsageError: For an unknown metric.
+
+    Example:
+        >>> distances(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), "l2").tolist()
+        [[0.0, 5.0], [5.0, 0.0]]
+    """
+    if metric not in METRICS:
+        raise UsageError(f"coreset: no metric is called {metric!r}{did_you_mean(metric, METRICS)}")
+    rows = features.double()
+    if metric == "cosine":
+        rows = torch.nn.functional.normalize(rows, dim=1)
+        found = 1 - rows @ rows.mT
+    else:
+        found = torch.cdist(rows, rows, p=1.0 if metric == "l1" else 2.0)
+    found = (found + found.mT) / 2
+    return found.fill_diagonal_(0).clamp_min(0)
+
+
+def _choose(features: Tensor, k: int, *, metric: str, **_: Any) -> Selection:
+    apart = distances(features, metric)
+    return Selection(facility_location(apart.max() - apart, k).indices)
+
+
+FACILITY_LOCATION = CoresetMethod(
+    name="facility_location",
+    title="medoids of the gradients of their source, as published",
+    choose=_choose,
+    cost="O(n^2 d + k n^2) per source",
+    rule="adam",
+    coordinates=True,
+)

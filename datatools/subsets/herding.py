@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from datatools.selection.candidates import Selection
+from datatools.subsets.method import CoresetMethod
 from datatools.subsets.rows import check_rows
 
 IMPROVEMENT = 1e-9  # of the squared error of one row: an exchange that gains less is rounding
@@ -88,3 +91,20 @@ def herding(
         chosen[out], chosen[into] = False, True
         towards += products[into] - products[out]
     return Selection(torch.tensor(picks))
+
+
+def _choose(features: Tensor, k: int, *, kept: Tensor, groups: Sequence[tuple[Tensor, int]], **_: Any) -> Selection:
+    return herding(features, k, kept=kept, groups=groups)
+
+
+HERDING = CoresetMethod(
+    name="herding",
+    title="rows whose mean gradient is nearest to that of the whole large batch, so many of each source",
+    choose=_choose,
+    cost="O(n^2 d)",
+    scope="batch",
+)
+"""Herding of all sources at once, by the same quotas.
+
+Where a source has three rows of which one is kept, there is little to choose within it, and much among all of them.
+"""

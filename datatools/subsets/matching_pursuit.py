@@ -1,9 +1,12 @@
 """Rows with weights whose weighted mean is near the mean of all rows: orthogonal matching pursuit."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from datatools.selection.candidates import Selection
+from datatools.subsets.method import CoresetMethod
 from datatools.subsets.rows import check_rows
 
 
@@ -52,3 +55,16 @@ def matching_pursuit(features: Tensor, k: int) -> Selection:
         weights = torch.from_numpy(solution)
         rest = mean - weights @ rows[picks]
     return Selection(torch.tensor(picks), weights=(weights * k).float())
+
+
+def _choose(features: Tensor, k: int, **_: Any) -> Selection:
+    return matching_pursuit(features, k)
+
+
+MATCHING_PURSUIT = CoresetMethod(
+    name="matching_pursuit",
+    title="weighted rows whose mean gradient is nearest to that of all rows of their source",
+    choose=_choose,
+    cost="O(n^2 d) and k least-squares problems per source",
+    weighted=True,
+)

@@ -22,11 +22,15 @@ from torch.distributed import ProcessGroup
 from transformers import TrainerCallback
 
 from datatools import (
+    CORESET_FEATURES,
+    CORESET_METHODS,
     CoLM,
     DataError,
     LastLayer,
     Selection,
     UsageError,
+    coreset_method,
+    did_you_mean,
     files,
     kept_by_source,
     not_better,
@@ -43,6 +47,19 @@ MONITORED = (
     "kept_by_source", "seen_by_source",
 )  # fmt: skip
 """What a log entry of a monitored step has beside the Trainer's own keys."""
+
+
+def check(settings: CoresetConfig) -> None:
+    """Refuse methods and features that do not exist, and weights of rows that the loss has no place for.
+
+    Raises: UsageError.
+    """
+    method = coreset_method(settings.method)
+    if settings.features not in CORESET_FEATURES:
+        asked = settings.features
+        raise UsageError(f"coreset: no feature is called {asked!r}{did_you_mean(asked, CORESET_FEATURES)}")
+    if method.weighted and settings.loss_weighting == "token":
+        raise UsageError(f"coreset: {method.name} gives weights to rows, which loss_weighting 'token' has no place for")
 
 
 class Choosing(ABC):
@@ -96,6 +113,7 @@ class Choosing(ABC):
             UsageError: For FSDP and DeepSpeed, and for sizes that do not fit each other.
             DataError: For a model in which no layer can be found whose gradients tell rows apart.
         """
+        check(self.settings)
         self.trainer = trainer
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise UsageError("coreset: FSDP and DeepSpeed shard the layer that choices read; use DDP or one process")
@@ -162,7 +180,7 @@ class Choosing(ABC):
             return
         history[-1] |= self._tables
         self._tables = {}
-        if not self._warned and self.settings.method != "random_in_source":
+        if not self._warned and not CORESET_METHODS[self.settings.method].control:
             text = not_better([entry for entry in history if "match_error" in entry])
             if text is not None:
                 self._warned = True

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from datatools import Selection, UsageError, not_better, small_sources
+from datatools import CORESET_METHODS, Selection, UsageError, not_better, small_sources
 from pipelines.colm.choosing import MONITORED, Choosing
 from pipelines.models.losses import collate
 from pipelines.runs.messages import warn
@@ -93,5 +93,5 @@ def facts(choose: CoresetConfig, sources: Sequence[Hashable], seen: Sequence[Map
         "sources": {str(name): counts[name] for name in sorted(counts, key=str)},
         "small": sorted(map(str, small)),
         "memory": "gpu" if torch.cuda.is_available() else "process",  # of what `peak_bytes` is the peak
-        "warning": None if choose.method == "random_in_source" else not_better(seen),
+        "warning": None if CORESET_METHODS[choose.method].control else not_better(seen),
     }

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from datatools import Selection, UsageError
+from datatools import CORESET_METHODS, Selection, UsageError
 from pipelines.colm.choosing import Choosing
 from pipelines.models.finite import FiniteSteps
 from pipelines.settings.train import CoresetConfig
@@ -86,7 +86,7 @@ class CoresetMixin(FiniteSteps):
             return
         self._choosing = _Batches(self.choose, source_key)
         self._choosing.begin(self)
-        if self.choose.loss_weighting == "example" or self.choose.method == "matching_pursuit":
+        if self.choose.loss_weighting == "example" or CORESET_METHODS[self.choose.method].weighted:
             if self.compute_loss_func is not None:
                 raise UsageError("coreset: compute_loss_func and weights of rows exclude each other; leave one out")
             self.compute_loss_func = self._example_loss

@@ -18,14 +18,6 @@ from pipelines.report import charts
 from pipelines.report import page as report
 from pipelines.texts import number, percent, plural, size
 
-METHODS = {
-    "herding": "rows whose mean gradient is nearest to that of the whole large batch, so many of each source",
-    "matching_pursuit": "weighted rows whose mean gradient is nearest to that of all rows of their source",
-    "facility_location": "medoids of the gradients of their source, as published",
-    "top_norm": "the rows of each source with the largest gradients",
-    "random_in_source": "random rows of each source: the control",
-}
-
 PEAK = {
     "gpu": "The tensors of a monitored step, choosing included, took up to {} of the GPU.",
     "process": "The process held up to {} of memory, choosing included.",
@@ -119,7 +111,7 @@ def _parts(
         "lead": _lead(seen, means).removeprefix("coreset: "),
         "warning": facts["warning"],
         "settings": settings,
-        "method": METHODS[settings["method"]],
+        "method": method_in_words(str(settings["method"])),
         "steps": len(entries),
         "monitored": len(seen),
         "overflows": seen[-1]["overflows"] if seen else 0,
@@ -143,6 +135,18 @@ def _parts(
         "validated": any("eval_loss" in e for e in entries),
         "sources": _sources(facts, seen),
     }
+
+
+def method_in_words(name: str) -> str:
+    """Which rows a coreset method keeps, as its record says; of a method that is not known here, its name.
+
+    Example:
+        >>> method_in_words("random_in_source"), method_in_words("mine")
+        ('random rows of each source: the control', "rows chosen by 'mine'")
+    """
+    from datatools import CORESET_METHODS  # brings torch
+
+    return CORESET_METHODS[name].title if name in CORESET_METHODS else f"rows chosen by {name!r}"
 
 
 def _points(entries: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -30,21 +30,23 @@ class CoresetConfig(Settings):
         le=1_000_000,
         description="rows that a coreset keeps per step, and trains on; null is training.batch_size",
     )
-    method: Literal["herding", "matching_pursuit", "facility_location", "top_norm", "random_in_source"] = Field(
+    method: str = Field(
         default="herding",
-        description="herding: rows whose mean gradient is nearest to the batch's, by quotas; matching_pursuit: the "
-        "same in each source, with weights; facility_location: medoids, as published; top_norm; random_in_source: the "
-        "control",
+        min_length=1,
+        max_length=64,
+        description="how rows are chosen: a name from `datatools ls coresets`",
     )
-    features: Literal["exact", "probes", "paper_code"] = Field(
+    features: str = Field(
         default="exact",
+        min_length=1,
+        max_length=64,
         description="features of a row: exact, the gradient of the last value projection; probes, derivatives along "
         "random directions (forward passes only); paper_code, the published estimate",
     )
     rule: Literal["auto", "none", "adam"] = Field(
         default="auto",
         description="update rule between gradients and features: adam, with a history of its own, or none; auto is "
-        "adam for facility_location",
+        "adam for methods that ask for it (facility_location)",
     )
     metric: Literal["l1", "l2", "cosine"] = Field(default="l1", description="distance that facility_location uses")
     probes: int = Field(default=64, ge=1, le=4096, description="number of random directions of `features: probes`")
@@ -86,8 +88,6 @@ class CoresetConfig(Settings):
                 f"keep {self.keep} of a large batch of {self.large_batch} rows; keep fewer (--keep), or draw more "
                 "(--large-batch)"
             )
-        if self.method == "matching_pursuit" and self.loss_weighting == "token":
-            raise ValueError("matching_pursuit gives weights to rows, which loss_weighting 'token' cannot use")
         return self
 
     def arguments(self) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from datatools import DataError, Order, files
+from datatools import CORESET_FEATURES, DataError, Order, files
 from optim.distributed import world
 from pipelines.colm import coresets
+from pipelines.colm.choosing import check as check_coreset
 from pipelines.colm.sources import clusters_of, require_sources
 from pipelines.models import load as models
 from pipelines.models.base import unload
@@ -55,6 +56,8 @@ def _run(config: TrainConfig) -> Path:
         given, recipe_of_order = order_recipe.read(config.order)
         config = order_recipe.adopt(config, recipe_of_order)
     optimizers.check(config.training)
+    if config.coreset is not None:
+        check_coreset(config.coreset)
     trackers.check(config)
     with in_scratch(config) as kept, Run(kept.out, kept, "train", overwrite=kept.overwrite) as current:
         with current.stage("read"), checkpoint_files.lead_first():
@@ -193,7 +196,7 @@ def _estimate(config: TrainConfig, recipe: TrainingConfig, lengths: list[int], s
         tokens = tokens * steps // max(1, whole)
     if choose is not None:  # of the large batch each row goes forward, and those that are kept train
         keep = (choose.keep or config.training.batch_size) / recipe.batch_size
-        seconds = keep * seconds + found.seconds(tokens, steps, gradient=choose.features != "exact")
+        seconds = keep * seconds + found.seconds(tokens, steps, gradient=CORESET_FEATURES[choose.features].as_training)
     one = found.trainable * found.width
     return cost.Estimate(
         parts={"training": seconds},

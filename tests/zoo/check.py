@@ -41,7 +41,10 @@ from datatools import (
     order,
     per_sample_grads,
 )
-from datatools.colm.last_layer import LastLayer, directional_derivatives, evaluating, exact_gradients
+from datatools.colm.exact import exact_gradients
+from datatools.colm.last_layer import LastLayer
+from datatools.colm.probes import directional_derivatives
+from datatools.colm.replay import evaluating
 from datatools.projectors import PROJECTORS
 from pipelines.models import causal
 from pipelines.models.lora import add_lora

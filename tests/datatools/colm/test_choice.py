@@ -20,8 +20,8 @@ from datatools.colm import (
     select_batch,
     small_sources,
 )
-from datatools.colm.choice import distances, sparsify
-from datatools.subsets.facility_location import facility_location
+from datatools.colm.choice import sparsify
+from datatools.subsets.facility_location import distances, facility_location
 from datatools.subsets.herding import herding
 from datatools.subsets.matching_pursuit import matching_pursuit
 from tests.reference import facility_location as reference

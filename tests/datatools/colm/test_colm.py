@@ -8,8 +8,9 @@ import torch
 
 from datatools import DataError, UsageError
 from datatools.colm import CORESET_METHODS, CoLM, History, matching_error
-from datatools.colm.choice import distances
-from datatools.colm.last_layer import LastLayer, exact_gradients
+from datatools.colm.exact import exact_gradients
+from datatools.colm.last_layer import LastLayer
+from datatools.subsets.facility_location import distances
 from optim import AdamWRule, LionRule, MuonRule
 from pipelines.models import load as models
 from pipelines.models.losses import row_losses
@@ -32,6 +33,10 @@ def batch():
 
 def colm(model, **changes):
     return CoLM(model, row_losses, **{"keep": 8, "small": {"rare"}, "seed": 3} | changes)
+
+
+def measured(chooser, batch, rows, *, step=0, project=False):
+    return chooser._measure(chooser.kind, batch, rows, None, step, 0, project=project)
 
 
 # ------------------------------------------------------------------------------------------------------- Adam's history
@@ -113,7 +118,7 @@ def check_probes(model, batch):
     apart = torch.triu_indices(n, n, 1).unbind()
     truth = exact_gradients(model, row_losses, batch, target).flatten(1)
     chooser = colm(model, features="probes", probes=64)
-    found = chooser._zeroth(batch, torch.arange(n), None, 0, 0)
+    found = measured(chooser, batch, torch.arange(n), step=0)
     assert spearman(distances(found, "l2")[apart], distances(truth, "l2")[apart]) >= 0.9
     # scaled so that inner products are unbiased: squared norms agree on average
     assert 0.7 < float((found.square().sum(1) / truth.square().sum(1)).mean()) < 1.3
@@ -148,11 +153,11 @@ def test_the_published_features_are_collinear(model, batch):
     chooser = colm(model, features="paper_code", method="facility_location")
     for step in range(4):
         chooser(batch, SOURCES, step=step)
-    raw = chooser._zeroth(batch, torch.arange(16), None, 9, 0)
+    raw = measured(chooser, batch, torch.arange(16), step=9)
     u = chooser.history.directions(raw).flatten(1).double()
     values = torch.linalg.svdvals(u - u.mean(0))
     assert float(values[0] ** 2 / values.square().sum()) > 0.9999
-    fresh = chooser._zeroth(batch, torch.arange(16), None, 1, 0)
+    fresh = measured(chooser, batch, torch.arange(16), step=1)
     torch.testing.assert_close(raw, fresh), "the direction stays for the whole run"
 
 
@@ -160,14 +165,14 @@ def test_probes_are_fresh_each_step_unless_a_history_reads_them(model, batch):
     rows = torch.arange(16)
     free = colm(model, features="probes", probes=4)
     kept = colm(model, features="probes", probes=4, rule="adam")
-    assert not torch.equal(free._zeroth(batch, rows, None, 0, 0), free._zeroth(batch, rows, None, 1, 0))
-    assert torch.equal(kept._zeroth(batch, rows, None, 0, 0), kept._zeroth(batch, rows, None, 1, 0))
+    assert not torch.equal(measured(free, batch, rows, step=0), measured(free, batch, rows, step=1))
+    assert torch.equal(measured(kept, batch, rows, step=0), measured(kept, batch, rows, step=1))
 
 
 def test_large_gradients_are_projected_for_herding_and_sparsified_for_medoids(model, batch):
     grads = brute(model, batch, LastLayer.of(model)).flatten(1)
     rows = torch.arange(16)
-    whole, sketched = (colm(model, dim=dim)._exact(batch, rows, None, project=True) for dim in (None, 40))
+    whole, sketched = (measured(colm(model, dim=dim), batch, rows, project=True) for dim in (None, 40))
     torch.testing.assert_close(whole, grads, rtol=1e-4, atol=1e-6)
     assert sketched.shape == (16, 40) and grads.shape == (16, 48)
     assert 0.5 < float((sketched.square().sum(1) / grads.square().sum(1)).mean()) < 1.5

@@ -27,15 +27,12 @@ from transformers import (
 )
 
 from datatools import DataError
-from datatools.colm.last_layer import (
-    LastLayer,
-    central_differences,
-    directional_derivatives,
-    evaluating,
-    exact_gradients,
-    pieces,
-    replaying,
-)
+from datatools.colm.exact import exact_gradients
+from datatools.colm.last_layer import LastLayer
+from datatools.colm.paper_code import central_differences
+from datatools.colm.probes import directional_derivatives
+from datatools.colm.replay import evaluating, replaying
+from datatools.gradients import pieces
 from pipelines.models.losses import row_losses
 from tests.zoo import build as zoo
 

@@ -11,13 +11,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import FalconConfig, FalconForCausalLM, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from datatools import CoLM, DataError
-from datatools.colm.last_layer import (
-    LastLayer,
-    central_differences,
-    directional_derivatives,
-    evaluating,
-    exact_gradients,
-)
+from datatools.colm.exact import exact_gradients
+from datatools.colm.last_layer import LastLayer
+from datatools.colm.paper_code import central_differences
+from datatools.colm.probes import directional_derivatives
+from datatools.colm.replay import evaluating
 from pipelines.models.losses import row_losses
 from tests.datatools.colm.test_last_layer import brute, some_batch
 from tests.zoo import build as zoo

@@ -280,8 +280,7 @@ def test_sizes_and_sources_that_do_not_fit_are_refused(world, tmp_path):
     refused(r"none of the 40 rows names its source \(no column 'nope'\).*--source-key.*clusters", data=nameless)
     with pytest.raises(ValueError, match="keep 9 of a large batch of 8"):
         CoresetConfig(keep=9, large_batch=8)
-    with pytest.raises(ValueError, match="matching_pursuit gives weights"):
-        CoresetConfig(method="matching_pursuit", loss_weighting="token")
+    refused("matching_pursuit gives weights", coreset=CoresetConfig(method="matching_pursuit", loss_weighting="token"))
 
 
 def test_one_source_works_with_a_warning_and_a_short_last_batch_is_halved_too(world, tmp_path, capsys):
