@@ -135,7 +135,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[], Rows]]] = {
     "estimators": ("order --estimators", ("name", "what it is (source)", "to make it", "per score"), _estimators),
     "searches": ("order --search", ("name", "how orders are searched"), _searches),
     "coresets": ("train --coreset colm --set coreset.method=NAME", ("name", "which rows are kept", "cost"), _coresets),
-    "coreset-features": ("--set coreset.features=NAME", ("name", "what is read of a row", "cost"), _coreset_features),
+    "features": ("--set coreset.features=NAME", ("name", "what is read of a row", "cost"), _coreset_features),
     "formats": (
         "rows of --train, --target, --data",
         ("format", "what is learned (who uses it), how it is rendered, and an example"),

@@ -34,7 +34,7 @@ def token_batches(lengths: Sequence[int], budget: int, *, padding: float = 0.125
 
     Example:
         >>> token_batches([3, 8, 8, 2, 3], budget=16)
-        [[1, 2], [0, 4], [3]]
+        [[1, 2], [0, 4, 3]]
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []

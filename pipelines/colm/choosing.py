@@ -59,7 +59,7 @@ def check(settings: CoresetConfig) -> None:
         asked = settings.features
         raise UsageError(f"coreset: no feature is called {asked!r}{did_you_mean(asked, CORESET_FEATURES)}")
     if method.weighted and settings.loss_weighting == "token":
-        raise UsageError(f"coreset: {method.name} gives weights to rows, which loss_weighting 'token' has no place for")
+        raise UsageError(f"coreset: {method.name} gives weights to rows, which loss_weighting 'token' cannot use")
 
 
 class Choosing(ABC):

@@ -24,6 +24,11 @@ HAVE_ONE = (
     "batch_rows",
     "GradientFeatures.create_or_open",
     "Projector.of",
+    "token_batches",
+    "micro_batches",
+    "pieces",
+    "herding",
+    "facility_location",
 )
 
 

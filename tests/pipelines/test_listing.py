@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import optim
-from datatools import AGGREGATIONS, PROJECTORS, SELECTORS, UsageError, order
+from datatools import AGGREGATIONS, CORESET_FEATURES, CORESET_METHODS, PROJECTORS, SELECTORS, UsageError, order
 from pipelines import listing
 from pipelines.rows.formats.table import FORMATS, read_shape
 from pipelines.settings.methods import SCORERS
@@ -24,6 +24,8 @@ TABLES = {
     "methods": SCORERS,
     "estimators": order.ESTIMATORS,
     "searches": order.SEARCHES,
+    "coresets": CORESET_METHODS,
+    "features": CORESET_FEATURES,
     "formats": {known.title for known in FORMATS.values()},
 }
 
