@@ -43,7 +43,7 @@ ANOTHER_MEANING: dict[str, set[str]] = {
     "datatools/order/estimators/moments.py": {"exact"},  # gradients
     "datatools/order/search.py": {"random"},  # a search, in the table of searches
     "pipelines/colm/choosing.py": {"loss"},  # the loss in a log
-    "pipelines/diagnose/run.py": {"probes"},  # a setting
+    "pipelines/diagnose/checks/smoothness.py": {"probes"},  # a setting
     "pipelines/models/finite.py": {"loss"},  # the loss in a log
     "pipelines/rows/prepare.py": {"preference"},  # the setting
     "pipelines/select/less.py": {"paper"},  # a form of Adam's update
