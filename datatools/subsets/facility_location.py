@@ -1,7 +1,6 @@
 """Medoids by greedy facility location."""
 
 import heapq
-
 from typing import Any
 
 import torch

@@ -1,7 +1,6 @@
 """Rows whose mean is near the mean of all rows: herding, with exchanges."""
 
 from collections.abc import Sequence
-
 from typing import Any
 
 import torch
