@@ -332,7 +332,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     import triton
 
     lines = [
-        f"Compiled by Triton {triton.__version__}; registers a thread, shared memory, stack (spills) in bytes.",
+        f"Compiled by Triton {triton.__version__}; registers per thread, shared memory, stack (spills) in bytes.",
         "",
         "| kernel | at | bound by | predicted, H100 | sm_80 | sm_90 |",
         "|---|---|---|---|---|---|",
