@@ -19,6 +19,7 @@ from pipelines.runs.workers import alone
 from pipelines.settings import methods, names, trackers
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.base import Columns, RunSettings, Settings
+from pipelines.settings.flags import flag_for
 from pipelines.settings.order import OrderConfig
 from pipelines.settings.parts import DataConfig, ModelConfig, TrainingConfig
 from pipelines.settings.select import ExplainConfig, ProjectorConfig
@@ -240,11 +241,13 @@ def _rows(config: Settings) -> None:
                 pool = value
     if pool is None:
         return
-    for name in ("target", "validation", "eval_data"):
-        paths = getattr(config, name, None)
+    for name in ("target", "validation", "eval"):
+        paths = getattr(config, "eval_data" if name == "eval" else name, None)
         if isinstance(paths, list) and paths:
-            own: Columns | None = getattr(config, f"{name}_columns", None)
-            _look(pool, paths, own or pool.columns, f"--{name}-columns", borrowed=own is None, strict=True)
+            setting = f"{name}_columns"
+            own: Columns | None = getattr(config, setting)
+            flag = flag_for(type(config), setting) or setting
+            _look(pool, paths, own or pool.columns, flag, borrowed=own is None, strict=True)
 
 
 def _look(

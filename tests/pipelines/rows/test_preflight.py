@@ -64,6 +64,8 @@ CASES = [
     (["train", "--data", "odd.jsonl.gz", "--model", "m"], 3, "unknown_format"),
     (["train", "--data", "odd.json", "--model", "m"], 3, "unknown_format"),
     (["train", "--model", "m"], 2, "--data"),
+    (["train", "--model", "m", "--data", "a.jsonl", "--eval-data", "odd.json", "--set",
+      "eval_columns={prompt: q, completion: b}"], 3, "correct eval_columns"),
     ([*LESS, "--target-columns", "prompt=q,completion=a"], 3, "--target-columns"),
     ([*LESS, "--checkpoints", "no"], 2, "no: no such folder"),
     ([*LESS, "--projector", "sjltt"], 2, "did you mean 'sjlt'"),
