@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Float32, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,7 +16,9 @@ from datatools.less.influence import averaging
 from datatools.selection.candidates import require_finite
 
 
-def subtask_means(similarity: Tensor, groups: Sequence[int] | Tensor) -> Tensor:
+def subtask_means(
+    similarity: Float[Tensor, "n m"], groups: Sequence[int] | Int64[Tensor, " m"]
+) -> Float32[Tensor, "n g"]:
     """The mean over the target rows of each subtask, which may be of unequal size.
 
     Args:
@@ -159,13 +162,13 @@ AGGREGATIONS: dict[str, Aggregation] = {
 
 
 def aggregate(
-    similarity: Tensor,
-    groups: Sequence[int] | Tensor,
+    similarity: Float[Tensor, "n m"],
+    groups: Sequence[int] | Int64[Tensor, " m"],
     how: str = "less",
     *,
     keys: Sequence[str] | None = None,
-    eligible: Tensor | None = None,
-) -> Tensor:
+    eligible: Bool[Tensor, " n"] | None = None,
+) -> Float32[Tensor, " n"]:
     """One score per row from its similarity to many target rows.
 
     "less", "paper", "mean" and "max" score each row by itself; "round_robin" and "bids" put the rows in an order and

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from datatools.errors import DataError, UsageError
@@ -25,7 +26,7 @@ def influence(
     weights: Sequence[float] | Tensor,
     *,
     keys: Sequence[str] | None = None,
-) -> Tensor:
+) -> Float32[Tensor, "n m"]:
     """similarity float32 [n, m] = sum_c w_c cos(train_c, target_c), w = weights / sum(weights), over checkpoints c.
 
     Rows of `train` whose status is not "ok", or that are zero, get zeros: leave them out of `eligible` later.
@@ -98,10 +99,10 @@ def influence_paper(
     train: Sequence[Features],
     target: Sequence[Features],
     weights: Sequence[float] | Tensor,
-    groups: Sequence[int] | Tensor,
+    groups: Sequence[int] | Int64[Tensor, " m"],
     *,
     keys: Sequence[str] | None = None,
-) -> Tensor:
+) -> Float32[Tensor, "n g"]:
     """similarity float32 [n, g] = sum_c w_c cos(train_c, mean over the subtask of the raw gradients target_c).
 
     As in the paper, the target's gradients are averaged before the cosine, so that one with a large norm counts more.
@@ -121,7 +122,11 @@ def influence_paper(
     return influence(train, [subtask_targets(*_raw(t), groups) for t in target], weights, keys=keys)
 
 
-def subtask_targets(features: Tensor, norms: Tensor | None, groups: Sequence[int] | Tensor) -> Tensor:
+def subtask_targets(
+    features: Float[Tensor, "m d"],
+    norms: Float32[Tensor, " m"] | None,
+    groups: Sequence[int] | Int64[Tensor, " m"],
+) -> Float32[Tensor, "g d"]:
     """The mean gradient of each subtask, float32 [g, d], subtasks ascending.
 
     Args:
@@ -192,7 +197,7 @@ def _places(keys: Sequence[str]) -> dict[str, list[int]]:
     return places
 
 
-def averaging(groups: Sequence[int] | Tensor, m: int) -> Tensor:
+def averaging(groups: Sequence[int] | Int64[Tensor, " m"], m: int) -> Float32[Tensor, "g m"]:
     """The matrix float32 [g, m] whose row j averages the columns of subtask j; groups is int64 [m].
 
     Raises:

@@ -4,6 +4,7 @@ import heapq
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from datatools.errors import UsageError, did_you_mean
@@ -15,7 +16,7 @@ METRICS = ("l1", "l2", "cosine")
 LAZY_FROM = 512  # rows from which lazy greedy is faster: below, a pass over the matrix per pick costs less than a heap
 
 
-def facility_location(similarity: Tensor, k: int, *, lazy: bool | None = None) -> Selection:
+def facility_location(similarity: Float[Tensor, "n n"], k: int, *, lazy: bool | None = None) -> Selection:
     """The k rows S that greedily maximise F(S) = sum_i max_{j in S} similarity_ij, F of nothing being sum_i min_j.
 
     Ties go to the lower index, and picks that gain nothing are made all the same. F is within 1 - 1/e of the best

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from datatools.selection.candidates import Selection
@@ -14,10 +15,10 @@ IMPROVEMENT = 1e-9  # of the squared error of one row: an exchange that gains le
 
 
 def herding(
-    features: Tensor,
+    features: Float[Tensor, "n d"],
     k: int,
     *,
-    kept: Tensor | None = None,
+    kept: Int64[Tensor, " kept"] | None = None,
     groups: Sequence[tuple[Tensor, int]] | None = None,
     exchanges: int | None = None,
 ) -> Selection:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from datatools.selection.candidates import Selection
@@ -10,7 +11,7 @@ from datatools.subsets.method import CoresetMethod
 from datatools.subsets.rows import check_rows
 
 
-def matching_pursuit(features: Tensor, k: int) -> Selection:
+def matching_pursuit(features: Float[Tensor, "n d"], k: int) -> Selection:
     """k rows with weights w >= 0 that make || sum_S w_i x_i / k - mean || small: orthogonal matching pursuit.
 
     Each step takes the row with the largest inner product with what is left of the mean, and solves for all weights
