@@ -68,7 +68,7 @@ def test_a_run_that_was_killed_and_one_that_runs_are_told_apart(world, tmp_path)
     assert "is not what the run wrote" in drawn(folder)
 
 
-@pytest.mark.parametrize("name", pages.KINDS)
+@pytest.mark.parametrize("name", [name for kind in pages.KINDS for name in kind.files])
 def test_a_damaged_file_is_named(tmp_path, name):
     for content in ("{", "[]", "1", '{"rows": 3}'):
         (tmp_path / name).write_text(content)
@@ -94,3 +94,13 @@ def test_a_finished_selection_is_drawn_again(world, tmp_path):
     files.write_json(run / "summary.json", {**summary, "warnings": 5})
     with pytest.raises(DataError, match=r"summary.json is damaged .*; run the same command again"):
         pages.draw(run)
+
+
+def test_a_new_kind_of_page_is_one_line(tmp_path, monkeypatch):
+    def render(folder):
+        files.write_text(folder / "report.html", "<h1>A new kind</h1>")
+        return folder / "report.html"
+
+    files.write_json(tmp_path / "new.json", {})
+    monkeypatch.setattr(pages, "KINDS", [*pages.KINDS, pages.Kind(("new.json",), render)])
+    assert drawn(tmp_path).strip() == "A new kind"

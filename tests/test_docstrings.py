@@ -1,4 +1,7 @@
-"""The examples in the docstrings of datatools run and print what they say."""
+"""The examples in the docstrings of datatools and pipelines run and print what they say.
+
+Those of optim, of which every public name must have one, are in tests/optim/test_doctests.py.
+"""
 
 import doctest
 from importlib import import_module
@@ -9,7 +12,8 @@ from tests.conftest import REPOSITORY
 
 MODULES = sorted(
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
-    for path in (REPOSITORY / "datatools").rglob("*.py")
+    for package in ("datatools", "pipelines")
+    for path in (REPOSITORY / package).rglob("*.py")
     if ">>> " in path.read_text(encoding="utf-8")
 )
 HAVE_ONE = (
@@ -34,7 +38,8 @@ HAVE_ONE = (
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name):
-    assert doctest.testmod(import_module(name)).failed == 0
+    found = doctest.testmod(import_module(name))
+    assert found.attempted and not found.failed
 
 
 def test_what_users_call_has_an_example():
