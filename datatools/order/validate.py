@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from datatools.stats import Numbers, pearson, pearson_rows, quotient, spearman, spearman_rows
-
-Statistic = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
-"""[..., n] and [..., n] -> [...], nan where it does not exist."""
-_DRAWS = 2000
-_PAIRS = 1 << 21  # of orders, compared at a time
+from datatools.stats import Numbers, bootstrap_interval, pearson, pearson_rows, quotient, spearman, spearman_rows
 
 
 @dataclass(frozen=True)
@@ -66,13 +61,13 @@ def judge(estimated: Numbers, true: Numbers, *, reference: float, seed: int = 0)
     return Judgement(
         orders=len(t),
         spearman=spearman(e, t),
-        spearman_interval=bootstrap(spearman_rows, e, t, seed=seed),
+        spearman_interval=bootstrap_interval(spearman_rows, e, t, seed=seed),
         pearson=pearson(e, t) if whole else None,
-        pearson_interval=bootstrap(pearson_rows, e, t, seed=seed) if whole else None,
+        pearson_interval=bootstrap_interval(pearson_rows, e, t, seed=seed) if whole else None,
         regret=float(t[int(np.argmin(e))] - t.min()),
         regret_random=float(t.mean() - t.min()),
         hit_rate=hit_rate(e, t),
-        hit_rate_interval=bootstrap(_hit_rate, e, t, seed=seed),
+        hit_rate_interval=bootstrap_interval(_hit_rate, e, t, seed=seed),
         mae=mae if whole else None,
         mae_relative=mae / none if whole and none > 0 else None,
         bias=float(error.mean()) if whole else None,
@@ -84,20 +79,6 @@ def hit_rate(a: Numbers, b: Numbers) -> float | None:
     """Share of pairs that a and b order alike, among those that differ in b; ties of a count half."""
     found = _hit_rate(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
     return float(found) if np.isfinite(found) else None
-
-
-def bootstrap(
-    statistic: Statistic, a: NDArray[np.float64], b: NDArray[np.float64], *, seed: int = 0, draws: int = _DRAWS
-) -> tuple[float, float] | None:
-    """95 % percentile interval over resampled orders; None where fewer than half of the draws have the statistic."""
-    picks = np.random.default_rng(seed).integers(len(a), size=(draws, len(a)))
-    rows = max(1, _PAIRS // len(a) ** 2)
-    found = np.concatenate([statistic(a[part], b[part]) for part in np.array_split(picks, -(-draws // rows))])
-    found = found[np.isfinite(found)]
-    if 2 * len(found) < draws:
-        return None
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _signs(values: NDArray[np.float64]) -> NDArray[np.int8]:
