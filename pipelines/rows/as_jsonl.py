@@ -12,16 +12,19 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files
-from pipelines.rows.input_files import HUB, PACKED, SAVED, Source, saved_files
+from pipelines.rows.input_files import HUB, SAVED, Source, saved_files
 from pipelines.rows.json_array import is_array, rows_of_array
-from pipelines.rows.jsonl import Limits, Malformed, shown
-from pipelines.rows.tables.arrow import rows_of_arrow, rows_of_parquet
+from pipelines.rows.jsonl import Limits, Malformed, is_blank, read_lines, shown
+from pipelines.rows.tables.arrow import columns_of_arrow, columns_of_parquet, rows_of_arrow, rows_of_parquet
 from pipelines.rows.tables.csv import rows_of_csv
 from pipelines.rows.tables.values import rows_of_mappings
 from pipelines.rows.unpacked import reading, unpacked
+
+TABLES = (".parquet", ".arrow", ".feather", SAVED)
+"""Forms whose columns stand in a schema, apart from the rows."""
 
 
 def as_jsonl(source: Source, cache: Path, limits: Limits) -> tuple[Path, dict[int, Malformed]]:
@@ -29,11 +32,9 @@ def as_jsonl(source: Source, cache: Path, limits: Limits) -> tuple[Path, dict[in
 
     Row k of the source is line k (1-based) of the file; a row in the second result is a blank line.
     """
-    path, kind = source.path, source.kind
-    packed = next((suffix for suffix in PACKED if kind.endswith(suffix)), None)
-    if path is not None and packed:
-        kind = kind.removesuffix(packed)
-        path = _unpack(path, packed, _cached(source, cache, kind), limits)
+    path, kind = source.path, source.form
+    if path is not None and source.packing:
+        path = _unpack(path, source.packing, _cached(source, cache, kind), limits)
     if kind == ".json" and path is not None and not is_array(path):
         kind = ".jsonl"  # many .json files hold a row a line
     if kind in {".jsonl", ".ndjson"}:
@@ -110,12 +111,48 @@ def _rows(source: Source, path: Path | None, kind: str, limits: Limits) -> Itera
     elif kind in (".arrow", ".feather", SAVED):
         for part in saved_files(path) if kind == SAVED else [path]:
             yield from rows_of_arrow(part, source.name, limits)
-    elif kind == ".json":
-        with reading(path) as file:
-            yield from rows_of_array(file, source.name, limits)
     else:
         with reading(path) as file:
-            yield from rows_of_csv(file, "\t" if kind == ".tsv" else ",", limits)
+            yield from rows_of_stream(file, kind, source.name, limits)
+
+
+def columns_of_table(source: Source) -> list[str]:
+    """The columns that the schema of a table names (of one of `TABLES`).
+
+    Raises:
+        DataError: The schema cannot be read.
+    """
+    assert source.path is not None
+    if source.form == ".parquet":
+        return columns_of_parquet(source.path, source.name)
+    parts = saved_files(source.path) if source.form == SAVED else [source.path]
+    if not parts:
+        raise DataError(f"{source.name} holds no data file")
+    return columns_of_arrow(parts[0], source.name)
+
+
+def rows_of_stream(file: BinaryIO, form: str, name: str, limits: Limits) -> Iterator[bytes | Malformed]:
+    """The rows of an unpacked file, as lines of JSON.
+
+    Args:
+        file: The file, or its beginning.
+        form: .csv, .tsv, .json (one array), or .jsonl.
+        name: Its name, for messages.
+        limits: What one row may cost.
+
+    Raises:
+        DataError: The file is of another form than its name says, or a header cannot be read.
+    """
+    if form in (".csv", ".tsv"):
+        yield from rows_of_csv(file, "\t" if form == ".tsv" else ",", limits)
+    elif form == ".json":
+        yield from rows_of_array(file, name, limits)
+    else:
+        for line in read_lines(file, name, limits):
+            if line.raw is None:
+                yield Malformed("line_too_long", f"more than {limits.line_bytes} bytes (limit line_bytes)")
+            elif not is_blank(line.raw):
+                yield line.raw
 
 
 def _from_hub(name: str) -> Iterable[Mapping[str, Any]]:

@@ -37,6 +37,16 @@ class Source:
     kind: str
 
     @property
+    def packing(self) -> str | None:
+        """Its compression, one of `PACKED`."""
+        return next((suffix for suffix in PACKED if self.kind.endswith(suffix)), None)
+
+    @property
+    def form(self) -> str:
+        """Its kind without the compression."""
+        return self.kind.removesuffix(self.packing or "")
+
+    @property
     def stem(self) -> str:
         """The last part of its name without what says its type: what its rows are named after."""
         name = os.path.basename(self.name.rstrip("/"))

@@ -12,18 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from datatools import DataError, UsageError, did_you_mean
+from pipelines.rows.as_jsonl import TABLES, columns_of_table, rows_of_stream
 from pipelines.rows.formats.columns import columns_of
 from pipelines.rows.formats.record import WrongColumns
 from pipelines.rows.formats.table import check_columns, detect, read_shape
 from pipelines.rows.formats.turns import KEYS
-from pipelines.rows.input_files import PACKED, SAVED, Source, saved_files
-from pipelines.rows.json_array import is_array, rows_of_array
-from pipelines.rows.jsonl import Limits, Malformed, is_blank, parse_object, read_lines
-from pipelines.rows.tables.csv import rows_of_csv
+from pipelines.rows.input_files import Source
+from pipelines.rows.json_array import is_array
+from pipelines.rows.jsonl import Limits, Malformed, parse_object
 from pipelines.rows.unpacked import reading, unpacked
 from pipelines.settings.base import Columns
 
@@ -43,21 +42,19 @@ class Look:
 
 def look(source: Source, limits: Limits = Limits()) -> Look | None:  # noqa: B008 (frozen)
     """The first rows; None for what is on the hub, and for what cannot be read (the reader says why)."""
-    path, kind = source.path, source.kind
+    path, form = source.path, source.form
     if path is None:
         return None
-    packed = next((suffix for suffix in PACKED if kind.endswith(suffix)), None)
-    kind = kind.removesuffix(packed or "")
     with suppress(DataError, OSError, ValueError, EOFError, StopIteration):
-        if kind in (".parquet", ".arrow", ".feather", SAVED):
-            return None if packed else Look([dict.fromkeys(_schema(path, kind))], True, True)
-        if kind == ".json" and not packed and not is_array(path):
-            kind = ".jsonl"
+        if form in TABLES:
+            return None if source.packing else Look([dict.fromkeys(columns_of_table(source))], True, True)
+        if form == ".json" and not source.packing and not is_array(path):
+            form = ".jsonl"
         with reading(path) as raw:
             stream, cut = raw, False
-            if packed:
-                stream, cut = _beginning(unpacked(raw, packed))
-            rows, more = _first(stream, kind, source.name, limits)
+            if source.packing:
+                stream, cut = _beginning(unpacked(raw, source.packing))
+            rows, more = _first(stream, form, source.name, limits)
             return Look(rows, False, not more and not cut)
     return None
 
@@ -72,38 +69,15 @@ def _beginning(blocks: Iterator[bytes]) -> tuple[io.BytesIO, bool]:
     return io.BytesIO(start), False
 
 
-def _first(file: Any, kind: str, name: str, limits: Limits) -> tuple[list[dict[str, Any]], bool]:
-    """At most `ROWS` rows, and whether the file has more lines than were looked at."""
-    lines: Iterator[Any]
-    if kind in (".csv", ".tsv"):
-        lines = rows_of_csv(file, "\t" if kind == ".tsv" else ",", limits)
-    elif kind == ".json":
-        lines = rows_of_array(file, name, limits)
-    else:
-        lines = (line.raw for line in read_lines(file, name, limits) if line.raw is None or not is_blank(line.raw))
+def _first(file: Any, form: str, name: str, limits: Limits) -> tuple[list[dict[str, Any]], bool]:
+    """At most `ROWS` rows, and whether the file has more than were looked at."""
+    lines = rows_of_stream(file, form, name, limits)
     found: list[dict[str, Any]] = []
     for line in islice(lines, ROWS):
         with suppress(Malformed):
             if not isinstance(line, Malformed):
                 found.append(parse_object(line, limits))
     return found, next(lines, None) is not None
-
-
-def _schema(path: Path, kind: str) -> list[str]:
-    import pyarrow
-
-    try:
-        if kind == ".parquet":
-            import pyarrow.parquet
-
-            return list(pyarrow.parquet.read_schema(path).names)
-        with pyarrow.OSFile(str(saved_files(path)[0] if kind == SAVED else path)) as file:
-            indexed = file.read(6) == b"ARROW1"
-            file.seek(0)
-            reader = pyarrow.ipc.open_file(file) if indexed else pyarrow.ipc.open_stream(file)
-            return list(reader.schema.names)
-    except (pyarrow.ArrowException, IndexError) as error:
-        raise DataError(str(error)) from error
 
 
 def check(

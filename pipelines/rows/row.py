@@ -59,6 +59,10 @@ class Row:
         """The last assistant turn, the completion, or the plain text."""
         return self.turns[self._last()][1]
 
+    def shown(self, limit: int | None = None) -> dict[str, str]:
+        """The row as reports show it: `prompt` and `answer`, each cut to `limit` characters."""
+        return {"prompt": _cut(self.question, limit), "answer": _cut(self.answer, limit)}
+
     def _last(self) -> int:
         return max(k for k, (role, _) in enumerate(self.turns) if role in ("assistant", "text"))
 
@@ -77,3 +81,7 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.reason} ({self.detail})"
+
+
+def _cut(text: str, limit: int | None) -> str:
+    return text if limit is None or len(text) <= limit else text[: limit - 1] + "…"

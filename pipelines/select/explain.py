@@ -66,8 +66,7 @@ def run(config: ExplainConfig) -> dict[str, Any]:
         "where": pool.pool.where(index),
         "method": made_by.method,
         "selector": made_by.selector,
-        "prompt": row.question,
-        "answer": row.answer,
+        **row.shown(),
         **_placed(folder, pool, index),
         "targets": [],
         "layers": [],
@@ -87,8 +86,7 @@ def run(config: ExplainConfig) -> dict[str, Any]:
                     "id": near.id,
                     "subtask": near.subtask,
                     "similarity": float(similarity[place]),
-                    "prompt": near.question,
-                    "answer": near.answer,
+                    **near.shown(),
                 }
             )
         found["layers"] = functions.layers(asked, [rows[place] for place in order])

