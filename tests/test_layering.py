@@ -260,7 +260,7 @@ def write_errors(where: str, tree: ast.Module) -> Iterator[str]:
 LIMITS = {"folders": 12, "root files": 6, "floors": 9}
 """Of pipelines; see tests/structure.py for the words. No package may have a cycle, or a file over 400 lines."""
 
-STILL_OVER = {}
+STILL_OVER: set[str] = set()
 """What breaks these limits today. The list may only shrink: a line that is no longer true fails the test."""
 
 
