@@ -6,6 +6,7 @@ import ast
 import sys
 from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,15 @@ def fact(kind: str, name: str, attribute: str) -> Any:
     """A plain attribute of a method's record, in tables whose entries are "module:Class" or the class itself.
 
     Returns:
-        The attribute; from the source of a class, without what it inherits. None where it is not there.
+        The attribute: of the class where its module is loaded, else from its source, without what the class inherits.
+        None where it is not there.
     """
     entry = _entries(kind).get(name)
     if not isinstance(entry, str):
         return getattr(entry, attribute, None)
     module, _, record = entry.partition(":")
+    if module in sys.modules:
+        return getattr(getattr(sys.modules[module], record), attribute, None)
     return _attributes(module, record).get(attribute)
 
 
@@ -79,7 +83,11 @@ def _read(file: str, table: str) -> dict[str, str]:
 @cache
 def _attributes(module: str, record: str) -> dict[str, Any]:
     """The plain values that a class sets, from its source."""
-    tree = ast.parse((_ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    path = _ROOT / f"{module.replace('.', '/')}.py"
+    if not path.is_file():  # a plugin's, somewhere else; finding one of ours would import its package, and so torch
+        found = find_spec(module)
+        path = Path(found.origin or "") if found else path
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == record)
     return {
         ast.unparse(node.target): node.value.value
