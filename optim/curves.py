@@ -252,7 +252,7 @@ class _Phase(NamedTuple):
 
 
 def _one_cycle_phase(step: int, total_steps: int, pct_start: float, anneal: str, three_phase: bool) -> _Phase:
-    """The rise is phase 0, what falls behind it 1, and the tail of `three_phase` 2; torch's ends of the phases."""
+    """The rise is phase 0, the fall after it 1, and the tail of `three_phase` 2; torch's ends of the phases."""
     peak = min(max(pct_start * (total_steps + 1) - 1, 0.0), total_steps)
     low = min(2 * peak, total_steps) if three_phase else total_steps
     if step < peak:

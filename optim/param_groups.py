@@ -21,7 +21,11 @@ NamedParams: TypeAlias = nn.Module | Iterable[tuple[str, Tensor]] | Iterable[dic
 
 
 def with_names(entries: Iterable[Any], otherwise: str) -> Named:
-    """The entries, each a name with its tensor. Raises: TypeError with the message `otherwise` if one is not."""
+    """Return the entries, each a name with its tensor.
+
+    Raises:
+        TypeError: With the message `otherwise`, if an entry has no name.
+    """
     found: list[Any] = [entries] if isinstance(entries, Tensor) else list(entries)
     if all(isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) for entry in found):
         return found
@@ -29,19 +33,23 @@ def with_names(entries: Iterable[Any], otherwise: str) -> Named:
 
 
 def trained(model: nn.Module) -> Named:
-    """The model's parameters that require a gradient, with their names."""
+    """Return the model's parameters that require a gradient, with their names."""
     return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
 
 
 def named_groups(parameters: NamedParams, otherwise: str) -> list[dict[str, Any]]:
-    """The param groups of named parameters that these are. Raises: TypeError (`otherwise`) if names are missing."""
+    """Return the param groups that these named parameters form.
+
+    Raises:
+        TypeError: With the message `otherwise`, if names are missing.
+    """
     given: list[Any] = trained(parameters) if isinstance(parameters, nn.Module) else list(parameters)
     groups = given if all(isinstance(entry, Mapping) for entry in given) else [{"params": given}]
     return [{**group, "params": with_names(group["params"], otherwise)} for group in groups]
 
 
 def told_by(parameters: NamedParams) -> dict[str, Role]:
-    """What the types of a model's modules tell of its parameters, by name; nothing where no model is given."""
+    """Return what the types of a model's modules tell about its parameters, by name; nothing if no model is given."""
     if not isinstance(parameters, nn.Module):
         return {}
     return {bare_name(name): role for name, role in roles(parameters.named_parameters(), parameters).items()}
@@ -116,7 +124,11 @@ def checked_assign(
 
 
 def check_parts(what: str, parts: Iterable[str], names: Iterable[str]) -> None:
-    """Raises: ValueError for a part that is in no name."""
+    """Check that every part is in a name.
+
+    Raises:
+        ValueError: For a part that is in none.
+    """
     names = list(names)
     for part in parts:
         if not any(part in name for name in names):
@@ -124,7 +136,7 @@ def check_parts(what: str, parts: Iterable[str], names: Iterable[str]) -> None:
 
 
 def part_in(name: str, parts: Iterable[str]) -> str | None:
-    """The first of these parts that the name holds."""
+    """Return the first of these parts that the name contains, or None."""
     return next((part for part in parts if part in name), None)
 
 
@@ -147,7 +159,7 @@ class Assigned:
         self.meant = meant
 
     def __call__(self, group: dict[str, Any]) -> list[dict[str, Any]]:
-        """The group's parameters that no part names, and a group for each part, with its settings."""
+        """Return the parameters of the group that no part names, and one group per part, with its settings."""
         by_part: dict[str | None, Named] = {None: []} | {part: [] for part in self.meant}
         for entry in group["params"]:
             by_part[part_in(entry[0], self.meant)].append(entry)
@@ -307,7 +319,7 @@ def group_table(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _flat(described: Mapping[str, Any]) -> dict[str, Any]:
-    """A rule's plain values, those of a rule inside it beside its own."""
+    """Return a rule's plain values together with those of a rule inside it."""
     flat: dict[str, Any] = {}
     for key, value in described.items():
         flat |= _flat(value) | {key: value["name"]} if isinstance(value, Mapping) else {key: value}

@@ -13,10 +13,11 @@ from optim.sharding import is_sharded
 
 
 def saved_rule(saved_group: Mapping[str, Any], rule: UpdateRule) -> dict[str, Any]:
-    """The description of a saved group's rule; of a group that `torch.optim` wrote, in the terms of `rule`.
+    """Return the description of a saved group's rule; for a group that `torch.optim` wrote, in the terms of `rule`.
 
-    Raises: ValueError if an optimizer of torch that is not the counterpart of `rule` wrote it, or if it ran with a
-    switch that changes the algorithm and does not exist here.
+    Raises:
+        ValueError: If an optimizer of torch wrote it that is not the counterpart of `rule`, or that ran with a switch
+            that changes the algorithm and does not exist here.
     """
     if isinstance(saved_group.get("rule"), Mapping):
         return dict(saved_group["rule"])
@@ -24,9 +25,10 @@ def saved_rule(saved_group: Mapping[str, Any], rule: UpdateRule) -> dict[str, An
 
 
 def adopted_rule(group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> UpdateRule:
-    """The group's rule with the saved values of all settings that were written to the group there or here.
+    """Return the group's rule with the saved values of all settings that were written to either group.
 
-    Raises: ValueError as `saved_rule`.
+    Raises:
+        ValueError: As `saved_rule`.
     """
     rule: UpdateRule = group["rule"]
     described = saved_rule(saved_group, rule)
@@ -42,9 +44,10 @@ def adopted_rule(group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> Up
 
 
 def kept_keys(saved_group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a loaded group keeps of a saved one: all but the settings of torch's optimizers, which the rule holds here.
+    """Return what a loaded group keeps of a saved one: everything except the settings of torch's optimizers.
 
-    A weight decay that torch put into the gradient, and that the rule has as its `l2`, is none of the group's.
+    The rule holds those here. A weight decay that torch adds to the gradient, and that the rule has as its `l2`, is not
+    the group's.
     """
     if isinstance(saved_group.get("rule"), Mapping):
         return dict(saved_group)
@@ -54,19 +57,23 @@ def kept_keys(saved_group: Mapping[str, Any]) -> dict[str, Any]:
 def native_state(
     rule: UpdateRule, saved_group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> Mapping[str, Any] | None:
-    """A saved state in the rule's entries; None if torch kept nothing in it that the rule would go on with."""
+    """Return a saved state in the rule's entries; None if torch kept nothing that the rule would continue with."""
     if isinstance(saved_group.get("rule"), Mapping):
         return state
     return torch_states.native(rule, state)
 
 
 def expected_state(rule: UpdateRule, param: Tensor) -> State:
-    """The entries, shapes and dtypes of the rule's state for this parameter, without memory (meta tensors)."""
+    """Return the entries, shapes and dtypes of the rule's state for this parameter, as meta tensors without memory."""
     return rule.init(torch.empty_like(param, device="meta", requires_grad=False))
 
 
 def check_state(label: str, rule: UpdateRule, param: Tensor, state: Mapping[str, Any]) -> None:
-    """ValueError naming the parameter unless the state has the rule's entries in the rule's shapes."""
+    """Check that a saved state has the rule's entries in the rule's shapes.
+
+    Raises:
+        ValueError: If it does not, with the name of the parameter.
+    """
     expected = expected_state(rule, param)
     if set(state) != set(expected):
         raise ValueError(
@@ -82,11 +89,16 @@ def check_state(label: str, rule: UpdateRule, param: Tensor, state: Mapping[str,
 
 
 def loaded_state(rule: UpdateRule, param: Tensor, state: Mapping[str, Any], *, on: torch.device | None = None) -> State:
-    """A copy of a saved state in the rule's dtypes: on the parameter's device, but step counts stay on the CPU.
+    """Return a copy of a saved state in the rule's dtypes, on the parameter's device; step counts stay on the CPU.
 
-    Entries are laid out over ranks as the rule lays out its own: of a *full* state dict only those of the parameter's
-    shape come sharded out of torch's hands, and second moments of rows or blocks whole.
-    on: the device, where it is not the parameter's.
+    Entries are laid out over ranks as the rule lays out its own. Of a *full* state dict, torch shards only the entries
+    of the parameter's shape; second moments of rows or blocks come whole.
+
+    Args:
+        rule: The rule.
+        param: The parameter.
+        state: The saved state.
+        on: The device, if it is not the parameter's.
     """
     loaded: State = {}
     for key, want in expected_state(rule, param).items():

@@ -1,4 +1,4 @@
-"""Param groups whose rule's settings are read and written under their own names, as in `torch.optim`."""
+"""Param groups in which the settings of the rule are read and written by their own names, as in `torch.optim`."""
 
 import difflib
 import inspect
@@ -18,7 +18,7 @@ _OWN = frozenset({"params", "param_names", "rule", "lr", "weight_decay", CHANGED
 """Keys of the group itself."""
 
 _LABELS = frozenset({"block", "lr_ratio"})
-"""Keys with which `optim.param_groups` makes groups: labels, also beside a rule that has such a setting."""
+"""Keys with which `optim.param_groups` makes groups: labels, also where a rule has such a setting."""
 
 TORCH_FLAGS = {  # refused, with advice
     "maximize": "minimise the negated loss instead",
@@ -32,15 +32,16 @@ TORCH_FLAGS = {  # refused, with advice
 class ParamGroup(dict[str, Any]):
     """A param group: `params`, `rule`, `lr`, `weight_decay`, and the settings of the rule as if they were keys too.
 
-    ``group["momentum"]`` is the rule's setting of that name, and ``group["momentum"] = 0.9`` replaces ``group["rule"]``
-    by the rule with the new value, checked as the rule checks it, so that it holds from the next step on. The rule
-    remains the only place of a setting: iterating over the group does not show settings.
+    ``group["momentum"]`` is the rule's setting of that name. ``group["momentum"] = 0.9`` replaces ``group["rule"]`` by
+    the rule with the new value, which the rule checks, so that it takes effect from the next step on. The rule remains
+    the only place of a setting: iterating over the group does not show settings.
 
-    `momentum` written to a group whose rule has `betas` instead is the first of them if a scheduler cycles it (torch's
-    `OneCycleLR` and `CyclicLR`, which leave `base_momentum` in the group), as it is in torch's own Adam.
+    If a scheduler cycles `momentum` (torch's `OneCycleLR` and `CyclicLR`, which leave `base_momentum` in the group) and
+    the rule has `betas` instead, `momentum` is the first of them, as in torch's own Adam.
 
-    Raises: ValueError for a value that the rule refuses, and for the name of a hyper-parameter (of any rule, or of an
-    optimizer of torch) that this rule does not have; other keys are the user's own and are kept.
+    Raises:
+        ValueError: For a value that the rule refuses, and for the name of a hyper-parameter (of any rule, or of an
+            optimizer of torch) that this rule does not have; other keys are the user's own and are kept.
     """
 
     settled: UpdateRule | None = None
@@ -69,7 +70,7 @@ class ParamGroup(dict[str, Any]):
         return super().__contains__(key) or (isinstance(key, str) and self._has(key))
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As of a dict."""
+        """Return the value of a key as a dict does, settings included."""
         return self[key] if key in self else default  # noqa: SIM401, this is that `get`
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -78,13 +79,13 @@ class ParamGroup(dict[str, Any]):
         self._store(key, value)
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        """As of a dict."""
+        """Return the value of a key, setting it first if it is missing, as a dict does."""
         if key not in self:
             self[key] = default
         return self.get(key, default)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """As of a dict."""
+        """Set several keys as a dict does."""
         for key, value in dict(*args, **kwargs).items():
             self[key] = value
 
@@ -93,7 +94,7 @@ class ParamGroup(dict[str, Any]):
         return self
 
     def copy(self) -> "ParamGroup":
-        """A group of its own, with the same tensors."""
+        """Return another group with the same tensors."""
         return ParamGroup(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -115,9 +116,10 @@ class ParamGroup(dict[str, Any]):
                 dict.__setitem__(self, key, value)
 
     def settle(self) -> UpdateRule:
-        """The rule that the next step runs with.
+        """Return the rule that the next step runs with.
 
-        Raises: ValueError if `momentum` was written to a group whose rule has none and no scheduler cycles it.
+        Raises:
+            ValueError: If `momentum` was written to a group whose rule has none and no scheduler cycles it.
         """
         rule = self._rule()
         if dict.__contains__(self, "momentum"):
@@ -134,13 +136,17 @@ class ParamGroup(dict[str, Any]):
 
 
 def changed_settings(group: Mapping[str, Any]) -> set[str]:
-    """The settings of a group, in use or saved, that were written after it was made: by hand or by a scheduler."""
+    """Return the settings of a group, in use or saved, that were written after its creation."""
     by_scheduler = {"betas", "momentum"} if "base_momentum" in group and "rule" not in group else set()
     return set(group.get(CHANGED, ())) | by_scheduler
 
 
 def described_setting(described: Mapping[str, Any], key: str) -> Any:
-    """The setting of that name in a rule's plain values, its own or that of a rule inside it; KeyError without one."""
+    """Return the setting of that name from a rule's plain values, of the rule itself or of one inside it.
+
+    Raises:
+        KeyError: If there is none.
+    """
     if key in described:
         return described[key]
     for value in described.values():

@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Whether it is a DTensor, as FSDP2 makes them; `torch.distributed.tensor` is not imported to ask."""
+    """Whether it is a DTensor, as FSDP2 makes them; `torch.distributed.tensor` is not imported for the question."""
     return hasattr(x, "placements")
 
 
 def sharded_as(like: Tensor, x: Tensor) -> Tensor:
-    """x with the shards of `like`: `copy_` does not make them where there are fewer rows than ranks."""
+    """Return x with the shards of `like`; `copy_` does not make them where there are fewer rows than ranks."""
     if not is_sharded(like) or not is_sharded(x) or x.placements == like.placements:  # type: ignore[attr-defined]
         return x
     found: Tensor = x.redistribute(placements=like.placements)  # type: ignore[attr-defined]
@@ -19,7 +19,7 @@ def sharded_as(like: Tensor, x: Tensor) -> Tensor:
 
 
 def replicated(x: Tensor) -> Tensor:
-    """A DTensor with all its rows on every rank, for operations that have no form for uneven shards."""
+    """Return a DTensor with all its rows on every rank, for operations that have no form for uneven shards."""
     if not is_sharded(x):
         return x
     from torch.distributed.tensor import Replicate
@@ -29,7 +29,7 @@ def replicated(x: Tensor) -> Tensor:
 
 
 def largest(x: Tensor) -> Tensor:
-    """max |x| of the whole tensor, 0-d; 0 of nothing, which a rank may have of a DTensor."""
+    """Return max |x| of the whole tensor, 0-d; 0 for no entries, which a rank may have of a DTensor."""
     if not is_sharded(x):
         return x.abs().amax() if x.numel() else x.sum()
     from torch.distributed.tensor import DTensor, Partial
@@ -40,7 +40,11 @@ def largest(x: Tensor) -> Tensor:
 
 
 def check_whole(rule: str, tensors: Iterable[Tensor]) -> None:
-    """TypeError if a tensor is sharded, for rules whose operations have no form for shards."""
+    """Check that no tensor is sharded, for rules whose operations have no form for shards.
+
+    Raises:
+        TypeError: If one is.
+    """
     if any(map(is_sharded, tensors)):
         raise TypeError(
             f"{rule}: a parameter is sharded (DTensor), and its step needs whole matrices; "

@@ -30,7 +30,7 @@ def step(
     lr: float | Tensor,
     weight_decay: float,
 ) -> None:
-    """`rule.step` of every parameter, in stacks of bounded size."""
+    """Step every parameter as `rule.step` does, in stacks of bounded size."""
     alike: dict[Any, list[int]] = {}
     for i, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
         alike.setdefault(_likeness(param, grad, state), []).append(i)

@@ -1,4 +1,4 @@
-"""State dicts of `torch.optim`'s AdamW, SGD, NAdam and Muon: read as those of the rules here, and written from them."""
+"""State dicts of `torch.optim`'s AdamW, SGD, NAdam and Muon, read as those of the rules here and written from them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,15 +23,16 @@ _SCALES = {"original": "original", "match_rms_adamw": "match_rms_adamw", None: "
 
 
 def rule_name(saved_group: Mapping[str, Any]) -> str | None:
-    """The rule here that runs what the optimizer of torch ran that wrote this group; None if none does."""
+    """Return the name of the rule that does what the optimizer of torch did that wrote this group, or None."""
     return next((name for name, keys in _KEYS.items() if keys <= set(saved_group)), None)
 
 
 def described(saved_group: Mapping[str, Any], rule: UpdateRule) -> dict[str, Any]:
-    """What a group that torch wrote says of its rule, as `UpdateRule.describe`; what it does not say is as in `rule`.
+    """Return the description of the rule of a group that torch wrote; what it does not say is as in `rule`.
 
-    Raises: ValueError if it was written by an optimizer that is no counterpart of `rule`, or ran with a switch that
-    changes the algorithm and does not exist here.
+    Raises:
+        ValueError: If an optimizer wrote it that is no counterpart of `rule`, or that ran with a switch that changes
+            the algorithm and does not exist here.
     """
     found = rule_name(saved_group)
     if found != rule.name:
@@ -75,7 +76,7 @@ def described(saved_group: Mapping[str, Any], rule: UpdateRule) -> dict[str, Any
 
 
 def kept_keys(saved_group: Mapping[str, Any]) -> dict[str, Any]:
-    """What is left of a group that torch wrote without the settings that the rule has here."""
+    """Return a group that torch wrote without the settings that the rule has here."""
     name = rule_name(saved_group)
     gone = set().union(*_KEYS.values()) | {*TORCH_FLAGS, "decoupled_weight_decay", "adjust_lr_fn", "eps"}
     kept = {key: value for key, value in saved_group.items() if key not in gone}
@@ -85,9 +86,9 @@ def kept_keys(saved_group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def native(rule: UpdateRule, state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A parameter's state that torch wrote, in the entries of `rule`; None if it holds nothing to go on with.
+    """Return a parameter's state that torch wrote in the entries of `rule`; None if it holds nothing to continue with.
 
-    Neither SGD nor Muon counts steps in torch: their counts begin at 1 here, which says that there was a first one.
+    Neither SGD nor Muon counts steps in torch: their counts begin at 1 here, which means that there was a first step.
     """
     if rule.name not in ("sgd", "muon"):
         return dict(state)

@@ -1,22 +1,23 @@
-"""From a traced step to LLVM assembly: one loop over memory where the operations would make many.
+"""From a traced step to LLVM assembly: one loop over memory in place of one loop per operation.
 
-Values come in three kinds. *Scalars* (one a tensor: step counts, corrections, norms) are computed once a tensor, *rows*
-(one a row, where the rule reduces rows of a matrix) once a row, and *full* values (one an element) in loops. A
-reduction of the whole tensor ends a pass over memory: what depends on it belongs to the next *stage*. So a step is
+Values are of three kinds. *Scalars* (one per tensor: step counts, corrections, norms) are computed once per tensor,
+*rows* (one per row, where the rule reduces rows of a matrix) once per row, and *full* values (one per element) in
+loops. A reduction of the whole tensor ends a pass over memory: what depends on it belongs to the next *stage*. A step
+is
 
     scalars 0, body 1, scalars 1, ..., scalars K, body K + 1
 
-where body k makes the reductions that scalars k need, and the last body writes the parameter and the state: nothing is
+where body k makes the reductions that scalars k need, and the last body writes the parameter and the state. Nothing is
 written before everything has been read, and every body computes again what it needs. A body runs on a chunk (a range of
 elements, or of rows), and its reductions are combined in the order of the chunks: results depend on the size of chunks,
 not on the number of threads. A reduction of a row ends a loop over that row: *levels* are to the loops of a row what
-stages are to passes. Reductions of rows that a later body needs again are kept, a number a row.
+stages are to passes. Reductions of rows that a later body needs again are stored, one number per row.
 
 Sums are accumulated in float64, in an order that the compiler chooses and the code then fixes.
 
-Two things keep bodies from running. A *guard*, whether the greatest magnitude of the gradient is finite, is found by
-body 1; without it nothing is written. And a reduction that only one branch of ``where`` reads is not made where the
-condition, a scalar of an earlier stage, chooses the other branch: a step may measure something once and keep it.
+Two things keep bodies from running. Body 1 finds a *guard*, whether the largest magnitude of the gradient is finite;
+without it nothing is written. And a reduction that only one branch of ``where`` reads is not made where the condition,
+a scalar of an earlier stage, chooses the other branch: a step may measure something once and keep it.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,9 +49,14 @@ class Assembly:
 
 
 def assemble(trace: Trace, *, guarded: bool = False) -> Assembly:
-    """The code of a step; guarded: of one that leaves a tensor as it is if the gradient is not finite.
+    """Return the code of a step.
 
-    Raises: Unsupported, with the reason, where an operation or a shape does not fit the scheme.
+    Args:
+        trace: The recorded step.
+        guarded: Whether the code leaves a tensor unchanged if the gradient is not finite.
+
+    Raises:
+        Unsupported: With the reason, if an operation or a shape does not fit the scheme.
     """
     layout = Layout(trace, guarded)
     kinds = layout.kinds

@@ -109,9 +109,10 @@ def assembled(
     places: Places,
     known: _Known | None = None,
 ) -> "tuple[Assembly, _Full, tuple[float, ...]]":
-    """The code of a step and its numbers; what was made of another step of the same structure is in `known`.
+    """Return the code of a step and its numbers; `known` has the code of other steps of the same structure.
 
-    Raises: Unsupported, with the reason.
+    Raises:
+        Unsupported: With the reason.
     """
     known = {} if known is None else known
     if not isinstance(places, int):

@@ -1,4 +1,4 @@
-"""What each value of a step is: one a tensor, one a row or one an element; and when it can be known."""
+"""What each value of a step is: one per tensor, one per row or one per element; and when it can be known."""
 
 import math
 from collections.abc import Callable, Sequence

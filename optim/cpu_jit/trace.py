@@ -84,9 +84,17 @@ class Trace:
 
 
 def trace(rule: UpdateRule, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, decayed: bool) -> Trace:
-    """`rule.stepped` on the shapes and dtypes of these tensors.
+    """Record `rule.stepped` on the shapes and dtypes of these tensors.
 
-    Raises: Unsupported if the step looks at values (a Python branch on a tensor), writes in place, or fails.
+    Args:
+        rule: The rule.
+        param: The parameter.
+        grad: The gradient.
+        state: The state.
+        decayed: Whether there is weight decay.
+
+    Raises:
+        Unsupported: If the step reads values (a Python branch on a tensor), writes in place, or fails.
     """
     tensors: dict[str, Tensor] = {"param": param, "grad": grad} | {f"state:{k}": v for k, v in state.items()}
     with torch.inference_mode(False):  # inside it, operations would not reach the recorder one by one

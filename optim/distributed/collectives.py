@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 MESSAGE = 1 << 25
-"""Bytes of a message, about: enough to be worth its latency, little beside a model."""
+"""Bytes of a message, about: enough to be worth its latency, little compared with a model."""
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:

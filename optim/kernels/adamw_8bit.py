@@ -302,7 +302,7 @@ if backend.triton is not None:
             tl.store(p_ptr + at, stochastic_bfloat16(p, words), mask=mask)
         else:
             tl.store(p_ptr + at, p.to(p_ptr.dtype.element_ty), mask=mask)
-        if MASKED:  # what lies behind the tensor must not be the largest of its last block
+        if MASKED:  # what lies after the tensor must not be the largest of its last block
             m, v = tl.where(mask, m, 0.0), tl.where(mask, v, 0.0)
         _encode(m, m_limits, m_ptr, ms_ptr, at, mask, block, exists, True, False, BLOCKS, SIZE)
         _encode(v, v_limits, v_ptr, vs_ptr, at, mask, block, exists, False, FLOOR, BLOCKS, SIZE)

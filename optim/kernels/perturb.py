@@ -11,7 +11,7 @@ def add_normals_(target: Tensor, scale: float, seed: int, *, start: int = 0) -> 
     """target += scale z, in place on a target that `fits`, in float32 and rounded once; seed: below 2^63.
 
     z_i is element ``start + i`` of `philox.normals`, which with ``target + scale z`` is the definition.
-    Reads and writes the target and nothing else: 8 bytes a float32 element, 4 a bfloat16 one. Bound by memory in
+    Reads and writes the target and nothing else: 8 bytes per float32 element, 4 per bfloat16 one. Bound by memory in
     float32, and in bfloat16 by the integer products of Philox (10 rounds for 4 elements).
     """
     n, shift = target.numel(), start % 4  # blocks of random words begin at multiples of 4

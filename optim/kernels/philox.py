@@ -26,7 +26,15 @@ UNIFORM = 4.6566127342e-10  # of 31 bits; the largest float32 for which every pr
 
 
 def philox(counters: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
-    """Four words of 32 random bits (as int64) for each counter: four int64 tensors of 32-bit words; 10 rounds."""
+    """Return four words of 32 random bits per counter after 10 rounds.
+
+    Args:
+        counters: Four int64 tensors of equal shapes, whose entries are 32-bit words.
+        seed: The 64-bit key.
+
+    Returns:
+        Four int64 tensors of that shape.
+    """
     c0, c1, c2, c3 = counters
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):
@@ -47,7 +55,7 @@ def _product(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
 def random_words(
     n: int, *, seed: int, stream: int | Tensor = 0, start: int = 0, device: torch.device | str = "cpu"
 ) -> Int64[Tensor, " n"]:
-    """int64 [n]: 32 random bits for each of the elements start..start + n of a stream."""
+    """Return 32 random bits per element start..start + n of a stream, as int64 [n]."""
     first = start // 4
     return _words(first, -(-(start + n) // 4), seed, stream, device).flatten()[start - 4 * first :][:n]
 
@@ -64,7 +72,7 @@ def _words(first: int, stop: int, seed: int, stream: int | Tensor, device: torch
 def normals(
     n: int, *, seed: int, stream: int | Tensor = 0, start: int = 0, device: torch.device | str = "cpu"
 ) -> Float32[Tensor, " n"]:
-    """float32 [n] standard normal: Box-Muller of words 0 and 1, and of words 2 and 3, of each block."""
+    """Return standard normal numbers, float32 [n]: Box-Muller of words 0 and 1, and of words 2 and 3, of each block."""
     first, stop = start // 4, -(-(start + n) // 4)
     if _is_compiled(stream, device):
         u = _compiled_uniforms(first, stop - first, stream, seed)
@@ -79,8 +87,14 @@ def normals(
 
 
 def stochastic_round(x: Float32[Tensor, "*shape"], words: Int[Tensor, "..."]) -> BFloat16[Tensor, "*shape"]:
-    """x float32 -> bfloat16, up or down with probabilities that make the expectation x; words: 32 random bits an
-    element, of which the lowest 16 count. What is not finite stays so.
+    """Round up or down to bfloat16 at random, such that the expectation is x.
+
+    Args:
+        x: A float32 tensor of any shape.
+        words: 32 random bits per element, of which the lowest 16 count.
+
+    Returns:
+        A bfloat16 tensor of x's shape. Entries that are not finite do not change.
     """
     carried = (x.contiguous().view(torch.int32) + (words & 0xFFFF).int().reshape(x.shape)) & -0x10000
     return torch.where(x.isfinite(), carried.view(torch.float32), x).to(torch.bfloat16)

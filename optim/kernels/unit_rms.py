@@ -10,12 +10,19 @@ _TILE = 64
 
 
 def unit_rms(x: Float[Tensor, "*k m n"], dim: int, eps: float) -> Float[Tensor, "*k m n"]:
-    """x [..., m, n] that `fits` -> x / max(rms, eps) in x's dtype, rms of each row (dim -1) or column (-2) in float32.
+    """Return x / max(rms, eps) for matrices that `fits`, with the rms of each row or column in float32.
 
-    Its definition is `optim.linalg.unit_rms`.
-    Rows: one program a row, which is read twice (the second time from the cache) and written once. Columns: sums of
-    squares of tiles of 64 rows, then the quotient: read twice, written once. Bound by memory: 8 bytes an entry in
-    float32 for rows, 12 for columns.
+    Its definition is `optim.linalg.unit_rms`. For rows there is one program per row, which is read twice (the second
+    time from the cache) and written once. For columns there are sums of squares of tiles of 64 rows, then the quotient:
+    read twice, written once. It is bound by memory: 8 bytes per entry in float32 for rows, 12 for columns.
+
+    Args:
+        x: Matrices [..., m, n] of 32 or 16 bits.
+        dim: -1 for rows, -2 for columns.
+        eps: The least divisor.
+
+    Returns:
+        A tensor of x's shape and dtype.
     """
     m, n = x.shape[-2:]
     y, matrices = torch.empty_like(x), x.numel() // (m * n)
@@ -27,13 +34,13 @@ def unit_rms(x: Float[Tensor, "*k m n"], dim: int, eps: float) -> Float[Tensor, 
     sums = torch.empty(matrices, tiles, n, device=x.device)
     grid = (-(-n // _TILE), tiles, matrices)
     backend.launch(_column_sums_kernel, grid, x, sums, m, n, tiles, TILE=_TILE, BLOCK=_TILE, device=x.device)
-    scales = (sums.sum(1) / m).sqrt_().clamp_(min=eps)  # [matrices, n], beside [m, n] next to nothing
+    scales = (sums.sum(1) / m).sqrt_().clamp_(min=eps)  # [matrices, n], small compared with [m, n]
     backend.launch(_divide_columns_kernel, grid, x, scales, y, m, n, TILE=_TILE, BLOCK=_TILE, device=x.device)
     return y
 
 
 def fits(x: Tensor, dim: int) -> bool:
-    """Whether the kernel takes it: contiguous matrices of 32 or 16 bit, their rows or columns, on a GPU."""
+    """Whether the kernel takes it: contiguous matrices of 32 or 16 bits, their rows or columns, on a GPU."""
     return (
         dim in (-1, -2)
         and backend.use_triton(x)

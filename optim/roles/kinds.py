@@ -40,7 +40,7 @@ def is_matrix(name: str, param: Tensor) -> bool:
 
 
 def kind_of(name: str, param: Tensor, owner: nn.Module | None = None) -> Kind:
-    """What a parameter is, by its name and shape, and by the module that owns it where that is known."""
+    """Return what a parameter is, by its name and shape, and by the module that owns it if that is known."""
     it, shape = name_of(name), tuple(param.shape)
     if param.ndim < 2 or (param.ndim > 2 and param.numel() == max(shape)):
         return "other"

@@ -75,7 +75,7 @@ class AdamPRule(UpdateRule):
         m = state["exp_avg"].lerp(g, 1 - b1)
         v = (b2 * state["exp_avg_sq"]).addcmul(g, g, value=1 - b2)
         ahead = m.lerp(g, 1 - b1) if self.nesterov else m
-        root = correction(b2, t).sqrt()  # in the numerator and beside eps: one division an element instead of three
+        root = correction(b2, t).sqrt()  # in the numerator and with eps: one division per element instead of three
         adam = ahead * (root / correction(b1, t)) / (v.sqrt() + self.eps * root)
         direction, removed = remove_radial(adam.to(dtype), g, param.to(dtype), delta=self.delta, eps=self.eps)
         share = 1 - (1 - self.wd_ratio) * removed.to(dtype)

@@ -27,12 +27,21 @@ class _Calling(nn.Module):
 def directional(
     module: nn.Module, loss_fn: Callable[[], Tensor], tangents: Mapping[str, Tensor]
 ) -> tuple[float, float]:
-    """(loss, <grad loss, v>) at the module's parameters, exactly: one forward pass of dual numbers, no graph.
+    """Return (loss, <grad loss, v>) at the module's parameters, exactly: one forward pass of dual numbers, without a
+    graph.
 
-    loss_fn: computes the loss by calling `module`. tangents: parameter name -> v, of its shape and dtype.
-    Cost: two to three forward passes; memory of v, and a tangent beside each activation in flight. Attention runs in
-    torch's plain form, since the fused kernels have no forward-mode rule.
-    Raises: ValueError where an operation of the model has no forward-mode rule, naming it.
+    Attention runs in torch's plain form, because the fused kernels have no forward-mode rule.
+
+    Args:
+        module: The model.
+        loss_fn: Computes the loss by calling `module`.
+        tangents: v, by parameter name, of the parameter's shape and dtype.
+
+    Cost:
+        Two to three forward passes; memory of v, and one tangent per activation in flight.
+
+    Raises:
+        ValueError: For an operation of the model that has no forward-mode rule, by name.
     """
     calling = _Calling(module, loss_fn)
     named = dict(module.named_parameters())

@@ -1,8 +1,8 @@
-"""The random directions of zeroth-order steps: pure functions of (seed, name, index), drawn by pieces, never stored.
+"""The random directions of zeroth-order steps: pure functions of (seed, name, index), drawn in pieces, never stored.
 
-Entry i of a tensor's direction depends on the seed, the tensor's name and i alone: not on what was drawn before, on the
-parameters beside it, or on how the tensor is sharded. `PIECE` entries at a time are drawn from a generator of their
-own, so that adding a direction to a tensor needs one piece of memory and no more.
+Entry i of a tensor's direction depends on the seed, the tensor's name and i alone: not on what was drawn before, on
+other parameters, or on how the tensor is sharded. `PIECE` entries at a time are drawn from a generator of their own, so
+that adding a direction to a tensor needs the memory of one piece.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ NoiseFn: TypeAlias = Callable[[str, torch.Size, int, int], Tensor]
 
 
 def mix(*numbers: object) -> int:
-    """One seed of 63 bits from several numbers and names."""
+    """Return one seed of 63 bits made from several numbers and names."""
     digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -35,11 +35,11 @@ def mix(*numbers: object) -> int:
 def pieces(
     kind: Kind, seed: int, total: int, *, start: int = 0, count: int | None = None, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[int, Tensor]]:
-    """Entries start .. start + count of a stream of `total` float32 numbers: (offset from start, numbers), in order.
+    """Yield entries start .. start + count of a stream of `total` float32 numbers, as (offset from start, numbers).
 
-    The tensors that come out are overwritten by the next piece. Streams of CPU and GPU differ; on a GPU with Triton
-    normal numbers are those of `optim.kernels.perturb`.
-    On the CPU torch seeds its generator with 32 of the bits: two of the pieces of a run may hold the same numbers.
+    The next piece overwrites the tensors of the last. Streams of CPU and GPU differ; on a GPU with Triton, normal
+    numbers are those of `optim.kernels.perturb`. On the CPU torch seeds its generator with 32 of the bits: two of the
+    pieces of a run may hold the same numbers.
     """
     stop = total if count is None else start + count
     if start >= stop:
@@ -94,7 +94,7 @@ def add_normal_(
 
 
 def add_pieces_(target: Tensor, stream: Iterator[tuple[int, Tensor]], scale: float) -> None:
-    """target += scale times the stream, entry by entry."""
+    """Add scale times the stream to `target`, entry by entry."""
     flat = target.view(-1) if target.is_contiguous() else torch.zeros(target.numel(), device=target.device)
     factor = scale if target.is_contiguous() else 1.0
     for offset, numbers in stream:
@@ -106,7 +106,7 @@ def add_pieces_(target: Tensor, stream: Iterator[tuple[int, Tensor]], scale: flo
 def masked(
     stream: Iterator[tuple[int, Tensor]], draws: Iterator[tuple[int, Tensor]], dropped: float
 ) -> Iterator[tuple[int, Tensor]]:
-    """The stream with zeros where the draws, of the same pieces, are below `dropped`."""
+    """Yield the stream with zeros where the draws, of the same pieces, are below `dropped`."""
     for (offset, numbers), (_, drawn) in zip(stream, draws, strict=True):
         yield offset, numbers.mul_(drawn >= dropped)
 
