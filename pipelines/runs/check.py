@@ -116,10 +116,18 @@ def facts(
         more = f" and {len(refused) - 4} more" if len(refused) > 4 else ""
         flags = " ".join(f"--accept-change {group}" for group in dict.fromkeys(group for group, *_ in refused))
         raise DataError(
-            f"changed since the run in {shown(folder)} began: {'; '.join(named)}{more}. Restore it, start "
-            f"again with another --out or --overwrite, or continue in spite of it with {flags}"
+            f"changed since the run in {shown(folder)} began: {'; '.join(named)}{more}. Restore it{_how(refused)}, "
+            f"start again with another --out or --overwrite, or continue in spite of it with {flags}"
         )
     return found
+
+
+def _how(refused: Sequence[tuple[str, str, Json, Json]]) -> str:
+    """How to restore what was refused, where that is not obvious."""
+    threads = next((was for _, name, was, _ in refused if name == "numerics.threads"), None)
+    if threads is None:
+        return ""
+    return f" (OMP_NUM_THREADS={threads} does so for threads; torchrun sets it to 1 where nobody else does)"
 
 
 def set_results_aside(folder: Path, changed: Sequence[str]) -> bool:

@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -256,11 +256,21 @@ class Run:
         changes = check.facts(known, facts, accept=self.accept, by_content=by_content, folder=self.folder)
         for change in changes.accepted:
             self._note_change(*change)
-        if changes.outdated and check.set_results_aside(self.folder, changes.outdated):
-            self._events.stages.clear()
+        if changes.outdated:
+            self.set_aside(changes.outdated)
         self.provenance["facts"] = known | dict(facts)
         self._save_provenance()
         return [name for name, _, _ in changes.accepted]
+
+    def set_aside(self, changed: Sequence[str]) -> None:
+        """Move what the run has made so far to `before-change-N` in its folder, so that it is made again.
+
+        Args:
+            changed: names of what has changed, for the message.
+
+        """
+        if check.set_results_aside(self.folder, changed):
+            self._events.stages.clear()
 
     # -------------------------------------------------------------------------------------- events, stages, progress
 

@@ -29,9 +29,15 @@ def warm_up_rows(context: Context) -> list[int]:
     if manifest.is_file():
         by_key = {key: i for i, key in enumerate(pool.keys) if key}
         recorded = files.read_json(manifest)["keys"]
-        if gone := [key for key in recorded if key not in by_key]:
-            raise DataError(f"{len(gone)} of {len(recorded)} warm-up rows are no longer in the pool; use --overwrite")
-        return [by_key[key] for key in recorded]
+        gone = [key for key in recorded if key not in by_key]
+        if not gone:
+            return [by_key[key] for key in recorded]
+        if not any(name.partition(".")[0] == "data" for name in config.accept_change):
+            raise DataError(
+                f"{len(gone)} of {len(recorded)} warm-up rows are no longer in the pool; "
+                "--accept-change data makes the warm-up again and all that follows from it, --overwrite the whole run"
+            )
+        context.run.set_aside([f"the pool, which has lost {len(gone)} of {len(recorded)} warm-up rows,"])
     usable = np.flatnonzero(pool.usable)
     count = min(len(usable), max(config.warmup.minimum_rows, int(config.warmup.fraction * len(usable) + 1e-9)))
     # by content, so that the order of the input files does not change the sample
