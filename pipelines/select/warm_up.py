@@ -22,7 +22,8 @@ def warm_up_rows(context: Context) -> list[int]:
     A pool that has grown since keeps its warm-up: its rows, and so its checkpoints.
 
     Raises:
-        DataError: when some of those are no longer in the pool.
+        DataError: some of those are no longer in the pool, and the user has not accepted that the data changed. Once
+            it is accepted, what was made of the old pool is set aside, and rows are drawn from the new one.
     """
     config, pool = context.config, context.pool
     manifest = context.run.path("warmup", "rows.json")
