@@ -33,6 +33,22 @@ HAVE_ONE = (
     "pieces",
     "herding",
     "facility_location",
+    "estimator",
+    "precompute",
+    "load_surrogate",
+    "search",
+    "refine",
+    "curricula",
+    "exact_order",
+    "train",
+    "record",
+    "judge",
+    "prize",
+    "calibrated",
+    "break_even",
+    "memory_map",
+    "spearman",
+    "t_interval",
 )
 
 

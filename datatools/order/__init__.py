@@ -7,6 +7,12 @@
     surrogate.score(order), surrogate.trust(order)
     search(surrogate, "local", budget=20_000).sequences[0]      # and `refine`, for a judge too expensive to search
 
+>>> from datatools.order.example import example_run
+>>> problem, reference = example_run()
+>>> surrogate = precompute("moments", reference, problem)
+>>> surrogate.score((3, 2, 1, 0)) != surrogate.score((0, 1, 2, 3))
+True
+
 `datatools ls estimators` lists what there is to choose from, and what it costs.
 """
 

@@ -8,10 +8,19 @@ from collections.abc import Mapping, Sequence
 def curricula(
     sequence: Sequence[int], values: Mapping[str, Sequence[float]], sources: Sequence[str] | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """The usual candidates: batches sorted by each value ("short first", ...) and the reverse; sources one after the
-    other, and taking turns. All are permutations of `sequence`; ties keep its order.
+    """The usual candidates: batches sorted by each value and the reverse; sources one by one, and in turns.
 
-    values: name -> one number a batch. sources: one name a batch.
+    Args:
+        sequence: the reference order.
+        values: name -> one number per batch.
+        sources: the source of each batch.
+
+    Returns:
+        Name -> a permutation of `sequence`; ties keep its order.
+
+    Example:
+        >>> curricula([0, 1, 2], {"length": [30, 10, 20]})
+        {'length, rising': (1, 2, 0), 'length, falling': (0, 2, 1)}
     """
     made: dict[str, tuple[int, ...]] = {}
     for name, numbers in values.items():

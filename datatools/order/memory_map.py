@@ -63,10 +63,33 @@ def memory_map(
 ) -> Map:
     """Move each of `batches` to each of `positions` places, spread over the run, with `completions` random rests.
 
-    The same rests for every batch and place; of a batch that epochs repeat, its first turn is moved.
-    Cost: B x P x completions runs of `final`, and B x completions without.
-    Raises: UsageError for a batch that is not in the sequence, or fewer than 2 positions; Diverged for a run whose loss
-    is not finite.
+    The rests are the same for every batch and place; of a batch that epochs repeat, its first turn is moved. It takes
+    B x P x completions runs of `final`, and B x completions without the batch.
+
+    Args:
+        sequence: the reference order.
+        final: an order, or one with steps left out -> parameters at the end.
+        train_loss: (parameters, batch) -> the loss of the batch.
+        held_out_loss: parameters -> the held-out loss.
+        batches: those that are moved; all of them if not given.
+        positions: P, the number of places.
+        completions: random orders of the rest.
+        seed: of the rests.
+        advance: called with the number of runs that were made, each time.
+
+    Raises:
+        UsageError: for a batch that is not in the sequence, or fewer than 2 positions.
+        Diverged: for a run whose loss is not finite.
+
+    Example:
+        >>> from datatools.order import train
+        >>> from datatools.order.example import example_run
+        >>> problem, reference = example_run()
+        >>> def final(order):
+        ...     return train(problem, reference.recipe, order, reference.start.params)[0]
+        >>> found = memory_map((0, 1, 2, 3), final, problem.train_loss, problem.held_out_loss, completions=2)
+        >>> tuple(found.memory.shape)
+        (4, 4)
     """
     steps = len(sequence)
     chosen = tuple(dict.fromkeys(sequence)) if batches is None else tuple(batches)

@@ -145,8 +145,25 @@ def train(
 ) -> tuple[Params, States]:
     """Train from position `start` to the end of `sequence`: the definition that every estimator approximates.
 
-    A step whose batch is None is left out: the next ones keep their positions, and so their learning rates.
-    observe: called before each step, and after the last, with (position, parameters, states).
+    Args:
+        problem: the batches and their loss.
+        recipe: how parameters step.
+        sequence: the batch of each step; a step whose batch is None is left out, and the next ones keep their
+            positions, and so their learning rates.
+        params: name -> [*shape], float; they are not changed.
+        states: the optimizer's; fresh ones if not given.
+        start: the position of the first step.
+        observe: called before each step, and after the last, with (position, parameters, states).
+
+    Returns:
+        Parameters and states after the last step.
+
+    Example:
+        >>> from datatools.order.example import example_run
+        >>> problem, reference = example_run()
+        >>> end, _ = train(problem, reference.recipe, [3, 2, 1, 0], reference.start.params)
+        >>> problem.held_out_loss(end) < problem.held_out_loss(reference.start.params)
+        True
     """
     states = recipe.init(params) if states is None else states
     for position in range(start, len(sequence)):

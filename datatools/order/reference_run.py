@@ -171,10 +171,29 @@ def record(
 ) -> ReferenceRun:
     """Train in the reference order and keep the anchors; with `folder`, a killed recording goes on at its last one.
 
-    states: of a run that was warm before; fresh ones if not given.
-    damaged: told of a file in the folder that is not what was written; the run goes on from the anchor before it.
-    Without it such a file is an error.
-    Raises: UsageError for a sequence that does not fit; DataError for a folder that holds another reference run.
+    Args:
+        problem: the batches and their loss.
+        recipe: how parameters step; one learning rate per position.
+        sequence: the reference order.
+        params: name -> [*shape], float; where the run begins.
+        states: of a run that was warm before; fresh ones if not given.
+        anchors: how many are kept, spread over the run with both ends among them.
+        folder: where they are written.
+        facts: what the run was made with (model, data, code); a folder with others is refused.
+        observe: called with the position before each step, and after the last.
+        damaged: told of a file in the folder that is not what was written; the run goes on from the anchor before it.
+            Without it such a file is an error.
+
+    Raises:
+        UsageError: for a sequence that does not fit.
+        DataError: for a folder that holds another reference run.
+
+    Example:
+        >>> from datatools.order.example import example_run
+        >>> problem, reference = example_run()
+        >>> again = record(problem, reference.recipe, reference.sequence, reference.start.params, anchors=3)
+        >>> [anchor.position for anchor in again.anchors]
+        [0, 2, 4]
     """
     if len(sequence) != len(recipe.rates):
         raise UsageError(f"order: {len(sequence)} steps and {len(recipe.rates)} learning rates; one a position")

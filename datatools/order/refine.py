@@ -28,7 +28,18 @@ def refine(
     8, of many children of the 8 best (`offspring`) those that `promise` most. Each order once. Scores that are not
     finite are inf, and no parents.
 
-    judge: orders -> their scores, lower is better; called with at most 8. reference: what they are permutations of.
+    Args:
+        judge: orders -> their scores, lower is better; called with at most 8.
+        known: orders whose scores are known.
+        reference: what the orders are permutations of.
+        budget: the most orders to judge.
+        seed: of the orders that are proposed.
+
+    Example:
+        >>> def judge(orders):
+        ...     return [abs(order[0] - 2) for order in orders]
+        >>> refine(judge, {(0, 1, 2): 2.0}, reference=(0, 1, 2), budget=4).scores[0]
+        0.0
     """
     rng, labels = np.random.default_rng(seed), np.asarray(reference, dtype=np.int64)
     scores = {tuple(map(int, sequence)): float(value) for sequence, value in known.items()}

@@ -83,12 +83,28 @@ def search(
     keep: int = 5,
     advance: Callable[[int], object] | None = None,
 ) -> Found:
-    """The best orders that `method` finds by scoring at most `budget` orders; lower scores are better.
+    """The best orders that a search finds by scoring at most `budget` orders; lower scores are better.
 
-    starts: orders to begin with (curricula); the reference is always one. advance: called with every number of orders
-    that were scored.
-    Raises: UsageError for an unknown method, or a start that is no permutation of the reference; DataError where no
-    order that was scored has a finite estimate.
+    Args:
+        surrogate: what scores the orders.
+        method: a name in `SEARCHES`.
+        budget: the most orders to score.
+        seed: of random orders and moves.
+        starts: orders to begin with (curricula); the reference is always one.
+        keep: how many of the best orders to return.
+        advance: called with the number of orders that were scored, each time.
+
+    Raises:
+        UsageError: for an unknown method, or a start that is no permutation of the reference.
+        DataError: where no order that was scored has a finite estimate.
+
+    Example:
+        >>> from datatools.order import precompute
+        >>> from datatools.order.example import example_run
+        >>> problem, reference = example_run()
+        >>> found = search(precompute("pairwise", reference, problem), budget=200)
+        >>> len(found.sequences), found.scores[0] == min(found.scores)
+        (5, True)
     """
     if method not in SEARCHES:
         raise UsageError(f"order: no search is called {method!r}{did_you_mean(method, SEARCHES)}")
@@ -106,7 +122,12 @@ def search(
 
 
 def places(sequence: Sequence[int], reference: Sequence[int]) -> Permutation:
-    """The permutation p with reference[p[t]] = sequence[t]; repeated batches keep their turn."""
+    """The permutation p with reference[p[t]] = sequence[t]; repeated batches keep their turn.
+
+    Example:
+        >>> places([7, 5, 7], reference=[5, 7, 7]).tolist()
+        [1, 0, 2]
+    """
     where: dict[int, list[int]] = {}
     for place, batch in reversed(list(enumerate(reference))):
         where.setdefault(int(batch), []).append(place)
@@ -262,9 +283,22 @@ SEARCHES: dict[str, Callable[[_Scorer, list[Permutation], np.random.Generator], 
 
 
 def exact_order(costs: Tensor) -> tuple[list[int], float]:
-    """The order of <= 12 groups that minimises the sum of costs[i, j] over i before j, and that sum.
+    """The order of at most 12 groups that minimises the sum of costs[i, j] over i before j, and that sum.
 
-    Dynamic programming over subsets, O(2^n n^2) (Held and Karp). Raises: UsageError for more groups.
+    Dynamic programming over subsets, O(2^n n^2).
+
+    Args:
+        costs: [n, n], any float dtype; the diagonal is not read.
+
+    Raises:
+        UsageError: for more groups.
+
+    Source:
+        Held & Karp 1962.
+
+    Example:
+        >>> exact_order(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
+        ([1, 0], -1.0)
     """
     n = len(costs)
     if n > _EXACT_LIMIT:

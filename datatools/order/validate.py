@@ -43,9 +43,24 @@ class Judgement:
 
 
 def judge(estimated: Numbers, true: Numbers, *, reference: float, seed: int = 0) -> Judgement:
-    """What `Judgement` says. reference: the true loss of the reference order.
+    """Compare estimates with the true losses of the same orders.
 
-    Raises: ValueError for unequal lengths, fewer than two orders, or a true loss that is not finite.
+    Args:
+        estimated: [R], one estimate per order; inf where the estimated run diverges.
+        true: [R], the losses after retraining.
+        reference: the true loss of the reference order.
+        seed: of the bootstrap.
+
+    Returns:
+        See `Judgement`.
+
+    Raises:
+        ValueError: for unequal lengths, fewer than two orders, or a true loss that is not finite.
+
+    Example:
+        >>> found = judge([1.0, 2.0, 3.0, 5.0], [1.1, 2.2, 2.9, 4.0], reference=2.0)
+        >>> found.spearman, found.hit_rate, found.regret
+        (1.0, 1.0, 0.0)
     """
     e, t = np.asarray(estimated, dtype=np.float64), np.asarray(true, dtype=np.float64)
     if e.shape != t.shape or e.ndim != 1 or len(e) < 2:
@@ -76,7 +91,12 @@ def judge(estimated: Numbers, true: Numbers, *, reference: float, seed: int = 0)
 
 
 def hit_rate(a: Numbers, b: Numbers) -> float | None:
-    """Share of pairs that a and b order alike, among those that differ in b; ties of a count half."""
+    """Share of pairs that a and b order alike, among those that differ in b; ties of a count half.
+
+    Example:
+        >>> hit_rate([1.0, 2.0, 3.0], [1.0, 3.0, 2.0])
+        0.6666666666666666
+    """
     found = _hit_rate(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
     return float(found) if np.isfinite(found) else None
 
@@ -119,8 +139,18 @@ class Prize:
 
 
 def prize(orders: Numbers, seeds: Numbers | None) -> Prize:
-    """Compare true losses of several orders with those of one order under several seeds (at least two of each, or None
-    where these were not measured).
+    """Is there anything to win? Compare the spread of the loss over orders with that over seeds.
+
+    Args:
+        orders: true losses of at least two orders.
+        seeds: true losses of one order under at least two seeds; None where they were not measured.
+
+    Returns:
+        See `Prize`.
+
+    Example:
+        >>> prize([1.0, 2.0, 3.0], [2.0, 2.1]).worth_it
+        True
     """
     a = float(np.std(orders, ddof=1))
     if seeds is None:
@@ -133,10 +163,22 @@ def prize(orders: Numbers, seeds: Numbers | None) -> Prize:
 def calibrated(
     estimates: NDArray[np.float64], true: Numbers, rows: Sequence[int]
 ) -> tuple[NDArray[np.float64], list[float]]:
-    """Estimates [E, R] of several surrogates, mixed by ridge regression on the true losses of the orders `rows`.
+    """Mix the estimates of several surrogates by ridge regression on a few true losses.
 
-    Features are standardised, the penalty (1) keeps a mixture of few true runs from following their noise. Returns the
-    mixed estimates [R] and the weights; rows outside `rows` are predictions.
+    Features are standardised; the penalty (1) keeps a mixture of few true runs from following their noise.
+
+    Args:
+        estimates: float64 [E, R], of E surrogates for R orders.
+        true: [R], the true losses; only those of `rows` are read.
+        rows: the orders to fit on.
+
+    Returns:
+        The mixed estimates, float64 [R], which are predictions outside `rows`; and the E weights.
+
+    Example:
+        >>> mixed, weights = calibrated(np.array([[1.0, 2.0, 3.0]]), [10.0, 20.0, 0.0], rows=[0, 1])
+        >>> bool(mixed[2] > mixed[1] > mixed[0])
+        True
     """
     x = np.asarray(estimates, dtype=np.float64).T
     y = np.asarray(true, dtype=np.float64)[list(rows)]
@@ -149,6 +191,19 @@ def calibrated(
 
 
 def break_even(precompute_gradients: float, steps: int, score_gradients: float = 0.0) -> float:
-    """From how many orders on an estimate is cheaper than retraining them all: inf if a score costs as much."""
+    """From how many orders on an estimate is cheaper than retraining them all.
+
+    Args:
+        precompute_gradients: what making the estimate costs, in batch gradients.
+        steps: what a retraining costs.
+        score_gradients: what a score costs.
+
+    Returns:
+        The number of orders; inf if a score costs as much as a retraining.
+
+    Example:
+        >>> break_even(320, 32), break_even(0, 32, 32)
+        (10.0, inf)
+    """
     saved = steps - score_gradients
     return precompute_gradients / saved if saved > 0 else math.inf

@@ -52,10 +52,23 @@ def estimator(name: str) -> type[Surrogate]:
 
 
 def precompute(name: str, reference: ReferenceRun, problem: Problem, **options: Any) -> Surrogate:
-    """The estimate of that name, made from a reference run; `options` are those of the estimator's `precompute`.
+    """The estimate of that name, made from a reference run.
+
+    Args:
+        name: in `ESTIMATORS`.
+        reference: the recorded run.
+        problem: the batches and their loss, as recorded.
+        options: those of the estimator's own `precompute`.
 
     Raises:
         UsageError: for an unknown name; and what the estimator raises.
+
+    Example:
+        >>> from datatools.order.example import example_run
+        >>> problem, reference = example_run()
+        >>> surrogate = precompute("pairwise", reference, problem)
+        >>> round(surrogate.score(reference.sequence) - problem.held_out_loss(reference.end.params), 6)
+        0.0
 
     """
     return estimator(name).precompute(reference, problem, **options)
@@ -66,6 +79,17 @@ def load_surrogate(folder: files.PathLike, reference: ReferenceRun, problem: Pro
 
     Raises:
         DataError: for another reference run, and when something is missing or damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools.order.example import example_run
+        >>> problem, reference = example_run()
+        >>> made = precompute("pairwise", reference, problem)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made.save(folder, reference)
+        ...     read = load_surrogate(folder, reference, problem)
+        >>> read.score((3, 2, 1, 0)) == made.score((3, 2, 1, 0))
+        True
 
     """
     folder = Path(folder)
