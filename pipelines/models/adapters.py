@@ -43,7 +43,8 @@ _MOVED = 1e-4  # of a weight's norm: two starts of one adapter may leave base we
 def adapter_folder(folder: Path) -> Path | None:
     """Where in `folder` the adapter is: itself, or its one subfolder of an adapter with a name; None without one.
 
-    Raises: DataError for several adapters with names, of which nothing tells the one that is meant.
+    Raises:
+        DataError: There are several adapters with names, and nothing says which one is meant.
     """
     if (folder / CONFIG).is_file():
         return folder
@@ -62,8 +63,14 @@ def load_adapter(model: Any, folder: Path) -> Any:
     What peft saves beside an adapter is read too: layers that were trained whole (`modules_to_save`), biases, the
     weights below adapters on embeddings and heads. Some initialisations change the base weights when the adapter is put
     on, and the adapter was trained on top of that; they are done again here, twice, to see that they repeat.
-    Raises: DataError when the folder holds no safetensors adapter (pickled adapters are refused), when it does not fit,
-    or when the base that it was trained on cannot be had again.
+
+    Args:
+        model: The base model.
+        folder: The folder of the adapter.
+
+    Raises:
+        DataError: The folder holds no safetensors adapter (pickled adapters are refused), the adapter does not fit, or
+            the base that it was trained on cannot be made again.
     """
     given, folder = folder, adapter_folder(folder) or folder
     name = "default" if folder == given else folder.name
@@ -105,7 +112,8 @@ _KEEP_BASE = (
 def _start(folder: Path) -> object:
     """The adapter's `init_lora_weights`.
 
-    Raises: DataError for one whose base weights cannot be had again, and for a method that puts no layers on a model.
+    Raises:
+        DataError: Its base weights cannot be made again, or its method does not put layers on a model.
     """
     config = files.read_json(folder / CONFIG, limit=64 << 20)
     if not isinstance(config, dict):
@@ -128,7 +136,8 @@ def _start(folder: Path) -> object:
 def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse kinds of adapters that are not layers on a model, and settings that would load code or other files.
 
-    Raises: DataError naming the kind or the setting.
+    Raises:
+        DataError: The adapter is refused; the message names its kind or the setting.
     """
     kind = config.get("peft_type")
     if kind in _TOKENS:

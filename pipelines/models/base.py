@@ -45,7 +45,8 @@ class Standing:
     def restore(self) -> None:
         """Put modules, parameters and weights back.
 
-        Raises: DataError when weights changed and cannot be read again as they were.
+        Raises:
+            DataError: Weights have changed and cannot be read again as they were.
         """
         for name, module in self.modules.items():
             if name:
@@ -91,7 +92,8 @@ def _digest(tensor: Tensor) -> str:
 def unload(wrapped: Any) -> None:
     """Take the adapters off a peft model: its base model is as it was, to the bit, and may take others.
 
-    Raises: DataError when the base weights changed and cannot be read again.
+    Raises:
+        DataError: The base weights have changed and cannot be read again.
     """
     standing: Standing = wrapped._datatools_standing
     wrapped.unload()

@@ -1,4 +1,4 @@
-"""Does a model do what every batch here relies on? Tried on eight tokens when it is opened, before any work."""
+"""Whether a model does what every batch here relies on, tried on eight tokens when the model is opened."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ _TOKENS, _SEEN = 8, 5
 
 
 def check(model: nn.Module, name: str) -> None:
-    """Refuse a model whose first tokens' logits depend on what stands behind them, or that cannot be differentiated.
+    """Refuse a model whose logits depend on later tokens, or that cannot be differentiated.
 
     Rows of a batch are padded on the right without a mask, which is exact for a decoder that looks back only.
-    Raises: DataError naming the model's class and what would work.
+
+    Raises:
+        DataError: The model cannot be used; the message names its class, and what would work.
     """
     kind = type(model).__name__
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
@@ -43,7 +45,7 @@ def check(model: nn.Module, name: str) -> None:
     if logits.shape[:2] != ids.shape:
         raise DataError(f"--model {name}: {kind} gives logits {tuple(logits.shape)} for {tuple(ids.shape)} tokens")
     limit = (1e-4 if logits.dtype in (torch.float32, torch.float64) else 0.1) * float(logits.abs().max())
-    for what, found in (("the tokens behind", changed), ("the number of tokens behind", cut)):
+    for what, found in (("the tokens after", changed), ("the number of tokens after", cut)):
         off = float((found[:, :_SEEN].float() - logits[:, :_SEEN].float()).abs().max())
         if off > limit:
             advice = "set is_decoder to true in its config.json" if _is_encoder(model) else "choose a causal decoder"

@@ -40,7 +40,9 @@ def cache_folder() -> Path:
 def converted(gguf: Path) -> Path:
     """The GGUF file as a safetensors folder, keyed by the file's content; made on first use, and again when damaged.
 
-    Raises: DataError for a file that is no GGUF model; EnvironmentProblem when the folder cannot be written.
+    Raises:
+        DataError: The file is not a GGUF model.
+        EnvironmentProblem: The folder cannot be written.
     """
     key = files.digest_file(gguf)
     home = cache_folder() / "gguf"

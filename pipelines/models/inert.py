@@ -33,7 +33,12 @@ _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG", "BIN
 def read(data: bytes, known: Collection[str]) -> Any:
     """The value that a pickle holds, with records in the place of objects.
 
-    known: the classes and functions that may be named. Raises: ValueError for another, or what is not a pickle.
+    Args:
+        data: The pickle.
+        known: The classes and functions that may be named.
+
+    Raises:
+        ValueError: Another class or function is named, or the bytes are not a pickle.
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}

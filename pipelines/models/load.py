@@ -63,11 +63,19 @@ def load(
     """Model and tokenizer of `config`, with its adapter when it names one; eval mode, every weight frozen.
 
     The tokenizer, and with it the chat template, is the one that was saved with the adapter, if one was.
-    weights: take the model from this folder instead, a checkpoint of a run that trained all of it (Trainer saves no
-    tokenizer there), and no adapter.
-    merge: one plain model, on which other adapters may be put; without it the adapter stays beside its layers, exact in
-    every dtype.
-    Raises: UsageError (no such model), DataError (unreadable or pickled weights), EnvironmentProblem (not reachable).
+
+    Args:
+        config: The model, its adapter and its chat format.
+        tokenizer_only: Read no weights: the result has no model.
+        weights: Take the model from this folder instead, a checkpoint of a run that trained all of it (Trainer saves no
+            tokenizer there), without an adapter.
+        merge: Merge the adapter into one plain model, on which other adapters may be put. Otherwise the adapter stays
+            beside its layers, exact in every dtype.
+
+    Raises:
+        UsageError: There is no such model.
+        DataError: Weights cannot be read, or are pickled.
+        EnvironmentProblem: The model cannot be reached.
     """
     from transformers import AutoTokenizer
 

@@ -26,7 +26,14 @@ def add_lora(model: Any, config: LoraConfig, *, seed: int) -> Any:
 
     A is drawn from a generator of its own, seeded by (seed, parameter name): the global generator is not touched and
     the matrices do not depend on what ran before.
-    Raises: DataError when no module of the model has a target's name.
+
+    Args:
+        model: The base model.
+        config: Rank, alpha, dropout and targets.
+        seed: Of the matrices A; B is zero.
+
+    Raises:
+        DataError: No module of the model has a target's name.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
@@ -57,7 +64,11 @@ def add_lora(model: Any, config: LoraConfig, *, seed: int) -> Any:
 
 
 def _targets(model: Any, config: LoraConfig) -> list[str]:
-    """The layers that get an adapter, as peft takes them. Raises: DataError for a name that no layer ends with."""
+    """The layers that get an adapter, as peft takes them.
+
+    Raises:
+        DataError: No layer's name ends with one of the targets.
+    """
     if isinstance(config.targets, list):
         names = list(dict(model.named_modules()))
         for target in config.targets:

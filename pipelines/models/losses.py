@@ -19,7 +19,17 @@ More keys (an `attention_mask` for padding on the left, `position_ids`) are hand
 
 
 def collate(rows: list[tuple[list[int], list[int]]], *, pad: int = 0) -> dict[str, Tensor]:
-    """(input_ids, labels) of b rows -> a `Batch`. The padding token is never attended to and never supervised."""
+    """Pad rows to one length.
+
+    The padding token is never attended to and never supervised.
+
+    Args:
+        rows: (input_ids, labels) of b rows.
+        pad: The id of the padding token.
+
+    Returns:
+        A `Batch` of int64 [b, s], where s is the length of the longest row.
+    """
     longest = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), longest), pad)
     labels = torch.full((len(rows), longest), -100)
@@ -30,11 +40,18 @@ def collate(rows: list[tuple[list[int], list[int]]], *, pad: int = 0) -> dict[st
 
 
 def token_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every supervised token: (losses [n], row of each [n]), n = supervised tokens of the batch.
+    """Cross-entropy of every supervised token of a batch.
+
+    Args:
+        model: A causal language model.
+        batch: b rows of s tokens.
+
+    Returns:
+        Losses, float32 [n], and the row of each, int64 [n]; n is the number of supervised tokens of the batch.
 
     Row i's token t is supervised when labels[i, t] != -100; its logits come from position t - 1. The output head sees
     only those n positions, which is exact and, on a small model with a large vocabulary, a fifth of the whole cost:
-    a hook narrows the head's input, so that any scaling or soft-capping behind the head still happens.
+    a hook narrows the head's input, so that any scaling or soft-capping after the head still happens.
     Padding stands on the right, where a causal model cannot look, so no attention mask is needed.
     """
     labels = batch["labels"][:, 1:]
@@ -44,7 +61,7 @@ def token_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     def narrow(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = inputs[0]
         if hidden.shape[:2] != batch["input_ids"].shape:  # the model narrowed by itself, or has another layout
-            raise DataError(f"{type(model).__name__}: its head got {tuple(hidden.shape)}, not one vector a token")
+            raise DataError(f"{type(model).__name__}: its head got {tuple(hidden.shape)}, not one vector per token")
         return (hidden[:, :-1][wanted], *inputs[1:])
 
     inner = model.module if isinstance(model, DistributedDataParallel) else model
@@ -67,14 +84,20 @@ def supervised_tokens(rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> in
 
 
 def row_losses(model: Any, batch: Batch) -> Tensor:
-    """Mean cross-entropy over each row's supervised tokens, [b]; a row without one has loss 0 and no gradient."""
+    """Mean cross-entropy over the supervised tokens of each row, float32 [b].
+
+    A row without a supervised token has loss 0 and no gradient.
+    """
     losses, rows = token_losses(model, batch)
     total = losses.new_zeros(len(batch["labels"])).index_add(0, rows, losses)
     return total / torch.bincount(rows, minlength=len(total)).clamp_min(1)
 
 
 def dense_row_losses(model: Any, batch: Batch) -> Tensor:
-    """`row_losses` with logits at every position: the form that torch.func can transform (no shape depends on data)."""
+    """`row_losses` with logits at every position, float32 [b].
+
+    torch.func can transform this form, because no shape depends on the data.
+    """
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
     labels = batch["labels"][:, 1:]
     losses = functional.cross_entropy(logits.mT, labels, reduction="none", ignore_index=-100)
@@ -82,9 +105,16 @@ def dense_row_losses(model: Any, batch: Batch) -> Tensor:
 
 
 def last_states(model: Any, ids: Tensor) -> Tensor:
-    """Hidden states [b, s, width] of the last layer; the width need not be the configuration's hidden size (OPT-350m).
+    """Hidden states of the last layer, [b, s, width].
 
-    Raises: DataError when the model returns no such states.
+    The width may differ from the hidden size of the configuration (OPT-350m).
+
+    Args:
+        model: A causal language model.
+        ids: Token ids, int64 [b, s].
+
+    Raises:
+        DataError: The model returns no such states.
     """
     states = None
     if model.base_model is not model:
@@ -100,7 +130,7 @@ def last_states(model: Any, ids: Tensor) -> Tensor:
         states = seen[-1] if seen else None
     if not isinstance(states, Tensor) or states.shape[:2] != ids.shape:
         raise DataError(
-            f"{type(model).__name__} returns no hidden states, one vector a token; use a method that needs none"
+            f"{type(model).__name__} returns no hidden states, one vector per token; use a method that needs none"
         )
     return states
 

@@ -27,8 +27,10 @@ def merged(model: Any, folder: Path) -> Any:
 
     Where embedding and head share a weight and the adapter is on one of them, each gets a weight of its own. The merged
     model's logits are compared with those of the adapted one.
-    Raises: DataError as `load_adapter`, and when the adapter cannot be merged. Warns when weights of 16 bits round much
-    of it away.
+    Warns when weights of 16 bits round much of the adapter away.
+
+    Raises:
+        DataError: As `load_adapter`, and when the adapter cannot be merged.
     """
     ids = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]), device=model.device)[None]
     shared = _weight(model.get_input_embeddings())

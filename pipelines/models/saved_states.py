@@ -73,7 +73,8 @@ def refusal(folder: Path) -> str:
 def read(path: Path) -> dict[str, Any]:
     """The optimizer's state dict, with AdamW's entries under torch's names.
 
-    Raises: DataError for what is damaged, would run code, or is the state of an optimizer that is not known here.
+    Raises:
+        DataError: The state is damaged, would run code, or belongs to an optimizer that is not known here.
     """
     try:
         return _read(path)
@@ -153,8 +154,8 @@ def _moment(path: Path, entries: Mapping[str, Any], which: str) -> Tensor:
     book, scales = entries.get(f"qmap{which}"), entries.get(f"absmax{which}")
     if book is None or scales is None:
         raise DataError(
-            f"{path}: is a state of bitsandbytes with one scale a tensor (block_wise=False), which is not read; train "
-            "with the default, blocks"
+            f"{path}: is a state of bitsandbytes with one scale per tensor (block_wise=False), which is not read; "
+            "train with the default, blocks"
         )
     sizes = [size for size in (256, 512, 1024, 2048, 4096) if -(-codes.numel() // size) == scales.numel()]
     if not sizes:

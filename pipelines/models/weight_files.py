@@ -26,7 +26,9 @@ def read(name: str, **options: Any) -> Any:
 
     Weights that are tied to another, buffers that are computed, and what the model's class declares to be no loss are
     transformers' to know, and are not counted.
-    Raises: DataError naming the first weights that are missing, unexpected or of another shape, and how many there are.
+
+    Raises:
+        DataError: Weights are missing, unexpected or of another shape; the message names the first, and their number.
     """
     from transformers import AutoModelForCausalLM
 
@@ -42,7 +44,11 @@ def read(name: str, **options: Any) -> Any:
 
 
 def refuse(name: str, model: Any, report: Mapping[str, Any]) -> None:
-    """Raise what a report of transformers' loading says was not right. Raises: DataError."""
+    """Refuse a model if transformers' report on loading it says that weights did not fit.
+
+    Raises:
+        DataError: They did not.
+    """
     kind = type(model).__name__
     parts = []
     shapes = sorted(report.get("mismatched_keys") or ())
@@ -85,7 +91,8 @@ def _shapes(entry: Any) -> str:
 def check_files(folder: Path) -> None:
     """The safetensors files of a model's folder: an index names files beside it, and each of them can be opened.
 
-    Raises: DataError naming the file that is not right.
+    Raises:
+        DataError: A file is damaged or missing; the message names it.
     """
     index = folder / INDEX
     single = folder / "model.safetensors"
@@ -111,7 +118,11 @@ def _indexed(index: Path) -> list[str]:
 
 
 def keys(path: Path) -> list[str]:
-    """The names of the tensors in a safetensors file. Raises: DataError when its header is damaged or it is cut off."""
+    """The names of the tensors in a safetensors file.
+
+    Raises:
+        DataError: The header is damaged, or the file is cut off.
+    """
     try:
         with safe_open(path, "pt") as saved:
             return sorted(saved.keys())
@@ -123,8 +134,14 @@ def check_settings(folder: Path, *, trusted: bool) -> None:
     """The small JSON files of a model's or tokenizer's folder are objects, and ask for no code.
 
     transformers runs attention code of a hub repository that config.json names ("owner/repository"), without asking.
-    trusted: the user allowed code on this command line.
-    Raises: DataError naming the file; UsageError when it asks for code.
+
+    Args:
+        folder: The folder.
+        trusted: Whether the user allowed code on this command line.
+
+    Raises:
+        DataError: A file is not a JSON object; the message names it.
+        UsageError: A file asks for code.
     """
     for name in _SETTINGS:
         path = folder / name

@@ -36,7 +36,7 @@ def as_jsonl(source: Source, cache: Path, limits: Limits) -> tuple[Path, dict[in
     if path is not None and source.packing:
         path = _unpack(path, source.packing, _cached(source, cache, kind), limits)
     if kind == ".json" and path is not None and not is_array(path):
-        kind = ".jsonl"  # many .json files hold a row a line
+        kind = ".jsonl"  # many .json files hold one row per line
     if kind in {".jsonl", ".ndjson"}:
         assert path is not None
         return path, {}

@@ -37,7 +37,7 @@ def dedup(
     """Which rows to keep, and for each row left out the kept row that it repeats.
 
     "exact": the turns are equal after Unicode normalisation (NFKC) and with runs of white space as one space, letter
-    case kept; or the rows have the same tokens and labels (they differ only behind the cut).
+    case kept; or the rows have the same tokens and labels (they differ only after the cut).
     "near": also, of the texts without white space and case, at least `threshold` of the 5-character pieces are shared
     (Jaccard), in the row as a whole and in its answer: one question with two answers is no duplicate. Candidates come
     from MinHash and locality-sensitive hashing (Broder 1997; datasketch), seeded; each is then compared exactly, so
@@ -47,8 +47,17 @@ def dedup(
     does not change the choice; only rows with equal keys and ids fall back on file and line. Rows that could not be
     encoded (`scan.ok`) are neither dropped nor anybody's twin.
 
-    Cost: linear; "near" takes about 4 kB of memory a row, and half a millisecond for a row of 400 characters.
-    Raises: UsageError on an unknown `how` or a threshold outside 0.2 to 1.
+    Cost: linear; "near" takes about 4 kB of memory per row, and half a millisecond for a row of 400 characters.
+
+    Args:
+        pool: The rows.
+        scan: What encoding them has shown.
+        how: One of `HOW`.
+        threshold: The shared part of two rows from which they are near-duplicates.
+        progress: Advanced by one per row.
+
+    Raises:
+        UsageError: `how` is unknown, or the threshold is outside of 0.2 to 1.
     """
     if how not in HOW:
         raise UsageError(f"dedup is {how!r}; expected one of {', '.join(HOW)}")

@@ -1,4 +1,4 @@
-"""Rows to tokens: the chat format, with loss on what the assistant says and nothing else."""
+"""Rows to tokens: the chat format, with loss on what the assistant says and on nothing else."""
 
 import copy
 import json
@@ -34,10 +34,10 @@ class Encoder:
 
     `chat`: "auto" (the tokenizer's own template), "tulu" (the format of LESS, spec/less.md section 3) or the path of a
     Jinja file. Loss is on assistant turns: what they say, their reasoning and tool calls included, and the end-of-turn
-    token behind it (`ChatTemplate.read`); templates with {% generation %} blocks say it themselves. There is one
+    token after it (`ChatTemplate.read`); templates with {% generation %} blocks define it themselves. There is one
     tokenisation, of the whole text; characters become tokens by its offsets, and a token that reaches into a trained
-    span is trained. "tulu" also trains the newline behind the end token, as LESS does. A plain prompt and completion
-    are joined (by a space, if neither has one there) and closed by the end-of-sequence token, with loss behind the
+    span is trained. "tulu" also trains the newline after the end token, as LESS does. A plain prompt and completion
+    are joined (by a space, if neither has one there) and closed by the end-of-sequence token, with loss after the
     prompt. Plain text has loss on every token. A text that itself begins with the tokenizer's beginning-of-sequence
     token, or ends with its end, does not get it twice.
 
@@ -49,7 +49,16 @@ class Encoder:
     row refused ("skip"), or DataError raised ("error"). A row with a token that the model's embedding does not have
     (token_beyond_vocabulary), or left without a trained token (no_supervised_token), is always refused.
 
-    Raises: UsageError on bad settings; DataError if the tokenizer has no offsets, or no chat template and needs one.
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+        chat: The chat format.
+        max_length: The most tokens of a row.
+        on_long: What happens to longer rows.
+        limits: What the model takes.
+
+    Raises:
+        UsageError: A setting is not valid.
+        DataError: The tokenizer has no offsets, or it has no chat template and needs one.
     """
 
     def __init__(
@@ -99,7 +108,12 @@ class Encoder:
         }
 
     def __call__(self, row: Row) -> Encoded:
-        """The tokens of `row`. Raises: RowError with a reason; DataError as the class says."""
+        """The tokens of `row`.
+
+        Raises:
+            RowError: The row cannot be encoded; the error has a reason.
+            DataError: As the class says.
+        """
         flags: tuple[str, ...] = ()
         if row.text is not None:
             found = self._tokenise(row.text, special=True)
@@ -130,7 +144,7 @@ class Encoder:
         if not encoded.supervised:
             why = "no token to learn"
             if cut:
-                why = f"the answer starts behind the first {self.max_length} tokens ({self._what})"
+                why = f"the answer starts after the first {self.max_length} tokens ({self._what})"
             raise RowError("no_supervised_token", why)
         return encoded
 
@@ -208,10 +222,10 @@ class Encoder:
 
     def _tokenise(self, text: str, special: bool, closed: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and offsets. `special`: with the tokens that the tokenizer puts around a text, unless they stand there
-        already; `closed`: the text has its own end, and gets no other behind it.
+        already; `closed`: the text has its own end, and gets no other after it.
 
         A tokenizer takes 300 bytes of memory for a character, so of a text that is far longer than `max_length` tokens
-        only a beginning is tokenised, where what lies behind cannot change the tokens that are kept: they stand in
+        only a beginning is tokenised, where what follows cannot change the tokens that are kept: they stand in
         words (of the pre-tokenizer) that have ended, or, for the merges of BPE, which work from the left, a beginning
         of half again the length has the same.
         """
@@ -254,7 +268,7 @@ class Encoder:
         last = next((t for t in reversed(range(len(ids))) if not added[t]), -1)
         start, end = first, last + 1
         if first <= last:
-            n = first  # tokens put before the text; those behind it
+            n = first  # tokens put before the text; those after it
             start = first if n and ids[first : first + n] == ids[:n] else 0
             m = len(ids) - 1 - last
             end = last + 1 if m and (closed or ids[last + 1 - m : last + 1] == ids[last + 1 :]) else len(ids)
@@ -265,7 +279,7 @@ class Encoder:
         eos = self._tokenizer.eos_token
         if not eos:
             raise DataError(
-                "the tokenizer has no end-of-sequence token, which this format writes behind an answer; "
+                "the tokenizer has no end-of-sequence token, which this format writes after an answer; "
                 "use a chat template"
             )
         return str(eos)

@@ -51,9 +51,12 @@ class Options:
 
 
 class Pool:
-    """The usable rows of all inputs, in order. Texts stay on disk: memory is about 40 bytes a row, and its id.
+    """The usable rows of all inputs, in order. Texts stay on disk: memory is about 40 bytes per row, and its id.
 
-    `pool[i]` reads and parses row i again. Raises: DataError if the file has changed since it was indexed.
+    `pool[i]` reads and parses row i again.
+
+    Raises:
+        DataError: The file has changed since it was indexed.
     """
 
     def __init__(self, options: Options) -> None:

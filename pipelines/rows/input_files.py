@@ -15,7 +15,7 @@ from pipelines.rows.jsonl import shown
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 """File types that are read."""
 PACKED = (".gz", ".zst", ".xz", ".bz2")
-"""Compressions that are read, behind a file type (.jsonl.zst)."""
+"""Compressions that are read, after a file type (.jsonl.zst)."""
 SAVED = ".saved"
 """The kind of a folder that `datasets.Dataset.save_to_disk` wrote."""
 _UNREAD = re.compile(
@@ -71,7 +71,11 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
     """The files that `paths` name, folders and patterns (*.jsonl) opened (sorted, hidden files left out), in order.
 
     A path that does not exist and looks like `owner/name` is a data set of the hub; `hf:owner/name[/config][@revision]
-    [:split]` always is. Raises: UsageError if nothing is named or a file is named twice, DataError if one is missing.
+    [:split]` always is.
+
+    Raises:
+        UsageError: Nothing is named, or a file is named twice.
+        DataError: A file is missing.
     """
     if isinstance(paths, str | os.PathLike):
         paths = [paths]

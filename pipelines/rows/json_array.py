@@ -28,7 +28,7 @@ def rows_of_array(file: BinaryIO, name: str, limits: Limits) -> Iterator[bytes |
     by the reader of lines, with its number.
     """
     buffer = file.read(BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()
-    at = start = 1  # behind the "["
+    at = start = 1  # after the "["
     depth, too_long, more = 0, False, True
     while True:
         match = _TOKEN.match(buffer, at)
@@ -37,7 +37,7 @@ def rows_of_array(file: BinaryIO, name: str, limits: Limits) -> Iterator[bytes |
                 if len(buffer) - at > limits.line_bytes + BLOCK:
                     raise DataError(
                         f"{name}: a string is longer than {limits.line_bytes} bytes (limit line_bytes); a "
-                        "quotation mark may be missing; write the rows as JSONL, one a line"
+                        "quotation mark may be missing; write the rows as JSONL, one per line"
                     )
                 if at - start > limits.line_bytes:
                     too_long, start = True, at

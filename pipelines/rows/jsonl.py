@@ -77,7 +77,14 @@ class Line(NamedTuple):
 def read_lines(file: BinaryIO, name: str, limits: Limits, digest: Any = None) -> Iterator[Line]:
     """The lines of `file`, blank ones included, in order; memory is bounded by one line.
 
-    `digest.update` gets every byte of the file. Raises: DataError if the file is UTF-16, compressed, or a table.
+    Args:
+        file: The file, at its beginning.
+        name: Its name, for messages.
+        limits: The length up to which a line is kept.
+        digest: Its `update` gets every byte of the file.
+
+    Raises:
+        DataError: The file is UTF-16, compressed, or a table.
     """
     start = file.readline(limits.line_bytes + 1)
     for magic, what in _NOT_TEXT.items():
@@ -119,7 +126,11 @@ def is_blank(raw: bytes) -> bool:
 
 
 def parse_object(raw: bytes | None, limits: Limits) -> dict[str, Any]:
-    """The JSON object on a line. Raises: Malformed, and nothing else whatever the bytes are."""
+    """The JSON object on a line.
+
+    Raises:
+        Malformed: There is none. Nothing else is raised, whatever the bytes are.
+    """
     if raw is None:
         raise Malformed("line_too_long", f"more than {limits.line_bytes} bytes (limit line_bytes)")
     if b"\x00" in raw:
@@ -141,7 +152,12 @@ def parse_object(raw: bytes | None, limits: Limits) -> dict[str, Any]:
 
 
 def parse_inside(text: str) -> Any:
-    """The JSON that a string of a row holds, by the rules for rows. Raises: Malformed, or ValueError (its syntax)."""
+    """The JSON that a string of a row holds, under the rules for rows.
+
+    Raises:
+        Malformed: It breaks a rule.
+        ValueError: It is not JSON.
+    """
     _check_size(text.encode("utf-8"), Limits())
     value = _DECODER.decode(text)
     _check_surrogates(value)

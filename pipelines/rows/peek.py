@@ -1,4 +1,4 @@
-"""The first rows of the inputs, beside the columns that the command names: a slip is told before anything is loaded.
+"""The first rows of the inputs, compared with the columns that the command names, before anything is loaded.
 
 Looks at the first rows of JSONL, JSON and CSV, and at the schema of Parquet and Arrow files. Rows are judged by the
 reader of rows (`formats`); what is wrong with a row for another reason than its columns is left to it.
@@ -92,10 +92,18 @@ def check(
 ) -> None:
     """Compare the first rows of all `sources` with the names of columns that were given.
 
-    flag: what gave the columns. source_key: the column of `--source-key`, if it was named. strict: one bad row is one
-    too many. borrowed: the columns are those of other rows, and need not be there.
-    Raises: UsageError for a name of ours that is none, and for a named column that no row has; DataError where no row
-    can be read by its columns.
+    Args:
+        sources: The inputs.
+        columns: Our names -> the data's.
+        flag: The flag that gave the columns, for messages.
+        source_key: The column of `--source-key`, if it was named.
+        preference: How rows with a chosen and a rejected answer are read.
+        strict: Refuse the inputs for one file without a usable row.
+        borrowed: The columns are those of other rows, and need not be there.
+
+    Raises:
+        UsageError: A name is none of ours, or a named column is in no row.
+        DataError: No row can be read by its columns.
     """
     known = check_columns(columns)
     seen = {source.name: found for source in sources[:FILES] if (found := look(source)) is not None and found.rows}

@@ -1,6 +1,6 @@
-"""What is wrong with a command and needs no model to be seen: found before torch is imported, in no time.
+"""Errors of a command that can be seen without a model: found before torch is imported, in a fraction of a second.
 
-The pipelines check all of it again, for they are called without the command line too.
+The pipelines check all of it again, because they can be called without the command line.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ _FEATURE_METHODS = ("hooks", "loop", "vmap")
 
 
 def check(config: Settings, command: str = "") -> None:
-    """Raise what is sure to be raised later, in the order in which a reader would find it.
+    """Raise what would be raised later in any case, in the order in which a reader would find it.
 
     Flags that exclude each other, names that do not exist, files and folders that are not there, columns that the first
     rows do not have, a folder that cannot be made or holds something else.
-    Raises: UsageError, DataError, EnvironmentProblem, as the pipelines would.
+
+    Raises:
+        UsageError: As the pipelines would.
+        DataError: As the pipelines would.
+        EnvironmentProblem: As the pipelines would.
     """
     contradictions(config)
     for name, value in _settings(config):
@@ -64,7 +68,11 @@ def check(config: Settings, command: str = "") -> None:
 
 
 def contradictions(config: Settings) -> None:
-    """Refuse settings that exclude each other. The pipelines call it first. Raises: UsageError."""
+    """Refuse settings that exclude each other. The pipelines call this first.
+
+    Raises:
+        UsageError: Two settings exclude each other.
+    """
     if isinstance(config, TrainConfig):
         if config.model.adapter is not None and config.lora is not None:
             raise UsageError(
@@ -116,7 +124,11 @@ def _order(config: OrderConfig) -> None:
 
 
 def run_folder(folder: Path) -> None:
-    """Refuse a folder that is no run's, for `datatools report`. Raises: UsageError."""
+    """Refuse a folder that is not the folder of a run, for `datatools report`.
+
+    Raises:
+        UsageError: The folder is not the folder of a run.
+    """
     if not folder.is_dir():
         what = "a file" if folder.exists() else "no such folder"
         raise UsageError(f"report {folder}: {what}; give the folder of a run")

@@ -46,9 +46,17 @@ def prepare(
 ) -> Rows:
     """Read, encode and deduplicate the rows of `data`; bad ones are written to `folder`/bad_rows.jsonl.
 
-    limits: what the model takes; rows are compared with it here, before anything is computed.
-    Raises: DataError when a row is bad and the policy is "error" (naming file, line and reason), or when no row is
-    left.
+    Args:
+        data: Where the rows are, and how they are read.
+        model: How they are encoded.
+        tokenizer: The tokenizer of the model.
+        cache: The folder for JSONL copies of inputs, and for the tokens of the rows.
+        label: What messages call the rows.
+        folder: The folder for bad_rows.jsonl and quarantine.jsonl; None writes neither.
+        limits: What the model takes. Rows are compared with it here, before anything is computed.
+
+    Raises:
+        DataError: A row is bad and the policy is "error" (the message names file, line and reason), or no row is left.
     """
     quarantine = folder / "quarantine.jsonl" if folder is not None and data.on_bad_row == "quarantine" else None
     policy = data.on_bad_row if quarantine is not None or data.on_bad_row != "quarantine" else "skip"

@@ -44,9 +44,12 @@ def read_pool(
     row without these columns is read by the usual ones. `preference`: "chosen" reads rows with a chosen and a rejected
     answer as the chosen one. `cache` is the folder for JSONL copies of tables.
 
-    Cost: one pass, linear in bytes; memory for one line and about 40 bytes a row, and the ids.
-    Raises: UsageError on an unknown policy, DataError on bad rows as above, on files that cannot be read, and if no
-    row is usable; EnvironmentProblem if a data set of the hub cannot be loaded.
+    Cost: one pass, linear in bytes; memory for one line, about 40 bytes per row, and the ids.
+
+    Raises:
+        UsageError: The policy is unknown.
+        DataError: A row is bad under the policy "error", a file cannot be read, or no row is usable.
+        EnvironmentProblem: A data set of the hub cannot be loaded.
     """
     if on_bad_row not in POLICIES:
         raise UsageError(f"on_bad_row is {on_bad_row!r}; expected one of {', '.join(POLICIES)}")

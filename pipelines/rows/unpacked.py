@@ -31,8 +31,8 @@ def unpacked(raw: BinaryIO, how: str) -> Iterator[bytes]:
 
 
 def _members(raw: BinaryIO, start: Callable[[], Any]) -> Iterator[bytes]:
-    """What a bzip2 or xz file holds, which may be several one behind another. Python's own readers of files take what
-    cannot be read behind the first for the end of it.
+    """The content of a bzip2 or xz file, which may hold several streams, one after the other. Python's own readers take
+    what cannot be read after the first stream for its end.
     """
     member, fresh = start(), True
     while block := raw.read(BLOCK):

@@ -32,8 +32,8 @@ class TurnEnds:
         return whole if following.startswith(whole) else ""
 
     def of_call(self, closing: str, following: str) -> int:
-        """How far a turn goes on behind its last name of a tool, or its reasoning: through the token behind which only
-        such tokens follow. What stands between may hold tokens, too (those of a call).
+        """How far a turn continues after its last name of a tool, or its reasoning: through the token after which only
+        such tokens follow. What stands in between may contain tokens as well (those of a call).
         """
         common = os.path.commonprefix([closing, following])
         cut = next(

@@ -36,7 +36,8 @@ class Rendered:
 class ChatTemplate:
     """A Jinja chat template with its tokenizer, rendered in the sandbox of transformers, in a process with limits.
 
-    text: the template as it is rendered, with a day of its own where it prints the date.
+    Attributes:
+        text: The template as it is rendered, with a fixed day where it prints the date.
     """
 
     def __init__(self, tokenizer: Any, template: str, name: str) -> None:
@@ -48,7 +49,12 @@ class ChatTemplate:
         self._prompts: dict[tuple[str, bool], str] = {}
 
     def render(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
-        """The text of the conversation. Raises: RowError if the template refuses it, DataError if it is broken."""
+        """The text of the conversation.
+
+        Raises:
+            RowError: The template refuses it.
+            DataError: The template is not valid.
+        """
         return self._render(next(ways_to_write(messages)), tools)
 
     def read(
@@ -56,12 +62,18 @@ class ChatTemplate:
     ) -> Rendered:
         """The text, and the spans of the assistant's turns but those in `masked`.
 
-        A span is what the turn says, with the end-of-turn text behind it. Reasoning that the template keeps belongs to
-        it, with what the template writes around it that the model has to write, too (all behind the generation
-        prompt); so does a tool call. Templates with {% generation %} blocks say for themselves what has loss.
+        A span is what the turn says, with the end-of-turn text after it. Reasoning that the template keeps belongs to
+        it, with the text around it that the model has to write as well (all that follows the generation prompt); so
+        does a tool call. Templates with {% generation %} blocks define what has loss themselves.
 
-        Raises: RowError if the template refuses the row, or does more with an answer than write it down; DataError if
-        the template is broken.
+        Args:
+            messages: The turns.
+            tools: Definitions of tools.
+            masked: Positions of assistant turns without loss.
+
+        Raises:
+            RowError: The template refuses the row, or does more with an answer than write it down.
+            DataError: The template is not valid.
         """
         window = free_window(messages, tools)
         written, text = self._write(messages, tools, window)
@@ -186,7 +198,11 @@ class ChatTemplate:
                 raise self._differs(k)
 
     def _left_out(self, written: list[Message], marked: Marked) -> set[str]:
-        """What the template does not write, as flags. Raises: RowError if that is a turn of the user or a tool."""
+        """What the template does not write, as flags.
+
+        Raises:
+            RowError: It does not write a turn of the user or of a tool.
+        """
         flags = set()
         for part in marked.parts:
             role = written[part.turn]["role"]
@@ -241,7 +257,7 @@ class ChatTemplate:
     def _start(
         self, k: int, written: list[Message], tools: Sequence[Any], marked: Marked, first: Part, window: int
     ) -> int:
-        """Where a turn that begins with reasoning or a tool call begins: behind the generation prompt.
+        """Where a turn that begins with reasoning or a tool call begins: after the generation prompt.
 
         The model has to write what opens its reasoning or its call, unless the prompt already does. An empty block of
         reasoning that the template puts there by itself is not the row's.
@@ -269,7 +285,7 @@ class ChatTemplate:
         return first.start - len(gap) + begin
 
     def _header(self, k: int, written: list[Message], tools: Sequence[Any], gap: str, window: int) -> int:
-        """How much of `gap` is the header of turn `k`: what a plain answer in its place would have, too."""
+        """How much of `gap` is the header of turn `k`: what a plain answer in its place would have as well."""
         plain = [*written[:k], {"role": "assistant", "content": "."}]
         parts = parts_of(plain, True, True)
         try:
@@ -298,7 +314,7 @@ class ChatTemplate:
     def _closing(
         self, k: int, written: list[Message], tools: Sequence[Any], marked: Marked, last: Part, window: int
     ) -> str:
-        """What stands behind the part `last` of turn `k` when the conversation ends with that turn."""
+        """What stands after the part `last` of turn `k` when the conversation ends with that turn."""
         if k < len(written) - 1:
             place = marked.parts.index(last)
             parts = [replace(part) for part in marked.parts if part.turn <= k]

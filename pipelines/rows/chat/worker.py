@@ -1,8 +1,8 @@
-"""The program that renders chat templates: run as a process of its own, by path, with no other module of this package.
+"""The program that renders chat templates: run by path in a separate process, without any other module of this package.
 
 A template is a program of whoever made the model. The sandbox keeps it from files and objects, not from looping for
 ever or from `'a' * 10**10`; the operating system does, here: processor time for one rendering, memory for the process.
-Requests and answers are JSON, each behind its length (8 bytes). An answer is [kind, text].
+Requests and answers are JSON, each after its length (8 bytes). An answer is [kind, text].
 """
 
 import json

@@ -19,7 +19,16 @@ def tools_of(value: Any) -> tuple[Any, ...]:
 
 
 def loads(text: str, reason: str, what: str) -> Any:
-    """The JSON inside a text of a row. Raises: Malformed."""
+    """The JSON inside a text of a row.
+
+    Args:
+        text: The text.
+        reason: The code of the error if it is not JSON.
+        what: What the text is, for the message.
+
+    Raises:
+        Malformed: The text is not JSON.
+    """
     try:
         return parse_inside(text)
     except Malformed as error:

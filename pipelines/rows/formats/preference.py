@@ -31,7 +31,7 @@ def _read(given: Given, _: tuple[str, ...]) -> Shape:
         whole = isinstance(first, str) and first.strip().lower() not in {"assistant", "gpt", "bot", "model", "chatgpt"}
         if isinstance(prompt, list):
             return from_prompt(prompt, chosen[len(prompt) :] if chosen[: len(prompt)] == prompt else chosen, columns)
-        if whole:  # the prompt is in the conversation, whether it is in a column, too, or not
+        if whole:  # the prompt is in the conversation, whether it is in a column as well or not
             pairs = zip(chosen, rejected if isinstance(rejected, list) else [], strict=False)
             shared = next((k for k, (a, b) in enumerate(pairs) if a != b), 0)
             shared = shared or len(chosen) - 1
@@ -58,7 +58,7 @@ def _read(given: Given, _: tuple[str, ...]) -> Shape:
 
 def dialogue(text: str) -> list[Message]:
     """A conversation that is written in one text, as in Anthropic's hh-rlhf."""
-    turns: list[tuple[str, int, int]] = []  # who, and where the turn begins with its name, and behind it
+    turns: list[tuple[str, int, int]] = []  # who, and where the turn begins with its name, and where the name ends
     reached = 0
     for name in re.finditer("(Human|Assistant):", text):
         before = text[reached : name.start()]

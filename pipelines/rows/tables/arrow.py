@@ -25,7 +25,11 @@ _FREE = 512 << 20  # bytes that reading any file may take
 
 
 def rows_of_parquet(path: Path, name: str, limits: Limits) -> Iterator[bytes | Malformed]:
-    """The rows of a Parquet file. Raises: DataError if it cannot be read, or would take too much memory."""
+    """The rows of a Parquet file as lines of JSON.
+
+    Raises:
+        DataError: The file cannot be read, or would take too much memory.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -49,7 +53,8 @@ def rows_of_parquet(path: Path, name: str, limits: Limits) -> Iterator[bytes | M
 def rows_of_arrow(path: Path, name: str, limits: Limits) -> Iterator[bytes | Malformed]:
     """The rows of an Arrow file, in either of its forms: with an index at its end, or a stream (as `datasets` has).
 
-    Raises: DataError if it cannot be read, or would take too much memory.
+    Raises:
+        DataError: The file cannot be read, or would take too much memory.
     """
     import pyarrow
 

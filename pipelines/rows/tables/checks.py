@@ -84,7 +84,11 @@ def _inner(kind: Any) -> tuple[list[Any], bool]:
 
 
 def check_layout(batch: Any) -> bool:
-    """Are all values right? Raises: ArrowInvalid if offsets point elsewhere, for what is there would be read."""
+    """Whether all values of a batch are valid.
+
+    Raises:
+        ArrowInvalid: Offsets point outside of the batch, so that other memory would be read.
+    """
     import pyarrow
 
     try:

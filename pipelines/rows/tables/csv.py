@@ -15,8 +15,11 @@ _REWINDS = 16  # how many records that never end may be read again from their se
 def rows_of_csv(file: BinaryIO, delimiter: str, limits: Limits) -> Iterator[bytes | Malformed]:
     """The rows of a CSV file with a header, as lines of JSON. Memory is bounded by one record of `limits.line_bytes`.
 
-    A record that is longer, as by a missing quotation mark, is a bad row, and reading goes on behind its first line.
-    Raises: DataError if the header cannot be read.
+    A record that is longer, for example because a quotation mark is missing, is a bad row, and reading continues after
+    its first line.
+
+    Raises:
+        DataError: The header cannot be read.
     """
     csv.field_size_limit(min(max(csv.field_size_limit(), limits.line_bytes), sys.maxsize))  # one limit for the process
     lines = _Lines(file, limits.line_bytes)
@@ -66,7 +69,7 @@ class _Lines:
         self._offset = 0  # of that in the file
         self._rewinds = 0
         self._of_record = 0  # bytes that the record has so far
-        self._first = (0, 0)  # number of the record's first line, and the offset behind it
+        self._first = (0, 0)  # number of the record's first line, and the offset after it
         self.number = 0
         """Of the line that was read last."""
 
@@ -94,7 +97,7 @@ class _Lines:
     def _line(self) -> bytes:
         if self._at == len(self._buffer):
             self._buffer, self._at = self._file.readline(self._limit + 2), 0
-        end = self._buffer.find(b"\r", self._at) + 1  # a lone carriage return ends a line, too
+        end = self._buffer.find(b"\r", self._at) + 1  # a lone carriage return also ends a line
         if end and self._buffer[end : end + 1] == b"\n":
             end += 1
         line = self._buffer[self._at : end or len(self._buffer)]
@@ -103,7 +106,7 @@ class _Lines:
         return line
 
     def give_up(self) -> tuple[int, int]:
-        """Leave the record: go on behind its first line, a few times, else behind the last. Returns both numbers."""
+        """Leave the record: continue after its first line, a few times, otherwise after its last. Returns both."""
         (first, place), last = self._first, self.number
         if first < last and self._rewinds < _REWINDS:
             self._rewinds += 1

@@ -15,7 +15,11 @@ from pipelines.rows.jsonl import Malformed
 
 
 def as_json(row: Mapping[str, Any]) -> bytes:
-    """A row as a line of JSON. Raises: Malformed if it holds what JSON has no form for."""
+    """A row as a line of JSON.
+
+    Raises:
+        Malformed: The row holds a value that JSON has no form for.
+    """
     return json.dumps(_plain(row), allow_nan=False).encode("ascii")
 
 

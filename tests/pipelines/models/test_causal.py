@@ -20,10 +20,10 @@ def test_causal_models_pass_and_keep_their_state(name):
 
 
 @pytest.mark.parametrize("name, why", [
-    ("XLNetLMHeadModel", "not causal: the logits of a token change with the tokens behind it"),
+    ("XLNetLMHeadModel", "not causal: the logits of a token change with the tokens after it"),
     ("CpmAntForCausalLM", "not causal"),
     ("BigBirdForCausalLM", "puts other attention .* for good, .* set attention_type to original_full"),
-    ("ProphetNetForCausalLM", "the number of tokens behind it"),
+    ("ProphetNetForCausalLM", "the number of tokens after it"),
     ("ReformerModelWithLMHead", "cannot be run and differentiated"),
 ])  # fmt: skip
 def test_others_are_refused_by_name(name, why):

@@ -177,7 +177,7 @@ def test_rows_beyond_the_positions_may_be_refused(own_world, tmp_path):
             evaluation.evaluate(config)
     rows(world.pool, words=5000)
     world.pool.write_text(world.pool.read_text().replace("q0", "long " * 50))
-    with pytest.raises(DataError, match=r"answer starts behind the first 48 tokens \(the positions of the model\)"):
+    with pytest.raises(DataError, match=r"answer starts after the first 48 tokens \(the positions of the model\)"):
         evaluation.evaluate(
             EvaluateConfig(model=ModelConfig(name=str(world.model)), data=DataConfig(paths=[str(world.pool)]))
         )
