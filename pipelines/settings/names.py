@@ -21,11 +21,13 @@ TABLES: dict[str, tuple[str, str]] = {
     "aggregation": ("datatools/less/aggregate.py", "AGGREGATIONS"),
     "selector": ("datatools/selection/selectors.py", "SELECTORS"),
     "estimator": ("datatools/order/estimators/__init__.py", "ESTIMATORS"),
+    "coreset method": ("datatools/colm/choice.py", "CORESET_METHODS"),
+    "coreset feature": ("datatools/colm/colm.py", "CORESET_FEATURES"),
     "search": ("datatools/order/search.py", "SEARCHES"),
     "check": ("pipelines/diagnose/checks/__init__.py", "CHECKS"),
 }
-"""What is named -> the file, and the dictionary in it whose keys are the names; without one, the names are those of the
-modules that it imports."""
+"""What is named -> the file, and the dictionary in it whose keys are the names, or that is made of a tuple of records
+(HERDING is 'herding'); without a dictionary, the names are those of the modules that the file imports."""
 
 
 def known(kind: str) -> tuple[str, ...]:
@@ -71,6 +73,8 @@ def _read(file: str, table: str) -> dict[str, str]:
         return {str(node.module).rpartition(".")[2]: "" for node in tree.body if isinstance(node, ast.ImportFrom)}
     for node in tree.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == table:
+            if isinstance(node.value, ast.DictComp) and isinstance(records := node.value.generators[0].iter, ast.Tuple):
+                return {ast.unparse(record).lower(): "" for record in records.elts}
             entries = zip(node.value.keys, node.value.values, strict=True) if isinstance(node.value, ast.Dict) else ()
             return {
                 key.value: str(value.value) if isinstance(value, ast.Constant) else ""

@@ -1,12 +1,14 @@
 """Settings of `datatools train` and `datatools evaluate`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from pipelines.settings import names
 from pipelines.settings.base import Columns, FilePath, Names, RunSettings, Settings
-from pipelines.settings.marks import DATA, ELSEWHERE, LATE, RUN, TRAINING, Flag, Flags
+from pipelines.settings.marks import DATA, ELSEWHERE, LATE, RUN, TRAINING, Flag, Flags, OneOf
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 
 
@@ -30,16 +32,11 @@ class CoresetConfig(Settings):
         le=1_000_000,
         description="rows that a coreset keeps per step, and trains on; null is training.batch_size",
     )
-    method: str = Field(
-        default="herding",
-        min_length=1,
-        max_length=64,
-        description="how rows are chosen: a name from `datatools ls coresets`",
+    method: Annotated[str, OneOf(partial(names.known, "coreset method"))] = Field(
+        default="herding", description="how rows are chosen: a name from `datatools ls coresets`"
     )
-    features: str = Field(
+    features: Annotated[str, OneOf(partial(names.known, "coreset feature"))] = Field(
         default="exact",
-        min_length=1,
-        max_length=64,
         description="features of a row: exact, the gradient of the last value projection; probes, derivatives along "
         "random directions (forward passes only); paper_code, the published estimate",
     )

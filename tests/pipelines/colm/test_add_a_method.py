@@ -44,10 +44,10 @@ def test_a_coreset_method_that_somebody_adds_trains_and_is_reported(added, world
 
 def test_what_its_record_says_is_asked_of_it(added, world, tmp_path, capsys):
     assert main(arguments(world, tmp_path / "a", "--set", "coreset.method=longest_leaver")) == 2
-    assert "no method is called 'longest_leaver'; did you mean 'longest_lever'" in capsys.readouterr().err
+    assert "or 'longest_lever'; did you mean 'longest_lever'?" in capsys.readouterr().err
     tokens = ["--set", "coreset.method=longest_lever", "--set", "coreset.loss_weighting=token"]
     assert main(arguments(world, tmp_path / "b", *tokens)) == 2
     assert "longest_lever gives weights to rows" in " ".join(capsys.readouterr().err.split())
     assert main(arguments(world, tmp_path / "c", "--set", "coreset.features=exakt")) == 2
-    assert "no feature is called 'exakt'; did you mean 'exact'" in capsys.readouterr().err
+    assert "setting 'coreset.features' is 'exakt'; should be 'exact'" in capsys.readouterr().err
     assert method_in_words("herding") == CORESET_METHODS["herding"].title
