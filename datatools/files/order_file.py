@@ -23,10 +23,21 @@ _LIMIT = 1 << 28  # bytes of a file
 class Order:
     """Batches and their sequence: step t trains on `batches[sequence[t]]`; epochs repeat batches.
 
-    batches: n batches of example ids. sequence: T entries in 0..n-1.
-    recipe: how the run trains that the order was made for, as plain values (JSON); None where nothing is known of it.
-    On disk an `.npz` without pickles: the ids, the size of each batch, the sequence, the recipe, and a digest of these.
-    Raises: UsageError for an empty batch or an entry of the sequence that names no batch.
+    On disk it is an `.npz` without pickles: the ids, the size of each batch, the sequence, the recipe, and a digest of
+    these. It stands with the files because training reads it too, and `datatools.order` loads torch.
+
+    Args:
+        batches: n batches of example ids.
+        sequence: T entries in 0..n-1.
+        recipe: how the run trains that the order was made for, as plain values (JSON); None where it is not known.
+
+    Raises:
+        UsageError: for an empty batch, or an entry of the sequence that names no batch.
+
+    Example:
+        >>> order = Order((("a", "b"), ("c",)), (1, 0))
+        >>> len(order), order[0]
+        (2, ('c',))
     """
 
     batches: tuple[tuple[str, ...], ...]
@@ -53,7 +64,15 @@ class Order:
         return self.batches[self.sequence[step]]
 
     def reordered(self, sequence: Sequence[int]) -> Order:
-        """The same batches in another sequence. Raises: UsageError unless it is a permutation of this one's."""
+        """The same batches in another sequence.
+
+        Raises:
+            UsageError: unless it is a permutation of this one's.
+
+        Example:
+            >>> Order((("a",), ("b",)), (0, 1)).reordered([1, 0])[0]
+            ('b',)
+        """
         check_permutation(sequence, self.sequence)
         return replace(self, sequence=tuple(int(b) for b in sequence))
 
@@ -72,7 +91,8 @@ class Order:
     def load(cls, path: files.PathLike) -> Order:
         """Read what `save` wrote, in memory of the order of the file's size.
 
-        Raises: DataError when the file is missing, damaged, edited or of another format.
+        Raises:
+            DataError: when the file is missing, damaged, edited or of another format.
         """
         raw = files.read_bytes(path, limit=_LIMIT)
         try:

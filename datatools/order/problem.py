@@ -54,15 +54,27 @@ class Cost:
 class Problem:
     """The data of an order question: n training batches, held-out batches, one loss for both.
 
-    batches, validation: of any kind that the loss takes, or `Parts` of such.
-    hvp_method: "auto", "exact" or "difference" as in `optim.curvature.hvp`, or "gauss-newton" for products with that
-    matrix in place of the Hessian (`curvature.gauss_newton_product`).
-    weights: of the held-out batches (numbers of tokens, say); equal unless given.
-    samples: for each training batch a part of its rows, as a batch of its own, whose gradients change as the batch's do
-    when parameters move (the estimator `reduced`); share: what a gradient of one costs, in gradients of a batch.
-    cost: counted up by every call, so that estimators can say what they spent.
-    spent: called after each gradient or product of a training batch has been counted, for a bar of progress.
-    Raises: UsageError for no batches; Diverged (a DataError) for a gradient of a loss that is not finite.
+    Args:
+        loss: (parameters, batch) -> the mean loss of the batch, 0-d.
+        batches: n training batches, of any kind that the loss takes, or `Parts` of such.
+        validation: held-out batches, likewise.
+        weights: of the held-out batches, such as their numbers of tokens; equal unless given.
+        samples: for each training batch a part of its rows, as a batch of its own, whose gradients change as those of
+            the batch do when parameters move (the estimator `reduced`).
+        share: the cost of the gradient of a sample, in gradients of a batch.
+        hvp_method: "auto", "exact" or "difference" as in `optim.curvature.hvp`, or "gauss-newton" for products with
+            that matrix in place of the Hessian (`curvature.gauss_newton_product`).
+        cost: counted up by every call, so that estimators can say what they spent.
+        spent: called after each gradient or product of a training batch has been counted, for a progress bar.
+
+    Raises:
+        UsageError: for no batches.
+        Diverged: (a DataError) for a gradient of a loss that is not finite.
+
+    Example:
+        >>> problem = Problem(lambda params, batch: (params["w"] * batch).sum(), [torch.ones(2)], [torch.ones(1)])
+        >>> problem.gradient({"w": torch.zeros(())}, 0)["w"].item()
+        2.0
     """
 
     loss: Loss
@@ -85,7 +97,11 @@ class Problem:
         return self._grad(params, self.batches[batch], f"batch {batch}")
 
     def sample_gradient(self, params: Params, batch: int) -> Params:
-        """The gradient of the sample of training batch `batch`. Raises: UsageError for a problem without samples."""
+        """The gradient of the sample of training batch `batch`.
+
+        Raises:
+            UsageError: for a problem without samples.
+        """
         if self.samples is None:
             raise UsageError("order: this estimate needs Problem(samples=): a few rows of every batch")
         self._spend(gradients=self.share)

@@ -21,13 +21,24 @@ States: TypeAlias = dict[str, State]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How parameters step: a rule, a factor of the learning rate and a weight decay a parameter; rates by position.
+    """How parameters step: a rule, a learning-rate factor and a weight decay per parameter; learning rates by position.
 
-    rules: in the order of the model's parameters, in which a norm over all of them is added up.
-    rates: [T], the learning rate belongs to the position, never to the batch.
-    clip: largest norm of the whole gradient, or None.
-    Raises: UsageError for rules that cannot be replayed out of a gradient alone: those that read a curvature, and those
-    whose parameters tell each other something at every step (`UpdateRule.share`).
+    Args:
+        rules: in the order of the model's parameters, in which a norm over all of them is added up.
+        rates: T learning rates; each belongs to the position, never to the batch.
+        factors: name -> what the learning rate is multiplied by.
+        weight_decay: name -> weight decay.
+        clip: the largest norm of the whole gradient, or None.
+
+    Raises:
+        UsageError: for rules that cannot be replayed from a gradient alone: those that read a curvature, and those
+            whose parameters share statistics at every step (`UpdateRule.share`).
+
+    Example:
+        >>> from optim import AdamW
+        >>> optimizer = AdamW([("w", torch.nn.Parameter(torch.zeros(2)))], lr=0.1)
+        >>> Recipe.of(optimizer, rates=[0.1, 0.05]).rates
+        (0.1, 0.05)
     """
 
     rules: Mapping[str, UpdateRule]
@@ -92,7 +103,9 @@ class Recipe:
         """Parameters and states after the step at `position` (0-based) on `grads`; arguments untouched.
 
         The step is that of `Optimizer`, group by group, and so the same to the bit.
-        Raises: Diverged for a gradient that is not finite.
+
+        Raises:
+            Diverged: for a gradient that is not finite.
         """
         scale = self.clip_factor(grads)
         new_params = {name: p.detach().clone() for name, p in params.items()}

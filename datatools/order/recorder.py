@@ -25,10 +25,14 @@ class Recorder:
         run, order = recorder.finish(optimizer)
 
     A batch with the ids of an earlier one is that batch again: epochs in the same batches repeat them. A `Problem` for
-    the run holds the batches in the order of `order.batches`.
-    steps: of the whole run. anchors: spread over it, both ends among them. clip: largest norm of the gradient.
-    folder: keeps what was seen, so that a run which goes on from a checkpoint goes on being recorded.
-    Bytes: those of the parameters and the optimizer's states, for every anchor.
+    the run holds the batches in the order of `order.batches`. Memory: parameters and optimizer states per anchor.
+
+    Args:
+        steps: of the whole run.
+        anchors: how many are kept, spread over the run with both ends among them.
+        clip: the largest norm of the gradient.
+        folder: keeps what was seen, so that a run which continues from a checkpoint continues to be recorded.
+        facts: what the run is made with.
     """
 
     def __init__(
@@ -50,9 +54,12 @@ class Recorder:
         self._recipe: Recipe | None = None
 
     def __call__(self, step: int, ids: Sequence[object], optimizer: Any) -> None:
-        """Before step `step` = 1, 2, ... on the examples `ids`. Raises: UsageError for a step too many, or when rules,
-        decay or the ratio of learning rates change on the way, or for an optimizer that is not the suite's; DataError
-        when earlier steps were not recorded.
+        """Record what is there before step `step` = 1, 2, ... on the examples `ids`.
+
+        Raises:
+            UsageError: for a step too many; when rules, decay or the ratio of learning rates change on the way; or for
+                an optimizer that is not the suite's.
+            DataError: when earlier steps were not recorded.
         """
         optimizer, position = _plain(optimizer), step - 1
         if not 0 <= position < self.steps:
@@ -72,7 +79,11 @@ class Recorder:
         self._keep(position, optimizer)
 
     def finish(self, optimizer: Any) -> tuple[ReferenceRun, Order]:
-        """After the last step: the run, and its batches with their sequence. Raises: DataError before the last step."""
+        """After the last step: the run, and its batches with their sequence.
+
+        Raises:
+            DataError: before the last step.
+        """
         if len(self.rates) < self.steps:
             self._restore(self.steps + 1)
         optimizer = _plain(optimizer)

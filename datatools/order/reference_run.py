@@ -90,7 +90,11 @@ class ReferenceRun:
 
     @classmethod
     def load(cls, folder: files.PathLike, device: torch.device | str = "cpu") -> ReferenceRun:
-        """Read what `save` wrote, to a device. Raises: DataError when something is missing or damaged, naming it."""
+        """Read what `save` wrote, to a device.
+
+        Raises:
+            DataError: when something is missing or damaged; it is named.
+        """
         folder = Path(folder)
         meta = sealed.read_json(folder / "meta.json")
         try:
@@ -128,7 +132,8 @@ def save_anchor(folder: Path, anchor: Anchor) -> None:
 def load_anchor(folder: Path, position: int, recipe: Recipe, device: torch.device | str = "cpu") -> Anchor:
     """Read one anchor, to a device; its states go where the rule makes them.
 
-    Raises: DataError when it is missing, damaged, or lacks parameters or states of the recipe.
+    Raises:
+        DataError: when it is missing, damaged, or lacks parameters or states of the recipe.
     """
     path = anchor_path(folder, position)
     tensors = sealed.read_tensors(path)

@@ -35,7 +35,10 @@ from pipelines.training import cost
 def run(config: DiagnoseConfig) -> Path:
     """Run the checks that are not done yet, and write `diagnose.json` and `report.html` to `out`.
 
-    Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
+    Raises:
+        UsageError: for an optimizer that does not exist.
+        DataError: for rows that cannot be used, or where a check finds nothing finite.
+        EnvironmentProblem: for a model that cannot be loaded.
     """
     alone("datatools diagnose")
     chosen = [name for name in CHECKS if name in config.checks]
@@ -81,7 +84,7 @@ def run(config: DiagnoseConfig) -> Path:
 
 
 def pick(rows: Rows, most: int, *, seed: int) -> list[int]:
-    """At most so many usable rows, drawn at random, in file order."""
+    """At most `most` usable rows, drawn at random, in file order."""
     usable = np.flatnonzero(rows.usable)
     drawn = np.random.default_rng(seed).choice(usable, min(most, len(usable)), replace=False)
     return sorted(int(i) for i in drawn)
@@ -101,7 +104,11 @@ def passes(config: DiagnoseConfig) -> int:
 
 
 def measure(name: str, look: Look) -> dict[str, Any]:
-    """What a check finds. Raises: DataError where it finds nothing that is finite."""
+    """What a check finds.
+
+    Raises:
+        DataError: where it finds nothing that is finite.
+    """
     try:
         return check(name).measure(look, derive_seed(look.config.seed, name))
     except ValueError as error:

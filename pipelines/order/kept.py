@@ -18,7 +18,7 @@ from pipelines.runs.progress import progress
 
 
 def reference(setting: Setting, number: int = 0, *, every: bool = False) -> order.ReferenceRun:
-    """The recorded run of a reference order: made, or continued, or read. every: with an anchor a step."""
+    """The recorded run of a reference order: made, or continued, or read; `every` asks for an anchor at every step."""
     steps, anchors = len(setting.sequence), anchors_of(setting, every=every)
     sequence = setting.sequence if number == 0 else setting.random_orders("reference", number)[number - 1]
     folder = setting.run.path("reference", f"{number:02d}-{anchors}")
@@ -68,7 +68,8 @@ def start(setting: Setting) -> order.Anchor:
 def true_loss(setting: Setting, sequence: Sequence[int], *, seed: int = 0, label: str = "the reference order") -> float:
     """The held-out loss after training in an order for real; kept in true/, so that it is done once.
 
-    Raises: DataError, with `label`, where training diverges.
+    Raises:
+        Diverged: (a DataError) with `label`, where training diverges.
     """
     path = setting.kept("true", "", tuple(sequence), seed)
     found = kept(path)

@@ -37,7 +37,7 @@ def draw_map(setting: Setting) -> None:
     say(f"map: {runs} runs of {len(setting.sequence)} steps by {config.map_by}")
     parts = []
     with setting.run.stage("map"), progress("map", runs, "runs") as bar:
-        for batch in batches:  # a file a batch: what a kill leaves is used
+        for batch in batches:
             asked = (config.map_positions, config.completions, [depends_on(setting, name) for name in used(config)])
             path = setting.kept("maps", f"{config.map_by}-{batch}-", *asked)
             part = kept(path)

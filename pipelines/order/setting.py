@@ -93,7 +93,10 @@ class Setting:
 def build(config: OrderConfig, current: Run) -> Setting:
     """Rows, batches, the model and its start.
 
-    Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
+    Raises:
+        UsageError: for settings that the rows or the model do not allow.
+        DataError: for rows that cannot be used.
+        EnvironmentProblem: for a model that cannot be loaded.
     """
     with current.stage("read"):
         tokenizer = models.load(config.model, tokenizer_only=True)
@@ -292,7 +295,9 @@ def functional_loss(module: nn.Module) -> order.Loss:
 def in_parts(rows: Rows, batch: Sequence[int], micro_tokens: int, device: torch.device | str = "cpu") -> order.Parts:
     """A batch in the micro-batches of `DataTrainer.training_step`: each (supervised tokens of the whole batch, padded
     rows). `datatools train` then sees the same gradients to the bit, and differs by the last bit of its fused steps.
-    Raises: DataError for a batch without a supervised token.
+
+    Raises:
+        DataError: for a batch without a supervised token.
     """
     items = [rows.item(row) for row in batch]
     tokens = supervised_tokens(items)

@@ -24,7 +24,9 @@ METHOD_NAMES = {"weights": "weights", "sgd": "gradient", "adamw": "Adam's update
 def render(folder: Path) -> Path:
     """Draw folder/report.html from folder/diagnose.json; returns the path written.
 
-    Raises: DataError if the file is missing or damaged; EnvironmentProblem if the report cannot be written.
+    Raises:
+        DataError: if the file is missing or damaged.
+        EnvironmentProblem: if the report cannot be written.
     """
     summary = files.read_json(folder / "diagnose.json", limit=256_000_000)
     try:

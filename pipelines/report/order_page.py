@@ -31,7 +31,9 @@ _CELLS = 64  # of a picture of precedence, in a row
 def render(folder: Path) -> Path:
     """Draw folder/report.html from what its tasks have written; the parts that are not there are left out.
 
-    Raises: DataError for a damaged file, EnvironmentProblem if the report cannot be written.
+    Raises:
+        DataError: for a damaged file.
+        EnvironmentProblem: if the report cannot be written.
     """
     found = read(folder)
     parts: dict[str, Any] = {}
@@ -52,7 +54,8 @@ def render(folder: Path) -> Path:
 def read(folder: Path, *, again: str = "") -> dict[str, dict[str, Any]]:
     """The results in a folder, by name, without that of the task `again`, which writes it anew.
 
-    Raises: DataError for one that does not hold what its task wrote.
+    Raises:
+        DataError: for one that does not hold what its task wrote.
     """
     found = {}
     for part, task in PARTS.items():

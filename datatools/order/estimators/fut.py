@@ -163,13 +163,26 @@ def precompute(
 ) -> Table:
     """The table of update terms, kept as the T n gradients that they are made of, or projected (spec A.2 to A.6).
 
-    derivative: of the loss's gradient. "none": zeroth order. "exact": Hessian-vector products, T more a scored order
-    (an oracle). "secant": the published diagonal secant between consecutive checkpoints.
-    order: 1 (FUT) or 2 (FUT++: the second derivative of Gamma in the gradient; the third of the loss is left out).
-    projection: k numbers a term, by random signs of `seed`; 0: whole. Only Gamma is: with derivative "exact" a score
-    takes T more gradients, and "secant" is refused, its element-wise quotients being no linear map of a sketch.
-    Cost: T n gradients, as much as n retrainings. Bytes: T n p numbers, or T n k float32.
-    Raises: UsageError without an anchor a step; EnvironmentProblem above `limit_bytes`.
+    It takes T n gradients, as much as n retrainings, and keeps T n p numbers, or T n k float32.
+
+    Args:
+        reference: the recorded run, with an anchor at every step.
+        problem: the batches and their loss.
+        derivative: of the loss's gradient. "none": zeroth order. "exact": Hessian-vector products, T more per scored
+            order (an oracle). "secant": the published diagonal secant between consecutive checkpoints.
+        order: 1 (FUT) or 2 (FUT++: the second derivative of Gamma in the gradient; the third of the loss is left out).
+        projection: k, the numbers that each term is projected to; 0 keeps it whole. Only Gamma is projected: with
+            derivative "exact" a score takes T more gradients, and "secant" is refused, because its element-wise
+            quotients are no linear map of a sketch.
+        seed: of the random signs of the projection.
+        limit_bytes: the most to keep.
+
+    Raises:
+        UsageError: without an anchor at every step.
+        EnvironmentProblem: above `limit_bytes`.
+
+    Source:
+        FUT and FUT++, arXiv 2505.22042.
     """
     steps = len(reference.sequence)
     if [a.position for a in reference.anchors] != list(range(steps + 1)):

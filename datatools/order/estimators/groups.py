@@ -73,7 +73,11 @@ class Groups(Surrogate):
 
     @classmethod
     def check(cls, question: Question) -> None:
-        """Refuse batches of one source. Raises: UsageError."""
+        """Refuse batches of one source.
+
+        Raises:
+            UsageError: for fewer than two sources.
+        """
         if len(set(question.sources)) < 2:
             raise UsageError("estimator groups: all batches are of one source; there is nothing to order")
 
@@ -116,15 +120,22 @@ def precompute(
 ) -> Groups:
     """Measure every ordered pair of groups.
 
-    groups: the group of each batch, 0..G-1. block: batches of a group a run, all of the smallest group if not given.
-    Cost: G (G - 1) runs of 2 block steps, and as many evaluations.
-    Raises: UsageError for fewer than two groups, or labels that are not one a batch.
+    It takes G (G - 1) runs of 2 block steps, and as many evaluations.
+
+    Args:
+        reference: the recorded run.
+        problem: the batches and their loss.
+        groups: the group of each batch, 0..G-1.
+        block: batches of a group per run; all of the smallest group if not given.
+
+    Raises:
+        UsageError: for fewer than two groups, or labels that are not one per batch.
     """
     count = max(groups, default=-1) + 1
     members = [[b for b in dict.fromkeys(reference.sequence) if groups[b] == g] for g in range(count)]
     if len(groups) != len(problem.batches) or count < 2 or not all(members):
         raise UsageError(
-            f"order: {len(groups)} group labels for {len(problem.batches)} batches in {count} groups; one a batch, 0 "
+            f"order: {len(groups)} group labels for {len(problem.batches)} batches in {count} groups; one per batch, 0 "
             "to G - 1, at least two groups, none empty"
         )
     size = min(map(len, members)) if block is None else block

@@ -70,8 +70,14 @@ def check_linear(recipe: Recipe) -> None:
 def linearised(reference: ReferenceRun, layout: Layout, position: int, second_moment: Tensor | None) -> Linear:
     """The linear filter of the reference's rule, its second moment frozen.
 
-    second_moment: [p], bias-corrected, in place of the one in the anchor's state.
-    Raises: UsageError for rules whose moments are not linear: those of `own-moments` are exact for any.
+    Args:
+        reference: the recorded run.
+        layout: of its parameters.
+        position: the second moment is that of the anchor nearest to it.
+        second_moment: float [p], bias-corrected, in place of the one in the anchor's state.
+
+    Raises:
+        UsageError: for rules whose moments are not linear; those of `own-moments` are exact for any rule.
     """
     check_linear(reference.recipe)
     rule = next(iter(reference.recipe.rules.values()))

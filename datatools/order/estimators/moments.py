@@ -6,8 +6,8 @@
 Given the gradients nothing is approximate: the moments are the new order's own, for any rule. Gradients are estimated
 in one of four ways:
 
-- "exact": g + H d at the nearest anchor, d the distance from it. A gradient and a Hessian-vector product a step of
-  every order: more expensive than retraining it, an oracle; exact on quadratics with an anchor a step.
+- "exact": g + H d at the nearest anchor, d the distance from it. A gradient and a Hessian-vector product per
+  step of every order: more expensive than retraining it, an oracle; exact on quadratics with an anchor at every step.
 - "none": g there, without H d.
 - "anchors": gradients of all batches at the anchors, taken once and interpolated in t, which follows the drift that all
   orders share; and where this order strays from that, their change along the k directions in which simulated orders
@@ -15,7 +15,7 @@ in one of four ways:
   reach, not its tangent). No further pass a score.
 - "rows": the same gradients at the anchors; and where this order strays, the change of the gradient of a few rows of
   the batch (`Problem.samples`), s_l(here) - s_l(there): a control variate, right to all orders of the distance where
-  the rows stand for the batch. A small gradient a step of every order.
+  the rows stand for the batch. A small gradient per step of every order.
 """
 
 from __future__ import annotations
@@ -222,7 +222,9 @@ def precompute(
     Cost of "anchors": A n gradients, and 2 k n for the directions. Bytes: (A + k) n p numbers. Of "rows": A n gradients
     of batches and of samples, and T of samples for `replay` and for a score. Bytes: 2 A n p numbers. Of both: the
     held-out gradient, for `replay`.
-    Raises: EnvironmentProblem above `limit_bytes`.
+
+    Raises:
+        EnvironmentProblem: above `limit_bytes`.
     """
     if hessian not in ("anchors", "rows", "exact", "none"):
         raise UsageError(f"order: moments has no gradients {hessian!r}; known: anchors, rows, exact, none")

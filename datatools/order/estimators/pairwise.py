@@ -8,8 +8,8 @@ gradient at the reference's end, and E[s, q] how far a gradient at s has moved b
     F[t, l] = -E[t, T] <u, P g_l>,   K[s, t] = E[s, t] E[t, T],   Q[i, j] = <u, P H_j P g_i> = <H_j P u, P g_i>
 
 Where g_l is clipped to c g_l, H_l is the derivative of that (`unclipped`).
-One gradient and one Hessian-vector product a batch and anchor. Swapping two neighbours at beta = 0, P = 1 changes the
-loss by lr^2 <u, H_B g_A - H_A g_B>, the Lie bracket of the two updates (also arXiv 2606.24993).
+It takes one gradient and one Hessian-vector product per batch and anchor. Swapping two neighbours at beta = 0, P = 1
+changes the loss by lr^2 <u, H_B g_A - H_A g_B>, the Lie bracket of the two updates (also arXiv 2606.24993).
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def precompute(
     second_moment: P's v^. "anchor": the state's. "expected": the start's, with the mean of the batches' squared
     gradients, at the end: the same for all orders. Only AdamW has one.
     Weight decay is left out: it moves all orders alike, to first order.
-    Cost: a gradient and a Hessian-vector product a batch and anchor. Bytes: 2 n p numbers while it runs.
+    Cost: a gradient and a Hessian-vector product per batch and anchor. Bytes: 2 n p numbers while it runs.
     """
     n = len(problem.batches)
     chosen = used_anchors(reference, anchors)

@@ -37,7 +37,7 @@ from datatools.order.reference_run import ReferenceRun
 
 @dataclass(frozen=True, eq=False)
 class Reduced(Surrogate):
-    """What `precompute` leaves: for each of A anchors a vector and a matrix a batch, and a model of the held-out loss.
+    """What `precompute` leaves: per anchor and batch a vector and a matrix, and a model of the held-out loss.
 
     gradients: [A, n, k]; matrices: [A, n, k, k]; places: [A, k], where the anchors are; begin, carried: [k].
     segment: int64 [T]; beta, rates, corrections [T]; held_out: (loss, [k], [k, k]) about the reference's end `ends`.
@@ -163,12 +163,12 @@ def precompute(
     """The reduced model of a reference run.
 
     second_moment: "own", all of the reference's anchors, with the problem's samples, or without any k directions and
-    2 k gradients a batch; or frozen: "expected" or "anchor", as in `pairwise.precompute`, from `anchors` anchors. Of
+    2 k gradients per batch; or frozen: "expected" or "anchor", as in `pairwise.precompute`, from `anchors` anchors. Of
     the frozen ones:
 
     k: dimensions, at most n + 2: the leading directions of the scaled gradients at the anchors, the held-out gradient,
     and the way the reference went. anchors: as in `pairwise.precompute`.
-    Cost: a gradient and k Hessian-vector products a batch and anchor, and k for the held-out loss.
+    Cost: a gradient and k Hessian-vector products per batch and anchor, and k for the held-out loss.
     """
     if k < 1:
         raise UsageError(f"order: a reduced model of {k} dimensions; at least 1")

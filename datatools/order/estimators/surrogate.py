@@ -65,9 +65,9 @@ class Surrogate(ABC):
     cost: Cost
 
     @classmethod
-    @abstractmethod
     def precompute(cls, reference: ReferenceRun, problem: Problem, **options: Any) -> Surrogate:
-        """The estimate, made from a reference run."""
+        """The estimate, made from a reference run; every entry of `ESTIMATORS` has one."""
+        raise NotImplementedError(cls.__name__)
 
     @classmethod
     def options(cls, question: Question) -> dict[str, Any]:
@@ -111,7 +111,11 @@ class Surrogate(ABC):
             check_linear(question.recipe)
 
     def score(self, sequence: Sequence[int]) -> float:
-        """The predicted held-out loss of one order. Raises: UsageError when it is no permutation."""
+        """The predicted held-out loss of one order.
+
+        Raises:
+            UsageError: when it is no permutation of the reference's.
+        """
         return float(self.scores([sequence])[0])
 
     def scores(self, sequences: Iterable[Sequence[int]]) -> Tensor:

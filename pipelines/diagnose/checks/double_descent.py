@@ -21,7 +21,7 @@ DESCENTS: Mapping[str, tuple[str, dict[str, Any], float, int | None]] = {
     "Adam": ("adamw", {}, 0.0, None),
     "Muon": ("muon", {}, 0.0, None),
 }
-"""Name -> (optimizer, its settings, its rate in terms of 1 / lambda_max (0: `FIXED_RATE`), rows a step)."""
+"""Name -> (optimizer, its settings, its rate in terms of 1 / lambda_max (0: `FIXED_RATE`), rows per step)."""
 
 FIXED_RATE = 0.02
 DESCENT_STEPS = 2000

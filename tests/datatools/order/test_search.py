@@ -264,7 +264,7 @@ def test_groups_are_measured_and_ranked() -> None:
     assert made.trust((0, 2, 4, 1, 3, 5))["mixing"] == 1
     assert orders.trusted(made.trust(blocks[2, 0, 1])) and not orders.trusted(made.trust((0, 2, 4, 1, 3, 5)))
     assert made.cost.gradients == 6 * 4
-    with pytest.raises(UsageError, match="one a batch"):
+    with pytest.raises(UsageError, match="one per batch"):
         orders.precompute("groups", ref, problem, groups=[0] * 6)
 
 
