@@ -55,6 +55,11 @@ def test_arrays_and_missing_files_are_named(tmp_path, capsys):
     assert "array 'y' of 2: 1 of 2 entries, by up to 0.5" in said and "array 'z' of 1: 1 of 2 entries" in said
     assert f"more: only in {tmp_path / 'b'}" in said
     assert same_outputs.compare(tmp_path / "a", tmp_path / "a") == 0
+    (tmp_path / "c" / "run" / "inputs").mkdir(parents=True)
+    (tmp_path / "c" / "run" / "inputs" / "tokens-pool-0a.bin").write_bytes(b"x")
+    (tmp_path / "none").mkdir()
+    assert same_outputs.compare(tmp_path / "none", tmp_path / "c") == 0
+    assert same_outputs.compare(tmp_path / "c", tmp_path / "none") == 1
 
 
 def test_twelve_commands_that_compute():
