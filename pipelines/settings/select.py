@@ -116,8 +116,8 @@ class SelectConfig(RunSettings):
         default=None,
         min_length=1,
         max_length=64,
-        description="how rows are taken: see `datatools ls selectors`; null is the method's own, the highest scores or "
-        "at random",
+        description="a name from `datatools ls selectors`: how rows are taken; null is the method's own, the highest "
+        "scores or at random",
         json_schema_extra=LATE | UNSAID,
     )
     out: FilePath = Field(
