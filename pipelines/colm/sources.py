@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from datatools import UsageError, cluster_sources, did_you_mean, token_batches
+from datatools import UsageError, cluster_sources, did_you_mean
 from pipelines.models.losses import last_states
 from pipelines.rows.rows import Rows
 from pipelines.runs.messages import warn
@@ -54,8 +54,7 @@ def clusters_of(model: Any, rows: Rows, chosen: Sequence[int], clusters: int, *,
     means: dict[int, torch.Tensor] = {}
     lengths = [int(rows.scan.tokens[row]) for row in chosen]
     with torch.inference_mode(), progress("clustering", len(chosen), "rows") as bar:
-        for group in token_batches(lengths, 4096):
-            batch = rows.batch([chosen[i] for i in group], model.device)
+        for group, batch in rows.micro_batches(chosen, 4096, model.device):
             hidden = last_states(model, batch["input_ids"]).float().cpu()
             for place, i in enumerate(group):  # padding stands on the right, where nothing looks at it
                 means[i] = hidden[place, : lengths[i]].mean(0)

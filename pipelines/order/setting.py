@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import optim
-from datatools import DataError, Order, UsageError, files, order, token_batches
+from datatools import DataError, Order, UsageError, files, order
 from pipelines.models import load as models
 from pipelines.models.losses import Batch, supervised_tokens, token_losses
 from pipelines.rows.inputs import Inputs
@@ -303,8 +303,7 @@ def in_parts(rows: Rows, batch: Sequence[int], micro_tokens: int, device: torch.
     tokens = supervised_tokens(items)
     if not tokens:
         raise DataError(f"order: none of the rows {list(batch)[:5]} of a batch has a supervised token")
-    groups = token_batches([len(ids) for ids, _ in items], micro_tokens)
-    return order.Parts((tokens, rows.batch([batch[i] for i in group], device)) for group in groups)
+    return order.Parts((tokens, part) for _, part in rows.micro_batches(batch, micro_tokens, device))
 
 
 def _rates(config: OrderConfig, optimizer: optim.Optimizer, steps: int) -> list[float]:

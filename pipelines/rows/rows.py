@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from datatools import micro_batches
 from pipelines.models.losses import collate
 from pipelines.rows.encode import Encoder
 from pipelines.rows.index import Pool
@@ -68,6 +69,27 @@ class Rows:
     def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The padded batch of these rows."""
         return {name: t.to(device) for name, t in collate([self.item(index) for index in indices]).items()}
+
+    def micro_batches(
+        self, indices: Sequence[int], budget: int, device: torch.device | str = "cpu", *, part: slice = slice(None)
+    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """These rows in padded batches of at most `budget` tokens, longest rows first.
+
+        Args:
+            indices: The rows.
+            budget: The most padded tokens of a batch; see `datatools.token_batches`.
+            device: Where the batches are put.
+            part: Which of the batches; one of several processes takes `slice(rank, None, world_size)`.
+
+        Yields:
+            (places in `indices`, the batch of these rows).
+        """
+        lengths = [int(self.scan.tokens[index]) for index in indices]
+
+        def batch_of(group: list[int]) -> dict[str, Tensor]:
+            return self.batch([indices[i] for i in group], device)
+
+        return micro_batches(lengths, budget, batch_of, part=part)
 
     def tokens(self, where: NDArray[np.bool_] | None = None) -> int:
         """Tokens of the usable rows (of those in `where`)."""

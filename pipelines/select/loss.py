@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from datatools import token_batches
 from pipelines.models.losses import row_losses
 from pipelines.runs.progress import progress
 from pipelines.select.scored import Context, Scored, no_scores
@@ -40,8 +39,8 @@ def score(context: Context) -> Scored:
         progress("losses of the pool", sum(lengths), "tokens") as bar,
         torch.inference_mode(),
     ):
-        for group in token_batches(lengths, context.config.features.token_budget):
-            batch = pool.batch([chosen[i] for i in group], loaded.model.device)
+        budget = context.config.features.token_budget
+        for group, batch in pool.micro_batches(chosen, budget, loaded.model.device):
             values = row_losses(loaded.model, batch)
             scores[torch.tensor([chosen[i] for i in group])] = values.float().cpu()
             bar.advance(sum(lengths[i] for i in group))

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datatools import DataError, GradientFeatures, token_batches
+from datatools import DataError, GradientFeatures
 from pipelines.models.losses import last_states
 from pipelines.rows.rows import Rows
 from pipelines.runs.progress import progress
@@ -98,11 +98,11 @@ def _hidden_states(context: Context, kind: str, rows: Rows) -> tuple[Tensor, Ten
         with progress(f"hidden states of the {kind}", todo, "tokens") as bar, torch.inference_mode():
             for unit in store.missing_units():
                 keys = store.unit_keys(unit)
-                lengths = [int(rows.scan.tokens[unique[key]]) for key in keys]
+                chosen = [unique[key] for key in keys]
+                lengths = [int(rows.scan.tokens[row]) for row in chosen]
                 found = torch.zeros(len(keys), size)
-                for group in token_batches(lengths, budget):
-                    batch = rows.batch([unique[keys[i]] for i in group], model.device)["input_ids"]
-                    hidden = last_states(model, batch).float()
+                for group, batch in rows.micro_batches(chosen, budget, model.device):
+                    hidden = last_states(model, batch["input_ids"]).float()
                     position = torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=torch.float32)
                     real = position <= torch.tensor([lengths[i] for i in group], device=hidden.device)[:, None]
                     weight = position * real

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from datatools import DataError, files, token_batches
+from datatools import DataError, files
 from pipelines.models import load as models
 from pipelines.models.losses import token_losses
 from pipelines.rows.prepare import prepare
@@ -71,18 +71,18 @@ def _sums(
     """(sum of the losses, number of the supervised tokens) of each row, in the order of `chosen`."""
     lengths = [int(rows.scan.tokens[i]) for i in chosen]
     sums, counts = torch.zeros(len(chosen), dtype=torch.float64), torch.zeros(len(chosen), dtype=torch.int64)
-    groups = list(token_batches(lengths, token_budget))
-    for group in groups[rank() :: world_size()] if shared else groups:
-        values, where = token_losses(model, rows.batch([chosen[i] for i in group], model.device))
+    part = slice(rank(), None, world_size()) if shared else slice(None)
+    for group, batch in rows.micro_batches(chosen, token_budget, model.device, part=part):
+        values, where = token_losses(model, batch)
         index = torch.tensor(group)
         sums[index] = torch.zeros(len(group), dtype=torch.float64).index_add(0, where.cpu(), values.double().cpu())
         counts[index] = torch.bincount(where.cpu(), minlength=len(group))
         advance(sum(lengths[i] for i in group))
     if shared and world_size() > 1:
-        both = [part.to(model.device) for part in (sums, counts)]
-        for part in both:
-            torch.distributed.all_reduce(part)
-        sums, counts = (part.cpu() for part in both)
+        both = [each.to(model.device) for each in (sums, counts)]
+        for each in both:
+            torch.distributed.all_reduce(each)
+        sums, counts = (each.cpu() for each in both)
     return sums, counts
 
 
