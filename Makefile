@@ -11,7 +11,7 @@ STRUCTURE_ARGS ?=
 # One thread a test process, two processes: small tensors gain nothing from more threads, and results do not depend on them.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test zoo lint bench mutation attack same structure pins clean
+.PHONY: demo test docs zoo lint bench mutation attack same structure pins clean
 
 demo: $(STAMP)
 	$(BIN)/datatools demo
@@ -27,6 +27,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/site: open index.html. Dead links and unknown names are errors.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --quiet --config-file docs/mkdocs.yml
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest tests/benchmarks -m bench -p no:cacheprovider -s --timeout 7200 $(PYTEST_ARGS)

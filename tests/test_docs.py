@@ -18,6 +18,7 @@ from typing import Any, get_args, get_origin
 
 import pytest
 import torch
+import yaml
 
 from pipelines import listing
 from pipelines.cli import app as cli
@@ -28,7 +29,7 @@ from tests.tiny import save_tiny_model, write_rows
 HISTORY = "CHANGELOG.md"  # says what was: its commands need not be those of today
 DOCUMENTS = sorted(
     str(path.relative_to(REPOSITORY))
-    for top in (".", "optim", "datatools", "pipelines", "tests")
+    for top in (".", "docs", "examples", "optim", "datatools", "pipelines", "tests")
     for path in (REPOSITORY / top).glob("*.md" if top == "." else "**/*.md")
     if path.name != HISTORY
 )
@@ -120,6 +121,12 @@ def block(document: str, line: int, language: str, body: list[str]) -> list[Snip
     if language in ("python", "py", "pycon"):
         assert language != "pycon", f"{document}:{line}: write python blocks without prompts"
         return [Snippet(document, line, "python", "\n".join(body))]
+    if language == "json":
+        json.loads("\n".join(body))
+        return []
+    if language == "yaml":
+        yaml.safe_load("\n".join(body))
+        return []
     assert language in ("", "sh", "bash", "shell", "console", "text"), f"{document}:{line}: what is {language!r}?"
     if language == "text" or body[0].startswith(TEXT_BLOCKS):
         return []
@@ -365,22 +372,51 @@ def listed(name: str, after: str, until: str = ".") -> list[str]:
     return sorted(names_in(document(name).split(after, 1)[1].split(until, 1)[0]))
 
 
-def test_the_tables_of_the_readme_are_those_of_the_code():
+def test_the_readme_names_what_there_is():
     import optim
-    from datatools import AGGREGATIONS, CORESET_METHODS, PROJECTORS
-    from datatools.order import ESTIMATORS
-    from pipelines.settings.methods import SCORERS
 
-    assert first_cells("README.md", "`--method`") == sorted(SCORERS)
-    assert first_cells("README.md", "update rules") == sorted(optim.RULES)
-    assert first_cells("README.md", "`order --estimators`") == sorted(ESTIMATORS)
-    coresets = [row[0].partition("others ")[2] for row in table("README.md", "`train --coreset colm`")]
-    assert sorted(names_in(coresets[0])) == sorted(CORESET_METHODS)
     assert f"one suite of {len(optim.RULES)} optimizers" in document("README.md")
-    assert listed("README.md", "Projections: ") == sorted(PROJECTORS)
-    assert listed("README.md", "Aggregations: ") == sorted(AGGREGATIONS)
     shown = {s.text.split()[-1] for s in snippets("README.md") if s.text.startswith("datatools ls ")}
     assert shown == set(listing.KINDS)
+    assert first_cells("docs/pages/methods/optimizers.md", "update rules") == sorted(optim.RULES)
+
+
+def test_every_method_has_a_page():
+    """Each name that `datatools ls` lists stands in a page of its kind, whose table is made of the same listing."""
+    hooks = runpy.run_path(str(REPOSITORY / "docs/hooks.py"))
+    pages = {path: path.read_text(encoding="utf-8") for path in (REPOSITORY / "docs/pages").rglob("*.md")}
+    marked = {kind for text in pages.values() for kind in hooks["MARK"].findall(text)}
+    assert marked == set(listing.KINDS) - {"schedules"}
+    for kind in marked:
+        names = [row[0] for row in listing.rows(kind)]
+        assert [re.match(r"\| `([^`]+)`", line)[1] for line in hooks["table"](kind).splitlines()[2:]] == names
+    written = "\n".join(text for path, text in pages.items() if path.parent.name == "methods")
+    assert [
+        name
+        for name, *_ in listing.rows("methods")
+        if f"`--method {name}`" not in written and f"`{name}`" not in written
+    ] == []
+    nav = (REPOSITORY / "docs/mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]
+    assert sorted(re.findall(r": (\S+\.md)", nav)) == sorted(
+        str(p.relative_to(REPOSITORY / "docs/pages")) for p in pages
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script", sorted(p.name for p in (REPOSITORY / "examples").glob("*.py") if p.name != "tiny.py")
+)
+@pytest.mark.filterwarnings("ignore")
+def test_examples_run(script, monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        runpy.run_path(str(REPOSITORY / "examples" / script), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.strip() and "nan" not in printed
+    assert f"`{script}`" in document("examples/README.md")
+    if script == "select_in_memory.py":
+        assert printed.startswith("10 of 10")
 
 
 def test_the_tables_of_the_packages_are_those_of_the_code():
@@ -396,7 +432,7 @@ def test_the_tables_of_the_packages_are_those_of_the_code():
     assert sorted(names_in(of["`projectors/`"])) == sorted(PROJECTORS)
     assert set(AGGREGATIONS) <= set(names_in(of["`less/aggregate.py`"]))
     assert set(ESTIMATORS) <= set(names_in(of["`order/`"]))
-    checks = document("pipelines/README.md").split("Checks: ", 1)[1].split("\n\n")[0]
+    checks = document("docs/pages/methods/diagnose.md").split("Checks: ", 1)[1].split("\n\n")[0]
     assert set(DIAGNOSES) <= set(names_in(checks))
 
 
