@@ -23,4 +23,6 @@ for step, batch in enumerate(loader):
     optimizer.step()
     optimizer.zero_grad()
     ours, chance = colm.last.match_error, colm.last.match_error_random
-    print(f"step {step}: loss {loss.item():.3f}, error of the kept rows' gradient {ours:.3f}, of random rows {chance:.3f}")
+    print(
+        f"step {step}: loss {loss.item():.3f}, error of the kept rows' gradient {ours:.3f}, of random rows {chance:.3f}"
+    )

@@ -16,7 +16,10 @@ class CoresetTrainer(CoresetMixin, Trainer):
     """A Trainer that trains each step on a coreset of its batch."""
 
 
-rows = [{"input_ids": row, "labels": row, "source": "web" if i % 8 else "code"} for i, row in enumerate(tiny.rows(64).tolist())]
+rows = [
+    {"input_ids": row, "labels": row, "source": "web" if i % 8 else "code"}
+    for i, row in enumerate(tiny.rows(64).tolist())
+]
 
 with tempfile.TemporaryDirectory() as scratch:
     trainer = CoresetTrainer(

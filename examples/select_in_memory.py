@@ -14,7 +14,6 @@ from optim import SGDRule, UpdateMap, create
 from pipelines.models.losses import row_losses
 
 
-
 def keyed(rows):
     """Rows by their key, a digest of their content."""
     return {files.digest(row.numpy().tobytes()): row for row in rows}

@@ -40,7 +40,7 @@ stand in front."""
 
 NOT_RUN: dict[str, str] = {
     r"make demo": "takes minutes with a model of 135M weights, which tests marked `real` do",
-    r"make (test|bench|zoo|mutation|attack|same BEFORE=DIR|structure)": "this suite, or minutes to hours",
+    r"make (docs|test|bench|zoo|mutation|attack|same BEFORE=DIR|structure)": "this suite, or minutes to hours",
     r"pip install .*": "needs the network",
     r"torchrun .*": "several processes; tests/pipelines/training/test_torchrun.py starts two",
     r"python3? -m (venv|pip) .*": "needs the network",
@@ -383,8 +383,6 @@ def test_the_readme_names_what_there_is():
 
 def test_every_method_has_a_page():
     """Each name that `datatools ls` lists stands in a page of its kind, whose table is made of the same listing."""
-    from datatools import CORESET_METHODS
-
     hooks = runpy.run_path(str(REPOSITORY / "docs/hooks.py"))
     pages = {path: path.read_text(encoding="utf-8") for path in (REPOSITORY / "docs/pages").rglob("*.md")}
     marked = {kind for text in pages.values() for kind in hooks["MARK"].findall(text)}
@@ -393,8 +391,6 @@ def test_every_method_has_a_page():
         names = [row[0] for row in listing.rows(kind)]
         assert [re.match(r"\| `([^`]+)`", line)[1] for line in hooks["table"](kind).splitlines()[2:]] == names
     written = "\n".join(text for path, text in pages.items() if path.parent.name == "methods")
-    kept = next(text for path, text in pages.items() if path.name == "colm.md")
-    assert set(CORESET_METHODS) <= set(names_in(kept))
     assert [
         name
         for name, *_ in listing.rows("methods")
