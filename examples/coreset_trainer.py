@@ -1,4 +1,6 @@
-"""Coresets inside transformers.Trainer: `CoresetMixin` in front of it, and `per_device_train_batch_size` is the large batch.
+"""Coresets inside transformers.Trainer, with `CoresetMixin` in front of it.
+
+`per_device_train_batch_size` is the size of the large batch.
 
 Run: python examples/coreset_trainer.py
 """

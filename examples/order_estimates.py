@@ -37,6 +37,5 @@ with tempfile.TemporaryDirectory() as scratch:
     trained, _ = order.train(problem, recipe, best, params)
     print("proposed order:", list(best))
     print(f"held-out loss of the recorded order {float(surrogate.score(range(8))):.3f}")
-    print(
-        f"of the proposed one, estimated {float(surrogate.score(best)):.3f}, trained {float(problem.held_out_loss(trained)):.3f}"
-    )
+    print(f"of the proposed one, estimated {float(surrogate.score(best)):.3f}")
+    print(f"of the proposed one, trained {problem.held_out_loss(trained):.3f}")

@@ -40,7 +40,7 @@ stand in front."""
 
 NOT_RUN: dict[str, str] = {
     r"make demo": "takes minutes with a model of 135M weights, which tests marked `real` do",
-    r"make (docs|test|bench|zoo|mutation|attack|same BEFORE=DIR|structure)": "this suite, or minutes to hours",
+    r"make (docs|lint|test|bench|zoo|mutation|attack|same BEFORE=DIR|structure)": "this suite, or minutes to hours",
     r"pip install .*": "needs the network",
     r"torchrun .*": "several processes; tests/pipelines/training/test_torchrun.py starts two",
     r"python3? -m (venv|pip) .*": "needs the network",
