@@ -1,4 +1,5 @@
-"""Tables of the documentation: `<!-- table: KIND -->` in a page becomes what `datatools ls KIND` lists.
+"""Tables of the documentation: `<!-- table: KIND -->` in a page becomes what `datatools ls KIND` lists, and
+`<!-- settings: COMMAND -->` all settings of a command, with their flags, defaults and meanings.
 
 mkdocs calls `on_page_markdown`; tests call `table`. An unknown kind is an error, so that no page promises one.
 """
@@ -9,15 +10,36 @@ import re
 from typing import Any
 
 from pipelines import listing
+from pipelines.settings import audit, diagnose, order, reference, select, train
 
 MARK = re.compile(r"<!-- table: (\w+) -->")
+SETTINGS = re.compile(r"<!-- settings: (\w+) -->")
+MODELS = {
+    "select": select.SelectConfig,
+    "train": train.TrainConfig,
+    "order": order.OrderConfig,
+    "audit": audit.AuditConfig,
+    "diagnose": diagnose.DiagnoseConfig,
+}
 
 
 def table(kind: str) -> str:
     """Returns the Markdown table of one kind. Raises: UsageError for a kind that `datatools ls` does not have."""
     rows = listing.rows(kind)
     head = [re.sub(r"-?\n", "", column) for column in listing.KINDS[kind][1]]
-    lines = [head, ["---"] * len(head), *([f"`{row[0]}`", *map(_cell, row[1:])] for row in rows)]
+    return _markdown(head, [[f"`{row[0]}`", *map(_cell, row[1:])] for row in rows])
+
+
+def settings(command: str) -> str:
+    """Returns the Markdown table of all settings of one command."""
+    code = [
+        [f"`{cell}`" if cell else "" for cell in row[:3]] + [_cell(row[3])] for row in reference.rows(MODELS[command])
+    ]
+    return _markdown(["setting", "flag", "default", "meaning"], code)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -29,4 +51,4 @@ def _cell(text: str) -> str:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """mkdocs' hook: the page with its tables."""
-    return MARK.sub(lambda found: table(found[1]), markdown)
+    return SETTINGS.sub(lambda found: settings(found[1]), MARK.sub(lambda found: table(found[1]), markdown))

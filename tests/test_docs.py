@@ -396,6 +396,9 @@ def test_every_method_has_a_page():
         for name, *_ in listing.rows("methods")
         if f"`--method {name}`" not in written and f"`{name}`" not in written
     ] == []
+    documented = next(text for path, text in pages.items() if path.name == "settings.md")
+    assert hooks["SETTINGS"].findall(documented) == list(hooks["MODELS"])
+    assert all(hooks["settings"](command).count("\n") > 10 for command in hooks["MODELS"])
     nav = (REPOSITORY / "docs/mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]
     assert sorted(re.findall(r": (\S+\.md)", nav)) == sorted(
         str(p.relative_to(REPOSITORY / "docs/pages")) for p in pages
