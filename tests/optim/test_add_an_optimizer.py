@@ -1,4 +1,4 @@
-"""An optimizer is one file and one line in a table: added to a copy of the packages, it is listed, trains and selects."""
+"""An optimizer is one file and one line in a table: added to a copy of the packages, it trains and selects."""
 
 import os
 import shutil
@@ -57,7 +57,8 @@ assert main(["ls", "optimizers"]) == 0
 assert main(["train", "--model", model, "--data", rows, "--optimizer", "sign", "--out", "runs/x"]) == 2
 common = ["--model", model, "--optimizer", "signs", "--epochs", "1", "--quiet"]
 assert main(["train", "--data", rows, "--lora-rank", "0", "--out", "runs/t", *common]) == 0
-assert main(["select", "--train", rows, "--target", rows, "--budget", "4", "--dim", "64", "--out", "runs/s", *common]) == 0
+pool = ["--train", rows, "--target", rows, "--budget", "4", "--dim", "64"]
+assert main(["select", *pool, "--out", "runs/s", *common]) == 0
 """
 
 
