@@ -482,3 +482,37 @@ def test_links_lead_somewhere():
     for name in DOCUMENTS:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document(name)):
             assert ((REPOSITORY / name).parent / target).exists(), f"{name}: {target}"
+
+
+NAMED_FILE = re.compile(
+    r"(?<![\w/.-])((?:optim|datatools|pipelines|tests|docs|examples)/[\w/.-]*\.(?:py|md|html|json|yaml))"
+)
+NAMED_MODULE = re.compile(r"`((?:optim|datatools|pipelines)(?:\.[a-z_]\w*)+)")
+
+
+def test_files_and_modules_that_texts_name_are_there():
+    """In documents, docstrings, comments and messages; `NAME.py` stands for a file that a reader would write."""
+    sources = [
+        path for top in ("optim", "datatools", "pipelines", "examples") for path in (REPOSITORY / top).rglob("*.py")
+    ]
+    texts = {path: path.read_text(encoding="utf-8") for path in [*sources, *(REPOSITORY / name for name in DOCUMENTS)]}
+    found = {(path, name) for path, text in texts.items() for name in NAMED_FILE.findall(text)}
+    assert len(found) > 40
+    lost = [
+        (str(path), name) for path, name in found if not ((REPOSITORY / name).exists() or name.endswith("/NAME.py"))
+    ]
+    assert lost == []
+    modules = {(path, name) for path, text in texts.items() for name in NAMED_MODULE.findall(text)}
+    assert len(modules) > 40
+    assert [(str(path), name) for path, name in modules if not is_there(name.split("."))] == []
+
+
+def is_there(parts: list[str]) -> bool:
+    """Whether `a.b.c` is a module, or a word of the longest module that it begins with."""
+    for end in range(len(parts), 0, -1):
+        place = REPOSITORY.joinpath(*parts[:end])
+        files = [file for file in (place.with_suffix(".py"), place / "__init__.py", place / "api.py") if file.exists()]
+        if files:
+            words = "\n".join(file.read_text(encoding="utf-8") for file in files)
+            return end == len(parts) or re.search(rf"\b{parts[end]}\b", words) is not None
+    return False
