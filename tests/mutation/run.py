@@ -39,6 +39,9 @@ WANTED = 0.95
 MODULES: Mapping[str, tuple[str, ...]] = {
     "datatools/features/store.py": ("tests/datatools/features/test_store.py",),
     "datatools/selection/candidates.py": ("tests/datatools/selection/test_selection.py",),
+    "datatools/selection/fill.py": ("tests/datatools/selection/test_selection.py",),
+    "datatools/subsets/facility_location.py": ("tests/datatools/colm/test_choice.py",
+                                               "tests/datatools/colm/test_colm.py"),
     "datatools/less/influence.py": ("tests/datatools/less/test_scores.py",),
     "pipelines/rows/encode.py": ("tests/pipelines/rows/test_encode.py",),
     "datatools/colm/choice.py": ("tests/datatools/colm/test_choice.py",

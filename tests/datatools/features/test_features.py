@@ -32,6 +32,7 @@ from datatools import (
 )
 from optim import SGDRule, UpdateMap
 from pipelines.models import load as models
+from pipelines.models.lora import add_lora
 from pipelines.models.lora import add_lora, lora_parameters
 from pipelines.models.losses import collate, row_losses
 from pipelines.settings.parts import LoraConfig, ModelConfig
@@ -558,6 +559,7 @@ from tests.datatools.features.test_features import Job, plain, random_rows
 from tests.tiny import save_tiny_model
 from datatools import PROJECTORS
 from pipelines.models import load as models
+from pipelines.models.lora import add_lora
 from pipelines.settings.parts import LoraConfig, ModelConfig
 
 with tempfile.TemporaryDirectory() as scratch:

@@ -318,7 +318,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(command, tmp_path,
     [
         ("pipelines.training.trainer:mark_complete", 2, "before"),
         ("transformers:Trainer._save_rng_state", 1, "before"),
-        ("datatools.files:_commit", 20, "before"),
+        ("datatools.files.atomic:_commit", 20, "before"),
         ("datatools.features.store:GradientFeatures.write_unit", 3, "after"),
         ("pipelines.select.write:_write_table", 1, "after"),
         ("pipelines.report.select_page:render", 1, "before"),
