@@ -32,7 +32,6 @@ from datatools import (
 )
 from optim import SGDRule, UpdateMap
 from pipelines.models import load as models
-from pipelines.models.lora import add_lora
 from pipelines.models.lora import add_lora, lora_parameters
 from pipelines.models.losses import collate, row_losses
 from pipelines.settings.parts import LoraConfig, ModelConfig
