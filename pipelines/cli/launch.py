@@ -51,10 +51,9 @@ def launch(
     from pipelines.rows import preflight
 
     preflight.check(config, command)
-    messages.set_quiet(quiet)
     current.opened(None)
     module, _, function = entry.partition(":")
-    with signals.interruptible():
+    with messages.quietly(quiet), signals.interruptible():
         try:
             # stdout is for the result alone, whatever a library prints
             with nullcontext() if talks else redirect_stdout(sys.stderr):

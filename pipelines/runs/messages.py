@@ -21,6 +21,16 @@ def set_quiet(quiet: bool) -> None:
     _quiet.set(quiet)
 
 
+@contextmanager
+def quietly(quiet: bool) -> Iterator[None]:
+    """Inside, only warnings and errors are shown if `quiet`; afterwards, what was shown before."""
+    before = _quiet.set(quiet)
+    try:
+        yield
+    finally:
+        _quiet.reset(before)
+
+
 def quiet() -> bool:
     """Whether only warnings and errors are shown."""
     return _quiet.get()

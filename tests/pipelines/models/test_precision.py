@@ -11,7 +11,7 @@ from pipelines.models import load as models
 from pipelines.order import setting as order_setting
 from pipelines.settings.parts import LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import TrainConfig
-from pipelines.training import optimizers, train, trainer
+from pipelines.training import optimizers, train
 from tests.pipelines.conftest import make_world
 
 
@@ -124,7 +124,7 @@ def test_the_optimizer_of_an_order_follows_the_same_rule(world, tmp_path, monkey
 
     made = []
     build = optimizers.optimizer_of
-    monkeypatch.setattr(trainer, "optimizer_of", lambda *args: made.append(build(*args)) or made[-1])
+    monkeypatch.setattr(optimizers, "optimizer_of", lambda *args: made.append(build(*args)) or made[-1])
     config = OrderConfig(
         model=ModelConfig(name=str(world.model)), data={"paths": [str(world.pool)]}, out=tmp_path / "run", batches=2,
         held_out=2, warmup_steps=0, training={"batch_size": 2, "weight_decay": 0.1},

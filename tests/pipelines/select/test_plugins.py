@@ -113,7 +113,7 @@ def test_a_scorer_is_one_file_and_one_line(world: World, tmp_path: Path, capsys:
     page = (run / "report.html").read_text()
     assert "Letters in common" in page and "share of letters that the row has in common" in page
 
-    assert "letters in common with the target rows" in told(capsys, "ls", "methods")
+    assert "letters in common with the" in told(capsys, "ls", "methods")
     assert "did you mean 'letters'?" in told(capsys, *argv, "--method", "leters", code=2)
     assert "got none; name them with --target" in told(
         capsys, "select", "--model", world.model, "--train", world.pool, "--method", "letters", code=2
