@@ -1108,7 +1108,7 @@ def test_hidden_states_may_be_narrower_than_the_configuration_says(tmp_path, own
     """OPT-350m projects its states to another width than its hidden size; features and clusters take what comes."""
     from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
-    from pipelines.colm.coresets import clusters_of
+    from pipelines.colm.sources import clusters_of
 
     tokenizer = AutoTokenizer.from_pretrained(own_world.model)
     shutil.rmtree(own_world.model)
