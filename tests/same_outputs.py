@@ -278,9 +278,6 @@ READ_BY_PEOPLE = re.compile(r"\.(out|err|html|md)$")
 SENTENCE = re.compile(r"\.(detail|warnings?|sentence|notes?|title|description|formula\.text)(\.\d+)?$")
 """JSON leaves that are sentences for people: the same."""
 
-CACHE = re.compile(r"/inputs/tokens-[\w-]+\.bin$")
-"""Files that the second side may have besides: the tokens of rows, which newer versions keep."""
-
 SETTINGS = re.compile(r"(run\.yaml|shown/settings-\w+\.out)$")
 """Files of settings: the second side may have a setting that the first does not know, as long as it is null."""
 
@@ -415,7 +412,7 @@ def compare_bytes(a: Path, b: Path) -> str:
     )
 
 
-CACHED = re.compile(r"tokens-.*\.bin")
+CACHED = re.compile(r"tokens-[\w-]+\.bin")
 """Files that save work and hold no result: their names follow the code that made them."""
 
 
@@ -447,8 +444,6 @@ def compare(a: Path, b: Path, verbose: bool = False) -> int:
             kind, where = compare_files(name, sides[0][name], sides[1][name])
         else:
             kind, where = "different", f"only in {a if name in sides[0] else b}"
-            if name in sides[1] and CACHE.search(name):
-                kind = "same"
         found[kind] += 1
         if kind == "different" or verbose or kind == "words":
             print(f"{kind:10s} {name}{': ' if where else ''}{where}")

@@ -57,9 +57,11 @@ def test_arrays_and_missing_files_are_named(tmp_path, capsys):
     assert same_outputs.compare(tmp_path / "a", tmp_path / "a") == 0
     (tmp_path / "c" / "run" / "inputs").mkdir(parents=True)
     (tmp_path / "c" / "run" / "inputs" / "tokens-pool-0a.bin").write_bytes(b"x")
-    (tmp_path / "none").mkdir()
-    assert same_outputs.compare(tmp_path / "none", tmp_path / "c") == 0
-    assert same_outputs.compare(tmp_path / "c", tmp_path / "none") == 1
+    (tmp_path / "d").mkdir()
+    for side in ("c", "d"):  # what saves work is no result, on either side
+        (tmp_path / side / "x.json").write_text("{}")
+    assert same_outputs.compare(tmp_path / "c", tmp_path / "d") == 0
+    assert same_outputs.compare(tmp_path / "d", tmp_path / "c") == 0
 
 
 def test_twelve_commands_that_compute():
