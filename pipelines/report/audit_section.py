@@ -205,7 +205,7 @@ def trust(summary: Json, table: Sequence[Arm]) -> dict[str, str]:
     words = {"better": "Better than", "worse": "Worse than", "unclear": "No clear difference from"}
     text = " ".join(f"{words[arm.reading]} {arm.label}." for arm in similar) if random else ""
     fewest = min((arm.n for arm in table if arm.name not in (BASE_ARM, FULL)), default=1)
-    return {"state": state, "big": big, "text": f"{text} {plural(fewest, 'run')} an arm.".strip()}
+    return {"state": state, "big": big, "text": f"{text} {plural(fewest, 'run')} per arm.".strip()}
 
 
 def leak(audit: Json) -> str | None:
