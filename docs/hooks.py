@@ -1,4 +1,4 @@
-"""Tables of the documentation: `<!-- table: KIND -->` in a page becomes what `datatools ls KIND` lists, and
+"""Tables and equations of the documentation: `<!-- table: KIND -->` in a page becomes what `datatools ls KIND` lists, and
 `<!-- settings: COMMAND -->` all settings of a command, with their flags, defaults and meanings.
 
 mkdocs calls `on_page_markdown`; tests call `table`. An unknown kind is an error, so that no page promises one.
@@ -6,6 +6,7 @@ mkdocs calls `on_page_markdown`; tests call `table`. An unknown kind is an error
 
 from __future__ import annotations
 
+import html
 import re
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipelines.settings import audit, diagnose, order, reference, select, train
 
 MARK = re.compile(r"<!-- table: (\w+) -->")
 SETTINGS = re.compile(r"<!-- settings: (\w+) -->")
+EQUATION = re.compile(r'<(?:span|div) class="arithmatex">(.*?)</(?:span|div)>', re.S)
 MODELS = {
     "select": select.SelectConfig,
     "train": train.TrainConfig,
@@ -46,9 +48,22 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 def _cell(text: str) -> str:
     """The text, with an example on a line of its own as code."""
     said, _, example = text.replace("|", "\\|").partition("\n")
-    return f"{said}<br>`{example}`" if example else said
+    if example.startswith("{"):
+        example = f"`{example}`"
+    return f"{said}<br>{example}" if example else said
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """mkdocs' hook: the page with its tables."""
     return SETTINGS.sub(lambda found: settings(found[1]), MARK.sub(lambda found: table(found[1]), markdown))
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """mkdocs' hook: equations as MathML, which browsers draw themselves; no script and no network is needed."""
+    from latex2mathml.converter import convert  # of the docs extra
+
+    def drawn(found: re.Match[str]) -> str:
+        text = html.unescape(found[1])
+        return convert(text[2:-2].strip(), display="block" if text.startswith("\\[") else "inline")
+
+    return EQUATION.sub(drawn, content)
