@@ -1,8 +1,8 @@
 """Tables and equations of the documentation.
 
-`<!-- table: KIND -->` in a page becomes what `datatools ls KIND` lists, and `<!-- settings: COMMAND -->` all settings of a
-command, with their flags, defaults and meanings. mkdocs calls the functions `on_...`; tests call `table` and `settings`.
-An unknown kind is an error, so that no page promises one.
+`<!-- table: KIND -->` in a page becomes what `datatools ls KIND` lists, and `<!-- settings: COMMAND -->` all settings
+of a command, with their flags, defaults and meanings. mkdocs calls the functions `on_...`; tests call `table` and
+`settings`. An unknown kind is an error, so that no page promises one.
 """
 
 from __future__ import annotations

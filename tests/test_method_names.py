@@ -57,7 +57,6 @@ STILL_COMPARED: dict[str, set[str]] = {
     "optim/torch_states.py": {"adamw", "muon", "nadam", "sgd"},
     "optim/update_map.py": {"muon"},
     "pipelines/report/diagnose_page.py": {"adamw", "muon", "sgd"},
-    "pipelines/training/optimizers.py": {"adam_mini"},
 }
 """File -> methods that its code still knows by name. This may only shrink: what is no longer true fails the test."""
 

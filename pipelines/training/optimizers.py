@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -42,9 +43,11 @@ def optimizer_of(recipe: TrainingConfig, module: nn.Module) -> optim.Optimizer:
 def _optimizer(
     recipe: TrainingConfig, parameters: nn.Module | Sequence[tuple[str, Tensor]], head: int | None = None
 ) -> optim.Optimizer:
-    """head: `head_dim` of the model, for Adam-mini, whose blocks are heads where the user says nothing else."""
+    """head: `head_dim` of the model, for optimizers whose blocks are heads where the user says nothing else."""
     options: dict[str, Any] = dict(recipe.optimizer_options)
-    if recipe.optimizer == "adam_mini" and head and not {"dim", "n_heads", "head_dim", "blocks"} & set(options):
+    kind = optim.OPTIMIZERS.get(recipe.optimizer)
+    by_heads = kind is not None and "head_dim" in inspect.signature(kind).parameters
+    if by_heads and head and not {"dim", "n_heads", "head_dim", "blocks"} & set(options):
         options["head_dim"] = head
     try:
         return optim.create(
