@@ -21,3 +21,7 @@ def _check_packages() -> None:
 
 
 _check_packages()
+
+from pipelines import former  # noqa: E402 (after the check)
+
+former.install()

@@ -1,1 +1,5 @@
 """Diagnoses of a training set-up."""
+
+from pipelines.former import front_door
+
+__getattr__ = front_door(__name__, "run")

@@ -15,6 +15,7 @@ import numpy as np
 
 import optim
 from datatools import DataError, UsageError, files
+from pipelines import former
 from pipelines.diagnose.checks import CHECKS, check
 from pipelines.diagnose.looks import Look
 from pipelines.models import load as models
@@ -152,3 +153,6 @@ def _plain(value: Any) -> Json:
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     assert value is None or isinstance(value, bool | int | float | str), type(value)
     return value
+
+
+former.callable_as(__name__, "run")

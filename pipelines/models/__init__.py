@@ -1,1 +1,5 @@
 """Models, adapters, tokenizers and saved states: opened, and checked when they are opened."""
+
+from pipelines.former import front_door
+
+__getattr__ = front_door(__name__, "load", "losses", "lora", "named")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files, keep_pages
+from pipelines import former
 from pipelines.models import causal, gguf, saved_states, weight_files
 from pipelines.models.adapters import adapter_folder, load_adapter
 from pipelines.models.base import READ_AGAIN
@@ -230,3 +231,6 @@ def _digests(name: str, revision: str | None = None, *, code: Sequence[str] = ()
     suffixes = (".safetensors", ".json", ".jinja", *code)
     kept = [p for p in sorted(folder.iterdir()) if p.suffix in suffixes and p.is_file()]
     return {p.name: known.get(p.name) or files.digest_file(p) for p in kept if p.name != gguf.SEAL}
+
+
+former.callable_as(__name__, "load")

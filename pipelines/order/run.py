@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from pipelines import former
 from pipelines.order import cost
 from pipelines.order import setting as order_setting
 from pipelines.order.estimate import estimate_orders
@@ -73,3 +74,6 @@ def run(config: OrderConfig) -> Path:
         page = order_report.render(current.folder)
         say(f"report: {page}")
     return config.out
+
+
+former.callable_as(__name__, "run")

@@ -25,6 +25,7 @@ from datatools import (
     files,
     select,
 )
+from pipelines import former
 from pipelines.models import load as models
 from pipelines.report import select_page, terminal
 from pipelines.rows import leakage
@@ -213,3 +214,6 @@ def _like_the_target(
     resolved = Budget.parse(budget).resolve(candidates)  # a share of the pool, not of the pool and the target
     asked = f"{resolved.rows}" if resolved.rows is not None else f"{resolved.tokens} tokens"
     return select(name, wider, asked, reference=Selection(torch.arange(n, n + m)), **options)
+
+
+former.callable_as(__name__, "run")

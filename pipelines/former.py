@@ -1,0 +1,86 @@
+"""Names of modules before they moved into rooms, which scripts may still import.
+
+A former module finds its names in the modules that hold them today. New code imports those.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+FORMER: dict[str, tuple[str, ...]] = {
+    "config": tuple(
+        f"settings.{name}" for name in ("base", "parts", "select", "train", "order", "audit", "diagnose", "demo")
+    ),
+    "data": ("rows.row", "rows.read", "rows.index"),
+    "encode": ("rows.encode", "rows.encoded"),
+    "chat": ("rows.chat.refusals", "rows.chat.render", "rows.chat.template", "rows.chat"),
+    "coresets": ("colm", "colm.mixin", "colm.coresets", "colm.sources"),
+    "evaluation": ("training.evaluation",),
+    "train": ("training.train",),
+    "trainer": ("training.trainer",),
+    "audit": ("select.audit",),
+    "explain": ("select.explain",),
+    "adapters": ("models.adapters",),
+    "checkpoints": ("training.checkpoints",),
+}
+"""Former module -> the modules of `pipelines` that have its names today."""
+
+
+class Finder(MetaPathFinder, Loader):
+    """Finds the former modules, after all finders of real ones."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+        """The specification of a former module; None for every other name."""
+        package, _, name = fullname.rpartition(".")
+        return ModuleSpec(fullname, self) if package == "pipelines" and name in FORMER else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Make each name of the module one that is looked up when it is used."""
+        places = FORMER[module.__name__.rpartition(".")[2]]
+
+        def found(name: str) -> Any:
+            if not name.startswith("__"):
+                for place in places:
+                    holder = import_module(f"pipelines.{place}")
+                    if hasattr(holder, name):
+                        return getattr(holder, name)
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        module.__getattr__ = found  # type: ignore[method-assign]
+
+
+def front_door(room: str, *places: str) -> Any:
+    """`__getattr__` of a room: its modules, and the names that its former module had."""
+
+    def found(name: str) -> Any:
+        if not name.startswith("__"):
+            if find_spec(f"{room}.{name}") is not None:
+                return import_module(f"{room}.{name}")
+            for place in places:
+                holder = import_module(f"{room}.{place}")
+                if hasattr(holder, name):
+                    return getattr(holder, name)
+        raise AttributeError(f"module {room!r} has no attribute {name!r}")
+
+    return found
+
+
+def install() -> None:
+    """Make the former modules importable."""
+    if not any(isinstance(finder, Finder) for finder in sys.meta_path):
+        sys.meta_path.append(Finder())
+
+
+def callable_as(module: str, function: str) -> None:
+    """Let a module be called as its function: `pipelines.select.run(config)`, `pipelines.models.load(config)`."""
+
+    class Callable(ModuleType):
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            return getattr(self, function)(*args, **options)
+
+    sys.modules[module].__class__ = Callable
