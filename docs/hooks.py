@@ -12,18 +12,13 @@ import re
 from typing import Any
 
 from pipelines import listing
-from pipelines.settings import audit, diagnose, order, reference, select, train
+from pipelines.cli.commands import COMMANDS
+from pipelines.settings import reference
 
 MARK = re.compile(r"<!-- table: (\w+) -->")
 SETTINGS = re.compile(r"<!-- settings: (\w+) -->")
 EQUATION = re.compile(r'<(?:span|div) class="arithmatex">(.*?)</(?:span|div)>', re.S)
-MODELS = {
-    "select": select.SelectConfig,
-    "train": train.TrainConfig,
-    "order": order.OrderConfig,
-    "audit": audit.AuditConfig,
-    "diagnose": diagnose.DiagnoseConfig,
-}
+MODELS = {name: COMMANDS[name].settings for name in ("select", "train", "order", "audit", "diagnose")}
 
 
 def table(kind: str) -> str:

@@ -4,7 +4,7 @@ A former module finds its names in the modules that hold them today. New code im
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -42,30 +42,30 @@ class Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Make each name of the module one that is looked up when it is used."""
         places = FORMER[module.__name__.rpartition(".")[2]]
-
-        def found(name: str) -> Any:
-            if not name.startswith("__"):
-                for place in places:
-                    holder = import_module(f"pipelines.{place}")
-                    if hasattr(holder, name):
-                        return getattr(holder, name)
-            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-
-        module.__getattr__ = found  # type: ignore[method-assign]
+        module.__getattr__ = _look_up(module.__name__, *(f"pipelines.{place}" for place in places))  # type: ignore[method-assign]
 
 
-def front_door(room: str, *places: str) -> Any:
+def front_door(room: str, *places: str) -> Callable[[str], Any]:
     """`__getattr__` of a room: its modules, and the names that its former module had."""
+    look_up = _look_up(room, *(f"{room}.{place}" for place in places))
 
     def found(name: str) -> Any:
-        if not name.startswith("__"):
-            if find_spec(f"{room}.{name}") is not None:
-                return import_module(f"{room}.{name}")
-            for place in places:
-                holder = import_module(f"{room}.{place}")
-                if hasattr(holder, name):
-                    return getattr(holder, name)
-        raise AttributeError(f"module {room!r} has no attribute {name!r}")
+        if not name.startswith("__") and find_spec(f"{room}.{name}") is not None:
+            return import_module(f"{room}.{name}")
+        return look_up(name)
+
+    return found
+
+
+def _look_up(module: str, *places: str) -> Callable[[str], Any]:
+    """`__getattr__` of a module whose names stand in the modules `places`."""
+
+    def found(name: str) -> Any:
+        for place in places if not name.startswith("__") else ():
+            holder = import_module(place)
+            if hasattr(holder, name):
+                return getattr(holder, name)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return found
 
@@ -79,8 +79,8 @@ def install() -> None:
 def callable_as(module: str, function: str) -> None:
     """Let a module be called as its function: `pipelines.select.run(config)`, `pipelines.models.load(config)`."""
 
-    class Callable(ModuleType):
+    class Called(ModuleType):
         def __call__(self, *args: Any, **options: Any) -> Any:
             return getattr(self, function)(*args, **options)
 
-    sys.modules[module].__class__ = Callable
+    sys.modules[module].__class__ = Called

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,19 @@ WRITING = {f"datatools/files/{name}.py" for name in ("atomic", "disk", "folders"
 
 def modules(*packages: str) -> Iterator[tuple[str, ast.Module]]:
     for package in packages:
-        for path in sorted((REPOSITORY / package).rglob("*.py")):
-            yield str(path.relative_to(REPOSITORY)), ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        yield from _parsed(package)
 
 
+@cache
+def _parsed(package: str) -> tuple[tuple[str, ast.Module], ...]:
+    """(where, tree) of every module; no check changes a tree."""
+    return tuple(
+        (str(path.relative_to(REPOSITORY)), ast.parse(path.read_text(encoding="utf-8"), filename=str(path)))
+        for path in sorted((REPOSITORY / package).rglob("*.py"))
+    )
+
+
+@cache
 def exported(package: str) -> set[str]:
     """The names that a package's __init__ defines or imports, also under `if TYPE_CHECKING` (lazy exports)."""
     path = REPOSITORY / package / "__init__.py"

@@ -32,8 +32,8 @@ def unseal(data: bytes) -> dict[str, Any]:
     """The body of `seal`. Raises: ValueError unless `data` is what `seal` wrote, byte for byte."""
     try:
         body = json.loads(data)
-        wanted = body.pop("digest")
-        if seal(body) != data or files.digest(files.json_bytes(body)) != wanted:
+        body.pop("digest")  # which `seal` computes again
+        if seal(body) != data:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("its digest does not match") from None

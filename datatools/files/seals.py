@@ -236,8 +236,8 @@ def _line(body: Mapping[str, object]) -> bytes:
 def _parse(line: bytes, number: int, path: str, seals: dict[str, list[Seal]]) -> None:
     try:
         body = json.loads(line)
-        total = body.pop("sum")
-        if _line(body) != line or total != xxhash.xxh3_64_hexdigest(json.dumps(body).encode()):
+        body.pop("sum")  # which `_line` computes again
+        if _line(body) != line:
             raise ValueError
         if number == 1:
             if body["format"] == FORMAT:

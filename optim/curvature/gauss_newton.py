@@ -32,8 +32,8 @@ class NoCrossEntropy(ValueError):
     """A loss that calls no torch.nn.functional.cross_entropy, whose Gauss-Newton matrix is therefore not known."""
 
 
-class _CrossEntropies(TorchFunctionMode, ABC):
-    """While active, every call of torch.nn.functional.cross_entropy gets other arguments."""
+class CrossEntropies(TorchFunctionMode, ABC):
+    """While active, sees every call of torch.nn.functional.cross_entropy, and may give it other arguments."""
 
     @abstractmethod
     def replaced(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def gauss_newton_product(
     return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(params, found, strict=True)]
 
 
-class _SampledLabels(_CrossEntropies):
+class _SampledLabels(CrossEntropies):
     """While active, cross_entropy gets labels drawn from its own logits; counts the terms that are not ignored."""
 
     def __init__(self, seed: int) -> None:
@@ -174,7 +174,7 @@ class _SampledLabels(_CrossEntropies):
         return {"target": labels, "label_smoothing": 0.0}
 
 
-class _Logits(_CrossEntropies):
+class _Logits(CrossEntropies):
     """While active, cross_entropy reads copies (`copies`) of its `logits`: loss and model are two graphs."""
 
     def __init__(self) -> None:

@@ -1,16 +1,14 @@
 """How sharp the loss is in each block of a transformer, and the learning-rate ratios that this suggests."""
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from optim import curvature
+from optim.curvature.gauss_newton import CrossEntropies
 from optim.roles import block_of
 from optim.rule import moment_dtype
 
@@ -137,15 +135,11 @@ def _empirical(loss_fn: Callable[[], Tensor], params: list[Tensor]) -> list[Tens
     return [None if g is None else counted.terms * g.to(moment_dtype(g)).square() for g in grads]
 
 
-class _CountedTerms(TorchFunctionMode):
+class _CountedTerms(CrossEntropies):
     """While active, counts the labels of cross_entropy that are not ignored."""
 
     terms = 0
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is functional.cross_entropy:
-            given = inspect.signature(functional.cross_entropy).bind(*args, **(kwargs or {})).arguments
-            self.terms += int((given["target"] != given.get("ignore_index", -100)).sum())
-        return func(*args, **(kwargs or {}))
+    def replaced(self, given: dict[str, Any]) -> dict[str, Any]:
+        self.terms += int((given["target"] != given.get("ignore_index", -100)).sum())
+        return {}

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.zeroth_order.replay import Loss, NotFinite, ranks
+from optim.curvature.losses import rank_count
+from optim.zeroth_order.replay import Loss, NotFinite
 
 
 def exact_gradients(
@@ -38,10 +39,10 @@ def exact_gradients(
         for p in others.values():
             p.requires_grad_(True)
     found = {id(p): g for p, g in zip(wanted, total, strict=True) if g is not None}
-    if ranks() > 1:
+    if rank_count() > 1:
         for grad in found.values():
             dist.all_reduce(grad)
-            grad.div_(ranks())
+            grad.div_(rank_count())
     for gradient in found.values():
         if not bool(gradient.isfinite().all()):
             raise refused("gradient of the last layers", "not finite", math.nan)

@@ -5,7 +5,6 @@ other parameters, or on how the tensor is sharded. `PIECE` entries at a time are
 that adding a direction to a tensor needs the memory of one piece.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from optim.curvature.losses import mix
 from optim.kernels import perturb
 from optim.sharding import is_sharded
 
@@ -24,12 +24,6 @@ Kind = Literal["normal", "uniform"]
 
 NoiseFn: TypeAlias = Callable[[str, torch.Size, int, int], Tensor]
 """(name, shape, seed, query) -> the direction, or the mask (1 where it is dropped): recorded ones, for tests."""
-
-
-def mix(*numbers: object) -> int:
-    """Return one seed of 63 bits made from several numbers and names."""
-    digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def pieces(

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from optim.curvature.losses import rank_count
+
 Loss: TypeAlias = Callable[[], Any]
 Losses: TypeAlias = Loss | Sequence[Loss]
 """A function that computes the loss, a number or a tensor of one; or several (micro-batches) whose sum is the loss."""
@@ -101,16 +103,11 @@ def _value(loss: Any) -> float:
     return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
 
 
-def ranks() -> int:
-    """The number of processes that take the step together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def mean_over_ranks(value: float) -> float:
     """The mean of the ranks' values, the same bits on every one of them."""
-    if ranks() == 1:
+    if rank_count() == 1:
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     shared = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(shared)
-    return float(shared) / ranks()
+    return float(shared) / rank_count()

@@ -17,10 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from optim.curvature.losses import mix
 from optim.zeroth_order.exact import exact_gradients
 from optim.zeroth_order.forward import directional
 from optim.zeroth_order.groups import is_plain, is_separate
-from optim.zeroth_order.noise import Directions, NoiseFn, mix
+from optim.zeroth_order.noise import Directions, NoiseFn
 from optim.zeroth_order.replay import Evaluations, Losses, NotFinite, Query, Taken, mean_over_ranks
 from optim.zeroth_order.settings import Estimator, check_settings, dropped_shares
 

@@ -29,7 +29,10 @@ def find(
     return found
 
 
-def sentence(found: Sequence[Mapping[str, Any]]) -> str:
+def sentence(found: Sequence[Mapping[str, Any]], what: str = "test rows") -> str:
     """`3 of 60 test rows are also in the pool (test.jsonl:3 is pool.jsonl:8); 1 of 60 in the selection (...)`."""
-    parts = [f"{one['rows']} of {one['of']} {{}}in the {one['where']} ({', '.join(one['examples'])})" for one in found]
-    return "; ".join(part.format("" if k else "test rows are also ") for k, part in enumerate(parts))
+    return "; ".join(
+        f"{one['rows']} of {one['of']} {'' if k else f'{what} are also '}in the {one['where']} "
+        f"({', '.join(one['examples'])})"
+        for k, one in enumerate(found)
+    )

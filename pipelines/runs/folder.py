@@ -191,11 +191,9 @@ class Run:
 
     def _write_provenance(self) -> None:
         path = self.folder / "provenance.json"
-        found: Any = {}
-        if self.resumed and path.is_file():
-            found = files.read_json(path, limit=64_000_000)
-            if not isinstance(found, dict) or not isinstance(found.get("facts", {}), dict):
-                raise DataError(f"{shown(path)} is damaged; restore it, or remove it to continue without its checks")
+        found: Any = self._recorded() if self.resumed else {}
+        if not isinstance(found, dict) or not isinstance(found.get("facts", {}), dict):
+            raise DataError(f"{shown(path)} is damaged; restore it, or remove it to continue without its checks")
         self.provenance = fresh = provenance.record(self.command, self.config, found)
         old_versions = found.get("versions") or {}
         for name, version in fresh["versions"].items():

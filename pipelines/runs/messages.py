@@ -16,13 +16,8 @@ _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 _bars: ContextVar["Bars | None"] = ContextVar("bars", default=None)
 
 
-def set_quiet(quiet: bool) -> None:
-    """Show warnings and errors only, or everything again."""
-    _quiet.set(quiet)
-
-
 @contextmanager
-def quietly(quiet: bool) -> Iterator[None]:
+def quietly(quiet: bool = True) -> Iterator[None]:
     """Inside, only warnings and errors are shown if `quiet`; afterwards, what was shown before."""
     before = _quiet.set(quiet)
     try:

@@ -7,7 +7,6 @@ overridden: another one is refused.
 
 import os
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from datatools import EnvironmentProblem
 from optim import backend
 from pipelines.runs import threads
 from pipelines.runs.messages import say
+from pipelines.runs.provenance import version
 from pipelines.settings.base import Json
 from pipelines.texts import visible
 
@@ -35,7 +35,7 @@ def facts() -> dict[str, Json]:
     found: dict[str, Json] = {
         "device": torch.cuda.get_device_name(0) if cuda else "cpu",
         "torch": str(torch.__version__),
-        **{name: _version(name) for name in ("transformers", "peft")},
+        **{name: version(name) for name in ("transformers", "peft")},
         "steps": _steps(cuda),
     }
     if not cuda:  # where sums are made on the GPU, the processor's own way to make them decides nothing
@@ -54,15 +54,8 @@ def _steps(cuda: bool) -> str:
     if chosen == "triton" and backend.triton is None:
         raise EnvironmentProblem("OPTIM_BACKEND=triton, and triton is not installed")
     if backend.triton is not None and (chosen == "triton" or (cuda and chosen == "auto")):
-        return f"triton {_version('triton')}"
-    return f"compiled by llvmlite {_version('llvmlite')}" if compiled and not cuda else "torch operations"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+        return f"triton {version('triton')}"
+    return f"compiled by llvmlite {version('llvmlite')}" if compiled and not cuda else "torch operations"
 
 
 def keep_threads(recorded: object) -> None:

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 
 from datatools import DatatoolsError, files, visit_per_sample_grads
-from pipelines.models.base import unload
-from pipelines.models.lora import add_lora
 from pipelines.models.losses import losses_for, row_losses, seen_parameters
 from pipelines.runs.messages import library_warnings
 from pipelines.runs.provenance import peak_rss_bytes
@@ -116,11 +114,8 @@ def _as_trained(context: Context) -> Iterator[Any]:
     """The model at the user's first checkpoint, a whole one's by the model itself, or with fresh adapters."""
     config, model = context.config, context.model().model
     if not config.checkpoints:
-        module = add_lora(model, config.lora, seed=0).eval()
-        try:
+        with cost.as_trained(model, config.lora) as module:
             yield module
-        finally:
-            unload(module)
         return
     first = checkpoints.find(config.checkpoints)[0]
     if not first.is_adapter:

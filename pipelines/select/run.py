@@ -146,7 +146,7 @@ def _context(config: SelectConfig, current: Run) -> Context:
             raise DataError(f"no row in --target {', '.join(empty)}; leave the file out or fill it")
         if target is not None and (seen := leakage.find(target, {"pool": (pool, None)})):
             warn(
-                f"{leakage.sentence(seen).replace('test rows', 'target rows')}: likeness ranks such rows first; a "
+                f"{leakage.sentence(seen, 'target rows')}: likeness ranks such rows first; a "
                 "selection of what is known already is worth little"
             )
     inputs.record(by_content=("data", "target"), grows=("data",))

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -262,8 +261,3 @@ class Estimate:
         """Let the run's progress count down to the end of all parts."""
         if (run := current.run()) is not None:
             run.expect(self.parts)
-
-
-def folder_bytes(*paths: Path) -> int:
-    """Of the files in these folders, for what is there already."""
-    return sum(f.stat().st_size for path in paths if path.is_dir() for f in path.rglob("*") if f.is_file())

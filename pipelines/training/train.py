@@ -167,7 +167,7 @@ def _leaked(config: TrainConfig, held_out: Rows, rows: Rows) -> str | None:
     found = leakage.find(held_out, {"training data": (rows, None)}, near=near)
     if not found:
         return None
-    sentence = leakage.sentence(found).replace("test rows", "validation rows")
+    sentence = leakage.sentence(found, "validation rows")
     if rank() == 0:
         warn(f"{sentence}: their loss will look too good")
     return sentence

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipelines.runs.messages import set_quiet
+from pipelines.runs.messages import quietly
 from pipelines.select.run import run
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig
 from pipelines.settings.select import FeaturesConfig, ProjectorConfig, SelectConfig, WarmupConfig
@@ -74,11 +74,11 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--chat", default="auto", help="auto, or tulu for a tokenizer without a template (stories260k)")
     options = parser.parse_args()
-    set_quiet(True)
     print(f"| set | method | k | precision | corrupted | adjacent |\n|---|---|---|---|---|---|  ({options.model})")
     for name in options.sets:
         for method in options.methods:
-            found = measure(name, method, options)
+            with quietly():
+                found = measure(name, method, options)
             print(
                 "| " + " | ".join(f"{v:.2f}" if isinstance(v, float) else str(v) for v in found.values()) + " |",
                 flush=True,

@@ -7,6 +7,7 @@ from pipelines.rows.formats.pair import from_pair
 from pipelines.rows.formats.prompt_completion import from_prompt
 from pipelines.rows.formats.record import TEXTS_OR_LISTS, Format, Given, WrongColumns
 from pipelines.rows.formats.shape import Message, Shape
+from pipelines.rows.formats.turns import ROLES
 from pipelines.rows.jsonl import Malformed
 
 _SPEAKER = re.compile(r"\s*+(Human|Assistant):")
@@ -28,7 +29,7 @@ def _read(given: Given, _: tuple[str, ...]) -> Shape:
         chosen, rejected = dialogue(chosen), dialogue(rejected)
     if isinstance(chosen, list):
         first = next((first_of(turn, "role", "from") for turn in chosen if isinstance(turn, dict)), None)
-        whole = isinstance(first, str) and first.strip().lower() not in {"assistant", "gpt", "bot", "model", "chatgpt"}
+        whole = isinstance(first, str) and ROLES.get(first.strip().lower()) != "assistant"
         if isinstance(prompt, list):
             return from_prompt(prompt, chosen[len(prompt) :] if chosen[: len(prompt)] == prompt else chosen, columns)
         if whole:  # the prompt is in the conversation, whether it is in a column as well or not

@@ -28,6 +28,8 @@ TOOL_ROLES = {"tool", "function", "function_response", "tool_response", "observa
 """Roles of turns that hold what a tool returned; the template gets them as "tool"."""
 CALL_ROLES = {"function_call", "tool_call"}
 """Roles of turns that are an assistant's call of a tool, written as JSON (sharegpt)."""
+_MEANING = ROLES | dict.fromkeys(TOOL_ROLES, "tool") | dict.fromkeys(CALL_ROLES, "assistant")
+"""Every accepted role name -> the role that the template gets."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names under which a turn may hold its reasoning."""
 
@@ -73,10 +75,9 @@ def turns_of(value: list[Any], columns: Mapping[str, str]) -> tuple[list[Message
         if not isinstance(role, str):
             raise Malformed("unknown_role", f"the role of turn {k + 1} is {json_type(role)}")
         lowered = role.strip().lower()
-        known = ROLES | dict.fromkeys(TOOL_ROLES, "tool") | dict.fromkeys(CALL_ROLES, "assistant")
-        if lowered not in known:
+        if lowered not in _MEANING:
             raise Malformed("unknown_role", f"{shown(role, 30)} in turn {k + 1}{did_you_mean(lowered, ROLES)}")
-        name = known[lowered]
+        name = _MEANING[lowered]
         if name != role:
             flags.add("role_renamed")
         content = first_of(turn, columns.get("content", "content"), columns.get("value", "value"))

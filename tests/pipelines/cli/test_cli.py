@@ -20,7 +20,6 @@ from datatools import DataError, EnvironmentProblem, UsageError
 from pipelines.cli import app as cli
 from pipelines.cli.app import main
 from pipelines.cli.commands import COMMANDS, SIMPLE
-from pipelines.runs import messages
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.demo import DemoConfig
 from pipelines.settings.diagnose import DiagnoseConfig
@@ -52,8 +51,6 @@ def quiet_world(tmp_path, monkeypatch):
     monkeypatch.setattr("pipelines.rows.preflight.check", lambda config, command: None)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    yield
-    messages.set_quiet(False)
 
 
 @pytest.fixture

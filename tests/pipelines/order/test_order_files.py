@@ -11,7 +11,6 @@ from datatools import DataError, EnvironmentProblem, Order
 from datatools.files import sealed
 from pipelines.order.run import run
 from pipelines.report import order_page as order_report
-from pipelines.runs import messages
 from pipelines.settings.order import OrderConfig, OrderData, OrderTraining
 from pipelines.settings.parts import ModelConfig
 from tests.tiny import save_tiny_model, write_rows
@@ -57,7 +56,6 @@ def cut(path: Path, at: float) -> None:
 
 
 def test_damaged_files_are_made_again_and_said(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    messages.set_quiet(False)
     out = run(settings(world, tmp_path / "run"))
     run(settings(world, out, task="map", map_batches=1, map_positions=2, completions=1))
     whole = results(out)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from pipelines.runs import current, messages
+from pipelines.runs import current
 
 
 @pytest.fixture(autouse=True)
@@ -15,5 +15,4 @@ def an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     yield
-    messages.set_quiet(False)
     assert current.run() is None

@@ -161,12 +161,12 @@ def test_of_many_overwriting_starters_the_folder_holds_one_at_a_time():
         except EnvironmentProblem as error:
             errors.append(str(error))
 
-    messages.set_quiet(True)
-    threads = [threading.Thread(target=start) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with messages.quietly():
+        threads = [threading.Thread(target=start) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert most[0] == 1 and all("in use" in error for error in errors)
     assert not list(Path("r").glob(".tmp-*"))
 

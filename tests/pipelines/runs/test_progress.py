@@ -31,13 +31,15 @@ def test_lines_every_thirty_seconds(capsys):
 
 
 def test_quiet_means_quiet(capsys):
-    messages.set_quiet(True)
-    with progress("x", 3) as bar:
-        bar.advance(3)
+    with messages.quietly():
+        with progress("x", 3) as bar:
+            bar.advance(3)
+        messages.say("hello")
+        assert capsys.readouterr().err == ""
+        messages.warn("still said")
+        assert capsys.readouterr().err == "warning: still said\n"
     messages.say("hello")
-    assert capsys.readouterr().err == ""
-    messages.warn("still said")
-    assert capsys.readouterr().err == "warning: still said\n"
+    assert capsys.readouterr().err == "hello\n"
 
 
 def test_progress_json_is_fresh():

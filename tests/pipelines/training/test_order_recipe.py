@@ -16,7 +16,6 @@ from pipelines.models.adapters import load_adapter
 from pipelines.order import kept as kept_files
 from pipelines.order import run as pipeline
 from pipelines.order.setting import Setting
-from pipelines.runs import messages
 from pipelines.settings.order import OrderConfig, OrderData, OrderTraining
 from pipelines.settings.parts import LoraConfig, ModelConfig
 from pipelines.settings.train import TrainConfig
@@ -151,7 +150,6 @@ def test_a_setting_in_yaml_contradicts_too_and_one_that_agrees_is_fine(
 def test_train_says_what_it_took_over(
     world: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    messages.set_quiet(False)
     train.run(config(world, tmp_path / "new", order=made))
     said = capsys.readouterr().err
     assert "trains by the recipe that the order was estimated for: adamw, learning rate 0.001, schedule const" in said
