@@ -180,7 +180,7 @@ class Optimizer(torch.optim.Optimizer):
             self._settle(i, group)
         for group, offset, params, grads in work:
             rule: UpdateRule = group["rule"]
-            if type(rule).share is not UpdateRule.share and params:
+            if rule.shares and params:
                 params, grads = self._share(rule, group, offset, params, grads)
             if "rounding" in group:
                 fine = rounding.step(self._step_those, group, offset, params, grads, self.arrived)

@@ -104,13 +104,17 @@ class UpdateRule(ABC):
         return
 
     @property
+    def shares(self) -> bool:
+        """Whether `share` does anything, so that a step has to call it; a wrapper asks the rule that it wraps."""
+        return type(self).share is not UpdateRule.share
+
+    @property
     def coupled(self) -> bool:
         """Whether `share` makes the step of one tensor depend on others, so that no process can step some alone.
 
-        A rule that overrides `share` is assumed to be coupled; a rule that looks at one tensor at a time there may
-        override this.
+        A rule that shares is assumed to be coupled; a rule that looks at one tensor at a time there may override this.
         """
-        return type(self).share is not UpdateRule.share
+        return self.shares
 
     def stepped(
         self,

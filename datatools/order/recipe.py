@@ -14,7 +14,7 @@ import torch
 
 from datatools.errors import UsageError
 from datatools.order.problem import Diverged, Params, Problem
-from optim import Optimizer, State, UpdateRule, cpu_jit, curvature, rule_from
+from optim import Optimizer, Quantized, State, UpdateRule, cpu_jit, curvature, rule_from
 
 States: TypeAlias = dict[str, State]
 
@@ -31,8 +31,8 @@ class Recipe:
         clip: the largest norm of the whole gradient, or None.
 
     Raises:
-        UsageError: for rules that cannot be replayed from a gradient alone: those that read a curvature, and those
-            whose parameters share statistics at every step (`UpdateRule.share`).
+        UsageError: for rules that cannot be replayed from a gradient alone: those that read a curvature, those whose
+            parameters share statistics at every step (`UpdateRule.shares`), and those with moments in 8 bits.
 
     Example:
         >>> from optim import AdamW
@@ -49,9 +49,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, rule in self.rules.items():
-            shares = type(rule).share is not UpdateRule.share
-            if shares or isinstance(rule, curvature.CurvatureRule):
-                why = "its parameters share statistics" if shares else "it reads a curvature that only `refresh` renews"
+            why = _why_not_replayed(rule)
+            if why:
                 raise UsageError(
                     f"order: the rule {rule.name!r} of {name!r} cannot be replayed from gradients alone ({why}); "
                     "train with adamw, sgd, lion, nadam, adabelief or muon"
@@ -140,6 +139,15 @@ class Recipe:
         """The inverse of `describe`."""
         rules = {name: rule_from(rule) for name, rule in saved["rules"].items()}
         return cls(rules, tuple(saved["rates"]), saved["factors"], saved["weight_decay"], saved["clip"])
+
+
+def _why_not_replayed(rule: UpdateRule) -> str:
+    """Return why gradients alone do not replay the steps of this rule, or "" if they do."""
+    if rule.shares:
+        return "its parameters share statistics"
+    if isinstance(rule, curvature.CurvatureRule):
+        return "it reads a curvature that only `refresh` renews"
+    return "its moments are stored in 8 bits, which no derivative passes" if isinstance(rule, Quantized) else ""
 
 
 def _rule(found: Any) -> UpdateRule:

@@ -126,7 +126,7 @@ class OwnerComputes(Optimizer):
                 if not self.state[key]:
                     self.state[key].update(rule.init(tensor))
             states: list[State] = [self.state[key] for key in keys]
-            if type(rule).share is not UpdateRule.share:
+            if rule.shares:
                 good = [i for i, finite in enumerate(cpu_jit.all_finite(own_grads)) if finite]
                 some = [states[i] for i in good]
                 rule.share([own_grads[i] for i in good], some, some)

@@ -16,4 +16,4 @@ def is_plain(group: Mapping[str, Any]) -> bool:
 def is_separate(group: Mapping[str, Any]) -> bool:
     """Whether the group's tensors may be stepped one after another: rules of this suite that share nothing."""
     rule = group.get("rule")
-    return isinstance(rule, UpdateRule) and type(rule).share is UpdateRule.share
+    return isinstance(rule, UpdateRule) and not rule.shares

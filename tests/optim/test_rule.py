@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from optim import AdamW, AdamWRule, Optimizer, UpdateMap, UpdateRule, rule_from
+from optim import AdamW, AdamWRule, Optimizer, Quantized, UpdateMap, UpdateRule, cpu_jit, create, rule_from
 from optim.rule import zero_moment, zero_step
 
 
@@ -168,6 +168,24 @@ def test_share_is_told_of_those_that_step_and_of_all_that_ever_did(rule):
         with pytest.warns(RuntimeWarning, match="parameter 'c': its gradient is not finite; counting left it"):
             step(a, broken=c)
         assert seen(a) == (2, 2, 1, 2) and not optimizer.state.get(c)
+
+
+@pytest.mark.parametrize("inner", [AdamWRule(), Counting()], ids=lambda r: r.name)
+def test_a_quantised_rule_shares_what_its_inner_rule_shares(inner):
+    rule = Quantized(inner=inner)
+    assert rule.shares is inner.shares and rule.coupled is inner.coupled
+
+
+def test_8_bit_moments_look_at_each_gradient_for_finiteness_once(monkeypatch):
+    looked = []
+    real = cpu_jit.all_finite
+    monkeypatch.setattr(cpu_jit, "all_finite", lambda grads: looked.append(len(grads)) or real(grads))
+    param = torch.nn.Parameter(torch.ones(128, 64))
+    optimizer = create("muon_8bit", [("weight", param)], lr=0.1)
+    param.grad = torch.full_like(param, torch.nan)
+    with pytest.warns(RuntimeWarning, match="parameter 'weight': its gradient is not finite; muon_8bit left it"):
+        optimizer.step()
+    assert not looked and (param == 1).all()
 
 
 def test_added_group_gets_the_default_rule():

@@ -150,6 +150,11 @@ class Quantized(UpdateRule):
         self.inner.share(grads, states, group)
 
     @property
+    def shares(self) -> bool:
+        """Whether the inner rule shares anything; quantising alone connects no tensors."""
+        return self.inner.shares
+
+    @property
     def coupled(self) -> bool:
         """Whether tensors share something, as under the inner rule."""
         return self.inner.coupled

@@ -17,7 +17,7 @@ from datatools.order.estimators.linear import Linear
 from datatools.order.problem import Problem
 from datatools.order.recipe import Recipe, train
 from datatools.order.reference_run import ReferenceRun, anchor_path, record
-from optim import AdaBeliefRule, AdamWRule, LionRule, MuonRule, SGDRule, SophiaGRule, SPAMRule
+from optim import AdaBeliefRule, AdamW8bitRule, AdamWRule, LionRule, MuonRule, SGDRule, SophiaGRule, SPAMRule
 from tests.datatools.order.quadratics import loss, random_problem, recipe, run
 
 
@@ -253,7 +253,7 @@ def test_a_loss_without_gradient_is_refused() -> None:
         reference(Problem(detached, clean.batches, clean.validation), size=4)
 
 
-@pytest.mark.parametrize("rule", [SPAMRule(), SophiaGRule()])
+@pytest.mark.parametrize("rule", [SPAMRule(), SophiaGRule(), AdamW8bitRule()])
 def test_rules_that_gradients_alone_do_not_replay_are_refused(rule) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(UsageError, match="cannot be replayed from gradients alone"):
         recipe(rule, [0.1])

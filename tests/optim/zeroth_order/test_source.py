@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from optim import SGD, AdamW, BlockwiseAdam, Muon, Optimizer, SGDRule
+from optim import SGD, AdamW, BlockwiseAdam, Muon, Optimizer, SGDRule, create
 from optim.zeroth_order import ZerothOrder, decay_groups, noise
 from tests.processes import spawn
 
@@ -324,6 +324,19 @@ def test_any_optimizer_steps_with_the_estimate(make):
         theirs.step()
         assert all(p.grad is None for p in model.parameters())
     torch.testing.assert_close(weights(model), weights(twin), rtol=1e-9, atol=1e-12)
+
+
+def test_8_bit_optimizers_hold_one_gradient_at_a_time(monkeypatch):
+    """Their tensors share nothing, so each is stepped alone: never do two of them have a gradient."""
+    model, loss = network()
+    optimizer = create("adamw_8bit", model.named_parameters(), lr=0.05, min_size=1)
+    held = []
+    real = optimizer.step
+    monkeypatch.setattr(
+        optimizer, "step", lambda: (held.append(sum(p.grad is not None for p in model.parameters())), real())
+    )
+    ZerothOrder(model.named_parameters(), seed=8).step(optimizer, loss)
+    assert held == [1] * len([*model.parameters()])
 
 
 def test_decay_is_mezos_and_by_name():
