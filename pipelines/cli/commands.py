@@ -191,13 +191,9 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="the folder of a run", show_default=False)],
 ) -> None:
     """Draw report.html of a run again, from what the run has written."""
-    from pipelines.rows import preflight
-
-    folder = Path(home(str(folder)))
-    preflight.run_folder(folder)
     from pipelines.report.pages import draw
 
-    typer.echo(draw(folder))
+    typer.echo(draw(Path(home(str(folder)))))
 
 
 def doctor(

@@ -123,19 +123,6 @@ def _order(config: OrderConfig) -> None:
         raise UsageError("training.gradient is zo: an order is estimated from gradients; use gradient 'backprop'")
 
 
-def run_folder(folder: Path) -> None:
-    """Refuse a folder that is not the folder of a run, for `datatools report`.
-
-    Raises:
-        UsageError: The folder is not the folder of a run.
-    """
-    if not folder.is_dir():
-        what = "a file" if folder.exists() else "no such folder"
-        raise UsageError(f"report {folder}: {what}; give the folder of a run")
-    if not any((folder / name).is_file() for name in ("run.yaml", "summary.json", "diagnose.json", "coreset.json")):
-        raise UsageError(f"report {folder}: not the folder of a run (run.yaml is missing)")
-
-
 # --------------------------------------------------------------------------------------------------------------- names
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from datatools import DataError, UsageError, files
+from pipelines.cli.app import main
 from pipelines.report import pages
 from pipelines.runs.folder import Run
 from pipelines.select import run as select
@@ -78,6 +79,14 @@ def test_a_damaged_file_is_named(tmp_path, name):
             assert name in str(error) or "scores.parquet" in str(error) or "metrics.jsonl" in str(error)
         else:
             assert name == "audit.json" and content.startswith('{"'), "every part of it may be missing"
+
+
+@pytest.mark.parametrize("name", [name for kind in pages.KINDS for name in kind.files])
+def test_the_command_takes_every_folder_that_has_a_page(tmp_path, capsys, name):
+    """A folder with nothing but this file is not refused as no run: its content is looked at."""
+    (tmp_path / name).write_text("{")
+    assert main(["report", str(tmp_path)]) == 3
+    assert f"{name} is damaged" in capsys.readouterr().err
 
 
 def test_values_of_another_type_are_told(audit):
