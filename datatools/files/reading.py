@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,6 +71,51 @@ def seal_of(path: PathLike) -> seals.Seal:
     """Size and digest of the regular file `path`. Raises: DataError if it is missing or not a file."""
     with open_file(path) as file, explained(path, "read"):
         return seal_of_open(file.fileno())
+
+
+_SETTLED_NS = 2_000_000_000
+"""How old a change of a file must be before its digest is kept: the coarsest clock of a file system ticks every 2 s."""
+
+_known: dict[str, tuple[tuple[int, ...], seals.Seal]] = {}
+
+
+def seal_once(path: PathLike) -> seals.Seal:
+    """Return `seal_of(path)`, for large files that several steps of a process compare: each is read once.
+
+    A file is read again when its device, inode, size or one of its times has changed, and as long as its last change
+    is so recent that another one could bear the same time.
+
+    Args:
+        path: The path of a regular file.
+
+    Returns:
+        Its size and digest.
+
+    Raises:
+        DataError: It is missing or not a file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     seal_once(file.name).bytes
+        0
+    """
+    name = os.path.abspath(path)
+    with open_file(path) as file, explained(path, "read"):
+        before, known = _standing(file.fileno()), _known.get(name)
+        if known is not None and known[0] == before:
+            return known[1]
+        seal, now = seal_of_open(file.fileno()), time.time_ns()
+        if before == _standing(file.fileno()) and now - max(before[-2:]) > _SETTLED_NS:
+            _known[name] = before, seal
+        else:
+            _known.pop(name, None)
+    return seal
+
+
+def _standing(descriptor: int) -> tuple[int, ...]:
+    facts = os.fstat(descriptor)
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def seal_of_open(descriptor: int) -> seals.Seal:

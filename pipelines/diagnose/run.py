@@ -57,12 +57,12 @@ def run(config: DiagnoseConfig) -> Path:
             f"{passes(config):,} forward and backward passes over them"
         )
         if config.dry_run:
-            _estimate(config, tokens, len(picked)).announce()
+            _estimate(config, tokenizer, tokens, len(picked)).announce()
             say("dry run: data and model load; nothing was measured")
             return config.out
         files.make_folder(current.path("checks"))
         todo = [name for name in chosen if _result(current, name) is None]
-        loaded = _load(config) if any(check(name).needs_model for name in todo) else None
+        loaded = _load(config, tokenizer) if any(check(name).needs_model for name in todo) else None
         look = Look(None if loaded is None else loaded.model, rows, picked, config)
         for name in todo:
             with current.stage(name):
@@ -116,9 +116,9 @@ def measure(name: str, look: Look) -> dict[str, Any]:
         raise DataError(f"diagnose {name}: {error}") from error
 
 
-def _estimate(config: DiagnoseConfig, tokens: int, rows: int) -> cost.Estimate:
+def _estimate(config: DiagnoseConfig, tokenizer: LoadedModel, tokens: int, rows: int) -> cost.Estimate:
     """What the checks will take; the spectra of large matrices come on top, and double-descent on its own data."""
-    loaded = _load(config)
+    loaded = _load(config, tokenizer)
     found = cost.probe(loaded.model, tokens // max(1, rows))
     seconds = passes(config) * found.seconds(tokens, max(1, tokens // config.token_budget))
     kept = max(check(name).keeps(config, found.trainable) for name in config.checks)
@@ -136,9 +136,9 @@ def _result(current: Run, name: str) -> Any:
     return files.read_json(path) if path.is_file() else None
 
 
-def _load(config: DiagnoseConfig) -> LoadedModel:
+def _load(config: DiagnoseConfig, tokenizer: LoadedModel) -> LoadedModel:
     wide = config.model.model_copy(update={"dtype": "float32"}) if config.model.dtype == "auto" else config.model
-    loaded = models.load(wide)
+    loaded = models.load(wide, tokenizer=tokenizer)
     loaded.model.requires_grad_(True)
     return loaded
 

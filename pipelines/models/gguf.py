@@ -1,8 +1,8 @@
 """GGUF files converted to safetensors once, in the user's cache, and sealed: what a later run finds is what was made.
 
 `complete.json` is written last and holds a digest of every file. A folder without it, with another digest, or with a
-file too many is made again. Digests are compared when a process first opens the model; a store's fingerprint is made of
-the same ones, so that each file is read once for both.
+file too many is made again. Digests are compared whenever a process opens the model; a store's fingerprint is made of
+the same ones, and `files.seal_once` reads each file once for both.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ FORMAT = "2"
 
 SEAL = "complete.json"
 
-_VERIFIED: dict[Path, tuple[list[tuple[str, int, int, int]], dict[str, str]]] = {}
-"""Converted folders that this process has checked: how their files stood then, and their digests."""
-
 
 def cache_folder() -> Path:
     """Where converted models are kept: $DATATOOLS_CACHE, else $XDG_CACHE_HOME/datatools, else ~/.cache/datatools."""
@@ -44,7 +41,7 @@ def converted(gguf: Path) -> Path:
         DataError: The file is not a GGUF model.
         EnvironmentProblem: The folder cannot be written.
     """
-    key = files.digest_file(gguf)
+    key = files.seal_once(gguf).digest
     home = cache_folder() / "gguf"
     target = home / f"{gguf.stem}-{key[:16]}-v{FORMAT}"
     wrong = fault(target)
@@ -75,38 +72,22 @@ class _Made(Exception):
     """The folder is there by now."""
 
 
-def digests(folder: Path) -> dict[str, str] | None:
-    """File name -> digest, of a converted folder that this process has checked; None of any other."""
-    known = _VERIFIED.get(folder)
-    return dict(known[1]) if known is not None else None
-
-
 def fault(folder: Path) -> str | None:
     """What is wrong with a converted folder; None when every file is as it was written."""
     if not folder.is_dir():
         return "it is not there"
     try:
-        known, standing = _VERIFIED.pop(folder, None), _standing(folder)
-        if known is not None and known[0] == standing:
-            _VERIFIED[folder] = known
-            return None
         sealed = files.read_json(folder / SEAL)
         listed = sealed["files"]
         found = {path.name for path in folder.iterdir()} - {SEAL}
         if found != set(listed):
             return f"{sorted(found ^ set(listed))[0]} is missing or too many"
         for name, digest in listed.items():
-            if files.digest_file(folder / name) != digest:
+            if files.seal_once(folder / name).digest != digest:
                 return f"{name} has changed"
-        _VERIFIED[folder] = standing, dict(listed)
     except (DatatoolsError, OSError, KeyError, TypeError, AttributeError):
         return f"{SEAL} cannot be read"
     return None
-
-
-def _standing(folder: Path) -> list[tuple[str, int, int, int]]:
-    found = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
-    return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 
 def _check(path: Path) -> None:

@@ -59,7 +59,12 @@ def resolve(name: str) -> str:
 
 
 def load(
-    config: ModelConfig, *, tokenizer_only: bool = False, weights: Path | None = None, merge: bool = True
+    config: ModelConfig,
+    *,
+    tokenizer_only: bool = False,
+    tokenizer: LoadedModel | None = None,
+    weights: Path | None = None,
+    merge: bool = True,
 ) -> LoadedModel:
     """Model and tokenizer of `config`, with its adapter when it names one; eval mode, every weight frozen.
 
@@ -68,6 +73,7 @@ def load(
     Args:
         config: The model, its adapter and its chat format.
         tokenizer_only: Read no weights: the result has no model.
+        tokenizer: What `tokenizer_only` returned for the same model and adapter: its tokenizer is not read again.
         weights: Take the model from this folder instead, a checkpoint of a run that trained all of it (Trainer saves no
             tokenizer there), without an adapter.
         merge: Merge the adapter into one plain model, on which other adapters may be put. Otherwise the adapter stays
@@ -94,18 +100,21 @@ def load(
             if (beside / "tokenizer_config.json").is_file():
                 weight_files.check_settings(beside, trusted=config.trust_remote_code)
                 source, options = str(beside), {"trust_remote_code": config.trust_remote_code}
-    with _read_errors(config, f"the tokenizer of --model {config.name}" if source == name else f"tokenizer {source}"):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    encode = None if tokenizer is None else tokenizer.tokenizer
+    if encode is None:
+        what = f"the tokenizer of --model {config.name}" if source == name else f"tokenizer {source}"
+        with _read_errors(config, what):
+            encode = AutoTokenizer.from_pretrained(source, **options)
     with _read_errors(config):
         if tokenizer_only:
-            return LoadedModel(None, tokenizer, _folder(name), digests, _limits(name, _hub_options(config)))
+            return LoadedModel(None, encode, _folder(name), digests, _limits(name, _hub_options(config)))
     apart = None if merge or weights is not None else config.adapter
     model: Any = _weights_of(config if apart is None else config.model_copy(update={"adapter": None}), weights)
     limits = limits_of(model)
     if apart is not None:
         model = load_adapter(model, apart)
     causal.check(model, config.name)
-    return LoadedModel(model, tokenizer, _folder(name), digests, limits)
+    return LoadedModel(model, encode, _folder(name), digests, limits)
 
 
 def _weights_of(config: ModelConfig, weights: Path | None) -> Any:
@@ -227,10 +236,9 @@ def _digests(name: str, revision: str | None = None, *, code: Sequence[str] = ()
 
         commit = Path(cached_file(name, "config.json", revision=revision)).parent.name
         return {"hub": redaction.hide(name), "commit": commit}
-    known = gguf.digests(folder) or {}
     suffixes = (".safetensors", ".json", ".jinja", *code)
     kept = [p for p in sorted(folder.iterdir()) if p.suffix in suffixes and p.is_file()]
-    return {p.name: known.get(p.name) or files.digest_file(p) for p in kept if p.name != gguf.SEAL}
+    return {p.name: files.seal_once(p).digest for p in kept if p.name != gguf.SEAL}
 
 
 former.callable_as(__name__, "load")

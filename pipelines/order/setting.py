@@ -115,7 +115,7 @@ def build(config: OrderConfig, current: Run) -> Setting:
     )
 
     with current.stage("load model"):
-        loaded = models.load(config.model.model_copy(update={"dtype": "float32"}))
+        loaded = models.load(config.model.model_copy(update={"dtype": "float32"}), tokenizer=tokenizer)
         module = trainable(loaded.model, config.lora, seed=config.seed).eval()
         _refuse_dropout(module)
     device = loaded.model.device

@@ -150,7 +150,7 @@ def changed(folder: Path, listed: object) -> str | None:
         file = folder / name
         if not file.is_file():
             return f"{shown(file)} is missing"
-        if files.seal_of(file) != seals.Seal(size, digest):
+        if files.seal_once(file) != seals.Seal(size, digest):
             return f"{shown(file)} is not what was saved: it was damaged or edited"
     return None
 

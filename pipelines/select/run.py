@@ -139,7 +139,8 @@ def _refuse_another_selection(config: SelectConfig) -> None:
 def _context(config: SelectConfig, current: Run) -> Context:
     """Read and check everything, and compare it with what the run in this folder began with."""
     with current.stage("read"):
-        inputs = Inputs(current, config.model, models.load(config.model, tokenizer_only=True))
+        tokenizer = models.load(config.model, tokenizer_only=True)
+        inputs = Inputs(current, config.model, tokenizer)
         pool = inputs.read("pool", config.train, group="data", bad_rows=True)
         target = inputs.read_like("target", config.train, config.target, config.target_columns)
         if target is not None and (empty := [file.path for file in target.pool.files if not file.rows]):
@@ -154,7 +155,7 @@ def _context(config: SelectConfig, current: Run) -> Context:
     @cache
     def model() -> models.LoadedModel:
         with current.stage("load model"):
-            return models.load(config.model)
+            return models.load(config.model, tokenizer=tokenizer)
 
     return Context(config, current, pool, target, model)
 

@@ -103,7 +103,7 @@ def _run(config: TrainConfig) -> Path:
         if config.dry_run:
             lengths = rows.scan.tokens[chosen if sequence is None else [row for step in sequence for row in step]]
             saves = -(-steps // config.save_steps) if config.save_steps else recipe.epochs
-            _estimate(config, recipe, lengths.tolist(), steps, saves).announce()
+            _estimate(config, tokenizer, recipe, lengths.tolist(), steps, saves).announce()
             say("dry run: data and model load; nothing was trained")
             return config.out
         done = current.path("adapter" if config.lora is not None else "model")
@@ -117,7 +117,8 @@ def _run(config: TrainConfig) -> Path:
         master = config.training.rounding == "master" and models.dtype_of(config.model) == torch.bfloat16
         master = master and config.lora is None  # adapters are in float32 as they are
         with current.stage("load model"):
-            loaded = models.load(config.model.model_copy(update={"dtype": "float32"}) if master else config.model)
+            kept_in = config.model.model_copy(update={"dtype": "float32"}) if master else config.model
+            loaded = models.load(kept_in, tokenizer=tokenizer)
         sources = rows.pool.sources
         if choose is not None and choose.clusters is not None:
             with current.stage("cluster rows"):
@@ -180,9 +181,16 @@ def _validation(config: TrainConfig, held_out: Rows | None, every: int) -> Valid
     return Validation(loss, every, config.patience, config.keep_best)
 
 
-def _estimate(config: TrainConfig, recipe: TrainingConfig, lengths: list[int], steps: int, saves: int) -> cost.Estimate:
+def _estimate(
+    config: TrainConfig,
+    tokenizer: models.LoadedModel,
+    recipe: TrainingConfig,
+    lengths: list[int],
+    steps: int,
+    saves: int,
+) -> cost.Estimate:
     """What the run will take, timed on made-up tokens."""
-    model = models.load(config.model).model
+    model = models.load(config.model, tokenizer=tokenizer).model
     with cost.as_trained(model, config.lora) as module:
         found = cost.probe(module, int(np.median(lengths)))
         rule = cost.recipe_of(config.training, module)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datatools import DataError, EnvironmentProblem, files
-from datatools.files import atomic, disk
+from datatools.files import atomic, disk, reading
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -32,6 +32,26 @@ def test_write_replaces_and_leaves_nothing_else(tmp_path, data):
     files.write_bytes(path, data)
     assert path.read_bytes() == data and names(tmp_path) == [path.name]
     assert files.digest_file(path) == files.digest(data)
+
+
+def test_a_file_that_stands_as_it_did_is_digested_once(tmp_path, monkeypatch):
+    """Another content, size, inode or time is read again, and so is a file whose last change is too recent to tell."""
+    path, read = tmp_path / "x", []
+    real = reading.seal_of_open
+    monkeypatch.setattr(reading, "seal_of_open", lambda descriptor: read.append(1) or real(descriptor))
+    path.write_bytes(b"one")
+    assert files.seal_once(path) == files.seal_once(path) == files.seal_of(path) and len(read) == 3
+    monkeypatch.setattr(reading, "_SETTLED_NS", -1)
+    assert files.seal_once(path) == files.seal_once(os.path.relpath(path)) and len(read) == 4
+    facts = path.stat()
+    path.write_bytes(b"two")
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))  # only the time of the change of the inode tells
+    assert files.seal_once(path).digest == files.digest(b"two")
+    files.write_bytes(path, b"six")
+    assert files.seal_once(path).digest == files.digest(b"six")
+    path.unlink()
+    with pytest.raises(DataError, match="cannot read"):
+        files.seal_once(path)
 
 
 def test_pieces_are_one_file_with_one_digest(tmp_path):

@@ -86,7 +86,7 @@ def test_the_command_takes_every_folder_that_has_a_page(tmp_path, capsys, name):
     """A folder with nothing but this file is not refused as no run: its content is looked at."""
     (tmp_path / name).write_text("{")
     assert main(["report", str(tmp_path)]) == 3
-    assert f"{name} is damaged" in capsys.readouterr().err
+    assert name in capsys.readouterr().err
 
 
 def test_values_of_another_type_are_told(audit):
