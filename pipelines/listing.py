@@ -96,6 +96,13 @@ def _searches() -> Rows:
     return _described(order.SEARCHES)
 
 
+def _checks() -> Rows:
+    from pipelines.diagnose.checks import CHECKS, check
+
+    found = {name: check(name) for name in CHECKS}
+    return [(name, f"{one.title} ({one.source or 'own'})", one.cost) for name, one in found.items()]
+
+
 def _coresets() -> Rows:
     from datatools import CORESET_METHODS
 
@@ -134,6 +141,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[], Rows]]] = {
     "selectors": ("--selector", ("name", "rows that it takes"), _selectors),
     "estimators": ("order --estimators", ("name", "what it is (source)", "to make it", "per score"), _estimators),
     "searches": ("order --search", ("name", "how orders are searched"), _searches),
+    "checks": ("diagnose --checks", ("name", "what it measures (source)", "cost"), _checks),
     "coresets": ("train --coreset colm --set coreset.method=NAME", ("name", "which rows are kept", "cost"), _coresets),
     "features": ("--set coreset.features=NAME", ("name", "what is read of a row", "cost"), _coreset_features),
     "formats": (

@@ -47,6 +47,7 @@ class Check:
 
     Args:
         title: what it measures, in one line.
+        cost: what it costs, in a few words, as `datatools ls checks` shows it.
         measure: (what is looked at, seed) -> plain values for `checks/NAME.json`.
         passes: settings -> passes over the rows, forward and backward; a Hessian-vector product counts as three.
         keeps: (settings, trained parameters) -> bytes that it keeps beside a gradient.
@@ -56,6 +57,7 @@ class Check:
     """
 
     title: str
+    cost: str
     measure: Callable[[Look, int], dict[str, Any]]
     passes: Callable[[DiagnoseConfig], int] = lambda config: 0
     keeps: Callable[[DiagnoseConfig, int], int] = lambda config, parameters: 0

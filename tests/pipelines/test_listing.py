@@ -12,6 +12,7 @@ from rich.console import Console
 import optim
 from datatools import AGGREGATIONS, CORESET_FEATURES, CORESET_METHODS, PROJECTORS, SELECTORS, UsageError, order
 from pipelines import listing
+from pipelines.diagnose.checks import CHECKS
 from pipelines.rows.formats.table import FORMATS, read_shape
 from pipelines.settings.methods import SCORERS
 
@@ -24,6 +25,7 @@ TABLES = {
     "methods": SCORERS,
     "estimators": order.ESTIMATORS,
     "searches": order.SEARCHES,
+    "checks": CHECKS,
     "coresets": CORESET_METHODS,
     "features": CORESET_FEATURES,
     "formats": {known.title for known in FORMATS.values()},

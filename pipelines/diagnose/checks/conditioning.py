@@ -28,6 +28,7 @@ def conditioning(look: Look, seed: int) -> dict[str, Any]:
 
 CHECK = Check(
     title="condition numbers of every matrix, and the penalty that TSCNC puts on it",
+    cost="the singular values of every matrix; no pass",
     measure=conditioning,
     source="arXiv 2503.20454",
 )

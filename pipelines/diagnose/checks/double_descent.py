@@ -56,6 +56,7 @@ def double_descent(look: Look, seed: int) -> dict[str, Any]:
 
 CHECK = Check(
     title="test error and condition number of random-feature regression, by closed form and by optimizers",
+    cost="seconds; needs no model",
     measure=double_descent,
     needs_model=False,
     source="arXiv 2312.03951",

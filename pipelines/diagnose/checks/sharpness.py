@@ -52,6 +52,7 @@ def sharpness(look: Look, seed: int) -> dict[str, Any]:
 
 CHECK = Check(
     title="average sharpness of each block and tensor, and learning-rate ratios that it proposes",
+    cost="one forward and backward pass",
     measure=sharpness,
     passes=lambda config: 1,
     source="arXiv 2502.19002",

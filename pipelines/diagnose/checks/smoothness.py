@@ -48,6 +48,7 @@ def smoothness(look: Look, seed: int) -> dict[str, Any]:
 
 CHECK = Check(
     title="the sum of the Hessian's entries, in the model's coordinates and in rotated ones, against its eigenvalues",
+    cost="Hessian-vector products, three passes each; the most expensive check",
     measure=smoothness,
     passes=lambda config: 1 + 3 * products(config),
     keeps=lambda config, parameters: min(BASIS_BYTES, 4 * parameters * config.lanczos_steps),

@@ -41,6 +41,7 @@ def _first_update(optimizer: str, name: str, param: Tensor, gradient: Tensor | N
 
 CHECK = Check(
     title="spectra of the weights and of the first update of each optimizer",
+    cost="one pass, and the singular values of every matrix",
     measure=spectrum,
     passes=lambda config: 1,
     source="arXiv 2509.26030",

@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import json
-import os
 import re
 import shlex
 import signal
@@ -104,7 +103,8 @@ def test_help_and_config_import_nothing_heavy(tmp_path):
 def test_help_imports_little(arguments):
     """Help answers within 0.5 s because it imports little; `make bench` times it, because a test of time fails on a
     busy machine. 441 modules are imported today, and 130 of them are those of typer, rich and pydantic;
-    torch alone brings 1,500."""
+    torch alone brings 1,500.
+    """
     code = f"""
         import sys
         from pipelines.cli.app import main

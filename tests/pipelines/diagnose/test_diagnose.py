@@ -118,7 +118,7 @@ def test_equal_runs_are_equal_and_a_stopped_one_goes_on(world, done, tmp_path, m
 def test_a_finished_run_is_asked_for_another_check(world, tmp_path, monkeypatch):
     diagnose.run(settings(world, tmp_path / "run", checks=["conditioning"]))
     assert tuple(summary(tmp_path / "run")["checks"]) == ("conditioning",)
-    again = Check("", lambda look, seed: pytest.fail("measured again"))
+    again = Check("", "", lambda look, seed: pytest.fail("measured again"))
     monkeypatch.setitem(CHECKS, "conditioning", again)
     diagnose.run(settings(world, tmp_path / "run", checks=["sharpness", "conditioning"]))
     assert tuple(summary(tmp_path / "run")["checks"]) == ("sharpness", "conditioning")
