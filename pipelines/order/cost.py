@@ -87,7 +87,8 @@ def _work(setting: Setting) -> dict[str, float]:
             work[f"search: {judge} judges"] = each[judge] * (config.judged + 2 * BLIND)
         work["retrain the best, as many random, and the reference"] = (2 * config.retrain + 1) * run_
     if config.task == "map":
-        runs = config.map_batches * config.completions * (config.map_positions + 1)
+        batches = min(config.map_batches, len(set(setting.sequence)))
+        runs = batches * config.completions * (positions_of(setting) + 1)
         work["map"] = runs * (run_ if config.map_by == "retraining" else held / 3)
     return work
 
@@ -110,6 +111,11 @@ def estimate_cost(setting: Setting) -> cost.Estimate:
         disk=references * anchors * 3 * 4 * setting.parameters + kept,
         based_on=f"{sum(work.values()):,.0f} batch gradients of {one:.3g} s, {found.text()}",
     )
+
+
+def positions_of(setting: Setting) -> int:
+    """How many positions a map looks at: a run of few steps has no more."""
+    return min(setting.config.map_positions, len(setting.sequence))
 
 
 def used(config: OrderConfig) -> list[str]:

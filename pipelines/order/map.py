@@ -8,7 +8,7 @@ import numpy as np
 
 from datatools import files, order
 from datatools.files import sealed
-from pipelines.order.cost import used
+from pipelines.order.cost import positions_of, used
 from pipelines.order.estimate import depends_on, surrogate
 from pipelines.order.kept import kept, reference
 from pipelines.order.setting import Setting
@@ -33,18 +33,19 @@ def draw_map(setting: Setting) -> None:
         def final(sequence: Sequence[int | None]) -> order.Params:
             return order.train(setting.problem, setting.recipe, sequence, run_.start.params, run_.start.states)[0]
 
-    runs = len(batches) * config.completions * (config.map_positions + 1)
+    positions = positions_of(setting)
+    runs = len(batches) * config.completions * (positions + 1)
     say(f"map: {runs} runs of {len(setting.sequence)} steps by {config.map_by}")
     parts = []
     with setting.run.stage("map"), progress("map", runs, "runs") as bar:
         for batch in batches:
-            asked = (config.map_positions, config.completions, [depends_on(setting, name) for name in used(config)])
+            asked = (positions, config.completions, [depends_on(setting, name) for name in used(config)])
             path = setting.kept("maps", f"{config.map_by}-{batch}-", *asked)
             part = kept(path)
             if part is None:
                 found = order.memory_map(
                     setting.sequence, final, setting.problem.train_loss, setting.problem.held_out_loss,
-                    batches=[batch], positions=config.map_positions, completions=config.completions,
+                    batches=[batch], positions=positions, completions=config.completions,
                     seed=derive_seed(config.seed, "order", "map"), advance=bar.advance,
                 )  # fmt: skip
                 files.make_folder(path.parent)
@@ -58,7 +59,7 @@ def draw_map(setting: Setting) -> None:
                 }  # fmt: skip
                 sealed.write_json(path, part)
             else:
-                bar.advance(config.completions * (config.map_positions + 1))
+                bar.advance(config.completions * (positions + 1))
             parts.append(part)
     whole = {"by": config.map_by, "completions": config.completions, "rows": parts}
     sealed.write_json(setting.run.path("map.json"), whole)

@@ -215,7 +215,11 @@ class OrderConfig(RunSettings):
         default=4, ge=1, le=4096, description="number of batches in the memory map", json_schema_extra=LATE
     )
     map_positions: int = Field(
-        default=4, ge=2, le=4096, description="number of positions in the map", json_schema_extra=LATE
+        default=4,
+        ge=2,
+        le=4096,
+        description="number of positions in the map, at most one per step",
+        json_schema_extra=LATE,
     )
     completions: int = Field(
         default=8,

@@ -1,17 +1,22 @@
 """Attack the commands: kill them, let file operations fail, damage their folders; then see what they make of it.
 
     python -m tests.attack.run --kills 500 --flips 500 --faults 500 --seed 0
-    python -m tests.attack.run --kills 20 --flips 20 --faults 20 --only select,train
+    python -m tests.attack.run --kills 20 --flips 20 --faults 20 --only select,train --journal tries.jsonl
 
 Every try ends in one of: `identical` (the command, or the same command started again, ends with the very results of an
 undisturbed run), `refused` (a named error and a nonzero exit code, or a warning that names the damaged file),
 `traceback` (an error that nobody explains), `silent` (other results with exit code 0) or `stuck` (it does not end, or
 does not succeed when it is started again after a fault that is over). The last three are faults of the project: the
 exit code is 1 if there is one.
+
+Nothing here depends on how busy the machine is. A command is stuck when it has used many times the processor time of
+the undisturbed one, or none at all for minutes; it may take as long as it wants. With `--journal` each try is written
+down when it ends, and the same command line goes on after the last one.
 """
 
 import argparse
 import itertools
+import json
 import random
 import re
 import shlex
@@ -20,7 +25,8 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,9 +39,10 @@ from tests.tiny import write_rows
 OUTCOMES = ("identical", "refused", "traceback", "silent", "stuck")
 WRONG = OUTCOMES[2:]
 _TRACEBACK = re.compile(r"Traceback|this is a bug|Exception ignored", re.IGNORECASE)
-_LIMIT_SECONDS = 120.0
-_VERIFIED = {"checkpoints", "warmup", "reference", "surrogates"}
-"""Folders of files on the way to a result, which a finished run leaves alone."""
+_LIMIT_CPU_SECONDS, _TIMES, _IDLE_SECONDS = 60.0, 20.0, 300.0
+"""A command is stuck from this much processor time on, or from so many times the undisturbed command's; or idle."""
+_VERIFIED = {"checkpoints", "warmup", "reference", "surrogates", "inputs"}
+"""Folders of files on the way to a result, which are compared when they are read; a finished run leaves them alone."""
 
 
 @dataclass
@@ -49,6 +56,8 @@ class Prepared:
     want: dict[str, Any]
     calls: dict[str, int]
     seconds: float
+    cpu: float = 0.0
+    """Processor time of the undisturbed command."""
 
 
 @dataclass
@@ -64,6 +73,10 @@ class Try:
         return f"{self.outcome}: {self.scenario}: {self.attack}: {self.detail}"
 
 
+class Unprepared(Exception):
+    """An undisturbed command of a scenario failed, so that there is nothing to compare with."""
+
+
 @dataclass
 class Attacker:
     """Runs commands in one world below `folder`, always in the same run folder, so that paths in results agree."""
@@ -71,6 +84,8 @@ class Attacker:
     folder: Path
     call: Callable[..., SimpleNamespace]
     tries: list[Try] = field(default_factory=list)
+    limit: float = 10 * _LIMIT_CPU_SECONDS
+    """Processor time from which on a command is stuck."""
 
     def __post_init__(self) -> None:
         self.world = make_world(self.folder / "world").folder
@@ -79,8 +94,8 @@ class Attacker:
 
     def _do(self, text: str, **options: Any) -> SimpleNamespace:
         words = [w.replace("$W", str(self.world)).replace("$R", str(self.run)) for w in shlex.split(text)]
-        options.setdefault("kill_after", _LIMIT_SECONDS)
-        return self.call(*words, **options)
+        limits = {"kill_after": 7200.0, "kill_after_cpu": self.limit, "kill_after_idle": _IDLE_SECONDS}
+        return self.call(*words, **limits | options)
 
     def _set(self, state: Path | None) -> None:
         shutil.rmtree(self.run, ignore_errors=True)
@@ -98,17 +113,19 @@ class Attacker:
         """Build the folder, run the command twice undisturbed, and once until a kill on the way.
 
         What differs between the two undisturbed runs (times, rates) is no result.
+
+        Raises:
+            Unprepared: An undisturbed command failed.
         """
+        self.limit = 10 * _LIMIT_CPU_SECONDS
         self._set(None)
         for before in scenario.before:
-            answer = self._do(before)
-            assert answer.code == 0, f"{scenario.name}: {before}: {answer.stderr}"
+            self._undisturbed(before)
         start = self._keep(f"{scenario.name}-start")
         found = []
         for _ in range(2):
             self._set(start)
-            answer = self._do(scenario.command, fault={"within": str(self.folder)})
-            assert answer.code == 0, f"{scenario.name}: {answer.stderr}"
+            answer = self._undisturbed(scenario.command, fault={"within": str(self.folder)})
             found.append(results(self.run, answer.stdout if scenario.shown else ""))
         done = self._keep(f"{scenario.name}-done")
         want = {name: value for name, value in found[0].items() if found[1].get(name) == value}
@@ -116,7 +133,14 @@ class Attacker:
         nth = answer.calls.get("kill", 1) * 6 // 10
         self._do(scenario.command, fault={"within": str(self.folder), "kind": "kill", "nth": max(nth, 1)})
         half = self._keep(f"{scenario.name}-half")
-        return Prepared(scenario, start, done, half, want, answer.calls, answer.seconds)
+        self.limit = max(_LIMIT_CPU_SECONDS, _TIMES * answer.cpu)
+        return Prepared(scenario, start, done, half, want, answer.calls, answer.seconds, answer.cpu)
+
+    def _undisturbed(self, command: str, **options: Any) -> SimpleNamespace:
+        answer = self._do(command, **options)
+        if answer.code != 0:
+            raise Unprepared(f"{command}: exit code {answer.code}: {answer.stderr.strip()[-600:]}")
+        return answer
 
     def _ended(self, made: Prepared, answer: SimpleNamespace, damaged: str | None = None) -> tuple[str, str]:
         """How a command ended, by its exit code, its messages and its results.
@@ -124,7 +148,7 @@ class Attacker:
         A `damaged` file that the command only found may stay as it is, and so may what a later reader verifies.
         """
         if answer.code == -9:
-            return "stuck", f"no end after {_LIMIT_SECONDS:.0f} s"
+            return "stuck", f"no end after {answer.cpu:.0f} s of processor time, {answer.seconds:.0f} s in all"
         if _TRACEBACK.search(answer.stderr):
             return "traceback", answer.stderr.strip()[-600:]
         if answer.code != 0:
@@ -203,6 +227,53 @@ def faults(made: Prepared, count: int | None, rng: random.Random) -> list[tuple[
     return [one for turn in turns for one in turn if one][:count]
 
 
+@dataclass
+class Journal:
+    """The tries that are over, on disk, so that a campaign that was stopped goes on after them.
+
+    Args:
+        path: Of a JSON Lines file; None keeps nothing.
+        seed: Of the campaign; tries of another one are not taken for this one's.
+    """
+
+    path: Path | None
+    seed: int
+
+    def known(self) -> dict[tuple[str, str], Try]:
+        """The tries of this campaign that are over, by scenario and number."""
+        if self.path is None or not self.path.is_file():
+            return {}
+        found = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return {(one["scenario"], one["key"]): Try(**one["try"]) for one in found if one["seed"] == self.seed}
+
+    def add(self, key: str, done: Try) -> None:
+        """Write down a try."""
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(
+                    json.dumps({"seed": self.seed, "scenario": done.scenario, "key": key, "try": asdict(done)}) + "\n"
+                )
+
+
+def planned(
+    attacker: Attacker, made: Prepared, *, kills: int, flips: int, faults_: int | None, seed: int
+) -> Iterator[tuple[str, Callable[[], Try]]]:
+    """(name, what does it) of each try of a scenario; the same ones for the same seed, whatever was done before."""
+    rng = random.Random(f"{seed} {made.scenario.name} kills")
+    for turn in range(kills):
+        share = rng.random()
+        if turn % 2 and (calls := made.calls.get("kill")):
+            yield f"kill {turn}", partial(attacker.fault, made, "kill", 1 + int(share * calls))
+        else:
+            yield f"kill {turn}", partial(attacker.kill, made, share * made.seconds)
+    rng = random.Random(f"{seed} {made.scenario.name} flips")
+    for number, one in enumerate(damages(made, flips, rng)):
+        yield f"flip {number}", partial(attacker.damage, made, *one)
+    rng = random.Random(f"{seed} {made.scenario.name} faults")
+    for number, (kind, nth) in enumerate(faults(made, faults_, rng)):
+        yield f"fault {number}", partial(attacker.fault, made, kind, nth)
+
+
 def attack(
     attacker: Attacker,
     scenarios: Sequence[Scenario],
@@ -212,25 +283,35 @@ def attack(
     faults_: int | None,
     seed: int,
     say: Callable[[str], None] = print,
+    journal: Path | None = None,
 ) -> list[Try]:
-    """Share the tries among the scenarios, and report those that went wrong as they come."""
+    """Share the tries among the scenarios, and report those that went wrong as they come.
+
+    A scenario that cannot be prepared is one try that went wrong; the others are attacked all the same.
+    """
+    kept = Journal(journal, seed)
+    known = kept.known()
     for number, scenario in enumerate(scenarios):
-        rng = random.Random(f"{seed} {scenario.name}")
 
         def share(total: int, number: int = number) -> int:
             return total // len(scenarios) + (number < total % len(scenarios))
 
-        made = attacker.prepare(scenario)
         before = len(attacker.tries)
-        for turn in range(share(kills)):
-            if turn % 2 and made.calls.get("kill"):
-                attacker.fault(made, "kill", rng.randint(1, made.calls["kill"]))
-            else:
-                attacker.kill(made, rng.random() * made.seconds)
-        for state, name, how, at in damages(made, share(flips), rng):
-            attacker.damage(made, state, name, how, at)
-        for kind, nth in faults(made, None if faults_ is None else share(faults_), rng):
-            attacker.fault(made, kind, nth)
+        try:
+            made = attacker.prepare(scenario)
+        except Unprepared as error:
+            attacker.tries.append(Try(scenario.name, "nothing", "stuck", f"not prepared: {error}"))
+        else:
+            shares = {"kills": share(kills), "flips": share(flips)}
+            shares_of_faults = None if faults_ is None else share(faults_)
+            for key, do in planned(attacker, made, **shares, faults_=shares_of_faults, seed=seed):
+                if (done := known.get((scenario.name, key))) is not None:
+                    attacker.tries.append(done)
+                    continue
+                done = do()
+                kept.add(key, done)
+                if done.outcome in WRONG:
+                    say(f"  {done}")
         mine = attacker.tries[before:]
         counts = Counter(one.outcome for one in mine)
         say(f"{scenario.name}: {len(mine)} tries, " + ", ".join(f"{counts[o]} {o}" for o in OUTCOMES if counts[o]))
@@ -247,6 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--faults", default="500", help="file operations that fail once, a number or 'all'")
     parser.add_argument("--only", default="", help="names of scenarios, comma-separated")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--journal", type=Path, help="a file of the tries that are over; the same command goes on")
     options = parser.parse_args(argv)
     wanted = [name for name in options.only.split(",") if name]
     unknown = set(wanted) - {s.name for s in SCENARIOS}
@@ -263,6 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             faults_=None if options.faults == "all" else int(options.faults),
             seed=options.seed,
             say=lambda text: print(text, flush=True),
+            journal=options.journal,
         )
     counts = Counter(one.outcome for one in tries)
     print(f"{len(tries)} tries: " + ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES))

@@ -18,7 +18,7 @@ SELECT = (
 TRAIN = "train --model $W/model --data $W/few.jsonl --epochs 1 --lora-rank 4 --set save_steps=2 --out $R"
 ORDER = (
     "order validate --model $W/model --data $W/few.jsonl --batches 2 --orders 2 --estimators pairwise --lora-rank 4 "
-    "--out $R"
+    "--warmup-steps 8 --set seeds=2 --set budget=500 --set completions=1 --out $R"
 )
 AUDIT = "audit --selected $R/selected.jsonl --pool $W/pool.jsonl --test $W/test.jsonl --against random --seeds 1"
 
@@ -44,7 +44,12 @@ SCENARIOS = (
         TRAIN.replace("--out $R", "--order $R/plan/order.npz --out $R/trained").replace("--epochs 1 ", ""),
         (f"order search{ORDER.removeprefix('order validate')}/plan".replace(" --orders 2", ""),),
     ),
+    Scenario("train-validated", f"{TRAIN} --eval-data $W/test.jsonl --eval-every 1"),
     Scenario("order-validate", ORDER),
+    Scenario("order-record", ORDER.replace("validate", "record")),
+    Scenario("order-estimate", ORDER.replace("validate", "estimate")),
+    Scenario("order-search", ORDER.replace("validate", "search")),
+    Scenario("order-map", ORDER.replace("validate", "map")),
     Scenario("audit", AUDIT, (SELECT,)),
     Scenario("diagnose", "diagnose --model $W/model --data $W/few.jsonl --checks sharpness --out $R"),
     Scenario("evaluate", "evaluate --model $W/model --adapter $R/adapter --data $W/test.jsonl", (TRAIN,), shown=True),

@@ -8,7 +8,7 @@ import pytest
 
 from tests.attack.faults import flip, truncate
 from tests.attack.run import OUTCOMES, WRONG, Attacker, attack, damages, faults
-from tests.attack.scenarios import SCENARIOS, leaves, results
+from tests.attack.scenarios import SCENARIOS, Scenario, leaves, results
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,30 @@ def test_the_harness_sees_what_is_wrong(attacker):
     broken = type(made)(**{**made.__dict__, "scenario": type(made.scenario)("none", "evaluate --no-such-flag")})
     assert attacker.kill(broken, 0.0).outcome == "stuck"
     assert set(WRONG) < set(OUTCOMES)
+
+
+@pytest.mark.slow
+def test_a_campaign_goes_on_after_what_failed_and_after_what_is_done(attacker, tmp_path):
+    """A scenario that cannot be prepared ended the campaign, and a campaign that was stopped began anew."""
+    known = [s for s in SCENARIOS if s.name == "explain"]
+    scenarios = [Scenario("none", "explain --no-such-flag"), *known]
+    before, asked, call = len(attacker.tries), [], attacker.call
+    journal = tmp_path / "tries.jsonl"
+    attack(attacker, scenarios, kills=2, flips=2, faults_=0, seed=0, journal=journal)
+    first = attacker.tries[before:]
+    assert [one.outcome for one in first if one.scenario == "none"] == ["stuck"] and "not prepared" in first[0].detail
+    assert len(journal.read_text().splitlines()) == len(first) - 1 == 2
+    attacker.call = lambda *argv, **more: (asked.append(argv), call(*argv, **more))[1]
+    again = attack(attacker, known, kills=1, flips=2, faults_=0, seed=0, journal=journal)[before + len(first) :]
+    attacker.call = call
+    assert [str(one) for one in again[:2]] == [str(one) for one in first[1:]] and len(again) == 3
+    assert len(asked) == len(known[0].before) + 3 + 1, "prepared, and one try that was not done"
+
+
+def test_a_command_is_stuck_by_its_processor_time_and_not_by_the_clock(command):
+    """On a busy machine a command may take long."""
+    assert command("ls", "methods", kill_after_cpu=600, kill_after_idle=600).code == 0
+    assert command("doctor", kill_after_cpu=0.001).code == -9
 
 
 def test_flips_and_cuts(tmp_path):

@@ -3,12 +3,13 @@
 A child starts in milliseconds instead of seconds, so that a test can afford to kill ten of them. Requests and answers
 are lines of JSON on stdin and stdout:
 
-    {"argv": ["select", ...], "env": {}, "cwd": "/x", "kill_after": 0.7, "file_limit": 4096,
+    {"argv": ["select", ...], "env": {}, "cwd": "/x", "kill_after": 0.7, "kill_after_cpu": 60, "file_limit": 4096,
      "die": ["pipelines.training.trainer:mark_complete", 2, "before"],
      "fault": {"within": "/", "kind": "write", "nth": 3}}
-    {"code": 0, "stdout": "...", "stderr": "...", "seconds": 0.61, "rows": 120, "calls": {"write": 17}}
+    {"code": 0, "stdout": "...", "stderr": "...", "seconds": 0.61, "cpu": 0.5, "rows": 120, "calls": {"write": 17}}
 
-`kill_after`: SIGKILL after so many seconds. `file_limit`: RLIMIT_FSIZE, which acts as a full disk. `die`: SIGKILL at
+`kill_after`: SIGKILL after so many seconds. `kill_after_cpu`: after so much processor time, and `kill_after_idle`
+after so many seconds in which it used none: a busy machine is not taken for a command that is stuck. `file_limit`: RLIMIT_FSIZE, which acts as a full disk. `die`: SIGKILL at
 the n-th call of a function, before or after it. `rows`: how many rows' gradients the child has computed.
 """
 
@@ -83,6 +84,12 @@ def child(request: dict[str, Any], scratch: Path) -> int:
     return code
 
 
+def _cpu_seconds(pid: int) -> float:
+    """Processor time of a child that is not waited for yet, and of those that it has waited for itself."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
 def run(request: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         scratch, started = Path(name), time.monotonic()
@@ -94,13 +101,19 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
             finally:
                 os._exit(code)
         deadline = started + request.get("kill_after", 300)
+        idle, most = request.get("kill_after_idle", 1e9), request.get("kill_after_cpu", 1e9)
+        used, looked, busy = 0.0, started, started
         while True:
-            done, status = os.waitpid(pid, os.WNOHANG)
+            done, status, usage = os.wait4(pid, os.WNOHANG)
             if done:
                 break
-            if time.monotonic() >= deadline:
+            now = time.monotonic()
+            if now >= looked + 0.5:
+                before, used, looked = used, _cpu_seconds(pid), now
+                busy = now if used > before else busy
+            if now >= deadline or used >= most or now >= busy + idle:
                 os.kill(pid, signal.SIGKILL)
-                _, status = os.waitpid(pid, 0)
+                _, status, usage = os.wait4(pid, 0)
                 break
             time.sleep(0.002)
         read = {p.name: p.read_text(errors="replace") for p in scratch.iterdir()}
@@ -109,6 +122,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
             "stdout": read.get("stdout", ""),
             "stderr": read.get("stderr", ""),
             "seconds": time.monotonic() - started,
+            "cpu": usage.ru_utime + usage.ru_stime,
             "rows": int(read.get("rows") or 0),
             "calls": json.loads(read.get("calls") or "{}"),
         }

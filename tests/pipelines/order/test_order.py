@@ -184,9 +184,9 @@ def test_search_proposes_an_order_and_map_and_estimate_go_on_in_the_same_folder(
     estimates = json.loads((out / "estimates.json").read_text())
     again = next(row for row in estimates["orders"] if row["name"] == "order.npz")
     assert again["pairwise"] == pytest.approx(first["estimated"])
-    run(settings(world, out, task="map", map_batches=2, map_positions=2, completions=2))
+    run(settings(world, out, task="map", map_batches=2, map_positions=9, completions=2))
     parts = json.loads((out / "map.json").read_text())["rows"]
-    assert len(parts) == 2 and all(len(p["memory"]) == 2 for p in parts)
+    assert len(parts) == 2 and all(len(p["memory"]) == 4 for p in parts), "a run of 4 steps has 4 positions"
     assert all(p["counterfactual"] > 0 for p in parts), "training on a batch lowers its loss"
     assert kept == {p: p.stat().st_mtime_ns for p in kept}, "recorded once, and pairwise made once"
     assert "Memorisation" in (out / "report.html").read_text()
