@@ -1,8 +1,8 @@
-"""Names the file that hides one of this project's packages, before an import from it fails with a riddle.
+"""Names the file that shadows one of this project's packages, before an import from it fails with an obscure error.
 
-The packages `optim`, `datatools` and `pipelines` lie side by side. A user's own `optim.py` or folder `datatools` that
-Python finds first takes the place of ours. `datatools` and `pipelines` check for that in their `__init__`; `pipelines`
-loads this file by its path, because `datatools` may be the name that is hidden. Standard library only.
+The packages `optim`, `datatools` and `pipelines` are in the same folder. A user's own `optim.py` or folder `datatools`
+that comes earlier on Python's path replaces ours. `datatools` and `pipelines` check for this in their `__init__`;
+`pipelines` loads this file by its path, because `datatools` may be the shadowed name. Standard library only.
 """
 
 import os
@@ -13,15 +13,15 @@ _PACKAGES = ("optim", "datatools", "pipelines")
 
 
 def check_packages(*names: str, home: str, needed_by: str) -> None:
-    """Refuse packages that Python would import from anywhere but the folder in which the importing package lies.
+    """Refuse packages that Python would import from anywhere but the folder of the importing package.
 
     Args:
         names: the packages to look up; they are not imported.
-        home: the folder in which our packages lie side by side.
+        home: the folder that contains this project's packages.
         needed_by: the package that needs them, for the message.
 
     Raises:
-        ImportError: another file or folder has such a name and comes first. The message names both, and what to do.
+        ImportError: if another file or folder with such a name comes first. The message names both, and the remedy.
 
     """
     for name in names:
@@ -32,7 +32,7 @@ def check_packages(*names: str, home: str, needed_by: str) -> None:
 
 
 def _found(name: str) -> str | None:
-    """The file or folder that `import name` gives; None if there is none, and for modules made by hand."""
+    """Return the file or folder that `import name` would load; None if there is none, or the module has no spec."""
     try:
         spec = find_spec(name)
     except ValueError:  # in sys.modules, without a spec
@@ -48,7 +48,7 @@ def _message(name: str, found: str, ours: str, needed_by: str) -> str:
     folder = os.path.dirname(os.path.abspath(found))
     if all(os.path.isfile(os.path.join(folder, package, "__init__.py")) for package in _PACKAGES):
         return (
-            f"two copies of this project are mixed: {needed_by} comes from {os.path.dirname(ours)}, {name} from "
+            f"two copies of this project are mixed: {needed_by} is loaded from {os.path.dirname(ours)}, {name} from "
             f"{folder}; leave only one of them in PYTHONPATH and sys.path (which starts with the script's folder)"
         )
     remedy = f"rename {found}"

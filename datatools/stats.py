@@ -1,6 +1,6 @@
-"""Ranks, correlations, intervals of a mean and bootstrap intervals, by scipy. Imports no torch.
+"""Ranks, correlations, confidence intervals of a mean, and bootstrap intervals, computed by scipy. Imports no torch.
 
-scipy is imported where it is used: a command that shows no statistics does not load it.
+scipy is imported where it is used, so that commands that show no statistics do not load it.
 """
 
 import math
@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 
 Numbers = Sequence[float] | NDArray[np.float64]
 Statistic = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
-"""[..., n] and [..., n] -> [...], nan where it does not exist."""
+"""float64 [..., n] and [..., n] -> float64 [...], nan where the statistic is undefined."""
 
 _PAIRS = 1 << 21
-"""Pairs of values that a statistic is given at a time: it may compare each with each."""
+"""Upper limit of pairs of values passed to a statistic at a time, because it may compare all values in pairs."""
 
 
 def ranks(values: Numbers) -> NDArray[np.float64]:
-    """The ranks 1..n along the last axis; equal values share their mean rank.
+    """Compute the ranks 1..n along the last axis; equal values share their mean rank.
 
     Args:
-        values: [..., n], any numbers; infinities have ranks.
+        values: numbers [..., n]; infinities have ranks.
 
     Returns:
         float64 [..., n].
@@ -30,6 +30,7 @@ def ranks(values: Numbers) -> NDArray[np.float64]:
     Example:
         >>> ranks([3.0, 1.0, 3.0]).tolist()
         [2.5, 1.0, 2.5]
+
     """
     from scipy.stats import rankdata
 
@@ -37,56 +38,97 @@ def ranks(values: Numbers) -> NDArray[np.float64]:
 
 
 def pearson(a: Numbers, b: Numbers) -> float | None:
-    """The linear correlation of two lists of numbers.
+    """Compute the linear correlation of two lists of numbers.
+
+    Args:
+        a: numbers [n].
+        b: numbers [n].
 
     Returns:
-        None where one of them does not vary, or is not finite.
+        The correlation, in [-1, 1]; None if one of the lists does not vary or is not finite.
 
     Example:
         >>> round(pearson([1.0, 2.0, 4.0], [1.0, 2.0, 3.0]), 3)
         0.982
         >>> pearson([1.0, 1.0], [1.0, 2.0]) is None
         True
+
     """
     found = pearson_rows(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
     return float(found) if np.isfinite(found) else None
 
 
 def spearman(a: Numbers, b: Numbers) -> float | None:
-    """The rank correlation of two lists of numbers; infinities have ranks, nan has none.
+    """Compute the rank correlation of two lists of numbers; infinities have ranks, nan has none.
+
+    Args:
+        a: numbers [n].
+        b: numbers [n].
 
     Returns:
-        None where one of them does not vary, or holds a nan.
+        The correlation, in [-1, 1]; None if one of the lists does not vary or contains nan.
 
     Example:
         >>> spearman([1.0, 2.0, 4.0], [10.0, 20.0, 1e9])
         1.0
+
     """
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     return None if np.isnan(x).any() or np.isnan(y).any() else pearson(ranks(x), ranks(y))
 
 
 def pearson_rows(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The linear correlation of each row of x with the same row of y, nan where it does not exist.
+    """Compute the linear correlation of each row of `x` with the same row of `y`.
 
     Args:
         x: float64 [..., n].
         y: float64 [..., n].
 
     Returns:
-        float64 [...].
+        float64 [...]; nan where the correlation is undefined.
+
+    Example:
+        >>> pearson_rows(np.array([[1.0, 2.0], [1.0, 2.0]]), np.array([[3.0, 4.0], [4.0, 3.0]])).round(6).tolist()
+        [1.0, -1.0]
+
     """
     x, y = (v - v.mean(-1, keepdims=True) for v in (x, y))
     return quotient((x * y).sum(-1), np.sqrt((x * x).sum(-1) * (y * y).sum(-1)))
 
 
 def spearman_rows(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The rank correlation of each row of x with the same row of y; see `pearson_rows`."""
+    """Compute the rank correlation of each row of `x` with the same row of `y`.
+
+    Args:
+        x: float64 [..., n].
+        y: float64 [..., n].
+
+    Returns:
+        float64 [...]; nan where the correlation is undefined.
+
+    Example:
+        >>> spearman_rows(np.array([[1.0, 2.0, 9.0]]), np.array([[1.0, 5.0, 6.0]])).round(6).tolist()
+        [1.0]
+
+    """
     return pearson_rows(ranks(x), ranks(y))
 
 
 def quotient(over: NDArray[np.float64], under: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Over / under, nan where there is nothing to divide by."""
+    """Divide elementwise.
+
+    Args:
+        over: numerators, float64 [...].
+        under: denominators, float64 [...].
+
+    Returns:
+        float64 [...]; nan where the denominator is not positive.
+
+    Example:
+        >>> quotient(np.array([1.0, 1.0]), np.array([2.0, 0.0])).tolist()
+        [0.5, nan]
+
+    """
     found: NDArray[np.float64] = np.where(under > 0, over / np.where(under > 0, under, 1.0), np.nan)
     return found
 
@@ -94,27 +136,28 @@ def quotient(over: NDArray[np.float64], under: NDArray[np.float64]) -> NDArray[n
 def bootstrap_interval(
     statistic: Statistic, a: NDArray[np.float64], b: NDArray[np.float64], *, seed: int = 0, draws: int = 2000
 ) -> tuple[float, float] | None:
-    """The 95 % percentile interval of a statistic of pairs (a[i], b[i]), by resampling the pairs.
+    """Compute the 95 % percentile interval of a statistic of pairs (a[i], b[i]) by resampling the pairs.
 
     Args:
-        statistic: of float64 [..., n] and [..., n].
+        statistic: function of float64 [..., n] and [..., n].
         a: float64 [n].
         b: float64 [n].
-        seed: of the resampling.
+        seed: seed of the resampling.
         draws: number of resamples.
 
     Returns:
-        (low, high); None where the statistic exists for fewer than half of the resamples.
+        (low, high); None if the statistic is defined for fewer than half of the resamples.
 
     Example:
         >>> a = np.arange(9.0)
         >>> bootstrap_interval(pearson_rows, a, 2 * a)
         (1.0, 1.0)
+
     """
     from scipy.stats import bootstrap
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of resamples without the statistic, which are left out below
+        warnings.simplefilter("ignore")  # for resamples in which the statistic is undefined; they are dropped below
         drawn = bootstrap(
             (a, b), lambda x, y, axis: statistic(x, y), paired=True, vectorized=True, n_resamples=draws,
             batch=max(1, _PAIRS // len(a) ** 2), method="percentile", random_state=np.random.default_rng(seed),
@@ -127,7 +170,7 @@ def bootstrap_interval(
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """A 95 % interval of the mean, by Student's t distribution.
+    """Compute a 95 % confidence interval of the mean by Student's t distribution.
 
     Args:
         values: measurements of the same quantity, such as one per seed.
@@ -139,6 +182,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | No
         >>> mean, low, high = t_interval([1.0, 2.0, 3.0])
         >>> round(mean, 2), round(low, 2), round(high, 2)
         (2.0, -0.48, 4.48)
+
     """
     n = len(values)
     mean = math.fsum(values) / n

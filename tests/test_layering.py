@@ -19,7 +19,10 @@ SHARED_MODULES = {
 }  # fmt: skip
 """Modules that other packages may use beside what a package's __init__ exports."""
 
-WRITING = {f"datatools/files/{name}.py" for name in ("atomic", "disk", "folders", "locks", "reading", "seals")}
+WRITING = {
+    f"datatools/files/{name}.py"
+    for name in ("atomic", "atomic_folders", "disk", "folders", "locks", "reading", "seals")
+}
 """What may open, write and rename files; nothing else does, in this package or another."""
 
 

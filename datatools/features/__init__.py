@@ -1,1 +1,1 @@
-"""Gradient features: extracted, projected, and stored."""
+"""Gradient features: their extraction, projection and storage."""

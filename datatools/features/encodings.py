@@ -1,4 +1,4 @@
-"""How a row of unit length is stored: as floats, or quantized to 8, 4 or 1 bits."""
+"""Encodings of unit-length rows for storage: as floats, or quantized to 8, 4 or 1 bits."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Encoding:
 
     Attributes:
         tensor: safetensors' name of the element type.
-        element: its type in numpy.
-        bits: per feature.
+        element: the numpy type of an element.
+        bits: bits per feature.
         levels: 0 for floats, else the largest of the symmetric integer levels.
-        encode: float32 [n, dim], unit rows or zeros -> (stored elements [n, width], float32 [n], their scales).
+        encode: float32 [n, dim], unit or zero rows -> (stored elements [n, width], their scales, float32 [n]).
         decode: (stored elements [n, width], dim) -> float32 [n, dim], up to the scale of each row.
 
     """
@@ -36,7 +36,15 @@ class Encoding:
     decode: Callable[[NDArray[Any], int], Tensor]
 
     def width(self, dim: int) -> int:
-        """Elements per row."""
+        """Compute the number of stored elements per row.
+
+        Args:
+            dim: feature dimension.
+
+        Returns:
+            Elements of type `element`.
+
+        """
         return -(-dim * self.bits // (8 * np.dtype(self.element).itemsize))
 
 
@@ -58,7 +66,7 @@ def _decode_numbers(stored: NDArray[Any], dim: int) -> Tensor:
 
 def _quantized(unit: Rows, levels: int) -> tuple[NDArray[np.int8], Rows]:
     largest = np.abs(unit).max(1, initial=0.0)
-    # divided first: max|x| then is exactly 1, whatever the row was scaled by before
+    # divided first, so that max|x| is exactly 1 whatever the scale of the row
     ratio = unit / np.where(largest > 0, largest, 1)[:, None]
     return np.rint(ratio * np.float32(levels)).astype(np.int8), (largest / np.float32(levels)).astype(np.float32)
 
@@ -81,7 +89,7 @@ _SIGNS = ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(np.float32) * 2 
 
 
 def _by_table(table: Rows) -> Callable[[NDArray[Any], int], Tensor]:
-    """Decode bytes by the features that each of their values stands for; table: [256, features per byte]."""
+    """Return a decoder that looks up the features encoded by each byte; table: [256, features per byte]."""
     return lambda stored, dim: torch.from_numpy(table[stored].reshape(len(stored), -1)[:, :dim].copy())
 
 
@@ -97,9 +105,9 @@ ENCODINGS: Mapping[str, Encoding] = {
 
 QLESS (arXiv 2502.01703): a row x becomes round(x / max|x| * levels), half to even, in 8 or 4 bits, or its signs.
 
-int4 holds column 2i in the low and 2i + 1 in the high half of byte i, each plus 8; int1 holds column 8i + b in bit b of
-byte i, set for x >= 0. `scale` times the integer gives the unit row back; it is 0 for rows that are not "ok". Readers
-normalize again after decoding, as the paper does before the dot product.
+int4 stores column 2i in the low and column 2i + 1 in the high half of byte i, each plus 8; int1 stores column 8i + b in
+bit b of byte i, which is set for x >= 0. `scale` times the integer restores the unit row; it is 0 for rows that are not
+"ok". Readers normalize again after decoding, as the paper does before the dot product.
 """
 
 
@@ -111,23 +119,32 @@ def encode(unit: Rows, dtype: str) -> tuple[NDArray[Any], Rows]:
         dtype: a key of `ENCODINGS`.
 
     Returns:
-        The stored elements [n, width], and float32 [n], the scale of each row (1 for float dtypes).
+        The stored elements [n, width], and the scale of each row, float32 [n] (1 for float dtypes).
+
+    Example:
+        >>> stored, scale = encode(np.array([[0.6, -0.8]], dtype=np.float32), "int8")
+        >>> stored.tolist(), round(float(scale[0]) * 127, 4)
+        ([[95, -127]], 0.8)
 
     """
     return ENCODINGS[dtype].encode(unit)
 
 
 def decode(stored: NDArray[Any], scale: Rows, dtype: str, dim: int) -> Tensor:
-    """Decode what `encode` made.
+    """Decode rows that `encode` encoded.
 
     Args:
         stored: elements [n, width].
         scale: float32 [n].
         dtype: a key of `ENCODINGS`.
-        dim: number of features.
+        dim: feature dimension.
 
     Returns:
         float32 [n, dim], rows of unit length or zero.
+
+    Example:
+        >>> decode(np.array([[95, -127]], dtype=np.int8), np.array([0.0063], dtype=np.float32), "int8", dim=2)
+        tensor([[ 0.5990, -0.8008]])
 
     """
     encoding = ENCODINGS[dtype]
@@ -139,17 +156,22 @@ def decode(stored: NDArray[Any], scale: Rows, dtype: str, dim: int) -> Tensor:
 
 
 def normalize(x: Rows) -> tuple[Rows, Rows]:
-    """Scale rows to unit length; those that are zero stay zero.
+    """Scale rows to unit length; zero rows stay zero.
 
-    Divides by the largest entry first, so that squares neither overflow nor vanish (1e-30 ... 1e30). numpy: its sums do
-    not depend on threads.
+    Rows are first divided by their largest entry, so that squares neither overflow nor underflow (1e-30 ... 1e30). This
+    uses numpy, whose sums do not depend on the number of threads.
 
     Args:
         x: float32 [n, d].
 
     Returns:
-        The rows, float32 [n, d], and their norms, float32 [n]. The norm of a row with a non-finite entry, and one
-        beyond float32, is not finite.
+        The unit rows, float32 [n, d], and their former norms, float32 [n]. The norm of a row with a non-finite entry,
+        and a norm beyond the range of float32, is not finite.
+
+    Example:
+        >>> rows, norms = normalize(np.array([[3.0, 4.0], [0.0, 0.0]], dtype=np.float32))
+        >>> rows.round(3).tolist(), norms.tolist()
+        ([[0.6000000238418579, 0.800000011920929], [0.0, 0.0]], [5.0, 0.0])
 
     """
     with np.errstate(all="ignore"):

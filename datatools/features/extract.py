@@ -1,4 +1,4 @@
-"""Gradients -> the optimizer's update for each example -> projection -> store: unit by unit, restartable."""
+"""Feature extraction: gradient -> the optimizer's update for each row -> projection -> store. Units can be resumed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from datatools.features.store import GradientFeatures
@@ -29,32 +30,33 @@ def extract(
     rank: int = 0,
     world: int = 1,
 ) -> None:
-    """Fill the units that `store` still misses; unit u is the work of rank u mod world, and needs no other rank.
+    """Compute and write the units that are missing in `store`.
 
-    A row's feature depends on the row, and on the batch that it shares a shape with only to rounding. The batches are
-    fixed by the plan, so a run that was killed and started again writes the same bytes.
+    Rank u mod world computes unit u, independently of other ranks. The feature of a row depends on the other rows of
+    its batch only by rounding. The batches are fixed by the plan, so a run that was killed and resumed writes the same
+    bytes.
 
-    Cost: `visit_per_sample_grads`, the update and the projection, both small for LoRA.
+    Cost: `visit_per_sample_grads`, the update and the projection; the last two are cheap for LoRA.
     Memory: one batch of `token_budget` tokens, one layer's per-sample gradients and one unit of features, whatever the
     number of rows.
 
     Args:
-        store: where the features go.
+        store: where features are written.
         module: the model.
         loss: (module, batch) -> [b], one loss per row.
         fetch: keys -> their padded batch, name -> [b, ...].
-        lengths: key -> tokens.
-        updates: the optimizer at the checkpoint, restricted to the parameters to be seen (`SGDRule` in it gives plain
-            gradients).
-        projector: of the store's dimension.
-        method: how per-sample gradients are made.
-        token_budget: tokens per batch, padding included.
+        lengths: key -> number of tokens.
+        updates: the optimizer at the checkpoint, restricted to the parameters that features cover (rules=`SGDRule()`
+            gives plain gradients).
+        projector: projector with the store's dimension.
+        method: how per-sample gradients are computed; see `per_sample_grads`.
+        token_budget: tokens per batch, including padding.
         advance: called with (rows, tokens) after each batch.
-        rank: of this process.
+        rank: rank of this process.
         world: number of processes that fill the store.
 
     Raises:
-        EnvironmentProblem: The disk refuses.
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
 
     Example:
         >>> import tempfile
@@ -100,18 +102,19 @@ def extract(
 
 def batch_rows(
     module: nn.Module, loss: Loss, batch: Batch, updates: UpdateMap, projector: Projector, *, method: Method = "hooks"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The features of one batch of b rows.
+) -> tuple[Float[Tensor, "b dim"], Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """Compute the features of one batch of b rows.
 
-    The update of a parameter is made and projected as soon as its gradients exist, so one layer is in memory at a time.
+    The update of a parameter is computed and projected as soon as its gradients exist, so that only one layer's
+    gradients are in memory at a time.
 
     Args:
         module: the model.
         loss: (module, batch) -> [b], one loss per row.
         batch: name -> [b, ...].
-        updates: the optimizer at the checkpoint, restricted to the parameters to be seen.
+        updates: the optimizer at the checkpoint, restricted to the parameters that features cover.
         projector: gradients -> features.
-        method: how per-sample gradients are made.
+        method: how per-sample gradients are computed; see `per_sample_grads`.
 
     Returns:
         Features [b, dim], losses [b] and norms of the plain gradients [b]; float32, on the CPU.
@@ -143,5 +146,5 @@ def batch_rows(
 
 
 def _json(values: Tensor) -> list[float | None]:
-    """Numbers that JSON can hold; None where there is none."""
+    """Convert numbers for JSON, which has no nan and no infinities: they become None."""
     return [value if ok else None for value, ok in zip(values.tolist(), values.isfinite().tolist(), strict=True)]

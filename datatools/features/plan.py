@@ -1,4 +1,4 @@
-"""plan.json of a feature store: what its features are a function of, and which keys belong to which unit."""
+"""plan.json of a feature store: what determines its features, and which keys belong to which unit."""
 
 from __future__ import annotations
 
@@ -24,12 +24,31 @@ _ABSENT = object()
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
-    """`body` as JSON, with its digest as the last entry."""
+    """Serialize a mapping as JSON with its digest as the last entry.
+
+    Args:
+        body: a mapping that JSON can represent.
+
+    Returns:
+        The JSON text as bytes.
+
+    """
     return files.json_bytes({**body, "digest": files.digest(files.json_bytes(body))})
 
 
 def unseal(data: bytes) -> dict[str, Any]:
-    """The body of `seal`. Raises: ValueError unless `data` is what `seal` wrote, byte for byte."""
+    """Parse bytes that `seal` wrote.
+
+    Args:
+        data: the content of a file.
+
+    Returns:
+        The mapping, without the digest.
+
+    Raises:
+        ValueError: if `data` is not, byte for byte, what `seal` wrote.
+
+    """
     try:
         body = json.loads(data)
         body.pop("digest")  # which `seal` computes again
@@ -41,7 +60,17 @@ def unseal(data: bytes) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, old, new) of each leaf that differs."""
+    """List the leaves in which two nested mappings differ. Values are compared as JSON text: 1 and 1.0 differ.
+
+    Args:
+        old: a nested mapping, or a leaf.
+        new: a nested mapping, or a leaf.
+        name: dotted name of both; empty at the top.
+
+    Yields:
+        (dotted name, old value, new value).
+
+    """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys([*old, *new]):
             yield from differences(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{name}.{key}" if name else str(key))
@@ -54,21 +83,61 @@ def _value(value: Any) -> str:
 
 
 class OtherFeatures(DataError):
-    """A store in which features were made differently: of another model, with other settings."""
+    r"""The features of a store were computed differently: from another model, or with other settings.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import GradientFeatures, OtherFeatures
+        >>> folder = tempfile.mkdtemp()
+        >>> store = GradientFeatures.create_or_open(folder, meta={"model": "a"}, dim=4, keys=[])
+        >>> try:
+        ...     GradientFeatures.create_or_open(folder, meta={"model": "b"}, dim=4, keys=[])
+        ... except OtherFeatures as error:
+        ...     "model was \"a\" and is now \"b\"" in str(error)
+        True
+
+    """
 
 
 def head_of(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """What may never change in a store."""
+    """Extract the part of a plan that may never change in a store.
+
+    Args:
+        plan: a plan.
+
+    Returns:
+        Format, meta, dim and dtype.
+
+    """
     return {name: plan[name] for name in ("format", "meta", "dim", "dtype")}
 
 
 def meta_digest(plan: Mapping[str, Any]) -> str:
-    """The digest of the head, which stands in every unit."""
+    """Compute the digest of `head_of(plan)`, which every unit records.
+
+    Args:
+        plan: a plan.
+
+    Returns:
+        32 hexadecimal characters.
+
+    """
     return files.digest(files.json_bytes(head_of(plan)))
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The plan of the store in `folder`. Raises: DataError if it is damaged or of another format."""
+    """Read the plan of a store.
+
+    Args:
+        folder: the store.
+
+    Returns:
+        The plan.
+
+    Raises:
+        DataError: if the plan is damaged or has another format.
+
+    """
     path = folder / NAME
     try:
         plan = unseal(files.read_bytes(path))
@@ -83,7 +152,16 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def refusal(folder: Path, differing: Sequence[tuple[str, Any, Any]]) -> str:
-    """What to say of a store whose features were made differently."""
+    """Compose the message for a store whose features were computed differently.
+
+    Args:
+        folder: the store.
+        differing: (dotted name, old value, new value) of each difference.
+
+    Returns:
+        What differs and what to do.
+
+    """
 
     def short(value: Any) -> str:
         text = _value(value)
@@ -100,11 +178,19 @@ def refusal(folder: Path, differing: Sequence[tuple[str, Any, Any]]) -> str:
 
 
 def check_keys(keys: Sequence[str]) -> None:
-    """Refuse keys that are no content hashes, or that come twice. Raises: ValueError."""
+    """Refuse keys that are not content hashes, or that appear twice.
+
+    Args:
+        keys: keys of rows.
+
+    Raises:
+        ValueError: for the first such key.
+
+    """
     seen: set[str] = set()
     for key in keys:
         if not _KEY.fullmatch(key):
-            raise ValueError(f"a row's key is 32 hex characters (its content hash); got {key[:40]!r}")
+            raise ValueError(f"a row's key must be 32 hex characters (its content hash); got {key[:40]!r}")
         if key in seen:
-            raise ValueError(f"key {key} is there twice; give each content once and map rows to keys outside")
+            raise ValueError(f"key {key} appears twice; pass each key once, and map equal rows to the same key")
         seen.add(key)

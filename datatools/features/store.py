@@ -1,15 +1,16 @@
-"""Gradient features on disk: rows in units, each committed by its sidecar.
+"""Gradient features on disk: rows are grouped into units, and each unit is committed by its sidecar.
 
 A store is a folder:
 
-    plan.json              meta, dim, dtype, and which keys belong to which unit; fixed but for new units at its end
+    plan.json              meta, dim, dtype, and which keys belong to which unit; only new units are appended
     part-00000.safetensors tensors `features` [n, dim or packed], `norms` [n], for integer dtypes `scale` [n]
-    part-00000.json        the commit, written last: digest of the payload, keys, statuses, info
+    part-00000.json        the sidecar, written last: digest of the payload, keys, statuses, info
 
-Without a sidecar a unit does not exist. All files are replaced atomically, and their bytes are a function of what was
-written (no time, host or process), so a run that was killed and restarted ends with the same bytes as one that was not.
-Every byte is under a digest: a damaged unit is found before its rows are used, set aside as `*.broken`, and is missing
-again. Two processes may fill one store as long as they write different units, for example `missing_units(rank, world)`.
+A unit without a sidecar does not exist. All files are replaced atomically, and their bytes depend only on what was
+written (not on time, host or process), so a run that was killed and resumed ends with the same bytes as one that was
+not. Every byte is covered by a digest: a damaged unit is detected before its rows are used, moved aside as `*.broken`,
+and counts as missing. Several processes may fill one store if they write different units, for example those of
+`missing_units(rank, world)`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from datatools import files
@@ -31,52 +31,68 @@ from datatools.errors import DataError, EnvironmentProblem, UsageError, did_you_
 from datatools.features import plan as plans
 from datatools.features import units as payloads
 from datatools.features.encodings import ENCODINGS
+from datatools.features.unit_files import UnitFiles
 
 
 class Block(NamedTuple):
-    """Consecutive rows of a store."""
-
-    keys: list[str]
-    features: Tensor
-    """float32 [n, dim]; unit rows, zeros where the status is not "ok"."""
-    norms: Tensor
-    """float32 [n], of the features before they were normalised; 0 where the status is not "ok"."""
-    status: list[str]
-    """[n], each one of "ok", "empty" (a zero gradient) and "nonfinite"."""
-
-
-class Rows(NamedTuple):
-    """All rows of a store but for their features."""
-
-    keys: list[str]
-    norms: Tensor
-    status: list[str]
-
-
-class GradientFeatures:
-    """Features [n, dim] of rows named by content hash, as unit vectors with their norms and statuses.
-
-    Made by `create_or_open` or `open`. Writing and reading hold one block in memory; the store takes n * dim * bits / 8
-    bytes on the disk.
+    """Consecutive rows of a store.
 
     Attributes:
-        folder: of the store.
-        meta: what the features are a function of, besides the rows.
-        dim: number of features.
-        dtype: a key of `ENCODINGS`.
+        keys: the content hash of each row, [n].
+        features: float32 [n, dim], unit rows; zeros where the status is not "ok".
+        norms: float32 [n], norms of the features before they were normalized; 0 where the status is not "ok".
+        status: [n], each one of "ok", "empty" (a zero gradient) and "nonfinite".
 
     """
 
-    def __init__(self, folder: Path, plan: Mapping[str, Any], verify: bool) -> None:
-        self.folder = folder
-        self.meta: dict[str, Any] = plan["meta"]
-        self.dim: int = plan["dim"]
-        self.dtype: str = plan["dtype"]
-        self._units: list[str] = plan["units"]  # keys joined by spaces: a third of the memory of separate strings
-        self._meta_digest = plans.meta_digest(plan)
-        self._verify = verify
-        self._sound: set[int] = set()  # units whose payload digest was right since this object was made
-        self._sidecars: dict[int, dict[str, Any]] = {}
+    keys: list[str]
+    features: Float[Tensor, "n dim"]
+    norms: Float[Tensor, " n"]
+    status: list[str]
+
+
+class Rows(NamedTuple):
+    """All rows of a store without their features.
+
+    Attributes:
+        keys: the content hash of each row, [n].
+        norms: float32 [n], as in `Block`.
+        status: [n], as in `Block`.
+
+    """
+
+    keys: list[str]
+    norms: Float[Tensor, " n"]
+    status: list[str]
+
+
+class GradientFeatures(UnitFiles):
+    """Features [n, dim] of rows identified by content hash, stored as unit vectors with their norms and statuses.
+
+    Use `create_or_open` or `open` to get one. Reading and writing hold one block in memory; the store uses n * dim *
+    bits / 8 bytes of disk space.
+
+    Args:
+        folder: folder of the store.
+        plan: content of its plan.json.
+        verify: check a unit's digest when its rows are first read.
+
+    Attributes:
+        folder: folder of the store.
+        meta: what determines the features, besides the rows.
+        dim: feature dimension.
+        dtype: a key of `ENCODINGS`.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import GradientFeatures, files
+        >>> keys = [files.digest(text) for text in (b"a row", b"another")]
+        >>> store = GradientFeatures.create_or_open(tempfile.mkdtemp(), meta={"model": "m"}, dim=4, keys=keys)
+        >>> store.write_unit(0, torch.eye(2, 4))
+        >>> store.take(keys[1:])
+        tensor([[0., 1., 0., 0.]])
+
+    """
 
     @classmethod
     def create_or_open(
@@ -90,24 +106,29 @@ class GradientFeatures:
         rows_per_unit: int | None = None,
         verify: bool = True,
     ) -> GradientFeatures:
-        """Open the store in `folder` for writing, planning the units of the `keys` it does not know yet.
+        """Open the store in `folder` for writing, and plan units for the `keys` that are not in it yet.
 
         Args:
-            folder: made where it is missing.
-            meta: what the features are a function of, besides the rows: any JSON.
-            dim: number of features.
+            folder: folder of the store; created if missing.
+            meta: what determines the features, besides the rows: any JSON.
+            dim: feature dimension.
             dtype: a key of `ENCODINGS`.
-            keys: 32 hex characters each, unique, in the order in which rows are to be stored. Keys that are planned
-                already stay in their unit, new ones become new units after the others, and planned ones that are not in
-                `keys` keep their rows.
-            rows_per_unit: of the new units; by default a 64th of the new keys, at least 16 and at most 32 MiB of
-                float32.
+            keys: 32 hex characters each, unique, in the order in which rows are stored. Keys that are planned already
+                stay in their unit, and new ones become new units at the end; planned keys that are not in `keys` keep
+                their rows.
+            rows_per_unit: size of the new units; by default a 64th of the new keys, at least 16 rows and at most 32 MiB
+                of float32.
             verify: check a unit's digest when its rows are first read.
 
+        Returns:
+            The store.
+
         Raises:
-            OtherFeatures: The store has another `meta`, `dim` or `dtype`; names the field, the old and the new value.
-            UsageError: There is no such `dtype`.
-            ValueError: Keys that are impossible.
+            OtherFeatures: if the store has another `meta`, `dim` or `dtype`; names the field, the old and the new
+                value.
+            UsageError: if `dtype` is unknown.
+            ValueError: if `dim` or `rows_per_unit` is below 1, or keys are malformed or repeated.
+            EnvironmentProblem: if another process created the store at the same time.
 
         Example:
             >>> import tempfile, torch
@@ -122,7 +143,7 @@ class GradientFeatures:
 
         """
         if dtype not in ENCODINGS:
-            raise UsageError(f"there is no feature dtype '{dtype}'{did_you_mean(dtype, ENCODINGS)}")
+            raise UsageError(f"unknown feature dtype '{dtype}'{did_you_mean(dtype, ENCODINGS)}")
         if dim < 1 or (rows_per_unit is not None and rows_per_unit < 1):
             raise ValueError(f"a feature store needs dim >= 1 and rows_per_unit >= 1; got {dim} and {rows_per_unit}")
         plans.check_keys(keys)
@@ -143,7 +164,7 @@ class GradientFeatures:
                     files.write_bytes(path / plans.NAME, plans.seal(plan), seal=False)
                 elif not files.write_new(
                     path / plans.NAME, plans.seal(plan)
-                ):  # flock excludes nobody on this file system
+                ):  # this file system does not support flock
                     raise EnvironmentProblem(f"{path} was created by another process at the same time; run again")
         return cls(path, plan, verify)
 
@@ -151,30 +172,37 @@ class GradientFeatures:
     def open(cls, folder: str | os.PathLike[str], *, verify: bool = True) -> GradientFeatures:
         """Open the store in `folder` for reading.
 
+        Args:
+            folder: folder of the store.
+            verify: check a unit's digest when its rows are first read.
+
+        Returns:
+            The store.
+
         Raises:
-            DataError: There is no store, or it has another format.
+            DataError: if there is no store, or it has another format.
 
         """
         path = Path(folder)
         if not (path / plans.NAME).exists():
-            raise DataError(f"{path} holds no gradient features (there is no {plans.NAME}); check the path")
+            raise DataError(f"{path} contains no gradient features (there is no {plans.NAME}); check the path")
         return cls(path, plans.read(path), verify)
 
     def __len__(self) -> int:
-        """Planned rows."""
+        """Return the number of planned rows."""
         return sum(map(self._rows, range(self.units)))
 
-    @property
-    def units(self) -> int:
-        """Planned units."""
-        return len(self._units)
-
-    def unit_keys(self, unit: int) -> list[str]:
-        """The keys of `unit`, in the order of its rows."""
-        return self._units[unit].split()
-
     def missing_units(self, rank: int = 0, world: int = 1) -> list[int]:
-        """Units with `unit % world == rank` that are not written; those with a damaged sidecar are set aside first."""
+        """List the missing units of one rank, including those with a damaged sidecar, which are moved aside first.
+
+        Args:
+            rank: rank of this process.
+            world: number of processes; unit u belongs to rank u mod world.
+
+        Returns:
+            Numbers of units, ascending.
+
+        """
         missing = []
         for unit in range(rank, self.units, world):
             if not self._path(unit, "json").exists():
@@ -189,38 +217,53 @@ class GradientFeatures:
         return missing
 
     def info(self, unit: int) -> dict[str, Any]:
-        """What was given as `info` to `write_unit`."""
+        """Return the `info` that was passed to `write_unit`.
+
+        Args:
+            unit: number of the unit.
+
+        Returns:
+            A copy of the mapping.
+
+        Raises:
+            DataError: if the unit is missing or damaged.
+
+        """
         with self._quarantining(unit):
             return dict(self._sidecar(unit)["info"])
 
     def write_unit(
-        self, unit: int, features: Tensor, status: Sequence[str] | None = None, info: Mapping[str, Any] | None = None
+        self,
+        unit: int,
+        features: Float[Tensor, "n dim"],
+        status: Sequence[str] | None = None,
+        info: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the rows of a unit, in `unit_keys` order.
+        """Write the rows of a unit, in the order of `unit_keys`.
 
         Args:
-            unit: its number.
-            features: [n, dim] of any floating dtype, not normalized, on any device.
-            status: [n] of "ok", "empty", "nonfinite"; rows called ok that are zero or not finite are corrected. Rows
+            unit: number of the unit.
+            features: floating dtype [n, dim], not normalized, on any device.
+            status: [n] of "ok", "empty", "nonfinite"; the "ok" of rows that are zero or not finite is corrected. Rows
                 that are not ok are stored as zeros.
             info: JSON kept in the sidecar; it must be the same on every run.
 
         Raises:
-            ValueError: Wrong shapes or statuses.
-            EnvironmentProblem: The disk refuses.
+            ValueError: if shapes or statuses are wrong.
+            EnvironmentProblem: if the file system reports an error, such as a full disk.
 
         """
         n = self._rows(unit)
         if features.shape != (n, self.dim) or not features.is_floating_point():
             raise ValueError(
-                f"unit {unit} of {self.folder} takes float features [{n}, {self.dim}]; "
+                f"unit {unit} of {self.folder} needs float features [{n}, {self.dim}]; "
                 f"got {features.dtype} {list(features.shape)}"
             )
         states = ["ok"] * n if status is None else list(status)
         if len(states) != n or not set(states) <= set(payloads.STATUSES):
-            raise ValueError(f"unit {unit} of {self.folder} takes {n} statuses, each one of {payloads.STATUSES}")
+            raise ValueError(f"unit {unit} of {self.folder} needs {n} statuses, each one of {payloads.STATUSES}")
         sidecar = self._path(unit, "json")
-        files.remove(sidecar)  # a unit written again is uncommitted until its new payload is complete
+        files.remove(sidecar)  # a unit that is overwritten counts as missing until its new payload is complete
         self._forget(unit)
         payload = self._path(unit, "safetensors")
         digest = files.write_pieces(payload, payloads.pieces(features, states, self.dtype), seal=False)
@@ -237,14 +280,21 @@ class GradientFeatures:
         files.write_bytes(sidecar, plans.seal(body), seal=False)
 
     def iter_blocks(self, rows: int = 4096) -> Iterator[Block]:
-        """All rows in the order of the plan, at most `rows` at a time; a block does not cross units.
+        """Iterate over all rows in the order of the plan. A block does not cross units.
+
+        Args:
+            rows: largest number of rows per block.
+
+        Yields:
+            The blocks.
 
         Raises:
-            DataError: Units are missing or damaged; a damaged one is set aside and missing from then on.
+            ValueError: if `rows` is below 1.
+            DataError: if units are missing or damaged; damaged ones are moved aside and count as missing from then on.
 
         """
         if rows < 1:
-            raise ValueError(f"iter_blocks takes rows >= 1; got {rows}")
+            raise ValueError(f"iter_blocks needs rows >= 1; got {rows}")
         self._require_complete()
         for unit in range(self.units):
             keys = self.unit_keys(unit)
@@ -257,9 +307,14 @@ class GradientFeatures:
                     yield block
 
     def rows(self) -> Rows:
-        """Keys, norms and statuses of all rows in the order of the plan; reads no features.
+        """Read keys, norms and statuses of all rows in the order of the plan, without their features.
 
-        Raises: as `iter_blocks`.
+        Returns:
+            The rows.
+
+        Raises:
+            DataError: if units are missing or damaged; damaged ones are moved aside and count as missing from then on.
+
         """
         self._require_complete()
         status, norms = [], [torch.zeros(0)]
@@ -269,17 +324,17 @@ class GradientFeatures:
                 status.extend(view.status)
         return Rows([key for unit in self._units for key in unit.split()], torch.cat(norms), status)
 
-    def take(self, keys: Sequence[str]) -> Tensor:
-        """The features of some rows. Only their units must be there.
+    def take(self, keys: Sequence[str]) -> Float[Tensor, "n dim"]:
+        """Read the features of some rows. Only their units must be complete.
 
         Args:
-            keys: of the rows.
+            keys: keys of n rows.
 
         Returns:
-            float32 [len(keys), dim], in that order.
+            float32 [n, dim], in the order of `keys`.
 
         Raises:
-            DataError: The store does not plan a key, and as `iter_blocks`.
+            DataError: if a key is not in the store, or a unit is missing or damaged.
 
         """
         out = torch.empty(len(keys), self.dim)
@@ -297,9 +352,13 @@ class GradientFeatures:
         return out
 
     def verify(self) -> list[tuple[int, str]]:
-        """Read every byte of every written unit; (unit, reason) of each damaged one, which is set aside as `*.broken`.
+        """Read every byte of every written unit, and move damaged units aside as `*.broken`.
 
-        Call it before `missing_units` to repair a store: exactly the damaged units are then computed again.
+        Call it before `missing_units` to repair a store: exactly the damaged units are then recomputed.
+
+        Returns:
+            (number of the unit, reason) for each damaged unit.
+
         """
         damaged = []
         for unit in range(self.units):
@@ -311,85 +370,3 @@ class GradientFeatures:
                     damaged.append((unit, str(error)))
                     self._quarantine(unit)
         return damaged
-
-    @cached_property
-    def _place(self) -> dict[str, tuple[int, int]]:
-        return {key: (unit, row) for unit, keys in enumerate(self._units) for row, key in enumerate(keys.split())}
-
-    def _rows(self, unit: int) -> int:
-        return (len(self._units[unit]) + 1) // 33  # 32 characters and a space
-
-    def _path(self, unit: int, suffix: str) -> Path:
-        return self.folder / f"part-{unit:05d}.{suffix}"
-
-    def _forget(self, unit: int) -> None:
-        self._sidecars.pop(unit, None)
-        self._sound.discard(unit)
-
-    def _require_complete(self) -> None:
-        if missing := [unit for unit in range(self.units) if not self._path(unit, "json").exists()]:
-            raise DataError(
-                f"{self.folder}: {len(missing)} of {self.units} units are missing (the first: {missing[0]})"
-                "; run the extraction again, it computes only these"
-            )
-
-    def _sidecar(self, unit: int) -> dict[str, Any]:
-        """The sidecar of `unit`, checked against its seal and the plan. Raises: Damaged."""
-        if unit in self._sidecars:
-            return self._sidecars[unit]
-        path = self._path(unit, "json")
-        if not path.exists():
-            raise payloads.Damaged(f"{path.name} is gone")
-        try:
-            body = plans.unseal(files.read_bytes(path))
-        except ValueError as error:
-            raise payloads.Damaged(f"{path.name}: {error}") from None
-        expected = {
-            "format": plans.FORMAT,
-            "unit": unit,
-            "rows": self._rows(unit),
-            "store": self._meta_digest,
-            "keys": self._units[unit],
-        }
-        for name, value in expected.items():
-            if body.get(name) != value:
-                raise payloads.Damaged(
-                    f"{path.name} belongs to another store or unit: its '{name}' differs from {plans.NAME}"
-                )
-        del body["keys"]  # the plan has them
-        self._sidecars[unit] = body
-        return body
-
-    def _check_payload(self, unit: int) -> None:
-        """Compare the whole payload with its digest. Raises: Damaged."""
-        payloads.check(self._path(unit, "safetensors"), self._sidecar(unit)["payload"])
-        self._sound.add(unit)
-
-    @contextmanager
-    def _mapped(self, unit: int) -> Iterator[payloads.View]:
-        if unit not in self._sound and self._verify:
-            self._check_payload(unit)
-        sidecar, n = self._sidecar(unit), self._rows(unit)
-        with payloads.mapped(self._path(unit, "safetensors"), n, self.dim, self.dtype, sidecar["status"]) as view:
-            yield view
-
-    @contextmanager
-    def _quarantining(self, unit: int) -> Iterator[None]:
-        try:
-            yield
-        except payloads.Damaged as error:
-            self._quarantine(unit)
-            raise DataError(
-                f"{self.folder}: unit {unit} is damaged ({error}); it was set aside as *.broken, run the "
-                "extraction again to compute this unit anew"
-            ) from error
-
-    def _quarantine(self, unit: int) -> None:
-        self._forget(unit)
-        for suffix in ("json", "safetensors"):  # the sidecar first: from then on the unit is missing
-            path = self._path(unit, suffix)
-            broken = path.with_name(f"{path.name}.broken")
-            if path.exists():
-                files.remove(broken)
-                with suppress(DataError):  # another process was quicker
-                    files.move(path, broken)

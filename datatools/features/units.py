@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,11 +24,21 @@ _ENCODE_ROWS = 1024  # rows encoded at a time: 32 MiB of float32 at dim 8192
 
 
 class Damaged(Exception):
-    """A unit's files are not what was written; the text says which file and why."""
+    """The files of a unit are not what was written; the message says which file and why."""
 
 
 class View:
-    """One unit's payload, mapped."""
+    """One unit's payload, mapped into memory.
+
+    Args:
+        mapped: the memory map of the file.
+        start: offset of the first feature, in bytes.
+        n: number of rows.
+        dim: feature dimension.
+        dtype: a key of `ENCODINGS`.
+        status: the numbers of rows that are not "ok", by their status.
+
+    """
 
     def __init__(
         self, mapped: mmap.mmap, start: int, n: int, dim: int, dtype: str, status: Mapping[str, Sequence[int]]
@@ -39,7 +50,7 @@ class View:
         self._start, self._stride = start, width * itemsize
         self._stored = np.frombuffer(mapped, encoding.element, n * width, start).reshape(n, width)
         tail = start + n * width * itemsize
-        # copied: after rows of odd length float32 values are not aligned
+        # copied, because float32 values after rows of odd length are not aligned
         self.norms = torch.from_numpy(np.frombuffer(mapped[tail : tail + 4 * n], "<f4").copy())
         scale = mapped[tail + 4 * n : tail + 8 * n] if encoding.levels else np.ones(n, dtype="<f4").tobytes()
         self._scale = np.frombuffer(scale, "<f4")
@@ -48,25 +59,48 @@ class View:
             for row in rows:
                 self.status[row] = state
 
-    def features(self, rows: slice | NDArray[np.int64]) -> Tensor:
-        """float32 [rows, dim], unit rows or zeros."""
+    def features(self, rows: slice | NDArray[np.int64]) -> Float[Tensor, "n dim"]:
+        """Decode some rows.
+
+        Args:
+            rows: which rows of the unit.
+
+        Returns:
+            float32 [n, dim], rows of unit length or zero.
+
+        """
         return decode(self._stored[rows], self._scale[rows], self._dtype, self._dim)
 
     def release(self, rows: slice) -> None:
-        """Let the kernel drop the pages of rows that were read, so that memory stays flat."""
+        """Let the kernel drop the pages of rows that have been read, so that memory use stays constant.
+
+        Args:
+            rows: consecutive rows of the unit.
+
+        """
         if hasattr(mmap, "MADV_DONTNEED"):
             begin = (self._start + rows.start * self._stride) // mmap.PAGESIZE * mmap.PAGESIZE
-            end = self._start + rows.stop * self._stride  # a last block that is shorter: madvise stops at the end
+            end = self._start + rows.stop * self._stride  # may pass the end of the file, where madvise stops
             self._mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def close(self) -> None:
-        """Release the file."""
-        del self._stored  # arrays into the map would keep it from closing
+        """Close the memory map."""
+        del self._stored  # the map cannot be closed while arrays refer to it
         self._mapped.close()
 
 
 def header(dtype: str, dim: int, n: int) -> bytes:
-    """The safetensors header of a unit; padded with spaces so that the features start at a multiple of 64 bytes."""
+    """Compose the safetensors header of a unit, padded with spaces so that features start at a multiple of 64 bytes.
+
+    Args:
+        dtype: a key of `ENCODINGS`.
+        dim: feature dimension.
+        n: number of rows.
+
+    Returns:
+        The first bytes of the file.
+
+    """
     encoding = ENCODINGS[dtype]
     width = encoding.width(dim)
     end = n * width * np.dtype(encoding.element).itemsize
@@ -82,19 +116,32 @@ def header(dtype: str, dim: int, n: int) -> bytes:
 
 
 def payload_bytes(dtype: str, dim: int, n: int) -> int:
-    """The size of a payload."""
+    """Compute the size of a payload.
+
+    Args:
+        dtype: a key of `ENCODINGS`.
+        dim: feature dimension.
+        n: number of rows.
+
+    Returns:
+        Bytes.
+
+    """
     encoding = ENCODINGS[dtype]
     row = encoding.width(dim) * np.dtype(encoding.element).itemsize + (8 if encoding.levels else 4)
     return len(header(dtype, dim, n)) + n * row
 
 
-def pieces(features: Tensor, states: list[str], dtype: str) -> Iterator[bytes]:
-    """The bytes of a payload, a part of the rows at a time.
+def pieces(features: Float[Tensor, "n dim"], states: list[str], dtype: str) -> Iterator[bytes]:
+    """Encode a payload, some rows at a time.
 
     Args:
-        features: [n, dim] of any floating dtype, not normalized.
-        states: [n] of `STATUSES`; an "ok" of a row that is zero or not finite is corrected in place.
+        features: floating dtype [n, dim], not normalized.
+        states: [n] of `STATUSES`; the "ok" of a row that is zero or not finite is corrected in place.
         dtype: a key of `ENCODINGS`.
+
+    Yields:
+        The bytes of the file, in order.
 
     """
     n, dim = features.shape
@@ -117,7 +164,17 @@ def pieces(features: Tensor, states: list[str], dtype: str) -> Iterator[bytes]:
 
 
 def check(path: Path, wanted: Mapping[str, Any]) -> None:
-    """Compare a whole payload with its size and digest in the sidecar. Raises: Damaged."""
+    """Compare the size and digest of a payload with those in its sidecar.
+
+    Args:
+        path: the payload.
+        wanted: its entry in the sidecar, with `bytes` and `xxh3`.
+
+    Raises:
+        Damaged: if they differ, or the payload is missing.
+        EnvironmentProblem: if it cannot be read.
+
+    """
     try:
         size = path.stat().st_size
         if size != wanted["bytes"]:
@@ -125,32 +182,35 @@ def check(path: Path, wanted: Mapping[str, Any]) -> None:
         if files.digest_file(path) != wanted["xxh3"]:
             raise Damaged(f"{path.name}: its digest does not match {path.with_suffix('.json').name}")
     except FileNotFoundError:
-        raise Damaged(f"{path.name} is gone") from None
+        raise Damaged(f"{path.name} is missing") from None
     except OSError as error:
         raise files.explain(error, path, "read") from error
 
 
 @contextmanager
 def mapped(path: Path, n: int, dim: int, dtype: str, status: Mapping[str, Sequence[int]]) -> Iterator[View]:
-    """The payload at `path`, mapped into memory.
+    """Map the payload at `path` into memory.
 
     Args:
-        path: of the payload.
+        path: the payload.
         n: number of rows.
-        dim: number of features.
+        dim: feature dimension.
         dtype: a key of `ENCODINGS`.
-        status: rows that are not "ok", by their status.
+        status: the numbers of rows that are not "ok", by their status.
+
+    Yields:
+        The view, which is closed at the end.
 
     Raises:
-        Damaged: It is gone, or does not hold such tensors.
+        Damaged: if the file is missing, or does not contain such tensors.
 
     """
     first, size = header(dtype, dim, n), payload_bytes(dtype, dim, n)
     if not path.exists():
-        raise Damaged(f"{path.name} is gone")
+        raise Damaged(f"{path.name} is missing")
     with files.open_file(path) as file:
         if os.fstat(file.fileno()).st_size != size or file.read(len(first)) != first:
-            raise Damaged(f"{path.name} does not hold the tensors that plan.json describes")
+            raise Damaged(f"{path.name} does not contain the tensors that plan.json describes")
         try:
             memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except OSError as error:

@@ -1,18 +1,17 @@
-"""The only package that writes files: whole or not at all, and sealed in run folders.
+"""The only package that writes files: each is written whole or not at all, and sealed in run folders.
 
-`atomic.py` writes (and says how), `folders.py` makes, moves and removes, `locks.py` locks, `reading.py` reads. In a run
-folder, finished files are sealed (`datatools.files.seals`): what is read there later is what was written. Nothing here
-follows a link to write, or waits for a pipe: a name that is taken by a link is replaced, and a folder inside a run
-folder that is a link is refused.
+`atomic.py` and `atomic_folders.py` write, `folders.py` creates, moves and removes, `locks.py` locks, and `reading.py`
+reads. In a run folder, finished files are sealed (`datatools.files.seals`), so a later read returns what was written or
+fails. Nothing in this package follows a symbolic link when it writes, or waits for a named pipe: a link in place of a
+file is replaced, and a linked folder inside a run folder is refused.
 
-Failures surface as `EnvironmentProblem` (no space, no permission, disk error, folder in use) or `DataError` (no such
-file, not a readable file), always with the path and what to do. POSIX only: locks are `flock`, which the kernel drops
-when its holder dies; a network folder must support `flock`, `rename` and `fsync`.
+Failures are raised as `EnvironmentProblem` (no space, no permission, disk error, folder in use) or `DataError` (missing
+or unreadable file), always with the path and a remedy. POSIX only: locks use `flock`, which the kernel releases when
+the process that holds them dies. A network folder must support `flock`, `rename` and `fsync`.
 """
 
 from datatools.files.atomic import (
     append_line,
-    atomic_folder,
     atomic_path,
     is_writing,
     json_bytes,
@@ -22,6 +21,7 @@ from datatools.files.atomic import (
     write_pieces,
     write_text,
 )
+from datatools.files.atomic_folders import atomic_folder
 from datatools.files.folders import make_folder, move, remove, remove_folder, remove_leftovers, scratch_folder
 from datatools.files.locks import folder_mutex, lock_folder
 from datatools.files.problems import PathLike, explain

@@ -1,17 +1,16 @@
-"""Files written whole or not at all.
+"""Write files whole or not at all.
 
-A file is written under a temporary name in its own folder, fsynced, renamed over its final name, and the folder is
-fsynced: after a kill or a power cut the final name shows the old bytes or the new ones, never a mixture. Temporary
-files are `.tmp-<random>`, mode 0600, and locked while their writer lives, so that `remove_leftovers` can tell an
-abandoned one from one in use. Finished files are 0644 less the umask. Libraries that save a whole folder get a fresh
-one (`atomic_folder`), which is treated in the same way.
+A file is written under a temporary name in its own folder, fsynced, renamed to its final name, and the folder is
+fsynced. After a kill or a power failure, the final name refers to the old content or to the new content, never to a
+mixture. Temporary files are named `.tmp-<random>`, have mode 0600, and are locked while their writer lives, so that
+`remove_leftovers` can distinguish abandoned files from those in use. Finished files have mode 0644 less the umask.
+Whole folders are written in the same way (`atomic_folders.py`).
 """
 
 import fcntl
 import json
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,20 +24,32 @@ from datatools.errors import DataError
 from datatools.files import seals
 from datatools.files.disk import flock, refuse_links, sync_folder, umask, write_all
 from datatools.files.problems import NO_SPACE, PathLike, explain, explained
-from datatools.files.reading import read_bytes, seal_of, seal_of_open
+from datatools.files.reading import read_bytes, seal_of_open
 from datatools.files.seals import TEMPORARY, shown
 
 
 def write_bytes(
     path: PathLike, data: bytes | bytearray | memoryview, *, durable: bool = True, seal: bool = True
 ) -> None:
-    """Replace `path` by `data`, all or nothing.
+    """Replace the file `path` by `data`, all or nothing.
 
     Args:
-        path: where to; its folder must exist.
+        path: file to write; its folder must exist.
         data: the whole content.
-        durable: fsync the file and its folder; False is for files that may be lost, which are not sealed either.
-        seal: in a sealed folder, record the content; False is for files that carry a digest of their own.
+        durable: fsync the file and its folder. False is for files that may be lost; these are not sealed.
+        seal: in a sealed folder, record the content. False is for files that carry a digest of their own.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+        DataError: if the folder does not exist, or is a link inside a run folder.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import files
+        >>> path = Path(tempfile.mkdtemp()) / "data.bin"
+        >>> files.write_bytes(path, b"new")
+        >>> path.read_bytes()
+        b'new'
 
     """
     path = Path(path)
@@ -48,7 +59,26 @@ def write_bytes(
 
 
 def write_text(path: PathLike, text: str, *, durable: bool = True) -> None:
-    """`write_bytes` of `text` in UTF-8; line ends as they are. Raises: DataError on lone surrogates."""
+    r"""Write `text` in UTF-8 with `write_bytes`; line ends are not converted.
+
+    Args:
+        path: file to write; its folder must exist.
+        text: the whole content.
+        durable: see `write_bytes`.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+        DataError: if the text has lone surrogates, which UTF-8 cannot encode.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import files
+        >>> path = Path(tempfile.mkdtemp()) / "note.txt"
+        >>> files.write_text(path, "naïve")
+        >>> path.read_bytes()
+        b'na\xc3\xafve'
+
+    """
     try:
         data = text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -57,7 +87,26 @@ def write_text(path: PathLike, text: str, *, durable: bool = True) -> None:
 
 
 def write_json(path: PathLike, value: Any, *, durable: bool = True) -> None:
-    """`write_bytes` of `json_bytes(value)`. Raises: DataError if JSON cannot hold `value` (NaN, a tensor, ...)."""
+    """Write `json_bytes(value)` with `write_bytes`.
+
+    Args:
+        path: file to write; its folder must exist.
+        value: a value that JSON can represent.
+        durable: see `write_bytes`.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+        DataError: if JSON cannot represent `value` (NaN, a tensor, ...).
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import files
+        >>> path = Path(tempfile.mkdtemp()) / "result.json"
+        >>> files.write_json(path, {"loss": 2.5})
+        >>> files.read_json(path)
+        {'loss': 2.5}
+
+    """
     try:
         data = json_bytes(value)
     except (TypeError, ValueError) as error:
@@ -66,7 +115,20 @@ def write_json(path: PathLike, value: Any, *, durable: bool = True) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """`value` as indented UTF-8 JSON with a final newline; keys keep their order, NaN and infinities are refused."""
+    r"""Serialize `value` as indented UTF-8 JSON with a final newline; keys keep their order.
+
+    Args:
+        value: a value that JSON can represent; NaN and infinities are refused.
+
+    Returns:
+        The JSON text as bytes.
+
+    Example:
+        >>> from datatools import files
+        >>> files.json_bytes({"b": 1, "a": 2})
+        b'{\n "b": 1,\n "a": 2\n}\n'
+
+    """
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     try:
         return text.encode("utf-8") + b"\n"
@@ -75,7 +137,27 @@ def json_bytes(value: Any) -> bytes:
 
 
 def write_pieces(path: PathLike, pieces: Iterable[bytes | bytearray | memoryview], *, seal: bool = True) -> str:
-    """`write_bytes` of the joined `pieces`, holding one at a time; returns the `digest` of all of them."""
+    """Write the concatenated `pieces` as `write_bytes` does, holding one piece in memory at a time.
+
+    Args:
+        path: file to write; its folder must exist.
+        pieces: the content, in order.
+        seal: see `write_bytes`.
+
+    Returns:
+        The `digest` of the whole content.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import files
+        >>> path = Path(tempfile.mkdtemp()) / "data.bin"
+        >>> files.write_pieces(path, (b"ab", b"c")) == files.digest(b"abc")
+        True
+
+    """
     path = Path(path)
     total = xxhash.xxh3_128()
     with explained(path, "write"), _temporary(path) as (descriptor, temporary):
@@ -87,7 +169,26 @@ def write_pieces(path: PathLike, pieces: Iterable[bytes | bytearray | memoryview
 
 
 def write_new(path: PathLike, data: bytes | bytearray | memoryview) -> bool:
-    """Put if absent: write `path`, unsealed, only if it does not exist; of many writers exactly one gets True."""
+    """Create the file `path`, unsealed, only if it does not exist; of several concurrent writers exactly one succeeds.
+
+    Args:
+        path: file to create; its folder must exist.
+        data: the whole content.
+
+    Returns:
+        True if this call created the file, False if it existed already.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import files
+        >>> path = Path(tempfile.mkdtemp()) / "claim"
+        >>> files.write_new(path, b"first"), files.write_new(path, b"second")
+        (True, False)
+
+    """
     path = Path(path)
     with explained(path, "write"), _temporary(path) as (descriptor, temporary):
         write_all(descriptor, data)
@@ -102,7 +203,26 @@ def write_new(path: PathLike, data: bytes | bytearray | memoryview) -> bool:
 
 
 def append_line(path: PathLike, line: str) -> None:
-    """Append `line` and a newline in one write, for logs; a kill can cut the last line, never an earlier one."""
+    """Append `line` and a newline to a log file in one write. A kill can truncate only the last line.
+
+    Args:
+        path: log file; it is created where missing, and never sealed.
+        line: text without a newline.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+        DataError: if `path` is not a regular file.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import files
+        >>> path = Path(tempfile.mkdtemp()) / "log.txt"
+        >>> files.append_line(path, "step 1")
+        >>> files.append_line(path, "step 2")
+        >>> path.read_text().splitlines()
+        ['step 1', 'step 2']
+
+    """
     with explained(path, "append to"):
         refuse_links(path)
         descriptor = _open_log(Path(path))
@@ -121,13 +241,36 @@ def _open_log(path: Path) -> int:
             return descriptor
         os.close(descriptor)
         if not stat.S_ISREG(facts.st_mode):
-            raise DataError(f"cannot append to {shown(path)}: it is not a file; remove it")
-        write_bytes(path, read_bytes(path), seal=False)  # a second name of another file: that one stays as it is
+            raise DataError(f"cannot append to {shown(path)}: it is not a regular file; remove it")
+        write_bytes(path, read_bytes(path), seal=False)  # a hard link to another file, which must stay unchanged
 
 
 @contextmanager
 def atomic_path(path: PathLike, *, durable: bool = True) -> Iterator[Path]:
-    """A temporary path to write to with any library; it becomes `path` on a clean exit and vanishes on an error."""
+    """Provide a temporary path for a library to write to; it becomes `path` on a clean exit and is removed on an error.
+
+    Args:
+        path: final name of the file; its folder must exist.
+        durable: see `write_bytes`.
+
+    Yields:
+        The temporary path, in the same folder.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import files
+        >>> path = Path(tempfile.mkdtemp()) / "data.txt"
+        >>> with files.atomic_path(path) as temporary:
+        ...     written = temporary.write_text("whole")
+        ...     path.exists()
+        False
+        >>> path.read_text()
+        'whole'
+
+    """
     path = Path(path)
     with explained(path, "write"):
         descriptor, temporary = _open_temporary(path)
@@ -138,9 +281,9 @@ def atomic_path(path: PathLike, *, durable: bool = True) -> Iterator[Path]:
             ours = error.filename is not None and os.fspath(error.filename) == os.fspath(temporary)
             if error.errno in NO_SPACE or ours:
                 raise explain(error, path, "write") from error
-            raise  # the block's own trouble with another file
+            raise  # the block failed on a file of its own
         with explained(path, "write"):
-            written = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)  # maybe not the file of `descriptor`
+            written = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)  # may differ from `descriptor`
             try:
                 _commit(written, temporary, path, durable, seal=True)
             finally:
@@ -150,88 +293,8 @@ def atomic_path(path: PathLike, *, durable: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: PathLike) -> Iterator[Path]:
-    """A fresh folder beside `path` for a library to write to; it becomes `path` on a clean exit, else it vanishes.
-
-    Files are made 0644 and folders 0755, less the umask, and all are fsynced before the move, so that a folder with the
-    final name is whole. What stood at `path` is replaced; a symbolic link there, or one inside it, is never followed.
-    Raises: DataError for a link or another special file that the block wrote.
-    """
-    path = Path(path)
-    with explained(path, "write"):
-        descriptor, temporary = _make_temporary_folder(path)
-    try:
-        yield temporary
-        with explained(path, "write"):
-            _settle(temporary)
-            _seal_folder(temporary, path)
-            _put(temporary, path)
-    finally:
-        if os.path.lexists(temporary):
-            shutil.rmtree(temporary, ignore_errors=True)  # which unlinks links and never follows them
-        os.close(descriptor)
-
-
-def _make_temporary_folder(path: Path) -> tuple[int, Path]:
-    refuse_links(path)
-    while True:
-        temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
-        os.mkdir(temporary, 0o700)
-        with suppress(FileNotFoundError):  # remove_leftovers came between the making and the lock: once more
-            descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            flock(descriptor, fcntl.LOCK_EX)
-            if os.path.lexists(temporary):
-                return descriptor, temporary
-            os.close(descriptor)
-
-
-def _settle(folder: Path) -> None:
-    """Permissions of a finished folder for everything in `folder`, on the disk for good."""
-    mask = umask()
-    for parent, folders, names in os.walk(folder, topdown=False):
-        for name in (*folders, *names):
-            child = Path(parent) / name
-            mode = os.lstat(child).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise DataError(f"cannot write {shown(child)}: it is neither a file nor a folder; remove what made it")
-            if stat.S_ISDIR(mode):
-                continue  # the walk comes to it, or has
-            descriptor = os.open(child, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                os.fchmod(descriptor, 0o644 & ~mask)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        os.chmod(parent, 0o755 & ~mask)
-        sync_folder(Path(parent))
-
-
-def _seal_folder(folder: Path, path: Path) -> None:
-    """Record the files of `folder` under the names that they will have in `path`."""
-    if seals.root_of(path) is None:
-        return
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            child = Path(parent) / name
-            seals.record(path / child.relative_to(folder), seal_of(child))
-
-
-def _put(folder: Path, path: Path) -> None:
-    """Move `folder` to `path`; a link or a file there goes, a folder there is moved out of the way first."""
-    old = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
-    with suppress(FileNotFoundError):
-        os.rename(path, old)  # of a link the link itself
-    os.rename(folder, path)
-    sync_folder(path.parent)
-    if os.path.islink(old) or old.is_file():
-        os.unlink(old)
-    elif old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
 def _temporary(path: Path) -> Iterator[tuple[int, Path]]:
-    """A fresh locked file beside `path`; unlinked at the end unless it was renamed away."""
+    """Yield a new locked file in the folder of `path`; it is unlinked at the end unless it was renamed."""
     descriptor, temporary = _open_temporary(path)
     try:
         yield descriptor, temporary
@@ -252,11 +315,11 @@ def _open_temporary(path: Path) -> tuple[int, Path]:
         except BaseException:
             _discard(descriptor, temporary)
             raise
-        os.close(descriptor)  # remove_leftovers came between open and flock: once more
+        os.close(descriptor)  # remove_leftovers removed it between open and flock: try again
 
 
 def _discard(descriptor: int, temporary: Path) -> None:
-    with suppress(OSError):  # renamed, or the disk is gone: then the end of the lock marks it as abandoned
+    with suppress(OSError):  # already renamed, or the disk fails: without the lock it counts as abandoned
         os.unlink(temporary)
     os.close(descriptor)
 
@@ -267,7 +330,7 @@ def _commit(descriptor: int, temporary: Path, path: Path, durable: bool, seal: b
         os.fsync(descriptor)
         if seal and seals.root_of(path) is not None:  # before the file has its name
             seals.record(path, seal_of_open(descriptor))
-        elif not seal and seals.expected(path):  # of a version that sealed this file
+        elif not seal and seals.expected(path):  # a seal from a version that sealed this file
             seals.drop(path)
     os.replace(temporary, path)
     if durable:
@@ -279,7 +342,21 @@ _FILES = {str(Path(__file__).with_name(name)) for name in ("atomic.py", "disk.py
 
 
 def is_writing(frame: FrameType | None) -> bool:
-    """Whether a file is being written in `frame` or in one that called it, so that an interrupt should wait."""
+    """Return whether `frame` or one of its callers is writing a file, so that an interrupt should be deferred.
+
+    Args:
+        frame: the frame that a signal interrupted; None gives False.
+
+    Returns:
+        Whether the frame belongs to a write, append, move or commit of this package.
+
+    Example:
+        >>> import sys
+        >>> from datatools import files
+        >>> files.is_writing(sys._getframe())
+        False
+
+    """
     while frame is not None:
         code = frame.f_code
         if code.co_filename in _FILES and code.co_name.startswith(_WRITERS):

@@ -1,4 +1,4 @@
-"""Making, moving and removing folders and files; private folders that are gone at the end."""
+"""Create, move and remove folders and files; private folders that are removed at the end."""
 
 import errno
 import fcntl
@@ -21,12 +21,30 @@ _SCRATCH = "datatools-scratch-"
 
 
 def make_folder(path: PathLike) -> Path:
-    """Create the folder `path` and its parents where missing (0755 less the umask)."""
+    """Create the folder `path` and its missing parents (mode 0755 less the umask).
+
+    Args:
+        path: folder to create; it may exist.
+
+    Returns:
+        The path.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+        DataError: if a parent is a file, or a link inside a run folder.
+
+    Example:
+        >>> from datatools import files
+        >>> path = files.make_folder(Path(tempfile.mkdtemp()) / "a" / "b")
+        >>> path.is_dir()
+        True
+
+    """
     path = Path(path)
     with explained(path, "create the folder"):
         refuse_links(path / "x")
         for parent in reversed(path.parents):
-            if not parent.is_dir():  # os.makedirs would give it all that the umask allows
+            if not parent.is_dir():  # os.makedirs would give parents every permission that the umask allows
                 with suppress(FileExistsError):
                     os.mkdir(parent, 0o755)
         os.makedirs(path, mode=0o755, exist_ok=True)
@@ -35,10 +53,28 @@ def make_folder(path: PathLike) -> Path:
 
 @contextmanager
 def scratch_folder(within: PathLike | None = None) -> Iterator[Path]:
-    """A fresh private folder in `within` (the system's folder for temporary files), gone at the end.
+    """Provide a new private folder, which is removed at the end.
 
-    The folder around it is locked while its owner lives, so that what killed owners left goes when the next one is
-    made. The folder itself is not: a run in it locks the folder that it is in.
+    Its parent folder is locked while the owner lives, so that folders left by killed owners are removed when the next
+    one is created. The folder itself is not locked, because a run in it takes that lock.
+
+    Args:
+        within: where to create it; None is the system's folder for temporary files.
+
+    Yields:
+        The folder.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+    Example:
+        >>> from datatools import files
+        >>> with files.scratch_folder() as folder:
+        ...     folder.is_dir()
+        True
+        >>> folder.exists()
+        False
+
     """
     place = Path(within if within is not None else tempfile.gettempdir())
     with explained(place, "make a temporary folder in"):
@@ -47,7 +83,7 @@ def scratch_folder(within: PathLike | None = None) -> Iterator[Path]:
         while True:
             folder = place / f"{_SCRATCH}{secrets.token_hex(8)}"
             os.mkdir(folder, 0o700)
-            with suppress(FileNotFoundError):  # swept between the making and the lock: once more
+            with suppress(FileNotFoundError):  # removed by another process before it was locked: try again
                 descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 flock(descriptor, fcntl.LOCK_EX)
                 if os.path.lexists(folder):
@@ -64,11 +100,11 @@ def scratch_folder(within: PathLike | None = None) -> Iterator[Path]:
 
 
 def _sweep_scratch(place: Path) -> None:
-    """Remove the scratch folders in `place` of which nobody holds the lock."""
+    """Remove the scratch folders in `place` that no process has locked."""
     with os.scandir(place) as entries:
         names = [e.name for e in entries if re.fullmatch(rf"{_SCRATCH}[0-9a-f]{{16}}", e.name)]
     for name in names:
-        with suppress(OSError):  # in use, of another user, or gone
+        with suppress(OSError):  # in use, owned by another user, or gone
             descriptor = os.open(place / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,7 +115,25 @@ def _sweep_scratch(place: Path) -> None:
 
 
 def move(path: PathLike, to: PathLike) -> None:
-    """Rename `path` (a file or a folder) to the free name `to` on the same file system, durably, without its seals."""
+    """Rename a file or folder on the same file system, durably, and forget its seals.
+
+    Args:
+        path: file or folder to move.
+        to: new name, which must not exist.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+        DataError: if `path` is missing or `to` exists (`explained` converts the FileExistsError).
+
+    Example:
+        >>> from datatools import files
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> files.write_bytes(folder / "a", b"")
+        >>> files.move(folder / "a", folder / "b")
+        >>> [file.name for file in folder.iterdir()]
+        ['b']
+
+    """
     with explained(path, f"move to {shown(to)}:"):
         if os.path.lexists(to):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(to))
@@ -90,13 +144,40 @@ def move(path: PathLike, to: PathLike) -> None:
 
 
 def remove(path: PathLike) -> None:
-    """Unlink the file `path`; no error if it is gone already."""
+    """Unlink the file `path`; no error if it does not exist.
+
+    Args:
+        path: file or symbolic link.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+    Example:
+        >>> from datatools import files
+        >>> files.remove(Path(tempfile.mkdtemp()) / "missing")
+
+    """
     with explained(path, "remove"), suppress(FileNotFoundError):
         os.unlink(path)
 
 
 def remove_folder(path: PathLike) -> None:
-    """Remove the folder `path`, or a link in its place, all or nothing: it is renamed first. No error if it is gone."""
+    """Remove a folder, or a link in its place, all or nothing: it is renamed first. No error if it does not exist.
+
+    Args:
+        path: folder or symbolic link.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+    Example:
+        >>> from datatools import files
+        >>> folder = files.make_folder(Path(tempfile.mkdtemp()) / "old")
+        >>> files.remove_folder(folder)
+        >>> folder.exists()
+        False
+
+    """
     aside = Path(path).parent / f"{TEMPORARY}{secrets.token_hex(8)}"
     with explained(path, "remove"), suppress(FileNotFoundError):
         os.rename(path, aside)
@@ -110,7 +191,22 @@ def remove_folder(path: PathLike) -> None:
 def remove_leftovers(folder: PathLike) -> int:
     """Remove the temporary files and folders that killed writers left in `folder`; those of living writers stay.
 
-    Returns: how many went.
+    Args:
+        folder: folder to clean; its subfolders are not searched.
+
+    Returns:
+        The number of files and folders removed.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+    Example:
+        >>> from datatools import files
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> files.write_bytes(folder / "kept", b"")
+        >>> files.remove_leftovers(folder)
+        0
+
     """
     count = 0
     with explained(folder, "clean"):
@@ -121,7 +217,7 @@ def remove_leftovers(folder: PathLike) -> int:
             kind = os.O_RDONLY | os.O_DIRECTORY if temporary.is_dir() else os.O_RDWR
             try:
                 descriptor = os.open(temporary, kind | os.O_NOFOLLOW | os.O_CLOEXEC)
-            except OSError:  # renamed meanwhile, or not ours
+            except OSError:  # renamed in the meantime, or not a temporary file of this package
                 continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,7 +226,7 @@ def remove_leftovers(folder: PathLike) -> int:
                 else:
                     os.unlink(temporary)
                 count += 1
-            except OSError:  # its writer lives, or nobody can tell: leave it
+            except OSError:  # its writer is alive, or locks are not supported: leave it
                 continue
             finally:
                 os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Locks of folders: `flock`, which the kernel drops when its holder dies, so no lock is ever stale."""
+"""Locks of folders: they use `flock`, which the kernel releases when the holder dies, so no lock is ever stale."""
 
 import fcntl
 import json
@@ -21,7 +21,23 @@ _LOCK = ".lock"
 
 @contextmanager
 def folder_mutex(folder: PathLike) -> Iterator[None]:
-    """A short critical section among the processes that change files of `folder` together; waits, leaves no file."""
+    """Exclude other processes that change the files of `folder` from a short block; waits, and leaves no lock file.
+
+    Args:
+        folder: existing folder.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import files
+        >>> folder = tempfile.mkdtemp()
+        >>> with files.folder_mutex(folder):
+        ...     os.listdir(folder)
+        []
+
+    """
     with explained(folder, "lock the folder"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         flock(descriptor, fcntl.LOCK_EX)
@@ -33,13 +49,27 @@ def folder_mutex(folder: PathLike) -> Iterator[None]:
 
 @contextmanager
 def lock_folder(path: PathLike, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the folder `path` (created if missing) for one run; a second holder is refused at once, or waits.
+    """Lock the folder `path` (created if missing) for one run. A second run is refused at once, or waits.
 
-    waiting: called once with the holder's name when there is one; then this waits until the folder is free.
+    The file `.lock` in the folder records host, process id and start time, and is removed at the end. A killed process
+    leaves the file but not the lock, so the next run can take over.
 
-    The file `.lock` inside names host, pid and start time and is gone afterwards. A killed holder leaves the file but
-    not the lock, so the next run takes over.
-    Raises: EnvironmentProblem that names the holder.
+    Args:
+        path: folder to lock.
+        waiting: None refuses when another process holds the lock; a function is called once with a description of that
+            process, and the call then waits until the folder is free.
+
+    Raises:
+        EnvironmentProblem: if another process holds the lock and `waiting` is None; the message names the process.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import files
+        >>> folder = tempfile.mkdtemp()
+        >>> with files.lock_folder(folder):
+        ...     os.listdir(folder)
+        ['.lock']
+
     """
     folder = make_folder(path)
     file = folder / _LOCK
@@ -49,7 +79,7 @@ def lock_folder(path: PathLike, waiting: Callable[[str], None] | None = None) ->
         yield
     finally:
         with suppress(OSError):
-            os.unlink(file)  # before the lock goes: whoever waits on this inode sees that it is gone
+            os.unlink(file)  # before the lock is released, so that waiting processes see that the inode is gone
         os.close(descriptor)
 
 
@@ -60,10 +90,10 @@ def _acquire(folder: Path, file: Path, waiting: Callable[[str], None] | None) ->
         try:
             facts = os.fstat(descriptor)
             if not stat.S_ISREG(facts.st_mode):
-                raise DataError(f"cannot lock {shown(folder)}: {_LOCK} in it is not a file; remove it")
+                raise DataError(f"cannot lock {shown(folder)}: {_LOCK} in it is not a regular file; remove it")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             current = os.stat(file, follow_symlinks=False)
-            if current.st_nlink > 1:  # a second name of another file, which is not ours to write
+            if current.st_nlink > 1:  # a hard link to another file, which must not be written
                 os.unlink(file)
             elif current.st_ino == facts.st_ino:
                 started = time.strftime("%Y-%m-%d %H:%M:%S %z")
@@ -91,11 +121,11 @@ def _acquire(folder: Path, file: Path, waiting: Callable[[str], None] | None) ->
 
 
 def _said(owner: str) -> None:
-    """Who holds the folder was said already."""
+    """Ignore the holder's name: it has been reported already."""
 
 
 def _owner(descriptor: int) -> str:
-    for _ in range(50):  # the holder writes its name right after it has the lock
+    for _ in range(50):  # the holder writes its name just after it acquires the lock
         try:
             owner = json.loads(os.pread(descriptor, 4096, 0))
             return f"process {owner['pid']} on {owner['host']}, started {owner['started']}"

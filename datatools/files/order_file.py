@@ -1,4 +1,4 @@
-"""An order of training: which examples stand in which batch, and which batch comes at which step."""
+"""An order of training: which rows each batch contains, and which batch each step trains on."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ _LIMIT = 1 << 28  # bytes of a file
 class Order:
     """Batches and their sequence: step t trains on `batches[sequence[t]]`; epochs repeat batches.
 
-    On disk it is an `.npz` without pickles: the ids, the size of each batch, the sequence, the recipe, and a digest of
-    these. It stands with the files because training reads it too, and `datatools.order` loads torch.
+    On disk it is an `.npz` file without pickles: the ids, the size of each batch, the sequence, the recipe, and a
+    digest of these. This class is part of `datatools.files` because training reads it too, and `datatools.order` would
+    load torch.
 
     Args:
-        batches: n batches of example ids.
-        sequence: T entries in 0..n-1.
-        recipe: how the run trains that the order was made for, as plain values (JSON); None where it is not known.
+        batches: n batches of row ids.
+        sequence: T batch numbers in 0..n-1, one per step.
+        recipe: training settings of the run that the order was made for, as plain values (JSON); None if unknown.
 
     Raises:
-        UsageError: for an empty batch, or an entry of the sequence that names no batch.
+        UsageError: if a batch is empty, or an entry of the sequence refers to no batch.
 
     Example:
         >>> order = Order((("a", "b"), ("c",)), (1, 0))
         >>> len(order), order[0]
         (2, ('c',))
+
     """
 
     batches: tuple[tuple[str, ...], ...]
@@ -47,12 +49,12 @@ class Order:
     def __post_init__(self) -> None:
         empty = [number for number, batch in enumerate(self.batches) if not batch]
         if empty or not self.sequence:
-            what = f"batch {empty[0]} holds no example" if empty else "its sequence is empty"
-            raise UsageError(f"order: {what}; every step trains on at least one example")
+            what = f"batch {empty[0]} has no rows" if empty else "its sequence is empty"
+            raise UsageError(f"order: {what}; every step trains on at least one row")
         wrong = [(t, b) for t, b in enumerate(self.sequence) if not 0 <= b < len(self.batches)]
         if wrong:
             raise UsageError(
-                f"order: step {wrong[0][0]} names batch {wrong[0][1]}, and there are {len(self.batches)} batches, "
+                f"order: step {wrong[0][0]} refers to batch {wrong[0][1]}, but there are {len(self.batches)} batches, "
                 f"0 to {len(self.batches) - 1}"
             )
 
@@ -60,24 +62,39 @@ class Order:
         return len(self.sequence)
 
     def __getitem__(self, step: int) -> tuple[str, ...]:
-        """The ids of step `step`: random access, so that resuming needs no history."""
+        """Return the row ids of step `step`. Access is random, so that resuming needs no history."""
         return self.batches[self.sequence[step]]
 
     def reordered(self, sequence: Sequence[int]) -> Order:
-        """The same batches in another sequence.
+        """Return the same batches in another sequence.
+
+        Args:
+            sequence: a permutation of this order's sequence.
+
+        Returns:
+            The new order, with the same recipe.
 
         Raises:
-            UsageError: unless it is a permutation of this one's.
+            UsageError: if `sequence` is not a permutation of this order's sequence.
 
         Example:
             >>> Order((("a",), ("b",)), (0, 1)).reordered([1, 0])[0]
             ('b',)
+
         """
         check_permutation(sequence, self.sequence)
         return replace(self, sequence=tuple(int(b) for b in sequence))
 
     def save(self, path: files.PathLike) -> None:
-        """Write the file, whole or not at all."""
+        """Write the order to a file, whole or not at all.
+
+        Args:
+            path: file to write, usually `*.npz`.
+
+        Raises:
+            EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+        """
         arrays: dict[str, NDArray[Any]] = {
             "format": np.asarray(_FORMAT, np.int64),
             "ids": _packed([i for batch in self.batches for i in batch]),
@@ -89,10 +106,17 @@ class Order:
 
     @classmethod
     def load(cls, path: files.PathLike) -> Order:
-        """Read what `save` wrote, in memory of the order of the file's size.
+        """Read a file that `save` wrote, using memory proportional to its size.
+
+        Args:
+            path: file to read.
+
+        Returns:
+            The order.
 
         Raises:
-            DataError: when the file is missing, damaged, edited or of another format.
+            DataError: if the file is missing, damaged, edited, or has another format (a ValueError inside becomes one).
+
         """
         raw = files.read_bytes(path, limit=_LIMIT)
         try:
@@ -109,30 +133,30 @@ class Order:
             else:
                 digest = _unpacked(saved.pop("digest"))
                 if digest != _digest(saved):
-                    raise ValueError("it does not have the digest that it was written with: damaged or edited")
+                    raise ValueError("its digest does not match: it was damaged or edited")
                 ids, recipe = _unpacked(saved["ids"]), _unpacked(saved["recipe"])
             if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
-                raise ValueError("ids must be a list of texts")
+                raise ValueError("ids must be a list of strings")
             if not isinstance(recipe, dict | None):
-                raise ValueError("its recipe is no mapping")
+                raise ValueError("its recipe is not a mapping")
             if (len(sizes) and (sizes.min() < 0 or sizes.max() > len(ids))) or int(sizes.sum()) != len(ids):
-                raise ValueError(f"{len(ids)} ids for batches of other sizes")
+                raise ValueError(f"{len(ids)} ids do not match the sizes of its batches")
             ends = np.cumsum(sizes).tolist()
             batches = tuple(tuple(ids[end - size : end]) for size, end in zip(sizes.tolist(), ends, strict=True))
             return cls(batches, tuple(sequence.tolist()), recipe)
         except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
             what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise DataError(f"order {path}: not an order that datatools wrote ({what}); make it again") from error
+            raise DataError(f"order {path}: not an order that datatools wrote ({what}); create it again") from error
 
 
 def _packed(value: Any) -> NDArray[np.uint8]:
-    """A plain value as the bytes of its JSON: an array of texts would take the longest one's size for each."""
+    """Encode a plain value as JSON bytes: an array of strings would use the longest one's size for each."""
     return np.frombuffer(json.dumps(value, allow_nan=False).encode(), dtype=np.uint8)
 
 
 def _unpacked(array: NDArray[Any]) -> Any:
     if array.dtype != np.uint8:
-        raise ValueError(f"text is stored as bytes, and here is {array.dtype}")
+        raise ValueError(f"text must be stored as bytes (uint8), not as {array.dtype}")
     return json.loads(array.tobytes())
 
 
@@ -143,13 +167,22 @@ def _digest(arrays: Mapping[str, NDArray[Any]]) -> str:
 
 
 def check_permutation(sequence: Sequence[int], of: Sequence[int]) -> None:
-    """Raise UsageError unless `sequence` holds every batch as often as `of` does, saying which is wrong."""
+    """Check that `sequence` contains every batch as often as `of` does.
+
+    Args:
+        sequence: batch numbers.
+        of: the reference sequence.
+
+    Raises:
+        UsageError: if it does not; the message names the first batch that differs.
+
+    """
     if len(sequence) != len(of):
         raise UsageError(f"order: {len(sequence)} steps, the reference has {len(of)}; an order is a permutation of it")
     have, want = Counter(int(b) for b in sequence), Counter(int(b) for b in of)
     if have != want:
         batch = min(b for b in have.keys() | want.keys() if have[b] != want[b])
         raise UsageError(
-            f"order: batch {batch} comes {have[batch]} times and {want[batch]} times in the reference; an order is a "
-            "permutation of it"
+            f"order: batch {batch} appears {have[batch]} times, but {want[batch]} times in the reference; an order is "
+            "a permutation of it"
         )

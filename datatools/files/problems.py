@@ -1,4 +1,4 @@
-"""Failures of the disk as errors of ours, always with the path and what to do."""
+"""Convert errors of the operating system into datatools errors, always with the path and a remedy."""
 
 import errno
 import os
@@ -18,7 +18,21 @@ PathLike = str | os.PathLike[str]
 
 
 def explain(error: OSError, path: PathLike, doing: str) -> DatatoolsError:
-    """`error` while `doing` ("write", "read", "create") something to `path`, as one of ours with advice."""
+    """Convert an OSError into a datatools error with advice.
+
+    Args:
+        error: what the operating system raised.
+        path: file or folder that was accessed.
+        doing: what was attempted: "write", "read", "create", ...
+
+    Returns:
+        `DataError` if the path is at fault, else `EnvironmentProblem`; it is not raised.
+
+    Example:
+        >>> print(explain(FileNotFoundError(errno.ENOENT, "No such file"), "rows.jsonl", "read"))
+        cannot read rows.jsonl: No such file; check the path
+
+    """
     what = error.strerror or str(error)
     head = f"cannot {doing} {shown(path)}: {what}"
     if error.errno in NO_SPACE:
@@ -38,9 +52,19 @@ def explain(error: OSError, path: PathLike, doing: str) -> DatatoolsError:
 
 @contextmanager
 def explained(path: PathLike, doing: str) -> Iterator[None]:
-    """Turn every OSError inside into one of our errors: see `explain`."""
+    """Convert every OSError raised in the block with `explain`.
+
+    Args:
+        path: file or folder that the block accesses.
+        doing: what the block attempts: "write", "read", "create", ...
+
+    Raises:
+        EnvironmentProblem: if the machine is at fault.
+        DataError: if the path is at fault, for example if it contains a null byte.
+
+    """
     if "\0" in os.fspath(path):
-        raise DataError(f"cannot {doing} {shown(path)}: a path holds no null byte; choose another path")
+        raise DataError(f"cannot {doing} {shown(path)}: the path contains a null byte; choose another path")
     try:
         yield
     except OSError as error:

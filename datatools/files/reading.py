@@ -1,4 +1,4 @@
-"""Reading regular files: in a run folder only as they were written, and never waiting for a pipe."""
+"""Read regular files: in a run folder only if they match their seals, and without ever waiting for a named pipe."""
 
 import json
 import os
@@ -16,12 +16,30 @@ from datatools.files.seals import shown
 
 
 def read_bytes(path: PathLike, *, limit: int | None = None) -> bytes:
-    """The bytes of the regular file `path`.
+    """Read the regular file `path`.
 
-    Raises: DataError if it is missing, not a file, over `limit` bytes, or in a run folder and not what the run wrote.
+    Args:
+        path: file to read.
+        limit: the largest size accepted, in bytes; None accepts any.
+
+    Returns:
+        The content.
+
+    Raises:
+        DataError: if the file is missing, not a regular file, over `limit`, or sealed with other content.
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import files
+        >>> path = Path(tempfile.mkdtemp()) / "data.bin"
+        >>> files.write_bytes(path, b"abc")
+        >>> files.read_bytes(path)
+        b'abc'
+
     """
     with explained(path, "read"):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # not to hang on a named pipe
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # must not block on a named pipe
         try:
             facts = os.fstat(descriptor)
             if not stat.S_ISREG(facts.st_mode):
@@ -37,9 +55,28 @@ def read_bytes(path: PathLike, *, limit: int | None = None) -> bytes:
 
 
 def open_file(path: PathLike, *, buffering: int = 0) -> BinaryIO:
-    """The regular file `path`, open for reading bytes; never waits for a pipe.
+    """Open the regular file `path` for reading bytes. Its content is not compared with its seal: see `checked`.
 
-    Raises: DataError if it is missing or not a file. In a run folder it is not compared with its seal: see `checked`.
+    Args:
+        path: file to open.
+        buffering: size of the buffer in bytes, as in `open`; 0 reads without one.
+
+    Returns:
+        The open file.
+
+    Raises:
+        DataError: if the file is missing or not a regular file.
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import files
+        >>> path = Path(tempfile.mkdtemp()) / "data.bin"
+        >>> files.write_bytes(path, b"abc")
+        >>> with files.open_file(path) as file:
+        ...     file.read(2)
+        b'ab'
+
     """
     with explained(path, "read"):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -50,7 +87,28 @@ def open_file(path: PathLike, *, buffering: int = 0) -> BinaryIO:
 
 
 def read_json(path: PathLike, *, limit: int | None = None) -> Any:
-    """The JSON value in `path`. Raises: DataError if it is missing, not UTF-8 or not JSON."""
+    """Read the JSON value in the file `path`.
+
+    Args:
+        path: file to read.
+        limit: the largest size accepted, in bytes; None accepts any.
+
+    Returns:
+        The value.
+
+    Raises:
+        DataError: if the file is missing, not UTF-8, not JSON, or sealed with other content.
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import files
+        >>> path = Path(tempfile.mkdtemp()) / "result.json"
+        >>> files.write_json(path, [1, 2])
+        >>> files.read_json(path)
+        [1, 2]
+
+    """
     try:
         return json.loads(read_bytes(path, limit=limit))
     except (ValueError, RecursionError) as error:
@@ -58,17 +116,70 @@ def read_json(path: PathLike, *, limit: int | None = None) -> Any:
 
 
 def digest(data: bytes | bytearray | memoryview) -> str:
-    """xxh3-128 of `data`, 32 hex characters. Detects accidents; it is no defence against forgery."""
+    """Compute the digest of `data` (xxh3-128). It detects accidental changes, not forgery.
+
+    Args:
+        data: any bytes.
+
+    Returns:
+        32 hexadecimal characters.
+
+    Example:
+        >>> from datatools import files
+        >>> files.digest(b"row")
+        'b95419994944a4b5da0e947a60ca106d'
+
+    """
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def digest_file(path: PathLike) -> str:
-    """`digest` of the regular file's bytes, read in pieces of 4 MiB."""
+    """Compute the `digest` of a regular file, reading 4 MiB at a time.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        32 hexadecimal characters.
+
+    Raises:
+        DataError: if the file is missing or not a regular file.
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import files
+        >>> path = Path(tempfile.mkdtemp()) / "data.bin"
+        >>> files.write_bytes(path, b"row")
+        >>> files.digest_file(path) == files.digest(b"row")
+        True
+
+    """
     return seal_of(path).digest
 
 
 def seal_of(path: PathLike) -> seals.Seal:
-    """Size and digest of the regular file `path`. Raises: DataError if it is missing or not a file."""
+    """Compute the size and digest of a regular file.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        Its seal.
+
+    Raises:
+        DataError: if the file is missing or not a regular file.
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import files
+        >>> path = Path(tempfile.mkdtemp()) / "data.bin"
+        >>> files.write_bytes(path, b"row")
+        >>> files.seal_of(path).bytes
+        3
+
+    """
     with open_file(path) as file, explained(path, "read"):
         return seal_of_open(file.fileno())
 
@@ -119,7 +230,15 @@ def _standing(descriptor: int) -> tuple[int, ...]:
 
 
 def seal_of_open(descriptor: int) -> seals.Seal:
-    """`seal_of` of an open file, read in pieces of 4 MiB from its first byte."""
+    """Compute the seal of an open file, reading 4 MiB at a time from its first byte.
+
+    Args:
+        descriptor: file descriptor open for reading; its position does not change.
+
+    Returns:
+        Size and digest of the file.
+
+    """
     total, size = xxhash.xxh3_128(), 0
     piece = memoryview(bytearray(4 << 20))
     while count := os.preadv(descriptor, [piece], size):
@@ -129,9 +248,23 @@ def seal_of_open(descriptor: int) -> seals.Seal:
 
 
 def checked(path: PathLike) -> Path:
-    """`path`, for libraries that open files themselves: in a run folder, only if it is what the run wrote.
+    """Return `path`, for libraries that open files themselves, after comparing the file with its seal if it has one.
 
-    Raises: DataError if it is not, or is missing or not a file.
+    Args:
+        path: file to check.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: if the file has a seal that does not match its content, or is missing or not a regular file.
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+    Example:
+        >>> from datatools import files
+        >>> files.checked("/nowhere/rows.jsonl").name
+        'rows.jsonl'
+
     """
     if seals.expected(path):
         seals.check(path, seal_of(path))

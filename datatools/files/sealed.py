@@ -23,11 +23,21 @@ _SEAL = "seal"
 
 
 class Damaged(DataError):
-    """A file that does not hold what datatools wrote into it, or that was written before files had a seal."""
+    """A file whose content is not what datatools wrote, or that was written before files had seals."""
 
 
 def write_json(path: files.PathLike, value: Mapping[str, Any]) -> None:
-    """`files.write_json` of a mapping, with its digest as the last entry, `seal`. Raises: DataError as that does."""
+    """Write a mapping as JSON with `files.write_json`, with its digest as the last entry, `seal`.
+
+    Args:
+        path: file to write; its folder must exist.
+        value: a mapping that JSON can represent.
+
+    Raises:
+        DataError: if JSON cannot represent `value`.
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
+    """
     try:
         data = files.json_bytes(dict(value))
     except (TypeError, ValueError) as error:
@@ -36,26 +46,45 @@ def write_json(path: files.PathLike, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: files.PathLike) -> dict[str, Any]:
-    """What `write_json` wrote. Raises: Damaged for anything else, DataError where there is no such file."""
+    """Read a file that `write_json` wrote.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        The mapping, without its seal.
+
+    Raises:
+        Damaged: if the content is not what `write_json` wrote.
+        DataError: if the file does not exist.
+
+    """
     raw = files.read_bytes(path)
     try:
         value: dict[str, Any] = json.loads(raw)
         seal = value.pop(_SEAL, None)
         data = files.json_bytes(value)
     except (ValueError, RecursionError, AttributeError, TypeError) as error:
-        raise Damaged(f"{path} is damaged: no JSON that datatools wrote ({error})") from error
+        raise Damaged(f"{path} is damaged: it is not JSON that datatools wrote ({error})") from error
     _compare(path, seal, files.digest(data))
     return value
 
 
 def write_tensors(path: files.PathLike, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file with the digest of its tensors in the header, whole or not at all.
+    """Write a safetensors file with the digest of its tensors in the header, whole or not at all.
 
     Tensors are written one after the other, without a second copy of all of them.
-    Raises: EnvironmentProblem when the disk refuses, as `files` says it.
+
+    Args:
+        path: file to write; its folder must exist.
+        tensors: name -> tensor of any shape, dtype and device.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error, such as a full disk.
+
     """
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    names = sorted(flat, key=lambda name: (-flat[name].element_size(), name))  # each at a multiple of its element
+    names = sorted(flat, key=lambda name: (-flat[name].element_size(), name))  # keeps every tensor aligned
     header: dict[str, Any] = {"__metadata__": {_SEAL: _digest(flat)}}
     end = 0
     for name in names:
@@ -75,7 +104,19 @@ def write_tensors(path: files.PathLike, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: files.PathLike) -> dict[str, Tensor]:
-    """What `write_tensors` wrote, on the CPU. Raises: Damaged for anything else, DataError for no such file."""
+    """Read a file that `write_tensors` wrote.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        Name -> tensor, on the CPU, with the shape and dtype that it was written with.
+
+    Raises:
+        Damaged: if the content is not what `write_tensors` wrote.
+        DataError: if the file does not exist.
+
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -94,7 +135,7 @@ def _compare(path: files.PathLike, seal: object, found: str) -> None:
     if seal is None:
         raise Damaged(f"{path} has no seal: it was edited, or an older version of datatools wrote it")
     if seal != found:
-        raise Damaged(f"{path} is damaged or was edited: it does not have the digest that it was written with")
+        raise Damaged(f"{path} is damaged or was edited: its digest does not match")
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -112,7 +153,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _type(tensor: Tensor) -> str:
-    """The name that safetensors has for a dtype."""
+    """Return safetensors' name for a dtype."""
     kind = str(tensor.dtype).removeprefix("torch.")
     if kind in ("bool", "bfloat16"):
         return "BOOL" if kind == "bool" else "BF16"

@@ -1,14 +1,14 @@
-"""Seals: which bytes a run wrote, so that a later step believes no others.
+"""Seals: records of the bytes that a run wrote, so that later steps reject any others.
 
-A folder that holds `seals.jsonl` is sealed: whenever `datatools.files` puts a file into it (or into a folder inside),
-it first appends a line with the file's name, size and digest, and it refuses to read a file that differs. The line is
-on the disk before the file has its name, so after a kill a file holds what its last line says or what the one before
-says; both are accepted. A line that a kill cut short has no newline and counts as not written. Lines carry a checksum
-of their own. Files without a line (logs, caches, feature stores, what the user added) are no business of the seals:
-they have their own checks or are not believed.
+A folder that contains `seals.jsonl` is sealed. Before `datatools.files` puts a file into it (or into one of its
+subfolders), it appends a line with the file's name, size and digest; it refuses to read a file that differs. The line
+is on the disk before the file gets its name, so after a kill a file matches its last line or the line before; both are
+accepted. A line that a kill cut short has no newline and is ignored. Lines carry a checksum of their own. Files without
+a line (logs, caches, feature stores, files that the user added) are not covered by seals: they have checks of their
+own, or nothing relies on them.
 
-Digests are xxh3-128, as everywhere here: they detect accidents and edits by hand, not forgery; whoever can write the
-folder can write the seals too.
+Digests are xxh3-128, as everywhere in this package: they detect accidents and edits by hand, not forgery, because
+anybody who can write to the folder can write the seals too.
 """
 
 import fcntl
@@ -30,20 +30,26 @@ _OPEN = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 PathLike = str | os.PathLike[str]
 REMEDY = (
-    "; without it nobody can tell whether the files of the run are what it wrote: restore it, start anew with "
-    "--overwrite, or take the files as they are with --accept-change seals"
+    "; without it, the files of the run cannot be verified: restore it, start again with --overwrite, or accept the "
+    "files as they are with --accept-change seals"
 )
 
 
 class Seal(NamedTuple):
-    """Size in bytes and xxh3-128 of a file's content."""
+    """Size and digest of a file's content.
+
+    Attributes:
+        bytes: size in bytes.
+        digest: xxh3-128, 32 hexadecimal characters.
+
+    """
 
     bytes: int
     digest: str
 
 
 class _Read(NamedTuple):
-    """What was read of a file of seals: up to which byte, how many lines, the last one, and all by file name."""
+    """How far a file of seals has been read: bytes, lines, the last line, and the seals by file name."""
 
     end: int
     lines: int
@@ -55,7 +61,15 @@ _read: dict[str, _Read] = {}
 
 
 def root_of(path: PathLike) -> str | None:
-    """The sealed folder that `path` is in, or None. Links are not resolved: a name belongs to the folder it is under.
+    """Find the sealed folder that contains `path`.
+
+    Links are not resolved: a name belongs to the folder under which it is written.
+
+    Args:
+        path: file or folder; it need not exist.
+
+    Returns:
+        The absolute path of the closest sealed folder, or None.
 
     Example:
         >>> root_of("/nowhere/file.json") is None
@@ -74,7 +88,15 @@ def root_of(path: PathLike) -> str | None:
 
 
 def link_inside(path: PathLike) -> str | None:
-    """The first symbolic link among the folders between the sealed folder of `path` and its last part, or None."""
+    """Find a symbolic link among the folders between the sealed folder of `path` and `path` itself.
+
+    Args:
+        path: file or folder; it need not exist.
+
+    Returns:
+        The path of the first link, or None.
+
+    """
     root = root_of(path)
     if root is None:
         return None
@@ -87,9 +109,15 @@ def link_inside(path: PathLike) -> str | None:
 
 
 def record(path: PathLike, seal: Seal) -> None:
-    """Append the line for the file that is about to be put at `path`; nothing where no sealed folder is above it.
+    """Append the line for a file that is about to be put at `path`; do nothing outside sealed folders.
 
-    Raises: OSError when the disk refuses; the file must then not be put there.
+    Args:
+        path: final name of the file.
+        seal: its size and digest.
+
+    Raises:
+        OSError: if the line cannot be written; the file must then not be put there.
+
     """
     root = root_of(path)
     if root is None:
@@ -100,7 +128,12 @@ def record(path: PathLike, seal: Seal) -> None:
 
 
 def drop(path: PathLike) -> None:
-    """Forget the seals of the file or folder `path`, which is about to be moved away: its name is free again."""
+    """Forget the seals of a file or folder that is about to be moved away, so that its name can be used again.
+
+    Args:
+        path: file or folder.
+
+    """
     root = root_of(path)
     if root is None:
         return
@@ -112,10 +145,10 @@ def drop(path: PathLike) -> None:
 
 def _append(root: str, lines: bytes) -> None:
     with locked(root) as descriptor:
-        if descriptor is None:  # the folder was moved away meanwhile
+        if descriptor is None:  # the folder has been moved away
             return
         end = _whole_lines(descriptor)
-        os.ftruncate(descriptor, end)  # what a kill or a full disk cut short
+        os.ftruncate(descriptor, end)  # drops a line that a kill or a full disk cut short
         rest = memoryview(lines)
         while rest:
             count = os.pwrite(descriptor, rest, end)
@@ -124,7 +157,18 @@ def _append(root: str, lines: bytes) -> None:
 
 
 def seals_of(root: PathLike) -> dict[str, list[Seal]]:
-    """File name -> its last seals, at most two, the newest last. Raises: DataError for damaged seals."""
+    """Read the seals of a sealed folder.
+
+    Args:
+        root: the sealed folder.
+
+    Returns:
+        File name, relative to `root` -> its last seals, at most two, the newest last.
+
+    Raises:
+        DataError: if the file of seals is missing, empty or damaged.
+
+    """
     path = _path(root)
     known = _read.get(path)
     try:
@@ -133,7 +177,7 @@ def seals_of(root: PathLike) -> dict[str, list[Seal]]:
         raise DataError(f"{shown(os.path.join(root, NAME))} cannot be read ({error.strerror}){REMEDY}") from error
     with open(descriptor, "rb") as file:
         if known is None or os.pread(descriptor, len(known.last), known.end - len(known.last)) != known.last:
-            known = _Read(0, 0, b"", {})  # another file than the one that was read
+            known = _Read(0, 0, b"", {})  # the file has been replaced since it was read
         file.seek(known.end)
         fresh = file.read()
     end, number, last = known.end, known.lines, known.last
@@ -150,26 +194,60 @@ def seals_of(root: PathLike) -> dict[str, list[Seal]]:
 
 
 def forget(root: PathLike) -> None:
-    """Read the seals of `root` from their first byte the next time."""
+    """Discard what was read of the seals of `root`, so that the next call reads them from the first byte.
+
+    Args:
+        root: a sealed folder.
+
+    """
     _read.pop(_path(root), None)
 
 
 def check(path: PathLike, seal: Seal) -> None:
-    """Refuse a file whose content is not what was written. Raises: DataError that says what to do."""
+    """Refuse a file whose content differs from its seal; accept files without one.
+
+    Args:
+        path: the file.
+        seal: its actual size and digest.
+
+    Raises:
+        DataError: if they differ; the message gives the remedy.
+
+    """
     known = expected(path)
     if known and seal not in known:
         raise DataError(refusal(path))
 
 
 def check_bytes(path: PathLike, data: bytes | bytearray | memoryview) -> None:
-    """`check` of a file that was read whole; costs nothing outside sealed folders."""
+    """Apply `check` to a file whose content is in memory; costs nothing outside sealed folders.
+
+    Args:
+        path: the file.
+        data: its content.
+
+    Raises:
+        DataError: if the content differs from the seal.
+
+    """
     known = expected(path)
     if known and Seal(len(data), xxhash.xxh3_128_hexdigest(data)) not in known:
         raise DataError(refusal(path))
 
 
 def expected(path: PathLike) -> list[Seal]:
-    """The seals of the file `path`; empty where it has none."""
+    """Look up the seals of a file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its last seals, at most two; empty if it has none.
+
+    Raises:
+        DataError: if the file of seals is damaged.
+
+    """
     root = root_of(path)
     if root is None:
         return []
@@ -178,11 +256,19 @@ def expected(path: PathLike) -> list[Seal]:
 
 
 def refusal(path: PathLike) -> str:
-    """What to say of a file that is not what was written."""
+    """Compose the message for a file that differs from its seal.
+
+    Args:
+        path: the file.
+
+    Returns:
+        What is wrong and what to do.
+
+    """
     if os.path.basename(path) == "run.yaml":
         return (
-            f"{shown(path)} is not what the run wrote: it was damaged or edited. It is the record of what ran; to "
-            "run with other settings, copy it out of the folder and give the copy another --out, or use --set; "
+            f"{shown(path)} is not what the run wrote: it was damaged or edited. It records the settings of the run; "
+            "to run with other settings, copy it out of the folder and give the copy another --out, or use --set; "
             "otherwise restore it"
         )
     return (
@@ -192,7 +278,15 @@ def refusal(path: PathLike) -> str:
 
 
 def text(entries: Mapping[str, Iterable[Seal]]) -> bytes:
-    """The content of a file of seals with these entries."""
+    """Compose the content of a file of seals.
+
+    Args:
+        entries: file name -> its seals, the newest last.
+
+    Returns:
+        The lines, UTF-8.
+
+    """
     lines = [_line({"format": FORMAT})]
     for name, seals in sorted(entries.items()):
         lines += [_line({"name": name, "bytes": seal.bytes, "xxh3": seal.digest}) for seal in seals]
@@ -201,9 +295,16 @@ def text(entries: Mapping[str, Iterable[Seal]]) -> bytes:
 
 @contextmanager
 def locked(root: PathLike) -> Iterator[int | None]:
-    """The seals of `root`, open for reading and writing and locked against other writers; None if there are none.
+    """Open the seals of `root` for reading and writing, locked against other writers.
 
-    Whoever replaces the file does it inside; others then open the new one.
+    A process that replaces the file does so inside this block; other processes then open the new one.
+
+    Args:
+        root: a sealed folder.
+
+    Yields:
+        The file descriptor, or None if `root` has no seals.
+
     """
     path = _path(root)
     while True:
@@ -212,7 +313,7 @@ def locked(root: PathLike) -> Iterator[int | None]:
         except FileNotFoundError:
             yield None
             return
-        with suppress(OSError):  # a file system without flock: then one process at a time must do
+        with suppress(OSError):  # without flock, the caller must ensure that only one process writes
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):
             if os.stat(path, follow_symlinks=False).st_ino == os.fstat(descriptor).st_ino:
@@ -259,7 +360,7 @@ def _parse(line: bytes, number: int, path: str, seals: dict[str, list[Seal]]) ->
 
 
 def _whole_lines(descriptor: int) -> int:
-    """Where the last line ends that has its newline."""
+    """Return the offset of the end of the last complete line."""
     end = os.fstat(descriptor).st_size
     while end:
         start = max(0, end - 4096)
@@ -271,6 +372,14 @@ def _whole_lines(descriptor: int) -> int:
 
 
 def shown(path: PathLike) -> str:
-    """The path with control characters escaped: a file name must not be able to write to the terminal."""
+    """Escape control characters in a path, because a file name must not control the terminal.
+
+    Args:
+        path: the path.
+
+    Returns:
+        The path as printable text.
+
+    """
     text = os.fspath(path)
     return text if text.isprintable() else ascii(text)

@@ -1,8 +1,12 @@
-"""The sparse Johnson-Lindenstrauss transform of gradients, or of Adam's directions, with hashes made in registers."""
+"""Triton kernel of the sparse Johnson-Lindenstrauss transform of gradients or of Adam's directions.
+
+Hashes are computed in registers.
+"""
 
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 
 from optim import backend
@@ -11,12 +15,22 @@ _BLOCK = 512
 
 
 class Adam(NamedTuple):
-    """What turns a gradient into AdamW's direction: ``scale m' / (sqrt(shrink v' + eps_root) + eps)``, where
-    m' = b1 m + (1 - b1) g and v' = b2 v + (1 - b2) g^2; moments [*shape] float32 of the parameter.
+    """Parameters of AdamW's direction for a gradient g: ``scale m' / (sqrt(shrink v' + eps_root) + eps)``, with
+    m' = b1 m + (1 - b1) g and v' = b2 v + (1 - b2) g^2.
+
+    Attributes:
+        exp_avg: first moment m, float32 [*shape].
+        exp_avg_sq: second moment v, float32 [*shape].
+        betas: b1 and b2.
+        scale: bias correction of m'.
+        shrink: bias correction of v'.
+        eps: added to the root.
+        eps_root: added under the root.
+
     """
 
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg: Float32[Tensor, "*shape"]
+    exp_avg_sq: Float32[Tensor, "*shape"]
     betas: tuple[float, float]
     scale: float
     shrink: float
@@ -24,9 +38,20 @@ class Adam(NamedTuple):
     eps_root: float
 
 
-def fits(out: Tensor, grad: Tensor, adam: Adam | None = None) -> bool:
-    """Whether the kernel takes gradients [b, *shape] into features out [b, dim]: contiguous, on a GPU, and torch is not
-    asked for deterministic algorithms (sums by atomic additions have no fixed order, as in torch's `index_add_` there).
+def fits(out: Float[Tensor, "b dim"], grad: Shaped[Tensor, " b *shape"], adam: Adam | None = None) -> bool:
+    """Return whether the kernel supports these tensors.
+
+    They must be contiguous and on a GPU, and torch must not be set to deterministic algorithms: sums by atomic
+    additions have no fixed order, as in torch's `index_add_` on a GPU.
+
+    Args:
+        out: features, float32 [b, dim].
+        grad: gradients, any floating dtype [b, *shape].
+        adam: moments of the parameter, float32 [*shape], if directions are wanted.
+
+    Returns:
+        Whether `add_sjlt` may be called.
+
     """
     moments = () if adam is None else (adam.exp_avg, adam.exp_avg_sq)
     return (
@@ -39,12 +64,21 @@ def fits(out: Tensor, grad: Tensor, adam: Adam | None = None) -> bool:
     )
 
 
-def add_sjlt(out: Tensor, grad: Tensor, key: int, adam: Adam | None = None) -> None:
-    """out [b, dim] += the signed bucket sums of grad [b, *shape], or of Adam's directions for these gradients.
+def add_sjlt(
+    out: Float32[Tensor, "b dim"], grad: Float[Tensor, " b *shape"], key: int, adam: Adam | None = None
+) -> None:
+    """Add the signed bucket sums of gradients, or of Adam's directions for these gradients, to `out`.
 
-    Its definition: `SJLT.accumulate` of `AdamWRule.update`, coordinate by coordinate under `projectors.base.bits`.
-    Reads each gradient once (and the moments once for all b rows) and adds once to memory for it; no hash, no sign and
-    no direction is stored. Bound by the additions: one for each coordinate of each row, at random places.
+    The definition is `SJLT.accumulate` of `AdamWRule.update`, coordinate by coordinate with `projectors.base.bits`. The
+    kernel reads each gradient once (and the moments once for all b rows) and adds it once to memory; hashes, signs and
+    directions are not stored. Its speed is limited by the additions: one per coordinate and row, at random addresses.
+
+    Args:
+        out: float32 [b, dim], changed in place.
+        grad: any floating dtype [b, *shape].
+        key: result of `projectors.base.key`.
+        adam: None projects the gradients themselves.
+
     """
     b, dim = out.shape
     n = grad[0].numel() if b else 0

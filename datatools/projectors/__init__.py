@@ -1,4 +1,4 @@
-"""Linear maps from gradients to features. To add one: a file here, and a line in `PROJECTORS`."""
+"""Linear maps from gradients to features. To add one, write a file in this folder and a line in `PROJECTORS`."""
 
 from datatools.projectors.base import GENERATOR_VERSION, Projector
 from datatools.projectors.identity import Identity
@@ -6,6 +6,6 @@ from datatools.projectors.rademacher import Rademacher
 from datatools.projectors.sjlt import SJLT
 
 PROJECTORS: dict[str, type[Projector]] = {"sjlt": SJLT, "rademacher": Rademacher, "identity": Identity}
-"""Name -> projector; `PROJECTORS[name].of(shapes, dim, seed)` makes one."""
+"""Name -> projector class; `PROJECTORS[name].of(shapes, dim, seed)` creates a projector."""
 
 __all__ = ["GENERATOR_VERSION", "PROJECTORS", "SJLT", "Identity", "Projector", "Rademacher"]

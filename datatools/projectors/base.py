@@ -1,4 +1,4 @@
-"""What a projector is, and the counter-based bits that all random ones share."""
+"""The base class of projectors, and the counter-based random bits that all random projectors share."""
 
 from __future__ import annotations
 
@@ -10,30 +10,39 @@ from typing import Any, ClassVar
 
 import torch
 import xxhash
+from jaxtyping import Float, Float32, Int64
 from torch import Size, Tensor
 
 from optim import UpdateMap
 
 GENERATOR_VERSION = "splitmix64-1"
-"""Stands in every store's metadata: features made with other bits are refused, never mixed."""
+"""Recorded in every store's metadata, so that features projected with other random bits are refused."""
 
 
 @dataclass(frozen=True)
 class Projector(ABC):
-    """A linear map from gradients, name -> [b, *shape], to features [b, dim]: one matrix per parameter, summed over
-    names.
+    """A linear map from gradients, name -> [b, *shape], to features [b, dim]: one matrix per name, summed over names.
 
-    To add one, write a file with a frozen dataclass that sets `name` and defines `accumulate`, and one line in
+    To add one, write a file with a frozen dataclass that sets `name` and defines `accumulate`, and a line in
     `PROJECTORS`.
 
-    The matrix of a parameter depends on (seed, name, shape, dim) alone: not on the device, the batch, the tiling, or
-    the other parameters. Random ones are scaled so that inner products are unbiased: E <Px, Py> = <x, y>, with a
+    The matrix of a parameter depends only on (seed, name, shape, dim): not on the device, the batch, the tiling, or the
+    other parameters. Random matrices are scaled so that inner products are unbiased: E <Px, Py> = <x, y>, with a
     standard deviation of about |x| |y| / sqrt(dim).
 
     Attributes:
-        dim: number of features.
-        seed: of the random matrices.
-        name: as in `PROJECTORS`.
+        dim: feature dimension.
+        seed: seed of the random matrices.
+        name: key in `PROJECTORS`.
+
+    Raises:
+        ValueError: if `dim` is below 1.
+
+    Example:
+        >>> from datatools import PROJECTORS
+        >>> projector = PROJECTORS["sjlt"].of({"w": torch.Size((30, 20))}, dim=64, seed=0)
+        >>> projector.project({"w": torch.ones(5, 30, 20)}).shape
+        torch.Size([5, 64])
 
     """
 
@@ -47,55 +56,76 @@ class Projector(ABC):
 
     @classmethod
     def of(cls, shapes: Mapping[str, Size], dim: int, seed: int) -> Projector:
-        """The projector for parameters of these shapes.
+        """Create the projector for parameters of these shapes.
 
         Args:
             shapes: name -> shape of each parameter; a projector whose dimension depends on them overrides this method.
-            dim: number of features.
-            seed: of the random matrices.
+            dim: feature dimension.
+            seed: seed of the random matrices.
+
+        Returns:
+            The projector.
 
         Example:
             >>> from datatools import PROJECTORS
-            >>> projector = PROJECTORS["sjlt"].of({"w": torch.Size((30, 20))}, dim=64, seed=0)
-            >>> projector.project({"w": torch.ones(5, 30, 20)}).shape
-            torch.Size([5, 64])
+            >>> PROJECTORS["sjlt"].of({"w": torch.Size((30, 20))}, dim=64, seed=0)
+            SJLT(dim=64, seed=0)
 
         """
         return cls(dim=dim, seed=seed)
 
     @abstractmethod
-    def accumulate(self, out: Tensor, name: str, grad: Tensor) -> None:
-        """Add the projection of one parameter's gradients.
+    def accumulate(self, out: Float32[Tensor, "b dim"], name: str, grad: Float[Tensor, " b *shape"]) -> None:
+        """Add the projection of one parameter's gradients to `out`.
 
         Args:
-            out: float32 [b, dim], added to.
-            name: of the parameter.
-            grad: [b, *shape], its gradients, of any floating dtype.
+            out: float32 [b, dim], changed in place.
+            name: name of the parameter.
+            grad: its gradients, any floating dtype [b, *shape].
 
         """
 
-    def accumulate_updates(self, out: Tensor, updates: UpdateMap, name: str, grad: Tensor) -> None:
-        """Add the projected updates of one parameter.
+    def accumulate_updates(
+        self, out: Float32[Tensor, "b dim"], updates: UpdateMap, name: str, grad: Float[Tensor, " b *shape"]
+    ) -> None:
+        """Add the projected updates of one parameter to `out`.
 
-        A projector may override this to make and project an update in one step, without storing it.
+        A projector may override this to compute and project an update in one step, without storing it.
 
         Args:
-            out: float32 [b, dim], added to.
+            out: float32 [b, dim], changed in place.
             updates: the optimizer at a checkpoint.
-            name: of the parameter.
-            grad: [b, *shape], its gradients.
+            name: name of the parameter.
+            grad: its gradients, any floating dtype [b, *shape].
 
         """
         self.accumulate(out, name, updates.per_sample({name: grad})[name])
 
-    def block(self, name: str, grad: Tensor) -> Tensor:
-        """The projection [b, dim], float32, of one parameter's gradients [b, *shape]."""
+    def block(self, name: str, grad: Float[Tensor, " b *shape"]) -> Float32[Tensor, "b dim"]:
+        """Project one parameter's gradients.
+
+        Args:
+            name: name of the parameter.
+            grad: its gradients, any floating dtype [b, *shape].
+
+        Returns:
+            float32 [b, dim].
+
+        """
         out = torch.zeros(len(grad), self.dim, device=grad.device)
         self.accumulate(out, name, grad)
         return out
 
-    def project(self, grads: Mapping[str, Tensor]) -> Tensor:
-        """The features [b, dim], float32, of gradients name -> [b, *shape]."""
+    def project(self, grads: Mapping[str, Tensor]) -> Float32[Tensor, "b dim"]:
+        """Project the gradients of several parameters.
+
+        Args:
+            grads: name -> gradients, any floating dtype [b, *shape].
+
+        Returns:
+            The features, float32 [b, dim].
+
+        """
         first = next(iter(grads.values()))
         out = torch.zeros(len(first), self.dim, device=first.device)
         for name, grad in grads.items():
@@ -103,12 +133,17 @@ class Projector(ABC):
         return out
 
     def metadata(self) -> dict[str, Any]:
-        """What must agree before two feature sets may be compared."""
+        """Describe the projection; two sets of features may be compared only if their descriptions agree.
+
+        Returns:
+            Plain values: name, dim, seed and the version of the random bits.
+
+        """
         return {"name": self.name, "dim": self.dim, "seed": self.seed, "generator": GENERATOR_VERSION}
 
 
 def _signed(value: int) -> int:
-    """A 64-bit pattern as torch's int64."""
+    """Convert an unsigned 64-bit number to the int64 with the same bits."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -118,21 +153,42 @@ _MIX2 = _signed(0x94D049BB133111EB)
 
 
 def key(seed: int, name: str, shape: Size | tuple[int, ...]) -> int:
-    """The 64-bit key of one parameter's random bits."""
+    """Derive the 64-bit key of one parameter's random bits.
+
+    Args:
+        seed: seed of the projector.
+        name: name of the parameter.
+        shape: shape of the parameter.
+
+    Returns:
+        The key, as a signed integer.
+
+    Example:
+        >>> key(0, "w", (3, 2)) == key(0, "w", (2, 3))
+        False
+
+    """
     return _signed(xxhash.xxh3_64_intdigest(f"{seed}/{name}/{tuple(shape)}".encode()))
 
 
-def bits(counter: Tensor, key: int) -> Tensor:
-    """64 random bits per counter: splitmix64 of key + counter, the same on every device.
+def bits(counter: Int64[Tensor, "*shape"], key: int) -> Int64[Tensor, "*shape"]:
+    """Generate 64 random bits per counter: splitmix64 of key + counter, the same on every device.
 
-    int64 products wrap around like unsigned ones; a right shift must drop the copies of the sign bit.
+    int64 products wrap around like unsigned ones; right shifts must clear the copies of the sign bit.
 
     Args:
-        counter: int64, of any shape.
-        key: as `key` makes it.
+        counter: int64 [*shape].
+        key: result of `key`.
+
+    Returns:
+        int64 [*shape].
 
     Source:
         Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators".
+
+    Example:
+        >>> bits(torch.arange(2), key=0)
+        tensor([-2152535657050944081,  7960286522194355700])
 
     """
     z = (counter + 1) * _GOLDEN + key
@@ -143,21 +199,49 @@ def bits(counter: Tensor, key: int) -> Tensor:
 
 @dataclass
 class TensorCache:
-    """Keeps the most recently used tensors, `capacity` bytes at most: hashes of a LoRA model are made once a run."""
+    """A cache of the most recently used tensors, so that the hashes of a LoRA model are computed once per run.
+
+    Args:
+        capacity: largest total size, in bytes.
+
+    Example:
+        >>> cache = TensorCache()
+        >>> kept = cache.put("hashes", (torch.zeros(2),))
+        >>> cache.get("hashes"), cache.get("others")
+        ((tensor([0., 0.]),), None)
+
+    """
 
     capacity: int = 256 << 20
     _kept: OrderedDict[Any, tuple[Tensor, ...]] = field(default_factory=OrderedDict)
     _bytes: int = 0
 
     def get(self, key: Any) -> tuple[Tensor, ...] | None:
-        """The tensors stored under `key`, now the most recently used, or None."""
+        """Look up tensors and mark them as the most recently used.
+
+        Args:
+            key: any hashable value.
+
+        Returns:
+            The tensors, or None.
+
+        """
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
         return None
 
     def put(self, key: Any, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Store `tensors` under `key` unless they alone are too large; returns them."""
+        """Store tensors, unless they alone exceed a quarter of the capacity.
+
+        Args:
+            key: any hashable value.
+            tensors: tensors of any shape and dtype.
+
+        Returns:
+            The same tensors.
+
+        """
         size = sum(t.nbytes for t in tensors)
         if size <= self.capacity // 4:
             self._kept[key] = tensors

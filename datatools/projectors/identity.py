@@ -1,4 +1,4 @@
-"""No projection: the features are the gradients themselves, one after the other."""
+"""No projection: features are the concatenated gradients."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jaxtyping import Float, Float32
 from torch import Size, Tensor
 
 from datatools.projectors.base import Projector
@@ -13,22 +14,50 @@ from datatools.projectors.base import Projector
 
 @dataclass(frozen=True)
 class Identity(Projector):
-    """Px = x: every inner product exact, `dim` = number of coordinates. For small adapters and for tests."""
+    """Px = x: every inner product is exact, and `dim` is the number of coordinates. For small adapters and for tests.
+
+    Attributes:
+        offsets: (parameter name, index of its first feature) for each parameter.
+
+    Example:
+        >>> import torch
+        >>> identity = Identity.of({"w": Size((2,)), "b": Size((1,))}, dim=0, seed=0)
+        >>> identity.project({"w": torch.tensor([[1.0, 2.0]]), "b": torch.tensor([[3.0]])})
+        tensor([[1., 2., 3.]])
+
+    """
 
     name: ClassVar[str] = "identity"
     offsets: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def of(cls, shapes: Mapping[str, Size], dim: int, seed: int) -> Identity:
-        """`dim` and `seed` have no meaning here; the layout is that of `shapes`."""
+        """Create the projector for parameters of these shapes.
+
+        Args:
+            shapes: name -> shape of each parameter; they determine the dimension.
+            dim: ignored.
+            seed: ignored.
+
+        Returns:
+            The projector.
+
+        """
         offsets, total = [], 0
         for name, shape in shapes.items():
             offsets.append((name, total))
             total += shape.numel()
         return cls(dim=total, seed=0, offsets=tuple(offsets))
 
-    def accumulate(self, out: Tensor, name: str, grad: Tensor) -> None:
-        """out[:, offset : offset + n] += grad [b, n]."""
+    def accumulate(self, out: Float32[Tensor, "b dim"], name: str, grad: Float[Tensor, " b *shape"]) -> None:
+        """Add one parameter's gradients to its columns: out[:, offset : offset + p] += grad, flattened to [b, p].
+
+        Args:
+            out: float32 [b, dim], changed in place.
+            name: name of the parameter.
+            grad: its gradients, any floating dtype [b, *shape].
+
+        """
         flat = grad.reshape(len(grad), -1)
         start = dict(self.offsets)[name]
         out[:, start : start + flat.shape[1]] += flat

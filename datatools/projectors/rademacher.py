@@ -1,4 +1,4 @@
-"""Dense random signs, made when they are needed and never stored."""
+"""Projection by dense random signs, which are generated when they are needed and never stored."""
 
 from __future__ import annotations
 
@@ -7,31 +7,44 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from datatools.projectors.base import Projector, bits, key
 
-_TILE_BYTES = 32 << 20  # of signs held at a time
-# the eight signs of each octet, lowest bit first: five times faster than shifting every bit out
+_TILE_BYTES = 32 << 20  # bytes of signs in memory at a time
+# the eight signs of each byte, lowest bit first: a table is five times faster than shifting out every bit
 _OCTETS = 1.0 - 2.0 * ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).float()
 
 
 @dataclass(frozen=True)
 class Rademacher(Projector):
-    """Px = R^T x / sqrt(dim) with R_ij = +1 or -1 by a fair coin: bit j mod 64 of the hash of (i, j div 64).
+    """Px = R^T x / sqrt(dim), where R_ij is +1 or -1 with probability 1/2: bit j mod 64 of the hash of (i, j div 64).
 
-    Cost: 2 dim multiplications and additions per coordinate, and making the signs. This is LESS's published projection
-    (there without the 1 / sqrt(dim), and with a matrix that depends on the device).
+    Cost: 2 dim multiplications and additions per coordinate, and generating the signs. This is LESS's published
+    projection (there without the factor 1 / sqrt(dim), and with a matrix that depends on the device).
 
     Source:
         Achlioptas 2003; Xia et al. 2024, arXiv 2402.04333.
+
+    Example:
+        >>> projector = Rademacher(dim=64, seed=0)
+        >>> projector.project({"w": torch.ones(5, 30, 20)}).shape
+        torch.Size([5, 64])
 
     """
 
     name: ClassVar[str] = "rademacher"
 
-    def accumulate(self, out: Tensor, name: str, grad: Tensor) -> None:
-        """out [b, dim] += grad [b, *shape] R / sqrt(dim)."""
+    def accumulate(self, out: Float32[Tensor, "b dim"], name: str, grad: Float[Tensor, " b *shape"]) -> None:
+        """Add the projection of one parameter's gradients: out += grad R / sqrt(dim).
+
+        Args:
+            out: float32 [b, dim], changed in place.
+            name: name of the parameter.
+            grad: its gradients, any floating dtype [b, *shape].
+
+        """
         flat = grad.reshape(len(grad), -1).float()
         stem = key(self.seed, name, grad.shape[1:])
         tile = max(1, _TILE_BYTES // (4 * self.dim))
@@ -39,8 +52,19 @@ class Rademacher(Projector):
             stop = min(start + tile, flat.shape[1])
             out.addmm_(flat[:, start:stop], self.signs(stem, start, stop, flat.device), alpha=self.dim**-0.5)
 
-    def signs(self, stem: int, start: int, stop: int, device: torch.device) -> Tensor:
-        """Rows start..stop of R, float32 [stop - start, dim]."""
+    def signs(self, stem: int, start: int, stop: int, device: torch.device) -> Float32[Tensor, "rows dim"]:
+        """Generate rows start..stop of R.
+
+        Args:
+            stem: result of `key`.
+            start: first row.
+            stop: end of the rows, exclusive.
+            device: where to generate them.
+
+        Returns:
+            float32 [stop - start, dim] of +1 and -1.
+
+        """
         words = -(-self.dim // 64)
         rows = torch.arange(start, stop, device=device)[:, None] * words
         z = bits(rows + torch.arange(words, device=device), stem)

@@ -1,4 +1,4 @@
-"""Sparse Johnson-Lindenstrauss transform: each coordinate lands, with a random sign, in one random bucket."""
+"""Sparse Johnson-Lindenstrauss transform: each coordinate is added, with a random sign, to one random bucket."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Size, Tensor
 
 from datatools.kernels.sjlt import Adam, add_sjlt, fits
 from datatools.projectors.base import Projector, TensorCache, bits, key
 from optim import AdamWRule, UpdateMap
 
-_TILE = 1 << 22  # coordinates hashed at a time: bounds memory for a full weight matrix
+_TILE = 1 << 22  # coordinates hashed at a time, which bounds memory for a full weight matrix
 _CACHE = TensorCache()
 
 
@@ -21,18 +22,31 @@ class SJLT(Projector):
     """(Px)_j = sum over coordinates i with bucket(i) = j of sign(i) x_i.
 
     Cost: one multiplication and one addition per coordinate, whatever `dim` is; a dense matrix costs `dim` of each.
-    Memory: 12 bytes per coordinate for cached hashes (LoRA sizes; larger parameters are hashed again, tile by tile).
-    Unbiased; variance at most (|x|^2 |y|^2 + <x,y>^2) / dim.
+    Memory: 12 bytes per coordinate for cached hashes (LoRA sizes; hashes of larger parameters are recomputed in tiles).
+    Unbiased; the variance is at most (|x|^2 |y|^2 + <x,y>^2) / dim.
 
     Source:
         Kane & Nelson 2014, arXiv 1012.1577, with one non-zero per column, as in GraSS (arXiv 2505.18976).
+
+    Example:
+        >>> sjlt = SJLT(dim=4096, seed=0)
+        >>> x = sjlt.project({"w": torch.ones(1, 8)})
+        >>> float((x * x).sum())
+        8.0
 
     """
 
     name: ClassVar[str] = "sjlt"
 
-    def accumulate(self, out: Tensor, name: str, grad: Tensor) -> None:
-        """out [b, dim] += the signed bucket sums of grad [b, *shape]; by `datatools.kernels.sjlt` on a GPU."""
+    def accumulate(self, out: Float32[Tensor, "b dim"], name: str, grad: Float[Tensor, " b *shape"]) -> None:
+        """Add the signed bucket sums of one parameter's gradients; on a GPU by `datatools.kernels.sjlt`.
+
+        Args:
+            out: float32 [b, dim], changed in place.
+            name: name of the parameter.
+            grad: its gradients, any floating dtype [b, *shape].
+
+        """
         stem = key(self.seed, name, grad.shape[1:])
         if fits(out, grad):
             return add_sjlt(out, grad, stem)
@@ -42,8 +56,18 @@ class SJLT(Projector):
             bucket, sign = self._hashes(stem, start, stop, flat.device)
             out.index_add_(1, bucket, flat[:, start:stop] * sign)
 
-    def accumulate_updates(self, out: Tensor, updates: UpdateMap, name: str, grad: Tensor) -> None:
-        """Add the projected updates; those of AdamW are made and projected by one kernel on a GPU, and not stored."""
+    def accumulate_updates(
+        self, out: Float32[Tensor, "b dim"], updates: UpdateMap, name: str, grad: Float[Tensor, " b *shape"]
+    ) -> None:
+        """Add the projected updates of one parameter. On a GPU, one kernel computes and projects AdamW's updates.
+
+        Args:
+            out: float32 [b, dim], changed in place.
+            updates: the optimizer at a checkpoint.
+            name: name of the parameter.
+            grad: its gradients, any floating dtype [b, *shape].
+
+        """
         rule, state = updates.rules[name], updates.states[name]
         if isinstance(rule, AdamWRule) and not rule.amsgrad:
             now = rule.scalars(int(state["step"]) + 1)
@@ -53,11 +77,20 @@ class SJLT(Projector):
                 return add_sjlt(out, grad, key(self.seed, name, grad.shape[1:]), adam)
         return super().accumulate_updates(out, updates, name, grad)
 
-    def transposed(self, features: Tensor, name: str, shape: Size) -> Tensor:
-        """P^T y of one parameter: coordinate i [b, *shape] is sign(i) y_bucket(i), of features [b, dim].
+    def transposed(self, features: Float[Tensor, "b dim"], name: str, shape: Size) -> Float[Tensor, " b *shape"]:
+        """Apply P^T for one parameter: coordinate i of the result is sign(i) y_bucket(i).
 
-        P^T P x estimates x without bias, and with the error |x| sqrt((p - 1) / dim), p coordinates in all: a
-        projection keeps inner products, not vectors.
+        P^T P x is an unbiased estimate of x with error |x| sqrt((p - 1) / dim), where p is the number of coordinates: a
+        projection preserves inner products, not vectors.
+
+        Args:
+            features: floating dtype [b, dim].
+            name: name of the parameter.
+            shape: its shape.
+
+        Returns:
+            [b, *shape], in the dtype of `features`.
+
         """
         stem, size = key(self.seed, name, shape), shape.numel()
         out = torch.empty(len(features), size, dtype=features.dtype, device=features.device)
@@ -68,7 +101,7 @@ class SJLT(Projector):
         return out.view(len(features), *shape)
 
     def _hashes(self, stem: int, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Bucket int64 [n] and sign float32 [n] of coordinates start..stop."""
+        """Compute the bucket, int64 [n], and the sign, float32 [n], of coordinates start..stop."""
         asked = (stem, self.dim, start, stop, device)
         kept = _CACHE.get(asked)
         if kept is None:

@@ -61,7 +61,7 @@ CASES = {
     "two checkouts": (
         {"a/COPY": "", "b/COPY": "", "run.py": MIXED},
         "run.py",
-        ["two copies of this project are mixed: datatools comes from {here}/b, optim from {here}/a"],
+        ["two copies of this project are mixed: datatools is loaded from {here}/b, optim from {here}/a"],
     ),
 }
 

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from datatools import EnvironmentProblem, GradientFeatures, files
-from datatools.files import atomic, disk, folders, locks, reading
+from datatools.files import atomic, atomic_folders, disk, folders, locks, reading
 
 DIM, ROWS, META = 24, 6, {"model": "fake", "projector": {"seed": 0, "dim": 24}}
 
@@ -120,7 +120,7 @@ class Interposed:
 
 def interpose(replacement: object) -> None:
     """Make every module that writes files call `replacement` for `os`."""
-    for module in (atomic, disk, folders, locks, reading):
+    for module in (atomic, atomic_folders, disk, folders, locks, reading):
         module.os = replacement
 
 

@@ -269,22 +269,22 @@ def test_equal_json_is_the_same_origin(tmp_path):
 
 
 def test_wrong_arguments(tmp_path):
-    with pytest.raises(UsageError, match="no feature dtype 'float61'; did you mean 'float16'"):
+    with pytest.raises(UsageError, match="unknown feature dtype 'float61'; did you mean 'float16'"):
         create(tmp_path, dtype="float61")
-    for keys, text in ((["xyz"], "32 hex"), ([KEYS[0], KEYS[0]], "is there twice"), ([KEYS[0].upper()], "32 hex")):
+    for keys, text in ((["xyz"], "32 hex"), ([KEYS[0], KEYS[0]], "appears twice"), ([KEYS[0].upper()], "32 hex")):
         with pytest.raises(ValueError, match=text):
             create(tmp_path, keys=keys)
     with pytest.raises(ValueError, match="dim >= 1"):
         create(tmp_path, dim=0)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(DataError, match="holds no gradient features"):
+    with pytest.raises(DataError, match="contains no gradient features"):
         GradientFeatures.open(tmp_path)
     store = create(tmp_path)
     for x in (torch.zeros(5, 8), torch.zeros(6, 7), torch.zeros(6, 8, dtype=torch.int64)):
-        with pytest.raises(ValueError, match=r"takes float features \[6, 8\]"):
+        with pytest.raises(ValueError, match=r"needs float features \[6, 8\]"):
             store.write_unit(0, x)
     for status in (["ok"] * 5, ["good"] * 6):
-        with pytest.raises(ValueError, match="takes 6 statuses"):
+        with pytest.raises(ValueError, match="needs 6 statuses"):
             store.write_unit(0, torch.zeros(6, 8), status)
     with pytest.raises(DataError, match=f"has no row {key(299)}"):
         store.take([key(299)])
@@ -447,7 +447,7 @@ def test_a_lost_payload_or_sidecar(tmp_path):
     (tmp_path / "part-00000.json").unlink()
     (tmp_path / "part-00001.safetensors").unlink()
     assert GradientFeatures.open(tmp_path).missing_units() == [0]
-    assert store.verify() == [(1, "part-00001.safetensors is gone")]
+    assert store.verify() == [(1, "part-00001.safetensors is missing")]
     assert store.missing_units() == [0, 1]
 
 

@@ -189,7 +189,7 @@ def test_several_epochs_repeat_batches() -> None:
     got = moments.precompute(ref, problem, hessian="exact").final(order)
     torch.testing.assert_close(got["theta"], true["theta"], rtol=1e-9, atol=1e-12)
     assert math.isfinite(pairwise.precompute(ref, problem).score(order))
-    with pytest.raises(UsageError, match="batch 0 comes 3 times and 2 times"):
+    with pytest.raises(UsageError, match="batch 0 appears 3 times, but 2 times"):
         pairwise.precompute(ref, problem).score([0, 0, 0, 1, 1, 2])
 
 

@@ -286,9 +286,9 @@ def test_order_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
     assert order.reordered([0, 0, 1, 2])[3] == ("c", "d", "e")
     with pytest.raises(UsageError, match="permutation"):
         order.reordered([0, 1, 1, 2])
-    with pytest.raises(UsageError, match="step 0 names batch 3"):
+    with pytest.raises(UsageError, match="step 0 refers to batch 3"):
         Order((("a",),), (3,))
-    with pytest.raises(UsageError, match="batch 1 holds no example"):
+    with pytest.raises(UsageError, match="batch 1 has no rows"):
         Order((("a",), ()), (0,))
     (tmp_path / "bad.npz").write_bytes((tmp_path / "order.npz").read_bytes()[:-40])
     (tmp_path / "text.npz").write_text("no order")

@@ -133,7 +133,7 @@ def test_a_disk_that_is_full_at_any_write_is_a_line_and_the_run_goes_on_after_it
 def test_orders_to_estimate_that_cannot_be_are_refused_by_file(world: Path, tmp_path: Path) -> None:
     config = settings(world, tmp_path / "run", task="estimate", estimators=["pairwise"])
     plan = Order.load(run(config) / "reference.npz")
-    for sequence, said in [((0, 0, 1), "comes 2 times and 1 times"), ((0, 1), "2 steps, the reference has 3")]:
+    for sequence, said in [((0, 0, 1), "appears 2 times, but 1 times"), ((0, 1), "2 steps, the reference has 3")]:
         Order(plan.batches, sequence).save(tmp_path / "odd.npz")
         with pytest.raises(DataError, match=rf"odd.npz: order: .*{said}"):
             run(config.model_copy(update={"sequences": [tmp_path / "odd.npz"]}))
