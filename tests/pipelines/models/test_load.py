@@ -37,7 +37,7 @@ def _order(world, out):
     data = OrderData(paths=[str(world.pool)])
     model = ModelConfig(name=str(world.model))
     order.run(
-        OrderConfig(task="estimate", model=model, data=data, validation=[str(world.target)], out=out, dry_run=True)
+        OrderConfig(task="estimate", model=model, data=data, validation=[str(world.target)], out=out, batches=4)
     )
 
 
