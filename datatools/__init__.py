@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from datatools.gradients import visit_per_sample_grads as visit_per_sample_grads
     from datatools.less.aggregate import AGGREGATIONS as AGGREGATIONS
     from datatools.less.aggregate import aggregate as aggregate
-    from datatools.less.aggregate import subtask_means as subtask_means
     from datatools.less.influence import influence as influence
     from datatools.less.influence import influence_paper as influence_paper
     from datatools.less.influence import subtask_targets as subtask_targets
@@ -59,6 +58,7 @@ if TYPE_CHECKING:
     from datatools.selection.candidates import Selection as Selection
     from datatools.selection.selectors import SELECTORS as SELECTORS
     from datatools.selection.selectors import select as select
+    from datatools.selection.subtasks import subtask_means as subtask_means
     from datatools.stats import spearman as spearman
     from datatools.stats import t_interval as t_interval
 
@@ -100,7 +100,7 @@ _EXPORTS = {
     "aggregate": "datatools.less.aggregate",
     "influence": "datatools.less.influence",
     "influence_paper": "datatools.less.influence",
-    "subtask_means": "datatools.less.aggregate",
+    "subtask_means": "datatools.selection.subtasks",
     "subtask_targets": "datatools.less.influence",
     "LessScores": "datatools.less.less",
     "less_scores": "datatools.less.less",

@@ -12,26 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datatools.errors import UsageError, did_you_mean
-from datatools.less.influence import averaging
+from datatools.selection.bids import bids_order
 from datatools.selection.candidates import require_finite
-
-
-def subtask_means(
-    similarity: Float[Tensor, "n m"], groups: Sequence[int] | Int64[Tensor, " m"]
-) -> Float32[Tensor, "n g"]:
-    """The mean over the target rows of each subtask, which may be of unequal size.
-
-    Args:
-        similarity: [n, m], any floating dtype.
-        groups: int64 [m], the subtask of each target row.
-
-    Returns:
-        float32 [n, g], subtasks ascending.
-
-    >>> subtask_means(torch.tensor([[1.0, 3.0, 5.0]]), [0, 0, 1]).tolist()
-    [[2.0, 5.0]]
-    """
-    return similarity.float() @ averaging(groups, similarity.shape[1]).T
+from datatools.selection.round_robin import round_robin_order
+from datatools.selection.subtasks import subtask_means as subtask_means
 
 
 def _less(similarity: Tensor, groups: Tensor) -> Tensor:
@@ -60,64 +44,13 @@ def _max(similarity: Tensor, groups: Tensor) -> Tensor:
 
 
 def _round_robin(similarity: Tensor, groups: Tensor) -> Tensor:
-    """Target rows in turn each take the best row that is left; the score falls with the place in that order.
-
-    Cost: O(m n log n) time, n m integers. Source: arXiv 2602.14696 finds it the best at small budgets.
-    """
-    values = similarity.float().numpy()
-    queues = [_Queue(values[:, j]) for j in range(values.shape[1])]
-    used = np.zeros(len(values), dtype=bool)
-    order = np.empty(len(values), dtype=np.int64)
-    for place in range(len(values)):
-        order[place] = queues[place % len(queues)].take(used)
-    return _falling(order)
+    """Target rows in turn each take the best row that is left; the score falls with the place in that order."""
+    return _falling(round_robin_order(similarity))
 
 
 def _bids(similarity: Tensor, groups: Tensor) -> Tensor:
-    """The least-served subtask takes its best row, again and again; the score falls with the place in that order.
-
-    z_ij = (s_ij - mean_i s_ij) / std_i s_ij for each target row j (0 where all rows are alike), Z_ig its mean over the
-    rows j of subtask g. Served is u = sum of Z_i over the rows taken, at first 0; each step takes, for the subtask
-    g = argmin u (the first of equals), the row left with the highest Z_ig, and adds its whole row Z_i to u.
-    Cost: O(g n log n + n g). Source: BIDS, arXiv 2501.12147: normalise for each target instance, then choose the row
-    with the highest influence on the most underrepresented task. Differs: the update of u is written from that sentence
-    of its abstract, not from its code.
-    """
-    values = similarity.double()
-    spread = values.std(0, correction=0)
-    flat = spread <= 1e-12 * values.abs().amax(0)  # rounding leaves a constant column a spread of about 1e-17
-    z = torch.where(flat, 0.0, (values - values.mean(0)) / torch.where(flat, 1.0, spread))
-    means = subtask_means(z, groups).numpy()
-    queues = [_Queue(means[:, g]) for g in range(means.shape[1])]
-    served = np.zeros(means.shape[1])
-    used = np.zeros(len(means), dtype=bool)
-    order = np.empty(len(means), dtype=np.int64)
-    for place in range(len(means)):
-        order[place] = row = queues[int(served.argmin())].take(used)
-        served += means[row]
-    return _falling(order)
-
-
-class _Queue:
-    """The rows by falling value, ties by position."""
-
-    def __init__(self, values: NDArray[np.float32]) -> None:
-        self._order = np.argsort(-values, kind="stable").astype(np.int32)
-        self._next = 0
-
-    def take(self, used: NDArray[np.bool_]) -> int:
-        """The first row that is not `used`, which becomes so. One must be left."""
-        look = 16
-        while True:
-            free = ~used[self._order[self._next : self._next + look]]
-            step = int(free.argmax())
-            if free[step]:
-                self._next += step
-                row = int(self._order[self._next])
-                used[row] = True
-                return row
-            self._next += len(free)
-            look *= 2
+    """The least-served subtask takes its best row, again and again; the score falls with the place in that order."""
+    return _falling(bids_order(similarity, groups))
 
 
 def _falling(order: NDArray[np.int64]) -> Tensor:

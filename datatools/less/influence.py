@@ -14,6 +14,7 @@ from torch import Tensor
 from datatools.errors import DataError, UsageError
 from datatools.features.store import GradientFeatures
 from datatools.selection.candidates import require_finite
+from datatools.selection.subtasks import averaging
 
 Block = tuple[Sequence[str], Tensor, Tensor, Sequence[str]]
 """(keys [b], features [b, d], norms [b], status [b]): what `GradientFeatures.iter_blocks` yields."""
@@ -195,16 +196,3 @@ def _places(keys: Sequence[str]) -> dict[str, list[int]]:
     for place, key in enumerate(keys):
         places.setdefault(key, []).append(place)
     return places
-
-
-def averaging(groups: Sequence[int] | Int64[Tensor, " m"], m: int) -> Float32[Tensor, "g m"]:
-    """The matrix float32 [g, m] whose row j averages the columns of subtask j; groups is int64 [m].
-
-    Raises:
-        ValueError: for groups of another shape.
-    """
-    of = torch.as_tensor(groups, dtype=torch.int64)
-    if of.shape != (m,):
-        raise ValueError(f"groups names the subtask of each of {m} target rows; got {list(of.shape)}")
-    member = (of == torch.tensor(sorted(set(of.tolist())), dtype=torch.int64)[:, None]).float()
-    return member / member.sum(1, keepdim=True)

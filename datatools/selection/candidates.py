@@ -72,12 +72,15 @@ class Candidates:
         tokens: int64 [n], all tokens of the row; needed by token budgets.
         supervised: int64 [n], tokens with a loss; needed by `random_length`.
         eligible: bool [n], rows that may be chosen at all (not a duplicate, not non-finite, ...); all when not given.
+        similarity: float [n, m], each row with each of m >= 1 target rows; needed by `round_robin` and `bids`. Finite
+            wherever `eligible`.
+        groups: int64 [m], the subtask of each target row; all are of one subtask when not given.
 
     Columns may be tensors, numpy arrays or lists; they are not written to.
 
     Raises:
         ValueError: for columns of unequal length.
-        DataError: for scores of eligible rows that are not finite.
+        DataError: for scores and similarities of eligible rows that are not finite.
 
     >>> pool = Candidates(keys=["a", "b", "c"], scores=[0.1, 0.9, 0.5], eligible=[True, True, False])
     >>> len(pool), int(pool.eligible.sum())
@@ -93,6 +96,8 @@ class Candidates:
         tokens: Array | None = None,
         supervised: Array | None = None,
         eligible: Array | None = None,
+        similarity: Tensor | NDArray[Any] | Sequence[Sequence[float]] | None = None,
+        groups: Array | None = None,
     ) -> None:
         n = len(keys)
         self.keys = list(keys)
@@ -109,6 +114,19 @@ class Candidates:
                 )
         if self.scores is not None:
             require_finite(self.scores, self.keys, "scores", where=self.eligible)
+        self.similarity = None if similarity is None else torch.as_tensor(similarity).detach().cpu()
+        self.groups: Tensor | None = None
+        if self.similarity is not None:
+            if self.similarity.ndim != 2 or len(self.similarity) != n or not self.similarity.shape[1]:
+                raise ValueError(
+                    f"Candidates: {n} keys but a similarity of shape {list(self.similarity.shape)}; expected one row "
+                    "per key and one column per target row"
+                )
+            m = self.similarity.shape[1]
+            self.groups = torch.zeros(m, dtype=torch.int64) if groups is None else _column(groups, torch.int64)
+            if len(self.groups) != m:
+                raise ValueError(f"Candidates: {m} target rows but {len(self.groups)} groups")
+            require_finite(self.similarity, self.keys, "similarity", where=self.eligible)
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from datatools.errors import UsageError, did_you_mean
+from datatools.selection.bids import bids
 from datatools.selection.budget import Budget
 from datatools.selection.candidates import Candidates, Selection
 from datatools.selection.random import random
 from datatools.selection.random_length import random_length
+from datatools.selection.round_robin import round_robin
 from datatools.selection.top_k import top_k
 
-__all__ = ["SELECTORS", "Selector", "random", "random_length", "select", "top_k"]
+__all__ = ["SELECTORS", "Selector", "bids", "random", "random_length", "round_robin", "select", "top_k"]
 
 
 class Choose(Protocol):
@@ -36,17 +38,21 @@ class Selector:
         choose: the function.
         scores: whether the candidates must have scores.
         reference: whether it needs a reference selection, as `random_length` does for its answer lengths.
+        similarity: whether the candidates must have a similarity to target rows.
     """
 
     choose: Choose
     scores: bool = False
     reference: bool = False
+    similarity: bool = False
 
 
 SELECTORS: dict[str, Selector] = {
     "top_k": Selector(top_k, scores=True),
     "random": Selector(random),
     "random_length": Selector(random_length, reference=True),
+    "round_robin": Selector(round_robin, similarity=True),
+    "bids": Selector(bids, similarity=True),
 }
 
 

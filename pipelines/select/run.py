@@ -106,6 +106,11 @@ def _check_selector(config: SelectConfig, name: str) -> None:
         raise UsageError(
             f"--selector {name} needs scores, and --method {config.method} gives none; leave one of them out"
         )
+    if SELECTORS[name].similarity and "target" not in known(config.method).needs:
+        raise UsageError(
+            f"--selector {name} takes turns between target rows, and --method {config.method} compares with none; use "
+            "a method that does (datatools ls methods), such as tfidf, rds or less"
+        )
     if SELECTORS[name].reference and not config.target:
         raise UsageError(f"--selector {name} compares with target rows; name them with --target FILE")
 
@@ -183,11 +188,16 @@ def choose(context: Context, scored: Scored) -> Selection:
         DataError: if the selector needs scores and no row has one.
     """
     config = context.config
-    rows = candidates(context.pool, scored)
     options: dict[str, Any] = {"seed": derive_seed(config.seed, "selection"), "max_per_source": config.max_per_source}
     name = config.selector or known(config.method).selector
+    rows = candidates(context.pool, scored, context.target if SELECTORS[name].similarity else None)
     if SELECTORS[name].reference:
         return _like_the_target(name, rows, _target_lengths(context), config.budget, **options)
+    if SELECTORS[name].similarity and rows.similarity is None:
+        raise UsageError(
+            f"--selector {name} takes turns between target rows, and --method {config.method} keeps no similarity to "
+            "each of them; leave the selector out, or use a method that does, such as tfidf, rds or less"
+        )
     if SELECTORS[name].scores and not scored.scores.isfinite().any():
         raise DataError("no row of the pool has a finite score; see the statuses in scores.parquet")
     return select(name, rows, config.budget, **options)

@@ -126,9 +126,16 @@ def no_scores(pool: Rows) -> Tensor:
     return torch.full((len(pool),), float("nan"))
 
 
-def candidates(pool: Rows, scored: Scored | None = None) -> Candidates:
-    """The rows that may be chosen: usable and, where rows have scores, with a finite one and no status against it."""
+def candidates(pool: Rows, scored: Scored | None = None, target: Rows | None = None) -> Candidates:
+    """The rows that may be chosen: usable and, where rows have scores, with a finite one and no status against it.
+
+    Args:
+        pool: The rows.
+        scored: What the method found out about them.
+        target: The target rows, for a selector that takes turns between them: their similarities are needed then.
+    """
     eligible, scores = torch.from_numpy(pool.usable), None
+    similarity = None if scored is None or target is None else scored.similarity
     if scored is not None:
         for row in scored.status:
             eligible[row] = False
@@ -143,4 +150,6 @@ def candidates(pool: Rows, scored: Scored | None = None) -> Candidates:
         tokens=pool.scan.tokens,
         supervised=pool.scan.supervised,
         eligible=eligible,
+        similarity=similarity,
+        groups=None if similarity is None or target is None else subtask_groups(target)[1],
     )

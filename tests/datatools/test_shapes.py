@@ -13,12 +13,16 @@ CALLS = {
         "influence": (([ROWS], [WANTED], [1.0]), {}),
         "influence_paper": (([ROWS], [WANTED], [1.0], GROUPS), {}),
         "subtask_targets": ((WANTED.half(), torch.ones(4), GROUPS), {}),
-        "averaging": ((GROUPS, 4), {}),
     },
     "datatools.less.aggregate": {
-        "subtask_means": ((ROWS @ WANTED.T, GROUPS), {}),
         "aggregate": ((ROWS @ WANTED.T, GROUPS, "bids"), {"eligible": torch.ones(5, dtype=torch.bool)}),
     },
+    "datatools.selection.subtasks": {
+        "averaging": ((GROUPS, 4), {}),
+        "subtask_means": ((ROWS @ WANTED.T, GROUPS), {}),
+    },
+    "datatools.selection.round_robin": {"round_robin_order": ((ROWS @ WANTED.T,), {})},
+    "datatools.selection.bids": {"bids_order": ((ROWS @ WANTED.T, GROUPS), {})},
     "datatools.subsets.herding": {"herding": ((ROWS, 3), {"kept": torch.tensor([1])})},
     "datatools.subsets.matching_pursuit": {"matching_pursuit": ((ROWS, 3), {})},
     "datatools.subsets.facility_location": {"facility_location": ((ROWS @ ROWS.T, 3), {})},

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datatools import SELECTORS, Budget, Candidates, DataError, Selection, UsageError, select
+from datatools import SELECTORS, Budget, Candidates, DataError, Selection, UsageError, aggregate, select
 from datatools.selection.candidates import require_finite
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -26,6 +26,8 @@ def candidates(n=100, **columns):
         "sources": ["abc"[i % 3] for i in range(n)],
         "tokens": np.arange(n, dtype=np.int32) % 17 + 1,
         "supervised": [i % 13 + 1 for i in range(n)],
+        "similarity": torch.stack([torch.arange(n) * k % 11 / 11 for k in (1, 3, 4)], 1),
+        "groups": [0, 1, 1],
     }
     return Candidates(**{**defaults, **columns})
 
@@ -198,6 +200,44 @@ def test_unknown_selector_and_missing_columns():
         select("random_length", candidates(), "5", reference=Selection(torch.tensor([100])))
 
 
+@pytest.mark.parametrize("name", ["round_robin", "bids"])
+def test_turns_are_the_same_as_a_selector_and_as_an_aggregation(name):
+    """The selector takes the rows that have the highest scores of the aggregation, in the same order."""
+    similarity = torch.rand(100, 6, generator=torch.Generator().manual_seed(0))
+    groups, able = torch.tensor([0, 0, 1, 2, 2, 2]), torch.arange(100) % 9 > 0
+    similarity[~able] = torch.nan
+    pool = candidates(similarity=similarity, groups=groups, eligible=able)
+    scores = aggregate(similarity, groups, name, keys=pool.keys, eligible=able).nan_to_num(0.0)
+    for budget in ("1", "30", "88", "150 tokens"):
+        for cap in (None, 0.4):
+            chosen = select(name, pool, budget, max_per_source=None if budget != "30" else cap)
+            want = select(
+                "top_k",
+                candidates(scores=scores, eligible=able),
+                budget,
+                max_per_source=None if budget != "30" else cap,
+            )
+            assert chosen.indices.tolist() == want.indices.tolist()
+    assert chosen.why[0].startswith("taken in turn 1 of 88, similarity at most 0.9")
+    with pytest.raises(UsageError, match=f"{name} takes turns between target rows, and the candidates have no sim"):
+        select(name, candidates(similarity=None), "5")
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "said"),
+    [
+        ({"similarity": torch.zeros(99, 2)}, ValueError, r"100 keys but a similarity of shape \[99, 2\]"),
+        ({"similarity": torch.zeros(100, 0)}, ValueError, "one column per target row"),
+        ({"similarity": torch.zeros(100)}, ValueError, "one column per target row"),
+        ({"groups": [0, 1]}, ValueError, "3 target rows but 2 groups"),
+        ({"similarity": torch.full((100, 3), torch.nan)}, DataError, "similarity: 100 rows are not finite"),
+    ],
+)
+def test_a_similarity_has_a_row_per_key_and_a_column_per_target_row(columns, error, said):
+    with pytest.raises(error, match=said):
+        candidates(**columns)
+
+
 @pytest.mark.parametrize("name", SELECTORS)
 @pytest.mark.parametrize("cap", [None, 0.34, 12])
 @pytest.mark.parametrize("budget", ["30", "250 tokens"])
@@ -213,6 +253,8 @@ def test_the_order_of_rows_never_changes_the_set(name, cap, budget):
             tokens=pool.tokens[order],
             sources=[pool.sources[i] for i in order],
             supervised=pool.supervised[order],
+            similarity=pool.similarity[order],
+            groups=pool.groups,
         )
         place = {row: i for i, row in enumerate(order)}
         at = torch.tensor([place[i] for i in reference.indices.tolist()])
@@ -232,7 +274,8 @@ def test_the_process_does_not_matter():
 import random, torch
 random.random(); torch.rand(3)
 from datatools import SELECTORS, Candidates, Selection, select
-pool = Candidates(keys=[str(i) for i in range(50)], scores=[i % 5 for i in range(50)], supervised=list(range(50)))
+keys, alike = [str(i) for i in range(50)], [[i % 7, i % 3] for i in range(50)]
+pool = Candidates(keys=keys, scores=[i % 5 for i in range(50)], supervised=list(range(50)), similarity=alike)
 for name in SELECTORS:
     print(name, select(name, pool, "10", seed=7, reference=Selection(torch.arange(5))).indices.tolist())"""
     said = {
@@ -414,6 +457,7 @@ def test_defined_answer_or_typed_error(rows, name, amount, unit, cap, seed):
         supervised=[r[1] for r in rows],
         sources=[r[2] for r in rows],
         eligible=[r[3] for r in rows],
+        similarity=torch.tensor([[r[0], r[1]] for r in rows]).reshape(n, 2),
     )
     reference = Selection(torch.arange(min(n, 4)))
     try:

@@ -36,9 +36,7 @@ def _diagnose(world, out):
 def _order(world, out):
     data = OrderData(paths=[str(world.pool)])
     model = ModelConfig(name=str(world.model))
-    order.run(
-        OrderConfig(task="estimate", model=model, data=data, validation=[str(world.target)], out=out, batches=4)
-    )
+    order.run(OrderConfig(task="estimate", model=model, data=data, validation=[str(world.target)], out=out, batches=4))
 
 
 @pytest.mark.parametrize("command", [_select, _train, _diagnose, _order])

@@ -171,9 +171,24 @@ def test_every_selector_is_reached_from_the_command_line(world: World, tmp_path:
     assert all(("most similar" in reason) == SELECTORS[name].scores for reason in reasons)
 
 
+@pytest.mark.parametrize("name", sorted(name for name, record in SELECTORS.items() if record.similarity))
+@pytest.mark.parametrize("method", ["tfidf", "rds"])
+def test_turns_between_target_rows_take_the_same_rows_both_ways(
+    world: World, tmp_path: Path, name: str, method: str
+) -> None:
+    """`--selector round_robin` is `--set aggregate=round_robin`, but for the scores, which stay similarities."""
+    turns = select.run(world.select(tmp_path / "a", method=method, selector=name))
+    places = select.run(world.select(tmp_path / "b", method=method, aggregate=name))
+    assert chosen(turns) == chosen(places)
+    score, nearest = (pq.read_table(turns / "scores.parquet")[c].to_pylist() for c in ("_score", "_nearest_similarity"))
+    assert max(score) <= max(nearest) < 1.001
+
+
 def test_a_selector_that_cannot_work_is_refused_before_anything_is_read(world: World, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--selector top_k needs scores, and --method random gives none"):
         select.run(world.select(tmp_path / "a", method="random", selector="top_k"))
+    with pytest.raises(UsageError, match="--selector bids takes turns between target rows, and --method loss compares"):
+        select.run(world.select(tmp_path / "a", method="loss", selector="bids"))
     with pytest.raises(UsageError, match="--selector random_length compares with target rows"):
         select.run(world.select(tmp_path / "b", method="loss", selector="random_length", target=[]))
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()

@@ -1,0 +1,75 @@
+"""BIDS: the least-served subtask takes its best row; also as an aggregation, whose score is the place in the order."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datatools.selection.budget import Budget
+from datatools.selection.candidates import Candidates, Selection
+from datatools.selection.subtasks import subtask_means
+from datatools.selection.turns import Queue, take_in_turns
+
+
+def bids(
+    candidates: Candidates,
+    budget: Budget,
+    *,
+    seed: int = 0,
+    max_per_source: str | float | None = None,
+    reference: Selection | None = None,
+) -> Selection:
+    """The least-served subtask takes its best row, again and again.
+
+    `seed` and `reference` mean nothing here. Among equal rows the smaller key is taken first. The order is that of
+    `bids_order`.
+
+    Cost:
+        O(g n log n + n g) for n rows and g subtasks.
+
+    Source:
+        BIDS, arXiv 2501.12147.
+
+    Raises:
+        UsageError: There is no similarity, or the pool cannot fill the budget.
+    """
+    return take_in_turns("bids", bids_order, candidates, budget, max_per_source)
+
+
+def bids_order(similarity: Float[Tensor, "n m"], groups: Int64[Tensor, " m"]) -> NDArray[np.int64]:
+    """Return the positions of all n rows in the order in which subtasks take them.
+
+    z_ij = (s_ij - mean_i s_ij) / std_i s_ij for each target row j (0 where all rows are alike), and Z_ig is its mean
+    over the rows j of subtask g. Served is u = sum of Z_i over the rows taken, at first 0. Each step takes, for the
+    subtask g = argmin u (the first of equals), the row left with the highest Z_ig, and adds its whole row Z_i to u.
+
+    Args:
+        similarity: [n, m], of any floating dtype; the earlier row wins a tie.
+        groups: int64 [m], the subtask of each target row.
+
+    Returns:
+        int64 [n].
+
+    Source:
+        BIDS, arXiv 2501.12147: normalise for each target instance, then choose the row with the highest influence on
+        the most underrepresented task.
+
+    Differs:
+        The update of u is written from that sentence of its abstract, not from its code.
+    """
+    values = similarity.double()
+    spread = values.std(0, correction=0)
+    flat = spread <= 1e-12 * values.abs().amax(0)  # rounding leaves a constant column a spread of about 1e-17
+    z = torch.where(flat, 0.0, (values - values.mean(0)) / torch.where(flat, 1.0, spread))
+    means = subtask_means(z, groups).numpy()
+    queues = [Queue(means[:, g]) for g in range(means.shape[1])]
+    served = np.zeros(means.shape[1])
+    used = np.zeros(len(means), dtype=bool)
+    order = np.empty(len(means), dtype=np.int64)
+    for place in range(len(means)):
+        order[place] = row = queues[int(served.argmin())].take(used)
+        served += means[row]
+    return order
