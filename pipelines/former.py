@@ -76,11 +76,17 @@ def install() -> None:
         sys.meta_path.append(Finder())
 
 
-def callable_as(module: str, function: str) -> None:
-    """Let a module be called as its function: `pipelines.select.run(config)`, `pipelines.models.load(config)`."""
+def callable_as(module: str, function: str, place: str | None = None) -> None:
+    """Let a module be called as a function: `pipelines.select.run(config)`, `pipelines.models.load(config)`.
+
+    Args:
+        module: The module, or the room: `from pipelines import select; select(model, tokenizer, dataset, target)`.
+        function: The name of the function.
+        place: The module that has it, imported when it is called; by default `module` itself.
+    """
 
     class Called(ModuleType):
         def __call__(self, *args: Any, **options: Any) -> Any:
-            return getattr(self, function)(*args, **options)
+            return getattr(import_module(place) if place else self, function)(*args, **options)
 
     sys.modules[module].__class__ = Called

@@ -171,7 +171,9 @@ def random_errors(where: str, tree: ast.Module) -> Iterator[str]:
     """
     restoring = {node for t in ast.walk(tree) if isinstance(t, ast.Try) for s in t.finalbody for node in ast.walk(s)}
     for call, name in calls(tree):
-        if call in restoring and name.endswith("set_rng_state"):
+        if call in restoring and name.endswith(("set_rng_state", "random.setstate", "random.set_state")):
+            continue
+        if name in {"random.getstate", "numpy.random.get_state"}:
             continue
         head, _, last = name.rpartition(".")
         private = keyword(call, "generator") is not None

@@ -36,11 +36,11 @@ class Standing:
     def of(cls, model: nn.Module) -> Standing:
         """The state of `model` now."""
         tensors = dict(_tensors(model))
-        return cls(model, dict(model.named_modules()), tensors, {name: _digest(t) for name, t in tensors.items()})
+        return cls(model, dict(model.named_modules()), tensors, {name: tensor_digest(t) for name, t in tensors.items()})
 
     def changed(self) -> list[str]:
         """The names of weights that are not what they were."""
-        return [name for name, tensor in self.tensors.items() if _digest(tensor) != self.digests[name]]
+        return [name for name, tensor in self.tensors.items() if tensor_digest(tensor) != self.digests[name]]
 
     def restore(self) -> None:
         """Put modules, parameters and weights back.
@@ -84,7 +84,8 @@ def _parent(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
     return modules[name.rpartition(".")[0]]
 
 
-def _digest(tensor: Tensor) -> str:
+def tensor_digest(tensor: Tensor) -> str:
+    """xxh3-128 of the bytes of a tensor of any dtype and device."""
     values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return files.digest(values.numpy().data)
 

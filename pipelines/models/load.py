@@ -18,7 +18,7 @@ from torch import nn
 
 from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files, keep_pages
 from pipelines import former
-from pipelines.models import causal, gguf, saved_states, weight_files
+from pipelines.models import borrowed, causal, gguf, saved_states, weight_files
 from pipelines.models.adapters import adapter_folder, load_adapter
 from pipelines.models.base import READ_AGAIN
 from pipelines.models.limits import ModelLimits, limits_of, trained_length
@@ -84,6 +84,13 @@ def load(
         DataError: Weights cannot be read, or are pickled.
         EnvironmentProblem: The model cannot be reached.
     """
+    if (lent := borrowed.find(config.name)) is not None:
+        held = lent.model if weights is None else _weights_of(config, weights)
+        if config.dtype == "float32" and held is not None and held.dtype != torch.float32:
+            raise UsageError(
+                f"this works in float32, and the model in memory is in {held.dtype}; give model.float(), or a copy"
+            )
+        return LoadedModel(held, lent.tokenizer, None, lent.digests, lent.limits)
     from transformers import AutoTokenizer
 
     name = resolve(config.name)

@@ -1,8 +1,8 @@
 """Inputs of every kind as JSONL files on disk.
 
-JSONL is read where it lies. Compressed files, JSON arrays, CSV, Parquet, Arrow, folders of `save_to_disk` and data sets
-of the hub are first written as JSONL into a cache folder. Every run writes the cache again, so that a stale or damaged
-copy is never read.
+JSONL is read where it lies. Compressed files, JSON arrays, CSV, Parquet, Arrow, folders of `save_to_disk`, data sets of
+the hub and rows in memory are first written as JSONL into a cache folder. Every run writes the cache again, so that a
+stale or damaged copy is never read; only rows that were in memory, and no longer are, are read from their copy.
 """
 
 import gzip
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from datatools import DataError, DatatoolsError, EnvironmentProblem, UsageError, files
-from pipelines.rows.input_files import HUB, SAVED, Source, saved_files
+from pipelines.rows import in_memory
+from pipelines.rows.input_files import HUB, MEMORY, SAVED, Source, saved_files
 from pipelines.rows.json_array import is_array, rows_of_array
 from pipelines.rows.jsonl import Limits, Malformed, is_blank, read_lines, shown
 from pipelines.rows.tables.arrow import columns_of_arrow, columns_of_parquet, rows_of_arrow, rows_of_parquet
@@ -41,6 +42,13 @@ def as_jsonl(source: Source, cache: Path, limits: Limits) -> tuple[Path, dict[in
         assert path is not None
         return path, {}
     out = _cached(source, cache, ".jsonl")
+    if kind == MEMORY and in_memory.lent(source.name) is None:
+        if not out.is_file():
+            raise DataError(
+                f"{source.name}: these rows were in the memory of the program that made the run, and are not here; "
+                "make it again from there, or give files"
+            )
+        return out, {}
     problems: dict[int, Malformed] = {}
     size = None if source.path is None else source.size()
     with files.atomic_path(out, durable=False) as temporary, open(temporary, "wb") as file:
@@ -104,7 +112,9 @@ def _unpack(path: Path, how: str, out: Path, limits: Limits) -> Path:
 
 
 def _rows(source: Source, path: Path | None, kind: str, limits: Limits) -> Iterator[bytes | Malformed]:
-    if path is None:
+    if kind == MEMORY:
+        yield from rows_of_mappings(in_memory.lent(source.name) or ())
+    elif path is None:
         yield from rows_of_mappings(_from_hub(source.name))
     elif kind == ".parquet":
         yield from rows_of_parquet(path, source.name, limits)

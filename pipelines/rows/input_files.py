@@ -1,4 +1,4 @@
-"""The inputs that are named on the command line: files, folders, patterns, and data sets of the hub."""
+"""The inputs that are named: files, folders, patterns, data sets of the hub, and rows in memory."""
 
 import glob
 import json
@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datatools import DataError, UsageError, files
+from pipelines.rows.in_memory import PREFIX
 from pipelines.rows.jsonl import shown
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 """File types that are read."""
 PACKED = (".gz", ".zst", ".xz", ".bz2")
 """Compressions that are read, after a file type (.jsonl.zst)."""
+MEMORY = "memory"
+"""The kind of rows that a caller holds in memory (`in_memory`)."""
 SAVED = ".saved"
 """The kind of a folder that `datasets.Dataset.save_to_disk` wrote."""
 _UNREAD = re.compile(
@@ -28,8 +31,10 @@ HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(@(?P<revi
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One input: `name` as shown, `path` on disk (None: on the hub), `kind` one of `SUFFIXES` (with one of `PACKED`),
-    `SAVED` or "hub".
+    """One input.
+
+    `name` is as shown; `path` is on disk (None: on the hub, or in memory); `kind` is one of `SUFFIXES` (with one of
+    `PACKED`), `SAVED`, `MEMORY` or "hub".
     """
 
     name: str
@@ -49,6 +54,8 @@ class Source:
     @property
     def stem(self) -> str:
         """The last part of its name without what says its type: what its rows are named after."""
+        if self.kind == MEMORY:
+            return self.name.removeprefix(PREFIX)
         name = os.path.basename(self.name.rstrip("/"))
         packed = "|".join(re.escape(suffix) for suffix in PACKED)
         return re.sub(rf"(\.[A-Za-z]+)?({packed})?$", "", name) or "data"
@@ -106,6 +113,8 @@ def _is_text(name: str) -> bool:
 def _expand(given: str) -> list[Source]:
     if given.startswith("hf:"):
         return [Source(given, None, "hub")]
+    if given.startswith(PREFIX):
+        return [Source(given, None, MEMORY)]
     path = Path(given)
     try:
         mode = path.stat().st_mode

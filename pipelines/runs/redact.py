@@ -5,9 +5,14 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from pipelines.settings import redaction
+
+_call: ContextVar[str | None] = ContextVar("call", default=None)
 
 
 def redact(text: str, *, names: bool = True) -> str:
@@ -31,6 +36,16 @@ def redact(text: str, *, names: bool = True) -> str:
     return text
 
 
+@contextmanager
+def called_as(call: str) -> Iterator[None]:
+    """Inside, the command that was typed is `call`: the function that a program called, and not the program."""
+    token = _call.set(call)
+    try:
+        yield
+    finally:
+        _call.reset(token)
+
+
 def command_line(*, names: bool = True) -> str:
     """The command that was typed, quoted for a shell and redacted; `names` as in `redact`."""
-    return redact(shlex.join(["datatools", *sys.argv[1:]]), names=names)
+    return redact(_call.get() or shlex.join(["datatools", *sys.argv[1:]]), names=names)
