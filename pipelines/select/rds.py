@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from datatools import DataError, GradientFeatures
 from pipelines.models.losses import last_states
 from pipelines.rows.rows import Rows
 from pipelines.runs.progress import progress
-from pipelines.select.scored import Context, Scored, from_similarity
+from pipelines.select.scored import Context, Scored, from_similarity, spread, unique_among, usable_among
 from pipelines.select.scorer import Asked, Work
 from pipelines.select.stores import FEATURE_VERSION, filling, kept, open_store, tokens_of
 from pipelines.settings.methods import Method
@@ -39,18 +41,31 @@ def score(context: Context) -> Scored:
     Source: Ivison et al. 2025, arXiv 2503.01807. Differs: rows are ranked by `aggregate`, as for every method; the
     paper takes turns between target rows (`--set aggregate=round_robin`).
     """
-    with context.run.stage("hidden states"):
-        pool, good = _hidden_states(context, "pool", context.pool)
-        target, finite = _hidden_states(context, "target", context.wanted)
-    if not bool(finite.all()):
-        dead = np.flatnonzero(context.wanted.usable)[~finite.numpy()]
-        raise DataError(
-            f"target row {context.wanted.pool.where(int(dead[0]))} has hidden states that are not finite ({len(dead)} "
-            "such rows); remove it from the target"
-        )
+    similarity, good = _similarity(context, np.flatnonzero(context.pool.usable).tolist())
     text = "cosine of position-weighted mean hidden states (last layer) of pool and target row"
     tokens = context.pool.tokens() + context.wanted.tokens()
-    return from_similarity(context, pool @ target.T, formula={"name": "rds+", "text": text}, good=good, tokens=tokens)
+    return from_similarity(context, similarity, formula={"name": "rds+", "text": text}, good=good, tokens=tokens)
+
+
+def columns(context: Context, rows: Sequence[int] | None = None) -> Tensor:
+    """See `Scorer.columns`."""
+    chosen, places, n = usable_among(context.pool, rows)
+    similarity, good = _similarity(context, chosen)
+    return spread(similarity.masked_fill(~good[:, None], float("nan")), places, n)
+
+
+def _similarity(context: Context, chosen: list[int]) -> tuple[Tensor, Tensor]:
+    """float32 [chosen, usable target rows], and which of the pool rows `chosen` have finite hidden states."""
+    wanted = np.flatnonzero(context.wanted.usable).tolist()
+    with context.run.stage("hidden states"):
+        pool, good = _hidden_states(context, "pool", context.pool, chosen)
+        target, finite = _hidden_states(context, "target", context.wanted, wanted)
+    if dead := [row for row, ok in zip(wanted, finite.tolist(), strict=True) if not ok]:
+        raise DataError(
+            f"target row {context.wanted.pool.where(dead[0])} has hidden states that are not finite ({len(dead)} "
+            "such rows); remove it from the target"
+        )
+    return pool @ target.T, good
 
 
 def work(context: Context) -> Work:
@@ -76,8 +91,8 @@ def nearest(asked: Asked) -> Tensor:
     return GradientFeatures.open(home / "hidden-target").take(keys) @ hidden
 
 
-def _hidden_states(context: Context, kind: str, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Unit vectors [usable rows, hidden size] and which are finite, kept in a store, so that they are computed once."""
+def _hidden_states(context: Context, kind: str, rows: Rows, chosen: list[int]) -> tuple[Tensor, Tensor]:
+    """Unit vectors [chosen, hidden size] of the usable rows `chosen`, and which are finite; computed once, and kept."""
     loaded, unique = context.model(), rows.unique()
     model = loaded.model
     with torch.inference_mode():  # the width is what the model returns: some configurations name another (OPT-350m)
@@ -92,16 +107,17 @@ def _hidden_states(context: Context, kind: str, rows: Rows) -> tuple[Tensor, Ten
     }
     folder = context.features_folder / f"hidden-{kind}"
     with filling(folder):
-        store = open_store(context, folder, unique, meta=meta, dim=size, dtype="float32")
+        planned = unique_among(rows, chosen)
+        store = open_store(context, folder, planned, among=unique, meta=meta, dim=size, dtype="float32")
         budget = context.config.features.token_budget
         todo = sum(int(rows.scan.tokens[unique[k]]) for u in store.missing_units() for k in store.unit_keys(u))
         with progress(f"hidden states of the {kind}", todo, "tokens") as bar, torch.inference_mode():
             for unit in store.missing_units():
                 keys = store.unit_keys(unit)
-                chosen = [unique[key] for key in keys]
-                lengths = [int(rows.scan.tokens[row]) for row in chosen]
+                of_unit = [unique[key] for key in keys]
+                lengths = [int(rows.scan.tokens[row]) for row in of_unit]
                 found = torch.zeros(len(keys), size)
-                for group, batch in rows.micro_batches(chosen, budget, model.device):
+                for group, batch in rows.micro_batches(of_unit, budget, model.device):
                     hidden = last_states(model, batch["input_ids"]).float()
                     position = torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=torch.float32)
                     real = position <= torch.tensor([lengths[i] for i in group], device=hidden.device)[:, None]
@@ -110,7 +126,7 @@ def _hidden_states(context: Context, kind: str, rows: Rows) -> tuple[Tensor, Ten
                     found[torch.tensor(group)] = mean.cpu()
                     bar.advance(sum(lengths[i] for i in group))
                 store.write_unit(unit, found)
-    keys = [rows.keys[i] for i in np.flatnonzero(rows.usable).tolist()]
+    keys = [rows.keys[i] for i in chosen]
     held = store.rows()
     finite = {key for key, status in zip(held.keys, held.status, strict=True) if status == "ok"}
     return store.take(keys), torch.tensor([key in finite for key in keys])

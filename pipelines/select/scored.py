@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,25 @@ def from_similarity(
     )
 
 
+def usable_among(pool: Rows, rows: Sequence[int] | None) -> tuple[list[int], Tensor, int]:
+    """Those of the pool rows `rows` (None: all of them) that can be used.
+
+    Returns:
+        The usable rows; their places in `rows`, int64; and how many rows were asked for.
+    """
+    asked = np.arange(len(pool)) if rows is None else np.asarray(rows, dtype=np.int64)
+    places = np.flatnonzero(pool.usable[asked])
+    return asked[places].tolist(), torch.from_numpy(places), len(asked)
+
+
+def unique_among(rows: Rows, chosen: Sequence[int]) -> dict[str, int]:
+    """`Rows.unique` for the contents of the rows `chosen` alone, in the same order."""
+    wanted = {rows.keys[i] for i in chosen}
+    return {key: i for key, i in rows.unique().items() if key in wanted}
+
+
 def spread(values: Tensor, rows: Tensor, n: int) -> Tensor:
-    """`values` [k, ...] of the pool rows `rows` int64 [k] as float32 [n, ...], NaN elsewhere."""
+    """`values` [k, ...] of the rows `rows`, int64 [k], as float32 [n, ...]; NaN in all others."""
     return torch.full((n, *values.shape[1:]), float("nan")).index_copy(0, rows, values.float())
 
 

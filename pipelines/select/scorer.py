@@ -5,7 +5,7 @@ A method is added with one file (see `pipelines.settings.methods.Method` for its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from pipelines.rows.rows import Rows
-from pipelines.select.scored import Context, Scored
+from pipelines.select.scored import Context, Scored, subtask_groups
 from pipelines.settings.methods import SCORERS
 from pipelines.settings.select import SelectConfig
 
@@ -53,12 +53,21 @@ class Asked:
     index: int
 
 
+Columns = Callable[[Context, Sequence[int] | None], Tensor]
+
+
 @dataclass(frozen=True)
 class Scorer:
     """The functions of one method.
 
     Attributes:
         score: scores the pool.
+        columns: (context, pool rows, or None for the whole pool) -> float32 [rows, m], what `score` aggregates: the
+            similarity of each of these rows to each usable target row, or to whatever else the columns are. Higher is
+            better; NaN stands where a row cannot be used. Only the features of these rows are computed, and they are
+            kept, so that an expensive method can score a shortlist. A row's values do not depend on which others are
+            asked for, except by rounding. None for a method that scores rows without columns.
+        groups: the names and the group, int64 [m], of the columns, as `datatools.aggregate` takes them.
         work: what that costs.
         check: raises a UsageError for settings that it cannot work with, before anything is read.
         reuse: flags with which another run computes none of the features again, for a finished run in `config.out`.
@@ -68,6 +77,8 @@ class Scorer:
     """
 
     score: Callable[[Context], Scored]
+    columns: Columns | None = None
+    groups: Callable[[Context], tuple[list[str], Tensor]] = lambda context: subtask_groups(context.wanted)
     work: Callable[[Context], Work] = lambda context: Work()
     check: Callable[[SelectConfig], None] = lambda config: None
     reuse: Callable[[SelectConfig], list[str]] = lambda config: []
@@ -78,5 +89,5 @@ class Scorer:
 def scorer(name: str) -> Scorer:
     """The functions of the method `name`; its module is imported."""
     module = import_module(SCORERS[name])
-    optional = ("work", "check", "reuse", "nearest", "layers")
+    optional = ("columns", "groups", "work", "check", "reuse", "nearest", "layers")
     return Scorer(module.score, **{part: getattr(module, part) for part in optional if hasattr(module, part)})

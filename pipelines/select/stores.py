@@ -33,17 +33,36 @@ def filling(folder: Path) -> Iterator[None]:
 
 
 def open_store(
-    context: Context, folder: Path, rows: Mapping[str, int], *, meta: Mapping[str, Any], **options: Any
+    context: Context,
+    folder: Path,
+    rows: Mapping[str, int],
+    *,
+    meta: Mapping[str, Any],
+    among: Mapping[str, int] | None = None,
+    **options: Any,
 ) -> GradientFeatures:
     """The store in `folder`, planned for `rows` and checked: what is missing in it now is this run's to compute.
 
     What decides last bits is in its plan. A store that was begun with other numerics is used, and that is said.
+
+    Args:
+        context: What is being scored.
+        folder: Where the store is, or will be.
+        rows: Content keys of the rows that are needed.
+        meta: What the features are a function of, besides the rows.
+        among: Content keys of all rows that the caller can compute, where `rows` are some of them: units that were
+            planned for another shortlist of the same pool are then computed too.
+        options: As for `GradientFeatures.create_or_open`.
+
+    Raises:
+        DataError: Rows are planned there that this run does not have.
     """
+    among = rows if among is None else among
     now = numerics.facts()
     begun: dict[str, Any] | None = now
     if (folder / "plan.json").is_file():  # asked before this run plans rows there, or neither could ever finish
         there = GradientFeatures.open(folder)
-        _refuse_unfinished(there, rows)
+        _refuse_unfinished(there, among)
         begun = there.meta.get(numerics.GROUP)  # absent where an earlier version wrote it
     if isinstance(begun, dict):
         options["meta"] = {**meta, numerics.GROUP: begun}
@@ -63,7 +82,7 @@ def open_store(
         begun, options["meta"] = now, {**meta, numerics.GROUP: now}
         store = GradientFeatures.create_or_open(folder, keys=list(rows), **options)
     store.verify()  # a damaged unit is set aside and computed again; its bytes are read for scoring anyway
-    _refuse_unfinished(store, rows)
+    _refuse_unfinished(store, among)
     if isinstance(begun, dict) and store.missing_units() and (odd := numerics.differences(begun, numerics.facts())):
         warn(f"{folder} was begun with other numerics ({odd}): its rows and those of this run differ by rounding")
     return store

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from datatools import DataError
 from pipelines.rows.rows import Rows
-from pipelines.select.scored import Context, Scored, from_similarity
+from pipelines.select.scored import Context, Scored, from_similarity, spread, usable_among
 from pipelines.select.scorer import Asked
+from pipelines.select.words import WORD, fitted, places_of
 from pipelines.settings.methods import Method
 
 METHOD = Method(
@@ -35,27 +37,37 @@ def score(context: Context) -> Scored:
     return from_similarity(context, similarity, formula={"name": "tfidf", "text": text})
 
 
+def columns(context: Context, rows: Sequence[int] | None = None) -> Tensor:
+    """See `Scorer.columns`. Words are counted over the whole pool, whichever rows are asked for."""
+    chosen, places, n = usable_among(context.pool, rows)
+    return spread(word_similarity(context.pool, context.wanted, chosen), places, n)
+
+
 def nearest(asked: Asked) -> Tensor:
     """The row of `word_similarity` for the pool row that was asked about."""
-    others = np.flatnonzero(asked.pool.usable).tolist()
-    return word_similarity(asked.pool, asked.target)[others.index(asked.index)]
+    return word_similarity(asked.pool, asked.target, [asked.index])[0]
 
 
-def word_similarity(pool: Rows, target: Rows) -> Tensor:
-    """float32 [usable pool rows, usable target rows]: cosines of TF-IDF vectors.
+def word_similarity(pool: Rows, target: Rows, rows: Sequence[int] | None = None) -> Tensor:
+    """Cosines of TF-IDF vectors of pool rows and target rows.
 
-    Source: scikit-learn's TfidfVectorizer, fitted on pool and target together.
+    Args:
+        pool: The pool.
+        target: The target.
+        rows: Usable rows of the pool; None is all of them.
+
+    Returns:
+        float32 [rows, usable target rows].
 
     Raises:
-        DataError: if no row holds a word.
+        DataError: No row holds a word.
+
+    Source:
+        scikit-learn's TfidfVectorizer, fitted on pool and target together.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    texts, wanted = ([rows.pool[i].whole for i in np.flatnonzero(rows.usable).tolist()] for rows in (pool, target))
-    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), dtype=np.float32, token_pattern=r"(?u)\b\w+\b")
-    try:
-        matrix = vectorizer.fit_transform(texts + wanted)
-    except ValueError as error:  # "empty vocabulary": letters and digits make words, nothing else does
-        raise DataError("--method tfidf: no row of the pool or the target holds a word; use another method") from error
-    similarity = (matrix[: len(texts)] @ matrix[len(texts) :].T).toarray()
+    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), dtype=np.float32, token_pattern=WORD)
+    texts, wanted = fitted(vectorizer, pool, target, "tfidf")
+    similarity = (texts[places_of(pool, rows)] @ wanted.T).toarray()
     return torch.from_numpy(np.asarray(similarity, dtype=np.float32))

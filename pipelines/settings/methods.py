@@ -20,6 +20,7 @@ SCORERS: dict[str, str] = {
     "random": "pipelines.select.random",
     "random-length": "pipelines.select.random_length",
     "tfidf": "pipelines.select.tfidf",
+    "bm25": "pipelines.select.bm25",
     "rds": "pipelines.select.rds",
     "loss": "pipelines.select.loss",
 }

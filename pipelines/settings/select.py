@@ -79,6 +79,15 @@ class FeaturesConfig(Settings):
     )
 
 
+class Bm25Config(Settings):
+    """How BM25 weighs words."""
+
+    k1: float = Field(
+        default=1.2, ge=0, le=1000, description="how slowly repetitions of a word saturate; 0 counts a word once"
+    )
+    b: float = Field(default=0.75, ge=0, le=1, description="how strongly long rows are discounted; 0 is not at all")
+
+
 class SelectConfig(RunSettings):
     """Select the training rows that move the model towards the target rows.
 
@@ -140,6 +149,7 @@ class SelectConfig(RunSettings):
     projector: Annotated[ProjectorConfig, Flags("name dim")] = Field(
         default_factory=ProjectorConfig, description="random projection of gradients"
     )
+    bm25: Bm25Config = Field(default_factory=Bm25Config, description="weights of words with `--method bm25`")
     aggregate: str = Field(
         default="less",
         min_length=1,

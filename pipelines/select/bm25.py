@@ -1,0 +1,78 @@
+"""BM25: each target row is a query, and the rows of the pool are the documents that answer it; without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datatools import bm25
+from pipelines.rows.rows import Rows
+from pipelines.select.scored import Context, Scored, from_similarity, spread, usable_among
+from pipelines.select.scorer import Asked
+from pipelines.select.words import WORD, fitted, places_of
+from pipelines.settings.methods import Method
+from pipelines.settings.select import SelectConfig
+
+METHOD = Method(
+    summary="words shared with the target rows, weighted by how rare they are (BM25)",
+    title="Text search (BM25)",
+    meaning="The score says how well the row answers the target rows as search queries (BM25): rare words that both "
+    "hold count most, repetitions and long rows count less; 1 would be the best that any row can reach. No model takes "
+    "part.",
+    label="text search",
+    rows="rows picked by text search",
+    needs=("target",),
+    kind="similarity",
+    nearest="target rows that it answers best",
+    measure="share of the highest BM25",
+    cost="seconds, without a model",
+    limits="knows words, not what they mean; favours rows that repeat the target's rare words",
+)
+
+
+def score(context: Context) -> Scored:
+    """BM25 of whole rows, prompt and answer, for each target row.
+
+    Source: `datatools.bm25`. Differs: the words of a whole target row are the query, so a query is long.
+    """
+    config = context.config.bm25
+    with context.run.stage("scores"):
+        similarity = answers(context.pool, context.wanted, context.config)
+    text = f"BM25 (k1={config.k1:g}, b={config.b:g}) of pool row for target rows as queries; no model is used"
+    return from_similarity(context, similarity, formula={"name": "bm25", "text": text})
+
+
+def columns(context: Context, rows: Sequence[int] | None = None) -> Tensor:
+    """See `Scorer.columns`. Words are counted over the whole pool, whichever rows are asked for."""
+    chosen, places, n = usable_among(context.pool, rows)
+    return spread(answers(context.pool, context.wanted, context.config, chosen), places, n)
+
+
+def nearest(asked: Asked) -> Tensor:
+    """The row of `answers` for the pool row that was asked about."""
+    return answers(asked.pool, asked.target, asked.config, [asked.index])[0]
+
+
+def answers(pool: Rows, target: Rows, config: SelectConfig, rows: Sequence[int] | None = None) -> Tensor:
+    """BM25 of pool rows for target rows.
+
+    Args:
+        pool: The documents; their statistics are those of all usable rows.
+        target: The queries.
+        config: Its `bm25` holds k1 and b.
+        rows: Usable rows of the pool; None is all of them.
+
+    Returns:
+        float32 [rows, usable target rows].
+
+    Raises:
+        DataError: No row holds a word.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    texts, wanted = fitted(CountVectorizer(token_pattern=WORD, dtype=np.int64), pool, target, "bm25")
+    how = config.bm25
+    return torch.from_numpy(bm25(texts, wanted, k1=how.k1, b=how.b, rows=places_of(pool, rows)))

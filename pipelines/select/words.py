@@ -1,0 +1,43 @@
+"""How often each word occurs in the rows of a pool and of its target, for methods that use no model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from datatools import DataError
+from pipelines.rows.rows import Rows
+
+WORD = r"(?u)\b\w+\b"
+"""What counts as a word: a run of letters, digits and underscores, of any length and alphabet."""
+
+
+def fitted(vectorizer: Any, pool: Rows, target: Rows, method: str) -> tuple[Any, Any]:
+    """Fit one of scikit-learn's vectorizers on pool and target together.
+
+    Args:
+        vectorizer: Of the texts of whole rows, prompt and answer.
+        pool: The pool.
+        target: The target.
+        method: The method to name in an error.
+
+    Returns:
+        Sparse matrices of the usable rows of the pool and of the target.
+
+    Raises:
+        DataError: No row holds a word.
+    """
+    texts, wanted = ([rows.pool[i].whole for i in np.flatnonzero(rows.usable).tolist()] for rows in (pool, target))
+    try:
+        matrix = vectorizer.fit_transform(texts + wanted)
+    except ValueError as error:  # "empty vocabulary": letters and digits make words, nothing else does
+        raise DataError(
+            f"--method {method}: no row of the pool or the target holds a word; use another method"
+        ) from error
+    return matrix[: len(texts)], matrix[len(texts) :]
+
+
+def places_of(pool: Rows, rows: Any) -> Any:
+    """The places of the usable pool rows `rows` (None: all) among the usable ones, as an index of numpy."""
+    return slice(None) if rows is None else np.searchsorted(np.flatnonzero(pool.usable), rows)
