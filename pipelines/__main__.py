@@ -1,4 +1,4 @@
-"""`python -m pipelines` is `datatools`."""
+"""The entry point of `python -m pipelines`, which is the command `datatools`."""
 
 import sys
 

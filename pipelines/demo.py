@@ -1,4 +1,4 @@
-"""`datatools demo`: the main job, offline, on the project's own rows and a real model; then the honest comparison."""
+"""`datatools demo`: select rows offline with a real model, train on them, and compare with random rows."""
 
 from __future__ import annotations
 
@@ -19,9 +19,16 @@ DATA = Path(__file__).parent / "demo_data"
 
 
 def run(config: DemoConfig) -> Path:
-    """Select 5 % of 240 rows for booking sentences with SmolLM2-135M, train on them and on random rows, compare.
+    """Select 5 % of 240 rows for booking sentences with SmolLM2-135M, train on them and on random rows, and compare.
 
-    Raises: EnvironmentProblem when the demo's model is not installed; it says how to install it.
+    Args:
+        config: The settings.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        EnvironmentProblem: The model of the demo is not installed; the message says how to install it.
     """
     started = time.monotonic()
     model = config.model or ModelConfig(name=SMOLLM2)
@@ -58,7 +65,7 @@ def run(config: DemoConfig) -> Path:
         )
     if config.dry_run:
         if config.seeds:
-            say(f"then an audit: {2 * config.seeds} training runs of as many rows as are selected, 3 epochs each")
+            say(f"then an audit: {2 * config.seeds} training runs on as many rows as are selected, 3 epochs each")
         return config.out
-    say(f"{duration(time.monotonic() - started)} in all; look at {config.out / 'report.html'}")
+    say(f"{duration(time.monotonic() - started)} in total; open {config.out / 'report.html'}")
     return config.out

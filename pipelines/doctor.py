@@ -1,4 +1,4 @@
-"""`datatools doctor`: whether this machine can run the toolkit, and how fast. It names no host and no user."""
+"""`datatools doctor`: whether this machine can run the toolkit, and how fast. The output names no host and no user."""
 
 import importlib.util
 import json
@@ -27,10 +27,10 @@ class Check:
     """One finding.
 
     Attributes:
-        name: what was examined.
+        name: What was checked.
         state: "ok", "warn" or "fail".
-        found: what was found.
-        advice: what to do about it, if something should be done.
+        found: What was found.
+        advice: What to do, if something should be done.
     """
 
     name: str
@@ -64,7 +64,7 @@ def examine(out: Path) -> list[Check]:
     """Run every check, in about two seconds.
 
     Args:
-        out: the folder where runs will be written; nothing is left there.
+        out: The folder in which runs will be written; no file is left there.
 
     Returns:
         The findings, in the order of the table.
@@ -80,10 +80,10 @@ def examine(out: Path) -> list[Check]:
 
 
 def _guarded(name: str, look: Callable[[], list[Check]]) -> list[Check]:
-    """Run one check; an error is a finding, not the end of the examination."""
+    """Run one check. An error is a finding and does not end the examination."""
     try:
         return look()
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # any error that a broken installation may raise
         return [Check(name, "fail", f"{type(error).__name__}: {error}", "fix this first; see the versions above")]
 
 
@@ -127,9 +127,9 @@ def _processor() -> list[Check]:
     set_ = ", ".join(f"{name}={os.environ[name]}" for name in threads.WAITING if name in os.environ)
     elsewhere = f"GOMP_SPINCOUNT={threads.SPINS} before torch is imported"
     if threads.waits_briefly():
-        found = f"idle threads sleep soon ({set_}): two runs share the machine"
+        found = f"idle threads sleep soon ({set_}), so that two runs can share the machine"
         return [*checks, Check("waiting", "ok", f"{found}; in your own notebook or script, set {elsewhere}")]
-    advice = f"a second run on this machine may become many times slower; unset it, or set {elsewhere}"
+    advice = f"a second run on this machine may be many times slower; unset these variables, or set {elsewhere}"
     return [*checks, Check("waiting", "warn", f"idle threads spin ({set_ or 'torch was loaded first'})", advice)]
 
 
@@ -149,12 +149,12 @@ def _memory() -> list[Check]:
     if free < 2**30:
         return [Check("memory", "fail", found, "at least 1 GiB is needed; close other programs")]
     if free < 4 * 2**30:
-        return [Check("memory", "warn", found, "enough for models below 0.3 billion parameters in float32")]
+        return [Check("memory", "warn", found, "enough for models with less than 0.3 billion parameters in float32")]
     return [Check("memory", "ok", found)]
 
 
 def _gflops(dtype_name: str, seconds: float, n: int = 512) -> float:
-    """GFLOP/s of the product of two square matrices: 10^9 multiplications and additions per second."""
+    """Return the GFLOP/s of a product of two square matrices: 10^9 multiplications and additions per second."""
     import torch
 
     a = torch.ones(n, n, dtype=getattr(torch, dtype_name))
@@ -170,7 +170,7 @@ def _speed() -> list[Check]:
     single, half = _gflops("float32", 0.5), _gflops("bfloat16", 0.2)
     example = 6 * 100e6 * 300 / (single * 1e9)  # forward and backward of 100 M parameters over 300 tokens
     found = f"{single:.0f} GFLOP/s: about {example:.2g} s per row of 300 tokens with 100 M parameters"
-    slow = "slow; lower --max-length, or try a smaller model first" if single < 10 else ""
+    slow = "slow; use a smaller --max-length, or try a smaller model first" if single < 10 else ""
     checks = [Check("float32 speed", "warn" if slow else "ok", found, slow)]
     found = f"{half:.0f} GFLOP/s"
     if half < single:
@@ -183,7 +183,7 @@ def _gpu() -> list[Check]:
     import torch
 
     if not torch.cuda.is_available():
-        return [Check("gpu", "ok", "none: everything runs on the processor")]
+        return [Check("gpu", "ok", "none; everything runs on the CPU")]
     checks = []
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
@@ -222,17 +222,17 @@ def _disk(out: Path) -> list[Check]:
         advice = "choose a folder on a local disk that you may write to (--out)"
         return [*checks, Check("safe writing", "fail", redact(str(error)), advice)]
     if not kept:
-        return [*checks, Check("safe writing", "fail", "a file did not hold what was written", "use another disk")]
+        return [*checks, Check("safe writing", "fail", "a file did not contain what was written", "use another disk")]
     found = f"fsync, rename and lock work; {milliseconds:.1f} ms per file"
-    slow = "slow; progress is saved often, a local disk is better" if milliseconds > 200 else ""
+    slow = "slow; progress is saved often, so use a local disk" if milliseconds > 200 else ""
     return [*checks, Check("safe writing", "warn" if slow else "ok", found, slow)]
 
 
 def _hub() -> Check:
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}
     if offline:
-        return Check("model hub", "ok", "HF_HUB_OFFLINE is set: models and data must be on disk")
-    return Check("model hub", "ok", "may be asked for models and data that are named like 'owner/name'")
+        return Check("model hub", "ok", "HF_HUB_OFFLINE is set; models and data must be on disk")
+    return Check("model hub", "ok", "used for models and data whose names look like 'owner/name'")
 
 
 def _parts() -> list[Check]:
@@ -251,8 +251,8 @@ def show(checks: list[Check], *, as_json: bool = False) -> None:
     """Print the findings on stdout.
 
     Args:
-        checks: the findings.
-        as_json: whether to print one JSON object rather than a table.
+        checks: The findings.
+        as_json: Whether to print one JSON object rather than a table.
     """
     healthy = all(check.state != "fail" for check in checks)
     if as_json:

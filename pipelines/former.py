@@ -1,6 +1,6 @@
-"""Names of modules before they moved into rooms, which scripts may still import.
+"""Former names of modules, from before they moved into rooms. Scripts may still import them.
 
-A former module finds its names in the modules that hold them today. New code imports those.
+A former module finds its names in the modules that define them today. New code imports those modules.
 """
 
 import sys
@@ -28,25 +28,40 @@ FORMER: dict[str, tuple[str, ...]] = {
     "adapters": ("models.adapters",),
     "checkpoints": ("training.checkpoints",),
 }
-"""Former module -> the modules of `pipelines` that have its names today."""
+"""Former module -> the modules of `pipelines` that define its names today."""
 
 
 class Finder(MetaPathFinder, Loader):
-    """Finds the former modules, after all finders of real ones."""
+    """An import finder for the former modules; it runs after all finders of real modules."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
-        """The specification of a former module; None for every other name."""
+        """Return the specification of a former module; None for every other name.
+
+        Args:
+            fullname: The full name of the module.
+            path: Not used.
+            target: Not used.
+        """
         package, _, name = fullname.rpartition(".")
         return ModuleSpec(fullname, self) if package == "pipelines" and name in FORMER else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Make each name of the module one that is looked up when it is used."""
+        """Make the names of a former module available; each is looked up when it is used.
+
+        Args:
+            module: The module.
+        """
         places = FORMER[module.__name__.rpartition(".")[2]]
         module.__getattr__ = _look_up(module.__name__, *(f"pipelines.{place}" for place in places))  # type: ignore[method-assign]
 
 
 def front_door(room: str, *places: str) -> Callable[[str], Any]:
-    """`__getattr__` of a room: its modules, and the names that its former module had."""
+    """Return the `__getattr__` of a room, which finds its modules and the names that its former module had.
+
+    Args:
+        room: The full name of the room.
+        *places: The modules of the room that define the names.
+    """
     look_up = _look_up(room, *(f"{room}.{place}" for place in places))
 
     def found(name: str) -> Any:
@@ -58,7 +73,7 @@ def front_door(room: str, *places: str) -> Callable[[str], Any]:
 
 
 def _look_up(module: str, *places: str) -> Callable[[str], Any]:
-    """`__getattr__` of a module whose names stand in the modules `places`."""
+    """Return the `__getattr__` of a module whose names are defined in the modules `places`."""
 
     def found(name: str) -> Any:
         for place in places if not name.startswith("__") else ():
@@ -77,12 +92,11 @@ def install() -> None:
 
 
 def callable_as(module: str, function: str, place: str | None = None) -> None:
-    """Let a module be called as a function: `pipelines.select.run(config)`, `pipelines.models.load(config)`.
+    """Let a module be called like its function: `pipelines.select.run(config)`, `pipelines.models.load(config)`.
 
     Args:
-        module: The module, or the room: `from pipelines import select; select(model, tokenizer, dataset, target)`.
+        module: The full name of the module.
         function: The name of the function.
-        place: The module that has it, imported when it is called; by default `module` itself.
     """
 
     class Called(ModuleType):

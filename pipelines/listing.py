@@ -1,4 +1,4 @@
-"""`datatools ls`: what can be chosen, read from the tables themselves and from the records and docstrings in them."""
+"""`datatools ls`: the available methods, read from the tables and from the records and docstrings in them."""
 
 import inspect
 import re
@@ -17,7 +17,7 @@ Rows = list[tuple[str, ...]]
 
 
 def _section(text: str, name: str) -> str:
-    """The text of the section `name:` of a docstring, on one line."""
+    """Return the text of the section `name:` of a docstring on one line."""
     found = re.search(rf"^{name}:\n((?:[ ]+.+\n?)+)", inspect.cleandoc(text), re.MULTILINE)
     return " ".join(found[1].split()) if found else ""
 
@@ -131,39 +131,43 @@ KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[], Rows]]] = {
         _optimizers,
     ),
     "schedules": ("train --schedule", ("name", "learning rate"), _schedules),
-    "methods": ("--method", ("name", "rows are chosen by", "scores cost"), _methods),
+    "methods": ("--method", ("name", "rows are chosen by", "cost of the scores"), _methods),
     "projectors": ("--projector", ("name", "what it is"), _projectors),
     "aggregations": (
         "--set aggregate=NAME",
         ("name", "how the similarities to many target rows become one score"),
         _aggregations,
     ),
-    "selectors": ("--selector", ("name", "rows that it takes"), _selectors),
-    "estimators": ("order --estimators", ("name", "what it is (source)", "to make it", "per score"), _estimators),
+    "selectors": ("--selector", ("name", "which rows it takes"), _selectors),
+    "estimators": (
+        "order --estimators",
+        ("name", "what it is (source)", "cost before scoring", "cost per score"),
+        _estimators,
+    ),
     "searches": ("order --search", ("name", "how orders are searched"), _searches),
     "checks": ("diagnose --checks", ("name", "what it measures (source)", "cost"), _checks),
     "coresets": ("train --coreset colm --set coreset.method=NAME", ("name", "which rows are kept", "cost"), _coresets),
-    "features": ("--set coreset.features=NAME", ("name", "what is read of a row", "cost"), _coreset_features),
+    "features": ("--set coreset.features=NAME", ("name", "feature of a row", "cost"), _coreset_features),
     "formats": (
         "rows of --train, --target, --data",
         ("format", "what is learned (who uses it), how it is rendered, and an example"),
         _formats,
     ),
 }
-"""What can be listed: where it is used, the columns of its table, and its rows."""
+"""Kind -> where its names are used, the columns of its table, and a function that returns the rows."""
 
 
 def rows(kind: str) -> Rows:
-    """The lines of one list.
+    """Return the rows of one list.
 
     Args:
-        kind: a name of `KINDS`.
+        kind: A name in `KINDS`.
 
     Returns:
         One tuple per entry, with a text for each column.
 
     Raises:
-        UsageError: for an unknown kind, with the nearest known one.
+        UsageError: The kind is unknown; the message names the nearest one.
     """
     if kind not in KINDS:
         raise UsageError(f"ls: there is no list of {kind!r}{did_you_mean(kind, KINDS)}")
@@ -171,11 +175,11 @@ def rows(kind: str) -> Rows:
 
 
 def show(kind: str | None, console: Console | None = None) -> None:
-    """Print one list, or what can be listed.
+    """Print one list, or the kinds of lists.
 
     Args:
-        kind: a name of `KINDS`; None lists those.
-        console: where to print; by default stdout.
+        kind: A name in `KINDS`; None lists the kinds.
+        console: Where to print; by default stdout.
     """
     console = console or Console()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)

@@ -1,7 +1,7 @@
-"""Numbers and texts as a reader sees them, in the report, the terminal and error messages.
+"""Numbers and texts for readers, in the report, the terminal and error messages.
 
-Texts of data rows are hostile until shown: `visible` (a string) and `marked` (HTML) let no character hide or move
-others. Light to import: no numpy, no torch.
+Texts of data rows are untrusted until they are shown: `visible` (for strings) and `marked` (for HTML) let no character
+hide or move others. This module imports neither numpy nor torch.
 """
 
 import math
@@ -13,11 +13,19 @@ NBSP = "\u00a0"  # between a number and its unit
 
 
 def visible(text: str, keep: str = "") -> str:
-    r"""`text` with each character that is not seen, or that moves others, written as <U+202E>.
+    r"""Write each character that is invisible or that moves others as its code, such as <U+202E>.
 
-    Such are controls (newline and tab too, unless in `keep`), bidi and other format characters, line and paragraph
-    separators, and halves of surrogate pairs. Joiners between letters or symbols beyond ASCII stay (they shape emoji
-    and Persian), as do the Arabic number signs, which are format characters only by name.
+    These are controls (also newline and tab, unless in `keep`), bidirectional and other format characters, line and
+    paragraph separators, and halves of surrogate pairs. Joiners between letters or symbols beyond ASCII stay, because
+    they shape emoji and Persian, as do the Arabic number signs, which are format characters only by name.
+
+    Args:
+        text: The text.
+        keep: Characters that stay as they are.
+
+    Example:
+        >>> visible("a\tb")
+        'a<U+0009>b'
     """
     if text.isascii() and text.isprintable():
         return text
@@ -36,7 +44,11 @@ def _hidden(text: str, i: int) -> bool:
 
 
 def marked(value: object) -> object:
-    """What the template prints for `value`: strings escaped, hidden characters as small badges; Markup as it is."""
+    """Return what a template prints for a value: strings escaped, hidden characters as small badges, Markup unchanged.
+
+    Args:
+        value: The value.
+    """
     if value is None:
         return ""
     if isinstance(value, Markup) or not isinstance(value, str):
@@ -50,22 +62,41 @@ def marked(value: object) -> object:
 
 
 def breakable(text: str) -> Markup:
-    """A name as `marked` shows it, with leave to break the line after an underscore."""
+    """Return a name as `marked` shows it, with permission to break the line after an underscore.
+
+    Args:
+        text: The name.
+    """
     return Markup(str(marked(text)).replace("_", "_<wbr>"))
 
 
 def count(value: float | None) -> str:
-    """10,000; an en dash for None."""
+    """Return a number with separators, such as 10,000; an en dash for None.
+
+    Args:
+        value: The number.
+    """
     return "–" if value is None or not math.isfinite(value) else f"{value:,.0f}"
 
 
 def plural(value: float, word: str, many: str = "") -> str:
-    """'1 row', '2 rows'."""
+    """Return a number with its noun: '1 row', '2 rows'.
+
+    Args:
+        value: The number.
+        word: The noun in the singular.
+        many: The noun in the plural; by default with an s.
+    """
     return f"{count(value)} {word if value == 1 else many or word + 's'}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share 0..1 as '5.3 %'; what is above 0 is never shown as 0."""
+    """Return a share as a percentage, such as '5.3 %'. A share above 0 is never shown as 0.
+
+    Args:
+        value: The share, from 0 to 1.
+        digits: Digits after the decimal point.
+    """
     if value is None or not math.isfinite(value):
         return "–"
     least = 10.0**-digits
@@ -76,7 +107,11 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """0.4 s, 48 s, 12 min 4 s, 3 h 12 min, 2 d 5 h."""
+    """Return a duration as text: 0.4 s, 48 s, 12 min 4 s, 3 h 12 min, 2 d 5 h.
+
+    Args:
+        seconds: The duration.
+    """
     if seconds is None or not math.isfinite(seconds):
         return "–"
     if seconds < 9.95:
@@ -90,7 +125,11 @@ def duration(seconds: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """38.2 MB, in powers of 1000."""
+    """Return a size such as 38.2 MB, in powers of 1000.
+
+    Args:
+        value: The size in bytes.
+    """
     if value is None or not math.isfinite(value):
         return "–"
     for unit in ("B", "kB", "MB", "GB"):
@@ -101,12 +140,22 @@ def size(value: float | None) -> str:
 
 
 def signed(value: float | None, digits: int = 4) -> str:
-    """+0.0312, with a true minus sign."""
+    """Return a number with its sign, such as +0.0312, with a true minus sign.
+
+    Args:
+        value: The number.
+        digits: Digits after the decimal point.
+    """
     return "–" if value is None or not math.isfinite(value) else f"{value:+.{digits}f}".replace("-", "−")
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """`value` with that many significant digits, a true minus sign, and an en dash for what is not a number."""
+    """Return a number with a given number of significant digits and a true minus sign; an en dash for a missing value.
+
+    Args:
+        value: The number.
+        digits: Significant digits.
+    """
     if value is None or not math.isfinite(value):
         return "–"
     if value == 0:
@@ -119,18 +168,30 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def minus(text: str) -> str:
-    """`text` with a true minus sign; none on "-0.00", whose digits show no sign."""
+    """Replace the hyphen of a formatted number with a true minus sign; "-0.00" loses its sign.
+
+    Args:
+        text: The formatted number.
+    """
     return text.lstrip("-") if text.startswith("-") and not text.strip("-0.,") else text.replace("-", "−")
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says first, for a message of one line; what a colon announces belongs to it."""
+    """Return the first line of another library's error; if it ends with a colon, the next line is added.
+
+    Args:
+        error: The error.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     told = lines[0] if not lines[0].endswith(":") else " ".join(lines[:2])
     return told if len(told) <= 500 else told[:499] + "…"
 
 
 def named(error: BaseException) -> str:
-    """`first_line`, with the error's kind where the text alone says little: KeyError's is only a key."""
+    """Return `first_line`, with the type of the error if the text alone says little, as for KeyError.
+
+    Args:
+        error: The error.
+    """
     told = first_line(error)
     return f"{type(error).__name__}: {told}" if " " not in told and told != type(error).__name__ else told

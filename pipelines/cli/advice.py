@@ -15,15 +15,15 @@ _OTHER_TOOL = re.compile(r"(?:datatools [a-z]+|pip|python|torchrun)\b[^;:`]*$")
 
 
 def fitting(message: str, command: str, flags: Mapping[str, set[str]]) -> str:
-    """`message`, and for each flag in it that `command` does not have what to use instead.
+    """Add to a message which setting to use instead of each flag that the command does not have.
 
     Args:
-        message: what an error says.
-        command: the command that ran.
-        flags: command -> its flags.
+        message: The message of an error.
+        command: The command that ran.
+        flags: Command -> its flags.
 
     Returns:
-        The message. Flags of other tools, and those of a `datatools COMMAND` that is named before them, are left.
+        The message. Flags of other tools and of a `datatools COMMAND` that is named before them are not changed.
     """
     if command not in flags:
         return message
@@ -47,7 +47,7 @@ def _instead(flag: str, command: str, ours: set[str]) -> str:
 
 
 def _paths(model: type[Settings], flag: str) -> tuple[str, ...]:
-    """The settings that `flag` gives in the command of `model`."""
+    """Return the settings that `flag` sets in the command of `model`."""
     return next((setting.paths for setting in flags_of(model) if setting.flag.name == flag), ())
 
 

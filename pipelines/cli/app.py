@@ -1,4 +1,4 @@
-"""`datatools`: one command line for everything; expected errors are one line on stderr.
+"""The command `datatools`. Expected errors are one line on stderr.
 
 Exit codes: 0, 1 (a bug), 2 (usage), 3 (data), 4 (environment), 130 (Ctrl-C), 143 (SIGTERM).
 """
@@ -20,8 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-    help="Which training rows make a language model better at what you want, and proof that they do.\n\n"
-    "\b\nStart with `datatools demo`,\nthen `datatools select --help`.\nSomething does not work: `datatools doctor`.",
+    help="Find the training rows that improve a language model on your task, and measure how much they do.\n\n"
+    "\b\nStart with `datatools demo`,\nthen `datatools select --help`.\nIf something fails, run `datatools doctor`.",
 )
 commands.register(app)
 
@@ -40,14 +40,21 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="show the version and stop", is_eager=True, callback=_show_version)
+        bool, typer.Option("--version", help="show the version and exit", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
     pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. Expected errors are one line on stderr, others keep their traceback."""
+    """Run one command and return the exit code.
+
+    Args:
+        argv: The arguments; by default those of the process.
+
+    Returns:
+        The exit code. Expected errors print one line on stderr; other errors print their traceback.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     threads.choose(command=True)  # before torch is loaded
     try:
@@ -74,7 +81,7 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
         options = getattr(getattr(error, "param", None), "opts", [])
         came = [value for option, value in itertools.pairwise(arguments) if option in options]
         if came and repr(came[-1]) not in message:
-            message = f"{message.rstrip('.')}; it was {came[-1]!r}"
+            message = f"{message.rstrip('.')}; you gave {came[-1]!r}"
         return _complain(f"{message.rstrip('.')}; see datatools{command} --help", 2)
     if isinstance(error, DatatoolsError):
         from pipelines.cli.advice import fitting
@@ -87,22 +94,22 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
         if error.errno in _MACHINE:
             return _complain(str(known), known.exit_code)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        advice = "use smaller batches (--set features.token_budget=512, or training.micro_tokens=512) or shorter rows"
+        advice = "use smaller batches (--set features.token_budget=512 or training.micro_tokens=512) or shorter rows"
         return _complain(f"out of memory: {advice}", EnvironmentProblem.exit_code)
 
     import traceback
 
     traceback.print_exception(error)
     print(
-        "\nThis is a bug in datatools. Please report it with the lines above, the command, and what "
-        "`datatools doctor --json` prints.",
+        "\nThis is a bug in datatools. Please report it with the lines above, the command, and the output of "
+        "`datatools doctor --json`.",
         file=sys.stderr,
     )
     return 1
 
 
 def flags_of_commands() -> dict[str, set[str]]:
-    """Command -> the flags that it has."""
+    """Return the flags of each command."""
     commands = getattr(typer.main.get_command(app), "commands", {})
     return {
         name: {option for parameter in command.params for option in parameter.opts if option.startswith("--")}

@@ -1,7 +1,7 @@
-"""The commands: which settings each has, what runs it, and what it makes of its arguments.
+"""The commands: their settings, the pipeline that each runs, and how each reads its arguments.
 
-A command with settings is one entry of `COMMANDS`: its flags, help and examples are those of its settings. The others
-are functions. Nothing heavy is imported before a command needs it: help answers at once.
+A command with settings is one entry of `COMMANDS`: its flags, help and examples come from its settings. The other
+commands are functions. No heavy module is imported before a command needs it, so that help is fast.
 """
 
 import inspect
@@ -26,18 +26,18 @@ from pipelines.settings.select import ExplainConfig, SelectConfig
 from pipelines.settings.train import EvaluateConfig, TrainConfig
 
 Given = dict[str, Any]
-"""Parameter name -> what was typed for it, None if nothing was."""
+"""Parameter name -> the value that was typed; None if it was not given."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a command takes from its arguments, besides its flags.
+    """The values that a command takes from its arguments, besides its flags.
 
     Attributes:
-        yaml: a file with settings.
-        values: dotted names of settings -> values.
-        base: the settings of the run that it builds on.
-        base_name: the file that those are from.
+        yaml: A file with settings.
+        values: Dotted names of settings -> values.
+        base: The settings of the run that the command builds on.
+        base_name: The file that contains `base`.
     """
 
     yaml: Path | None = None
@@ -50,10 +50,17 @@ class Start:
 
 
 def settings_file(given: Given) -> Path | None:
-    """The YAML file that was named, as an argument or as an option. Raises: UsageError for both."""
+    """Return the YAML file that was given as an argument or as an option; None if there is none.
+
+    Args:
+        given: The parameters of the command.
+
+    Raises:
+        UsageError: Both were given.
+    """
     argument, option = given.get("yaml"), given.get("config")
     if argument is not None and option is not None:
-        raise UsageError(f"two files with settings, {argument} and --config {option}; give one")
+        raise UsageError(f"two files with settings were given, {argument} and --config {option}; give one")
     named = option if argument is None else argument
     return None if named is None else Path(home(str(named)))
 
@@ -63,7 +70,7 @@ def _from_file(given: Given) -> Start:
 
 
 def _order(given: Given) -> Start:
-    """A task, and the settings of the run in --out; or the run.yaml of a run, which names its task."""
+    """Read a task and the settings of the run in --out, or the run.yaml of a run, which names its task."""
     task = given["task"]
     again = task not in ORDER_TASKS and given["yaml"] is None and Path(task).expanduser().is_file()
     if not again and task not in ORDER_TASKS:
@@ -78,7 +85,7 @@ def _order(given: Given) -> Start:
 
 
 def _audit(given: Given) -> Start:
-    """The settings of the run that made the selection."""
+    """Read the settings of the run that made the selection."""
     from pipelines.settings.load import audit_base
 
     path = settings_file(given)
@@ -86,7 +93,7 @@ def _audit(given: Given) -> Start:
 
 
 def _explain(given: Given) -> Start:
-    """A line of selected.jsonl, or a run and a row of its pool."""
+    """Read a line of selected.jsonl, or a run and a row of its pool."""
     place, row = home(given["place"]), given["row"]
     if row is not None:
         folder = Path(place)
@@ -117,12 +124,12 @@ class Command:
     """A command with settings.
 
     Attributes:
-        settings: its settings, which state its flags, help and examples.
+        settings: Its settings, which define its flags, help and examples.
         entry: "module:function" of the pipeline.
-        start: what it makes of its arguments.
-        arguments: its positional arguments.
-        options: its options besides those of its settings.
-        talks: whether the pipeline itself writes its tables to stdout.
+        start: The function that reads its arguments.
+        arguments: Its positional arguments.
+        options: Its options besides those of its settings.
+        talks: Whether the pipeline itself writes tables to stdout.
     """
 
     settings: type[Settings]
@@ -154,13 +161,17 @@ COMMANDS: dict[str, Command] = {
 
 
 def register(app: typer.Typer) -> None:
-    """Give `app` all commands."""
+    """Add all commands to an application.
+
+    Args:
+        app: The application.
+    """
     for name, command in COMMANDS.items():
         parameters = [*command.arguments, *flags.of_settings(command.settings), *command.options]
         function = flags.with_parameters(lambda given, name=name: _run(name, given), parameters)
         _add(app, name, function, inspect.getdoc(command.settings) or "", command.settings.examples)
     for name, (simple, *examples) in SIMPLE.items():
-        _add(app, name, simple, inspect.getdoc(simple) or "", tuple(examples))
+        _add(app, name, simple, (inspect.getdoc(simple) or "").partition("\n\nArgs:")[0], tuple(examples))
 
 
 def _add(app: typer.Typer, name: str, function: Callable[..., None], text: str, examples: tuple[str, ...]) -> None:
@@ -190,7 +201,11 @@ def _run(name: str, given: Given) -> None:
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="the folder of a run", show_default=False)],
 ) -> None:
-    """Draw report.html of a run again, from what the run has written."""
+    """Draw report.html of a run again, from the files of the run.
+
+    Args:
+        folder: The folder of the run.
+    """
     from pipelines.report.pages import draw
 
     typer.echo(draw(Path(home(str(folder)))))
@@ -201,7 +216,7 @@ def doctor(
         Path,
         typer.Option(
             "--out",
-            help="folder where runs will be written",
+            help="folder in which runs will be written",
             rich_help_panel="Run",
             show_default="runs",
             metavar="DIR",
@@ -214,7 +229,12 @@ def doctor(
         ),
     ] = False,
 ) -> None:
-    """Check this machine: versions, memory, speed, disk, network settings. Exit code 4 if something must be fixed."""
+    """Check this machine: versions, memory, speed, disk, network settings. Exit code 4 means that a fix is needed.
+
+    Args:
+        out: The folder in which runs will be written.
+        as_json: Whether to print JSON.
+    """
     from pipelines.doctor import examine, show
 
     checks = examine(out)
@@ -226,7 +246,11 @@ def doctor(
 def ls(
     kind: Annotated[str | None, typer.Argument(metavar="KIND", help="what to list", show_default=False)] = None,
 ) -> None:
-    """List what can be chosen, by kind; without KIND, list the kinds: optimizers, schedules, methods, ..."""
+    """List the available methods, optimizers, formats, etc. of one kind; without KIND, list the kinds.
+
+    Args:
+        kind: What to list.
+    """
     from pipelines.listing import show
 
     show(kind)
@@ -237,4 +261,4 @@ SIMPLE: dict[str, tuple[Any, ...]] = {
     "doctor": (doctor, "datatools doctor", "datatools doctor --out /scratch/runs --json"),
     "ls": (ls, "datatools ls", "datatools ls optimizers"),
 }
-"""Commands without settings: the function, and examples."""
+"""Name of a command without settings -> its function, followed by examples."""

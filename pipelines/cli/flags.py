@@ -1,4 +1,4 @@
-"""Parameters of typer, made of the flags that settings state, and the options that every command has besides."""
+"""Parameters for typer, made from the flags of settings, and the options that every command has."""
 
 import inspect
 import re
@@ -14,26 +14,49 @@ from pipelines.settings.marks import RUN
 
 
 def parameter(name: str, annotation: Any, info: Any, default: Any = None) -> inspect.Parameter:
-    """One parameter of a command: an option or an argument."""
+    """Return one parameter of a command, which is an option or an argument.
+
+    Args:
+        name: The name of the parameter.
+        annotation: The type of its value.
+        info: The description for typer.
+        default: The default value.
+    """
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info]
     )
 
 
 def option(flag: str, annotation: Any, text: str, panel: str = RUN, **more: Any) -> inspect.Parameter:
-    """An option; its default is None, "not given", or False, for real defaults are those of the settings."""
+    """Return an option. Its default is None ("not given") or False, because settings define the real defaults.
+
+    Args:
+        flag: The flag, such as "--seed".
+        annotation: The type of its value.
+        text: The help text.
+        panel: The heading of help under which the option is listed.
+        **more: Further arguments of `typer.Option`.
+    """
     shown = more.pop("show_default", False)
     info = typer.Option(flag, help=text, rich_help_panel=panel, show_default=shown, **more)
     return parameter(parameter_name(flag), annotation, info, False if annotation is bool else None)
 
 
 def argument(name: str, annotation: Any, metavar: str, text: str, *, required: bool = False) -> inspect.Parameter:
-    """A positional argument."""
+    """Return a positional argument.
+
+    Args:
+        name: The name of the parameter.
+        annotation: The type of its value.
+        metavar: The name that help shows.
+        text: The help text.
+        required: Whether the argument must be given.
+    """
     info = typer.Argument(metavar=metavar, help=text, show_default=False)
     return parameter(name, annotation, info, inspect.Parameter.empty if required else None)
 
 
-YAML = argument("yaml", Path | None, "YAML", "settings in a file; the run.yaml of a run repeats that run")
+YAML = argument("yaml", Path | None, "YAML", "a file with settings; the run.yaml of a run repeats that run")
 CONFIG = option("--config", Path | None, "the same as YAML, as an option", metavar="YAML")
 COMMON = (
     option(
@@ -42,13 +65,17 @@ COMMON = (
         "any other setting, such as projector.dim=4096; --print-config lists them; may be repeated",
         metavar="A.B=C",
     ),
-    option("--print-config", bool, "print every setting with its meaning, and stop"),
+    option("--print-config", bool, "print every setting with its meaning and exit"),
     option("--quiet", bool, "show only warnings and errors"),
 )
 
 
 def of_settings(model: type[Settings]) -> list[inspect.Parameter]:
-    """The options of the flags of a command."""
+    """Return the options for the flags of a command.
+
+    Args:
+        model: The settings of the command.
+    """
     return [_of_setting(setting) for setting in flags_of(model)]
 
 
@@ -69,9 +96,9 @@ def _of_setting(setting: Setting) -> inspect.Parameter:
 
 
 def _help(setting: Setting) -> str:
-    """The field's description, with what its type says besides."""
+    """Return the description of the field, with the facts that its type adds."""
     text = setting.help.replace("`", "")
-    # None is "null" in YAML, and what a flag is that was not given
+    # None is "null" in YAML; on the command line it means that the flag was not given
     text = re.sub(r"\bnull (?=\w+s\b)", "by default it ", re.sub(r"\bnull is ", "by default ", text))
     if not all(name in text for name in setting.choices) and "datatools ls " not in text:
         text += f": {', '.join(setting.choices)}" if setting.listed else f"; one of {', '.join(setting.choices)}"
@@ -81,7 +108,12 @@ def _help(setting: Setting) -> str:
 
 
 def with_parameters(function: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
-    """`function`, which takes any keywords, with the parameters that typer reads."""
+    """Return a function with the parameters that typer reads.
+
+    Args:
+        function: A function that takes a mapping of all parameters.
+        parameters: The parameters.
+    """
 
     def command(**given: Any) -> None:
         function(given)

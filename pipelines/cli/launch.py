@@ -1,4 +1,4 @@
-"""From what was typed to a pipeline: its settings are built, checked, printed or run."""
+"""From typed arguments to a pipeline: the settings are built, checked, and printed or run."""
 
 import json
 import sys
@@ -26,19 +26,19 @@ def launch(
     talks: bool = False,
     **base: Any,
 ) -> None:
-    """Build the settings and run a pipeline with them, or print them.
+    """Build the settings and run a pipeline with them, or print the settings.
 
     Args:
-        command: its name.
-        model: the settings of the command.
+        command: The name of the command.
+        model: The class of its settings.
         entry: "module:function" of the pipeline, which takes the settings.
-        yaml: a file with settings.
-        flags: dotted name -> value of what was given as flags; None is "not given".
-        sets: the texts of --set.
-        print_config: whether to print the settings instead.
-        quiet: whether to show only warnings and errors.
-        talks: whether the pipeline itself writes to stdout, rather than returning what to print.
-        base: `base` and `base_name` of `load_config`: the settings of the run that the command builds on.
+        yaml: A file with settings.
+        flags: Dotted name -> value of the given flags; None is "not given".
+        sets: The texts of --set.
+        print_config: Whether to print the settings instead.
+        quiet: Whether to show only warnings and errors.
+        talks: Whether the pipeline itself writes to stdout, rather than returning what to print.
+        **base: `base` and `base_name` of `load_config`: the settings of the run that the command builds on.
     """
     from pipelines.runs import current, messages, signals, workers
     from pipelines.settings.dump import dump
@@ -55,7 +55,7 @@ def launch(
     module, _, function = entry.partition(":")
     with messages.quietly(quiet), signals.interruptible():
         try:
-            # stdout is for the result alone, whatever a library prints
+            # stdout is reserved for the result, whatever a library prints
             with nullcontext() if talks else redirect_stdout(sys.stderr):
                 result = getattr(import_module(module), function)(config)
         except KeyboardInterrupt as interrupt:

@@ -1,1 +1,1 @@
-"""Rows: files, formats, chat templates, tokens, duplicates."""
+"""Rows: files, formats, chat templates, tokens and duplicates."""

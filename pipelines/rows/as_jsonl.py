@@ -1,8 +1,8 @@
 """Inputs of every kind as JSONL files on disk.
 
-JSONL is read where it lies. Compressed files, JSON arrays, CSV, Parquet, Arrow, folders of `save_to_disk`, data sets of
-the hub and rows in memory are first written as JSONL into a cache folder. Every run writes the cache again, so that a
-stale or damaged copy is never read; only rows that were in memory, and no longer are, are read from their copy.
+JSONL files are read in place. Compressed files, JSON arrays, CSV, Parquet, Arrow, folders of `save_to_disk` and data
+sets of the hub are first written as JSONL into a cache folder. Every run writes this cache again, so that an outdated
+or damaged copy is never read.
 """
 
 import gzip
@@ -25,13 +25,24 @@ from pipelines.rows.tables.values import rows_of_mappings
 from pipelines.rows.unpacked import reading, unpacked
 
 TABLES = (".parquet", ".arrow", ".feather", SAVED)
-"""Forms whose columns stand in a schema, apart from the rows."""
+"""Forms that list their columns in a schema, apart from the rows."""
 
 
 def as_jsonl(source: Source, cache: Path, limits: Limits) -> tuple[Path, dict[int, Malformed]]:
-    """The JSONL file that holds the rows of `source`, and what is wrong with rows that could not be written to it.
+    """Return the JSONL file with the rows of an input, and the rows that could not be written to it.
 
-    Row k of the source is line k (1-based) of the file; a row in the second result is a blank line.
+    Args:
+        source: The input.
+        cache: The folder for the copy, if one is needed.
+        limits: The limits of one input.
+
+    Returns:
+        The file, in which row k of the input is line k (counted from 1), and a mapping from such lines to what is
+        wrong with the row. The line of a row that could not be written is blank.
+
+    Raises:
+        DataError: The input cannot be read, or it exceeds a limit.
+        EnvironmentProblem: A data set of the hub cannot be loaded.
     """
     path, kind = source.path, source.form
     if path is not None and source.packing:
@@ -60,13 +71,13 @@ def as_jsonl(source: Source, cache: Path, limits: Limits) -> tuple[Path, dict[in
             written += len(row) + 1
             if written > limits.unpacked_bytes:
                 raise DataError(
-                    f"{source.name} holds more than {limits.unpacked_bytes} bytes as JSONL (limit "
-                    "unpacked_bytes); write it as JSONL yourself if that is right"
+                    f"{source.name} contains more than {limits.unpacked_bytes} bytes as JSONL (limit "
+                    "unpacked_bytes); if the size is right, write the rows as JSONL yourself"
                 )
             if size is not None and written > limits.ratio_from and written > limits.unpacked_ratio * size:
                 raise DataError(
-                    f"{source.name} holds more than {limits.unpacked_ratio} times its size as JSONL (limit "
-                    "unpacked_ratio); write it as JSONL yourself if that is right"
+                    f"{source.name} contains more than {limits.unpacked_ratio} times its size as JSONL (limit "
+                    "unpacked_ratio); if the size is right, write the rows as JSONL yourself"
                 )
             file.write(row + b"\n")
     return out, problems
@@ -80,7 +91,7 @@ def _cached(source: Source, cache: Path, suffix: str) -> Path:
 
 
 def _unpack(path: Path, how: str, out: Path, limits: Limits) -> Path:
-    """Decompress a file, watching size and ratio as it goes."""
+    """Decompress a file and check its size and ratio during decompression."""
     import pyarrow
 
     damaged = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError, pyarrow.ArrowException)
@@ -94,19 +105,19 @@ def _unpack(path: Path, how: str, out: Path, limits: Limits) -> Path:
                 if isinstance(error, OSError) and error.errno:
                     raise files.explain(error, path, "read") from error
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise DataError(f"{path} is damaged after {done} unpacked bytes ({first}); make it again") from None
+                raise DataError(f"{path} is damaged after {done} unpacked bytes ({first}); create it again") from None
             if not block:
                 return out
             done += len(block)
             if done > limits.unpacked_bytes:
                 raise DataError(
                     f"{path} unpacks to more than {limits.unpacked_bytes} bytes (limit unpacked_bytes);"
-                    " unpack it yourself if that is right"
+                    " if the size is right, unpack it yourself"
                 )
             if done > limits.ratio_from and done > limits.unpacked_ratio * raw.tell():
                 raise DataError(
                     f"{path} unpacks to more than {limits.unpacked_ratio} times its size (limit "
-                    "unpacked_ratio); unpack it yourself if that is right"
+                    "unpacked_ratio); if the size is right, unpack it yourself"
                 )
             file.write(block)
 
@@ -127,7 +138,10 @@ def _rows(source: Source, path: Path | None, kind: str, limits: Limits) -> Itera
 
 
 def columns_of_table(source: Source) -> list[str]:
-    """The columns that the schema of a table names (of one of `TABLES`).
+    """Return the columns in the schema of a table.
+
+    Args:
+        source: An input whose form is one of `TABLES`.
 
     Raises:
         DataError: The schema cannot be read.
@@ -137,21 +151,21 @@ def columns_of_table(source: Source) -> list[str]:
         return columns_of_parquet(source.path, source.name)
     parts = saved_files(source.path) if source.form == SAVED else [source.path]
     if not parts:
-        raise DataError(f"{source.name} holds no data file")
+        raise DataError(f"{source.name} contains no data file")
     return columns_of_arrow(parts[0], source.name)
 
 
 def rows_of_stream(file: BinaryIO, form: str, name: str, limits: Limits) -> Iterator[bytes | Malformed]:
-    """The rows of an unpacked file, as lines of JSON.
+    """Yield the rows of an unpacked file as lines of JSON.
 
     Args:
         file: The file, or its beginning.
         form: .csv, .tsv, .json (one array), or .jsonl.
-        name: Its name, for messages.
-        limits: What one row may cost.
+        name: The name of the file, for messages.
+        limits: The limits of one row.
 
     Raises:
-        DataError: The file is of another form than its name says, or a header cannot be read.
+        DataError: The file has another form than its name says, or its header cannot be read.
     """
     if form in (".csv", ".tsv"):
         yield from rows_of_csv(file, "\t" if form == ".tsv" else ",", limits)
@@ -181,7 +195,7 @@ def _from_hub(name: str) -> Iterable[Mapping[str, Any]]:
             raise UsageError(f"{name}: choose one split, as in hf:{match['name']}:train (there are {', '.join(rows)})")
     except DatatoolsError:
         raise
-    except Exception as error:  # whatever the hub, the network or the data set's files do
+    except Exception as error:  # any error of the hub, the network or the data set's files
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"} else ""
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EnvironmentProblem(

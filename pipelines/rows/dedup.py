@@ -1,4 +1,4 @@
-"""Duplicate rows: which to leave out, and which kept row each of them repeats."""
+"""Duplicate rows: which rows to leave out, and which kept row each of them repeats."""
 
 import re
 import unicodedata
@@ -20,12 +20,17 @@ _PERMUTATIONS = 128
 _ANSWER_PERMUTATIONS = 64
 _SEED = 1
 _CHECKED = 16  # candidates compared in full; they are ordered by estimate, whose standard error is 0.04
-_SLACK = 0.15  # an estimate that far below the threshold is not looked at
-_CHUNK = 4096  # shingles hashed at once: bounds memory on long rows
+_SLACK = 0.15  # candidates whose estimate is that far below the threshold are skipped
+_CHUNK = 4096  # shingles hashed at once; limits memory for long rows
 
 
 class Duplicates(NamedTuple):
-    """`keep` bool [n]; `twins`: a row that is left out -> the kept row that it repeats."""
+    """The result of `dedup`.
+
+    Attributes:
+        keep: bool [n], the rows to keep.
+        twins: A row that is left out -> the kept row that it repeats.
+    """
 
     keep: NDArray[np.bool_]
     twins: dict[int, int]
@@ -34,30 +39,36 @@ class Duplicates(NamedTuple):
 def dedup(
     pool: Pool, scan: Scan, how: str = "none", threshold: float = 0.8, progress: Progress | None = None
 ) -> Duplicates:
-    """Which rows to keep, and for each row left out the kept row that it repeats.
+    """Find the rows to keep, and for each row that is left out the kept row that it repeats.
 
-    "exact": the turns are equal after Unicode normalisation (NFKC) and with runs of white space as one space, letter
-    case kept; or the rows have the same tokens and labels (they differ only after the cut).
-    "near": also, of the texts without white space and case, at least `threshold` of the 5-character pieces are shared
-    (Jaccard), in the row as a whole and in its answer: one question with two answers is no duplicate. Candidates come
-    from MinHash and locality-sensitive hashing (Broder 1997; datasketch), seeded; each is then compared exactly, so
-    nothing is dropped on an estimate. A pair at the threshold is missed 5 times in 100 at most, closer ones less.
+    "exact": The turns are equal after Unicode normalisation (NFKC) and with each run of white space as one space;
+    letter case matters. Rows with the same tokens and labels are equal too (they differ only after the cut).
 
-    Of rows that repeat each other the one with the smallest (key, source, id) is kept, so the order of rows and files
-    does not change the choice; only rows with equal keys and ids fall back on file and line. Rows that could not be
-    encoded (`scan.ok`) are neither dropped nor anybody's twin.
+    "near": In addition, rows are duplicates if they share at least `threshold` of their 5-character pieces (Jaccard
+    similarity of the texts without white space and letter case), both in the row as a whole and in its answer. One
+    question with two answers is therefore no duplicate. Candidates come from seeded MinHash and locality-sensitive
+    hashing, and each candidate is then compared exactly, so that no row is dropped because of an estimate. A pair at
+    the threshold is missed in at most 5 % of cases, and closer pairs less often.
 
-    Cost: linear; "near" takes about 4 kB of memory per row, and half a millisecond for a row of 400 characters.
+    Among rows that repeat each other, the one with the smallest (key, source, id) is kept, so that the order of rows
+    and files does not change the choice. File and line decide only if keys and ids are equal. Rows that could not be
+    encoded (`scan.ok`) are neither dropped nor the twin of another row.
 
     Args:
         pool: The rows.
-        scan: What encoding them has shown.
+        scan: The result of encoding them.
         how: One of `HOW`.
         threshold: The shared part of two rows from which they are near-duplicates.
         progress: Advanced by one per row.
 
     Raises:
-        UsageError: `how` is unknown, or the threshold is outside of 0.2 to 1.
+        UsageError: `how` is unknown, or the threshold is not between 0.2 and 1.
+
+    Cost:
+        Linear. "near" takes about 4 kB of memory per row and half a millisecond for a row of 400 characters.
+
+    Source:
+        Broder 1997 (MinHash); the package datasketch.
     """
     if how not in HOW:
         raise UsageError(f"dedup is {how!r}; expected one of {', '.join(HOW)}")
@@ -96,9 +107,22 @@ def overlaps(
     pool: Pool, scan: Scan, other: Pool, other_scan: Scan, how: str = "exact", threshold: float = 0.8,
     among: Iterable[int] | None = None,
 ) -> dict[int, int]:  # fmt: skip
-    """Rows of `pool` that repeat a row of `other` (of its rows `among`), as `dedup` tells it: row -> row of `other`.
+    """Find the rows of a pool that repeat a row of another pool, as defined by `dedup`.
 
-    Cost: linear in both; see `dedup` for "near".
+    Args:
+        pool: The rows to check.
+        scan: The result of encoding them.
+        other: The other rows.
+        other_scan: The result of encoding the other rows.
+        how: One of `HOW`.
+        threshold: The shared part of two rows from which they are near-duplicates.
+        among: The other rows to compare with; by default all that could be encoded.
+
+    Returns:
+        Row -> the row of `other` that it repeats.
+
+    Cost:
+        Linear in both pools; see `dedup` for "near".
     """
     near = _Near(other, threshold) if how == "near" else None
     seen: dict[str, int] = {}
@@ -120,7 +144,7 @@ def overlaps(
 
 
 def _names(row: Row, key: str) -> tuple[str, str]:
-    """What rows have in common that repeat each other exactly."""
+    """Return identifiers that are equal for rows that repeat each other exactly."""
     return files.digest(_normal_form(row).encode()), key
 
 
@@ -129,7 +153,7 @@ def _normal_form(row: Row) -> str:
 
 
 class _Marks(NamedTuple):
-    """Pieces of a row and of its answer, and their MinHash sketches."""
+    """The pieces of a row and of its answer, and their MinHash sketches."""
 
     whole: NDArray[np.uint64]
     answer: NDArray[np.uint64]
@@ -138,7 +162,7 @@ class _Marks(NamedTuple):
 
 
 class _Near:
-    """The kept rows so far, searchable by likeness."""
+    """The rows that have been kept so far, searchable by similarity."""
 
     def __init__(self, pool: Pool, threshold: float) -> None:
         from datasketch import MinHashLSH
@@ -151,12 +175,12 @@ class _Near:
         self._answer = np.empty((1024, _ANSWER_PERMUTATIONS), np.uint64)
 
     def marks(self, row: Row) -> _Marks:
-        """What rows are compared by."""
+        """Return the features by which rows are compared."""
         whole, answer = _shingles(row.question + row.answer), _shingles(row.answer)
         return _Marks(whole, answer, _sketch(whole, _PERMUTATIONS), _sketch(answer, _ANSWER_PERMUTATIONS).hashvalues)
 
     def find(self, marks: _Marks) -> int | None:
-        """The kept row that a row with these marks repeats."""
+        """Return the kept row that a row with these marks repeats."""
         places = np.asarray(sorted(self._index.query(marks.sketch)), dtype=np.int64)
         if not len(places):
             return None
@@ -186,9 +210,9 @@ class _Near:
 
 
 def _bands(threshold: float) -> tuple[int, int]:
-    """(bands, rows a band), the narrowest net that lets a pair at the threshold slip 5 times in 100 at most.
+    """Return (bands, rows per band): the most selective choice that misses at most 5 % of pairs at the threshold.
 
-    A pair of likeness s shares a band with probability 1 - (1 - s^rows)^bands.
+    A pair of similarity s shares a band with probability 1 - (1 - s^rows)^bands.
     """
     widths = [
         rows for rows in range(1, _PERMUTATIONS // 2 + 1) if (1 - threshold**rows) ** (_PERMUTATIONS // rows) <= 0.05
@@ -198,7 +222,7 @@ def _bands(threshold: float) -> tuple[int, int]:
 
 
 def _shingles(text: str) -> NDArray[np.uint64]:
-    """The set of 5-character pieces of `text`, without white space and case, as sorted 64-bit hashes."""
+    """Return the set of 5-character pieces of `text`, without white space and letter case, as sorted 64-bit hashes."""
     squeezed = re.sub(r"\s+", "", unicodedata.normalize("NFKC", text).casefold())
     codes = np.frombuffer(squeezed.encode("utf-32-le"), dtype="<u4").astype(np.uint64)
     width = min(_SHINGLE, len(codes))

@@ -1,4 +1,4 @@
-"""Rows to tokens: the chat format, with loss on what the assistant says and on nothing else."""
+"""Encoding rows as tokens in the chat format, with loss only on what the assistant says."""
 
 import copy
 import json
@@ -18,9 +18,9 @@ from pipelines.rows.jsonl import shown
 from pipelines.rows.row import Row
 
 ON_LONG = ("truncate", "skip", "error")
-_VERSION = "2"  # of the encoding: raise it when the same row gives other tokens or labels
+_VERSION = "2"  # of the encoding; increase it when the same row gives other tokens or labels
 _SPACE = (" ", "\n", "\t")
-_SHORT = 1 << 16  # characters; texts up to this are tokenised whole
+_SHORT = 1 << 16  # characters; shorter texts are tokenised as a whole
 _MARGIN = 64  # tokens at the end of a piece of a text that the cut may have changed
 _TULU = (
     "{{- BEFORE }}{% for message in messages %}{{- '<|' + message['role'] + '|>\n' + message['content'] | trim }}"
@@ -30,35 +30,36 @@ _TULU = (
 
 
 class Encoder:
-    """Rows to token ids and labels, the same for the same row, tokenizer and settings.
+    """An encoder from rows to token ids and labels, which depend only on the row, the tokenizer and the settings.
 
-    `chat`: "auto" (the tokenizer's own template), "tulu" (the format of LESS, spec/less.md section 3) or the path of a
-    Jinja file. Loss is on assistant turns: what they say, their reasoning and tool calls included, and the end-of-turn
-    token after it (`ChatTemplate.read`); templates with {% generation %} blocks define it themselves. There is one
-    tokenisation, of the whole text; characters become tokens by its offsets, and a token that reaches into a trained
-    span is trained. "tulu" also trains the newline after the end token, as LESS does. A plain prompt and completion
-    are joined (by a space, if neither has one there) and closed by the end-of-sequence token, with loss after the
-    prompt. Plain text has loss on every token. A text that itself begins with the tokenizer's beginning-of-sequence
-    token, or ends with its end, does not get it twice.
+    Loss is on assistant turns: on what they say, including reasoning and tool calls, and on the end-of-turn token
+    (`ChatTemplate.read`). Templates with {% generation %} blocks define the loss themselves. The whole text is
+    tokenised once; the offsets of the tokenizer map characters to tokens, and a token that overlaps a trained span is
+    trained. "tulu" also trains the newline after the end token, as LESS does. A plain prompt and its completion are
+    joined (by a space, if neither has one there) and end with the end-of-sequence token, with loss after the prompt.
+    Plain text has loss on every token. A text that already begins with the tokenizer's beginning-of-sequence token, or
+    ends with its end-of-sequence token, does not get a second one.
 
-    A control token of the tokenizer (such as <|im_start|>) written out in a turn would become the token itself, and
-    the turn could fake another: such rows are refused (control_token_in_text), also where only the tokenizer's
-    normaliser makes one of a text (full-width letters under NFKC, other case). Plain text may hold them; it is flagged.
+    A control token of the tokenizer (such as <|im_start|>) in the text of a turn would become the token itself, so
+    that the text could fake another turn. Such rows are refused (control_token_in_text), also if only the tokenizer's
+    normaliser turns the text into a control token (full-width letters under NFKC, another letter case). Plain text may
+    contain control tokens; it is flagged.
 
-    `on_long`: beyond `max_length` tokens (None: as many as the model takes, `limits`) the end is cut ("truncate"), the
-    row refused ("skip"), or DataError raised ("error"). A row with a token that the model's embedding does not have
-    (token_beyond_vocabulary), or left without a trained token (no_supervised_token), is always refused.
+    If a row has more than `max_length` tokens, `on_long` decides: "truncate" cuts the end, "skip" refuses the row, and
+    "error" raises DataError. A row with a token that the model's embedding does not have (token_beyond_vocabulary), or
+    without a trained token (no_supervised_token), is always refused.
 
     Args:
         tokenizer: A fast tokenizer of transformers.
-        chat: The chat format.
-        max_length: The most tokens of a row.
-        on_long: What happens to longer rows.
-        limits: What the model takes.
+        chat: "auto" (the tokenizer's own template), "tulu" (the format of LESS, spec/less.md section 3), or the path
+            of a Jinja file.
+        max_length: The maximum number of tokens of a row; None is the limit of the model.
+        on_long: What happens to longer rows, one of `ON_LONG`.
+        limits: The limits of the model.
 
     Raises:
         UsageError: A setting is not valid.
-        DataError: The tokenizer has no offsets, or it has no chat template and needs one.
+        DataError: The tokenizer has no offsets, or it needs a chat template and has none.
     """
 
     def __init__(
@@ -76,12 +77,12 @@ class Encoder:
             raise UsageError(f"max_length is {max_length}; a row needs at least 2 tokens, one to predict the other")
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
-                f"the tokenizer {type(tokenizer).__name__} cannot say which characters a token stands for; "
+                f"the tokenizer {type(tokenizer).__name__} does not report which characters a token represents; "
                 "use a model with a tokenizer.json"
             )
         self._tokenizer = tokenizer
         self.max_length = limits.longest(max_length)
-        """Most tokens of a row."""
+        """Maximum number of tokens of a row."""
         self._limits = limits
         self._what = "max_length" if self.max_length == max_length else "the positions of the model"
         self._on_long = on_long
@@ -108,11 +109,14 @@ class Encoder:
         }
 
     def __call__(self, row: Row) -> Encoded:
-        """The tokens of `row`.
+        """Return the tokens of a row.
+
+        Args:
+            row: The row.
 
         Raises:
-            RowError: The row cannot be encoded; the error has a reason.
-            DataError: As the class says.
+            RowError: The row cannot be encoded; the error has a reason code.
+            DataError: As described for the class.
         """
         flags: tuple[str, ...] = ()
         if row.text is not None:
@@ -126,7 +130,7 @@ class Encoder:
             ids, labels = self._pair(row)
         cut = max(0, len(ids) - self.max_length)
         if cut and self._on_long != "truncate":
-            detail = f"{len(ids)} tokens, at most {self.max_length} ({self._what}) were expected"
+            detail = f"{len(ids)} tokens; the limit is {self.max_length} ({self._what})"
             if self._on_long == "error":
                 advice = "raise max_length, or change on_long" if self._what == "max_length" else "change on_long"
                 raise DataError(f"{row.file}:{row.line}: {detail}; {advice}")
@@ -138,21 +142,21 @@ class Encoder:
             raise RowError(
                 "token_beyond_vocabulary",
                 f"token {worst} ({shown(self._tokenizer.decode([worst]), 30)}), "
-                f"and the model's embedding has {vocabulary} rows: the tokenizer has tokens that the model "
+                f"but the model's embedding has {vocabulary} rows: the tokenizer has tokens that the model "
                 "does not; use the model's own tokenizer, or resize its embedding (resize_token_embeddings)",
             )
         if not encoded.supervised:
-            why = "no token to learn"
+            why = "no token has loss"
             if cut:
                 why = f"the answer starts after the first {self.max_length} tokens ({self._what})"
             raise RowError("no_supervised_token", why)
         return encoded
 
     def trained_tokenizer(self) -> Any:
-        """The tokenizer with the chat template that rows were written by: what serves a model trained on them.
+        """Return the tokenizer with the chat template that the rows were written with, for models trained on them.
 
-        Its `apply_chat_template` gives the text, and the tokens, of training; for "tulu" by a template that writes the
-        same. A template that prints the date prints the day that training saw.
+        Its `apply_chat_template` gives the text and the tokens of training; for "tulu", the template writes the same
+        text. A template that prints the date prints the fixed day that was used in training.
         """
         found = copy.deepcopy(self._tokenizer)
         if self._chat == "tulu":
@@ -162,7 +166,7 @@ class Encoder:
         return found
 
     def fingerprint(self) -> dict[str, str]:
-        """What the tokens depend on besides the rows; hashes are xxh3-128."""
+        """Return the facts on which the tokens depend besides the rows; hashes are xxh3-128."""
         return {
             "encoding": _VERSION,
             "tokenizer": _tokenizer_digest(self._tokenizer),
@@ -173,7 +177,7 @@ class Encoder:
         }
 
     def identity(self) -> dict[str, str]:
-        """All that the tokens of a row, or its refusal, depend on besides the row and the code."""
+        """Return all facts on which the tokens of a row, or its refusal, depend besides the row and the code."""
         found = {
             "class": type(self._tokenizer).__name__,
             "vocabulary": str(self._limits.vocabulary),
@@ -196,7 +200,7 @@ class Encoder:
 
     def _tulu(self, row: Row) -> tuple[list[int], list[int], tuple[str, ...]]:
         if row.tools or any("tool_calls" in turn or turn["role"] == "tool" for turn in row.messages):
-            raise RowError("tool_turn", "the format 'tulu' has no tools; use a chat template that writes them")
+            raise RowError("tool_turn", "the format 'tulu' does not support tools; use a chat template that does")
         text, spans = "", []
         for k, turn in enumerate(row.messages):
             text += f"<|{turn['role']}|>\n"
@@ -221,16 +225,18 @@ class Encoder:
         return ids, _labels(ids, offsets, [(len(prompt), len(text))])
 
     def _tokenise(self, text: str, special: bool, closed: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and offsets. `special`: with the tokens that the tokenizer puts around a text, unless they stand there
-        already; `closed`: the text has its own end, and gets no other after it.
+        """Return ids and offsets.
 
-        A tokenizer takes 300 bytes of memory for a character, so of a text that is far longer than `max_length` tokens
-        only a beginning is tokenised, where what follows cannot change the tokens that are kept: they stand in
-        words (of the pre-tokenizer) that have ended, or, for the merges of BPE, which work from the left, a beginning
-        of half again the length has the same.
+        `special` adds the tokens that the tokenizer puts around a text, unless the text already has them. `closed`
+        means that the text has its own end and gets no other.
+
+        A tokenizer takes 300 bytes of memory per character. Of a text that is much longer than `max_length` tokens,
+        therefore only the beginning is tokenised, if the rest cannot change the tokens that are kept. This is certain
+        if these tokens belong to words (of the pre-tokenizer) that have ended; for BPE, whose merges work from the
+        left, it is assumed if a beginning that is 1.5 times as long has the same tokens.
         """
         size = max(_SHORT, 6 * self.max_length)
-        kept = self.max_length + 1  # one more: the row is seen to be too long
+        kept = self.max_length + 1  # one more, to notice that the row is too long
         while len(text) > 2 * size:
             ids, offsets, words = self._whole(text[:size], special, closed)
             if len(ids) >= kept + _MARGIN:
@@ -279,13 +285,13 @@ class Encoder:
         eos = self._tokenizer.eos_token
         if not eos:
             raise DataError(
-                "the tokenizer has no end-of-sequence token, which this format writes after an answer; "
+                "the tokenizer has no end-of-sequence token, which this format needs after an answer; "
                 "use a chat template"
             )
         return str(eos)
 
     def _made(self, text: str, ids: list[int], offsets: Sequence[tuple[int, int]]) -> str:
-        """A stretch of `text` that is not a control token, and became one when the tokenizer normalised it; or ""."""
+        """Return a part of `text` that became a control token only through normalisation; "" if there is none."""
         if self._control_ids.keys().isdisjoint(ids):
             return ""
         for token, (start, end) in zip(ids, offsets, strict=True):
@@ -298,7 +304,7 @@ class Encoder:
         if found := self._made(text, ids, offsets):
             raise RowError(
                 "control_token_in_text",
-                f"the tokenizer's normaliser turns {shown(found)} into a control token; in a text it could fake a turn",
+                f"the tokenizer's normaliser turns {shown(found)} into a control token, which could fake a turn",
             )
 
     def _refuse_control(self, texts: Any) -> None:
@@ -311,7 +317,7 @@ class Encoder:
 
 
 def _said(messages: Sequence[Message], tools: Sequence[Any]) -> Iterator[str]:
-    """Every text of a conversation. Tags of reasoning in an answer are the template's own words: they may be there."""
+    """Yield every text of a conversation. Reasoning tags in an answer may be the template's own and are skipped."""
     for message in messages:
         if message["role"] == "assistant":
             yield from REASONING_TAG.sub("\0", message["content"]).split("\0")
@@ -323,11 +329,11 @@ def _said(messages: Sequence[Message], tools: Sequence[Any]) -> Iterator[str]:
 
 
 def _labels(ids: list[int], offsets: Sequence[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
-    """The ids of tokens that reach into a span (start, end) of characters, `IGNORED` for the others.
+    """Return the ids of tokens that overlap a span (start, end) of characters, and `IGNORED` for the others.
 
-    Some tokenizers trim white space off their offsets, which leaves a token of white space with an empty interval at
-    its end: it stands for the gap before it. Where there is no gap, it stands for what a normaliser made more of than
-    it was, and belongs to the character before it. Spans are in order and do not overlap. Linear time.
+    Some tokenizers exclude white space from their offsets. A token of white space then has an empty interval at its
+    end and represents the gap before it. If there is no gap, the token is an extra one that a normaliser made, and it
+    belongs to the character before it. Spans are in order and do not overlap. The cost is linear.
     """
     labels = [IGNORED] * len(ids)
     reached = s = 0
@@ -345,7 +351,7 @@ def _labels(ids: list[int], offsets: Sequence[tuple[int, int]], spans: list[tupl
 
 
 def _find_template(tokenizer: Any, chat: str) -> tuple[str, str, str]:
-    """The template's text ("" if the tokenizer has none), that of one for tools, and its name for messages."""
+    """Return the template's text ("" if there is none), the text of a template for tools, and its name for messages."""
     if chat == "auto":
         template = getattr(tokenizer, "chat_template", None)
         if isinstance(template, dict):
@@ -361,9 +367,9 @@ def _find_template(tokenizer: Any, chat: str) -> tuple[str, str, str]:
 
 
 def _control_tokens(tokenizer: Any, template: str) -> list[str]:
-    """The tokenizer's special tokens, and its other added tokens that the template writes (roles, ends of turns).
+    """Return the tokenizer's special tokens, and other added tokens that the template writes (roles, ends of turns).
 
-    Marks of reasoning and tools are text that an assistant may write; very short ones are words, not control tokens.
+    Marks of reasoning and tools are text that an assistant may write. Very short tokens are words, not control tokens.
     """
     special = set(tokenizer.all_special_tokens)
     found = []
@@ -375,7 +381,7 @@ def _control_tokens(tokenizer: Any, template: str) -> list[str]:
 
 
 def _special_tokens_before(tokenizer: Any) -> str:
-    """What the tokenizer puts before a text with special tokens, which a chat template must write itself."""
+    """Return what the tokenizer puts before a text with special tokens, which a chat template must write itself."""
     whole = tokenizer("a", return_attention_mask=False)["input_ids"]
     inner = tokenizer("a", add_special_tokens=False, return_attention_mask=False)["input_ids"]
     at = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)

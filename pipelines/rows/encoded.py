@@ -1,4 +1,4 @@
-"""One row in tokens."""
+"""One row as tokens."""
 
 from dataclasses import dataclass
 
@@ -12,23 +12,23 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One row in tokens."""
+    """One row as tokens."""
 
     input_ids: list[int]
     labels: list[int]
-    """As long as `input_ids`: the id where there is loss, `IGNORED` elsewhere. Not shifted: labels[t] is predicted from
-    input_ids[:t], so labels[0] never counts."""
+    """As long as `input_ids`: the id where there is loss, else `IGNORED`. Not shifted: labels[t] is predicted from
+    input_ids[:t], so that labels[0] has no effect."""
     cut: int = 0
-    """Tokens dropped from the end to fit `max_length`; of a very long text, of as much of it as was tokenised."""
+    """Tokens cut from the end to fit `max_length`; of a very long text, only those of the tokenised part."""
     flags: tuple[str, ...] = ()
-    """What the template leaves out (`chat.Rendered.flags`), and control_token_in_text (plain text rows only)."""
+    """What the template omits (`chat.Rendered.flags`), and control_token_in_text (only for plain text rows)."""
 
     @property
     def supervised(self) -> int:
-        """How many tokens carry loss."""
+        """The number of tokens with loss."""
         return sum(label != IGNORED for label in self.labels[1:])
 
     @property
     def key(self) -> str:
-        """xxh3-128 of ids and labels (int32, little-endian): equal content has an equal key."""
+        """The xxh3-128 of ids and labels (int32, little-endian): equal content has an equal key."""
         return files.digest(np.asarray([self.input_ids, self.labels], dtype="<i4").tobytes())

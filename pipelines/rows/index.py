@@ -1,4 +1,4 @@
-"""The usable rows of all inputs, indexed in memory while their texts stay on disk."""
+"""The usable rows of all inputs, indexed in memory, with their texts on disk."""
 
 import os
 from array import array
@@ -20,7 +20,16 @@ from pipelines.rows.row import BadRow, Row
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """One input file: its size in bytes, the xxh3-128 of its bytes, and how many usable, bad and blank lines it has."""
+    """One input file.
+
+    Attributes:
+        path: The name of the file.
+        bytes: The size.
+        digest: The xxh3-128 of its bytes.
+        rows: The number of usable rows.
+        bad: The number of bad rows.
+        blank: The number of blank lines.
+    """
 
     path: str
     bytes: int
@@ -41,7 +50,15 @@ class Options:
     limits: Limits
 
     def read(self, value: Mapping[str, Any], columns: Mapping[str, str]) -> Shape:
-        """The shape of a row by its file's `columns`."""
+        """Return the shape of a row.
+
+        Args:
+            value: The JSON object.
+            columns: The columns of its file.
+
+        Raises:
+            Malformed: The row has no known format, or it is not fit to train on.
+        """
         try:
             return read_shape(value, columns, self.preference)
         except WrongColumns as error:
@@ -51,24 +68,24 @@ class Options:
 
 
 class Pool:
-    """The usable rows of all inputs, in order. Texts stay on disk: memory is about 40 bytes per row, and its id.
+    """The usable rows of all inputs, in order. Texts stay on disk; memory is about 40 bytes per row, plus its id.
 
     `pool[i]` reads and parses row i again.
 
     Raises:
-        DataError: The file has changed since it was indexed.
+        DataError: On reading a row: the file has changed since it was indexed.
     """
 
     def __init__(self, options: Options) -> None:
         self.files: list[FileInfo] = []
         self.ids: list[str] = []
-        """Id of each row."""
+        """The id of each row."""
         self.sources: list[str] = []
-        """Source of each row; equal names are one object."""
+        """The source of each row; equal names are one object."""
         self.flags: Counter[str] = Counter()
-        """How many rows have each flag: `Shape.flags`, and new_id, repeated_id, source_from_file."""
+        """The number of rows with each flag: `Shape.flags`, and new_id, repeated_id, source_from_file."""
         self._options = options
-        self._paths: list[Path] = []  # where the lines are: the input itself, or its JSONL copy
+        self._paths: list[Path] = []  # the files with the lines: the input itself, or its JSONL copy
         self._names: list[str] = []
         self._columns: list[dict[str, str]] = []
         self._file, self._line = array("i"), array("q")
@@ -105,7 +122,7 @@ class Pool:
         return (self[i] for i in range(len(self)))
 
     def identity(self) -> dict[str, Any]:
-        """What the content of the rows depends on: the files, and how they are read."""
+        """Return the facts on which the content of the rows depends: the files, and how they are read."""
         rows = xxhash.xxh3_128(self._digest.tobytes())
         rows.update(self._file.tobytes())
         return {
@@ -118,7 +135,14 @@ class Pool:
         }
 
     def raw(self, index: int) -> bytes:
-        """The line of row `index`, byte for byte, without the newline."""
+        """Return the line of a row, byte for byte, without the newline.
+
+        Args:
+            index: The number of the row.
+
+        Raises:
+            DataError: The file has changed or cannot be read.
+        """
         path, length = self._paths[self._file[index]], self._length[index]
         try:
             with open(path, "rb", buffering=0) as file:
@@ -127,29 +151,50 @@ class Pool:
             raise files.explain(error, path, "read") from error
         if xxhash.xxh3_64_intdigest(raw) != self._digest[index]:
             raise DataError(
-                f"{self.where(index)} has changed since this run read it; do not edit data during a run, "
-                "and start again"
+                f"{self.where(index)} has changed since this run read it; do not edit data during a run; start again"
             )
         return raw
 
     def file(self, index: int) -> str:
-        """The input that row `index` is from, as it was named."""
+        """Return the input that contains a row, as it was named.
+
+        Args:
+            index: The number of the row.
+        """
         return self._names[self._file[index]]
 
     def line(self, index: int) -> int:
-        """The 1-based line (for a table, the row) of row `index` in its file."""
+        """Return the line of a row in its file (for a table, the number of the row), counted from 1.
+
+        Args:
+            index: The number of the row.
+        """
         return self._line[index]
 
     def offset(self, index: int) -> int:
-        """The byte offset of row `index` in its file; for a table, in the JSONL copy."""
+        """Return the byte offset of a row in its file; for a table, in the JSONL copy.
+
+        Args:
+            index: The number of the row.
+        """
         return self._offset[index]
 
     def where(self, index: int) -> str:
-        """`file:line` of row `index`."""
+        """Return `file:line` of a row.
+
+        Args:
+            index: The number of the row.
+        """
         return f"{self.file(index)}:{self.line(index)}"
 
     def bad_row(self, index: int, reason: str, detail: str) -> BadRow:
-        """A `BadRow` for row `index`, found unfit after reading."""
+        """Return a `BadRow` for a row that turned out to be unusable after reading.
+
+        Args:
+            index: The number of the row.
+            reason: A short code.
+            detail: What is wrong.
+        """
         return BadRow(self.file(index), self.line(index), self.offset(index), reason, detail)
 
     def _add(self, line: Line, identity: str, source: str, flags: tuple[str, ...]) -> None:
@@ -165,6 +210,11 @@ class Pool:
 
 
 def subtask_of(value: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    """The part of a target that the row belongs to, if it names one."""
+    """Return the subtask of a target row; None if the row names none.
+
+    Args:
+        value: The JSON object.
+        columns: The columns of its file.
+    """
     found = value.get(columns.get("subtask", "subtask"))
     return str(found) if isinstance(found, str | int) and not isinstance(found, bool) else None

@@ -1,4 +1,4 @@
-"""The inputs that are named: files, folders, patterns, data sets of the hub, and rows in memory."""
+"""The inputs that the command line names: files, folders, patterns, and data sets of the hub."""
 
 import glob
 import json
@@ -14,13 +14,13 @@ from pipelines.rows.in_memory import PREFIX
 from pipelines.rows.jsonl import shown
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
-"""File types that are read."""
+"""The supported file types."""
 PACKED = (".gz", ".zst", ".xz", ".bz2")
-"""Compressions that are read, after a file type (.jsonl.zst)."""
+"""The supported compressions, after a file type (.jsonl.zst)."""
 MEMORY = "memory"
 """The kind of rows that a caller holds in memory (`in_memory`)."""
 SAVED = ".saved"
-"""The kind of a folder that `datasets.Dataset.save_to_disk` wrote."""
+"""The kind of a folder written by `datasets.Dataset.save_to_disk`."""
 _UNREAD = re.compile(
     r"\.(zip|7z|rar|tar|tgz|tar\.\w+|lz4|lzma|br|sz|snappy|z|xlsx?|ods|sqlite3?|db|pkl|pickle|pt|npz|"
     r"npy|h5|hdf5|avro|orc|msgpack|docx?|pdf)$",
@@ -33,8 +33,10 @@ HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(@(?P<revi
 class Source:
     """One input.
 
-    `name` is as shown; `path` is on disk (None: on the hub, or in memory); `kind` is one of `SUFFIXES` (with one of
-    `PACKED`), `SAVED`, `MEMORY` or "hub".
+    Attributes:
+        name: The name as shown.
+        path: The path on disk; None for a data set of the hub.
+        kind: One of `SUFFIXES` (perhaps with one of `PACKED`), `SAVED` or "hub".
     """
 
     name: str
@@ -43,17 +45,17 @@ class Source:
 
     @property
     def packing(self) -> str | None:
-        """Its compression, one of `PACKED`."""
+        """The compression, one of `PACKED`; None if there is none."""
         return next((suffix for suffix in PACKED if self.kind.endswith(suffix)), None)
 
     @property
     def form(self) -> str:
-        """Its kind without the compression."""
+        """The kind without the compression."""
         return self.kind.removesuffix(self.packing or "")
 
     @property
     def stem(self) -> str:
-        """The last part of its name without what says its type: what its rows are named after."""
+        """The last part of the name without the file type, from which row ids are made."""
         if self.kind == MEMORY:
             return self.name.removeprefix(PREFIX)
         name = os.path.basename(self.name.rstrip("/"))
@@ -61,12 +63,12 @@ class Source:
         return re.sub(rf"(\.[A-Za-z]+)?({packed})?$", "", name) or "data"
 
     def size(self) -> int:
-        """Bytes of the file, or of the files of a folder."""
+        """Return the bytes of the file, or of the files of a folder."""
         assert self.path is not None
         return sum(part.stat().st_size for part in (saved_files(self.path) if self.kind == SAVED else [self.path]))
 
     def size_and_digest(self) -> tuple[int, str]:
-        """Bytes and xxh3-128 of the file; of a folder, of the digests of its files."""
+        """Return the bytes and the xxh3-128 of a file; for a folder, the digest of the digests of its files."""
         assert self.path is not None
         if self.kind != SAVED:
             return self.size(), files.digest_file(self.path)
@@ -75,13 +77,19 @@ class Source:
 
 
 def find_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
-    """The files that `paths` name, folders and patterns (*.jsonl) opened (sorted, hidden files left out), in order.
+    """Return the inputs that paths name, with folders and patterns (*.jsonl) expanded and sorted, without hidden files.
 
-    A path that does not exist and looks like `owner/name` is a data set of the hub; `hf:owner/name[/config][@revision]
-    [:split]` always is.
+    A path that does not exist and looks like `owner/name` is a data set of the hub. A name like
+    `hf:owner/name[/config][@revision][:split]` always is.
+
+    Args:
+        paths: The names.
+
+    Returns:
+        The inputs, in order.
 
     Raises:
-        UsageError: Nothing is named, or a file is named twice.
+        UsageError: No input is named, or a file is named twice.
         DataError: A file is missing.
     """
     if isinstance(paths, str | os.PathLike):
@@ -93,11 +101,11 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
         found += _expand(os.fspath(given))
     seen: dict[str, str] = {}
     for source in found:
-        if not _is_text(source.name):  # reports, tables of scores and ids of rows name files, and are UTF-8
+        if not _is_text(source.name):  # reports, tables and row ids name files in UTF-8
             raise DataError(f"the name of {shown(source.name, 200)} is not UTF-8; rename it")
         key = source.name if source.path is None else os.path.realpath(source.path)
         if key in seen:
-            raise UsageError(f"{source.name} is named twice (also as {seen[key]}); every row would be there twice")
+            raise UsageError(f"{source.name} is named twice (also as {seen[key]}); every row would occur twice")
         seen[key] = source.name
     return found
 
@@ -130,35 +138,35 @@ def _expand(given: str) -> list[Source]:
     if stat.S_ISDIR(mode):
         inside = [Source(str(file), file, kind) for file, kind in _walk(path)]
         if not inside:
-            raise DataError(f"the folder {given} holds no data file ({_known()})")
+            raise DataError(f"the folder {given} contains no data file ({_known()})")
         return inside if inside[0].path != path else [Source(given, path, SAVED)]
     if not stat.S_ISREG(mode):
         raise DataError(f"cannot read {given}: it is not a file")
     kind = _kind(given)
     if kind is None and (other := _UNREAD.search(given)):
         raise DataError(
-            f"cannot read {shown(given, 200)}: {other.group()} is not read; unpack or convert it ({_known()})"
+            f"cannot read {shown(given, 200)}: {other.group()} is not supported; unpack or convert it ({_known()})"
         )
     return [Source(given, path, kind or ".jsonl")]
 
 
 def _known() -> str:
-    return f"read are {', '.join(SUFFIXES)}, also with {', '.join(PACKED)}"
+    return f"supported are {', '.join(SUFFIXES)}, also with {', '.join(PACKED)}"
 
 
 def _matching(pattern: str) -> list[Source]:
-    """The files that a pattern names, as if each were named; those of no known type only where there are no others."""
+    """Return the files that match a pattern; files of unknown type only if there are no others."""
     found = sorted(glob.glob(pattern, recursive=True))
     named = [name for name in found if os.path.isdir(name) or _kind(name) or _UNREAD.search(name)]
     if not found:
         raise DataError(f"no file matches {shown(pattern, 200)}; check the path")
     if "**" in pattern:
-        named = [name for name in named if not os.path.isdir(name)]  # what is in them matches by itself
+        named = [name for name in named if not os.path.isdir(name)]  # their files match by themselves
     return [source for name in named or found for source in _expand(name)]
 
 
 def _walk(folder: Path) -> list[tuple[Path, str]]:
-    """The data files under `folder`, and the folders of `save_to_disk`, with their kinds."""
+    """Return the data files in `folder` and the folders of `save_to_disk`, with their kinds."""
     found: list[tuple[Path, str]] = []
     for root, folders, names in os.walk(folder):
         here = Path(root)
@@ -167,7 +175,7 @@ def _walk(folder: Path) -> list[tuple[Path, str]]:
             splits = sorted(name for name in folders if (here / name / "state.json").is_file())
             if len(splits) != 1:
                 raise DataError(
-                    f"{here} holds {len(splits)} splits ({', '.join(splits)}); name one, as in "
+                    f"{here} contains {len(splits)} splits ({', '.join(splits)}); name one, as in "
                     f"{here / (splits[0] if splits else 'train')}"
                 )
             found.append((here if here == folder else here / splits[0], SAVED))
@@ -184,7 +192,14 @@ def _walk(folder: Path) -> list[tuple[Path, str]]:
 
 
 def saved_files(folder: Path) -> list[Path]:
-    """The Arrow files of a folder of `save_to_disk`, in the order of their rows."""
+    """Return the Arrow files of a folder of `save_to_disk`, in the order of their rows.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        DataError: The folder is incomplete or damaged.
+    """
     if (folder / "dataset_dict.json").is_file():
         folder = next(inner.parent for inner in sorted(folder.glob("*/state.json")))
     try:
@@ -193,7 +208,7 @@ def saved_files(folder: Path) -> list[Path]:
         assert all(isinstance(name, str) and os.path.basename(name) == name for name in names)
     except (DataError, OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise DataError(
-            f"{folder}: state.json does not say which files the data set has; save it again (save_to_disk)"
+            f"{folder}: state.json does not list the files of the data set; save it again (save_to_disk)"
         ) from error
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise DataError(f"{folder}: {missing[0]} is missing; copy the folder again")

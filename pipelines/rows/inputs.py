@@ -1,11 +1,11 @@
-"""What a command reads before it works: rows, with the model that encodes them, compared with what its run began with.
+"""The inputs of a command: rows and the model that encodes them, compared with what the run began with.
 
     inputs = Inputs(run, config.model, loaded)
     pool = inputs.read("pool", config.train, group="data", bad_rows=True)
     target = inputs.read_like("target", config.train, config.target, config.target_columns)
     inputs.record(by_content=("data", "target"), grows=("data",))
 
-Five commands do this: select, train, order, audit and diagnose.
+Five commands use this: select, train, order, audit and diagnose.
 """
 
 from __future__ import annotations
@@ -27,26 +27,28 @@ from pipelines.settings.parts import DataConfig, ModelConfig
 
 
 class Encodes(Protocol):
-    """What of a model reads rows: a loaded model, or only its tokenizer."""
+    """The parts of a model that reading rows needs: a loaded model, or only its tokenizer."""
 
     @property
-    def tokenizer(self) -> object: ...  # noqa: D102
+    def tokenizer(self) -> object:
+        """The tokenizer."""
 
     @property
-    def digests(self) -> Mapping[str, str]: ...  # noqa: D102
+    def digests(self) -> Mapping[str, str]:
+        """The digests of the model's files."""
 
     @property
-    def limits(self) -> ModelLimits: ...  # noqa: D102
+    def limits(self) -> ModelLimits:
+        """The number of tokens and the vocabulary that the model takes."""
 
 
 class Inputs:
-    """The rows of a run, read one source after the other, then compared and recorded together.
+    """The rows of a run, read one input after the other, then compared and recorded together.
 
     Args:
-        run: the open run.
-        model: how rows are encoded.
-        loaded: the tokenizer, the digests of the model's files, and how many tokens it takes.
-
+        run: The open run.
+        model: How rows are encoded.
+        loaded: The tokenizer, the digests of the model's files, and the model's limits.
     """
 
     def __init__(self, run: Run, model: ModelConfig, loaded: Encodes) -> None:
@@ -56,18 +58,17 @@ class Inputs:
     def read(
         self, label: str, data: DataConfig, *, group: str | None = None, bad_rows: bool = False, recorded: bool = True
     ) -> Rows:
-        """Read, check, encode and deduplicate rows: see `prepare`.
+        """Read, check, encode and deduplicate rows; see `prepare`.
 
         Args:
-            label: what messages call the rows.
-            data: where they are.
-            group: what the run records them as; by default the label.
-            bad_rows: write those that cannot be used to bad_rows.jsonl of the run.
-            recorded: whether the run records their files.
+            label: The name of the rows in messages.
+            data: Where the rows are.
+            group: The name under which the run records them; by default the label.
+            bad_rows: Whether to write unusable rows to bad_rows.jsonl of the run.
+            recorded: Whether the run records their files.
 
         Raises:
-            DataError: As `prepare`.
-
+            DataError: As in `prepare`.
         """
         rows = prepare(
             data,
@@ -92,19 +93,21 @@ class Inputs:
         bad_rows: bool = False,
         recorded: bool = True,
     ) -> Rows | None:
-        """Read rows as those of `pool` are read, each of which must be good; None where no path is given.
+        """Read rows in the same way as a pool; every row must be usable.
 
         Args:
-            label: what messages call the rows, and what the run records them as.
-            pool: how they are read.
-            paths: where they are.
-            columns: their own columns, if they differ.
-            bad_rows: as in `read`.
-            recorded: as in `read`.
+            label: The name of the rows in messages and in the run's records.
+            pool: How the pool is read.
+            paths: Where the rows are.
+            columns: The columns of the rows, if they differ.
+            bad_rows: As in `read`.
+            recorded: As in `read`.
+
+        Returns:
+            The rows; None if no path is given.
 
         Raises:
-            DataError: As `prepare`.
-
+            DataError: As in `prepare`.
         """
         if not paths:
             return None
@@ -121,21 +124,20 @@ class Inputs:
         """Compare model, encoding and files with what the run began with, and record them.
 
         Args:
-            by_content: groups whose results are kept under the content that they were made of: see `Run.check`.
-            grows: groups whose files may have got longer, and may be joined by new ones; the user is told.
-            encoding: whether the run records how the rows that were read first are encoded.
-            more: other facts.
+            by_content: Groups whose results are stored by the content that they were computed from; see `Run.check`.
+            grows: Groups whose files may have grown and may be joined by new ones; the user is told.
+            encoding: Whether the run records how the first rows are encoded.
+            **more: Other facts.
 
         Returns:
             The facts.
 
         Raises:
-            DataError: Something has changed that the user has not accepted; names it.
-
+            DataError: A fact has changed that the user has not accepted; the message names it.
         """
         for group in grows:
             if grown := _accept_growth(self._run, group, self._read[group]):
-                say(f"{', '.join(grown)} has grown since the last run: only the new rows are computed")
+                say(f"{', '.join(grown)} has grown since the last run; only the new rows are computed")
         facts: dict[str, Json] = {"model": dict(self._loaded.digests)}
         if encoding:
             facts["encoding"] = dict(next(iter(self._read.values())).encoder.fingerprint())
@@ -146,14 +148,14 @@ class Inputs:
 
 
 def _files(rows: Rows) -> dict[str, Json]:
-    """Path -> "digest, n bytes" per input file."""
+    """Return path -> "digest, n bytes" for each input file."""
     return {redact(info.path): f"{info.digest}, {info.bytes} bytes" for info in rows.pool.files}
 
 
 def _accept_growth(run: Run, group: str, rows: Rows) -> list[str]:
-    """Let a continued run go on with input files that only got longer, and with new ones; returns their paths.
+    """Accept input files of a continued run that have only grown, and new ones; returns their paths.
 
-    A file whose beginning is still, byte for byte, the file that the run began with has new rows and no changed one.
+    A file whose beginning is, byte for byte, the file that the run began with has new rows and no changed ones.
     """
     recorded = run.provenance["facts"].get(group, {}) if run.resumed else {}
     grown = []

@@ -1,4 +1,4 @@
-"""A file that holds one JSON array of rows, read row by row."""
+"""A file with one JSON array of rows, read row by row."""
 
 import re
 from collections.abc import Iterator
@@ -9,30 +9,42 @@ from datatools import DataError
 from pipelines.rows.jsonl import Limits, Malformed, shown
 from pipelines.rows.unpacked import BLOCK, reading
 
-# a JSON text in tokens that matter for finding where an element of an array ends
+# the tokens of a JSON text that determine where an element of an array ends
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]|[^"\[\]{},]++', re.DOTALL)
 
 
 def is_array(path: Path) -> bool:
-    """Does the file begin as a JSON array does?"""
+    """Return whether a file begins like a JSON array.
+
+    Args:
+        path: The file.
+    """
     with reading(path) as file:
         head = file.read(4096)
         return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
 def rows_of_array(file: BinaryIO, name: str, limits: Limits) -> Iterator[bytes | Malformed]:
-    """The bytes of each element of a JSON array, on one line; an element is only looked into as far as its brackets.
+    """Yield the bytes of each element of a JSON array, on one line. Elements are scanned only for their brackets.
 
-    A file that is an array of rows is a list of lines with commas between: what is wrong inside an element is found
-    by the reader of lines, with its number.
+    A file with an array of rows is like lines with commas between them. Faults inside an element are found by the
+    reader of lines, which reports its number.
+
+    Args:
+        file: The file, at its beginning.
+        name: The name of the file, for messages.
+        limits: The limits of one row.
+
+    Raises:
+        DataError: A string is longer than a line may be.
     """
     buffer = file.read(BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()
     at = start = 1  # after the "["
     depth, too_long, more = 0, False, True
     while True:
         match = _TOKEN.match(buffer, at)
-        if match is None or (match.end() == len(buffer) and more):  # the token may go on
+        if match is None or (match.end() == len(buffer) and more):  # the token may continue
             if more:
                 if len(buffer) - at > limits.line_bytes + BLOCK:
                     raise DataError(
@@ -56,12 +68,12 @@ def rows_of_array(file: BinaryIO, name: str, limits: Limits) -> Iterator[bytes |
             element = buffer[start : at - 1].strip()
             if b"\n" in element:
                 if any(b"\n" in string.group() for string in _STRING.finditer(element)):
-                    element = b'"'  # a raw line end inside a string: let the reader of lines refuse it
+                    element = b'"'  # a raw line end inside a string: the reader of lines refuses it
                 element = element.replace(b"\n", b" ")
             if too_long or len(element) > limits.line_bytes:
                 yield Malformed("line_too_long", f"more than {limits.line_bytes} bytes (limit line_bytes)")
             elif element or token == b",":
-                yield element or Malformed("invalid_json", "nothing between two commas")
+                yield element or Malformed("invalid_json", "no value between two commas")
             start, too_long = at, False
             if ends:
                 if (rest := buffer[at:].strip()) or (rest := file.read(BLOCK).strip()):

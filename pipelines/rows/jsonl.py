@@ -1,4 +1,4 @@
-"""Lines of JSON, read so that every broken one has a number, an offset and a reason, and none can stop or fool a job.
+"""Lines of JSON, read so that every broken line has a number, an offset and a reason, and no line can stop a job.
 
 A line ends at a newline (byte 10) and nowhere else: U+2028, U+0085 and a lone carriage return are text. A byte-order
 mark at the start of the file belongs to the file, not to its first line.
@@ -14,48 +14,48 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 from datatools import DataError
 
 _BOM = b"\xef\xbb\xbf"
-_NOT_TEXT = {  # first bytes of files that somebody may take for rows
+_NOT_TEXT = {  # first bytes of files that are not JSONL
     b"\xff\xfe": "UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
     b"\x1f\x8b": "compressed by gzip; let its name end in .gz",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; let its name end in .zst",
     b"\xfd7zXZ\x00": "compressed by xz; let its name end in .xz",
     b"BZh": "compressed by bzip2; let its name end in .bz2",
-    b"PK\x03\x04": "a zip archive, which is not read; unpack it first",
+    b"PK\x03\x04": "a zip archive, which is not supported; unpack it first",
     b"PAR1": "a Parquet table; let its name end in .parquet",
-    b"FEA1": "a Feather table of version 1, which is not read; write it again with a current pyarrow or pandas",
+    b"FEA1": "a Feather table of version 1, which is not supported; write it again with a current pyarrow or pandas",
     b"ARROW1": "an Arrow table; let its name end in .arrow",
     b"\xff\xff\xff\xff": "an Arrow table; let its name end in .arrow",
 }
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# strings are swallowed whole, so that brackets inside them do not count; possessive: linear on any bytes
+# strings match as a whole, so that brackets inside them do not count; possessive, so linear on any bytes
 _BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one input may cost; beyond it a line is bad, or a file refused, with a message that names the limit."""
+    """The limits of one input. Beyond them, a line is bad or a file is refused; the message names the limit."""
 
     line_bytes: int = 16 << 20
-    """Longest line, bytes."""
+    """The longest line, in bytes."""
     depth: int = 64
-    """Deepest nesting of arrays and objects."""
+    """The deepest nesting of arrays and objects."""
     values: int = 1_000_000
-    """Most commas and brackets outside strings in a line; a parsed value takes up to 30 times its bytes."""
+    """The most commas and brackets outside strings in a line; a parsed value takes up to 30 times its bytes."""
     unpacked_bytes: int = 1 << 38
-    """Most bytes that a compressed file may unpack to."""
+    """The most bytes that a compressed file may unpack to."""
     unpacked_ratio: int = 200
-    """Most bytes out for a byte in, looked at beyond `ratio_from` bytes out. Text packs 3 to 20 times."""
+    """The most unpacked bytes per packed byte, checked beyond `ratio_from` bytes. Text has a ratio of 3 to 20."""
     ratio_from: int = 64 << 20
-    """Bytes that any file may unpack to, however small it is."""
+    """The bytes that any file may unpack to, however small it is."""
     batch_bytes: int = 2 << 30
-    """Most memory that a batch of a table (Parquet, Arrow) may take beyond twice the file's size."""
+    """The most memory, in bytes, that a batch of a table (Parquet, Arrow) may take beyond twice the file's size."""
 
 
 class Malformed(Exception):
-    """A line or a row that cannot be used: `reason` is a short code, `detail` says what stands there."""
+    """A line or a row that cannot be used: `reason` is a short code, and `detail` describes the fault."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -64,8 +64,13 @@ class Malformed(Exception):
 
 
 class Line(NamedTuple):
-    """One physical line: 1-based number, offset of its first byte, length in bytes without the newline; `raw` is
-    None if it was longer than the limit and was not kept.
+    """One physical line.
+
+    Attributes:
+        number: The number of the line, counted from 1.
+        offset: The offset of its first byte.
+        length: Its length in bytes, without the newline.
+        raw: Its bytes; None if it was longer than the limit and was not kept.
     """
 
     number: int
@@ -75,13 +80,13 @@ class Line(NamedTuple):
 
 
 def read_lines(file: BinaryIO, name: str, limits: Limits, digest: Any = None) -> Iterator[Line]:
-    """The lines of `file`, blank ones included, in order; memory is bounded by one line.
+    """Yield the lines of a file in order, blank ones included; memory is limited to one line.
 
     Args:
         file: The file, at its beginning.
-        name: Its name, for messages.
+        name: The name of the file, for messages.
         limits: The length up to which a line is kept.
-        digest: Its `update` gets every byte of the file.
+        digest: An object whose `update` gets every byte of the file.
 
     Raises:
         DataError: The file is UTF-16, compressed, or a table.
@@ -121,20 +126,28 @@ def read_lines(file: BinaryIO, name: str, limits: Limits, digest: Any = None) ->
 
 
 def is_blank(raw: bytes) -> bool:
-    """Is there nothing but spaces, tabs and carriage returns?"""
+    """Return whether a line has only spaces, tabs and carriage returns.
+
+    Args:
+        raw: The bytes of the line.
+    """
     return not raw.strip(b" \t\r\f\v")
 
 
 def parse_object(raw: bytes | None, limits: Limits) -> dict[str, Any]:
-    """The JSON object on a line.
+    """Return the JSON object on a line.
+
+    Args:
+        raw: The bytes of the line; None if it was too long.
+        limits: The limits of one row.
 
     Raises:
-        Malformed: There is none. Nothing else is raised, whatever the bytes are.
+        Malformed: The line has no valid object. No other error is raised, whatever the bytes are.
     """
     if raw is None:
         raise Malformed("line_too_long", f"more than {limits.line_bytes} bytes (limit line_bytes)")
     if b"\x00" in raw:
-        raise Malformed("nul_byte", f"a zero byte at byte {raw.index(0)} of the line; a hole left by a crash?")
+        raise Malformed("nul_byte", f"a zero byte at byte {raw.index(0)} of the line, perhaps left by a crash")
     _check_size(raw, limits)
     try:
         text = raw.decode("utf-8")
@@ -152,11 +165,14 @@ def parse_object(raw: bytes | None, limits: Limits) -> dict[str, Any]:
 
 
 def parse_inside(text: str) -> Any:
-    """The JSON that a string of a row holds, under the rules for rows.
+    """Return the JSON value in a string of a row, under the rules for rows.
+
+    Args:
+        text: The string.
 
     Raises:
-        Malformed: It breaks a rule.
-        ValueError: It is not JSON.
+        Malformed: The value breaks a rule.
+        ValueError: The string is not JSON.
     """
     _check_size(text.encode("utf-8"), Limits())
     value = _DECODER.decode(text)
@@ -165,7 +181,11 @@ def parse_inside(text: str) -> Any:
 
 
 def json_type(value: Any) -> str:
-    """What JSON calls the type of `value`, with its article."""
+    """Return the JSON name of a value's type, with its article.
+
+    Args:
+        value: A parsed JSON value.
+    """
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -175,13 +195,18 @@ def json_type(value: Any) -> str:
 
 
 def shown(text: str, width: int = 60) -> str:
-    """`text` for a message: on one line, control characters escaped, cut to `width` characters."""
+    """Return a text for a message: on one line, with control characters escaped, cut to a width.
+
+    Args:
+        text: The text.
+        width: The maximum number of characters.
+    """
     text = text if len(text) <= width else text[: width - 3] + "..."
     return ascii(text) if not text.isprintable() else repr(text)
 
 
 def _check_size(raw: bytes, limits: Limits) -> None:
-    """Depth and number of values, before the parser builds anything: it recurses, and objects are large."""
+    """Check depth and number of values before the parser builds anything, because it recurses and objects are large."""
     opening = raw.count(b"[") + raw.count(b"{")
     if opening > limits.depth:
         depth = 0
@@ -205,7 +230,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for key, value in pairs:
             if key in seen and seen[key] != value:
-                raise Malformed("duplicate_key", f"key {shown(key)} twice, with different values")
+                raise Malformed("duplicate_key", f"key {shown(key)} occurs twice with different values")
             seen[key] = value
     return result
 
@@ -231,7 +256,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant, 
 
 
 def _explain(text: str, error: json.JSONDecodeError) -> NoReturn:
-    """The reason code for a syntax error; the parser's own words differ between Python versions."""
+    """Raise the reason code of a syntax error; the parser's own messages differ between Python versions."""
     at, end = error.pos, len(text.rstrip())
     where = f"at character {at} of the line"
     before = text[:at].rstrip()
@@ -240,7 +265,7 @@ def _explain(text: str, error: json.JSONDecodeError) -> NoReturn:
             raise Malformed("two_objects", f"a second object starts {where}")
         raise Malformed("extra_data", f"{shown(text[at:], 30)} after the object, {where}")
     if re.match(r"\s*\{\s*'", text):
-        raise Malformed("python_repr", "single quotes: a printed Python dict, not JSON; write it with json.dumps")
+        raise Malformed("python_repr", "single quotes, as in a printed Python dict; write JSON with json.dumps")
     if text[at : at + 1] == "\ufeff":
         raise Malformed("byte_order_mark", f"a byte-order mark inside the file, {where}")
     if error.msg.startswith("Invalid control character"):
@@ -258,7 +283,9 @@ def _check_surrogates(value: Any) -> None:
     if isinstance(value, str):
         found = _SURROGATE.search(value)
         if found:
-            raise Malformed("lone_surrogate", f"half a character (\\u{ord(found.group()):04x}) in {shown(value, 30)}")
+            raise Malformed(
+                "lone_surrogate", f"an unpaired surrogate (\\u{ord(found.group()):04x}) in {shown(value, 30)}"
+            )
     elif isinstance(value, dict):
         for key, item in value.items():
             _check_surrogates(key)

@@ -1,4 +1,4 @@
-"""Held-out rows that were seen before: in the pool, among the target rows, in the selection."""
+"""Held-out rows that also occur in the pool, among the target rows, or in the selection."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ _SHOWN = 3
 def find(
     test: Rows, others: Mapping[str, tuple[Rows, Iterable[int] | None]], *, near: float | None = None
 ) -> list[dict[str, Any]]:
-    """For each of `others` (name -> rows, and which of them; None: all usable) that repeats test rows: what and where.
+    """Find test rows that also occur among other rows.
 
-    Rows repeat each other as `dedup` says: exactly, or with `near` (a threshold) nearly.
-    Returns: {"where": name, "rows": how many test rows, "of": all, "examples": ["test.jsonl:3 is pool.jsonl:8"]}.
+    Rows repeat each other as defined by `dedup`: exactly, or nearly if `near` is given.
+
+    Args:
+        test: The test rows.
+        others: Name -> (rows, which of them); None means all usable rows.
+        near: The threshold of near-duplicates.
+
+    Returns:
+        For each of `others` that repeats test rows: {"where": its name, "rows": the number of test rows, "of": the
+        number of all test rows, "examples": ["test.jsonl:3 is pool.jsonl:8"]}.
     """
     found = []
     for name, (rows, among) in others.items():
@@ -30,7 +38,12 @@ def find(
 
 
 def sentence(found: Sequence[Mapping[str, Any]], what: str = "test rows") -> str:
-    """`3 of 60 test rows are also in the pool (test.jsonl:3 is pool.jsonl:8); 1 of 60 in the selection (...)`."""
+    """Return a sentence such as `3 of 60 test rows are also in the pool (test.jsonl:3 is pool.jsonl:8)`.
+
+    Args:
+        found: The result of `find`.
+        what: The name of the rows.
+    """
     return "; ".join(
         f"{one['rows']} of {one['of']} {'' if k else f'{what} are also '}in the {one['where']} "
         f"({', '.join(one['examples'])})"

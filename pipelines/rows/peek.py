@@ -1,7 +1,7 @@
-"""The first rows of the inputs, compared with the columns that the command names, before anything is loaded.
+"""A look at the first rows of the inputs, to compare them with the named columns before anything is loaded.
 
-Looks at the first rows of JSONL, JSON and CSV, and at the schema of Parquet and Arrow files. Rows are judged by the
-reader of rows (`formats`); what is wrong with a row for another reason than its columns is left to it.
+It reads the first rows of JSONL, JSON and CSV files, and the schemas of Parquet and Arrow files. Rows are judged by
+the reader of rows (`formats`), and faults other than wrong columns are left to it.
 """
 
 from __future__ import annotations
@@ -27,21 +27,29 @@ from pipelines.rows.unpacked import reading, unpacked
 from pipelines.settings.base import Columns
 
 ROWS, BYTES, FILES = 200, 1 << 20, 50
-"""How many rows, bytes of a packed file, and files are looked at."""
+"""The number of rows, bytes of a packed file, and files that are read."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen of one input: its first rows, or one row of nulls that stands for the schema of a table."""
+    """The beginning of one input: its first rows, or one row of nulls that represents the schema of a table."""
 
     rows: list[dict[str, Any]]
     schema: bool
     whole: bool
-    """There is nothing else in the input."""
+    """Whether the input has no other rows."""
 
 
 def look(source: Source, limits: Limits = Limits()) -> Look | None:  # noqa: B008 (frozen)
-    """The first rows; None for what is on the hub, and for what cannot be read (the reader says why)."""
+    """Return the first rows of an input.
+
+    Args:
+        source: The input.
+        limits: The limits of one row.
+
+    Returns:
+        None for an input on the hub, and for an input that cannot be read (the reader of rows reports why).
+    """
     path, form = source.path, source.form
     if path is None:
         return None
@@ -60,7 +68,7 @@ def look(source: Source, limits: Limits = Limits()) -> Look | None:  # noqa: B00
 
 
 def _beginning(blocks: Iterator[bytes]) -> tuple[io.BytesIO, bool]:
-    """The first bytes of a packed file, and whether there are more."""
+    """Return the first bytes of a packed file, and whether there are more."""
     start = b""
     for block in blocks:
         start += block
@@ -70,7 +78,7 @@ def _beginning(blocks: Iterator[bytes]) -> tuple[io.BytesIO, bool]:
 
 
 def _first(file: Any, form: str, name: str, limits: Limits) -> tuple[list[dict[str, Any]], bool]:
-    """At most `ROWS` rows, and whether the file has more than were looked at."""
+    """Return at most `ROWS` rows, and whether the file has more."""
     lines = rows_of_stream(file, form, name, limits)
     found: list[dict[str, Any]] = []
     for line in islice(lines, ROWS):
@@ -90,7 +98,7 @@ def check(
     strict: bool = True,
     borrowed: bool = False,
 ) -> None:
-    """Compare the first rows of all `sources` with the names of columns that were given.
+    """Compare the first rows of all inputs with the given column names.
 
     Args:
         sources: The inputs.
@@ -98,11 +106,11 @@ def check(
         flag: The flag that gave the columns, for messages.
         source_key: The column of `--source-key`, if it was named.
         preference: How rows with a chosen and a rejected answer are read.
-        strict: Refuse the inputs for one file without a usable row.
-        borrowed: The columns are those of other rows, and need not be there.
+        strict: Whether to refuse the inputs because of one file without a usable row.
+        borrowed: Whether the columns are those of other rows and may be missing.
 
     Raises:
-        UsageError: A name is none of ours, or a named column is in no row.
+        UsageError: A name is not one of ours, or no row has a named column.
         DataError: No row can be read by its columns.
     """
     known = check_columns(columns)
@@ -147,7 +155,7 @@ def _problem(
 def _all_named(
     seen: Mapping[str, Look], sources: Sequence[Source], known: Mapping[str, str | dict[str, str]], flag: str
 ) -> None:
-    """Refuse a column that was named and that no first row has."""
+    """Refuse a column that was named but that none of the first rows has."""
     for ours, theirs in known.items():
         if isinstance(theirs, dict):
             here = [found for name, found in seen.items() if columns_of(name, known)[1] == ours]
@@ -163,7 +171,7 @@ def _has(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 
 def _refuse_column(seen: Mapping[str, Look], sources: Sequence[Source], name: str, flag: str) -> None:
-    if not seen or len(seen) < len(sources):  # something was not looked at, and may have it
+    if not seen or len(seen) < len(sources):  # an input that was not read may have the column
         return
     rows = [row for found in seen.values() for row in found.rows]
     files = [os.path.basename(source.name) for source in sources]
@@ -177,4 +185,4 @@ def _refuse_column(seen: Mapping[str, Look], sources: Sequence[Source], name: st
 
 def _there(rows: Sequence[Mapping[str, Any]]) -> str:
     names = dict.fromkeys(key for row in rows for key in row)
-    return f"; there are {', '.join(list(names)[:8])}" if names else ""
+    return f"; the columns are {', '.join(list(names)[:8])}" if names else ""

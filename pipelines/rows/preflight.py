@@ -1,4 +1,4 @@
-"""Errors of a command that can be seen without a model: found before torch is imported, in a fraction of a second.
+"""Errors of a command that are visible without a model, found before torch is imported, in a fraction of a second.
 
 The pipelines check all of it again, because they can be called without the command line.
 """
@@ -28,15 +28,19 @@ _FEATURE_METHODS = ("hooks", "loop", "vmap")
 
 
 def check(config: Settings, command: str = "") -> None:
-    """Raise what would be raised later in any case, in the order in which a reader would find it.
+    """Raise the errors that would occur later in any case, in the order in which a reader would find them.
 
-    Flags that exclude each other, names that do not exist, files and folders that are not there, columns that the first
-    rows do not have, a folder that cannot be made or holds something else.
+    These are flags that exclude each other, unknown names, missing files and folders, columns that the first rows do
+    not have, and an output folder that cannot be created or contains something else.
+
+    Args:
+        config: The settings.
+        command: The name of the command.
 
     Raises:
-        UsageError: As the pipelines would.
-        DataError: As the pipelines would.
-        EnvironmentProblem: As the pipelines would.
+        UsageError: As in the pipelines.
+        DataError: As in the pipelines.
+        EnvironmentProblem: As in the pipelines.
     """
     contradictions(config)
     for name, value in _settings(config):
@@ -70,30 +74,29 @@ def check(config: Settings, command: str = "") -> None:
 def contradictions(config: Settings) -> None:
     """Refuse settings that exclude each other. The pipelines call this first.
 
+    Args:
+        config: The settings.
+
     Raises:
         UsageError: Two settings exclude each other.
     """
     if isinstance(config, TrainConfig):
         if config.model.adapter is not None and config.lora is not None:
             raise UsageError(
-                f"model.adapter {config.model.adapter}: fresh adapters would be trained on top of it and saved without "
+                f"model.adapter {config.model.adapter}: new adapters would be trained on top of it and saved without "
                 "it; merge it into its model first, or train all weights (--lora-rank 0)"
             )
         if config.order is not None and config.coreset is not None:
-            raise UsageError(
-                "training in an order (--order) and choosing rows of each batch (coreset) exclude each other; give one"
-            )
+            raise UsageError("--order and --coreset exclude each other; give only one of them")
         if config.coreset is not None:
             _sizes(config.training.batch_size, config.coreset.keep, config.coreset.large_batch)
     elif isinstance(config, AuditConfig):
         if config.lora is None:
-            raise UsageError(
-                "audit: lora is null; arms are trained as adapters, so that one base model serves them all"
-            )
+            raise UsageError("audit: lora is null; an audit trains adapters, so that all arms share one base model")
         for arm in config.against:
             if arm != methods.FULL and "target" in methods.known(arm).needs and not config.target:
                 raise UsageError(
-                    f"audit --against {arm}: compares with target rows; name the run's target files with --target"
+                    f"audit --against {arm}: it compares with target rows; name the run's target files with --target"
                 )
     elif isinstance(config, OrderConfig):
         _order(config)
@@ -103,7 +106,7 @@ def _sizes(batch_size: int, keep: int | None, large: int | None) -> None:
     keep = batch_size if keep is None else keep
     if large is not None and keep > large:
         raise UsageError(
-            f"coreset: {keep} rows to keep of a large batch of {large}; keep fewer (--keep), or draw more "
+            f"coreset: cannot keep {keep} rows of a large batch of {large}; keep fewer (--keep) or draw more "
             "(--large-batch)"
         )
 
@@ -111,16 +114,16 @@ def _sizes(batch_size: int, keep: int | None, large: int | None) -> None:
 def _order(config: OrderConfig) -> None:
     if config.lora is not None and config.lora.dropout > 0:
         raise UsageError(
-            f"lora.dropout is {config.lora.dropout:g}: dropout is drawn anew in every order, and no estimate could "
-            "tell it from the order's effect; set it to 0"
+            f"lora.dropout is {config.lora.dropout:g}: dropout differs in every run, and no estimate could "
+            "separate it from the effect of the order; set it to 0"
         )
     for name in config.estimators if config.grouping == "mixed" else ():
         if names.fact("estimator", name, "by_source"):
             raise UsageError(f"estimator {name}: batches of mixed rows belong to no source; use --grouping source")
     if config.training.max_steps is not None:
-        raise UsageError("training.max_steps: a run is all its --batches; give fewer of them")
+        raise UsageError("training.max_steps cannot be set: a run trains on all --batches; use fewer batches")
     if config.training.gradient == "zo":
-        raise UsageError("training.gradient is zo: an order is estimated from gradients; use gradient 'backprop'")
+        raise UsageError("training.gradient is zo, but orders are estimated from gradients; use gradient 'backprop'")
 
 
 # --------------------------------------------------------------------------------------------------------------- names
@@ -157,7 +160,7 @@ def _names(name: str, value: object) -> None:
 
 
 def _model(config: ModelConfig) -> None:
-    """A model that is written as a path must be one; a file must be GGUF, a folder hold one model."""
+    """Check that a model given as a path exists, that a file is GGUF, and that a folder contains one model."""
     find(config.name)
     template = config.chat
     if template not in ("auto", "tulu") and not Path(template).expanduser().is_file():
@@ -177,7 +180,7 @@ def _file(path: Path, name: str) -> None:
 
 
 def _line(path: Path, line: int) -> None:
-    """The line of `explain FILE:LINE` must be there."""
+    """Check that the line of `explain FILE:LINE` exists."""
     if not path.is_file():
         raise UsageError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give selected.jsonl of a run")
     with open(path, "rb") as file:
@@ -201,7 +204,7 @@ def _writable(out: Path) -> None:
 
 
 def _rows(config: Settings) -> None:
-    """Every input must be there, and its first rows have the columns that the command names."""
+    """Check that every input exists and that its first rows have the named columns."""
     pool: DataConfig | None = None
     for name in type(config).model_fields:
         value = getattr(config, name)

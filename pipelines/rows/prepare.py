@@ -1,4 +1,4 @@
-"""Rows read, checked, encoded and deduplicated. Every pipeline starts here."""
+"""Preparing rows: they are read, checked, encoded and deduplicated. Every pipeline starts here."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from pipelines.settings.base import Columns
 from pipelines.settings.parts import DataConfig, ModelConfig, TargetData
 
 _LEFT_OUT = {
-    "reasoning_dropped": "the chat template leaves out reasoning (often that of all turns but the last)",
-    "call_text_dropped": "the chat template leaves out what a turn says beside its tool calls",
-    "tools_dropped": "the chat template does not write the definitions of tools",
-    "system_dropped": "the chat template leaves out the system turn",
+    "reasoning_dropped": "the chat template omits reasoning (often that of all turns except the last)",
+    "call_text_dropped": "the chat template omits the text of a turn next to its tool calls",
+    "tools_dropped": "the chat template omits the definitions of tools",
+    "system_dropped": "the chat template omits the system turn",
 }
-"""Flags of rows that are kept though something of them is not in their tokens, and what is said about them."""
-_OF_TARGET = ". Correct them or take them out of their file: no such row is left out silently, for each one counts"
+"""Flags of rows that are kept although their tokens omit a part of them -> the text of the warning."""
+_OF_TARGET = ". Correct them or remove them from the file; target rows are never left out automatically"
 
 
 def prepare(
@@ -44,16 +44,16 @@ def prepare(
     folder: Path | None = None,
     limits: ModelLimits = ModelLimits(),
 ) -> Rows:
-    """Read, encode and deduplicate the rows of `data`; bad ones are written to `folder`/bad_rows.jsonl.
+    """Read, encode and deduplicate rows. Bad rows are written to `folder`/bad_rows.jsonl.
 
     Args:
         data: Where the rows are, and how they are read.
         model: How they are encoded.
         tokenizer: The tokenizer of the model.
-        cache: The folder for JSONL copies of inputs, and for the tokens of the rows.
-        label: What messages call the rows.
+        cache: The folder for JSONL copies of inputs and for the tokens of the rows.
+        label: The name of the rows in messages.
         folder: The folder for bad_rows.jsonl and quarantine.jsonl; None writes neither.
-        limits: What the model takes. Rows are compared with it here, before anything is computed.
+        limits: The limits of the model. Rows are compared with them here, before anything is computed.
 
     Raises:
         DataError: A row is bad and the policy is "error" (the message names file, line and reason), or no row is left.
@@ -72,7 +72,7 @@ def prepare(
     except DataError as error:
         if isinstance(data, TargetData) and (said := str(error).partition(". Correct them"))[1]:
             raise DataError(f"{said[0]}{_OF_TARGET}") from error
-        if folder is not None and policy == "error":  # the message shows the first few; the file holds all
+        if folder is not None and policy == "error":  # the message shows the first few; the file has all
             with suppress(DataError):
                 _write_bad(folder, read_pool(data.paths, on_bad_row="skip", **reading)[1])
         raise
@@ -93,7 +93,7 @@ def prepare(
             + (
                 _OF_TARGET
                 if isinstance(data, TargetData)
-                else "; correct them, or go on without them: --on-bad-row skip (or quarantine)"
+                else "; correct them, or continue without them: --on-bad-row skip (or quarantine)"
             )
         )
     rows = Rows(pool, scanned, encoder, [*bad, *scanned.bad], status, kept=kept)
@@ -107,10 +107,10 @@ def prepare(
     _compare(rows, limits, model.max_length, label)
     for flag, what in _LEFT_OUT.items():
         if count := scanned.flags[flag]:
-            warn(f"{label}: in {count} of {len(pool)} rows {what}; the rest of them is used")
+            warn(f"{label}: in {count} of {len(pool)} rows, {what}; the rest of each row is used")
     if rows.bad:
         where = f"; see {folder / 'bad_rows.jsonl'}" if folder is not None else ""
-        warn(f"{label}: {len(rows.bad)} bad rows are left out{where}")
+        warn(f"{label}: {len(rows.bad)} bad rows were left out{where}")
     if folder is not None and rows.bad:
         _write_bad(folder, rows.bad)
     if quarantine is not None and scanned.bad:
@@ -120,24 +120,24 @@ def prepare(
 
 
 def _compare(rows: Rows, limits: ModelLimits, asked: int | None, label: str) -> None:
-    """Say which rows were cut to the positions of the model, and which go beyond those that it was trained for."""
+    """Warn about rows that were cut to the positions of the model, and about rows beyond its training length."""
     positions = limits.positions
     if positions is None:
         return
     cut = int((rows.scan.cut > 0).sum())
     if cut and asked != rows.encoder.max_length:
-        warn(f"{label}: {cut} of {len(rows)} rows were cut at {positions} tokens, the positions of the model")
+        warn(f"{label}: {cut} of {len(rows)} rows were cut to {positions} tokens, the number of positions of the model")
     beyond = int((rows.scan.tokens > positions).sum())
     if beyond:
         warn(
-            f"{label}: {beyond} of {len(rows)} rows are longer than the {positions} tokens that the model was made "
+            f"{label}: {beyond} of {len(rows)} rows are longer than the {positions} tokens that the model was trained "
             f"for; --max-length {positions} cuts them"
         )
 
 
 def _write_bad(folder: Path, bad: Sequence[BadRow]) -> None:
-    """`bad_rows.jsonl`: file, line, byte offset, reason and detail of each row that cannot be used."""
-    names = {name: redact(name) for name in {b.file for b in bad}}  # it takes long, and files are few
+    """Write `bad_rows.jsonl`: file, line, byte offset, reason and detail of each row that cannot be used."""
+    names = {name: redact(name) for name in {b.file for b in bad}}  # redaction is slow, and there are few files
     lines = (
         {"file": names[b.file], "line": b.line, "byte_offset": b.byte_offset, "reason": b.reason, "detail": b.detail}
         for b in bad
@@ -146,7 +146,13 @@ def _write_bad(folder: Path, bad: Sequence[BadRow]) -> None:
 
 
 def target_data(pool: DataConfig, paths: Sequence[str], columns: Columns | None = None) -> TargetData:
-    """How target rows are read: as the pool's are, but with their own `columns`, and every one of them must be good."""
+    """Return how target rows are read: like the pool, but with their own columns, and every row must be usable.
+
+    Args:
+        pool: How the pool is read.
+        paths: Where the target rows are.
+        columns: The columns of the target rows; by default those of the pool are tried.
+    """
     shared = pool.model_dump(include=set(DataConfig.model_fields))
     mine = {"paths": list(paths), "on_bad_row": "error", "dedup": "none", "borrowed": columns is None}
     return TargetData(**shared | mine | ({} if columns is None else {"columns": columns}))

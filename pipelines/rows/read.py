@@ -1,4 +1,4 @@
-"""Rows read and checked, each with its place in its file and, where it cannot be used, the reason."""
+"""Reading and checking rows; each has its place in its file and, if it cannot be used, the reason."""
 
 import os
 from collections import Counter
@@ -35,21 +35,32 @@ def read_pool(
     preference: str | None = None,
     limits: Limits = Limits(),  # noqa: B008 (frozen)
 ) -> tuple[Pool, list[BadRow]]:
-    """Read and check every row of `paths`: files, folders, and data sets of the hub (`sources.find_sources`).
+    """Read and check every row of files, folders, and data sets of the hub (`input_files.find_sources`).
 
-    `on_bad_row`: "error" refuses the whole input if a row is bad or an id is used twice; "skip" goes on without bad
-    rows; "quarantine" also copies their lines, byte for byte, to the file `quarantine`, to be corrected and read again.
-    Rows with a repeated id are kept under a new one by the last two. Blank lines are ignored and counted.
-    `columns` maps our names (`formats.COLUMNS`) to the data's, also file by file (`formats.Columns`); with `detect`, a
-    row without these columns is read by the usual ones. `preference`: "chosen" reads rows with a chosen and a rejected
-    answer as the chosen one. `cache` is the folder for JSONL copies of tables.
+    Rows with a repeated id get a new one, unless `on_bad_row` is "error". Blank lines are ignored and counted.
 
-    Cost: one pass, linear in bytes; memory for one line, about 40 bytes per row, and the ids.
+    Args:
+        paths: The inputs.
+        on_bad_row: "error" refuses the whole input if a row is bad or an id occurs twice. "skip" leaves bad rows out.
+            "quarantine" also copies their lines, byte for byte, to the file `quarantine`.
+        source_key: The column that names a row's source.
+        cache: The folder for JSONL copies of tables.
+        quarantine: The file for bad rows.
+        columns: Our names (`formats.COLUMNS`) -> the data's, also per file (`formats.Columns`).
+        detect: Whether to detect the format of a row that does not have these columns.
+        preference: "chosen" reads rows with a chosen and a rejected answer as the chosen one.
+        limits: The limits of one input.
+
+    Returns:
+        The usable rows, and the bad ones.
 
     Raises:
         UsageError: The policy is unknown.
         DataError: A row is bad under the policy "error", a file cannot be read, or no row is usable.
         EnvironmentProblem: A data set of the hub cannot be loaded.
+
+    Cost:
+        One pass, linear in bytes. Memory: one line, about 40 bytes per row, and the ids.
     """
     if on_bad_row not in POLICIES:
         raise UsageError(f"on_bad_row is {on_bad_row!r}; expected one of {', '.join(POLICIES)}")
@@ -84,7 +95,7 @@ def _read_source(
     pool._names.append(source.name)
     pool._columns.append(columns)
     stem = source.stem
-    sources: dict[str, str] = {}  # one object a name
+    sources: dict[str, str] = {}  # one object per name
     before, bad_before, blank = len(pool), len(bad), 0
     digest = xxhash.xxh3_128()
     with files.open_file(path, buffering=1 << 20) as file:
@@ -120,7 +131,7 @@ def _read_source(
 
 
 class _Ids:
-    """The ids given so far. Strict: a data row's own id twice is Malformed; else it gets `#2`, `#3`, ... added."""
+    """The ids so far. If strict, a repeated id of a row is Malformed; otherwise it gets `#2`, `#3`, ... appended."""
 
     def __init__(self, strict: bool) -> None:
         self._strict = strict
@@ -142,13 +153,13 @@ class _Ids:
 
 
 def _check_files(columns: Mapping[str, str | dict[str, str]], names: Sequence[str]) -> None:
-    """Refuse the columns of a file that is not read: a slip in its name would read it by others."""
+    """Refuse columns for a file that is not an input, because of a mistake in its name other columns would be used."""
     unused = {name for name, own in columns.items() if isinstance(own, dict)}
     unused -= {columns_of(name, columns)[1] or "" for name in names}
     if unused:
         known = ", ".join(shown(name, 200) for name in names[:5])
         raise UsageError(
-            f"columns: {shown(min(unused), 200)} is none of the files that are read ({known}"
+            f"columns: {shown(min(unused), 200)} is not one of the input files ({known}"
             f"{', ...' if len(names) > 5 else ''})"
         )
 
@@ -182,7 +193,7 @@ def _row_flags(shape: Shape, own: str | None, identity: str, source: str | None)
 
 
 def _copy_line(file: BinaryIO, line: Line, out: BinaryIO) -> None:
-    """The line's bytes, also when it was too long to keep."""
+    """Copy the bytes of a line, even if it was too long to keep."""
     if line.raw is not None:
         out.write(line.raw + b"\n")
         return
@@ -202,6 +213,6 @@ def _refusal(bad: list[BadRow], total: int) -> str:
     first = "; ".join(map(str, bad[:5]))
     more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
     return (
-        f"{len(bad)} of {total} rows cannot be used ({reasons}): {first}{more}. Correct them, or go on without "
+        f"{len(bad)} of {total} rows cannot be used ({reasons}): {first}{more}. Correct them, or continue without "
         "them: --on-bad-row skip (or quarantine, which copies them to a file)"
     )

@@ -9,15 +9,15 @@ from pipelines.rows.formats.shape import Message
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example. A conversation has `messages`, plain text has `text`, a plain pair has `prompt` and `completion`."""
+    """One row. A conversation has `messages`, plain text has `text`, and a plain pair has `prompt` and `completion`."""
 
     id: str
-    """Unique in the pool: the row's own id, or `<file stem>:<line>`; a repeated one has `#2`, `#3`, ... added."""
+    """Unique in the pool: the row's own id, or `<file stem>:<line>`; a repeated id has `#2`, `#3`, ... appended."""
     source: str
-    """The row's `dataset` (or what `source_key` says), else its `source`, else the stem of its file."""
+    """The row's `dataset` (or the column `source_key`), else its `source`, else the stem of its file."""
     file: str
     line: int
-    """1-based line of the file; for a table or a JSON array, the number of the row."""
+    """The line of the file, counted from 1; for a table or a JSON array, the number of the row."""
     raw: bytes
     """The line as it stands in the file without its "\\n" (a "\\r" before it stays); a table's row as JSON."""
     messages: tuple[Message, ...] = ()
@@ -26,17 +26,17 @@ class Row:
     prompt: str | None = None
     completion: str | None = None
     masked: frozenset[int] = frozenset()
-    """Positions in `messages` of assistant turns that are context only, without loss."""
+    """Positions in `messages` of assistant turns that are only context, without loss."""
     flags: tuple[str, ...] = ()
-    """What is odd about the row; `pipelines.rows.formats.Shape`."""
+    """Peculiarities of the row; see `pipelines.rows.formats.Shape`."""
     tools: tuple[Any, ...] = ()
-    """Definitions of tools that the template writes; `pipelines.rows.formats.Shape`."""
+    """Definitions of tools for the template; see `pipelines.rows.formats.Shape`."""
 
     @property
     def turns(self) -> tuple[tuple[str, str], ...]:
-        """(role, text) of each turn, whatever the format of the row; plain text is one turn of the role "text".
+        """(role, text) of each turn, whatever the format of the row; plain text is one turn with the role "text".
 
-        Everything that reads a row as text reads it here: TF-IDF, duplicates, reports.
+        All code that reads a row as text uses this: TF-IDF, duplicates, reports.
         """
         if self.messages:
             return tuple((turn["role"], text_of(turn)) for turn in self.messages)
@@ -46,12 +46,12 @@ class Row:
 
     @property
     def whole(self) -> str:
-        """The text of all turns, a line break between two."""
+        """The text of all turns, separated by line breaks."""
         return "\n".join(text for _, text in self.turns)
 
     @property
     def question(self) -> str:
-        """What comes before the last answer, for people; "" for plain text."""
+        """The text before the last answer, for display; "" for plain text."""
         return "\n\n".join(text for _, text in self.turns[: self._last()])
 
     @property
@@ -60,7 +60,11 @@ class Row:
         return self.turns[self._last()][1]
 
     def shown(self, limit: int | None = None) -> dict[str, str]:
-        """The row as reports show it: `prompt` and `answer`, each cut to `limit` characters."""
+        """Return the row as reports show it: `prompt` and `answer`.
+
+        Args:
+            limit: The maximum number of characters of each; None is no limit.
+        """
         return {"prompt": _cut(self.question, limit), "answer": _cut(self.answer, limit)}
 
     def _last(self) -> int:
@@ -69,12 +73,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be used, and where it stands."""
+    """A row that cannot be used, and its place."""
 
     file: str
     line: int
     byte_offset: int
-    """Of the line's first byte in its file; for a table, in the JSONL copy. -1 where there is none."""
+    """The offset of the line's first byte in its file; for a table, in the JSONL copy. -1 if there is none."""
     reason: str
     """A short code: truncated_json, unknown_role, empty_answer, ..."""
     detail: str

@@ -1,4 +1,4 @@
-"""Rows that are ready for work: their pool, their tokens, and which of them may be used."""
+"""Rows that are ready for use: their pool, their tokens, and which of them are usable."""
 
 from __future__ import annotations
 
@@ -21,34 +21,37 @@ from pipelines.rows.tokens import Tokens
 
 @dataclass
 class Rows:
-    """A pool, what encoding it has shown, and which rows may be used."""
+    """A pool, the result of encoding it, and which rows are usable."""
 
     pool: Pool
     scan: Scan
     encoder: Encoder
     bad: list[BadRow]
     status: list[str]
-    """Of each row: "ok", "duplicate", or the reason why it cannot be encoded."""
+    """For each row: "ok", "duplicate", or the reason why it cannot be encoded."""
     twins: dict[int, int] = field(default_factory=dict)
-    """A duplicate's row -> the row that is kept in its place."""
+    """A duplicate -> the row that is kept instead."""
     kept: Tokens | None = None
-    """The tokens of all rows on disk; None encodes a row whenever it is asked for."""
+    """The tokens of all rows on disk; with None, a row is encoded whenever it is needed."""
 
     def __len__(self) -> int:
         return len(self.pool)
 
     @property
     def usable(self) -> NDArray[np.bool_]:
-        """[n], rows with status "ok"."""
+        """bool [n], the rows with status "ok"."""
         return np.asarray([status == "ok" for status in self.status])
 
     @property
     def keys(self) -> list[str]:
-        """Content hash of each row; "" where it could not be encoded."""
+        """The content hash of each row; "" for rows that could not be encoded."""
         return self.scan.keys
 
     def item(self, index: int) -> tuple[list[int], list[int]]:
-        """(input_ids, labels) of row `index`: the kept tokens, or encoded again where they are damaged or not kept.
+        """Return (input_ids, labels) of a row: the kept tokens, or encoded again if these are damaged or missing.
+
+        Args:
+            index: The number of the row.
 
         Raises:
             RowError: The row cannot be encoded.
@@ -59,7 +62,7 @@ class Rows:
         return encoded.input_ids, encoded.labels
 
     def unique(self) -> dict[str, int]:
-        """Content hash -> one usable row that has it, longest rows first: what must be computed once."""
+        """Return content hash -> one usable row that has it, longest rows first: what must be computed once."""
         order = sorted(np.flatnonzero(self.usable).tolist(), key=lambda i: (-int(self.scan.tokens[i]), self.keys[i]))
         first: dict[str, int] = {}
         for index in order:
@@ -67,22 +70,27 @@ class Rows:
         return first
 
     def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """The padded batch of these rows."""
+        """Return the padded batch of some rows.
+
+        Args:
+            indices: The rows.
+            device: The device of the batch.
+        """
         return {name: t.to(device) for name, t in collate([self.item(index) for index in indices]).items()}
 
     def micro_batches(
         self, indices: Sequence[int], budget: int, device: torch.device | str = "cpu", *, part: slice = slice(None)
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """These rows in padded batches of at most `budget` tokens, longest rows first.
+        """Yield some rows in padded batches of at most `budget` tokens, longest rows first.
 
         Args:
             indices: The rows.
-            budget: The most padded tokens of a batch; see `datatools.token_batches`.
-            device: Where the batches are put.
+            budget: The maximum number of padded tokens of a batch; see `datatools.token_batches`.
+            device: The device of the batches.
             part: Which of the batches; one of several processes takes `slice(rank, None, world_size)`.
 
         Yields:
-            (places in `indices`, the batch of these rows).
+            (positions in `indices`, the batch of these rows).
         """
         lengths = [int(self.scan.tokens[index]) for index in indices]
 
@@ -92,6 +100,10 @@ class Rows:
         return micro_batches(lengths, budget, batch_of, part=part)
 
     def tokens(self, where: NDArray[np.bool_] | None = None) -> int:
-        """Tokens of the usable rows (of those in `where`)."""
+        """Return the number of tokens of the usable rows.
+
+        Args:
+            where: bool [n], the rows to count instead.
+        """
         mask = self.usable if where is None else where
         return int(self.scan.tokens[mask].sum())

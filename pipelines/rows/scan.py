@@ -1,4 +1,4 @@
-"""What encoding every row of a pool shows: lengths, content keys, and what is wrong."""
+"""The result of encoding every row of a pool: lengths, content keys, and faults."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -17,24 +17,28 @@ from pipelines.rows.row import BadRow
 
 @dataclass(frozen=True)
 class Scan:
-    """What encoding a pool once has shown. Entry i of an array is row i of the pool; zero or "" where it is not ok."""
+    """The result of encoding a pool once. Entry i of an array is row i of the pool, zero or "" if the row is not ok."""
 
     ok: NDArray[np.bool_]
     tokens: NDArray[np.int32]
-    """After cutting."""
+    """The number of tokens after cutting."""
     supervised: NDArray[np.int32]
     cut: NDArray[np.int32]
     keys: list[str]
     bad: list[BadRow]
     flags: Counter[str] = field(default_factory=Counter)
-    """How many rows have each flag of `Encoded`."""
+    """The number of rows with each flag of `Encoded`."""
 
 
 class Progress(Protocol):
-    """Whatever shows the progress of a job."""
+    """An object that shows the progress of a job."""
 
     def advance(self, n: int = 1, /) -> object:
-        """`n` more rows are done."""
+        """Count more rows as finished.
+
+        Args:
+            n: The number of rows.
+        """
 
 
 def scan(
@@ -43,9 +47,7 @@ def scan(
     progress: Progress | None = None,
     keep: Callable[[int, Encoded], object] | None = None,
 ) -> Scan:
-    """Encode every row once, and record its length, its tokens with loss, its key, and what is wrong with it.
-
-    Cost: one pass over the files; 13 bytes per row, and its key.
+    """Encode every row once, and record its length, its tokens with loss, its key, and its faults.
 
     Args:
         pool: The rows.
@@ -54,7 +56,10 @@ def scan(
         keep: Called with the number and the tokens of each row that can be encoded.
 
     Raises:
-        DataError: As `Encoder` does.
+        DataError: As in `Encoder`.
+
+    Cost:
+        One pass over the files; 13 bytes per row, plus its key.
     """
     n = len(pool)
     result = Scan(np.zeros(n, bool), np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32), [""] * n, [])

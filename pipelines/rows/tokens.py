@@ -1,9 +1,9 @@
 """The tokens of a pool: every row is encoded once, and its tokens are kept on disk for all stages of a run.
 
-The file holds one record per row (ids as int32, then one byte per token that says whether it has loss), and after them
-an index with what encoding showed. It gets its name only when it is complete. It is used again for the same rows, read
-the same way, and encoded by the same code with the same tokenizer, template and limits; the index has a digest, and
-every record is compared with the content key of its row. What is damaged or missing is encoded again.
+The file has one record per row (ids as int32, then one byte per token for whether it has loss), followed by an index
+with the results of encoding. It gets its name only when it is complete. It is used again for the same rows, if they
+are read in the same way and encoded by the same code with the same tokenizer, template and limits. The index has a
+digest, and every record is compared with the content key of its row. Damaged or missing records are encoded again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FOOTER = struct.Struct("<QQ16s8s")  # bytes of the arrays and of the facts, the
 _ARRAYS = (("ok", "<u1"), ("tokens", "<i4"), ("supervised", "<i4"), ("cut", "<i4"))
 _KEY_BYTES = 16
 _ONE_RUN = {"template_too_slow", "template_too_large"}
-"""Reasons that depend on the machine: what was encoded is kept for this run, and not used by the next one."""
+"""Reasons that depend on the machine: such tokens are kept for this run only, and the next run encodes again."""
 
 
 class Tokens:
@@ -41,8 +41,8 @@ class Tokens:
 
     Args:
         path: The file.
-        index_at: Where its index of records begins.
-        scan: What encoding the pool has shown.
+        index_at: The offset of its index of records.
+        scan: The result of encoding the pool.
     """
 
     def __init__(self, path: Path, index_at: int, scan: Scan) -> None:
@@ -51,7 +51,11 @@ class Tokens:
         self._scan = scan
 
     def row(self, index: int) -> Encoded | None:
-        """The tokens of row `index`; None if they are not there or are damaged."""
+        """Return the tokens of a row; None if they are missing or damaged.
+
+        Args:
+            index: The number of the row.
+        """
         if not self._scan.ok[index]:
             return None
         try:
@@ -72,20 +76,20 @@ class Tokens:
 def encode_pool(
     pool: Pool, encoder: Encoder, folder: Path, label: str, progress: Progress | None = None
 ) -> tuple[Scan, Tokens]:
-    """Encode every row of a pool, or read what an earlier command kept of the same encoding.
+    """Encode every row of a pool, or read the tokens that an earlier command kept of the same encoding.
 
     Args:
         pool: The rows.
         encoder: How they are encoded.
-        folder: Where the file of tokens is, or will be.
-        label: What the rows are called; there is one file per label and folder.
+        folder: The folder of the file of tokens.
+        label: The name of the rows; there is one file per label and folder.
         progress: Advanced by one per row.
 
     Returns:
-        What encoding has shown, and the tokens.
+        The result of encoding, and the tokens.
 
     Raises:
-        DataError: As `Encoder` does, and when the file cannot be written.
+        DataError: As in `Encoder`, or the file cannot be written.
     """
     slug = re.sub(r"[^A-Za-z0-9]+", "-", label)
     key = _key(pool, encoder)
@@ -125,7 +129,7 @@ def _write_index(file: BinaryIO, scanned: Scan, offsets: NDArray[np.int64], key:
 
 
 def _read(path: Path, key: str, pool: Pool) -> tuple[Scan, Tokens] | None:
-    """The index of a file of tokens; None if it is not there, is damaged, or is of another encoding."""
+    """Return the index of a file of tokens; None if it is missing, damaged, or of another encoding."""
     n = len(pool)
     try:
         with open(path, "rb") as file:
@@ -160,13 +164,13 @@ def _read(path: Path, key: str, pool: Pool) -> tuple[Scan, Tokens] | None:
 
 
 def _key(pool: Pool, encoder: Encoder) -> str:
-    """xxh3-128 of all that the tokens of the pool depend on."""
+    """Return the xxh3-128 of all facts on which the tokens of the pool depend."""
     return files.digest(json.dumps([pool.identity(), encoder.identity(), _code()], sort_keys=True).encode())
 
 
 @cache
 def _code() -> dict[str, str]:
-    """The code that encodes rows: digests of the files of this room, and versions of the packages that they call."""
+    """Return the code that encodes rows: digests of the files of this room, and versions of the packages it calls."""
     room = Path(__file__).parent
     found = {path.relative_to(room).as_posix(): files.digest_file(path) for path in sorted(room.rglob("*.py"))}
     return found | {name: importlib.metadata.version(name) for name in ("jinja2", "tokenizers", "transformers")}

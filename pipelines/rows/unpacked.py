@@ -10,11 +10,16 @@ from typing import Any, BinaryIO
 from datatools import files
 
 BLOCK = 1 << 20
-_XZ_MEMORY = 1 << 30  # bytes that unpacking may take; files made by xz -9 take 65 MiB
+_XZ_MEMORY = 1 << 30  # memory limit of unpacking in bytes; files from xz -9 need 65 MiB
 
 
 def unpacked(raw: BinaryIO, how: str) -> Iterator[bytes]:
-    """The content of a compressed file in blocks, none of them empty."""
+    """Yield the content of a compressed file in blocks, none of them empty.
+
+    Args:
+        raw: The file, at its beginning.
+        how: The compression, one of `input_files.PACKED`.
+    """
     if how == ".bz2":
         yield from _members(raw, bz2.BZ2Decompressor)
     elif how == ".xz":
@@ -31,8 +36,9 @@ def unpacked(raw: BinaryIO, how: str) -> Iterator[bytes]:
 
 
 def _members(raw: BinaryIO, start: Callable[[], Any]) -> Iterator[bytes]:
-    """The content of a bzip2 or xz file, which may hold several streams, one after the other. Python's own readers take
-    what cannot be read after the first stream for its end.
+    """Yield the content of a bzip2 or xz file, which may contain several streams.
+
+    Python's own readers ignore everything after the first stream that they cannot read.
     """
     member, fresh = start(), True
     while block := raw.read(BLOCK):
@@ -54,10 +60,13 @@ def _members(raw: BinaryIO, start: Callable[[], Any]) -> Iterator[bytes]:
 
 
 def reading(path: Path) -> BinaryIO:
-    """Open `path` to read its bytes.
+    """Open a file to read its bytes.
+
+    Args:
+        path: The file.
 
     Raises:
-        DataError: It cannot be opened.
+        DataError: The file cannot be opened.
     """
     try:
         return open(path, "rb")

@@ -1,1 +1,1 @@
-"""Run folders: what a run writes, whether it still is what was written, and how a run goes on."""
+"""Run folders: what a run writes, how its files are verified, and how a run continues."""

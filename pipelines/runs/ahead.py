@@ -1,16 +1,15 @@
-"""How long the rest of a run takes, from the estimates of its parts and from how long the finished ones took."""
+"""The time that the rest of a run takes, estimated from its parts and corrected by the parts that have finished."""
 
 from collections.abc import Mapping
 
 
 class Ahead:
-    """What is still to come in a run.
+    """The parts of a run that have not finished yet.
 
-    The ratio of the time that finished parts took to their estimates corrects the estimates of the others.
+    The ratio of the measured time of finished parts to their estimates corrects the estimates of the other parts.
 
     Args:
-        parts: estimated seconds of each part, by the label of its progress.
-
+        parts: Estimated seconds of each part, by the label of its progress.
     """
 
     def __init__(self, parts: Mapping[str, float]) -> None:
@@ -18,20 +17,27 @@ class Ahead:
         self._took = self._guessed = 0.0
 
     def finish(self, label: str, seconds: float) -> None:
-        """Record that the part `label` is over and took `seconds`."""
+        """Record that a part has finished.
+
+        Args:
+            label: The label of the part.
+            seconds: How long the part took.
+        """
         guess = self.parts.pop(label, None)
         if guess is not None:
             self._took, self._guessed = self._took + seconds, self._guessed + guess
 
     def left(self, label: str, seconds: float, share: float, eta: float | None) -> float:
-        """Estimate the seconds to the end of the run.
+        """Estimate the seconds until the end of the run.
 
         Args:
-            label: the part that runs now.
-            seconds: how long it has run.
-            share: how much of it is done, from 0 to 1.
-            eta: what its own rate says is left of it, in seconds.
+            label: The part that is running.
+            seconds: How long this part has been running.
+            share: The finished share of this part, from 0 to 1.
+            eta: The seconds that this part still needs at its own rate; None if the rate is unknown.
 
+        Returns:
+            Seconds.
         """
         guess = self.parts.get(label, 0.0)
         took, guessed = self._took + seconds * (guess > 0), self._guessed + guess * share

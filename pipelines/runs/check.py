@@ -1,4 +1,4 @@
-"""What stops a run from being continued: other settings, changed inputs, damaged files. Each is refused by name."""
+"""Checks before a run continues: other settings, changed inputs and damaged files are refused by name."""
 
 import json
 import re
@@ -18,35 +18,34 @@ from pipelines.settings.load import load_config
 from pipelines.texts import visible
 
 INPUTS = {"inputs", "bad_rows.jsonl", "quarantine.jsonl"}
-"""What reading the inputs leaves behind, before anything is made of them."""
+"""Files that reading the inputs leaves in the folder, before any result is computed."""
 
 OURS = run_files.RECORDS | run_files.OPEN
-"""What may lie in a folder that a killed run left before it wrote run.yaml."""
+"""Files that a run may leave in its folder if it is killed before it writes run.yaml."""
 
 _BEFORE_CHANGE = "before-change-"
 
 
 def settings(folder: Path, config: Settings, command: str) -> bool:
-    """Compare the settings of the run in `folder` with those asked for.
+    """Compare the settings of an existing run with the requested settings.
 
     Args:
-        folder: of a run, which holds run.yaml.
-        config: the settings asked for.
-        command: the command that asks.
+        folder: The folder of the run, which contains run.yaml.
+        config: The requested settings.
+        command: The command that requests them.
 
     Returns:
         Whether a setting differs that is only read at the end, so that run.yaml must be written again.
 
     Raises:
-        UsageError: The run is of another command or has other settings; says which.
-
+        UsageError: The run belongs to another command or has other settings; the message names them.
     """
     path = folder / "run.yaml"
-    aside = f"choose another --out, or --overwrite to move it to {shown(folder)}.old-N"
+    aside = f"choose another --out, or use --overwrite to move the run to {shown(folder)}.old-N"
     first_line = files.read_bytes(path, limit=1_000_000).decode("utf-8", "replace").partition("\n")[0]
     match = re.match(r"# Replays this run: datatools ([a-z-]+) ", first_line)
     if match and match[1] != command:
-        raise UsageError(f"{shown(folder)} holds a run of `datatools {match[1]}`, not {command}; {aside}")
+        raise UsageError(f"{shown(folder)} contains a run of `datatools {match[1]}`, not of {command};  {aside}")
     try:
         before = load_config(type(config), path, wanted=())  # only compared with what was asked for
     except UsageError as error:
@@ -57,8 +56,8 @@ def settings(folder: Path, config: Settings, command: str) -> bool:
         named = [f"{n} was {_value(old.get(n))}, is {_value(new.get(n))}" for n in differing[:5]]
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise UsageError(
-            f"{shown(folder)} holds a run with other settings: {'; '.join(named)}{more}. "
-            f"Use its settings to continue it, {aside}"
+            f"{shown(folder)} contains a run with other settings:  {'; '.join(named)}{more}. "
+            f"Use the same settings to continue the run, or {aside}"
         )
     kept = [as_dict(one, leave_out=("volatile", "elsewhere")) for one in (before, config)]
     return kept[0] != kept[1]
@@ -66,12 +65,12 @@ def settings(folder: Path, config: Settings, command: str) -> bool:
 
 @dataclass
 class Changes:
-    """What differs from the facts that a run began with, and was accepted."""
+    """Accepted differences from the facts that were recorded when the run began."""
 
     accepted: list[tuple[str, Json, Json]] = field(default_factory=list)
     """Per fact: dotted name, old value, new value."""
     outdated: list[str] = field(default_factory=list)
-    """Names of those that what the run has made so far depends on."""
+    """Names of the changed facts on which existing results depend."""
 
 
 def facts(
@@ -82,18 +81,20 @@ def facts(
     by_content: Collection[str],
     folder: Path,
 ) -> Changes:
-    """Compare facts about the world with those that a run began with.
+    """Compare facts about the environment with the facts that were recorded when the run began.
 
     Args:
-        known: the facts recorded, by group; groups that are missing are not compared.
-        now: the facts of this attempt, by group, flat or nested.
-        accept: names, or first parts of names, that may have changed.
-        by_content: groups whose results are kept under the content that they were made of.
-        folder: of the run, for the message.
+        known: The recorded facts, by group. Groups that were not recorded are not compared.
+        now: The facts of this attempt, by group, flat or nested.
+        accept: Names, or first parts of names, that may have changed.
+        by_content: Groups whose results are stored by the content that they were computed from.
+        folder: The folder of the run, for the message.
+
+    Returns:
+        The accepted changes.
 
     Raises:
-        DataError: Something else has changed; names it, with old and new value.
-
+        DataError: Another fact has changed; the message gives its name, the old value and the new value.
     """
     found, refused = Changes(), []
     for group, value in now.items():
@@ -109,7 +110,7 @@ def facts(
                 refused.append((group, name, was, is_))
                 continue
             found.accepted.append((name, was, is_))
-            if group not in (*by_content, "code", "numerics"):  # those two: what is there is gone on with
+            if group not in (*by_content, "code", "numerics"):  # existing results stay valid for those two
                 found.outdated.append(name)
     if refused:
         named = [f"{name} was {_value(was)}, is {_value(is_)}" for _, name, was, is_ in refused[:4]]
@@ -117,29 +118,28 @@ def facts(
         flags = " ".join(f"--accept-change {group}" for group in dict.fromkeys(group for group, *_ in refused))
         raise DataError(
             f"changed since the run in {shown(folder)} began: {'; '.join(named)}{more}. Restore it{_how(refused)}, "
-            f"start again with another --out or --overwrite, or continue in spite of it with {flags}"
+            f"start again with another --out or --overwrite, or continue despite the change with {flags}"
         )
     return found
 
 
 def _how(refused: Sequence[tuple[str, str, Json, Json]]) -> str:
-    """How to restore what was refused, where that is not obvious."""
+    """Return how to restore a refused fact, where that is not obvious."""
     threads = next((was for _, name, was, _ in refused if name == "numerics.threads"), None)
     if threads is None:
         return ""
-    return f" (OMP_NUM_THREADS={threads} does so for threads; torchrun sets it to 1 where nobody else does)"
+    return f" (set OMP_NUM_THREADS={threads} for threads; torchrun sets it to 1 if it is not set)"
 
 
 def set_results_aside(folder: Path, changed: Sequence[str]) -> bool:
-    """Move what the run has made so far to `before-change-N` in its folder, except for what was read just now.
+    """Move the existing results of a run to `before-change-N` in its folder, except for the inputs that were just read.
 
     Args:
-        folder: of the run.
-        changed: names of what has changed, for the message.
+        folder: The folder of the run.
+        changed: Names of the changed facts, for the message.
 
     Returns:
         Whether there was anything to move.
-
     """
     kept = OURS | INPUTS
     names = [entry.name for entry in sorted(folder.iterdir()) if entry.name not in kept]
@@ -152,33 +152,32 @@ def set_results_aside(folder: Path, changed: Sequence[str]) -> bool:
     files.make_folder(aside)
     for name in names:
         files.move(folder / name, aside / name)
-    say(f"{', '.join(changed[:3])} changed: what was made before is in {shown(aside)}, and is made again")
+    say(f"{', '.join(changed[:3])} changed: the earlier results are in {shown(aside)} and are computed again")
     return True
 
 
 def contents(folder: Path, yaml: str, *, accept: Collection[str]) -> list[str]:
-    """Compare the files of the run in `folder` with their seals, before any of them is believed.
+    """Compare the files of a run with their seals before any of them is used.
 
-    A damaged result is set aside and made again.
+    A damaged result is set aside and computed again.
 
     Args:
-        folder: of the run.
-        yaml: what run.yaml holds with the settings asked for; it replaces a damaged one that held the same.
-        accept: may hold "seals", to take all files as they are.
+        folder: The folder of the run.
+        yaml: The content of run.yaml for the requested settings. It replaces a damaged file that had the same content.
+        accept: May contain "seals", to take all files as they are.
 
     Returns:
         Names of the files that were set aside.
 
     Raises:
-        DataError: A record was damaged or edited, which nothing could make again.
-
+        DataError: A record was damaged or edited, and cannot be computed again.
     """
     if "seals" in accept:
         run_files.adopt(folder)
         return []
     if not run_files.is_sealed(folder):
         say(
-            f"the run in {shown(folder)} is of a version without seals: its files are taken as they are, and "
+            f"the run in {shown(folder)} was written by a version without seals: its files are taken as they are and "
             "sealed from now on"
         )
         run_files.adopt(folder)
@@ -188,21 +187,21 @@ def contents(folder: Path, yaml: str, *, accept: Collection[str]) -> list[str]:
         path = folder / name
         if name == "run.yaml" and _was(path, text := yaml.encode()):
             files.write_bytes(path, text)
-            say(f"{shown(path)} was damaged or edited; it is written again, with the settings that ran")
+            say(f"{shown(path)} was damaged or edited; it is written again with the settings of the run")
         elif name in run_files.RECORDS:
             raise DataError(f"{seals.refusal(path)}, or start again with --overwrite")
         else:
             run_files.set_aside(path)
             lost.append(name)
             say(
-                f"{shown(path)} is not what the run wrote (damaged or edited): set aside as "
-                f"{shown(path.name)}.damaged, and made again"
+                f"{shown(path)} differs from what the run wrote (damaged or edited): it is set aside as "
+                f"{shown(path.name)}.damaged and computed again"
             )
     return lost
 
 
 def _was(path: Path, text: bytes) -> bool:
-    """Whether the seals of `path` say that it held `text`."""
+    """Return whether the seals of `path` show that it contained `text`."""
     return bool(text) and seals.Seal(len(text), files.digest(text)) in seals.expected(path)
 
 

@@ -1,7 +1,7 @@
-"""The run that warnings and progress belong to: the innermost one that is open in this context.
+"""The current run: the innermost open run of this context, which receives warnings and progress.
 
-Messages come from deep inside rows, models and training, which take no run; a context variable finds it for them. A
-thread starts without one.
+Messages come from deep inside rows, models and training, whose functions do not take a run as an argument. A context
+variable finds the run for them. A new thread starts without a run.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,18 +15,32 @@ from pipelines.settings.base import Json
 
 
 class Listener(Protocol):
-    """What a run does with what happens in it."""
+    """The methods by which a run receives what happens in it."""
 
     ahead: Ahead | None
 
     def warned(self, text: str) -> None:
-        """Keep a warning."""
+        """Keep a warning.
+
+        Args:
+            text: The text of the warning.
+        """
 
     def expect(self, parts: Mapping[str, float]) -> None:
-        """Take the estimated seconds of each part."""
+        """Take the estimated duration of each part.
+
+        Args:
+            parts: Seconds, by the label of the part's progress.
+        """
 
     def report_progress(self, *, state: str, doing: Json = None, eta_seconds: float | None = None) -> None:
-        """Take how far a loop is."""
+        """Take the progress of a loop.
+
+        Args:
+            state: The state of the run, such as "running".
+            doing: The progress as plain values, for progress.json.
+            eta_seconds: Estimated seconds until the end of the run; None if unknown.
+        """
 
 
 _run: ContextVar[Listener | None] = ContextVar("run", default=None)
@@ -34,13 +48,17 @@ _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
 
 
 def run() -> Listener | None:
-    """The run that is open, or None."""
+    """Return the open run, or None."""
     return _run.get()
 
 
 @contextmanager
 def listening(to: Listener) -> Iterator[None]:
-    """Make `to` the run that messages belong to."""
+    """Make a run the receiver of messages inside the `with` block.
+
+    Args:
+        to: The run.
+    """
     token = _run.set(to)
     try:
         yield
@@ -49,10 +67,17 @@ def listening(to: Listener) -> Iterator[None]:
 
 
 def last_folder() -> Path | None:
-    """The folder that a run of this command last opened, also after that run has ended; None before the first."""
+    """Return the folder that this command last opened for a run; None before the first run.
+
+    The value stays after the run has ended.
+    """
     return _folder.get()
 
 
 def opened(folder: Path | None) -> None:
-    """Note that a run opened `folder`; None when a command begins."""
+    """Record the folder that a run has opened.
+
+    Args:
+        folder: The folder; None when a command begins.
+    """
     _folder.set(folder)

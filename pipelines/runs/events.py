@@ -1,4 +1,4 @@
-"""events.jsonl of a run folder: what happened when, and how long the stages of the run took over all attempts."""
+"""events.jsonl of a run folder: what happened when, and the duration of each stage over all attempts."""
 
 import json
 import math
@@ -17,20 +17,19 @@ NAME = "events.jsonl"
 
 
 def now() -> str:
-    """The time as it stands in the files of a run."""
+    """Return the current time as the files of a run write it: UTC, ISO 8601, in seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class Events:
-    """The events of a run, and the seconds of its stages.
+    """The events of a run and the durations of its stages.
 
     Args:
-        folder: of the run.
-        writes: whether this process writes them down; rank 0 does.
+        folder: The folder of the run.
+        writes: Whether this process writes the events; only rank 0 does.
 
     Attributes:
         stages: `{"name", "seconds"}` per stage, over all attempts.
-
     """
 
     def __init__(self, folder: Path, *, writes: bool) -> None:
@@ -39,13 +38,22 @@ class Events:
         self._inner: list[float] = []  # seconds of the stages inside each open one
 
     def add(self, kind: str, /, **fields: Json) -> None:
-        """Append one line, stamped with the time."""
+        """Append one line with a time stamp.
+
+        Args:
+            kind: The kind of event.
+            **fields: Further values of the event.
+        """
         if self._writes:
             files.append_line(self.folder / NAME, _summed({"time": now(), "event": kind, **fields}))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Announce a named part of the run, and log when it begins and how long it took."""
+        """Announce a named part of the run, and log when it begins and how long it took.
+
+        Args:
+            name: The name of the stage.
+        """
         say(f"{name} ...")
         self.add("stage", name=name)
         start = time.monotonic()
@@ -63,7 +71,7 @@ class Events:
 
     @property
     def seconds(self) -> float:
-        """Of all stages, over all attempts."""
+        """Seconds of all stages, over all attempts."""
         return math.fsum(seconds for entry in self.stages if isinstance(seconds := entry["seconds"], float))
 
     def _count(self, name: str, seconds: float) -> None:
@@ -75,7 +83,7 @@ class Events:
         self.stages.append({"name": name, "seconds": float(seconds)})
 
     def read(self) -> None:
-        """Take over the stages of earlier attempts; a line that a kill cut short is removed."""
+        """Read the stages of earlier attempts. A line that was cut off by a kill is removed."""
         path = self.folder / NAME
         if not path.is_file():
             return
@@ -99,12 +107,12 @@ class Events:
                 continue
             damaged += 1
         if damaged:
-            say(f"{shown(path)}: {damaged} damaged lines are skipped; the times of some stages may be missing")
+            say(f"{shown(path)}: {damaged} damaged lines were skipped; the durations of some stages may be missing")
         if open_since:
             self._count_killed(open_since)
 
     def _count_killed(self, open_since: Mapping[str, datetime]) -> None:
-        """A killed attempt ended no stage: what it spent in the last one counts, up to its last sign of life."""
+        """Count the time that a killed attempt spent in its last stage, up to its last progress report."""
         with suppress(DatatoolsError, ValueError, KeyError, TypeError):
             seen = datetime.fromisoformat(files.read_json(self.folder / "progress.json", limit=1_000_000)["updated"])
             name = max(open_since, key=lambda stage: open_since[stage])
@@ -115,6 +123,6 @@ class Events:
 
 
 def _summed(entry: dict[str, Json]) -> str:
-    """An event as a line, with a checksum of the rest as its last field."""
+    """Return an event as one line, whose last field is a checksum of the others."""
     text = json.dumps(entry, ensure_ascii=True)
     return json.dumps({**entry, "sum": files.digest(text.encode())[:16]}, ensure_ascii=True)

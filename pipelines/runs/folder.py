@@ -1,11 +1,11 @@
-"""Run folders: one folder per run, which says what ran, continues after a kill, and refuses to mix two runs.
+"""Run folders: one folder per run, which records what ran, continues after a kill, and refuses to mix two runs.
 
     with Run(config.out, config, "select", overwrite=config.overwrite) as run:
-        run.check({"data": {"train.jsonl": digest}})   # refuses to continue over changed data
+        run.check({"data": {"train.jsonl": digest}})   # refuses to continue with changed data
         with run.stage("features"), progress("gradients", total=n, unit="rows") as bar:
             bar.advance(16)
 
-Only rank 0 prints and writes here; other ranks pass through. Nothing here imports torch.
+Only rank 0 prints and writes here; other ranks do neither. No import here loads torch.
 """
 
 import os
@@ -34,32 +34,32 @@ S = TypeVar("S", bound=Settings)
 
 
 class Run:
-    """A folder that one run owns: `run.yaml` replays it, `provenance.json` says with what, `progress.json` how far.
+    """A folder that belongs to one run, with `run.yaml` (to repeat it), `provenance.json` and `progress.json`.
 
-    Entering locks the folder and continues the run in it if the settings are the same. What the run has written is
-    sealed (`datatools.files.seals`): a damaged result is set aside and computed again, an edited record is refused.
+    Entering locks the folder and continues the run in it if the settings are the same. The files that the run has
+    written are sealed (`datatools.files.seals`): a damaged result is set aside and computed again, and an edited
+    record is refused.
 
     Args:
-        folder: of the run; made where it is missing.
-        config: the settings.
-        command: whose run it is, such as `select`.
-        overwrite: move an earlier run in the folder aside; by default as `config.overwrite` says.
+        folder: The folder of the run; it is created if it is missing.
+        config: The settings.
+        command: The command that runs, such as `select`.
+        overwrite: Whether to move an earlier run in the folder aside; by default `config.overwrite`.
 
     Attributes:
-        folder: of the run.
-        resumed: whether an earlier attempt is continued.
-        accept: names of facts that may have changed.
-        changed: names of things that have changed and were accepted.
-        lost: names of files that were set aside because they were damaged.
-        warnings: texts of the warnings so far.
-        provenance: the content of provenance.json.
-        ahead: what is still to come, once the run has said it.
+        folder: The folder of the run.
+        resumed: Whether an earlier attempt is continued.
+        accept: Names of facts that may have changed.
+        changed: Names of facts that have changed and were accepted.
+        lost: Names of files that were set aside because they were damaged.
+        warnings: Texts of the warnings so far.
+        provenance: The content of provenance.json.
+        ahead: The parts that have not finished yet, after the run has stated them.
 
     Raises:
-        UsageError: On entering: other settings, or a folder that holds something else.
+        UsageError: On entering: other settings, or a folder that contains something else.
         DataError: On entering: changed inputs or an edited record.
-        EnvironmentProblem: On entering: the folder is in use, or cannot be written to.
-
+        EnvironmentProblem: On entering: the folder is in use or cannot be written to.
     """
 
     def __init__(self, folder: Path | str, config: Settings, command: str, overwrite: bool | None = None) -> None:
@@ -77,7 +77,7 @@ class Run:
         self._events = Events(self.folder, writes=self._leads)
         self._stack = ExitStack()
         self._doing: Json = None
-        self._asks_anew = False  # continued with another value of a setting that is only read at the end
+        self._asks_anew = False  # a setting that is only read at the end has another value
         self._started = time.monotonic()
 
     # ----------------------------------------------------------------------------------------------- enter and leave
@@ -85,7 +85,7 @@ class Run:
     def __enter__(self) -> Self:
         with ExitStack() as stack:  # undone when entering fails
             stack.enter_context(current.listening(self))
-            # libraries create files for everybody; nothing of a run is for others to write
+            # libraries create files that others may write; no file of a run may be one
             before = os.umask(0o077)
             os.umask(before | 0o022)
             stack.callback(os.umask, before)
@@ -107,7 +107,7 @@ class Run:
             if self._leads:
                 if error is None:
                     self._finish(state, None)
-                else:  # the error that ended the run is the one to show, even if the disk is full
+                else:  # show the error that ended the run, even if the disk is full
                     with suppress(DatatoolsError):
                         self._finish(state, error)
 
@@ -144,13 +144,12 @@ class Run:
         self.report_progress(state="running")
 
     def refuse(self) -> None:
-        """Raise what entering the folder would raise, as far as the folder alone tells; writes nothing.
+        """Raise the errors that entering the folder would raise, as far as the folder alone shows them; writes nothing.
 
         Raises:
-            UsageError: As entering does; so are the others.
+            UsageError: The folder contains another run or something else.
             EnvironmentProblem: The folder cannot be written to.
             DataError: A record was damaged.
-
         """
         places.refuse_odd(self.folder)
         if self.folder.is_dir():
@@ -160,11 +159,11 @@ class Run:
                 self._refuse_others(forget=False)
 
     def _refuse_others(self, *, forget: bool) -> None:
-        """Continue the run in the folder, or refuse what else is in it.
+        """Continue the run in the folder, or refuse other content.
 
         Args:
-            forget: compare its files with their seals, and remove a run that failed early; else nothing is touched.
-
+            forget: Whether to compare the files with their seals and to remove a run that failed early; otherwise
+                nothing is changed.
         """
         folder = self.folder
         foreign = places.foreign(folder)
@@ -179,7 +178,7 @@ class Run:
                     raise
         elif foreign:
             raise UsageError(
-                f"--out {shown(folder)} is not empty and holds no run ({shown(sorted(foreign)[0])} is in it); "
+                f"--out {shown(folder)} is not empty and contains no run ({shown(sorted(foreign)[0])} is in it); "
                 "choose a new or an empty folder"
             )
 
@@ -206,7 +205,7 @@ class Run:
             "digest": provenance.code_digest(),
         }
         facts: dict[str, Json] = {"code": code}
-        if "torch" in sys.modules:  # else nothing in this process can compute with it
+        if "torch" in sys.modules:  # otherwise this process computes nothing with it
             facts["numerics"] = _numerics().facts()
         self.check(facts)
         self._save_provenance()
@@ -216,7 +215,7 @@ class Run:
         return files.read_json(path, limit=64_000_000) if path.is_file() else {}
 
     def _keep_threads(self, recorded: Any) -> None:
-        """Go on with the number of threads that the run began with; each worker reads it for itself."""
+        """Keep the number of threads with which the run began; each worker reads it from the run folder."""
         facts = recorded.get("facts") if isinstance(recorded, dict) else None
         if isinstance(facts, dict) and "torch" in sys.modules and "numerics" not in self.accept:
             _numerics().keep_threads(facts.get("numerics"))
@@ -229,23 +228,23 @@ class Run:
         self.provenance["changed"].append({"what": name, "old": old, "new": new, "when": now()})
 
     def check(self, facts: Mapping[str, Json], by_content: Collection[str] = ()) -> list[str]:
-        """Record facts about the world (digests of data, model, tokenizer, template), and compare on a continued run.
+        """Record facts (digests of data, model, tokenizer, template), and compare them when a run continues.
 
-        A fact that differs from what the run began with is refused by name, unless its name or its first part is in the
-        configuration's `accept_change`; then it replaces the old one, and what was made of the old one is set aside, so
-        that everything is of the new one.
+        A fact that differs from the recorded one is refused by name, unless the fact or its group is in
+        `accept_change`. An accepted fact replaces the recorded one, and the results that depend on it are set aside,
+        so that all results of the run come from the new fact.
 
         Args:
-            facts: by group (code, model, data, ...), flat or nested.
-            by_content: groups whose results are kept under the content that they were made of: nothing of theirs is
-                set aside, because what still applies is found and the rest is computed. Code always counts as one.
+            facts: Facts by group (code, model, data, ...), flat or nested.
+            by_content: Groups whose results are stored by the content that they were computed from. Their results are
+                not set aside: results that still apply are found, and the others are computed. Code always counts as
+                one.
 
         Returns:
             Names of the facts that have changed and were accepted.
 
         Raises:
-            DataError: Something else has changed; names it, with old and new value.
-
+            DataError: Another fact has changed; the message gives its name, the old value and the new value.
         """
         if not self._leads:
             return []
@@ -261,11 +260,10 @@ class Run:
         return [name for name, _, _ in changes.accepted]
 
     def set_aside(self, changed: Sequence[str]) -> None:
-        """Move what the run has made so far to `before-change-N` in its folder, so that it is made again.
+        """Move the existing results to `before-change-N` in the run folder, so that they are computed again.
 
         Args:
-            changed: names of what has changed, for the message.
-
+            changed: Names of the changed facts, for the message.
         """
         if check.set_results_aside(self.folder, changed):
             self._events.stages.clear()
@@ -273,11 +271,13 @@ class Run:
     # -------------------------------------------------------------------------------------- events, stages, progress
 
     def path(self, *parts: str) -> Path:
-        """A path inside the folder.
+        """Return a path inside the folder.
+
+        Args:
+            *parts: The parts of the path.
 
         Raises:
-            UsageError: It would leave the folder.
-
+            UsageError: The path would leave the folder.
         """
         relative = Path(*parts)
         if relative.is_absolute() or ".." in relative.parts or "\0" in str(relative):
@@ -285,16 +285,29 @@ class Run:
         return self.folder / relative
 
     def event(self, kind: str, /, **fields: Json) -> None:
-        """Append one line to events.jsonl, stamped with the time."""
+        """Append one line with a time stamp to events.jsonl.
+
+        Args:
+            kind: The kind of event.
+            **fields: Further values of the event.
+        """
         self._events.add(kind, **fields)
 
     def warned(self, text: str) -> None:
-        """Keep a warning: see `messages.warn`."""
+        """Keep a warning; see `messages.warn`.
+
+        Args:
+            text: The text of the warning.
+        """
         self.warnings.append(text)
         self.event("warning", text=text)
 
     def stage(self, name: str) -> AbstractContextManager[None]:
-        """A named part of the run: announced, timed, logged. Its seconds add up over attempts in `stages`."""
+        """Return the context of a named part of the run, which is announced, timed and logged.
+
+        Args:
+            name: The name of the stage. Its seconds add up over attempts in `stages`.
+        """
         return self._events.stage(name)
 
     @property
@@ -304,17 +317,28 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Of all stages, over all attempts."""
+        """Seconds of all stages, over all attempts."""
         return self._events.seconds
 
     def expect(self, parts: Mapping[str, float]) -> None:
-        """Say what is to come, as estimated seconds by the label of its progress: see `Ahead`."""
+        """State the parts of the run that are still to come; see `Ahead`.
+
+        Args:
+            parts: Estimated seconds, by the label of the part's progress.
+        """
         self.ahead = Ahead(parts)
 
     def report_progress(
         self, *, state: str, doing: Json = None, error: str | None = None, eta_seconds: float | None = None
     ) -> None:
-        """Replace progress.json; other tools may poll it."""
+        """Replace progress.json, which other tools may poll.
+
+        Args:
+            state: The state of the run, such as "running".
+            doing: The progress of the current loop as plain values; None keeps the last one.
+            error: The error that ended the run.
+            eta_seconds: Estimated seconds until the end of the run; None if unknown.
+        """
         if not self._leads:
             return
         self._doing = doing if doing is not None else self._doing
@@ -332,7 +356,11 @@ class Run:
 
 @contextmanager
 def in_scratch(config: S) -> Iterator[S]:
-    """`config`, and for a dry run one whose `out` is a folder that is thrown away: it must leave nothing behind."""
+    """Yield the settings to run with; a dry run gets a temporary `out`, because it must leave nothing behind.
+
+    Args:
+        config: The settings of the command.
+    """
     if not getattr(config, "dry_run", False):
         yield config
         return

@@ -1,4 +1,4 @@
-"""What a command says on stderr: news, warnings, and the bars of its progress. Only rank 0 speaks."""
+"""Messages of a command on stderr: news, warnings and progress bars. Only rank 0 prints."""
 
 import sys
 import warnings
@@ -18,7 +18,11 @@ _bars: ContextVar["Bars | None"] = ContextVar("bars", default=None)
 
 @contextmanager
 def quietly(quiet: bool = True) -> Iterator[None]:
-    """Inside, only warnings and errors are shown if `quiet`; afterwards, what was shown before."""
+    """Show only warnings and errors inside the `with` block.
+
+    Args:
+        quiet: Whether to be quiet. The earlier state is restored at the end of the block.
+    """
     before = _quiet.set(quiet)
     try:
         yield
@@ -27,18 +31,26 @@ def quietly(quiet: bool = True) -> Iterator[None]:
 
 
 def quiet() -> bool:
-    """Whether only warnings and errors are shown."""
+    """Return whether only warnings and errors are shown."""
     return _quiet.get()
 
 
 def say(text: str) -> None:
-    """Print one line of news on stderr, from rank 0 and unless quiet."""
+    """Print one line of news on stderr, from rank 0 only and unless the command is quiet.
+
+    Args:
+        text: The line.
+    """
     if not quiet() and rank() == 0:
         _print(text)
 
 
 def warn(text: str) -> None:
-    """Print `warning: text` on stderr from rank 0, even when quiet; the open run keeps it as an event."""
+    """Print a warning on stderr, from rank 0 only and even when quiet. The open run keeps it as an event.
+
+    Args:
+        text: The text without "warning: ".
+    """
     if rank() == 0:
         _print(f"warning: {text}")
         if (run := current.run()) is not None:
@@ -47,7 +59,7 @@ def warn(text: str) -> None:
 
 @contextmanager
 def library_warnings() -> Iterator[None]:
-    """Inside, warnings of per-sample gradients (a slower method had to be taken) are the run's own: see `warn`."""
+    """Turn warnings of per-sample gradients (a slower method was needed) into warnings of the run."""
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message="per-sample gradients")
         warnings.showwarning = lambda message, *_, **__: warn(str(message))
@@ -55,12 +67,14 @@ def library_warnings() -> Iterator[None]:
 
 
 def duration(seconds: float) -> str:
-    """A duration with plain spaces, for logs.
+    """Return a duration as text with plain spaces, for logs.
+
+    Args:
+        seconds: The duration.
 
     Example:
         >>> duration(42.3), duration(150)
         ('42 s', '2 min 30 s')
-
     """
     return texts.duration(seconds).replace(texts.NBSP, " ")
 
@@ -75,7 +89,7 @@ def _print(text: str) -> None:
 
 
 class Bars:
-    """The display that nested progress bars share on a terminal; it stops with its last bar."""
+    """The display that nested progress bars share on a terminal. It stops with its last bar."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -95,7 +109,7 @@ class Bars:
 
     @classmethod
     def shared(cls) -> "Bars":
-        """The display of this context; a new one where there is none."""
+        """Return the display of this context; a new one is made if there is none."""
         bars = _bars.get()
         if bars is None:
             bars = cls()
@@ -103,16 +117,32 @@ class Bars:
         return bars
 
     def add(self, description: str, total: int | None, done: int) -> Any:
-        """Show a bar; returns its number."""
+        """Show a bar and return its number.
+
+        Args:
+            description: The text before the bar.
+            total: The number of units; None if unknown.
+            done: The number of finished units.
+        """
         self._open += 1
         return self.display.add_task(visible(description), total=total, completed=done, detail="")
 
     def update(self, bar: Any, done: int, detail: str) -> None:
-        """Move a bar to `done`."""
+        """Move a bar.
+
+        Args:
+            bar: The number of the bar.
+            done: The number of finished units.
+            detail: The text after the bar.
+        """
         self.display.update(bar, completed=done, detail=detail)
 
     def remove(self, bar: Any) -> None:
-        """Take a bar away, and the display with the last one."""
+        """Remove a bar. The display stops with the last one.
+
+        Args:
+            bar: The number of the bar.
+        """
         self.display.remove_task(bar)
         self._open -= 1
         if self._open == 0:

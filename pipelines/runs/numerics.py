@@ -1,8 +1,9 @@
-"""What decides last bits besides settings, rows and weights: recorded in a run, and compared when the run goes on.
+"""Facts that determine the last bits of results besides settings, rows and weights.
 
-The number of threads decides in which parts sums are made, so it is one of these facts. A run that goes on where there
-are more or fewer cores keeps the number that it began with, for the same bytes; a number that the user has set is not
-overridden: another one is refused.
+They are recorded in a run and compared when the run continues. The number of threads is one of these facts, because it
+determines how sums are split. A run that continues on a machine with more or fewer cores keeps the number with which
+it began, so that the bytes stay the same. A number that the user has set is not overridden; if it differs, the run is
+refused.
 """
 
 import os
@@ -23,13 +24,14 @@ GROUP = "numerics"
 MOST_THREADS = 1024
 
 _SETTINGS = ("MKL_CBWR", "ONEDNN_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
-"""Variables by which libraries compute otherwise."""
+"""Environment variables that change how libraries compute."""
 
 
 def facts() -> dict[str, Json]:
-    """Device, instructions, threads, what steps are made of, and versions of the libraries that compute.
+    """Return the device, instruction set, threads, implementation of optimizer steps, and versions of libraries.
 
-    Raises: EnvironmentProblem for an OPTIM_BACKEND that is not there.
+    Raises:
+        EnvironmentProblem: OPTIM_BACKEND names a backend that is not available.
     """
     cuda = torch.cuda.is_available()
     found: dict[str, Json] = {
@@ -38,7 +40,7 @@ def facts() -> dict[str, Json]:
         **{name: version(name) for name in ("transformers", "peft")},
         "steps": _steps(cuda),
     }
-    if not cuda:  # where sums are made on the GPU, the processor's own way to make them decides nothing
+    if not cuda:  # on a GPU, the order of sums on the CPU does not matter
         found |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
     if (precision := torch.get_float32_matmul_precision()) != "highest":
         found["float32_matmul_precision"] = precision
@@ -52,14 +54,18 @@ def _steps(cuda: bool) -> str:
         raise EnvironmentProblem(str(error)) from error
     chosen = os.environ.get("OPTIM_BACKEND", "auto")
     if chosen == "triton" and backend.triton is None:
-        raise EnvironmentProblem("OPTIM_BACKEND=triton, and triton is not installed")
+        raise EnvironmentProblem("OPTIM_BACKEND=triton is set, but triton is not installed")
     if backend.triton is not None and (chosen == "triton" or (cuda and chosen == "auto")):
         return f"triton {version('triton')}"
     return f"compiled by llvmlite {version('llvmlite')}" if compiled and not cuda else "torch operations"
 
 
 def keep_threads(recorded: object) -> None:
-    """Take the number of threads of the facts that a run began with, where the number is a command's to choose."""
+    """Use the number of threads with which a run began, if the command may choose the number.
+
+    Args:
+        recorded: The recorded facts of the group `numerics`.
+    """
     wanted = recorded.get("threads") if isinstance(recorded, dict) else None
     now = torch.get_num_threads()
     if type(wanted) is not int or not 1 <= wanted <= MOST_THREADS or wanted == now or not threads.count_is_free():
@@ -67,12 +73,21 @@ def keep_threads(recorded: object) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(wanted)
         say(
-            f"threads: {wanted}, as when this run began (it would be {now} here), for the same bytes; "
-            f"--accept-change {GROUP} takes {now}"
+            f"threads: {wanted}, as when this run began ({now} is the default here), so that results stay identical; "
+            f"use --accept-change {GROUP} for {now}"
         )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """`threads 2 and 1, torch 2.12 and 2.13`: what differs between two sets of facts; empty where nothing does."""
+    """Return the differences between two sets of facts as text; the text is empty if there are none.
+
+    Args:
+        old: The recorded facts.
+        new: The current facts.
+
+    Example:
+        >>> differences({"threads": 2, "torch": "2.12"}, {"threads": 1, "torch": "2.12"})
+        'threads 2 and 1'
+    """
     names = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
     return visible(", ".join(f"{name} {old.get(name)} and {new.get(name)}" for name in names))

@@ -1,4 +1,4 @@
-"""Where a run may be: what else is in the folder, and moving an earlier run out of the way."""
+"""Folders that a run may use: their other content, and how an earlier run is moved out of the way."""
 
 import os
 from contextlib import suppress
@@ -13,24 +13,26 @@ from pipelines.texts import visible
 
 
 def refuse_odd(folder: Path) -> None:
-    """Refuse a folder that no run can have.
+    """Refuse a folder that cannot be a run folder.
+
+    Args:
+        folder: The folder that --out names.
 
     Raises:
-        UsageError: The name cannot be read, it is the home folder or the root, or it is a file.
-        EnvironmentProblem: It cannot be written to.
-
+        UsageError: The name has unreadable characters, the folder is the home folder or the root, or it is a file.
+        EnvironmentProblem: The folder cannot be written to.
     """
     if visible(str(folder)) != str(folder):
         raise UsageError(
-            f"--out {shown(folder)}: the name holds characters that are not seen, or bytes that are not UTF-8; "
-            "choose a name that can be read"
+            f"--out {shown(folder)}: the name contains invisible characters or bytes that are not UTF-8; "
+            "choose another name"
         )
     with suppress(OSError, RuntimeError, ValueError):
         if folder.resolve() in (Path("/"), Path.home().resolve()):
-            raise UsageError(f"--out {shown(folder)}: a run needs a folder of its own; name one inside")
+            raise UsageError(f"--out {shown(folder)}: a run needs a folder of its own; name one inside it")
     try:
         if folder.exists() and not folder.is_dir():
-            raise UsageError(f"--out {shown(folder)} is a file; expected a folder, new or of an earlier run")
+            raise UsageError(f"--out {shown(folder)} is a file; expected a new folder or the folder of an earlier run")
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
             raise EnvironmentProblem(f"--out {shown(folder)}: no permission to write there; choose another folder")
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a loop of links, no permission above it
@@ -39,20 +41,23 @@ def refuse_odd(folder: Path) -> None:
 
 
 def foreign(folder: Path) -> list[str]:
-    """Names in `folder` that are no record of a run, and no leftover of a killed writer."""
+    """Return the names in a folder that are neither records of a run nor leftovers of a killed process.
+
+    Args:
+        folder: The folder.
+    """
     names = [entry.name for entry in folder.iterdir() if entry.name not in OURS]
     return [name for name in names if not name.startswith(seals.TEMPORARY)]
 
 
 def failed_early(folder: Path, *, forget: bool) -> bool:
-    """Whether the run in `folder` failed before it made anything (a mistake in the command).
+    """Return whether the run in a folder failed before it computed anything (because of a mistake in the command).
 
     The corrected command may then use the same folder.
 
     Args:
-        folder: of a run.
-        forget: remove the traces of such a run.
-
+        folder: The folder of a run.
+        forget: Whether to remove the traces of such a run.
     """
     path = folder / "progress.json"
     if set(foreign(folder)) - INPUTS or not path.is_file():
@@ -67,35 +72,41 @@ def failed_early(folder: Path, *, forget: bool) -> bool:
 
 
 def refuse_to_move(folder: Path) -> bool:
-    """Refuse to move a folder aside that is no run's, or that this process is in.
+    """Refuse to move a folder aside that does not belong to a run, or that is the current folder.
+
+    Args:
+        folder: The folder.
 
     Returns:
         Whether there is a run to move.
 
     Raises:
-        UsageError: The folder holds something else, or is the current folder or one above it.
-
+        UsageError: The folder contains something else, or is the current folder or one of its parents.
     """
     if not (folder / "run.yaml").is_file():
         if foreign(folder):
             raise UsageError(
-                f"--overwrite: {shown(folder)} holds no run (no run.yaml), so it is left alone; "
+                f"--overwrite: {shown(folder)} contains no run (no run.yaml) and is not moved; "
                 "choose another --out, or move it yourself"
             )
         return False
     here = Path.cwd().resolve()
     if folder.resolve() in (here, *here.parents):
-        raise UsageError(f"--overwrite: {shown(folder)} is the folder you are in; go to another one and run again")
+        raise UsageError(
+            f"--overwrite: {shown(folder)} is the current folder or contains it; run the command from another folder"
+        )
     return True
 
 
 def move_aside(folder: Path) -> None:
-    """Move the run in `folder` to `FOLDER.old-N`, and say so.
+    """Move the run in a folder to `FOLDER.old-N`, and print the new name.
+
+    Args:
+        folder: The folder of the run.
 
     Raises:
-        UsageError: As `refuse_to_move`.
-        EnvironmentProblem: Another process runs in it.
-
+        UsageError: As in `refuse_to_move`.
+        EnvironmentProblem: Another process uses the folder.
     """
     if not refuse_to_move(folder):
         return

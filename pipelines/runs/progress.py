@@ -1,4 +1,4 @@
-"""How far a loop is: a bar on a terminal, else a line every 30 seconds, and the run's progress.json."""
+"""Progress of a loop: a bar on a terminal, otherwise one line every 30 seconds, and the run's progress.json."""
 
 import os
 import sys
@@ -16,17 +16,16 @@ from pipelines.texts import visible
 
 
 class Progress:
-    """How far a loop is. Made by `progress`; `advance` is cheap enough to call for every batch.
+    """The progress of a loop. `progress` creates it; `advance` is fast enough to be called for every batch.
 
     Args:
-        description: what the loop does, as shown.
-        total: how many units there are; None if unknown.
-        unit: of what, in the plural.
-        done: how many an earlier attempt finished.
-        line_seconds: seconds between two lines of news where there is no bar.
-        file_seconds: seconds between two reports to the run.
-        clock: seconds since some moment.
-
+        description: What the loop does, as shown.
+        total: The number of units; None if unknown.
+        unit: The name of the units, in the plural.
+        done: The number of units that an earlier attempt finished.
+        line_seconds: Seconds between two lines of news where there is no bar.
+        file_seconds: Seconds between two reports to the run.
+        clock: A function that returns seconds since a fixed moment.
     """
 
     def __init__(
@@ -49,7 +48,12 @@ class Progress:
         self._bar: Any = None
 
     def advance(self, n: int = 1, **notes: float | int | str) -> None:
-        """Count `n` more units as done; `notes` (loss=1.2, tokens=900) are shown and kept until replaced."""
+        """Count more units as finished.
+
+        Args:
+            n: The number of units.
+            **notes: Values that are shown until they are replaced, such as `loss=1.2`.
+        """
         self.done += n
         self.notes |= notes
         now = self._clock()
@@ -70,13 +74,13 @@ class Progress:
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds to go at the present rate."""
+        """Seconds until the loop ends at the present rate."""
         rate = self.rate
         return None if self.total is None or rate is None else max(0, self.total - self.done) / rate
 
     @property
     def run_eta_seconds(self) -> float | None:
-        """Seconds to the end of the whole run, where the run has said what is to come."""
+        """Seconds until the whole run ends, if the run has stated its parts."""
         run = current.run()
         if run is None or run.ahead is None or not run.ahead.parts:
             return None
@@ -84,7 +88,7 @@ class Progress:
         return run.ahead.left(self.description, self._clock() - self._start, share, self.eta_seconds)
 
     def line(self) -> str:
-        """`gradients: 120 of 1,000 rows (12 %), 4.1 rows/s, about 3 min 35 s left`."""
+        """Return one line such as `gradients: 120 of 1,000 rows (12 %), 4.1 rows/s, about 3 min 35 s left`."""
         share = f" of {_count(self.total)}" if self.total is not None else ""
         percent = f" ({100 * self.done // self.total} %)" if self.total else ""
         parts = [f"{self.description}: {_count(self.done)}{share} {self.unit}{percent}"]
@@ -146,14 +150,13 @@ class Progress:
 
 @contextmanager
 def progress(description: str, total: int | None, unit: str = "rows", *, done: int = 0) -> Iterator[Progress]:
-    """Show how far the loop inside is, with its rate and the time left, and keep the run's progress.json fresh.
+    """Show the progress of the loop inside the `with` block, its rate and the time left, and update progress.json.
 
     Args:
-        description: what the loop does.
-        total: how many units there are; None if unknown.
-        unit: of what, in the plural.
-        done: how many an earlier attempt finished; they do not enter the rate.
-
+        description: What the loop does.
+        total: The number of units; None if unknown.
+        unit: The name of the units, in the plural.
+        done: The number of units that an earlier attempt finished; they do not count for the rate.
     """
     bar = Progress(description, total, unit, done)
     bar._open()

@@ -1,4 +1,4 @@
-"""With what a run was made: versions, the digest of the code, the commit, the machine. Nothing here imports torch."""
+"""Provenance of a run: versions, the digest of the code, the commit and the machine. No import here loads torch."""
 
 import os
 import platform
@@ -27,23 +27,27 @@ SHOWING = tuple(
     f"pipelines/{place}"
     for place in ("cli/ report/ demo_data/ __main__.py demo.py doctor.py listing.py texts.py select/explain.py".split())
 )
-"""What displays results and does not make them, by folder or file; the rows of the demo are an input as any other.
+"""Folders and files that only display results; the rows of the demo are an ordinary input.
 
-Every other file of the packages counts as making results, whatever its kind: editing it stops a run from being
-continued.
+Every other file of the packages counts as code that computes results: a run is not continued after such a file was
+edited.
 """
 
 _NO_CODE = (".md", ".pyc", "~")
 
 
 def versions() -> dict[str, Json]:
-    """Versions of this toolkit and of the libraries that compute; null where one is not installed."""
+    """Return the versions of this toolkit and of the libraries that compute; null where one is not installed."""
     found: dict[str, Json] = {"datatools": version(DISTRIBUTION)}
     return found | {name: version(name) for name in LIBRARIES}
 
 
 def version(name: str) -> str | None:
-    """The version of an installed distribution, or None."""
+    """Return the version of an installed distribution, or None.
+
+    Args:
+        name: The name of the distribution.
+    """
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -51,7 +55,10 @@ def version(name: str) -> str | None:
 
 
 def code_digest() -> str:
-    """xxh3-128 over the files that make results (names and bytes, sorted); `SHOWING` lists those that do not."""
+    """Return the xxh3-128 digest of the files that compute results (names and bytes, sorted).
+
+    `SHOWING` lists the files that do not.
+    """
     parts = []
     for package in ("optim", "datatools", "pipelines"):
         for path in sorted((ROOT / package).rglob("*")):
@@ -63,7 +70,11 @@ def code_digest() -> str:
 
 
 def git_commit(root: Path = ROOT) -> str | None:
-    """The commit checked out in the repository at `root`, read from its files; None outside a repository."""
+    """Return the commit that is checked out, read from the files of the repository; None outside a repository.
+
+    Args:
+        root: The root of the repository.
+    """
     try:
         git = root / ".git"
         if git.is_file():  # a worktree
@@ -87,7 +98,7 @@ def git_commit(root: Path = ROOT) -> str | None:
 
 
 def machine() -> dict[str, Json]:
-    """System, processor type and sizes; never the names of host or user."""
+    """Return the system, processor type, and sizes; never the names of the host or the user."""
     memory: int | None = None
     with suppress(ValueError, OSError, AttributeError):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -104,13 +115,12 @@ def machine() -> dict[str, Json]:
 
 
 def record(command: str, config: Settings, found: dict[str, Any]) -> dict[str, Any]:
-    """The content of provenance.json when a run begins or goes on.
+    """Return the content of provenance.json when a run begins or continues.
 
     Args:
-        command: of the run, such as `select`.
-        config: its settings.
-        found: what the file held; empty for a new run.
-
+        command: The command, such as `select`.
+        config: The settings of the run.
+        found: The earlier content of the file; empty for a new run.
     """
     return {
         "format": run_files.SEALED_SINCE,
@@ -130,7 +140,7 @@ def record(command: str, config: Settings, found: dict[str, Any]) -> dict[str, A
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has held, in bytes."""
+    """Return the peak memory of this process, in bytes."""
     try:  # on Linux: ru_maxrss begins with the peak of the process that started this one
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

@@ -1,4 +1,4 @@
-"""What a run writes about its machine and its command names neither the user nor the host, and holds no secret."""
+"""Redaction: what a run writes about its machine and its command names no user or host and has no secrets."""
 
 import os
 import platform
@@ -16,15 +16,14 @@ _call: ContextVar[str | None] = ContextVar("call", default=None)
 
 
 def redact(text: str, *, names: bool = True) -> str:
-    """Hide access tokens, values of secret environment variables and the home folder in `text`.
+    """Hide access tokens, values of secret environment variables and the home folder.
 
     Args:
-        text: anything that goes into a file or to the terminal.
-        names: also hide the names of the user and of the host.
+        text: Any text that goes into a file or to the terminal.
+        names: Whether to hide the names of the user and of the host too.
 
     Returns:
         The text, with `***`, `~`, `<user>` and `<host>` in their places.
-
     """
     text = redaction.hide(text)
     home = str(Path.home())
@@ -47,5 +46,9 @@ def called_as(call: str) -> Iterator[None]:
 
 
 def command_line(*, names: bool = True) -> str:
-    """The command that was typed, quoted for a shell and redacted; `names` as in `redact`."""
+    """Return the command as it was typed, quoted for a shell and redacted.
+
+    Args:
+        names: As in `redact`.
+    """
     return redact(_call.get() or shlex.join(["datatools", *sys.argv[1:]]), names=names)

@@ -1,4 +1,4 @@
-"""What a run folder may hold, and whether its files still are what the run wrote; see `datatools.files.seals`."""
+"""Files that a run folder may contain, and whether they are as the run wrote them; see `datatools.files.seals`."""
 
 import os
 import stat
@@ -11,17 +11,24 @@ from datatools.files import seals
 from pipelines.texts import visible
 
 OPEN = {seals.NAME, "progress.json", "events.jsonl", ".lock"}
-"""Files of a run folder that are not sealed: they are replaced all the time, or carry checksums of their own."""
+"""Files of a run folder that are not sealed, because they change constantly or contain checksums of their own."""
 RECORDS = {"run.yaml", "provenance.json", "warmup/rows.json"}
-"""What nothing could compute again: what ran, and on which rows of the pool as it was then."""
+"""Files that cannot be computed again: what ran, and on which rows of the pool at that time."""
 COMPLETE = "complete.json"
-"""Lists its folder's files with their digests, which are compared when they are used: not twice."""
+"""The file that lists its folder's files with their digests, which are compared when the files are used."""
 SEALED_SINCE = 2
-"""The format of provenance.json since which there are seals."""
+"""The first format of provenance.json that has seals."""
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left anywhere in `folder`. Raises: DataError, as `refuse_special`."""
+    """Remove the files that killed processes left anywhere in a run folder.
+
+    Args:
+        folder: The folder of the run.
+
+    Raises:
+        DataError: As in `refuse_special`.
+    """
     refuse_special(folder)
     for parent, folders, _ in os.walk(folder):
         files.remove_leftovers(parent)
@@ -29,18 +36,23 @@ def sweep(folder: Path) -> None:
 
 
 def refuse_special(folder: Path) -> None:
-    """Refuse a run folder that holds a link, a pipe or a device; the folder itself may be a link.
+    """Refuse a run folder that contains a link, a pipe or a device; the folder itself may be a link.
 
-    Raises: DataError naming it: nothing of a run is one, libraries write through them, and they may lead anywhere.
+    Args:
+        folder: The folder of the run.
+
+    Raises:
+        DataError: The folder contains one; the message names it. Libraries write through links, which may lead
+            anywhere.
     """
     for parent, folders, names in os.walk(folder):
         for name in (*folders, *names):
             child = Path(parent, name)
-            with suppress(FileNotFoundError):  # of a writer that is at work
+            with suppress(FileNotFoundError):  # of a process that is writing
                 if (kind := _special(child.lstat().st_mode)) is not None:
                     raise DataError(
-                        f"{shown(child)} is {kind}; a run folder holds files and folders only, so nothing is written "
-                        "there: remove it, or choose another --out"
+                        f"{shown(child)} is {kind}; a run folder may contain only files and folders, so nothing was "
+                        "written: remove it, or choose another --out"
                     )
 
 
@@ -52,13 +64,21 @@ def _special(mode: int) -> str | None:
 
 
 def begin(folder: Path) -> None:
-    """Seal the folder of a new run, before its first file."""
+    """Seal the folder of a new run, before its first file.
+
+    Args:
+        folder: The folder of the run.
+    """
     files.write_bytes(folder / seals.NAME, seals.text({}))
     seals.forget(folder)
 
 
 def adopt(folder: Path) -> None:
-    """Seal the files that lie in `folder` as they are."""
+    """Seal the files of a folder as they are.
+
+    Args:
+        folder: The folder of the run.
+    """
     found = {str(path.relative_to(folder)): [files.seal_of(path)] for path in _believed(folder)}
     files.write_bytes(folder / seals.NAME, seals.text(found))
     seals.forget(folder)
@@ -76,9 +96,13 @@ def _believed(folder: Path) -> Iterator[Path]:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether `folder` has seals; False for that of an older version.
+    """Return whether a folder has seals; a folder from an older version has none.
 
-    Raises: DataError where the run wrote seals and they are gone.
+    Args:
+        folder: The folder of a run.
+
+    Raises:
+        DataError: The run wrote seals, and they are missing.
     """
     if os.path.lexists(folder / seals.NAME):
         return True
@@ -91,16 +115,27 @@ def is_sealed(folder: Path) -> bool:
 
 
 def note(folder: Path) -> str | None:
-    """What a reader of the run in `folder` must be told, or None. Raises: DataError as `is_sealed`."""
+    """Return what a reader of a run must know, or None.
+
+    Args:
+        folder: The folder of the run.
+
+    Raises:
+        DataError: As in `is_sealed`.
+    """
     if not (folder / "run.yaml").is_file() or is_sealed(folder):
         return None
-    return f"{shown(folder)} was written by a version without seals: nothing shows whether its files were changed"
+    return f"{shown(folder)} was written by a version without seals: changes of its files cannot be detected"
 
 
 def damaged(folder: Path) -> list[str]:
-    """Names of the files in `folder` that are there and not what their seals say; shortens the file of seals.
+    """Return the names of existing files that differ from their seals, and remove outdated seals.
 
-    Raises: DataError for damaged seals.
+    Args:
+        folder: The folder of the run.
+
+    Raises:
+        DataError: The seals are damaged.
     """
     seals.forget(folder)
     with seals.locked(folder):
@@ -124,9 +159,13 @@ def damaged(folder: Path) -> list[str]:
 
 
 def check_saved(folder: Path) -> None:
-    """Compare an adapter or a model that `datatools train` saved with the digests beside it; others have none.
+    """Compare a saved adapter or model with its `complete.json`; folders without this file are not checked.
 
-    Raises: DataError naming the file that was damaged, edited or lost.
+    Args:
+        folder: The folder of the adapter or model.
+
+    Raises:
+        DataError: A file was damaged, edited or lost; the message names it.
     """
     path = folder / COMPLETE
     if not path.is_file():
@@ -135,14 +174,19 @@ def check_saved(folder: Path) -> None:
     if isinstance(listed, dict) and "gguf" in listed:  # the cache of converted models, which compares by itself
         return
     if (wrong := changed(folder, listed)) is not None:
-        remedy = f"restore it or train again; to use it as it is, remove {COMPLETE}, which lists what was saved"
+        remedy = f"restore it or train again; to use it as it is, remove {COMPLETE}, which lists the saved files"
         raise DataError(f"{wrong}; {remedy}")
 
 
 def changed(folder: Path, listed: object) -> str | None:
-    """Which of the saved files in `folder` is not what `listed`, the content of `complete.json`, says; None if all are.
+    """Return which saved file differs from its recorded digest; None if none does.
 
-    Raises: ValueError for names that no file can have.
+    Args:
+        folder: The folder of the saved files.
+        listed: The content of `complete.json`.
+
+    Raises:
+        ValueError: A name cannot be the name of a file.
     """
     if not (isinstance(listed, dict) and listed and all(isinstance(v, list) and len(v) == 2 for v in listed.values())):
         return f"{shown(folder / COMPLETE)} is damaged"
@@ -151,17 +195,25 @@ def changed(folder: Path, listed: object) -> str | None:
         if not file.is_file():
             return f"{shown(file)} is missing"
         if files.seal_once(file) != seals.Seal(size, digest):
-            return f"{shown(file)} is not what was saved: it was damaged or edited"
+            return f"{shown(file)} differs from what was saved: it was damaged or edited"
     return None
 
 
 def set_aside(path: Path) -> None:
-    """Rename a damaged file to `*.damaged`, where the last one of them stays."""
+    """Rename a damaged file to `*.damaged`, replacing an earlier file of that name.
+
+    Args:
+        path: The damaged file.
+    """
     aside = path.with_name(f"{path.name}.damaged")
     files.remove(aside)
     files.move(path, aside)
 
 
 def shown(path: Path | str) -> str:
-    """The path as it may go to the terminal: control characters are escaped."""
+    """Return a path for the terminal, with control characters escaped.
+
+    Args:
+        path: The path.
+    """
     return visible(str(path))

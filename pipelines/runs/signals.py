@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two writes, and the command line says how to continue it."""
+"""Signals: Ctrl-C and SIGTERM end a run between two writes, and the command line prints how to continue it."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from pipelines.runs.run_files import shown
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM as an exception, so that files are closed and the run says how to continue."""
+    """SIGTERM as an exception, so that files are closed and the command prints how to continue."""
 
 
 _RETRY_SECONDS = 0.02
@@ -24,9 +24,9 @@ _PATIENCE_SECONDS = 5.0
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn Ctrl-C into KeyboardInterrupt and SIGTERM into `Terminated`, once, and after the write that is under way.
+    """Turn Ctrl-C into KeyboardInterrupt and SIGTERM into `Terminated`, after the write that is in progress.
 
-    A second signal within two seconds counts as the same request, so that cleaning up is not cut short.
+    A second signal within two seconds counts as the same request, so that it does not cut the cleanup short.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -58,8 +58,8 @@ def interruptible() -> Iterator[None]:
 
 
 def how_to_continue() -> str:
-    """What to type after an interrupt, for the command line."""
+    """Return what to type after an interrupt."""
     command = command_line(names=False)
     if (folder := current.last_folder()) is not None:
-        return f"finished work is kept in {shown(folder)}; the same command continues it: {command}"
-    return f"nothing was left half-written; run it again with: {command}"
+        return f"finished work is kept in {shown(folder)}; to continue, run the same command again: {command}"
+    return f"no incomplete files were left; to start again, run: {command}"

@@ -1,8 +1,8 @@
-"""Threads of the numeric libraries: how many, and how idle ones wait. Chosen before torch is loaded, once a process.
+"""Threads of the numeric libraries: their number, and how idle ones wait, chosen once before torch is loaded.
 
-An idle OpenMP thread of torch spins for 300,000 rounds before it sleeps, on a core that another run may need: two runs
-on one machine then wait for each other's idle threads. `tests/benchmarks/test_side_by_side.py` measures both ways.
-What the user has set is never touched. Nothing here imports torch.
+An idle OpenMP thread of torch spins for 300,000 rounds before it sleeps, on a core that another run may need. Two runs
+on one machine then wait for each other's idle threads; `tests/benchmarks/test_side_by_side.py` measures both settings.
+Variables that the user has set are never changed. No import here loads torch.
 """
 
 import math
@@ -13,27 +13,33 @@ from contextlib import suppress
 from pathlib import Path
 
 SPINS = 1000
-"""Rounds of an idle thread before it sleeps: some ten microseconds, about what waking it costs."""
+"""Rounds that an idle thread spins before it sleeps: about ten microseconds, which is the cost of waking it."""
 
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
-"""Variables by which a user says how many threads there are to be."""
+"""Environment variables by which a user sets the number of threads."""
 
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "KMP_LIBRARY")
-"""Variables by which a user says how idle threads wait; the first is of GNU's library, the last two are of LLVM's."""
+"""Environment variables for how idle threads wait: the first is for GNU's library, the last two for LLVM's."""
 
 chosen: dict[str, str] = {}
-"""What `choose` has set in this process."""
+"""Variables that `choose` has set in this process."""
 
 _commands = False
-"""Whether a command chose, before torch was loaded."""
+"""Whether a command called `choose` before torch was loaded."""
 
 
 def choose(environ: MutableMapping[str, str] = os.environ, *, command: bool = False) -> dict[str, str]:
-    """Set what the user has not: brief spinning, and no more threads than the cores that this process may use.
+    """Set short spinning and at most as many threads as cores, unless the user has set these.
 
-    command: whether the process is a command's, in which nobody else sets the number of threads later.
-    Returns what was set; nothing where torch is loaded already, which is too late. For a script or a notebook that
-    shares its machine: call this first, before torch is imported.
+    In a script or a notebook that shares its machine, call this before torch is imported.
+
+    Args:
+        environ: The environment variables to read and change.
+        command: Whether this process runs a `datatools` command, in which no other code sets the number of threads
+            later.
+
+    Returns:
+        The variables that were set; empty if torch is already loaded, which is too late.
     """
     global _commands
     if "torch" in sys.modules:
@@ -52,23 +58,31 @@ def choose(environ: MutableMapping[str, str] = os.environ, *, command: bool = Fa
 
 
 def _share(environ: Mapping[str, str]) -> int:
-    """Cores for each worker of this machine, where a launcher that sets no OMP_NUM_THREADS started several."""
+    """Return the number of cores per worker, if a launcher started several workers without setting OMP_NUM_THREADS."""
     workers = environ.get("LOCAL_WORLD_SIZE", "")
     return max(1, cores() // max(1, int(workers))) if workers.isdecimal() else cores()
 
 
 def count_is_users(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the number of threads is what the user asked for."""
+    """Return whether the user has set the number of threads.
+
+    Args:
+        environ: The environment variables.
+    """
     return any(name in environ and name not in chosen for name in COUNTS)
 
 
 def count_is_free() -> bool:
-    """Whether the number of threads is a command's to choose: neither a user nor a caller's code has set it."""
+    """Return whether a command may choose the number of threads: neither the user nor calling code has set it."""
     return _commands and not count_is_users()
 
 
 def waits_briefly(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether idle threads leave their core soon, as far as the environment says."""
+    """Return whether idle threads release their core quickly, according to the environment.
+
+    Args:
+        environ: The environment variables.
+    """
     spins = environ.get("GOMP_SPINCOUNT", "").strip()
     if spins:
         return spins.isdecimal() and int(spins) <= 4 * SPINS
@@ -79,7 +93,11 @@ def waits_briefly(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Cores that this process may use: its affinity, and the quotas of its control groups (of both versions)."""
+    """Return the number of cores that this process may use: by its affinity and the quotas of its control groups.
+
+    Args:
+        root: The root of the file system; tests give another one.
+    """
     found = [float(_affinity())]
     for folder in _groups(root):
         with suppress(OSError, ValueError):
@@ -101,7 +119,7 @@ def _affinity() -> int:
 
 
 def _groups(root: Path) -> list[Path]:
-    """Folders that may hold a quota: of the group of this process and of those above it; in a container, the top."""
+    """Return the folders that may contain a quota, for the control group of this process and its parents."""
     top = root / "sys/fs/cgroup"
     found = [top, top / "cpu", top / "cpu,cpuacct"]
     with suppress(OSError, UnicodeError):

@@ -1,8 +1,8 @@
-"""Which selection an audit judged: its verdict belongs to the bytes of one `selected.jsonl`, and to no other.
+"""The selection that an audit judged: a verdict belongs to the bytes of one `selected.jsonl` and to no other file.
 
-An audit records the digest of the file that it read. Whoever shows its verdict compares that with the selection that is
-there: `select` keeps the verdict of an equal selection, `audit` writes none into the report of a changed one, and the
-report leaves out one that is not its own.
+An audit records the digest of the file that it read. Code that shows its verdict compares this digest with the present
+selection: `select` keeps the verdict of an identical selection, `audit` does not write a verdict into the report of a
+changed selection, and the report leaves out a verdict that belongs to another selection.
 """
 
 from __future__ import annotations
@@ -21,13 +21,21 @@ _ASIDE = ("selected.parquet", "scores.parquet", "summary.json", "report.html", S
 
 
 def digest_of(folder: Path) -> str | None:
-    """The digest of the selection in `folder`; None where there is none."""
+    """Return the digest of the selection in a folder; None if there is none.
+
+    Args:
+        folder: The folder of a run.
+    """
     path = folder / SELECTED
     return files.digest_file(path) if path.is_file() else None
 
 
 def digest_of_lines(lines: Iterable[bytes]) -> str:
-    """The digest that a file of these lines will have."""
+    """Return the digest that a file of these lines will have.
+
+    Args:
+        lines: The lines, without line ends.
+    """
     state = xxhash.xxh3_128()
     for line in lines:
         state.update(line + b"\n")
@@ -35,16 +43,26 @@ def digest_of_lines(lines: Iterable[bytes]) -> str:
 
 
 def _judges(audit: object, digest: str | None, *, unsigned: bool) -> bool:
-    """Whether `audit` judged the selection with this digest; unsigned: the answer for one that does not say which."""
+    """Return whether `audit` judged the selection with this digest.
+
+    Args:
+        audit: The content of audit.json.
+        digest: The digest of the selection.
+        unsigned: The answer for an audit that does not name its selection.
+    """
     if not isinstance(audit, Mapping):
         return False
     return audit.get("selection") == digest if "selection" in audit else unsigned
 
 
 def kept(folder: Path, digest: str) -> dict[str, Any] | None:
-    """The audit of the selection with this digest that is in `folder` already: in its summary, or in its `audit/`.
+    """Return the stored audit of the selection with this digest, from the summary or from the folder `audit/`.
 
-    Audits of earlier versions do not say what they judged: they count where the selection on disk is still the same.
+    Audits of earlier versions do not name their selection. They count if the selection on disk is still the same.
+
+    Args:
+        folder: The folder of the run.
+        digest: The digest of the selection.
     """
     unsigned = digest_of(folder) == digest
     for path, name in ((folder / "summary.json", "audit"), (folder / "audit" / "audit.json", None)):
@@ -59,9 +77,14 @@ def kept(folder: Path, digest: str) -> dict[str, Any] | None:
 
 
 def set_aside(folder: Path, digest: str) -> Path | None:
-    """Move a finished selection other than the one with this digest to `selected.old-N` in `folder`, and say so.
+    """Move a finished selection other than the one with this digest to `selected.old-N`, and print a warning.
 
-    Returns: where it is now; None where nothing had to move.
+    Args:
+        folder: The folder of the run.
+        digest: The digest of the new selection.
+
+    Returns:
+        The new folder of the earlier selection; None if nothing had to move.
     """
     there = digest_of(folder)
     if there is None or there == digest:
@@ -74,15 +97,22 @@ def set_aside(folder: Path, digest: str) -> Path | None:
     for name in _ASIDE:
         if (folder / name).is_file():
             files.move(folder / name, aside / name)
-    warn(f"this selection differs from the earlier one in this folder, which is now in {aside}")
+    warn(f"this selection differs from the earlier one in this folder, which was moved to {aside}")
     return aside
 
 
 def deliver(home: Path, audit: Mapping[str, Any]) -> bool:
-    """Write `audit` into the summary of the selection in the run folder `home`; True if it is that selection's.
+    """Write an audit into the summary of the selection that it judged.
 
-    Says why where it is not: the audit is of another file, the selection has changed since it was read, or a command
-    works on it right now.
+    A warning states the reason where this is not possible: the audit judged another file, the selection has changed
+    since it was read, or another command is using the folder.
+
+    Args:
+        home: The folder of the run that made the selection.
+        audit: The content of audit.json.
+
+    Returns:
+        Whether the audit was written into the summary.
     """
     if not ((home / "summary.json").is_file() and (home / "scores.parquet").is_file()):
         return False
@@ -91,34 +121,39 @@ def deliver(home: Path, audit: Mapping[str, Any]) -> bool:
             summary = files.read_json(home / "summary.json")
             if not isinstance(summary, dict):
                 warn(
-                    f"{home / 'summary.json'} is damaged: the audit is not in its report; `datatools select` again "
-                    "with the same settings writes it anew"
+                    f"{home / 'summary.json'} is damaged, so the audit is not in its report; run `datatools select` "
+                    "again with the same settings to write it"
                 )
                 return False
             if digest_of(home) != audit["selection"]:
                 warn(
-                    f"the audit judged another selection than {home / SELECTED} as it is now: its verdict is kept "
-                    "with the audit and is not in that report"
+                    f"{home / SELECTED} has changed since the audit read it: the verdict is kept "
+                    "with the audit and is not in the report of the selection"
                 )
                 return False
             files.write_json(home / "summary.json", {**summary, "audit": dict(audit)})
     except DatatoolsError as error:
-        warn(f"the verdict is not in the report of {home}: {error}; the same audit again puts it there")
+        warn(f"the verdict is not in the report of {home}: {error}; run the same audit again to add it")
         return False
     return True
 
 
 def checked(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """`summary` without an audit of another selection, and with a warning where something does not belong together."""
+    """Return a summary without an audit of another selection, with warnings about files that do not belong together.
+
+    Args:
+        folder: The folder of the run.
+        summary: The content of summary.json.
+    """
     recorded = summary.get("selection")
     described = recorded.get("digest") if isinstance(recorded, Mapping) else None
     there = digest_of(folder)
     found = dict(summary)
     warnings: list[str] = []
     if described is not None and there is not None and described != there:
-        warnings.append(f"{SELECTED} has changed since it was selected: this report does not describe its rows.")
+        warnings.append(f"{SELECTED} has changed since the selection: this report does not describe its present rows.")
     digest = there or described
     if summary.get("audit") and digest is not None and not _judges(summary["audit"], digest, unsigned=True):
         found["audit"] = None
-        warnings.append("An audit of another selection is recorded here; its verdict is not shown.")
+        warnings.append("The recorded audit belongs to another selection; its verdict is not shown.")
     return found | ({"warnings": [*(summary.get("warnings") or []), *warnings]} if warnings else {})

@@ -1,4 +1,4 @@
-"""The processes that share one run, as torchrun starts them. Nothing here imports torch."""
+"""The processes that share one run, as torchrun starts them. No import here loads torch."""
 
 import os
 
@@ -6,39 +6,36 @@ from datatools import EnvironmentProblem, UsageError
 
 
 def rank() -> int:
-    """The number of this process among the workers: RANK as torchrun sets it, 0 for a process on its own.
+    """Return the number of this process among the workers: RANK as torchrun sets it, 0 for a single process.
 
     Raises:
         EnvironmentProblem: RANK is not a whole number.
-
     """
     return _whole_number("RANK", 0)
 
 
 def world_size() -> int:
-    """The number of workers: WORLD_SIZE as torchrun sets it, 1 for a process on its own.
+    """Return the number of workers: WORLD_SIZE as torchrun sets it, 1 for a single process.
 
     Raises:
         EnvironmentProblem: WORLD_SIZE is not a whole number.
-
     """
     return _whole_number("WORLD_SIZE", 1)
 
 
 def alone(command: str) -> None:
-    """Refuse to run `command` as several processes.
+    """Refuse to run a command as several processes.
 
     Args:
-        command: as the user typed it, for the message.
+        command: The command as the user typed it, for the message.
 
     Raises:
         UsageError: WORLD_SIZE is above 1.
-
     """
     if world_size() > 1:
         raise UsageError(
-            f"{command} runs as one process, and WORLD_SIZE is {world_size()}; start it without torchrun "
-            "(`datatools train` and datatools.extract share their work among processes, this does not yet)"
+            f"{command} runs as one process, but WORLD_SIZE is {world_size()}; start it without torchrun "
+            "(`datatools train` and datatools.extract share their work among processes; this command does not)"
         )
 
 

@@ -1,1 +1,1 @@
-"""Settings of every command, where they come from, and what a file may not decide."""
+"""Settings of every command, their sources, and what a file may not decide."""

@@ -11,11 +11,11 @@ from pipelines.settings.methods import arms
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 
 RUNS = "as in the run"
-"""What help shows as the default of settings that an audit takes over from the run whose selection it judges."""
+"""The default that help shows for settings that an audit takes from the run whose selection it judges."""
 
 
 class AuditConfig(RunSettings):
-    """Is the selection better than simple baselines? Trains on each with several seeds and compares held-out losses.
+    """Compare the selection with simple baselines: train on each with several seeds, and compare held-out losses.
 
     The model, the target and the training recipe are those of the run that made the selection, unless given here.
     """
@@ -27,10 +27,10 @@ class AuditConfig(RunSettings):
 
     selected: Annotated[FilePath, Flag("--selected", DATA)] = Field(description="selected.jsonl of a run")
     pool: Annotated[DataConfig, Flags("paths columns", default=RUNS, paths="--pool"), Flags("preference")] = Field(
-        description="the pool that it was selected from"
+        description="the pool from which the rows were selected"
     )
     test: Annotated[DataConfig, Flags("paths columns preference", paths="--test", columns="--test-columns")] = Field(
-        description="held-out rows like the target, never rows that were used to select"
+        description="held-out rows that resemble the target; never rows that were used for the selection"
     )
     target: Annotated[Names, Flag("--target", DATA, "FILE", default=RUNS)] = Field(
         default=[], description="the target rows, for baselines that need them"

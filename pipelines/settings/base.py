@@ -1,8 +1,8 @@
-"""What all settings are made of: the base class, the types of their values, and the marks of their fields.
+"""The foundation of all settings: the base class, the types of their values, and the marks of their fields.
 
-The settings of each command are pydantic models in the file of its name. They live here rather than beside what they
-configure because checks before a run, run folders and the command line read those of several commands, and because
-nothing here may import torch: `--help` and `--print-config` answer at once.
+The settings of each command are pydantic models in the file of its name. They are kept here, apart from the code that
+they configure, because checks before a run, run folders and the command line read the settings of several commands,
+and because no import here may load torch: `--help` and `--print-config` must be fast.
 """
 
 from pathlib import Path
@@ -16,13 +16,16 @@ Json = bool | int | float | str | None | list["Json"] | dict[str, "Json"]
 
 
 def home(text: str) -> str:
-    """A path as it was typed, with `~` expanded.
+    """Return a path as it was typed, with `~` expanded.
+
+    Args:
+        text: The path.
 
     Raises:
-        ValueError: for characters that no file name has.
+        ValueError: The path contains a character that no file name can have.
     """
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{text!r} holds a character that no file name has")
+        raise ValueError(f"{text!r} contains a character that no file name can have")
     return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
@@ -39,7 +42,7 @@ def _number_as_text(value: object) -> object:
 
 
 def _columns(value: object) -> object:
-    """'a=b,c=d' as {a: b, c: d}, and a list of such texts as one mapping."""
+    """Read 'a=b,c=d' as {a: b, c: d}, and a list of such texts as one mapping."""
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         value = ",".join(value)
     if not isinstance(value, str):
@@ -63,10 +66,10 @@ Options = dict[str, Scalar | list[Scalar]]
 
 
 class Settings(BaseModel):
-    """Base of all settings: unknown names are refused, values are immutable, and numbers are finite.
+    """The base of all settings: unknown names are refused, values are immutable, and numbers are finite.
 
-    `shorthand` names the field that a bare text (or list) stands for: `model: NAME` is `model: {name: NAME}`. Of the
-    settings of a command, the docstring is the command's help and `examples` are the commands that it ends with.
+    `shorthand` names the field that a plain text (or list) sets: `model: NAME` means `model: {name: NAME}`. For the
+    settings of a command, the docstring is the command's help, and `examples` are the commands at the end of the help.
     """
 
     model_config = ConfigDict(
@@ -87,31 +90,35 @@ class Settings(BaseModel):
 
     @classmethod
     def expand(cls, value: object) -> object:
-        """The mapping that a shorthand stands for; anything else is returned unchanged."""
+        """Return the mapping that a shorthand means; any other value is returned unchanged.
+
+        Args:
+            value: The value of a section.
+        """
         if cls.shorthand is not None and isinstance(value, str | list | Path):
             return {cls.shorthand: value}
         return value
 
 
 class RunSettings(Settings):
-    """What every command with a run folder has."""
+    """The settings of every command that has a run folder."""
 
     out: Annotated[FilePath, Flag("--out", RUN, "DIR")] = Field(
         description="folder of the run; an interrupted run in it is continued", json_schema_extra=ELSEWHERE
     )
     seed: Annotated[Seed, Flag("--seed", RUN)] = Field(
-        default=0, description="the one seed; all others are derived from it by name"
+        default=0, description="the seed from which all other seeds are derived"
     )
     overwrite: Annotated[bool, Flag("--overwrite", RUN)] = Field(
         default=False, description="move an existing run aside to OUT.old-N", json_schema_extra=VOLATILE
     )
     dry_run: Annotated[bool, Flag("--dry-run", RUN)] = Field(
         default=False,
-        description="check that everything loads, show what the run will cost, and stop",
+        description="check that everything loads, show the expected cost of the run, and stop",
         json_schema_extra=VOLATILE,
     )
     accept_change: Annotated[Names, Flag("--accept-change", RUN)] = Field(
         default=[],
-        description="continue the run although this changed since it began: code, data, model, ...",
+        description="continue the run although this has changed since it began: code, data, model, ...",
         json_schema_extra=VOLATILE,
     )

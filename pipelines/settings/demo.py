@@ -11,10 +11,10 @@ from pipelines.settings.parts import ModelConfig
 
 
 class DemoConfig(RunSettings):
-    """See it work, in a few minutes on a CPU.
+    """Run a complete example in a few minutes on a CPU.
 
-    Selects from bundled rows with a small model, trains on them and on random rows, and draws the report. Needs no
-    network.
+    The demo selects from bundled rows with a small model, trains on them and on random rows, and draws the report. It
+    needs no network.
     """
 
     examples = ("datatools demo", "datatools demo --out runs/demo-3 --set seeds=3")

@@ -1,4 +1,4 @@
-"""How settings are written: as YAML that `load.load_config` reads back, as plain values, and as a fingerprint."""
+"""Writing settings: as YAML that `load.load_config` reads back, as plain values, and as a fingerprint."""
 
 import hashlib
 import json
@@ -33,29 +33,32 @@ def _plain(value: object) -> Json:
 
 
 def _tilde(text: str) -> str:
-    """A path in the home folder, without its owner's name."""
+    """Return a path in the home folder with `~`, without the name of its owner."""
     home = str(Path.home())
     return "~" + text[len(home) :] if home != "/" and (text == home or text.startswith(home + "/")) else text
 
 
 def as_dict(config: Settings, *, leave_out: Sequence[str] = ("volatile",)) -> dict[str, Json]:
-    """The settings as plain values: the home folder is `~`, and secrets are `***`.
+    """Return settings as plain values; the home folder is `~`, and secrets are `***`.
 
     Args:
-        config: the settings.
-        leave_out: marks (see `marks`) of the fields to leave out.
+        config: The settings.
+        leave_out: Marks (see `marks`) of the fields to leave out.
     """
     fields = type(config).model_fields
     return {name: _plain(getattr(config, name)) for name, field in fields.items() if not _marked(field, *leave_out)}
 
 
 def flatten(value: Json, prefix: str = "") -> dict[str, Json]:
-    """Nested settings as dotted names.
+    """Return nested settings as a flat mapping with dotted names.
+
+    Args:
+        value: The settings as plain values.
+        prefix: The dotted name of `value` itself.
 
     Example:
         >>> flatten({"model": {"name": "x"}, "seed": 0})
         {'model.name': 'x', 'seed': 0}
-
     """
     if isinstance(value, dict) and (value or not prefix):
         flat: dict[str, Json] = {}
@@ -66,18 +69,31 @@ def flatten(value: Json, prefix: str = "") -> dict[str, Json]:
 
 
 def fingerprint(config: Settings) -> dict[str, Json]:
-    """Dotted name -> value of all that can change the result; two runs may share a folder when these are equal."""
+    """Return the settings that can change the result, by dotted name; two runs may share a folder if these are equal.
+
+    Args:
+        config: The settings.
+    """
     return flatten(as_dict(config, leave_out=("volatile", "elsewhere", "late")))
 
 
 def config_digest(config: Settings) -> str:
-    """The 128-bit BLAKE2b digest of `fingerprint`, in hexadecimal."""
+    """Return the 128-bit BLAKE2b digest of `fingerprint`, in hexadecimal.
+
+    Args:
+        config: The settings.
+    """
     text = json.dumps(fingerprint(config), sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def dump(config: Settings, *, comments: bool = False) -> str:
-    """YAML that `load_config` reads back to equal settings; `comments` puts the meaning of each setting above it."""
+    """Return YAML that `load_config` reads back to equal settings.
+
+    Args:
+        config: The settings.
+        comments: Whether to write the meaning of each setting above it.
+    """
     return "".join(_dump_level(config, 0, comments))
 
 
@@ -101,7 +117,11 @@ def _dump_level(config: Settings, depth: int, comments: bool) -> list[str]:
 
 
 def flow(value: object) -> str:
-    """One value as YAML on one line."""
+    """Return one value as YAML on one line.
+
+    Args:
+        value: The value.
+    """
     text = yaml.dump(
         _plain(value), Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10**9, sort_keys=False
     )

@@ -1,8 +1,8 @@
 """The flags of a command, read from its settings.
 
-`pipelines.cli.flags` makes options of typer from them. Libraries that generate command lines from models
-(pydantic-settings, jsonargparse, tyro) name a flag after its place in the models, so that `warmup.learning_rate` would
-not be --learning-rate, and have errors in words of their own.
+`pipelines.cli.flags` turns them into options of typer. Libraries that generate command lines from models
+(pydantic-settings, jsonargparse, tyro) name a flag after its position in the models, so that `warmup.learning_rate`
+could not be --learning-rate, and they have their own error messages.
 """
 
 import types
@@ -20,18 +20,18 @@ from pipelines.settings.marks import PANELS, Flag, Flags, OneOf
 
 @dataclass(frozen=True)
 class Setting:
-    """A flag of one command, with what its field says.
+    """A flag of one command, with the facts from its field.
 
     Attributes:
-        flag: the mark.
-        paths: dotted names of the settings that it sets; several where sections share a flag.
-        kind: the type of one value: bool, int, float, Path or str.
-        help: the field's description.
-        default: the default as help shows it, "" for none.
-        repeats: whether the flag may be given several times.
-        listed: whether its value is a list of names, separated by commas.
-        choices: the names that it may have, if they are known.
-        nulls: the section that the value `flag.off` makes null.
+        flag: The mark.
+        paths: Dotted names of the settings that the flag sets; several if sections share it.
+        kind: The type of one value: bool, int, float, Path or str.
+        help: The description of the field.
+        default: The default that help shows; "" for none.
+        repeats: Whether the flag may be given several times.
+        listed: Whether the value is a list of names, separated by commas.
+        choices: The possible names, if they are known.
+        nulls: The section that the value `flag.off` sets to null.
     """
 
     flag: Flag
@@ -46,7 +46,11 @@ class Setting:
 
 
 def flags_of(model: type[Settings]) -> list[Setting]:
-    """The flags of the command whose settings are `model`, in the order of help."""
+    """Return the flags of a command, in the order of help.
+
+    Args:
+        model: The settings of the command.
+    """
     found: dict[str, Setting] = {}
     for setting in _settings(model):
         name = setting.flag.name
@@ -68,7 +72,9 @@ def _settings(model: type[Settings]) -> Iterator[Setting]:
             flag = _mark(section, inner)
             assert flag is not None, f"{section.__name__}.{inner} has no flag"
             leaf = section.model_fields[inner]
-            value = flag.off if info.default is None else leaf.default  # a section is null, or what its class says
+            value = (
+                flag.off if info.default is None else leaf.default
+            )  # the section is null, or has the defaults of its class
             text = leaf.description or ""
             if inner == section.shorthand:
                 text = f"{info.description}: {text}"
@@ -80,7 +86,7 @@ def _settings(model: type[Settings]) -> Iterator[Setting]:
 
 
 def _mark(model: type[Settings], name: str) -> Flag | None:
-    """The mark of a field; a field that a subclass states anew keeps it."""
+    """Return the mark of a field; a field that a subclass redefines keeps it."""
     for base in model.__mro__:
         info = getattr(base, "__pydantic_fields__", {}).get(name)
         found = next((mark for mark in info.metadata if isinstance(mark, Flag)), None) if info is not None else None
@@ -94,7 +100,7 @@ def _setting(flag: Flag, path: str, text: str, info: FieldInfo, default: object)
     item = next((get_args(member)[0] for member in kinds if get_origin(member) is list), None)
     inner = kinds if item is None else members(item)
     choices = _choices(info, inner)
-    # names of files may hold commas; other names do not
+    # file names may contain commas; other names do not
     repeats = item in (Name, FilePath) or any(get_origin(member) is dict for member in kinds)
     kind = next((one for one in (bool, int, float, Path) if inner == [one]), str)
     metavar = flag.metavar or {int: "N", float: "X", Path: "FILE"}.get(kind, "NAME")
@@ -123,14 +129,15 @@ def _choices(info: FieldInfo, inner: list[Any]) -> tuple[str, ...]:
 
 
 def values_of(model: type[Settings], given: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
-    """What was given on the command line, as settings.
+    """Return what was given on the command line, as settings.
 
     Args:
-        model: the settings of the command.
-        given: parameter name -> value, of at least the flags.
+        model: The settings of the command.
+        given: Parameter name -> value, for at least the flags.
 
     Returns:
-        Dotted names of settings -> values, where None is "not given"; and the sections that a flag made null.
+        A mapping from dotted names of settings to values, where None is "not given", and the sections that a flag set
+        to null.
     """
     values: dict[str, object] = {}
     nulls: list[str] = []
@@ -148,19 +155,32 @@ def values_of(model: type[Settings], given: Mapping[str, Any]) -> tuple[dict[str
 
 
 def parameter_name(flag: str) -> str:
-    """`--lora-rank` is the parameter `lora_rank`."""
+    """Return the parameter name of a flag: `--lora-rank` is `lora_rank`.
+
+    Args:
+        flag: The flag.
+    """
     return flag.removeprefix("--").replace("-", "_")
 
 
 def flag_for(model: type[Settings], name: str) -> str:
-    """The flag that gives the setting `name`, or the section that its shorthand stands for; "" for none."""
+    """Return the flag of a setting, or of the shorthand of a section; "" if there is none.
+
+    Args:
+        model: The settings of the command.
+        name: The name of the setting.
+    """
     section = submodel(model.model_fields[name].annotation) if name in model.model_fields else None
     path = f"{name}.{section.shorthand}" if section is not None and section.shorthand else name
     return next((setting.flag.name for setting in flags_of(model) if path in setting.paths), "")
 
 
 def members(annotation: Any) -> list[Any]:
-    """The alternatives of an annotation, with Annotated and unions opened."""
+    """Return the alternatives of an annotation, with Annotated and unions resolved.
+
+    Args:
+        annotation: The annotation of a field.
+    """
     origin = get_origin(annotation)
     if origin is Annotated:
         return members(get_args(annotation)[0])
@@ -170,7 +190,11 @@ def members(annotation: Any) -> list[Any]:
 
 
 def submodel(annotation: Any) -> type[Settings] | None:
-    """The settings model among the alternatives of an annotation."""
+    """Return the settings model among the alternatives of an annotation; None if there is none.
+
+    Args:
+        annotation: The annotation of a field.
+    """
     for member in members(annotation):
         if isinstance(member, type) and issubclass(member, Settings):
             return member

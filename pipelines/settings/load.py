@@ -1,6 +1,7 @@
-"""How defaults, YAML, flags and `--set` become a settings model.
+"""Building settings from defaults, YAML, flags and `--set`.
 
-Weakest first: defaults < the run that a command builds on < YAML < flags < `--set a.b=c`. Unknown names are errors.
+Order of precedence, weakest first: defaults, the run that a command builds on, YAML, flags, `--set a.b=c`. Unknown
+names are errors.
 """
 
 import difflib
@@ -25,13 +26,16 @@ def _takes(annotation: Any, *kinds: Any) -> bool:
 
 
 def all_names(model: type[Settings], prefix: str = "") -> list[str]:
-    """The dotted names of all settings of `model`, sections included.
+    """Return the dotted names of all settings, sections included.
+
+    Args:
+        model: The class of the settings.
+        prefix: Text before every name.
 
     Example:
         >>> from pipelines.settings.select import SelectConfig
         >>> [name for name in all_names(SelectConfig) if name.startswith("projector")]
         ['projector', 'projector.name', 'projector.dim']
-
     """
     names = []
     for name, field in model.model_fields.items():
@@ -42,9 +46,9 @@ def all_names(model: type[Settings], prefix: str = "") -> list[str]:
 
 
 def _unknown(model: type[Settings], root: type[Settings], path: str, key: str, origin: str) -> NoReturn:
-    """`select.yaml: SelectConfig has no setting 'fracton'; did you mean 'fraction'?`, found at any level."""
+    """Refuse a name at any level: `select.yaml: SelectConfig has no setting 'fracton'; did you mean 'fraction'?`."""
     close = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.7)
-    if not close:  # a setting of another level: say where it lives
+    if not close:  # a setting of another level: name its section
         leaves: dict[str, list[str]] = {}
         for name in all_names(root):
             leaves.setdefault(name.rpartition(".")[2], []).append(name)
@@ -68,7 +72,7 @@ def _absorb(
     origins: dict[str, str],
     prefix: str = "",
 ) -> None:
-    """Merge `data` over `into`, level by level; lists and option mappings are replaced whole."""
+    """Merge `data` over `into`, level by level; lists and option mappings are replaced completely."""
     for key, value in data.items():
         if key not in model.model_fields:
             _unknown(model, root, prefix.rstrip("."), key, origin)
@@ -91,7 +95,7 @@ def _absorb(
 
 
 def _assign(model: type[Settings], assignment: str, into: dict[str, Any], origins: dict[str, str]) -> None:
-    """Apply one `--set a.b=c`. The value is read as YAML, but stays text where the setting is text."""
+    """Apply one `--set a.b=c`. The value is read as YAML, but stays text if the setting is text."""
     path, equals, text = assignment.partition("=")
     path, text = path.strip(), text.strip()
     origin = f"--set {path}"
@@ -136,8 +140,8 @@ def _short(value: object) -> str:
 
 
 def _explain(model: type[Settings], error: ValidationError, origins: Mapping[str, str]) -> str:
-    """A pydantic error as one message: the source, the value, what was expected, and what to do."""
-    lines: dict[str, str] = {}  # one per setting: a union has one error for each of its members
+    """Return a pydantic error as one message: the source, the value, what was expected, and what to do."""
+    lines: dict[str, str] = {}  # one per setting, because a union has one error per member
     for problem in sorted(error.errors(include_url=False), key=lambda e: -len(e["loc"])):
         path, level, description = [], model, ""
         inside_model = True
@@ -190,29 +194,28 @@ def load_config(
     base_name: str = "the run",
     wanted: Sequence[str] = (trust.CODE, trust.PLACES),
 ) -> M:
-    """Settings from their sources: defaults < `base` < YAML < `flags` < `sets`.
+    """Build settings from their sources: defaults < `base` < YAML < `flags` < `sets`.
 
     Args:
-        model: the class of the settings.
-        yaml_path: a file with settings.
-        flags: dotted name -> value ("train.paths": [...]); None is "not given".
-        sets: texts "a.b=value".
-        base: the settings of the run that the command builds on (an audit takes the model of the run that it judges).
-        base_name: the file that `base` is from, for messages.
-        wanted: the checks of `trust.check` that the caller needs.
+        model: The class of the settings.
+        yaml_path: A file with settings.
+        flags: Dotted name -> value ("train.paths": [...]); None is "not given".
+        sets: Texts "a.b=value".
+        base: The settings of the run that the command builds on (an audit takes the model of the run that it judges).
+        base_name: The file that contains `base`, for messages.
+        wanted: The checks of `trust.check` that the caller needs.
 
     Returns:
         The settings, checked.
 
     Raises:
-        UsageError: naming the source, the setting, its value, and what was expected.
+        UsageError: A setting is wrong; the message names its source, the setting, its value, and what was expected.
 
     Example:
         >>> from pipelines.settings.train import EvaluateConfig
         >>> flags = {"model.name": "m", "data.paths": ["test.jsonl"]}
         >>> load_config(EvaluateConfig, None, flags, ["token_budget=512"]).token_budget
         512
-
     """
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -239,16 +242,16 @@ def load_config(
 
 
 def audit_base(selected: Path | None, yaml_path: Path | None = None) -> tuple[dict[str, Json], str]:
-    """What an audit takes over from the run whose selected.jsonl it judges.
+    """Return the settings that an audit takes from the run whose selected.jsonl it judges.
 
     The model, target, pool and adapters are those of the run; the training recipe is that of its warm-up.
 
     Args:
-        selected: selected.jsonl of the run.
-        yaml_path: a file with settings, which may name it instead.
+        selected: The selected.jsonl of the run.
+        yaml_path: A file with settings, which may name selected.jsonl instead.
 
     Returns:
-        The settings, and the name of the file that they are from; empty where there is no run.
+        The settings, and the name of the file that contains them; empty if there is no run.
     """
     if selected is None and yaml_path is not None:
         named = read_yaml(yaml_path).get("selected")
@@ -274,13 +277,13 @@ def audit_base(selected: Path | None, yaml_path: Path | None = None) -> tuple[di
 
 
 def order_base(out: Path | None) -> tuple[dict[str, Json], str]:
-    """The settings of the run in `out`, which another task of `datatools order` continues.
+    """Return the settings of the run in `out`, which another task of `datatools order` continues.
 
     Args:
-        out: the folder, by default that of the settings.
+        out: The folder; by default that of the settings.
 
     Returns:
-        The settings, and the name of the file that they are from; empty where there is no run.
+        The settings, and the name of the file that contains them; empty if there is no run.
     """
     folder = Path(home(str(out or OrderConfig.model_fields["out"].default)))
     path = folder / "run.yaml"

@@ -1,8 +1,8 @@
-"""Marks of settings: what is a flag of the command line, and which settings of a run matter when it is compared.
+"""Marks of settings: which settings are flags, and which settings matter when runs are compared.
 
-A field is a flag when its type carries a `Flag`. A section (a field whose type is a settings model) opens some of its
-fields to the command with `Flags`, so that one section serves several commands. Everything else about a flag is the
-field's own: its type, its default, its help text, and whether it may be repeated.
+A field is a flag if its type has a `Flag`. A section (a field whose type is a settings model) makes some of its fields
+flags of the command with `Flags`, so that one section serves several commands. Everything else about a flag comes from
+the field: its type, its default, its help text, and whether it may be repeated.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any
 from pydantic_core import PydanticCustomError, core_schema
 
 MODEL, DATA, METHOD, TRAINING, RUN = PANELS = ("Model", "Data", "Method", "Training", "Run")
-"""The headings of a command's help, in their order."""
+"""The headings in the help of a command, in order."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,12 @@ class Flag:
     """The flag of a field.
 
     Attributes:
-        name: as it is typed, such as "--seed".
-        panel: the heading that it stands under.
-        metavar: what stands for its value; by default N for an integer, X for a number, FILE for a path, and NAME.
-        default: what help shows as the default, where it is not the field's.
-        off: the value that makes the section null, in commands where it may be, and `off_means` what that does.
+        name: The flag as it is typed, such as "--seed".
+        panel: The heading of help under which it is listed.
+        metavar: The name of its value; by default N for an integer, X for a number, FILE for a path, else NAME.
+        default: The default that help shows, if it is not the field's.
+        off: The value that sets the section to null, in commands where it may be null.
+        off_means: What the value `off` does.
     """
 
     name: str
@@ -39,18 +40,24 @@ class Flags:
     """The fields of a section that are flags of the command."""
 
     def __init__(self, names: str, default: str = "", **renamed: str) -> None:
-        """Open the fields `names`; `default` is what help shows for them, `renamed` gives fields another flag."""
+        """Make fields of a section flags of the command.
+
+        Args:
+            names: The names of the fields, separated by spaces.
+            default: The default that help shows for them.
+            **renamed: Field -> another flag.
+        """
         self.names, self.default, self.renamed = names.split(), default, renamed
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """A mark of texts: one of the names that `names` gives; they are read when a value is checked."""
+    """A mark of texts: the value must be one of the names that `names` returns when a value is checked."""
 
     names: Callable[[], tuple[str, ...]]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """A text, then the check; the error is that of a `Literal`."""
+        """Return the schema of a text, followed by the check. The error is that of a `Literal`."""
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
     def _check(self, value: str) -> str:
@@ -66,10 +73,10 @@ def _or(names: tuple[str, ...]) -> str:
 
 
 VOLATILE: dict[str, Any] = {"volatile": True}
-"""How to run, not what: neither in run.yaml nor in the fingerprint."""
+"""A setting of how to run, not of what: neither in run.yaml nor in the fingerprint."""
 ELSEWHERE: dict[str, Any] = {"elsewhere": True}
-"""A folder: a run may move, so it is in run.yaml and not in the fingerprint."""
+"""A folder: because a run may move, it is in run.yaml and not in the fingerprint."""
 LATE: dict[str, Any] = {"late": True}
-"""Read only after everything expensive is computed: a finished run may be asked again with another value."""
+"""A setting that is read after all expensive computations: a finished run may be repeated with another value."""
 UNSAID: dict[str, Any] = {"unsaid": True}
-"""Null in almost every run, and then not in run.yaml, which older versions can still read."""
+"""A setting that is null in most runs and then not in run.yaml, so that older versions can read the file."""

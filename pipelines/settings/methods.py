@@ -1,8 +1,8 @@
-"""The table of selection methods, and what is known about each before its code is loaded.
+"""The table of selection methods, and the facts about each that are known before its code is loaded.
 
 A method is a file with a record, `METHOD = Method(...)`, and a function `score`; `pipelines.select.scorer` lists the
-other functions that it may have. Whoever asks by name (settings, help, `ls`, reports, audits) gets the record. It is
-read from the source, so that asking does not import torch: its values must be literals.
+other functions that it may have. Code that needs facts about a method (settings, help, `ls`, reports, audits) reads
+the record from the source, without importing torch, so its values must be literals.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SCORERS: dict[str, str] = {
     "rds": "pipelines.select.rds",
     "loss": "pipelines.select.loss",
 }
-"""Name -> the module. The order is that of lists and messages."""
+"""Name -> the module, in the order of lists and messages."""
 
 FULL = "full"
 """The arm of an audit that is no method: the whole pool."""
@@ -32,25 +32,25 @@ FULL = "full"
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What the rest of the program knows about a method. Higher scores are better: rank 1 is the highest.
+    """The facts that the rest of the program knows about a method. Higher scores are better: rank 1 is the highest.
 
     Attributes:
-        summary: what rows are chosen by, for `datatools ls methods`.
-        title: its name in reports.
-        meaning: what one score means, in full sentences, for reports.
-        label: what an audit calls it.
-        rows: the rows that it picks, after "than with ..."; the label when empty.
-        needs: what it needs: a target; a model; gradients (with a warm-up run, or checkpoints of the user's own).
-        kind: what it is in an audit: a baseline (random rows), a rival that compares texts or states, or neither ("").
-        matches_length: whether it is the control for answer length.
-        selector: how rows are taken by default, a name of `datatools.SELECTORS`.
-        forward: the rows that go through the model for a score, forward alone; what an audit estimates its cost from.
-        stored: whether the features that it computes are kept and may serve another run.
-        nearest: the heading over the nearest target rows in `datatools explain`.
-        measure: what the similarity in that table is.
-        cost: what a score costs.
-        limits: what it cannot see.
-        name: its name in `SCORERS`; set when the record is read.
+        summary: How rows are chosen, for `datatools ls methods`.
+        title: The name in reports.
+        meaning: The meaning of one score, in full sentences, for reports.
+        label: The name in an audit.
+        rows: The chosen rows in the sentence "than with ..."; the label if empty.
+        needs: What the method needs: a target, a model, gradients (with a warm-up run or the user's own checkpoints).
+        kind: The role in an audit: a baseline (random rows), a method that compares texts or states, or neither ("").
+        matches_length: Whether the method is the control for answer length.
+        selector: How rows are taken by default, a name in `datatools.SELECTORS`.
+        forward: The rows that need a forward pass; an audit estimates the cost from them.
+        stored: Whether the computed features are kept and may serve another run.
+        nearest: The heading above the nearest target rows in `datatools explain`.
+        measure: The kind of similarity in that table.
+        cost: The cost of a score.
+        limits: What the method cannot see.
+        name: The name in `SCORERS`, set when the record is read.
     """
 
     summary: str
@@ -72,7 +72,11 @@ class Method:
 
 
 def method(name: str) -> Method | None:
-    """The record of the method `name`; None if the table has no such name (an older version's, say)."""
+    """Return the record of a method; None if the table does not have the name (for example, that of an older version).
+
+    Args:
+        name: The name of the method.
+    """
     if name not in SCORERS:
         return None
     module = SCORERS[name]
@@ -82,10 +86,13 @@ def method(name: str) -> Method | None:
 
 
 def known(name: str) -> Method:
-    """The record of a method that settings name: they have been checked.
+    """Return the record of a method that settings name and that has been checked.
+
+    Args:
+        name: The name of the method.
 
     Raises:
-        KeyError: if there is none.
+        KeyError: The table does not have the name.
     """
     found = method(name)
     if found is None:
@@ -94,13 +101,13 @@ def known(name: str) -> Method:
 
 
 def arms() -> tuple[str, ...]:
-    """What an audit may compare a selection with: the methods that need no gradients, and the whole pool."""
+    """Return what an audit may compare a selection with: the methods that need no gradients, and the whole pool."""
     return (*(name for name in SCORERS if "gradients" not in known(name).needs), FULL)
 
 
 @cache
 def _read(module: str) -> Method:
-    """The record in the source of `module`."""
+    """Return the record in the source of `module`."""
     spec = find_spec(module)
     assert spec is not None and spec.origin is not None, module
     for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:

@@ -1,4 +1,4 @@
-"""The names in the tables of optimizers, schedules, ..., read from the tables' source: torch is not imported for it."""
+"""The names in the tables of optimizers, schedules, etc., read from the source of the tables, without torch."""
 
 from __future__ import annotations
 
@@ -31,20 +31,28 @@ TABLES: dict[str, tuple[str, str]] = {
 
 
 def known(kind: str) -> tuple[str, ...]:
-    """The names of one table, in its order: of the table itself where it is loaded, else of its source.
+    """Return the names of one table, in order: from the table itself if it is loaded, else from its source.
+
+    Args:
+        kind: A key of `TABLES`.
 
     Returns:
-        No names where the source is not there to be read.
+        The names; empty if the source cannot be read.
     """
     return tuple(_entries(kind))
 
 
 def fact(kind: str, name: str, attribute: str) -> Any:
-    """A plain attribute of a method's record, in tables whose entries are "module:Class" or the class itself.
+    """Return a plain attribute of a method's record, for tables whose entries are "module:Class" or the class itself.
+
+    Args:
+        kind: A key of `TABLES`.
+        name: The name of the method.
+        attribute: The name of the attribute.
 
     Returns:
-        The attribute: of the class where its module is loaded, else from its source, without what the class inherits.
-        None where it is not there.
+        The attribute of the class if its module is loaded, else from its source, without inherited attributes. None if
+        it is missing.
     """
     entry = _entries(kind).get(name)
     if not isinstance(entry, str):
@@ -64,7 +72,7 @@ def _entries(kind: str) -> Mapping[str, Any]:
 
 @cache
 def _read(file: str, table: str) -> dict[str, str]:
-    """The names in the source of a table, each with its entry where that is a text."""
+    """Return the names in the source of a table, each with its entry if that is a text."""
     try:
         tree = ast.parse((_ROOT / file).read_text(encoding="utf-8"))
     except OSError:
@@ -86,9 +94,9 @@ def _read(file: str, table: str) -> dict[str, str]:
 
 @cache
 def _attributes(module: str, record: str) -> dict[str, Any]:
-    """The plain values that a class sets, from its source."""
+    """Return the plain values that a class sets, from its source."""
     path = _ROOT / f"{module.replace('.', '/')}.py"
-    if not path.is_file():  # a plugin's, somewhere else; finding one of ours would import its package, and so torch
+    if not path.is_file():  # a plugin; finding one of our modules would import its package, and so torch
         found = find_spec(module)
         path = Path(found.origin or "") if found else path
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -101,7 +109,16 @@ def _attributes(module: str, record: str) -> dict[str, Any]:
 
 
 def check(kind: str, name: str, setting: str) -> None:
-    """Refuse a name that is in no table, in the words of the table's own package. Raises: UsageError."""
+    """Refuse a name that is in no table, with the message of the table's own package.
+
+    Args:
+        kind: A key of `TABLES`.
+        name: The name.
+        setting: The setting that has this value, for the message.
+
+    Raises:
+        UsageError: The name is unknown.
+    """
     names = known(kind)
     if not names or name in names:
         return

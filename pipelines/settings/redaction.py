@@ -1,7 +1,7 @@
-"""Access tokens, passwords in URLs and values of secret environment variables stay out of what a run writes.
+"""Redaction of access tokens, passwords in URLs and values of secret environment variables in everything a run writes.
 
-A secret in the settings of a run is written as `***`, and cannot be repeated from the file: `trust.check` asks for the
-setting again. Nothing here imports torch.
+A secret in the settings of a run is written as `***` and cannot be read back from the file: `trust.check` asks for the
+setting again. No import here loads torch.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ _NAMES = re.compile(r"(?i)token(?!iz)|keys?(?:_|$)|secret|passw|credential|auth(
 
 
 def hide(text: str) -> str:
-    """`text` with `***` in place of every secret.
+    """Replace every secret in a text with `***`.
+
+    Args:
+        text: The text.
 
     Example:
         >>> hide("https://user:password@example.org")
         'https://***@example.org'
-
     """
     secrets = {v for k, v in os.environ.items() if _NAMES.search(k) and len(v) >= 6 and not v.isdecimal()}
     for secret in sorted(secrets, key=len, reverse=True):
@@ -46,7 +48,11 @@ def hide(text: str) -> str:
 
 
 def hide_all(value: Any) -> Any:
-    """Plain values, as JSON has them, with every text and every name in them hidden."""
+    """Hide the secrets in every text and every name of plain values.
+
+    Args:
+        value: Plain values, as in JSON.
+    """
     if isinstance(value, str):
         return hide(value)
     if isinstance(value, dict):
@@ -57,7 +63,11 @@ def hide_all(value: Any) -> Any:
 
 
 def hidden(value: object) -> bool:
-    """Whether a setting that was read from a file contains a hidden secret."""
+    """Return whether a setting that was read from a file contains a hidden secret.
+
+    Args:
+        value: The value of the setting.
+    """
     if isinstance(value, dict):
         return any(hidden(key) or hidden(inner) for key, inner in value.items())
     if isinstance(value, list | tuple):

@@ -10,20 +10,19 @@ from pipelines.settings.flags import flags_of, submodel
 
 
 def rows(model: type[Settings]) -> list[tuple[str, str, str, str]]:
-    """The settings of a command.
+    """Return the settings of a command as rows of a table.
 
     Args:
-        model: the settings of the command.
+        model: The settings of the command.
 
     Returns:
-        (name, flag, default, meaning) of each setting, in the order of --print-config. The flag is "" where only
-        `--set` and YAML reach the setting, and the default is "" where there is none.
+        (name, flag, default, meaning) of each setting, in the order of --print-config. The flag is "" if only `--set`
+        and YAML reach the setting, and the default is "" if there is none.
 
     Example:
         >>> from pipelines.settings.select import SelectConfig
         >>> next(row[:3] for row in rows(SelectConfig) if row[0] == "warmup.epochs")
         ('warmup.epochs', '--epochs', '4')
-
     """
     flags = {path: setting.flag.name for setting in flags_of(model) for path in setting.paths}
     return [(name, flags.get(name, ""), default, meaning) for name, default, meaning in _leaves(model, "")]

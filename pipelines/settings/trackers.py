@@ -1,4 +1,4 @@
-"""`report_to`: where the numbers of a training run go during the run. Imports nothing heavy."""
+"""The setting `report_to`: where else the numbers of a training run go during the run. No import here is heavy."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from datatools import EnvironmentProblem, UsageError
 from pipelines.settings.train import TrainConfig
 
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
-"""Tracker -> the packages of which transformers' callback needs one."""
+"""Tracker -> packages; transformers' callback needs one of them."""
 
 
 def check(config: TrainConfig) -> None:
-    """Refuse a tracker that is not installed, and settings of a validation without its rows.
+    """Refuse a tracker that is not installed, and validation settings without validation rows.
+
+    Args:
+        config: The settings of `datatools train`.
 
     Raises:
-        EnvironmentProblem: for a tracker that is not installed.
-        UsageError: for a validation without rows.
+        EnvironmentProblem: The tracker is not installed.
+        UsageError: A validation setting is given without rows.
     """
     if not config.eval_data:
         for name, value in (("eval_every", config.eval_every), ("patience", config.patience)):

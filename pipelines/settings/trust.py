@@ -1,13 +1,13 @@
-"""What a file may not decide: whether code is run, and where a command writes.
+"""What a settings file may not decide: whether code runs, and where a command writes.
 
-A run folder may come from somebody else. What its run.yaml names is read as data (models, rows and checkpoints, also
-from other folders: reading runs no code). Two things need a flag of the command that is typed now:
+A run folder may come from somebody else. The models, rows and checkpoints that its run.yaml names are read as data,
+also from other folders, because reading runs no code. Two things need a flag of the current command:
 
 - Python code that comes with a model (`trust_remote_code`), from any YAML file;
-- folders to write to that lie outside the run's folder, and flags such as `overwrite`, from a run's own run.yaml.
+- output folders outside the run's folder, and flags such as `overwrite`, from a run's own run.yaml.
 
 Links inside a run folder are refused (`run_files.refuse_special`). Pickles are never loaded, and no flag changes that.
-Nothing here imports torch.
+No import here loads torch.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from pipelines.settings.base import Settings
 
 CODE, PLACES = "code", "places"
 TYPED = "command line"
-"""The origin of what was given as a flag; `--set NAME` is that of the other way to type a setting."""
+"""The origin of settings that were given as flags; those given with --set have the origin `--set NAME`."""
 
 
 def check(config: Settings, origins: Mapping[str, str], wanted: Sequence[str] = (CODE, PLACES)) -> None:
-    """Refuse what only the command line may say.
+    """Refuse settings that only the command line may contain.
 
     Args:
-        config: the settings.
-        origins: dotted name -> the file or flag that the setting came from.
-        wanted: what to check: CODE (no code is run), PLACES (nothing is written elsewhere).
+        config: The settings.
+        origins: Dotted name -> the file or flag that the setting came from.
+        wanted: What to check: CODE (no code runs), PLACES (nothing is written elsewhere).
 
     Raises:
-        UsageError: naming the file, the setting, and the flag that allows it.
+        UsageError: A setting is refused; the message names the file, the setting, and the flag that allows it.
     """
     read = [(name, field, value, _origin(origins, name)) for name, field, value in _leaves(config)]
     read = [part for part in read if part[3] not in ("", TYPED) and not part[3].startswith("--set ")]
     for name, _, value, origin in read if wanted else ():
         if redaction.hidden(value):
             raise UsageError(
-                f"{origin}: {name} held a secret, which a run does not write down (it says {redaction.HIDDEN}); give "
+                f"{origin}: {name} was a secret, which a run does not save (the file has {redaction.HIDDEN}); give "
                 f"the setting again, by its flag or with --set {name}=..."
             )
     for name, _, value, origin in read if CODE in wanted else ():
         if name.endswith("trust_remote_code") and value is True:
             raise UsageError(
-                f"{origin}: asks to run Python code that comes with the model ({name}: true), and a file cannot allow "
+                f"{origin}: asks to run Python code that comes with the model ({name}: true), but a file cannot allow "
                 "that; if you trust that code, add --trust-remote-code to this command"
             )
     for name, field, value, origin in read if PLACES in wanted else ():
@@ -59,23 +59,28 @@ def check(config: Settings, origins: Mapping[str, str], wanted: Sequence[str] = 
         if extra.get("elsewhere") and value is not None and not within(Path(str(value)), Path(origin).parent):
             flag = "--out DIR" if name == "out" else f"--set {name}=DIR"
             raise UsageError(
-                f"{origin}: says {name}: {value}, which is not inside of its own folder, and the file of a run "
-                f"may not decide where else to write; say where with {flag}"
+                f"{origin}: has {name}: {value}, which is not inside the folder of the run, and the file of a run "
+                f"may not choose another output folder; choose it with {flag}"
             )
 
 
 def within(path: Path, folder: Path) -> bool:
-    """Whether `path`, all links followed, lies in `folder`."""
+    """Return whether a path, with all links resolved, is in a folder.
+
+    Args:
+        path: The path.
+        folder: The folder.
+    """
     return path.expanduser().resolve().is_relative_to(folder.resolve())
 
 
 def _is_record(path: Path) -> bool:
-    """Whether the file belongs to a run, rather than being settings that somebody wrote to be used."""
+    """Return whether the file belongs to a run, rather than being a settings file that somebody wrote."""
     return path.name == "run.yaml" or (path.parent / "provenance.json").is_file()
 
 
 def _origin(origins: Mapping[str, str], name: str) -> str:
-    """Where a setting, or the mapping that holds it, came from; "" is a default."""
+    """Return where a setting, or the mapping that contains it, came from; "" for a default."""
     while name:
         if name in origins:
             return origins[name]

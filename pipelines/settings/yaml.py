@@ -1,4 +1,4 @@
-"""YAML as settings are written in it: a strict subset that every YAML reader understands alike."""
+"""YAML for settings: a strict subset that every YAML reader reads in the same way."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,14 @@ MAX_YAML_DEPTH = 32
 
 
 def refuse(message: str) -> NoReturn:
-    """Raises: UsageError with `message`, without the error that is being handled."""
+    """Raise a UsageError without the error that is being handled.
+
+    Args:
+        message: The message.
+
+    Raises:
+        UsageError: Always.
+    """
     raise UsageError(message) from None
 
 
@@ -29,10 +36,10 @@ _ODD_NUMBER = r"[-+]?0[0-9_]+|[-+]?0[xXoObB][0-9a-fA-F_]+|[-+]?[0-9][0-9_]*_[0-9
 
 
 def _resolvers() -> dict[str, list[tuple[str, Any]]]:
-    """Plain scalars: the numbers of YAML 1.2 and the truth values of YAML 1.1; dates and 1:30 stay text.
+    """Return the resolvers of plain scalars: numbers of YAML 1.2 and booleans of YAML 1.1; dates and 1:30 stay text.
 
-    Truth values stay, so that `no` for a text is refused by its type, where YAML readers differ about it. `010` (8 or
-    10, depending on the reader), hexadecimal numbers and numbers with underscores are refused by name.
+    Booleans of YAML 1.1 are kept so that `no` for a text is refused by its type, because YAML readers disagree about
+    it. `010` (8 or 10, depending on the reader), hexadecimal numbers and numbers with underscores are refused by name.
     """
     table: dict[str, list[tuple[str, Any]]] = {}
     for tag, pattern, first in [
@@ -53,12 +60,16 @@ class _Loader(_BASE):  # type: ignore[misc]
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes what `parse_yaml` reads back, without aliases."""
+    """A dumper that writes what `parse_yaml` reads back, without aliases."""
 
     yaml_implicit_resolvers = _resolvers()
 
     def ignore_aliases(self, data: object) -> bool:
-        """Write every value out."""
+        """Return True, so that every value is written out.
+
+        Args:
+            data: Any value.
+        """
         return True
 
 
@@ -75,7 +86,7 @@ def _construct_mapping(loader: Any, node: Any) -> dict[str, Json]:
             raise yaml.constructor.ConstructorError(
                 None,
                 None,
-                f"a setting's name must be text and is {shown}; put it in quotes if it is meant",
+                f"the name of a setting must be text, not {shown}; put it in quotes if you mean text",
                 key_node.start_mark,
             )
         key = key_node.value
@@ -116,39 +127,36 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 
 def parse_yaml(text: str, name: str = "YAML") -> Json:
-    """The value of one YAML document.
+    """Return the value of one YAML document.
 
     Args:
-        text: the document.
-        name: what errors call it.
+        text: The document.
+        name: The name of the document in messages.
 
     Raises:
-        UsageError: for what is not YAML, and for duplicate keys, anchors and aliases, tags, merge keys, more than
-            1 MB, more than 32 levels, a second document, and numbers that YAML versions read differently.
+        UsageError: The text is not YAML, or it has duplicate keys, anchors, aliases, tags, merge keys, more than 1 MB,
+            more than 32 levels, a second document, or numbers that YAML versions read differently.
 
     Example:
         >>> parse_yaml("{epochs: 2, schedule: cosine}")
         {'epochs': 2, 'schedule': 'cosine'}
-
     """
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_YAML_BYTES:
-        refuse(f"{name}: {size} bytes of YAML; at most {MAX_YAML_BYTES} are read")
+        refuse(f"{name}: {size} bytes of YAML; the limit is {MAX_YAML_BYTES}")
     try:
         depth = documents = 0
-        for event in yaml.parse(text, Loader=_Loader):  # events first: nothing is built from what will be refused
+        for event in yaml.parse(text, Loader=_Loader):  # events first, so that no refused value is built
             at = _where(event.start_mark)
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-                refuse(
-                    f"{name}, {at}: anchors and aliases (& and *) are not read; write the value out where it is used"
-                )
+                refuse(f"{name}, {at}: anchors and aliases (& and *) are not allowed; write the value where it is used")
             tag = getattr(event, "tag", None)
             if tag is not None:
-                refuse(f"{name}, {at}: the tag {tag} is not read; a setting is text, a number, a list or a mapping")
+                refuse(f"{name}, {at}: the tag {tag} is not allowed; a setting is text, a number, a list or a mapping")
             if isinstance(event, yaml.DocumentStartEvent):
                 documents += 1
                 if documents > 1:
-                    refuse(f"{name}, {at}: a second document ('---'); one file holds one configuration")
+                    refuse(f"{name}, {at}: a second document ('---'); a file may contain only one configuration")
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
                 if depth > MAX_YAML_DEPTH:
@@ -169,15 +177,18 @@ def parse_yaml(text: str, name: str = "YAML") -> Json:
 
 
 def read_yaml(path: Path) -> dict[str, Json]:
-    """The mapping in a YAML file.
+    """Return the mapping in a YAML file.
+
+    Args:
+        path: The file.
 
     Raises:
-        UsageError: as `parse_yaml`, and for a file that cannot be read or holds no mapping.
+        UsageError: As in `parse_yaml`, and for a file that cannot be read or contains no mapping.
     """
     try:
         size = path.stat().st_size
         if size > MAX_YAML_BYTES:
-            refuse(f"{path}: {size} bytes; a configuration has at most {MAX_YAML_BYTES}")
+            refuse(f"{path}: {size} bytes; a configuration may have at most {MAX_YAML_BYTES}")
         if path.is_dir():
             raise IsADirectoryError
         from datatools import files
@@ -193,5 +204,5 @@ def read_yaml(path: Path) -> dict[str, Json]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        refuse(f"{path}: holds a {type(value).__name__}; expected settings, one 'name: value' per line")
+        refuse(f"{path}: contains a {type(value).__name__}; expected settings, one 'name: value' per line")
     return value

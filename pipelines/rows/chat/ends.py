@@ -1,11 +1,13 @@
-"""Where a turn ends in a rendered text: through its end-of-turn token, not into the header of the next turn."""
+"""The end of a turn in a rendered text: after its end-of-turn token, before the header of the next turn."""
 
 import os.path
 import re
 from itertools import pairwise
 from typing import Any
 
-_CONTROL_WORDS = re.compile("think|tool|function|reason", re.IGNORECASE)  # in added tokens that close no turn
+_CONTROL_WORDS = re.compile(
+    "think|tool|function|reason", re.IGNORECASE
+)  # words in added tokens that do not close a turn
 
 
 class TurnEnds:
@@ -18,8 +20,14 @@ class TurnEnds:
         self._end = re.compile("|".join(map(re.escape, ends)) or "(?!)")
 
     def of_answer(self, closing: str, following: str) -> str:
-        """The end-of-turn text that `following` starts with: through its first special token, with those that adjoin;
-        without one, all of `closing` but the white space at its end.
+        """Return the end-of-turn text at the beginning of the text after an answer.
+
+        It extends to the end of the first special token and of those that adjoin it. Without a special token, it is
+        `closing` without the white space at its end.
+
+        Args:
+            closing: The text after the final answer of the conversation.
+            following: The text after this answer.
         """
         common = os.path.commonprefix([closing, following])
         found = self._token.search(common)
@@ -32,8 +40,14 @@ class TurnEnds:
         return whole if following.startswith(whole) else ""
 
     def of_call(self, closing: str, following: str) -> int:
-        """How far a turn continues after its last name of a tool, or its reasoning: through the token after which only
-        such tokens follow. What stands in between may contain tokens as well (those of a call).
+        """Return how far a turn continues after its last tool name or its reasoning.
+
+        It extends to the token after which only such tokens follow. The text in between may contain tokens too (those
+        of a call).
+
+        Args:
+            closing: The text after this part when the conversation ends with the turn.
+            following: The text after this part.
         """
         common = os.path.commonprefix([closing, following])
         cut = next(
@@ -42,7 +56,7 @@ class TurnEnds:
         )
         common = common[:cut]
         tokens = list(self._end.finditer(common))
-        if not tokens:  # a part of what closes the turn is none of it
+        if not tokens:  # an incomplete closing does not count
             return len(common.rstrip() if common == closing else common[: _last_word(common)])
         first = len(tokens) - 1
         if common[tokens[first].end() :].strip():
@@ -58,5 +72,5 @@ class TurnEnds:
 
 
 def _last_word(text: str) -> int:
-    """The place after the last character that is a letter, a digit or a closing bracket."""
+    """Return the position after the last character that is a letter, a digit or a closing bracket."""
     return next((k + 1 for k in range(len(text) - 1, -1, -1) if text[k].isalnum() or text[k] in "_}])>"), 0)

@@ -1,6 +1,7 @@
-"""Marks around what turns say, put in before a template is rendered and found again in its text.
+"""Marks around the texts of turns, inserted before a template is rendered and located in its output.
 
-Marks are made of characters for private use, from the first window of them that the texts of a row do not touch.
+Marks consist of private-use characters, from the first window of such characters that the texts of a row do not use. A
+mark has three characters: which end it is, and the number of the part that it encloses, in two digits.
 """
 
 import re
@@ -12,8 +13,6 @@ from pipelines.rows.chat.refusals import RowError
 from pipelines.rows.formats.contents import REASONING_TAG, strings
 from pipelines.rows.formats.shape import Message
 
-# Marks are made of characters for private use, from the first window of them that a row's texts do not touch. A mark is
-# three characters: which end it is, and the number of what it encloses, in two digits.
 _WINDOW = 0x800
 _WINDOWS: tuple[int, ...] = (*range(0x100000, 0x10F000, _WINDOW), *range(0xF0000, 0xFF000, _WINDOW))
 OPEN, CLOSE, _BASE = 0x7FE, 0x7FF, 0x7F0  # in the window; digits are below the base
@@ -21,22 +20,22 @@ OPEN, CLOSE, _BASE = 0x7FE, 0x7FF, 0x7F0  # in the window; digits are below the 
 
 @dataclass(slots=True)
 class Part:
-    """A stretch of what turn `turn` says, marked as one: `text`, which stands at `at` in the message's `key`."""
+    """A part of a turn that is marked as one: `text`, which is at position `at` of the message's `key`."""
 
     turn: int
     kind: str  # "answer", "reasoning" (and text beside a call), "call" (its name), "other" (not an assistant's)
     key: str
     at: int  # a character, or which call
     text: str
-    before: str = ""  # tags of reasoning, and white space, between this part and those beside it in the same content
+    before: str = ""  # reasoning tags and white space between this part and its neighbours in the content
     after: str = ""
-    start: int = -1  # in the rendered text; -1: not there
+    start: int = -1  # in the rendered text; -1 if it is missing
     end: int = -1
 
 
 @dataclass(slots=True)
 class Marked:
-    """A rendered text without its marks again, and the parts that they enclosed, in the order of the conversation."""
+    """A rendered text with its marks removed, and the parts that they enclosed, in the order of the conversation."""
 
     text: str
     parts: list[Part]
@@ -45,7 +44,15 @@ class Marked:
 
 
 def free_window(messages: Sequence[Message], tools: Sequence[Any]) -> int:
-    """The first window of private use with no character of the row's texts."""
+    """Return the first window of private-use characters that the texts of a row do not use.
+
+    Args:
+        messages: The messages.
+        tools: Definitions of tools.
+
+    Raises:
+        RowError: The texts use all windows.
+    """
     whole = "".join(strings([list(messages), list(tools)]))
     if whole.isascii() or max(whole) < "\U000f0000":
         return _WINDOWS[0]
@@ -53,18 +60,27 @@ def free_window(messages: Sequence[Message], tools: Sequence[Any]) -> int:
     for window in _WINDOWS:
         if window not in used:
             return window
-    raise RowError("private_use", "the texts hold characters for private use all over U+F0000 to U+10FFFF")
+    raise RowError("private_use", "the texts contain private-use characters from all of U+F0000 to U+10FFFF")
 
 
 def mark_of(window: int, end: int, number: int) -> str:
-    """One mark: `end` is OPEN or CLOSE, `number` that of the part that it encloses."""
+    """Return one mark.
+
+    Args:
+        window: The window of private-use characters.
+        end: OPEN or CLOSE.
+        number: The number of the part that it encloses.
+    """
     return "".join(chr(window + digit) for digit in (end, *divmod(number, _BASE)))
 
 
 def parts_of(written: Sequence[Message], others: bool, outside: bool) -> list[Part]:
-    """What is marked: all that assistants say, and, if `others`, the contents of the other turns.
+    """Return the parts to mark: all that assistants say, and optionally the contents of the other turns.
 
-    outside: white space at the ends of a content is within its marks.
+    Args:
+        written: The messages.
+        others: Whether to mark the contents of the other turns.
+        outside: Whether white space at the ends of a content is inside its marks.
     """
     parts: list[Part] = []
     for k, message in enumerate(written):
@@ -90,30 +106,36 @@ def _part(turn: int, kind: str, key: str, text: str, outside: bool) -> Part:
 
 
 def _content_parts(turn: int, content: str, kind: str, outside: bool) -> list[Part]:
-    """The texts between the tags of reasoning in a content; those before the last closing tag are reasoning."""
+    """Return the texts between the reasoning tags of a content; those before the last closing tag are reasoning."""
     tags = list(REASONING_TAG.finditer(content))
     thought_ends = max((tag.start() for tag in tags if tag["close"]), default=-1)
     edges = [0, *(edge for tag in tags for edge in tag.span()), len(content)]
     spans = [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if content[start:end].strip()]
     parts: list[Part] = []
-    behind = 0  # the last part's end
+    ended = 0  # where the last part ended
     for n, (start, end) in enumerate(spans):
         if not (outside and start == 0):
             start += len(content[start:end]) - len(content[start:end].lstrip())
         if not (outside and end == len(content)):
             end = start + len(content[start:end].rstrip())
         here = "reasoning" if end <= thought_ends else kind
-        parts.append(Part(turn, here, "content", start, content[start:end], before=content[behind:start]))
+        parts.append(Part(turn, here, "content", start, content[start:end], before=content[ended:start]))
         if n:
             parts[-2].after = parts[-1].before
-        behind = end
+        ended = end
     if parts:
-        parts[-1].after = content[behind:]
+        parts[-1].after = content[ended:]
     return parts
 
 
 def with_marks(written: Sequence[Message], parts: Sequence[Part], window: int) -> list[Message]:
-    """The messages with marks around each of `parts`; part i has the number i + 1 (0 is the generation blocks')."""
+    """Return the messages with marks around each part; part i has the number i + 1 (0 is for generation blocks).
+
+    Args:
+        written: The messages.
+        parts: The parts.
+        window: The window of private-use characters.
+    """
     result = [dict(message) for message in written]
     for number, part in reversed(list(enumerate(parts, start=1))):  # from the end, so that places stay
         message = result[part.turn]
@@ -129,7 +151,13 @@ def with_marks(written: Sequence[Message], parts: Sequence[Part], window: int) -
 
 
 def unmark(text: str, parts: list[Part], window: int) -> Marked:
-    """`text` without marks; where the marks stood is written into `parts`."""
+    """Remove the marks from a text and write their positions into the parts.
+
+    Args:
+        text: The rendered text.
+        parts: The parts, which are changed.
+        window: The window of private-use characters.
+    """
     digit = f"[{chr(window)}-{chr(window + _BASE - 1)}]"
     marks = re.compile(f"[{chr(window + OPEN)}{chr(window + CLOSE)}]{digit}{digit}")
     pieces: list[str] = []
@@ -159,6 +187,6 @@ def unmark(text: str, parts: list[Part], window: int) -> Marked:
                 part.end = length
     pieces.append(text[at:])
     for part in parts:
-        if part.end < 0:  # cut in two: only one of its marks is left
+        if part.end < 0:  # only one of its marks is left
             part.start = -1
     return Marked("".join(pieces), parts, blocks, repeated)

@@ -6,21 +6,29 @@ from typing import Any
 
 from pipelines.rows.formats.shape import Message
 
-_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")  # what templates call it: Qwen, gpt-oss, others
+_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")  # the names in templates: Qwen, gpt-oss, others
 
 
 def for_template(message: Message) -> dict[str, Any]:
-    """A message as chat templates know it; reasoning under each of the names in use."""
+    """Return a message in the form of chat templates, with reasoning under each of the names in use.
+
+    Args:
+        message: The message.
+    """
     known = {
         key: message[key]
         for key in ("role", "content", "tool_calls", "tool_call_id", "name")
         if message.get(key) is not None
-    }  # transformers leaves out what is None, too
+    }  # transformers omits None too
     return known | dict.fromkeys(_REASONING_NAMES if "reasoning" in message else (), message.get("reasoning"))
 
 
 def ways_to_write(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """The forms in which templates take tool calls, the most common first; one form without tool calls."""
+    """Yield the forms in which templates take tool calls, the most common first; only one form if there are no calls.
+
+    Args:
+        messages: The messages.
+    """
     if not any("tool_calls" in message for message in messages):
         yield list(messages)
         return

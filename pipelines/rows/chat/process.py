@@ -1,7 +1,7 @@
-"""Chat templates rendered in a process of their own, under limits of processor time and memory (`worker.py`).
+"""Rendering of chat templates in a separate process, with limits of processor time and memory (`worker.py`).
 
-Processor time, not the clock: what a template does for a row does not depend on what else the machine does. Any thread
-may render; a forked process starts its own renderer.
+The limit is processor time, not elapsed time, so that the result of a row does not depend on the load of the machine.
+Any thread may render; a forked process starts its own renderer.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any
 from datatools import EnvironmentProblem
 
 SECONDS = 10.0
-"""Processor time that one rendering may take. An honest one takes a fraction of a millisecond."""
+"""Processor time that one rendering may take, in seconds. A normal one takes a fraction of a millisecond."""
 
 MEMORY = 2 << 30
-"""Bytes that the process may take beyond what it starts with."""
+"""Bytes that the process may use beyond its size at the start."""
 
 
 class Worker:
-    """The process, started when it is first needed and again when it was ended."""
+    """The process, which is started when it is first needed and again after it has ended."""
 
     def __init__(self) -> None:
         self._owner = 0  # the process that started it
@@ -36,8 +36,18 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def render(self, longest: int, arguments: Mapping[str, Any]) -> tuple[str, str]:
-        """(kind, text): "text" and what the template writes; or "refused" or "invalid" and its words, "long" (over
-        `longest` characters), "slow", "large". `arguments` are those of transformers' `render_jinja_template`.
+        """Render one conversation.
+
+        Args:
+            longest: The maximum number of characters of the result.
+            arguments: The arguments of transformers' `render_jinja_template`.
+
+        Returns:
+            (kind, text): "text" and the rendered text; "refused" or "invalid" and a message; "long" (more than
+            `longest` characters), "slow" or "large".
+
+        Raises:
+            EnvironmentProblem: The process cannot be started, or it has crashed.
         """
         if self._owner != os.getpid():  # forked: the pipes and the lock are the parent's
             self._owner, self._lock, self._process = os.getpid(), threading.Lock(), None
@@ -61,12 +71,12 @@ class Worker:
         if code == -signal.SIGKILL or code in (-signal.SIGSEGV, -signal.SIGABRT):
             return "large", ""
         raise EnvironmentProblem(
-            f"the process that renders chat templates ended with code {code}; is transformers "
-            "installed completely? (python -c 'import transformers')"
+            f"the process that renders chat templates ended with code {code}; check that transformers "
+            "is installed completely (python -c 'import transformers')"
         )
 
     def close(self) -> int:
-        """End the process; its exit code."""
+        """End the process and return its exit code."""
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return 0

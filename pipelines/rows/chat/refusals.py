@@ -8,4 +8,4 @@ class RowError(Malformed):
 
 
 class TooSlow(RowError):
-    """The template ran out of time, and would run out of it on another try."""
+    """The template exceeded its time limit, and would exceed it again."""

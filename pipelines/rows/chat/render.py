@@ -15,11 +15,11 @@ from pipelines.rows.formats.shape import Message
 from pipelines.rows.jsonl import shown
 
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
-_SLOW_ROWS = 3  # at which a template takes too long for one row after another
-_TEMPLATE_BYTES = 1 << 16  # what a template may add to a conversation, and again for every turn
+_SLOW_ROWS = 3  # after this many slow rows, the template is refused
+_TEMPLATE_BYTES = 1 << 16  # what a template may add to a conversation, and to every turn
 
-# A template that prints today's date would give a row other tokens tomorrow. It gets this day instead (the one that
-# Llama 3's template falls back on), through a macro of the same name, which takes precedence over the function.
+# With a template that prints today's date, the tokens of a row would change daily. It gets this day instead (the one
+# that Llama 3's template uses by default), by a macro of the same name, which takes precedence over the function.
 _DAY = {
     "%Y": "2024",
     "%m": "07",
@@ -49,8 +49,8 @@ class Renderer:
     """Renders one template with the special tokens of its tokenizer.
 
     Attributes:
-        text: The template as it is rendered, with a fixed day where it prints the date.
-        has_blocks: Whether the template says by {% generation %} blocks what has loss.
+        text: The template as it is rendered, with a fixed day if it prints the date.
+        has_blocks: Whether the template defines the loss by {% generation %} blocks.
     """
 
     def __init__(self, tokenizer: Any, template: str, name: str) -> None:
@@ -59,7 +59,7 @@ class Renderer:
         self.text = _STRFTIME + template if "strftime_now" in template else template
         self.has_blocks = _GENERATION.search(template) is not None
         self.with_marked_blocks = lru_cache(maxsize=2)(self._mark_blocks)
-        self._slow = 0  # rows for which the template took too long
+        self._slow = 0  # the number of rows for which the template took too long
 
     def render(
         self,
@@ -69,17 +69,17 @@ class Renderer:
         template: str | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
-        """The text of the conversation.
+        """Return the text of a conversation.
 
         Args:
             written: The messages, in a form that the template understands.
             tools: Definitions of tools.
-            template: Use this template text in place of `self.text`.
-            add_generation_prompt: End with what asks the assistant for its next turn.
+            template: A template text to use instead of `self.text`.
+            add_generation_prompt: Whether to end with the prompt for the assistant's next turn.
 
         Raises:
-            RowError: The template refuses the conversation, or takes too long or too much memory for it.
-            DataError: The template is not valid, or has taken too long for several rows.
+            RowError: The template refuses the conversation, or needs too much time or memory for it.
+            DataError: The template is not valid, or it took too long for several rows.
         """
         limit = _TEMPLATE_BYTES * (len(written) + 1) + 4 * sum(map(len, strings([list(written), list(tools)])))
         if not written:
@@ -105,11 +105,11 @@ class Renderer:
             if self._slow >= _SLOW_ROWS:
                 raise DataError(
                     f"the chat template {self._name} ran longer than {SECONDS:g} s of processor time for "
-                    f"each of {self._slow} rows; does it loop? Use another one (--chat-template)"
+                    f"each of {self._slow} rows and may be in a loop; use another one (--chat-template)"
                 )
             raise TooSlow("template_too_slow", f"the chat template ran longer than {SECONDS:g} s of processor time")
         if kind == "large":
-            raise RowError("template_too_large", "the chat template took more memory than it may")
+            raise RowError("template_too_large", "the chat template exceeded its memory limit")
         if kind == "refused":
             raise RowError("template_refuses", f"the chat template says: {shown(text, 120)}")
         if kind == "long":
@@ -117,7 +117,7 @@ class Renderer:
         return text
 
     def _mark_blocks(self, window: int) -> str:
-        """The template with marks in place of its {% generation %} tags; a `with` block has the same scope."""
+        """Return the template with marks instead of its {% generation %} tags; a `with` block has the same scope."""
         first, last = (mark_of(window, end, 0) for end in (OPEN, CLOSE))
 
         def instead(tag: re.Match[str]) -> str:

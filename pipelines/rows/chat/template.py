@@ -1,11 +1,11 @@
-"""Which characters of a rendered conversation the assistant wrote: spans, found by rendering the row with marks in it.
+"""The characters of a rendered conversation that the assistant wrote: spans, found by rendering the row with marks.
 
-Every row is rendered twice: as it is, and with private-use characters around what its turns say (and around the
-template's own {% generation %} blocks, where it has them). With the marks removed, the second text must be the first
-one to the letter, and what an assistant says must stand between its marks unchanged; otherwise the row is refused. So
-no content can be mistaken for structure, nothing is searched for by its text, and templates may trim contents, depend
-on them, or remove reasoning from them. Characters become tokens by the tokenizer's offsets (`pipelines.rows.encode`); a
-mask that a library computed from the same characters is never asked for.
+Every row is rendered twice: unchanged, and with private-use characters around the texts of its turns (and around the
+template's own {% generation %} blocks, if it has them). With the marks removed, the second text must equal the first,
+and the assistant's texts must be unchanged between their marks; otherwise the row is refused. Therefore no content can
+be mistaken for structure, no text is searched for, and templates may trim contents, depend on them, or remove
+reasoning from them. The offsets of the tokenizer map characters to tokens (`pipelines.rows.encode`). A mask that a
+library computes from the same characters is never used.
 """
 
 import os.path
@@ -25,19 +25,19 @@ from pipelines.rows.formats.shape import Message
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation as the template writes it, the character spans with loss (in order), and what was left out."""
+    """A conversation as the template writes it, the character spans with loss (in order), and what was omitted."""
 
     text: str
     spans: list[tuple[int, int]]
     flags: tuple[str, ...] = ()
-    """system_dropped, reasoning_dropped, tools_dropped: the template does not write it."""
+    """system_dropped, reasoning_dropped, tools_dropped: the template omits this part."""
 
 
 class ChatTemplate:
     """A Jinja chat template with its tokenizer, rendered in the sandbox of transformers, in a process with limits.
 
     Attributes:
-        text: The template as it is rendered, with a fixed day where it prints the date.
+        text: The template as it is rendered, with a fixed day if it prints the date.
     """
 
     def __init__(self, tokenizer: Any, template: str, name: str) -> None:
@@ -49,7 +49,11 @@ class ChatTemplate:
         self._prompts: dict[tuple[str, bool], str] = {}
 
     def render(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
-        """The text of the conversation.
+        """Return the text of a conversation.
+
+        Args:
+            messages: The turns.
+            tools: Definitions of tools.
 
         Raises:
             RowError: The template refuses it.
@@ -60,11 +64,11 @@ class ChatTemplate:
     def read(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), masked: frozenset[int] = frozenset()
     ) -> Rendered:
-        """The text, and the spans of the assistant's turns but those in `masked`.
+        """Return the text, and the spans of the assistant's turns except those in `masked`.
 
-        A span is what the turn says, with the end-of-turn text after it. Reasoning that the template keeps belongs to
-        it, with the text around it that the model has to write as well (all that follows the generation prompt); so
-        does a tool call. Templates with {% generation %} blocks define what has loss themselves.
+        A span is the text of the turn and the end-of-turn text after it. It includes reasoning that the template
+        keeps, with the text around it that the model has to write too (all text after the generation prompt), and tool
+        calls. Templates with {% generation %} blocks define the loss themselves.
 
         Args:
             messages: The turns.
@@ -72,7 +76,7 @@ class ChatTemplate:
             masked: Positions of assistant turns without loss.
 
         Raises:
-            RowError: The template refuses the row, or does more with an answer than write it down.
+            RowError: The template refuses the row, or changes an answer.
             DataError: The template is not valid.
         """
         window = free_window(messages, tools)
@@ -93,7 +97,7 @@ class ChatTemplate:
                 for span in self._spans(k, written, tools, marked, window, wanted=k not in masked)
             ]
         except RowError as error:
-            # what the template's author marked has loss, also where the template rewrites it
+            # text that the template's author marked has loss, even if the template rewrites it
             if error.reason != "template_changes_text" or blocks is None or masked:
                 raise
             return Rendered(text, blocks, tuple(sorted(flags)))
@@ -109,10 +113,10 @@ class ChatTemplate:
     # ------------------------------------------------------------------------------------------------------- writing
 
     def _write(self, messages: Sequence[Message], tools: Sequence[Any], window: int) -> tuple[list[Message], str]:
-        """The messages in the form that this template understands, and their text.
+        """Return the messages in the form that this template understands, and their text.
 
-        Templates differ in what they take for a turn that only calls tools (no content, or an empty one) and for the
-        arguments of a call (an object, or its JSON). The first form that is rendered with every call in it is taken.
+        Templates differ in how they take a turn that only calls tools (no content, or empty content) and the arguments
+        of a call (an object, or its JSON). The first form in which every call is rendered is used.
         """
         refused: RowError | None = None
         for written in ways_to_write(messages):
@@ -138,11 +142,11 @@ class ChatTemplate:
         raise refused
 
     def _place(self, written: list[Message], tools: Sequence[Any], text: str, window: int) -> Marked:
-        """The conversation rendered with marks that change nothing: as far out as they can stand.
+        """Render the conversation with marks that change nothing, as far out as possible.
 
-        White space at the ends of a content stands inside the marks where the template keeps it. Where that changes
-        the text (the template strips it), the marks stand within, and each side is tried by itself; and a turn of the
-        user that the template looks at (`startswith`) goes without.
+        White space at the ends of a content is inside the marks if the template keeps it. If that changes the text
+        (the template strips it), the marks exclude it, and each side is tried separately. A user turn that the
+        template inspects (`startswith`) has no marks.
         """
 
         def attempt(parts: list[Part]) -> Marked | None:
@@ -164,7 +168,7 @@ class ChatTemplate:
         raise self._differs(answers[0])
 
     def _widen(self, found: Marked, attempt: Callable[[list[Part]], Marked | None]) -> Marked:
-        """Put the marks of each answer around its white space, on the sides where the template keeps it."""
+        """Extend the marks of each answer to its white space, on the sides where the template keeps it."""
         for i, part in enumerate(found.parts):
             for side in ("before", "after"):
                 space = getattr(part, side)
@@ -186,22 +190,22 @@ class ChatTemplate:
     # --------------------------------------------------------------------------------------------------------- spans
 
     def _check(self, k: int, marked: Marked) -> None:
-        """Refuse a turn whose answer is not in the text, or is there twice, or is not what the row says."""
+        """Refuse a turn whose answer is missing in the text, occurs twice, or differs from the row."""
         for i, part in enumerate(marked.parts):
             if part.turn != k or part.kind == "call":
                 continue
             if part.start < 0 and part.kind == "answer":
-                raise RowError("template_drops_turn", f"the chat template leaves out turn {k + 1} (assistant)")
+                raise RowError("template_drops_turn", f"the chat template omits turn {k + 1} (assistant)")
             if i in marked.repeated:
                 raise RowError("template_repeats_turn", f"the chat template writes turn {k + 1} twice")
             if part.start >= 0 and marked.text[part.start : part.end] != part.text:
                 raise self._differs(k)
 
     def _left_out(self, written: list[Message], marked: Marked) -> set[str]:
-        """What the template does not write, as flags.
+        """Return what the template omits, as flags.
 
         Raises:
-            RowError: It does not write a turn of the user or of a tool.
+            RowError: It omits a turn of the user or of a tool.
         """
         flags = set()
         for part in marked.parts:
@@ -211,7 +215,7 @@ class ChatTemplate:
             if role == "system":
                 flags.add("system_dropped")
             elif role != "assistant":
-                raise RowError("template_drops_turn", f"the chat template leaves out turn {part.turn + 1} ({role})")
+                raise RowError("template_drops_turn", f"the chat template omits turn {part.turn + 1} ({role})")
             elif part.key == "reasoning" or REASONING_TAG.search(part.before + part.after):
                 flags.add("reasoning_dropped")
             else:
@@ -221,7 +225,7 @@ class ChatTemplate:
     def _spans(
         self, k: int, written: list[Message], tools: Sequence[Any], marked: Marked, window: int, *, wanted: bool
     ) -> list[tuple[int, int]]:
-        """The spans of turn `k`, checked; several where the template writes another turn into it (a tool's result)."""
+        """Return the spans of turn `k`, checked; several if it contains another turn (a tool's result)."""
         self._check(k, marked)
         said = sorted((p for p in marked.parts if p.turn == k and p.start >= 0), key=lambda part: part.start)
         others = sorted(p.start for p in marked.parts if p.turn != k and p.start >= 0)
@@ -238,14 +242,14 @@ class ChatTemplate:
             if first.kind != "answer" and not n:
                 start = self._start(k, written, tools, marked, first, window)
             elif first.before.strip() and marked.text.endswith(first.before, 0, start):
-                start -= len(first.before)  # reasoning without a word in it, written out by the row
+                start -= len(first.before)  # an empty block of reasoning that the row contains
             if last.kind != "call" and last.after.strip() and marked.text.startswith(last.after, end):
                 end += len(last.after)
             following = marked.text[end : min((other for other in others if other >= end), default=None)]
             if n < len(runs) - 1 or last.kind != "answer":
                 end += self._ends.of_call(self._closing(k, written, tools, marked, last, window), following)
             else:
-                # what closes an answer when nothing follows it: only that much can be its end, not the next header
+                # the end of an answer is at most the text after the final answer; more would be the next header
                 plain = [part for part in marked.parts if part.kind == "answer" and part.start >= 0]
                 final = max(plain, key=lambda part: (part.turn, part.end))
                 end += len(
@@ -257,10 +261,10 @@ class ChatTemplate:
     def _start(
         self, k: int, written: list[Message], tools: Sequence[Any], marked: Marked, first: Part, window: int
     ) -> int:
-        """Where a turn that begins with reasoning or a tool call begins: after the generation prompt.
+        """Return where a turn that begins with reasoning or a tool call begins: after the generation prompt.
 
-        The model has to write what opens its reasoning or its call, unless the prompt already does. An empty block of
-        reasoning that the template puts there by itself is not the row's.
+        The model has to write the opening of its reasoning or its call, unless the prompt already contains it. An
+        empty block of reasoning that the template adds by itself does not belong to the row.
         """
         text = marked.text
         edge = max((part.end for part in marked.parts if 0 <= part.end <= first.start and part.turn != k), default=0)
@@ -268,7 +272,7 @@ class ChatTemplate:
         prompt = self._prompt(k, written, tools)
         at = gap.rfind(prompt) if prompt else -1
         tags = list(REASONING_TAG.finditer(gap))
-        if first.before.strip() and gap.endswith(first.before):  # the row's own mark of reasoning
+        if first.before.strip() and gap.endswith(first.before):  # the row's own reasoning tag
             begin = len(gap) - len(first.before)
             if at >= 0:
                 begin = max(begin, at + len(prompt))
@@ -285,7 +289,7 @@ class ChatTemplate:
         return first.start - len(gap) + begin
 
     def _header(self, k: int, written: list[Message], tools: Sequence[Any], gap: str, window: int) -> int:
-        """How much of `gap` is the header of turn `k`: what a plain answer in its place would have as well."""
+        """Return how much of `gap` is the header of turn `k`: the text that a plain answer in its place also has."""
         plain = [*written[:k], {"role": "assistant", "content": "."}]
         parts = parts_of(plain, True, True)
         try:
@@ -299,7 +303,7 @@ class ChatTemplate:
         return len(os.path.commonprefix([gap, text[edge:place]])) or len(gap)
 
     def _prompt(self, k: int, written: list[Message], tools: Sequence[Any]) -> str:
-        """What the template writes to ask for turn `k`; "" if it does not."""
+        """Return the text with which the template asks for turn `k`; "" if there is none."""
         key = (written[k - 1]["role"] if k else "", bool(tools))
         if key not in self._prompts:
             try:
@@ -314,7 +318,7 @@ class ChatTemplate:
     def _closing(
         self, k: int, written: list[Message], tools: Sequence[Any], marked: Marked, last: Part, window: int
     ) -> str:
-        """What stands after the part `last` of turn `k` when the conversation ends with that turn."""
+        """Return the text after the part `last` of turn `k` when the conversation ends with that turn."""
         if k < len(written) - 1:
             place = marked.parts.index(last)
             parts = [replace(part) for part in marked.parts if part.turn <= k]
@@ -328,7 +332,7 @@ class ChatTemplate:
     def _differs(self, index: int) -> RowError:
         return RowError(
             "template_changes_text",
-            f"the chat template does more with turn {index + 1} than write it "
-            "down (it rewrites contents, or depends on them), so what the assistant said cannot be told "
-            "apart; use a template with {% generation %} markers",
+            f"the chat template changes turn {index + 1} (it rewrites "
+            "contents or depends on them), so that the assistant's words cannot be "
+            "located; use a template with {% generation %} markers",
         )

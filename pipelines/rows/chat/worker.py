@@ -1,8 +1,8 @@
-"""The program that renders chat templates: run by path in a separate process, without any other module of this package.
+"""The program that renders chat templates, run by its path in a separate process without other modules of this package.
 
-A template is a program of whoever made the model. The sandbox keeps it from files and objects, not from looping for
-ever or from `'a' * 10**10`; the operating system does, here: processor time for one rendering, memory for the process.
-Requests and answers are JSON, each after its length (8 bytes). An answer is [kind, text].
+A template is a program written by the author of the model. The sandbox keeps it from files and objects, but not from
+infinite loops or from `'a' * 10**10`. The operating system limits these here: processor time per rendering, and memory
+of the process. Requests and answers are JSON, each after its length (8 bytes). An answer is [kind, text].
 """
 
 import json
@@ -15,8 +15,12 @@ import sys
 
 
 def main(memory: int) -> None:
-    """Answer requests until there are no more. A rendering over its time ends the process by SIGPROF."""
-    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # whatever is printed is no answer
+    """Answer requests until there are no more. A rendering that exceeds its time ends the process by SIGPROF.
+
+    Args:
+        memory: The bytes that the process may use beyond its present size.
+    """
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # printed text must not mix with the answers
     requests = sys.stdin.buffer
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -31,7 +35,7 @@ def main(memory: int) -> None:
     drawn = random.Random(0).getstate()
     while header := requests.read(8):
         seconds, longest, arguments = json.loads(requests.read(*struct.unpack("<q", header)))
-        random.setstate(drawn)  # a template that draws draws the same for a row every time
+        random.setstate(drawn)  # a template that draws random numbers draws the same ones for a row every time
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             text = render_jinja_template(**arguments)[0][0]
@@ -41,7 +45,7 @@ def main(memory: int) -> None:
             answer = ["invalid", str(error)]
         except MemoryError:
             answer = ["large", ""]
-        except Exception as error:  # a template refuses, or fails, in any way
+        except Exception as error:  # any error of a template
             answer = ["refused", (str(error).strip() or type(error).__name__).splitlines()[0][:1000]]
         written = json.dumps(answer).encode("ascii")
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -1,4 +1,4 @@
-"""An instruction, perhaps with an input, and its output."""
+"""The format alpaca: an instruction, optionally an input, and its output."""
 
 from pipelines.rows.formats.pair import ALONGSIDE, from_pair
 from pipelines.rows.formats.record import BY_TEMPLATE, Format

@@ -7,7 +7,14 @@ from pipelines.rows.jsonl import Malformed, json_type, parse_inside, shown
 
 
 def tools_of(value: Any) -> tuple[Any, ...]:
-    """The definitions of tools in a row: a list of objects, one object, or their JSON."""
+    """Return the definitions of tools in a row: a list of objects, one object, or their JSON.
+
+    Args:
+        value: The value of the column.
+
+    Raises:
+        Malformed: The value is something else.
+    """
     if isinstance(value, str) and value.strip():
         value = loads(value, "tools_not_list", "tools")
     if value in (None, [], {}, "") or isinstance(value, str):
@@ -19,12 +26,12 @@ def tools_of(value: Any) -> tuple[Any, ...]:
 
 
 def loads(text: str, reason: str, what: str) -> Any:
-    """The JSON inside a text of a row.
+    """Return the JSON value inside a text of a row.
 
     Args:
         text: The text.
         reason: The code of the error if it is not JSON.
-        what: What the text is, for the message.
+        what: The name of the text, for the message.
 
     Raises:
         Malformed: The text is not JSON.
@@ -38,7 +45,16 @@ def loads(text: str, reason: str, what: str) -> Any:
 
 
 def calls_of(turn: Mapping[str, Any], content: Any, k: int) -> list[dict[str, Any]]:
-    """The tool calls of an assistant's turn in one form, arguments that are JSON of an object as that object."""
+    """Return the tool calls of an assistant's turn in one form, with arguments as objects where they are JSON.
+
+    Args:
+        turn: The turn.
+        content: The content of a turn whose role is a tool call; otherwise None.
+        k: The position of the turn, for messages.
+
+    Raises:
+        Malformed: A call has no name, or its arguments are not an object.
+    """
     found = turn.get("tool_calls") or turn.get("function_call")
     if content is not None:
         found = content

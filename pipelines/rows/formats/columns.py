@@ -1,4 +1,4 @@
-"""Columns by other names: the map from our names to those of the data."""
+"""Columns with other names: the mapping from our names to those of the data."""
 
 import fnmatch
 import os
@@ -7,18 +7,21 @@ from collections.abc import Collection, Mapping
 from datatools import UsageError, did_you_mean
 
 ANY_FORMAT = ("tools", "id", "source", "subtask")
-"""Columns that a row of any format may have: `source` is the row's source, `subtask` its part of a target."""
+"""Columns that a row of any format may have: `source` is the row's source, `subtask` its subtask of the target."""
 
 Columns = Mapping[str, str | Mapping[str, str]]
-"""Our names -> the data's; also file -> a map of its own, which then is the only one for that file."""
+"""Our names -> the data's; or file -> its own mapping, which is then the only one for that file."""
 
 
 def check_columns(columns: Columns | None, known: Collection[str]) -> dict[str, str | dict[str, str]]:
-    """The `columns` map with its names checked.
+    """Check the names of a `columns` mapping.
 
     Args:
-        columns: Our names -> the data's, also file by file.
+        columns: Our names -> the data's, also per file.
         known: Our names (`table.column_names`).
+
+    Returns:
+        The mapping.
 
     Raises:
         UsageError: One of our names is unknown; the message gives the nearest known one.
@@ -34,15 +37,15 @@ def check_columns(columns: Columns | None, known: Collection[str]) -> dict[str, 
 
 
 def columns_of(file: str, columns: Mapping[str, str | dict[str, str]]) -> tuple[dict[str, str], str | None]:
-    """The map for one file.
+    """Return the column mapping of one file.
 
     Args:
-        file: The name of the file. A map may name it by its path, its last part, a folder above it, or a pattern of
-            these (*.jsonl).
-        columns: Our names -> the data's, also file by file.
+        file: The name of the file. A mapping may name it by its path, its last part, a folder above it, or a pattern
+            of these (*.jsonl).
+        columns: Our names -> the data's, also per file.
 
     Returns:
-        The map, and the name that the file has in `columns` if it has a map of its own there.
+        The mapping, and the name of the file in `columns` if it has its own mapping there.
     """
     for name, own in columns.items():
         if isinstance(own, dict) and (

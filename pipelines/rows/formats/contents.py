@@ -1,4 +1,4 @@
-"""Texts of rows: what they say, whether they show anything, and what is odd about them."""
+"""Texts of rows: their content, whether they are visible, and their peculiarities."""
 
 import json
 import re
@@ -14,8 +14,8 @@ REASONING_TAG = re.compile(
     r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|scratchpad)\|?[>\]▷]",
     re.IGNORECASE,
 )
-"""What opens or closes reasoning inside a content: <think>, </think>, [THINK], <|END_THINKING|>, ..."""
-# drawn as nothing, though Unicode does not call them spaces or controls: fillers, joiners, variation selectors
+"""Tags that open or close reasoning inside a content: <think>, </think>, [THINK], <|END_THINKING|>, ..."""
+# invisible, although Unicode does not call them spaces or controls: fillers, joiners, variation selectors
 _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
 )
@@ -24,13 +24,21 @@ _BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
 
 
 def text_of(message: Message) -> str:
-    """What a turn says: its reasoning, its content and its tool calls (as JSON), a line break between two."""
+    """Return what a turn says: its reasoning, its content and its tool calls (as JSON), separated by line breaks.
+
+    Args:
+        message: The turn.
+    """
     calls = (json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ()))
     return "\n".join(text for text in (message.get("reasoning", ""), message["content"] or "", *calls) if text)
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every string in nested lists and objects, keys included."""
+    """Yield every string in nested lists and objects, keys included.
+
+    Args:
+        value: The nested value.
+    """
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -43,7 +51,11 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def visible(text: str) -> bool:
-    """Does `text` draw anything? Spaces, controls, format characters, fillers and variation selectors do not."""
+    """Return whether a text is visible. Spaces, controls, format characters, fillers and variation selectors are not.
+
+    Args:
+        text: The text.
+    """
     if text.isascii():
         return any("!" <= c <= "~" for c in text)
     return any(
@@ -52,27 +64,49 @@ def visible(text: str) -> bool:
 
 
 def checked_text(value: Any, what: str, k: int | None = None) -> str:
-    """`value` if it is a string. Numbers are refused: 42 and "42.0" may be the same answer, only the author knows."""
+    """Return a value if it is a string. Numbers are refused: 42 and "42.0" may be the same answer or not.
+
+    Args:
+        value: The value.
+        what: The name of the value, for the reason code.
+        k: The position of the turn, for the message.
+
+    Raises:
+        Malformed: The value is not a string.
+    """
     where = f" of turn {k + 1}" if k is not None else ""
     if value is None:
         raise Malformed(f"null_{what}", f"the content{where} is null or missing")
     if not isinstance(value, str):
-        raise Malformed(f"{what}_not_text", f"the content{where} is {json_type(value)}, a string was expected")
+        raise Malformed(f"{what}_not_text", f"the content{where} is {json_type(value)}; expected a string")
     return value
 
 
 def first_of(turn: Mapping[str, Any], *names: str) -> Any:
-    """The first of the columns that is not null."""
+    """Return the value of the first column that is not null.
+
+    Args:
+        turn: The turn.
+        *names: The columns.
+    """
     return next((turn[name] for name in names if turn.get(name) is not None), None)
 
 
 def emptiness(text: str) -> str:
-    """How a text that shows nothing is called: empty, blank, or invisible."""
+    """Return the word for a text that shows nothing: empty, blank, or invisible.
+
+    Args:
+        text: The text.
+    """
     return "empty" if not text else "blank" if not text.strip() else "invisible"
 
 
 def text_flags(texts: list[str]) -> tuple[str, ...]:
-    """What is odd about the characters of some texts (`Shape.flags`)."""
+    """Return the peculiarities of the characters of some texts (`Shape.flags`).
+
+    Args:
+        texts: The texts.
+    """
     found = []
     if any(_BIDI.search(text) for text in texts):
         found.append("bidi_controls")

@@ -1,4 +1,4 @@
-"""A conversation in the column `messages`."""
+"""The format messages: a conversation in the column `messages`."""
 
 from pipelines.rows.formats.record import BY_TEMPLATE, Format
 from pipelines.rows.formats.turns import KEYS, from_messages

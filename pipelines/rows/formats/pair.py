@@ -1,4 +1,4 @@
-"""A question and an answer in columns of their own, read as a conversation."""
+"""A question and an answer in separate columns, read as a conversation."""
 
 from pipelines.rows.formats.contents import checked_text, visible
 from pipelines.rows.formats.record import Given
@@ -7,13 +7,13 @@ from pipelines.rows.formats.turns import conversation
 from pipelines.rows.jsonl import Malformed, json_type
 
 ALONGSIDE = ("input", "context", "system", "history")
-"""Columns that a row with a question and an answer may have besides."""
+"""Further columns that a row with a question and an answer may have."""
 
 
 def from_pair(given: Given, columns: tuple[str, ...]) -> Shape:
-    """A question and an answer, as a conversation.
+    """Return a question and an answer as a conversation.
 
-    `input` and `context` follow the question on lines of their own, and earlier pairs in `history` have loss too.
+    `input` and `context` follow the question on separate lines, and earlier pairs in `history` have loss too.
 
     Args:
         given: The row.

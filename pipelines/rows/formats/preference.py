@@ -1,4 +1,4 @@
-"""A chosen and a rejected answer: the prompt with the chosen one."""
+"""The format preference: a chosen and a rejected answer, read as the prompt with the chosen answer."""
 
 import re
 
@@ -14,7 +14,7 @@ _SPEAKER = re.compile(r"\s*+(Human|Assistant):")
 
 
 def _read(given: Given, _: tuple[str, ...]) -> Shape:
-    """The prompt with the chosen answer. A prompt that is only implied is what both conversations begin with."""
+    """Return the prompt with the chosen answer. An implicit prompt is the common beginning of both conversations."""
     if given.preference is None:
         raise WrongColumns(
             "preference_row",
@@ -32,7 +32,7 @@ def _read(given: Given, _: tuple[str, ...]) -> Shape:
         whole = isinstance(first, str) and ROLES.get(first.strip().lower()) != "assistant"
         if isinstance(prompt, list):
             return from_prompt(prompt, chosen[len(prompt) :] if chosen[: len(prompt)] == prompt else chosen, columns)
-        if whole:  # the prompt is in the conversation, whether it is in a column as well or not
+        if whole:  # the prompt is in the conversation, and perhaps also in a column
             pairs = zip(chosen, rejected if isinstance(rejected, list) else [], strict=False)
             shared = next((k for k, (a, b) in enumerate(pairs) if a != b), 0)
             shared = shared or len(chosen) - 1
@@ -46,7 +46,7 @@ def _read(given: Given, _: tuple[str, ...]) -> Shape:
             if prompt is None:
                 raise Malformed(
                     "null_prompt",
-                    "chosen and rejected are texts, and there is no prompt; give it in a column of its own",
+                    "chosen and rejected are texts, but there is no prompt; add a prompt column",
                 )
             return from_prompt(prompt, chosen, columns)
         if not isinstance(chosen, list):
@@ -58,7 +58,11 @@ def _read(given: Given, _: tuple[str, ...]) -> Shape:
 
 
 def dialogue(text: str) -> list[Message]:
-    """A conversation that is written in one text, as in Anthropic's hh-rlhf."""
+    """Return a conversation that is written as one text, as in Anthropic's hh-rlhf.
+
+    Args:
+        text: The text.
+    """
     turns: list[tuple[str, int, int]] = []  # who, and where the turn begins with its name, and where the name ends
     reached = 0
     for name in re.finditer("(Human|Assistant):", text):

@@ -1,4 +1,4 @@
-"""A prompt and its completion, as texts or as lists of messages."""
+"""The format prompt and completion, as texts or as lists of messages."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,12 @@ from pipelines.rows.jsonl import Malformed, json_type
 
 
 def from_prompt(prompt: Any, completion: Any, columns: Mapping[str, str]) -> Shape:
-    """A prompt and its completion; of lists of messages, no turn of the prompt has loss.
+    """Return a prompt and its completion; in lists of messages, no turn of the prompt has loss.
+
+    Args:
+        prompt: The value of the prompt.
+        completion: The value of the completion.
+        columns: Our names of columns -> the data's.
 
     Raises:
         Malformed: One is a text and the other a list, or one of them is empty.
@@ -31,7 +36,7 @@ def from_prompt(prompt: Any, completion: Any, columns: Mapping[str, str]) -> Sha
     if not visible(question):
         raise Malformed(f"{emptiness(question)}_prompt", "the prompt is empty; for plain text use a 'text' column")
     if not visible(answer):
-        raise Malformed(f"{emptiness(answer)}_answer", "the completion has nothing to learn from")
+        raise Malformed(f"{emptiness(answer)}_answer", "the completion is empty")
     return Shape(prompt=question, completion=answer, flags=text_flags([question, answer]))
 
 

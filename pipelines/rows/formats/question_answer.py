@@ -1,4 +1,4 @@
-"""A question and its answer, by any of the names in use."""
+"""The format question and answer, by any of the usual column names."""
 
 from pipelines.rows.formats.pair import ALONGSIDE, from_pair
 from pipelines.rows.formats.record import BY_TEMPLATE, Format

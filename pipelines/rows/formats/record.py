@@ -1,4 +1,4 @@
-"""What a row format is: its record, and what its reader is given."""
+"""The record of a row format, and the input of its reader."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from pipelines.rows.jsonl import Malformed
 
 
 class WrongColumns(Malformed):
-    """The columns of a row are those of no format, or of one that the settings do not allow."""
+    """The columns of a row belong to no format, or to one that the settings do not allow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Given:
 
     Attributes:
         row: The JSON object.
-        names: Our column names -> those of the data, where they differ.
+        names: Our column names -> those of the data, if they differ.
         preference: Which answer of a row with a chosen and a rejected one is its answer; None refuses such rows.
     """
 
@@ -27,7 +27,11 @@ class Given:
     preference: str | None = None
 
     def get(self, column: str) -> Any:
-        """The value in the column that we call `column`; None if there is none."""
+        """Return the value in a column; None if there is none.
+
+        Args:
+            column: Our name of the column.
+        """
         return self.row.get(self.names.get(column, column))
 
 
@@ -36,15 +40,15 @@ class Format:
     """One row format.
 
     Attributes:
-        name: The name by which code and tests know it; the stem of its file.
-        title: The name that people see: usually its columns.
-        learned: What has loss.
+        name: The name in code and tests; the stem of its file.
+        title: The name for people, usually its columns.
+        learned: Which part has loss.
         example: A row as a line of JSON.
-        used_by: Who writes such rows, and variants that are read too.
+        used_by: Tools that write such rows, and variants that are read too.
         rendering: How the row becomes one text.
         columns: The columns that decide, all of which a row must have; several sets are variants, tried in order.
         optional: Further columns that the format reads, and keys of its turns.
-        read: (row, the set of `columns` that it has) -> what it says. Raises Malformed if it is not fit to train on.
+        read: (row, the set of `columns` that it has) -> its shape. Raises Malformed if it is not fit to train on.
     """
 
     name: str
@@ -61,5 +65,5 @@ class Format:
 BY_TEMPLATE = "by the chat template"
 TEXTS_OR_LISTS = "texts joined without a template; lists of messages by the chat template"
 PLAIN = "as it is"
-"""Ways of rendering (`Format.rendering`). The encoder tells them apart by what `Shape` holds: messages, a prompt with a
-completion, or a text."""
+"""Ways of rendering (`Format.rendering`). The encoder distinguishes them by the content of `Shape`: messages, a prompt
+with a completion, or a text."""

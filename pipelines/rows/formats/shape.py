@@ -1,4 +1,4 @@
-"""What one row says, whatever its format."""
+"""The content of one row, whatever its format."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +10,16 @@ and "tool_calls" ([{"type": "function", "function": {"name", "arguments"}}]), a 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What one row says, whatever its format. Exactly one of `messages`, `text`, `prompt` with `completion` is set."""
+    """The content of one row, whatever its format: exactly one of `messages`, `text`, `prompt` with `completion`."""
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
     prompt: str | None = None
     completion: str | None = None
     masked: frozenset[int] = frozenset()
-    """Positions of assistant turns that are context only (in a prompt, or of weight 0): no loss on them."""
+    """Positions of assistant turns that are only context (in a prompt, or with weight 0) and have no loss."""
     tools: tuple[Any, ...] = ()
     """Definitions of tools, as the row has them."""
     flags: tuple[str, ...] = ()
-    """Odd but usable: assistant_first, ends_with_user, same_role_twice, role_renamed, parts_joined,
+    """Peculiarities of a usable row: assistant_first, ends_with_user, same_role_twice, role_renamed, parts_joined,
     control_characters, bidi_controls."""

@@ -1,4 +1,4 @@
-"""A conversation in the column `conversations`, with the system prompt in a column of its own."""
+"""The format sharegpt: a conversation in the column `conversations`, with the system prompt in a separate column."""
 
 from pipelines.rows.formats.record import BY_TEMPLATE, Format
 from pipelines.rows.formats.turns import KEYS, from_messages

@@ -1,4 +1,4 @@
-"""The table of row formats: which format a row has, and what the row says by it."""
+"""The table of row formats: which format a row has, and how the row is read by it."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,7 +31,7 @@ FORMATS: dict[str, Format] = {
 
 
 def column_names() -> tuple[str, ...]:
-    """Our names of columns, which a `columns` map may translate to the data's."""
+    """Return our names of columns, which a `columns` mapping may translate to the data's."""
     names = dict.fromkeys(
         name
         for known in FORMATS.values()
@@ -41,7 +41,13 @@ def column_names() -> tuple[str, ...]:
 
 
 def check_columns(columns: Columns | None) -> dict[str, str | dict[str, str]]:
-    """The `columns` map, its names compared with those of all formats.
+    """Check the names of a `columns` mapping against those of all formats.
+
+    Args:
+        columns: Our names -> the data's, also per file.
+
+    Returns:
+        The mapping.
 
     Raises:
         UsageError: One of our names is unknown; the message gives the nearest known one.
@@ -52,15 +58,16 @@ def check_columns(columns: Columns | None) -> dict[str, str | dict[str, str]]:
 def read_shape(
     row: Mapping[str, Any], columns: Mapping[str, str] | None = None, preference: str | None = None
 ) -> Shape:
-    """What a row says, by the format that its columns show.
+    """Return the content of a row by the format that its columns show.
 
     Args:
         row: The JSON object.
-        columns: Our names of columns -> the data's, where they differ.
-        preference: Which answer of a row with `chosen` and `rejected` is the answer ("chosen"); None refuses such rows.
+        columns: Our names of columns -> the data's, if they differ.
+        preference: Which answer of a row with `chosen` and `rejected` is the answer ("chosen"); None refuses such
+            rows.
 
     Raises:
-        Malformed: The row has no known format (then `WrongColumns`), or is not fit to train on.
+        Malformed: The row has no known format (then `WrongColumns`), or it is not fit to train on.
     """
     given = Given(row, columns or {}, preference)
     known, mine = detect(row, given.names)
@@ -72,10 +79,14 @@ def read_shape(
 
 
 def detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Format, tuple[str, ...]]:
-    """The format of a row, and which set of its columns the row has.
+    """Return the format of a row, and which set of its columns the row has.
 
-    A format of which a column was named in `columns` goes before all others. Where a table holds several formats, and
-    so fills the columns of the others with nulls, the first format with a value is taken.
+    A format with a column that is named in `columns` takes precedence. In a table of several formats, the columns of
+    the other formats are null, so the first format with a value is taken.
+
+    Args:
+        row: The JSON object.
+        columns: Our names of columns -> the data's, if they differ.
 
     Raises:
         WrongColumns: No format has such columns.
@@ -95,7 +106,9 @@ def detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Format, 
         missing = sorted({columns.get(column, column) for _, mine in named for column in mine} - set(row))
         raise WrongColumns("missing_column", f"no column {', '.join(map(shown, missing))}")
     if "input_ids" in row:
-        raise WrongColumns("pre_tokenised", "the row holds input_ids; give its text, so that one tokenizer is used")
+        raise WrongColumns(
+            "pre_tokenised", "the row contains input_ids; give its text instead, so that one tokenizer is used"
+        )
     there = ", ".join(shown(key, 30) for key in list(row)[:8]) or "no column at all"
     usual = "; ".join(", ".join(known.columns[0]) for known in FORMATS.values())
     raise WrongColumns(

@@ -1,4 +1,4 @@
-"""Plain text, with loss on every token."""
+"""The format text: plain text, with loss on every token."""
 
 from pipelines.rows.formats.contents import checked_text, emptiness, text_flags, visible
 from pipelines.rows.formats.record import PLAIN, Format, Given
@@ -9,7 +9,7 @@ from pipelines.rows.jsonl import Malformed
 def _read(given: Given, _: tuple[str, ...]) -> Shape:
     text = checked_text(given.get("text"), "text")
     if not visible(text):
-        raise Malformed(f"{emptiness(text)}_text", "the text has nothing to learn from")
+        raise Malformed(f"{emptiness(text)}_text", "the text is empty")
     return Shape(text=text, flags=text_flags([text]))
 
 

@@ -1,4 +1,4 @@
-"""The turns of a conversation, under either naming, checked and in one form."""
+"""The turns of a conversation, with either set of names, checked and in one form."""
 
 import json
 from collections.abc import Mapping
@@ -23,29 +23,29 @@ ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
 }
-"""Accepted role names (any case) and what they mean."""
+"""Accepted role names (in any case) and their meaning."""
 TOOL_ROLES = {"tool", "function", "function_response", "tool_response", "observation", "ipython"}
-"""Roles of turns that hold what a tool returned; the template gets them as "tool"."""
+"""Roles of turns with the result of a tool; the template gets them as "tool"."""
 CALL_ROLES = {"function_call", "tool_call"}
-"""Roles of turns that are an assistant's call of a tool, written as JSON (sharegpt)."""
+"""Roles of turns that are an assistant's tool call, written as JSON (sharegpt)."""
 _MEANING = ROLES | dict.fromkeys(TOOL_ROLES, "tool") | dict.fromkeys(CALL_ROLES, "assistant")
 """Every accepted role name -> the role that the template gets."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Names under which a turn may hold its reasoning."""
+"""Keys under which a turn may have its reasoning."""
 
 
 KEYS = ("role", "content", "from", "value")
-"""The keys of a turn, which a `columns` map may translate."""
+"""The keys of a turn, which a `columns` mapping may translate."""
 
 
 def from_messages(value: Any, column: str, columns: Mapping[str, str], system: Any = None) -> Shape:
-    """A list of turns as a conversation.
+    """Return a list of turns as a conversation.
 
     Args:
-        value: What the row has in its column.
+        value: The value of the row's column.
         column: The name of the column, for messages.
         columns: Our names -> the data's.
-        system: A system prompt from a column of its own.
+        system: A system prompt from a separate column.
 
     Raises:
         Malformed: The value is not a list of turns with something to learn.
@@ -62,7 +62,15 @@ def from_messages(value: Any, column: str, columns: Mapping[str, str], system: A
 
 
 def turns_of(value: list[Any], columns: Mapping[str, str]) -> tuple[list[Message], set[int], set[str]]:
-    """Role and content of each turn, under either naming, the positions without loss, and flags."""
+    """Return role and content of each turn, the positions without loss, and flags.
+
+    Args:
+        value: The turns, with either set of names.
+        columns: Our names -> the data's.
+
+    Raises:
+        Malformed: A turn has a fault.
+    """
     turns: list[Message] = []
     masked: set[int] = set()
     flags: set[str] = set()
@@ -104,7 +112,7 @@ def turns_of(value: list[Any], columns: Mapping[str, str]) -> tuple[list[Message
         weight = first_of(turn, "weight", "train")
         if name == "assistant" and weight is not None:
             if weight not in (0, 1):  # also False and True
-                raise Malformed("turn_weight", f"turn {k + 1} has weight {weight!r}; 0 and 1 are understood")
+                raise Malformed("turn_weight", f"turn {k + 1} has weight {weight!r}; expected 0 or 1")
             if weight == 0:
                 masked.add(len(turns))
         turns.append(message)
@@ -112,17 +120,26 @@ def turns_of(value: list[Any], columns: Mapping[str, str]) -> tuple[list[Message
 
 
 def conversation(turns: list[Message], masked: set[int], flags: set[str]) -> Shape:
-    """The turns, if there is something to learn and something to learn it from."""
+    """Return the turns as a shape, if there is an answer to learn and a prompt for it.
+
+    Args:
+        turns: The turns.
+        masked: Positions of assistant turns without loss.
+        flags: Flags of the row so far.
+
+    Raises:
+        Malformed: There is nothing to learn.
+    """
     roles = [turn["role"] for turn in turns]
     if "assistant" not in roles:
-        only = "a system turn only" if set(roles) <= {"system"} else "no assistant turn"
+        only = "only a system turn" if set(roles) <= {"system"} else "no assistant turn"
         raise Malformed("no_assistant_turn", only)
     if "user" not in roles:
-        raise Malformed("no_user_turn", "an answer to nothing")
+        raise Malformed("no_user_turn", "an answer without a user turn")
     for k, turn in enumerate(turns):
         if turn["role"] not in ("system", "tool") and not visible(turn["content"]) and "tool_calls" not in turn:
             what = "answer" if turn["role"] == "assistant" else "prompt"
-            raise Malformed(f"{emptiness(turn['content'])}_{what}", f"turn {k + 1} has nothing in it")
+            raise Malformed(f"{emptiness(turn['content'])}_{what}", f"turn {k + 1} is empty")
     if all(k in masked for k, role in enumerate(roles) if role == "assistant"):
         raise Malformed("no_trained_turn", "no assistant turn is left to train on")
     spoken = [role for role in roles if role != "system"]
@@ -137,7 +154,7 @@ def conversation(turns: list[Message], masked: set[int], flags: set[str]) -> Sha
 
 
 def _thoughts(parts: list[Any]) -> tuple[list[Any], str | None]:
-    """A content's parts without its reasoning, and that ({"type": "thinking", "thinking": text})."""
+    """Return the parts of a content without reasoning, and the reasoning ({"type": "thinking", "thinking": text})."""
     rest, thoughts = [], []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -156,7 +173,7 @@ def _is_text_part(part: Any) -> bool:
 
 
 def _join_parts(parts: list[Any], k: int) -> str:
-    """OpenAI's list of parts, if every part is a text."""
+    """Join OpenAI's list of parts, if every part is a text."""
     texts = []
     for part in parts:
         if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
@@ -165,5 +182,5 @@ def _join_parts(parts: list[Any], k: int) -> str:
             texts.append(part)
         else:
             kind = part.get("type") if isinstance(part, dict) else json_type(part)
-            raise Malformed("part_not_text", f"turn {k + 1} holds a part that is not text ({shown(str(kind), 30)})")
+            raise Malformed("part_not_text", f"turn {k + 1} has a part that is not text ({shown(str(kind), 30)})")
     return "".join(texts)

@@ -1,8 +1,9 @@
-"""Parquet and Arrow files as lines of JSON, one row after the other, whatever the file unpacks to.
+"""Parquet and Arrow files as lines of JSON, row by row, whatever the file unpacks to.
 
-A table of 5 kB may hold 64 GB: one text that a million rows point at, a list of a billion equal numbers, blocks that
-compress to nothing. So no object is made of a row before its size is known (`sizes`), a batch may take only so much
-memory (`Limits.batch_bytes`), and what is written is compared with the size of the file (`input_files.as_jsonl`).
+A table of 5 kB may contain 64 GB: one text to which a million rows point, a list of a billion equal numbers, or blocks
+that compress to almost nothing. Therefore no row becomes an object before its size is known (`sizes`), a batch may
+take only limited memory (`Limits.batch_bytes`), and the output is compared with the size of the file
+(`as_jsonl.as_jsonl`).
 """
 
 import contextlib
@@ -20,15 +21,20 @@ from pipelines.rows.tables.sizes import MOST, sizes
 from pipelines.rows.tables.values import as_json
 
 _BATCH_ROWS = 1024
-_CHUNK_BYTES = 16 << 20  # rows are made into objects in groups of about this size
-_FREE = 512 << 20  # bytes that reading any file may take
+_CHUNK_BYTES = 16 << 20  # rows become objects in groups of about this size
+_FREE = 512 << 20  # memory that reading any file may take, in bytes
 
 
 def rows_of_parquet(path: Path, name: str, limits: Limits) -> Iterator[bytes | Malformed]:
-    """The rows of a Parquet file as lines of JSON.
+    """Yield the rows of a Parquet file as lines of JSON.
+
+    Args:
+        path: The file.
+        name: The name of the file, for messages.
+        limits: The limits of one input.
 
     Raises:
-        DataError: The file cannot be read, or would take too much memory.
+        DataError: The file cannot be read, or would need too much memory.
     """
     import pyarrow
     import pyarrow.parquet
@@ -43,7 +49,7 @@ def rows_of_parquet(path: Path, name: str, limits: Limits) -> Iterator[bytes | M
             if claimed > limits.ratio_from and claimed > limits.unpacked_ratio * size:
                 raise DataError(
                     f"{name} unpacks to more than {limits.unpacked_ratio} times its size (limit "
-                    "unpacked_ratio); write it as JSONL yourself if that is right"
+                    "unpacked_ratio); if the size is right, write the rows as JSONL yourself"
                 )
             rows = max(1, table.metadata.num_rows)
             step = max(1, min(256, _CHUNK_BYTES * rows // max(1, claimed)))
@@ -51,10 +57,15 @@ def rows_of_parquet(path: Path, name: str, limits: Limits) -> Iterator[bytes | M
 
 
 def rows_of_arrow(path: Path, name: str, limits: Limits) -> Iterator[bytes | Malformed]:
-    """The rows of an Arrow file, in either of its forms: with an index at its end, or a stream (as `datasets` has).
+    """Yield the rows of an Arrow file in either form: with an index at its end, or as a stream (as `datasets` writes).
+
+    Args:
+        path: The file.
+        name: The name of the file, for messages.
+        limits: The limits of one input.
 
     Raises:
-        DataError: The file cannot be read, or would take too much memory.
+        DataError: The file cannot be read, or would need too much memory.
     """
     import pyarrow
 
@@ -67,7 +78,7 @@ def rows_of_arrow(path: Path, name: str, limits: Limits) -> Iterator[bytes | Mal
 
 
 def _reader(file: Any) -> tuple[Any, Iterator[Any]]:
-    """The reader of an open Arrow file in either form, and its batches."""
+    """Return the reader of an open Arrow file in either form, and its batches."""
     import pyarrow
 
     indexed = file.read(6) == b"ARROW1"
@@ -81,10 +92,14 @@ def _reader(file: Any) -> tuple[Any, Iterator[Any]]:
 
 
 def columns_of_parquet(path: Path, name: str) -> list[str]:
-    """The columns of a Parquet file; none of its rows is read.
+    """Return the columns of a Parquet file without reading rows.
+
+    Args:
+        path: The file.
+        name: The name of the file, for messages.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: The file cannot be read.
     """
     import pyarrow.parquet
 
@@ -93,10 +108,14 @@ def columns_of_parquet(path: Path, name: str) -> list[str]:
 
 
 def columns_of_arrow(path: Path, name: str) -> list[str]:
-    """The columns of an Arrow file; none of its rows is read.
+    """Return the columns of an Arrow file without reading rows.
+
+    Args:
+        path: The file.
+        name: The name of the file, for messages.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: The file cannot be read.
     """
     import pyarrow
 
@@ -106,9 +125,9 @@ def columns_of_arrow(path: Path, name: str) -> list[str]:
 
 @contextlib.contextmanager
 def _at_most(size: int, name: str, limits: Limits) -> Iterator[None]:
-    """Let the process grow only by what a table of `size` bytes may take: Arrow unpacks what a file says it holds.
+    """Limit the growth of the process to what a table of `size` bytes may take, because Arrow trusts the file.
 
-    Linux only; elsewhere the size of a batch is looked at when it is there.
+    This works on Linux only; elsewhere the size of a batch is checked after it has been read.
     """
     most = max(_FREE, 2 * size, min(limits.batch_bytes, limits.unpacked_ratio * size))
     restore = None
@@ -126,7 +145,7 @@ def _at_most(size: int, name: str, limits: Limits) -> Iterator[None]:
     except MemoryError as error:
         raise DataError(
             f"cannot read {name} as a table: it has {size} bytes, and one batch of its rows takes more "
-            f"than {most} bytes of memory (limits unpacked_ratio and batch_bytes); it may be damaged; else "
+            f"than {most} bytes of memory (limits unpacked_ratio and batch_bytes); it may be damaged; if not, "
             "write it in smaller row groups or batches"
         ) from error
     finally:
@@ -147,7 +166,7 @@ def _rows(batches: Iterator[Any], size: int, name: str, limits: Limits) -> Itera
 
 
 def _rows_of_batch(batch: Any, limits: Limits, sure: bool) -> Iterator[bytes | Malformed]:
-    """The rows of at most `_BATCH_ROWS` rows, made into objects a few at a time."""
+    """Yield at most `_BATCH_ROWS` rows, which become objects a few at a time."""
     n = batch.num_rows
     most = np.zeros(n, np.int64)
     for array in batch.columns:
@@ -176,12 +195,12 @@ def _rows_of_batch(batch: Any, limits: Limits, sure: bool) -> Iterator[bytes | M
 
 
 def _invalid(batch: Any) -> Malformed | None:
-    """What is wrong with the one row of `batch`, but for texts, which are looked at when they are made."""
+    """Return what is wrong with the one row of `batch`; texts are checked when they become objects."""
     import pyarrow
 
     for field, array in zip(batch.schema, batch.columns, strict=True):
         with contextlib.suppress(pyarrow.ArrowNotImplementedError):
-            array = array.take(pyarrow.array([0]))  # without what belongs to other rows
+            array = array.take(pyarrow.array([0]))  # without the data of other rows
         try:
             array.validate(full=True)
         except pyarrow.ArrowInvalid as error:
@@ -193,7 +212,7 @@ def _invalid(batch: Any) -> Malformed | None:
 def _objects(batch: Any) -> Iterator[bytes | Malformed]:
     try:
         rows = batch.to_pylist(maps_as_pydicts="strict")
-    except Exception:  # by Arrow, Python's dates, a library of time zones: one by one
+    except Exception:  # from Arrow, Python's dates or a time-zone library: try the rows one by one
         rows = None
     if rows is None and batch.num_rows > 1:
         for i in range(batch.num_rows):
@@ -210,7 +229,7 @@ def _objects(batch: Any) -> Iterator[bytes | Malformed]:
 
 
 def _why(batch: Any) -> Malformed:
-    """What is wrong with the one row of `batch`."""
+    """Return what is wrong with the one row of `batch`."""
     for field, array in zip(batch.schema, batch.columns, strict=True):
         try:
             array.to_pylist(maps_as_pydicts="strict")
@@ -220,7 +239,7 @@ def _why(batch: Any) -> Malformed:
                 return Malformed(
                     "invalid_utf8", f"{column}: byte 0x{error.object[error.start]:02x} at byte {error.start} of a text"
                 )
-            if "zoneinfo" in str(error):  # Arrow's words for a zone that it does not find
+            if "zoneinfo" in str(error):  # Arrow's message for an unknown time zone
                 return Malformed("unknown_time_zone", column)
             first = shown((str(error).strip() or type(error).__name__).splitlines()[0], 120)
             if isinstance(error, KeyError):

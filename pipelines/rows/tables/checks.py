@@ -1,4 +1,4 @@
-"""What a table says about itself, checked before any of its rows is read."""
+"""Checks of a table's own description, before any of its rows is read."""
 
 import contextlib
 import os
@@ -11,15 +11,19 @@ from typing import Any, BinaryIO
 from datatools import DataError, files
 from pipelines.rows.jsonl import Limits, shown
 
-_FOOTER_BYTES = 32 << 20  # of a Parquet file: what lies where; 40 bytes and more for each column of each row group
+_FOOTER_BYTES = 32 << 20  # of a Parquet file; at least 40 bytes for each column of each row group
 
 
 @contextlib.contextmanager
 def readable(name: str, form: str) -> Iterator[None]:
-    """Errors of Arrow as DataError that names the file.
+    """Turn errors of Arrow into a DataError that names the file.
+
+    Args:
+        name: The name of the file.
+        form: The form of the file.
 
     Raises:
-        DataError: The file cannot be read as `form`.
+        DataError: The file cannot be read.
     """
     import pyarrow
 
@@ -27,7 +31,7 @@ def readable(name: str, form: str) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise DataError(
-            f"cannot read {name} as {form}: it takes more memory than there is; write it in smaller row "
+            f"cannot read {name} as {form}: it needs more memory than is available; write it in smaller row "
             "groups or batches"
         ) from error
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
@@ -38,22 +42,40 @@ def readable(name: str, form: str) -> Iterator[None]:
 
 
 def check_footer(file: BinaryIO, size: int, name: str) -> None:
-    """Refuse a file whose description of itself is so long that reading it takes gigabytes."""
+    """Refuse a file whose footer is so long that reading it takes gigabytes.
+
+    Args:
+        file: The file.
+        size: The size of the file in bytes.
+        name: The name of the file, for messages.
+
+    Raises:
+        DataError: The footer is too long.
+    """
     if size >= 12:
         file.seek(-8, os.SEEK_END)
         length, magic = struct.unpack("<I4s", file.read(8))
         if magic == b"PAR1" and length > _FOOTER_BYTES:
             raise DataError(
                 f"cannot read {name} as Parquet: it describes its columns and row groups in {length} "
-                f"bytes, at most {_FOOTER_BYTES} are read; write it in fewer, larger row groups"
+                f"bytes; the limit is {_FOOTER_BYTES}; write it in fewer, larger row groups"
             )
     file.seek(0)
 
 
 def check_schema(schema: Any, name: str, limits: Limits) -> None:
-    """Refuse two columns of one name, at any depth: a JSON object can hold only one of them, and hides the other."""
+    """Refuse two columns with the same name, at any depth, because a JSON object can only have one of them.
+
+    Args:
+        schema: The schema.
+        name: The name of the file, for messages.
+        limits: The limits of one input.
+
+    Raises:
+        DataError: Two columns have one name, or the schema is too wide or too deep.
+    """
     if len(schema) > limits.values:
-        raise DataError(f"{name} has {len(schema)} columns, at most {limits.values} are read (limit values)")
+        raise DataError(f"{name} has {len(schema)} columns; the limit is {limits.values} (limit values)")
     pending: list[tuple[str, list[Any], int]] = [("", list(schema), 0)]
     while pending:
         place, fields, depth = pending.pop()
@@ -73,7 +95,7 @@ def check_schema(schema: Any, name: str, limits: Limits) -> None:
 
 
 def _inner(kind: Any) -> tuple[list[Any], bool]:
-    """The fields inside a type, and whether they are told apart by their names."""
+    """Return the fields inside a type, and whether they are distinguished by their names."""
     import pyarrow
 
     if isinstance(kind, pyarrow.BaseExtensionType):
@@ -84,7 +106,10 @@ def _inner(kind: Any) -> tuple[list[Any], bool]:
 
 
 def check_layout(batch: Any) -> bool:
-    """Whether all values of a batch are valid.
+    """Return whether all values of a batch are valid.
+
+    Args:
+        batch: The batch.
 
     Raises:
         ArrowInvalid: Offsets point outside of the batch, so that other memory would be read.
@@ -101,7 +126,7 @@ def check_layout(batch: Any) -> bool:
 
 
 def _layout(kind: Any) -> Any:
-    """The type of the same layout whose values are all valid: bytes for text, numbers for times."""
+    """Return the type with the same layout whose values are all valid: bytes for text, numbers for times."""
     import pyarrow as pa
 
     is_a = pa.types

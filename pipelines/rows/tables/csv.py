@@ -9,14 +9,19 @@ from datatools import DataError
 from pipelines.rows.jsonl import Limits, Malformed, shown
 from pipelines.rows.tables.values import as_json
 
-_REWINDS = 16  # how many records that never end may be read again from their second line
+_REWINDS = 16  # how many endless records may be read again from their second line
 
 
 def rows_of_csv(file: BinaryIO, delimiter: str, limits: Limits) -> Iterator[bytes | Malformed]:
-    """The rows of a CSV file with a header, as lines of JSON. Memory is bounded by one record of `limits.line_bytes`.
+    """Yield the rows of a CSV file with a header as lines of JSON. Memory is limited to one record.
 
-    A record that is longer, for example because a quotation mark is missing, is a bad row, and reading continues after
-    its first line.
+    A record that is longer than `limits.line_bytes`, for example because a quotation mark is missing, is a bad row,
+    and reading continues after its first line.
+
+    Args:
+        file: The file, at its beginning.
+        delimiter: The character between two fields.
+        limits: The limits of one row.
 
     Raises:
         DataError: The header cannot be read.
@@ -48,7 +53,7 @@ def rows_of_csv(file: BinaryIO, delimiter: str, limits: Limits) -> Iterator[byte
             continue
         if header is None:
             if len(set(row)) != len(row) or not row:
-                raise DataError(f"the header of the table names a column twice or none at all: {shown(str(row), 120)}")
+                raise DataError(f"the header of the table is empty or names a column twice:  {shown(str(row), 120)}")
             header = row
         elif row and len(row) != len(header):
             yield Malformed(
@@ -60,24 +65,24 @@ def rows_of_csv(file: BinaryIO, delimiter: str, limits: Limits) -> Iterator[byte
 
 
 class _Lines:
-    """The lines of a CSV file as text, none of them and no record of them longer than `limit` bytes."""
+    """The lines of a CSV file as text; no line and no record is longer than `limit` bytes."""
 
     def __init__(self, file: BinaryIO, limit: int) -> None:
         self._file = file
         self._limit = limit
-        self._buffer, self._at = b"", 0  # a line of the file; in it, where the next one begins
-        self._offset = 0  # of that in the file
+        self._buffer, self._at = b"", 0  # a line of the file, and where the next one begins in it
+        self._offset = 0  # its offset in the file
         self._rewinds = 0
         self._of_record = 0  # bytes that the record has so far
         self._first = (0, 0)  # number of the record's first line, and the offset after it
         self.number = 0
-        """Of the line that was read last."""
+        """The number of the last line that was read."""
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def start_record(self) -> None:
-        """What is read next begins a record."""
+        """Begin a record with the next line."""
         self._of_record = 0
 
     def __next__(self) -> str:
@@ -106,14 +111,14 @@ class _Lines:
         return line
 
     def give_up(self) -> tuple[int, int]:
-        """Leave the record: continue after its first line, a few times, otherwise after its last. Returns both."""
+        """Continue after the first line of the record, a few times, otherwise after its last. Returns both numbers."""
         (first, place), last = self._first, self.number
         if first < last and self._rewinds < _REWINDS:
             self._rewinds += 1
             self.number, self._offset = first, place
             self._buffer, self._at = b"", 0
             self._file.seek(place)
-        else:  # what is left of the line
+        else:  # the rest of the line
             while self._buffer and not self._buffer.endswith((b"\n", b"\r")) and self._at == len(self._buffer):
                 self._line()
         return first, last

@@ -1,18 +1,24 @@
-"""How much memory each value of an Arrow array takes as a Python object, computed without unpacking any."""
+"""The memory that each value of an Arrow array takes as a Python object, computed without unpacking."""
 
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-CELL = 16  # bytes that a value counts at least, as an object and as JSON
-MOST = 1 << 40  # sizes are cut to it, so that sums stay below 2^63
+CELL = 16  # minimum bytes of a value, as an object and as JSON
+MOST = 1 << 40  # sizes are limited to this, so that sums stay below 2^63
 
 
 def sizes(array: Any) -> NDArray[np.int64] | int:
-    """At least how many bytes each value takes as a Python object or JSON; one number where all take the same.
+    """Return a lower bound of the bytes of each value as a Python object or JSON; one number if all are equal.
 
-    Nothing is unpacked: what many values share counts for each of them. Cost: linear in the memory of the array.
+    Nothing is unpacked: data that several values share counts for each of them.
+
+    Args:
+        array: An Arrow array.
+
+    Cost:
+        Linear in the memory of the array.
     """
     import pyarrow as pa
 
@@ -52,7 +58,7 @@ def sizes(array: Any) -> NDArray[np.int64] | int:
 
 
 def _lengths(array: Any) -> NDArray[np.int64] | int:
-    """Bytes of each text; 0 for values of one width."""
+    """Return the bytes of each text; 0 for values of fixed width."""
     import pyarrow as pa
 
     is_a, kind = pa.types, array.type
@@ -77,7 +83,7 @@ def _taken(values: NDArray[np.int64] | int, places: NDArray[Any]) -> NDArray[np.
 
 
 def _between(values: NDArray[np.int64] | int, first: NDArray[Any], last: NDArray[Any]) -> NDArray[np.int64]:
-    """The sum of values[first:last], for each pair."""
+    """Return the sum of values[first:last] for each pair."""
     if isinstance(values, int):
         found = (last.astype(np.int64) - first) * float(values)
     else:

@@ -15,17 +15,25 @@ from pipelines.rows.jsonl import Malformed
 
 
 def as_json(row: Mapping[str, Any]) -> bytes:
-    """A row as a line of JSON.
+    """Return a row as a line of JSON.
+
+    Args:
+        row: Column -> value.
 
     Raises:
-        Malformed: The row holds a value that JSON has no form for.
+        Malformed: The row has a value that cannot be written as JSON.
     """
     return json.dumps(_plain(row), allow_nan=False).encode("ascii")
 
 
 def _plain(value: Any) -> Any:
-    """A table's value as JSON: times as ISO text, decimals as their digits, bytes as the text that they are in UTF-8;
-    null for NaN and infinities (a table's missing number) and for other bytes (pictures). Raises: Malformed.
+    """Return a table's value as JSON.
+
+    Times become ISO text, decimals their digits, and bytes the text that they are in UTF-8. NaN, infinities (a table's
+    missing numbers) and other bytes (pictures) become null.
+
+    Raises:
+        Malformed: The value cannot be written as JSON.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -34,7 +42,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         found = {key if isinstance(key, str) else str(_plain(key)): _plain(item) for key, item in value.items()}
         if len(found) != len(value):
-            raise Malformed("duplicate_key", "two keys of a map are one text")
+            raise Malformed("duplicate_key", "two keys of a map have the same text")
         return found
     if isinstance(value, list | set):
         return [_plain(item) for item in value]
@@ -47,7 +55,7 @@ def _plain(value: Any) -> Any:
 
 
 def _one(value: Any) -> Any:
-    """A value of the rarer types."""
+    """Return a value of the rarer types as JSON."""
     if isinstance(value, datetime | date | time):
         return value.isoformat()
     if isinstance(value, timedelta):
@@ -60,11 +68,11 @@ def _one(value: Any) -> Any:
         return [_plain(item) for item in (value.tolist() if isinstance(value, np.ndarray) else value)]
     if isinstance(value, Real):
         return _plain(float(value))
-    raise Malformed("unreadable_value", f"a {type(value).__name__}, which JSON has no form for")
+    raise Malformed("unreadable_value", f"a {type(value).__name__}, which cannot be written as JSON")
 
 
 def _duration(value: timedelta) -> str:
-    """As ISO 8601 writes it: P1DT3600.5S."""
+    """Return a duration in ISO 8601, such as P1DT3600.5S."""
     nanoseconds = (value.days * 86400 + value.seconds) * 10**9 + value.microseconds * 1000
     nanoseconds += getattr(value, "nanoseconds", 0)
     days, rest = divmod(abs(nanoseconds), 86400 * 10**9)
@@ -73,7 +81,11 @@ def _duration(value: timedelta) -> str:
 
 
 def rows_of_mappings(rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes | Malformed]:
-    """Rows that a library has read, as lines of JSON."""
+    """Yield rows that a library has read as lines of JSON.
+
+    Args:
+        rows: The rows.
+    """
     for row in rows:
         try:
             yield as_json(row)

@@ -60,4 +60,4 @@ def test_a_bad_target_row_is_not_advised_to_be_skipped(tmp_path, world, capsys):
             "--out", tmp_path / "out"]  # fmt: skip
     assert main([str(part) for part in argv]) == 3
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "take them out of their file" in said and "--on-bad-row" not in said
+    assert "remove them from the file" in said and "--on-bad-row" not in said

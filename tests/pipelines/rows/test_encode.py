@@ -537,7 +537,7 @@ def test_missing_or_unreadable_templates(tmp_path):
     (tmp_path / "bad.jinja").write_bytes(b"\xff")
     with pytest.raises(DataError, match="is not UTF-8"):
         Encoder(tokenizer, chat=tmp_path / "bad.jinja", max_length=100)
-    with pytest.raises(DataError, match="cannot say which characters"):
+    with pytest.raises(DataError, match="does not report which characters"):
         Encoder(object(), max_length=100)
     with pytest.raises(UsageError, match="at least 2"):
         Encoder(tokenizer, max_length=1)

@@ -948,7 +948,7 @@ def test_folders_of_save_to_disk(tmp_path):
     with pytest.raises(DataError, match="is missing; copy the folder again"):
         read_pool([tmp_path / "one"], cache=tmp_path / "cache")
     (tmp_path / "two/train/state.json").write_text('{"_data_files": [{"filename": "../../etc"}]}')
-    with pytest.raises(DataError, match="state.json does not say which files"):
+    with pytest.raises(DataError, match="state.json does not list the files"):
         read_pool([tmp_path / "two/train"], cache=tmp_path / "cache")
 
 
@@ -985,7 +985,7 @@ def test_folders_and_missing_files(tmp_path):
         find_sources([tmp_path, tmp_path / "b.jsonl"])
     with pytest.raises(UsageError, match="no data was named"):
         find_sources([])
-    with pytest.raises(DataError, match="holds no data file"):
+    with pytest.raises(DataError, match="contains no data file"):
         (tmp_path / "empty").mkdir()
         find_sources([tmp_path / "empty"])
     with pytest.raises(DataError, match="cannot read .*missing.jsonl.*hf:owner/name"):

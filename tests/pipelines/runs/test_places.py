@@ -40,7 +40,7 @@ def test_the_folder_you_are_in_is_not_moved(monkeypatch):
     with Run("r", config(), "select"):
         pass
     monkeypatch.chdir("r")
-    with pytest.raises(UsageError, match="folder you are in"), Run(".", config(), "select", overwrite=True):
+    with pytest.raises(UsageError, match="is the current folder"), Run(".", config(), "select", overwrite=True):
         pass
 
 

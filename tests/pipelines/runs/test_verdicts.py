@@ -141,7 +141,7 @@ def test_a_report_shows_no_verdict_on_other_rows(run):
     assert VERDICT in page(run)
     lines = (run / "selected.jsonl").read_bytes().splitlines(keepends=True)
     (run / "selected.jsonl").write_bytes(b"".join(lines[1:]))  # by hand
-    assert VERDICT not in page(run) and "has changed since it was selected" in page(run)
+    assert VERDICT not in page(run) and "has changed since the selection" in page(run)
 
 
 def test_an_audit_is_delivered_to_the_selection_that_it_judged(world, run, monkeypatch, capsys):
@@ -156,7 +156,7 @@ def test_an_audit_is_delivered_to_the_selection_that_it_judged(world, run, monke
     with monkeypatch.context() as patch:
         patch.setattr(audit, "summarise", slow)
         out = audit.run(judged(world, run, run / "audit"))
-    assert summary(run)["audit"] is None and "judged another selection" in capsys.readouterr().err
+    assert summary(run)["audit"] is None and "has changed since the audit read it" in capsys.readouterr().err
     assert json.loads((out / "audit.json").read_text())["selection"] != verdicts.digest_of(run)
     with pytest.raises(DataError, match=r"selection was .*, is .*--accept-change selection"):
         audit.run(judged(world, run, run / "audit"))

@@ -137,7 +137,7 @@ def test_the_error_of_the_style_guide(write):
         ("method: lss", "did you mean 'l"),
         ("projector: {dim: 100000000}", "less than or equal to"),
         ("warmup: {optimizer_options: {x: [[1]]}}", "setting 'warmup.optimizer_options"),
-        ('out: "a\\0b"', "no file name has"),
+        ('out: "a\\0b"', "no file name can have"),
         ("checkpoints: 3", "valid list"),
     ],
 )
@@ -317,7 +317,7 @@ def test_any_name_survives_a_dump(tmp_path_factory, name):
     try:
         config = load_config(SelectConfig, None, FLAGS | {"model.name": name, "target": [name]})
     except UsageError:
-        return  # characters that no file name has
+        return  # characters that no file name can have
     path = tmp_path_factory.mktemp("dump") / "settings.yaml"
     path.write_text(dump(config), encoding="utf-8", newline="")
     assert load_config(SelectConfig, path) == config

@@ -60,9 +60,9 @@ def test_what_was_hidden_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.
     path.write_text(dump(load_config(SelectConfig, None, flags)))
     text = path.read_text()
     assert not any(s in text for s in (SECRET, TOKEN, "pass123", "t0k3n")) and "***" in text
-    with pytest.raises(UsageError, match="model.name held a secret"):
+    with pytest.raises(UsageError, match="model.name was a secret"):
         load_config(SelectConfig, path)
-    with pytest.raises(UsageError, match="train.paths held a secret"):
+    with pytest.raises(UsageError, match="train.paths was a secret"):
         load_config(SelectConfig, path, {"model.name": value})
     again = load_config(SelectConfig, path, {"model.name": value, "train.paths": ["a", value]})
     assert again.model.name == value

@@ -301,7 +301,7 @@ def test_links_out_of_a_run_folder_are_refused(
     for argv in [*commands(received, finished).values(), ["report", received]]:
         if argv[0] != "select":
             error = refused(argv, capsys)
-            assert "is a symbolic link" in error or "not inside of its own folder" in error
+            assert "is a symbolic link" in error or "not inside the folder of the run" in error
     same = ["--method", "tfidf", "--budget", "3", "--epochs", "1", "--set", "warmup.minimum_rows=8"]
     again = ["select", "--model", finished / "model", "--train", finished / "pool.jsonl", "--target",
              finished / "target.jsonl", *same, "--out", received]  # fmt: skip
