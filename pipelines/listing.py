@@ -97,10 +97,8 @@ def _searches() -> Rows:
 
 
 def _checks() -> Rows:
-    from pipelines.diagnose.checks import CHECKS, check
-
-    found = {name: check(name) for name in CHECKS}
-    return [(name, f"{one.title} ({one.source or 'own'})", one.cost) for name, one in found.items()]
+    facts = {name: partial(names.fact, "check", name) for name in names.known("check")}
+    return [(name, f"{fact('title')} ({fact('source') or 'own'})", fact("cost")) for name, fact in facts.items()]
 
 
 def _coresets() -> Rows:

@@ -43,7 +43,7 @@ def known(kind: str) -> tuple[str, ...]:
 
 
 def fact(kind: str, name: str, attribute: str) -> Any:
-    """Return a plain attribute of a method's record, for tables whose entries are "module:Class" or the class itself.
+    """Return a plain attribute of a method's record, for tables whose entries are "module:RECORD" or the record itself.
 
     Args:
         kind: A key of `TABLES`.
@@ -94,12 +94,15 @@ def _read(file: str, table: str) -> dict[str, str]:
 
 @cache
 def _attributes(module: str, record: str) -> dict[str, Any]:
-    """Return the plain values that a class sets, from its source."""
+    """Return the plain values that a class, or the call that makes a record, sets in its source."""
     path = _ROOT / f"{module.replace('.', '/')}.py"
     if not path.is_file():  # a plugin; finding one of our modules would import its package, and so torch
         found = find_spec(module)
         path = Path(found.origin or "") if found else path
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    made = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    if isinstance(call := made.get(record), ast.Call):
+        return {str(part.arg): part.value.value for part in call.keywords if isinstance(part.value, ast.Constant)}
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == record)
     return {
         ast.unparse(node.target): node.value.value
