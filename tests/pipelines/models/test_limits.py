@@ -166,7 +166,7 @@ def test_rows_beyond_the_positions_may_be_refused(own_world, tmp_path):
     world = opt(own_world)
     rows(world.pool)
     for how, match in (
-        ("error", r"pool.jsonl:1: \d+ tokens, at most 48 \(the positions of the model\) were expected"),
+        ("error", r"pool.jsonl:1: \d+ tokens; the limit is 48 \(the positions of the model\)"),
         ("skip", "no usable row"),
     ):
         config = EvaluateConfig(

@@ -618,7 +618,7 @@ def test_long_rows():
     long = row(("user", "q " * 500), ("assistant", "a"))
     assert reason(encoder("chatml", 100), long) == "no_supervised_token"
     assert reason(encoder("chatml", 100, on_long="skip"), long) == "too_long"
-    with pytest.raises(DataError, match=r"file:1: \d+ tokens, at most 100 \(max_length\)"):
+    with pytest.raises(DataError, match=r"file:1: \d+ tokens; the limit is 100 \(max_length\)"):
         encoder("chatml", 100, on_long="error")(long)
 
 

@@ -449,7 +449,7 @@ def test_files_may_have_columns_of_their_own(tmp_path):
         theirs = {pattern: {"prompt": "q", "completion": "r"}}
         pool, _ = read_pool([tmp_path / "a.jsonl"], cache=tmp_path, columns=theirs)
         assert pool[0].completion == "2"
-    with pytest.raises(UsageError, match=r"columns: 'd.jsonl' is none of the files that are read \('.*a.jsonl'"):
+    with pytest.raises(UsageError, match=r"columns: 'd.jsonl' is not one of the input files \('.*a.jsonl'"):
         read_pool([tmp_path], cache=tmp_path, columns={"d.jsonl": {"prompt": "x"}})
     with pytest.raises(UsageError, match="'promt'; did you mean 'prompt'"):
         read_pool([tmp_path], cache=tmp_path, columns={"a.jsonl": {"promt": "x"}})
@@ -895,7 +895,7 @@ def test_other_compressions_are_bounded(tmp_path, suffix):
 
 def test_tables_are_bounded_and_broken_ones_are_one_line(tmp_path):
     write_as("arrow", tmp_path / "rows.arrow")
-    with pytest.raises(DataError, match="rows.arrow holds more than 100 bytes as JSONL"):
+    with pytest.raises(DataError, match="rows.arrow contains more than 100 bytes as JSONL"):
         read_pool([tmp_path / "rows.arrow"], cache=tmp_path / "cache", limits=Limits(unpacked_bytes=100))
     whole = (tmp_path / "rows.arrow").read_bytes()
     for broken in (whole[:-40], b"ARROW1" + whole[6:], whole[:100], b"text"):
@@ -1004,7 +1004,7 @@ def test_folders_and_missing_files(tmp_path):
         with pytest.raises(DataError, match=f"let its name end in {suffix}"):
             read(tmp_path, start + b" rest", name="data.jsonl")
     for name in ("data.jsonl.lz4", "data.zip", "data.tar.gz", "data.xlsx", "data.pkl"):
-        with pytest.raises(DataError, match=r"\.\w+(\.gz)? is not read; unpack or convert it \(read are .jsonl,"):
+        with pytest.raises(DataError, match=r"\.\w+(\.gz)? is not supported; unpack or convert it \(supported are .jsonl,"):
             read(tmp_path, JSONL, name=name)
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match="not a file"):

@@ -235,7 +235,7 @@ def test_nesting_and_columns_are_bounded(tmp_path):
     with pytest.raises(DataError, match="deeper than 20 levels"):
         rows("file", tmp_path / "t", Limits(depth=20))
     write("file", tmp_path / "t", pa.record_batch([pa.nulls(1)] * 20, list(map(str, range(20)))))
-    with pytest.raises(DataError, match="20 columns, at most 10"):
+    with pytest.raises(DataError, match="20 columns; the limit is 10"):
         rows("file", tmp_path / "t", Limits(values=10))
 
 

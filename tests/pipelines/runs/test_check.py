@@ -35,7 +35,7 @@ def test_other_settings_are_refused_by_name_and_overwrite_moves_aside(capsys):
 def test_another_command_is_refused():
     with Run("r", config(), "select"):
         pass
-    with pytest.raises(UsageError, match="holds a run of `datatools select`, not train"):
+    with pytest.raises(UsageError, match="contains a run of `datatools select`, not of train"):
         with Run("r", TrainConfig(model="m", data="x"), "train"):
             pass
 

@@ -1150,7 +1150,7 @@ def test_what_templates_leave_out_is_counted_in_the_report(own_world, tmp_path):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["pool"]["flags"] == {"reasoning_dropped": 7}
     said = [text for text in summary["warnings"] if "reasoning" in text]
-    assert len(said) == 1 and said[0].startswith("pool: in 7 of 60 rows the chat template leaves out reasoning")
+    assert len(said) == 1 and said[0].startswith("pool: in 7 of 60 rows, the chat template omits reasoning")
 
 
 def pairs(path, ask, say, count, start=0):

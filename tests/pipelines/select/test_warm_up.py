@@ -15,7 +15,7 @@ def test_an_accepted_pool_without_the_warm_up_rows_makes_the_warm_up_again(own_w
     with pytest.raises(DataError, match="changed since the run"):
         select.run(own_world.select(tmp_path / "run"))
     select.run(own_world.select(tmp_path / "run", accept_change=["data"]))
-    assert "warm-up rows, changed: what was made before is in" in capsys.readouterr().err
+    assert "warm-up rows, changed: the earlier results are in" in capsys.readouterr().err
     fresh = select.run(own_world.select(tmp_path / "fresh"))
     for name in ("selected.jsonl", "warmup/rows.json"):
         assert (folder / name).read_bytes() == (fresh / name).read_bytes()
