@@ -97,6 +97,7 @@ def callable_as(module: str, function: str, place: str | None = None) -> None:
     Args:
         module: The full name of the module.
         function: The name of the function.
+        place: The module that defines the function; by default the module itself.
     """
 
     class Called(ModuleType):

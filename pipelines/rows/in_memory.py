@@ -1,12 +1,12 @@
-"""Rows that a caller holds in memory: data sets, data frames and lists of mappings, read as every other input is.
+"""Rows that a caller has in memory: data sets, data frames and lists of mappings, read like every other input.
 
     rows = held(dataset, "dataset")
     with lending({"pool": rows}):
         ...  # the input named `memory:pool` is these rows; row k is line k + 1
     rows.take([4, 0])  # of the caller's own type
 
-A run writes them as JSONL into its folder, as it does for tables; where they are no longer in memory (`datatools
-explain` on a run that was kept), that copy is read.
+A run writes them as JSONL into its folder, as it does for tables. If they are no longer in memory (`datatools explain`
+on a run that was kept), that copy is read.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 from datatools import UsageError
 
 PREFIX = "memory:"
-"""How the names of such inputs begin."""
+"""The beginning of the names of such inputs."""
 
 _LENT: ContextVar[Mapping[str, Held]] = ContextVar("rows", default={})  # noqa: B039 (never written to)
 
 
 class Held(ABC):
-    """Rows of one caller: how many, each as a mapping, and some of them in the caller's type."""
+    """Rows of one caller: their number, each row as a mapping, and some of them in the caller's type."""
 
     def __init__(self, given: Any) -> None:
         self.given = given
@@ -39,11 +39,15 @@ class Held(ABC):
 
     @abstractmethod
     def take(self, indices: Sequence[int]) -> Any:
-        """The rows with these numbers, in this order."""
+        """Return some rows in the caller's type.
+
+        Args:
+            indices: The numbers of the rows, in order.
+        """
 
     @property
     def index(self) -> Any:
-        """What a table about these rows is indexed by; None for their numbers."""
+        """The index of a table about these rows; None for their numbers."""
         return None
 
 
@@ -94,7 +98,7 @@ class _Frame(Held):
 
 
 def held(given: Any, what: str) -> Held:
-    """The rows in `given`.
+    """Return the rows in an object.
 
     Args:
         given: A `datasets.Dataset`, a `pandas.DataFrame`, a list or tuple of mappings, or another sequence of them.
@@ -133,13 +137,21 @@ def _of_kind(given: Any, what: str) -> Held:
 
 
 def lent(name: str) -> Held | None:
-    """The rows that are lent under the input name `name` (with `PREFIX`) in this context; None if none are."""
+    """Return the rows that are available under an input name in this context; None if there are none.
+
+    Args:
+        name: The name of the input, with `PREFIX`.
+    """
     return _LENT.get().get(name)
 
 
 @contextmanager
 def lending(rows: Mapping[str, Held]) -> Iterator[None]:
-    """Inside, the inputs `memory:NAME` are these rows."""
+    """Make rows available as the inputs `memory:NAME` inside the `with` block.
+
+    Args:
+        rows: NAME -> rows.
+    """
     token = _LENT.set({**_LENT.get(), **{f"{PREFIX}{name}": one for name, one in rows.items()}})
     try:
         yield

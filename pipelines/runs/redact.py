@@ -37,7 +37,11 @@ def redact(text: str, *, names: bool = True) -> str:
 
 @contextmanager
 def called_as(call: str) -> Iterator[None]:
-    """Inside, the command that was typed is `call`: the function that a program called, and not the program."""
+    """Report another text as the typed command inside the `with` block, for functions that a program calls.
+
+    Args:
+        call: The text.
+    """
     token = _call.set(call)
     try:
         yield
