@@ -1,4 +1,4 @@
-"""Models, adapters, tokenizers and saved states: opened, and checked when they are opened."""
+"""Models, adapters, tokenizers and saved states: they are opened here and checked when they are opened."""
 
 from pipelines.former import front_door
 

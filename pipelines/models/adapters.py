@@ -1,4 +1,4 @@
-"""Saved adapters of every kind in peft: found in a folder, checked, and put on a model."""
+"""Saved adapters of every kind in peft: they are located in a folder, checked, and put on a model."""
 
 from __future__ import annotations
 
@@ -31,46 +31,50 @@ KINDS = frozenset({
     "HIRA", "HRA", "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA",
     "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT",
 })  # fmt: skip
-"""The kinds of peft that are layers on a model and hold nothing but what their file holds; each has a test."""
+"""The kinds of peft that are layers on a model and have no state outside their file; each has a test."""
 _TOKENS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE")
 _REFUSED = {
     "megatron_config": "imports the Python module that megatron_core names",
-    "alora_invocation_tokens": "turns the adapter on inside of a row only, which losses and gradients do not follow",
+    "alora_invocation_tokens": "activates the adapter only inside a row, which losses and gradients do not support",
 }
-_MOVED = 1e-4  # of a weight's norm: two starts of one adapter may leave base weights that differ by so much
+_MOVED = 1e-4  # of a weight's norm; the base weights after two starts of one adapter may differ by this much
 
 
 def adapter_folder(folder: Path) -> Path | None:
-    """Where in `folder` the adapter is: itself, or its one subfolder of an adapter with a name; None without one.
+    """Return the folder of the adapter: the folder itself, or its only subfolder with a named adapter; else None.
+
+    Args:
+        folder: The folder.
 
     Raises:
-        DataError: There are several adapters with names, and nothing says which one is meant.
+        DataError: There are several named adapters, and it is not clear which one is meant.
     """
     if (folder / CONFIG).is_file():
         return folder
     named = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
     if len(named) > 1:
         raise DataError(
-            f"{folder}: holds {len(named)} adapters ({', '.join(path.name for path in named)}); move the files of the "
-            f"one that was trained ({CONFIG}, {WEIGHTS}) into the folder itself"
+            f"{folder}: contains {len(named)} adapters ({', '.join(path.name for path in named)}); move the files of "
+            f"the trained one ({CONFIG}, {WEIGHTS}) into the folder itself"
         )
     return named[0] if named else None
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
-    """`model` with the adapter in `folder` (adapter_config.json, adapter_model.safetensors), weights frozen.
+    """Return a model with the adapter from a folder (adapter_config.json, adapter_model.safetensors), weights frozen.
 
-    What peft saves beside an adapter is read too: layers that were trained whole (`modules_to_save`), biases, the
-    weights below adapters on embeddings and heads. Some initialisations change the base weights when the adapter is put
-    on, and the adapter was trained on top of that; they are done again here, twice, to see that they repeat.
+    Everything that peft saves with an adapter is loaded too: layers that were trained as a whole (`modules_to_save`),
+    biases, and the weights below adapters on embeddings and heads. Some initialisations change the base weights when
+    the adapter is put on, and the adapter was trained on the changed weights. They are repeated here, twice, to check
+    that they are reproducible.
 
     Args:
         model: The base model.
         folder: The folder of the adapter.
 
     Raises:
-        DataError: The folder holds no safetensors adapter (pickled adapters are refused), the adapter does not fit, or
-            the base that it was trained on cannot be made again.
+        DataError: The folder contains no safetensors adapter (pickled adapters are refused), the adapter does not fit,
+            or the base weights of its training cannot be reproduced.
     """
     given, folder = folder, adapter_folder(folder) or folder
     name = "default" if folder == given else folder.name
@@ -82,7 +86,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     for needed in (CONFIG, WEIGHTS):
         if not (folder / needed).is_file():
             raise DataError(
-                f"adapter {folder}: {needed} is missing; expected a folder that peft's save_pretrained wrote"
+                f"adapter {folder}: {needed} is missing; expected a folder written by peft's save_pretrained"
             )
     start = _start(folder)
     weight_files.keys(folder / WEIGHTS)
@@ -97,7 +101,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
             if off > max(_MOVED, torch.finfo(value.dtype).eps):
                 unload(wrapped)
                 raise DataError(
-                    f"adapter {folder}: its initialisation {start!r} drew the base weights that it was trained on at "
+                    f"adapter {folder}: its initialisation {start!r} drew the base weights of its training at "
                     f"random (two draws differ by {off:.1%} of {weight!r}), and they were not saved. {_KEEP_BASE}"
                 )
     return wrapped.eval()
@@ -110,24 +114,24 @@ _KEEP_BASE = (
 
 
 def _start(folder: Path) -> object:
-    """The adapter's `init_lora_weights`.
+    """Return the adapter's `init_lora_weights`.
 
     Raises:
-        DataError: Its base weights cannot be made again, or its method does not put layers on a model.
+        DataError: Its base weights cannot be reproduced, or its method does not put layers on a model.
     """
     config = files.read_json(folder / CONFIG, limit=64 << 20)
     if not isinstance(config, dict):
-        raise DataError(f"adapter {folder}: {CONFIG} is not what peft writes: expected an object")
+        raise DataError(f"adapter {folder}: {CONFIG} is not a file of peft: expected an object")
     start = config.get("init_lora_weights")
     _check_settings(folder, config)
     if isinstance(start, str) and start.lower().startswith(("corda", "lora_ga")):
         raise DataError(
-            f"adapter {folder}: its initialisation {start!r} changed the base weights by what it had computed from "
-            f"data, and that was not saved. {_KEEP_BASE}"
+            f"adapter {folder}: its initialisation {start!r} changed the base weights using values computed from "
+            f"data, and those were not saved. {_KEEP_BASE}"
         )
     if start == "loftq" and importlib.util.find_spec("bitsandbytes") is None:
         raise DataError(
-            f"adapter {folder}: its initialisation 'loftq' quantises the base weights by bitsandbytes, which is not "
+            f"adapter {folder}: its initialisation 'loftq' quantises the base weights with bitsandbytes, which is not "
             f"installed. Install it, or: {_KEEP_BASE[0].lower()}{_KEEP_BASE[1:]}"
         )
     return start
@@ -141,10 +145,10 @@ def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
     """
     kind = config.get("peft_type")
     if kind in _TOKENS:
-        raise DataError(f"adapter {folder}: {kind} puts tokens before a row, not layers on a model; use LoRA")
+        raise DataError(f"adapter {folder}: {kind} adds tokens before a row instead of layers to a model; use LoRA")
     if not isinstance(kind, str) or kind not in KINDS:
         raise DataError(
-            f"adapter {folder}: peft_type {kind!r} in {CONFIG} is not read here; use one of {', '.join(sorted(KINDS))}"
+            f"adapter {folder}: peft_type {kind!r} in {CONFIG} is not supported; use one of {', '.join(sorted(KINDS))}"
         )
     for name, why in _REFUSED.items():
         if config.get(name):
@@ -163,7 +167,7 @@ def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _put_on(standing: Standing, folder: Path, name: str, *, seed: int) -> Any:
-    """The model with the adapter on it, checked to hold all that was saved; put back as it was when that fails."""
+    """Return the model with the adapter, after checking that all saved weights are in it; restored if that fails."""
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
@@ -175,13 +179,13 @@ def _put_on(standing: Standing, folder: Path, name: str, *, seed: int) -> Any:
         with safe_open(folder / WEIGHTS, "pt") as saved:
             keys = set(saved.keys())
             unmatched = set(expected) - keys
-            for key in keys - set(expected):  # weights of the base, saved for embeddings and heads with an adapter
+            for key in keys - set(expected):  # base weights, saved for embeddings and heads with an adapter
                 if key not in beside or not torch.equal(beside[key].cpu(), saved.get_tensor(key).to(beside[key].dtype)):
                     unmatched.add(key)
     except (MemoryError, torch.OutOfMemoryError):
         standing.restore()
         raise
-    except Exception as error:  # peft trusts what the files say, so a damaged or hostile one can make it raise anything
+    except Exception as error:  # peft trusts the files, so a damaged or hostile one can cause any error
         standing.restore()
         raise DataError(f"adapter {folder}: does not fit this model: {_why(error)}") from error
     if unmatched:
@@ -209,6 +213,10 @@ def _why(error: BaseException) -> str:
 
 
 def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that an adapter's file holds, of a model on which `load_adapter` put it; none of other models."""
+    """Return the parameters in an adapter's file, of a model from `load_adapter`; empty for other models.
+
+    Args:
+        model: The model.
+    """
     names = set(getattr(model, "_datatools_saved", ()))
     return {name: p for name, p in model.named_parameters() if name in names}

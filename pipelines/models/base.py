@@ -1,10 +1,10 @@
-"""The base model under an adapter, noted before the adapter is put on and restored when it is taken off.
+"""The base model of an adapter, recorded before the adapter is put on and restored when it is removed.
 
-Taking an adapter off must leave the base model as it was, and peft does not promise that: some initializations (PiSSA,
+Removing an adapter must leave the base model unchanged, but peft does not guarantee this: some initialisations (PiSSA,
 OLoRA, LoftQ) change the base weights when the adapter is put on, trained biases belong to the base itself, and a layer
-that was trained whole stays in the place of the original. So the state of the base is recorded before and checked
-after: modules and parameters by identity, weights by their digest. Whatever changed is put back, and weights are read
-again from the model's files.
+that was trained as a whole stays in place of the original. Therefore the state of the base is recorded before and
+checked after: modules and parameters by identity, weights by their digest. Changed parts are restored, and changed
+weights are read again from the model's files.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from datatools import DataError, files
 
 READ_AGAIN: weakref.WeakKeyDictionary[nn.Module, Callable[[], nn.Module]] = weakref.WeakKeyDictionary()
-"""How the weights of a model are read once more; `models.load` notes it for every model that it makes."""
+"""Model -> a function that reads its weights again; `models.load` records it for every model."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """The modules, parameters and weights of a plain model as they were before an adapter was put on."""
+    """The modules, parameters and weights of a plain model before an adapter was put on."""
 
     model: nn.Module
     modules: Mapping[str, nn.Module]
@@ -34,19 +34,23 @@ class Standing:
 
     @classmethod
     def of(cls, model: nn.Module) -> Standing:
-        """The state of `model` now."""
+        """Return the present state of a model.
+
+        Args:
+            model: The model.
+        """
         tensors = dict(_tensors(model))
         return cls(model, dict(model.named_modules()), tensors, {name: tensor_digest(t) for name, t in tensors.items()})
 
     def changed(self) -> list[str]:
-        """The names of weights that are not what they were."""
+        """Return the names of weights that have changed."""
         return [name for name, tensor in self.tensors.items() if tensor_digest(tensor) != self.digests[name]]
 
     def restore(self) -> None:
-        """Put modules, parameters and weights back.
+        """Restore modules, parameters and weights.
 
         Raises:
-            DataError: Weights have changed and cannot be read again as they were.
+            DataError: Weights have changed and cannot be read again.
         """
         for name, module in self.modules.items():
             if name:
@@ -68,13 +72,13 @@ class Standing:
                 changed = self.changed()
             if changed:
                 raise DataError(
-                    f"an adapter changed {len(changed)} weights of its base model, the first {changed[0]!r}, and they "
-                    "cannot be read again as they were; load the model again before using it"
+                    f"an adapter changed {len(changed)} weights of its base model, first {changed[0]!r}, and they "
+                    "cannot be restored; load the model again before using it"
                 )
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, and the buffers that are part of a saved model: rotary tables may follow the length of a row."""
+    """Yield parameters and the buffers that are part of a saved model; others may depend on the length of a row."""
     kept = model.state_dict(keep_vars=True)
     yield from model.named_parameters()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
@@ -85,13 +89,20 @@ def _parent(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """xxh3-128 of the bytes of a tensor of any dtype and device."""
+    """Return the xxh3-128 of the bytes of a tensor.
+
+    Args:
+        tensor: Any shape, dtype and device.
+    """
     values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return files.digest(values.numpy().data)
 
 
 def unload(wrapped: Any) -> None:
-    """Take the adapters off a peft model: its base model is as it was, to the bit, and may take others.
+    """Remove the adapters of a peft model. Its base model is unchanged to the bit and may take other adapters.
+
+    Args:
+        wrapped: The model of peft.
 
     Raises:
         DataError: The base weights have changed and cannot be read again.
@@ -102,7 +113,11 @@ def unload(wrapped: Any) -> None:
 
 
 def unmarked(model: Any) -> Any:
-    """`model` without the marks that peft leaves on it when it puts the layers back."""
+    """Return a model without the marks that peft leaves when it restores the layers.
+
+    Args:
+        model: The model.
+    """
     for mark in ("peft_config", "_hf_peft_config_loaded"):
         if mark in vars(model):
             delattr(model, mark)

@@ -1,9 +1,9 @@
-"""Models that a caller holds in memory: lent to a run under a name, and given back as they were.
+"""Models that a caller has in memory: available to a run under a name, and returned unchanged.
 
 Inside `lent(model, tokenizer, name)`, `models.load` returns that model for the settings `model.name = name`, so that
-every command works on it by the same code. Afterwards it is what it was: modules and their attributes, parameters and
-whether they train, gradients, configuration, and the random generators and settings of the whole process that training
-touches. No weight is copied: what trains inside are adapters, and they are taken off.
+every command uses it with the same code. Afterwards the following are restored: modules and their attributes,
+parameters and whether they train, gradients, configuration, and the random generators and settings of the process that
+training changes. No weight is copied: only adapters train, and they are removed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LENT: ContextVar[Mapping[str, Lent]] = ContextVar("lent", default={})  # noqa: 
 
 
 class Lent:
-    """A model in memory with its tokenizer, as `models.load` returns one."""
+    """A model in memory with its tokenizer, as `models.load` returns it."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -39,12 +39,20 @@ class Lent:
 
 
 def find(name: str) -> Lent | None:
-    """The model that was lent under `name` in this context; None if none was."""
+    """Return the model that is available under a name in this context; None if there is none.
+
+    Args:
+        name: The name.
+    """
     return _LENT.get().get(name)
 
 
 def digest(model: nn.Module) -> str:
-    """xxh3-128 of the names, types and values of all weights, and of the class of the model."""
+    """Return the xxh3-128 of the names, dtypes and values of all weights, and of the class of the model.
+
+    Args:
+        model: The model.
+    """
     parts = [type(model).__name__]
     parts += [f"{name} {t.dtype} {tuple(t.shape)} {base.tensor_digest(t)}" for name, t in model.state_dict().items()]
     return files.digest("\n".join(parts).encode())
@@ -52,21 +60,21 @@ def digest(model: nn.Module) -> str:
 
 @contextmanager
 def lent(model: Any, tokenizer: Any, name: str, *, trains: bool = True) -> Iterator[Any]:
-    """Inside, `models.load` returns `model` and a copy of `tokenizer` for the model name `name`.
+    """Make `models.load` return a model and a copy of its tokenizer for a name inside the `with` block.
 
     Args:
-        model: A causal language model of transformers, or a model of peft with one active adapter. Of the latter a copy
-            is made, in which the adapter is merged into the weights: other adapters may then be put on it. None for
-            commands that use no model.
-        tokenizer: Its tokenizer; it is copied.
-        name: The name that settings have for it.
-        trains: Whether it will be trained on: it must then be where the Trainer trains.
+        model: A causal language model of transformers, or a model of peft with one active adapter. A model of peft is
+            copied, and its adapter is merged into the copy, so that other adapters may be put on it. None for commands
+            that use no model.
+        tokenizer: Its tokenizer, which is copied.
+        name: The name in settings.
+        trains: Whether the model will be trained; it must then be on the device on which the Trainer trains.
 
     Yields:
-        The model that is used, in eval mode and with every weight frozen.
+        The model that is used, in eval mode, with all weights frozen.
 
     Raises:
-        UsageError: The model is not one that can be used, or is where it cannot be used.
+        UsageError: The model cannot be used, or not on its device.
         DataError: The adapter cannot be merged.
     """
     _check(model, tokenizer, trains=trains)
@@ -83,11 +91,11 @@ def lent(model: Any, tokenizer: Any, name: str, *, trains: bool = True) -> Itera
 
 
 def _ready(model: Any, name: str) -> Any:
-    """The plain model that work is done on: in eval mode, its weights frozen."""
+    """Return the plain model to use, in eval mode with frozen weights."""
     if hasattr(model, "peft_config"):
         model = _merged_copy(model)
     model.eval().requires_grad_(False)
-    for module in model.modules():  # it recomputes activations while a model trains, which adapters cannot follow
+    for module in model.modules():  # it recomputes activations during training, which adapters do not support
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False
     causal.check(model, name)
@@ -95,7 +103,7 @@ def _ready(model: Any, name: str) -> Any:
 
 
 def _check(model: Any, tokenizer: Any, *, trains: bool) -> None:
-    """Refuse what is no model, no tokenizer, or lies where it cannot be used."""
+    """Refuse objects that are no model or tokenizer, and models on an unusable device."""
     if model is not None and (not isinstance(model, nn.Module) or not hasattr(model, "config")):
         raise UsageError(
             f"model is {_kind(model)}; expected a causal language model of transformers, or one of peft "
@@ -123,7 +131,7 @@ def _kind(value: Any) -> str:
 
 
 def _merged_copy(model: Any) -> Any:
-    """A plain copy of the model of peft `model`, with the weights of its active adapter merged in."""
+    """Return a plain copy of a model of peft, with the weights of its active adapter merged in."""
     active = list(getattr(model, "active_adapters", ()))
     if not hasattr(model, "get_base_model"):
         raise UsageError(
@@ -150,7 +158,11 @@ def _merged_copy(model: Any) -> Any:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """`model` is afterwards what it was: modules, attributes, parameters by identity, gradients and configuration."""
+    """Restore a model at the end of the `with` block: modules, attributes, parameters, gradients and configuration.
+
+    Args:
+        model: The model.
+    """
     modules = [(module, _attributes(module)) for module in model.modules()]
     params = [(p, p.data, p.requires_grad, p.grad) for p in model.parameters()]
     settings = [(held, copy.deepcopy(vars(held))) for held in _configurations(model)]
@@ -174,7 +186,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module; of its tables (children, parameters, buffers, hooks) a copy of what is in them."""
+    """Return the attributes of a module, with copies of its tables (children, parameters, buffers, hooks)."""
     return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
 
 
@@ -198,7 +210,7 @@ def _configurations(model: Any) -> list[Any]:
 
 @contextmanager
 def _process() -> Iterator[None]:
-    """Generators, environment, threads, and what accelerate keeps of the process are afterwards what they were."""
+    """Restore generators, environment, threads and the state of accelerate at the end of the `with` block."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     shared: list[dict[str, Any]] = [one._shared_state for one in (PartialState, AcceleratorState, GradientState)]

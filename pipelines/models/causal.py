@@ -1,4 +1,4 @@
-"""Whether a model does what every batch here relies on, tried on eight tokens when the model is opened."""
+"""A check that a model meets the assumptions of every batch, tried on eight tokens when the model is opened."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ _TOKENS, _SEEN = 8, 5
 def check(model: nn.Module, name: str) -> None:
     """Refuse a model whose logits depend on later tokens, or that cannot be differentiated.
 
-    Rows of a batch are padded on the right without a mask, which is exact for a decoder that looks back only.
+    Rows of a batch are padded on the right without a mask, which is exact only for a decoder that looks back.
+
+    Args:
+        model: The model.
+        name: The name of the model, for messages.
 
     Raises:
-        DataError: The model cannot be used; the message names its class, and what would work.
+        DataError: The model cannot be used; the message names its class and an alternative.
     """
     kind = type(model).__name__
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
@@ -32,18 +36,18 @@ def check(model: nn.Module, name: str) -> None:
         logits = _differentiable(model, ids)
         with torch.no_grad():
             changed, cut = (model(input_ids=part, use_cache=False).logits for part in (other, ids[:, :_SEEN]))
-    except Exception as error:  # a model is other people's code: whatever it raises, it cannot be used here
+    except Exception as error:  # whatever the model's code raises, it cannot be used here
         raise DataError(
             f"--model {name}: {kind} cannot be run and differentiated on token ids alone "
             f"({type(error).__name__}: {first_line(error)}); choose a causal decoder of text"
         ) from error
     if [id(module) for module in model.modules()] != modules:
         raise DataError(
-            f"--model {name}: {kind} puts other attention in place of its own, for good, when it sees a short row; set "
+            f"--model {name}: {kind} permanently replaces its attention after a short row; set "
             "attention_type to original_full in its config.json"
         )
     if logits.shape[:2] != ids.shape:
-        raise DataError(f"--model {name}: {kind} gives logits {tuple(logits.shape)} for {tuple(ids.shape)} tokens")
+        raise DataError(f"--model {name}: {kind} returns logits {tuple(logits.shape)} for {tuple(ids.shape)} tokens")
     limit = (1e-4 if logits.dtype in (torch.float32, torch.float64) else 0.1) * float(logits.abs().max())
     for what, found in (("the tokens after", changed), ("the number of tokens after", cut)):
         off = float((found[:, :_SEEN].float() - logits[:, :_SEEN].float()).abs().max())
@@ -51,15 +55,15 @@ def check(model: nn.Module, name: str) -> None:
             advice = "set is_decoder to true in its config.json" if _is_encoder(model) else "choose a causal decoder"
             raise DataError(
                 f"--model {name}: {kind} is not causal: the logits of a token change with {what} it (by {off:.2g}, of "
-                f"{float(logits.abs().max()):.2g}), so that rows padded to one length would have other losses; {advice}"
+                f"{float(logits.abs().max()):.2g}), so the losses of padded rows would be wrong; {advice}"
             )
 
 
 def _differentiable(model: nn.Module, ids: Tensor) -> Tensor:
-    """The logits, once a gradient has gone from them to the embeddings."""
+    """Return the logits, after a gradient has been propagated from them to the embeddings."""
 
     def begin(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        # a copy: some models write into what the embeddings give them
+        # a copy, because some models write into the output of the embeddings
         return output if output.requires_grad else output.detach().requires_grad_(True).clone()
 
     with torch.enable_grad():

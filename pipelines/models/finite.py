@@ -1,8 +1,8 @@
-"""Numbers that are not finite: steps that are skipped, checkpoints that are not written, weights that are named.
+"""Numbers that are not finite: such steps are skipped, such checkpoints are not written, and such weights are named.
 
-A gradient that overflowed says nothing about where to go, and one step along it turns weights into NaN for good. So
-`FiniteSteps` leaves such a step out, counts it, and stops after a few in a row; and nothing with a number that is not
-finite is ever saved as a result.
+A gradient that has overflowed does not indicate a direction, and one step along it makes weights NaN permanently.
+Therefore `FiniteSteps` skips such a step, counts it, and stops after several in a row. A result with a number that is
+not finite is never saved.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ OPTIMIZER = "optimizer.pt"
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first tensor with an entry that is NaN or infinite; None if all are finite."""
+    """Return the name of the first tensor with an entry that is NaN or infinite; None if all are finite.
+
+    Args:
+        tensors: (name, tensor) pairs; tensors of any shape and dtype.
+    """
     names: list[str] = []
     sound: list[Tensor] = []
     for name, tensor in tensors:
@@ -38,12 +42,20 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of `model` that train, which are what a checkpoint or an adapter holds."""
+    """Return the parameters of a model that train, which are those in a checkpoint or an adapter.
+
+    Args:
+        model: The model.
+    """
     return ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def state_tensors(optimizer: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of an optimizer's state, called after their parameters where these have names."""
+    """Yield the tensors of an optimizer's state, named after their parameters if these have names.
+
+    Args:
+        optimizer: The optimizer, perhaps wrapped by accelerate.
+    """
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     number = 0
     for group in inner.param_groups:
@@ -65,9 +77,12 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def rotten(folder: Path) -> str | None:
-    """What is not finite in the weights or the optimizer state that were saved in `folder`; None if nothing is.
+    """Return what is not finite in the saved weights or optimizer state of a folder; None if everything is.
 
-    What cannot be read says nothing here: whoever loads it refuses it.
+    Files that cannot be read are ignored here; the code that loads them refuses them.
+
+    Args:
+        folder: The folder of a checkpoint, an adapter or a model.
     """
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -80,22 +95,24 @@ def rotten(folder: Path) -> str | None:
     try:
         state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
         return first_not_finite(_leaves("the optimizer's state", state["state"]))
-    except Exception:  # missing, of another kind, or not to be read without unpickling
+    except Exception:  # missing, of another kind, or not readable without unpickling
         return None
 
 
 class _Skips(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """How many steps were skipped, and how many in a row: part of a checkpoint, so that a resumed run counts on."""
+    """The number of skipped steps, in total and in a row; part of a checkpoint, so that a resumed run continues it."""
 
     def __init__(self, trainer: FiniteSteps | None = None) -> None:
         self.trainer, self.total, self.in_row = trainer, 0, 0
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Return the part that a checkpoint keeps."""
         return {"args": {}, "attributes": {"total": self.total, "in_row": self.in_row}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # none in checkpoints of old
+        saved = state.stateful_callbacks.setdefault(
+            type(self).__name__, self.state()
+        )  # missing in checkpoints of older versions
         saved = (saved[0] if isinstance(saved, list) else saved).get("attributes", {})
         self.total, self.in_row = (saved.get(key, 0) if state.global_step else 0 for key in ("total", "in_row"))
 
@@ -115,16 +132,18 @@ class _Skips(TrainerCallback, ExportableState):  # type: ignore[misc]
 class FiniteSteps(Trainer):  # type: ignore[misc]
     """A Trainer that takes no step along a gradient, or from a loss, that is not finite.
 
-    Such a step is skipped: parameters and optimizer state stay as they are, weight decay included, the schedule and the
-    place in the data go on. With several processes all skip it together. Logs then have `skipped_steps`, the number so
-    far, and each says so on the terminal. `nonfinite_steps` of them in a row stop the run, and so does the first where
-    the weights themselves are not finite, which no later step can repair. A checkpoint with a number that is not finite
-    in weights or optimizer state is not written. With a gradient scaler (float16) or DeepSpeed, which skip steps of
-    their own in search of a scale, only losses are judged.
+    Such a step is skipped: parameters and optimizer state stay unchanged, weight decay included, while the schedule
+    and the position in the data advance. Several processes all skip it together. Logs then have `skipped_steps`, the
+    number so far, and each skipped step is reported on the terminal. `nonfinite_steps` of them in a row stop the run.
+    The run stops at once if the weights themselves are not finite, because no later step can repair that. A checkpoint
+    with a number that is not finite in weights or optimizer state is not written. With a gradient scaler (float16) or
+    DeepSpeed, which skip steps to find a scale, only losses are checked.
 
-    Logs also have `tokens_per_second`, where the batches have `input_ids` (or `_count_tokens` says how many): tokens of
-    the steps since the last log over their time, evaluations and saving left out.
-    Raises: DataError, with the step, its rows where they are known, and the name of the tensor.
+    Logs also have `tokens_per_second`, if the batches have `input_ids` (or `_count_tokens` returns their number): the
+    tokens of the steps since the last log divided by their time, without evaluations and saving.
+
+    Raises:
+        DataError: A step stops the run; the message names the step, its rows if they are known, and the tensor.
     """
 
     nonfinite_steps: int = 5
@@ -140,17 +159,30 @@ class FiniteSteps(Trainer):  # type: ignore[misc]
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps of this run were skipped, those before a resume included."""
+        """The number of skipped steps of this run, including those before a resume."""
         return self._skips.total
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The Trainer's; the time of a step begins here."""
+        """Return the batches of the next step, as the Trainer does. The time of a step begins here.
+
+        Args:
+            epoch_iterator: The iterator over batches.
+            num_batches: The number of batches of the step.
+            device: The device of the batches.
+        """
         self._started = perf_counter()
         found: tuple[list[Any], Any] = super().get_batch_samples(epoch_iterator, num_batches, device)
         return found
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """The Trainer's; a loss that is not finite is kept out of the running mean, where it would stay for good."""
+        """Run the Trainer's step, and keep a loss that is not finite out of the running mean, where it would stay.
+
+        Args:
+            model: The model.
+            inputs: One batch.
+            *args: Further arguments of the Trainer.
+            **kwargs: Further arguments of the Trainer.
+        """
         self._tokens += self._count_tokens(inputs)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return self._judged_loss(loss)
@@ -167,7 +199,7 @@ class FiniteSteps(Trainer):  # type: ignore[misc]
         return 0 if ids is None else int(ids.numel()) * self.args.world_size
 
     def _called_rows(self) -> str:
-        """The rows of the present step, for messages; nothing where they are not known."""
+        """Return the rows of the present step, for messages; empty if they are not known."""
         return ""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -175,13 +207,13 @@ class FiniteSteps(Trainer):  # type: ignore[misc]
         return self._norm
 
     def _judge_step(self) -> None:
-        """Before the optimizer's step: nothing, or take the gradients away, or stop."""
+        """Before the optimizer's step: do nothing, remove the gradients, or stop the run."""
         norm, self._norm = self._norm, None
         loss, self._bad_loss = self._bad_loss, None
         scaled = self.accelerator.scaler is not None or self.is_deepspeed_enabled
         norm = 0.0 if norm is None or scaled else float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         skip = loss is not None or not math.isfinite(norm)
-        if self.args.world_size > 1:  # one decision for all: a loss may be finite here and not elsewhere
+        if self.args.world_size > 1:  # one decision for all processes, because losses may differ
             flag = torch.tensor(float(skip), device=self.args.device)
             others = float(self.accelerator.reduce(flag, reduction="sum"))
             if others and not skip:
@@ -193,7 +225,7 @@ class FiniteSteps(Trainer):  # type: ignore[misc]
         self._skips.total, self._skips.in_row = self._skips.total + 1, self._skips.in_row + 1
         model = self.accelerator.unwrap_model(self.model)
         for p in model.parameters():
-            p.grad = None  # an optimizer leaves a parameter without gradient, and its state, as they are
+            p.grad = None  # an optimizer does not change a parameter without gradient, nor its state
         what = f"the loss of step {self.state.global_step + 1} is {loss}"
         if loss is None:
             what = f"the gradient of step {self.state.global_step + 1} is not finite (its norm is {norm})"
@@ -202,10 +234,10 @@ class FiniteSteps(Trainer):  # type: ignore[misc]
         if self._skips.in_row == 1:
             found = first_not_finite((name, p.detach()) for name, p in model.named_parameters())
             if found is not None:
-                raise DataError(f"training: {what}, for the weight {found} is not finite; {advice}")
+                raise DataError(f"training: {what}, because the weight {found} is not finite; {advice}")
         limit = min(self.nonfinite_steps, max(1, self.state.max_steps))
         if self._skips.in_row >= limit or self._must_have_every_step():
-            row = f", and that of the {limit - 1} steps before it was no better" if limit > 1 else ""
+            row = f", as in the {limit - 1} steps before" if limit > 1 else ""
             row = "" if self._must_have_every_step() else row
             raise DataError(f"training: {what}{row}; {advice}")
         warn(f"training: {what}; the step is skipped ({self._skips.total} so far)")
@@ -221,7 +253,13 @@ class FiniteSteps(Trainer):  # type: ignore[misc]
         self._seconds += perf_counter() - self._started
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's, with tokens a second and the number of skipped steps."""
+        """Log as the Trainer does, with tokens per second and the number of skipped steps.
+
+        Args:
+            logs: The values to log.
+            *args: Further arguments of the Trainer.
+            **kwargs: Further arguments of the Trainer.
+        """
         if "loss" in logs and self._window:
             steps, bad = self._window, self._window_bad
             logs["loss"] = math.nan if bad == steps else logs["loss"] * (steps / (steps - bad) if bad else 1)
@@ -233,7 +271,7 @@ class FiniteSteps(Trainer):  # type: ignore[misc]
         super().log(logs, *args, **kwargs)
 
     def _require_finite(self, what: str) -> None:
-        """Raise DataError that names a tensor, of the weights that train or the optimizer's state, that is not."""
+        """Raise a DataError that names a tensor of the trained weights or the optimizer's state that is not finite."""
         model = self.accelerator.unwrap_model(self.model)
         found = first_not_finite(trained_parameters(model)) or first_not_finite(state_tensors(self.optimizer))
         if self.args.world_size > 1:  # shards may differ
@@ -247,9 +285,9 @@ class FiniteSteps(Trainer):  # type: ignore[misc]
 
     def _require_result(self) -> None:
         if not self.is_deepspeed_enabled and self.optimizer is not None:
-            self._require_finite("such weights are not saved as a result")
+            self._require_finite("such weights are not saved")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if not self.is_deepspeed_enabled:
-            self._require_finite("no checkpoint of it was written")
+            self._require_finite("no checkpoint was written")
         super()._save_checkpoint(model, trial)

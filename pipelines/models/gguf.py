@@ -1,8 +1,8 @@
-"""GGUF files converted to safetensors once, in the user's cache, and sealed: what a later run finds is what was made.
+"""GGUF files, converted to safetensors once, in the user's cache, and sealed.
 
-`complete.json` is written last and holds a digest of every file. A folder without it, with another digest, or with a
-file too many is made again. Digests are compared whenever a process opens the model; a store's fingerprint is made of
-the same ones, and `files.seal_once` reads each file once for both.
+`complete.json` is written last and has a digest of every file. A folder without it, with another digest, or with an
+extra file is converted again. Digests are compared whenever a process opens the model; the fingerprint of a store is
+made from the same digests, and `files.seal_once` reads each file once for both.
 """
 
 from __future__ import annotations
@@ -22,20 +22,23 @@ from pipelines.runs.messages import say
 from pipelines.texts import first_line
 
 FORMAT = "2"
-"""Part of the folder's name: another one when the conversion changes."""
+"""A part of the folder's name, which changes with the conversion."""
 
 SEAL = "complete.json"
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $DATATOOLS_CACHE, else $XDG_CACHE_HOME/datatools, else ~/.cache/datatools."""
+    """Return the folder of converted models: $DATATOOLS_CACHE, $XDG_CACHE_HOME/datatools or ~/.cache/datatools."""
     if chosen := os.environ.get("DATATOOLS_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datatools"
 
 
 def converted(gguf: Path) -> Path:
-    """The GGUF file as a safetensors folder, keyed by the file's content; made on first use, and again when damaged.
+    """Return a GGUF file as a safetensors folder, which is created at first use and again if it is damaged.
+
+    Args:
+        gguf: The GGUF file. The name of the folder depends on its content.
 
     Raises:
         DataError: The file is not a GGUF model.
@@ -49,7 +52,7 @@ def converted(gguf: Path) -> Path:
         return target
     _check(gguf)
     if target.is_dir():
-        say(f"the converted model in {target} is damaged ({wrong}); it is made again")
+        say(f"the converted model in {target} is damaged ({wrong}); it is created again")
     try:
         files.make_folder(home)
         files.remove_leftovers(home)
@@ -61,27 +64,31 @@ def converted(gguf: Path) -> Path:
                 raise _Made
     except (OSError, EnvironmentProblem) as error:
         raise EnvironmentProblem(
-            f"{gguf.name}: could not be converted into {target}: {error}; set DATATOOLS_CACHE to a folder with space"
+            f"{gguf.name}: cannot be converted into {target}: {error}; set DATATOOLS_CACHE to a folder with free space"
         ) from error
     if (wrong := fault(target)) is not None:
-        raise EnvironmentProblem(f"{target}: damaged as soon as it was written ({wrong}); check the disk")
+        raise EnvironmentProblem(f"{target}: damaged immediately after it was written ({wrong}); check the disk")
     return target
 
 
 class _Made(Exception):
-    """The folder is there by now."""
+    """The folder has been created by another process."""
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with a converted folder; None when every file is as it was written."""
+    """Return what is wrong with a converted folder; None if every file is as it was written.
+
+    Args:
+        folder: The folder.
+    """
     if not folder.is_dir():
-        return "it is not there"
+        return "it is missing"
     try:
         sealed = files.read_json(folder / SEAL)
         listed = sealed["files"]
         found = {path.name for path in folder.iterdir()} - {SEAL}
         if found != set(listed):
-            return f"{sorted(found ^ set(listed))[0]} is missing or too many"
+            return f"{sorted(found ^ set(listed))[0]} is missing or unexpected"
         for name, digest in listed.items():
             if files.seal_once(folder / name).digest != digest:
                 return f"{name} has changed"
@@ -91,13 +98,17 @@ def fault(folder: Path) -> str | None:
 
 
 def _check(path: Path) -> None:
-    """Does the file begin as GGUF? Raises: DataError."""
+    """Check that a file begins like a GGUF file.
+
+    Raises:
+        DataError: It does not.
+    """
     try:
         with open(path, "rb") as file:
             begin = file.read(4)
         if begin != b"GGUF":
-            what = "is empty" if not begin else "does not begin as one"
-            raise DataError(f"{path}: no GGUF file: it {what}; copy or download it again")
+            what = "is empty" if not begin else "does not begin with 'GGUF'"
+            raise DataError(f"{path}: not a GGUF file: it {what}; copy or download it again")
     except OSError as error:
         raise files.explain(error, path, "read") from error
 
@@ -105,7 +116,8 @@ def _check(path: Path) -> None:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write model and tokenizer as safetensors into `folder`.
 
-    A model that transformers read from GGUF refuses `save_pretrained`, so its weights move to a fresh model first.
+    A model that transformers has read from GGUF cannot be saved with `save_pretrained`, so its weights are first moved
+    to a new model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -114,7 +126,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     }  # fmt: skip
     try:
         with quiet():
-            with redirect_stderr(io.StringIO()):  # its bar is drawn whatever transformers' settings say
+            with redirect_stderr(io.StringIO()):  # its progress bar ignores the settings of transformers
                 read, report = AutoModelForCausalLM.from_pretrained(
                     **source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
                 )
@@ -129,7 +141,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     except (DatatoolsError, OSError, MemoryError):
         raise
-    except Exception as error:  # a file from anywhere, read by other people's code
+    except Exception as error:  # an unknown file, read by third-party code
         raise DataError(
             f"{gguf}: not readable as a GGUF model: {first_line(error)}; copy or download it again"
         ) from error

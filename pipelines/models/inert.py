@@ -1,8 +1,8 @@
-"""Pickled values read without running any of it: what a pickle would make of classes and functions stays a record.
+"""Pickled values read without running code: classes and functions in a pickle become records.
 
 The index of a sharded checkpoint (`.metadata` of torch.distributed.checkpoint) is a pickle. Its instructions are only
-parsed here (`pickletools`): numbers, texts and containers become themselves, everything else an `Inert` that says what
-was asked for.
+parsed here (`pickletools`): numbers, texts and containers become themselves, and everything else becomes an `Inert`
+that records what was requested.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(eq=False)
 class Inert:
-    """A class or function that a pickle names, the arguments that it would get, and the state it would be given."""
+    """A class or function that a pickle names, its arguments, and the state that it would get."""
 
     name: str
     args: tuple[Any, ...] = ()
@@ -31,14 +31,14 @@ _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG", "BIN
 
 
 def read(data: bytes, known: Collection[str]) -> Any:
-    """The value that a pickle holds, with records in the place of objects.
+    """Return the value in a pickle, with records instead of objects.
 
     Args:
         data: The pickle.
-        known: The classes and functions that may be named.
+        known: The classes and functions that may occur.
 
     Raises:
-        ValueError: Another class or function is named, or the bytes are not a pickle.
+        ValueError: Another class or function occurs, or the bytes are not a pickle.
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
@@ -89,7 +89,7 @@ def _take(op: str, arg: Any, stack: list[Any], memo: dict[int, Any], known: Coll
 
 
 def _above_mark(stack: list[Any]) -> list[Any]:
-    """What was pushed since the last mark, taken off the stack with it."""
+    """Remove and return the values above the last mark of the stack."""
     at = max(i for i, value in enumerate(stack) if value is _MARK)
     found = stack[at + 1 :]
     del stack[at:]

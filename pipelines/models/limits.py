@@ -1,6 +1,6 @@
-"""What a model can take: how many tokens a row may have, and which ids its embedding holds.
+"""The limits of a model: the number of tokens of a row, and the ids of its embedding.
 
-Read from the model's modules, without its weights: a table of positions ends where it ends, rotary positions go on.
+They are read from the model's modules, without its weights. A table of positions has an end; rotary positions do not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 LONGEST = 1 << 20
-"""Most tokens of a row where the model has no limit."""
+"""The maximum number of tokens of a row if the model has no limit."""
 
 _LENGTHS = (
     "max_position_embeddings",
@@ -28,28 +28,36 @@ _LENGTHS = (
 )
 _TABLE = re.compile(r"pos|wpe", re.IGNORECASE)
 _ELSEWHERE = re.compile("vision|visual|image|audio|speech|whisper", re.IGNORECASE)  # parts that read no text
-_FIXED = ("mpt", "reformer")  # whose code refuses longer rows, without a table that shows it
+_FIXED = ("mpt", "reformer")  # their code refuses longer rows, but no table shows the limit
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """Of one model; None is no limit."""
+    """The limits of one model; None is no limit."""
 
     positions: int | None = None
-    """Most tokens of a row: entries of its table of positions, or (not `table`) the length it was trained for."""
+    """The maximum tokens of a row: the size of its table of positions, or (without `table`) its training length."""
     table: bool = False
-    """Are positions looked up, so that one beyond the last is an error? Else the model computes it (rotary)."""
+    """Whether positions come from a table, which has an end; otherwise they are computed (rotary)."""
     vocabulary: int | None = None
-    """Rows of the token embedding: the ids below it exist."""
+    """The rows of the token embedding: only smaller ids exist."""
 
     def longest(self, asked: int | None) -> int:
-        """Most tokens that a row is encoded to, if `asked` is the setting (None: what the model takes)."""
+        """Return the maximum number of tokens to which a row is encoded.
+
+        Args:
+            asked: The setting; None is the limit of the model.
+        """
         own = self.positions or LONGEST
         return own if asked is None else min(asked, own) if self.table else asked
 
 
 def limits_of(model: nn.Module) -> ModelLimits:
-    """The limits of `model`, which may be on the meta device."""
+    """Return the limits of a model.
+
+    Args:
+        model: The model, which may be on the meta device.
+    """
     from torch import Tensor, nn
 
     embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -81,14 +89,18 @@ def limits_of(model: nn.Module) -> ModelLimits:
 
 
 def trained_length(config: Any) -> int | None:
-    """The tokens of a row for which the model was made, as its configuration says."""
+    """Return the length for which the model was trained, in tokens, according to its configuration; None if unknown.
+
+    Args:
+        config: The configuration of the model.
+    """
     text = config.get_text_config(decoder=True)
     lengths = (getattr(text, name, None) for name in _LENGTHS)
     return next((n for n in lengths if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
 
 
 def _first_position(table: Any) -> int:
-    """The entry of the first token: tables may begin with a few that are for nothing, or for padding."""
+    """Return the entry of the first token; tables may begin with unused entries or entries for padding."""
     if type(table).__name__.startswith("ProphetNet"):
         return 2  # padding, and the last token predicts one position further
     offset = getattr(table, "offset", None)

@@ -1,7 +1,7 @@
 """Causal language models, loaded by hub name, from a folder or from a GGUF file.
 
-Reading a model never runs code: safetensors and GGUF are data, pickled weights are refused, remote code is off unless
-it is asked for.
+Reading a model never runs code: safetensors and GGUF are data, pickled weights are refused, and remote code is off
+unless it is requested.
 """
 
 from __future__ import annotations
@@ -33,24 +33,27 @@ from pipelines.texts import first_line, named
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for work: in eval mode, on its device, with its tokenizer and where both came from."""
+    """A model that is ready for use: in eval mode, on its device, with its tokenizer and its origin."""
 
     model: Any
     tokenizer: Any
     folder: Path | None
-    """The local folder the weights were read from; None for a hub name."""
+    """The local folder of the weights; None for a hub name."""
     digests: Mapping[str, str]
-    """File name -> xxh3-128 of weights and configuration; what a store's fingerprint is made of."""
+    """File name -> xxh3-128 of weights and configuration, which are part of the fingerprint of a store."""
     limits: ModelLimits = ModelLimits()
-    """How long its rows may be, and which token ids it has."""
+    """The length of its rows, and its token ids."""
 
 
 def resolve(name: str) -> str:
-    """A folder or hub name that transformers can load; a GGUF file is converted once.
+    """Return a folder or hub name that transformers can load; a GGUF file is converted once.
+
+    Args:
+        name: The name of the model.
 
     Raises:
-        UsageError: The name is a path that is not there or holds no model.
-        EnvironmentProblem: The demo's model is asked for, and its package is not installed.
+        UsageError: The name is a path that does not exist or contains no model.
+        EnvironmentProblem: The demo's model is requested, but its package is not installed.
     """
     found = find(name)
     if isinstance(found, Path):
@@ -66,18 +69,19 @@ def load(
     weights: Path | None = None,
     merge: bool = True,
 ) -> LoadedModel:
-    """Model and tokenizer of `config`, with its adapter when it names one; eval mode, every weight frozen.
+    """Return model and tokenizer of a configuration, with its adapter if it names one; eval mode, all weights frozen.
 
-    The tokenizer, and with it the chat template, is the one that was saved with the adapter, if one was.
+    If a tokenizer was saved with the adapter, it is used, together with its chat template.
 
     Args:
         config: The model, its adapter and its chat format.
-        tokenizer_only: Read no weights: the result has no model.
-        tokenizer: What `tokenizer_only` returned for the same model and adapter: its tokenizer is not read again.
-        weights: Take the model from this folder instead, a checkpoint of a run that trained all of it (Trainer saves no
-            tokenizer there), without an adapter.
-        merge: Merge the adapter into one plain model, on which other adapters may be put. Otherwise the adapter stays
-            beside its layers, exact in every dtype.
+        tokenizer_only: Whether to read no weights; the result then has no model.
+        tokenizer: The result of `tokenizer_only` for the same model and adapter, so that its tokenizer is not read
+            again.
+        weights: A folder from which to take the model instead: a checkpoint of a run that trained all weights (Trainer
+            saves no tokenizer there), without an adapter.
+        merge: Whether to merge the adapter into one plain model, on which other adapters may be put. Otherwise the
+            adapter stays separate from its layers, exact in every dtype.
 
     Raises:
         UsageError: There is no such model.
@@ -125,7 +129,7 @@ def load(
 
 
 def _weights_of(config: ModelConfig, weights: Path | None) -> Any:
-    """The model of `config`, frozen and in eval mode; with `weights`, that of this folder without an adapter."""
+    """Return the model of `config`, frozen and in eval mode; with `weights`, that of this folder without an adapter."""
     if weights is not None and (shards := saved_states.weights(weights)) is not None:
         model: Any = _with_weights(_weights_of(config.model_copy(update={"adapter": None}), None), shards)
         READ_AGAIN[model] = partial(_weights_of, config, weights)
@@ -140,7 +144,7 @@ def _weights_of(config: ModelConfig, weights: Path | None) -> Any:
     with _read_errors(config, None if weights is None else f"checkpoint {weights}"):
         try:
             model = read(attn_implementation=config.attention).to(device)
-        except ValueError as error:  # raised before a weight is read
+        except ValueError as error:  # raised before any weight is read
             if config.attention == "eager" or "scaled_dot_product_attention" not in str(error):
                 raise
             model = read(attn_implementation="eager").to(device)
@@ -149,25 +153,29 @@ def _weights_of(config: ModelConfig, weights: Path | None) -> Any:
         model.name_or_path = model.config._name_or_path = shown
     READ_AGAIN[model] = partial(_weights_of, config.model_copy(update={"adapter": None}), weights)
     if config.adapter is not None and weights is None:
-        # merged, so that what comes on top of it (fresh adapters, a checkpoint's) sees one plain model
+        # merged, so that new adapters and those of checkpoints are put on one plain model
         model = merged(model, config.adapter)
         READ_AGAIN[model] = partial(_weights_of, config, None)
     return model.eval()
 
 
 def dtype_of(config: ModelConfig) -> torch.dtype:
-    """The dtype in which the model is loaded here."""
+    """Return the dtype in which a model is loaded on this machine.
+
+    Args:
+        config: The configuration of the model.
+    """
     if config.dtype == "auto":
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
 
 
 def _with_weights(model: nn.Module, shards: Path) -> nn.Module:
-    """`model` with the weights that trainers leave in shards; those that were not trained stay as they are."""
+    """Return a model with the weights that trainers save in shards; weights that were not trained stay unchanged."""
     held, every = saved_states.read_weights(shards), dict(model.named_parameters(remove_duplicate=False))
     if any("lora_" in name for name in held):
         raise DataError(
-            f"{shards}: holds adapters without their adapter_config.json; copy it from the run's last adapter into "
+            f"{shards}: contains adapters without their adapter_config.json; copy it from the run's last adapter into "
             f"{shards.parent} (or train with fsdp_state_dict_type FULL_STATE_DICT, which saves both)"
         )
     shares = {id(every[name]) for name in held if name in every}
@@ -190,11 +198,13 @@ def _hub_options(config: ModelConfig) -> dict[str, Any]:
 
 @contextmanager
 def _read_errors(config: ModelConfig, what: str | None = None) -> Iterator[None]:
-    """What transformers raises while it reads a model, as an error of ours; its advice to developers is silenced.
+    """Convert errors of transformers while it reads a model, and silence its advice to developers.
 
-    what: what is read, if it is not the model itself.
+    transformers trusts the files, so a damaged or hostile one can cause any error.
 
-    It trusts what the files say, so a damaged or hostile one can make it raise anything.
+    Args:
+        config: The configuration of the model.
+        what: What is read, if it is not the model itself.
     """
     what = what or f"--model {config.name}"
     try:
@@ -209,14 +219,14 @@ def _read_errors(config: ModelConfig, what: str | None = None) -> Iterator[None]
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise UsageError(
-                f"{what}: comes with Python code of its own, which is not run unless this command says so; read the "
-                "code, and if you trust it add --trust-remote-code"
+                f"{what}: comes with its own Python code, which is not run unless this command allows it; read the "
+                "code, and if you trust it, add --trust-remote-code"
             ) from error
         raise DataError(f"{what}: cannot be loaded: {named(error)}") from error
 
 
 def _limits(name: str, options: Mapping[str, Any]) -> ModelLimits:
-    """The limits of a model whose weights are not read: it is built without any."""
+    """Return the limits of a model without reading its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(name, **options)
@@ -224,7 +234,7 @@ def _limits(name: str, options: Mapping[str, Any]) -> ModelLimits:
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             return limits_of(AutoModelForCausalLM.from_config(config, attn_implementation="eager", **code))
-    except Exception:  # it cannot be built without weights; loading it says what is wrong with it, if anything is
+    except Exception:  # it cannot be built without weights; loading it reports any fault
         return ModelLimits(trained_length(config))
 
 
@@ -233,9 +243,12 @@ def _folder(name: str) -> Path | None:
 
 
 def _digests(name: str, revision: str | None = None, *, code: Sequence[str] = ()) -> dict[str, str]:
-    """What identifies the model: a hash of each weight and configuration file; of a hub name its commit.
+    """Return what identifies a model: a hash of each weight and configuration file; the commit for a hub name.
 
-    code: the suffixes of files that are run.
+    Args:
+        name: The folder or hub name.
+        revision: The revision of a hub name.
+        code: Suffixes of files that are run.
     """
     folder = _folder(name)
     if folder is None:

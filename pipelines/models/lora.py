@@ -1,4 +1,4 @@
-"""Fresh LoRA adapters: the layers that get one, and their initial values."""
+"""New LoRA adapters: the layers that get one, and their initial values."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _ATTENTION = re.compile(r"attn|attention")
 
 
 def add_lora(model: Any, config: LoraConfig, *, seed: int) -> Any:
-    """`model` wrapped by peft with fresh LoRA matrices on `config.targets`; only they train.
+    """Return a model wrapped by peft with new LoRA matrices on `config.targets`; only these train.
 
-    A is drawn from a generator of its own, seeded by (seed, parameter name): the global generator is not touched and
-    the matrices do not depend on what ran before.
+    A is drawn from a separate generator, seeded by (seed, parameter name). The global generator is not changed, and
+    the matrices do not depend on earlier computations.
 
     Args:
         model: The base model.
         config: Rank, alpha, dropout and targets.
-        seed: Of the matrices A; B is zero.
+        seed: The seed of the matrices A; B is zero.
 
     Raises:
         DataError: No module of the model has a target's name.
@@ -48,7 +48,7 @@ def add_lora(model: Any, config: LoraConfig, *, seed: int) -> Any:
     )
     try:
         with quiet(), warnings.catch_warnings(), seeded(seed):
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft finds each layer's layout by itself
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft detects each layer's layout
             wrapped = get_peft_model(model, options)
     except ValueError as error:
         standing.restore()
@@ -64,7 +64,7 @@ def add_lora(model: Any, config: LoraConfig, *, seed: int) -> Any:
 
 
 def _targets(model: Any, config: LoraConfig) -> list[str]:
-    """The layers that get an adapter, as peft takes them.
+    """Return the layers that get an adapter, as peft takes them.
 
     Raises:
         DataError: No layer's name ends with one of the targets.
@@ -81,15 +81,15 @@ def _targets(model: Any, config: LoraConfig) -> list[str]:
     inside = [name for name in every if _ATTENTION.search(name.rpartition(".")[0].lower())]
     chosen = inside if inside and config.targets == "attention" else every  # a state-space model has no attention
     if not chosen:
-        raise DataError(f"lora.targets {config.targets}: this model has no linear layer but its head")
+        raise DataError(f"lora.targets {config.targets}: this model has no linear layer except its head")
     return _shortest(chosen, [name for name, _ in model.named_modules()])
 
 
 def _called(model: Any, linear: Mapping[str, nn.Module]) -> set[str]:
-    """Those of the layers that a row of two tokens passes through, and experts, which it may not reach.
+    """Return the layers that a row of two tokens passes through, and all experts, which it may not reach.
 
-    Some models read a layer's weight and never call it (Mamba's dt_proj): an adapter on it would do nothing. And some
-    layers only look like linear ones (routers that choose, products in groups): adapters do not fit their outputs.
+    Some models read a layer's weight without calling the layer (Mamba's dt_proj); an adapter on it would have no
+    effect. Other layers only look linear (routers, grouped products); adapters do not fit their outputs.
     """
     seen = {name for name in linear if "expert" in name.lower()}
 
@@ -102,7 +102,7 @@ def _called(model: Any, linear: Mapping[str, nn.Module]) -> set[str]:
     training = model.training
     try:
         logits(model, torch.zeros((1, 2), dtype=torch.int64, device=model.device))
-    except Exception:  # a model that wants more inputs than a row: all its layers may be called
+    except Exception:  # a model that needs more inputs than a row; all its layers may be called
         return set(linear)
     finally:
         model.train(training)
@@ -112,14 +112,14 @@ def _called(model: Any, linear: Mapping[str, nn.Module]) -> set[str]:
 
 
 def _refused(model: Any, name: str) -> bool:
-    """Whether peft refuses an adapter there: layers whose weights the fused kernels of Mamba read themselves."""
+    """Return whether peft refuses an adapter there, because the fused kernels of Mamba read the weights themselves."""
     kind = getattr(model.config, "model_type", None)
     fused = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
     return kind in fused and name.rpartition(".")[2] in ("out_proj", "conv1d")
 
 
 def _shortest(wanted: list[str], modules: Iterable[str]) -> list[str]:
-    """The last parts of the names `wanted`, where no other module has one of them; the whole names otherwise."""
+    """Return the last parts of the names, if no other module has one of them; otherwise the whole names."""
     last = sorted({name.rpartition(".")[2] for name in wanted})
     meant = {name for name in modules if name.rpartition(".")[2] in last}
     return last if meant == set(wanted) else wanted
@@ -133,12 +133,16 @@ def _linear(model: Any) -> dict[str, nn.Module]:
 
 def _named(model: Any) -> str:
     names = sorted({name.rpartition(".")[2] for name in _linear(model)})
-    return f"This model's linear layers are named {names}; lora.targets auto takes all but the head"
+    return f"This model's linear layers are named {names}; lora.targets auto uses all of them except the head"
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """What peft draws, from the global generators and no other, is of `seed`, and does not show outside."""
+    """Seed the global generators inside the `with` block, from which peft draws, and restore them afterwards.
+
+    Args:
+        seed: The seed.
+    """
     with torch.random.fork_rng():
         for generator in (torch.default_generator, *torch.cuda.default_generators):
             generator.manual_seed(seed % 2**63)
@@ -146,12 +150,21 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The LoRA matrices of a peft model by name, in the model's order."""
+    """Return the LoRA matrices of a peft model by name, in the model's order.
+
+    Args:
+        model: The model.
+    """
     return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
 
 def logits(model: Any, ids: Tensor) -> Tensor:
-    """float32 logits [b, s, vocabulary] of `ids`, int64 [b, s], without gradients."""
+    """Return the float32 logits [b, s, vocabulary] of token ids, without gradients.
+
+    Args:
+        model: The model.
+        ids: int64 [b, s].
+    """
     with torch.no_grad():
         found: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
     return found.float()

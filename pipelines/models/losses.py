@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from datatools import DataError, covered
 
 Batch = Mapping[str, Tensor]
-"""`input_ids` and `labels`, int64 [b, s], padded on the right; labels -100 where there is no loss.
+"""`input_ids` and `labels`, int64 [b, s], padded on the right; labels are -100 where there is no loss.
 
-More keys (an `attention_mask` for padding on the left, `position_ids`) are handed to the model as they are."""
+Other keys (an `attention_mask` for padding on the left, `position_ids`) are passed to the model unchanged."""
 
 
 def collate(rows: list[tuple[list[int], list[int]]], *, pad: int = 0) -> dict[str, Tensor]:
@@ -40,7 +40,12 @@ def collate(rows: list[tuple[list[int], list[int]]], *, pad: int = 0) -> dict[st
 
 
 def token_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every supervised token of a batch.
+    """Return the cross-entropy of every supervised token of a batch.
+
+    Row i's token t is supervised if labels[i, t] != -100; its logits come from position t - 1. The output head gets
+    only these n positions. This is exact and, on a small model with a large vocabulary, saves a fifth of the whole
+    cost. A hook narrows the head's input, so that scaling or soft-capping after the head still takes place. Padding is
+    on the right, where a causal model does not look, so that no attention mask is needed.
 
     Args:
         model: A causal language model.
@@ -48,11 +53,6 @@ def token_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Returns:
         Losses, float32 [n], and the row of each, int64 [n]; n is the number of supervised tokens of the batch.
-
-    Row i's token t is supervised when labels[i, t] != -100; its logits come from position t - 1. The output head sees
-    only those n positions, which is exact and, on a small model with a large vocabulary, a fifth of the whole cost:
-    a hook narrows the head's input, so that any scaling or soft-capping after the head still happens.
-    Padding stands on the right, where a causal model cannot look, so no attention mask is needed.
     """
     labels = batch["labels"][:, 1:]
     wanted = labels != -100
@@ -60,14 +60,14 @@ def token_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
     def narrow(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = inputs[0]
-        if hidden.shape[:2] != batch["input_ids"].shape:  # the model narrowed by itself, or has another layout
+        if hidden.shape[:2] != batch["input_ids"].shape:  # the model narrowed it itself, or has another layout
             raise DataError(f"{type(model).__name__}: its head got {tuple(hidden.shape)}, not one vector per token")
         return (hidden[:, :-1][wanted], *inputs[1:])
 
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     head = inner.get_output_embeddings()
     inputs = {key: tensor for key, tensor in batch.items() if key != "labels"}
-    if head is None:  # a model that does not say which layer its head is
+    if head is None:  # a model that does not report its head
         logits = model(**inputs, use_cache=False).logits[:, :-1][wanted]
         return functional.cross_entropy(logits.float(), labels[wanted], reduction="none"), rows
     handle = head.register_forward_pre_hook(narrow)
@@ -79,14 +79,22 @@ def token_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def supervised_tokens(rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> int:
-    """How many tokens of rows (input_ids, labels) a loss counts: not the first of a row, which nothing predicts."""
+    """Return the number of tokens of rows that count for the loss; the first token of a row is never predicted.
+
+    Args:
+        rows: (input_ids, labels) of each row.
+    """
     return sum(sum(label != -100 for label in labels[1:]) for _, labels in rows)
 
 
 def row_losses(model: Any, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the supervised tokens of each row, float32 [b].
+    """Return the mean cross-entropy over the supervised tokens of each row, float32 [b].
 
     A row without a supervised token has loss 0 and no gradient.
+
+    Args:
+        model: A causal language model.
+        batch: b rows.
     """
     losses, rows = token_losses(model, batch)
     total = losses.new_zeros(len(batch["labels"])).index_add(0, rows, losses)
@@ -94,9 +102,13 @@ def row_losses(model: Any, batch: Batch) -> Tensor:
 
 
 def dense_row_losses(model: Any, batch: Batch) -> Tensor:
-    """`row_losses` with logits at every position, float32 [b].
+    """Return `row_losses` with logits at every position, float32 [b].
 
     torch.func can transform this form, because no shape depends on the data.
+
+    Args:
+        model: A causal language model.
+        batch: b rows.
     """
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
     labels = batch["labels"][:, 1:]
@@ -105,7 +117,7 @@ def dense_row_losses(model: Any, batch: Batch) -> Tensor:
 
 
 def last_states(model: Any, ids: Tensor) -> Tensor:
-    """Hidden states of the last layer, [b, s, width].
+    """Return the hidden states of the last layer, [b, s, width].
 
     The width may differ from the hidden size of the configuration (OPT-350m).
 
@@ -120,7 +132,7 @@ def last_states(model: Any, ids: Tensor) -> Tensor:
     if model.base_model is not model:
         states = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
     head = model.get_output_embeddings()
-    if states is None and head is not None:  # models that do not say which part of them is the decoder (Llama 4)
+    if states is None and head is not None:  # models that do not report their decoder (Llama 4)
         seen: list[Tensor] = []
         handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
@@ -130,22 +142,32 @@ def last_states(model: Any, ids: Tensor) -> Tensor:
         states = seen[-1] if seen else None
     if not isinstance(states, Tensor) or states.shape[:2] != ids.shape:
         raise DataError(
-            f"{type(model).__name__} returns no hidden states, one vector per token; use a method that needs none"
+            f"{type(model).__name__} returns no hidden states (one vector per token); use a method that needs none"
         )
     return states
 
 
 def losses_for(method: str) -> Callable[[Any, Batch], Tensor]:
-    """The loss per row in the form that a method of per-example gradients can take."""
+    """Return the loss per row in the form that a method of per-example gradients needs.
+
+    Args:
+        method: "hooks", "vmap" or "loop".
+    """
     return dense_row_losses if method == "vmap" else row_losses
 
 
 def seen_parameters(module: Any, params: Mapping[str, Tensor], method: str) -> list[str]:
-    """Those of `params` that features are made of, with `method`.
+    """Return the names of parameters from which features are made.
 
-    Of adapters, whatever their kind, all matrices: `hooks` takes a pass per row for those of another kind than plain
-    LoRA. Of whole weights, with `hooks`, those of linear layers, without the output head, whose input `token_losses`
-    narrows to supervised tokens: a gradient per row of an embedding or a head is as large as the vocabulary.
+    For adapters of any kind, these are all matrices; with `hooks`, adapters other than plain LoRA take one pass per
+    row. For whole weights with `hooks`, these are the weights of linear layers without the output head, whose input
+    `token_losses` narrows to supervised tokens: the gradient per row of an embedding or a head is as large as the
+    vocabulary.
+
+    Args:
+        module: The model.
+        params: The candidates by name.
+        method: "hooks", "vmap" or "loop".
     """
     if method != "hooks":
         return list(params)

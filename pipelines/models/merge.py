@@ -19,18 +19,22 @@ from pipelines.models.quiet import quiet
 from pipelines.runs.messages import warn
 from pipelines.texts import first_line
 
-_LOST = 0.9  # of an adapter's change: less than this arriving in merged weights is said
+_LOST = 0.9  # a warning is given if a smaller share of an adapter's change is kept in merged weights
 
 
 def merged(model: Any, folder: Path) -> Any:
-    """`model` with the adapter in `folder` merged into its weights, one plain model.
+    """Return a model with an adapter merged into its weights, as one plain model.
 
-    Where embedding and head share a weight and the adapter is on one of them, each gets a weight of its own. The merged
-    model's logits are compared with those of the adapted one.
-    Warns when weights of 16 bits round much of the adapter away.
+    If embedding and head share a weight and the adapter is on one of them, each gets its own weight. The logits of the
+    merged model are compared with those of the adapted one. A warning is given if rounding to 16 bits loses much of
+    the adapter.
+
+    Args:
+        model: The base model.
+        folder: The folder of the adapter.
 
     Raises:
-        DataError: As `load_adapter`, and when the adapter cannot be merged.
+        DataError: As in `load_adapter`, or the adapter cannot be merged.
     """
     ids = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]), device=model.device)[None]
     shared = _weight(model.get_input_embeddings())
@@ -41,7 +45,7 @@ def merged(model: Any, folder: Path) -> Any:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if (share := _share_merged(wrapped)) is not None and share < _LOST:
         warn(
-            f"model.adapter {folder}: of its change {share:.0%} arrive in weights that are merged in 16 bits, the rest "
+            f"model.adapter {folder}: only {share:.0%} of its change is kept when it is merged in 16 bits; the rest "
             "is rounded away; use --set model.dtype=float32"
         )
     apart = _as_one_matrix(embedding, head, shared, scale) if tied and _touches(wrapped, (embedding, head)) else None
@@ -51,20 +55,20 @@ def merged(model: Any, folder: Path) -> Any:
             made = unmarked(wrapped.merge_and_unload()).requires_grad_(False)
     except (ValueError, RuntimeError, AttributeError) as error:
         raise DataError(f"adapter {folder}: cannot be merged into its model: {first_line(error)}") from error
-    if apart is not None:  # merged into the weight that both share, it would be on both
+    if apart is not None:  # otherwise it would be merged into the weight that both share
         made.get_input_embeddings().weight, made.get_output_embeddings().weight = apart
         made.config.tie_word_embeddings = False
     off = float((logits(made, ids) - wanted).norm() / wanted.norm().clamp_min(1e-30))
     if not off <= max(1e-3, 16 * torch.finfo(made.dtype).eps):
         raise DataError(
-            f"adapter {folder}: merged into its model it gives other logits (by {off:.1%}); merge it with peft "
-            "(merge_and_unload), look at the result, and give that as the model"
+            f"adapter {folder}: the merged model has other logits (by {off:.1%}); merge it with peft "
+            "(merge_and_unload), check the result, and give it as the model"
         )
     return made
 
 
 def _share_merged(wrapped: nn.Module) -> float | None:
-    """How much of the adapter's change stays when it is added to weights of 16 bits; None for wider ones."""
+    """Return the share of the adapter's change that is kept in 16-bit weights; None for wider weights."""
     from peft.tuners.lora import LoraLayer
 
     arrived = Arrived()
@@ -80,7 +84,7 @@ def _share_merged(wrapped: nn.Module) -> float | None:
 
 
 def _scale(embedding: nn.Module) -> float:
-    """What an embedding multiplies its rows by (Gemma's does), as it does it."""
+    """Return the factor by which an embedding multiplies its rows (as in Gemma), measured on one entry."""
     weight = _weight(embedding).float()
     row = int(weight.abs().amax(1).argmax())
     at = int(weight[row].abs().argmax())
@@ -89,7 +93,7 @@ def _scale(embedding: nn.Module) -> float:
 
 
 def _as_one_matrix(embedding: Any, head: Any, like: Tensor, scale: float) -> tuple[nn.Parameter, nn.Parameter]:
-    """The weights with which a plain embedding and a plain head do what these with their adapters do."""
+    """Return the weights with which a plain embedding and a plain head equal these two with their adapters."""
     rows, width = like.shape
     with torch.no_grad():
         vectors = embedding(torch.arange(rows, device=like.device)) / scale
@@ -99,7 +103,7 @@ def _as_one_matrix(embedding: Any, head: Any, like: Tensor, scale: float) -> tup
 
 
 def _weight(layer: Any) -> Any:
-    """The weight of an embedding or head, below what an adapter puts around it."""
+    """Return the weight of an embedding or head, below the wrapper of an adapter."""
     while layer is not None and not isinstance(getattr(layer, "weight", None), nn.Parameter):
         layer = getattr(layer, "original_module", None) or getattr(layer, "base_layer", None)
     return None if layer is None else layer.weight

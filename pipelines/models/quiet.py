@@ -1,4 +1,4 @@
-"""transformers' advice and progress bars silenced while a model is loaded, wrapped or saved."""
+"""transformers' advice and progress bars, silenced while a model is loaded, wrapped or saved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' advice to its own developers and its progress bars: loading, wrapping, saving."""
+    """Silence transformers' advice to developers and its progress bars inside the `with` block."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -18,7 +18,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            # of peft, where a run does not write down the base's path; its vocabulary is checked when it is loaded
+            # from peft, if a run does not record the base's path; its vocabulary is checked when it is loaded
             warnings.filterwarnings("ignore", message="Could not find a config file")
             yield
     finally:

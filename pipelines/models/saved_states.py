@@ -1,8 +1,8 @@
-"""Optimizer states and weights as trainers save them: one file, shards of torch.distributed.checkpoint (FSDP), 8-bit
-states of bitsandbytes, DeepSpeed's universal layout.
+"""Optimizer states and weights as trainers save them.
 
-Nothing is unpickled but plain values: files are read with `weights_only`, the index of a sharded checkpoint as inert
-records. What cannot be read is refused by name, with the conversion.
+They may be one file, shards of torch.distributed.checkpoint (FSDP), 8-bit states of bitsandbytes, or DeepSpeed's
+universal layout. Only plain values are unpickled: files are read with `weights_only`, and the index of a sharded
+checkpoint as inert records. Unreadable files are refused by name, and the message gives the conversion.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ _DAMAGED = (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeE
 
 
 def find(folder: Path) -> Path | None:
-    """The optimizer state in a checkpoint's folder: a file, or the folder of its shards."""
+    """Return the optimizer state in a checkpoint's folder: a file, or the folder of its shards; None if there is none.
+
+    Args:
+        folder: The folder of the checkpoint.
+    """
     for name in _FILES:
         if (folder / name).is_file():
             return folder / name
@@ -46,7 +50,11 @@ def _universal(folder: Path) -> Path | None:
 
 
 def weights(folder: Path) -> Path | None:
-    """Where a checkpoint's weights are, when they are not in safetensors: the folder of their shards."""
+    """Return the folder of a checkpoint's weight shards; None if the weights are in safetensors or missing.
+
+    Args:
+        folder: The folder of the checkpoint.
+    """
     if any(folder.glob("*.safetensors")):
         return None
     for name in _WEIGHT_SHARDS:
@@ -56,25 +64,32 @@ def weights(folder: Path) -> Path | None:
 
 
 def refusal(folder: Path) -> str:
-    """What the folder of a checkpoint without a readable state holds instead, and what to do."""
+    """Return what a checkpoint without a readable state contains instead, and what to do.
+
+    Args:
+        folder: The folder of the checkpoint.
+    """
     if any(folder.glob("optimizer_*rank*.bin")):
         return (
-            "holds an optimizer state in one file a process; train with fsdp_state_dict_type FULL_STATE_DICT or "
+            "contains an optimizer state in one file per process; train with fsdp_state_dict_type FULL_STATE_DICT or "
             "SHARDED_STATE_DICT"
         )
     if shards := sorted(path for path in folder.glob("global_step*") if path.is_dir()):
         return (
-            f"holds DeepSpeed's ZeRO shards ({shards[-1].name}); convert them once: python -m "
+            f"contains DeepSpeed's ZeRO shards ({shards[-1].name}); convert them once: python -m "
             f"deepspeed.checkpoint.ds_to_universal --input_folder {shards[-1]} --output_folder {shards[-1]}_universal"
         )
-    return "holds no optimizer.pt; LESS needs the optimizer's moments (train with save_only_model off)"
+    return "contains no optimizer.pt; LESS needs the optimizer's moments (train with save_only_model off)"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The optimizer's state dict, with AdamW's entries under torch's names.
+    """Return an optimizer's state dict, with AdamW's entries under torch's names.
+
+    Args:
+        path: The file or folder that `find` returned.
 
     Raises:
-        DataError: The state is damaged, would run code, or belongs to an optimizer that is not known here.
+        DataError: The state is damaged, would run code, or belongs to an unknown optimizer.
     """
     try:
         return _read(path)
@@ -97,7 +112,7 @@ def _read(path: Path) -> dict[str, Any]:
     entries = {key for value in state.values() for key, part in value.items() if isinstance(part, Tensor)}
     if {"exp_avg_sq_row", "exp_avg_sq_col"} & entries:
         raise DataError(
-            f"{path}: is Adafactor's state; gradients become updates by AdamW (optim='adamw_torch') or by an optimizer "
+            f"{path}: is Adafactor's state, which is not supported; use AdamW (optim='adamw_torch') or an optimizer "
             "of this suite: optim.hf.resolve, `datatools ls optimizers`"
         )
     return {"state": state, "param_groups": groups}
@@ -110,19 +125,21 @@ def _plain(path: Path) -> Any:
         text = str(error)
         if "torchao" in text:
             raise DataError(
-                f"{path}: is a state of torchao's 8-bit or 4-bit optimizers, whose classes are not loaded here; make "
-                "it plain once: python -c \"import torch, torchao.optim; f = 'optimizer.pt'; s = torch.load(f); "
+                f"{path}: is a state of torchao's 8-bit or 4-bit optimizers, whose classes are not loaded; convert "
+                "it once: python -c \"import torch, torchao.optim; f = 'optimizer.pt'; s = torch.load(f); "
                 "s['state'] = {k: {n: v.dequantize() if hasattr(v, 'dequantize') else v for n, v in e.items()} "
                 "for k, e in s['state'].items()}; torch.save(s, f)\""
             ) from error
-        raise DataError(f"{path}: not readable as plain tensors, the only thing loaded: {_reason(error)}") from error
+        raise DataError(
+            f"{path}: not readable as plain tensors, and nothing else is loaded:  {_reason(error)}"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:
-    """What torch says, without its advice to load the file all the same, which would run what is in it."""
+    """Return torch's message without its advice to load the file anyway, which would run its code."""
     asked = re.search(r"(?:Unsupported global|unsupported GLOBAL|GLOBAL)[: ]+(?:GLOBAL )?([\w.]+)", str(error))
     if asked:
-        return f"it asks for {asked[1]}, which would run code"
+        return f"it needs {asked[1]}, which would run code"
     if "eights only load failed" in str(error):
         return "it was not written by torch.save, or is damaged"
     return first_line(error)
@@ -132,7 +149,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _decoded(path: Path, entries: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A parameter's state of bitsandbytes with AdamW's moments in float32; any other comes back as it is."""
+    """Return a parameter's state of bitsandbytes with AdamW's moments in float32; other states are unchanged."""
     inner = entries.get("__bnb_optimizer_quant_state__")
     if isinstance(inner, Mapping):
         entries = {**{key: value for key, value in entries.items() if not key.startswith("__")}, **inner}
@@ -140,7 +157,7 @@ def _decoded(path: Path, entries: Mapping[str, Any]) -> Mapping[str, Any]:
         return entries
     if "state2" not in entries:
         raise DataError(
-            f"{path}: is a state of bitsandbytes with one moment (Lion, RMSprop or SGD), which does not say of which; "
+            f"{path}: is a state of bitsandbytes with one moment (Lion, RMSprop or SGD) and no optimizer name; "
             "train with optim='adamw_bnb_8bit', or with `datatools train --optimizer lion_8bit`"
         )
     step = torch.tensor(float(entries.get("step", 0)))
@@ -154,12 +171,12 @@ def _moment(path: Path, entries: Mapping[str, Any], which: str) -> Tensor:
     book, scales = entries.get(f"qmap{which}"), entries.get(f"absmax{which}")
     if book is None or scales is None:
         raise DataError(
-            f"{path}: is a state of bitsandbytes with one scale per tensor (block_wise=False), which is not read; "
-            "train with the default, blocks"
+            f"{path}: is a state of bitsandbytes with one scale per tensor (block_wise=False), which is not supported; "
+            "train with the default (blocks)"
         )
     sizes = [size for size in (256, 512, 1024, 2048, 4096) if -(-codes.numel() // size) == scales.numel()]
     if not sizes:
-        raise DataError(f"{path}: {scales.numel()} scales of {codes.numel()} 8-bit codes fit no size of block")
+        raise DataError(f"{path}: {scales.numel()} scales of {codes.numel()} 8-bit codes match no block size")
     values: Tensor = book.float()[codes.flatten().long()]
     values *= scales.float().repeat_interleave(sizes[0])[: values.numel()]
     return values.reshape(codes.shape)
@@ -183,9 +200,9 @@ _KNOWN = {
 
 
 def _sharded(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """(flat name -> its path in nested containers, flat name -> value) of a checkpoint of torch.distributed.checkpoint.
+    """Return (flat name -> its path in nested containers, flat name -> value) of a torch.distributed checkpoint.
 
-    Tensors are put together from their shards.
+    Tensors are assembled from their shards.
     """
     try:
         index = inert.read(files.read_bytes(folder / ".metadata"), _KNOWN).state
@@ -206,7 +223,7 @@ def _sharded(folder: Path) -> tuple[Any, dict[str, Any]]:
                 whole[tuple(slice(lo, lo + n) for lo, n in zip(corner, value.shape, strict=True))] = value
                 held += value.numel()
             if held < whole.numel():
-                raise ValueError(f"{name}: shards hold {held} of {whole.numel()} numbers")
+                raise ValueError(f"{name}: shards contain {held} of {whole.numel()} numbers")
             found[name] = whole
     except OSError as error:
         raise DataError(f"{folder}: a shard cannot be read: {error}") from error
@@ -218,7 +235,7 @@ def _sharded(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _size(saved: Any) -> tuple[int, ...]:
-    """A torch.Size as it stands in the index."""
+    """Return a torch.Size from its record in the index."""
     return tuple(saved.args[0]) if isinstance(saved, inert.Inert) and saved.args else ()
 
 
@@ -234,7 +251,7 @@ def _piece(folder: Path, info: Mapping[str, Any]) -> Any:
 
 
 def _nested(folder: Path) -> dict[str, Any]:
-    """The values as they were saved: flat names put back where they stood in nested dictionaries and lists."""
+    """Return the values as they were saved: flat names are moved back into nested dictionaries and lists."""
     planned, flat = _sharded(folder)
     paths: Mapping[str, tuple[Any, ...]] = planned if isinstance(planned, Mapping) else {}
     root: dict[Any, Any] = {}
@@ -248,7 +265,7 @@ def _nested(folder: Path) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> list[Any]:
-    """A list that may have come back as a dictionary by place."""
+    """Return a list that may have been restored as a dictionary by position."""
     return [value[i] for i in sorted(value)] if isinstance(value, Mapping) else list(value)
 
 
@@ -256,25 +273,25 @@ def _listed(value: Any) -> list[Any]:
 
 
 class _Nothing:
-    """Stands for an object of a class that is not loaded; holds what was pickled of it and does nothing."""
+    """A placeholder for an object of a class that is not loaded; it has the pickled data and does nothing."""
 
 
 def _from_universal(folder: Path) -> dict[str, Any]:
-    """AdamW's state of DeepSpeed's universal layout: zero/NAME/{exp_avg,exp_avg_sq,step}.pt and optimizer_state.pt."""
+    """Return AdamW's state in DeepSpeed's universal layout: zero/NAME/{exp_avg,exp_avg_sq,step}.pt and settings."""
     path = folder / "optimizer_state.pt"
     if not path.is_file():
         raise DataError(f"{folder}: optimizer_state.pt is missing; convert the checkpoint again (ds_to_universal)")
     state = {}
     for home in sorted(p for p in folder.iterdir() if p.is_dir()):
         if not all((home / f"{key}.pt").is_file() for key in ("exp_avg", "exp_avg_sq", "step")):
-            raise DataError(f"{home}: holds no AdamW state (exp_avg, exp_avg_sq, step); train with AdamW")
+            raise DataError(f"{home}: contains no AdamW state (exp_avg, exp_avg_sq, step); train with AdamW")
         step = _value(_plain(home / "step.pt"))
         entries = {key: _value(_plain(home / f"{key}.pt")).float() for key in ("exp_avg", "exp_avg_sq")}
         state[home.name] = {"step": torch.tensor(float(step)), **entries}
     groups = _with_stand_ins(path).get("param_groups")
     settings = [{key: group.get(key) for key in ("betas", "eps")} for group in groups or [{}]]
     if settings[0]["betas"] is None or any(other != settings[0] for other in settings):
-        raise DataError(f"{path}: its param_groups have no betas and eps, or several; expected those of one AdamW")
+        raise DataError(f"{path}: its param_groups have no or several betas and eps; expected those of one AdamW")
     group = {**settings[0], "betas": tuple(settings[0]["betas"]), "amsgrad": False, "params": list(state)}
     return {"state": state, "param_groups": [group]}
 
@@ -284,7 +301,7 @@ def _value(saved: Any) -> Any:
 
 
 def _with_stand_ins(path: Path) -> dict[str, Any]:
-    """A file with objects of DeepSpeed beside its tensors (its loss scaler): they are read as `_Nothing`."""
+    """Read a file that has objects of DeepSpeed next to its tensors (its loss scaler); they become `_Nothing`."""
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
@@ -293,7 +310,9 @@ def _with_stand_ins(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(stand_ins):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
-        raise DataError(f"{path}: not readable as plain tensors, the only thing loaded: {_reason(error)}") from error
+        raise DataError(
+            f"{path}: not readable as plain tensors, and nothing else is loaded:  {_reason(error)}"
+        ) from error
     return found if isinstance(found, dict) else {}
 
 
@@ -301,7 +320,14 @@ def _with_stand_ins(path: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Weights by name, of `weights(checkpoint)`. Of DeepSpeed's layout those that were trained. Raises: DataError."""
+    """Return the weights in the folder that `weights` returned, by name; in DeepSpeed's layout, only the trained ones.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        DataError: The weights cannot be read.
+    """
     if folder.name == "zero":
         homes = sorted(p for p in folder.iterdir() if (p / "fp32.pt").is_file())
         return {home.name: _value(_plain(home / "fp32.pt")) for home in homes}

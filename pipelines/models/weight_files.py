@@ -1,7 +1,7 @@
-"""Weights into a model: every weight of the model comes from the files, and every weight of the files has its place.
+"""Loading weights: every weight of the model comes from the files, and every weight of the files is used.
 
-transformers warns when they do not match and goes on with what it draws at random, and `quiet` silences its warnings;
-a model so made has a loss, and it means nothing. So files and keys are compared here, and what differs is an error.
+If they do not match, transformers only warns, continues with random values, and `quiet` silences its warnings. Such a
+model has a loss without meaning. Therefore files and keys are compared here, and differences are errors.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ _MOST_BYTES = 64 << 20
 
 
 def read(name: str, **options: Any) -> Any:
-    """What `AutoModelForCausalLM.from_pretrained(name, **options)` gives, once it is known to be complete.
+    """Return the model of `AutoModelForCausalLM.from_pretrained(name, **options)`, after checking that it is complete.
 
-    Weights that are tied to another, buffers that are computed, and what the model's class declares to be no loss are
-    transformers' to know, and are not counted.
+    Tied weights, computed buffers, and weights that the model's class declares optional are not counted.
+
+    Args:
+        name: The folder or hub name.
+        **options: Options of `from_pretrained`.
 
     Raises:
-        DataError: Weights are missing, unexpected or of another shape; the message names the first, and their number.
+        DataError: Weights are missing, unexpected or of another shape; the message names the first and their number.
     """
     from transformers import AutoModelForCausalLM
 
@@ -36,7 +39,7 @@ def read(name: str, **options: Any) -> Any:
     if folder.is_dir():
         check_settings(folder, trusted=bool(options.get("trust_remote_code")))
         check_files(folder)
-    # what has another shape is reported below, by name; transformers' own error does not name it
+    # other shapes are reported below by name; transformers' own error does not name them
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = AutoModelForCausalLM.from_pretrained(name, **options)
     refuse(name, model, report)
@@ -44,10 +47,15 @@ def read(name: str, **options: Any) -> Any:
 
 
 def refuse(name: str, model: Any, report: Mapping[str, Any]) -> None:
-    """Refuse a model if transformers' report on loading it says that weights did not fit.
+    """Refuse a model if transformers' report on loading it shows that weights did not match.
+
+    Args:
+        name: The name of the model, for the message.
+        model: The model.
+        report: The loading info of transformers.
 
     Raises:
-        DataError: They did not.
+        DataError: Weights did not match.
     """
     kind = type(model).__name__
     parts = []
@@ -59,24 +67,34 @@ def refuse(name: str, model: Any, report: Mapping[str, Any]) -> None:
         parts.append(f"{counted(missing, 'is', 'are')} missing ({few(missing)})")
     extra = sorted(report.get("unexpected_keys") or ())
     if extra:
-        parts.append(f"{counted(extra, 'has', 'have')} no place in it ({few(extra)})")
+        parts.append(f"{counted(extra, 'has', 'have')} no place in the model ({few(extra)})")
     if parts:
         raise DataError(
-            f"{name}: the weights in the files are not those of {kind}: {'; '.join(parts)}. Give the model that they "
-            "were saved from; a model that is meant to be so must first be saved whole, as a causal language model "
+            f"{name}: the weights in the files do not match {kind}: {'; '.join(parts)}. Give the model from which they "
+            "were saved; if this is intended, first save the model completely as a causal language model "
             "(AutoModelForCausalLM ... save_pretrained)"
         )
     if messages := report.get("error_msgs"):
-        raise DataError(f"{name}: the weights in the files are not those of {kind}: {str(next(iter(messages)))[:300]}")
+        raise DataError(f"{name}: the weights in the files do not match {kind}: {str(next(iter(messages)))[:300]}")
 
 
 def counted(keys: Collection[object], one: str, many: str) -> str:
-    """`1 weight has`, `3 weights have`."""
+    """Return a number of weights with its verb: `1 weight has`, `3 weights have`.
+
+    Args:
+        keys: The weights.
+        one: The verb in the singular.
+        many: The verb in the plural.
+    """
     return f"{len(keys)} weight{'' if len(keys) == 1 else 's'} {one if len(keys) == 1 else many}"
 
 
 def few(keys: list[str]) -> str:
-    """The first of the names, and how many there are besides."""
+    """Return the first of some names, and the number of the others.
+
+    Args:
+        keys: The names.
+    """
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     return ", ".join(keys[:_SHOWN]) + more
 
@@ -89,7 +107,10 @@ def _shapes(entry: Any) -> str:
 
 
 def check_files(folder: Path) -> None:
-    """The safetensors files of a model's folder: an index names files beside it, and each of them can be opened.
+    """Check the safetensors files of a model's folder: an index names files in its folder, and each can be opened.
+
+    Args:
+        folder: The folder.
 
     Raises:
         DataError: A file is damaged or missing; the message names it.
@@ -102,38 +123,43 @@ def check_files(folder: Path) -> None:
 
 
 def _indexed(index: Path) -> list[str]:
-    """The shards that an index names. Only plain names of safetensors files: it may not point anywhere else."""
+    """Return the shards that an index names. Only plain names of safetensors files are allowed."""
     table = files.read_json(index)
     placed = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
-        raise DataError(f"{index}: is no index of shards: expected weight_map, an object of weight: file")
+        raise DataError(f"{index}: is not an index of shards: expected weight_map, an object of weight: file")
     for weight, name in placed.items():
         if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
-            raise DataError(f"{index}: puts {weight!r} into {name!r}, which is not a file of its own folder")
+            raise DataError(f"{index}: puts {weight!r} into {name!r}, which is not a file in its folder")
         if not name.endswith(".safetensors"):
-            raise DataError(f"{index}: puts {weight!r} into {name!r}; only .safetensors files are read, never a pickle")
+            raise DataError(f"{index}: puts {weight!r} into {name!r}; only .safetensors files are read, never pickles")
         if not (index.parent / name).is_file():
-            raise DataError(f"{index}: names the shard {name}, which is not there; copy the whole folder again")
+            raise DataError(f"{index}: names the shard {name}, which is missing; copy the whole folder again")
     return sorted(set(placed.values()))
 
 
 def keys(path: Path) -> list[str]:
-    """The names of the tensors in a safetensors file.
+    """Return the names of the tensors in a safetensors file.
+
+    Args:
+        path: The file.
 
     Raises:
-        DataError: The header is damaged, or the file is cut off.
+        DataError: The header is damaged, or the file is truncated.
     """
     try:
         with safe_open(path, "pt") as saved:
             return sorted(saved.keys())
     except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as safetensors: {first_line(error)}; is the file whole?") from error
+        raise DataError(
+            f"{path}: not readable as safetensors: {first_line(error)}; the file may be truncated"
+        ) from error
 
 
 def check_settings(folder: Path, *, trusted: bool) -> None:
-    """The small JSON files of a model's or tokenizer's folder are objects, and ask for no code.
+    """Check that the small JSON files of a model's or tokenizer's folder are objects and request no code.
 
-    transformers runs attention code of a hub repository that config.json names ("owner/repository"), without asking.
+    transformers runs attention code of a hub repository that config.json names ("owner/repository") without asking.
 
     Args:
         folder: The folder.
@@ -141,7 +167,7 @@ def check_settings(folder: Path, *, trusted: bool) -> None:
 
     Raises:
         DataError: A file is not a JSON object; the message names it.
-        UsageError: A file asks for code.
+        UsageError: A file requests code.
     """
     for name in _SETTINGS:
         path = folder / name
@@ -149,11 +175,11 @@ def check_settings(folder: Path, *, trusted: bool) -> None:
             continue
         value = files.read_json(path, limit=_MOST_BYTES)
         if not isinstance(value, dict):
-            raise DataError(f"{path}: holds {_kind(value)}; expected a JSON object, as save_pretrained writes it")
+            raise DataError(f"{path}: contains {_kind(value)}; expected a JSON object, as written by save_pretrained")
         if name == "config.json" and not trusted and (kernel := _kernel(value)) is not None:
             raise UsageError(
-                f"{path}: asks for attention code of the hub repository {kernel!r}, which is not run unless this "
-                "command says so; if you trust it add --trust-remote-code"
+                f"{path}: requests attention code of the hub repository {kernel!r}, which is not run unless this "
+                "command allows it; if you trust it, add --trust-remote-code"
             )
 
 

@@ -451,7 +451,10 @@ def test_interrupts_end_cleanly_and_say_how_to_go_on(tmp_path, number, code, tim
     out, error = process.communicate(timeout=30)
     assert process.returncode == code and time.monotonic() - start < 10
     assert "Traceback" not in error and out == ""
-    assert "interrupted: finished work is kept in o; to continue, run the same command again: datatools select --model m" in error
+    assert (
+        "interrupted: finished work is kept in o; to continue, run the same command again: datatools select --model m"
+        in error
+    )
     assert json.loads((tmp_path / "o/progress.json").read_text())["state"] == "interrupted"
     assert not (tmp_path / "o/.lock").exists()
 

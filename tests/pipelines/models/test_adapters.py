@@ -169,7 +169,7 @@ def test_what_does_not_fit_says_why_and_leaves_the_base(bases, tmp_path):
     folder, _, _ = saved_adapter(bases / "untied", tmp_path / "prompt")
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "PREFIX_TUNING"}))
-    with pytest.raises(DataError, match="PREFIX_TUNING puts tokens before a row"):
+    with pytest.raises(DataError, match="PREFIX_TUNING adds tokens before a row"):
         load_adapter(model, folder)
     assert list(dict(model.named_modules())) == names
 
@@ -222,7 +222,7 @@ def test_an_adapter_with_a_name_has_a_folder_of_its_own(bases, tmp_path):
     torch.testing.assert_close(read(input_ids=IDS).logits, wanted)
     assert list(saved_parameters(read)) == [n for n, p in wrapped.named_parameters() if p.requires_grad]
     shutil.copytree(tmp_path / "a" / "mine", tmp_path / "a" / "other")
-    with pytest.raises(DataError, match="holds 2 adapters \\(mine, other\\)"):
+    with pytest.raises(DataError, match="contains 2 adapters \\(mine, other\\)"):
         load_adapter(base, tmp_path / "a")
 
 
@@ -431,7 +431,7 @@ def test_an_adapter_of_any_kind_is_evaluated(world, tmp_path, kind):
         kept = torch.tensor(labels[1:]) != -100
         losses.append(functional.cross_entropy(logits[kept], torch.tensor(labels[1:])[kept], reduction="none"))
     assert got["loss"] == pytest.approx(float(torch.cat(losses).mean().detach()), abs=1e-6)
-    with pytest.raises(UsageError, match=r"holds an adapter; give its base \(.*\) as --model"):
+    with pytest.raises(UsageError, match=r"contains an adapter; give its base \(.*\) as --model"):
         models.load(ModelConfig(name=str(folder)))
 
 

@@ -22,7 +22,7 @@ def test_causal_models_pass_and_keep_their_state(name):
 @pytest.mark.parametrize("name, why", [
     ("XLNetLMHeadModel", "not causal: the logits of a token change with the tokens after it"),
     ("CpmAntForCausalLM", "not causal"),
-    ("BigBirdForCausalLM", "puts other attention .* for good, .* set attention_type to original_full"),
+    ("BigBirdForCausalLM", "permanently replaces its attention .* set attention_type to original_full"),
     ("ProphetNetForCausalLM", "the number of tokens after it"),
     ("ReformerModelWithLMHead", "cannot be run and differentiated"),
 ])  # fmt: skip

@@ -95,10 +95,10 @@ def test_a_damaged_conversion_is_made_again(whole: Path, cache: Path, capsys: py
                 path.write_bytes(data[: len(data) // 2 if harm == "truncate" else 0])
             assert logits(whole).equal(wanted), (name, harm)
             # a seal whose own text is harmed where nothing depends on it may stand
-            assert "made again" in capsys.readouterr().err or name == "complete.json", (name, harm)
+            assert "created again" in capsys.readouterr().err or name == "complete.json", (name, harm)
             assert json.loads((folder / "complete.json").read_text())["files"] == sealed["files"]
     (folder / "model-00002-of-00002.safetensors").write_bytes(b"x")  # what nobody sealed
-    assert logits(whole).equal(wanted) and "made again" in capsys.readouterr().err
+    assert logits(whole).equal(wanted) and "created again" in capsys.readouterr().err
 
 
 def test_a_half_written_or_older_conversion_is_not_used(whole: Path, cache: Path) -> None:

@@ -249,14 +249,14 @@ def test_shards_that_the_index_leaves_out(sharded: Path) -> None:
 def test_a_shard_that_is_not_there(sharded: Path) -> None:
     first = sorted(sharded.glob("model-*.safetensors"))[0]
     first.unlink()
-    with pytest.raises(DataError, match=f"names the shard {first.name}, which is not there"):
+    with pytest.raises(DataError, match=f"names the shard {first.name}, which is missing"):
         models.load(config_of(sharded))
 
 
 @pytest.mark.parametrize("name, match", [
     ("pytorch_model-1.bin", "never a pickle"), ("../base/model.safetensors", "not a file of its own folder"),
     ("/etc/hostname", "not a file of its own folder"), ("a\\b.safetensors", "not a file of its own folder"),
-    (3, "no index of shards"), (None, "no index of shards"),
+    (3, "not an index of shards"), (None, "not an index of shards"),
 ])  # fmt: skip
 def test_an_index_points_to_safetensors_beside_it(sharded: Path, name: object, match: str) -> None:
     (sharded / "pytorch_model-1.bin").write_bytes(b"")
@@ -269,7 +269,7 @@ def test_an_index_points_to_safetensors_beside_it(sharded: Path, name: object, m
 @pytest.mark.parametrize("value", [[], 3, None, {}, {"weight_map": []}, {"weight_map": {}}])
 def test_an_index_that_is_none(sharded: Path, value: object) -> None:
     indexed(sharded, lambda _: value)
-    with pytest.raises(DataError, match="no index of shards"):
+    with pytest.raises(DataError, match="not an index of shards"):
         models.load(config_of(sharded))
 
 
@@ -310,10 +310,10 @@ def test_a_folder_with_a_model_and_an_adapter_is_refused(home: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("change, match", [
-    ({"peft_type": "PROMPT_TUNING"}, "puts tokens before a row"), ({"peft_type": "XLORA"}, "is not read here"),
-    ({"peft_type": "SHADOW", "shadow_model": "/x"}, "is not read here"), ({"peft_type": None}, "is not read here"),
-    ({"peft_type": ["LORA"]}, "is not read here"), ({"megatron_config": {"a": 1}, "megatron_core": "this"}, "imports"),
-    ({"alora_invocation_tokens": [1]}, "inside of a row"), ({"use_rslora": "no"}, "expected true or false"),
+    ({"peft_type": "PROMPT_TUNING"}, "adds tokens before a row"), ({"peft_type": "XLORA"}, "is not supported"),
+    ({"peft_type": "SHADOW", "shadow_model": "/x"}, "is not supported"), ({"peft_type": None}, "is not supported"),
+    ({"peft_type": ["LORA"]}, "is not supported"), ({"megatron_config": {"a": 1}, "megatron_core": "this"}, "imports"),
+    ({"alora_invocation_tokens": [1]}, "inside a row"), ({"use_rslora": "no"}, "expected true or false"),
     ({"lora_alpha": float("nan")}, "finite"), ({"r": "x"}, "does not fit"), ({"target_modules": [3]}, "does not fit"),
 ])  # fmt: skip
 def test_adapters_that_are_not_read(home: Path, tmp_path: Path, change: dict[str, Any], match: str) -> None:

@@ -1004,7 +1004,9 @@ def test_folders_and_missing_files(tmp_path):
         with pytest.raises(DataError, match=f"let its name end in {suffix}"):
             read(tmp_path, start + b" rest", name="data.jsonl")
     for name in ("data.jsonl.lz4", "data.zip", "data.tar.gz", "data.xlsx", "data.pkl"):
-        with pytest.raises(DataError, match=r"\.\w+(\.gz)? is not supported; unpack or convert it \(supported are .jsonl,"):
+        with pytest.raises(
+            DataError, match=r"\.\w+(\.gz)? is not supported; unpack or convert it \(supported are .jsonl,"
+        ):
             read(tmp_path, JSONL, name=name)
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match="not a file"):

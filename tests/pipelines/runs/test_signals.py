@@ -78,6 +78,9 @@ def test_an_interrupted_run_says_so():
     with pytest.raises(Terminated), Run("r", config(), "select"):
         raise Terminated
     assert read("r/progress.json")["state"] == "interrupted"
-    assert "finished work is kept in r; to continue, run the same command again: datatools select" in signals.how_to_continue()
+    assert (
+        "finished work is kept in r; to continue, run the same command again: datatools select"
+        in signals.how_to_continue()
+    )
     with Run("r", config(), "select") as run:
         assert run.resumed

@@ -737,7 +737,7 @@ def test_checkpoints_that_cannot_be_used_are_refused(world, tmp_path):
     state = json.loads((stop / "trainer_state.json").read_text())
     cases = {
         "nothing": (lambda: None, UsageError, "no such folder"),
-        "no state": (lambda: (stop / "optimizer.pt").unlink(), DataError, "holds no optimizer.pt"),
+        "no state": (lambda: (stop / "optimizer.pt").unlink(), DataError, "contains no optimizer.pt"),
         "no log": (
             lambda: (stop / "trainer_state.json").write_text(json.dumps({**state, "log_history": []})),
             DataError,
