@@ -1,1 +1,1 @@
-"""The training loop, its checkpoints, its evaluation, and what it costs."""
+"""The training loop, its checkpoints, its evaluation, and its cost."""

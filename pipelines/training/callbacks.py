@@ -1,4 +1,4 @@
-"""What watches a training run without changing it: its progress, and how much of the updates arrives in the weights."""
+"""Callbacks that watch a training run without changing it: progress, and updates that rounding loses."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from pipelines.runs.messages import warn
 
 
 class WatchRounding(TrainerCallback):  # type: ignore[misc]
-    """Measures in the first steps how much of the updates of bfloat16 weights arrives, and warns of what is lost."""
+    """Measures in the first steps how much of the updates of bfloat16 weights is kept, and warns about losses."""
 
     steps, lost = 5, 0.9
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        """Begin to measure, unless nothing is rounded to the nearest or the first steps are over."""
+        """Begin to measure, unless no weight is rounded to the nearest value or the first steps are over.
+
+        Args:
+            args: The training arguments.
+            state: The state of the Trainer.
+            control: The control of the Trainer.
+            optimizer: The optimizer.
+        """
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         rounded = [group for group in inner.param_groups if group.get("rounding") == "nearest"]
         self.optimizer = inner if rounded and state.global_step < self.steps else None
@@ -25,12 +32,24 @@ class WatchRounding(TrainerCallback):  # type: ignore[misc]
             self.optimizer.arrived = optim.Arrived()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Warn after the first steps."""
+        """Warn after the first steps.
+
+        Args:
+            args: The training arguments.
+            state: The state of the Trainer.
+            control: The control of the Trainer.
+        """
         if state.global_step >= self.steps:
             self._say()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Warn where the run was shorter."""
+        """Warn if the run was shorter.
+
+        Args:
+            args: The training arguments.
+            state: The state of the Trainer.
+            control: The control of the Trainer.
+        """
         self._say()
 
     def _say(self) -> None:
@@ -53,6 +72,12 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.advance = advance
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count the step."""
+        """Count the step.
+
+        Args:
+            args: The training arguments.
+            state: The state of the Trainer.
+            control: The control of the Trainer.
+        """
         if self.advance is not None:
             self.advance(1)

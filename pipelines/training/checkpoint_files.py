@@ -1,7 +1,7 @@
-"""The files of a checkpoint, an adapter or a model that training saves: which are complete, sound, and how they get so.
+"""The files of a saved checkpoint, adapter or model: which are complete and sound.
 
-A folder counts only once `complete.json` (sizes and hashes, written last) stands in it, so that a run that was killed
-inside a save continues from the checkpoint before.
+A folder is valid only if it contains `complete.json` (sizes and hashes, written last), so that a run that was killed
+during a save continues from the previous checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ from pipelines.runs.workers import rank, world_size
 
 @contextmanager
 def saving(folder: Path) -> Iterator[None]:
-    """What torch, safetensors and peft raise when the disk refuses, as an error that says how to go on."""
+    """Convert errors of torch, safetensors and peft while a folder is saved into errors that say how to continue.
+
+    Args:
+        folder: The folder.
+    """
     try:
         with quiet():
             yield
@@ -34,15 +38,19 @@ def saving(folder: Path) -> Iterator[None]:
     except (SafetensorError, RuntimeError) as error:  # theirs carry no errno
         first = str(error).strip().splitlines()[0][:200]
         raise EnvironmentProblem(
-            f"cannot write {folder}: {first}; check the disk (is it full?) and run the same command again, it "
-            "continues from the checkpoint before"
+            f"cannot write {folder}: {first}; check the free disk space and run the same command again, which "
+            "continues from the previous checkpoint"
         ) from error
 
 
 def mark_complete(folder: Path) -> None:
-    """Write `complete.json`: size and hash of every file in the checkpoint. Its presence is what makes one valid."""
+    """Write `complete.json`: size and hash of every file in a folder. Its presence makes the folder valid.
+
+    Args:
+        folder: The folder.
+    """
     adapter = folder / "adapter_config.json"
-    if adapter.is_file():  # peft writes a set of names in whatever order it has; equal runs shall have equal bytes
+    if adapter.is_file():  # peft writes a set of names in any order; equal runs must have equal bytes
         config = files.read_json(adapter)
         ordered = {k: sorted(v) if k == "target_modules" and isinstance(v, list) else v for k, v in config.items()}
         files.write_bytes(adapter, files.json_bytes(ordered), seal=False)  # `COMPLETE` has its digest
@@ -51,7 +59,11 @@ def mark_complete(folder: Path) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file that `complete.json` lists is there, byte for byte; no when it is damaged itself."""
+    """Return whether every file listed in `complete.json` exists, byte for byte; False if the list itself is damaged.
+
+    Args:
+        folder: The folder.
+    """
     try:
         return changed(folder, files.read_json(folder / COMPLETE)) is None
     except (DataError, ValueError):  # missing, not JSON, or not what `mark_complete` wrote
@@ -59,23 +71,30 @@ def is_complete(folder: Path) -> bool:
 
 
 def is_sound(folder: Path) -> bool:
-    """Whether what was saved in `folder` is complete, finite, and here: no link leads out of it."""
+    """Return whether a saved folder is complete and finite and contains no link.
+
+    Args:
+        folder: The folder.
+    """
     if folder.is_symlink() or (folder.is_dir() and any(path.is_symlink() for path in folder.iterdir())):
         return False
     if not is_complete(folder):
         return False
     if (found := rotten(folder)) is not None:
-        warn(f"{folder}: {found} is not finite; what was saved there is not used")
+        warn(f"{folder}: {found} is not finite; the saved files are not used")
         return False
     return True
 
 
 def checkpoints(folder: Path, steps: Sequence[int] | None = None) -> list[Path]:
-    """The valid checkpoints in `folder`, oldest first; damaged ones are renamed `*.broken` and never used.
+    """Return the valid checkpoints in a folder, oldest first; damaged ones are renamed to `*.broken` and never used.
 
-    One whose weights or optimizer state are not finite is damaged too, and so is a symbolic link.
-    steps: those there should be (`planned_checkpoints`). What comes after the first that is missing is set aside too:
-    training goes on before the gap and makes the rest again, bit for bit.
+    A checkpoint is damaged too if its weights or optimizer state are not finite, or if it is a symbolic link.
+
+    Args:
+        folder: The folder of the checkpoints.
+        steps: The expected steps (`planned_checkpoints`). Checkpoints after the first missing one are renamed too:
+            training continues before the gap and repeats the rest, bit for bit.
     """
     found = []
     for path in folder.glob("checkpoint-*"):
@@ -98,7 +117,7 @@ def checkpoints(folder: Path, steps: Sequence[int] | None = None) -> list[Path]:
 
 def _set_aside(path: Path) -> None:
     number, aside = 1, path.with_name(f"{path.name}.broken")
-    while os.path.lexists(aside):  # the same step may break twice: killed inside its save, and again
+    while os.path.lexists(aside):  # the same step may break twice
         number += 1
         aside = path.with_name(f"{path.name}.broken-{number}")
     files.move(path, aside)
@@ -106,7 +125,7 @@ def _set_aside(path: Path) -> None:
 
 @contextmanager
 def lead_first() -> Iterator[None]:
-    """Of several processes the first does the block, then the others do: it makes or repairs what they read."""
+    """Let the first of several processes run the `with` block before the others, which read its files."""
     if world_size() > 1 and rank() > 0:
         torch.distributed.barrier()
     yield

@@ -1,9 +1,9 @@
-"""Checkpoints of a warm-up run, ours or the user's: the adapter, the optimizer's state by parameter name, its
-learning rate.
+"""Checkpoints of a warm-up run, ours or the user's: the adapter, the optimizer's state by name, the learning rate.
 
 Trainer's own `optimizer.pt` has no names: its integers count the decayed parameters first, then the others. The names
-are put back in that order and every shape is checked. Which parameters were trained is read from what was saved: an
-adapter's file, the state's names, or else the one choice that fits its shapes. `training_args.bin` is never read.
+are restored in that order, and every shape is checked. Which parameters were trained is read from the saved files: an
+adapter's file, the names in the state, or else the only choice that fits its shapes. `training_args.bin` is never
+read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,14 @@ from pipelines.training.checkpoint_files import COMPLETE, is_complete
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint: its folder and step, the mean learning rate since the one before, and its weight in the score."""
+    """One checkpoint.
+
+    Attributes:
+        folder: The folder.
+        step: The optimizer step.
+        mean_lr: The mean learning rate since the previous checkpoint.
+        weight: The weight in the score.
+    """
 
     folder: Path
     step: int
@@ -42,18 +49,18 @@ class Checkpoint:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it holds LoRA matrices rather than a whole model."""
+        """Whether it contains LoRA matrices rather than a whole model."""
         return adapter_folder(self.folder) is not None
 
     def digests(self) -> dict[str, str]:
-        """File name -> hash of the weights and the optimizer state."""
+        """Return file name -> hash of the weights and the optimizer state."""
         home = adapter_folder(self.folder)
         paths = [*self.folder.glob("*.safetensors"), *(home.glob("*.safetensors") if home else ())]
         for held in (saved_states.find(self.folder), saved_states.weights(self.folder)):
             if held is not None:
                 paths += [p for p in held.rglob("*") if p.is_file()] if held.is_dir() else [held]
         found = {str(path.relative_to(self.folder)): files.digest_file(path) for path in sorted(set(paths))}
-        if home is not None:  # what of peft's file makes a difference; it also lists names in no fixed order
+        if home is not None:  # the relevant part of peft's file, whose lists have no fixed order
             config = files.read_json(home / "adapter_config.json")
             kept = {key: sorted(map(str, v)) if isinstance(v, list) else v for key, v in config.items()}
             for key in ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"):
@@ -63,12 +70,17 @@ class Checkpoint:
 
 
 def find(paths: Sequence[Path]) -> list[Checkpoint]:
-    """The checkpoints in `paths` (checkpoint folders, or folders of runs, ours or Trainer's, that hold some), by step.
+    """Return the checkpoints in some folders, by step.
 
-    The weight of a checkpoint is the mean learning rate of the optimizer steps since the one before (`log_history` of
-    `trainer_state.json`), divided by the sum over checkpoints.
-    Raises: UsageError when there is none; DataError for a folder without optimizer state or logged learning rates, or
-    damaged since it was saved.
+    The weight of a checkpoint is the mean learning rate of the optimizer steps since the previous one (`log_history`
+    of `trainer_state.json`), divided by the sum over checkpoints.
+
+    Args:
+        paths: Checkpoint folders, or folders of runs, ours or Trainer's, that contain checkpoints.
+
+    Raises:
+        UsageError: There is no checkpoint.
+        DataError: A folder has no optimizer state or no logged learning rates, or it was damaged.
     """
     folders: list[Path] = []
     for path in paths:
@@ -78,8 +90,8 @@ def find(paths: Sequence[Path]) -> list[Checkpoint]:
     for folder in folders:
         if (folder / COMPLETE).is_file() and not is_complete(folder):
             raise DataError(
-                f"checkpoint {folder}: a file is not what {COMPLETE} says was saved; train again from the "
-                "checkpoint before, or leave this one out"
+                f"checkpoint {folder}: a file differs from {COMPLETE}; train again from the "
+                "previous checkpoint, or leave this one out"
             )
     states = {folder: _trainer_state(folder) for folder in folders}
     ordered = sorted(set(folders), key=lambda folder: int(states[folder]["global_step"]))
@@ -103,7 +115,7 @@ def find(paths: Sequence[Path]) -> list[Checkpoint]:
 
 
 def _inside(path: Path) -> list[Path]:
-    """The checkpoints of a run's folder; without those of ours that a kill left half-saved."""
+    """Return the checkpoints of a run's folder, without our own that a kill left incomplete."""
     found = [p for p in path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
     ours = [p for p in found if (p / COMPLETE).is_file()]
     return ours or found
@@ -114,16 +126,20 @@ def _trainer_state(folder: Path) -> dict[str, Any]:
         raise DataError(f"checkpoint {folder}: {saved_states.refusal(folder)}")
     path = folder / "trainer_state.json"
     if not path.is_file():
-        raise DataError(f"checkpoint {folder}: trainer_state.json is missing, so its learning rate is not known")
+        raise DataError(f"checkpoint {folder}: trainer_state.json is missing, so its learning rate is unknown")
     state = files.read_json(path)
     step = state.get("global_step") if isinstance(state, dict) else None
     if not isinstance(state, dict) or not isinstance(step, int) or isinstance(step, bool) or step < 1:
-        raise DataError(f"{path}: not a Trainer's state: `global_step` is missing, or not a number of steps")
+        raise DataError(f"{path}: not a Trainer's state: `global_step` is missing or is not a number of steps")
     return state
 
 
 def _rates(folder: Path, state: Mapping[str, Any], before: int, step: int) -> list[float]:
-    """The learning rates that were logged after step `before`, up to `step`. Raises: DataError for what is no rate."""
+    """Return the learning rates that were logged after step `before`, up to `step`.
+
+    Raises:
+        DataError: A value is not a learning rate.
+    """
     history = state.get("log_history", [])
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
         raise DataError(f"{folder / 'trainer_state.json'}: `log_history` is not a list of objects")
@@ -142,7 +158,7 @@ def _rates(folder: Path, state: Mapping[str, Any], before: int, step: int) -> li
         if not isinstance(rate, int | float) or isinstance(rate, bool) or not (math.isfinite(rate) and rate >= 0):
             raise DataError(
                 f"{folder / 'trainer_state.json'}: the learning rate of step {at} is {json.dumps(rate)[:40]}; LESS "
-                "weighs checkpoints by it: write the rate that was used, or leave the checkpoint out"
+                "weights checkpoints by it; write the rate that was used, or leave the checkpoint out"
             )
         rates.append(float(rate))
     return rates
@@ -150,13 +166,19 @@ def _rates(folder: Path, state: Mapping[str, Any], before: int, step: int) -> li
 
 @contextmanager
 def at(checkpoint: Checkpoint, config: ModelConfig, model: Any) -> Iterator[Any]:
-    """The model as it was at the checkpoint: `model` with the adapter, taken off again after it, or one of its own.
+    """Yield the model at a checkpoint: `model` with the adapter, which is removed afterwards, or a separate model.
 
-    config: what `model` was loaded from. Raises: DataError when the checkpoint does not fit it.
+    Args:
+        checkpoint: The checkpoint.
+        config: The configuration from which `model` was loaded.
+        model: The base model.
+
+    Raises:
+        DataError: The checkpoint does not fit the model.
     """
     if not checkpoint.is_adapter:
         if any(checkpoint.folder.glob("adapter_model.*")):
-            raise DataError(f"checkpoint {checkpoint.folder}: holds an adapter without its adapter_config.json")
+            raise DataError(f"checkpoint {checkpoint.folder}: contains an adapter without its adapter_config.json")
         yield models.load(config, weights=checkpoint.folder).model
         return
     module = load_adapter(model, checkpoint.folder)
@@ -174,16 +196,22 @@ def updates(
     module: nn.Module | None = None,
     base: nn.Module | None = None,
 ) -> UpdateMap:
-    """The optimizer at `checkpoint` as a map from gradients to updates, for those of `params` that it trained.
+    """Return the optimizer at a checkpoint as a map from gradients to updates, for the parameters that it trained.
 
-    params: those that may have been trained (`trainable`). The state's names say which were; of a state without names
-    their number and shapes, and `base`, the model that training started from: weights that differ from it were trained.
-    module: the model they are of; needed where a state has no names and its model has `nn.LayerNorm` layers, which
-    Trainer tells by their type.
-    adam_mode: "paper" is the optimizer's own rule; "code" LESS's published one (eps 1e-8 inside the root, no bias
-    correction, betas 0.9 and 0.999); "precond_only" g / (sqrt(v^) + eps). The last two need AdamW's state.
-    Raises: DataError when the state is not readable without unpickling, does not fit the parameters by name and shape,
-    or does not tell which of them it is of.
+    Args:
+        checkpoint: The checkpoint.
+        params: The parameters that may have been trained (`trainable`). The names in the state decide; without names,
+            its number of entries, their shapes, and `base` do.
+        adam_mode: "paper" is the optimizer's own rule. "code" is LESS's published one (eps 1e-8 inside the root, no
+            bias correction, betas 0.9 and 0.999). "precond_only" is g / (sqrt(v^) + eps). The last two need AdamW's
+            state.
+        module: The model; needed for a state without names if the model has `nn.LayerNorm` layers, which Trainer
+            recognises by their type.
+        base: The model at the start of training: weights that differ from it were trained.
+
+    Raises:
+        DataError: The state is not readable without unpickling, does not fit the parameters by name and shape, or does
+            not show which of them it belongs to.
     """
     path = saved_states.find(checkpoint.folder)
     if path is None:
@@ -202,15 +230,18 @@ def updates(
 
 
 def _try(found: UpdateMap, saved: Mapping[str, Any]) -> None:
-    """Refuse a state that gives no update: settings of a wrong kind, moments that were never written.
+    """Refuse a state that gives no update: settings of a wrong kind, or moments that were never written.
 
-    Tried on the smallest parameter. Raises: ValueError, and what the rule raises.
+    It is tried on the smallest parameter.
+
+    Raises:
+        ValueError: The state gives no update; the rule may raise other errors.
     """
     if not found.params:
         return
     name = min(found.params, key=lambda n: found.params[n].numel())
     if not saved["state"] and found.rules[name].init(found.params[name]):
-        raise ValueError(f"it holds no state of any parameter, which {found.rules[name].name!r} needs")
+        raise ValueError(f"it contains no state of any parameter, but {found.rules[name].name!r} needs one")
     update = found({name: torch.zeros_like(found.params[name], dtype=torch.float32)})[name]
     if not update.isfinite().all():
         raise ValueError(f"the update of {name!r} for a gradient of zeros is not finite")
@@ -220,7 +251,9 @@ def _in_mode(rule: UpdateRule, mode: str) -> UpdateRule:
     if mode == "paper":
         return rule
     if not isinstance(rule, AdamWRule):
-        raise ValueError(f"features.adam_mode={mode!r} is about AdamW, and this state is of {rule.name!r}; use 'paper'")
+        raise ValueError(
+            f"features.adam_mode={mode!r} needs AdamW, but this state belongs to {rule.name!r}; use 'paper'"
+        )
     if mode == "code":
         return AdamWRule(eps=0.0, eps_root=1e-8, bias_correction=False)
     if mode == "precond_only":
@@ -231,9 +264,9 @@ def _in_mode(rule: UpdateRule, mode: str) -> UpdateRule:
 def _with_names(
     saved: Mapping[str, Any], params: Mapping[str, Tensor], module: nn.Module | None, base: nn.Module | None
 ) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    """`saved` with `param_names` in its groups, and those of `params` that it is of.
+    """Return `saved` with `param_names` in its groups, and the parameters that it belongs to.
 
-    An integer-keyed state has its names put back in Trainer's order.
+    The names of an integer-keyed state are restored in Trainer's order.
     """
     groups = saved["param_groups"]
     keys = [key for group in groups for key in group["params"]]
@@ -245,14 +278,14 @@ def _with_names(
     if len(groups) > 1:
         spared = without_decay(params, module)
         parts = [[n for n in params if n not in spared], [n for n in params if n in spared]]
-    if len(groups) > 2:  # in Trainer's order, if in any
+    if len(groups) > 2:  # in Trainer's order, if it has one
         groups, parts = [{**groups[0], "params": keys}], [[name for part in parts for name in part]]
     if base is None and len(keys) != len(params):
-        raise ValueError(f"it holds {len(keys)} parameters without names, and the model trains {len(params)}")
+        raise ValueError(f"it contains {len(keys)} parameters without names, but the model trains {len(params)}")
     if len(keys) > len(params) and module is not None and saved_parameters(module):
         raise ValueError(
-            f"it holds {len(keys)} parameters, and the adapter's file {len(params)}: the run trained weights that it "
-            "did not save, and the model of this checkpoint is lost; name them in modules_to_save and train again"
+            f"it contains {len(keys)} parameters, but the adapter's file {len(params)}: the run trained weights it "
+            "did not save, so the model of this checkpoint is lost; name them in modules_to_save and train again"
         )
     states = [[saved["state"].get(key, {}) for key in group["params"]] for group in groups]
     moved = _moved(params, base) if len(keys) != len(params) else set()
@@ -265,7 +298,7 @@ def _with_names(
 
 
 def _moved(params: Mapping[str, Tensor], base: nn.Module | None) -> set[str]:
-    """Those of `params` whose weights are not those of the model that training started from."""
+    """Return the parameters whose weights differ from the model at the start of training."""
     start = {} if base is None else dict(base.named_parameters())
     return {
         name
@@ -277,7 +310,7 @@ def _moved(params: Mapping[str, Tensor], base: nn.Module | None) -> set[str]:
 def _those_of(
     names: Sequence[str], states: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor], moved: set[str], total: int
 ) -> list[str]:
-    """The names that the states are of, in order: all, or the one choice that has their shapes and all that moved."""
+    """Return the names of the states, in order: all, or the only choice with their shapes and all changed weights."""
     shapes = [next((tuple(v.shape) for v in s.values() if isinstance(v, Tensor) and v.dim() > 0), None) for s in states]
 
     def fits(name: str, shape: tuple[int, ...] | None) -> bool:
@@ -289,11 +322,11 @@ def _those_of(
                 if isinstance(value, Tensor) and value.dim() > 0 and value.shape != params[name].shape:
                     raise ValueError(
                         f"state {i} ({part} {tuple(value.shape)}) should be {name!r} {tuple(params[name].shape)} in "
-                        "the order that Trainer saves; this state was saved in another, and has no names to tell"
+                        "the order that Trainer saves; this state has another order and no names"
                     )
         return list(names)
     count, wanted = len(names), len(states)
-    # ways[i][j]: in how many ways states j.. are of names i.. ; 2 stands for more than one
+    # ways[i][j]: the number of ways in which states j.. belong to names i..; 2 means more than one
     ways = [[0] * (wanted + 1) for _ in range(count + 1)]
     ways[count][wanted] = 1
     for i in range(count - 1, -1, -1):
@@ -310,10 +343,10 @@ def _those_of(
         )
         narrow = any(p.dtype.itemsize < 4 for p in params.values())
         raise ValueError(
-            f"it holds {total} parameters without names, of {len(params)} that may have been trained, and {why}; save "
+            f"it contains {total} parameters without names, of {len(params)} that may be trained, and {why}; save "
             "a state with names (Trainer with optimizer_cls_and_kwargs=optim.hf.resolve('adamw', args)), or freeze "
             "nothing; --model must be the model that training started from"
-            + (", and small changes show with --set model.dtype=float32 only" if narrow else "")
+            + ("; small changes are visible only with --set model.dtype=float32" if narrow else "")
         )
     chosen, i = [], 0
     for j in range(wanted):
@@ -325,7 +358,13 @@ def _those_of(
 
 
 def restrict(found: UpdateMap, names: Sequence[str], rule: UpdateRule | None = None) -> UpdateMap:
-    """`found` for the parameters `names` alone; with `rule`, that rule and a fresh state (`SGDRule`: the gradient)."""
+    """Return an update map for some parameters only.
+
+    Args:
+        found: The update map.
+        names: The parameters.
+        rule: Another rule with a new state (`SGDRule` gives the gradient); by default the rules of `found`.
+    """
     params = {name: found.params[name] for name in names}
     if rule is not None:
         return UpdateMap(dict.fromkeys(names, rule), {name: rule.init(p) for name, p in params.items()}, params)
@@ -333,7 +372,14 @@ def restrict(found: UpdateMap, names: Sequence[str], rule: UpdateRule | None = N
 
 
 def epsilon_warning(found: UpdateMap) -> str | None:
-    """A warning when LESS's published epsilon drowns the second moment: median sqrt(v) < 10 sqrt(1e-8)."""
+    """Return a warning if LESS's published epsilon dominates the second moment: median sqrt(v) < 10 sqrt(1e-8).
+
+    Args:
+        found: The update map.
+
+    Returns:
+        The warning, or None.
+    """
     moments = [state["exp_avg_sq"].flatten() for state in found.states.values() if "exp_avg_sq" in state]
     if not moments:
         return None
@@ -341,14 +387,17 @@ def epsilon_warning(found: UpdateMap) -> str | None:
     if median >= 10 * 1e-4:
         return None
     return (
-        f"adam_mode=code: the median root of the second moment is {median:.1e}, below its epsilon's 1e-4; the "
-        "feature is close to plain momentum (spec 4.1 of LESS's published code). adam_mode=paper does not have this"
+        f"adam_mode=code: the median root of the second moment is {median:.1e}, small compared with epsilon; the "
+        "feature is close to plain momentum (spec 4.1 of LESS's published code). Use adam_mode=paper to avoid this"
     )
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that a checkpoint's optimizer state may be of.
+    """Return the parameters to which a checkpoint's optimizer state may belong.
 
-    Those that an adapter's file holds; the LoRA matrices of fresh adapters; every weight of a plain model.
+    These are the parameters in an adapter's file, the LoRA matrices of new adapters, or every weight of a plain model.
+
+    Args:
+        model: The model.
     """
     return dict(saved_parameters(model) or lora_parameters(model) or model.named_parameters())

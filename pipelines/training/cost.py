@@ -1,7 +1,7 @@
-"""What a run costs before it runs: one pass of its own model over made-up tokens, times what there is to do.
+"""The cost of a run before it runs: one pass of its own model over synthetic tokens, multiplied by the work to do.
 
-The same figures make a dry run's answer and the time left that a run shows. A gradient is taken of made-up tokens
-alone, no optimizer steps, and nothing of the data goes through the model.
+The same numbers give the answer of a dry run and the remaining time that a run shows. Only synthetic tokens pass
+through the model, no optimizer takes a step, and no data is used.
 """
 
 from __future__ import annotations
@@ -26,49 +26,61 @@ from pipelines.texts import NBSP, size
 from pipelines.training import fit, optimizers
 
 SMALL, LARGE = 64, 512
-"""Made-up tokens of the two passes: a pass costs so much, and each of its tokens so much more."""
+"""Synthetic tokens of the two passes, from which the cost per pass and the cost per token follow."""
 
-_ENOUGH = 2.0  # seconds of the small pass from which the large one is left out
+_ENOUGH = 2.0  # if the small pass takes longer (seconds), the large one is omitted
 _STEP, _SAVE, _START = 0.012, 0.15, 0.6
-"""Seconds beside the model: of a Trainer step, of a checkpoint, and of a Trainer's start (2 cores, November 2026)."""
+"""Seconds outside the model: a Trainer step, a checkpoint, and the start of a Trainer (2 cores, November 2026)."""
 
 UPDATE = 0.008
-"""Seconds of a step that is a function, beside the model's (`order`; the same machine)."""
+"""Seconds of a functional step outside the model (`order`; the same machine)."""
 
 CHECKPOINT_BYTES, ADAPTER_BYTES = 60_000, 18_000
-"""What lies beside weights and moments: the Trainer's state, the tokenizer and configurations."""
+"""Bytes of files other than weights and moments: the Trainer's state, the tokenizer and configurations."""
 
-_WRITTEN, _MOVED = 2e8, 4e9  # bytes a second: to a disk, and of weights and moments through an optimizer's step
+_WRITTEN, _MOVED = 2e8, 4e9  # bytes per second: to a disk, and through an optimizer's step
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a pass costs: seconds = `passes` * each + `tokens` * rate, forward alone or with the gradient."""
+    """The cost of a pass: seconds = `passes` * cost per pass + `tokens` * cost per token, forward or with gradient."""
 
     forward: tuple[float, float]
     gradient: tuple[float, float]
     saved: float
-    """Bytes a token that are kept for a backward pass."""
+    """Bytes per token that are kept for a backward pass."""
     trainable: int
-    """Parameters that train, and the bytes of one in a file."""
+    """The number of trained parameters; `width` is the bytes of one in a file."""
     width: int
     length: int
     tokens: int
 
     def seconds(self, tokens: float, passes: float, *, gradient: bool = True) -> float:
-        """Of so many tokens in so many passes."""
+        """Return the seconds of a number of tokens and passes.
+
+        Args:
+            tokens: The number of tokens.
+            passes: The number of passes.
+            gradient: Whether the gradient is taken.
+        """
         each, rate = self.gradient if gradient else self.forward
         return passes * each + tokens * rate
 
     def text(self) -> str:
-        """What the figures are based on."""
-        return f"timed on {self.tokens:,} made-up tokens in rows of {self.length}"
+        """Return what the numbers are based on."""
+        return f"timed on {self.tokens:,} synthetic tokens in rows of {self.length}"
 
 
 def probe(module: Any, length: int, *, gradient: bool = True) -> Probe:
-    """Time passes of `module` over made-up rows of `length` tokens; its parameters and the generators stay as they are.
+    """Time passes of a model over synthetic rows; its parameters and the random generators stay unchanged.
 
-    gradient: with respect to the parameters that require one. Cost: four passes over at most `LARGE` tokens.
+    Args:
+        module: The model.
+        length: The number of tokens of a row.
+        gradient: Whether to take gradients with respect to the parameters that require them.
+
+    Cost:
+        Four passes over at most `LARGE` tokens.
     """
     params = [p for p in module.parameters() if p.requires_grad]
     length = max(2, length)
@@ -87,7 +99,12 @@ def probe(module: Any, length: int, *, gradient: bool = True) -> Probe:
 
 @contextmanager
 def as_trained(model: Any, lora: LoraConfig | None) -> Iterator[Any]:
-    """`model` with fresh adapters, or with all of its weights to train; as it was afterwards."""
+    """Yield a model with new adapters, or with all weights trainable; restored at the end of the `with` block.
+
+    Args:
+        model: The model.
+        lora: The adapters; None trains all weights.
+    """
     if lora is not None:
         with torch.random.fork_rng(devices=[]):
             module = add_lora(model, lora, seed=0).eval()
@@ -106,7 +123,13 @@ def as_trained(model: Any, lora: LoraConfig | None) -> Iterator[Any]:
 
 
 def made_up(module: Any, length: int, tokens: int) -> dict[str, torch.Tensor]:
-    """A batch of rows of `length` tokens, drawn at random, of about so many tokens in all."""
+    """Return a batch of synthetic rows, drawn at random.
+
+    Args:
+        module: The model.
+        length: The number of tokens of a row.
+        tokens: The approximate number of tokens in total.
+    """
     length = max(2, length)
     device = next(module.parameters()).device
     words = int(module.get_input_embeddings().num_embeddings)
@@ -127,7 +150,7 @@ def _gradient(module: Any, batch: Mapping[str, Any], params: Sequence[torch.Tens
 def _fit(
     call: Callable[[Mapping[str, Any]], Any], small: Mapping[str, Any], large: Mapping[str, Any]
 ) -> tuple[float, float]:
-    """(seconds of a pass, seconds of a token in it)."""
+    """Return (seconds per pass, seconds per token)."""
     call(small)  # the first pass allocates
     little, few = _timed(call, small), small["input_ids"].numel()
     many = large["input_ids"].numel()
@@ -150,7 +173,12 @@ def _timed(call: Callable[[Mapping[str, Any]], Any], batch: Mapping[str, Any]) -
 
 
 def saved(module: Any, batch: Mapping[str, Any]) -> int:
-    """Bytes that a forward pass keeps for the backward one, weights apart."""
+    """Return the bytes that a forward pass keeps for the backward pass, without weights.
+
+    Args:
+        module: The model.
+        batch: The batch.
+    """
     weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
     kept: dict[int, int] = {}
 
@@ -171,15 +199,21 @@ def saved(module: Any, batch: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one recipe costs on one model, whatever the rows: seconds of an optimizer's step, bytes of its state."""
+    """The cost of a recipe on a model, whatever the rows: seconds of an optimizer step, bytes of its state."""
 
     step: float
     state: int
 
 
 def recipe_of(recipe: TrainingConfig, module: nn.Module) -> Recipe:
-    """Of the optimizer that `recipe` makes of `module`. It is not stepped: a rule for matrices is asked for the update
-    of one made-up matrix of each shape, others move their bytes.
+    """Return the cost of the optimizer of a recipe.
+
+    The optimizer takes no step: for a rule for matrices, one update of a synthetic matrix of each shape is timed; for
+    other rules, the time to move their bytes is estimated.
+
+    Args:
+        recipe: The recipe.
+        module: The model.
     """
     optimizer = optimizers.optimizer_of(recipe, module)
     seconds, state = 0.0, 0
@@ -209,7 +243,15 @@ def _update(rule: Any, param: torch.Tensor) -> float:
 
 
 def training(found: Probe, rule: Recipe, recipe: TrainingConfig, lengths: Iterable[int], saves: int = 1) -> float:
-    """Seconds of a run over rows of these lengths; `saves` checkpoints."""
+    """Return the seconds of a run.
+
+    Args:
+        found: The cost of the model.
+        rule: The cost of the optimizer.
+        recipe: The recipe.
+        lengths: The number of tokens of each row.
+        saves: The number of checkpoints.
+    """
     rows = list(lengths)
     steps = fit.planned_steps(len(rows), recipe)
     share = min(1.0, steps / max(1, recipe.epochs * -(-len(rows) // recipe.batch_size)))
@@ -225,7 +267,13 @@ def training(found: Probe, rule: Recipe, recipe: TrainingConfig, lengths: Iterab
 
 
 def memory(found: Probe, state: int, micro_tokens: int) -> int:
-    """Bytes at the peak: what is held now, gradients and moments, and what a backward pass keeps."""
+    """Return the peak memory in bytes: what is in use now, gradients and moments, and what a backward pass keeps.
+
+    Args:
+        found: The cost of the model.
+        state: The bytes of the optimizer's state.
+        micro_tokens: The padded tokens of a micro-batch.
+    """
     return int(peak_rss_bytes() + 4 * found.trainable + state + found.saved * micro_tokens)
 
 
@@ -234,23 +282,27 @@ def memory(found: Probe, state: int, micro_tokens: int) -> int:
 
 @dataclass
 class Estimate:
-    """What a run will take: seconds by part (the label of its progress), tokens, bytes of memory and on disk."""
+    """The expected cost of a run: seconds per part (by its label), tokens, and bytes in memory and on disk."""
 
     parts: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     memory: int = 0
     disk: int = 0
     done: str = ""
-    """What is done already, in words."""
+    """The finished part, in words."""
     based_on: str = ""
 
     @property
     def seconds(self) -> float:
-        """Of all parts."""
+        """Seconds of all parts."""
         return sum(self.parts.values())
 
     def announce(self, what: str = "cost") -> None:
-        """Say it in a line."""
+        """Print the estimate as one line.
+
+        Args:
+            what: The first word of the line.
+        """
         parts = [f"{self.tokens:,} tokens through the model"] if self.tokens else []
         parts += [f"about {duration(self.seconds)}", f"{size(self.memory)} of memory", f"{size(self.disk)} on disk"]
         based = f" ({self.based_on})" if self.based_on else ""

@@ -1,4 +1,4 @@
-"""Losses of a model on rows: the mean over supervised tokens, whole and by source."""
+"""Losses of a model on rows: the mean over supervised tokens, in total and per source."""
 
 from __future__ import annotations
 
@@ -19,18 +19,31 @@ from pipelines.settings.train import EvaluateConfig
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """`loss` (mean over supervised tokens), `tokens` (how many), `rows`, and the same by source.
+    """Return `loss` (mean over supervised tokens), `tokens` (their number), `rows`, and the same per source.
 
-    Raises: UsageError, DataError, EnvironmentProblem; DataError for a loss that is not finite.
+    Args:
+        config: The settings.
+
+    Raises:
+        UsageError: A setting is wrong.
+        DataError: A row cannot be used, or a loss is not finite.
+        EnvironmentProblem: The model cannot be loaded.
     """
-    loaded = models.load(config.model, merge=False)  # merged into bfloat16, a small adapter would be rounded away
+    loaded = models.load(config.model, merge=False)  # merging into bfloat16 would round a small adapter away
     with files.scratch_folder() as scratch:
         rows = prepare(config.data, config.model, loaded.tokenizer, cache=scratch, label="data", limits=loaded.limits)
         return losses(loaded.model, rows, token_budget=config.token_budget)
 
 
 def losses(model: Any, rows: Rows, *, token_budget: int, label: str = "losses") -> dict[str, Any]:
-    """What `evaluate` returns, for rows that are read and a model that is loaded."""
+    """Return the result of `evaluate` for rows and a model that are loaded.
+
+    Args:
+        model: The model.
+        rows: The rows.
+        token_budget: The padded tokens of a batch.
+        label: The label of the progress.
+    """
     chosen = np.flatnonzero(rows.usable).tolist()
     lengths = [int(rows.scan.tokens[i]) for i in chosen]
     with progress(label, sum(lengths), "tokens") as bar, torch.inference_mode():
@@ -51,9 +64,14 @@ def losses(model: Any, rows: Rows, *, token_budget: int, label: str = "losses") 
 
 
 def validation_loss(model: Any, rows: Rows, *, token_budget: int) -> float:
-    """The mean loss over the supervised tokens of `rows`; NaN or infinite where one is.
+    """Return the mean loss over the supervised tokens of rows; not finite if a loss is not.
 
-    Of several processes each measures a part, and all return the same number.
+    Each of several processes measures a part, and all return the same number.
+
+    Args:
+        model: The model.
+        rows: The rows.
+        token_budget: The padded tokens of a batch.
     """
     sums, counts = _sums(model, rows, np.flatnonzero(rows.usable).tolist(), token_budget=token_budget, shared=True)
     return float(sums.sum() / counts.sum())
@@ -68,7 +86,7 @@ def _sums(
     advance: Callable[[int], object] = int,
     shared: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of the losses, number of the supervised tokens) of each row, in the order of `chosen`."""
+    """Return (sum of the losses, number of supervised tokens) of each row, in the order of `chosen`."""
     lengths = [int(rows.scan.tokens[i]) for i in chosen]
     sums, counts = torch.zeros(len(chosen), dtype=torch.float64), torch.zeros(len(chosen), dtype=torch.int64)
     part = slice(rank(), None, world_size()) if shared else slice(None)

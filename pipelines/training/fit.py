@@ -1,4 +1,4 @@
-"""One training run: a `DataTrainer` made from a recipe, continued from its checkpoints, and what came of it."""
+"""One training run: a `DataTrainer` made from a recipe and continued from its checkpoints, and its result."""
 
 from __future__ import annotations
 
@@ -35,12 +35,18 @@ from pipelines.training.validation import (
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training run did: optimizer steps, and loss (mean over supervised tokens) and learning rate of each.
+    """The result of a training run.
 
-    A loss is NaN where it was not finite. directions: with zeroth-order gradients, the seeds and projected gradients of
-    each step, which replay it. entries: what was logged of each step, as `metrics.jsonl` has it. skipped: steps that
-    were left out because loss or gradient was not finite. best: (step, loss) of the lowest validation loss. stopped:
-    whether that ended the run before its last step.
+    Attributes:
+        steps: The number of optimizer steps.
+        losses: The loss of each step (mean over supervised tokens); NaN if it was not finite.
+        learning_rates: The learning rate of each step.
+        tokens: The number of tokens.
+        directions: With zeroth-order gradients, the seeds and projected gradients of each step, which replay it.
+        entries: The log of each step, as in `metrics.jsonl`.
+        skipped: The number of steps that were skipped because loss or gradient was not finite.
+        best: (step, loss) of the lowest validation loss.
+        stopped: Whether validation ended the run before its last step.
     """
 
     steps: int
@@ -55,7 +61,7 @@ class Trained:
 
     @property
     def fell(self) -> str:
-        """`loss 1.2345 -> 0.6789`."""
+        """The first and the last loss, as `loss 1.2345 -> 0.6789`."""
         known = [loss for loss in self.losses if math.isfinite(loss)] or [math.nan]
         return f"loss {known[0]:.4f} -> {known[-1]:.4f}"
 
@@ -87,24 +93,38 @@ class SingleRows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def gather(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """The batch of a `DataTrainer`: `rows`, their numbers, and `items`, their (input_ids, labels)."""
+    """Return the batch of a `DataTrainer`: `rows`, their numbers, and `items`, their (input_ids, labels).
+
+    Args:
+        items: Items of `SingleRows`.
+    """
     return {"rows": [item["row"] for item in items], "items": [item["item"] for item in items]}
 
 
 def planned_steps(rows: int, recipe: TrainingConfig) -> int:
-    """Optimizer steps of a run over `rows` rows."""
+    """Return the number of optimizer steps of a run.
+
+    Args:
+        rows: The number of rows.
+        recipe: The recipe.
+    """
     steps = math.ceil(rows / recipe.batch_size) * recipe.epochs
     return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
 
 
 def planned_checkpoints(rows: int, recipe: TrainingConfig) -> list[int]:
-    """The steps at which a run with `save="epoch"` saves: the end of each epoch, and the last step."""
+    """Return the steps at which a run with `save="epoch"` saves: the end of each epoch, and the last step.
+
+    Args:
+        rows: The number of rows.
+        recipe: The recipe.
+    """
     last = planned_steps(rows, recipe)
     return [*range(math.ceil(rows / recipe.batch_size), last, math.ceil(rows / recipe.batch_size)), last]
 
 
 def _may_skip_parameters(model: nn.Module) -> bool:
-    """Whether a forward pass may leave out parameters, which DDP must know: those of experts."""
+    """Return whether a forward pass may skip parameters (those of experts), which DDP must know."""
     config = getattr(model, "config", None)
     return config is not None and any("expert" in name for name in vars(config))
 
@@ -128,35 +148,36 @@ def fit(
     validation: Validation | None = None,
     report_to: str = "none",
 ) -> Trained:
-    """Train the parameters of `model` that ask for gradients, in place, on `rows`.
+    """Train the trainable parameters of a model, in place, on rows.
 
     Args:
-        model: What is trained.
+        model: The model.
         encode: A row's number -> its (input_ids, labels).
         rows: The numbers of the rows to train on.
-        recipe: The optimizer, its schedule, the number of epochs and the sizes of batches.
-        folder: Where checkpoints are. Training continues from the newest valid one there, bit for bit as if it had not
-            stopped.
-        seed: Of the order of rows, dropout and all else that is random.
+        recipe: The optimizer, its schedule, the number of epochs and the batch sizes.
+        folder: The folder of the checkpoints. Training continues from the newest valid one, bit for bit as if it had
+            not been interrupted.
+        seed: The seed of the order of rows, dropout, and all other random choices.
         save: When checkpoints are saved: "epoch", a number of steps, or None for never.
-        advance: Called with 1 after each step, and with the number of those that a checkpoint had already.
-        observe: Sees each step (`trainer.Observe`).
-        choose: Batches of `recipe.batch_size` rows are large ones, of which this keeps what a step trains on
+        advance: Called with 1 after each step, and with the number of steps that a checkpoint already has.
+        observe: Called for each step (`trainer.Observe`).
+        choose: If given, batches of `recipe.batch_size` rows are large batches, from which it keeps the rows of a step
             (`trainer.Choice`).
-        name_of: What errors call a row.
-        steps: The rows of each step, in order, in place of shuffled batches; the recipe's epochs and batch size are
+        name_of: A row's number -> its name in errors.
+        steps: The rows of each step, in order, instead of shuffled batches; the recipe's epochs and batch size are
             then ignored.
-        held: How many of the first steps have the learning rate with which the schedule begins after them.
-        autocast: Compute in bfloat16 with weights in float32 (`recipe.rounding` "master").
-        validation: Measures held-out rows on the way; needs `save`. The model ends with the weights of the lowest loss.
+        held: The number of first steps that have the initial learning rate of the schedule, which begins after them.
+        autocast: Whether to compute in bfloat16 with weights in float32 (`recipe.rounding` "master").
+        validation: Measures held-out rows during training; needs `save`. The model ends with the weights of the lowest
+            loss.
         report_to: "tensorboard", "wandb" or "trackio", by transformers' own callbacks.
 
     Returns:
-        What the run did, step by step.
+        The result of the run, step by step.
 
     Raises:
-        DataError: For a number of steps in a row, or weights, that are not finite.
-        UsageError: For an unknown optimizer or schedule.
+        DataError: Several steps in a row, or weights, are not finite.
+        UsageError: The optimizer or schedule is unknown.
     """
     if not rows:
         raise DataError("training: there are no rows to train on")
@@ -184,7 +205,7 @@ def fit(
         seed=seed % 2**32,
         data_seed=seed % 2**32,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process is one device: no DataParallel around the model
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process uses one device, without DataParallel
     last = planned_steps(len(rows), recipe) if steps is None else len(steps)
     per_epoch = math.ceil(len(rows) / recipe.batch_size) if steps is None else len(steps)
     callbacks: list[TrainerCallback] = [Progress(advance), WatchRounding()]
@@ -216,7 +237,9 @@ def fit(
         advance(step_of(start))
     patience = None if validation is None else validation.patience
     if start is not None and (step_of(start) >= last or over(evaluations(history_of(start)), patience)):
-        trainer._load_from_checkpoint(str(start))  # all is trained: the run was stopped between its end and its result
+        trainer._load_from_checkpoint(
+            str(start)
+        )  # training is complete: the run was stopped before it saved its result
         trainer.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
     else:
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
@@ -246,7 +269,7 @@ def fit(
 
 
 def _entries(history: Sequence[Mapping[str, Any]], *, gradients: bool, more: Sequence[str]) -> list[dict[str, Any]]:
-    """One entry a step for `metrics.jsonl`: what is not finite is null, and a skipped step is marked."""
+    """Return one entry per step for `metrics.jsonl`: non-finite values are null, and skipped steps are marked."""
     found: list[dict[str, Any]] = []
     skipped = 0
     validated = dict(evaluations(history))

@@ -17,7 +17,11 @@ from pipelines.training import zeroth_order
 
 
 def head_dim(model: nn.Module) -> int | None:
-    """Rows of a query matrix that are one head, as the model's configuration says; None where it does not."""
+    """Return the number of rows of a query matrix that form one head; None if the configuration does not state it.
+
+    Args:
+        model: The model.
+    """
     config = getattr(model, "config", None)
     try:
         stated = getattr(config, "head_dim", None)
@@ -29,10 +33,17 @@ def head_dim(model: nn.Module) -> int | None:
 
 
 def optimizer_of(recipe: TrainingConfig, module: nn.Module) -> optim.Optimizer:
-    """The optimizer that the recipe names over the parameters of `module` that train. Raises: UsageError.
+    """Return the optimizer that a recipe names over the trained parameters of a model.
 
     Norms and biases have no weight decay, as with Trainer (`optim.without_decay`); bfloat16 weights are rounded as the
     recipe says.
+
+    Args:
+        recipe: The recipe.
+        module: The model.
+
+    Raises:
+        UsageError: The optimizer or a hyper-parameter does not exist.
     """
     optimizer = _optimizer(recipe, module, head_dim(module))
     if any(p.dtype == torch.bfloat16 for p in module.parameters() if p.requires_grad):
@@ -43,7 +54,13 @@ def optimizer_of(recipe: TrainingConfig, module: nn.Module) -> optim.Optimizer:
 def _optimizer(
     recipe: TrainingConfig, parameters: nn.Module | Sequence[tuple[str, Tensor]], head: int | None = None
 ) -> optim.Optimizer:
-    """head: `head_dim` of the model, for optimizers whose blocks are heads where the user says nothing else."""
+    """Return the optimizer of a recipe.
+
+    Args:
+        recipe: The recipe.
+        parameters: The model, or its named parameters.
+        head: `head_dim` of the model, for optimizers whose blocks are heads by default.
+    """
     options: dict[str, Any] = dict(recipe.optimizer_options)
     kind = optim.OPTIMIZERS.get(recipe.optimizer)
     by_heads = kind is not None and "head_dim" in inspect.signature(kind).parameters
@@ -64,7 +81,16 @@ def _optimizer(
 
 
 def factors(recipe: TrainingConfig, steps: int, optimizer: torch.optim.Optimizer) -> list[Callable[[int], float]]:
-    """One function a param group, from the steps taken to the factor of the next: the schedule at that of T + 1."""
+    """Return one function per param group: number of past steps -> factor of the next step, from the schedule of T + 1.
+
+    Args:
+        recipe: The recipe.
+        steps: The number of steps T.
+        optimizer: The optimizer.
+
+    Raises:
+        UsageError: The schedule or an option does not exist.
+    """
 
     def next_step(factor: Callable[[int], float]) -> Callable[[int], float]:
         return lambda step: factor(step + 1)
@@ -80,14 +106,23 @@ def factors(recipe: TrainingConfig, steps: int, optimizer: torch.optim.Optimizer
 
 
 def held(factor: Callable[[int], float], steps: int) -> Callable[[int], float]:
-    """`factor`, which stands still for so many steps before it begins."""
+    """Return a schedule factor that is constant for some steps before it begins.
+
+    Args:
+        factor: Step -> factor.
+        steps: The number of constant steps.
+    """
     return factor if not steps else lambda step: factor(max(step - steps, 0))
 
 
 def check(recipe: TrainingConfig) -> None:
     """Refuse an optimizer, a hyper-parameter or a schedule that does not exist, before anything is loaded.
 
-    Raises: UsageError.
+    Args:
+        recipe: The recipe.
+
+    Raises:
+        UsageError: One of them does not exist.
     """
     examples = optim.example_parameters(recipe.block_ratios)
     options = dict(recipe.optimizer_options)

@@ -1,8 +1,8 @@
-"""The recipe that an order was made for: written into `order.npz` by `datatools order`, trained by `train --order`.
+"""The recipe of an order: saved in `order.npz` by `datatools order` and trained by `train --order`.
 
 An order is estimated for one way of training: one model, one optimizer with its warm-up, one learning rate. The
-prediction says nothing of another way. So the file carries the recipe, `train` takes it over, and a setting that was
-given and contradicts it is an error.
+prediction does not apply to another. Therefore the file contains the recipe, `train` uses it, and a given setting that
+contradicts it is an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _UNUSED = {"zo"}  # settings of a training run without a say where gradients are
 
 
 class ModelRecipe(Settings):
-    """What of `model` decides on tokens and arithmetic; a template in a file is known by the tokens that it makes."""
+    """The settings of `model` that affect tokens and arithmetic; a template in a file is identified by its tokens."""
 
     dtype: Literal["float32"]
     attention: Literal["sdpa", "eager"]
@@ -36,7 +36,7 @@ class ModelRecipe(Settings):
 
 
 class Reading(Settings):
-    """How rows are read, taken over where `train` is not told: what comes of it is compared row by row."""
+    """How rows are read, used if `train` gets no such setting; the resulting rows are compared one by one."""
 
     on_bad_row: Literal["error", "skip", "quarantine"]
     source_key: str = Field(min_length=1, max_length=256)
@@ -54,13 +54,13 @@ class OrderRecipe(Settings):
     model: ModelRecipe
     reading: Reading
     digests: dict[str, str]
-    """Of the model's files."""
+    """The digests of the model's files."""
     rows: dict[str, str]
-    """Id of each row of the batches and of the warm-up -> digest of its tokens and labels."""
+    """The id of each row of the batches and of the warm-up -> digest of its tokens and labels."""
     warm_up: list[list[str]]
-    """The ids of each step that is taken before the order begins, at the learning rate of its first step."""
+    """The row ids of each step before the order begins, which have the learning rate of its first step."""
     optimizer: list[dict[str, Any]]
-    """`described` of the optimizer."""
+    """The optimizer, from `described`."""
 
 
 def of(
@@ -71,7 +71,16 @@ def of(
     digests: Mapping[str, str],
     optimizer: Any,
 ) -> dict[str, Any]:
-    """The recipe of a run of `datatools order`, for `Order.recipe`."""
+    """Return the recipe of a run of `datatools order`, for `Order.recipe`.
+
+    Args:
+        config: The settings of the run.
+        rows: The rows.
+        batches: The rows of each batch.
+        warm_up: The rows of each warm-up step.
+        digests: The digests of the model's files.
+        optimizer: The optimizer.
+    """
     used = dict.fromkeys(row for batch in [*batches, *warm_up] for row in batch)
     model: dict[str, Any] = {name: getattr(config.model, name) for name in ModelRecipe.model_fields}
     chat = model["chat"] if model["chat"] in ("auto", "tulu") else None
@@ -90,7 +99,11 @@ def of(
 
 
 def described(optimizer: Any) -> list[dict[str, Any]]:
-    """The param groups of an optimizer as plain values: rule with all its settings, rates, and whose they are."""
+    """Return the param groups of an optimizer as plain values: the rule with all settings, rates, and parameter names.
+
+    Args:
+        optimizer: The optimizer.
+    """
     found = [
         {
             "rule": group["rule"].describe(),
@@ -105,7 +118,14 @@ def described(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> tuple[Order, OrderRecipe | None]:
-    """An order and its recipe, None where the file carries none. Raises: DataError for a file that is no order."""
+    """Return an order and its recipe; None for the recipe if the file contains none.
+
+    Args:
+        path: The order file.
+
+    Raises:
+        DataError: The file is not an order, or its recipe cannot be used.
+    """
     order = Order.load(path)
     if order.recipe is None:
         return order, None
@@ -116,27 +136,32 @@ def read(path: Path) -> tuple[Order, OrderRecipe | None]:
         where = ".".join(map(str, first["loc"]))
         raise DataError(
             f"order {path}: its recipe cannot be used ({where}: {first['msg']}): another version of datatools wrote "
-            "it; make the order again"
+            "it; create the order again"
         ) from error
 
 
 def adopt(config: TrainConfig, recipe: OrderRecipe | None) -> TrainConfig:
-    """`config` with the recipe of its order in place of the settings that were not given.
+    """Return the settings with the recipe of the order in place of those that were not given.
 
-    Raises: UsageError for settings that were given and contradict it, with both values.
+    Args:
+        config: The settings of `datatools train`.
+        recipe: The recipe of its order.
+
+    Raises:
+        UsageError: Given settings contradict the recipe; the message has both values.
     """
     if recipe is None:
         warn(
-            f"--order {config.order} carries no recipe (an older version, or other code, wrote it): this run trains by "
-            "its own settings, and what was estimated for the order holds only if they are those of `datatools order`"
+            f"--order {config.order} contains no recipe (an older version or other code wrote it): this run uses "
+            "its own settings, and the estimates hold only if they equal those of `datatools order`"
         )
         return config
     wrong = list(_contradictions(config, recipe))
     if wrong:
         shown = "; ".join(f"{name} is {_shown(mine)} here and {_shown(theirs)} there" for name, mine, theirs in wrong)
         raise UsageError(
-            f"--order {config.order} was made for another recipe: {shown}. An order holds for the recipe that it was "
-            "estimated for: leave these settings out to train by it, or make an order for yours with `datatools order`"
+            f"--order {config.order} was made for another recipe: {shown}. An order is valid only for the recipe "
+            "it was estimated for: omit these settings to use it, or create an order for yours with `datatools order`"
         )
     model = {name: value for name in ModelRecipe.model_fields if (value := getattr(recipe.model, name)) is not None}
     reading = {name: getattr(recipe.reading, name) for name in Reading.model_fields}
@@ -153,7 +178,7 @@ def adopt(config: TrainConfig, recipe: OrderRecipe | None) -> TrainConfig:
 
 
 def _contradictions(config: TrainConfig, recipe: OrderRecipe) -> Iterator[tuple[str, object, object]]:
-    """(setting, its value here, the recipe's) of those that were given: on the command line, by --set or in YAML."""
+    """Yield (setting, its value here, the recipe's value) of the given settings that differ."""
     yield from _differing("training.", config.training, recipe.training)
     if "lora" in config.model_fields_set and (config.lora is None or recipe.lora is None):
         if config.lora is not recipe.lora:
@@ -178,7 +203,7 @@ def _differing(prefix: str, mine: BaseModel, theirs: BaseModel) -> Iterator[tupl
 def _agree(name: str, here: object, there: object) -> bool:
     if name in ("dtype", "chat") and (here == "auto" or there is None):
         return True
-    if isinstance(here, Mapping) and isinstance(there, Mapping):  # of options single ones are given
+    if isinstance(here, Mapping) and isinstance(there, Mapping):  # only some of the options may be given
         return all(key in there and _plain(value) == _plain(there[key]) for key, value in here.items())
     return _plain(here) == _plain(there)
 
@@ -193,55 +218,83 @@ def _shown(value: object) -> str:
 
 
 def check(order: Path, recipe: OrderRecipe, rows: Rows, digests: Mapping[str, str]) -> None:
-    """Raise DataError unless model and rows are those that the order was made for, saying which are not."""
+    """Check that model and rows are those for which the order was made.
+
+    Args:
+        order: The order file, for messages.
+        recipe: Its recipe.
+        rows: The rows.
+        digests: The digests of the model's files.
+
+    Raises:
+        DataError: They differ; the message says which.
+    """
     for name in sorted({*recipe.digests, *digests}):
         if recipe.digests.get(name) != digests.get(name):
             raise DataError(
-                f"--order {order} was made for another model: {name} is {digests.get(name, 'not there')} here and "
-                f"{recipe.digests.get(name, 'not there')} there; train the model that `datatools order` was given"
+                f"--order {order} was made for another model: {name} is {digests.get(name, 'missing')} here and "
+                f"{recipe.digests.get(name, 'missing')} there; train the same model as `datatools order`"
             )
     here = {rows.pool.ids[row]: rows.keys[row] for row in range(len(rows)) if rows.pool.ids[row] in recipe.rows}
     other = [identity for identity, key in recipe.rows.items() if here.get(identity, key) != key]
     if other:
         raise DataError(
-            f"--order {order}: row {other[0]!r} (and {len(other) - 1} more) has other tokens than the order was "
-            "estimated with: the data, the chat template or how its columns are read differs; give `datatools train` "
-            "what `datatools order` was given"
+            f"--order {order}: row {other[0]!r} (and {len(other) - 1} more) has other tokens than when the order was "
+            "estimated: the data, the chat template or the columns differ; give `datatools train` "
+            "the same inputs as `datatools order`"
         )
 
 
 def check_optimizer(order: Path, recipe: OrderRecipe, optimizer: Any) -> None:
-    """Raise DataError unless an optimizer built here steps as the one that the order was estimated with."""
+    """Check that an optimizer that is built here equals the one with which the order was estimated.
+
+    Args:
+        order: The order file, for messages.
+        recipe: Its recipe.
+        optimizer: The optimizer.
+
+    Raises:
+        DataError: They differ.
+    """
     here = described(optimizer)
     for number, (mine, theirs) in enumerate(zip(here, recipe.optimizer, strict=False), start=1):
         for key in mine:
             if mine[key] != theirs.get(key):
                 raise DataError(
-                    f"--order {order}: this version builds another optimizer of its recipe (group {number}: {key} is "
+                    f"--order {order}: this version builds another optimizer from its recipe (group {number}: {key} is "
                     f"{_shown(mine[key])} here and {_shown(theirs.get(key))} there); make the order again"
                 )
     if len(here) != len(recipe.optimizer):
         raise DataError(
-            f"--order {order}: this version builds another optimizer of its recipe ({len(here)} param groups here and "
+            f"--order {order}: this version builds another optimizer from its recipe ({len(here)} groups here and "
             f"{len(recipe.optimizer)} there); make the order again"
         )
 
 
 def announce(order: Path, recipe: OrderRecipe) -> None:
-    """Say what is trained, and that it is the order's."""
+    """Print what is trained, and that it is the recipe of the order.
+
+    Args:
+        order: The order file.
+        recipe: Its recipe.
+    """
     t = recipe.training
     clip = "no clipping" if t.gradient_clip is None else f"clipping at {t.gradient_clip:g}"
     what = "all weights" if recipe.lora is None else f"adapters of rank {recipe.lora.rank}"
     warm = f", after {len(recipe.warm_up)} warm-up steps on other rows" if recipe.warm_up else ""
     say(
-        f"--order {order}: trains by the recipe that the order was estimated for: {t.optimizer}, learning rate "
+        f"--order {order}: trains with the recipe for which the order was estimated:  {t.optimizer}, learning rate "
         f"{t.learning_rate:g}, schedule {t.schedule}, weight decay {t.weight_decay:g}, {clip}, {what} in "
         f"{recipe.model.dtype}, seed {recipe.seed}{warm}"
     )
 
 
 def warm_up_of(recipe: OrderRecipe) -> Order | None:
-    """The steps before the order begins, in an order of their own."""
+    """Return the steps before the order begins, as a separate order; None if there are none.
+
+    Args:
+        recipe: The recipe.
+    """
     if not recipe.warm_up:
         return None
     return Order(tuple(map(tuple, recipe.warm_up)), tuple(range(len(recipe.warm_up))))

@@ -1,4 +1,4 @@
-"""What a training run says of itself, for its report and the terminal."""
+"""Facts of a training run for its report and the terminal."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ SHOWN = ("optimizer", "learning_rate", "schedule", "weight_decay", "epochs", "ba
 def facts(
     config: TrainConfig, result: Trained, *, rows: int, steps: int, held_out: Rows | None, leaked: str | None
 ) -> dict[str, Any]:
-    """What `training.json` says of a run beside its metrics.
+    """Return what `training.json` contains besides the metrics of a run.
 
     Args:
-        config: What was asked for.
-        result: What came of it.
-        rows: How many rows it was trained on.
-        steps: How many steps were planned.
+        config: The settings.
+        result: The result of the run.
+        rows: The number of rows that it was trained on.
+        steps: The number of planned steps.
         held_out: The validation rows, if any.
-        leaked: A sentence on validation rows that are trained on too.
+        leaked: A sentence about validation rows that are also trained on.
     """
     found: dict[str, Any] = {
         "model": redact(str(config.model.name)),
@@ -47,9 +47,14 @@ def facts(
 
 
 def best_in_words(result: Trained, *, keep: bool) -> str:
-    """One line for the terminal: the lowest validation loss, and whose weights were saved."""
+    """Return one line for the terminal: the lowest validation loss, and which weights were saved.
+
+    Args:
+        result: The result of the run.
+        keep: Whether the best weights are kept.
+    """
     assert result.best is not None
     step, loss = result.best
     ended = f"stopped early, after step {result.steps}" if result.stopped else f"{result.steps} steps done"
-    whose = f"the weights saved are those of step {step if keep else result.steps}"
+    whose = f"the saved weights are those of step {step if keep else result.steps}"
     return f"validation: lowest loss {loss:.4f} after step {step}; {ended}; {whose}"

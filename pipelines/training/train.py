@@ -1,4 +1,4 @@
-"""`datatools train`: a model, rows, and any optimizer of the suite -> an adapter (or a whole model)."""
+"""`datatools train`: trains a model on rows with any optimizer of the suite, and saves an adapter or a whole model."""
 
 from __future__ import annotations
 
@@ -38,10 +38,20 @@ from pipelines.training.validation import Validation
 
 
 def run(config: TrainConfig) -> Path:
-    """Train, and write `adapter/` (or `model/`), `metrics.jsonl` and checkpoints to `out`; a killed run goes on.
+    """Train, and write `adapter/` (or `model/`), `metrics.jsonl` and checkpoints to `out`; a killed run is continued.
 
-    Under `torchrun` the processes share the work of each step (`DataTrainer`), and the first of them writes.
-    Raises: UsageError, DataError, EnvironmentProblem, each with what to do.
+    Under `torchrun`, the processes share the work of each step (`DataTrainer`), and the first of them writes.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        UsageError: A setting is wrong.
+        DataError: A row, a model or a checkpoint cannot be used.
+        EnvironmentProblem: A file cannot be read or written, or a package is missing.
     """
     with world() as here:
         if here.device.type == "cuda":
@@ -65,7 +75,7 @@ def _run(config: TrainConfig) -> Path:
             inputs = Inputs(current, config.model, tokenizer)
             rows = inputs.read("data", config.data, bad_rows=True)
             held_out = inputs.read_like("validation", config.data, config.eval_data, config.eval_columns)
-            inputs.record()  # before others look: what an accepted change makes outdated is moved away here
+            inputs.record()  # before other processes look, because outdated results are moved away here
         chosen = np.flatnonzero(rows.usable).tolist()
         recipe, choose = config.training, config.coreset
         sequence: list[list[int]] | None = None
@@ -91,12 +101,12 @@ def _run(config: TrainConfig) -> Path:
         if sequence is None:
             epochs = f"{tokens:,} tokens in {recipe.epochs} epochs, "
             if steps == recipe.max_steps:
-                epochs = ""  # it stops before they are over
+                epochs = ""  # the run stops before they end
             say(f"{len(chosen):,} rows, {epochs}{steps:,} optimizer steps of {recipe.batch_size:,} rows")
         else:
             say(f"{steps:,} optimizer steps, in the order of {config.order}")
         if choose is not None:
-            say(f"coreset: {choose.keep:,} rows kept of {choose.large_batch:,} a step, by {choose.method}")
+            say(f"coreset: {choose.keep:,} rows kept of {choose.large_batch:,} per step, by {choose.method}")
         if held_out is not None:
             times = math.ceil(steps / every)
             say(f"validation: {int(held_out.usable.sum()):,} rows, {held_out.tokens():,} tokens, {times:,} times")
@@ -108,14 +118,14 @@ def _run(config: TrainConfig) -> Path:
             return config.out
         done = current.path("adapter" if config.lora is not None else "model")
         beside = ("metrics.jsonl",) if choose is None else ("metrics.jsonl", "coreset.json")
-        # a damaged one was set aside when the run was opened: the last checkpoint knows what is in it
+        # a damaged result was set aside when the run was opened; the last checkpoint contains it
         if checkpoint_files.is_sound(done) and all(current.path(name).is_file() for name in beside):
             say(f"already trained: {done}")
             draw_last(lambda: training_report.render_any(current.folder), saved=done)
             return config.out
-        # all weights train, from float32 ones that are computed with in bfloat16
+        # all weights train; they are float32, and the computation is in bfloat16
         master = config.training.rounding == "master" and models.dtype_of(config.model) == torch.bfloat16
-        master = master and config.lora is None  # adapters are in float32 as they are
+        master = master and config.lora is None  # adapters are always in float32
         with current.stage("load model"):
             kept_in = config.model.model_copy(update={"dtype": "float32"}) if master else config.model
             loaded = models.load(kept_in, tokenizer=tokenizer)
@@ -157,20 +167,20 @@ def _run(config: TrainConfig) -> Path:
         say(f"{result.fell}; saved {done}")
         if result.best is not None:
             say(summary.best_in_words(result, keep=config.keep_best))
-        if rank() == 0:  # last of all: whatever happens here, what was computed is saved
+        if rank() == 0:  # last, so that a failure loses no results
             draw_last(lambda: training_report.render_any(current.folder), saved=done)
     return config.out
 
 
 def _leaked(config: TrainConfig, held_out: Rows, rows: Rows) -> str | None:
-    """Which validation rows are also trained on, said at once: their loss shows memory."""
+    """Return and print which validation rows are also trained on: their loss shows memorisation."""
     near = config.data.near_threshold if config.data.dedup == "near" else None
     found = leakage.find(held_out, {"training data": (rows, None)}, near=near)
     if not found:
         return None
     sentence = leakage.sentence(found, "validation rows")
     if rank() == 0:
-        warn(f"{sentence}: their loss will look too good")
+        warn(f"{sentence}: their loss will be too low")
     return sentence
 
 
@@ -189,7 +199,7 @@ def _estimate(
     steps: int,
     saves: int,
 ) -> cost.Estimate:
-    """What the run will take, timed on made-up tokens."""
+    """Return the expected cost of the run, timed on synthetic tokens."""
     model = models.load(config.model, tokenizer=tokenizer).model
     with cost.as_trained(model, config.lora) as module:
         found = cost.probe(module, int(np.median(lengths)))
@@ -202,7 +212,7 @@ def _estimate(
     elif recipe.max_steps is not None:
         whole = fit.planned_steps(len(lengths), recipe.model_copy(update={"max_steps": None}))
         tokens = tokens * steps // max(1, whole)
-    if choose is not None:  # of the large batch each row goes forward, and those that are kept train
+    if choose is not None:  # every row of the large batch goes forward, and the kept rows train
         keep = (choose.keep or config.training.batch_size) / recipe.batch_size
         seconds = keep * seconds + found.seconds(tokens, steps, gradient=CORESET_FEATURES[choose.features].as_training)
     one = found.trainable * found.width
@@ -216,19 +226,34 @@ def _estimate(
 
 
 def rows_of(order: Order, rows: Rows, name: str) -> list[list[int]]:
-    """The rows of each step of an order. Raises: DataError for an id that is not among the usable rows."""
+    """Return the rows of each step of an order.
+
+    Args:
+        order: The order.
+        rows: The rows.
+        name: The name of the order, for messages.
+
+    Raises:
+        DataError: An id is not among the usable rows.
+    """
     index = {rows.pool.ids[row]: row for row in np.flatnonzero(rows.usable).tolist()}
     missing = [identity for batch in order.batches for identity in batch if identity not in index]
     if missing:
         raise DataError(
             f"order {name}: row {missing[0]!r} (and {len(missing) - 1} more) is not among the usable rows of the data; "
-            "train on the data that the order was made for"
+            "train on the data for which the order was made"
         )
     return [[index[identity] for identity in order[step]] for step in range(len(order))]
 
 
 def trainable(model: Any, lora: LoraConfig | None, *, seed: int) -> Any:
-    """The module whose parameters train: `model` with fresh adapters, or all of `model`."""
+    """Return the module whose parameters train: the model with new adapters, or the whole model.
+
+    Args:
+        model: The model.
+        lora: The adapters; None trains all weights.
+        seed: The seed of the run.
+    """
     if lora is not None:
         return add_lora(model, lora, seed=derive_seed(seed, "lora"))
     return model.requires_grad_(True)
@@ -239,7 +264,7 @@ def _save(module: Any, rows: Rows, result: fit.Trained, done: Path, current: Run
     if result.directions:  # enough to replay the run: optim.zeroth_order
         steps = (json.dumps(entry, sort_keys=True) + "\n" for entry in result.directions)
         files.write_text(current.path("zeroth_order.jsonl"), "".join(steps))
-    # last: a run that is killed before it goes on from its newest checkpoint
+    # last: a run that is killed before this continues from its newest checkpoint
     _keep(done, module, rows.encoder.trained_tokenizer())
 
 
@@ -253,7 +278,7 @@ def _line(entry: Mapping[str, Any]) -> str:
 
 
 def _keep(folder: Path, *parts: Any) -> None:
-    """Save each part (`save_pretrained`) in `folder`, and mark it complete."""
+    """Save each part (`save_pretrained`) in `folder`, and mark the folder complete."""
     files.remove_leftovers(files.make_folder(folder.parent))
     with checkpoint_files.saving(folder), files.atomic_folder(folder) as fresh:
         for part in parts:
@@ -272,7 +297,18 @@ def train_adapter(
     seed: int,
     label: str,
 ) -> None:
-    """Train fresh adapters on `chosen` rows and save them in `folder`; does nothing where that is already done."""
+    """Train new adapters on some rows and save them; does nothing if that is already done.
+
+    Args:
+        loaded: The model.
+        rows: The rows.
+        chosen: The numbers of the rows to train on.
+        recipe: The recipe.
+        lora: The adapters.
+        folder: The folder of the result.
+        seed: The seed.
+        label: The label of the progress.
+    """
     if checkpoint_files.is_sound(folder):
         return
     steps = fit.planned_steps(len(chosen), recipe)

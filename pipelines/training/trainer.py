@@ -1,11 +1,11 @@
-"""The training loop: `transformers.Trainer`, subclassed once.
+"""The training loop: a single subclass of `transformers.Trainer`.
 
-Checkpoints, resume, accelerate and logging are the Trainer's. What differs: the optimizer is one of `optim`'s, built
-from named parameters so that its saved state has names; the loss sees only supervised positions; a step's rows are
-split by length into micro-batches of a token budget; and a checkpoint counts only once it is complete
+Checkpoints, resume, accelerate and logging come from the Trainer. The differences: the optimizer comes from `optim`,
+built from named parameters so that its saved state has names; the loss uses only supervised positions; the rows of a
+step are split by length into micro-batches with a token budget; and a checkpoint is valid only when it is complete
 (`checkpoint_files`).
 
-There are two places to plug into: `choose` decides which rows of a large batch make the step, and `observe` sees each
+There are two extension points: `choose` decides which rows of a large batch form the step, and `observe` sees each
 step before it is taken.
 """
 
@@ -38,55 +38,81 @@ from pipelines.training.optimizers import factors, held, optimizer_of
 from pipelines.training.validation import LOSS
 
 Observe = Callable[[int, Sequence[int]], None]
-"""Called before each optimizer step, once its gradients are there, with (step from 1 on, row numbers of the step)."""
+"""Called before each optimizer step, after its gradients, with (step, counted from 1, row numbers of the step)."""
 
 
 class Choice(Protocol):
-    """What decides which rows of a large batch make the step: the `choose` of a `DataTrainer`.
+    """An object that decides which rows of a large batch form the step: the `choose` of a `DataTrainer`.
 
-    A batch is a dict: `rows`, the numbers of its rows, and `items`, their (input_ids, labels). What `reduce` returns
-    may also have `weights`, float [rows], which multiply the mean loss of each row; without them every token counts
-    the same.
+    A batch is a dict: `rows`, the numbers of its rows, and `items`, their (input_ids, labels). The result of `reduce`
+    may also have `weights`, float [rows], which multiply the mean loss of each row; without them every token has the
+    same weight.
     """
 
     logged: Sequence[str]
     """The keys that `measured` and `noted` add to log entries."""
 
     def begin(self, trainer: DataTrainer) -> None:
-        """Attach to a Trainer that has just been made."""
+        """Attach to a new Trainer.
+
+        Args:
+            trainer: The Trainer.
+        """
 
     def reduce(self, batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The batches of the next step, each with the rows that are trained on; a function of the step's number."""
+        """Return the batches of the next step with the rows to train on; depends only on the number of the step.
+
+        Args:
+            batches: The large batches.
+        """
 
     def measured(self, logs: dict[str, float]) -> dict[str, float]:
-        """Numbers to add to a log."""
+        """Return numbers to add to a log.
+
+        Args:
+            logs: The values to log.
+        """
 
     def noted(self, history: list[dict[str, Any]]) -> None:
-        """After a log, with the log history."""
+        """Called after a log.
+
+        Args:
+            history: The log history.
+        """
 
     def save(self, folder: Path) -> None:
-        """Write into the checkpoint in `folder` what the next choices depend on."""
+        """Write the state on which the next choices depend into a checkpoint.
+
+        Args:
+            folder: The folder of the checkpoint.
+        """
 
     def load(self, folder: Path) -> None:
-        """Go on from the checkpoint in `folder`."""
+        """Continue from a checkpoint.
+
+        Args:
+            folder: The folder of the checkpoint.
+        """
 
 
 class DataTrainer(FiniteSteps):
-    """`transformers.Trainer` with the suite's optimizer and schedule. The batch of the Trainer is the optimizer's
-    whole step, from which curvature is estimated too (Sophia, AdaHessian).
+    """`transformers.Trainer` with the suite's optimizer and schedule.
 
-    Several processes (torchrun, DDP) all read the whole step, and its micro-batches are dealt out among them: a run
-    trains on the same rows in the same steps, whatever their number, and differs by rounding only.
+    The batch of the Trainer is the optimizer's whole step, from which curvature is estimated too (Sophia, AdaHessian).
+    Several processes (torchrun, DDP) all read the whole step, and its micro-batches are distributed among them: a run
+    trains on the same rows in the same steps whatever their number, and differs only by rounding.
 
     Args:
-        recipe: The optimizer, its schedule and the sizes of batches.
-        observe: Sees each step (`Observe`); it must not change anything. `order.Recorder` records a reference run so.
-        choose: Batches are large, and each step trains on the rows that this keeps of them (`Choice`).
-        name_of: What errors call a row; its number otherwise.
-        validate: A model in evaluation mode -> its loss on held-out rows; `evaluate` logs it. None is the Trainer's.
+        recipe: The optimizer, its schedule and the batch sizes.
+        observe: Called for each step (`Observe`); it must not change anything. `order.Recorder` records a reference
+            run with it.
+        choose: If given, batches are large, and each step trains on the rows that it keeps (`Choice`).
+        name_of: A row's number -> its name in errors.
+        validate: A model in evaluation mode -> its loss on held-out rows; `evaluate` logs it. None uses the Trainer's
+            evaluation.
         shuffle: Whether rows are drawn in random order, anew in each epoch.
-        held: How many steps at the start have the learning rate of the step after them, where the schedule begins.
-        **kwargs: The Trainer's own. An item of `train_dataset` is one row, or a whole step (`fit`).
+        held: The number of first steps that have the initial learning rate of the schedule, which begins after them.
+        **kwargs: Arguments of the Trainer. An item of `train_dataset` is one row, or a whole step (`fit`).
     """
 
     loss_is_scaled_for_ga = True  # `training_step` divides by the tokens of the whole step itself
@@ -121,13 +147,13 @@ class DataTrainer(FiniteSteps):
             self.zeroth = zeroth_order.source_of(recipe, self.model, seed=self.args.seed)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's shuffling sampler, or the rows as they stand."""
+        """Return Trainer's shuffling sampler, or the rows in order."""
         if self.shuffle:
             return super()._get_train_sampler(*args, **kwargs)
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def get_train_dataloader(self) -> Any:
-        """Trainer's, but that every process gets every batch whole: `training_step` deals it out."""
+        """Return Trainer's loader, but give every process every whole batch, which `training_step` distributes."""
         loader = super().get_train_dataloader()
         sharded = loader.batch_sampler
         if self.args.world_size > 1:
@@ -136,21 +162,30 @@ class DataTrainer(FiniteSteps):
         return loader
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer that the recipe names, over the parameters that train."""
+        """Return the optimizer of the recipe over the trained parameters.
+
+        Args:
+            model: The model; by default that of the Trainer.
+        """
         if self.optimizer is None:
             module = self.model if model is None else model
             self.optimizer = optimizer_of(self.recipe, module)
             narrow = any(p.requires_grad and p.dtype == torch.bfloat16 for p in module.parameters())
             if narrow and self.recipe.rounding != "nearest":
-                say("weights in bfloat16 are rounded up or down at random, so that small updates arrive (--rounding)")
+                say("weights in bfloat16 are rounded stochastically, so that small updates are not lost (--rounding)")
             if len(self.optimizer.param_groups) > 1:
                 say(optim.group_table(self.optimizer))
         return self.optimizer  # type: ignore[no-any-return]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The schedule that the recipe names, as a `LambdaLR`.
+        """Return the schedule of the recipe as a `LambdaLR`.
 
-        Step k = 1..T has the factor at k of T + 1: a short run wastes neither its first step nor its last on rate 0.
+        Step k = 1..T has the factor at k of T + 1, so that a short run wastes neither its first nor its last step on
+        rate 0.
+
+        Args:
+            num_training_steps: The number of steps.
+            optimizer: The optimizer; by default that of the Trainer.
         """
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
@@ -159,16 +194,28 @@ class DataTrainer(FiniteSteps):
         return self.lr_scheduler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The batches of the next step, reduced to the rows that `choose` keeps."""
+        """Return the batches of the next step, reduced to the rows that `choose` keeps.
+
+        Args:
+            epoch_iterator: The iterator over batches.
+            num_batches: The number of batches of the step.
+            device: The device of the batches.
+        """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.choose is not None and batches:
             batches = self.choose.reduce(batches)
         return batches, items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Gradients of the mean loss over the step's supervised tokens, by micro-batches; that loss, detached.
+        """Compute the gradient of the mean loss over the step's supervised tokens in micro-batches; returns the loss.
 
-        A zeroth-order source takes the whole step here; the Trainer's own then finds no gradient and does nothing.
+        A zeroth-order source takes the whole step here; the Trainer's own step then finds no gradient and does
+        nothing.
+
+        Args:
+            model: The model.
+            inputs: The batch.
+            num_items_in_batch: Not used.
         """
         model.train(self.zeroth is None)
         rows = inputs.pop("rows")
@@ -188,7 +235,7 @@ class DataTrainer(FiniteSteps):
             loss: Tensor = losses.sum() / supervised
             if weights is not None:
                 loss = (losses * example_weights(weights[group], where, len(items))).sum()
-            scaled: Tensor = world * loss  # the mean over processes, which DDP takes, is then the step's
+            scaled: Tensor = world * loss  # so that the mean over processes, which DDP takes, is that of the step
             return scaled
 
         lengths = [len(ids) for ids, _ in items]
@@ -209,19 +256,24 @@ class DataTrainer(FiniteSteps):
         total = 0.0
         for part in parts[:-1]:
             total += self._backward(part())
-        # the last through DDP, which then adds up the gradients of all; a process without a part adds nothing
+        # the last part goes through DDP, which then sums all gradients; a process without a part adds zero
         total += self._backward(share(mine[-1], model) if mine else 0.0 * share(groups[-1], model))
         if world > 1:
             total = float(self.accelerator.reduce(torch.tensor(total, device=self.args.device), reduction="mean"))
         if not math.isfinite(total):
             return self._judged_loss(torch.tensor(total, device=self.args.device))
-        optim.curvature.refresh(self.optimizer, parts, seed=self.args.seed)  # for rules that read it, when it is due
+        optim.curvature.refresh(self.optimizer, parts, seed=self.args.seed)  # for rules that use it, when it is due
         if self.observe is not None:
             self.observe(self.state.global_step + 1, rows)
         return torch.tensor(total, device=self.args.device)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The loss on the held-out rows of `validate`, logged as `eval_loss`."""
+        """Return the loss on the held-out rows of `validate`, logged as `eval_loss`.
+
+        Args:
+            *args: Arguments of the Trainer's evaluation.
+            **kwargs: Arguments of the Trainer's evaluation.
+        """
         if self.validate is None:
             return super().evaluate(*args, **kwargs)  # type: ignore[no-any-return]
         model = self.accelerator.unwrap_model(self.model)
@@ -241,7 +293,7 @@ class DataTrainer(FiniteSteps):
         return f"lower training.learning_rate (now {self.recipe.learning_rate:g}) or look at these rows"
 
     def _must_have_every_step(self) -> bool:
-        return self.observe is not None  # a recorded run is a run of all its steps
+        return self.observe is not None  # a recorded run needs all of its steps
 
     def _backward(self, loss: Tensor) -> float:
         self.accelerator.backward(loss)
@@ -251,7 +303,13 @@ class DataTrainer(FiniteSteps):
         return ", ".join(str(self.name_of(row)) for row in rows[:5])
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's, with what `choose` has measured."""
+        """Log as the Trainer does, with the measurements of `choose`.
+
+        Args:
+            logs: The values to log.
+            *args: Further arguments of the Trainer.
+            **kwargs: Further arguments of the Trainer.
+        """
         if self.choose is None:
             super().log(logs, *args, **kwargs)
             return
@@ -267,10 +325,10 @@ class DataTrainer(FiniteSteps):
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's, into a fresh folder that is moved into place when it is complete; a link there is not followed."""
+        """Save as the Trainer does, into a new folder that is then moved into place; links are not followed."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self._saved_step == self.state.global_step:
-            return  # the best of its kind, and the end of an epoch
+            return  # the best checkpoint may also be the end of an epoch
         files.make_folder(folder.parent)
         with saving(folder), ExitStack() as stack:
             fresh = [str(stack.enter_context(files.atomic_folder(folder))) if self.args.should_save else ""]
@@ -306,9 +364,12 @@ class DataTrainer(FiniteSteps):
 
 
 def example_weights(weights: Tensor, rows: Tensor, total: int) -> Tensor:
-    """What the loss of each supervised token counts [n], so that each row counts `weight` / `total`.
+    """Return the weight of each supervised token [n], so that each row counts `weight` / `total`.
 
-    rows: [n], the row of each token.
+    Args:
+        weights: float [rows], the weight of each row.
+        rows: int64 [n], the row of each token.
+        total: The number of rows of the step.
     """
     tokens = torch.bincount(rows, minlength=len(weights)).clamp_min(1)
     return (weights.to(rows.device) / tokens / total)[rows]

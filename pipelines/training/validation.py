@@ -1,7 +1,7 @@
-"""Validation while a model trains: when it is due, which step was the best, and when to stop.
+"""Validation during training: when it is due, which step was the best, and when to stop.
 
-Everything is read off the log history, which is part of every checkpoint: a resumed run decides as one that was never
-interrupted.
+All decisions are made from the log history, which is part of every checkpoint, so that a resumed run decides like one
+that was never interrupted.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ LOSS = "eval_loss"
 class Validation:
     """Held-out rows during training.
 
-    loss: a model in evaluation mode -> its loss on them, which may be NaN.
-    every: optimizer steps from one evaluation to the next; the last step is always evaluated.
-    patience: stop after so many evaluations in a row without a new lowest loss; None never stops.
-    keep_best: the trained weights are those of the lowest loss, for which a checkpoint is kept.
+    Attributes:
+        loss: A model in evaluation mode -> its loss on the rows, which may be NaN.
+        every: Optimizer steps between evaluations; the last step is always evaluated.
+        patience: Stop after this many evaluations in a row without a new lowest loss; None never stops.
+        keep_best: Whether the trained weights are those of the lowest loss, for which a checkpoint is kept.
     """
 
     loss: Callable[[nn.Module], float]
@@ -40,18 +41,31 @@ class Validation:
 
 
 def evaluations(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """(step, validation loss) of each evaluation in a log history."""
+    """Return (step, validation loss) of each evaluation in a log history.
+
+    Args:
+        history: The log history.
+    """
     return [(entry["step"], entry[LOSS]) for entry in history if LOSS in entry]
 
 
 def best_of(found: Sequence[tuple[int, float]]) -> tuple[int, float] | None:
-    """The first of those with the lowest loss; None where no loss is finite."""
+    """Return the first evaluation with the lowest loss; None if no loss is finite.
+
+    Args:
+        found: (step, loss) of each evaluation.
+    """
     finite = [one for one in found if math.isfinite(one[1])]
     return min(finite, key=lambda one: (one[1], one[0])) if finite else None
 
 
 def over(found: Sequence[tuple[int, float]], patience: int | None) -> bool:
-    """Whether training stops: the last `patience` evaluations brought no loss below the lowest before them."""
+    """Return whether training stops: the last `patience` evaluations had no new lowest loss.
+
+    Args:
+        found: (step, loss) of each evaluation.
+        patience: The number of evaluations; None never stops.
+    """
     if patience is None or len(found) <= patience:
         return False
     best = best_of(found)
@@ -60,18 +74,31 @@ def over(found: Sequence[tuple[int, float]], patience: int | None) -> bool:
 
 
 def history_of(checkpoint: Path) -> list[dict[str, Any]]:
-    """The log history that a checkpoint holds."""
+    """Return the log history in a checkpoint.
+
+    Args:
+        checkpoint: The folder of the checkpoint.
+    """
     found: list[dict[str, Any]] = json.loads(files.read_bytes(checkpoint / "trainer_state.json"))["log_history"]
     return found
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of `checkpoint-N`."""
+    """Return the step of `checkpoint-N`.
+
+    Args:
+        checkpoint: The folder of the checkpoint.
+    """
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def resume_point(valid: Sequence[Path], validation: Validation | None) -> Path | None:
-    """The newest of the valid checkpoints, of which also the best one before it is still there; None for a new run."""
+    """Return the newest valid checkpoint whose best predecessor still exists; None for a new run.
+
+    Args:
+        valid: The valid checkpoints, oldest first.
+        validation: The validation, if any.
+    """
     steps = {step_of(path) for path in valid}
     for path in reversed(valid):
         if validation is None or not validation.keep_best:
@@ -83,24 +110,39 @@ def resume_point(valid: Sequence[Path], validation: Validation | None) -> Path |
 
 
 class Validate(TrainerCallback):  # type: ignore[misc]
-    """Asks the Trainer for evaluations, for a checkpoint of each new best one, and for the end when it is over.
+    """Requests evaluations, a checkpoint of each new best model, and the end of training.
 
-    regular: whether a checkpoint is saved at a step anyway; others are removed once they are not the best any more.
+    Args:
+        validation: The validation.
+        regular: Step -> whether a checkpoint is saved at it anyway; other checkpoints are removed when they are no
+            longer the best.
     """
 
     def __init__(self, validation: Validation, regular: Callable[[int], bool]) -> None:
         self.validation, self.regular = validation, regular
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Evaluate at every so many steps, and at the last."""
+        """Evaluate every few steps and at the last step.
+
+        Args:
+            args: The training arguments.
+            state: The state of the Trainer.
+            control: The control of the Trainer.
+        """
         if state.global_step % self.validation.every == 0 or state.global_step >= state.max_steps:
             control.should_evaluate = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save the best, and stop."""
+        """Save the best model, and stop training if it is due.
+
+        Args:
+            args: The training arguments.
+            state: The state of the Trainer.
+            control: The control of the Trainer.
+        """
         found = evaluations(state.log_history)
         if not math.isfinite(found[-1][1]):
-            warn(f"validation: the loss after step {state.global_step} is {found[-1][1]}; it is never the best")
+            warn(f"validation: the loss after step {state.global_step} is {found[-1][1]}; it cannot be the best")
         best = best_of(found)
         if self.validation.keep_best and best is not None and best[0] == state.global_step:
             control.should_save = True
@@ -108,7 +150,13 @@ class Validate(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Remove what was saved for its validation loss alone and is not the best any more."""
+        """Remove checkpoints that were saved only for their validation loss and are no longer the best.
+
+        Args:
+            args: The training arguments.
+            state: The state of the Trainer.
+            control: The control of the Trainer.
+        """
         best = best_of(evaluations(state.log_history))
         if rank() != 0 or best is None:
             return

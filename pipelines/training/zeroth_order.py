@@ -1,4 +1,4 @@
-"""`gradient: zo`: the source of zeroth-order gradients that a training run's settings ask for."""
+"""`gradient: zo`: the source of zeroth-order gradients for the settings of a training run."""
 
 from __future__ import annotations
 
@@ -20,13 +20,22 @@ _LAYER = re.compile(r"^(?P<layer>(?:.*\.)?(?:layers?|h|blocks?)\.(?P<number>\d+)
 
 
 def source_of(recipe: TrainingConfig, module: nn.Module, *, seed: int) -> ZerothOrder:
-    """The source over the parameters of `module` that train. Raises: UsageError."""
+    """Return the source over the trained parameters of a model.
+
+    Args:
+        recipe: The recipe.
+        module: The model.
+        seed: The seed of the run.
+
+    Raises:
+        UsageError: A setting is wrong.
+    """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     narrow = [name for name, p in named if p.dtype.itemsize < 4]
     if narrow and recipe.zo.restore == "inplace" and recipe.zo.estimator != "forward":
         warn(
-            f"training.zo: {narrow[0]} and others have 16 bits, where moving weights in place and back leaves an error "
-            "that a small step does not exceed; use --set training.zo.restore=copy, or --set model.dtype=float32"
+            f"training.zo: {narrow[0]} and others have 16 bits, so moving weights forth and back leaves an error "
+            "that may exceed a small step; use --set training.zo.restore=copy, or --set model.dtype=float32"
         )
     return _source(recipe, named, module, seed)
 
@@ -49,11 +58,20 @@ def _source(recipe: TrainingConfig, named: Sequence[tuple[str, Tensor]], module:
 
 
 def check(recipe: TrainingConfig, optimizer: optim.Optimizer, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse settings that exclude each other, and optimizers that need more than an estimate. Raises: UsageError."""
+    """Refuse settings that exclude each other, and optimizers that need more than an estimate.
+
+    Args:
+        recipe: The recipe.
+        optimizer: The optimizer.
+        named: Parameters by name.
+
+    Raises:
+        UsageError: A setting or the optimizer cannot be used.
+    """
     for group in optimizer.param_groups:
         if isinstance(group["rule"], optim.curvature.CurvatureRule):
             raise UsageError(
-                f"training.optimizer {recipe.optimizer}: reads the loss's curvature, which needs back-propagation; for "
+                f"training.optimizer {recipe.optimizer}: needs the curvature of the loss, and so back-propagation; for "
                 "gradient zo choose another, such as sgd or adamw"
             )
     settings = recipe.zo.model_copy(update={"first_order_layers": 0, "sparse_by": "layer"})  # these look at a model
@@ -73,10 +91,21 @@ def step(
     taken: int,
     rows: Sequence[int],
 ) -> tuple[float, dict[str, Any]]:
-    """Step the optimizer on the sum of `parts`: (the loss where the source first looked, what replays the step).
+    """Step the optimizer on the sum of `parts`.
 
-    taken: steps before this one. Raises: NotFinite for a loss or gradient that is not finite; DataError for what else
-    the source refuses.
+    Args:
+        source: The source of gradients.
+        optimizer: The optimizer.
+        parts: Functions whose losses sum to the loss of the step.
+        taken: The number of earlier steps.
+        rows: The numbers of the rows, for messages.
+
+    Returns:
+        The loss at the first evaluated point, and the facts that replay the step.
+
+    Raises:
+        NotFinite: The loss or gradient is not finite.
+        DataError: The source refuses the step for another reason.
     """
     source.taken = taken
     try:
@@ -93,7 +122,14 @@ def step(
 
 
 def block_by(how: str) -> Callable[[str], str] | None:
-    """Parameter name -> its block: its transformer layer, or part of one; outside of layers its module."""
+    """Return a function from a parameter name to its block: its transformer layer or a part of it, else its module.
+
+    Args:
+        how: "none", "layer" or "module".
+
+    Returns:
+        The function; None for "none".
+    """
     if how == "none":
         return None
 
@@ -107,15 +143,23 @@ def block_by(how: str) -> Callable[[str], str] | None:
 
 
 def after_layer(names: Sequence[str], layers: int) -> set[str]:
-    """The parameters of the last `layers` layers and of what comes after them. Raises: UsageError for too many."""
+    """Return the parameters of the last layers and of everything after them.
+
+    Args:
+        names: The parameters in the model's order.
+        layers: The number of last layers.
+
+    Raises:
+        UsageError: There are not enough layers.
+    """
     if not layers:
         return set()
     numbers = [int(match["number"]) if (match := _LAYER.match(name)) else None for name in names]
     present = sorted({n for n in numbers if n is not None})
     if layers >= len(present):
         raise UsageError(
-            f"training.zo.first_order_layers is {layers}; of the model's {len(present)} layers that train at least one "
-            "must stay for zeroth order (for all of them use gradient backprop)"
+            f"training.zo.first_order_layers is {layers}; of the model's {len(present)} trained layers, at least one "
+            "must remain for zeroth order (for all layers, use gradient backprop)"
         )
     first = present[-layers]
     last = max(i for i, n in enumerate(numbers) if n is not None)

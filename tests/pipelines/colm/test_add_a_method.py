@@ -33,7 +33,7 @@ def arguments(world, out, *more):
 def test_a_coreset_method_that_somebody_adds_trains_and_is_reported(added, world, tmp_path, monkeypatch, capsys):
     own = ["--set", "coreset.method=longest_lever", "--set", "coreset.monitor_every=1"]
     assert main(arguments(world, tmp_path / "run", *own)) == 0
-    assert "4 rows kept of 8 a step, by longest_lever" in capsys.readouterr().err
+    assert "4 rows kept of 8 per step, by longest_lever" in capsys.readouterr().err
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 3 and all(step["match_error"] > 0 for step in steps)
     assert "rows with the longest lever" in (tmp_path / "run" / "report.html").read_text()

@@ -203,7 +203,7 @@ def test_a_killed_command_goes_on(command, world, tmp_path):
     killed = command(*argv, tmp_path / "run", die=["pipelines.training.trainer:mark_complete", 2, "after"])
     assert killed.code == -9
     again = command(*argv, tmp_path / "run")
-    assert again.code == 0 and "4 rows kept of 8 a step, by facility_location" in again.stderr, again.stderr
+    assert again.code == 0 and "4 rows kept of 8 per step, by facility_location" in again.stderr, again.stderr
     assert without_seconds(result(tmp_path / "run")) == without_seconds(result(tmp_path / "whole"))
 
 

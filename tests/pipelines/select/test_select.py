@@ -771,7 +771,7 @@ def test_a_half_saved_or_damaged_checkpoint_of_ours_is_not_used(world, tmp_path)
     (last / "optimizer.pt").write_bytes(b"half")
     assert [c.step for c in checkpoints.find([run])] == [2]
     (tmp_path / "complete.json").rename(last / "complete.json")
-    with pytest.raises(DataError, match="checkpoint-4: a file is not what complete.json says"):
+    with pytest.raises(DataError, match="checkpoint-4: a file differs from complete.json"):
         checkpoints.find([run])
 
 
@@ -798,7 +798,7 @@ def test_any_optimizer_drives_a_selection(first, world, tmp_path, name):
     same = name == "adamw_8bit"  # this model's tensors are too small for codes
     assert (scores(run)["_score"] == scores(first)["_score"]) == same
     if name == "lion":
-        with pytest.raises(DataError, match="adam_mode='code' is about AdamW"):
+        with pytest.raises(DataError, match="adam_mode='code' needs AdamW"):
             select.run(world.select(tmp_path / "code", warmup=warmup, features=FeaturesConfig(adam_mode="code")))
 
 

@@ -75,7 +75,7 @@ def test_a_dry_run_says_time_memory_and_bytes_and_does_nothing(task, own_world, 
     run(config)
     said = capsys.readouterr().err
     assert FIGURES.search(said), said
-    assert "made-up tokens" in said and not (tmp_path / "run").exists()
+    assert "synthetic tokens" in said and not (tmp_path / "run").exists()
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -152,7 +152,9 @@ def test_train_says_what_it_took_over(
 ) -> None:
     train.run(config(world, tmp_path / "new", order=made))
     said = capsys.readouterr().err
-    assert "trains by the recipe that the order was estimated for: adamw, learning rate 0.001, schedule const" in said
+    assert (
+        "trains with the recipe for which the order was estimated: adamw, learning rate 0.001, schedule const" in said
+    )
     assert "all weights in float32, seed 3, after 2 warm-up steps on other rows" in said
 
 
@@ -163,7 +165,7 @@ def test_another_model_and_other_tokens_are_refused(world: Path, made: Path, tmp
         train.run(other)
     write_rows(tmp_path / "data.jsonl", 60, answer="another")
     moved = config(world, tmp_path / "b", order=made, data={"paths": [str(tmp_path / "data.jsonl")]})
-    with pytest.raises(DataError, match="has other tokens than the order was estimated with"):
+    with pytest.raises(DataError, match="has other tokens than when the order was estimated"):
         train.run(moved)
 
 
@@ -173,7 +175,7 @@ def test_another_optimizer_of_the_same_recipe_is_refused(world: Path, made: Path
     groups = [dict(group) for group in given.recipe["optimizer"]]
     groups[0]["rule"] = groups[0]["rule"] | {"eps": 1e-3}
     replace(given, recipe=dict(given.recipe) | {"optimizer": groups}).save(tmp_path / "o.npz")
-    with pytest.raises(DataError, match=r"builds another optimizer of its recipe \(group 1: rule is .*1e-07.* here"):
+    with pytest.raises(DataError, match=r"builds another optimizer from its recipe \(group 1: rule is .*1e-07.* here"):
         train.run(config(world, tmp_path / "new", order=tmp_path / "o.npz"))
     replace(given, recipe=dict(given.recipe) | {"training": {"learning_rat": 1}}).save(tmp_path / "o.npz")
     with pytest.raises(DataError, match=r"its recipe cannot be used \(training.learning_rat: Extra inputs"):
