@@ -1,7 +1,7 @@
-"""CoLM in the training loop: each step trains on the rows of a large batch that stand for all of it.
+"""CoLM in the training loop: each step trains on the rows of a large batch that represent all of it.
 
-`from pipelines.colm import CoresetMixin` for any `transformers.Trainer`; `CoresetConfig` has its settings. Names are
-imported on first use, because the Trainer takes seconds to import.
+Use `from pipelines.colm import CoresetMixin` for any `transformers.Trainer`; `CoresetConfig` has its settings. Names
+are imported at first use, because importing the Trainer takes seconds.
 """
 
 from importlib import import_module

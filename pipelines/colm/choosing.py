@@ -1,8 +1,8 @@
-"""Choosing rows of large batches for a Trainer: what is the same for `datatools train` and for any other Trainer.
+"""Choosing rows of large batches for a Trainer: the common part of `datatools train` and any other Trainer.
 
-A `Choosing` reduces the batches of each step, measures its choices, and keeps its history in the checkpoints. How a
-batch is read, and what is left of it, is up to its two kinds: `pipelines.colm.coresets` for the rows of
-`datatools train`, `pipelines.colm.mixin` for the tensors of any other Trainer.
+A `Choosing` reduces the batches of each step, measures its choices, and saves its history in the checkpoints. Its two
+subclasses define how a batch is read and reduced: `pipelines.colm.coresets` for the rows of `datatools train`,
+`pipelines.colm.mixin` for the tensors of any other Trainer.
 """
 
 from __future__ import annotations
@@ -46,13 +46,17 @@ MONITORED = (
     "match_error", "match_error_random", "select_seconds", "train_seconds", "select_share", "peak_bytes", "overflows",
     "kept_by_source", "seen_by_source",
 )  # fmt: skip
-"""What a log entry of a monitored step has beside the Trainer's own keys."""
+"""The keys of a monitored step's log entry that do not come from the Trainer."""
 
 
 def check(settings: CoresetConfig) -> None:
-    """Refuse methods and features that do not exist, and weights of rows that the loss has no place for.
+    """Refuse methods and features that do not exist, and row weights that the loss cannot use.
 
-    Raises: UsageError.
+    Args:
+        settings: The settings of coresets.
+
+    Raises:
+        UsageError: A setting cannot be used.
     """
     method = coreset_method(settings.method)
     if settings.features not in CORESET_FEATURES:
@@ -65,53 +69,64 @@ def check(settings: CoresetConfig) -> None:
 class Choosing(ABC):
     """Reduces the batches of a Trainer's steps to the rows that `settings.method` keeps.
 
-    Choices are functions of the seed, the step, the micro-batch and (without a group) the rank, so that a resumed run
-    makes the same ones. Nothing of the training state has changed when a choice raises.
+    Choices depend on the seed, the step, the micro-batch and (without a group) the rank, so that a resumed run makes
+    the same ones. If a choice raises, the training state has not changed.
 
     Args:
         settings: How many rows are kept, and how they are chosen.
     """
 
     counts: Mapping[Hashable, int]
-    """Rows of each source in the whole training set."""
+    """The number of rows of each source in the whole training set."""
     logged: Sequence[str] = MONITORED
-    """Keys that this adds to entries of the log history."""
+    """The keys that this adds to entries of the log history."""
 
     def __init__(self, settings: CoresetConfig) -> None:
         self.settings = settings
         self.trainer: Any = None
-        self.rows_of_step = 1  # rows that the present step trains on, of this process
+        self.rows_of_step = 1  # rows of this process on which the present step trains
         self._colm: CoLM | None = None
         self._saved_history: dict[str, Tensor] | None = None
-        self._watched: dict[str, Any] | None = None  # what was measured and is not logged yet
-        self._tables: dict[str, Any] = {}  # what is too nested for a log, and goes into the log history alone
+        self._watched: dict[str, Any] | None = None  # measurements that are not logged yet
+        self._tables: dict[str, Any] = {}  # nested values, which go into the log history only
         self._warned = False
         self._idle = 0  # rows without a supervised token so far
 
     @property
     def group(self) -> ProcessGroup | None:
-        """The processes that hold the same batches, and so choose together; None: each chooses among its own rows."""
+        """The processes that have the same batches and choose together; None means that each chooses alone."""
         return None
 
     @abstractmethod
     def large(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], list[Hashable], dict[str, Any]]:
-        """What a choice reads of a large batch of n rows.
+        """Return what a choice needs of a large batch of n rows.
+
+        Args:
+            batch: The batch.
 
         Returns:
-            The tensors of the model's inputs (`input_ids` and `labels`, int64 [n, tokens], and others with n rows); the
-            source of each row; and, where they are known, `lengths` and `names` of the rows.
+            The tensors of the model's inputs (`input_ids` and `labels`, int64 [n, tokens], and others with n rows);
+            the source of each row; and, if they are known, `lengths` and `names` of the rows.
         """
 
     @abstractmethod
     def kept(self, batch: dict[str, Any], chosen: Selection) -> dict[str, Any]:
-        """The chosen rows of `batch`, in the loader's order, with their weights."""
+        """Return the chosen rows of a batch, in the loader's order, with their weights.
+
+        Args:
+            batch: The batch.
+            chosen: The choice.
+        """
 
     def begin(self, trainer: Any) -> None:
-        """Attach to a Trainer that has just been made.
+        """Attach to a new Trainer.
+
+        Args:
+            trainer: The Trainer.
 
         Raises:
-            UsageError: For FSDP and DeepSpeed, and for sizes that do not fit each other.
-            DataError: For a model in which no layer can be found whose gradients tell rows apart.
+            UsageError: The Trainer uses FSDP or DeepSpeed, or sizes do not fit each other.
+            DataError: The model has no layer whose gradients distinguish rows.
         """
         check(self.settings)
         self.trainer = trainer
@@ -122,9 +137,12 @@ class Choosing(ABC):
         trainer.add_callback(_Clock(self))
 
     def reduce(self, batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The micro-batches of the next step, each reduced to the rows that are kept.
+        """Return the micro-batches of the next step, each reduced to the kept rows.
 
         Rows without a supervised token, which train nothing, are never chosen.
+
+        Args:
+            batches: The large micro-batches.
         """
         args, step, started = self.trainer.args, self.trainer.state.global_step, _now()
         colm = self._chooser()
@@ -137,7 +155,7 @@ class Choosing(ABC):
         for micro, batch in enumerate(batches):
             tensors, sources, known = self.large(batch)
             live = ((tensors["labels"][:, 1:] != -100).sum(1) > 0).nonzero()[:, 0].cpu()
-            if len(live) < len(sources):  # rows of which max_length has cut the answer away: they train nothing
+            if len(live) < len(sources):  # rows whose answer was cut by max_length train nothing
                 if not self._idle:
                     warn(f"coreset: {len(sources) - len(live)} rows of step {step + 1} have no supervised token; such "
                          "rows are never chosen")  # fmt: skip
@@ -148,7 +166,9 @@ class Choosing(ABC):
                 tensors = {key: tensor[live.to(tensor.device)] for key, tensor in tensors.items()}
                 known = {"names": list(range(len(sources)))} | known
                 sources, known = _only(sources, live), {key: _only(rows, live) for key, rows in known.items()}
-            keep = max(1, round(self._keep * len(sources) / self._large_batch))  # an epoch's last batch may be short
+            keep = max(
+                1, round(self._keep * len(sources) / self._large_batch)
+            )  # the last batch of an epoch may be smaller
             lane = micro if self.group is not None else micro * args.world_size + args.process_index
             chosen = colm(tensors, sources, step=step, lane=lane, keep=min(keep, len(sources)), watch=watch, **known)
             reduced.append(self.kept(batch, Selection(live[chosen.indices], chosen.weights)))
@@ -166,7 +186,11 @@ class Choosing(ABC):
         return reduced
 
     def measured(self, logs: Mapping[str, Any]) -> dict[str, float]:
-        """What was measured in the last monitored step, for the next log of a loss; empty otherwise."""
+        """Return the measurements of the last monitored step, for the next log of a loss; empty otherwise.
+
+        Args:
+            logs: The values to log.
+        """
         seen = self._watched
         if seen is None or "train_seconds" not in seen or "loss" not in logs:
             return {}
@@ -175,7 +199,11 @@ class Choosing(ABC):
         return {**seen, "select_share": share}
 
     def noted(self, history: list[dict[str, Any]]) -> None:
-        """After a log: complete its entry in the log history, and warn once where choosing has done nothing."""
+        """Complete the last entry of the log history after a log, and warn once if choosing has no effect.
+
+        Args:
+            history: The log history.
+        """
         if not history or "match_error" not in history[-1] or not self._tables:
             return
         history[-1] |= self._tables
@@ -187,7 +215,11 @@ class Choosing(ABC):
                 warn(text)
 
     def save(self, folder: Path) -> None:
-        """Write the history of the choices into a checkpoint."""
+        """Write the history of the choices into a checkpoint.
+
+        Args:
+            folder: The folder of the checkpoint.
+        """
         mine = self.group is None or self.trainer.args.process_index == 0  # together, all have the same history
         if self._colm is not None and mine:
             files.make_folder(folder)
@@ -195,10 +227,17 @@ class Choosing(ABC):
                 save_file(self._colm.state_dict(), path)
 
     def load(self, folder: Path) -> None:
-        """Go on from the history in a checkpoint. Raises: DataError where it has none."""
+        """Continue from the history in a checkpoint.
+
+        Args:
+            folder: The folder of the checkpoint.
+
+        Raises:
+            DataError: The checkpoint has no history.
+        """
         path = folder / self._history_name
         if not path.is_file():
-            raise DataError(f"coreset: {folder} has no {path.name}; it was saved without a coreset, or by other ranks")
+            raise DataError(f"coreset: {folder} has no {path.name}; it was saved without a coreset or by other ranks")
         self._saved_history = load_file(files.checked(path))
 
     @property
@@ -210,21 +249,21 @@ class Choosing(ABC):
         if self.settings.large_batch not in (None, self._large_batch):
             raise UsageError(
                 f"coreset: large_batch is {self.settings.large_batch}, but per_device_train_batch_size, which is the "
-                f"large batch here, is {self._large_batch}; leave large_batch out"
+                f"large batch here, is {self._large_batch}; omit large_batch"
             )
         self._keep = self.settings.keep if self.settings.keep is not None else max(1, self._large_batch // 2)
         if not 1 <= self._keep <= self._large_batch:
             raise UsageError(
-                f"coreset: {self._keep} rows to keep of a large batch of {self._large_batch}; keep fewer, or raise "
+                f"coreset: cannot keep {self._keep} rows of a large batch of {self._large_batch}; keep fewer, or raise "
                 "per_device_train_batch_size"
             )
 
     def _bare_model(self) -> Any:
-        """The model without DDP and torch.compile around it."""
+        """Return the model without the wrappers of DDP and torch.compile."""
         return self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
 
     def _chooser(self) -> CoLM:
-        """Made at the first step, when the model is where it will train; and again for another model (`model_init`)."""
+        """Return the chooser, made at the first step, when the model is on its device, and again for another model."""
         model = self._bare_model()
         if self._colm is None or self._colm.model is not model:
             settings = self.settings
@@ -246,7 +285,7 @@ class Choosing(ABC):
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
-    """Stops the time of a monitored step's training, and reads its peak of memory, when the step is done."""
+    """Measures the time and the peak memory of a monitored step when the step is done."""
 
     def __init__(self, choosing: Choosing) -> None:
         self.choosing = choosing
@@ -272,7 +311,7 @@ Watched = Sequence[tuple[Any, Sequence[Hashable], Selection]]
 
 
 def _errors(watched: Watched) -> dict[str, Any]:
-    """The mean errors over the micro-batches of a step."""
+    """Return the mean errors over the micro-batches of a step."""
     return {
         "match_error": math.fsum(last.match_error for last, _, _ in watched) / len(watched),
         "match_error_random": math.fsum(last.match_error_random for last, _, _ in watched) / len(watched),
@@ -280,7 +319,7 @@ def _errors(watched: Watched) -> dict[str, Any]:
 
 
 def _rows_by_source(watched: Watched) -> dict[str, Any]:
-    """How many rows of each source the micro-batches of a step held, and how many of them were kept."""
+    """Return the rows of each source in the micro-batches of a step, and how many of them were kept."""
     kept: Counter[str] = Counter()
     seen: Counter[str] = Counter()
     for _, sources, chosen in watched:

@@ -1,4 +1,4 @@
-"""Coresets of the rows of `datatools train`: the `choose` of its Trainer, and what its settings and report say."""
+"""Coresets of the rows of `datatools train`: the `choose` of its Trainer, and facts for settings and report."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pipelines.settings.train import CoresetConfig
 
 
 class Coresets(Choosing):
-    """The `choose` of `datatools train`: batches hold row numbers and encoded rows.
+    """The `choose` of `datatools train`: batches have row numbers and encoded rows.
 
-    Several processes all hold the same batch: each makes a part of the passes over it, and all make the same choice.
+    Several processes all have the same batch: each does a part of the passes over it, and all make the same choice.
 
     Args:
         settings: How many rows are kept, and how they are chosen.
-        source_of: The source of a row by its number; None is one source for all.
+        source_of: A row's number -> its source; None is one source for all.
     """
 
     def __init__(self, settings: CoresetConfig, source_of: Callable[[int], Hashable] | None = None) -> None:
@@ -38,19 +38,32 @@ class Coresets(Choosing):
         return torch.distributed.group.WORLD if self.trainer.args.world_size > 1 else None
 
     def begin(self, trainer: Any) -> None:
-        """Attach to the Trainer, and count the rows of each source."""
+        """Attach to the Trainer, and count the rows of each source.
+
+        Args:
+            trainer: The Trainer.
+        """
         super().begin(trainer)
         self.counts = Counter(self.source_of(row) for row in trainer.train_dataset.rows)
 
     def large(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], list[Hashable], dict[str, Any]]:
-        """The padded rows, their sources, and their lengths and names."""
+        """Return the padded rows, their sources, and their lengths and names.
+
+        Args:
+            batch: The batch.
+        """
         device, name_of = self.trainer.args.device, self.trainer.name_of
         tensors = {key: tensor.to(device) for key, tensor in collate(batch["items"]).items()}
         known = {"lengths": [len(ids) for ids, _ in batch["items"]], "names": [name_of(r) for r in batch["rows"]]}
         return tensors, [self.source_of(row) for row in batch["rows"]], known
 
     def kept(self, batch: dict[str, Any], chosen: Selection) -> dict[str, Any]:
-        """The chosen rows, with their weights unless every token counts the same."""
+        """Return the chosen rows, with their weights unless every token has the same weight.
+
+        Args:
+            batch: The batch.
+            chosen: The choice.
+        """
         order = chosen.indices.argsort()
         kept = chosen.indices[order].tolist()
         weights = {} if self.settings.loss_weighting == "token" else {"weights": chosen.weights[order]}
@@ -58,40 +71,56 @@ class Coresets(Choosing):
 
 
 def resolve(recipe: TrainingConfig, choose: CoresetConfig, rows: int) -> tuple[TrainingConfig, CoresetConfig]:
-    """The recipe whose batches are the large ones, and the settings with both sizes filled in.
+    """Return the recipe with large batches, and the settings with both sizes.
 
-    Raises: UsageError for sizes that do not fit each other or the number of rows.
+    Args:
+        recipe: The recipe.
+        choose: The settings of coresets.
+        rows: The number of rows of the data.
+
+    Raises:
+        UsageError: Sizes do not fit each other or the number of rows.
     """
     keep = recipe.batch_size if choose.keep is None else choose.keep
     large = 2 * keep if choose.large_batch is None else choose.large_batch
     if keep > large:
         raise UsageError(
-            f"coreset: {keep} rows to keep of a large batch of {large}; keep fewer (--keep), or draw more "
+            f"coreset: cannot keep {keep} rows of a large batch of {large}; keep fewer (--keep) or draw more "
             "(--large-batch)"
         )
     if rows < keep:
-        raise UsageError(f"coreset: {keep} rows to keep a step, and the data has {rows}; keep fewer (--keep)")
+        raise UsageError(f"coreset: cannot keep {keep} rows per step, because the data has {rows}; keep fewer (--keep)")
     if rows < large:
-        warn(f"coreset: a large batch is {large} rows and the data has {rows}: every step sees all of them")
+        warn(f"coreset: a large batch has {large} rows but the data only {rows}; every step uses all of them")
     return recipe.model_copy(update={"batch_size": large}), choose.model_copy(
         update={"keep": keep, "large_batch": large}
     )
 
 
 def monitored(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What was measured of the choices, by step: of log entries those of monitored steps, without other keys."""
+    """Return the measurements of the choices per step: the monitored log entries, without other keys.
+
+    Args:
+        entries: The log entries.
+    """
     kept = ("step", *MONITORED)
     return [{key: e[key] for key in kept if key in e} for e in entries if "match_error" in e]
 
 
 def facts(choose: CoresetConfig, sources: Sequence[Hashable], seen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the report says beside the metrics: settings, sizes of sources, and whether choosing was in vain."""
+    """Return what the report needs besides the metrics: settings, sizes of sources, and whether choosing had an effect.
+
+    Args:
+        choose: The settings of coresets.
+        sources: The source of each row.
+        seen: The monitored entries.
+    """
     counts = Counter(sources)
     small = small_sources(counts) if choose.small == "auto" else frozenset(choose.small)
     return {
         "settings": choose.model_dump(mode="json"),
         "sources": {str(name): counts[name] for name in sorted(counts, key=str)},
         "small": sorted(map(str, small)),
-        "memory": "gpu" if torch.cuda.is_available() else "process",  # of what `peak_bytes` is the peak
+        "memory": "gpu" if torch.cuda.is_available() else "process",  # what `peak_bytes` measures
         "warning": None if CORESET_METHODS[choose.method].control else not_better(seen),
     }

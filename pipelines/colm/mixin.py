@@ -1,12 +1,13 @@
-"""Coresets in any Trainer's loop: large batches from the loader, small ones into the step.
+"""Coresets in any Trainer's loop: large batches from the loader, small ones in the step.
 
 `CoresetMixin` goes before any `transformers.Trainer`, or TRL's `SFTTrainer`:
 
     class CoresetSFTTrainer(CoresetMixin, SFTTrainer): ...
     trainer = CoresetSFTTrainer(..., choose=CoresetConfig(keep=8), source_key="dataset")
 
-`per_device_train_batch_size` is then the size of the large batch. Steps, epochs, schedules and the place in the data
-after a resume are the Trainer's, because the loader is read as ever; the tokens that scale the loss are counted anew.
+`per_device_train_batch_size` is then the size of the large batch. Steps, epochs, schedules and the position in the
+data after a resume are those of the Trainer, because the loader is unchanged; the tokens that scale the loss are
+counted again.
 """
 
 from __future__ import annotations
@@ -26,35 +27,42 @@ from pipelines.colm.choosing import Choosing
 from pipelines.models.finite import FiniteSteps
 from pipelines.settings.train import CoresetConfig
 
-SOURCES, WEIGHTS = "coreset_sources", "coreset_weights"  # keys of a batch that no model gets
-_MEDIA = ("pixel_", "image_", "video_", "input_features", "input_values", "audio_")  # what rows are not cut by
+SOURCES, WEIGHTS = "coreset_sources", "coreset_weights"  # keys of a batch that are not passed to the model
+_MEDIA = (
+    "pixel_",
+    "image_",
+    "video_",
+    "input_features",
+    "input_values",
+    "audio_",
+)  # inputs that cannot be split by row
 _INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
 
 
 class CoresetMixin(FiniteSteps):
     """A Trainer whose loader gives large batches, of which each step trains on the rows that `choose` keeps.
 
-    With gradient accumulation, every micro-batch is reduced by itself; with several processes, every process's. Choices
-    are functions of the seed, the step, the micro-batch and the rank. The history of a rule that has one is saved in
-    the checkpoint. Evaluation is untouched. The loss is the Trainer's own unless `loss_weighting` is "example".
+    With gradient accumulation, every micro-batch is reduced separately, and with several processes, that of every
+    process. Choices depend on the seed, the step, the micro-batch and the rank. If a rule has a history, it is saved
+    in the checkpoint. Evaluation is unchanged. The loss is the Trainer's own unless `loss_weighting` is "example".
 
     Monitored steps log `match_error`, `match_error_random` (the mean of 16 draws), `select_seconds` (without measuring
-    the errors), `train_seconds`, `select_share` (of both) and `peak_bytes`; the log history also has `kept_by_source`
-    and `seen_by_source`. Where the Trainer logs less often than that (`logging_steps`), a log has the last monitored
-    step's values. `peak_bytes` is the most that tensors took of the GPU in the step, choosing included (torch's peak
-    statistics are reset for that); on a CPU it is the most that the process has held so far.
+    the errors), `train_seconds`, `select_share` (the share of choosing in both) and `peak_bytes`; the log history also
+    has `kept_by_source` and `seen_by_source`. If the Trainer logs less often (`logging_steps`), a log has the values
+    of the last monitored step. `peak_bytes` is the peak GPU memory of tensors in the step, choosing included (torch's
+    peak statistics are reset for this); on a CPU it is the peak memory of the process so far.
 
     Rows without a supervised token, which train nothing, are never chosen.
 
     Args:
         choose: The settings (`CoresetConfig`), or a mapping of them; None chooses nothing.
         source_key: The column of the training data that names the source of a row; None is one source for all.
-        nonfinite_steps: How many steps in a row may be skipped because the loss or the gradient is not finite before
-            the run stops (this class is a `FiniteSteps` too).
+        nonfinite_steps: The number of steps in a row that may be skipped because the loss or the gradient is not
+            finite, before the run stops (this class is a `FiniteSteps` too).
 
     Raises:
-        UsageError: For packing, images, FSDP or DeepSpeed, clusters, a missing source column, and sizes that do not
-            fit; see also `datatools.CoLM`. Nothing of the training state has changed when a choice raises.
+        UsageError: Packing, images, FSDP or DeepSpeed, clusters, a missing source column, or sizes that do not fit;
+            see also `datatools.CoLM`. If a choice raises, the training state has not changed.
 
     Example:
         >>> from transformers import Trainer
@@ -88,11 +96,17 @@ class CoresetMixin(FiniteSteps):
         self._choosing.begin(self)
         if self.choose.loss_weighting == "example" or CORESET_METHODS[self.choose.method].weighted:
             if self.compute_loss_func is not None:
-                raise UsageError("coreset: compute_loss_func and weights of rows exclude each other; leave one out")
+                raise UsageError("coreset: compute_loss_func and row weights exclude each other; omit one of them")
             self.compute_loss_func = self._example_loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The micro-batches of the next step, each reduced to the rows that are kept."""
+        """Return the micro-batches of the next step, each reduced to the kept rows.
+
+        Args:
+            epoch_iterator: The iterator over batches.
+            num_batches: The number of batches of the step.
+            device: The device of the batches.
+        """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._choosing is None or not batches:
             return batches, items
@@ -100,7 +114,13 @@ class CoresetMixin(FiniteSteps):
         return reduced, self._get_num_items_in_batch(reduced, device)
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's, with what was measured in a monitored step."""
+        """Log as the Trainer does, with the measurements of a monitored step.
+
+        Args:
+            logs: The values to log.
+            *args: Further arguments of the Trainer.
+            **kwargs: Further arguments of the Trainer.
+        """
         if self._choosing is None:
             super().log(logs, *args, **kwargs)
             return
@@ -131,7 +151,7 @@ class CoresetMixin(FiniteSteps):
             self._choosing.load(Path(checkpoint))
 
     def _example_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """Each row's mean over its own tokens, times its weight, over the rows of the whole step."""
+        """Return the mean of each row over its own tokens, times its weight, over the rows of the whole step."""
         logits, labels = outputs.logits[:, :-1].float(), labels[:, 1:].to(outputs.logits.device)
         tokens = functional.cross_entropy(logits.mT, labels, reduction="none", ignore_index=-100)
         rows = tokens.sum(1) / (labels != -100).sum(1).clamp_min(1)
@@ -144,24 +164,22 @@ class CoresetMixin(FiniteSteps):
 
 
 class _Batches(Choosing):
-    """Chooses rows of the padded batches that a Trainer's collator makes."""
+    """Chooses rows of the padded batches from a Trainer's collator."""
 
     def __init__(self, settings: CoresetConfig, source_key: str | None) -> None:
         super().__init__(settings)
         self.source_key = source_key
 
     def begin(self, trainer: Any) -> None:
-        """Read the sources of the training data: how large each is, and numbers for the loader to carry."""
+        """Read the sources of the training data: their sizes, and numbers that the loader passes on."""
         super().begin(trainer)
         for name in ("packing", "padding_free"):
             if getattr(trainer.args, name, False):
-                raise UsageError(
-                    f"coreset: {name} joins examples into one row, so there is nothing to choose; turn it off"
-                )
+                raise UsageError(f"coreset: {name} joins rows into one, so there is nothing to choose; turn it off")
         if self.settings.clusters is not None:
             raise UsageError(
-                "coreset: clusters are made by `datatools train` alone; add a column of sources to the data "
-                "(datatools.cluster_sources makes them of hidden states) and name it (source_key=)"
+                "coreset: only `datatools train` makes clusters; add a column of sources to the data "
+                "(datatools.cluster_sources makes them from hidden states) and name it (source_key=)"
             )
         self._names: list[Hashable] = []
         if self.source_key is not None:
@@ -182,10 +200,10 @@ class _Batches(Choosing):
         trainer.data_collator = _Carry(trainer.data_collator, self.source_key, self._names)
 
     def large(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], list[Hashable], dict[str, Any]]:
-        """What a choice reads of a large batch: tensors, sources; and lengths and names of its rows where known."""
+        """Return what a choice needs of a large batch: tensors, sources, and lengths and names if known."""
         ids = batch["input_ids"]
         if media := [key for key in batch if key.startswith(_MEDIA)]:
-            raise UsageError(f"coreset: the batch has {media[0]!r}; choices read text alone, use text-only data")
+            raise UsageError(f"coreset: the batch has {media[0]!r}; choices read only text; use text-only data")
         positions = batch.get("position_ids")
         numbers = batch[SOURCES].tolist()
         if len(numbers) != len(ids) or {"cu_seq_lens_q", "seq_idx"} & set(batch) or (
@@ -193,19 +211,19 @@ class _Batches(Choosing):
                                             & (batch["labels"][:, 1:] != -100)).any())
         ):  # fmt: skip
             raise UsageError(
-                f"coreset: the batch holds packed rows ({len(numbers)} examples in {len(ids)}), of which nothing can "
+                f"coreset: the batch contains packed rows ({len(numbers)} rows in {len(ids)}), of which none can "
                 "be chosen; turn packing off, and use a collator that pads"
             )
         if self.source_key is not None and min(numbers) < 0:
             raise UsageError(
                 f"coreset: a row of the training batches has no {self.source_key!r} that the training data had; the "
-                "loader must hand each row over with it"
+                "loader must pass it on with each row"
             )
         sources = [None if self.source_key is None else self._names[i] for i in numbers]
         return {key: batch[key].to(self.trainer.args.device) for key in _INPUTS if key in batch}, sources, {}
 
     def kept(self, batch: dict[str, Any], chosen: Selection) -> dict[str, Any]:
-        """The rows of `batch` that a choice keeps, in the loader's order."""
+        """Return the rows of `batch` that a choice keeps, in the loader's order."""
         order = chosen.indices.argsort()
         rows, n = chosen.indices[order], len(batch["input_ids"])
         kept = {
@@ -221,7 +239,7 @@ class _Batches(Choosing):
 
 
 class _Carry:
-    """A collator that takes the source out of each row, and puts its number into the batch: one number for each row."""
+    """A collator that removes the source from each row and adds one number per row to the batch."""
 
     def __init__(
         self, inner: Callable[[list[Any]], dict[str, Any]], key: str | None, names: Sequence[Hashable]

@@ -1,4 +1,4 @@
-"""Sources of the rows that coresets are chosen from: the ones that rows name, or clusters of their hidden states."""
+"""Sources of the rows from which coresets are chosen: those that rows name, or clusters of their hidden states."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ from pipelines.settings.train import CoresetConfig
 
 
 def require_known(small: Iterable[Hashable], sources: Collection[Hashable]) -> None:
-    """Refuse names of small sources that no row has. Raises: UsageError."""
+    """Refuse names of small sources that no row has.
+
+    Args:
+        small: The names of small sources.
+        sources: The sources of the rows.
+
+    Raises:
+        UsageError: A name is unknown.
+    """
     if unknown := sorted(str(name) for name in small if name not in sources):
         raise UsageError(
             f"coreset: no row has the small source {unknown[0]!r}{did_you_mean(unknown[0], map(str, sources))}"
@@ -25,9 +33,16 @@ def require_known(small: Iterable[Hashable], sources: Collection[Hashable]) -> N
 
 
 def require_sources(choose: CoresetConfig, rows: Rows, chosen: Sequence[int], *, key: str) -> None:
-    """Refuse rows of which none names its source, unless they will be clustered or nothing is to be small.
+    """Refuse rows if none names its source, unless they will be clustered or no source is small.
 
-    Raises: UsageError.
+    Args:
+        choose: The settings of coresets.
+        rows: The rows.
+        chosen: The numbers of the rows to train on.
+        key: The column of `--source-key`.
+
+    Raises:
+        UsageError: No row names its source.
     """
     if choose.clusters is not None or choose.small == []:
         return
@@ -38,25 +53,38 @@ def require_sources(choose: CoresetConfig, rows: Rows, chosen: Sequence[int], *,
     if nameless == len(rows.pool) and len(names) == 1:
         raise UsageError(
             f"coreset: none of the {nameless} rows names its source (no column {key!r}); name the column with "
-            "--source-key, make sources with --set coreset.clusters=8, or take all rows for one with "
+            "--source-key, make sources with --set coreset.clusters=8, or use one source with "
             "--set coreset.small=[]"
         )
     if nameless:
         warn(f"coreset: {nameless} of {len(rows.pool)} rows have no column {key!r}; their source is their file's name")
     if len(names) == 1:
-        warn(f"coreset: all rows are of one source, {names.pop()!r}: none is small, and rows are chosen among all")
+        warn(f"coreset: all rows belong to the source {names.pop()!r}, which is not small; rows are chosen among all")
 
 
 def clusters_of(model: Any, rows: Rows, chosen: Sequence[int], clusters: int, *, seed: int) -> list[str]:
-    """Sources made by clustering the mean last hidden state of each row that is used: [rows of the pool], else ""."""
+    """Return sources made by clustering the mean last hidden state of each used row; "" for rows that are not used.
+
+    Args:
+        model: The model.
+        rows: The rows.
+        chosen: The numbers of the rows to train on.
+        clusters: The number of clusters.
+        seed: The seed of the run.
+
+    Raises:
+        UsageError: There are more clusters than rows.
+    """
     if clusters > len(chosen):
-        raise UsageError(f"coreset: {clusters} clusters of {len(chosen)} rows; make fewer (--set coreset.clusters=N)")
+        raise UsageError(
+            f"coreset: cannot make {clusters} clusters of {len(chosen)} rows; make fewer (--set coreset.clusters=N)"
+        )
     means: dict[int, torch.Tensor] = {}
     lengths = [int(rows.scan.tokens[row]) for row in chosen]
     with torch.inference_mode(), progress("clustering", len(chosen), "rows") as bar:
         for group, batch in rows.micro_batches(chosen, 4096, model.device):
             hidden = last_states(model, batch["input_ids"]).float().cpu()
-            for place, i in enumerate(group):  # padding stands on the right, where nothing looks at it
+            for place, i in enumerate(group):  # padding is on the right and has no effect
                 means[i] = hidden[place, : lengths[i]].mean(0)
             bar.advance(len(group))
     names, width = [""] * len(rows.pool), len(str(clusters - 1))

@@ -1,4 +1,4 @@
-"""Diagnoses of a training set-up."""
+"""Diagnoses of a training setup."""
 
 from pipelines.former import front_door
 

@@ -1,4 +1,4 @@
-"""What the checks of `datatools diagnose` look at: a model, rows, and the losses of both in parts."""
+"""The input of the checks of `datatools diagnose`: a model, rows, and their loss in parts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from pipelines.settings.diagnose import DiagnoseConfig
 
 @dataclass
 class Look:
-    """One model and the rows that it is looked at on.
+    """One model and the rows on which it is examined.
 
     Args:
-        model: in float32, all of its parameters with gradients; None for a check that needs no model.
-        rows: all rows of the data.
-        picked: those that are looked at.
-        config: the settings.
-
+        model: The model in float32, with gradients for all parameters; None for a check that needs no model.
+        rows: All rows of the data.
+        picked: The numbers of the examined rows.
+        config: The settings.
     """
 
     model: Any
@@ -37,7 +36,7 @@ class Look:
 
     @cached_property
     def parts(self) -> list[Callable[[], Tensor]]:
-        """See `loss_parts`."""
+        """The parts of the loss; see `loss_parts`."""
         return loss_parts(self.model, self.rows, self.picked, self.config.token_budget)
 
 
@@ -46,14 +45,13 @@ class Check:
     """The record of a check.
 
     Args:
-        title: what it measures, in one line.
-        cost: what it costs, in a few words, as `datatools ls checks` shows it.
-        measure: (what is looked at, seed) -> plain values for `checks/NAME.json`.
-        passes: settings -> passes over the rows, forward and backward; a Hessian-vector product counts as three.
-        keeps: (settings, trained parameters) -> bytes that it keeps beside a gradient.
-        needs_model: whether it looks at the model at all.
-        source: where the method comes from.
-
+        title: What it measures, in one line.
+        cost: The cost in a few words, for `datatools ls checks`.
+        measure: (look, seed) -> plain values for `checks/NAME.json`.
+        passes: Settings -> forward and backward passes over the rows; a Hessian-vector product counts as three.
+        keeps: (settings, trained parameters) -> bytes that it keeps besides a gradient.
+        needs_model: Whether it uses the model.
+        source: The origin of the method.
     """
 
     title: str
@@ -66,7 +64,14 @@ class Check:
 
 
 def loss_parts(model: Any, rows: Rows, picked: Sequence[int], token_budget: int) -> list[Callable[[], Tensor]]:
-    """Functions whose losses sum to the mean loss over the rows' supervised tokens, each a few rows by length."""
+    """Return functions whose losses sum to the mean loss over the supervised tokens, each for a few rows by length.
+
+    Args:
+        model: The model.
+        rows: The rows.
+        picked: The numbers of the rows to use.
+        token_budget: The padded tokens of a part.
+    """
     items = [rows.item(i) for i in picked]
     supervised = supervised_tokens(items)
 
@@ -78,7 +83,15 @@ def loss_parts(model: Any, rows: Rows, picked: Sequence[int], token_budget: int)
 
 
 def gradients(model: Any, parts: Sequence[Callable[[], Tensor]]) -> dict[str, Tensor]:
-    """Gradients of the sum of the parts by parameter name; the model's own `.grad` stay as they are."""
+    """Return the gradients of the sum of the parts by parameter name; the `.grad` of the model is unchanged.
+
+    Args:
+        model: The model.
+        parts: Functions that return a part of the loss.
+
+    Raises:
+        ValueError: The loss is not finite.
+    """
     named = list(model.named_parameters())
     total: list[Tensor | None] = [None] * len(named)
     with progress("gradient", len(parts), "batches") as bar:
@@ -93,7 +106,13 @@ def gradients(model: Any, parts: Sequence[Callable[[], Tensor]]) -> dict[str, Te
 
 
 def roles(model: Any, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """The matrices in a parameter, each with its role in the layer."""
+    """Return the matrices in a parameter, each with its role in the layer.
+
+    Args:
+        model: The model.
+        name: The name of the parameter.
+        tensor: The parameter, or a tensor of its shape.
+    """
     config = model.config
     heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None)

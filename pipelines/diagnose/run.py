@@ -1,7 +1,7 @@
-"""`datatools diagnose`: how a model's weights, gradients and loss surface look on rows, and a report with pictures.
+"""`datatools diagnose`: examines a model's weights, gradients and loss surface on rows, with a report.
 
-Each check writes `checks/NAME.json` when it is done, so that a run that was stopped goes on with the next. Memory: a
-gradient of the whole model (for smoothness that of a Hessian-vector product), and one tensor at a time beyond it.
+Each check writes `checks/NAME.json` when it is done, so that an interrupted run continues with the next check. Memory:
+a gradient of the whole model (for smoothness, that of a Hessian-vector product), plus one tensor at a time.
 """
 
 from __future__ import annotations
@@ -34,12 +34,18 @@ from pipelines.training import cost
 
 
 def run(config: DiagnoseConfig) -> Path:
-    """Run the checks that are not done yet, and write `diagnose.json` and `report.html` to `out`.
+    """Run the remaining checks, and write `diagnose.json` and `report.html` to `out`.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The folder of the run.
 
     Raises:
-        UsageError: for an optimizer that does not exist.
-        DataError: for rows that cannot be used, or where a check finds nothing finite.
-        EnvironmentProblem: for a model that cannot be loaded.
+        UsageError: An optimizer does not exist.
+        DataError: Rows cannot be used, or a check finds no finite value.
+        EnvironmentProblem: The model cannot be loaded.
     """
     alone("datatools diagnose")
     chosen = [name for name in CHECKS if name in config.checks]
@@ -85,7 +91,13 @@ def run(config: DiagnoseConfig) -> Path:
 
 
 def pick(rows: Rows, most: int, *, seed: int) -> list[int]:
-    """At most `most` usable rows, drawn at random, in file order."""
+    """Return at most `most` usable rows, drawn at random, in file order.
+
+    Args:
+        rows: The rows.
+        most: The number of rows.
+        seed: The seed.
+    """
     usable = np.flatnonzero(rows.usable)
     drawn = np.random.default_rng(seed).choice(usable, min(most, len(usable)), replace=False)
     return sorted(int(i) for i in drawn)
@@ -100,15 +112,23 @@ def _check_optimizers(config: DiagnoseConfig) -> None:
 
 
 def passes(config: DiagnoseConfig) -> int:
-    """Passes over the rows, forward and backward, of all checks."""
+    """Return the forward and backward passes over the rows of all checks.
+
+    Args:
+        config: The settings.
+    """
     return sum(check(name).passes(config) for name in set(config.checks))
 
 
 def measure(name: str, look: Look) -> dict[str, Any]:
-    """What a check finds.
+    """Return the result of a check.
+
+    Args:
+        name: The name of the check.
+        look: The model and the rows.
 
     Raises:
-        DataError: where it finds nothing that is finite.
+        DataError: The check finds no finite value.
     """
     try:
         return check(name).measure(look, derive_seed(look.config.seed, name))
@@ -117,7 +137,7 @@ def measure(name: str, look: Look) -> dict[str, Any]:
 
 
 def _estimate(config: DiagnoseConfig, tokenizer: LoadedModel, tokens: int, rows: int) -> cost.Estimate:
-    """What the checks will take; the spectra of large matrices come on top, and double-descent on its own data."""
+    """Return the expected cost of the checks, without the spectra of large matrices and the data of double-descent."""
     loaded = _load(config, tokenizer)
     found = cost.probe(loaded.model, tokens // max(1, rows))
     seconds = passes(config) * found.seconds(tokens, max(1, tokens // config.token_budget))
@@ -144,7 +164,7 @@ def _load(config: DiagnoseConfig, tokenizer: LoadedModel) -> LoadedModel:
 
 
 def _plain(value: Any) -> Json:
-    """For JSON, which has no infinity: what is not finite becomes a text."""
+    """Return a value for JSON, in which numbers that are not finite become texts."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Orders of training: estimates, search, and validation."""
+"""Training orders: estimates, search, and validation."""
 
 from pipelines.former import front_door
 

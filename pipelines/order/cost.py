@@ -1,4 +1,4 @@
-"""What `datatools order` will take, said before it is computed, and what is refused because it takes too much."""
+"""The cost of `datatools order`, reported before anything is computed; what costs too much is refused."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from pipelines.settings.order import OrderConfig
 from pipelines.texts import size
 from pipelines.training import cost
 
-RECORDED = 32 << 30  # bytes of a recorded run, at most
+RECORDED = 32 << 30  # maximum bytes of a recorded run
 
 
 def announce(setting: Setting) -> None:
-    """Gradients, products, bytes and the break-even number of orders, before anything is computed."""
+    """Print gradients, products, bytes and the break-even number of orders before anything is computed.
+
+    Args:
+        setting: The setting of the run.
+    """
     config, steps = setting.config, len(setting.sequence)
     held = len(setting.problem.validation)
     p = setting.parameters
     say(
         f"{len(setting.problem.batches)} batches of {config.training.batch_size} rows, {steps} steps, {p:,} trained "
-        f"parameters, {held} held-out batches; a retraining is {steps} batch gradients"
+        f"parameters, {held} held-out batches; a retraining costs {steps} batch gradients"
     )
     question = setting.question
     for name in used(config):
@@ -30,10 +34,10 @@ def announce(setting: Setting) -> None:
         once, score = record.expected(question), record.per_score(question)
         total = once.in_gradients(hvp=order.HVP_IN_GRADIENTS)
         even = order.break_even(total, steps, score)
-        orders = f"worth it from {math.ceil(even):,} orders on" if math.isfinite(even) else "never cheaper: an oracle"
+        orders = f"pays off from {math.ceil(even):,} orders" if math.isfinite(even) else "never cheaper than retraining"
         say(
             f"  {name}: {once.gradients:,.0f} gradients, {once.hvps:,} Hessian-vector products, {size(once.bytes)} of "
-            f"memory = {total / steps:.1f} retrainings once, {score:.1f} gradients a score; {orders}"
+            f"memory = {total / steps:.1f} retrainings once, {score:.1f} gradients per score; {orders}"
         )
     frozen = [name for name in used(config) if order.estimator(name).freezes(config)]
     if (
@@ -42,7 +46,7 @@ def announce(setting: Setting) -> None:
         and all(isinstance(rule, AdamWRule) for rule in setting.recipe.rules.values())
     ):
         warn(
-            f"{' and '.join(frozen)} freezes Adam's second moment, and a fresh optimizer has none: its ranking may not "
+            f"{' and '.join(frozen)} freezes Adam's second moment, but a new optimizer has none: the ranking may not "
             "hold; use --warmup-steps, or the estimators moments and reduced (second_moment own)"
         )
     if config.task == "validate":
@@ -57,7 +61,7 @@ def announce(setting: Setting) -> None:
 
 
 def _work(setting: Setting) -> dict[str, float]:
-    """Batch gradients by the label of their progress: what the task will take, whatever of it is done."""
+    """Return the batch gradients of the whole task, by the label of their progress."""
     config, steps = setting.config, len(setting.sequence)
     held = len(setting.problem.validation)
     run_, work = steps + held / 3, dict[str, float]()
@@ -94,7 +98,11 @@ def _work(setting: Setting) -> dict[str, float]:
 
 
 def estimate_cost(setting: Setting) -> cost.Estimate:
-    """What the task will take, from one timed pass over made-up tokens."""
+    """Return the expected cost of the task, from one timed pass over synthetic tokens.
+
+    Args:
+        setting: The setting of the run.
+    """
     config, batches = setting.config, setting.problem.batches
     shapes = [part[1]["input_ids"].shape for batch in batches for part in batch]
     tokens = sum(int(rows) * int(width) for rows, width in shapes) / len(batches)
@@ -114,12 +122,20 @@ def estimate_cost(setting: Setting) -> cost.Estimate:
 
 
 def positions_of(setting: Setting) -> int:
-    """How many positions a map looks at: a run of few steps has no more."""
+    """Return the number of positions of a map, which is at most the number of steps.
+
+    Args:
+        setting: The setting of the run.
+    """
     return min(setting.config.map_positions, len(setting.sequence))
 
 
 def used(config: OrderConfig) -> list[str]:
-    """The estimators that the task makes: of a search those that search and judge."""
+    """Return the estimators that the task uses; for a search, those that search and judge.
+
+    Args:
+        config: The settings.
+    """
     if config.task == "map":
         return [] if config.map_by == "retraining" else [config.map_by]
     if config.task == "record":
@@ -128,7 +144,15 @@ def used(config: OrderConfig) -> list[str]:
 
 
 def check_estimators(setting: Setting) -> None:
-    """Refuse what cannot be made or recorded, before hours of true retrainings and not after."""
+    """Refuse estimators that cannot be computed or recorded, before any true retraining.
+
+    Args:
+        setting: The setting of the run.
+
+    Raises:
+        EnvironmentProblem: Something is too large.
+        UsageError: An estimator cannot be used with these settings.
+    """
     config = setting.config
     for name in used(config):
         record = order.estimator(name)
@@ -147,21 +171,38 @@ def check_estimators(setting: Setting) -> None:
 
 
 def most_anchors(setting: Setting) -> int:
-    """The most anchors that an estimator of the task needs of a reference run."""
+    """Return the largest number of anchors that an estimator of the task needs.
+
+    Args:
+        setting: The setting of the run.
+    """
     return anchors_of(setting, every=any(order.estimator(name).every_step for name in used(setting.config)))
 
 
 def anchors_of(setting: Setting, *, every: bool) -> int:
-    """How many anchors a reference run has: one per step, or as many as the settings ask for."""
+    """Return the number of anchors of a reference run.
+
+    Args:
+        setting: The setting of the run.
+        every: Whether there is an anchor at every step.
+    """
     steps = len(setting.sequence)
     return steps + 1 if every else min(setting.config.anchors, steps + 1)
 
 
 def is_random(config: OrderConfig) -> bool:
-    """Whether anything but the order is random in a run."""
+    """Return whether a run has random choices other than the order.
+
+    Args:
+        config: The settings.
+    """
     return config.warmup_steps > 0 or config.lora is not None
 
 
 def has_seeds(config: OrderConfig) -> bool:
-    """Whether the spread over seeds is measured."""
+    """Return whether the spread over seeds is measured.
+
+    Args:
+        config: The settings.
+    """
     return config.seeds >= 2 and is_random(config)

@@ -1,4 +1,4 @@
-"""Estimates of other orders: the estimators, made once and kept, and the task `estimate`."""
+"""Estimates of other orders: the estimators, which are computed once and kept, and the task `estimate`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from pipelines.order.setting import Setting
 from pipelines.runs.messages import say, warn
 from pipelines.runs.progress import Progress, progress
 
-_TOGETHER = 8  # orders that are scored between two words on progress
+_TOGETHER = 8  # orders that are scored between two progress reports
 
 
 def surrogate(setting: Setting, name: str, number: int = 0) -> order.Surrogate:
-    """The estimator, made from the reference run of that number; kept in surrogates/, so that it is made once."""
+    """Return an estimator made from a reference run; it is kept in surrogates/ and computed only once.
+
+    Args:
+        setting: The setting of the run.
+        name: The name of the estimator.
+        number: The number of the reference run.
+    """
     record = order.estimator(name)
     run_ = reference(setting, number, every=record.every_step)
     asked = files.digest(repr((run_.digest(), depends_on(setting, name))).encode())
@@ -39,13 +45,24 @@ def surrogate(setting: Setting, name: str, number: int = 0) -> order.Surrogate:
 
 
 def depends_on(setting: Setting, name: str) -> dict[str, Any]:
-    """The settings that an estimator's numbers depend on, in the names of what is kept of it."""
+    """Return the settings on which an estimator's numbers depend, for the names of its files.
+
+    Args:
+        setting: The setting of the run.
+        name: The name of the estimator.
+    """
     return {"format": order.FORMAT} | order.estimator(name).depends_on(setting.question)
 
 
 @contextmanager
 def spending(problem: order.Problem, label: str, total: int) -> Iterator[None]:
-    """A bar of what the problem spends inside, in batch gradients."""
+    """Show a bar of the batch gradients that a problem spends inside the `with` block.
+
+    Args:
+        problem: The problem.
+        label: The label of the bar.
+        total: The expected number of batch gradients.
+    """
     first = problem.cost.in_gradients(hvp=order.HVP_IN_GRADIENTS)
     with progress(label, total, "batch gradients") as bar:
 
@@ -68,10 +85,17 @@ def estimate(
     made: order.Surrogate | None = None,
     bar: Progress | None = None,
 ) -> dict[str, Any]:
-    """Scores, trust and cost of an estimator for these orders; kept, and read when it was made for the same.
+    """Return scores, trust and cost of an estimator for some orders; they are kept and read again for the same orders.
 
-    A score that is not finite is inf here, null in the files, and not trusted. made, bar: the estimator, and a bar to
-    advance, of a caller that asks for a few orders at a time.
+    A score that is not finite is inf here, null in the files, and not trusted.
+
+    Args:
+        setting: The setting of the run.
+        name: The name of the estimator.
+        sequences: The orders.
+        number: The number of the reference run.
+        made: The estimator, from a caller that scores a few orders at a time.
+        bar: The bar of such a caller.
     """
     listed = [list(s) for s in sequences]
     path = setting.kept("estimates", f"{name}-{number:02d}-", listed, depends_on(setting, name))
@@ -110,8 +134,10 @@ def _estimated(
         took = _time_scores(made, sequences)
     after = setting.problem.cost
     scoring = order.Cost(after.gradients - before.gradients, after.hvps - before.hvps, after.forwards - before.forwards)
-    trusts = [made.trust(sequence) for sequence in sequences]  # of what was scored: no pass again
-    made_for = round(made.cost.in_gradients(hvp=order.HVP_IN_GRADIENTS), 9)  # sums of shares, by where a resume began
+    trusts = [made.trust(sequence) for sequence in sequences]  # for scored orders this needs no further pass
+    made_for = round(
+        made.cost.in_gradients(hvp=order.HVP_IN_GRADIENTS), 9
+    )  # rounding removes differences from where a resume began
     result: dict[str, Any] = {
         "estimated": scores,
         "trust": trusts,
@@ -129,7 +155,7 @@ def _estimated(
 
 
 def _time_scores(made: order.Surrogate, sequences: Sequence[Sequence[int]]) -> float:
-    """Seconds for `len(sequences)` scores, measured over 256 at a time."""
+    """Return the seconds of `len(sequences)` scores, measured over 256 at a time."""
     many = [sequences[i % len(sequences)] for i in range(256)]
     start = time.monotonic()
     made.scores(many)
@@ -137,7 +163,11 @@ def _time_scores(made: order.Surrogate, sequences: Sequence[Sequence[int]]) -> f
 
 
 def curricula(setting: Setting) -> dict[str, tuple[int, ...]]:
-    """Candidates by length, by loss and gradient norm at the start, by source; and their reverses."""
+    """Return candidate orders by length, by loss and gradient norm at the start, by source, and their reverses.
+
+    Args:
+        setting: The setting of the run.
+    """
     params, count = start(setting).params, len(setting.problem.batches)
     losses = [setting.problem.train_loss(params, b) for b in range(count)]
     norms = []
@@ -150,12 +180,21 @@ def curricula(setting: Setting) -> dict[str, tuple[int, ...]]:
 
 
 def estimate_orders(setting: Setting) -> None:
-    """The task `estimate`: curricula, the orders of --set sequences=, and random ones, by every estimator."""
+    """Run the task `estimate`: score curricula, the orders of --set sequences=, and random orders with every estimator.
+
+    Args:
+        setting: The setting of the run.
+
+    Raises:
+        DataError: An order file does not fit this run.
+    """
     named = curricula(setting)
     for path in setting.config.sequences:
         given = Order.load(path)
         if given.batches != setting.plan.batches:
-            raise DataError(f"order {path}: its batches are not those of this run; estimate orders made from it")
+            raise DataError(
+                f"order {path}: its batches differ from those of this run; estimate orders that were made from this run"
+            )
         try:
             sequence = setting.plan.reordered(given.sequence).sequence
         except UsageError as error:
@@ -177,11 +216,15 @@ def estimate_orders(setting: Setting) -> None:
 
 
 def diverged(estimated: Sequence[float]) -> str:
-    """How many estimates are not finite; "" for none."""
+    """Return a sentence about estimates that are not finite; "" if there are none.
+
+    Args:
+        estimated: The estimated losses.
+    """
     count = sum(not math.isfinite(loss) for loss in estimated)
     if not count:
         return ""
     return (
-        f"{count} of {len(estimated)} estimates are not finite and rank as worst: the estimated runs diverge; lower "
+        f"{count} of {len(estimated)} estimates are not finite and rank last: the estimated runs diverge; lower "
         "--learning-rate"
     )

@@ -1,4 +1,4 @@
-"""What a run of `datatools order` keeps: the recorded reference run, and true retrainings, each done once."""
+"""Results that a run of `datatools order` keeps: the reference run and true retrainings, each computed once."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ from pipelines.runs.progress import progress
 
 
 def reference(setting: Setting, number: int = 0, *, every: bool = False) -> order.ReferenceRun:
-    """The recorded run of a reference order: made, or continued, or read; `every` asks for an anchor at every step."""
+    """Return the recorded run of a reference order: made, continued, or read.
+
+    Args:
+        setting: The setting of the run.
+        number: The number of the reference run.
+        every: Whether an anchor is needed at every step.
+    """
     steps, anchors = len(setting.sequence), anchors_of(setting, every=every)
     sequence = setting.sequence if number == 0 else setting.random_orders("reference", number)[number - 1]
     folder = setting.run.path("reference", f"{number:02d}-{anchors}")
     label = f"reference run {number + 1}"
     if (folder / "meta.json").is_file():
-        with suppress(sealed.Damaged):  # `record` meets what is damaged, and makes it again
+        with suppress(sealed.Damaged):  # `record` repeats damaged parts
             found = order.ReferenceRun.load(folder, setting.device)
             found.check_same(setting.facts, "this run's")
             return found
@@ -43,12 +49,20 @@ def reference(setting: Setting, number: int = 0, *, every: bool = False) -> orde
 
 
 def again(error: DataError) -> None:
-    """Say that a damaged file is made again."""
-    warn(f"{error}; it is made again")
+    """Warn that a damaged file is computed again.
+
+    Args:
+        error: The error of reading it.
+    """
+    warn(f"{error}; it is computed again")
 
 
 def kept(path: Path) -> dict[str, Any] | None:
-    """The result in a file; None where there is none, or one that does not hold what was written, which is said."""
+    """Return the result in a file; None if it is missing or damaged, in which case a warning is printed.
+
+    Args:
+        path: The file.
+    """
     if not path.is_file():
         return None
     try:
@@ -59,17 +73,27 @@ def kept(path: Path) -> dict[str, Any] | None:
 
 
 def start(setting: Setting) -> order.Anchor:
-    """Where the reference run and every true run begin."""
+    """Return the anchor at which the reference run and every true run begin.
+
+    Args:
+        setting: The setting of the run.
+    """
     if setting.start is None:
         setting.start = reference(setting).start
     return setting.start
 
 
 def true_loss(setting: Setting, sequence: Sequence[int], *, seed: int = 0, label: str = "the reference order") -> float:
-    """The held-out loss after training in an order for real; kept in true/, so that it is done once.
+    """Return the held-out loss after real training in an order; kept in true/, so that it is computed once.
+
+    Args:
+        setting: The setting of the run.
+        sequence: The order.
+        seed: The number of the seed.
+        label: The name of the order, for messages.
 
     Raises:
-        Diverged: (a DataError) with `label`, where training diverges.
+        Diverged: Training diverges; the message has `label`.
     """
     path = setting.kept("true", "", tuple(sequence), seed)
     found = kept(path)
@@ -88,7 +112,7 @@ def true_loss(setting: Setting, sequence: Sequence[int], *, seed: int = 0, label
         loss = math.nan
     if not math.isfinite(loss):
         raise order.Diverged(
-            f"training in {label} for real diverges: the loss is not finite. No estimate can be judged by it; lower "
+            f"real training in {label} diverges: the loss is not finite, so no estimate can be judged; lower "
             f"--learning-rate (now {setting.config.training.learning_rate:g}) or set training.gradient_clip, in "
             "another --out"
         )
@@ -101,7 +125,14 @@ def true_loss(setting: Setting, sequence: Sequence[int], *, seed: int = 0, label
 def true_losses(
     setting: Setting, sequences: Sequence[Sequence[int]], label: str, *, seeds: bool = False
 ) -> list[float]:
-    """Of several orders; with seeds, of one order under the seeds 0, 1, ..."""
+    """Return the held-out losses of several orders.
+
+    Args:
+        setting: The setting of the run.
+        sequences: The orders.
+        label: The label of the progress.
+        seeds: Whether the orders are one order under the seeds 0, 1, ...
+    """
     found = []
     with setting.run.stage(label), progress(label, len(sequences), "runs") as bar:
         for number, sequence in enumerate(sequences):
@@ -112,7 +143,11 @@ def true_losses(
 
 
 def record(setting: Setting) -> None:
-    """The task `record`."""
+    """Run the task `record`: record the reference run.
+
+    Args:
+        setting: The setting of the run.
+    """
     run_ = reference(setting)
     loss = setting.problem.held_out_loss(run_.end.params)
     say(f"reference run: held-out loss {setting.problem.held_out_loss(run_.start.params):.4f} -> {loss:.4f}")

@@ -1,4 +1,4 @@
-"""The task `map`: what the place of a batch does to its own loss and to the held-out loss."""
+"""The task `map`: the effect of a batch's position on its own loss and on the held-out loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from pipelines.runs.seeds import derive_seed
 
 
 def draw_map(setting: Setting) -> None:
-    """The task `map`: one file per batch, so that what a kill leaves is used."""
+    """Run the task `map`, with one file per batch, so that a killed run is continued.
+
+    Args:
+        setting: The setting of the run.
+    """
     config = setting.config
     run_ = reference(setting)
     chosen = list(dict.fromkeys(setting.sequence))

@@ -1,15 +1,15 @@
-"""`datatools order`: what would another order of training have done?
+"""`datatools order`: estimates what another order of training would have given.
 
-One folder holds a reference run and what its tasks made of it; each task does what is not done yet.
+One folder contains a reference run and the results of its tasks; each task computes only what is missing.
 
     record    reference.npz, reference/ (anchors with optimizer states)
     estimate  estimates.json: predicted losses of random orders, of curricula, and of the orders of --set sequences=
     search    search.json, order.npz (for `datatools train --order`), the found orders retrained
-    validate  validation.json: estimates against true retrainings
-    map       map.json: what the place of a batch does to its own loss and to the held-out loss
+    validate  validation.json: estimates compared with true retrainings
+    map       map.json: the effect of a batch's position on its own loss and on the held-out loss
 
-Every true retraining is a file of its own in true/, so a killed run loses at most one; an estimator is made once, and
-read from surrogates/ afterwards.
+Every true retraining is a separate file in true/, so that a killed run loses at most one. An estimator is computed
+once and then read from surrogates/.
 """
 
 from __future__ import annotations
@@ -41,20 +41,22 @@ TASKS: dict[str, Callable[[Setting], None]] = {
     "validate": validate,
     "map": draw_map,
 }
-"""Task -> what does it, once the rows and the model are read."""
+"""Task -> the function that runs it, after the rows and the model have been read."""
 
 
 def run(config: OrderConfig) -> Path:
-    """Do `config.task` in the folder `config.out`, and draw its report.
+    """Run `config.task` in the folder `config.out`, and draw its report.
+
+    Args:
+        config: The settings.
 
     Returns:
-        the folder.
+        The folder.
 
     Raises:
-        UsageError: for settings that contradict each other, or an estimator that cannot be made with them.
-        DataError: for rows, orders or results that cannot be used.
-        EnvironmentProblem: for what does not fit.
-
+        UsageError: Settings contradict each other, or an estimator cannot be used with them.
+        DataError: Rows, orders or results cannot be used.
+        EnvironmentProblem: Something is too large.
     """
     alone("datatools order")
     optimizers.check(config.training)
@@ -66,7 +68,7 @@ def run(config: OrderConfig) -> Path:
         estimate = cost.estimate_cost(setting)
         estimate.announce()
         if config.dry_run:
-            say("dry run: data and model load; no step was taken and nothing recorded")
+            say("dry run: data and model load; no step was taken and nothing was recorded")
             return config.out
         estimate.expect()
         order_report.read(current.folder, again=config.task)

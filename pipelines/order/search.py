@@ -1,4 +1,4 @@
-"""The task `search`: the first estimator searches, the second judges what it found and goes on from there."""
+"""The task `search`: the first estimator searches, and the second judges the results and continues from them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ from pipelines.runs.seeds import derive_seed
 
 
 def search(setting: Setting) -> None:
-    """The first estimator searches. An optimum of an estimate is where its errors help it most, so the second, where
-    one is named, judges a shortlist (what was found, the best of as many random orders, and the curricula), and goes on
-    from it with `judged` orders of its own.
+    """Run the task `search`: the first estimator searches, and the second, if there is one, judges a shortlist.
+
+    The optimum of an estimate is biased towards its errors. Therefore the second estimator judges a shortlist (the
+    found orders, the best of as many random orders, and the curricula), and continues from it with `judged` further
+    orders.
+
+    Args:
+        setting: The setting of the run.
     """
     config, name = setting.config, setting.config.estimators[0]
     judge = config.estimators[1] if len(config.estimators) > 1 else None
     if not order.estimator(name).fast(config) and config.budget > 1000:
-        warn(f"{config.budget:,} scores of {name}, each a run of the rule: lower --set budget=, or use pairwise")
+        warn(f"{config.budget:,} scores of {name}, each a simulated run: lower --set budget=, or use pairwise")
     made = surrogate(setting, name)
     shortlist = curricula(setting)
     with setting.run.stage("search"):
@@ -33,7 +38,7 @@ def search(setting: Setting) -> None:
         with progress(f"search: {config.search}", config.budget, "orders") as bar:
             found = order.search(made, config.search, keep=max(1, config.retrain), advance=bar.advance, **options)
         took = time.monotonic() - start
-        # others than those that the search itself may have drawn; the reference is scored with them, and left out
+        # orders that the search itself cannot have drawn; the reference is scored with them and left out
         options = {"budget": found.evaluations + 1, "seed": derive_seed(config.seed, "order", "blind")}
         with progress("search: as many random orders", found.evaluations + 1, "orders") as bar:
             blind = order.search(made, "random", keep=BLIND + 1, advance=bar.advance, **options)
@@ -41,7 +46,7 @@ def search(setting: Setting) -> None:
     best_drawn = drawn[0][1] if drawn else math.nan
     say(
         f"{config.search}: predicted {found.scores[0]:.5f}, the reference {made.score(setting.sequence):.5f}, best of "
-        f"{found.evaluations:,} random {best_drawn:.5f} ({found.evaluations / max(took, 1e-9):,.0f} a second)"
+        f"{found.evaluations:,} random {best_drawn:.5f} ({found.evaluations / max(took, 1e-9):,.0f} per second)"
     )
     shortlist |= {f"found {i + 1}": s for i, s in enumerate(found.sequences)}
     shortlist |= {f"best of random, {i + 1}": s for i, (s, _) in enumerate(drawn)}
@@ -57,7 +62,7 @@ def search(setting: Setting) -> None:
     indicators = made.trust(proposed["sequence"]) if judge is None else proposed["trust"]
     if not order.trusted(indicators):
         shown = ", ".join(f"{indicator} {value:.2g}" for indicator, value in indicators.items())
-        warn(f"the estimate of the proposed order may not hold ({shown}); retrain before you believe it")
+        warn(f"the estimate of the proposed order may not hold ({shown}); retrain before you rely on it")
     setting.plan.reordered(tuple(proposed["sequence"])).save(setting.run.path("order.npz"))
     distinct = dict.fromkeys(tuple(row["sequence"]) for row in ranked)
     tried = [s for s in distinct if s != setting.sequence][: config.retrain]
@@ -92,15 +97,13 @@ def search(setting: Setting) -> None:
             f"{min(true[1 + len(tried) :]):.5f}"
         )
         if proposed["true"] > min(true):
-            warn("the proposed order is not the best of those that were retrained; search.json has them")
+            warn("the proposed order is not the best of the retrained orders; see search.json")
 
 
 def _judge(
     setting: Setting, judge: str, shortlist: list[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows of the shortlist, and of the best of `judged` orders that go on from it, with the judge's score and
-    trust; and how many it scored, at what cost.
-    """
+    """Return the rows of the shortlist and of the best further orders, with the judge's scores, trust and cost."""
     known: dict[tuple[int, ...], dict[str, Any]] = {}
     spent = {"orders": 0, "cost_in_batch_gradients": 0.0}  # the cost of scores
 
@@ -124,12 +127,12 @@ def _judge(
     ]
     losses = [row["judged"] for row in known.values()]
     if not any(map(math.isfinite, losses)):
-        raise DataError(f"{judge}: {diverged(losses)}; name another second estimator, or only the first")
+        raise DataError(f"{judge}: {diverged(losses)}; choose another second estimator, or use only the first")
     if lost := diverged(losses):
         warn(f"{judge}: {lost}")
     if refined.scores:
         say(
-            f"{judge}: best of the shortlist {min(first):.5f}, of {refined.evaluations} orders of its own "
+            f"{judge}: best of the shortlist {min(first):.5f}, of {refined.evaluations} further orders "
             f"{refined.scores[0]:.5f}"
         )
     return [row | known[tuple(row["sequence"])] for row in rows], spent

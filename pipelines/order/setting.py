@@ -1,7 +1,7 @@
-"""What the tasks of `datatools order` share: batches of rows, the problem as functions of the parameters, its start.
+"""The common setting of the tasks of `datatools order`: batches of rows, the problem as functions, and its start.
 
-Batches and the held-out rows are drawn with the seed; the model becomes a loss over named tensors, whose gradients are
-those of `datatools train` to the bit; the reference starts after a warm-up on other rows.
+Batches and held-out rows are drawn with the seed. The model becomes a loss over named tensors, whose gradients equal
+those of `datatools train` to the bit. The reference run starts after a warm-up on other rows.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from pipelines.training import optimizers, order_recipe
 from pipelines.training.train import trainable
 
 BLIND = 8
-"""How many of the best random orders are on the shortlist of a search."""
+"""The number of the best random orders on the shortlist of a search."""
 
 
 @dataclass
 class Setting:
-    """Everything the tasks share."""
+    """The common setting of all tasks."""
 
     config: OrderConfig
     run: Run
@@ -46,24 +46,30 @@ class Setting:
     problem: order.Problem
     recipe: order.Recipe
     facts: dict[str, Any]
-    """What a recorded run rests on: digests of the model, and of the batches with the tokens of all rows."""
+    """The facts on which a recorded run depends: digests of the model and of the batches with all tokens."""
     begin: Callable[[int], tuple[order.Params, order.States | None]]
-    """seed number -> parameters and states at position 0, after the warm-up; 0 is the reference's."""
+    """Seed number -> parameters and states at position 0, after the warm-up; 0 is that of the reference."""
     parameters: int
-    """How many numbers are trained."""
+    """The number of trained parameters."""
     device: torch.device
     module: Any
-    """The model, its parameters that train ready to."""
+    """The model, with trainable parameters."""
     start: order.Anchor | None = None
-    """Where every true run begins, once it was recorded or read."""
+    """The start of every true run, after it was recorded or read."""
 
     def kept(self, folder: str, name: str, *asked: object) -> Path:
-        """The file of a result; another one for other `asked`, or where the run rests on something else."""
+        """Return the file of a result, whose name depends on `asked` and on the facts of the run.
+
+        Args:
+            folder: The folder inside the run folder.
+            name: The beginning of the file name.
+            *asked: The values on which the result depends.
+        """
         return self.run.path(folder, f"{name}{files.digest(repr((self.facts, asked)).encode())[:16]}.json")
 
     @cached_property
     def question(self) -> order.Question:
-        """What the estimators' records work out their costs and refusals from."""
+        """The facts from which the estimators derive their costs and refusals."""
         return order.Question(
             steps=len(self.sequence),
             batches=len(self.problem.batches),
@@ -82,7 +88,12 @@ class Setting:
         return self.plan.sequence
 
     def random_orders(self, purpose: str, count: int) -> list[tuple[int, ...]]:
-        """`count` seeded permutations of the reference."""
+        """Return seeded permutations of the reference order.
+
+        Args:
+            purpose: The purpose, which determines the seed.
+            count: The number of permutations.
+        """
         found = []
         for number in range(count):
             rng = np.random.default_rng(derive_seed(self.config.seed, "order", purpose, number))
@@ -91,17 +102,21 @@ class Setting:
 
 
 def build(config: OrderConfig, current: Run) -> Setting:
-    """Rows, batches, the model and its start.
+    """Read rows, form batches, load the model and prepare its start.
+
+    Args:
+        config: The settings.
+        current: The run.
 
     Raises:
-        UsageError: for settings that the rows or the model do not allow.
-        DataError: for rows that cannot be used.
-        EnvironmentProblem: for a model that cannot be loaded.
+        UsageError: Settings do not fit the rows or the model.
+        DataError: Rows cannot be used.
+        EnvironmentProblem: The model cannot be loaded.
     """
     with current.stage("read"):
         tokenizer = models.load(config.model, tokenizer_only=True)
         if config.model.chat == "auto" and not getattr(tokenizer.tokenizer, "chat_template", None):
-            warn("the tokenizer has no chat template: conversations are written as tulu does (--chat-template)")
+            warn("the tokenizer has no chat template; conversations use the template tulu (--chat-template)")
             config = config.model_copy(update={"model": config.model.model_copy(update={"chat": "tulu"})})
         inputs = Inputs(current, config.model, tokenizer)
         rows = inputs.read("data", config.data, bad_rows=True)
@@ -157,7 +172,7 @@ def build(config: OrderConfig, current: Run) -> Setting:
             params = _fresh_adapters(module, base, derive_seed(config.seed, "order", "lora", number))
         if not len(drawn):
             return params, None
-        if number:  # what a seed changes in training: the same rows, shuffled otherwise
+        if number:  # a seed changes only the order of the same rows
             shuffle = np.random.default_rng(derive_seed(config.seed, "order", "warm-up", number))
             drawn = shuffle.permutation(drawn.ravel()).reshape(drawn.shape)
         warm = order.Problem(loss, [in_parts(rows, batch.tolist(), budget, device) for batch in drawn], validation)
@@ -184,7 +199,7 @@ def build(config: OrderConfig, current: Run) -> Setting:
 
 
 def _draw(config: OrderConfig, rows: Rows, held: Rows | None) -> tuple[list[list[int]], list[int], list[int]]:
-    """(batches of rows, held-out rows, rows that are left)."""
+    """Return (batches of rows, held-out rows, remaining rows)."""
     usable = np.flatnonzero(rows.usable)
     rng = np.random.default_rng(derive_seed(config.seed, "order", "rows"))
     drawn = rng.permutation(usable).tolist()
@@ -209,41 +224,43 @@ def _draw(config: OrderConfig, rows: Rows, held: Rows | None) -> tuple[list[list
         if config.grouping == "auto":
             if by_source := [name for name in config.estimators if order.estimator(name).by_source]:
                 raise UsageError(
-                    f"estimator {by_source[0]}: sources give {len(batches)} of {wanted} batches of one source each; "
+                    f"estimator {by_source[0]}: sources give only {len(batches)} of {wanted} batches of one source; "
                     "use fewer or smaller batches"
                 )
-            say(f"sources give {len(batches)} of {wanted} batches of one source each: batches are of mixed rows")
+            say(f"sources give only {len(batches)} of {wanted} batches of one source each; batches have mixed rows")
         batches = [drawn[size_ * i : size_ * (i + 1)] for i in range(wanted)]
         batches = [batch for batch in batches if len(batch) == size_]
     if len(batches) < wanted:
         raise UsageError(
             f"--batches {wanted}: the data gives {len(batches)} batches of {size_} rows"
             f"{' of one source' if config.grouping == 'source' else ''}"
-            f"{f' beside {len(held_rows)} held-out rows' if held is None else ''}; use fewer or smaller batches"
+            f"{f' besides {len(held_rows)} held-out rows' if held is None else ''}; use fewer or smaller batches"
         )
     taken = {row for batch in batches for row in batch}
     return batches, held_rows, [row for row in drawn if row not in taken]
 
 
 def _warm_up(config: OrderConfig, spare: list[int], batches: list[list[int]]) -> NDArray[np.int64]:
-    """Rows of the warm-up's batches [steps, batch size]: of those that are left, or, if none is, of the run's own."""
+    """Return the rows of the warm-up batches [steps, batch size], from the remaining rows or else the run's own."""
     width, steps = config.training.batch_size, config.warmup_steps
     if not steps:
         return np.zeros((0, width), dtype=np.int64)
     pool = spare or [row for batch in batches for row in batch]
     if not spare:
-        warn("no row is left for the warm-up: it trains on the run's own rows; use fewer batches, or --warmup-steps 0")
+        warn(
+            "no row is left for the warm-up, which trains on the run's own rows; use fewer batches or --warmup-steps 0"
+        )
     elif width * steps > 4 * len(spare):
         warn(
-            f"the warm-up trains {width * steps / len(spare):.0f} times on each of the {len(spare)} rows that are left "
-            "for it, and the run starts from a model that knows them; use fewer batches, or fewer --warmup-steps"
+            f"the warm-up trains {width * steps / len(spare):.0f} times on each of the {len(spare)} remaining rows, "
+            "so the run starts from a model that has memorised them; use fewer batches or fewer --warmup-steps"
         )
     rng = np.random.default_rng(derive_seed(config.seed, "order", "warm-up"))
     return np.stack([rng.choice(pool, width, replace=len(pool) < width) for _ in range(steps)])
 
 
 def _longest_answers(rows: Rows, batch: Sequence[int], count: int) -> list[int]:
-    """The rows with most supervised tokens: a batch's loss is a mean over tokens, so these weigh most in it."""
+    """Return the rows with most supervised tokens, which have the largest weight in a batch's mean over tokens."""
     return sorted(batch, key=lambda row: (-sum(label != -100 for label in rows.item(row)[1]), row))[:count]
 
 
@@ -252,7 +269,7 @@ def _tokens(rows: Rows, batches: Sequence[Sequence[int]]) -> int:
 
 
 def _source(rows: Rows, batch: Sequence[int]) -> str:
-    """The source of most rows of a batch."""
+    """Return the source of most rows of a batch."""
     names = [rows.pool.sources[row] for row in batch]
     return max(dict.fromkeys(names), key=names.count)
 
@@ -265,8 +282,8 @@ def _refuse_dropout(module: nn.Module) -> None:
         active.append(("attention", attention))
     if active:
         raise UsageError(
-            f"the model has dropout {active[0][1]:g} in {active[0][0]}: training draws it anew in every order, and no "
-            "estimate could tell it from the order's effect; set it to 0 in the model's config.json"
+            f"the model has dropout {active[0][1]:g} in {active[0][0]}: dropout differs in every run, and no "
+            "estimate could separate it from the effect of the order; set it to 0 in the model's config.json"
         )
 
 
@@ -281,7 +298,11 @@ class _Loss(nn.Module):
 
 
 def functional_loss(module: nn.Module) -> order.Loss:
-    """(parameters by name, a part of `in_parts`) -> its share of the mean loss over the batch's supervised tokens."""
+    """Return a function (parameters by name, a part of `in_parts`) -> its share of the batch's mean loss.
+
+    Args:
+        module: The model.
+    """
     whole = _Loss(module)
 
     def loss(params: order.Params, part: tuple[int, Batch]) -> Tensor:
@@ -293,11 +314,18 @@ def functional_loss(module: nn.Module) -> order.Loss:
 
 
 def in_parts(rows: Rows, batch: Sequence[int], micro_tokens: int, device: torch.device | str = "cpu") -> order.Parts:
-    """A batch in the micro-batches of `DataTrainer.training_step`: each (supervised tokens of the whole batch, padded
-    rows). `datatools train` then sees the same gradients to the bit, and differs by the last bit of its fused steps.
+    """Return a batch as micro-batches of `DataTrainer.training_step`: (supervised tokens of the batch, padded rows).
+
+    `datatools train` then has the same gradients to the bit, and differs only in the last bit of its fused steps.
+
+    Args:
+        rows: The rows.
+        batch: The numbers of the rows.
+        micro_tokens: The padded tokens of a micro-batch.
+        device: The device of the tensors.
 
     Raises:
-        DataError: for a batch without a supervised token.
+        DataError: The batch has no supervised token.
     """
     items = [rows.item(row) for row in batch]
     tokens = supervised_tokens(items)
@@ -318,7 +346,7 @@ def _rates(config: OrderConfig, optimizer: optim.Optimizer, steps: int) -> list[
 
 
 def _fresh_adapters(module: nn.Module, base: order.Params, seed: int) -> order.Params:
-    """`base` with its lora_A matrices drawn anew."""
+    """Return `base` with new lora_A matrices."""
     params = dict(base)
     for number, (name, p) in enumerate(base.items()):
         if ".lora_A." in name:

@@ -1,4 +1,4 @@
-"""The task `validate`: estimates against true retrainings."""
+"""The task `validate`: estimates compared with true retrainings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from pipelines.runs.seeds import derive_seed
 
 
 def validate(setting: Setting) -> None:
-    """The task `validate`: is there anything to win by ordering, and does each estimate rank the orders?"""
+    """Run the task `validate`: measure whether the order matters, and how well each estimate ranks orders.
+
+    Args:
+        setting: The setting of the run.
+    """
     config = setting.config
     reference_loss = true_loss(setting, setting.sequence)
     orders = setting.random_orders("random", config.orders)
@@ -30,7 +34,7 @@ def validate(setting: Setting) -> None:
     prize = order.prize(early, over_seeds)
     say(prize.sentence())
     if prize.worth_it is False:
-        warn("little to win by ordering: the estimates below rank differences that other random draws would drown")
+        warn("the order has little effect: the estimates below rank differences smaller than those between seeds")
     true = true_losses(setting, orders, "true retrainings")
     extra = setting.random_orders("calibration", config.calibration)
     fitted = true_losses(setting, extra, "true runs to calibrate with") if extra else []
@@ -62,7 +66,7 @@ def validate(setting: Setting) -> None:
     usable = [name for name in config.estimators if np.isfinite(table[name]).all()]
     if fitted and len(usable) < len(config.estimators):
         left = ", ".join(sorted(set(config.estimators) - set(usable)))
-        warn(f"calibrated: leaves out {left}, whose estimates are not all finite")
+        warn(f"calibrated: excludes {left}, whose estimates are not all finite")
     if fitted and usable:
         mixed, weights = order.calibrated(
             np.array([table[name] for name in usable]), [*true, *fitted],

@@ -1,1 +1,1 @@
-"""Reports: the page of each kind of run folder, and what pages are drawn with."""
+"""Reports: the page of each kind of run folder, and the parts from which pages are drawn."""

@@ -1,4 +1,4 @@
-"""`report.html` of an audit that stands alone."""
+"""`report.html` of a separate audit."""
 
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,26 @@ from pipelines.report.values import Json, finite, mapping, read_summary
 
 
 def render(folder: Path) -> Path:
-    """Draw folder/report.html from folder/audit.json; returns the path written.
+    """Draw folder/report.html from folder/audit.json.
+
+    Args:
+        folder: The folder of the audit.
+
+    Returns:
+        The page.
 
     Raises:
-        DataError: for a damaged file.
+        DataError: The file is damaged.
     """
     path = folder / "audit.json"
     found = read_summary(path)
-    with damaged(path, "run the same audit again to write it anew"):
+    with damaged(path, "run the same audit again to write it"):
         text = page("audit.html", **_parts(found))
     return write_page(folder, text)
 
 
 def _parts(audit: Json) -> dict[str, Any]:
-    """Everything that the page of an audit prints."""
+    """Return everything that the page of an audit prints."""
     table = arms(audit, "selected")
     return {
         "title": "Does training on the selection help?",

@@ -1,4 +1,4 @@
-"""The audit in a report: how the selection did beside each arm, and a verdict in words."""
+"""The audit in a report: the selection compared with each arm, and a verdict in words."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,20 +12,20 @@ from pipelines.settings.methods import FULL, SCORERS, known, method
 from pipelines.texts import plural, signed, visible
 
 FEWEST_RUNS = 3
-"""Pairs of runs of equal seed from which an interval over seeds may call an arm better or worse."""
+"""The minimum number of pairs of runs with equal seeds for calling an arm better or worse."""
 LABELS = {
     "selected": "this selection",
     FULL: "whole pool, 1 epoch",
     "untrained": "no training",
 }
-"""Of the arms that are no methods."""
-BASE_ARM = "untrained"  # the model before any training: a landmark, not a rival
-UNAUDITED = "nothing here shows yet that these rows beat random ones"
+"""The labels of arms that are not methods."""
+BASE_ARM = "untrained"  # the model before any training, shown for orientation only
+UNAUDITED = "no result shows yet that these rows are better than random rows"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm of the audit beside this selection. Losses: lower is better; `delta` = its mean minus the selection's."""
+    """One arm of the audit. Lower losses are better; `delta` is its mean minus that of the selection."""
 
     name: str
     label: str
@@ -35,7 +35,7 @@ class Arm:
     high: float | None
     n: int
     delta: float | None
-    reading: str  # "better" (the selection is), "worse", "unclear", "" for the selection itself and the untrained model
+    reading: str  # of the selection: "better", "worse", "unclear"; "" for the selection itself and the untrained model
     runs: tuple[float, ...]
 
     @property
@@ -46,17 +46,17 @@ class Arm:
 
     @property
     def text(self) -> str:
-        """The mean."""
+        """The mean as text."""
         return "–" if self.mean is None else f"{self.mean:.4f}"
 
     @property
     def between(self) -> str:
-        """The interval, if there is one."""
+        """The interval as text; empty if there is none."""
         return "" if self.low is None or self.high is None else f"{self.low:.4f} to {self.high:.4f}"
 
     @property
     def difference(self) -> str:
-        """`delta`, but for the selection itself."""
+        """`delta` as text; empty for the selection itself."""
         return "" if self.chosen else signed(self.delta)
 
     @property
@@ -66,17 +66,21 @@ class Arm:
 
     @property
     def word(self) -> str:
-        """What the reading means."""
+        """The reading as a word."""
         few = "one run" if self.n < 2 else f"{self.n} runs" if self.few else "unclear"
         return {"unclear": few}.get(self.reading, self.reading)
 
 
 def arms(audit: Json, chosen_by: str) -> list[Arm]:
-    """The audit's table, the selection first, each other arm read against it.
+    """Return the arms of an audit, the selection first, each other arm compared with it.
 
-    The selection beats an arm when the 95 % interval of the difference excludes zero: over at least three seeds that
-    both ran, by Student's t. Without single runs (of both, at least three) the two stated intervals must lie apart;
-    else the case is unclear.
+    The selection is better than an arm if the 95 % interval of the difference excludes zero: over at least three seeds
+    that both ran, by Student's t. Without single runs (at least three of both), the two stated intervals must not
+    overlap; otherwise the result is unclear.
+
+    Args:
+        audit: The content of audit.json.
+        chosen_by: The method of the selection.
     """
     table = listing(audit.get("table"))
     runs: dict[str, dict[Any, float]] = {}
@@ -133,9 +137,17 @@ def _reading(
 
 
 def verdict(table: Sequence[Arm], audit: Json) -> tuple[str, str]:
-    """(state, sentence): did the selection beat random choice, and text similarity? The audit's own sentence wins.
+    """Return (state, sentence): whether the selection is better than random choice and text similarity.
 
-    state: "good" (beats every random arm), "bad" (worse than one), "unclear" (neither), "none" (nothing to beat).
+    The audit's own sentence takes precedence.
+
+    Args:
+        table: The arms.
+        audit: The content of audit.json.
+
+    Returns:
+        The state is "good" (better than every random arm), "bad" (worse than one), "unclear" (neither), or "none" (no
+        arm to compare with).
     """
     random, similar = _of_kind(table, "baseline"), _of_kind(table, "similarity")
     said = str(audit.get("verdict") or "")
@@ -147,7 +159,7 @@ def verdict(table: Sequence[Arm], audit: Json) -> tuple[str, str]:
 
 
 def _of_kind(table: Sequence[Arm], kind: str) -> list[Arm]:
-    """The arms that are methods of this kind, in the order of the table of methods."""
+    """Return the arms that are methods of a kind, in the order of the table of methods."""
     names = [name for name in SCORERS if known(name).kind == kind]
     return sorted((arm for arm in table if arm.name in names and not arm.chosen), key=lambda arm: names.index(arm.name))
 
@@ -158,13 +170,17 @@ def _label(name: str) -> str:
 
 
 def is_baseline(name: str) -> bool:
-    """Whether a selection by this method is a random one, made to be compared with."""
+    """Return whether a selection by a method is random and made only for comparison.
+
+    Args:
+        name: The name of the method.
+    """
     record = method(name)
     return record is not None and record.kind == "baseline"
 
 
 def _compared(table: Sequence[Arm]) -> str:
-    """'Held-out loss is 0.0503 lower than with random rows; there is no clear difference from ... (0.0057 lower).'"""
+    """Return a sentence: 'Held-out loss is 0.0503 lower than with random rows; there is no clear difference from ...'"""
     clear, unclear = [], []
     for arm in table:
         by = "" if arm.delta is None else f"{abs(arm.delta):.4f} {'lower' if arm.delta >= 0 else 'higher'}"
@@ -183,10 +199,18 @@ def _compared(table: Sequence[Arm]) -> str:
 
 
 def trust(summary: Json, table: Sequence[Arm]) -> dict[str, str]:
-    """The shortest honest answer to: may I believe this?"""
+    """Return a short answer to the question whether the selection can be trusted.
+
+    Args:
+        summary: The content of summary.json.
+        table: The arms.
+
+    Returns:
+        {"state", "big", "text"}.
+    """
     if not table:
         if is_baseline(str(summary.get("method"))):
-            return {"state": "none", "big": "A baseline", "text": "Not audited: made to be compared with."}
+            return {"state": "none", "big": "A baseline", "text": "Not audited: it serves only for comparison."}
         return {"state": "none", "big": "Not audited", "text": f"{UNAUDITED[0].upper()}{UNAUDITED[1:]}."}
     if leak(mapping(summary.get("audit"))):
         return {"state": "bad", "big": "Test rows leaked", "text": "They were in the pool or the target."}
@@ -209,13 +233,22 @@ def trust(summary: Json, table: Sequence[Arm]) -> dict[str, str]:
 
 
 def leak(audit: Json) -> str | None:
-    """Where test rows were seen before, in a sentence; None if nowhere."""
+    """Return a sentence about test rows that were seen before; None if there are none.
+
+    Args:
+        audit: The content of audit.json.
+    """
     said = audit.get("leaked")
     return f"Leaked: {said}. The losses below prove nothing." if said else None
 
 
 def audit_section(summary: Json, table: Sequence[Arm]) -> dict[str, Any] | None:
-    """The table of arms with a chart per arm, and the verdict; None without an audit."""
+    """Return the table of arms with a chart per arm, and the verdict; None without an audit.
+
+    Args:
+        summary: The content of summary.json.
+        table: The arms.
+    """
     if not table:
         return None
     audit = mapping(summary.get("audit"))
@@ -226,7 +259,7 @@ def audit_section(summary: Json, table: Sequence[Arm]) -> dict[str, Any] | None:
     low, high = min(values), max(values)
     landmarks = [arm.mean for arm in table if arm.name == BASE_ARM and arm.mean is not None]
     if all(low - (high - low) <= mean <= high + (high - low) for mean in landmarks):
-        low, high = min([low, *landmarks]), max([high, *landmarks])  # else it would squeeze what matters: not drawn
+        low, high = min([low, *landmarks]), max([high, *landmarks])  # not drawn if it would compress the others
     room = (high - low) * 0.06 or abs(low) * 0.01 or 1.0
     scale = Scale(low - room, high + room)
     guide = next((arm.mean for arm in table if arm.chosen), None)

@@ -1,9 +1,9 @@
-"""Small charts as inline SVG: shapes only, stretched to any width; every word beside them is HTML.
+"""Small charts as inline SVG: only shapes, stretched to any width; all text is HTML.
 
-A figure drawn for a desk is unreadable on a phone when its letters shrink with it. Here the SVG carries no text, is
-stretched (`preserveAspectRatio="none"`), and keeps its strokes at their own width; axis labels are HTML, placed by
-per cent. Colours are classes of the style sheet, so light, dark and print need no second drawing. Nothing that comes
-from a data row enters an SVG but through `Markup.format`, which escapes it.
+The letters of a figure that is drawn for a desktop are unreadable on a phone. Here the SVG contains no text, is
+stretched (`preserveAspectRatio="none"`), and keeps its stroke widths; axis labels are HTML, positioned by per cent.
+Colours are classes of the style sheet, so that light mode, dark mode and print need no second drawing. Text from data
+rows enters an SVG only through `Markup.format`, which escapes it.
 """
 
 import math
@@ -14,30 +14,38 @@ from markupsafe import Markup
 
 from pipelines.texts import minus, number
 
-WIDTH = 1000.0  # units of every viewBox; a chart is as wide as its place
+WIDTH = 1000.0  # units of every viewBox; a chart fills the available width
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Values low..high laid out on 0..WIDTH; values beyond an end are drawn at that end."""
+    """Values low..high mapped to 0..WIDTH; values beyond an end are drawn at that end."""
 
     low: float
     high: float
 
     def __call__(self, value: float) -> float:
-        """Where `value` stands, 0..WIDTH."""
+        """Return the position of a value, 0..WIDTH.
+
+        Args:
+            value: The value.
+        """
         if not self.high > self.low:
             return WIDTH / 2
         return WIDTH * min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
 
     def percent(self, value: float) -> str:
-        """Where `value` stands, as a CSS length such as '37.5%'."""
+        """Return the position of a value as a CSS length such as '37.5%'.
+
+        Args:
+            value: The value.
+        """
         return f"{self(value) / WIDTH * 100:.2f}%"
 
 
 @dataclass(frozen=True)
 class Tick:
-    """One label of an axis: where it stands ('37.5%') and what it says; minor ones are left out on a phone."""
+    """One label of an axis: its position ('37.5%') and its text; minor labels are omitted on a phone."""
 
     at: str
     text: str
@@ -45,14 +53,24 @@ class Tick:
 
 
 def nice_step(span: float, count: int) -> float:
-    """The step 1, 2 or 5 times a power of ten that cuts `span` > 0 into about `count` parts."""
+    """Return the step 1, 2 or 5 times a power of ten that divides a span into about `count` parts.
+
+    Args:
+        span: The span, above 0.
+        count: The approximate number of parts.
+    """
     raw = span / max(1, count)
     power = 10.0 ** math.floor(math.log10(raw))
     return power * next(step for step in (1.0, 2.0, 5.0, 10.0) if raw <= step * power * (1 + 1e-9))
 
 
 def ticks(scale: Scale, count: int = 6) -> list[Tick]:
-    """Round values inside the scale, with as many decimals as their step needs."""
+    """Return round values inside a scale, with as many decimals as their step needs.
+
+    Args:
+        scale: The scale.
+        count: The approximate number of values.
+    """
     span = scale.high - scale.low
     if not span > 0:
         return [Tick("50.00%", number(scale.low, 3))]
@@ -83,7 +101,7 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
 
 
 def _dot(x: float, y: float, kind: str) -> Markup:
-    # a line of no length with round ends stays a circle however the drawing is stretched
+    # a line of length zero with round ends stays a circle when the drawing is stretched
     return Markup('<path class="dot {}" d="M{:.1f} {:.1f}h0"/>').format(kind, x, y)
 
 
@@ -96,10 +114,17 @@ def histogram(
     label: str,
     height: float = 190,
 ) -> tuple[Markup, list[Tick]]:
-    """Stacked columns: chosen rows from the ground up, the rest above; (drawing, ticks of the counts from below).
+    """Return stacked columns: chosen rows at the bottom, the rest above; and the ticks of the counts.
 
-    edges [bins + 1]; rest, chosen [bins] counts; cut: the score at which the chosen part begins, or None.
-    A column of at least one row is at least 1.5 units high: a thin tail is the very thing to be seen.
+    A column of at least one row is at least 1.5 units high, so that thin tails are visible.
+
+    Args:
+        edges: [bins + 1], the edges of the columns.
+        rest: [bins], the counts of rows that were not chosen.
+        chosen: [bins], the counts of chosen rows.
+        cut: The score at which the chosen part begins, or None.
+        label: The description for screen readers.
+        height: The height of the chart.
     """
     scale = Scale(edges[0], edges[-1])
     top = max(1, max(a + b for a, b in zip(rest, chosen, strict=True)))
@@ -131,7 +156,15 @@ def box(
     label: str,
     height: float = 20,
 ) -> Markup:
-    """One box: a line from the 5th to the 95th percentile, a bar between the quartiles, a mark at the median."""
+    """Return one box: a line from the 5th to the 95th percentile, a bar between the quartiles, a mark at the median.
+
+    Args:
+        scale: The scale.
+        quantiles: The five quantiles.
+        cut: The score at which the chosen part begins, or None.
+        label: The description for screen readers.
+        height: The height of the chart.
+    """
     p5, q1, median, q3, p95 = (scale(value) for value in quantiles)
     middle = height / 2
     shapes = [
@@ -156,7 +189,18 @@ def interval(
     label: str,
     height: float = 44,
 ) -> Markup:
-    """One mean with its interval and the single runs behind it; `guide` is a dotted line to compare with."""
+    """Return one mean with its interval and its single runs.
+
+    Args:
+        scale: The scale.
+        mean: The mean.
+        bounds: The interval.
+        points: The single runs.
+        guide: The position of a dotted line for comparison, or None.
+        chosen: Whether it is the selection.
+        label: The description for screen readers.
+        height: The height of the chart.
+    """
     kind, middle = ("chosen" if chosen else "other"), height / 2
     shapes = [Markup("<title>{}</title>").format(label)]
     if guide is not None:
@@ -173,7 +217,15 @@ def interval(
 def pairs(
     names: Sequence[str], pool: Sequence[float], chosen: Sequence[float], *, label: str, height: float = 130
 ) -> Markup:
-    """Two columns a bin: the share of the pool and the share of the chosen rows that fall into it."""
+    """Return two columns per bin: its share of the pool and its share of the chosen rows.
+
+    Args:
+        names: The names of the bins.
+        pool: The shares of the pool.
+        chosen: The shares of the chosen rows.
+        label: The description for screen readers.
+        height: The height of the chart.
+    """
     top = max([*pool, *chosen, 1e-12]) * 1.04
     slot = WIDTH / max(1, len(names))
     shapes = []
@@ -198,9 +250,16 @@ def lines(
     label: str,
     height: float = 150,
 ) -> tuple[Markup, list[Tick]]:
-    """Lines through points (x, y), one a series of class `chosen` or `other`; (drawing, ticks of the ordinate).
+    """Return lines through points (x, y), and the ticks of the y axis.
 
     A series of one point is a dot. Points beyond `up` are drawn at its ends.
+
+    Args:
+        across: The scale of x.
+        up: The scale of y.
+        series: (class, points) of each line; the class is `chosen` or `other`.
+        label: The description for screen readers.
+        height: The height of the chart.
     """
     marks = ticks(up, 3)
     shapes = [_line(0, y, WIDTH, y, "grid") for y in (height * (1 - float(tick.at[:-1]) / 100) for tick in marks)]

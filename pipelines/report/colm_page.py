@@ -1,6 +1,6 @@
-"""The report of a run that trained on coresets: did the choice do anything, and what did it cost?
+"""The report of a run with coresets: whether the choice had an effect, and what it cost.
 
-Drawn from `coreset.json` and `metrics.jsonl` of the run's folder alone; equal inputs give equal bytes.
+It is drawn only from `coreset.json` and `metrics.jsonl` of the run's folder; equal inputs give equal bytes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,21 @@ from pipelines.report import page as report
 from pipelines.texts import number, percent, plural, size
 
 PEAK = {
-    "gpu": "The tensors of a monitored step, choosing included, took up to {} of the GPU.",
-    "process": "The process held up to {} of memory, choosing included.",
+    "gpu": "The tensors of a monitored step, choosing included, used up to {} of GPU memory.",
+    "process": "The process used up to {} of memory, choosing included.",
 }
 
 
 def read(folder: Path, name: str = "coreset.json") -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(facts, metrics of each step). Raises: DataError where a file is missing or damaged."""
+    """Return (facts, metrics of each step).
+
+    Args:
+        folder: The folder of the run.
+        name: The file of facts.
+
+    Raises:
+        DataError: A file is missing or damaged.
+    """
     facts: dict[str, Any] = files.read_json(folder / name)
     path = folder / "metrics.jsonl"
     try:
@@ -33,17 +41,28 @@ def read(folder: Path, name: str = "coreset.json") -> tuple[dict[str, Any], list
     except ValueError as error:
         raise DataError(f"{path}: damaged: {error}; train again") from error
     if not isinstance(facts, dict) or not all(isinstance(entry, dict) for entry in entries):
-        raise DataError(f"{folder}: {name} or metrics.jsonl is damaged: it holds other values than a run writes")
+        raise DataError(f"{folder}: {name} or metrics.jsonl is damaged: it contains values that no run writes")
     return facts, entries
 
 
 def in_short(folder: Path) -> str:
-    """One line for the terminal: the matching error against random rows, and the share of time spent choosing."""
+    """Return one line for the terminal: the matching error compared with random rows, and the time spent choosing.
+
+    Args:
+        folder: The folder of the run.
+    """
     return str(_lead(*_numbers(read(folder)[1])))
 
 
 def render(folder: Path) -> Path:
-    """Draw folder/report.html; returns its path."""
+    """Draw folder/report.html.
+
+    Args:
+        folder: The folder of the run.
+
+    Returns:
+        The page.
+    """
     facts, entries = read(folder)
     with report.damaged(f"{folder}: coreset.json or metrics.jsonl", "train again"):
         text = report.page("coreset.html", **_parts(facts, entries, *_numbers(entries)))
@@ -53,9 +72,9 @@ def render(folder: Path) -> Path:
 
 
 def _numbers(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], dict[str, float]]:
-    """The monitored steps, and means over those whose errors are finite (none: without errors).
+    """Return the monitored steps, and means over those with finite errors (empty if there are none).
 
-    The share of time is a median, for the first step is always slow.
+    The share of time is a median, because the first step is always slow.
     """
     seen = [entry for entry in entries if "match_error" in entry]
     if not seen:
@@ -75,7 +94,7 @@ def _lead(seen: Sequence[Mapping[str, Any]], means: Mapping[str, float]) -> str:
         return "coreset: no step was monitored"
     steps, last = len(seen), seen[-1]
     if not means["finite"]:
-        said = f"coreset: of {plural(steps, 'monitored step')} none has a finite matching error"
+        said = f"coreset: none of {plural(steps, 'monitored step')} has a finite matching error"
     else:
         said = (
             f"coreset: error of the kept rows' mean gradient {number(means['match_error'])}, of random rows with the "
@@ -88,10 +107,10 @@ def _lead(seen: Sequence[Mapping[str, Any]], means: Mapping[str, float]) -> str:
 
 
 def _nothing_to_choose(seen: Sequence[Mapping[str, Any]], overflows: int, steps: int) -> str:
-    """Why the two errors may be equal although nothing is wrong with the choice: there was none to make."""
+    """Return why the two errors may be equal although the choice works: there was nothing to choose."""
     if overflows >= steps:
         return (
-            "; small sources alone filled every batch, so nothing was chosen: both errors are those of random rows "
+            "; small sources alone filled every batch, so that nothing was chosen: both errors are those of random rows "
             "(keep more rows with --keep, or name the small sources with --set coreset.small=[...])"
         )
     if overflows:
@@ -138,7 +157,10 @@ def _parts(
 
 
 def method_in_words(name: str) -> str:
-    """Which rows a coreset method keeps, as its record says; of a method that is not known here, its name.
+    """Return which rows a coreset method keeps, from its record; for an unknown method, its name.
+
+    Args:
+        name: The name of the method.
 
     Example:
         >>> method_in_words("random_in_source"), method_in_words("mine")
@@ -150,7 +172,7 @@ def method_in_words(name: str) -> str:
 
 
 def _points(entries: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) where the value is finite."""
+    """Return (step, value) of the finite values."""
     return [(e["step"], e[key]) for e in entries if isinstance(e[key], float) and math.isfinite(e[key])]
 
 
@@ -162,7 +184,14 @@ def _peak(facts: Mapping[str, Any], seen: Sequence[Mapping[str, Any]]) -> str | 
 def chart(
     across: charts.Scale, label: str, *series: tuple[str, Sequence[tuple[float, float]]], from_zero: bool = True
 ) -> dict[str, Any] | None:
-    """Lines over the steps, with the ticks of both axes; None without a point."""
+    """Return lines over the steps, with the ticks of both axes; None without a point.
+
+    Args:
+        across: The scale of steps.
+        label: The description for screen readers.
+        *series: (class, points) of each line.
+        from_zero: Whether the y axis begins at 0.
+    """
     values = [y for _, points in series for _, y in points]
     if not values:
         return None
@@ -173,7 +202,7 @@ def chart(
 
 
 def _sources(facts: Mapping[str, Any], seen: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a source: its rows, and in monitored steps how many of those drawn were kept."""
+    """Return one row per source: its rows, and how many of the drawn rows were kept in monitored steps."""
     drawn: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     for entry in seen:

@@ -1,4 +1,4 @@
-"""What a diagnosis says: `diagnose.json` turned into words, tables and one picture a check, on one page."""
+"""The page of a diagnosis: `diagnose.json` as text, tables and one picture per check."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +22,17 @@ METHOD_NAMES = {"weights": "weights", "sgd": "gradient", "adamw": "Adam's update
 
 
 def render(folder: Path) -> Path:
-    """Draw folder/report.html from folder/diagnose.json; returns the path written.
+    """Draw folder/report.html from folder/diagnose.json.
+
+    Args:
+        folder: The folder of the run.
+
+    Returns:
+        The page.
 
     Raises:
-        DataError: if the file is missing or damaged.
-        EnvironmentProblem: if the report cannot be written.
+        DataError: The file is missing or damaged.
+        EnvironmentProblem: The report cannot be written.
     """
     summary = files.read_json(folder / "diagnose.json", limit=256_000_000)
     try:
@@ -39,7 +45,11 @@ def render(folder: Path) -> Path:
 
 
 def build(summary: Json) -> dict[str, Any]:
-    """The parts of the page."""
+    """Return the parts of the page.
+
+    Args:
+        summary: The content of diagnose.json.
+    """
     checks = summary["checks"]
     data = summary["data"]
     sections: dict[str, Callable[[Json], dict[str, Any]]] = {
@@ -63,12 +73,20 @@ def build(summary: Json) -> dict[str, Any]:
 
 
 def value(text: Any) -> float:
-    """A number of `diagnose.json`, where those that JSON does not have are texts."""
+    """Return a number of `diagnose.json`, in which non-finite numbers are texts.
+
+    Args:
+        text: The number or text.
+    """
     return float(text)
 
 
 def shown(x: Any) -> str:
-    """A number as it is printed: 3 digits, and words for what is not finite."""
+    """Return a number as text with 3 digits, or a word if it is not finite.
+
+    Args:
+        x: The number or text.
+    """
     number_ = value(x)
     return "infinite" if math.isinf(number_) else number(number_)
 
@@ -77,7 +95,7 @@ def shown(x: Any) -> str:
 
 
 def _numbers(key: str, found: Json) -> dict[str, Any]:
-    """The section of a check that has no picture of its own: the numbers that it found."""
+    """Return the section of a check without its own picture: the numbers that it found."""
     texts = ("nan", "inf", "-inf")
     numbers = {name: found[name] for name in found if isinstance(found[name], int | float) or found[name] in texts}
     title = key.replace("-", " ").capitalize()
@@ -111,9 +129,9 @@ def _sharpness(found: Json) -> dict[str, Any]:
             [_role(block), shown(b["sharpness"]), count(b["parameters"]), shown(found["ratios"].get(block, math.nan))]
             for block, b in blocks
         ],
-        "note": "Mean of the Gauss-Newton matrix's diagonal over a block, by labels drawn from the model itself "
+        "note": "Mean of the Gauss-Newton matrix's diagonal over a block, with labels sampled from the model itself "
         "(arXiv 2502.19002); bars on a logarithmic scale. Trained models have Emb << QK < FFN < VO << Norm. Ratio: a "
-        "learning rate for the block, in terms of the sharpest one's; a starting point, ours and not the paper's.",
+        "suggested learning rate of the block relative to that of the sharpest block; this rule is ours, not the paper's.",
     }  # fmt: skip
 
 
@@ -147,18 +165,18 @@ def _spectrum(found: Json) -> dict[str, Any]:
     means = {k: _mean_over_roles(found["roles"][k], roles) for k in kinds}
     best = max((k for k in kinds if k != "weights"), key=lambda k: means[k], default=None)
     weights = number(means["weights"])
-    lead = f"Weights have a mean normalised entropy of {weights} (1: all directions alike; 0: one only)."
+    lead = f"Weights have a mean normalised entropy of {weights} (1: all directions are equal; 0: only one)."
     if not roles:
-        lead = "No parameter of this model has a name that tells its role, so that no spectrum was taken."
+        lead = "No parameter name of this model shows its role, so no spectrum was computed."
     elif best is not None:
-        lead += f" Of the updates, {_kind(best)} is the most even, at {number(means[best])}."
+        lead += f" Of the updates, {_kind(best)} is the most uniform, with {number(means[best])}."
     return {
         "title": "Spectra of weights and updates",
         "short": (weights, "entropy of the weights' spectra"), "lead": lead, "charted": rows,
-        "ticks": charts.ticks(scale, 5), "axis": "entropy of the spectrum, over its most",
+        "ticks": charts.ticks(scale, 5), "axis": "entropy of the spectrum, relative to its maximum",
         "head": ["", "", "Entropy", "Effective rank", "Top 10", "q75 / q25"],
         "note": "Large dot: mean over the layers; line: their spread; small dots: single matrices. Updates: those of "
-        "the optimizer's first step on the gradient of these rows. Effective rank: directions that carry the energy; "
+        "the optimizer's first step for the gradient of these rows. Effective rank: number of directions with energy; "
         "top 10: share of the energy in the ten largest; q75 / q25: of squared singular values (arXiv 2509.26030).",
     }  # fmt: skip
 
@@ -183,21 +201,21 @@ def _smoothness(found: Json) -> dict[str, Any]:
     widths = _log_widths([v for _, v in entries])
     ratio = value(plain["norm11_over_d"]) / top if top > 0 else math.nan
     lead = (
-        f"The entries of the Hessian sum to {number(ratio)} times d times its largest eigenvalue: that is what Adam's "
-        "geometry pays of what gradient descent pays"
+        f"The entries of the Hessian sum to {number(ratio)} times d times its largest eigenvalue: this is the cost of Adam's "
+        "geometry relative to that of gradient descent"
     )
     if "rotated" in found and value(plain["norm11_over_d"]) > 0:
         times = value(found["rotated"]["norm11_over_d"]) / value(plain["norm11_over_d"])
         lead += f"; in rotated coordinates it is {number(times)} times as much"
     return {
-        "title": "Smoothness, l-infinity against l2",
+        "title": "Smoothness, l-infinity compared with l2",
         "short": (number(ratio), "|H| summed over d, by the top eigenvalue"),
         "lead": f"{lead}.",
         "bars": [{"name": n, "width": w, "value": shown(v)} for (n, v), w in zip(entries, widths, strict=True)],
         "head": ["Quantity", "Value"],
         "rows": [
             ["parameters d", count(d)],
-            ["coordinates looked at", count(value(plain["coordinates"]))],
+            ["probed coordinates", count(value(plain["coordinates"]))],
             ["sum of |H| by interquartile ranges", shown(plain["norm11"])],
             ["sum of |H| by medians", shown(plain["norm11_median"])],
             ["Frobenius norm of H", shown(found["frobenius"])],
@@ -205,8 +223,8 @@ def _smoothness(found: Json) -> dict[str, Any]:
             ["Lanczos steps", count(value(found["lanczos"]["steps"]))],
         ],
         "note": "Cauchy probes of Hessian-vector products (arXiv 2410.08198); bars on a logarithmic scale. The largest "
-        "row sum is of the coordinates looked at, and biased upwards. Rotated: entries of each tensor shuffled and "
-        "turned; a rise says that the model's coordinates suit a method that works coordinate by coordinate.",
+        "row sum is over the probed coordinates and biased upwards. Rotated: entries of each tensor shuffled and "
+        "rotated; a larger value shows that the model's coordinates suit a coordinate-wise method.",
     }  # fmt: skip
 
 
@@ -240,7 +258,7 @@ def _conditioning(found: Json) -> dict[str, Any]:
         "title": "Condition numbers", "short": (shown(worst["cond2"]), "the largest condition number"), "lead": lead,
         "charted": rows, "ticks": charts.ticks(scale, 5), "axis": "log10 of s_1 / s_r",
         "head": ["", "", "Mean log10", "Largest", "Singular", "TSCNC penalty"],
-        "note": "Dots are matrices, the line spans them. The penalty is logdet(M / n + 1e-5 I) squared of the smaller "
+        "note": "Dots are matrices; the line shows their range. The penalty is logdet(M / n + 1e-5 I) squared of the smaller "
         "Gram matrix M: it bounds the volume, not the condition number (arXiv 2503.20454).",
     }  # fmt: skip
 
@@ -278,7 +296,7 @@ def _double_descent(found: Json) -> dict[str, Any]:
     )  # fmt: skip
     best, first = raw["min_norm_test_mse"][at], raw["gd_test_mse"][at][0]
     return {
-        "title": "Double descent against conditioning",
+        "title": "Double descent and conditioning",
         "short": (number(best / first), "times the error of 100 steps at the minimum"),
         "lead": f"At {threshold} features, as many as rows, the minimum has a test error of {number(best)} and "
         f"{count(steps[0])} steps of gradient descent {number(first)}; the condition number is "
@@ -294,8 +312,8 @@ def _double_descent(found: Json) -> dict[str, Any]:
         ],
         "head": ["At the threshold", "Training error", "Test error"],
         "rows": [[n, number(train), number(test)] for (n, train, test), _ in points],
-        "note": "Random-feature regression, nothing of the model in it: 40 rows, 10 inputs, noise 0.5; all but the "
-        "optimizers in closed form (after arXiv 2312.03951). If the claim holds, the dots fall on one curve.",
+        "note": "Random-feature regression, independent of the model: 40 rows, 10 inputs, noise 0.5; all except the "
+        "optimizers in closed form (after arXiv 2312.03951). If the claim holds, the dots lie on one curve.",
     }  # fmt: skip
 
 
@@ -308,7 +326,7 @@ def _kind(kind: str) -> str:
 
 
 def _log_widths(values: Sequence[float]) -> list[str]:
-    """CSS lengths of bars on a logarithmic scale: the longest is whole, the shortest still a tenth of it."""
+    """Return CSS lengths of bars on a logarithmic scale: the longest has full width, the shortest a tenth of it."""
     logs = [math.log10(v) if 0 < v < math.inf else None for v in values]
     present = [x for x in logs if x is not None]
     if not present:

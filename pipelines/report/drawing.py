@@ -1,4 +1,4 @@
-"""Reports are drawn last, and their failure loses nothing."""
+"""Drawing reports after everything else, so that a failure loses no result."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from pipelines.runs.messages import say, warn
 
 
 def draw_last(draw: Callable[[], Path | None], *, saved: Path) -> Path | None:
-    """`draw()`, once all that took computing is saved in `saved`: a report that cannot be drawn is a warning.
+    """Call `draw` after all results have been saved; a report that cannot be drawn is only a warning.
 
-    Returns: the page, or None.
+    Args:
+        draw: Draws the page.
+        saved: The folder with the results, for the message.
+
+    Returns:
+        The page, or None.
     """
     try:
         page = draw()
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0][:300]
         warn(
-            f"the report could not be drawn ({type(error).__name__}: {first}); what was computed is safe in {saved}, "
-            "and the same command draws the page again without computing it anew"
+            f"the report could not be drawn ({type(error).__name__}: {first}); the results are saved in {saved}, "
+            "and the same command draws the page again without computing them"
         )
         return None
     if page is not None:

@@ -1,6 +1,6 @@
-"""`report.html` of `datatools order`: what was predicted, what came true, which order is proposed.
+"""`report.html` of `datatools order`: predictions, true losses, and the proposed order.
 
-Drawn from the JSON files of a run folder alone, so that it can be drawn again; one file, no script, no network.
+It is drawn only from the JSON files of a run folder, so that it can be drawn again; one file, no script, no network.
 """
 
 from __future__ import annotations
@@ -21,41 +21,51 @@ from pipelines.report.page import damaged, page
 from pipelines.texts import minus, number
 
 PARTS = {"validation": "validate", "search": "search", "estimates": "estimate", "map": "map"}
-"""A result's name -> the task that writes it."""
+"""The name of a result -> the task that writes it."""
 FEWEST_ORDERS = 10
-"""From fewer true runs no rank correlation is worth a headline: of 5 random orders one in 60 is ranked perfectly."""
+"""With fewer true runs, a rank correlation is no headline: of 5 random orders, one in 60 rankings is perfect by chance."""
 _SIDE = 1000.0
 _CELLS = 64  # of a picture of precedence, in a row
 
 
 def render(folder: Path) -> Path:
-    """Draw folder/report.html from what its tasks have written; the parts that are not there are left out.
+    """Draw folder/report.html from the results of its tasks; missing parts are omitted.
+
+    Args:
+        folder: The folder of the run.
+
+    Returns:
+        The page.
 
     Raises:
-        DataError: for a damaged file.
-        EnvironmentProblem: if the report cannot be written.
+        DataError: A file is damaged.
+        EnvironmentProblem: The report cannot be written.
     """
     found = read(folder)
     parts: dict[str, Any] = {}
     precedence = None
     for part, view in (("validation", _validation), ("search", _search), ("estimates", _estimates), ("map", _map)):
-        with damaged(folder / f"{part}.json", f"`datatools order {PARTS[part]}` again writes it anew"):
+        with damaged(folder / f"{part}.json", f"run `datatools order {PARTS[part]}` again to write it"):
             parts[part] = view(found.get(part))
             if precedence is None and part in ("validation", "estimates"):
                 precedence = _precedence(found.get(part))
     path = folder / "report.html"
     names = " or ".join(f"{part}.json" for part, shown in parts.items() if shown)
-    with damaged(f"{folder}: {names}", "`datatools order` with its task again writes it anew"):
+    with damaged(f"{folder}: {names}", "run `datatools order` with its task again to write it"):
         text = page("order.html", **parts, heat=precedence)
     files.write_text(path, text)
     return path
 
 
 def read(folder: Path, *, again: str = "") -> dict[str, dict[str, Any]]:
-    """The results in a folder, by name, without that of the task `again`, which writes it anew.
+    """Return the results in a folder, by name, without that of a task that will write it again.
+
+    Args:
+        folder: The folder of the run.
+        again: The task.
 
     Raises:
-        DataError: for one that does not hold what its task wrote.
+        DataError: A result is damaged.
     """
     found = {}
     for part, task in PARTS.items():
@@ -64,7 +74,7 @@ def read(folder: Path, *, again: str = "") -> dict[str, dict[str, Any]]:
             try:
                 found[part] = sealed.read_json(path)
             except sealed.Damaged as error:
-                raise DataError(f"{error}; make it again with `datatools order {task} --out {folder}`") from error
+                raise DataError(f"{error}; write it again with `datatools order {task} --out {folder}`") from error
     return found
 
 
@@ -110,9 +120,9 @@ def _validation(found: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _headline(estimators: dict[str, Any], best: str, orders: int) -> str:
-    """What the true runs show: a rank correlation only where there are enough of them and its interval excludes 0."""
+    """Return what the true runs show: a rank correlation only if there are enough runs and its interval excludes 0."""
     if orders < FEWEST_ORDERS:
-        return f"{orders} orders are too few to say how well an estimator ranks them"
+        return f"{orders} orders are too few to judge how well an estimator ranks them"
     entry = estimators[best]
     if entry["spearman"] is None or entry["spearman_interval"] is None:
         return "No estimator ranks the orders: the estimates do not vary, or are not finite"
@@ -120,7 +130,7 @@ def _headline(estimators: dict[str, Any], best: str, orders: int) -> str:
     figure = minus(f"{number(entry['spearman'], 3)} ({low:.3f} to {high:.3f})")
     among = f", the best of {len(estimators)} estimators" if len(estimators) > 1 else ""
     if low <= 0:
-        return f"No estimator is shown to rank the {orders} orders: {best}{among}, has Spearman {figure}"
+        return f"No estimator reliably ranks the {orders} orders:  {best}{among}, has Spearman {figure}"
     return f"{best} ranks {orders} orders with Spearman {figure}{among}"
 
 
@@ -215,13 +225,13 @@ def _map(found: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _labels(names: Sequence[str], most: int) -> list[Tick]:
-    """At the middle of every part of an axis; of many parts only some have one."""
+    """Return a label at the middle of every part of an axis; if there are many parts, only some have one."""
     every = math.ceil(len(names) / most)
     return [Tick(f"{100 * (i + 0.5) / len(names):.2f}%", name) for i, name in enumerate(names) if i % every == 0]
 
 
 def _from_below(names: Sequence[str], most: int) -> list[Tick]:
-    """`_labels` of rows, the first on top."""
+    """Return `_labels` of rows, the first at the top."""
     return [Tick(f"calc(100% - {label.at})", label.text) for label in _labels(names, most)]
 
 
@@ -234,7 +244,7 @@ def _precedence(found: dict[str, Any] | None) -> dict[str, Any] | None:
             order = sorted(range(len(matrix)), key=lambda i: sum(matrix[i]))
             ranked = [names[i] for i in order]
             cuts = [len(order) * i // min(len(order), _CELLS) for i in range(min(len(order), _CELLS) + 1)]
-            spans = list(pairwise(cuts))  # of many batches some share a row of the picture, and have their mean
+            spans = list(pairwise(cuts))  # many batches share rows of the picture, which show their mean
             short = [f"batch {order[lo]}" for lo, _ in spans]
             said = [ranked[lo] + (f" and {hi - lo - 1} more" if hi - lo > 1 else "") for lo, hi in spans]
             costs = np.asarray(matrix)[order][:, order]
@@ -255,7 +265,12 @@ def _precedence(found: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def scatter(estimated: Sequence[float], true: Sequence[float]) -> dict[str, Any]:
-    """Predicted against true: each about its own mean and on its own scale, with the line of equality."""
+    """Return predicted against true losses, each relative to its mean and on its own scale, with the line of equality.
+
+    Args:
+        estimated: The predicted losses.
+        true: The true losses.
+    """
     means = [math.fsum(values) / len(values) for values in (estimated, true)]
     x, y = ([value - mean for value in values] for values, mean in zip((estimated, true), means, strict=True))
     wide = Scale(*_range(x))
@@ -274,13 +289,13 @@ def scatter(estimated: Sequence[float], true: Sequence[float]) -> dict[str, Any]
 
 
 def _finite(estimated: Sequence[float | None], true: Sequence[float]) -> tuple[list[float], list[float]]:
-    """The orders whose estimate is a finite number."""
+    """Return the orders with a finite estimate."""
     kept = [(e, t) for e, t in zip(estimated, true, strict=True) if e is not None]
     return [e for e, _ in kept], [t for _, t in kept]
 
 
 def _few(labels: list[Tick]) -> list[Tick]:
-    """At most four, for a narrow figure."""
+    """Return at most four labels, for a narrow figure."""
     return labels if len(labels) <= 4 else [label for label in labels if not label.minor]
 
 
@@ -293,8 +308,14 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 def heat(
     rows: Sequence[Sequence[float]], label: str, names: Sequence[str], columns: Sequence[str], said: str
 ) -> Markup:
-    """A matrix as squares: below zero in one colour, above in the other, deeper the larger. said: what stands under the
-    pointer, of the names of row and column and the value.
+    """Return a matrix as coloured squares: one colour below zero, another above, deeper for larger values.
+
+    Args:
+        rows: The matrix.
+        label: The description for screen readers.
+        names: The names of the rows.
+        columns: The names of the columns.
+        said: The format of a square's tooltip: row, column, value.
     """
     largest = max((abs(v) for row in rows for v in row if math.isfinite(v)), default=0.0) or 1.0
     high, wide = _SIDE / len(rows), _SIDE / max(map(len, rows))
@@ -314,7 +335,12 @@ def heat(
 
 
 def strip(sources: Sequence[str], names: Sequence[str]) -> Markup:
-    """The steps of an order from left to right, coloured by source."""
+    """Return the steps of an order from left to right, coloured by source.
+
+    Args:
+        sources: The source of each step.
+        names: All sources.
+    """
     wide = _SIDE / len(sources)
     cells = Markup("").join(
         Markup('<rect class="s{}" x="{:.1f}" y="0" width="{:.1f}" height="1000"/>').format(

@@ -43,7 +43,15 @@ def _environment() -> Environment:
 
 @contextmanager
 def damaged(path: Path | str, remedy: str) -> Iterator[None]:
-    """Inside, values of `path` that are missing or of another type than was written are a DataError with the remedy."""
+    """Turn errors from missing or wrong values inside the `with` block into a DataError.
+
+    Args:
+        path: The file that contains the values.
+        remedy: What to do, for the message.
+
+    Raises:
+        DataError: A value is missing or has another type.
+    """
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, pa.ArrowException, TemplateError,
@@ -52,12 +60,25 @@ def damaged(path: Path | str, remedy: str) -> Iterator[None]:
 
 
 def page(template: str, /, **parts: object) -> str:
-    """A page of `templates/` with these parts, escaped and made visible as the module says."""
+    """Return a page from a template, with its parts escaped as the module describes.
+
+    Args:
+        template: The file in `templates/`.
+        **parts: The parts of the page.
+    """
     return _environment().get_template(template).render(parts)
 
 
 def write_page(folder: Path, text: str) -> Path:
-    """Write `text` as folder/report.html; returns the path."""
+    """Write folder/report.html.
+
+    Args:
+        folder: The folder of the run.
+        text: The page.
+
+    Returns:
+        The file.
+    """
     path = folder / "report.html"
     files.write_text(path, text)
     return path

@@ -1,4 +1,4 @@
-"""Which page a run folder gets: `datatools report DIR` looks for what the run has written."""
+"""The page of each kind of run folder: `datatools report DIR` looks for the files of the run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pipelines.runs.messages import say
 
 
 class Kind(NamedTuple):
-    """A kind of page: the files of which a run folder with this page has one, and what draws it."""
+    """A kind of page: the files, one of which its run folder has, and the function that draws it."""
 
     files: tuple[str, ...]
     render: Callable[[Path], Path]
-    """Folder -> the page that it wrote."""
+    """Folder -> the page that was written."""
 
 
 KINDS = [
@@ -33,10 +33,10 @@ KINDS = [
 
 
 def draw(folder: Path) -> Path:
-    """Draw report.html of the run in `folder` again; a run without a result gets the page of a run.
+    """Draw report.html of a run again; a run without a result gets the page of a run.
 
     Args:
-        folder: of a run.
+        folder: The folder of the run.
 
     Returns:
         The page.
@@ -44,7 +44,6 @@ def draw(folder: Path) -> Path:
     Raises:
         UsageError: There is no run.
         DataError: A result is damaged.
-
     """
     if not folder.is_dir():
         there = "this is a file" if folder.exists() else "no such folder"
@@ -55,7 +54,7 @@ def draw(folder: Path) -> Path:
     for kind in KINDS:
         for name in kind.files:
             if (folder / name).is_file():
-                with damaged(folder / name, "run the same command again to write it anew"):
+                with damaged(folder / name, "run the same command again to write it"):
                     return kind.render(folder)
     if not (folder / "run.yaml").is_file():
         raise UsageError(f"report {folder}: not the folder of a run (run.yaml is missing)")

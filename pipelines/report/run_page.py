@@ -1,7 +1,7 @@
-"""The page of a run folder that holds no result with a page of its own: what ran, how far it came, what stopped it.
+"""The page of a run folder without a result that has its own page: what ran, its progress, and why it stopped.
 
-That is a run that was killed, that failed or still runs, and a task whose result is a file for other commands. Every
-file may be missing or damaged: what it would have said is then left out.
+Such a run was killed, failed or is still running, or its result is a file for other commands. Every file may be
+missing or damaged; its part of the page is then omitted.
 """
 
 from __future__ import annotations
@@ -24,15 +24,22 @@ _SHOWN = 40
 _HIDDEN = {".lock", "report.html"}
 _STATES = {
     "done": "is done",
-    "running": "runs now",
-    "killed": "was stopped before it was done",
+    "running": "is running",
+    "killed": "was stopped before it finished",
     "interrupted": "was interrupted",
     "failed": "failed",
 }
 
 
 def render(folder: Path) -> Path:
-    """Draw folder/report.html from what the run has noted about itself; returns its path."""
+    """Draw folder/report.html from the records of the run.
+
+    Args:
+        folder: The folder of the run.
+
+    Returns:
+        The page.
+    """
     path = folder / "report.html"
     files.write_text(path, report.page("run.html", **_parts(folder)))
     return path
@@ -54,7 +61,7 @@ def _parts(folder: Path) -> dict[str, Any]:
         "title": f"datatools {command}",
         "command": command,
         "created": str(known.get("created") or "")[:10],
-        "headline": f"This run {_STATES.get(state, 'has not said how it ended')}",
+        "headline": f"This run {_STATES.get(state, 'ended in an unknown state')}",
         "lead": _lead(noted, state),
         "again": "" if state == "running" else again,
         "error": str(noted.get("error") or ""),
@@ -73,12 +80,12 @@ def _lead(noted: Json, state: str) -> str:
     if state != "done" and doing.get("description"):
         done, total = finite(doing.get("done")), finite(doing.get("total"))
         far = f": {done:,.0f}" + (f" of {total:,.0f}" if total else "") if done is not None else ""
-        said.append(f"Last it was at {doing['description']}{far} {doing.get('unit') or ''}".rstrip() + ".")
+        said.append(f"Its last progress was {doing['description']}{far} {doing.get('unit') or ''}".rstrip() + ".")
     said.append(
         {
-            "done": "There is no picture of what it made; its files are listed below. The same command repeats it:",
-            "running": "It goes on in another process.",
-        }.get(state, "What was finished is kept, and the same command goes on from there:")
+            "done": "Its result has no picture; the files are listed below. The same command repeats the run:",
+            "running": "It is running in another process.",
+        }.get(state, "Finished work is kept, and the same command continues the run:")
     )
     return " ".join(said)
 
@@ -99,7 +106,7 @@ def _json(path: Path) -> Any:
 
 
 def _text(path: Path, *, told: bool = False) -> str:
-    """What the file holds; where it cannot be read nothing, or with `told` the reason."""
+    """Return the content of a file; if it cannot be read, nothing, or the reason with `told`."""
     try:
         return files.read_bytes(path, limit=_MOST).decode("utf-8", "replace")
     except DatatoolsError as error:
@@ -117,7 +124,7 @@ def _events(path: Path) -> list[Json]:
 
 
 def _entries(folder: Path) -> list[tuple[str, str]]:
-    """(name, size) of what lies in the folder, folders as such."""
+    """Return (name, size) of the entries of the folder."""
     try:
         there = sorted(entry for entry in folder.iterdir() if entry.name not in _HIDDEN)
         named = [(f"{e.name}/" if e.is_dir() else e.name, "" if e.is_dir() else size(e.lstat().st_size)) for e in there]

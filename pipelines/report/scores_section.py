@@ -1,4 +1,4 @@
-"""`scores.parquet` in a report: how scores and answer lengths are distributed, and where the chosen rows lie."""
+"""`scores.parquet` in a report: the distribution of scores and answer lengths, and the position of the chosen rows."""
 
 import math
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 COLUMNS = ("_source", "_tokens", "_supervised", "_status", "_score", "_selected")  # without these there is no report
 MAX_SOURCES = 24  # the rest is shown as one line
-LENGTH_WARNING = 0.5  # |Spearman| of score and answer length from which the reader is warned
+LENGTH_WARNING = 0.5  # |Spearman| of score and answer length above which the reader is warned
 
 
 @dataclass(frozen=True)
 class Scores:
-    """`scores.parquet` as arrays over the n rows of the pool; a score that is null is NaN."""
+    """`scores.parquet` as arrays over the n rows of the pool; a null score is NaN."""
 
     score: Floats
     selected: Flags
@@ -35,7 +35,7 @@ class Scores:
     source: Ints  # index into `sources`
     sources: tuple[str, ...]
     status: tuple[tuple[str, int], ...]  # status -> rows, most first
-    serves: tuple[tuple[str, int], ...]  # subtask -> chosen rows that score highest on it
+    serves: tuple[tuple[str, int], ...]  # subtask -> number of chosen rows with their highest score on it
 
     @property
     def scored(self) -> Flags:
@@ -44,10 +44,13 @@ class Scores:
 
 
 def read_scores(path: Path) -> Scores:
-    """The table in `path`.
+    """Return the table in a file.
+
+    Args:
+        path: The file.
 
     Raises:
-        DataError: if it is missing, damaged or without one of COLUMNS.
+        DataError: The file is missing, damaged or without one of COLUMNS.
     """
     try:
         with pq.ParquetFile(files.checked(path)) as file:
@@ -55,7 +58,7 @@ def read_scores(path: Path) -> Scores:
     except FileNotFoundError:
         raise DataError(f"{path}: not found; a report is drawn from the folder of a finished run") from None
     except (OSError, ValueError, pa.ArrowException) as problem:
-        raise DataError(f"{path}: cannot be read ({problem}); run the same command again to write it anew") from None
+        raise DataError(f"{path}: cannot be read ({problem}); run the same command again to write it") from None
 
 
 def _scores_of(file: Any, path: Path) -> Scores:
@@ -103,28 +106,31 @@ def _scores_of(file: Any, path: Path) -> Scores:
 
 
 def length_warning(rho: float | None, matched: str | None = None) -> str | None:
-    """What to say when scores go with answer length; None while |Spearman| is at most LENGTH_WARNING.
+    """Return a warning if scores correlate with answer length; None while |Spearman| is at most LENGTH_WARNING.
 
-    matched: how the audit reads random rows of the same lengths ("better" is the selection), None without an audit.
+    Args:
+        rho: The rank correlation of score and answer length.
+        matched: The audit's reading of random rows with the same lengths ("better" is the selection); None without
+            audit.
     """
     if rho is None or abs(rho) <= LENGTH_WARNING:
         return None
     advice = {
         None: "Audit it against random rows of the same lengths before trusting it.",
-        "better": "Random rows of the same lengths did worse in the audit, so length is not all of it.",
+        "better": "Random rows of the same lengths did worse in the audit, so length does not explain everything.",
     }
-    otherwise = (
-        "Random rows of the same lengths did not do clearly worse in the audit: length may be all there is to it."
-    )
+    otherwise = "Random rows of the same lengths did not do clearly worse in the audit: length may explain everything."
     kind = "short" if rho < 0 else "long"
     return (
-        f"Scores go with answer length (Spearman {signed(rho, 2)}): chosen rows tend to have {kind} answers. "
+        f"Scores correlate with answer length (Spearman {signed(rho, 2)}): chosen rows tend to have {kind} answers. "
         f"{advice.get(matched, otherwise)}"
     )
 
 
 def _score_range(values: Floats) -> tuple[float, float]:
-    """The range to draw: all, unless a few far rows would squeeze the rest; those then stand in the outer columns."""
+    """Return the range to draw: all scores, unless a few outliers would compress the rest; they are then in the outer
+    columns.
+    """
     low, high = float(values.min()), float(values.max())
     inner_low, inner_high = (float(v) for v in np.quantile(values, (0.002, 0.998)))
     inner = inner_high - inner_low
@@ -134,7 +140,11 @@ def _score_range(values: Floats) -> tuple[float, float]:
 
 
 def distribution(scores: Scores) -> dict[str, Any] | None:
-    """The histogram of the scores, and a box per source; None where rows have no scores, or equal ones."""
+    """Return the histogram of the scores, and a box per source; None if rows have no scores or equal ones.
+
+    Args:
+        scores: The scores.
+    """
     scored = scores.scored
     values = scores.score[scored]
     chosen = scores.selected[scored]
@@ -144,14 +154,14 @@ def distribution(scores: Scores) -> dict[str, Any] | None:
     if chosen.any():
         cut = float(values[chosen].min())
         passed = int((values[~chosen] > cut).sum())
-        # a line where as many better rows were left out as taken would tell a false story (random draws, round robin)
+        # a line would mislead if as many better rows were left out as taken (random draws, round robin)
         if passed > int(chosen.sum()):
             cut = None
     low, high = _score_range(values)
     bins = int(np.clip(math.sqrt(len(values)), 12, 64))
     if cut is None or not low < cut <= high:
         edges: Floats = np.linspace(low, high, bins + 1)
-    else:  # the cut-off is the edge of a column, or its column would show chosen rows on the wrong side
+    else:  # the cut-off must be the edge of a column, so that all chosen rows are on one side
         step = (high - low) / bins
         columns = np.arange(-math.ceil((cut - low) / step), max(1, math.ceil((high - cut) / step)) + 1)
         edges = np.asarray(cut + step * columns, dtype=np.float64)
@@ -166,13 +176,13 @@ def distribution(scores: Scores) -> dict[str, Any] | None:
         label=f"Histogram of the scores of {plural(len(values), 'eligible row')}, {count(int(chosen.sum()))} chosen",
     )
     least, middle, most = (number(float(v)) for v in (values.min(), np.median(values), values.max()))
-    lead = f"{plural(len(values), 'eligible row')} score from {least} to {most}, in the middle {middle}."
+    lead = f"{plural(len(values), 'eligible row')} score from {least} to {most}, with median {middle}."
     if cut is not None:
-        lead += f" The chosen ones begin at {number(cut)}."
+        lead += f" The chosen rows begin at {number(cut)}."
         if passed:
             lead += (
-                f" {plural(passed, 'row')} above that line {'was' if passed == 1 else 'were'} passed over (limits per "
-                "source, or another rule than the score alone)."
+                f" {plural(passed, 'row')} above that line {'was' if passed == 1 else 'were'} skipped (limits per "
+                "source, or a rule other than the score alone)."
             )
     return {
         "chart": bars,
@@ -187,7 +197,7 @@ def distribution(scores: Scores) -> dict[str, Any] | None:
 
 
 def _boxes(scores: Scores, scored: Flags, scale: Scale, cut: float | None) -> list[dict[str, Any]]:
-    """One box per source, the best median first; small sources beyond MAX_SOURCES are drawn together."""
+    """Return one box per source, the best median first; small sources beyond MAX_SOURCES are combined."""
     code, value, chosen = scores.source[scored], scores.score[scored], scores.selected[scored]
     sizes = np.bincount(code, minlength=len(scores.sources))
     order = np.argsort(-sizes, kind="stable")
@@ -224,7 +234,7 @@ def _boxes(scores: Scores, scored: Flags, scale: Scale, cut: float | None) -> li
 
 
 def _length_bins(longest: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, 24 ...: half octaves at whole numbers, to just beyond `longest`."""
+    """Return 1, 2, 3, 4, 6, 8, 12, 16, 24 ...: half octaves at whole numbers, to just beyond `longest`."""
     edges = [0, 1, 2, 3]
     while edges[-1] <= longest:
         edges.append(2 * edges[-2])
@@ -232,7 +242,12 @@ def _length_bins(longest: int) -> list[int]:
 
 
 def lengths(scores: Scores, rho: float | None) -> dict[str, Any] | None:
-    """Answer lengths of pool and chosen rows; `rho` is the rank correlation of score and length."""
+    """Return the answer lengths of pool and chosen rows.
+
+    Args:
+        scores: The scores.
+        rho: The rank correlation of score and length.
+    """
     pool, picked = (scores.supervised[which] for which in (scores.eligible, scores.eligible & scores.selected))
     if not len(pool) or not len(picked) or not pool.max():
         return None
@@ -250,17 +265,17 @@ def lengths(scores: Scores, rho: float | None) -> dict[str, Any] | None:
     ]
     middle, chosen_middle = float(np.median(pool)), float(np.median(picked))
     lead = (
-        f"Half of the chosen answers have at most {count(chosen_middle)} supervised tokens; in the pool it is "
+        f"Half of the chosen answers have at most {count(chosen_middle)} supervised tokens; in the pool, the median is "
         f"{count(middle)}."
     )
     strong = abs(rho or 0.0)
-    words = ((LENGTH_WARNING, "strong"), (0.3, "moderate"), (0.1, "weak"), (-1.0, "next to none"))
+    words = ((LENGTH_WARNING, "strong"), (0.3, "moderate"), (0.1, "weak"), (-1.0, "negligible"))
     return {
         "chart": charts.pairs(
             names,
             a[first : last + 1].tolist(),
             b[first : last + 1].tolist(),
-            label="Supervised tokens a row, pool and chosen rows",
+            label="Supervised tokens per row, pool and chosen rows",
         ),
         "ticks": ticks,
         "lead": lead,

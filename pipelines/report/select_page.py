@@ -1,7 +1,7 @@
-"""`report.html` of a selection: `summary.json` and `scores.parquet` turned into the words and charts of each section.
+"""`report.html` of a selection: `summary.json` and `scores.parquet` as the text and charts of each section.
 
-No text is escaped here (but inside charts); the template does that to everything it prints. Parts that a method does
-not have come out as None. Every field of the summary may be absent or null.
+Except inside charts, no text is escaped here; the template escapes everything it prints. Parts that a method does not
+have are None. Every field of the summary may be absent or null.
 """
 
 import re
@@ -28,31 +28,42 @@ STATUS = {
     "nonfinite": "loss or gradient not finite",
     "bad": "unusable",
     "too_long": "too long",
-    "no_supervised_token": "no answer token left to learn from",
+    "no_supervised_token": "no supervised token left",
 }
 
 
 def render(folder: Path) -> Path:
-    """Draw folder/report.html from folder/summary.json and folder/scores.parquet; returns the path written.
+    """Draw folder/report.html from folder/summary.json and folder/scores.parquet.
 
-    One file: no script, no network, light and dark. Equal inputs give equal bytes. Parts that a method does not have
-    (scores of a random draw, an audit not run) are left out.
+    The page is one file without script or network, in light and dark mode. Equal inputs give equal bytes. Parts that a
+    method does not have (scores of a random draw, a missing audit) are omitted.
+
+    Args:
+        folder: The folder of the run.
+
+    Returns:
+        The page.
 
     Raises:
-        DataError: if either file is missing, damaged or without a column that it must have.
-        EnvironmentProblem: if the report cannot be written.
+        DataError: A file is missing, damaged or without a required column.
+        EnvironmentProblem: The report cannot be written.
     """
     folder = Path(folder)
     summary = read_summary(folder / "summary.json")
     scores = read_scores(folder / "scores.parquet")
-    with damaged(folder / "summary.json", "run the same command again to write it anew"):
+    with damaged(folder / "summary.json", "run the same command again to write it"):
         parts = build(verdicts.checked(folder, summary), scores)
         text = page("report.html", **parts, shown=SHOWN_EXAMPLES)
     return write_page(folder, text)
 
 
 def build(summary: Json, scores: Scores) -> dict[str, Any]:
-    """Everything that the template prints."""
+    """Return everything that the template prints.
+
+    Args:
+        summary: The content of summary.json.
+        scores: The scores.
+    """
     scored = scores.scored
     rho = None
     if scored.sum() > 2:
@@ -173,7 +184,7 @@ def _quality(summary: Json, scores: Scores) -> dict[str, Any]:
     left_out = [(STATUS.get(name, name), n) for name, n in scores.status if name != "ok"]
     parts = []
     if unread:
-        parts.append(f"{plural(unread, 'row')} could not be used as {'it was' if unread == 1 else 'they were'}")
+        parts.append(f"{plural(unread, 'row')} could not be used")
     if duplicates:
         parts.append(f"{plural(duplicates, 'row')} {'repeats' if duplicates == 1 else 'repeat'} another")
     if cut_rows:

@@ -13,14 +13,22 @@ SEEN_WARNING = 0.95
 
 
 def method_of(summary: Json) -> tuple[str, str]:
-    """(name, what one score means)."""
+    """Return (name, meaning of one score) of the method.
+
+    Args:
+        summary: The content of summary.json.
+    """
     name = str(summary.get("method") or "")
     record = methods.method(name)
     return (name or "unnamed method", "") if record is None else (record.title, record.meaning)
 
 
 def model_section(summary: Json) -> dict[str, Any] | None:
-    """The model and the share of its trainable parameters that the scores see; None if no model took part."""
+    """Return the model and the share of its trainable parameters that the scores use; None without a model.
+
+    Args:
+        summary: The content of summary.json.
+    """
     model = mapping(summary.get("model"))
     if not model.get("name"):
         return None
@@ -36,11 +44,16 @@ def model_section(summary: Json) -> dict[str, Any] | None:
 
 
 def warnings_of(summary: Json, rho: float | None) -> list[str]:
-    """The run's own warnings, then those that follow from the numbers; each once."""
+    """Return the run's own warnings, then those that follow from the numbers; each once.
+
+    Args:
+        summary: The content of summary.json.
+        rho: The rank correlation of score and answer length.
+    """
     found = [str(item) for item in summary.get("warnings") or []]
     seen = finite(mapping(summary.get("model")).get("seen_share"))
     if seen is not None and seen < SEEN_WARNING and not any("parameters" in item for item in found):
-        found.append(f"The scores see only {percent(seen)} of the trainable parameters; the rest had no say.")
+        found.append(f"The scores use only {percent(seen)} of the trainable parameters; the rest had no influence.")
     table = arms(mapping(summary.get("audit")), str(summary.get("method")))
     matched = next((arm.reading for arm in table if arm.matches_length and not arm.chosen), None)
     if (text := length_warning(rho, matched)) is not None:
@@ -49,7 +62,11 @@ def warnings_of(summary: Json, rho: float | None) -> list[str]:
 
 
 def cost_section(summary: Json) -> dict[str, Any] | None:
-    """Estimate beside measurement, and how long each stage took; None if nothing is known."""
+    """Return estimates and measurements, and the duration of each stage; None if nothing is known.
+
+    Args:
+        summary: The content of summary.json.
+    """
     cost = mapping(summary.get("cost"))
     before, after = mapping(cost.get("before")), mapping(cost.get("after"))
     kinds = (
@@ -75,9 +92,9 @@ def cost_section(summary: Json) -> dict[str, Any] | None:
     longest = max(bars, key=lambda bar: bar["seconds"]) if total else None
     lead = ""
     if took is not None:
-        lead = f"It took {duration(took)}" + (f" where {duration(guess)} were estimated" if guess else "") + ". "
+        lead = f"The run took {duration(took)}" + (f" (estimate: {duration(guess)})" if guess else "") + ". "
     if longest is not None:
-        lead += f"The longest stage, {longest['name']}, was {longest['share']} of the time."
+        lead += f"The longest stage, {longest['name']}, took {longest['share']} of the time."
     return {
         "lines": lines,
         "stages": bars,
@@ -90,7 +107,11 @@ def cost_section(summary: Json) -> dict[str, Any] | None:
 
 
 def stages(items: Sequence[Json]) -> list[dict[str, Any]]:
-    """Stages with their seconds as bars one after the other; those of one name are one."""
+    """Return stages with their seconds as consecutive bars; stages with equal names are combined.
+
+    Args:
+        items: {"name", "seconds"} of each stage.
+    """
     seconds: dict[str, float] = {}
     for item in items:
         name = str(item.get("name"))
@@ -113,7 +134,12 @@ def stages(items: Sequence[Json]) -> list[dict[str, Any]]:
 
 
 def sources_section(summary: Json, most: int = MAX_SOURCES) -> dict[str, Any] | None:
-    """Sources before and after, the most chosen first; beyond `most` lines the rest is one line."""
+    """Return the sources before and after the selection, the most chosen first; the rest beyond `most` is one line.
+
+    Args:
+        summary: The content of summary.json.
+        most: The maximum number of lines.
+    """
     rows: list[dict[str, Any]] = []
     for item in listing(summary.get("sources")):
         pool, chosen = finite(item.get("pool_rows")) or 0.0, finite(item.get("selected_rows")) or 0.0
@@ -155,29 +181,33 @@ def sources_section(summary: Json, most: int = MAX_SOURCES) -> dict[str, Any] | 
 
 
 def _shift(rows: Sequence[Mapping[str, Any]], all_pool: float, all_chosen: float) -> str:
-    """In words: which source gained most, which lost most, how many got nothing."""
+    """Return a sentence: which source gained most, which lost most, and how many have no chosen row."""
     lifts = [(row["chosen"] / all_chosen / (row["pool"] / all_pool), row) for row in rows if row["pool"]]
     if len(lifts) < 2:
         return ""
     (most, gained), (least, lost) = max(lifts, key=lambda x: x[0]), min(lifts, key=lambda x: (x[0], -x[1]["pool"]))
     if most > 1.25:
-        text = f"{gained['name']} has {_times(most)[1:]} times the share that it has in the pool"
-        text += f", {lost['name']} {_times(least)[1:]} times." if lost["chosen"] else "."
+        text = f"The share of {gained['name']} is {_times(most)[1:]} times that in the pool"
+        text += f", that of {lost['name']} {_times(least)[1:]} times." if lost["chosen"] else "."
     else:
-        text = "The sources keep about the shares that they have in the pool."
+        text = "The shares of the sources are about those in the pool."
     none = sum(1 for row in rows if not row["chosen"])
     return text + (f" {plural(none, 'source has', 'sources have')} no chosen row." if none else "")
 
 
 def _times(lift: float | None) -> str:
-    """×13, ×6.7, ×0.15: how many times its share of the pool a source has in the selection."""
+    """Return ×13, ×6.7, ×0.15: the share of a source in the selection relative to its share in the pool."""
     if lift is None:
         return ""
     return f"×{lift:.0f}" if lift >= 9.95 else f"×{lift:.1f}" if lift >= 0.995 else f"×{lift:.2f}"
 
 
 def examples_of(items: object) -> list[dict[str, Any]]:
-    """Rows beside their nearest target row, every field a string."""
+    """Return rows with their nearest target row, with every field as text.
+
+    Args:
+        items: The examples of summary.json.
+    """
     result = []
     for item in listing(items):
         near = mapping(item.get("nearest"))

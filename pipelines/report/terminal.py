@@ -1,4 +1,4 @@
-"""The end of a selection in the terminal, in 80 columns."""
+"""The summary of a selection in the terminal, in 80 columns."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,9 +18,14 @@ TERMINAL_SOURCES = 12
 
 
 def show(summary: Json, console: Console) -> None:
-    """Print the end of a run to `console`, in 80 columns: what was chosen, why, at what cost, and whether to trust it.
+    """Print the summary of a run in 80 columns: what was chosen, why, at what cost, and whether to trust it.
 
-    Every text of the run is printed literally: controls and bidi characters as <U+202E>, rich's own markup not read.
+    Every text of the run is printed literally: control and bidirectional characters as <U+202E>, and without rich's
+    markup.
+
+    Args:
+        summary: The content of summary.json.
+        console: Where to print.
     """
     width, encoding = min(80, console.width), console.encoding or "utf-8"
     cut: OverflowMethod = "ellipsis" if encoding.lower().startswith("utf") else "crop"
@@ -33,7 +38,7 @@ def show(summary: Json, console: Console) -> None:
         console.print(Padding(literal(value, style), (0, 0, 0, 2)), width=width)
 
     def show(heads: str, rows: Sequence[Sequence[object]], widest: Sequence[int] = (24,), fill: bool = False) -> None:
-        """A table; heads parted by '|', left where a space follows; `widest` limits the first columns."""
+        """Print a table; heads are separated by '|' and left-aligned before a space; `widest` limits the first columns."""
         table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False, expand=fill)
         for i, head in enumerate(heads.split("|")):
             left, most = i == 0 or head.endswith(" "), widest[i] if i < len(widest) and widest[i] else None
@@ -41,7 +46,7 @@ def show(summary: Json, console: Console) -> None:
                 head.strip(), justify="left" if left else "right", max_width=most, no_wrap=True, overflow=cut
             )
         if fill:
-            table.columns[-1].ratio = 1  # the last column takes what the others leave
+            table.columns[-1].ratio = 1  # the last column takes the remaining width
         for row in rows:
             table.add_row(*(value if isinstance(value, Text) else literal(value) for value in row))
         console.print()
@@ -82,11 +87,11 @@ def show(summary: Json, console: Console) -> None:
     _say_cost(summary, say)
     if not table:
         baseline = is_baseline(str(summary.get("method")))
-        say("not audited: " + ("a baseline, made to be compared with" if baseline else UNAUDITED), "yellow")
+        say("not audited: " + ("a baseline, which serves only for comparison" if baseline else UNAUDITED), "yellow")
 
 
 def _end(text: str, most: int) -> str:
-    """The last `most` characters: of a long path the file and the line."""
+    """Return the last `most` characters: of a long path, the file and the line."""
     return text if len(text) <= most else ".." + text[2 - most :]
 
 
@@ -101,7 +106,7 @@ def _say_chosen(summary: Json, say: Callable[..., None]) -> None:
     facts = [method_of(summary)[0], str(formula.get("name") or ""), model["name"] if model else ""]
     say(", ".join(fact for fact in facts if fact))
     if model and model["seen"] is not None:
-        say(f"scores see {percent(model['seen'])} of the trainable parameters", "yellow" if model["low"] else "")
+        say(f"scores use {percent(model['seen'])} of the trainable parameters", "yellow" if model["low"] else "")
     for item in warnings_of(summary, None):
         say(f"warning: {item}", "yellow")
 

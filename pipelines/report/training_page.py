@@ -1,6 +1,6 @@
-"""The report of a training run: how the losses went, of training and of held-out rows, and what the steps were like.
+"""The report of a training run: the losses of training and of held-out rows, and facts about the steps.
 
-Drawn from `training.json` and `metrics.jsonl` of the run's folder alone; equal inputs give equal bytes.
+It is drawn only from `training.json` and `metrics.jsonl` of the run's folder; equal inputs give equal bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ FACTS = "training.json"
 
 
 def render_any(folder: Path) -> Path | None:
-    """Draw the page of a training run, with a coreset or without; None for a run that an old version made."""
+    """Draw the page of a training run, with or without a coreset; None for a run of an old version.
+
+    Args:
+        folder: The folder of the run.
+
+    Returns:
+        The page, or None.
+    """
     if (folder / "coreset.json").is_file():
         say(coreset_report.in_short(folder))
         return coreset_report.render(folder)
@@ -29,7 +36,17 @@ def render_any(folder: Path) -> Path | None:
 
 
 def render(folder: Path) -> Path:
-    """Draw folder/report.html; returns its path. Raises: DataError where a file is missing or damaged."""
+    """Draw folder/report.html.
+
+    Args:
+        folder: The folder of the run.
+
+    Returns:
+        The page.
+
+    Raises:
+        DataError: A file is missing or damaged.
+    """
     known, entries = coreset_report.read(folder, FACTS)
     path = folder / "report.html"
     files.write_text(path, report.page("training.html", **_parts(known, entries)))
@@ -51,9 +68,9 @@ def _parts(known: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> di
         "more": [
             {"title": title, "part": part, "note": note}
             for title, key, note in (
-                ("Gradient norm", "grad_norm", "Of the whole gradient, before it is clipped."),
-                ("Learning rate", "learning_rate", "Of the first param group."),
-                ("Tokens per second", "tokens_per_second", "Of each step, evaluations and saving left out."),
+                ("Gradient norm", "grad_norm", "Norm of the whole gradient, before clipping."),
+                ("Learning rate", "learning_rate", "Learning rate of the first param group."),
+                ("Tokens per second", "tokens_per_second", "Speed of each step, without evaluations and saving."),
             )
             if (part := coreset_report.chart(across, f"{title.lower()} by step", ("chosen", _points(entries, key))))
         ],
@@ -62,7 +79,7 @@ def _parts(known: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> di
 
 
 def _points(entries: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of each entry that has a finite one."""
+    """Return (step, value) of each entry with a finite value."""
     return [(float(e["step"]), float(e[key])) for e in entries if _finite(e.get("step")) and _finite(e.get(key))]
 
 
@@ -76,22 +93,22 @@ def _lead(loss: Sequence[tuple[float, float]], validation: Mapping[str, Any] | N
         said.append(f"The training loss went from {number(loss[0][1])} to {number(loss[-1][1])}.")
     if validation is not None and _finite(validation.get("best_loss")):
         said.append(
-            f"On held-out rows it was lowest after step {validation.get('best_step')}: "
+            f"The held-out loss was lowest after step {validation.get('best_step')}: "
             f"{number(validation['best_loss'])}; the saved weights are those of "
             + ("that step." if validation.get("kept") == "best" else "the last step.")
         )
         if validation.get("stopped"):
             said.append(f"Training stopped there: {validation.get('patience')} evaluations without a lower loss.")
     elif validation is None:
-        said.append("Nothing was measured on held-out rows (--eval-data): a training loss alone cannot show that a "
-                    "model got better at anything but these rows.")  # fmt: skip
+        said.append("No held-out loss was measured (--eval-data): a training loss alone cannot show that a "
+                    "model improved on anything but these rows.")  # fmt: skip
     return " ".join(said)
 
 
 def _warnings(known: Mapping[str, Any], validation: Mapping[str, Any] | None) -> list[str]:
     said = []
     if known.get("leaked"):
-        said.append(f"{known['leaked']}: their loss looks too good.")
+        said.append(f"{known['leaked']}: their loss is too low.")
     if _finite(known.get("skipped_steps")) and known["skipped_steps"]:
         said.append(f"{known['skipped_steps']} steps were skipped: their loss or gradient was not finite.")
     if validation is not None and not _finite(validation.get("best_loss")):

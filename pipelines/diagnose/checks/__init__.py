@@ -13,11 +13,15 @@ CHECKS: dict[str, str | Check] = {
     "conditioning": "pipelines.diagnose.checks.conditioning:CHECK",
     "double-descent": "pipelines.diagnose.checks.double_descent:CHECK",
 }
-"""Name -> the record, or where it is ("module:NAME"), which is imported when the check is first used."""
+"""Name -> the record, or its place ("module:NAME"), which is imported when the check is first used."""
 
 
 def check(name: str) -> Check:
-    """The check of that name in `CHECKS`."""
+    """Return the check of a name in `CHECKS`.
+
+    Args:
+        name: The name.
+    """
     found = CHECKS[name]
     if isinstance(found, str):
         module, _, record = found.partition(":")

@@ -13,7 +13,12 @@ from pipelines.runs.progress import progress
 
 
 def conditioning(look: Look, seed: int) -> dict[str, Any]:
-    """Condition numbers of every matrix, and the penalty that TSCNC puts on it."""
+    """Return the condition numbers of every matrix, and the penalty of TSCNC.
+
+    Args:
+        look: The model and the rows.
+        seed: Not used.
+    """
     named = [(name, p) for name, p in look.model.named_parameters() if p.ndim >= 2]
     found = []
     with progress("condition numbers", len(named), "matrices") as bar, torch.no_grad():
@@ -27,7 +32,7 @@ def conditioning(look: Look, seed: int) -> dict[str, Any]:
 
 
 CHECK = Check(
-    title="condition numbers of every matrix, and the penalty that TSCNC puts on it",
+    title="condition numbers of every matrix, and the penalty of TSCNC",
     cost="the singular values of every matrix; no pass",
     measure=conditioning,
     source="arXiv 2503.20454",

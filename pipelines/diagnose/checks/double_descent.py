@@ -1,4 +1,4 @@
-"""Double descent against conditioning: an experiment of its own, with nothing of the model in it."""
+"""Double descent and conditioning: a separate experiment that does not use the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ DESCENT_STEPS = 2000
 
 
 def double_descent(look: Look, seed: int) -> dict[str, Any]:
-    """The experiment of `optim.diagnostics.double_descent`: in closed form, and at the threshold by real optimizers."""
+    """Run the experiment of `optim.diagnostics.double_descent`, in closed form and with optimizers at the threshold.
+
+    Args:
+        look: Not used.
+        seed: The seed of the data and of batches.
+    """
     dd = diagnostics.double_descent
     data = dd.make_data(seed=seed % 2**32)
     threshold = len(data.x)
@@ -55,7 +60,7 @@ def double_descent(look: Look, seed: int) -> dict[str, Any]:
 
 
 CHECK = Check(
-    title="test error and condition number of random-feature regression, by closed form and by optimizers",
+    title="test error and condition number of random-feature regression, in closed form and with optimizers",
     cost="seconds; needs no model",
     measure=double_descent,
     needs_model=False,

@@ -1,4 +1,4 @@
-"""Sharpness: how curved the loss is in each block."""
+"""Sharpness: the curvature of the loss in each block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ from pipelines.runs.progress import progress
 
 
 def sharpness(look: Look, seed: int) -> dict[str, Any]:
-    """Average sharpness of each block and tensor by sampled labels, and the ratios that it proposes."""
+    """Return the average sharpness of each block and tensor from sampled labels, and the ratios that it suggests.
+
+    Args:
+        look: The model and the rows.
+        seed: The seed of the labels.
+
+    Raises:
+        ValueError: A sharpness is not finite.
+    """
     model, rows, picked, config = look.model, look.rows, look.picked, look.config
     groups = token_batches([int(rows.scan.tokens[i]) for i in picked], config.token_budget)
     named = list(model.named_parameters())
@@ -39,7 +47,7 @@ def sharpness(look: Look, seed: int) -> dict[str, Any]:
         for block, names in blocks.items()
     }
     if not all(math.isfinite(value) for value in pooled.values()):
-        raise ValueError("a block's sharpness is not finite; look at the model's weights and the rows")
+        raise ValueError("a block's sharpness is not finite; check the model's weights and the rows")
     positive = {block: value for block, value in pooled.items() if value > 0 and block != "other"}
     return {
         "labels": "sampled",
@@ -51,7 +59,7 @@ def sharpness(look: Look, seed: int) -> dict[str, Any]:
 
 
 CHECK = Check(
-    title="average sharpness of each block and tensor, and learning-rate ratios that it proposes",
+    title="average sharpness of each block and tensor, and learning-rate ratios that it suggests",
     cost="one forward and backward pass",
     measure=sharpness,
     passes=lambda config: 1,

@@ -1,4 +1,4 @@
-"""Smoothness: the Hessian in the norm that suits Adam against the one that suits gradient descent."""
+"""Smoothness: the Hessian in the norm that suits Adam, compared with the norm that suits gradient descent."""
 
 from __future__ import annotations
 
@@ -15,12 +15,21 @@ FROBENIUS_PROBES = 3
 
 
 def products(config: DiagnoseConfig) -> int:
-    """How many Hessian-vector products the check takes."""
+    """Return the number of Hessian-vector products of the check.
+
+    Args:
+        config: The settings.
+    """
     return config.probes * (2 if config.rotate else 1) + config.lanczos_steps + FROBENIUS_PROBES
 
 
 def smoothness(look: Look, seed: int) -> dict[str, Any]:
-    """|H|_{1,1} / d by Cauchy probes, in the model's coordinates and in rotated ones, against lambda_max and |H|_F."""
+    """Return |H|_{1,1} / d from Cauchy probes, in the model's and in rotated coordinates, with lambda_max and |H|_F.
+
+    Args:
+        look: The model and the rows.
+        seed: The seed of the probes and the rotation.
+    """
     model, config = look.model, look.config
     grads = gradients(model, look.parts)
     named = [(name, p) for name, p in model.named_parameters() if name in grads]
@@ -47,7 +56,7 @@ def smoothness(look: Look, seed: int) -> dict[str, Any]:
 
 
 CHECK = Check(
-    title="the sum of the Hessian's entries, in the model's coordinates and in rotated ones, against its eigenvalues",
+    title="the sum of the Hessian's entries, in the model's and in rotated coordinates, compared with its eigenvalues",
     cost="Hessian-vector products, three passes each; the most expensive check",
     measure=smoothness,
     passes=lambda config: 1 + 3 * products(config),

@@ -13,7 +13,12 @@ from pipelines.runs.progress import progress
 
 
 def spectrum(look: Look, seed: int) -> dict[str, Any]:
-    """Spectra of every matrix of the layers, and of the first update that each optimizer would make of it."""
+    """Return the spectra of every matrix of the layers, and of the first update that each optimizer would make.
+
+    Args:
+        look: The model and the rows.
+        seed: Not used.
+    """
     model, updates = look.model, look.config.updates
     grads = gradients(model, look.parts)
     matrices = [(name, p) for name, p in model.named_parameters() if roles(model, name, p)]
@@ -32,7 +37,7 @@ def spectrum(look: Look, seed: int) -> dict[str, Any]:
 
 
 def _first_update(optimizer: str, name: str, param: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """The direction of the optimizer's first step on this gradient, decay excluded."""
+    """Return the direction of the optimizer's first step for this gradient, without weight decay."""
     if gradient is None:
         return None
     map_ = optim.UpdateMap.of(optim.create(optimizer, [(name, param)], lr=1.0), copy=False)

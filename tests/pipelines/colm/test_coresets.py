@@ -272,8 +272,8 @@ def test_sizes_and_sources_that_do_not_fit_are_refused(world, tmp_path):
             train.run(settings(world, tmp_path / "bad", **changes))
         assert not (tmp_path / "bad" / "checkpoints").exists(), "refused before anything is trained"
 
-    refused(r"41 rows to keep a step, and the data has 40; .*--keep", coreset=CoresetConfig(keep=41))
-    refused("20 rows to keep of a large batch of 8", coreset=CoresetConfig(large_batch=8),
+    refused(r"cannot keep 41 rows per step, because the data has 40; .*--keep", coreset=CoresetConfig(keep=41))
+    refused("cannot keep 20 rows of a large batch of 8", coreset=CoresetConfig(large_batch=8),
             training=TrainingConfig(batch_size=20))  # fmt: skip
     refused("no row has the small source 'rara'", coreset=CoresetConfig(keep=4, small=["rara"]))
     nameless = DataConfig(paths=[str(world.folder / "mixed.jsonl")], source_key="nope")
@@ -289,7 +289,7 @@ def test_one_source_works_with_a_warning_and_a_short_last_batch_is_halved_too(wo
     data = DataConfig(paths=[str(tmp_path / "one.jsonl")])
     run = train.run(settings(world, tmp_path / "run", data=data, training=TrainingConfig(epochs=1),
                              coreset=CoresetConfig(keep=4, large_batch=8, monitor_every=1)))  # fmt: skip
-    assert "all rows are of one source, 'large'" in capsys.readouterr().err
+    assert "all rows belong to the source 'large'" in capsys.readouterr().err
     kept = [sum(e["kept_by_source"].values()) for e in metrics(run)]
     seen = [sum(e["seen_by_source"].values()) for e in metrics(run)]
     assert kept == [max(1, round(n / 2)) for n in seen] and seen[-1] < 8
@@ -523,9 +523,9 @@ def test_bfloat16(tmp_path):
 def test_what_another_trainer_refuses(tmp_path):
     with pytest.raises(UsageError, match=r"no column 'dataset', it has \['input_ids', 'labels', 'kind'\]"):
         build(tmp_path, choose=CoresetConfig(keep=3))
-    with pytest.raises(UsageError, match="7 rows to keep of a large batch of 6"):
+    with pytest.raises(UsageError, match="cannot keep 7 rows of a large batch of 6"):
         build(tmp_path, choose=CoresetConfig(keep=7), source_key="kind")
-    with pytest.raises(UsageError, match=r"clusters are made by `datatools train` alone.*source_key="):
+    with pytest.raises(UsageError, match=r"only `datatools train` makes clusters.*source_key="):
         build(tmp_path, choose=CoresetConfig(keep=3, clusters=2), source_key=None)
     with pytest.raises(UsageError, match="large_batch is 9, but per_device_train_batch_size"):
         build(tmp_path, choose=CoresetConfig(keep=3, large_batch=9), source_key="kind")
@@ -533,7 +533,7 @@ def test_what_another_trainer_refuses(tmp_path):
     class Packing(TrainingArguments):
         packing = True
 
-    with pytest.raises(UsageError, match="packing joins examples into one row"):
+    with pytest.raises(UsageError, match="packing joins rows into one"):
         CoresetTrainer(model=tiny(), args=Packing(output_dir=str(tmp_path), use_cpu=True, report_to="none"),
                        train_dataset=rows_with_sources(), data_collator=pad, **CHOOSE)  # fmt: skip
 
@@ -545,7 +545,7 @@ def test_what_another_trainer_refuses(tmp_path):
     made = build(tmp_path, **CHOOSE)
     made.data_collator.inner = packed
     before = weights(made).clone()
-    with pytest.raises(UsageError, match="the batch holds packed rows"):
+    with pytest.raises(UsageError, match="the batch contains packed rows"):
         made.train()
     assert torch.equal(weights(made), before)
 
@@ -558,7 +558,7 @@ def test_what_another_trainer_refuses(tmp_path):
         made.train()
     made = build(tmp_path, **CHOOSE)
     made.data_collator.inner = lambda rows: pad(rows) | {"pixel_values": torch.zeros(len(rows), 3)}
-    with pytest.raises(UsageError, match="the batch has 'pixel_values'; choices read text alone"):
+    with pytest.raises(UsageError, match="the batch has 'pixel_values'; choices read only text"):
         made.train()
     made = build(tmp_path, **CHOOSE)
     made.data_collator.number.pop("rare")
@@ -622,7 +622,7 @@ def test_trl_s_sft_trainer(tmp_path):
     again = made("b")
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert torch.equal(weights(whole), weights(again))
-    with pytest.raises(UsageError, match="packing joins examples"):
+    with pytest.raises(UsageError, match="packing joins rows"):
         made("c", packing=True)
 
 

@@ -284,7 +284,7 @@ def test_a_warm_up_on_a_handful_of_rows_is_named(
     run(settings(world, tmp_path / "few", task="record", batches=12, warmup_steps=20))
     assert "the warm-up trains 20 times on each of the 4 rows that are left" in capsys.readouterr().err
     run(settings(world, tmp_path / "none", task="record", batches=13, warmup_steps=2))
-    assert "no row is left for the warm-up: it trains on the run's own rows" in capsys.readouterr().err
+    assert "no row is left for the warm-up, which trains on the run's own rows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("orders, interval, words", [
@@ -344,7 +344,7 @@ def test_what_cannot_be_is_refused_with_the_reason(world: Path, tmp_path: Path) 
         run(settings(world, tmp_path / "a", lora=LoraConfig(rank=2, dropout=0.1)))
     with pytest.raises(UsageError, match="use --grouping source"):
         run(settings(world, tmp_path / "b", estimators=["groups"], grouping="mixed"))
-    with pytest.raises(UsageError, match=r"--batches 400: the data gives 13 batches of 4 rows beside 8 held-out rows"):
+    with pytest.raises(UsageError, match=r"--batches 400: the data gives 13 batches of 4 rows besides 8 held-out rows"):
         run(settings(world, tmp_path / "c", batches=400))
     with pytest.raises(UsageError, match="cannot be replayed from gradients alone"):
         run(settings(world, tmp_path / "d", training=OrderTraining(optimizer="spam", batch_size=4)))
@@ -362,7 +362,9 @@ def test_orders_of_another_run_are_refused(world: Path, tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("other", 1)):
         run(settings(world, tmp_path / name, task="record", seed=seed))
     path = tmp_path / "other" / "reference.npz"
-    with pytest.raises(DataError, match=r"reference.npz: its batches are not those of this run; estimate orders made"):
+    with pytest.raises(
+        DataError, match=r"reference.npz: its batches differ from those of this run; estimate orders that were made"
+    ):
         run(settings(world, tmp_path / "one", task="estimate", sequences=str(path)))
 
 
@@ -388,8 +390,8 @@ def test_estimates_that_are_not_finite_are_null_and_the_worst(
     assert entry["mae"] is entry["pearson"] is entry["conformal"] is None and entry["regret"] >= 0
     assert found["estimators"]["calibrated"]["weights"].keys() == {"table"}
     said = capsys.readouterr().err
-    assert f"{sum(bad)} of 9 estimates are not finite and rank as worst" in said
-    assert "calibrated: leaves out pairwise, whose estimates are not all finite" in said
+    assert f"{sum(bad)} of 9 estimates are not finite and rank last" in said
+    assert "calibrated: excludes pairwise, whose estimates are not all finite" in said
     assert f"{sum(bad)} not shown: the estimate is not finite" in (tmp_path / "run" / "report.html").read_text()
     run(config.model_copy(update={"task": "estimate"}))
     estimates = json.loads((tmp_path / "run" / "estimates.json").read_text())

@@ -68,13 +68,13 @@ def test_damaged_files_are_made_again_and_said(world: Path, tmp_path: Path, caps
         capsys.readouterr()
         run(settings(world, out))
         run(settings(world, out, task="map", map_batches=1, map_positions=2, completions=1))
-        said = [line for line in capsys.readouterr().err.splitlines() if line.endswith("; it is made again")]
+        said = [line for line in capsys.readouterr().err.splitlines() if line.endswith("; it is computed again")]
         assert results(out) == whole
         of = {Path(line.split(" is damaged")[0].split(" has no seal")[0].removeprefix("warning: ")) for line in said}
         assert {p.relative_to(out).parts[0] for p in of} == {"reference", "true", "estimates", "surrogates", "maps"}
     capsys.readouterr()
     run(settings(world, out))
-    assert "it is made again" not in capsys.readouterr().err
+    assert "it is computed again" not in capsys.readouterr().err
 
 
 def test_a_true_loss_that_was_edited_is_not_believed(
