@@ -180,7 +180,7 @@ def is_baseline(name: str) -> bool:
 
 
 def _compared(table: Sequence[Arm]) -> str:
-    """Return a sentence: 'Held-out loss is 0.0503 lower than with random rows; there is no clear difference from ...'"""
+    """Return a sentence: 'Held-out loss is 0.0503 lower than with random rows; there is no clear difference from ..'"""
     clear, unclear = [], []
     for arm in table:
         by = "" if arm.delta is None else f"{abs(arm.delta):.4f} {'lower' if arm.delta >= 0 else 'higher'}"

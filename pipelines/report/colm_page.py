@@ -110,7 +110,7 @@ def _nothing_to_choose(seen: Sequence[Mapping[str, Any]], overflows: int, steps:
     """Return why the two errors may be equal although the choice works: there was nothing to choose."""
     if overflows >= steps:
         return (
-            "; small sources alone filled every batch, so that nothing was chosen: both errors are those of random rows "
+            "; small sources alone filled every batch, so nothing was chosen: both errors are those of random rows "
             "(keep more rows with --keep, or name the small sources with --set coreset.small=[...])"
         )
     if overflows:
@@ -189,8 +189,8 @@ def chart(
     Args:
         across: The scale of steps.
         label: The description for screen readers.
-        *series: (class, points) of each line.
         from_zero: Whether the y axis begins at 0.
+        *series: (class, points) of each line.
     """
     values = [y for _, points in series for _, y in points]
     if not values:

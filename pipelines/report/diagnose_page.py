@@ -131,7 +131,7 @@ def _sharpness(found: Json) -> dict[str, Any]:
         ],
         "note": "Mean of the Gauss-Newton matrix's diagonal over a block, with labels sampled from the model itself "
         "(arXiv 2502.19002); bars on a logarithmic scale. Trained models have Emb << QK < FFN < VO << Norm. Ratio: a "
-        "suggested learning rate of the block relative to that of the sharpest block; this rule is ours, not the paper's.",
+        "suggested learning rate of the block relative to the sharpest block; the rule is ours, not the paper's.",
     }  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def _smoothness(found: Json) -> dict[str, Any]:
     widths = _log_widths([v for _, v in entries])
     ratio = value(plain["norm11_over_d"]) / top if top > 0 else math.nan
     lead = (
-        f"The entries of the Hessian sum to {number(ratio)} times d times its largest eigenvalue: this is the cost of Adam's "
+        f"The entries of the Hessian sum to {number(ratio)} times d times its largest eigenvalue: the cost of Adam's "
         "geometry relative to that of gradient descent"
     )
     if "rotated" in found and value(plain["norm11_over_d"]) > 0:
@@ -258,7 +258,7 @@ def _conditioning(found: Json) -> dict[str, Any]:
         "title": "Condition numbers", "short": (shown(worst["cond2"]), "the largest condition number"), "lead": lead,
         "charted": rows, "ticks": charts.ticks(scale, 5), "axis": "log10 of s_1 / s_r",
         "head": ["", "", "Mean log10", "Largest", "Singular", "TSCNC penalty"],
-        "note": "Dots are matrices; the line shows their range. The penalty is logdet(M / n + 1e-5 I) squared of the smaller "
+        "note": "Dots are matrices; the line shows their range. The penalty is logdet(M / n + 1e-5 I)^2 of the smaller "
         "Gram matrix M: it bounds the volume, not the condition number (arXiv 2503.20454).",
     }  # fmt: skip
 

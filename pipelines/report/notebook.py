@@ -1,4 +1,4 @@
-"""A report as a value: shown by a notebook, saved where somebody says, and a short text elsewhere."""
+"""A report as a value: displayed by a notebook, saved to a file, or printed as a short text."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from datatools import files
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """The page of a run, and what it says in a few words.
+    """The page of a run, and its short text.
 
     Attributes:
-        html: The whole page: one file without script, which asks nothing of the network.
-        text: The same in a few lines, for a terminal.
+        html: The whole page: one file without script or network access.
+        text: A summary in a few lines, for a terminal.
     """
 
     html: str
     text: str
 
     def _repr_html_(self) -> str:
-        """The page in a frame of its own, so that neither its style nor the notebook's reaches the other."""
+        """Return the page in a separate frame, so that its style and that of the notebook do not affect each other."""
         return (
             f'<iframe srcdoc="{html.escape(self.html, quote=True)}" sandbox="" '
             'style="width:100%;height:44em;border:1px solid #8884" title="report"></iframe>'
@@ -33,7 +33,13 @@ class Report:
         return self.text
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the page to the file `path`, and return it.
+        """Write the page to a file.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The file.
 
         Raises:
             EnvironmentProblem: The file cannot be written.

@@ -23,7 +23,7 @@ from pipelines.texts import minus, number
 PARTS = {"validation": "validate", "search": "search", "estimates": "estimate", "map": "map"}
 """The name of a result -> the task that writes it."""
 FEWEST_ORDERS = 10
-"""With fewer true runs, a rank correlation is no headline: of 5 random orders, one in 60 rankings is perfect by chance."""
+"""With fewer true runs, a rank correlation is no headline: of 5 orders, one in 60 rankings is perfect by chance."""
 _SIDE = 1000.0
 _CELLS = 64  # of a picture of precedence, in a row
 

@@ -1,10 +1,10 @@
-"""Pages of a report: one HTML file without script, from the templates beside this file.
+"""Pages of a report: one HTML file without script, from the templates in this folder.
 
-A page is drawn from the files of a run folder alone, so that it can be drawn again at any time, and equal inputs give
-equal bytes. Texts of data rows are hostile until shown: every value that a template prints passes through one function
-(`finalize=marked`) that escapes it and makes control and bidi characters visible, so that nobody can forget a filter;
-no data reaches a link, a style or a script; and the page forbids itself scripts and the network by its
-Content-Security-Policy.
+A page is drawn only from the files of a run folder, so that it can be drawn again at any time, and equal inputs give
+equal bytes. Texts of data rows are untrusted: every value that a template prints passes through one function
+(`finalize=marked`) that escapes it and makes control and bidirectional characters visible, so that no filter can be
+forgotten. No data reaches a link, a style or a script, and the page's Content-Security-Policy forbids scripts and
+network access.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from datatools import DataError, files
 from pipelines.texts import breakable, count, duration, first_line, marked, percent, plural, size, visible
 
-SHOWN_EXAMPLES = 3  # examples open at once; the others fold out
+SHOWN_EXAMPLES = 3  # examples that are open at first; the others can be expanded
 
 
 def _environment() -> Environment:

@@ -128,9 +128,7 @@ def length_warning(rho: float | None, matched: str | None = None) -> str | None:
 
 
 def _score_range(values: Floats) -> tuple[float, float]:
-    """Return the range to draw: all scores, unless a few outliers would compress the rest; they are then in the outer
-    columns.
-    """
+    """Return the range to draw: all scores, unless a few outliers, drawn in the outer columns, would compress it."""
     low, high = float(values.min()), float(values.max())
     inner_low, inner_high = (float(v) for v in np.quantile(values, (0.002, 0.998)))
     inner = inner_high - inner_low

@@ -38,7 +38,7 @@ def show(summary: Json, console: Console) -> None:
         console.print(Padding(literal(value, style), (0, 0, 0, 2)), width=width)
 
     def show(heads: str, rows: Sequence[Sequence[object]], widest: Sequence[int] = (24,), fill: bool = False) -> None:
-        """Print a table; heads are separated by '|' and left-aligned before a space; `widest` limits the first columns."""
+        """Print a table; heads are separated by '|', left-aligned if a space follows; `widest` limits columns."""
         table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False, expand=fill)
         for i, head in enumerate(heads.split("|")):
             left, most = i == 0 or head.endswith(" "), widest[i] if i < len(widest) and widest[i] else None

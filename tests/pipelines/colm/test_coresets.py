@@ -642,7 +642,7 @@ def test_the_report_says_what_happened(first):
     for text in ("rare", "small: all kept", "share of kept rows", "choosing took", "herding",
                  "random rows, same sources and quotas"):  # fmt: skip
         assert text in page, text
-    assert re.search(r"The process held up to [\d.]+\s[MG]B of memory, choosing included", page)
+    assert re.search(r"The process used up to [\d.]+\s[MG]B of memory, choosing included", page)
     assert page.count("<svg") == 3 and page.count('class="range other"') == 1
     assert coreset_report.render(first).read_text() == page, "drawn again from the files alone"
 
@@ -670,7 +670,7 @@ def test_the_report_warns_and_shows_hostile_names_harmlessly(first, tmp_path):
 @pytest.mark.parametrize("change, words", [
     (lambda entry: {"overflows": entry["step"]}, "filled every batch, so nothing was chosen: both errors"),
     (lambda entry: {"overflows": 7}, "small sources alone filled 7 of 10 batches, whose rows are random"),
-    (lambda entry: {"match_error": math.nan, "match_error_random": math.nan}, "none has a finite matching error"),
+    (lambda entry: {"match_error": math.nan, "match_error_random": math.nan}, "has a finite matching error"),
     (lambda entry: {"match_error": math.nan} if entry["step"] == 4 else {}, "(without 1 monitored step whose error"),
     (lambda entry: {"match_error": 0.0, "match_error_random": 0.0}, "no step had rows to choose from"),
 ])  # fmt: skip

@@ -49,20 +49,20 @@ def test_a_run_that_failed_says_with_what(world, tmp_path):
         raise DataError("row 7 is <b>broken</b>")
     page = pages.draw(tmp_path / "run").read_text()
     assert "This run failed" in page and "row 7 is &lt;b&gt;broken&lt;/b&gt;" in page and "<b>broken" not in page
-    assert "datatools select" in page and "the same command goes on" in page and "budget" in page
+    assert "datatools select" in page and "the same command continues the run" in page and "budget" in page
 
 
 def test_a_run_that_was_killed_and_one_that_runs_are_told_apart(world, tmp_path):
     folder = tmp_path / "run"
     with Run(folder, world.select(folder), "select"):
-        assert "This run runs now" in drawn(folder)
+        assert "This run is running" in drawn(folder)
         left = (folder / "progress.json").read_bytes()
     (folder / "progress.json").write_bytes(left)  # as a kill leaves it
-    assert "was stopped before it was done" in drawn(folder)
+    assert "was stopped before it finished" in drawn(folder)
     for name in ("progress.json", "provenance.json", "events.jsonl"):
         damage.check(pages.draw, folder / name, 15)
         (folder / name).write_text("{")
-    assert "has not said how it ended" in drawn(folder)
+    assert "ended in an unknown state" in drawn(folder)
     files.write_bytes(folder / "run.yaml", b"\xff\xfe\x00: \x1b[31m")
     assert "U+001B" in pages.draw(folder).read_text()
     (folder / "run.yaml").write_text("by: hand")

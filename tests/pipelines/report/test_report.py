@@ -384,8 +384,8 @@ def test_no_column_mixes_both_sides_of_the_cut(less: tuple[Path, dict[str, Any],
     ("matched", "advice"),
     [
         (None, "Audit it against random rows of the same lengths"),
-        (1.45, "did worse in the audit, so length is not all of it"),
-        (1.41, "length may be all there is to it"),
+        (1.45, "did worse in the audit, so length does not explain everything"),
+        (1.41, "length may explain everything"),
     ],
 )
 def test_length_driven_scores_are_called_out(tmp_path: Path, sign: int, matched: float | None, advice: str) -> None:
@@ -398,7 +398,7 @@ def test_length_driven_scores_are_called_out(tmp_path: Path, sign: int, matched:
     place = table.column_names.index("_score")
     pq.write_table(table.set_column(place, "_score", pa.array(lengths)), tmp_path / "scores.parquet")
     text = words(rewrite(tmp_path, summary))
-    assert f"Scores go with answer length (Spearman {'+' if sign > 0 else '−'}1.00)" in text
+    assert f"Scores correlate with answer length (Spearman {'+' if sign > 0 else '−'}1.00)" in text
     assert f"tend to have {'long' if sign > 0 else 'short'} answers. " in text and advice in text
 
 
