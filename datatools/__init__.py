@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from datatools.features.plan import OtherFeatures as OtherFeatures
     from datatools.features.store import GradientFeatures as GradientFeatures
     from datatools.files.order_file import Order as Order
+    from datatools.gradients import MicroBatches as MicroBatches
     from datatools.gradients import covered as covered
     from datatools.gradients import micro_batches as micro_batches
     from datatools.gradients import per_sample_grads as per_sample_grads
@@ -89,6 +90,7 @@ _EXPORTS = {
     "extract": "datatools.features.extract",
     "batch_rows": "datatools.features.extract",
     "covered": "datatools.gradients",
+    "MicroBatches": "datatools.gradients",
     "micro_batches": "datatools.gradients",
     "per_sample_grads": "datatools.gradients",
     "token_batches": "datatools.gradients",

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from datatools.features.store import GradientFeatures
-from datatools.gradients import Batch, Loss, Method, token_batches, visit_per_sample_grads
+from datatools.gradients import Batch, Loss, Method, micro_batches, visit_per_sample_grads
 from datatools.projectors import Projector
 from optim import UpdateMap
 
@@ -83,14 +83,19 @@ def extract(
         keys = store.unit_keys(unit)
         features = torch.zeros(len(keys), projector.dim)
         losses, norms = torch.zeros(len(keys)), torch.zeros(len(keys))
-        for group in token_batches([lengths[key] for key in keys], token_budget):
+        sizes = [lengths[key] for key in keys]
+
+        def batch_of(rows: list[int], keys: Sequence[str] = keys) -> Batch:
+            return fetch([keys[i] for i in rows])
+
+        for group, batch in micro_batches(sizes, token_budget, batch_of):
             batch_features, batch_losses, batch_norms = batch_rows(
-                module, loss, fetch([keys[i] for i in group]), updates, projector, method=method
+                module, loss, batch, updates, projector, method=method
             )
             index = torch.tensor(group)
             features[index], losses[index], norms[index] = batch_features, batch_losses, batch_norms
             if advance is not None:
-                advance(len(group), sum(lengths[keys[i]] for i in group))
+                advance(len(group), sum(sizes[i] for i in group))
         finite = features.isfinite().all(1) & losses.isfinite() & norms.isfinite()
         statuses = [
             "nonfinite" if not ok else "empty" if norm == 0 else "ok"

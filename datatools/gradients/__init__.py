@@ -1,5 +1,6 @@
 """The gradient of each example of a batch: `per_sample_grads`, its definition and its fast path."""
 
+from datatools.gradients.batching import MicroBatches as MicroBatches
 from datatools.gradients.batching import micro_batches as micro_batches
 from datatools.gradients.batching import pieces as pieces
 from datatools.gradients.batching import token_batches as token_batches

@@ -7,7 +7,7 @@ much memory a pass takes, and in which order sums are made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -51,27 +51,54 @@ def token_batches(lengths: Sequence[int], budget: int, *, padding: float = 0.125
     return batches
 
 
-def micro_batches(
-    lengths: Sequence[int], budget: int, batch_of: Callable[[list[int]], T], *, part: slice = slice(None)
-) -> Iterator[tuple[list[int], T]]:
-    """The groups of `token_batches`, each with its padded batch, which is made when it is asked for.
+class MicroBatches(Sequence[tuple[list[int], T]]):
+    """Groups of rows, each with its padded batch, which is made anew whenever it is asked for and kept nowhere.
+
+    An index gives (indices of rows, their batch), and a slice gives some of the groups: one of several processes takes
+    `[rank::world_size]`.
+
+    Args:
+        groups: Indices of rows.
+        batch_of: Indices of rows -> their padded batch.
+    """
+
+    def __init__(self, groups: Sequence[list[int]], batch_of: Callable[[list[int]], T]) -> None:
+        self.groups, self._batch_of = groups, batch_of
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[list[int], T]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> MicroBatches[T]: ...
+
+    def __getitem__(self, index: int | slice) -> tuple[list[int], T] | MicroBatches[T]:
+        if isinstance(index, slice):
+            return MicroBatches(self.groups[index], self._batch_of)
+        group = self.groups[index]
+        return group, self._batch_of(group)
+
+
+def micro_batches(lengths: Sequence[int], budget: int, batch_of: Callable[[list[int]], T]) -> MicroBatches[T]:
+    """Return the groups of `token_batches`, each with its padded batch.
 
     Args:
         lengths: Tokens of each row.
         budget: The most padded tokens of a batch.
         batch_of: Indices of rows -> their padded batch.
-        part: Which of the groups; one of several processes takes `slice(rank, None, world_size)`.
 
-    Yields:
-        (indices of rows, their batch).
+    Returns:
+        (indices of rows, their batch) for each group; a batch is made when it is asked for.
 
     Example:
         >>> rows = ["to be", "or", "not to be"]
-        >>> list(micro_batches([2, 1, 3], 4, lambda group: [rows[i] for i in group]))
-        [([2], ['not to be']), ([0], ['to be']), ([1], ['or'])]
+        >>> batches = micro_batches([2, 1, 3], 4, lambda group: [rows[i] for i in group])
+        >>> list(batches), len(batches[::2])
+        ([([2], ['not to be']), ([0], ['to be']), ([1], ['or'])], 2)
     """
-    for group in token_batches(lengths, budget)[part]:
-        yield group, batch_of(group)
+    return MicroBatches(token_batches(lengths, budget), batch_of)
 
 
 def pieces(

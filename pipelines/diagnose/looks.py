@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datatools import token_batches
 from optim import diagnostics
-from pipelines.models.losses import collate, supervised_tokens, token_losses
+from pipelines.models.losses import supervised_tokens, token_losses
 from pipelines.rows.rows import Rows
 from pipelines.runs.progress import progress
 from pipelines.settings.diagnose import DiagnoseConfig
@@ -72,14 +71,13 @@ def loss_parts(model: Any, rows: Rows, picked: Sequence[int], token_budget: int)
         picked: The numbers of the rows to use.
         token_budget: The padded tokens of a part.
     """
-    items = [rows.item(i) for i in picked]
-    supervised = supervised_tokens(items)
+    supervised = supervised_tokens(rows.item(i) for i in picked)
+    batches = rows.micro_batches(picked, token_budget, model.device)
 
-    def part(group: Sequence[int]) -> Tensor:
-        batch = {key: t.to(model.device) for key, t in collate([items[i] for i in group]).items()}
-        return token_losses(model, batch)[0].sum() / supervised
+    def part(place: int) -> Tensor:
+        return token_losses(model, batches[place][1])[0].sum() / supervised
 
-    return [partial(part, group) for group in token_batches([len(ids) for ids, _ in items], token_budget)]
+    return [partial(part, place) for place in range(len(batches))]
 
 
 def gradients(model: Any, parts: Sequence[Callable[[], Tensor]]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datatools import micro_batches
+from datatools import MicroBatches, micro_batches
 from pipelines.models.losses import collate
 from pipelines.rows.encode import Encoder
 from pipelines.rows.index import Pool
@@ -79,25 +79,24 @@ class Rows:
         return {name: t.to(device) for name, t in collate([self.item(index) for index in indices]).items()}
 
     def micro_batches(
-        self, indices: Sequence[int], budget: int, device: torch.device | str = "cpu", *, part: slice = slice(None)
-    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Yield some rows in padded batches of at most `budget` tokens, longest rows first.
+        self, indices: Sequence[int], budget: int, device: torch.device | str = "cpu"
+    ) -> MicroBatches[dict[str, Tensor]]:
+        """Return some rows in padded batches of at most `budget` tokens, longest rows first.
 
         Args:
             indices: The rows.
             budget: The maximum number of padded tokens of a batch; see `datatools.token_batches`.
             device: The device of the batches.
-            part: Which of the batches; one of several processes takes `slice(rank, None, world_size)`.
 
-        Yields:
-            (positions in `indices`, the batch of these rows).
+        Returns:
+            (positions in `indices`, the batch of these rows) per batch; a batch is made when it is asked for.
         """
         lengths = [int(self.scan.tokens[index]) for index in indices]
 
         def batch_of(group: list[int]) -> dict[str, Tensor]:
             return self.batch([indices[i] for i in group], device)
 
-        return micro_batches(lengths, budget, batch_of, part=part)
+        return micro_batches(lengths, budget, batch_of)
 
     def tokens(self, where: NDArray[np.bool_] | None = None) -> int:
         """Return the number of tokens of the usable rows.

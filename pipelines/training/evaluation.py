@@ -90,7 +90,7 @@ def _sums(
     lengths = [int(rows.scan.tokens[i]) for i in chosen]
     sums, counts = torch.zeros(len(chosen), dtype=torch.float64), torch.zeros(len(chosen), dtype=torch.int64)
     part = slice(rank(), None, world_size()) if shared else slice(None)
-    for group, batch in rows.micro_batches(chosen, token_budget, model.device, part=part):
+    for group, batch in rows.micro_batches(chosen, token_budget, model.device)[part]:
         values, where = token_losses(model, batch)
         index = torch.tensor(group)
         sums[index] = torch.zeros(len(group), dtype=torch.float64).index_add(0, where.cpu(), values.double().cpu())

@@ -26,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 import optim
-from datatools import DataError, files, token_batches
+from datatools import DataError, files, micro_batches
 from optim.zeroth_order import NotFinite
 from pipelines.models.finite import FiniteSteps
 from pipelines.models.losses import collate, supervised_tokens, token_losses
@@ -229,8 +229,11 @@ class DataTrainer(FiniteSteps):
         weights = inputs.get("weights")
         world, own = self.args.world_size, self.args.process_index
 
-        def share(group: list[int], module: nn.Module) -> Tensor:
-            batch = {key: tensor.to(self.args.device) for key, tensor in collate([items[i] for i in group]).items()}
+        def batch_of(group: list[int]) -> dict[str, Tensor]:
+            return {key: tensor.to(self.args.device) for key, tensor in collate([items[i] for i in group]).items()}
+
+        def share(place: int, module: nn.Module) -> Tensor:
+            group, batch = every[place]
             losses, where = token_losses(module, batch)
             loss: Tensor = losses.sum() / supervised
             if weights is not None:
@@ -239,10 +242,10 @@ class DataTrainer(FiniteSteps):
             return scaled
 
         lengths = [len(ids) for ids, _ in items]
-        groups = token_batches(lengths, min(self.recipe.micro_tokens, -(-sum(lengths) // world)))
+        every = micro_batches(lengths, min(self.recipe.micro_tokens, -(-sum(lengths) // world)), batch_of)
         inner = self.accelerator.unwrap_model(model)
-        mine = groups[own::world]
-        parts = [partial(share, group, inner) for group in mine]
+        mine = range(len(every))[own::world]
+        parts = [partial(share, place, inner) for place in mine]
         if self.zeroth is not None:
             taken = self.state.global_step
             if self.observe is not None:
@@ -257,7 +260,7 @@ class DataTrainer(FiniteSteps):
         for part in parts[:-1]:
             total += self._backward(part())
         # the last part goes through DDP, which then sums all gradients; a process without a part adds zero
-        total += self._backward(share(mine[-1], model) if mine else 0.0 * share(groups[-1], model))
+        total += self._backward(share(mine[-1], model) if mine else 0.0 * share(-1, model))
         if world > 1:
             total = float(self.accelerator.reduce(torch.tensor(total, device=self.args.device), reduction="mean"))
         if not math.isfinite(total):

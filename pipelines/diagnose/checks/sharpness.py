@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 import optim
-from datatools import token_batches
 from optim import diagnostics
 from pipelines.diagnose.looks import Check, Look
 from pipelines.models.losses import token_losses
@@ -27,13 +26,12 @@ def sharpness(look: Look, seed: int) -> dict[str, Any]:
         ValueError: A sharpness is not finite.
     """
     model, rows, picked, config = look.model, look.rows, look.picked, look.config
-    groups = token_batches([int(rows.scan.tokens[i]) for i in picked], config.token_budget)
+    batches = rows.micro_batches(picked, config.token_budget, model.device)
     named = list(model.named_parameters())
-    with progress("sharpness", len(groups), "batches") as bar:
+    with progress("sharpness", len(batches), "batches") as bar:
 
         def losses() -> Iterator[Callable[[], Tensor]]:
-            for group in groups:
-                batch = rows.batch([picked[i] for i in group], model.device)
+            for _, batch in batches:
                 yield lambda batch=batch: token_losses(model, batch)[0].mean()  # type: ignore[misc]
                 bar.advance()
 
@@ -51,7 +49,7 @@ def sharpness(look: Look, seed: int) -> dict[str, Any]:
     positive = {block: value for block, value in pooled.items() if value > 0 and block != "other"}
     return {
         "labels": "sampled",
-        "batches": len(groups),
+        "batches": len(batches),
         "blocks": {b: {"sharpness": v, "parameters": sum(sizes[n] for n in blocks[b])} for b, v in pooled.items()},
         "tensors": tensors,
         "ratios": diagnostics.propose_ratios(positive),

@@ -1,6 +1,7 @@
 """`loop` is the definition; `hooks` and `vmap` must give its numbers, and `hooks` must say what it cannot see."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from datatools import covered, per_sample_grads, token_batches, visit_per_sample_grads
+import datatools
+from datatools import covered, micro_batches, per_sample_grads, token_batches, visit_per_sample_grads
 
 
 class MLP(nn.Module):
@@ -213,6 +215,24 @@ def test_token_batches_hold_every_row_once_within_the_budget(lengths, budget):
         assert len(batch) == 1 or (area <= budget and area - sum(lengths[i] for i in batch) <= 0.125 * area)
     longest = [lengths[batch[0]] for batch in batches]
     assert longest == sorted(longest, reverse=True)
+
+
+def test_batches_are_made_when_they_are_asked_for():
+    made = []
+    batches = micro_batches([2, 3, 1], 3, lambda group: made.append(group) or [i + 10 for i in group])
+    assert len(batches) == 3 and not made
+    assert batches[-1] == ([2], [12]) and made == [[2]]
+    assert list(batches[1::2]) == [([0], [10])] and [group for group, _ in batches] == batches.groups
+    with pytest.raises(IndexError):
+        batches[3]
+
+
+def test_rows_are_grouped_in_one_place_only():
+    """Whoever needs padded batches of bounded size asks `micro_batches`; nobody else groups rows by length."""
+    root = Path(datatools.__file__).parents[1]
+    sources = [path for package in ("datatools", "pipelines") for path in (root / package).rglob("*.py")]
+    callers = {path.name for path in sources if "token_batches(" in path.read_text().replace("def token_batches(", "")}
+    assert callers == {"batching.py"}
 
 
 class Twice(nn.Module):
