@@ -1,1 +1,1 @@
-"""The instruction set of `make demo`; README.md beside this file describes it, make.py writes it."""
+"""The instruction set of `make demo`; README.md in this folder describes it, and make.py writes it."""

@@ -171,7 +171,12 @@ TARGET_SENTENCES = {
 
 
 def relevant_rows(source: str, start: int) -> list[Example]:
-    """Rows of one source that answer in the format of the target."""
+    """Return the rows of one source that answer in the format of the target.
+
+    Args:
+        source: The source.
+        start: The number of the first booking.
+    """
     wordings, sentences = RELEVANT[source]
     bookings = make_bookings(POOL_CITIES, len(sentences), start)
     told = [booking.tell(sentence, i) for i, (booking, sentence) in enumerate(zip(bookings, sentences, strict=True))]
@@ -180,7 +185,7 @@ def relevant_rows(source: str, start: int) -> list[Example]:
 
 
 def target_rows() -> list[Example]:
-    """The target's and the test's examples: each sentence once, six wordings in turn."""
+    """Return the rows of the target and of the test: each sentence once, with six wordings in turn."""
     result: list[Example] = []
     for subtask, sentences in TARGET_SENTENCES.items():
         start = 26 + len(result)  # after the pool's relevant rows, so that no date and price of theirs comes back
@@ -193,6 +198,11 @@ def target_rows() -> list[Example]:
 
 
 def decoys(sentences: Sequence[str], start: int) -> list[tuple[str, Booking]]:
-    """Bookings told of the target's own cities, for rows that answer in another form."""
+    """Return descriptions of bookings in the target's own cities, for rows with answers in another format.
+
+    Args:
+        sentences: The sentences.
+        start: The number of the first booking.
+    """
     bookings = make_bookings(TARGET_CITIES, len(sentences), start)
     return [(b.tell(s, i + 1), b) for i, (b, s) in enumerate(zip(bookings, sentences, strict=True))]

@@ -1,4 +1,4 @@
-"""The rows of the demo as values: an example of a conversation, a booking, and how they are written."""
+"""The rows of the demo as values: a conversation, a booking, and how they are written."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -31,7 +31,7 @@ MONEY = {
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One user and one assistant turn; `relevant` pool examples teach the target's skill."""
+    """One user and one assistant turn; `relevant` pool rows teach the target's skill."""
 
     source: str
     user: str
@@ -51,7 +51,12 @@ class Booking:
     currency: str
 
     def tell(self, sentence: str, style: int) -> str:
-        """The sentence with its {c}, {d} and {p} filled in; style chooses how date and price are written."""
+        """Return a sentence with its {c}, {d} and {p} filled in.
+
+        Args:
+            sentence: The sentence.
+            style: A number that determines how date and price are written.
+        """
         ending = "th" if 10 < self.day < 14 else {1: "st", 2: "nd", 3: "rd"}.get(self.day % 10, "th")
         month = MONTHS[self.month - 1]
         date = (f"{self.day} {month}", f"{month} {self.day}", f"{self.day}{ending} {month}")[style % 3]
@@ -61,12 +66,18 @@ class Booking:
 
     @property
     def line(self) -> str:
-        """The house style that the target asks for."""
+        """The booking in the format that the target requires."""
         return f"city: {self.city} | day: {self.day} {MONTHS[self.month - 1][:3]} | cost: {self.cost} {self.currency}"
 
 
 def make_bookings(cities: Sequence[tuple[str, str]], n: int, start: int) -> list[Booking]:
-    """N bookings that run through the cities; day and month repeat after 84 of them, the cost after 73."""
+    """Return bookings that cycle through the cities; day and month repeat after 84 of them, the cost after 73.
+
+    Args:
+        cities: (city, currency) pairs.
+        n: The number of bookings.
+        start: The number of the first booking.
+    """
     result = []
     for i in range(start, start + n):
         city, currency = cities[i % len(cities)]
@@ -76,26 +87,49 @@ def make_bookings(cities: Sequence[tuple[str, str]], n: int, start: int) -> list
 
 
 def ask(wordings: Sequence[str], items: Iterable[str]) -> list[str]:
-    """Every item inside one of the wordings, in turn."""
+    """Return every item inside one of the wordings, in turn.
+
+    Args:
+        wordings: Texts with {} for the item.
+        items: The items.
+    """
     return [wordings[i % len(wordings)].replace("{}", item) for i, item in enumerate(items)]
 
 
 def make_examples(source: str, wordings: Sequence[str], pairs: Sequence[tuple[str, str]]) -> list[Example]:
-    """One example per (item, answer), with the wordings in turn."""
+    """Return one row per (item, answer), with the wordings in turn.
+
+    Args:
+        source: The source of the rows.
+        wordings: Texts with {} for the item.
+        pairs: (item, answer) pairs.
+    """
     asked = ask(wordings, (item for item, _ in pairs))
     return [Example(source, user, answer) for user, (_, answer) in zip(asked, pairs, strict=True)]
 
 
 def json_line(value: object) -> str:
-    """JSON as the rows hold it, on one line."""
+    """Return a value as JSON on one line, as in the rows.
+
+    Args:
+        value: The value.
+    """
     return json.dumps(value, ensure_ascii=False)
 
 
 def date_of(booking: Booking) -> str:
-    """The day of a booking, such as 1 Jan."""
+    """Return the day of a booking, such as 1 January.
+
+    Args:
+        booking: The booking.
+    """
     return f"{booking.day} {MONTHS[booking.month - 1]}"
 
 
 def price_of(booking: Booking) -> str:
-    """The cost of a booking, with its currency."""
+    """Return the cost of a booking with its currency.
+
+    Args:
+        booking: The booking.
+    """
     return MONEY[booking.currency][0].format(booking.cost)

@@ -1,15 +1,15 @@
 """Write the demo's pool.jsonl, target.jsonl and test.jsonl: `python -m pipelines.demo_data.make`.
 
-With a folder it writes them there, the target as dev.jsonl: rows to try the lines of the READMEs on.
+With a folder as argument, the files are written there, with the target as dev.jsonl, for the commands of the
+documentation.
 
-Everything in `bookings.py`, `knowledge.py` and `office.py` is written by hand for this project: sentences, word lists
-and facts. Whatever can be computed (sums, dates, sorted lists, JSON) is computed. The rows depend on nothing but these
-files: the order comes from hashes, not from a random generator whose stream may change between Python versions.
+Everything in `bookings.py`, `knowledge.py` and `office.py` was written by hand for this project: sentences, word lists
+and facts. Values that can be computed (sums, dates, sorted lists, JSON) are computed. The rows depend only on these
+files: their order comes from hashes, not from a random generator whose stream may change between Python versions.
 
-The target is a house style that no base model knows: a booking, told in a sentence, becomes the line
-`city: Lyon | day: 1 Jan | cost: 54 EUR`. 24 of the 240 pool rows teach it, in other words than the target uses and
-spread over three sources; `relevant_ids` names them. Decoys share the target's topic, cities or wording and answer
-otherwise.
+The target is a format that no base model knows: a booking, described in a sentence, becomes the line `city: Lyon |
+day: 1 Jan | cost: 54 EUR`. 24 of the 240 pool rows teach this format, with other words than the target and from three
+sources; `relevant_ids` names them. Decoys share the target's topic, cities or wording but have other answers.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ SOURCES = {
 
 
 def _duplicates(examples: Sequence[Example]) -> list[Example]:
-    """Five rows that say again what an earlier one says: three exactly (one of them spaced out), two nearly."""
+    """Return five rows that repeat earlier ones: three exactly (one with other spaces), two nearly."""
 
     def find(start: str) -> Example:
         (found,) = (e for e in examples if e.user.startswith(start))
@@ -73,7 +73,7 @@ def _duplicates(examples: Sequence[Example]) -> list[Example]:
 
 
 def _shuffled(examples: Iterable[Example], name: str) -> list[Example]:
-    """In the order of a hash of the seed, the name and the text; equal texts differ by their place in the input."""
+    """Return rows in the order of a hash of seed, name and text; equal texts differ by their position."""
 
     def key(item: tuple[int, Example]) -> bytes:
         i, e = item
@@ -83,7 +83,7 @@ def _shuffled(examples: Iterable[Example], name: str) -> list[Example]:
 
 
 def _numbered(examples: Iterable[Example], name: str | None = None) -> dict[str, Example]:
-    """Ids NAME-001, NAME-002, ... in the given order; by source without a name."""
+    """Return the ids NAME-001, NAME-002, ... in order; by source without a name."""
     counts: dict[str, int] = {}
     result = {}
     for e in examples:
@@ -116,7 +116,7 @@ def _pool() -> dict[str, Example]:
 
 
 def _target_and_test() -> tuple[dict[str, Example], dict[str, Example]]:
-    """Target rows are the first of each subtask in hash order, in equal numbers; all others are test rows."""
+    """Return the first rows of each subtask in hash order as the target, and all others as test rows."""
     target: list[Example] = []
     test: list[Example] = []
     for subtask in TARGET_SENTENCES:
@@ -139,31 +139,39 @@ def _jsonl(rows: dict[str, Example]) -> bytes:
 
 
 def relevant_ids() -> frozenset[str]:
-    """The ids of the 24 pool rows that answer in the target's format: the truth a selection can be judged by."""
+    """Return the ids of the 24 pool rows that answer in the target's format, by which a selection can be judged."""
     return frozenset(name for name, e in _pool().items() if e.relevant)
 
 
 def contents() -> dict[str, bytes]:
-    """File name -> its bytes, UTF-8 JSON lines."""
+    """Return file name -> its bytes, UTF-8 JSON lines."""
     target, test = _target_and_test()
     return {"pool.jsonl": _jsonl(_pool()), "target.jsonl": _jsonl(target), "test.jsonl": _jsonl(test)}
 
 
 def write(folder: Path = FOLDER) -> None:
-    """Write the three files into the folder, replacing older ones."""
+    """Write the three files, replacing older ones.
+
+    Args:
+        folder: The folder of the files.
+    """
     for name, data in contents().items():
         files.write_bytes(folder / name, data)
 
 
 def copy(folder: Path) -> None:
-    """Write the rows under the names that the READMEs use: pool.jsonl, dev.jsonl (the target) and test.jsonl.
+    """Write the rows under the names of the documentation: pool.jsonl, dev.jsonl (the target) and test.jsonl.
 
-    Raises: UsageError for a file that is there already, before any is written.
+    Args:
+        folder: The folder of the files, which is created if it is missing.
+
+    Raises:
+        UsageError: One of the files exists already; nothing is written.
     """
     named = {name.replace("target", "dev"): data for name, data in contents().items()}
     folder = files.make_folder(folder)
     if there := [name for name in named if (folder / name).exists()]:
-        raise UsageError(f"{folder / there[0]} is there already; move it, or name another folder")
+        raise UsageError(f"{folder / there[0]} exists already; move it, or name another folder")
     for name, data in named.items():
         files.write_bytes(folder / name, data)
 

@@ -69,7 +69,7 @@ def test_a_copy_to_try_the_readme_on_replaces_nothing(tmp_path):
     wanted = {name.replace("target", "dev"): data for name, data in make.contents().items()}
     assert {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()} == wanted
     (tmp_path / "dev.jsonl").write_text("mine")
-    with pytest.raises(UsageError, match=r"dev\.jsonl is there already; move it, or name another folder"):
+    with pytest.raises(UsageError, match=r"dev\.jsonl exists already; move it, or name another folder"):
         make.copy(tmp_path)
     assert [p.name for p in tmp_path.glob("*.jsonl")] == ["dev.jsonl"]
     assert (tmp_path / "dev.jsonl").read_text() == "mine"
