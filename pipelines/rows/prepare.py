@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from pipelines.models.limits import ModelLimits
 from pipelines.rows.dedup import dedup
 from pipelines.rows.encode import Encoder
 from pipelines.rows.read import read_pool
-from pipelines.rows.row import BadRow
+from pipelines.rows.row import BadRow, Refused
 from pipelines.rows.rows import Rows
 from pipelines.rows.tokens import encode_pool
 from pipelines.runs.messages import warn
@@ -31,7 +30,7 @@ _LEFT_OUT = {
     "system_dropped": "the chat template omits the system turn",
 }
 """Flags of rows that are kept although their tokens omit a part of them -> the text of the warning."""
-_OF_TARGET = ". Correct them or remove them from the file; target rows are never left out automatically"
+_OF_TARGET = "Correct them or remove them from the file; target rows are never left out automatically"
 
 
 def prepare(
@@ -56,25 +55,27 @@ def prepare(
         limits: The limits of the model. Rows are compared with them here, before anything is computed.
 
     Raises:
-        DataError: A row is bad and the policy is "error" (the message names file, line and reason), or no row is left.
+        Refused: A row is bad and the policy is "error"; the message names file, line and reason.
+        DataError: No row is left.
     """
     quarantine = folder / "quarantine.jsonl" if folder is not None and data.on_bad_row == "quarantine" else None
     policy = data.on_bad_row if quarantine is not None or data.on_bad_row != "quarantine" else "skip"
-    reading: dict[str, Any] = {
-        "source_key": data.source_key,
-        "cache": cache,
-        "columns": data.columns,
-        "preference": data.preference,
-        "detect": isinstance(data, TargetData) and data.borrowed,
-    }
     try:
-        pool, bad = read_pool(data.paths, on_bad_row=policy, quarantine=quarantine, **reading)
-    except DataError as error:
-        if isinstance(data, TargetData) and (said := str(error).partition(". Correct them"))[1]:
-            raise DataError(f"{said[0]}{_OF_TARGET}") from error
-        if folder is not None and policy == "error":  # the message shows the first few; the file has all
-            with suppress(DataError):
-                _write_bad(folder, read_pool(data.paths, on_bad_row="skip", **reading)[1])
+        pool, bad = read_pool(
+            data.paths,
+            on_bad_row=policy,
+            source_key=data.source_key,
+            cache=cache,
+            quarantine=quarantine,
+            columns=data.columns,
+            detect=isinstance(data, TargetData) and data.borrowed,
+            preference=data.preference,
+        )
+    except Refused as error:
+        if isinstance(data, TargetData):
+            raise Refused(error.what, error.rows, _OF_TARGET) from error
+        if folder is not None:  # the message shows the first few; the file has all
+            _write_bad(folder, error.rows)
         raise
     encoder = Encoder(tokenizer, chat=model.chat, max_length=model.max_length, on_long=model.on_long, limits=limits)
     with progress(f"reading {label}", len(pool)) as bar:
@@ -88,13 +89,12 @@ def prepare(
         if folder is not None:
             _write_bad(folder, fatal)
         shown = "; ".join(str(row) for row in fatal[:5])
-        raise DataError(
-            f"{label}: {len(fatal)} of {len(pool)} rows cannot be used: {shown}"
-            + (
-                _OF_TARGET
-                if isinstance(data, TargetData)
-                else "; correct them, or continue without them: --on-bad-row skip (or quarantine)"
-            )
+        raise Refused(
+            f"{label}: {len(fatal)} of {len(pool)} rows cannot be used: {shown}",
+            fatal,
+            _OF_TARGET
+            if isinstance(data, TargetData)
+            else "Correct them, or continue without them: --on-bad-row skip (or quarantine)",
         )
     rows = Rows(pool, scanned, encoder, [*bad, *scanned.bad], status, kept=kept)
     if data.dedup != "none":

@@ -18,7 +18,7 @@ from pipelines.rows.formats.table import check_columns
 from pipelines.rows.index import FileInfo, Options, Pool
 from pipelines.rows.input_files import Source, find_sources
 from pipelines.rows.jsonl import Limits, Line, Malformed, is_blank, parse_object, read_lines, shown
-from pipelines.rows.row import BadRow
+from pipelines.rows.row import BadRow, Refused
 
 POLICIES = ("error", "skip", "quarantine")
 
@@ -56,7 +56,8 @@ def read_pool(
 
     Raises:
         UsageError: The policy is unknown.
-        DataError: A row is bad under the policy "error", a file cannot be read, or no row is usable.
+        Refused: A row is bad under the policy "error", or no row is usable.
+        DataError: A file cannot be read, or there is no row.
         EnvironmentProblem: A data set of the hub cannot be loaded.
 
     Cost:
@@ -80,9 +81,9 @@ def read_pool(
         for source in sources:
             _read_source(source, Path(cache), pool, bad, ids, rejected)
     if on_bad_row == "error" and bad:
-        raise DataError(_refusal(bad, len(pool) + len(bad)))
+        raise _refusal(bad, len(pool) + len(bad))
     if not len(pool):
-        raise DataError(_refusal(bad, len(bad)) if bad else f"no row in {', '.join(i.path for i in pool.files)}")
+        raise _refusal(bad, len(bad)) if bad else DataError(f"no row in {', '.join(i.path for i in pool.files)}")
     return pool, bad
 
 
@@ -207,12 +208,13 @@ def _copy_line(file: BinaryIO, line: Line, out: BinaryIO) -> None:
     out.write(b"\n")
 
 
-def _refusal(bad: list[BadRow], total: int) -> str:
+def _refusal(bad: list[BadRow], total: int) -> Refused:
     counts = Counter(row.reason for row in bad)
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common(8))
     first = "; ".join(map(str, bad[:5]))
     more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
-    return (
-        f"{len(bad)} of {total} rows cannot be used ({reasons}): {first}{more}. Correct them, or continue without "
-        "them: --on-bad-row skip (or quarantine, which copies them to a file)"
+    return Refused(
+        f"{len(bad)} of {total} rows cannot be used ({reasons}): {first}{more}",
+        bad,
+        "Correct them, or continue without them: --on-bad-row skip (or quarantine, which copies them to a file)",
     )

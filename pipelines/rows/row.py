@@ -1,8 +1,10 @@
-"""One row of instruction data, and a row that cannot be used."""
+"""One row of instruction data, a row that cannot be used, and the error that carries such rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from datatools import DataError
 from pipelines.rows.formats.contents import text_of
 from pipelines.rows.formats.shape import Message
 
@@ -85,6 +87,20 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.reason} ({self.detail})"
+
+
+class Refused(DataError):
+    """Rows that cannot be used, under a policy that leaves none out.
+
+    Args:
+        what: How many there are, and which are the first; without a full stop.
+        rows: All of them.
+        advice: What to do about it.
+    """
+
+    def __init__(self, what: str, rows: Sequence[BadRow], advice: str) -> None:
+        super().__init__(f"{what}. {advice}")
+        self.what, self.rows = what, rows
 
 
 def _cut(text: str, limit: int | None) -> str:
