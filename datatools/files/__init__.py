@@ -22,14 +22,23 @@ from datatools.files.atomic import (
     write_text,
 )
 from datatools.files.atomic_folders import atomic_folder
-from datatools.files.folders import make_folder, move, remove, remove_folder, remove_leftovers, scratch_folder
+from datatools.files.folders import (
+    free_name,
+    make_folder,
+    move,
+    remove,
+    remove_folder,
+    remove_leftovers,
+    scratch_folder,
+)
 from datatools.files.locks import folder_mutex, lock_folder
 from datatools.files.problems import PathLike, explain
 from datatools.files.reading import checked, digest, digest_file, open_file, read_bytes, read_json, seal_of, seal_once
 
 __all__ = [
     "PathLike", "append_line", "atomic_folder", "atomic_path", "checked", "digest", "digest_file", "explain",
-    "folder_mutex", "is_writing", "json_bytes", "lock_folder", "make_folder", "move", "open_file", "read_bytes",
+    "folder_mutex", "free_name", "is_writing", "json_bytes", "lock_folder", "make_folder", "move", "open_file",
+    "read_bytes",
     "read_json", "remove", "remove_folder", "remove_leftovers", "scratch_folder", "seal_of", "seal_once",
     "write_bytes", "write_json", "write_new", "write_pieces", "write_text",
 ]  # fmt: skip

@@ -1,6 +1,5 @@
 """Write folders whole or not at all, for libraries that save several files at once."""
 
-import fcntl
 import os
 import secrets
 import shutil
@@ -11,7 +10,8 @@ from pathlib import Path
 
 from datatools.errors import DataError
 from datatools.files import seals
-from datatools.files.disk import flock, refuse_links, sync_folder, umask
+from datatools.files.disk import refuse_links, sync_folder, umask
+from datatools.files.folders import new_locked_folder
 from datatools.files.problems import PathLike, explained
 from datatools.files.reading import seal_of
 from datatools.files.seals import TEMPORARY, shown
@@ -47,7 +47,8 @@ def atomic_folder(path: PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     with explained(path, "write"):
-        descriptor, temporary = _make_temporary_folder(path)
+        refuse_links(path)
+        descriptor, temporary = new_locked_folder(path.parent, TEMPORARY)
     try:
         yield temporary
         with explained(path, "write"):
@@ -58,19 +59,6 @@ def atomic_folder(path: PathLike) -> Iterator[Path]:
         if os.path.lexists(temporary):
             shutil.rmtree(temporary, ignore_errors=True)  # which unlinks links and never follows them
         os.close(descriptor)
-
-
-def _make_temporary_folder(path: Path) -> tuple[int, Path]:
-    refuse_links(path)
-    while True:
-        temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
-        os.mkdir(temporary, 0o700)
-        with suppress(FileNotFoundError):  # remove_leftovers removed it before it was locked: try again
-            descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            flock(descriptor, fcntl.LOCK_EX)
-            if os.path.lexists(temporary):
-                return descriptor, temporary
-            os.close(descriptor)
 
 
 def _settle(folder: Path) -> None:

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -80,15 +80,7 @@ def scratch_folder(within: PathLike | None = None) -> Iterator[Path]:
     with explained(place, "make a temporary folder in"):
         with suppress(OSError):
             _sweep_scratch(place)
-        while True:
-            folder = place / f"{_SCRATCH}{secrets.token_hex(8)}"
-            os.mkdir(folder, 0o700)
-            with suppress(FileNotFoundError):  # removed by another process before it was locked: try again
-                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                flock(descriptor, fcntl.LOCK_EX)
-                if os.path.lexists(folder):
-                    break
-                os.close(descriptor)
+        descriptor, folder = new_locked_folder(place, _SCRATCH)
     try:
         inner = folder / "work"
         with explained(inner, "create the folder"):
@@ -97,6 +89,53 @@ def scratch_folder(within: PathLike | None = None) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
+
+
+def new_locked_folder(place: Path, prefix: str) -> tuple[int, Path]:
+    """Create a private folder with a random name and lock it, so that whoever cleans up sees that its owner lives.
+
+    Args:
+        place: folder to create it in.
+        prefix: how its name begins.
+
+    Returns:
+        The file descriptor that holds the lock, and the folder.
+
+    """
+    while True:
+        folder = place / f"{prefix}{secrets.token_hex(8)}"
+        os.mkdir(folder, 0o700)
+        with suppress(FileNotFoundError):  # removed by another process before it was locked: try again
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            flock(descriptor, fcntl.LOCK_EX)
+            if os.path.lexists(folder):
+                return descriptor, folder
+            os.close(descriptor)
+
+
+def free_name(path: PathLike, *, first: int = 1, taken: Callable[[Path], bool] = os.path.lexists) -> Path:
+    """Return the first of PATH-1, PATH-2, ... that does not exist: where something earlier is moved out of the way.
+
+    Args:
+        path: name without a number.
+        first: number to begin with.
+        taken: whether a name is in use; by default, whether it exists.
+
+    Returns:
+        The name, which is free until somebody creates it.
+
+    Example:
+        >>> from datatools import files
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "run.old-1").mkdir()
+        >>> files.free_name(folder / "run.old").name
+        'run.old-2'
+
+    """
+    path, number = Path(path), first
+    while taken(free := path.with_name(f"{path.name}-{number}")):
+        number += 1
+    return free
 
 
 def _sweep_scratch(place: Path) -> None:

@@ -38,18 +38,11 @@ def read_bytes(path: PathLike, *, limit: int | None = None) -> bytes:
         b'abc'
 
     """
-    with explained(path, "read"):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # must not block on a named pipe
-        try:
-            facts = os.fstat(descriptor)
-            if not stat.S_ISREG(facts.st_mode):
-                raise DataError(f"cannot read {shown(path)}: it is not a file; choose another path")
-            if limit is not None and facts.st_size > limit:
-                raise DataError(f"cannot read {shown(path)}: {facts.st_size} bytes, at most {limit} were expected")
-            with open(descriptor, "rb", closefd=False) as file:
-                data = file.read()
-        finally:
-            os.close(descriptor)
+    with open_file(path) as file, explained(path, "read"):
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise DataError(f"cannot read {shown(path)}: {size} bytes, at most {limit} were expected")
+        data = file.read()
     seals.check_bytes(path, data)
     return data
 
@@ -79,7 +72,7 @@ def open_file(path: PathLike, *, buffering: int = 0) -> BinaryIO:
 
     """
     with explained(path, "read"):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # must not block on a named pipe
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise DataError(f"cannot read {shown(path)}: it is not a file; choose another path")

@@ -23,7 +23,7 @@ INPUTS = {"inputs", "bad_rows.jsonl", "quarantine.jsonl"}
 OURS = run_files.RECORDS | run_files.OPEN
 """Files that a run may leave in its folder if it is killed before it writes run.yaml."""
 
-_BEFORE_CHANGE = "before-change-"
+_BEFORE_CHANGE = "before-change"
 
 
 def settings(folder: Path, config: Settings, command: str) -> bool:
@@ -143,13 +143,10 @@ def set_results_aside(folder: Path, changed: Sequence[str]) -> bool:
     """
     kept = OURS | INPUTS
     names = [entry.name for entry in sorted(folder.iterdir()) if entry.name not in kept]
-    names = [name for name in names if not name.startswith((_BEFORE_CHANGE, seals.TEMPORARY))]
+    names = [name for name in names if not name.startswith((f"{_BEFORE_CHANGE}-", seals.TEMPORARY))]
     if not names:
         return False
-    number = 1
-    while (aside := folder / f"{_BEFORE_CHANGE}{number}").exists():
-        number += 1
-    files.make_folder(aside)
+    aside = files.make_folder(files.free_name(folder / _BEFORE_CHANGE))
     for name in names:
         files.move(folder / name, aside / name)
     say(f"{', '.join(changed[:3])} changed: the earlier results are in {shown(aside)} and are computed again")

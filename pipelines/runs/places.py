@@ -111,9 +111,7 @@ def move_aside(folder: Path) -> None:
     if not refuse_to_move(folder):
         return
     with files.lock_folder(folder):
-        number = 1
-        while os.path.lexists(aside := folder.with_name(f"{folder.name}.old-{number}")):
-            number += 1
+        aside = files.free_name(folder.with_name(f"{folder.name}.old"))
         files.move(folder, aside)
     files.remove(aside / ".lock")
     say(f"moved the earlier run to {aside}")

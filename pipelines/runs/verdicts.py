@@ -89,10 +89,8 @@ def set_aside(folder: Path, digest: str) -> Path | None:
     there = digest_of(folder)
     if there is None or there == digest:
         return None
-    number = 1
-    while (folder / f"selected.old-{number}" / SELECTED).exists():
-        number += 1
-    aside = folder / f"selected.old-{number}"
+    # after a kill, the last of the files is still to be moved: into the same folder
+    aside = files.free_name(folder / "selected.old", taken=lambda name: (name / SELECTED).exists())
     files.make_folder(aside)
     for name in _ASIDE:
         if (folder / name).is_file():

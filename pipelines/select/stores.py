@@ -74,9 +74,7 @@ def open_store(
         # of its own features a run may go on past a change that was accepted: with new ones
         if context.config.features.folder is not None or not context.run.provenance["changed"]:
             raise
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-            number += 1
+        aside = files.free_name(folder.with_name(f"{folder.name}.old"))
         files.move(folder, aside)
         say(f"{folder} was made before what has changed: it is in {aside.name}, and computed again")
         begun, options["meta"] = now, {**meta, numerics.GROUP: now}

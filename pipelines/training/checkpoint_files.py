@@ -116,10 +116,9 @@ def checkpoints(folder: Path, steps: Sequence[int] | None = None) -> list[Path]:
 
 
 def _set_aside(path: Path) -> None:
-    number, aside = 1, path.with_name(f"{path.name}.broken")
-    while os.path.lexists(aside):  # the same step may break twice
-        number += 1
-        aside = path.with_name(f"{path.name}.broken-{number}")
+    aside = path.with_name(f"{path.name}.broken")
+    if os.path.lexists(aside):  # the same step may break twice
+        aside = files.free_name(aside, first=2)
     files.move(path, aside)
 
 
