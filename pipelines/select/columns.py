@@ -43,13 +43,10 @@ def score_columns(context: Context, scored: Scored, chosen: Sequence[int], order
     }
     nearest: list[str | None] = [None] * n
     similarities: list[float | None] = [None] * n
-    if scored.similarity is not None and context.target is not None:
-        usable = np.flatnonzero(context.target.usable)
-        ids = [context.target.pool.ids[int(i)] for i in usable]
-        good = scored.similarity.isfinite().all(1)
-        best = scored.similarity.nan_to_num(-torch.inf).max(1)
-        for i in good.nonzero().flatten().tolist():
-            nearest[i], similarities[i] = ids[int(best.indices[i])], float(best.values[i])
+    if context.target is not None:
+        ids = [context.target.pool.ids[i] for i in np.flatnonzero(context.target.usable).tolist()]
+        for row, (place, similarity) in scored.nearest.items():
+            nearest[row], similarities[row] = ids[place], similarity
     columns["_nearest"] = pa.array(nearest, pa.string())
     columns["_nearest_similarity"] = pa.array(similarities, pa.float32())
     return columns | {f"subtask:{name}": _floats(values) for name, values in scored.subtasks.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,19 @@ class Scored:
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     feature_bytes: int = 0
     tokens: int = 0
+
+    @cached_property
+    def nearest(self) -> Mapping[int, tuple[int, float]]:
+        """Pool row -> the usable target row (as a column of `similarity`) that it is most similar to, and how similar.
+
+        Rows with a similarity that is not finite are left out, and so are all rows where there is none.
+        """
+        if self.similarity is None:
+            return {}
+        good = self.similarity.isfinite().all(1)
+        best = self.similarity.nan_to_num(-torch.inf).max(1)
+        found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return {row: pair for row, (pair, fine) in enumerate(zip(found, good.tolist(), strict=True)) if fine}
 
 
 @dataclass(frozen=True)

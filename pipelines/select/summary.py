@@ -106,11 +106,10 @@ def ranking(pool: Rows, scored: Scored) -> dict[int, int]:
 
 def nearest(context: Context, scored: Scored, index: int) -> tuple[Row, float] | None:
     """The target row that this pool row is most similar to."""
-    if scored.similarity is None or context.target is None or not scored.similarity[index].isfinite().all():
+    if context.target is None or index not in scored.nearest:
         return None
-    best = int(scored.similarity[index].argmax())
-    place = int(np.flatnonzero(context.target.usable)[best])
-    return context.target.pool[place], float(scored.similarity[index, best])
+    place, similarity = scored.nearest[index]
+    return context.target.pool[int(np.flatnonzero(context.target.usable)[place])], similarity
 
 
 def _notes(config: SelectConfig, formula: Mapping[str, Any]) -> list[str]:
