@@ -81,13 +81,7 @@ def resolve(recipe: TrainingConfig, choose: CoresetConfig, rows: int) -> tuple[T
     Raises:
         UsageError: Sizes do not fit each other or the number of rows.
     """
-    keep = recipe.batch_size if choose.keep is None else choose.keep
-    large = 2 * keep if choose.large_batch is None else choose.large_batch
-    if keep > large:
-        raise UsageError(
-            f"coreset: cannot keep {keep} rows of a large batch of {large}; keep fewer (--keep) or draw more "
-            "(--large-batch)"
-        )
+    keep, large = choose.sizes(recipe.batch_size)
     if rows < keep:
         raise UsageError(f"coreset: cannot keep {keep} rows per step, because the data has {rows}; keep fewer (--keep)")
     if rows < large:

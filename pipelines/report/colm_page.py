@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,30 +45,26 @@ def read(folder: Path, name: str = "coreset.json") -> tuple[dict[str, Any], list
     return facts, entries
 
 
-def in_short(folder: Path) -> str:
-    """Return one line for the terminal: the matching error compared with random rows, and the time spent choosing.
+def render(folder: Path, tell: Callable[[str], object] | None = None) -> Path:
+    """Draw folder/report.html from coreset.json and metrics.jsonl.
 
     Args:
         folder: The folder of the run.
-    """
-    return str(_lead(*_numbers(read(folder)[1])))
-
-
-def render(folder: Path) -> Path:
-    """Draw folder/report.html.
-
-    Args:
-        folder: The folder of the run.
+        tell: Called with one line for the terminal: the matching error compared with random rows, and the time spent
+            choosing.
 
     Returns:
         The page.
+
+    Raises:
+        DataError: A file is missing or damaged.
     """
     facts, entries = read(folder)
+    if tell is not None:
+        tell(_lead(*_numbers(entries)))
     with report.damaged(f"{folder}: coreset.json or metrics.jsonl", "train again"):
         text = report.page("coreset.html", **_parts(facts, entries, *_numbers(entries)))
-    path = folder / "report.html"
-    files.write_text(path, text)
-    return path
+    return report.write_page(folder, text)
 
 
 def _numbers(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], dict[str, float]]:

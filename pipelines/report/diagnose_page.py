@@ -39,9 +39,7 @@ def render(folder: Path) -> Path:
         parts = build(summary)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{folder / 'diagnose.json'} is damaged ({error!r}); run the diagnosis again") from error
-    path = folder / "report.html"
-    files.write_text(path, report.page("diagnose.html", **parts))
-    return path
+    return report.write_page(folder, report.page("diagnose.html", **parts))
 
 
 def build(summary: Json) -> dict[str, Any]:

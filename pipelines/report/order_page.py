@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from datatools import DataError, files
+from datatools import DataError
 from datatools.files import sealed
 from pipelines.report.charts import Scale, Tick, ticks
-from pipelines.report.page import damaged, page
+from pipelines.report.page import damaged, page, write_page
 from pipelines.texts import minus, number
 
 PARTS = {"validation": "validate", "search": "search", "estimates": "estimate", "map": "map"}
@@ -49,12 +49,10 @@ def render(folder: Path) -> Path:
             parts[part] = view(found.get(part))
             if precedence is None and part in ("validation", "estimates"):
                 precedence = _precedence(found.get(part))
-    path = folder / "report.html"
     names = " or ".join(f"{part}.json" for part, shown in parts.items() if shown)
     with damaged(f"{folder}: {names}", "run `datatools order` with its task again to write it"):
         text = page("order.html", **parts, heat=precedence)
-    files.write_text(path, text)
-    return path
+    return write_page(folder, text)
 
 
 def read(folder: Path, *, again: str = "") -> dict[str, dict[str, Any]]:

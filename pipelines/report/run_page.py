@@ -40,9 +40,7 @@ def render(folder: Path) -> Path:
     Returns:
         The page.
     """
-    path = folder / "report.html"
-    files.write_text(path, report.page("run.html", **_parts(folder)))
-    return path
+    return report.write_page(folder, report.page("run.html", **_parts(folder)))
 
 
 def _parts(folder: Path) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def build(summary: Json, scores: Scores) -> dict[str, Any]:
             "notes": [str(note) for note in formula.get("notes") or []],
         },
         "model": model_section(summary),
-        "warnings": warnings_of(summary, rho),
+        "warnings": warnings_of(summary, table, rho),
         "chosen": _chosen(summary, scores),
         "trust": trust(summary, table),
         "audit": audit_section(summary, table),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.report.audit_section import arms
+from pipelines.report.audit_section import Arm
 from pipelines.report.scores_section import MAX_SOURCES, length_warning
 from pipelines.report.values import Json, finite, listing, mapping, share_of
 from pipelines.settings import methods
@@ -43,18 +43,18 @@ def model_section(summary: Json) -> dict[str, Any] | None:
     }
 
 
-def warnings_of(summary: Json, rho: float | None) -> list[str]:
+def warnings_of(summary: Json, table: Sequence[Arm], rho: float | None) -> list[str]:
     """Return the run's own warnings, then those that follow from the numbers; each once.
 
     Args:
         summary: The content of summary.json.
+        table: The arms of its audit; empty if there is none.
         rho: The rank correlation of score and answer length.
     """
     found = [str(item) for item in summary.get("warnings") or []]
     seen = finite(mapping(summary.get("model")).get("seen_share"))
     if seen is not None and seen < SEEN_WARNING and not any("parameters" in item for item in found):
         found.append(f"The scores use only {percent(seen)} of the trainable parameters; the rest had no influence.")
-    table = arms(mapping(summary.get("audit")), str(summary.get("method")))
     matched = next((arm.reading for arm in table if arm.matches_length and not arm.chosen), None)
     if (text := length_warning(rho, matched)) is not None:
         found.append(text)

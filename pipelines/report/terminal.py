@@ -8,7 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.report.audit_section import UNAUDITED, arms, is_baseline, verdict
+from pipelines.report.audit_section import UNAUDITED, Arm, arms, is_baseline, verdict
 from pipelines.report.page import SHOWN_EXAMPLES
 from pipelines.report.summary import cost_section, examples_of, method_of, model_section, sources_section, warnings_of
 from pipelines.report.values import Json, finite, listing, mapping, share_of
@@ -52,10 +52,10 @@ def show(summary: Json, console: Console) -> None:
         console.print()
         console.print(Padding(table, (0, 0, 0, 2)), width=width)
 
-    _say_chosen(summary, say)
-
     audit = mapping(summary.get("audit"))
     table = arms(audit, str(summary.get("method")))
+    _say_chosen(summary, table, say)
+
     if table:
         show(
             "held-out loss|mean|interval|difference|selection is ",
@@ -95,7 +95,7 @@ def _end(text: str, most: int) -> str:
     return text if len(text) <= most else ".." + text[2 - most :]
 
 
-def _say_chosen(summary: Json, say: Callable[..., None]) -> None:
+def _say_chosen(summary: Json, table: Sequence[Arm], say: Callable[..., None]) -> None:
     pool, budget = mapping(summary.get("pool")), mapping(summary.get("budget"))
     (rows, tokens), (of, all_tokens) = ([finite(x.get(key)) for key in ("rows", "tokens")] for x in (budget, pool))
     say(f"{count(rows)} of {count(of)} rows chosen", "bold")
@@ -107,7 +107,7 @@ def _say_chosen(summary: Json, say: Callable[..., None]) -> None:
     say(", ".join(fact for fact in facts if fact))
     if model and model["seen"] is not None:
         say(f"scores use {percent(model['seen'])} of the trainable parameters", "yellow" if model["low"] else "")
-    for item in warnings_of(summary, None):
+    for item in warnings_of(summary, table, None):
         say(f"warning: {item}", "yellow")
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datatools import files
 from pipelines.report import charts
 from pipelines.report import colm_page as coreset_report
 from pipelines.report import page as report
@@ -30,8 +29,7 @@ def render_any(folder: Path) -> Path | None:
         The page, or None.
     """
     if (folder / "coreset.json").is_file():
-        say(coreset_report.in_short(folder))
-        return coreset_report.render(folder)
+        return coreset_report.render(folder, say)
     return render(folder) if (folder / FACTS).is_file() else None
 
 
@@ -48,9 +46,7 @@ def render(folder: Path) -> Path:
         DataError: A file is missing or damaged.
     """
     known, entries = coreset_report.read(folder, FACTS)
-    path = folder / "report.html"
-    files.write_text(path, report.page("training.html", **_parts(known, entries)))
-    return path
+    return report.write_page(folder, report.page("training.html", **_parts(known, entries)))
 
 
 def _parts(known: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

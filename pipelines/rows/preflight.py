@@ -43,8 +43,7 @@ def check(config: Settings, command: str = "") -> None:
         EnvironmentProblem: As in the pipelines.
     """
     contradictions(config)
-    for name, value in _settings(config):
-        _names(name, value)
+    check_names(config)
     if isinstance(budget := getattr(config, "budget", None), str):
         Budget.parse(budget)
     if isinstance(config, TrainConfig):
@@ -89,7 +88,7 @@ def contradictions(config: Settings) -> None:
         if config.order is not None and config.coreset is not None:
             raise UsageError("--order and --coreset exclude each other; give only one of them")
         if config.coreset is not None:
-            _sizes(config.training.batch_size, config.coreset.keep, config.coreset.large_batch)
+            config.coreset.sizes(config.training.batch_size)
     elif isinstance(config, AuditConfig):
         if config.lora is None:
             raise UsageError("audit: lora is null; an audit trains adapters, so that all arms share one base model")
@@ -100,15 +99,6 @@ def contradictions(config: Settings) -> None:
                 )
     elif isinstance(config, OrderConfig):
         _order(config)
-
-
-def _sizes(batch_size: int, keep: int | None, large: int | None) -> None:
-    keep = batch_size if keep is None else keep
-    if large is not None and keep > large:
-        raise UsageError(
-            f"coreset: cannot keep {keep} rows of a large batch of {large}; keep fewer (--keep) or draw more "
-            "(--large-batch)"
-        )
 
 
 def _order(config: OrderConfig) -> None:
@@ -135,6 +125,16 @@ def _settings(config: Settings) -> Iterator[tuple[str, object]]:
         yield name, value
         if isinstance(value, ModelConfig):
             yield "adapter", value.adapter
+
+
+def check_names(config: Settings) -> None:
+    """Refuse names of optimizers, projectors, selectors and the like that do not exist.
+
+    Raises:
+        UsageError: A name is in no table; the nearest one is suggested.
+    """
+    for name, value in _settings(config):
+        _names(name, value)
 
 
 def _names(name: str, value: object) -> None:

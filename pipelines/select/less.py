@@ -310,11 +310,10 @@ def nearest(asked: Asked) -> Tensor:
     found = stops(asked.config, asked.folder)
     home = kept(asked, *(f"train-{stop.step}" for stop in found))
     keys = [asked.target.keys[i] for i in np.flatnonzero(asked.target.usable).tolist()]
-    total = sum(c.mean_lr for c in found)
     similarity = torch.zeros(len(keys))
     for stop in found:
         features = GradientFeatures.open(home / f"train-{stop.step}").take([asked.pool.keys[asked.index]])[0]
-        similarity += stop.mean_lr / total * (GradientFeatures.open(home / f"target-{stop.step}").take(keys) @ features)
+        similarity += stop.weight * (GradientFeatures.open(home / f"target-{stop.step}").take(keys) @ features)
     return similarity
 
 

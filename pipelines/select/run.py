@@ -13,22 +13,19 @@ import torch
 from rich.console import Console
 
 from datatools import (
-    AGGREGATIONS,
-    PROJECTORS,
     SELECTORS,
     Budget,
     Candidates,
     DataError,
     Selection,
     UsageError,
-    did_you_mean,
     files,
     select,
 )
 from pipelines import former
 from pipelines.models import load as models
 from pipelines.report import select_page, terminal
-from pipelines.rows import leakage
+from pipelines.rows import leakage, preflight
 from pipelines.rows.inputs import Inputs
 from pipelines.runs import verdicts
 from pipelines.runs.folder import Run
@@ -86,13 +83,7 @@ def check(config: SelectConfig) -> None:
     Raises:
         UsageError: for an unknown name, and for settings that the method cannot work with.
     """
-    for setting, name, there in (
-        ("projector.name", config.projector.name, list(PROJECTORS)),
-        ("features.method", config.features.method, ["hooks", "loop", "vmap"]),
-        ("aggregate", config.aggregate, list(AGGREGATIONS)),
-    ):
-        if name not in there:
-            raise UsageError(f"{setting}: there is no '{name}'{did_you_mean(name, there)}")
+    preflight.check_names(config)
     optimizers.check(config.warmup)
     if config.selector is not None:
         _check_selector(config, config.selector)
@@ -100,8 +91,6 @@ def check(config: SelectConfig) -> None:
 
 
 def _check_selector(config: SelectConfig, name: str) -> None:
-    if name not in SELECTORS:
-        raise UsageError(f"selector: there is no '{name}'{did_you_mean(name, SELECTORS)}")
     if SELECTORS[name].scores and not SELECTORS[known(config.method).selector].scores:
         raise UsageError(
             f"--selector {name} needs scores, and --method {config.method} gives none; leave one of them out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
     """The checkpoints to take gradients at: the user's, or those of a warm-up on a random share of the pool."""
     config, run, pool = context.config, context.run, context.pool
     if config.checkpoints:
-        return checkpoints.find(config.checkpoints), 0
+        return stops(config, run.folder), 0
     folder = run.path("warmup")
     recipe = config.warmup
     manifest = folder / "rows.json"
@@ -62,8 +63,8 @@ def warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
             files.write_json(manifest, {"keys": [pool.keys[i] for i in rows]})
         steps = fit.planned_steps(len(rows), recipe)
         tokens = int(pool.scan.tokens[rows].sum()) * recipe.epochs
-        stops = fit.planned_checkpoints(len(rows), recipe)
-        if len(checkpoint_files.checkpoints(folder, stops)) < len(stops):
+        planned = fit.planned_checkpoints(len(rows), recipe)
+        if len(checkpoint_files.checkpoints(folder, planned)) < len(planned):
             loaded = context.model()
             wrapped = add_lora(loaded.model, config.lora, seed=derive_seed(config.seed, "lora"))
             with progress(f"warm-up on {len(rows)} rows", steps, "steps") as bar:
@@ -78,10 +79,7 @@ def warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
                     advance=bar.advance,
                 )
             unload(wrapped)
-    found = checkpoints.find([folder])
-    kept = found[-recipe.checkpoints :] if recipe.checkpoints else found
-    total = sum(c.mean_lr for c in kept)
-    return [checkpoints.Checkpoint(c.folder, c.step, c.mean_lr, c.mean_lr / total) for c in kept], tokens
+    return stops(config, run.folder), tokens
 
 
 def warm_up_to_come(context: Context) -> tuple[tuple[int, int], int, list[int]]:
@@ -102,8 +100,15 @@ def warm_up_to_come(context: Context) -> tuple[tuple[int, int], int, list[int]]:
 
 
 def stops(config: SelectConfig, folder: Path) -> list[checkpoints.Checkpoint]:
-    """The checkpoints that count in the scores of the run in `folder`."""
+    """Return the checkpoints that count in the scores of the run in `folder`; their weights add up to 1.
+
+    Raises:
+        UsageError: There is none.
+        DataError: One of them is damaged, or says nothing of its learning rates.
+    """
     found = checkpoints.find(config.checkpoints or [folder / "warmup"])
-    if not config.checkpoints and config.warmup.checkpoints:
-        found = found[-config.warmup.checkpoints :]
-    return found
+    if config.checkpoints or not config.warmup.checkpoints:
+        return found
+    kept = found[-config.warmup.checkpoints :]
+    total = sum(c.mean_lr for c in kept)
+    return [replace(c, weight=c.mean_lr / total) for c in kept]

@@ -11,9 +11,9 @@ import ast
 import sys
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal
+
+from pipelines.settings.names import source_of
 
 SCORERS: dict[str, str] = {
     "less": "pipelines.select.less",
@@ -108,9 +108,7 @@ def arms() -> tuple[str, ...]:
 @cache
 def _read(module: str) -> Method:
     """Return the record in the source of `module`."""
-    spec = find_spec(module)
-    assert spec is not None and spec.origin is not None, module
-    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+    for node in source_of(module).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "METHOD":
             assert isinstance(node.value, ast.Call), module
             return Method(**{str(part.arg): ast.literal_eval(part.value) for part in node.value.keywords})

@@ -74,7 +74,7 @@ def _entries(kind: str) -> Mapping[str, Any]:
 def _read(file: str, table: str) -> dict[str, str]:
     """Return the names in the source of a table, each with its entry if that is a text."""
     try:
-        tree = ast.parse((_ROOT / file).read_text(encoding="utf-8"))
+        tree = _parsed(_ROOT / file)
     except OSError:
         return {}
     if not table:
@@ -92,14 +92,27 @@ def _read(file: str, table: str) -> dict[str, str]:
     return {}
 
 
-@cache
-def _attributes(module: str, record: str) -> dict[str, Any]:
-    """Return the plain values that a class, or the call that makes a record, sets in its source."""
+def source_of(module: str) -> ast.Module:
+    """Return the syntax tree of a module, which is not imported: for records of methods, whose values are literals.
+
+    Raises:
+        OSError: There is no source to read.
+    """
     path = _ROOT / f"{module.replace('.', '/')}.py"
     if not path.is_file():  # a plugin; finding one of our modules would import its package, and so torch
         found = find_spec(module)
         path = Path(found.origin or "") if found else path
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return _parsed(path)
+
+
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _attributes(module: str, record: str) -> dict[str, Any]:
+    """Return the plain values that a class, or the call that makes a record, sets in its source."""
+    tree = source_of(module)
     made = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
     if isinstance(call := made.get(record), ast.Call):
         return {str(part.arg): part.value.value for part in call.keywords if isinstance(part.value, ast.Constant)}

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from datatools import UsageError
 from pipelines.settings import names
 from pipelines.settings.base import Columns, FilePath, Names, RunSettings, Settings
 from pipelines.settings.marks import DATA, ELSEWHERE, LATE, RUN, TRAINING, Flag, Flags, OneOf
@@ -80,12 +81,31 @@ class CoresetConfig(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.large_batch is not None and self.keep is not None and self.keep > self.large_batch:
-            raise ValueError(
-                f"keep {self.keep} of a large batch of {self.large_batch} rows; keep fewer (--keep), or draw more "
-                "(--large-batch)"
-            )
+        if self.keep is not None and (wrong := self._misfit(self.keep)):
+            raise ValueError(wrong)
         return self
+
+    def _misfit(self, keep: int) -> str | None:
+        if self.large_batch is None or keep <= self.large_batch:
+            return None
+        return (
+            f"cannot keep {keep} rows of a large batch of {self.large_batch}; keep fewer (--keep) or draw more "
+            "(--large-batch)"
+        )
+
+    def sizes(self, batch_size: int) -> tuple[int, int]:
+        """Return how many rows a step keeps, and how many it draws for that.
+
+        Args:
+            batch_size: The batch size of the recipe, which counts where `keep` is not given.
+
+        Raises:
+            UsageError: More rows would be kept than are drawn.
+        """
+        keep = batch_size if self.keep is None else self.keep
+        if wrong := self._misfit(keep):
+            raise UsageError(f"coreset: {wrong}")
+        return keep, 2 * keep if self.large_batch is None else self.large_batch
 
     def arguments(self) -> dict[str, Any]:
         """The settings that `datatools.CoLM` takes."""

@@ -213,7 +213,7 @@ def _estimate(
         whole = fit.planned_steps(len(lengths), recipe.model_copy(update={"max_steps": None}))
         tokens = tokens * steps // max(1, whole)
     if choose is not None:  # every row of the large batch goes forward, and the kept rows train
-        keep = (choose.keep or config.training.batch_size) / recipe.batch_size
+        keep = choose.sizes(config.training.batch_size)[0] / recipe.batch_size
         seconds = keep * seconds + found.seconds(tokens, steps, gradient=CORESET_FEATURES[choose.features].as_training)
     one = found.trainable * found.width
     return cost.Estimate(

@@ -278,7 +278,7 @@ def test_sizes_and_sources_that_do_not_fit_are_refused(world, tmp_path):
     refused("no row has the small source 'rara'", coreset=CoresetConfig(keep=4, small=["rara"]))
     nameless = DataConfig(paths=[str(world.folder / "mixed.jsonl")], source_key="nope")
     refused(r"none of the 40 rows names its source \(no column 'nope'\).*--source-key.*clusters", data=nameless)
-    with pytest.raises(ValueError, match="keep 9 of a large batch of 8"):
+    with pytest.raises(ValueError, match="9 rows to keep of a large batch of 8"):
         CoresetConfig(keep=9, large_batch=8)
     refused("matching_pursuit gives weights", coreset=CoresetConfig(method="matching_pursuit", loss_weighting="token"))
 
@@ -676,12 +676,14 @@ def test_the_report_warns_and_shows_hostile_names_harmlessly(first, tmp_path):
 ])  # fmt: skip
 def test_errors_that_say_nothing_about_the_choice_are_called_so(first, tmp_path, change, words):
     """Small sources that fill the batches, errors that are not finite, batches that are kept whole."""
-    assert "small sources" not in coreset_report.in_short(first)
+    told = []
+    coreset_report.render(first, told.append)
+    assert len(told) == 1 and "small sources" not in told[0]
     run = shutil.copytree(first, tmp_path / "run")
     lines = [{**e, **change(e)} if "match_error" in e else e for e in metrics(run)]
     files.write_text(run / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in lines))
-    assert words in coreset_report.in_short(run)
-    page = coreset_report.render(run).read_text()
+    page = coreset_report.render(run, told.append).read_text()
+    assert words in told[1]
     assert words.split(" rows")[0] in page and ">nan" not in page and 'nan"' not in page
 
 
