@@ -20,12 +20,22 @@ from pipelines.runs.progress import progress
 def reference(setting: Setting, number: int = 0, *, every: bool = False) -> order.ReferenceRun:
     """Return the recorded run of a reference order: made, continued, or read.
 
+    The last one stays in memory, so that the estimators of one run read its anchors once.
+
     Args:
         setting: The setting of the run.
         number: The number of the reference run.
         every: Whether an anchor is needed at every step.
     """
-    steps, anchors = len(setting.sequence), anchors_of(setting, every=every)
+    anchors = anchors_of(setting, every=every)
+    if setting.recorded is None or setting.recorded[0] != (number, anchors):
+        setting.recorded = None  # not two of them at a time
+        setting.recorded = (number, anchors), _reference(setting, number, anchors)
+    return setting.recorded[1]
+
+
+def _reference(setting: Setting, number: int, anchors: int) -> order.ReferenceRun:
+    steps = len(setting.sequence)
     sequence = setting.sequence if number == 0 else setting.random_orders("reference", number)[number - 1]
     folder = setting.run.path("reference", f"{number:02d}-{anchors}")
     label = f"reference run {number + 1}"

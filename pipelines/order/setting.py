@@ -56,6 +56,8 @@ class Setting:
     """The model, with trainable parameters."""
     start: order.Anchor | None = None
     """The start of every true run, after it was recorded or read."""
+    recorded: tuple[tuple[int, int], order.ReferenceRun] | None = None
+    """The reference run that was used last, with its number and its number of anchors."""
 
     def kept(self, folder: str, name: str, *asked: object) -> Path:
         """Return the file of a result, whose name depends on `asked` and on the facts of the run.

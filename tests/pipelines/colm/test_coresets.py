@@ -278,7 +278,7 @@ def test_sizes_and_sources_that_do_not_fit_are_refused(world, tmp_path):
     refused("no row has the small source 'rara'", coreset=CoresetConfig(keep=4, small=["rara"]))
     nameless = DataConfig(paths=[str(world.folder / "mixed.jsonl")], source_key="nope")
     refused(r"none of the 40 rows names its source \(no column 'nope'\).*--source-key.*clusters", data=nameless)
-    with pytest.raises(ValueError, match="9 rows to keep of a large batch of 8"):
+    with pytest.raises(ValueError, match="cannot keep 9 rows of a large batch of 8"):
         CoresetConfig(keep=9, large_batch=8)
     refused("matching_pursuit gives weights", coreset=CoresetConfig(method="matching_pursuit", loss_weighting="token"))
 
