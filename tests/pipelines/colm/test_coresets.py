@@ -636,7 +636,7 @@ def test_values_of_another_type_are_told(first, name):
 
 def test_the_report_says_what_happened(first):
     page = (first / "report.html").read_text()
-    assert "Did choosing rows do anything?" in page and "<script" not in page
+    assert "Does choosing rows have an effect?" in page and "<script" not in page
     assert 'style="width:100.00%"' in page, "bars use the width that there is"
     assert 'data-of="kept of drawn"' in page, "a narrow page names the numbers"
     for text in ("rare", "small: all kept", "share of kept rows", "choosing took", "herding",
