@@ -8,10 +8,10 @@ are lines of JSON on stdin and stdout:
      "fault": {"within": "/", "kind": "write", "nth": 3}}
     {"code": 0, "stdout": "...", "stderr": "...", "seconds": 0.61, "cpu": 0.5, "rows": 120, "calls": {"write": 17}}
 
-`kill_after`: SIGKILL after this many seconds. `kill_after_cpu`: after this much processor time, and `kill_after_idle` after
-this many seconds without processor time, so that a busy machine is not mistaken for a stuck command. `file_limit`:
-RLIMIT_FSIZE, which acts like a full disk. `die`: SIGKILL at the n-th call of a function, before or after it. `rows`: the
-number of rows whose gradients the child has computed.
+`kill_after`: SIGKILL after this many seconds. `kill_after_cpu`: after this much processor time, and `kill_after_idle`
+after this many seconds without processor time, so that a busy machine is not mistaken for a stuck command.
+`file_limit`: RLIMIT_FSIZE, which acts like a full disk. `die`: SIGKILL at the n-th call of a function, before or after
+it. `rows`: the number of rows whose gradients the child has computed.
 """
 
 import json
