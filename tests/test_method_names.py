@@ -46,7 +46,6 @@ ANOTHER_MEANING: dict[str, set[str]] = {
     "pipelines/diagnose/checks/smoothness.py": {"probes"},  # a setting
     "pipelines/models/finite.py": {"loss"},  # the loss in a log
     "pipelines/rows/index.py": {"preference"},  # the setting
-    "pipelines/rows/prepare.py": {"preference"},  # the setting
     "pipelines/select/less.py": {"paper"},  # a form of Adam's update
     "pipelines/training/checkpoints.py": {"paper"},  # a form of Adam's update
     "pipelines/training/fit.py": {"loss"},  # the loss in a log

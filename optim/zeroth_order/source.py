@@ -243,7 +243,7 @@ class ZerothOrder:
                 projected = self._directional(run, names, seed, i)
                 if not math.isfinite(projected):
                     raise self._not_finite("derivative along a direction", str(projected), projected)
-        else:
+        elif run.recorded is None or self.restore == "inplace":  # whose rounding a replay repeats; a copy leaves none
             with self._moving(names, seed, i) as to:
                 to(1.0)
                 high = run.evaluate("+eps z")
@@ -315,14 +315,16 @@ class ZerothOrder:
                 self._apply(optimizer, queries, {}, place - at)
             at = place
 
-        try:
-            to(-1.0)
-            minus = run.evaluate("", or_else=math.inf)
-            to(1.0)
-            plus = run.evaluate("", or_else=math.inf)
-        except BaseException:
-            to(0.0)
-            raise
+        minus = plus = math.inf
+        if run.recorded is None or not kept:  # a replay that restores copies moves once, to what was chosen
+            try:
+                to(-1.0)
+                minus = run.evaluate("", or_else=math.inf)
+                to(1.0)
+                plus = run.evaluate("", or_else=math.inf)
+            except BaseException:
+                to(0.0)
+                raise
         if run.recorded is not None:
             choice = run.recorded.kept
         elif minus > start:

@@ -196,6 +196,8 @@ def said(value):
         {"sparsity": 0.5, "mask_steps": 2},
         {"sign": "elementwise"},
         {"conserve": True},
+        {"conserve": True, "restore": "copy"},
+        {"estimator": "one-sided", "restore": "copy"},
         {"blocks": lambda name: name.split(".")[0]},
         {"blocks": lambda name: name.split(".")[0], "block_order": "joint"},
     ],
@@ -220,6 +222,22 @@ def test_replay_and_continuation_are_bit_for_bit(settings):
         for _ in range(3):
             source.step(SGD(parts.parameters(), lr=0.01), half)
     torch.testing.assert_close(weights(parts), weights(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("settings", "moves"), [({}, 1), ({"conserve": True}, 1), ({"q": 3}, 3)], ids=str)
+def test_a_replay_that_restores_copies_only_makes_the_step(settings, moves, monkeypatch):
+    """No weight is moved to where a loss would be evaluated: directions are added for the step alone."""
+    model, loss = network()
+    source = ZerothOrder(model.named_parameters(), seed=7, restore="copy", **settings)
+    source.step(SGD(model.parameters(), lr=0.01), loss)
+    again, _ = network()
+    replaying, added = ZerothOrder(again.named_parameters(), seed=7, restore="copy", **settings), []
+    real = replaying.add_direction_
+    monkeypatch.setattr(replaying, "add_direction_", lambda name, *args: (added.append(name), real(name, *args)))
+    replaying.replay(SGD(again.parameters(), lr=0.01), [source.last])
+    expected = 0 if source.last.kept == 0 else moves * len(weights(again))
+    assert len(added) == expected
+    torch.testing.assert_close(weights(again), weights(model), rtol=0, atol=0)
 
 
 def test_every_step_query_and_block_has_a_direction_of_its_own():
