@@ -125,10 +125,15 @@ def facts(
 
 def _how(refused: Sequence[tuple[str, str, Json, Json]]) -> str:
     """Return how to restore a refused fact, where that is not obvious."""
-    threads = next((was for _, name, was, _ in refused if name == "numerics.threads"), None)
-    if threads is None:
-        return ""
-    return f" (set OMP_NUM_THREADS={threads} for threads; torchrun sets it to 1 if it is not set)"
+    before = {name: was for _, name, was, _ in refused}
+    ways = []
+    if (threads := before.get("numerics.threads")) is not None:
+        ways.append(f"set OMP_NUM_THREADS={threads} for threads; torchrun sets it to 1 if it is not set")
+    if "numerics.processes" in before:
+        processes = before["numerics.processes"]
+        how = "start it without torchrun" if processes is None else f"use torchrun --nproc-per-node {processes}"
+        ways.append(f"{how} for processes")
+    return f" ({'; '.join(ways)})" if ways else ""
 
 
 def set_results_aside(folder: Path, changed: Sequence[str]) -> bool:

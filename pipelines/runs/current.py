@@ -19,6 +19,9 @@ class Listener(Protocol):
 
     ahead: Ahead | None
 
+    def accepts(self, group: str) -> bool:
+        """Whether facts of `group` may differ from those that the run began with."""
+
     def warned(self, text: str) -> None:
         """Keep a warning.
 

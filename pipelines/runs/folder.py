@@ -194,6 +194,9 @@ class Run:
         if not isinstance(found, dict) or not isinstance(found.get("facts", {}), dict):
             raise DataError(f"{shown(path)} is damaged; restore it, or remove it to continue without its checks")
         self.provenance = fresh = provenance.record(self.command, self.config, found)
+        known, processes = fresh["facts"].get("numerics"), found.get("world_size")
+        if isinstance(known, dict) and type(processes) is int and processes > 1:  # the fact is younger than the record
+            known.setdefault("processes", processes)
         old_versions = found.get("versions") or {}
         for name, version in fresh["versions"].items():
             if name != "datatools" and name in old_versions and old_versions[name] != version:
@@ -258,6 +261,11 @@ class Run:
         self.provenance["facts"] = known | dict(facts)
         self._save_provenance()
         return [name for name, _, _ in changes.accepted]
+
+    def accepts(self, group: str) -> bool:
+        """Whether the user has accepted, now or in an earlier attempt, that facts of `group` are other ones."""
+        changed = [str(change.get("what", "")) for change in self.provenance.get("changed", [])]
+        return any(name.partition(".")[0] == group for name in (*self.accept, *changed))
 
     def set_aside(self, changed: Sequence[str]) -> None:
         """Move the existing results to `before-change-N` in the run folder, so that they are computed again.

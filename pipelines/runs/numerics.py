@@ -1,9 +1,9 @@
 """Facts that determine the last bits of results besides settings, rows and weights.
 
-They are recorded in a run and compared when the run continues. The number of threads is one of these facts, because it
-determines how sums are split. A run that continues on a machine with more or fewer cores keeps the number with which
-it began, so that the bytes stay the same. A number that the user has set is not overridden; if it differs, the run is
-refused.
+They are recorded in a run and in each checkpoint, and compared when the run continues. The number of threads is one of
+these facts, because it determines how sums are split, and so is the number of processes that share a run. A run that
+continues on a machine with more or fewer cores keeps the number of threads with which it began, so that the bytes stay
+the same. A number that the user has set is not overridden; if it differs, the run is refused.
 """
 
 import os
@@ -17,6 +17,7 @@ from optim import backend
 from pipelines.runs import threads
 from pipelines.runs.messages import say
 from pipelines.runs.provenance import version
+from pipelines.runs.workers import world_size
 from pipelines.settings.base import Json
 from pipelines.texts import visible
 
@@ -28,7 +29,7 @@ _SETTINGS = ("MKL_CBWR", "ONEDNN_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE", "
 
 
 def facts() -> dict[str, Json]:
-    """Return the device, instruction set, threads, implementation of optimizer steps, and versions of libraries.
+    """Return the device, instruction set, threads, processes, optimizer backend, and versions of libraries.
 
     Raises:
         EnvironmentProblem: OPTIM_BACKEND names a backend that is not available.
@@ -40,6 +41,8 @@ def facts() -> dict[str, Json]:
         **{name: version(name) for name in ("transformers", "peft")},
         "steps": _steps(cuda),
     }
+    if (processes := world_size()) > 1:  # they add up their parts of each gradient
+        found["processes"] = processes
     if not cuda:  # on a GPU, the order of sums on the CPU does not matter
         found |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
     if (precision := torch.get_float32_matmul_precision()) != "highest":

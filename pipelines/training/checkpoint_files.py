@@ -17,10 +17,14 @@ from safetensors import SafetensorError
 from datatools import DataError, EnvironmentProblem, files
 from pipelines.models.finite import rotten
 from pipelines.models.quiet import quiet
+from pipelines.runs import current, numerics
 from pipelines.runs.messages import warn
 from pipelines.runs.run_files import COMPLETE as COMPLETE
 from pipelines.runs.run_files import changed
 from pipelines.runs.workers import rank, world_size
+
+NUMERICS = "numerics.json"
+"""The file of a checkpoint that says with what it was computed: `numerics.facts`."""
 
 
 @contextmanager
@@ -56,6 +60,34 @@ def mark_complete(folder: Path) -> None:
         files.write_bytes(adapter, files.json_bytes(ordered), seal=False)  # `COMPLETE` has its digest
     found = {p.name: [p.stat().st_size, files.digest_file(p)] for p in sorted(folder.iterdir()) if p.name != COMPLETE}
     files.write_json(folder / COMPLETE, found)
+
+
+def check_numerics(folder: Path) -> None:
+    """Compare what computed the checkpoint in `folder` with what computes now.
+
+    Where the user has accepted the change for the whole run, it is only said.
+
+    Args:
+        folder: Of a checkpoint that is sound; that of an earlier version says nothing.
+
+    Raises:
+        DataError: Something differs; names it, with both values.
+    """
+    path = folder / NUMERICS
+    if not path.is_file():
+        return
+    made = files.read_json(path)
+    if not (differing := numerics.differences(made if isinstance(made, dict) else {}, numerics.facts())):
+        return
+    run = current.run()
+    if run is not None and run.accepts(numerics.GROUP):
+        warn(f"{folder} was computed with other numerics, and training goes on from it all the same: {differing}")
+        return
+    raise DataError(
+        f"{folder} was computed with other numerics than those of this process ({differing}), so that its end would be "
+        f"neither run's; restore them, remove {folder.parent} to train from the start, or go on in spite of it with "
+        f"--accept-change {numerics.GROUP}"
+    )
 
 
 def is_complete(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from pipelines.runs.messages import warn
 from pipelines.runs.workers import rank
 from pipelines.settings.parts import TrainingConfig
 from pipelines.training.callbacks import Progress, WatchRounding
-from pipelines.training.checkpoint_files import checkpoints, lead_first
+from pipelines.training.checkpoint_files import check_numerics, checkpoints, lead_first
 from pipelines.training.trainer import Choice, DataTrainer, Observe
 from pipelines.training.validation import (
     LOSS,
@@ -176,7 +176,7 @@ def fit(
         The result of the run, step by step.
 
     Raises:
-        DataError: Several steps in a row, or weights, are not finite.
+        DataError: Several steps in a row, or weights, are not finite; or the checkpoint was computed with other numerics.
         UsageError: The optimizer or schedule is unknown.
     """
     if not rows:
@@ -232,7 +232,9 @@ def fit(
             if rank() == 0:
                 files.remove_leftovers(folder)
             valid = checkpoints(folder)
-    start = resume_point(valid, validation)
+        start = resume_point(valid, validation)
+        if start is not None and rank() == 0:
+            check_numerics(start)
     if start is not None and advance is not None:
         advance(step_of(start))
     patience = None if validation is None else validation.patience

@@ -30,10 +30,11 @@ from datatools import DataError, files, micro_batches
 from optim.zeroth_order import NotFinite
 from pipelines.models.finite import FiniteSteps
 from pipelines.models.losses import collate, supervised_tokens, token_losses
+from pipelines.runs import numerics
 from pipelines.runs.messages import say
 from pipelines.settings.parts import TrainingConfig
 from pipelines.training import zeroth_order
-from pipelines.training.checkpoint_files import mark_complete, saving
+from pipelines.training.checkpoint_files import NUMERICS, mark_complete, saving
 from pipelines.training.optimizers import factors, held, optimizer_of
 from pipelines.training.validation import LOSS
 
@@ -354,6 +355,8 @@ class DataTrainer(FiniteSteps):
                 for path in sorted(inner.iterdir()):
                     files.move(path, inner.parent / path.name)
                 inner.rmdir()
+                made = files.json_bytes(numerics.facts())
+                files.write_bytes(inner.parent / NUMERICS, made, seal=False)  # `mark_complete` has its digest
                 mark_complete(inner.parent)
         self._saved_step = self.state.global_step
         self.accelerator.wait_for_everyone()

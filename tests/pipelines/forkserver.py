@@ -3,8 +3,8 @@
 A child starts in milliseconds instead of seconds, so that a test can afford to kill ten of them. Requests and answers
 are lines of JSON on stdin and stdout:
 
-    {"argv": ["select", ...], "env": {}, "cwd": "/x", "kill_after": 0.7, "kill_after_cpu": 60, "file_limit": 4096,
-     "die": ["pipelines.training.trainer:mark_complete", 2, "before"],
+    {"argv": ["select", ...], "env": {}, "cwd": "/x", "kill_after": 0.7, "kill_after_cpu": 60,
+     "file_limit": 4096, "die": ["pipelines.training.trainer:mark_complete", 2, "before"],
      "fault": {"within": "/", "kind": "write", "nth": 3}}
     {"code": 0, "stdout": "...", "stderr": "...", "seconds": 0.61, "cpu": 0.5, "rows": 120, "calls": {"write": 17}}
 

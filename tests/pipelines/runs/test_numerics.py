@@ -50,6 +50,7 @@ def test_a_run_records_what_decides_its_bits():
         (lambda patch: patch.setenv("MKL_CBWR", "COMPATIBLE"), "MKL_CBWR"),
         (lambda patch: patch.setattr(torch, "__version__", "99.0"), "torch"),
         (lambda patch: torch.set_num_threads(2), "threads"),
+        (lambda patch: patch.setenv("WORLD_SIZE", "2"), "processes"),
         (lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"), "instructions"),
     ],
 )
@@ -84,6 +85,28 @@ def test_a_command_goes_on_with_the_threads_that_its_run_began_with(monkeypatch,
     with pytest.raises(DataError, match=said), run():
         pass
     assert torch.get_num_threads() == 1
+
+
+def test_a_run_of_several_processes_is_not_continued_by_one(monkeypatch):
+    """It was: by other sums, without a word. The number is known of runs that recorded it elsewhere."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with run():
+        pass
+    for earlier in (False, True):
+        if earlier:
+            found = files.read_json("r/provenance.json")
+            del found["facts"]["numerics"]["processes"]
+            files.write_json("r/provenance.json", found)
+        for size, said in (("1", "use torchrun --nproc-per-node 2 for processes"), ("4", "processes was 2, is 4")):
+            monkeypatch.setenv("WORLD_SIZE", size)
+            with pytest.raises(DataError, match=said), run():
+                pass
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with run():
+            pass
+    monkeypatch.delenv("WORLD_SIZE")
+    with run(accept_change=["numerics"]) as again:
+        assert again.changed == ["numerics.processes"]
 
 
 def test_every_worker_keeps_the_threads(monkeypatch):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from datatools import Order
+from datatools import DataError, Order, files
 from pipelines.models import load as models
 from pipelines.rows.prepare import prepare
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig, ZerothOrderConfig
 from pipelines.settings.train import TrainConfig
-from pipelines.training import train
+from pipelines.training import fit, train, trainer
 from tests.optim.distributed.processes import run
 from tests.pipelines.conftest import make_world
 
@@ -75,3 +75,59 @@ def test_two_processes_do_what_one_does_and_resume_to_the_bit(world, tmp_path):
     shutil.rmtree(newest)
     run(trained, 2, tmp_path, world, tmp_path / "two", ["adamw"])
     assert (done / "adapter" / "adapter_model.safetensors").read_bytes() == finished
+
+
+def spoilt(world, folder):
+    """On each rank: runs in which one number is NaN on one process only, and one that stops early.
+
+    Returns: of each run what this rank made of it, its weights included.
+    """
+    own, found = torch.distributed.get_rank(), []
+    inner_fit, judge, backward = fit.fit, trainer.DataTrainer._judge_step, trainer.DataTrainer._backward
+
+    def watched(model, *args, **kwargs):
+        result = inner_fit(model, *args, **kwargs)
+        weights = files.digest(b"".join(p.detach().numpy().tobytes() for p in model.parameters() if p.requires_grad))
+        skipped = [entry["step"] for entry in result.entries if entry.get("skipped")]
+        found.append({"skipped": skipped, "best": result.best, "stopped": result.stopped, "weights": weights})
+        return result
+
+    def bad_norm(self):  # after the sum over processes, by which the others would know
+        if own == 1 and self.state.global_step + 1 == 3:
+            self._norm = torch.tensor(torch.nan)
+        judge(self)
+
+    def bad_gradient(self, loss):
+        value = backward(self, loss)
+        if own == 1 and self.state.global_step + 1 == 3:
+            next(p for p in self.model.parameters() if p.grad is not None).grad.view(-1)[0] = torch.nan
+        return value
+
+    fit.fit = watched
+    for name, patched, more in (
+        ("norm", {"_judge_step": bad_norm}, {}),
+        ("gradient", {"_backward": bad_gradient}, {}),
+        ("stops", {}, {"training": TrainingConfig(epochs=4, batch_size=8, learning_rate=1.0), "patience": 1}),
+    ):
+        for attribute, value in ({"_judge_step": judge, "_backward": backward} | patched).items():
+            setattr(trainer.DataTrainer, attribute, value)
+        validated = {"eval_data": [str(world.test)], "eval_every": 2}
+        train.run(settings(world, "adamw", folder / name).model_copy(update=validated | more))
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_processes_skip_validate_and_stop_as_one(world, tmp_path):
+    """What is not finite on one process is skipped by all; the best step and the end are the same on all."""
+    one, two = run(spoilt, 2, tmp_path, world, tmp_path)
+    assert one == two
+    norm, gradient, stops = one
+    assert norm["skipped"] == gradient["skipped"] == [3]
+    assert norm["best"] and gradient["best"] and stops["stopped"] and stops["best"][0] in (2, 4, 6)
+    with pytest.raises(DataError, match=r"numerics\.processes was 2, is none.*use torchrun --nproc-per-node 2"):
+        train.run(
+            settings(world, "adamw", tmp_path / "norm").model_copy(
+                update={"eval_data": [str(world.test)], "eval_every": 2}
+            )
+        )

@@ -22,6 +22,7 @@ from pipelines.models.base import unload
 from pipelines.models.lora import add_lora
 from pipelines.models.named import SMOLLM2
 from pipelines.rows.prepare import prepare
+from pipelines.runs import numerics
 from pipelines.select import audit
 from pipelines.select import run as select
 from pipelines.select.scored import Scored
@@ -291,6 +292,23 @@ def test_a_gap_between_checkpoints_sets_the_later_ones_aside(first, tmp_path):
 
 # learning rates for nine steps; 1e-3 for all others
 RATES = {"sgd": 0.5, "sgdp": 0.5, "muon": 1e-2, "adahessian": 0.05, "sgd_sai": 0.05, "spam": 0.05, "nadam": 5e-3}
+
+
+def test_a_checkpoint_says_what_computed_it_and_is_not_continued_by_another(
+    first, world, tmp_path, monkeypatch, capsys
+):
+    """Only the run said so: a checkpoint that came from elsewhere was continued, whatever had computed it."""
+    assert files.read_json(first / "checkpoints/checkpoint-9/numerics.json")["threads"] == torch.get_num_threads()
+    others = numerics.facts() | {"threads": 7, "steps": "others"}
+    with monkeypatch.context() as patched:
+        patched.setattr("pipelines.training.trainer.numerics", SimpleNamespace(facts=lambda: others))
+        run = train.run(settings(world, tmp_path / "run"))
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints/checkpoint-9")
+    with pytest.raises(DataError, match=r"checkpoint-6 was computed with other numerics .*threads 7 and 1.*--accept"):
+        train.run(settings(world, run))
+    train.run(settings(world, run, accept_change=["numerics"]))
+    assert "training goes on from it all the same: " in capsys.readouterr().err and result(run) == result(first)
 
 
 @pytest.mark.parametrize("name", sorted(optim.OPTIMIZERS))

@@ -128,6 +128,35 @@ def test_a_run_interrupted_at_any_evaluation_ends_with_the_same_bytes(world, tmp
     assert [e["loss"] for e in metrics(run)] == [e["loss"] for e in metrics(whole)]
 
 
+MOMENTS = [
+    ("pipelines.training.evaluation:token_losses", 3, "after"),  # in the midst of one
+    ("pipelines.training.trainer:mark_complete", 2, "before"),  # decided, and not saved
+    ("pipelines.training.validation:Validate.on_save", 3, "before"),  # the former best is not removed
+]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_in_a_validation_ends_with_the_same_bytes(command, world, tmp_path):
+    """By SIGKILL, so that nothing is put in order."""
+    flags = ["--epochs", "2", "--batch-size", "8", "--learning-rate", "0.03", "--lora-rank", "4", "--eval-every", "2"]
+    start = ["train", "--model", str(world.model), "--data", str(world.folder / "few.jsonl"), "--set", "save_steps=4"]
+    argv = [*start, *flags, "--eval-data", str(world.test), "--set", "lora.dropout=0.1", "--out"]
+
+    def found(run):
+        parts = {path.name: path.read_bytes() for path in (run / "adapter").iterdir() if path.suffix != ".md"}
+        facts = json.loads((run / "training.json").read_text())["validation"]
+        return (
+            parts | {"saved": saved(run), "losses": [e["loss"] for e in metrics(run)], "said": evaluated(run)} | facts
+        )
+
+    assert command(*argv, tmp_path / "whole").code == 0
+    want = found(tmp_path / "whole")
+    for number, moment in enumerate(MOMENTS):
+        assert command(*argv, tmp_path / f"run-{number}", die=list(moment)).code == -9, moment
+        assert command(*argv, tmp_path / f"run-{number}").code == 0
+        assert found(tmp_path / f"run-{number}") == want, moment
+
+
 def test_a_best_checkpoint_that_is_gone_is_made_again(world, tmp_path, script):
     script([3, 1, 2])
     run = train.run(settings(world, tmp_path / "run"))
