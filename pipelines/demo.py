@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
+from datatools import Candidates, files
+from datatools import select as draw
 from pipelines.models import load as models
 from pipelines.models.named import SMOLLM2
 from pipelines.runs.messages import duration, say
@@ -47,25 +50,42 @@ def run(config: DemoConfig) -> Path:
         accept_change=config.accept_change,
     )
     select.run(selection)
-    if config.seeds and not config.dry_run:
-        audit.run(
-            AuditConfig(
-                selected=config.out / "selected.jsonl",
-                pool=selection.train,
-                test=DataConfig(paths=[str(DATA / "test.jsonl")]),
-                against=["random"],
-                seeds=config.seeds,
-                model=selection.model,
-                training=TrainingConfig(epochs=3),
-                out=config.out / "audit",
-                seed=config.seed,
-                overwrite=config.overwrite,
-                accept_change=config.accept_change,
+    if config.seeds:
+        with files.scratch_folder() as scratch:
+            selected = config.out / "selected.jsonl"
+            if config.dry_run:
+                say(f"then an audit: {2 * config.seeds} training runs on as many rows as are selected, 3 epochs each")
+                selected = _stand_in(config.budget, scratch / "selected.jsonl")
+            audit.run(
+                AuditConfig(
+                    selected=selected,
+                    pool=selection.train,
+                    test=DataConfig(paths=[str(DATA / "test.jsonl")]),
+                    against=["random"],
+                    seeds=config.seeds,
+                    model=selection.model,
+                    training=TrainingConfig(epochs=3),
+                    out=config.out / "audit",
+                    seed=config.seed,
+                    overwrite=config.overwrite,
+                    dry_run=config.dry_run,
+                    accept_change=config.accept_change,
+                )
             )
-        )
     if config.dry_run:
-        if config.seeds:
-            say(f"then an audit: {2 * config.seeds} training runs on as many rows as are selected, 3 epochs each")
         return config.out
     say(f"{duration(time.monotonic() - started)} in total; open {config.out / 'report.html'}")
     return config.out
+
+
+def _stand_in(budget: str, path: Path) -> Path:
+    """Write as many rows of the pool as the budget selects, drawn at random, so that their audit can be estimated."""
+    lines = files.read_bytes(DATA / "pool.jsonl").splitlines(keepends=True)
+    first: dict[str, bytes] = {}  # of equal rows the first, which is the one that the pool keeps
+    for line in lines:
+        first.setdefault(json.dumps(json.loads(line)["messages"]), line)
+    rows = list(first.values())
+    pool = Candidates(keys=[str(i) for i in range(len(rows))], tokens=[max(1, len(row) // 4) for row in rows])
+    drawn = draw("random", pool, budget, seed=0).indices.tolist()
+    files.write_bytes(path, b"".join(rows[i] for i in sorted(drawn)))
+    return path

@@ -46,6 +46,23 @@ class Progress:
         self._next_line, self._next_file = self._start + line_seconds, self._start
         self._bars: Bars | None = None
         self._bar: Any = None
+        self._aside = 0.0
+        self.more: Callable[[float], float] | None = None
+        """Seconds to come besides the units (validation), given the seconds per unit so far."""
+
+    def resume(self, done: int) -> None:
+        """Count units that an earlier attempt finished; they do not enter the rate."""
+        self._first += done
+        self.advance(done)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave the time of what happens inside out of the rate: it is no work on units."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._aside += self._clock() - began
 
     def advance(self, n: int = 1, **notes: float | int | str) -> None:
         """Count more units as finished.
@@ -69,14 +86,17 @@ class Progress:
     @property
     def rate(self) -> float | None:
         """Units per second since the start of this process."""
-        seconds = self._clock() - self._start
+        seconds = self._clock() - self._start - self._aside
         return (self.done - self._first) / seconds if seconds > 0 and self.done > self._first else None
 
     @property
     def eta_seconds(self) -> float | None:
         """Seconds until the loop ends at the present rate."""
         rate = self.rate
-        return None if self.total is None or rate is None else max(0, self.total - self.done) / rate
+        if self.total is None or rate is None:
+            return None
+        more = 0.0 if self.more is None else self.more(1 / rate)
+        return max(0, self.total - self.done) / rate + more
 
     @property
     def run_eta_seconds(self) -> float | None:

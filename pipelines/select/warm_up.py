@@ -76,7 +76,7 @@ def warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
                     folder,
                     seed=derive_seed(config.seed, "warm-up"),
                     save="epoch",
-                    advance=bar.advance,
+                    bar=bar,
                 )
             unload(wrapped)
     return stops(config, run.folder), tokens

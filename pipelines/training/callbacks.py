@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -81,3 +84,20 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         """
         if self.advance is not None:
             self.advance(1)
+
+
+@contextmanager
+def tensorboard_in(folder: Path) -> Iterator[None]:
+    """Let a tensorboard callback that is created inside write to `folder`, unless the user has named another one.
+
+    Its own choice is a folder among the checkpoints whose name holds the name of the host.
+    """
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]

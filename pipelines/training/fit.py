@@ -15,13 +15,15 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from datatools import DataError, files
 from pipelines.runs.messages import warn
+from pipelines.runs.progress import Progress as Bar
 from pipelines.runs.workers import rank
 from pipelines.settings.parts import TrainingConfig
-from pipelines.training.callbacks import Progress, WatchRounding
+from pipelines.training.callbacks import Progress, WatchRounding, tensorboard_in
 from pipelines.training.checkpoint_files import check_numerics, checkpoints, lead_first
 from pipelines.training.trainer import Choice, DataTrainer, Observe
 from pipelines.training.validation import (
     LOSS,
+    Timed,
     Validate,
     Validation,
     best_of,
@@ -138,7 +140,7 @@ def fit(
     *,
     seed: int,
     save: int | str | None = None,
-    advance: Callable[[int], Any] | None = None,
+    bar: Bar | None = None,
     observe: Observe | None = None,
     choose: Choice | None = None,
     name_of: Callable[[int], object] = int,
@@ -159,7 +161,7 @@ def fit(
             not been interrupted.
         seed: The seed of the order of rows, dropout, and all other random choices.
         save: When checkpoints are saved: "epoch", a number of steps, or None for never.
-        advance: Called with 1 after each step, and with the number of steps that a checkpoint already has.
+        bar: The progress of the steps.
         observe: Called for each step (`trainer.Observe`).
         choose: If given, batches of `recipe.batch_size` rows are large batches, from which it keeps the rows of a step
             (`trainer.Choice`).
@@ -208,24 +210,28 @@ def fit(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process uses one device, without DataParallel
     last = planned_steps(len(rows), recipe) if steps is None else len(steps)
     per_epoch = math.ceil(len(rows) / recipe.batch_size) if steps is None else len(steps)
-    callbacks: list[TrainerCallback] = [Progress(advance), WatchRounding()]
+    callbacks: list[TrainerCallback] = [Progress(None if bar is None else bar.advance), WatchRounding()]
+    validate: Callable[[nn.Module], float] | None = None if validation is None else validation.loss
+    if validation is not None and bar is not None:
+        validate = Timed(validation, bar)
     if validation is not None:
         every = save if isinstance(save, int) else per_epoch
         callbacks.append(Validate(validation, lambda step: step % every == 0 or step == last))
-    trainer = DataTrainer(
-        recipe=recipe,
-        observe=observe,
-        validate=None if validation is None else validation.loss,
-        choose=choose,
-        name_of=name_of,
-        model=model,
-        args=arguments,
-        train_dataset=SingleRows(encode, rows) if steps is None else WholeSteps(encode, steps),
-        data_collator=gather if steps is None else itemgetter(0),
-        shuffle=steps is None,
-        held=held,
-        callbacks=callbacks,
-    )
+    with tensorboard_in(folder.parent / "tensorboard"):
+        trainer = DataTrainer(
+            recipe=recipe,
+            observe=observe,
+            validate=validate,
+            choose=choose,
+            name_of=name_of,
+            model=model,
+            args=arguments,
+            train_dataset=SingleRows(encode, rows) if steps is None else WholeSteps(encode, steps),
+            data_collator=gather if steps is None else itemgetter(0),
+            shuffle=steps is None,
+            held=held,
+            callbacks=callbacks,
+        )
     with lead_first():
         valid = []
         if save is not None and folder.is_dir():
@@ -235,8 +241,8 @@ def fit(
         start = resume_point(valid, validation)
         if start is not None and rank() == 0:
             check_numerics(start)
-    if start is not None and advance is not None:
-        advance(step_of(start))
+    if start is not None and bar is not None:
+        bar.resume(step_of(start))
     patience = None if validation is None else validation.patience
     if start is not None and (step_of(start) >= last or over(evaluations(history_of(start)), patience)):
         trainer._load_from_checkpoint(

@@ -34,7 +34,7 @@ from pipelines.settings import redaction, trackers
 from pipelines.settings.parts import LoraConfig, TrainingConfig
 from pipelines.settings.train import TrainConfig
 from pipelines.training import checkpoint_files, cost, evaluation, fit, optimizers, order_recipe, summary
-from pipelines.training.validation import Validation
+from pipelines.training.validation import Validation, planned
 
 
 def run(config: TrainConfig) -> Path:
@@ -108,12 +108,13 @@ def _run(config: TrainConfig) -> Path:
         if choose is not None:
             say(f"coreset: {choose.keep:,} rows kept of {choose.large_batch:,} per step, by {choose.method}")
         if held_out is not None:
-            times = math.ceil(steps / every)
+            times = planned(steps, every)
             say(f"validation: {int(held_out.usable.sum()):,} rows, {held_out.tokens():,} tokens, {times:,} times")
         if config.dry_run:
             lengths = rows.scan.tokens[chosen if sequence is None else [row for step in sequence for row in step]]
             saves = -(-steps // config.save_steps) if config.save_steps else recipe.epochs
-            _estimate(config, tokenizer, recipe, lengths.tolist(), steps, saves).announce()
+            checked = 0 if held_out is None else held_out.tokens() * planned(steps, every)
+            _estimate(config, tokenizer, recipe, lengths.tolist(), steps, saves, checked).announce()
             say("dry run: data and model load; nothing was trained")
             return config.out
         done = current.path("adapter" if config.lora is not None else "model")
@@ -146,13 +147,13 @@ def _run(config: TrainConfig) -> Path:
                 current.path("checkpoints"),
                 seed=derive_seed(config.seed, "training"),
                 save=config.save_steps or "epoch",
-                advance=bar.advance,
+                bar=bar,
                 choose=None if choose is None else coresets.Coresets(choose, sources.__getitem__),
                 name_of=rows.pool.where,
                 steps=sequence,
                 held=held,
                 autocast=master,
-                validation=_validation(config, held_out, every),
+                validation=_validation(config, held_out, every, rows.tokens() * recipe.batch_size / len(chosen)),
                 report_to=config.report_to,
             )
         if rank() == 0:
@@ -184,11 +185,15 @@ def _leaked(config: TrainConfig, held_out: Rows, rows: Rows) -> str | None:
     return sentence
 
 
-def _validation(config: TrainConfig, held_out: Rows | None, every: int) -> Validation | None:
+def _validation(config: TrainConfig, held_out: Rows | None, every: int, step: float) -> Validation | None:
+    """When held-out rows are measured, and about how long that takes; a training step has `step` tokens."""
     if held_out is None:
         return None
+    # forward alone is about a third of a training step
+    passes = 3 if config.training.gradient == "backprop" else 2 * config.training.zo.q
     loss = partial(evaluation.validation_loss, rows=held_out, token_budget=config.training.micro_tokens)
-    return Validation(loss, every, config.patience, config.keep_best)
+    steps = held_out.tokens() / (passes * step)
+    return Validation(loss, every, config.patience, config.keep_best, steps)
 
 
 def _estimate(
@@ -198,8 +203,9 @@ def _estimate(
     lengths: list[int],
     steps: int,
     saves: int,
+    checked: int,
 ) -> cost.Estimate:
-    """Return the expected cost of the run, timed on synthetic tokens."""
+    """Return the expected cost of the run, timed on synthetic tokens; `checked` tokens are validated on."""
     model = models.load(config.model, tokenizer=tokenizer).model
     with cost.as_trained(model, config.lora) as module:
         found = cost.probe(module, int(np.median(lengths)))
@@ -217,8 +223,8 @@ def _estimate(
         seconds = keep * seconds + found.seconds(tokens, steps, gradient=CORESET_FEATURES[choose.features].as_training)
     one = found.trainable * found.width
     return cost.Estimate(
-        parts={"training": seconds},
-        tokens=tokens,
+        parts={"training": seconds + found.seconds(checked, checked // recipe.micro_tokens, gradient=False)},
+        tokens=tokens + checked,
         memory=cost.memory(found, rule.state, recipe.micro_tokens),
         disk=saves * (one + rule.state + cost.CHECKPOINT_BYTES) + one + cost.ADAPTER_BYTES,
         based_on=found.text(),
@@ -316,7 +322,7 @@ def train_adapter(
     try:
         with progress(label, steps, "steps") as bar:
             result = fit.fit(
-                module, rows.item, list(chosen), recipe, folder, seed=derive_seed(seed, "training"), advance=bar.advance
+                module, rows.item, list(chosen), recipe, folder, seed=derive_seed(seed, "training"), bar=bar
             )
         _keep(folder, module)
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import TrainerCallback
 
 from datatools import files
 from pipelines.runs.messages import warn
+from pipelines.runs.progress import Progress
 from pipelines.runs.workers import rank
 
 LOSS = "eval_loss"
@@ -32,12 +34,46 @@ class Validation:
         every: Optimizer steps between evaluations; the last step is always evaluated.
         patience: Stop after this many evaluations in a row without a new lowest loss; None never stops.
         keep_best: Whether the trained weights are those of the lowest loss, for which a checkpoint is kept.
+        steps: The number of training steps that take about as long as an evaluation; used until one has been timed.
     """
 
     loss: Callable[[nn.Module], float]
     every: int
     patience: int | None = None
     keep_best: bool = True
+    steps: float = 0.0
+
+
+def planned(steps: int, every: int, done: int = 0) -> int:
+    """How many evaluations a run of `steps` steps has after its step `done`."""
+    return 0 if done >= steps else steps // every - done // every + (steps % every > 0)
+
+
+class Timed:
+    """The loss of a validation, measured on a bar whose rate and time left it keeps right.
+
+    Args:
+        validation: What is measured, and when.
+        bar: Of the training steps.
+    """
+
+    def __init__(self, validation: Validation, bar: Progress) -> None:
+        self.validation, self.bar = validation, bar
+        self._seconds, self._times = 0.0, 0
+        bar.more = self.left
+
+    def __call__(self, model: nn.Module) -> float:
+        """The validation loss of `model`."""
+        began = time.monotonic()
+        with self.bar.aside():
+            loss = self.validation.loss(model)
+        self._seconds, self._times = self._seconds + time.monotonic() - began, self._times + 1
+        return loss
+
+    def left(self, step: float) -> float:
+        """Seconds of the evaluations to come, where a training step takes `step` seconds."""
+        each = self._seconds / self._times if self._times else self.validation.steps * step
+        return each * planned(self.bar.total or 0, self.validation.every, self.bar.done)
 
 
 def evaluations(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:

@@ -82,7 +82,7 @@ def train(arm: str, seed: int, rows: Rows, chosen: list[int], held: list[int], o
     started = perf_counter()
     with tempfile.TemporaryDirectory() as scratch, progress(f"{arm}, seed {seed}", o.steps, "steps") as bar:
         done = fit.fit(
-            module, rows.item, chosen, recipe, Path(scratch), seed=seed, advance=bar.advance,
+            module, rows.item, chosen, recipe, Path(scratch), seed=seed, bar=bar,
             choose=Coresets(choose, rows.pool.sources.__getitem__),
         )  # fmt: skip
     seconds = perf_counter() - started

@@ -81,7 +81,7 @@ def test_a_command_goes_on_with_the_threads_that_its_run_began_with(monkeypatch,
     assert "threads: 2, as when this run began (1 is the default here)" in capsys.readouterr().err
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the user's: never overridden
-    said = r"numerics\.threads was 2, is 1\. Restore it \(OMP_NUM_THREADS=2 does so for threads; torchrun sets it to 1"
+    said = r"numerics\.threads was 2, is 1\. Restore it \(set OMP_NUM_THREADS=2 for threads; torchrun sets it to 1"
     with pytest.raises(DataError, match=said), run():
         pass
     assert torch.get_num_threads() == 1

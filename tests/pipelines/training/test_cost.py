@@ -24,7 +24,7 @@ from pipelines.settings.diagnose import DiagnoseConfig
 from pipelines.settings.order import OrderConfig
 from pipelines.settings.parts import LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import TrainConfig
-from pipelines.training import cost, train
+from pipelines.training import cost, train, validation
 
 FIGURES = re.compile(r"about [\d.,]+ (s|min|h).*, [\d.,]+ [kMG]B of memory, [\d.,]+ [kMG]?B on disk")
 
@@ -84,6 +84,9 @@ def test_a_dry_demo_names_no_file_that_is_not_there(own_world, tmp_path, capsys)
     said = capsys.readouterr().err
     assert "report.html" not in said and FIGURES.search(said)
     assert not (tmp_path / "demo").exists()
+    selection, _, audited = said.partition("then an audit: 2 training runs")
+    assert FIGURES.search(selection) and FIGURES.search(audited), "both parts have a price"
+    assert "2 training runs; timed on" in audited
 
 
 def test_the_estimate_of_training_is_near_the_truth(own_world, tmp_path, monkeypatch):
@@ -100,6 +103,49 @@ def test_the_estimate_of_training_is_near_the_truth(own_world, tmp_path, monkeyp
     took = time.process_time() - begin
     guess = cost.training(found, rule, recipe, [20] * 60, saves=8)
     assert 1 / 3 < took / guess < 3
+
+
+def test_validation_has_a_price(own_world, tmp_path, capsys):
+    """Its tokens and passes are counted, as often as it comes; they were not."""
+    tokens = []
+    for every in (None, 8, 3):
+        more = {} if every is None else {"eval_data": [str(own_world.test)], "eval_every": every}
+        _, config = settings("train", own_world, tmp_path / "run", dry_run=True, **more)
+        train.run(config)
+        said = capsys.readouterr().err
+        tokens.append(int(re.search(r"cost: ([\d,]+) tokens", said)[1].replace(",", "")))
+    held = int(re.search(r"validation: 4 rows, ([\d,]+) tokens, 6 times", said)[1])  # of 16 steps, and the last
+    assert tokens[1] - tokens[0] == 2 * held and tokens[2] - tokens[0] == 6 * held
+
+
+def test_time_left_has_the_validation_to_come_and_not_the_one_that_was():
+    """120 s for 10 steps and an evaluation: 2 s a step, not 12; before one is timed, its tokens say how long it is."""
+    now = [0.0]
+    bar = Progress("training", 100, "steps", clock=lambda: now[0])
+    checked = validation.Validation(lambda model: now.__setitem__(0, now[0] + 100) or 1.0, 10, steps=4.0)
+    timed = validation.Timed(checked, bar)
+    now[0] = 10.0
+    bar.advance(5)
+    assert bar.eta_seconds == pytest.approx(95 * 2 + 10 * 4 * 2)
+    now[0] = 20.0
+    bar.advance(5)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("pipelines.training.validation.time.monotonic", lambda: now[0])
+        timed(None)
+    assert now[0] == 120 and bar.rate == pytest.approx(0.5)
+    assert bar.eta_seconds == pytest.approx(90 * 2 + 9 * 100)
+    assert [validation.planned(100, 10, done) for done in (0, 9, 10, 95, 100)] == [10, 10, 9, 1, 0]
+    assert validation.planned(16, 3) == 6 and validation.planned(7, 10) == 1
+
+
+def test_steps_of_an_earlier_attempt_do_not_enter_the_rate():
+    now = [0.0]
+    bar = Progress("training", 100, "steps", clock=lambda: now[0])
+    bar.resume(80)
+    assert bar.done == 80 and bar.eta_seconds is None
+    now[0] = 10.0
+    bar.advance(5)
+    assert bar.eta_seconds == pytest.approx(15 * 2)
 
 
 def test_time_left_is_that_of_the_whole_run(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import sys
 from types import ModuleType
 
@@ -225,7 +226,38 @@ def test_numbers_go_to_a_tracker_by_the_librarys_own_callback(world, tmp_path, m
     run = train.run(settings(world, tmp_path / "run", report_to="tensorboard"))
     assert written["train/loss"].keys() == set(range(1, 7)) and written["eval/loss"].keys() == {2, 4, 6}
     assert {"train/grad_norm", "train/learning_rate", "train/tokens_per_second"} <= set(written)
-    assert str(run) in str(written["folder"])
+    assert written["folder"] == str(run / "tensorboard"), "not a folder that is called after the host"
+
+
+def events(folder):
+    """(step, tag, value) of every scalar in the event files of a folder, whose records are length, sum, data, sum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            found += [
+                (event.step, value.tag, value.simple_value) for value in event.summary.value if not value.tensor.dtype
+            ]
+            at += 16 + size
+    return found
+
+
+def test_a_real_tracker_has_the_numbers_of_the_metrics_also_after_a_resume(world, tmp_path, script):
+    """With tensorboardX where it is installed."""
+    pytest.importorskip("tensorboardX")
+    script([3, 1, 2], stop=4)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(settings(world, tmp_path / "run", report_to="tensorboard"))
+    script([3, 1, 2])
+    run = train.run(settings(world, tmp_path / "run", report_to="tensorboard"))
+    found = events(run / "tensorboard")
+    for tag, key in (("train/loss", "loss"), ("train/grad_norm", "grad_norm"), ("eval/loss", "eval_loss")):
+        last = {step: value for step, name, value in found if name == tag}
+        assert last == pytest.approx({e["step"]: e[key] for e in metrics(run) if key in e}, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- reports are last
