@@ -178,7 +178,8 @@ def fit(
         The result of the run, step by step.
 
     Raises:
-        DataError: Several steps in a row, or weights, are not finite; or the checkpoint was computed with other numerics.
+        DataError: Several steps in a row, or weights, are not finite; or the checkpoint was computed with other
+            numerics.
         UsageError: The optimizer or schedule is unknown.
     """
     if not rows:
