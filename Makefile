@@ -8,7 +8,7 @@ MUTATION_ARGS ?=
 ATTACK_ARGS ?=
 BEFORE ?= $(error set BEFORE=DIR, a checkout of the version to compare with)
 STRUCTURE_ARGS ?=
-# One thread a test process, two processes: small tensors gain nothing from more threads, and results do not depend on them.
+# Two test processes with one thread each: small tensors gain nothing from more threads, and results do not depend on them.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .PHONY: demo test docs zoo lint bench mutation attack same structure pins clean
@@ -19,7 +19,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not bench and not gpu" $(PYTEST_ARGS)
 
-# Every causal language model class of transformers, against tests/zoo/table.json; `make test` does a stride of them.
+# Every causal language model class of transformers, compared with tests/zoo/table.json; `make test` checks every twelfth.
 zoo: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m tests.zoo.table
 
@@ -28,7 +28,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site, in build/site: open index.html. Dead links and unknown names are errors.
+# Builds the site in build/site (open index.html). Dead links and unknown names are errors.
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python -m mkdocs build --quiet --config-file docs/mkdocs.yml
@@ -39,22 +39,22 @@ bench: $(STAMP)
 mutation: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m tests.mutation.run $(MUTATION_ARGS)
 
-# Kills, failing file operations and damaged files, against every command; `make test` does a sample.
+# Kills, failing file operations and damaged files, against every command; `make test` runs a sample.
 attack: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m tests.attack.run $(ATTACK_ARGS)
 
-# Does a change keep every result? Fixed commands with the code of another checkout and of this one, compared file by file.
+# Runs fixed commands with the code of another checkout and of this one, and compares their outputs file by file.
 same: $(STAMP)
 	rm -rf build/same
 	$(BIN)/python -m tests.same_outputs --code $(BEFORE) --out build/same/before
 	$(BIN)/python -m tests.same_outputs --out build/same/after
 	$(BIN)/python -m tests.same_outputs compare build/same/before build/same/after
 
-# Rooms, floors, arrows, cycles and lengths of the packages; beside another checkout: STRUCTURE_ARGS='--before DIR'.
+# Prints rooms, floors, arrows, cycles and lengths of the packages; with another checkout: STRUCTURE_ARGS='--before DIR'.
 structure: $(STAMP)
 	$(BIN)/python -m tests.structure $(STRUCTURE_ARGS)
 
-# Known vulnerabilities of the versions in constraints.txt; asks the package index, and needs one that knows of them.
+# Checks the versions in constraints.txt for known vulnerabilities; needs a package index that reports them.
 pins:
 	test -x build/pins/bin/pip-audit || { $(PYTHON) -m venv build/pins && build/pins/bin/pip install --quiet pip-audit; }
 	build/pins/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
