@@ -1,4 +1,4 @@
-"""Coresets inside the training loop: large batches in, small ones out (CoLM)."""
+"""Coresets inside the training loop: each step draws a large batch and trains on a small one (CoLM)."""
 
 from datatools.colm.choice import CORESET_METHODS, choose_rows, coreset_method, select_batch
 from datatools.colm.colm import CORESET_FEATURES, Chosen, CoLM, kept_by_source

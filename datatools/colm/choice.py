@@ -1,4 +1,4 @@
-"""Rows of a batch, chosen: those of small sources, then so many of each other source by a method on their features."""
+"""The choice of rows from a batch: all rows of small sources, and a quota of each other source, chosen by features."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence, Set
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from datatools.colm.quotas import Plan, plan
@@ -28,20 +29,49 @@ CORESET_METHODS: dict[str, CoresetMethod] = {
         RANDOM_IN_SOURCE,
     )
 }
-"""What `coreset.method` can be, by name. A method of your own: `CORESET_METHODS["mine"] = CoresetMethod(...)`."""
+"""Values of `coreset.method`, by name. To add a method of your own: `CORESET_METHODS["mine"] = CoresetMethod(...)`."""
 
 
 def coreset_method(name: str) -> CoresetMethod:
-    """The entry of `CORESET_METHODS` with this name. Raises: UsageError, with the name that may have been meant."""
+    """Look up an entry of `CORESET_METHODS`.
+
+    Args:
+        name: its name.
+
+    Returns:
+        The method.
+
+    Raises:
+        UsageError: if there is no such method; the message suggests a similar name.
+
+    Example:
+        >>> coreset_method("herding").title
+        'rows whose mean gradient is nearest to that of the whole large batch, so many of each source'
+
+    """
     if name not in CORESET_METHODS:
         raise UsageError(f"coreset: no method is called {name!r}{did_you_mean(name, CORESET_METHODS)}")
     return CORESET_METHODS[name]
 
 
-def sparsify(features: Tensor, coordinates: int | None) -> Tensor:
-    """The `coordinates` columns with the largest |mean over the rows|; ties go to the lower column; None keeps all.
+def sparsify(features: Float[Tensor, "n d"], coordinates: int | None) -> Float[Tensor, "n c"]:
+    """Keep the columns with the largest |mean over the rows|; ties go to the lower column.
 
-    Source: CoLM, arXiv 2407.19580, section 4.2; its code takes the absolute value of the mean, as here.
+    Args:
+        features: floating dtype [n, d].
+        coordinates: number of columns to keep; None keeps all.
+
+    Returns:
+        [n, c], where c is `coordinates` or, if smaller, d; columns keep their order.
+
+    Source:
+        CoLM, arXiv 2407.19580, section 4.2; its code takes the absolute value of the mean, as this function does.
+
+    Example:
+        >>> sparsify(torch.tensor([[1.0, 0.0, -5.0], [2.0, 0.1, -5.0]]), 2)
+        tensor([[ 1., -5.],
+                [ 2., -5.]])
+
     """
     if coordinates is None or features.shape[1] <= coordinates:
         return features
@@ -50,7 +80,7 @@ def sparsify(features: Tensor, coordinates: int | None) -> Tensor:
 
 
 def choose_rows(
-    features: Tensor,
+    features: Float[Tensor, "n d"],
     plan: Plan,
     *,
     method: str = "herding",
@@ -59,12 +89,31 @@ def choose_rows(
     generator: torch.Generator,
     names: Sequence[object] | None = None,
 ) -> Selection:
-    """The plan carried out: rows of small sources, then each large source's choice in the order in which it was made.
+    """Execute a plan: keep the rows of small sources, and choose the planned number of rows from each large source.
 
-    features: [n, d] of the whole batch; rows of small sources are read by herding alone.
-    coordinates: `sparsify` each source's features first.
-    names: what errors call each row; None is its place in the batch.
-    Raises: UsageError for an unknown method or metric; DataError naming the rows whose features are not finite.
+    Args:
+        features: floating dtype [n, d], features of the whole batch; only methods that see the whole batch, such as
+            herding, read those of rows from small sources.
+        plan: which rows are kept, and how many to choose of each large source.
+        method: a name of `CORESET_METHODS`.
+        metric: a name of `METRICS`, for methods that compare rows.
+        coordinates: `sparsify` the features of each source to this number of columns first; None keeps all.
+        generator: source of randomness.
+        names: names of the rows [n] for error messages; None uses their positions in the batch.
+
+    Returns:
+        The rows: those that are kept, then those chosen from each large source in the order of the choice.
+
+    Raises:
+        UsageError: if the method or metric is unknown.
+        DataError: if features are not finite; the message names the rows.
+
+    Example:
+        >>> made = plan(["code", "web", "web", "web"], 2, {"code"}, generator=torch.Generator())
+        >>> features = torch.tensor([[0.0], [1.0], [2.0], [9.0]])
+        >>> choose_rows(features, made, method="facility_location", generator=torch.Generator()).indices
+        tensor([0, 2])
+
     """
     record = coreset_method(method)
     read = torch.arange(len(features)) if record.scope == "batch" else plan.candidates()
@@ -72,7 +121,7 @@ def choose_rows(
     if len(bad):
         raise DataError(
             f"coreset: the features of {rows_called(bad, names)} are not finite ({len(bad)} rows); "
-            "is their loss? Lower the learning rate, or look at these rows"
+            "check whether their loss is finite, lower the learning rate, or inspect these rows"
         )
     settings: dict[str, Any] = {"metric": metric, "generator": generator}
     if record.scope == "batch":
@@ -93,7 +142,7 @@ def choose_rows(
 
 
 def select_batch(
-    features: Tensor,
+    features: Float[Tensor, "n d"],
     sources: Sequence[Hashable],
     budget: int,
     *,
@@ -103,13 +152,47 @@ def select_batch(
     coordinates: int | None = None,
     generator: torch.Generator,
 ) -> tuple[Selection, Plan]:
-    """`plan` and `choose_rows` in one: `budget` rows of a batch with `features` [n, d], and the plan behind them."""
+    """Choose `budget` rows of a batch: `plan` followed by `choose_rows`.
+
+    Args:
+        features: floating dtype [n, d], one row per row of the batch.
+        sources: the source of each row [n].
+        budget: number of rows to choose.
+        small_sources: sources whose rows are all kept.
+        metric: a name of `METRICS`, for methods that compare rows.
+        method: a name of `CORESET_METHODS`.
+        coordinates: `sparsify` the features of each source to this number of columns first; None keeps all.
+        generator: source of randomness.
+
+    Returns:
+        The chosen rows with their weights, and the plan.
+
+    Raises:
+        UsageError: if the method or metric is unknown, or `budget` is not between 1 and n.
+        DataError: if features are not finite.
+
+    Example:
+        >>> features = torch.tensor([[0.0], [0.1], [5.0], [5.1], [5.2]])
+        >>> selection, made = select_batch(features, ["web"] * 5, 2, generator=torch.Generator())
+        >>> selection.indices.tolist(), selection.weights.tolist()
+        ([2, 0], [1.0, 1.0])
+
+    """
     made = plan(sources, budget, small_sources, generator=generator)
     chosen = choose_rows(features, made, method=method, metric=metric, coordinates=coordinates, generator=generator)
     return chosen, made
 
 
-def rows_called(rows: Tensor, names: Sequence[object] | None) -> str:
-    """The first five of `rows` in an error: by their names, else by their places in the batch."""
+def rows_called(rows: Int64[Tensor, " m"], names: Sequence[object] | None) -> str:
+    """Name the first five of some rows for an error message.
+
+    Args:
+        rows: positions in the batch, int64 [m].
+        names: names of all rows of the batch; None uses their positions.
+
+    Returns:
+        Such as "rows [3, 5] of the batch".
+
+    """
     some = rows[:5].tolist()
     return f"rows {some} of the batch" if names is None else f"rows {', '.join(str(names[i]) for i in some)}"

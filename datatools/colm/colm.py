@@ -1,7 +1,7 @@
-"""CoLM: small mini-batches that stand for large ones, chosen inside the training loop.
+"""CoLM: small mini-batches that approximate the gradient of large ones, chosen inside the training loop.
 
-Before each optimizer step a large batch is drawn; rows of small sources are all kept, and of each large source so many
-rows are chosen that the batch has its small size. The choice reads each row's gradient of one matrix, the last value
+Before each optimizer step, a large batch is drawn. All rows of small sources are kept, and rows of each large source
+are chosen until the batch has its small size. The choice reads each row's gradient of one matrix, the last value
 projection of the decoder.
 """
 
@@ -44,15 +44,26 @@ CORESET_FEATURES: dict[str, FeatureKind] = {
         PAPER_CODE,
     )
 }
-"""What `coreset.features` can be, by name."""
+"""Values of `coreset.features`, by name."""
 _NAME = "features"
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """One choice, the plan behind it, and how well it and random ones match the batch's gradient, where watched.
+    """One choice, its plan, and how well it matches the gradient of the large batch.
 
-    watch_seconds: what measuring that took beside the choice itself.
+    Attributes:
+        selection: the chosen rows.
+        plan: which rows were kept anyway, and how many were chosen of each source.
+        match_error: `matching_error` of the choice; None where it was not watched.
+        match_error_random: `random_error` for the same plan; None where it was not watched.
+        watch_seconds: time that measuring both errors took, apart from the choice itself.
+
+    Example:
+        >>> made = plan(["web", "web"], 1, generator=torch.Generator())
+        >>> Chosen(Selection(torch.tensor([0])), made).match_error is None
+        True
+
     """
 
     selection: Selection
@@ -63,39 +74,73 @@ class Chosen:
 
 
 class CoLM:
-    """Chooses `keep` rows of a large batch: `colm(batch, sources, step=t)` gives a `Selection` (indices, weights).
+    """Chooses `keep` rows of a large batch: `colm(batch, sources, step=t)` returns a `Selection` (indices, weights).
 
-    model: any decoder of transformers, with or without LoRA. Only its outputs are read: no weight, gradient, mode or
-    global generator is changed, also when an error is raised.
-    losses: (model, batch) -> mean loss of each row's supervised tokens [n]; `pipelines.models.losses.row_losses`.
-    keep: rows kept of each large batch; a call may say otherwise.
-    small: sources whose rows are all kept (`small_sources`).
-    features: "exact", each row's gradient of the last value projection (LoRA's B, or the weight), one forward pass and
-    a backward pass through the last layer; "probes", `probes` derivatives along random directions, forward passes of
-    the last layer only; "paper_code", one direction for the whole run times its central difference, the published
-    recipe, whose features are all collinear.
-    method: a name of `CORESET_METHODS`. metric: l1, l2 or cosine; facility location only.
-    rule: what stands between gradients and features: "none", "adam" (betas 0.9 and 0.999, eps 1e-8, a `History` of its
-    own), or any elementwise `UpdateRule`; "auto" is adam for facility location and none for the others.
-    dim: facility location keeps so many coordinates (`sparsify`), the others project to so many numbers (SJLT), where
-    there are more; None keeps all.
-    history: "selected", only chosen rows of large sources move the rule's state, or "all" rows of large sources.
-    per_source: choose within each large source by quotas; False chooses among all of them at once.
-    token_budget: padded tokens a forward pass; changes features by rounding only. projection: `LastLayer.of`.
-    seed: of everything random; the same seed, step and lane give the same choice, whatever happened before.
-    group: processes that all hold the same batch: each makes its share of the passes, and all get the same choice, that
-    of one process. None: this process alone.
+    Only the model's outputs are read: no weight, gradient, mode or global generator is changed, even if an error is
+    raised.
 
-    Memory: 4 bytes x rows x coordinates for features (x numel of the matrix while a rule with state reads them), and
+    Memory: 4 bytes x rows x coordinates for features (x elements of the matrix while a rule with state reads them), and
     the activations of the last layer and the head for `token_budget` tokens.
-    Source: Nguyen et al. 2025, arXiv 2407.19580. Differs: the default method is herding on exact gradients, because the
-    published feature is one number a row (one direction for all rows and steps), and medoids do not aim at the mean;
-    losses are means over a row's own tokens; randomness is private; when small sources overflow, they are drawn by
-    quotas; each process chooses among its own rows, where the published code gathers them, unless `group` holds one
-    batch; the activations of the choosing pass are not kept for training, which would take the memory of all rows.
-    Raises: UsageError for settings that do not exist; DataError for a model in which `LastLayer.of` finds nothing. A
-    call raises UsageError for a batch smaller than `keep`, DataError for rows without a supervised token or with a loss
-    that is not finite.
+
+    Args:
+        model: any decoder of transformers, with or without LoRA.
+        losses: (model, batch) -> mean loss of each row's supervised tokens, floating dtype [n];
+            `pipelines.models.losses.row_losses`.
+        keep: rows kept of each large batch; calls can override it.
+        small: sources whose rows are all kept (`small_sources`).
+        features: "exact", each row's gradient of the last value projection (LoRA's B, or the weight), for one forward
+            pass and a backward pass through the last layer; "probes", `probes` derivatives along random directions, for
+            forward passes of the last layer only; "paper_code", one direction for the whole run times its central
+            difference, the published method, whose features are all collinear.
+        method: a name of `CORESET_METHODS`.
+        metric: l1, l2 or cosine; used by facility location only.
+        rule: the rule that turns gradients into features: "none", "adam" (betas 0.9 and 0.999, eps 1e-8, with a
+            `History` of its own), or any elementwise `UpdateRule`; "auto" is adam for facility location and none for
+            other methods.
+        probes: number of random directions of features="probes".
+        eps: step of the finite differences of features="paper_code".
+        dim: largest feature dimension: facility location keeps this number of coordinates (`sparsify`), other methods
+            project to it (SJLT); None keeps all.
+        history: "selected" updates the rule's state with the chosen rows of large sources, "all" with all their rows.
+        per_source: True chooses within each large source by quotas, False among all large sources at once.
+        token_budget: tokens per forward pass, including padding; changes features by rounding only.
+        projection: see `LastLayer.of`.
+        seed: seed of all random draws; the same seed, step and lane give the same choice, whatever happened before.
+        group: processes that hold the same batch: each runs its share of the passes, and all get the same choice. None
+            means this process alone.
+
+    Attributes:
+        last: the last choice, a `Chosen`; None before the first call.
+        overflows: number of calls in which small sources alone had more than `keep` rows.
+
+    Raises:
+        UsageError: if a setting is unknown or not positive. Calls raise it for a batch with fewer than `keep` rows.
+        DataError: if `LastLayer.of` finds no projection. Calls raise it for rows without a supervised token or with a
+            loss that is not finite.
+
+    Source:
+        Nguyen et al. 2025, arXiv 2407.19580.
+
+    Differs:
+        The default method is herding on exact gradients, because the published feature is one number per row (one
+        direction for all rows and steps), and medoids do not approximate the mean. Losses are means over a row's own
+        tokens. Random draws use private generators. When small sources overflow, their rows are drawn by quotas. Each
+        process chooses among its own rows, where the published code gathers them, unless the processes of `group` hold
+        one batch. The activations of the choosing pass are not kept for training, which would need memory for all rows.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+        >>> def losses(model, batch):  # the mean loss of each row
+        ...     logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+        ...     return nn.functional.cross_entropy(logits.mT, batch["labels"][:, 1:], reduction="none").mean(1)
+        >>> colm = CoLM(model, losses, keep=4, small={"code"}, seed=0)
+        >>> tokens = torch.randint(50, (8, 6))
+        >>> chosen = colm({"input_ids": tokens, "labels": tokens}, ["code", *["web"] * 7], step=0)
+        >>> len(chosen.indices), int(chosen.indices[0])
+        (4, 0)
+
     """
 
     def __init__(
@@ -130,7 +175,7 @@ class CoLM:
         if keep < 1 or probes < 1 or not eps > 0:
             raise UsageError(f"coreset: keep={keep}, probes={probes}, eps={eps}; each must be above 0")
         while inner := getattr(model, "_orig_mod", None) or (model.module if isinstance(model, DDP) else None):
-            model = inner  # torch.compile and DDP: the choice reads layers inside, whose hooks they do not see
+            model = inner  # torch.compile and DDP do not run the hooks of inner layers, which the choice needs
         self.model, self.losses, self.keep, self.small = model, losses, keep, frozenset(small)
         self.kind, self.method, self.metric = CORESET_FEATURES[features], CORESET_METHODS[method], metric
         self.probes, self.eps, self.dim, self.per_source = probes, eps, dim, per_source
@@ -152,13 +197,27 @@ class CoLM:
         names: Sequence[object] | None = None,
         watch: bool = False,
     ) -> Selection:
-        """Rows of `batch` to train on: indices (small sources first) and weights, which are 1 but for matching pursuit.
+        """Choose the rows of `batch` to train on.
 
-        batch: what the model and `losses` take, tensors with one row an example: input_ids, labels, attention_mask, ...
-        sources: the source of each row; None is one source for all.
-        step, lane: which choice this is; lanes are micro-batches and ranks of one step.
-        names: what errors call each row; None is its place in the batch.
-        watch: also measure how well the choice, and random ones, match the whole batch (`last.match_error`).
+        Args:
+            batch: inputs of the model and of `losses`, with one row per example: input_ids and labels, int64 [n,
+                tokens], attention_mask, ...
+            sources: the source of each row [n]; None treats all rows as one source.
+            step: number of the training step.
+            lane: number of the choice within the step, for micro-batches and ranks.
+            keep: rows to keep; None is the value given to the constructor.
+            lengths: tokens of each row [n], for splitting the batch; None reads the attention mask.
+            names: names of the rows [n] for error messages; None uses their positions in the batch.
+            watch: also measure how well this choice and random ones match the gradient of the whole batch (`last`).
+
+        Returns:
+            indices (rows of small sources first) and weights, which are 1 for all methods but matching pursuit.
+
+        Raises:
+            UsageError: if the batch lacks inputs, has fewer than `keep` rows, or `sources`, `names` or `lengths` do not
+                match.
+            DataError: if rows have no supervised token, or their loss is not finite.
+
         """
         if missing := [key for key in ("input_ids", "labels") if key not in batch]:
             raise UsageError(f"coreset: the batch has no {missing[0]!r}, it has {sorted(batch)}; give both")
@@ -168,7 +227,7 @@ class CoLM:
         named: list[Hashable] = sources.tolist() if isinstance(sources, Tensor) else list(sources)
         for what, given in (("sources", named), ("names", names), ("lengths", lengths)):
             if given is not None and len(given) != n:
-                raise UsageError(f"coreset: {len(given)} {what} for a batch of {n} rows; expected one a row")
+                raise UsageError(f"coreset: {len(given)} {what} for a batch of {n} rows; expected one per row")
         empty = ((batch["labels"][:, 1:] != -100).sum(1) == 0).nonzero()[:, 0]
         if len(empty):
             raise DataError(
@@ -205,7 +264,7 @@ class CoLM:
         *,
         everything: bool,
     ) -> tuple[Selection, Tensor | None]:
-        """The choice, and the plain gradients [n, d] of all rows if `everything` was asked for and it read any."""
+        """Return the choice, and the plain gradients [n, d] of all rows if `everything` is set and any were read."""
         generator = self._generator("choice", step, lane)
         n = len(batch["input_ids"])
         read = torch.arange(n) if self.method.scope == "batch" else made.candidates()
@@ -249,8 +308,8 @@ class CoLM:
         *,
         project: bool,
     ) -> Tensor:
-        """Features of `rows`, [len(rows), *shape] of the kind, or [len(rows), dim] projected piece by piece."""
-        fixed = kind.one_direction or not self.history.plain  # one history needs the same directions
+        """Measure features of `rows`: [len(rows), *shape] of the kind, or [len(rows), dim] if `project` is set."""
+        fixed = kind.one_direction or not self.history.plain  # a history needs the same directions at every step
         generator = self._generator("probes", 0 if fixed else step, 0 if fixed else lane)
         directions = torch.randn(kind.directions(self.probes), *self.target.shape, generator=generator)
         directions = directions.to(self.target.parameter.device)
@@ -265,48 +324,76 @@ class CoLM:
         return found[:, :, None] * directions if kind.one_direction else found
 
     def _pieces(self, batch: Batch, rows: Tensor, lengths: Sequence[int] | None) -> Any:
-        """The parts of the batch that this process passes through the model, of all in turn, and their places."""
+        """Yield the positions and the rows of each micro-batch that this process passes through the model."""
         some = {key: tensor[rows.to(tensor.device)] for key, tensor in batch.items()}
         found = pieces(some, None if lengths is None else [lengths[i] for i in rows.tolist()], self.token_budget)
         return found if self.group is None else islice(found, self.group.rank(), None, self.group.size())
 
     def _of_all(self, found: Tensor) -> Tensor:
-        """Rows that this process has left at zero come from the others: the sum is exact, and the same on all."""
+        """Sum over processes: each row is zero in all processes but one, so the sum is exact and the same in all."""
         if self.group is not None:
             all_reduce(found, group=self.group)
         return found
 
     def _project(self, grads: Tensor) -> Tensor:
-        """[n, *shape] -> [n, d]: as they are, or projected where there are more than `dim` numbers."""
+        """Flatten gradients [n, *shape] to [n, d], projected if they have more than `dim` numbers."""
         if self.dim is None or grads[0].numel() <= self.dim:
             return grads.reshape(len(grads), -1)
         sketch = PROJECTORS["sjlt"].of({_NAME: grads.shape[1:]}, dim=self.dim, seed=self.seed)
         return sketch.project({_NAME: grads})
 
     def _generator(self, purpose: str, step: int, lane: int) -> torch.Generator:
-        """A generator that is a function of the seed, the purpose, the step and the lane."""
+        """Create a generator from the seed, the purpose, the step and the lane."""
         ticket = f"coreset\0{purpose}\0{self.seed}\0{step}\0{lane}"
         return torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(ticket.encode()) >> 1)
 
     # ---------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the next choices depend on besides the model: the history's tensors, by name; empty without one."""
+        """Return what the next choices depend on besides the model.
+
+        Returns:
+            The tensors of the history by name, and the count of overflows.
+
+        """
         state = {} if self.history.plain else {k: v.detach().clone() for k, v in self.history.state.items()}
         return state | {"overflows": torch.tensor(self.overflows)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a saved state. Raises: DataError if it is of other settings."""
+        """Restore a saved state.
+
+        Args:
+            state: result of `state_dict`.
+
+        Raises:
+            DataError: if it was saved with other settings.
+
+        """
         own = self.state_dict()
         wrong = [k for k in sorted(own.keys() | state.keys()) if k not in own or k not in state
                  or own[k].shape != state[k].shape]  # fmt: skip
         if wrong:
-            raise DataError(f"coreset: the saved history does not fit ({', '.join(wrong)}); it is of other settings")
+            raise DataError(
+                f"coreset: the saved history does not match ({', '.join(wrong)}); it was saved with other settings"
+            )
         self.overflows = int(state["overflows"])
         if not self.history.plain:
             self.history.state = {k: state[k].to(v.dtype) for k, v in self.history.state.items()}
 
 
 def kept_by_source(sources: Sequence[Hashable], selection: Selection) -> dict[str, int]:
-    """Rows kept of each source, by name."""
+    """Count the selected rows of each source.
+
+    Args:
+        sources: the source of each row of the batch.
+        selection: the selected rows.
+
+    Returns:
+        Source, as text -> number of rows; sources without selected rows are omitted.
+
+    Example:
+        >>> kept_by_source(["web", "code", "web"], Selection(torch.tensor([0, 2])))
+        {'web': 2}
+
+    """
     return by_source(sources, selection.indices)

@@ -1,4 +1,4 @@
-"""Exact gradients of one matrix, one per row, by a backward pass through the last layer alone."""
+"""Exact gradients of one matrix, one per row, by a backward pass through the last layer only."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor, nn
 
 from datatools.colm.feature import FeatureKind
@@ -14,12 +15,27 @@ from datatools.errors import DataError
 from datatools.gradients import Batch, Loss
 
 
-def exact_gradients(model: nn.Module, losses: Loss, batch: Batch, target: Target) -> Tensor:
-    """The gradient of each row's loss for the target's matrix: [b, *shape] float32; inside `evaluating`.
+def exact_gradients(
+    model: nn.Module, losses: Loss, batch: Batch, target: Target
+) -> Float32[Tensor, "b outputs inputs"]:
+    """Compute the gradient of each row's loss with respect to the target's matrix. Call it inside `evaluating`.
 
-    One forward pass; backward from the losses to the projection's output and no further. What comes before that output
-    keeps no activation, also where the embeddings ask for gradients (`enable_input_require_grads`, as adapters with
-    gradient checkpointing need). Where the target is no `product`, one backward pass per row.
+    This takes one forward pass, and a backward pass from the losses to the output of the projection. Earlier layers
+    keep no activations, even if the embeddings require gradients (`enable_input_require_grads`, which adapters with
+    gradient checkpointing need). If the target is not a `product`, one backward pass per row is needed.
+
+    Args:
+        model: the model that contains the target.
+        losses: (model, batch) -> mean loss of each row, floating dtype [b].
+        batch: inputs of b rows.
+        target: the matrix.
+
+    Returns:
+        float32 [b, outputs, inputs].
+
+    Raises:
+        DataError: if the forward pass does not call the target's layer.
+
     """
     if not target.product:
         return _row_by_row(model, losses, batch, target)
@@ -27,9 +43,9 @@ def exact_gradients(model: nn.Module, losses: Loss, batch: Batch, target: Target
 
     def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
-        torch.set_grad_enabled(True)  # the graph begins here; `no_grad` below puts the mode back
+        torch.set_grad_enabled(True)  # the graph begins here; `no_grad` below restores the mode
         y = output if output.requires_grad else output.detach().requires_grad_(True)
-        calls.append((x.detach().clone(), y))  # copies: some models write into a layer's input and output afterwards
+        calls.append((x.detach().clone(), y))  # copies, because some models change a layer's input and output in place
         return y.clone()
 
     with ExitStack() as hooks:
@@ -49,7 +65,7 @@ def exact_gradients(model: nn.Module, losses: Loss, batch: Batch, target: Target
 
 
 def _row_by_row(model: nn.Module, losses: Loss, batch: Batch, target: Target) -> Tensor:
-    """The definition: a backward pass for each row's loss."""
+    """Compute the gradients by definition: one backward pass for each row's loss."""
     asked = target.parameter.requires_grad
     target.parameter.requires_grad_(True)
     try:

@@ -1,4 +1,4 @@
-"""What a kind of feature is: what is measured of each row for a coreset method to read."""
+"""The record of a kind of feature: what is measured of each row for a coreset method to read."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from datatools.gradients import Batch, Loss
 
 
 class Measure(Protocol):
-    """The function of a kind of feature; it runs inside `evaluating`."""
+    """Signature of the function of a kind of feature; it is called inside `evaluating`."""
 
     def __call__(
         self, model: nn.Module, losses: Loss, batch: Batch, target: Target, directions: Tensor, *, eps: float
     ) -> Tensor:
-        """What is measured of the b rows of `batch`.
+        """Measure the b rows of `batch`.
 
         Args:
-            model: The model that trains.
-            losses: (model, batch) -> the mean loss of each row, [b].
-            batch: The inputs of b rows.
-            target: The matrix in question, of shape [outputs, inputs].
-            directions: Float [K, outputs, inputs], random; K is the kind's `directions`.
-            eps: The step of finite differences.
+            model: the model that is trained.
+            losses: (model, batch) -> the mean loss of each row, floating dtype [b].
+            batch: inputs of b rows.
+            target: the matrix, of shape [outputs, inputs].
+            directions: random, float32 [K, outputs, inputs]; K is the kind's `directions`.
+            eps: step of finite differences.
 
         Returns:
-            Float32 [b, outputs, inputs] for a kind that is `exact`, [b, K] for others.
+            float32 [b, outputs, inputs] for a kind that is `exact`, [b, K] for others.
+
         """
 
 
@@ -38,14 +39,21 @@ class FeatureKind:
     """One entry of `datatools.CORESET_FEATURES`.
 
     Attributes:
-        name: What the setting `coreset.features` calls it.
-        title: What it is, for the documentation.
-        measure: The function.
-        cost: What it costs, in passes.
-        directions: The setting `probes` -> how many random directions it measures along.
-        exact: Whether it measures the gradient itself; matching errors are then read off it.
-        one_direction: Whether the direction is the same in the whole run, and the feature the measured number times it.
-        as_training: Whether a row costs about as much time as training on it, rather than as much as a forward pass.
+        name: value of the setting `coreset.features`.
+        title: description for the documentation.
+        measure: the function that measures.
+        cost: its cost, in passes.
+        directions: setting `probes` -> number of random directions.
+        exact: whether it measures the gradient itself, from which matching errors can be computed.
+        one_direction: whether the direction is the same in the whole run, and the feature is the direction times the
+            measured number.
+        as_training: whether a row costs about as much time as training on it; False means about one forward pass.
+
+    Example:
+        >>> from datatools import CORESET_FEATURES
+        >>> CORESET_FEATURES["probes"].directions(64), CORESET_FEATURES["paper_code"].directions(64)
+        (64, 1)
+
     """
 
     name: str
@@ -58,9 +66,27 @@ class FeatureKind:
     as_training: bool = True
 
     def measured(self, target: Target, probes: int) -> tuple[int, ...]:
-        """The shape of what is measured of a row."""
+        """Return the shape of what is measured of one row.
+
+        Args:
+            target: the matrix.
+            probes: the setting of that name.
+
+        Returns:
+            The shape.
+
+        """
         return target.shape if self.exact else (self.directions(probes),)
 
     def shape(self, target: Target, probes: int) -> tuple[int, ...]:
-        """The shape of a row's feature."""
+        """Return the shape of the feature of one row.
+
+        Args:
+            target: the matrix.
+            probes: the setting of that name.
+
+        Returns:
+            The shape.
+
+        """
         return target.shape if self.one_direction else self.measured(target, probes)

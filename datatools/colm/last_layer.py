@@ -1,12 +1,12 @@
-"""The last value projection of a decoder, found by trying: the matrix whose per-example gradients are features.
+"""The last value projection of a decoder, found by trial: the matrix whose per-sample gradients are features.
 
-A matrix inside a late decoder layer changes nothing before that layer. So the exact gradient of each example needs one
-forward pass, of which only what follows the projection is differentiated (`exact.py`); and a directional derivative
-needs the layers from there on, run again on their stored input (`replay.py`): those before are skipped inside the
-model's own forward pass, so that masks, positions, scaling of logits and the head are the model's own code.
+A matrix inside a late decoder layer affects nothing before that layer. So the exact per-sample gradients need one
+forward pass, of which only the part after the projection is differentiated (`exact.py`). A directional derivative needs
+only the layers from there on, run again on their stored input (`replay.py`): earlier layers are skipped inside the
+model's own forward pass, so that masks, positions, scaling of logits and the head remain the model's own code.
 
-Which matrix it is, and that the fast ways are right for the model at hand, is found by trying on a few random tokens
-(`LastLayer.of`). Where a fast way is not right, the definition is used: a backward pass per row, whole forward passes.
+`LastLayer.of` finds the matrix, and checks that the fast paths are correct for the model, by trial on a few random
+tokens. Where a fast path is not correct, the definition is used: one backward pass per row, and whole forward passes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datatools.colm.exact import exact_gradients
+from datatools.colm.layer_calls import blocks_of, matrices_of
 from datatools.colm.probes import slopes
 from datatools.colm.replay import evaluating, loss_of, replaying
 from datatools.colm.target import Target
-from datatools.colm.value_rows import Found, Kind, Place, all_of, blocks_of, look, matrices_of, named_for_values
+from datatools.colm.value_rows import Found, Kind, Place, all_of, look, named_for_values
 from datatools.errors import DataError
 from datatools.gradients import Batch
 
@@ -33,21 +34,41 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class LastLayer(Target):
-    """The last value projection of a decoder."""
+    """The last value projection of a decoder.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        >>> last = LastLayer.of(LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)))
+        >>> last.name, last.shape
+        ('model.layers.1.self_attn.v_proj.weight', (16, 16))
+
+    """
 
     @classmethod
     def of(cls, model: nn.Module, projection: str | None = None) -> LastLayer:
-        """Find it in `model`, by a few small passes on random tokens; no weight, mode or global generator changes.
+        """Find the last value projection of `model` by a few small passes on random tokens.
 
-        The last layer that has attention of its own counts, where the last ones have none (hybrids, shared keys and
-        values). projection: the name of a linear layer inside a decoder layer, or its end, to have that one instead.
-        Raises: DataError where nothing fits, saying what was looked for.
+        No weight, mode or global generator changes. If the last layers have no attention of their own (hybrids, shared
+        keys and values), the last layer that has is used.
+
+        Args:
+            model: a decoder.
+            projection: name of a linear layer inside a decoder layer, or the end of its name, to use that layer
+                instead.
+
+        Returns:
+            The target.
+
+        Raises:
+            DataError: if no layer is suitable; the message describes what was looked for.
+
         """
         kind = type(model).__name__
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise DataError(f"{kind} is an encoder-decoder; coresets need a decoder-only model")
         if hasattr(model, "_orig_mod") or isinstance(model, DistributedDataParallel):
-            raise DataError(f"{kind} is a wrapper whose layers hooks do not see; pass the model that is inside it")
+            raise DataError(f"{kind} is a wrapper that does not run the hooks of inner layers; pass the inner model")
         if not _takes_tokens(model):
             return _by_name(cls, model, projection)
         known = matrices_of(model)
@@ -56,10 +77,10 @@ class LastLayer(Target):
         with evaluating(model), _untouched(model):
             try:
                 found = look(model, lambda rows, tokens: _logits(model, _tokens(model, rows, tokens)), projection)
-            except Exception as error:  # whatever a model raises that wants other inputs
+            except Exception as error:  # models that need other inputs raise all kinds of errors
                 raise DataError(
-                    f"{kind}: a few random tokens could not be passed through it and back ({_line(error)}); coresets "
-                    "need a decoder that takes input_ids alone and can be differentiated here"
+                    f"{kind}: a forward and backward pass on a few random tokens failed ({_line(error)}); coresets "
+                    "need a differentiable decoder whose only required input is input_ids"
                 ) from error
             if projection is not None and projection not in found.first:
                 raise DataError(f"{kind}: no decoder layer uses {projection!r}; name a linear layer inside one")
@@ -69,13 +90,13 @@ class LastLayer(Target):
 
 
 def _takes_tokens(model: nn.Module) -> bool:
-    """Whether `model` is a language model, as transformers or peft make them."""
+    """Return whether `model` is a language model of transformers or peft."""
     embeddings = getattr(model, "get_input_embeddings", None)
     return callable(embeddings) and hasattr(model, "config")
 
 
 def _full_name(model: nn.Module, known: Mapping[str, nn.Module], projection: str) -> str:
-    """The last linear layer whose name is `projection` or ends in it: adapters put names before a model's own."""
+    """Find the last linear layer whose name is `projection` or ends in it, because adapters add prefixes to names."""
     modules: list[tuple[str, nn.Module]] = list(model.named_modules())
     for name, module in reversed(modules):
         if name == projection or name.endswith(f".{projection}"):
@@ -86,12 +107,12 @@ def _full_name(model: nn.Module, known: Mapping[str, nn.Module], projection: str
 
 
 def _some(names: Mapping[str, object]) -> str:
-    """The linear layers of a model, without the numbers of layers."""
+    """List linear layers with `*` in place of layer numbers."""
     return ", ".join(dict.fromkeys(".".join("*" if x.isdigit() else x for x in name.split(".")) for name in names))
 
 
 def _by_name(cls: type[LastLayer], model: nn.Module, projection: str | None) -> LastLayer:
-    """For modules that are not language models of transformers: a layer with the name of a value projection."""
+    """Find a layer by the usual names of value projections, for modules that are not transformers language models."""
     known, blocks = matrices_of(model), blocks_of(model)
     if not blocks:
         raise DataError(f"{type(model).__name__}: no decoder found; looked for an nn.ModuleList of layers")
@@ -116,7 +137,7 @@ def _by_name(cls: type[LastLayer], model: nn.Module, projection: str | None) -> 
 
 
 def _no_values(cls: type[LastLayer], model: nn.Module, found: Found) -> str:
-    """What to say of a model without a value projection, with one that can be named instead."""
+    """Compose the error for a model without a value projection, with a layer that can be named instead."""
     last = found.calls[-1] if found.calls else ""
     inside = [name for name in found.first if name.startswith(f"{last}.")]
     text = (
@@ -133,7 +154,7 @@ def _no_values(cls: type[LastLayer], model: nn.Module, found: Found) -> str:
 
 
 def _placed(cls: type[LastLayer], model: nn.Module, found: Found, place: Place) -> LastLayer:
-    """The target for rows of a linear layer, with the decoder layers that are called up to its first call."""
+    """Build the target for rows of a linear layer, with the decoder layers that are called up to its first call."""
     target, known = _target(cls, model, place.projection, place.rows, place.kind), matrices_of(model)
     sharing = {id(module) for module in target.sharing}
     start = min(i for name, i in found.first.items() if id(known[name]) in sharing)
@@ -143,7 +164,7 @@ def _placed(cls: type[LastLayer], model: nn.Module, found: Found, place: Place) 
 
 
 def _target(cls: type[LastLayer], model: nn.Module, where: str, rows: Tensor, kind: Kind) -> LastLayer:
-    """The parameter of a projection, and which part of it stands for the outputs `rows`; without the layers."""
+    """Build the target for the outputs `rows` of a projection, without its decoder layers."""
     known = matrices_of(model)
     module = known[where]
     adapter = _adapter(module, where)
@@ -172,7 +193,7 @@ def _target(cls: type[LastLayer], model: nn.Module, where: str, rows: Tensor, ki
 
 
 def _weight(module: nn.Module, adapter: str | None) -> tuple[nn.Parameter | None, bool]:
-    """LoRA's B, or the weight of a linear layer if it is one of numbers; and whether it is [in, out], as Conv1D's."""
+    """Return LoRA's B, or a linear layer's floating-point weight; and whether it is [in, out], as in Conv1D."""
     if adapter is not None:
         b: Any = module.lora_B[adapter]  # type: ignore[index]
         return (b if isinstance(b, nn.Parameter) else b.weight), False  # AdaLoRA keeps B itself
@@ -183,18 +204,18 @@ def _weight(module: nn.Module, adapter: str | None) -> tuple[nn.Parameter | None
 
 
 def _adapter(module: nn.Module, where: str) -> str | None:
-    """The LoRA adapter in force on `module`, if any; merged ones are its weight. Raises: DataError for several."""
+    """Return the active LoRA adapter of `module`, if any; merged ones count as its weight. Several are refused."""
     if not hasattr(module, "lora_B") or getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
         return None
     active = list(getattr(module, "active_adapters", []))
     adapters = [name for name in active if name in module.lora_B]  # type: ignore[operator]
     if len(adapters) > 1:
-        raise DataError(f"{where}: expected one LoRA adapter in force, not {active}; merge or disable the others")
+        raise DataError(f"{where}: expected one active LoRA adapter, not {active}; merge or disable the others")
     return str(adapters[0]) if adapters else None
 
 
 def _tokens(model: nn.Module, rows: int, tokens: int) -> Tensor:
-    """Random tokens that are no special ones: [rows, tokens]."""
+    """Draw random tokens, int64 [rows, tokens], without special tokens."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     config: Any = model.config
     special = {v for k, v in config.to_dict().items() if k.endswith("token_id") and isinstance(v, int)}
@@ -210,16 +231,16 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _probe(model: nn.Module, batch: Batch) -> Tensor:
-    """One number a row that depends on all of its logits: a loss to try things on."""
+    """Compute one number per row that depends on all of its logits: a loss for trials."""
     logits = _logits(model, batch["input_ids"]).flatten(1).float()
     return logits @ torch.arange(logits.shape[1], device=logits.device).mul(0.7).cos()
 
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever a model draws or changes inside, its modules and the global generators are as they were behind it.
+    """Restore the model's modules and the global generators at the end, whatever the model changes in the block.
 
-    Raises: DataError for a model that puts other modules in place of its own when it sees so few tokens.
+    Raises DataError for a model that replaces its own modules when it gets so few tokens.
     """
     plain = (str, int, float, bool, type(None))
     modules = {name: dict(module._modules) for name, module in model.named_modules()}
@@ -239,16 +260,16 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             vars(owner).update({key: value for key, value in before.items() if vars(owner).get(key) != value})
         if replaced:
             raise DataError(
-                f"{type(model).__name__}: it replaces modules of {replaced[0]} when it sees few tokens, so that its "
-                "layers cannot be relied on; load it with one kind of attention for all lengths (BigBird: "
+                f"{type(model).__name__}: it replaces modules of {replaced[0]} for short inputs, so hooks on its "
+                "layers are unreliable; load it with one kind of attention for all lengths (BigBird: "
                 "attention_type='original_full' in its configuration)"
             )
 
 
 def _tried(model: nn.Module, target: LastLayer) -> LastLayer:
-    """`target` with the fast ways that are right for this model. Raises: DataError where none gives a gradient."""
-    batch = {"input_ids": _tokens(model, 3, 5)}  # as many tokens as rows would hide which is which
-    dtype: list[torch.dtype] = []  # also of what runs under autocast
+    """Set the fast paths of `target` that are correct for this model. DataError if it gets no gradient at all."""
+    batch = {"input_ids": _tokens(model, 3, 5)}  # unequal numbers of rows and tokens, to tell the dimensions apart
+    dtype: list[torch.dtype] = []  # of the output, which autocast may change
     handle = target.projection.register_forward_hook(lambda _, args, output: dtype.append(output.dtype))
     try:
         want = exact_gradients(model, _probe, batch, replace(target, product=False))
@@ -291,7 +312,7 @@ def _tried(model: nn.Module, target: LastLayer) -> LastLayer:
 def _or_none(function: Callable[[], T]) -> T | None:
     try:
         return function()
-    except Exception:  # what a fast way meets in a model that it does not fit; the definition is used instead
+    except Exception:  # a fast path that does not suit the model may raise anything; the definition is used instead
         return None
 
 

@@ -1,8 +1,9 @@
-"""Derivatives of each row's loss along random directions, by forward-mode passes through the last layer alone."""
+"""Derivatives of each row's loss along random directions, by forward-mode passes through the last layer only."""
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -14,15 +15,31 @@ from datatools.gradients import Batch, Loss
 
 
 def directional_derivatives(
-    model: nn.Module, losses: Loss, batch: Batch, target: Target, directions: Tensor, *, chunk: int = 8
-) -> Tensor:
-    """z_k . gradient_i for directions z [K, *shape]: [b, K] float32, by forward-mode passes through the last layer.
+    model: nn.Module,
+    losses: Loss,
+    batch: Batch,
+    target: Target,
+    directions: Float[Tensor, "K outputs inputs"],
+    *,
+    chunk: int = 8,
+) -> Float32[Tensor, "b K"]:
+    """Compute z_k . gradient_i for directions z by forward-mode passes through the last layer, inside `evaluating`.
 
-    Inside `evaluating`.
+    The result is exact up to rounding, without the cancellation of loss differences, which is too large in bfloat16.
+    Models with an operation for which torch has no forward derivative, or which it cannot batch, use `exact_gradients`
+    instead.
 
-    Exact up to rounding, and without the cancellation of differences of losses, which bfloat16 does not survive.
-    chunk: directions at a time; memory is that of so many forward passes of one layer and the head. Models with an
-    operation that torch has no forward derivative of, or cannot batch, get the products of `exact_gradients`.
+    Args:
+        model: the model that contains the target.
+        losses: (model, batch) -> mean loss of each row, floating dtype [b].
+        batch: inputs of b rows.
+        target: the matrix.
+        directions: z, floating dtype [K, outputs, inputs].
+        chunk: directions per pass; memory is that of `chunk` forward passes of one layer and the head.
+
+    Returns:
+        float32 [b, K].
+
     """
     if target.forwards:
         try:
@@ -30,14 +47,28 @@ def directional_derivatives(
                 return torch.cat([slopes(model, losses, batch, target, z) for z in torch.split(directions, chunk)], 1)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, NotImplementedError):  # an operation of this batch that the few tokens did not meet
+        except (RuntimeError, NotImplementedError):  # an operation that the trial on a few tokens did not use
             pass
     grads = exact_gradients(model, losses, batch, target)
     return torch.einsum("bij,kij->bk", grads, directions.to(grads))
 
 
-def slopes(model: nn.Module, losses: Loss, batch: Batch, target: Target, directions: Tensor) -> Tensor:
-    """[b, K] float32 for directions [K, *shape] at a time, by forward-mode passes of what the model runs."""
+def slopes(
+    model: nn.Module, losses: Loss, batch: Batch, target: Target, directions: Float[Tensor, "K outputs inputs"]
+) -> Float32[Tensor, "b K"]:
+    """Compute directional derivatives for all directions at once, in forward mode.
+
+    Args:
+        model: the model that contains the target.
+        losses: (model, batch) -> mean loss of each row, floating dtype [b].
+        batch: inputs of b rows.
+        target: the matrix.
+        directions: floating dtype [K, outputs, inputs].
+
+    Returns:
+        float32 [b, K].
+
+    """
     value, loss = target.parameter.detach(), loss_of(model, losses, batch, target)
 
     def along(direction: Tensor) -> Tensor:
@@ -50,7 +81,7 @@ def slopes(model: nn.Module, losses: Loss, batch: Batch, target: Target, directi
 
 
 def _measure(model: nn.Module, losses: Loss, batch: Batch, target: Target, directions: Tensor, *, eps: float) -> Tensor:
-    # scaled so that inner products of features are unbiased estimates of those of gradients
+    # scaled so that inner products of features are unbiased estimates of inner products of gradients
     scale: float = len(directions) ** 0.5
     return directional_derivatives(model, losses, batch, target, directions) / scale
 

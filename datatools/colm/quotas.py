@@ -1,4 +1,4 @@
-"""How many rows of a batch are kept of each source: rows of small sources all, of the others by quotas."""
+"""Quotas: how many rows of a batch are kept of each source. All rows of small sources are kept."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from datatools.errors import UsageError
@@ -15,14 +16,23 @@ from datatools.selection.candidates import Selection
 
 @dataclass(frozen=True)
 class Plan:
-    """What must be trained, and how many rows may be chosen out of which.
+    """The rows of a batch that are always trained on, and how many may be chosen from which others.
 
-    kept: int64, rows of small sources, always trained.
-    groups: (rows of one large source, how many of them to choose).
-    overflow: the small sources alone held more rows than may be kept; `kept` is a draw with quotas by source.
+    Attributes:
+        kept: rows of small sources, always trained on, int64 [m].
+        groups: (rows of one large source, int64; number of them to choose) for each large source.
+        overflow: whether the small sources alone have more rows than may be kept; `kept` is then drawn by quotas.
+
+    Example:
+        >>> made = plan(["code", "web", "web", "web"], 2, {"code"}, generator=torch.Generator())
+        >>> made.kept, made.groups
+        (tensor([0]), ((tensor([1, 2, 3]), 1),))
+        >>> made.free, made.candidates()
+        (True, tensor([1, 2, 3]))
+
     """
 
-    kept: Tensor
+    kept: Int64[Tensor, " m"]
     groups: tuple[tuple[Tensor, int], ...]
     overflow: bool
 
@@ -31,16 +41,29 @@ class Plan:
 
     @property
     def free(self) -> bool:
-        """Whether there is anything to choose."""
+        """Whether there is a choice: some group with a quota below its size."""
         return any(0 < quota < len(rows) for rows, quota in self.groups)
 
-    def candidates(self) -> Tensor:
-        """int64, the rows of all groups, ascending."""
+    def candidates(self) -> Int64[Tensor, " c"]:
+        """List the rows of all groups.
+
+        Returns:
+            int64 [c], ascending.
+
+        """
         rows = [rows for rows, _ in self.groups]
         return torch.cat(rows).sort().values if rows else torch.zeros(0, dtype=torch.int64)
 
     def draw(self, generator: torch.Generator) -> Selection:
-        """Random rows with the same kept rows and quotas: the control that every choice has to beat."""
+        """Draw random rows with the same kept rows and quotas: the control that every method has to beat.
+
+        Args:
+            generator: source of randomness.
+
+        Returns:
+            The rows, with weights of 1.
+
+        """
         picks = [rows[torch.randperm(len(rows), generator=generator)[:quota]] for rows, quota in self.groups]
         return Selection(torch.cat([self.kept, *picks]))
 
@@ -53,16 +76,34 @@ def plan(
     per_source: bool = True,
     generator: torch.Generator,
 ) -> Plan:
-    """Which rows of a batch are kept anyway, and how many to choose of each large source.
+    """Decide which rows of a batch are kept anyway, and how many to choose of each large source.
 
-    Quotas are in proportion to the rows that a source has in this batch (`budgets`); sources are taken in the order of
-    their names. per_source=False makes one group of all large sources.
-    Raises: UsageError unless 1 <= keep <= n.
+    Quotas are proportional to the number of rows that a source has in this batch (`budgets`). Sources are processed in
+    the order of their names.
+
+    Args:
+        sources: the source of each row [n].
+        keep: number of rows to keep.
+        small: sources whose rows are all kept.
+        per_source: False makes one group of all large sources.
+        generator: source of randomness, used if the small sources overflow.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UsageError: unless 1 <= keep <= n.
+
+    Example:
+        >>> made = plan(["web"] * 6 + ["maths"] * 2, 4, generator=torch.Generator())
+        >>> [quota for rows, quota in made.groups]
+        [1, 3]
+
     """
     n = len(sources)
     if not 1 <= keep <= n:
         raise UsageError(
-            f"coreset: {keep} rows to keep of a batch of {n}; keep at least 1 and at most the batch, "
+            f"coreset: cannot keep {keep} rows of a batch of {n}; keep between 1 and {n}, "
             "or make the large batch larger (--large-batch)"
         )
     rows: dict[Hashable, list[int]] = {}
@@ -86,14 +127,28 @@ def plan(
 
 
 def budgets(sizes: Sequence[int], total: int) -> list[int]:
-    """`total` shared out in proportion to `sizes` by largest remainder; ties go to the lower index.
+    """Divide `total` in proportion to `sizes` by the largest-remainder method; ties go to the lower index.
 
-    No share exceeds its size: a quota is at most the size, and a whole number is never rounded up.
-    Raises: ValueError unless 0 <= total <= sum(sizes) and no size is negative.
+    No share exceeds its size.
+
+    Args:
+        sizes: rows per source, none negative.
+        total: number of rows to divide.
+
+    Returns:
+        Rows for each source; their sum is `total`.
+
+    Raises:
+        ValueError: unless 0 <= total <= sum(sizes) and no size is negative.
+
+    Example:
+        >>> budgets([5, 3, 2], 5)
+        [3, 1, 1]
+
     """
     whole = sum(sizes)
     if min(sizes, default=0) < 0 or not 0 <= total <= whole:
-        raise ValueError(f"budgets: {total} of {whole} rows; expected at least 0 and at most as many as there are")
+        raise ValueError(f"budgets: {total} of {whole} rows; expected between 0 and {whole}")
     if whole == 0:
         return [0] * len(sizes)
     shares = [total * size // whole for size in sizes]
@@ -103,6 +158,15 @@ def budgets(sizes: Sequence[int], total: int) -> list[int]:
     return shares
 
 
-def by_source(sources: Sequence[Hashable], rows: Tensor) -> dict[str, int]:
-    """How many of `rows` each source has, by name; sources with none are left out."""
+def by_source(sources: Sequence[Hashable], rows: Int64[Tensor, " m"]) -> dict[str, int]:
+    """Count rows by source.
+
+    Args:
+        sources: the source of each row of the batch.
+        rows: positions in the batch, int64 [m].
+
+    Returns:
+        Source, as text -> number of rows; sources without rows are omitted.
+
+    """
     return dict(sorted(Counter(str(sources[i]) for i in rows.tolist()).items()))

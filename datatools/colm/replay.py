@@ -1,4 +1,4 @@
-"""Only the last layers of a model, run again on their stored input."""
+"""Run only the last layers of a model again, on their stored input."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -17,7 +18,12 @@ from datatools.gradients import Batch, Loss, _Bound, _frozen
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode inside, and no parameter asks for a gradient; behind it each has its own setting again."""
+    """Put `model` into eval mode with no parameter requiring a gradient; both are restored at the end.
+
+    Args:
+        model: the model.
+
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -34,10 +40,20 @@ class _Stop(Exception):
 
 @contextmanager
 def replaying(model: nn.Module, losses: Loss, batch: Batch, target: Target) -> Iterator[None]:
-    """Inside, the model's forward pass on `batch` runs the target's decoder layer and what follows, and no other.
+    """Inside the block, forward passes on `batch` run only the target's decoder layer and the following layers.
 
-    The layers before run once, without gradients, on entry; what the target's layer got then is what it gets again.
-    Nothing is skipped in models in which that would not give the same losses (`LastLayer.replays`).
+    The earlier layers run once, without gradients, when the block is entered; their output is reused. In models where
+    this would not give the same losses (`LastLayer.replays`), no layer is skipped.
+
+    Args:
+        model: the model that contains the target.
+        losses: (model, batch) -> mean loss of each row, floating dtype [b].
+        batch: inputs of b rows, the same for every forward pass in the block.
+        target: the matrix.
+
+    Raises:
+        DataError: if the forward pass does not call the target's layer.
+
     """
     if not target.replays:
         yield
@@ -52,7 +68,7 @@ def replaying(model: nn.Module, losses: Loss, batch: Batch, target: Target) -> I
         raise _Stop
 
     def note(layer: nn.Module, _: Any, output: Any) -> None:
-        # the type and shapes of what a skipped layer gives back; nobody reads its values
+        # the type and shapes of what a skipped layer returns; its values are not read
         blank[layer] = tree_map_only(Tensor, lambda t: t.new_zeros(()).expand(t.shape), output)
 
     with ExitStack() as hooks:
@@ -66,7 +82,7 @@ def replaying(model: nn.Module, losses: Loss, batch: Batch, target: Target) -> I
         except _Stop:
             pass
 
-    reached = False  # the target's layer, in this forward pass
+    reached = False  # whether this forward pass has reached the target's layer
 
     def begin(*_: Any) -> None:
         nonlocal reached
@@ -79,7 +95,7 @@ def replaying(model: nn.Module, losses: Loss, batch: Batch, target: Target) -> I
         reached = True
         again = dict(given["kwargs"])
         for key, value in again.items():
-            if isinstance(value, dict) and isinstance(kwargs.get(key), MutableMapping):  # layers share it by writing
+            if isinstance(value, dict) and isinstance(kwargs.get(key), MutableMapping):  # layers communicate through it
                 kwargs[key].update(value)
                 again[key] = kwargs[key]
             elif isinstance(value, Tensor):
@@ -108,8 +124,21 @@ def replaying(model: nn.Module, losses: Loss, batch: Batch, target: Target) -> I
                     layer.forward = forward
 
 
-def loss_of(model: nn.Module, losses: Loss, batch: Batch, target: Target) -> Callable[[Tensor], Tensor]:
-    """Losses [b] as a function of the target's parameter, which is swapped, never written to."""
+def loss_of(
+    model: nn.Module, losses: Loss, batch: Batch, target: Target
+) -> Callable[[Float[Tensor, "rows columns"]], Float[Tensor, " b"]]:
+    """Express the losses as a function of the target's parameter, which is substituted and never written to.
+
+    Args:
+        model: the model that contains the target.
+        losses: (model, batch) -> mean loss of each row, floating dtype [b].
+        batch: inputs of b rows.
+        target: the matrix.
+
+    Returns:
+        Value of the whole parameter -> losses [b].
+
+    """
     bound = _Rows(model, losses)
     return lambda value: torch.func.functional_call(bound, {f"module.{target.name}": value}, (batch,))
 

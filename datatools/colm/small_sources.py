@@ -1,10 +1,11 @@
-"""Which sources are small, how many rows each of the others may keep, and sources for rows that have none."""
+"""Which sources are small, and clusters as sources for rows that have none."""
 
 from collections.abc import Hashable, Mapping
 from typing import TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from datatools.errors import UsageError
@@ -13,27 +14,58 @@ Source = TypeVar("Source", bound=Hashable)
 
 
 def small_sources(counts: Mapping[Source, int]) -> frozenset[Source]:
-    """The sources with fewer rows than the average source: fewer than |V| / c of |V| rows from c sources.
+    """Find the sources with fewer rows than the average source.
 
-    counts: rows of each source in the whole training set, not in a batch.
-    Source: CoLM, arXiv 2407.19580, section 4.1.
+    Args:
+        counts: source -> rows in the whole training set, not in a batch.
+
+    Returns:
+        The small sources: those with fewer than |V| / c rows, for |V| rows from c sources.
+
+    Source:
+        CoLM, arXiv 2407.19580, section 4.1.
+
+    Example:
+        >>> small_sources({"code": 40, "web": 5_000})
+        frozenset({'code'})
+
     """
     total = sum(counts.values())
     return frozenset(source for source, count in counts.items() if count * len(counts) < total)
 
 
-def cluster_sources(vectors: Tensor, clusters: int, *, seed: int) -> Tensor:
-    """Sources for rows that carry none: int64 [n], k-means clusters of `vectors` [n, d], such as mean hidden states.
+def cluster_sources(vectors: Float[Tensor, "n d"], clusters: int, *, seed: int) -> Int64[Tensor, " n"]:
+    """Create sources for rows that have none: k-means clusters of vectors such as mean hidden states.
 
     Vectors are scaled to unit length first. The same vectors and seed give the same clusters.
-    Source: CoLM, arXiv 2407.19580, section 5 (SuperGLUE).
-    Differs: the paper clusters again four times while training; here the clusters stay.
-    Raises: UsageError unless 1 <= clusters <= n.
+
+    Args:
+        vectors: floating dtype [n, d].
+        clusters: number of clusters.
+        seed: seed of k-means.
+
+    Returns:
+        The cluster of each row, int64 [n].
+
+    Raises:
+        UsageError: unless 1 <= clusters <= n.
+
+    Source:
+        CoLM, arXiv 2407.19580, section 5 (SuperGLUE).
+
+    Differs:
+        The paper clusters again four times during training; here clusters are computed once.
+
+    Example:
+        >>> found = cluster_sources(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), 2, seed=0)
+        >>> bool(found[0] == found[1]), bool(found[0] == found[2])
+        (True, False)
+
     """
     from sklearn.cluster import KMeans
 
     if not 1 <= clusters <= len(vectors):
-        raise UsageError(f"clusters={clusters} of {len(vectors)} rows; expected between 1 and {len(vectors)}")
+        raise UsageError(f"clusters={clusters} for {len(vectors)} rows; expected between 1 and {len(vectors)}")
     rows = torch.nn.functional.normalize(vectors.double(), dim=1).cpu().numpy()
     found = KMeans(clusters, n_init=4, random_state=seed % 2**32).fit(rows)
     return torch.from_numpy(found.labels_.astype(np.int64))

@@ -1,10 +1,11 @@
-"""The matrix whose gradient is a row's feature, and what is known of the model around it."""
+"""The matrix whose per-sample gradients are features, and properties of the model around it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from datatools.colm.value_rows import Kind
@@ -12,17 +13,26 @@ from datatools.colm.value_rows import Kind
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A matrix inside a late decoder layer, whose gradient is a row's feature; `LastLayer.of` finds it.
+    """A matrix inside a late decoder layer whose gradient is a row's feature; `LastLayer.of` finds it.
 
-    layers: the decoder layers up to the one that calls it first, in the order of their calls. projection: the linear
-    layer. sharing: all layers that use its weight; there are several in models that repeat a layer. name: the
-    parameter, as in `model.named_parameters()`: LoRA's B if the projection has an adapter, else its weight. outputs:
-    which of the projection's outputs count: of a joint projection those that are values. shape: [outputs, inputs] of
-    the matrix, or [outputs, rank]. kind: "values"; "output", the output projection of the last mixer, where no layer
-    makes values (Mamba); "named", all outputs of a projection that was asked for.
-    product: gradients are products of the projection's inputs and output gradients, whose first dimension is the row;
-    else there is one backward pass per row. replays: running from that layer on gives what the whole model gives.
-    forwards: torch's forward-mode derivative is the derivative.
+    Attributes:
+        layers: the decoder layers up to the one that calls it first, in the order of their calls.
+        projection: the linear layer.
+        sharing: all layers that use its weight; there are several in models that repeat a layer.
+        name: the parameter, as in `model.named_parameters()`: LoRA's B if the projection has an adapter, else its
+            weight.
+        outputs: which outputs of the projection count: for a joint projection, those that are values.
+        shape: [outputs, inputs] of the matrix, or [outputs, rank].
+        parameter: the parameter itself, floating dtype.
+        transposed: whether the parameter is stored as [inputs, outputs], as in GPT-2's Conv1D.
+        adapter: name of the LoRA adapter; None without one.
+        kind: "values"; "output", the output projection of the last mixer, in models where no layer computes values
+            (Mamba); "named", all outputs of a projection that was requested by name.
+        product: whether gradients are products of the projection's inputs and output gradients, whose first dimension
+            is the row; if not, there is one backward pass per row.
+        replays: whether running the model from that layer on gives the same losses as running it whole.
+        forwards: whether torch's forward-mode derivative is correct for this model.
+
     """
 
     layers: tuple[nn.Module, ...]
@@ -41,21 +51,48 @@ class Target:
 
     @property
     def numel(self) -> int:
-        """Numbers in the matrix."""
+        """Number of elements of the matrix."""
         return self.shape[0] * self.shape[1]
 
-    def embed(self, direction: Tensor) -> Tensor:
-        """A direction [*shape] as one of the whole parameter: zero for outputs that do not count."""
+    def embed(self, direction: Float[Tensor, "outputs inputs"]) -> Float[Tensor, "rows columns"]:
+        """Extend a direction of the matrix to the whole parameter, with zeros for outputs that do not count.
+
+        Args:
+            direction: floating dtype [outputs, inputs].
+
+        Returns:
+            In the shape and dtype of the parameter.
+
+        """
         whole = torch.zeros_like(self.parameter)
         (whole.T if self.transposed else whole)[self.outputs] = direction.to(whole.dtype)
         return whole
 
-    def part(self, grad: Tensor) -> Tensor:
-        """The outputs that count [*shape] of a gradient of the whole parameter."""
+    def part(self, grad: Float[Tensor, "rows columns"]) -> Float[Tensor, "outputs inputs"]:
+        """Extract the outputs that count from a gradient of the whole parameter.
+
+        Args:
+            grad: in the shape of the parameter.
+
+        Returns:
+            [outputs, inputs].
+
+        """
         return (grad.T if self.transposed else grad)[self.outputs]
 
-    def contract(self, x: Tensor, g: Tensor) -> Tensor:
-        """Inputs x [b, ..., in] and output gradients g [b, ..., out] -> per-example gradients [b, *shape], float32."""
+    def contract(
+        self, x: Float[Tensor, "b ... in"], g: Float[Tensor, "b ... out"]
+    ) -> Float32[Tensor, "b outputs inputs"]:
+        """Compute per-sample gradients from the inputs and output gradients of the projection.
+
+        Args:
+            x: inputs, floating dtype [b, ..., in].
+            g: output gradients, floating dtype [b, ..., out].
+
+        Returns:
+            float32 [b, outputs, inputs].
+
+        """
         x, g = x.flatten(1, -2), g[..., self.outputs].flatten(1, -2).float()  # latents may have a dimension of heads
         if self.adapter is not None:
             scale = self.projection.scaling[self.adapter]  # type: ignore[index]

@@ -1,56 +1,51 @@
-"""Which outputs of which linear layer of a decoder are attention values, found by derivatives at a tiny random input.
+"""Which outputs of which linear layer of a decoder are attention values, found by derivatives on a tiny random input.
 
-Names and configurations do not say it: joint projections hold queries, keys and values one after another, interleaved
-head by head or group by group, with one key for all queries, or keys and values behind a shared latent. What tells them
-apart on any model is what they do to the layer that holds them, for one output y of one linear layer:
+Names and configurations do not tell: joint projections contain queries, keys and values one after another, interleaved
+by heads or by groups, with one key for all queries, or with keys and values computed from a shared latent. In every
+model, an output y of a linear layer can be recognized by its effect on the decoder layer that contains it:
 
-    token t of y changes the layer at a later token                  keys and values (queries and gates do not)
-    y changes the layer while the attention weights are held fixed   values (queries and keys do not)
+    y at token t changes the layer's output at a later token         keys and values (not queries and gates)
+    y changes the layer's output while attention weights are fixed   values (not queries and keys)
 
-Weights are held fixed twice over: by detaching every softmax, and by a row of one token, whose weight is 1 whatever the
-kernel. So values are the rows that still act there, and act across tokens.
+Attention weights are fixed in two ways: by detaching every softmax, and by a row of one token, whose attention weight
+is 1 whatever the kernel. So values are the outputs that still have an effect then, and have an effect across tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
-from datatools.gradients.layers import is_conv1d
+from datatools.colm.layer_calls import BlockCall, FixedWeights, Unclipped, recorded, width_of
 
 NAMES = ("v", "value", "wv")
-"""First words of names of layers that make values: read where no softmax tells (linear attention), or several do."""
+"""First words of the usual names of value projections: used where softmax does not decide (linear attention)."""
 TOKENS = 8
-"""Tokens of the row that shows what acts across tokens."""
+"""Tokens of the row that shows which outputs act across tokens."""
 ROWS = 8
-"""Rows of one token each; so many, that no output is missed because one random direction does not see it."""
+"""Rows of one token each; several, because one random direction may be orthogonal to the effect of an output."""
 SILENT = 1e-5
-"""Relative size under which a derivative counts as zero; exact zeros are expected, fused kernels leave rounding."""
+"""Relative size below which a derivative counts as zero; it should be exactly zero, but fused kernels round."""
 
 Kind = Literal["values", "output", "named"]
 
 
-@dataclass
-class BlockCall:
-    """One call of a decoder layer: the linear layers called inside it, in order, with their outputs; and its own."""
-
-    name: str
-    module: nn.Module
-    matrices: list[tuple[str, Tensor]] = field(default_factory=list)
-    output: Tensor | None = None
-    softmax: bool = False
-
-
 @dataclass(frozen=True)
 class Place:
-    """Rows of a linear layer's output: `rows` [k] of `width`; kind: values, output (of a mixer without), or named."""
+    """Some outputs of a linear layer.
+
+    Attributes:
+        projection: name of the layer.
+        kind: "values", "output" (of a mixer without values), or "named".
+        rows: the outputs, int64 [k].
+        width: number of all outputs of the layer.
+
+    """
 
     projection: str
     kind: Kind
@@ -58,127 +53,14 @@ class Place:
     width: int
 
 
-class _Unclipped(TorchFunctionMode):
-    """Clipping (`clip_qkv`) has a derivative everywhere inside: what these tokens exceed, others may not."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in ("clamp", "clip") and isinstance(found, Tensor) and found.requires_grad:
-            return args[0] + (found - args[0]).detach()
-        return found
-
-
-class _FixedWeights(_Unclipped):
-    """Attention weights have no derivative inside: softmax is detached, fused attention gets detached q and k.
-
-    calls: the last of them is marked as having a softmax.
-    """
-
-    def __init__(self, calls: list[BlockCall]) -> None:
-        super().__init__()
-        self.calls = calls
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if name in ("softmax", "scaled_dot_product_attention") and self.calls:
-            self.calls[-1].softmax = True
-        if name == "scaled_dot_product_attention":
-            names = ("query", "key")
-            args = (*(a.detach() for a in args[:2]), *args[2:])
-            kwargs = {k: v.detach() if k in names else v for k, v in kwargs.items()}
-        found = super().__torch_function__(func, types, args, kwargs)
-        return found.detach() if name == "softmax" and isinstance(found, Tensor) else found
-
-
-def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> layer, of every outermost list of modules in `model`."""
-    outer: str | None = None  # modules come before what they hold, and all of that before the next
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not (outer is not None and name.startswith(f"{outer}.")):
-            outer = name
-            found |= {f"{name}.{i}": layer for i, layer in enumerate(module)}
-    return found
-
-
-def matrices_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module, of everything that maps features to features: linear layers of any make, adapters around them."""
-    found: dict[str, nn.Module] = {}
-    adapter: str | None = None
-    for name, module in model.named_modules():
-        if adapter is not None and name.startswith(f"{adapter}."):
-            continue
-        if getattr(module, "base_layer", None) is not None:
-            adapter = name
-        if width_of(module) is not None:
-            found[name] = module
-    return found
-
-
-def width_of(module: nn.Module) -> int | None:
-    """Outputs of a linear layer, plain, quantized or under an adapter; of GPT-2's Conv1D; None for other modules."""
-    base: Any = getattr(module, "base_layer", module)
-    if is_conv1d(base):
-        return int(base.nf)
-    out = getattr(base, "out_features", None)
-    return out if isinstance(out, int) and hasattr(base, "in_features") else None
-
-
-@contextmanager
-def recorded(model: nn.Module) -> Iterator[list[BlockCall]]:
-    """The calls of decoder layers inside, in order. Outputs of linear layers are in the graph, and safe from writes."""
-    calls: list[BlockCall] = []
-    open_: list[BlockCall] = []
-
-    def enter(name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            calls.append(BlockCall(name, module))
-            open_.append(calls[-1])
-
-        return hook
-
-    def leave(_: nn.Module, args: Any, output: Any) -> None:
-        open_.pop().output = first_tensor(output)
-
-    def report(name: str) -> Any:
-        def hook(_: nn.Module, args: Any, output: Any) -> Any:
-            if not open_ or not isinstance(output, Tensor):
-                return None
-            y = output if output.requires_grad else output.detach().requires_grad_(True)
-            open_[-1].matrices.append((name, y))
-            return y.clone()  # the model may write into what it gets
-
-        return hook
-
-    handles = []
-    try:
-        for name, module in matrices_of(model).items():
-            handles.append(module.register_forward_hook(report(name)))
-        for name, block in (blocks_of(model) or {"": model}).items():
-            handles.append(block.register_forward_pre_hook(enter(name)))
-            handles.append(block.register_forward_hook(leave))
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def first_tensor(output: Any) -> Tensor | None:
-    """The hidden states among what a layer gives back."""
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
-    return next((t for t in map(first_tensor, values) if t is not None), None)
-
-
 def _tokens(output: Tensor) -> int | None:
-    """How many places a layer's output has for one row: `TOKENS`, or more where the model adds some of its own."""
+    """Return the number of positions in a layer's output for one row: `TOKENS`, or more if the model adds some."""
     sizes = output.shape[:-1]
     return None if not sizes else TOKENS if TOKENS in sizes else max(sizes)
 
 
 def _by_token(x: Tensor, tokens: int) -> Tensor | None:
-    """x of one row of tokens, in any layout -> [tokens, ..., features]; None where no dimension is theirs."""
+    """Reshape the output for one row, in any layout, to [tokens, ..., features]; None if no dimension has that size."""
     axes = [i for i, size in enumerate(x.shape[:-1]) if size == tokens]
     if not axes:
         return None
@@ -187,32 +69,32 @@ def _by_token(x: Tensor, tokens: int) -> Tensor | None:
 
 @dataclass
 class _Acts:
-    """What the rows of one linear layer do inside one decoder layer: sizes of derivatives [out]."""
+    """Effects of the outputs of one linear layer inside one decoder layer: magnitudes of derivatives [out]."""
 
     name: str
-    alone: Tensor  # at one token, attention weights fixed
+    alone: Tensor  # with one token, so that attention weights are fixed
     across: Tensor  # from earlier tokens to the last
     at_all: Tensor  # from any token to the last
     floor: float = 0.0
 
     @property
     def acting(self) -> Tensor:
-        """Rows that act while attention weights are fixed."""
+        """Outputs that act while attention weights are fixed."""
         return self.alone > self.floor
 
     @property
     def values(self) -> Tensor:
-        """Rows that do so across tokens."""
+        """Outputs that do so across tokens."""
         return self.acting & (self.across > 0)
 
     @property
     def weighing(self) -> Tensor:
-        """Rows that act, but only by attention weights."""
+        """Outputs that act only through attention weights."""
         return (self.at_all > 0) & ~self.acting
 
 
 def _slopes(block: BlockCall, target: Tensor) -> list[Tensor]:
-    """Derivatives of `target` for the output of each linear layer in a block call; zeros where there is no path."""
+    """Differentiate `target` by the output of each linear layer in a block call; zeros where there is no path."""
     if not block.matrices:
         return []
     outputs = [y for _, y in block.matrices]
@@ -221,7 +103,7 @@ def _slopes(block: BlockCall, target: Tensor) -> list[Tensor]:
 
 
 def _acts(one: BlockCall, many: BlockCall, generator: torch.Generator) -> list[_Acts]:
-    """What each linear layer called in a block does, in order of last calls; `one`, `many`: of either input."""
+    """Compute the effects of each linear layer called in a block, in the order of last calls, from both inputs."""
     if one.output is None or many.output is None or not one.output.requires_grad or not many.output.requires_grad:
         return []
     alone: dict[str, Tensor] = {}
@@ -254,22 +136,30 @@ def _acts(one: BlockCall, many: BlockCall, generator: torch.Generator) -> list[_
 
 
 def named_for_values(name: str) -> bool:
-    """Whether a linear layer's own name says that it makes values: v_proj, value, v_lin."""
+    """Return whether the name of a linear layer says that it computes values: v_proj, value, v_lin.
+
+    Args:
+        name: name in the model.
+
+    Returns:
+        Whether it does.
+
+    """
     return name.rpartition(".")[2].lower().split("_")[0] in NAMES
 
 
 def _apart(a: str, b: str) -> tuple[int, int]:
-    """Steps between the modules that hold `a` and `b`, over the innermost one that holds both; and its depth."""
+    """Return the distance of `a` and `b` in the module tree, and the depth of the innermost module with both."""
     x, y = a.split(".")[:-1], b.split(".")[:-1]
     depth = next((i for i, (one, other) in enumerate(zip(x, y, strict=False)) if one != other), min(len(x), len(y)))
     return len(x) + len(y) - 2 * depth, depth
 
 
 def _values(block: str, softmax: bool, acts: list[_Acts]) -> Place | None:
-    """The value projection of one decoder layer: of softmax attention, else by name where tokens mix otherwise.
+    """Find the value projection of one decoder layer: that of softmax attention, else one with a usual name.
 
-    A layer may hold other mixers, and an attention module smaller ones of its own: the values of a softmax are made
-    closest to its queries and keys, in the outermost module where that is so.
+    A layer may contain other mixers, and an attention module may contain smaller ones: the values of a softmax are
+    computed closest to its queries and keys in the module tree, in the outermost module where that holds.
     """
     makes = [a for a in acts if bool(a.values.any())]
     weighing = [a for a in acts if bool(a.weighing.any())] if softmax else []
@@ -288,7 +178,7 @@ def _values(block: str, softmax: bool, acts: list[_Acts]) -> Place | None:
 
 
 def _named(acts: list[_Acts], projection: str) -> Place | None:
-    """All rows of a projection that was named; of a joint one those that are values."""
+    """Return all outputs of a projection that was requested by name; of a joint projection, those that are values."""
     chosen = next((a for a in acts if a.name == projection), None)
     if chosen is None:
         return None
@@ -299,14 +189,23 @@ def _named(acts: list[_Acts], projection: str) -> Place | None:
 
 
 def all_of(model: nn.Module, projection: str) -> Place:
-    """All outputs of a linear layer."""
+    """Select all outputs of a linear layer.
+
+    Args:
+        model: the model.
+        projection: name of the layer.
+
+    Returns:
+        The outputs, of kind "named".
+
+    """
     width = width_of(model.get_submodule(projection))
     assert width is not None
     return Place(projection, "named", torch.arange(width), width)
 
 
 def _mixer_output(acts: list[_Acts]) -> Place | None:
-    """The last linear layer of the module in which tokens are mixed last."""
+    """Return the last linear layer of the module that mixes tokens last."""
     mixing = [a for a in acts if bool((a.across > 0).any())]
     if not mixing:
         return None
@@ -317,11 +216,13 @@ def _mixer_output(acts: list[_Acts]) -> Place | None:
 
 @dataclass(frozen=True)
 class Found:
-    """What one look at a model saw.
+    """Result of one examination of a model.
 
-    calls: decoder layers in the order of their calls, repeated where they are called again. first: linear layer -> the
-    place in `calls` of its first call. place: the value projection, or what stands in for it; None where nothing mixes
-    tokens.
+    Attributes:
+        calls: names of the decoder layers in the order of their calls, repeated if they are called again.
+        first: linear layer -> index in `calls` of its first call.
+        place: the value projection, or its substitute; None if no layer mixes tokens.
+
     """
 
     calls: tuple[str, ...]
@@ -330,17 +231,26 @@ class Found:
 
 
 def look(model: nn.Module, forward: Callable[[int, int], Any], projection: str | None = None) -> Found:
-    """Find the last value projection of `model`, or the value rows of `projection`, by two passes.
+    """Find the last value projection of `model`, or the value outputs of `projection`, by two passes.
 
-    Inside eval mode, with no parameter asking for a gradient. forward: (rows, tokens) runs the model on random tokens.
+    Call it in eval mode, with no parameter requiring a gradient.
+
+    Args:
+        model: the decoder.
+        forward: (rows, tokens) runs the model on random tokens.
+        projection: name of a linear layer to examine instead.
+
+    Returns:
+        The calls that were seen, and the projection.
+
     """
     generator = torch.Generator().manual_seed(0)
     own_kernel = getattr(getattr(model, "config", None), "_attn_implementation", None) not in (None, "eager", "sdpa")
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        with recorded(model) as calls, _FixedWeights(calls):
+        with recorded(model) as calls, FixedWeights(calls):
             forward(ROWS, 1)
         ones = {call.name: call for call in calls}
-        with recorded(model) as calls, _Unclipped():
+        with recorded(model) as calls, Unclipped():
             forward(1, TOKENS)
         many = {call.name: call for call in calls}
         first: dict[str, int] = {}
@@ -359,6 +269,6 @@ def look(model: nn.Module, forward: Callable[[int, int], Any], projection: str |
                 stand_in = stand_in or _mixer_output(acts)
             if place is not None:
                 break
-        if place is None and projection in first:  # routed tokens, of which the derivatives do not tell
+        if place is None and projection in first:  # routed tokens, for which derivatives do not decide
             place = all_of(model, str(projection))
     return Found(tuple(call.name for call in calls), first, place or stand_in)

@@ -1,1 +1,1 @@
-"""Coreset methods, one per file: subsets of rows that stand for all of them."""
+"""Coreset methods, one per file: subsets of rows that approximate all of them."""

@@ -252,7 +252,7 @@ def test_two_adapters_are_refused():
     model = adapted("llama")
     model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"))
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(DataError, match="expected one LoRA adapter in force"):
+    with pytest.raises(DataError, match="expected one active LoRA adapter"):
         LastLayer.of(model)
 
 

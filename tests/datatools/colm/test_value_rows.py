@@ -274,7 +274,7 @@ def test_wrappers_are_looked_through_by_colm_and_refused_by_last_layer():
     model = zoo.build("LlamaForCausalLM")
     compiled = torch.compile(model)  # which compiles at its first call
     assert CoLM(compiled, row_losses, keep=2).model is model
-    with pytest.raises(DataError, match="OptimizedModule is a wrapper .* pass the model that is inside"):
+    with pytest.raises(DataError, match="OptimizedModule is a wrapper .* pass the inner model"):
         LastLayer.of(compiled)
 
 
