@@ -1,4 +1,4 @@
-"""How the similarities of a row to many target rows become one score. `AGGREGATIONS` is the table by name."""
+"""Aggregations: one score per row from its similarities to many target rows. `AGGREGATIONS` is the table by name."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from datatools.selection.subtasks import subtask_means as subtask_means
 
 
 def _less(similarity: Tensor, groups: Tensor) -> Tensor:
-    """Mean over the rows of a subtask, then the best subtask: what LESS's code does."""
+    """Mean over the target rows of a subtask, then maximum over subtasks, as in LESS's code."""
     return subtask_means(similarity, groups).amax(1)
 
 
 def _paper(similarity: Tensor, groups: Tensor) -> Tensor:
-    """The best subtask, whose gradients were averaged before the cosine (`influence_paper`): what LESS's paper says."""
+    """Maximum over subtasks whose gradients were averaged before the cosine (`influence_paper`), as in LESS's paper."""
     if len(set(groups.tolist())) != len(groups):
         raise UsageError(
-            "aggregation 'paper' averages the target's gradients before the cosine: give it the "
-            "similarity of influence_paper, one column per subtask; or use 'less'"
+            "aggregation 'paper' averages the target's gradients before the cosine: pass the "
+            "similarity of influence_paper, with one column per subtask, or use 'less'"
         )
     return similarity.float().amax(1)
 
 
 def _mean(similarity: Tensor, groups: Tensor) -> Tensor:
-    """Mean over the rows of a subtask, then over subtasks: each subtask has one vote."""
+    """Mean over the target rows of a subtask, then over subtasks, so that subtasks count equally."""
     return subtask_means(similarity, groups).mean(1)
 
 
 def _max(similarity: Tensor, groups: Tensor) -> Tensor:
-    """The best single target row."""
+    """Maximum over target rows."""
     return similarity.float().amax(1)
 
 
 def _round_robin(similarity: Tensor, groups: Tensor) -> Tensor:
-    """Target rows in turn each take the best row that is left; the score falls with the place in that order."""
+    """Target rows take turns, each taking its best remaining row; the score decreases along that order."""
     return _falling(round_robin_order(similarity))
 
 
 def _bids(similarity: Tensor, groups: Tensor) -> Tensor:
-    """The least-served subtask takes its best row, again and again; the score falls with the place in that order."""
+    """The least-served subtask repeatedly takes its best remaining row; the score decreases along that order."""
     return _falling(bids_order(similarity, groups))
 
 
 def _falling(order: NDArray[np.int64]) -> Tensor:
-    """The score of each row: 1 for the first of `order`, in equal steps down to 1 / n for the last."""
+    """Return the score of each row: 1 for the first of `order`, decreasing in equal steps to 1 / n for the last."""
     n = len(order)
     scores = np.empty(n, dtype=np.float32)
     scores[order] = 1 - np.arange(n) / n
@@ -63,15 +63,15 @@ def _falling(order: NDArray[np.int64]) -> Tensor:
 
 @dataclass(frozen=True)
 class Aggregation:
-    """One entry of `AGGREGATIONS`: a function, described by its docstring, and what its scores mean.
+    """One entry of `AGGREGATIONS`: a function, described by its docstring, and the meaning of its scores.
 
     Attributes:
-        function: (similarity [n, m] with rows sorted so that the earlier wins a tie, groups [m]) -> scores float32 [n],
-            n >= 1.
-        formula: the words that stand before the similarity in a formula.
-        places: whether a score is a place in an order, 1 for the first, and no similarity.
-        means: whether its columns are the subtasks, whose gradients were averaged before the cosine
-            (`influence_paper`).
+        function: (similarity [n, m], n >= 1, in which the earlier row wins ties; groups int64 [m]) -> scores float32
+            [n].
+        formula: the words before the similarity in a formula.
+        places: whether a score is a position in an order (1 for the first), and not a similarity.
+        means: whether its columns are subtasks, whose gradients were averaged before the cosine (`influence_paper`).
+
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
@@ -102,34 +102,37 @@ def aggregate(
     keys: Sequence[str] | None = None,
     eligible: Bool[Tensor, " n"] | None = None,
 ) -> Float32[Tensor, " n"]:
-    """One score per row from its similarity to many target rows.
+    """Compute one score per row from its similarity to many target rows.
 
-    "less", "paper", "mean" and "max" score each row by itself; "round_robin" and "bids" put the rows in an order and
-    give 1, 1 - 1/n, ... down that order (distinct up to 2^24 rows).
+    "less", "paper", "mean" and "max" score each row independently; "round_robin" and "bids" sort the rows and give
+    scores 1, 1 - 1/n, ... in that order (distinct up to 2^24 rows).
 
     Args:
-        similarity: [n, m], any floating dtype.
+        similarity: floating dtype [n, m].
         groups: int64 [m], the subtask of each target row.
         how: a name of `AGGREGATIONS`.
-        keys: [n], break ties in an order, so that the order of the rows does not matter; without them the position
-            does.
-        eligible: bool [n]; other rows take no part and get NaN.
+        keys: [n], keys that break ties in an order, so that the order of the rows does not matter; without them the
+            position decides.
+        eligible: bool [n]; other rows are ignored and get nan.
 
     Returns:
         float32 [n].
 
     Raises:
-        UsageError: for an unknown name.
-        DataError: for a similarity of eligible rows that is not finite; it names the rows.
+        UsageError: if the name is unknown.
+        DataError: if the similarity of eligible rows is not finite; the message names the rows.
+        ValueError: if shapes do not match.
 
-    >>> similarity = torch.tensor([[0.2, 0.4, -0.5], [0.0, 0.0, 0.6]])  # two target rows of subtask 0, one of 1
-    >>> [round(score, 2) for score in aggregate(similarity, [0, 0, 1]).tolist()]
-    [0.3, 0.6]
+    Example:
+        >>> similarity = torch.tensor([[0.2, 0.4, -0.5], [0.0, 0.0, 0.6]])  # two target rows of subtask 0, one of 1
+        >>> [round(score, 2) for score in aggregate(similarity, [0, 0, 1]).tolist()]
+        [0.3, 0.6]
+
     """
     if how not in AGGREGATIONS:
-        raise UsageError(f"there is no aggregation '{how}'{did_you_mean(how, AGGREGATIONS)}")
+        raise UsageError(f"unknown aggregation '{how}'{did_you_mean(how, AGGREGATIONS)}")
     if similarity.ndim != 2 or not similarity.shape[1]:
-        raise ValueError(f"aggregate takes a similarity [n, m] with m >= 1 target rows; got {list(similarity.shape)}")
+        raise ValueError(f"aggregate needs a similarity [n, m] with m >= 1 target rows; got {list(similarity.shape)}")
     n = len(similarity)
     of = torch.as_tensor(groups, dtype=torch.int64)
     if of.shape != (similarity.shape[1],):
@@ -137,7 +140,7 @@ def aggregate(
     if keys is not None and len(keys) != n:
         raise ValueError(f"aggregate: {n} rows but {len(keys)} keys")
     rows = torch.arange(n) if eligible is None else eligible.nonzero().flatten()
-    if keys is not None:  # sums over rows, too, are then made in an order that is not the files'
+    if keys is not None:  # so that sums over rows do not depend on the order of the files either
         rows = torch.tensor(sorted(rows.tolist(), key=keys.__getitem__), dtype=torch.int64)
     part = similarity if keys is None and eligible is None else similarity[rows]
     require_finite(part, [keys[i] if keys else str(i) for i in rows.tolist()], f"aggregation '{how}'")

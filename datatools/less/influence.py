@@ -1,4 +1,4 @@
-"""The influence of each row on each target row, from gradient features at the checkpoints.
+"""The influence of each row on each target row, computed from gradient features at several checkpoints.
 
 Source: LESS, Xia et al. 2024, arXiv 2402.04333. Where its paper and its code differ, the names say which is meant.
 """
@@ -28,26 +28,33 @@ def influence(
     *,
     keys: Sequence[str] | None = None,
 ) -> Float32[Tensor, "n m"]:
-    """similarity float32 [n, m] = sum_c w_c cos(train_c, target_c), w = weights / sum(weights), over checkpoints c.
+    """Compute similarity = sum_c w_c cos(train_c, target_c) over checkpoints c, with w = weights / sum(weights).
 
-    Rows of `train` whose status is not "ok", or that are zero, get zeros: leave them out of `eligible` later.
-    Memory: n m floats and one block. Cost: n m d multiply-adds per checkpoint.
+    Rows of `train` whose status is not "ok", or that are zero, get zeros: exclude them from `eligible` later.
+
+    Cost: n m d multiply-adds per checkpoint.
+    Memory: n m floats and one block.
 
     Args:
-        train: one entry per checkpoint: a store, a tensor [n, d] of any floating dtype and row lengths, or blocks.
-        target: the same for the target rows, tensors being [m, d].
-        weights: [c], the mean learning rate of each checkpoint.
-        keys: which rows are wanted, in which order (a key may come several times, as copies of a row do); other rows
-            of `train` are passed over. Without it, the rows of the first checkpoint in their order, which the others
-            must match.
+        train: one entry per checkpoint: a store, a tensor [n, d] of any floating dtype and row norms, or blocks.
+        target: the same for the target rows; tensors are [m, d].
+        weights: the mean learning rate of each checkpoint c.
+        keys: the rows to compute, in this order (keys may repeat, as copies of a row do); other rows of `train` are
+            skipped. By default the rows of the first checkpoint in their order, which other checkpoints must match.
+
+    Returns:
+        float32 [n, m].
 
     Raises:
-        DataError: for rows that are missing, not finite, or zero in `target`.
-        UsageError: for weights that do not add up to a positive number.
+        DataError: if rows are missing or not finite, or zero in `target`.
+        UsageError: if weights do not add up to a positive number.
+        ValueError: if the numbers of checkpoints differ.
 
-    >>> rows, wanted = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0]])
-    >>> influence([rows], [wanted], weights=[1e-4]).tolist()
-    [[1.0], [0.0]]
+    Example:
+        >>> rows, wanted = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0]])
+        >>> influence([rows], [wanted], weights=[1e-4]).tolist()
+        [[1.0], [0.0]]
+
     """
     if not len(train) == len(target) == len(weights) or not len(train):
         raise ValueError(
@@ -57,7 +64,7 @@ def influence(
     w = torch.as_tensor(weights, dtype=torch.float64)
     if not w.isfinite().all() or (w < 0).any() or w.sum() <= 0:
         raise UsageError(
-            f"influence: checkpoint weights {w.tolist()}; they are mean learning rates, at least 0 and not all 0"
+            f"influence: checkpoint weights {w.tolist()} must be mean learning rates, at least 0 and not all 0"
         )
     w = w / w.sum()
     similarity: Tensor | None = None
@@ -65,7 +72,7 @@ def influence(
     for c, (train_c, target_c) in enumerate(zip(train, target, strict=True)):
         wanted = _target(target_c)
         if places is None:
-            blocks = list(_scored(train_c, wanted))  # the first checkpoint says which rows there are
+            blocks = list(_scored(train_c, wanted))  # the first checkpoint determines the rows
             keys = [key for block_keys, _ in blocks for key in block_keys]
             places = _places(keys)
             cosines: Iterable[tuple[Sequence[str], Tensor]] = blocks
@@ -104,21 +111,30 @@ def influence_paper(
     *,
     keys: Sequence[str] | None = None,
 ) -> Float32[Tensor, "n g"]:
-    """similarity float32 [n, g] = sum_c w_c cos(train_c, mean over the subtask of the raw gradients target_c).
+    """Compute similarity = sum_c w_c cos(train_c, mean over the subtask of the raw gradients target_c).
 
-    As in the paper, the target's gradients are averaged before the cosine, so that one with a large norm counts more.
-    Columns are the subtasks in ascending order; `aggregate(..., how="paper")` takes their maximum.
+    As in the paper, the target's gradients are averaged before the cosine, so that gradients with a large norm count
+    more. Columns are the subtasks in ascending order; `aggregate(..., how="paper")` takes their maximum.
 
     Args:
         train: as for `influence`.
-        target: stores, blocks, or tensors [m, d] of gradients as they are (not normalised).
+        target: stores, blocks, or tensors [m, d] of raw gradients (not normalized).
         weights: as for `influence`.
         groups: int64 [m], the subtask of each target row.
         keys: as for `influence`.
 
+    Returns:
+        float32 [n, g].
+
     Raises:
-        DataError: as `influence`.
-        UsageError: as `influence`.
+        DataError: as for `influence`.
+        UsageError: as for `influence`.
+
+    Example:
+        >>> rows, wanted = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [1.0, 0.0]])
+        >>> influence_paper([rows], [wanted], weights=[1e-4], groups=[0, 0]).tolist()
+        [[1.0], [0.0]]
+
     """
     return influence(train, [subtask_targets(*_raw(t), groups) for t in target], weights, keys=keys)
 
@@ -128,23 +144,31 @@ def subtask_targets(
     norms: Float32[Tensor, " m"] | None,
     groups: Sequence[int] | Int64[Tensor, " m"],
 ) -> Float32[Tensor, "g d"]:
-    """The mean gradient of each subtask, float32 [g, d], subtasks ascending.
+    """Compute the mean gradient of each subtask.
 
     Args:
-        features: [m, d], unit rows of any floating dtype.
-        norms: float32 [m]. Without them, the mean of unit gradients: each target row has one vote.
+        features: floating dtype [m, d], unit rows.
+        norms: float32 [m], norms of the gradients; None averages unit gradients, so that target rows count equally.
         groups: int64 [m], the subtask of each row.
+
+    Returns:
+        float32 [g, d], subtasks ascending.
+
+    Example:
+        >>> subtask_targets(torch.eye(2), torch.tensor([3.0, 1.0]), [0, 0]).tolist()
+        [[1.5, 0.5]]
+
     """
     raw = features.float() if norms is None else features.float() * norms[:, None]
     return averaging(groups, len(raw)) @ raw
 
 
 def _target(features: Features) -> Tensor:
-    """Unit rows [m, d]; every one must be there."""
+    """Read the target features as unit rows [m, d], all of which must be nonzero."""
     found = list(_blocks(features))
     rows = torch.cat([_unit(block[0], block[1], "target features") for block in found]) if found else torch.zeros(0, 0)
     if not len(rows):
-        raise DataError("influence: there are no target rows; give at least one")
+        raise DataError("influence: there are no target rows; pass at least one")
     zero = (rows == 0).all(1).nonzero().flatten().tolist()
     if zero:
         keys = [key for block in found for key in block[0]]
@@ -163,7 +187,7 @@ def _raw(features: Features) -> tuple[Tensor, Tensor | None]:
 
 
 def _scored(features: Features, target: Tensor) -> Iterator[tuple[Sequence[str], Tensor]]:
-    """(keys [b], cosines [b, m]) block by block."""
+    """Yield (keys [b], cosines [b, m]) block by block."""
     for keys, rows, _, status in _blocks(features):
         if rows.shape[1] != target.shape[1]:
             raise DataError(

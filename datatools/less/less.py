@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from datatools.features.store import GradientFeatures
@@ -20,18 +21,24 @@ from datatools.less.influence import influence, influence_paper
 
 @dataclass(frozen=True, eq=False)
 class LessScores:
-    """What LESS knows about each of n rows.
+    """The result of LESS for n rows.
 
     Attributes:
-        scores: float32 [n], higher is better; NaN for a row whose update was not finite or zero.
-        similarity: float32 [n, m], the weighted mean cosine with each target row; NaN for the same rows.
+        scores: float32 [n], higher is better; nan for a row whose update was zero or not finite.
+        similarity: float32 [n, m], the weighted mean cosine with each target row; nan for the same rows.
         norms: float32 [n], the weighted mean norm of the updates.
-        status: position -> "empty" or "nonfinite", of the rows without a score.
+        status: position -> "empty" or "nonfinite", for the rows without a score.
+
+    Example:
+        >>> found = LessScores(torch.ones(1), torch.ones(1, 2), torch.ones(1), status={})
+        >>> found.scores
+        tensor([1.])
+
     """
 
-    scores: Tensor
-    similarity: Tensor
-    norms: Tensor
+    scores: Float32[Tensor, " n"]
+    similarity: Float32[Tensor, "n m"]
+    norms: Float32[Tensor, " n"]
     status: dict[int, str]
 
 
@@ -39,7 +46,7 @@ def less_scores(
     train: Sequence[GradientFeatures],
     target: Sequence[GradientFeatures],
     weights: Sequence[float],
-    groups: Tensor,
+    groups: Int64[Tensor, " m"],
     *,
     keys: Sequence[str],
     target_keys: Sequence[str],
@@ -48,19 +55,32 @@ def less_scores(
     """Score the rows `keys` by their influence on the rows `target_keys`, store by store and block by block.
 
     Args:
-        train: one store per checkpoint, of the optimizer's updates (projected).
-        target: one store per checkpoint, of the target's gradients (projected in the same way), all of them finite.
+        train: one store per checkpoint, with the projected updates of the optimizer.
+        target: one store per checkpoint, with the target's gradients (projected in the same way), all finite.
         weights: the mean learning rate of each checkpoint.
         groups: int64 [m], the subtask of each target row.
-        keys: [n], the rows to score; a key may come several times, as copies of a row do.
+        keys: [n], the rows to score; keys may repeat, as copies of a row do.
         target_keys: [m], the target rows.
-        how: how target rows become one score, a name of `AGGREGATIONS`.
+        how: aggregation over target rows, a name of `AGGREGATIONS`.
+
+    Returns:
+        Scores, similarities, norms and statuses.
 
     Raises:
-        UsageError: for an unknown aggregation, or weights that do not add up to a positive number.
-        DataError: for rows that are missing in a store, or target rows that have no gradient.
+        UsageError: if the aggregation is unknown, or weights do not add up to a positive number.
+        DataError: if rows are missing in a store, or target rows have no gradient.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import GradientFeatures, files, less_scores
+        >>> keys = [files.digest(text) for text in (b"x", b"y", b"z")]
+        >>> store = GradientFeatures.create_or_open(tempfile.mkdtemp(), meta={}, dim=2, keys=keys)
+        >>> store.write_unit(0, torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]))
+        >>> less_scores([store], [store], [1e-4], torch.tensor([0]), keys=keys[:2], target_keys=keys[2:]).scores
+        tensor([1., 0.])
+
     """
-    # 1. What the stores say about the rows: an update that is zero or not finite at one checkpoint takes the row out.
+    # 1. Norms and statuses from the stores: a row whose update is zero or not finite at a checkpoint gets no score.
     norms = torch.zeros(len(keys))
     status: dict[int, str] = {}
     for updates, weight in zip(train, weights, strict=True):
@@ -81,7 +101,7 @@ def less_scores(
         wanted.append([(target_keys, gradients.take(target_keys), norm, ["ok"] * len(target_keys))])
     similarity = influence(train, wanted, weights, keys=keys)
 
-    # 3. One score per row. As in the paper, the gradients of a subtask may be averaged before the cosine instead.
+    # 3. One score per row. Alternatively, as in the paper, the gradients of a subtask are averaged before the cosine.
     columns, of = similarity, groups
     if how in AGGREGATIONS and AGGREGATIONS[how].means:
         columns = influence_paper(train, wanted, weights, groups, keys=keys)

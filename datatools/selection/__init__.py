@@ -1,1 +1,1 @@
-"""What a selector gets and gives back, and the selectors."""
+"""Selectors, with the input (`Candidates`, `Budget`) and the output (`Selection`) that they share."""

@@ -1,4 +1,4 @@
-"""BIDS: the least-served subtask takes its best row; also as an aggregation, whose score is the place in the order."""
+"""BIDS: the least-served subtask takes its best row; also an aggregation, whose score is the position in that order."""
 
 from __future__ import annotations
 
@@ -22,19 +22,33 @@ def bids(
     max_per_source: str | float | None = None,
     reference: Selection | None = None,
 ) -> Selection:
-    """The least-served subtask takes its best row, again and again.
+    """The least-served subtask repeatedly takes its best remaining row.
 
-    `seed` and `reference` mean nothing here. Among equal rows the smaller key is taken first. The order is that of
-    `bids_order`.
+    Ties between rows go to the smaller key. The order is that of `bids_order`.
 
-    Cost:
-        O(g n log n + n g) for n rows and g subtasks.
+    Cost: O(g n log n + n g) for n rows and g subtasks.
+
+    Args:
+        candidates: the rows, with their similarity to target rows.
+        budget: how much to choose.
+        seed: not used.
+        max_per_source: cap per source, see `fill`.
+        reference: not used.
+
+    Returns:
+        The selection.
+
+    Raises:
+        UsageError: if there is no similarity, or the pool cannot fill the budget.
 
     Source:
         BIDS, arXiv 2501.12147.
 
-    Raises:
-        UsageError: There is no similarity, or the pool cannot fill the budget.
+    Example:
+        >>> pool = Candidates(keys=["a", "b", "c"], similarity=[[0.9, 0.1], [0.8, 0.2], [0.1, 0.3]], groups=[0, 1])
+        >>> bids(pool, Budget.parse(2)).indices.tolist()
+        [0, 2]
+
     """
     return take_in_turns("bids", bids_order, candidates, budget, max_per_source)
 
@@ -42,23 +56,25 @@ def bids(
 def bids_order(similarity: Float[Tensor, "n m"], groups: Int64[Tensor, " m"]) -> NDArray[np.int64]:
     """Return the positions of all n rows in the order in which subtasks take them.
 
-    z_ij = (s_ij - mean_i s_ij) / std_i s_ij for each target row j (0 where all rows are alike), and Z_ig is its mean
-    over the rows j of subtask g. Served is u = sum of Z_i over the rows taken, at first 0. Each step takes, for the
-    subtask g = argmin u (the first of equals), the row left with the highest Z_ig, and adds its whole row Z_i to u.
+    z_ij = (s_ij - mean_i s_ij) / std_i s_ij for each target row j (0 if all rows are equal), and Z_ig is its mean over
+    the rows j of subtask g. The service is u = sum of Z_i over the rows taken, initially 0. Each step takes, for the
+    subtask g = argmin u (the first one in a tie), the remaining row with the highest Z_ig, and adds its vector Z_i to
+    u.
 
     Args:
-        similarity: [n, m], of any floating dtype; the earlier row wins a tie.
+        similarity: floating dtype [n, m]; in ties the earlier row wins.
         groups: int64 [m], the subtask of each target row.
 
     Returns:
         int64 [n].
 
     Source:
-        BIDS, arXiv 2501.12147: normalise for each target instance, then choose the row with the highest influence on
-        the most underrepresented task.
+        BIDS, arXiv 2501.12147: normalize for each target row, then choose the row with the highest influence on the
+        most underrepresented task.
 
     Differs:
-        The update of u is written from that sentence of its abstract, not from its code.
+        The update of u follows that sentence of the abstract, not the authors' code.
+
     """
     values = similarity.double()
     spread = values.std(0, correction=0)

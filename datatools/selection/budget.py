@@ -1,4 +1,4 @@
-"""How much to select, as the user writes it. Reading a budget does not import torch."""
+"""How much to select, as the user writes it. Parsing a budget does not import torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ _BUDGET_ADVICE = "write a share ('5%'), a number of rows ('500') or of tokens ('
 
 @dataclass(frozen=True)
 class Limit:
-    """A budget for a given pool: a number of `rows` or of `tokens`; the other is None."""
+    """A budget for a given pool, in rows or in tokens.
+
+    Attributes:
+        rows: number of rows; None for a token budget.
+        tokens: number of tokens; None for a row budget.
+
+    """
 
     rows: int | None = None
     tokens: int | None = None
@@ -27,7 +33,19 @@ class Limit:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to select: a share of the pool's rows, a number of rows, or a number of tokens. Made by `parse`."""
+    """How much to select: a share of the pool's rows, a number of rows, or a number of tokens; `parse` creates one.
+
+    Attributes:
+        text: the budget as the user wrote it.
+        share: share of the pool's rows, above 0 and at most 1.
+        rows: number of rows.
+        tokens: number of tokens. Exactly one of share, rows and tokens is set.
+
+    Example:
+        >>> Budget.parse("5%")
+        Budget(text='5%', share=0.05, rows=None, tokens=None)
+
+    """
 
     text: str
     share: float | None = None
@@ -36,44 +54,58 @@ class Budget:
 
     @classmethod
     def parse(cls, budget: str | int | float) -> Budget:
-        """Read "5%", "500", "500 rows", "2k", "20000 tokens" or "2M tokens" (k, M, B: thousand, million, billion).
+        """Parse "5%", "500", "500 rows", "2k", "20000 tokens" or "2M tokens" (k, M, B: thousand, million, billion).
+
+        Args:
+            budget: the text, or a number of rows.
+
+        Returns:
+            The budget.
 
         Raises:
-            UsageError: for anything else, for zero or less, for more than 100 %, and for "0.05", which may be meant as
-                a share or be a typing error.
+            UsageError: for any other text, zero or less, more than 100 %, and "0.05", which is ambiguous.
 
-        >>> Budget.parse("2M tokens").tokens, Budget.parse("5%").share, Budget.parse(500).rows
-        (2000000, 0.05, 500)
+        Example:
+            >>> Budget.parse("2M tokens").tokens, Budget.parse("5%").share, Budget.parse(500).rows
+            (2000000, 0.05, 500)
+
         """
         text = str(budget).strip()
         match = _BUDGET.fullmatch(text.lower()) if len(text) <= 40 else None
         if match is None:
-            raise UsageError(f"budget '{text[:40]}' is not understood; {_BUDGET_ADVICE}")
+            raise UsageError(f"cannot parse budget '{text[:40]}'; {_BUDGET_ADVICE}")
         number, unit, percent, noun = match.groups()
         value = float(number.replace("_", ""))
         if percent:
             if unit or noun.startswith("token"):
-                raise UsageError(f"budget '{text}' is not understood; {_BUDGET_ADVICE}")
+                raise UsageError(f"cannot parse budget '{text}'; {_BUDGET_ADVICE}")
             if not 0 < value <= 100:
                 raise UsageError(f"budget '{text}' is out of range; a share is above 0% and at most 100%")
             return cls(text, share=value / 100)
         if "." in number and not unit:
             hint = f"'{value * 100:g}%' for a share" if 0 < value <= 1 else f"'{value:.0f}' for a number"
             raise UsageError(f"budget '{text}' is ambiguous: a share or a number? Write {hint}; or: {_BUDGET_ADVICE}")
-        # whole numbers exactly, "1.5M" by way of a float
+        # whole numbers are exact, "1.5M" is computed as a float
         count = round(value * _UNIT[unit]) if "." in number else int(number.replace("_", "")) * _UNIT[unit]
         if count < 1:
             raise UsageError(f"budget '{text}' selects nothing; {_BUDGET_ADVICE}")
         return cls(text, tokens=count) if noun.startswith("token") else cls(text, rows=count)
 
     def resolve(self, candidates: Candidates) -> Limit:
-        """The limit for this pool.
+        """Compute the limit for a pool.
 
-        A share p of a pool of n rows is floor(p n + 1e-9) rows, where n counts ineligible rows too, but never more
-        than the eligible rows.
+        A share p of a pool of n rows is floor(p n + 1e-9) rows, where n includes ineligible rows, but never more than
+        the eligible rows.
+
+        Args:
+            candidates: the pool.
+
+        Returns:
+            The limit, in rows or in tokens.
 
         Raises:
-            UsageError: when nothing can be chosen or when the pool holds less than is asked for.
+            UsageError: if nothing can be chosen, or the budget exceeds the pool.
+
         """
         n, able = len(candidates), int(candidates.eligible.sum())
         if able == 0:
@@ -84,12 +116,12 @@ class Budget:
             sizes = candidates.token_sizes[candidates.eligible.numpy()]
             if self.tokens > sizes.sum():
                 raise UsageError(
-                    f"budget '{self.text}' is more than the {sizes.sum()} tokens of the {able} eligible "
+                    f"budget '{self.text}' exceeds the {sizes.sum()} tokens of the {able} eligible "
                     "rows; ask for less, or for '100%'"
                 )
             if self.tokens < sizes.min():
                 raise UsageError(
-                    f"budget '{self.text}' holds no row, the shortest has {sizes.min()} tokens; ask for more"
+                    f"budget '{self.text}' fits no row; the shortest has {sizes.min()} tokens; ask for more"
                 )
             return Limit(tokens=self.tokens)
         if self.share is not None:
@@ -101,7 +133,5 @@ class Budget:
             return Limit(rows=min(k, able))
         assert self.rows is not None
         if self.rows > able:
-            raise UsageError(
-                f"budget '{self.text}' is more than the {able} eligible of {n} rows; ask for at most {able}"
-            )
+            raise UsageError(f"budget '{self.text}' exceeds the {able} eligible of {n} rows; ask for at most {able}")
         return Limit(rows=self.rows)

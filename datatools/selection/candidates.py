@@ -1,4 +1,4 @@
-"""What a selector receives (`Candidates`) and what it returns (`Selection`)."""
+"""The input (`Candidates`) and the output (`Selection`) of selectors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,21 +25,23 @@ class Selection:
 
     Attributes:
         indices: int64 [k], positions in the pool, each at most once.
-        weights: float32 [k], how much each row counts in training; 1 unless a selector says otherwise.
-        scores: float32 [n], the scores of the whole pool, if there were any.
+        weights: float32 [k], the weight of each row in training; 1 unless a selector sets others.
+        scores: float32 [n], the scores of the whole pool, if there are any.
         why: [k], one sentence per row.
 
     Raises:
-        ValueError: for indices of another type or shape, for repeated ones, and for weights or sentences that are not
-            equally many.
+        ValueError: if indices have another dtype or shape or are repeated, or the numbers of weights or reasons differ.
 
-    >>> len(Selection(torch.tensor([7, 2]))), Selection(torch.tensor([7, 2])).weights.tolist()
-    (2, [1.0, 1.0])
+    Example:
+        >>> selection = Selection(torch.tensor([7, 2]))
+        >>> len(selection), selection.weights.tolist()
+        (2, [1.0, 1.0])
+
     """
 
-    indices: Tensor
-    weights: Tensor = _ONES
-    scores: Tensor | None = None
+    indices: Int64[Tensor, " k"]
+    weights: Float[Tensor, " k"] = _ONES
+    scores: Float[Tensor, " n"] | None = None
     why: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -52,10 +55,10 @@ class Selection:
         if self.weights.shape != (k,) or (self.why is not None and len(self.why) != k):
             raise ValueError(
                 f"Selection: {k} indices, {len(self.weights)} weights and "
-                f"{'no' if self.why is None else len(self.why)} sentences; they must be equally many"
+                f"{'no' if self.why is None else len(self.why)} reasons; their numbers must be equal"
             )
         if len(set(self.indices.tolist())) != k:
-            raise ValueError("Selection.indices names a row twice")
+            raise ValueError("Selection.indices contains a row twice")
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -64,27 +67,29 @@ class Selection:
 class Candidates:
     """The rows that a selector may choose from, as columns of equal length n.
 
-    Args:
-        keys: a content hash per row. Ties are broken by it, so that the order of the input files never changes the
-            choice.
-        scores: float32 [n], higher is better; needed by `top_k`. Finite wherever `eligible`.
-        sources: [n], for caps per source; "" when not given.
-        tokens: int64 [n], all tokens of the row; needed by token budgets.
-        supervised: int64 [n], tokens with a loss; needed by `random_length`.
-        eligible: bool [n], rows that may be chosen at all (not a duplicate, not non-finite, ...); all when not given.
-        similarity: float [n, m], each row with each of m >= 1 target rows; needed by `round_robin` and `bids`. Finite
-            wherever `eligible`.
-        groups: int64 [m], the subtask of each target row; all are of one subtask when not given.
+    Columns may be tensors, numpy arrays or lists; they are not changed.
 
-    Columns may be tensors, numpy arrays or lists; they are not written to.
+    Args:
+        keys: [n], the content hash of each row. Ties are broken by key, so that the order of input files never affects
+            the choice.
+        scores: float32 [n], higher is better; needed by `top_k`. Finite for eligible rows.
+        sources: [n], for caps per source; "" by default.
+        tokens: int64 [n], all tokens of each row; needed by token budgets.
+        supervised: int64 [n], tokens with a loss; needed by `random_length`.
+        eligible: bool [n], rows that may be chosen (not duplicates, not non-finite, ...); all rows by default.
+        similarity: floating dtype [n, m], of each row to each of m >= 1 target rows; needed by `round_robin` and
+            `bids`. Finite for eligible rows.
+        groups: int64 [m], the subtask of each target row; one subtask by default.
 
     Raises:
-        ValueError: for columns of unequal length.
-        DataError: for scores and similarities of eligible rows that are not finite.
+        ValueError: if columns have unequal lengths.
+        DataError: if scores or similarities of eligible rows are not finite.
 
-    >>> pool = Candidates(keys=["a", "b", "c"], scores=[0.1, 0.9, 0.5], eligible=[True, True, False])
-    >>> len(pool), int(pool.eligible.sum())
-    (3, 2)
+    Example:
+        >>> pool = Candidates(keys=["a", "b", "c"], scores=[0.1, 0.9, 0.5], eligible=[True, True, False])
+        >>> len(pool), int(pool.eligible.sum())
+        (3, 2)
+
     """
 
     def __init__(
@@ -133,30 +138,37 @@ class Candidates:
 
     @cached_property
     def token_sizes(self) -> NDArray[np.int64]:
-        """Tokens of each row, at least 1.
+        """Tokens of each row, at least 1, int64 [n].
 
         Raises:
             UsageError: if there are no token counts.
+
         """
         if self.tokens is None:
-            raise UsageError(
-                "a token budget needs the rows' token counts, and there are none; ask for a number of rows"
-            )
+            raise UsageError("a token budget needs the rows' token counts, which are missing; ask for a number of rows")
         sizes: NDArray[np.int64] = self.tokens.clamp_min(1).numpy()
         return sizes
 
     @cached_property
     def rank_of_key(self) -> NDArray[np.int64]:
-        """[n], the place of each row when sorted by (key, position): what breaks ties."""
+        """The rank of each row when sorted by (key, position), int64 [n]; it breaks ties."""
         rank = np.empty(len(self), dtype=np.int64)
         rank[sorted(range(len(self)), key=self.keys.__getitem__)] = np.arange(len(self))
         return rank
 
     def order(self, descending: NDArray[Any]) -> NDArray[np.int64]:
-        """Positions of the eligible rows, by `descending` [n] from high to low, ties by key.
+        """Sort the eligible rows.
 
-        >>> Candidates(keys=["a", "b", "c"]).order(np.array([0.1, 0.9, 0.5])).tolist()
-        [1, 2, 0]
+        Args:
+            descending: values [n]; rows are sorted from high to low, ties by key.
+
+        Returns:
+            Positions of the eligible rows, int64.
+
+        Example:
+            >>> Candidates(keys=["a", "b", "c"]).order(np.array([0.1, 0.9, 0.5])).tolist()
+            [1, 2, 0]
+
         """
         rows = np.flatnonzero(self.eligible.numpy())
         return rows[np.lexsort((self.rank_of_key[rows], -descending[rows]))]
@@ -169,17 +181,20 @@ def _column(values: Array, dtype: torch.dtype) -> Tensor:
     return column.detach().cpu().to(dtype)
 
 
-def require_finite(values: Tensor, keys: Sequence[str], what: str, *, where: Tensor | None = None) -> None:
+def require_finite(
+    values: Float[Tensor, " n *m"], keys: Sequence[str], what: str, *, where: Bool[Tensor, " n"] | None = None
+) -> None:
     """Refuse values that are not finite.
 
     Args:
-        values: [n] or [n, m], any floating dtype.
+        values: floating dtype [n] or [n, m].
         keys: [n], the names of the rows.
-        what: what the values are, for the error.
-        where: bool [n], the rows that are looked at; all of them when not given.
+        what: what the values are, for the message.
+        where: bool [n], the rows to check; all rows by default.
 
     Raises:
-        DataError: if a row is not finite; it names the first ones.
+        DataError: if a row is not finite; the message names the first ones.
+
     """
     bad = ~values.isfinite()
     bad = bad.any(1) if bad.ndim == 2 else bad

@@ -1,4 +1,4 @@
-"""Filling a budget in a given order, within a cap per source: what every selector ends with."""
+"""Fill a budget in a given order, with a cap per source: the last step of every selector."""
 
 import math
 from collections import Counter
@@ -16,26 +16,27 @@ def fill(
 ) -> list[int]:
     """Take rows from `order` until the budget is full, within the cap per source.
 
-    A row budget takes the first k rows whose source has room. A token budget passes over a row that does not fit into
-    what is left (of the budget or of its source's cap) and may still take shorter rows after it; it ends when no row
-    can fit. So less than the shortest row's tokens is left over, unless a cap holds rows back.
+    A row budget takes the first k rows whose source is below its cap. A token budget skips rows that do not fit into
+    the rest of the budget or of their source's cap, and may take shorter rows after them; it ends when no row can fit.
+    So the unused part is smaller than the shortest row, unless a cap excludes rows.
 
     Args:
         order: int64 [m], eligible rows, best first.
         candidates: the rows.
         budget: how much to take.
-        max_per_source: below 1 (or "30%") a share of the budget, in rows or tokens as the budget is; from 1 on a
-            number of rows.
+        max_per_source: below 1 (or "30%") a share of the budget, in the budget's unit; from 1 on a number of rows.
 
     Returns:
         The rows taken, in their order.
 
     Raises:
-        UsageError: for a cap that leaves a row budget unfilled, and see `Budget.resolve`.
+        UsageError: if the cap leaves a row budget unfilled, or `Budget.resolve` raises it.
 
-    >>> pool = Candidates(keys=["a", "b", "c"], sources=["x", "x", "y"])
-    >>> fill(np.array([0, 1, 2]), pool, Budget.parse(2), max_per_source=1)
-    [0, 2]
+    Example:
+        >>> pool = Candidates(keys=["a", "b", "c"], sources=["x", "x", "y"])
+        >>> fill(np.array([0, 1, 2]), pool, Budget.parse(2), max_per_source=1)
+        [0, 2]
+
     """
     limit = budget.resolve(candidates)
     if limit.rows is not None and max_per_source is None:
@@ -49,7 +50,7 @@ def fill(
         raise UsageError(
             f"max_per_source={max_per_source} of a budget of {total} is less than one; raise one of the two"
         )
-    used: Counter[str] = Counter()  # by source, in the budget's own unit
+    used: Counter[str] = Counter()  # by source, in the unit of the budget
     rows: Counter[str] = Counter()
     left, smallest = total, int(sizes[order].min())
     chosen: list[int] = []
@@ -67,23 +68,28 @@ def fill(
         asked = f"{total} rows" if limit.tokens is None else f"{total} tokens"
         sources = len({candidates.sources[row] for row in order.tolist()})
         raise UsageError(
-            f"max_per_source={max_per_source} lets only {len(chosen)} rows of {sources} sources into a "
+            f"max_per_source={max_per_source} allows only {len(chosen)} rows of {sources} sources in a "
             f"budget of {asked}; raise the cap or lower the budget"
         )
     return chosen
 
 
 def parse_cap(cap: str | float | None) -> tuple[float | None, int | None]:
-    """Read a cap per source.
+    """Parse a cap per source.
+
+    Args:
+        cap: a share below 1 ("30%", 0.3), a number of rows, or None.
 
     Returns:
         (share, None), (None, number of rows), or (None, None) without a cap.
 
     Raises:
-        UsageError: for anything else.
+        UsageError: for any other value.
 
-    >>> parse_cap("30%"), parse_cap(200), parse_cap(None)
-    ((0.3, None), (None, 200), (None, None))
+    Example:
+        >>> parse_cap("30%"), parse_cap(200), parse_cap(None)
+        ((0.3, None), (None, 200), (None, None))
+
     """
     if cap is None:
         return None, None
@@ -99,6 +105,6 @@ def parse_cap(cap: str | float | None) -> tuple[float | None, int | None]:
     if not text.endswith("%") and value >= 1 and value.is_integer():
         return None, int(value)
     raise UsageError(
-        f"max_per_source={text[:40]} is not understood; write a share below 1 ('0.3' or '30%') or a whole "
+        f"cannot parse max_per_source={text[:40]}; write a share below 1 ('0.3' or '30%') or a whole "
         "number of rows ('200')"
     )

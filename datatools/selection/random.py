@@ -1,4 +1,4 @@
-"""Rows drawn uniformly: the baseline that every method has to beat."""
+"""Rows drawn uniformly at random: the baseline that every method has to beat."""
 
 from collections import Counter
 
@@ -20,13 +20,30 @@ def random(
     max_per_source: str | float | None = None,
     reference: Selection | None = None,
 ) -> Selection:
-    """Rows in a random order until the budget is full; `reference` means nothing here.
+    """Choose rows in a random order until the budget is full.
 
-    The order comes from a hash of (seed, key), not from a stream of random numbers: it depends neither on the order
-    of the rows nor on which other rows there are, and a larger budget contains the smaller one.
+    The order is computed from a hash of (seed, key), not from a stream of random numbers. So it depends neither on the
+    order of the rows nor on which other rows there are, and a larger budget contains the selection of a smaller one.
+
+    Args:
+        candidates: the rows.
+        budget: how much to choose.
+        seed: seed of the order.
+        max_per_source: cap per source, see `fill`.
+        reference: not used.
+
+    Returns:
+        The selection.
 
     Raises:
-        UsageError: for a budget that the pool cannot fill.
+        UsageError: if the pool cannot fill the budget.
+
+    Example:
+        >>> pool = Candidates(keys=["a", "b", "c"])
+        >>> small, large = random(pool, Budget.parse(1)), random(pool, Budget.parse(2))
+        >>> bool(small.indices[0] == large.indices[0])
+        True
+
     """
     order = candidates.order(-lottery(candidates, seed))
     chosen = fill(order, candidates, budget, max_per_source)
@@ -36,14 +53,26 @@ def random(
 
 
 def lottery(candidates: Candidates, seed: int, purpose: str = "random") -> NDArray[np.float64]:
-    """Independent uniform numbers in [0, 1), float64 [n].
+    """Generate uniform numbers in [0, 1), each a function of purpose, seed, key and number of earlier copies of it.
 
-    Each is a function of (purpose, seed, key, how often the key came before).
+    Args:
+        candidates: the rows.
+        seed: seed of the numbers.
+        purpose: separates numbers that are used for different purposes.
+
+    Returns:
+        float64 [n].
+
+    Example:
+        >>> a, b, copy = lottery(Candidates(keys=["a", "b", "a"]), seed=0)
+        >>> bool(a == lottery(Candidates(keys=["a"]), seed=0)[0]), bool(a == copy)
+        (True, False)
+
     """
     seen: Counter[str] = Counter()
     numbers = np.empty(len(candidates))
     for row, key in enumerate(candidates.keys):
-        # 53 bits: what a float64 holds; copies of a row get numbers of their own
+        # 53 bits, the precision of float64; copies of a row get different numbers
         ticket = f"{purpose}\0{seed}\0{key}\0{seen[key]}".encode("utf-8", "surrogatepass")
         numbers[row] = (xxhash.xxh3_64_intdigest(ticket) >> 11) * 2.0**-53
         seen[key] += 1

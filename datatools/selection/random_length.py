@@ -9,7 +9,7 @@ from datatools.selection.candidates import Candidates, Selection
 from datatools.selection.fill import fill
 from datatools.selection.random import lottery
 
-BINS, ROWS_PER_BIN = 20, 5  # at most so many bins of at least so many reference rows
+BINS, ROWS_PER_BIN = 20, 5  # largest number of bins, smallest number of reference rows per bin
 
 
 def random_length(
@@ -20,17 +20,34 @@ def random_length(
     max_per_source: str | float | None = None,
     reference: Selection | None = None,
 ) -> Selection:
-    """Random rows with the reference's distribution of supervised tokens, to tell "better" from "longer".
+    """Choose random rows with the reference's distribution of supervised tokens, to separate "better" from "longer".
 
-    The reference's lengths are cut at their quantiles into `BINS` bins (fewer if it is small or lengths repeat). The
-    j-th random row of a bin that holds c reference rows gets the place (j + 1/2) / c, and rows are taken in the order
-    of their places: every prefix is distributed like the reference, and a prefix as large as the reference has c rows
-    of each bin. Where a bin has no row left, the others continue; rows shorter or longer than all rows of the
-    reference come last. Rows of the reference are not excluded. As with `random`, the order of the rows does not
+    The reference's lengths are split at their quantiles into `BINS` bins (fewer if the reference is small or lengths
+    repeat). The j-th random row of a bin with c reference rows gets position (j + 1/2) / c, and rows are taken in the
+    order of their positions: every prefix has the distribution of the reference, and a prefix of the reference's size
+    has c rows of each bin. When a bin has no rows left, the others continue; rows shorter or longer than all rows of
+    the reference come last. Rows of the reference are not excluded. As for `random`, the order of the rows does not
     matter.
 
+    Args:
+        candidates: the rows, with `supervised`.
+        budget: how much to choose.
+        seed: seed of the order.
+        max_per_source: cap per source, see `fill`.
+        reference: a selection from the same rows.
+
+    Returns:
+        The selection.
+
     Raises:
-        UsageError: without a reference or token counts, or for a budget that the pool cannot fill.
+        UsageError: without a reference or token counts, or if the pool cannot fill the budget.
+
+    Example:
+        >>> pool = Candidates(keys=["a", "b", "c", "d"], supervised=[1, 9, 1, 9])
+        >>> chosen = random_length(pool, Budget.parse(1), reference=Selection(torch.tensor([1])))
+        >>> pool.supervised[chosen.indices]
+        tensor([9])
+
     """
     if reference is None or len(reference) == 0:
         raise UsageError(
@@ -38,17 +55,19 @@ def random_length(
             "with another method first, or use 'random'"
         )
     if candidates.supervised is None:
-        raise UsageError("random_length needs the rows' supervised token counts and the candidates have none")
+        raise UsageError(
+            "random_length needs the rows' supervised token counts, which the candidates lack; pass `supervised`"
+        )
     if int(reference.indices.max()) >= len(candidates) or int(reference.indices.min()) < 0:
         raise UsageError(
-            f"random_length: the reference names row {int(reference.indices.max())} of a pool of "
+            f"random_length: the reference contains row {int(reference.indices.max())} of a pool of "
             f"{len(candidates)} rows; it must be a selection from the same pool"
         )
     lengths = candidates.supervised.numpy()
     wanted = lengths[reference.indices.numpy()]
     bins = max(1, min(BINS, len(wanted) // ROWS_PER_BIN))
     edges = np.unique(np.quantile(wanted, np.linspace(0, 1, bins + 1), method="lower"))
-    bin_of = np.searchsorted(edges[1:-1], lengths, side="right")  # [edge, next edge), the last bin with its end
+    bin_of = np.searchsorted(edges[1:-1], lengths, side="right")  # [edge, next edge); the last bin includes its end
     share = np.bincount(bin_of[reference.indices.numpy()], minlength=len(edges))
     outside = np.maximum(edges[0] - lengths, 0) + np.maximum(lengths - edges[-1], 0)  # tokens beyond the reference
 

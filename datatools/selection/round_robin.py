@@ -1,4 +1,4 @@
-"""Target rows take turns; also as an aggregation, whose score is the place in the order of the turns."""
+"""Target rows take turns; also an aggregation, whose score is the position in the order of the turns."""
 
 from __future__ import annotations
 
@@ -20,22 +20,33 @@ def round_robin(
     max_per_source: str | float | None = None,
     reference: Selection | None = None,
 ) -> Selection:
-    """Target rows in turn each take the best row that is left.
+    """Target rows take turns, each taking its most similar remaining row.
 
-    `seed` and `reference` mean nothing here. Among equally similar rows the smaller key is taken first.
+    Ties between rows go to the smaller key.
 
-    Cost:
-        O(m n log n) for n rows and m target rows.
+    Cost: O(m n log n) for n rows and m target rows.
+
+    Args:
+        candidates: the rows, with their similarity to target rows.
+        budget: how much to choose.
+        seed: not used.
+        max_per_source: cap per source, see `fill`.
+        reference: not used.
+
+    Returns:
+        The selection.
+
+    Raises:
+        UsageError: if there is no similarity, or the pool cannot fill the budget.
 
     Source:
         arXiv 2602.14696 finds it the best at small budgets; RDS+ (arXiv 2503.01807) takes rows in this way.
 
-    Raises:
-        UsageError: There is no similarity, or the pool cannot fill the budget.
+    Example:
+        >>> pool = Candidates(keys=["a", "b", "c"], similarity=[[0.9, 0.1], [0.8, 0.2], [0.1, 0.3]])
+        >>> round_robin(pool, Budget.parse(2)).indices.tolist()
+        [0, 2]
 
-    >>> pool = Candidates(keys=["a", "b", "c"], similarity=[[0.9, 0.1], [0.8, 0.2], [0.1, 0.3]])
-    >>> round_robin(pool, Budget.parse(2)).indices.tolist()
-    [0, 2]
     """
     return take_in_turns(
         "round_robin", lambda similarity, groups: round_robin_order(similarity), candidates, budget, max_per_source
@@ -43,13 +54,14 @@ def round_robin(
 
 
 def round_robin_order(similarity: Float[Tensor, "n m"]) -> NDArray[np.int64]:
-    """Return the positions of all n rows in the order in which m target rows take them in turns.
+    """Return the positions of all n rows in the order in which m target rows take turns.
 
     Args:
-        similarity: [n, m], of any floating dtype; the earlier row wins a tie.
+        similarity: floating dtype [n, m]; in ties the earlier row wins.
 
     Returns:
         int64 [n].
+
     """
     values = similarity.float().numpy()
     queues = [Queue(values[:, j]) for j in range(values.shape[1])]

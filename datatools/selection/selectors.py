@@ -1,4 +1,4 @@
-"""Selectors: candidates and a budget go in, a `Selection` comes out. `SELECTORS` is the table by name."""
+"""Selectors: functions from candidates and a budget to a `Selection`. `SELECTORS` is the table by name."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +16,7 @@ __all__ = ["SELECTORS", "Selector", "bids", "random", "random_length", "round_ro
 
 
 class Choose(Protocol):
-    """The function of a selector; it ignores the arguments that mean nothing to it."""
+    """Signature of the function of a selector, which ignores the arguments that it does not use."""
 
     def __call__(
         self,
@@ -27,7 +27,7 @@ class Choose(Protocol):
         max_per_source: str | float | None = None,
         reference: Selection | None = None,
     ) -> Selection:
-        """Choose within `budget`, at most `max_per_source` (see `fill`) from each source."""
+        """Choose rows within `budget`, at most `max_per_source` (see `fill`) of each source."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Selector:
         scores: whether the candidates must have scores.
         reference: whether it needs a reference selection, as `random_length` does for its answer lengths.
         similarity: whether the candidates must have a similarity to target rows.
+
+    Example:
+        >>> SELECTORS["top_k"].scores, SELECTORS["random"].scores
+        (True, False)
+
     """
 
     choose: Choose
@@ -65,24 +70,29 @@ def select(
     max_per_source: str | float | None = None,
     reference: Selection | None = None,
 ) -> Selection:
-    """Choose rows with the selector called `name`.
+    """Choose rows with a selector.
 
     Args:
-        name: an entry of `SELECTORS`.
+        name: a name of `SELECTORS`.
         candidates: the rows.
         budget: how much to choose; text and numbers are parsed by `Budget.parse`.
-        seed: of the selectors that draw at random.
-        max_per_source: a cap per source, see `fill`.
-        reference: a selection of the same rows that `random_length` imitates.
+        seed: seed of selectors that draw at random.
+        max_per_source: cap per source, see `fill`.
+        reference: a selection from the same rows, which `random_length` imitates.
+
+    Returns:
+        The selection.
 
     Raises:
-        UsageError: for an unknown name, a budget that the pool cannot fill, and what the selector needs and lacks.
+        UsageError: if the name is unknown, the pool cannot fill the budget, or the selector lacks an input.
 
-    >>> pool = Candidates(keys=["a", "b", "c"], scores=[0.1, 0.9, 0.5])
-    >>> select("top_k", pool, 2).indices.tolist()
-    [1, 2]
+    Example:
+        >>> pool = Candidates(keys=["a", "b", "c"], scores=[0.1, 0.9, 0.5])
+        >>> select("top_k", pool, 2).indices.tolist()
+        [1, 2]
+
     """
     if name not in SELECTORS:
-        raise UsageError(f"there is no selector '{name}'{did_you_mean(name, SELECTORS)}")
+        raise UsageError(f"unknown selector '{name}'{did_you_mean(name, SELECTORS)}")
     budget = budget if isinstance(budget, Budget) else Budget.parse(budget)
     return SELECTORS[name].choose(candidates, budget, seed=seed, max_per_source=max_per_source, reference=reference)

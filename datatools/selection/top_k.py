@@ -16,16 +16,33 @@ def top_k(
     max_per_source: str | float | None = None,
     reference: Selection | None = None,
 ) -> Selection:
-    """Rows in the order of (-score, key) until the budget is full; `seed` and `reference` mean nothing here.
+    """Choose rows in the order of (-score, key) until the budget is full.
 
     Cost: O(n log n).
-    Source: LESS, arXiv 2402.04333, step 3 (its code leaves ties undefined; here the key decides).
+
+    Args:
+        candidates: the rows, with scores.
+        budget: how much to choose.
+        seed: not used.
+        max_per_source: cap per source, see `fill`.
+        reference: not used.
+
+    Returns:
+        The selection; each reason states score and rank.
 
     Raises:
-        UsageError: without scores, or for a budget that the pool cannot fill.
+        UsageError: without scores, or if the pool cannot fill the budget.
+
+    Source:
+        LESS, arXiv 2402.04333, step 3 (its code leaves ties undefined; here the key decides).
+
+    Example:
+        >>> top_k(Candidates(keys=["a", "b", "c"], scores=[0.1, 0.9, 0.5]), Budget.parse(2)).why
+        ['score 0.9, rank 1 of 3', 'score 0.5, rank 2 of 3']
+
     """
     if candidates.scores is None:
-        raise UsageError("top_k needs scores and the candidates have none; score them, or use 'random'")
+        raise UsageError("top_k needs scores, which the candidates lack; score them, or use 'random'")
     order = candidates.order(candidates.scores.numpy())
     chosen = fill(order, candidates, budget, max_per_source)
     rank = {row: place for place, row in enumerate(order[: order.tolist().index(chosen[-1]) + 1].tolist(), start=1)}

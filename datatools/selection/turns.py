@@ -1,4 +1,4 @@
-"""What selectors share in which target rows, or subtasks, take rows in turns."""
+"""Code shared by selectors in which target rows or subtasks take turns."""
 
 from __future__ import annotations
 
@@ -16,14 +16,27 @@ from datatools.selection.fill import fill
 
 
 class Queue:
-    """The rows by falling value, ties by position, of which the best that is left is taken again and again."""
+    """Rows in descending order of a value, ties by position; `take` removes the best one that is left.
+
+    Args:
+        values: [n].
+
+    """
 
     def __init__(self, values: NDArray[np.float32]) -> None:
         self._order = np.argsort(-values, kind="stable").astype(np.int32)
         self._next = 0
 
     def take(self, used: NDArray[np.bool_]) -> int:
-        """The first row that is not `used`, which becomes so. One must be left."""
+        """Take the best row that is not used, and mark it as used. At least one must be unused.
+
+        Args:
+            used: bool [n], changed in place.
+
+        Returns:
+            Position of the row.
+
+        """
         look = 16
         while True:
             free = ~used[self._order[self._next : self._next + look]]
@@ -47,22 +60,24 @@ def take_in_turns(
     """Fill the budget in the order in which target rows take the eligible rows.
 
     Args:
-        name: The selector, for messages.
-        order_of: (similarity [e, m], groups int64 [m]) -> the positions of the e rows in the order of their turns.
-        candidates: The rows; `similarity` is needed, and ties go to the smaller key.
-        budget: How much to choose.
-        max_per_source: A cap per source, see `fill`.
+        name: name of the selector, for messages.
+        order_of: (similarity [e, m], groups int64 [m]) -> positions of the e rows in the order of their turns, int64
+            [e].
+        candidates: the rows, with `similarity`; ties go to the smaller key.
+        budget: how much to choose.
+        max_per_source: cap per source, see `fill`.
 
     Returns:
-        The selection; a reason says in which turn a row was taken.
+        The selection; each reason states the turn in which the row was taken.
 
     Raises:
-        UsageError: There is no similarity, or the pool cannot fill the budget.
+        UsageError: if there is no similarity, or the pool cannot fill the budget.
+
     """
     if candidates.similarity is None or candidates.groups is None:
         raise UsageError(
-            f"{name} takes turns between target rows, and the candidates have no similarity to any; compare them with "
-            "target rows, or use 'top_k' or 'random'"
+            f"{name} needs the similarity of candidates to target rows, which is missing; pass `similarity`, "
+            "or use 'top_k' or 'random'"
         )
     rows = candidates.order(np.zeros(len(candidates)))  # by key
     order = rows[order_of(candidates.similarity[torch.from_numpy(rows)], candidates.groups)] if len(rows) else rows

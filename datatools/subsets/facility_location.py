@@ -4,7 +4,7 @@ import heapq
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from datatools.errors import UsageError, did_you_mean
@@ -12,35 +12,37 @@ from datatools.selection.candidates import Selection
 from datatools.subsets.method import CoresetMethod
 
 METRICS = ("l1", "l2", "cosine")
-"""Distances of features."""
-LAZY_FROM = 512  # rows from which lazy greedy is faster: below, a pass over the matrix per pick costs less than a heap
+"""Names of distances between features."""
+LAZY_FROM = 512  # number of rows from which lazy greedy, with its heap, is faster than a pass over the matrix per pick
 
 
 def facility_location(similarity: Float[Tensor, "n n"], k: int, *, lazy: bool | None = None) -> Selection:
-    """The k rows S that greedily maximise F(S) = sum_i max_{j in S} similarity_ij, F of nothing being sum_i min_j.
+    """Choose k rows S that greedily maximize F(S) = sum_i max_{j in S} similarity_ij.
 
-    Ties go to the lower index, and picks that gain nothing are made all the same. F is within 1 - 1/e of the best
-    set's (Nemhauser et al. 1978).
+    F of the empty set is sum_i min_j similarity_ij. Ties go to the lower index, and rows are picked even if they add
+    nothing to F. F is within 1 - 1/e of the optimum (Nemhauser et al. 1978).
 
-    Cost: O(k n^2) time, O(n^2) memory; lazy usually far less.
+    Cost: O(k n^2) time, O(n^2) memory; lazy usually takes far less time.
 
     Args:
-        similarity: [n, n], symmetric, finite, any floating dtype; computed in float64.
-        k: how many rows to choose.
-        lazy: recompute gains only where an old one, which is an upper bound, could still win; the picks are the same.
-            None takes what is faster for n.
+        similarity: floating dtype [n, n], symmetric and finite; computed in float64.
+        k: number of rows to choose.
+        lazy: recompute a gain only if its old value, which is an upper bound, could still win; picks are the same. None
+            chooses the faster way for n.
 
     Returns:
-        Indices in the order of the picks; weights are cluster sizes: every row votes for the most similar pick, a pick
-        for itself.
+        Indices in the order of the picks; weights are cluster sizes, where each row belongs to its most similar pick,
+        and a pick to itself.
 
     Raises:
         ValueError: unless 1 <= k <= n and the matrix is square and finite.
 
-    >>> similarity = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    >>> found = facility_location(similarity, k=2)
-    >>> found.indices.tolist(), found.weights.tolist()
-    ([0, 2], [2.0, 1.0])
+    Example:
+        >>> similarity = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        >>> found = facility_location(similarity, k=2)
+        >>> found.indices.tolist(), found.weights.tolist()
+        ([0, 2], [2.0, 1.0])
+
     """
     n = len(similarity)
     if similarity.shape != (n, n) or not similarity.isfinite().all():
@@ -58,7 +60,7 @@ def _batched(matrix: Tensor, k: int) -> list[int]:
     covered = matrix.amin(1)
     picks: list[int] = []
     for _ in range(k):
-        gain = (matrix - covered).clamp_min(0).sum(1)  # symmetric: row j of the matrix is what pick j covers
+        gain = (matrix - covered).clamp_min(0).sum(1)  # symmetric: row j of the matrix is the coverage by pick j
         gain[picks] = -torch.inf
         picks.append(int(gain.argmax()))
         covered = torch.maximum(covered, matrix[picks[-1]])
@@ -81,25 +83,26 @@ def _lazy(matrix: Tensor, k: int) -> list[int]:
     return picks
 
 
-def distances(features: Tensor, metric: str = "l1") -> Tensor:
-    """The distances of all pairs of rows.
+def distances(features: Float[Tensor, "n d"], metric: str = "l1") -> Float64[Tensor, "n n"]:
+    """Compute the distances between all pairs of rows.
 
     Args:
-        features: Float [n, d].
-        metric: A name of `METRICS`; "cosine" is 1 - cosine.
+        features: floating dtype [n, d].
+        metric: a name of `METRICS`; "cosine" is 1 - cosine.
 
     Returns:
-        Float64 [n, n], symmetric, zero on the diagonal.
+        float64 [n, n], symmetric, zero on the diagonal.
 
     Raises:
-        UsageError: For an unknown metric.
+        UsageError: if the metric is unknown.
 
     Example:
         >>> distances(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), "l2").tolist()
         [[0.0, 5.0], [5.0, 0.0]]
+
     """
     if metric not in METRICS:
-        raise UsageError(f"coreset: no metric is called {metric!r}{did_you_mean(metric, METRICS)}")
+        raise UsageError(f"coreset: unknown metric {metric!r}{did_you_mean(metric, METRICS)}")
     rows = features.double()
     if metric == "cosine":
         rows = torch.nn.functional.normalize(rows, dim=1)
@@ -117,7 +120,7 @@ def _choose(features: Tensor, k: int, *, metric: str, **_: Any) -> Selection:
 
 FACILITY_LOCATION = CoresetMethod(
     name="facility_location",
-    title="medoids of the gradients of their source, as published",
+    title="medoids of the gradients of each source, as published",
     choose=_choose,
     cost="O(n^2 d + k n^2) per source",
     rule="adam",

@@ -1,4 +1,4 @@
-"""Rows whose mean is near the mean of all rows: herding, with exchanges."""
+"""Rows whose mean approximates the mean of all rows: herding followed by exchanges."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from datatools.selection.candidates import Selection
 from datatools.subsets.method import CoresetMethod
 from datatools.subsets.rows import check_rows
 
-IMPROVEMENT = 1e-9  # of the squared error of one row: an exchange that gains less is rounding
+IMPROVEMENT = 1e-9  # relative to the squared norm of the largest row: smaller gains of an exchange are rounding
 
 
 def herding(
@@ -22,36 +22,42 @@ def herding(
     groups: Sequence[tuple[Tensor, int]] | None = None,
     exchanges: int | None = None,
 ) -> Selection:
-    """k rows S that make || mean_S - mean || small: greedy by the running sum, then exchanges of one row for another.
+    """Choose k rows S that make || mean_S - mean || small: a greedy pass, then exchanges of one row for another.
 
-    The greedy step adds the row that brings the sum of the chosen rows nearest to the same multiple of the mean of all
-    n rows (herding). Each exchange is the best of all possible ones; exchanges end when none helps. Ties go to the
-    lower index. All weights are 1.
+    The greedy pass adds the row that brings the sum of the chosen rows closest to the same multiple of the mean of all
+    n rows (herding). Each exchange is the best of all possible ones; exchanges end when none is an improvement. Ties go
+    to the lower index. All weights are 1.
 
     Cost: O(n^2 d) for the inner products, then O(n k), and O(n^2) per exchange; O(n^2) memory.
 
     Args:
-        features: [n, d], finite, any floating dtype.
-        k: how many rows to choose.
-        kept: int64, rows that are in S in any case, counted by k; they come first.
-        groups: (rows, how many of them to choose), disjoint; a row is exchanged within its group. Together with `kept`
-            they add up to k. None is one group of all other rows.
-        exchanges: at most this many; None is k.
+        features: floating dtype [n, d], finite.
+        k: number of rows to choose.
+        kept: int64 [kept], rows that are always in S and count towards k; they come first.
+        groups: (rows, int64; number of them to choose) of disjoint groups; rows are exchanged within their group.
+            Together with `kept` the numbers add up to k. None is one group of all other rows.
+        exchanges: largest number of exchanges; None is k.
+
+    Returns:
+        The rows in the order of the picks, with weights of 1.
 
     Raises:
         ValueError: unless 1 <= k <= n, the features are finite, and kept rows and quotas add up to k.
 
     Source:
-        Herding, Welling 2009; mean of gradients as the aim, CRAIG, arXiv 1906.01827, and GradMatch, arXiv 2103.00123.
+        Herding, Welling 2009; mean of gradients as the objective, CRAIG, arXiv 1906.01827, and GradMatch, arXiv
+        2103.00123.
 
-    >>> herding(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), k=1).indices.tolist()  # the mean is 3
-    [2]
+    Example:
+        >>> herding(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), k=1).indices.tolist()  # the mean is 3
+        [2]
+
     """
     check_rows("herding", features, k)
     rows = features.double()
     centred = rows - rows.mean(0)
     n = len(centred)
-    products = (centred @ centred.mT).cpu()  # [n, n]; the many small steps that follow are slow on a GPU
+    products = (centred @ centred.mT).cpu()  # [n, n]; on the CPU, because many small steps follow
     own = products.diagonal().clone()
     picks = [] if kept is None else kept.tolist()
     chosen = torch.zeros(n, dtype=torch.bool)
@@ -63,11 +69,11 @@ def herding(
     group = torch.full((n,), -1)
     for g, (rows, _) in enumerate(groups):
         group[rows.cpu()] = g
-    left = torch.tensor([quota for _, quota in groups] + [0])  # the last is for rows of no group
+    left = torch.tensor([quota for _, quota in groups] + [0])  # the last entry is for rows without a group
     towards = products[chosen].sum(0)  # inner product of each row with the sum of the chosen ones
     fixed = len(picks)
     while len(picks) < k:
-        length = (2 * towards + own).masked_fill(chosen | (left[group] == 0), torch.inf)  # of the new sum, relative
+        length = (2 * towards + own).masked_fill(chosen | (left[group] == 0), torch.inf)  # growth of the squared sum
         picks.append(int(length.argmin()))
         chosen[picks[-1]] = True
         left[group[picks[-1]]] -= 1
@@ -99,12 +105,12 @@ def _choose(features: Tensor, k: int, *, kept: Tensor, groups: Sequence[tuple[Te
 
 HERDING = CoresetMethod(
     name="herding",
-    title="rows whose mean gradient is nearest to that of the whole large batch, so many of each source",
+    title="rows whose mean gradient is closest to that of the large batch, with a quota for each source",
     choose=_choose,
     cost="O(n^2 d)",
     scope="batch",
 )
-"""Herding of all sources at once, by the same quotas.
+"""Herding of all sources at once, with the same quotas.
 
-Where a source has three rows of which one is kept, there is little to choose within it, and much among all of them.
+Within a source of three rows of which one is kept, there are few choices; among all sources together, there are many.
 """

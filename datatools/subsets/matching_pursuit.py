@@ -1,4 +1,4 @@
-"""Rows with weights whose weighted mean is near the mean of all rows: orthogonal matching pursuit."""
+"""Weighted rows whose mean approximates the mean of all rows: orthogonal matching pursuit."""
 
 from typing import Any
 
@@ -12,16 +12,19 @@ from datatools.subsets.rows import check_rows
 
 
 def matching_pursuit(features: Float[Tensor, "n d"], k: int) -> Selection:
-    """k rows with weights w >= 0 that make || sum_S w_i x_i / k - mean || small: orthogonal matching pursuit.
+    """Choose k rows with weights w >= 0 that make || sum_S w_i x_i / k - mean || small by orthogonal matching pursuit.
 
-    Each step takes the row with the largest inner product with what is left of the mean, and solves for all weights
-    again (non-negative least squares). Rows that the solution does not need have weight 0.
+    Each step takes the row with the largest inner product with the residual of the mean, and recomputes all weights by
+    non-negative least squares. Rows that the solution does not need have weight 0.
 
     Cost: O(n^2 d), then k small least-squares problems.
 
     Args:
-        features: [n, d], finite, any floating dtype.
-        k: how many rows to choose.
+        features: floating dtype [n, d], finite.
+        k: number of rows to choose.
+
+    Returns:
+        The rows in the order of the picks, with their weights.
 
     Raises:
         ValueError: unless 1 <= k <= n and the features are finite.
@@ -29,9 +32,11 @@ def matching_pursuit(features: Float[Tensor, "n d"], k: int) -> Selection:
     Source:
         GradMatch, arXiv 2103.00123, algorithm 2; without its ridge term, because w >= 0 bounds the weights.
 
-    >>> found = matching_pursuit(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 0.1]]), k=2)
-    >>> sorted(found.indices.tolist())
-    [0, 1]
+    Example:
+        >>> found = matching_pursuit(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 0.1]]), k=2)
+        >>> sorted(found.indices.tolist())
+        [0, 1]
+
     """
     from scipy.optimize import nnls
 
@@ -40,7 +45,7 @@ def matching_pursuit(features: Float[Tensor, "n d"], k: int) -> Selection:
     scale = rows.norm(dim=1).max().clamp_min(torch.finfo(torch.float64).tiny)
     rows = rows / scale
     mean = rows.mean(0)
-    # least squares only sees inner products: work in the span of the rows, at most n dimensions
+    # least squares depends on inner products only: work in the span of the rows, with at most n dimensions
     if rows.shape[1] > len(rows):
         left, values, _ = torch.linalg.svd(rows, full_matrices=False)
         rows = left * values
@@ -64,7 +69,7 @@ def _choose(features: Tensor, k: int, **_: Any) -> Selection:
 
 MATCHING_PURSUIT = CoresetMethod(
     name="matching_pursuit",
-    title="weighted rows whose mean gradient is nearest to that of all rows of their source",
+    title="weighted rows whose mean gradient is closest to that of all rows of their source",
     choose=_choose,
     cost="O(n^2 d) and k least-squares problems per source",
     weighted=True,

@@ -1,4 +1,4 @@
-"""What a coreset method is: a function from features to rows, and what others need to know of it."""
+"""The record of a coreset method: a function from features to rows, and what other parts need to know about it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datatools.selection.candidates import Selection
 
 
 class Choose(Protocol):
-    """The function of a coreset method; it ignores the arguments that mean nothing to it."""
+    """Signature of the function of a coreset method, which ignores the arguments that it does not use."""
 
     def __call__(
         self,
@@ -28,36 +28,45 @@ class Choose(Protocol):
         """Choose k of the n rows of `features`.
 
         Args:
-            features: Float [n, d], finite.
-            k: How many rows; at least 1 and at most n.
-            kept: Int64 [m], rows that are part of the k whatever happens; empty for methods of scope "source".
-            groups: (rows int64, how many of them to choose), apart from each other; with `kept` they add up to k. For
+            features: floating dtype [n, d], finite.
+            k: number of rows to choose, between 1 and n.
+            kept: int64 [m], rows that are always chosen and count towards k; empty for methods of scope "source".
+            groups: (rows, int64; number of them to choose) of disjoint groups; with `kept` the numbers add up to k. For
                 methods of scope "source", all rows are one group.
-            metric: A name of `METRICS`, for methods that compare rows with each other.
-            generator: Of everything random.
+            metric: a name of `METRICS`, for methods that compare rows.
+            generator: source of randomness.
 
         Returns:
-            `indices` int64 [k] and `weights` float [k], of which the method's docstring says what they mean.
+            `indices`, int64 [k], and `weights`, floating dtype [k], whose meaning the method's docstring states.
+
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoresetMethod:
-    """One entry of `datatools.CORESET_METHODS`: a function, and what the trainer, the report and the docs need to know.
+    """One entry of `datatools.CORESET_METHODS`: a function and its description for trainer, report and docs.
 
     Attributes:
-        name: What the setting `coreset.method` calls it.
-        title: Which rows are kept, as the report says it after "trained on 8: ".
-        choose: The function.
-        cost: What a choice costs for n rows with d numbers of which k are kept, beside making the features.
-        scope: Whether it sees the whole batch at once, with the rows that are kept anyway ("batch"), or the rows of one
-            source at a time ("source").
-        features: Whether it reads features at all; if not, none are made.
-        rule: What stands between gradients and features where the setting says "auto": "none" or "adam".
-        coordinates: Whether it reads the largest coordinates of the features where there are too many, rather than a
-            random projection, which keeps inner products but not L1 distances.
-        weighted: Whether its rows have weights other than 1, which the loss of each row has to be multiplied by.
-        control: Whether it is what others are compared with, and is not warned about for being no better than random.
+        name: value of the setting `coreset.method`.
+        title: which rows are kept, in the words of the report after "trained on 8: ".
+        choose: the function.
+        cost: cost of a choice of k of n rows with feature dimension d, without computing the features.
+        scope: "batch" if it sees the whole batch at once, with the rows that are kept anyway; "source" if it sees the
+            rows of one source at a time.
+        features: whether it reads features; if not, none are computed.
+        rule: the rule from gradients to features that the setting "auto" means: "none" or "adam".
+        coordinates: whether it reads the largest coordinates of features that are too long, instead of a random
+            projection, which preserves inner products but not L1 distances.
+        weighted: whether its rows have weights other than 1, by which the loss of each row must be multiplied.
+        control: whether it is the control for other methods, and causes no warning for being no better than random.
+
+    Example:
+        >>> def first(features, k, **_):
+        ...     return Selection(torch.arange(k))
+        >>> method = CoresetMethod(name="first", title="the first rows", choose=first, cost="none", features=False)
+        >>> method.choose(torch.zeros(4, 1), 2).indices
+        tensor([0, 1])
+
     """
 
     name: str

@@ -88,10 +88,10 @@ def test_a_model_without_a_chat_template(command, tmp_path):
         ("150%", "at most 100%"),
         ("0%", "above 0%"),
         ("0.05", "ambiguous: a share or a number? Write '5%'"),
-        ("61", "more than the 60 eligible of 60 rows"),
-        ("many", "is not understood"),
+        ("61", "exceeds the 60 eligible of 60 rows"),
+        ("many", "cannot parse budget"),
         ("1 token", "the shortest has"),
-        ("-5", "not understood"),
+        ("-5", "cannot parse budget"),
     ],
 )
 def test_impossible_budgets(command, world, tmp_path, budget, text):

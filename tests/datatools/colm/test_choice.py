@@ -267,13 +267,13 @@ def test_distances_by_metric():
     assert distances(rows, "l1")[0].tolist() == [0, 7, 3]
     assert distances(rows, "l2")[0].tolist() == pytest.approx([0, 5, 3])
     assert distances(rows, "cosine")[0].tolist() == pytest.approx([0, 1, 0])
-    with pytest.raises(UsageError, match="no metric is called 'l3'"):
+    with pytest.raises(UsageError, match="unknown metric 'l3'"):
         distances(rows, "l3")
 
 
 def test_bad_batches_are_refused_with_advice():
     rows = gradients(6, 4)
-    with pytest.raises(UsageError, match=r"9 rows to keep of a batch of 6.*--large-batch"):
+    with pytest.raises(UsageError, match=r"9 rows of a batch of 6.*--large-batch"):
         select_batch(rows, ["a"] * 6, 9, generator=generator())
     rows[2, 1] = torch.nan
     with pytest.raises(DataError, match=r"features of rows \[2\] of the batch are not finite"):
@@ -307,7 +307,7 @@ def test_clusters_find_groups_of_vectors():
     vectors = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.1], [0.1, 5.0]])
     found = cluster_sources(vectors, 2, seed=1).tolist()
     assert found[0] == found[2] != found[1] == found[3] and found == cluster_sources(vectors, 2, seed=1).tolist()
-    with pytest.raises(UsageError, match="clusters=5 of 4 rows"):
+    with pytest.raises(UsageError, match="clusters=5 for 4 rows"):
         cluster_sources(vectors, 5, seed=1)
 
 

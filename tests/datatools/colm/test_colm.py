@@ -221,7 +221,7 @@ def test_a_saved_history_goes_on_where_it_was(model, batch):
     second.load_state_dict(first.state_dict())
     assert [second(batch, SOURCES, step=t).indices.tolist() for t in (2, 3)] == want[2:]
     assert torch.equal(second.state_dict()["exp_avg"], whole.state_dict()["exp_avg"])
-    with pytest.raises(DataError, match="the saved history does not fit"):
+    with pytest.raises(DataError, match="the saved history does not match"):
         colm(model).load_state_dict(first.state_dict())
 
 
@@ -277,7 +277,7 @@ def test_what_is_refused_and_leaves_the_model_alone(model, batch):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     asked = {k: p.requires_grad for k, p in model.named_parameters()}
     model.train()
-    with pytest.raises(UsageError, match="17 rows to keep of a batch of 16"):
+    with pytest.raises(UsageError, match="cannot keep 17 rows of a batch of 16"):
         colm(model)(batch, SOURCES, step=0, keep=17)
     with pytest.raises(UsageError, match="3 sources for a batch of 16 rows"):
         colm(model)(batch, SOURCES[:3], step=0)

@@ -116,12 +116,12 @@ def test_share_counts_the_pool_but_never_more_than_is_eligible():
 @pytest.mark.parametrize(
     ("text", "columns", "advice"),
     [
-        ("101", {}, "more than the 100 eligible of 100 rows; ask for at most 100"),
+        ("101", {}, "exceeds the 100 eligible of 100 rows; ask for at most 100"),
         ("51", {"eligible": torch.arange(100) < 50}, "at most 50"),
         ("1", {"eligible": [False] * 100}, "none of the 100"),
-        ("1M tokens", {}, "more than the 885 tokens"),
+        ("1M tokens", {}, "exceeds the 885 tokens"),
         ("5 tokens", {"tokens": [9] * 100}, "the shortest has 9 tokens"),
-        ("5 tokens", {"tokens": None}, "there are none"),
+        ("5 tokens", {"tokens": None}, "which are missing"),
         ("0.9%", {}, "less than one row"),
     ],
 )
@@ -196,7 +196,7 @@ def test_unknown_selector_and_missing_columns():
         select("random_length", candidates(), "5")
     with pytest.raises(UsageError, match="supervised token counts"):
         select("random_length", candidates(supervised=None), "5", reference=Selection(torch.tensor([1])))
-    with pytest.raises(UsageError, match="names row 100 of a pool of 100"):
+    with pytest.raises(UsageError, match="contains row 100 of a pool of 100"):
         select("random_length", candidates(), "5", reference=Selection(torch.tensor([100])))
 
 
@@ -219,7 +219,7 @@ def test_turns_are_the_same_as_a_selector_and_as_an_aggregation(name):
             )
             assert chosen.indices.tolist() == want.indices.tolist()
     assert chosen.why[0].startswith("taken in turn 1 of 88, similarity at most 0.9")
-    with pytest.raises(UsageError, match=f"{name} takes turns between target rows, and the candidates have no sim"):
+    with pytest.raises(UsageError, match=f"{name} needs the similarity of candidates to target rows"):
         select(name, candidates(similarity=None), "5")
 
 
@@ -416,7 +416,7 @@ def test_caps_count_rows_of_a_source_among_those_that_may_be_chosen():
         (np.nan, "write"),
         (0.01, "less than one"),
         (5, "only 15 rows of 3 sources"),
-        (0.1, "only 6 rows of 3 sources into a budget of 20 rows"),
+        (0.1, "only 6 rows of 3 sources in a budget of 20 rows"),
     ],
 )
 def test_caps_that_make_no_sense(cap, advice):
