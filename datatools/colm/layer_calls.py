@@ -31,7 +31,7 @@ class BlockCall:
     name: str
     module: nn.Module
     matrices: list[tuple[str, Tensor]] = field(default_factory=list)
-    output: Tensor | None = None
+    output: Float[Tensor, " ..."] | None = None
     softmax: bool = False
 
 

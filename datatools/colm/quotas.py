@@ -33,7 +33,7 @@ class Plan:
     """
 
     kept: Int64[Tensor, " m"]
-    groups: tuple[tuple[Tensor, int], ...]
+    groups: tuple[tuple[Int64[Tensor, " g"], int], ...]
     overflow: bool
 
     def __len__(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from datatools.colm.value_rows import Kind
@@ -39,7 +39,7 @@ class Target:
     projection: nn.Module
     sharing: tuple[nn.Module, ...]
     name: str
-    outputs: slice | Tensor
+    outputs: slice | Int64[Tensor, " outputs"]
     shape: tuple[int, int]
     parameter: nn.Parameter
     transposed: bool

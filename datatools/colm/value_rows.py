@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -49,7 +50,7 @@ class Place:
 
     projection: str
     kind: Kind
-    rows: Tensor
+    rows: Int64[Tensor, " k"]
     width: int
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float32
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -130,7 +131,7 @@ def encode(unit: Rows, dtype: str) -> tuple[NDArray[Any], Rows]:
     return ENCODINGS[dtype].encode(unit)
 
 
-def decode(stored: NDArray[Any], scale: Rows, dtype: str, dim: int) -> Tensor:
+def decode(stored: NDArray[Any], scale: Rows, dtype: str, dim: int) -> Float32[Tensor, "n dim"]:
     """Decode rows that `encode` encoded.
 
     Args:

@@ -1,4 +1,4 @@
-"""The gradient of each example of a batch: `per_sample_grads`, its definition and its fast path."""
+"""The gradient of each row of a batch: `per_sample_grads`, with its definition and its fast path."""
 
 from datatools.gradients.batching import MicroBatches as MicroBatches
 from datatools.gradients.batching import micro_batches as micro_batches

@@ -1,7 +1,7 @@
-"""The one micro-batcher: rows grouped by length into batches of bounded size, and the batches made of them.
+"""The micro-batcher: groups rows by length into batches of bounded size.
 
-Training, evaluation, features, coresets, orders and diagnoses all split their rows here, so that one rule decides how
-much memory a pass takes, and in which order sums are made.
+Training, evaluation, features, coresets, orders and diagnoses all split their rows here, so that one rule determines
+the memory of a pass and the order of sums.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar, overload
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from datatools.gradients.types import Batch
@@ -18,23 +19,23 @@ T = TypeVar("T")
 
 
 def token_batches(lengths: Sequence[int], budget: int, *, padding: float = 0.125) -> list[list[int]]:
-    """Indices of rows, grouped so that the padded tokens of a group (longest row x rows) stay within `budget`.
+    """Group rows so that the padded tokens of a group (longest row x rows) stay within `budget`.
 
-    Longest rows come first. The order is fixed by (length, index), so the groups, and with them every bit of a result,
-    do not depend on anything else. A row longer than the budget is a group of its own.
+    Longest rows come first. The groups depend only on (length, index), so that results are reproducible bit by bit. A
+    row longer than the budget forms a group of its own.
 
     Args:
-        lengths: Tokens of each row.
-        budget: The most padded tokens of a group.
-        padding: A group is also closed before more than this share of it would be padding: on a CPU, a padded token
-            costs as much as a real one.
+        lengths: tokens of each row [n].
+        budget: largest number of tokens per group, including padding.
+        padding: largest share of padding in a group: on a CPU, a padding token costs as much as a real one.
 
     Returns:
-        The groups; each row is in exactly one of them.
+        The groups, as indices of rows; each row is in exactly one group.
 
     Example:
         >>> token_batches([3, 8, 8, 2, 3], budget=16)
         [[1, 2], [0, 4, 3]]
+
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
@@ -52,14 +53,20 @@ def token_batches(lengths: Sequence[int], budget: int, *, padding: float = 0.125
 
 
 class MicroBatches(Sequence[tuple[list[int], T]]):
-    """Groups of rows, each with its padded batch, which is made anew whenever it is asked for and kept nowhere.
+    """Groups of rows, each with its padded batch, which is created at each access and not stored.
 
-    An index gives (indices of rows, their batch), and a slice gives some of the groups: one of several processes takes
+    An index returns (indices of rows, their batch), and a slice some of the groups: one of several processes takes
     `[rank::world_size]`.
 
     Args:
-        groups: Indices of rows.
-        batch_of: Indices of rows -> their padded batch.
+        groups: indices of rows.
+        batch_of: indices of rows -> their padded batch.
+
+    Example:
+        >>> batches = MicroBatches([[0, 1], [2]], lambda group: [10 * i for i in group])
+        >>> batches[0], len(batches[1:])
+        (([0, 1], [0, 10]), 1)
+
     """
 
     def __init__(self, groups: Sequence[list[int]], batch_of: Callable[[list[int]], T]) -> None:
@@ -85,39 +92,42 @@ def micro_batches(lengths: Sequence[int], budget: int, batch_of: Callable[[list[
     """Return the groups of `token_batches`, each with its padded batch.
 
     Args:
-        lengths: Tokens of each row.
-        budget: The most padded tokens of a batch.
-        batch_of: Indices of rows -> their padded batch.
+        lengths: tokens of each row [n].
+        budget: largest number of tokens per batch, including padding.
+        batch_of: indices of rows -> their padded batch.
 
     Returns:
-        (indices of rows, their batch) for each group; a batch is made when it is asked for.
+        (indices of rows, their batch) for each group; batches are created on demand.
 
     Example:
         >>> rows = ["to be", "or", "not to be"]
         >>> batches = micro_batches([2, 1, 3], 4, lambda group: [rows[i] for i in group])
         >>> list(batches), len(batches[::2])
         ([([2], ['not to be']), ([0], ['to be']), ([1], ['or'])], 2)
+
     """
     return MicroBatches(token_batches(lengths, budget), batch_of)
 
 
 def pieces(
     batch: Batch, lengths: Sequence[int] | None, token_budget: int
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """The micro-batches of rows that are padded already: columns that only hold padding are cut off.
+) -> Iterator[tuple[Int64[Tensor, " b"], dict[str, Tensor]]]:
+    """Split rows that are padded already into micro-batches, and cut off columns that contain only padding.
 
     Args:
-        batch: Tensors with n rows, among them `input_ids`, int64 [n, s]; those of shape [n, s] are padded on the right.
-        lengths: Tokens of each row. None: the place after the last attended token, or s without an `attention_mask`.
-        token_budget: The most padded tokens of a micro-batch.
+        batch: tensors with n rows, among them `input_ids`, int64 [n, s]; those of shape [n, s] are padded on the right.
+        lengths: tokens of each row [n]. None uses the position after the last attended token, or s without an
+            `attention_mask`.
+        token_budget: largest number of tokens per micro-batch, including padding.
 
     Yields:
-        (rows int64 [b], the batch of these rows).
+        (rows, int64 [b]; the batch of these rows).
 
     Example:
         >>> ids = torch.tensor([[5, 6, 0], [7, 8, 9]])
         >>> [(rows.tolist(), part["input_ids"].tolist()) for rows, part in pieces({"input_ids": ids}, [2, 3], 3)]
         [([1], [[7, 8, 9]]), ([0], [[5, 6]])]
+
     """
     n, width = batch["input_ids"].shape
     if lengths is None:

@@ -1,9 +1,9 @@
-"""Per-example gradients of a whole batch from one backward pass, which forms no gradient of any weight.
+"""Per-sample gradients of a whole batch from one backward pass, which computes no weight gradients.
 
     matrix [out, in]:  G_i = sum_s g_is x_is^T            bias [out]:  sum_s g_is
     LoRA y = W x + c B A x:   dA_i = c sum_s (B^T g_is) x_is^T,   dB_i = c sum_s g_is (A x_is)^T
 
-g_is is the gradient of a layer's output at token s of row i, x_is its input; which token is of which row, `rows` says.
+g_is is the gradient of a layer's output at token s of row i, and x_is its input; `rows.py` finds the row of each token.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from datatools.gradients import rows
 from datatools.gradients.layers import Adapter, adapters, is_conv1d
 from datatools.gradients.types import Batch, Loss, Visit, size_of
-from datatools.gradients.uses import Use, View, Watch
+from datatools.gradients.uses import Use, View
+from datatools.gradients.watch import Watch
 
 
 @dataclass(eq=False)
@@ -38,7 +40,7 @@ class _AdapterUse(Use):
     def contract(self, x: Tensor | None, g: Tensor) -> dict[str, Tensor]:
         one = self.adapter
         assert one is not None and x is not None
-        x, g = x.to(one.a.dtype), g.to(one.a.dtype)  # adapters are float32 also over a bfloat16 model
+        x, g = x.to(one.a.dtype), g.to(one.a.dtype)  # adapters are float32 even on a bfloat16 model
         return {
             one.name_a: (g @ (one.b * one.scale)).mT @ x,
             one.name_b: g.mT @ (x @ (one.a * one.scale).mT),
@@ -46,9 +48,9 @@ class _AdapterUse(Use):
 
 
 class _Start(torch.autograd.Function):
-    """The beginning of the graph: what comes out asks for a gradient though nothing that went in does.
+    """The start of the graph: its output requires a gradient although its input does not.
 
-    A copy, so that a model may go on and change it in place, which it may not do to a leaf.
+    The output is a copy, so that a model may change it in place, which is not allowed for a leaf.
     """
 
     @staticmethod
@@ -62,24 +64,39 @@ class _Start(torch.autograd.Function):
 
 @dataclass
 class _Call:
-    """One use in this pass, with what the backward passes bring."""
+    """One use in this pass, with the results of backward passes."""
 
     use: Use
     key: tuple[str, int, int]
     layout: rows.Layout | None
     shape: torch.Size
-    """Of the output."""
+    """Shape of the output."""
     guard: tuple[Tensor, int] | None = None
-    """(output, version): a hook on a view is lost when the view is changed in place, so it must not be."""
+    """(output, version): a hook on a view is lost if the view is changed in place, which must be detected."""
     weighted: list[Tensor] = field(default_factory=list)
 
 
 def visit_by_hooks(
     loss: Loss, module: nn.Module, batch: Batch, names: Sequence[str], visit: Visit, layouts: rows.Layouts
-) -> tuple[Tensor, dict[str, str]]:
-    """Call `visit` for each of `names` but those that need another method: (losses [b], name -> why not).
+) -> tuple[Float[Tensor, " b"], dict[str, str]]:
+    """Call `visit` for each parameter in `names` except those that need another method.
 
-    Inside `enable_grad`, with every parameter frozen.
+    Call it inside `enable_grad`, with no parameter requiring a gradient.
+
+    Args:
+        loss: (module, batch) -> losses, floating dtype [b].
+        module: the model, in eval mode.
+        batch: name -> tensor [b, ...].
+        names: names of parameters.
+        visit: receives a name and its gradients [b, *shape].
+        layouts: layouts of the module's layers, which may be extended.
+
+    Returns:
+        The losses [b], detached, and parameter -> reason for those not visited.
+
+    Raises:
+        ValueError: if the loss is not one value per row.
+
     """
     return _Pass(module, batch, names, visit, layouts).run(loss)
 
@@ -94,7 +111,7 @@ class _Pass:
         self.params = {name: known[name] for name in names}
         self.refused: dict[str, str] = {}
         self.calls: list[_Call] = []
-        self.waiting: Counter[str] = Counter()  # calls of each parameter whose gradient has not arrived
+        self.waiting: Counter[str] = Counter()  # for each parameter, calls without a gradient so far
         self.totals: dict[str, Tensor] = {}
         self.done: set[str] = set()
         self.weighing = False
@@ -122,7 +139,7 @@ class _Pass:
         if losses.requires_grad:
             self._backward(losses)
         for name, p in self.params.items():
-            if name not in self.done and name not in self.refused:  # the loss uses it nowhere, or not every time
+            if name not in self.done and name not in self.refused:  # the loss does not use it, or not in every call
                 total = self.totals.pop(name, None)
                 self.visit(name, p.new_zeros(self.size, *p.shape) if total is None else total)
         return losses.detach(), self.refused
@@ -148,7 +165,7 @@ class _Pass:
                 self.totals.pop(name, None)
 
     def _used(self, uses: list[Use], y: Tensor, in_place: bool) -> Tensor:
-        """Put a hook on the output `y` of these uses, and let the graph begin here if nothing before asks for one."""
+        """Register a hook on the output `y` of these uses; start the graph here if no earlier tensor is part of one."""
         if not y.requires_grad:
             y = _Start.apply(y, self.anchor)  # type: ignore[no-untyped-call]
         whole, guard = y, None
@@ -194,7 +211,7 @@ class _Pass:
                         self.visit(name, self.totals.pop(name))
 
     def _add(self, call: _Call, g: Tensor) -> None:
-        """The part of this call in the gradients of its parameters; g [n, out]."""
+        """Add the contribution of this call to the gradients of its parameters; g [n, out]."""
         use = call.use
         x = None if use.x is None else use.x.reshape(len(g), use.x.shape[-1])
         layout = call.layout
@@ -206,7 +223,7 @@ class _Pass:
         if self.size > 1:
             found = rows.identify(call.weighted, _largest(g), self.size, self.dtype)
             if found is None:
-                return self._refuse(use, "some of its layer's tokens belong to no single row of the batch")
+                return self._refuse(use, "some tokens of its layer do not belong to a single row of the batch")
             of_token = found
             if not use.routed:
                 self.layouts.learn(call.key, use.tokens, self.batch, found)
@@ -237,7 +254,7 @@ class _Pass:
             owners = of_token[tokens]
             places = torch.arange(len(of_token))[tokens]
             for row in sorted(set(owners.tolist())):
-                if row < 0:  # no gradient at all
+                if row < 0:  # tokens with zero gradients
                     continue
                 at = places[owners == row].to(g.device)
                 grads = use.contract(None if x is None else x[None, at], g[None, at])
@@ -253,9 +270,10 @@ class _Pass:
 
     @contextmanager
     def _adapter(self, one: Adapter, watched: set[str]) -> Iterator[None]:
-        """A LoRA layer's calls are used as one. In float32 it runs as one product with W + c B A: the same function in
-        exact arithmetic, at the cost of the bare layer. Lower precisions keep the two paths apart, where adding would
-        round the adapter away.
+        """Treat each call of a LoRA layer as one use.
+
+        In float32, it runs as one product with W + c B A: the same function in exact arithmetic, at the cost of the
+        plain layer. In lower precisions, where the sum would round the adapter away, the two paths stay separate.
         """
 
         def capture(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Which parameters the fast method can see, told by the modules alone; nothing is run.
+"""Which parameters the fast method can cover, determined from the modules alone; nothing is run.
 
-What a parameter is really used for is seen in the forward pass (`uses`); here is only what is worth trying.
+How a parameter is really used is seen in the forward pass (`watch.py`); this file only decides what is worth trying.
 """
 
 from __future__ import annotations
@@ -9,23 +9,42 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A plain LoRA layer y = W x + c B A x: its module, the names of A [r, in] and B [out, r], and c."""
+    """A plain LoRA layer y = W x + c B A x.
+
+    Attributes:
+        module: the layer.
+        name_a: name of the parameter A.
+        name_b: name of the parameter B.
+        a: A, floating dtype [r, in].
+        b: B, floating dtype [out, r].
+        scale: c.
+
+    """
 
     module: nn.Module
     name_a: str
     name_b: str
-    a: Tensor
-    b: Tensor
+    a: Float[Tensor, "r in"]
+    b: Float[Tensor, "out r"]
     scale: float
 
 
 def adapters(module: nn.Module) -> list[Adapter]:
-    """The plain LoRA layers of `module`: one adapter in force, not merged, over a linear layer."""
+    """List the plain LoRA layers of a module: one active adapter, not merged, on a linear layer.
+
+    Args:
+        module: the model.
+
+    Returns:
+        The layers, with names relative to `module`.
+
+    """
     found = []
     for name, child in module.named_modules():
         lora = _lora_of(child)
@@ -39,13 +58,26 @@ def adapters(module: nn.Module) -> list[Adapter]:
 
 
 def covered(module: nn.Module, names: Sequence[str]) -> list[str]:
-    """Those of `names` whose per-example gradients `hooks` forms without a pass for each row.
+    """Select the parameters for which method "hooks" computes per-sample gradients without a pass for each row.
 
-    Weights and biases of linear layers (`nn.Linear` and its subclasses, GPT-2's `Conv1D`), of routers, and of experts
-    kept in one tensor [experts, ., .]; A and B of plain LoRA over linear layers. Left out, though `hooks` gives them
-    too, by one pass a row: embeddings and what is tied to them, norms, convolutions, the matrices of DoRA and other
-    variants. A layer that uses its weight in a way nobody foresaw is claimed here and still right: see
-    `per_sample_grads`.
+    These are weights and biases of linear layers (`nn.Linear` and its subclasses, GPT-2's `Conv1D`), of routers, and of
+    experts kept in one tensor [experts, ., .]; and A and B of plain LoRA on linear layers. Not included, although
+    "hooks" computes them too, with one pass per row: embeddings and parameters tied to them, norms, convolutions, and
+    the matrices of DoRA and other variants. A layer that uses its weight in an unexpected way is included, and its
+    gradients are still correct: see `per_sample_grads`.
+
+    Args:
+        module: the model.
+        names: names of parameters.
+
+    Returns:
+        Those of `names` that are covered, in the same order.
+
+    Example:
+        >>> module = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2), nn.LayerNorm(2))
+        >>> covered(module, [name for name, _ in module.named_parameters()])
+        ['1.weight', '1.bias']
+
     """
     reachable: set[str] = set()
     embedded = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
@@ -57,41 +89,59 @@ def covered(module: nn.Module, names: Sequence[str]) -> list[str]:
         lora = _lora_of(child)
         if lora is not None:
             reachable |= {f"{prefix}lora_{part}.{lora[0]}.weight" for part in "AB"}
-        if hasattr(child, "base_layer"):  # an adapter: its own parts, plain or not, are named above or not at all
+        if hasattr(child, "base_layer"):  # the parts of an adapter are added above, or not covered
             inside += [f"{prefix}{part}" for part in ("lora_", "parametrizations", "ranknum")]
             continue
         reachable |= {f"{prefix}{own}" for own in _own_matrices(name, child, embedded)}
     return [name for name in names if name in reachable]
 
 
-_TABLE = re.compile(r"bias|log|norm|scale|pos", re.IGNORECASE)  # names of what is added or multiplied number by number
+_TABLE = re.compile(r"bias|log|norm|scale|pos", re.IGNORECASE)  # names of parameters used elementwise
 
 
 def _own_matrices(path: str, child: nn.Module, embedded: set[int]) -> list[str]:
-    """Names of the parameters directly in `child` that are multiplied with vectors, and of a linear layer's bias."""
+    """List the parameters directly in `child` that are multiplied by vectors, and the bias of a linear layer."""
     if isinstance(child, nn.Embedding | nn.modules.conv._ConvNd):
         return []
     own = {name: p for name, p in child.named_parameters(recurse=False) if id(p) not in embedded}
     if is_linear(child):
         return list(own)
-    if "expert" in path.lower():  # their matrices have any name
+    if "expert" in path.lower():  # matrices of experts may have any name
         return [name for name, p in own.items() if p.ndim > 1 and not _TABLE.search(name)]
     stacks = [name for name, p in own.items() if p.ndim == 3 and min(p.shape) > 1 and not _TABLE.search(name)]
     return [name for name, p in own.items() if p.ndim == 2 and name == "weight"] + stacks
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Is it a linear layer: `nn.Linear` or a subclass, or transformers' `Conv1D`, which keeps [inputs, outputs]?"""
+    """Return whether a module is a linear layer: `nn.Linear`, a subclass, or transformers' `Conv1D` (weight [in, out]).
+
+    Args:
+        module: any module.
+
+    Returns:
+        Whether it is.
+
+    """
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Is it transformers' `Conv1D` (GPT-2's linear layer)? Told by its fields: no model class is known here."""
+    """Return whether a module is transformers' `Conv1D`, GPT-2's linear layer.
+
+    It is recognized by its attributes, because this package knows no model classes.
+
+    Args:
+        module: any module.
+
+    Returns:
+        Whether it is.
+
+    """
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
 
 
 def _lora_of(module: nn.Module) -> tuple[str, Tensor, Tensor, float] | None:
-    """(adapter, A [r, in], B [out, r], scale) of a peft LoRA layer over a linear layer with one plain adapter."""
+    """Return (adapter, A [r, in], B [out, r], scale) of a peft LoRA layer with one plain adapter on a linear layer."""
     base, a, b, scaling, active = (
         getattr(module, key, None) for key in ("base_layer", "lora_A", "lora_B", "scaling", "active_adapters")
     )

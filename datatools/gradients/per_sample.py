@@ -1,13 +1,13 @@
-"""The gradient of each example of a batch, for any `nn.Module`.
+"""The gradient of each row of a batch, for any `nn.Module`.
 
-Three methods give the same numbers. `loop` is the definition: one forward and backward pass for each example. `hooks`
-is the fast default: one pass for the whole batch (`hooks.py`), checked against the definition on one row before it is
-believed, and completed by `loop` for the parameters that it cannot see. `vmap` is torch.func's, for modules that it
+Three methods give the same results. `loop` is the definition: one forward and backward pass per row. `hooks` is the
+fast default: one pass for the whole batch (`hooks.py`), verified against the definition on one row before it is
+trusted, and completed by `loop` for the parameters that it cannot cover. `vmap` uses torch.func, for modules that it
 can transform.
 
-All need rows that do not see each other: the loss of row i may depend on row i alone (no batch normalisation). The
-module must be in eval mode, or dropout would make the gradient a random number; that is checked.
-Source: Goodfellow 2015, arXiv 1510.01799 (per-example gradients from one backward pass).
+All methods need independent rows: the loss of row i may depend only on row i (no batch normalization). The module must
+be in eval mode, because dropout would make gradients random; this is checked.
+Source: Goodfellow 2015, arXiv 1510.01799 (per-sample gradients from one backward pass).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from datatools.gradients.hooks import visit_by_hooks
@@ -29,15 +30,36 @@ from datatools.gradients.types import Batch, Loss, Method, Visit, size_of
 def per_sample_grads(
     loss: Loss, module: nn.Module, batch: Batch, names: Sequence[str], *, method: Method = "hooks"
 ) -> dict[str, Tensor]:
-    """Per-example gradients of `loss` for the parameters `names`: name -> [b, *shape], in the parameter's dtype.
+    """Compute the gradient of each row's loss for the parameters `names`.
 
-    Cost: `hooks` one forward and about one forward's worth of backward, and as much backward again for layers whose
-    tokens are routed or flattened in an order of their own; `loop` b passes with weight gradients. Parameters that
-    `hooks` cannot see (`covered` says which it should) go through `loop` as well, and a warning names them once per
-    module. The first call for a module and a set of names costs two more passes over one row: they check `hooks`
-    against the definition.
-    Memory: b gradients; use `visit_per_sample_grads` to hold one layer at a time.
-    Raises: ValueError for an unknown parameter, a module in training mode, or a loss that is not one value per row.
+    Cost: `hooks` takes one forward pass and about the cost of a forward pass for backward, and as much backward again
+    for layers whose tokens are routed or flattened in an order of their own; `loop` takes b passes with weight
+    gradients. Parameters that `hooks` cannot cover (`covered` says which it should) use `loop` as well, and a warning
+    names them once per module. The first call for a module and a set of names takes two more passes over one row, which
+    verify `hooks` against the definition. Memory: b gradients; use `visit_per_sample_grads` to hold one layer at a
+    time.
+
+    Args:
+        loss: (module, batch) -> losses, floating dtype [b].
+        module: the model, in eval mode.
+        batch: name -> tensor [b, ...].
+        names: names of parameters.
+        method: "hooks", "loop" or "vmap".
+
+    Returns:
+        Name -> gradients [b, *shape], in the dtype of the parameter.
+
+    Raises:
+        ValueError: if a parameter is unknown, the module is in training mode, or the loss is not one value per row.
+
+    Example:
+        >>> module = nn.Linear(2, 1, bias=False).eval()
+        >>> batch = {"x": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
+        >>> per_sample_grads(lambda module, batch: module(batch["x"])[:, 0], module, batch, ["weight"])["weight"]
+        tensor([[[1., 2.]],
+        <BLANKLINE>
+                [[3., 4.]]])
+
     """
     grads: dict[str, Tensor] = {}
     visit_per_sample_grads(loss, module, batch, names, grads.__setitem__, method=method)
@@ -46,11 +68,40 @@ def per_sample_grads(
 
 def visit_per_sample_grads(
     loss: Loss, module: nn.Module, batch: Batch, names: Sequence[str], visit: Visit, *, method: Method = "hooks"
-) -> Tensor:
-    """Call `visit(name, grads [b, *shape])` once for each of `names`, layer by layer; the losses [b], detached.
+) -> Float[Tensor, " b"]:
+    """Call `visit(name, gradients [b, *shape])` once for each parameter in `names`, layer by layer.
 
-    With `hooks` the last layer comes first and memory holds the per-example gradients of one layer, whatever the model;
-    parameters that need `loop` come after all others.
+    With `hooks`, the last layer comes first and only the per-sample gradients of one layer are in memory; parameters
+    that need `loop` come after all others.
+
+    Args:
+        loss: (module, batch) -> losses, floating dtype [b].
+        module: the model, in eval mode.
+        batch: name -> tensor [b, ...].
+        names: names of parameters.
+        visit: receives a name and its gradients, in the dtype of the parameter.
+        method: "hooks", "loop" or "vmap".
+
+    Returns:
+        The losses [b], detached.
+
+    Raises:
+        ValueError: if a parameter or the method is unknown, the module is in training mode, or the loss is not one
+            value per row.
+
+    Example:
+        >>> module = nn.Linear(2, 1).eval()
+        >>> shapes = {}
+        >>> losses = visit_per_sample_grads(
+        ...     lambda module, batch: module(batch["x"])[:, 0],
+        ...     module,
+        ...     {"x": torch.ones(3, 2)},
+        ...     ["weight", "bias"],
+        ...     lambda name, grads: shapes.update({name: tuple(grads.shape)}),
+        ... )
+        >>> shapes["weight"], shapes["bias"], losses.shape
+        ((3, 1, 2), (3, 1), torch.Size([3]))
+
     """
     known = dict(module.named_parameters())
     if missing := [name for name in names if name not in known]:
@@ -60,7 +111,7 @@ def visit_per_sample_grads(
     if training := [name for name, child in module.named_modules() if child.training]:
         raise ValueError(
             f"per-sample gradients: {len(training)} modules are in training mode (first: {training[0]!r}); "
-            "call module.eval(), dropout would make each gradient a random number"
+            "call module.eval(), because dropout would make gradients random"
         )
     with torch.enable_grad(), _frozen(module):
         if method == "hooks":
@@ -74,7 +125,7 @@ def visit_per_sample_grads(
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient, so that no backward pass forms weight gradients nobody reads."""
+    """Set `requires_grad` of all parameters to False inside, so that no unneeded weight gradients are computed."""
     asked = [p for p in module.parameters() if p.requires_grad]
     for p in asked:
         p.requires_grad_(False)
@@ -87,12 +138,12 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Known:
-    """What earlier calls have shown about a module."""
+    """What earlier calls have determined about a module."""
 
     layouts: Layouts = field(default_factory=Layouts)
     checked: set[frozenset[str]] = field(default_factory=set)
     elsewhere: dict[str, str] = field(default_factory=dict)
-    """Parameters for which `hooks` did not give the numbers of the definition, and how."""
+    """Parameters for which `hooks` did not agree with the definition, with the reason."""
     announced: set[str] = field(default_factory=set)
 
 
@@ -116,7 +167,7 @@ def _visit_by_hooks(
 
 
 def _check(loss: Loss, module: nn.Module, batch: Batch, params: dict[str, nn.Parameter], known: _Known) -> None:
-    """Compare `hooks` with the definition on the last row of the batch; what differs is left to `loop` from now on."""
+    """Compare `hooks` with the definition on the last row; parameters that differ use `loop` from now on."""
     row = {key: tensor[-1:] for key, tensor in batch.items()}
     found: dict[str, Tensor] = {}
     wanted: dict[str, Tensor] = {}
@@ -126,17 +177,15 @@ def _check(loss: Loss, module: nn.Module, batch: Batch, params: dict[str, nn.Par
     _visit_by_loop(loss, module, row, {name: params[name] for name in found}, wanted.__setitem__)
     norms = {name: float(grad.double().norm()) for name, grad in wanted.items()}
     precision = max(torch.finfo(p.dtype).eps for p in module.parameters() if p.is_floating_point())
-    precision = max(precision, torch.finfo(torch.float32).eps)  # which parts of a float64 model may still compute in
+    precision = max(precision, torch.finfo(torch.float32).eps)  # parts of a float64 model may compute in float32
     for name, grad in found.items():
         off = float((grad.double() - wanted[name].double()).norm())
         limit = _TOLERANCE * precision**0.5 * norms[name] + 4 * precision * max(norms.values())
-        if off > limit:  # a row that is not finite proves nothing
+        if off > limit:  # False if the row is not finite
             known.elsewhere[name] = "one backward pass for the batch does not give its gradient"
 
 
-_TOLERANCE = (
-    3.0  # times the root of the precision: 0.001 in float32 and float64, 0.26 in bfloat16; a real error is of order 1
-)
+_TOLERANCE = 3.0  # times the root of the precision: 0.001 in float32 and float64, 0.26 in bfloat16; real errors are ~1
 
 
 def _announce(slow: Mapping[str, str], among: int, known: _Known) -> None:
@@ -146,8 +195,8 @@ def _announce(slow: Mapping[str, str], among: int, known: _Known) -> None:
         more = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
         known.announced |= set(new)
         warnings.warn(
-            f"per-sample gradients: {name}{more} of {among} parameters: {why}; method 'loop' gives them, one pass per "
-            "row. Leave them out (`covered`) to go faster",
+            f"per-sample gradients: {name}{more} of {among} parameters: {why}; they use method 'loop', with one pass "
+            "per row. Exclude them (see `covered`) for more speed",
             stacklevel=6,
         )
 
@@ -162,7 +211,7 @@ def _visit_by_loop(
         losses = []
         for i in range(size_of(batch)):
             value = loss(module, {key: tensor[i : i + 1] for key, tensor in batch.items()}).sum()
-            used = value.requires_grad  # not if the loss uses none of them
+            used = value.requires_grad  # False if the loss uses none of the parameters
             found = (
                 torch.autograd.grad(value, list(params.values()), allow_unused=True) if used else [None] * len(params)
             )
@@ -178,7 +227,7 @@ def _visit_by_loop(
 
 
 class _Bound(nn.Module):
-    """The loss as a module, so that `functional_call` can swap its parameters."""
+    """The loss as a module, so that `functional_call` can substitute its parameters."""
 
     def __init__(self, module: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -200,7 +249,7 @@ def _visit_by_vmap(
         return value, value.detach()
 
     detached = {name: p.detach() for name, p in params.items()}
-    with warnings.catch_warnings():  # torch loops over what it cannot batch, and says so each time
+    with warnings.catch_warnings():  # torch warns each time it loops over an operation that it cannot batch
         warnings.filterwarnings("ignore", message="There is a performance drop")
         grads, losses = torch.vmap(torch.func.grad(one, has_aux=True), in_dims=(None, 0))(detached, dict(batch))
     for name in params:

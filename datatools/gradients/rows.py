@@ -1,11 +1,11 @@
 """Which row of the batch each token of a layer belongs to.
 
 Most layers see [rows, tokens, features], but not all: OPT flattens rows and tokens into one dimension, some models put
-time first, experts see tokens in the order of the router. A size alone cannot tell them apart, so it is measured: rows
-do not see each other, hence the gradient that a token gets is that of its own row's loss, and if the loss of row i is
+time first, and experts see tokens in the order of the router. Sizes alone cannot distinguish these, so the row is
+measured: rows are independent, hence a token gets the gradient of its own row's loss, and if the loss of row i is
 multiplied by 2^i, the gradients of its tokens are multiplied by exactly 2^i in floating point. One backward pass with
-such weights tells the row of every token, whatever the model did to the order. Where a layer turns out to keep an order
-that follows from its shape, this is remembered, and later batches need no such pass.
+such weights gives the row of every token, whatever the model did to the order. If a layer's order follows from its
+shape, this is remembered, and later batches need no such pass.
 """
 
 from __future__ import annotations
@@ -15,17 +15,27 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from datatools.gradients.types import Batch, size_of
 
 Layout = Literal["blocks", "routed"] | int
-"""Tokens of a row are one block of the flattened tokens ("blocks"), lie along one dimension (its number), or change
+"""The tokens of a row are one block of the flattened tokens ("blocks"), are along one dimension (its number), or change
 from batch to batch ("routed")."""
 
 
-def weightings(size: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Weights [size] of the rows' losses, powers of two: one vector for each digit of a row's number."""
+def weightings(size: int, dtype: torch.dtype) -> Iterator[Float64[Tensor, " b"]]:
+    """Yield weights of the rows' losses, powers of two: one vector for each digit of a row's number.
+
+    Args:
+        size: number of rows b.
+        dtype: dtype of the gradients, whose range limits the exponents.
+
+    Yields:
+        float64 [b].
+
+    """
     radix = _radix(dtype)
     number, numbers = torch.arange(size), size
     while numbers > 1:
@@ -34,13 +44,23 @@ def weightings(size: int, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def _radix(dtype: torch.dtype) -> int:
-    return 8 if dtype == torch.float16 else 32  # of float16's 30 powers of two, gradients themselves need most
+    return 8 if dtype == torch.float16 else 32  # gradients need most of the range of float16's exponent
 
 
-def identify(weighted: Sequence[Tensor], plain: Tensor, size: int, dtype: torch.dtype) -> Tensor | None:
-    """The row of each token [n], -1 where its gradient is zero; None if some token belongs to no single row.
+def identify(
+    weighted: Sequence[Tensor], plain: Float[Tensor, " n"], size: int, dtype: torch.dtype
+) -> Int64[Tensor, " n"] | None:
+    """Find the row of each token from its weighted gradients.
 
-    weighted: largest absolute gradient of each token [n], for each of `weightings`; plain: the same without weights.
+    Args:
+        weighted: for each of `weightings`, the largest absolute gradient of each token, floating dtype [n].
+        plain: the same without weights.
+        size: number of rows.
+        dtype: as for `weightings`.
+
+    Returns:
+        int64 [n], -1 for tokens with zero gradients; None if some token does not belong to a single row.
+
     """
     radix = _radix(dtype)
     rows, unit = torch.zeros(len(plain), dtype=torch.int64), 1
@@ -49,7 +69,7 @@ def identify(weighted: Sequence[Tensor], plain: Tensor, size: int, dtype: torch.
     for values in weighted:
         exponent = (values.double().cpu() / plain).log2() + radix // 2
         digit = exponent.round()
-        wrong = ~((exponent - digit).abs() < 0.1) | (digit < 0) | (digit >= radix)  # NaN counts as wrong
+        wrong = ~((exponent - digit).abs() < 0.1) | (digit < 0) | (digit >= radix)  # nan counts as wrong
         if bool((wrong & ~zero & ~(plain < 1e-6 * plain[~zero].max() if bool((~zero).any()) else zero)).any()):
             return None
         rows += unit * digit.nan_to_num(0, 0, 0).clamp(0, radix - 1).to(torch.int64)
@@ -59,8 +79,18 @@ def identify(weighted: Sequence[Tensor], plain: Tensor, size: int, dtype: torch.
     return rows
 
 
-def spread(layout: Layout, tokens: torch.Size, size: int) -> Tensor:
-    """The row of each flattened token [n] under a layout."""
+def spread(layout: Layout, tokens: torch.Size, size: int) -> Int64[Tensor, " n"]:
+    """List the row of each flattened token under a layout.
+
+    Args:
+        layout: "blocks", or the number of a dimension.
+        tokens: sizes of the token dimensions.
+        size: number of rows.
+
+    Returns:
+        int64 [n].
+
+    """
     count = tokens.numel()
     if layout == "blocks":
         return torch.arange(count) // (count // size)
@@ -70,17 +100,40 @@ def spread(layout: Layout, tokens: torch.Size, size: int) -> Tensor:
 
 @dataclass
 class Layouts:
-    """What is known of a model's layers: (parameter, number of its use, number of token dimensions) -> layout."""
+    """The layouts of a model's layers that are known so far.
+
+    Attributes:
+        known: (parameter, number of its use, number of token dimensions) -> layout.
+
+    """
 
     known: dict[tuple[str, int, int], Layout] = field(default_factory=dict)
 
     def of(self, key: tuple[str, int, int], tokens: torch.Size, batch: Batch) -> Layout | None:
-        """The layout to count on, or None where the rows must be measured."""
+        """Look up a layout that is valid for this batch.
+
+        Args:
+            key: a key of `known`.
+            tokens: sizes of the token dimensions.
+            batch: the batch.
+
+        Returns:
+            The layout, or None if rows must be measured.
+
+        """
         layout = self.known.get(key)
         return layout if layout is not None and layout in candidates(tokens, batch) else None
 
-    def learn(self, key: tuple[str, int, int], tokens: torch.Size, batch: Batch, rows: Tensor) -> None:
-        """Remember what `rows` [n] (-1: not known) show, if they leave one possibility."""
+    def learn(self, key: tuple[str, int, int], tokens: torch.Size, batch: Batch, rows: Int64[Tensor, " n"]) -> None:
+        """Remember the layout if the measured rows leave only one possibility.
+
+        Args:
+            key: a key of `known`.
+            tokens: sizes of the token dimensions.
+            batch: the batch.
+            rows: the row of each flattened token, int64 [n]; -1 if unknown.
+
+        """
         if self.known.get(key) == "routed" or len(set(rows[rows >= 0].tolist())) < 2:
             return
         size, seen = size_of(batch), rows >= 0
@@ -93,10 +146,18 @@ class Layouts:
 
 
 def candidates(tokens: torch.Size, batch: Batch) -> list[Layout]:
-    """The layouts that these token dimensions allow for this batch.
+    """List the layouts that these token dimensions allow for this batch.
 
-    Vectors without a token dimension are only taken for one a row where the batch holds no token ids: among tokens,
-    as many vectors as rows may also be what a router picked.
+    Vectors without a token dimension count as one per row only if the batch contains no token ids: otherwise, as many
+    vectors as rows may also be a router's choice of tokens.
+
+    Args:
+        tokens: sizes of the token dimensions.
+        batch: the batch.
+
+    Returns:
+        The layouts.
+
     """
     size = size_of(batch)
     ids = [tensor for tensor in batch.values() if tensor.ndim == 2 and not tensor.is_floating_point()]

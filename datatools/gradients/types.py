@@ -1,4 +1,4 @@
-"""What per-example gradients are asked for and given in."""
+"""Types of the arguments and results of per-sample gradients."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ from typing import Any, Literal
 from torch import Tensor
 
 Batch = Mapping[str, Tensor]
-"""Tensors whose first dimension is the example."""
+"""Name -> tensor [b, ...] of b rows."""
 Loss = Callable[[Any, Batch], Tensor]
-"""(module, batch of b examples) -> losses [b]."""
+"""(module, batch of b rows) -> losses, floating dtype [b]."""
 Visit = Callable[[str, Tensor], None]
-"""Receives a parameter's name and its per-example gradients [b, *shape]; the tensor is not used again by the caller."""
+"""Receives a parameter's name and its per-sample gradients [b, *shape]; the caller does not use the tensor again."""
 Method = Literal["hooks", "loop", "vmap"]
 
 
 def size_of(batch: Batch) -> int:
-    """The number of examples."""
+    """Return the number of rows of a batch.
+
+    Args:
+        batch: name -> tensor [b, ...].
+
+    Returns:
+        b.
+
+    """
     return len(next(iter(batch.values())))

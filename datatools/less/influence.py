@@ -24,7 +24,7 @@ Features = GradientFeatures | Tensor | Iterable[Block]
 def influence(
     train: Sequence[Features],
     target: Sequence[Features],
-    weights: Sequence[float] | Tensor,
+    weights: Sequence[float] | Float[Tensor, " c"],
     *,
     keys: Sequence[str] | None = None,
 ) -> Float32[Tensor, "n m"]:
@@ -106,7 +106,7 @@ def influence(
 def influence_paper(
     train: Sequence[Features],
     target: Sequence[Features],
-    weights: Sequence[float] | Tensor,
+    weights: Sequence[float] | Float[Tensor, " c"],
     groups: Sequence[int] | Int64[Tensor, " m"],
     *,
     keys: Sequence[str] | None = None,

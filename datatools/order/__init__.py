@@ -1,11 +1,11 @@
-"""What would another order of training have done? Estimates from one recorded run, without retraining.
+"""Estimate the result of training in another order from one recorded run, without retraining.
 
     problem = Problem(loss, batches, validation)                # loss(params, batch) -> 0-d
-    recipe = Recipe.of(optimizer, rates)                        # any rule that gradients alone replay
+    recipe = Recipe.of(optimizer, rates)                        # any rule that can be replayed from gradients alone
     reference = record(problem, recipe, range(T), params)       # anchors with optimizer states
     surrogate = precompute("pairwise", reference, problem)
     surrogate.score(order), surrogate.trust(order)
-    search(surrogate, "local", budget=20_000).sequences[0]      # and `refine`, for a judge too expensive to search
+    search(surrogate, "local", budget=20_000).sequences[0]      # or `refine`, for a judge too expensive to search
 
 >>> from datatools.order.example import example_run
 >>> problem, reference = example_run()
@@ -13,9 +13,10 @@
 >>> surrogate.score((3, 2, 1, 0)) != surrogate.score((0, 1, 2, 3))
 True
 
-`datatools ls estimators` lists what there is to choose from, and what it costs.
+`datatools ls estimators` lists the estimators and their costs.
 """
 
+from datatools.order.anchors import Anchor, snapshot
 from datatools.order.curricula import curricula
 from datatools.order.estimators import ESTIMATORS, estimator, limits, load_surrogate, precompute, trusted
 from datatools.order.estimators.linear import check_linear
@@ -25,7 +26,7 @@ from datatools.order.memory_map import Map, memory_map
 from datatools.order.problem import HVP_IN_GRADIENTS, Cost, Diverged, Loss, Params, Parts, Problem
 from datatools.order.recipe import Recipe, States, train
 from datatools.order.recorder import Recorder
-from datatools.order.reference_run import Anchor, ReferenceRun, record, snapshot
+from datatools.order.reference_run import ReferenceRun, record
 from datatools.order.refine import refine
 from datatools.order.search import SEARCHES, Found, borda_order, exact_order, search
 from datatools.order.validate import Judgement, Prize, break_even, calibrated, judge, prize

@@ -12,7 +12,7 @@ from optim import AdamW
 
 
 def example_run(batches: int = 4) -> tuple[Problem, ReferenceRun]:
-    """Least squares on random batches, trained by AdamW with an anchor at every step.
+    """Record least squares on random batches, trained by AdamW with an anchor at every step.
 
     Args:
         batches: T, the number of batches and of steps.
@@ -24,6 +24,7 @@ def example_run(batches: int = 4) -> tuple[Problem, ReferenceRun]:
         >>> problem, reference = example_run()
         >>> len(problem.batches), reference.sequence
         (4, (0, 1, 2, 3))
+
     """
     generator = torch.Generator().manual_seed(0)
     data = [torch.randn(8, 4, generator=generator) for _ in range(batches + 1)]

@@ -1,10 +1,11 @@
-"""What does the place of a batch do? To its own loss (memorisation) and to the held-out loss (generalisation).
+"""The effect of a batch's position on its own loss (memorization) and on the held-out loss (generalization).
 
-    M[i, j] = loss of batch i at the end when batch i stands at position j, the rest in random order (spec A.9)
-    G[i, j] = held-out loss at the end, likewise
-    without_i = the same with batch i's step left out (its place is skipped: the others keep their learning rates)
+    M[i, j] = loss of batch i at the end if batch i is at position j and the rest in random order (spec A.9)
+    G[i, j] = held-out loss at the end, in the same runs
+    without_i = the same without batch i's step (its position is skipped: the others keep their learning rates)
 
-The position effect M[i, j] - mean_j M[i, .] measures recency and forgetting; presence is M[i, .] against without.
+The position effect M[i, j] - mean_j M[i, .] measures recency and forgetting; the effect of presence is the difference
+of M[i, .] and without_i.
 """
 
 from __future__ import annotations
@@ -15,37 +16,52 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from datatools.errors import UsageError
 from datatools.order.problem import Diverged, Params
 
 Final = Callable[[Sequence[int | None]], Params]
-"""An order, or one with a step left out (None), -> parameters at the end; true (`train`) or estimated."""
+"""An order, in which None skips a step -> parameters at the end; true (`train`) or estimated."""
 
 
 @dataclass(frozen=True)
 class Map:
-    """batches: [B], positions: [P]. memory, held_out: [B, P], means over completions; without_memory, without_held_out:
-    [B], with the batch left out; spread: [B, P], standard error of `memory` over completions.
+    """The result of `memory_map`, as means over completions.
+
+    Attributes:
+        batches: [B], the batches that were moved.
+        positions: [P], the positions that they were moved to.
+        memory: float64 [B, P], the loss of the batch.
+        held_out: float64 [B, P], the held-out loss.
+        without_memory: float64 [B], the loss of the batch when it is not trained on.
+        without_held_out: float64 [B], the held-out loss when the batch is not trained on.
+        spread: [B, P], standard error of `memory` over completions.
+
+    Example:
+        >>> found = Map((0,), (0, 3), *torch.ones(4, 1, 2, dtype=torch.float64)[:2], *torch.ones(2, 1).double(), None)
+        >>> found.position_effect.tolist()
+        [[0.0, 0.0]]
+
     """
 
     batches: tuple[int, ...]
     positions: tuple[int, ...]
-    memory: Tensor
-    held_out: Tensor
-    without_memory: Tensor
-    without_held_out: Tensor
-    spread: Tensor
+    memory: Float64[Tensor, "B P"]
+    held_out: Float64[Tensor, "B P"]
+    without_memory: Float64[Tensor, " B"]
+    without_held_out: Float64[Tensor, " B"]
+    spread: Float[Tensor, "B P"]
 
     @property
-    def position_effect(self) -> Tensor:
-        """[B, P]: memory less its mean over positions."""
+    def position_effect(self) -> Float64[Tensor, "B P"]:
+        """`memory` minus its mean over positions, float64 [B, P]."""
         return self.memory - self.memory.mean(1, keepdim=True)
 
     @property
-    def counterfactual(self) -> Tensor:
-        """[B]: by how much the batch's own loss falls for having been trained on at all."""
+    def counterfactual(self) -> Float64[Tensor, " B"]:
+        """The decrease of each batch's own loss that is due to training on it at all, float64 [B]."""
         return self.without_memory - self.memory.mean(1)
 
 
@@ -61,25 +77,28 @@ def memory_map(
     seed: int = 0,
     advance: Callable[[int], object] | None = None,
 ) -> Map:
-    """Move each of `batches` to each of `positions` places, spread over the run, with `completions` random rests.
+    """Move each batch to each of several positions, spread over the run, with random orders of the rest.
 
-    The rests are the same for every batch and place; of a batch that epochs repeat, its first turn is moved. It takes
-    B x P x completions runs of `final`, and B x completions without the batch.
+    The rests are the same for every batch and position. If epochs repeat a batch, its first occurrence is moved. This
+    takes B x P x completions runs of `final`, and B x completions without the batch.
 
     Args:
         sequence: the reference order.
-        final: an order, or one with steps left out -> parameters at the end.
+        final: an order, in which None skips a step -> parameters at the end.
         train_loss: (parameters, batch) -> the loss of the batch.
         held_out_loss: parameters -> the held-out loss.
-        batches: those that are moved; all of them if not given.
-        positions: P, the number of places.
-        completions: random orders of the rest.
-        seed: of the rests.
-        advance: called with the number of runs that were made, each time.
+        batches: the B batches to move; None moves all.
+        positions: P, the number of positions.
+        completions: number of random orders of the rest.
+        seed: seed of the rests.
+        advance: called with the number of runs after each group of runs.
+
+    Returns:
+        The losses.
 
     Raises:
-        UsageError: for a batch that is not in the sequence, or fewer than 2 positions.
-        Diverged: for a run whose loss is not finite.
+        UsageError: if a batch is not in the sequence, or there are fewer than 2 positions.
+        Diverged: if the loss of a run is not finite.
 
     Example:
         >>> from datatools.order import train
@@ -90,6 +109,7 @@ def memory_map(
         >>> found = memory_map((0, 1, 2, 3), final, problem.train_loss, problem.held_out_loss, completions=2)
         >>> tuple(found.memory.shape)
         (4, 4)
+
     """
     steps = len(sequence)
     chosen = tuple(dict.fromkeys(sequence)) if batches is None else tuple(batches)
@@ -97,7 +117,10 @@ def memory_map(
     if unknown:
         raise UsageError(f"order: batch {unknown[0]} is not in the reference's sequence")
     if not 2 <= positions <= steps or completions < 1:
-        raise UsageError(f"order: {positions} positions of {steps} steps, {completions} completions; at least 2 and 1")
+        raise UsageError(
+            f"order: {positions} positions of {steps} steps with {completions} completions; give 2 to {steps} "
+            "positions and at least 1 completion"
+        )
     spots = tuple(round(i * (steps - 1) / (positions - 1)) for i in range(positions))
     rng = np.random.default_rng(seed)
     rests = [rng.permutation(steps) for _ in range(completions)]
@@ -111,7 +134,7 @@ def memory_map(
             for j, spot in enumerate(spots):
                 params = final([*rest[:spot], batch, *rest[spot:]])
                 memory[i, j, r], held_out[i, j, r] = train_loss(params, batch), held_out_loss(params)
-            others = [None if b == batch else b for b in rest]  # all its turns, where epochs repeat it
+            others = [None if b == batch else b for b in rest]  # all its occurrences, if epochs repeat it
             dropped = final([*others[: steps // 2], None, *others[steps // 2 :]])
             without[i, 0, r], without[i, 1, r] = train_loss(dropped, batch), held_out_loss(dropped)
             if not all(map(math.isfinite, [*memory[i, :, r], *held_out[i, :, r], *without[i, :, r]])):

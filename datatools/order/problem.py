@@ -23,22 +23,50 @@ Loss: TypeAlias = Callable[[Params, Any], Tensor]
 
 
 class Diverged(DataError):
-    """A loss that is not finite: training has left what the model can compute."""
+    """A loss or gradient is not finite: training has diverged.
+
+    Example:
+        >>> from datatools.errors import DataError
+        >>> issubclass(Diverged, DataError)
+        True
+
+    """
 
 
 class Parts(tuple[Any, ...]):
-    """A batch in parts (micro-batches), whose losses add up to the batch's: only one part's graph is held at a time."""
+    """A batch in parts (micro-batches) whose losses add up to its loss, so that only one part's graph is in memory.
+
+    Example:
+        >>> def loss(params, x):
+        ...     return (params["w"] * x).sum()
+        >>> problem = Problem(loss, [Parts((torch.ones(2), torch.ones(3)))], [torch.ones(1)])
+        >>> problem.gradient({"w": torch.zeros(())}, 0)["w"].item()
+        5.0
+
+    """
 
     __slots__ = ()
 
 
 HVP_IN_GRADIENTS = 4.0
-"""What a Hessian-vector product costs in batch gradients, for plans (spec B.2: 2 to 4; the upper end)."""
+"""Cost of a Hessian-vector product in batch gradients, for planning (spec B.2: 2 to 4; the upper end)."""
 
 
 @dataclass
 class Cost:
-    """What an estimator spent: passes over one batch. A gradient is the unit; forward passes count a third of it."""
+    """The cost of an estimate, in passes over one batch and in memory.
+
+    Attributes:
+        gradients: number of gradients, which are the unit of cost.
+        hvps: number of Hessian-vector products.
+        forwards: number of forward passes, which count as a third of a gradient.
+        bytes: the largest block of memory, in bytes.
+
+    Example:
+        >>> Cost(gradients=10, hvps=2, forwards=3).in_gradients(hvp=3.0)
+        17.0
+
+    """
 
     gradients: float = 0
     hvps: int = 0
@@ -46,35 +74,44 @@ class Cost:
     bytes: int = 0
 
     def in_gradients(self, *, hvp: float = 3.0) -> float:
-        """Batch-gradient equivalents, a Hessian-vector product being `hvp` of them (2 to 4; spec B.2)."""
+        """Convert the cost to batch gradients.
+
+        Args:
+            hvp: cost of a Hessian-vector product in gradients (2 to 4; spec B.2).
+
+        Returns:
+            Batch-gradient equivalents.
+
+        """
         return self.gradients + hvp * self.hvps + self.forwards / 3
 
 
 @dataclass
 class Problem:
-    """The data of an order question: n training batches, held-out batches, one loss for both.
+    """The data of an order question: n training batches, held-out batches, and one loss for both.
 
     Args:
         loss: (parameters, batch) -> the mean loss of the batch, 0-d.
-        batches: n training batches, of any kind that the loss takes, or `Parts` of such.
-        validation: held-out batches, likewise.
-        weights: of the held-out batches, such as their numbers of tokens; equal unless given.
-        samples: for each training batch a part of its rows, as a batch of its own, whose gradients change as those of
-            the batch do when parameters move (the estimator `reduced`).
-        share: the cost of the gradient of a sample, in gradients of a batch.
+        batches: n training batches of any type that the loss accepts, or `Parts` of such.
+        validation: held-out batches of the same types.
+        weights: weights of the held-out batches, such as their numbers of tokens; equal by default.
+        samples: for each training batch, some of its rows as a batch, whose gradients change with the parameters as
+            those of the batch do (for the estimator `reduced`).
+        share: cost of the gradient of a sample, in gradients of a batch.
         hvp_method: "auto", "exact" or "difference" as in `optim.curvature.hvp`, or "gauss-newton" for products with
-            that matrix in place of the Hessian (`curvature.gauss_newton_product`).
-        cost: counted up by every call, so that estimators can say what they spent.
+            that matrix instead of the Hessian (`curvature.gauss_newton_product`).
+        cost: increased by every call, so that estimators can report their cost.
         spent: called after each gradient or product of a training batch has been counted, for a progress bar.
 
     Raises:
-        UsageError: for no batches.
-        Diverged: (a DataError) for a gradient of a loss that is not finite.
+        UsageError: if there are no batches.
+        Diverged: (a DataError) by gradients, if a loss is not finite.
 
     Example:
         >>> problem = Problem(lambda params, batch: (params["w"] * batch).sum(), [torch.ones(2)], [torch.ones(1)])
         >>> problem.gradient({"w": torch.zeros(())}, 0)["w"].item()
         2.0
+
     """
 
     loss: Loss
@@ -92,23 +129,55 @@ class Problem:
             raise UsageError("order: a problem needs training batches and held-out batches")
 
     def gradient(self, params: Params, batch: int) -> Params:
-        """The gradient of training batch `batch` at `params`; a parameter that the loss misses has zero."""
+        """Compute the gradient of a training batch.
+
+        Args:
+            params: name -> [*shape], floating dtype.
+            batch: number of the batch.
+
+        Returns:
+            Name -> gradient [*shape]; zero for parameters that the loss does not use.
+
+        Raises:
+            Diverged: if the loss or the gradient is not finite.
+
+        """
         self._spend(gradients=1)
         return self._grad(params, self.batches[batch], f"batch {batch}")
 
     def sample_gradient(self, params: Params, batch: int) -> Params:
-        """The gradient of the sample of training batch `batch`.
+        """Compute the gradient of the sample of a training batch.
+
+        Args:
+            params: name -> [*shape], floating dtype.
+            batch: number of the batch.
+
+        Returns:
+            Name -> gradient [*shape].
 
         Raises:
-            UsageError: for a problem without samples.
+            UsageError: if the problem has no samples.
+            Diverged: if the loss or the gradient is not finite.
+
         """
         if self.samples is None:
-            raise UsageError("order: this estimate needs Problem(samples=): a few rows of every batch")
+            raise UsageError("order: this estimate needs a few rows of every batch; pass Problem(samples=)")
         self._spend(gradients=self.share)
         return self._grad(params, self.samples[batch], f"the sample of batch {batch}")
 
     def held_out_gradient(self, params: Params) -> Params:
-        """The gradient of the held-out loss."""
+        """Compute the gradient of the held-out loss.
+
+        Args:
+            params: name -> [*shape], floating dtype.
+
+        Returns:
+            Name -> gradient [*shape].
+
+        Raises:
+            Diverged: if the loss or the gradient is not finite.
+
+        """
         self.cost.gradients += len(self.validation)
         total: Params = {}
         for weight, batch in self._weighted():
@@ -117,24 +186,60 @@ class Problem:
         return total
 
     def held_out_loss(self, params: Params) -> float:
-        """The weighted mean loss over the held-out batches."""
+        """Compute the weighted mean loss over the held-out batches.
+
+        Args:
+            params: name -> [*shape], floating dtype.
+
+        Returns:
+            The loss.
+
+        """
         self.cost.forwards += len(self.validation)
         with torch.no_grad():
             return math.fsum(weight * self._value(params, batch) for weight, batch in self._weighted())
 
     def train_loss(self, params: Params, batch: int) -> float:
-        """The loss of training batch `batch`."""
+        """Compute the loss of a training batch.
+
+        Args:
+            params: name -> [*shape], floating dtype.
+            batch: number of the batch.
+
+        Returns:
+            The loss.
+
+        """
         self.cost.forwards += 1
         with torch.no_grad():
             return self._value(params, self.batches[batch])
 
     def hvp(self, params: Params, batch: int, vector: Params) -> Params:
-        """H v of training batch `batch` at `params`."""
+        """Compute the Hessian-vector product H v of a training batch.
+
+        Args:
+            params: name -> [*shape], floating dtype.
+            batch: number of the batch.
+            vector: v, name -> [*shape].
+
+        Returns:
+            H v, name -> [*shape].
+
+        """
         self._spend(hvps=1)
         return self._hvp(params, self.batches[batch], vector)
 
     def held_out_hvp(self, params: Params, vector: Params) -> Params:
-        """H v of the held-out loss."""
+        """Compute the Hessian-vector product H v of the held-out loss.
+
+        Args:
+            params: name -> [*shape], floating dtype.
+            vector: v, name -> [*shape].
+
+        Returns:
+            H v, name -> [*shape].
+
+        """
         self.cost.hvps += len(self.validation)
         total = {name: torch.zeros_like(p) for name, p in params.items()}
         for weight, batch in self._weighted():
@@ -175,7 +280,7 @@ class Problem:
 
     def _grad(self, params: Params, data: Any, what: str) -> Params:
         total: Params = {}
-        for part in _parts(data):  # as `backward` of one micro-batch after the other adds them up
+        for part in _parts(data):  # summed in the same order as by `backward` of one micro-batch after the other
             for name, grad in self._part_grad(params, part, what).items():
                 total[name] = total[name] + grad if name in total else grad
         return total
@@ -188,14 +293,15 @@ class Problem:
                 raise Diverged(f"order: the loss of {what} is {float(loss.detach())}; lower the learning rate")
             if not loss.requires_grad:
                 raise UsageError(
-                    f"order: the loss of {what} cannot be differentiated in the parameters: a kernel of the model has "
-                    "no backward, or the loss was detached; use attention 'sdpa' or 'eager', and no inference mode"
+                    f"order: the loss of {what} has no gradient with respect to the parameters: a kernel of the model "
+                    "has no backward pass, or the loss was detached; use attention 'sdpa' or 'eager', and no inference "
+                    "mode"
                 )
             grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         if not all(bool(g.isfinite().all()) for g in grads if g is not None):
             raise Diverged(
-                f"order: the gradient of {what} is not finite, though its loss is ({float(loss.detach()):.4g}); a run "
-                "of all its steps cannot leave one out. Lower the learning rate, or look at these rows"
+                f"order: the gradient of {what} is not finite, although its loss is ({float(loss.detach()):.4g}); no "
+                "step of a run can be skipped. Lower the learning rate, or inspect these rows"
             )
         return {
             name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(params.items(), grads, strict=True)
@@ -207,12 +313,22 @@ def _parts(data: Any) -> tuple[Any, ...]:
 
 
 def check_repeatable(problem: Problem, params: Params, batch: int) -> None:
-    """Raise DataError when the loss is not the same twice: dropout, or data drawn anew. Every estimate differentiates
-    one loss, and a random one would be another at each call.
+    """Refuse a loss that is random, for example because of dropout or data that is drawn anew.
+
+    Every estimate differentiates one loss, which must be the same function at each call.
+
+    Args:
+        problem: the problem.
+        params: name -> [*shape], floating dtype.
+        batch: number of the batch whose loss is computed twice.
+
+    Raises:
+        DataError: if the two losses differ.
+
     """
     first, again = problem.train_loss(params, batch), problem.train_loss(params, batch)
     if first != again and not (math.isnan(first) and math.isnan(again)):
         raise DataError(
-            f"order: the loss of batch {batch} is {first!r}, and {again!r} when computed again: it is random (dropout "
-            "is on?). Put the model in eval mode, and set dropout to 0"
+            f"order: the loss of batch {batch} is {first!r}, but {again!r} when computed again, so it is random "
+            "(dropout?). Put the model in eval mode, and set dropout to 0"
         )

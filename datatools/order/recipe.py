@@ -1,6 +1,6 @@
-"""How parameters step: the optimizer's rules and its learning rates by position, and the loop that trains in an order.
+"""How parameters are updated: the optimizer's rules, its learning rates by position, and the loop that trains.
 
-Estimators and true retrainings use the same `Recipe.step`.
+Estimators and true retraining use the same `Recipe.step`.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ States: TypeAlias = dict[str, State]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How parameters step: a rule, a learning-rate factor and a weight decay per parameter; learning rates by position.
+    """How parameters are updated: rule, learning-rate factor and weight decay per parameter; rates by position.
 
     Args:
-        rules: in the order of the model's parameters, in which a norm over all of them is added up.
-        rates: T learning rates; each belongs to the position, never to the batch.
-        factors: name -> what the learning rate is multiplied by.
+        rules: name -> rule, in the order of the model's parameters, in which a norm over all of them is summed.
+        rates: T learning rates, which belong to positions, not to batches.
+        factors: name -> factor of the learning rate.
         weight_decay: name -> weight decay.
-        clip: the largest norm of the whole gradient, or None.
+        clip: largest norm of the whole gradient; None does not clip.
 
     Raises:
-        UsageError: for rules that cannot be replayed from a gradient alone: those that read a curvature, those whose
-            parameters share statistics at every step (`UpdateRule.shares`), and those with moments in 8 bits.
+        UsageError: if a rule cannot be replayed from gradients alone: it reads a curvature, its parameters share
+            statistics at every step (`UpdateRule.shares`), or its moments are stored in 8 bits.
 
     Example:
         >>> from optim import AdamW
         >>> optimizer = AdamW([("w", torch.nn.Parameter(torch.zeros(2)))], lr=0.1)
         >>> Recipe.of(optimizer, rates=[0.1, 0.05]).rates
         (0.1, 0.05)
+
     """
 
     rules: Mapping[str, UpdateRule]
@@ -57,13 +58,26 @@ class Recipe:
                 )
             if getattr(rule, "fixed_decay", False) and self.weight_decay[name]:
                 raise UsageError(
-                    f"order: the rule {rule.name!r} of {name!r} decays weights whatever the learning rate is "
-                    "(fixed_decay), which the estimates have no term for; train with fixed_decay=False"
+                    f"order: the rule {rule.name!r} of {name!r} decays weights independently of the learning rate "
+                    "(fixed_decay), which estimates cannot represent; train with fixed_decay=False"
                 )
 
     @classmethod
     def of(cls, optimizer: Optimizer, rates: Sequence[float], *, clip: float | None = None) -> Recipe:
-        """The recipe of an optimizer built from named parameters; `rates` are those of its first group."""
+        """Build the recipe of an optimizer that was created from named parameters.
+
+        Args:
+            optimizer: the optimizer.
+            rates: the learning rates of its first group, one per position.
+            clip: largest norm of the whole gradient; None does not clip.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            UsageError: if a rule cannot be replayed.
+
+        """
         rules: dict[str, UpdateRule] = {}
         factors: dict[str, float] = {}
         decay: dict[str, float] = {}
@@ -76,12 +90,20 @@ class Recipe:
         return cls(rules, tuple(float(r) for r in rates), factors, decay, clip)
 
     def init(self, params: Params) -> States:
-        """The states before the first step."""
+        """Create the optimizer states before the first step.
+
+        Args:
+            params: name -> [*shape], floating dtype.
+
+        Returns:
+            Name -> state of the rule.
+
+        """
         return {name: rule.init(params[name]) for name, rule in self.rules.items()}
 
     @cached_property
     def _groups(self) -> list[tuple[tuple[UpdateRule, float, float], list[str]]]:
-        """(rule, factor, weight decay) and the parameters that have them: the optimizer's param groups."""
+        """The optimizer's parameter groups: (rule, factor, weight decay) and the parameters that have them."""
         found: list[tuple[tuple[UpdateRule, float, float], list[str]]] = []
         for name, rule in self.rules.items():
             key = (rule, self.factors[name], self.weight_decay[name])
@@ -92,19 +114,37 @@ class Recipe:
         return found
 
     def clip_factor(self, grads: Params) -> float:
-        """What clipping multiplies this gradient with, as `torch.nn.utils.clip_grad_norm_` does."""
+        """Compute the factor by which clipping scales a gradient, as `torch.nn.utils.clip_grad_norm_` does.
+
+        Args:
+            grads: name -> [*shape], floating dtype.
+
+        Returns:
+            A factor, at most 1.
+
+        """
         if self.clip is None:
             return 1.0
         norm = torch.nn.utils.get_total_norm([grads[name].detach() for name in self.rules])
         return float((self.clip / (norm + 1e-6)).clamp(max=1.0))
 
     def step(self, params: Params, states: States, grads: Params, position: int) -> tuple[Params, States]:
-        """Parameters and states after the step at `position` (0-based) on `grads`; arguments untouched.
+        """Take one step; the arguments are not changed.
 
-        The step is that of `Optimizer`, group by group, and so the same to the bit.
+        The step is that of `Optimizer`, group by group, and is bit-identical to it.
+
+        Args:
+            params: name -> [*shape], floating dtype.
+            states: name -> state of the rule.
+            grads: name -> gradient [*shape].
+            position: 0-based position of the step.
+
+        Returns:
+            Parameters and states after the step.
 
         Raises:
-            Diverged: for a gradient that is not finite.
+            Diverged: if a gradient is not finite.
+
         """
         scale = self.clip_factor(grads)
         new_params = {name: p.detach().clone() for name, p in params.items()}
@@ -125,7 +165,12 @@ class Recipe:
         return new_params, new_states
 
     def describe(self) -> dict[str, Any]:
-        """Plain values, for `meta.json`."""
+        """Convert the recipe to plain values, for `meta.json`.
+
+        Returns:
+            Values that JSON can represent.
+
+        """
         return {
             "rules": {name: rule.describe() for name, rule in self.rules.items()},
             "rates": list(self.rates),
@@ -136,18 +181,26 @@ class Recipe:
 
     @classmethod
     def from_description(cls, saved: Mapping[str, Any]) -> Recipe:
-        """The inverse of `describe`."""
+        """Restore a recipe; the inverse of `describe`.
+
+        Args:
+            saved: result of `describe`.
+
+        Returns:
+            The recipe.
+
+        """
         rules = {name: rule_from(rule) for name, rule in saved["rules"].items()}
         return cls(rules, tuple(saved["rates"]), saved["factors"], saved["weight_decay"], saved["clip"])
 
 
 def _why_not_replayed(rule: UpdateRule) -> str:
-    """Return why gradients alone do not replay the steps of this rule, or "" if they do."""
+    """Return why the steps of this rule cannot be replayed from gradients alone, or "" if they can."""
     if rule.shares:
         return "its parameters share statistics"
     if isinstance(rule, curvature.CurvatureRule):
-        return "it reads a curvature that only `refresh` renews"
-    return "its moments are stored in 8 bits, which no derivative passes" if isinstance(rule, Quantized) else ""
+        return "it reads a curvature that only `refresh` updates"
+    return "its moments are stored in 8 bits, which have no derivative" if isinstance(rule, Quantized) else ""
 
 
 def _rule(found: Any) -> UpdateRule:
@@ -168,16 +221,18 @@ def train(
 
     Args:
         problem: the batches and their loss.
-        recipe: how parameters step.
-        sequence: the batch of each step; a step whose batch is None is left out, and the next ones keep their
-            positions, and so their learning rates.
-        params: name -> [*shape], float; they are not changed.
-        states: the optimizer's; fresh ones if not given.
-        start: the position of the first step.
+        recipe: how parameters are updated.
+        sequence: the batch of each step; None skips a step, and later steps keep their positions and learning rates.
+        params: name -> [*shape], floating dtype; they are not changed.
+        states: states of the optimizer; new ones by default.
+        start: position of the first step.
         observe: called before each step, and after the last, with (position, parameters, states).
 
     Returns:
         Parameters and states after the last step.
+
+    Raises:
+        Diverged: if a gradient is not finite.
 
     Example:
         >>> from datatools.order.example import example_run
@@ -185,6 +240,7 @@ def train(
         >>> end, _ = train(problem, reference.recipe, [3, 2, 1, 0], reference.start.params)
         >>> problem.held_out_loss(end) < problem.held_out_loss(reference.start.params)
         True
+
     """
     states = recipe.init(params) if states is None else states
     for position in range(start, len(sequence)):

@@ -1,4 +1,4 @@
-"""Recording a reference run that another loop trains: a `Trainer`, or your own."""
+"""Record a reference run that is trained by another loop: a `Trainer`, or your own."""
 
 from __future__ import annotations
 
@@ -9,30 +9,42 @@ from typing import Any
 from datatools import files
 from datatools.errors import DataError, UsageError
 from datatools.files.order_file import Order
+from datatools.order.anchors import Anchor, anchor_positions, load_anchor, save_anchor, snapshot
 from datatools.order.recipe import Recipe
-from datatools.order.reference_run import Anchor, ReferenceRun, anchor_positions, load_anchor, save_anchor, snapshot
+from datatools.order.reference_run import ReferenceRun
 from optim import Optimizer
 
 
 class Recorder:
-    """Call it before each optimizer step, and `finish` after the last; `reference.record` is the same with a loop.
+    """Records a reference run that another loop trains.
 
-        recorder = Recorder(steps=T)
-        for step, (ids, batch) in enumerate(batches, start=1):
-            loss(batch).backward()
-            recorder(step, ids, optimizer)
-            optimizer.step()
-        run, order = recorder.finish(optimizer)
+    Call it before each optimizer step, and call `finish` after the last. (`record` trains and records in one call.) A
+    batch with the ids of an earlier batch is the same batch: epochs repeat batches. The `Problem` of the run must have
+    its batches in the order of `order.batches`.
 
-    A batch with the ids of an earlier one is that batch again: epochs in the same batches repeat them. A `Problem` for
-    the run holds the batches in the order of `order.batches`. Memory: parameters and optimizer states per anchor.
+    Memory: parameters and optimizer states for each anchor.
 
     Args:
-        steps: of the whole run.
-        anchors: how many are kept, spread over the run with both ends among them.
-        clip: the largest norm of the gradient.
-        folder: keeps what was seen, so that a run which continues from a checkpoint continues to be recorded.
-        facts: what the run is made with.
+        steps: steps of the whole run.
+        anchors: number of anchors, spread over the run including both ends.
+        clip: largest norm of the gradient; None does not clip.
+        folder: where to store the recording, so that a run that resumes from a checkpoint is recorded further.
+        facts: what the run is made with (model, data, code).
+
+    Example:
+        >>> import torch
+        >>> from optim import AdamW
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer, recorder = AdamW([("weight", weight)], lr=0.1), Recorder(steps=2)
+        >>> for step, ids in enumerate((["a", "b"], ["c"]), start=1):
+        ...     weight.square().sum().backward()
+        ...     recorder(step, ids, optimizer)
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> run, order = recorder.finish(optimizer)
+        >>> run.sequence, order.batches
+        ((0, 1), (('a', 'b'), ('c',)))
+
     """
 
     def __init__(
@@ -54,19 +66,25 @@ class Recorder:
         self._recipe: Recipe | None = None
 
     def __call__(self, step: int, ids: Sequence[object], optimizer: Any) -> None:
-        """Record what is there before step `step` = 1, 2, ... on the examples `ids`.
+        """Record the state before a step.
+
+        Args:
+            step: number of the step, from 1.
+            ids: ids of the rows that the step trains on.
+            optimizer: the optimizer, possibly inside accelerate's wrapper.
 
         Raises:
-            UsageError: for a step too many; when rules, decay or the ratio of learning rates change on the way; or for
-                an optimizer that is not the suite's.
-            DataError: when earlier steps were not recorded.
+            UsageError: if the step exceeds `steps`; if rules, weight decay or the ratio of learning rates have changed;
+                or if the optimizer is not one of `optim`.
+            DataError: if earlier steps were not recorded.
+
         """
         optimizer, position = _plain(optimizer), step - 1
         if not 0 <= position < self.steps:
-            raise UsageError(f"order: step {step} of a run of {self.steps} steps; say steps= as many as it takes")
+            raise UsageError(f"order: step {step} of a run of {self.steps} steps; pass the number of steps as steps=")
         if position > len(self.rates):
             self._restore(step)
-        del self.rates[position:], self.batches[position:]  # a run that went back to its last checkpoint
+        del self.rates[position:], self.batches[position:]  # if the run has returned to its last checkpoint
         rate = float(optimizer.param_groups[0]["lr"])
         if rate > 0:
             self._same(Recipe.of(optimizer, [rate], clip=self.clip), step)
@@ -79,10 +97,17 @@ class Recorder:
         self._keep(position, optimizer)
 
     def finish(self, optimizer: Any) -> tuple[ReferenceRun, Order]:
-        """After the last step: the run, and its batches with their sequence.
+        """Finish the recording after the last step.
+
+        Args:
+            optimizer: the optimizer, possibly inside accelerate's wrapper.
+
+        Returns:
+            The run, and its batches with their sequence.
 
         Raises:
-            DataError: before the last step.
+            DataError: if steps have not been recorded.
+
         """
         if len(self.rates) < self.steps:
             self._restore(self.steps + 1)
@@ -95,7 +120,10 @@ class Recorder:
         for position in self.positions:
             if position not in self._anchors:
                 if self.folder is None:
-                    raise DataError(f"order: step {position + 1} was not recorded, and is an anchor")
+                    raise DataError(
+                        f"order: step {position + 1} was not recorded, but is an anchor; record a run from its first "
+                        "step, or pass folder="
+                    )
                 self._anchors[position] = load_anchor(self.folder, position, recipe)
         run = ReferenceRun(sequence, recipe, tuple(self._anchors[p] for p in self.positions), self.facts)
         if self.folder is not None:
@@ -115,10 +143,12 @@ class Recorder:
         moved = [n for n, f in now.factors.items() if abs(f - before.factors.get(n, f)) > 1e-6 * abs(f)]
         if moved or now.rules != before.rules or now.weight_decay != before.weight_decay:
             what = f"the learning rate of {moved[0]!r} against the first group's" if moved else "a rule or weight decay"
-            raise UsageError(f"order: {what} changed at step {step}; an order is estimated with one recipe for all")
+            raise UsageError(
+                f"order: {what} changed at step {step}; orders can only be estimated if the recipe stays the same"
+            )
 
     def _restore(self, step: int) -> None:
-        """What an earlier process recorded of this run, up to `step` - 1."""
+        """Read what an earlier process recorded of this run, up to `step` - 1."""
         path = None if self.folder is None else self.folder / "steps.json"
         if path is not None and path.is_file():
             found = files.read_json(path)
@@ -129,16 +159,16 @@ class Recorder:
             where = "" if path is None else f" in {path}"
             raise DataError(
                 f"order: {len(self.rates)} of {step - 1} steps were recorded{where}; record a run from its first step "
-                "(with Recorder(folder=...) it may be killed, and go on from a checkpoint)"
+                "(with Recorder(folder=...), it may be killed and resumed from a checkpoint)"
             )
 
 
 def _plain(optimizer: Any) -> Optimizer:
-    """The optimizer inside accelerate's wrapper."""
+    """Return the optimizer inside accelerate's wrapper."""
     inner = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(inner, Optimizer):
         raise UsageError(
-            f"order: {type(inner).__name__} is no optimizer of the suite; record a run of optim.AdamW, SGD, Lion ..., "
-            "built from model.named_parameters()"
+            f"order: {type(inner).__name__} is not an optimizer of the suite; record a run of optim.AdamW, SGD, "
+            "Lion ..., created from model.named_parameters()"
         )
     return inner

@@ -1,4 +1,4 @@
-"""Better orders by a judge that is too expensive for `search`."""
+"""Improve orders with a judge that is too expensive for `search`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from datatools.order.search import Found, mutated, offspring, places
+from datatools.order.moves import mutated, offspring, places
+from datatools.order.search import Found
 
-_ROUND = 8  # orders that a costly judge is given at once, and parents of the next
-_CHILDREN = 512  # of which it is given the most promising
-_FITTED = 512  # judged orders that say which are
+_ROUND = 8  # orders passed to the judge at once, and number of parents of the next ones
+_CHILDREN = 512  # candidates per round, of which the most promising are judged
+_FITTED = 512  # judged orders to which the model of promise is fitted
 
 
 def refine(
@@ -22,29 +23,33 @@ def refine(
     budget: int = 64,
     seed: int = 0,
 ) -> Found:
-    """Better orders than the `known` ones, by a judge too expensive for `search`: the new ones only, best first.
+    """Find better orders than the known ones with a judge that is too expensive for `search`.
 
-    A quarter of the budget are random orders, so that the known ones' common errors do not decide; then, in rounds of
-    8, of many children of the 8 best (`offspring`) those that `promise` most. Each order once. Scores that are not
-    finite are inf, and no parents.
+    A quarter of the budget goes to random orders, so that the common errors of the known orders do not decide. Then, in
+    rounds of 8, the most promising (`promise`) of many children (`offspring`) of the 8 best orders are judged. No order
+    is judged twice. Scores that are not finite become inf, and such orders are not used as parents.
 
     Args:
-        judge: orders -> their scores, lower is better; called with at most 8.
-        known: orders whose scores are known.
-        reference: what the orders are permutations of.
-        budget: the most orders to judge.
-        seed: of the orders that are proposed.
+        judge: at most 8 orders -> their scores; lower is better.
+        known: orders with known scores.
+        reference: the sequence of which orders are permutations.
+        budget: largest number of orders to judge.
+        seed: seed of the orders that are proposed.
+
+    Returns:
+        The new orders only, best first.
 
     Example:
         >>> def judge(orders):
         ...     return [abs(order[0] - 2) for order in orders]
         >>> refine(judge, {(0, 1, 2): 2.0}, reference=(0, 1, 2), budget=4).scores[0]
         0.0
+
     """
     rng, labels = np.random.default_rng(seed), np.asarray(reference, dtype=np.int64)
     scores = {tuple(map(int, sequence)): float(value) for sequence, value in known.items()}
     found: dict[tuple[int, ...], float] = {}
-    tries = 0  # a handful of batches has few orders
+    tries = 0  # ends the loop if few batches have fewer orders than the budget
     while len(found) < budget and tries < 50:
         best = sorted((s for s in scores if np.isfinite(scores[s])), key=lambda s: (scores[s], s))[:_FITTED]
         first = budget // 4 - len(found)
@@ -54,7 +59,7 @@ def refine(
         else:
             judged, values = np.stack([places(s, reference) for s in best]), np.array([scores[s] for s in best])
             made = offspring(judged[:_ROUND], values[:_ROUND], _CHILDREN, rng)
-            if len(labels) > 1:  # every other one a step further
+            if len(labels) > 1:  # mutate every other child
                 made[::2] = [mutated(child, rng) for child in made[::2]]
             made = made[np.argsort(promise(judged, values, made), kind="stable")]
         fresh = list(dict.fromkeys(s for s in (tuple(labels[child].tolist()) for child in made) if s not in scores))
@@ -68,16 +73,28 @@ def refine(
 
 
 def promise(judged: NDArray[np.int64], values: NDArray[np.float64], orders: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[M]: the expected value of each order [M, T] less its standard deviation, given those judged [N, T]; low is good.
+    """Compute the expected value of each order minus its standard deviation, given the judged orders; low is good.
 
-    A Gaussian process over orders, K = exp(-3 (1 - Spearman of two orders' positions)), of the values' mean and
-    variance, with a tenth of it as noise; the lower confidence bound of arXiv 0912.3995 at one deviation.
+    The model is a Gaussian process over orders with kernel exp(-3 (1 - Spearman of the positions)), with the mean and
+    variance of the values, and a tenth of the variance as noise.
+
+    Args:
+        judged: permutations [N, T].
+        values: their scores [N].
+        orders: permutations [M, T].
+
+    Returns:
+        float64 [M].
+
+    Source:
+        The lower confidence bound of arXiv 0912.3995 at one standard deviation.
+
     """
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import RBF
 
     steps = judged.shape[1]
-    long = max(1.0, float(np.sqrt((steps**3 - steps) / 12)))  # positions about their mean, of length 1
+    long = max(1.0, float(np.sqrt((steps**3 - steps) / 12)))  # norm of the centred positions, which are scaled to 1
 
     def positions(permutations: NDArray[np.int64]) -> NDArray[np.float64]:
         return np.asarray((np.argsort(permutations, axis=1) - (steps - 1) / 2) / long)

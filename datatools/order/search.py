@@ -1,12 +1,12 @@
-"""Which order is best? Every method proposes permutations, a surrogate scores them, the best are kept.
+"""Search for the best order: each method proposes permutations, a surrogate scores them, and the best are kept.
 
-local   swaps and moves from the best start there is (Borda, curricula), until none helps; then again from elsewhere
+local   swaps and moves from the best start (Borda, curricula) until none is an improvement, then from another start
 genetic tournament 3, order crossover 0.9, mutation 0.2 (swap, move, reverse), 2 elites (spec A.8)
-borda   batches sorted by the row sums of the precedence matrix, or by their regressed effect of position
-random  as many random orders as the others may score: what a search must beat
+borda   batches sorted by the row sums of the precedence matrix, or by the regression of the score on their position
+random  random orders within the same budget: the baseline that a search must beat
 
-An optimum of an estimate is where its errors help it most: `refine` lets a better, more expensive one look on from
-there.
+The optimum of an estimate is where its errors are most favourable: `refine` continues from there with a better, more
+expensive estimate.
 """
 
 from __future__ import annotations
@@ -16,20 +16,31 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 from datatools.errors import DataError, UsageError, did_you_mean
-from datatools.files.order_file import check_permutation
 from datatools.order.estimators.surrogate import Surrogate
+from datatools.order.moves import Permutation, neighbours, offspring, places
 
-Permutation = NDArray[np.int64]  # [T], places of the reference's sequence
 _EXACT_LIMIT = 12
 
 
 @dataclass(frozen=True)
 class Found:
-    """The orders of a search, best first: each once, with its score; and how many orders it scored."""
+    """The result of a search.
+
+    Attributes:
+        sequences: the orders, best first, each once.
+        scores: their scores.
+        evaluations: number of orders that were scored.
+
+    Example:
+        >>> Found([(1, 0)], [0.5], evaluations=2).sequences[0]
+        (1, 0)
+
+    """
 
     sequences: list[tuple[int, ...]]
     scores: list[float]
@@ -37,7 +48,7 @@ class Found:
 
 
 class _Scorer:
-    """Scores permutations of the reference's places, counts them, and remembers the best few."""
+    """Scores permutations of the reference's positions, counts them, and remembers the best ones."""
 
     def __init__(
         self, surrogate: Surrogate, budget: int, keep: int, advance: Callable[[int], object] | None = None
@@ -52,7 +63,7 @@ class _Scorer:
         return self.budget - self.used
 
     def __call__(self, permutations: NDArray[np.int64]) -> NDArray[np.float64]:
-        """[R, T] -> [R]; not more than the budget allows are scored, the others get infinity."""
+        """Score permutations [R, T] -> [R]; those beyond the budget get inf."""
         scores = np.full(len(permutations), np.inf)
         allowed = permutations[: max(0, self.left)]
         if len(allowed):
@@ -83,20 +94,23 @@ def search(
     keep: int = 5,
     advance: Callable[[int], object] | None = None,
 ) -> Found:
-    """The best orders that a search finds by scoring at most `budget` orders; lower scores are better.
+    """Find the best orders by scoring at most `budget` orders; lower scores are better.
 
     Args:
-        surrogate: what scores the orders.
-        method: a name in `SEARCHES`.
-        budget: the most orders to score.
-        seed: of random orders and moves.
-        starts: orders to begin with (curricula); the reference is always one.
-        keep: how many of the best orders to return.
-        advance: called with the number of orders that were scored, each time.
+        surrogate: the estimate that scores orders.
+        method: a name of `SEARCHES`.
+        budget: largest number of orders to score.
+        seed: seed of random orders and moves.
+        starts: orders to start from (curricula); the reference is always included.
+        keep: number of orders to return.
+        advance: called with the number of orders after each group is scored.
+
+    Returns:
+        The best orders.
 
     Raises:
-        UsageError: for an unknown method, or a start that is no permutation of the reference.
-        DataError: where no order that was scored has a finite estimate.
+        UsageError: if the method is unknown, or a start is not a permutation of the reference.
+        DataError: if no scored order has a finite estimate.
 
     Example:
         >>> from datatools.order import precompute
@@ -105,43 +119,25 @@ def search(
         >>> found = search(precompute("pairwise", reference, problem), budget=200)
         >>> len(found.sequences), found.scores[0] == min(found.scores)
         (5, True)
+
     """
     if method not in SEARCHES:
-        raise UsageError(f"order: no search is called {method!r}{did_you_mean(method, SEARCHES)}")
+        raise UsageError(f"order: unknown search {method!r}{did_you_mean(method, SEARCHES)}")
     if budget < 1 or keep < 1:
-        raise UsageError(f"order: a search of {budget} orders that keeps {keep}; both must be at least 1")
+        raise UsageError(f"order: a search with budget={budget} and keep={keep}; both must be at least 1")
     scorer = _Scorer(surrogate, budget, keep, advance)
     given = [np.arange(len(surrogate.sequence))] + [places(start, surrogate.sequence) for start in starts]
     SEARCHES[method](scorer, given, np.random.default_rng(seed))
     if not scorer.best:
         raise DataError(
-            f"order: none of the {scorer.used:,} orders that were scored has a finite estimate: the estimated runs "
+            f"order: none of the {scorer.used:,} scored orders has a finite estimate, because the estimated runs "
             "diverge; lower the learning rate of the reference run"
         )
     return scorer.found()
 
 
-def places(sequence: Sequence[int], reference: Sequence[int]) -> Permutation:
-    """The permutation p with reference[p[t]] = sequence[t]; repeated batches keep their turn.
-
-    Example:
-        >>> places([7, 5, 7], reference=[5, 7, 7]).tolist()
-        [1, 0, 2]
-    """
-    where: dict[int, list[int]] = {}
-    for place, batch in reversed(list(enumerate(reference))):
-        where.setdefault(int(batch), []).append(place)
-    try:
-        if len(sequence) != len(reference):
-            raise IndexError
-        return np.array([where[int(batch)].pop() for batch in sequence], dtype=np.int64)
-    except (KeyError, IndexError):
-        check_permutation(sequence, reference)
-        raise
-
-
 def _random(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator) -> None:
-    """Random orders, as many as the budget allows."""
+    """As many random orders as the budget allows."""
     scorer(np.stack(starts))
     steps = len(starts[0])
     while scorer.left > 0:
@@ -149,16 +145,32 @@ def _random(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator
 
 
 def borda_order(surrogate: Surrogate, scorer: _Scorer | None = None, *, seed: int = 0) -> Permutation:
-    """Places sorted by what it costs to have them late.
+    """Sort positions by the cost of having their batches late.
 
-    Of a precedence matrix its row sums; of any other surrogate the slope of its score in a place's position, over 4 T
-    random orders (at most half the budget).
+    The cost is the row sum of a precedence matrix; for other surrogates, it is the slope of the score in the position
+    of the batch, over 4 T random orders (at most half the budget).
+
+    Args:
+        surrogate: the estimate.
+        scorer: counts the scored orders against a budget.
+        seed: seed of the random orders.
+
+    Returns:
+        Positions in the reference's sequence, int64 [T].
+
+    Example:
+        >>> from datatools.order import precompute
+        >>> from datatools.order.example import example_run
+        >>> problem, reference = example_run()
+        >>> sorted(borda_order(precompute("pairwise", reference, problem)).tolist())
+        [0, 1, 2, 3]
+
     """
     steps = len(surrogate.sequence)
     if (costs := surrogate.matrix()) is not None:
         matrix = costs.numpy()
         labels = np.asarray(surrogate.sequence)
-        # matrix[i, j] is the cost of i before j: the lowest sum over all others goes first
+        # matrix[i, j] is the cost of i before j: the batch with the lowest sum goes first
         return np.argsort(matrix[labels][:, labels].sum(1), kind="stable").astype(np.int64)
     scorer = scorer or _Scorer(surrogate, 4 * steps, 1)
     rng = np.random.default_rng(seed)
@@ -170,29 +182,16 @@ def borda_order(surrogate: Surrogate, scorer: _Scorer | None = None, *, seed: in
         return np.arange(steps)
     positions = np.argsort(drawn[usable], axis=1).astype(np.float64)
     slope = (positions - positions.mean(0)).T @ (scores[usable] - scores[usable].mean())
-    return np.argsort(-slope, kind="stable").astype(np.int64)  # a score that rises with the position: go early
+    return np.argsort(-slope, kind="stable").astype(np.int64)  # a score that rises with the position: early
 
 
 def _borda(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator) -> None:
-    """One order: batches sorted by what it costs to have them late (`borda_order`)."""
+    """One order: batches sorted by the cost of having them late (`borda_order`)."""
     scorer(borda_order(scorer.surrogate, scorer, seed=int(rng.integers(2**31)))[None])
 
 
-def neighbours(permutation: Permutation, places_: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For every (kind, a, b) of `places_` [M, 3]: the permutation with a and b swapped (0), or a moved to b (1)."""
-    made = np.tile(permutation, (len(places_), 1))
-    for row, (kind, a, b) in zip(made, places_, strict=True):
-        if kind == 0:
-            row[a], row[b] = row[b], row[a]
-        elif a < b:
-            row[a : b + 1] = np.roll(row[a : b + 1], -1)
-        else:
-            row[b : a + 1] = np.roll(row[b : a + 1], 1)
-    return made
-
-
 def _local(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator) -> None:
-    """Local search from the best known and random orders: swaps and moves, as long as one is better."""
+    """Local search from the best known and random orders, by swaps and moves as long as one is an improvement."""
     borda = borda_order(scorer.surrogate, scorer, seed=int(rng.integers(2**31)))
     pool = [borda, *starts]
     scores = scorer(np.stack(pool))
@@ -219,48 +218,8 @@ def _local(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator)
                     current, value, improved = tried[best], float(found[best]), True
 
 
-def order_crossover(first: Permutation, second: Permutation, lo: int, hi: int) -> Permutation:
-    """OX: first's places lo..hi-1 where they are, the others in second's order from hi on."""
-    child = np.empty_like(first)
-    child[lo:hi] = first[lo:hi]
-    rest = np.roll(second, -hi)
-    rest = rest[~np.isin(rest, first[lo:hi])]
-    steps = len(first)
-    child[(hi + np.arange(steps - (hi - lo))) % steps] = rest
-    return child
-
-
-def offspring(
-    parents: NDArray[np.int64], scores: NDArray[np.float64], count: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """`count` children [count, T] of parents [P, T]: tournament 3, order crossover 0.9, mutation 0.2 (spec A.8)."""
-    size, steps = parents.shape
-    children = []
-    for _ in range(count):
-        one, two = (min(rng.integers(size, size=3), key=lambda i: scores[i]) for _ in range(2))
-        child = parents[one].copy()
-        if rng.random() < 0.9 and steps > 1:
-            lo, hi = sorted(rng.choice(steps + 1, size=2, replace=False))
-            child = order_crossover(parents[one], parents[two], int(lo), int(hi))
-        if rng.random() < 0.2 and steps > 1:
-            child = mutated(child, rng)
-        children.append(child)
-    return np.stack(children)
-
-
-def mutated(child: Permutation, rng: np.random.Generator) -> Permutation:
-    """Two places swapped, one moved to the other, or all between them reversed."""
-    a, b = (int(x) for x in rng.choice(len(child), size=2, replace=False))
-    kind = int(rng.integers(3))
-    if kind == 2:
-        lo, hi = min(a, b), max(a, b) + 1
-        return np.concatenate([child[:lo], child[lo:hi][::-1], child[hi:]])
-    made: Permutation = neighbours(child, np.array([(kind, a, b)]))[0]
-    return made
-
-
 def _genetic(scorer: _Scorer, starts: list[Permutation], rng: np.random.Generator) -> None:
-    """A genetic algorithm: crosses and mutations of the best orders so far."""
+    """A genetic algorithm: crossovers and mutations of the best orders so far."""
     steps, size = len(starts[0]), max(4, min(64, scorer.budget // 10))
     population = np.stack(
         [*starts, borda_order(scorer.surrogate, scorer, seed=int(rng.integers(2**31)))][:size]
@@ -282,16 +241,19 @@ SEARCHES: dict[str, Callable[[_Scorer, list[Permutation], np.random.Generator], 
 """Name -> search."""
 
 
-def exact_order(costs: Tensor) -> tuple[list[int], float]:
-    """The order of at most 12 groups that minimises the sum of costs[i, j] over i before j, and that sum.
+def exact_order(costs: Float[Tensor, "n n"]) -> tuple[list[int], float]:
+    """Find the order of at most 12 groups that minimizes the sum of costs[i, j] over i before j.
 
-    Dynamic programming over subsets, O(2^n n^2).
+    This uses dynamic programming over subsets, O(2^n n^2).
 
     Args:
-        costs: [n, n], any float dtype; the diagonal is not read.
+        costs: floating dtype [n, n]; the diagonal is ignored.
+
+    Returns:
+        The order and the sum.
 
     Raises:
-        UsageError: for more groups.
+        UsageError: if there are more groups.
 
     Source:
         Held & Karp 1962.
@@ -299,10 +261,13 @@ def exact_order(costs: Tensor) -> tuple[list[int], float]:
     Example:
         >>> exact_order(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
         ([1, 0], -1.0)
+
     """
     n = len(costs)
     if n > _EXACT_LIMIT:
-        raise UsageError(f"order: exact search of {n} groups; at most {_EXACT_LIMIT}, use method 'local'")
+        raise UsageError(
+            f"order: an exact search of {n} groups is not possible; use at most {_EXACT_LIMIT}, or method 'local'"
+        )
     cost = costs.double().numpy()
     best = np.full(1 << n, np.inf)
     last = np.zeros(1 << n, dtype=np.int64)
@@ -323,6 +288,3 @@ def exact_order(costs: Tensor) -> tuple[list[int], float]:
         order.append(int(last[subset]))
         subset ^= 1 << order[-1]
     return order[::-1], float(best[-1])
-
-
-# ----------------------------------------------------------------------------------------------------------- curricula

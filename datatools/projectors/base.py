@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 import xxhash
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Size, Tensor
 
 from optim import UpdateMap
@@ -216,7 +216,7 @@ class TensorCache:
     _kept: OrderedDict[Any, tuple[Tensor, ...]] = field(default_factory=OrderedDict)
     _bytes: int = 0
 
-    def get(self, key: Any) -> tuple[Tensor, ...] | None:
+    def get(self, key: Any) -> tuple[Shaped[Tensor, " ..."], ...] | None:
         """Look up tensors and mark them as the most recently used.
 
         Args:
@@ -231,7 +231,7 @@ class TensorCache:
             return self._kept[key]
         return None
 
-    def put(self, key: Any, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def put(self, key: Any, tensors: tuple[Shaped[Tensor, " ..."], ...]) -> tuple[Shaped[Tensor, " ..."], ...]:
         """Store tensors, unless they alone exceed a quarter of the capacity.
 
         Args:

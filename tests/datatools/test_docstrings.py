@@ -10,23 +10,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-DONE = (
-    "files",
-    "colm",
-    "less",
-    "selection",
-    "subsets",
-    "features",
-    "projectors",
-    "kernels",
-    "stats.py",
-    "errors.py",
-    "memory.py",
-    "shadowed.py",
-)
-FILES = sorted(
-    str(path.relative_to(REPOSITORY)) for part in DONE for path in (REPOSITORY / "datatools").glob(f"{part}/*.py")
-) + [f"datatools/{part}" for part in DONE if part.endswith(".py")]
+FILES = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "datatools").rglob("*.py"))
 SECTION = re.compile(r"^(\w+):(.*)$")
 ENTRY = re.compile(r"    (\*{0,2}\w+(?:, \w+)*): ")
 

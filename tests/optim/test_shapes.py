@@ -28,7 +28,7 @@ def fits(value: Any, hint: Any) -> bool:
     """Whether the value is as the hint says, of what the hint says about tensors; binds the names of dimensions."""
     if is_shape(hint):
         return isinstance(value, hint)
-    if typing.get_origin(hint) is tuple:
+    if typing.get_origin(hint) is tuple and Ellipsis not in typing.get_args(hint):
         return all(fits(one, part) for one, part in zip(value, typing.get_args(hint), strict=True))
     if typing.get_origin(hint) in (UnionType, typing.Union):
         return any(fits(value, part) for part in typing.get_args(hint)) if isinstance(value, Tensor) else True

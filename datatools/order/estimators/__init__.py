@@ -1,7 +1,7 @@
-"""Estimators of what another order would have done: one file and one line in `ESTIMATORS` each.
+"""Estimators of the result of training in another order: one file and one line in `ESTIMATORS` each.
 
-An estimator is a class that derives from `Surrogate`. Its attributes and class methods say what others need to know
-(its name, what it costs, what it needs, what its numbers depend on); its instances are the estimates.
+An estimator is a class derived from `Surrogate`. Its attributes and class methods describe it (name, cost,
+requirements, and the settings on which its numbers depend); its instances are the estimates.
 """
 
 from __future__ import annotations
@@ -27,14 +27,20 @@ ESTIMATORS: dict[str, str | type[Surrogate]] = {
     "table": "datatools.order.estimators.fut:Table",
     "groups": "datatools.order.estimators.groups:Groups",
 }
-"""Name -> the class, or where it is ("module:Class"), which is imported when the estimator is first used."""
+"""Name -> the class, or its location ("module:Class"), which is imported when the estimator is first used."""
 
 
 def estimator(name: str) -> type[Surrogate]:
-    """The estimator of that name.
+    """Look up an estimator.
+
+    Args:
+        name: a name of `ESTIMATORS`.
+
+    Returns:
+        The class.
 
     Raises:
-        UsageError: for a name that is not in `ESTIMATORS`.
+        UsageError: if there is no such estimator.
 
     Example:
         >>> estimator("pairwise").title
@@ -42,7 +48,7 @@ def estimator(name: str) -> type[Surrogate]:
 
     """
     if name not in ESTIMATORS:
-        raise UsageError(f"order: no estimator is called {name!r}{did_you_mean(name, ESTIMATORS)}")
+        raise UsageError(f"order: unknown estimator {name!r}{did_you_mean(name, ESTIMATORS)}")
     found = ESTIMATORS[name]
     if isinstance(found, str):
         module, _, kind = found.partition(":")
@@ -52,16 +58,19 @@ def estimator(name: str) -> type[Surrogate]:
 
 
 def precompute(name: str, reference: ReferenceRun, problem: Problem, **options: Any) -> Surrogate:
-    """The estimate of that name, made from a reference run.
+    """Compute an estimate from a reference run.
 
     Args:
-        name: in `ESTIMATORS`.
+        name: a name of `ESTIMATORS`.
         reference: the recorded run.
         problem: the batches and their loss, as recorded.
-        options: those of the estimator's own `precompute`.
+        options: options of the estimator's own `precompute`.
+
+    Returns:
+        The estimate.
 
     Raises:
-        UsageError: for an unknown name; and what the estimator raises.
+        UsageError: if the name is unknown, or the estimator raises it.
 
     Example:
         >>> from datatools.order.example import example_run
@@ -75,10 +84,19 @@ def precompute(name: str, reference: ReferenceRun, problem: Problem, **options: 
 
 
 def load_surrogate(folder: files.PathLike, reference: ReferenceRun, problem: Problem) -> Surrogate:
-    """Read what `Surrogate.save` wrote, with the reference run that it was made from.
+    """Read an estimate that `Surrogate.save` wrote.
+
+    Args:
+        folder: the folder.
+        reference: the reference run from which it was computed.
+        problem: the batches and their loss.
+
+    Returns:
+        The estimate.
 
     Raises:
-        DataError: for another reference run, and when something is missing or damaged.
+        DataError: if it was computed from another reference run, or a file is missing or damaged (a KeyError inside
+            becomes one).
 
     Example:
         >>> import tempfile
@@ -96,20 +114,26 @@ def load_surrogate(folder: files.PathLike, reference: ReferenceRun, problem: Pro
     meta = sealed.read_json(folder / "meta.json")
     try:
         if meta["format"] != FORMAT:
-            raise DataError(f"{folder}: a surrogate of format {meta['format']}, this version reads {FORMAT}")
+            raise DataError(
+                f"{folder}: the surrogate has format {meta['format']}, but this version reads {FORMAT}; "
+                "compute it again"
+            )
         if meta["reference"] != reference.digest():
-            raise DataError(f"{folder}: this surrogate was made from another reference run; make it again")
+            raise DataError(f"{folder}: the surrogate was computed from another reference run; compute it again")
         found = sealed.read_tensors(folder / "tensors.safetensors")
         tensors = {key: found[key].to(device) for key, device in meta["devices"].items()}
         if meta["name"] not in ESTIMATORS:
             raise KeyError(meta["name"])
         return put_together(estimator(meta["name"]), meta["values"], tensors, reference, problem)
     except (KeyError, TypeError, AttributeError, OSError) as error:
-        raise DataError(f"{folder}: a damaged surrogate ({error!r}); remove it, it is made again") from error
+        raise DataError(f"{folder}: the surrogate is damaged ({error!r}); remove it and compute it again") from error
 
 
 def limits() -> dict[str, float]:
-    """Each indicator of `Surrogate.trust` -> the value up to which the estimate is taken to hold.
+    """Collect the limits of all indicators of `Surrogate.trust`.
+
+    Returns:
+        Indicator -> the largest value for which an estimate is considered valid.
 
     Example:
         >>> limits()["replay"]
@@ -123,7 +147,13 @@ def limits() -> dict[str, float]:
 
 
 def trusted(indicators: Mapping[str, float]) -> bool:
-    """Whether every indicator is a number within its limit.
+    """Return whether every indicator is a finite number within its limit.
+
+    Args:
+        indicators: result of `Surrogate.trust`.
+
+    Returns:
+        Whether the estimate is considered valid.
 
     Example:
         >>> trusted({"drift": 0.1, "replay": 0.05}), trusted({"drift": 0.9})

@@ -1,21 +1,21 @@
-"""Own moments: step the rule itself, in the new order, on estimated gradients (spec B.1).
+"""Own moments: apply the rule itself in the new order to estimated gradients (spec B.1).
 
-    g~_t = gradient of batch l_t where the new order is at position t, estimated
+    g~_t = gradient of batch l_t at the new order's parameters at position t, estimated
     state, gamma <- the rule's own step on g~_t, with weight decay and clipping as in training
 
-Given the gradients nothing is approximate: the moments are the new order's own, for any rule. Gradients are estimated
+Given the gradients, nothing is approximate: the moments are the new order's own, for any rule. Gradients are estimated
 in one of four ways:
 
-- "exact": g + H d at the nearest anchor, d the distance from it. A gradient and a Hessian-vector product per
-  step of every order: more expensive than retraining it, an oracle; exact on quadratics with an anchor at every step.
-- "none": g there, without H d.
-- "anchors": gradients of all batches at the anchors, taken once and interpolated in t, which follows the drift that all
-  orders share; and where this order strays from that, their change along the k directions in which simulated orders
-  stray most, by central differences over the distance to which those go (a secant: it sees the loss as far as orders
-  reach, not its tangent). No further pass a score.
-- "rows": the same gradients at the anchors; and where this order strays, the change of the gradient of a few rows of
-  the batch (`Problem.samples`), s_l(here) - s_l(there): a control variate, right to all orders of the distance where
-  the rows stand for the batch. A small gradient per step of every order.
+- "exact": g + H d at the closest anchor, where d is the distance from it. This takes a gradient and a Hessian-vector
+  product per step of every order, more than retraining: an oracle, exact on quadratics with an anchor at every step.
+- "none": g at the closest anchor, without H d.
+- "anchors": gradients of all batches at the anchors, computed once and interpolated in t, which captures the drift that
+  all orders share; and for deviations of an order from it, their change along the k directions in which simulated
+  orders deviate most, by central differences over the distance that those reach (a secant, which represents the loss
+  over the range of the orders better than its tangent does). A score takes no further passes.
+- "rows": the same gradients at the anchors; and for deviations, the change of the gradient of a few rows of the batch
+  (`Problem.samples`), s_l(here) - s_l(there): a control variate, correct to all orders of the distance if the rows
+  represent the batch. A score takes one small gradient per step.
 """
 
 from __future__ import annotations
@@ -23,53 +23,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from datatools.errors import EnvironmentProblem, UsageError
 from datatools.order.estimators.layout import Layout
 from datatools.order.estimators.question import Question
+from datatools.order.estimators.stored import Stored, interpolated, stepped_together
 from datatools.order.estimators.surrogate import CURVATURE_LIMIT, DRIFT_LIMIT, LIMIT_BYTES, Surrogate, random_orders
 from datatools.order.problem import Cost, Diverged, Params, Problem
-from datatools.order.recipe import Recipe, States
+from datatools.order.recipe import States
 from datatools.order.reference_run import ReferenceRun
 
 Gradients = Literal["anchors", "rows", "exact", "none"]
-_SIMULATED = 12  # random orders whose paths give the directions
-_REPLAYED = 8  # random orders that say how far apart orders end
-_TOGETHER = 1 << 24  # parameters of all orders that are stepped at a time
-
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """Gradients at A anchors, [A, n, p], and where these are, [A, p], at which positions; and along `basis` [p, k],
-    orthonormal, how each batch's gradient changes: `curved` [n, k, p].
-    """
-
-    gradients: Tensor
-    places: Tensor
-    positions: tuple[int, ...]
-    basis: Tensor
-    curved: Tensor
-    sampled: Tensor | None = None  # [A, n, p], of the samples
-
-    def __call__(self, batch: int, here: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        """(gradient [p] between the anchors, its change from there [p]) of a batch at `here`, step t."""
-        strayed = here - interpolated(self.places, self.positions, t)
-        return (
-            interpolated(self.gradients[:, batch], self.positions, t),
-            (self.basis.T @ strayed) @ self.curved[batch],
-        )
+_SIMULATED = 12  # random orders whose paths determine the directions
+_REPLAYED = 8  # random orders that determine the spread of ends
+_TOGETHER = 1 << 24  # largest number of parameters, over all orders, that are stepped at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Moments(Surrogate):
-    """The estimate of `precompute`; `final(order)` gives its parameters, `score` the held-out loss there.
+    """The estimate of `precompute`: `final(order)` returns parameters, `score` the held-out loss at these.
 
-    replay: see `replay`; 0 where the reference order comes out by construction ("exact" and "none").
+    Attributes:
+        reference: the recorded run.
+        problem: the batches and their loss.
+        hessian: how gradients are estimated.
+        stored: the stored gradients; None for "exact" and "none".
+        replay: see the function `replay`; 0 if the reference order is exact by construction ("exact" and "none").
+        paths: order -> its indicators, for orders that were scored.
+
     """
 
     name: ClassVar[str] = "moments"
@@ -78,9 +64,9 @@ class Moments(Surrogate):
     each: ClassVar[str] = "T steps of the rule"
     source: ClassVar[str] = "own"
     limits: ClassVar[Mapping[str, float]] = {"curvature": CURVATURE_LIMIT, "drift": DRIFT_LIMIT, "replay": 0.2}
-    """`replay` is measured, along the held-out gradient: the error about the reference order, whose truth is known,
-    over what tells orders apart (the function `replay`). Its limit is where rankings of a small Llama cease to hold
-    (`python -m tests.benchmarks.order --rates 1e-4,3e-4,1e-3,3e-3`).
+    """`replay` is measured along the held-out gradient: the error for the reference order, whose true result is known,
+    relative to the differences between orders (the function `replay`). Beyond its limit, rankings of a small Llama are
+    no longer reliable (`python -m tests.benchmarks.order --rates 1e-4,3e-4,1e-3,3e-3`).
     """
     keeps_gradients: ClassVar[bool] = True
 
@@ -90,21 +76,28 @@ class Moments(Surrogate):
     stored: Stored | None = None
     replay: float = 0.0
     paths: dict[tuple[int, ...], dict[str, float]] = field(default_factory=dict)
-    """The indicators of orders that were scored."""
 
     @classmethod
     def precompute(cls, reference: ReferenceRun, problem: Problem, **options: Any) -> Moments:
-        """See the function `precompute`."""
+        """Call the function `precompute`."""
         return precompute(reference, problem, **options)
 
     @classmethod
     def expected(cls, question: Question) -> Cost:
-        """A gradient per batch and anchor, which are kept."""
+        """Count one gradient per batch and anchor, all of which are stored."""
         kept = question.settings.anchors * question.batches
         return Cost(gradients=kept + question.held_out, bytes=4 * kept * question.parameters)
 
     def final(self, sequence: Sequence[int | None]) -> Params:
-        """The estimated parameters after the last step; a step whose batch is None is left out."""
+        """Estimate the parameters after the last step.
+
+        Args:
+            sequence: a permutation of the reference's sequence; None skips a step.
+
+        Returns:
+            Name -> [*shape].
+
+        """
         return self._layout.tensors(self._run([sequence])[0][0])
 
     @property
@@ -114,9 +107,9 @@ class Moments(Surrogate):
     def _run(
         self, sequences: Sequence[Sequence[int | None]], observe: Callable[[int, Tensor], None] | None = None
     ) -> tuple[Tensor, list[dict[str, float]]]:
-        """The ends [R, p] of R orders that are stepped together, and the indicators of each path.
+        """Compute the final parameters [R, p] of R orders that are stepped together, and the indicators of each path.
 
-        A step that is None in all of them is left out. observe: called after each step with (position, places [R, p]).
+        A step that is None in all of them is skipped. `observe` is called after each step with (position, [R, p]).
         """
         start, count = self._layout.vector(self.reference.start.params), len(sequences)
         here = start.expand(count, -1)
@@ -141,14 +134,14 @@ class Moments(Surrogate):
         return here, worst
 
     def _or_nan(self, t: int, batch: int, place: Tensor) -> tuple[Tensor, float]:
-        """`_gradient`, nan from where a run has diverged on: the other orders' runs go on."""
+        """Return `_gradient`, or nan once a run has diverged, so that the runs of other orders can continue."""
         try:
             return self._gradient(t, batch, place)
         except Diverged:
             return torch.full_like(place, math.nan), math.nan
 
     def _gradient(self, t: int, batch: int, place: Tensor) -> tuple[Tensor, float]:
-        """The estimated gradient [p] at a place [p], and ||H d|| / ||g||."""
+        """Estimate the gradient [p] at the parameters `place` [p], and ||H d|| / ||g||."""
         if self.stored is not None:
             known, change = self.stored(batch, place, t)
             if self.stored.sampled is not None:
@@ -174,8 +167,10 @@ class Moments(Surrogate):
         return torch.tensor(losses, dtype=torch.float64)
 
     def trust(self, sequence: Sequence[int]) -> dict[str, float]:
-        """`replay`; the distance from the reference's end as a share of its way; and, where the change of gradients is
-        linear, ||H d|| / ||g|| along the path. Free for an order that was scored.
+        """Return replay, drift and curvature; they cost nothing for an order that was scored.
+
+        `drift` is the distance from the reference's end relative to the length of the reference's path. `curvature` is
+        ||H d|| / ||g|| along the path, given where the change of gradients is linear.
         """
         self.reference.check(sequence)
         key = tuple(map(int, sequence))
@@ -183,29 +178,6 @@ class Moments(Surrogate):
             self.paths[key] = self._run([key])[1][0]
         path = {"replay": self.replay} | self.paths[key]
         return path if self.hessian != "rows" else {k: v for k, v in path.items() if k != "curvature"}
-
-
-def stepped_together(
-    recipe: Recipe, layout: Layout, places: Tensor, states: States, grads: Tensor, position: int
-) -> tuple[Tensor, States]:
-    """`Recipe.step` of R runs at once: places and grads [R, p], states with R in front of each shape."""
-    if recipe.clip is not None:
-        norms = grads.double().norm(dim=1, keepdim=True)
-        grads = grads * (recipe.clip / (norms + 1e-6)).clamp(max=1.0).to(grads.dtype)
-    sizes = [shape.numel() for shape in layout.shapes.values()]
-    moved: list[Tensor] = []
-    new_states: States = {}
-    with torch.no_grad():
-        for (name, shape), place, grad in zip(
-            layout.shapes.items(), torch.split(places, sizes, 1), torch.split(grads, sizes, 1), strict=True
-        ):
-            lr, decay = recipe.rates[position] * recipe.factors[name], recipe.weight_decay[name] or None
-            step = partial(recipe.rules[name].stepped, lr=lr, weight_decay=decay)
-            new, new_states[name] = torch.vmap(step, randomness="different")(
-                place.reshape(-1, *shape), grad.reshape(-1, *shape), states[name]
-            )
-            moved.append(new.reshape(len(places), -1).to(places.dtype))
-    return torch.cat(moved, 1), new_states
 
 
 def precompute(
@@ -217,19 +189,34 @@ def precompute(
     limit_bytes: int = LIMIT_BYTES,
     seed: int = 0,
 ) -> Moments:
-    """Own moments; `hessian` is one of the module's four, `directions` the k of "anchors".
+    """Compute the estimate from a reference run.
 
-    Cost of "anchors": A n gradients, and 2 k n for the directions. Bytes: (A + k) n p numbers. Of "rows": A n gradients
-    of batches and of samples, and T of samples for `replay` and for a score. Bytes: 2 A n p numbers. Of both: the
-    held-out gradient, for `replay`.
+    Cost of "anchors": A n gradients, and 2 k n for the directions. Memory: (A + k) n p numbers.
+    Cost of "rows": A n gradients of batches and of samples, and T gradients of samples for `replay` and for each score.
+    Memory: 2 A n p numbers. Both take the held-out gradient, for `replay`.
+
+    Args:
+        reference: the recorded run.
+        problem: the batches and their loss; "rows" needs `samples`.
+        hessian: how gradients are estimated, one of the four ways of this module.
+        directions: k, for "anchors".
+        limit_bytes: largest size of stored gradients, in bytes.
+        seed: seed of simulated orders.
+
+    Returns:
+        The estimate.
 
     Raises:
-        EnvironmentProblem: above `limit_bytes`.
+        UsageError: if an option is invalid.
+        EnvironmentProblem: if stored gradients exceed `limit_bytes`.
+
     """
     if hessian not in ("anchors", "rows", "exact", "none"):
-        raise UsageError(f"order: moments has no gradients {hessian!r}; known: anchors, rows, exact, none")
+        raise UsageError(f"order: moments has no gradients {hessian!r}; choose anchors, rows, exact or none")
     if directions < 0 or (directions and hessian != "anchors"):
-        raise UsageError(f"order: moments along {directions} directions; 0 or more, of gradients at anchors")
+        raise UsageError(
+            f"order: moments with {directions} directions and hessian={hessian!r}; use 0 or more, with 'anchors'"
+        )
     if hessian in ("exact", "none"):
         return Moments(reference.sequence, Cost(), reference, problem, hessian)
     before, n = problem.cost.gradients, len(problem.batches)
@@ -239,7 +226,7 @@ def precompute(
     need = tables * n * layout.size * like.element_size()
     if need > limit_bytes:
         raise EnvironmentProblem(
-            f"order: gradients of {n} batches at {len(reference.anchors)} anchors, along {directions} directions, are "
+            f"order: gradients of {n} batches at {len(reference.anchors)} anchors, along {directions} directions, need "
             f"{need / 2**30:.1f} GiB, more than {limit_bytes / 2**30:.1f}; use fewer, adapters (LoRA), or pairwise"
         )
 
@@ -278,12 +265,20 @@ def precompute(
 
 
 def replay(made: Moments, seed: int = 0) -> float:
-    """How wrong the estimate is about the one order whose truth is known, in the unit that matters.
+    """Measure the error for the reference order, whose result is known, relative to differences between orders.
 
-    |u (estimated end of the reference order - its recorded end)| over the standard deviation of u (end) of a few random
-    orders (without change of gradients, so that they cost none), u the held-out gradient at the recorded end: what does
-    not move the held-out loss does not count. Near 1 the error is as large as what tells orders apart; the ranking
-    holds where it is small.
+    The value is |u (estimated end of the reference order - its recorded end)| divided by the standard deviation of u
+    (end) over some random orders (without the change of gradients, so that they cost nothing), where u is the held-out
+    gradient at the recorded end: differences that do not affect the held-out loss do not count. Near 1, the error is as
+    large as the differences between orders; the ranking is reliable if the value is small.
+
+    Args:
+        made: an estimate with stored gradients.
+        seed: seed of the random orders.
+
+    Returns:
+        The ratio.
+
     """
     assert made.stored is not None
     layout = made._layout
@@ -296,11 +291,23 @@ def replay(made: Moments, seed: int = 0) -> float:
     return error / max(spread, 1e-30)
 
 
-def stray_directions(made: Moments, k: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Where orders stray from the reference's path: [p, <= k] orthonormal, and how far along each [<= k].
+def stray_directions(made: Moments, k: int, seed: int) -> tuple[Float[Tensor, "p m"], Float[Tensor, " m"]]:
+    """Find the directions in which orders deviate from the reference's path.
 
-    Principal directions of the distances of simulated random orders (without change of gradients) at positions spread
-    over the run; the reach of each is the root mean square along it.
+    These are the principal directions of the deviations of simulated random orders (without the change of gradients),
+    at positions spread over the run.
+
+    Args:
+        made: an estimate with stored gradients.
+        k: largest number of directions.
+        seed: seed of the random orders.
+
+    Returns:
+        m <= k orthonormal directions, floating dtype [p, m], and the root mean square deviation along each, [m].
+
+    Raises:
+        Diverged: if the simulated runs of all orders diverge.
+
     """
     assert made.stored is not None
     steps = len(made.sequence)
@@ -314,18 +321,9 @@ def stray_directions(made: Moments, k: int, seed: int) -> tuple[Tensor, Tensor]:
     strayed = torch.cat(rows)
     strayed = strayed[strayed.isfinite().all(1)]
     if not len(strayed):
-        raise Diverged("order: the simulated runs of every order diverge; lower the learning rate of the reference run")
+        raise Diverged("order: the simulated runs of all orders diverge; lower the learning rate of the reference run")
     values, vectors = torch.linalg.eigh((strayed @ strayed.T).double())
     kept = values.flip(0)[:k] > 1e-10 * values[-1]
     top = vectors.flip(1)[:, :k][:, kept].to(strayed.dtype)
     basis: Tensor = torch.linalg.qr(strayed.T @ top).Q
     return basis, (strayed @ basis).square().mean(0).sqrt()
-
-
-def interpolated(at_anchors: Tensor, positions: Sequence[int], t: float) -> Tensor:
-    """[anchors, p] -> [p] at position t, linearly between the two anchors around it."""
-    right = next((i for i, position in enumerate(positions) if position >= t), len(positions) - 1)
-    if positions[right] <= t or right == 0:
-        return at_anchors[right]
-    share = (t - positions[right - 1]) / (positions[right] - positions[right - 1])
-    return torch.lerp(at_anchors[right - 1], at_anchors[right], share)

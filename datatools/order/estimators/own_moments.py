@@ -11,13 +11,13 @@ from datatools.order.reference_run import ReferenceRun
 
 
 class OwnMoments(Moments):
-    """`Moments` of g + H d at the nearest anchor ("exact"), which are exact on quadratics with an anchor at every step.
+    """`Moments` of g + H d at the closest anchor ("exact"): exact on quadratics with an anchor at every step.
 
-    What is made and saved is a `Moments`.
+    Its `precompute` returns a `Moments`, which is also what is saved.
     """
 
     name: ClassVar[str] = "own-moments"
-    title: ClassVar[str] = "the same on g + H d at the nearest anchor: an oracle, more expensive than retraining"
+    title: ClassVar[str] = "own moments on g + H d at the closest anchor: an oracle, more expensive than retraining"
     once: ClassVar[str] = "nothing beyond the reference run, with an anchor at every step"
     each: ClassVar[str] = "T gradients and Hessian-vector products"
     every_step: ClassVar[bool] = True
@@ -25,20 +25,20 @@ class OwnMoments(Moments):
 
     @classmethod
     def precompute(cls, reference: ReferenceRun, problem: Problem, **options: Any) -> Moments:
-        """See `moments.precompute`."""
+        """Call `moments.precompute` with exact gradients."""
         return precompute(reference, problem, hessian="exact", **options)
 
     @classmethod
     def expected(cls, question: Question) -> Cost:
-        """Nothing: all is computed for each order."""
+        """Return zero: everything is computed for each order."""
         return Cost()
 
     @classmethod
     def per_score(cls, question: Question) -> float:
-        """A gradient and a product at every step."""
+        """Count a gradient and a product at every step."""
         return question.steps * (1 + HVP_IN_GRADIENTS) + question.held_out / 3
 
     @classmethod
     def depends_on(cls, question: Question) -> dict[str, Any]:
-        """How products are taken."""
+        """Return how products are computed."""
         return {"products": question.settings.products}

@@ -1,14 +1,14 @@
-"""A reduced-order model: training replayed with the Hessians of the batches reduced, to few rows or few directions.
+"""A reduced-order model: training is replayed with the Hessians of batches reduced to few rows or few directions.
 
-Two forms. With second_moment="own", the default, the rule itself steps all parameters, with the order's own moments,
-and only what displacement does to gradients is reduced: to a few rows of each batch where the problem has `samples`
-(`moments.precompute` of "rows"), else along k directions. A score is T steps of the rule, with rows also T gradients of
-these; the first steps of a fresh Adam, which no frozen preconditioner describes, are right.
+There are two forms. With second_moment="own", the default, the rule itself steps all parameters with the order's own
+moments, and only the effect of displacement on gradients is reduced: to a few rows of each batch if the problem has
+`samples` (`moments.precompute` with "rows"), else to k directions. A score takes T steps of the rule, with rows also T
+of their gradients; the first steps of a new Adam, which no frozen preconditioner describes, are correct.
 
-With the second moment frozen ("expected" or "anchor") everything happens in k dimensions (spec B.4), thousands of
-times faster, and right where the optimizer is warm. In coordinates
-x = (theta - anchor) / sqrt(P) gradients and Hessians are g' = sqrt(P) g and H' = sqrt(P) H sqrt(P). With a basis B
-[p, k] of {g'_l} and sqrt(P) u, a batch is a vector B^T g'_l and a matrix B^T H'_l B, and a step of an order
+With a frozen second moment ("expected" or "anchor"), everything is computed in k dimensions (spec B.4), which is
+thousands of times faster, and correct if the optimizer is warmed up. In coordinates x = (theta - anchor) / sqrt(P),
+gradients and Hessians are g' = sqrt(P) g and H' = sqrt(P) H sqrt(P). With a basis B [p, k] of {g'_l} and sqrt(P) u, a
+batch is a vector B^T g'_l and a matrix B^T H'_l B, and a step of an order
 
     g = g_l + H_l x;   m <- beta m + (1 - beta) g;   x <- x - lr_t m / (1 - beta^t)
 
@@ -22,13 +22,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from datatools.errors import EnvironmentProblem, UsageError
 from datatools.order.estimators import moments
+from datatools.order.estimators.expansion import expected_second_moment, unclipped, used_anchors
 from datatools.order.estimators.layout import Layout
 from datatools.order.estimators.linear import linearised
-from datatools.order.estimators.pairwise import Pairwise, Second, expected_second_moment, unclipped, used_anchors
+from datatools.order.estimators.pairwise import Pairwise, Second
 from datatools.order.estimators.question import Question, Settings
 from datatools.order.estimators.surrogate import CURVATURE_LIMIT, DRIFT_LIMIT, LIMIT_BYTES, Surrogate
 from datatools.order.problem import Cost, Problem
@@ -37,10 +39,23 @@ from datatools.order.reference_run import ReferenceRun
 
 @dataclass(frozen=True, eq=False)
 class Reduced(Surrogate):
-    """What `precompute` leaves: per anchor and batch a vector and a matrix, and a model of the held-out loss.
+    """The estimate of a frozen `precompute`: a vector and a matrix per anchor and batch, and a model of the loss.
 
-    gradients: [A, n, k]; matrices: [A, n, k, k]; places: [A, k], where the anchors are; begin, carried: [k].
-    segment: int64 [T]; beta, rates, corrections [T]; held_out: (loss, [k], [k, k]) about the reference's end `ends`.
+    Attributes:
+        gradients: float64 [A, n, k].
+        matrices: reduced Hessians, float64 [A, n, k, k].
+        places: coordinates of the anchors, float64 [A, k].
+        begin: coordinates of the start, float64 [k].
+        carried: first moment before the first step, float64 [k].
+        ends: coordinates of the model's own end of the reference order, float64 [k].
+        beta: decay of the first moment.
+        rates: learning rates by position.
+        corrections: divisors of the first moment by position.
+        positions: positions of the anchors.
+        loss: held-out loss at the reference's end.
+        slope: its gradient there, float64 [k].
+        bend: its Hessian there, float64 [k, k].
+
     """
 
     name: ClassVar[str] = "reduced"
@@ -51,34 +66,34 @@ class Reduced(Surrogate):
     limits: ClassVar[Mapping[str, float]] = {"curvature": CURVATURE_LIMIT, "drift": DRIFT_LIMIT}
     keeps_gradients: ClassVar[bool] = True
 
-    gradients: Tensor
-    matrices: Tensor
-    places: Tensor
-    begin: Tensor
-    carried: Tensor
-    ends: Tensor
+    gradients: Float64[Tensor, "A n k"]
+    matrices: Float64[Tensor, "A n k k"]
+    places: Float64[Tensor, "A k"]
+    begin: Float64[Tensor, " k"]
+    carried: Float64[Tensor, " k"]
+    ends: Float64[Tensor, " k"]
     beta: float
     rates: tuple[float, ...]
     corrections: tuple[float, ...]
     positions: tuple[int, ...]
     loss: float
-    slope: Tensor
-    bend: Tensor
+    slope: Float64[Tensor, " k"]
+    bend: Float64[Tensor, "k k"]
 
     @classmethod
     def precompute(cls, reference: ReferenceRun, problem: Problem, **options: Any) -> Surrogate:
-        """See the function `precompute`."""
+        """Call the function `precompute`."""
         return precompute(reference, problem, **options)
 
     @classmethod
     def options(cls, question: Question) -> dict[str, Any]:
-        """The number of directions, the second moment, and for a frozen one the anchors of `pairwise`."""
+        """Return the number of directions, the second moment, and for a frozen one the anchors of `pairwise`."""
         settings = question.settings
         return Pairwise.options(question) | {"k": settings.dimensions, "second_moment": settings.second_moment}
 
     @classmethod
     def expected(cls, question: Question) -> Cost:
-        """Of the form that the settings ask for: with rows, with directions, or frozen."""
+        """Return the cost of the form that the settings choose: with rows, with directions, or frozen."""
         settings, n, held, numbers = question.settings, question.batches, question.held_out, question.parameters
         anchors, k = settings.anchors, settings.dimensions
         if not cls.freezes(settings) and settings.sample_rows:
@@ -92,23 +107,23 @@ class Reduced(Surrogate):
 
     @classmethod
     def per_score(cls, question: Question) -> float:
-        """With rows, a gradient of them at every step."""
+        """Count, with rows, one of their gradients at every step."""
         rows = not cls.freezes(question.settings) and question.settings.sample_rows
         return super().per_score(question) + (question.steps * question.share if rows else 0.0)
 
     @classmethod
     def fast(cls, settings: Settings) -> bool:
-        """Only with a frozen second moment is a score a matter of k numbers."""
+        """Return whether the second moment is frozen: then a score depends on k numbers per step."""
         return cls.freezes(settings)
 
     @classmethod
     def freezes(cls, settings: Settings) -> bool:
-        """As the settings say."""
+        """Return whether the settings freeze the second moment."""
         return settings.second_moment != "own"
 
     @classmethod
     def depends_on(cls, question: Question) -> dict[str, Any]:
-        """Also on its form, and on what that form reads."""
+        """Add the form of the estimate, and the settings that it reads."""
         settings, frozen = question.settings, cls.freezes(question.settings)
         rows = min(settings.sample_rows, question.batch_size)
         known = Pairwise.depends_on(question) if frozen else super().depends_on(question)
@@ -121,7 +136,7 @@ class Reduced(Surrogate):
         return self.loss + away @ self.slope + 0.5 * ((away @ self.bend) * away).sum(1)
 
     def _run(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        """The end [R, k] of each order, and the largest ||H x|| / ||g|| of its path [R]."""
+        """Compute the end [R, k] of each order, and the largest ||H x|| / ||g|| on its path [R]."""
         x = self.begin.expand(len(sequences), -1).clone()
         m = self.carried.expand(len(sequences), -1).clone()
         worst = torch.zeros(len(sequences), dtype=x.dtype)
@@ -133,7 +148,7 @@ class Reduced(Surrogate):
         return x, worst
 
     def _gradient(self, t: int, batch: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """g at the place between the two anchors around t, and H (x - that place); [R, k] each."""
+        """Compute g interpolated between the two anchors around t, and H (x - their interpolation); [R, k] each."""
         right = next((i for i, p in enumerate(self.positions) if p >= t), len(self.positions) - 1)
         left, share = right, 0.0
         if self.positions[right] > t and right > 0:
@@ -145,7 +160,7 @@ class Reduced(Surrogate):
         return grad, torch.einsum("rij,rj->ri", matrix, x - place)
 
     def trust(self, sequence: Sequence[int]) -> dict[str, float]:
-        """||H x|| / ||g|| along the path, and the distance from the reference's end as a share of its way."""
+        """Return ||H x|| / ||g|| on the path, and the distance from the reference's end relative to its path length."""
         x, worst = self._run(torch.tensor([list(sequence)]))
         gone = float((self.ends - self.begin).norm())
         return {"curvature": float(worst[0]), "drift": float((x[0] - self.ends).norm()) / max(gone, 1e-30)}
@@ -160,18 +175,31 @@ def precompute(
     second_moment: Second | Literal["own"] = "own",
     limit_bytes: int = LIMIT_BYTES,
 ) -> Surrogate:
-    """The reduced model of a reference run.
+    """Compute the estimate from a reference run.
 
-    second_moment: "own", all of the reference's anchors, with the problem's samples, or without any k directions and
-    2 k gradients per batch; or frozen: "expected" or "anchor", as in `pairwise.precompute`, from `anchors` anchors. Of
-    the frozen ones:
+    Cost with a frozen second moment: a gradient and k Hessian-vector products per batch and anchor, and k for the
+    held-out loss.
 
-    k: dimensions, at most n + 2: the leading directions of the scaled gradients at the anchors, the held-out gradient,
-    and the way the reference went. anchors: as in `pairwise.precompute`.
-    Cost: a gradient and k Hessian-vector products per batch and anchor, and k for the held-out loss.
+    Args:
+        reference: the recorded run.
+        problem: the batches and their loss.
+        k: number of dimensions, at most n + 2: the leading directions of the scaled gradients at the anchors, the
+            held-out gradient, and the displacement of the reference run.
+        anchors: as in `pairwise.precompute`; for a frozen second moment only.
+        second_moment: "own" uses all of the reference's anchors, with the problem's samples, or without them k
+            directions and 2 k gradients per batch; "expected" and "anchor" freeze it, as in `pairwise.precompute`.
+        limit_bytes: largest size of stored gradients, in bytes.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        UsageError: if an option is invalid, or the rule's moments are not linear where they must be.
+        EnvironmentProblem: if stored gradients exceed `limit_bytes`.
+
     """
     if k < 1:
-        raise UsageError(f"order: a reduced model of {k} dimensions; at least 1")
+        raise UsageError(f"order: a reduced model of {k} dimensions; use at least 1")
     if second_moment == "own":
         if problem.samples is not None:
             return moments.precompute(reference, problem, hessian="rows", limit_bytes=limit_bytes)
@@ -183,7 +211,7 @@ def precompute(
     need = len(chosen) * n * layout.size * dtype.itemsize
     if need > limit_bytes:
         raise EnvironmentProblem(
-            f"order: reduced keeps {len(chosen)} x {n} gradients of {layout.size:,} numbers while it is made, "
+            f"order: reduced needs {len(chosen)} x {n} gradients of {layout.size:,} numbers while it is computed, "
             f"{need / 2**30:.1f} GiB; more than {limit_bytes / 2**30:.1f}: use one anchor, adapters, or pairwise"
         )
     before = (problem.cost.gradients, problem.cost.hvps)
@@ -258,12 +286,22 @@ def precompute(
         held_out,
     )
     ends = made._run(torch.tensor([list(reference.sequence)]))[0][0]
-    object.__setattr__(made, "ends", ends)  # the model's own end of the reference order: score(reference) is its loss
+    object.__setattr__(made, "ends", ends)  # the model's own end, so that the reference order gets its true loss
     return made
 
 
-def leading(rows: Tensor, must: Tensor, k: int) -> Tensor:
-    """[p, <= k] orthonormal: the directions of `must`, then the leading ones of `rows` [m, p] beside them."""
+def leading(rows: Float[Tensor, "m p"], must: Float[Tensor, "j p"], k: int) -> Float[Tensor, "p d"]:
+    """Build an orthonormal basis of given directions and the leading directions of some rows.
+
+    Args:
+        rows: floating dtype [m, p].
+        must: directions to include first, floating dtype [j, p].
+        k: largest number of directions.
+
+    Returns:
+        [p, d] with d <= k.
+
+    """
     kept = [row / row.norm() for row in must if float(row.norm()) > 0]
     first = orthonormal(torch.stack(kept[:k]).T)
     rest = rows - (rows @ first) @ first.T
@@ -275,7 +313,15 @@ def leading(rows: Tensor, must: Tensor, k: int) -> Tensor:
     return orthonormal(torch.cat([first, rest.T @ top.to(rows.dtype)], 1))
 
 
-def orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis [p, m] of what the columns [p, m] span."""
+def orthonormal(columns: Float[Tensor, "p m"]) -> Float[Tensor, "p d"]:
+    """Build an orthonormal basis of the span of some columns.
+
+    Args:
+        columns: floating dtype [p, m].
+
+    Returns:
+        [p, d] with d = min(p, m).
+
+    """
     q: Tensor = torch.linalg.qr(columns).Q
     return q

@@ -94,7 +94,7 @@ def test_covered_leaves_out_what_needs_a_pass_per_row():
     module, batch = make()
     everything = [n for n, _ in module.named_parameters()]
     assert covered(module, everything) == [n for n in everything if not n.startswith("norm")]
-    with pytest.warns(UserWarning, match=r"norm.weight.* of 2 parameters: it takes part in `layer_norm`"):
+    with pytest.warns(UserWarning, match=r"norm.weight.* of 2 parameters: it is used in `layer_norm`"):
         got = per_sample_grads(mse, module, batch, ["norm.weight", "last.weight"])
     want = per_sample_grads(mse, module, batch, ["norm.weight", "last.weight"], method="loop")
     for name, grad in want.items():

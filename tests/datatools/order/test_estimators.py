@@ -10,13 +10,14 @@ import torch
 
 from datatools import DataError, UsageError
 from datatools.order import Diverged, load_surrogate, memory_map, precompute, search
+from datatools.order.anchors import anchor_path
 from datatools.order.estimators import fut as table
 from datatools.order.estimators import moments, pairwise, reduced, trusted
 from datatools.order.estimators.layout import Layout
 from datatools.order.estimators.linear import Linear
 from datatools.order.problem import Problem
 from datatools.order.recipe import Recipe, train
-from datatools.order.reference_run import ReferenceRun, anchor_path, record
+from datatools.order.reference_run import ReferenceRun, record
 from optim import AdaBeliefRule, AdamW8bitRule, AdamWRule, LionRule, MuonRule, SGDRule, SophiaGRule, SPAMRule
 from tests.datatools.order.quadratics import loss, random_problem, recipe, run
 
@@ -171,7 +172,7 @@ def test_a_saved_estimate_is_read_again(tmp_path, name: str) -> None:  # type: i
         assert read.score(drawn(5, seed)) == made.score(drawn(5, seed))
     assert read.trust(drawn(5, 1)) == made.trust(drawn(5, 1))
     other = reference(problem, rate=0.01, size=4)
-    with pytest.raises(DataError, match="made from another reference run"):
+    with pytest.raises(DataError, match="computed from another reference run"):
         load_surrogate(tmp_path, other, problem)
     path = tmp_path / "tensors.safetensors"
     path.write_bytes(path.read_bytes()[:4])
@@ -488,7 +489,9 @@ def test_an_estimate_that_diverges_is_the_worst_and_is_not_trusted(tmp_path) -> 
 def test_a_search_of_nothing_but_diverging_estimates_is_refused(method: str) -> None:
     problem, ref = wells()
     made = replace(pairwise.precompute(ref, problem), constant=math.nan)
-    with pytest.raises(DataError, match="has a finite estimate: the estimated runs diverge; lower the learning rate"):
+    with pytest.raises(
+        DataError, match="has a finite estimate, because the estimated runs diverge; lower the learning rate"
+    ):
         search(made, method, budget=50)
     slow = replace(moments.precompute(ref, problem), problem=Problem(lambda p, b: torch.tensor(math.nan), [0], [0]))
     with pytest.raises(DataError, match="has a finite estimate"):
@@ -540,5 +543,5 @@ def test_a_projected_table_is_read_again_and_secants_of_it_are_refused(tmp_path)
     made.save(tmp_path, made.reference)
     read = load_surrogate(tmp_path, made.reference, made.problem)
     assert read.score([3, 1, 0, 2]) == made.score([3, 1, 0, 2]) and read.trust([3, 1, 0, 2]) == made.trust([3, 1, 0, 2])
-    with pytest.raises(UsageError, match="secants divide element by element"):
+    with pytest.raises(UsageError, match="elementwise quotients of secants"):
         sketched(40, derivative="secant")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from datatools.errors import UsageError
 from datatools.order import search
 from datatools.order.estimators import pairwise
 from datatools.order.estimators.layout import Layout
@@ -200,7 +201,7 @@ def test_anchors_are_spread_over_the_run() -> None:
     assert positions(None) == positions(9) == list(range(9))
     assert [positions(k) for k in (1, 2, 3, 5)] == [[4], [0, 8], [0, 4, 8], [0, 2, 4, 6, 8]]
     for wrong in (0, 10):
-        with pytest.raises(pairwise.UsageError, match=f"{wrong} anchors of a reference run that recorded 9"):
+        with pytest.raises(UsageError, match=f"{wrong} anchors of a reference run that recorded 9"):
             pairwise.used_anchors(ref, wrong)
 
 

@@ -234,7 +234,7 @@ def test_a_judge_without_a_finite_estimate_proposes_nothing(
     "changes, message",
     [
         ({"training": OrderTraining(batch_size=4, optimizer="lion")}, "trained with lion. Use the estimator 'moments'"),
-        ({"estimators": ["groups"], "data": {"source_key": "none"}}, "of one source; there is nothing to order"),
+        ({"estimators": ["groups"], "data": {"source_key": "none"}}, "from one source, so there is nothing to order"),
         ({"training": OrderTraining(batch_size=4, max_steps=2)}, "max_steps"),
     ],
 )
