@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from pipelines.models.losses import row_losses
-from pipelines.runs.progress import progress
+from pipelines.select.losses import folder_of, losses
 from pipelines.select.scored import Context, Scored, no_scores
 from pipelines.select.scorer import Work
+from pipelines.select.stores import tokens_of
 from pipelines.settings.methods import Method
+from pipelines.settings.select import SelectConfig
 
 METHOD = Method(
     summary="rows on which the model's loss is highest",
@@ -19,6 +19,7 @@ METHOD = Method(
     label="model loss",
     needs=("model",),
     forward=("pool",),
+    stored=True,
     cost="one forward pass per row of the pool",
     limits="does not look at the target; noise has a high loss, too",
 )
@@ -29,31 +30,26 @@ def score(context: Context) -> Scored:
 
     Source: the perplexity baseline of Yin & Rush 2024, arXiv 2410.16208 ("top" variant).
     """
-    loaded = context.model()
     pool = context.pool
     chosen = np.flatnonzero(pool.usable).tolist()
-    lengths = [int(pool.scan.tokens[i]) for i in chosen]
     scores = no_scores(pool)
-    with (
-        context.run.stage("losses"),
-        progress("losses of the pool", sum(lengths), "tokens") as bar,
-        torch.inference_mode(),
-    ):
-        budget = context.config.features.token_budget
-        for group, batch in pool.micro_batches(chosen, budget, loaded.model.device):
-            values = row_losses(loaded.model, batch)
-            scores[torch.tensor([chosen[i] for i in group])] = values.float().cpu()
-            bar.advance(sum(lengths[i] for i in group))
+    with context.run.stage("losses"):
+        scores[chosen] = losses(context, "pool", pool, chosen)
     status = {i: "nonfinite" for i in chosen if not scores[i].isfinite()}
     return Scored(
         scores=scores,
         status=status,
-        tokens=sum(lengths),
+        tokens=pool.tokens(),
         formula={"name": "loss", "text": "mean loss of the row's own answer tokens"},
     )
 
 
 def work(context: Context) -> Work:
-    """All tokens of the pool: losses are not kept."""
-    tokens = {"losses of the pool": float(context.pool.tokens())}
-    return Work(tokens, tokens)
+    """The tokens of the rows whose losses are not kept yet."""
+    whole, left = tokens_of(context.pool, folder_of(context, "pool"))
+    return Work({"losses of the pool": whole}, {"losses of the pool": left})
+
+
+def reuse(config: SelectConfig) -> list[str]:
+    """The run's losses serve another selection."""
+    return [f"--set features.folder={config.features.folder or config.out / 'features'}"]

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from datatools import DataError, GradientFeatures
 from pipelines.models.losses import last_states
+from pipelines.models.states import LAST, pooled, states_and_losses
 from pipelines.rows.rows import Rows
 from pipelines.runs.progress import progress
+from pipelines.select import losses
 from pipelines.select.scored import Context, Scored, from_similarity, spread, unique_among, usable_among
 from pipelines.select.scorer import Asked, Work
 from pipelines.select.stores import FEATURE_VERSION, filling, kept, open_store, tokens_of
@@ -38,11 +40,17 @@ METHOD = Method(
 def score(context: Context) -> Scored:
     """RDS+: cosine of hidden states of the last layer, averaged over positions with weights 1, 2, ..., s.
 
+    Another layer and another average are the settings `features.layer` and `features.pooling`. The same forward pass
+    gives the losses of the rows, which are kept for the methods that need them.
+
     Source: Ivison et al. 2025, arXiv 2503.01807. Differs: rows are ranked by `aggregate`, as for every method; the
     paper takes turns between target rows (`--set aggregate=round_robin`).
     """
     similarity, good = _similarity(context, np.flatnonzero(context.pool.usable).tolist())
-    text = "cosine of position-weighted mean hidden states (last layer) of pool and target row"
+    if _store(context.config, "pool") == "hidden-pool":
+        text = "cosine of position-weighted mean hidden states (last layer) of pool and target row"
+    else:
+        text = f"cosine of the {_feature(context.config)[0]} of pool and target row"
     tokens = context.pool.tokens() + context.wanted.tokens()
     return from_similarity(context, similarity, formula={"name": "rds+", "text": text}, good=good, tokens=tokens)
 
@@ -74,7 +82,7 @@ def work(context: Context) -> Work:
     left: dict[str, float] = {}
     for name, rows in (("pool", context.pool), ("target", context.wanted)):
         label = f"hidden states of the {name}"
-        whole[label], left[label] = tokens_of(rows, context.features_folder / f"hidden-{name}")
+        whole[label], left[label] = tokens_of(rows, context.features_folder / _store(context.config, name))
     return Work(whole, left)
 
 
@@ -85,48 +93,95 @@ def reuse(config: SelectConfig) -> list[str]:
 
 def nearest(asked: Asked) -> Tensor:
     """Cosines of the hidden states that the run has kept."""
-    home = kept(asked, "hidden-pool")
+    pool, target = (_store(asked.config, kind) for kind in ("pool", "target"))
+    home = kept(asked, pool)
     keys = [asked.target.keys[i] for i in np.flatnonzero(asked.target.usable).tolist()]
-    hidden = GradientFeatures.open(home / "hidden-pool").take([asked.pool.keys[asked.index]])[0]
-    return GradientFeatures.open(home / "hidden-target").take(keys) @ hidden
+    hidden = GradientFeatures.open(home / pool).take([asked.pool.keys[asked.index]])[0]
+    return GradientFeatures.open(home / target).take(keys) @ hidden
 
 
 def _hidden_states(context: Context, kind: str, rows: Rows, chosen: list[int]) -> tuple[Tensor, Tensor]:
     """Unit vectors [chosen, hidden size] of the usable rows `chosen`, and which are finite; computed once, and kept."""
-    loaded, unique = context.model(), rows.unique()
+    loaded, unique, how = context.model(), rows.unique(), context.config.features
     model = loaded.model
     with torch.inference_mode():  # the width is what the model returns: some configurations name another (OPT-350m)
         shortest = min(unique.values(), key=lambda i: int(rows.scan.tokens[i]))
-        size = last_states(model, rows.batch([shortest], model.device)["input_ids"]).shape[-1]
+        batch = rows.batch([shortest], model.device)
+        if how.layer == LAST:
+            size = last_states(model, batch["input_ids"]).shape[-1]
+        else:
+            size = states_and_losses(model, batch, how.layer)[0].shape[-1]
     meta = {
         "format": FEATURE_VERSION,
         "model": dict(loaded.digests),
         "encoding": rows.encoder.fingerprint(),
-        "feature": "position-weighted mean of the last hidden states",
+        "feature": _feature(context.config)[0],
         "precision": str(model.dtype),
     }
-    folder = context.features_folder / f"hidden-{kind}"
-    with filling(folder):
+    folder = context.features_folder / _store(context.config, kind)
+    with filling(folder), filling(losses.folder_of(context, kind)):
         planned = unique_among(rows, chosen)
         store = open_store(context, folder, planned, among=unique, meta=meta, dim=size, dtype="float32")
-        budget = context.config.features.token_budget
-        todo = sum(int(rows.scan.tokens[unique[k]]) for u in store.missing_units() for k in store.unit_keys(u))
+        missing = store.missing_units()
+        besides = _losses_besides(context, kind, rows, store, missing)
+        todo = sum(int(rows.scan.tokens[unique[k]]) for u in missing for k in store.unit_keys(u))
         with progress(f"hidden states of the {kind}", todo, "tokens") as bar, torch.inference_mode():
-            for unit in store.missing_units():
+            for unit in missing:
                 keys = store.unit_keys(unit)
                 of_unit = [unique[key] for key in keys]
                 lengths = [int(rows.scan.tokens[row]) for row in of_unit]
-                found = torch.zeros(len(keys), size)
-                for group, batch in rows.micro_batches(of_unit, budget, model.device):
-                    hidden = last_states(model, batch["input_ids"]).float()
-                    position = torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=torch.float32)
-                    real = position <= torch.tensor([lengths[i] for i in group], device=hidden.device)[:, None]
-                    weight = position * real
-                    mean = (hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
-                    found[torch.tensor(group)] = mean.cpu()
+                found, lost = torch.zeros(len(keys), size), torch.zeros(len(keys))
+                for group, batch in rows.micro_batches(of_unit, how.token_budget, model.device):
+                    hidden, values = states_and_losses(model, batch, how.layer)
+                    long = torch.tensor([lengths[i] for i in group])
+                    found[torch.tensor(group)] = pooled(hidden, batch["labels"], long, how.pooling).cpu()
+                    lost[torch.tensor(group)] = values.float().cpu()
                     bar.advance(sum(lengths[i] for i in group))
+                if besides is not None:  # before the states: a run that is killed between the two computes both again
+                    besides.add(keys, lost)
                 store.write_unit(unit, found)
     keys = [rows.keys[i] for i in chosen]
     held = store.rows()
     finite = {key for key, status in zip(held.keys, held.status, strict=True) if status == "ok"}
     return store.take(keys), torch.tensor([key in finite for key in keys])
+
+
+def _losses_besides(
+    context: Context, kind: str, rows: Rows, store: GradientFeatures, missing: list[int]
+) -> losses.ByProduct | None:
+    """Where the losses of the rows of `missing` go, in units of the same rows; None where nothing is missing."""
+    if not missing:
+        return None
+    unique = rows.unique()
+    planned = {key: unique[key] for unit in missing for key in store.unit_keys(unit)}
+    size = len(store.unit_keys(missing[0]))
+    return losses.ByProduct(losses.open_losses(context, kind, rows, planned, rows_per_unit=size))
+
+
+_POOLED = {
+    "weighted": "position-weighted mean of the",
+    "mean": "mean of the",
+    "last": "last token's",
+    "answer": "mean over the answer of the",
+}
+
+
+def _feature(config: SelectConfig) -> tuple[str, str]:
+    """What a row's vector is, in words and as a part of a folder's name."""
+    layer, pooling = config.features.layer, config.features.pooling
+    if layer == LAST:
+        which, short = "last hidden states", "last1"
+    elif layer < 0:
+        which, short = f"hidden states of layer {layer} from the end", f"last{-layer}"
+    else:
+        which, short = f"hidden states of layer {layer}", f"layer{layer}"
+    return f"{_POOLED[pooling]} {which}", f"{pooling}-{short}"
+
+
+def _store(config: SelectConfig, kind: str) -> str:
+    """The name of the store of the hidden states of the pool or the target; by default without the choices in it."""
+    features = config.features
+    default = type(features)()
+    if (features.layer, features.pooling) == (default.layer, default.pooling):
+        return f"hidden-{kind}"
+    return f"hidden-{kind}-{_feature(config)[1]}"

@@ -65,6 +65,18 @@ class FeaturesConfig(Settings):
         "another target on the same pool and checkpoints costs only the target's rows",
         json_schema_extra=ELSEWHERE,
     )
+    layer: int = Field(
+        default=-1,
+        ge=-10_000,
+        le=10_000,
+        description="whose hidden states are compared (`rds`): 0 is the embeddings, 1 the first layer; -1 is the last "
+        "layer, -2 the one before",
+    )
+    pooling: Literal["weighted", "mean", "last", "answer"] = Field(
+        default="weighted",
+        description="how the hidden states of a row become one vector: weighted (mean with weights 1, 2, ..., s), "
+        "mean, last (of the last token), or answer (mean over the answer)",
+    )
     rows_per_unit: int | None = Field(
         default=None,
         ge=1,

@@ -1,0 +1,126 @@
+"""The loss of each row's answer, computed once per model and kept beside the features, for all methods and targets.
+
+A store holds one number per row: the mean cross-entropy over the tokens of its answer. `rds` fills the store of the
+model as it is from the pass that gives hidden states; a store of an adapted model carries the adapter's digest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datatools import GradientFeatures
+from pipelines.models.losses import row_losses
+from pipelines.rows.rows import Rows
+from pipelines.runs.progress import progress
+from pipelines.select.scored import Context, unique_among
+from pipelines.select.stores import FEATURE_VERSION, filling, open_store
+
+
+def folder_of(context: Context, kind: str, adapter: str = "") -> Path:
+    """The store of the losses of the pool or the target (`kind`), with the model as it is or with an adapter."""
+    return context.features_folder / (f"losses-{kind}-{adapter}" if adapter else f"losses-{kind}")
+
+
+def open_losses(
+    context: Context,
+    kind: str,
+    rows: Rows,
+    planned: Mapping[str, int],
+    *,
+    adapter: str = "",
+    rows_per_unit: int | None = None,
+) -> GradientFeatures:
+    """The store of losses, planned for the rows `planned`; what is missing in it is the caller's to compute."""
+    loaded = context.model()
+    meta: dict[str, Any] = {
+        "format": FEATURE_VERSION,
+        "model": dict(loaded.digests),
+        "encoding": rows.encoder.fingerprint(),
+        "feature": "mean loss of the answer",
+        "precision": str(loaded.model.dtype),
+    }
+    if adapter:
+        meta["adapter"] = adapter
+    return open_store(
+        context,
+        folder_of(context, kind, adapter),
+        planned,
+        among=rows.unique(),
+        meta=meta,
+        dim=1,
+        dtype="float32",
+        rows_per_unit=rows_per_unit,
+    )
+
+
+def losses(
+    context: Context, kind: str, rows: Rows, chosen: Sequence[int], *, module: Any = None, adapter: str = ""
+) -> Tensor:
+    """The mean loss of each of the usable rows `chosen`; only those that are not kept yet go through the model.
+
+    Args:
+        context: What is being scored.
+        kind: "pool" or "target".
+        rows: The pool or the target.
+        chosen: Usable rows of it.
+        module: The adapted model; None is the model as it is.
+        adapter: The digest of what `module` has that the model has not.
+
+    Returns:
+        float32 [chosen]; NaN where the loss is not finite.
+    """
+    module = context.model().model if module is None else module
+    label = f"losses of the {kind}" + (" after adaptation" if adapter else "")
+    with filling(folder_of(context, kind, adapter)):
+        store = open_losses(context, kind, rows, unique_among(rows, chosen), adapter=adapter)
+        unique, missing = rows.unique(), store.missing_units()
+        todo = sum(int(rows.scan.tokens[unique[key]]) for unit in missing for key in store.unit_keys(unit))
+        with progress(label, todo, "tokens") as bar, torch.inference_mode():
+            for unit in missing:
+                of_unit = [unique[key] for key in store.unit_keys(unit)]
+                values = torch.zeros(len(of_unit))
+                budget = context.config.features.token_budget
+                for group, batch in rows.micro_batches(of_unit, budget, module.device):
+                    values[torch.tensor(group)] = row_losses(module, batch).float().cpu()
+                    bar.advance(sum(int(rows.scan.tokens[of_unit[i]]) for i in group))
+                write(store, unit, values)
+    return read(store, [rows.keys[i] for i in chosen])
+
+
+def write(store: GradientFeatures, unit: int, values: Tensor) -> None:
+    """Write the losses, float32 [n], of a unit: their norm is the loss itself, to the bit."""
+    status = ["ok" if ok else "nonfinite" for ok in values.isfinite().tolist()]
+    store.write_unit(unit, values.nan_to_num(0.0, 0.0, 0.0)[:, None], status)
+
+
+def read(store: GradientFeatures, keys: Sequence[str]) -> Tensor:
+    """The losses, float32 [keys], of rows that the store holds; NaN where one is not finite."""
+    held = store.rows()
+    place = {key: i for i, key in enumerate(held.keys)}
+    at = [place[key] for key in keys]
+    found = held.norms[torch.tensor(at, dtype=torch.int64)].clone()
+    found[torch.tensor([held.status[i] == "nonfinite" for i in at], dtype=torch.bool)] = float("nan")
+    return found
+
+
+class ByProduct:
+    """Losses that another pass gives for nothing: they are written as soon as a unit of their store is whole."""
+
+    def __init__(self, store: GradientFeatures) -> None:
+        self._store = store
+        self._missing = store.missing_units()
+        self._known: dict[str, float] = {}
+
+    def add(self, keys: Sequence[str], values: Tensor) -> None:
+        """Take the losses, float32 [keys], of some rows."""
+        self._known.update(zip(keys, values.tolist(), strict=True))
+        for unit in list(self._missing):
+            wanted = self._store.unit_keys(unit)
+            if all(key in self._known for key in wanted):
+                write(self._store, unit, torch.tensor([self._known.pop(key) for key in wanted]))
+                self._missing.remove(unit)
