@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from datatools.projectors import PROJECTORS as PROJECTORS
     from datatools.projectors import Projector as Projector
     from datatools.scores.bm25 import bm25 as bm25
+    from datatools.scores.loss_drop import loss_drop as loss_drop
+    from datatools.scores.specificity import most_specific as most_specific
+    from datatools.scores.specificity import specificity as specificity
     from datatools.selection.budget import Budget as Budget
     from datatools.selection.candidates import Candidates as Candidates
     from datatools.selection.candidates import Selection as Selection
@@ -108,6 +111,9 @@ _EXPORTS = {
     "LessScores": "datatools.less.less",
     "less_scores": "datatools.less.less",
     "bm25": "datatools.scores.bm25",
+    "loss_drop": "datatools.scores.loss_drop",
+    "most_specific": "datatools.scores.specificity",
+    "specificity": "datatools.scores.specificity",
     "Budget": "datatools.selection.budget",
     "Candidates": "datatools.selection.candidates",
     "Selection": "datatools.selection.candidates",

@@ -84,14 +84,13 @@ def pooled(states: Tensor, labels: Tensor, lengths: Tensor, how: str) -> Tensor:
     position = torch.arange(1, states.shape[1] + 1, device=states.device, dtype=torch.float32)
     lengths = lengths.to(states.device)[:, None]
     real = position <= lengths
-    if how == "weighted":
-        weight = position * real
-    elif how == "mean":
-        weight = real.float()
-    elif how == "last":
-        weight = (position == lengths).float()
-    elif how == "answer":
-        weight = (labels != -100).float() * real
-    else:
-        raise ValueError(f"pooling {how!r}; choose weighted, mean, last or answer")
+    weights = {
+        "weighted": position * real,
+        "mean": real.float(),
+        "last": (position == lengths).float(),
+        "answer": (labels != -100).float() * real,
+    }
+    if how not in weights:
+        raise ValueError(f"pooling {how!r}; choose {', '.join(weights)}")
+    weight = weights[how]
     return (states * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)

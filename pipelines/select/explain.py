@@ -27,6 +27,7 @@ from pipelines.settings.select import ExplainConfig, SelectConfig
 from pipelines.texts import visible
 
 SHOWN_LAYERS = 8
+SHOWN_TOKENS = 12
 _STATUS = {
     "duplicate": "it repeats another row",
     "empty": "its gradient is zero",
@@ -70,12 +71,17 @@ def run(config: ExplainConfig) -> dict[str, Any]:
         **_placed(folder, pool, index),
         "targets": [],
         "layers": [],
+        "tokens": [],
     }
     method, functions = known(made_by.method), scorer(made_by.method)
-    if "target" in method.needs and functions.nearest is not None and found["status"] == "ok":
+    asked: Asked | None = None
+    shown = functions.nearest is not None or functions.tokens is not None
+    if "target" in method.needs and shown and found["status"] == "ok":
         wanted = target_data(made_by.train, made_by.target, made_by.target_columns)
         target = prepare(wanted, made_by.model, loaded.tokenizer, label="target", **read)
         asked = Asked(made_by, folder, pool, target, index)
+        found["tokens"] = [] if functions.tokens is None else functions.tokens(asked)
+    if functions.nearest is not None and asked is not None:
         rows = np.flatnonzero(target.usable).tolist()
         similarity = functions.nearest(asked)
         order = similarity.argsort(descending=True).tolist()[: config.nearest]
@@ -187,9 +193,11 @@ def _show(found: dict[str, Any], method: Method, console: Console) -> None:
     console.print(Text(_short(found["prompt"], 400), style="dim"))
     console.print(Text(_short(found["answer"], 400)))
     console.print(Text(_why(found, method), style="" if found["selected"] else "yellow"))
+    shape: dict[str, Any] = {"box": box.SIMPLE_HEAD, "min_width": min(80, console.width), "title_justify": "left"}
+    if found["tokens"]:
+        console.print(_gains(found["tokens"], shape))
     if not found["targets"]:
         return
-    shape: dict[str, Any] = {"box": box.SIMPLE_HEAD, "min_width": min(80, console.width), "title_justify": "left"}
     table = Table(title=f"{method.nearest} ({method.measure})", **shape)
     table.add_column("cosine", justify="right")
     table.add_column("target row")
@@ -209,6 +217,20 @@ def _show(found: dict[str, Any], method: Method, console: Console) -> None:
     if others := found["layers"][SHOWN_LAYERS:]:
         table.add_row(f"the other {len(others)}", f"{sum(layer['cosine'] for layer in others):+.4f}")
     console.print(table)
+
+
+def _gains(tokens: list[dict[str, Any]], shape: dict[str, Any]) -> Table:
+    """The tokens of the answer whose loss falls most, and how much of the whole fall that is."""
+    order = sorted(tokens, key=lambda one: one["after"] - one["before"])[:SHOWN_TOKENS]
+    whole = sum(one["before"] - one["after"] for one in tokens)
+    title = f"tokens of the answer that gain most ({len(order)} of {len(tokens)}; all together {whole:+.4g})"
+    table = Table(title=title, **shape)
+    for name, side in (("token", "left"), ("loss before", "right"), ("after", "right"), ("drop", "right")):
+        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    for one in order:
+        drop = one["before"] - one["after"]
+        table.add_row(Text(visible(one["token"])), f"{one['before']:.4f}", f"{one['after']:.4f}", f"{drop:+.4g}")
+    return table
 
 
 def _why(found: dict[str, Any], record: Method) -> str:

@@ -97,7 +97,13 @@ def subtask_groups(target: Rows) -> tuple[list[str], Tensor]:
 
 
 def from_similarity(
-    context: Context, similarity: Tensor, *, formula: Mapping[str, Any], good: Tensor | None = None, tokens: int = 0
+    context: Context,
+    similarity: Tensor,
+    *,
+    formula: Mapping[str, Any],
+    good: Tensor | None = None,
+    tokens: int = 0,
+    groups: tuple[list[str], Tensor] | None = None,
 ) -> Scored:
     """Scores from the similarity of pool rows to target rows, over the whole pool.
 
@@ -107,14 +113,15 @@ def from_similarity(
         formula: see `Scored`.
         good: bool [usable pool rows]; the others are marked "nonfinite" and have no score.
         tokens: see `Scored`.
+        groups: names and groups, int64 [m], of columns that are not target rows; no target row is then the nearest.
     """
     pool, how = context.pool, context.config.aggregate
-    names, groups = subtask_groups(context.wanted)
+    names, of_column = subtask_groups(context.wanted) if groups is None else groups
     usable = torch.from_numpy(np.flatnonzero(pool.usable))
     columns, of = (
-        (subtask_means(similarity, groups), torch.arange(len(names)))
+        (subtask_means(similarity, of_column), torch.arange(len(names)))
         if AGGREGATIONS[how].means
-        else (similarity, groups)
+        else (similarity, of_column)
     )
     values = aggregate(columns, of, how, keys=[pool.keys[i] for i in usable.tolist()], eligible=good)
     bad = [] if good is None else usable[~good].tolist()
@@ -124,8 +131,8 @@ def from_similarity(
         scores=spread(values, usable, len(pool)),
         formula=formula,
         status=dict.fromkeys(bad, "nonfinite"),
-        similarity=whole,
-        subtasks={name: whole[:, groups == i].mean(1) for i, name in enumerate(names)},
+        similarity=whole if groups is None else None,
+        subtasks={name: whole[:, of_column == i].mean(1) for i, name in enumerate(names)},
         tokens=tokens,
     )
 

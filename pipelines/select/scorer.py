@@ -72,6 +72,8 @@ class Scorer:
         check: raises a UsageError for settings that it cannot work with, before anything is read.
         reuse: flags with which another run computes none of the features again, for a finished run in `config.out`.
         nearest: float32 [m], the similarity of a pool row to each usable target row; None if it compares with none.
+        tokens: the loss of each token of a pool row's answer with the model as it is and as the method adapts it, as
+            `[{"token": ..., "before": ..., "after": ...}]`; None for a method that adapts nothing.
         layers: which layers carry the similarity with some target rows (rows of `target`), as
             `[{"layer": ..., "cosine": ...}]`.
     """
@@ -83,11 +85,12 @@ class Scorer:
     check: Callable[[SelectConfig], None] = lambda config: None
     reuse: Callable[[SelectConfig], list[str]] = lambda config: []
     nearest: Callable[[Asked], Tensor] | None = None
+    tokens: Callable[[Asked], list[dict[str, Any]]] | None = None
     layers: Callable[[Asked, list[int]], list[dict[str, Any]]] = lambda asked, rows: []
 
 
 def scorer(name: str) -> Scorer:
     """The functions of the method `name`; its module is imported."""
     module = import_module(SCORERS[name])
-    optional = ("columns", "groups", "work", "check", "reuse", "nearest", "layers")
+    optional = ("columns", "groups", "work", "check", "reuse", "nearest", "tokens", "layers")
     return Scorer(module.score, **{part: getattr(module, part) for part in optional if hasattr(module, part)})

@@ -22,6 +22,8 @@ SCORERS: dict[str, str] = {
     "tfidf": "pipelines.select.tfidf",
     "bm25": "pipelines.select.bm25",
     "rds": "pipelines.select.rds",
+    "tov": "pipelines.select.tov",
+    "tacs": "pipelines.select.tacs",
     "loss": "pipelines.select.loss",
 }
 """Name -> the module, in the order of lists and messages."""

@@ -100,6 +100,42 @@ class Bm25Config(Settings):
     b: float = Field(default=0.75, ge=0, le=1, description="how strongly long rows are discounted; 0 is not at all")
 
 
+class AdaptationConfig(Settings):
+    """A few steps of training on the target rows, after which rows are judged by their loss (`tov`, `tacs`)."""
+
+    adapters: Literal["target", "subtask", "fold"] = Field(
+        default="target",
+        description="one adapter for the whole target, one per subtask, or one without each fold; each is a column, "
+        "and `aggregate` makes one score of them",
+    )
+    depths: list[Annotated[int, Field(ge=1, le=10_000)]] = Field(
+        default=[2, 8, 32],
+        min_length=1,
+        max_length=100,
+        description="numbers of steps to choose from, by specificity on held-out target rows; a single one (with a "
+        "single learning rate) is taken as it is, which costs less",
+    )
+    learning_rates: list[Annotated[float, Field(gt=0, le=100)]] = Field(
+        default=[1e-5, 5e-5], min_length=1, max_length=100, description="constant learning rates to choose from"
+    )
+    batch_size: int = Field(default=4, ge=1, le=1_000_000, description="target rows per step")
+    folds: int = Field(default=3, ge=2, le=1000, description="folds of the target; one after another is held out")
+    generic_rows: int = Field(
+        default=16,
+        ge=1,
+        le=10**6,
+        description="pool rows, drawn at random, whose gradient stands for what is not the target",
+    )
+    length: Literal["mean", "sum", "capped"] = Field(
+        default="mean",
+        description="what is compared: the drop of the mean loss per token of the answer (mean), of its sum (sum), or "
+        "the mean drop times the answer's length up to the mean length of the target's answers (capped)",
+    )
+    lora: LoraConfig = Field(
+        default_factory=lambda: LoraConfig(rank=1, alpha=4.0), description="the adapters that are trained"
+    )
+
+
 class SelectConfig(RunSettings):
     """Select the training rows that move the model towards the target rows.
 
@@ -162,6 +198,9 @@ class SelectConfig(RunSettings):
         default_factory=ProjectorConfig, description="random projection of gradients"
     )
     bm25: Bm25Config = Field(default_factory=Bm25Config, description="weights of words with `--method bm25`")
+    adaptation: AdaptationConfig = Field(
+        default_factory=AdaptationConfig, description="steps on the target with `--method tov` and `tacs`"
+    )
     aggregate: str = Field(
         default="less",
         min_length=1,

@@ -545,7 +545,7 @@ def test_every_method_writes_the_same_files(world, tmp_path, method):
     assert summary["method"] == method and summary["audit"] is None
     scored = method not in ("random", "random-length")
     assert all((value is not None) == scored for value in table["_score"])
-    assert all((value is not None) == (method in ("tfidf", "rds")) for value in table["_nearest"])
+    assert all((value is not None) == (method in ("tfidf", "bm25", "rds", "gist")) for value in table["_nearest"])
     if scored:
         best = sorted(range(60), key=lambda i: -table["_score"][i])[:6]
         assert {table["_id"][i] for i in best} == set(ids(run))

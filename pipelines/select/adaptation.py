@@ -1,0 +1,369 @@
+"""Adapters that a few steps on the target rows train: how long, at which rate, on which rows; trained once and kept.
+
+The depth and the learning rate are those of the highest specificity on held-out target rows (`datatools.specificity`).
+Everything lies in `adapters/` of the features folder under digests of what it is a function of: a run that was killed
+goes on with the next walk, and other runs on the same target and model train nothing.
+
+Source: TACS, arXiv 2605.09404. Differs: the generic rows are drawn from the pool, the adapter has no dropout, and the
+default grid is smaller than the published one (depths 2 to 64, rates 1e-5, 2e-5 and 5e-5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datatools import DataError, files, most_specific, specificity
+from datatools.files import sealed
+from optim import create
+from pipelines.models import load as models
+from pipelines.models.base import unload
+from pipelines.models.lora import add_lora, lora_parameters
+from pipelines.models.losses import row_losses
+from pipelines.rows.rows import Rows
+from pipelines.runs.progress import Progress, progress
+from pipelines.runs.seeds import derive_seed
+from pipelines.settings.select import SelectConfig
+
+FORMAT = "1"
+LABEL = "adapting to the target"
+
+
+@dataclass(frozen=True)
+class Part:
+    """The target rows of one adapter.
+
+    Attributes:
+        name: Of its column.
+        group: The group of its column.
+        rows: Rows of the target to train on.
+        held: Other rows of it, on which a fold is judged.
+    """
+
+    name: str
+    group: int
+    rows: list[int]
+    held: list[int]
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What adapters are a function of.
+
+    Attributes:
+        config: The settings of the selection.
+        home: The features folder.
+        pool: The pool, of which the generic rows are drawn.
+        target: The target.
+        loaded: The model.
+    """
+
+    config: SelectConfig
+    home: Path
+    pool: Rows
+    target: Rows
+    loaded: models.LoadedModel
+
+    @property
+    def folder(self) -> Path:
+        """Where adapters and walks are kept."""
+        return self.home / "adapters"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the depth and the rate are chosen, rather than given."""
+        how = self.config.adaptation
+        return len(how.depths) * len(how.learning_rates) > 1
+
+    def parts(self) -> list[Part]:
+        """The adapters that there are to be, one per column."""
+        every = self._ordered()
+        how = self.config.adaptation.adapters
+        if how == "fold":
+            folds = self.folds()
+            return [Part(f"without fold {i + 1}", 0, part.rows, part.held) for i, part in enumerate(folds)]
+        if how == "subtask":
+            of = {row: self.target.pool[row].subtask or "target" for row in every}
+            names = sorted(set(of.values()))
+            return [Part(name, i, [row for row in every if of[row] == name], []) for i, name in enumerate(names)]
+        return [Part("target", 0, every, [])]
+
+    def folds(self) -> list[Part]:
+        """The target without one fold of it after another; every subtask is spread over the folds.
+
+        Raises:
+            DataError: The target has one row.
+        """
+        every = self._ordered()
+        count = min(self.config.adaptation.folds, len(every))
+        if count < 2:
+            raise DataError(
+                f"adaptation.folds={self.config.adaptation.folds}: the target has {len(every)} distinct row, and folds "
+                "need at least 2; give more target rows, or one depth and one learning rate (--set "
+                "adaptation.depths=[16] --set adaptation.learning_rates=[5e-5]) and adaptation.adapters=target"
+            )
+        by_subtask = sorted(every, key=lambda row: self.target.pool[row].subtask or "target")  # stable
+        dealt = [by_subtask[i::count] for i in range(count)]
+        return [Part(f"fold {i + 1}", 0, [r for r in every if r not in held], held) for i, held in enumerate(dealt)]
+
+    def walks(self) -> list[tuple[int, float]]:
+        """The (fold, learning rate) of each walk of the calibration; none where nothing is to be chosen."""
+        if not self.calibrated:
+            return []
+        return [(fold, rate) for rate in self.config.adaptation.learning_rates for fold in range(len(self.folds()))]
+
+    def walk_path(self, fold: int, rate: float) -> Path:
+        """Where the specificities along a walk are kept."""
+        part = self.folds()[fold]
+        facts = {"held": self._keys(part.held), "generic": [self.pool.keys[i] for i in self.generic()]}
+        return self.folder / f"walk-{self._digest(part.rows, rate, self.config.adaptation.depths, facts)}.json"
+
+    def path(self, digest: str) -> Path:
+        """Where an adapter is kept."""
+        return self.folder / f"adapter-{digest}.safetensors"
+
+    def digest(self, part: Part, depth: int, rate: float) -> str:
+        """The name of an adapter: a digest of what it is a function of."""
+        return self._digest(part.rows, rate, [depth], {})
+
+    def generic(self) -> list[int]:
+        """Rows of the pool, drawn by content, so that a pool that grows keeps most of them."""
+        salt = derive_seed(self.config.seed, "generic rows")
+        drawn = sorted(self.pool.unique().items(), key=lambda item: files.digest(f"{salt}/{item[0]}".encode()))
+        return [row for _, row in drawn[: self.config.adaptation.generic_rows]]
+
+    def choice(self) -> tuple[int, float] | None:
+        """The depth and the learning rate; None as long as a walk is missing."""
+        how = self.config.adaptation
+        if not self.calibrated:
+            return how.depths[0], how.learning_rates[0]
+        cells: dict[tuple[int, float], list[float]] = {}
+        for fold, rate in self.walks():
+            path = self.walk_path(fold, rate)
+            found = _read(path)
+            if found is None:
+                return None
+            for depth in how.depths:
+                cells.setdefault((depth, rate), []).append(float(found["specificity"][str(depth)]))
+        return most_specific(cells)
+
+    def _ordered(self) -> list[int]:
+        return sorted(self.target.unique().values(), key=lambda row: self.target.keys[row])
+
+    def _keys(self, rows: Sequence[int]) -> list[str]:
+        return [self.target.keys[row] for row in rows]
+
+    def _digest(self, rows: Sequence[int], rate: float, depths: Sequence[int], more: dict[str, Any]) -> str:
+        how = self.config.adaptation
+        facts = {
+            "format": FORMAT,
+            "model": dict(self.loaded.digests),
+            "precision": str(self.loaded.model.dtype),
+            "encoding": self.target.encoder.fingerprint(),
+            "rows": self._keys(rows),
+            "lora": how.lora.model_dump(mode="json"),
+            "batch_size": how.batch_size,
+            "token_budget": self.config.features.token_budget,
+            "rate": rate,
+            "depths": sorted(depths),
+            "seed": self.config.seed,
+            **more,
+        }
+        return files.digest(files.json_bytes(facts))[:16]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a walk found; None if it is not there, or damaged, which makes it be walked again."""
+    if not path.is_file():
+        return None
+    try:
+        return sealed.read_json(path)
+    except sealed.Damaged:
+        return None
+
+
+def kept_adapter(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of an adapter; None if it is not there, or damaged, which makes it be trained again."""
+    if not path.is_file():
+        return None
+    try:
+        return sealed.read_tensors(path)
+    except sealed.Damaged:
+        return None
+
+
+@contextmanager
+def adapted(setup: Adaptation) -> Iterator[tuple[Any, dict[str, torch.nn.Parameter]]]:
+    """The model with fresh adapters, and their matrices by name; taken off again afterwards.
+
+    Raises:
+        DataError: No layer of the model can have an adapter.
+    """
+    config = setup.config
+    try:
+        module = add_lora(setup.loaded.model, config.adaptation.lora, seed=derive_seed(config.seed, "adaptation"))
+    except DataError as error:
+        raise DataError(f"adaptation.{error}") from error  # "lora.targets ..."
+    try:
+        module.eval()
+        yield module, lora_parameters(module)
+    finally:
+        unload(module)
+
+
+def put(params: dict[str, torch.nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    """Give the adapters these values."""
+    with torch.no_grad():
+        for name, parameter in params.items():
+            parameter.copy_(tensors[name])
+
+
+def prepare_adapters(
+    setup: Adaptation, module: Any, params: dict[str, torch.nn.Parameter]
+) -> list[tuple[Part, str, dict[str, Tensor]]]:
+    """All adapters, trained where they are not kept yet: (part, digest, tensors).
+
+    Args:
+        setup: What they are a function of.
+        module: The model with fresh adapters.
+        params: Their matrices.
+    """
+    files.make_folder(setup.folder)
+    fresh = {name: p.detach().clone() for name, p in params.items()}
+    todo = [(fold, rate) for fold, rate in setup.walks() if _read(setup.walk_path(fold, rate)) is None]
+    total, done = work_tokens(setup)
+    with progress(LABEL, round(total), "tokens", done=round(done)) as bar:
+        for fold, rate in todo:
+            put(params, fresh)
+            _walk(setup, module, params, fold, rate, bar)
+        choice = setup.choice()
+        assert choice is not None
+        depth, rate = choice
+        found = []
+        for part in setup.parts():
+            digest = setup.digest(part, depth, rate)
+            tensors = kept_adapter(setup.path(digest))
+            if tensors is None:
+                put(params, fresh)
+                _train(setup, module, params, part.rows, rate, depth, bar, lambda step: None)
+                tensors = {name: p.detach().cpu().clone() for name, p in params.items()}
+                sealed.write_tensors(setup.path(digest), tensors)
+            found.append((part, digest, tensors))
+    return found
+
+
+def _walk(
+    setup: Adaptation, module: Any, params: dict[str, torch.nn.Parameter], fold: int, rate: float, bar: Progress
+) -> None:
+    """Train on the target without a fold, and keep the specificity at each depth."""
+    part, generic = setup.folds()[fold], setup.generic()
+    depths = setup.config.adaptation.depths
+    found: dict[str, float] = {}
+
+    def look(step: int) -> None:
+        if step in depths:
+            grads = [
+                _gradient(setup, module, params, rows, chosen, bar)
+                for rows, chosen in ((setup.target, part.rows), (setup.target, part.held), (setup.pool, generic))
+            ]
+            found[str(step)] = specificity(*grads)
+
+    _train(setup, module, params, part.rows, rate, max(depths), bar, look)
+    sealed.write_json(setup.walk_path(fold, rate), {"specificity": found, "rate": rate, "fold": fold})
+
+
+def _train(
+    setup: Adaptation,
+    module: Any,
+    params: dict[str, torch.nn.Parameter],
+    chosen: Sequence[int],
+    rate: float,
+    depth: int,
+    bar: Progress,
+    after: Callable[[int], None],
+) -> None:
+    """`depth` steps of AdamW at a constant rate, on batches of rows shuffled anew in each pass; `after(step)`.
+
+    Raises:
+        DataError: The loss or a weight is not finite.
+    """
+    optimizer = create("adamw", list(params.items()), lr=rate)
+    seed = derive_seed(setup.config.seed, "adaptation rows")
+    generator = np.random.Generator(np.random.Philox(seed))
+    queue: list[int] = []
+    size = min(setup.config.adaptation.batch_size, len(chosen))
+    for step in range(1, depth + 1):
+        if len(queue) < size:
+            queue += [chosen[i] for i in generator.permutation(len(chosen))]
+        rows, queue = queue[:size], queue[size:]
+        for parameter in params.values():
+            parameter.grad = None
+        total = 0.0
+        for group, batch in setup.target.micro_batches(rows, setup.config.features.token_budget, module.device):
+            with torch.enable_grad():
+                loss = row_losses(module, batch).sum() / len(rows)
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss)
+            bar.advance(3 * sum(int(setup.target.scan.tokens[rows[i]]) for i in group))
+        optimizer.step()
+        if not np.isfinite(total) or not all(bool(p.isfinite().all()) for p in params.values()):
+            raise DataError(
+                f"{LABEL}: loss {total} or a weight is not finite at step {step} with learning rate {rate:g}; lower "
+                "adaptation.learning_rates, or remove the target row that does it (of "
+                f"{', '.join(setup.target.pool.where(row) for row in rows[:3])})"
+            )
+        after(step)
+    for parameter in params.values():
+        parameter.grad = None
+
+
+def _gradient(
+    setup: Adaptation,
+    module: Any,
+    params: dict[str, torch.nn.Parameter],
+    rows: Rows,
+    chosen: Sequence[int],
+    bar: Progress,
+) -> Tensor:
+    """The gradient of the mean loss over some rows, float32, all adapters in one vector."""
+    total = [torch.zeros_like(p, dtype=torch.float32) for p in params.values()]
+    for group, batch in rows.micro_batches(chosen, setup.config.features.token_budget, module.device):
+        with torch.enable_grad():
+            loss = row_losses(module, batch).sum() / len(chosen)
+            grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+        for held, grad in zip(total, grads, strict=True):
+            if grad is not None:
+                held += grad.float()
+        bar.advance(3 * sum(int(rows.scan.tokens[chosen[i]]) for i in group))
+    return torch.cat([one.flatten() for one in total]).cpu()
+
+
+def work_tokens(setup: Adaptation) -> tuple[float, float]:
+    """What the adapters cost, in tokens of a forward pass (a training token is 3): in all, and what is done of it."""
+    how, target = setup.config.adaptation, setup.target
+    tokens = target.scan.tokens
+
+    def steps(rows: Sequence[int], count: int) -> float:
+        return 3 * count * min(how.batch_size, len(rows)) * float(np.mean(tokens[list(rows)]))
+
+    whole = done = 0.0
+    if setup.calibrated:
+        looked = 3 * float(setup.pool.scan.tokens[setup.generic()].sum() + tokens[list(target.unique().values())].sum())
+        folds = setup.folds()
+        for fold, rate in setup.walks():
+            cost = steps(folds[fold].rows, max(how.depths)) + len(how.depths) * looked
+            whole += cost
+            done += cost if setup.walk_path(fold, rate).is_file() else 0.0
+    choice = setup.choice()
+    for part in setup.parts():
+        cost = steps(part.rows, max(how.depths) if choice is None else choice[0])
+        whole += cost
+        done += cost if choice is not None and setup.path(setup.digest(part, *choice)).is_file() else 0.0
+    return whole, done
