@@ -310,7 +310,7 @@ def _train(
             with torch.enable_grad():
                 loss = row_losses(module, batch).sum() / len(rows)
                 loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss)
+            total += float(loss.detach())
             bar.advance(3 * sum(int(setup.target.scan.tokens[rows[i]]) for i in group))
         optimizer.step()
         if not np.isfinite(total) or not all(bool(p.isfinite().all()) for p in params.values()):

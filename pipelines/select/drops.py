@@ -68,18 +68,19 @@ def columns_of(context: Context, rows: Sequence[int] | None, *, relative: bool) 
 
 
 def groups_of(setup: Adaptation) -> tuple[list[str], Tensor]:
-    """See `Scorer.groups`: subtasks where each has an adapter of its own; one group otherwise."""
+    """See `Scorer.groups`: the subtasks where each has an adapter of its own; one group otherwise."""
     parts = setup.parts()
     groups = [part.group for part in parts]
-    names = [next(part.name for part in parts if part.group == i) for i in range(max(groups) + 1)]
-    return ["target"] if len(names) == 1 else names, torch.tensor(groups)
+    if len(set(groups)) < len(groups):  # folds
+        return ["target"], torch.tensor(groups)
+    return [part.name for part in parts], torch.tensor(groups)
 
 
 def drops_of(context: Context, chosen: list[int], *, relative: bool) -> tuple[Tensor, Tensor]:
     """The drops, float32 [chosen, adapters], and the losses before, float32 [chosen], of usable pool rows."""
     pool, run = context.pool, context.run
-    _refuse_dead_targets(context)
     with run.stage("losses"):
+        _refuse_dead_targets(context)
         before = losses(context, "pool", pool, chosen)
     after = []
     with adapted(setup_of(context)) as (module, params):

@@ -30,7 +30,7 @@ SHOWN_LAYERS = 8
 SHOWN_TOKENS = 12
 _STATUS = {
     "duplicate": "it repeats another row",
-    "empty": "its gradient is zero",
+    "empty": "its gradient, or its loss, is zero",
     "nonfinite": "its loss or gradient is not finite",
     "too_long": "it is longer than the model takes",
 }

@@ -80,7 +80,7 @@ def losses(
         store = open_losses(context, kind, rows, unique_among(rows, chosen), adapter=adapter)
         unique, missing = rows.unique(), store.missing_units()
         todo = sum(int(rows.scan.tokens[unique[key]]) for unit in missing for key in store.unit_keys(unit))
-        with progress(label, todo, "tokens") as bar, torch.inference_mode():
+        with progress(label, todo, "tokens") as bar, torch.no_grad():  # not inference_mode: the model may train next
             for unit in missing:
                 of_unit = [unique[key] for key in store.unit_keys(unit)]
                 values = torch.zeros(len(of_unit))

@@ -90,13 +90,13 @@ def test_a_killed_run_ends_with_the_same_bytes(world, tmp_path, monkeypatch):
         monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
     attempts = 0
     while True:
-        attempts, left[0] = attempts + 1, 3
+        attempts, left[0] = attempts + 1, 5
         try:
             run = select.run(world.select(tmp_path / "run", method="tacs", adaptation=adaptation))
             break
         except KeyboardInterrupt:
             continue
-    assert attempts >= 4
+    assert attempts >= 3
     assert outcome(run) == outcome(whole)
     assert len(list((run / "features" / "adapters").glob("walk-*.json"))) == 2
     assert len(list((run / "features" / "adapters").glob("adapter-*.safetensors"))) == 2
