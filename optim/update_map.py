@@ -10,7 +10,6 @@ from torch import Tensor
 from optim import torch_states
 from optim.registry import RULES, rule_from
 from optim.rule import State, UpdateRule, moment_dtype
-from optim.rules.muon import CONVENTIONS
 from optim.saved import bare_name, check_state, expected_state, loaded_state
 
 Grads: TypeAlias = Mapping[str, Tensor]
@@ -154,11 +153,10 @@ def _choose(rules: Rules | None, name: str, group: Mapping[str, Any]) -> UpdateR
         return rule
     if isinstance(rule, Mapping):
         return rule_from(rule)
-    theirs = torch_states.rule_name(group)
+    theirs = torch_states.counterpart(group)
     if theirs is not None:
-        base = {"name": theirs} | (CONVENTIONS["torch"] if theirs == "muon" else {})
         try:
-            return rule_from(torch_states.described(group, rule_from(base)))
+            return rule_from(torch_states.described(group, rule_from({"name": theirs.name, **theirs.settings})))
         except ValueError:  # weight decay in the momentum, or another switch that no rule here has
             pass
     raise ValueError(f"cannot tell which rule made the state of {name!r}; pass rules=, one of {', '.join(RULES)}")
@@ -169,7 +167,8 @@ def _state_for(
 ) -> State:
     """The entries that the rule needs, in its dtypes; a fresh state if the parameter has had no step yet."""
     state: Mapping[str, Any] | None = entries
-    if entries and "rule" not in group and torch_states.rule_name(group) == rule.name:
+    theirs = torch_states.counterpart(group)
+    if entries and "rule" not in group and theirs is not None and theirs.name == rule.name:
         state = torch_states.native(rule, entries)
     if not state:
         return rule.init(param)

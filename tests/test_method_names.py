@@ -52,11 +52,7 @@ ANOTHER_MEANING: dict[str, set[str]] = {
 }
 """File -> words that are compared there and mean something else than a method."""
 
-STILL_COMPARED: dict[str, set[str]] = {
-    "optim/torch_states.py": {"adamw", "muon", "nadam", "sgd"},
-    "optim/update_map.py": {"muon"},
-    "pipelines/report/diagnose_page.py": {"adamw", "muon", "sgd"},
-}
+STILL_COMPARED: dict[str, set[str]] = {}
 """File -> methods that its code still knows by name. This may only shrink: what is no longer true fails the test."""
 
 

@@ -14,6 +14,7 @@ from optim.linalg import NEWTON_SCHULZ, newton_schulz
 from optim.param_groups import NamedParams
 from optim.rule import OfParam, State, moment_dtype, zero_moment
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
+from optim.torch_states import muon as torch_muon
 
 _CHOICES = {
     "momentum_form": ("heavy_ball", "ema"),
@@ -26,7 +27,7 @@ _CHOICES = {
 CONVENTIONS: dict[str, dict[str, Any]] = {
     "moonlight": {},
     "keller_jordan": {"momentum_form": "ema", "scale": "original", "conv_scale": "kernel"},
-    "torch": {"momentum_form": "ema", "scale": "original", "ns_form": "torch"},
+    "torch": torch_muon.CONVENTION,
     "dion": {"nesterov": False, "scale": "spectral_norm", "ns_coefficients": "polar_express", "ns_eps": 1e-8},
 }
 """The four published codes as settings of `MuonRule`; official learning rate and weight decay of each:

@@ -9,6 +9,7 @@ from datatools import DataError, files
 from pipelines.report import charts
 from pipelines.report import page as report
 from pipelines.report.charts import Scale
+from pipelines.settings import names
 from pipelines.texts import count, number, plural
 
 Json = Mapping[str, Any]
@@ -18,7 +19,6 @@ ROLE_NAMES = {
     "ffn_gate": "feed-forward gate", "ffn_out": "feed-forward out", "embedding": "embedding", "head": "head",
     "qk": "query and key", "vo": "value and output", "ffn": "feed-forward", "norm": "norms", "other": "the rest",
 }  # fmt: skip
-METHOD_NAMES = {"weights": "weights", "sgd": "gradient", "adamw": "Adam's update", "muon": "Muon's update"}
 
 
 def render(folder: Path) -> Path:
@@ -320,7 +320,8 @@ def _role(role: str) -> str:
 
 
 def _kind(kind: str) -> str:
-    return METHOD_NAMES.get(kind, f"{kind}'s update")
+    """What a spectrum is of, in words: the weights, or the first update of an optimizer."""
+    return kind if kind == "weights" else f"{names.title(kind)}'s update"
 
 
 def _log_widths(values: Sequence[float]) -> list[str]:

@@ -92,6 +92,18 @@ def _read(file: str, table: str) -> dict[str, str]:
     return {}
 
 
+def title(optimizer: str) -> str:
+    """Return what an optimizer is called in texts: the name with which the docstring of its file begins.
+
+    Args:
+        optimizer: Its name in settings, or any other text, which is returned as it is.
+    """
+    if optimizer not in known("optimizer"):
+        return optimizer
+    called, colon, _ = (ast.get_docstring(source_of(f"optim.rules.{optimizer}")) or "").partition(": ")
+    return called if colon else optimizer
+
+
 def source_of(module: str) -> ast.Module:
     """Return the syntax tree of a module, which is not imported: for records of methods, whose values are literals.
 
