@@ -1,4 +1,4 @@
-"""Every tensor of a signature of datatools has a shape and a dtype; calls of the main functions are compared with it."""
+"""Every tensor of a signature of datatools has a shape and a dtype; calls of the main functions keep to them."""
 
 import ast
 from importlib import import_module
