@@ -11,6 +11,7 @@ from importlib import import_module
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.examples import failures
 
 MODULES = sorted(
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
@@ -50,8 +51,8 @@ THINGS = dict(pair for package in PACKAGES for pair in offered(package)) | dict(
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name):
-    found = doctest.testmod(import_module(name))
-    assert found.attempted and not found.failed
+    tests = [test for test in doctest.DocTestFinder().find(import_module(name)) if test.examples]
+    assert tests and not (said := "".join(map(failures, tests))), said
 
 
 def test_what_users_call_has_an_example():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
-from tests.optim.test_shapes import annotated, checked, randn
+from tests.shapes import annotated, checked, randn
 
 FILES = sorted((REPOSITORY / "datatools").rglob("*.py"))
 ROWS, WANTED, GROUPS = randn(5, 3), randn(4, 3), torch.tensor([0, 0, 1, 1])

@@ -4,7 +4,6 @@ import doctest
 import importlib
 import inspect
 import re
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 import optim
 from optim import OPTIMIZERS, RULES, api, curvature, curves, diagnostics, distributed, hf, linalg, zeroth_order
+from tests.examples import failures
 
 MODULES = (api, curvature, curves, diagnostics, distributed, hf, linalg, zeroth_order)
 """Where a user finds names; each public class and function of them needs an example."""
@@ -51,13 +51,8 @@ def test_the_example_runs(where):
     thing = THINGS[where]
     examples = doctest.DocTestParser().get_examples(inspect.getdoc(thing) or "")
     assert examples, f"{where} has no example: add `Example:` and lines with `>>>` to its docstring"
-    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     test = doctest.DocTest(examples, {"torch": torch, "optim": optim}, where, None, None, None)
-    said: list[str] = []
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        failed, _ = doctest.DocTestRunner(optionflags=flags).run(test, out=said.append)
-    assert not failed, "".join(said)
+    assert not (said := failures(test)), said
 
 
 def test_every_optimizer_and_every_new_name_is_asked_for():
