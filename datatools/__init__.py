@@ -56,6 +56,9 @@ if TYPE_CHECKING:
     from datatools.projectors import Projector as Projector
     from datatools.scores.bm25 import bm25 as bm25
     from datatools.scores.loss_drop import loss_drop as loss_drop
+    from datatools.scores.span import TargetSpan as TargetSpan
+    from datatools.scores.span import gram_matrix as gram_matrix
+    from datatools.scores.span import span_coefficients as span_coefficients
     from datatools.scores.specificity import most_specific as most_specific
     from datatools.scores.specificity import specificity as specificity
     from datatools.selection.budget import Budget as Budget
@@ -112,6 +115,9 @@ _EXPORTS = {
     "less_scores": "datatools.less.less",
     "bm25": "datatools.scores.bm25",
     "loss_drop": "datatools.scores.loss_drop",
+    "TargetSpan": "datatools.scores.span",
+    "gram_matrix": "datatools.scores.span",
+    "span_coefficients": "datatools.scores.span",
     "most_specific": "datatools.scores.specificity",
     "specificity": "datatools.scores.specificity",
     "Budget": "datatools.selection.budget",

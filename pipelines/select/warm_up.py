@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from datatools import DataError, files
+from datatools import DataError, UsageError, files
 from pipelines.models.base import unload
 from pipelines.models.lora import add_lora
 from pipelines.runs.progress import progress
 from pipelines.runs.seeds import derive_seed
 from pipelines.select.scored import Context
+from pipelines.settings.methods import known
 from pipelines.settings.select import SelectConfig
 from pipelines.training import checkpoint_files, checkpoints, fit
 
@@ -82,11 +83,24 @@ def warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
     return stops(config, run.folder), tokens
 
 
+def _steps(config: SelectConfig, there: list[int]) -> list[int]:
+    """The steps, of those `there`, whose checkpoints count."""
+    which = config.features.checkpoints or known(config.method).checkpoints
+    if isinstance(which, str):
+        return there[-1:] if which == "last" else there
+    if missing := [step for step in which if step not in there]:
+        raise UsageError(
+            f"features.checkpoints: there is no checkpoint at step {', '.join(map(str, missing))}; there are those at "
+            f"{', '.join(map(str, there))}"
+        )
+    return [step for step in there if step in which]
+
+
 def warm_up_to_come(context: Context) -> tuple[tuple[int, int], int, list[int]]:
     """Tokens of the warm-up, in all and left; its rows (0: there is none); the steps at which gradients are taken."""
     config, pool = context.config, context.pool
     if config.checkpoints:
-        return (0, 0), 0, [c.step for c in checkpoints.find(config.checkpoints)]
+        return (0, 0), 0, _steps(config, [c.step for c in checkpoints.find(config.checkpoints)])
     recipe, rows = config.warmup, warm_up_rows(context)
     steps = fit.planned_checkpoints(len(rows), recipe)
     there = [
@@ -96,19 +110,21 @@ def warm_up_to_come(context: Context) -> tuple[tuple[int, int], int, list[int]]:
     ]
     tokens = int(pool.scan.tokens[rows].sum()) * recipe.epochs
     left = tokens - tokens * max(there, default=0) // steps[-1]
-    return (tokens, left), len(rows), steps[-recipe.checkpoints :] if recipe.checkpoints else steps
+    return (tokens, left), len(rows), _steps(config, steps[-recipe.checkpoints :] if recipe.checkpoints else steps)
 
 
 def stops(config: SelectConfig, folder: Path) -> list[checkpoints.Checkpoint]:
     """Return the checkpoints that count in the scores of the run in `folder`; their weights add up to 1.
 
     Raises:
-        UsageError: There is none.
+        UsageError: There is none, or none at a step of `features.checkpoints`.
         DataError: One of them is damaged, or says nothing of its learning rates.
     """
     found = checkpoints.find(config.checkpoints or [folder / "warmup"])
-    if config.checkpoints or not config.warmup.checkpoints:
+    kept = found if config.checkpoints or not config.warmup.checkpoints else found[-config.warmup.checkpoints :]
+    steps = _steps(config, [c.step for c in kept])
+    if steps == [c.step for c in found]:
         return found
-    kept = found[-config.warmup.checkpoints :]
+    kept = [c for c in kept if c.step in steps]
     total = sum(c.mean_lr for c in kept)
     return [replace(c, weight=c.mean_lr / total) for c in kept]

@@ -17,6 +17,7 @@ from pipelines.settings.names import source_of
 
 SCORERS: dict[str, str] = {
     "less": "pipelines.select.less",
+    "gist": "pipelines.select.gist",
     "random": "pipelines.select.random",
     "random-length": "pipelines.select.random_length",
     "tfidf": "pipelines.select.tfidf",
@@ -48,6 +49,7 @@ class Method:
         selector: How rows are taken by default, a name in `datatools.SELECTORS`.
         forward: The rows that need a forward pass; an audit estimates the cost from them.
         stored: Whether the computed features are kept and may serve another run.
+        checkpoints: The checkpoints of the warm-up at which gradients are taken, unless `features.checkpoints` says.
         nearest: The heading above the nearest target rows in `datatools explain`.
         measure: The kind of similarity in that table.
         cost: The cost of a score.
@@ -68,6 +70,7 @@ class Method:
     selector: str = "top_k"
     forward: tuple[Literal["pool", "target"], ...] = ()
     stored: bool = False
+    checkpoints: Literal["all", "last"] = "all"
     nearest: str = "target rows that it is most like"
     measure: str = "cosine"
     name: str = ""

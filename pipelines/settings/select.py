@@ -65,6 +65,14 @@ class FeaturesConfig(Settings):
         "another target on the same pool and checkpoints costs only the target's rows",
         json_schema_extra=ELSEWHERE,
     )
+    checkpoints: Literal["all", "last"] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = (
+        Field(
+            default=None,
+            description="the checkpoints at which gradients are taken: all, last, or a list of their steps; null is "
+            "the method's own: all, and the last with gist",
+            json_schema_extra=UNSAID,
+        )
+    )
     layer: int = Field(
         default=-1,
         ge=-10_000,
@@ -98,6 +106,20 @@ class Bm25Config(Settings):
         default=1.2, ge=0, le=1000, description="how slowly repetitions of a word saturate; 0 counts a word once"
     )
     b: float = Field(default=0.75, ge=0, le=1, description="how strongly long rows are discounted; 0 is not at all")
+
+
+class GistConfig(Settings):
+    """How gradients are compared in the span of the target's."""
+
+    rank: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description="how many directions of the target's gradients, the strongest ones; null is all of them",
+    )
+    update: Literal["optimizer", "plain"] = Field(
+        default="optimizer", description="what a pool row is compared by: the optimizer's update, or its plain gradient"
+    )
 
 
 class AdaptationConfig(Settings):
@@ -198,6 +220,7 @@ class SelectConfig(RunSettings):
         default_factory=ProjectorConfig, description="random projection of gradients"
     )
     bm25: Bm25Config = Field(default_factory=Bm25Config, description="weights of words with `--method bm25`")
+    gist: GistConfig = Field(default_factory=GistConfig, description="the span of the target's gradients (`gist`)")
     adaptation: AdaptationConfig = Field(
         default_factory=AdaptationConfig, description="steps on the target with `--method tov` and `tacs`"
     )

@@ -20,8 +20,8 @@ from pipelines import select
 from pipelines.models import borrowed
 from pipelines.models.adapters import load_adapter
 from pipelines.models.lora import add_lora
+from pipelines.select import gradients as less_method
 from pipelines.select import in_memory, run
-from pipelines.select import less as less_method
 from pipelines.settings.load import load_config
 from pipelines.settings.parts import LoraConfig
 from pipelines.settings.select import SelectConfig

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import optim
-import pipelines.select.less
+import pipelines.select.gradients
 from datatools import DataError, GradientFeatures, UsageError, files
 from pipelines.models import load as models
 from pipelines.models import losses
@@ -79,7 +79,7 @@ def first(world, tmp_path_factory):
 @pytest.fixture
 def counted(monkeypatch):
     """How many rows' gradients are computed: a one-element list that counts."""
-    inner, total = pipelines.select.less.extract, [0]
+    inner, total = pipelines.select.gradients.extract, [0]
 
     def extract(*args, advance, **options):
         def count(rows, tokens):
@@ -88,7 +88,7 @@ def counted(monkeypatch):
 
         return inner(*args, advance=count, **options)
 
-    monkeypatch.setattr(pipelines.select.less, "extract", extract)
+    monkeypatch.setattr(pipelines.select.gradients, "extract", extract)
     return total
 
 
@@ -409,7 +409,7 @@ def stopped_after_warm_up(world, run, monkeypatch):
         raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(pipelines.select.less, "extract", stop)
+        patch.setattr(pipelines.select.gradients, "extract", stop)
         select.run(world.select(run))
 
 
@@ -443,7 +443,7 @@ def test_an_accepted_model_is_a_new_run_and_going_back_is_one_again(own_world, t
 def test_features_of_other_code_are_computed_again_once_that_is_accepted(own_world, tmp_path, counted, monkeypatch):
     run = select.run(own_world.select(tmp_path / "run"))
     monkeypatch.setattr(provenance, "code_digest", lambda: "f" * 32)
-    monkeypatch.setattr(pipelines.select.less, "FEATURE_VERSION", 99)
+    monkeypatch.setattr(pipelines.select.gradients, "FEATURE_VERSION", 99)
     before, counted[0] = counted[0], 0
     select.run(own_world.select(run, accept_change=["code"]))
     assert counted == [before] and (run / "features" / "train-4.old-1").is_dir()
@@ -920,11 +920,11 @@ def test_a_run_waits_for_the_one_that_fills_the_shared_features(first, world, tm
     code = """
         import sys, time
         from pathlib import Path
-        import pipelines.select.less
+        import pipelines.select.gradients
         from pipelines.select import run as select
         from pipelines.settings.select import SelectConfig
         from pipelines.settings.load import load_config
-        here, inner = Path(sys.argv[1]), pipelines.select.less.extract
+        here, inner = Path(sys.argv[1]), pipelines.select.gradients.extract
 
         def extract(*arguments, **options):
             (here / "filling").touch()
@@ -932,7 +932,7 @@ def test_a_run_waits_for_the_one_that_fills_the_shared_features(first, world, tm
                 time.sleep(0.05)
             return inner(*arguments, **options)
 
-        pipelines.select.less.extract = extract
+        pipelines.select.gradients.extract = extract
         select.run(load_config(SelectConfig, here / "a.yaml"))
     """
     other = spawn(code, str(tmp_path))

@@ -56,7 +56,7 @@ def nothing_expensive(monkeypatch):
         raise AssertionError("a dry run must not do this")
 
     refuse.hooked = True  # else torch wraps it, for good
-    for name in ("pipelines.training.fit.fit", "pipelines.select.less.extract", "datatools.order.record",
+    for name in ("pipelines.training.fit.fit", "pipelines.select.gradients.extract", "datatools.order.record",
                  "datatools.order.train", "datatools.order.precompute", "torch.optim.Optimizer.step",
                  "optim.Optimizer.step", "pipelines.training.evaluation.losses"):  # fmt: skip
         monkeypatch.setattr(name, refuse)
@@ -195,7 +195,7 @@ def test_a_resumed_selection_compares_like_with_like(own_world, tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("pipelines.select.less.extract", stop)
+        patched.setattr("pipelines.select.gradients.extract", stop)
         with pytest.raises(KeyboardInterrupt):
             select.run(own_world.select(tmp_path / "run"))
     first = json.loads((tmp_path / "run" / "cost.json").read_text())

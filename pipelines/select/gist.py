@@ -1,0 +1,156 @@
+"""GIST: updates of pool rows, seen in the span of the target's own gradients; exact, in a few numbers per row.
+
+Source: GIST, arXiv 2602.18584.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datatools import (
+    AGGREGATIONS,
+    DataError,
+    TargetSpan,
+    files,
+    gram_matrix,
+    per_sample_grads,
+    span_coefficients,
+)
+from datatools.files import sealed
+from pipelines.models.losses import losses_for
+from pipelines.rows.rows import Rows
+from pipelines.runs.messages import library_warnings
+from pipelines.select import gradients
+from pipelines.select.gradients import At, Recipe, described
+from pipelines.select.scored import Context, Scored, spread, usable_among
+from pipelines.select.scorer import Asked, Work
+from pipelines.select.stores import filling
+from pipelines.settings.methods import Method
+from pipelines.settings.select import SelectConfig
+
+METHOD = Method(
+    summary="gradient influence in the span of the target's own gradients (GIST)",
+    title="Target-span gradients (GIST)",
+    meaning="The score is a cosine between the update that a row would cause and the gradient of the target rows, both "
+    "seen in the span of the target's gradients, so that what the target knows nothing about does not count. Above "
+    "zero: to first order, training on the row lowers the loss on the target; below zero: it raises it.",
+    label="target-span gradients",
+    needs=("target", "model", "gradients"),
+    stored=True,
+    checkpoints="last",
+    nearest="target rows it helps most",
+    measure="cosine in the span of the target's gradients",
+    cost="a warm-up run, then forward and backward of every row at its last checkpoint",
+    limits="the first-order effect of one step per row; features serve one target only",
+)
+
+
+def score(context: Context) -> Scored:
+    """cos(P^T update(z), P^T grad(z')), where the columns of P are an orthonormal basis of the target's gradients.
+
+    Differs: pool rows are compared by the optimizer's update unless `gist.update` is plain; the target rows of a
+    subtask are averaged after the cosine unless `aggregate` is paper; the basis has every direction that float32
+    gradients tell apart, unless `gist.rank` is smaller.
+    """
+    chosen = np.flatnonzero(context.pool.usable).tolist()
+    recipe = _recipe(context.config, context.wanted)
+    found, made, tokens = gradients.gradients(context, chosen, recipe)
+    config = context.config
+    update = "grad l(z; theta)" if recipe.plain else f"{made[-1].rule.name} update of grad l(z; theta)"
+    formula: dict[str, Any] = {
+        "name": f"gist-{made[-1].rule.name}" if not recipe.plain else "gist",
+        "text": f"score(z) = {AGGREGATIONS[config.aggregate].formula} cos( P^T {update}, P^T grad l(z'; theta) ),  P: "
+        f"an orthonormal basis of the target's gradients ({made[-1].train.dim} directions)",
+        "settings": described(made[-1].rule),
+    }
+    with context.run.stage("scores"):
+        tokens += sum(one.tokens for one in made)
+        return gradients.scored(context, chosen, found, made, tokens, formula)
+
+
+def columns(context: Context, rows: Sequence[int] | None = None) -> Tensor:
+    """See `Scorer.columns`: the cosines in the span of the target's gradients."""
+    chosen, places, n = usable_among(context.pool, rows)
+    found, made, _ = gradients.gradients(context, chosen, _recipe(context.config, context.wanted))
+    with context.run.stage("scores"):
+        return spread(gradients.result(context, chosen, found, made, "mean").similarity, places, n)
+
+
+def _recipe(config: SelectConfig, target: Rows) -> Recipe:
+    return Recipe(_span, prefix=_prefix(config, target), plain=config.gist.update == "plain")
+
+
+def _prefix(config: SelectConfig, target: Rows) -> str:
+    """Of the stores, which serve this target, rank and kind of update alone."""
+    return f"span-{files.digest(files.json_bytes(_facts(config, target)))[:12]}-"
+
+
+def _facts(config: SelectConfig, target: Rows) -> dict[str, Any]:
+    return {"rows": sorted(target.unique()), "rank": config.gist.rank, "update": config.gist.update}
+
+
+def _span(at: At) -> TargetSpan:
+    """The span of the target's gradients at a checkpoint; the coefficients of its basis are kept.
+
+    Without them a run that goes on elsewhere could turn directions of equal length into each other.
+    """
+    config, target = at.context.config, at.context.wanted
+    unique = target.unique()
+    rows = [unique[key] for key in sorted(unique)]
+    grads = _target_gradients(at, target, rows)
+    facts = _facts(config, target)
+    home = at.context.features_folder
+    path = home / f"{_prefix(config, target)}basis-{at.checkpoint.step}" / "coefficients.safetensors"
+    about = files.digest(files.json_bytes({**at.meta, **facts}))
+    files.make_folder(path.parent)
+    with filling(path.parent):
+        kept = None
+        if path.is_file():
+            try:
+                kept = sealed.read_tensors(path)
+            except sealed.Damaged:
+                kept = None
+        if kept is None or bytes(kept["about"].tolist()).decode() != about:
+            combined, singular = span_coefficients(gram_matrix(grads), config.gist.rank)
+            kept = {"combined": combined, "singular": singular, "about": torch.tensor(list(about.encode()))}
+            sealed.write_tensors(path, kept)
+    return TargetSpan.spanned(grads, kept["combined"], {"target": files.digest(files.json_bytes(facts))})
+
+
+def _target_gradients(at: At, target: Rows, rows: list[int]) -> dict[str, Tensor]:
+    """The plain gradients, float32, of these target rows: name -> [rows, *shape], on the CPU."""
+    how = at.context.config.features
+    found = {name: torch.zeros(len(rows), *at.plain.params[name].shape) for name in at.names}
+    loss, method = losses_for(how.method), how.method
+    with library_warnings():
+        for group, batch in target.micro_batches(rows, how.token_budget, at.module.device):
+            made = per_sample_grads(loss, at.module, batch, at.names, method=method)  # type: ignore[arg-type]
+            for name, grad in made.items():
+                found[name][torch.tensor(group)] = grad.float().cpu()
+    norms = torch.stack([one.flatten(1).double().square().sum(1) for one in found.values()]).sum(0)
+    if dead := [row for row, norm in zip(rows, norms.tolist(), strict=True) if not (np.isfinite(norm) and norm > 0)]:
+        raise DataError(
+            f"target row {target.pool.where(dead[0])} has no finite, non-zero gradient ({len(dead)} such rows of "
+            f"{len(rows)}); remove it from the target"
+        )
+    return {name: grad.to(at.module.device) for name, grad in found.items()}
+
+
+def work(context: Context) -> Work:
+    """Tokens of the warm-up and of the gradients; the features take a number per direction."""
+    config, target = context.config, context.wanted
+    directions = len(target.unique()) if config.gist.rank is None else config.gist.rank
+    return gradients.work(context, directions, _prefix(config, target))
+
+
+def nearest(asked: Asked) -> Tensor:
+    """The cosines of the features that the run has kept."""
+    return gradients.nearest(asked, _prefix(asked.config, asked.target))
+
+
+reuse = gradients.reuse
