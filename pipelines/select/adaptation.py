@@ -164,7 +164,7 @@ class Adaptation:
         how = self.config.adaptation
         facts = {
             "format": FORMAT,
-            "model": dict(self.loaded.digests),
+            "model": dict(sorted(self.loaded.digests.items())),
             "precision": str(self.loaded.model.dtype),
             "encoding": self.target.encoder.fingerprint(),
             "rows": self._keys(rows),

@@ -121,7 +121,10 @@ def _features(
             "precision": str(next(module.parameters()).dtype),
         }
         projector = recipe.projector(At(context, checkpoint, module, names, target_map, common))
+        names_of = list(common)
+        names_of.insert(names_of.index("parameters"), "projector")  # plans keep the order that they always had
         common["projector"] = projector.metadata()
+        common = {name: common[name] for name in names_of}
         stores, tokens = [], 0
         jobs = (("train", context.pool, pool_rows, train_map), ("target", context.wanted, target_rows, target_map))
         for kind, rows, planned, updates in jobs:
