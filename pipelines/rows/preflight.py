@@ -130,6 +130,9 @@ def _settings(config: Settings) -> Iterator[tuple[str, object]]:
 def check_names(config: Settings) -> None:
     """Refuse names of optimizers, projectors, selectors and the like that do not exist.
 
+    Args:
+        config: Settings of the command.
+
     Raises:
         UsageError: A name is in no table; the nearest one is suggested.
     """

@@ -107,6 +107,12 @@ def title(optimizer: str) -> str:
 def source_of(module: str) -> ast.Module:
     """Return the syntax tree of a module, which is not imported: for records of methods, whose values are literals.
 
+    Args:
+        module: Dotted name of the module.
+
+    Returns:
+        Its syntax tree.
+
     Raises:
         OSError: There is no source to read.
     """

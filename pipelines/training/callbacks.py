@@ -91,6 +91,12 @@ def tensorboard_in(folder: Path) -> Iterator[None]:
     """Let a tensorboard callback that is created inside write to `folder`, unless the user has named another one.
 
     Its own choice is a folder among the checkpoints whose name holds the name of the host.
+
+    Args:
+        folder: Folder of the run.
+
+    Yields:
+        Nothing; the variable is removed afterwards.
     """
     name = "TENSORBOARD_LOGGING_DIR"
     if name in os.environ:

@@ -45,7 +45,16 @@ class Validation:
 
 
 def planned(steps: int, every: int, done: int = 0) -> int:
-    """How many evaluations a run of `steps` steps has after its step `done`."""
+    """How many evaluations a run of `steps` steps has after its step `done`.
+
+    Args:
+        steps: Optimizer steps of the run.
+        every: Steps between two evaluations.
+        done: Steps already taken.
+
+    Returns:
+        The number of evaluations still to come.
+    """
     return 0 if done >= steps else steps // every - done // every + (steps % every > 0)
 
 
