@@ -1,6 +1,7 @@
 """The public names of the package; `optim` loads them when one is first used."""
 
 from optim import cpu_jit, curvature, diagnostics
+from optim.averaging import averages_in_place
 from optim.block_rates import PAPER_RATIOS, Blockwise, Ratios, blockwise, example_parameters
 from optim.optimizer import Optimizer, Params
 from optim.param_groups import (
@@ -19,6 +20,7 @@ from optim.rounding import Arrived, set_rounding
 from optim.rule import State, UpdateRule
 from optim.rules import *  # one line per optimizer, there
 from optim.rules.matrices import MatrixOptimizer
+from optim.rules.wrappers.cautious import Cautious, Grams
 from optim.rules.wrappers.low_rank import LowRank
 from optim.rules.wrappers.quantized import Quantized
 from optim.rules.wrappers.stable_embedding import StableEmbedding, stable_embedding_groups

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from optim import cpu_jit, rounding
+from optim.averaging import AveragedWeights
 from optim.group_checks import check_gradients, check_lr, check_params, kind_name, labelled
 from optim.param_groups import by_name, trained
 from optim.rule import State, UpdateRule
@@ -35,7 +36,7 @@ Group: TypeAlias = dict[str, Any]
 _GRAD, _IS_META, _LAYOUT = attrgetter("grad"), attrgetter("is_meta"), attrgetter("layout")
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(AveragedWeights, torch.optim.Optimizer):
     """Steps every parameter by the rule of its group: ``p <- p - lr * (direction + weight_decay * decay)``.
 
     A param group has `rule`, `lr` and `weight_decay`. A group may replace the rule, or single fields of it
@@ -175,6 +176,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @_disable_dynamo  # a step has its own compiled paths, in which a new setting compiles nothing again
     def _step(self) -> None:
+        self.check_training()
         work = [(group, offset, *self._ready(group, offset)) for group, offset in self._offsets()]
         for i, (group, _) in enumerate(self._offsets()):
             self._settle(i, group)
@@ -252,6 +254,8 @@ class Optimizer(torch.optim.Optimizer):
             params, grads = ([x for x, good in zip(xs, fine, strict=True) if good] for xs in (params, grads))
         states = self._states_of(rule, params)
         everyone = [self.state[param] for param in group["params"] if self.state.get(param)]
+        for state in states:
+            state.update(rule.told(state, lr=group["lr"], weight_decay=group["weight_decay"]))
         if params:
             rule.share(grads, states, everyone)
         return params, grads

@@ -13,6 +13,7 @@ from optim.optimizer import Optimizer
 from optim.param_groups import Assign, Assigned, SpareNorms, checked_assign, divide_groups
 from optim.rule import UpdateRule
 from optim.rules.matrices import MatrixOptimizer
+from optim.rules.wrappers.cautious import Cautious, Grams
 from optim.rules.wrappers.low_rank import LowRank
 from optim.rules.wrappers.quantized import Quantized
 from optim.unknown import did_you_mean, instead_of
@@ -27,7 +28,9 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 """Name -> the optimizer that runs the rule of that name."""
 
-WRAPPERS: dict[str, type[UpdateRule]] = {"low_rank": LowRank, "quantized": Quantized}
+WRAPPERS: dict[str, type[UpdateRule]] = {
+    kind.name: kind for kind in (Cautious, Grams, LowRank, Quantized)
+}
 """Rules around a rule that has to be given, and so without an optimizer of that name."""
 
 

@@ -87,7 +87,34 @@ class UpdateRule(ABC):
             state: The state after the update.
             param: The parameter.
         """
-        return param
+        return torch.zeros_like(param) if "weight_decay" in self.reads else param
+
+    @property
+    def uncodable(self) -> str:
+        """Why `Quantized` cannot store the state as codes of a few bits, after "it"; empty if it can."""
+        return ""
+
+    @property
+    def averages(self) -> bool:
+        """Whether the method averages weights, so that evaluation uses others than the gradients: see `averaged`."""
+        return False
+
+    def averaged(self, state: State, param: Tensor) -> Tensor | None:
+        """Return the weights that evaluation should use, where a method averages them; None if it does not.
+
+        Args:
+            state: The state after the last step.
+            param: The parameter, at which gradients are taken.
+        """
+        return None
+
+    def resumed(self, state: State, average: Tensor) -> Tensor:
+        """Return the inverse of `averaged`: the parameter whose average this is.
+
+        Raises:
+            NotImplementedError: If the method averages no weights.
+        """
+        raise NotImplementedError(f"{self.name} averages no weights")
 
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
         """Let the parameters of a param group exchange information before they are stepped; by default nothing happens.
@@ -102,6 +129,21 @@ class UpdateRule(ABC):
             group: The states of all parameters of the group that were ever stepped.
         """
         return
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Which of the group's `lr` and `weight_decay` the direction depends on; none unless a method says so.
+
+        The state then has a scalar of each name (`scalar_setting`). A step sets them to the group's values before
+        anything reads them, and a map takes them from the group. A rule that reads the weight decay has it in its
+        direction, so that no decay is added to that.
+        """
+        return frozenset()
+
+    def told(self, state: State, *, lr: float | Tensor, weight_decay: float | Tensor | None) -> State:
+        """Return the state with the group's values in the entries that `reads` names; the argument is not changed."""
+        given = {"lr": lr, "weight_decay": 0.0 if weight_decay is None else weight_decay}
+        return state | {key: _scalar_as(state[key], given[key]) for key in self.reads} if self.reads else state
 
     @property
     def shares(self) -> bool:
@@ -139,9 +181,10 @@ class UpdateRule(ABC):
         Returns:
             The parameter, in the direction's dtype, and the new state.
         """
+        state = self.told(state, lr=lr, weight_decay=weight_decay)
         direction, new_state = self.update(grad, state, param)
         work = param.to(direction.dtype)
-        if weight_decay is not None:
+        if weight_decay is not None and "weight_decay" not in self.reads:
             direction = _plus(direction, weight_decay, self.decay(direction, new_state, work))
         return _plus(work, -lr, direction, out), new_state
 
@@ -267,6 +310,13 @@ def _plus(x: Tensor, factor: float | Tensor, y: Tensor, out: Tensor | None = Non
     return torch.add(x, y, alpha=factor, out=out)
 
 
+def _scalar_as(like: Tensor, value: float | Tensor) -> Tensor:
+    """A number, or a tensor of one element, as a scalar with the dtype and device of `like`."""
+    if isinstance(value, Tensor):
+        return value.reshape(()).to(dtype=like.dtype, device=like.device)
+    return torch.full((), float(value), dtype=like.dtype, device=like.device)
+
+
 def _plain(value: Any) -> Any:
     """Lists and tuples alike: YAML and JSON give lists."""
     return tuple(_plain(v) for v in value) if isinstance(value, list | tuple) else value
@@ -289,6 +339,11 @@ def zero_moment(param: Tensor) -> Tensor:
 def scalar_moment(param: Tensor, value: float = 0.0) -> Tensor:
     """Return one number for the whole tensor, 0-d in `moment_dtype`; equal on every rank of a DTensor."""
     return param.new_full((), value, dtype=moment_dtype(param), requires_grad=False)
+
+
+def scalar_setting(param: Tensor) -> Tensor:
+    """Return the entry of a state for a setting of the group that `UpdateRule.reads` names: 0-d, on the CPU."""
+    return torch.zeros((), dtype=moment_dtype(param), device="cpu")
 
 
 def zero_step() -> Tensor:

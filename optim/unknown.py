@@ -8,26 +8,43 @@ import difflib
 from collections.abc import Iterable
 from os.path import commonprefix
 
-_OTHERS = set(  # published algorithms that are not here: such a name is no slip of the pen, however near to another
-    """a2grad adabound adaboundw adadelta adafactor adagrad adai adalomo adam adam8bit adamax adamc adamg adamod adams
-    adamx adamuon adan adanorm adapnm adashift adasmooth ademamix adopt aggmo aida alice alig amos amsgrad asgd avagrad
-    came clion diffgrad dion fadam fromage ftrl gluon grams grokfast kate kfac kron lamb laprop lars lbfgs lomo
-    lookahead madgrad mars nadamw nero novograd padam pnm prodigy psgd qhadam qhm radam ranger rmsprop rprop sam sadam
-    scion sgdm sgdw shampoo signsgd signum sm3 soap sophia splus stableadamw swats tiger vsgd yogi""".split()
-)
+_NEAREST = {  # optimizer that is here -> published ones that are not and resemble it most; no slips of the pen
+    "adamw": "a2grad adabound adaboundw adai adamax adamc adamg adamod adams adamx adan adanorm adapnm adashift "
+    "adasmooth adastar aida avagrad diffgrad fadam laprop msvag padam pnm qhadam radam ranger ranger21 sara swats tam yogi ano",
+    "adafactor": "adalite adalomo alada amos sm3 smmf galore2 lomo",
+    "adagrad": "adadelta ftrl kate madgrad",
+    "adopt": "adago amsgradw",
+    "ademamix": "aggmo grokfast simplified_ademamix dualadam",
+    "lamb": "fromage nero novograd",
+    "lion": "clion tiger rosen sgdlion",
+    "muon": "adago adamuon dion2 dion3 gluon limuon muonbp muonclip muonplus polargrad scion scionlight turbomuon",
+    "prodigy": "alig bcos dadaptadam dadaptation dadaptlion dadaptsgd dog dowg emonavi sps",
+    "rmsprop": "rprop",
+    "schedule_free_adamw": "asgd schedulefree schedulefreeadam schedulefreeradam swa",
+    "sgd": "lbfgs lookahead pid qhm sam sadam vsgd wsam",
+    "signsgd": "signum",
+    "adamw_8bit": "adamw4bit flashadamw",
+}
+
+_OTHERS = {name: kind for kind, names in _NEAREST.items() for name in names.split()}
 
 _SAME = {  # what another name means in terms of an optimizer that is here
-    "adam": "'adamw' without weight decay is Adam; Adam's own weight decay, inside the gradient, is not here",
     "adam8bit": "'adamw_8bit' without weight decay is 8-bit Adam",
     "amsgrad": "'adamw' with amsgrad=True and without weight decay is AMSGrad",
-    "nadamw": "'nadam' has decoupled weight decay",
+    "cadamw": "optim.Cautious(inner=AdamWRule()) is it",
+    "grams": "optim.Grams(inner=AdamWRule()) is it",
+    "mezo": "'sgd' with training.gradient=zo is MeZO",
     "sgdm": "'sgd' with momentum=0.9 is SGD with momentum",
     "sgdw": "'sgd' has decoupled weight decay",
     "sophia": "'sophia_g' and 'sophia_h' estimate the curvature in two ways",
     "adamwtorch": "'adamw' is it",
     "adamwtorchfused": "'adamw' is it",
+    "adamwhf": "'adamw' is it",
     "adamwbnb8bit": "'adamw_8bit' is it",
     "lion32bit": "'lion' is it",
+    "pagedadamw32bit": "'adamw' is it, without paging",
+    "pagedadamw8bit": "'adamw_8bit' is it, without paging",
+    "pagedlion8bit": "'lion_8bit' is it, without paging",
 }
 
 
@@ -35,13 +52,15 @@ def instead_of(word: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown algorithm.
 
     An algorithm is offered for a slip of its own name alone: another case, underscores, or one letter. What is known to
-    be the name of another algorithm is no slip, however near.
+    be the name of another algorithm is no slip, however near: the message says which algorithm here resembles it most.
     """
     known = sorted(known)
     bare = _letters(word)
-    if bare in _SAME:
-        return f"; {_SAME[bare]}. Known: {', '.join(known)}"
     same = [name for name in known if _letters(name) == bare]
+    if bare in _SAME and not same:
+        return f"; {_SAME[bare]}. Known: {', '.join(known)}"
+    if _OTHERS.get(bare) in known and not same:
+        return f"; it is not in the suite; nearest in kind: {_OTHERS[bare]!r}. Known: {', '.join(known)}"
     near = [name for name in known if _one_slip(_letters(name), bare)]
     near.sort(key=lambda name: (difflib.SequenceMatcher(None, name, word).ratio(), name), reverse=True)
     close = same or ([] if bare in _OTHERS else near)

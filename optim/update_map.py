@@ -171,7 +171,7 @@ def _state_for(
     if entries and "rule" not in group and theirs is not None and theirs.name == rule.name:
         state = torch_states.native(rule, entries)
     if not state:
-        return rule.init(param)
+        return _told(rule, rule.init(param), group)
     needed = expected_state(rule, param)
     missing = sorted(set(needed) - set(state))
     if missing:
@@ -179,8 +179,13 @@ def _state_for(
     kept = {key: state[key] for key in needed}
     check_state(repr(name), rule, param, kept)
     if not copy and all(kept[key].dtype == needed[key].dtype for key in needed):
-        return kept
-    return loaded_state(rule, param, kept)
+        return _told(rule, kept, group)
+    return _told(rule, loaded_state(rule, param, kept), group)
+
+
+def _told(rule: UpdateRule, state: State, group: Mapping[str, Any]) -> State:
+    """The state with what the rule reads of its group, as the next step would set it."""
+    return rule.told(state, lr=group.get("lr", 0.0), weight_decay=group.get("weight_decay", 0.0))
 
 
 def _saved_entries(saved: Mapping[str, Any]) -> Iterator[tuple[str | None, Mapping[str, Any], Mapping[str, Any]]]:

@@ -59,6 +59,12 @@ class Code:
         self.declared.add(f"declare {ty} {symbol}({', '.join([ty] * len(args))})")
         return self.put(block, f"call {ty} {symbol}({', '.join(f'{ty} {a}' for a in args)})")
 
+    def library(self, block: Block, function: str, ty: str, *args: str) -> str:
+        """A function of the C library, of floats or doubles."""
+        symbol = f"@{function}{'f' if ty == 'float' else ''}"
+        self.declared.add(f"declare {ty} {symbol}({', '.join([ty] * len(args))})")
+        return self.put(block, f"call {ty} {symbol}({', '.join(f'{ty} {a}' for a in args)})")
+
     def convert(self, block: Block, slot: Slot, ty: str) -> str:
         """A value as float, double or i1."""
         value, have = slot
@@ -188,6 +194,8 @@ class Code:
             up, down = put(f"fcmp ogt {ty} {x}, {zero}"), put(f"fcmp olt {ty} {x}, {zero}")
             below = put(f"select i1 {down}, {ty} {literal(-1, ty)}, {ty} {zero}")
             value = put(f"select i1 {up}, {ty} {literal(1, ty)}, {ty} {below}")
+        elif name == "atan2":
+            value = self.library(block, "atan2", ty, arg(0), arg(1))
         elif name == "pow":
             value = self._power(block, node, ty, arg)
         elif name in ("maximum", "minimum") or node.op in ("max.other", "min.other"):

@@ -81,7 +81,7 @@ def assemble(trace: Trace, *, guarded: bool = False) -> Assembly:
                 _driver(last, len(layout.pointers) + HEADER, len(layout.slots), width),
                 *_COMBINE,
                 *sorted(layout.declared),
-                _LOOP_HINT,
+                _LOOP_HINT.replace("true", "false") if any(map(_of_library, layout.declared)) else _LOOP_HINT,
             ]
         )
         .replace("$WIDTH", str(width))
@@ -284,6 +284,12 @@ done:
         ("max", literal(float("-inf"), "double"), "call double @llvm.maximum.f64(double %sum, double %value)"),
     )
 ]
+
+
+def _of_library(declaration: str) -> bool:
+    """Whether it is a function of the C library, which loops cannot call for several numbers at once."""
+    return "@llvm." not in declaration
+
 
 _LOOP_HINT = """!0 = distinct !{!0, !1}
 !1 = !{!"llvm.loop.vectorize.enable", i1 true}"""

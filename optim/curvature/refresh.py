@@ -39,6 +39,11 @@ class CurvatureRule(UpdateRule):
 
     refresh_every: int = 10
 
+    @property
+    def uncodable(self) -> str:
+        """Why there are no codes of this state."""
+        return "not one that reads a curvature, which is renewed in its state from outside"
+
     def __post_init__(self) -> None:
         _check_every(type(self).__name__ + ": refresh_every", self.refresh_every)
 

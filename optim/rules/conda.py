@@ -102,6 +102,11 @@ class CondaRule(MatrixRule):
         return state["exp_avg"].lerp(grad.to(state["exp_avg"].dtype), 1 - self.betas[0])
 
     @property
+    def uncodable(self) -> str:
+        """Why there are no codes of this state: of its basis."""
+        return "without a basis of singular vectors, which is no running average and cannot be coded"
+
+    @property
     def coupled(self) -> bool:
         """Whether tensors share something: no, `share` computes each basis by itself."""
         return False

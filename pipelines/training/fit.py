@@ -249,14 +249,18 @@ def fit(
         trainer._load_from_checkpoint(
             str(start)
         )  # training is complete: the run was stopped before it saved its result
+        weights: Path | None = start
         trainer.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
     else:
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        weights = None
     state = trainer.state
     found = evaluations(state.log_history)
     best = best_of(found)
     if validation is not None and validation.keep_best and best is not None and best[0] != state.global_step:
-        trainer._load_from_checkpoint(str(folder / f"checkpoint-{best[0]}"))
+        weights = folder / f"checkpoint-{best[0]}"
+        trainer._load_from_checkpoint(str(weights))
+    _use_averages(trainer, weights)
     model.eval()
     entries = _entries(
         state.log_history, gradients=recipe.gradient != "zo", more=() if choose is None else choose.logged
@@ -275,6 +279,20 @@ def fit(
         best=best,
         stopped=state.global_step < last and over(found, patience),
     )
+
+
+def _use_averages(trainer: DataTrainer, checkpoint: Path | None) -> None:
+    """Leave averaged weights in the model, where the optimizer has any (Schedule-Free).
+
+    checkpoint: the one whose weights the model has, if they are not those of the last step.
+    """
+    if trainer.optimizer is None:
+        trainer.create_optimizer()
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+    if any(group["rule"].averages for group in optimizer.param_groups):
+        if checkpoint is not None:
+            optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
+        optimizer.eval()
 
 
 def _entries(history: Sequence[Mapping[str, Any]], *, gradients: bool, more: Sequence[str]) -> list[dict[str, Any]]:

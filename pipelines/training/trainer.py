@@ -283,7 +283,7 @@ class DataTrainer(FiniteSteps):
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), optim.averages_in_place(self.optimizer):
             metrics = {LOSS: self.validate(model)}
         model.train(training)
         self.log(dict(metrics))

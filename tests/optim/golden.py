@@ -45,6 +45,7 @@ from optim import (
     create,
     curvature,
     group_factors,
+    rule_from,
 )
 
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -738,6 +739,13 @@ def low_rank(entry: dict[str, Any], named: Named) -> Optimizer:
     return Optimizer(groups, rest, **before(h["lr"], h["weight_decay"]))
 
 
+def suite(entry: dict[str, Any], named: Named) -> Optimizer:
+    """A case that says in this package's terms what the authors' code ran with."""
+    ours = entry["ours"]
+    rule = rule_from({"name": ours["rule"]} | ours["settings"])
+    return Optimizer(named, rule, lr=ours["lr"], weight_decay=ours["weight_decay"])
+
+
 BUILDERS: dict[str, Callable[[dict[str, Any], Named], Optimizer]] = {
     "AdamW": adamw,
     "NAdam": nadam,
@@ -772,6 +780,7 @@ BUILDERS: dict[str, Callable[[dict[str, Any], Named], Optimizer]] = {
     "swan": stateless,
     "sinkgd": stateless,
     "scale": scale,
+    "suite": suite,
 }
 """Golden optimizer -> how this suite makes it; a case of any other is reported as not built yet."""
 

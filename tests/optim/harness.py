@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from optim import Optimizer
-from tests.optim.specs import Hyper, OptimSpec, Shape
+from tests.optim.spec import Hyper, OptimSpec, Shape
 
 TOLERANCE = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-12},

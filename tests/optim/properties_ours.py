@@ -31,7 +31,8 @@ from tests.optim.harness import (
     states,
     train,
 )
-from tests.optim.specs import ORACLE_DECAY, OptimSpec, direction
+from tests.optim.spec import OptimSpec, direction
+from tests.optim.specs import ORACLE_DECAY
 
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
@@ -387,6 +388,37 @@ def elementwise_or_not(spec: OptimSpec) -> None:
     assert torch.allclose(whole, part, rtol=1e-9) == rule.elementwise
 
 
+def swaps(spec: OptimSpec) -> None:
+    """`eval()` writes the averaged weights that the rule has, and `train()` the others back, to the bit."""
+    for hyper in spec.inputs:
+        params = parameters(spec.shapes, torch.float32)
+        optimizer = make(spec, named(params), hyper)
+        optimizer.eval()
+        optimizer.train()
+        train(optimizer, params, range(4))
+        before = snapshot(params)
+        wanted = [optimizer.param_groups[0]["rule"].averaged(optimizer.state[p], p) for p in params]
+        optimizer.eval()
+        optimizer.eval()
+        if not spec.rule(hyper).averages:
+            assert wanted == [None] * len(params)
+            assert_same(params, before)
+            continue
+        assert_same(params, [x.detach() for x in wanted])
+        assert not torch.equal(params[0], before[0])
+        with pytest.raises(RuntimeError, match="train"):
+            train(optimizer, params, [4])
+        twin = [Parameter(p.detach().clone()) for p in params]
+        other = make(spec, named(twin), hyper)
+        other.load_state_dict(optimizer.state_dict())
+        other.train()
+        assert_close(twin, before, torch.float32)
+        optimizer.train()
+        optimizer.train()
+        assert_same(params, before)
+        train(optimizer, params, [4])
+
+
 PROPERTIES = {
     "26": equals_the_published_code,
     "27": equals_the_formula,
@@ -397,6 +429,7 @@ PROPERTIES = {
     "32": odd_shapes,
     "33": limits,
     "34": symmetries,
+    "35": swaps,
     "36": deterministic,
     "H1": pure,
     "H2": batches,

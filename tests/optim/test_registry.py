@@ -5,7 +5,19 @@ import re
 import pytest
 import torch
 
-from optim import OPTIMIZERS, RULES, AdamW, AdamWRule, Muon, MuonRule, Optimizer, create, is_matrix, split_matrices
+from optim import (
+    OPTIMIZERS,
+    RULES,
+    AdamW,
+    AdamWRule,
+    Muon,
+    MuonRule,
+    Optimizer,
+    create,
+    is_matrix,
+    split_matrices,
+    unknown,
+)
 from optim.rules.muon import CONVENTIONS
 from tests.conftest import REPOSITORY
 
@@ -131,12 +143,25 @@ def test_a_slip_of_the_pen_is_corrected(word, offered):
 
 
 @pytest.mark.parametrize(
-    "word",
-    ["radam", "adan", "adamax", "adagrad", "adams", "lamb", "lars", "shampoo", "soap", "adafactor", "rmsprop", "scion",
-     "prodigy", "tiger", "dion", "mars", "stable_adamw", "schedule_free_sgd", "lomo", "ademamix", "swats", "muons_of_x",
-     "paged_adamw_32bit", "x", ""],
+    ("word", "nearest"),
+    [
+        ("radam", "adamw"), ("adan", "adamw"), ("adamax", "adamw"), ("Adam-S", "adamw"), ("scion", "muon"),
+        ("Gluon", "muon"), ("tiger", "lion"), ("lomo", "adafactor"), ("swats", "adamw"), ("DAdaptAdam", "prodigy"),
+        ("schedule_free", "schedule_free_adamw"), ("rprop", "rmsprop"), ("signum", "signsgd"), ("madgrad", "adagrad"),
+    ],
 )  # fmt: skip
-def test_another_algorithm_is_not_offered_for_the_one_that_was_asked_for(word):
+def test_another_algorithm_is_not_offered_for_the_one_that_was_asked_for(word, nearest):
+    with pytest.raises(ValueError, match=f"'{word}'; it is not in the suite; nearest in kind: '{nearest}'. Known: ada"):
+        create(word, named(), lr=0.1)
+
+
+def test_what_resembles_another_algorithm_is_here():
+    assert set(unknown._NEAREST) <= set(OPTIMIZERS)
+    assert not {unknown._letters(name) for name in OPTIMIZERS} & (set(unknown._OTHERS) | set(unknown._SAME))
+
+
+@pytest.mark.parametrize("word", ["muons_of_x", "x", ""])
+def test_a_word_that_is_no_algorithm_shows_the_list(word):
     with pytest.raises(ValueError, match=f"no optimizer is called '{word}'; known: adabelief, .*, swan$"):
         create(word, named(), lr=0.1)
 
@@ -144,9 +169,8 @@ def test_another_algorithm_is_not_offered_for_the_one_that_was_asked_for(word):
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("adam", "'adamw' without weight decay is Adam"),
-        ("Adam", "'adamw' without"),
-        ("nadamw", "decoupled"),
+        ("adam8bit", "'adamw_8bit' without"),
+        ("paged_adamw_32bit", "'adamw' is it, without paging"),
         ("sgdw", "decoupled"),
         ("SGDM", "momentum=0.9"),
         ("adamw_torch_fused", "'adamw' is it"),
@@ -160,7 +184,6 @@ def test_what_another_name_means_here_is_said_as_such(word, says):
 
 
 def test_adamw_without_decay_is_adam():
-    """What the message about "adam" says."""
     ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 6)) for _ in range(2))
     optimizer, adam = create("adamw", [("p", ours)], lr=0.1), torch.optim.Adam([theirs], lr=0.1)
     for t in range(3):

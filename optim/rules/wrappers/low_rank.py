@@ -110,6 +110,11 @@ class LowRank(UpdateRule):
             raise ValueError(
                 f"{called}: inner = {self.inner!r}; it must be a rule such as AdamWRule(), without a basis of its own"
             )
+        if self.inner.reads:
+            raise ValueError(
+                f"{called}: inner = {self.inner!r}; it reads {' and '.join(sorted(self.inner.reads))} of its group or "
+                "the weights themselves, which a subspace does not have"
+            )
         for key, choices in _CHOICES.items():
             if getattr(self, key) not in choices:
                 raise ValueError(f"{called}: {key} = {getattr(self, key)!r}; it must be one of {', '.join(choices)}")
@@ -170,6 +175,16 @@ class LowRank(UpdateRule):
                 last += 1
                 state["number"].fill_(last)
         self.inner.share(grads, states, group)
+
+    @property
+    def uncodable(self) -> str:
+        """Why there are no codes of this state: of its basis, where that is stored."""
+        if self.projection == "random":
+            return self.inner.uncodable
+        return (
+            "without a basis of singular vectors, which is no running average and cannot be coded; "
+            "quantise the rule inside a LowRank one: LowRank(inner=AdamW8bitRule(...))"
+        )
 
     @property
     def coupled(self) -> bool:

@@ -13,14 +13,12 @@ from torch.nn import functional
 from optim import cpu_jit
 from optim.checks import check_counts, check_flag
 from optim.cpu_jit.threads import together
-from optim.curvature import CurvatureRule
 from optim.kernels import adamw_8bit
 from optim.kernels.philox import random_words
 from optim.rule import OfParam, State, UpdateRule, moment_dtype
 from optim.rules.adamw import AdamWRule
-from optim.rules.conda import CondaRule
+from optim.rules.wrappers.around import Around
 from optim.rules.wrappers.codebooks import BOOKS, VALUES, take
-from optim.rules.wrappers.low_rank import LowRank
 from optim.rules.wrappers.pieces import WithoutMemory, flat_part
 from optim.sharding import is_sharded
 
@@ -34,7 +32,7 @@ _SCALES = "_absmax"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantized(UpdateRule):
+class Quantized(Around):
     """A rule whose running averages are stored as codes of 8 bits.
 
     A stored number is x = book[code] a, with a = max |x| of its block. A step decodes the state, steps with the inner
@@ -83,7 +81,6 @@ class Quantized(UpdateRule):
     name: ClassVar[str] = "quantized"
     elementwise: ClassVar[bool] = False
 
-    inner: UpdateRule
     code: str = "dynamic"
     block_size: int = 256
     min_size: int = 4096
@@ -93,15 +90,11 @@ class Quantized(UpdateRule):
 
     def __post_init__(self) -> None:
         called = type(self).__name__
-        if not isinstance(self.inner, UpdateRule) or isinstance(self.inner, Quantized | CurvatureRule):
+        if not isinstance(self.inner, UpdateRule):
+            raise ValueError(f"{called}: inner = {self.inner!r}; it must be a rule such as AdamWRule()")
+        if self.inner.uncodable:
             raise ValueError(
-                f"{called}: inner = {self.inner!r}; it must be a rule such as AdamWRule(), not one that is quantised "
-                "already and not one that reads a curvature, which is renewed in its state from outside"
-            )
-        if isinstance(self.inner, CondaRule) or (isinstance(self.inner, LowRank) and self.inner.projection == "svd"):
-            raise ValueError(
-                f"{called}: inner = {self.inner!r}; its basis of singular vectors is no running average and cannot be "
-                "coded; quantise the rule inside a LowRank one: LowRank(inner=AdamW8bitRule(...))"
+                f"{called}: inner = {self.inner!r}; it must be a rule such as AdamWRule(), {self.inner.uncodable}"
             )
         if self.code not in ("dynamic", "linear"):
             raise ValueError(f"{called}: code = {self.code!r}; it must be 'dynamic' or 'linear'")
@@ -134,35 +127,17 @@ class Quantized(UpdateRule):
 
     def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the inner rule's direction for the decoded state, and the new state encoded."""
-        direction, new = self.inner.update(grad, self.decoded(state, param), param)
+        direction, new = self.inner.update(grad, self.inside(state, param), param)
         return direction, self._encoded(new, state)
-
-    def decay(self, direction: OfParam, state: State, param: OfParam) -> OfParam:
-        """Return what the inner rule's `decay` returns for the decoded state."""
-        return self.inner.decay(direction, self.decoded(state, param), param)
 
     def state_settings(self) -> dict[str, Any]:
         """Return the settings that say what codes mean, and which entries share a scale."""
         return {"code": self.code, "block_size": self.block_size, "min_size": self.min_size}
 
-    def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
-        """Share what the inner rule shares, among the entries that are not encoded: counters and scalars."""
-        self.inner.share(grads, states, group)
-
     @property
-    def shares(self) -> bool:
-        """Whether the inner rule shares anything; quantising alone connects no tensors."""
-        return self.inner.shares
-
-    @property
-    def coupled(self) -> bool:
-        """Whether tensors share something, as under the inner rule."""
-        return self.inner.coupled
-
-    @property
-    def rounds_itself(self) -> bool:
-        """Whether the inner rule, which writes the parameters, can round them at random."""
-        return self.inner.rounds_itself
+    def uncodable(self) -> str:
+        """Why there are no codes of these states: they are codes."""
+        return "not one that is quantised already"
 
     def stepped(
         self,
@@ -175,7 +150,7 @@ class Quantized(UpdateRule):
         out: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Return the inner rule's step and the new state encoded; the state is decoded once."""
-        inner = self.decoded(state, param)
+        inner = self.inside(state, param)
         moved, new = self.inner.stepped(param, grad, inner, lr=lr, weight_decay=weight_decay, out=out)
         return moved, self._encoded(new, state)
 
@@ -228,7 +203,7 @@ class Quantized(UpdateRule):
             yield c, s, x, i * size
 
     def _decoded_in_pieces(self, state: State, param: Tensor) -> State:
-        """`decoded`, without temporaries of the tensor's size."""
+        """`inside`, without temporaries of the tensor's size."""
         made = {key: value for key, value in state.items() if not key.endswith(_SCALES)}
         for key in made:
             if key + _SCALES in state:
@@ -322,8 +297,8 @@ class Quantized(UpdateRule):
         for key, t in rest.items():
             t.copy_(after[0][key])
 
-    def decoded(self, state: State, param: Tensor) -> State:
-        """Return the state as the inner rule knows it; what is not encoded is not copied."""
+    def inside(self, state: State, param: Tensor) -> State:
+        """Return the state decoded, as the inner rule knows it; what is not encoded is not copied."""
         dtype = moment_dtype(param)
         return {
             key: self._decode(key, value, state[key + _SCALES], dtype) if key + _SCALES in state else value

@@ -176,7 +176,7 @@ def test_momentum_recovers_after_a_spike():
         if t == 2:
             g[0, 0] = 1000
         state, exact = rule.update(g, state, p)[1], rule.inner.update(g, exact, p)[1]
-        moved = rule.decoded(state, p)["momentum_buffer"] - exact["momentum_buffer"]
+        moved = rule.inside(state, p)["momentum_buffer"] - exact["momentum_buffer"]
         errors.append(float(moved[1:].abs().max()))
     assert errors[2] > 20 * errors[1] and errors[-1] < 2 * max(errors[:2])
 
@@ -324,7 +324,7 @@ def test_settings_reach_the_rule_inside():
 @pytest.mark.parametrize("inner", [CondaRule(), GaLoreRule()], ids=lambda rule: rule.name)
 def test_bases_are_no_averages(inner):
     """A random basis is not kept, and so APOLLO's state can be coded."""
-    with pytest.raises(ValueError, match="basis of singular vectors.*LowRank"):
+    with pytest.raises(ValueError, match="basis of singular vectors"):
         Quantized(inner=inner)
     assert Quantized(inner=ApolloRule()).inner == ApolloRule()
 

@@ -1,0 +1,87 @@
+"""Averaged weights: what `train()` and `eval()` of an optimizer swap, for rules that average (Schedule-Free)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+AVERAGED = "averaged"
+"""Key of a param group whose parameters are the averages at present; state dicts carry it."""
+
+
+class AveragedWeights:
+    """The part of `Optimizer` that swaps weights; under rules that average nothing it does nothing.
+
+    `eval()` writes the averages into the parameters, and `train()` writes the weights back at which gradients are
+    taken. Both may be called at any time and any number of times; transformers.Trainer calls them by itself. The
+    weights are kept while the averages are in place, so that an evaluation does not change a run by a single bit. Where
+    `state_dict` was saved in between, `train()` computes them from the averages instead.
+    """
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def eval(self) -> None:
+        """Write the averaged weights into the parameters, where the rule has any."""
+        for group, param, state in self._averaging():
+            average = None if group.get(AVERAGED) else group["rule"].averaged(state, param.detach())
+            if average is not None:
+                _kept(self)[param] = param.detach().clone()
+                param.data.copy_(average)
+        self._mark(True)
+
+    def train(self) -> None:
+        """Write the weights at which gradients are taken back into the parameters."""
+        for group, param, state in self._averaging():
+            if group.get(AVERAGED):
+                kept = _kept(self).pop(param, None)
+                param.data.copy_(group["rule"].resumed(state, param.detach()) if kept is None else kept)
+        _kept(self).clear()
+        self._mark(False)
+
+    def check_training(self) -> None:
+        """Check that no averages are in place of the weights.
+
+        Raises:
+            RuntimeError: If they are: a step would start from the wrong weights.
+        """
+        if any(group.get(AVERAGED) for group in self.param_groups):
+            raise RuntimeError("the parameters are averages since eval(); call train() of the optimizer before a step")
+
+    def _averaging(self) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Tensor]]]:
+        for group in self.param_groups:
+            if group["rule"].averages:
+                for param in group["params"]:
+                    if self.state.get(param):
+                        yield group, param, self.state[param]
+
+    def _mark(self, averaged: bool) -> None:
+        for group in self.param_groups:
+            if averaged and group["rule"].averages:
+                group[AVERAGED] = True
+            else:
+                group.pop(AVERAGED, None)
+
+
+def _kept(optimizer: AveragedWeights) -> dict[Tensor, Tensor]:
+    """The weights of the parameters that are averages now; not among what torch copies and pickles."""
+    kept: dict[Tensor, Tensor] = optimizer.__dict__.setdefault("_weights", {})
+    return kept
+
+
+@contextmanager
+def averages_in_place(optimizer: Any) -> Iterator[None]:
+    """A context in which the parameters are the averages, if the optimizer, of whatever package, has any.
+
+    Args:
+        optimizer: An optimizer; without `train` and `eval` nothing happens.
+    """
+    swap = callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
+    if swap:
+        optimizer.eval()
+    try:
+        yield
+    finally:
+        if swap:
+            optimizer.train()

@@ -1,0 +1,109 @@
+"""RMSprop: the gradient over its root mean square, with or without momentum."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from optim.checks import check_flag, check_non_negative, check_unit_interval
+from optim.optimizer import Optimizer, Params
+from optim.rule import OfParam, State, UpdateRule, zero_moment, zero_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMSpropRule(UpdateRule):
+    """RMSprop: the gradient over its root mean square, with or without momentum.
+
+        u = b,  b <- momentum b + g / (sqrt(v - a^2) + eps)
+
+    Here v <- alpha v + (1 - alpha) g^2, and a is the same average of g if `centered`, otherwise 0. Nothing corrects the
+    bias of v.
+
+    Args:
+        alpha: The decay rate of v.
+        eps: Added to the denominator.
+        momentum: The decay rate of b.
+        centered: Whether the variance takes the place of the second moment.
+
+    Shapes:
+        Elementwise. The averages have the parameter's shape.
+
+    State:
+        4 bytes per parameter (one float32 average; 4 more with momentum, 4 more if centred) and a step count.
+
+    Source:
+        Tieleman & Hinton 2012 (Coursera, lecture 6.5); `torch.optim.RMSprop`.
+
+    Differs:
+        Weight decay is decoupled; torch adds it to the gradient.
+    """
+
+    name: ClassVar[str] = "rmsprop"
+
+    alpha: float = 0.99
+    eps: float = 1e-8
+    momentum: float = 0.0
+    centered: bool = False
+
+    def __post_init__(self) -> None:
+        check_unit_interval("RMSpropRule", alpha=self.alpha, momentum=self.momentum)
+        check_non_negative("RMSpropRule", eps=self.eps)
+        check_flag("RMSpropRule", centered=self.centered)
+
+    def init(self, param: OfParam) -> State:
+        """Return zero averages and a zero step count."""
+        keys = ["exp_avg_sq", *["momentum_buffer"] * (self.momentum > 0), *["grad_avg"] * self.centered]
+        return {"step": zero_step()} | {key: zero_moment(param) for key in keys}
+
+    def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
+        """Return the direction u of the class docstring, in the averages' dtype, and the new state."""
+        g = grad.to(state["exp_avg_sq"].dtype)
+        v = (self.alpha * state["exp_avg_sq"]).addcmul(g, g, value=1 - self.alpha)
+        new = {"step": state["step"] + 1, "exp_avg_sq": v}
+        if self.centered:
+            a = new["grad_avg"] = state["grad_avg"].lerp(g, 1 - self.alpha)
+            v = (v - a * a).clamp(min=0.0)  # a variance; rounding may leave it below 0
+        direction = g / (v.sqrt() + self.eps)
+        if self.momentum > 0:
+            direction = new["momentum_buffer"] = self.momentum * state["momentum_buffer"] + direction
+        return direction, new
+
+
+class RMSprop(Optimizer):
+    """RMSprop for all parameters; the first arguments are those of `torch.optim.RMSprop`.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        alpha, eps, momentum, centered: See `RMSpropRule`.
+        weight_decay: Decoupled weight decay.
+
+    Example:
+        >>> import torch
+        >>> from optim import RMSprop
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = RMSprop(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg_sq', 'step']
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        momentum: float = 0.0,
+        centered: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            RMSpropRule(alpha=alpha, eps=eps, momentum=momentum, centered=centered),
+            lr=lr,
+            weight_decay=weight_decay,
+        )

@@ -1,0 +1,65 @@
+"""What rules around another rule have in common: what they ask the rule inside."""
+
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from optim.rule import OfParam, State, UpdateRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Around(UpdateRule, ABC):
+    """A rule around another, whose state it has; `inside` is that state as the inner rule knows it.
+
+    Args:
+        inner: The rule inside.
+    """
+
+    inner: UpdateRule
+
+    def inside(self, state: State, param: Tensor) -> State:
+        """Return the state as the inner rule knows it: the same, unless the wrapper stores it in another form."""
+        return state
+
+    def decay(self, direction: OfParam, state: State, param: OfParam) -> OfParam:
+        """Return what the inner rule's `decay` returns for its state."""
+        return self.inner.decay(direction, self.inside(state, param), param)
+
+    def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
+        """Share what the inner rule shares."""
+        self.inner.share(grads, states, group)
+
+    @property
+    def shares(self) -> bool:
+        """Whether the inner rule shares anything; the wrapper alone connects no tensors."""
+        return self.inner.shares
+
+    @property
+    def coupled(self) -> bool:
+        """Whether tensors share something, as under the inner rule."""
+        return self.inner.coupled
+
+    @property
+    def rounds_itself(self) -> bool:
+        """Whether the inner rule, which writes the parameters, can round them at random."""
+        return self.inner.rounds_itself
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What the inner rule reads of its group."""
+        return self.inner.reads
+
+    @property
+    def averages(self) -> bool:
+        """Whether the inner rule averages weights."""
+        return self.inner.averages
+
+    def averaged(self, state: State, param: Tensor) -> Tensor | None:
+        """Return the inner rule's averaged weights."""
+        return self.inner.averaged(self.inside(state, param), param)
+
+    def resumed(self, state: State, average: Tensor) -> Tensor:
+        """Return the inner rule's weights of that average."""
+        return self.inner.resumed(self.inside(state, average), average)
