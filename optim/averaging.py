@@ -25,7 +25,7 @@ class AveragedWeights:
     def eval(self) -> None:
         """Write the averaged weights into the parameters, where the rule has any."""
         for group, param, state in self._averaging():
-            average = None if group.get(AVERAGED) else group["rule"].averaged(state, param.detach())
+            average = None if group.get(AVERAGED) else group["rule"].average(state, param.detach())
             if average is not None:
                 _kept(self)[param] = param.detach().clone()
                 param.data.copy_(average)
@@ -36,7 +36,7 @@ class AveragedWeights:
         for group, param, state in self._averaging():
             if group.get(AVERAGED):
                 kept = _kept(self).pop(param, None)
-                param.data.copy_(group["rule"].resumed(state, param.detach()) if kept is None else kept)
+                param.data.copy_(group["rule"].from_average(state, param.detach()) if kept is None else kept)
         _kept(self).clear()
         self._mark(False)
 

@@ -28,9 +28,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 """Name -> the optimizer that runs the rule of that name."""
 
-WRAPPERS: dict[str, type[UpdateRule]] = {
-    kind.name: kind for kind in (Cautious, Grams, LowRank, Quantized)
-}
+WRAPPERS: dict[str, type[UpdateRule]] = {kind.name: kind for kind in (Cautious, Grams, LowRank, Quantized)}
 """Rules around a rule that has to be given, and so without an optimizer of that name."""
 
 

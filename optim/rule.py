@@ -96,10 +96,10 @@ class UpdateRule(ABC):
 
     @property
     def averages(self) -> bool:
-        """Whether the method averages weights, so that evaluation uses others than the gradients: see `averaged`."""
+        """Whether the method averages weights, so that evaluation uses others than the gradients: see `average`."""
         return False
 
-    def averaged(self, state: State, param: Tensor) -> Tensor | None:
+    def average(self, state: State, param: Tensor) -> Tensor | None:
         """Return the weights that evaluation should use, where a method averages them; None if it does not.
 
         Args:
@@ -108,8 +108,8 @@ class UpdateRule(ABC):
         """
         return None
 
-    def resumed(self, state: State, average: Tensor) -> Tensor:
-        """Return the inverse of `averaged`: the parameter whose average this is.
+    def from_average(self, state: State, average: Tensor) -> Tensor:
+        """Return the inverse of `average`: the parameter whose average this is.
 
         Raises:
             NotImplementedError: If the method averages no weights.

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from os.path import commonprefix
 
 _NEAREST = {  # optimizer that is here -> published ones that are not and resemble it most; no slips of the pen
-    "adamw": "a2grad adabound adaboundw adai adamax adamc adamg adamod adams adamx adan adanorm adapnm adashift "
-    "adasmooth adastar aida avagrad diffgrad fadam laprop msvag padam pnm qhadam radam ranger ranger21 sara swats tam yogi ano",
+    "adamw": "a2grad adabound adaboundw adai adamax adamc adamg adamod adams adan adanorm adapnm adashift "
+    "adasmooth adastar aida ano avagrad diffgrad fadam laprop msvag padam pnm qhadam radam ranger ranger21 sara swats "
+    "tam yogi",
     "adafactor": "adalite adalomo alada amos sm3 smmf galore2 lomo",
     "adagrad": "adadelta ftrl kate madgrad",
     "adopt": "adago amsgradw",
@@ -23,6 +24,7 @@ _NEAREST = {  # optimizer that is here -> published ones that are not and resemb
     "schedule_free_adamw": "asgd schedulefree schedulefreeadam schedulefreeradam swa",
     "sgd": "lbfgs lookahead pid qhm sam sadam vsgd wsam",
     "signsgd": "signum",
+    "soap": "adadiag alice kron klsoap psgd racs shampoo splus distributedshampoo kfac",
     "adamw_8bit": "adamw4bit flashadamw",
 }
 

@@ -89,10 +89,10 @@ class ScheduleFreeRule(UpdateRule, ABC):
         new = {"step": state["step"] + 1, "offset": (1 - c).to(n.dtype) * (offset - ahead * n)} | kept
         return along * n - towards * offset, new
 
-    def averaged(self, state: State, param: Tensor) -> Tensor:
+    def average(self, state: State, param: Tensor) -> Tensor:
         """Return x of the class docstring."""
         return param - (1 - self.beta) / self.beta * state["offset"]
 
-    def resumed(self, state: State, average: Tensor) -> Tensor:
+    def from_average(self, state: State, average: Tensor) -> Tensor:
         """Return y of the class docstring from x."""
         return average + (1 - self.beta) / self.beta * state["offset"]

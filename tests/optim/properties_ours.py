@@ -397,7 +397,7 @@ def swaps(spec: OptimSpec) -> None:
         optimizer.train()
         train(optimizer, params, range(4))
         before = snapshot(params)
-        wanted = [optimizer.param_groups[0]["rule"].averaged(optimizer.state[p], p) for p in params]
+        wanted = [optimizer.param_groups[0]["rule"].average(optimizer.state[p], p) for p in params]
         optimizer.eval()
         optimizer.eval()
         if not spec.rule(hyper).averages:

@@ -45,7 +45,11 @@ def test_one_bit_refuses_shards(mesh: DeviceMesh) -> None:
         Optimizer([("w", Parameter(sharded(p, mesh)))], RULES["onebit_adam"](), lr=0.1)
 
 
-BY_OWNERS = {"conda", "swan"}  # decompositions have no form for shards; tests/optim/distributed has them by owners
+BY_OWNERS = {
+    "conda",
+    "soap",
+    "swan",
+}  # decompositions have no form for shards; tests/optim/distributed has them by owners
 
 
 @pytest.mark.parametrize("name", sorted(BY_OWNERS))

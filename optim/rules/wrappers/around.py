@@ -56,10 +56,10 @@ class Around(UpdateRule, ABC):
         """Whether the inner rule averages weights."""
         return self.inner.averages
 
-    def averaged(self, state: State, param: Tensor) -> Tensor | None:
+    def average(self, state: State, param: Tensor) -> Tensor | None:
         """Return the inner rule's averaged weights."""
-        return self.inner.averaged(self.inside(state, param), param)
+        return self.inner.average(self.inside(state, param), param)
 
-    def resumed(self, state: State, average: Tensor) -> Tensor:
+    def from_average(self, state: State, average: Tensor) -> Tensor:
         """Return the inner rule's weights of that average."""
-        return self.inner.resumed(self.inside(state, average), average)
+        return self.inner.from_average(self.inside(state, average), average)

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from optim.checks import check_non_negative, check_unit_interval
 from optim.rule import OfParam, State, UpdateRule
 from optim.rules.wrappers.around import Around
@@ -45,8 +43,8 @@ class Cautious(Masked):
 
         u = d [d g > 0] / max(mean [d g > 0], least)
 
-    d is the inner rule's direction, and the mean is over the tensor of N entries, so that the step keeps its size. Weight decay is
-    not masked; Muon's `cautious_decay` masks the decay and nothing else.
+    d is the inner rule's direction, and the mean is over the tensor of N entries, so that the step keeps its size.
+    Weight decay is not masked; Muon's `cautious_decay` masks the decay and nothing else.
 
     Args:
         inner: An elementwise rule with the group's weight decay outside its direction, such as AdamW or Lion.
