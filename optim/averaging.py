@@ -76,6 +76,20 @@ def averages_in_place(optimizer: Any) -> Iterator[None]:
 
     Args:
         optimizer: An optimizer; without `train` and `eval` nothing happens.
+
+    Example:
+        >>> import torch
+        >>> from optim import ScheduleFreeSGD, averages_in_place
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> optimizer = ScheduleFreeSGD([weight], lr=0.5, momentum=0.5)
+        >>> for _ in range(2):
+        ...     weight.grad = torch.ones(1)
+        ...     optimizer.step()
+        >>> with averages_in_place(optimizer):
+        ...     print(weight.item())
+        0.25
+        >>> weight.item()
+        0.125
     """
     swap = callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
     if swap:

@@ -70,9 +70,9 @@ def check_optimizer(name: str) -> None:
 
     Example:
         >>> from optim import check_optimizer
-        >>> check_optimizer("adamv")
+        >>> check_optimizer("lino")
         Traceback (most recent call last):
-        ValueError: no optimizer is called 'adamv'; did you mean 'adamw' or 'adamp'?
+        ValueError: no optimizer is called 'lino'; did you mean 'lion'?
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"no optimizer is called {name!r}{instead_of(name, OPTIMIZERS)}")

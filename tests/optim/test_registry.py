@@ -132,7 +132,7 @@ def test_create_refusals():
     ("word", "offered"),
     [
         ("AdamW", "'adamw'"), ("SGD", "'sgd'"), ("StableSPAM", "'stable_spam'"), ("muon8bit", "'muon_8bit'"),
-        ("adam-mini", "'adam_mini'"), ("adamv", "'adamw' or 'adamp'"), ("moun", "'muon'"), ("lio", "'lion'"),
+        ("adam-mini", "'adam_mini'"), ("adamv", "'adam' or 'adamw' or 'adamp'"), ("moun", "'muon'"), ("lio", "'lion'"),
         ("sgdpp", "'sgdp'"), ("conad", "'conda'"), ("normuons", "'normuon'"), ("ssgd", "'sgd'"),
     ],
 )  # fmt: skip
