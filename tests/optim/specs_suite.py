@@ -398,6 +398,7 @@ _GOLDEN = "golden cases hold it with the authors' code, or with timm's or optimi
 
 SUITE_EXCEPTIONS = {(spec.name, "26"): _GOLDEN for spec in SUITE if spec.oracle is none} | {
     ("adopt", "23"): "its first step only measures",
+    ("soap", "27"): "rounding errors choose the basis of a null space; golden cases hold every variant",
     ("soap", "23"): "its first step only measures",
     ("prodigy", "09"): "its estimate takes three temporaries of one tensor, compiled or not",
     ("prodigy", "H9"): "it is not, but three gradients at random do not raise the estimate that all share",
