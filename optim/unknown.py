@@ -8,25 +8,28 @@ import difflib
 from collections.abc import Iterable
 from os.path import commonprefix
 
-_NEAREST = {  # optimizer that is here -> published ones that are not and resemble it most; no slips of the pen
-    "adamw": "a2grad adabound adaboundw adai adamax adamc adamg adamod adams adan adanorm adapnm adashift "
-    "adasmooth adastar aida ano avagrad diffgrad fadam laprop msvag padam pnm qhadam radam ranger ranger21 sara swats "
-    "tam yogi",
-    "adafactor": "adalite adalomo alada amos sm3 smmf galore2 lomo",
-    "adagrad": "adadelta ftrl kate madgrad",
-    "adopt": "adago amsgradw",
-    "ademamix": "aggmo grokfast simplified_ademamix dualadam",
-    "lamb": "fromage nero novograd",
-    "lion": "clion tiger rosen sgdlion",
-    "muon": "adago adamuon dion2 dion3 gluon limuon muonbp muonclip muonplus polargrad scion scionlight turbomuon",
-    "prodigy": "alig bcos dadaptadam dadaptation dadaptlion dadaptsgd dog dowg emonavi sps",
-    "rmsprop": "rprop",
-    "schedule_free_adamw": "asgd schedulefree schedulefreeadam schedulefreeradam swa",
-    "sgd": "lbfgs lookahead pid qhm sam sadam vsgd wsam",
-    "signsgd": "signum",
-    "soap": "adadiag alice kron klsoap psgd racs shampoo splus distributedshampoo kfac",
-    "adamw_8bit": "adamw4bit flashadamw",
-}
+_NEAREST_TEXT = """
+adamw: a2grad adabound adaboundw adai adamax adamc adamg adamod adams adan adanorm adapnm adashift adasmooth
+    adastar aida ano avagrad diffgrad fadam laprop msvag padam pnm qhadam radam ranger ranger21 sara swats tam
+    yogi
+adafactor: adalite adalomo alada amos sm3 smmf galore2 lomo
+adagrad: adadelta ftrl kate madgrad
+adopt: adago amsgradw
+ademamix: aggmo grokfast simplified_ademamix dualadam
+lamb: fromage nero novograd
+lion: clion tiger rosen sgdlion
+muon: adago adamuon dion2 dion3 gluon limuon muonbp muonclip muonplus polargrad scion scionlight turbomuon
+prodigy: alig bcos dadaptadam dadaptation dadaptlion dadaptsgd dog dowg emonavi sps
+rmsprop: rprop
+schedule_free_adamw: asgd schedulefree schedulefreeadam schedulefreeradam swa
+sgd: lbfgs lookahead pid qhm sam sadam vsgd wsam
+signsgd: signum
+soap: adadiag alice kron klsoap psgd racs shampoo splus distributedshampoo kfac
+adamw_8bit: adamw4bit flashadamw
+"""
+"""Optimizer that is here: published ones that are not and resemble it most, which are no slips of the pen."""
+
+_NEAREST = dict(entry.split(": ") for entry in _NEAREST_TEXT.replace("\n    ", " ").strip().split("\n"))
 
 _OTHERS = {name: kind for kind, names in _NEAREST.items() for name in names.split()}
 

@@ -36,6 +36,7 @@ ANOTHER_MEANING: dict[str, set[str]] = {
     "optim/cpu_jit/assembly.py": {"constant"},  # a node that is a constant
     "optim/cpu_jit/kinds.py": {"constant"},  # the same
     "optim/cpu_jit/layout.py": {"constant", "root"},  # the same; a square root
+    "optim/rules/mars.py": {"adamw", "lion"},  # the two forms
     "optim/rules/matrices.py": {"adamw"},  # the part of a group's settings that is for AdamW
     "optim/rules/wrappers/quantized.py": {"linear"},  # a code of quantized values
     "datatools/subsets/facility_location.py": {"cosine"},  # a metric
