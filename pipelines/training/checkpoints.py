@@ -2,8 +2,7 @@
 
 Trainer's own `optimizer.pt` has no names: its integers count the decayed parameters first, then the others. The names
 are restored in that order, and every shape is checked. Which parameters were trained is read from the saved files: an
-adapter's file, the names in the state, or else the only choice that fits its shapes. `training_args.bin` is never
-read.
+adapter's file, the names in the state, or else the only choice that fits. `training_args.bin` is never read.
 """
 
 from __future__ import annotations
@@ -36,10 +35,8 @@ class Checkpoint:
     """One checkpoint.
 
     Attributes:
-        folder: The folder.
-        step: The optimizer step.
-        mean_lr: The mean learning rate since the previous checkpoint.
-        weight: The weight in the score.
+        folder, step: Where it is, and the optimizer step.
+        mean_lr, weight: The mean learning rate since the previous checkpoint, and the weight in the score.
     """
 
     folder: Path
