@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from datatools.less.less import LessScores as LessScores
     from datatools.less.less import less_scores as less_scores
     from datatools.memory import keep_pages as keep_pages
+    from datatools.paired import Paired as Paired
+    from datatools.paired import bootstrap_mean as bootstrap_mean
+    from datatools.paired import compare as compare
     from datatools.projectors import PROJECTORS as PROJECTORS
     from datatools.projectors import Projector as Projector
     from datatools.scores.bm25 import bm25 as bm25
@@ -67,13 +70,20 @@ if TYPE_CHECKING:
     from datatools.selection.selectors import SELECTORS as SELECTORS
     from datatools.selection.selectors import select as select
     from datatools.selection.subtasks import subtask_means as subtask_means
+    from datatools.stats import bootstrap_interval as bootstrap_interval
     from datatools.stats import spearman as spearman
+    from datatools.stats import spearman_rows as spearman_rows
     from datatools.stats import t_interval as t_interval
 
 # public name -> the module that defines it
 _EXPORTS = {
     "spearman": "datatools.stats",
     "t_interval": "datatools.stats",
+    "bootstrap_interval": "datatools.stats",
+    "spearman_rows": "datatools.stats",
+    "Paired": "datatools.paired",
+    "bootstrap_mean": "datatools.paired",
+    "compare": "datatools.paired",
     "CORESET_FEATURES": "datatools.colm",
     "CORESET_METHODS": "datatools.colm",
     "CoresetMethod": "datatools.colm",

@@ -102,11 +102,12 @@ class Encoder:
         self._merges = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
         unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
         ends = {tokenizer.bos_token, tokenizer.eos_token}
-        self._control_ids = {
+        self.control_ids = {
             tokenizer.convert_tokens_to_ids(text): text
             for text in control
             if text in ends or text not in (tokenizer.unk_token, unknown)
         }
+        """Ids of control tokens -> their texts."""
 
     def __call__(self, row: Row) -> Encoded:
         """Return the tokens of a row.
@@ -292,10 +293,10 @@ class Encoder:
 
     def _made(self, text: str, ids: list[int], offsets: Sequence[tuple[int, int]]) -> str:
         """Return a part of `text` that became a control token only through normalisation; "" if there is none."""
-        if self._control_ids.keys().isdisjoint(ids):
+        if self.control_ids.keys().isdisjoint(ids):
             return ""
         for token, (start, end) in zip(ids, offsets, strict=True):
-            written = self._control_ids.get(token)
+            written = self.control_ids.get(token)
             if written is not None and start < end and text[start:end].strip() != written.strip():
                 return text[start:end]
         return ""

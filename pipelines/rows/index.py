@@ -11,7 +11,7 @@ from typing import Any
 import xxhash
 
 from datatools import DataError, files
-from pipelines.rows.formats.record import WrongColumns
+from pipelines.rows.formats.record import Given, WrongColumns
 from pipelines.rows.formats.shape import Shape
 from pipelines.rows.formats.table import read_shape
 from pipelines.rows.jsonl import Limits, Line, parse_object
@@ -154,6 +154,11 @@ class Pool:
                 f"{self.where(index)} has changed since this run read it; do not edit data during a run; start again"
             )
         return raw
+
+    def given(self, index: int) -> Given:
+        """All columns of row `index`, by our names or those of its file."""
+        columns = self._columns[self._file[index]]
+        return Given(parse_object(self.raw(index), self._options.limits), columns, self._options.preference)
 
     def file(self, index: int) -> str:
         """Return the input that contains a row, as it was named.

@@ -15,14 +15,14 @@ from pipelines.rows import peek
 from pipelines.rows.input_files import find_sources
 from pipelines.runs.folder import Run
 from pipelines.runs.workers import alone
-from pipelines.settings import methods, names, trackers
+from pipelines.settings import methods, metrics, names, trackers
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.base import Columns, RunSettings, Settings
 from pipelines.settings.flags import flag_for
 from pipelines.settings.order import OrderConfig
 from pipelines.settings.parts import DataConfig, ModelConfig, TrainingConfig
 from pipelines.settings.select import ExplainConfig, ProjectorConfig
-from pipelines.settings.train import TrainConfig
+from pipelines.settings.train import EvaluateConfig, TrainConfig
 
 _FEATURE_METHODS = ("hooks", "loop", "vmap")
 
@@ -99,6 +99,8 @@ def contradictions(config: Settings) -> None:
                 )
     elif isinstance(config, OrderConfig):
         _order(config)
+    if isinstance(config, EvaluateConfig):
+        metrics.check(config.metrics)
 
 
 def _order(config: OrderConfig) -> None:

@@ -10,6 +10,7 @@ from datatools import UsageError
 from pipelines.settings import names
 from pipelines.settings.base import Columns, FilePath, Names, RunSettings, Settings
 from pipelines.settings.marks import DATA, ELSEWHERE, LATE, RUN, TRAINING, Flag, Flags, OneOf
+from pipelines.settings.metrics import MetricsConfig
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 
 
@@ -186,15 +187,24 @@ class TrainConfig(RunSettings):
 
 
 class EvaluateConfig(Settings):
-    """Measure the loss of a model on rows: one line of JSON on stdout, everything else on stderr."""
+    """Measure the loss of a model on rows, and its accuracy: one line of JSON on stdout, everything else on stderr."""
 
     examples = (
         "datatools evaluate --model M --data test.jsonl",
         "datatools evaluate --model M --adapter runs/new/adapter --data test.jsonl",
+        "datatools evaluate --model M --data test.jsonl --metric options,exact --predictions answers.jsonl",
+        "datatools evaluate --model M --data gsm8k.jsonl --metric exact --extract number --max-new-tokens 256",
+        "datatools evaluate --model M --data mbpp.jsonl --metric code --allow-code-execution",
     )
 
     model: Annotated[ModelConfig, Flags("name adapter chat trust_remote_code max_length")] = Field(
         description="the model, with its adapter if it has one"
     )
     data: Annotated[DataConfig, Flags("paths on_bad_row columns preference")] = Field(description="held-out rows")
+    metrics: Annotated[MetricsConfig, Flags("names extract max_new_tokens allow_code_execution")] = Field(
+        default_factory=MetricsConfig, description="what is measured besides the loss"
+    )
+    predictions: Annotated[FilePath | None, Flag("--predictions", RUN)] = Field(
+        default=None, description="also write what the model answered to each row to this JSONL file"
+    )
     token_budget: int = Field(default=2048, ge=1, le=2**24, description="padded tokens per batch; limits memory")

@@ -3,7 +3,8 @@
 A run folder may come from somebody else. The models, rows and checkpoints that its run.yaml names are read as data,
 also from other folders, because reading runs no code. Two things need a flag of the current command:
 
-- Python code that comes with a model (`trust_remote_code`), from any YAML file;
+- Python code that comes with a model (`trust_remote_code`), or that a model writes (`allow_code_execution`), from any
+  YAML file;
 - output folders outside the run's folder, and flags such as `overwrite`, from a run's own run.yaml.
 
 Links inside a run folder are refused (`run_files.refuse_special`). Pickles are never loaded, and no flag changes that.
@@ -49,6 +50,11 @@ def check(config: Settings, origins: Mapping[str, str], wanted: Sequence[str] = 
             raise UsageError(
                 f"{origin}: asks to run Python code that comes with the model ({name}: true), but a file cannot allow "
                 "that; if you trust that code, add --trust-remote-code to this command"
+            )
+        if name.endswith("allow_code_execution") and value is True:
+            raise UsageError(
+                f"{origin}: asks to run code that a model writes ({name}: true), and a file cannot allow that; to "
+                "allow it, add --allow-code-execution to this command"
             )
     for name, field, value, origin in read if PLACES in wanted else ():
         if not _is_record(Path(origin)):

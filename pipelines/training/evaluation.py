@@ -1,25 +1,33 @@
-"""Losses of a model on rows: the mean over supervised tokens, in total and per source."""
+"""Losses of a model on rows: the mean over supervised tokens, in total and per source; and its accuracy."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from datatools import DataError, files
+from datatools import DataError, UsageError, bootstrap_mean, files
 from pipelines.models import load as models
 from pipelines.models.losses import token_losses
 from pipelines.rows.prepare import prepare
 from pipelines.rows.rows import Rows
+from pipelines.runs.messages import say
 from pipelines.runs.progress import progress
 from pipelines.runs.workers import rank, world_size
+from pipelines.settings import metrics
 from pipelines.settings.train import EvaluateConfig
+from pipelines.training.accuracy import measure
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Return `loss` (mean over supervised tokens), `tokens` (their number), `rows`, and the same per source.
+
+    With a metric besides the loss, `metrics` holds the mean of each with its 95 % interval over rows.
 
     Args:
         config: The settings.
@@ -27,15 +35,52 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         UsageError: A setting is wrong.
         DataError: A row cannot be used, or a loss is not finite.
-        EnvironmentProblem: The model cannot be loaded.
+        EnvironmentProblem: The model cannot be loaded, or a metric cannot be measured on this machine.
     """
+    metrics.check(config.metrics)
     loaded = models.load(config.model, merge=False)  # merging into bfloat16 would round a small adapter away
     with files.scratch_folder() as scratch:
         rows = prepare(config.data, config.model, loaded.tokenizer, cache=scratch, label="data", limits=loaded.limits)
-        return losses(loaded.model, rows, token_budget=config.token_budget)
+        plan = measure.plan(config.metrics, rows, [], loaded.tokenizer, loaded.limits)
+        for sentence in plan.said:
+            say(sentence)
+        if config.predictions is not None and not plan.metrics:
+            raise UsageError(
+                "--predictions: nothing but the loss is measured, which answers no row; name a metric with --metric"
+            )
+        found = losses(loaded.model, rows, token_budget=config.token_budget, by_row=bool(plan.metrics))
+        if plan.metrics:
+            by_row = found.pop("by_row")
+            measured = measure.measure(loaded.model, plan)
+            found["metrics"] = {"loss": _interval(np.divide(*by_row), by_row[1])}
+            found["metrics"] |= {name: _accuracy(one) for name, one in measured.items()}
+            if config.predictions is not None:
+                _write_predictions(config.predictions, rows, measured)
+        return found
 
 
-def losses(model: Any, rows: Rows, *, token_budget: int, label: str = "losses") -> dict[str, Any]:
+def _interval(values: NDArray[np.float64], weights: NDArray[np.float64] | None = None) -> dict[str, Any]:
+    mean, low, high = bootstrap_mean(values[None], weights)
+    return {"mean": mean, "low": low, "high": high, "rows": len(values)}
+
+
+def _accuracy(measured: measure.Measured) -> dict[str, Any]:
+    return _interval(measured.values) | dict(measured.more)
+
+
+def _write_predictions(path: Path, rows: Rows, measured: Mapping[str, measure.Measured]) -> None:
+    """Write one line per row and metric: where the row is, what was answered, and whether that is right."""
+    lines = []
+    for name, one in measured.items():
+        for answer, value in zip(one.answers, one.values.tolist(), strict=True):
+            said = {key: value for key, value in answer.items() if key != "row"}
+            index = answer["row"]
+            head = {"metric": name, "id": rows.pool.ids[index], "row": rows.pool.where(index), "right": bool(value)}
+            lines.append(json.dumps(head | said, ensure_ascii=False) + "\n")
+    files.write_text(path, "".join(lines))
+
+
+def losses(model: Any, rows: Rows, *, token_budget: int, label: str = "losses", by_row: bool = False) -> dict[str, Any]:
     """Return the result of `evaluate` for rows and a model that are loaded.
 
     Args:
@@ -43,6 +88,7 @@ def losses(model: Any, rows: Rows, *, token_budget: int, label: str = "losses") 
         rows: The rows.
         token_budget: The padded tokens of a batch.
         label: The label of the progress.
+        by_row: Whether the result also holds `by_row`: two lists over rows, sums of losses and numbers of tokens.
     """
     chosen = np.flatnonzero(rows.usable).tolist()
     lengths = [int(rows.scan.tokens[i]) for i in chosen]
@@ -60,6 +106,7 @@ def losses(model: Any, rows: Rows, *, token_budget: int, label: str = "losses") 
         "rows": len(chosen),
         "bad_rows": len(rows.bad),
         "sources": {name: _mean(sums, counts, places) for name, places in sorted(by_source.items())},
+        **({"by_row": (sums.numpy(), counts.double().numpy())} if by_row else {}),
     }
 
 

@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping
 
 from datatools import UsageError, did_you_mean
 
-ANY_FORMAT = ("tools", "id", "source", "subtask")
-"""Columns that a row of any format may have: `source` is the row's source, `subtask` its subtask of the target."""
+ANY_FORMAT = ("tools", "id", "source", "subtask", "gold", "options", "tests")
+"""Columns that a row of any format may have: `source` is the row's source, `subtask` its subtask of the target. `gold`
+(by default the column `answer`), `options` and `tests` say how an answer is judged."""
 
 Columns = Mapping[str, str | Mapping[str, str]]
 """Our names -> the data's; or file -> its own mapping, which is then the only one for that file."""

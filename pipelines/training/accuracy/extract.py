@@ -1,0 +1,158 @@
+"""From the text that a model writes to its answer: one rule per kind of answer, and when two answers are equal."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping
+from decimal import Decimal, InvalidOperation
+
+from pipelines.settings.metrics import REGEX
+
+_NUMBER = re.compile(r"[-+−]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?(?:/\d+)?")
+_LETTER = r"[A-Z]"
+_SAID = re.compile(rf"answer(?:\s+is|\s*:)?\s*:?\s*\**\(?({_LETTER})\)?(?![\w'])", re.IGNORECASE)
+_ALONE = re.compile(rf"\s*\**\(?({_LETTER})\)?(?:[).:,]|\*|\s|$)")
+_BRACKETS = re.compile(rf"\(({_LETTER})\)")
+_ANSWER_IS = re.compile(r"answer(?:\s+is|\s*:)\s*:?\s*(.+)", re.IGNORECASE)
+
+
+def number(text: str) -> str | None:
+    r"""The number after the last '####', else the last number of the text.
+
+    Example:
+        >>> number("3 + 4 = 7\n#### 7"), number("It costs $1,200."), number("none")
+        ('7', '1200', None)
+    """
+    _, mark, after = text.rpartition("####")
+    found = _NUMBER.findall(after) if mark else []
+    found = found[:1] or _NUMBER.findall(text)[-1:]
+    return found[0].replace(",", "").replace("−", "-").lstrip("+") if found else None
+
+
+def letter(text: str) -> str | None:
+    """The letter of an option: after "answer is", else at the start, else the last one in brackets.
+
+    Example:
+        >>> letter("(B) because (A) is wrong"), letter("So the answer is (C)."), letter("maybe")
+        ('B', 'C', None)
+    """
+    said = [found for found in _SAID.findall(text) if found.isupper()]
+    if said:
+        return str(said[-1])
+    if alone := _ALONE.match(text):
+        return alone.group(1)
+    brackets = _BRACKETS.findall(text)
+    return str(brackets[-1]) if brackets else None
+
+
+def line(text: str) -> str | None:
+    r"""The first line that is not blank.
+
+    Example:
+        >>> line("\n Paris \nand more")
+        'Paris'
+    """
+    return next((part.strip() for part in text.splitlines() if part.strip()), None)
+
+
+def last_line(text: str) -> str | None:
+    r"""What follows "answer is" or "answer:" in the last line that is not blank, else that line.
+
+    Example:
+        >>> last_line("We count.\nSo the answer is valid."), last_line("a\nb")
+        ('valid.', 'b')
+    """
+    found = next((part.strip() for part in reversed(text.splitlines()) if part.strip()), None)
+    said = _ANSWER_IS.findall(found) if found else []
+    return said[-1] if said else found
+
+
+def whole(text: str) -> str | None:
+    """The whole text; None when it is blank."""
+    return text.strip() or None
+
+
+EXTRACTORS: Mapping[str, Callable[[str], str | None]] = {
+    "number": number,
+    "letter": letter,
+    "line": line,
+    "last-line": last_line,
+    "whole": whole,
+}
+"""Rule -> text to answer, None where the text has none."""
+
+
+def extract(rule: str, text: str) -> str | None:
+    """The answer in `text` by a rule of `EXTRACTORS`, or by `regex:PATTERN`: its first group, else all of its match."""
+    if rule.startswith(REGEX):
+        found = re.search(rule.removeprefix(REGEX), text, re.MULTILINE)
+        return None if found is None else found.group(1 if found.re.groups else 0)
+    return EXTRACTORS[rule](text)
+
+
+def normalised(text: str) -> str:
+    """Text as it is compared: compatibility forms unified, no case, single spaces, no punctuation around it.
+
+    Example:
+        >>> normalised(' "The  Cat." ')
+        'the cat'
+    """
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return plain.strip("\"'`*.,;:!?()[]{}$ ") or plain
+
+
+def equal(answer: str | None, gold: str) -> bool:
+    """Whether an answer is the gold one: equal when normalised, or the same number.
+
+    Example:
+        >>> equal("1,200.0", "$1200"), equal("(B)", "b"), equal(None, "a")
+        (True, True, False)
+    """
+    if answer is None:
+        return False
+    if normalised(answer) == normalised(gold):
+        return True
+    ours, theirs = value_of(answer), value_of(gold)
+    return ours is not None and ours == theirs
+
+
+def value_of(text: str) -> Decimal | None:
+    """The number that a text is, with a currency, a percent sign or thousands separators; None for any other text.
+
+    Example:
+        >>> value_of("$1,200"), value_of("5 %"), value_of("5 apples") is None
+        (Decimal('1200'), Decimal('5'), True)
+    """
+    plain = text.strip().strip("$€£¥ ").removesuffix("%").strip().rstrip(".").replace(",", "").replace("−", "-")
+    over, slash, under = plain.partition("/")
+    try:
+        value = Decimal(over)
+        if slash:
+            value = value / Decimal(under)
+    except (InvalidOperation, ArithmeticError):
+        return None
+    return value if value.is_finite() else None
+
+
+def rule_for(gold: str, turn: str) -> tuple[str, bool]:
+    r"""The rule for one row: the first that finds the gold answer in the row's own answer turn.
+
+    Args:
+        gold: The gold answer.
+        turn: What the answer turn of the row says.
+
+    Returns:
+        The rule, and whether any rule finds it; without one, rules cannot judge this row well.
+
+    Example:
+        >>> rule_for("7", "3 + 4 = 7\n#### 7"), rule_for("(A)", "(A)"), rule_for("valid", "So the answer is valid.")
+        (('number', True), ('letter', True), ('last-line', True))
+    """
+    rules = [*(["number"] if value_of(gold) is not None else []), "line", "last-line", "whole"]
+    if re.fullmatch(rf"\(?{_LETTER}\)?\.?", gold.strip()):
+        rules.insert(0, "letter")
+    for rule in rules:
+        if equal(extract(rule, turn), gold):
+            return rule, True
+    return rules[0], False
