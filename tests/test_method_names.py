@@ -39,6 +39,7 @@ ANOTHER_MEANING: dict[str, set[str]] = {
     "optim/rules/mars.py": {"adamw", "lion"},  # the two forms
     "optim/rules/matrices.py": {"adamw"},  # the part of a group's settings that is for AdamW
     "optim/rules/wrappers/quantized.py": {"linear"},  # a code of quantized values
+    "datatools/colm/history.py": {"adam"},  # a history of Adam moments, not an optimizer
     "datatools/subsets/facility_location.py": {"cosine"},  # a metric
     "datatools/order/estimators/fut.py": {"exact"},  # a derivative
     "datatools/order/estimators/moments.py": {"exact"},  # gradients
