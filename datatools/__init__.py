@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from datatools.less.influence import subtask_targets as subtask_targets
     from datatools.less.less import LessScores as LessScores
     from datatools.less.less import less_scores as less_scores
+    from datatools.less.preference import extract_preferences as extract_preferences
     from datatools.memory import keep_pages as keep_pages
     from datatools.paired import Paired as Paired
     from datatools.paired import bootstrap_mean as bootstrap_mean
@@ -69,6 +70,8 @@ if TYPE_CHECKING:
     from datatools.selection.candidates import Selection as Selection
     from datatools.selection.selectors import SELECTORS as SELECTORS
     from datatools.selection.selectors import select as select
+    from datatools.selection.several import SHARINGS as SHARINGS
+    from datatools.selection.several import several as several
     from datatools.selection.subtasks import subtask_means as subtask_means
     from datatools.stats import bootstrap_interval as bootstrap_interval
     from datatools.stats import spearman as spearman
@@ -130,11 +133,14 @@ _EXPORTS = {
     "span_coefficients": "datatools.scores.span",
     "most_specific": "datatools.scores.specificity",
     "specificity": "datatools.scores.specificity",
+    "extract_preferences": "datatools.less.preference",
     "Budget": "datatools.selection.budget",
     "Candidates": "datatools.selection.candidates",
     "Selection": "datatools.selection.candidates",
     "SELECTORS": "datatools.selection.selectors",
     "select": "datatools.selection.selectors",
+    "SHARINGS": "datatools.selection.several",
+    "several": "datatools.selection.several",
     "GradientFeatures": "datatools.features.store",
     "OtherFeatures": "datatools.features.plan",
 }

@@ -51,6 +51,7 @@ def less_scores(
     keys: Sequence[str],
     target_keys: Sequence[str],
     how: str = "less",
+    advantages: Tensor | None = None,
 ) -> LessScores:
     """Score the rows `keys` by their influence on the rows `target_keys`, store by store and block by block.
 
@@ -62,6 +63,8 @@ def less_scores(
         keys: [n], the rows to score; keys may repeat, as copies of a row do.
         target_keys: [m], the target rows.
         how: aggregation over target rows, a name of `AGGREGATIONS`.
+        advantages: float32 [m], what each target row counts, of either sign; None is 1 for all. The similarity to a row
+            is multiplied by it, and so is the gradient that is averaged before the cosine.
 
     Returns:
         Scores, similarities, norms and statuses.
@@ -98,8 +101,12 @@ def less_scores(
         held = gradients.rows()
         length = dict(zip(held.keys, held.norms, strict=True))
         norm = torch.stack([length[key] for key in target_keys])
+        if advantages is not None:
+            norm = norm * advantages
         wanted.append([(target_keys, gradients.take(target_keys), norm, ["ok"] * len(target_keys))])
     similarity = influence(train, wanted, weights, keys=keys)
+    if advantages is not None:
+        similarity = similarity * advantages
 
     # 3. One score per row. Alternatively, as in the paper, the gradients of a subtask are averaged before the cosine.
     columns, of = similarity, groups

@@ -101,6 +101,16 @@ def row_losses(model: Any, batch: Batch) -> Tensor:
     return total / torch.bincount(rows, minlength=len(total)).clamp_min(1)
 
 
+def answer_losses(model: Any, batch: Batch) -> Tensor:
+    """The negative log likelihood of the supervised tokens of each row, summed, float32 [b]."""
+    return row_losses(model, batch) * (batch["labels"][:, 1:] != -100).sum(1).clamp_min(1)
+
+
+def dense_answer_losses(model: Any, batch: Batch) -> Tensor:
+    """`answer_losses` in the form that torch.func can transform, float32 [b]."""
+    return dense_row_losses(model, batch) * (batch["labels"][:, 1:] != -100).sum(1).clamp_min(1)
+
+
 def dense_row_losses(model: Any, batch: Batch) -> Tensor:
     """Return `row_losses` with logits at every position, float32 [b].
 
@@ -154,6 +164,11 @@ def losses_for(method: str) -> Callable[[Any, Batch], Tensor]:
         method: "hooks", "vmap" or "loop".
     """
     return dense_row_losses if method == "vmap" else row_losses
+
+
+def answer_losses_for(method: str) -> Callable[[Any, Batch], Tensor]:
+    """The summed loss per row in the form that a method of per-example gradients can take."""
+    return dense_answer_losses if method == "vmap" else answer_losses
 
 
 def seen_parameters(module: Any, params: Mapping[str, Tensor], method: str) -> list[str]:

@@ -184,6 +184,11 @@ class Pool:
         """
         return self._offset[index]
 
+    def value(self, index: int, column: str) -> Any:
+        """What row `index` has in the column that we call `column`; None if it has none."""
+        names = self._columns[self._file[index]]
+        return parse_object(self.raw(index), self._options.limits).get(names.get(column, column))
+
     def where(self, index: int) -> str:
         """Return `file:line` of a row.
 

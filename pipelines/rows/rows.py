@@ -61,11 +61,14 @@ class Rows:
             encoded = self.encoder(self.pool[index])
         return encoded.input_ids, encoded.labels
 
+    def longest_first(self) -> list[int]:
+        """The usable rows, longest first, ties by content."""
+        return sorted(np.flatnonzero(self.usable).tolist(), key=lambda i: (-int(self.scan.tokens[i]), self.keys[i]))
+
     def unique(self) -> dict[str, int]:
         """Return content hash -> one usable row that has it, longest rows first: what must be computed once."""
-        order = sorted(np.flatnonzero(self.usable).tolist(), key=lambda i: (-int(self.scan.tokens[i]), self.keys[i]))
         first: dict[str, int] = {}
-        for index in order:
+        for index in self.longest_first():
             first.setdefault(self.keys[index], index)
         return first
 

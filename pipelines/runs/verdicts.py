@@ -17,7 +17,14 @@ from datatools import DatatoolsError, files
 from pipelines.runs.messages import warn
 
 SELECTED = "selected.jsonl"
-_ASIDE = ("selected.parquet", "scores.parquet", "summary.json", "report.html", SELECTED)  # last: a kill resumes here
+_ASIDE = (
+    "selected.parquet",
+    "scores.parquet",
+    "summary.json",
+    "weights.yaml",
+    "report.html",
+    SELECTED,
+)  # last: a kill resumes here
 
 
 def digest_of(folder: Path) -> str | None:

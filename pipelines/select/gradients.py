@@ -21,14 +21,16 @@ from datatools import (
     LessScores,
     Projector,
     extract,
+    extract_preferences,
     files,
     less_scores,
 )
 from optim import SGDRule, UpdateMap, UpdateRule
-from pipelines.models.losses import losses_for, seen_parameters
+from pipelines.models.losses import answer_losses_for, losses_for, seen_parameters
 from pipelines.rows.rows import Rows
 from pipelines.runs.messages import library_warnings
 from pipelines.runs.progress import progress
+from pipelines.select import objectives
 from pipelines.select.scored import Context, Scored, spread, subtask_groups, unique_among
 from pipelines.select.scorer import Asked, Work
 from pipelines.select.stores import FEATURE_VERSION, filling, kept, open_store, tokens_of
@@ -126,23 +128,30 @@ def _features(
         common["projector"] = projector.metadata()
         common = {name: common[name] for name in names_of}
         stores, tokens = [], 0
-        jobs = (("train", context.pool, pool_rows, train_map), ("target", context.wanted, target_rows, target_map))
-        for kind, rows, planned, updates in jobs:
+        of_target = objectives.folder(config, checkpoint.step)
+        jobs = (
+            (f"train-{checkpoint.step}", context.pool, pool_rows, train_map),
+            (of_target, context.wanted, target_rows, target_map),
+        )
+        for name, rows, planned, updates in jobs:
             meta = {**common, "gradient": sorted({described(r) for r in updates.rules.values()})}
-            folder = context.features_folder / f"{recipe.prefix}{kind}-{checkpoint.step}"
+            folder = context.features_folder / f"{recipe.prefix}{name}"
             with filling(folder):
                 store = open_store(
                     context,
                     folder,
                     planned,
-                    among=rows.unique(),
+                    among=rows.unique() if rows is context.pool else planned,
                     meta=meta,
                     dim=projector.dim,
                     dtype=config.features.dtype,
                     rows_per_unit=config.features.rows_per_unit,
                 )
                 tokens += sum(int(rows.scan.tokens[i]) for i in planned.values())
-                _fill(context, store, module, kind, rows, planned, updates, projector)
+                if rows is context.wanted and config.objective == "dpo":
+                    _fill_pairs(context, store, module, planned, updates, projector)
+                else:
+                    _fill(context, store, module, rows, planned, updates, projector)
             stores.append(store)
         return Features(stores[0], stores[1], tokens, rule, coverage)
 
@@ -154,7 +163,8 @@ def gradients(
     run = context.run
     found, tokens = warm_up(context)
     run.provenance["checkpoints"] = [str(c.folder.name) for c in found]
-    pool_rows, target_rows = unique_among(context.pool, chosen), context.wanted.unique()
+    pool_rows = unique_among(context.pool, chosen)
+    target_rows = objectives.unique(context.config, context.wanted)
     made: list[Features] = []
     for checkpoint in found:
         with run.stage(f"features at step {checkpoint.step}"):
@@ -166,7 +176,6 @@ def _fill(
     context: Context,
     store: GradientFeatures,
     module: Any,
-    kind: str,
     rows: Rows,
     planned: Mapping[str, int],
     updates: UpdateMap,
@@ -180,7 +189,7 @@ def _fill(
     lengths = {key: int(rows.scan.tokens[first[key]]) for key in missing}
     todo = sum(lengths.values())
     total = todo + sum(int(rows.scan.tokens[i]) for key, i in planned.items() if key not in missing)
-    where = "pool" if kind == "train" else "target"
+    where = "pool" if rows is context.pool else "target"
     with (
         library_warnings(),
         progress(f"gradients of the {where} at {store.folder.name}", total, "tokens", done=total - todo) as bar,
@@ -195,6 +204,39 @@ def _fill(
             projector,
             method=context.config.features.method,  # type: ignore[arg-type]
             token_budget=context.config.features.token_budget,
+            advance=lambda n, tokens: bar.advance(tokens),
+        )
+
+
+def _fill_pairs(
+    context: Context,
+    store: GradientFeatures,
+    module: Any,
+    first: Mapping[str, int],
+    updates: UpdateMap,
+    projector: Any,
+) -> None:
+    """Compute what is missing in the store of the target's pairs: both answers of each."""
+    if not store.missing_units():
+        return
+    config, chosen = context.config, context.wanted
+    other = objectives.rejected(context, context.model())
+    lengths = {key: max(int(rows.scan.tokens[i]) for rows in (chosen, other)) for key, i in first.items()}
+    with (
+        library_warnings(),
+        progress(f"gradients of the target at {store.folder.name}", 2 * sum(lengths.values()), "tokens") as bar,
+    ):
+        extract_preferences(
+            store,
+            module,
+            answer_losses_for(config.features.method),
+            lambda keys: chosen.batch([first[key] for key in keys], module.device),
+            lambda keys: other.batch([first[key] for key in keys], module.device),
+            lengths,
+            updates,
+            projector,
+            method=config.features.method,  # type: ignore[arg-type]
+            token_budget=config.features.token_budget,
             advance=lambda n, tokens: bar.advance(tokens),
         )
 
@@ -221,16 +263,18 @@ def result(
     """What the stores say about the usable pool rows `chosen`."""
     pool, target = context.pool, context.wanted
     wanted = np.flatnonzero(target.usable).tolist()
+    target_keys = objectives.keys(context.config, target)
     for one in made:
-        refuse_dead_targets(one.target, target, wanted)
+        refuse_dead_targets(one.target, target, wanted, target_keys)
     return less_scores(
         [one.train for one in made],
         [one.target for one in made],
         [c.weight for c in found],
         subtask_groups(target)[1],
         keys=[pool.keys[i] for i in chosen],
-        target_keys=[target.keys[i] for i in wanted],
+        target_keys=target_keys,
         how=how,
+        advantages=objectives.weights(context.config, target),
     )
 
 
@@ -264,11 +308,14 @@ def scored(
     )
 
 
-def refuse_dead_targets(store: GradientFeatures, target: Rows, wanted: list[int]) -> None:
-    """Refuse target rows without a finite, non-zero gradient."""
+def refuse_dead_targets(
+    store: GradientFeatures, target: Rows, wanted: list[int], keys: list[str] | None = None
+) -> None:
+    """Refuse target rows without a finite, non-zero gradient; their keys in the store are those of the rows, or `keys`."""
+    keys = [target.keys[row] for row in wanted] if keys is None else keys
     held = store.rows()
     states = dict(zip(held.keys, held.status, strict=True))
-    if dead := [row for row in wanted if states[target.keys[row]] != "ok"]:
+    if dead := [row for row, key in zip(wanted, keys, strict=True) if states[key] != "ok"]:
         raise DataError(
             f"target row {target.pool.where(dead[0])} has no finite, non-zero gradient ({len(dead)} such rows in "
             f"{store.folder.name}); remove it from the target"
@@ -285,8 +332,11 @@ def work(context: Context, dim: int, prefix: str = "") -> Work:
         label = f"warm-up on {rows} rows"
         whole[label], left[label] = map(float, warm)
     for step in steps:
-        for kind, part, name in (("train", pool, "pool"), ("target", target, "target")):
-            store = f"{prefix}{kind}-{step}"
+        for kept_in, part, name in (
+            (f"train-{step}", pool, "pool"),
+            (objectives.folder(config, step), target, "target"),
+        ):
+            store = f"{prefix}{kept_in}"
             label = f"gradients of the {name} at {store}"
             whole[label], left[label] = tokens_of(part, context.features_folder / store)
     each = dim * ENCODINGS[config.features.dtype].bits // 8 + 8
@@ -305,10 +355,11 @@ def nearest(asked: Asked, prefix: str = "") -> Tensor:
     """The weighted cosines of the features that the run has kept."""
     found = stops(asked.config, asked.folder)
     home = kept(asked, *(f"{prefix}train-{stop.step}" for stop in found))
-    keys = [asked.target.keys[i] for i in np.flatnonzero(asked.target.usable).tolist()]
+    keys = objectives.keys(asked.config, asked.target)
     similarity = torch.zeros(len(keys))
     for stop in found:
         features = GradientFeatures.open(home / f"{prefix}train-{stop.step}").take([asked.pool.keys[asked.index]])[0]
-        target = GradientFeatures.open(home / f"{prefix}target-{stop.step}").take(keys)
+        target = GradientFeatures.open(home / f"{prefix}{objectives.folder(asked.config, stop.step)}").take(keys)
         similarity += stop.weight * (target @ features)
-    return similarity
+    counts = objectives.weights(asked.config, asked.target)
+    return similarity if counts is None else similarity * counts

@@ -9,6 +9,7 @@ Source: Xia et al. 2024, arXiv 2402.04333.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,11 @@ from torch import Tensor
 from datatools import AGGREGATIONS, PROJECTORS, Projector
 from optim import AdamWRule
 from pipelines.runs.seeds import derive_seed
-from pipelines.select import gradients
+from pipelines.select import gradients, objectives
 from pipelines.select.gradients import At, Features, Recipe, described
 from pipelines.select.layers import layers_of
 from pipelines.select.scored import Context, Scored, spread, usable_among
-from pipelines.select.scorer import Asked, Work
+from pipelines.select.scorer import Asked, Space, Work
 from pipelines.select.warm_up import stops
 from pipelines.settings.methods import Method
 from pipelines.settings.select import SelectConfig
@@ -35,6 +36,7 @@ METHOD = Method(
     label="less",
     needs=("target", "model", "gradients"),
     stored=True,
+    objectives=("ce", "dpo", "reward"),
     nearest="target rows it helps most",
     measure="cosine, weighted over checkpoints",
     cost="a warm-up run, then forward and backward of every row at each checkpoint",
@@ -73,12 +75,15 @@ RECIPE = Recipe(_projector)
 
 
 def _formula(config: SelectConfig, made: Features) -> dict[str, Any]:
+    goal = {"ce": "grad l(z'; theta_c)", "dpo": "grad DPO loss(z'; theta_c)", "reward": "grad l(z'; theta_c)"}
+    weighed = "A(z') " if config.objective == "reward" else ""
     mode = {"paper": "less-paper", "code": "less-official", "precond_only": "less-preconditioner"}
     return {
         "name": mode[config.features.adam_mode] if type(made.rule) is AdamWRule else f"less-{made.rule.name}",
         "text": f"score(z) = {AGGREGATIONS[config.aggregate].formula} "
-        f"sum_c w_c cos( {made.rule.name} update of grad l(z; theta_c), grad l(z'; theta_c) ),  "
-        "w_c = mean learning rate of c / sum",
+        f"{weighed}sum_c w_c cos( {made.rule.name} update of grad l(z; theta_c), {goal[config.objective]} ),  "
+        "w_c = mean learning rate of c / sum"
+        + (", A = reward minus the mean of its prompt or subtask, of mean |A| 1" if weighed else ""),
         "settings": described(made.rule),
     }
 
@@ -93,8 +98,18 @@ def nearest(asked: Asked) -> Tensor:
     return gradients.nearest(asked)
 
 
+def spaces(config: SelectConfig, folder: Path) -> list[Space]:
+    """The features at all checkpoints that count, each with its weight."""
+    home, found = config.features.folder or folder / "features", stops(config, folder)
+    return [
+        Space(stop.weight, home / f"train-{stop.step}", home / objectives.folder(config, stop.step)) for stop in found
+    ]
+
+
 def layers(asked: Asked, rows: list[int]) -> list[dict[str, Any]]:
-    """The share of each layer, at the checkpoint with the largest weight."""
+    """The share of each layer, at the checkpoint with the largest weight; none for pairs and rewards."""
+    if asked.config.objective != "ce":
+        return []
     heaviest = max(stops(asked.config, asked.folder), key=lambda c: c.weight)
     return layers_of(asked.config, heaviest, asked.pool, asked.index, asked.target, rows)
 

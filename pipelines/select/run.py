@@ -32,7 +32,7 @@ from pipelines.runs.folder import Run
 from pipelines.runs.messages import quiet, say, warn
 from pipelines.runs.seeds import derive_seed
 from pipelines.runs.workers import alone
-from pipelines.select import cost
+from pipelines.select import cost, objectives, targets
 from pipelines.select.scored import Context, Scored, candidates
 from pipelines.select.scorer import scorer
 from pipelines.select.write import write
@@ -87,6 +87,7 @@ def check(config: SelectConfig) -> None:
     optimizers.check(config.warmup)
     if config.selector is not None:
         _check_selector(config, config.selector)
+    objectives.check(config, known(config.method).objectives)
     scorer(config.method).check(config)
 
 
@@ -177,6 +178,8 @@ def choose(context: Context, scored: Scored) -> Selection:
         DataError: if the selector needs scores and no row has one.
     """
     config = context.config
+    if config.targets.share != "no":
+        return targets.choose(context, scored)
     options: dict[str, Any] = {"seed": derive_seed(config.seed, "selection"), "max_per_source": config.max_per_source}
     name = config.selector or known(config.method).selector
     rows = candidates(context.pool, scored, context.target if SELECTORS[name].similarity else None)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from datatools import SELECTORS, Selection, files
 from pipelines.runs import verdicts
+from pipelines.select import mixture, targets
 from pipelines.select.columns import score_columns, selected_columns
 from pipelines.select.scored import Context, Scored
 from pipelines.select.summary import nearest, ranking, summarise
@@ -42,10 +43,12 @@ def write(context: Context, scored: Scored, selection: Selection, before: Mappin
         "keys_digest": files.digest("\n".join(pool.keys[i] for i in chosen).encode()),
     }
     summary = summarise(context, scored, selection, order, before)
-    summary |= {"selection": {"digest": digest}, "audit": audit}
+    weights = mixture.write(current.path(mixture.NAME), context, scored, selection)
+    summary |= {"selection": {"digest": digest}, "audit": audit, "mixture": weights}
+    summary |= targets.summary(context, selection)
     summary = dict(redaction.hide_all(summary))
     files.write_json(current.path("summary.json"), summary)
-    names = ("selected.jsonl", "selected.parquet", "scores.parquet", "summary.json")
+    names = ("selected.jsonl", "selected.parquet", "scores.parquet", "summary.json", mixture.NAME)
     current.provenance["outputs"] = {name: files.digest_file(current.path(name)) for name in names}
     return summary
 
@@ -54,6 +57,7 @@ def _reasons(context: Context, scored: Scored, selection: Selection) -> list[str
     """One sentence per chosen row."""
     reasons = []
     by_score = SELECTORS[context.config.selector or known(context.config.method).selector].scores
+    by_score &= context.config.targets.share == "no"
     for place, index in enumerate(int(i) for i in selection.indices):
         near = nearest(context, scored, index)
         if near is not None and (by_score or selection.why is None):

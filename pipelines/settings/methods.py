@@ -50,6 +50,7 @@ class Method:
         forward: The rows that need a forward pass; an audit estimates the cost from them.
         stored: Whether the computed features are kept and may serve another run.
         checkpoints: The checkpoints of the warm-up at which gradients are taken, unless `features.checkpoints` says.
+        objectives: What its target may be, values of the setting `objective`.
         nearest: The heading above the nearest target rows in `datatools explain`.
         measure: The kind of similarity in that table.
         cost: The cost of a score.
@@ -71,6 +72,7 @@ class Method:
     forward: tuple[Literal["pool", "target"], ...] = ()
     stored: bool = False
     checkpoints: Literal["all", "last"] = "all"
+    objectives: tuple[Literal["ce", "dpo", "reward"], ...] = ("ce",)
     nearest: str = "target rows that it is most like"
     measure: str = "cosine"
     name: str = ""

@@ -158,6 +158,56 @@ class AdaptationConfig(Settings):
     )
 
 
+class TargetsConfig(Settings):
+    """How several targets share one selection."""
+
+    shorthand = "share"
+    share: Annotated[Literal["no", "union", "maxmin"], Flag("--targets", METHOD, "HOW")] = Field(
+        default="no",
+        description="several targets (one --target file each, or the column subtask of target rows): union lets them "
+        "take turns, each its best row; maxmin gives the turn to the target that is served worst so far; no ranks rows "
+        "by the one score that `aggregate` makes of all target rows",
+        json_schema_extra=LATE | UNSAID,
+    )
+    budgets: dict[str, BudgetText] = Field(
+        default={},
+        description="rows for each target in place of `budget`, such as {maths: 3%, code: 100}",
+        json_schema_extra=LATE | UNSAID,
+    )
+
+    @model_validator(mode="after")
+    def _shared(self) -> Self:
+        if self.budgets and self.share == "no":
+            raise ValueError("budgets of targets need a way to share: --targets union (or maxmin)")
+        return self
+
+
+class MixtureConfig(Settings):
+    """The sampling weights of sources that a selection suggests (weights.yaml)."""
+
+    shorthand = "weights"
+    weights: Literal["selection", "scores"] = Field(
+        default="selection",
+        description="selection: a source's share of the selected rows; scores: its share of the pool, times the "
+        "exponential of its standardised mean score over the temperature",
+        json_schema_extra=LATE | UNSAID,
+    )
+    temperature: float = Field(
+        default=1.0,
+        gt=0,
+        le=1e6,
+        description="of `weights: scores`; higher is closer to the pool's own mixture",
+        json_schema_extra=LATE | UNSAID,
+    )
+    floor: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="share of the pool's own mixture in the weights, so that no source vanishes",
+        json_schema_extra=LATE | UNSAID,
+    )
+
+
 class SelectConfig(RunSettings):
     """Select the training rows that move the model towards the target rows.
 
@@ -204,6 +254,13 @@ class SelectConfig(RunSettings):
         description="folder of the run; an interrupted run in it is continued",
         json_schema_extra=ELSEWHERE,
     )
+    objective: Annotated[Literal["ce", "dpo", "reward"], Flag("--objective", METHOD)] = Field(
+        default="ce",
+        description="what target rows are, for methods that take their gradients: ce is answers to learn; dpo pairs of "
+        "a chosen and a rejected answer (preference: chosen is then set); reward answers with a number in the column "
+        "reward",
+        json_schema_extra=UNSAID,
+    )
     lora: Annotated[LoraConfig, Flags("rank")] = Field(
         default_factory=LoraConfig, description="the parameters whose gradients are compared"
     )
@@ -239,6 +296,24 @@ class SelectConfig(RunSettings):
         description="most rows per source: a count (500), or a share of the selection (0.3, 30%)",
         json_schema_extra=LATE,
     )
+
+    targets: Annotated[TargetsConfig, Flags("share")] = Field(
+        default_factory=TargetsConfig, description="several targets at once"
+    )
+    mixture: MixtureConfig = Field(default_factory=MixtureConfig, description="suggested sampling weights of sources")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pairs_are_read(cls, value: object) -> object:
+        """Rows with two answers are read: by the chosen one, where a reader wants one row."""
+        if not isinstance(value, dict) or value.get("objective") != "dpo":
+            return value
+        train = DataConfig.expand(value.get("train"))
+        if isinstance(train, DataConfig):
+            train = train.model_copy(update={"preference": "chosen"})
+        elif isinstance(train, dict):
+            train = {**train, "preference": "chosen"}
+        return {**value, "train": train}
 
     @model_validator(mode="after")
     def _has_target(self) -> Self:

@@ -6,9 +6,12 @@ from collections.abc import Collection, Mapping
 
 from datatools import UsageError, did_you_mean
 
-ANY_FORMAT = ("tools", "id", "source", "subtask", "gold", "options", "tests")
-"""Columns that a row of any format may have: `source` is the row's source, `subtask` its subtask of the target. `gold`
-(by default the column `answer`), `options` and `tests` say how an answer is judged."""
+ANY_FORMAT = ("tools", "id", "source", "subtask", "reward", "gold", "options", "tests")
+"""Columns that a row of any format may have.
+
+`source` is the row's source, `subtask` its subtask of the target, `reward` how good its answer is (`select --objective
+reward`). `gold` (by default the column `answer`), `options` and `tests` say how an answer is judged.
+"""
 
 Columns = Mapping[str, str | Mapping[str, str]]
 """Our names -> the data's; or file -> its own mapping, which is then the only one for that file."""

@@ -1,6 +1,10 @@
-"""The format preference: a chosen and a rejected answer, read as the prompt with the chosen answer."""
+"""The format preference: a chosen and a rejected answer, read as the prompt with the chosen answer.
+
+For the gradients of pairs, the same rows are read with the rejected answer.
+"""
 
 import re
+from dataclasses import replace
 
 from pipelines.rows.formats.contents import first_of
 from pipelines.rows.formats.pair import from_pair
@@ -20,6 +24,9 @@ def _read(given: Given, _: tuple[str, ...]) -> Shape:
             "preference_row",
             "the row has a chosen and a rejected answer; --preference chosen reads it as its prompt and the chosen one",
         )
+    if given.preference == "rejected":  # the other answer of each pair, for `select --objective dpo`
+        one, other = (given.names.get(name, name) for name in ("chosen", "rejected"))
+        given = replace(given, row={**given.row, one: given.get("rejected"), other: given.get("chosen")})
     get, columns = given.get, given.names
     chosen, rejected = ([turns] if isinstance(turns, dict) else turns for turns in (get("chosen"), get("rejected")))
     prompt = get("prompt")

@@ -1,0 +1,138 @@
+"""What the target is for methods that take its gradients: answers, preferences, or rewards (`objective`).
+
+ce      every target row is an answer to learn: the gradient of its loss.
+dpo     every target row has a chosen and a rejected answer: the gradient of the DPO loss (`datatools.less.preference`).
+reward  every target row has an answer and a `reward`: the policy gradient, minus the sum of advantage x gradient of the
+        log likelihood. The advantage of a row is its reward minus the mean reward of the rows with the same prompt,
+        or, where its prompt stands alone, of all rows of its subtask. As in LESS the gradient of each row has unit
+        length before it is weighed; with `aggregate=paper` the gradients of the mean log likelihoods per token (as in
+        GRPO) are weighed and averaged as they are.
+
+Source: NICE, ICML 2025 (policy gradients as the target of a selection); ROSE, arXiv 2412.00631 (preferences).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datatools import DataError, UsageError, files
+from pipelines.models.load import LoadedModel
+from pipelines.rows.prepare import prepare, target_data
+from pipelines.rows.rows import Rows
+from pipelines.select.scored import Context, subtask_groups
+from pipelines.settings.select import SelectConfig
+
+
+def folder(config: SelectConfig, step: int) -> str:
+    """The name of the store of the target's gradients at a checkpoint; rewards weigh those of answers."""
+    return f"target-dpo-{step}" if config.objective == "dpo" else f"target-{step}"
+
+
+def unique(config: SelectConfig, target: Rows) -> dict[str, int]:
+    """Key -> a usable target row that has it: what must be computed once."""
+    if config.objective != "dpo":
+        return target.unique()
+    return {_pair_key(target, index): index for index in target.longest_first()}
+
+
+def keys(config: SelectConfig, target: Rows) -> list[str]:
+    """The key of each usable target row, as in `unique`."""
+    rows = np.flatnonzero(target.usable).tolist()
+    return [_pair_key(target, i) if config.objective == "dpo" else target.keys[i] for i in rows]
+
+
+def _pair_key(target: Rows, index: int) -> str:
+    """Of the chosen answer's tokens, and of the row, which has the rejected one."""
+    return files.digest(target.keys[index].encode() + b"\n" + target.pool.raw(index))
+
+
+def rejected(context: Context, loaded: LoadedModel) -> Rows:
+    """The target rows with their rejected answers, each in the place of its row in `context.wanted`.
+
+    Raises:
+        DataError: A rejected answer cannot be used, or is the chosen one.
+    """
+    config, target = context.config, context.wanted
+    data = target_data(config.train, config.target, config.target_columns)
+    found = prepare(
+        data.model_copy(update={"preference": "rejected"}),
+        config.model,
+        loaded.tokenizer,
+        cache=context.run.path("inputs"),
+        label="rejected answers of the target",
+        limits=loaded.limits,
+    )
+    for index in np.flatnonzero(target.usable).tolist():
+        if found.keys[index] == target.keys[index]:
+            raise DataError(
+                f"target row {target.pool.where(index)}: has no rejected answer, or the chosen one again; --objective "
+                "dpo needs rows with `chosen` and `rejected`"
+            )
+    return found
+
+
+def weights(config: SelectConfig, target: Rows) -> Tensor | None:
+    """The advantage of each usable target row, float32 [m], of mean absolute value 1; None if rows are not weighed.
+
+    Raises:
+        DataError: A row has no reward, or rewards do not differ.
+    """
+    if config.objective != "reward":
+        return None
+    rows = np.flatnonzero(target.usable).tolist()
+    rewards, prompts = [], []
+    for index in rows:
+        value = target.pool.value(index, "reward")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+            raise DataError(
+                f"target row {target.pool.where(index)}: `reward` is {str(value)[:40]!r}; expected a number "
+                "(--target-columns reward=YOURS names another column)"
+            )
+        rewards.append(float(value))
+        row = target.pool[index]
+        prompts.append((row.subtask, row.question))
+    groups = subtask_groups(target)[1].tolist()
+    found = advantages(rewards, prompts, groups)
+    scale = float(found.abs().mean())
+    if scale < 1e-12:
+        raise DataError(
+            "the rewards of the target rows do not differ from the mean of their prompt (or subtask), so that they say "
+            "nothing; give answers with better and worse rewards"
+        )
+    return (found / scale).float()
+
+
+def advantages(rewards: Sequence[float], prompts: Sequence[object], groups: Sequence[int]) -> Tensor:
+    """float64 [m]: each reward minus the mean of its prompt, or of its group where the prompt stands alone.
+
+    >>> advantages([1.0, 0.0, 5.0, 3.0], ["p", "p", "q", "r"], [0, 0, 0, 0]).tolist()
+    [0.5, -0.5, 2.75, 0.75]
+    """
+    of_prompt: dict[object, list[float]] = defaultdict(list)
+    of_group: dict[int, list[float]] = defaultdict(list)
+    for reward, prompt, group in zip(rewards, prompts, groups, strict=True):
+        of_prompt[prompt].append(reward)
+        of_group[group].append(reward)
+    base = [
+        of_prompt[prompt] if len(of_prompt[prompt]) > 1 else of_group[group]
+        for prompt, group in zip(prompts, groups, strict=True)
+    ]
+    return torch.tensor([r - sum(b) / len(b) for r, b in zip(rewards, base, strict=True)], dtype=torch.float64)
+
+
+def check(config: SelectConfig, objectives: tuple[str, ...]) -> None:
+    """Refuse an objective that the method cannot have.
+
+    Raises:
+        UsageError: The method takes no gradients of target rows.
+    """
+    if config.objective not in objectives:
+        raise UsageError(
+            f"--objective {config.objective} is for methods that take gradients of the target rows, and --method "
+            f"{config.method} takes none; use --method less"
+        )
