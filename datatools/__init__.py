@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from datatools.features.encodings import ENCODINGS as ENCODINGS
     from datatools.features.extract import batch_rows as batch_rows
     from datatools.features.extract import extract as extract
+    from datatools.features.neighbours import Clusters as Clusters
+    from datatools.features.neighbours import Neighbours as Neighbours
+    from datatools.features.neighbours import clusters as clusters
+    from datatools.features.neighbours import nearest as nearest
     from datatools.features.plan import OtherFeatures as OtherFeatures
     from datatools.features.store import GradientFeatures as GradientFeatures
     from datatools.files.order_file import Order as Order
@@ -142,6 +146,10 @@ _EXPORTS = {
     "SHARINGS": "datatools.selection.several",
     "several": "datatools.selection.several",
     "GradientFeatures": "datatools.features.store",
+    "Clusters": "datatools.features.neighbours",
+    "Neighbours": "datatools.features.neighbours",
+    "clusters": "datatools.features.neighbours",
+    "nearest": "datatools.features.neighbours",
     "OtherFeatures": "datatools.features.plan",
 }
 

@@ -22,7 +22,7 @@ from pipelines.settings.demo import DemoConfig
 from pipelines.settings.diagnose import DiagnoseConfig
 from pipelines.settings.flags import values_of
 from pipelines.settings.order import ORDER_TASKS, OrderConfig
-from pipelines.settings.select import ExplainConfig, SelectConfig
+from pipelines.settings.select import ExplainConfig, NeighboursConfig, SelectConfig
 from pipelines.settings.train import EvaluateConfig, TrainConfig
 
 Given = dict[str, Any]
@@ -116,6 +116,12 @@ def _explain(given: Given) -> Start:
     return Start(values={"file": file, "line": int(line)})
 
 
+def _neighbours(given: Given) -> Start:
+    """The folder of a run, and a row of its pool."""
+    values: dict[str, object] = {"folder": home(given["run"])}
+    return Start(values=values if given["row"] is None else {**values, "row": given["row"]})
+
+
 # ----------------------------------------------------------------------------------------------------------- commands
 
 
@@ -146,6 +152,7 @@ _TASK = flags.argument(
 _PLACE = flags.argument(
     "place", str, "FILE:LINE|DIR", "a line of selected.jsonl, or the folder of a run", required=True
 )
+_RUN = flags.argument("run", str, "DIR", "the folder of a run", required=True)
 _ROW = flags.argument("row", str | None, "ROW", "a row of the run's pool: FILE:LINE or its id")
 
 COMMANDS: dict[str, Command] = {
@@ -156,6 +163,9 @@ COMMANDS: dict[str, Command] = {
     "audit": Command(AuditConfig, "pipelines.select.audit:run", _audit, talks=True),
     "diagnose": Command(DiagnoseConfig, "pipelines.diagnose.run:run"),
     "explain": Command(ExplainConfig, "pipelines.select.explain:run", _explain, (_PLACE, _ROW), (), talks=True),
+    "neighbours": Command(
+        NeighboursConfig, "pipelines.select.neighbours:run", _neighbours, (_RUN, _ROW), (), talks=True
+    ),
     "demo": Command(DemoConfig, "pipelines.demo:run", arguments=(), options=flags.COMMON, talks=True),
 }
 

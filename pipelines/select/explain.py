@@ -59,7 +59,7 @@ def run(config: ExplainConfig) -> dict[str, Any]:
     loaded = models.load(made_by.model, tokenizer_only=True)
     read: dict[str, Any] = {"cache": folder / "inputs", "limits": loaded.limits}
     pool = prepare(made_by.train, made_by.model, loaded.tokenizer, label="pool", **read)
-    index = _chosen(config, pool, made_by) if config.row is None else _named(config.row, pool)
+    index = _chosen(config, pool, made_by) if config.row is None else row_named(config.row, pool)
     row = pool.pool[index]
     found: dict[str, Any] = {
         "id": row.id,
@@ -116,7 +116,7 @@ def _chosen(config: ExplainConfig, pool: Rows, made_by: SelectConfig) -> int:
     return index
 
 
-def _named(name: str, pool: Rows) -> int:
+def row_named(name: str, pool: Rows) -> int:
     """The pool row that `name` means: FILE:LINE of a file of the pool, or an id.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from pipelines.rows.rows import Rows
 from pipelines.runs.progress import progress
 from pipelines.select import losses
 from pipelines.select.scored import Context, Scored, from_similarity, spread, unique_among, usable_among
-from pipelines.select.scorer import Asked, Work
+from pipelines.select.scorer import Asked, Space, Work
 from pipelines.select.stores import FEATURE_VERSION, filling, kept, open_store, tokens_of
 from pipelines.settings.methods import Method
 from pipelines.settings.select import SelectConfig
@@ -98,6 +99,12 @@ def nearest(asked: Asked) -> Tensor:
     keys = [asked.target.keys[i] for i in np.flatnonzero(asked.target.usable).tolist()]
     hidden = GradientFeatures.open(home / pool).take([asked.pool.keys[asked.index]])[0]
     return GradientFeatures.open(home / target).take(keys) @ hidden
+
+
+def spaces(config: SelectConfig, folder: Path) -> list[Space]:
+    """The hidden states that the run has kept."""
+    home = config.features.folder or folder / "features"
+    return [Space(1.0, home / "hidden-pool", home / "hidden-target")]
 
 
 def _hidden_states(context: Context, kind: str, rows: Rows, chosen: list[int]) -> tuple[Tensor, Tensor]:

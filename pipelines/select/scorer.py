@@ -57,6 +57,21 @@ Columns = Callable[[Context, Sequence[int] | None], Tensor]
 
 
 @dataclass(frozen=True)
+class Space:
+    """One part of the space in which a method compares rows: stores of unit vectors, and what it counts.
+
+    Attributes:
+        weight: of its inner products; those of all parts sum to 1.
+        pool: the folder of the pool's store.
+        target: the folder of the target's.
+    """
+
+    weight: float
+    pool: Path
+    target: Path
+
+
+@dataclass(frozen=True)
 class Scorer:
     """The functions of one method.
 
@@ -74,6 +89,7 @@ class Scorer:
         nearest: float32 [m], the similarity of a pool row to each usable target row; None if it compares with none.
         tokens: the loss of each token of a pool row's answer with the model as it is and as the method adapts it, as
             `[{"token": ..., "before": ..., "after": ...}]`; None for a method that adapts nothing.
+        spaces: where a finished run keeps the vectors that it compared; None if it keeps none.
         layers: which layers carry the similarity with some target rows (rows of `target`), as
             `[{"layer": ..., "cosine": ...}]`.
     """
@@ -86,11 +102,12 @@ class Scorer:
     reuse: Callable[[SelectConfig], list[str]] = lambda config: []
     nearest: Callable[[Asked], Tensor] | None = None
     tokens: Callable[[Asked], list[dict[str, Any]]] | None = None
+    spaces: Callable[[SelectConfig, Path], list[Space]] | None = None
     layers: Callable[[Asked, list[int]], list[dict[str, Any]]] = lambda asked, rows: []
 
 
 def scorer(name: str) -> Scorer:
     """The functions of the method `name`; its module is imported."""
     module = import_module(SCORERS[name])
-    optional = ("columns", "groups", "work", "check", "reuse", "nearest", "tokens", "layers")
+    optional = ("columns", "groups", "work", "check", "reuse", "nearest", "spaces", "tokens", "layers")
     return Scorer(module.score, **{part: getattr(module, part) for part in optional if hasattr(module, part)})

@@ -348,3 +348,34 @@ class ExplainConfig(Settings):
     trust_remote_code: Annotated[bool, Flag("--trust-remote-code", MODEL)] = Field(
         default=False, description="run the Python code that comes with the run's model"
     )
+
+
+class NeighboursConfig(Settings):
+    """What lies near a row in the space in which a run compared rows?
+
+    Shows the nearest rows of the pool and of the target. Without a row: the nearest pool rows of each target row, and
+    how many clusters of the pool the selection reaches. The run's method must keep features (less, rds).
+    """
+
+    examples = (
+        "datatools neighbours runs/select pool.jsonl:803",
+        "datatools neighbours runs/select some-id --nearest 10",
+        "datatools neighbours runs/select",
+    )
+
+    folder: FilePath = Field(description="folder of the run")
+    row: str | None = Field(
+        default=None, min_length=1, max_length=4096, description="a row of the run's pool: FILE:LINE or its id"
+    )
+    nearest: Annotated[int, Flag("--nearest", METHOD)] = Field(
+        default=5, ge=1, le=1000, description="how many rows to show"
+    )
+    clusters: Annotated[int | None, Flag("--clusters", METHOD)] = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="without a row: clusters of the pool; null is the square root of its rows, at most 256",
+    )
+    trust_remote_code: Annotated[bool, Flag("--trust-remote-code", MODEL)] = Field(
+        default=False, description="run the Python code that comes with the run's model"
+    )

@@ -90,11 +90,9 @@ def test_features_are_gradients_of_the_dpo_loss(model, tmp_path, moved):
     features = store.take(keys)
     factors = []
     for row in range(3):
-        margins = [
-            log_likelihood(one, chosen, row) - log_likelihood(one, rejected, row) for one in (policy, reference)
-        ]
+        margins = [log_likelihood(one, chosen, row) - log_likelihood(one, rejected, row) for one in (policy, reference)]
         loss = -functional.logsigmoid(BETA * (margins[0] - margins[1].detach()))
-        factors.append(float(torch.sigmoid(-BETA * (margins[0] - margins[1]))))
+        factors.append(float(torch.sigmoid(-BETA * (margins[0] - margins[1])).detach()))
         grads = torch.autograd.grad(loss, [params[name] for name in names])
         held = {name: grad[None] for name, grad in zip(names, grads, strict=True)}
         want = projector.project(held)[0]
@@ -119,7 +117,8 @@ def test_advantages_weigh_similarities_and_averaged_gradients(tmp_path):
     similarity = unit @ functional.normalize(target, dim=1).T * counts
     found = less_scores([train], [wanted], [1.0], groups, how="mean", **given)
     torch.testing.assert_close(found.similarity, similarity, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.scores, similarity.mean(1), rtol=1e-5, atol=1e-6)
+    want = (similarity[:, :2].mean(1) + similarity[:, 2]) / 2  # the mean over subtasks
+    torch.testing.assert_close(found.scores, want, rtol=1e-5, atol=1e-6)
     means = torch.stack([(target[:2] * counts[:2, None]).mean(0), target[2] * counts[2]])
     paper = (unit @ functional.normalize(means, dim=1).T).amax(1)
     torch.testing.assert_close(less_scores([train], [wanted], [1.0], groups, how="paper", **given).scores, paper)
@@ -166,14 +165,15 @@ def test_rewards_as_a_target(model, tokenizer):
         {"prompt": "say 2", "completion": "yes 2", "reward": 3},
     ]
     settings = {**SMALL, "aggregate": "mean"}
+    lone = {**settings, "objective": "reward"}
     subtasks = [{**row, "subtask": f"row {i}"} for i, row in enumerate(answers)]
     plain = select(model, tokenizer, POOL, subtasks, budget=6, method="less", settings=settings)
-    # one subtask each, so the lone prompt has itself for a mean, and no advantage
-    lone = {**settings, "objective": "reward"}
-    with_rewards = select(model, tokenizer, POOL, subtasks, budget=6, method="less", settings=lone)
-    counts = np.array([0.5, -0.5, 0.0]) * 3
-    columns = [f"subtask:row {i}" for i in range(3)]
-    np.testing.assert_allclose(with_rewards.scores[columns], plain.scores[columns] * counts, atol=1e-5)
+    similarity = plain.scores[[f"subtask:row {i}" for i in range(3)]].to_numpy()
+    counts = np.array([0.5, -0.5, 3 - 4 / 3])  # the mean of its prompt, and for the prompt that stands alone, of all
+    counts /= np.abs(counts).mean()
+    found = select(model, tokenizer, POOL, answers, budget=6, method="less", settings=lone)
+    np.testing.assert_allclose(found.scores["score"], (similarity * counts).mean(1), atol=1e-5)
+    assert "A(z')" in found.summary["formula"]["text"]
     with pytest.raises(DataError, match=r"`reward` is 'None'.*target_columns reward=YOURS"):
         select(model, tokenizer, POOL, POOL[:2], budget=6, method="less", settings=lone)
     same = [{**row, "reward": 1} for row in answers]
