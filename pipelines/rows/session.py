@@ -35,6 +35,26 @@ class Session:
     folder: Path
     model: str
 
+    def settings(
+        self, arguments: Mapping[str, str], values: Mapping[str, Any], others: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """The settings of a call, by dotted name; an argument that is None is left to the default of its setting.
+
+        Args:
+            arguments: Dotted names of settings -> the arguments that stand for them.
+            values: Arguments -> what was given for them.
+            others: Other settings, by dotted name or as nested mappings.
+
+        Raises:
+            UsageError: A setting is given twice, here and as an argument.
+        """
+        found = {name: values[argument] for name, argument in arguments.items() if values.get(argument) is not None}
+        for name, value in (others or {}).items():
+            if name in arguments:
+                raise UsageError(f"settings has {name!r}, which is the argument {arguments[name]}")
+            found[name] = value
+        return found
+
 
 @contextmanager
 def session(
@@ -100,24 +120,3 @@ def _in_arguments(settings: type[Settings], arguments: Mapping[str, str]) -> Ite
         if text == str(error):
             raise
         raise type(error)(text) from error
-
-
-def given(
-    arguments: Mapping[str, str], values: Mapping[str, Any], settings: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The settings of a call, by dotted name; an argument that is None is left to the default of its setting.
-
-    Args:
-        arguments: Dotted names of settings -> the arguments that stand for them.
-        values: Arguments -> what was given for them.
-        settings: Other settings, by dotted name or as nested mappings.
-
-    Raises:
-        UsageError: A setting is given twice, here and as an argument.
-    """
-    found = {name: values[argument] for name, argument in arguments.items() if values.get(argument) is not None}
-    for name, value in (settings or {}).items():
-        if name in arguments:
-            raise UsageError(f"settings has {name!r}, which is the argument {arguments[name]}")
-        found[name] = value
-    return found

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from datatools import UsageError, files
 from pipelines.report.notebook import Report
 from pipelines.rows.in_memory import PREFIX, Held, held
-from pipelines.rows.session import given, session
+from pipelines.rows.session import session
 from pipelines.select import run
 from pipelines.settings.load import load_config
 from pipelines.settings.methods import method as record
@@ -178,7 +178,7 @@ def select(
         verbose=verbose,
         trains=known is None or "gradients" in known.needs,
     ) as work:
-        flags = given(ARGUMENTS, {**values, "model": work.model, "out": work.folder}, settings)
+        flags = work.settings(ARGUMENTS, {**values, "model": work.model, "out": work.folder}, settings)
         config = load_config(SelectConfig, None, flags)
         if config.dry_run:
             raise UsageError("settings: dry_run selects nothing; leave it out")
