@@ -25,7 +25,7 @@ from pipelines.settings.diagnose import DiagnoseConfig
 from pipelines.settings.flags import flags_of
 from pipelines.settings.load import all_names, load_config
 from pipelines.settings.order import OrderConfig
-from pipelines.settings.select import ExplainConfig, SelectConfig
+from pipelines.settings.select import ExplainConfig, NeighboursConfig, SelectConfig
 from pipelines.settings.train import EvaluateConfig, TrainConfig
 from tests.processes import spawn
 
@@ -36,6 +36,7 @@ ENTRIES = {
     "training.train:run": TrainConfig,
     "select.audit:run": AuditConfig,
     "select.explain:run": ExplainConfig,
+    "select.neighbours:run": NeighboursConfig,
     "demo:run": DemoConfig,
     "training.evaluation:evaluate": EvaluateConfig,
 }
@@ -128,7 +129,7 @@ def test_help_has_examples_that_parse(command, capsys, pipeline):
     assert examples and all(words[0] == "datatools" and words[1] in (command, "train") for words in examples)
     for entry in ENTRIES:
         pipeline(f"pipelines.{entry}")
-    if command in ("select", "train", "evaluate", "audit", "explain", "demo"):
+    if command in ("select", "train", "evaluate", "audit", "explain", "neighbours", "demo"):
         for words in examples:
             code = main(words[1:])
             error = capsys.readouterr().err
