@@ -91,7 +91,9 @@ def test_several_targets_share_a_selection(tokenizer, tmp_path):
     text = (tmp_path / "run" / "weights.yaml").read_text()
     assert "nobody has trained on it yet" in text
     held = yaml.safe_load(text)
-    assert held["sources"] == found.summary["mixture"] and held["sources"]["water"]["weight"] == pytest.approx(0.1 / 3, abs=1e-5)
+    assert held["sources"] == found.summary["mixture"] and held["sources"]["water"]["weight"] == pytest.approx(
+        0.1 / 3, abs=1e-5
+    )
     assert held["interleave_datasets"]["datasets"][:2] == ["fruit", "tools"]
 
     budgets = {"targets.share": "union", "targets.budgets": {"fruit": "10%", "tools": 2}}
