@@ -137,7 +137,9 @@ def order(
         EnvironmentProblem: What does not fit.
     """
     data = held(dataset, "dataset")
-    rows = {"data": data} | ({} if validation is None else {"validation": held(validation, "validation")})
+    rows = {"data": data}
+    if validation is not None:
+        rows["validation"] = held(validation, "validation")
     given = {
         "task": task, "batches": batches, "batch_size": batch_size, "learning_rate": learning_rate, "columns": columns,
         "validation_columns": validation_columns, "source_key": source_key, "chat": chat, "max_length": max_length,
@@ -171,7 +173,7 @@ def _read(config: OrderConfig, folder: Path, data: Held, kept: Path | None) -> O
     place = {identity: pool.line(row) - 1 for row, identity in enumerate(pool.ids)}
     steps = [[place[str(identity)] for identity in found.batches[batch]] for batch in found.sequence]
     name = _RESULTS.get(config.task)
-    result = {} if name is None else files.read_json(folder / name)
+    result: dict[str, Any] = {} if name is None else files.read_json(folder / name)
     scores = None
     if searched:
         scores = pd.DataFrame(result["rows"])
