@@ -45,5 +45,5 @@ def test_what_is_refused(given):
     model, tokenizer, rows = given
     with pytest.raises(UsageError, match="keep"):
         coreset(model, tokenizer, rows, keep=0)
-    with pytest.raises(UsageError, match="keep 9 of a large batch of 8"):
+    with pytest.raises(UsageError, match="cannot keep 9 rows of a large batch of 8"):
         coreset(model, tokenizer, rows, keep=9, large_batch=8)
