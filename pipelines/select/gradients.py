@@ -311,7 +311,7 @@ def scored(
 def refuse_dead_targets(
     store: GradientFeatures, target: Rows, wanted: list[int], keys: list[str] | None = None
 ) -> None:
-    """Refuse target rows without a finite, non-zero gradient; their keys in the store are those of the rows, or `keys`."""
+    """Refuse target rows without a finite, non-zero gradient; `keys` are theirs in the store (None: the rows' own)."""
     keys = [target.keys[row] for row in wanted] if keys is None else keys
     held = store.rows()
     states = dict(zip(held.keys, held.status, strict=True))
