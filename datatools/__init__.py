@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from datatools.gradients import visit_per_sample_grads as visit_per_sample_grads
     from datatools.less.aggregate import AGGREGATIONS as AGGREGATIONS
     from datatools.less.aggregate import aggregate as aggregate
+    from datatools.less.common import common_directions as common_directions
+    from datatools.less.common import without as without
     from datatools.less.influence import influence as influence
     from datatools.less.influence import influence_paper as influence_paper
     from datatools.less.influence import subtask_targets as subtask_targets
@@ -72,6 +74,8 @@ if TYPE_CHECKING:
     from datatools.selection.budget import Budget as Budget
     from datatools.selection.candidates import Candidates as Candidates
     from datatools.selection.candidates import Selection as Selection
+    from datatools.selection.fusion import fuse as fuse
+    from datatools.selection.round_robin import round_robin_order as round_robin_order
     from datatools.selection.selectors import SELECTORS as SELECTORS
     from datatools.selection.selectors import select as select
     from datatools.selection.several import SHARINGS as SHARINGS
@@ -124,6 +128,8 @@ _EXPORTS = {
     "Projector": "datatools.projectors",
     "AGGREGATIONS": "datatools.less.aggregate",
     "aggregate": "datatools.less.aggregate",
+    "common_directions": "datatools.less.common",
+    "without": "datatools.less.common",
     "influence": "datatools.less.influence",
     "influence_paper": "datatools.less.influence",
     "subtask_means": "datatools.selection.subtasks",
@@ -141,6 +147,8 @@ _EXPORTS = {
     "Budget": "datatools.selection.budget",
     "Candidates": "datatools.selection.candidates",
     "Selection": "datatools.selection.candidates",
+    "fuse": "datatools.selection.fusion",
+    "round_robin_order": "datatools.selection.round_robin",
     "SELECTORS": "datatools.selection.selectors",
     "select": "datatools.selection.selectors",
     "SHARINGS": "datatools.selection.several",

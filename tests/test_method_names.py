@@ -26,8 +26,9 @@ TABLES = {  # what: (module, table, packages whose code may know such names)
     "update rule": ("optim", "RULES", PACKAGES),
     "schedule": ("optim", "SCHEDULES", PACKAGES),
 }
-COLUMNS = {"messages", "text"}
-"""Row formats that are called as the one column that they have: a comparison with these says nothing."""
+COLUMNS = {"messages", "text", "auto"}
+"""Row formats that are called as the one column that they have, and the method that is called as the value of many
+other settings that leave a choice to the program: a comparison with these says nothing."""
 
 PLAIN_WORDS = {"constant", "linear", "cosine", "polynomial", "mean", "max", "root", "scale", "loss", "table", "groups"}
 """Names that are words of the code besides: as keys of a dict they say nothing, compared they count."""

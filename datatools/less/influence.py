@@ -13,6 +13,7 @@ from torch import Tensor
 
 from datatools.errors import DataError, UsageError
 from datatools.features.store import GradientFeatures
+from datatools.less.common import ROUNDING, without
 from datatools.selection.candidates import require_finite
 from datatools.selection.subtasks import averaging
 
@@ -27,6 +28,7 @@ def influence(
     weights: Sequence[float] | Float[Tensor, " c"],
     *,
     keys: Sequence[str] | None = None,
+    remove: Sequence[Float[Tensor, "k d"] | None] | None = None,
 ) -> Float32[Tensor, "n m"]:
     """Compute similarity = sum_c w_c cos(train_c, target_c) over checkpoints c, with w = weights / sum(weights).
 
@@ -41,6 +43,8 @@ def influence(
         weights: the mean learning rate of each checkpoint c.
         keys: the rows to compute, in this order (keys may repeat, as copies of a row do); other rows of `train` are
             skipped. By default the rows of the first checkpoint in their order, which other checkpoints must match.
+        remove: one entry per checkpoint: orthonormal directions [k, d] that are projected out of both sides before the
+            cosine (see `common_directions`), or None.
 
     Returns:
         float32 [n, m].
@@ -70,14 +74,15 @@ def influence(
     similarity: Tensor | None = None
     places = None if keys is None else _places(keys)
     for c, (train_c, target_c) in enumerate(zip(train, target, strict=True)):
-        wanted = _target(target_c)
+        gone = None if remove is None else remove[c]
+        wanted = _target(target_c, gone)
         if places is None:
-            blocks = list(_scored(train_c, wanted))  # the first checkpoint determines the rows
+            blocks = list(_scored(train_c, wanted, gone))  # the first checkpoint determines the rows
             keys = [key for block_keys, _ in blocks for key in block_keys]
             places = _places(keys)
             cosines: Iterable[tuple[Sequence[str], Tensor]] = blocks
         else:
-            cosines = _scored(train_c, wanted)
+            cosines = _scored(train_c, wanted, gone)
         assert keys is not None
         if similarity is None:
             similarity = torch.zeros(len(keys), len(wanted))
@@ -110,6 +115,7 @@ def influence_paper(
     groups: Sequence[int] | Int64[Tensor, " m"],
     *,
     keys: Sequence[str] | None = None,
+    remove: Sequence[Float[Tensor, "k d"] | None] | None = None,
 ) -> Float32[Tensor, "n g"]:
     """Compute similarity = sum_c w_c cos(train_c, mean over the subtask of the raw gradients target_c).
 
@@ -122,6 +128,7 @@ def influence_paper(
         weights: as for `influence`.
         groups: int64 [m], the subtask of each target row.
         keys: as for `influence`.
+        remove: as for `influence`.
 
     Returns:
         float32 [n, g].
@@ -136,7 +143,7 @@ def influence_paper(
         [[1.0], [0.0]]
 
     """
-    return influence(train, [subtask_targets(*_raw(t), groups) for t in target], weights, keys=keys)
+    return influence(train, [subtask_targets(*_raw(t), groups) for t in target], weights, keys=keys, remove=remove)
 
 
 def subtask_targets(
@@ -163,10 +170,11 @@ def subtask_targets(
     return averaging(groups, len(raw)) @ raw
 
 
-def _target(features: Features) -> Tensor:
-    """Read the target features as unit rows [m, d], all of which must be nonzero."""
+def _target(features: Features, remove: Tensor | None) -> Tensor:
+    """Read the target features as unit rows [m, d] without `remove`, all of which must be nonzero."""
     found = list(_blocks(features))
-    rows = torch.cat([_unit(block[0], block[1], "target features") for block in found]) if found else torch.zeros(0, 0)
+    unit = [_unit(block[0], block[1], "target features", remove) for block in found]
+    rows = torch.cat(unit) if unit else torch.zeros(0, 0)
     if not len(rows):
         raise DataError("influence: there are no target rows; pass at least one")
     zero = (rows == 0).all(1).nonzero().flatten().tolist()
@@ -186,7 +194,7 @@ def _raw(features: Features) -> tuple[Tensor, Tensor | None]:
     return torch.cat([block[1] for block in blocks]), torch.cat([block[2] for block in blocks])
 
 
-def _scored(features: Features, target: Tensor) -> Iterator[tuple[Sequence[str], Tensor]]:
+def _scored(features: Features, target: Tensor, remove: Tensor | None) -> Iterator[tuple[Sequence[str], Tensor]]:
     """Yield (keys [b], cosines [b, m]) block by block."""
     for keys, rows, _, status in _blocks(features):
         if rows.shape[1] != target.shape[1]:
@@ -195,7 +203,7 @@ def _scored(features: Features, target: Tensor) -> Iterator[tuple[Sequence[str],
                 "projected differently; extract one of them again"
             )
         bad = torch.tensor([state != "ok" for state in status], dtype=torch.bool)
-        yield keys, _unit(keys, rows.masked_fill(bad[:, None], 0.0), "train features") @ target.T
+        yield keys, _unit(keys, rows.masked_fill(bad[:, None], 0.0), "train features", remove) @ target.T
 
 
 def _blocks(features: Features) -> Iterator[Block]:
@@ -208,11 +216,17 @@ def _blocks(features: Features) -> Iterator[Block]:
         yield from features
 
 
-def _unit(keys: Sequence[str], rows: Tensor, what: str) -> Tensor:
+def _unit(keys: Sequence[str], rows: Tensor, what: str, remove: Tensor | None) -> Tensor:
+    """Scale rows to length 1. What is left of a row within the removed directions is rounding, and becomes zero."""
     rows = rows.float()
     require_finite(rows, keys, what)
     length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows / torch.where(length > 0, length, 1.0)
+    unit = rows / torch.where(length > 0, length, 1.0)
+    if remove is None:
+        return unit
+    rest = without(unit, remove)
+    length = torch.linalg.vector_norm(rest, dim=1, keepdim=True)
+    return torch.where(length > ROUNDING, rest / length, 0.0)
 
 
 def _places(keys: Sequence[str]) -> dict[str, list[int]]:

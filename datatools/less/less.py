@@ -16,6 +16,7 @@ from torch import Tensor
 
 from datatools.features.store import GradientFeatures
 from datatools.less.aggregate import AGGREGATIONS, aggregate
+from datatools.less.common import common_directions
 from datatools.less.influence import influence, influence_paper
 
 
@@ -52,6 +53,8 @@ def less_scores(
     target_keys: Sequence[str],
     how: str = "less",
     advantages: Tensor | None = None,
+    common: int | None = None,
+    sample: Sequence[str] = (),
 ) -> LessScores:
     """Score the rows `keys` by their influence on the rows `target_keys`, store by store and block by block.
 
@@ -65,6 +68,9 @@ def less_scores(
         how: aggregation over target rows, a name of `AGGREGATIONS`.
         advantages: float32 [m], what each target row counts, of either sign; None is 1 for all. The similarity to a row
             is multiplied by it, and so is the gradient that is averaged before the cosine.
+        common: the number of common directions of the updates, besides their mean, that are removed before the cosine
+            (see `common_directions`); None removes nothing, as in the paper.
+        sample: the rows whose updates show the common directions, a random sample of the pool.
 
     Returns:
         Scores, similarities, norms and statuses.
@@ -104,14 +110,15 @@ def less_scores(
         if advantages is not None:
             norm = norm * advantages
         wanted.append([(target_keys, gradients.take(target_keys), norm, ["ok"] * len(target_keys))])
-    similarity = influence(train, wanted, weights, keys=keys)
+    remove = None if common is None else [common_directions(updates.take(sample), common) for updates in train]
+    similarity = influence(train, wanted, weights, keys=keys, remove=remove)
     if advantages is not None:
         similarity = similarity * advantages
 
     # 3. One score per row. Alternatively, as in the paper, the gradients of a subtask are averaged before the cosine.
     columns, of = similarity, groups
     if how in AGGREGATIONS and AGGREGATIONS[how].means:
-        columns = influence_paper(train, wanted, weights, groups, keys=keys)
+        columns = influence_paper(train, wanted, weights, groups, keys=keys, remove=remove)
         of = torch.arange(columns.shape[1])
     scores = aggregate(columns, of, how, keys=keys, eligible=good)
     similarity[~good] = float("nan")

@@ -31,7 +31,7 @@ from pipelines.rows.rows import Rows
 from pipelines.runs.messages import library_warnings
 from pipelines.runs.progress import progress
 from pipelines.select import objectives
-from pipelines.select.scored import Context, Scored, spread, subtask_groups, unique_among
+from pipelines.select.scored import Context, Scored, common_rows, spread, subtask_groups, unique_among
 from pipelines.select.scorer import Asked, Work
 from pipelines.select.stores import FEATURE_VERSION, filling, kept, open_store, tokens_of
 from pipelines.select.warm_up import stops, warm_up, warm_up_to_come
@@ -163,7 +163,8 @@ def gradients(
     run = context.run
     found, tokens = warm_up(context)
     run.provenance["checkpoints"] = [str(c.folder.name) for c in found]
-    pool_rows = unique_among(context.pool, chosen)
+    seen = [*chosen, *(common_rows(context.pool, context.config.seed) if context.config.common is not None else ())]
+    pool_rows = unique_among(context.pool, seen)
     target_rows = objectives.unique(context.config, context.wanted)
     made: list[Features] = []
     for checkpoint in found:
@@ -275,7 +276,14 @@ def result(
         target_keys=target_keys,
         how=how,
         advantages=objectives.weights(context.config, target),
+        common=context.config.common,
+        sample=_sample(pool, context.config),
     )
+
+
+def _sample(pool: Rows, config: SelectConfig) -> list[str]:
+    """The keys of the rows that show common directions; none where these stay."""
+    return [] if config.common is None else [pool.keys[i] for i in common_rows(pool, config.seed)]
 
 
 def scored(
@@ -356,10 +364,15 @@ def nearest(asked: Asked, prefix: str = "") -> Tensor:
     found = stops(asked.config, asked.folder)
     home = kept(asked, *(f"{prefix}train-{stop.step}" for stop in found))
     keys = objectives.keys(asked.config, asked.target)
-    similarity = torch.zeros(len(keys))
-    for stop in found:
-        features = GradientFeatures.open(home / f"{prefix}train-{stop.step}").take([asked.pool.keys[asked.index]])[0]
-        target = GradientFeatures.open(home / f"{prefix}{objectives.folder(asked.config, stop.step)}").take(keys)
-        similarity += stop.weight * (target @ features)
-    counts = objectives.weights(asked.config, asked.target)
-    return similarity if counts is None else similarity * counts
+    return less_scores(
+        [GradientFeatures.open(home / f"{prefix}train-{stop.step}") for stop in found],
+        [GradientFeatures.open(home / f"{prefix}{objectives.folder(asked.config, stop.step)}") for stop in found],
+        [stop.weight for stop in found],
+        torch.zeros(len(keys), dtype=torch.int64),
+        keys=[asked.pool.keys[asked.index]],
+        target_keys=keys,
+        how="mean",
+        common=asked.config.common,
+        sample=_sample(asked.pool, asked.config),
+        advantages=objectives.weights(asked.config, asked.target),
+    ).similarity[0]

@@ -83,7 +83,8 @@ def _formula(config: SelectConfig, made: Features) -> dict[str, Any]:
         "text": f"score(z) = {AGGREGATIONS[config.aggregate].formula} "
         f"{weighed}sum_c w_c cos( {made.rule.name} update of grad l(z; theta_c), {goal[config.objective]} ),  "
         "w_c = mean learning rate of c / sum"
-        + (", A = reward minus the mean of its prompt or subtask, of mean |A| 1" if weighed else ""),
+        + (", A = reward minus the mean of its prompt or subtask, of mean |A| 1" if weighed else "")
+        + ("" if config.common is None else f"; without the mean and {config.common} main directions of all updates"),
         "settings": described(made.rule),
     }
 

@@ -16,6 +16,7 @@ from datatools import AGGREGATIONS, Candidates, UsageError, aggregate, subtask_m
 from pipelines.models import load as models
 from pipelines.rows.rows import Rows
 from pipelines.runs.folder import Run
+from pipelines.runs.seeds import derive_seed
 from pipelines.settings.select import SelectConfig
 
 
@@ -152,6 +153,18 @@ def unique_among(rows: Rows, chosen: Sequence[int]) -> dict[str, int]:
     """`Rows.unique` for the contents of the rows `chosen` alone, in the same order."""
     wanted = {rows.keys[i] for i in chosen}
     return {key: i for key, i in rows.unique().items() if key in wanted}
+
+
+COMMON_ROWS = 64, 256
+"""The sample that shows what all rows share is a twentieth of the pool, at least and at most so many rows."""
+
+
+def common_rows(pool: Rows, seed: int) -> list[int]:
+    """The random sample of the pool, drawn by content, in which common directions are looked for."""
+    ordered = sorted(pool.unique().items())
+    generator = np.random.Generator(np.random.Philox(derive_seed(seed, "common directions")))
+    count = min(max(COMMON_ROWS[0], len(ordered) // 20), COMMON_ROWS[1])
+    return [ordered[i][1] for i in generator.permutation(len(ordered))[:count]]
 
 
 def spread(values: Tensor, rows: Tensor, n: int) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Literal
 from pipelines.settings.names import source_of
 
 SCORERS: dict[str, str] = {
+    "auto": "pipelines.select.auto",
     "less": "pipelines.select.less",
     "gist": "pipelines.select.gist",
     "random": "pipelines.select.random",

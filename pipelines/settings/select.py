@@ -289,6 +289,20 @@ class SelectConfig(RunSettings):
         "aggregations`",
         json_schema_extra=LATE,
     )
+    shortlist: float = Field(
+        default=0.2,
+        gt=0,
+        le=1,
+        description="with method auto: the share of the pool whose gradients are computed",
+    )
+    common: int | None = Field(
+        default=None,
+        ge=0,
+        le=1000,
+        description="remove what the updates of all rows share before they are compared (less, gist): the mean of a "
+        "random sample of the pool and this many main directions around it; null removes nothing, as in the papers",
+        json_schema_extra=LATE,
+    )
     max_per_source: Annotated[int | float | None, BeforeValidator(_cap), Flag("--max-per-source", METHOD, "X")] = Field(
         default=None,
         gt=0,

@@ -225,7 +225,7 @@ def test_orders_are_complete_and_values_bounded(n, m, seed, how):
 
 
 def test_wrong_arguments():
-    with pytest.raises(UsageError, match="no aggregation 'round-robin'; did you mean 'round_robin'"):
+    with pytest.raises(UsageError, match="unknown aggregation 'round-robin'; did you mean 'round_robin'"):
         aggregate(SIMILARITY, GROUPS, "round-robin")
     with pytest.raises(UsageError, match="'paper' averages the target's gradients before the cosine"):
         aggregate(SIMILARITY, GROUPS, "paper")
