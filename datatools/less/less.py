@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from datatools.errors import DataError
 from datatools.features.store import GradientFeatures
 from datatools.less.aggregate import AGGREGATIONS, aggregate
 from datatools.less.common import common_directions
@@ -95,6 +96,8 @@ def less_scores(
     for updates, weight in zip(train, weights, strict=True):
         rows = updates.rows()
         place = {key: i for i, key in enumerate(rows.keys)}
+        if missing := [key for key in keys if key not in place]:
+            raise DataError(f"{updates.folder}: holds no features of {len(missing)} rows (the first: {missing[0]})")
         at = [place[key] for key in keys]
         norms += weight * rows.norms[torch.tensor(at)]
         status |= {i: rows.status[row] for i, row in enumerate(at) if rows.status[row] != "ok"}

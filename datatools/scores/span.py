@@ -112,6 +112,9 @@ class TargetSpan(Projector):
             gradients: Name of a parameter -> [m, *shape], any floating dtype.
             coefficients: float64 [m, k].
             facts: JSON that two spans share only if they are the same.
+
+        Returns:
+            The span, as a `TargetSpan`.
         """
         basis = {
             name: (grad.flatten(1).double().T @ coefficients.to(grad.device)).float()

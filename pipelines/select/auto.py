@@ -57,12 +57,13 @@ def score(context: Context) -> Scored:
     """Shortlist by words, then rank the shortlist by gradients, target row by target row.
 
     With r_s(i, j) the rank of row i for target row j by the similarity s, as a share of the rows that are ranked:
-    first_ij = (r_tfidf + r_bm25) / 2 over the pool, and on the shortlist the score is 1 + (w r_first + r_less) / (w + 1)
-    with w = 1/2. r_less is by the cosine of `less` at one checkpoint, without common directions.
+    first_ij = (r_tfidf + r_bm25) / 2 over the pool, and on the shortlist the score is
+    1 + (w r_first + r_less) / (w + 1) with w = 1/2. r_less is by the cosine of `less` at one checkpoint, without common
+    directions.
 
-    Source: cascades of rankers (Wang et al. 2011, SIGIR); TF-IDF, BM25, LESS (arXiv 2402.04333) and turns between target
-    rows (arXiv 2602.14696) as in their own files. The removal of common directions and this combination are the
-    project's own.
+    Source: cascades of rankers (Wang et al. 2011, SIGIR); TF-IDF, BM25, LESS (arXiv 2402.04333) and turns between
+    target rows (arXiv 2602.14696) as in their own files. The removal of common directions and this combination are
+    the project's own.
     """
     usable = np.flatnonzero(context.pool.usable)
     words = _words(context)
