@@ -102,12 +102,22 @@ def row_losses(model: Any, batch: Batch) -> Tensor:
 
 
 def answer_losses(model: Any, batch: Batch) -> Tensor:
-    """The negative log likelihood of the supervised tokens of each row, summed, float32 [b]."""
+    """Return the summed negative log likelihood of the supervised tokens of each row, float32 [b].
+
+    Args:
+        model: A causal language model.
+        batch: b rows.
+    """
     return row_losses(model, batch) * (batch["labels"][:, 1:] != -100).sum(1).clamp_min(1)
 
 
 def dense_answer_losses(model: Any, batch: Batch) -> Tensor:
-    """`answer_losses` in the form that torch.func can transform, float32 [b]."""
+    """Return `answer_losses` in the form that torch.func can transform, float32 [b].
+
+    Args:
+        model: A causal language model.
+        batch: b rows.
+    """
     return dense_row_losses(model, batch) * (batch["labels"][:, 1:] != -100).sum(1).clamp_min(1)
 
 
@@ -167,7 +177,11 @@ def losses_for(method: str) -> Callable[[Any, Batch], Tensor]:
 
 
 def answer_losses_for(method: str) -> Callable[[Any, Batch], Tensor]:
-    """The summed loss per row in the form that a method of per-example gradients can take."""
+    """Return the summed loss per row in the form that a method of per-example gradients needs.
+
+    Args:
+        method: "hooks", "vmap" or "loop".
+    """
     return dense_answer_losses if method == "vmap" else answer_losses
 
 

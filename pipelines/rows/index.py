@@ -156,7 +156,11 @@ class Pool:
         return raw
 
     def given(self, index: int) -> Given:
-        """All columns of row `index`, by our names or those of its file."""
+        """Return all columns of a row, by our names or those of its file.
+
+        Args:
+            index: The number of the row.
+        """
         columns = self._columns[self._file[index]]
         return Given(parse_object(self.raw(index), self._options.limits), columns, self._options.preference)
 
@@ -185,7 +189,12 @@ class Pool:
         return self._offset[index]
 
     def value(self, index: int, column: str) -> Any:
-        """What row `index` has in the column that we call `column`; None if it has none."""
+        """Return the value of a row in a column; None if it has none.
+
+        Args:
+            index: The number of the row.
+            column: Our name of the column.
+        """
         names = self._columns[self._file[index]]
         return parse_object(self.raw(index), self._options.limits).get(names.get(column, column))
 

@@ -1,8 +1,8 @@
-"""Adapters that a few steps on the target rows train: how long, at which rate, on which rows; trained once and kept.
+"""Adapters that take a few training steps on the target rows: their depth, learning rate, rows, and storage.
 
-The depth and the learning rate are those of the highest specificity on held-out target rows (`datatools.specificity`).
-Everything lies in `adapters/` of the features folder under digests of what it is a function of: a run that was killed
-goes on with the next walk, and other runs on the same target and model train nothing.
+The depth and the learning rate are those with the highest specificity on held-out target rows
+(`datatools.specificity`). Results are kept in `adapters/` of the features folder under digests of everything they
+depend on: an interrupted run continues with the next walk, and other runs on the same target and model train nothing.
 
 Source: TACS, arXiv 2605.09404. Differs: the generic rows are drawn from the pool, the adapter has no dropout, and the
 default grid is smaller than the published one (depths 2 to 64, rates 1e-5, 2e-5 and 5e-5).
@@ -41,10 +41,10 @@ class Part:
     """The target rows of one adapter.
 
     Attributes:
-        name: Of its column.
+        name: The name of its column.
         group: The group of its column.
-        rows: Rows of the target to train on.
-        held: Other rows of it, on which a fold is judged.
+        rows: The target rows to train on.
+        held: The other target rows, on which a fold is evaluated.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What adapters are a function of.
+    """What adapters depend on.
 
     Attributes:
         config: The settings of the selection.
         home: The features folder.
-        pool: The pool, of which the generic rows are drawn.
+        pool: The pool, from which the generic rows are drawn.
         target: The target.
         loaded: The model.
     """
@@ -73,7 +73,7 @@ class Adaptation:
 
     @property
     def folder(self) -> Path:
-        """Where adapters and walks are kept."""
+        """The folder in which adapters and walks are kept."""
         return self.home / "adapters"
 
     @property
@@ -83,7 +83,7 @@ class Adaptation:
         return len(how.depths) * len(how.learning_rates) > 1
 
     def parts(self) -> list[Part]:
-        """The adapters that there are to be, one per column."""
+        """Return the adapters to train, one per column."""
         every = self._ordered()
         how = self.config.adaptation.adapters
         if how == "fold":
@@ -96,7 +96,7 @@ class Adaptation:
         return [Part("target", 0, every, [])]
 
     def folds(self) -> list[Part]:
-        """The target without one fold of it after another; every subtask is spread over the folds.
+        """Return the target without each fold in turn; every subtask is spread over the folds.
 
         Raises:
             DataError: The target has one row.
@@ -114,33 +114,48 @@ class Adaptation:
         return [Part(f"fold {i + 1}", 0, [r for r in every if r not in held], held) for i, held in enumerate(dealt)]
 
     def walks(self) -> list[tuple[int, float]]:
-        """The (fold, learning rate) of each walk of the calibration; none where nothing is to be chosen."""
+        """Return the (fold, learning rate) of each walk of the calibration; none if nothing is to be chosen."""
         if not self.calibrated:
             return []
         return [(fold, rate) for rate in self.config.adaptation.learning_rates for fold in range(len(self.folds()))]
 
     def walk_path(self, fold: int, rate: float) -> Path:
-        """Where the specificities along a walk are kept."""
+        """Return where the specificities along a walk are kept.
+
+        Args:
+            fold: The number of the fold that is held out.
+            rate: The learning rate.
+        """
         part = self.folds()[fold]
         facts = {"held": self._keys(part.held), "generic": [self.pool.keys[i] for i in self.generic()]}
         return self.folder / f"walk-{self._digest(part.rows, rate, self.config.adaptation.depths, facts)}.json"
 
     def path(self, digest: str) -> Path:
-        """Where an adapter is kept."""
+        """Return where an adapter is kept.
+
+        Args:
+            digest: As `digest` returns it.
+        """
         return self.folder / f"adapter-{digest}.safetensors"
 
     def digest(self, part: Part, depth: int, rate: float) -> str:
-        """The name of an adapter: a digest of what it is a function of."""
+        """Return the name of an adapter: a digest of everything it depends on.
+
+        Args:
+            part: Its target rows.
+            depth: The number of training steps.
+            rate: The learning rate.
+        """
         return self._digest(part.rows, rate, [depth], {})
 
     def generic(self) -> list[int]:
-        """Rows of the pool, drawn by content, so that a pool that grows keeps most of them."""
+        """Return rows of the pool, drawn by content, so that a pool that grows keeps most of them."""
         salt = derive_seed(self.config.seed, "generic rows")
         drawn = sorted(self.pool.unique().items(), key=lambda item: files.digest(f"{salt}/{item[0]}".encode()))
         return [row for _, row in drawn[: self.config.adaptation.generic_rows]]
 
     def choice(self) -> tuple[int, float] | None:
-        """The depth and the learning rate; None as long as a walk is missing."""
+        """Return the depth and the learning rate; None while a walk is missing."""
         how = self.config.adaptation
         if not self.calibrated:
             return how.depths[0], how.learning_rates[0]
@@ -180,7 +195,7 @@ class Adaptation:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a walk found; None if it is not there, or damaged, which makes it be walked again."""
+    """Return the result of a walk; None if it is missing or damaged, so that the walk is repeated."""
     if not path.is_file():
         return None
     try:
@@ -190,7 +205,11 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def kept_adapter(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of an adapter; None if it is not there, or damaged, which makes it be trained again."""
+    """Return the tensors of an adapter; None if it is missing or damaged, so that it is trained again.
+
+    Args:
+        path: Its file.
+    """
     if not path.is_file():
         return None
     try:
@@ -201,7 +220,10 @@ def kept_adapter(path: Path) -> dict[str, Tensor] | None:
 
 @contextmanager
 def adapted(setup: Adaptation) -> Iterator[tuple[Any, dict[str, torch.nn.Parameter]]]:
-    """The model with fresh adapters, and their matrices by name; taken off again afterwards.
+    """Yield the model with fresh adapters and their matrices by name; remove the adapters afterwards.
+
+    Args:
+        setup: What the adapters depend on.
 
     Raises:
         DataError: No layer of the model can have an adapter.
@@ -219,7 +241,12 @@ def adapted(setup: Adaptation) -> Iterator[tuple[Any, dict[str, torch.nn.Paramet
 
 
 def put(params: dict[str, torch.nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    """Give the adapters these values."""
+    """Copy values into the adapters.
+
+    Args:
+        params: The matrices of the adapters by name.
+        tensors: The values, of the same names and shapes.
+    """
     with torch.no_grad():
         for name, parameter in params.items():
             parameter.copy_(tensors[name])
@@ -228,10 +255,10 @@ def put(params: dict[str, torch.nn.Parameter], tensors: dict[str, Tensor]) -> No
 def prepare_adapters(
     setup: Adaptation, module: Any, params: dict[str, torch.nn.Parameter]
 ) -> list[tuple[Part, str, dict[str, Tensor]]]:
-    """All adapters, trained where they are not kept yet: (part, digest, tensors).
+    """Return all adapters as (part, digest, tensors), and train those that are not kept yet.
 
     Args:
-        setup: What they are a function of.
+        setup: What they depend on.
         module: The model with fresh adapters.
         params: Their matrices.
     """
@@ -262,7 +289,7 @@ def prepare_adapters(
 def _walk(
     setup: Adaptation, module: Any, params: dict[str, torch.nn.Parameter], fold: int, rate: float, bar: Progress
 ) -> None:
-    """Train on the target without a fold, and keep the specificity at each depth."""
+    """Train on the target without one fold, and keep the specificity at each depth."""
     part, generic = setup.folds()[fold], setup.generic()
     depths = setup.config.adaptation.depths
     found: dict[str, float] = {}
@@ -289,7 +316,7 @@ def _train(
     bar: Progress,
     after: Callable[[int], None],
 ) -> None:
-    """`depth` steps of AdamW at a constant rate, on batches of rows shuffled anew in each pass; `after(step)`.
+    """Take `depth` AdamW steps at a constant rate on batches that are reshuffled in each pass; call `after(step)`.
 
     Raises:
         DataError: The loss or a weight is not finite.
@@ -332,7 +359,7 @@ def _gradient(
     chosen: Sequence[int],
     bar: Progress,
 ) -> Tensor:
-    """The gradient of the mean loss over some rows, float32, all adapters in one vector."""
+    """Return the gradient of the mean loss over some rows: float32, all adapters in one vector."""
     total = [torch.zeros_like(p, dtype=torch.float32) for p in params.values()]
     for group, batch in rows.micro_batches(chosen, setup.config.features.token_budget, module.device):
         with torch.enable_grad():
@@ -346,7 +373,11 @@ def _gradient(
 
 
 def work_tokens(setup: Adaptation) -> tuple[float, float]:
-    """What the adapters cost, in tokens of a forward pass (a training token is 3): in all, and what is done of it."""
+    """Return the cost of the adapters, total and done, in tokens of a forward pass (a training token counts as 3).
+
+    Args:
+        setup: What they depend on.
+    """
     how, target = setup.config.adaptation, setup.target
     tokens = target.scan.tokens
 

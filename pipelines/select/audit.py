@@ -1,4 +1,4 @@
-"""`datatools audit`: is the selection better than simple baselines? One recipe, several seeds, the same rows."""
+"""`datatools audit`: is the selection better than simple baselines, with the same recipe, seeds and number of rows?"""
 
 from __future__ import annotations
 
@@ -39,14 +39,20 @@ from pipelines.training.train import train_adapter
 def run(config: AuditConfig) -> Path:
     """Write `audit.json` to `out` and into the selection's own report, and print the table.
 
-    Every arm has the same number of rows and the same recipe, except `full`: the whole pool, one epoch. A seed changes
-    the start of the adapters and the order of the rows; where rows are drawn at random, also the rows. Arms that are
-    done are kept: a killed audit continues.
+    Every arm has the same number of rows and the same recipe, except `full`, which is one epoch over the whole pool. A
+    seed determines the initial adapters and the order of the rows, and, for random arms, the rows themselves. Finished
+    arms are kept, so an interrupted audit continues.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The folder of the audit.
 
     Raises:
-        UsageError: for settings that contradict each other, or a file that is not there.
-        DataError: for rows that cannot be used, or that were trained on or selected for.
-        EnvironmentProblem: where the machine cannot do it; each of the three says what to do.
+        UsageError: Settings contradict each other, or a file does not exist.
+        DataError: Rows cannot be used, or test rows were trained on or selected for.
+        EnvironmentProblem: The machine cannot do it.
     """
     preflight.contradictions(config)
     alone("datatools audit")
@@ -98,10 +104,10 @@ def run(config: AuditConfig) -> Path:
 
 
 def _leaks(config: AuditConfig, test: Rows, pool: Rows, target: Rows | None, chosen: list[int]) -> list[dict[str, Any]]:
-    """Where test rows were seen before.
+    """Return where test rows were seen before.
 
     Raises:
-        DataError: if they were, and that is not allowed.
+        DataError: They were, and that is not allowed.
     """
     others: dict[str, tuple[Rows, list[int] | None]] = {"selection": (pool, chosen), "pool": (pool, None)}
     if target is not None:
@@ -121,12 +127,12 @@ def _told(leaks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _methods(config: AuditConfig) -> list[str]:
-    """The arms that are methods."""
+    """Return the arms that are methods."""
     return [arm for arm in config.against if arm != FULL]
 
 
 def _as_select(config: AuditConfig, arm: str) -> SelectConfig:
-    """The settings that the scorer of an arm reads."""
+    """Return the settings that the scorer of an arm reads."""
     return SelectConfig(
         features=FeaturesConfig(folder=config.features),
         model=config.model,
@@ -139,7 +145,7 @@ def _as_select(config: AuditConfig, arm: str) -> SelectConfig:
 
 
 def _rows_of(selected: Path, pool: Rows) -> tuple[list[int], str]:
-    """The rows of the pool whose lines are in `selected`, in that order, and the digest of the bytes that were read."""
+    """Return the pool rows whose lines are in `selected`, in that order, and the digest of the bytes of that file."""
     places: dict[str, list[int]] = {}
     for i in np.flatnonzero(pool.usable).tolist():
         places.setdefault(files.digest(pool.pool.raw(i)), []).append(i)
@@ -162,7 +168,7 @@ def _rows_of(selected: Path, pool: Rows) -> tuple[list[int], str]:
 
 
 def _draws(arm: str) -> bool:
-    """Whether every seed of the arm draws other rows: its method's selector looks at no score."""
+    """Return whether every seed of the arm draws other rows, because the selector of its method uses no scores."""
     return arm != FULL and not SELECTORS[known(arm).selector].scores
 
 
@@ -173,7 +179,7 @@ def _is_scored(arm: str) -> bool:
 def _arm(
     context: Context | None, pool: Rows, config: AuditConfig, arm: str, chosen: list[int]
 ) -> list[tuple[int, list[int]]]:
-    """(seed, rows) of each training run of an arm."""
+    """Return (seed, rows) of each training run of an arm."""
     seeds = range(config.seed, config.seed + config.seeds)
     if arm == SELECTED:
         return [(seed, chosen) for seed in seeds]
@@ -202,7 +208,7 @@ def _train_and_measure(
     seed: int,
     label: str,
 ) -> dict[str, Any]:
-    """Held-out loss after training on `rows`; adapters and losses are kept under the hash of all that makes them."""
+    """Return the held-out loss after training on `rows`; results are kept under a hash of what determines them."""
     assert config.lora is not None
     recipe = config.training if arm != FULL else one_pass(config.training)
     folder, measured = _kept(config, loaded, pool, test, rows, recipe, seed)
@@ -230,7 +236,7 @@ def _kept(
     recipe: TrainingConfig,
     seed: int,
 ) -> tuple[Path, Path]:
-    """The folder of an arm's adapter, and the file of its losses: named for all that makes them."""
+    """Return the folder of an arm's adapter and the file of its losses, named after everything that determines them."""
     assert config.lora is not None
     made_of = {
         "model": dict(loaded.digests),
@@ -251,7 +257,7 @@ def _label(place: int, runs: int, arm: str, seed: int) -> str:
 def _planned(
     contexts: dict[str, Context], pool: Rows, config: AuditConfig, chosen: list[int]
 ) -> list[tuple[str, int, list[int]]]:
-    """(arm, seed, rows) as far as no score is needed: of an arm that is scored the rows stand for as many others."""
+    """Return (arm, seed, rows) without computing scores: for a scored arm, other rows of the same number stand in."""
     plan = []
     for arm in (SELECTED, *config.against):
         if _is_scored(arm):
@@ -270,7 +276,7 @@ def _estimate(
     plan: list[tuple[str, int, list[int]]],
     scored: bool = False,
 ) -> cost.Estimate:
-    """What the audit will take: runs and losses that are not there yet, and scores unless they are `scored`."""
+    """Return the cost of what is missing: training runs, losses, and scores unless they are `scored`."""
     with cost.as_trained(loaded.model, config.lora) as module:
         found = cost.probe(module, int(np.median(pool.scan.tokens[pool.usable])))
         rule = cost.recipe_of(config.training, module)
@@ -306,5 +312,9 @@ def _estimate(
 
 
 def one_pass(recipe: TrainingConfig) -> TrainingConfig:
-    """The recipe of the whole pool: one epoch, whatever the other arms have; the table says so."""
+    """Return the recipe of the arm `full`: one epoch, however many the other arms have; the table says so.
+
+    Args:
+        recipe: The recipe of the other arms.
+    """
     return recipe.model_copy(update={"epochs": 1})

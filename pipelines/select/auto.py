@@ -1,8 +1,8 @@
 """auto: from coarse to fine, so that gradients are computed for the most promising rows only.
 
-From top to bottom: words choose a shortlist; a short warm-up gives one checkpoint; there the optimizer's updates of the
-shortlist are compared with the gradients of the target rows, without the directions that the updates of all rows share;
-and the target rows take turns to choose.
+From top to bottom: words choose a shortlist; a short warm-up gives one checkpoint; there, the optimizer's updates of
+the shortlist are compared with the gradients of the target rows, without the directions that the updates of all rows
+share; and the target rows take turns choosing.
 """
 
 from __future__ import annotations
@@ -54,16 +54,20 @@ SPARE, FEWEST = 3, 256
 
 
 def score(context: Context) -> Scored:
-    """Shortlist by words, then rank the shortlist by gradients, target row by target row.
+    """Shortlist by words, then rank the shortlist by gradients, for one target row after another.
 
     With r_s(i, j) the rank of row i for target row j by the similarity s, as a share of the rows that are ranked:
     first_ij = (r_tfidf + r_bm25) / 2 over the pool, and on the shortlist the score is
-    1 + (w r_first + r_less) / (w + 1) with w = 1/2. r_less is by the cosine of `less` at one checkpoint, without common
-    directions.
+    1 + (w r_first + r_less) / (w + 1) with w = 1/2. r_less ranks by the cosine of `less` at one checkpoint, without
+    common directions.
 
-    Source: cascades of rankers (Wang et al. 2011, SIGIR); TF-IDF, BM25, LESS (arXiv 2402.04333) and turns between
-    target rows (arXiv 2602.14696) as in their own files. The removal of common directions and this combination are
-    the project's own.
+    Args:
+        context: What is scored.
+
+    Source:
+        Cascades of rankers (Wang et al. 2011, SIGIR); TF-IDF, BM25, LESS (arXiv 2402.04333) and turns between target
+        rows (arXiv 2602.14696) as in their own files. The removal of common directions and this combination are the
+        project's own.
     """
     usable = np.flatnonzero(context.pool.usable)
     words = _words(context)
@@ -84,7 +88,7 @@ def score(context: Context) -> Scored:
 
 
 def _words(context: Context) -> Tensor | None:
-    """float32 [usable pool rows, usable target rows], the mean rank by words; None where rows hold no word."""
+    """Return the mean rank by words, float32 [usable pool rows, usable target rows]; None if rows contain no words."""
     with context.run.stage("words"):
         try:
             return fuse([_columns(context, name) for name in WORDS])
@@ -94,7 +98,7 @@ def _words(context: Context) -> Tensor | None:
 
 
 def _columns(context: Context, name: str, rows: Sequence[int] | None = None) -> Tensor:
-    """float32 [rows, usable target rows] by one method; of all usable rows of the pool by default."""
+    """Return float32 [rows, usable target rows] by one method, by default for all usable rows of the pool."""
     asked = np.flatnonzero(context.pool.usable).tolist() if rows is None else rows
     columns = scorer(name).columns
     assert columns is not None
@@ -102,12 +106,12 @@ def _columns(context: Context, name: str, rows: Sequence[int] | None = None) -> 
 
 
 def _shortlist(context: Context, words: Tensor) -> NDArray[np.int64]:
-    """Places, among the usable pool rows, of those whose gradients are computed: target rows take turns."""
+    """Return the positions, among usable pool rows, of those whose gradients are computed: target rows take turns."""
     return np.sort(round_robin_order(words)[: _length(context)])
 
 
 def _length(context: Context) -> int:
-    """How many rows the shortlist has."""
+    """Return the number of rows on the shortlist."""
     rows = context.pool
     n, budget = int(rows.usable.sum()), Budget.parse(context.config.budget).resolve(candidates(rows))
     mean = rows.tokens() / max(1, n)
@@ -116,14 +120,18 @@ def _length(context: Context) -> int:
 
 
 def _at_stage(config: SelectConfig, name: str) -> SelectConfig:
-    """The settings of the method of one stage: gradients are taken at one checkpoint, unless the user wants more."""
+    """Return the settings for the method of one stage: by default, gradients are taken at one checkpoint."""
     warmup = config.warmup.model_copy(update={"checkpoints": config.warmup.checkpoints or 1})
     common = COMMON if config.common is None else config.common
     return config.model_copy(update={"method": name, "warmup": warmup, "common": common})
 
 
 def work(context: Context) -> Work:
-    """The warm-up, and the gradients of the shortlist, of the sample and of the target rows."""
+    """Return the tokens of the warm-up and of the gradients of the shortlist, the sample and the target rows.
+
+    Args:
+        context: What is scored.
+    """
     found = scorer(GRADIENTS).work(replace(context, config=_at_stage(context.config, GRADIENTS)))
     rows, sample = len(context.pool.unique()), len(common_rows(context.pool, context.config.seed))
     share = min(1.0, _length(context) / max(1, rows))
@@ -137,18 +145,36 @@ def work(context: Context) -> Work:
 
 
 def check(config: SelectConfig) -> None:
-    """See `Scorer.check`."""
+    """Check the settings for the methods of both stages.
+
+    Args:
+        config: The settings.
+
+    Raises:
+        UsageError: One of the methods cannot work with them.
+    """
     for name in (*WORDS, GRADIENTS):
         scorer(name).check(_at_stage(config, name))
 
 
 def reuse(config: SelectConfig) -> list[str]:
-    """The features of the shortlist serve another selection."""
+    """Return the flags with which another selection uses the features of the shortlist.
+
+    Args:
+        config: The settings of the finished run.
+    """
     return scorer(GRADIENTS).reuse(_at_stage(config, GRADIENTS))
 
 
 def nearest(asked: Asked) -> Tensor:
-    """Cosines of gradients for a row that was on the shortlist, of words for any other."""
+    """Return cosines of gradients, float32 [m], for a row on the shortlist, and of words for any other row.
+
+    Args:
+        asked: The question.
+
+    Raises:
+        DataError: The row cannot be compared by words either.
+    """
     for name in (GRADIENTS, WORDS[0]):
         found: Callable[[Asked], Tensor] | None = scorer(name).nearest
         assert found is not None
@@ -161,5 +187,10 @@ def nearest(asked: Asked) -> Tensor:
 
 
 def layers(asked: Asked, rows: list[int]) -> list[dict[str, Any]]:
-    """See `Scorer.layers`."""
+    """Return the share of each layer, as the method of the gradients does.
+
+    Args:
+        asked: The question.
+        rows: Target rows.
+    """
     return scorer(GRADIENTS).layers(replace(asked, config=_at_stage(asked.config, GRADIENTS)), rows)

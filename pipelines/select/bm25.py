@@ -34,9 +34,13 @@ METHOD = Method(
 
 
 def score(context: Context) -> Scored:
-    """BM25 of whole rows, prompt and answer, for each target row.
+    """Score whole rows, prompt and answer, by BM25 for each target row.
 
-    Source: `datatools.bm25`. Differs: the words of a whole target row are the query, so a query is long.
+    Args:
+        context: What is scored.
+
+    Source:
+        `datatools.bm25`. Differs: the words of a whole target row are the query, so a query is long.
     """
     config = context.config.bm25
     with context.run.stage("scores"):
@@ -46,30 +50,39 @@ def score(context: Context) -> Scored:
 
 
 def columns(context: Context, rows: Sequence[int] | None = None) -> Tensor:
-    """See `Scorer.columns`. Words are counted over the whole pool, whichever rows are asked for."""
+    """Return one column per target row, as `Scorer.columns` says; words are always counted over the whole pool.
+
+    Args:
+        context: What is scored.
+        rows: Pool rows; None for all of them.
+    """
     chosen, places, n = usable_among(context.pool, rows)
     return spread(answers(context.pool, context.wanted, context.config, chosen), places, n)
 
 
 def nearest(asked: Asked) -> Tensor:
-    """The row of `answers` for the pool row that was asked about."""
+    """Return the row of `answers`, float32 [m], for the pool row in question.
+
+    Args:
+        asked: The question.
+    """
     return answers(asked.pool, asked.target, asked.config, [asked.index])[0]
 
 
 def answers(pool: Rows, target: Rows, config: SelectConfig, rows: Sequence[int] | None = None) -> Tensor:
-    """BM25 of pool rows for target rows.
+    """Return BM25 of pool rows for target rows.
 
     Args:
         pool: The documents; their statistics are those of all usable rows.
         target: The queries.
-        config: Its `bm25` holds k1 and b.
-        rows: Usable rows of the pool; None is all of them.
+        config: The settings; its `bm25` holds k1 and b.
+        rows: Usable rows of the pool; None for all of them.
 
     Returns:
         float32 [rows, usable target rows].
 
     Raises:
-        DataError: No row holds a word.
+        DataError: No row contains a word.
     """
     from sklearn.feature_extraction.text import CountVectorizer
 

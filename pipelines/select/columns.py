@@ -22,7 +22,17 @@ MOST_COLUMNS = 1000
 
 
 def score_columns(context: Context, scored: Scored, chosen: Sequence[int], order: Mapping[int, int]) -> dict[str, Any]:
-    """Where each pool row is, its size, status, score, rank (`order`), nearest target row, and whether it is chosen."""
+    """Return, per pool row, its place, size, status, score, rank, nearest target row, and whether it was selected.
+
+    Args:
+        context: What was scored.
+        scored: The scores.
+        chosen: The selected pool rows.
+        order: Pool row -> rank.
+
+    Returns:
+        Name of the column -> Arrow array [n].
+    """
     pool = context.pool
     n = len(pool)
     rows = range(n)
@@ -57,14 +67,25 @@ def _status(pool: Rows, scored: Scored, index: int) -> str:
 
 
 def _floats(values: torch.Tensor) -> pa.Array:
-    """float32 with null where there is no number."""
+    """Return float32 values, with null instead of NaN and infinity."""
     return pa.array(values.numpy(), pa.float32(), mask=~values.isfinite().numpy())
 
 
 def selected_columns(
     context: Context, scored: Scored, selection: Selection, order: Mapping[int, int], why: Sequence[str]
 ) -> dict[str, Any]:
-    """The rows' own columns as they were (nested ones as JSON where rows disagree on types), and ours."""
+    """Return the rows' own columns unchanged (nested ones as JSON where rows disagree on types), and ours.
+
+    Args:
+        context: What was scored.
+        scored: The scores.
+        selection: The selected rows.
+        order: Pool row -> rank.
+        why: One sentence per selected row.
+
+    Returns:
+        Name of the column -> Arrow array [k].
+    """
     pool = context.pool
     chosen = [int(i) for i in selection.indices]
     parsed = [json.loads(pool.pool.raw(i).decode("utf-8", "replace").removeprefix("\ufeff")) for i in chosen]
@@ -87,7 +108,11 @@ def selected_columns(
 
 
 def column(values: Sequence[Any]) -> pa.Array:
-    """JSON values as an Arrow column; as JSON text where they have no common type that parquet can hold."""
+    """Return JSON values as an Arrow column, or as JSON text if they have no common type that Parquet can hold.
+
+    Args:
+        values: One value per row.
+    """
     if _fields(values) > MOST_COLUMNS:  # every row would have a place for the keys of all others
         return pa.array([None if v is None else json.dumps(v) for v in values], pa.string())
     try:
@@ -100,7 +125,7 @@ def column(values: Sequence[Any]) -> pa.Array:
 
 
 def _fields(values: Iterable[Any]) -> int:
-    """How many fields an Arrow type of all of `values` has, at any depth: one for each place of a key."""
+    """Return the number of fields of an Arrow type of all `values`, at any depth: one per position of a key."""
     known: set[tuple[str, ...]] = set()
     pending: list[tuple[tuple[str, ...], Any]] = [((), value) for value in values]
     while pending:
@@ -115,7 +140,7 @@ def _fields(values: Iterable[Any]) -> int:
 
 
 def _hollow(kind: pa.DataType) -> bool:
-    """Whether an object without fields is somewhere inside, which parquet cannot write."""
+    """Return whether the type contains a struct without fields, which Parquet cannot write."""
     return (pa.types.is_struct(kind) and kind.num_fields == 0) or any(
         _hollow(kind.field(i).type) for i in range(kind.num_fields)
     )

@@ -1,4 +1,4 @@
-"""What a selection costs: measured on made-up rows before anything is computed, over all attempts of a run."""
+"""The cost of a selection: measured on made-up rows before anything is computed, over all attempts of a run."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ from pipelines.training import checkpoints, cost
 
 
 def estimate(context: Context) -> dict[str, Any]:
-    """Rows, tokens, seconds and bytes of the whole run, over all attempts, and what is left of it; from a timed batch.
+    """Estimate rows, tokens, seconds and bytes of the whole run, over all attempts, from a timed batch.
 
-    What lay there before the run began (features that another run computed) is no part of it.
+    Announces what is left of them. What existed before the run began, such as features that another run computed, does
+    not count.
+
+    Args:
+        context: What is to be scored.
     """
     config, pool, run_ = context.config, context.pool, context.run
     began, spent = run_.seconds, time.monotonic()
@@ -61,7 +65,7 @@ def estimate(context: Context) -> dict[str, Any]:
 
 
 def _first_estimate(context: Context, there: float) -> dict[str, float]:
-    """What the first attempt of this run measured; `there` are the tokens whose work is done as an attempt begins."""
+    """Return what the first attempt of this run measured; `there` is the work in tokens that was done before it."""
     path = context.run.path("cost.json")
     if context.run.resumed and path.is_file():
         with suppress(DatatoolsError):
@@ -72,19 +76,19 @@ def _first_estimate(context: Context, there: float) -> dict[str, float]:
 
 
 def _seconds(rate: float, parts: Mapping[str, float]) -> dict[str, float]:
-    """Tokens by part as seconds."""
+    """Return the seconds that each part takes, from its tokens."""
     # a training token costs about a quarter more: LoRA runs beside its layer, padding is not sorted away
     return {name: rate * tokens * (1.25 if name.startswith("warm-up") else 1.0) for name, tokens in parts.items()}
 
 
 def pace(context: Context, samples: int = 2, *, backward: bool = True) -> tuple[float, int]:
-    """Measured seconds per token, on made-up rows of the pool's median length, and the bytes of memory at the peak.
+    """Return the seconds per token, measured on made-up rows of the pool's median length, and the peak memory in bytes.
 
     Args:
-        context: what is to be scored.
-        samples: how many passes are timed; the fastest counts.
-        backward: forward and the gradients of each row, at the user's first checkpoint or with fresh adapters; else
-            forward alone.
+        context: What is to be scored.
+        samples: The number of timed passes; the fastest counts.
+        backward: Whether to time a forward pass and per-row gradients, at the user's first checkpoint or with fresh
+            adapters, instead of a forward pass alone.
     """
     loaded, pool = context.model(), context.pool
     length = int(np.median(pool.scan.tokens[pool.usable]))
@@ -111,7 +115,7 @@ def pace(context: Context, samples: int = 2, *, backward: bool = True) -> tuple[
 
 @contextmanager
 def _as_trained(context: Context) -> Iterator[Any]:
-    """The model at the user's first checkpoint, a whole one's by the model itself, or with fresh adapters."""
+    """Yield the model at the user's first checkpoint, or with fresh adapters; for whole weights, the model itself."""
     config, model = context.config, context.model().model
     if not config.checkpoints:
         with cost.as_trained(model, config.lora) as module:

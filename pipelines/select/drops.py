@@ -1,7 +1,7 @@
 """Scores by how far the loss of each pool row falls when the model is adapted to the target: `tov` and `tacs`.
 
-One forward pass per pool row with the model as it is, which all targets share and `rds` gives for nothing, and one per
-adapter. No gradient of the pool is taken.
+Each pool row takes one forward pass with the model as it is, which all targets share and which `rds` computes on the
+side, and one per adapter. No gradient of the pool is computed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,22 @@ from pipelines.settings.select import SelectConfig
 
 
 def setup_of(context: Context) -> Adaptation:
-    """What the adapters of this run are a function of."""
+    """Return what the adapters of this run depend on.
+
+    Args:
+        context: What is scored.
+    """
     return Adaptation(context.config, context.features_folder, context.pool, context.wanted, context.model())
 
 
 def scored(context: Context, *, name: str, relative: bool) -> Scored:
-    """The scores of the whole pool; `relative` divides each drop by the loss before."""
+    """Return the scores of the whole pool.
+
+    Args:
+        context: What is scored.
+        name: The name of the formula.
+        relative: Whether to divide each drop by the loss before the adaptation.
+    """
     config, pool = context.config, context.pool
     chosen = np.flatnonzero(pool.usable).tolist()
     drops, before = drops_of(context, chosen, relative=relative)
@@ -62,13 +72,26 @@ def scored(context: Context, *, name: str, relative: bool) -> Scored:
 
 
 def columns_of(context: Context, rows: Sequence[int] | None, *, relative: bool) -> Tensor:
-    """See `Scorer.columns`: one column per adapter."""
+    """Return one column per adapter, float32 [rows, adapters], as `Scorer.columns` says.
+
+    Args:
+        context: What is scored.
+        rows: Pool rows; None for all of them.
+        relative: Whether to divide each drop by the loss before the adaptation.
+    """
     chosen, places, n = usable_among(context.pool, rows)
     return spread(drops_of(context, chosen, relative=relative)[0], places, n)
 
 
 def groups_of(setup: Adaptation) -> tuple[list[str], Tensor]:
-    """See `Scorer.groups`: the subtasks where each has an adapter of its own; one group otherwise."""
+    """Return the names and groups of the columns: the subtasks if each has its own adapter, otherwise one group.
+
+    Args:
+        setup: What the adapters depend on.
+
+    Returns:
+        The names of the groups, and the group of each column, int64 [adapters].
+    """
     parts = setup.parts()
     groups = [part.group for part in parts]
     if len(set(groups)) < len(groups):  # folds
@@ -77,7 +100,19 @@ def groups_of(setup: Adaptation) -> tuple[list[str], Tensor]:
 
 
 def drops_of(context: Context, chosen: list[int], *, relative: bool) -> tuple[Tensor, Tensor]:
-    """The drops, float32 [chosen, adapters], and the losses before, float32 [chosen], of usable pool rows."""
+    """Return how far the losses of pool rows fall, and the losses before the adaptation.
+
+    Args:
+        context: What is scored.
+        chosen: Usable pool rows.
+        relative: Whether to divide each drop by the loss before the adaptation.
+
+    Returns:
+        The drops, float32 [chosen, adapters], and the losses before, float32 [chosen].
+
+    Raises:
+        DataError: The loss of a target row is not finite.
+    """
     pool, run = context.pool, context.run
     with run.stage("losses"):
         _refuse_dead_targets(context)
@@ -97,7 +132,11 @@ def drops_of(context: Context, chosen: list[int], *, relative: bool) -> tuple[Te
 
 
 def cap_of(context: Context) -> float:
-    """The mean length of the target's answers, in tokens."""
+    """Return the mean length of the target's answers in tokens.
+
+    Args:
+        context: What is scored.
+    """
     target = context.wanted
     return float(np.mean(target.scan.supervised[target.usable]))
 
@@ -114,7 +153,11 @@ def _refuse_dead_targets(context: Context) -> None:
 
 
 def work(context: Context) -> Work:
-    """Tokens of forward passes; a token of the adaptation counts three."""
+    """Return the tokens of the forward passes; a token of the adaptation counts as three.
+
+    Args:
+        context: What is scored.
+    """
     setup = setup_of(context)
     tokens, done = work_tokens(setup)
     whole = {LABEL: tokens}
@@ -133,12 +176,23 @@ def work(context: Context) -> Work:
 
 
 def reuse(config: SelectConfig) -> list[str]:
-    """The run's losses and adapters serve another selection."""
+    """Return the flags with which another selection uses the losses and adapters of this run.
+
+    Args:
+        config: The settings of the finished run.
+    """
     return [f"--set features.folder={config.features.folder or config.out / 'features'}"]
 
 
 def tokens(asked: Asked) -> list[dict[str, Any]]:
-    """See `Scorer.tokens`: the loss of each token of the answer before and after, the mean over the adapters."""
+    """Return the loss of each token of the answer before and after the adaptation, averaged over the adapters.
+
+    Args:
+        asked: The question.
+
+    Raises:
+        DataError: The adapters of the run are missing.
+    """
     loaded = models.load(asked.config.model)
     home = asked.config.features.folder or asked.folder / "features"
     setup = Adaptation(asked.config, home, asked.pool, asked.target, loaded)

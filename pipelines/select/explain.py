@@ -1,4 +1,4 @@
-"""`datatools explain RUN/selected.jsonl:17`: why a row was chosen or not: its nearest target rows, its layers."""
+"""`datatools explain RUN/selected.jsonl:17`: why a row was selected or not, its nearest target rows, and its layers."""
 
 from __future__ import annotations
 
@@ -37,16 +37,19 @@ _STATUS = {
 
 
 def run(config: ExplainConfig) -> dict[str, Any]:
-    """Print, and return, why a row was chosen or not: its score and rank, and its similarity to each target row.
+    """Print and return why a row was selected or not: its score, its rank, and its similarity to each target row.
 
-    The method of the run says how similar (`nearest` in its file), from what the run has kept, and which layers carry
-    the similarity (`layers`), if it can. LESS computes the shares of layers again, without projection, at the
-    checkpoint with the largest weight: the inner product of the row's update and the target row's gradient is a sum
-    over parameters.
+    The similarities come from the function `nearest` of the method, applied to what the run has kept, and the layers
+    that contribute to them from `layers`, if the method has it. LESS computes the shares of layers anew, without
+    projection, at the checkpoint with the largest weight: the inner product of the row's update and the target row's
+    gradient is a sum over parameters.
+
+    Args:
+        config: The settings.
 
     Raises:
-        UsageError: when the row or the run is not there.
-        DataError: when the data of the run have changed.
+        UsageError: The row or the run does not exist.
+        DataError: The data of the run have changed.
     """
     folder = config.file.parent
     if not (folder / "run.yaml").is_file():
@@ -104,7 +107,7 @@ def run(config: ExplainConfig) -> dict[str, Any]:
 
 
 def _chosen(config: ExplainConfig, pool: Rows, made_by: SelectConfig) -> int:
-    """The pool row that is line `config.line` of the selection."""
+    """Return the pool row at line `config.line` of the selection."""
     if not config.file.is_file():
         raise UsageError(f"{config.file}: no such file; the run in its folder has not selected yet")
     lines = files.read_bytes(config.file).removesuffix(b"\n").split(b"\n")
@@ -117,10 +120,15 @@ def _chosen(config: ExplainConfig, pool: Rows, made_by: SelectConfig) -> int:
 
 
 def row_named(name: str, pool: Rows) -> int:
-    """The pool row that `name` means: FILE:LINE of a file of the pool, or an id.
+    """Return the pool row with a given name.
+
+    Args:
+        name: FILE:LINE of a file of the pool, or an id.
+        pool: The pool.
 
     Raises:
-        UsageError: if there is no such row, or more than one.
+        UsageError: There is no such row, or more than one.
+        DataError: The row cannot be read.
     """
     file, _, line = name.rpartition(":")
     if file and line.isdecimal():
@@ -159,7 +167,7 @@ def _at(file: str, line: int, pool: Rows) -> int:
 
 
 def _placed(folder: Path, pool: Rows, index: int) -> dict[str, Any]:
-    """What scores.parquet says about the row: score, rank, whether it was chosen, and where the selection ends."""
+    """Return what scores.parquet says about the row (score, rank, selected or not), and the lowest chosen score."""
     path = folder / "scores.parquet"
     if not path.is_file():
         raise UsageError(f"{folder}: there are no scores yet; `datatools select` again with the same settings goes on")
@@ -220,7 +228,7 @@ def _show(found: dict[str, Any], method: Method, console: Console) -> None:
 
 
 def _gains(tokens: list[dict[str, Any]], shape: dict[str, Any]) -> Table:
-    """The tokens of the answer whose loss falls most, and how much of the whole fall that is."""
+    """Return a table of the tokens of the answer whose loss falls most, and their share of the whole drop."""
     order = sorted(tokens, key=lambda one: one["after"] - one["before"])[:SHOWN_TOKENS]
     whole = sum(one["before"] - one["after"] for one in tokens)
     title = f"tokens of the answer that gain most ({len(order)} of {len(tokens)}; all together {whole:+.4g})"
@@ -234,7 +242,7 @@ def _gains(tokens: list[dict[str, Any]], shape: dict[str, Any]) -> Table:
 
 
 def _why(found: dict[str, Any], record: Method) -> str:
-    """One sentence: chosen or not, by which method, and why."""
+    """Return one sentence: selected or not, by which method, and why."""
     method = found["method"]
     if found["status"] != "ok":
         reason = _STATUS.get(found["status"], found["status"])

@@ -1,4 +1,4 @@
-"""GIST: updates of pool rows, seen in the span of the target's own gradients; exact, in a few numbers per row.
+"""GIST: updates of pool rows within the span of the target's own gradients; exact, and a few numbers per row.
 
 Source: GIST, arXiv 2602.18584.
 """
@@ -25,7 +25,7 @@ from datatools.files import sealed
 from pipelines.models.losses import losses_for
 from pipelines.rows.rows import Rows
 from pipelines.runs.messages import library_warnings
-from pipelines.select import gradients
+from pipelines.select import gradients, influence
 from pipelines.select.gradients import At, Recipe, described
 from pipelines.select.scored import Context, Scored, spread, usable_among
 from pipelines.select.scorer import Asked, Work
@@ -51,11 +51,15 @@ METHOD = Method(
 
 
 def score(context: Context) -> Scored:
-    """cos(P^T update(z), P^T grad(z')), where the columns of P are an orthonormal basis of the target's gradients.
+    """Score by cos(P^T update(z), P^T grad(z')), where the columns of P are an orthonormal basis of target gradients.
 
-    Differs: pool rows are compared by the optimizer's update unless `gist.update` is plain; the target rows of a
-    subtask are averaged after the cosine unless `aggregate` is paper; the basis has every direction that float32
-    gradients tell apart, unless `gist.rank` is smaller.
+    Args:
+        context: What is scored.
+
+    Source:
+        GIST, arXiv 2602.18584. Differs: pool rows are compared by the optimizer's update unless `gist.update` is plain;
+        the target rows of a subtask are averaged after the cosine unless `aggregate` is paper; the basis has every
+        direction that float32 gradients tell apart, unless `gist.rank` is smaller.
     """
     chosen = np.flatnonzero(context.pool.usable).tolist()
     recipe = _recipe(context.config, context.wanted)
@@ -70,15 +74,20 @@ def score(context: Context) -> Scored:
     }
     with context.run.stage("scores"):
         tokens += sum(one.tokens for one in made)
-        return gradients.scored(context, chosen, found, made, tokens, formula)
+        return influence.scored(context, chosen, found, made, tokens, formula)
 
 
 def columns(context: Context, rows: Sequence[int] | None = None) -> Tensor:
-    """See `Scorer.columns`: the cosines in the span of the target's gradients."""
+    """Return the cosines in the span of the target's gradients, as `Scorer.columns` says.
+
+    Args:
+        context: What is scored.
+        rows: Pool rows; None for all of them.
+    """
     chosen, places, n = usable_among(context.pool, rows)
     found, made, _ = gradients.gradients(context, chosen, _recipe(context.config, context.wanted))
     with context.run.stage("scores"):
-        return spread(gradients.result(context, chosen, found, made, "mean").similarity, places, n)
+        return spread(influence.result(context, chosen, found, made, "mean").similarity, places, n)
 
 
 def _recipe(config: SelectConfig, target: Rows) -> Recipe:
@@ -86,7 +95,7 @@ def _recipe(config: SelectConfig, target: Rows) -> Recipe:
 
 
 def _prefix(config: SelectConfig, target: Rows) -> str:
-    """Of the stores, which serve this target, rank and kind of update alone."""
+    """Return the prefix of the stores, which serve only this target, rank and kind of update."""
     return f"span-{files.digest(files.json_bytes(_facts(config, target)))[:12]}-"
 
 
@@ -95,9 +104,9 @@ def _facts(config: SelectConfig, target: Rows) -> dict[str, Any]:
 
 
 def _span(at: At) -> TargetSpan:
-    """The span of the target's gradients at a checkpoint; the coefficients of its basis are kept.
+    """Return the span of the target's gradients at a checkpoint, and keep the coefficients of its basis.
 
-    Without them a run that goes on elsewhere could turn directions of equal length into each other.
+    Without them, a run that continues on another machine could rotate directions of equal length into each other.
     """
     config, target = at.context.config, at.context.wanted
     unique = target.unique()
@@ -123,7 +132,7 @@ def _span(at: At) -> TargetSpan:
 
 
 def _target_gradients(at: At, target: Rows, rows: list[int]) -> dict[str, Tensor]:
-    """The plain gradients, float32, of these target rows: name -> [rows, *shape], on the CPU."""
+    """Return the plain gradients of these target rows, float32: name -> [rows, *shape], on the device of the model."""
     how = at.context.config.features
     found = {name: torch.zeros(len(rows), *at.plain.params[name].shape) for name in at.names}
     loss, method = losses_for(how.method), how.method
@@ -142,15 +151,23 @@ def _target_gradients(at: At, target: Rows, rows: list[int]) -> dict[str, Tensor
 
 
 def work(context: Context) -> Work:
-    """Tokens of the warm-up and of the gradients; the features take a number per direction."""
+    """Return the tokens of the warm-up and of the gradients; the features take one number per direction.
+
+    Args:
+        context: What is scored.
+    """
     config, target = context.config, context.wanted
     directions = len(target.unique()) if config.gist.rank is None else config.gist.rank
     return gradients.work(context, directions, _prefix(config, target))
 
 
 def nearest(asked: Asked) -> Tensor:
-    """The cosines of the features that the run has kept."""
-    return gradients.nearest(asked, _prefix(asked.config, asked.target))
+    """Return the cosines, float32 [m], of the features that the run has kept.
+
+    Args:
+        asked: The question.
+    """
+    return influence.nearest(asked, _prefix(asked.config, asked.target))
 
 
 reuse = gradients.reuse

@@ -1,7 +1,7 @@
-"""Gradients of the pool and the target at the checkpoints, projected and kept, and the scores that they give.
+"""Gradients of the pool and the target at the checkpoints, projected and kept.
 
-Shared by the methods that compare an optimizer's update for a pool row with the gradient of a target row; what differs
-between them is how a gradient becomes a feature (`Recipe`).
+The methods that compare an optimizer's update for a pool row with the gradient of a target row share this module; they
+differ in how a gradient becomes a feature (`Recipe`).
 """
 
 from __future__ import annotations
@@ -10,20 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from datatools import (
     ENCODINGS,
     DataError,
     GradientFeatures,
-    LessScores,
     Projector,
     extract,
     extract_preferences,
     files,
-    less_scores,
 )
 from optim import SGDRule, UpdateMap, UpdateRule
 from pipelines.models.losses import answer_losses_for, losses_for, seen_parameters
@@ -31,9 +27,9 @@ from pipelines.rows.rows import Rows
 from pipelines.runs.messages import library_warnings
 from pipelines.runs.progress import progress
 from pipelines.select import objectives
-from pipelines.select.scored import Context, Scored, common_rows, spread, subtask_groups, unique_among
-from pipelines.select.scorer import Asked, Work
-from pipelines.select.stores import FEATURE_VERSION, filling, kept, open_store, tokens_of
+from pipelines.select.scored import Context, common_rows, unique_among
+from pipelines.select.scorer import Work
+from pipelines.select.stores import FEATURE_VERSION, filling, open_store, tokens_of
 from pipelines.select.warm_up import stops, warm_up, warm_up_to_come
 from pipelines.settings.select import SelectConfig
 from pipelines.training import checkpoints
@@ -44,12 +40,12 @@ class At:
     """A checkpoint of the model, for the choice of a projector.
 
     Attributes:
-        context: What is being scored.
+        context: What is scored.
         checkpoint: The checkpoint.
-        module: The model there.
-        names: The parameters whose gradients are seen.
-        plain: Their plain gradients, as a map.
-        meta: What features at this checkpoint are a function of, but for the projector.
+        module: The model at this checkpoint.
+        names: The parameters whose gradients are used.
+        plain: The map that returns their plain gradients.
+        meta: What features at this checkpoint depend on, except the projector.
     """
 
     context: Context
@@ -65,8 +61,8 @@ class Recipe:
     """How gradients become features.
 
     Attributes:
-        projector: From gradients to features.
-        prefix: Of the names of the stores.
+        projector: Makes the projection from gradients to features.
+        prefix: The prefix of the names of the stores.
         plain: Whether pool rows are compared by their plain gradients instead of the optimizer's updates.
     """
 
@@ -77,7 +73,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Features:
-    """The filled stores of one checkpoint, and what made them."""
+    """The filled stores of one checkpoint, and how they were made."""
 
     train: GradientFeatures
     target: GradientFeatures
@@ -93,7 +89,7 @@ def _features(
     target_rows: Mapping[str, int],
     recipe: Recipe,
 ) -> Features:
-    """The stores of the pool's updates and of the target's plain gradients at one checkpoint."""
+    """Return the stores of the pool's updates and of the target's plain gradients at one checkpoint."""
     config, run = context.config, context.run
     loaded = context.model()
     with checkpoints.at(checkpoint, config.model, loaded.model) as module:
@@ -159,7 +155,16 @@ def _features(
 def gradients(
     context: Context, chosen: list[int], recipe: Recipe
 ) -> tuple[list[checkpoints.Checkpoint], list[Features], int]:
-    """The checkpoints, the features of the usable pool rows `chosen` at each, and the tokens of the warm-up."""
+    """Compute the features of pool rows at each checkpoint.
+
+    Args:
+        context: What is scored.
+        chosen: Usable pool rows.
+        recipe: How gradients become features.
+
+    Returns:
+        The checkpoints, the features at each, and the tokens of the warm-up.
+    """
     run = context.run
     found, tokens = warm_up(context)
     run.provenance["checkpoints"] = [str(c.folder.name) for c in found]
@@ -182,7 +187,7 @@ def _fill(
     updates: UpdateMap,
     projector: Any,
 ) -> None:
-    """Compute what is missing in the store: of the rows `planned`, and of an earlier shortlist."""
+    """Compute what is missing in the store: for the rows `planned`, and for an earlier shortlist."""
     first = rows.unique()
     missing = {key for unit in store.missing_units() for key in store.unit_keys(unit)}
     if not missing:
@@ -217,7 +222,7 @@ def _fill_pairs(
     updates: UpdateMap,
     projector: Any,
 ) -> None:
-    """Compute what is missing in the store of the target's pairs: both answers of each."""
+    """Compute what is missing in the store of the target's pairs, for both answers of each pair."""
     if not store.missing_units():
         return
     config, chosen = context.config, context.wanted
@@ -243,13 +248,17 @@ def _fill_pairs(
 
 
 def described(rule: UpdateRule) -> str:
-    """`adamw(betas=(0.9, 0.999), eps=1e-08, ...)`."""
+    """Return an update rule as text, such as `adamw(betas=(0.9, 0.999), eps=1e-08, ...)`.
+
+    Args:
+        rule: The rule.
+    """
     fields = rule.describe()
     return f"{fields.pop('name')}({', '.join(f'{key}={value}' for key, value in fields.items())})"
 
 
 def _coverage(params: Mapping[str, Tensor], names: list[str], config: SelectConfig) -> dict[str, Any]:
-    """Which of the trainable parameters `names` are."""
+    """Return the share of the trainable parameters that `names` cover."""
     seen, total = sum(params[n].numel() for n in names), sum(p.numel() for p in params.values())
     if not names:
         raise DataError(
@@ -258,80 +267,14 @@ def _coverage(params: Mapping[str, Tensor], names: list[str], config: SelectConf
     return {"trainable": total, "seen_share": seen / total, "unseen": sorted(set(params) - set(names))}
 
 
-def result(
-    context: Context, chosen: list[int], found: list[checkpoints.Checkpoint], made: list[Features], how: str
-) -> LessScores:
-    """What the stores say about the usable pool rows `chosen`."""
-    pool, target = context.pool, context.wanted
-    wanted = np.flatnonzero(target.usable).tolist()
-    target_keys = objectives.keys(context.config, target)
-    for one in made:
-        refuse_dead_targets(one.target, target, wanted, target_keys)
-    return less_scores(
-        [one.train for one in made],
-        [one.target for one in made],
-        [c.weight for c in found],
-        subtask_groups(target)[1],
-        keys=[pool.keys[i] for i in chosen],
-        target_keys=target_keys,
-        how=how,
-        advantages=objectives.weights(context.config, target),
-        common=context.config.common,
-        sample=_sample(pool, context.config),
-    )
-
-
-def _sample(pool: Rows, config: SelectConfig) -> list[str]:
-    """The keys of the rows that show common directions; none where these stay."""
-    return [] if config.common is None else [pool.keys[i] for i in common_rows(pool, config.seed)]
-
-
-def scored(
-    context: Context,
-    chosen: list[int],
-    found: list[checkpoints.Checkpoint],
-    made: list[Features],
-    tokens: int,
-    formula: Mapping[str, Any],
-) -> Scored:
-    """Scores from the stores, over the whole pool."""
-    config, pool = context.config, context.pool
-    usable = torch.tensor(chosen, dtype=torch.int64)
-    names, groups = subtask_groups(context.wanted)
-    of = result(context, chosen, found, made, config.aggregate)
-    similarity = spread(of.similarity, usable, len(pool))
-    return Scored(
-        scores=spread(of.scores, usable, len(pool)),
-        formula=formula,
-        status={int(usable[i]): status for i, status in of.status.items()},
-        similarity=similarity,
-        subtasks={name: similarity[:, groups == i].mean(1) for i, name in enumerate(names)},
-        norms=spread(of.norms, usable, len(pool)),
-        coverage=made[-1].coverage,
-        checkpoints=[{"path": c.folder.name, "step": c.step, "mean_lr": c.mean_lr, "weight": c.weight} for c in found],
-        feature_bytes=sum(
-            p.stat().st_size for one in made for s in (one.train, one.target) for p in s.folder.iterdir()
-        ),
-        tokens=tokens,
-    )
-
-
-def refuse_dead_targets(
-    store: GradientFeatures, target: Rows, wanted: list[int], keys: list[str] | None = None
-) -> None:
-    """Refuse target rows without a finite, non-zero gradient; `keys` are theirs in the store (None: the rows' own)."""
-    keys = [target.keys[row] for row in wanted] if keys is None else keys
-    held = store.rows()
-    states = dict(zip(held.keys, held.status, strict=True))
-    if dead := [row for row, key in zip(wanted, keys, strict=True) if states[key] != "ok"]:
-        raise DataError(
-            f"target row {target.pool.where(dead[0])} has no finite, non-zero gradient ({len(dead)} such rows in "
-            f"{store.folder.name}); remove it from the target"
-        )
-
-
 def work(context: Context, dim: int, prefix: str = "") -> Work:
-    """Tokens of the warm-up and of the gradients, and the bytes of the features at all checkpoints."""
+    """Return the tokens of the warm-up and of the gradients, and the bytes of the features at all checkpoints.
+
+    Args:
+        context: What is scored.
+        dim: The number of values per feature.
+        prefix: The prefix of the names of the stores.
+    """
     config, pool, target = context.config, context.pool, context.wanted
     warm, rows, steps = warm_up_to_come(context)
     whole: dict[str, float] = {}
@@ -352,27 +295,12 @@ def work(context: Context, dim: int, prefix: str = "") -> Work:
 
 
 def reuse(config: SelectConfig) -> list[str]:
-    """The run's features, and the checkpoints that they belong to."""
+    """Return the flags with which another selection uses the features of this run and their checkpoints.
+
+    Args:
+        config: The settings of the finished run.
+    """
     return [
         f"--set features.folder={config.features.folder or config.out / 'features'}",
         *(f"--checkpoints {stop.folder}" for stop in stops(config, config.out)),
     ]
-
-
-def nearest(asked: Asked, prefix: str = "") -> Tensor:
-    """The weighted cosines of the features that the run has kept."""
-    found = stops(asked.config, asked.folder)
-    home = kept(asked, *(f"{prefix}train-{stop.step}" for stop in found))
-    keys = objectives.keys(asked.config, asked.target)
-    return less_scores(
-        [GradientFeatures.open(home / f"{prefix}train-{stop.step}") for stop in found],
-        [GradientFeatures.open(home / f"{prefix}{objectives.folder(asked.config, stop.step)}") for stop in found],
-        [stop.weight for stop in found],
-        torch.zeros(len(keys), dtype=torch.int64),
-        keys=[asked.pool.keys[asked.index]],
-        target_keys=keys,
-        how="mean",
-        common=asked.config.common,
-        sample=_sample(asked.pool, asked.config),
-        advantages=objectives.weights(asked.config, asked.target),
-    ).similarity[0]

@@ -22,7 +22,19 @@ _LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
 def layers_of(
     config: SelectConfig, stop: checkpoints.Checkpoint, pool: Rows, index: int, target: Rows, nearest: list[int]
 ) -> list[dict[str, Any]]:
-    """Share of each layer in the mean cosine of the row's update with the nearest target rows' gradients."""
+    """Return the share of each layer in the mean cosine of the row's update with the nearest target rows' gradients.
+
+    Args:
+        config: The settings of the selection.
+        stop: The checkpoint.
+        pool: The pool.
+        index: The pool row.
+        target: The target.
+        nearest: Target rows.
+
+    Returns:
+        `[{"layer": ..., "cosine": ...}]`, the largest absolute cosine first.
+    """
     base = models.load(config.model).model
     with checkpoints.at(stop, config.model, base) as module:
         params = checkpoints.trainable(module)
@@ -47,7 +59,7 @@ def layers_of(
 
 
 def _layer(name: str) -> str:
-    """`layer 12 o_proj` for a parameter of block 12; the parameter's own name elsewhere."""
+    """Return `layer 12 o_proj` for a parameter of block 12, and the name of the module for any other parameter."""
     found = _LAYER.search(name)
     module = re.sub(r"\.(lora_[AB]\.\w+\.)?(weight|bias)$", "", name).rsplit(".", 1)[-1]
     return f"layer {found[1]} {module}" if found else module

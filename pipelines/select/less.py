@@ -1,7 +1,7 @@
-"""LESS: rows whose update, by the optimizer, would lower the loss on the target rows most.
+"""LESS: the rows whose update by the optimizer would lower the loss on the target rows most.
 
-From top to bottom: a warm-up on a random share of the pool gives checkpoints; at each of them the updates of the pool's
-rows and the gradients of the target's rows become features; their cosines, weighted by learning rate, become scores.
+From top to bottom: a warm-up on a random share of the pool gives checkpoints; at each of them, the updates of the pool
+rows and the gradients of the target rows become features; their cosines, weighted by learning rate, become scores.
 
 Source: Xia et al. 2024, arXiv 2402.04333.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from datatools import AGGREGATIONS, PROJECTORS, Projector
 from optim import AdamWRule
 from pipelines.runs.seeds import derive_seed
-from pipelines.select import gradients, objectives
+from pipelines.select import gradients, influence, objectives
 from pipelines.select.gradients import At, Features, Recipe, described
 from pipelines.select.layers import layers_of
 from pipelines.select.scored import Context, Scored, spread, usable_among
@@ -45,27 +45,37 @@ METHOD = Method(
 
 
 def score(context: Context) -> Scored:
-    """sum_c w_c cos(update of the optimizer for one pool row, gradient of one target row), at the checkpoints c.
+    """Score by sum_c w_c cos(update of the optimizer for a pool row, gradient of a target row) over checkpoints c.
 
-    Differs from the paper: the optimizer may be any of the suite; the update is the paper's (see features.adam_mode).
+    Args:
+        context: What is scored.
+
+    Source:
+        Xia et al. 2024, arXiv 2402.04333. Differs: any optimizer of the suite is possible; by default the update is the
+        one of the paper (see features.adam_mode).
     """
     chosen = np.flatnonzero(context.pool.usable).tolist()
     found, made, tokens = gradients.gradients(context, chosen, RECIPE)
     with context.run.stage("scores"):
         tokens += sum(one.tokens for one in made)
-        return gradients.scored(context, chosen, found, made, tokens, _formula(context.config, made[-1]))
+        return influence.scored(context, chosen, found, made, tokens, _formula(context.config, made[-1]))
 
 
 def columns(context: Context, rows: Sequence[int] | None = None) -> Tensor:
-    """See `Scorer.columns`: the cosines, weighted over checkpoints."""
+    """Return the cosines, weighted over checkpoints, as `Scorer.columns` says.
+
+    Args:
+        context: What is scored.
+        rows: Pool rows; None for all of them.
+    """
     chosen, places, n = usable_among(context.pool, rows)
     found, made, _ = gradients.gradients(context, chosen, RECIPE)
     with context.run.stage("scores"):
-        return spread(gradients.result(context, chosen, found, made, "mean").similarity, places, n)
+        return spread(influence.result(context, chosen, found, made, "mean").similarity, places, n)
 
 
 def _projector(at: At) -> Projector:
-    """The random projection of the settings."""
+    """Return the random projection that the settings name."""
     how = at.context.config.projector
     shapes = {name: at.plain.params[name].shape for name in at.names}
     return PROJECTORS[how.name].of(shapes, how.dim, derive_seed(at.context.config.seed, "projector"))
@@ -90,17 +100,30 @@ def _formula(config: SelectConfig, made: Features) -> dict[str, Any]:
 
 
 def work(context: Context) -> Work:
-    """Tokens of the warm-up and of the gradients, and the bytes of the features at all checkpoints."""
+    """Return the tokens of the warm-up and of the gradients, and the bytes of the features at all checkpoints.
+
+    Args:
+        context: What is scored.
+    """
     return gradients.work(context, context.config.projector.dim)
 
 
 def nearest(asked: Asked) -> Tensor:
-    """The weighted cosines of the features that the run has kept."""
-    return gradients.nearest(asked)
+    """Return the weighted cosines, float32 [m], of the features that the run has kept.
+
+    Args:
+        asked: The question.
+    """
+    return influence.nearest(asked)
 
 
 def spaces(config: SelectConfig, folder: Path) -> list[Space]:
-    """The features at all checkpoints that count, each with its weight."""
+    """Return the features at all checkpoints that count, each with its weight.
+
+    Args:
+        config: The settings of the finished run.
+        folder: The folder of the run.
+    """
     home, found = config.features.folder or folder / "features", stops(config, folder)
     return [
         Space(stop.weight, home / f"train-{stop.step}", home / objectives.folder(config, stop.step)) for stop in found
@@ -108,7 +131,12 @@ def spaces(config: SelectConfig, folder: Path) -> list[Space]:
 
 
 def layers(asked: Asked, rows: list[int]) -> list[dict[str, Any]]:
-    """The share of each layer, at the checkpoint with the largest weight; none for pairs and rewards."""
+    """Return the share of each layer at the checkpoint with the largest weight; none for pairs and rewards.
+
+    Args:
+        asked: The question.
+        rows: Target rows.
+    """
     if asked.config.objective != "ce":
         return []
     heaviest = max(stops(asked.config, asked.folder), key=lambda c: c.weight)

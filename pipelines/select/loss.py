@@ -26,9 +26,13 @@ METHOD = Method(
 
 
 def score(context: Context) -> Scored:
-    """The row's own mean loss under the model: the rows that it finds hardest come first.
+    """Score rows by the model's own mean loss on their answers: the hardest rows come first.
 
-    Source: the perplexity baseline of Yin & Rush 2024, arXiv 2410.16208 ("top" variant).
+    Args:
+        context: What is scored.
+
+    Source:
+        The perplexity baseline of Yin & Rush 2024, arXiv 2410.16208 ("top" variant).
     """
     pool = context.pool
     chosen = np.flatnonzero(pool.usable).tolist()
@@ -45,11 +49,19 @@ def score(context: Context) -> Scored:
 
 
 def work(context: Context) -> Work:
-    """The tokens of the rows whose losses are not kept yet."""
+    """Return the tokens of the rows, and of those whose losses are not kept yet.
+
+    Args:
+        context: What is scored.
+    """
     whole, left = tokens_of(context.pool, folder_of(context, "pool"))
     return Work({"losses of the pool": whole}, {"losses of the pool": left})
 
 
 def reuse(config: SelectConfig) -> list[str]:
-    """The run's losses serve another selection."""
+    """Return the flags with which another selection uses the losses of this run.
+
+    Args:
+        config: The settings of the finished run.
+    """
     return [f"--set features.folder={config.features.folder or config.out / 'features'}"]

@@ -1,7 +1,7 @@
-"""The loss of each row's answer, computed once per model and kept beside the features, for all methods and targets.
+"""The loss of each row's answer, computed once per model and kept with the features, for all methods and targets.
 
-A store holds one number per row: the mean cross-entropy over the tokens of its answer. `rds` fills the store of the
-model as it is from the pass that gives hidden states; a store of an adapted model carries the adapter's digest.
+A store holds one number per row: the mean cross-entropy over the tokens of its answer. `rds` also fills the store of
+the unadapted model, from the pass that computes hidden states; a store of an adapted model is named after its adapter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from pipelines.select.stores import FEATURE_VERSION, filling, open_store
 
 
 def folder_of(context: Context, kind: str, adapter: str = "") -> Path:
-    """The store of the losses of the pool or the target (`kind`), with the model as it is or with an adapter."""
+    """Return the folder of a store of losses.
+
+    Args:
+        context: What is scored.
+        kind: "pool" or "target".
+        adapter: The digest of an adapter; empty for the model as it is.
+    """
     return context.features_folder / (f"losses-{kind}-{adapter}" if adapter else f"losses-{kind}")
 
 
@@ -35,7 +41,16 @@ def open_losses(
     adapter: str = "",
     rows_per_unit: int | None = None,
 ) -> GradientFeatures:
-    """The store of losses, planned for the rows `planned`; what is missing in it is the caller's to compute."""
+    """Return the store of losses, planned for some rows; the caller computes what is missing in it.
+
+    Args:
+        context: What is scored.
+        kind: "pool" or "target".
+        rows: The pool or the target.
+        planned: Content key -> row, of the rows that are needed.
+        adapter: The digest of an adapter; empty for the model as it is.
+        rows_per_unit: The number of rows per unit of the store; None for the default.
+    """
     loaded = context.model()
     meta: dict[str, Any] = {
         "format": FEATURE_VERSION,
@@ -61,15 +76,15 @@ def open_losses(
 def losses(
     context: Context, kind: str, rows: Rows, chosen: Sequence[int], *, module: Any = None, adapter: str = ""
 ) -> Tensor:
-    """The mean loss of each of the usable rows `chosen`; only those that are not kept yet go through the model.
+    """Return the mean loss of usable rows; only those that are not kept yet go through the model.
 
     Args:
-        context: What is being scored.
+        context: What is scored.
         kind: "pool" or "target".
         rows: The pool or the target.
         chosen: Usable rows of it.
-        module: The adapted model; None is the model as it is.
-        adapter: The digest of what `module` has that the model has not.
+        module: The adapted model; None for the model as it is.
+        adapter: The digest of the adapter that `module` has.
 
     Returns:
         float32 [chosen]; NaN where the loss is not finite.
@@ -93,13 +108,24 @@ def losses(
 
 
 def write(store: GradientFeatures, unit: int, values: Tensor) -> None:
-    """Write the losses, float32 [n], of a unit: their norm is the loss itself, to the bit."""
+    """Write the losses of a unit; the stored norm of a row is its loss, bit for bit.
+
+    Args:
+        store: The store.
+        unit: The number of the unit.
+        values: The losses, float32 [n].
+    """
     status = ["ok" if ok else "nonfinite" for ok in values.isfinite().tolist()]
     store.write_unit(unit, values.nan_to_num(0.0, 0.0, 0.0)[:, None], status)
 
 
 def read(store: GradientFeatures, keys: Sequence[str]) -> Tensor:
-    """The losses, float32 [keys], of rows that the store holds; NaN where one is not finite."""
+    """Return the losses of rows that the store holds, float32 [keys]; NaN where a loss is not finite.
+
+    Args:
+        store: The store.
+        keys: The content keys of the rows.
+    """
     held = store.rows()
     place = {key: i for i, key in enumerate(held.keys)}
     at = [place[key] for key in keys]
@@ -109,7 +135,7 @@ def read(store: GradientFeatures, keys: Sequence[str]) -> Tensor:
 
 
 class ByProduct:
-    """Losses that another pass gives for nothing: they are written as soon as a unit of their store is whole."""
+    """Losses that another pass computes on the side; they are written as soon as a unit of their store is complete."""
 
     def __init__(self, store: GradientFeatures) -> None:
         self._store = store
@@ -117,7 +143,12 @@ class ByProduct:
         self._known: dict[str, float] = {}
 
     def add(self, keys: Sequence[str], values: Tensor) -> None:
-        """Take the losses, float32 [keys], of some rows."""
+        """Add the losses of some rows.
+
+        Args:
+            keys: Their content keys.
+            values: Their losses, float32 [keys].
+        """
         self._known.update(zip(keys, values.tolist(), strict=True))
         for unit in list(self._missing):
             wanted = self._store.unit_keys(unit)

@@ -42,17 +42,18 @@ _FORMULA = {
 def weights(
     sources: Sequence[str], chosen: Sequence[int], scores: Sequence[float] | None, how: MixtureConfig
 ) -> dict[str, dict[str, Any]]:
-    """Source -> what is known of it and its `weight`, which sum to 1; the largest weight first.
+    """Return, per source, what is known of it and its `weight`; the weights sum to 1, the largest comes first.
 
     Args:
         sources: The source of each usable row of the pool.
-        chosen: The positions in `sources` of the rows that were selected.
-        scores: The score of each usable row, NaN without one; None where the method scores nothing.
+        chosen: The positions in `sources` of the selected rows.
+        scores: The score of each usable row, NaN for a row without one; None if the method computes no scores.
         how: The formula and its settings.
 
-    >>> found = weights(["a", "a", "b", "b"], [0, 1], None, MixtureConfig(floor=0.2))
-    >>> {name: one["weight"] for name, one in found.items()}
-    {'a': 0.9, 'b': 0.1}
+    Examples:
+        >>> found = weights(["a", "a", "b", "b"], [0, 1], None, MixtureConfig(floor=0.2))
+        >>> {name: one["weight"] for name, one in found.items()}
+        {'a': 0.9, 'b': 0.1}
     """
     rows, taken = Counter(sources), Counter(sources[i] for i in chosen)
     of: dict[str, list[float]] = defaultdict(list)
@@ -86,7 +87,7 @@ def weights(
 
 
 def _rounded(p: np.ndarray[Any, np.dtype[np.float64]]) -> list[float]:
-    """`p` with six digits, summing to 1: `interleave_datasets` draws with numpy, which wants that."""
+    """Return `p` with six digits and the exact sum 1, which numpy requires when `interleave_datasets` draws."""
     units = np.floor(p / p.sum() * 1_000_000)
     for place in np.argsort(-(p / p.sum() * 1_000_000 - units), kind="stable")[: int(1_000_000 - units.sum())]:
         units[place] += 1
@@ -94,11 +95,11 @@ def _rounded(p: np.ndarray[Any, np.dtype[np.float64]]) -> list[float]:
 
 
 def forms(found: Mapping[str, Mapping[str, Any]], paths: Mapping[str, str]) -> dict[str, Any]:
-    """The weights as trainers read them: see the page on mixtures for where each part goes.
+    """Return the weights in the forms that trainers read; the page on mixtures says where each part belongs.
 
     Args:
         found: As `weights` returns it.
-        paths: Source -> the file that holds it and nothing else, where there is one.
+        paths: Source -> the file that contains only rows of this source, if there is one.
     """
     names = [name for name, one in found.items() if one["weight"] > 0]
     p = [found[name]["weight"] for name in names]
@@ -127,7 +128,17 @@ def forms(found: Mapping[str, Mapping[str, Any]], paths: Mapping[str, str]) -> d
 
 
 def write(path: Path, context: Context, scored: Scored, selection: Selection) -> dict[str, dict[str, Any]]:
-    """Write `weights.yaml`, and return the weights."""
+    """Write `weights.yaml`, and return the weights.
+
+    Args:
+        path: The file to write.
+        context: What was scored.
+        scored: The scores.
+        selection: The selected rows.
+
+    Returns:
+        As `weights` returns it.
+    """
     pool, how = context.pool, context.config.mixture
     usable = np.flatnonzero(pool.usable).tolist()
     place = {row: i for i, row in enumerate(usable)}

@@ -1,4 +1,4 @@
-"""`datatools neighbours`: what lies near a row of a finished run, and how much of the pool a selection covers."""
+"""`datatools neighbours`: the nearest rows to a row of a finished run, and how much of the pool a selection covers."""
 
 from __future__ import annotations
 
@@ -37,15 +37,18 @@ _BLOCK = 2048
 
 
 def run(config: NeighboursConfig) -> dict[str, Any]:
-    """Print, and return, the nearest rows of the pool and of the target, or, without a row, what covers what.
+    """Print and return the nearest rows of the pool and of the target, or, without a row, what the selection covers.
 
-    The space is that in which the method compared rows, from the features that the run has kept: for LESS the updates
-    of the pool's rows and the gradients of the target's at all checkpoints, weighted as in the score.
+    The search uses the space in which the method compared rows, from the features that the run has kept: for LESS, the
+    updates of the pool's rows and the gradients of the target's at all checkpoints, weighted as in the score.
+
+    Args:
+        config: The settings.
 
     Raises:
-        UsageError: The run or the row is not there, or the method has kept no features.
+        UsageError: The run or the row does not exist, or the method keeps no features.
         DataError: The data or the features of the run have changed.
-        EnvironmentProblem: faiss is not installed, and clusters were asked for.
+        EnvironmentProblem: faiss is not installed, and clusters were requested.
     """
     folder = config.folder.parent if config.folder.name == "selected.jsonl" else config.folder
     if not (folder / "run.yaml").is_file():
@@ -99,34 +102,34 @@ class _World:
         self.targets = np.flatnonzero(target.usable).tolist()
 
     def vectors(self, rows: Sequence[int]) -> Tensor:
-        """Unit vectors of rows of the pool, float32 [k, d]."""
+        """Return unit vectors of rows of the pool, float32 [k, d]."""
         return torch.cat([root * store.take([self.pool.keys[row] for row in rows]) for root, store in self._pool], 1)
 
     def wanted(self) -> Tensor:
-        """Unit vectors of the usable rows of the target, float32 [m, d]."""
+        """Return unit vectors of the usable rows of the target, float32 [m, d]."""
         keys = objectives.keys(self.config, self.target)
         return torch.cat([root * store.take(keys) for root, store in self._target], 1)
 
     def blocks(self) -> Iterator[Tensor]:
-        """Those of all of `rows`, block by block."""
+        """Yield the vectors of all of `rows`, block by block."""
         for start in range(0, len(self.rows), _BLOCK):
             yield self.vectors(self.rows[start : start + _BLOCK])
 
     def pool_row(self, row: int, similarity: float) -> dict[str, Any]:
-        """What is shown of a row of the pool."""
+        """Return what is shown of a row of the pool."""
         held = self.pool.pool[row]
         return {"id": held.id, "source": held.source, "where": self.pool.pool.where(row), "similarity": similarity,
                 **held.shown()}  # fmt: skip
 
     def target_row(self, place: int, similarity: float) -> dict[str, Any]:
-        """What is shown of a usable row of the target."""
+        """Return what is shown of a usable row of the target."""
         held = self.target.pool[self.targets[place]]
         return {"id": held.id, "subtask": held.subtask, "where": self.target.pool.where(self.targets[place]),
                 "similarity": similarity, **held.shown()}  # fmt: skip
 
 
 def _of_row(config: NeighboursConfig, world: _World, row: int) -> dict[str, Any]:
-    """The nearest rows of one row of the pool, itself left out."""
+    """Return the nearest rows to one row of the pool, without the row itself."""
     key = world.pool.keys[row]
     if not any(world.pool.keys[other] == key for other in world.rows):
         raise DataError(f"{world.pool.pool.where(row)}: this row has no features ({world.pool.status[row]})")
@@ -152,7 +155,7 @@ def _of_row(config: NeighboursConfig, world: _World, row: int) -> dict[str, Any]
 
 
 def _coverage(config: NeighboursConfig, world: _World, folder: Path) -> dict[str, Any]:
-    """The nearest pool rows of each target row, and how many clusters of the pool the selection reaches."""
+    """Return the nearest pool rows to each target row, and how many clusters of the pool the selection reaches."""
     near = nearest(world.blocks, world.wanted(), config.nearest, rows=len(world.rows))
     n = len(world.rows)
     count = config.clusters if config.clusters is not None else max(1, min(256, math.isqrt(n)))
@@ -196,7 +199,7 @@ def _coverage(config: NeighboursConfig, world: _World, folder: Path) -> dict[str
 
 
 def _expected(sizes: Sequence[int], n: int, k: int) -> float:
-    """How many clusters of these sizes k of n rows reach on average, drawn at random."""
+    """Return how many clusters of these sizes k of n rows reach on average if they are drawn at random."""
 
     def missed(size: int) -> float:
         if n - size < k:

@@ -1,12 +1,12 @@
-"""What the target is for methods that take its gradients: answers, preferences, or rewards (`objective`).
+"""What a target row means to methods that use target gradients: an answer, a preference, or a reward (`objective`).
 
 ce      every target row is an answer to learn: the gradient of its loss.
 dpo     every target row has a chosen and a rejected answer: the gradient of the DPO loss (`datatools.less.preference`).
 reward  every target row has an answer and a `reward`: the policy gradient, minus the sum of advantage x gradient of the
         log likelihood. The advantage of a row is its reward minus the mean reward of the rows with the same prompt,
-        or, where its prompt stands alone, of all rows of its subtask. As in LESS the gradient of each row has unit
-        length before it is weighed; with `aggregate=paper` the gradients of the mean log likelihoods per token (as in
-        GRPO) are weighed and averaged as they are.
+        or, if no other row has its prompt, of all rows of its subtask. As in LESS, the gradient of each row has unit
+        length before it is weighted; with `aggregate=paper`, the gradients of the mean log likelihoods per token (as
+        in GRPO) are weighted and averaged without normalization.
 
 Source: NICE, ICML 2025 (policy gradients as the target of a selection); ROSE, arXiv 2412.00631 (preferences).
 """
@@ -29,33 +29,52 @@ from pipelines.settings.select import SelectConfig
 
 
 def folder(config: SelectConfig, step: int) -> str:
-    """The name of the store of the target's gradients at a checkpoint; rewards weigh those of answers."""
+    """Return the name of the store of the target's gradients; rewards use the gradients of answers.
+
+    Args:
+        config: The settings.
+        step: The step of the checkpoint.
+    """
     return f"target-dpo-{step}" if config.objective == "dpo" else f"target-{step}"
 
 
 def unique(config: SelectConfig, target: Rows) -> dict[str, int]:
-    """Key -> a usable target row that has it: what must be computed once."""
+    """Return key -> a usable target row with this key, for everything that must be computed once.
+
+    Args:
+        config: The settings.
+        target: The target.
+    """
     if config.objective != "dpo":
         return target.unique()
     return {_pair_key(target, index): index for index in target.longest_first()}
 
 
 def keys(config: SelectConfig, target: Rows) -> list[str]:
-    """The key of each usable target row, as in `unique`."""
+    """Return the key of each usable target row, as in `unique`.
+
+    Args:
+        config: The settings.
+        target: The target.
+    """
     rows = np.flatnonzero(target.usable).tolist()
     return [_pair_key(target, i) if config.objective == "dpo" else target.keys[i] for i in rows]
 
 
 def _pair_key(target: Rows, index: int) -> str:
-    """Of the chosen answer's tokens, and of the row, which has the rejected one."""
+    """Return a key of the chosen answer's tokens and of the row, which contains the rejected answer."""
     return files.digest(target.keys[index].encode() + b"\n" + target.pool.raw(index))
 
 
 def rejected(context: Context, loaded: LoadedModel) -> Rows:
-    """The target rows with their rejected answers, each in the place of its row in `context.wanted`.
+    """Return the target rows with their rejected answers, each at the position of its row in `context.wanted`.
+
+    Args:
+        context: What is scored.
+        loaded: The model.
 
     Raises:
-        DataError: A rejected answer cannot be used, or is the chosen one.
+        DataError: A rejected answer cannot be used, or equals the chosen one.
     """
     config, target = context.config, context.wanted
     data = target_data(config.train, config.target, config.target_columns)
@@ -77,10 +96,17 @@ def rejected(context: Context, loaded: LoadedModel) -> Rows:
 
 
 def weights(config: SelectConfig, target: Rows) -> Tensor | None:
-    """The advantage of each usable target row, float32 [m], of mean absolute value 1; None if rows are not weighed.
+    """Return the advantage of each usable target row, float32 [m], scaled to mean absolute value 1.
+
+    Args:
+        config: The settings.
+        target: The target.
+
+    Returns:
+        None if the objective has no rewards.
 
     Raises:
-        DataError: A row has no reward, or rewards do not differ.
+        DataError: A row has no reward, or the rewards do not differ.
     """
     if config.objective != "reward":
         return None
@@ -108,10 +134,16 @@ def weights(config: SelectConfig, target: Rows) -> Tensor | None:
 
 
 def advantages(rewards: Sequence[float], prompts: Sequence[object], groups: Sequence[int]) -> Tensor:
-    """float64 [m]: each reward minus the mean of its prompt, or of its group where the prompt stands alone.
+    """Return each reward minus the mean of its prompt, or of its group if no other row has the prompt; float64 [m].
 
-    >>> advantages([1.0, 0.0, 5.0, 3.0], ["p", "p", "q", "r"], [0, 0, 0, 0]).tolist()
-    [0.5, -0.5, 2.75, 0.75]
+    Args:
+        rewards: The reward of each row.
+        prompts: The prompt of each row.
+        groups: The group of each row.
+
+    Examples:
+        >>> advantages([1.0, 0.0, 5.0, 3.0], ["p", "p", "q", "r"], [0, 0, 0, 0]).tolist()
+        [0.5, -0.5, 2.75, 0.75]
     """
     of_prompt: dict[object, list[float]] = defaultdict(list)
     of_group: dict[int, list[float]] = defaultdict(list)
@@ -126,10 +158,14 @@ def advantages(rewards: Sequence[float], prompts: Sequence[object], groups: Sequ
 
 
 def check(config: SelectConfig, objectives: tuple[str, ...]) -> None:
-    """Refuse an objective that the method cannot have.
+    """Refuse an objective that the method does not support.
+
+    Args:
+        config: The settings.
+        objectives: The objectives that the method supports.
 
     Raises:
-        UsageError: The method takes no gradients of target rows.
+        UsageError: The method uses no gradients of target rows, or not for this objective.
     """
     if config.objective not in objectives:
         raise UsageError(

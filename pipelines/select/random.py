@@ -1,4 +1,4 @@
-"""Random rows: the baseline that every method has to beat."""
+"""Random rows: the baseline that every method has to outperform."""
 
 from pipelines.select.scored import Context, Scored, no_scores
 from pipelines.settings.methods import Method
@@ -17,7 +17,11 @@ METHOD = Method(
 
 
 def score(context: Context) -> Scored:
-    """No score: rows are drawn uniformly."""
+    """Return no scores: rows are drawn uniformly.
+
+    Args:
+        context: What is scored.
+    """
     return Scored(
         scores=no_scores(context.pool),
         formula={"name": "random", "text": "every usable row has the same chance"},

@@ -1,4 +1,4 @@
-"""Random rows whose answers are as long as those of the target: tells "better" from "longer"."""
+"""Random rows whose answers are as long as those of the target: distinguishes "better" from "longer"."""
 
 from pipelines.select.scored import Context, Scored, no_scores
 from pipelines.settings.methods import Method
@@ -19,7 +19,11 @@ METHOD = Method(
 
 
 def score(context: Context) -> Scored:
-    """No score: rows are drawn at random with the answer lengths of the target rows (of the selection, in an audit)."""
+    """Return no scores: rows are drawn with the answer lengths of the target rows (in an audit, of the selection).
+
+    Args:
+        context: What is scored.
+    """
     return Scored(
         scores=no_scores(context.pool),
         formula={"name": "random-length", "text": "rows at random, answers as long as those of the target rows"},

@@ -39,13 +39,17 @@ METHOD = Method(
 
 
 def score(context: Context) -> Scored:
-    """RDS+: cosine of hidden states of the last layer, averaged over positions with weights 1, 2, ..., s.
+    """Score by the cosine of hidden states, averaged over positions with weights 1, 2, ..., s (last layer by default).
 
-    Another layer and another average are the settings `features.layer` and `features.pooling`. The same forward pass
-    gives the losses of the rows, which are kept for the methods that need them.
+    `features.layer` and `features.pooling` choose another layer and another average. The same forward pass computes the
+    losses of the rows, which are kept for the methods that need them.
 
-    Source: Ivison et al. 2025, arXiv 2503.01807. Differs: rows are ranked by `aggregate`, as for every method; the
-    paper takes turns between target rows (`--set aggregate=round_robin`).
+    Args:
+        context: What is scored.
+
+    Source:
+        RDS+, Ivison et al. 2025, arXiv 2503.01807. Differs: rows are ranked by `aggregate`, as for every method; in the
+        paper, target rows take turns (`--set aggregate=round_robin`).
     """
     similarity, good = _similarity(context, np.flatnonzero(context.pool.usable).tolist())
     if _store(context.config, "pool") == "hidden-pool":
@@ -57,14 +61,19 @@ def score(context: Context) -> Scored:
 
 
 def columns(context: Context, rows: Sequence[int] | None = None) -> Tensor:
-    """See `Scorer.columns`."""
+    """Return the cosines with the target rows, as `Scorer.columns` says.
+
+    Args:
+        context: What is scored.
+        rows: Pool rows; None for all of them.
+    """
     chosen, places, n = usable_among(context.pool, rows)
     similarity, good = _similarity(context, chosen)
     return spread(similarity.masked_fill(~good[:, None], float("nan")), places, n)
 
 
 def _similarity(context: Context, chosen: list[int]) -> tuple[Tensor, Tensor]:
-    """float32 [chosen, usable target rows], and which of the pool rows `chosen` have finite hidden states."""
+    """Return float32 [chosen, usable target rows], and which of the pool rows `chosen` have finite hidden states."""
     wanted = np.flatnonzero(context.wanted.usable).tolist()
     with context.run.stage("hidden states"):
         pool, good = _hidden_states(context, "pool", context.pool, chosen)
@@ -78,7 +87,11 @@ def _similarity(context: Context, chosen: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def work(context: Context) -> Work:
-    """The tokens whose hidden states are needed; one forward pass each."""
+    """Return the tokens whose hidden states are needed, for one forward pass each.
+
+    Args:
+        context: What is scored.
+    """
     whole: dict[str, float] = {}
     left: dict[str, float] = {}
     for name, rows in (("pool", context.pool), ("target", context.wanted)):
@@ -88,12 +101,20 @@ def work(context: Context) -> Work:
 
 
 def reuse(config: SelectConfig) -> list[str]:
-    """The run's hidden states serve another selection."""
+    """Return the flags with which another selection uses the hidden states of this run.
+
+    Args:
+        config: The settings of the finished run.
+    """
     return [f"--set features.folder={config.features.folder or config.out / 'features'}"]
 
 
 def nearest(asked: Asked) -> Tensor:
-    """Cosines of the hidden states that the run has kept."""
+    """Return the cosines, float32 [m], of the hidden states that the run has kept.
+
+    Args:
+        asked: The question.
+    """
     pool, target = (_store(asked.config, kind) for kind in ("pool", "target"))
     home = kept(asked, pool)
     keys = [asked.target.keys[i] for i in np.flatnonzero(asked.target.usable).tolist()]
@@ -102,13 +123,18 @@ def nearest(asked: Asked) -> Tensor:
 
 
 def spaces(config: SelectConfig, folder: Path) -> list[Space]:
-    """The hidden states that the run has kept."""
+    """Return the hidden states that the run has kept.
+
+    Args:
+        config: The settings of the finished run.
+        folder: The folder of the run.
+    """
     home = config.features.folder or folder / "features"
     return [Space(1.0, home / "hidden-pool", home / "hidden-target")]
 
 
 def _hidden_states(context: Context, kind: str, rows: Rows, chosen: list[int]) -> tuple[Tensor, Tensor]:
-    """Unit vectors [chosen, hidden size] of the usable rows `chosen`, and which are finite; computed once, and kept."""
+    """Return unit vectors [chosen, hidden size] of usable rows, computed once and kept, and which are finite."""
     loaded, unique, how = context.model(), rows.unique(), context.config.features
     model = loaded.model
     with torch.inference_mode():  # the width is what the model returns: some configurations name another (OPT-350m)
@@ -156,7 +182,7 @@ def _hidden_states(context: Context, kind: str, rows: Rows, chosen: list[int]) -
 def _losses_besides(
     context: Context, kind: str, rows: Rows, store: GradientFeatures, missing: list[int]
 ) -> losses.ByProduct | None:
-    """Where the losses of the rows of `missing` go, in units of the same rows; None where nothing is missing."""
+    """Return where the losses of the rows of `missing` go, in units of the same rows; None if nothing is missing."""
     if not missing:
         return None
     unique = rows.unique()
@@ -174,7 +200,7 @@ _POOLED = {
 
 
 def _feature(config: SelectConfig) -> tuple[str, str]:
-    """What a row's vector is, in words and as a part of a folder's name."""
+    """Return a description of a row's vector, and its short form for the name of a folder."""
     layer, pooling = config.features.layer, config.features.pooling
     if layer == LAST:
         which, short = "last hidden states", "last1"
@@ -186,7 +212,7 @@ def _feature(config: SelectConfig) -> tuple[str, str]:
 
 
 def _store(config: SelectConfig, kind: str) -> str:
-    """The name of the store of the hidden states of the pool or the target; by default without the choices in it."""
+    """Return the name of the store of hidden states of the pool or the target; defaults do not appear in it."""
     features = config.features
     default = type(features)()
     if (features.layer, features.pooling) == (default.layer, default.pooling):

@@ -1,4 +1,4 @@
-"""`datatools select`: a pool of rows, a few target rows and a model -> the rows worth training on, and why."""
+"""`datatools select`: from a pool of rows, a few target rows and a model to the rows worth training on, and why."""
 
 from __future__ import annotations
 
@@ -46,14 +46,20 @@ from pipelines.training import optimizers
 def run(config: SelectConfig) -> Path:
     """Select, and write `selected.jsonl`, the two tables, `summary.json` and `report.html` to `out`.
 
-    A run that was interrupted continues where it stopped; a pool that has grown costs only its new rows. A selection
-    that is there is never replaced: the same one keeps its audit; another budget, cap, selector or aggregation is
-    refused; and when the pool has grown, the earlier selection moves to `selected.old-N`.
+    An interrupted run continues where it stopped; a pool that has grown costs only its new rows. An existing selection
+    is never replaced: the same one keeps its audit; another budget, cap, selector or aggregation is refused; and when
+    the pool has grown, the earlier selection moves to `selected.old-N`.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The folder of the run.
 
     Raises:
-        UsageError: for settings that make no sense, or that would replace a selection.
-        DataError: for rows, checkpoints or features that cannot be used.
-        EnvironmentProblem: where the machine cannot do it; each of the three says what to do.
+        UsageError: Settings make no sense, or would replace a selection.
+        DataError: Rows, checkpoints or features cannot be used.
+        EnvironmentProblem: The machine cannot do it.
     """
     alone("datatools select")
     Budget.parse(config.budget)  # a typing error here must not cost a warm-up
@@ -78,10 +84,13 @@ def run(config: SelectConfig) -> Path:
 
 
 def check(config: SelectConfig) -> None:
-    """Refuse names that do not exist before anything is read: a typing error must not cost a warm-up.
+    """Refuse names that do not exist before anything is read, so that a typing error does not cost a warm-up.
+
+    Args:
+        config: The settings.
 
     Raises:
-        UsageError: for an unknown name, and for settings that the method cannot work with.
+        UsageError: A name is unknown, or the method cannot work with the settings.
     """
     preflight.check_names(config)
     optimizers.check(config.warmup)
@@ -106,7 +115,7 @@ def _check_selector(config: SelectConfig, name: str) -> None:
 
 
 def _refuse_another_selection(config: SelectConfig) -> None:
-    """Refuse settings that would replace the selection in `out`, and name the command that makes the other one."""
+    """Refuse settings that would replace the selection in `out`, and name the command that makes the new one."""
     folder, path = config.out, config.out / "run.yaml"
     if config.overwrite or not (folder / verdicts.SELECTED).is_file() or not path.is_file():
         return
@@ -132,7 +141,7 @@ def _refuse_another_selection(config: SelectConfig) -> None:
 
 
 def _context(config: SelectConfig, current: Run) -> Context:
-    """Read and check everything, and compare it with what the run in this folder began with."""
+    """Read and check everything, and compare it with the inputs with which the run in this folder began."""
     with current.stage("read"):
         tokenizer = models.load(config.model, tokenizer_only=True)
         inputs = Inputs(current, config.model, tokenizer)
@@ -156,7 +165,7 @@ def _context(config: SelectConfig, current: Run) -> Context:
 
 
 def _dry_run(config: SelectConfig) -> Path:
-    """Everything up to the first gradient, in a folder that is thrown away; says what the run would cost."""
+    """Do everything up to the first gradient in a temporary folder, and print what the run would cost."""
     with files.scratch_folder() as scratch:
         inner = config.model_copy(update={"out": scratch / "run", "overwrite": False})
         with Run(inner.out, inner, "select") as current:
@@ -172,10 +181,15 @@ def _dry_run(config: SelectConfig) -> Path:
 
 
 def choose(context: Context, scored: Scored) -> Selection:
-    """The selection by this run's scores, selector, budget and caps.
+    """Return the selection by this run's scores, selector, budget and caps.
+
+    Args:
+        context: What was scored.
+        scored: The scores.
 
     Raises:
-        DataError: if the selector needs scores and no row has one.
+        UsageError: The selector needs similarities that the method does not keep.
+        DataError: The selector needs scores and no row has one.
     """
     config = context.config
     if config.targets.share != "no":
@@ -203,7 +217,7 @@ def _target_lengths(context: Context) -> Sequence[int]:
 def _like_the_target(
     name: str, candidates: Candidates, lengths: Sequence[int], budget: str, **options: Any
 ) -> Selection:
-    """Rows by a selector with a reference: target rows with these answer lengths, which need not be in the pool."""
+    """Select by a selector with a reference: target rows with these answer lengths, which need not be in the pool."""
     assert candidates.supervised is not None and candidates.tokens is not None
     n, m = len(candidates), len(lengths)
     # the selector matches rows of its own candidates, so the wanted lengths join as rows that nobody may take

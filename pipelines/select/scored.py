@@ -1,4 +1,4 @@
-"""What a method is given (`Context`) and what it returns (`Scored`), and helpers that methods share."""
+"""What a method receives (`Context`) and returns (`Scored`), and functions that methods share."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from pipelines.settings.select import SelectConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """One score per pool row, higher is better, and what is known about how it came to be.
+    """One score per pool row, higher is better, and how it was computed.
 
     Attributes:
         scores: float32 [n]; NaN where a row has no score.
-        formula: `name` and `text` of the formula, and the `settings` of the update where there is one.
-        status: pool row -> "empty" or "nonfinite", where scoring found one.
-        similarity: float32 [n, m], each pool row with each target row.
-        subtasks: name -> float32 [n], the mean similarity with its target rows.
+        formula: `name` and `text` of the formula, and the `settings` of the update if there is one.
+        status: Pool row -> "empty" or "nonfinite", if scoring found one of these.
+        similarity: float32 [n, m], of each pool row with each target row.
+        subtasks: Name -> float32 [n], the mean similarity with its target rows.
         norms: float32 [n], of the updates.
-        coverage: which of the trainable parameters the scores see.
-        checkpoints: those at which gradients were taken.
-        feature_bytes: what the features occupy on disk.
-        tokens: tokens that went through a model for these scores, over all attempts.
+        coverage: Which of the trainable parameters the scores cover.
+        checkpoints: The checkpoints at which gradients were computed.
+        feature_bytes: The size of the features on disk.
+        tokens: The tokens that went through a model for these scores, over all attempts.
     """
 
     scores: Tensor
@@ -50,9 +50,9 @@ class Scored:
 
     @cached_property
     def nearest(self) -> Mapping[int, tuple[int, float]]:
-        """Pool row -> the usable target row (as a column of `similarity`) that it is most similar to, and how similar.
+        """Pool row -> the most similar usable target row (as a column of `similarity`), and its similarity.
 
-        Rows with a similarity that is not finite are left out, and so are all rows where there is none.
+        Rows with a similarity that is not finite are left out; without `similarity`, the mapping is empty.
         """
         if self.similarity is None:
             return {}
@@ -64,7 +64,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may use. `model()` loads the model on first use: methods that compare words never pay for it."""
+    """What a method may use; `model()` loads the model on first use, so methods that compare words need not load it."""
 
     config: SelectConfig
     run: Run
@@ -77,7 +77,7 @@ class Context:
         """The target rows.
 
         Raises:
-            UsageError: when there are none.
+            UsageError: There are none.
         """
         if self.target is None:
             raise UsageError(f"--method {self.config.method} compares with target rows; name them with --target FILE")
@@ -85,12 +85,16 @@ class Context:
 
     @property
     def features_folder(self) -> Path:
-        """Where features are kept."""
+        """The folder in which features are kept."""
         return self.config.features.folder or self.run.path("features")
 
 
 def subtask_groups(target: Rows) -> tuple[list[str], Tensor]:
-    """Names of the subtasks, sorted, and the subtask int64 [m] of each usable target row; "target" without one."""
+    """Return the names of the subtasks, sorted, and the subtask of each usable target row, int64 [m].
+
+    Args:
+        target: The target; a row without a subtask belongs to "target".
+    """
     rows = [target.pool[int(i)] for i in np.flatnonzero(target.usable)]
     named = [row.subtask or "target" for row in rows]
     names = sorted(set(named))
@@ -106,15 +110,15 @@ def from_similarity(
     tokens: int = 0,
     groups: tuple[list[str], Tensor] | None = None,
 ) -> Scored:
-    """Scores from the similarity of pool rows to target rows, over the whole pool.
+    """Return scores of the whole pool from the similarity of pool rows to target rows.
 
     Args:
-        context: what is being scored.
+        context: What is scored.
         similarity: float32 [usable pool rows, usable target rows].
-        formula: see `Scored`.
+        formula: See `Scored`.
         good: bool [usable pool rows]; the others are marked "nonfinite" and have no score.
-        tokens: see `Scored`.
-        groups: names and groups, int64 [m], of columns that are not target rows; no target row is then the nearest.
+        tokens: See `Scored`.
+        groups: The names and the group, int64 [m], of columns that are not target rows; there are then no nearest rows.
     """
     pool, how = context.pool, context.config.aggregate
     names, of_column = subtask_groups(context.wanted) if groups is None else groups
@@ -139,10 +143,14 @@ def from_similarity(
 
 
 def usable_among(pool: Rows, rows: Sequence[int] | None) -> tuple[list[int], Tensor, int]:
-    """Those of the pool rows `rows` (None: all of them) that can be used.
+    """Return the usable ones among some pool rows.
+
+    Args:
+        pool: The pool.
+        rows: Pool rows; None for all of them.
 
     Returns:
-        The usable rows; their places in `rows`, int64; and how many rows were asked for.
+        The usable rows; their positions in `rows`, int64; and the number of requested rows.
     """
     asked = np.arange(len(pool)) if rows is None else np.asarray(rows, dtype=np.int64)
     places = np.flatnonzero(pool.usable[asked])
@@ -150,7 +158,12 @@ def usable_among(pool: Rows, rows: Sequence[int] | None) -> tuple[list[int], Ten
 
 
 def unique_among(rows: Rows, chosen: Sequence[int]) -> dict[str, int]:
-    """`Rows.unique` for the contents of the rows `chosen` alone, in the same order."""
+    """Return `Rows.unique` for the contents of some rows only, in the same order.
+
+    Args:
+        rows: The pool or the target.
+        chosen: Usable rows of it.
+    """
     wanted = {rows.keys[i] for i in chosen}
     return {key: i for key, i in rows.unique().items() if key in wanted}
 
@@ -160,7 +173,12 @@ COMMON_ROWS = 64, 256
 
 
 def common_rows(pool: Rows, seed: int) -> list[int]:
-    """The random sample of the pool, drawn by content, in which common directions are looked for."""
+    """Return the random sample of the pool, drawn by content, from which common directions are computed.
+
+    Args:
+        pool: The pool.
+        seed: The seed.
+    """
     ordered = sorted(pool.unique().items())
     generator = np.random.Generator(np.random.Philox(derive_seed(seed, "common directions")))
     count = min(max(COMMON_ROWS[0], len(ordered) // 20), COMMON_ROWS[1])
@@ -168,22 +186,34 @@ def common_rows(pool: Rows, seed: int) -> list[int]:
 
 
 def spread(values: Tensor, rows: Tensor, n: int) -> Tensor:
-    """`values` [k, ...] of the rows `rows`, int64 [k], as float32 [n, ...]; NaN in all others."""
+    """Place values of some rows in a tensor of all rows, float32 [n, ...], with NaN for the others.
+
+    Args:
+        values: [k, ...].
+        rows: The rows that they belong to, int64 [k].
+        n: The number of all rows.
+    """
     return torch.full((n, *values.shape[1:]), float("nan")).index_copy(0, rows, values.float())
 
 
 def no_scores(pool: Rows) -> Tensor:
-    """float32 [n], all NaN: the scores of a method that draws at random."""
+    """Return the scores of a method that draws at random: float32 [n], all NaN.
+
+    Args:
+        pool: The pool of n rows.
+    """
     return torch.full((len(pool),), float("nan"))
 
 
 def candidates(pool: Rows, scored: Scored | None = None, target: Rows | None = None) -> Candidates:
-    """The rows that may be chosen: usable and, where rows have scores, with a finite one and no status against it.
+    """Return the rows that may be selected: usable ones, without those that scoring excluded.
+
+    Scoring excludes rows with a status and, if any row has a finite score, rows without one.
 
     Args:
         pool: The rows.
-        scored: What the method found out about them.
-        target: The target rows, for a selector that takes turns between them: their similarities are needed then.
+        scored: Their scores.
+        target: The target rows, for a selector in which they take turns, which needs their similarities.
     """
     eligible, scores = torch.from_numpy(pool.usable), None
     similarity = None if scored is None or target is None else scored.similarity

@@ -1,4 +1,4 @@
-"""The functions of a method's file: `score`, and those that it may have besides. Without one, its default stands here.
+"""The functions of a method's file: `score`, and optional ones, whose defaults are defined here.
 
 A method is added with one file (see `pipelines.settings.methods.Method` for its record) and one line in `SCORERS`.
 """
@@ -21,12 +21,12 @@ from pipelines.settings.select import SelectConfig
 
 @dataclass(frozen=True)
 class Work:
-    """What scores cost, known before they are computed.
+    """The cost of scores, known before they are computed.
 
     Attributes:
-        whole: tokens of the whole run, by the label of their progress bar.
-        left: what is not done yet of them.
-        bytes: what the features will occupy on disk.
+        whole: The tokens of the whole run, by the label of their progress bar.
+        left: The part of them that is not done yet.
+        bytes: The size that the features will have on disk.
     """
 
     whole: Mapping[str, float] = field(default_factory=dict)
@@ -36,14 +36,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question of `datatools explain`: why this row of a finished run?
+    """A question of `datatools explain`: why was this row of a finished run selected or not?
 
     Attributes:
-        config: the run's settings.
-        folder: the run's folder.
-        pool: its pool.
-        target: its target rows.
-        index: the pool row.
+        config: The settings of the run.
+        folder: The folder of the run.
+        pool: Its pool.
+        target: Its target rows.
+        index: The pool row.
     """
 
     config: SelectConfig
@@ -58,12 +58,12 @@ Columns = Callable[[Context, Sequence[int] | None], Tensor]
 
 @dataclass(frozen=True)
 class Space:
-    """One part of the space in which a method compares rows: stores of unit vectors, and what it counts.
+    """One part of the space in which a method compares rows: stores of unit vectors and their weight.
 
     Attributes:
-        weight: of its inner products; those of all parts sum to 1.
-        pool: the folder of the pool's store.
-        target: the folder of the target's.
+        weight: The weight of its inner products; those of all parts sum to 1.
+        pool: The folder of the pool's store.
+        target: The folder of the target's store.
     """
 
     weight: float
@@ -76,21 +76,23 @@ class Scorer:
     """The functions of one method.
 
     Attributes:
-        score: scores the pool.
+        score: Scores the pool.
         columns: (context, pool rows, or None for the whole pool) -> float32 [rows, m], what `score` aggregates: the
             similarity of each of these rows to each usable target row, or to whatever else the columns are. Higher is
-            better; NaN stands where a row cannot be used. Only the features of these rows are computed, and they are
-            kept, so that an expensive method can score a shortlist. A row's values do not depend on which others are
-            asked for, except by rounding. None for a method that scores rows without columns.
-        groups: the names and the group, int64 [m], of the columns, as `datatools.aggregate` takes them.
-        work: what that costs.
-        check: raises a UsageError for settings that it cannot work with, before anything is read.
-        reuse: flags with which another run computes none of the features again, for a finished run in `config.out`.
-        nearest: float32 [m], the similarity of a pool row to each usable target row; None if it compares with none.
-        tokens: the loss of each token of a pool row's answer with the model as it is and as the method adapts it, as
-            `[{"token": ..., "before": ..., "after": ...}]`; None for a method that adapts nothing.
-        spaces: where a finished run keeps the vectors that it compared; None if it keeps none.
-        layers: which layers carry the similarity with some target rows (rows of `target`), as
+            better; rows that cannot be used have NaN. Only the features of these rows are computed, and they are kept,
+            so that an expensive method can score a shortlist. Apart from rounding, the values of a row do not depend
+            on which other rows are requested. None for a method that scores rows without columns.
+        groups: Returns the names and the group, int64 [m], of the columns, as `datatools.aggregate` takes them.
+        work: Returns the cost of the scores.
+        check: Raises a UsageError for settings that the method cannot work with, before anything is read.
+        reuse: Returns flags with which another run computes none of the features again, for a finished run in
+            `config.out`.
+        nearest: Returns the similarity of a pool row to each usable target row, float32 [m]; None if the method
+            compares with none.
+        tokens: Returns the loss of each token of a pool row's answer with the model as it is and as the method adapts
+            it, as `[{"token": ..., "before": ..., "after": ...}]`; None for a method that adapts nothing.
+        spaces: Returns where a finished run keeps the vectors that it compared; None if it keeps none.
+        layers: Returns which layers contribute to the similarity with some target rows (rows of `target`), as
             `[{"layer": ..., "cosine": ...}]`.
     """
 
@@ -107,7 +109,11 @@ class Scorer:
 
 
 def scorer(name: str) -> Scorer:
-    """The functions of the method `name`; its module is imported."""
+    """Import the module of a method, and return its functions.
+
+    Args:
+        name: The name of the method.
+    """
     module = import_module(SCORERS[name])
     optional = ("columns", "groups", "work", "check", "reuse", "nearest", "spaces", "tokens", "layers")
     return Scorer(module.score, **{part: getattr(module, part) for part in optional if hasattr(module, part)})

@@ -1,4 +1,4 @@
-"""Feature stores of a selection: opened or begun, checked, shared by runs that wait for each other."""
+"""Feature stores of a selection: opened or created, checked, and shared by runs that wait for each other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ mixed."""
 
 @contextmanager
 def filling(folder: Path) -> Iterator[None]:
-    """The store in `folder` for this run alone: it waits for another run that fills it, and uses what that one made."""
+    """Lock a store for this run; it waits for another run that fills the store, and uses the result.
+
+    Args:
+        folder: The folder of the store.
+
+    Raises:
+        DataError: The folder is a symbolic link.
+    """
     if folder.is_symlink():
         raise DataError(f"{folder} is a symbolic link; nothing is written through it: remove it")
 
@@ -41,18 +48,19 @@ def open_store(
     among: Mapping[str, int] | None = None,
     **options: Any,
 ) -> GradientFeatures:
-    """The store in `folder`, planned for `rows` and checked: what is missing in it now is this run's to compute.
+    """Return a store, planned for `rows` and checked; this run has to compute what is missing in it.
 
-    What decides last bits is in its plan. A store that was begun with other numerics is used, and that is said.
+    Facts that affect the last bits of results are part of its plan. A store that was begun with other numerics is used,
+    with a warning.
 
     Args:
-        context: What is being scored.
-        folder: Where the store is, or will be.
+        context: What is scored.
+        folder: The folder of the store, which need not exist yet.
         rows: Content keys of the rows that are needed.
-        meta: What the features are a function of, besides the rows.
-        among: Content keys of all rows that the caller can compute, where `rows` are some of them: units that were
-            planned for another shortlist of the same pool are then computed too.
-        options: As for `GradientFeatures.create_or_open`.
+        meta: What the features depend on, besides the rows.
+        among: Content keys of all rows that the caller can compute, if `rows` are only some of them: units that were
+            planned for another shortlist of the same pool are then computed, too.
+        **options: As for `GradientFeatures.create_or_open`.
 
     Raises:
         DataError: Rows are planned there that this run does not have.
@@ -87,7 +95,7 @@ def open_store(
 
 
 def _refuse_unfinished(store: GradientFeatures, rows: Mapping[str, int]) -> None:
-    """Refuse a shared store in which rows that this run does not have are planned and not computed."""
+    """Refuse a shared store with planned rows that are not computed and that this run does not have."""
     unknown = {key for unit in store.missing_units() for key in store.unit_keys(unit)} - set(rows)
     if unknown:
         raise DataError(
@@ -97,14 +105,19 @@ def _refuse_unfinished(store: GradientFeatures, rows: Mapping[str, int]) -> None
 
 
 def tokens_of(rows: Rows, folder: Path) -> tuple[float, float]:
-    """Tokens of the unique usable rows, in all, and of those whose features are not in the store `folder` yet."""
+    """Return the tokens of the unique usable rows, and of those whose features are not in a store yet.
+
+    Args:
+        rows: The pool or the target.
+        folder: The folder of the store.
+    """
     there, unique = _stored(folder), rows.unique()
     whole = sum(int(rows.scan.tokens[i]) for i in unique.values())
     return float(whole), float(sum(int(rows.scan.tokens[i]) for key, i in unique.items() if key not in there))
 
 
 def _stored(folder: Path) -> set[str]:
-    """The keys whose features are in the store `folder` already."""
+    """Return the keys whose features are already in the store `folder`."""
     if not (folder / "plan.json").is_file():
         return set()
     store = GradientFeatures.open(folder)
@@ -113,10 +126,14 @@ def _stored(folder: Path) -> set[str]:
 
 
 def kept(asked: Asked, *names: str) -> Path:
-    """The folder of the features of a finished run.
+    """Return the folder of the features of a finished run.
+
+    Args:
+        asked: The question.
+        *names: The names of the stores that are needed.
 
     Raises:
-        DataError: if one of the stores `names` is not in it.
+        DataError: One of the stores is missing.
     """
     home = asked.config.features.folder or asked.folder / "features"
     if not all((home / name).is_dir() for name in names):

@@ -28,7 +28,15 @@ EXAMPLES = 10  # best and worst rows shown
 def summarise(
     context: Context, scored: Scored, selection: Selection, order: Mapping[int, int], before: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything but the digest of the selection; `order` is row -> rank, `before` the estimate of the cost."""
+    """Return the content of `summary.json` without the digest of the selection.
+
+    Args:
+        context: What was scored.
+        scored: The scores.
+        selection: The selected rows.
+        order: Pool row -> rank.
+        before: The estimate of the cost.
+    """
     config, current, pool = context.config, context.run, context.pool
     chosen = [int(i) for i in selection.indices]
     ranked = list(order)
@@ -94,7 +102,12 @@ def summarise(
 
 
 def ranking(pool: Rows, scored: Scored) -> dict[int, int]:
-    """Row -> rank by score, 1 the best; rows without a score have none."""
+    """Return row -> rank by score, where 1 is the best; rows without a score have none.
+
+    Args:
+        pool: The pool.
+        scored: The scores.
+    """
     rows = [
         i
         for i in range(len(pool))
@@ -105,7 +118,13 @@ def ranking(pool: Rows, scored: Scored) -> dict[int, int]:
 
 
 def nearest(context: Context, scored: Scored, index: int) -> tuple[Row, float] | None:
-    """The target row that this pool row is most similar to."""
+    """Return the target row that is most similar to a pool row, and its similarity; None if there is none.
+
+    Args:
+        context: What was scored.
+        scored: The scores.
+        index: The pool row.
+    """
     if context.target is None or index not in scored.nearest:
         return None
     place, similarity = scored.nearest[index]
@@ -113,7 +132,7 @@ def nearest(context: Context, scored: Scored, index: int) -> tuple[Row, float] |
 
 
 def _notes(config: SelectConfig, formula: Mapping[str, Any]) -> list[str]:
-    """What a reader must know besides the formula."""
+    """Return what a reader must know besides the formula."""
     notes = [f"update: {formula['settings']}"] if "settings" in formula else []
     if config.selector not in (None, known(config.method).selector):
         notes.append(f"selector={config.selector}: this took the rows, and not necessarily those with the best scores")
@@ -123,7 +142,7 @@ def _notes(config: SelectConfig, formula: Mapping[str, Any]) -> list[str]:
 
 
 def _names(paths: Sequence[str]) -> str:
-    """`gsm8k/dev.jsonl, ...`: the last two parts of the first path."""
+    """Return `gsm8k/dev.jsonl, ...`: the last two parts of the first path."""
     shown = "/".join(Path(paths[0]).parts[-2:])
     return shown if len(paths) == 1 else f"{shown} and {len(paths) - 1} more"
 

@@ -1,4 +1,4 @@
-"""TACS: rows whose loss falls most when the model is adapted to the target, as a share of the loss before."""
+"""TACS: the rows whose loss falls most when the model is adapted to the target, as a share of the loss before."""
 
 from __future__ import annotations
 
@@ -27,21 +27,34 @@ METHOD = Method(
 
 
 def score(context: Context) -> Scored:
-    """(l_0(z) - l_T(z)) / l_0(z), where l_T is the mean loss of the row's answer after T steps on the target.
+    """Score by (l_0(z) - l_T(z)) / l_0(z), where l_T is the mean loss of the row's answer after T steps on the target.
 
-    Source: TACS, arXiv 2605.09404. Differs: l_0 is the loss of the model itself, which all targets share; the paper
-    takes it after the first step. See `adaptation` for the steps.
+    Args:
+        context: What is scored.
+
+    Source:
+        TACS, arXiv 2605.09404. Differs: l_0 is the loss of the model itself, which all targets share; the paper uses
+        the loss after the first step. See `adaptation` for the steps.
     """
     return drops.scored(context, name="tacs", relative=True)
 
 
 def columns(context: Context, rows: Sequence[int] | None = None) -> Tensor:
-    """See `Scorer.columns`: one column per adapter."""
+    """Return one column per adapter, as `Scorer.columns` says.
+
+    Args:
+        context: What is scored.
+        rows: Pool rows; None for all of them.
+    """
     return drops.columns_of(context, rows, relative=True)
 
 
 def groups(context: Context) -> tuple[list[str], Tensor]:
-    """See `Scorer.groups`."""
+    """Return the names and groups of the columns, as `Scorer.groups` says.
+
+    Args:
+        context: What is scored.
+    """
     return drops.groups_of(drops.setup_of(context))
 
 

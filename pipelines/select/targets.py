@@ -1,4 +1,4 @@
-"""Several targets at once: which rows of the target belong to which, and the selection that they share."""
+"""Several targets at once: which target rows belong to which target, and the selection that the targets share."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from pipelines.select.scored import Context, Scored, candidates, subtask_groups
 
 
 def named(target: Rows) -> tuple[list[str], Tensor]:
-    """The targets, sorted, and the target int64 [m] of each usable target row.
+    """Return the names of the targets, sorted, and the target of each usable target row, int64 [m].
 
-    A row's target is its `subtask`. Where no row has one, it is the file that the row is from, without its suffix.
+    A row's target is its `subtask`. If no row has one, it is the file that the row is from, without its suffix.
+
+    Args:
+        target: The target rows.
     """
     names, groups = subtask_groups(target)
     files = {info.path for info in target.pool.files}
@@ -35,10 +38,14 @@ def _stem(path: str) -> str:
 
 
 def choose(context: Context, scored: Scored) -> Selection:
-    """The selection that the targets share, as `targets` of the settings says.
+    """Return the selection that the targets share, as `targets` of the settings says.
+
+    Args:
+        context: What was scored.
+        scored: The scores.
 
     Raises:
-        UsageError: There is one target only, the method keeps no similarity to target rows, or a budget does not fit.
+        UsageError: There is only one target, the method keeps no similarity to target rows, or a budget does not fit.
     """
     config, target = context.config, context.wanted
     names, groups = named(target)
@@ -66,7 +73,12 @@ def choose(context: Context, scored: Scored) -> Selection:
 
 
 def summary(context: Context, selection: Selection) -> dict[str, Any]:
-    """How many rows each target took, for `summary.json`; empty where one score ranked the rows for all of them."""
+    """Return how many rows each target took, for `summary.json`; empty if one score ranked the rows for all targets.
+
+    Args:
+        context: What was scored.
+        selection: The selected rows.
+    """
     how = context.config.targets.share
     if how == "no" or context.target is None or selection.why is None:
         return {}

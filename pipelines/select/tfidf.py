@@ -30,7 +30,11 @@ METHOD = Method(
 
 
 def score(context: Context) -> Scored:
-    """Cosine of TF-IDF vectors (words and word pairs, sublinear counts) of whole rows, prompt and answer."""
+    """Score whole rows, prompt and answer, by the cosine of TF-IDF vectors (words and word pairs, sublinear counts).
+
+    Args:
+        context: What is scored.
+    """
     with context.run.stage("scores"):
         similarity = word_similarity(context.pool, context.wanted)
     text = "cosine of TF-IDF vectors of pool row and target rows; no model is used"
@@ -38,29 +42,38 @@ def score(context: Context) -> Scored:
 
 
 def columns(context: Context, rows: Sequence[int] | None = None) -> Tensor:
-    """See `Scorer.columns`. Words are counted over the whole pool, whichever rows are asked for."""
+    """Return one column per target row, as `Scorer.columns` says; words are always counted over the whole pool.
+
+    Args:
+        context: What is scored.
+        rows: Pool rows; None for all of them.
+    """
     chosen, places, n = usable_among(context.pool, rows)
     return spread(word_similarity(context.pool, context.wanted, chosen), places, n)
 
 
 def nearest(asked: Asked) -> Tensor:
-    """The row of `word_similarity` for the pool row that was asked about."""
+    """Return the row of `word_similarity`, float32 [m], for the pool row in question.
+
+    Args:
+        asked: The question.
+    """
     return word_similarity(asked.pool, asked.target, [asked.index])[0]
 
 
 def word_similarity(pool: Rows, target: Rows, rows: Sequence[int] | None = None) -> Tensor:
-    """Cosines of TF-IDF vectors of pool rows and target rows.
+    """Return cosines of TF-IDF vectors of pool rows and target rows.
 
     Args:
         pool: The pool.
         target: The target.
-        rows: Usable rows of the pool; None is all of them.
+        rows: Usable rows of the pool; None for all of them.
 
     Returns:
         float32 [rows, usable target rows].
 
     Raises:
-        DataError: No row holds a word.
+        DataError: No row contains a word.
 
     Source:
         scikit-learn's TfidfVectorizer, fitted on pool and target together.

@@ -1,4 +1,4 @@
-"""ToV: rows whose loss falls most when the model is adapted to the target, by the difference of losses."""
+"""ToV: the rows whose loss falls most when the model is adapted to the target, by the difference of losses."""
 
 from __future__ import annotations
 
@@ -27,21 +27,34 @@ METHOD = Method(
 
 
 def score(context: Context) -> Scored:
-    """l_0(z) - l_T(z), where l_T is the mean loss of the row's answer after T steps on the target.
+    """Score by l_0(z) - l_T(z), where l_T is the mean loss of the row's answer after T steps on the target.
 
-    Source: ToV, arXiv 2510.00386. Differs: the paper adds the drops from several checkpoints of a warm-up on the pool,
-    each adapted for one epoch; here the one start is the model itself, and the adaptation is that of `tacs`.
+    Args:
+        context: What is scored.
+
+    Source:
+        ToV, arXiv 2510.00386. Differs: the paper adds the drops from several checkpoints of a warm-up on the pool, each
+        adapted for one epoch; here, the only start is the model itself, and the adaptation is that of `tacs`.
     """
     return drops.scored(context, name="tov", relative=False)
 
 
 def columns(context: Context, rows: Sequence[int] | None = None) -> Tensor:
-    """See `Scorer.columns`: one column per adapter."""
+    """Return one column per adapter, as `Scorer.columns` says.
+
+    Args:
+        context: What is scored.
+        rows: Pool rows; None for all of them.
+    """
     return drops.columns_of(context, rows, relative=False)
 
 
 def groups(context: Context) -> tuple[list[str], Tensor]:
-    """See `Scorer.groups`."""
+    """Return the names and groups of the columns, as `Scorer.groups` says.
+
+    Args:
+        context: What is scored.
+    """
     return drops.groups_of(drops.setup_of(context))
 
 

@@ -1,4 +1,4 @@
-"""What an audit says: the table of its arms, and a verdict in words."""
+"""The result of an audit: the table of its arms, and a verdict in words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ SELECTED, BASE = "selected", "untrained"
 
 
 def summarise(base: dict[str, Any], results: list[dict[str, Any]], config: AuditConfig) -> dict[str, Any]:
-    """The audit's table: mean held-out loss of each arm with its interval over seeds, and a verdict in words."""
+    """Return the audit's table (mean held-out loss per arm with its interval over seeds) and a verdict in words.
+
+    Args:
+        base: The losses of the untrained model.
+        results: The loss, the arm and the seed of each training run.
+        config: The settings of the audit.
+    """
     by_arm: dict[str, list[float]] = {}
     for result in results:
         by_arm.setdefault(result["arm"], []).append(float(result["loss"]))
@@ -56,9 +62,12 @@ def summarise(base: dict[str, Any], results: list[dict[str, Any]], config: Audit
 
 
 def verdict(by_arm: dict[str, list[float]]) -> str:
-    """One plain sentence per baseline: better, worse, or not told apart by these seeds.
+    """Return one plain sentence with a clause per baseline: better, worse, or not told apart by these seeds.
 
-    Runs of equal seed are compared. Fewer than three such pairs tell nothing apart, whatever their interval says.
+    Runs with equal seeds are compared. Fewer than three such pairs give no verdict, whatever their interval says.
+
+    Args:
+        by_arm: The losses of each arm, in the order of the seeds.
     """
     ours = by_arm[SELECTED]
     said = []
@@ -85,7 +94,12 @@ def verdict(by_arm: dict[str, list[float]]) -> str:
 
 
 def print_table(audit: dict[str, Any], console: Console) -> None:
-    """The audit at 80 columns, on stdout."""
+    """Print the audit on a console of 80 columns.
+
+    Args:
+        audit: The content of audit.json.
+        console: The console.
+    """
     table = Table(
         box=box.SIMPLE_HEAD, title=f"held-out loss, {audit['test_rows']} rows, {audit['test_tokens']:,} tokens"
     )

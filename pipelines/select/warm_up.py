@@ -1,4 +1,4 @@
-"""The warm-up of LESS: a short training run on a random share of the pool, at whose checkpoints gradients are taken."""
+"""The warm-up of LESS: a short training run on a random share of the pool whose checkpoints the gradients use."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from pipelines.training import checkpoint_files, checkpoints, fit
 
 
 def warm_up_rows(context: Context) -> list[int]:
-    """The pool rows of the warm-up: those it began with, or a random share drawn by content.
+    """Return the pool rows of the warm-up: those it began with, or a random share drawn by content.
 
-    A pool that has grown since keeps its warm-up: its rows, and so its checkpoints.
+    A pool that has grown since then keeps the rows of its warm-up, and so its checkpoints.
+
+    Args:
+        context: What is scored.
 
     Raises:
-        DataError: some of those are no longer in the pool, and the user has not accepted that the data changed. Once
-            it is accepted, what was made of the old pool is set aside, and rows are drawn from the new one.
+        DataError: Some of these rows are no longer in the pool, and the user has not accepted that the data changed.
+            Once this is accepted, everything made from the old pool is set aside, and rows are drawn from the new one.
     """
     config, pool = context.config, context.pool
     manifest = context.run.path("warmup", "rows.json")
@@ -50,7 +53,11 @@ def warm_up_rows(context: Context) -> list[int]:
 
 
 def warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
-    """The checkpoints to take gradients at: the user's, or those of a warm-up on a random share of the pool."""
+    """Return the checkpoints for the gradients (the user's, or those of the warm-up) and the tokens of the warm-up.
+
+    Args:
+        context: What is scored.
+    """
     config, run, pool = context.config, context.run, context.pool
     if config.checkpoints:
         return stops(config, run.folder), 0
@@ -84,7 +91,7 @@ def warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
 
 
 def _steps(config: SelectConfig, there: list[int]) -> list[int]:
-    """The steps, of those `there`, whose checkpoints count."""
+    """Return the steps, among those `there`, whose checkpoints count."""
     which = config.features.checkpoints or known(config.method).checkpoints
     if isinstance(which, str):
         return there[-1:] if which == "last" else there
@@ -97,7 +104,15 @@ def _steps(config: SelectConfig, there: list[int]) -> list[int]:
 
 
 def warm_up_to_come(context: Context) -> tuple[tuple[int, int], int, list[int]]:
-    """Tokens of the warm-up, in all and left; its rows (0: there is none); the steps at which gradients are taken."""
+    """Return what the warm-up will take.
+
+    Args:
+        context: What is scored.
+
+    Returns:
+        The tokens of the warm-up, total and left; its number of rows, 0 without a warm-up; and the steps of the
+        checkpoints at which gradients are computed.
+    """
     config, pool = context.config, context.pool
     if config.checkpoints:
         return (0, 0), 0, _steps(config, [c.step for c in checkpoints.find(config.checkpoints)])
@@ -114,11 +129,15 @@ def warm_up_to_come(context: Context) -> tuple[tuple[int, int], int, list[int]]:
 
 
 def stops(config: SelectConfig, folder: Path) -> list[checkpoints.Checkpoint]:
-    """Return the checkpoints that count in the scores of the run in `folder`; their weights add up to 1.
+    """Return the checkpoints that count in the scores of a run; their weights add up to 1.
+
+    Args:
+        config: The settings of the run.
+        folder: The folder of the run.
 
     Raises:
         UsageError: There is none, or none at a step of `features.checkpoints`.
-        DataError: One of them is damaged, or says nothing of its learning rates.
+        DataError: One of them is damaged, or does not record its learning rates.
     """
     found = checkpoints.find(config.checkpoints or [folder / "warmup"])
     kept = found if config.checkpoints or not config.warmup.checkpoints else found[-config.warmup.checkpoints :]

@@ -1,4 +1,4 @@
-"""How often each word occurs in the rows of a pool and of its target, for methods that use no model."""
+"""Counts of the words in the rows of a pool and of its target, for methods that use no model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def fitted(vectorizer: Any, pool: Rows, target: Rows, method: str) -> tuple[Any,
     """Fit one of scikit-learn's vectorizers on pool and target together.
 
     Args:
-        vectorizer: Of the texts of whole rows, prompt and answer.
+        vectorizer: The vectorizer, which receives the texts of whole rows, prompt and answer.
         pool: The pool.
         target: The target.
         method: The method to name in an error.
@@ -26,7 +26,7 @@ def fitted(vectorizer: Any, pool: Rows, target: Rows, method: str) -> tuple[Any,
         Sparse matrices of the usable rows of the pool and of the target.
 
     Raises:
-        DataError: No row holds a word.
+        DataError: No row contains a word.
     """
     texts, wanted = ([rows.pool[i].whole for i in np.flatnonzero(rows.usable).tolist()] for rows in (pool, target))
     try:
@@ -39,5 +39,10 @@ def fitted(vectorizer: Any, pool: Rows, target: Rows, method: str) -> tuple[Any,
 
 
 def places_of(pool: Rows, rows: Any) -> Any:
-    """The places of the usable pool rows `rows` (None: all) among the usable ones, as an index of numpy."""
+    """Return the positions of some pool rows among the usable ones, as an index for numpy.
+
+    Args:
+        pool: The pool.
+        rows: Usable pool rows; None for all of them.
+    """
     return slice(None) if rows is None else np.searchsorted(np.flatnonzero(pool.usable), rows)

@@ -1,4 +1,4 @@
-"""What a selection writes: the chosen rows, two tables and `summary.json`."""
+"""The files that a selection writes: the selected rows, two tables and `summary.json`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ from pipelines.settings.methods import known
 
 
 def write(context: Context, scored: Scored, selection: Selection, before: Mapping[str, Any]) -> dict[str, Any]:
-    """Write everything; an audit of the same rows is kept.
+    """Write all files of a selection; an audit of the same rows is kept.
+
+    Args:
+        context: What was scored.
+        scored: The scores.
+        selection: The selected rows.
+        before: The estimate of the cost.
 
     Returns:
         The summary.
@@ -54,7 +60,7 @@ def write(context: Context, scored: Scored, selection: Selection, before: Mappin
 
 
 def _reasons(context: Context, scored: Scored, selection: Selection) -> list[str]:
-    """One sentence per chosen row."""
+    """Return one sentence per selected row."""
     reasons = []
     by_score = SELECTORS[context.config.selector or known(context.config.method).selector].scores
     by_score &= context.config.targets.share == "no"
