@@ -41,6 +41,7 @@ ANOTHER_MEANING: dict[str, set[str]] = {
     "optim/rules/matrices.py": {"adamw"},  # the part of a group's settings that is for AdamW
     "optim/rules/wrappers/quantized.py": {"linear"},  # a code of quantized values
     "datatools/colm/history.py": {"adam"},  # a history of Adam moments, not an optimizer
+    "datatools/features/neighbours.py": {"exact"},  # a search
     "datatools/subsets/facility_location.py": {"cosine"},  # a metric
     "datatools/order/estimators/fut.py": {"exact"},  # a derivative
     "datatools/order/estimators/moments.py": {"exact"},  # gradients
@@ -50,6 +51,9 @@ ANOTHER_MEANING: dict[str, set[str]] = {
     "pipelines/models/finite.py": {"loss"},  # the loss in a log
     "pipelines/rows/index.py": {"preference"},  # the setting
     "pipelines/select/less.py": {"paper"},  # a form of Adam's update
+    "pipelines/select/neighbours.py": {"exact", "random"},  # a search; how many clusters a random choice reaches
+    "pipelines/select/objectives.py": {"preference"},  # the setting
+    "pipelines/settings/select.py": {"preference"},  # the setting
     "pipelines/training/checkpoints.py": {"paper"},  # a form of Adam's update
     "pipelines/training/fit.py": {"loss"},  # the loss in a log
 }

@@ -20,7 +20,11 @@ class Listener(Protocol):
     ahead: Ahead | None
 
     def accepts(self, group: str) -> bool:
-        """Whether facts of `group` may differ from those that the run began with."""
+        """Return whether facts of a group may differ from those that the run began with.
+
+        Args:
+            group: The name of the group.
+        """
 
     def warned(self, text: str) -> None:
         """Keep a warning.

@@ -263,7 +263,11 @@ class Run:
         return [name for name, _, _ in changes.accepted]
 
     def accepts(self, group: str) -> bool:
-        """Whether the user has accepted, now or in an earlier attempt, that facts of `group` are other ones."""
+        """Return whether the user has accepted, now or in an earlier attempt, that facts of a group differ.
+
+        Args:
+            group: The name of the group.
+        """
         changed = [str(change.get("what", "")) for change in self.provenance.get("changed", [])]
         return any(name.partition(".")[0] == group for name in (*self.accept, *changed))
 

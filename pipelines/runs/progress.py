@@ -51,7 +51,11 @@ class Progress:
         """Seconds to come besides the units (validation), given the seconds per unit so far."""
 
     def resume(self, done: int) -> None:
-        """Count units that an earlier attempt finished; they do not enter the rate."""
+        """Count units that an earlier attempt finished; they do not enter the rate.
+
+        Args:
+            done: The number of these units.
+        """
         self._first += done
         self.advance(done)
 

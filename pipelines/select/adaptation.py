@@ -343,7 +343,7 @@ def _train(
         if not np.isfinite(total) or not all(bool(p.isfinite().all()) for p in params.values()):
             raise DataError(
                 f"{LABEL}: loss {total} or a weight is not finite at step {step} with learning rate {rate:g}; lower "
-                "adaptation.learning_rates, or remove the target row that does it (of "
+                "adaptation.learning_rates, or remove the target row that causes it (of "
                 f"{', '.join(setup.target.pool.where(row) for row in rows[:3])})"
             )
         after(step)

@@ -213,7 +213,7 @@ def _train_and_measure(
     recipe = config.training if arm != FULL else one_pass(config.training)
     folder, measured = _kept(config, loaded, pool, test, rows, recipe, seed)
     if measured.is_file():
-        with suppress(sealed.Damaged):  # or of a version without seals: measured again
+        with suppress(sealed.Damaged):  # or written by a version without seals: measure again
             return sealed.read_json(measured)
     train_adapter(loaded, pool, rows, recipe, config.lora, folder / "adapter", seed=seed, label=label)
     module = load_adapter(loaded.model, folder / "adapter")

@@ -44,13 +44,13 @@ WORDS, GRADIENTS = ("tfidf", "bm25"), "less"
 """The methods of the two stages."""
 
 COMMON = 10
-"""How many common directions are removed by default; 5 to 20 of a sample of 64 to 200 rows give similar choices."""
+"""The default number of common directions to remove; 5 to 20 of a sample of 64 to 200 rows give similar selections."""
 
 PRIOR = 0.5
-"""The weight of words on the shortlist, beside 1 for gradients."""
+"""The weight of words on the shortlist; that of gradients is 1."""
 
 SPARE, FEWEST = 3, 256
-"""The shortlist has at least so many rows per row of the budget, and so many rows, where the pool has them."""
+"""The minimum size of the shortlist: rows per row of the budget, and rows in total, if the pool has that many."""
 
 
 def score(context: Context) -> Scored:

@@ -18,7 +18,7 @@ from pipelines.select.scored import Context, Scored
 from pipelines.settings import redaction
 
 MOST_COLUMNS = 1000
-"""Of `selected.parquet`, and fields within one; beyond it values are JSON text."""
+"""The maximum number of columns of `selected.parquet`, and of fields in one column; values beyond it are JSON text."""
 
 
 def score_columns(context: Context, scored: Scored, chosen: Sequence[int], order: Mapping[int, int]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def selected_columns(
     common = {name for name, _ in held.most_common(MOST_COLUMNS)}
     for name in (name for name in held if name in common):
         columns[name] = column([value.get(name) for value in parsed])
-    if len(held) > MOST_COLUMNS:  # names that are data: a column for each would be a table of nulls
+    if len(held) > MOST_COLUMNS:  # names are data here: with one column each, the table would consist of nulls
         others = [{k: v for k, v in value.items() if k in held and k not in columns} for value in parsed]
         columns["_others"] = pa.array([json.dumps(other) for other in others], pa.string())
     return columns | {
@@ -113,7 +113,7 @@ def column(values: Sequence[Any]) -> pa.Array:
     Args:
         values: One value per row.
     """
-    if _fields(values) > MOST_COLUMNS:  # every row would have a place for the keys of all others
+    if _fields(values) > MOST_COLUMNS:  # every row would have fields for the keys of all others
         return pa.array([None if v is None else json.dumps(v) for v in values], pa.string())
     try:
         found = pa.array(values)

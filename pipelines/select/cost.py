@@ -77,7 +77,7 @@ def _first_estimate(context: Context, there: float) -> dict[str, float]:
 
 def _seconds(rate: float, parts: Mapping[str, float]) -> dict[str, float]:
     """Return the seconds that each part takes, from its tokens."""
-    # a training token costs about a quarter more: LoRA runs beside its layer, padding is not sorted away
+    # a training token costs about a quarter more: LoRA adds work to its layer, and batches have more padding
     return {name: rate * tokens * (1.25 if name.startswith("warm-up") else 1.0) for name, tokens in parts.items()}
 
 

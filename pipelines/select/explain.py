@@ -103,7 +103,7 @@ def run(config: ExplainConfig) -> dict[str, Any]:
     return found
 
 
-# -------------------------------------------------------------------------------------------------------------- the row
+# ------------------------------------------------------------------------------------------------------ finding a row
 
 
 def _chosen(config: ExplainConfig, pool: Rows, made_by: SelectConfig) -> int:
@@ -162,7 +162,7 @@ def _at(file: str, line: int, pool: Rows) -> int:
             return i
     for bad in pool.bad:
         if bad.file == file and bad.line == line:
-            raise DataError(f"{file}:{line}: never scored, for it cannot be read: {bad.reason} ({bad.detail})")
+            raise DataError(f"{file}:{line}: never scored, because it cannot be read: {bad.reason} ({bad.detail})")
     raise UsageError(f"{file}:{line}: the pool has no such row")
 
 
@@ -170,7 +170,7 @@ def _placed(folder: Path, pool: Rows, index: int) -> dict[str, Any]:
     """Return what scores.parquet says about the row (score, rank, selected or not), and the lowest chosen score."""
     path = folder / "scores.parquet"
     if not path.is_file():
-        raise UsageError(f"{folder}: there are no scores yet; `datatools select` again with the same settings goes on")
+        raise UsageError(f"{folder}: there are no scores yet; run `datatools select` again with the same settings")
     with damaged(path, "run the same selection again to write it anew"):
         table = pq.read_table(path, columns=["_id", "_key", "_line", "_status", "_score", "_rank", "_selected"])
         lines = np.asarray(table["_line"].to_numpy())
@@ -259,7 +259,7 @@ def _why(found: dict[str, Any], record: Method) -> str:
     if found["selector"] not in (None, record.selector):
         said += f". Rows were taken by --selector {found['selector']}, which may pass over better scores"
     if "target" not in record.needs:
-        said += ". This method looks at no target rows, so none stand behind it"
+        said += ". This method looks at no target rows, so no nearest ones are shown"
     return said
 
 

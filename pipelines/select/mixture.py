@@ -103,7 +103,7 @@ def forms(found: Mapping[str, Mapping[str, Any]], paths: Mapping[str, str]) -> d
     """
     names = [name for name, one in found.items() if one["weight"] > 0]
     p = [found[name]["weight"] for name in names]
-    # axolotl's weight is the share of a data set that is kept: the most wanted one is kept whole
+    # axolotl's weight is the share of a data set to keep: the data set with the highest weight per row is kept whole
     wanted = [found[name]["weight"] / found[name]["pool_rows"] for name in names]
     kept = [max(1e-6, round(one / max(wanted), 6)) for one in wanted]
     made: dict[str, Any] = {
@@ -118,7 +118,7 @@ def forms(found: Mapping[str, Mapping[str, Any]], paths: Mapping[str, str]) -> d
             ]
         },
     }
-    if not any("," in name for name in names):  # which is what separates them there
+    if not any("," in name for name in names):  # the separator of that setting
         made["llama_factory"] = {
             "dataset": ",".join(names),
             "mix_strategy": "interleave_under",

@@ -98,7 +98,7 @@ class _World:
             if pool.keys[row] in good:
                 first.setdefault(pool.keys[row], row)
         self.rows = list(first.values())
-        """The rows of the pool that have features, one of each content."""
+        """The rows of the pool that have features, one per content."""
         self.targets = np.flatnonzero(target.usable).tolist()
 
     def vectors(self, rows: Sequence[int]) -> Tensor:
@@ -162,7 +162,7 @@ def _coverage(config: NeighboursConfig, world: _World, folder: Path) -> dict[str
     made = clusters(world.blocks, count, rows=n, seed=derive_seed(world.config.seed, "clusters"))
     path = folder / "scores.parquet"
     if not path.is_file():
-        raise UsageError(f"{folder}: there are no scores yet; `datatools select` again with the same settings goes on")
+        raise UsageError(f"{folder}: there are no scores yet; run `datatools select` again with the same settings")
     with damaged(path, "run the same selection again to write it anew"):
         table = pq.read_table(path, columns=["_key", "_selected"])
         taken = {
@@ -211,7 +211,7 @@ def _expected(sizes: Sequence[int], n: int, k: int) -> float:
     return sum(1 - missed(size) for size in sizes)
 
 
-# ------------------------------------------------------------------------------------------------------------ in print
+# ------------------------------------------------------------------------------------------------------------ printing
 
 
 def _show(found: dict[str, Any], console: Console) -> None:

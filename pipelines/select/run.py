@@ -62,14 +62,14 @@ def run(config: SelectConfig) -> Path:
         EnvironmentProblem: The machine cannot do it.
     """
     alone("datatools select")
-    Budget.parse(config.budget)  # a typing error here must not cost a warm-up
+    Budget.parse(config.budget)  # so that a typing error does not cost a warm-up
     check(config)
     _refuse_another_selection(config)
     if config.dry_run:
         return _dry_run(config)
     with Run(config.out, config, "select", overwrite=config.overwrite) as current:
         context = _context(config, current)
-        Budget.parse(config.budget).resolve(candidates(context.pool))  # nor a budget that this pool cannot fill
+        Budget.parse(config.budget).resolve(candidates(context.pool))  # nor does a budget that the pool cannot fill
         with current.stage("cost"):
             before = cost.estimate(context)
         scored = scorer(config.method).score(context)
@@ -122,9 +122,9 @@ def _refuse_another_selection(config: SelectConfig) -> None:
     try:
         before = load_config(SelectConfig, path)
     except (UsageError, DataError):
-        return  # `Run` says what is wrong with it
+        return  # `Run` reports what is wrong with it
     if fingerprint(before) != fingerprint(config):
-        return  # `Run` says which settings of the whole run differ
+        return  # `Run` reports which settings of the whole run differ
     old, new = (as_dict(one, leave_out=("volatile", "elsewhere")) for one in (before, config))
     differing = [f"{name} was {old[name]}, is {new[name]}" for name in old if old[name] != new[name]]
     if not differing:
@@ -151,8 +151,8 @@ def _context(config: SelectConfig, current: Run) -> Context:
             raise DataError(f"no row in --target {', '.join(empty)}; leave the file out or fill it")
         if target is not None and (seen := leakage.find(target, {"pool": (pool, None)})):
             warn(
-                f"{leakage.sentence(seen, 'target rows')}: likeness ranks such rows first; a "
-                "selection of what is known already is worth little"
+                f"{leakage.sentence(seen, 'target rows')}: similarity ranks such rows first, "
+                "and rows that the target already contains add little to it"
             )
     inputs.record(by_content=("data", "target"), grows=("data",))
 
@@ -220,7 +220,7 @@ def _like_the_target(
     """Select by a selector with a reference: target rows with these answer lengths, which need not be in the pool."""
     assert candidates.supervised is not None and candidates.tokens is not None
     n, m = len(candidates), len(lengths)
-    # the selector matches rows of its own candidates, so the wanted lengths join as rows that nobody may take
+    # the selector matches rows among its candidates, so the wanted lengths are added as rows that are not eligible
     wider = Candidates(
         keys=[*candidates.keys, *(f"~{i}" for i in range(m))],
         sources=[*candidates.sources, *([""] * m)],

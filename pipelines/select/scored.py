@@ -169,7 +169,7 @@ def unique_among(rows: Rows, chosen: Sequence[int]) -> dict[str, int]:
 
 
 COMMON_ROWS = 64, 256
-"""The sample that shows what all rows share is a twentieth of the pool, at least and at most so many rows."""
+"""The minimum and maximum size of the sample for common directions, which is otherwise a twentieth of the pool."""
 
 
 def common_rows(pool: Rows, seed: int) -> list[int]:
@@ -224,7 +224,7 @@ def candidates(pool: Rows, scored: Scored | None = None, target: Rows | None = N
             eligible &= scored.scores.isfinite()
             scores = torch.where(eligible, scored.scores, 0.0)
     return Candidates(
-        # rows of equal content tie by their id
+        # ties between rows of equal content are broken by id
         keys=[f"{key} {identity}" for key, identity in zip(pool.keys, pool.pool.ids, strict=True)],
         scores=scores,
         sources=pool.pool.sources,

@@ -15,8 +15,7 @@ from pipelines.select.scored import Context
 from pipelines.select.scorer import Asked
 
 FEATURE_VERSION = "2"
-"""Raise it when the same model, row and settings give other features: stores made before are then refused, not
-mixed."""
+"""Increase it if the same model, row and settings give other features: older stores are then refused, not mixed."""
 
 
 @contextmanager
@@ -68,7 +67,7 @@ def open_store(
     among = rows if among is None else among
     now = numerics.facts()
     begun: dict[str, Any] | None = now
-    if (folder / "plan.json").is_file():  # asked before this run plans rows there, or neither could ever finish
+    if (folder / "plan.json").is_file():  # check before this run plans rows there; otherwise neither run could finish
         there = GradientFeatures.open(folder)
         _refuse_unfinished(there, among)
         begun = there.meta.get(numerics.GROUP)  # absent where an earlier version wrote it
@@ -79,7 +78,7 @@ def open_store(
     try:
         store = GradientFeatures.create_or_open(folder, keys=list(rows), **options)
     except OtherFeatures:
-        # of its own features a run may go on past a change that was accepted: with new ones
+        # with its own features folder, a run continues after an accepted change by computing new features
         if context.config.features.folder is not None or not context.run.provenance["changed"]:
             raise
         aside = files.free_name(folder.with_name(f"{folder.name}.old"))
@@ -137,5 +136,5 @@ def kept(asked: Asked, *names: str) -> Path:
     """
     home = asked.config.features.folder or asked.folder / "features"
     if not all((home / name).is_dir() for name in names):
-        raise DataError(f"{home}: the run's features are gone; run the same selection again to explain its picks")
+        raise DataError(f"{home}: the run's features are gone; run the same selection again to explain its selection")
     return home

@@ -21,8 +21,8 @@ from pipelines.select.scored import Context, Scored, subtask_groups
 from pipelines.settings.methods import known
 from pipelines.settings.select import SelectConfig
 
-SHOWN_CHARACTERS = 600  # of a row's text in summary and report
-EXAMPLES = 10  # best and worst rows shown
+SHOWN_CHARACTERS = 600  # of a row's text, in the summary and the report
+EXAMPLES = 10  # the number of best and of worst rows in both
 
 
 def summarise(

@@ -27,7 +27,7 @@ def named(target: Rows) -> tuple[list[str], Tensor]:
     if len(names) > 1 or len(files) < 2 or any(target.pool[i].subtask for i in rows[:1]):
         return names, groups
     stems = [_stem(target.pool.file(i)) for i in rows]
-    if len(set(stems)) < len({target.pool.file(i) for i in rows}):  # two files of one name: their paths tell them apart
+    if len(set(stems)) < len({target.pool.file(i) for i in rows}):  # files of equal name are told apart by path
         stems = [target.pool.file(i) for i in rows]
     names = sorted(set(stems))
     return names, torch.tensor([names.index(stem) for stem in stems])

@@ -10,7 +10,7 @@ from datatools import DataError
 from pipelines.rows.rows import Rows
 
 WORD = r"(?u)\b\w+\b"
-"""What counts as a word: a run of letters, digits and underscores, of any length and alphabet."""
+"""The pattern of a word: a run of letters, digits and underscores, of any length and alphabet."""
 
 
 def fitted(vectorizer: Any, pool: Rows, target: Rows, method: str) -> tuple[Any, Any]:
@@ -31,7 +31,7 @@ def fitted(vectorizer: Any, pool: Rows, target: Rows, method: str) -> tuple[Any,
     texts, wanted = ([rows.pool[i].whole for i in np.flatnonzero(rows.usable).tolist()] for rows in (pool, target))
     try:
         matrix = vectorizer.fit_transform(texts + wanted)
-    except ValueError as error:  # "empty vocabulary": letters and digits make words, nothing else does
+    except ValueError as error:  # "empty vocabulary": only letters, digits and underscores form words
         raise DataError(
             f"--method {method}: no row of the pool or the target holds a word; use another method"
         ) from error

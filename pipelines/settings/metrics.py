@@ -90,6 +90,9 @@ class MetricsConfig(Settings):
 def check(config: MetricsConfig) -> None:
     """Refuse metrics that cannot be measured here, before a model is loaded.
 
+    Args:
+        config: The settings.
+
     Raises:
         UsageError: Code would run, and nothing allows it.
         EnvironmentProblem: lm-eval is not installed; names the extra that brings it.

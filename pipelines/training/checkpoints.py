@@ -32,11 +32,11 @@ from pipelines.training.checkpoint_files import COMPLETE, is_complete
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint.
+    """One checkpoint: its folder, its optimizer step, and how much it counts.
 
     Attributes:
-        folder, step: Where it is, and the optimizer step.
-        mean_lr, weight: The mean learning rate since the previous checkpoint, and the weight in the score.
+        mean_lr: The mean learning rate since the previous checkpoint.
+        weight: The weight in the score.
     """
 
     folder: Path

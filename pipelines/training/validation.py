@@ -80,7 +80,11 @@ class Timed:
         return loss
 
     def left(self, step: float) -> float:
-        """Seconds of the evaluations to come, where a training step takes `step` seconds."""
+        """Return the seconds of the evaluations to come.
+
+        Args:
+            step: The seconds that a training step takes.
+        """
         each = self._seconds / self._times if self._times else self.validation.steps * step
         return each * planned(self.bar.total or 0, self.validation.every, self.bar.done)
 

@@ -18,7 +18,10 @@ _ANSWER_IS = re.compile(r"answer(?:\s+is|\s*:)\s*:?\s*(.+)", re.IGNORECASE)
 
 
 def number(text: str) -> str | None:
-    r"""The number after the last '####', else the last number of the text.
+    r"""Return the number after the last '####', else the last number of the text.
+
+    Args:
+        text: The text.
 
     Example:
         >>> number("3 + 4 = 7\n#### 7"), number("It costs $1,200."), number("none")
@@ -31,7 +34,10 @@ def number(text: str) -> str | None:
 
 
 def letter(text: str) -> str | None:
-    """The letter of an option: after "answer is", else at the start, else the last one in brackets.
+    """Return the letter of an option: after "answer is", else at the start, else the last one in brackets.
+
+    Args:
+        text: The text.
 
     Example:
         >>> letter("(B) because (A) is wrong"), letter("So the answer is (C)."), letter("maybe")
@@ -47,7 +53,10 @@ def letter(text: str) -> str | None:
 
 
 def line(text: str) -> str | None:
-    r"""The first line that is not blank.
+    r"""Return the first line that is not blank.
+
+    Args:
+        text: The text.
 
     Example:
         >>> line("\n Paris \nand more")
@@ -57,7 +66,10 @@ def line(text: str) -> str | None:
 
 
 def last_line(text: str) -> str | None:
-    r"""What follows "answer is" or "answer:" in the last line that is not blank, else that line.
+    r"""Return what follows "answer is" or "answer:" in the last line that is not blank, else that line.
+
+    Args:
+        text: The text.
 
     Example:
         >>> last_line("We count.\nSo the answer is valid."), last_line("a\nb")
@@ -69,7 +81,11 @@ def last_line(text: str) -> str | None:
 
 
 def whole(text: str) -> str | None:
-    """The whole text; None when it is blank."""
+    """Return the whole text; None if it is blank.
+
+    Args:
+        text: The text.
+    """
     return text.strip() or None
 
 
@@ -84,7 +100,12 @@ EXTRACTORS: Mapping[str, Callable[[str], str | None]] = {
 
 
 def extract(rule: str, text: str) -> str | None:
-    """The answer in `text` by a rule of `EXTRACTORS`, or by `regex:PATTERN`: its first group, else all of its match."""
+    """Return the answer in a text; None if it has none.
+
+    Args:
+        rule: A rule of `EXTRACTORS`, or `regex:PATTERN`, which returns its first group or, without groups, its match.
+        text: The text.
+    """
     if rule.startswith(REGEX):
         found = re.search(rule.removeprefix(REGEX), text, re.MULTILINE)
         return None if found is None else found.group(1 if found.re.groups else 0)
@@ -92,7 +113,10 @@ def extract(rule: str, text: str) -> str | None:
 
 
 def normalised(text: str) -> str:
-    """Text as it is compared: compatibility forms unified, no case, single spaces, no punctuation around it.
+    """Return text as it is compared: compatibility forms unified, no case, single spaces, no punctuation around it.
+
+    Args:
+        text: The text.
 
     Example:
         >>> normalised(' "The  Cat." ')
@@ -103,7 +127,11 @@ def normalised(text: str) -> str:
 
 
 def equal(answer: str | None, gold: str) -> bool:
-    """Whether an answer is the gold one: equal when normalised, or the same number.
+    """Return whether an answer is the gold one: equal when normalised, or the same number.
+
+    Args:
+        answer: The answer; None if there is none.
+        gold: The gold answer.
 
     Example:
         >>> equal("1,200.0", "$1200"), equal("(B)", "b"), equal(None, "a")
@@ -118,7 +146,10 @@ def equal(answer: str | None, gold: str) -> bool:
 
 
 def value_of(text: str) -> Decimal | None:
-    """The number that a text is, with a currency, a percent sign or thousands separators; None for any other text.
+    """Return the number that a text is, with a currency, a percent sign or thousands separators; else None.
+
+    Args:
+        text: The text.
 
     Example:
         >>> value_of("$1,200"), value_of("5 %"), value_of("5 apples") is None

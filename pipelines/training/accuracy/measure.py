@@ -135,7 +135,11 @@ class Plan:
         return {name: f"{'task' if name.startswith(HARNESS) else name}-{digest}" for name, digest in found.items()}
 
     def label(self, metric: str) -> str:
-        """Return what tables call a metric."""
+        """Return what tables call a metric.
+
+        Args:
+            metric: The metric.
+        """
         return LABELS.get(metric, metric)
 
 
@@ -287,7 +291,10 @@ def _run(found: Plan, texts: Sequence[str], label: str) -> list[str]:
 
 
 def code_of(text: str) -> str:
-    r"""The code in a text: its fenced blocks, one after the other, or all of it.
+    r"""Return the code in a text: its fenced blocks, one after the other, or all of it.
+
+    Args:
+        text: The text.
 
     Example:
         >>> code_of("Here:\n```python\nx = 1\n```\nDone.")

@@ -22,6 +22,10 @@ Variant = tuple[list[int], list[int]]
 def variants(asked: Question, encoder: Encoder) -> list[Variant]:
     """Encode the question with each option as its answer.
 
+    Args:
+        asked: The question.
+        encoder: The encoder of rows.
+
     Raises:
         DataError: An option cannot be encoded; names the row.
     """
@@ -36,7 +40,11 @@ def variants(asked: Question, encoder: Encoder) -> list[Variant]:
 
 
 def tokens_of(options: Sequence[Variant]) -> int:
-    """Count the tokens that go through the model for one question: what its options share goes through once."""
+    """Count the tokens that go through the model for one question; what its options share counts once.
+
+    Args:
+        options: The question with each of its options.
+    """
     shared = _shared([ids for ids, _ in options], [_first(labels) for _, labels in options])
     return shared + sum(len(ids) - shared for ids, _ in options)
 

@@ -122,7 +122,12 @@ def _cut(row: Row) -> Row | None:
 
 
 def answered(row: Row, text: str) -> Row:
-    """Return `row` with another last answer and without its reasoning, which led to the old one."""
+    """Return a row with another last answer and without its reasoning, which led to the old one.
+
+    Args:
+        row: The row.
+        text: The answer.
+    """
     if not row.messages:
         return replace(row, completion=text)
     return replace(row, messages=(*row.messages[:-1], {"role": "assistant", "content": text}))

@@ -49,7 +49,11 @@ _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
 def program_of(machine: str) -> list[tuple[int, int, int, int]]:
-    """The filter as instructions (code, jump if true, jump if false, constant) of the kernel's packet filter."""
+    """Return the filter as instructions (code, jump if true, jump if false, constant) of the kernel's packet filter.
+
+    Args:
+        machine: "x86_64" or "aarch64".
+    """
     place, architecture = _MACHINES[machine]
     refuse = (_RETURN, 0, 0, _DENY)
     steps = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
@@ -82,7 +86,12 @@ def isolate() -> bool:
 
 
 def limit(seconds: float, megabytes: int) -> None:
-    """Limits of memory, time, files and processes."""
+    """Limit memory, time, files and processes.
+
+    Args:
+        seconds: Seconds of CPU time.
+        megabytes: The size of the address space in MiB.
+    """
     most = int(seconds) + 1
     for what, value in (
         (resource.RLIMIT_AS, megabytes << 20),

@@ -65,7 +65,12 @@ class Writer:
         return -(-len(self._prompts) // each)
 
     def write(self, model: Any, advance: Callable[[int], object] = int) -> list[str]:
-        """Return the text that the model writes for each question, without special tokens or what follows an answer."""
+        """Return the text that the model writes for each question, without special tokens or what follows an answer.
+
+        Args:
+            model: The model.
+            advance: Called with the number of questions that are done.
+        """
         pad = self._tokenizer.pad_token_id
         stops = self._ends | _ends_of(self._tokenizer, model)
         made = greedy(
