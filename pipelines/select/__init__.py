@@ -1,6 +1,6 @@
 """Selection of training rows: the methods, the run, explanations, and the audit.
 
-`from pipelines import select; select(model, tokenizer, dataset, target)` selects in memory: see `in_memory`.
+`from pipelines import select; select(model, tokenizer, dataset, target)` selects in memory; see `in_memory`.
 """
 
 from pipelines.former import callable_as, front_door

@@ -1,11 +1,11 @@
-"""Select rows of a data set that is in memory, for a model that is in memory: `from pipelines import select`.
+"""Select rows of an in-memory data set for an in-memory model: `from pipelines import select`.
 
     chosen = select(model, tokenizer, dataset, target, budget="5%")
     trainer = SFTTrainer(model, train_dataset=chosen.dataset, ...)
 
-It is `datatools select` on what the caller holds: the same code, the same numbers. The command works in a folder that
-is thrown away, unless `out` names one; the model, its adapters, gradients, mode and configuration, the random
-generators and the data are as they were afterwards, also when it fails.
+It runs the code of `datatools select` on the caller's objects and gives the same numbers. The run uses a temporary
+folder unless `out` names one. Afterwards, also after an error, the model with its adapters, gradients, mode and
+configuration, the random generators and the data are unchanged.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ ARGUMENTS = {
     "seed": "seed",
     "overwrite": "overwrite",
 }
-"""Settings of `datatools select` -> the arguments of `select`; all others are given by `settings`."""
+"""Settings of `datatools select` -> the arguments of `select`; all others are passed in `settings`."""
 
 
 @dataclass(frozen=True, repr=False)
 class SelectedRows:
-    """The rows that were selected, and why.
+    """The selected rows, and why they were selected.
 
     Attributes:
-        dataset: The selected rows, of the type that was given, best first; every column as it was.
+        dataset: The selected rows, of the type that was given, best first; every column is unchanged.
         indices: Their numbers in the data that was given, int64 [k].
-        weights: The weight of each, float32 [k]; 1 where the method weighs nothing.
+        weights: The weight of each, float32 [k]; 1 if the method assigns no weights.
         scores: One row per row that was given, in its order: `id`, `source`, `tokens`, `supervised`, `status` ("ok", or
             why the row has no score), `score`, `rank`, `selected`, `norm`, the `nearest` target row and its
             `nearest_similarity`, and one column `subtask:NAME` per kind of target rows.
         why: One sentence per selected row.
-        summary: What `summary.json` of a run says: settings, cost, sources, warnings.
+        summary: The content of the run's `summary.json`: settings, cost, sources, warnings.
         folder: The folder of the run, if `out` named one.
     """
 
@@ -88,7 +88,7 @@ class SelectedRows:
         )
 
     def report(self) -> Report:
-        """The report of the run, which a notebook shows: what was chosen, from where, at what cost."""
+        """Return the report of the run for a notebook: what was selected, from which sources, at what cost."""
         lines = [repr(self)]
         lines += [
             f"  {row['source']}: {row['selected_rows']} of {row['pool_rows']}"
@@ -126,32 +126,32 @@ def select(
 
     Args:
         model: A causal language model of transformers, on the CPU or the first GPU, or a model of peft, whose active
-            adapter counts as it is: in a merged copy, so that it is never touched. None for methods that use no model.
+            adapter is merged into a copy, so that the original stays unchanged. None for methods that use no model.
         tokenizer: Its tokenizer (a fast one).
         dataset: The rows to select from: a `datasets.Dataset`, a `pandas.DataFrame`, or a list of mappings, in any
             format of `datatools ls formats`.
-        target: A few rows of what the model should get better at, likewise; or a mapping from names to such rows, for
-            several targets, which `scores` then has a column for each of. Methods that look at no target need none.
+        target: A few rows that show what the model should get better at, in the same formats; or, for several targets,
+            a mapping from names to such rows (`scores` then has one column each). Methods without a target need none.
         budget: How much to select: "5%", 0.05, 500 rows, or "20000 tokens".
         method: How rows are scored: a name of `datatools ls methods`.
         selector: How rows are taken: a name of `datatools ls selectors`.
-        columns: Our names of columns -> those of `dataset`, such as {"prompt": "question", "completion": "answer"}.
-        target_columns: The same for `target`, where they differ.
+        columns: Our column names -> those of `dataset`, such as {"prompt": "question", "completion": "answer"}.
+        target_columns: The same for `target`, if its columns differ.
         source_key: The column that names a row's source.
-        chat: The chat template, where the tokenizer has none: "tulu", or the path of a Jinja file.
+        chat: The chat template, if the tokenizer has none: "tulu", or the path of a Jinja file.
         max_length: The longest row in tokens.
         seed: The seed.
         settings: Other settings of `datatools select`, by name: {"lora.rank": 4, "warmup.epochs": 2}.
-        out: A folder for the run, as the command line writes it, which then can be continued and explained. Without it
-            nothing is left on disk.
-        overwrite: Move a run that is in `out` aside.
-        verbose: Show progress.
+        out: A folder for the run, as the command line writes it, so that it can be continued and explained. Without it,
+            nothing remains on disk.
+        overwrite: Whether to move an existing run in `out` aside.
+        verbose: Whether to show progress.
 
     Returns:
         The rows, their scores and a report.
 
     Raises:
-        UsageError: Arguments make no sense.
+        UsageError: The arguments make no sense.
         DataError: Rows cannot be used; the message names the first ones as `memory:pool:ROW`, counted from 1.
         EnvironmentProblem: The machine cannot do it.
     """
@@ -187,7 +187,7 @@ def select(
 
 
 def _targets(target: Any) -> dict[str, Held]:
-    """The inputs of the target: its rows, or those of each of several targets."""
+    """Return the inputs of the target: its rows, or those of each of several targets."""
     if target is None:
         return {}
     if isinstance(target, Mapping) and target and not any(isinstance(rows, str | bytes) for rows in target.values()):
@@ -204,7 +204,7 @@ def _named(name: object) -> str:
 
 
 def _read(folder: Path, pool: Held, kept: Path | None) -> SelectedRows:
-    """What the run in `folder` has written, as values."""
+    """Return what the run in `folder` has written, as values."""
     import pandas as pd
 
     table = pq.read_table(folder / "scores.parquet")

@@ -1,4 +1,4 @@
-"""Which layers carry the influence of a row, for `datatools explain`: exact gradients, without projection."""
+"""The layers that carry the influence of a row, for `datatools explain`: from exact gradients, without projection."""
 
 from __future__ import annotations
 
