@@ -43,7 +43,6 @@ ANOTHER_MEANING: dict[str, set[str]] = {
     "datatools/colm/history.py": {"adam"},  # a history of Adam moments, not an optimizer
     "datatools/features/neighbours.py": {"exact"},  # a search
     "datatools/subsets/facility_location.py": {"cosine"},  # a metric
-    "datatools/features/neighbours.py": {"exact"},  # a way of searching
     "datatools/order/estimators/fut.py": {"exact"},  # a derivative
     "datatools/order/estimators/moments.py": {"exact"},  # gradients
     "datatools/order/search.py": {"random"},  # a search, in the table of searches
@@ -55,7 +54,6 @@ ANOTHER_MEANING: dict[str, set[str]] = {
 <<<<<<< HEAD
     "pipelines/select/neighbours.py": {"exact", "random"},  # a search; how many clusters a random choice reaches
 =======
-    "pipelines/select/neighbours.py": {"exact", "random"},  # a way of searching; a number in a report
 >>>>>>> 4e3fcd1 (Test: words of searches and settings are no names of methods)
     "pipelines/select/objectives.py": {"preference"},  # the setting
     "pipelines/settings/select.py": {"preference"},  # the setting
