@@ -51,10 +51,7 @@ ANOTHER_MEANING: dict[str, set[str]] = {
     "pipelines/models/finite.py": {"loss"},  # the loss in a log
     "pipelines/rows/index.py": {"preference"},  # the setting
     "pipelines/select/less.py": {"paper"},  # a form of Adam's update
-<<<<<<< HEAD
     "pipelines/select/neighbours.py": {"exact", "random"},  # a search; how many clusters a random choice reaches
-=======
->>>>>>> 4e3fcd1 (Test: words of searches and settings are no names of methods)
     "pipelines/select/objectives.py": {"preference"},  # the setting
     "pipelines/settings/select.py": {"preference"},  # the setting
     "pipelines/training/checkpoints.py": {"paper"},  # a form of Adam's update
