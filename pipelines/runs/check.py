@@ -56,7 +56,7 @@ def settings(folder: Path, config: Settings, command: str) -> bool:
         named = [f"{n} was {_value(old.get(n))}, is {_value(new.get(n))}" for n in differing[:5]]
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise UsageError(
-            f"{shown(folder)} contains a run with other settings:  {'; '.join(named)}{more}. "
+            f"{shown(folder)} contains a run with other settings: {'; '.join(named)}{more}. "
             f"Use the same settings to continue the run, or {aside}"
         )
     kept = [as_dict(one, leave_out=("volatile", "elsewhere")) for one in (before, config)]

@@ -152,7 +152,7 @@ def test_rows_are_cut_to_the_positions_of_the_model(own_world, tmp_path, capsys)
     for name, run in commands(world, tmp_path):
         run()
         said = capsys.readouterr().err
-        assert "6 of 6 rows were cut at 48 tokens, the positions of the model" in said, (name, said)
+        assert "6 of 6 rows were cut to 48 tokens, the number of positions of the model" in said, (name, said)
     data = DataConfig(paths=[str(world.pool)])
     assert (
         evaluation.evaluate(EvaluateConfig(model=ModelConfig(name=str(world.model), max_length=1000), data=data))[
@@ -189,7 +189,7 @@ def test_tokens_that_the_embedding_does_not_have_are_refused(own_world, tmp_path
     rows(world.pool), rows(world.target, 1)
     for name, run in commands(world, tmp_path):
         expected = (
-            r"1: token_beyond_vocabulary \(token 257 \('<\|im_end\|>'\), and the model's embedding has 257 rows"
+            r"1: token_beyond_vocabulary \(token 257 \('<\|im_end\|>'\), but the model's embedding has 257 rows"
             if name != "order"
             else "no usable row"
         )
@@ -210,8 +210,8 @@ def test_rows_longer_than_trained_for_are_said(own_world, capsys):
     rows(own_world.pool, words=2100)  # the tiny Llama is made for 2,048 tokens
     data = DataConfig(paths=[str(own_world.pool)])
     for asked, text in (
-        (3000, "6 of 6 rows are longer than the 2048 tokens that the model was made for"),
-        (None, "6 of 6 rows were cut at 2048 tokens, the positions of the model"),
+        (3000, "6 of 6 rows are longer than the 2048 tokens that the model was trained for"),
+        (None, "6 of 6 rows were cut to 2048 tokens, the number of positions of the model"),
         (300, ""),
     ):
         evaluation.evaluate(EvaluateConfig(model=ModelConfig(name=str(own_world.model), max_length=asked), data=data))
@@ -251,4 +251,4 @@ def test_an_audit_compares_its_rows_too(own_world, tmp_path, capsys):
     )
     said = capsys.readouterr().err
     for label, count in (("pool", "6 of 6"), ("test", "2 of 2"), ("target", "1 of 1")):
-        assert f"{label}: {count} rows were cut at 48 tokens" in said
+        assert f"{label}: {count} rows were cut to 48 tokens" in said

@@ -55,7 +55,7 @@ def test_updates_of_bfloat16_weights_arrive_or_are_counted(world, exact, tmp_pat
         share = float(said.split("to the nearest: ")[1].split("%")[0]) / 100
         assert share == pytest.approx(arrived(exact, rough), abs=0.1)
         assert not any(float(move.abs().sum()) for name, move in rough.items() if "norm" in name)
-    assert ("rounded up or down at random" in said) == (rounding == "auto")
+    assert ("are rounded stochastically" in said) == (rounding == "auto")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])

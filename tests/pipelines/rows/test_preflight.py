@@ -41,7 +41,7 @@ CASES = [
     ([*TRAIN, "--adapter", "nowhere", "--lora-rank", "0"], 2, "nowhere: no such folder"),
     ([*TRAIN, "--adapter", "full", "--lora-rank", "0"], 3, "adapter_config.json is missing"),
     ([*TRAIN, "--adapter", "lora"], 2, "merge it into its model first"),
-    ([*TRAIN, "--optimizer", "adamv"], 2, "did you mean 'adamw'"),
+    ([*TRAIN, "--optimizer", "adamv"], 2, "did you mean 'adam' or 'adamw'"),
     ([*TRAIN, "--schedule", "cosin"], 2, "did you mean 'cosine'"),
     ([*TRAIN, "--order", "none.npz"], 2, "none.npz: no such file"),
     ([*TRAIN, "--order", "a.jsonl", "--coreset", "colm"], 2, "exclude each other"),

@@ -938,7 +938,7 @@ def test_folders_of_save_to_disk(tmp_path):
         assert pool.where(3) == f"{tmp_path / name}:4" and pool.sources[0] == stem
         assert pool.files[0].bytes > 100 and len(pool.files) == 1
     assert [row.id for row in read_pool([tmp_path / "two/test"], cache=tmp_path / "cache")[0]] == ["i4", "i0"]
-    with pytest.raises(DataError, match=r"two holds 2 splits \(test, train\); name one, as in .*two/test"):
+    with pytest.raises(DataError, match=r"two contains 2 splits \(test, train\); name one, as in .*two/test"):
         read_pool([tmp_path / "two"], cache=tmp_path / "cache")
     (tmp_path / "all").mkdir()
     (tmp_path / "kept").rename(tmp_path / "all" / "a")
@@ -972,7 +972,7 @@ def test_patterns_name_files(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="named twice"):
         find_sources(["a/*.jsonl", "a/x-1.jsonl"])
     Path("a/x-4.jsonl.lz4").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"\.lz4 is not read"):
+    with pytest.raises(DataError, match=r"\.lz4 is not supported; unpack or convert it"):
         find_sources(["a/*"])
 
 

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-import pipelines.select.less
+import pipelines.select.gradients
 from datatools import DataError, UsageError, files
 from pipelines.report import select_page, terminal
 from pipelines.runs import verdicts
@@ -102,7 +102,7 @@ def test_the_refusal_names_what_computes_no_gradient_again(world, tmp_path, monk
     def nothing(*_, **__):
         raise AssertionError("a gradient was computed again")
 
-    monkeypatch.setattr(pipelines.select.less, "extract", nothing)
+    monkeypatch.setattr(pipelines.select.gradients, "extract", nothing)
     again = world.select(tmp_path / "other", warmup=shape, budget="20%", checkpoints=named)
     again = again.model_copy(update={"features": again.features.model_copy(update={"folder": tmp_path / features})})
     other = select.run(again)
@@ -136,7 +136,7 @@ def test_a_kill_while_moving_aside_goes_on(run):
 
 def test_a_report_shows_no_verdict_on_other_rows(run):
     sign(run, "of another selection")
-    assert VERDICT not in page(run) and "Not audited" in page(run) and "audit of another selection" in page(run)
+    assert VERDICT not in page(run) and "Not audited" in page(run) and "audit belongs to another selection" in page(run)
     sign(run)
     assert VERDICT in page(run)
     lines = (run / "selected.jsonl").read_bytes().splitlines(keepends=True)

@@ -178,7 +178,7 @@ def test_errors_name_the_flag_or_set_they_came_from():
         ("a: {b: 1, b: 2}", "'b' is set twice"),
         ("a: &x 1\nb: *x", "anchors and aliases"),
         ("a: &x {c: 1}", "anchors and aliases"),
-        ("<<: {a: 1}", "must be text and is '<<'"),
+        ("<<: {a: 1}", "must be text, not '<<'"),
         ("a: !!python/object/apply:os.system ['true']", "the tag tag:yaml.org,2002:python/object/apply:os.system"),
         ("a: !!str 1", "the tag"),
         ("a: !own 1", "the tag"),
@@ -243,8 +243,8 @@ def test_yaml_size_and_bombs_are_refused_quickly(write):
 def test_files_that_cannot_be_read(tmp_path):
     for name, content, want in [
         ("f", b"\xff\xfe", "not UTF-8"),
-        ("g", b"- a", "holds a list"),
-        ("h", b"text", "holds a str"),
+        ("g", b"- a", "contains a list"),
+        ("h", b"text", "contains a str"),
     ]:
         (tmp_path / name).write_bytes(content)
         assert want in refused(SelectConfig, tmp_path / name)
