@@ -211,8 +211,8 @@ class _Batches(Choosing):
                                             & (batch["labels"][:, 1:] != -100)).any())
         ):  # fmt: skip
             raise UsageError(
-                f"coreset: the batch contains packed rows ({len(numbers)} rows in {len(ids)}), of which none can "
-                "be chosen; turn packing off, and use a collator that pads"
+                f"coreset: the batch contains packed rows ({len(numbers)} examples in {len(ids)}), of which none "
+                "can be chosen; turn packing off, and use a collator that pads"
             )
         if self.source_key is not None and min(numbers) < 0:
             raise UsageError(

@@ -131,7 +131,7 @@ def _plain(path: Path) -> Any:
                 "for k, e in s['state'].items()}; torch.save(s, f)\""
             ) from error
         raise DataError(
-            f"{path}: not readable as plain tensors, and nothing else is loaded:  {_reason(error)}"
+            f"{path}: not readable as plain tensors, and nothing else is loaded: {_reason(error)}"
         ) from error
 
 
@@ -311,7 +311,7 @@ def _with_stand_ins(path: Path) -> dict[str, Any]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
         raise DataError(
-            f"{path}: not readable as plain tensors, and nothing else is loaded:  {_reason(error)}"
+            f"{path}: not readable as plain tensors, and nothing else is loaded: {_reason(error)}"
         ) from error
     return found if isinstance(found, dict) else {}
 

@@ -128,7 +128,7 @@ def _headline(estimators: dict[str, Any], best: str, orders: int) -> str:
     figure = minus(f"{number(entry['spearman'], 3)} ({low:.3f} to {high:.3f})")
     among = f", the best of {len(estimators)} estimators" if len(estimators) > 1 else ""
     if low <= 0:
-        return f"No estimator reliably ranks the {orders} orders:  {best}{among}, has Spearman {figure}"
+        return f"No estimator reliably ranks the {orders} orders: {best}{among}, has Spearman {figure}"
     return f"{best} ranks {orders} orders with Spearman {figure}{among}"
 
 

@@ -119,4 +119,5 @@ def _in_arguments(settings: type[Settings], arguments: Mapping[str, str]) -> Ite
         text = re.sub(r"(?<![\w-])(--[a-z][a-z-]*)( (?=[A-Z]))?", written, str(error))
         if text == str(error):
             raise
-        raise type(error)(text) from error
+        error.args = (text, *error.args[1:])  # the error itself: its type may need more than a text
+        raise

@@ -45,7 +45,7 @@ def settings(folder: Path, config: Settings, command: str) -> bool:
     first_line = files.read_bytes(path, limit=1_000_000).decode("utf-8", "replace").partition("\n")[0]
     match = re.match(r"# Replays this run: datatools ([a-z-]+) ", first_line)
     if match and match[1] != command:
-        raise UsageError(f"{shown(folder)} contains a run of `datatools {match[1]}`, not of {command};  {aside}")
+        raise UsageError(f"{shown(folder)} contains a run of `datatools {match[1]}`, not of {command}; {aside}")
     try:
         before = load_config(type(config), path, wanted=())  # only compared with what was asked for
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""The cost of a selection: measured on made-up rows before anything is computed, over all attempts of a run."""
+"""The cost of a selection: measured on synthetic rows before anything is computed, over all attempts of a run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def estimate(context: Context) -> dict[str, Any]:
         if todo or config.dry_run or "seconds_a_token" not in first:
             rate, memory = pace(context, backward="gradients" in method.needs) if todo else (0.0, memory)
             first.setdefault("seconds_a_token", rate)
-            based = "timed on made-up tokens"
+            based = "timed on synthetic tokens"
         first.setdefault("spent", began + time.monotonic() - spent)
         rate = first["seconds_a_token"]
         found["tokens"] = max(0, round(sum(whole.values()) - first["given"]))
@@ -82,7 +82,7 @@ def _seconds(rate: float, parts: Mapping[str, float]) -> dict[str, float]:
 
 
 def pace(context: Context, samples: int = 2, *, backward: bool = True) -> tuple[float, int]:
-    """Return the seconds per token, measured on made-up rows of the pool's median length, and the peak memory in bytes.
+    """Return the seconds per token, timed on synthetic rows of the pool's median length, and the peak memory in bytes.
 
     Args:
         context: What is to be scored.

@@ -283,7 +283,7 @@ def announce(order: Path, recipe: OrderRecipe) -> None:
     what = "all weights" if recipe.lora is None else f"adapters of rank {recipe.lora.rank}"
     warm = f", after {len(recipe.warm_up)} warm-up steps on other rows" if recipe.warm_up else ""
     say(
-        f"--order {order}: trains with the recipe for which the order was estimated:  {t.optimizer}, learning rate "
+        f"--order {order}: trains with the recipe for which the order was estimated: {t.optimizer}, learning rate "
         f"{t.learning_rate:g}, schedule {t.schedule}, weight decay {t.weight_decay:g}, {clip}, {what} in "
         f"{recipe.model.dtype}, seed {recipe.seed}{warm}"
     )

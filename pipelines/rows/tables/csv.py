@@ -53,7 +53,7 @@ def rows_of_csv(file: BinaryIO, delimiter: str, limits: Limits) -> Iterator[byte
             continue
         if header is None:
             if len(set(row)) != len(row) or not row:
-                raise DataError(f"the header of the table is empty or names a column twice:  {shown(str(row), 120)}")
+                raise DataError(f"the header of the table is empty or names a column twice: {shown(str(row), 120)}")
             header = row
         elif row and len(row) != len(header):
             yield Malformed(

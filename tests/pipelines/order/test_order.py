@@ -225,7 +225,7 @@ def test_a_judge_without_a_finite_estimate_proposes_nothing(
         return found | {"estimated": [float("inf")] * len(found["estimated"])}
 
     monkeypatch.setattr(judging, "estimate", lost)
-    with pytest.raises(DataError, match="reduced: .* estimates are not finite .* name another second estimator"):
+    with pytest.raises(DataError, match="reduced: .* estimates are not finite .* choose another second estimator"):
         run(settings(world, tmp_path / "run", task="search", budget=50, retrain=0, judged=4))
     assert not (tmp_path / "run" / "order.npz").exists()
 
@@ -282,7 +282,7 @@ def test_a_warm_up_on_a_handful_of_rows_is_named(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(settings(world, tmp_path / "few", task="record", batches=12, warmup_steps=20))
-    assert "the warm-up trains 20 times on each of the 4 rows that are left" in capsys.readouterr().err
+    assert "the warm-up trains 20 times on each of the 4 remaining rows" in capsys.readouterr().err
     run(settings(world, tmp_path / "none", task="record", batches=13, warmup_steps=2))
     assert "no row is left for the warm-up, which trains on the run's own rows" in capsys.readouterr().err
 
@@ -301,7 +301,7 @@ def test_a_rank_correlation_is_a_headline_only_where_it_shows_something(
 
 def test_five_orders_are_no_headline(validated: Path) -> None:
     page = (validated / "report.html").read_text()
-    assert "<h1>5 orders are too few" in page and "which say little for so few" in page
+    assert "<h1>5 orders are too few" in page and "which are unreliable for so few" in page
 
 
 def test_values_of_another_type_are_told(validated: Path) -> None:
@@ -340,7 +340,7 @@ def test_a_killed_validation_goes_on_where_it_was(world: Path, tmp_path: Path, m
 
 
 def test_what_cannot_be_is_refused_with_the_reason(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"lora.dropout is 0.1: dropout is drawn anew in every order"):
+    with pytest.raises(UsageError, match=r"lora.dropout is 0.1: dropout differs in every run"):
         run(settings(world, tmp_path / "a", lora=LoraConfig(rank=2, dropout=0.1)))
     with pytest.raises(UsageError, match="use --grouping source"):
         run(settings(world, tmp_path / "b", estimators=["groups"], grouping="mixed"))
@@ -457,7 +457,7 @@ def test_dry_run_leaves_nothing_behind(world: Path, tmp_path: Path, capsys: pyte
     run(settings(world, tmp_path / "none", dry_run=True))
     assert not (tmp_path / "none").exists()
     said = capsys.readouterr().err
-    assert "Hessian-vector products" in said and "worth it from" in said
+    assert "Hessian-vector products" in said and "pays off from" in said
 
 
 def test_command_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

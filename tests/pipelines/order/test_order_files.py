@@ -95,7 +95,7 @@ def test_an_edited_result_is_refused_by_name(world: Path, tmp_path: Path) -> Non
     found = json.loads(path.read_text())
     found["estimators"]["pairwise"]["spearman"] = 0.99
     path.write_text(json.dumps(found))
-    said = "validation.json is damaged or was edited: .*; make it again with `datatools order validate --out"
+    said = "validation.json is damaged or was edited: .*; write it again with `datatools order validate --out"
     with pytest.raises(DataError, match=said):
         order_report.render(out)
     with pytest.raises(DataError, match=said):

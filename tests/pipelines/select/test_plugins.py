@@ -128,7 +128,7 @@ def test_a_scorer_is_one_file_and_one_line(world: World, tmp_path: Path, capsys:
     assert "target rows that it is most like" in said and "chosen by --method letters" in said
     assert any(name in said for name in names)
 
-    assert "--against letters: compares with target rows" in told(
+    assert "--against letters: it compares with target rows" in told(
         capsys, "audit", "--selected", run / "selected.jsonl", "--test", world.test, "--against", "letters",
         "--set", "target=[]", code=2,
     )  # fmt: skip

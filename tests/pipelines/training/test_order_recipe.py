@@ -188,7 +188,7 @@ def test_an_order_without_a_recipe_trains_by_the_settings_and_says_so(
     replace(Order.load(made), recipe=None).save(tmp_path / "o.npz")
     own = {"learning_rate": 0.5, "schedule": "constant"}
     done = train.run(config(world, tmp_path / "new", order=tmp_path / "o.npz", lora=None, training=own))
-    assert "o.npz carries no recipe" in (said := capsys.readouterr().err) and "if they are those of" in said
+    assert "o.npz contains no recipe" in (said := capsys.readouterr().err) and "if they equal those of" in said
     steps = (done / "metrics.jsonl").read_text().splitlines()
     assert len(steps) == 4 and all('"learning_rate": 0.5' in step for step in steps)
 

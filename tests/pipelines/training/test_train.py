@@ -345,7 +345,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_advice(world, tmp_path):
 def test_names_that_do_not_exist_are_refused_before_anything_is_read(tmp_path):
     nothing = {"model": ModelConfig(name="/nowhere"), "data": DataConfig(paths=["/nowhere"]), "out": tmp_path / "run"}
     for change, text in (
-        ({"optimizer": "adamv"}, "no optimizer is called 'adamv'; did you mean 'adamw'"),
+        ({"optimizer": "adamv"}, "no optimizer is called 'adamv'; did you mean 'adam' or 'adamw'"),
         ({"optimizer_options": {"beta": 1}}, "no setting 'beta'; did you mean 'betas'"),
         ({"optimizer_options": {"betas": [0.9, 1.5]}}, "betas"),
         ({"schedule": "cosin"}, "no schedule is called 'cosin'; did you mean 'cosine'"),
@@ -675,7 +675,7 @@ def test_what_cannot_be_audited_is_refused(world, selection, tmp_path):
         audit.run(audited(world, tmp_path, tmp_path / "b"))
     with pytest.raises(DataError, match=r"selected.jsonl:1 is not a row of the pool"):
         audit.run(audited(world, selection, tmp_path / "c", pool=DataConfig(paths=[str(world.test)])))
-    with pytest.raises(UsageError, match="--against tfidf: compares with target rows"):
+    with pytest.raises(UsageError, match="--against tfidf: it compares with target rows"):
         audit.run(audited(world, selection, tmp_path / "d", target=[]))
 
 

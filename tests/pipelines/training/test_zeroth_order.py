@@ -158,7 +158,7 @@ def test_names_to_blocks():
         ({"optimizer": "adamw", "zo": {"conserve": True}}, "conserve.*plain SGD"),
         ({"zo": {"conserve": True, "blocks": "layer"}}, "conserve.*blocks"),
         ({"zo": {"conserve": True, "first_order_layers": 1}}, "conserve.*first_order_layers"),
-        ({"zo": {"first_order_layers": 2}}, "first_order_layers is 2.*2 layers"),
+        ({"zo": {"first_order_layers": 2}}, "first_order_layers is 2.*2 trained layers"),
     ],
     ids=str,
 )
