@@ -25,6 +25,11 @@ class Paired:
             and 1, McNemar's test).
         better: rows on which they are higher.
         worse: rows on which they are lower.
+
+    Example:
+        >>> found = compare(np.ones((1, 8)), np.zeros((1, 8)))
+        >>> found.difference, found.low, found.high, found.worse
+        (-1.0, -1.0, -1.0, 8)
     """
 
     difference: float
@@ -86,6 +91,9 @@ def compare(
         seed: of the resampling.
         draws: number of resamples.
 
+    Returns:
+        The difference, theirs minus ours, with its interval and the results of both tests.
+
     Raises:
         ValueError: There is no value, or the rows differ in number.
 
@@ -109,7 +117,14 @@ def compare(
 
 
 def sign_test(better: int, worse: int) -> float:
-    """Return the two-sided p of the exact sign test: so few or fewer on the rarer side if both are equally likely.
+    """Run the exact sign test: how likely so few or fewer rows on the rarer side are if both are equally likely.
+
+    Args:
+        better: number of rows on one side.
+        worse: number of rows on the other side; rows without a difference count on neither.
+
+    Returns:
+        The two-sided p; 1.0 without a row.
 
     Example:
         >>> sign_test(8, 0), sign_test(3, 3), sign_test(0, 0)

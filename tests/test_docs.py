@@ -283,7 +283,12 @@ def look_at(snippet: Snippet, words: list[str], capsys: pytest.CaptureFixture[st
             assert not word.startswith("--") or f'"{word}"' in source, f"{where}: no {word}"
     elif words[0] == "pip":
         project = (REPOSITORY / "pyproject.toml").read_text() + (REPOSITORY / "Makefile").read_text()
-        assert all(word in project for word in words[2:] if not word.startswith("-")), where
+        for word in words[2:]:
+            if match := re.fullmatch(r"([\w-]+)\[([\w,-]+)\]", word):  # our package with extras
+                assert f'name = "{match[1]}"' in project, where
+                assert all(re.search(rf"^{extra} = \[", project, re.M) for extra in match[2].split(",")), where
+            else:
+                assert word.startswith("-") or word in project, where
 
 
 # ------------------------------------------------------------------------------------------------------------- tests

@@ -46,7 +46,7 @@ def coreset_method(name: str) -> CoresetMethod:
 
     Example:
         >>> coreset_method("herding").title
-        'rows whose mean gradient is nearest to that of the whole large batch, so many of each source'
+        'rows whose mean gradient is closest to that of the large batch, with a quota for each source'
 
     """
     if name not in CORESET_METHODS:

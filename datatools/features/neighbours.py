@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -41,10 +41,16 @@ class Neighbours:
         recall: The share of the truly nearest rows that are among them, measured on a sample of the questions; 1.0 for
             exact search.
         method: "exact" or "approximate".
+
+    Example:
+        >>> rows = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+        >>> found = nearest(lambda: [rows], torch.tensor([[0.0, 1.0]]), 1, rows=2)
+        >>> found.similarity, found.recall, found.method
+        (tensor([[0.8000]]), 1.0, 'exact')
     """
 
-    indices: Tensor
-    similarity: Tensor
+    indices: Int64[Tensor, "q k"]
+    similarity: Float32[Tensor, "q k"]
     recall: float
     method: str
 
@@ -59,7 +65,7 @@ def nearest(
     recall: float = 0.95,
     seed: int = 0,
 ) -> Neighbours:
-    """The k rows with the largest inner products with each question.
+    """Find the k rows with the largest inner products with each question.
 
     Args:
         blocks: The rows to search.
@@ -75,13 +81,18 @@ def nearest(
         (4 sqrt(n) + q l / 4 sqrt(n)) n d for l lists that are looked into.
     Memory: exact, one block; approximate, all rows in float32.
 
+    Returns:
+        The neighbours of each question, those with the largest inner products first. Exact search returns the earlier
+        of two equally similar rows first.
+
     Raises:
         UsageError: k or the number of questions is below 1, or the method is unknown.
         EnvironmentProblem: faiss is not installed, and approximate search was asked for.
 
-    >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
-    >>> nearest(lambda: [rows[:2], rows[2:]], torch.tensor([[0.0, 1.0]]), 2, rows=3).indices.tolist()
-    [[1, 2]]
+    Example:
+        >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+        >>> nearest(lambda: [rows[:2], rows[2:]], torch.tensor([[0.0, 1.0]]), 2, rows=3).indices.tolist()
+        [[1, 2]]
     """
     if k < 1 or not len(questions):
         raise UsageError(f"nearest: {k} neighbours of {len(questions)} rows; ask for at least one of each")
@@ -143,15 +154,21 @@ class Clusters:
         labels: int64 [n], the cluster of each row: that with the nearest centre, by exact search.
         centres: float32 [c, d], of unit length.
         similarity: float32 [n], of each row with its centre.
+
+    Example:
+        >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> found = clusters(lambda: [rows], 1, rows=2)
+        >>> found.labels, found.centres.shape, found.similarity.shape
+        (tensor([0, 0]), torch.Size([1, 2]), torch.Size([2]))
     """
 
-    labels: Tensor
-    centres: Tensor
-    similarity: Tensor
+    labels: Int64[Tensor, " n"]
+    centres: Float32[Tensor, "c d"]
+    similarity: Float32[Tensor, " n"]
 
 
 def clusters(blocks: Blocks, count: int, *, rows: int, seed: int = 0) -> Clusters:
-    """Spherical k-means by faiss, trained on a sample of 40 rows per cluster.
+    """Cluster rows with the spherical k-means of faiss, trained on a sample of 40 rows per cluster.
 
     Args:
         blocks: The rows.
@@ -161,9 +178,18 @@ def clusters(blocks: Blocks, count: int, *, rows: int, seed: int = 0) -> Cluster
 
     Cost: 20 passes over the sample, and n c d multiplications; the rows are read twice.
 
+    Returns:
+        The cluster of each row, the centres, and the similarity of each row with its centre.
+
     Raises:
         UsageError: There are fewer rows than clusters, or no cluster.
         EnvironmentProblem: faiss is not installed.
+
+    Example:
+        >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> labels = clusters(lambda: [rows[:3], rows[3:]], 2, rows=4).labels.tolist()
+        >>> labels[0] == labels[2], labels[1] == labels[3], labels[0] == labels[1]
+        (True, True, False)
     """
     if not 1 <= count <= rows:
         raise UsageError(f"clusters: {count} clusters of {rows} rows; choose a number from 1 to {rows}")

@@ -53,7 +53,7 @@ def less_scores(
     keys: Sequence[str],
     target_keys: Sequence[str],
     how: str = "less",
-    advantages: Tensor | None = None,
+    advantages: Float32[Tensor, " m"] | None = None,
     common: int | None = None,
     sample: Sequence[str] = (),
 ) -> LessScores:

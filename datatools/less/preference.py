@@ -10,7 +10,7 @@ from torch import nn
 
 from datatools.features.extract import batch_rows
 from datatools.features.store import GradientFeatures
-from datatools.gradients import Batch, Loss, Method, token_batches
+from datatools.gradients import Batch, Loss, Method, micro_batches
 from datatools.projectors import Projector
 from optim import UpdateMap
 
@@ -56,13 +56,35 @@ def extract_preferences(
         advance: called with (pairs, tokens of both answers) after each batch.
 
     Source: Rafailov et al. 2023, arXiv 2305.18290, equation 7. As the target of a selection: ROSE, arXiv 2412.00631.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import PROJECTORS, GradientFeatures, extract_preferences, files
+        >>> from optim import SGDRule, UpdateMap, create
+        >>> module = nn.Linear(3, 2).eval()
+        >>> updates = UpdateMap.of(create("sgd", list(module.named_parameters()), lr=0.1), rules=SGDRule())
+        >>> key = files.digest(b"a pair")
+        >>> store = GradientFeatures.create_or_open(tempfile.mkdtemp(), meta={"step": 0}, dim=8, keys=[key])
+        >>> extract_preferences(
+        ...     store,
+        ...     module,
+        ...     lambda module, batch: module(batch["x"]).square().sum(1),
+        ...     lambda keys: {"x": torch.ones(len(keys), 3)},
+        ...     lambda keys: {"x": torch.zeros(len(keys), 3)},
+        ...     {key: 3},
+        ...     updates,
+        ...     PROJECTORS["sjlt"].of({n: p.shape for n, p in updates.params.items()}, dim=8, seed=0),
+        ... )
+        >>> store.missing_units(), store.take([key]).shape
+        ([], torch.Size([1, 8]))
     """
     for unit in store.missing_units():
         keys = store.unit_keys(unit)
         features, norms = torch.zeros(len(keys), projector.dim), torch.zeros(len(keys))
         losses = torch.zeros(len(keys))
-        for group in token_batches([lengths[key] for key in keys], token_budget):
-            of, index = [keys[i] for i in group], torch.tensor(group)
+        sizes = [lengths[key] for key in keys]
+        for group, index in micro_batches(sizes, token_budget, torch.tensor):
+            of = [keys[i] for i in group]
             for sign, fetch in ((1.0, chosen), (-1.0, rejected)):
                 found, values, _ = batch_rows(module, loss, fetch(of), updates, projector, method=method)
                 features[index] += sign * found

@@ -104,7 +104,10 @@ class TargetSpan(Projector):
 
     @classmethod
     def spanned(
-        cls, gradients: Mapping[str, Float[Tensor, " m *shape"]], coefficients: Tensor, facts: Mapping[str, Any]
+        cls,
+        gradients: Mapping[str, Float[Tensor, " m *shape"]],
+        coefficients: Float64[Tensor, "m k"],
+        facts: Mapping[str, Any],
     ) -> TargetSpan:
         """The span of gradients, by the coefficients of `span_coefficients`.
 

@@ -62,6 +62,11 @@ def round_robin_order(similarity: Float[Tensor, "n m"]) -> NDArray[np.int64]:
     Returns:
         int64 [n].
 
+    Example:
+        >>> import torch
+        >>> round_robin_order(torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.1, 0.3]])).tolist()
+        [0, 2, 1]
+
     """
     values = similarity.float().numpy()
     queues = [Queue(values[:, j]) for j in range(values.shape[1])]

@@ -57,12 +57,13 @@ def several(
     Raises:
         UsageError: An unknown name, budgets that do not fit the targets, or that the pool cannot fill.
 
-    >>> pool = Candidates(keys=["a", "b", "c", "d"])
-    >>> scores = torch.tensor([[9.0, 0.0], [8.0, 0.0], [7.0, 0.0], [0.0, 5.0]])
-    >>> several("union", scores, ["x", "y"], pool, 3).indices.tolist()
-    [0, 3, 1]
-    >>> several("union", scores, ["x", "y"], pool, 1, budgets={"x": 3, "y": 1}).indices.tolist()
-    [0, 3, 1, 2]
+    Example:
+        >>> pool = Candidates(keys=["a", "b", "c", "d"])
+        >>> scores = torch.tensor([[9.0, 0.0], [8.0, 0.0], [7.0, 0.0], [0.0, 5.0]])
+        >>> several("union", scores, ["x", "y"], pool, 3).indices.tolist()
+        [0, 3, 1]
+        >>> several("union", scores, ["x", "y"], pool, 1, budgets={"x": 3, "y": 1}).indices.tolist()
+        [0, 3, 1, 2]
     """
     if how not in SHARINGS:
         raise UsageError(f"targets cannot share by '{how}'{did_you_mean(how, SHARINGS)}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from datatools import DataError, token_batches
+from datatools import DataError, micro_batches
 from pipelines.models.losses import collate, token_losses
 from pipelines.rows.chat.refusals import RowError
 from pipelines.rows.encode import Encoder
@@ -99,9 +99,9 @@ def _cache_is_right(model: Any, options: Sequence[Variant], token_budget: int) -
 
 def _by_rows(model: Any, options: Sequence[Variant], token_budget: int) -> list[tuple[float, int]]:
     sums, counts = [0.0] * len(options), [0] * len(options)
-    for group in token_batches([len(ids) for ids, _ in options], token_budget):
-        batch = {name: t.to(model.device) for name, t in collate([options[i] for i in group]).items()}
-        values, where = token_losses(model, batch)
+    lengths = [len(ids) for ids, _ in options]
+    for group, padded in micro_batches(lengths, token_budget, lambda group: collate([options[i] for i in group])):
+        values, where = token_losses(model, {name: t.to(model.device) for name, t in padded.items()})
         for place, value in zip(where.tolist(), values.double().tolist(), strict=True):
             sums[group[place]] -= value
             counts[group[place]] += 1

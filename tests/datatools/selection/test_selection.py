@@ -188,7 +188,7 @@ def test_top_k_orders_by_score_then_key():
 
 
 def test_unknown_selector_and_missing_columns():
-    with pytest.raises(UsageError, match="no selector 'topk'; did you mean 'top_k'"):
+    with pytest.raises(UsageError, match=r"unknown selector 'topk'; did you mean 'top_k'\?"):
         select("topk", candidates(), "5")
     with pytest.raises(UsageError, match="top_k needs scores"):
         select("top_k", candidates(scores=None), "5")
