@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.report import charts
+from pipelines.report.accuracy_section import accuracy_section, beside, oracle_section, sentences
 from pipelines.report.charts import Scale
 from pipelines.report.values import Json, finite, listing, mapping
 from pipelines.settings.methods import FULL, SCORERS, known, method
@@ -228,6 +229,17 @@ def trust(summary: Json, table: Sequence[Arm]) -> dict[str, str]:
         big = f"Too few runs to compare with {against}"
     words = {"better": "Better than", "worse": "Worse than", "unclear": "No clear difference from"}
     text = " ".join(f"{words[arm.reading]} {arm.label}." for arm in similar) if random else ""
+    for label, other in beside(mapping(summary.get("audit")), "baseline" if random else "similarity").items():
+        if {state, other} == {"good", "bad"}:
+            state, big = "unclear", f"Loss and {label} disagree"
+        elif state == "good" and other == "good":
+            text = f"Also by {label}. {text}"
+        elif state == "good":
+            text = f"By {label} no clear difference from {against}. {text}"
+        elif other == "good":
+            text = f"By {label} it beats {against}. {text}"
+        elif other == "bad":
+            state, text = "bad", f"By {label} worse than {against}. {text}"
     fewest = min((arm.n for arm in table if arm.name not in (BASE_ARM, FULL)), default=1)
     return {"state": state, "big": big, "text": f"{text} {plural(fewest, 'run')} per arm.".strip()}
 
@@ -294,4 +306,7 @@ def audit_section(summary: Json, table: Sequence[Arm]) -> dict[str, Any] | None:
         "rows": rows,
         "ticks": charts.ticks(scale, 6),
         "paired": any(len(arm.runs) >= FEWEST_RUNS for arm in rivals),
+        "said": sentences(audit),
+        "accuracies": accuracy_section(audit, lambda name: LABELS.get(name, _label(name))),
+        "oracle": oracle_section(audit),
     }

@@ -92,14 +92,14 @@ def contradictions(config: Settings) -> None:
     elif isinstance(config, AuditConfig):
         if config.lora is None:
             raise UsageError("audit: lora is null; an audit trains adapters, so that all arms share one base model")
-        for arm in config.against:
+        for arm in config.against or ():
             if arm != methods.FULL and "target" in methods.known(arm).needs and not config.target:
                 raise UsageError(
                     f"audit --against {arm}: it compares with target rows; name the run's target files with --target"
                 )
     elif isinstance(config, OrderConfig):
         _order(config)
-    if isinstance(config, EvaluateConfig):
+    if isinstance(config, AuditConfig | EvaluateConfig):
         metrics.check(config.metrics)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -10,13 +11,42 @@ from rich.table import Table
 
 from datatools import t_interval
 from pipelines.report.audit_section import FEWEST_RUNS
+from pipelines.select import compare
+from pipelines.select.arms import BASE, SELECTED, Task
+from pipelines.select.bench import Result
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.methods import FULL
+from pipelines.training.accuracy.measure import Plan
 
-SELECTED, BASE = "selected", "untrained"
+Audit = dict[str, Any]
+"""The content of `audit.json`."""
 
 
-def summarise(base: dict[str, Any], results: list[dict[str, Any]], config: AuditConfig) -> dict[str, Any]:
+def judge(base: Result, done: Sequence[tuple[Task, Result]], test_rows: int, plan: Plan, config: AuditConfig) -> Audit:
+    """Return the content of `audit.json`: all runs, each arm against the selection by each metric, a verdict in words.
+
+    Args:
+        base: The model before any training.
+        done: The training runs.
+        test_rows: How many held-out rows there are.
+        plan: What was measured besides the loss.
+        config: The settings.
+    """
+    results = [{"arm": task.arm, "seed": task.seed} | result.said() for task, result in done]
+    runs: dict[str, list[Result]] = {}
+    for task, result in done:
+        runs.setdefault(task.arm, []).append(result)
+    found = summarise(base.said() | {"rows": test_rows}, results, config)
+    measured = compare.metrics(base, runs, plan)
+    found["metrics"] = measured
+    if len(measured) > 1 and len(runs) > 1:
+        by_loss = found["verdict"].removeprefix("The selection is ")
+        parts = [f"By {compare.HELD_OUT}, the selection is {by_loss}", *map(compare.in_words, measured[1:])]
+        found |= {"verdict": " ".join(parts), "agreement": compare.agreement(measured)}
+    return found
+
+
+def summarise(base: dict[str, Any], results: list[dict[str, Any]], config: AuditConfig) -> Audit:
     """Return the audit's table (mean held-out loss per arm with its interval over seeds) and a verdict in words.
 
     Args:
@@ -119,6 +149,39 @@ def print_table(audit: dict[str, Any], console: Console) -> None:
             style=style,
         )
     console.print(table)
+    metrics = audit.get("metrics") or []
+    if len(metrics) > 1:
+        for metric in metrics[1:]:
+            console.print(_beside(metrics[0], metric))
     if audit.get("leaked"):
         console.print(f"LEAKED: {audit['leaked']}.", style="bold red", highlight=False, markup=False)
-    console.print(audit["verdict"], soft_wrap=False, highlight=False)
+    console.print(audit["verdict"], soft_wrap=False, highlight=False, markup=False)
+    for part in ("agreement", "lr_check"):
+        if found := audit.get(part):
+            console.print(found["sentence"], highlight=False, markup=False)
+    for part in (audit.get("oracle") or {}).values():
+        if isinstance(part, dict):
+            console.print(part["sentence"], highlight=False, markup=False)
+
+
+def _beside(loss: dict[str, Any], metric: dict[str, Any]) -> Table:
+    """Loss and one accuracy side by side, the most accurate arm first; differences are in points."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"{metric['label']}, {metric['rows']} rows")
+    table.add_column("trained on")
+    for name in ("loss", "%", "95 %", "minus selected", "95 %", "p"):
+        table.add_column(name, justify="right")
+    losses = {row["arm"]: row["mean"] for row in loss["table"]}
+    pairs = {one["arm"]: one for one in metric["against"]}
+    for row in sorted(metric["table"], key=lambda row: -row["mean"]):
+        pair = pairs.get(row["arm"])
+        table.add_row(
+            "full (1 epoch)" if row["arm"] == FULL else row["arm"],
+            f"{losses[row['arm']]:.3f}",
+            f"{100 * row['mean']:.1f}",
+            f"{100 * row['low']:.0f} to {100 * row['high']:.0f}",
+            "" if pair is None else f"{100 * pair['difference']:+.1f}",
+            "" if pair is None else f"{100 * pair['low']:.1f} to {100 * pair['high']:.1f}",
+            "" if pair is None else f"{pair['p']:.2g}",
+            style="bold" if row["arm"] == SELECTED else None,
+        )
+    return table

@@ -113,6 +113,17 @@ def arms() -> tuple[str, ...]:
     return (*(name for name in SCORERS if "gradients" not in known(name).needs), FULL)
 
 
+def default_arms(*, target: bool) -> tuple[str, ...]:
+    """What an audit compares a selection with unless it is told: random rows, and what is chosen by words alone.
+
+    Args:
+        target: whether there are target rows, which some of them need.
+    """
+    records = [known(name) for name in SCORERS]
+    cheap = [one for one in records if one.kind == "baseline" or (one.kind and "model" not in one.needs)]
+    return tuple(one.name for one in cheap if target or "target" not in one.needs)
+
+
 @cache
 def _read(module: str) -> Method:
     """Return the record in the source of `module`."""

@@ -1,4 +1,4 @@
-"""How a trained model is judged besides its loss: the settings of `datatools evaluate`."""
+"""How a trained model is judged besides its loss: the settings that `evaluate` and `audit` share."""
 
 import re
 from importlib.util import find_spec

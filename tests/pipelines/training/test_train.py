@@ -23,7 +23,7 @@ from pipelines.models.lora import add_lora
 from pipelines.models.named import SMOLLM2
 from pipelines.rows.prepare import prepare
 from pipelines.runs import numerics
-from pipelines.select import audit
+from pipelines.select import arms, audit
 from pipelines.select import run as select
 from pipelines.select.scored import Scored
 from pipelines.select.verdict import verdict
@@ -664,7 +664,8 @@ def test_no_arm_trains_on_a_row_without_a_score(world, selection, tmp_path, monk
     scores = torch.arange(60.0)
     scores[7] = float("nan")
     monkeypatch.setattr("pipelines.select.loss.score", lambda context: Scored(scores=scores, formula={}))
-    ((_, rows), *_) = audit._arm(SimpleNamespace(), pool, config, "loss", list(range(59)))
+    known = arms.Scores({"loss": SimpleNamespace()})
+    ((_, rows), *_) = arms.rows_by_seed(known, pool, config, "loss", list(range(59)))
     assert sorted(rows) == [i for i in range(60) if i != 7]
 
 
