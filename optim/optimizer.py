@@ -1,6 +1,7 @@
 """The one optimizer class: param groups, state dicts and torch's conventions around any `UpdateRule`."""
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
@@ -374,7 +375,9 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
 
     def _restore(self, saved: dict[str, Any], rules: list[UpdateRule], names: list[list[str] | None]) -> None:
         for i, (rule, own_names) in enumerate(zip(rules, names, strict=True)):
-            group = kept_keys(self.param_groups[i]) | {"rule": rule}
+            # interned, since names that a file was read with would be other objects, and the next file other bytes
+            kept = {sys.intern(key): value for key, value in kept_keys(self.param_groups[i]).items()}
+            group = kept | {"rule": rule}
             if own_names is not None:
                 group["param_names"] = own_names
             self.param_groups[i] = ParamGroup(group)

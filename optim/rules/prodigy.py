@@ -13,6 +13,9 @@ from optim.optimizer import Optimizer, Params
 from optim.rule import OfParam, State, UpdateRule, correction, scalar_setting, zero_moment, zero_step
 from optim.sharding import is_sharded
 
+PIECE = 16_384
+"""Entries of one sum: fewer than torch shares out among threads."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProdigyRule(UpdateRule):
@@ -139,9 +142,15 @@ class ProdigyRule(UpdateRule):
 
 
 def _total(x: Tensor) -> float:
-    """The sum over all entries on all ranks."""
-    total = x.sum()
-    return float(total.full_tensor() if is_sharded(total) else total)  # type: ignore[attr-defined]
+    """The sum over all entries on all ranks; on the CPU the same bits with any number of threads."""
+    if is_sharded(x):
+        return float(x.sum().full_tensor())  # type: ignore[attr-defined]
+    if x.is_cuda or x.numel() <= PIECE:
+        return float(x.sum())
+    x = x.reshape(-1)
+    whole = x.numel() // PIECE * PIECE
+    # torch gives each thread a part of one long sum, and each thread whole sums if there are several
+    return _total(torch.cat([x[:whole].view(-1, PIECE).sum(1), x[whole:].sum().view(1)]))
 
 
 class Prodigy(Optimizer):

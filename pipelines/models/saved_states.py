@@ -110,7 +110,8 @@ def _read(path: Path) -> dict[str, Any]:
     if eight_bit:
         groups = [{"amsgrad": False} | group for group in groups]
     entries = {key for value in state.values() for key, part in value.items() if isinstance(part, Tensor)}
-    if {"exp_avg_sq_row", "exp_avg_sq_col"} & entries:
+    ours = all(isinstance(group.get("rule"), Mapping) for group in groups)  # Adafactor and CAME are rules here too
+    if not ours and {"exp_avg_sq_row", "exp_avg_sq_col"} & entries:
         raise DataError(
             f"{path}: is Adafactor's state, which is not supported; use AdamW (optim='adamw_torch') or an optimizer "
             "of this suite: optim.hf.resolve, `datatools ls optimizers`"

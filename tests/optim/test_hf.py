@@ -166,13 +166,17 @@ def test_compiled_model_and_accumulation(runs, compiled, monkeypatch, name):
     assert settings[0] == settings[1], "the wrapper's prefix hides no name"
 
 
+VISIBLE = {"lars": {"trust_coeff": 1.0}, "prodigy": {"d0": 1.0}}
+"""Settings for steps in proportion to the learning rate, where the defaults make them a thousandth of that or less."""
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_steps(runs, folder, monkeypatch, name):
     """Every optimizer: parameters stay bfloat16 and move; no running average is bfloat16."""
     monkeypatch.setenv("OPTIM_BACKEND", "torch")
     model = runs.load(folder, torch.bfloat16)
     before = params(model)
-    optimizer = runs.stepped(model, name, parts=2)
+    optimizer = runs.stepped(model, name, parts=2, **VISIBLE.get(name, {}))
     moved = [not torch.equal(p, before[n]) for n, p in model.named_parameters()]
     assert sum(moved) > len(moved) / 2, "some steps are less than a unit in the last place of bfloat16"
     assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in model.parameters())

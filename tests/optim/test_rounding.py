@@ -27,7 +27,9 @@ def stepped(optimizer, params, steps, start=0):
 
 
 def built(name, params, how, lr):
-    optimizer = create(name, params.items(), lr=lr)
+    # Adafactor's own bound of its second moment is the resolution of the parameters' dtype, which is float32 here
+    hyper = {"eps": (1e-30, 1e-3)} if name == "adafactor" else {}
+    optimizer = create(name, params.items(), lr=lr, **hyper)
     if how is not None:
         set_rounding(optimizer, how)
     return optimizer

@@ -105,7 +105,7 @@ def test_impossible_budgets(command, world, tmp_path, budget, text):
     "more, text",
     [
         (["--method", "lesss"], "did you mean 'less'"),
-        (["--optimizer", "adamv"], "did you mean 'adamw'"),
+        (["--optimizer", "adamv"], "did you mean 'adam' or 'adamw'"),
         (["--projector", "sjtl"], "did you mean 'sjlt'"),
         (["--set", "aggregate=mea"], "did you mean 'mean'"),
         (["--set", "features.method=hook"], "did you mean 'hooks'"),

@@ -16,7 +16,8 @@ from torch.nn import Parameter
 from optim import OneBitAdam, Optimizer, create
 from optim.distributed import OwnerComputes
 from tests.optim.harness import randn
-from tests.optim.specs import SPECS, Shape
+from tests.optim.spec import Shape
+from tests.optim.specs import SPECS
 
 SHAPES: tuple[Shape, ...] = ((7, 5), (4, 6), (1, 6), (8, 3), (2, 3, 2), (5,))
 """Rows that no number of ranks divides, a tensor that leaves ranks without rows, more dimensions and fewer."""

@@ -634,7 +634,7 @@ def test_states_of_other_optimizers_are_named(plain_run, tmp_path):
         saved_states.read(at / "optimizer.pt")
     (at / "optimizer.pt").unlink()
     (at / "optimizer_0_rank0.bin").write_bytes(b"")
-    with pytest.raises(DataError, match="one file a process.*SHARDED_STATE_DICT"):
+    with pytest.raises(DataError, match="one file per process.*SHARDED_STATE_DICT"):
         checkpoints.find([at])
 
 

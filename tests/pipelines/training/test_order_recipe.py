@@ -224,4 +224,4 @@ def test_order_and_train_build_the_same_optimizer(name: str) -> None:
     for n, p in model.named_parameters():
         assert torch.equal(p, stepped[n]), n
         assert all(torch.equal(value, built.state[p][key]) for key, value in states[n].items()), n
-        assert not torch.equal(p, params[n]), f"{n} moved"
+        assert torch.equal(p, params[n]) == (name == "adopt"), f"{n} moved, unless the first step only measures"
