@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from optim import hf
 
-EXACT = {"muon": {"ns_dtype": "param"}, "soap": {"eps": 1e-3, "max_precond_dim": 8}}
+EXACT: dict[str, dict[str, Any]] = {"muon": {"ns_dtype": "param"}, "soap": {"eps": 1e-3, "max_precond_dim": 8}}
 """Settings without which rounding makes runs that are equal but for the order of sums differ visibly: Muon's in
 bfloat16, and SOAP's in the basis of directions without gradient, of which the longer sides have some.
 """

@@ -337,7 +337,7 @@ def converges(spec: OptimSpec) -> None:
     for loss, start, (lr, steps) in zip((quadratic, rosenbrock), starts, spec.descent, strict=True):
         for hyper in spec.inputs:
             eps = hyper.get("eps", 0)
-            smaller = any(map(hyper.get, ("dampening", "lr_decay", "warmup_init")))
+            smaller = any(hyper.get(key) for key in ("dampening", "lr_decay", "warmup_init"))
             if smaller or (isinstance(eps, float) and eps > 1e-4):
                 continue  # a scaled-down step is the same method at another lr
             if hyper.get("center"):
