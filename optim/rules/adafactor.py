@@ -41,8 +41,8 @@ class AdafactorRule(UpdateRule):
         Any. Of more dimensions than two, the last two are factored. Not elementwise.
 
     State:
-        0 bytes per parameter of a matrix, but 4 per row and 4 per column (4 per parameter in vectors, and 4 more with
-        beta1), a step count, the learning rate and the weight decay.
+        0 bytes per parameter (of a matrix, 4 per row and 4 per column; in vectors, 4 per parameter; with beta1, 4 more
+        per parameter), a step count, the learning rate and the weight decay.
 
     Source:
         Shazeer & Stern 2018, arXiv 1804.04235; `torch.optim.Adafactor`; transformers.Adafactor.
