@@ -41,7 +41,8 @@ class SOAPRule(MatrixRule):
         Matrices [m, n]; not elementwise, and not in parts of several sizes (`split_sizes`).
 
     State:
-        8 bytes per parameter (two float32 moments), 8 m^2 and 8 n^2 per matrix, and a step count.
+        24 bytes per parameter (two float32 moments, and for a square matrix two matrices for each side; in general
+        8 + 8 m / n + 8 n / m, and none for a side beyond `max_precond_dim`) and a step count.
 
     Cost:
         6 m n (m + n) FLOP per step, and 4 (m^3 + n^3) for each QR decomposition.
