@@ -10,7 +10,7 @@ import pipelines.select.gradients
 from datatools import DataError, UsageError, files
 from pipelines.report import select_page, terminal
 from pipelines.runs import verdicts
-from pipelines.select import audit
+from pipelines.select import audit, verdict
 from pipelines.select import run as select
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.parts import DataConfig, LoraConfig, TrainingConfig
@@ -146,7 +146,7 @@ def test_a_report_shows_no_verdict_on_other_rows(run):
 
 def test_an_audit_is_delivered_to_the_selection_that_it_judged(world, run, monkeypatch, capsys):
     """Not to one that was made while it ran, nor for another file of the run's folder."""
-    inner = audit.summarise
+    inner = verdict.summarise
 
     def slow(*arguments):
         lines = (run / "selected.jsonl").read_bytes().splitlines(keepends=True)
@@ -154,7 +154,7 @@ def test_an_audit_is_delivered_to_the_selection_that_it_judged(world, run, monke
         return inner(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(audit, "summarise", slow)
+        patch.setattr(verdict, "summarise", slow)
         out = audit.run(judged(world, run, run / "audit"))
     assert summary(run)["audit"] is None and "has changed since the audit read it" in capsys.readouterr().err
     assert json.loads((out / "audit.json").read_text())["selection"] != verdicts.digest_of(run)
