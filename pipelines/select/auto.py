@@ -71,30 +71,48 @@ def score(context: Context) -> Scored:
     """
     usable = np.flatnonzero(context.pool.usable)
     words = _words(context)
-    places = np.arange(len(usable)) if words is None else _shortlist(context, words)
+    places = _shortlist(context, words)
     at = torch.from_numpy(places)
     cosines = _columns(context, GRADIENTS, usable[places].tolist())
     good = torch.ones(len(usable), dtype=torch.bool)
     good[at] = cosines.isfinite().all(1)
-    fused = torch.zeros(len(usable), cosines.shape[1]) if words is None else words.clone()
-    fused[at] = 1 + (fuse([cosines]) if words is None else fuse([words[at], cosines], [PRIOR, 1.0]))
-    text = (
-        f"mean rank by TF-IDF and BM25; on {len(places):,} of {len(usable):,} rows, 1 + the mean of this (weight "
-        f"{PRIOR:g}) and the rank by the cosine of the optimizer's update with each target gradient, without the mean "
-        f"and the {_at_stage(context.config, GRADIENTS).common} main directions of all updates"
+    signals = [*((one[at], weight) for one, weight in words), (cosines, 1.0)]
+    fused = torch.zeros(len(usable), cosines.shape[1])
+    for one, _ in words:
+        fused += one
+    fused[at] = 1 + fuse([one for one, _ in signals], [weight for _, weight in signals])
+    text = _in_words(context, len(places), len(usable), bool(words))
+    tokens = round(sum(_work(context, len(places)).whole.values()))
+    return from_similarity(
+        context, fused.nan_to_num(0.0), formula={"name": "auto", "text": text}, good=good, tokens=tokens
     )
-    scored = from_similarity(context, fused.nan_to_num(0.0), formula={"name": "auto", "text": text}, good=good)
-    return replace(scored, tokens=round(sum(work(context).whole.values())))
 
 
-def _words(context: Context) -> Tensor | None:
-    """Return the mean rank by words, float32 [usable pool rows, usable target rows]; None if rows contain no words."""
+def _in_words(context: Context, looked_at: int, rows: int, with_words: bool) -> str:
+    """Return the formula of the score, with the number of rows on the shortlist."""
+    rank = (
+        "rank by the cosine of the optimizer's update with each target gradient, without the mean and the "
+        f"{_at_stage(context.config, GRADIENTS).common} main directions of all updates"
+    )
+    if not with_words:
+        return f"1 + the {rank}; no row holds a word, so that this ranks all {rows:,} rows"
+    return (
+        f"mean rank by TF-IDF and BM25; on {looked_at:,} of {rows:,} rows, 1 + the mean of this (weight {PRIOR:g}) and "
+        f"the {rank}"
+    )
+
+
+def _words(context: Context) -> list[tuple[Tensor, float]]:
+    """Return the mean rank by words and its weight on the shortlist; nothing if the rows contain no words.
+
+    The ranks are float32 [usable pool rows, usable target rows].
+    """
     with context.run.stage("words"):
         try:
-            return fuse([_columns(context, name) for name in WORDS])
+            return [(fuse([_columns(context, name) for name in WORDS]), PRIOR)]
         except DataError:
             warn("auto: no row holds a word, so that words choose no shortlist: gradients of all rows are computed")
-            return None
+            return []
 
 
 def _columns(context: Context, name: str, rows: Sequence[int] | None = None) -> Tensor:
@@ -105,9 +123,11 @@ def _columns(context: Context, name: str, rows: Sequence[int] | None = None) -> 
     return columns(replace(context, config=_at_stage(context.config, name)), asked)
 
 
-def _shortlist(context: Context, words: Tensor) -> NDArray[np.int64]:
+def _shortlist(context: Context, words: Sequence[tuple[Tensor, float]]) -> NDArray[np.int64]:
     """Return the positions, among usable pool rows, of those whose gradients are computed: target rows take turns."""
-    return np.sort(round_robin_order(words)[: _length(context)])
+    if not words:
+        return np.arange(int(context.pool.usable.sum()))
+    return np.sort(round_robin_order(words[0][0])[: _length(context)])
 
 
 def _length(context: Context) -> int:
@@ -132,9 +152,14 @@ def work(context: Context) -> Work:
     Args:
         context: What is scored.
     """
+    return _work(context, _length(context))
+
+
+def _work(context: Context, looked_at: int) -> Work:
+    """Return `work` for a shortlist of this many rows."""
     found = scorer(GRADIENTS).work(replace(context, config=_at_stage(context.config, GRADIENTS)))
     rows, sample = len(context.pool.unique()), len(common_rows(context.pool, context.config.seed))
-    share = min(1.0, _length(context) / max(1, rows))
+    share = min(1.0, looked_at / max(1, rows))
     share += (1 - share) * min(1.0, sample / max(1, rows))  # a part of the sample is on the shortlist
     parts: dict[str, float] = {}
     left: dict[str, float] = {}

@@ -101,6 +101,8 @@ def test_auto_without_words_compares_the_rest(world, tmp_path, small, capsys):
     )
     select.run(config)
     assert "no row holds a word" in capsys.readouterr().err
+    formula = json.loads((config.out / "summary.json").read_text())["formula"]["text"]
+    assert formula.startswith("1 + the rank by the cosine") and "TF-IDF" not in formula and "all 30 rows" in formula
     assert len((config.out / "selected.jsonl").read_text().splitlines()) == 3
 
 
