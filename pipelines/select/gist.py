@@ -22,10 +22,10 @@ from datatools import (
     span_coefficients,
 )
 from datatools.files import sealed
-from pipelines.models.losses import losses_for
+from pipelines.models.losses import answer_losses_for, losses_for
 from pipelines.rows.rows import Rows
 from pipelines.runs.messages import library_warnings
-from pipelines.select import gradients, influence
+from pipelines.select import gradients, influence, objectives
 from pipelines.select.gradients import At, Recipe, described
 from pipelines.select.scored import Context, Scored, spread, usable_among
 from pipelines.select.scorer import Asked, Work
@@ -43,6 +43,7 @@ METHOD = Method(
     needs=("target", "model", "gradients"),
     stored=True,
     checkpoints="last",
+    objectives=("ce", "dpo", "reward"),
     nearest="target rows it helps most",
     measure="cosine in the span of the target's gradients",
     cost="a warm-up run, then forward and backward of every row at its last checkpoint",
@@ -59,17 +60,21 @@ def score(context: Context) -> Scored:
     Source:
         GIST, arXiv 2602.18584. Differs: pool rows are compared by the optimizer's update unless `gist.update` is plain;
         the target rows of a subtask are averaged after the cosine unless `aggregate` is paper; the basis has every
-        direction that float32 gradients tell apart, unless `gist.rank` is smaller.
+        direction that float32 gradients tell apart, unless `gist.rank` is smaller. Targets that are preferences or
+        rewards (`objective`) are ours: the basis spans the gradients of the DPO loss, or those of the answers, each
+        times its advantage.
     """
     chosen = np.flatnonzero(context.pool.usable).tolist()
     recipe = _recipe(context.config, context.wanted)
     found, made, tokens = gradients.gradients(context, chosen, recipe)
     config = context.config
     update = "grad l(z; theta)" if recipe.plain else f"{made[-1].rule.name} update of grad l(z; theta)"
+    weighed = "A(z') " if config.objective == "reward" else ""
     formula: dict[str, Any] = {
         "name": f"gist-{made[-1].rule.name}" if not recipe.plain else "gist",
-        "text": f"score(z) = {AGGREGATIONS[config.aggregate].formula} cos( P^T {update}, P^T grad l(z'; theta) ),  P: "
-        f"an orthonormal basis of the target's gradients ({made[-1].train.dim} directions)",
+        "text": f"score(z) = {AGGREGATIONS[config.aggregate].formula} {weighed}cos( P^T {update}, P^T grad "
+        f"{objectives.LOSSES[config.objective]}(z'; theta) ),  P: an orthonormal basis of the target's gradients "
+        f"({made[-1].train.dim} directions)" + (f", {objectives.ADVANTAGE}" if weighed else ""),
         "settings": described(made[-1].rule),
     }
     with context.run.stage("scores"):
@@ -100,7 +105,28 @@ def _prefix(config: SelectConfig, target: Rows) -> str:
 
 
 def _facts(config: SelectConfig, target: Rows) -> dict[str, Any]:
-    return {"rows": sorted(target.unique()), "rank": config.gist.rank, "update": config.gist.update}
+    """Return what the basis is a function of, besides the model; that of answers is as in earlier versions."""
+    found: dict[str, Any] = {"rows": sorted(objectives.unique(config, target)), "rank": config.gist.rank}
+    found["update"] = config.gist.update
+    if config.objective != "ce":
+        found["objective"] = config.objective
+    if (weights := _weights(config, target)) is not None:
+        found["weights"] = weights
+    return found
+
+
+def _weights(config: SelectConfig, target: Rows) -> list[float] | None:
+    """Return the weight of each row of `objectives.unique`, in the order of the sorted keys; None without rewards.
+
+    Rows with equal answers and different rewards are one row here: sqrt(sum A^2) gives the basis that all would give.
+    """
+    advantages = objectives.weights(config, target)
+    if advantages is None:
+        return None
+    squares: dict[str, float] = {}
+    for key, advantage in zip(objectives.keys(config, target), advantages.tolist(), strict=True):
+        squares[key] = squares.get(key, 0.0) + advantage**2
+    return [squares[key] ** 0.5 for key in sorted(squares)]
 
 
 def _span(at: At) -> TargetSpan:
@@ -109,9 +135,12 @@ def _span(at: At) -> TargetSpan:
     Without them, a run that continues on another machine could rotate directions of equal length into each other.
     """
     config, target = at.context.config, at.context.wanted
-    unique = target.unique()
+    unique = objectives.unique(config, target)
     rows = [unique[key] for key in sorted(unique)]
-    grads = _target_gradients(at, target, rows)
+    grads = _target_gradients(at, rows)
+    if (weights := _weights(config, target)) is not None:
+        for grad in grads.values():
+            grad *= torch.tensor(weights, device=grad.device).view(-1, *[1] * (grad.dim() - 1))
     facts = _facts(config, target)
     home = at.context.features_folder
     path = home / f"{_prefix(config, target)}basis-{at.checkpoint.step}" / "coefficients.safetensors"
@@ -131,16 +160,24 @@ def _span(at: At) -> TargetSpan:
     return TargetSpan.spanned(grads, kept["combined"], {"target": files.digest(files.json_bytes(facts))})
 
 
-def _target_gradients(at: At, target: Rows, rows: list[int]) -> dict[str, Tensor]:
-    """Return the plain gradients of these target rows, float32: name -> [rows, *shape], on the device of the model."""
-    how = at.context.config.features
+def _target_gradients(at: At, rows: list[int]) -> dict[str, Tensor]:
+    """Return the plain gradients of these target rows, float32: name -> [rows, *shape], on the device of the model.
+
+    The gradient of a pair is that of its DPO loss without its positive factor (`extract_preferences`).
+    """
+    config, target = at.context.config, at.context.wanted
+    how = config.features
     found = {name: torch.zeros(len(rows), *at.plain.params[name].shape) for name in at.names}
-    loss, method = losses_for(how.method), how.method
+    sides = [(1.0, target, losses_for(how.method))]
+    if config.objective == "dpo":
+        loss = answer_losses_for(how.method)
+        sides = [(1.0, target, loss), (-1.0, objectives.rejected(at.context, at.context.model()), loss)]
     with library_warnings():
-        for group, batch in target.micro_batches(rows, how.token_budget, at.module.device):
-            made = per_sample_grads(loss, at.module, batch, at.names, method=method)  # type: ignore[arg-type]
-            for name, grad in made.items():
-                found[name][torch.tensor(group)] = grad.float().cpu()
+        for sign, answers, loss in sides:
+            for group, batch in answers.micro_batches(rows, how.token_budget, at.module.device):
+                made = per_sample_grads(loss, at.module, batch, at.names, method=how.method)  # type: ignore[arg-type]
+                for name, grad in made.items():
+                    found[name][torch.tensor(group)] += sign * grad.float().cpu()
     norms = torch.stack([one.flatten(1).double().square().sum(1) for one in found.values()]).sum(0)
     if dead := [row for row, norm in zip(rows, norms.tolist(), strict=True) if not (np.isfinite(norm) and norm > 0)]:
         raise DataError(
@@ -157,7 +194,7 @@ def work(context: Context) -> Work:
         context: What is scored.
     """
     config, target = context.config, context.wanted
-    directions = len(target.unique()) if config.gist.rank is None else config.gist.rank
+    directions = len(objectives.unique(config, target)) if config.gist.rank is None else config.gist.rank
     return gradients.work(context, directions, _prefix(config, target))
 
 

@@ -85,15 +85,15 @@ RECIPE = Recipe(_projector)
 
 
 def _formula(config: SelectConfig, made: Features) -> dict[str, Any]:
-    goal = {"ce": "grad l(z'; theta_c)", "dpo": "grad DPO loss(z'; theta_c)", "reward": "grad l(z'; theta_c)"}
+    goal = f"grad {objectives.LOSSES[config.objective]}(z'; theta_c)"
     weighed = "A(z') " if config.objective == "reward" else ""
     mode = {"paper": "less-paper", "code": "less-official", "precond_only": "less-preconditioner"}
     return {
         "name": mode[config.features.adam_mode] if type(made.rule) is AdamWRule else f"less-{made.rule.name}",
         "text": f"score(z) = {AGGREGATIONS[config.aggregate].formula} "
-        f"{weighed}sum_c w_c cos( {made.rule.name} update of grad l(z; theta_c), {goal[config.objective]} ),  "
+        f"{weighed}sum_c w_c cos( {made.rule.name} update of grad l(z; theta_c), {goal} ),  "
         "w_c = mean learning rate of c / sum"
-        + (", A = reward minus the mean of its prompt or subtask, of mean |A| 1" if weighed else "")
+        + (f", {objectives.ADVANTAGE}" if weighed else "")
         + ("" if config.common is None else f"; without the mean and {config.common} main directions of all updates"),
         "settings": described(made.rule),
     }

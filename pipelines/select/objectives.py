@@ -27,6 +27,11 @@ from pipelines.rows.rows import Rows
 from pipelines.select.scored import Context, subtask_groups
 from pipelines.settings.select import SelectConfig
 
+LOSSES = {"ce": "l", "dpo": "DPO loss", "reward": "l"}
+"""Objective -> the loss of a target row in formulas."""
+ADVANTAGE = "A = reward minus the mean of its prompt or subtask, of mean |A| 1"
+"""What weighs target rows with rewards, in formulas."""
+
 
 def folder(config: SelectConfig, step: int) -> str:
     """Return the name of the store of the target's gradients; rewards use the gradients of answers.
@@ -170,5 +175,5 @@ def check(config: SelectConfig, objectives: tuple[str, ...]) -> None:
     if config.objective not in objectives:
         raise UsageError(
             f"--objective {config.objective} is for methods that take gradients of the target rows, and --method "
-            f"{config.method} takes none; use --method less"
+            f"{config.method} takes none; use --method less or gist"
         )
