@@ -43,7 +43,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "datatools/subsets/facility_location.py": ("tests/datatools/colm/test_choice.py",
                                                "tests/datatools/colm/test_colm.py"),
     "datatools/less/influence.py": ("tests/datatools/less/test_scores.py",),
-    "pipelines/rows/encode.py": ("tests/pipelines/rows/test_encode.py",),
+    "pipelines/rows/encode.py": ("tests/pipelines/rows/test_encode.py", "tests/pipelines/rows/chat"),
     "datatools/colm/choice.py": ("tests/datatools/colm/test_choice.py",
                                      "tests/datatools/colm/test_colm.py"),
     "datatools/order/estimators/pairwise.py": ("tests/datatools/order/test_pairwise.py",

@@ -18,7 +18,7 @@ from pipelines.rows.formats.table import read_shape
 from pipelines.rows.jsonl import Malformed
 from pipelines.rows.row import Row
 from pipelines.select.columns import column
-from tests.pipelines.rows.test_encode import CHATML, FAMILIES, byte_level, row
+from tests.pipelines.rows.families import CHATML, FAMILIES, byte_level, row
 
 
 def bytes_tokenizer(normalizer=None, normalized=True, eos="<|im_end|>"):

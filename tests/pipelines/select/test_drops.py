@@ -20,8 +20,8 @@ from pipelines.select import run as select
 from pipelines.select.scorer import scorer
 from pipelines.settings.parts import LoraConfig, ModelConfig
 from pipelines.settings.select import AdaptationConfig, ExplainConfig, FeaturesConfig
+from tests.pipelines.select.looking import ids, outcome, scores
 from tests.pipelines.select.test_columns import context_of
-from tests.pipelines.select.test_select import ids, outcome, scores
 
 ONE = {"depths": [3], "learning_rates": [1e-2], "batch_size": 100}
 

@@ -14,7 +14,7 @@ from pipelines.select import run as select
 from pipelines.settings.parts import ModelConfig
 from pipelines.settings.select import ExplainConfig, FeaturesConfig, GistConfig
 from pipelines.training import checkpoints
-from tests.pipelines.select.test_select import ids, outcome, scores
+from tests.pipelines.select.looking import ids, outcome, scores
 
 
 @pytest.mark.parametrize(("update", "rank", "how"), [("optimizer", None, "less"), ("plain", 2, "paper")])

@@ -13,7 +13,7 @@ from pipelines.rows.prepare import prepare
 from pipelines.select import run as select
 from pipelines.settings.parts import ModelConfig
 from pipelines.settings.select import FeaturesConfig
-from tests.pipelines.select.test_select import hashes, scores
+from tests.pipelines.select.looking import hashes, scores
 
 
 @pytest.fixture

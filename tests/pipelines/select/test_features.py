@@ -1,0 +1,165 @@
+"""Settings of features and of the warm-up, and runs that share a folder of features."""
+
+import json
+import time
+
+import pytest
+import torch
+
+import optim
+from datatools import DataError, files
+from pipelines.select import run as select
+from pipelines.settings.dump import dump
+from pipelines.settings.parts import ModelConfig
+from pipelines.settings.select import FeaturesConfig, WarmupConfig
+from tests.pipelines.select.looking import hashes, ids, outcome, scores
+from tests.processes import spawn
+
+# --------------------------------------------------------------------------------------------- checkpoints of the user
+
+
+@pytest.mark.parametrize("mode", ["code", "precond_only"])
+def test_forms_of_adam_s_update(first, world, tmp_path, mode):
+    run = select.run(world.select(tmp_path / "run", features=FeaturesConfig(adam_mode=mode)))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["formula"]["name"] == {"code": "less-official", "precond_only": "less-preconditioner"}[mode]
+    assert scores(run)["_score"] != scores(first)["_score"]
+    warned = [text for text in summary["warnings"] if "adam_mode=code" in text]
+    assert bool(warned) == (mode == "code"), "the epsilon of the published code drowns this small second moment"
+    assert hashes(run / "warmup")["checkpoint-8/optimizer.pt"] == hashes(first / "warmup")["checkpoint-8/optimizer.pt"]
+
+
+@pytest.mark.parametrize("name", sorted(set(optim.RULES) - {"adamw"}))
+def test_any_optimizer_drives_a_selection(first, world, tmp_path, name):
+    """Every rule: the warm-up trains with it, and rows are scored by the updates that it would make."""
+    warmup = WarmupConfig(minimum_rows=16, epochs=2, batch_size=4, optimizer=name, learning_rate=1e-3)
+    run = select.run(world.select(tmp_path / "run", warmup=warmup))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["formula"]["name"] == f"less-{name}"
+    assert summary["formula"]["notes"][0].startswith(f"update: {name}(")
+    assert None not in scores(run)["_score"]
+    # this model's tensors are too small for codes; and without weight decay Adam is AdamW
+    same = name in ("adamw_8bit", "adam")
+    assert (scores(run)["_score"] == scores(first)["_score"]) == same
+    if name == "lion":
+        with pytest.raises(DataError, match="adam_mode='code' needs AdamW"):
+            select.run(world.select(tmp_path / "code", warmup=warmup, features=FeaturesConfig(adam_mode="code")))
+
+
+@pytest.mark.parametrize("method", ["loop", "vmap", "hooks"])
+def test_the_method_of_gradients_does_not_change_the_selection(first, world, tmp_path, method):
+    """Hooks and the definition agree on every score; so do all stored precisions to their rounding."""
+    features = FeaturesConfig(method=method, dtype="float32", token_budget=100)
+    # torch.func has no rule for the fused attention and says so
+    model = ModelConfig(name=str(world.model), attention="eager" if method == "vmap" else "sdpa")
+    run = select.run(world.select(tmp_path / "run", features=features, model=model))
+    difference = torch.tensor(scores(run)["_score"]) - torch.tensor(scores(first)["_score"])
+    assert float(difference.abs().max()) < 1e-3  # of float16 features
+    assert ids(run) == ids(first)
+
+
+@pytest.mark.parametrize("dtype, error", [("bfloat16", 0.005), ("int8", 0.01), ("int4", 0.1), ("int1", 0.5)])
+def test_features_may_be_stored_roughly(first, world, tmp_path, dtype, error):
+    """Rounding of the store moves scores by no more than this, and the files are as small as they should be."""
+    run = select.run(world.select(tmp_path / "run", features=FeaturesConfig(dtype=dtype)))
+    difference = torch.tensor(scores(run)["_score"]) - torch.tensor(scores(first)["_score"])
+    assert float(difference.abs().max()) < error
+    bits = {"bfloat16": 16, "int8": 8, "int4": 4, "int1": 1}[dtype]
+    size = (run / "features" / "train-4" / "part-00000.safetensors").stat().st_size
+    assert 16 * 256 * bits / 8 < size < 16 * 256 * bits / 8 + 700
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"dtype": "bfloat16"}},
+        {"lora": {"targets": "auto"}},
+        {"features": {"rows_per_unit": 1, "token_budget": 1}},
+        {"model": {"max_length": 40}},
+        {"projector": {"name": "rademacher", "dim": 64}},
+        {"warmup": {"max_steps": 3, "checkpoints": 1, "schedule": "cosine", "batch_size": 4}},
+        {"train": {"dedup": "near"}},
+    ],
+    ids=str,
+)
+def test_other_settings_select_too(world, tmp_path, changes):
+    settings = world.select(tmp_path / "run")
+    changed = {name: getattr(settings, name).model_copy(update=inner) for name, inner in changes.items()}
+    run = select.run(settings.model_copy(update=changed))
+    table = scores(run)
+    assert len(ids(run)) == 6
+    assert [value is not None for value in table["_score"]] == [state == "ok" for state in table["_status"]]
+
+
+# ------------------------------------------------------------------------------------------------ shared features
+
+
+def test_runs_that_share_a_folder_share_the_pool_s_features(first, world, tmp_path, counted):
+    """A second target on the same pool and warm-up costs its target rows; results are those of a run of its own."""
+    shared = FeaturesConfig(folder=tmp_path / "features")
+    a = select.run(world.select(tmp_path / "a", features=shared))
+    assert outcome(first)["scores"] == files.digest_file(a / "scores.parquet") and counted == [2 * (60 + 3)]
+    counted[0] = 0
+    b = select.run(world.select(tmp_path / "b", features=shared, target=[str(world.test)]))
+    assert counted == [2 * 4]
+    alone = select.run(world.select(tmp_path / "alone", target=[str(world.test)]))
+    assert scores(b)["_score"] == scores(alone)["_score"] and ids(b) == ids(alone)
+    both = select.run(world.select(tmp_path / "both", features=shared, target=[str(world.target), str(world.test)]))
+    assert counted == [2 * 4 + 2 * 64] and len(ids(both)) == 6
+
+
+def test_a_shared_folder_with_another_run_s_unfinished_rows(world, tmp_path):
+    """Rows that another run has planned and not computed are nobody else's to compute, and it can still finish them."""
+    shared = FeaturesConfig(folder=tmp_path / "features")
+    select.run(world.select(tmp_path / "a", features=shared))
+    for path in (tmp_path / "features").glob("target-*/part-00000.*"):
+        path.unlink()
+    b = world.select(tmp_path / "b", features=shared, target=[str(world.test)])
+    with pytest.raises(DataError, match="another run planned there are not computed yet; finish that run first"):
+        select.run(b)
+    assert len(ids(select.run(world.select(tmp_path / "a", features=shared)))) == 6
+    assert len(ids(select.run(b))) == 6
+
+
+def test_a_run_waits_for_the_one_that_fills_the_shared_features(first, world, tmp_path, counted, monkeypatch):
+    """Both end with what each would have made alone, and nothing is computed twice."""
+    shared = FeaturesConfig(folder=tmp_path / "features")
+    (tmp_path / "a.yaml").write_text(dump(world.select(tmp_path / "a", features=shared)))
+    code = """
+        import sys, time
+        from pathlib import Path
+        import pipelines.select.gradients
+        from pipelines.select import run as select
+        from pipelines.settings.select import SelectConfig
+        from pipelines.settings.load import load_config
+        here, inner = Path(sys.argv[1]), pipelines.select.gradients.extract
+
+        def extract(*arguments, **options):
+            (here / "filling").touch()
+            while not (here / "go").exists():
+                time.sleep(0.05)
+            return inner(*arguments, **options)
+
+        pipelines.select.gradients.extract = extract
+        select.run(load_config(SelectConfig, here / "a.yaml"))
+    """
+    other = spawn(code, str(tmp_path))
+    said = []
+
+    def say(text):
+        said.append(text)
+        if "waiting for" in text:
+            (tmp_path / "go").touch()
+
+    monkeypatch.setattr("pipelines.select.stores.say", say)
+    while not (tmp_path / "filling").exists():
+        assert other.poll() is None, other.communicate()
+        time.sleep(0.05)
+    run = select.run(world.select(tmp_path / "b", features=shared))
+    _, error = other.communicate(timeout=300)
+    assert other.returncode == 0, error
+    assert counted == [0] and f"waiting for process {other.pid} on" in said[0]
+    for folder in (run, tmp_path / "a"):
+        assert {k: v for k, v in outcome(first).items() if "/" not in k} == {
+            k: v for k, v in outcome(folder).items() if "/" not in k
+        }
