@@ -37,7 +37,8 @@ EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 WANTED = 0.95
 
 MODULES: Mapping[str, tuple[str, ...]] = {
-    "datatools/features/store.py": ("tests/datatools/features/test_store.py",),
+    "datatools/features/store.py": ("tests/datatools/features/test_store.py",
+                                      "tests/datatools/features/test_store_damage.py"),
     "datatools/selection/candidates.py": ("tests/datatools/selection/test_selection.py",),
     "datatools/selection/fill.py": ("tests/datatools/selection/test_selection.py",),
     "datatools/subsets/facility_location.py": ("tests/datatools/colm/test_choice.py",
@@ -55,12 +56,14 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "optim/optimizer.py": ("tests/optim/test_rule.py", "tests/optim/test_update_map.py", "tests/optim/test_registry.py",
                            "tests/optim/rules/test_spam.py", "tests/optim/rules/test_blocks.py",
                            "tests/optim/test_battery.py"),
-    "optim/block_rates.py": ("tests/optim/test_param_groups.py",),
-    "optim/param_groups.py": ("tests/optim/test_param_groups.py", "tests/optim/test_registry.py",
+    "optim/block_rates.py": ("tests/optim/test_block_rates.py",),
+    "optim/param_groups.py": ("tests/optim/test_param_groups.py", "tests/optim/test_later_groups.py",
+                              "tests/optim/test_block_rates.py", "tests/optim/test_registry.py",
                               "tests/optim/rules/test_blocks.py", "tests/optim/rules/test_matrices.py"),
     **dict.fromkeys(
         ("optim/roles/names.py", "optim/roles/kinds.py", "optim/roles/layouts.py", "optim/roles/blocks.py"),
-        ("tests/optim/roles/test_roles.py", "tests/optim/test_param_groups.py", "tests/optim/rules/test_matrices.py"),
+        ("tests/optim/roles/test_roles.py", "tests/optim/test_block_rates.py", "tests/optim/test_param_groups.py",
+         "tests/optim/rules/test_matrices.py"),
     ),
 }  # fmt: skip
 """A module -> the files of its tests, the quickest first."""
