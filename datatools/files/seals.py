@@ -123,7 +123,8 @@ def record(path: PathLike, seal: Seal) -> None:
     if root is None:
         return
     name = os.path.relpath(os.path.abspath(path), root)
-    if name != NAME and not any(part.startswith(TEMPORARY) for part in name.split(os.sep)):
+    # the first seals of a run inside this folder are written while it is not sealed itself; they grow with that run
+    if os.path.basename(name) != NAME and not any(part.startswith(TEMPORARY) for part in name.split(os.sep)):
         _append(root, _line({"name": name, "bytes": seal.bytes, "xxh3": seal.digest}))
 
 
@@ -345,6 +346,8 @@ def _parse(line: bytes, number: int, path: str, seals: dict[str, list[Seal]]) ->
                 return
         elif body["xxh3"] is None:
             seals.pop(body["name"], None)
+            return
+        elif os.path.basename(body["name"]) == NAME:  # of a run inside this folder, recorded by an earlier version
             return
         else:
             entries = seals.setdefault(body["name"], [])

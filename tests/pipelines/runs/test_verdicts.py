@@ -8,6 +8,7 @@ import pytest
 
 import pipelines.select.gradients
 from datatools import DataError, UsageError, files
+from datatools.files import seals
 from pipelines.report import select_page, terminal
 from pipelines.runs import verdicts
 from pipelines.select import audit, verdict
@@ -64,6 +65,24 @@ def test_the_same_selection_again_keeps_its_audit(world, run):
     assert (run / "selected.jsonl").read_bytes() == before
     assert summary(run)["audit"] == found and VERDICT in page(run)
     assert not list(run.glob("selected.old-*"))
+
+
+def test_the_same_selection_again_leaves_its_audit_whole(world, run):
+    """Also where an earlier version recorded the audit's own list of seals among the files of the selection."""
+    nested = run / "audit" / "seals.jsonl"
+    audit.run(judged(world, run, run / "audit"))
+    sealed = (run / "seals.jsonl").read_text()
+    assert "audit/seals.jsonl" not in sealed
+    before = {path: path.read_bytes() for path in (nested, run / "audit" / "audit.json")}
+    (run / "seals.jsonl").write_bytes(
+        sealed.encode() + seals._line({"name": "audit/seals.jsonl", "bytes": 41, "xxh3": "9" * 32})
+    )
+    for _ in range(2):
+        select.run(world.select(run, method="tfidf"))
+        assert {path: path.read_bytes() for path in before} == before
+        audit.run(judged(world, run, run / "audit"))
+        before[nested] = nested.read_bytes()
+    assert not list(run.rglob("*.damaged"))
 
 
 def test_a_lost_summary_is_made_anew_with_the_audit_that_lies_in_the_folder(world, run):
