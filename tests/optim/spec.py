@@ -1,4 +1,4 @@
-"""What the battery knows of one rule, and helpers for saying it; the table is in `specs.py` and `specs_suite.py`."""
+"""What the battery knows of one rule, and helpers for saying it; the table is in `specs.py`, from `specs_*.py`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ import torch
 from optim import SPAMRule, StableSPAMRule, schedule
 from optim.curves import one_cycle_momentum
 from tests.conftest import REPOSITORY, golden_folder
-from tests.optim import golden
+from tests.optim import golden, golden_builders, golden_runs
 
 pytestmark = pytest.mark.golden
 
@@ -61,13 +61,13 @@ def test_trajectory(case, record_property):
     try:
         if golden.for_information(case):
             raise golden.NotBuilt(f"{name}, {case.entry.get('variant', 'a variant')}: for information only")
-        if name not in golden.BUILDERS:
+        if name not in golden_builders.BUILDERS:
             raise golden.NotBuilt(f"optimizer {name}")
-        got, losses = golden.run(case, golden.BUILDERS[name])
+        got, losses = golden_runs.run(case, golden_builders.BUILDERS[name])
     except golden.NotBuilt as missing:
         record_property("not_built", str(missing))
         pytest.skip(f"not supported: {missing}")
-    golden.compare(case, got, losses)
+    golden_runs.compare(case, got, losses)
 
 
 def ours(entry: dict):

@@ -22,7 +22,7 @@ from optim import (
     create,
     rule_from,
 )
-from tests.optim import golden
+from tests.optim import golden, golden_builders, golden_runs
 from tests.optim.harness import assert_close, assert_same, named, parameters, randn, set_grads, train
 
 RULES = {"galore": GaLoreRule, "fira": FiraRule, "apollo": ApolloRule}
@@ -36,7 +36,7 @@ def test_golden_runs_in_float32(golden_dir):
         if case.entry["optimizer"] not in RULES:
             continue
         low = replace(case, entry=case.entry | {"param_dtype": "float32"})
-        got, _ = golden.run(low, golden.BUILDERS[case.entry["optimizer"]])
+        got, _ = golden_runs.run(low, golden_builders.BUILDERS[case.entry["optimizer"]])
         for name, want in golden.golden(case).items():
             torch.testing.assert_close(got[name], want, rtol=2e-4, atol=2e-5, msg=lambda m, c=case: f"{c.id}\n{m}")
         seen.append(case.entry["optimizer"])

@@ -31,7 +31,7 @@ from optim import (
 )
 from optim.rules.wrappers import codebooks, quantized
 from tests.benchmarks.test_optimizers import llama
-from tests.optim import golden
+from tests.optim import golden, golden_builders
 from tests.optim.harness import assert_close, assert_same, randn, states
 from tests.optim.properties import Memory
 
@@ -97,7 +97,7 @@ def test_the_codes_of_golden_runs(golden_dir):
         keys = {"exp_avg": (at + "state1/", at + "absmax1/"), "exp_avg_sq": (at + "state2/", at + "absmax2/")}
         if kind == "muon_8bit":
             keys = {"momentum_buffer": ("codes/", "absmax/")}
-        for name, t, state in codes_of(case, golden.BUILDERS[kind]):
+        for name, t, state in codes_of(case, golden_builders.BUILDERS[kind]):
             for entry, (codes, scales) in keys.items():
                 if codes + name not in stored or entry + "_absmax" not in state:
                     continue
