@@ -9,7 +9,7 @@ from pipelines.report import select_page
 from tests.pipelines.report.made_up import make_run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def less(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     folder = tmp_path_factory.mktemp("less")
     summary = make_run(folder)

@@ -10,7 +10,7 @@ from pipelines.report import pages
 from pipelines.runs.folder import Run
 from pipelines.select import run as select
 from tests.pipelines import damage
-from tests.pipelines.report.test_report import make_run, words
+from tests.pipelines.report.made_up import make_run, words
 
 
 def drawn(folder):

@@ -1,4 +1,4 @@
-"""A finished run."""
+"""A small world for training, and a finished run."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.pipelines.conftest import make_world
 from tests.pipelines.training.runs import settings
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A world with `few.jsonl`, 24 rows."""
     made = make_world(tmp_path_factory.mktemp("world"))
@@ -16,6 +16,7 @@ def world(tmp_path_factory):
     return made
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def first(world, tmp_path_factory):
+    """A finished run of 9 steps, for reading only."""
     return train.run(settings(world, tmp_path_factory.mktemp("runs") / "first"))

@@ -1,7 +1,10 @@
 """Settings of a short run, and what must not change in it."""
 
+import json
+
 import torch
 
+from datatools import files
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import TrainConfig
 
@@ -31,3 +34,14 @@ def plain_losses(model, ids, labels):
 
 def data_of(world):
     return DataConfig(paths=[str(world.folder / "few.jsonl")])
+
+
+def result(run):
+    """Everything that a kill must not change: weights, optimizer state, generator states, logged numbers."""
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(entry.pop("tokens_per_second") > 0 for entry in entries), "the one number that a clock makes"
+    found = {"metrics": "\n".join(map(json.dumps, entries))}
+    for path in sorted([*run.glob("adapter/*"), *run.glob("model/*"), *run.glob("checkpoints/checkpoint-*[0-9]/*")]):
+        if path.suffix in (".safetensors", ".pt", ".pth"):
+            found[str(path.relative_to(run))] = files.digest_file(path)
+    return found

@@ -14,16 +14,6 @@ from pipelines.select import run as select
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import CoresetConfig, TrainConfig
 from pipelines.training import checkpoint_files, train, trainer
-from tests.pipelines.conftest import make_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A world with `few.jsonl`, 24 rows."""
-    made = make_world(tmp_path_factory.mktemp("world"))
-    lines = made.pool.read_text().splitlines(keepends=True)
-    (made.folder / "few.jsonl").write_text("".join(lines[:24]))
-    return made
 
 
 def settings(world, out, **changes):

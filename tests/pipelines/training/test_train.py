@@ -26,20 +26,8 @@ from pipelines.settings.demo import DemoConfig
 from pipelines.settings.parts import DataConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import EvaluateConfig, TrainConfig
 from pipelines.training import checkpoint_files, evaluation, fit, optimizers, train
-from tests.pipelines.training.runs import LORA, data_of, plain_losses, settings
+from tests.pipelines.training.runs import LORA, data_of, plain_losses, result, settings
 from tests.tiny import save_tiny_model
-
-
-def result(run):
-    """Everything that a kill must not change: weights, optimizer state, generator states, logged numbers."""
-    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert all(entry.pop("tokens_per_second") > 0 for entry in entries), "the one number that a clock makes"
-    found = {"metrics": "\n".join(map(json.dumps, entries))}
-    for path in sorted([*run.glob("adapter/*"), *run.glob("model/*"), *run.glob("checkpoints/checkpoint-*[0-9]/*")]):
-        if path.suffix in (".safetensors", ".pt", ".pth"):
-            found[str(path.relative_to(run))] = files.digest_file(path)
-    return found
-
 
 # ------------------------------------------------------------------------------------------------------------- training
 

@@ -16,15 +16,6 @@ from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, Traini
 from pipelines.settings.train import EvaluateConfig, TrainConfig
 from pipelines.training import checkpoint_files, evaluation, train, trainer, validation
 from pipelines.training import fit as fit_module
-from tests.pipelines.conftest import make_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A world with `few.jsonl`, 24 rows; `test.jsonl` are 4 others."""
-    made = make_world(tmp_path_factory.mktemp("world"))
-    (made.folder / "few.jsonl").write_text("".join(made.pool.read_text().splitlines(keepends=True)[:24]))
-    return made
 
 
 def settings(world, out, **changes):
