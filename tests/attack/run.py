@@ -86,6 +86,8 @@ class Attacker:
     tries: list[Try] = field(default_factory=list)
     limit: float = 10 * _LIMIT_CPU_SECONDS
     """Processor time from which on a command is stuck."""
+    built: dict[tuple[str, ...], Path] = field(default_factory=dict)
+    """Folders as commands find them, by the commands that built them."""
 
     def __post_init__(self) -> None:
         self.world = make_world(self.folder / "world").folder
@@ -109,30 +111,38 @@ class Attacker:
             shutil.copytree(self.run, kept, symlinks=True)
         return kept
 
-    def prepare(self, scenario: Scenario) -> Prepared:
+    def prepare(self, scenario: Scenario, *, halfway: bool = True) -> Prepared:
         """Build the folder, run the command twice undisturbed, and once until a kill on the way.
 
-        What differs between the two undisturbed runs (times, rates) is no result.
+        What differs between the two undisturbed runs (times, rates) is no result. Scenarios that begin with the same
+        commands share the folder that these build.
+
+        Args:
+            scenario: What is attacked.
+            halfway: Whether the folder of the killed command is needed; otherwise it is the finished one.
 
         Raises:
             Unprepared: An undisturbed command failed.
         """
         self.limit = 10 * _LIMIT_CPU_SECONDS
-        self._set(None)
-        for before in scenario.before:
-            self._undisturbed(before)
-        start = self._keep(f"{scenario.name}-start")
+        name = scenario.name.replace("/", "-")
+        if (start := self.built.get(scenario.before)) is None:
+            self._set(None)
+            for before in scenario.before:
+                self._undisturbed(before)
+            start = self.built[scenario.before] = self._keep(f"{name}-start")
         found = []
         for _ in range(2):
             self._set(start)
             answer = self._undisturbed(scenario.command, fault={"within": str(self.folder)})
             found.append(results(self.run, answer.stdout if scenario.shown else ""))
-        done = self._keep(f"{scenario.name}-done")
+        done = half = self._keep(f"{name}-done")
         want = {name: value for name, value in found[0].items() if found[1].get(name) == value}
-        self._set(start)
-        nth = answer.calls.get("kill", 1) * 6 // 10
-        self._do(scenario.command, fault={"within": str(self.folder), "kind": "kill", "nth": max(nth, 1)})
-        half = self._keep(f"{scenario.name}-half")
+        if halfway:
+            self._set(start)
+            nth = answer.calls.get("kill", 1) * 6 // 10
+            self._do(scenario.command, fault={"within": str(self.folder), "kind": "kill", "nth": max(nth, 1)})
+            half = self._keep(f"{name}-half")
         self.limit = max(_LIMIT_CPU_SECONDS, _TIMES * answer.cpu)
         return Prepared(scenario, start, done, half, want, answer.calls, answer.seconds, answer.cpu)
 
