@@ -39,9 +39,11 @@ bench: $(STAMP)
 mutation: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m tests.mutation.run $(MUTATION_ARGS)
 
-# Kills, failing file operations and damaged files, against every command; `make test` runs a sample.
+# Kills, failing file operations and damaged files, against every command, then every file of every kind of run folder
+# damaged in turn (hours); `make test` runs a sample of both.
 attack: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m tests.attack.run $(ATTACK_ARGS)
+	$(TEST_ENV) $(BIN)/python -m tests.attack.sweep $(SWEEP_ARGS)
 
 # Runs fixed commands with the code of another checkout and of this one, and compares their outputs file by file.
 same: $(STAMP)

@@ -1,14 +1,14 @@
 """The page of a run folder without a result that has its own page: what ran, its progress, and why it stopped.
 
 Such a run was killed, failed or is still running, or its result is a file for other commands. Every file may be
-missing or damaged; its part of the page is then omitted.
+missing or damaged; its part of the page is then omitted, and a damaged one is named there and in the terminal.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ from datatools import DatatoolsError, EnvironmentProblem, files
 from pipelines.report import page as report
 from pipelines.report.summary import stages
 from pipelines.report.values import Json, finite, listing, mapping
+from pipelines.runs.events import PROGRESS, entries, read_progress
+from pipelines.runs.messages import warn
 from pipelines.runs.redact import redact
+from pipelines.runs.run_files import shown
 from pipelines.texts import size
 
 _MOST = 16_000_000  # bytes of a file that are read
@@ -44,15 +47,18 @@ def render(folder: Path) -> Path:
 
 
 def _parts(folder: Path) -> dict[str, Any]:
-    noted = mapping(_json(folder / "progress.json"))
-    known = mapping(_json(folder / "provenance.json"))
-    settings = _text(folder / "run.yaml", told=True)
+    damaged: list[str] = []
+    noted = mapping(_read(lambda path: read_progress(path.parent), folder / PROGRESS, damaged))
+    known = mapping(_read(lambda path: files.read_json(path, limit=_MOST), folder / "provenance.json", damaged))
+    settings = (_read(_content, folder / "run.yaml", damaged) or b"").decode("utf-8", "replace")
     first = re.match(r"# Replays this run: datatools ([a-z-]+) ", settings)
     command = first[1] if first else str(known.get("command") or noted.get("command") or "run")
     state = str(noted.get("state"))
     if state == "running" and not _in_use(folder):
         state = "killed"
-    events = _events(folder / "events.jsonl")
+    events = _events(folder / "events.jsonl", damaged)
+    for reason in damaged:
+        warn(reason)
     argv = known.get("argv")
     again = shlex.join(["datatools", command, redact(str(folder / "run.yaml"), names=False)])
     return {
@@ -63,7 +69,9 @@ def _parts(folder: Path) -> dict[str, Any]:
         "lead": _lead(noted, state),
         "again": "" if state == "running" else again,
         "error": str(noted.get("error") or ""),
-        "warnings": list(dict.fromkeys(str(e.get("text")) for e in events if e.get("event") == "warning"))[:_SHOWN],
+        "warnings": [*damaged, *dict.fromkeys(str(e.get("text")) for e in events if e.get("event") == "warning")][
+            :_SHOWN
+        ],
         "stages": stages([e for e in events if e.get("event") == "stage_end"]),
         "entries": _entries(folder),
         "argv": shlex.join(["datatools", *map(str, argv)]) if isinstance(argv, list) else "",
@@ -96,28 +104,23 @@ def _in_use(folder: Path) -> bool:
         return True
 
 
-def _json(path: Path) -> Any:
+def _read(read: Callable[[Path], Any], path: Path, damaged: list[str]) -> Any:
+    """Return the content of a file, if there is one; the reason why it cannot be read is added to `damaged`."""
     try:
-        return files.read_json(path, limit=_MOST)
-    except DatatoolsError:
+        return read(path) if path.is_file() else None
+    except DatatoolsError as error:
+        damaged.append(str(error))
         return None
 
 
-def _text(path: Path, *, told: bool = False) -> str:
-    """Return the content of a file; if it cannot be read, nothing, or the reason with `told`."""
-    try:
-        return files.read_bytes(path, limit=_MOST).decode("utf-8", "replace")
-    except DatatoolsError as error:
-        return str(error) if told else ""
+def _content(path: Path) -> bytes:
+    return files.read_bytes(path, limit=_MOST)
 
 
-def _events(path: Path) -> list[Json]:
-    found = []
-    for line in _text(path).splitlines():
-        try:
-            found.append(json.loads(line))
-        except (ValueError, RecursionError):  # a kill cut it
-            continue
+def _events(path: Path, damaged: list[str]) -> list[Json]:
+    found, wrong = entries(_read(_content, path, damaged) or b"")
+    if wrong:
+        damaged.append(f"{shown(path)}: {wrong} damaged lines were skipped")
     return listing(found)
 
 

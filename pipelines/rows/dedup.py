@@ -1,8 +1,9 @@
 """Duplicate rows: which rows to leave out, and which kept row each of them repeats."""
 
+import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ _ANSWER_PERMUTATIONS = 64
 _SEED = 1
 _CHECKED = 16  # candidates compared in full; they are ordered by estimate, whose standard error is 0.04
 _SLACK = 0.15  # candidates whose estimate is that far below the threshold are skipped
+_LONG_ANSWER = 20  # characters
 _CHUNK = 4096  # shingles hashed at once; limits memory for long rows
 
 
@@ -109,6 +111,10 @@ def overlaps(
 ) -> dict[int, int]:  # fmt: skip
     """Find the rows of a pool that repeat a row of another pool, as defined by `dedup`.
 
+    Beyond that, a row also repeats the beginning of a longer conversation, and a conversation with another system
+    prompt (for answers of fewer than 20 characters: with a system prompt where the other has none), because a model
+    that has seen either has seen the answer.
+
     Args:
         pool: The rows to check.
         scan: The result of encoding them.
@@ -128,14 +134,15 @@ def overlaps(
     seen: dict[str, int] = {}
     for i in np.flatnonzero(other_scan.ok).tolist() if among is None else among:
         row = other[i]
-        for name in _names(row, other_scan.keys[i]):
+        for name in (*_names(row, other_scan.keys[i]), *_beginnings_of_other(row)):
             seen.setdefault(name, i)
         if near is not None:
             near.add(i, near.marks(row))
     found: dict[int, int] = {}
     for i in np.flatnonzero(scan.ok).tolist():
         row = pool[i]
-        twin = next((seen[name] for name in _names(row, scan.keys[i]) if name in seen), None)
+        names = (*_names(row, scan.keys[i]), *_beginning_of_test(row))
+        twin = next((seen[name] for name in names if name in seen), None)
         if twin is None and near is not None:
             twin = near.find(near.marks(row))
         if twin is not None:
@@ -148,8 +155,50 @@ def _names(row: Row, key: str) -> tuple[str, str]:
     return files.digest(_normal_form(row).encode()), key
 
 
+class _Beginning(NamedTuple):
+    """A conversation up to one of its answers, as digests with and without its system prompts."""
+
+    full: str
+    bare: str
+    long: bool
+    """Whether the answer is so long that no other system prompt would lead to it by chance."""
+
+
+def _beginnings(row: Row) -> list[_Beginning]:
+    found: list[_Beginning] = []
+    full, bare = (hashlib.blake2b(digest_size=16) for _ in range(2))
+    for role, text in row.turns:
+        turn = f"{_normal_turn(role, text)}\0".encode()
+        full.update(turn)
+        if role not in ("system", "developer"):
+            bare.update(turn)
+        if role == "assistant":
+            found.append(_Beginning(full.hexdigest(), bare.hexdigest(), len(text) >= _LONG_ANSWER))
+    return found
+
+
+def _beginnings_of_other(row: Row) -> Iterator[str]:
+    """Yield what `_beginning_of_test` may yield for a test row that this row contains."""
+    for beginning in _beginnings(row):
+        yield beginning.full
+        yield f"bare {beginning.bare}"
+
+
+def _beginning_of_test(row: Row) -> Iterator[str]:
+    """Yield identifiers of the conversation. A short answer under another system prompt answers another question."""
+    for full, bare, long in _beginnings(row)[-1:]:
+        yield full
+        yield bare  # equal to a conversation without a system prompt
+        if full == bare or long:
+            yield f"bare {bare}"
+
+
 def _normal_form(row: Row) -> str:
-    return "\0".join(f"{role}\0{' '.join(unicodedata.normalize('NFKC', text).split())}" for role, text in row.turns)
+    return "\0".join(_normal_turn(role, text) for role, text in row.turns)
+
+
+def _normal_turn(role: str, text: str) -> str:
+    return f"{role}\0{' '.join(unicodedata.normalize('NFKC', text).split())}"
 
 
 class _Marks(NamedTuple):

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from datatools import DatatoolsError, files
+from datatools import DataError, DatatoolsError, files
 from pipelines.runs.messages import say
 from pipelines.runs.run_files import shown
 from pipelines.settings.base import Json
 
-NAME = "events.jsonl"
+NAME, PROGRESS = "events.jsonl", "progress.json"
 
 
 def now() -> str:
@@ -45,7 +46,7 @@ class Events:
             **fields: Further values of the event.
         """
         if self._writes:
-            files.append_line(self.folder / NAME, _summed({"time": now(), "event": kind, **fields}))
+            files.append_line(self.folder / NAME, json.dumps(with_sum({"time": now(), "event": kind, **fields})))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -90,13 +91,10 @@ class Events:
         lines = files.read_bytes(path, limit=1 << 30).split(b"\n")
         if lines[-1]:  # a kill cut it
             files.write_bytes(path, b"".join(line + b"\n" for line in lines[:-1]), seal=False)
-        damaged = 0
+        found, damaged = entries(b"\n".join([*lines[:-1], b""]))
         open_since: dict[str, datetime] = {}
-        for line in lines[:-1]:
-            with suppress(ValueError, KeyError, TypeError, RecursionError):
-                entry = json.loads(line) if line else {"event": ""}
-                if "sum" in entry and _summed({k: v for k, v in entry.items() if k != "sum"}).encode() != line:
-                    raise ValueError
+        for entry in found:
+            try:
                 if entry["event"] == "stage_end":
                     self._count(str(entry["name"]), float(entry["seconds"]))
                     open_since.pop(str(entry["name"]), None)
@@ -104,8 +102,8 @@ class Events:
                     open_since = {}
                 elif entry["event"] == "stage":
                     open_since[str(entry["name"])] = datetime.fromisoformat(entry["time"])
-                continue
-            damaged += 1
+            except (ValueError, KeyError, TypeError):
+                damaged += 1
         if damaged:
             say(f"{shown(path)}: {damaged} damaged lines were skipped; the durations of some stages may be missing")
         if open_since:
@@ -114,7 +112,7 @@ class Events:
     def _count_killed(self, open_since: Mapping[str, datetime]) -> None:
         """Count the time that a killed attempt spent in its last stage, up to its last progress report."""
         with suppress(DatatoolsError, ValueError, KeyError, TypeError):
-            seen = datetime.fromisoformat(files.read_json(self.folder / "progress.json", limit=1_000_000)["updated"])
+            seen = datetime.fromisoformat(read_progress(self.folder)["updated"])
             name = max(open_since, key=lambda stage: open_since[stage])
             seconds = (seen - open_since[name]).total_seconds()
             if seconds > 0:
@@ -122,7 +120,53 @@ class Events:
                 self.add("stage_end", name=name, seconds=round(seconds, 3), killed=True)
 
 
-def _summed(entry: dict[str, Json]) -> str:
-    """Return an event as one line, whose last field is a checksum of the others."""
-    text = json.dumps(entry, ensure_ascii=True)
-    return json.dumps({**entry, "sum": files.digest(text.encode())[:16]}, ensure_ascii=True)
+def entries(data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Read the lines of an events.jsonl.
+
+    Args:
+        data: The content of the file. A last line that was cut off by a kill is ignored.
+
+    Returns:
+        The entries, without those that differ from their checksum, and the number of damaged lines.
+    """
+    found, damaged = [], 0
+    for line in filter(None, data.split(b"\n")[:-1]):
+        with suppress(ValueError, TypeError, RecursionError):
+            entry = json.loads(line)
+            if _is_whole(entry) and ("sum" not in entry or json.dumps(entry).encode() == line):
+                found.append(entry)
+                continue
+        damaged += 1
+    return found, damaged
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """Read the progress.json of a run.
+
+    Args:
+        folder: The folder of the run.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    path = folder / PROGRESS
+    found: dict[str, Any] = files.read_json(path, limit=16_000_000)
+    if not _is_whole(found):
+        raise DataError(f"{shown(path)} is damaged; the next command that continues the run writes it again")
+    return found
+
+
+def with_sum(entry: dict[str, Json]) -> dict[str, Json]:
+    """Add a checksum of the other fields.
+
+    Args:
+        entry: An event, or the progress of a run.
+    """
+    return {**entry, "sum": files.digest(json.dumps(entry).encode())[:16]}
+
+
+def _is_whole(entry: object) -> bool:
+    """Return whether an entry agrees with its checksum; older versions wrote none."""
+    if not isinstance(entry, dict):
+        return False
+    return "sum" not in entry or with_sum({k: v for k, v in entry.items() if k != "sum"}) == entry

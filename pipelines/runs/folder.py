@@ -21,7 +21,7 @@ from typing import Any, Self, TypeVar
 from datatools import DataError, DatatoolsError, UsageError, files
 from pipelines.runs import check, current, places, provenance, run_files
 from pipelines.runs.ahead import Ahead
-from pipelines.runs.events import Events, now
+from pipelines.runs.events import PROGRESS, Events, now, with_sum
 from pipelines.runs.messages import warn
 from pipelines.runs.redact import redact
 from pipelines.runs.run_files import shown
@@ -363,7 +363,7 @@ class Run:
             **({"eta_seconds": round(eta_seconds, 1)} if eta_seconds is not None else {}),
             **({"error": error} if error else {}),
         }
-        files.write_json(self.folder / "progress.json", value, durable=False)
+        files.write_json(self.folder / PROGRESS, with_sum(value), durable=False)
 
 
 @contextmanager

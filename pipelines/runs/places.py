@@ -7,6 +7,7 @@ from pathlib import Path
 from datatools import EnvironmentProblem, UsageError, files
 from datatools.files import seals
 from pipelines.runs.check import INPUTS, OURS
+from pipelines.runs.events import PROGRESS, read_progress
 from pipelines.runs.messages import say
 from pipelines.runs.run_files import shown
 from pipelines.texts import visible
@@ -59,11 +60,9 @@ def failed_early(folder: Path, *, forget: bool) -> bool:
         folder: The folder of a run.
         forget: Whether to remove the traces of such a run.
     """
-    path = folder / "progress.json"
-    if set(foreign(folder)) - INPUTS or not path.is_file():
+    if set(foreign(folder)) - INPUTS or not (folder / PROGRESS).is_file():
         return False
-    state = files.read_json(path, limit=1_000_000)
-    if not isinstance(state, dict) or state.get("state") != "failed":
+    if read_progress(folder).get("state") != "failed":
         return False
     for name in ("run.yaml", "provenance.json", "events.jsonl", seals.NAME) if forget else ():
         if (folder / name).exists():

@@ -146,6 +146,8 @@ def deliver(home: Path, audit: Mapping[str, Any]) -> bool:
 def checked(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return a summary without an audit of another selection, with warnings about files that do not belong together.
 
+    The warnings are printed, too.
+
     Args:
         folder: The folder of the run.
         summary: The content of summary.json.
@@ -161,4 +163,6 @@ def checked(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     if summary.get("audit") and digest is not None and not _judges(summary["audit"], digest, unsigned=True):
         found["audit"] = None
         warnings.append("The recorded audit belongs to another selection; its verdict is not shown.")
+    for text in warnings:
+        warn(text)
     return found | ({"warnings": [*(summary.get("warnings") or []), *warnings]} if warnings else {})

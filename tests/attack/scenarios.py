@@ -20,6 +20,7 @@ ORDER = (
     "order validate --model $W/model --data $W/few.jsonl --batches 2 --orders 2 --estimators pairwise --lora-rank 4 "
     "--warmup-steps 8 --set seeds=2 --set budget=500 --set completions=1 --out $R"
 )
+METHODS = ("auto", "gist", "rds", "tov")
 AUDIT = "audit --selected $R/selected.jsonl --pool $W/pool.jsonl --test $W/test.jsonl --against random --seeds 1"
 
 
@@ -36,6 +37,7 @@ class Scenario:
 SCENARIOS = (
     Scenario("select", SELECT),
     Scenario("select-tfidf", SELECT.replace("--budget", "--method tfidf --budget")),
+    *(Scenario(f"select-{name}", SELECT.replace("--budget", f"--method {name} --budget")) for name in METHODS),
     Scenario("train", TRAIN),
     Scenario("train-full", TRAIN.replace("--lora-rank 4", "--lora-rank 0")),
     Scenario("train-coreset", f"{TRAIN} --coreset colm --large-batch 8 --keep 4"),

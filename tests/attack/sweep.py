@@ -84,7 +84,7 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = {
             ("evaluate", f"evaluate --model $W/model --adapter {_RUN}/adapter --data $W/test.jsonl"),
             ("evaluate-checkpoint", f"evaluate --model $W/model --adapter {_RUN}/checkpoints/checkpoint-2 "
                                     "--data $W/test.jsonl"),
-            ("train", f"{_new(TRAIN)} --adapter {_RUN}/adapter"),
+            ("train", f"{_new(_FULL)} --adapter {_RUN}/adapter"),
             ("select", f"{_new(SELECT)} --checkpoints {_RUN}/checkpoints/checkpoint-4"),
             ("diagnose", f"{_new(_LOOK)} --adapter {_RUN}/adapter"),
         ),

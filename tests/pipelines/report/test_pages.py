@@ -69,6 +69,21 @@ def test_a_run_that_was_killed_and_one_that_runs_are_told_apart(world, tmp_path)
     assert "is not what the run wrote" in drawn(folder)
 
 
+@pytest.mark.parametrize("name", ["progress.json", "provenance.json", "events.jsonl", "run.yaml"])
+def test_a_record_of_which_one_digit_changed_is_named_on_the_page_of_a_run(world, tmp_path, capsys, name):
+    """The page left out what it could not read, without a word, and believed another digit in progress.json."""
+    with pytest.raises(DataError), Run(tmp_path / "run", world.select(tmp_path / "run"), "select") as run:
+        run.warned("256 rows")
+        raise DataError("256 dimensions")
+    path = tmp_path / "run" / name
+    text = path.read_text()
+    assert "256" in text or name == "provenance.json"
+    path.write_text(text.replace("256", "257") if "256" in text else text.replace('"python": "', '"python": "4', 1))
+    assert path.read_text() != text
+    page = drawn(tmp_path / "run")
+    assert name in capsys.readouterr().err and name in page and "257" not in page
+
+
 @pytest.mark.parametrize("name", [name for kind in pages.KINDS for name in kind.files])
 def test_a_damaged_file_is_named(tmp_path, name):
     for content in ("{", "[]", "1", '{"rows": 3}'):

@@ -153,14 +153,16 @@ def test_a_kill_while_moving_aside_goes_on(run):
     assert verdicts.set_aside(run, "another") is None
 
 
-def test_a_report_shows_no_verdict_on_other_rows(run):
+def test_a_report_shows_no_verdict_on_other_rows(run, capsys):
     sign(run, "of another selection")
     assert VERDICT not in page(run) and "Not audited" in page(run) and "audit belongs to another selection" in page(run)
     sign(run)
     assert VERDICT in page(run)
     lines = (run / "selected.jsonl").read_bytes().splitlines(keepends=True)
     (run / "selected.jsonl").write_bytes(b"".join(lines[1:]))  # by hand
+    capsys.readouterr()
     assert VERDICT not in page(run) and "has changed since the selection" in page(run)
+    assert "warning: selected.jsonl has changed since the selection" in capsys.readouterr().err, "not on the page alone"
 
 
 def test_an_audit_is_delivered_to_the_selection_that_it_judged(world, run, monkeypatch, capsys):
