@@ -141,9 +141,10 @@ def _length(context: Context) -> int:
 
 def _at_stage(config: SelectConfig, name: str) -> SelectConfig:
     """Return the settings for the method of one stage: by default, gradients are taken at one checkpoint."""
-    warmup = config.warmup.model_copy(update={"checkpoints": config.warmup.checkpoints or 1})
-    common = COMMON if config.common is None else config.common
-    return config.model_copy(update={"method": name, "warmup": warmup, "common": common})
+    features, common = config.features, COMMON if config.common is None else config.common
+    if features.checkpoints is None and config.warmup.checkpoints is None:
+        features = features.model_copy(update={"checkpoints": "last"})
+    return config.model_copy(update={"method": name, "features": features, "common": common})
 
 
 def work(context: Context) -> Work:

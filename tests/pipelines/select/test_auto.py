@@ -45,7 +45,7 @@ def test_auto_by_hand(world, tmp_path, small):
             taken.append(int(column.argmax()))
         at = sorted(taken)
         settings = _at_stage(config, "less")
-        assert settings.warmup.checkpoints == 1 and settings.common == 10
+        assert settings.features.checkpoints == "last" and settings.common == 10
         cosines = scorer("less").columns(replace(context, config=settings), at)
         expected = words.clone()
         expected[at] = 1 + fuse([words[at], cosines], [0.5, 1.0])
@@ -64,6 +64,18 @@ def test_auto_computes_gradients_of_a_shortlist_only(world, tmp_path, small):
     assert (scores > 1).sum() == 15
     summary = json.loads((config.out / "summary.json").read_text())
     assert summary["method"] == "auto" or "auto" in json.dumps(summary)
+
+
+def test_auto_takes_the_last_of_the_checkpoints_that_it_is_given(world, tmp_path, small):
+    """As after its own warm-up; features.checkpoints asks for others."""
+    warm = select.run(world.select(tmp_path / "warm", method="less", budget="5")) / "warmup"
+    steps = sorted(int(path.name.partition("-")[2]) for path in warm.glob("checkpoint-*"))
+    assert len(steps) > 1
+    for wanted, there in ((None, steps[-1:]), ("all", steps)):
+        out = tmp_path / f"run-{wanted}"
+        config = world.select(out, method="auto", budget="5", checkpoints=[warm])
+        select.run(config.model_copy(update={"features": config.features.model_copy(update={"checkpoints": wanted})}))
+        assert sorted(int(path.name.partition("-")[2]) for path in (out / "features").glob("train-*")) == there
 
 
 def test_auto_is_the_same_after_an_interruption(world, tmp_path, small, monkeypatch):
