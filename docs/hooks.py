@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import re
+from pathlib import Path
 from typing import Any
 
 from pipelines import listing
@@ -19,6 +20,27 @@ MARK = re.compile(r"<!-- table: (\w+) -->")
 SETTINGS = re.compile(r"<!-- settings: (\w+) -->")
 EQUATION = re.compile(r'<(?:span|div) class="arithmatex">(.*?)</(?:span|div)>', re.S)
 MODELS = {name: COMMANDS[name].settings for name in ("select", "train", "order", "audit", "diagnose")}
+METHODS = Path(__file__).resolve().parent / "pages" / "methods"
+SHARED_PAGES = {
+    "aggregations": "aggregations.md",
+    "features": "colm.md",
+    "optimizers": "optimizers.md",
+    "projectors": "projections.md",
+    "searches": "searches.md",
+    "selectors": "selectors.md",
+}
+"""Kinds whose methods share a page; each other method is in the heading of its own."""
+
+
+def page_of(kind: str, name: str) -> str:
+    """Returns the file of the page about one method. Raises: KeyError if there is none."""
+    if kind in SHARED_PAGES:
+        return SHARED_PAGES[kind]
+    for path in sorted(METHODS.glob("*.md")):
+        heading = path.read_text(encoding="utf-8").partition("\n")[0]
+        if name in re.findall(r"[\w-]+", " ".join(re.findall("`([^`]+)`", heading))):
+            return path.name
+    raise KeyError(f"no page in {METHODS} has {name!r} of the {kind} in its heading")
 
 
 def table(kind: str) -> str:
@@ -49,9 +71,20 @@ def _cell(text: str) -> str:
     return f"{said}<br>{example}" if example else said
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """mkdocs' hook: the page with its tables."""
-    return SETTINGS.sub(lambda found: settings(found[1]), MARK.sub(lambda found: table(found[1]), markdown))
+def _linked(kind: str) -> str:
+    """The table of one kind, where each method is a link to its page."""
+    if kind == "formats":
+        return table(kind)
+    return re.sub(
+        r"^\| `([^`]+)`", lambda found: f"| [`{found[1]}`]({page_of(kind, found[1])})", table(kind), flags=re.MULTILINE
+    )
+
+
+def on_page_markdown(markdown: str, page: Any = None, **_: Any) -> str:
+    """mkdocs' hook: the page with its tables, in which the overview of methods links to the pages of methods."""
+    overview = page is not None and page.file.src_uri == "methods/index.md"
+    markdown = MARK.sub(lambda found: (_linked if overview else table)(found[1]), markdown)
+    return SETTINGS.sub(lambda found: settings(found[1]), markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:
