@@ -85,11 +85,13 @@ def _order(given: Given) -> Start:
 
 
 def _audit(given: Given) -> Start:
-    """Read the settings of the run that made the selection."""
+    """Read the settings of the run that made the selection, without those of its model if another is trained."""
     from pipelines.settings.load import audit_base
 
     path = settings_file(given)
-    return Start(path, {}, *audit_base(given["selected"], path))
+    typed = [part.partition("=") for part in given.get("set") or ()]
+    named = [value.strip() for name, _, value in typed if name.strip() in ("model", "model.name")]
+    return Start(path, {}, *audit_base(given["selected"], path, named[-1] if named else given["model"]))
 
 
 def _explain(given: Given) -> Start:

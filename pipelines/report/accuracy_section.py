@@ -80,13 +80,13 @@ def beside(audit: Json, kind: str) -> dict[str, str]:
 
 
 def sentences(audit: Json) -> list[dict[str, str]]:
-    """Return what disagrees, and whether the ranking held at another learning rate.
+    """Return whether another model selected, what disagrees, and whether the ranking held at another learning rate.
 
     Args:
         audit: the content of audit.json.
     """
     found = []
-    for name, good in (("agreement", "agree"), ("lr_check", "held")):
+    for name, good in (("models", ""), ("agreement", "agree"), ("lr_check", "held")):
         part = mapping(audit.get(name))
         if part.get("sentence"):
             found.append({"state": "good" if part.get(good) else "unclear", "text": str(part["sentence"])})

@@ -83,7 +83,7 @@ def rows_of(selected: Path, pool: Rows) -> tuple[list[int], str]:
 
     Raises:
         UsageError: There is no such file.
-        DataError: A line is not in the pool.
+        DataError: A line is not in the pool, or this model cannot be trained on it.
     """
     places: dict[str, list[int]] = {}
     for i in np.flatnonzero(pool.usable).tolist():
@@ -97,6 +97,7 @@ def rows_of(selected: Path, pool: Rows) -> tuple[list[int], str]:
             continue
         rows = places.get(files.digest(line))
         if not rows:
+            _refuse_unusable(f"{selected}:{number}", files.digest(line), pool)
             raise DataError(
                 f"{selected}:{number} is not a row of the pool; give --pool the files that it was selected from"
             )
@@ -104,6 +105,16 @@ def rows_of(selected: Path, pool: Rows) -> tuple[list[int], str]:
     if not found:
         raise DataError(f"{selected}: holds no row that can be trained on")
     return found, files.digest(content)
+
+
+def _refuse_unusable(where: str, digest: str, pool: Rows) -> None:
+    """Refuse a chosen row that the pool has and that this model cannot be trained on, as the selecting model could."""
+    for i in np.flatnonzero(~pool.usable).tolist():
+        if files.digest(pool.pool.raw(i)) == digest:
+            raise DataError(
+                f"{where} is {pool.pool.where(i)} of the pool, which is left out here (by this model, its template or "
+                "max_length, or as a duplicate); read the pool as the selection did, or select again"
+            )
 
 
 def is_scored(arm: str) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from datatools import DataError, files
+from datatools import DataError, DatatoolsError, files
 from pipelines.models import load as models
 from pipelines.report import select_page
 from pipelines.rows import leakage, preflight
@@ -18,16 +18,19 @@ from pipelines.rows.rows import Rows
 from pipelines.runs import run_files, verdicts
 from pipelines.runs.folder import Run, in_scratch
 from pipelines.runs.messages import say
+from pipelines.runs.redact import redact
 from pipelines.runs.workers import alone
 from pipelines.select import compare
 from pipelines.select.arms import BASE, SLOWER, Scores, Task, as_select, rows_of, slower, tasks
-from pipelines.select.bench import Bench
+from pipelines.select.bench import Bench, Result
 from pipelines.select.oracle import oracle
 from pipelines.select.scored import Context
 from pipelines.select.verdict import judge, print_table
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.methods import FULL, SCORERS, default_arms, known
-from pipelines.training import cost, optimizers
+from pipelines.settings.methods import method as method_of
+from pipelines.settings.yaml import read_yaml
+from pipelines.training import cost, evaluation, optimizers
 from pipelines.training.accuracy import measure
 
 _TEST = 0.3  # seconds of the process in which the tests of a row run
@@ -35,6 +38,8 @@ _TEST = 0.3  # seconds of the process in which the tests of a row run
 
 def run(config: AuditConfig) -> Path:
     """Write `audit.json` to `out` and into the selection's own report, and print the table.
+
+    `predictions.jsonl` has what each model answered to the held-out rows, if more than the loss is measured.
 
     Every arm has the same number of rows and the same recipe, except `full`, which is one epoch over the whole pool. A
     seed determines the initial adapters and the order of the rows, and, for random arms, the rows themselves. Finished
@@ -116,12 +121,41 @@ def run(config: AuditConfig) -> Path:
             }
         if checks is not None:
             audit["oracle"] = checks.judged(done, known_scores) | {"noise": noticed}
-        audit |= _told(leaks) | {"selection": judged}
+        audit |= _told(leaks) | {"selection": judged} | _models(config, loaded)
+        if plan.metrics:
+            files.write_text(current.path("predictions.jsonl"), "".join(_predictions(base, done, test)))
         files.write_json(current.path("audit.json"), audit)
         if verdicts.deliver(config.selected.parent, audit):
             say(f"report: {select_page.render(config.selected.parent)}")
     print_table(audit, Console())
     return config.out
+
+
+def _models(config: AuditConfig, loaded: models.LoadedModel) -> dict[str, Any]:
+    """Return which model was trained and which one chose the rows, where the run of the selection says so."""
+    trained = redact(str(config.model.name))
+    try:
+        run = read_yaml(config.selected.parent / "run.yaml")
+        facts = files.read_json(config.selected.parent / "provenance.json")["facts"]
+    except (DatatoolsError, OSError, KeyError, TypeError):  # rows of another origin, or a run of an early version
+        return {"models": {"trained": trained}}
+    settings, method = run.get("model"), str(run.get("method"))
+    chose = settings.get("name") if isinstance(settings, Mapping) else settings
+    if not isinstance(chose, str):
+        return {"models": {"trained": trained}}
+    found = {"trained": trained, "selected": redact(chose)}
+    record = method_of(method)
+    if facts.get("model") != dict(loaded.digests) and (record is None or "model" in record.needs):
+        found["sentence"] = f"The rows were selected with {found['selected']} ({method}); the audit trained {trained}."
+    return {"models": found}
+
+
+def _predictions(base: Result, done: Sequence[tuple[Task, Result]], test: Rows) -> Iterator[str]:
+    """Yield what the untrained model and every trained one answered, a line per row and metric; without the checks."""
+    yield from evaluation.prediction_lines(test, base.measured, {"arm": BASE})
+    for task, result in done:
+        if not task.group:
+            yield from evaluation.prediction_lines(test, result.measured, {"arm": task.arm, "seed": task.seed})
 
 
 def _against(config: AuditConfig) -> list[str]:

@@ -156,9 +156,9 @@ def print_table(audit: dict[str, Any], console: Console) -> None:
     if audit.get("leaked"):
         console.print(f"LEAKED: {audit['leaked']}.", style="bold red", highlight=False, markup=False)
     console.print(audit["verdict"], soft_wrap=False, highlight=False, markup=False)
-    for part in ("agreement", "lr_check"):
-        if found := audit.get(part):
-            console.print(found["sentence"], highlight=False, markup=False)
+    for part in ("models", "agreement", "lr_check"):
+        if sentence := (audit.get(part) or {}).get("sentence"):
+            console.print(sentence, highlight=False, markup=False)
     for part in (audit.get("oracle") or {}).values():
         if isinstance(part, dict):
             console.print(part["sentence"], highlight=False, markup=False)

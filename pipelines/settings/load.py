@@ -241,21 +241,28 @@ def load_config(
     return config
 
 
-def audit_base(selected: Path | None, yaml_path: Path | None = None) -> tuple[dict[str, Json], str]:
+def audit_base(
+    selected: Path | None, yaml_path: Path | None = None, model: str | None = None
+) -> tuple[dict[str, Json], str]:
     """Return the settings that an audit takes from the run whose selected.jsonl it judges.
 
-    The model, target, pool and adapters are those of the run; the training recipe is that of its warm-up.
+    The model, target, pool and adapters are those of the run; the training recipe is that of its warm-up. An audit that
+    trains another model takes nothing that belongs to the run's: neither its other settings, such as the chat template,
+    nor the folder of its features.
 
     Args:
         selected: The selected.jsonl of the run.
-        yaml_path: A file with settings, which may name selected.jsonl instead.
+        yaml_path: A file with settings, which may name selected.jsonl and the model instead.
+        model: The model that the command names; None if it names none.
 
     Returns:
         The settings, and the name of the file that contains them; empty if there is no run.
     """
-    if selected is None and yaml_path is not None:
-        named = read_yaml(yaml_path).get("selected")
+    asked = read_yaml(yaml_path) if yaml_path is not None else {}
+    if selected is None:
+        named = asked.get("selected")
         selected = Path(named) if isinstance(named, str) else None
+    model = model or _name_of_model(asked)
     if selected is None:
         return {}, ""
     folder = Path(home(str(selected))).parent
@@ -273,7 +280,24 @@ def audit_base(selected: Path | None, yaml_path: Path | None = None) -> tuple[di
     features = kept.get("folder") if isinstance(kept, dict) else None
     if not isinstance(features, str) or not trust.within(Path(features), folder):  # the audit writes there
         features = str(folder / "features")
+    if model is not None and not _same_model(model, _name_of_model(base)):
+        base["model"], features = {"name": model}, None
     return base | {"out": str(folder / "audit"), "features": features}, str(path)
+
+
+def _name_of_model(settings: Mapping[str, object]) -> str | None:
+    """Return the name in the section `model`, which may be just the name."""
+    value = settings.get("model")
+    name = value.get("name") if isinstance(value, Mapping) else value
+    return name if isinstance(name, str) else None
+
+
+def _same_model(one: str, other: str | None) -> bool:
+    """Return whether two names of models are the same, or lead to the same file or folder."""
+    if other is None or one == other:
+        return one == other
+    paths = [Path(home(name)) for name in (one, other)]
+    return all(path.exists() for path in paths) and paths[0].resolve() == paths[1].resolve()
 
 
 def order_base(out: Path | None) -> tuple[dict[str, Json], str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +54,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             found["metrics"] = {"loss": _interval(np.divide(*by_row), by_row[1])}
             found["metrics"] |= {name: _accuracy(one) for name, one in measured.items()}
             if config.predictions is not None:
-                _write_predictions(config.predictions, rows, measured)
+                files.write_text(config.predictions, "".join(prediction_lines(rows, measured)))
         return found
 
 
@@ -68,16 +67,25 @@ def _accuracy(measured: measure.Measured) -> dict[str, Any]:
     return _interval(measured.values) | dict(measured.more)
 
 
-def _write_predictions(path: Path, rows: Rows, measured: Mapping[str, measure.Measured]) -> None:
-    """Write one line per row and metric: where the row is, what was answered, and whether that is right."""
-    lines = []
+def prediction_lines(
+    rows: Rows, measured: Mapping[str, measure.Measured], model: Mapping[str, Any] | None = None
+) -> Iterator[str]:
+    """Yield one line of JSON per row and metric: where the row is, what was answered, and whether that is right.
+
+    Args:
+        rows: The held-out rows.
+        measured: What was measured of one model.
+        model: What each line says of the model, if there are several.
+
+    Yields:
+        The lines; none for tasks of lm-eval, whose rows are not ours.
+    """
     for name, one in measured.items():
-        for answer, value in zip(one.answers, one.values.tolist(), strict=True):
+        for answer, value in zip(one.answers, one.values.tolist(), strict=False):
             said = {key: value for key, value in answer.items() if key != "row"}
             index = answer["row"]
             head = {"metric": name, "id": rows.pool.ids[index], "row": rows.pool.where(index), "right": bool(value)}
-            lines.append(json.dumps(head | said, ensure_ascii=False) + "\n")
-    files.write_text(path, "".join(lines))
+            yield json.dumps({**(model or {}), **head, **said}, ensure_ascii=False) + "\n"
 
 
 def losses(model: Any, rows: Rows, *, token_budget: int, label: str = "losses", by_row: bool = False) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from datatools import UsageError, compare
+from pipelines.models import load as models
+from pipelines.report import pages
 from pipelines.select import audit, bench, swapped
 from pipelines.select import run as select
 from pipelines.select.compare import agreement, held
@@ -77,6 +79,44 @@ def test_loss_and_accuracy_side_by_side(judged, coloured):
     page = (coloured[1] / "report.html").read_text()
     for words in ("option accuracy, 12 rows", "exact match, 12 rows", "Probability of the right option", "quarter of"):
         assert words.lower() in page.lower(), words
+
+
+def test_predictions_say_what_each_model_answered(judged):
+    found = [json.loads(line) for line in (judged / "predictions.jsonl").read_text().splitlines()]
+    runs = {(row["arm"], row.get("seed"), row["metric"]) for row in found}
+    models = [("untrained", None), *((arm, seed) for arm in ("selected", "random") for seed in (0, 1))]
+    assert runs == {(*model, metric) for model in models for metric in ("options", "exact")}
+    assert len(found) == 12 * len(runs)
+    audited = json.loads((judged / "audit.json").read_text())
+    for run in audited["rows"]:
+        own = [row["right"] for row in found if (row["arm"], row.get("seed")) == (run["arm"], run["seed"])]
+        assert np.mean(own) == pytest.approx(np.mean([one["accuracy"] for one in run["metrics"].values()]))
+    assert audited["models"]["trained"] == audited["models"]["selected"] and "sentence" not in audited["models"]
+
+
+def test_another_model_may_be_trained_than_the_one_that_selected(world, command, tmp_path):
+    """With features of its own, and a sentence that says which model did what."""
+    other = tmp_path / "other"
+    loaded = models.load(ModelConfig(name=str(world.model)))
+    loaded.model.model.layers = loaded.model.model.layers[:1]
+    loaded.model.config.num_hidden_layers = 1
+    loaded.model.save_pretrained(other)
+    loaded.tokenizer.save_pretrained(other)
+    chosen = select.run(world.select(tmp_path / "run", method="rds", model=ModelConfig(name=str(other))))
+    states = {path: path.read_bytes() for path in (chosen / "features").rglob("*") if path.is_file()}
+    argv = ["audit", "--selected", chosen / "selected.jsonl", "--test", world.test, "--against", "rds", "--seeds", 1,
+            "--lora-rank", 2, "--epochs", 1, "--metric", "loss", "--model", world.model]  # fmt: skip
+    answer = command(*argv)
+    assert answer.code == 0, answer.stderr
+    found = json.loads((chosen / "audit" / "audit.json").read_text())
+    assert found["models"]["trained"] == str(world.model) and found["models"]["selected"] == str(other)
+    assert states and {path: path.read_bytes() for path in states} == states
+    said = f"The rows were selected with {other} (rds); the audit trained {world.model}."
+    assert found["models"]["sentence"] == said and "the audit trained" in " ".join(answer.stdout.split())
+    for page in (chosen / "report.html", pages.draw(chosen / "audit")):
+        assert "the audit trained" in page.read_text()
+    again = command(*argv[:-2])
+    assert again.code == 2 and "model.name was" in again.stderr, "another audit needs a folder of its own"
 
 
 def test_another_metric_of_a_finished_audit_trains_nothing(world, coloured, judged, monkeypatch):

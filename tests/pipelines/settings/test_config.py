@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from datatools import UsageError
+from pipelines.cli import commands
 from pipelines.cli.commands import COMMANDS
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.dump import config_digest, dump, fingerprint
 from pipelines.settings.flags import submodel
 from pipelines.settings.load import audit_base, load_config
-from pipelines.settings.parts import DataConfig
+from pipelines.settings.parts import DataConfig, ModelConfig
 from pipelines.settings.select import SelectConfig
 from pipelines.settings.train import EvaluateConfig, TrainConfig
 from pipelines.settings.yaml import parse_yaml
@@ -363,6 +364,26 @@ def test_an_audit_takes_over_the_run_that_it_judges(tmp_path):
     assert config.pool.paths == ["p"] and config.pool.source_key == "s"
     assert config.training.learning_rate == 0.01 and config.training.epochs == run.warmup.epochs
     assert config.out == tmp_path / "audit"
+
+
+@pytest.mark.parametrize("how", ["flag", "set", "yaml"])
+def test_an_audit_of_another_model_takes_nothing_of_the_runs_model(tmp_path, how):
+    """Neither its template nor its features, but its rows, adapters and recipe."""
+    changes = {"model.chat": "tulu", "model.max_length": 99, "lora.rank": 4, "warmup.learning_rate": 0.01}
+    run = load_config(SelectConfig, None, FLAGS | changes)
+    (tmp_path / "run.yaml").write_text(dump(run))
+    selected, yaml = tmp_path / "selected.jsonl", tmp_path / "audit.yaml"
+    yaml.write_text("model: other\n")
+    named = {"yaml": None, "config": yaml if how == "yaml" else None, "model": "other" if how == "flag" else None}
+    sets = ["seed=3", "model.name = other"] if how == "set" else []
+    start = commands._audit({**named, "selected": selected, "set": sets})
+    flags = {"selected": selected, "test.paths": ["t"], "model.name": named["model"]}
+    config = load_config(AuditConfig, start.yaml, flags, sets, base=start.base, base_name=start.base_name)
+    assert config.model == ModelConfig(name="other") and config.features is None
+    assert config.lora.rank == 4 and config.training.learning_rate == 0.01 and config.pool == run.train
+    same = commands._audit({**named, "selected": selected, "set": [], "config": None, "model": run.model.name})
+    again = load_config(AuditConfig, None, flags | {"model.name": run.model.name}, base=same.base)
+    assert again.model == run.model and again.features == tmp_path / "features"
 
 
 def test_an_audit_without_a_run_needs_a_model(tmp_path):
