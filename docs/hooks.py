@@ -93,6 +93,9 @@ def on_page_content(content: str, **_: Any) -> str:
 
     def drawn(found: re.Match[str]) -> str:
         text = html.unescape(found[1])
-        return convert(text[2:-2].strip(), display="block" if text.startswith("\\[") else "inline")
+        done = convert(text[2:-2].strip(), display="block" if text.startswith("\\[") else "inline")
+        if "\\" in done:
+            raise ValueError(f"an equation has a command that latex2mathml does not know: {text}")
+        return str(done)
 
     return EQUATION.sub(drawn, content)
