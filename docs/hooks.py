@@ -19,6 +19,8 @@ from pipelines.settings import reference
 MARK = re.compile(r"<!-- table: (\w+) -->")
 SETTINGS = re.compile(r"<!-- settings: (\w+) -->")
 EQUATION = re.compile(r'<(?:span|div) class="arithmatex">(.*?)</(?:span|div)>', re.S)
+BELOW = re.compile(r"<msub>(<mo>(?:min|max)</mo><mrow>(?:(?!<msub>).)*?</mrow>)</msub>")
+"""What a minimum or maximum is over; in an equation on a line of its own it stands below."""
 MODELS = {name: COMMANDS[name].settings for name in ("select", "train", "order", "audit", "diagnose")}
 METHODS = Path(__file__).resolve().parent / "pages" / "methods"
 SHARED_PAGES = {
@@ -96,6 +98,6 @@ def on_page_content(content: str, **_: Any) -> str:
         done = convert(text[2:-2].strip(), display="block" if text.startswith("\\[") else "inline")
         if "\\" in done:
             raise ValueError(f"an equation has a command that latex2mathml does not know: {text}")
-        return str(done)
+        return BELOW.sub(r"<munder>\1</munder>", done) if text.startswith("\\[") else str(done)
 
     return EQUATION.sub(drawn, content)
