@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name):
-        """A module of the package, or a public name from `optim.api`."""
+        """Return a module of the package, or a public name of `optim.api`."""
         if name.startswith("__"):
             raise AttributeError(f"module 'optim' has no attribute {name!r}")
         if PathFinder.find_spec(f"optim.{name}", __path__) is not None:  # noqa: F405

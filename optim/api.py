@@ -1,4 +1,4 @@
-"""The public names of the package; `optim` loads them when one is first used."""
+"""The public names of the package, which `optim` loads when one of them is first used."""
 
 from optim import cpu_jit, curvature, diagnostics
 from optim.averaging import averages_in_place

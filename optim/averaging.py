@@ -1,4 +1,4 @@
-"""Averaged weights: what `train()` and `eval()` of an optimizer swap, for rules that average (Schedule-Free)."""
+"""Averaged weights, which `train()` and `eval()` of an optimizer swap, for rules that average (Schedule-Free)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,23 +7,28 @@ from typing import Any
 from torch import Tensor
 
 AVERAGED = "averaged"
-"""Key of a param group whose parameters are the averages at present; state dicts carry it."""
+"""Key of a param group whose parameters currently hold the averages; it is saved in state dicts."""
 
 
 class AveragedWeights:
-    """The part of `Optimizer` that swaps weights; under rules that average nothing it does nothing.
+    """The part of `Optimizer` that swaps weights; it has no effect under rules that do not average.
 
-    `eval()` writes the averages into the parameters, and `train()` writes the weights back at which gradients are
-    taken. Both may be called at any time and any number of times; transformers.Trainer calls them by itself. The
-    weights are kept while the averages are in place, so that an evaluation does not change a run by a single bit. Where
-    `state_dict` was saved in between, `train()` computes them from the averages instead.
+    `eval()` writes the averages into the parameters, and `train()` writes back the weights at which gradients are
+    computed. Both may be called at any time and any number of times; transformers.Trainer calls them automatically. The
+    weights are kept while the averages are in place, so that an evaluation does not change a run by a single bit. If
+    the optimizer was restored from a `state_dict` that was saved in between, `train()` computes the weights from the
+    averages instead.
+
+    Attributes:
+        param_groups: The param groups of the optimizer.
+        state: The state of each parameter.
     """
 
     param_groups: list[dict[str, Any]]
     state: Any
 
     def eval(self) -> None:
-        """Write the averaged weights into the parameters, where the rule has any."""
+        """Write the averaged weights into the parameters, if the rule averages weights."""
         for group, param, state in self._averaging():
             average = None if group.get(AVERAGED) else group["rule"].average(state, param.detach())
             if average is not None:
@@ -32,7 +37,7 @@ class AveragedWeights:
         self._mark(True)
 
     def train(self) -> None:
-        """Write the weights at which gradients are taken back into the parameters."""
+        """Write the weights at which gradients are computed back into the parameters."""
         for group, param, state in self._averaging():
             if group.get(AVERAGED):
                 kept = _kept(self).pop(param, None)
@@ -41,10 +46,10 @@ class AveragedWeights:
         self._mark(False)
 
     def check_training(self) -> None:
-        """Check that no averages are in place of the weights.
+        """Check that the parameters do not hold averages.
 
         Raises:
-            RuntimeError: If they are: a step would start from the wrong weights.
+            RuntimeError: If they hold averages, because a step would start from the wrong weights.
         """
         if any(group.get(AVERAGED) for group in self.param_groups):
             raise RuntimeError("the parameters are averages since eval(); call train() of the optimizer before a step")
@@ -65,17 +70,20 @@ class AveragedWeights:
 
 
 def _kept(optimizer: AveragedWeights) -> dict[Tensor, Tensor]:
-    """The weights of the parameters that are averages now; not among what torch copies and pickles."""
+    """Return the weights of the parameters that now hold averages; torch neither copies nor pickles them."""
     kept: dict[Tensor, Tensor] = optimizer.__dict__.setdefault("_weights", {})
     return kept
 
 
 @contextmanager
 def averages_in_place(optimizer: Any) -> Iterator[None]:
-    """A context in which the parameters are the averages, if the optimizer, of whatever package, has any.
+    """Return a context in which the parameters hold the averages, if the optimizer has any; any package's will do.
 
     Args:
-        optimizer: An optimizer; without `train` and `eval` nothing happens.
+        optimizer: An optimizer. If it has no `train` and `eval`, nothing happens.
+
+    Yields:
+        None.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
-"""Which fast paths can run here: the only place that decides, and the only place that launches a kernel.
+"""Which fast paths can run here. This is the only module that decides, and the only one that launches a kernel.
 
-``OPTIM_BACKEND`` in the environment is ``auto`` (the default), ``torch`` (the definitions, nothing compiled), or
-``triton`` (for tests: CPU tensors too use the Triton kernels, through its interpreter with ``TRITON_INTERPRET=1``).
+The environment variable ``OPTIM_BACKEND`` is ``auto`` (the default), ``torch`` (the definitions, nothing is compiled),
+or ``triton`` (for tests: CPU tensors use the Triton kernels too, under its interpreter with ``TRITON_INTERPRET=1``).
 """
 
 import os
@@ -31,7 +31,7 @@ def _interpreting() -> bool:
 
 
 def _load_triton() -> Any:
-    """The package, where kernels may run: torch knows CUDA, or one of the two variables asks for it. None elsewhere."""
+    """Return the package if kernels may run (torch has CUDA, or one of the two variables asks for it), else None."""
     if torch.version.cuda is None and not _interpreting() and os.environ.get("OPTIM_BACKEND") != "triton":
         return None
     try:
@@ -43,11 +43,20 @@ def _load_triton() -> Any:
 
 triton = _load_triton()
 interpreted = triton is not None and _interpreting()
-"""Whether the kernels were made for Triton's interpreter, which is decided when they are first imported."""
+"""Whether the kernels were built for Triton's interpreter; this is decided when the module is first imported."""
 
 
 def jit(function: Any) -> Any:
-    """`triton.jit`; for the interpreter where that was asked for when this module was imported, whatever is set now."""
+    """Compile a kernel with `triton.jit`, or for Triton's interpreter.
+
+    The environment at the time when this module was imported decides between them, whatever is set now.
+
+    Args:
+        function: The Python function that defines the kernel.
+
+    Returns:
+        The kernel.
+    """
     if interpreted:
         from triton.runtime.interpreter import InterpretedFunction
 
@@ -58,7 +67,8 @@ def jit(function: Any) -> Any:
 CPU_MULTIPLIES_BFLOAT16: bool = torch.backends.mkldnn.is_available() and (  # type: ignore[no-untyped-call]
     torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 )
-"""Whether this CPU has instructions for products in bfloat16, then faster than in float32 and otherwise far slower."""
+"""Whether this CPU has instructions for bfloat16 products. With them they are faster than in float32, and without them
+much slower."""
 
 
 @cache
@@ -71,27 +81,40 @@ def _has_llvm() -> bool:
 
 
 def use_cpu_jit() -> bool:
-    """Whether steps on CPU tensors are compiled (`optim.cpu_jit`): llvmlite is installed, and OPTIM_BACKEND is auto."""
+    """Return whether steps on CPU tensors are compiled by `optim.cpu_jit`.
+
+    Returns:
+        True if llvmlite is installed and OPTIM_BACKEND is auto.
+    """
     return _chosen() == "auto" and _has_llvm()
 
 
 def use_triton(*tensors: Tensor) -> bool:
-    """Whether a Triton kernel may process these tensors; whether they must be contiguous is up to the kernel.
+    """Return whether a Triton kernel may process these tensors.
 
-    This holds on GPUs from compute capability 8.0 on, where kernels can be compiled (tried once, with a warning if they
-    cannot). The tensors must be plain and dense (no DTensor or other subclass, none inside `torch.vmap`, `torch.func`
-    or `torch.compile`), of 32 bits or fewer, on one GPU (or on the CPU, under the interpreter and
-    OPTIM_BACKEND=triton), and autograd must not be watching them: the kernels have no derivatives.
+    Kernels run on GPUs with compute capability 8.0 or higher on which they can be compiled (this is tried once, and a
+    warning is issued if it fails). The tensors must be plain and dense (no DTensor or other subclass, none inside
+    `torch.vmap`, `torch.func` or `torch.compile`), of 32 bits or fewer, on one GPU (or on the CPU, under the
+    interpreter and OPTIM_BACKEND=triton), and autograd must not be tracking them, because the kernels have no
+    derivatives. The kernel itself checks whether it needs contiguous tensors.
+
+    Args:
+        *tensors: The tensors that the kernel would read and write.
+
+    Returns:
+        True if all of them fulfil these conditions.
 
     Raises:
         RuntimeError: With OPTIM_BACKEND=triton if triton is not installed.
     """
     chosen = _chosen()
     if chosen == "triton" and triton is None:
-        raise RuntimeError("OPTIM_BACKEND=triton, and triton is not installed (or was asked for after `import optim`)")
+        raise RuntimeError(
+            "OPTIM_BACKEND=triton, but triton is not installed (or the variable was set after `import optim`)"
+        )
     if chosen == "torch" or triton is None or not tensors or torch.compiler.is_compiling():
         return False
-    if not set(map(type, tensors)) <= _PLAIN or len(set(map(_DEVICE, tensors))) > 1:  # there may be many: no loops
+    if not set(map(type, tensors)) <= _PLAIN or len(set(map(_DEVICE, tensors))) > 1:  # no loop over many tensors
         return False
     device = tensors[0].device
     if interpreted:
@@ -110,7 +133,7 @@ def use_triton(*tensors: Tensor) -> bool:
 
 @cache
 def _can_launch(device: torch.device) -> bool:
-    """Whether kernels run there; what stands in the way may be the GPU, its driver, or a missing C compiler."""
+    """Return whether kernels run there; the GPU, its driver or a missing C compiler may prevent it."""
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
@@ -127,14 +150,29 @@ def _can_launch(device: torch.device) -> bool:
 
 
 def unbatched(t: Tensor) -> Tensor:
-    """Return the tensor that `torch.vmap` wrapped, for a kernel that is an operation with a batching rule."""
+    """Return the tensor that `torch.vmap` wrapped, for a kernel that is an operation with a batching rule.
+
+    Args:
+        t: A tensor, inside `torch.vmap` or not.
+
+    Returns:
+        The tensor without its wrappers.
+    """
     while torch._C._functorch.is_batchedtensor(t):
         t = torch._C._functorch.get_unwrapped(t)
     return t
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **settings: Any) -> None:
-    """Launch ``kernel[grid](...)`` on that device, current or not; an empty grid launches nothing."""
+    """Launch ``kernel[grid](...)`` on the given device, whether or not it is current; an empty grid launches nothing.
+
+    Args:
+        kernel: The kernel.
+        grid: The number of programs along each axis.
+        *arguments: The positional arguments of the kernel.
+        device: Where to launch it.
+        **settings: The keyword arguments of the kernel, such as block sizes.
+    """
     if 0 in grid:
         return
     if device.type == "cuda":
@@ -145,7 +183,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.de
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
-    """Return the element type of Triton that a pointer read from a table points to."""
+    """Return the Triton element type for a pointer that a kernel reads from a table.
+
+    Args:
+        dtype: A dtype of torch.
+
+    Returns:
+        The corresponding dtype of `triton.language`.
+    """
     return {
         torch.float32: tl.float32,
         torch.bfloat16: tl.bfloat16,
@@ -159,5 +204,5 @@ if triton is not None:
 
     @jit
     def _probe(x):  # type: ignore[no-untyped-def]
-        """The least that shows whether kernels compile and run."""
+        """Add 1 to a number, the smallest kernel that shows whether kernels compile and run."""
         tl.store(x, tl.load(x) + 1.0)

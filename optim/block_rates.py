@@ -15,8 +15,8 @@ from optim.roles import Block, Named, block_of
 PAPER_RATIOS: Mapping[Block, float] = MappingProxyType(
     {"embedding": 10.0, "qk": 8.0, "ffn": 6.0, "vo": 4.0, "norm": 1.0, "head": 1.0, "other": 1.0}
 )
-"""A block's learning rate over the base: tuned once, for a Llama of 0.25B parameters, and reused (arXiv 2502.19002).
-What the paper does not know, "other", has the base rate."""
+"""A block's learning rate divided by the base rate. The paper (arXiv 2502.19002) tuned the ratios once, for a Llama of
+0.25B parameters, and reused them. Parameters that it does not mention, "other", have the base rate."""
 
 Ratios: TypeAlias = Literal["paper"] | Mapping[str, float]
 
@@ -98,7 +98,17 @@ class Blockwise:
             warn_of_strangers(names, self.blocks, "have the base learning rate", "blocks={{{part!r}: 'norm'}}")
 
     def __call__(self, group: dict[str, Any]) -> list[dict[str, Any]]:
-        """A group for each block, with `lr_ratio` and `block`."""
+        """Divide a group by block.
+
+        Args:
+            group: A param group with named parameters.
+
+        Returns:
+            One group per block, with `lr_ratio` and `block`.
+
+        Raises:
+            ValueError: For a parameter whose block has no ratio.
+        """
         found: dict[str, Named] = {}
         for entry in group["params"]:
             part = part_in(entry[0], self.blocks)
@@ -116,15 +126,22 @@ class Blockwise:
 
 
 def warn_of_strangers(names: Iterable[str], chosen: Iterable[str], fate: str, remedy: str) -> None:
-    """Warn once about the parameters whose names tell no block of a transformer, and that nothing else assigned."""
+    """Warn once about parameters whose names do not indicate a block of a transformer and that nothing else assigns.
+
+    Args:
+        names: The names of all parameters.
+        chosen: The parts of names that were assigned explicitly.
+        fate: What happens to these parameters, as the end of a sentence with the subject "they".
+        remedy: The setting that changes it, with the field `part` for a part of a name.
+    """
     names, chosen = list(names), list(chosen)
     strangers = [name for name in names if block_of(name) == "other" and part_in(name, chosen) is None]
     if strangers:
         last = [part for part in strangers[0].split(".") if part not in ("weight", "bias") and not part.isdigit()]
         some = ", ".join(map(repr, strangers[:3])) + (", ..." if len(strangers) > 3 else "")
         warnings.warn(
-            f"{len(strangers)} of {len(names)} parameters are in no block of a transformer that their names tell "
-            f"({some}): they {fate}; say otherwise with {remedy.format(part=(last or strangers[:1])[-1])}",
+            f"the names of {len(strangers)} of {len(names)} parameters do not show which block of a transformer they "
+            f"are in ({some}): they {fate}; to change this, pass {remedy.format(part=(last or strangers[:1])[-1])}",
             UserWarning,
             stacklevel=4,
         )
@@ -151,12 +168,15 @@ _EXAMPLES = {
 
 
 def example_parameters(ratios: Ratios | None = None) -> Named:
-    """Return matrices without data, one per kind of block (that has a ratio), to try settings on.
+    """Return matrices without data, one per kind of block (that has a ratio), on which settings can be tried.
 
-    Each side is 5040, a number that almost every number of blocks divides.
+    Each side is 5040, a number that is divisible by almost every number of blocks.
 
     Args:
-        ratios: Block -> ratio, as in `blockwise`.
+        ratios: A mapping from block to ratio, as in `blockwise`.
+
+    Returns:
+        Named parameters on the meta device.
 
     Example:
         >>> from optim import create, example_parameters

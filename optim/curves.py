@@ -1,6 +1,6 @@
-"""The shapes of the learning-rate schedules: pure functions from the number of steps taken to a factor.
+"""The formulas of the learning-rate schedules: pure functions from the number of steps taken to a factor.
 
-In the formulas, x is the share of the steps after the warm-up that is done, from 0 to 1.
+In the formulas, x is the completed share of the steps after the warm-up, from 0 to 1.
 """
 
 import math
@@ -18,6 +18,9 @@ def linear(step: int, *, total_steps: int, warmup_steps: int = 0, min_ratio: flo
         total_steps: Steps of the run.
         warmup_steps: Steps of the rise.
         min_ratio: The last factor.
+
+    Returns:
+        The factor of the base learning rate.
 
     Example:
         >>> from optim.curves import linear
@@ -37,6 +40,9 @@ def cosine(step: int, *, total_steps: int, warmup_steps: int = 0, min_ratio: flo
         total_steps: Steps of the run.
         warmup_steps: Steps of the rise.
         min_ratio: The last factor.
+
+    Returns:
+        The factor of the base learning rate.
 
     Example:
         >>> from optim.curves import cosine
@@ -74,6 +80,9 @@ def wsd(
         decay: The shape of the fall, "linear", "cosine" or "1-sqrt" (1 - sqrt(x), with x the share of the fall).
         min_ratio: The first and the last factor.
 
+    Returns:
+        The factor of the base learning rate.
+
     Example:
         >>> from optim.curves import wsd
         >>> [wsd(step, total_steps=5, decay_steps=2, decay="linear") for step in range(6)]
@@ -89,7 +98,7 @@ def wsd(
 def polynomial(
     step: int, *, total_steps: int, warmup_steps: int = 0, power: float = 2.0, min_ratio: float = 0.0
 ) -> float:
-    """Rise from 0 over `warmup_steps`, then fall as a power of the remaining share to `min_ratio`.
+    """Rise from 0 over `warmup_steps`, then fall to `min_ratio` as a power of the remaining share of the steps.
 
         f = min_ratio + (1 - min_ratio) (1 - x)^power
 
@@ -100,6 +109,9 @@ def polynomial(
         power: The exponent; 1 is `linear`.
         min_ratio: The last factor.
 
+    Returns:
+        The factor of the base learning rate.
+
     Example:
         >>> from optim.curves import polynomial
         >>> [polynomial(step, total_steps=4) for step in range(5)]
@@ -109,7 +121,7 @@ def polynomial(
 
 
 def rex(step: int, *, total_steps: int, warmup_steps: int = 0, d: float = 0.5, min_ratio: float = 0.0) -> float:
-    """Rise from 0 over `warmup_steps`, then fall late, on a hyperbola, to `min_ratio`.
+    """Rise from 0 over `warmup_steps`, then fall to `min_ratio` on a hyperbola, slowly at first.
 
         f = min_ratio + (1 - min_ratio) z / ((1 - d) + d z),  z = 1 - x
 
@@ -117,8 +129,12 @@ def rex(step: int, *, total_steps: int, warmup_steps: int = 0, d: float = 0.5, m
         step: Steps taken so far.
         total_steps: Steps of the run.
         warmup_steps: Steps of the rise.
-        d: 0 is `linear`; values closer to 1 stay high longer (two thirds of the peak at half time with 1/2).
+        d: 0 is `linear`. The closer it is to 1, the longer the factor stays high (with 1/2 it is two thirds of the
+            peak at half time).
         min_ratio: The last factor.
+
+    Returns:
+        The factor of the base learning rate.
 
     Source:
         Chen et al. 2021, arXiv 2107.04197, where d = 1/2 and there is no warm-up.
@@ -148,14 +164,17 @@ def uba(step: int, *, total_steps: int, warmup_steps: int = 0, phi: float = 1.0,
         step: Steps taken so far.
         total_steps: Steps of the run.
         warmup_steps: Steps of the rise.
-        phi: Above 0. 2 is `cosine`; smaller values stay high longer, larger ones fall earlier. The default 1 is ours;
-            tune it (try 0.5, 1, 2, 5).
+        phi: A number above 0. 2 is `cosine`; with smaller values the factor stays high longer, and with larger ones it
+            falls earlier. The default 1 is our choice; tune it (try 0.5, 1, 2, 5).
         min_ratio: The last factor.
+
+    Returns:
+        The factor of the base learning rate.
 
     Source:
         arXiv 2505.24452 (unified budget-aware schedule). Unverified: no official code was found. The formula is that of
-        a public re-implementation, which restricts phi to (0, 2]. The paper's form with several phases, its advice on
-        phi for each optimizer and its results could not be checked, and what could be checked has no warm-up.
+        a public re-implementation, which restricts phi to (0, 2] and has no warm-up. The paper's form with several
+        phases, its recommendation of phi for each optimizer and its results could not be checked.
 
     Example:
         >>> from optim.curves import uba
@@ -188,10 +207,13 @@ def one_cycle(
         step: Steps taken so far.
         total_steps: Steps of the run.
         pct_start: The share of the steps in which the factor rises.
-        div_factor: 1 over the first factor.
-        final_div_factor: The first factor over the last one.
+        div_factor: The reciprocal of the first factor.
+        final_div_factor: The first factor divided by the last one.
         anneal: The shape of each piece, "cosine" or "linear".
-        three_phase: Whether the factor falls to 1 / div_factor in as many steps as it rose, and then further.
+        three_phase: Whether the factor first falls to 1 / div_factor in as many steps as it rose, and then further.
+
+    Returns:
+        The factor of the base learning rate.
 
     Source:
         Smith & Topin, arXiv 1708.07120; `torch.optim.lr_scheduler.OneCycleLR` of ``total_steps + 1`` steps, which
@@ -222,9 +244,9 @@ def one_cycle_momentum(
     anneal: str = "cosine",
     three_phase: bool = False,
 ) -> float:
-    """Return the momentum that mirrors `one_cycle`: it falls from `max_momentum` while the rate rises, and rises after.
+    """Return the momentum that mirrors `one_cycle`: it falls from `max_momentum` as the rate rises, and then rises.
 
-    It is not a factor and not in `SCHEDULES`: a momentum belongs to the frozen rule, so this is for loops that set the
+    The value is not a factor and the function is not in `SCHEDULES`. It is meant for training loops that set the
     momentum (or the first beta) of an optimizer.
 
     Args:
@@ -235,6 +257,9 @@ def one_cycle_momentum(
         pct_start: As in `one_cycle`.
         anneal: As in `one_cycle`.
         three_phase: As in `one_cycle`.
+
+    Returns:
+        The momentum.
 
     Example:
         >>> from optim.curves import one_cycle_momentum
@@ -248,11 +273,11 @@ def one_cycle_momentum(
 
 class _Phase(NamedTuple):
     number: int
-    height: float  # 0 at the phase's low end, 1 at its high end
+    height: float  # 0 at the low end of the phase, 1 at its high end
 
 
 def _one_cycle_phase(step: int, total_steps: int, pct_start: float, anneal: str, three_phase: bool) -> _Phase:
-    """The rise is phase 0, the fall after it 1, and the tail of `three_phase` 2; torch's ends of the phases."""
+    """Return the phase of a step: 0 is the rise, 1 the fall, 2 the tail of `three_phase`. They end as in torch."""
     peak = min(max(pct_start * (total_steps + 1) - 1, 0.0), total_steps)
     low = min(2 * peak, total_steps) if three_phase else total_steps
     if step < peak:
@@ -265,20 +290,23 @@ def _one_cycle_phase(step: int, total_steps: int, pct_start: float, anneal: str,
 def blockwise_cosine(
     step: int, *, total_steps: int, warmup_steps: int = 0, ratio: float = 1.0, min_ratio: float = 0.05
 ) -> float:
-    """Follow `cosine` for a block with `ratio` times the base rate, down to one last rate for all blocks.
+    """Follow `cosine` for a block with `ratio` times the base rate; all blocks end at the same rate.
 
     Args:
         step: Steps taken so far.
         total_steps: Steps of the run.
         warmup_steps: Steps of the rise.
-        ratio: The block's rate over the base rate.
-        min_ratio: The last rate of all blocks over the base rate.
+        ratio: The block's rate divided by the base rate.
+        min_ratio: The last rate of all blocks divided by the base rate.
+
+    Returns:
+        The factor of the block's learning rate.
 
     Source:
         arXiv 2502.19002, whose scripts end at base / 20 (base / 10 on C4).
 
     Differs:
-        Their `alpha` multiplies a block's peak and warm-up; set the ratio and `warmup_steps` instead.
+        The scripts' `alpha` multiplies a block's peak and warm-up; set the ratio and `warmup_steps` instead.
 
     Example:
         >>> from optim.curves import blockwise_cosine
@@ -298,22 +326,25 @@ def blockwise_wsd(
     min_ratio: float = 0.1,
     gamma: float = 1.0,
 ) -> float:
-    """Rise from 0, stay at 1 until two thirds, and fall on a line to one last rate for all blocks.
+    """Rise from 0, stay at 1 until two thirds of the run, and fall linearly; all blocks end at the same rate.
 
     Args:
         step: Steps taken so far.
         total_steps: Steps of the run.
         warmup_steps: Steps of the rise.
-        ratio: The block's rate over the base rate.
-        min_ratio: The last rate of all blocks over the base rate.
-        gamma: The factor until one third; from there to two thirds it moves to 1.
+        ratio: The block's rate divided by the base rate.
+        min_ratio: The last rate of all blocks divided by the base rate.
+        gamma: The factor until one third of the run; from there to two thirds it changes linearly to 1.
+
+    Returns:
+        The factor of the block's learning rate.
 
     Source:
         The WSD script of arXiv 2502.19002.
 
     Differs:
-        There is no `alpha`, as in `blockwise_cosine`; a warm-up that is longer than two thirds is followed by the
-        decay.
+        There is no `alpha`, as in `blockwise_cosine`. A warm-up that is longer than two thirds of the run is followed
+        directly by the decay.
 
     Example:
         >>> from optim.curves import blockwise_wsd
@@ -337,6 +368,9 @@ def constant(step: int, *, total_steps: int, warmup_steps: int = 0) -> float:
         total_steps: Steps of the run.
         warmup_steps: Steps of the rise.
 
+    Returns:
+        The factor of the base learning rate.
+
     Example:
         >>> from optim.curves import constant
         >>> [constant(step, total_steps=3, warmup_steps=2) for step in range(4)]
@@ -346,14 +380,14 @@ def constant(step: int, *, total_steps: int, warmup_steps: int = 0) -> float:
 
 
 def _warmed(step: int, total_steps: int, warmup_steps: int, fall: Callable[[float], float]) -> float:
-    """Up from 0 in `warmup_steps`, then `fall` of the share that is done of the steps after them."""
+    """Rise from 0 over `warmup_steps`, then follow `fall` of the completed share of the remaining steps."""
     if step < min(warmup_steps, total_steps):
         return step / warmup_steps
     return fall(_share(step, warmup_steps, total_steps))
 
 
 def _share(step: float, start: float, end: float) -> float:
-    """How much of start..end is done, 0 to 1; 1 from the end on, also where there is nothing between them."""
+    """Return the completed share of start..end, from 0 to 1; it is 1 from the end on, even if the range is empty."""
     if step >= end:
         return 1.0
     return (step - start) / (end - start) if step > start else 0.0

@@ -1,4 +1,4 @@
-"""What a param group may hold: the checks of its parameters, gradients and learning rate, with names for messages."""
+"""Checks of what a param group holds: its parameters, gradients and learning rate, with names for error messages."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -11,40 +11,71 @@ from optim.saved import expected_state
 
 
 def kind_name(value: object) -> str:
-    """What a value is, for messages."""
+    """Return the name of a value's type, for error messages.
+
+    Args:
+        value: Any value, which may itself be a class.
+
+    Returns:
+        The name of its type, or its own name if it is a class.
+    """
     return value.__name__ + " (a class)" if isinstance(value, type) else type(value).__name__
 
 
 def check_lr(lr: float | Tensor) -> None:
     """Check a learning rate.
 
+    Args:
+        lr: The learning rate, a number or a tensor with one element.
+
     Raises:
         ValueError: Unless it is one finite number of at least 0.
     """
     if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr is a tensor of {lr.numel()} elements; it must be one number")
+        raise ValueError(f"lr is a tensor with {lr.numel()} elements; it must be one number")
     if isinstance(lr, bool) or not isinstance(lr, int | float | Tensor) or not 0 <= float(lr) < math.inf:
         raise ValueError(f"lr = {lr!r}; it must be a finite number of at least 0")
 
 
 def label_of(group: Mapping[str, Any], offset: int, i: int) -> str:
-    """A parameter's name for messages: its own, or its number in the optimizer and its shape."""
+    """Return a parameter's name for error messages: its own name, or its position in the optimizer and its shape.
+
+    Args:
+        group: The param group.
+        offset: The position of the group's first parameter in the optimizer.
+        i: The position of the parameter in the group.
+
+    Returns:
+        The quoted name, or "number ... of shape ...".
+    """
     names = group.get("param_names")
     return repr(names[i]) if names else f"number {offset + i} of shape {tuple(group['params'][i].shape)}"
 
 
 def labelled(group: Mapping[str, Any], offset: int) -> Iterator[tuple[str, Tensor]]:
-    """The group's parameters, each with its name for messages."""
+    """Yield the group's parameters, each with its name for error messages.
+
+    Args:
+        group: The param group.
+        offset: The position of the group's first parameter in the optimizer.
+
+    Yields:
+        The label and the parameter.
+    """
     for i, param in enumerate(group["params"]):
         yield label_of(group, offset, i), param
 
 
 def check_params(group: Mapping[str, Any], offset: int) -> None:
-    """Check that the parameters of a group are such as its rule steps, each of them once.
+    """Check that the rule of a group can step its parameters and that the group contains each of them only once.
+
+    Args:
+        group: The param group.
+        offset: The position of the group's first parameter in the optimizer.
 
     Raises:
-        TypeError: For a parameter that is not of a real floating-point dtype.
-        ValueError: For a parameter that stands there twice, or whose state the rule refuses to make.
+        TypeError: For a parameter that does not have a real floating-point dtype.
+        ValueError: For a parameter that occurs twice, or for which the rule refuses to create a state.
     """
     seen: set[Tensor] = set()
     for label, param in labelled(group, offset):
@@ -54,7 +85,7 @@ def check_params(group: Mapping[str, Any], offset: int) -> None:
         if not param.is_floating_point():
             raise TypeError(
                 f"parameter {label} is {param.dtype}; optimizers here take real floating-point parameters "
-                "(for a complex one, optimize torch.view_as_real of it)"
+                "(for a complex parameter, optimize its torch.view_as_real)"
             )
         try:
             expected_state(group["rule"], param)
@@ -63,10 +94,14 @@ def check_params(group: Mapping[str, Any], offset: int) -> None:
 
 
 def check_gradients(group: Mapping[str, Any], offset: int) -> None:
-    """Check that the parameters with a gradient have data, and no gradient is sparse.
+    """Check that parameters with a gradient have data and that no gradient is sparse.
+
+    Args:
+        group: The param group.
+        offset: The position of the group's first parameter in the optimizer.
 
     Raises:
-        TypeError: For the first that is otherwise.
+        TypeError: For the first parameter on the meta device or with a sparse gradient.
     """
     for label, param in labelled(group, offset):
         if param.grad is not None and param.is_meta:

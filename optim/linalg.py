@@ -1,20 +1,24 @@
-"""Matrix functions that rules share: Newton-Schulz and its coefficients, whitening, norms, the radial projection."""
+"""Matrix functions that rules share: Newton-Schulz and its coefficients, whitening, and norms."""
 
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from optim.kernels import symmetric
 from optim.kernels import unit_rms as unit_rms_kernel
-from optim.sharding import largest
 
 
 class Polynomial(NamedTuple):
-    """An odd polynomial a s + b s^3 + c s^5 per step; the last one is repeated if more steps are asked for.
+    """An odd polynomial a s + b s^3 + c s^5 per step; if more steps are requested, the last one is repeated.
+
+    Args:
+        coefficients: A triple (a, b, c) per step.
+        safety: The input is divided by `safety` times its Frobenius norm.
+        source: Where the coefficients come from.
 
     Example:
         >>> from optim.linalg import NEWTON_SCHULZ
@@ -24,7 +28,6 @@ class Polynomial(NamedTuple):
 
     coefficients: tuple[tuple[float, float, float], ...]
     safety: float
-    """The input is divided by `safety` times its Frobenius norm."""
     source: str
 
 
@@ -68,15 +71,15 @@ def newton_schulz(
     form: str = "plain",
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*k m n"]:
-    """Return about U V^T for each matrix x = U S V^T, in x's dtype.
+    """Return an approximation of U V^T for each matrix x = U S V^T, in x's dtype.
 
-    Each step maps singular values by ``s -> a s + b s^3 + c s^5`` and keeps singular vectors; zero gives zero.
+    Each step maps singular values by ``s -> a s + b s^3 + c s^5`` and preserves singular vectors; zero gives zero.
 
-    The published codes would shrink x, and so the result, below a norm of eps. Here the input is divided by its norm
-    alone for norms below a tenth of eps (below eps with "torch"), and in between the share of eps falls linearly. The
-    result therefore does not depend on the scale of x, up to the largest and down to the smallest normal number of its
-    dtype, whatever the range of `dtype` is. A sum is computed by the product that feeds it and rounded once, as in
-    torch; the other codes round it term by term, which in 16 bits is slower and has twice the error.
+    The published codes shrink x, and therefore the result, if its norm is below eps. Here the input is divided by its
+    norm alone if the norm is below a tenth of eps (below eps with "torch"), and in between the share of eps decreases
+    linearly. The result therefore does not depend on the scale of x, from the smallest to the largest normal number of
+    its dtype, whatever the range of `dtype` is. Each sum is computed as part of a matrix product and rounded once, as
+    in torch; the other codes round it term by term, which in 16 bits is slower and has twice the error.
 
     Args:
         x: Matrices [..., m, n] of a floating-point dtype.
@@ -87,15 +90,15 @@ def newton_schulz(
             (torch.optim.Muon) by ``max(safety * |x|_F, eps)``.
         dtype: The dtype of the products (bfloat16 in the published codes); None for that of x. In bfloat16, rounding
             noise in the null space of a rank-deficient x is amplified to order 1; use float32 for small or structurally
-            low-rank matrices. Single rows and columns are multiplied in float32 at least: their steps act on one
-            number, whose errors do not average out.
+            low-rank matrices. Single rows and columns are multiplied in float32 at least, because their steps act on
+            one number, whose errors do not average out.
 
     Returns:
         A tensor of x's shape and dtype.
 
     Cost:
-        ``steps * (4 p^2 q + 2 p^3)`` FLOP per matrix, with p = min(m, n) and q = max(m, n). From q = 2 p on, in 32 bits
-        and more, three steps at a time use their Gram matrix alone: ``8 p^2 q + 28 p^3`` for five of them.
+        ``steps * (4 p^2 q + 2 p^3)`` FLOP per matrix, with p = min(m, n) and q = max(m, n). If q is at least 2 p, and
+        in 32 bits or more, three steps at a time only use their Gram matrix: ``8 p^2 q + 28 p^3`` for five steps.
 
     Example:
         >>> from optim.linalg import newton_schulz
@@ -123,9 +126,10 @@ def newton_schulz(
 
 
 def _power_of_two(x: Tensor) -> Tensor:
-    """[..., 1, 1] for matrices x [..., m, n]: what brings the largest entry of each into [1, 2), without rounding.
+    """Return [..., 1, 1] for matrices x [..., m, n]: the power of two that scales the largest entry of each to [1, 2).
 
-    Otherwise norms of entries above 1e19 or below 1e-23 overflow or vanish, and entries above 65504 in float16.
+    This scaling does not round. Without it, norms of entries above 1e19 overflow and those of entries below 1e-23
+    vanish, and in float16 entries above 65504 overflow.
     """
     if x.numel() == 0:
         return x.new_ones(*x.shape[:-2], 1, 1)
@@ -135,7 +139,7 @@ def _power_of_two(x: Tensor) -> Tensor:
 
 
 def _divisor(norm: Tensor, eps: float, factor: Tensor) -> Tensor:
-    """norm + eps, in units of 1 / factor, with the share of eps that `newton_schulz` describes; 1 for a zero norm."""
+    """Return norm + eps in units of 1 / factor, with eps scaled as `newton_schulz` describes; 1 where norm is 0."""
     if eps == 0:
         return torch.where(norm > 0, norm, 1)
     eps_here = eps * factor.to(torch.promote_types(norm.dtype, torch.float32))  # may be infinite
@@ -144,13 +148,13 @@ def _divisor(norm: Tensor, eps: float, factor: Tensor) -> Tensor:
 
 
 _GRAM_STEPS = 3
-"""Steps on one Gram matrix, in 32 bits and more. Its rounding errors are relative to the largest singular value, and
-each step amplifies them as it does the smallest ones: in bfloat16 two steps on one leave singular values of up to 1.3
-where single steps leave 1.14, and three can diverge."""
+"""The number of steps on one Gram matrix, in 32 bits or more. The rounding errors of a Gram matrix are relative to the
+largest singular value, and each step amplifies them like the smallest singular values. In bfloat16, two steps on one
+Gram matrix leave singular values of up to 1.3, single steps leave 1.14, and three steps can diverge."""
 
 
 def _newton_schulz_steps(y: Tensor, first: tuple[float, float, float], *rest: tuple[float, float, float]) -> Tensor:
-    """Stacks y [k, p, q] after a step for each (a, b, c): (total I + moved) y, with both of them from y y^T alone."""
+    """Return stacks y [k, p, q] after one step per (a, b, c): (total I + moved) y, where both only depend on y y^T."""
     a, b, c = first
     if not rest and symmetric.fits(y):
         return torch.baddbmm(y, symmetric.polynomial(y, b, c), y, beta=a)
@@ -158,7 +162,7 @@ def _newton_schulz_steps(y: Tensor, first: tuple[float, float, float], *rest: tu
     inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     total, moved = a, inner
     for next_a, b, c in rest:
-        half = torch.baddbmm(gram, inner, gram, beta=a)  # gram <- (a I + inner) gram (a I + inner), which commute
+        half = torch.baddbmm(gram, inner, gram, beta=a)  # gram <- (a I + inner) gram (a I + inner); the factors commute
         gram = torch.baddbmm(half, half, inner, beta=a)
         inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         a, moved = next_a, torch.baddbmm(next_a * moved + total * inner, inner, moved)
@@ -167,10 +171,10 @@ def _newton_schulz_steps(y: Tensor, first: tuple[float, float, float], *rest: tu
 
 
 def polar(x: Float[Tensor, "*k m n"]) -> Float[Tensor, "*k m n"]:
-    """Return U V^T for each matrix x = U S V^T, over the singular values that are not rounding errors.
+    """Return U V^T for each matrix x = U S V^T, restricted to the singular values that are not rounding errors.
 
-    These are the ones above ``max(m, n) eps`` times the largest; zero gives zero. The function uses an SVD: about 20
-    p^2 q FLOP per matrix.
+    These are the ones above ``max(m, n) eps`` times the largest; zero gives zero. The function computes an SVD, which
+    takes about 20 p^2 q FLOP per matrix.
 
     Args:
         x: Matrices [..., m, n] of dtype float32 or float64.
@@ -192,7 +196,7 @@ def polar(x: Float[Tensor, "*k m n"]) -> Float[Tensor, "*k m n"]:
 
 
 def whiten(x: Float[Tensor, "*k m n"], *, steps: int, beta: float) -> Float[Tensor, "*k m n"]:
-    """Return about U V^T for each matrix x = U S V^T, times a number that the caller's scale removes.
+    """Return approximately U V^T for each matrix x = U S V^T, times a factor that the caller has to normalise.
 
     The coupled iteration ``T = 3 I - Z Y; Y <- beta Y T; Z <- beta T Z`` runs from ``Y = X X^T, Z = I`` on the smaller
     side, with ``X = x / |x|_F``, and the result is ``Z X``. Zero gives zero.
@@ -201,7 +205,7 @@ def whiten(x: Float[Tensor, "*k m n"], *, steps: int, beta: float) -> Float[Tens
         x: Matrices [..., m, n] of dtype float32 or float64.
         steps: The number of steps.
         beta: 0.5 converges to U V^T (in about 14 steps). 0.8 is faster and ends with singular values anywhere in about
-            [0.56, 1.60]: small changes of x move them, so use float32.
+            [0.56, 1.60]. Small changes of x change them, so use float32.
 
     Returns:
         A tensor of x's shape and dtype.
@@ -236,12 +240,12 @@ def whiten(x: Float[Tensor, "*k m n"], *, steps: int, beta: float) -> Float[Tens
 
 
 def unit_rms(x: Float[Tensor, "*shape"], *, dim: int | tuple[int, ...], eps: float) -> Float[Tensor, "*shape"]:
-    """Return x divided by its root mean square along `dim`, which is taken as at least eps; zero stays zero.
+    """Return x divided by its root mean square along `dim`, or by eps where that is larger; zero stays zero.
 
     Args:
         x: A tensor of any shape and a floating-point dtype.
         dim: The dimension or dimensions.
-        eps: The least divisor.
+        eps: The smallest divisor.
 
     Returns:
         A tensor of x's shape and dtype.
@@ -258,7 +262,8 @@ def unit_rms(x: Float[Tensor, "*shape"], *, dim: int | tuple[int, ...], eps: flo
 
 
 _TINY = 1e-37
-"""Under a square root, so that a zero row has a derivative; below every square that a clamp of 1e-8 lets through."""
+"""Added under a square root, so that a zero row has a derivative. It is below every square that passes a clamp of
+1e-8."""
 
 
 def row_normalised(x: Float[Tensor, "*k m n"]) -> Float[Tensor, "*k m n"]:
@@ -266,6 +271,9 @@ def row_normalised(x: Float[Tensor, "*k m n"]) -> Float[Tensor, "*k m n"]:
 
     Args:
         x: Matrices [..., m, n] of a floating-point dtype.
+
+    Returns:
+        A tensor of x's shape and dtype.
 
     Example:
         >>> from optim.linalg import row_normalised
@@ -280,6 +288,9 @@ def column_normalised(x: Float[Tensor, "*k m n"]) -> Float[Tensor, "*k m n"]:
 
     Args:
         x: Matrices [..., m, n] of a floating-point dtype.
+
+    Returns:
+        A tensor of x's shape and dtype.
 
     Example:
         >>> from optim.linalg import column_normalised
@@ -298,6 +309,9 @@ def spectrally_normalised(x: Float[Tensor, "*k m n"]) -> Float[Tensor, "*k m n"]
     Args:
         x: Matrices [..., m, n] of dtype float32 or float64.
 
+    Returns:
+        A tensor of x's shape and dtype.
+
     Example:
         >>> from optim.linalg import spectrally_normalised
         >>> round(float(spectrally_normalised(torch.tensor([[2.0, 0.0], [0.0, 7.0]])).norm()), 4)
@@ -312,19 +326,23 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "spectral": spectrally_normalised,
     "sign": torch.sign,
 }
-"""Norm g -> the point of largest inner product with x on g's sphere, scaled to a Frobenius norm of sqrt(m n)."""
+"""Name of a norm -> a function that maps x to the point on the norm's sphere with the largest inner product with x,
+scaled to a Frobenius norm of sqrt(m n)."""
 
 
 def multi_normalised(x: Float[Tensor, "*k m n"], *, norms: Sequence[str], rounds: int) -> Float[Tensor, "*k m n"]:
-    """Return x after `rounds` rounds of each of the `norms`, in their order.
+    """Return x after `rounds` rounds of normalisation by each of the `norms`, in their order.
 
-    ("row", "column") is Sinkhorn's iteration on squares; ("row", "spectral") once is SWAN without centring. Divisors
-    are at least 1e-8 in l2.
+    ("row", "column") is Sinkhorn's iteration on squares, and one round of ("row", "spectral") is SWAN without centring.
+    Divisors are l2 norms of at least 1e-8.
 
     Args:
         x: Matrices [..., m, n] of dtype float32 or float64.
         norms: Keys of `NORMS`.
         rounds: The number of rounds.
+
+    Returns:
+        A tensor of x's shape and dtype.
 
     Source:
         Scetbon et al. 2025, arXiv 2502.06742 (MNGD).
@@ -339,56 +357,3 @@ def multi_normalised(x: Float[Tensor, "*k m n"], *, norms: Sequence[str], rounds
         for norm in norms:
             x = NORMS[norm](x)
     return x
-
-
-def remove_radial(
-    update: Float[Tensor, "*shape"],
-    grad: Float[Tensor, "*shape"],
-    param: Float[Tensor, "*shape"],
-    *,
-    delta: float,
-    eps: float,
-) -> tuple[Float[Tensor, "*shape"], Bool[Tensor, ""]]:
-    """Remove the part of `update` along `param` if `grad` is almost orthogonal to `param`.
-
-    The tensors [m, ...] are treated as m rows of n, and then as one row of m n. In the first of these views in which
-    every row has ``|<g, p>| / (max(|g|, eps) max(|p|, eps)) < delta / sqrt(row length)``, rows become ``u - <u, q> q``
-    with ``q = p / (|p| + eps)``. If there is none, and for vectors, scalars and tensors without elements, `update` is
-    unchanged. A zero `grad` counts as orthogonal. Weights whose scale has no effect (before a normalisation) have
-    orthogonal gradients, but momentum and Adam's denominator are not orthogonal, and so let such weights grow.
-
-    Args:
-        update: u, a tensor [m, ...].
-        grad: g, of the same shape.
-        param: p, of the same shape.
-        delta: The threshold.
-        eps: The least norm.
-
-    Returns:
-        The update, and whether something was removed, as a 0-d bool tensor.
-
-    Source:
-        Heo et al. 2020, arXiv 2006.08217 (projected updates); clovaai/AdamP.
-
-    Example:
-        >>> from optim.linalg import remove_radial
-        >>> p, g = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-        >>> remove_radial(torch.tensor([[2.0, 3.0]]), g, p, delta=0.1, eps=1e-8)
-        (tensor([[0., 3.]]), tensor(True))
-    """
-    if param.ndim < 2 or param.numel() == 0:
-        return update, torch.zeros((), dtype=torch.bool, device=param.device)
-    rows, length = param.shape[0], math.prod(param.shape[1:])
-    u, g, p = (x.reshape(rows, length) for x in (update, grad, param))
-    products = [(a * b).sum(1, keepdim=True) for a, b in ((g, p), (g, g), (p, p), (u, p))]
-    by_rows, row_shares = _radial(*products, limit=delta / math.sqrt(length), eps=eps)
-    whole, share = _radial(*(x.sum(0, keepdim=True) for x in products), limit=delta / math.sqrt(rows * length), eps=eps)
-    along = torch.where(by_rows, row_shares, torch.where(whole, share, 0))
-    return (u - along * p).reshape(update.shape), by_rows | whole
-
-
-def _radial(gp: Tensor, gg: Tensor, pp: Tensor, up: Tensor, *, limit: float, eps: float) -> tuple[Tensor, Tensor]:
-    """From inner products of rows: are all cosines below the limit, and how much of p the projection takes off u."""
-    norm = pp.sqrt()
-    cosine = gp.abs() / (gg.sqrt().clamp(min=eps) * norm.clamp(min=eps))
-    return largest(cosine) < limit, up / (norm + eps).square()

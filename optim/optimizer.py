@@ -29,43 +29,43 @@ from optim.saved import (
 from optim.settings import TORCH_FLAGS, ParamGroup
 
 Params: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-"""Parameters, named parameters or param groups, what `torch.optim` accepts; or a model: its parameters that train."""
+"""What `torch.optim` accepts (parameters, named parameters or param groups), or a model with its trained parameters."""
 
 Group: TypeAlias = dict[str, Any]
-"""A param group: `params`, `lr` and the like."""
+"""A param group: `params`, `lr` and other settings."""
 
 _GRAD, _IS_META, _LAYOUT = attrgetter("grad"), attrgetter("is_meta"), attrgetter("layout")
 
 
 class Optimizer(AveragedWeights, torch.optim.Optimizer):
-    """Steps every parameter by the rule of its group: ``p <- p - lr * (direction + weight_decay * decay)``.
+    """Step every parameter by the rule of its group: ``p <- p - lr * (direction + weight_decay * decay)``.
 
-    A param group has `rule`, `lr` and `weight_decay`. A group may replace the rule, or single fields of it
+    A param group has `rule`, `lr` and `weight_decay`. A group may replace the rule or individual fields of it
     (``{"params": ps, "betas": (0.9, 0.95)}``). Everything that determines the update is in the groups and in `state`.
-    Fields can also be read and written by their names: ``group["momentum"] = 0.9`` takes effect from the next step on,
-    is part of the state dict, and is how torch's schedulers cycle momentum; see `optim.settings.ParamGroup`.
+    Fields can also be read and written by their names: ``group["momentum"] = 0.9`` takes effect from the next step on
+    and is part of the state dict. torch's schedulers cycle momentum in this way; see `optim.settings.ParamGroup`.
 
-    `UpdateRule.init` makes the state of a parameter at its first step: plain tensors in the rule's own dtype (float32
-    moments for bfloat16 parameters). They keep it after `load_state_dict`, where torch would cast them to the dtype of
-    the parameter. A state dict holds each rule as its name and plain fields and loads with
+    `UpdateRule.init` creates the state of a parameter at its first step: plain tensors in the rule's own dtype (float32
+    moments for bfloat16 parameters). They keep that dtype after `load_state_dict`, where torch would cast them to the
+    dtype of the parameter. A state dict stores each rule as its name and plain fields and can be read with
     ``torch.load(weights_only=True)``. Loading compares the rules, except for settings that were written to a group
-    since: those are restored, like `lr`. State dicts of `torch.optim.AdamW`, `SGD`, `NAdam` and `Muon` load into the
-    classes of these names, and `optim.to_torch_state` converts back.
+    after its creation: those are restored, like `lr`. State dicts of `torch.optim.AdamW`, `SGD`, `NAdam` and `Muon`
+    load into the classes of the same names, and `optim.to_torch_state` converts back.
 
-    A parameter without a gradient is skipped and its step count does not change. An elementwise rule passes non-finite
-    entries of a gradient on to those coordinates only, as torch does. Under a rule with ``elementwise = False`` one of
-    them would spoil a whole matrix, so that tensor and its state are left unchanged for this step and a RuntimeWarning
-    names the parameter. To drop the step of a whole model, test the gradients before calling `step`.
+    A parameter without a gradient is skipped and its step count does not change. Under an elementwise rule, non-finite
+    entries of a gradient only affect their own coordinates, as in torch. Under a rule with ``elementwise = False`` a
+    single one would corrupt a whole matrix, so that tensor and its state are left unchanged for this step and a
+    RuntimeWarning names the parameter. To skip the step of a whole model, test the gradients before calling `step`.
 
-    Groups that are added later are divided like those given at first: by `divide`, in classes that choose the rule of
-    each parameter, and by every one of `divisions` (`optim.divide_groups`). The optimizer works with torch's
-    schedulers, step and state-dict hooks, closures, `copy.deepcopy` and `torch.compile`, which runs the step as it is.
-    The torch switches `maximize`, `foreach`, `fused`, `capturable` and `differentiable` are refused.
+    Groups that are added later are divided like those given at construction: by `divide`, in classes that choose the
+    rule of each parameter, and by each of the `divisions` (`optim.divide_groups`). The optimizer works with torch's
+    schedulers, step and state-dict hooks, closures, `copy.deepcopy` and `torch.compile`, which runs the step uncompiled
+    by itself. The torch switches `maximize`, `foreach`, `fused`, `capturable` and `differentiable` are refused.
 
     Args:
         params: The model, of which the parameters that require a gradient are taken; its parameters, with or without
             names; or param groups.
-        rule: The rule of the groups that have none of their own.
+        rule: The rule of the groups that do not have their own.
         lr: Learning rate, a number or a tensor with one element.
         weight_decay: Decoupled weight decay.
 
@@ -84,7 +84,7 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
     """
 
     arrived: rounding.Arrived | None = None
-    """Where set, steps of groups with a `rounding` count here how much of the intended updates they made."""
+    """If set, steps of groups with a `rounding` record here how much of the intended updates they made."""
 
     divide: Callable[[Group, "Optimizer"], list[Group]] | None = None
     divisions: Sequence[Callable[[Group], list[Group]]] = ()
@@ -99,31 +99,31 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
         super().__init__(params, ParamGroup({"rule": rule, "lr": lr, "weight_decay": weight_decay}))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Torch copies and pickles no more than groups and states."""
+        """Add the divisions to what torch copies and pickles, which is groups and states."""
         own = {key: self.__dict__[key] for key in ("divide", "divisions") if key in self.__dict__}
         return super().__getstate__() | own
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group; fields of its rule that are given next to `params` replace those of the default rule.
 
-        It becomes several groups where the optimizer divides what it is given, such as Muon's matrices and the rest.
+        It becomes several groups if the optimizer divides its parameters, as Muon does into matrices and the rest.
 
         Args:
             param_group: A dictionary with `params` and settings.
 
         Raises:
             ValueError: For values out of range, unsupported switches, or a parameter that is given twice.
-            TypeError: For parameters that are not real floating-point tensors, for a rule that is no `UpdateRule`, and
-                for parameters without names where these determine the groups. No group is added in any of these cases.
+            TypeError: For parameters that are not real floating-point tensors, for a rule that is not an `UpdateRule`,
+                and for parameters without names if names determine the groups. In all these cases, no group is added.
         """
         before = len(self.param_groups)
         try:
             if not isinstance(param_group, dict):
-                super().add_param_group(param_group)  # which says what is wrong
+                super().add_param_group(param_group)  # raises an error that says what is wrong
             for group in self._divided_group(dict(param_group)):
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="optimizer contains a parameter group with duplicate")
-                    super().add_param_group(group)  # torch warns of what check_params refuses
+                    super().add_param_group(group)  # torch only warns about duplicates, which check_params refuses
                 check_params(*list(self._offsets())[-1])
         except (TypeError, ValueError):
             del self.param_groups[before:]
@@ -139,7 +139,7 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
         return parts
 
     def _resolved(self, group: dict[str, Any]) -> ParamGroup:
-        """The group with its rule built and its values checked."""
+        """Return the group with its rule built and its values checked."""
         rule = group.get("rule", self.defaults["rule"])
         if not isinstance(rule, UpdateRule):
             raise TypeError(f"param group: rule is {kind_name(rule)}; expected an UpdateRule such as AdamWRule()")
@@ -163,10 +163,17 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step for every parameter that has a gradient.
+        """Step every parameter that has a gradient.
 
-        `closure`: recomputes the loss, once, with gradients enabled; its value is returned.
-        Raises: TypeError for a sparse gradient or a parameter on the meta device, before any parameter has moved.
+        Args:
+            closure: A function that computes the loss and its gradients; it is called once, with gradients enabled.
+
+        Returns:
+            The value of the closure, or None if there is none.
+
+        Raises:
+            TypeError: For a sparse gradient or a parameter on the meta device, before any parameter has changed.
+            RuntimeError: If the parameters hold averages since `eval()`.
         """
         loss: float | None = None
         if closure is not None:
@@ -175,7 +182,7 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
         self._step()
         return loss
 
-    @_disable_dynamo  # a step has its own compiled paths, in which a new setting compiles nothing again
+    @_disable_dynamo  # a step has its own compiled paths, which a new setting does not recompile
     def _step(self) -> None:
         self.check_training()
         work = [(group, offset, *self._ready(group, offset)) for group, offset in self._offsets()]
@@ -194,13 +201,14 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
     def _step_those(
         self, rule: UpdateRule, params: list[Tensor], grads: list[Tensor], *, lr: float | Tensor, weight_decay: float
     ) -> list[bool]:
-        """One step of these parameters; for each, whether it was stepped. `optim.distributed` does it in other ways."""
+        """Step these parameters and return, for each, if it was stepped; `optim.distributed` overrides this."""
         return cpu_jit.step(rule, params, grads, self._states_of(rule, params), lr=lr, weight_decay=weight_decay)
 
     def _settle(self, index: int, group: ParamGroup) -> None:
-        """See that the states suit the group's rule as it is now, where its settings were changed since the last step.
+        """Adapt the states to the group's current rule if its settings were changed since the last step.
 
-        Raises: ValueError if a setting was changed that says how the states are kept.
+        Raises:
+            ValueError: If a setting was changed that determines how the states are stored.
         """
         rule = group.settle()
         before, group.settled = group.settled, rule
@@ -218,8 +226,8 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
                 group.settled = group["rule"] = before
                 changes = ", ".join(rule.differences(before.describe()))
                 raise ValueError(
-                    f"param group {index}: a setting that says how states are kept cannot be changed after the first "
-                    f"step ({changes}, the last step's value); build a new optimizer"
+                    f"param group {index}: a setting that determines how states are stored cannot be changed after the "
+                    f"first step ({changes}, the last step's value); build a new optimizer"
                 )
             if set(want) - set(kept):  # SGD's buffer, at its first momentum above 0
                 state.update({key: value for key, value in rule.init(param).items() if key not in kept})
@@ -229,13 +237,13 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
     def _offsets(self) -> Iterator[tuple[ParamGroup, int]]:
         offset = 0
         for i, group in enumerate(self.param_groups):
-            if not isinstance(group, ParamGroup):  # somebody put a plain dict there
+            if not isinstance(group, ParamGroup):  # other code put a plain dict there
                 group = self.param_groups[i] = ParamGroup(group)
             yield group, offset
             offset += len(group["params"])
 
     def _ready(self, group: dict[str, Any], offset: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The group's parameters that have a gradient, and the gradients; there may be many, so without a loop."""
+        """Return the group's parameters that have a gradient, and their gradients, without a loop over many tensors."""
         params: list[Tensor] = group["params"]
         grads: list[Any] = list(map(_GRAD, params))
         if None.__class__ in set(map(type, grads)):
@@ -248,7 +256,7 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
     def _share(
         self, rule: UpdateRule, group: dict[str, Any], offset: int, params: list[Tensor], grads: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """`rule.share` for those with finite gradients, which are returned."""
+        """Call `rule.share` for the parameters with finite gradients, and return these parameters and gradients."""
         if not rule.elementwise:
             fine = cpu_jit.all_finite(grads)
             self._warn_of_left(group, offset, params, fine)
@@ -262,20 +270,20 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
         return params, grads
 
     def _warn_of_left(self, group: dict[str, Any], offset: int, params: Sequence[Tensor], fine: Sequence[bool]) -> None:
-        """A warning that names each parameter whose gradient is not finite."""
+        """Warn about each parameter whose gradient is not finite, by name."""
         if all(fine):
             return
         labels = {param: label for label, param in labelled(group, offset)}
         for param, good in zip(params, fine, strict=True):
             if not good:
                 warnings.warn(
-                    f"parameter {labels[param]}: its gradient is not finite; {group['rule'].name} left it as it was",
+                    f"parameter {labels[param]}: its gradient is not finite; {group['rule'].name} left it unchanged",
                     RuntimeWarning,
                     stacklevel=8,  # the line that calls step()
                 )
 
     def _states_of(self, rule: UpdateRule, params: Sequence[Tensor]) -> list[State]:
-        """Their states, made where there is none."""
+        """Return the states of the parameters, and create those that do not exist yet."""
         states: list[State] = list(map(self.state.__getitem__, params))
         if not all(states):
             for param, state in zip(params, states, strict=True):
@@ -284,13 +292,17 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
         return states
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as torch does, with each group's rule as its name and plain fields, and `param_names`."""
+        """Return the state as torch does, with each group's rule as its name and plain fields, and `param_names`.
+
+        Returns:
+            `state` and `param_groups`.
+        """
 
         def describe_rules(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
             for group in saved["param_groups"]:
                 group["rule"] = group["rule"].describe()
 
-        # first among the hooks, so that the user's see what will be stored; a lasting hook would not survive deepcopy
+        # first, so that the user's hooks see what will be stored; a permanent hook would not survive deepcopy
         for group, _ in self._offsets():
             group.settle()
         handle = self.register_state_dict_post_hook(describe_rules, prepend=True)
@@ -302,25 +314,25 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, but keep states in the rule's dtype, and neither change nor alias the input.
 
-        Settings that were written to a group, in the saved or in this optimizer, are restored as they were saved, like
-        `lr`.
+        Settings that were written to a group, in the saved optimizer or in this one, are restored as they were saved,
+        like `lr`.
 
         Args:
-            state_dict: What `state_dict` returned, or torch's class of the same name.
+            state_dict: What `state_dict` returned, of this class or of torch's class of the same name.
 
         Raises:
-            ValueError: If other settings of a group's rule or its parameter names differ from those saved, or if a
-                parameter's state has other entries or shapes than the rule makes. Nothing is changed in that case.
+            ValueError: If other settings of a group's rule or its parameter names differ from the saved ones, or if a
+                parameter's state has other entries or shapes than the rule creates. Nothing is changed in that case.
         """
         seen: dict[str, Any] = {}
         rules: list[UpdateRule] = []
         names = [group.get("param_names") for group in self.param_groups]
 
-        def verify(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:  # runs last: sees what hooks made of it
+        def verify(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:  # runs last, after the user's hooks
             seen.update(saved)
             rules.extend(self._verify(saved))
 
-        def restore(_: torch.optim.Optimizer) -> None:  # runs first: hooks see the finished state
+        def restore(_: torch.optim.Optimizer) -> None:  # runs first, so that hooks see the final state
             self._restore(seen, rules, names)
 
         handles = (
@@ -336,14 +348,14 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
     def _saved_states(
         self, saved: dict[str, Any], rules: Sequence[UpdateRule]
     ) -> Iterator[tuple[str, UpdateRule, Tensor, Mapping[str, Any] | None]]:
-        """(label, rule, parameter, its saved state in this rule's terms) for every parameter that was saved."""
+        """Yield (label, rule, parameter, saved state with this rule's entries) for every parameter that was saved."""
         for (group, offset), rule, saved_group in zip(self._offsets(), rules, saved["param_groups"], strict=False):
             for (label, param), key in zip(labelled(group, offset), saved_group["params"], strict=False):
                 if key in saved["state"]:
                     yield label, rule, param, native_state(rule, saved_group, saved["state"][key])
 
     def _verify(self, saved: dict[str, Any]) -> list[UpdateRule]:
-        """The rules to go on with, group by group."""
+        """Check a state dict, and return the rules to continue with, group by group."""
         rules = []
         for index, ((group, _), saved_group) in enumerate(zip(self._offsets(), saved["param_groups"], strict=False)):
             rule = adopted_rule(group, saved_group)
@@ -361,8 +373,8 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
             for a, b in zip(here, there, strict=False):
                 if bare_name(a) != bare_name(b):
                     raise ValueError(
-                        f"load_state_dict: {a!r} stands where {b!r} was saved; "
-                        "a state belongs to its parameter, so give the parameters in the saved order"
+                        f"load_state_dict: the parameter {a!r} is in the place where {b!r} was saved; "
+                        "a state belongs to its parameter, so pass the parameters in the saved order"
                     )
         for label, rule, param, state in self._saved_states(saved, rules):
             if state is not None:
@@ -370,12 +382,12 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
         return rules
 
     def _loaded(self, rule: UpdateRule, param: Tensor, state: Mapping[str, Any]) -> State:
-        """A saved state as this parameter keeps it; `optim.distributed` keeps some whole."""
+        """Return a saved state in the form that this parameter stores; `optim.distributed` overrides this."""
         return loaded_state(rule, param, state)
 
     def _restore(self, saved: dict[str, Any], rules: list[UpdateRule], names: list[list[str] | None]) -> None:
         for i, (rule, own_names) in enumerate(zip(rules, names, strict=True)):
-            # interned, since names that a file was read with would be other objects, and the next file other bytes
+            # interned, because the key objects that were read from a file would change the bytes of the next file
             kept = {sys.intern(key): value for key, value in kept_keys(self.param_groups[i]).items()}
             group = kept | {"rule": rule}
             if own_names is not None:

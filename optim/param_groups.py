@@ -1,4 +1,4 @@
-"""Param groups by what a parameter is: matrices and the rest, blocks of a transformer, norms and biases, names."""
+"""Param groups by the role of parameters: matrices and the rest, blocks of a transformer, norms and biases, names."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -14,14 +14,21 @@ from optim.settings import ParamGroup
 
 Settings: TypeAlias = Mapping[str, Any]
 Assign: TypeAlias = Mapping[str, str | Settings]
-"""Part of a name -> what becomes of the parameters that hold it; the first part that a name holds wins."""
+"""Part of a name -> what happens to the parameters whose names contain it; the first part that a name contains wins."""
 
 NamedParams: TypeAlias = nn.Module | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-"""A model, its named parameters, or param groups of them."""
+"""A model, its named parameters, or param groups of named parameters."""
 
 
 def with_names(entries: Iterable[Any], otherwise: str) -> Named:
     """Return the entries, each a name with its tensor.
+
+    Args:
+        entries: What should be (name, tensor) pairs.
+        otherwise: The error message for entries without names.
+
+    Returns:
+        The pairs as a list.
 
     Raises:
         TypeError: With the message `otherwise`, if an entry has no name.
@@ -33,12 +40,26 @@ def with_names(entries: Iterable[Any], otherwise: str) -> Named:
 
 
 def trained(model: nn.Module) -> Named:
-    """Return the model's parameters that require a gradient, with their names."""
+    """Return the model's parameters that require a gradient, with their names.
+
+    Args:
+        model: The model.
+
+    Returns:
+        (name, parameter) pairs.
+    """
     return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
 
 
 def named_groups(parameters: NamedParams, otherwise: str) -> list[dict[str, Any]]:
     """Return the param groups that these named parameters form.
+
+    Args:
+        parameters: A model, its named parameters, or param groups of named parameters.
+        otherwise: The error message for parameters without names.
+
+    Returns:
+        Param groups with (name, parameter) pairs under `params`.
 
     Raises:
         TypeError: With the message `otherwise`, if names are missing.
@@ -49,7 +70,14 @@ def named_groups(parameters: NamedParams, otherwise: str) -> list[dict[str, Any]
 
 
 def told_by(parameters: NamedParams) -> dict[str, Role]:
-    """Return what the types of a model's modules tell about its parameters, by name; nothing if no model is given."""
+    """Return the roles that a model's module types assign to its parameters.
+
+    Args:
+        parameters: A model, its named parameters, or param groups of named parameters.
+
+    Returns:
+        The roles by parameter name; empty if no model is given.
+    """
     if not isinstance(parameters, nn.Module):
         return {}
     return {bare_name(name): role for name, role in roles(parameters.named_parameters(), parameters).items()}
@@ -60,6 +88,9 @@ def split_matrices(named_parameters: Iterable[tuple[str, Tensor]]) -> tuple[Name
 
     Args:
         named_parameters: (name, parameter) pairs.
+
+    Returns:
+        The pairs of the hidden matrices, and those of the rest.
 
     Raises:
         TypeError: If the parameters have no names, which the split needs.
@@ -88,11 +119,14 @@ def checked_assign(
     """Return `assign` as a mapping from part of a name to settings, after checking it; see `create`.
 
     Args:
-        own: Whose setting it is, for error messages.
+        own: The owner of the setting, for error messages.
         assign: The mapping, or None.
         known: The settings that may be assigned.
-        words: Short words for settings, such as "adamw".
+        words: Words that stand for settings, such as "adamw".
         names: The names of the parameters.
+
+    Returns:
+        A mapping from part of a name to settings, in the given order.
 
     Raises:
         TypeError: If `assign` is not a mapping.
@@ -116,27 +150,39 @@ def checked_assign(
             meant[part] = words[choice]
         else:
             short = ", ".join(map(repr, words)) + (" or " if words else "")
-            raise ValueError(
-                f"{own}: assign[{part!r}] = {choice!r}; expected {short}settings out of {', '.join(sorted(known))}"
-            )
+            keys = ", ".join(sorted(known))
+            raise ValueError(f"{own}: assign[{part!r}] = {choice!r}; expected {short}a mapping with keys among {keys}")
     check_parts(f"{own}: assign", meant, names)
     return meant
 
 
 def check_parts(what: str, parts: Iterable[str], names: Iterable[str]) -> None:
-    """Check that every part is in a name.
+    """Check that every part occurs in a name.
+
+    Args:
+        what: The setting that has the parts, for the message.
+        parts: Parts of names.
+        names: The names of the parameters.
 
     Raises:
-        ValueError: For a part that is in none.
+        ValueError: For a part that occurs in none.
     """
     names = list(names)
     for part in parts:
         if not any(part in name for name in names):
-            raise ValueError(f"{what} names {part!r}, which is in the name of no parameter")
+            raise ValueError(f"{what} names {part!r}, which does not occur in the name of any parameter")
 
 
 def part_in(name: str, parts: Iterable[str]) -> str | None:
-    """Return the first of these parts that the name contains, or None."""
+    """Return the first of the given parts that the name contains.
+
+    Args:
+        name: The name of a parameter.
+        parts: Parts of names.
+
+    Returns:
+        The part, or None if the name contains none of them.
+    """
     return next((part for part in parts if part in name), None)
 
 
@@ -159,7 +205,14 @@ class Assigned:
         self.meant = meant
 
     def __call__(self, group: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the parameters of the group that no part names, and one group per part, with its settings."""
+        """Divide a group by the parts of names.
+
+        Args:
+            group: A param group with named parameters.
+
+        Returns:
+            One group of the parameters that no part names, and one group per part, with its settings.
+        """
         by_part: dict[str | None, Named] = {None: []} | {part: [] for part in self.meant}
         for entry in group["params"]:
             by_part[part_in(entry[0], self.meant)].append(entry)
@@ -174,20 +227,23 @@ class Assigned:
 
 # -------------------------------------------------------------------------------------------------- norms and biases
 
-# transformers.Trainer.get_decay_parameter_names: what people's weight_decay is tuned for
+# from transformers.Trainer.get_decay_parameter_names, for which most values of weight_decay were tuned
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
 def without_decay(names: Iterable[str], model: nn.Module | None = None) -> set[str]:
     """Return the names of the parameters that have no weight decay: biases and norms, by name or by type.
 
-    This is the one such rule of the three packages, and that of transformers' Trainer. `create(decay_all=False)`,
-    `hf.resolve`, `zeroth_order.decay_groups` and `datatools train` follow it, and checkpoints of Trainer, whose states
-    it puts in order, are read by it.
+    This is the only such rule of the three packages, and it is that of transformers' Trainer. `hf.resolve`,
+    `create(decay_all=False)`, `zeroth_order.decay_groups` and `datatools train` follow it. It is also used to read
+    checkpoints of Trainer, in which it determines the order of the states.
 
     Args:
         names: The names of the parameters.
-        model: The model that they belong to, whose `nn.LayerNorm` layers are norms whatever their name.
+        model: The model that they belong to, whose `nn.LayerNorm` layers are norms whatever their names are.
+
+    Returns:
+        Those of the names that have no weight decay.
 
     Example:
         >>> from optim import without_decay
@@ -206,8 +262,8 @@ def without_decay(names: Iterable[str], model: nn.Module | None = None) -> set[s
 class SpareNorms:
     """A division of param groups into those with weight decay and those without, by `without_decay` of the model.
 
-    Of parameters that belong to no model, a bias or norm with a name that Trainer does not know (``ln_1``) is spared
-    too.
+    If a parameter does not belong to the model, or there is no model, a bias or norm with a name that Trainer does not
+    recognise (``ln_1``) has no weight decay either.
 
     Args:
         model: The model, if there is one.
@@ -231,7 +287,14 @@ class SpareNorms:
         return bool(without_decay([name])) or is_norm_or_bias(name, param)
 
     def __call__(self, group: dict[str, Any]) -> list[dict[str, Any]]:
-        """The group's parameters with its weight decay, and those without any."""
+        """Divide a group by weight decay.
+
+        Args:
+            group: A param group with named parameters.
+
+        Returns:
+            A group with the weight decay of the given one, and a group without weight decay.
+        """
         decayed: Named = []
         spared: Named = []
         for entry in group["params"]:
@@ -242,8 +305,8 @@ class SpareNorms:
 def divide_groups(optimizer: torch.optim.Optimizer, divide: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> None:
     """Replace each param group by the groups that `divide` makes of it, except empty ones.
 
-    It is meant for groups of a class that makes them itself (Muon's two, Adam-mini's shapes). An `Optimizer` also
-    divides groups that are added later.
+    It is meant for optimizers that already have groups of their own (Muon's two groups, or Adam-mini's shapes). An
+    `Optimizer` also divides groups that are added later.
 
     Args:
         optimizer: An optimizer that was built from named parameters.
@@ -265,14 +328,21 @@ def divide_groups(optimizer: torch.optim.Optimizer, divide: Callable[[dict[str, 
         for part in by_name(divide, group):
             names, params = zip(*part["params"], strict=True)
             made = {**part, "params": list(params), "param_names": list(names)}
-            groups.append(ParamGroup(made) if "rule" in made else made)  # not those of a torch optimizer
+            groups.append(ParamGroup(made) if "rule" in made else made)  # groups of torch optimizers remain dicts
     optimizer.param_groups[:] = groups
     if hasattr(optimizer, "divisions"):
         optimizer.divisions = [*optimizer.divisions, divide]
 
 
 def by_name(divide: Callable[[dict[str, Any]], list[dict[str, Any]]], group: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the groups that `divide` makes of this one, except empty ones.
+    """Return the groups that `divide` makes of the given one, except empty ones.
+
+    Args:
+        divide: A function from a group to groups; the `params` of all of them are named parameters.
+        group: A param group.
+
+    Returns:
+        The groups that have parameters.
 
     Raises:
         ValueError: For parameters without names.
@@ -288,10 +358,13 @@ def by_name(divide: Callable[[dict[str, Any]], list[dict[str, Any]]], group: dic
 
 
 def group_table(optimizer: torch.optim.Optimizer) -> str:
-    """Return how each tensor is stepped, to be read before training: one line per param group, with its first tensors.
+    """Return a table of how each tensor is stepped, with one line per param group and its first tensor.
 
     Args:
         optimizer: The optimizer.
+
+    Returns:
+        The table as text, to read before training.
 
     Example:
         >>> from optim import create, group_table

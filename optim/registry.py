@@ -1,4 +1,4 @@
-"""Making a rule or an optimizer from its name."""
+"""Rules and optimizers by name."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -21,15 +21,15 @@ from optim.unknown import did_you_mean, instead_of
 RULES: dict[str, type[UpdateRule]] = {
     kind.name: kind for kind in vars(rules).values() if isinstance(kind, type) and issubclass(kind, UpdateRule)
 }
-"""Name -> rule, of every line of `optim.rules`."""
+"""Name -> rule, for every line of `optim.rules`."""
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     name: vars(rules)[kind.__name__.removesuffix("Rule")] for name, kind in RULES.items()
 }
-"""Name -> the optimizer that runs the rule of that name."""
+"""Name -> the optimizer class that runs the rule of that name."""
 
 WRAPPERS: dict[str, type[UpdateRule]] = {kind.name: kind for kind in (Cautious, Grams, LowRank, Quantized)}
-"""Rules around a rule that has to be given, and so without an optimizer of that name."""
+"""Wrappers, by name. The rule inside has to be given, so that there is no optimizer class of that name."""
 
 
 def rule_from(described: Mapping[str, Any]) -> UpdateRule:
@@ -37,6 +37,9 @@ def rule_from(described: Mapping[str, Any]) -> UpdateRule:
 
     Args:
         described: The rule's `name` and fields as plain values.
+
+    Returns:
+        The rule.
 
     Raises:
         ValueError: For a name that is not in `RULES`.
@@ -65,8 +68,11 @@ def rule_from(described: Mapping[str, Any]) -> UpdateRule:
 def check_optimizer(name: str) -> None:
     """Check the name of an optimizer.
 
+    Args:
+        name: The name.
+
     Raises:
-        ValueError: For a name that no optimizer has, with the one that was probably meant or that does the same.
+        ValueError: For a name that no optimizer has. The message suggests a similar name or an equivalent optimizer.
 
     Example:
         >>> from optim import check_optimizer
@@ -92,23 +98,24 @@ def create(
 ) -> Optimizer:
     """Return the optimizer of that name.
 
-    Rules for matrices ("muon", "normuon", "conda", ...) take the hidden matrices and AdamW the rest; see
-    `MatrixOptimizer`, and `group_table` for which parameter went where. A group that `add_param_group` adds later is
-    divided in the same way.
+    Rules for matrices ("muon", "normuon", "conda", ...) step the hidden matrices, and AdamW steps the rest; see
+    `MatrixOptimizer`. `group_table` shows which rule steps which parameter. A group that `add_param_group` adds later
+    is divided in the same way.
 
     Args:
         name: A key of `OPTIMIZERS`.
         parameters: `model.named_parameters()`, or the model, of which the parameters that require a gradient are taken.
-            The model tells more: the types of modules in addition to names and shapes; see `optim.roles.roles`.
+            The model is the better choice: it has the types of modules in addition to names and shapes; see
+            `optim.roles.roles`.
         lr: Learning rate.
-        weight_decay: Decoupled weight decay; 0 unless given, whatever the default of the class is.
+        weight_decay: Decoupled weight decay. It is 0 unless given, whatever the default of the class is.
         decay_all: Whether biases and norms have weight decay as well; see `without_decay`.
         block_ratios: "paper", or a mapping from block of a transformer to the factor of its learning rate; see
             `blockwise`.
-        blocks: A mapping from part of a name to block of a transformer, for `block_ratios` and "adam_mini" where names
-            do not tell. "adam_mini" takes its own `blocks` as well, see `AdamMini`.
-        assign: A mapping from part of a name to settings of the parameters that contain it (`lr`, `weight_decay`,
-            fields of the rule); with a rule for matrices also to "matrix" or "adamw". The first part that a name
+        blocks: A mapping from part of a name to block of a transformer, for `block_ratios` and "adam_mini" if names do
+            not show the block. "adam_mini" also accepts its own `blocks`, see `AdamMini`.
+        assign: A mapping from part of a name to settings (`lr`, `weight_decay`, fields of the rule) of the parameters
+            whose names contain it; with a rule for matrices also to "matrix" or "adamw". The first part that a name
             contains wins.
         **hyper: Keywords of the optimizer's class, `OPTIMIZERS[name]`.
 
@@ -116,9 +123,9 @@ def create(
         The optimizer, an instance of `OPTIMIZERS[name]`.
 
     Raises:
-        ValueError: For an unknown name (with what was probably meant), values out of range, and parts that no name
-            contains.
-        TypeError: For an unknown keyword (with what was probably meant).
+        ValueError: For an unknown name (the message suggests a similar one), values out of range, and parts that no
+            name contains.
+        TypeError: For an unknown keyword (the message suggests a similar one).
 
     Example:
         >>> from optim import create
@@ -145,7 +152,7 @@ def create(
         if "blocks" in known:
             hyper["blocks"] = blocks
         elif block_ratios is None or not isinstance(blocks, Mapping):
-            raise TypeError(f"optimizer {name!r} has no blocks; `blocks` goes with block_ratios, or with 'adam_mini'")
+            raise TypeError(f"optimizer {name!r} has no blocks; use `blocks` with block_ratios or with 'adam_mini'")
     optimizer = kind(parameters, lr=lr, weight_decay=weight_decay, **hyper)
     names = [name for group in optimizer.param_groups for name in group.get("param_names", [])]
     if assign is not None and not issubclass(kind, MatrixOptimizer):

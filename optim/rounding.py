@@ -1,8 +1,9 @@
 """Rounding of bfloat16 parameters after a step, for every rule.
 
-A step below half the distance between two neighbours of the format is lost when the result is rounded to nearest. At a
-learning rate of 1e-5 that is most of the update, and all of it for norms. Rounded up or down at random, with the exact
-value as the mean, the step arrives on average (arXiv 1502.02551), without any memory.
+An update below half the distance between two neighbouring bfloat16 numbers is lost when the result is rounded to
+nearest. At a learning rate of 1e-5 that is most of the update, and all of it for norms. With stochastic rounding, which
+rounds up or down at random with the exact value as the mean, the update arrives on average (arXiv 1502.02551). It needs
+no additional memory.
 
 `set_rounding` marks the param groups. Parameters of a marked group are stepped as float32, a part of the group at a
 time, and rounded afterwards. The random bits are a function of the group's step count, the parameter's position and
@@ -24,25 +25,25 @@ from optim.sharding import is_sharded
 Rounding = Literal["nearest", "stochastic"]
 
 WIDE = 1 << 26
-"""Elements that are held in float32 at a time, if no tensor is larger: 256 MiB."""
+"""The number of elements that are held in float32 at a time (256 MiB), unless a single tensor is larger."""
 
 PIECE = 1 << 22
-"""Elements that are rounded at a time."""
+"""The number of elements that are rounded at a time."""
 
 _SEED = 0x5EED_0F_B16
 
 
 @dataclass
 class Arrived:
-    """How much of the intended updates of bfloat16 parameters arrived; `Optimizer.arrived` collects it.
+    """The share of the intended updates of bfloat16 parameters that survived rounding; `Optimizer.arrived` collects it.
 
-    Both shares are <made, intended> / <intended, intended>, where 1 means everything, and None before a step.
+    Both shares are <made, intended> / <intended, intended>. 1 means that nothing was lost. They are None before a step.
 
     Args:
         made: The sum of <made, intended> over all parameters.
         intended: The sum of <intended, intended> over all parameters.
-        made_small: The first sum, over vectors and scalars (norms and biases).
-        intended_small: The second sum, over vectors and scalars.
+        made_small: The first sum, over vectors and scalars only (norms and biases).
+        intended_small: The second sum, over vectors and scalars only.
 
     Example:
         >>> from optim import SGD, Arrived, set_rounding
@@ -71,7 +72,7 @@ class Arrived:
         return self.made_small / self.intended_small if self.intended_small else None
 
     def add(self, before: Tensor, exact: Tensor, after: Tensor) -> None:
-        """Count the step of one parameter.
+        """Add the step of one parameter.
 
         Args:
             before: The parameter before the step, of any shape, in bfloat16.
@@ -88,8 +89,7 @@ class Arrived:
 def set_rounding(optimizer: torch.optim.Optimizer, how: Rounding) -> None:
     """Choose how the bfloat16 parameters of all groups are rounded from the next step on; others are not affected.
 
-    On a GPU, AdamW and 8-bit AdamW round in their kernels (`stochastic_rounding`); tensors share their random bits
-    there.
+    On a GPU, AdamW and 8-bit AdamW round in their own kernels (`stochastic_rounding`), where tensors share random bits.
 
     Args:
         optimizer: An optimizer of this package.
@@ -117,7 +117,7 @@ def set_rounding(optimizer: torch.optim.Optimizer, how: Rounding) -> None:
 
 
 StepThose: TypeAlias = Callable[..., list[bool]]
-"""`Optimizer._step_those`: (rule, params, grads, lr=, weight_decay=) -> for each, whether it was stepped."""
+"""`Optimizer._step_those`: (rule, params, grads, lr=, weight_decay=) -> whether each parameter was stepped."""
 
 
 def step(
@@ -131,12 +131,12 @@ def step(
     """Step the parameters of a marked group.
 
     Args:
-        step_those: Steps parameters in float32.
+        step_those: The function that steps parameters in float32.
         group: The param group.
         offset: The position of the group's first parameter in the optimizer.
         params: The parameters that have a gradient, of any shapes.
         grads: Their gradients, of the same shapes.
-        arrived: Where to count what arrives.
+        arrived: Where to record how much of the updates survives, or None.
 
     Returns:
         For each parameter, whether it was stepped.
@@ -169,7 +169,7 @@ def _write_back(arrived: Arrived | None, param: Tensor, exact: Tensor, count: in
     rounded = exact.to(param.dtype).contiguous()
     if place is not None:
         flat, into = exact.reshape(-1), rounded.view(-1)
-        for lo in range(0, flat.numel(), PIECE):  # random words take 8 bytes each, several times over
+        for lo in range(0, flat.numel(), PIECE):  # each random word needs several copies of 8 bytes
             part = flat[lo : lo + PIECE]
             words = philox.random_words(part.numel(), seed=_SEED + place, stream=count, start=lo, device=exact.device)
             into[lo : lo + PIECE] = philox.stochastic_round(part, words)
@@ -184,7 +184,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _parts(params: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Runs of places whose tensors have at most `WIDE` elements together, or one tensor."""
+    """Yield runs of positions whose tensors together have at most `WIDE` elements, or that are a single tensor."""
     part: list[int] = []
     held = 0
     for i, param in enumerate(params):

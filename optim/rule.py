@@ -15,7 +15,7 @@ OfParam: TypeAlias = Float[Tensor, "*shape"]
 """A tensor of the parameter's shape."""
 
 State: TypeAlias = dict[str, Tensor]
-"""What a rule remembers of one parameter, under torch's names: `step`, `exp_avg`, `exp_avg_sq`, `momentum_buffer`."""
+"""What a rule stores for one parameter, under torch's names: `step`, `exp_avg`, `exp_avg_sq`, `momentum_buffer`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,10 @@ class UpdateRule(ABC):
     """The rule's key in `optim.RULES`, and its name in a checkpoint."""
 
     elementwise: ClassVar[bool] = True
-    """Whether every coordinate of the direction depends on that coordinate alone.
+    """Whether every coordinate of the direction depends only on the same coordinate of the arguments.
 
-    Then the rule may be applied to slices and shards, and `update` must broadcast: a gradient ``[batch, *shape]``
-    against a state ``[*shape]`` gives the directions ``[batch, *shape]`` of each gradient by itself.
+    Such a rule may be applied to slices and shards, and its `update` must broadcast: a gradient ``[batch, *shape]``
+    with a state ``[*shape]`` gives the directions ``[batch, *shape]`` of the individual gradients.
     """
 
     @abstractmethod
@@ -80,81 +80,104 @@ class UpdateRule(ABC):
         """
 
     def decay(self, direction: OfParam, state: State, param: OfParam) -> OfParam:
-        """Return what weight decay pulls towards zero: the parameter itself, unless a method defines it otherwise.
+        """Return what weight decay pulls towards zero: the parameter itself, unless a method defines it differently.
 
         Args:
             direction: The direction of this step.
             state: The state after the update.
             param: The parameter.
+
+        Returns:
+            A tensor of the parameter's shape.
         """
         return torch.zeros_like(param) if "weight_decay" in self.reads else param
 
     @property
     def uncodable(self) -> str:
-        """Why `Quantized` cannot store the state as codes of a few bits, after "it"; empty if it can."""
+        """Why `Quantized` cannot store the state as codes of a few bits, as a clause after "it"; empty if it can."""
         return ""
 
     @property
     def averages(self) -> bool:
-        """Whether the method averages weights, so that evaluation uses others than the gradients: see `average`."""
+        """Whether the method averages weights, so that evaluation needs other weights than gradients; see `average`."""
         return False
 
     def average(self, state: State, param: Tensor) -> Tensor | None:
-        """Return the weights that evaluation should use, where a method averages them; None if it does not.
+        """Return the weights that evaluation should use, if the method averages weights.
 
         Args:
             state: The state after the last step.
-            param: The parameter, at which gradients are taken.
+            param: The parameter, at which gradients are computed.
+
+        Returns:
+            A tensor of the parameter's shape, or None if the method does not average.
         """
         return None
 
     def from_average(self, state: State, average: Tensor) -> Tensor:
-        """Return the inverse of `average`: the parameter whose average this is.
+        """Return the parameter whose average is given: the inverse of `average`.
+
+        Args:
+            state: The state after the last step.
+            average: The averaged weights.
+
+        Returns:
+            A tensor of the parameter's shape.
 
         Raises:
-            NotImplementedError: If the method averages no weights.
+            NotImplementedError: If the method does not average weights.
         """
-        raise NotImplementedError(f"{self.name} averages no weights")
+        raise NotImplementedError(f"{self.name} does not average weights")
 
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
         """Let the parameters of a param group exchange information before they are stepped; by default nothing happens.
 
-        This is the only connection between parameters, and the place where a step renews what `update` only reads
-        (Conda's basis). A method that needs it (a counter for the whole optimizer, a second moment of several tensors)
-        writes in place to entries of `states`, which `update` then reads.
+        This is the only connection between parameters. A step also uses it to renew what `update` only reads (Conda's
+        basis). A method that needs it (for a counter of the whole optimizer, or a second moment of several tensors)
+        writes to entries of `states` in place, and `update` then reads them.
 
         Args:
             grads: Gradients of the parameters that are about to be stepped.
-            states: Their states.
-            group: The states of all parameters of the group that were ever stepped.
+            states: The states of these parameters.
+            group: The states of all parameters of the group that have been stepped before.
         """
         return
 
     @property
     def reads(self) -> frozenset[str]:
-        """Which of the group's `lr` and `weight_decay` the direction depends on; none unless a method says so.
+        """Which of the group's `lr` and `weight_decay` the direction depends on; none by default.
 
-        The state then has a scalar of each name (`scalar_setting`). A step sets them to the group's values before
-        anything reads them, and a map takes them from the group. A rule that reads the weight decay has it in its
-        direction, so that no decay is added to that.
+        For each of them the state has a scalar of the same name (`scalar_setting`). A step sets it to the group's value
+        before anything reads it, and a map takes it from the group. The direction of a rule that reads the weight decay
+        already contains it, so that no decay is added.
         """
         return frozenset()
 
     def told(self, state: State, *, lr: float | Tensor, weight_decay: float | Tensor | None) -> State:
-        """Return the state with the group's values in the entries that `reads` names; the argument is not changed."""
+        """Return the state with the group's values in the entries that `reads` names; the argument is not changed.
+
+        Args:
+            state: The state.
+            lr: The learning rate of the group.
+            weight_decay: The weight decay of the group; None stands for 0.
+
+        Returns:
+            The state itself if the rule reads nothing, otherwise a new dictionary.
+        """
         given = {"lr": lr, "weight_decay": 0.0 if weight_decay is None else weight_decay}
         return state | {key: _scalar_as(state[key], given[key]) for key in self.reads} if self.reads else state
 
     @property
     def shares(self) -> bool:
-        """Whether `share` does anything, so that a step has to call it; a wrapper asks the rule that it wraps."""
+        """Whether `share` does anything, so that a step has to call it; a wrapper asks the rule inside it."""
         return type(self).share is not UpdateRule.share
 
     @property
     def coupled(self) -> bool:
-        """Whether `share` makes the step of one tensor depend on others, so that no process can step some alone.
+        """Whether `share` makes the step of one tensor depend on others, so that no process can step only some of them.
 
-        A rule that shares is assumed to be coupled; a rule that looks at one tensor at a time there may override this.
+        A rule that shares is assumed to be coupled. A rule whose `share` looks at one tensor at a time may override
+        this.
         """
         return self.shares
 
@@ -175,8 +198,8 @@ class UpdateRule(ABC):
             grad: The gradient, of the parameter's shape.
             state: The state before the step.
             lr: Learning rate.
-            weight_decay: Decoupled weight decay; None for none (0 times an infinite parameter would not be 0).
-            out: Where the parameter may be written, such as `param` itself; it is then the tensor that is returned.
+            weight_decay: Decoupled weight decay, or None for no decay (0 times an infinite parameter would not be 0).
+            out: A tensor to which the new parameter may be written and which is then returned, such as `param`.
 
         Returns:
             The parameter, in the direction's dtype, and the new state.
@@ -189,17 +212,34 @@ class UpdateRule(ABC):
         return _plus(work, -lr, direction, out), new_state
 
     def step(self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float) -> None:
-        """Step in place: write `stepped` back to `param` (rounded to its dtype only then) and to `state`."""
+        """Step in place: write the result of `stepped` to `param`, which rounds it to its dtype, and to `state`.
+
+        Args:
+            param: The parameter.
+            grad: The gradient, of the parameter's shape.
+            state: The state before the step.
+            lr: Learning rate.
+            weight_decay: Decoupled weight decay.
+        """
         new_param, new_state = self.stepped(param, grad, state, lr=lr, weight_decay=weight_decay or None, out=param)
         if new_param is not param:
             param.copy_(sharded_as(param, new_param))
         for key, value in new_state.items():
-            state[key].copy_(sharded_as(state[key], value))  # not rebound: a new value may alias the gradient
+            state[key].copy_(sharded_as(state[key], value))  # copied, because a new value may alias the gradient
 
     def step_part(
         self, param: Tensor, grad: Tensor, state: State, *, start: int, lr: float | Tensor, weight_decay: float
     ) -> None:
-        """Step a piece of a tensor, flat and beginning at entry `start`, under an elementwise rule."""
+        """Step a flat piece of a tensor in place, under an elementwise rule.
+
+        Args:
+            param: A piece of the parameter, of shape [n].
+            grad: The same piece of the gradient.
+            state: The same piece of the state.
+            start: The index in the flat tensor at which the piece begins.
+            lr: Learning rate.
+            weight_decay: Decoupled weight decay.
+        """
         self.step(param, grad, state, lr=lr, weight_decay=weight_decay)
 
     def step_all(
@@ -211,22 +251,34 @@ class UpdateRule(ABC):
         lr: float | Tensor,
         weight_decay: float,
     ) -> None:
-        """Step the parameters that `optim.cpu_jit` does not take: one by one, or by a kernel for several."""
+        """Step the parameters that `optim.cpu_jit` does not step: one by one, or with a kernel for several.
+
+        Args:
+            params: The parameters.
+            grads: The gradients, of the same shapes.
+            states: The states.
+            lr: Learning rate.
+            weight_decay: Decoupled weight decay.
+        """
         for param, grad, state in zip(params, grads, states, strict=True):
             self.step(param, grad, state, lr=lr, weight_decay=weight_decay)
 
     @property
     def rounds_itself(self) -> bool:
-        """Whether the rule can write bfloat16 parameters back with `stochastic_rounding`, in its own kernel."""
+        """Whether the rule's own kernel can write bfloat16 parameters with `stochastic_rounding`."""
         return any(field.name == "stochastic_rounding" for field in fields(self))
 
     @property
     def step_is_update(self) -> bool:
-        """Whether `step` only writes `stepped` back, so that `optim.cpu_jit` may compile it."""
+        """Whether `step` only writes the result of `stepped`, so that `optim.cpu_jit` may compile it."""
         return type(self).step is UpdateRule.step
 
     def describe(self) -> dict[str, Any]:
-        """Return the rule as plain values, ``{"name": ..., field: value, ...}``; `optim.rule_from` is the inverse."""
+        """Return the rule as plain values; `optim.rule_from` is the inverse.
+
+        Returns:
+            ``{"name": ..., field: value, ...}``; a rule inside this one is described in the same way.
+        """
         described: dict[str, Any] = {"name": self.name}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -234,12 +286,22 @@ class UpdateRule(ABC):
         return described
 
     def settings(self) -> set[str]:
-        """Return the names of the rule's fields, and of those of a rule inside it."""
+        """Return the names of the rule's fields, including those of a rule inside it.
+
+        Returns:
+            The names.
+        """
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return set(own).union(*(rule.settings() for rule in own.values() if isinstance(rule, UpdateRule)))
 
     def setting(self, name: str) -> Any:
-        """Return the field of that name, of this rule or of a rule inside it.
+        """Return the value of a field of this rule or of a rule inside it.
+
+        Args:
+            name: The name of the field.
+
+        Returns:
+            The value.
 
         Raises:
             KeyError: For a name that is not one of `settings`.
@@ -255,13 +317,22 @@ class UpdateRule(ABC):
     def state_settings(self) -> dict[str, Any]:
         """Return the settings without which a state cannot be read; they cannot change once there is a state.
 
-        By default there are none, apart from those that show in the shapes and dtypes of the state.
+        By default there are none, because most settings do not affect the state or show in its shapes and dtypes.
+
+        Returns:
+            The values of the settings, by name.
         """
         inner = (getattr(self, f.name) for f in fields(self))
         return {k: v for rule in inner if isinstance(rule, UpdateRule) for k, v in rule.state_settings().items()}
 
     def with_settings(self, **changed: Any) -> Self:
-        """Return the rule with other values of these fields; those that it does not have go to the rule inside it.
+        """Return the rule with other values of some fields; fields that it lacks are passed to the rule inside it.
+
+        Args:
+            **changed: The new values, by the names of the fields.
+
+        Returns:
+            A new rule, or this one if nothing is changed.
 
         Raises:
             TypeError: For a name that is not one of `settings`.
@@ -280,9 +351,15 @@ class UpdateRule(ABC):
         return replace(self, **changed) if changed else self
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
-        """Return how this rule differs from a saved description, one phrase per field; empty if it does not.
+        """Return how this rule differs from a saved description.
 
         A field that the description lacks (because an older version wrote it) counts as having that field's default.
+
+        Args:
+            saved: What `describe` returned.
+
+        Returns:
+            One phrase per field that differs; empty if none does.
         """
         if saved.get("name") != self.name:
             return [f"the rule is {self.name!r} here and {saved.get('name')!r} there"]
@@ -302,7 +379,7 @@ class UpdateRule(ABC):
 
 
 def _plus(x: Tensor, factor: float | Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """x + factor y; if factor is a number in one pass, and into `out` if that has x's dtype: temporaries cost time."""
+    """Return x + factor y, in one pass if factor is a number, and in `out` if the dtypes agree, to save temporaries."""
     if isinstance(factor, Tensor):
         return x + factor * y
     if out is None or out.dtype != x.dtype or y.dtype != x.dtype or is_sharded(out):
@@ -311,46 +388,12 @@ def _plus(x: Tensor, factor: float | Tensor, y: Tensor, out: Tensor | None = Non
 
 
 def _scalar_as(like: Tensor, value: float | Tensor) -> Tensor:
-    """A number, or a tensor of one element, as a scalar with the dtype and device of `like`."""
+    """Return a number, or a tensor with one element, as a scalar with the dtype and device of `like`."""
     if isinstance(value, Tensor):
         return value.reshape(()).to(dtype=like.dtype, device=like.device)
     return torch.full((), float(value), dtype=like.dtype, device=like.device)
 
 
 def _plain(value: Any) -> Any:
-    """Lists and tuples alike: YAML and JSON give lists."""
+    """Return the value with lists as tuples, because YAML and JSON produce lists."""
     return tuple(_plain(v) for v in value) if isinstance(value, list | tuple) else value
-
-
-def moment_dtype(param: Tensor) -> torch.dtype:
-    """Return the dtype of running averages: float32 for parameters of 16 bits or fewer, otherwise the parameter's own.
-
-    The increment (1 - b2) g^2 of a second moment is below the resolution of bfloat16, so that a 16-bit moment would not
-    change.
-    """
-    return torch.promote_types(param.dtype, torch.float32)
-
-
-def zero_moment(param: Tensor) -> Tensor:
-    """Return a zero tensor of the parameter's shape, device and layout, with the dtype `moment_dtype(param)`."""
-    return torch.zeros_like(param, dtype=moment_dtype(param), requires_grad=False)
-
-
-def scalar_moment(param: Tensor, value: float = 0.0) -> Tensor:
-    """Return one number for the whole tensor, 0-d in `moment_dtype`; equal on every rank of a DTensor."""
-    return param.new_full((), value, dtype=moment_dtype(param), requires_grad=False)
-
-
-def scalar_setting(param: Tensor) -> Tensor:
-    """Return the entry of a state for a setting of the group that `UpdateRule.reads` names: 0-d, on the CPU."""
-    return torch.zeros((), dtype=moment_dtype(param), device="cpu")
-
-
-def zero_step() -> Tensor:
-    """Return a step count: a float32 scalar on the CPU, as in torch, so that reading it never waits for a GPU."""
-    return torch.zeros((), dtype=torch.float32, device="cpu")
-
-
-def correction(beta: float | Tensor, step: Tensor) -> Tensor:
-    """Return 1 - beta^step as a float64 scalar; float32 would lose digits that float64 parameters show."""
-    return 1 - beta ** step.double()

@@ -1,4 +1,4 @@
-"""Reading saved optimizer states: rules as plain values, states in the rule's dtypes, names without wrappers."""
+"""Reading saved optimizer states: rules from plain values, states in the rule's dtypes, names without wrappers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +13,18 @@ from optim.sharding import is_sharded
 
 
 def saved_rule(saved_group: Mapping[str, Any], rule: UpdateRule) -> dict[str, Any]:
-    """Return the description of a saved group's rule; for a group that `torch.optim` wrote, in the terms of `rule`.
+    """Return the description of a saved group's rule; a group that `torch.optim` wrote is described in terms of `rule`.
+
+    Args:
+        saved_group: A param group of a state dict.
+        rule: The rule of the group that it is loaded into.
+
+    Returns:
+        A description as `UpdateRule.describe` returns it.
 
     Raises:
-        ValueError: If an optimizer of torch wrote it that is not the counterpart of `rule`, or that ran with a switch
-            that changes the algorithm and does not exist here.
+        ValueError: If a torch optimizer wrote it that is not the counterpart of `rule`, or that ran with a switch that
+            changes the algorithm and does not exist here.
     """
     if isinstance(saved_group.get("rule"), Mapping):
         return dict(saved_group["rule"])
@@ -27,8 +34,15 @@ def saved_rule(saved_group: Mapping[str, Any], rule: UpdateRule) -> dict[str, An
 def adopted_rule(group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> UpdateRule:
     """Return the group's rule with the saved values of all settings that were written to either group.
 
+    Args:
+        group: The param group that is loaded into.
+        saved_group: The param group of the state dict.
+
+    Returns:
+        The rule.
+
     Raises:
-        ValueError: As `saved_rule`.
+        ValueError: As in `saved_rule`.
     """
     rule: UpdateRule = group["rule"]
     described = saved_rule(saved_group, rule)
@@ -38,7 +52,7 @@ def adopted_rule(group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> Up
     for key in (changed_settings(group) | changed_settings(saved_group)) & rule.settings():
         try:
             values[key] = described_setting(described, key)
-        except KeyError:  # the saved optimizer does not say
+        except KeyError:  # the saved optimizer does not have it
             continue
     return rule.with_settings(**values)
 
@@ -46,8 +60,14 @@ def adopted_rule(group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> Up
 def kept_keys(saved_group: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a loaded group keeps of a saved one: everything except the settings of torch's optimizers.
 
-    The rule holds those here. A weight decay that torch adds to the gradient, and that the rule has as its `l2`, is not
-    the group's.
+    Here, the rule holds those settings. A weight decay that torch adds to the gradient, and that the rule has as its
+    `l2`, does not belong to the group.
+
+    Args:
+        saved_group: A param group of a state dict.
+
+    Returns:
+        The keys and values to keep.
     """
     if isinstance(saved_group.get("rule"), Mapping):
         return dict(saved_group)
@@ -57,22 +77,45 @@ def kept_keys(saved_group: Mapping[str, Any]) -> dict[str, Any]:
 def native_state(
     rule: UpdateRule, saved_group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> Mapping[str, Any] | None:
-    """Return a saved state in the rule's entries; None if torch kept nothing that the rule would continue with."""
+    """Return a saved state with the rule's entries.
+
+    Args:
+        rule: The rule.
+        saved_group: The param group of the state dict.
+        state: The saved state of a parameter.
+
+    Returns:
+        The state; None if torch did not save anything that the rule would continue with.
+    """
     if isinstance(saved_group.get("rule"), Mapping):
         return state
     return torch_states.native(rule, state)
 
 
 def expected_state(rule: UpdateRule, param: Tensor) -> State:
-    """Return the entries, shapes and dtypes of the rule's state for this parameter, as meta tensors without memory."""
+    """Return the entries, shapes and dtypes of the rule's state for a parameter.
+
+    Args:
+        rule: The rule.
+        param: The parameter.
+
+    Returns:
+        The state as tensors on the meta device, which use no memory.
+    """
     return rule.init(torch.empty_like(param, device="meta", requires_grad=False))
 
 
 def check_state(label: str, rule: UpdateRule, param: Tensor, state: Mapping[str, Any]) -> None:
     """Check that a saved state has the rule's entries in the rule's shapes.
 
+    Args:
+        label: The parameter's name for the message.
+        rule: The rule.
+        param: The parameter.
+        state: The saved state.
+
     Raises:
-        ValueError: If it does not, with the name of the parameter.
+        ValueError: If it does not.
     """
     expected = expected_state(rule, param)
     if set(state) != set(expected):
@@ -91,14 +134,17 @@ def check_state(label: str, rule: UpdateRule, param: Tensor, state: Mapping[str,
 def loaded_state(rule: UpdateRule, param: Tensor, state: Mapping[str, Any], *, on: torch.device | None = None) -> State:
     """Return a copy of a saved state in the rule's dtypes, on the parameter's device; step counts stay on the CPU.
 
-    Entries are laid out over ranks as the rule lays out its own. Of a *full* state dict, torch shards only the entries
-    of the parameter's shape; second moments of rows or blocks come whole.
+    Entries are distributed over ranks as the rule distributes its own. In a *full* state dict, torch shards only
+    entries of the parameter's shape; second moments of rows or blocks are whole.
 
     Args:
         rule: The rule.
         param: The parameter.
         state: The saved state.
         on: The device, if it is not the parameter's.
+
+    Returns:
+        The state.
     """
     loaded: State = {}
     for key, want in expected_state(rule, param).items():
@@ -110,7 +156,7 @@ def loaded_state(rule: UpdateRule, param: Tensor, state: Mapping[str, Any], *, o
 
 
 def _laid_out(value: Tensor, like: Tensor) -> Tensor:
-    """A whole or sharded tensor with the shards of `like`."""
+    """Return a whole or sharded tensor with the shards of `like`."""
     if is_sharded(value) and not is_sharded(like):
         whole: Tensor = value.full_tensor()  # type: ignore[attr-defined]
         return whole
@@ -123,12 +169,18 @@ def _laid_out(value: Tensor, like: Tensor) -> Tensor:
         return moved
     from torch.distributed.tensor import distribute_tensor
 
-    # every rank has the whole: nothing is sent
+    # every rank has the whole tensor, so nothing is sent
     return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
 def bare_name(name: str) -> str:
     """Return the parameter's name without what DDP, FSDP, checkpointing and torch.compile add to module names.
+
+    Args:
+        name: The name.
+
+    Returns:
+        The name in the unwrapped model.
 
     Example:
         >>> from optim import bare_name

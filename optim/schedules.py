@@ -4,8 +4,8 @@
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 All of them are closed forms, so that a resumed run has the same values. The factor at `step` is that of update number
-``step + 1``; from `total_steps` on every schedule keeps its last value. `linear`, `cosine`, `wsd` and `constant` are
-defined as transformers' schedulers of the same names. `group_factors` is for groups with learning rates of their own.
+``step + 1``; from `total_steps` on, every schedule keeps its last value. `linear`, `cosine`, `wsd` and `constant` are
+defined like transformers' schedulers of the same names. `group_factors` serves groups with different learning rates.
 """
 
 import inspect
@@ -60,8 +60,7 @@ _SHAPES = {"decay": tuple(DECAYS), "anneal": ("cosine", "linear")}
 
 
 def schedule(name: str, *, total_steps: int, warmup_steps: int = 0, **options: Any) -> Callable[[int], float]:
-    """Return the schedule of that name with its options bound: ``step -> factor``, for
-    `torch.optim.lr_scheduler.LambdaLR`.
+    """Return the schedule of that name with its options bound, for `torch.optim.lr_scheduler.LambdaLR`.
 
     Args:
         name: A key of `SCHEDULES`.
@@ -74,7 +73,8 @@ def schedule(name: str, *, total_steps: int, warmup_steps: int = 0, **options: A
 
     Raises:
         ValueError: For an unknown name or values out of range.
-        TypeError: For an option that the schedule does not have (`one_cycle` has its own rise and no `warmup_steps`).
+        TypeError: For an option that the schedule does not have (`one_cycle` has no `warmup_steps`, because it rises
+            by itself).
 
     Example:
         >>> from optim import SGD, schedule
@@ -92,7 +92,7 @@ def schedule(name: str, *, total_steps: int, warmup_steps: int = 0, **options: A
         if key not in known:
             raise TypeError(f"schedule {name!r} has no option {key!r}{did_you_mean(key, known)}")
         _check(name, key, value)
-    # a partial, not an object with fields: LambdaLR would put an object's fields into its state dict and restore them
+    # a partial, because LambdaLR would save the fields of an object in its state dict and restore them
     return partial(SCHEDULES[name], **given)
 
 
@@ -105,6 +105,9 @@ def schedule_options(name: str) -> set[str]:
     Raises:
         ValueError: For an unknown name.
 
+    Returns:
+        The names of the keywords, except `step`.
+
     Example:
         >>> from optim import schedule_options
         >>> sorted(schedule_options("rex"))
@@ -116,7 +119,7 @@ def schedule_options(name: str) -> set[str]:
 
 
 def _check(name: str, key: str, value: Any) -> None:
-    """Raises: ValueError unless the value is one that the option can have."""
+    """Raise a ValueError if the option cannot have this value."""
     if key.endswith("_steps"):
         if value is None and key == "decay_steps":
             return
@@ -136,9 +139,9 @@ def _check(name: str, key: str, value: Any) -> None:
 def group_factors(
     optimizer: torch.optim.Optimizer, name: str, *, total_steps: int, warmup_steps: int = 0, **options: Any
 ) -> list[Callable[[int], float]]:
-    """Return `schedule` once per param group, for `LambdaLR`, with the group's own `lr_ratio` where it has a `ratio`.
+    """Return one schedule per param group, for `LambdaLR`; if it has a `ratio`, that is the group's `lr_ratio`.
 
-    Under the blockwise schedules the groups of `optim.blockwise` end at one common rate. Under the others, and in
+    Under the blockwise schedules, the groups of `optim.blockwise` end at the same rate. Under other schedules, and in
     groups without `lr_ratio`, every group's rate is multiplied by the same factor.
 
     Args:
@@ -147,6 +150,9 @@ def group_factors(
         total_steps: Optimizer steps of the run.
         warmup_steps: Optimizer steps of the warm-up.
         **options: As for `schedule`.
+
+    Returns:
+        A function from the number of steps taken to the factor, for each param group.
 
     Example:
         >>> from optim import SGD, group_factors

@@ -1,4 +1,4 @@
-"""Param groups in which the settings of the rule are read and written by their own names, as in `torch.optim`."""
+"""Param groups in which the settings of the rule can be read and written by their names, as in `torch.optim`."""
 
 import difflib
 import inspect
@@ -12,36 +12,39 @@ import torch
 from optim.rule import UpdateRule
 
 CHANGED = "changed"
-"""Key of a group: the settings that were written to it after it was made, which a state dict carries with it."""
+"""Key of a group that lists the settings that were written to it after its creation; it is saved in state dicts."""
 
 _OWN = frozenset({"params", "param_names", "rule", "lr", "weight_decay", CHANGED})
-"""Keys of the group itself."""
+"""Keys that belong to the group itself."""
 
 _LABELS = frozenset({"block", "lr_ratio"})
-"""Keys with which `optim.param_groups` makes groups: labels, also where a rule has such a setting."""
+"""Keys that `optim.param_groups` gives to groups. They are labels, even if a rule has a setting of the same name."""
 
 TORCH_FLAGS = {  # refused, with advice
     "maximize": "minimise the negated loss instead",
-    "foreach": "parameters are always grouped where the rule can",
-    "fused": "rules choose their fast path themselves",
-    "capturable": "step counts live on the CPU here",
+    "foreach": "parameters are always grouped if the rule supports it",
+    "fused": "each rule chooses its fast path itself",
+    "capturable": "step counts are on the CPU here",
     "differentiable": "differentiate UpdateRule.update instead",
 }
 
 
 class ParamGroup(dict[str, Any]):
-    """A param group: `params`, `rule`, `lr`, `weight_decay`, and the settings of the rule as if they were keys too.
+    """A param group: `params`, `rule`, `lr`, `weight_decay`, and the settings of the rule as if they were keys.
 
     ``group["momentum"]`` is the rule's setting of that name. ``group["momentum"] = 0.9`` replaces ``group["rule"]`` by
-    the rule with the new value, which the rule checks, so that it takes effect from the next step on. The rule remains
-    the only place of a setting: iterating over the group does not show settings.
+    the rule with the new value, which the rule checks and which takes effect from the next step on. Settings are only
+    stored in the rule, so that iterating over the group does not show them.
 
-    If a scheduler cycles `momentum` (torch's `OneCycleLR` and `CyclicLR`, which leave `base_momentum` in the group) and
+    If a scheduler cycles `momentum` (torch's `OneCycleLR` and `CyclicLR`, which add `base_momentum` to the group) and
     the rule has `betas` instead, `momentum` is the first of them, as in torch's own Adam.
 
+    Args:
+        group: The keys and values.
+
     Raises:
-        ValueError: For a value that the rule refuses, and for the name of a hyper-parameter (of any rule, or of an
-            optimizer of torch) that this rule does not have; other keys are the user's own and are kept.
+        ValueError: For a value that the rule refuses, and for the name of a hyper-parameter (of any rule, or of a torch
+            optimizer) that this rule does not have. Other keys are the user's own and are kept.
     """
 
     settled: UpdateRule | None = None
@@ -107,7 +110,7 @@ class ParamGroup(dict[str, Any]):
         elif key in rule.settings():
             dict.__setitem__(self, "rule", rule.with_settings(**{key: _plain(value)}))
         elif key == "momentum" and "betas" in rule.settings():
-            dict.__setitem__(self, key, value)  # whether a scheduler cycles it shows later
+            dict.__setitem__(self, key, value)  # `settle` sees if a scheduler cycles it
             if dict.__contains__(self, "base_momentum"):
                 self.settle()
         else:
@@ -118,6 +121,9 @@ class ParamGroup(dict[str, Any]):
     def settle(self) -> UpdateRule:
         """Return the rule that the next step runs with.
 
+        Returns:
+            The rule, with a momentum that a scheduler wrote as the first of its betas.
+
         Raises:
             ValueError: If `momentum` was written to a group whose rule has none and no scheduler cycles it.
         """
@@ -127,7 +133,7 @@ class ParamGroup(dict[str, Any]):
                 dict.pop(self, "momentum")
                 raise ValueError(
                     f"param group: the rule {rule.name!r} has no 'momentum', so writing it to this group has no "
-                    "effect; write it to the groups that have it (`if \"momentum\" in group`), and here 'betas'"
+                    "effect; write it to the groups that have it (`if \"momentum\" in group`), and set 'betas' here"
                 )
             first = dict.pop(self, "momentum")
             self["betas"] = (first, *rule.setting("betas")[1:])
@@ -136,16 +142,30 @@ class ParamGroup(dict[str, Any]):
 
 
 def changed_settings(group: Mapping[str, Any]) -> set[str]:
-    """Return the settings of a group, in use or saved, that were written after its creation."""
+    """Return the settings of a group that were written after its creation.
+
+    Args:
+        group: A param group, in use or saved.
+
+    Returns:
+        The names of the settings.
+    """
     by_scheduler = {"betas", "momentum"} if "base_momentum" in group and "rule" not in group else set()
     return set(group.get(CHANGED, ())) | by_scheduler
 
 
 def described_setting(described: Mapping[str, Any], key: str) -> Any:
-    """Return the setting of that name from a rule's plain values, of the rule itself or of one inside it.
+    """Return a setting from a rule's plain values, of the rule itself or of a rule inside it.
+
+    Args:
+        described: What `UpdateRule.describe` returned.
+        key: The name of the setting.
+
+    Returns:
+        The value.
 
     Raises:
-        KeyError: If there is none.
+        KeyError: If there is none of that name.
     """
     if key in described:
         return described[key]
@@ -159,7 +179,7 @@ def described_setting(described: Mapping[str, Any], key: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A number out of a tensor or an array of one element, also inside a list or tuple; lists become tuples."""
+    """Return tensors and arrays with one element as numbers, also inside lists and tuples; lists become tuples."""
     if isinstance(value, list | tuple):
         return tuple(map(_plain, value))
     one = not isinstance(value, bool | int | float | str) and getattr(value, "ndim", None) is not None
@@ -171,7 +191,7 @@ def _size(value: Any) -> int:
 
 
 def _check_key(rule: UpdateRule, key: str, value: Any) -> None:
-    """ValueError for a key that somebody would expect to steer the step, and that this rule does not read."""
+    """Raise a ValueError for a key that looks like a hyper-parameter but that this rule does not read."""
     if key in _LABELS:
         return
     if key in TORCH_FLAGS:
@@ -188,7 +208,8 @@ def _check_key(rule: UpdateRule, key: str, value: Any) -> None:
     close = difflib.get_close_matches(key, settings, n=1, cutoff=0.85)
     if close:
         raise ValueError(
-            f"param group: {key!r} is no setting of the rule {rule.name!r}, so {key} = {value!r} would have no effect; "
+            f"param group: {key!r} is not a setting of the rule {rule.name!r}, so {key} = {value!r} would have no "
+            "effect; "
             f"did you mean {close[0]!r}? Its settings: {known}"
         )
 
@@ -205,7 +226,7 @@ def _count_rules() -> int:
 
 @cache
 def _hyper_parameters(_: int) -> frozenset[str]:
-    """What rules here and optimizers of torch call their settings; computed again when there are more rules."""
+    """Return all names of settings of rules here and of torch's optimizers; the number of rules is the cache key."""
     names = {field.name for rule in _rules() for field in fields(rule)}
     for kind in vars(torch.optim).values():
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):

@@ -1,8 +1,9 @@
-"""Steps of many small matrices at once: tensors of one shape are stacked and `UpdateRule.stepped` runs on the stack.
+"""Steps of many small matrices at once: tensors of one shape are stacked, and `UpdateRule.stepped` runs on the stack.
 
-A product of matrices cannot be compiled to an element loop (`optim.cpu_jit`), and stepping one 64 x 64 matrix at a time
-costs mostly the calls of torch; on a GPU that holds up to about 700 x 700. `torch.vmap` makes batched products from the
-rule's own definition. The results are those of separate steps, up to the rounding of batched products.
+A product of matrices cannot be compiled to an elementwise loop (`optim.cpu_jit`), and most of the time for stepping one
+64 x 64 matrix is the overhead of calls to torch; on a GPU that holds for matrices up to about 700 x 700. `torch.vmap`
+makes batched products from the rule's own definition. The results are those of separate steps, up to the rounding of
+batched products.
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,12 @@ from optim.rule import State, UpdateRule
 from optim.sharding import is_sharded
 
 LIMIT = 1 << 22
-"""Elements of a stack: 16 MiB in float32, of which a step makes some ten temporaries. Larger tensors go alone."""
+"""The largest number of elements in a stack: 16 MiB in float32, and a step creates about ten temporaries of that size.
+Larger tensors are stepped alone."""
 
 CPU_LIMIT = 1 << 16
-"""The same on a CPU, where matrices above 64 x 64 or so gain nothing, and what leaves the cache loses."""
+"""The same limit on a CPU, where stacking matrices larger than about 64 x 64 gains nothing, and stacks that do not fit
+into the cache are slower."""
 
 
 def step(
@@ -30,7 +33,16 @@ def step(
     lr: float | Tensor,
     weight_decay: float,
 ) -> None:
-    """Step every parameter as `rule.step` does, in stacks of bounded size."""
+    """Step every parameter as `rule.step` does, in stacks of bounded size.
+
+    Args:
+        rule: The rule.
+        params: The parameters, of any shapes.
+        grads: The gradients, of the same shapes.
+        states: The states.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+    """
     alike: dict[Any, list[int]] = {}
     for i, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
         alike.setdefault(_likeness(param, grad, state), []).append(i)
@@ -47,7 +59,7 @@ def step(
 
 
 def _likeness(param: Tensor, grad: Tensor, state: State) -> Any:
-    """Tensors of equal likeness may be stacked. Step counts are part of it: on the CPU they stay scalars."""
+    """Return a key that is equal for tensors that may be stacked; it has the step counts, which stay scalars."""
     if is_sharded(param):
         return id(param)
     counts = tuple(float(value) for value in state.values() if _is_count(value))

@@ -1,4 +1,4 @@
-"""The end of an error message about an unknown name: the name that was probably meant.
+"""The ends of error messages about unknown names, which suggest the name that was probably meant.
 
 This module serves all three packages and imports only the standard library, because the command line needs it before
 it loads torch.
@@ -27,37 +27,46 @@ signsgd: signum
 soap: adadiag alice kron klsoap psgd racs shampoo splus distributedshampoo kfac
 adamw_8bit: adamw4bit flashadamw
 """
-"""Optimizer that is here: published ones that are not and resemble it most, which are no slips of the pen."""
+"""An optimizer of this package, and the published optimizers that are missing here and resemble it most. Their names
+are not treated as misspellings."""
 
 _NEAREST = dict(entry.split(": ") for entry in _NEAREST_TEXT.replace("\n    ", " ").strip().split("\n"))
 
 _OTHERS = {name: kind for kind, names in _NEAREST.items() for name in names.split()}
 
-_SAME = {  # what another name means in terms of an optimizer that is here
+_SAME = {  # what another name means in terms of an optimizer of this package
     "adam8bit": "'adamw_8bit' without weight decay is 8-bit Adam",
     "amsgrad": "'adamw' with amsgrad=True and without weight decay is AMSGrad",
-    "cadamw": "optim.Cautious(inner=AdamWRule()) is it",
-    "grams": "optim.Grams(inner=AdamWRule()) is it",
+    "cadamw": "use optim.Cautious(inner=AdamWRule())",
+    "grams": "use optim.Grams(inner=AdamWRule())",
     "mezo": "'sgd' with training.gradient=zo is MeZO",
     "sgdm": "'sgd' with momentum=0.9 is SGD with momentum",
     "sgdw": "'sgd' has decoupled weight decay",
     "sophia": "'sophia_g' and 'sophia_h' estimate the curvature in two ways",
-    "adamwtorch": "'adamw' is it",
-    "adamwtorchfused": "'adamw' is it",
-    "adamwhf": "'adamw' is it",
-    "adamwbnb8bit": "'adamw_8bit' is it",
-    "lion32bit": "'lion' is it",
-    "pagedadamw32bit": "'adamw' is it, without paging",
-    "pagedadamw8bit": "'adamw_8bit' is it, without paging",
-    "pagedlion8bit": "'lion_8bit' is it, without paging",
+    "adamwtorch": "use 'adamw'",
+    "adamwtorchfused": "use 'adamw'",
+    "adamwhf": "use 'adamw'",
+    "adamwbnb8bit": "use 'adamw_8bit'",
+    "lion32bit": "use 'lion'",
+    "pagedadamw32bit": "use 'adamw', which has no paging",
+    "pagedadamw8bit": "use 'adamw_8bit', which has no paging",
+    "pagedlion8bit": "use 'lion_8bit', which has no paging",
 }
 
 
 def instead_of(word: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown algorithm.
+    """Return the end of an error message about an unknown algorithm.
 
-    An algorithm is offered for a slip of its own name alone: another case, underscores, or one letter. What is known to
-    be the name of another algorithm is no slip, however near: the message says which algorithm here resembles it most.
+    An algorithm is suggested only for a misspelling of its own name: another case, underscores, or one letter. The name
+    of another published algorithm is never treated as a misspelling, even if it is close: then the message says which
+    algorithm here resembles it most.
+
+    Args:
+        word: The name that was given.
+        known: The names that exist.
+
+    Returns:
+        The end of the message, beginning with a semicolon.
     """
     known = sorted(known)
     bare = _letters(word)
@@ -65,7 +74,7 @@ def instead_of(word: str, known: Iterable[str]) -> str:
     if bare in _SAME and not same:
         return f"; {_SAME[bare]}. Known: {', '.join(known)}"
     if _OTHERS.get(bare) in known and not same:
-        return f"; it is not in the suite; nearest in kind: {_OTHERS[bare]!r}. Known: {', '.join(known)}"
+        return f"; it is not implemented here; the most similar one is {_OTHERS[bare]!r}. Known: {', '.join(known)}"
     near = [name for name in known if _one_slip(_letters(name), bare)]
     near.sort(key=lambda name: (difflib.SequenceMatcher(None, name, word).ratio(), name), reverse=True)
     close = same or ([] if bare in _OTHERS else near)
@@ -77,7 +86,7 @@ def _letters(name: str) -> str:
 
 
 def _one_slip(a: str, b: str) -> bool:
-    """Whether one letter is missing, added, replaced, or changes place with the next."""
+    """Return whether one letter is missing, added, replaced, or swapped with the next."""
     a, b = sorted((a, b), key=len)
     start = len(commonprefix([a, b]))
     if len(a) < len(b):
@@ -87,11 +96,14 @@ def _one_slip(a: str, b: str) -> bool:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the end of an error message about an unknown word: the nearest known one in any case, or all of them.
+    """Return the end of an error message about an unknown word: the most similar known word, or all of them if none is.
 
     Args:
         word: What was given.
         known: What exists.
+
+    Returns:
+        The end of the message, beginning with a semicolon.
 
     Example:
         >>> from optim import did_you_mean
@@ -104,7 +116,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if not close:
         return f"; known: {', '.join(by_lower.values())}"
 
-    def nearness(name: str) -> tuple[float, int, str]:  # of "nadam" and "adamw", "adam" more likely means the second
+    def nearness(name: str) -> tuple[float, int, str]:  # "adam" is more likely to mean "adamw" than "nadam"
         return difflib.SequenceMatcher(None, name, word).ratio(), len(commonprefix([name, word])), name
 
     return f"; did you mean {by_lower[max(close, key=nearness)]!r}?"

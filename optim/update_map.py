@@ -1,4 +1,4 @@
-"""The optimizer as a function: the update that it would make for given gradients."""
+"""An optimizer as a function: the update that it would make for given gradients."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from optim import torch_states
+from optim.moments import moment_dtype
 from optim.registry import RULES, rule_from
-from optim.rule import State, UpdateRule, moment_dtype
+from optim.rule import State, UpdateRule
 from optim.saved import bare_name, check_state, expected_state, loaded_state
 
 Grads: TypeAlias = Mapping[str, Tensor]
@@ -20,9 +21,9 @@ Rules: TypeAlias = UpdateRule | Mapping[str, UpdateRule]
 class UpdateMap:
     """An optimizer at one step as a function from gradients to directions, by parameter name; it never changes a state.
 
-    The direction of a parameter is what its rule would multiply by the learning rate and subtract if this gradient came
-    next. Weight decay is not part of it, because it does not depend on data. Both calls take any subset of the names,
-    so that features can be computed layer by layer.
+    The direction of a parameter is what its rule would multiply by the learning rate and subtract if the given gradient
+    were the next one. Weight decay is not part of it, because it does not depend on data. Both calls accept any subset
+    of the names, so that features can be computed layer by layer.
 
     Args:
         rules: The rule of each parameter, by name.
@@ -48,10 +49,13 @@ class UpdateMap:
 
         Args:
             optimizer: An optimizer of this package, or torch's AdamW, SGD, NAdam or Muon.
-            rules: Rules to be used instead of the optimizer's own with the same states, one for all or by name; LESS's
-                published features, for instance, or `SGDRule` for plain gradients.
-            copy: Whether to take a snapshot. Without it the map follows the later steps of the optimizer and needs no
+            rules: Rules to use with the same states instead of the optimizer's own: one for all parameters, or by name.
+                Examples are the rule of LESS's published features, and `SGDRule` for plain gradients.
+            copy: Whether to take a snapshot. Without it, the map follows later steps of the optimizer and needs no
                 memory.
+
+        Returns:
+            The map.
 
         Raises:
             ValueError: If parameters have no names or a state does not fit its rule.
@@ -81,13 +85,16 @@ class UpdateMap:
                 or names as keys, as FSDP writes them; wrapper prefixes are ignored), otherwise by order.
             rules: As in `of`; the saved rules by default.
 
+        Returns:
+            The map.
+
         Raises:
             ValueError: If names, their number or shapes do not match, or if the rule of a group cannot be determined.
         """
         stripped = {bare_name(name): name for name in params}
         entries = list(_saved_entries(saved))
         if len(entries) != len(params):
-            raise ValueError(f"the state dict holds {len(entries)} parameters and {len(params)} were given")
+            raise ValueError(f"the state dict has {len(entries)} parameters, but {len(params)} were given")
         states: dict[str, State] = {}
         chosen: dict[str, UpdateRule] = {}
         for (saved_name, group, state), in_order in zip(entries, params, strict=True):
@@ -99,9 +106,17 @@ class UpdateMap:
         return cls(chosen, states, {name: param.detach() for name, param in params.items()})
 
     def __call__(self, grads: Grads) -> dict[str, Tensor]:
-        """Gradients name -> [*shape] to directions name -> [*shape]; differentiable in the gradients.
+        """Map gradients name -> [*shape] to directions name -> [*shape]; differentiable with respect to the gradients.
 
-        Raises: KeyError for unknown names, ValueError for wrong shapes.
+        Args:
+            grads: The gradients, by parameter name.
+
+        Returns:
+            The directions, by parameter name.
+
+        Raises:
+            KeyError: For unknown names.
+            ValueError: For wrong shapes.
         """
         return {
             name: self.rules[name].update(grad, self.states[name], self.params[name])[0]
@@ -109,12 +124,15 @@ class UpdateMap:
         }
 
     def per_sample(self, grads: Grads) -> dict[str, Tensor]:
-        """Map gradients name -> [batch, *shape] to directions name -> [batch, *shape], each as if it came alone.
+        """Map gradients name -> [batch, *shape] to directions name -> [batch, *shape], each row independently.
 
-        Elementwise rules broadcast, and others go through `torch.vmap`: there is no loop over the batch.
+        Elementwise rules broadcast, and other rules use `torch.vmap`, so that there is no loop over the batch.
 
         Args:
             grads: The gradients, by parameter name.
+
+        Returns:
+            The directions, by parameter name.
 
         Raises:
             KeyError: For unknown names.
@@ -125,7 +143,7 @@ class UpdateMap:
             rule, state, param = self.rules[name], self.states[name], self.params[name]
             if rule.elementwise:
                 directions[name] = rule.update(grad, state, param)[0]
-            elif len(grad) == 0:  # of an empty batch torch.vmap makes no scalars
+            elif len(grad) == 0:  # torch.vmap cannot make scalars from an empty batch
                 directions[name] = grad.to(moment_dtype(param))
             else:
                 directions[name] = torch.vmap(lambda g, r=rule, s=state, p=param: r.update(g, s, p)[0])(grad)
@@ -134,7 +152,7 @@ class UpdateMap:
     def _checked(self, grads: Grads, *, batched: bool) -> Iterator[tuple[str, Tensor]]:
         for name, grad in grads.items():
             if name not in self.params:
-                raise KeyError(f"a gradient for {name!r}, which is not a parameter of this map")
+                raise KeyError(f"a gradient was given for {name!r}, which is not a parameter of this map")
             want = tuple(self.params[name].shape)
             got = tuple(grad.shape[1:] if batched and grad.ndim else grad.shape)
             if got != want or (batched and grad.ndim != len(want) + 1):
@@ -159,13 +177,13 @@ def _choose(rules: Rules | None, name: str, group: Mapping[str, Any]) -> UpdateR
             return rule_from(torch_states.described(group, rule_from({"name": theirs.name, **theirs.settings})))
         except ValueError:  # weight decay in the momentum, or another switch that no rule here has
             pass
-    raise ValueError(f"cannot tell which rule made the state of {name!r}; pass rules=, one of {', '.join(RULES)}")
+    raise ValueError(f"cannot determine which rule wrote the state of {name!r}; pass rules=, one of {', '.join(RULES)}")
 
 
 def _state_for(
     name: str, rule: UpdateRule, param: Tensor, group: Mapping[str, Any], entries: Mapping[str, Any], *, copy: bool
 ) -> State:
-    """The entries that the rule needs, in its dtypes; a fresh state if the parameter has had no step yet."""
+    """Return the entries that the rule needs, in its dtypes; a new state if the parameter was never stepped."""
     state: Mapping[str, Any] | None = entries
     theirs = torch_states.counterpart(group)
     if entries and "rule" not in group and theirs is not None and theirs.name == rule.name:
@@ -184,12 +202,12 @@ def _state_for(
 
 
 def _told(rule: UpdateRule, state: State, group: Mapping[str, Any]) -> State:
-    """The state with what the rule reads of its group, as the next step would set it."""
+    """Return the state with what the rule reads from its group, as the next step would set it."""
     return rule.told(state, lr=group.get("lr", 0.0), weight_decay=group.get("weight_decay", 0.0))
 
 
 def _saved_entries(saved: Mapping[str, Any]) -> Iterator[tuple[str | None, Mapping[str, Any], Mapping[str, Any]]]:
-    """(name or None, group, state) of every saved parameter, in order."""
+    """Yield (name or None, group, state) for every saved parameter, in order."""
     for group in saved["param_groups"]:
         names = group.get("param_names") or [key if isinstance(key, str) else None for key in group["params"]]
         for key, name in zip(group["params"], names, strict=True):

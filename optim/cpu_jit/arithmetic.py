@@ -1,4 +1,4 @@
-"""Operations on numbers as LLVM assembly: IEEE arithmetic in the dtype that torch would use, one by one."""
+"""Operations on numbers as LLVM assembly: IEEE arithmetic in the dtype that torch would use."""
 
 import ctypes
 import math
@@ -18,11 +18,19 @@ _LOGICAL = {f"{kind}_{name}" for kind in ("logical", "bitwise") for name in ("an
 _BINARY = {"mul": "fmul", "div": "fdiv", "true_divide": "fdiv", "fmod": "frem"}
 
 Slot: TypeAlias = tuple[str, str]
-"""A value in the code: its name or literal, and its type."""
+"""A value in the code, as its name or literal and its type."""
 
 
 def literal(value: float, ty: str) -> str:
-    """A number as LLVM writes it, exactly."""
+    """Return a number as an exact LLVM literal.
+
+    Args:
+        value: The number.
+        ty: Its LLVM type: "float", "double" or "i1".
+
+    Returns:
+        The literal.
+    """
     if ty == "i1":
         return "true" if value else "false"
     value = float(value)
@@ -33,40 +41,87 @@ def literal(value: float, ty: str) -> str:
 
 @dataclass
 class Block:
-    """Straight code, and what it has computed."""
+    """A sequence of instructions without branches, and the values that it has computed.
+
+    Args:
+        lines: The instructions.
+        known: The computed values, by what they stand for.
+    """
 
     lines: list[str] = field(default_factory=list)
     known: dict[Any, Slot] = field(default_factory=dict)
 
 
 class Code:
-    """Lines of one function, with fresh names; the functions that it calls are collected in `declared`."""
+    """The instructions of one function, with unique names.
+
+    Args:
+        kinds: The kinds of the step's values.
+        declared: The declarations of functions that are called, to which others are added.
+    """
 
     def __init__(self, kinds: Kinds, declared: set[str]) -> None:
         self.kinds, self.declared = kinds, declared
         self.count = 0
 
     def put(self, block: Block, text: str) -> str:
-        """An instruction; the name of its result."""
+        """Append an instruction to a block.
+
+        Args:
+            block: The block.
+            text: The instruction, without its result.
+
+        Returns:
+            The name of its result.
+        """
         self.count += 1
         name = f"%v{self.count}"
         block.lines.append(f"  {name} = {text}")
         return name
 
     def call(self, block: Block, intrinsic: str, ty: str, *args: str) -> str:
-        """A function of LLVM's own, of floats or doubles."""
+        """Append a call of an LLVM intrinsic on floats or doubles.
+
+        Args:
+            block: The block.
+            intrinsic: The name of the intrinsic, such as "sqrt".
+            ty: The type of its arguments and result.
+            *args: The arguments.
+
+        Returns:
+            The name of its result.
+        """
         symbol = f"@llvm.{intrinsic}.{'f32' if ty == 'float' else 'f64'}"
         self.declared.add(f"declare {ty} {symbol}({', '.join([ty] * len(args))})")
         return self.put(block, f"call {ty} {symbol}({', '.join(f'{ty} {a}' for a in args)})")
 
     def library(self, block: Block, function: str, ty: str, *args: str) -> str:
-        """A function of the C library, of floats or doubles."""
+        """Append a call of a function of the C library on floats or doubles.
+
+        Args:
+            block: The block.
+            function: The name of the function for doubles, such as "atan2".
+            ty: The type of its arguments and result.
+            *args: The arguments.
+
+        Returns:
+            The name of its result.
+        """
         symbol = f"@{function}{'f' if ty == 'float' else ''}"
         self.declared.add(f"declare {ty} {symbol}({', '.join([ty] * len(args))})")
         return self.put(block, f"call {ty} {symbol}({', '.join(f'{ty} {a}' for a in args)})")
 
     def convert(self, block: Block, slot: Slot, ty: str) -> str:
-        """A value as float, double or i1."""
+        """Convert a value to float, double or i1.
+
+        Args:
+            block: The block.
+            slot: The value.
+            ty: The type.
+
+        Returns:
+            The name of the converted value.
+        """
         value, have = slot
         if have == ty:
             return value
@@ -77,7 +132,17 @@ class Code:
         return self.put(block, f"{'fpext' if ty == 'double' else 'fptrunc'} {have} {value} to {ty}")
 
     def load(self, block: Block, pointer: str, dtype: torch.dtype, index: str) -> Slot:
-        """An element of a tensor; 16-bit ones as floats."""
+        """Load an element of a tensor; elements of 16 bits are loaded as floats.
+
+        Args:
+            block: The block.
+            pointer: The address of the tensor.
+            dtype: The dtype of the tensor.
+            index: The index of the element.
+
+        Returns:
+            The value.
+        """
         ty, kept = TYPES[dtype]
         at = self.put(block, f"getelementptr inbounds {kept}, ptr {pointer}, i64 {index}")
         raw = self.put(block, f"load {kept}, ptr {at}")
@@ -92,7 +157,15 @@ class Code:
         return raw, ty
 
     def store(self, block: Block, slot: Slot, pointer: str, dtype: torch.dtype, index: str) -> None:
-        """Write an element of a tensor, rounded to nearest, ties to even."""
+        """Store an element of a tensor, rounded to nearest, ties to even.
+
+        Args:
+            block: The block.
+            slot: The value.
+            pointer: The address of the tensor.
+            dtype: The dtype of the tensor.
+            index: The index of the element.
+        """
         ty, kept = TYPES[dtype]
         value = self.convert(block, slot, ty)
         if dtype == torch.bfloat16:
@@ -105,7 +178,7 @@ class Code:
         block.lines.append(f"  store {kept} {value}, ptr {at}")
 
     def _to_bfloat16(self, block: Block, value: str) -> str:
-        """The 16 bits of the nearest bfloat16, ties to even, as an i32."""
+        """Return the 16 bits of the nearest bfloat16, ties to even, as an i32."""
         bits = self.put(block, f"bitcast float {value} to i32")
         high = self.put(block, f"lshr i32 {bits}, 16")
         odd = self.put(block, f"and i32 {high}, 1")
@@ -115,7 +188,16 @@ class Code:
         return self.put(block, f"select i1 {nan}, i32 32704, i32 {rounded}")
 
     def rounded(self, block: Block, value: str, dtype: torch.dtype) -> str:
-        """A float as the 16-bit dtype would keep it."""
+        """Round a float to a 16-bit dtype; other dtypes are not changed.
+
+        Args:
+            block: The block.
+            value: The name of the value.
+            dtype: The dtype.
+
+        Returns:
+            The name of the rounded value, which is still a float.
+        """
         if dtype == torch.bfloat16:
             high = self.put(block, f"shl i32 {self._to_bfloat16(block, value)}, 16")
             return self.put(block, f"bitcast i32 {high} to float")
@@ -124,14 +206,37 @@ class Code:
         return value
 
     def largest(self, block: Block, ty: str, a: str, b: str, greater: str = "ogt") -> str:
-        """The larger of two (the smaller with "olt"); NaN if one is."""
+        """Return the larger of two values; it is NaN if one of them is.
+
+        Args:
+            block: The block.
+            ty: The type of both values.
+            a: The name of the first value.
+            b: The name of the second value.
+            greater: The comparison; "olt" gives the smaller value.
+
+        Returns:
+            The name of the result.
+        """
         first = self.put(block, f"fcmp {greater} {ty} {a}, {b}")
         chosen = self.put(block, f"select i1 {first}, {ty} {a}, {ty} {b}")
         nan = self.put(block, f"fcmp uno {ty} {a}, {a}")
         return self.put(block, f"select i1 {nan}, {ty} {a}, {ty} {chosen}")
 
     def operation(self, block: Block, node: Node, get: Callable[[Any], Slot]) -> Slot:
-        """The value of one operation on numbers; `get` gives the value of a node."""
+        """Compute the result of one operation on numbers.
+
+        Args:
+            block: The block.
+            node: The operation.
+            get: A function that returns the value of a node.
+
+        Returns:
+            The value.
+
+        Raises:
+            Unsupported: If there is no code for the operation.
+        """
         ty = TYPES[node.dtype][0]
         name = node.op.split(".")[0]
 

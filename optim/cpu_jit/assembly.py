@@ -1,23 +1,24 @@
-"""From a traced step to LLVM assembly: one loop over memory in place of one loop per operation.
+"""Conversion of a traced step to LLVM assembly: one loop over memory instead of one loop per operation.
 
-Values are of three kinds. *Scalars* (one per tensor: step counts, corrections, norms) are computed once per tensor,
-*rows* (one per row, where the rule reduces rows of a matrix) once per row, and *full* values (one per element) in
-loops. A reduction of the whole tensor ends a pass over memory: what depends on it belongs to the next *stage*. A step
-is
+There are three kinds of values. *Scalars* (one per tensor: step counts, corrections, norms) are computed once per
+tensor, *rows* (one per row, if the rule reduces rows of a matrix) once per row, and *full* values (one per element) in
+loops. A reduction over the whole tensor ends a pass over memory: everything that depends on it belongs to the next
+*stage*. A step consists of
 
     scalars 0, body 1, scalars 1, ..., scalars K, body K + 1
 
-where body k makes the reductions that scalars k need, and the last body writes the parameter and the state. Nothing is
-written before everything has been read, and every body computes again what it needs. A body runs on a chunk (a range of
-elements, or of rows), and its reductions are combined in the order of the chunks: results depend on the size of chunks,
-not on the number of threads. A reduction of a row ends a loop over that row: *levels* are to the loops of a row what
-stages are to passes. Reductions of rows that a later body needs again are stored, one number per row.
+where body k computes the reductions that scalars k need, and the last body writes the parameter and the state. Nothing
+is written before everything has been read, and every body recomputes what it needs. A body runs on a chunk (a range of
+elements, or of rows), and its reductions are combined in the order of the chunks, so that results depend on the size of
+chunks and not on the number of threads. A reduction over a row ends a loop over that row: *levels* are to the loops of
+a row what stages are to passes. Reductions over rows that a later body needs again are stored, one number per row.
 
-Sums are accumulated in float64, in an order that the compiler chooses and the code then fixes.
+Sums are accumulated in float64, in an order that the compiler chooses and that is then fixed by the code.
 
-Two things keep bodies from running. Body 1 finds a *guard*, whether the largest magnitude of the gradient is finite;
-without it nothing is written. And a reduction that only one branch of ``where`` reads is not made where the condition,
-a scalar of an earlier stage, chooses the other branch: a step may measure something once and keep it.
+Two conditions can prevent bodies from running. Body 1 computes a *guard*: whether the largest magnitude of the gradient
+is finite; if it is not, nothing is written. And a reduction that only one branch of ``where`` reads is not computed if
+the condition, which is a scalar of an earlier stage, selects the other branch. A step can therefore measure something
+once and keep it.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,8 +37,13 @@ from optim.cpu_jit.trace import Node, Trace, Unsupported
 class Assembly:
     """The text of a module with the function `run`, and what its caller must know.
 
-    passes: K above. scratch, partials, kept: float64 numbers that a tensor, a chunk and a row need. row: elements of a
-    row, or 0 if chunks are ranges of elements.
+    Args:
+        text: The assembly.
+        passes: The number K of passes before the last one.
+        scratch: The number of float64 numbers that a tensor needs.
+        partials: The number of float64 numbers that a chunk needs.
+        kept: The number of float64 numbers that a row needs.
+        row: The number of elements of a row, or 0 if chunks are ranges of elements.
     """
 
     text: str
@@ -57,17 +63,20 @@ def assemble(trace: Trace, *, guarded: bool = False) -> Assembly:
 
     Raises:
         Unsupported: With the reason, if an operation or a shape does not fit the scheme.
+
+    Returns:
+        The assembly and its memory requirements.
     """
     layout = Layout(trace, guarded)
     kinds = layout.kinds
     for name, node in trace.outputs.items():
         place, kind = layout.kind_of_place(name), kinds[node][0]
         if place != kind and kind != SCALAR and not (place == FULL and kind == ROW):
-            raise Unsupported(f"a {kind} value for {name}, which holds one a {place}")
+            raise Unsupported(f"a {kind} value for {name}, which needs a {place} value")
     last = layout.last
     guard = [(layout.guard, True)] if layout.guard else []
     functions = _gated(layout, last + 1, guard, lambda name: Body(layout, last + 1).writing(name), None)
-    for stage in range(last, -1, -1):  # backwards: a function decides what those before it must provide
+    for stage in range(last, -1, -1):  # backwards, because a function determines what earlier ones must provide
         functions.append(_scalars(layout, stage, writing=stage == last))
         if stage:
             functions += _reducing(layout, stage)
@@ -91,7 +100,7 @@ def assemble(trace: Trace, *, guarded: bool = False) -> Assembly:
 
 
 def _reducing(layout: Layout, stage: int) -> list[str]:
-    """Body `stage`, which makes those of its reductions that the step will read."""
+    """Return the functions of body `stage`, which computes those of its reductions that the step will read."""
     wanted = list(enumerate(layout.wanted.get(stage, [])))
     known = {
         reduction: [
@@ -117,7 +126,10 @@ def _gated(
     then: Callable[[str], str],
     otherwise: Callable[[str], str] | None,
 ) -> list[str]:
-    """The body of that number: one of two functions, made under the given name, by scalars that are known before it."""
+    """Return a body that calls one of two functions, depending on scalars that are known before it.
+
+    `then` and `otherwise` return the text of a function with the given name.
+    """
     name = f"body{number}"
     if not conditions:
         return [then(name)]
@@ -149,7 +161,10 @@ def _gated(
 
 
 def _scalars(layout: Layout, stage: int, *, writing: bool) -> str:
-    """The scalars of a stage, kept in scratch memory for later; the last stage writes those of the state."""
+    """Return the function that computes the scalars of a stage and stores them in scratch memory.
+
+    The last stage writes those of the state.
+    """
     code, block = Code(layout.kinds, layout.declared), Block()
 
     def get(node: Node) -> Slot:
@@ -211,10 +226,10 @@ def _scalars(layout: Layout, stage: int, *, writing: bool) -> str:
 
 
 def _driver(last: int, pointers: int, scratch: int, width: int) -> str:
-    """`run(what, items, n, counter, table, scratch, partials, settings)`: takes items until the counter reaches n.
+    """Return `run(what, items, n, counter, table, scratch, partials, settings)`, which processes items.
 
-    An item is (tensor, lo, hi, chunk). what: 0 for all of a step on tensors of one chunk, 2k + 1 for scalars k of a
-    tensor, 2k + 2 for body k + 1 of a chunk.
+    It takes items until the counter reaches n. An item is (tensor, lo, hi, chunk). `what` is 0 for a whole step of
+    tensors with one chunk, 2k + 1 for scalars k of a tensor, and 2k + 2 for body k + 1 of a chunk.
     """
     calls = []
     for stage in range(last + 1):
@@ -287,7 +302,7 @@ done:
 
 
 def _of_library(declaration: str) -> bool:
-    """Whether it is a function of the C library, which loops cannot call for several numbers at once."""
+    """Return whether this declares a function of the C library, which prevents the vectorisation of loops."""
     return "@llvm." not in declaration
 
 

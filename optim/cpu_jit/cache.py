@@ -1,4 +1,4 @@
-"""Compiled steps, kept: one for each rule, set of dtypes and structure of shapes."""
+"""The cache of compiled steps: one for each rule, set of dtypes and structure of shapes."""
 
 import threading
 import warnings
@@ -17,21 +17,38 @@ from optim.cpu_jit.trace import Node, Trace, Unsupported, trace
 from optim.rule import UpdateRule
 
 KERNELS = 256
-"""Compiled steps that are kept, of about 0.5 MiB each."""
+"""The number of compiled steps that are kept, of about 0.5 MiB each."""
 
 _TRACED_SHAPE = (2, 3)
 
 Places: TypeAlias = int | tuple[torch.Size, ...]
-"""What code depends on: the shapes of parameter, gradient and state; for elementwise rules the dimensions' number."""
+"""The shapes of parameter, gradient and state that code depends on; for elementwise rules, the number of dimensions."""
 
 
 def places_of(rule: UpdateRule, row: Sequence[Tensor]) -> Places:
-    """What the code of a step depends on for such a parameter, gradient and state."""
+    """Return what the code of a step depends on, except for dtypes.
+
+    Args:
+        rule: The rule.
+        row: The parameter, the gradient and the entries of the state.
+
+    Returns:
+        Their shapes, or the number of dimensions for an elementwise rule.
+    """
     return row[0].ndim if rule.elementwise else tuple(map(shape_of, row))
 
 
 def parts_of(rule: UpdateRule, pool: Pool, decayed: bool) -> "Iterator[tuple[Compiled | Unsupported, Pool]]":
-    """The pool with its compiled step; in parts where an elementwise rule looks at the number of dimensions."""
+    """Yield the pool with its compiled step; it is divided if an elementwise rule depends on the number of dimensions.
+
+    Args:
+        rule: The rule.
+        pool: The tensors.
+        decayed: Whether there is weight decay.
+
+    Yields:
+        A compiled step, or the reason why there is none, and the part of the pool that it belongs to.
+    """
     row = [column[0] for column in pool.columns]
     dtypes = tuple(map(dtype_of, row))
     if not rule.elementwise:
@@ -52,7 +69,12 @@ _warned: set[str] = set()
 
 
 class Compiled(NamedTuple):
-    """A compiled step and the numbers that it runs with."""
+    """A compiled step and the numbers that it runs with.
+
+    Args:
+        kernel: The compiled step.
+        numbers: The numbers.
+    """
 
     kernel: "Kernel"
     numbers: tuple[float, ...]
@@ -62,18 +84,30 @@ class Compiled(NamedTuple):
 def kernel_of(
     rule: UpdateRule, decayed: bool, names: tuple[str, ...], dtypes: tuple[torch.dtype, ...], places: Places
 ) -> Compiled | Unsupported:
-    """The compiled step for tensors such as these, or why there is none."""
+    """Return the compiled step for tensors of the given kind.
+
+    Args:
+        rule: The rule.
+        decayed: Whether there is weight decay.
+        names: The entries of the state.
+        dtypes: The dtypes of parameter, gradient and the entries of the state.
+        places: What `places_of` returned.
+
+    Returns:
+        The compiled step, or the reason why there is none.
+    """
     with _compiling:
         try:
             assembly, full, numbers = assembled(rule, decayed, names, dtypes, places, _known)
             return Compiled(Kernel.of(assembly, full), tuple(map(float, numbers)))
         except Unsupported as reason:
-            return reason.with_traceback(None)  # which would keep the tensors of this call
-        except Exception as error:  # of ours or of LLVM: a step must not fail because it could not be made fast
+            return reason.with_traceback(None)  # a traceback would keep the tensors of this call alive
+        except Exception as error:  # from this package or LLVM: a step must not fail because it cannot be compiled
             if rule.name not in _warned:
                 _warned.add(rule.name)
                 warnings.warn(
-                    f"{rule.name}: its steps are not compiled ({type(error).__name__}: {error})",
+                    f"{rule.name}: steps are not compiled ({type(error).__name__}: {error}); results are the same, but "
+                    "they are slower",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -81,19 +115,20 @@ def kernel_of(
 
 
 _Full: TypeAlias = tuple[bool, ...] | None
-"""Which columns have the parameter's shape, where only that is known of them."""
+"""Which columns have the parameter's shape, if nothing else is known about their shapes."""
 
 _Known: TypeAlias = dict[tuple[Any, str], tuple[Assembly, _Full]]
 
 _known: _Known = {}
-"""Rule but for its numbers, structure of its step -> what was made of it; at most `KERNELS`.
+"""(A rule without its numbers, the structure of its step) -> its assembly; at most `KERNELS` entries.
 
-The structure is that of the first of two shapes: equal there, code that was once seen to fit every shape still does.
+The structure is that of the first of two shapes. If it is equal there, code that was found to be valid for every shape
+still is.
 """
 
 
 def _form(value: Any) -> Any:
-    """What of a rule, or of a field of one, is not a number that compiled code reads when it runs."""
+    """Return a rule, or a field of one, without the numbers that compiled code reads when it runs."""
     if isinstance(value, UpdateRule):
         return type(value), *((field.name, _form(getattr(value, field.name))) for field in fields(value))
     if isinstance(value, tuple):
@@ -109,10 +144,21 @@ def assembled(
     places: Places,
     known: _Known | None = None,
 ) -> "tuple[Assembly, _Full, tuple[float, ...]]":
-    """Return the code of a step and its numbers; `known` has the code of other steps of the same structure.
+    """Return the code of a step and its numbers.
+
+    Args:
+        rule: The rule.
+        decayed: Whether there is weight decay.
+        names: The entries of the state.
+        dtypes: The dtypes of parameter, gradient and the entries of the state.
+        places: What `places_of` returned.
+        known: The code of other steps, which is used for steps of the same structure.
+
+    Returns:
+        The assembly, which columns have the parameter's shape, and the numbers.
 
     Raises:
-        Unsupported: With the reason.
+        Unsupported: With the reason, if the step cannot be compiled.
     """
     known = {} if known is None else known
     if not isinstance(places, int):
@@ -130,7 +176,7 @@ def assembled(
         param, grad = (torch.empty(shape, dtype=d, device="meta") for d in dtypes[:2])
         wanted = rule.init(param)
         if tuple(wanted) != names:
-            raise Unsupported(f"a state with entries {list(names)}; {rule.name} makes {list(wanted)}")
+            raise Unsupported(f"a state with entries {list(names)}, but {rule.name} creates {list(wanted)}")
         state = {
             k: t.new_empty(t.shape, dtype=d, device="meta")
             for (k, t), d in zip(wanted.items(), dtypes[2:], strict=True)
@@ -141,10 +187,10 @@ def assembled(
     first, full = traced(2)
     key = (_form(rule), first.structure())
     if key not in known:
-        second, _ = traced(3)  # two shapes, to see that the code fits every one
+        second, _ = traced(3)  # two shapes, to check that the code is valid for every shape
         made = assemble(first)
         if made.passes or made.row or made != assemble(second) or first.numbers != second.numbers:
-            raise Unsupported(f"{rule.name} is called elementwise and looks at the shape, or at several elements")
+            raise Unsupported(f"{rule.name} is declared elementwise but depends on the shape or on several elements")
         _keep(known, key, (made, full))
     return *known[key], first.numbers
 
@@ -157,6 +203,13 @@ def _keep(known: _Known, key: tuple[Any, str], value: tuple[Assembly, _Full]) ->
 
 @lru_cache(maxsize=8)
 def finite_kernel(dtype: torch.dtype) -> Kernel:
-    """A step of nothing: only whether gradients are finite."""
+    """Return a compiled step that changes nothing and only checks if gradients are finite.
+
+    Args:
+        dtype: The dtype of the gradients.
+
+    Returns:
+        The compiled step.
+    """
     grad = Node("input:param", _TRACED_SHAPE, dtype)
     return Kernel.of(assemble(Trace({"param": grad, "grad": grad}, {}), guarded=True), None)

@@ -1,4 +1,4 @@
-"""Blocks of 8-bit codes to float32 numbers and back, compiled: what `optim.Quantized` does with a piece of a state."""
+"""Compiled conversion of blocks of 8-bit codes to float32 numbers and back, for `optim.Quantized`."""
 
 import ctypes
 from functools import cache
@@ -140,7 +140,7 @@ _BODIES = {
 
 @cache
 def _functions() -> tuple[dict[str, Any], object]:
-    """decode, and encode_KIND with and without the floor, and what owns their code."""
+    """Return decode, and encode_KIND with and without the floor, and the object that owns their code."""
     text = _TEXT
     names = []
     for kind, body in _BODIES.items():
@@ -156,7 +156,14 @@ def _functions() -> tuple[dict[str, Any], object]:
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether these can be read by address: plain, contiguous, on the CPU; and compiled code may run."""
+    """Return whether compiled code may run and can read these tensors by address.
+
+    Args:
+        *tensors: The tensors.
+
+    Returns:
+        True if all of them are plain, contiguous and on the CPU.
+    """
     return (
         backend.use_cpu_jit()
         and not torch.compiler.is_compiling()
@@ -171,7 +178,17 @@ def supports(*tensors: Tensor) -> bool:
 
 
 def decode(codes: Tensor, scales: Tensor, book: Tensor, block_size: int) -> Tensor:
-    """float32 [n]: book[code] times the scale of its block; codes of one byte, book float32 [256] by that byte."""
+    """Return the numbers that codes stand for: book[code] times the scale of the block.
+
+    Args:
+        codes: Codes of one byte, of any shape.
+        scales: The scales of the blocks, float32 [blocks].
+        book: The number that each byte stands for, float32 [256].
+        block_size: The number of consecutive entries that share a scale.
+
+    Returns:
+        Numbers of the shape of `codes`, float32.
+    """
     out = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
     made, _ = _functions()
     made["decode"](codes.data_ptr(), scales.data_ptr(), book.data_ptr(), out.data_ptr(), codes.numel(), block_size)
@@ -181,10 +198,18 @@ def decode(codes: Tensor, scales: Tensor, book: Tensor, block_size: int) -> Tens
 def encode(
     x: Tensor, codes: Tensor, scales: Tensor, first: Tensor, limits: Tensor, *, kind: str, floor: bool, block_size: int
 ) -> None:
-    """Codes and scales of float32 numbers, written to these tensors.
+    """Write the codes and scales of numbers.
 
-    kind: "dynamic", with `first` int32 [65536], a code for each upper half of a float32 that is right or one too low,
-    and `limits` float32 [256] above which it is; "linear"; "linear_unsigned". floor: no positive number gets code 0.
+    Args:
+        x: The numbers, float32 [n].
+        codes: Where codes are written, one byte [n].
+        scales: Where scales are written, float32 [blocks].
+        first: For the kind "dynamic", a code for each upper half of a float32, which is correct or too low by one,
+            int32 [65536].
+        limits: For the kind "dynamic", the number above which that code is too low, float32 [256].
+        kind: "dynamic", "linear" or "linear_unsigned".
+        floor: Whether positive numbers never have code 0.
+        block_size: The number of consecutive entries that share a scale.
     """
     made, _ = _functions()
     made[f"encode_{kind}_{'floor' if floor else 'plain'}"](

@@ -1,4 +1,4 @@
-"""A compiled step, run on a pool of tensors: how the work is cut, and the numbers that the code reads."""
+"""A compiled step that runs on a pool of tensors: how the work is divided, and the numbers that the code reads."""
 
 import ctypes
 from array import array
@@ -17,14 +17,22 @@ from optim.cpu_jit.pools import Pool
 from optim.cpu_jit.threads import together
 
 CHUNK = 1 << 15
-"""Elements that a thread takes at a time; large enough to pay for the call, small enough to share work evenly."""
+"""The number of elements that a thread processes at a time. It is large enough to make the overhead of a call small,
+and small enough to distribute work evenly."""
 
 CACHED = 1 << 20
-"""Elements up to which a thread takes a whole tensor if it must be read several times: what caches of 16 MiB hold."""
+"""The largest number of elements for which one thread steps a whole tensor that must be read several times; so many
+fit into caches of 16 MiB."""
 
 
 class Kernel:
-    """A compiled step. full: the columns that have the parameter's shape, where only that is known of them."""
+    """A compiled step.
+
+    Args:
+        assembly: The code.
+        full: Which columns have the parameter's shape, if nothing else is known about their shapes; None if the shapes
+            are those that were traced.
+    """
 
     _made: ClassVar["WeakValueDictionary[tuple[Assembly, tuple[bool, ...] | None], Kernel]"] = WeakValueDictionary()
 
@@ -34,14 +42,29 @@ class Kernel:
 
     @classmethod
     def of(cls, assembly: Assembly, full: tuple[bool, ...] | None) -> "Kernel":
-        """The one kernel of this code: some rules read the same for every shape."""
+        """Return the only kernel with this code, because some rules have the same code for every shape.
+
+        Args:
+            assembly: The code.
+            full: Which columns have the parameter's shape, or None.
+
+        Returns:
+            The kernel.
+        """
         kernel = cls._made.get((assembly, full))
         if kernel is None:
             kernel = cls._made[assembly, full] = cls(assembly, full)
         return kernel
 
     def fits(self, pool: Pool) -> bool:
-        """Whether every tensor has as many elements as the code will touch."""
+        """Return whether every tensor has as many elements as the code will access.
+
+        Args:
+            pool: The tensors.
+
+        Returns:
+            True if it has.
+        """
         if self.full is None:  # the shapes are those that were traced
             return True
         sizes, ones = pool.sizes, (1,) * len(pool.index)
@@ -51,7 +74,17 @@ class Kernel:
         )
 
     def run(self, pool: Pool, lr: float = 0.0, weight_decay: float = 0.0, numbers: Sequence[float] = ()) -> bytearray:
-        """One step of every tensor of the pool. Returns a byte for each: 0 if it was left, its gradient not finite."""
+        """Step every tensor of the pool.
+
+        Args:
+            pool: The tensors.
+            lr: Learning rate.
+            weight_decay: Decoupled weight decay.
+            numbers: The numbers that the code reads.
+
+        Returns:
+            A byte per tensor: 0 if it was left unchanged because its gradient is not finite, and 1 otherwise.
+        """
         code = self.assembly
         rows, count = max(code.row, 1), len(pool.index)
         plan = _plan(
@@ -76,11 +109,11 @@ class Kernel:
         elements = plan.size * rows
 
         def phase(what: int, items: "array[int]", elements: int) -> None:
-            """All of the items, taken one by one by as many threads as torch has."""
+            """Process all items one by one, on as many threads as torch has."""
             n = len(items) // 4
             counter = array("q", (0,))
 
-            def work(_: Any = (pool, flags, kept)) -> None:  # owns all that it has addresses of, in the table too
+            def work(_: Any = (pool, flags, kept)) -> None:  # owns everything whose addresses are in the table
                 buffers: list[array[Any]] = [counter, table, scratch, partials, settings]
                 self._run(what, _address(items), n, *map(_address, buffers))
 
@@ -96,11 +129,21 @@ class Kernel:
 
 
 class _Plan:
-    """How tensors of these sizes are cut, in items (tensor, lo, hi, chunk).
+    """The division of tensors into items (tensor, lo, hi, chunk).
 
-    whole: tensors up to that size, one chunk each. cut: the chunks of the others, of `unit`. large: those others, as
-    one item each. first, count: of every tensor, its first chunk and how many it has. size: of them all, in elements
-    or rows.
+    Args:
+        sizes: The sizes of the tensors, in elements or rows.
+        unit: The size of a chunk of a large tensor.
+        whole: The largest size of a tensor that is a single chunk.
+
+    Attributes:
+        whole: The tensors that are a single chunk, as items.
+        cut: The chunks of all other tensors, as items.
+        large: All other tensors, as one item each.
+        first: The first chunk of every tensor.
+        count: The number of chunks of every tensor.
+        chunks: The number of all chunks.
+        size: The size of all tensors together.
     """
 
     def __init__(self, sizes: tuple[int, ...], unit: int, whole: int) -> None:
@@ -130,7 +173,7 @@ def _address(buffer: "array[Any]") -> int:
 
 
 def _machine_code(text: str) -> tuple[Callable[..., None], object]:
-    """The function `run` of a module, and what owns its code."""
+    """Return the function `run` of a module, and the object that owns its code."""
     address, engine = compiled(text)
     kinds = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 5]
     return ctypes.CFUNCTYPE(None, *kinds)(address("run")), engine

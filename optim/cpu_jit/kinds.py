@@ -1,4 +1,4 @@
-"""What each value of a step is: one per tensor, one per row or one per element; and when it can be known."""
+"""The kind of each value of a step (one per tensor, per row or per element) and when it can be computed."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -50,7 +50,17 @@ REDUCTIONS = {"sum", "mean", "amax", "amin", "max", "min", "linalg_vector_norm"}
 
 @dataclass(frozen=True)
 class Reduction:
-    """A reduction of one value: how accumulated ("sum" or "max"), of what power, and what is made of the total."""
+    """A reduction of one value.
+
+    Args:
+        operand: The value that is reduced.
+        how: How it is accumulated: "sum" or "max".
+        squared: Whether squares are accumulated.
+        negated: Whether negated values are accumulated, as for a minimum.
+        absolute: Whether absolute values are accumulated.
+        finish: What is computed from the total: "mean", "root", or "" for the total itself.
+        count: The number of values that are reduced to one.
+    """
 
     operand: Node
     how: str
@@ -62,7 +72,11 @@ class Reduction:
 
 
 class Kinds:
-    """Kind, stage and level of every value, found by going through its arguments."""
+    """The kind, stage and level of every value, which follow from those of its arguments.
+
+    Args:
+        trace: The recorded step.
+    """
 
     def __init__(self, trace: Trace) -> None:
         self.shape = trace.inputs["param"].shape
@@ -78,7 +92,14 @@ class Kinds:
         return self.known[node]
 
     def conditions(self, outputs: Sequence[Node]) -> dict[Reduction, frozenset[tuple[Node, bool]]]:
-        """For each reduction the scalars that must have these truth values for it to be read: conditions of `where`."""
+        """Return the conditions of `where` under which each reduction is read.
+
+        Args:
+            outputs: The values that the step writes.
+
+        Returns:
+            For each reduction, scalars and the truth values that they must have.
+        """
         order: dict[Node, None] = {}
 
         def visit(node: Node) -> None:
@@ -106,7 +127,7 @@ class Kinds:
 
     def _set_rows(self, rows: int) -> None:
         if self.rows not in (None, rows):
-            raise Unsupported(f"rows of two kinds: {self.rows} and {rows} of them")
+            raise Unsupported(f"two different numbers of rows: {self.rows} and {rows}")
         self.rows = rows
 
     def _find(self, node: Node) -> tuple[str, int, int]:
@@ -149,7 +170,7 @@ class Kinds:
         return ROW
 
     def _check_rows(self, node: Node, rows: Sequence[Node]) -> None:
-        """A row value must lie along the leading dimensions of what it is combined with."""
+        """Check that row values extend along the leading dimensions of what they are combined with."""
         if node.op in VIEWS:
             return
         for n in rows:

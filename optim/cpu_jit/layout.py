@@ -1,4 +1,4 @@
-"""What the functions of one compiled step share: places in memory, and reductions from their start to their end."""
+"""What the functions of one compiled step share: places in memory, and the parts of reductions."""
 
 import math
 
@@ -9,14 +9,19 @@ from optim.cpu_jit.kinds import TYPES, Kinds, Reduction
 from optim.cpu_jit.trace import Node, Trace, Unsupported
 
 HEADER = 4
-"""Numbers before the pointers of a tensor in the table: its first chunk, how many it has, where the guard is told and
-where reductions of rows are kept."""
+"""The number of entries before the pointers of a tensor in the table: its first chunk, its number of chunks, the
+address of the guard, and the address of the stored reductions over rows."""
 
 ARGUMENTS = "ptr %table, i64 %lo, i64 %hi, ptr %scratch, ptr %partial"
 
 
 class Layout:
-    """What the functions of one step share: the places of scalars in scratch memory and the reductions asked for."""
+    """The places of scalars in scratch memory and the reductions that the functions of one step need.
+
+    Args:
+        trace: The recorded step.
+        guarded: Whether a tensor is left unchanged if its gradient is not finite.
+    """
 
     def __init__(self, trace: Trace, guarded: bool) -> None:
         self.trace, self.kinds = trace, Kinds(trace)
@@ -32,11 +37,25 @@ class Layout:
         self.declared: set[str] = set()
 
     def kind_of_place(self, name: str) -> str:
-        """The kind of value that the place of an input holds: one per element, per row or per tensor."""
+        """Return the kind of value that an input holds.
+
+        Args:
+            name: The name of the input.
+
+        Returns:
+            The kind: one value per element, per row or per tensor.
+        """
         return self.kinds[self.trace.inputs[name]][0]
 
     def slot(self, node: Node) -> int:
-        """The place of a scalar in scratch memory."""
+        """Return the place of a scalar in scratch memory.
+
+        Args:
+            node: The scalar.
+
+        Returns:
+            The index.
+        """
         return self.slots.setdefault(node, len(self.slots))
 
     @property
@@ -46,7 +65,15 @@ class Layout:
         return max(self.kinds[node][1] for node in nodes)
 
     def partial(self, stage: int, reduction: Reduction) -> int:
-        """The place of a reduction among the partial results of a chunk."""
+        """Return the place of a reduction among the partial results of a chunk.
+
+        Args:
+            stage: The stage that needs the reduction.
+            reduction: The reduction.
+
+        Returns:
+            The index.
+        """
         wanted = self.wanted.setdefault(stage, [])
         if reduction not in wanted:
             wanted.append(reduction)
@@ -59,7 +86,17 @@ def _finite(grad: Node) -> Node:
 
 
 def from_scratch(code: Code, block: Block, layout: Layout, node: Node) -> Slot:
-    """A scalar of an earlier stage, as it was kept."""
+    """Load a scalar of an earlier stage from scratch memory.
+
+    Args:
+        code: The code of the function.
+        block: The block to which instructions are added.
+        layout: The layout of the step.
+        node: The scalar.
+
+    Returns:
+        The value.
+    """
     ty = TYPES[node.dtype][0]
     if node.op == "constant":
         return literal(node.args[0], ty), ty
@@ -68,12 +105,33 @@ def from_scratch(code: Code, block: Block, layout: Layout, node: Node) -> Slot:
 
 
 def start_of(reduction: Reduction, ty: str) -> str:
-    """The value that a reduction starts from."""
+    """Return the initial value of a reduction.
+
+    Args:
+        reduction: The reduction.
+        ty: The LLVM type in which it is accumulated.
+
+    Returns:
+        The literal.
+    """
     return literal(0.0 if reduction.how == "sum" else float("-inf"), ty)
 
 
 def term_of(code: Code, block: Block, reduction: Reduction, value: Slot) -> tuple[str, str]:
-    """(type, value) of what an element adds to the reduction."""
+    """Compute what an element contributes to a reduction.
+
+    Args:
+        code: The code of the function.
+        block: The block to which instructions are added.
+        reduction: The reduction.
+        value: The value of the element.
+
+    Returns:
+        The type and the name of the term.
+
+    Raises:
+        Unsupported: For a maximum of booleans.
+    """
     if reduction.how == "sum":
         wide = code.convert(block, value, "double")
         return "double", code.put(block, f"fmul double {wide}, {wide}") if reduction.squared else wide
@@ -86,14 +144,37 @@ def term_of(code: Code, block: Block, reduction: Reduction, value: Slot) -> tupl
 
 
 def combined(code: Code, block: Block, reduction: Reduction, ty: str, a: str, b: str) -> str:
-    """Two partial results as one."""
+    """Combine two partial results.
+
+    Args:
+        code: The code of the function.
+        block: The block to which instructions are added.
+        reduction: The reduction.
+        ty: The type of the partial results.
+        a: The name of the first one.
+        b: The name of the second one.
+
+    Returns:
+        The name of the result.
+    """
     if reduction.how == "sum":
         return code.put(block, f"fadd reassoc {ty} {a}, {b}")
     return code.call(block, "maximum", ty, a, b)
 
 
 def finished(code: Code, block: Block, reduction: Reduction, total: Slot, node: Node) -> Slot:
-    """The value of a node from the total of its reduction."""
+    """Compute the value of a node from the total of its reduction.
+
+    Args:
+        code: The code of the function.
+        block: The block to which instructions are added.
+        reduction: The reduction.
+        total: The total.
+        node: The node.
+
+    Returns:
+        The value.
+    """
     value, ty = total
     if reduction.negated:
         value = code.put(block, f"fneg {ty} {value}")

@@ -9,9 +9,18 @@ from optim.cpu_jit.trace import Node
 
 
 class Body(Code):
-    """One pass over a chunk, as loops with what stands before, between and after them.
+    """One pass over a chunk, as loops and the code before, between and after them.
 
-    head: once; segments[j]: once a row, before loop j; after[j]: once a row, after it.
+    Args:
+        layout: The layout of the step.
+        number: The number of the body.
+
+    Attributes:
+        head: The code that runs once.
+        segments: The code that runs once per row, before each loop.
+        loops: The code of each loop, which runs once per element.
+        after: The code that runs once per row, after each loop.
+        sums: The reductions of each loop, with their types and terms.
     """
 
     def __init__(self, layout: Layout, number: int) -> None:
@@ -30,14 +39,29 @@ class Body(Code):
             self.sums.append({})
 
     def pointer(self, name: str) -> str:
-        """Where the memory of an input begins."""
+        """Return the address of an input.
+
+        Args:
+            name: The name of the input.
+
+        Returns:
+            The name of the pointer.
+        """
         if name not in self.head.known:
             at = self.put(self.head, f"getelementptr inbounds i64, ptr %table, i64 {self.layout.pointers[name]}")
             self.head.known[name] = self.put(self.head, f"load ptr, ptr {at}"), "ptr"
         return self.head.known[name][0]
 
     def get(self, node: Node, loop: int) -> Slot:
-        """The value of a node where loop `loop` runs."""
+        """Return the value of a node inside a loop.
+
+        Args:
+            node: The node.
+            loop: The number of the loop.
+
+        Returns:
+            The value.
+        """
         kind, _, level = self.kinds[node]
         self._grow(max(level, loop))
         if kind == SCALAR:
@@ -64,7 +88,7 @@ class Body(Code):
         if self.kinds[reduction.operand][0] == ROW:  # over dimensions of one element
             block.known[node] = self.get(reduction.operand, self.kinds[node][2])
             return
-        if self.kinds[node][1] + 1 < self.number:  # an earlier body has read all that this needs
+        if self.kinds[node][1] + 1 < self.number:  # an earlier body has computed and stored it
             place = self._kept(block, self.layout.kept.setdefault(node, len(self.layout.kept)))
             ty = TYPES[node.dtype][0]
             value = self.put(block, f"load double, ptr {place}")
@@ -75,7 +99,7 @@ class Body(Code):
         block.known[node] = finished(self, block, reduction, total, node)
 
     def _kept(self, block: Block, number: int) -> str:
-        """Where a reduction of this row is kept."""
+        """Return the address at which a reduction over this row is stored."""
         key = ("kept",)
         if key not in self.head.known:
             at = self.put(self.head, f"getelementptr inbounds i64, ptr %table, i64 {HEADER - 1}")
@@ -85,7 +109,7 @@ class Body(Code):
         return self.put(block, f"getelementptr inbounds double, ptr {self.head.known[key][0]}, i64 {index}")
 
     def _keep(self) -> None:
-        """Keep what this body is the first to know and a later one needs."""
+        """Store reductions over rows that this body computes first and a later one needs."""
         for node, number in self.layout.kept.items():
             if self.kinds[node][1] + 1 == self.number:
                 level = self.kinds[node][2]
@@ -95,7 +119,7 @@ class Body(Code):
                 block.lines.append(f"  store double {wide}, ptr {self._kept(block, number)}")
 
     def _accumulated(self, reduction: Reduction, loop: int) -> Slot:
-        """The reduction over loop `loop`, as known after it."""
+        """Return the result of a reduction over a loop, which is known after the loop."""
         sums = self.sums[loop]
         if reduction not in sums:
             ty, term = term_of(self, self.loops[loop], reduction, self.get(reduction.operand, loop))
@@ -103,7 +127,14 @@ class Body(Code):
         return f"%total{loop}_{list(sums).index(reduction)}", sums[reduction][0]
 
     def writing(self, name: str) -> str:
-        """The last body: parameter and state."""
+        """Return the last body, which writes the parameter and the state.
+
+        Args:
+            name: The name of the function.
+
+        Returns:
+            The text of the function.
+        """
         outputs = self.layout.trace.outputs
         last = max((self.kinds[node][2] for node in outputs.values()), default=0)
         self._grow(last)
@@ -111,7 +142,7 @@ class Body(Code):
         rows: list[tuple[str, Slot]] = []
         for key, node in outputs.items():
             place = self.layout.kind_of_place(key)
-            if place != SCALAR and node is not self.layout.trace.inputs[key]:  # a slow statistic stays as it is
+            if place != SCALAR and node is not self.layout.trace.inputs[key]:  # an unchanged entry is not written
                 (full if place == FULL else rows).append((key, self.get(node, last)))
         for key, value in full:
             self.store(self.loops[last], value, self.pointer(key), self.layout.trace.inputs[key].dtype, f"%i{last}")
@@ -120,7 +151,15 @@ class Body(Code):
         return self._text(name, Block())
 
     def reducing(self, name: str, wanted: Sequence[tuple[int, Reduction]]) -> str:
-        """A body that makes these reductions, each with its place among the partial results of its chunk."""
+        """Return a body that computes reductions.
+
+        Args:
+            name: The name of the function.
+            wanted: The reductions, each with its place among the partial results of a chunk.
+
+        Returns:
+            The text of the function.
+        """
         end = Block()
         self._keep()
         for j, reduction in wanted:

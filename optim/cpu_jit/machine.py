@@ -1,10 +1,17 @@
-"""LLVM assembly to machine code of this processor."""
+"""Compilation of LLVM assembly to machine code of this processor."""
 
 from collections.abc import Callable
 
 
 def compiled(text: str) -> tuple[Callable[[str], int], object]:
-    """Where the functions of a module are, by name, and what owns their code."""
+    """Compile a module.
+
+    Args:
+        text: The assembly.
+
+    Returns:
+        A function from the name of a function to its address, and the object that owns the code.
+    """
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()

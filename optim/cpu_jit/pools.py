@@ -1,4 +1,4 @@
-"""Tensors in pools that one compiled step can take: plain, dense, on the CPU, of equal dtypes."""
+"""Pools of tensors that one compiled step can process: plain, dense, on the CPU, and of equal dtypes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,13 @@ on_cpu, dtype_of, shape_of = attrgetter("is_cpu"), attrgetter("dtype"), attrgett
 
 @dataclass
 class Pool:
-    """Tensors that one kernel steps: columns of parameters, gradients and of each entry of the state."""
+    """Tensors that one kernel steps.
+
+    Args:
+        index: The positions of the parameters.
+        names: The entries of the state.
+        columns: The parameters, the gradients, and the tensors of each entry of the state.
+    """
 
     index: Sequence[int]
     names: tuple[str, ...]
@@ -26,14 +32,24 @@ class Pool:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Elements of each tensor."""
+        """The number of elements of each tensor."""
         return tuple(map(Tensor.numel, self.columns[0]))
 
 
 def pools_of(
     rule: UpdateRule, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]
 ) -> tuple[list[Pool], list[int]]:
-    """The tensors in pools of equal dtypes (and shapes, unless the rule is elementwise), and those that fit none."""
+    """Divide tensors into pools of equal dtypes (and shapes, unless the rule is elementwise).
+
+    Args:
+        rule: The rule.
+        params: The parameters, of any shapes.
+        grads: The gradients, of the same shapes.
+        states: The states.
+
+    Returns:
+        The pools, and the positions of the parameters that are in none.
+    """
     names = tuple(states[0])
     if all(map(names.__eq__, map(tuple, states))):
         columns = [params, grads, *([state[name] for state in states] for name in names)]
@@ -56,7 +72,7 @@ def pools_of(
 
 
 def _uniform(column: Sequence[Tensor], sizes: bool) -> bool:
-    """Whether these are plain contiguous tensors on the CPU of one dtype (and one size): many, so without a loop."""
+    """Return whether these are plain contiguous CPU tensors of one dtype (and one size), without a Python loop."""
     return (
         set(map(type, column)) <= PLAIN
         and all(map(on_cpu, column))
@@ -67,9 +83,9 @@ def _uniform(column: Sequence[Tensor], sizes: bool) -> bool:
 
 
 def _dense(row: list[Tensor], elementwise: bool) -> list[Tensor] | None:
-    """Parameter, gradient and state such that flat memory holds equal coordinates at equal places; None if they do not.
+    """Return parameter, gradient and state with the same order of coordinates in memory; None if that is impossible.
 
-    A gradient of another layout is copied.
+    A gradient with another memory layout is copied.
     """
     if any(type(t) not in PLAIN or not t.is_cpu or t.layout != torch.strided for t in row) or row[1].is_neg():
         return None

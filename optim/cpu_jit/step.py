@@ -1,4 +1,4 @@
-"""One step of many parameters, compiled where that is possible."""
+"""One step of many parameters, compiled if possible."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def step(
     lr: float | Tensor,
     weight_decay: float,
 ) -> list[bool]:
-    """Step every parameter with its gradient and state, compiled where that is possible.
+    """Step every parameter with its gradient and state, by compiled code if possible.
 
     Args:
         rule: The rule.
@@ -34,15 +34,15 @@ def step(
         weight_decay: Decoupled weight decay.
 
     Returns:
-        For each parameter, whether it was stepped: under a rule with ``elementwise = False``, a parameter whose
-        gradient is not finite is left unchanged, as is its state.
+        For each parameter, whether it was stepped. Under a rule with ``elementwise = False``, a parameter whose
+        gradient is not finite is left unchanged, and so is its state.
     """
     fine = [True] * len(params)
     taken: list[Pool] = []
     rest: Sequence[int] = range(len(params))
     if params and rule.step_is_update and _can_run() and _hashable(rule):
         taken, rest = pools_of(rule, params, grads, states)
-    work: list[tuple[Compiled, Pool]] = []  # all is compiled before anything moves
+    work: list[tuple[Compiled, Pool]] = []  # everything is compiled before any parameter changes
     for pool in taken:
         for compiled_step, part in parts_of(rule, pool, weight_decay != 0):
             if isinstance(compiled_step, Compiled) and compiled_step.kernel.fits(part):
@@ -68,17 +68,24 @@ def step(
 
 
 def all_finite(grads: Sequence[Tensor]) -> list[bool]:
-    """Return whether all entries of each gradient are finite on all ranks, without the masks of `isfinite`."""
+    """Return whether all entries of each gradient are finite on all ranks, without the masks of `isfinite`.
+
+    Args:
+        grads: The gradients, of any shapes.
+
+    Returns:
+        A boolean per gradient.
+    """
     fine: list[bool] = [True] * len(grads)
     pools: dict[torch.dtype, list[int]] = {}
     can_run = _can_run()
     for i, grad in enumerate(grads):
         if can_run and type(grad) in PLAIN and grad.is_cpu and grad.is_contiguous() and not grad.is_neg():
             pools.setdefault(grad.dtype, []).append(i)
-        elif is_sharded(grad):  # of a DTensor bool() is the answer of this rank's rows; all ranks must do the same
+        elif is_sharded(grad):  # bool() of a DTensor only sees this rank's rows, but all ranks must agree
             fine[i] = int(grad.isfinite().logical_not().sum().full_tensor()) == 0  # type: ignore[attr-defined]
         elif grad.numel():
-            fine[i] = math.isfinite(torch.linalg.vector_norm(grad, math.inf))  # a largest magnitude: NaN if one is
+            fine[i] = math.isfinite(torch.linalg.vector_norm(grad, math.inf))  # it is NaN if an entry is
     for dtype, index in pools.items():
         column = [grads[i] for i in index]
         for i, flag in zip(index, finite_kernel(dtype).run(Pool(index, (), [column, column])), strict=True):
@@ -87,9 +94,17 @@ def all_finite(grads: Sequence[Tensor]) -> list[bool]:
 
 
 def supports(rule: UpdateRule, param: Tensor) -> str:
-    """Return why steps of this rule on such a parameter are not compiled; empty if they are."""
+    """Return why steps of a rule on a parameter are not compiled.
+
+    Args:
+        rule: The rule.
+        param: The parameter, of any shape.
+
+    Returns:
+        The reason; empty if steps are compiled.
+    """
     if not rule.step_is_update:
-        return "the rule has a step of its own"
+        return "the rule has its own step"
     meta = param.detach().to("meta")
     state = rule.init(meta)
     row = [meta, meta, *state.values()]
@@ -103,7 +118,7 @@ def supports(rule: UpdateRule, param: Tensor) -> str:
 def _hashable(rule: UpdateRule) -> bool:
     try:
         hash(rule)
-    except TypeError:  # a field of somebody's rule is a list
+    except TypeError:  # a field is a list, for example
         return False
     return True
 

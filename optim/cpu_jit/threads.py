@@ -1,4 +1,4 @@
-"""Threads of the process that help with a step, and leave nothing running after it."""
+"""Threads of the process that help with a step; none of them works after it."""
 
 import os
 from collections.abc import Callable
@@ -6,17 +6,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 _MOST = 256
-"""Helpers of a process; they are started as they are needed."""
+"""The largest number of helper threads of a process; they are started when they are needed."""
 
 
 def together(work: Callable[[], None], helpers: int) -> None:
-    """Run `work` on this thread and up to `helpers` others, none of which works after the return or an exception.
+    """Run `work` on this thread and up to `helpers` others, none of which is working after the return or an exception.
 
-    `work` takes its share until nothing is left, so it may run on any number of threads. It must own what it touches: a
-    helper can come too late and then only lets go of it. Where no thread can be started, as when the interpreter ends
-    while other threads still train, this thread does everything.
+    If no thread can be started, for example because the interpreter is shutting down while other threads still train,
+    this thread does everything.
+
+    Args:
+        work: A function that processes items until none is left, so that it may run on any number of threads. It must
+            own everything that it accesses: a helper may start too late, and then only releases it.
+        helpers: The number of other threads.
     """
-    futures: list[Future[None]] = [Future() for _ in range(helpers)]  # known before any thread is
+    futures: list[Future[None]] = [Future() for _ in range(helpers)]  # they exist before any thread starts
     try:
         try:
             for future in futures:
@@ -30,7 +34,7 @@ def together(work: Callable[[], None], helpers: int) -> None:
             while not (future.cancel() or future.done()):
                 try:
                     future.exception()  # waits
-                except BaseException as error:  # an interrupt: memory must not be given up now all the same
+                except BaseException as error:  # an interrupt; memory must not be released yet
                     late = error
         if late is not None:
             raise late
@@ -46,5 +50,5 @@ def _help(future: "Future[None]", work: Callable[[], None]) -> None:
 
 @lru_cache(maxsize=1)
 def _executor(process: int) -> ThreadPoolExecutor:
-    """Of this process: a fork has none of its parent's threads."""
+    """Return the executor of this process, because a fork does not have its parent's threads."""
     return ThreadPoolExecutor(_MOST, thread_name_prefix="optim")

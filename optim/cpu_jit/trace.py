@@ -1,4 +1,4 @@
-"""A rule's whole step as a list of tensor operations, recorded once on tensors without data."""
+"""The recording of a rule's step as a list of tensor operations, on tensors without data."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,15 +13,19 @@ from optim.rule import State, UpdateRule
 
 
 class Unsupported(Exception):
-    """The step cannot be compiled; the message says why."""
+    """A step cannot be compiled, for the reason that the message states."""
 
 
 @dataclass(eq=False)
 class Node:
-    """One value of the step: an input, a constant or the result of an operation on other values.
+    """One value of a step: an input, a constant or the result of an operation on other values.
 
-    op: "input:NAME", "constant", or the name of torch's operation, such as "add.Tensor". args and kwargs hold nodes
-    where the operation took tensors, otherwise plain values.
+    Args:
+        op: "input:NAME", "constant", or the name of torch's operation, such as "add.Tensor".
+        shape: The shape of the value.
+        dtype: The dtype of the value.
+        args: The positional arguments of the operation: nodes for tensors, and plain values.
+        kwargs: The keyword arguments of the operation.
     """
 
     op: str
@@ -32,28 +36,36 @@ class Node:
 
 
 class Number(float):
-    """A number that the step calculates with, which compiled code reads when it runs: another value is the same code.
+    """A number that the step computes with and that compiled code reads when it runs.
 
-    So a momentum that is scheduled costs a trace a step, and no compilation. Those in `LITERALS` are part of the code.
+    Its value is not part of the code, so that a scheduled momentum needs one trace per step but no compilation. Numbers
+    in `LITERALS` are part of the code.
+
+    Attributes:
+        node: The value in the trace.
     """
 
     node: Node
 
     def __new__(cls, value: float, index: int) -> "Number":
-        """The number, which stands at place `index` among those of its trace."""
+        """Create a number with the position `index` among those of its trace."""
         made = super().__new__(cls, value)
         made.node = Node("input:number", (), torch.float64, (index,))
         return made
 
 
 LITERALS = frozenset({0.0, 0.5, 1.0, 2.0, 3.0, math.inf})
-"""Magnitudes of numbers that are more often part of a formula than settings: some operations have shorter forms."""
+"""Magnitudes that are usually part of a formula and not settings; some operations have shorter forms for them."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Inputs by name ("param", "grad", "lr", "weight_decay", "state:KEY"), what the step writes to "param" and
-    "state:KEY", and its numbers.
+    """The recorded values of a step.
+
+    Args:
+        inputs: The inputs by name: "param", "grad", "lr", "weight_decay" and "state:KEY".
+        outputs: What the step writes, by name: "param" and "state:KEY".
+        numbers: The numbers that the step computes with.
     """
 
     inputs: dict[str, Node]
@@ -61,7 +73,11 @@ class Trace:
     numbers: tuple[Number, ...] = ()
 
     def structure(self) -> str:
-        """A text that is the same for two traces which differ in the values of their numbers at most."""
+        """Return a text that is equal for two traces that only differ in the values of their numbers.
+
+        Returns:
+            The text.
+        """
         index: dict[Node, int] = {}
         lines: list[str] = []
 
@@ -93,11 +109,14 @@ def trace(rule: UpdateRule, param: Tensor, grad: Tensor, state: Mapping[str, Ten
         state: The state.
         decayed: Whether there is weight decay.
 
+    Returns:
+        The recorded step.
+
     Raises:
         Unsupported: If the step reads values (a Python branch on a tensor), writes in place, or fails.
     """
     tensors: dict[str, Tensor] = {"param": param, "grad": grad} | {f"state:{k}": v for k, v in state.items()}
-    with torch.inference_mode(False):  # inside it, operations would not reach the recorder one by one
+    with torch.inference_mode(False):  # in inference mode, the recorder would not see individual operations
         metas = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
         for name in ("lr", "weight_decay"):
             metas[name] = torch.empty((), dtype=torch.float64, device="meta")
@@ -110,7 +129,7 @@ def trace(rule: UpdateRule, param: Tensor, grad: Tensor, state: Mapping[str, Ten
             new = {"param": moved} | {f"state:{key}": t for key, t in after.items()}
     except Unsupported:
         raise
-    except Exception as error:  # whatever a rule does to tensors without data
+    except Exception as error:  # a rule may do anything with tensors without data
         raise Unsupported(f"{type(error).__name__} while tracing: {error}") from error
     missing = {f"state:{k}" for k in state} ^ (set(new) - {"param"})
     if missing:
@@ -123,7 +142,7 @@ def trace(rule: UpdateRule, param: Tensor, grad: Tensor, state: Mapping[str, Ten
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps every operation that runs inside it as a `Node`."""
+    """Record every operation that runs inside it as a `Node`."""
 
     def __init__(self, inputs: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -133,7 +152,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.held[id(t)] = (t, Node(f"input:{name}", tuple(t.shape), t.dtype))
 
     def node(self, t: Tensor) -> Node:
-        """The node of a tensor; one that no operation made is a constant of the rule."""
+        """Return the node of a tensor; a tensor that no operation created is a constant of the rule."""
         if id(t) not in self.held:
             if t.ndim != 0 or t.is_meta:
                 raise Unsupported(f"a constant tensor of shape {tuple(t.shape)}")

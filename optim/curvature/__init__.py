@@ -2,10 +2,10 @@
 
     loss = loss_fn()
     loss.backward()
-    curvature.refresh(optimizer, loss_fn)  # before the step; does nothing when it is not due, or no rule wants it
+    curvature.refresh(optimizer, loss_fn)  # before the step; does nothing if it is not due or no rule needs it
     optimizer.step()
 
-The rules themselves only read what `refresh` left in their state.
+The rules themselves only read what `refresh` wrote to their state.
 """
 
 from optim.curvature.gauss_newton import NoCrossEntropy, gauss_newton, gauss_newton_product

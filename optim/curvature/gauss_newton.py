@@ -1,6 +1,6 @@
 """The Gauss-Newton matrix of a cross-entropy loss: its diagonal from sampled labels, and exact products with it.
 
-It is the part of the Hessian that is never negative.
+It is the positive semi-definite part of the Hessian.
 """
 
 import inspect
@@ -29,15 +29,22 @@ from optim.curvature.losses import (
 
 
 class NoCrossEntropy(ValueError):
-    """A loss that calls no torch.nn.functional.cross_entropy, whose Gauss-Newton matrix is therefore not known."""
+    """A loss does not call torch.nn.functional.cross_entropy, so that its Gauss-Newton matrix is not known."""
 
 
 class CrossEntropies(TorchFunctionMode, ABC):
-    """While active, sees every call of torch.nn.functional.cross_entropy, and may give it other arguments."""
+    """A mode that sees every call of torch.nn.functional.cross_entropy and may change its arguments."""
 
     @abstractmethod
     def replaced(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call that are to be others, by name. given: those of the call."""
+        """Return the arguments of a call that are to be replaced.
+
+        Args:
+            given: The arguments of the call, by name.
+
+        Returns:
+            New values, by the names of the arguments.
+        """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -51,19 +58,19 @@ class CrossEntropies(TorchFunctionMode, ABC):
 def gauss_newton(loss_fn: Parts, params: Sequence[Tensor], *, seed: int) -> list[Tensor | None]:
     """Return B g^2 for each parameter: the diagonal of the Gauss-Newton matrix in expectation (Gauss-Newton-Bartlett).
 
-    g is the gradient of the mean loss over B labels drawn from the model's own distribution. Every
-    `torch.nn.functional.cross_entropy` of the loss gets sampled labels in place of its own; ignored ones stay ignored.
+    Here g is the gradient of the mean loss over B labels drawn from the model's own distribution. In every
+    `torch.nn.functional.cross_entropy` of the loss, the labels are replaced by sampled ones, except for ignored labels.
 
     Args:
-        loss_fn: Computes the loss anew, or several functions whose sum is the loss.
+        loss_fn: A function that computes the loss, or several functions whose sum is the loss.
         params: The parameters, of any shapes.
-        seed: Of the labels.
+        seed: The seed of the labels.
 
     Returns:
-        One tensor per parameter, of its shape; None where no rank's loss depends on it.
+        One tensor per parameter, of its shape; None if no rank's loss depends on it.
 
     Raises:
-        NoCrossEntropy: A ValueError, if the loss calls no cross_entropy.
+        NoCrossEntropy: A ValueError, if the loss does not call cross_entropy.
         TypeError: For sharded parameters.
 
     Source:
@@ -80,7 +87,7 @@ def gauss_newton(loss_fn: Parts, params: Sequence[Tensor], *, seed: int) -> list
     refuse_sharded(params)
     total: list[Tensor | None] = [None] * len(params)
     labels = _SampledLabels(seed)
-    losses = parts_of(loss_fn)  # none on a rank that has no part of the batch
+    losses = parts_of(loss_fn)  # empty on a rank that has no part of the batch
     with private(params):
         for part in losses:
             with labels:
@@ -88,13 +95,13 @@ def gauss_newton(loss_fn: Parts, params: Sequence[Tensor], *, seed: int) -> list
             add(total, torch.autograd.grad(loss, list(params), allow_unused=True))
     if losses and labels.calls == 0:
         raise NoCrossEntropy(
-            "curvature: this loss calls no torch.nn.functional.cross_entropy, whose labels could be sampled; "
-            "make an estimate of your own and give it to curvature.absorb"
+            "curvature: this loss does not call torch.nn.functional.cross_entropy, whose labels could be sampled; "
+            "compute your own estimate and pass it to curvature.absorb"
         )
     averaged = mean_over_ranks(total, params)
     terms = labels.terms
     if rank_count() > 1 and params:
-        terms = terms.to(params[0].device)  # NCCL takes no tensors of the CPU
+        terms = terms.to(params[0].device)  # NCCL does not accept CPU tensors
         dist.all_reduce(terms)
     return [None if g is None else terms.to(g.device) * g * g for g in averaged]
 
@@ -104,13 +111,14 @@ def gauss_newton_product(
 ) -> list[Tensor]:
     """Return J^T H_z J v for each parameter: the product of the Gauss-Newton matrix with v.
 
-    z are the logits that the loss passes to cross_entropy, J = dz/dparams, and H_z is the Hessian of the loss in z. The
-    matrix is the Hessian without the curvature of the model itself (Schraudolph 2002). It equals the Hessian where z is
-    linear in the parameters, and v^T G v >= 0. J v is computed by differentiating J^T w in w, so that any kernel with a
-    second derivative works. Parts of the loss that do not pass through cross_entropy do not count.
+    Here z are the logits that the loss passes to cross_entropy, J = dz/dparams, and H_z is the Hessian of the loss with
+    respect to z. The matrix G is the Hessian without the curvature of the model itself (Schraudolph 2002). It equals
+    the Hessian if z is linear in the parameters, and v^T G v >= 0. J v is computed by differentiating J^T w with
+    respect to w, so that any kernel with a second derivative works. Parts of the loss that do not pass through
+    cross_entropy are ignored.
 
     Args:
-        loss: Computes the loss.
+        loss: A function that computes the loss.
         params: The parameters, of any shapes.
         vectors: v, one tensor per parameter, of its shape and dtype.
 
@@ -135,8 +143,8 @@ def gauss_newton_product(
         value = loss()
     if not seen.logits:
         raise NoCrossEntropy(
-            "curvature: Gauss-Newton products need a loss by torch.nn.functional.cross_entropy of logits; this one "
-            "calls none"
+            "curvature: Gauss-Newton products need a loss computed by torch.nn.functional.cross_entropy of logits, "
+            "which this loss does not call"
         )
     probes = [torch.zeros_like(z, requires_grad=True) for z in seen.logits]
     pulled = torch.autograd.grad(seen.logits, params, probes, create_graph=True, allow_unused=True)
@@ -149,7 +157,7 @@ def gauss_newton_product(
 
 
 class _SampledLabels(CrossEntropies):
-    """While active, cross_entropy gets labels drawn from its own logits; counts the terms that are not ignored."""
+    """Replace the labels of cross_entropy by labels drawn from its own logits, and count terms that are not ignored."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -158,7 +166,7 @@ class _SampledLabels(CrossEntropies):
     def replaced(self, given: dict[str, Any]) -> dict[str, Any]:
         logits, target = given["input"].detach(), given["target"]
         spread = logits.movedim(1 if logits.ndim > 1 else 0, -1).float().softmax(-1)
-        flat = spread.reshape(-1, spread.shape[-1]).nan_to_num(nan=1.0)  # non-finite: the gradient will show it
+        flat = spread.reshape(-1, spread.shape[-1]).nan_to_num(nan=1.0)  # the gradient will show NaNs
         generator = torch.Generator(logits.device).manual_seed(mix(self.seed, self.calls))
         drawn = flat.new_empty(0, dtype=torch.int64)
         if len(flat):
@@ -175,7 +183,7 @@ class _SampledLabels(CrossEntropies):
 
 
 class _Logits(CrossEntropies):
-    """While active, cross_entropy reads copies (`copies`) of its `logits`: loss and model are two graphs."""
+    """Replace the `logits` of cross_entropy by `copies`, so that the loss and the model are separate graphs."""
 
     def __init__(self) -> None:
         super().__init__()

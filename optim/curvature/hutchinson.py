@@ -11,23 +11,22 @@ from optim.curvature.losses import (
     Parts,
     mean_over_ranks,
 )
-from optim.rule import moment_dtype
+from optim.moments import moment_dtype
 
 
 def hutchinson(loss_fn: Parts, params: Sequence[Tensor], probes: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return z (H z) for each parameter: the diagonal of the Hessian in expectation, for independent z of mean 0 and
-    variance 1.
+    """Return z (H z) for each parameter, whose expectation is the diagonal of the Hessian.
 
-    One product covers all parameters at once. It is averaged over the ranks of `torch.distributed`, where a rank whose
-    loss does not depend on a parameter counts as zero.
+    The entries of z must be independent with mean 0 and variance 1. One product covers all parameters at once. It is
+    averaged over the ranks of `torch.distributed`; a rank whose loss does not depend on a parameter contributes zero.
 
     Args:
-        loss_fn: Computes the loss anew, or several functions whose sum is the loss.
+        loss_fn: A function that computes the loss, or several functions whose sum is the loss.
         params: The parameters, of any shapes.
         probes: z, one tensor per parameter, of its shape and dtype.
 
     Returns:
-        One tensor per parameter, of its shape; None where no rank's loss depends on it.
+        One tensor per parameter, of its shape; None if no rank's loss depends on it.
 
     Example:
         >>> from optim import curvature
@@ -40,12 +39,15 @@ def hutchinson(loss_fn: Parts, params: Sequence[Tensor], probes: Sequence[Tensor
 
 
 def draw(param: Float[Tensor, "*shape"], probe: str, seed: int) -> Float[Tensor, "*shape"]:
-    """Draw a probe of the parameter's shape and dtype from a generator of its own.
+    """Draw a probe of the parameter's shape and dtype from its own generator.
 
     Args:
         param: The parameter, of any shape.
         probe: "normal" or "signs".
         seed: The seed.
+
+    Returns:
+        A tensor of the parameter's shape and dtype.
 
     Example:
         >>> from optim import curvature

@@ -1,6 +1,5 @@
 """Hessian-vector products."""
 
-import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -9,35 +8,37 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from optim.curvature.losses import Loss, Parts, add, parts_of, private, refuse_sharded, scalar
+from optim.curvature.losses import Loss, Parts, add, norm_of, parts_of, private, refuse_sharded, scalar
 
 _ONCE_ONLY = re.compile(r"not implemented|double backward|differentiate twice")
-"""How torch's errors say that an operation has no second derivative: kernels, torch.compile, once_differentiable."""
+"""What torch's errors contain if an operation has no second derivative: kernels, torch.compile, once_differentiable."""
 
 
 def hvp(
     loss_fn: Parts, params: Sequence[Tensor], vectors: Sequence[Tensor], *, method: str = "auto"
 ) -> list[Tensor | None]:
-    """Return H v for each parameter, with H the Hessian of the loss in all `params` together, in the moments' dtype.
+    """Return H v for each parameter, where H is the Hessian of the loss with respect to all `params` together.
 
     Args:
-        loss_fn: Computes the loss anew, or several functions whose sum is the loss.
+        loss_fn: A function that computes the loss, or several functions whose sum is the loss.
         params: The parameters, of any shapes.
         vectors: v, one tensor per parameter, of its shape.
-        method: "exact" differentiates the gradient, with torch's math kernel for attention, because the fused ones have
-            no second derivative. "difference" is (g(p + d v) - g(p - d v)) / 2d: any kernel, but half the digits;
-            parameters move and come back bit for bit. "auto" uses the second where an operation of the loss has no
-            second derivative. (A custom `autograd.Function` with a once-differentiable backward does not say so: torch
-            treats that part as linear, which is noticed only if nothing of the gradient depends on a parameter.)
+        method: "exact" differentiates the gradient, with torch's math kernel for attention, because the fused kernels
+            have no second derivative. "difference" is (g(p + d v) - g(p - d v)) / 2d, which works with any kernel, but
+            has half the digits; parameters are changed and restored bit for bit. "auto" uses "difference" if an
+            operation of the loss has no second derivative. (A custom `autograd.Function` with a once-differentiable
+            backward does not report this: torch treats that part as linear, which is only noticed if no part of the
+            gradient depends on a parameter.)
 
     Returns:
-        One tensor per parameter, of its shape; None where the loss does not depend on it.
+        One tensor per parameter, of its shape and in the moments' dtype; None if the loss does not depend on it.
 
     Cost:
-        About three gradients, and the memory of a graph of the gradient; "difference" two gradients and a copy.
+        About three gradients, and the memory of a graph of the gradient; "difference" needs two gradients and a copy.
 
     Raises:
-        ValueError: For an unsuitable loss, and for a difference at 16-bit parameters, which would round it away.
+        ValueError: For an unsuitable loss, and for a difference with 16-bit parameters, which would be rounded away.
+        RuntimeError: With "exact", if an operation of the loss has no second derivative.
         TypeError: For sharded parameters.
 
     Example:
@@ -57,7 +58,8 @@ def hvp(
                 if method == "exact" or not _ONCE_ONLY.search(str(error)):
                     raise
                 warnings.warn(
-                    f"curvature: no second derivative here ({str(error).splitlines()[0]}); using finite differences",
+                    f"curvature: the loss has no second derivative ({str(error).splitlines()[0]}); using finite "
+                    "differences",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -73,8 +75,8 @@ def _exact(parts: Sequence[Loss], params: Sequence[Tensor], vectors: Sequence[Te
         products: Sequence[Tensor | None] = [None] * len(params)
         if used:
             products = torch.autograd.grad([g for g, _ in used], list(params), [v for _, v in used], allow_unused=True)
-        if all(h is None for h in products):  # zeros would be right for a linear loss, not for kernels without a graph
-            raise RuntimeError("second derivative not implemented: the gradient depends on no parameter")
+        if all(h is None for h in products):  # zeros are correct for a linear loss, but not for kernels without a graph
+            raise RuntimeError("second derivative not implemented: the gradient does not depend on any parameter")
         pairs = zip(grads, products, strict=True)
         add(total, [torch.zeros_like(g) if h is None and g is not None else h for g, h in pairs])
     return total
@@ -83,10 +85,10 @@ def _exact(parts: Sequence[Loss], params: Sequence[Tensor], vectors: Sequence[Te
 def _difference(parts: Sequence[Loss], params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor | None]:
     if any(p.dtype.itemsize < 4 for p in params):
         raise ValueError(
-            "curvature: a finite difference at 16-bit parameters would be rounded away; use float32 parameters, or "
+            "curvature: a finite difference with 16-bit parameters would be rounded away; use float32 parameters, or "
             "kernels with second derivatives (attn_implementation='sdpa' or 'eager', no torch.compile)"
         )
-    size, length = _norm(params), _norm(vectors)
+    size, length = norm_of(params), norm_of(vectors)
     relative = 1e-5 if all(p.dtype == torch.float64 for p in params) else 1e-3
     delta = relative * (size or 1.0) / (length or 1.0)
     kept = [p.detach().clone() for p in params]
@@ -106,7 +108,3 @@ def _difference(parts: Sequence[Loss], params: Sequence[Tensor], vectors: Sequen
             for p, start in zip(params, kept, strict=True):
                 p.copy_(start)
     return [None if a is None or b is None else (a - b) / (2 * delta) for a, b in zip(*sides, strict=True)]
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))

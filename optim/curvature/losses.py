@@ -1,6 +1,7 @@
-"""Losses in parts, and what every estimate of curvature does with them."""
+"""Losses in parts, and what all estimates of curvature do with them."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
@@ -9,24 +10,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.rule import moment_dtype
+from optim.moments import moment_dtype
 from optim.sharding import is_sharded
 
 Loss: TypeAlias = Callable[[], Tensor]
 Parts: TypeAlias = Loss | Sequence[Loss]
-"""A function that computes the loss anew, or several (micro-batches) whose sum is the loss; one graph at a time."""
+"""A function that computes the loss, or several functions (one per micro-batch) whose sum is the loss. Only one graph
+exists at a time."""
 
 
 def parts_of(loss_fn: Parts) -> Sequence[Loss]:
-    """A loss as its parts."""
+    """Return a loss as its parts.
+
+    Args:
+        loss_fn: A function that computes the loss, or several functions whose sum is the loss.
+
+    Returns:
+        The functions.
+    """
     return [loss_fn] if callable(loss_fn) else loss_fn
 
 
 def scalar(loss: Tensor) -> Tensor:
     """Return a loss as a scalar.
 
+    Args:
+        loss: What a loss function returned.
+
+    Returns:
+        A 0-d tensor.
+
     Raises:
-        ValueError: If it is not a single number, or depends on no parameter.
+        ValueError: If it is not a single number, or does not depend on parameters.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -35,7 +50,12 @@ def scalar(loss: Tensor) -> Tensor:
 
 
 def add(total: list[Tensor | None], more: Sequence[Tensor | None]) -> None:
-    """Sum in the moments' dtype, detached; None counts as nothing."""
+    """Add tensors to totals, detached and in the moments' dtype; None counts as nothing.
+
+    Args:
+        total: The totals, which are replaced in this list.
+        more: What is added.
+    """
     for i, value in enumerate(more):
         if value is not None:
             kept = value.detach().to(moment_dtype(value))
@@ -43,8 +63,26 @@ def add(total: list[Tensor | None], more: Sequence[Tensor | None]) -> None:
             total[i] = kept if before is None else before + kept
 
 
+def norm_of(tensors: Iterable[Tensor]) -> float:
+    """Return the l2 norm of several tensors together, accumulated in float64.
+
+    Args:
+        tensors: Tensors of any shapes.
+
+    Returns:
+        The norm.
+    """
+    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))
+
+
 def mix(*numbers: object) -> int:
-    """Return one seed of 63 bits made from several numbers and names.
+    """Return one 63-bit seed computed from several numbers and names.
+
+    Args:
+        *numbers: Numbers and names.
+
+    Returns:
+        The seed.
 
     Example:
         >>> from optim import curvature
@@ -56,17 +94,31 @@ def mix(*numbers: object) -> int:
 
 
 def rank_count() -> int:
-    """The number of processes of `torch.distributed`; 1 without it."""
+    """Return the number of processes of `torch.distributed`.
+
+    Returns:
+        The number; 1 without a process group.
+    """
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def mean_over_ranks(estimates: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
-    """The mean over all ranks, where a rank whose loss does not reach a parameter counts as zero; None if none does."""
+    """Return the mean of each estimate over all ranks.
+
+    A rank whose loss does not depend on a parameter contributes zero.
+
+    Args:
+        estimates: This rank's estimates; None if its loss does not depend on the parameter.
+        params: The parameters.
+
+    Returns:
+        The means; None if no rank's loss depends on the parameter.
+    """
     if rank_count() == 1 or not params:
         return list(estimates)
     reached = torch.tensor([estimate is not None for estimate in estimates], dtype=torch.float32)
     reached = reached.to(params[0].device)
-    dist.all_reduce(reached)  # every rank makes the same calls, whatever its own loss reaches
+    dist.all_reduce(reached)  # every rank makes the same calls, whatever its own loss depends on
     averaged: list[Tensor | None] = []
     for estimate, param, ranks in zip(estimates, params, reached.tolist(), strict=True):
         if ranks == 0:
@@ -83,6 +135,9 @@ def mean_over_ranks(estimates: Sequence[Tensor | None], params: Sequence[Tensor]
 def refuse_sharded(params: Iterable[Tensor]) -> None:
     """Check that no parameter is sharded.
 
+    Args:
+        params: The parameters.
+
     Raises:
         TypeError: If one is.
     """
@@ -92,10 +147,13 @@ def refuse_sharded(params: Iterable[Tensor]) -> None:
 
 @contextmanager
 def private(params: Sequence[Tensor]) -> Iterator[None]:
-    """Enable gradients, and restore the global generators at the end.
+    """Return a context in which gradients are enabled, and that restores the global generators at its end.
 
     Args:
         params: The parameters, whose devices' generators are restored.
+
+    Yields:
+        None.
 
     Example:
         >>> from optim import curvature

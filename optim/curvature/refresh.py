@@ -13,17 +13,18 @@ from torch import Tensor
 from optim.curvature.gauss_newton import gauss_newton
 from optim.curvature.hutchinson import draw, hutchinson
 from optim.curvature.losses import Parts, mix, rank_count, refuse_sharded
-from optim.rule import OfParam, State, UpdateRule, moment_dtype
+from optim.moments import moment_dtype
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurvatureRule(UpdateRule):
-    """A rule whose state has an entry that `update` reads and only `refresh` renews, every `refresh_every` steps.
+    """A rule whose state has an entry that `update` reads and that only `refresh` renews, every `refresh_every` steps.
 
-    Until the first refresh, `update` must do something sensible without it.
+    Before the first refresh, `update` must work sensibly without it.
 
     Args:
-        refresh_every: Steps from one refresh to the next.
+        refresh_every: The number of steps from one refresh to the next.
 
     Example:
         >>> from optim import SophiaGRule, curvature
@@ -35,46 +36,51 @@ class CurvatureRule(UpdateRule):
     """The estimator: `gauss_newton` with sampled labels, or `hutchinson` with normal vectors or random signs."""
 
     refresh_at_start: ClassVar[bool] = True
-    """Whether the first refresh comes before the first step, or after `refresh_every` of them."""
+    """Whether the first refresh is before the first step, or after `refresh_every` steps."""
 
     refresh_every: int = 10
 
     @property
     def uncodable(self) -> str:
-        """Why there are no codes of this state."""
-        return "not one that reads a curvature, which is renewed in its state from outside"
+        """Why the state cannot be stored as codes: it contains a curvature."""
+        return "not a rule that reads a curvature, which is written to its state from outside"
 
     def __post_init__(self) -> None:
         _check_every(type(self).__name__ + ": refresh_every", self.refresh_every)
 
     @abstractmethod
     def absorb(self, estimate: OfParam, state: State) -> State:
-        """Return the entries of the state that an estimate [*shape] of the diagonal renews, without changing the
-        arguments.
+        """Return the entries of the state that an estimate of the diagonal renews, without changing the arguments.
+
+        Args:
+            estimate: The estimate, of the parameter's shape.
+            state: The state of the parameter.
+
+        Returns:
+            The entries of the state that change.
         """
 
 
 def refresh(optimizer: torch.optim.Optimizer, loss_fn: Parts, *, every: int | None = None, seed: int = 0) -> bool:
     """Renew the curvature of every parameter whose rule reads one, if it is due.
 
-    Call it before every `optimizer.step()`, with the loss of the current batch, unscaled and as it is minimised. The
-    rules determine which estimate they need, with at most two passes over the batch each; without such rules nothing
-    happens.
+    Call it before every `optimizer.step()`, with the unscaled loss of the current batch that is minimised. The rules
+    determine which estimate they need, with at most two passes over the batch each; without such rules nothing happens.
 
     Only the curvature entries of the optimizer's state change; parameters, gradients and the global generators do not.
-    The loss is computed as `loss_fn` computes it: dropout is drawn as the next forward pass will draw it, not as that
-    of this step was, and these passes also update buffers that a forward pass updates (BatchNorm's statistics). Steps
-    are counted by the optimizer's state, and probes are seeded by (seed, step, parameter), so that a resumed run
-    continues bit for bit. With `torch.distributed`, probes are the same on all ranks, labels are not, and estimates are
-    averaged: call it on all ranks. A parameter that the loss does not reach keeps its curvature, and so does one whose
+    The loss is computed as `loss_fn` computes it: dropout is drawn as in the next forward pass and not as in that of
+    this step, and these passes also update buffers that a forward pass updates (BatchNorm's statistics). Steps are
+    counted by the optimizer's state, and probes are seeded by (seed, step, parameter), so that a resumed run continues
+    bit for bit. With `torch.distributed`, probes are the same on all ranks, labels are not, and estimates are averaged:
+    call it on all ranks. A parameter on which the loss does not depend keeps its curvature, and so does one whose
     estimate is not finite, with a RuntimeWarning that names it.
 
     Args:
         optimizer: The optimizer.
-        loss_fn: Computes the loss and its graph anew. For rules with sampled labels (Sophia-G) it is a mean of
-            `torch.nn.functional.cross_entropy` over all label terms, whose labels are replaced while it runs.
-        every: Steps from one refresh to the next; the rules' own `refresh_every` by default.
-        seed: Of probes and labels.
+        loss_fn: A function that computes the loss and its graph. For rules with sampled labels (Sophia-G) it must be a
+            mean of `torch.nn.functional.cross_entropy` over all label terms, whose labels are replaced while it runs.
+        every: The number of steps from one refresh to the next; the rules' own `refresh_every` by default.
+        seed: The seed of probes and labels.
 
     Returns:
         Whether a refresh was due.
@@ -113,9 +119,9 @@ def refresh(optimizer: torch.optim.Optimizer, loss_fn: Parts, *, every: int | No
 
 @torch.no_grad()
 def absorb(optimizer: torch.optim.Optimizer, estimates: Mapping[Tensor, Tensor]) -> None:
-    """Give the rules estimates of the Hessian's diagonal, however they were made.
+    """Pass estimates of the Hessian's diagonal to the rules, however they were computed.
 
-    It makes a parameter's state if there is none. An estimate that is not finite is left out, with a RuntimeWarning.
+    It creates a parameter's state if there is none. An estimate that is not finite is ignored, with a RuntimeWarning.
 
     Args:
         optimizer: The optimizer.
@@ -135,7 +141,7 @@ def absorb(optimizer: torch.optim.Optimizer, estimates: Mapping[Tensor, Tensor])
         estimate = estimates[param].to(moment_dtype(param))
         if not bool(estimate.isfinite().all()):
             warnings.warn(
-                f"parameter {_label(optimizer, index)}: its curvature is not finite; {rule.name} keeps what it had",
+                f"parameter {_label(optimizer, index)}: its curvature is not finite; {rule.name} keeps the old one",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -153,7 +159,7 @@ def _check_every(what: str, value: int) -> None:
 
 
 def _wanting(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, CurvatureRule, Tensor]]:
-    """(number in the optimizer, rule, parameter) of every parameter whose rule reads curvature."""
+    """Yield (position in the optimizer, rule, parameter) for every parameter whose rule reads curvature."""
     offset = 0
     for group in optimizer.param_groups:
         if isinstance(group.get("rule"), CurvatureRule):
@@ -163,7 +169,7 @@ def _wanting(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, CurvatureR
 
 
 def _steps_taken(optimizer: torch.optim.Optimizer) -> int:
-    """Steps of the optimizer so far: those of the parameter with the most (one may have been frozen in between)."""
+    """Return the number of steps so far: that of the parameter with the most (others may have been frozen)."""
     return max((int(optimizer.state[p]["step"]) for _, _, p in _wanting(optimizer) if p in optimizer.state), default=0)
 
 

@@ -3,6 +3,7 @@
 from optim.diagnostics import double_descent
 from optim.diagnostics.components import ARMS, by_component, tail_learning
 from optim.diagnostics.conditioning import condition_numbers, condition_penalty, gate_penalty, transformed_l1
+from optim.diagnostics.paths import path_smoothness
 from optim.diagnostics.sharpness import block_sharpness, propose_ratios
 from optim.diagnostics.smoothness import (
     Rotation,
@@ -10,7 +11,6 @@ from optim.diagnostics.smoothness import (
     hessian,
     lanczos,
     linf_smoothness,
-    path_smoothness,
 )
 from optim.diagnostics.spectrum import ROLE_GROUPS, by_role, roles, spectrum
 

@@ -29,23 +29,28 @@ ARMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "vo+ffn_out": ("v", "o", "ffn_out"),
     }
 )
-"""The arms of arXiv 2509.26030's ablation: the roles that Muon steps, with Adam elsewhere, each at its own tuned rate.
+"""The arms of the ablation in arXiv 2509.26030: the roles that Muon steps, with Adam elsewhere, each at its own tuned
+learning rate.
 
-Its finding, at 160M parameters: "vo+ffn" is close to "all", and "qk" to "none".
+The paper finds, at 160M parameters, that "vo+ffn" is close to "all" and "qk" is close to "none".
 """
 
 Named = list[tuple[str, Tensor]]
 
 
 def by_component(named_parameters: Iterable[tuple[str, Tensor]], arm: str) -> tuple[Named, Named]:
-    """Return (parameters of the arm's roles, all others), each in the given order: param groups for Muon and for Adam.
+    """Divide parameters into those of the arm's roles, for Muon, and all others, for Adam.
 
     Args:
         named_parameters: (name, parameter) pairs.
         arm: A key of `ARMS`.
 
+    Returns:
+        The pairs of the arm's roles and all other pairs, each in the given order.
+
     Raises:
-        ValueError: For an unknown arm, or for a matrix with roles of both sides (query, key and value in one).
+        ValueError: For an unknown arm, or for a matrix that contains roles of both parts (query, key and value in one
+            matrix).
 
     Example:
         >>> from optim import diagnostics
@@ -63,7 +68,7 @@ def by_component(named_parameters: Iterable[tuple[str, Tensor]], arm: str) -> tu
         inside = held & set(ARMS[arm])
         if inside and inside != held:
             raise ValueError(
-                f"by_component: {name!r} holds {', '.join(sorted(held))} in one matrix, and arm {arm!r} has only "
+                f"by_component: {name!r} holds {', '.join(sorted(held))} in one matrix, but arm {arm!r} only has "
                 f"{', '.join(sorted(inside))}; split the matrix, or choose an arm that has all of them or none"
             )
         (chosen if inside else rest).append((name, param))
@@ -73,24 +78,24 @@ def by_component(named_parameters: Iterable[tuple[str, Tensor]], arm: str) -> tu
 def tail_learning(
     frequencies: Float[Tensor, " k"], keys: Float[Tensor, "d k"], values: Float[Tensor, "d k"], *, eps: float = 0.05
 ) -> dict[str, float]:
-    """Return how well one step of gradient descent, of signs, and of the polar factor learns rare facts.
+    """Return how well one step of gradient descent, of sign descent, and along the polar factor learns rare facts.
 
-    A linear associative memory starts at W = 0: fact k of K is right with probability softmax(F^T W E_k)_k, and the
-    loss is sum_k p_k CE_k. Each method takes one full-gradient step, long enough to take the best fact to 1 - eps. For
-    many facts polar stays within about eps of the best, whatever the bases and frequencies; sign does so for aligned
-    bases only.
+    A linear associative memory starts at W = 0: fact k of K has probability softmax(F^T W E_k)_k, and the loss is sum_k
+    p_k CE_k. Each method takes one full-gradient step, of a size at which the best fact has probability 1 - eps. For
+    many facts the worst fact under "polar" is within about eps of the best, whatever the bases and frequencies are;
+    under "sign" this only holds for aligned bases.
 
     Args:
         frequencies: p [K], with sum 1; computed in float64.
         keys: E [d, K] with orthonormal columns.
         values: F [d, K] with orthonormal columns.
-        eps: See above.
+        eps: One minus the probability of the best fact after the step.
 
     Returns:
         The probability of the worst fact for "gd", "sign" and "polar".
 
     Raises:
-        ValueError: For shapes that do not match, or a step that cannot get there.
+        ValueError: For shapes that do not match, or if no step size gives the best fact that probability.
 
     Source:
         arXiv 2509.26030.
@@ -106,18 +111,21 @@ def tail_learning(
     if e.shape != f.shape or e.shape[1:] != p.shape or count < 2:
         raise ValueError(
             f"tail_learning: frequencies {tuple(p.shape)}, keys {tuple(e.shape)}, values {tuple(f.shape)}; expected "
-            "[K], with K of at least 2, and twice [d, K]"
+            "the shapes [K], with K of at least 2, [d, K] and [d, K]"
         )
     descent = f @ (torch.eye(count, dtype=p.dtype) - 1 / count) @ torch.diag(p) @ e.T
     u, s, vh = torch.linalg.svd(descent)
     rank = int((s > s[0] * 1e-12).sum())
-    signs = torch.sign(torch.round(descent, decimals=14))  # entries that are zero but for rounding stay zero
+    signs = torch.sign(torch.round(descent, decimals=14))  # entries that only differ from zero by rounding stay zero
     directions = {"gd": descent, "sign": signs, "polar": u[:, :rank] @ vh[:rank]}
     return {name: _worst(f.T @ way @ e, eps) for name, way in directions.items()}
 
 
 def _worst(logits: Tensor, eps: float) -> float:
-    """logits [K, K] a unit of step, of fact k in column k: the worst probability where the best is 1 - eps."""
+    """Return the worst probability at the step size at which the best is 1 - eps.
+
+    `logits` [K, K] are those of a step of size 1, with fact k in column k.
+    """
 
     def right(step: float) -> Tensor:
         return (step * logits).softmax(0).diagonal()
@@ -126,7 +134,7 @@ def _worst(logits: Tensor, eps: float) -> float:
     while float(right(high).max()) < 1 - eps:
         low, high = high, 2 * high
         if high > 1e30:
-            raise ValueError("tail_learning: no step of this kind gets any fact right")
+            raise ValueError(f"tail_learning: no step size gives any fact a probability of {1 - eps:g}")
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if float(right(middle).max()) < 1 - eps else (low, middle)

@@ -1,4 +1,4 @@
-"""Condition numbers of layers, and TSCNC's penalties on them, as losses."""
+"""Condition numbers of layers, and TSCNC's penalties on them as losses."""
 
 import math
 from typing import Literal
@@ -14,13 +14,13 @@ def condition_numbers(weight: Float[Tensor, "m ..."]) -> dict[str, float]:
     """Return the condition numbers of a matrix.
 
     Args:
-        weight: A tensor [m, n]; more dimensions are flattened to [out, rest]. float64 is computed in float64, all else
-            in float32.
+        weight: A tensor [m, n]; more dimensions are flattened to [out, rest]. float64 is computed in float64, and all
+            other dtypes in float32.
 
     Returns:
         `cond2` = s_1 / s_r, `condF` = |W|_F |W^+|_F, `log10_cond2`, `log10_condF`, `largest` s_1 and `smallest` s_r.
-        Below r u s_1, with u the unit of rounding of the dtype, the matrix counts as singular and both numbers as
-        infinite.
+        If s_r is below r u s_1, where u is the rounding unit of the dtype, the matrix is treated as singular, and both
+        numbers are infinite.
 
     Raises:
         ValueError: For fewer than two dimensions or no entries.
@@ -56,19 +56,22 @@ def condition_numbers(weight: Float[Tensor, "m ..."]) -> dict[str, float]:
 def condition_penalty(
     weight: Float[Tensor, "m ..."], *, form: Literal["small_side", "code"] = "small_side"
 ) -> Float[Tensor, ""]:
-    """Return a loss that is zero where the geometric mean of the eigenvalues of M / n is one: logdet(M / n + 1e-5 I)^2.
+    """Return logdet(M / n + 1e-5 I)^2, which is zero if the geometric mean of the eigenvalues of M / n is one.
 
-    M is the smaller of W W^T and W^T W, and n is the number of columns of W as stored. The penalty bounds the volume
-    and not s_1 / s_r: eigenvalues 100 and 0.01 cost nothing. Look at `condition_numbers` as well.
+    Here M is the smaller of W W^T and W^T W, and n is the number of columns of W as stored. The penalty bounds the
+    volume and not s_1 / s_r: eigenvalues 100 and 0.01 have no penalty. Check `condition_numbers` as well.
 
     Args:
         weight: W [m, n]; more dimensions are flattened to [out, rest]. It is computed in float32 at least.
-        form: "small_side" as above, or "code" for that of the published code, ln(1e-5 + det(W^T W / n))^2. Its
-            determinant leaves the range of floats for more than about 50 columns, and is 0, without a gradient, for a
-            wide matrix.
+        form: "small_side" is as above. "code" is that of the published code, ln(1e-5 + det(W^T W / n))^2; its
+            determinant overflows or underflows for more than about 50 columns, and for a wide matrix it is 0, without a
+            gradient.
 
     Returns:
         A 0-d tensor.
+
+    Raises:
+        ValueError: For an unknown form.
 
     Source:
         TSCNC, arXiv 2503.20454, and its repository.
@@ -93,11 +96,11 @@ def condition_penalty(
 
 
 def transformed_l1(x: Float[Tensor, "..."], a: float = 1.0) -> Float[Tensor, ""]:
-    """Return sum (a + 1) |x| / (a + |x|): the count of non-zeros for a -> 0, and the sum of |x| for a -> infinity.
+    """Return sum (a + 1) |x| / (a + |x|): the number of non-zeros for a -> 0, and the sum of |x| for a -> infinity.
 
     Args:
         x: A tensor of any shape.
-        a: See above.
+        a: The parameter a, above 0.
 
     Returns:
         A 0-d tensor.
@@ -120,7 +123,14 @@ _LOW, _HIGH, _TEMPERATURE = -0.1, 1.1, 2 / 3
 
 
 def gate_closed(log_alpha: Float[Tensor, " groups"]) -> Float[Tensor, " groups"]:
-    """Return the probability that each hard-concrete gate is closed: limits -0.1 and 1.1, temperature 2/3."""
+    """Return the probability that each hard-concrete gate, with limits -0.1 and 1.1 and temperature 2/3, is closed.
+
+    Args:
+        log_alpha: The gates, [groups].
+
+    Returns:
+        Probabilities [groups].
+    """
     return torch.sigmoid(_TEMPERATURE * math.log(-_LOW / _HIGH) - log_alpha)
 
 
@@ -137,27 +147,27 @@ def gate_penalty(
 
         E_g = (1 - pi_g) (strength #g + precision |w_g|^2 / 2)
 
-    pi_g is `gate_closed`, and #g is the number of weights in the group.
+    Here pi_g is `gate_closed`, and #g is the number of weights in the group.
 
     Args:
         weight: The weights that each gate controls, [groups, ...].
         log_alpha: The gates, [groups].
-        data_size: Rows of the training set.
-        strength: See above.
-        precision: See above.
+        data_size: The number of rows in the training set.
+        strength: The energy per weight.
+        precision: The precision of the weights' prior.
         a: As in `transformed_l1`.
 
     Returns:
         A 0-d tensor.
 
     Raises:
-        ValueError: Where groups do not match.
+        ValueError: If the numbers of groups do not match.
 
     Source:
         TSCNC, arXiv 2503.20454.
 
     Differs:
-        The published code has -E_g in place of |E_g|, and so a pole at E_g = a.
+        The published code has -E_g instead of |E_g|, and therefore a pole at E_g = a.
 
     Example:
         >>> from optim import diagnostics
@@ -167,7 +177,7 @@ def gate_penalty(
     if log_alpha.shape != weight.shape[:1]:
         raise ValueError(
             f"gate_penalty: log_alpha has shape {tuple(log_alpha.shape)} and weight {tuple(weight.shape)}; "
-            "expected one gate a row"
+            "expected one gate per row of weight"
         )
     rows = weight.flatten(1)
     energy = (1 - gate_closed(log_alpha)) * (strength * rows.shape[1] + 0.5 * precision * rows.square().sum(1))

@@ -1,7 +1,7 @@
-"""Double descent and conditioning: does the peak of the test error remain if the optimiser does not reach the minimum?
+"""Double descent and conditioning: does the peak of the test error remain if the optimizer does not reach the minimum?
 
-Random-feature regression where everything is known in closed form: the result of T steps of gradient descent, at any
-width.
+The setting is a random-feature regression in which everything is known in closed form: the result of T steps of
+gradient descent, at any width.
 """
 
 import math
@@ -20,7 +20,15 @@ STEPS = (100, 1_000, 10_000, 1_000_000)
 
 @dataclass(frozen=True)
 class Regression:
-    """A regression: x [n, d], y [n] to fit; x_test, y_test to judge by; features from the first rows of v [P, d]."""
+    """A regression problem.
+
+    Args:
+        x: The training inputs, [n, d].
+        y: The training answers, [n].
+        x_test: The test inputs, [rows, d].
+        y_test: The test answers, [rows].
+        v: The directions of the features, [P, d], of which a width uses the first ones.
+    """
 
     x: Tensor
     y: Tensor
@@ -32,8 +40,18 @@ class Regression:
 def make_data(
     *, rows: int = 40, inputs: int = 10, noise: float = 0.5, test_rows: int = 500, width: int = 320, seed: int = 0
 ) -> Regression:
-    """Return Gaussian inputs, a linear teacher with |w| about 1 and noisy training answers, in float64 from a private
-    generator.
+    """Draw a regression problem in float64: Gaussian inputs, a linear teacher with |w| about 1, and noisy answers.
+
+    Args:
+        rows: The number of training rows.
+        inputs: The number of inputs.
+        noise: The standard deviation of the noise.
+        test_rows: The number of test rows.
+        width: The largest width.
+        seed: The seed of a private generator.
+
+    Returns:
+        The problem.
     """
     made = torch.Generator().manual_seed(seed)
 
@@ -46,13 +64,21 @@ def make_data(
 
 
 def features(data: Regression, width: int, variant: Variant = "raw") -> tuple[Tensor, Tensor]:
-    """Return (F [n, P], F_test): relu(X V_P^T / sqrt(d)) / sqrt(P), or standardised, plus a constant.
+    """Return the features of the training and test inputs, relu(X V_P^T / sqrt(d)) / sqrt(P).
+
+    Args:
+        data: The problem.
+        width: The number P of features.
+        variant: With "standardised", each feature is standardised and a constant is added.
+
+    Returns:
+        F [n, P] and F_test [rows, P].
 
     Raises:
-        ValueError: For a width beyond v, or an unknown variant.
+        ValueError: For a width that v does not have, or an unknown variant.
     """
     if not 1 <= width <= len(data.v):
-        raise ValueError(f"double_descent: width = {width}; v has {len(data.v)} directions, so 1 to that many")
+        raise ValueError(f"double_descent: width = {width}; it must be between 1 and {len(data.v)}, the rows of v")
     if variant not in VARIANTS:
         raise ValueError(f"double_descent: variant = {variant!r}; it must be one of {', '.join(VARIANTS)}")
     f, f_test = (_hidden(x, data.v[:width]) for x in (data.x, data.x_test))
@@ -65,18 +91,33 @@ def features(data: Regression, width: int, variant: Variant = "raw") -> tuple[Te
 
 
 def _hidden(x: Tensor, v: Tensor) -> Tensor:
-    """x [n, d], v [P, d] -> [n, P]."""
+    """Return the features [n, P] of inputs x [n, d] with directions v [P, d]."""
     return (x @ v.T / math.sqrt(x.shape[1])).relu() / math.sqrt(len(v))
 
 
 def start_of(columns: int, variant: Variant, like: Tensor) -> Tensor:
-    """Return where descent starts: zeros, or 3 cos(1 + i), partly outside the row space of the data."""
+    """Return the start of gradient descent.
+
+    Args:
+        columns: The number of features.
+        variant: With "scaled_init" the start is 3 cos(1 + i), which is partly outside the row space of the data.
+        like: A tensor that has the dtype.
+
+    Returns:
+        A tensor [columns], otherwise of zeros.
+    """
     index = torch.arange(columns, dtype=like.dtype)
     return 3 * torch.cos(1 + index) if variant == "scaled_init" else torch.zeros_like(index)
 
 
 class Solved:
-    """The least-squares problem 0.5 / n |F theta - y|^2 from `start`, in the basis of F's right singular vectors."""
+    """The least-squares problem 0.5 / n |F theta - y|^2 from `start`, in the basis of F's right singular vectors.
+
+    Args:
+        f: The features F, [n, P].
+        y: The answers, [n].
+        start: The start of gradient descent, [P].
+    """
 
     def __init__(self, f: Tensor, y: Tensor, start: Tensor) -> None:
         u, s, basis = torch.linalg.svd(f, full_matrices=False)
@@ -86,16 +127,27 @@ class Solved:
 
     @property
     def condition(self) -> float:
-        """Return lambda_max / lambda_min of F^T F on its numerical range."""
+        """The condition number lambda_max / lambda_min of F^T F on its numerical range."""
         return float(self.eigenvalues[0] / self.eigenvalues[-1])
 
     def minimum(self) -> Tensor:
-        """Return the minimum of the loss that is nearest to the start (from zeros: the minimum-norm solution)."""
+        """Return the minimum of the loss that is nearest to the start (from zeros, the minimum-norm solution).
+
+        Returns:
+            theta [P].
+        """
         place: Tensor = self.start + self.basis.T @ self.way
         return place
 
     def after(self, steps: int) -> Tensor:
-        """Return where gradient descent is after that many steps at lr = 1 / lambda_max(F^T F / n), exactly."""
+        """Return the exact result of gradient descent with lr = 1 / lambda_max(F^T F / n).
+
+        Args:
+            steps: The number of steps.
+
+        Returns:
+            theta [P].
+        """
         left = (1 - self.eigenvalues / self.eigenvalues[0]) ** steps
         place: Tensor = self.start + self.basis.T @ ((1 - left) * self.way)
         return place
@@ -104,12 +156,20 @@ class Solved:
 def experiment(
     data: Regression, *, widths: Sequence[int] = WIDTHS, steps: Sequence[int] = STEPS, variant: Variant = "raw"
 ) -> dict[str, list[Any]]:
-    """Return errors by width: `condition_number`, `min_norm_{train,test}_mse`, `gd_{train,test}_mse` [widths][steps].
+    """Return the mean squared errors by width.
 
-    The errors are mean squared errors.
+    Args:
+        data: The problem.
+        widths: The widths.
+        steps: The numbers of steps of gradient descent.
+        variant: As in `features`.
+
+    Returns:
+        `condition_number` and `min_norm_{train,test}_mse` by width, and `gd_{train,test}_mse` by width and number of
+        steps.
 
     Source:
-        After arXiv 2312.03951, whose data settings could not be read; this setting is ours.
+        After arXiv 2312.03951, whose data settings could not be read; this setting is our own.
     """
     found: dict[str, list[Any]] = {key: [] for key in (
         "condition_number", "min_norm_train_mse", "min_norm_test_mse", "gd_train_mse", "gd_test_mse")}  # fmt: skip
@@ -134,23 +194,27 @@ def descend(
     both_layers: bool = False,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return (training, test error) after `steps` of a real optimizer on 0.5 |F theta - y|^2 / n, from `start_of`.
+    """Return the errors after some steps of an optimizer on 0.5 |F theta - y|^2 / n, from `start_of`.
 
     Args:
         data: The problem.
-        width: Features.
+        width: The number of features.
         make: A function from named parameters to an optimizer; "weight" is theta [1, P].
-        steps: Steps of the optimizer.
-        batch: Rows per step, in another order in each pass; None for all.
+        steps: The number of steps.
+        batch: The number of rows per step, in another order in each epoch; None for all rows.
         variant: As in `features`.
-        both_layers: Whether "features", the [P, d] directions of the features, train too; not for "standardised".
-        seed: Of the order of the rows.
+        both_layers: Whether "features", the directions [P, d] of the features, are trained too; not for
+            "standardised".
+        seed: The seed of the order of the rows.
+
+    Returns:
+        The mean squared errors on the training and the test rows.
 
     Raises:
-        ValueError: As `features`, and for both layers with standardised features.
+        ValueError: As in `features`, and for both layers with standardised features.
     """
     if both_layers and variant == "standardised":
-        raise ValueError("double_descent: standardised features stand still; train both layers of 'raw' ones")
+        raise ValueError("double_descent: standardised features are fixed; use the variant 'raw' to train both layers")
     f, f_test = features(data, width, variant)
     weight = nn.Parameter(start_of(f.shape[1], variant, f)[None].clone())
     first = nn.Parameter(data.v[:width].clone())
@@ -161,7 +225,7 @@ def descend(
         hidden = _hidden(data.x[rows], first.detach()) if both_layers else f[rows]
         residual = hidden @ weight.detach()[0] - data.y[rows]
         weight.grad = (residual @ hidden / len(rows))[None]
-        if both_layers:  # of an entry of `hidden` at its input, where it is not 0, the slope is a constant
+        if both_layers:  # the derivative of an entry of `hidden` is a constant where the entry is not 0
             back = residual[:, None] * weight.detach() * (hidden > 0) / len(rows)
             first.grad = back.T @ data.x[rows] / math.sqrt(data.x.shape[1] * width)
         optimizer.step()

@@ -1,4 +1,4 @@
-"""How sharp the loss is in each block of a transformer, and the learning-rate ratios that this suggests."""
+"""The sharpness of the loss in each block of a transformer, and the learning-rate ratios that it suggests."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from optim import curvature
 from optim.curvature.gauss_newton import CrossEntropies
+from optim.moments import moment_dtype
 from optim.roles import block_of
-from optim.rule import moment_dtype
 
 
 def block_sharpness(
@@ -26,28 +26,32 @@ def block_sharpness(
         found = block_sharpness([lambda b=b: model(**b).loss for b in batches], model.named_parameters())
         groups = blockwise(model.named_parameters(), lr=6e-4, ratios=propose_ratios(found))
 
-    g_b is the gradient, in the block's #b parameters, of the mean cross-entropy of a batch of B predictions. Gradients
-    in `param.grad` do not change.
+    Here g_b is the gradient, with respect to the block's #b parameters, of the mean cross-entropy of a batch of B
+    predictions. Gradients in `param.grad` do not change.
 
     Args:
-        losses: One function per batch, which computes that mean through `torch.nn.functional.cross_entropy` (once).
+        losses: One function per batch, which computes that mean by `torch.nn.functional.cross_entropy` (called once).
         named_parameters: (name, parameter) pairs. Parameters that do not require a gradient, or on which no loss
-            depends, are left out.
-        labels: "sampled" draws labels from the model's own distribution: S is then the Gauss-Newton trace in
-            expectation. "data" keeps those of the batch, the empirical Fisher, which the signal dominates early in
-            training and for large B.
+            depends, are omitted.
+        labels: "sampled" draws labels from the model's own distribution, so that the expectation of S is the
+            Gauss-Newton trace. "data" keeps the labels of the batch, which gives the empirical Fisher; early in
+            training and for large B it is dominated by the mean gradient.
         block: A function from parameter name to block, by default the role over all layers; ``lambda name: name``
-            measures every tensor by itself.
-        seed: Of the labels.
+            measures every tensor separately.
+        seed: The seed of the labels.
+
+    Returns:
+        S by block.
 
     Cost:
         One forward and backward pass per batch.
 
     Raises:
-        ValueError: Without a batch, or where no cross_entropy is called.
+        ValueError: Without a batch, or if cross_entropy is not called.
 
     Source:
-        arXiv 2502.19002, which measures after the first percents of training (embedding << QK < FFN < VO << norm).
+        arXiv 2502.19002, which measures it after the first few per cent of training (embedding << QK < FFN < VO <<
+        norm).
 
     Example:
         >>> from optim import diagnostics
@@ -63,7 +67,7 @@ def block_sharpness(
             names.append(name)
             params.append(param)
     of = [block(name) for name in names]
-    squares: dict[int, float] = {}  # by parameter; one that only some batches reach has no gradient in the others
+    squares: dict[int, float] = {}  # by parameter; in some batches, a parameter may have no gradient
     batches = 0
     for batches, loss_fn in enumerate(losses, start=1):
         if labels == "sampled":
@@ -76,7 +80,7 @@ def block_sharpness(
             if estimate is not None:
                 squares[i] = squares.get(i, 0.0) + float(estimate.sum(dtype=torch.float64))
     if batches == 0:
-        raise ValueError("block_sharpness: losses is empty; give one function a batch")
+        raise ValueError("block_sharpness: losses is empty; pass one function per batch")
     found: dict[str, float] = {}
     for b in dict.fromkeys(of):
         members = [i for i in squares if of[i] == b]
@@ -90,12 +94,15 @@ def propose_ratios(sharpness: Mapping[str, float], *, largest: float = 10.0) -> 
 
         ratio_b = largest^(log(S_max / S_b) / log(S_max / S_min))
 
-    This is only a starting point: the paper found its ratios by hand, in the order of S and with these two ends, and
-    gives no formula; this one is ours. It raises the head's rate too, which the paper leaves unchanged.
+    This is only a starting point. The paper tuned its ratios by hand, in the order of S and with these two ends, and
+    gives no formula; this formula is our own. It also increases the rate of the head, which the paper leaves unchanged.
 
     Args:
         sharpness: S by block.
         largest: The largest ratio.
+
+    Returns:
+        Ratios by block.
 
     Raises:
         ValueError: For a block whose sharpness is not a finite number above 0, by name, or for `largest` below 1.
@@ -125,18 +132,18 @@ def _seed(seed: int, batch: int) -> int:
 
 
 def _empirical(loss_fn: Callable[[], Tensor], params: list[Tensor]) -> list[Tensor | None]:
-    """B g^2 for each parameter, with the loss's own labels."""
+    """Return B g^2 for each parameter, with the loss's own labels."""
     with curvature.private(params):
         with _CountedTerms() as counted:
             loss = loss_fn()
         if counted.terms == 0:
-            raise ValueError("block_sharpness: this loss calls no torch.nn.functional.cross_entropy with a label")
+            raise ValueError("block_sharpness: this loss does not call torch.nn.functional.cross_entropy with a label")
         grads = torch.autograd.grad(loss, params, allow_unused=True)
     return [None if g is None else counted.terms * g.to(moment_dtype(g)).square() for g in grads]
 
 
 class _CountedTerms(CrossEntropies):
-    """While active, counts the labels of cross_entropy that are not ignored."""
+    """Count the labels of cross_entropy that are not ignored."""
 
     terms = 0
 

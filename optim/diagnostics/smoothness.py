@@ -1,12 +1,13 @@
-"""How smooth a loss is in the l-infinity and in the l2 norm: which of Adam and gradient descent its geometry favours.
+"""The smoothness of a loss in the l-infinity and l2 norms: does its geometry favour Adam or gradient descent?
 
-f is C-smooth in the l-infinity norm if |grad f(x) - grad f(y)|_1 <= C |x - y|_inf; C is at most |H|_{1,1}, the sum
-of the absolute entries of the Hessian, where gradient descent pays d times the largest eigenvalue. Small |H|_{1,1} / d
-against that eigenvalue favours Adam; a rotation of the parameters raises the first and leaves the second alone.
+f is C-smooth in the l-infinity norm if |grad f(x) - grad f(y)|_1 <= C |x - y|_inf. C is at most |H|_{1,1}, the sum
+of the absolute entries of the Hessian; the corresponding constant of gradient descent is d times the largest
+eigenvalue. If |H|_{1,1} / d is small compared with that eigenvalue, the geometry favours Adam. A rotation of the
+parameters increases the former and does not change the latter.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -14,21 +15,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optim import curvature
-from optim.rule import moment_dtype
+from optim.curvature.losses import norm_of
+from optim.moments import moment_dtype
 
 Product: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
-"""v -> H v, of one tensor a parameter."""
+"""A function v -> H v, where v and H v have one tensor per parameter."""
 
 
 def hessian(loss_fn: curvature.Parts, params: Sequence[Tensor]) -> Product:
-    """Return the Hessian of the loss in all `params` together, as a function that multiplies vectors with it.
+    """Return the Hessian of the loss with respect to all `params` together, as a function from v to H v.
 
     Args:
-        loss_fn: Computes the loss anew, or several functions whose sum is the loss.
+        loss_fn: A function that computes the loss, or several functions whose sum is the loss.
         params: The parameters, of any shapes.
 
     Returns:
-        A function from one tensor per parameter to one tensor per parameter; zeros where the loss does not reach one.
+        A function from one tensor per parameter to one tensor per parameter, which is zero if the loss does not depend
+        on the parameter.
 
     Example:
         >>> from optim import diagnostics
@@ -48,7 +51,15 @@ def hessian(loss_fn: curvature.Parts, params: Sequence[Tensor]) -> Product:
 
 
 def cauchy(param: Float[Tensor, "*shape"], seed: int) -> Float[Tensor, "*shape"]:
-    """Return independent standard Cauchy numbers of the parameter's shape, from a generator of its own."""
+    """Return independent standard Cauchy numbers, drawn from their own generator.
+
+    Args:
+        param: The parameter, of any shape.
+        seed: The seed.
+
+    Returns:
+        A tensor of the parameter's shape, in the moments' dtype.
+    """
     made = torch.Generator(param.device).manual_seed(seed)
     return torch.empty(param.shape, dtype=moment_dtype(param), device=param.device).cauchy_(generator=made)
 
@@ -56,19 +67,22 @@ def cauchy(param: Float[Tensor, "*shape"], seed: int) -> Float[Tensor, "*shape"]
 def row_scales(products: Float[Tensor, "probes m"], how: Literal["iqr", "median"] = "iqr") -> Float[Tensor, " m"]:
     """Return the scale of the distribution of each coordinate, [m], from products [K, m] = H c for K Cauchy probes c.
 
-    Entry i of H c is Cauchy with scale |H_i,:|_1 times that of c: half its interquartile range, or the median of its
-    absolute value. Probes with a NaN are dropped.
+    Entry i of H c has a Cauchy distribution whose scale is |H_i,:|_1 times that of c. The scale is half the
+    interquartile range, or the median of the absolute value. Probes with a NaN are dropped.
 
     Args:
         products: H c, [K, m].
         how: "iqr" or "median".
 
+    Returns:
+        The scales, [m].
+
     Raises:
-        ValueError: If no probe is left.
+        ValueError: If all probes have a NaN, and for an unknown estimator.
     """
     sound = products[~products.isnan().any(1)]
     if len(sound) == 0:
-        raise ValueError(f"row_scales: no probe of {len(products)} is without NaN")
+        raise ValueError(f"row_scales: each of the {len(products)} probes has a NaN")
     if how == "median":
         return _quantile(sound.abs(), 0.5)
     if how != "iqr":
@@ -77,7 +91,7 @@ def row_scales(products: Float[Tensor, "probes m"], how: Literal["iqr", "median"
 
 
 def _quantile(x: Tensor, at: float) -> Tensor:
-    """Over the first dimension, linear between neighbours; torch's own refuses more than 2^24 entries."""
+    """Return the quantile over dimension 0 as torch.quantile does, but of more than 2^24 entries too."""
     ordered = x.sort(0).values
     place = at * (len(x) - 1)
     low = math.floor(place)
@@ -98,22 +112,23 @@ def linf_smoothness(
     """Return the l-infinity smoothness of a loss, by Cauchy probes of its Hessian (`hessian(loss, params)`).
 
     Args:
-        product: Multiplies with the Hessian.
+        product: A function that multiplies a vector by the Hessian.
         params: The parameters, of any shapes.
         probes: The number of probes.
-        coordinates: How many coordinates of each tensor are kept at most, drawn with equal probability and weighted by
-            its inverse: K probes of all of them would not fit into memory for large models.
-        rotation: Rotates H to R H R^T.
-        seed: Of probes and coordinates.
-        advance: Called after each probe.
+        coordinates: The largest number of coordinates of each tensor that are kept. They are drawn with equal
+            probability and weighted by its inverse, because K probes of all coordinates of a large model would not fit
+            into memory.
+        rotation: A rotation R that replaces H by R H R^T.
+        seed: The seed of probes and coordinates.
+        advance: A function that is called after each probe.
 
     Returns:
         `norm11` = |H|_{1,1} by interquartile ranges, `norm11_median` by medians, `norm11_over_d`, `largest_row_sum` =
-        |H|_inf (of the coordinates that were kept; biased upwards by the maximum), `coordinates` kept, and `dimension`
+        |H|_inf (of the coordinates that were kept; the maximum biases it upwards), `coordinates` kept, and `dimension`
         d.
 
     Cost:
-        One Hessian-vector product per probe; memory of `probes` numbers per coordinate, and of two vectors.
+        One Hessian-vector product per probe, and the memory of `probes` numbers per coordinate and of two vectors.
 
     Raises:
         ValueError: For counts below 1.
@@ -166,20 +181,20 @@ def _picked(param: Tensor, most: int, seed: int, index: int) -> Tensor:
     if param.numel() <= most:
         return torch.arange(param.numel(), device=param.device)
     made = torch.Generator().manual_seed(_mix(seed, "coordinates", index))
-    drawn = torch.randint(param.numel(), (most,), generator=made)  # with replacement: no permutation of them all
+    drawn = torch.randint(param.numel(), (most,), generator=made)  # with replacement, which needs no permutation
     return drawn.to(param.device)
 
 
 class Rotation:
-    """An orthogonal change of coordinates within each tensor: its entries are shuffled, then rotated in small dense
-    blocks.
+    """An orthogonal change of coordinates within each tensor.
 
-    `rotation(x)` is R x and `rotation.back(x)` is R^T x, for one tensor per parameter. Nothing is stored: both parts
-    are drawn again from their seeds.
+    The entries of a tensor are shuffled, and then rotated in small dense blocks. `rotation(x)` is R x and
+    `rotation.back(x)` is R^T x, for one tensor per parameter. Nothing is stored: both parts are drawn again from their
+    seeds.
 
     Args:
-        seed: Of the shuffling and the rotations.
-        size: Of the dense rotations; the entries that are left over are only shuffled.
+        seed: The seed of the shuffling and the rotations.
+        size: The size of the dense rotations; the remaining entries are only shuffled.
 
     Example:
         >>> from optim import diagnostics
@@ -193,11 +208,25 @@ class Rotation:
         self.seed, self.size = seed, size
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """R x."""
+        """Return R x.
+
+        Args:
+            tensors: x, one tensor per parameter.
+
+        Returns:
+            R x, tensors of the same shapes.
+        """
         return [self._turned(x.flatten()[self._order(x, i)], i).view(x.shape) for i, x in enumerate(tensors)]
 
     def back(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return R^T x, the inverse."""
+        """Return R^T x, the inverse of the rotation.
+
+        Args:
+            tensors: x, one tensor per parameter.
+
+        Returns:
+            R^T x, tensors of the same shapes.
+        """
         found = []
         for i, x in enumerate(tensors):
             y = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
@@ -228,18 +257,18 @@ def lanczos(
     product: Product, start: Sequence[Tensor], *, steps: int = 50, reorthogonalize: bool = True,
     advance: Callable[[], object] | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Return the extreme eigenvalues of a symmetric matrix by Lanczos' method.
+    """Return the extreme eigenvalues of a symmetric matrix by the Lanczos method.
 
-    It stops when the next vector is shorter than 1e-10.
+    It stops when the norm of the next vector is below 1e-10.
 
     Args:
-        product: Multiplies with the matrix.
+        product: A function that multiplies a vector by the matrix.
         start: One tensor per parameter, usually the gradient.
         steps: The largest number of steps.
-        reorthogonalize: Whether to orthogonalise against all earlier vectors, which are then all kept: `steps` times
-            the memory of the parameters. Without it three are kept, and the extreme values are as good, but copies of
-            them may appear among the others.
-        advance: Called after each step.
+        reorthogonalize: Whether to orthogonalise against all earlier vectors, which are then all kept and take `steps`
+            times the memory of the parameters. Otherwise only three are kept; the extreme eigenvalues are as accurate,
+            but copies of them may appear among the others.
+        advance: A function that is called after each step.
 
     Returns:
         `largest`, `smallest`, and the number of `steps`.
@@ -254,9 +283,9 @@ def lanczos(
         (5.0, 1.0)
     """
     _check_counts(steps=steps)
-    length = _norm(start)
+    length = norm_of(start)
     if not 0 < length < math.inf:
-        raise ValueError(f"lanczos: the start has length {length}; give a vector that is finite and not zero")
+        raise ValueError(f"lanczos: the norm of the start is {length}; pass a vector that is finite and not zero")
     now = [x / length for x in start]
     kept, before, beta = [now], None, 0.0
     diagonal: list[float] = []
@@ -268,13 +297,13 @@ def lanczos(
         if before is not None:
             _subtract(w, before, beta)
         if reorthogonalize:
-            for _ in range(2):  # twice is enough
+            for _ in range(2):  # two passes are sufficient
                 for old in kept:
                     _subtract(w, old, _dot(w, old))
         diagonal.append(alpha)
         if advance is not None:
             advance()
-        beta = _norm(w)
+        beta = norm_of(w)
         if beta < 1e-10 or not math.isfinite(beta) or len(diagonal) == steps:
             break
         beside.append(beta)
@@ -292,14 +321,17 @@ def frobenius(
     product: Product, params: Sequence[Tensor], *, probes: int = 10, seed: int = 0,
     advance: Callable[[], object] | None = None,
 ) -> float:  # fmt: skip
-    """Return |H|_F, the root of the mean of |H v|^2 over random signs v.
+    """Return an estimate of |H|_F: the square root of the mean of |H v|^2 over vectors v of random signs.
 
     Args:
-        product: Multiplies with H.
+        product: A function that multiplies a vector by H.
         params: The parameters, of any shapes.
         probes: The number of products.
-        seed: Of the signs.
-        advance: Called after each product.
+        seed: The seed of the signs.
+        advance: A function that is called after each product.
+
+    Returns:
+        The estimate.
 
     Example:
         >>> from optim import diagnostics
@@ -311,67 +343,10 @@ def frobenius(
     total = 0.0
     for k in range(probes):
         signs = [curvature.draw(p, "signs", _mix(seed, "signs", k, i)) for i, p in enumerate(params)]
-        total += _norm(product(signs)) ** 2
+        total += norm_of(product(signs)) ** 2
         if advance is not None:
             advance()
     return math.sqrt(total / probes)
-
-
-# ---------------------------------------------------------------------------------------------------------------- paths
-
-
-def path_smoothness(
-    points: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]], *, block: Callable[[str], str] | None = None
-) -> dict[str, float]:
-    """Return the smoothness along a path: the largest over its steps.
-
-    No Hessian is computed, and two points are held at a time. Steps that do not move are left out.
-
-    Args:
-        points: (parameters, gradients of one fixed batch), each by name.
-        block: A function from parameter name to block; every tensor is its own block by default.
-
-    Returns:
-        `linf` = |dg|_1 / |dx|_inf, `l2` = |dg|_2 / |dx|_2, and `blockwise`, l2 inside a block and l-infinity across
-        blocks: sum_b |dg_b|_2 sqrt(#b) over max_b |dx_b|_2 / sqrt(#b), which is `linf` where a block is one entry and d
-        times `l2` where there is one block. NaN where no step moves.
-
-    Example:
-        >>> from optim import diagnostics
-        >>> points = [({"w": torch.tensor([x])}, {"w": torch.tensor([3.0 * x])}) for x in (1.0, 2.0)]
-        >>> diagnostics.path_smoothness(points)["l2"]
-        3.0
-    """
-    found = {"linf": math.nan, "l2": math.nan, "blockwise": math.nan}
-    before: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
-    for params, grads in points:
-        now = ({n: p.detach().clone() for n, p in params.items()}, {n: g.detach().clone() for n, g in grads.items()})
-        if before is not None:
-            moved = {n: (p - before[0][n]).double() for n, p in now[0].items()}
-            turned = {n: (g - before[1][n]).double() for n, g in now[1].items()}
-            for key, value in _ratios(moved, turned, block or (lambda name: name)).items():
-                found[key] = value if math.isnan(found[key]) else max(found[key], value)
-        before = now
-    return found
-
-
-def _ratios(moved: Mapping[str, Tensor], turned: Mapping[str, Tensor], block: Callable[[str], str]) -> dict[str, float]:
-    furthest = max((float(x.abs().max()) for x in moved.values() if x.numel()), default=0.0)
-    if furthest == 0:
-        return {}
-    blocks: dict[str, list[str]] = {}
-    for name in moved:
-        blocks.setdefault(block(name), []).append(name)
-    above, below = 0.0, 0.0
-    for names in blocks.values():
-        size = math.sqrt(sum(moved[n].numel() for n in names))
-        above += _norm([turned[n] for n in names]) * size
-        below = max(below, _norm([moved[n] for n in names]) / size) if size else below
-    return {
-        "linf": sum(float(g.abs().sum()) for g in turned.values()) / furthest,
-        "l2": _norm(list(turned.values())) / _norm(list(moved.values())),
-        "blockwise": above / below,
-    }
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
@@ -379,10 +354,6 @@ def _ratios(moved: Mapping[str, Tensor], turned: Mapping[str, Tensor], block: Ca
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
-
-
-def _norm(a: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(x.double().square().sum()) for x in a))
 
 
 def _subtract(a: Sequence[Tensor], b: Sequence[Tensor], times: float) -> None:

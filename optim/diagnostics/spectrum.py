@@ -1,4 +1,4 @@
-"""How evenly a matrix uses its directions: spectra of weights and of updates, by the role of the matrix."""
+"""How evenly a matrix uses its directions: spectra of weights and updates, by the role of the matrix."""
 
 import math
 import re
@@ -26,23 +26,23 @@ def spectrum(matrix: Float[Tensor, "m ..."], *, top: Sequence[int] = (1, 3, 10))
     """Return how isotropic the singular values s_1 >= ... >= s_r of a matrix are, with r = min(m, n).
 
     Args:
-        matrix: A tensor [m, n]; more dimensions are flattened to [m, rest]. float64 is computed in float64, all else in
-            float32.
+        matrix: A tensor [m, n]; more dimensions are flattened to [m, rest]. float64 is computed in float64, and all
+            other dtypes in float32.
         top: The numbers K of `topK`.
 
     Returns:
-        With energies q_i = s_i^2 / sum s^2: `svd_entropy_normalized` = -sum q ln q / ln r (1: isotropic, 0: rank one; 1
-        where r = 1), `effective_rank` = exp(-sum q ln q) (r, 1), `effective_rank_roy`, the same of s_i / sum s (the
-        older definition, another number), `topK` = sum of the K largest q, `q75_q25` = quantile(s^2, 0.75) /
-        quantile(s^2, 0.25) with linear interpolation, `stable_rank` = sum s^2 / s_1^2, `participation` = 1 / sum q^2,
-        `cond` = s_1 / s_r, and `sigma_ratio` = s_r / s_1. All are NaN where the matrix is zero or not finite; ratios
-        may be infinite.
+        With energies q_i = s_i^2 / sum s^2: `svd_entropy_normalized` = -sum q ln q / ln r (1 if isotropic, 0 for rank
+        one; 1 if r = 1), `effective_rank` = exp(-sum q ln q) (r if isotropic, 1 for rank one), `effective_rank_roy`,
+        the same for s_i / sum s (the older definition, which gives another number), `topK` = sum of the K largest q,
+        `q75_q25` = quantile(s^2, 0.75) / quantile(s^2, 0.25) with linear interpolation, `stable_rank` = sum s^2 /
+        s_1^2, `participation` = 1 / sum q^2, `cond` = s_1 / s_r, and `sigma_ratio` = s_r / s_1. All are NaN if the
+        matrix is zero or not finite; ratios may be infinite.
 
     Cost:
         One `svdvals`.
 
     Raises:
-        ValueError: For a tensor of fewer than two dimensions, or without entries.
+        ValueError: For a tensor with fewer than two dimensions or without entries.
 
     Source:
         arXiv 2509.26030 section 4.2.
@@ -61,7 +61,7 @@ def spectrum(matrix: Float[Tensor, "m ..."], *, top: Sequence[int] = (1, 3, 10))
     if not bool(flat.isfinite().all()) or not bool(flat.any()):
         return dict.fromkeys(names, math.nan)
     s = torch.linalg.svdvals(flat).double()
-    s = s / s[0]  # squares of tiny values would be zero
+    s = s / s[0]  # otherwise squares of tiny values would be zero
     r, energy = len(s), s.square()
     q = energy / energy.sum()
     entropy = float(-torch.special.xlogy(q, q).sum())
@@ -100,20 +100,23 @@ _QKV = re.compile(r"^(c_attn|qkv(_proj)?|w_?qkv|query_key_value|in_proj(_weight)
 def roles(
     name: str, weight: Tensor, *, heads: int | None = None, kv_heads: int | None = None
 ) -> list[tuple[Role, Tensor]]:
-    """Return the matrices of a transformer that a parameter holds, each with its role; empty if it holds none.
+    """Return the matrices of a transformer that a parameter contains, each with its role.
 
-    Query, key and value in one matrix are split, as are gate and input of a feed-forward layer: by rows in the order q,
-    k, v with `heads` and `kv_heads` (Phi-3), by columns (GPT-2's `c_attn`, whose weights are [in, out]), or head by
-    head (GPT-NeoX's `query_key_value`).
+    Query, key and value in one matrix are split, and so are gate and input of a feed-forward layer: by rows in the
+    order q, k, v with `heads` and `kv_heads` (Phi-3), by columns (GPT-2's `c_attn`, whose weights are [in, out]), or
+    head by head (GPT-NeoX's `query_key_value`).
 
     Args:
         name: The name of the parameter.
         weight: The parameter, of any shape.
-        heads: Query heads of the model.
-        kv_heads: Key and value heads of the model.
+        heads: The number of query heads of the model.
+        kv_heads: The number of key and value heads of the model.
+
+    Returns:
+        Pairs of role and matrix; empty if the parameter contains none.
 
     Raises:
-        ValueError: For a fused matrix whose heads are not given, or do not divide it.
+        ValueError: For a fused matrix whose heads are not given or do not divide it.
 
     Example:
         >>> from optim import diagnostics
@@ -147,30 +150,31 @@ def _split(name: str, owner: str, weight: Tensor, heads: int | None, kv_heads: i
     w = weight.T if columns else weight  # [q, k and v, in]
     if owner == "query_key_value" and heads:
         if len(w) % (3 * heads):
-            raise ValueError(f"roles: {name!r} has {len(w)} rows, which 3 x {heads} heads do not divide")
+            raise ValueError(f"roles: {name!r} has {len(w)} rows, which cannot be divided into 3 x {heads} heads")
         grouped = w.reshape(heads, 3, -1, w.shape[1])
         found = [grouped[:, i].flatten(0, 1) for i in range(3)]
     elif heads and kv_heads and heads != kv_heads:
         if len(w) % (heads + 2 * kv_heads):
             raise ValueError(
-                f"roles: {name!r} has {len(w)} rows, which {heads} query and 2 x {kv_heads} other heads do not divide"
+                f"roles: {name!r} has {len(w)} rows, which cannot be divided into {heads} query heads and 2 x "
+                f"{kv_heads} other heads"
             )
         size = len(w) // (heads + 2 * kv_heads)
         found = list(torch.split(w, [heads * size, kv_heads * size, kv_heads * size]))
     elif owner == "query_key_value":
-        raise ValueError(f"roles: {name!r} holds query, key and value head by head; give heads=")
+        raise ValueError(f"roles: {name!r} contains query, key and value head by head; pass heads=")
     else:
         if len(w) % 3:
-            raise ValueError(f"roles: {name!r} has {len(w)} rows, which 3 does not divide; give heads= and kv_heads=")
+            raise ValueError(f"roles: {name!r} has {len(w)} rows, not a multiple of 3; pass heads= and kv_heads=")
         found = list(w.chunk(3))
     q, k, v = ((part.T if columns else part) for part in found)
     return [("q", q), ("k", k), ("v", v)]
 
 
 def by_role(measured: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return mean, spread and count of each metric, by role or group of roles.
+    """Return the mean, spread and count of each metric, by role or group of roles.
 
-    The groups are `ROLE_GROUPS`. Matrices where a metric is not finite are left out of that metric's mean.
+    The groups are `ROLE_GROUPS`. A matrix for which a metric is not finite is omitted from that metric's mean.
 
     Args:
         measured: (role, its metrics) of every matrix.

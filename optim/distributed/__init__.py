@@ -1,4 +1,4 @@
-"""Several processes: whole matrices on the rank that owns them, and messages of one bit per entry."""
+"""Training on several processes: each whole matrix on the rank that owns it, and messages with one bit per entry."""
 
 from optim.distributed.onebit import compressed_means
 from optim.distributed.owner import OwnerComputes

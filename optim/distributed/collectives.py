@@ -1,4 +1,4 @@
-"""The messages between processes, of bounded size."""
+"""Messages of bounded size between processes."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,16 +7,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 MESSAGE = 1 << 25
-"""Bytes of a message, about: enough to be worth its latency, little compared with a model."""
+"""The approximate size of a message in bytes: large compared with its latency, small compared with a model."""
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:
-    """Return the number of processes of the group (None for all); 1 if there is no process group."""
+    """Return the number of processes of a group.
+
+    Args:
+        group: The process group; None for all processes.
+
+    Returns:
+        The number; 1 if there is no process group.
+    """
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def bundles(sizes: Sequence[int], limit: int = MESSAGE) -> Iterator[range]:
-    """Yield consecutive items of these sizes, in runs of about `limit` together."""
+    """Divide consecutive items into runs with a total size of about `limit`.
+
+    Args:
+        sizes: The sizes of the items.
+        limit: The size at which a run ends.
+
+    Yields:
+        The positions of the items of a run.
+    """
     start = total = 0
     for i, size in enumerate(sizes):
         total += size
@@ -28,7 +43,15 @@ def bundles(sizes: Sequence[int], limit: int = MESSAGE) -> Iterator[range]:
 
 
 def all_reduced_means(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
-    """Return the mean of each tensor over the processes, in float32 for 16-bit tensors; the tensors do not change."""
+    """Return the mean of each tensor over the processes.
+
+    Args:
+        tensors: The tensors, of any shapes, which are not changed.
+        group: The process group; None for all processes.
+
+    Returns:
+        Tensors of the same shapes, in float32 for 16-bit tensors.
+    """
     means: list[Tensor] = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
     for dtype in sorted({t.dtype for t in means}, key=str):
         index = [i for i, t in enumerate(means) if t.dtype == dtype]

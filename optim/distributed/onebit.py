@@ -1,4 +1,4 @@
-"""Means over workers of which one bit per entry is sent."""
+"""Means over workers for which one bit per entry is sent."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,15 @@ _BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
 
 
 def padded(numel: int, workers: int) -> int:
-    """Return the entries of a message: a multiple of workers * lcm(workers, 8), so that every chunk is whole bytes."""
+    """Return the number of entries of a message, padded so that every chunk consists of whole bytes.
+
+    Args:
+        numel: The number of entries of the tensor.
+        workers: The number of workers.
+
+    Returns:
+        A multiple of workers * lcm(workers, 8).
+    """
     unit = workers * math.lcm(workers, 8)
     return -(-numel // unit) * unit
 
@@ -19,12 +27,12 @@ def padded(numel: int, workers: int) -> int:
 def compressed_means(
     xs: Sequence[Tensor], errors: Sequence[tuple[Tensor, Tensor]], group: dist.ProcessGroup | None = None
 ) -> list[Tensor]:
-    """Return about the mean over the workers of each tensor, the same on all; one bit per entry is sent, twice.
+    """Return the approximate mean of each tensor over the workers, equal on all; one bit per entry is sent twice.
 
-    A worker adds what it failed to send before (its error), sends the signs and one scale |x| / sqrt(L), and keeps the
-    difference as its error. Chunk j of L / N entries goes to worker j, the server of that chunk, which averages, adds
-    its own error, and compresses in the same way what it sends to all. L is `padded`; the padding takes part, as
-    published.
+    A worker adds its error, which is what it could not send before, sends the signs and one scale |x| / sqrt(L), and
+    keeps the difference as its new error. Chunk j of L / N entries is sent to worker j, the server of that chunk. The
+    server averages, adds its own error, compresses the result in the same way and sends it to all. L is `padded`; the
+    padding is included in scales, as in the published code.
 
     Args:
         xs: Tensors of any shapes.
@@ -70,7 +78,7 @@ def compressed_means(
 
 
 def _compress(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(one bit an entry [L / 8], 1 for x >= 0; the scale |x| / sqrt(L)); of x [L] only what they miss is left."""
+    """Return the signs of x [L], one bit per entry, and the scale |x| / sqrt(L), and subtract what they stand for."""
     scale = x.square().sum().sqrt() / math.sqrt(max(x.numel(), 1))
     packed = ((x >= 0).reshape(-1, 8) * _BITS.to(x.device)).sum(1, dtype=torch.uint8)
     x -= scale * _signs(packed, x.dtype)
@@ -78,7 +86,7 @@ def _compress(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _signs(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bits [..., bytes] as -1 and +1 [..., 8 bytes]."""
+    """Return bits [..., bytes] as -1 and +1 [..., 8 bytes]."""
     ones = (packed.unsqueeze(-1) & _BITS.to(packed.device)) != 0
     return (ones.to(dtype) * 2 - 1).flatten(-2)
 
@@ -86,9 +94,9 @@ def _signs(packed: Tensor, dtype: torch.dtype) -> Tensor:
 def _exchange(
     bits: Sequence[Tensor], scales: Sequence[Tensor], group: dist.ProcessGroup | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Of each tensor row j of bits [workers, bytes] to worker j, and the scale to everyone, in one message.
+    """Send row j of the bits [workers, bytes] of each tensor to worker j, and the scale to all, in one message.
 
-    Returns of each what came: bits [workers, bytes] and scales [workers].
+    It returns what was received for each tensor: bits [workers, bytes] and scales [workers].
     """
     workers = dist.get_world_size(group)
     numbers = torch.stack([scale.double() for scale in scales]).view(torch.uint8)
@@ -96,5 +104,5 @@ def _exchange(
     received = torch.empty_like(message)
     dist.all_to_all_single(received, message, group=group)
     *parts, numbers = torch.split(received, [*(b.shape[1] for b in bits), len(numbers)], 1)
-    sizes = numbers.clone(memory_format=torch.contiguous_format).view(torch.float64)  # at an offset of whole numbers
+    sizes = numbers.clone(memory_format=torch.contiguous_format).view(torch.float64)  # aligned for float64
     return [(part, sizes[:, i].to(scale.dtype)) for i, (part, scale) in enumerate(zip(parts, scales, strict=True))]

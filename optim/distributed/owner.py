@@ -1,4 +1,4 @@
-"""The owner of a matrix computes: each matrix has one rank that holds its state, steps it, and shares the result."""
+"""The division of matrices among ranks: each matrix has one rank that stores its state and steps it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,40 +17,42 @@ from optim.sharding import is_sharded
 
 
 class OwnerComputes(Optimizer):
-    """An optimizer whose work on whole matrices is divided among processes: rules with `elementwise = False`.
+    """An optimizer that divides the work on whole matrices (rules with `elementwise = False`) among processes.
 
-    Use it instead of the optimizer that it is given, of which it takes the param groups, before that optimizer has
-    stepped. The tensors of such rules are sorted by size, largest first, and dealt out to the ranks in turn. The owner
-    holds the state of the whole tensor and steps it as a single process would, so that results do not depend on the
-    number of ranks (except for the order of sums in the gradients). All other tensors are stepped as before:
-    elementwise rules, which need no other rank, and rules whose tensors depend on each other (`UpdateRule.coupled`).
+    Use it instead of the optimizer that it is given, whose param groups it takes, before that optimizer has stepped.
+    The tensors of such rules are sorted by decreasing size and assigned to the ranks in turn. The owner stores the
+    state of the whole tensor and steps it as a single process would, so that results do not depend on the number of
+    ranks (except for the order of sums in the gradients). All other tensors are stepped as before: those of elementwise
+    rules, which do not need other ranks, and those of rules whose tensors depend on each other (`UpdateRule.coupled`).
 
     - Replicated parameters (DDP: the same parameter and gradient on every rank): owners share the new parameters by
-      all-gather, each rank's padded to the longest. A step receives about the size of all parameters per rank.
-    - Parameters of FSDP2 (DTensor, rows over one mesh dimension): gradient and parameter go to the owner by all-to-all,
-      and its new parameter comes back: 3 times the size of a shard is sent in total. Uneven and empty shards need no
-      special treatment.
+      all-gather, with each rank's part padded to the longest one. In a step, each rank receives about the size of all
+      parameters.
+    - Parameters of FSDP2 (DTensor, rows over one mesh dimension): gradient and parameter are sent to the owner by
+      all-to-all, and its new parameter is sent back. In total, each rank sends 3 times the size of its shards. Uneven
+      and empty shards are supported.
 
-    Messages have about 32 MiB, so that the memory besides the states is a few of the largest tensors. `state_dict` and
-    `load_state_dict` are collective: call them on all ranks. A state dict holds the whole states of all tensors, the
-    same on every rank, and equals that of a single process: it loads into any number of ranks, and into an `Optimizer`.
-    Between these calls `state` has the tensors that this rank owns, so `UpdateMap.of` needs a plain optimizer that was
-    loaded from the state dict.
+    A message has about 32 MiB, so that the memory in addition to the states is that of a few of the largest tensors.
+    `state_dict` and `load_state_dict` are collective: call them on all ranks. A state dict contains the whole states of
+    all tensors. It is the same on every rank and as in a single process, and can be loaded with any number of ranks, or
+    into an `Optimizer`. Between these calls `state` only has the tensors that this rank owns, so `UpdateMap.of` needs a
+    plain optimizer that was loaded from the state dict.
 
     Args:
         optimizer: The optimizer, before its first step.
-        process_group: The ranks; all of them by default. With one process everything is as in the given optimizer.
+        process_group: The ranks; all of them by default. With one process, nothing differs from the given optimizer.
 
     Raises:
         TypeError: For DTensors that are not sharded by rows over exactly the ranks of the group.
         ValueError: If the optimizer has already stepped.
 
     Source:
-        Jordan et al. 2024 (KellerJordan/Muon) for dealing out and gathering the weights, microsoft/dion for rows.
+        Jordan et al. 2024 (KellerJordan/Muon) for assigning and gathering the weights, microsoft/dion for rows.
 
     Differs:
-        The owner takes the whole step, with norms of whole matrices. Dion's NorMuon rescales by the norm of the local
-        rows, and so depends on the number of ranks. Messages have the dtypes of parameter and gradient, not bfloat16.
+        The owner computes the whole step, with norms of whole matrices. Dion's NorMuon rescales by the norm of the
+        local rows and therefore depends on the number of ranks. Messages have the dtypes of parameter and gradient, not
+        bfloat16.
 
     Example:
         >>> from optim import create
@@ -64,7 +66,7 @@ class OwnerComputes(Optimizer):
     def __init__(self, optimizer: Optimizer, process_group: dist.ProcessGroup | None = None) -> None:
         if optimizer.state:
             raise ValueError(
-                "OwnerComputes: the optimizer has a state already; wrap it before its first step, and load the state "
+                "OwnerComputes: the optimizer already has a state; wrap it before its first step, and load the state "
                 "dict afterwards"
             )
         self.process_group = process_group
@@ -78,7 +80,7 @@ class OwnerComputes(Optimizer):
         self.divide, self.divisions = optimizer.divide, optimizer.divisions
 
     def __getstate__(self) -> dict[str, Any]:
-        """Torch copies and pickles no more than groups and states."""
+        """Add the process group to what torch copies and pickles, which is groups and states."""
         return super().__getstate__() | {"process_group": self.process_group}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -88,7 +90,7 @@ class OwnerComputes(Optimizer):
             param_group: A dictionary with `params` and settings.
 
         Raises:
-            TypeError: For a DTensor whose rows are not spread over the ranks.
+            TypeError: For a DTensor whose rows are not distributed over the ranks.
         """
         before = len(self.param_groups)
         super().add_param_group(param_group)
@@ -101,14 +103,14 @@ class OwnerComputes(Optimizer):
         return group_size(self.process_group) > 1 and not rule.elementwise and not rule.coupled
 
     def _owners(self) -> dict[Tensor, int]:
-        """The owner of every tensor of a divided rule."""
+        """Return the owner of every tensor of a divided rule."""
         dealt = [p for group in self.param_groups if self._divided(group["rule"]) for p in group["params"]]
-        dealt.sort(key=lambda p: -p.numel())  # stable: the order of the groups among equals
+        dealt.sort(key=lambda p: -p.numel())  # stable: tensors of equal size keep the order of the groups
         size = group_size(self.process_group)
         return {param: i % size for i, param in enumerate(dealt)}
 
     def _share(self, rule: UpdateRule, *args: Any) -> tuple[list[Tensor], list[Tensor]]:
-        if self._divided(rule):  # by the owner, with whole gradients
+        if self._divided(rule):  # the owner does it, with whole gradients
             return args[2], args[3]
         return super()._share(rule, *args)
 
@@ -121,7 +123,7 @@ class OwnerComputes(Optimizer):
         fine = dict.fromkeys(params, True)
 
         def step(keys: Sequence[Tensor], whole: Sequence[Tensor], own_grads: Sequence[Tensor]) -> None:
-            """The owner's part: `whole` are the parameters of `keys`, under which their states are kept."""
+            """Step tensors as their owner: `whole` are the parameters of `keys`, under which states are stored."""
             for key, tensor in zip(keys, whole, strict=True):
                 if not self.state[key]:
                     self.state[key].update(rule.init(tensor))
@@ -147,7 +149,7 @@ class OwnerComputes(Optimizer):
     # ------------------------------------------------------------------------------------------------------ state dicts
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the whole states of all tensors, the same on every rank. This is collective: call it on all ranks."""
+        """Return the whole states of all tensors, equal on every rank. This is collective: call it on all ranks."""
         borrowed = self._gather_states()
         try:
             saved = super().state_dict()
@@ -180,7 +182,7 @@ class OwnerComputes(Optimizer):
         return loaded_state(rule, whole, state, on=_local(param).device)
 
     def _gather_states(self) -> list[Tensor]:
-        """Fill `state` with what other ranks hold; the parameters concerned."""
+        """Fill `state` with the states that other ranks own, and return their parameters."""
         owners = self._owners()
         if not owners:
             return []
@@ -210,13 +212,13 @@ _Step: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor
 
 
 def _local(x: Tensor) -> Tensor:
-    """The rows of a DTensor that this rank has; any other tensor as it is."""
+    """Return the rows of a DTensor that this rank has; other tensors are returned unchanged."""
     local: Tensor = x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
     return local.detach()
 
 
 def _spread(state: State, like: State) -> State:
-    """The whole state with the shards that `like` has; what has its shards already stays."""
+    """Return the whole state with the shards of `like`; entries that are already sharded are unchanged."""
     from torch.distributed.tensor import distribute_tensor
 
     return {
@@ -234,14 +236,14 @@ def _check_rows(param: Tensor, ranks: int) -> None:
     if tuple(placements) != (Shard(0),) or mesh.size() != ranks:
         raise TypeError(
             f"OwnerComputes: a parameter of shape {tuple(param.shape)} has placements {tuple(placements)} on a mesh of "
-            f"{mesh.size()}; expected rows over all {ranks} ranks, (Shard(dim=0),), as fully_shard makes them"
+            f"{mesh.size()}; expected rows over all {ranks} ranks, (Shard(dim=0),), as fully_shard creates them"
         )
 
 
 def _by_replicas(
     params: list[Tensor], grads: list[Tensor], owners: list[int], group: dist.ProcessGroup | None, step: _Step
 ) -> None:
-    """Owners step their tensors; then everyone gets all."""
+    """Let owners step their tensors, and send the results to all ranks."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     held = [[i for i, owner in enumerate(owners) if owner == r] for r in range(size)]
     mine = [params[i] for i in held[rank]]
@@ -260,7 +262,7 @@ def _by_replicas(
 def _by_rows(
     params: list[Tensor], grads: list[Tensor], owners: list[int], group: dist.ProcessGroup | None, step: _Step
 ) -> None:
-    """Owners get the rows of gradient and parameter, step the whole, and send the new rows back."""
+    """Send the rows of gradients and parameters to the owners, which step whole tensors and send the new rows back."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     held = [[i for i, owner in enumerate(owners) if owner == r] for r in range(size)]
     mine = held[rank]
@@ -284,14 +286,14 @@ def _by_rows(
 
 
 def _span(param: Tensor, rank: int, size: int) -> range:
-    """The entries of the flat tensor that a rank has: as many rows as `torch.chunk` gives it, perhaps none."""
+    """Return the entries of the flat tensor that a rank has: as many rows as in `torch.chunk`, which may be none."""
     each = -(-param.shape[0] // size)
     width = math.prod(param.shape[1:])
     return range(width * min(rank * each, param.shape[0]), width * min((rank + 1) * each, param.shape[0]))
 
 
 def _all_to_all(sent: Sequence[Tensor], counts: list[int], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """sent[r] to rank r; from each rank as many entries as `counts` says."""
+    """Send sent[r] to rank r, and receive counts[r] entries from rank r."""
     flat = torch.cat(list(sent))
     received = flat.new_empty(sum(counts))
     dist.all_to_all_single(received, flat, counts, [len(part) for part in sent], group=group)
@@ -303,7 +305,7 @@ def _joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def _fill(params: Sequence[Tensor], flat: Tensor) -> None:
-    """Write the entries back; what is left of `flat` is padding."""
+    """Write the entries of `flat` to the parameters; the rest of it is padding."""
     start = 0
     for param in params:
         param.copy_(flat[start : start + param.numel()].reshape(param.shape))

@@ -1,4 +1,4 @@
-"""The processes of a run, as torchrun, accelerate or Slurm start them, or a single one."""
+"""The processes of a run, as started by torchrun, accelerate or Slurm, or a single process."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,12 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """One process among all: its rank, the number of processes, and its device.
+    """One process of a run.
+
+    Args:
+        rank: The rank of the process.
+        size: The number of processes.
+        device: The device of the process.
 
     Example:
         >>> from optim.distributed import world
@@ -31,8 +36,11 @@ def world() -> Iterator[World]:
 
     RANK, WORLD_SIZE and LOCAL_RANK are read as ``torchrun`` sets them (``torchrun --nproc-per-node 2 train.py``).
     Without them, or with one process, there is no process group and every collective of `optim` does nothing. An
-    existing group is used and left as it is. The device is this process's GPU (NCCL) if there are GPUs, and the CPU
+    existing group is used and left unchanged. The device is this process's GPU (NCCL) if there are GPUs, and the CPU
     (gloo) otherwise.
+
+    Yields:
+        This process.
 
     Raises:
         ValueError: For a variable that is missing or not a number, by name.
@@ -53,7 +61,7 @@ def world() -> Iterator[World]:
         return
     missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
     if missing:
-        raise ValueError(f"WORLD_SIZE is {size}, but {missing[0]} is not set; start the processes by torchrun")
+        raise ValueError(f"WORLD_SIZE is {size}, but {missing[0]} is not set; start the processes with torchrun")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size)
     try:
         yield World(rank, size, device)
@@ -66,7 +74,7 @@ def _number(key: str, default: int | None) -> int:
     if text is None and default is not None:
         return default
     if text is None or not text.isdecimal():
-        raise ValueError(f"{key} is {text!r}; it must be a whole number, as torchrun sets it")
+        raise ValueError(f"{key} is {text!r}; it must be an integer, as torchrun sets it")
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels, one per file: the definition in torch operations, the function that chooses, and the private kernel.
+"""Triton kernels, one per file: the definition in torch operations, the function that launches it, and the kernel.
 
 README.md has the table.
 """

@@ -12,9 +12,9 @@ from optim.kernels import philox, tables
 
 _CHUNK = 1024
 _DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
-SEED = 0x5DEECE66D  # of the bits that round; any number
+SEED = 0x5DEECE66D  # the seed of the rounding bits, an arbitrary number
 MASTER = {torch.float32, torch.bfloat16, torch.float16}
-"""Dtypes of parameters and gradients that kernels of steps take."""
+"""The dtypes of parameters and gradients that the kernels of steps support."""
 
 
 Row = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -22,7 +22,13 @@ Row = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Scalars(NamedTuple):
-    """One tensor's step: ``u = scale m / (sqrt(shrink v + eps_root) + eps)`` after moment updates by the betas."""
+    """The numbers of one tensor's step: ``u = scale m / (sqrt(shrink v + eps_root) + eps)`` with the updated moments.
+
+    Args:
+        scale: The factor of m.
+        shrink: The factor of v.
+        step: The number of the step, which determines the rounding bits.
+    """
 
     scale: float
     shrink: float
@@ -30,9 +36,17 @@ class Scalars(NamedTuple):
 
 
 def rounding_words(param: Tensor, step: Tensor, *, start: int = 0) -> Tensor:
-    """The random bits with which a step rounds a bfloat16 parameter, or a piece of one that begins at entry `start`.
+    """Return the random bits with which a step rounds a bfloat16 parameter.
 
-    They depend on the step and the element alone.
+    They depend only on the step and the position of the element.
+
+    Args:
+        param: The parameter, or a piece of one.
+        step: The number of the step, a scalar.
+        start: The index of the entry at which the piece begins.
+
+    Returns:
+        32 random bits per entry, int64 [n].
     """
     return philox.random_words(param.numel(), seed=SEED, stream=int(step), start=start, device=param.device)
 
@@ -48,13 +62,26 @@ def adamw_step(
     eps_root: float = 0.0,
     stochastic_rounding: bool = False,
 ) -> None:
-    """In place on rows (p, g, m, v) that are `fitting`: m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2,
-    p <- p - lr (u + weight_decay p), u = scale m / (sqrt(shrink v + eps_root) + eps).
+    """Step tensors by AdamW in place, in one launch per combination of dtypes.
 
-    Its definition is `AdamWRule.step`, `stepped` written back. stochastic_rounding: of bfloat16 parameters, by
-    `philox.stochastic_round` with `rounding_words`.
-    Bytes: 28 a float32 parameter (reads p, g, m, v; writes p, m, v), 22 with bfloat16 parameters and gradients; no
-    temporaries. Bound by memory.
+        m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
+        p <- p - lr (u + weight_decay p),  u = scale m / (sqrt(shrink v + eps_root) + eps)
+
+    The definition is `AdamWRule.step`, which writes the result of `stepped`.
+
+    Args:
+        rows: Parameters, gradients and moments that are `fitting`.
+        scalars: The numbers of each tensor's step.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        betas: (b1, b2), the decay rates of the two moments.
+        eps: Added to the square root.
+        eps_root: Added under the square root.
+        stochastic_rounding: Whether bfloat16 parameters are rounded by `philox.stochastic_round` with `rounding_words`.
+
+    Cost:
+        28 bytes per float32 parameter (reads p, g, m, v; writes p, m, v), 22 with bfloat16 parameters and gradients,
+        and no temporaries. Bound by memory.
     """
     pools: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
     for i, (p, g, _, _) in enumerate(rows):
@@ -85,10 +112,18 @@ def adamw_step(
 
 
 def fitting(rows: Sequence[Row]) -> list[bool]:
-    """Of each row whether the kernel takes it: plain and contiguous on a GPU, so that flat memory holds equal
-    coordinates at equal places; float32 moments.
+    """Return which tensors the kernel supports.
+
+    They must be plain and contiguous on a GPU, so that flat memory has equal coordinates at equal positions, and have
+    float32 moments.
+
+    Args:
+        rows: Parameters, gradients and moments.
+
+    Returns:
+        A boolean per row.
     """
-    if len(rows) > 1 and _fit(rows):  # the usual case, without a loop over what may be many
+    if len(rows) > 1 and _fit(rows):  # the usual case, without a loop over many rows
         return [True] * len(rows)
     return [_fit([row]) for row in rows]
 
@@ -147,7 +182,7 @@ if backend.triton is not None:
         step = tl.load(row + 5)
         scale = tl.load(factors + 2 * tensor)
         shrink = tl.load(factors + 2 * tensor + 1)
-        # a mask, even one that is all true, would keep memory from being read 16 bytes at a time
+        # a mask, even one that is all true, would prevent reads of 16 bytes at a time
         if start + BLOCK <= count:
             _adamw_chunk(
                 p_ptr,

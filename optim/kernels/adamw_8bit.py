@@ -1,4 +1,4 @@
-"""AdamW with moments in 8 bits in one pass over memory: decode, update, encode; all tensors in one launch."""
+"""AdamW with 8-bit moments in one pass over memory: decode, update, encode; all tensors in one launch."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,7 +11,7 @@ from optim.kernels import tables
 from optim.kernels.adamw import MASTER, SEED, Scalars
 
 Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Parameter, gradient, codes and scales of m, codes and scales of v."""
+"""A parameter, its gradient, the codes and scales of m, and the codes and scales of v."""
 
 _CHUNK = 1024
 
@@ -30,15 +30,30 @@ def adamw_8bit_step(
     stochastic_rounding: bool = False,
     floor: bool = True,
 ) -> None:
-    """In place on rows that `fits`: `AdamWRule` on m = book[code] scale, with nearest codes of what that leaves.
+    """Step tensors by AdamW with 8-bit moments in place, in one launch per combination of dtypes.
 
-    Its definition is that of `Quantized`, around `AdamWRule` with dynamic codes: scales are the largest magnitudes of
-    `block_size` consecutive entries, a number halfway between two values of the book gets the lower one, and with
-    `floor` a positive second moment never the code of zero. The parameter moves by the moments before they are encoded.
-    books: float32 [256] each, of m the signed dynamic book and of v the unsigned one, whose form gives a first guess
-    of a code; their limits decide.
-    Bytes: 16.1 a float32 parameter (reads p, g, both codes; writes p and both codes), 10.1 in bfloat16. Bound by
-    memory, in bfloat16 together with six table look-ups for each parameter.
+    The definition is `Quantized` around `AdamWRule` with dynamic codes: a moment is m = book[code] scale, where the
+    scale is the largest magnitude of `block_size` consecutive entries, and it is encoded by the nearest code. A number
+    halfway between two values of the book has the lower code. The parameter is updated with the moments before they are
+    encoded.
+
+    Args:
+        rows: Tensors that `fits`.
+        scalars: The numbers of each tensor's step.
+        books: The signed dynamic book for m and the unsigned one for v, float32 [256] each. Their form gives a first
+            guess of a code, and their limits decide.
+        block_size: The number of consecutive entries that share a scale.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        betas: (b1, b2), the decay rates of the two moments.
+        eps: Added to the square root.
+        eps_root: Added under the square root.
+        stochastic_rounding: Whether bfloat16 parameters are rounded stochastically, as in `adamw_step`.
+        floor: Whether a positive second moment never has the code of zero.
+
+    Cost:
+        16.1 bytes per float32 parameter (reads p, g and both codes; writes p and both codes), 10.1 in bfloat16. Bound
+        by memory; in bfloat16 also by six table look-ups per parameter.
     """
     pools: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
     for i, (p, g, *_) in enumerate(rows):
@@ -73,7 +88,15 @@ def adamw_8bit_step(
 
 
 def fits(row: Row, block_size: int) -> bool:
-    """Whether the kernel takes such a parameter: contiguous, codes uint8, blocks a power of 2 from 16 to 4096."""
+    """Return whether the kernel supports these tensors.
+
+    Args:
+        row: A parameter, its gradient, and the codes and scales of its moments.
+        block_size: The number of consecutive entries that share a scale.
+
+    Returns:
+        True if they are contiguous, codes are uint8, and the block size is a power of 2 from 16 to 4096.
+    """
     p, g, m, m_scales, v, v_scales = row
     return (
         backend.use_triton(*row)
@@ -91,7 +114,7 @@ def fits(row: Row, block_size: int) -> bool:
 
 @lru_cache(maxsize=8)
 def _device_books(m_book: Tensor, v_book: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values and limits (halfway between values, as float32 has it) of both books."""
+    """Return the values and limits (halfway between values, in float32) of both books."""
     m_limits, v_limits = ((book[:-1] + book[1:]) / 2 for book in (m_book, v_book))
     return m_book.to(device), m_limits.to(device), v_book.to(device), v_limits.to(device)
 
@@ -116,10 +139,10 @@ if backend.triton is not None:
         BLOCKS: tl.constexpr,
         SIZE: tl.constexpr,
     ):
-        """Writes the codes and scales of x [BLOCKS, SIZE]; outside the tensor x is 0."""
+        """Write the codes and scales of x [BLOCKS, SIZE]; outside the tensor x is 0."""
         largest = tl.max(tl.abs(x), axis=1)
         y = tl.div_rn(x, tl.broadcast_to(tl.where(largest > 0, largest, 1.0)[:, None], (BLOCKS, SIZE)))
-        # by the book's form, seven decades of 1, 2, 4... (unsigned: 2, 4, 8...) values, at most one place off
+        # a guess by the book's form, seven decades of 1, 2, 4... (unsigned: 2, 4, 8...) values, off by at most one
         size = tl.maximum(tl.abs(y), 1e-9)
         decade = tl.minimum(tl.maximum(tl.floor(tl.log2(size) * 0.3010299956639812) + 7.0, 0.0), 6.0)
         count = (1 if SIGNED else 2) << decade.to(tl.int32)
@@ -127,7 +150,7 @@ if backend.triton is not None:
         rank = tl.maximum(count + tl.floor(share * count.to(tl.float32)).to(tl.int32) - (0 if SIGNED else 1), 0)
         code = 127 + tl.where(y < 0, -rank, rank) if SIGNED else rank
         code = tl.minimum(tl.maximum(code, 0), 255)
-        # and by its limits: the number of those below y
+        # the exact code is the number of limits below y
         lower = tl.load(limits + tl.maximum(code - 1, 0))
         code = tl.where((code > 0) & (y <= lower), code - 1, code)
         upper = tl.load(limits + tl.minimum(code, 254))
@@ -181,7 +204,7 @@ if backend.triton is not None:
         step = tl.load(row + 7)
         scale = tl.load(factors + 2 * tensor)
         shrink = tl.load(factors + 2 * tensor + 1)
-        # a mask, even one that is all true, would keep memory from being read 16 bytes at a time
+        # a mask, even one that is all true, would prevent reads of 16 bytes at a time
         if start + BLOCKS * SIZE <= count:
             _adamw_8bit_chunk(
                 p_ptr,
@@ -302,7 +325,7 @@ if backend.triton is not None:
             tl.store(p_ptr + at, stochastic_bfloat16(p, words), mask=mask)
         else:
             tl.store(p_ptr + at, p.to(p_ptr.dtype.element_ty), mask=mask)
-        if MASKED:  # what lies after the tensor must not be the largest of its last block
+        if MASKED:  # memory after the tensor must not determine the scale of its last block
             m, v = tl.where(mask, m, 0.0), tl.where(mask, v, 0.0)
         _encode(m, m_limits, m_ptr, ms_ptr, at, mask, block, exists, True, False, BLOCKS, SIZE)
         _encode(v, v_limits, v_ptr, vs_ptr, at, mask, block, exists, False, FLOOR, BLOCKS, SIZE)

@@ -8,13 +8,21 @@ _BLOCK = 1024
 
 
 def add_normals_(target: Tensor, scale: float, seed: int, *, start: int = 0) -> None:
-    """target += scale z, in place on a target that `fits`, in float32 and rounded once; seed: below 2^63.
+    """Add scaled normal numbers in place: target += scale z, in float32 and rounded once.
 
-    z_i is element ``start + i`` of `philox.normals`, which with ``target + scale z`` is the definition.
-    Reads and writes the target and nothing else: 8 bytes per float32 element, 4 per bfloat16 one. Bound by memory in
-    float32, and in bfloat16 by the integer products of Philox (10 rounds for 4 elements).
+    z_i is element ``start + i`` of `philox.normals`; with it, ``target + scale z`` is the definition.
+
+    Args:
+        target: A tensor that `fits`.
+        scale: The factor of z.
+        seed: The seed of z, below 2^63.
+        start: The index of the first element of z.
+
+    Cost:
+        The kernel only reads and writes the target: 8 bytes per float32 element, 4 per bfloat16 element. In float32 it
+        is bound by memory, and in bfloat16 by the integer products of Philox (10 rounds for 4 elements).
     """
-    n, shift = target.numel(), start % 4  # blocks of random words begin at multiples of 4
+    n, shift = target.numel(), start % 4  # blocks of random words start at multiples of 4
     programs = -(-(n + shift) // _BLOCK)
     backend.launch(
         _perturb_kernel,
@@ -32,7 +40,14 @@ def add_normals_(target: Tensor, scale: float, seed: int, *, start: int = 0) -> 
 
 
 def fits(target: Tensor) -> bool:
-    """Whether the kernel takes it: contiguous, of 32 or 16 bit, on a GPU."""
+    """Return whether the kernel supports a tensor.
+
+    Args:
+        target: The tensor.
+
+    Returns:
+        True if it is contiguous, has 32 or 16 bits, and is on a GPU.
+    """
     return backend.use_triton(target) and target.is_contiguous() and target.is_floating_point()
 
 
@@ -48,7 +63,7 @@ if backend.triton is not None:
         i = begin + tl.arange(0, BLOCK)
         if not ALIGNED:
             i -= shift
-        if ALIGNED and begin + BLOCK <= n:  # without a mask memory is read 16 bytes at a time
+        if ALIGNED and begin + BLOCK <= n:  # without a mask, 16 bytes are read at a time
             p = tl.load(target + i).to(tl.float32)
             tl.store(target + i, (p + scale * z).to(target.dtype.element_ty))
         else:

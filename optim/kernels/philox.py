@@ -1,8 +1,10 @@
-"""Counter-based random bits (Philox4x32-10): the same from torch operations, compiled for the CPU, and inside kernels.
+"""Counter-based random bits (Philox4x32-10), equal in torch operations, compiled for the CPU, and inside kernels.
 
-Element i of a stream has output ``i mod 4`` of the block with counter ``(low and high word of i // 4, stream, 0)``
-under the 64-bit key `seed`: it depends on nothing else, so neither on the device nor on how a tensor is cut.
-Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; `triton.language.philox`.
+Element i of a stream is output ``i mod 4`` of the block with counter ``(low and high word of i // 4, stream, 0)`` under
+the 64-bit key `seed`. It depends on nothing else, neither on the device nor on how a tensor is divided.
+
+Source:
+    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; `triton.language.philox`.
 """
 
 import ctypes
@@ -22,7 +24,7 @@ from optim.cpu_jit.machine import compiled
 _LOW = 0xFFFFFFFF
 KEYS = (0x9E3779B9, 0xBB67AE85)
 FACTORS = (0xD2511F53, 0xCD9E8D57)
-UNIFORM = 4.6566127342e-10  # of 31 bits; the largest float32 for which every product stays below 1
+UNIFORM = 4.6566127342e-10  # the largest float32 whose product with every number of 31 bits is below 1
 
 
 def philox(counters: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
@@ -46,7 +48,7 @@ def philox(counters: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
 
 
 def _product(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of a 32 x 32 bit product; in halves, for int64 has no unsigned product of 64 bits."""
+    """Return the high and low word of a 32 x 32 bit product, in halves, because int64 cannot hold an unsigned one."""
     low, high = factor * (x & 0xFFFF), factor * (x >> 16)
     total = (low >> 16) + high
     return total >> 16, ((total & 0xFFFF) << 16) | (low & 0xFFFF)
@@ -55,13 +57,24 @@ def _product(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
 def random_words(
     n: int, *, seed: int, stream: int | Tensor = 0, start: int = 0, device: torch.device | str = "cpu"
 ) -> Int64[Tensor, " n"]:
-    """Return 32 random bits per element start..start + n of a stream, as int64 [n]."""
+    """Return random bits for consecutive elements of a stream.
+
+    Args:
+        n: The number of elements.
+        seed: The 64-bit key.
+        stream: The number of the stream, below 2^32.
+        start: The index of the first element.
+        device: The device of the result.
+
+    Returns:
+        32 random bits per element, int64 [n].
+    """
     first = start // 4
     return _words(first, -(-(start + n) // 4), seed, stream, device).flatten()[start - 4 * first :][:n]
 
 
 def _words(first: int, stop: int, seed: int, stream: int | Tensor, device: torch.device | str) -> Tensor:
-    """int64 [stop - first, 4] of these blocks: `philox`, compiled where that is possible."""
+    """Return the words of blocks first..stop, int64 [stop - first, 4], by compiled code if possible."""
     if _is_compiled(stream, device):
         return _compiled_words(first, stop - first, stream, seed)
     block = torch.arange(first, stop, device=device)
@@ -72,7 +85,20 @@ def _words(first: int, stop: int, seed: int, stream: int | Tensor, device: torch
 def normals(
     n: int, *, seed: int, stream: int | Tensor = 0, start: int = 0, device: torch.device | str = "cpu"
 ) -> Float32[Tensor, " n"]:
-    """Return standard normal numbers, float32 [n]: Box-Muller of words 0 and 1, and of words 2 and 3, of each block."""
+    """Return standard normal numbers for consecutive elements of a stream.
+
+    They are computed from each block by the Box-Muller transform of words 0 and 1, and of words 2 and 3.
+
+    Args:
+        n: The number of elements.
+        seed: The 64-bit key.
+        stream: The number of the stream, below 2^32.
+        start: The index of the first element.
+        device: The device of the result.
+
+    Returns:
+        Normal numbers, float32 [n].
+    """
     first, stop = start // 4, -(-(start + n) // 4)
     if _is_compiled(stream, device):
         u = _compiled_uniforms(first, stop - first, stream, seed)
@@ -91,7 +117,7 @@ def stochastic_round(x: Float32[Tensor, "*shape"], words: Int[Tensor, "..."]) ->
 
     Args:
         x: A float32 tensor of any shape.
-        words: 32 random bits per element, of which the lowest 16 count.
+        words: 32 random bits per element, of which the lowest 16 are used.
 
     Returns:
         A bfloat16 tensor of x's shape. Entries that are not finite do not change.
@@ -167,7 +193,7 @@ _STORE = {
 
 @cache
 def _functions() -> tuple[dict[str, Any], object]:
-    """words and uniforms, and what owns their code."""
+    """Return words and uniforms, and the object that owns their code."""
     rounds = "".join(
         _ROUND.format(
             r=r,
@@ -190,7 +216,7 @@ def _functions() -> tuple[dict[str, Any], object]:
 
 
 def _is_compiled(stream: int | Tensor, device: torch.device | str) -> bool:
-    """Whether a stream on the CPU has a number that may be read, and compiled code may run."""
+    """Return whether compiled code may run on this device and can read the number of the stream."""
     return (
         torch.device(device).type == "cpu"
         and backend.use_cpu_jit()
@@ -200,12 +226,12 @@ def _is_compiled(stream: int | Tensor, device: torch.device | str) -> bool:
 
 
 def _compiled_words(first: int, blocks: int, stream: int | Tensor, seed: int) -> Tensor:
-    """int64 [blocks, 4]: the words of blocks `first` and on."""
+    """Return the words of blocks from `first` on, int64 [blocks, 4]."""
     return _drawn("words", torch.int64, first, blocks, stream, seed)
 
 
 def _compiled_uniforms(first: int, blocks: int, stream: int | Tensor, seed: int) -> Tensor:
-    """float32 [blocks, 4]: each word as a number of 31 bits from 0 to below 1."""
+    """Return each word as a number of 31 bits in [0, 1), float32 [blocks, 4]."""
     return _drawn("uniforms", torch.float32, first, blocks, stream, seed)
 
 
@@ -221,7 +247,7 @@ if backend.triton is not None:
 
     @backend.jit
     def words_of(start, seed, stream, BLOCK: tl.constexpr):
-        """uint32 [BLOCK]: the words of elements start..start + BLOCK; both are multiples of 4."""
+        """Return the words of elements start..start + BLOCK, uint32 [BLOCK]; start and BLOCK are multiples of 4."""
         block = start // 4 + tl.arange(0, BLOCK // 4)
         low = (block & 0xFFFFFFFF).to(tl.uint32)
         high = (block >> 32).to(tl.uint32)
@@ -230,7 +256,7 @@ if backend.triton is not None:
 
     @backend.jit
     def normals_of(start, seed, stream, BLOCK: tl.constexpr):
-        """float32 [BLOCK]: the normals of elements start..start + BLOCK; both are multiples of 4."""
+        """Return the normals of elements start..start + BLOCK, float32 [BLOCK]; start and BLOCK are multiples of 4."""
         block = start // 4 + tl.arange(0, BLOCK // 4)
         low = (block & 0xFFFFFFFF).to(tl.uint32)
         high = (block >> 32).to(tl.uint32)
@@ -241,14 +267,14 @@ if backend.triton is not None:
 
     @backend.jit
     def _box_muller(w0, w1):
-        # a GPU's logarithm is approximate: near 1 it must not come out above 0
+        # a GPU's logarithm is approximate, and that of numbers near 1 must not be positive
         radius = tl.sqrt(tl.maximum(-2.0 * tl.log(tl.maximum(tl.uint_to_uniform_float(w0), 1.0e-7)), 0.0))
         angle = 6.283185307179586 * tl.uint_to_uniform_float(w1)
         return radius * tl.cos(angle), radius * tl.sin(angle)
 
     @backend.jit
     def stochastic_bfloat16(x, words):
-        """`stochastic_round` inside a kernel."""
+        """Round stochastically as `stochastic_round` does, inside a kernel."""
         bits = x.to(tl.uint32, bitcast=True)
         carried = ((bits + (words & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         finite = (bits & 0x7F800000) != 0x7F800000

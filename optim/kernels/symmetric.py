@@ -1,4 +1,4 @@
-"""Products that give symmetric matrices, half of the tiles computed and the other half mirrored: for Newton-Schulz."""
+"""Products that give symmetric matrices: half of the tiles are computed and mirrored, for Newton-Schulz."""
 
 from typing import Any
 
@@ -9,12 +9,22 @@ from optim import backend
 
 
 def gram(x: Tensor, add: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-    """Stacks x [n, p, q] and add [n, p, p] that `fits` -> alpha x x^T + beta add, [n, p, p] in x's dtype; summed in
-    float32 and rounded once. add: symmetric, for its upper triangle of tiles is not read.
+    """Return alpha x x^T + beta add for stacks of matrices, summed in float32 and rounded once.
 
-    Its definition is ``torch.baddbmm(add, x, x.mT, beta=beta, alpha=alpha)``.
-    FLOP: p^2 q and a tile's width more, where a general product takes 2 p^2 q. Bytes in 16 bit: about 2 (p q + p^2).
-    Bound by the tensor cores from p of about 700 on, below that by memory and by the launch.
+    The definition is ``torch.baddbmm(add, x, x.mT, beta=beta, alpha=alpha)``.
+
+    Args:
+        x: Matrices [n, p, q] that `fits`.
+        add: Symmetric matrices [n, p, p] of x's dtype, or None; their upper triangle of tiles is not read.
+        alpha: The factor of the product.
+        beta: The factor of `add`.
+
+    Returns:
+        Matrices [n, p, p] of x's dtype.
+
+    Cost:
+        p^2 q FLOP plus the width of a tile, where a general product needs 2 p^2 q. In 16 bits about 2 (p q + p^2)
+        bytes. Bound by the tensor cores for p above about 700, and by memory and the launch for smaller p.
     """
     if 1 not in x.stride()[1:]:
         x = x.contiguous()
@@ -52,10 +62,18 @@ def gram(x: Tensor, add: Tensor | None = None, *, alpha: float = 1.0, beta: floa
 
 @torch.library.custom_op("optim::gram_polynomial", mutates_args=())
 def polynomial(x: Tensor, b: float, c: float) -> Tensor:
-    """x [n, p, q] that `fits` -> b A + c A A with A = x x^T: the inner part of a Newton-Schulz step, [n, p, p].
+    """Return b A + c A A with A = x x^T, the inner part of a Newton-Schulz step.
 
-    A is symmetric, so A A = A A^T is such a product too. Under `torch.vmap` (steps of stacked matrices, directions of
-    single gradients) the batch joins the stack.
+    Because A is symmetric, A A = A A^T is such a product too. Under `torch.vmap` (steps of stacked matrices, directions
+    of individual gradients) the batch becomes part of the stack.
+
+    Args:
+        x: Matrices [n, p, q] that `fits`.
+        b: The factor of A.
+        c: The factor of A A.
+
+    Returns:
+        Matrices [n, p, p] of x's dtype.
     """
     a = gram(x)
     return gram(a, a, alpha=c, beta=b)
@@ -69,9 +87,16 @@ def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, b: float, c: float)
 
 
 def fits(x: Tensor) -> bool:
-    """Whether the kernel takes it: a stack of matrices in 16 bit, on a GPU; also inside `torch.vmap`.
+    """Return whether the kernel supports a tensor, also inside `torch.vmap`.
 
-    In float32 the library's product is used: without tensor cores half the tiles are not half the time.
+    In float32 the library's product is used, because without tensor cores computing half of the tiles does not halve
+    the time.
+
+    Args:
+        x: The tensor.
+
+    Returns:
+        True for a stack of matrices in 16 bits on a GPU.
     """
     return x.ndim == 3 and x.dtype in (torch.bfloat16, torch.float16) and backend.use_triton(backend.unbatched(x))
 

@@ -12,17 +12,20 @@ _TILE = 64
 def unit_rms(x: Float[Tensor, "*k m n"], dim: int, eps: float) -> Float[Tensor, "*k m n"]:
     """Return x / max(rms, eps) for matrices that `fits`, with the rms of each row or column in float32.
 
-    Its definition is `optim.linalg.unit_rms`. For rows there is one program per row, which is read twice (the second
-    time from the cache) and written once. For columns there are sums of squares of tiles of 64 rows, then the quotient:
-    read twice, written once. It is bound by memory: 8 bytes per entry in float32 for rows, 12 for columns.
+    The definition is `optim.linalg.unit_rms`. For rows there is one program per row, which reads it twice (the second
+    time from the cache) and writes it once. For columns, one kernel sums the squares of tiles of 64 rows, and another
+    one divides, so that entries are read twice and written once.
 
     Args:
         x: Matrices [..., m, n] of 32 or 16 bits.
         dim: -1 for rows, -2 for columns.
-        eps: The least divisor.
+        eps: The smallest divisor.
 
     Returns:
         A tensor of x's shape and dtype.
+
+    Cost:
+        In float32 8 bytes per entry for rows, and 12 for columns. Bound by memory.
     """
     m, n = x.shape[-2:]
     y, matrices = torch.empty_like(x), x.numel() // (m * n)
@@ -40,7 +43,15 @@ def unit_rms(x: Float[Tensor, "*k m n"], dim: int, eps: float) -> Float[Tensor, 
 
 
 def fits(x: Tensor, dim: int) -> bool:
-    """Whether the kernel takes it: contiguous matrices of 32 or 16 bits, their rows or columns, on a GPU."""
+    """Return whether the kernel supports a tensor.
+
+    Args:
+        x: The tensor.
+        dim: The dimension along which it is normalised.
+
+    Returns:
+        True for rows or columns of contiguous matrices of 32 or 16 bits on a GPU.
+    """
     return (
         dim in (-1, -2)
         and backend.use_triton(x)
@@ -72,7 +83,7 @@ if backend.triton is not None:
 
     @backend.jit
     def _tile(m, n, TILE: tl.constexpr, BLOCK: tl.constexpr):
-        """Offsets of this program's tile of its matrix, which of them are inside, and its columns."""
+        """Return the offsets of this program's tile, which of them are inside the matrix, and its columns."""
         i = tl.program_id(1) * TILE + tl.arange(0, TILE)
         j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         at = tl.program_id(2).to(tl.int64) * m * n + i[:, None].to(tl.int64) * n + j[None, :]

@@ -1,6 +1,6 @@
-"""What each parameter is: a hidden matrix and how it lies in memory, an embedding, a head, or none of these.
+"""What each parameter is: a hidden matrix and its memory layout, an embedding, a head, or none of these.
 
-Names and shapes tell it, or, where the model itself is given, the types of its modules as well.
+This is inferred from names and shapes, and also from the types of modules if the model itself is given.
 """
 
 from optim.roles.blocks import BLOCKS, Block, block_of

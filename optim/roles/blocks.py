@@ -6,8 +6,8 @@ from typing import Literal, TypeAlias, get_args
 from optim.roles.names import name_of
 
 Block: TypeAlias = Literal["embedding", "qk", "vo", "ffn", "norm", "head", "other"]
-"""The kinds of parameters that a transformer has, as arXiv 2502.19002 (blockwise learning rates) divides them, and
-"other", what is none of them: state-space and convolution weights, attention sinks, names that tell nothing."""
+"""The blocks into which arXiv 2502.19002 (blockwise learning rates) divides the parameters of a transformer, and
+"other" for everything else: state-space and convolution weights, attention sinks, and uninformative names."""
 
 BLOCKS: tuple[Block, ...] = get_args(Block)
 
@@ -22,16 +22,19 @@ _ATTENTION = re.compile(r"attn|attention")
 
 
 def block_of(name: str) -> Block:
-    """Return the block of a transformer that a parameter belongs to by its name; a bias belongs to its module's.
+    """Return the block of a transformer that a parameter belongs to by its name; a bias is in the block of its module.
 
-    It knows the names of Llama (Hugging Face's and Meta's), Mistral, Mixtral, Qwen, Phi, Gemma, GPT-2 (also with split
-    query and key), GPT-NeoX, GPT-OSS, T5, BART, Whisper, BERT, ModernBERT, RoBERTa and DistilBERT, LoRA's matrices on
-    any of them, and wrapper prefixes. A norm is a norm wherever it is. Query, key and value in one matrix (`c_attn`,
-    `qkv_proj`, `query_key_value`) are "vo", the more cautious of the two choices: a lower learning rate, a finer second
-    moment. Poolers and classifiers are "head". Everything else is "other".
+    The function recognises the names of Llama (Hugging Face's and Meta's), Mistral, Mixtral, Qwen, Phi, Gemma, GPT-2
+    (also with separate query and key), GPT-NeoX, GPT-OSS, T5, BART, Whisper, BERT, ModernBERT, RoBERTa and DistilBERT,
+    LoRA's matrices on any of them, and wrapper prefixes. Norms are "norm" in every layer. Query, key and value in one
+    matrix (`c_attn`, `qkv_proj`, `query_key_value`) are "vo", the safer of the two choices, with a lower learning rate
+    and a finer second moment. Poolers and classifiers are "head". Everything else is "other".
 
     Args:
         name: The name of the parameter.
+
+    Returns:
+        The block.
 
     Example:
         >>> from optim import block_of

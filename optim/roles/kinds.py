@@ -1,4 +1,4 @@
-"""What kind a parameter is, by its name and shape, and by its module where that is known."""
+"""What kind a parameter is, by its name and shape, and by its module if that is known."""
 
 import re
 from typing import Literal, TypeAlias
@@ -14,22 +14,25 @@ from optim.roles.names import (
 
 Kind: TypeAlias = Literal["matrix", "embedding", "head", "adapter of an embedding", "other"]
 
-_TABLE_OR_GAIN = {  # words in the name of a parameter that belongs to no linear layer of its own, and maps nothing
+_TABLE_OR_GAIN = {  # words in the name of a parameter that is not the weight of a layer and not a linear map
     "a_log", "alpha", "ape", "beta", "const", "d", "decay", "emb", "embed", "embedding", "embeddings", "embeds", "enc",
     "encoding", "extensor", "faaaa", "freq", "freqs", "gain", "gamma", "lambda", "latent", "latents", "level", "log",
     "maa", "mask", "memory", "mix", "norm", "offset", "pad", "pointer", "pos", "position", "positional", "positions",
     "probe", "prompt", "queries", "query", "scale", "scales", "seg", "shift", "sink", "sinks", "state", "static",
     "table", "temperature", "threshold", "time", "token", "tokens",
 }  # fmt: skip
-_TAPS_OR_TABLE = re.compile(r"conv|^rel(ative)?_(logits|bias|pos)|embed")  # modules that keep one as a parameter
+_TAPS_OR_TABLE = re.compile(r"conv|^rel(ative)?_(logits|bias|pos)|embed")  # modules that have one as a parameter
 
 
 def is_matrix(name: str, param: Tensor) -> bool:
-    """Whether a rule for hidden matrices should take this parameter, by its name and shape alone.
+    """Return whether a rule for hidden matrices should step a parameter, judging only by its name and shape.
 
     Args:
         name: The name of the parameter.
         param: The parameter, of any shape.
+
+    Returns:
+        True for a hidden matrix.
 
     Example:
         >>> from optim import is_matrix
@@ -40,7 +43,16 @@ def is_matrix(name: str, param: Tensor) -> bool:
 
 
 def kind_of(name: str, param: Tensor, owner: nn.Module | None = None) -> Kind:
-    """Return what a parameter is, by its name and shape, and by the module that owns it if that is known."""
+    """Return what a parameter is.
+
+    Args:
+        name: The name of the parameter.
+        param: The parameter, of any shape.
+        owner: The module that has the parameter, if it is known.
+
+    Returns:
+        The kind.
+    """
     it, shape = name_of(name), tuple(param.shape)
     if param.ndim < 2 or (param.ndim > 2 and param.numel() == max(shape)):
         return "other"
@@ -74,7 +86,14 @@ def kind_of(name: str, param: Tensor, owner: nn.Module | None = None) -> Kind:
 
 
 def is_table(owner: nn.Module | None) -> bool:
-    """Whether the module is an embedding."""
+    """Return whether a module is an embedding.
+
+    Args:
+        owner: The module, or None.
+
+    Returns:
+        True for an embedding.
+    """
     return isinstance(owner, nn.Embedding | nn.EmbeddingBag)
 
 

@@ -1,4 +1,4 @@
-"""How the matrices of a parameter lie in memory, where they are not [outputs, inputs]."""
+"""The memory layout of the matrices of a parameter, if it is not [outputs, inputs]."""
 
 import re
 from collections import Counter, defaultdict
@@ -18,7 +18,7 @@ _DOWN = re.compile(r"down|^(w2|fc2)$|^wo|output|^c_proj$")
 _FUSED = re.compile(r"gate_up|up_gate|gateup|^w13$|input_linear")
 _ROUTER = {"router", "gate", "gating", "classifier", "wg"}
 _STACK = re.compile(r"(proj|weight|linear)$")
-# [inputs, heads, size], which flattens to [inputs, outputs]: XLNet's; [heads, inputs, outputs]: RecurrentGemma's
+# XLNet has [inputs, heads, size], which is flattened to [inputs, outputs]; RecurrentGemma has [heads, inputs, outputs]
 _INPUTS_FIRST = re.compile(r"rel_attn\.[qkvr]$|rg_lru\.(input|recurrent)_gate_weight$|mm_input_projection_weight$")
 
 
@@ -27,12 +27,15 @@ def layouts(
     others: Iterable[tuple[str, Tensor]] = (),
     owners: Mapping[str, nn.Module | None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Return how matrices lie in memory, by name, for those that are not [outputs, inputs]; see `optim.roles.roles`.
+    """Return the memory layout of those matrices that are not [outputs, inputs]; see `optim.roles.roles`.
 
     Args:
         matrices: The (name, parameter) pairs of the matrices.
         others: Other parameters that help to decide: biases, routers, embeddings.
-        owners: The module of each parameter, by name, where it is known.
+        owners: The module of each parameter, by name, if it is known.
+
+    Returns:
+        The fields of `MatrixRule` that describe the layout, by the name of the matrix.
     """
     matrices = list(matrices)
     around = dict(others) | dict(matrices)
@@ -60,7 +63,7 @@ def layouts(
 
 
 def _is_stack(name: Name) -> bool:
-    """Whether a tensor of three dimensions is a stack of matrices, and no convolution or matrix between heads."""
+    """Return whether a tensor with three dimensions is a stack of matrices, and not a convolution or a projection."""
     if any("expert" in part or "moe" in part for part in name.parts[: name.at + 1]):
         return True
     return bool(_STACK.search(name.own)) and (name.raw or name.own.endswith("linear"))
@@ -72,7 +75,7 @@ def _orientations(
     routers: Named,
     owners: Mapping[str, nn.Module | None],
 ) -> dict[str, bool]:
-    """name -> whether its matrices are [inputs, outputs], of the stacks of one mixture."""
+    """Return, by the names of the stacks of one mixture, whether their matrices are [inputs, outputs]."""
     stated = {name: getattr(owners.get(name), "is_transposed", None) for name, _ in stack.values()}
     if all(isinstance(value, bool) for value in stated.values()):
         return {name: bool(value) for name, value in stated.items()}
@@ -118,7 +121,7 @@ def _is_router(name: Name) -> bool:
 
 
 def _beside(name: str, routers: Named) -> tuple[int, ...]:
-    """The shape [experts, width of the model] of the router nearest to a mixture's tensor, in its layer; or ()."""
+    """Return the shape [experts, width of the model] of the nearest router in the layer of a tensor, or ()."""
     prefix = name
     while "." in prefix:
         prefix = prefix.rpartition(".")[0]
@@ -126,7 +129,7 @@ def _beside(name: str, routers: Named) -> tuple[int, ...]:
             if router.startswith(prefix + "."):
                 return tuple(param.shape)
         if prefix.rpartition(".")[2].isdigit():
-            break  # the next layer's is another's
+            break  # routers further up belong to other layers
     return ()
 
 
@@ -138,7 +141,7 @@ def _width(around: Mapping[str, Tensor]) -> int | None:
 def _one_below_the_other(
     flat: Named, routers: Named, owners: Mapping[str, nn.Module | None]
 ) -> dict[str, dict[str, Any]]:
-    """DBRX's experts: [experts x size, width], of which `w2` maps from its rows."""
+    """Return the layouts of DBRX's experts, [experts x size, width]; in `w2` rows are inputs."""
     found: dict[str, dict[str, Any]] = {}
     for name, param in flat:
         it = name_of(name)
@@ -151,7 +154,7 @@ def _one_below_the_other(
 
 
 def _conv1d(flat: Named, around: Mapping[str, Tensor], owners: Mapping[str, nn.Module | None]) -> list[str]:
-    """The weights [inputs, outputs] among those of layers: GPT-2's Conv1D, where others give its names to nn.Linear."""
+    """Return the weights that are [inputs, outputs] as in GPT-2's Conv1D; nn.Linear may have the same names."""
     layers = [(name, name_of(name), param) for name, param in flat if name.endswith(".weight")]
     layers = [(name, it, param) for name, it, param in layers if not any(ADAPTER.search(p) for p in it.parts)]
     known = {name: type(owners[name]).__name__ == "Conv1D" for name, _, _ in layers if owners.get(name) is not None}

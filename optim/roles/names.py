@@ -1,4 +1,4 @@
-"""A parameter's name, taken apart: what its words say of a bias, a norm, a head or an embedding."""
+"""The parts of a parameter's name, and what its words say about biases, norms, heads and embeddings."""
 
 import re
 from dataclasses import dataclass
@@ -7,28 +7,35 @@ from torch import Tensor
 
 from optim.saved import bare_name
 
-# of single components of a dotted name, in lower case
+# these match single components of a dotted name, in lower case
 _HEAD = re.compile(
     r"^(cls|qa_outputs|vocab_\w+|lm_loss|output_(layer|projection))$"
     r"|(^|_)(head|classifier|pooler|score|predictions|pred_layer)$"
 )
-_HEAD_ANYWHERE = re.compile(r"^(lm_head|head|embed_out|unembed\w*)$")  # as the layer's own name, in a layer of many too
+_HEAD_ANYWHERE = re.compile(r"^(lm_head|head|embed_out|unembed\w*)$")  # as a layer's own name, also in numbered layers
 _EMBEDDING = re.compile(
     r"(embed|embeds|embedding|embeddings|embedder|emb|embeds_layers?)(_?\d+)?$|^embed_(?!out|proj)|^w[tp]e$|^shared$"
     r"|(^|_)(tokens?|tables?|codebooks?)$"
 )
 _INPUT_LAYER = re.compile(r"^(proj|projection|linear|conv|convolution|(input|patch)_proj(ection)?)$")
 _BIAS_TABLE = re.compile(r"(^|_)bias(es)?(_values)?$")
-_NOT_EMBEDDING = re.compile(r"^relative_pos_embeddings$")  # ProphetNet's, a linear layer
+_NOT_EMBEDDING = re.compile(r"^relative_pos_embeddings$")  # a linear layer of ProphetNet
 _NORM_WORD = re.compile(r"norms?$|^(ln|bn|gn)$")
 PEFT = re.compile(r"^(lora|hada|lokr|ia3|vera|oft|boft|trainable_tokens)_\w+$")  # before the name of an adapter
-ADAPTER = re.compile(r"^lora_[ab]$|^(hada|lokr)_[wt]\d?(_[ab])?$")  # those that are matrices
-WEIGHT = {"weight", "weights", "weight_v"}  # and "weight_v" of a weight norm, the matrix before it is scaled
+ADAPTER = re.compile(r"^lora_[ab]$|^(hada|lokr)_[wt]\d?(_[ab])?$")  # adapters that are matrices
+WEIGHT = {"weight", "weights", "weight_v"}  # "weight_v" of a weight norm is the matrix before scaling
 _BIAS = re.compile(r"bias(es)?$|^(bias|b)$|(^|_)bias_\w$")
 
 
 def components(name: str) -> list[str]:
-    """The parts of a dotted name in lower case, without what wrappers, peft and parametrizations put in between."""
+    """Return the parts of a dotted name in lower case, without those that wrappers, peft and parametrizations add.
+
+    Args:
+        name: The name of a parameter.
+
+    Returns:
+        The parts.
+    """
     parts = bare_name(name).lower().split(".")
     while len(parts) > 1 and parts[-1].isdigit():  # of a ParameterList
         parts.pop()
@@ -43,13 +50,24 @@ def components(name: str) -> list[str]:
 
 
 def words_of(part: str) -> list[str]:
-    """The words of a part of a name: what underscores and digits separate."""
+    """Return the words of a part of a name, which are separated by underscores and digits.
+
+    Args:
+        part: A part of a dotted name.
+
+    Returns:
+        The words.
+    """
     return [word for word in re.split(r"[_\d]+", part) if word]
 
 
 @dataclass(frozen=True)
 class Name:
-    """A parameter's name, taken apart."""
+    """The name of a parameter as its parts.
+
+    Args:
+        parts: The parts of the dotted name in lower case, as `components` returns them.
+    """
 
     parts: list[str]
 
@@ -60,12 +78,12 @@ class Name:
 
     @property
     def raw(self) -> bool:
-        """Not the weight or bias of a layer, but a parameter that has its own name."""
+        """Whether the parameter has its own name, and is not the weight or bias of a layer."""
         return self.leaf not in WEIGHT and self.leaf not in ("bias", "weight_g")
 
     @property
     def at(self) -> int:
-        """Where the layer's name stands in `parts`, or the parameter's own; -1 where there is none (``0.weight``)."""
+        """The index in `parts` of the layer's name, or of the parameter's own; -1 if there is none (``0.weight``)."""
         if self.raw:
             return len(self.parts) - 1
         places = [i for i, part in enumerate(self.parts[:-1]) if not part.isdigit()]
@@ -78,30 +96,37 @@ class Name:
 
     @property
     def inside(self) -> bool:
-        """In a layer of many: a number stands before the name of the own layer."""
+        """Whether the layer is one of a numbered sequence: a number precedes its name."""
         return any(part.isdigit() for part in self.parts[: max(self.at, 0)])
 
     @property
     def parent(self) -> str:
-        """The name of what the layer is in, numbers aside."""
+        """The name of the module that contains the layer, ignoring numbers."""
         return next((part for part in reversed(self.parts[: max(self.at, 0)]) if not part.isdigit()), "")
 
     @property
     def is_bias(self) -> bool:
-        """Whether it is a bias's."""
+        """Whether the parameter is a bias."""
         return bool(_BIAS.search(self.leaf))
 
     def is_norm(self, ndim: int) -> bool:
-        """Whether it is a norm's, of a tensor of `ndim` dimensions.
+        """Return whether the parameter belongs to a norm.
 
-        Any word of its layer's name may say so of a vector, the last one of a tensor: `norm_proj` maps.
+        For a vector, any word of its layer's name may indicate a norm; for other tensors, only the last word, because
+        `norm_proj` is a linear map.
+
+        Args:
+            ndim: The number of dimensions of the parameter.
+
+        Returns:
+            True if it belongs to a norm.
         """
         words = words_of(self.own)
         return any(_NORM_WORD.search(word) for word in (words if ndim < 2 else words[-1:]))
 
     @property
     def is_head(self) -> bool:
-        """Whether it is that of a head: what comes after the last layer."""
+        """Whether the parameter belongs to a head, which follows the last layer."""
         if _HEAD_ANYWHERE.search(self.own):
             return True
         if self.inside:
@@ -112,7 +137,7 @@ class Name:
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it is that of an embedding or of a position table."""
+        """Whether the parameter belongs to an embedding or a position table."""
         if _NOT_EMBEDDING.search(self.own):
             return False
         if _EMBEDDING.search(self.own) or (not self.raw and _BIAS_TABLE.search(self.own)):
@@ -120,20 +145,42 @@ class Name:
         if self.inside or self.raw:
             return False
         patches = bool(_EMBEDDING.search(self.parent)) and bool(_INPUT_LAYER.search(self.own))
-        return patches or self.own == "w"  # the latter is CTRL's
+        return patches or self.own == "w"  # "w" is used by CTRL
 
 
 def name_of(name: str) -> Name:
-    """The name of a parameter, taken apart."""
+    """Return the parts of a parameter's name.
+
+    Args:
+        name: The name.
+
+    Returns:
+        The name as its parts.
+    """
     return Name(components(name))
 
 
 def is_bias(name: str) -> bool:
-    """Whether the parameter is a bias, by its name."""
+    """Return whether a parameter is a bias, by its name.
+
+    Args:
+        name: The name of the parameter.
+
+    Returns:
+        True for a bias.
+    """
     return name_of(name).is_bias
 
 
 def is_norm_or_bias(name: str, param: Tensor) -> bool:
-    """Whether the parameter is a norm's, or a bias, by its name."""
+    """Return whether a parameter belongs to a norm or is a bias, by its name.
+
+    Args:
+        name: The name of the parameter.
+        param: The parameter, of any shape.
+
+    Returns:
+        True if it does.
+    """
     it = name_of(name)
     return it.is_bias or it.is_norm(param.ndim)

@@ -1,4 +1,4 @@
-"""What each parameter of a model is, and how its matrices lie in memory."""
+"""What each parameter of a model is, and the memory layout of its matrices."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,29 +12,39 @@ from optim.roles.layouts import layouts
 
 @dataclass(frozen=True)
 class Role:
-    """What a parameter is, and, for a matrix, the fields of `MatrixRule` that describe its layout in memory."""
+    """What a parameter is, and, for a matrix, its memory layout.
+
+    Args:
+        kind: The kind of parameter.
+        layout: The fields of `MatrixRule` that describe the layout; empty for [outputs, inputs].
+    """
 
     kind: Kind
     layout: Mapping[str, Any] = field(default_factory=dict)
 
 
 def roles(named_parameters: Iterable[tuple[str, Tensor]], model: nn.Module | None = None) -> dict[str, Role]:
-    """Return what each parameter is, by name.
+    """Return what each parameter is.
 
     A matrix is the weight of a linear map between features: of a linear layer, a router, a convolution over channels,
-    LoRA's A and B (also on a head), and each expert of a mixture, also where one tensor holds all of them. Everything
-    else is no matrix: embeddings and position tables, what comes after the last layer (heads, poolers, classifiers),
-    norms, biases (also those of experts, [experts, outputs]), depthwise convolutions, time mixes, `A_log`, sinks, and
-    all vectors. Without the model, names and shapes decide; where a name tells nothing, the shape does.
+    LoRA's A and B (also on a head), and each expert of a mixture, also if one tensor contains all of them. The
+    following are not matrices: embeddings and position tables, what follows the last layer (heads, poolers,
+    classifiers), norms, biases (also those of experts, [experts, outputs]), depthwise convolutions, time mixes,
+    `A_log`, sinks, and all vectors. Without the model, names and shapes decide; if a name is not informative, the shape
+    decides.
 
-    The layout is that of `MatrixRule`. "transposed" means that inputs come first: GPT-2's Conv1D, which its biases or
-    its wider matrices reveal, and experts as in GPT-OSS and Llama 4. "batched" means that one tensor is a stack of
-    matrices. The side of an expert's outputs follows from the pair of its matrices, of which one maps to what the other
-    maps from, from its biases, or from the width of the model; outputs come first where none of these decides.
+    The layout is that of `MatrixRule`. "transposed" means that inputs are the first dimension: this holds for GPT-2's
+    Conv1D, which is recognised by its biases or by its wider matrices, and for experts as in GPT-OSS and Llama 4.
+    "batched" means that one tensor is a stack of matrices. Which dimension of an expert is its outputs is inferred from
+    the pair of its matrices, whose outputs and inputs must match, from its biases, or from the width of the model. If
+    none of these decides, outputs are taken as the first dimension.
 
     Args:
         named_parameters: (name, parameter) pairs.
-        model: The model, whose modules tell more than names do.
+        model: The model, whose modules are more informative than names.
+
+    Returns:
+        The role of each parameter, by name.
     """
     named = list(named_parameters)
     modules = dict(model.named_modules()) if model is not None else {}
@@ -57,5 +67,5 @@ def _output_embeddings(model: nn.Module | None) -> nn.Module | None:
     ask = getattr(model, "get_output_embeddings", None)
     try:
         return ask() if ask is not None else None
-    except (AttributeError, NotImplementedError):  # of models that have the method of a base class, and no head
+    except (AttributeError, NotImplementedError):  # the model inherits the method but has no head
         return None

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_flag, check_non_negative, checked_betas
+from optim.moments import correction, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, correction, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +32,10 @@ class AdaBeliefRule(UpdateRule):
             five steps of size lr |g|, not lr.
         amsgrad: Whether s is replaced by its running maximum. It has no effect under `rectify`, as in the published
             code.
-        l2: Adds l2 p to the gradient (`weight_decouple=False` of the published code), so that it becomes part of the
-            direction.
-        fixed_decay: Whether weight decay is p <- (1 - wd) p before the step, whatever the learning rate, instead of (1
-            - lr wd) p.
+        l2: The factor of p in the term l2 p that is added to the gradient (`weight_decouple=False` of the published
+            code), so that it becomes part of the direction.
+        fixed_decay: Whether weight decay sets p <- (1 - wd) p before the step, independent of the learning rate,
+            instead of (1 - lr wd) p.
 
     Shapes:
         Elementwise. The moments have the parameter's shape.
@@ -116,7 +117,7 @@ class AdaBeliefRule(UpdateRule):
         weight_decay: float | Tensor | None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """`UpdateRule.stepped`, but for `fixed_decay`."""
+        """Return what `UpdateRule.stepped` returns, except for weight decay under `fixed_decay`."""
         if not self.fixed_decay or weight_decay is None:
             return super().stepped(param, grad, state, lr=lr, weight_decay=weight_decay, out=out)
         direction, new_state = self.update(grad, state, param)
@@ -125,7 +126,14 @@ class AdaBeliefRule(UpdateRule):
 
 
 class AdaBelief(Optimizer):
-    """`Optimizer` running `AdaBeliefRule`; the first arguments as in adabelief-pytorch, weight decay decoupled.
+    """AdaBelief for all parameters; the first arguments are those of adabelief-pytorch.
+
+    Args:
+        params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
+        lr: Learning rate.
+        betas, eps, amsgrad: See `AdaBeliefRule`.
+        weight_decay: Decoupled weight decay.
+        rectify, degenerated_to_sgd, l2, fixed_decay: See `AdaBeliefRule`.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Adafactor: a second moment of a matrix in the memory of its rows and columns."""
+"""Adafactor: a second moment that stores only row and column means of a matrix."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,41 +8,43 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_flag, check_non_negative, check_unit_interval
+from optim.moments import moment_dtype, scalar_setting, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, moment_dtype, scalar_setting, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 CONVENTIONS = ("torch", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdafactorRule(UpdateRule):
-    """Adafactor: a second moment of a matrix in the memory of its rows and columns.
+    """Adafactor: a second moment that stores only row and column means of a matrix.
 
         step = s rho clip(g / sqrt(V)),  s = max(eps[1], rms(p)),  rho = min(lr, 1 / sqrt(t))
 
-    V is a rank-one estimate of the average of g^2, made of its means over rows and over columns, with the decay rate
-    1 - t^beta2_decay; vectors have the full V. clip(x) has a root mean square of at most `clip_threshold` over the
-    tensor.
+    V is a rank-one estimate of the average of g^2, computed from its means over rows and over columns, with the decay
+    rate 1 - t^beta2_decay. For vectors V is stored in full. clip(x) scales x to a root mean square of at most
+    `clip_threshold` over the tensor.
 
     Args:
-        beta2_decay: The exponent of V's rate, at most 0.
-        eps: (a bound for V, the least s). None stands for the resolution of the dtype ("torch") or 1e-30
-            ("transformers").
+        beta2_decay: The exponent of V's decay rate, at most 0.
+        eps: Two numbers, a bound for V and the smallest s. None stands for the resolution of the dtype ("torch") or for
+            1e-30 ("transformers").
         clip_threshold: The largest root mean square of g / sqrt(V).
-        beta1: The decay rate of an average of the steps ("transformers" only); None for no average and no memory.
-        scale_parameter: Whether s is used, otherwise s = 1.
-        relative_step: Whether rho is used, otherwise it is lr. Transformers' own relative step is this at an lr of
-            1e-2.
+        beta1: The decay rate of an average of the steps ("transformers" only); None for no average, which also saves
+            its memory.
+        scale_parameter: Whether s is as above; otherwise s = 1.
+        relative_step: Whether rho is as above; otherwise rho = lr. With an lr of 1e-2 this is transformers' own
+            relative step.
         warmup_init: Whether lr in rho is multiplied by 1e-4 t ("transformers" only: 1e-6 t at an lr of 1e-2).
-        convention: Where the two codes differ: "torch" bounds V from below by eps[0]^2 and decays by lr weight_decay p;
-            "transformers" adds eps[0] to g^2 and decays by s rho weight_decay p.
+        convention: Which of the two codes to follow where they differ. "torch" bounds V from below by eps[0]^2 and
+            decays by lr weight_decay p; "transformers" adds eps[0] to g^2 and decays by s rho weight_decay p.
 
     Shapes:
-        Any. Of more dimensions than two, the last two are factored. Not elementwise.
+        Any. Tensors with more than two dimensions are factored along the last two. Not elementwise.
 
     State:
-        0 bytes per parameter (of a matrix, 4 per row and 4 per column; in vectors, 4 per parameter; with beta1, 4 more
-        per parameter), a step count, the learning rate and the weight decay.
+        0 bytes per parameter (for a matrix, 4 bytes per row and 4 per column; for vectors, 4 bytes per parameter; with
+        beta1, 4 more bytes per parameter), a step count, the learning rate and the weight decay.
 
     Source:
         Shazeer & Stern 2018, arXiv 1804.04235; `torch.optim.Adafactor`; transformers.Adafactor.
@@ -79,9 +81,9 @@ class AdafactorRule(UpdateRule):
         if self.beta1 is not None:
             check_unit_interval(called, beta1=self.beta1)
         if self.convention == "torch" and (self.beta1 is not None or self.warmup_init):
-            raise ValueError(f"{called}: beta1 and warmup_init go with convention='transformers'")
+            raise ValueError(f"{called}: beta1 and warmup_init need convention='transformers'")
         if self.warmup_init and not self.relative_step:
-            raise ValueError(f"{called}: warmup_init needs relative_step")
+            raise ValueError(f"{called}: warmup_init needs relative_step=True")
 
     def init(self, param: OfParam) -> State:
         """Return zero averages and a zero step count; steps set the learning rate and the weight decay."""
@@ -92,7 +94,7 @@ class AdafactorRule(UpdateRule):
 
     @property
     def reads(self) -> frozenset[str]:
-        """The learning rate, of which only a part may count, and the weight decay, which follows it."""
+        """The learning rate, which a relative step may reduce, and the weight decay, which is scaled with it."""
         return frozenset({"lr", "weight_decay"})
 
     def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
@@ -124,7 +126,7 @@ class AdafactorRule(UpdateRule):
         return n + decay * (p if self.convention == "torch" else share * p), new
 
     def _share(self, lr: Tensor, t: Tensor) -> Tensor:
-        """rho / lr, as a scalar of the dtype of lr; at a rate of 0, that of the smallest."""
+        """Return rho / lr as a scalar with the dtype of lr; for lr = 0, its value for a very small lr."""
         if not self.relative_step:
             return torch.ones_like(lr)
         rate = lr.double().clamp(min=1e-30)
@@ -133,7 +135,15 @@ class AdafactorRule(UpdateRule):
 
 
 def zero_sides(key: str, param: Tensor) -> State:
-    """Return zero means over the last dimension and over the one before it, as entries of a state."""
+    """Return zero row and column means (over the last dimension, and over the one before it), as entries of a state.
+
+    Args:
+        key: The prefix of the entries' names.
+        param: The parameter, of shape [..., m, n].
+
+    Returns:
+        `<key>_row` of shape [..., m] and `<key>_col` of shape [..., n], with the dtype `moment_dtype(param)`.
+    """
     dtype, shape = moment_dtype(param), param.shape
     return {
         f"{key}_row": param.new_zeros(shape[:-1], dtype=dtype, requires_grad=False),
@@ -142,7 +152,17 @@ def zero_sides(key: str, param: Tensor) -> State:
 
 
 def averaged_sides(key: str, x: Tensor, state: State, weight: float | Tensor) -> State:
-    """Return the state's means over rows and columns after x [..., m, n], whose means count by `weight`."""
+    """Return the running averages of row and column means after one more tensor.
+
+    Args:
+        key: The prefix of the entries' names.
+        x: The new tensor, of shape [..., m, n].
+        state: The state that has the averages.
+        weight: The weight of the new means.
+
+    Returns:
+        `<key>_row` and `<key>_col`.
+    """
     return {
         f"{key}_{side}": (1 - weight) * state[f"{key}_{side}"] + weight * _mean(x, dim)
         for side, dim in (("row", -1), ("col", -2))
@@ -150,7 +170,16 @@ def averaged_sides(key: str, x: Tensor, state: State, weight: float | Tensor) ->
 
 
 def inverse_root(key: str, state: State, least: float = 0.0) -> Tensor:
-    """Return 1 / sqrt(V) [..., m, n] of the rank-one V = row col / mean(row), which is at least `least`^2."""
+    """Return 1 / sqrt(V) for the rank-one matrix V = row col / mean(row).
+
+    Args:
+        key: The prefix of the entries' names.
+        state: The state that has the row and column means.
+        least: V is bounded from below by `least`^2.
+
+    Returns:
+        A tensor of shape [..., m, n].
+    """
     row, col = state[f"{key}_row"], state[f"{key}_col"]
     mean = _mean(row, -1, keepdim=True)
     if least:
@@ -159,12 +188,20 @@ def inverse_root(key: str, state: State, least: float = 0.0) -> Tensor:
 
 
 def clipped(x: Tensor, threshold: float) -> Tensor:
-    """Return x with a root mean square of at most `threshold` over all entries."""
+    """Return x scaled to a root mean square of at most `threshold` over all entries.
+
+    Args:
+        x: A tensor of any shape.
+        threshold: The largest root mean square.
+
+    Returns:
+        A tensor of x's shape and dtype.
+    """
     return x / (x.square().mean().sqrt() / threshold).clamp(min=1.0) if x.numel() else x
 
 
 def _mean(x: Tensor, dim: int, *, keepdim: bool = False) -> Tensor:
-    """The mean along a dimension; 0 of no entries."""
+    """Return the mean along a dimension; 0 if it has no entries."""
     return x.sum(dim, keepdim=keepdim) / max(x.shape[dim], 1)
 
 
@@ -176,9 +213,9 @@ class Adafactor(Optimizer):
 
     Args:
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
-        lr: Learning rate, of which at most 1 / sqrt(t) counts under `relative_step`.
+        lr: Learning rate, limited to 1 / sqrt(t) under `relative_step`.
         beta2_decay, eps: See `AdafactorRule`.
-        weight_decay: Weight decay, in the step as the convention has it.
+        weight_decay: Weight decay, which the convention makes part of the step.
         options: Other fields of `AdafactorRule`.
 
     Example:

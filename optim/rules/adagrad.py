@@ -1,4 +1,4 @@
-"""Adagrad: the gradient over the root of the sum of all squared gradients."""
+"""Adagrad: the gradient divided by the root of the sum of all squared gradients."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,19 +6,20 @@ from typing import ClassVar
 from torch import Tensor
 
 from optim.checks import check_non_negative
+from optim.moments import zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdagradRule(UpdateRule):
-    """Adagrad: the gradient over the root of the sum of all squared gradients.
+    """Adagrad: the gradient divided by the root of the sum of all squared gradients.
 
         u = g / (sqrt(v) + eps) / (1 + (t - 1) lr_decay),  v <- v + g^2
 
     Args:
-        lr_decay: How fast the learning rate falls in addition.
-        initial_accumulator_value: v before the first step.
+        lr_decay: How fast the learning rate decreases additionally.
+        initial_accumulator_value: The value of v before the first step.
         eps: Added to the denominator.
 
     Shapes:

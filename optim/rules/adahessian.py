@@ -1,4 +1,4 @@
-"""AdaHessian: Adam with the Hessian diagonal in place of the gradient's second moment."""
+"""AdaHessian: Adam with the Hessian diagonal instead of the gradient's second moment."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -7,33 +7,34 @@ from torch import Tensor
 
 from optim.checks import check_non_negative, checked_betas
 from optim.curvature import CurvatureRule
+from optim.moments import correction, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, correction, zero_moment, zero_step
+from optim.rule import OfParam, State
 
 VARIANTS = ("instruction", "image")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaHessianRule(CurvatureRule):
-    """AdaHessian: Adam with the magnitude of the Hessian's diagonal in place of the squared gradient.
+    """AdaHessian: Adam with the magnitude of the Hessian's diagonal instead of the squared gradient.
 
         u = m^ / (sqrt(v^)^k + eps),  m^ = m / (1 - b1^t),  v^ = v / (1 - b2^n)
 
     Here m <- b1 m + (1 - b1) g, k is `hessian_power` and n is the number of refreshes. A refresh sets v <- b2 v + (1 -
     b2) D^2, where D is the block average of |z H z| for random signs z.
 
-    Until the first refresh u = m^, which is momentum SGD. A |z H z| that is zero by chance would otherwise give steps
-    of size m^ / eps.
+    Until the first refresh u = m^, which is SGD with momentum. Otherwise, a |z H z| that happens to be zero would give
+    steps of size m^ / eps.
 
     Args:
         betas: (b1, b2), the decay rates of the two moments.
         eps: Added to the denominator.
-        hessian_power: k above.
+        hessian_power: The exponent k.
         refresh_every: Steps from one refresh to the next.
-        variant: Which entries are averaged. "instruction" (instruction/adahessian.py, the paper's method) averages the
-            rows of matrices, and of tensors with more dimensions the trailing ones: the last of three, and all but two
-            of four or more. "image" (image_classification/optim_adahessian.py) averages kernels of four dimensions over
-            the last two, and nothing else.
+        variant: Which entries are averaged. "instruction" (instruction/adahessian.py, the paper's method) averages
+            matrices over their rows, and tensors with more dimensions over their trailing dimensions: the last one of
+            three, and all but the first two of four or more. "image" (image_classification/optim_adahessian.py) only
+            averages kernels with four dimensions, over the last two.
         spatial_average_block_size: Four numbers, for tensors of 1, 2, 3, and 4 or more dimensions. A positive number
             averages consecutive entries of the flattened tensor in groups of that size instead.
 
@@ -73,7 +74,7 @@ class AdaHessianRule(CurvatureRule):
         four = isinstance(sizes, list | tuple) and len(sizes) == 4
         if not four or not all(isinstance(s, int) and (s == -1 or s > 0) for s in sizes):
             raise ValueError(
-                f"AdaHessianRule: spatial_average_block_size = {sizes!r}; it must be four whole numbers, -1 or positive"
+                f"AdaHessianRule: spatial_average_block_size = {sizes!r}; it must be four integers, each -1 or positive"
             )
         object.__setattr__(self, "spatial_average_block_size", tuple(sizes))
 
@@ -96,7 +97,7 @@ class AdaHessianRule(CurvatureRule):
         if self.hessian_power != 1:
             root = root**self.hessian_power * (1 - idle)  # 0^0 would be 1
         direction = m / correction(b1, t) / (root + (idle + (1 - idle) * self.eps))
-        direction = direction.to(m.dtype)  # a 0-d parameter would be promoted by the float64 corrections
+        direction = direction.to(m.dtype)  # the float64 corrections would promote a 0-d parameter
         return direction, {"step": t, "exp_avg": m, "exp_hessian_diag_sq": v, "hessian_step": n.clone()}
 
     def absorb(self, estimate: OfParam, state: State) -> State:
@@ -117,7 +118,17 @@ class AdaHessianRule(CurvatureRule):
         return {"exp_hessian_diag_sq": v, "hessian_step": state["hessian_step"] + 1}
 
     def averaged(self, x: Tensor) -> Tensor:
-        """Return x with each entry replaced by the mean of its block."""
+        """Return x with each entry replaced by the mean of its block.
+
+        Args:
+            x: A tensor of the parameter's shape.
+
+        Returns:
+            A tensor of the same shape.
+
+        Raises:
+            ValueError: If a block size does not divide the number of elements.
+        """
         if x.ndim == 0 or x.numel() == 0:
             return x
         if self.variant == "image":
@@ -140,8 +151,9 @@ class AdaHessian(Optimizer):
     Args:
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
-        betas, eps: See `AdaHessianRule`, as for the remaining keywords.
+        betas, eps: See `AdaHessianRule`.
         weight_decay: Decoupled weight decay.
+        hessian_power, variant, spatial_average_block_size, refresh_every: See `AdaHessianRule`.
 
     Example:
         >>> import torch

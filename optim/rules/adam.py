@@ -1,4 +1,4 @@
-"""Adam with its own weight decay, which is part of the gradient."""
+"""Adam with its original weight decay, which is part of the gradient."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,23 +7,24 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_flag, check_non_negative, checked_betas
+from optim.moments import correction, scalar_setting, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, correction, scalar_setting, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamRule(UpdateRule):
-    """Adam with its own weight decay: AdamW's direction of g + weight_decay p, to which no decay is added.
+    """Adam with its original weight decay: AdamW's direction for g + weight_decay p, without decoupled decay.
 
         u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
-    Here m <- b1 m + (1 - b1) h and v <- b2 v + (1 - b2) h^2, with h = g + weight_decay p. Weight decay is then scaled
-    like a gradient; `adamw` does without that, and is the better choice where decay matters.
+    Here m <- b1 m + (1 - b1) h and v <- b2 v + (1 - b2) h^2, with h = g + weight_decay p. Weight decay is therefore
+    scaled like a gradient. `adamw` does not scale it, and is the better choice if decay matters.
 
     Args:
         betas: (b1, b2), the decay rates of the two moments.
         eps: Added to the denominator.
-        amsgrad: Whether the denominator is the running maximum of v.
+        amsgrad: Whether the denominator uses the running maximum of v.
 
     Shapes:
         Elementwise. The moments have the parameter's shape.
@@ -82,7 +83,7 @@ class Adam(Optimizer):
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
         betas, eps, amsgrad: See `AdamRule`.
-        weight_decay: Weight decay, added to the gradient times the parameter.
+        weight_decay: Weight decay; this factor times the parameter is added to the gradient.
 
     Example:
         >>> import torch

@@ -6,22 +6,24 @@ from typing import ClassVar
 from torch import Tensor
 
 from optim.checks import check_positive, checked_betas
+from optim.moments import correction, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, correction, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamAtan2Rule(UpdateRule):
-    """Adam-atan2: Adam without an epsilon, and so the same for gradients of any scale.
+    """Adam-atan2: Adam without an epsilon, so that the scale of the gradients has no effect.
 
         u = a atan2(m / (1 - b1^t), b sqrt(v / (1 - b2^t)))
 
-    Here m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2. No coordinate moves by more than a pi / 2.
+    Here m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2. No coordinate of u is larger than a pi / 2.
 
     Args:
         betas: (b1, b2), the decay rates of the two moments.
-        a: The factor of the direction; 1.27 makes it a m / (b sqrt(v)), about Adam's, for small ratios.
-        b: The factor of the root.
+        a: The factor of the direction. For small ratios the direction is a m / (b sqrt(v)); with 1.27 its size is about
+            that of Adam's.
+        b: The factor of the square root.
 
     Shapes:
         Elementwise. The moments have the parameter's shape.

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from optim.block_rates import warn_of_strangers
 from optim.checks import check_non_negative, checked_betas
+from optim.moments import correction, moment_dtype, zero_moment, zero_step
 from optim.optimizer import Group, Optimizer
 from optim.param_groups import NamedParams, check_parts, named_groups, part_in, told_by, with_names
 from optim.roles import BLOCKS, Role, block_of, is_bias, roles
-from optim.rule import OfParam, State, UpdateRule, correction, moment_dtype, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 from optim.saved import bare_name
 
 Blocks: TypeAlias = str | int | Mapping[str, str | int]
@@ -30,9 +31,9 @@ class AdamMiniRule(UpdateRule):
         betas: (b1, b2), the decay rates of the two moments.
         eps: Added to the denominator.
         blocks: "tensor" makes the whole tensor one block, "row" each index of dimension 0, and "element" each entry
-            (plain Adam). An integer makes blocks of that many consecutive entries, and must divide the tensor: a head
-            of a query or key matrix has head_dim rows, and so head_dim * columns entries. `AdamMini` chooses the blocks
-            by the parameter's name.
+            (plain Adam). An integer makes blocks of that many consecutive entries, and must divide the number of
+            entries: a head of a query or key matrix has head_dim rows and therefore head_dim * columns entries.
+            `AdamMini` chooses the blocks by the parameter's name.
 
     Shapes:
         Any; a vector or scalar has one row. Not elementwise.
@@ -61,7 +62,7 @@ class AdamMiniRule(UpdateRule):
             )
 
     def _size(self, param: Tensor) -> int:
-        """Entries of a block."""
+        """Return the number of entries in a block."""
         if isinstance(self.blocks, int):
             return self.blocks
         if self.blocks == "element":
@@ -70,7 +71,7 @@ class AdamMiniRule(UpdateRule):
         return max(param.numel() // max(rows, 1), 1)
 
     def init(self, param: OfParam) -> State:
-        """Return a zero moment, a zero per block, and a zero step count.
+        """Return a zero first moment, a zero second moment per block, and a zero step count.
 
         Raises:
             ValueError: If blocks of the given size do not divide the tensor.
@@ -111,13 +112,13 @@ class AdamMini(Optimizer):
     - per entry of a bias;
     - per head of a query or key matrix;
     - per row (a token or an output) of embeddings, heads, value, output and feed-forward matrices, of matrices that
-      hold query, key and value, of each expert in a tensor of many, and of LoRA's A and B wherever they are;
+      contain query, key and value, of each expert in a tensor of several experts, and of LoRA's A and B in any layer;
     - per tensor for norms and all other vectors.
 
-    `optim.roles.block_of` tells which is which. Norms and biases have no weight decay. A parameter whose name tells
-    nothing gets the finest v that costs little: one per row of a matrix, and one per entry of anything else (attention
-    sinks, `A_log`, depthwise convolutions). One UserWarning names these parameters. Matrices that store their inputs
-    first (Hugging Face's GPT-2, GPT-OSS's experts) have inputs as rows.
+    `optim.roles.block_of` determines the kind. Norms and biases have no weight decay. A parameter whose name does not
+    indicate its kind has the finest v that is still inexpensive: one per row of a matrix, and one per entry of anything
+    else (attention sinks, `A_log`, depthwise convolutions). One UserWarning names these parameters. In matrices with
+    inputs as their first dimension (Hugging Face's GPT-2, GPT-OSS's experts), a row is an input.
 
     Args:
         params: The model, named parameters, or param groups of named parameters, whose `lr`, `weight_decay` and other
@@ -125,15 +126,15 @@ class AdamMini(Optimizer):
         lr: Learning rate.
         betas, eps: See `AdamMiniRule`.
         weight_decay: Decoupled weight decay.
-        dim, n_heads: Width and number of heads of the model. Their quotient stands for a missing `head_dim`, which is
-            wrong for Qwen3 and Gemma.
-        head_dim: The number of rows of a query or key matrix that form a head, also where there are fewer key heads.
-            Without it (and without `dim` and `n_heads`), and for matrices whose number of rows is not a multiple of it,
-            query and key have one v per row.
-        whole_value: Whether each value matrix has a single v, which the authors advise for runs below about 10,000
-            steps.
-        blocks: Blocks for all parameters whatever their names, in which case weight decay applies to all of them. Or a
-            mapping from part of a name to blocks as in `AdamMiniRule` or to a block of a transformer ("qk", "ffn",
+        dim, n_heads: Width and number of heads of the model. Their quotient replaces a missing `head_dim`, but is wrong
+            for Qwen3 and Gemma.
+        head_dim: The number of rows of a query or key matrix that form a head; it is the same if there are fewer key
+            heads. Without it (and without `dim` and `n_heads`), and for matrices whose number of rows is not a multiple
+            of it, query and key have one v per row.
+        whole_value: Whether each value matrix has a single v, which the authors recommend for runs of fewer than about
+            10,000 steps.
+        blocks: Blocks for all parameters regardless of their names, in which case weight decay applies to all of them.
+            Or a mapping from part of a name to blocks as in `AdamMiniRule` or to a block of a transformer ("qk", "ffn",
             ...), which takes precedence over `block_of`.
 
     Raises:
@@ -143,12 +144,12 @@ class AdamMini(Optimizer):
     Differs:
         - The published code silently gives unknown names one v per tensor, assumes 32 heads and 2048 dimensions, and
           fails on vectors where it expects matrices (`mlp.norm.weight`).
-        - It does not recognise query, key and value in one matrix: `qkv_proj` has one v per row there too, but
-          `query_key_value` and `wqkv` have one per as many entries as a head of a query has, and `c_attn` and
-          `in_proj_weight` have a single one.
-        - It does not recognise LoRA: A and B are divided like the matrix whose name they carry.
-        - `n_kv_heads` (which chooses no blocks there either), `verbose`, and the lists of name parts that are changed
-          after construction (`wv_names`, ...) do not exist here; use `whole_value` and `blocks`.
+        - The published code does not recognise query, key and value in one matrix: `qkv_proj` has one v per row there
+          too, but `query_key_value` and `wqkv` have blocks of as many entries as a query head has, and `c_attn` and
+          `in_proj_weight` have a single v.
+        - The published code does not recognise LoRA: A and B are divided like the matrix whose name they contain.
+        - `n_kv_heads` (which has no effect on blocks in the published code), `verbose`, and the lists of name parts
+          that are changed after construction (`wv_names`, ...) do not exist here; use `whole_value` and `blocks`.
 
     Example:
         >>> import torch
@@ -186,19 +187,21 @@ class AdamMini(Optimizer):
         self.divide = ByName(head, whole_value, _checked(blocks), told_by(params))
         names = [name for group in groups for name, _ in group["params"]]
         check_parts("AdamMini: blocks", self.divide.blocks, names)
-        warn_of_strangers(names, self.divide.blocks, "have a second moment a row or an entry",
+        warn_of_strangers(names, self.divide.blocks, "have one second moment per row or per entry",
                           "blocks={{{part!r}: 'tensor'}}")  # fmt: skip
         super().__init__(groups, rule, lr=lr, weight_decay=weight_decay)
 
 
-_NAMELESS = "AdamMini chooses blocks by name: pass model.named_parameters(), or `blocks` for all"
+_NAMELESS = "AdamMini chooses blocks by name: pass model.named_parameters(), or `blocks` for all parameters"
 
 
 def _checked(blocks: Blocks | None) -> dict[str, str | int]:
     if blocks is None:
         return {}
     if not isinstance(blocks, Mapping):
-        raise TypeError(f"AdamMini: blocks = {blocks!r}; expected blocks such as 'row', or part of a name -> blocks")
+        raise TypeError(
+            f"AdamMini: blocks = {blocks!r}; expected blocks such as 'row', or a mapping from part of a name to blocks"
+        )
     for part, chosen in blocks.items():
         if chosen not in BLOCKS:
             try:
@@ -225,7 +228,14 @@ def _head_dim(dim: int | None, n_heads: int | None, head_dim: int | None) -> int
 
 @dataclass(frozen=True)
 class ByName:
-    """How `AdamMini` divides a group of named parameters, at construction and when a group is added later."""
+    """The way in which `AdamMini` divides a group of named parameters, at construction and when a group is added later.
+
+    Args:
+        head_dim: The number of rows of a head, if it is known.
+        whole_value: Whether each value matrix has a single v.
+        blocks: A mapping from part of a name to blocks.
+        told: The roles that the model's module types assign to parameters, by name.
+    """
 
     head_dim: int | None
     whole_value: bool
@@ -233,7 +243,15 @@ class ByName:
     told: Mapping[str, Role]
 
     def __call__(self, group: Group, optimizer: Optimizer) -> list[Group]:
-        """Return groups with equal blocks and equal weight decay, each with the remaining settings of the group."""
+        """Divide a group by blocks and weight decay.
+
+        Args:
+            group: A param group with named parameters.
+            optimizer: The optimizer that the group is added to.
+
+        Returns:
+            Groups with equal blocks and equal weight decay, each with the remaining settings of the group.
+        """
         if "rule" in group or "blocks" in group:
             return [group]
         parts: dict[tuple[str | int, bool], list[tuple[str, Tensor]]] = {}
@@ -249,7 +267,7 @@ class ByName:
         ]
 
     def _of(self, name: str, param: Tensor, role: Role) -> tuple[str | int, bool]:
-        """(blocks, whether weight decay acts on it)."""
+        """Return the blocks of a parameter, and whether it has weight decay."""
         part = part_in(name, self.blocks)
         chosen = block_of(name) if part is None else self.blocks[part]
         bias = is_bias(name)

@@ -6,19 +6,20 @@ from typing import ClassVar
 from torch import Tensor
 
 from optim.checks import check_flag, check_non_negative, checked_betas
-from optim.linalg import remove_radial
+from optim.moments import correction, scalar_moment, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, correction, scalar_moment, zero_moment, zero_step
+from optim.radial import remove_radial
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamPRule(UpdateRule):
-    """AdamP: Adam without the radial part of the step for weights whose scale has no effect.
+    """AdamP: Adam that removes the radial part of the step for weights whose scale has no effect.
 
         u = P(m / c1 / (sqrt(v) / sqrt(c2) + eps)),  c1 = 1 - b1^t,  c2 = 1 - b2^t
 
     Here m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2. P removes the part along the weights if the gradient is
-    almost orthogonal to them (`optim.linalg.remove_radial`); weight decay then acts with `wd_ratio` of its strength.
+    almost orthogonal to them (`optim.radial.remove_radial`); weight decay then acts with `wd_ratio` of its strength.
     One row that is not orthogonal (|cos| >= delta / sqrt(row length)) disables the projection by rows for the whole
     tensor, and the whole tensor is tested instead. A zero gradient counts as orthogonal.
 
@@ -27,11 +28,11 @@ class AdamPRule(UpdateRule):
         eps: Added to the denominator.
         delta: The threshold of the cosine between gradient and weights.
         wd_ratio: The share of weight decay that remains after a projection.
-        nesterov: Whether b1 m + (1 - b1) g, with the new m, takes the place of m.
+        nesterov: Whether m is replaced by b1 m + (1 - b1) g, with the new m.
 
     Shapes:
-        Tensors of two and more dimensions are treated as [dim 0, rest]; vectors and scalars get plain Adam. Not
-        elementwise: norms and products of rows and of the whole tensor decide.
+        Tensors with two or more dimensions are treated as [dim 0, rest]; vectors and scalars get plain Adam. Not
+        elementwise, because the projection depends on norms and inner products of rows and of the whole tensor.
 
     State:
         8 bytes per parameter (two float32 moments), a step count, and the share of weight decay of the last update.
@@ -40,7 +41,7 @@ class AdamPRule(UpdateRule):
         Heo et al. 2020, arXiv 2006.08217; clovaai/AdamP (adamp 0.3.0).
 
     Differs:
-        Nothing happens to tensors without elements, where the published code fails.
+        Tensors without elements are left unchanged, where the published code fails.
     """
 
     name: ClassVar[str] = "adamp"
@@ -75,7 +76,7 @@ class AdamPRule(UpdateRule):
         m = state["exp_avg"].lerp(g, 1 - b1)
         v = (b2 * state["exp_avg_sq"]).addcmul(g, g, value=1 - b2)
         ahead = m.lerp(g, 1 - b1) if self.nesterov else m
-        root = correction(b2, t).sqrt()  # in the numerator and with eps: one division per element instead of three
+        root = correction(b2, t).sqrt()  # as a factor of eps, it saves two of three divisions per element
         adam = ahead * (root / correction(b1, t)) / (v.sqrt() + self.eps * root)
         direction, removed = remove_radial(adam.to(dtype), g, param.to(dtype), delta=self.delta, eps=self.eps)
         share = 1 - (1 - self.wd_ratio) * removed.to(dtype)
@@ -92,8 +93,9 @@ class AdamP(Optimizer):
     Args:
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
-        betas, eps: See `AdamPRule`, as for the remaining keywords.
+        betas, eps: See `AdamPRule`.
         weight_decay: Decoupled weight decay.
+        delta, wd_ratio, nesterov: See `AdamPRule`.
 
     Example:
         >>> import torch

@@ -10,25 +10,26 @@ from torch import Tensor
 from optim.checks import check_flag, check_non_negative, checked_betas
 from optim.kernels import adamw as kernel
 from optim.kernels.philox import stochastic_round
+from optim.moments import correction, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, correction, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 from optim.sharding import is_sharded
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWRule(UpdateRule):
-    """AdamW: Adam, to which `Optimizer` adds decoupled weight decay.
+    """AdamW: Adam with decoupled weight decay, which `Optimizer` adds to the direction.
 
         u = m^ / (sqrt(v^ + eps_root) + eps),  m^ = m / (1 - b1^t),  v^ = v / (1 - b2^t)
 
     Here m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2.
 
-    LESS (arXiv 2402.04333) has three kinds of gradient features, each computed with the state that a warm-up left:
+    LESS (arXiv 2402.04333) has three kinds of gradient features, each computed with the state after a warm-up:
 
     - paper: the warm-up's own rule, ``AdamWRule(betas=..., eps=...)``;
     - published code: ``AdamWRule(eps=0.0, eps_root=1e-8, bias_correction=False)``, whatever rule the warm-up used;
-    - preconditioner only, g / (sqrt(v^) + eps), without the term b1 m that all examples share:
-      ``dataclasses.replace(rule, betas=(0.0, rule.betas[1]))``, since for b1 = 0 both m and m^ equal the gradient.
+    - preconditioner only, g / (sqrt(v^) + eps), without the term b1 m, which is the same for all examples:
+      ``dataclasses.replace(rule, betas=(0.0, rule.betas[1]))``, because for b1 = 0 both m and m^ equal the gradient.
 
     Args:
         betas: (b1, b2), the decay rates of the two moments.
@@ -41,9 +42,10 @@ class AdamWRule(UpdateRule):
             of operations, with an effective eps of eps / sqrt(1 - b2^t) (Moonlight's AdamW, and that of transformers
             before it used torch's).
         stochastic_rounding: Whether bfloat16 parameters are rounded up or down at random, so that steps below half of
-            their resolution arrive on average instead of being lost (arXiv 1502.02551). The random bits depend only on
-            the step count and on the element's position in its tensor, so that runs repeat and replicas agree; tensors
-            share them, and shards count from their own first element. Other dtypes are always rounded to nearest.
+            their resolution take effect on average instead of being lost (arXiv 1502.02551). The random bits depend
+            only on the step count and on the element's position in its tensor, so that runs repeat and replicas agree.
+            All tensors share the same bits, and the positions in a shard are counted from its own first element. Other
+            dtypes are always rounded to nearest.
 
     Shapes:
         Elementwise. The moments have the parameter's shape.
@@ -109,13 +111,13 @@ class AdamWRule(UpdateRule):
         return (m / (root + self.eps)).to(g.dtype), new  # a correction would make a 0-d tensor float64
 
     def step(self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float) -> None:
-        """Step as `UpdateRule.step` does, except for how the new parameter is rounded."""
+        """Step as `UpdateRule.step` does, except for the rounding of the new parameter."""
         self.step_part(param, grad, state, start=0, lr=lr, weight_decay=weight_decay)
 
     def step_part(
         self, param: Tensor, grad: Tensor, state: State, *, start: int, lr: float | Tensor, weight_decay: float
     ) -> None:
-        """Step one piece of a tensor; its entries are rounded by the bits of their positions in the whole tensor."""
+        """Step one piece of a tensor; the random bits are those of the entries' positions in the whole tensor."""
         if not (self.stochastic_rounding and param.dtype == torch.bfloat16):
             return super().step(param, grad, state, lr=lr, weight_decay=weight_decay)
         new_param, new_state = self.stepped(param, grad, state, lr=lr, weight_decay=weight_decay or None)
@@ -136,7 +138,7 @@ class AdamWRule(UpdateRule):
         lr: float | Tensor,
         weight_decay: float,
     ) -> None:
-        """Step all parameters at once with the kernel, and those that it does not fit one by one."""
+        """Step all parameters at once with the kernel, and those that it does not support one by one."""
         rows = [(p, g, s["exp_avg"], s["exp_avg_sq"]) for p, g, s in zip(params, grads, states, strict=True)]
         fit = [False] * len(rows) if self.amsgrad else kernel.fitting(rows)
         mine = [i for i, fits in enumerate(fit) if fits]
@@ -159,7 +161,14 @@ class AdamWRule(UpdateRule):
                 self.step(params[i], grads[i], states[i], lr=lr, weight_decay=weight_decay)
 
     def scalars(self, step: int) -> kernel.Scalars:
-        """Return the bias corrections of `update` at this step as factors of m and of v, for kernels."""
+        """Return the bias corrections of `update` at a step as factors of m and of v, for kernels.
+
+        Args:
+            step: The number of the step, from 1.
+
+        Returns:
+            The factors and the step.
+        """
         if not self.bias_correction:
             return kernel.Scalars(1.0, 1.0, step)
         c1, c2 = (1 - beta**step for beta in self.betas)
@@ -169,7 +178,7 @@ class AdamWRule(UpdateRule):
 
     @property
     def step_is_update(self) -> bool:
-        """Whether the step is compiled: always, except with stochastic rounding, whose kernel is for GPUs."""
+        """Whether the step is compiled: it always is, except with stochastic rounding, whose kernel is for GPUs."""
         return not self.stochastic_rounding
 
 
@@ -179,8 +188,9 @@ class AdamW(Optimizer):
     Args:
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
-        betas, eps: See `AdamWRule`, as for the remaining keywords.
+        betas, eps: See `AdamWRule`.
         weight_decay: Decoupled weight decay.
+        eps_root, bias_correction, amsgrad, eps_before_correction, stochastic_rounding: See `AdamWRule`.
 
     Example:
         >>> import torch

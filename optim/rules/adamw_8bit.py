@@ -15,9 +15,12 @@ from optim.rules.wrappers.quantized import Quantized
 class AdamW8bitRule(Quantized):
     """AdamW with both moments stored in 8 bits: `AdamWRule` inside `Quantized`.
 
+    Args:
+        inner: The rule inside, an `AdamWRule`.
+
     State:
-        2 bytes per parameter, plus two scales per block of 256 entries, which makes 2.03; tensors below 4096 entries
-        take 8 bytes.
+        2 bytes per parameter, plus two scales per block of 256 entries, which is 2.03 bytes in total; tensors with
+        fewer than 4096 entries take 8 bytes per parameter.
 
     Source:
         Dettmers et al. 2021, arXiv 2110.02861; bitsandbytes 0.50.2.

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_counts, check_non_negative, check_unit_interval
+from optim.moments import correction, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, correction, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,15 +20,15 @@ class AdEMAMixRule(UpdateRule):
 
         u = (m / (1 - b1^t) + a_t s) / (sqrt(v / (1 - b2^t)) + eps)
 
-    Here m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2 as in Adam, and s <- b3_t s + (1 - b3_t) g, which remembers
-    tens of thousands of steps. Over the first `alpha_warmup` steps a_t rises linearly to `alpha`, and over the first
-    `beta3_warmup` steps the half-life of s rises linearly from that of b1 to that of b3.
+    Here m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2 as in Adam, and s <- b3_t s + (1 - b3_t) g, which averages
+    over tens of thousands of steps. Over the first `alpha_warmup` steps a_t rises linearly to `alpha`, and over the
+    first `beta3_warmup` steps the half-life of s rises linearly from that of b1 to that of b3.
 
     Args:
-        betas: (b1, b2, b3), the decay rates of the three averages. Two numbers leave b3 at 0.9999.
+        betas: (b1, b2, b3), the decay rates of the three averages. If only two are given, b3 is 0.9999.
         alpha: The weight of the slow average.
-        alpha_warmup, beta3_warmup: Steps of the two warm-ups, 0 for none. The paper uses the length of the run for
-            both; without them the early training of a large model may diverge.
+        alpha_warmup, beta3_warmup: The number of steps of the two warm-ups; 0 for none. The paper uses the length of
+            the run for both. Without them, the early training of a large model may diverge.
         eps: Added to the denominator.
 
     Shapes:
@@ -37,8 +38,8 @@ class AdEMAMixRule(UpdateRule):
         12 bytes per parameter (three float32 moments) and a step count.
 
     Source:
-        Pagliardini et al. 2024, arXiv 2409.03137; apple/ml-ademamix, whose default for alpha is 2 (the paper's runs
-        have 5 to 10).
+        Pagliardini et al. 2024, arXiv 2409.03137; apple/ml-ademamix, whose default for alpha is 2 (the runs in the
+        paper use 5 to 10).
 
     Differs:
         With b1 = 0 the published code does not store m.
@@ -78,13 +79,27 @@ class AdEMAMixRule(UpdateRule):
         return direction.to(g.dtype), {"step": t, "exp_avg": m, "exp_avg_slow": s, "exp_avg_sq": v}
 
     def alpha_at(self, t: Tensor) -> float | Tensor:
-        """Return a_t as a float64 scalar, or as a number where it is constant."""
+        """Return a_t.
+
+        Args:
+            t: The number of the step, a scalar.
+
+        Returns:
+            A float64 scalar, or a number if there is no warm-up.
+        """
         if not self.alpha_warmup:
             return self.alpha
         return self.alpha * (t.double() / self.alpha_warmup).clamp(max=1.0)
 
     def beta3_at(self, t: Tensor) -> Tensor:
-        """Return b3_t as a float64 scalar."""
+        """Return b3_t.
+
+        Args:
+            t: The number of the step, a scalar.
+
+        Returns:
+            A float64 scalar.
+        """
         start, _, end = self.betas
         t = t.double()
         if not self.beta3_warmup:

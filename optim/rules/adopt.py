@@ -7,23 +7,24 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_non_negative, checked_betas
+from optim.moments import zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class ADOPTRule(UpdateRule):
-    """ADOPT: Adam whose second moment does not contain the gradient that it divides, and so converges for any b2.
+    """ADOPT: Adam whose second moment does not contain the gradient that it divides, so that it converges for any b2.
 
         u = m,  m <- b1 m + (1 - b1) clip(g / max(sqrt(v), eps), (t - 1)^c)
 
-    v is the second moment before this gradient, v <- b2 v + (1 - b2) g^2 after it. The first step only sets v = g^2:
-    nothing moves or decays.
+    Here v is the second moment before the current gradient; it then becomes v <- b2 v + (1 - b2) g^2. The first step
+    only sets v = g^2 and does not change the parameter.
 
     Args:
         betas: (b1, b2), the decay rates of the two moments.
-        eps: The least denominator.
-        clip_exponent: c; None for no clipping.
+        eps: The smallest denominator.
+        clip_exponent: The exponent c; None for no clipping.
 
     Shapes:
         Elementwise. The moments have the parameter's shape.
@@ -67,7 +68,7 @@ class ADOPTRule(UpdateRule):
         return torch.where(first, 0.0, m), {"step": t + 1, "exp_avg": m, "exp_avg_sq": v}
 
     def decay(self, direction: OfParam, state: State, param: OfParam) -> OfParam:
-        """Return the parameter; zero at the first step, which moves nothing."""
+        """Return the parameter, or zero at the first step, which does not change it."""
         return torch.where((state["step"] <= 1).to(param.device), 0.0, param)
 
 

@@ -1,4 +1,4 @@
-"""APOLLO: the gradient, scaled as Adam scales a random projection of it."""
+"""APOLLO: the gradient, scaled as Adam would scale a random projection of it."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,11 +10,14 @@ from optim.rules.wrappers.low_rank import LowRank, LowRankOptimizer
 class ApolloRule(LowRank):
     """APOLLO: the gradient, with each row or column scaled as Adam would scale a random projection of it.
 
-    The formulas and settings are those of `LowRank`. APOLLO-Mini is ``rank=1, scale=128.0, scale_type="tensor"``.
+    The formulas are those of `LowRank`. APOLLO-Mini is ``rank=1, scale=128.0, scale_type="tensor"``.
+
+    Args:
+        projection, form, scale: See `LowRank`, as for the inherited settings.
 
     State:
-        At most 8 bytes per parameter, 8 r / p for rank r, where p is the smaller side of the matrix, and 8 bytes per
-        matrix.
+        At most 8 bytes per parameter: 8 r / p for rank r, where p is the smaller side of the matrix. In addition, 8
+        bytes per matrix.
 
     Source:
         Zhu et al. 2024, arXiv 2412.05270; zhuhanqing/APOLLO.

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_non_negative, checked_betas
+from optim.moments import correction, scalar_moment, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, correction, scalar_moment, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 from optim.sharding import is_sharded
 
 
@@ -23,30 +24,31 @@ class BlockwiseAdamRule(UpdateRule):
     the parameter belongs to.
 
     Under "group" the update of one tensor needs the gradients of others. `Optimizer` collects them before each step. An
-    `UpdateMap` only knows those of the last step, so its v moves with the new gradient of the tensor and the last
-    gradients of the others. This is close, because q has weight 1 - b2, but it is not what a step would do. "tensor" is
-    exact.
+    `UpdateMap` only knows those of the last step, so that its v uses the new gradient of the tensor and the last
+    gradients of the others. This is a good approximation, because q has the weight 1 - b2, but not exactly what a step
+    would compute. Under "tensor" the map is exact.
 
     Args:
         betas: (b1, b2), the decay rates of the two moments.
         eps: Added to the denominator.
-        block: "tensor" makes every tensor a block of its own. "group" makes one block of all tensors of the param group
-            that have a gradient: a single group for the whole model is AdaSGD, and one group per kind of layer
-            (`optim.block_of`) lies between AdaSGD and Adam. For blocks within tensors see `AdamMiniRule`.
+        block: "tensor" makes every tensor its own block. "group" makes one block of all tensors of the param group that
+            have a gradient: a single group for the whole model is AdaSGD, and one group per kind of layer
+            (`optim.block_of`) is a compromise between AdaSGD and Adam. For blocks within tensors see `AdamMiniRule`.
 
     Shapes:
         Any; not elementwise.
 
     State:
-        4 bytes per parameter (a float32 moment), and scalars: v, under "group" the sum of squares and the count of the
-        rest of the block, and a step count per tensor.
+        4 bytes per parameter (a float32 moment), and scalars per tensor: v, a step count, and under "group" the sum of
+        squares and the number of elements of the rest of the block.
 
     Source:
         Xie et al. 2024, arXiv 2410.08198, algorithm 3; mohamad-amin/adam-coordinate-adaptivity, class AdaSGD.
 
     Differs:
-        A group without any gradient is skipped (published: 0/0), and v has the dtype of the moments (published: float32
-        also for float64). The paper's analysis has eps under the root and no correction; this is its code.
+        A group without any gradient is skipped (the published code computes 0/0), and v has the dtype of the moments
+        (in the published code it is float32 also for float64). The analysis in the paper has eps under the root and no
+        bias correction; this rule follows the code.
     """
 
     name: ClassVar[str] = "blockwise_adam"
@@ -63,7 +65,7 @@ class BlockwiseAdamRule(UpdateRule):
             raise ValueError(f"BlockwiseAdamRule: block = {self.block!r}; it must be 'tensor' or 'group'")
 
     def init(self, param: OfParam) -> State:
-        """Return zero moments and a zero step count, and under "group" no other tensors."""
+        """Return zero moments and a zero step count; under "group", the rest of the block is empty."""
         scalars = ("exp_avg_sq", "rest_sq", "rest_numel") if self.block == "group" else ("exp_avg_sq",)
         zeros = {key: scalar_moment(param) for key in scalars}
         return {"step": zero_step(), "exp_avg": zero_moment(param), **zeros}
@@ -86,7 +88,7 @@ class BlockwiseAdamRule(UpdateRule):
         return m / c1 / ((v / c2).sqrt() + self.eps), new
 
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
-        """Under "group", tell each tensor the sum of squares and the count of all others that have a gradient."""
+        """Under "group", give each tensor the sum of squares and the number of elements of the rest of its block."""
         if self.block != "group":
             return
         dtypes = [state["rest_sq"].dtype for state in states]
@@ -104,7 +106,7 @@ class BlockwiseAdamRule(UpdateRule):
 
 
 def _whole(x: Tensor) -> Tensor:
-    """A sharded tensor (DTensor) as a plain one, its parts on other ranks added; any other as it is."""
+    """Return a DTensor as a plain tensor, with the partial sums of other ranks added; other tensors are unchanged."""
     whole: Tensor = x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
     return whole
 

@@ -7,8 +7,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from optim.checks import check_non_negative, check_unit_interval
+from optim.moments import zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 from optim.rules.adafactor import averaged_sides, clipped, inverse_root, zero_sides
 
 
@@ -18,22 +19,22 @@ class CAMERule(UpdateRule):
 
         u = m / sqrt(S),  m <- b1 m + (1 - b1) h,  h = clip(g / sqrt(V))
 
-    V is a rank-one estimate of the average of g^2 + eps[0] with rate b2, made of its means over rows and over columns
-    as in Adafactor, and S one of (h - m)^2 + eps[1] with rate b3. clip(h) has a root mean square of at most
-    `clip_threshold` over the tensor. Vectors have the full V and no S: u = m.
+    V is a rank-one estimate of the average of g^2 + eps[0] with rate b2, computed from its means over rows and over
+    columns as in Adafactor, and S is such an estimate for (h - m)^2 + eps[1] with rate b3. clip(h) scales h to a root
+    mean square of at most `clip_threshold` over the tensor. For vectors V is stored in full and there is no S: u = m.
 
     Args:
-        betas: (b1, b2, b3), the decay rates of the update, of the squared gradient and of the instability. Two numbers
-            leave b3 at 0.9999.
+        betas: (b1, b2, b3), the decay rates of the update, of the squared gradient and of the instability. If only two
+            are given, b3 is 0.9999.
         eps: Added to the squared gradient and to the squared difference.
         clip_threshold: The largest root mean square of h.
 
     Shapes:
-        Any. Of more dimensions than two, the last two are factored. Not elementwise.
+        Any. Tensors with more than two dimensions are factored along the last two. Not elementwise.
 
     State:
-        4 bytes per parameter (one float32 average), 8 per row and 8 per column (8 per parameter in vectors), and a step
-        count.
+        4 bytes per parameter (one float32 average), 8 bytes per row and 8 per column (8 bytes per parameter for
+        vectors), and a step count.
 
     Source:
         Luo et al. 2023, arXiv 2307.02047; yangluo7/CAME.

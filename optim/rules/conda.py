@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_counts, check_non_negative, checked_betas
+from optim.moments import correction, moment_dtype, zero_moment, zero_step
 from optim.param_groups import NamedParams
-from optim.rule import OfParam, State, correction, moment_dtype, zero_moment, zero_step
+from optim.rule import OfParam, State
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 from optim.sharding import check_whole
 
@@ -23,22 +24,22 @@ class CondaRule(MatrixRule):
     Here M <- b1 M + (1 - b1) G and v <- b2 v + (1 - b2) G'^2. For m >= n, G' = G P, M' = M P and back(N) = N P^T;
     otherwise they are P^T G, P^T M and P N.
 
-    P [p, p], with p = min(m, n), holds the singular vectors of M on its smaller side. `update` reads P.
-    `Optimizer.step` computes it from the M that the step is about to make, at a tensor's first step and every
-    `update_proj_gap` steps after it; v then stays in the old basis. Before the first step P is the identity, and the
-    rule is Adam.
+    P [p, p], with p = min(m, n), contains the singular vectors of M on its smaller side. `update` only reads P.
+    `Optimizer.step` computes it from the new M, at a tensor's first step and then every `update_proj_gap` steps; v is
+    not transformed to the new basis. Before the first step P is the identity, and the rule is Adam.
 
     Args:
         betas: (b1, b2), the decay rates of the two moments.
         eps: Added to the denominator.
-        update_proj_gap: Steps from one basis to the next.
+        update_proj_gap: The number of steps from one basis to the next.
         scale: A factor of the direction.
 
     Shapes:
-        Matrices [m, n]; not elementwise, and not in parts (`split_sizes`, `num_heads`).
+        Matrices [m, n]; not elementwise, and not divided (`split_sizes`, `num_heads`).
 
     State:
-        At most 12 bytes per parameter, 8 and 4 p / q (two float32 moments; 4 p^2 for P), and a step count.
+        At most 12 bytes per parameter: 8 for two float32 moments, and 4 p / q for P (4 p^2 per matrix). In addition, a
+        step count.
 
     Cost:
         6 p^2 q FLOP per step, with q = max(m, n), and an SVD of about 20 p^2 q every `update_proj_gap` steps.
@@ -48,8 +49,8 @@ class CondaRule(MatrixRule):
         Llama, 3e-3 to 6e-3 for GPT-2.
 
     Differs:
-        A zero M keeps the basis; decay acts on the old weights, not the updated ones. The other modes of the published
-        code fail for matrices that are not square and do not exist here.
+        If M is zero, the basis is kept. Decay acts on the old weights and not on the updated ones. The other modes of
+        the published code fail for matrices that are not square, and do not exist here.
     """
 
     name: ClassVar[str] = "conda"
@@ -67,7 +68,7 @@ class CondaRule(MatrixRule):
         if self.update_proj_gap == 0:
             raise ValueError("CondaRule: update_proj_gap = 0; it must be an integer of at least 1")
         if self.split_sizes is not None or self.num_heads is not None:
-            raise ValueError("CondaRule: split_sizes and num_heads are not for Conda; its matrices are whole")
+            raise ValueError("CondaRule: Conda does not support split_sizes and num_heads; its matrices are whole")
 
     def init(self, param: OfParam) -> State:
         """Return zero moments, a zero step count, and the identity as the basis."""
@@ -83,7 +84,7 @@ class CondaRule(MatrixRule):
         }
 
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
-        """Compute the bases that are due; tensors share nothing.
+        """Compute the bases that are due; tensors do not share anything.
 
         Raises:
             TypeError: For sharded tensors.
@@ -103,12 +104,12 @@ class CondaRule(MatrixRule):
 
     @property
     def uncodable(self) -> str:
-        """Why there are no codes of this state: of its basis."""
+        """Why the state cannot be stored as codes: it contains a basis."""
         return "without a basis of singular vectors, which is no running average and cannot be coded"
 
     @property
     def coupled(self) -> bool:
-        """Whether tensors share something: no, `share` computes each basis by itself."""
+        """Whether tensors share something: they do not, because `share` computes each basis separately."""
         return False
 
     def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
@@ -134,7 +135,8 @@ class Conda(MatrixOptimizer):
         named_parameters: The model or its named parameters, as for `MatrixOptimizer`.
         lr: Learning rate of the hidden matrices.
         weight_decay: Decoupled weight decay of the hidden matrices.
-        options: Fields of `CondaRule`, and the keywords of `MatrixOptimizer`.
+        betas, eps: See `CondaRule`.
+        options: Other fields of `CondaRule`, and the keywords of `MatrixOptimizer`.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""EXAdam: Adam with the present gradient in the numerator and debiasing terms that cross over."""
+"""EXAdam: Adam with the current gradient in the numerator and cross-over debiasing terms."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,23 +6,24 @@ from typing import ClassVar
 from torch import Tensor
 
 from optim.checks import check_non_negative, checked_betas
+from optim.moments import correction, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, correction, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class EXAdamRule(UpdateRule):
-    """EXAdam: Adam with the present gradient in the numerator and debiasing terms that cross over.
+    """EXAdam: Adam with the current gradient in the numerator and cross-over debiasing terms.
 
         u = (m + g) / c1 d1 / (sqrt(v / c2 d2) + eps),  c1 = 1 - b1^t,  c2 = 1 - b2^t
 
-    Here d1 = 1 + v / (v + eps) b2^t and d2 = 1 + m^2 / (m^2 + eps) b1^t (d1 comes from v and d2 from m: they cross), m
-    <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2.
+    Here d1 = 1 + v / (v + eps) b2^t and d2 = 1 + m^2 / (m^2 + eps) b1^t (d1 depends on v and d2 on m, so that they
+    cross over), m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2.
 
     The first step is large: g is divided by c1 = 1 - b1 although it was never averaged, so that with the default betas
     the first update is about 16 lr and the second about 7 lr. This is the published method; use a warm-up or a smaller
-    learning rate than Adam's. The method is not invariant to scale: v / (v + eps) and m^2 / (m^2 + eps) change at
-    gradients of size sqrt(eps).
+    learning rate than Adam's. The method is not scale-invariant: v / (v + eps) and m^2 / (m^2 + eps) change when
+    gradients are of size sqrt(eps).
 
     Args:
         betas: (b1, b2), the decay rates of the two moments.
@@ -39,7 +40,8 @@ class EXAdamRule(UpdateRule):
 
     Differs:
         Version 1 and the first published code multiply lr by ln(sqrt(2) sqrt(t + 1)); version 2 and the current code do
-        not. The current file fails on construction (it uses numpy without importing it); this is what it computes.
+        not. The current file fails on construction (it uses numpy without importing it); this rule implements what it
+        would compute.
     """
 
     name: ClassVar[str] = "exadam"
@@ -70,7 +72,7 @@ class EXAdamRule(UpdateRule):
 
 
 class EXAdam(Optimizer):
-    """EXAdam for all parameters; its first steps are many times lr, so use a warm-up.
+    """EXAdam for all parameters. Its first steps are many times lr, so use a warm-up.
 
     Args:
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.

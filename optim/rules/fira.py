@@ -1,4 +1,4 @@
-"""Fira: GaLore plus the scaled rest of the gradient."""
+"""Fira: GaLore plus the scaled remainder of the gradient."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,12 +8,16 @@ from optim.rules.wrappers.low_rank import LowRank, LowRankOptimizer
 
 @dataclass(frozen=True, kw_only=True)
 class FiraRule(LowRank):
-    """Fira: GaLore plus the part of the gradient that the projection leaves out, scaled as Adam scales the projection.
+    """Fira: GaLore plus the part of the gradient that the projection omits, scaled as Adam scales the projection.
 
-    The formulas and settings are those of `LowRank`.
+    The formulas are those of `LowRank`.
+
+    Args:
+        form: See `LowRank`, as for the inherited settings.
 
     State:
-        At most 12 bytes per parameter, (8 q r + 4 p r) / (p q) for rank r, and 4 bytes per matrix.
+        At most 12 bytes per parameter: (8 q r + 4 p r) / (p q) for rank r, where p is the smaller and q the larger side
+        of the matrix. In addition, 4 bytes per matrix.
 
     Source:
         Chen et al. 2024, arXiv 2410.01623; xichen-fy/Fira.

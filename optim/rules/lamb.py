@@ -1,4 +1,4 @@
-"""LAMB: Adam with steps in proportion to the norm of each tensor."""
+"""LAMB: Adam with steps proportional to the norm of each tensor."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,28 +7,29 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_flag, check_non_negative, checked_betas
+from optim.moments import correction, scalar_setting, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, correction, scalar_setting, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class LAMBRule(UpdateRule):
-    """LAMB: Adam with steps in proportion to the norm of each tensor, for large batches.
+    """LAMB: Adam with steps proportional to the norm of each tensor, for large batches.
 
         u = r a,  a = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p,  r = |p| / |a|
 
-    m and v are Adam's moments, and r is 1 where one of the norms is 0. Weight decay is inside u.
+    Here m and v are Adam's moments, and r is 1 if one of the norms is 0. Weight decay is part of u.
 
     Args:
         betas: (b1, b2), the decay rates of the two moments.
         eps: Added to the denominator.
         bias_correction: Whether m and v are divided by 1 - b^t.
-        always_adapt: Whether r is used without weight decay too, as in the paper. Without it parameters that do not
-            decay (biases, norms) take Adam's step, as in apex and timm.
-        trust_clip: Whether r is at most 1 (LAMBC).
+        always_adapt: Whether r is also used without weight decay, as in the paper. Otherwise, parameters without weight
+            decay (biases, norms) have Adam's step, as in apex and timm.
+        trust_clip: Whether r is limited to 1 (LAMBC).
 
     Shapes:
-        Any. The norms over the tensor make it not elementwise.
+        Any. Not elementwise, because of the norms over the tensor.
 
     State:
         8 bytes per parameter (two float32 moments), a step count, and the weight decay.
@@ -62,7 +63,7 @@ class LAMBRule(UpdateRule):
 
     @property
     def reads(self) -> frozenset[str]:
-        """The weight decay, which is inside the norm."""
+        """The weight decay, which is part of the norm of the step."""
         return frozenset({"weight_decay"})
 
     def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
@@ -83,7 +84,16 @@ class LAMBRule(UpdateRule):
 
 
 def trust_ratio(norm: Tensor, of_step: Tensor, factor: float = 1.0) -> Tensor:
-    """Return factor norm / of_step, or 1 where one of the two is 0."""
+    """Return factor norm / of_step, or 1 if one of the two norms is 0.
+
+    Args:
+        norm: The norm of the parameter, a scalar.
+        of_step: The norm of the step, a scalar.
+        factor: A factor of the ratio.
+
+    Returns:
+        A scalar.
+    """
     there = (norm > 0) & (of_step > 0)
     return torch.where(there, factor * norm / torch.where(there, of_step, 1.0), 1.0)
 
@@ -95,7 +105,7 @@ class LAMB(Optimizer):
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
         betas, eps, bias_correction, always_adapt, trust_clip: See `LAMBRule`.
-        weight_decay: Weight decay, which is inside the direction.
+        weight_decay: Weight decay, which is part of the direction.
 
     Example:
         >>> import torch

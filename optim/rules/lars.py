@@ -1,4 +1,4 @@
-"""LARS: momentum SGD with steps in proportion to the norm of each tensor."""
+"""LARS: SGD with momentum and steps proportional to the norm of each tensor."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,29 +7,30 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_flag, check_non_negative, check_unit_interval
+from optim.moments import moment_dtype, scalar_setting, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, moment_dtype, scalar_setting, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class LARSRule(UpdateRule):
-    """LARS: momentum SGD with steps in proportion to the norm of each tensor, for large batches.
+    """LARS: SGD with momentum and steps proportional to the norm of each tensor, for large batches.
 
         u = b,  b <- momentum b + r (g + weight_decay p),  r = trust_coeff |p| / (|g| + weight_decay |p| + eps)
 
-    With `nesterov`, u = r (g + weight_decay p) + momentum b. r is 1 where one of the norms is 0. Weight decay is inside
+    With `nesterov`, u = r (g + weight_decay p) + momentum b. If one of the norms is 0, r is 1. Weight decay is part of
     u.
 
     Args:
         momentum: The decay rate of b.
-        nesterov: Whether u looks ahead.
+        nesterov: Whether to use Nesterov momentum.
         trust_coeff: The factor of r.
         eps: Added to the denominator of r.
-        always_adapt: Whether r is used without weight decay too, as in the paper. Without it parameters that do not
-            decay (biases, norms) take the step of SGD, as in timm.
+        always_adapt: Whether r is also used without weight decay, as in the paper. Otherwise, parameters without weight
+            decay (biases, norms) have the step of SGD, as in timm.
 
     Shapes:
-        Any. The norms over the tensor make it not elementwise.
+        Any. Not elementwise, because of the norms over the tensor.
 
     State:
         4 bytes per parameter (one float32 buffer; 0 without momentum), a step count, and the weight decay.
@@ -55,13 +56,13 @@ class LARSRule(UpdateRule):
             raise ValueError("LARSRule: nesterov = True needs a momentum above 0")
 
     def init(self, param: OfParam) -> State:
-        """Return a zero buffer, unless there is no momentum, a zero step count, and the weight decay."""
+        """Return a zero buffer (if there is momentum), a zero step count, and the weight decay, which steps set."""
         state = {"step": zero_step(), "weight_decay": scalar_setting(param)}
         return state | ({"momentum_buffer": zero_moment(param)} if self.momentum > 0 else {})
 
     @property
     def reads(self) -> frozenset[str]:
-        """The weight decay, which is inside the ratio."""
+        """The weight decay, which is part of the ratio."""
         return frozenset({"weight_decay"})
 
     def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
@@ -88,7 +89,7 @@ class LARS(Optimizer):
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
         momentum, nesterov, trust_coeff, eps, always_adapt: See `LARSRule`.
-        weight_decay: Weight decay, which is inside the direction.
+        weight_decay: Weight decay, which is part of the direction.
 
     Example:
         >>> import torch

@@ -6,8 +6,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from optim.checks import checked_betas
+from optim.moments import zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +17,10 @@ class LionRule(UpdateRule):
 
         u = sign(b1 m + (1 - b1) g),  then m <- b2 m + (1 - b2) g
 
-    sign(0) = 0, so coordinates that never had a gradient do not move. The authors advise a learning rate 3 to 10 times
-    smaller and a weight decay 3 to 10 times larger than AdamW's, and betas (0.95, 0.98) for language models. Where the
-    interpolated momentum is as small as rounding errors, rounding decides its sign, and so a float32 trajectory.
+    Because sign(0) = 0, coordinates that never had a gradient do not change. The authors recommend a learning rate 3 to
+    10 times smaller and a weight decay 3 to 10 times larger than AdamW's, and betas (0.95, 0.98) for language models.
+    If the interpolated momentum is as small as rounding errors, rounding determines its sign, and therefore
+    trajectories in float32 are sensitive to it.
 
     Args:
         betas: (b1, b2), the weights of the interpolation and of the momentum.
@@ -33,7 +35,7 @@ class LionRule(UpdateRule):
         Chen et al. 2023, arXiv 2302.06675, algorithm 2; google/automl and lucidrains/lion-pytorch agree bit for bit.
 
     Differs:
-        With `decoupled_weight_decay=True`, lucidrains' code decays by wd lr / lr0; here pass ``weight_decay=wd / lr0``.
+        With `decoupled_weight_decay=True`, lucidrains' code decays by wd lr / lr0; pass ``weight_decay=wd / lr0`` here.
     """
 
     name: ClassVar[str] = "lion"

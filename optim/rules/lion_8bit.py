@@ -15,9 +15,12 @@ from optim.rules.wrappers.quantized import Quantized
 class Lion8bitRule(Quantized):
     """Lion with its momentum stored in 8 bits: `LionRule` inside `Quantized`.
 
+    Args:
+        inner: The rule inside, a `LionRule`.
+
     State:
-        1 byte per parameter, plus a scale per block of 256 entries, which makes 1.02; tensors below 4096 entries take 4
-        bytes.
+        1 byte per parameter, plus a scale per block of 256 entries, which is 1.02 bytes in total; tensors with fewer
+        than 4096 entries take 4 bytes per parameter.
 
     Source:
         Chen et al. 2023, arXiv 2302.06675; bitsandbytes 0.50.2 (Lion8bit).

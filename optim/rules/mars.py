@@ -1,4 +1,4 @@
-"""MARS: AdamW or Lion on gradients whose variance is reduced by the last ones."""
+"""MARS: AdamW or Lion on gradients whose variance is reduced with the previous gradients."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,29 +7,30 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_non_negative, checked_betas
+from optim.moments import correction, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, correction, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 FORMS = ("adamw", "lion")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MARSRule(UpdateRule):
-    """MARS: AdamW or Lion on gradients whose variance is reduced by the last ones.
+    """MARS: AdamW or Lion on gradients whose variance is reduced with the previous gradients.
 
         c = clip(g + gamma b1 / (1 - b1) (g - g_last)),  m <- b1 m + (1 - b1) c,  v <- b2 v + (1 - b2) c^2
 
-    clip(c) has a norm of at most 1 over the whole tensor. The direction is m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) +
-    eps) in the form "adamw", and sign(m) in the form "lion". g_last is 0 at the first step.
+    clip(c) scales c to a norm of at most 1 over the whole tensor. The direction is m / (1 - b1^t) / (sqrt(v / (1 -
+    b2^t)) + eps) in the form "adamw", and sign(m) in the form "lion". At the first step g_last is 0.
 
     Args:
         betas: (b1, b2), the decay rates of the two moments.
-        gamma: How much of the difference between gradients is added.
+        gamma: The weight of the difference between gradients.
         form: "adamw" or "lion".
         eps: Added to the denominator.
 
     Shapes:
-        Any. The norm makes it not elementwise.
+        Any. Not elementwise, because of the norm over the tensor.
 
     State:
         12 bytes per parameter (two float32 moments and the last gradient; 8 in the form "lion") and a step count.
@@ -38,8 +39,8 @@ class MARSRule(UpdateRule):
         Yuan et al. 2024, arXiv 2411.10438; AGI-Arena/MARS, its "approx" versions mars-adamw and mars-lion.
 
     Differs:
-        The published code gives vectors to AdamW unless `optimize_1d`; here the rule takes every parameter that it is
-        given. Its third form, mars-shampoo, is Muon on c.
+        The published code steps vectors by AdamW unless `optimize_1d` is set; here the rule steps every parameter that
+        it is given. The third form of the published code, mars-shampoo, is Muon on c, and does not exist here.
     """
 
     name: ClassVar[str] = "mars"

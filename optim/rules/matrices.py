@@ -1,4 +1,4 @@
-"""What the rules for matrices share: which matrices a tensor holds, and the class that gives the rest to AdamW."""
+"""What the rules for matrices share: which matrices a tensor contains, and the class that steps the rest by AdamW."""
 
 import math
 from abc import ABC
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from optim import stacks
 from optim.checks import check_flag
+from optim.moments import zero_step
 from optim.optimizer import Group, Optimizer
 from optim.param_groups import Assign, NamedParams, Settings, checked_assign, named_groups, part_in, told_by, with_names
 from optim.roles import Kind, Named, Role, roles
-from optim.rule import OfParam, State, UpdateRule, zero_step
+from optim.rule import OfParam, State, UpdateRule
 from optim.rules.adamw import AdamWRule
 from optim.saved import bare_name
 
@@ -23,17 +24,17 @@ from optim.saved import bare_name
 class MatrixRule(UpdateRule, ABC):
     """A rule for matrices [m, n], with m outputs and n inputs as in `torch.nn.Linear`; not elementwise.
 
-    Tensors of more dimensions are treated as [dim 0, rest]. Other layouts are fields, which `MatrixOptimizer` sets
-    where names and shapes, or the model, tell them.
+    Tensors with more dimensions are treated as [dim 0, rest]. Other layouts are fields, which `MatrixOptimizer` sets if
+    names and shapes, or the model, show them.
 
     Args:
         transposed: Whether the parameter is [inputs, outputs], as in GPT-2's Conv1D.
-        batched: True if a tensor of three dimensions is a stack of matrices, such as the experts of a mixture. A number
-            if a tensor of two dimensions is that many matrices, one below the other (DBRX). With `transposed`, each of
-            them is transposed.
-        split_sizes: The numbers of rows of the matrices that the tensor holds, such as (q, k, v); the step is that of
-            separate parameters. The published codes take such a tensor as one matrix.
-        num_heads: The number of matrices with equally many rows that the tensor holds. It excludes `split_sizes`.
+        batched: True if a tensor with three dimensions is a stack of matrices, such as the experts of a mixture. A
+            number if a tensor with two dimensions consists of that many matrices, concatenated along dimension 0
+            (DBRX). With `transposed`, each of them is transposed.
+        split_sizes: The numbers of rows of the matrices that the tensor contains, such as those of (q, k, v). The step
+            is that of separate parameters. The published codes treat such a tensor as one matrix.
+        num_heads: The number of matrices with equally many rows that the tensor contains. It excludes `split_sizes`.
     """
 
     elementwise: ClassVar[bool] = False
@@ -47,7 +48,7 @@ class MatrixRule(UpdateRule, ABC):
         name = type(self).__name__
         check_flag(name, transposed=self.transposed)
         if not isinstance(self.batched, bool) and not (_is_count(self.batched) and self.batched > 1):
-            raise ValueError(f"{name}: batched = {self.batched!r}; it must be true, false or an integer of at least 2")
+            raise ValueError(f"{name}: batched = {self.batched!r}; it must be True, False or an integer of at least 2")
         if self.split_sizes is not None:
             sizes = self.split_sizes
             if not isinstance(sizes, Sequence) or isinstance(sizes, str) or not sizes or not all(map(_is_count, sizes)):
@@ -56,10 +57,10 @@ class MatrixRule(UpdateRule, ABC):
         if self.num_heads is not None and not _is_count(self.num_heads):
             raise ValueError(f"{name}: num_heads = {self.num_heads!r}; it must be an integer of at least 1")
         if self.num_heads is not None and self.split_sizes is not None:
-            raise ValueError(f"{name}: split_sizes and num_heads both divide the rows; give one of them")
+            raise ValueError(f"{name}: split_sizes and num_heads both divide the rows; set only one of them")
 
     def init(self, param: OfParam) -> State:
-        """Return a zero step count, to which rules with more state add.
+        """Return a zero step count; rules with more state add their entries.
 
         Raises:
             ValueError: For a vector or scalar.
@@ -70,27 +71,35 @@ class MatrixRule(UpdateRule, ABC):
     def check_layout(self, param: Tensor) -> None:
         """Check that the tensor has the layout that the fields describe.
 
+        Args:
+            param: The parameter.
+
         Raises:
-            ValueError: For a tensor that is no matrix, or does not fit the fields.
+            ValueError: For a tensor that is not a matrix, or does not fit the fields.
         """
         name, shape = type(self).__name__, tuple(param.shape)
         if param.ndim < 2:
             raise ValueError(
-                f"{name}: a parameter of shape {shape} is no matrix; give it another rule "
+                f"{name}: a parameter of shape {shape} is not a matrix; use another rule for it "
                 f"(create({self.name!r}, model.named_parameters(), ...) puts it in an AdamW group)"
             )
         if self.batched is True and param.ndim != 3:
-            raise ValueError(f"{name}: batched is for tensors of three dimensions; a parameter has shape {shape}")
+            raise ValueError(f"{name}: batched=True needs tensors with three dimensions; a parameter has shape {shape}")
         if self._below and (param.ndim != 2 or shape[0] % self._below):
-            raise ValueError(f"{name}: a parameter of shape {shape} is no {self._below} matrices one below the other")
+            raise ValueError(f"{name}: a parameter of shape {shape} cannot be divided into {self._below} matrices")
         if self.transposed and param.ndim > 3:
-            raise ValueError(f"{name}: transposed is for matrices; a parameter has shape {shape}")
+            raise ValueError(f"{name}: transposed=True needs matrices; a parameter has shape {shape}")
         _, rows, columns = self.matrix_shape(shape)
         rows = columns if self.transposed else rows
         if self.split_sizes is not None and sum(self.split_sizes) != rows:
-            raise ValueError(f"{name}: split_sizes {self.split_sizes} of {rows} rows, in a parameter of shape {shape}")
+            raise ValueError(
+                f"{name}: split_sizes {self.split_sizes} do not add up to the {rows} rows of a parameter of shape "
+                f"{shape}"
+            )
         if self.num_heads is not None and rows % self.num_heads:
-            raise ValueError(f"{name}: {rows} rows are no {self.num_heads} heads, in a parameter of shape {shape}")
+            raise ValueError(
+                f"{name}: the {rows} rows of a parameter of shape {shape} cannot be divided into {self.num_heads} heads"
+            )
 
     def step_all(
         self,
@@ -101,16 +110,23 @@ class MatrixRule(UpdateRule, ABC):
         lr: float | Tensor,
         weight_decay: float,
     ) -> None:
-        """Step all parameters, those of equal shape together."""
+        """Step all parameters; those of equal shape are stepped together."""
         stacks.step(self, params, grads, states, lr=lr, weight_decay=weight_decay)
 
     @property
     def _below(self) -> int:
-        """How many matrices stand one below the other in a tensor of two dimensions; 0 in other layouts."""
+        """The number of matrices concatenated along dimension 0 of a tensor with two dimensions; 0 in other layouts."""
         return 0 if isinstance(self.batched, bool) else self.batched
 
     def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """Return (number of matrices, rows, columns) of a tensor of that shape as it is stored, before transposing."""
+        """Return the number and shape of the matrices in a tensor as they are stored, before transposition.
+
+        Args:
+            shape: The shape of the tensor.
+
+        Returns:
+            (number of matrices, rows, columns).
+        """
         if self._below:
             return self._below, shape[0] // self._below, shape[1]
         lead = (shape[0], shape[1]) if self.batched else (1, shape[0])
@@ -121,6 +137,9 @@ class MatrixRule(UpdateRule, ABC):
 
         Args:
             x: A tensor of the parameter's layout. It may also have one number per row or column of a matrix.
+
+        Returns:
+            Stacks of shape [k, m, n].
         """
         y = x.reshape(self.matrix_shape(x.shape))
         if self.transposed:
@@ -130,7 +149,15 @@ class MatrixRule(UpdateRule, ABC):
         return list(torch.split(y, list(self.split_sizes), dim=1)) if self.split_sizes else [y]
 
     def joined(self, stacks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-        """Return the inverse of `stacks`: a tensor of that shape."""
+        """Return the tensor whose matrices are given: the inverse of `stacks`.
+
+        Args:
+            stacks: Stacks of shape [k, m, n].
+            shape: The shape of the tensor.
+
+        Returns:
+            A tensor of that shape.
+        """
         y = torch.cat(list(stacks), dim=1) if len(stacks) > 1 else stacks[0]
         if self.num_heads:
             y = y.reshape(y.shape[0] // self.num_heads, y.shape[1] * self.num_heads, y.shape[2])
@@ -143,7 +170,18 @@ def _is_count(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Split:
-    """How a `MatrixOptimizer` divides a group of named parameters, at construction and when a group is added later."""
+    """The way in which a `MatrixOptimizer` divides groups of named parameters, also those that are added later.
+
+    Args:
+        own: The name of the optimizer's class, for error messages.
+        rule: The class of the matrix rule.
+        rest: The rule of all other parameters.
+        rest_settings: The learning rate and weight decay of the rest, if they are given.
+        assign: A mapping from part of a name to settings of the matrix rule, or to None for the rest.
+        kinds: The kinds of parameters that the matrix rule steps, with its settings for them.
+        told: The roles that the model's module types assign to parameters, by name.
+        rest_needs_lr: If not empty, the reason why the rest needs its own learning rate.
+    """
 
     own: str
     rule: type[UpdateRule]
@@ -155,14 +193,26 @@ class Split:
     rest_needs_lr: str = ""
 
     def __call__(self, group: Group, optimizer: Optimizer) -> list[Group]:
-        """Groups of `group`'s settings: one for each layout of matrices, and one by AdamW for the others."""
+        """Divide a group into one for each layout of matrices, and one for the rest.
+
+        Args:
+            group: A param group with named parameters.
+            optimizer: The optimizer that the group is added to.
+
+        Returns:
+            The groups, each with the settings of the given one.
+
+        Raises:
+            TypeError: For parameters without names.
+            ValueError: If the rest needs its own learning rate and has none.
+        """
         if "rule" in group:
             return [group]
-        named = with_names(group["params"], f"{self.own} tells matrices by name: pass model.named_parameters()")
+        named = with_names(group["params"], f"{self.own} finds matrices by name: pass model.named_parameters()")
         earlier = [entry for g in optimizer.param_groups for entry in zip(g["param_names"], g["params"], strict=True)]
         found = roles([*earlier, *named])
         known = self.rule().settings()
-        parts: dict[str, tuple[Settings, bool, Named]] = {}  # settings, whether of matrices, parameters
+        parts: dict[str, tuple[Settings, bool, Named]] = {}  # settings, whether they are matrices, parameters
         for name, param in named:
             role = self.told.get(bare_name(name), found[name])
             settings = self._settings(name, param, role)
@@ -185,10 +235,10 @@ class Split:
         return {} if part is None else self.assign[part] or {}
 
     def _settings(self, name: str, param: Tensor, role: Role) -> Settings | None:
-        """Those of the matrix rule, or None for AdamW."""
+        """Return the settings of the matrix rule for a parameter, or None if AdamW steps it."""
         known = self.rule().settings()
         part = part_in(name, self.assign)
-        whole = role.layout.get("batched") and "batched" not in known  # the rule would take a stack for one matrix
+        whole = role.layout.get("batched") and "batched" not in known  # the rule would treat a stack as one matrix
         own = None if whole else self.kinds.get(role.kind)
         if part is None:
             return own
@@ -205,7 +255,7 @@ class Split:
         if self.rest_needs_lr and "lr" not in own:
             raise ValueError(
                 f"{self.own}: {self.rest_needs_lr} the learning rate of the matrices does not fit the {len(named)} "
-                f"other parameters ({named[0][0]!r}, ...); give adamw_lr as well, such as 3e-4"
+                f"other parameters ({named[0][0]!r}, ...); pass adamw_lr as well, such as 3e-4"
             )
         fields = {key: value for key, value in adamw.items() if key not in ("lr", "weight_decay")}
         settings: Group = {key: value for key, value in common.items() if key not in self.rule().settings()} | own
@@ -213,28 +263,31 @@ class Split:
 
 
 class MatrixOptimizer(Optimizer):
-    """A rule for matrices for hidden matrices and AdamW for the rest, as param groups of one `Optimizer`.
+    """A matrix rule for hidden matrices and AdamW for the rest, as param groups of one `Optimizer`.
 
-    `optim.group_table` shows which parameter went where. A group that is added later is divided in the same way unless
-    it has a `rule`; its own `lr`, `weight_decay` and `adamw_...` apply to it.
+    `optim.group_table` shows which rule steps which parameter. A group that is added later is divided in the same way
+    unless it has a `rule`; its own `lr`, `weight_decay` and `adamw_...` apply to it.
 
     Args:
-        parameters: Named parameters, whose names tell `optim.roles` what a tensor is, or the model, whose modules tell
-            more. Of a model, the parameters that require a gradient are taken.
-        rule: The class of the rule for the matrices, which is made with `fields`.
+        parameters: Named parameters, from whose names `optim.roles` infers what a tensor is, or the model, whose module
+            types show more. Of a model, the parameters that require a gradient are taken.
+        rule: The class of the rule for the matrices, which is created with `fields`.
         lr, weight_decay: Learning rate and decoupled weight decay of the matrices.
-        adamw_lr, adamw_weight_decay: Those of the rest; `lr` and `weight_decay` unless given.
+        adamw_lr, adamw_weight_decay: Learning rate and weight decay of the rest; `lr` and `weight_decay` by default.
         adamw_betas, adamw_eps, adamw_eps_before_correction: See `AdamWRule`.
         assign: A mapping from part of a name to "matrix", "adamw", or settings of the group (fields of the rule, `lr`,
             `weight_decay`): ``{"conv1": "adamw", "qkv_proj": {"split_sizes": (576, 192, 192)}}``. It takes precedence
             over everything else, and the first part that a name contains wins. Fields of the rule make a tensor a
             matrix; `lr` and `weight_decay` alone do not, and also apply to the bias of the same layer.
-        kinds: A mapping from what a parameter may be to settings of the matrix rule for it. The other kinds go to
-            AdamW, and so do a mixture's experts in one tensor if the rule has no `batched`, unless they are assigned.
-        adamw_wrapper: Makes the rule of the rest from AdamW's.
+        kinds: A mapping from kinds of parameters to settings of the matrix rule for them. AdamW steps all other kinds.
+            It also steps the experts of a mixture in one tensor if the rule has no `batched`, unless `assign` says
+            otherwise.
+        adamw_wrapper: A function that makes the rule of the rest from AdamW's rule.
+        adamw_lr_missing: If not empty, the reason why `adamw_lr` must be given, for the error message.
+        fields: Fields of the matrix rule.
 
     Raises:
-        ValueError: If there is no matrix, or for a part of a name that no tensor has.
+        ValueError: If there is no matrix, or for a part that no name contains.
         TypeError: For parameters without names, or for an `assign` that is not a mapping.
 
     Example:
@@ -264,7 +317,7 @@ class MatrixOptimizer(Optimizer):
         **fields: Any,
     ) -> None:
         own = type(self).__name__
-        groups = named_groups(parameters, f"{own} tells matrices by name: pass the model or model.named_parameters()")
+        groups = named_groups(parameters, f"{own} finds matrices by name: pass the model or model.named_parameters()")
         names = [name for group in groups for name, _ in group["params"]]
         adamw = AdamWRule(betas=adamw_betas, eps=adamw_eps, eps_before_correction=adamw_eps_before_correction)
         self.divide = Split(

@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised by Newton-Schulz iterations, for hidden matrices; AdamW for the rest."""
+"""Muon: momentum that is orthogonalised by Newton-Schulz iterations, for hidden matrices; AdamW for the rest."""
 
 import math
 from collections.abc import Sequence
@@ -11,8 +11,9 @@ from torch import Tensor
 from optim import backend
 from optim.checks import check_flag, check_non_negative, check_unit_interval
 from optim.linalg import NEWTON_SCHULZ, newton_schulz
+from optim.moments import moment_dtype, zero_moment
 from optim.param_groups import NamedParams
-from optim.rule import OfParam, State, moment_dtype, zero_moment
+from optim.rule import OfParam, State
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 from optim.torch_states import muon as torch_muon
 
@@ -30,29 +31,29 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
     "torch": torch_muon.CONVENTION,
     "dion": {"nesterov": False, "scale": "spectral_norm", "ns_coefficients": "polar_express", "ns_eps": 1e-8},
 }
-"""The four published codes as settings of `MuonRule`; official learning rate and weight decay of each:
+"""The four published codes as settings of `MuonRule`. Their official learning rates and weight decays are:
 moonlight 1e-3 and 0.1, keller_jordan 0.02 and 0, torch 1e-3 and 0.1, dion 0.01 and 0.01."""
 
 _ADAMW: dict[str, dict[str, Any]] = {
     "moonlight": {"adamw_eps_before_correction": True},
     "keller_jordan": {"adamw_eps": 1e-10},
 }
-"""Of these codes, how AdamW for the rest differs from `torch.optim.AdamW`; their betas are (0.9, 0.95)."""
+"""How these codes' AdamW for the rest differs from `torch.optim.AdamW`; their betas are (0.9, 0.95)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MuonRule(MatrixRule):
-    """Muon: momentum, orthogonalised by Newton-Schulz iterations.
+    """Muon: momentum that is orthogonalised by Newton-Schulz iterations.
 
         u = f NS(d),  B <- mu B + G,  d = G + mu B with nesterov, else B
 
     NS maps the singular values of d to about 1.
 
     Args:
-        momentum: mu.
-        nesterov: Whether d looks ahead.
-        momentum_form: "heavy_ball" as above. "ema" is B <- mu B + (1 - mu) G and d = (1 - mu) G + mu B, or B without
-            nesterov. The two differ by a factor, which NS removes except for its eps.
+        momentum: mu, the decay rate of B.
+        nesterov: Whether to use Nesterov momentum.
+        momentum_form: "heavy_ball" is as above. "ema" is B <- mu B + (1 - mu) G and d = (1 - mu) G + mu B, or d = B
+            without nesterov. The two differ by a factor, which NS removes except for its eps.
         scale: The factor f. "match_rms_adamw" is 0.2 sqrt(max(m, n)) (Moonlight; Dion's rms_norm), "original" is
             sqrt(max(1, m / n)), "spectral_norm" is sqrt(m / n), and "none" is 1.
         conv_scale: Whether m and n in a convolution's f are those of the flattened matrix ("matrix"), or height and
@@ -62,7 +63,7 @@ class MuonRule(MatrixRule):
         ns_dtype: The dtype of the products in NS, "param" for the dtype of the moments, or "auto". Choose "float32" for
             small or structurally low-rank matrices, for which the rounding noise of bfloat16 becomes part of the
             update.
-        cautious_decay: Whether weight decay acts only where it has the sign of the update, u p >= 0 (Dion).
+        cautious_decay: Whether weight decay only acts where it has the same sign as the update, u p >= 0 (Dion).
 
     Shapes:
         Matrices [m, n] in one of the layouts of `MatrixRule`; not elementwise.
@@ -73,12 +74,12 @@ class MuonRule(MatrixRule):
     Source:
         Jordan et al. 2024 (KellerJordan/Muon), Liu et al. 2025 (Moonlight, arXiv 2502.16982), `torch.optim.Muon`,
         microsoft/dion. The defaults are Moonlight's, whose scale allows AdamW's learning rate and weight decay to be
-        used unchanged. The others are `CONVENTIONS`: ``MuonRule(**CONVENTIONS["keller_jordan"])``.
+        used unchanged. `CONVENTIONS` has the others: ``MuonRule(**CONVENTIONS["keller_jordan"])``.
 
     Differs:
-        The published codes always multiply in bfloat16 (``ns_dtype="bfloat16"``). "auto" does so for parameters of 32
-        bits or fewer where it is faster, which is on GPUs and on CPUs that have instructions for it. On other CPUs,
-        where it is several times slower, products are in the dtype of the moments. Name a dtype to get equal steps on
+        The published codes always multiply in bfloat16 (``ns_dtype="bfloat16"``). For parameters of 32 bits or fewer,
+        "auto" does so if it is faster, which holds on GPUs and on CPUs with instructions for it. On other CPUs, where
+        it is several times slower, products are in the dtype of the moments. Set a dtype to get equal steps on
         different machines.
     """
 
@@ -120,14 +121,22 @@ class MuonRule(MatrixRule):
     def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, in the buffer's dtype, and the new state.
 
-        One NaN in `grad` fills the whole matrix with NaN.
+        A single NaN in `grad` fills the whole matrix with NaN.
         """
         d, buffer = self.momentum_direction(grad, state)
         stacks = [self.orthogonalised(x, param).mul_(self.factor(x, param)) for x in self.stacks(d)]
         return self.joined(stacks, d.shape), {"step": state["step"] + 1, "momentum_buffer": buffer}
 
     def momentum_direction(self, grad: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Return d of the class docstring and the new buffer."""
+        """Return d of the class docstring and the new buffer.
+
+        Args:
+            grad: The gradient, of the parameter's shape.
+            state: The state before this gradient.
+
+        Returns:
+            d and the buffer, of the parameter's shape and the buffer's dtype.
+        """
         mu = self.momentum
         g = grad.to(state["momentum_buffer"].dtype)
         if self.momentum_form == "ema":
@@ -136,7 +145,15 @@ class MuonRule(MatrixRule):
         return g.add(buffer, alpha=mu) if self.nesterov else buffer, buffer
 
     def orthogonalised(self, x: Tensor, param: Tensor) -> Tensor:
-        """Return NS of a stack [k, m, n]."""
+        """Return NS of a stack of matrices.
+
+        Args:
+            x: The matrices, of shape [k, m, n].
+            param: The parameter, whose dtype and device determine the dtype of the products.
+
+        Returns:
+            A tensor of x's shape and dtype.
+        """
         chosen = self.ns_dtype
         if chosen == "auto":
             fast = param.element_size() < 8 and (param.device.type != "cpu" or backend.CPU_MULTIPLIES_BFLOAT16)
@@ -151,7 +168,15 @@ class MuonRule(MatrixRule):
         )
 
     def factor(self, x: Tensor, param: Tensor) -> float:
-        """Return f for the matrices of a stack [k, m, n]."""
+        """Return the factor f for the matrices of a stack.
+
+        Args:
+            x: The matrices, of shape [k, m, n].
+            param: The parameter that contains them.
+
+        Returns:
+            The factor.
+        """
         rows, cols = param.shape[-2:] if self.conv_scale == "kernel" and param.ndim == 4 else x.shape[-2:]
         if self.scale == "match_rms_adamw":
             return 0.2 * math.sqrt(max(rows, cols))
@@ -160,7 +185,7 @@ class MuonRule(MatrixRule):
         return math.sqrt(rows / max(cols, 1)) if self.scale == "spectral_norm" else 1.0
 
     def decay(self, direction: OfParam, state: State, param: OfParam) -> OfParam:
-        """Return the parameter; under `cautious_decay` only the entries that the update shrinks, and 0 elsewhere."""
+        """Return the parameter; under `cautious_decay`, entries that the update does not shrink are replaced by 0."""
         return torch.where(direction * param >= 0, param, 0) if self.cautious_decay else param
 
 
@@ -172,7 +197,8 @@ def _checked_coefficients(
             return given
     elif given and all(len(triple) == 3 for triple in given):
         return tuple((float(a), float(b), float(c)) for a, b, c in given)
-    raise ValueError(f"{own}: ns_coefficients = {given!r}; it must be one of {', '.join(NEWTON_SCHULZ)}, or triples")
+    known = ", ".join(NEWTON_SCHULZ)
+    raise ValueError(f"{own}: ns_coefficients = {given!r}; it must be one of {known}, or triples of numbers")
 
 
 class Muon(MatrixOptimizer):
@@ -185,11 +211,11 @@ class Muon(MatrixOptimizer):
         convention: A key of `CONVENTIONS`, one of the four published codes; options that are fields of `MuonRule`
             override it.
         options: Fields of `MuonRule`, and the keywords of `MatrixOptimizer`. Without `adamw_lr` the rest uses `lr`,
-            which fits the scale "match_rms_adamw" only; with another scale it must be given (Keller Jordan: 0.02 and
-            3e-4).
+            which is only suitable for the scale "match_rms_adamw". With another scale `adamw_lr` must be given (Keller
+            Jordan's are `lr` 0.02 and `adamw_lr` 3e-4).
 
     Raises:
-        ValueError: If there is no matrix, or if `adamw_lr` is missing where it is needed.
+        ValueError: If there is no matrix, or if `adamw_lr` is needed and missing.
 
     Example:
         >>> import torch
@@ -213,7 +239,7 @@ class Muon(MatrixOptimizer):
         **options: Any,
     ) -> None:
         if convention not in CONVENTIONS:
-            raise ValueError(f"Muon: convention {convention!r}; it must be one of {', '.join(CONVENTIONS)}")
+            raise ValueError(f"Muon: convention = {convention!r}; it must be one of {', '.join(CONVENTIONS)}")
         usual: dict[str, Any] = {"adamw_betas": (0.9, 0.95)} | _ADAMW.get(convention, {})
         options = usual | CONVENTIONS[convention] | options
         scale = options.get("scale", MuonRule().scale)

@@ -19,11 +19,15 @@ from optim.rules.wrappers.quantized import Quantized
 class Muon8bitRule(Quantized):
     """Muon with its momentum stored in 8 bits: `MuonRule` inside `Quantized`.
 
-    The direction comes from the momentum of the step in full precision, not from its codes.
+    The direction is computed from the full-precision momentum of the step and not from its codes.
+
+    Args:
+        inner: The rule inside, a `MuonRule`.
+        code, block_size: See `Quantized`.
 
     State:
-        1 byte per parameter, plus a scale per block of 2048 entries, which makes 1.002; matrices below 4096 entries
-        take 4 bytes.
+        1 byte per parameter, plus a scale per block of 2048 entries, which is 1.002 bytes in total; matrices with fewer
+        than 4096 entries take 4 bytes per parameter.
 
     Source:
         arXiv 2509.23106, 2025 (there is no public code; the paper has no Nesterov momentum).
@@ -43,9 +47,9 @@ class Muon8bit(MatrixOptimizer):
         named_parameters: The model or its named parameters, as for `MatrixOptimizer`.
         lr: Learning rate of the hidden matrices.
         weight_decay: Decoupled weight decay of the hidden matrices.
-        adamw_8bit: Whether AdamW's moments are stored in 8 bits too, as dynamic codes in blocks of 256.
-        options: Fields of `Muon8bitRule` and of `MuonRule`, and the keywords of `MatrixOptimizer`; adamw_betas are
-            (0.9, 0.95) unless given. With a `scale` other than "match_rms_adamw", `adamw_lr` must be given.
+        adamw_8bit: Whether AdamW's moments are stored in 8 bits too, as dynamic codes in blocks of 256 entries.
+        options: Fields of `Muon8bitRule` and of `MuonRule`, and the keywords of `MatrixOptimizer`; `adamw_betas` are
+            (0.9, 0.95) by default. With a `scale` other than "match_rms_adamw", `adamw_lr` must be given.
 
     Example:
         >>> import torch

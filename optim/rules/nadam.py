@@ -1,4 +1,4 @@
-"""NAdam: Adam with Nesterov momentum on a rising schedule."""
+"""NAdam: Adam with Nesterov momentum that increases by a schedule."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_non_negative, checked_betas
+from optim.moments import correction, moment_dtype, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, correction, moment_dtype, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class NAdamRule(UpdateRule):
-    """NAdam: Adam with Nesterov momentum on a rising schedule.
+    """NAdam: Adam with Nesterov momentum that increases by a schedule.
 
         u = ((1 - mu_t) / (1 - M_t) g + mu_{t+1} / (1 - M_t mu_{t+1}) m) / (sqrt(v / (1 - b2^t)) + eps)
 
@@ -23,9 +24,9 @@ class NAdamRule(UpdateRule):
     Args:
         betas: (b1, b2), the decay rates of the two moments.
         eps: Added to the denominator.
-        momentum_decay: How fast mu rises.
-        l2: Adds l2 p to the gradient before everything else, so that it becomes part of the direction (torch's default
-            form of weight decay).
+        momentum_decay: How fast mu increases.
+        l2: The factor of p in the term l2 p that is first added to the gradient, so that it becomes part of the
+            direction (torch's default form of weight decay).
 
     Shapes:
         Elementwise. The moments have the parameter's shape.
@@ -35,11 +36,11 @@ class NAdamRule(UpdateRule):
 
     Source:
         Dozat 2016 (ICLR workshop, "Incorporating Nesterov momentum into Adam"); `torch.optim.NAdam`, whose state dicts
-        load.
+        can be loaded.
 
     Differs:
-        torch keeps M in float32 for float64 parameters too. Weight decay is decoupled (`decoupled_weight_decay=True`
-        there).
+        torch keeps M in float32 for float64 parameters too. Weight decay is decoupled (`decoupled_weight_decay=True` in
+        torch).
     """
 
     name: ClassVar[str] = "nadam"
@@ -54,7 +55,7 @@ class NAdamRule(UpdateRule):
         check_non_negative("NAdamRule", eps=self.eps, momentum_decay=self.momentum_decay, l2=self.l2)
 
     def init(self, param: OfParam) -> State:
-        """Return zero moments, a zero step count, and the empty product 1."""
+        """Return zero moments, a zero step count, and 1, the empty product."""
         return {
             "step": zero_step(),
             "mu_product": torch.ones((), dtype=moment_dtype(param), device="cpu"),
@@ -79,7 +80,7 @@ class NAdamRule(UpdateRule):
         return direction.to(g.dtype), {"step": t, "mu_product": kept, "exp_avg": m, "exp_avg_sq": v}
 
     def _momentum(self, t: Tensor) -> Tensor:
-        """mu_t as a float64 scalar."""
+        """Return mu_t as a float64 scalar."""
         return self.betas[0] * (1 - 0.5 * 0.96 ** (t.double() * self.momentum_decay))
 
 

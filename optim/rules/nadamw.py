@@ -6,8 +6,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from optim.checks import check_non_negative, checked_betas
+from optim.moments import correction, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, correction, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +17,8 @@ class NAdamWRule(UpdateRule):
 
         u = (b1 m + (1 - b1) g) / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
-    Here m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2. It is the baseline of the AlgoPerf benchmark. `nadam` is
-    another algorithm, Dozat's, whose momentum follows a schedule.
+    Here m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2. This is the baseline of the AlgoPerf benchmark. `nadam` is
+    Dozat's algorithm, which differs in that its momentum follows a schedule.
 
     Args:
         betas: (b1, b2), the decay rates of the two moments.
@@ -30,7 +31,7 @@ class NAdamWRule(UpdateRule):
         8 bytes per parameter (two float32 moments) and a step count.
 
     Source:
-        Dahl et al. 2023, arXiv 2306.07179 (mlcommons/algorithmic-efficiency); timm.optim.NAdamW, which is the same.
+        Dahl et al. 2023, arXiv 2306.07179 (mlcommons/algorithmic-efficiency); timm.optim.NAdamW is the same algorithm.
     """
 
     name: ClassVar[str] = "nadamw"

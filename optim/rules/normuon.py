@@ -1,4 +1,4 @@
-"""NorMuon: Muon whose rows are brought to equal size by a second moment per row."""
+"""NorMuon: Muon whose rows are scaled to equal size by a second moment per row."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_non_negative, check_positive, check_unit_interval
+from optim.moments import moment_dtype
 from optim.param_groups import NamedParams
-from optim.rule import OfParam, State, moment_dtype
+from optim.rule import OfParam, State
 from optim.rules.matrices import MatrixOptimizer
 from optim.rules.muon import MuonRule
 
@@ -24,40 +25,41 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
         "row_eps": 1e-8,
     },
 }
-"""The published forms as settings of `NorMuonRule`: zichongli5/NorMuon, the paper's algorithm 1, microsoft/dion;
-learning rate and weight decay of each: code 0.02 and 0, paper 4e-4 and 0.1, dion 0.01 and 0.01."""
+"""The published forms as settings of `NorMuonRule`: zichongli5/NorMuon, the paper's algorithm 1, and microsoft/dion.
+Their learning rates and weight decays are: code 0.02 and 0, paper 4e-4 and 0.1, dion 0.01 and 0.01."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NorMuonRule(MuonRule):
-    """NorMuon: Muon whose rows are brought to equal size by a second moment per row.
+    """NorMuon: Muon whose rows are scaled to equal size by a second moment per row.
 
         u = f c O~,  O~ = O / (sqrt(v) + row_eps),  c = |O|_F / |O~|_F
 
-    Here O = NS(d) as in `MuonRule` and v <- b2 v + (1 - b2) mean of O^2 over each row. The factor c restores Muon's
-    size.
+    Here O = NS(d) as in `MuonRule` and v <- b2 v + (1 - b2) q, where q is the mean of O^2 over each row. The factor c
+    restores the norm of Muon's update.
 
     Args:
+        momentum_form, scale: See `MuonRule`.
         beta2: b2, the decay rate of v.
         row_eps: Added to the square root of v.
-        update_scale: "preserve_norm" as above. "match_rms" is u = 0.2 sqrt(m n) O~ / |O~|_F without f: entries of root
-            mean square `rms`, so that an AdamW learning rate carries over (the paper's algorithm 1).
+        update_scale: "preserve_norm" is as above. "match_rms" is u = 0.2 sqrt(m n) O~ / |O~|_F without f (the paper's
+            algorithm 1): the entries have the root mean square `rms`, so that a learning rate of AdamW can be used.
         rms: The root mean square of the entries under "match_rms".
-        conv_scale: "matrix" takes rows and norms of the flattened matrix. "kernel" is that of the published code: v
-            [out, in, kh, 1], means over the kernel's width, and the norm of each kernel.
+        conv_scale: "matrix" uses the rows and norms of the flattened matrix. "kernel" follows the published code: v has
+            the shape [out, in, kh, 1], means are over the kernel's width, and norms are those of each kernel.
 
     Shapes:
-        As `MuonRule`; v has one number per row. Norms are those of the whole matrix, wherever its rows are.
+        As for `MuonRule`; v has one number per row. Norms are those of the whole matrix, on whatever rank its rows are.
 
     State:
-        4 bytes per parameter, 4 more per row (a float32 buffer, a float32 v per row), and a step count.
+        4 bytes per parameter and 4 bytes per row (a float32 buffer and a float32 v per row), and a step count.
 
     Source:
-        Li et al. 2025, arXiv 2510.05491; zichongli5/NorMuon, the default; the others are `CONVENTIONS`.
+        Li et al. 2025, arXiv 2510.05491; zichongli5/NorMuon, which is the default. `CONVENTIONS` has the others.
 
     Differs:
-        v is float32 for 16-bit parameters, and the output of NS is cast to it, where the published code fails for
-        float32 parameters. The Dion port takes norms of the local shard, so that its steps depend on the number of
+        For 16-bit parameters v is float32, and the output of NS is cast to its dtype, where the published code fails
+        for float32 parameters. The Dion port uses norms of the local shard, so that its steps depend on the number of
         ranks.
     """
 
@@ -87,7 +89,7 @@ class NorMuonRule(MuonRule):
         """Return Muon's state and a zero second moment per row: the parameter's shape with 1 for its inputs."""
         state = super().init(param)
         shape = list(param.shape)
-        if self.transposed:  # the first side of each matrix is its inputs
+        if self.transposed:  # the first dimension of each matrix is its inputs
             if self.batched is True:
                 shape[1] = 1
             else:
@@ -152,7 +154,7 @@ class NorMuon(MatrixOptimizer):
         **options: Any,
     ) -> None:
         if convention not in CONVENTIONS:
-            raise ValueError(f"NorMuon: convention {convention!r}; it must be one of {', '.join(CONVENTIONS)}")
+            raise ValueError(f"NorMuon: convention = {convention!r}; it must be one of {', '.join(CONVENTIONS)}")
         usual: dict[str, Any] = {"adamw_betas": (0.9, 0.95), "adamw_eps": 1e-10}
         options = usual | CONVENTIONS[convention] | options
         if options.get("adamw_lr") is None and options.get("update_scale", "preserve_norm") == "preserve_norm":

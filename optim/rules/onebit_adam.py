@@ -1,4 +1,4 @@
-"""1-bit Adam: after a warm-up the second moment is frozen, and workers exchange the signs of the first."""
+"""1-bit Adam: after a warm-up the second moment is frozen, and workers exchange the signs of the first moment."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ from optim import cpu_jit
 from optim.checks import check_counts, check_non_negative, checked_betas
 from optim.distributed.collectives import all_reduced_means, group_size
 from optim.distributed.onebit import compressed_means, padded
+from optim.moments import zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 from optim.sharding import is_sharded
 
 
@@ -28,7 +29,7 @@ class OneBitAdamRule(UpdateRule):
     Args:
         betas: (b1, b2), the decay rates of the two moments.
         eps: Added to the denominator.
-        freeze_step: The number of warm-up steps. The paper and its code advise 15 to 25 per cent of all steps.
+        freeze_step: The number of warm-up steps. The paper and its code recommend 15 to 25 per cent of all steps.
 
     Shapes:
         Elementwise. The moments have the parameter's shape.
@@ -61,7 +62,9 @@ class OneBitAdamRule(UpdateRule):
             ValueError: For a shard, because workers hold whole parameters.
         """
         if is_sharded(param):
-            raise ValueError("OneBitAdamRule: a parameter is sharded; its workers hold whole ones, as under DDP")
+            raise ValueError(
+                "OneBitAdamRule: a parameter is sharded, but every worker needs whole parameters, as under DDP"
+            )
         return {"step": zero_step(), "exp_avg": zero_moment(param), "exp_avg_sq": zero_moment(param)}
 
     def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
@@ -78,11 +81,11 @@ class OneBitAdamRule(UpdateRule):
 class OneBitAdam(Optimizer):
     """1-bit Adam on several workers, each with the gradient of its own data.
 
-    During the warm-up, gradients are averaged by all-reduce. After it, every worker moves the shared momentum by its
-    own gradient, and `compressed_means` synchronises the momentum again with one bit per entry. Nothing else may
-    therefore average gradients after the warm-up: leave out `DistributedDataParallel`, or back-propagate under its
-    `no_sync()`. With one process nothing is sent or compressed. After the warm-up, a gradient that is not finite on any
-    worker would make the scale of its tensor NaN on all of them; that tensor and its errors are left unchanged on all
+    During the warm-up, gradients are averaged by all-reduce. After it, every worker updates the shared momentum with
+    its own gradient, and `compressed_means` synchronises the momentum again with one bit per entry. Therefore nothing
+    else may average gradients after the warm-up: do not use `DistributedDataParallel`, or back-propagate under its
+    `no_sync()`. With one process nothing is sent or compressed. After the warm-up, a gradient that is not finite on one
+    worker would make the scale of its tensor NaN on all of them. Such a tensor and its errors are left unchanged on all
     workers, with a warning.
 
     Args:
@@ -91,23 +94,24 @@ class OneBitAdam(Optimizer):
         betas, eps, freeze_step: See `OneBitAdamRule`.
         weight_decay: Decoupled weight decay.
         process_group: The workers; all processes by default.
-        masks: A mapping from a parameter's name to a tensor of zeros and ones. Where the mask is 0, so is the momentum
-            after each exchange.
-        mask_unseen: Whether entries with v = 0 at the freeze are masked as well: an exact zero cannot be sent, so that
+        masks: A mapping from a parameter's name to a tensor of zeros and ones. Where the mask is 0, the momentum is set
+            to 0 after each exchange.
+        mask_unseen: Whether entries with v = 0 at the freeze are masked as well. An exact zero cannot be sent, so that
             m / eps would grow without bound there.
 
     Raises:
-        ValueError: For a mask of an unknown name or another shape, and for sharded parameters.
+        ValueError: For a mask with an unknown name or another shape, and for sharded parameters.
 
     State:
         That of `OneBitAdamRule`. In addition each worker has the errors of its own compression, 4 bytes per parameter,
-        and 4 / workers as a server. They differ between workers and are not in a checkpoint: a resumed run starts them
-        at 0, as the published code does.
+        and 4 / workers bytes per parameter as a server. They differ between workers and are not saved in checkpoints: a
+        resumed run starts them at 0, as the published code does.
 
     Differs:
-        The published code loses the first gradient to its set-up and so makes ``freeze_step - 1`` updates with a moving
-        v; here there are `freeze_step`. It has no `mask_unseen` (its form is False). It sends each tensor separately;
-        here one message carries all of them, with the same content.
+        The published code discards the first gradient during its set-up and therefore updates v only
+        ``freeze_step - 1`` times; here v is updated `freeze_step` times. The published code has no `mask_unseen`, which
+        corresponds to False, and sends each tensor separately. Here one message contains all tensors, with the same
+        content.
 
     Example:
         >>> import torch
@@ -147,7 +151,7 @@ class OneBitAdam(Optimizer):
         )
         for name, mask in (masks or {}).items():
             if name not in named:
-                raise ValueError(f"OneBitAdam: a mask for {name!r}, which is no parameter with that name")
+                raise ValueError(f"OneBitAdam: masks has {name!r}, which is not the name of a parameter")
             if mask.shape != named[name].shape:
                 raise ValueError(
                     f"OneBitAdam: the mask of {name!r} has shape {tuple(mask.shape)}, not {tuple(named[name].shape)}"
@@ -155,7 +159,7 @@ class OneBitAdam(Optimizer):
             self._masks[named[name]] = mask
 
     def __getstate__(self) -> dict[str, Any]:
-        """Torch copies and pickles no more than groups and states."""
+        """Add the errors and masks to what torch copies and pickles, which is groups and states."""
         own = ("process_group", "mask_unseen", "_errors", "_masks")
         return super().__getstate__() | {key: getattr(self, key) for key in own}
 
@@ -170,7 +174,7 @@ class OneBitAdam(Optimizer):
         if group_size(self.process_group) == 1 or not isinstance(rule, OneBitAdamRule):
             return super()._step_those(rule, params, grads, lr=lr, weight_decay=weight_decay)
         states = self._states_of(rule, params)
-        # by the counts, which a parameter that missed gradients has of its own, and which are the same on every worker
+        # by step counts, which are equal on all workers but lower for a parameter that sometimes had no gradient
         early = [i for i, state in enumerate(states) if state["step"] < rule.freeze_step]
         late = [i for i, state in enumerate(states) if state["step"] >= rule.freeze_step]
         if early:
@@ -185,7 +189,7 @@ class OneBitAdam(Optimizer):
         return fine
 
     def _finite_everywhere(self, grads: Sequence[Tensor]) -> list[bool]:
-        """Of each gradient, whether all its entries are finite on all workers; one byte each is sent."""
+        """Return whether each gradient is finite on all workers; one byte per gradient is sent."""
         if not grads:
             return []
         fine = torch.tensor(cpu_jit.all_finite(grads), dtype=torch.uint8, device=grads[0].device)
@@ -212,7 +216,7 @@ class OneBitAdam(Optimizer):
             param.copy_(work - lr * (direction + decay * work if decay else direction))
 
     def _errors_of(self, param: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-        """What this worker, and this worker as a server, failed to send so far."""
+        """Return the errors so far of what this worker sent, as a worker and as a server."""
         if param not in self._errors:
             workers = group_size(self.process_group)
             size = padded(param.numel(), workers)

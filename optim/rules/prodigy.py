@@ -1,4 +1,4 @@
-"""Prodigy: Adam that estimates its learning rate while it runs."""
+"""Prodigy: Adam that estimates its learning rate during training."""
 
 import math
 from collections.abc import Sequence
@@ -9,37 +9,39 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_flag, check_positive, check_unit_interval, checked_betas
+from optim.moments import correction, scalar_setting, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, correction, scalar_setting, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 from optim.sharding import is_sharded
 
 PIECE = 16_384
-"""Entries of one sum: fewer than torch shares out among threads."""
+"""The number of entries in one sum, small enough that torch does not divide it among threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProdigyRule(UpdateRule):
-    """Prodigy: Adam that estimates its learning rate while it runs. Leave lr at 1, also for its schedule.
+    """Prodigy: Adam that estimates its learning rate during training. Keep lr at 1, and schedule it from there.
 
         u = c d (m / (sqrt(v) + d' eps) + weight_decay p)
 
-    Here m <- b1 m + (1 - b1) d g and v <- b2 v + (1 - b2) d^2 g^2, c = sqrt(1 - b2^t) / (1 - b1^t) with
-    `use_bias_correction`, otherwise 1, and d is the estimate, a number for a whole param group: the distance from the
-    start to a solution, d' = max(d, d_coef a / |s|_1), where a sums d / d0 c d lr <g, p_0 - p> and s sums d / d0 c d lr
-    g, both with the decay rate b3. d' is the d of the next step. Only steps renew d; a map has that of the last step.
+    Here m <- b1 m + (1 - b1) d g, v <- b2 v + (1 - b2) d^2 g^2, and c = sqrt(1 - b2^t) / (1 - b1^t) with
+    `use_bias_correction`, otherwise c = 1. The number d is an estimate of the distance from the start to a solution,
+    and is common to all tensors of a param group. It becomes d' = max(d, d_coef a / |s|_1), where a is a sum of d / d0
+    c d lr <g, p_0 - p> and s a sum of d / d0 c d lr g, both with the decay rate b3. d' is the d of the next step. Only
+    steps change d; a map uses that of the last step.
 
     Args:
         betas: (b1, b2), the decay rates of the two moments.
-        beta3: b3; None for sqrt(b2).
+        beta3: b3, the decay rate of the sums; None for sqrt(b2).
         eps: Added to the denominator.
         use_bias_correction: Whether c corrects the bias of the moments.
-        safeguard_warmup: Whether s sums d / d0 d g, so that a warm-up does not raise d too far.
-        d0: The first d.
-        d_coef: A factor of the estimate, in the place of a learning rate.
+        safeguard_warmup: Whether s is a sum of d / d0 d g, so that a warm-up does not increase d too much.
+        d0: The initial value of d.
+        d_coef: A factor of the estimate, which replaces the learning rate as the setting to tune.
         growth_rate: The largest d' / d; None for no limit.
 
     Shapes:
-        Any. d is that of all tensors of a param group, so that it is not elementwise.
+        Any. Not elementwise, because d depends on all tensors of a param group.
 
     State:
         16 bytes per parameter (m, v, s and p_0 - p in float32), a step count and six numbers.
@@ -48,9 +50,9 @@ class ProdigyRule(UpdateRule):
         Mishchenko & Defazio 2023, arXiv 2306.06101; konstmish/prodigy with `decouple=True`.
 
     Differs:
-        d is that of a param group, where the code has one for all groups; at equal settings give one group. p_0 - p is
-        summed from the steps, so that it is not rounded with bfloat16 parameters. A step at a learning rate of 0
-        counts in t. Memory is not saved by `slice_p`.
+        There is one d per param group, where the published code has one for all groups; use a single group if their
+        settings are equal. p_0 - p is computed as the sum of the steps, so that it is not rounded for bfloat16
+        parameters. A step at a learning rate of 0 is counted in t. `slice_p`, which saves memory, does not exist here.
     """
 
     name: ClassVar[str] = "prodigy"
@@ -75,7 +77,7 @@ class ProdigyRule(UpdateRule):
             raise ValueError(f"ProdigyRule: growth_rate = {self.growth_rate!r}; it must be at least 1, or None")
 
     def init(self, param: OfParam) -> State:
-        """Return zero moments and sums, and d0."""
+        """Return zero moments, zero sums, and d0 as the estimate."""
         tensors = {key: zero_moment(param) for key in ("exp_avg", "exp_avg_sq", "s", "moved")}
         numbers = {key: scalar_setting(param) for key in ("lr", "weight_decay", "d_numerator")}
         return (
@@ -135,21 +137,21 @@ class ProdigyRule(UpdateRule):
         return math.sqrt(self.betas[1]) if self.beta3 is None else self.beta3
 
     def _corrected(self, t: Tensor) -> Tensor:
-        """c as a float64 scalar."""
+        """Return c as a float64 scalar."""
         if not self.use_bias_correction:
             return torch.ones_like(t, dtype=torch.float64)
         return correction(self.betas[1], t).sqrt() / correction(self.betas[0], t)
 
 
 def _total(x: Tensor) -> float:
-    """The sum over all entries on all ranks; on the CPU the same bits with any number of threads."""
+    """Return the sum over all entries on all ranks; on the CPU it does not depend on the number of threads."""
     if is_sharded(x):
         return float(x.sum().full_tensor())  # type: ignore[attr-defined]
     if x.is_cuda or x.numel() <= PIECE:
         return float(x.sum())
     x = x.reshape(-1)
     whole = x.numel() // PIECE * PIECE
-    # torch gives each thread a part of one long sum, and each thread whole sums if there are several
+    # torch divides a single long sum among threads, but of several sums each thread computes whole ones
     return _total(torch.cat([x[:whole].view(-1, PIECE).sum(1), x[whole:].sum().view(1)]))
 
 
@@ -160,7 +162,7 @@ class Prodigy(Optimizer):
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
         betas, beta3, eps, use_bias_correction, safeguard_warmup, d0, d_coef, growth_rate: See `ProdigyRule`.
-        weight_decay: Weight decay, scaled by d as every step is.
+        weight_decay: Weight decay, which is scaled by d like every step.
 
     Example:
         >>> import torch

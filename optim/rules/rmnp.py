@@ -1,4 +1,4 @@
-"""RMNP: momentum with rows of one length, in the place of Muon's Newton-Schulz iterations."""
+"""RMNP: momentum with rows normalised to equal length, instead of Muon's Newton-Schulz iterations."""
 
 import math
 from dataclasses import dataclass
@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from optim.checks import check_flag, check_unit_interval
+from optim.moments import zero_moment
 from optim.param_groups import NamedParams
-from optim.rule import OfParam, State, zero_moment
+from optim.rule import OfParam, State
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 
 SCALES = ("match_rms", "original", "none")
@@ -16,18 +17,18 @@ SCALES = ("match_rms", "original", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class RMNPRule(MatrixRule):
-    """RMNP: momentum with rows of one length, in the place of Muon's Newton-Schulz iterations.
+    """RMNP: momentum with rows normalised to equal length, instead of Muon's Newton-Schulz iterations.
 
         u = f d / |d|,  B <- momentum B + G,  d = G + momentum B with nesterov, else B
 
-    |d| is the norm of each row, the weights of one output, and a zero row stays zero.
+    |d| is the norm of each row, that is of the weights of one output. A zero row stays zero.
 
     Args:
         momentum: The decay rate of B.
-        nesterov: Whether d looks ahead.
+        nesterov: Whether to use Nesterov momentum.
         scale: The factor f for a matrix [m, n]. "match_rms" is 0.2 sqrt(n), which gives u a root mean square of 0.2, so
-            that AdamW's learning rate can be used unchanged; "original" is sqrt(max(1, m / n)), the published code's;
-            "none" is 1.
+            that AdamW's learning rate can be used unchanged; "original" is sqrt(max(1, m / n)), as in the published
+            code; "none" is 1.
 
     Shapes:
         Matrices [m, n] in one of the layouts of `MatrixRule`; not elementwise.
@@ -74,7 +75,7 @@ class RMNPRule(MatrixRule):
         return self.joined(stacks, d.shape), {"step": state["step"] + 1, "momentum_buffer": buffer}
 
     def _factor(self, x: Tensor) -> float:
-        """f for the matrices of a stack [k, m, n]."""
+        """Return f for the matrices of a stack [k, m, n]."""
         rows, columns = x.shape[-2:]
         if self.scale == "match_rms":
             return 0.2 * math.sqrt(columns)
@@ -89,10 +90,10 @@ class RMNP(MatrixOptimizer):
         lr: Learning rate of the hidden matrices.
         weight_decay: Decoupled weight decay of the hidden matrices.
         options: Fields of `RMNPRule`, and the keywords of `MatrixOptimizer`. Without `adamw_lr` the rest uses `lr`,
-            which fits the scale "match_rms" only; with another scale it must be given.
+            which is only suitable for the scale "match_rms"; with another scale `adamw_lr` must be given.
 
     Raises:
-        ValueError: If there is no matrix, or if `adamw_lr` is missing where it is needed.
+        ValueError: If there is no matrix, or if `adamw_lr` is needed and missing.
 
     Example:
         >>> import torch

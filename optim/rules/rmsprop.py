@@ -1,4 +1,4 @@
-"""RMSprop: the gradient over its root mean square, with or without momentum."""
+"""RMSprop: the gradient divided by its root mean square, with or without momentum."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,30 +6,31 @@ from typing import ClassVar
 from torch import Tensor
 
 from optim.checks import check_flag, check_non_negative, check_unit_interval
+from optim.moments import zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class RMSpropRule(UpdateRule):
-    """RMSprop: the gradient over its root mean square, with or without momentum.
+    """RMSprop: the gradient divided by its root mean square, with or without momentum.
 
         u = b,  b <- momentum b + g / (sqrt(v - a^2) + eps)
 
-    Here v <- alpha v + (1 - alpha) g^2, and a is the same average of g if `centered`, otherwise 0. Nothing corrects the
-    bias of v.
+    Here v <- alpha v + (1 - alpha) g^2, and a is the same average of g if `centered`, otherwise 0. The bias of v is not
+    corrected.
 
     Args:
         alpha: The decay rate of v.
         eps: Added to the denominator.
         momentum: The decay rate of b.
-        centered: Whether the variance takes the place of the second moment.
+        centered: Whether to divide by the standard deviation instead of the root mean square.
 
     Shapes:
         Elementwise. The averages have the parameter's shape.
 
     State:
-        4 bytes per parameter (one float32 average; 4 more with momentum, 4 more if centred) and a step count.
+        4 bytes per parameter (one float32 average; 4 more bytes with momentum, 4 more if centred) and a step count.
 
     Source:
         Tieleman & Hinton 2012 (Coursera, lecture 6.5); `torch.optim.RMSprop`.
@@ -62,7 +63,7 @@ class RMSpropRule(UpdateRule):
         new = {"step": state["step"] + 1, "exp_avg_sq": v}
         if self.centered:
             a = new["grad_avg"] = state["grad_avg"].lerp(g, 1 - self.alpha)
-            v = (v - a * a).clamp(min=0.0)  # a variance; rounding may leave it below 0
+            v = (v - a * a).clamp(min=0.0)  # the variance, which rounding may make negative
         direction = g / (v.sqrt() + self.eps)
         if self.momentum > 0:
             direction = new["momentum_buffer"] = self.momentum * state["momentum_buffer"] + direction

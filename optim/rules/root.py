@@ -9,8 +9,8 @@ from torch import Tensor
 
 from optim.checks import check_non_negative
 from optim.linalg import newton_schulz
+from optim.moments import moment_dtype
 from optim.param_groups import NamedParams
-from optim.rule import moment_dtype
 from optim.rules.matrices import MatrixOptimizer
 from optim.rules.muon import MuonRule
 from optim.sharding import replicated
@@ -24,7 +24,7 @@ PUBLISHED: Table = (
     ((2048, 3072), (3.4509, -4.5790, 1.9325)),
     ((2048, 8192), (2.9794, -3.6674, 1.6207)),
 )
-"""((smaller, larger side), (a, b, c)) as in the published code."""
+"""Entries ((smaller side, larger side), (a, b, c)), as in the published code."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +33,19 @@ class ROOTRule(MuonRule):
 
         u = f NS(clamp(d, -e, e)),  e = quantile of |d| + 1e-9
 
-    d and f are those of `MuonRule`, and NS uses the coefficients of the matrix's shape. Clamping removes the
-    soft-thresholded outliers of d; the momentum keeps them.
+    Here d and f are those of `MuonRule`, and NS uses the coefficients of the matrix's shape. Clamping removes the
+    soft-thresholded outliers from d; the momentum keeps them.
 
     Args:
-        quantile: Which quantile of |d|, linear between the order statistics of the matrix. None makes e = `threshold`
-            (the paper's algorithm, which has no nesterov either).
-        threshold: e without a quantile.
-        shape_coefficients: ((smaller side, larger side), (a, b, c)) for each shape. Other shapes use `ns_coefficients`.
-            `fit_coefficients` makes the triple of a shape.
+        ns_dtype: See `MuonRule`; "auto" is the dtype of the moments for shapes with fitted coefficients.
+        quantile: Which quantile of |d| to use, interpolated linearly between the order statistics of the matrix. None
+            sets e = `threshold` (the paper's algorithm, which has no Nesterov momentum either).
+        threshold: The value of e if `quantile` is None.
+        shape_coefficients: Entries ((smaller side, larger side), (a, b, c)), one per shape. Other shapes use
+            `ns_coefficients`. `fit_coefficients` computes the triple of a shape.
 
     Shapes:
-        As `MuonRule`.
+        As for `MuonRule`.
 
     State:
         4 bytes per parameter (one float32 buffer) and a step count.
@@ -53,8 +54,9 @@ class ROOTRule(MuonRule):
         arXiv 2511.20626, 2025; and its code.
 
     Differs:
-        Products and the quantile are in the dtype of the moments (published: products in the parameter's, the quantile
-        in float32). The published code warns about a shape that its table lacks; here `shape_coefficients` tells.
+        Products and the quantile are in the dtype of the moments (in the published code, products are in the
+        parameter's dtype and the quantile is in float32). The published code warns about a shape that its table lacks;
+        here `shape_coefficients` lists the shapes.
     """
 
     name: ClassVar[str] = "root"
@@ -68,14 +70,14 @@ class ROOTRule(MuonRule):
         super().__post_init__()
         object.__setattr__(self, "shape_coefficients", _checked(self.shape_coefficients))
         if (self.quantile is None) == (self.threshold is None):
-            raise ValueError("ROOTRule: give either quantile or threshold, and None for the other")
+            raise ValueError("ROOTRule: set either quantile or threshold, and None for the other")
         if self.quantile is not None and not (isinstance(self.quantile, float | int) and 0 < self.quantile <= 1):
             raise ValueError(f"ROOTRule: quantile = {self.quantile!r}; it must be a number with 0 < quantile <= 1")
         if self.threshold is not None:
             check_non_negative("ROOTRule", threshold=self.threshold)
 
     def orthogonalised(self, x: Tensor, param: Tensor) -> Tensor:
-        """Return NS of a stack [k, m, n] without outliers, with the coefficients of its shape."""
+        """Return NS of a stack of matrices without outliers, with the coefficients of their shape."""
         m, n = x.shape[-2:]
         if x.numel():
             if self.quantile is None:
@@ -93,7 +95,7 @@ class ROOTRule(MuonRule):
 
 
 def _quantile(x: Tensor, q: float) -> Tensor:
-    """x [k, n] -> [k], as torch.quantile, which refuses more than 16 million entries; by two selections."""
+    """Return the quantile of each row of x [k, n] as torch.quantile does, but of more than 16 million entries too."""
     place = q * (x.shape[-1] - 1)
     low = int(place)
     below = x.kthvalue(low + 1).values
@@ -117,24 +119,27 @@ def fit_coefficients(
 ) -> Triple:
     """Fit Newton-Schulz coefficients that bring the singular values of matrices [m, n] close to 1.
 
-    The fit minimises the mean of (s - 1)^2 plus its largest mean over one matrix, over the spectra of Gaussian and
-    recorded matrices, starting from Muon's triple. It is deterministic. Sides above 1024 are scaled down, which leaves
-    the spectrum of a Gaussian matrix unchanged.
+    The fit uses the spectra of Gaussian and recorded matrices. It minimises the mean of (s - 1)^2 over all of them plus
+    the largest such mean of a single matrix, starting from Muon's triple, and is deterministic. Sides above 1024 are
+    scaled down, which does not change the spectrum of a Gaussian matrix.
 
     Args:
-        m: Rows of the matrices.
-        n: Columns of the matrices.
-        recorded: Recorded momenta [m, n] whose spectra count too (the authors take three Gaussian matrices per recorded
-            one).
-        steps: Newton-Schulz steps.
-        seed: Seed of the Gaussian matrices.
+        m: The number of rows of the matrices.
+        n: The number of columns of the matrices.
+        recorded: Recorded momenta [m, n] whose spectra are included (the authors use three Gaussian matrices per
+            recorded one).
+        steps: The number of Newton-Schulz steps.
+        seed: The seed of the Gaussian matrices.
         samples: The number of Gaussian matrices.
 
     Returns:
         The triple (a, b, c).
 
+    Raises:
+        ValueError: If a number is below 1.
+
     Source:
-        arXiv 2511.20626, which fits offline; the search (Nelder-Mead) is ours.
+        arXiv 2511.20626, which fits offline; the search method (Nelder-Mead) is our choice.
 
     Example:
         >>> from optim.rules.root import fit_coefficients
@@ -143,7 +148,9 @@ def fit_coefficients(
         True
     """
     if min(m, n) < 1 or samples < 1 or steps < 1:
-        raise ValueError(f"fit_coefficients: m = {m}, n = {n}, samples = {samples}, steps = {steps}; all must be >= 1")
+        raise ValueError(
+            f"fit_coefficients: m = {m}, n = {n}, samples = {samples}, steps = {steps}; all must be at least 1"
+        )
     shrink = max(1.0, max(m, n) / 1024)
     sides = max(1, round(m / shrink)), max(1, round(n / shrink))
     generator = torch.Generator().manual_seed(seed)
@@ -151,7 +158,7 @@ def fit_coefficients(
     spectra = []
     for x in (*drawn, *(r.detach().double().reshape(r.shape[0], -1) for r in recorded)):
         s = torch.linalg.svdvals(x)
-        # of the full size: the Frobenius norm grows with the square root of the smaller side
+        # scaled to the full size: the Frobenius norm is proportional to the square root of the smaller side
         spectra.append(s / s.norm() * (len(s) / min(m, n)) ** 0.5)
     flat = torch.cat(spectra)
     sizes = [len(s) for s in spectra]

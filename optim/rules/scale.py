@@ -1,4 +1,4 @@
-"""SCALE: the gradient with rows of equal size, and momentum in the last layer only."""
+"""SCALE: the gradient with rows scaled to equal size, and momentum only in the last layer."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -7,9 +7,10 @@ from torch import Tensor
 
 from optim.checks import check_unit_interval
 from optim.linalg import unit_rms
+from optim.moments import moment_dtype, zero_moment
 from optim.param_groups import NamedParams, Settings
 from optim.roles import Kind
-from optim.rule import OfParam, State, moment_dtype, zero_moment
+from optim.rule import OfParam, State
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 
 _CHOICES = {"axis": ("inputs", "outputs"), "normaliser": ("rms", "l2")}
@@ -17,26 +18,28 @@ _CHOICES = {"axis": ("inputs", "outputs"), "normaliser": ("rms", "l2")}
 
 @dataclass(frozen=True, kw_only=True)
 class SCALERule(MatrixRule):
-    """SCALE: the gradient, or its momentum, with rows or columns of equal size.
+    """SCALE: the gradient, or its momentum, with rows or columns scaled to equal size.
 
         u = D / max(rms of D along `axis`, 1e-8)
 
-    D = G, or with momentum D = B, where B <- mu B + (1 - mu) G. A zero row stays zero. Other rows have rms 1 however
-    small they are, so that steps do not shrink near an optimum: the learning rate must.
+    Here D = G, or with momentum D = B, where B <- mu B + (1 - mu) G. A zero row stays zero. All other rows have a root
+    mean square of 1, however small they were. Steps therefore do not shrink near an optimum, so that the learning rate
+    has to decrease.
 
     Args:
-        axis: "inputs" for one rms per output; "outputs" for one per input, or per feature of an embedding.
-        normaliser: "rms", or "l2" as in the paper's formula, which is smaller by the square root of the axis's length.
-        momentum: mu; 0 for none.
+        axis: "inputs" for one root mean square per output; "outputs" for one per input, or per feature of an embedding.
+        normaliser: "rms", or "l2" as in the paper's formula, which makes u smaller by the square root of the axis's
+            length.
+        momentum: mu; 0 for no momentum.
 
     Shapes:
         Matrices [m, n]; not elementwise.
 
     State:
-        0 bytes per parameter (4 with momentum, in the last layer) and a step count.
+        0 bytes per parameter (4 bytes in the last layer, which has momentum) and a step count.
 
     Source:
-        arXiv 2506.16659, 2025; OptimAI-Lab/Minimalist_LLM_Pretraining, whose learning rates belong to the rms.
+        arXiv 2506.16659, 2025; OptimAI-Lab/Minimalist_LLM_Pretraining, whose learning rates assume "rms".
     """
 
     name: ClassVar[str] = "scale"
@@ -85,8 +88,8 @@ class SCALE(MatrixOptimizer):
         lr: Learning rate of the matrices.
         weight_decay: Decoupled weight decay of the matrices.
         momentum: Momentum of the last layer, the output head. With tied embeddings no tensor has momentum by default,
-            as in the published code; ``assign={"embed_tokens": {"axis": "outputs", "momentum": 0.9}}`` gives it to the
-            tied one.
+            as in the published code. ``assign={"embed_tokens": {"axis": "outputs", "momentum": 0.9}}`` gives the tied
+            tensor momentum.
         options: Other fields of `SCALERule`, and the keywords of `MatrixOptimizer`.
 
     Example:

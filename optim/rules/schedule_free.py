@@ -1,4 +1,4 @@
-"""What the Schedule-Free rules share: averaged weights in the place of a falling learning rate."""
+"""What the Schedule-Free rules share: averaged weights instead of a decreasing learning rate."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -7,29 +7,30 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_counts, check_non_negative
-from optim.rule import OfParam, State, UpdateRule, scalar_setting, zero_moment, zero_step
+from optim.moments import scalar_setting, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleFreeRule(UpdateRule, ABC):
-    """Averaged weights in the place of a falling learning rate.
+    """Averaged weights instead of a decreasing learning rate.
 
         z <- z - lr_t n,  x <- (1 - c) x + c z,  y = (1 - beta) z + beta x,  c = w_t / (w_1 + ... + w_t)
 
-    The parameter is y, at which gradients are taken; x, the average, is what should be evaluated and saved: see
-    `eval()` and `train()` of the optimizer. n is the gradient, in what form the method has it, plus weight_decay y. The
-    weights are w_t = t^r max(lr_1, ..., lr_t)^weight_lr_power, and lr_t = lr min(1, t / warmup_steps).
+    The parameter is y, at which gradients are computed. The average x should be used for evaluation and be saved: see
+    `eval()` and `train()` of the optimizer. n is the gradient, in the form that the method defines, plus weight_decay
+    y. The weights are w_t = t^r max(lr_1, ..., lr_t)^weight_lr_power, and lr_t = lr min(1, t / warmup_steps).
 
-    The state has z - y, from which x = y - (1 - beta) / beta (z - y).
+    The state stores z - y, from which x = y - (1 - beta) / beta (z - y) is computed.
 
     Args:
-        warmup_steps: Steps of a linear warm-up.
-        r: The power of t in the weights.
-        weight_lr_power: The power of the largest learning rate so far in the weights.
+        warmup_steps: The number of steps of a linear warm-up.
+        r: The exponent of t in the weights.
+        weight_lr_power: The exponent of the largest learning rate so far in the weights.
 
     Differs:
-        A step at a learning rate of 0 moves nothing and does not count for the average; in the published code y still
-        moves towards z.
+        A step at a learning rate of 0 changes nothing and does not contribute to the average. In the published code y
+        still moves towards z.
     """
 
     warmup_steps: int = 0
@@ -42,22 +43,22 @@ class ScheduleFreeRule(UpdateRule, ABC):
         check_non_negative(called, r=self.r, weight_lr_power=self.weight_lr_power)
         if not 0 < self.beta < 1:
             raise ValueError(
-                f"{called}: the share of the average in y is {self.beta!r}; it must be above 0 and below 1"
+                f"{called}: the weight of the average in y is {self.beta!r}; it must be above 0 and below 1"
             )
 
     @property
     @abstractmethod
     def beta(self) -> float:
-        """The share of x in y."""
+        """The weight of x in y."""
 
     @property
     def reads(self) -> frozenset[str]:
-        """The learning rate and the weight decay, by which z moves."""
+        """The learning rate and the weight decay, which are part of the step of z."""
         return frozenset({"lr", "weight_decay"})
 
     @property
     def averages(self) -> bool:
-        """Whether the method averages weights: yes."""
+        """Whether the method averages weights: it does."""
         return True
 
     def init(self, param: OfParam) -> State:
@@ -72,6 +73,9 @@ class ScheduleFreeRule(UpdateRule, ABC):
             n: The gradient in the method's form, without weight decay, in the dtype of the moments.
             state: The state before this gradient.
             param: The parameter.
+
+        Returns:
+            The direction, of the parameter's shape, and the entries.
         """
         t, lr, offset = (state["step"] + 1).double(), state["lr"].double(), state["offset"]
         warm = (t / self.warmup_steps).clamp(max=1.0) if self.warmup_steps else torch.ones_like(lr)

@@ -1,4 +1,4 @@
-"""Schedule-Free AdamW: averaged weights in the place of a falling learning rate."""
+"""Schedule-Free AdamW: averaged weights instead of a decreasing learning rate."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,21 +6,23 @@ from typing import ClassVar
 from torch import Tensor
 
 from optim.checks import check_non_negative, checked_betas
+from optim.moments import correction, zero_moment
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, correction, zero_moment
+from optim.rule import OfParam, State
 from optim.rules.schedule_free import ScheduleFreeRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleFreeAdamWRule(ScheduleFreeRule):
-    """Schedule-Free AdamW: `ScheduleFreeRule` with the gradient over its root mean square.
+    """Schedule-Free AdamW: `ScheduleFreeRule` with the gradient divided by its root mean square.
 
         n = g / (sqrt(v / (1 - b2^t)) + eps) + weight_decay y,  v <- b2 v + (1 - b2) g^2
 
     Run it with a constant learning rate, after a warm-up.
 
     Args:
-        betas: (b1, b2): the share of the average in y, and the decay rate of v.
+        betas: (b1, b2), the weight of the average in y, and the decay rate of v.
+        warmup_steps, r, weight_lr_power: See `ScheduleFreeRule`.
         eps: Added to the denominator.
 
     Shapes:
@@ -33,7 +35,7 @@ class ScheduleFreeAdamWRule(ScheduleFreeRule):
         Defazio et al. 2024, arXiv 2405.15682; facebookresearch/schedule_free.
 
     Differs:
-        `ScheduleFreeRule` says how. The code's `inner_momentum` does not exist here.
+        See `ScheduleFreeRule`. The `inner_momentum` of the published code does not exist here.
     """
 
     name: ClassVar[str] = "schedule_free_adamw"
@@ -48,11 +50,11 @@ class ScheduleFreeAdamWRule(ScheduleFreeRule):
 
     @property
     def beta(self) -> float:
-        """The share of x in y."""
+        """The weight of x in y."""
         return self.betas[0]
 
     def init(self, param: OfParam) -> State:
-        """Return a zero second moment, and what all Schedule-Free rules have."""
+        """Return a zero second moment, and the entries of all Schedule-Free rules."""
         return super().init(param) | {"exp_avg_sq": zero_moment(param)}
 
     def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
@@ -72,7 +74,7 @@ class ScheduleFreeAdamW(Optimizer):
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
         betas, eps, warmup_steps, r, weight_lr_power: See `ScheduleFreeAdamWRule`.
-        weight_decay: Weight decay at y, by which z moves.
+        weight_decay: Weight decay at y, which is part of the step of z.
 
     Example:
         >>> import torch

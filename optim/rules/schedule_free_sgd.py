@@ -1,4 +1,4 @@
-"""Schedule-Free SGD: averaged weights in the place of a falling learning rate."""
+"""Schedule-Free SGD: averaged weights instead of a decreasing learning rate."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +18,8 @@ class ScheduleFreeSGDRule(ScheduleFreeRule):
     Run it with a constant learning rate.
 
     Args:
-        momentum: The share of the average in y, in the place of momentum.
+        momentum: The weight of the average in y, which replaces momentum.
+        warmup_steps, r, weight_lr_power: See `ScheduleFreeRule`.
 
     Shapes:
         Elementwise. The tensor of the state has the parameter's shape.
@@ -30,7 +31,7 @@ class ScheduleFreeSGDRule(ScheduleFreeRule):
         Defazio et al. 2024, arXiv 2405.15682; facebookresearch/schedule_free.
 
     Differs:
-        `ScheduleFreeRule` says how.
+        See `ScheduleFreeRule`.
     """
 
     name: ClassVar[str] = "schedule_free_sgd"
@@ -43,7 +44,7 @@ class ScheduleFreeSGDRule(ScheduleFreeRule):
 
     @property
     def beta(self) -> float:
-        """The share of x in y."""
+        """The weight of x in y."""
         return self.momentum
 
     def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
@@ -58,7 +59,7 @@ class ScheduleFreeSGD(Optimizer):
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
         momentum, warmup_steps, r, weight_lr_power: See `ScheduleFreeSGDRule`.
-        weight_decay: Weight decay at y, by which z moves.
+        weight_decay: Weight decay at y, which is part of the step of z.
 
     Example:
         >>> import torch

@@ -6,8 +6,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from optim.checks import check_flag, check_unit_interval
+from optim.moments import moment_dtype, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, moment_dtype, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,26 +17,25 @@ class SGDRule(UpdateRule):
 
         u = b, or u = g + momentum b with nesterov,  b <- momentum b + (1 - dampening) g
 
-    b = g at the first step. At momentum 0 the direction is the gradient in the moments' dtype, u = g: the plain
-    gradients of LESS's target side.
+    At the first step b = g. With momentum 0 the direction is the gradient in the moments' dtype, u = g; LESS uses such
+    plain gradients for target rows.
 
     Args:
         momentum: The factor of the buffer.
-        dampening: The share of the gradient that does not enter the buffer.
-        nesterov: Whether the direction looks ahead.
+        dampening: The share of the gradient that is not added to the buffer.
+        nesterov: Whether to use Nesterov momentum.
 
     Shapes:
         Elementwise. The buffer has the parameter's shape.
 
     State:
-        4 bytes per parameter (a float32 buffer), none at momentum 0; and a step count.
+        4 bytes per parameter (a float32 buffer; 0 with momentum 0) and a step count.
 
     Source:
         `torch.optim.SGD`; Sutskever et al. 2013 for this form of Nesterov momentum.
 
     Differs:
-        Weight decay is decoupled, as for every rule here. torch adds it to the gradient, which is the same at momentum
-        0 only.
+        Weight decay is decoupled. torch adds it to the gradient, which is only the same with momentum 0.
     """
 
     name: ClassVar[str] = "sgd"
@@ -50,7 +50,7 @@ class SGDRule(UpdateRule):
         if not isinstance(self.dampening, int | float) or not 0 <= self.dampening <= 1:
             raise ValueError(f"SGDRule: dampening = {self.dampening!r}; it must be a number with 0 <= dampening <= 1")
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
-            raise ValueError("SGDRule: nesterov needs a momentum above 0 and dampening 0")
+            raise ValueError("SGDRule: nesterov=True needs a momentum above 0 and dampening 0")
 
     def init(self, param: OfParam) -> State:
         """Return a zero step count, and a zero buffer if there is momentum."""
@@ -62,7 +62,7 @@ class SGDRule(UpdateRule):
         new = {"step": state["step"] + 1}
         if self.momentum == 0:
             return g, new
-        share = 1 - self.dampening * (state["step"] > 0)  # the first gradient enters whole, as in torch
+        share = 1 - self.dampening * (state["step"] > 0)  # the first gradient is not dampened, as in torch
         b = new["momentum_buffer"] = self.momentum * state["momentum_buffer"] + share * g
         return (g + self.momentum * b if self.nesterov else b), new
 

@@ -1,4 +1,4 @@
-"""SGD-SaI: momentum SGD whose learning rate is scaled once per tensor."""
+"""SGD-SaI: SGD with momentum whose learning rate is scaled once per tensor."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,42 +7,43 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_non_negative, check_unit_interval
+from optim.moments import moment_dtype, scalar_moment, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, moment_dtype, scalar_moment, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class SGDSaIRule(UpdateRule):
-    """SGD-SaI: momentum SGD with a gain per tensor, which the first gradient sets.
+    """SGD-SaI: SGD with momentum and a gain per tensor, which the first gradient determines.
 
         u = k b,  b <- momentum b + (1 - momentum) g,  k = |g| / (std(g) + eps)
 
-    b = g at first. The gain k is that of the first gradient that is not zero; std is the unbiased deviation of the
-    tensor's entries.
+    At the first step b = g. The gain k is computed from the first gradient that is not zero; std is the unbiased
+    standard deviation of the tensor's entries.
 
     Args:
         momentum: The factor of the buffer; 0 gives u = k g.
-        eps: Added to the deviation.
+        eps: Added to the standard deviation.
 
     Shapes:
-        Any. The gain is that of the whole tensor, so the rule is not elementwise. It is about sqrt(number of entries)
-        where these have no common mean, so that large tensors learn faster.
+        Any. Not elementwise, because the gain depends on the whole tensor. It is about sqrt(number of entries) if the
+        entries have a mean of 0, so that large tensors learn faster.
 
     State:
-        4 bytes per parameter (a float32 buffer), none at momentum 0; the gain (one scalar per tensor) and a step count.
+        4 bytes per parameter (a float32 buffer; 0 with momentum 0), the gain (one scalar per tensor) and a step count.
 
     Source:
         Xu et al. 2024, arXiv 2412.11768, algorithm 1; sgd-sai 1.0.3.
 
     Differs:
-        In four cases the published code fails or diverges.
+        The published code fails or diverges in four cases, which are handled here:
 
-        - A single entry, or entries that are all equal, have no deviation: the gain is 1 (published: |g| / eps, about
-          1e8).
-        - A zero gradient is not measured: buffer and gain start at the first other gradient (published: gain 0 for
-          ever).
-        - momentum 0 works.
-        - The gain is part of the state, so that a resumed run does not measure again.
+        - A single entry, or entries that are all equal, have a standard deviation of 0. The gain is then 1 (in the
+          published code it is |g| / eps, about 1e8).
+        - A zero gradient does not determine the gain: buffer and gain start at the first gradient that is not zero (in
+          the published code the gain remains 0).
+        - A momentum of 0 is supported.
+        - The gain is part of the state, so that a resumed run does not compute it again.
     """
 
     name: ClassVar[str] = "sgd_sai"
@@ -56,7 +57,7 @@ class SGDSaIRule(UpdateRule):
         check_non_negative("SGDSaIRule", eps=self.eps)
 
     def init(self, param: OfParam) -> State:
-        """Return a zero step count, gain 0 ("not measured yet"), and a zero buffer if there is momentum."""
+        """Return a zero step count, a gain of 0 ("not determined yet"), and a zero buffer if there is momentum."""
         buffer = {"momentum_buffer": zero_moment(param)} if self.momentum else {}
         return {"step": zero_step(), "gain": scalar_moment(param)} | buffer
 
@@ -73,12 +74,12 @@ class SGDSaIRule(UpdateRule):
         return gain * b, new
 
     def _gain(self, g: Tensor) -> Tensor:
-        """|g| / (std(g) + eps): 1 where the entries do not differ, 0 where all are zero."""
+        """Return |g| / (std(g) + eps); 1 if all entries are equal, and 0 if all of them are zero."""
         norm = g.square().sum().sqrt()
         if g.numel() < 2:
             return (norm > 0).to(g.dtype)
         std = ((g - g.mean()).square().sum() / (g.numel() - 1)).sqrt()
-        alike = std <= 4 * torch.finfo(g.dtype).eps * norm  # rounding, not deviation
+        alike = std <= 4 * torch.finfo(g.dtype).eps * norm  # such a deviation is due to rounding
         return torch.where(norm > 0, torch.where(alike, 1.0, norm / (std + self.eps)), 0.0)
 
 

@@ -6,44 +6,45 @@ from typing import ClassVar
 from torch import Tensor
 
 from optim.checks import check_flag, check_non_negative, check_unit_interval
-from optim.linalg import remove_radial
+from optim.moments import moment_dtype, scalar_moment, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, moment_dtype, scalar_moment, zero_moment, zero_step
+from optim.radial import remove_radial
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class SGDPRule(UpdateRule):
-    """SGDP: SGD without the radial part of the step for weights whose scale has no effect.
+    """SGDP: SGD that removes the radial part of the step for weights whose scale has no effect.
 
         u = P(b), or P(g + momentum b) with nesterov,  b <- momentum b + (1 - dampening) g
 
-    P removes the part along the weights if the gradient is almost orthogonal to them (`optim.linalg.remove_radial`);
-    weight decay then acts with `wd_ratio` of its strength. Weight decay is always multiplied by 1 / (1 - momentum), as
-    the steps are.
+    P removes the part along the weights if the gradient is almost orthogonal to them (`optim.radial.remove_radial`);
+    weight decay then acts with `wd_ratio` of its strength. Weight decay is always multiplied by 1 / (1 - momentum), the
+    factor by which momentum increases the steps.
 
     Args:
         momentum: The factor of the buffer.
-        dampening: The share of the gradient that does not enter the buffer.
-        nesterov: Whether the direction looks ahead.
-        eps: The least norm in the test of orthogonality.
+        dampening: The share of the gradient that is not added to the buffer.
+        nesterov: Whether to use Nesterov momentum.
+        eps: The smallest norm in the test of orthogonality.
         delta: The threshold of the cosine between gradient and weights.
         wd_ratio: The share of weight decay that remains after a projection.
-        project_buffer: Whether the projected step is written into the buffer, as the published code does without
+        project_buffer: Whether the projected step is written to the buffer, as the published code does without
             nesterov; the buffer then loses the radial part permanently.
 
     Shapes:
-        Tensors of two and more dimensions are treated as [dim 0, rest]; vectors and scalars get plain SGD. Not
-        elementwise: norms and products of rows and of the whole tensor decide.
+        Tensors with two or more dimensions are treated as [dim 0, rest]; vectors and scalars get plain SGD. Not
+        elementwise, because the projection depends on norms and inner products of rows and of the whole tensor.
 
     State:
-        4 bytes per parameter (a float32 buffer), none at momentum 0; a step count, which the update does not use, and
+        4 bytes per parameter (a float32 buffer; 0 with momentum 0), a step count, which the update does not use, and
         the share of weight decay of the last update.
 
     Source:
         Heo et al. 2020, arXiv 2006.08217; clovaai/AdamP (adamp 0.3.0).
 
     Differs:
-        The paper projects only the step, and so does the published code with nesterov.
+        The paper only projects the step, and so does the published code with nesterov.
     """
 
     name: ClassVar[str] = "sgdp"
@@ -64,7 +65,7 @@ class SGDPRule(UpdateRule):
         if not isinstance(self.dampening, int | float) or not 0 <= self.dampening <= 1:
             raise ValueError(f"SGDPRule: dampening = {self.dampening!r}; it must be a number with 0 <= dampening <= 1")
         if self.nesterov and self.project_buffer:
-            raise ValueError("SGDPRule: project_buffer is for momentum without nesterov, whose step is not the buffer")
+            raise ValueError("SGDPRule: project_buffer=True needs nesterov=False, where the step is the buffer")
 
     def init(self, param: OfParam) -> State:
         """Return a zero step count, full weight decay, and a zero buffer if there is momentum."""
@@ -97,8 +98,9 @@ class SGDP(Optimizer):
     Args:
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
-        momentum, dampening: See `SGDPRule`, as for the remaining keywords.
+        momentum, dampening: See `SGDPRule`.
         weight_decay: Decoupled weight decay.
+        nesterov, eps, delta, wd_ratio, project_buffer: See `SGDPRule`.
 
     Example:
         >>> import torch

@@ -6,8 +6,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from optim.checks import check_unit_interval
+from optim.moments import moment_dtype, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, moment_dtype, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,10 +17,11 @@ class SignSGDRule(UpdateRule):
 
         u = sign(m),  m <- momentum m + (1 - momentum) g
 
-    sign(0) = 0. Where m is as small as rounding errors, rounding decides its sign, and so a float32 trajectory.
+    Here sign(0) = 0. If m is as small as rounding errors, rounding determines its sign, and therefore trajectories in
+    float32 are sensitive to it.
 
     Args:
-        momentum: The decay rate of m; 0 is signSGD, without a state.
+        momentum: The decay rate of m. 0 is signSGD, which stores no average.
 
     Shapes:
         Elementwise. The average has the parameter's shape.
@@ -39,7 +41,7 @@ class SignSGDRule(UpdateRule):
         check_unit_interval("SignSGDRule", momentum=self.momentum)
 
     def init(self, param: OfParam) -> State:
-        """Return a zero average, unless there is no momentum, and a zero step count."""
+        """Return a zero average (if there is momentum) and a zero step count."""
         return {"step": zero_step()} | ({"momentum_buffer": zero_moment(param)} if self.momentum > 0 else {})
 
     def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:

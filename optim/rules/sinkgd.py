@@ -1,4 +1,4 @@
-"""SinkGD: the gradient with rows and columns of equal size, without state; and other rounds of normalisations."""
+"""SinkGD: the gradient with rows and columns normalised in turn, without state; and similar normalisations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from optim.checks import check_counts, check_non_negative
 from optim.linalg import NORMS, multi_normalised
+from optim.moments import moment_dtype
 from optim.param_groups import NamedParams
-from optim.rule import OfParam, State, moment_dtype
+from optim.rule import OfParam, State
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 
 
@@ -19,13 +20,14 @@ class SinkGDRule(MatrixRule):
 
         u = alpha X
 
-    X is the gradient after `rounds` rounds of `norms` (`optim.linalg.multi_normalised`). A zero row stays zero; in a
-    matrix of one row or column, entries become +-1. Steps do not shrink near an optimum: the learning rate must.
+    Here X is the gradient after `rounds` rounds of `norms` (`optim.linalg.multi_normalised`). A zero row stays zero. In
+    a matrix with a single row or column, entries become +-1. Steps do not shrink near an optimum, so that the learning
+    rate has to decrease.
 
     Args:
-        norms: The normalisations of a round, in their order. The default, ("row", "column"), is SinkGD: rows to l2 norm
-            sqrt(n), then columns to sqrt(m), five times. Other norms ("spectral", "sign") and orders are the general
-            scheme (MNGD).
+        norms: The normalisations of a round, in their order. The default, ("row", "column"), is SinkGD: five times,
+            rows are scaled to an l2 norm of sqrt(n), and then columns to sqrt(m). Other norms ("spectral", "sign") and
+            orders give the general scheme (MNGD).
         rounds: The number of rounds.
         alpha: A factor of the direction.
 
@@ -39,7 +41,7 @@ class SinkGDRule(MatrixRule):
         Scetbon et al. 2025, arXiv 2502.06742.
 
     Differs:
-        `alpha` scales the update but not weight decay, which is no part of the method.
+        `alpha` scales the update but not weight decay, which is not part of the method.
     """
 
     name: ClassVar[str] = "sinkgd"

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_counts, check_non_negative, check_unit_interval, checked_betas
+from optim.moments import correction, moment_dtype, zero_step
 from optim.param_groups import NamedParams
-from optim.rule import OfParam, State, correction, moment_dtype, zero_step
+from optim.rule import OfParam, State
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 from optim.sharding import check_whole
 
@@ -22,27 +23,27 @@ class SOAPRule(MatrixRule):
 
         u = c Q_L (m / (sqrt(v) + eps)) Q_R^T,  c = sqrt(1 - b2^t) / (1 - b1^t)
 
-    m and v are Adam's moments of Q_L^T G Q_R. Q_L [m, m] and Q_R [n, n] are eigenvectors of L, an average of G G^T, and
-    of R, an average of G^T G. Between two decompositions one step of power iteration and a QR decomposition follow the
-    eigenvectors, and m is turned into the new basis.
+    Here m and v are Adam's moments of Q_L^T G Q_R. Q_L [m, m] and Q_R [n, n] are eigenvectors of L, an average of
+    G G^T, and of R, an average of G^T G. They are computed by an eigendecomposition once, and then updated by one step
+    of power iteration with a QR decomposition; m is transformed to the new basis.
 
     Args:
         betas: (b1, b2), the decay rates of the two moments.
         eps: Added to the denominator; in the variants "current" and "kl" after the bias correction.
         shampoo_beta: The decay rate of L and R; None for b2.
-        variant: "soap" is as published: the basis is renewed every `precondition_frequency` steps, after the step, and
-            the first step only measures. "current" renews it at every step with the present gradient, which removes the
-            spikes of a stale basis. "kl" does so with the factors of KL-Shampoo, where L averages G R^-1 G^T / n and R
-            averages G^T L^-1 G / m.
-        precondition_frequency: Steps from one basis to the next, of the variant "soap".
-        max_precond_dim: A side that is longer keeps the identity as its basis, of the variant "soap".
+        variant: "soap" is as published: the basis is updated every `precondition_frequency` steps, after the step, and
+            the first step only initialises L and R. "current" updates it at every step with the current gradient, which
+            removes the spikes that an outdated basis causes. "kl" does so with the factors of KL-Shampoo, where L
+            averages G R^-1 G^T / n and R averages G^T L^-1 G / m.
+        precondition_frequency: In the variant "soap", the number of steps from one basis to the next.
+        max_precond_dim: In the variant "soap", sides longer than this keep the identity as their basis.
 
     Shapes:
-        Matrices [m, n]; not elementwise, and not in parts of several sizes (`split_sizes`).
+        Matrices [m, n]; not elementwise, and not divided into parts of different sizes (`split_sizes`).
 
     State:
-        24 bytes per parameter (two float32 moments, and for a square matrix two matrices for each side; in general
-        8 + 8 m / n + 8 n / m, and none for a side beyond `max_precond_dim`) and a step count.
+        24 bytes per parameter for a square matrix (two float32 moments, and two matrices per side) and a step count. In
+        general 8 + 8 m / n + 8 n / m bytes, where a side longer than `max_precond_dim` adds nothing.
 
     Cost:
         6 m n (m + n) FLOP per step, and 4 (m^3 + n^3) for each QR decomposition.
@@ -52,8 +53,8 @@ class SOAPRule(MatrixRule):
         NVIDIA-NeMo/Emerging-Optimizers (KlSoapV3), with a bias-corrected average of the factors.
 
     Differs:
-        The published code gives vectors to Adam in the same step, and embeddings a one-sided basis; here both are
-        AdamW's unless assigned. In the variant "soap" decay acts on the old weights, not the updated ones.
+        The published code steps vectors by Adam, and embeddings with a one-sided basis. Here AdamW steps both, unless
+        `assign` says otherwise. In the variant "soap" decay acts on the old weights and not on the updated ones.
     """
 
     name: ClassVar[str] = "soap"
@@ -80,7 +81,7 @@ class SOAPRule(MatrixRule):
         if self.variant == "kl" and self.eps == 0:
             raise ValueError("SOAPRule: eps = 0; the variant 'kl' divides by eigenvalues of at least eps")
         if self.split_sizes is not None:
-            raise ValueError("SOAPRule: split_sizes is not for SOAP; its matrices are whole, or equal heads")
+            raise ValueError("SOAPRule: SOAP does not support split_sizes; its matrices are whole, or equal heads")
 
     def init(self, param: OfParam) -> State:
         """Return zero moments and factors, a zero step count, and identities as bases."""
@@ -100,7 +101,7 @@ class SOAPRule(MatrixRule):
         return state
 
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
-        """Compute the bases that are due between steps; tensors share nothing.
+        """Compute the bases that are due between steps; tensors do not share anything.
 
         Raises:
             TypeError: For sharded tensors.
@@ -121,12 +122,12 @@ class SOAPRule(MatrixRule):
 
     @property
     def coupled(self) -> bool:
-        """Whether tensors share something: no, `share` computes each basis by itself."""
+        """Whether tensors share something: they do not, because `share` computes each basis separately."""
         return False
 
     @property
     def uncodable(self) -> str:
-        """Why there are no codes of this state: of its bases."""
+        """Why the state cannot be stored as codes: it contains bases."""
         return "without an eigenbasis, which is no running average and cannot be coded"
 
     def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
@@ -138,7 +139,7 @@ class SOAPRule(MatrixRule):
         t = state["step"] + 1
         new = dict(state)
         if self.variant == "soap":
-            counted = state["step"]  # the first step only measures
+            counted = state["step"]  # the first step only initialises the factors
             new |= self._factors(g, state, beta)
             used = state
         else:
@@ -162,26 +163,26 @@ class SOAPRule(MatrixRule):
         return self.joined([u], param.shape), new | {"step": t, "exp_avg": m, "exp_avg_sq": v}
 
     def decay(self, direction: OfParam, state: State, param: OfParam) -> OfParam:
-        """Return the parameter; zero at the first step of the variant "soap", which moves nothing."""
+        """Return the parameter, or zero at the first step of the variant "soap", which does not change it."""
         if self.variant != "soap":
             return param
         return torch.where((state["step"] <= 1).to(param.device), 0.0, param)
 
     def _factors(self, g: Tensor, state: State, beta: float | Tensor) -> State:
-        """L and R after the gradient g [k, m, n]."""
+        """Return L and R after the gradient g [k, m, n]."""
         found: State = {}
         for side, x in (("left", g), ("right", g.mT)):
             key, other = f"factor_{side}", "right" if side == "left" else "left"
             if key in state:
                 y = x
-                if self.variant == "kl":  # x Q diag(1 / values) Q^T x^T / the other side
+                if self.variant == "kl":  # y y^T = x Q diag(1 / values) Q^T x^T / length of the other side
                     y = x @ state[f"basis_{other}"]
                     y = y * (state[f"values_{other}"].clamp(min=self.eps) * x.shape[-1]).rsqrt().unsqueeze(-2)
                 found[key] = beta * state[key] + (1 - beta) * (y @ y.mT)
         return found
 
     def _decompose(self, state: State) -> None:
-        """Write the eigenvectors of the factors to the state, the largest first."""
+        """Write the eigenvectors of the factors to the state, in the order of decreasing eigenvalues."""
         for side in ("left", "right"):
             if f"factor_{side}" in state and state[f"factor_{side}"].numel():
                 values, vectors = torch.linalg.eigh(state[f"factor_{side}"])
@@ -190,14 +191,14 @@ class SOAPRule(MatrixRule):
                     state[f"values_{side}"].copy_(values.flip(-1))
 
     def _followed(self, state: State, *, reorder: bool) -> State:
-        """Bases after a step of power iteration, and the first moment in them; `reorder` as published, see there."""
+        """Return bases after a step of power iteration, and the moments in them; `reorder` is the published order."""
         found: State = {}
         v = state["exp_avg_sq"]
         for side, dim in (("left", -2), ("right", -1)):
             if f"basis_{side}" not in state:
                 continue
             q, factor = state[f"basis_{side}"], state[f"factor_{side}"]
-            if reorder:  # columns by their estimated eigenvalues, and v with them
+            if reorder:  # sort columns by their estimated eigenvalues, together with v
                 order = (q * (factor @ q)).sum(-2).argsort(dim=-1, descending=True)
                 q = torch.take_along_dim(q, order.unsqueeze(-2), -1)
                 v = torch.take_along_dim(v, order.unsqueeze(-1 if dim == -2 else -2), dim)
@@ -214,7 +215,7 @@ class SOAPRule(MatrixRule):
 
 
 def _turned(x: Tensor, state: State, *, back: bool) -> Tensor:
-    """x [k, m, n] in the coordinates of the bases, or back from them; a side without a basis stays as it is."""
+    """Return x [k, m, n] in the coordinates of the bases, or back; a side without a basis is not changed."""
     if "basis_left" in state:
         q = state["basis_left"]
         x = (q if back else q.mT) @ x

@@ -1,4 +1,4 @@
-"""Sophia-G: momentum divided by a Gauss-Newton diagonal, clipped element by element."""
+"""Sophia-G: momentum divided by a Gauss-Newton diagonal, with elementwise clipping."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -7,13 +7,14 @@ from torch import Tensor
 
 from optim.checks import check_non_negative, check_positive, checked_betas
 from optim.curvature import CurvatureRule
+from optim.moments import zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, zero_moment, zero_step
+from optim.rule import OfParam, State
 
 
 @dataclass(frozen=True, kw_only=True)
 class SophiaGRule(CurvatureRule):
-    """Sophia-G: momentum divided by a Gauss-Newton diagonal, clipped element by element.
+    """Sophia-G: momentum divided by a Gauss-Newton diagonal, with elementwise clipping.
 
         u = clip(m / (rho h + eps), -1, 1),  m <- b1 m + (1 - b1) g
 
@@ -21,26 +22,26 @@ class SophiaGRule(CurvatureRule):
     model (`curvature.gauss_newton`). Until the first refresh h = 0 and u = sign(m), so use a learning-rate warm-up.
 
     Args:
-        betas: (b1, b2), the decay rates of momentum and curvature; the authors advise (0.965, 0.99).
-        rho: The authors advise a value that leaves 10 to 50 % of the coordinates unclipped (0.03 to 0.08), and gradient
-            clipping at norm 1.
+        betas: (b1, b2), the decay rates of momentum and curvature; the authors recommend (0.965, 0.99).
+        rho: The factor of h. The authors recommend a value that leaves 10 to 50 % of the coordinates unclipped (0.03 to
+            0.08), and gradient clipping at norm 1.
         eps: Added to the denominator.
-        refresh_every: Steps from one refresh to the next.
+        refresh_every: The number of steps from one refresh to the next.
 
     Shapes:
         Elementwise. Both buffers have the parameter's shape.
 
     State:
-        8 bytes per parameter (two float32 buffers) and a step count, which tells `curvature.refresh` what is due.
+        8 bytes per parameter (two float32 buffers) and a step count, by which `curvature.refresh` knows what is due.
 
     Source:
         Liu et al. 2023, arXiv 2305.14342, algorithm 3; Liuhong99/Sophia.
 
     Differs:
-        The published code keeps h without the factor B and multiplies by ``bs`` = B in the step. Here B is counted at
-        each refresh, which is the same for a constant B, and correct where it varies (supervised tokens). The published
-        code refreshes after steps k, 2k, ... on the batch of that step; `curvature.refresh` does so at the same
-        parameters, before the following step and on its batch. The paper also refreshes before the first step.
+        The published code stores h without the factor B and multiplies by ``bs`` = B in the step. Here B is counted at
+        each refresh, which is the same for a constant B, and correct if it varies (supervised tokens). The published
+        code refreshes after steps k, 2k, ... on the batch of that step; `curvature.refresh` refreshes at the same
+        parameters, but before the next step and on its batch. The paper also refreshes before the first step.
     """
 
     name: ClassVar[str] = "sophia_g"
@@ -69,7 +70,15 @@ class SophiaGRule(CurvatureRule):
         return direction, {"step": state["step"] + 1, "exp_avg": m, "hessian": h}
 
     def absorb(self, estimate: OfParam, state: State) -> State:
-        """Return the new h after a refresh, from the estimate B g~^2 of the parameter's shape."""
+        """Return the new h after a refresh.
+
+        Args:
+            estimate: B g~^2, of the parameter's shape.
+            state: The state of the parameter, which is not changed.
+
+        Returns:
+            The entries of the state that change.
+        """
         return {"hessian": state["hessian"].lerp(estimate, 1 - self.betas[1])}
 
 
@@ -79,8 +88,9 @@ class SophiaG(Optimizer):
     Args:
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
-        betas, rho: See `SophiaGRule`, as for the remaining keywords.
+        betas, rho: See `SophiaGRule`.
         weight_decay: Decoupled weight decay.
+        eps, refresh_every: See `SophiaGRule`.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Sophia-H: momentum divided by Hutchinson's estimate of the Hessian diagonal, clipped element by element."""
+"""Sophia-H: momentum divided by Hutchinson's estimate of the Hessian diagonal, with elementwise clipping."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -7,36 +7,38 @@ from torch import Tensor
 
 from optim.checks import check_non_negative, check_positive, checked_betas
 from optim.curvature import CurvatureRule
+from optim.moments import zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, zero_moment, zero_step
+from optim.rule import OfParam, State
 
 
 @dataclass(frozen=True, kw_only=True)
 class SophiaHRule(CurvatureRule):
-    """Sophia-H: momentum divided by Hutchinson's estimate of the Hessian diagonal, clipped element by element.
+    """Sophia-H: momentum divided by Hutchinson's estimate of the Hessian diagonal, with elementwise clipping.
 
         u = clip(m / max(gamma h, eps), -1, 1),  m <- b1 m + (1 - b1) g
 
-    A refresh sets h <- b2 h + (1 - b2) z H z with a standard normal z (`curvature.hutchinson`). Where h is not positive
-    the step has full size, sign(m); this also holds until the first refresh, which comes before the first step.
+    A refresh sets h <- b2 h + (1 - b2) z H z with a standard normal z (`curvature.hutchinson`). Where h is not
+    positive, the step is sign(m), which has full size. This also holds before the first refresh, which precedes the
+    first step.
 
     Args:
         betas: (b1, b2), the decay rates of momentum and curvature.
         gamma: The factor of h.
-        eps: The least denominator.
-        refresh_every: Steps from one refresh to the next.
+        eps: The smallest denominator.
+        refresh_every: The number of steps from one refresh to the next.
 
     Shapes:
         Elementwise. Both buffers have the parameter's shape.
 
     State:
-        8 bytes per parameter (two float32 buffers) and a step count, which tells `curvature.refresh` what is due.
+        8 bytes per parameter (two float32 buffers) and a step count, by which `curvature.refresh` knows what is due.
 
     Source:
         Liu et al. 2023, arXiv 2305.14342, algorithms 1 and 3; the authors published no code for it.
 
     Differs:
-        Other implementations scale by lr / gamma (pytorch_optimizer, which is equal after re-parameterising), or
+        Other implementations scale by lr / gamma (pytorch_optimizer, which is equivalent after reparametrisation), or
         correct the bias of m and use the previous h (Levanter).
     """
 
@@ -65,7 +67,15 @@ class SophiaHRule(CurvatureRule):
         return direction, {"step": state["step"] + 1, "exp_avg": m, "hessian": h}
 
     def absorb(self, estimate: OfParam, state: State) -> State:
-        """Return the new h after a refresh, from the estimate z H z of the parameter's shape."""
+        """Return the new h after a refresh.
+
+        Args:
+            estimate: z H z, of the parameter's shape.
+            state: The state of the parameter, which is not changed.
+
+        Returns:
+            The entries of the state that change.
+        """
         return {"hessian": state["hessian"].lerp(estimate, 1 - self.betas[1])}
 
 
@@ -75,8 +85,9 @@ class SophiaH(Optimizer):
     Args:
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
-        betas: See `SophiaHRule`, as for the remaining keywords.
+        betas, gamma, eps: See `SophiaHRule`.
         weight_decay: Decoupled weight decay.
+        refresh_every: See `SophiaHRule`.
 
     Example:
         >>> import torch

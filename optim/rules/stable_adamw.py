@@ -6,8 +6,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from optim.checks import check_non_negative, checked_betas
+from optim.moments import correction, scalar_moment, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, correction, scalar_moment, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,15 +17,15 @@ class StableAdamWRule(UpdateRule):
 
         u = m / (sqrt(v) + eps) / max(1, r),  r = rms(g / sqrt(max(v, eps^2)))
 
-    The averages are unbiased at every step: m <- m + (1 - b1) / (1 - b1^t) (g - m), and v likewise with b2 and g^2. r
-    is one number per tensor. Where it clips, it also divides the weight decay.
+    The averages are unbiased at every step: m <- m + (1 - b1) / (1 - b1^t) (g - m), and likewise v with b2 and g^2.
+    There is one r per tensor. If it exceeds 1, weight decay is divided by it as well.
 
     Args:
         betas: (b1, b2), the decay rates of the two moments.
         eps: Added to the denominator.
 
     Shapes:
-        Any. The root mean square over the tensor makes it not elementwise.
+        Any. Not elementwise, because of the root mean square over the tensor.
 
     State:
         8 bytes per parameter (two float32 moments), a step count, and the last max(1, r).
@@ -33,7 +34,7 @@ class StableAdamWRule(UpdateRule):
         Wortsman et al. 2023, arXiv 2304.13013, algorithm 2; warner-benjamin/optimi.
 
     Differs:
-        In the paper's algorithm decay is not clipped; the code clips it, and so does this rule.
+        In the paper's algorithm weight decay is not divided by r. The published code divides it, and so does this rule.
     """
 
     name: ClassVar[str] = "stable_adamw"
@@ -60,12 +61,12 @@ class StableAdamWRule(UpdateRule):
         w1, w2 = ((1 - b) / correction(b, t) for b in (b1, b2))
         m = (1 - w1).to(g.dtype) * m + w1.to(g.dtype) * g
         v = (1 - w2).to(g.dtype) * v + w2.to(g.dtype) * (g * g)
-        ratio = g * g / v.clamp(min=max(self.eps, 1e-19) ** 2)  # 0 where nothing ever came, also for eps = 0
+        ratio = g * g / v.clamp(min=max(self.eps, 1e-19) ** 2)  # 0 if no gradient was ever non-zero, also for eps = 0
         clip = ratio.mean().sqrt().clamp(min=1.0) if g.numel() else state["clip"]
         return m / (v.sqrt() + self.eps) / clip, {"step": t, "clip": clip, "exp_avg": m, "exp_avg_sq": v}
 
     def decay(self, direction: OfParam, state: State, param: OfParam) -> OfParam:
-        """Return the parameter over max(1, r) of the step."""
+        """Return the parameter divided by max(1, r) of the step."""
         return param / state["clip"]
 
 

@@ -1,4 +1,4 @@
-"""Stable-SPAM: SPAM for low-precision training, with adaptive clipping and gradient norms."""
+"""Stable-SPAM: SPAM for low-precision training, with adaptive clipping and normalisation of gradients."""
 
 import math
 from collections.abc import Sequence
@@ -9,54 +9,56 @@ import torch
 from torch import Tensor
 
 from optim.checks import check_counts, check_flag, check_non_negative, check_unit_interval, checked_betas
+from optim.moments import correction, scalar_moment, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
-from optim.rule import OfParam, State, UpdateRule, correction, scalar_moment, zero_moment, zero_step
+from optim.rule import OfParam, State, UpdateRule
 from optim.rules.spam import catch_up
 from optim.sharding import largest
 
 
 @dataclass(frozen=True, kw_only=True)
 class StableSPAMRule(UpdateRule):
-    """Stable-SPAM: SPAM for low-precision training, with adaptive clipping and gradient norms.
+    """Stable-SPAM: SPAM for low-precision training, with adaptive clipping and normalisation of gradients.
 
         u = m / (1 - b^t) / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
     Here m <- b m + (1 - b) g'' and v <- b2 v + (1 - b2) g''^2, where
 
-    - AdaClip makes g' of g: with M = max |g|, T <- gamma3 T + (1 - gamma3) M and h = T / (1 - gamma3^t), entries |g| >
-      h become g h / M;
-    - AdaGN makes g'' of g': with q = |g'|, A <- c A + (1 - c) q and B <- gamma2 B + (1 - gamma2) q^2, g'' = g' / q A /
-      (1 - c^t) / (sqrt(B / (1 - gamma2^t)) + eps); a zero gradient stays zero;
-    - b = s b1 and c = s gamma1, with s = 1, or with `total_T` on a cosine of the number of calls of `step` from 1 down
-      to `eta_min` (and up again after it).
+    - AdaClip turns g into g': with M = max |g|, T <- gamma3 T + (1 - gamma3) M and h = T / (1 - gamma3^t), entries with
+      |g| > h become g h / M;
+    - AdaGN turns g' into g'': with q = |g'|, A <- c A + (1 - c) q and B <- gamma2 B + (1 - gamma2) q^2, g'' = g' / q A
+      / (1 - c^t) / (sqrt(B / (1 - gamma2^t)) + eps); a zero gradient stays zero;
+    - b = s b1 and c = s gamma1. Without `total_T`, s = 1. With it, s follows a cosine of the number of calls of `step`
+      from 1 down to `eta_min` (and rises again after `total_T` calls).
 
     Args:
         betas: (b1, b2), the decay rates of the two moments.
         eps: Added to the denominators.
         gamma1, gamma2, gamma3: The decay rates of A, B and T; gamma1 = -1 stands for b1.
-        total_T: The calls of `step` over which s falls; None for s = 1.
-        eta_min: The least s.
-        update_proj_gap: Calls from one reset of m and v to the next; 0 for none.
-        separate_counters: Whether the moments have a step count of their own; see below.
+        total_T: The number of calls of `step` over which s decreases; None for s = 1.
+        eta_min: The smallest s.
+        update_proj_gap: The number of calls from one reset of m and v to the next; 0 for no resets.
+        separate_counters: Whether the moments have their own step count; see below.
 
     Shapes:
-        Any. M and q are those of the whole tensor, so the rule is not elementwise.
+        Any. Not elementwise, because M and q depend on the whole tensor.
 
     State:
-        8 bytes per parameter (two float32 moments), three scalars per tensor (T, A, B under the published names
-        `m_max_t`, `m_norm_t`, `v_norm_t`) and three counts: `step`, `calls` as in `SPAMRule`, and `moment_step`, which
-        a reset sets back.
+        8 bytes per parameter (two float32 moments), three scalars per tensor (T, A and B under the published names
+        `m_max_t`, `m_norm_t` and `v_norm_t`) and three counts: `step`, `calls` as in `SPAMRule`, and `moment_step`,
+        which is reset together with the moments.
 
     Source:
         Huang et al. 2025, arXiv 2502.17055, algorithm 1; TianjinYellow/StableSPAM, galore_torch/stablespam.py.
 
     Differs:
-        - As published (``separate_counters=False``), the call that resets still steps with the old moments, corrected
-          as if t = 1, and discards the result; from then on t is one too large for the moments. T, A and B are not
-          reset but use the same t, so that h jumps by up to 1 / (1 - gamma3) and hardly any spike is clipped for a long
-          time. ``separate_counters=True`` is what the paper says: m and v are zero before the step of that call, with a
-          count of their own, and the other three continue with theirs.
-        - There is no `amsgrad`, and the count of calls is part of the state (the published code loses it on a resume).
+        - As in the published code (``separate_counters=False``), the call that resets still steps with the old moments,
+          corrected as if t = 1, and then sets them to zero; from then on t is too large by one for the moments. T, A
+          and B are not reset but use the same t, so that h increases by a factor of up to 1 / (1 - gamma3) and hardly
+          any spike is clipped for a long time. ``separate_counters=True`` is what the paper describes: m and v are zero
+          before the step of that call and have their own count, and T, A and B continue with theirs.
+        - There is no `amsgrad`, and the number of calls is part of the state (the published code loses it when a run is
+          resumed).
     """
 
     name: ClassVar[str] = "stable_spam"
@@ -136,14 +138,21 @@ class StableSPAMRule(UpdateRule):
         }
 
     def beta_scale(self, calls: Tensor) -> float | Tensor:
-        """Return s of the class docstring in that call of `step`; the first call is 1."""
+        """Return s of the class docstring.
+
+        Args:
+            calls: The number of the call of `step`, a scalar; the first call is 1.
+
+        Returns:
+            A float64 scalar, or 1.0 without `total_T`.
+        """
         if self.total_T is None:
             return 1.0
         wave = 1 + torch.cos(math.pi / (self.total_T + 1) * calls.double())
         return self.eta_min + (1 - self.eta_min) * wave / 2
 
     def share(self, grads: Sequence[Tensor], states: Sequence[State], group: Sequence[State]) -> None:
-        """Set `calls` of a parameter that missed gradients to that of its group."""
+        """Set `calls` of a parameter that had no gradient in some calls to that of its group."""
         catch_up("calls", states, group)
 
 
@@ -153,8 +162,10 @@ class StableSPAM(Optimizer):
     Args:
         params: The model, its parameters (with or without names), or param groups, as for `Optimizer`.
         lr: Learning rate.
-        betas, eps: See `StableSPAMRule`, as for the remaining keywords.
+        betas, eps: See `StableSPAMRule`.
         weight_decay: Decoupled weight decay.
+        gamma1, gamma2, gamma3, total_T, eta_min: See `StableSPAMRule`.
+        update_proj_gap, separate_counters: See `StableSPAMRule`.
 
     Example:
         >>> import torch

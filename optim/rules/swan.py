@@ -1,4 +1,4 @@
-"""SWAN: the gradient, normalised by rows and whitened, without state."""
+"""SWAN: the gradient with normalised rows, whitened, without state."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -8,25 +8,27 @@ from torch import Tensor
 
 from optim.checks import check_counts, check_flag, check_non_negative, check_unit_interval
 from optim.linalg import unit_rms, whiten
+from optim.moments import moment_dtype
 from optim.param_groups import NamedParams
-from optim.rule import OfParam, State, moment_dtype
+from optim.rule import OfParam, State
 from optim.rules.matrices import MatrixOptimizer, MatrixRule
 from optim.sharding import check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class SWANRule(MatrixRule):
-    """SWAN: the gradient, normalised by rows and whitened, without state.
+    """SWAN: the gradient with normalised rows, whitened, without state.
 
         u = alpha |G1|_F W / |W|_F,  W = whiten(G1),  G1 = (G - mean) / std of each row
 
     See `optim.linalg.whiten`.
 
     Args:
-        center: Whether the mean of each row is subtracted; without it, G1 = G / rms of each row. With it, G1 has rank n
-            - 1 at most, the rows of the weights keep their means, and a matrix of one column does not move.
-        steps: Steps of the whitening.
-        beta: With 0.5 (and `steps` 14) W converges to U V^T; 0.8 ends with singular values in about [0.56, 1.60].
+        center: Whether the mean of each row is subtracted; otherwise, G1 = G / rms of each row. With centring, G1 has
+            a rank of at most n - 1, the rows of the weights keep their means, and a matrix with a single column does
+            not change.
+        steps: The number of whitening steps.
+        beta: With 0.5 (and `steps` = 14) W converges to U V^T; with 0.8 singular values end in about [0.56, 1.60].
         alpha: A factor of the direction.
 
     Shapes:
@@ -36,10 +38,10 @@ class SWANRule(MatrixRule):
         0 bytes per parameter, and a step count.
 
     Source:
-        Ma et al. 2024, arXiv 2412.13148; `steps` 10, `beta` 0.8 and `center` are those of its second version.
+        Ma et al. 2024, arXiv 2412.13148; `steps` = 10, `beta` = 0.8 and `center` are those of its second version.
 
     Differs:
-        `alpha` scales the update but not weight decay, which is no part of the method.
+        `alpha` scales the update but not weight decay, which is not part of the method.
     """
 
     name: ClassVar[str] = "swan"

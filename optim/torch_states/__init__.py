@@ -1,6 +1,6 @@
-"""State dicts of `torch.optim`'s optimizers, read as those of the rules here and written from them.
+"""State dicts of torch's optimizers, read as those of the rules here and written from them.
 
-Each optimizer of torch that has a counterpart is one file and one line in `COUNTERPARTS`.
+Each torch optimizer that has a counterpart here is one file and one line in `COUNTERPARTS`.
 """
 
 from optim.torch_states.states import COUNTERPARTS as COUNTERPARTS

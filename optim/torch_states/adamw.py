@@ -1,4 +1,4 @@
-"""torch's AdamW, and its Adam where that has no weight decay."""
+"""torch's AdamW, and its Adam if that has no weight decay."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,10 @@ _SETTINGS = ("betas", "eps", "amsgrad")
 
 def _read(saved_group: Group, rule: UpdateRule) -> dict[str, Any]:
     if coupled(saved_group):
-        raise ValueError("load_state_dict: the saved Adam put weight decay into the gradient; here it is decoupled")
+        raise ValueError(
+            "load_state_dict: the saved Adam added weight decay to the gradient, but here it is decoupled; load it "
+            "with weight_decay 0 in the saved group, and set it afterwards"
+        )
     return {key: saved_group[key] for key in _SETTINGS}
 
 

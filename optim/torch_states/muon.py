@@ -1,4 +1,4 @@
-"""torch's Muon, which orthogonalises by one polynomial and whose momentum is an average."""
+"""torch's Muon, which orthogonalises with a single polynomial and whose momentum is an average."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from optim.settings import described_setting
 from optim.torch_states.counterpart import Counterpart, Group, State, first_step, without_step
 
 CONVENTION: dict[str, Any] = {"momentum_form": "ema", "scale": "original", "ns_form": "torch"}
-"""What torch's code does, as settings of the rule."""
+"""The settings of the rule that correspond to torch's code."""
 
 _SCALES = {"original": "original", "match_rms_adamw": "match_rms_adamw", None: "original"}
 
@@ -36,7 +36,9 @@ def _write(described: Mapping[str, Any], decay: float) -> tuple[dict[str, Any], 
     table = NEWTON_SCHULZ[coefficients] if isinstance(coefficients, str) else None
     triples = table.coefficients if table else coefficients
     if len(triples) != 1 or (table and table.safety != 1):
-        raise ValueError(f"to_torch_state: torch's Muon has one polynomial, not ns_coefficients = {coefficients!r}")
+        raise ValueError(
+            f"to_torch_state: torch's Muon has a single polynomial and cannot have ns_coefficients = {coefficients!r}"
+        )
     said = {
         "momentum": described["momentum"],
         "nesterov": described["nesterov"],
@@ -62,7 +64,7 @@ def _entries(described: Mapping[str, Any], state: State) -> State:
 
 
 def _sums(form: str) -> bool:
-    """Whether the momentum is a sum here, where torch's is an average."""
+    """Return whether the momentum is a sum here, where torch's is an average."""
     return form == "heavy_ball"
 
 

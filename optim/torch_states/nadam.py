@@ -1,4 +1,4 @@
-"""torch's NAdam, whose weight decay is decoupled or is added to the gradient."""
+"""torch's NAdam, whose weight decay is either decoupled or added to the gradient."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ def _read(saved_group: Group, rule: UpdateRule) -> dict[str, Any]:
 def _write(described: Mapping[str, Any], decay: float) -> tuple[dict[str, Any], float]:
     l2 = described.get("l2", 0.0)
     if l2 and decay:
-        raise ValueError(f"to_torch_state: torch's NAdam has l2 ({l2}) or decoupled decay ({decay}), not both")
+        raise ValueError(f"to_torch_state: torch's NAdam has either l2 ({l2}) or decoupled decay ({decay}), not both")
     return {key: described[key] for key in _SETTINGS} | {"decoupled_weight_decay": not l2}, l2 or decay
 
 

@@ -15,8 +15,8 @@ def _read(saved_group: Group, rule: UpdateRule) -> dict[str, Any]:
     said, decay = {key: saved_group[key] for key in _SETTINGS}, saved_group.get("weight_decay", 0.0)
     if decay != 0 and said["momentum"] != 0:
         raise ValueError(
-            f"load_state_dict: the saved SGD put its weight decay ({decay}) into the gradient and so into the "
-            "momentum; here it is decoupled. Load it with weight_decay 0 in the saved group, and set it after that"
+            f"load_state_dict: the saved SGD added its weight decay ({decay}) to the gradient and therefore to the "
+            "momentum, but here it is decoupled; load it with weight_decay 0 in the saved group, and set it afterwards"
         )
     return said
 
@@ -25,7 +25,7 @@ def _write(described: Mapping[str, Any], decay: float) -> tuple[dict[str, Any], 
     said = {key: described[key] for key in _SETTINGS}
     if decay and said["momentum"]:
         raise ValueError(
-            f"to_torch_state: torch's SGD puts weight decay ({decay}) into the momentum, here it is decoupled; set "
+            f"to_torch_state: torch's SGD adds weight decay ({decay}) to the momentum, but here it is decoupled; set "
             "the groups' weight_decay to 0 first"
         )
     return said, decay

@@ -1,4 +1,4 @@
-"""Zeroth order: gradients from evaluations of the loss alone, as a source that works with any rule."""
+"""Zeroth-order optimization: gradients from evaluations of the loss alone, as a source that works with any rule."""
 
 from optim.zeroth_order.noise import add_normal_
 from optim.zeroth_order.replay import Losses, NotFinite, Taken

@@ -1,4 +1,4 @@
-"""Gradients by back-propagation, for the parameters of a hybrid step that have them."""
+"""Gradients by back-propagation for the first-order parameters of a hybrid step."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +17,19 @@ def exact_gradients(
     others: Mapping[str, Tensor],
     refused: Callable[[str, str, float], NotFinite],
 ) -> dict[int, Tensor]:
-    """Return the gradients of the first-order parameters, by id, from a graph that begins at the first of them.
+    """Return the gradients of the first-order parameters, from a graph that begins at the first of them.
 
     Args:
         parts: Functions whose sum is the loss.
         first_order: The parameters, by name.
-        others: The other parameters, which the graph leaves out.
-        refused: Makes the error for a gradient that is not finite.
+        others: The other parameters, which are not part of the graph.
+        refused: A function that creates the error for a gradient that is not finite.
+
+    Returns:
+        The gradients, by the ids of the parameters.
+
+    Raises:
+        NotFinite: If a gradient is not finite.
     """
     wanted = list(first_order.values())
     total: list[Tensor | None] = [None] * len(wanted)

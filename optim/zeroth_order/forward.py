@@ -10,11 +10,11 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _NO_RULE = re.compile(r"forward AD|forward-mode|setup_context|jvp")
-"""How torch's errors say that an operation has no forward-mode rule."""
+"""What torch's errors contain if an operation has no forward-mode rule."""
 
 
 class _Calling(nn.Module):
-    """Runs a function that uses `inner`, as the forward pass of a module that has `inner`'s parameters."""
+    """Run a function that uses `inner` as the forward pass of a module that has the parameters of `inner`."""
 
     def __init__(self, inner: nn.Module, function: Callable[[], Any]) -> None:
         super().__init__()
@@ -27,21 +27,25 @@ class _Calling(nn.Module):
 def directional(
     module: nn.Module, loss_fn: Callable[[], Tensor], tangents: Mapping[str, Tensor]
 ) -> tuple[float, float]:
-    """Return (loss, <grad loss, v>) at the module's parameters, exactly: one forward pass of dual numbers, without a
-    graph.
+    """Return the loss and its exact derivative <grad loss, v> at the module's parameters, without a graph.
 
-    Attention runs in torch's plain form, because the fused kernels have no forward-mode rule.
+    It is one forward pass with dual numbers. Attention uses torch's math kernel, because the fused kernels have no
+    forward-mode rule.
 
     Args:
         module: The model.
-        loss_fn: Computes the loss by calling `module`.
+        loss_fn: A function that computes the loss by calling `module`.
         tangents: v, by parameter name, of the parameter's shape and dtype.
 
+    Returns:
+        The loss and the derivative.
+
     Cost:
-        Two to three forward passes; memory of v, and one tangent per activation in flight.
+        The time of two to three forward passes, and the memory of v and of one tangent per live activation.
 
     Raises:
-        ValueError: For an operation of the model that has no forward-mode rule, by name.
+        ValueError: For an operation of the model that has no forward-mode rule, by name, and for a loss that is not one
+            floating-point number.
     """
     calling = _Calling(module, loss_fn)
     named = dict(module.named_parameters())

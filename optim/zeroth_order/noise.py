@@ -1,8 +1,8 @@
-"""The random directions of zeroth-order steps: pure functions of (seed, name, index), drawn in pieces, never stored.
+"""The random directions of zeroth-order steps: pure functions of (seed, name, index), drawn in pieces and never stored.
 
-Entry i of a tensor's direction depends on the seed, the tensor's name and i alone: not on what was drawn before, on
-other parameters, or on how the tensor is sharded. `PIECE` entries at a time are drawn from a generator of their own, so
-that adding a direction to a tensor needs the memory of one piece.
+Entry i of a tensor's direction only depends on the seed, the tensor's name and i. It does not depend on what was drawn
+before, on other parameters, or on how the tensor is sharded. `PIECE` entries at a time are drawn from their own
+generator, so that adding a direction to a tensor needs the memory of one piece.
 """
 
 import math
@@ -23,17 +23,29 @@ PIECE = 1 << 16
 Kind = Literal["normal", "uniform"]
 
 NoiseFn: TypeAlias = Callable[[str, torch.Size, int, int], Tensor]
-"""(name, shape, seed, query) -> the direction, or the mask (1 where it is dropped): recorded ones, for tests."""
+"""A function from (name, shape, seed, query) to a recorded direction, or to a recorded mask (1 for dropped entries); it
+is used by tests."""
 
 
 def pieces(
     kind: Kind, seed: int, total: int, *, start: int = 0, count: int | None = None, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield entries start .. start + count of a stream of `total` float32 numbers, as (offset from start, numbers).
+    """Yield entries start .. start + count of a stream of random numbers, in pieces.
 
-    The next piece overwrites the tensors of the last. Streams of CPU and GPU differ; on a GPU with Triton, normal
-    numbers are those of `optim.kernels.perturb`. On the CPU torch seeds its generator with 32 of the bits: two of the
-    pieces of a run may hold the same numbers.
+    Each piece overwrites the tensor of the previous one. Streams on CPU and GPU differ; on a GPU with Triton, normal
+    numbers are those of `optim.kernels.perturb`. On the CPU torch uses only 32 bits of a seed, so that two pieces of a
+    run may contain the same numbers.
+
+    Args:
+        kind: The distribution, "normal" or "uniform".
+        seed: The seed of the stream.
+        total: The number of entries of the stream.
+        start: The first entry.
+        count: The number of entries; all of them by default.
+        device: The device.
+
+    Yields:
+        The offset of a piece from `start`, and its numbers, float32.
     """
     stop = total if count is None else start + count
     if start >= stop:
@@ -54,7 +66,7 @@ def pieces(
 
 
 def _drawn(wanted: int) -> int:
-    return math.ceil(wanted / 16) * 16  # torch has another order for lengths that 16 does not divide
+    return math.ceil(wanted / 16) * 16  # torch uses another order for lengths that are not multiples of 16
 
 
 def add_normal_(
@@ -67,8 +79,8 @@ def add_normal_(
             shard), or all of it.
         scale: The factor.
         seed: The seed of z.
-        total: Entries of the whole tensor; those of `target` by default.
-        start: The first entry.
+        total: The number of entries of the whole tensor; that of `target` by default.
+        start: The index of the first entry.
 
     Memory:
         One piece (262 kB); for a target that is not contiguous, all of z.
@@ -88,7 +100,13 @@ def add_normal_(
 
 
 def add_pieces_(target: Tensor, stream: Iterator[tuple[int, Tensor]], scale: float) -> None:
-    """Add scale times the stream to `target`, entry by entry."""
+    """Add scale times a stream to `target` in place, entry by entry.
+
+    Args:
+        target: A tensor of any shape.
+        stream: Offsets and numbers, as `pieces` yields them.
+        scale: The factor.
+    """
     flat = target.view(-1) if target.is_contiguous() else torch.zeros(target.numel(), device=target.device)
     factor = scale if target.is_contiguous() else 1.0
     for offset, numbers in stream:
@@ -100,14 +118,30 @@ def add_pieces_(target: Tensor, stream: Iterator[tuple[int, Tensor]], scale: flo
 def masked(
     stream: Iterator[tuple[int, Tensor]], draws: Iterator[tuple[int, Tensor]], dropped: float
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield the stream with zeros where the draws, of the same pieces, are below `dropped`."""
+    """Yield a stream with zeros where the draws are below `dropped`.
+
+    Args:
+        stream: Offsets and numbers, as `pieces` yields them.
+        draws: The draws, in the same pieces.
+        dropped: The threshold.
+
+    Yields:
+        The offset of a piece and its numbers.
+    """
     for (offset, numbers), (_, drawn) in zip(stream, draws, strict=True):
         yield offset, numbers.mul_(drawn >= dropped)
 
 
 @dataclass(frozen=True)
 class Directions:
-    """The directions of named parameters, masked where `dropped` has a parameter's share of dropped entries."""
+    """The directions of named parameters, which may be masked.
+
+    Args:
+        mask: The distribution of the masks' draws.
+        noise_fn: Recorded directions, which replace drawn ones.
+        mask_fn: Recorded masks, which replace drawn ones.
+        dropped: The share of dropped entries of each parameter, by name; empty for no masks.
+    """
 
     mask: Kind = "uniform"
     noise_fn: NoiseFn | None = None
@@ -115,7 +149,16 @@ class Directions:
     dropped: Mapping[str, float] = field(default_factory=dict)
 
     def add_(self, name: str, target: Tensor, scale: float, seed: int, query: int, mask_seed: int) -> None:
-        """target += scale z, with z the direction of the parameter, masked; target has the parameter's layout."""
+        """Add scale z to `target` in place, where z is the masked direction of a parameter.
+
+        Args:
+            name: The name of the parameter.
+            target: A tensor with the parameter's shape and layout.
+            scale: The factor.
+            seed: The seed of the direction.
+            query: The number of the direction within its step.
+            mask_seed: The seed of the mask.
+        """
         if self.noise_fn is not None:
             z = self.noise_fn(name, target.shape, seed, query).to(target)
             if self.dropped:
@@ -138,7 +181,7 @@ class Directions:
 
 
 def _local(name: str, target: Tensor) -> tuple[Tensor, int, int]:
-    """(what this process has of the tensor, entries of all of it, the first of them that is here)."""
+    """Return this process's part of a tensor, the number of entries of the whole, and the index of its first entry."""
     if not is_sharded(target):
         return target, target.numel(), 0
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -147,7 +190,8 @@ def _local(name: str, target: Tensor) -> tuple[Tensor, int, int]:
     assert isinstance(target, DTensor)
     if any(not isinstance(p, Replicate) and p != Shard(0) for p in target.placements):
         raise ValueError(
-            f"ZerothOrder: parameter {name!r} is sharded as {target.placements}; only by rows (Shard(0), as FSDP2 does)"
+            f"ZerothOrder: parameter {name!r} is sharded as {target.placements}; only shards by rows are supported "
+            "(Shard(0), as in FSDP2)"
         )
     _, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
     row = target.numel() // max(1, target.shape[0]) if target.ndim else 1

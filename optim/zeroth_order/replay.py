@@ -1,4 +1,4 @@
-"""One step's record, and its evaluations: computed, or taken from a record that is replayed."""
+"""The record of one step, and its evaluations, which are computed or taken from a record that is replayed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from optim.curvature.losses import rank_count
 
 Loss: TypeAlias = Callable[[], Any]
 Losses: TypeAlias = Loss | Sequence[Loss]
-"""A function that computes the loss, a number or a tensor of one; or several (micro-batches) whose sum is the loss."""
+"""A function that computes the loss (a number, or a tensor with one element), or several functions (one per
+micro-batch) whose sum is the loss."""
 
 
 @dataclass(frozen=True)
 class Taken:
-    """The record of one step: enough to take it again on other weights (`ZerothOrder.replay`), in some 12 bytes.
+    """The record of one step, in about 12 bytes, with which `ZerothOrder.replay` can repeat it on other weights.
 
     Args:
         step: The number of the step.
-        seeds: One per direction, blocks outermost.
-        projected_grad: One per direction, blocks outermost.
-        kept: Which candidate p + kept * lr * g a conservative step chose, -1, 0 or 1; otherwise -1.
-        losses: Every evaluation, in call order.
+        seeds: The seed of each direction, ordered by block first.
+        projected_grad: The projected gradient of each direction, ordered by block first.
+        kept: The candidate p + kept * lr * g that a conservative step chose (-1, 0 or 1); otherwise -1.
+        losses: All evaluated losses, in the order of the calls.
 
     Example:
         >>> from optim import SGD
@@ -47,7 +48,12 @@ class Taken:
 
 
 class NotFinite(ValueError):
-    """A loss or a gradient that is not finite (`value`): the step was not taken."""
+    """A loss or a gradient is not finite, so that the step was not taken.
+
+    Args:
+        text: The message.
+        value: The loss, or NaN for a gradient.
+    """
 
     def __init__(self, text: str, value: float) -> None:
         super().__init__(text)
@@ -56,7 +62,14 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True)
 class Query:
-    """One direction of a step: its block, seed and number within the block, and the projected gradient along it."""
+    """One direction of a step.
+
+    Args:
+        block: The block of parameters that it belongs to.
+        seed: The seed of the direction.
+        number: The number of the direction within the block.
+        projected: The projected gradient along the direction.
+    """
 
     block: str
     seed: int
@@ -65,7 +78,13 @@ class Query:
 
 
 class Evaluations:
-    """The losses of one step, in call order; none are computed where the step is a recorded one."""
+    """The losses of one step, in the order of the calls; none are computed if the step is replayed.
+
+    Args:
+        refused: A function that creates the error for a loss that is not finite.
+        parts: Functions whose sum is the loss.
+        recorded: The record of the step if it is replayed.
+    """
 
     def __init__(
         self, refused: Callable[[str, str, float], NotFinite], parts: Sequence[Loss], recorded: Taken | None
@@ -77,19 +96,46 @@ class Evaluations:
         self.projected: list[float] = []
 
     def evaluate(self, where: str, *, or_else: float | None = None) -> float:
-        """The loss at the weights as they are; 0 where the step is a recorded one. where: for the error."""
+        """Return the loss at the current weights.
+
+        Args:
+            where: A description of these weights for the error.
+            or_else: The value that replaces a loss that is not finite; by default, it is an error.
+
+        Returns:
+            The loss; 0 if the step is replayed.
+
+        Raises:
+            NotFinite: If the loss is not finite.
+        """
         if self.recorded is not None:
             return 0.0
         return self.note(sum(_value(part()) for part in self.parts), where, or_else)
 
     def at_present_weights(self) -> float:
-        """Evaluated once, until `present` is forgotten."""
+        """Return the loss at the current weights, which is evaluated once until `present` is reset.
+
+        Returns:
+            The loss.
+        """
         if self.present is None:
-            self.present = self.evaluate("the present weights")
+            self.present = self.evaluate("the current weights")
         return self.present
 
     def note(self, loss: float, where: str, or_else: float | None = None) -> float:
-        """Record a loss, as its mean over ranks, and return it. or_else: what stands for a loss that is not finite."""
+        """Record the mean of a loss over ranks.
+
+        Args:
+            loss: This rank's loss.
+            where: A description of the weights for the error.
+            or_else: The value that replaces a loss that is not finite; by default, it is an error.
+
+        Returns:
+            The mean.
+
+        Raises:
+            NotFinite: If the mean is not finite.
+        """
         loss = mean_over_ranks(loss)
         if not math.isfinite(loss) and or_else is not None:
             loss = or_else
@@ -104,7 +150,14 @@ def _value(loss: Any) -> float:
 
 
 def mean_over_ranks(value: float) -> float:
-    """The mean of the ranks' values, the same bits on every one of them."""
+    """Return the mean of a value over the ranks, with the same bits on every rank.
+
+    Args:
+        value: This rank's value.
+
+    Returns:
+        The mean.
+    """
     if rank_count() == 1:
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

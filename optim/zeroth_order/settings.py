@@ -1,4 +1,4 @@
-"""What a source may be set to: the checks, the share of entries that masks drop, and MeZO's param groups."""
+"""The settings of a source: their checks, the share of entries that masks drop, and MeZO's param groups."""
 
 from __future__ import annotations
 
@@ -31,7 +31,23 @@ def check_settings(
     restore: str,
     module: nn.Module | None,
 ) -> None:
-    """Check the settings of a `ZerothOrder`, whose parameters these are by name.
+    """Check the settings of a `ZerothOrder`.
+
+    Args:
+        estimated: The parameters whose gradients are estimated, by name.
+        first_order: The parameters that have gradients by back-propagation, by name.
+        estimator: See `ZerothOrder`.
+        eps: See `ZerothOrder`.
+        q: See `ZerothOrder`.
+        sign: See `ZerothOrder`.
+        conserve: See `ZerothOrder`.
+        sparsity: See `ZerothOrder`.
+        mask: See `ZerothOrder`.
+        sparse_by: See `ZerothOrder`.
+        mask_steps: See `ZerothOrder`.
+        block_order: See `ZerothOrder`.
+        restore: See `ZerothOrder`.
+        module: See `ZerothOrder`.
 
     Raises:
         ValueError: For a setting out of range, or settings that exclude each other.
@@ -54,12 +70,12 @@ def check_settings(
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"ZerothOrder: {key} = {count!r}; it must be a whole number of at least 1")
     if estimator == "forward" and module is None:
-        raise ValueError("ZerothOrder: estimator 'forward' differentiates the model; give it as module=")
+        raise ValueError("ZerothOrder: estimator 'forward' differentiates the model; pass it as module=")
     if conserve and first_order:
-        raise ValueError("ZerothOrder: conserve compares zeroth-order steps; it cannot be joined with first_order")
+        raise ValueError("ZerothOrder: conserve compares zeroth-order steps; it cannot be combined with first_order")
     for name, p in [*estimated.items(), *first_order.items()]:
         if not p.is_floating_point():
-            raise ValueError(f"ZerothOrder: parameter {name!r} is {p.dtype}; expected real floating-point ones")
+            raise ValueError(f"ZerothOrder: parameter {name!r} is {p.dtype}; expected a real floating-point dtype")
 
 
 def _number(value: object) -> bool:
@@ -72,15 +88,15 @@ def decay_groups(
     *,
     decay_filter: Callable[[str], bool] | None = None,
 ) -> list[dict[str, Any]]:
-    """Two param groups, with and without weight decay.
+    """Return two param groups, with and without weight decay.
 
-    MeZO and the forward gradient step p <- p - lr (pg z + weight_decay p), which is this suite's decoupled decay.
+    MeZO and the forward gradient step p <- p - lr (pg z + weight_decay p), which is decoupled weight decay.
 
     Args:
-        named_parameters: (name, parameter) pairs, as `model.named_parameters()` gives them.
+        named_parameters: (name, parameter) pairs, as `model.named_parameters()` returns them.
         weight_decay: The weight decay of the first group; the second has none.
-        decay_filter: Whether the parameter of a name decays. By default biases and norms do not
-            (`optim.without_decay`).
+        decay_filter: A function from the name of a parameter to whether it has weight decay. By default biases and
+            norms have none (`optim.without_decay`).
 
     Returns:
         The groups that have parameters, to be given to an optimizer.
@@ -105,7 +121,16 @@ _SAMPLE = 10_000_000
 
 
 def dropped_shares(params: Mapping[str, Tensor], sparsity: float, sparse_by: str) -> dict[str, float]:
-    """The share of each tensor's entries that a mask drops."""
+    """Return the share of each tensor's entries that a mask drops.
+
+    Args:
+        params: The parameters, by name.
+        sparsity: The share of all entries that is dropped.
+        sparse_by: "layer" or "global"; see `ZerothOrder`.
+
+    Returns:
+        The shares, by name.
+    """
     if sparse_by == "layer":
         return dict.fromkeys(params, sparsity)
     total = sum(p.numel() for p in params.values())

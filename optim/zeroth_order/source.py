@@ -4,7 +4,7 @@
     optimizer = SGD(model.named_parameters(), lr=1e-6)           # MeZO; AdamW, Muon or any other works too
     loss = source.step(optimizer, lambda: loss_of(model, batch))  # model in eval mode, the same batch in every call
 
-No graph is built and no gradient is stored: the memory is that of inference.
+No graph is built and no gradient is stored, so that the memory is that of inference.
 """
 
 from __future__ import annotations
@@ -29,71 +29,70 @@ from optim.zeroth_order.settings import Estimator, check_settings, dropped_share
 class ZerothOrder:
     """A source of gradients that only evaluates the loss: MeZO and its family.
 
-    For each of the `q` directions z of a step, standard normal, the projected gradient is
+    For each of the `q` standard normal directions z of a step, the projected gradient is
 
     - pg = (f(p + eps z) - f(p - eps z)) / (2 eps) for "two-sided",
     - pg = (f(p + eps z) - f(p)) / eps for "one-sided", and
     - pg = <grad f, z> for "forward", exactly, by forward-mode differentiation of `module`.
 
     The gradient is the mean of pg z, an unbiased estimate of the gradient of f smoothed by eps (of f itself for
-    "forward"). z is drawn again from its seed wherever it is needed, and weights are moved in place.
+    "forward"). z is drawn again from its seed whenever it is needed, and weights are changed in place.
 
     `taken`, the number of steps, is the only state: set it when a run is continued, and the next steps are bit for bit
-    those of a run that was not interrupted. `last` is the record of the last step. With `torch.distributed` every rank
-    draws the same directions, and the losses are averaged: one number per pass. Sharded parameters (DTensor, by rows)
-    see the directions that whole ones see.
+    those of an uninterrupted run. `last` is the record of the last step. With `torch.distributed` every rank draws the
+    same directions, and the losses are averaged: one number per pass. Sharded parameters (DTensor, by rows) have the
+    same directions as whole ones.
 
     Args:
         named_parameters: (name, parameter) pairs; those that require a gradient are used.
         estimator: "two-sided", "one-sided" or "forward".
         eps: The length of the probing step.
-        q: Directions per step.
-        sign: "scalar" takes sign(pg) z, as the published code of ZO-SGD-Sign; "elementwise" takes sign(pg z), as its
+        q: The number of directions per step.
+        sign: "scalar" uses sign(pg) z as in the published code of ZO-SGD-Sign; "elementwise" sign(pg z) as in its
             paper.
-        conserve: Whether plain SGD keeps the best of p, p - lr g and p + lr g, with two more evaluations and one at p.
-        sparsity: The share of entries that a direction leaves unchanged, by a mask that is kept for `mask_steps` steps.
+        conserve: Whether plain SGD keeps the best of p, p - lr g and p + lr g; this adds three evaluations.
+        sparsity: The share of entries that a direction does not change, by a mask that is kept for `mask_steps` steps.
         mask: "uniform" drops that share. "normal" reproduces an error of the published code, which drops Phi(sparsity)
-            (0.69 at 0.5, and never below half).
+            (0.69 at 0.5, and never less than half).
         sparse_by: "layer" drops the same share of each tensor; "global" drops the share of its entries that are among
             the smallest of all weights at construction.
-        mask_steps: Steps with the same mask.
-        blocks: A function from name to block, or to None for parameters that do not move; a block has its own
+        mask_steps: The number of steps with the same mask.
+        blocks: A function from name to block, or to None for parameters that do not change; a block has its own
             directions and evaluations.
-        block_order: "coordinate" steps each block before the next is estimated; "joint" estimates all at the old
-            weights.
-        first_order: A function from name to whether the parameter gets its gradient by back-propagation instead (deep
-            layers, next to the loss); the graph begins at the first of them. The gradient is taken at the weights
-            before the step, and applied with the last block.
+        block_order: "coordinate" steps each block before the next one is estimated; "joint" estimates all blocks at the
+            old weights.
+        first_order: A function from name to whether the parameter has its gradient by back-propagation (layers next to
+            the loss); the graph begins at the first of them. The gradient is computed at the weights before the step
+            and applied with the last block.
         restore: "inplace" subtracts what was added, which leaves a rounding error of about one unit in the last place.
             "copy" keeps a copy of the weights and is exact: use it for 16-bit weights, where that unit is not small.
-        seed: Of directions and masks.
+        seed: The seed of directions and masks.
         module: The model, for "forward".
-        noise_fn: Directions to be used instead of drawn ones.
-        mask_fn: Masks to be used instead of drawn ones.
+        noise_fn: Directions that replace drawn ones.
+        mask_fn: Masks that replace drawn ones.
 
     Memory:
         That of inference and one piece of a direction for plain SGD. Other rules add their state and the gradient of
-        the largest tensor (all gradients, where a rule's tensors share something or the optimizer is not of this
-        package).
+        the largest tensor (all gradients if tensors share something or the optimizer is not from this package).
 
     Cost:
-        2 q forward passes ("one-sided": q + 1, because f(p) serves all directions). Weights are read and written three
-        times per direction ("one-sided": two), and once more.
+        2 q forward passes ("one-sided": q + 1, because f(p) is used for all directions). Weights are read and written
+        three times per direction ("one-sided": twice), and once more.
 
     Raises:
-        ValueError: For settings out of range or that exclude each other, and for parameters of the optimizer that the
-            source does not know.
-        NotFinite: A ValueError, for a loss or a gradient that is not finite (the weights are put back first; with
-            several blocks those before keep their step).
+        ValueError: For settings that are out of range or exclude each other, and for parameters of the optimizer that
+            the source does not know.
+        NotFinite: A ValueError, for a loss or a gradient that is not finite (the weights are restored first; blocks
+            that were already stepped keep their step).
 
     Source:
         MeZO, arXiv 2305.17333; ZO-Bench, arXiv 2402.11592 (sign, conservative, momentum, Adam, forward gradient,
         block-wise, hybrid, sparse).
 
     Differs:
-        It has generators of its own, where the published code reseeds the global one. Blocks have different directions,
-        there the same. With q > 1 all directions are evaluated at the same weights and masked alike in estimate and
-        update, and f(p) of "one-sided" is evaluated once, there once per direction.
+        It has its own generators, where the published code reseeds the global one. Blocks have different directions; in
+        the published code they are equal. With q > 1 all directions are evaluated at the same weights and have the same
+        mask in estimate and update, and f(p) of "one-sided" is evaluated once, and not once per direction.
 
     Example:
         >>> from optim import SGD
@@ -146,7 +145,7 @@ class ZerothOrder:
         if not self.blocks:
             raise ValueError("ZerothOrder: there is no parameter to estimate a gradient of")
         if conserve and len(self.blocks) > 1:
-            raise ValueError("ZerothOrder: conserve compares steps of all parameters; it cannot be joined with blocks")
+            raise ValueError("ZerothOrder: conserve compares steps of all parameters and excludes blocks")
         dropped = dropped_shares(self.params, sparsity, sparse_by) if sparsity else {}
         self.directions = Directions(mask, noise_fn, mask_fn, dropped)
         self.taken = 0
@@ -160,29 +159,29 @@ class ZerothOrder:
 
         Args:
             optimizer: The optimizer; gradients (`.grad`) are None afterwards.
-            closure: Computes the loss; it is called 2 q times ("one-sided" q + 1) without a graph, and must return the
-                same loss at the same weights.
+            closure: A function that computes the loss. It is called 2 q times ("one-sided": q + 1) without a graph, and
+                must return the same loss at the same weights.
 
         Returns:
-            The first loss, which is f(p + eps z), as in the published code (f(p) with "forward" and with conserve).
+            The first loss, which is f(p + eps z) as in the published code (f(p) with "forward" and with conserve).
         """
         return self._step(optimizer, closure, None)
 
     @torch.no_grad()
     def replay(self, optimizer: torch.optim.Optimizer, steps: Iterable[Taken]) -> None:
-        """Take recorded steps again without evaluating anything; from equal weights the result is equal bit for bit.
+        """Repeat recorded steps without evaluating a loss; from equal weights the result is equal bit for bit.
 
-        Learning rates are those of the optimizer at the time: step its schedule between calls if it had one.
+        Learning rates are the current ones of the optimizer: step its schedule between calls if it had one.
 
         Args:
             optimizer: The optimizer.
             steps: What `last` was after each step.
 
         Raises:
-            ValueError: With first-order parameters, whose gradients no record holds.
+            ValueError: With first-order parameters, whose gradients are not recorded.
         """
         if self.first_order:
-            raise ValueError("ZerothOrder.replay: gradients of first_order parameters are in no record")
+            raise ValueError("ZerothOrder.replay: gradients of first_order parameters are not recorded")
         for taken in steps:
             self.taken = taken.step
             self._step(optimizer, [], taken)
@@ -213,7 +212,10 @@ class ZerothOrder:
         return run.losses[0] if run.losses else math.nan
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check that this source can step the optimizer, as `step` does before anything moves.
+        """Check that this source can step an optimizer, as `step` does before it changes anything.
+
+        Args:
+            optimizer: The optimizer.
 
         Raises:
             ValueError: If it cannot.
@@ -224,12 +226,12 @@ class ZerothOrder:
                 if id(p) not in known and p.requires_grad:
                     name = (group.get("param_names") or {i: f"number {i}"})[i]
                     raise ValueError(
-                        f"ZerothOrder.step: the optimizer has parameter {name!r}, which the source was not made with; "
-                        "give both the same named_parameters"
+                        f"ZerothOrder.step: the optimizer has parameter {name!r}, which the source does not have; "
+                        "create both from the same named_parameters"
                     )
             if self.conserve and not (is_plain(group) and not group["weight_decay"]):
                 raise ValueError(
-                    "ZerothOrder: conserve tries three steps and keeps one, which only plain SGD can take back; use "
+                    "ZerothOrder: conserve tries three steps and keeps one, and only plain SGD can undo steps; use "
                     "SGD without momentum and weight decay"
                 )
 
@@ -243,7 +245,7 @@ class ZerothOrder:
                 projected = self._directional(run, names, seed, i)
                 if not math.isfinite(projected):
                     raise self._not_finite("derivative along a direction", str(projected), projected)
-        elif run.recorded is None or self.restore == "inplace":  # whose rounding a replay repeats; a copy leaves none
+        elif run.recorded is None or self.restore == "inplace":  # a replay repeats the rounding, which copies avoid
             with self._moving(names, seed, i) as to:
                 to(1.0)
                 high = run.evaluate("+eps z")
@@ -261,7 +263,7 @@ class ZerothOrder:
 
     @contextmanager
     def _moving(self, names: Sequence[str], seed: int, query: int) -> Iterator[Callable[[float], None]]:
-        """Moves p to p + c eps z; at the end, whatever happens, back to p."""
+        """Yield a function that sets p to p + c eps z; at the end p is always restored."""
         at = 0.0
         kept = {name: self.params[name].detach().clone() for name in names} if self.restore == "copy" else {}
 
@@ -269,7 +271,7 @@ class ZerothOrder:
             nonlocal at
             way, at = place if kept else place - at, place
             for name in names:
-                if kept:  # each place is reached from p: one rounding
+                if kept:  # each point is computed from p, with one rounding
                     self.params[name].copy_(kept[name])
                 if way:
                     self.add_direction_(name, self.params[name], way * self.eps, seed, query)
@@ -286,22 +288,22 @@ class ZerothOrder:
             tangents[name] = torch.zeros_like(self.params[name], requires_grad=False)
             self.add_direction_(name, tangents[name], 1.0, seed, query)
         values = [directional(self.module, part, tangents) for part in run.parts]
-        run.note(sum(loss for loss, _ in values), "the present weights")
+        run.note(sum(loss for loss, _ in values), "the current weights")
         return mean_over_ranks(sum(slope for _, slope in values))
 
     def _not_finite(self, what: str, value: str, number: float) -> NotFinite:
         return NotFinite(
-            f"ZerothOrder: the {what} of step {self.taken + 1} is {value}; the weights are back where they were. "
-            f"Lower eps (now {self.eps:g}) or the learning rate, or look at the batch",
+            f"ZerothOrder: the {what} of step {self.taken + 1} is {value}; the weights were restored. "
+            f"Lower eps (now {self.eps:g}) or the learning rate, or check the batch",
             number,
         )
 
     def _conserve(
         self, optimizer: torch.optim.Optimizer, run: Evaluations, queries: Sequence[Query], start: float
     ) -> int:
-        """Try p - lr g and p + lr g, keep the best of the three; which, as a factor of lr g.
+        """Try p - lr g and p + lr g, keep the best of the three points, and return its factor of lr g.
 
-        Ties go as in the published code; a candidate whose loss is not finite counts as infinitely bad.
+        Ties are resolved as in the published code; a candidate whose loss is not finite has infinite loss.
         """
         kept = {n: p.detach().clone() for n, p in self.params.items()} if self.restore == "copy" else {}
         at = 0.0
@@ -316,7 +318,7 @@ class ZerothOrder:
             at = place
 
         minus = plus = math.inf
-        if run.recorded is None or not kept:  # a replay that restores copies moves once, to what was chosen
+        if run.recorded is None or not kept:  # a replay that restores copies goes directly to the chosen point
             try:
                 to(-1.0)
                 minus = run.evaluate("", or_else=math.inf)
@@ -343,7 +345,7 @@ class ZerothOrder:
         exact: Mapping[int, Tensor],
         factor: float = -1.0,
     ) -> None:
-        """Step the parameters of the queries' blocks, and those with an exact gradient. factor: of lr g, plain SGD."""
+        """Step the parameters of the queries' blocks and those with an exact gradient; plain SGD adds factor * lr g."""
         names = {id(p): name for name, p in self.params.items()}
         waiting: list[tuple[Tensor, Callable[[], Tensor]]] = []
         for group in optimizer.param_groups:
@@ -379,13 +381,13 @@ class ZerothOrder:
         return gradient.sign_() if self.sign == "elementwise" else gradient
 
     def _add_all_(self, name: str, target: Tensor, scale: float, queries: Sequence[Query]) -> None:
-        """target += scale times the mean of the queries' pg z."""
+        """Add scale times the mean of the queries' pg z to `target`."""
         for q in queries:
             pg = math.copysign(float(q.projected != 0), q.projected) if self.sign == "scalar" else q.projected
             self.add_direction_(name, target, scale * pg / self.q, q.seed, q.number)
 
     def add_direction_(self, name: str, target: Tensor, scale: float, seed: int, query: int) -> None:
-        """Add scale z to `target` in place, with z the masked direction of the parameter.
+        """Add scale z to `target` in place, where z is the masked direction of a parameter.
 
         Args:
             name: The name of the parameter.

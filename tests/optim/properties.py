@@ -368,7 +368,7 @@ def loading_copies(spec: OptimSpec) -> None:
     assert all(other.state[p]["step"].device.type == "cpu" for p in twin)
     bad: list[tuple[str, Any]] = [
         ("another rule", lambda d: d["param_groups"][0]["rule"].update(name="other")),
-        ("stands where", lambda d: d["param_groups"][0]["param_names"].reverse()),
+        ("in the place where", lambda d: d["param_groups"][0]["param_names"].reverse()),
         ("entries", lambda d: d["state"][0].pop("step")),
         ("shape", lambda d: d["state"][0].update(step=torch.zeros(2))),
         ("number of parameter groups", lambda d: d["param_groups"].append(d["param_groups"][0])),

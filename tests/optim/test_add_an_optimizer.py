@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from optim.optimizer import Optimizer
-from optim.rule import State, UpdateRule, zero_step
+from optim.moments import zero_step
+from optim.rule import State, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -227,7 +227,7 @@ def test_param_groups_of_named_parameters_are_divided_each():
     assert {n: (rule.name, lr) for n, (rule, lr, _) in by_rule(optimizer).items()} == {
         names[0]: ("muon", 0.5), names[1]: ("adamw", 0.5), "x.q_proj.weight": ("muon", 0.1),
     }  # fmt: skip
-    with pytest.raises(TypeError, match="tells matrices by name"):
+    with pytest.raises(TypeError, match="finds matrices by name"):
         create("muon", [{"params": [torch.nn.Parameter(torch.ones(2, 2))]}], lr=0.1)
 
 
@@ -243,7 +243,7 @@ def test_own_ratios_and_blocks():
     [
         (
             ValueError,
-            "blocks names 'wqe', which is in the name of no parameter",
+            "blocks names 'wqe', which does not occur in the name of any parameter",
             lambda: blockwise(named(ALL), lr=1.0, blocks={"wqe": "qk"}),
         ),
         (ValueError, "'embedding', which has no ratio", lambda: blockwise(named(ALL), lr=1.0, ratios={"qk": 1.0})),
@@ -305,7 +305,7 @@ def test_what_is_in_no_block_has_the_base_rate_and_is_named_once():
     with pytest.warns(UserWarning) as seen:
         groups = blockwise(named(names), lr=0.1)
     (message,) = [str(w.message) for w in seen]
-    assert message.startswith(f"5 of {len(names)} parameters are in no block")
+    assert message.startswith(f"the names of 5 of {len(names)} parameters do not show which block")
     assert re.search(r"\('backbone.layers.0.mixer.A_log', '[^']*0[^']*', '[^']*1[^']*', \.\.\.\)", message)
     assert message.endswith("blocks={'A_log': 'norm'}")
     other = next(g for g in groups if g["block"] == "other")
@@ -322,7 +322,7 @@ OTHERS = ["T5ForConditionalGeneration", "ModernBertForMaskedLM", "GptOssForCausa
           "ViTForImageClassification"]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*in no block of a transformer")
+@pytest.mark.filterwarnings("ignore:.*do not show which block of a transformer")
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_architecture_has_blocks_and_adam_mini(name):
     """Encoder-decoders, encoders, vision, mixtures and state-space models: nothing is refused, few are in no block."""

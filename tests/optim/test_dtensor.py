@@ -41,7 +41,7 @@ def test_a_subspace_refuses_shards(rule: UpdateRule, mesh: DeviceMesh) -> None:
 
 def test_one_bit_refuses_shards(mesh: DeviceMesh) -> None:
     (p,) = parameters([(4, 3)])
-    with pytest.raises(ValueError, match="parameter 'w'.*sharded; its workers hold whole"):
+    with pytest.raises(ValueError, match="parameter 'w'.*sharded, but every worker needs whole"):
         Optimizer([("w", Parameter(sharded(p, mesh)))], RULES["onebit_adam"](), lr=0.1)
 
 

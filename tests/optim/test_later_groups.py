@@ -76,8 +76,8 @@ def test_a_later_group_with_a_rule_is_left_as_it_is():
 @pytest.mark.parametrize(
     ("error", "part", "group"),
     [
-        (TypeError, "tells matrices by name", lambda p: [p]),
-        (TypeError, "tells matrices by name", lambda p: p),
+        (TypeError, "finds matrices by name", lambda p: [p]),
+        (TypeError, "finds matrices by name", lambda p: p),
         (ValueError, "more than one parameter group", lambda p: [("lm_head.weight", p), ("new.weight", p)]),
         (TypeError, "int", lambda p: [("a.weight", p), ("b.weight", torch.ones(2, 2, dtype=torch.int64))]),
     ],
@@ -95,7 +95,7 @@ def test_a_later_group_that_is_refused_leaves_nothing(error, part, group):
 def test_muon_with_a_rate_of_its_own_needs_adamws_for_later_vectors_too():
     first, second, _ = halves()
     optimizer = create("muon", [first[1]], lr=0.02, convention="keller_jordan")
-    with pytest.raises(ValueError, match=r"scale 'original'.*down_proj_bias.*give adamw_lr"):
+    with pytest.raises(ValueError, match=r"scale 'original'.*down_proj_bias.*pass adamw_lr"):
         optimizer.add_param_group({"params": second, "lr": 0.5})
     optimizer.add_param_group({"params": second, "adamw_lr": 3e-4})
     assert optimizer.param_groups[-1]["lr"] == 3e-4 and len(optimizer.param_groups) == 4

@@ -81,11 +81,11 @@ def test_rates_alone_do_not_make_a_matrix():
 @pytest.mark.parametrize(
     ("assign", "part"),
     [
-        ({"routr": "adamw"}, "'routr', which is in the name of no parameter"),
+        ({"routr": "adamw"}, "'routr', which does not occur in the name of any parameter"),
         (["router"], r"assign = \['router'\]; expected a mapping"),
-        ({"router": "sgd"}, r"assign\['router'\] = 'sgd'; expected 'matrix', 'adamw' or settings"),
+        ({"router": "sgd"}, r"assign\['router'\] = 'sgd'; expected 'matrix', 'adamw' or a mapping"),
         ({"router": {"momentm": 0.9}}, "momentm"),
-        ({"layernorm": "matrix"}, "no matrix"),
+        ({"layernorm": "matrix"}, "not a matrix"),
         ({"model": "adamw", "lm_head": "adamw"}, "none of the parameters is a hidden matrix"),
     ],
 )
@@ -153,9 +153,9 @@ def test_any_optimizer_takes_settings_by_name():
 @pytest.mark.parametrize(
     ("assign", "part"),
     [
-        ({"routr": {"lr": 0.1}}, "'routr', which is in the name of no parameter"),
+        ({"routr": {"lr": 0.1}}, "'routr', which does not occur in the name of any parameter"),
         (["router"], r"assign = \['router'\]; expected a mapping"),
-        ({"router": "matrix"}, r"assign\['router'\] = 'matrix'; expected settings out of"),
+        ({"router": "matrix"}, r"assign\['router'\] = 'matrix'; expected a mapping with keys among"),
         ({"router": {"momentm": 0.9}}, "momentm"),
     ],
 )

@@ -102,7 +102,7 @@ def test_muon_refusals():
         create("muon", named(["lm_head.weight"]), lr=0.1)
     with pytest.raises(ValueError, match="convention"):
         Muon(named(), convention="kj")
-    with pytest.raises(ValueError, match=r"'logit_scale'.*no matrix"):
+    with pytest.raises(ValueError, match=r"'logit_scale'.*not a matrix"):
         Optimizer(named(["logit_scale"]), MuonRule(), lr=0.1)
 
 
@@ -151,7 +151,7 @@ def test_a_slip_of_the_pen_is_corrected(word, offered):
     ],
 )  # fmt: skip
 def test_another_algorithm_is_not_offered_for_the_one_that_was_asked_for(word, nearest):
-    with pytest.raises(ValueError, match=f"'{word}'; it is not in the suite; nearest in kind: '{nearest}'. Known: ada"):
+    with pytest.raises(ValueError, match=f"'{word}'; it is not implemented here; .* '{nearest}'. Known: ada"):
         create(word, named(), lr=0.1)
 
 
@@ -170,10 +170,10 @@ def test_a_word_that_is_no_algorithm_shows_the_list(word):
     ("word", "says"),
     [
         ("adam8bit", "'adamw_8bit' without"),
-        ("paged_adamw_32bit", "'adamw' is it, without paging"),
+        ("paged_adamw_32bit", "use 'adamw', which has no paging"),
         ("sgdw", "decoupled"),
         ("SGDM", "momentum=0.9"),
-        ("adamw_torch_fused", "'adamw' is it"),
+        ("adamw_torch_fused", "use 'adamw'"),
         ("sophia", "'sophia_h'"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from optim import AdamW, AdamWRule, Optimizer, Quantized, UpdateMap, UpdateRule, cpu_jit, create, rule_from
-from optim.rule import zero_moment, zero_step
+from optim.moments import zero_moment, zero_step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Rules around other rules: states in 8 bits (`quantized`), and states of a low-rank gradient (`low_rank`)."""
+"""Rules around other rules: 8-bit states (`quantized`), and states of a low-rank gradient (`low_rank`)."""

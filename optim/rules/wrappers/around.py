@@ -1,4 +1,4 @@
-"""What rules around another rule have in common: what they ask the rule inside."""
+"""What rules around another rule have in common: how they use the rule inside."""
 
 from abc import ABC
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from optim.rule import OfParam, State, UpdateRule
 
 @dataclass(frozen=True, kw_only=True)
 class Around(UpdateRule, ABC):
-    """A rule around another, whose state it has; `inside` is that state as the inner rule knows it.
+    """A rule around another rule, which has its state; `inside` is that state in the form of the inner rule.
 
     Args:
         inner: The rule inside.
@@ -20,7 +20,15 @@ class Around(UpdateRule, ABC):
     inner: UpdateRule
 
     def inside(self, state: State, param: Tensor) -> State:
-        """Return the state as the inner rule knows it: the same, unless the wrapper stores it in another form."""
+        """Return the state in the form of the inner rule; it is the same unless the wrapper stores it differently.
+
+        Args:
+            state: The state of the wrapper.
+            param: The parameter.
+
+        Returns:
+            The state of the inner rule.
+        """
         return state
 
     def decay(self, direction: OfParam, state: State, param: OfParam) -> OfParam:
@@ -33,22 +41,22 @@ class Around(UpdateRule, ABC):
 
     @property
     def shares(self) -> bool:
-        """Whether the inner rule shares anything; the wrapper alone connects no tensors."""
+        """Whether the inner rule shares anything; the wrapper itself does not connect tensors."""
         return self.inner.shares
 
     @property
     def coupled(self) -> bool:
-        """Whether tensors share something, as under the inner rule."""
+        """Whether tensors share something under the inner rule."""
         return self.inner.coupled
 
     @property
     def rounds_itself(self) -> bool:
-        """Whether the inner rule, which writes the parameters, can round them at random."""
+        """Whether the inner rule, which writes the parameters, can round them stochastically."""
         return self.inner.rounds_itself
 
     @property
     def reads(self) -> frozenset[str]:
-        """What the inner rule reads of its group."""
+        """What the inner rule reads from its group."""
         return self.inner.reads
 
     @property
@@ -61,5 +69,5 @@ class Around(UpdateRule, ABC):
         return self.inner.average(self.inside(state, param), param)
 
     def from_average(self, state: State, average: Tensor) -> Tensor:
-        """Return the inner rule's weights of that average."""
+        """Return the inner rule's weights for that average."""
         return self.inner.from_average(self.inside(state, average), average)

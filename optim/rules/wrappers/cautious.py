@@ -1,4 +1,4 @@
-"""Cautious updates: of any elementwise rule, only the coordinates whose step the present gradient agrees with."""
+"""Cautious updates: an elementwise rule, restricted to the coordinates whose step agrees with the current gradient."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +10,11 @@ from optim.rules.wrappers.around import Around
 
 @dataclass(frozen=True, kw_only=True)
 class Masked(Around):
-    """What Cautious and Grams ask of the rule inside."""
+    """What Cautious and Grams require of the rule inside.
+
+    Args:
+        inner: The rule inside.
+    """
 
     def __post_init__(self) -> None:
         called = type(self).__name__
@@ -19,17 +23,17 @@ class Masked(Around):
         if self.inner.reads:
             raise ValueError(
                 f"{called}: inner = {self.inner!r}; its direction contains weight decay or averages, whose signs are "
-                "not those of gradients"
+                "not those of gradients, so it cannot be wrapped"
             )
         if not self.inner.step_is_update:
             raise ValueError(
-                f"{called}: inner = {self.inner!r}; it has a step of its own; "
-                "round with optim.set_rounding(optimizer, 'stochastic') instead"
+                f"{called}: inner = {self.inner!r}; it has its own step, which cannot be wrapped; "
+                "for stochastic rounding, use optim.set_rounding(optimizer, 'stochastic')"
             )
 
     @property
     def rounds_itself(self) -> bool:
-        """Whether the rule rounds bfloat16 parameters itself: no, its step is that of `UpdateRule`."""
+        """Whether the rule rounds bfloat16 parameters itself: it does not, its step is that of `UpdateRule`."""
         return False
 
     def init(self, param: OfParam) -> State:
@@ -39,21 +43,21 @@ class Masked(Around):
 
 @dataclass(frozen=True, kw_only=True)
 class Cautious(Masked):
-    """Cautious updates: only the coordinates whose step the present gradient agrees with.
+    """Cautious updates: only the coordinates whose step agrees with the current gradient.
 
         u = d [d g > 0] / max(mean [d g > 0], least)
 
-    d is the inner rule's direction, and the mean is over the tensor of N entries, so that the step keeps its size.
-    Weight decay is not masked; Muon's `cautious_decay` masks the decay and nothing else.
+    Here d is the inner rule's direction, and the mean is over the tensor of N entries, so that the step keeps its size.
+    Weight decay is not masked; Muon's `cautious_decay` only masks weight decay.
 
     Args:
-        inner: An elementwise rule with the group's weight decay outside its direction, such as AdamW or Lion.
-        least: The least mean, which bounds the factor.
-        xi: Added to the number of coordinates that agree: the factor is N / (their number + xi), as in the paper and in
-            the published Lion (xi = 1); the published AdamW has 0.
+        inner: An elementwise rule whose direction does not contain weight decay, such as AdamW or Lion.
+        least: The smallest mean, which bounds the factor.
+        xi: Added to the number of coordinates that agree, so that the factor is N / (their number + xi). In the paper
+            and in the published Lion xi = 1; in the published AdamW xi = 0.
 
     Shapes:
-        Any. The mean over the tensor makes it not elementwise.
+        Any. Not elementwise, because of the mean over the tensor.
 
     State:
         The inner rule's.
@@ -93,12 +97,12 @@ class Cautious(Masked):
 
 @dataclass(frozen=True, kw_only=True)
 class Grams(Masked):
-    """Grams: the size of the inner rule's step, in the direction of the present gradient.
+    """Grams: the size of the inner rule's step with the sign of the current gradient.
 
         u = |d| sign(g)
 
     Args:
-        inner: An elementwise rule with the group's weight decay outside its direction; AdamW in the paper.
+        inner: An elementwise rule whose direction does not contain weight decay; AdamW in the paper.
 
     Shapes:
         Elementwise.

@@ -1,4 +1,4 @@
-"""Parts of a tensor as flat memory, and tensors without any: what keeps the memory of a wrapped step small."""
+"""Parts of a tensor as flat memory, and tensors without memory, which keep the memory of a wrapped step small."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @contextmanager
 def flat_part(x: Tensor, where: slice, *, kept: bool = False) -> Iterator[Tensor]:
-    """Yield entries of x in the order of its dimensions, as a flat tensor.
+    """Yield some entries of a tensor, in the order of its dimensions, as a flat tensor.
 
-    It is a view, or for other memory layouts a copy, which is written back afterwards.
+    It is a view if the tensor is contiguous. Otherwise it is a copy, which is written back afterwards.
 
     Args:
-        x: The tensor.
+        x: The tensor, of any shape.
         where: Which entries.
-        kept: Whether x stays as it is, so that a copy is not written back.
+        kept: Whether x remains unchanged, so that a copy is not written back.
+
+    Yields:
+        The entries, of shape [n].
     """
     if x.is_contiguous():
         yield x.view(-1)[where]
@@ -43,9 +46,13 @@ def flat_part(x: Tensor, where: slice, *, kept: bool = False) -> Iterator[Tensor
 
 
 class WithoutMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, floating-point tensors with at least `limit` entries are created without data (as meta tensors).
+    """A mode in which floating-point tensors with at least `limit` entries are created without data (as meta tensors).
 
-    What will be coded begins as zeros, and creating it as numbers first would take four times the memory of the state.
+    States that will be coded are initialised with zeros, and creating them in full precision first would take four
+    times the memory of the coded state.
+
+    Args:
+        limit: The smallest number of entries of such tensors.
     """
 
     def __init__(self, limit: int) -> None:

@@ -1,4 +1,4 @@
-"""States in 8 bits: a rule whose running averages are stored as codes, with one scale per block."""
+"""8-bit states: a rule whose running averages are stored as codes, with one scale per block."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,8 @@ from optim.checks import check_counts, check_flag
 from optim.cpu_jit.threads import together
 from optim.kernels import adamw_8bit
 from optim.kernels.philox import random_words
-from optim.rule import OfParam, State, UpdateRule, moment_dtype
+from optim.moments import moment_dtype
+from optim.rule import OfParam, State, UpdateRule
 from optim.rules.adamw import AdamWRule
 from optim.rules.wrappers.around import Around
 from optim.rules.wrappers.codebooks import BOOKS, VALUES, take
@@ -23,52 +24,55 @@ from optim.rules.wrappers.pieces import WithoutMemory, flat_part
 from optim.sharding import is_sharded
 
 CHUNK = 1 << 17
-"""Elements that a step holds decoded at a time (rounded to whole blocks), under elementwise rules."""
+"""The number of elements that a step decodes at a time (rounded to whole blocks), under elementwise rules."""
 
 NON_NEGATIVE = frozenset({"exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "max_exp_avg_var"})
-"""Entries of states that are never below zero, whose codes need no sign: second moments."""
+"""Second moments: entries of states that are never negative, whose codes need no sign."""
 
 _SCALES = "_absmax"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized(Around):
-    """A rule whose running averages are stored as codes of 8 bits.
+    """A rule whose running averages are stored as 8-bit codes.
 
     A stored number is x = book[code] a, with a = max |x| of its block. A step decodes the state, steps with the inner
     rule in full precision, and encodes the result.
 
     Args:
         inner: Any rule except those that read a curvature (Sophia, AdaHessian), those with a basis of singular vectors
-            (Conda, GaLore, Fira; `LowRank` may have a `Quantized` rule inside) and other `Quantized` ones.
-        code: "dynamic" has 256 values over seven decades, with a sign, or without it for second moments, and takes the
-            nearest. "linear" is round(127 x / a), and round(255 x / a) for second moments, with ties to even. Second
-            moments need "dynamic"; "linear" is enough for Muon's momentum.
+            (Conda, GaLore, Fira; `LowRank` may have a `Quantized` rule inside) and other `Quantized` rules.
+        code: "dynamic" rounds to the nearest of 256 values over seven decades, which are signed except for second
+            moments. "linear" is round(127 x / a), and round(255 x / a) for second moments, with ties to even. Second
+            moments need "dynamic"; "linear" is sufficient for Muon's momentum.
         block_size: The number of consecutive entries of the flattened tensor that share a scale; the last block may be
             shorter.
-        min_size: Smaller tensors are stored as the inner rule stores them. A param group may set it for its own:
-            ``{"params": embeddings, "min_size": 2**62}`` keeps these in full precision (`stable_embedding_groups`).
-        floor: Whether a positive second moment never gets the code of zero, as it otherwise would below 1.6e-7 of its
-            block's largest. Where the next gradient is zero, Adam would then step by m / eps, without bound. False is
-            as published.
-        stochastic: Whether to round up or down at random, with x as the mean, using Philox bits of (`seed`, step, entry
-            of the state, position): no other generator is affected, and a resumed run draws the same numbers.
-        seed: Of stochastic rounding.
+        min_size: The smallest number of entries of a tensor that is coded; smaller ones are stored as the inner rule
+            stores them. A param group may have its own: ``{"params": embeddings, "min_size": 2**62}`` keeps the states
+            of embeddings in full precision (`stable_embedding_groups`).
+        floor: Whether positive second moments never have the code of zero. Otherwise they have it below 1.6e-7 times
+            the largest one of the block, and if the next gradient is zero, Adam then steps by m / eps, which is
+            unbounded. The published codes behave as with False.
+        stochastic: Whether to round up or down at random, with x as the mean. The random bits are a function of `seed`,
+            the step, the entry of the state and the position (Philox), so that no other generator is affected and a
+            resumed run draws the same numbers.
+        seed: The seed of stochastic rounding.
 
     Shapes:
-        Any. Blocks extend over rows, so that results depend on where a tensor is cut. Not elementwise.
+        Any. Blocks extend over rows, so that results depend on how a tensor is divided. Not elementwise.
 
     State:
-        1 byte per parameter and moment, and 4 per block of a moment. Codes are uint8 (int8 for signed linear ones) and
-        scales float32, whatever the parameter's dtype.
+        1 byte per parameter and moment, and 4 bytes per block of a moment. Codes are uint8 (int8 for signed linear
+        codes) and scales are float32, whatever the parameter's dtype is.
 
     Source:
         Dettmers et al. 2021, arXiv 2110.02861; bitsandbytes 0.50.2, its exact nearest-code quantiser and decay before
         the update. Linear codes of momentum: arXiv 2509.23106.
 
     Differs:
-        `floor`. Of bitsandbytes' other forms, the GPU kernel decays after the update and keeps the sign of m, and the
-        CPU library looks codes up on a coarser grid; its blocks are 256 everywhere, while the paper's were 2048.
+        `floor`. bitsandbytes has other forms as well: its GPU kernel decays after the update and preserves the sign of
+        m, and its CPU library looks codes up on a coarser grid. Its blocks always have 256 entries, while those of the
+        paper have 2048.
 
     Example:
         >>> from optim import LionRule, Quantized
@@ -116,7 +120,8 @@ class Quantized(Around):
             if self._is_coded(value):
                 if is_sharded(param):
                     raise ValueError(
-                        f"{type(self).__name__}: a parameter is sharded; blocks that a shard cuts have other scales"
+                        f"{type(self).__name__}: a parameter is sharded, and blocks that a shard cuts would have other "
+                        "scales; use the rule inside without 8-bit states"
                     )
                 blocks = -(-value.numel() // self.block_size)
                 state[key] = torch.zeros(value.shape, dtype=self._dtype(key), device=param.device)
@@ -131,13 +136,13 @@ class Quantized(Around):
         return direction, self._encoded(new, state)
 
     def state_settings(self) -> dict[str, Any]:
-        """Return the settings that say what codes mean, and which entries share a scale."""
+        """Return the settings that determine what codes mean and which entries share a scale."""
         return {"code": self.code, "block_size": self.block_size, "min_size": self.min_size}
 
     @property
     def uncodable(self) -> str:
-        """Why there are no codes of these states: they are codes."""
-        return "not one that is quantised already"
+        """Why the state cannot be stored as codes: it already consists of codes."""
+        return "not a rule that is already quantised"
 
     def stepped(
         self,
@@ -156,7 +161,7 @@ class Quantized(Around):
 
     @property
     def step_is_update(self) -> bool:
-        """Whether the step may be compiled as a whole: no, codes are decoded and encoded piece by piece."""
+        """Whether the step may be compiled as a whole: it may not, codes are decoded and encoded piece by piece."""
         return False
 
     def step(self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, weight_decay: float) -> None:
@@ -174,9 +179,9 @@ class Quantized(Around):
     ) -> None:
         """Step in place, decoding `CHUNK` entries at a time under an elementwise inner rule, and one tensor otherwise.
 
-        Besides the state, memory holds those entries (per thread) and what the inner rule's step makes of them; for
-        rules for whole matrices it holds one matrix. AdamW with dynamic codes uses `optim.kernels.adamw_8bit` on a GPU,
-        for all tensors that the kernel fits at once.
+        In addition to the state, memory contains those entries (per thread) and the temporaries of the inner rule's
+        step; for rules for whole matrices it contains one matrix. On a GPU, AdamW with dynamic codes uses
+        `optim.kernels.adamw_8bit` for all tensors that the kernel supports at once.
         """
         entries = list(zip(params, grads, states, strict=True))
         rows = [self._kernel_row(*entry) for entry in entries]
@@ -195,7 +200,7 @@ class Quantized(Around):
                             self._encode_to(codes, scales, key, x, inner["step"], start=start)
 
     def _pieces(self, codes: Tensor, scales: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-        """Flat pieces of whole blocks: codes, their scales and values, and the first entry's place."""
+        """Yield flat pieces of whole blocks: codes, their scales and values, and the index of the first entry."""
         blocks = max(1, CHUNK // self.block_size)
         size = blocks * self.block_size
         parts = torch.split(codes.view(-1), size), torch.split(scales, blocks), torch.split(values, size)
@@ -203,7 +208,7 @@ class Quantized(Around):
             yield c, s, x, i * size
 
     def _decoded_in_pieces(self, state: State, param: Tensor) -> State:
-        """`inside`, without temporaries of the tensor's size."""
+        """Return what `inside` returns, without temporaries of the tensor's size."""
         made = {key: value for key, value in state.items() if not key.endswith(_SCALES)}
         for key in made:
             if key + _SCALES in state:
@@ -213,7 +218,7 @@ class Quantized(Around):
         return made
 
     def _kernel_row(self, param: Tensor, grad: Tensor, state: State) -> adamw_8bit.Row | None:
-        """What the kernel takes of this parameter, if it does."""
+        """Return the tensors of this parameter that the kernel reads and writes, or None if it does not support it."""
         if type(self.inner) is not AdamWRule or self.inner.amsgrad or self.code != "dynamic" or self.stochastic:
             return None
         if "exp_avg" + _SCALES not in state or "exp_avg_sq" + _SCALES not in state:
@@ -253,7 +258,7 @@ class Quantized(Around):
         blocks = max(1, CHUNK // self.block_size)
         size = blocks * self.block_size
         dtype = moment_dtype(param)
-        form = (1,) * (param.ndim - 1) + (-1,)  # a rule may look at the number of dimensions
+        form = (1,) * (param.ndim - 1) + (-1,)  # the number of dimensions is kept, because a rule may depend on it
         codes_of = [torch.split(state[key].view(-1), size) for key in coded]
         plain = param.is_contiguous() and grad.is_contiguous()
         scales = [torch.split(state[key + _SCALES], blocks) for key in coded]
@@ -262,7 +267,7 @@ class Quantized(Around):
         failed: list[BaseException] = []
 
         def piece(i: int) -> State:
-            part = {key: t.clone() for key, t in rest.items()}  # counters: the steps of all pieces are one step
+            part = {key: t.clone() for key, t in rest.items()}  # counts: the steps of all pieces together are one step
             places = [(key, c[i], s[i]) for key, c, s in zip(coded, codes_of, scales, strict=True)]
             where = slice(i * size, i * size + len(places[0][1]))
             for key, codes, scale in places:
@@ -276,9 +281,9 @@ class Quantized(Around):
                     self.inner.step_part(p, g, inner, start=where.start, lr=lr, weight_decay=weight_decay)
             for key, codes, scale in places:
                 self._encode_to(codes, scale, key, part[key].view(-1), part["step"], start=i * size)
-            return {key: part[key] for key in rest}  # and no decoded number beyond its piece
+            return {key: part[key] for key in rest}  # the decoded numbers of the piece are released
 
-        def work() -> None:  # on any number of threads the same: a piece knows nothing of the others
+        def work() -> None:  # the result does not depend on the number of threads: pieces are independent
             while left:
                 try:
                     after.append(piece(left.popleft()))
@@ -290,7 +295,7 @@ class Quantized(Around):
 
         with torch.no_grad():
             native = param.is_cpu and dtype == torch.float32 and not self.stochastic and cpu_jit.codes.supports(param)
-            # rows of a tensor of another layout belong to several pieces
+            # in a tensor that is not contiguous, a row may belong to several pieces
             together(work, min(torch.get_num_threads(), len(left)) - 1 if native and plain else 0)
         if failed:
             raise failed[0]
@@ -298,7 +303,7 @@ class Quantized(Around):
             t.copy_(after[0][key])
 
     def inside(self, state: State, param: Tensor) -> State:
-        """Return the state decoded, as the inner rule knows it; what is not encoded is not copied."""
+        """Return the decoded state in the form of the inner rule; entries that are not coded are not copied."""
         dtype = moment_dtype(param)
         return {
             key: self._decode(key, value, state[key + _SCALES], dtype) if key + _SCALES in state else value
@@ -322,7 +327,7 @@ class Quantized(Around):
         return state
 
     def _encode(self, key: str, x: Tensor, step: Tensor, *, start: int = 0) -> tuple[Tensor, Tensor]:
-        """Codes [*shape] and scales [blocks] of the tensor, or of a part of one that begins at entry `start`."""
+        """Return codes [*shape] and scales [blocks] of a tensor, or of a part of one that begins at entry `start`."""
         n, size = x.numel(), self.block_size
         flat = x.detach().reshape(-1)
         rows = (flat if n % size == 0 else functional.pad(flat, (0, -n % size))).view(-1, size)
@@ -346,7 +351,7 @@ class Quantized(Around):
         return codes.view(-1)[:n].view(x.shape), largest
 
     def _encode_to(self, codes: Tensor, scales: Tensor, key: str, x: Tensor, step: Tensor, *, start: int = 0) -> None:
-        """`_encode`, written to codes [n] and scales [blocks]; compiled where that is possible."""
+        """Write the result of `_encode` to codes [n] and scales [blocks], by compiled code if possible."""
         if x.dtype == torch.float32 and not self.stochastic and cpu_jit.codes.supports(x, codes, scales):
             signed = key not in NON_NEGATIVE
             kind = self.code if signed or self.code == "dynamic" else "linear_unsigned"

@@ -14,8 +14,10 @@ class StableEmbedding(nn.Embedding):
     embedding's optimizer state should be kept in full precision: see `stable_embedding_groups`.
 
     Args:
-        num_embeddings, embedding_dim: As in `torch.nn.Embedding`, as for the remaining keywords.
-        seed: Of the initial weights.
+        num_embeddings: The number of vectors.
+        embedding_dim: The length of a vector.
+        seed: The seed of the initial weights.
+        **kwargs: The remaining keywords of `torch.nn.Embedding`.
 
     Source:
         Dettmers et al. 2021, arXiv 2110.02861, section 2.3; bitsandbytes.nn.StableEmbedding.
@@ -41,9 +43,16 @@ class StableEmbedding(nn.Embedding):
         self._fill_padding_idx_with_zero()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map ids [...] (int64) to vectors [..., embedding_dim] in the dtype of the weights."""
+        """Map ids to vectors.
+
+        Args:
+            input: Ids of any shape [...], int64.
+
+        Returns:
+            Vectors [..., embedding_dim] in the dtype of the weights.
+        """
         norm, dtype = self.norm, torch.get_default_dtype()
-        weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)  # `model.bfloat16()` makes them narrow too
+        weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)  # `model.bfloat16()` converts them as well
         vectors = super().forward(input).to(dtype)
         return functional.layer_norm(vectors, norm.normalized_shape, weight, bias, norm.eps).to(self.weight.dtype)
 
@@ -51,10 +60,10 @@ class StableEmbedding(nn.Embedding):
 def stable_embedding_groups(
     model: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...] = StableEmbedding
 ) -> list[dict[str, Any]]:
-    """Make param groups for a rule with 8-bit states in which embeddings keep their state in full precision.
+    """Return param groups for a rule with 8-bit states in which embeddings keep their state in full precision.
 
     Args:
-        model: The model. Parameters that do not train are left out.
+        model: The model. Parameters that are not trained are omitted.
         kinds: The modules whose weights keep full precision; ``torch.nn.Embedding`` for all embeddings.
 
     Returns:

@@ -20,7 +20,8 @@ from optim import RULES, AdamWRule, Optimizer, UpdateRule, backend, cpu_jit
 from optim.cpu_jit import cache, kernel
 from optim.cpu_jit.pools import Pool
 from optim.cpu_jit.threads import together
-from optim.rule import State, moment_dtype, zero_moment, zero_step
+from optim.moments import moment_dtype, zero_moment, zero_step
+from optim.rule import State
 from tests.conftest import REPOSITORY
 from tests.optim.harness import assert_same, parameters, randn, set_grads, snapshot, states, train
 from tests.optim.specs import SPECS

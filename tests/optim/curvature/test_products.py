@@ -79,7 +79,7 @@ class Once(torch.autograd.Function):
 def test_kernels_without_a_second_derivative_take_differences_and_say_so():
     p, v = Parameter(randn((4,), 1)), randn((4,), 2)
     x = p.detach()
-    words = "depends on no parameter"
+    words = "does not depend on any parameter"
     losses = (  # for both torch itself would give zeros
         (lambda: Once.apply(p).sum(), 6 * x * v),
         (lambda: Once.apply(p).square().sum(), 30 * x**4 * v),
@@ -186,7 +186,7 @@ def test_gauss_newton_over_parts_is_that_of_their_sum():
 
 def test_losses_that_do_not_serve_are_refused():
     w, loss, _ = classifier()
-    with pytest.raises(ValueError, match="calls no torch.nn.functional.cross_entropy"):
+    with pytest.raises(ValueError, match="does not call torch.nn.functional.cross_entropy"):
         curvature.gauss_newton(lambda: w.square().sum(), [w], seed=0)
     unsuitable = ((lambda: w, r"shape \(3, 2\)"), (lambda: loss().detach(), r"shape \(\)"), (lambda: 1.0, "float"))
     for bad, words in unsuitable:

@@ -90,5 +90,5 @@ def test_gates():
     assert loss.item() == pytest.approx(2.0 / 10 * float((4 * energy / (3 + energy)).sum()))
     loss.backward()
     assert (w.grad > 0).all()
-    with pytest.raises(ValueError, match="one gate a row"):
+    with pytest.raises(ValueError, match="one gate per row"):
         gate_penalty(w, torch.zeros(2), data_size=10)

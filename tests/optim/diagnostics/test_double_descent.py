@@ -99,5 +99,5 @@ def test_data_and_refusals(data):
         dd.features(data, 321)
     with pytest.raises(ValueError, match="variant = 'other'"):
         dd.features(data, 5, "other")
-    with pytest.raises(ValueError, match="standardised features stand still"):
+    with pytest.raises(ValueError, match="standardised features are fixed"):
         dd.descend(data, 5, lambda named: SGD(named), steps=1, variant="standardised", both_layers=True)

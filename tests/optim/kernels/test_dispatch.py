@@ -156,7 +156,7 @@ def test_stochastic_rounding_is_not_compiled_away():
     from optim import AdamWRule
 
     p = torch.ones(3)
-    assert cpu_jit.supports(AdamWRule(stochastic_rounding=True), p) == "the rule has a step of its own"
+    assert cpu_jit.supports(AdamWRule(stochastic_rounding=True), p) == "the rule has its own step"
     assert cpu_jit.supports(AdamWRule(), p) == ""
 
 

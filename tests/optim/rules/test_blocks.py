@@ -123,7 +123,7 @@ def test_refusals():
     for blocks in ({"q_proj": "rows"}, {"q_proj": 0}, {"q_proj": True}):
         with pytest.raises(ValueError, match=r"blocks\['q_proj'\] = .*'tensor', 'row'"):
             AdamMini(pairs(), blocks=blocks)
-    with pytest.raises(ValueError, match="blocks names 'qproj', which is in the name of no parameter"):
+    with pytest.raises(ValueError, match="blocks names 'qproj', which does not occur in the name of any parameter"):
         AdamMini(pairs(), blocks={"qproj": "row"})
     with pytest.raises(TypeError, match="expected blocks"):
         AdamMini(pairs(), blocks=["row"])

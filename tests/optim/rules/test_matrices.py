@@ -91,14 +91,14 @@ def test_convolutions_are_flattened(name):
 @pytest.mark.parametrize(
     ("shape", "layout", "part"),
     [
-        ((5,), {}, "no matrix"),
+        ((5,), {}, "not a matrix"),
         ((4, 3), {"batched": True}, "three dimensions"),
-        ((4, 3, 2, 2), {"transposed": True}, "transposed is for matrices"),
-        ((5, 3), {"batched": 2}, "no 2 matrices one below the other"),
-        ((4, 3, 2), {"batched": 2}, "no 2 matrices one below the other"),
-        ((4, 3), {"batched": 2, "num_heads": 4}, "2 rows are no 4 heads"),
-        ((4, 3), {"split_sizes": (2, 1)}, "split_sizes .* of 4 rows"),
-        ((4, 3), {"num_heads": 3}, "4 rows are no 3 heads"),
+        ((4, 3, 2, 2), {"transposed": True}, "transposed=True needs matrices"),
+        ((5, 3), {"batched": 2}, "cannot be divided into 2 matrices"),
+        ((4, 3, 2), {"batched": 2}, "cannot be divided into 2 matrices"),
+        ((4, 3), {"batched": 2, "num_heads": 4}, "2 rows of a .* 4 heads"),
+        ((4, 3), {"split_sizes": (2, 1)}, "split_sizes .* the 4 rows"),
+        ((4, 3), {"num_heads": 3}, "4 rows of a .* 3 heads"),
     ],
 )
 def test_layouts_that_do_not_fit_are_refused(shape, layout, part):
@@ -113,7 +113,7 @@ def test_layouts_that_do_not_fit_are_refused(shape, layout, part):
         ({"split_sizes": (2, 0)}, "split_sizes"),
         ({"split_sizes": "222"}, "split_sizes"),
         ({"num_heads": 0}, "num_heads"),
-        ({"num_heads": 2, "split_sizes": (2, 2)}, "give one of them"),
+        ({"num_heads": 2, "split_sizes": (2, 2)}, "set only one of them"),
         ({"transposed": 1}, "transposed"),
         ({"batched": 1}, "batched = 1"),
         ({"batched": -2}, "batched = -2"),

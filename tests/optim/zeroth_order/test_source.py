@@ -508,7 +508,7 @@ def test_refused_optimizers():
         with pytest.raises(ValueError, match="conserve.*plain SGD"):
             source.step(optimizer, loss)
     other = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="'other.weight', which the source was not made with"):
+    with pytest.raises(ValueError, match="'other.weight', which the source does not have"):
         ZerothOrder(model.named_parameters()).step(SGD([("other.weight", other.weight)], lr=0.1), loss)
     first = ZerothOrder(model.named_parameters(), first_order=lambda n: n == "3.bias")
     with pytest.raises(ValueError, match="first_order"):

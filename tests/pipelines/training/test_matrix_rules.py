@@ -41,7 +41,7 @@ def test_one_group_needs_no_table(world, tmp_path, capsys):
     ("optimizer", "options", "part"),
     [
         ("conda", {"assign": {"no_such_layer": "adamw"}}, "no_such_layer"),
-        ("adamw", {"assign": {"q_proj": "adamw"}}, "expected settings out of"),
+        ("adamw", {"assign": {"q_proj": "adamw"}}, "expected a mapping with keys among"),
         ("root", {"quantile": 2.0}, "quantile"),
     ],
 )
