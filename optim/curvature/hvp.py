@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from optim.checks import check_choice
 from optim.curvature.losses import Loss, Parts, add, norm_of, parts_of, private, refuse_sharded, scalar
 
 _ONCE_ONLY = re.compile(r"not implemented|double backward|differentiate twice")
@@ -47,8 +48,7 @@ def hvp(
         >>> curvature.hvp(lambda: (w**3).sum(), [w], [torch.ones(2)])
         [tensor([ 6., 12.])]
     """
-    if method not in ("auto", "exact", "difference"):
-        raise ValueError(f"curvature.hvp: method = {method!r}; it must be 'auto', 'exact' or 'difference'")
+    check_choice("curvature.hvp", ("auto", "exact", "difference"), method=method)
     refuse_sharded(params)
     with private(params):
         if method != "difference":

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from optim.checks import check_positive_counts
 from optim.curvature.gauss_newton import gauss_newton
 from optim.curvature.hutchinson import draw, hutchinson
 from optim.curvature.losses import Parts, mix, rank_count, refuse_sharded
@@ -46,7 +47,7 @@ class CurvatureRule(UpdateRule):
         return "not a rule that reads a curvature, which is written to its state from outside"
 
     def __post_init__(self) -> None:
-        _check_every(type(self).__name__ + ": refresh_every", self.refresh_every)
+        check_positive_counts(type(self).__name__, refresh_every=self.refresh_every)
 
     @abstractmethod
     def absorb(self, estimate: OfParam, state: State) -> State:
@@ -97,7 +98,7 @@ def refresh(optimizer: torch.optim.Optimizer, loss_fn: Parts, *, every: int | No
         True
     """
     if every is not None:
-        _check_every("curvature.refresh: every", every)
+        check_positive_counts("curvature.refresh", every=every)
     refuse_sharded(param for _, _, param in _wanting(optimizer) if param.requires_grad)
     step = _steps_taken(optimizer)
     due: dict[str, dict[int, Tensor]] = {}
@@ -151,11 +152,6 @@ def absorb(optimizer: torch.optim.Optimizer, estimates: Mapping[Tensor, Tensor])
             state.update(rule.init(param))
         for key, value in rule.absorb(estimate, state).items():
             state[key].copy_(value)
-
-
-def _check_every(what: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{what} = {value!r}; it must be a whole number of steps, at least 1")
 
 
 def _wanting(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, CurvatureRule, Tensor]]:

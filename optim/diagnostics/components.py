@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from optim.checks import check_choice
 from optim.diagnostics.spectrum import roles
 
 _FFN = ("ffn_in", "ffn_gate", "ffn_out")
@@ -59,8 +60,7 @@ def by_component(named_parameters: Iterable[tuple[str, Tensor]], arm: str) -> tu
         >>> [name for name, _ in mine]
         ['v_proj.weight']
     """
-    if arm not in ARMS:
-        raise ValueError(f"by_component: arm = {arm!r}; it must be one of {', '.join(ARMS)}")
+    check_choice("by_component", tuple(ARMS), arm=arm)
     chosen: Named = []
     rest: Named = []
     for name, param in named_parameters:

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from optim.checks import check_positive
+
 DET_EPS = 1e-5
 
 
@@ -113,8 +115,7 @@ def transformed_l1(x: Float[Tensor, "..."], a: float = 1.0) -> Float[Tensor, ""]
         >>> diagnostics.transformed_l1(torch.tensor([0.0, 1.0, -1.0]))
         tensor(2.)
     """
-    if not 0 < a < math.inf:
-        raise ValueError(f"transformed_l1: a = {a!r}; it must be a finite number above 0")
+    check_positive("transformed_l1", a=a)
     size = x.abs()
     return ((a + 1) * size / (a + size)).sum()
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from optim.checks import check_choice
+
 Variant = Literal["raw", "standardised", "scaled_init"]
 VARIANTS: tuple[Variant, ...] = ("raw", "standardised", "scaled_init")
 WIDTHS = (5, 10, 20, 30, 36, 40, 44, 50, 60, 80, 120, 200, 320)
@@ -79,8 +81,7 @@ def features(data: Regression, width: int, variant: Variant = "raw") -> tuple[Te
     """
     if not 1 <= width <= len(data.v):
         raise ValueError(f"double_descent: width = {width}; it must be between 1 and {len(data.v)}, the rows of v")
-    if variant not in VARIANTS:
-        raise ValueError(f"double_descent: variant = {variant!r}; it must be one of {', '.join(VARIANTS)}")
+    check_choice("double_descent", VARIANTS, variant=variant)
     f, f_test = (_hidden(x, data.v[:width]) for x in (data.x, data.x_test))
     if variant == "standardised":
         mean, spread = f.mean(0), f.std(0, correction=0)

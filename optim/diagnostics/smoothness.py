@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optim import curvature
+from optim.checks import check_positive_counts
 from optim.curvature.losses import norm_of
 from optim.moments import moment_dtype
 
@@ -143,7 +144,7 @@ def linf_smoothness(
         >>> 1.5 < found["norm11_over_d"] < 2.5  # the Hessian is 2 I
         True
     """
-    _check_counts(probes=probes, coordinates=coordinates)
+    check_positive_counts("smoothness", probes=probes, coordinates=coordinates)
     d = sum(p.numel() for p in params)
     if d == 0:
         raise ValueError("linf_smoothness: there are no parameters")
@@ -204,7 +205,7 @@ class Rotation:
     """
 
     def __init__(self, seed: int = 0, size: int = 64) -> None:
-        _check_counts(size=size)
+        check_positive_counts("smoothness", size=size)
         self.seed, self.size = seed, size
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -282,7 +283,7 @@ def lanczos(
         >>> round(found["largest"], 4), round(found["smallest"], 4)
         (5.0, 1.0)
     """
-    _check_counts(steps=steps)
+    check_positive_counts("smoothness", steps=steps)
     length = norm_of(start)
     if not 0 < length < math.inf:
         raise ValueError(f"lanczos: the norm of the start is {length}; pass a vector that is finite and not zero")
@@ -339,7 +340,7 @@ def frobenius(
         >>> round(diagnostics.frobenius(diagnostics.hessian(lambda: (w**2).sum(), [w]), [w]), 4)
         4.0
     """
-    _check_counts(probes=probes)
+    check_positive_counts("smoothness", probes=probes)
     total = 0.0
     for k in range(probes):
         signs = [curvature.draw(p, "signs", _mix(seed, "signs", k, i)) for i, p in enumerate(params)]
@@ -359,12 +360,6 @@ def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 def _subtract(a: Sequence[Tensor], b: Sequence[Tensor], times: float) -> None:
     for x, y in zip(a, b, strict=True):
         x.sub_(y, alpha=times)
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"smoothness: {name} = {value!r}; it must be a whole number of at least 1")
 
 
 _mix = curvature.mix

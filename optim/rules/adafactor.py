@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from optim.checks import check_flag, check_non_negative, check_unit_interval
+from optim.checks import check_choice, check_flag, check_non_negative, check_positive, check_unit_interval
 from optim.moments import moment_dtype, scalar_setting, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
 from optim.rule import OfParam, State, UpdateRule
@@ -64,8 +64,7 @@ class AdafactorRule(UpdateRule):
 
     def __post_init__(self) -> None:
         called = "AdafactorRule"
-        if self.convention not in CONVENTIONS:
-            raise ValueError(f"{called}: convention = {self.convention!r}; it must be one of {', '.join(CONVENTIONS)}")
+        check_choice(called, CONVENTIONS, convention=self.convention)
         if isinstance(self.beta2_decay, bool) or not isinstance(self.beta2_decay, int | float) or self.beta2_decay > 0:
             raise ValueError(f"{called}: beta2_decay = {self.beta2_decay!r}; it must be a number of at most 0")
         if not isinstance(self.eps, Sequence) or isinstance(self.eps, str) or len(self.eps) != 2:
@@ -73,9 +72,7 @@ class AdafactorRule(UpdateRule):
         first, second = self.eps
         check_non_negative(called, **({} if first is None else {"eps[0]": first}), **{"eps[1]": second})
         object.__setattr__(self, "eps", (None if first is None else float(first), float(second)))
-        check_non_negative(called, clip_threshold=self.clip_threshold)
-        if self.clip_threshold == 0:
-            raise ValueError(f"{called}: clip_threshold = 0; it must be above 0, or nothing moves")
+        check_positive(called, clip_threshold=self.clip_threshold)
         flags = ("scale_parameter", "relative_step", "warmup_init")
         check_flag(called, **{key: getattr(self, key) for key in flags})
         if self.beta1 is not None:

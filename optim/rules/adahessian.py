@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from optim.checks import check_non_negative, checked_betas
+from optim.checks import check_choice, check_non_negative, check_share, checked_betas
 from optim.curvature import CurvatureRule
 from optim.moments import correction, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
@@ -65,11 +65,9 @@ class AdaHessianRule(CurvatureRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "betas", checked_betas("AdaHessianRule", self.betas))
-        check_non_negative("AdaHessianRule", eps=self.eps, hessian_power=self.hessian_power)
-        if self.hessian_power > 1:
-            raise ValueError(f"AdaHessianRule: hessian_power = {self.hessian_power!r}; it must be at most 1")
-        if self.variant not in VARIANTS:
-            raise ValueError(f"AdaHessianRule: variant = {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
+        check_non_negative("AdaHessianRule", eps=self.eps)
+        check_share("AdaHessianRule", hessian_power=self.hessian_power)
+        check_choice("AdaHessianRule", VARIANTS, variant=self.variant)
         sizes = self.spatial_average_block_size
         four = isinstance(sizes, list | tuple) and len(sizes) == 4
         if not four or not all(isinstance(s, int) and (s == -1 or s > 0) for s in sizes):

@@ -7,7 +7,7 @@ from typing import ClassVar, TypeAlias
 from torch import Tensor
 
 from optim.block_rates import warn_of_strangers
-from optim.checks import check_non_negative, checked_betas
+from optim.checks import check_non_negative, check_positive_counts, checked_betas
 from optim.moments import correction, moment_dtype, zero_moment, zero_step
 from optim.optimizer import Group, Optimizer
 from optim.param_groups import NamedParams, check_parts, named_groups, part_in, told_by, with_names
@@ -216,8 +216,7 @@ def _checked(blocks: Blocks | None) -> dict[str, str | int]:
 
 def _head_dim(dim: int | None, n_heads: int | None, head_dim: int | None) -> int | None:
     if head_dim is not None:
-        if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1:
-            raise ValueError(f"AdamMini: head_dim = {head_dim!r}; it must be an integer above 0")
+        check_positive_counts("AdamMini", head_dim=head_dim)
         return head_dim
     if dim is None and n_heads is None:
         return None

@@ -1,14 +1,13 @@
 """AdEMAMix: Adam with a second, slow average of the gradient."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from optim.checks import check_counts, check_non_negative, check_unit_interval
+from optim.checks import check_counts, check_non_negative, checked_three_betas
 from optim.moments import correction, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
 from optim.rule import OfParam, State, UpdateRule
@@ -54,10 +53,7 @@ class AdEMAMixRule(UpdateRule):
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        if not isinstance(self.betas, Sequence) or isinstance(self.betas, str) or len(self.betas) not in (2, 3):
-            raise ValueError(f"AdEMAMixRule: betas = {self.betas!r}; expected three numbers: (0.9, 0.999, 0.9999)")
-        check_unit_interval("AdEMAMixRule", **{f"betas[{i}]": beta for i, beta in enumerate(self.betas)})
-        object.__setattr__(self, "betas", (*map(float, self.betas), 0.9999)[:3])
+        object.__setattr__(self, "betas", checked_three_betas("AdEMAMixRule", self.betas))
         check_non_negative("AdEMAMixRule", alpha=self.alpha, eps=self.eps)
         check_counts("AdEMAMixRule", alpha_warmup=self.alpha_warmup, beta3_warmup=self.beta3_warmup)
 

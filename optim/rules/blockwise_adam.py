@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optim.checks import check_non_negative, checked_betas
+from optim.checks import check_choice, check_non_negative, checked_betas
 from optim.moments import correction, scalar_moment, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
 from optim.rule import OfParam, State, UpdateRule
@@ -61,8 +61,7 @@ class BlockwiseAdamRule(UpdateRule):
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", checked_betas("BlockwiseAdamRule", self.betas))
         check_non_negative("BlockwiseAdamRule", eps=self.eps)
-        if self.block not in ("tensor", "group"):
-            raise ValueError(f"BlockwiseAdamRule: block = {self.block!r}; it must be 'tensor' or 'group'")
+        check_choice("BlockwiseAdamRule", ("tensor", "group"), block=self.block)
 
     def init(self, param: OfParam) -> State:
         """Return zero moments and a zero step count; under "group", the rest of the block is empty."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from optim.checks import check_non_negative, check_unit_interval
+from optim.checks import check_non_negative, check_positive, checked_three_betas
 from optim.moments import zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
 from optim.rule import OfParam, State, UpdateRule
@@ -48,17 +48,12 @@ class CAMERule(UpdateRule):
     clip_threshold: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.betas, Sequence) or isinstance(self.betas, str) or len(self.betas) not in (2, 3):
-            raise ValueError(f"CAMERule: betas = {self.betas!r}; expected three numbers: (0.9, 0.999, 0.9999)")
-        check_unit_interval("CAMERule", **{f"betas[{i}]": beta for i, beta in enumerate(self.betas)})
-        object.__setattr__(self, "betas", (*map(float, self.betas), 0.9999)[:3])
+        object.__setattr__(self, "betas", checked_three_betas("CAMERule", self.betas))
         if not isinstance(self.eps, Sequence) or isinstance(self.eps, str) or len(self.eps) != 2:
             raise ValueError(f"CAMERule: eps = {self.eps!r}; expected two numbers, such as (1e-30, 1e-16)")
         check_non_negative("CAMERule", **{f"eps[{i}]": eps for i, eps in enumerate(self.eps)})
         object.__setattr__(self, "eps", tuple(map(float, self.eps)))
-        check_non_negative("CAMERule", clip_threshold=self.clip_threshold)
-        if self.clip_threshold == 0:
-            raise ValueError("CAMERule: clip_threshold = 0; it must be above 0, or nothing moves")
+        check_positive("CAMERule", clip_threshold=self.clip_threshold)
 
     def init(self, param: OfParam) -> State:
         """Return zero averages and a zero step count."""

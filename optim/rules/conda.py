@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from optim.checks import check_counts, check_non_negative, checked_betas
+from optim.checks import check_non_negative, check_positive_counts, checked_betas
 from optim.moments import correction, moment_dtype, zero_moment, zero_step
 from optim.param_groups import NamedParams
 from optim.rule import OfParam, State
@@ -64,9 +64,7 @@ class CondaRule(MatrixRule):
         super().__post_init__()
         object.__setattr__(self, "betas", checked_betas("CondaRule", self.betas))
         check_non_negative("CondaRule", eps=self.eps, scale=self.scale)
-        check_counts("CondaRule", update_proj_gap=self.update_proj_gap)
-        if self.update_proj_gap == 0:
-            raise ValueError("CondaRule: update_proj_gap = 0; it must be an integer of at least 1")
+        check_positive_counts("CondaRule", update_proj_gap=self.update_proj_gap)
         if self.split_sizes is not None or self.num_heads is not None:
             raise ValueError("CondaRule: Conda does not support split_sizes and num_heads; its matrices are whole")
 

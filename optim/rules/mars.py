@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optim.checks import check_non_negative, checked_betas
+from optim.checks import check_choice, check_non_negative, checked_betas
 from optim.moments import correction, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
 from optim.rule import OfParam, State, UpdateRule
@@ -54,8 +54,7 @@ class MARSRule(UpdateRule):
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", checked_betas("MARSRule", self.betas))
         check_non_negative("MARSRule", gamma=self.gamma, eps=self.eps)
-        if self.form not in FORMS:
-            raise ValueError(f"MARSRule: form = {self.form!r}; it must be one of {', '.join(FORMS)}")
+        check_choice("MARSRule", FORMS, form=self.form)
 
     def init(self, param: OfParam) -> State:
         """Return zero moments, a zero last gradient and a zero step count."""

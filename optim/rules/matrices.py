@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optim import stacks
-from optim.checks import check_flag
+from optim.checks import check_flag, check_positive_counts
 from optim.moments import zero_step
 from optim.optimizer import Group, Optimizer
 from optim.param_groups import Assign, NamedParams, Settings, checked_assign, named_groups, part_in, told_by, with_names
@@ -54,8 +54,8 @@ class MatrixRule(UpdateRule, ABC):
             if not isinstance(sizes, Sequence) or isinstance(sizes, str) or not sizes or not all(map(_is_count, sizes)):
                 raise ValueError(f"{name}: split_sizes = {sizes!r}; expected numbers of rows, such as (576, 192, 192)")
             object.__setattr__(self, "split_sizes", tuple(sizes))
-        if self.num_heads is not None and not _is_count(self.num_heads):
-            raise ValueError(f"{name}: num_heads = {self.num_heads!r}; it must be an integer of at least 1")
+        if self.num_heads is not None:
+            check_positive_counts(name, num_heads=self.num_heads)
         if self.num_heads is not None and self.split_sizes is not None:
             raise ValueError(f"{name}: split_sizes and num_heads both divide the rows; set only one of them")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optim import backend
-from optim.checks import check_flag, check_non_negative, check_unit_interval
+from optim.checks import check_choice, check_flag, check_non_negative, check_unit_interval
 from optim.linalg import NEWTON_SCHULZ, newton_schulz
 from optim.moments import moment_dtype, zero_moment
 from optim.param_groups import NamedParams
@@ -104,8 +104,7 @@ class MuonRule(MatrixRule):
         check_non_negative(own, ns_eps=self.ns_eps)
         check_flag(own, nesterov=self.nesterov, cautious_decay=self.cautious_decay)
         for key, choices in _CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise ValueError(f"{own}: {key} = {getattr(self, key)!r}; it must be one of {', '.join(choices)}")
+            check_choice(own, choices, **{key: getattr(self, key)})
         object.__setattr__(self, "ns_coefficients", _checked_coefficients(own, self.ns_coefficients))
         if isinstance(self.ns_steps, bool) or not isinstance(self.ns_steps, int) or not 1 <= self.ns_steps < 100:
             raise ValueError(f"{own}: ns_steps = {self.ns_steps!r}; it must be an integer from 1 to 99")
@@ -238,8 +237,7 @@ class Muon(MatrixOptimizer):
         convention: str = "moonlight",
         **options: Any,
     ) -> None:
-        if convention not in CONVENTIONS:
-            raise ValueError(f"Muon: convention = {convention!r}; it must be one of {', '.join(CONVENTIONS)}")
+        check_choice("Muon", tuple(CONVENTIONS), convention=convention)
         usual: dict[str, Any] = {"adamw_betas": (0.9, 0.95)} | _ADAMW.get(convention, {})
         options = usual | CONVENTIONS[convention] | options
         scale = options.get("scale", MuonRule().scale)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from optim.checks import check_non_negative, check_positive, check_unit_interval
+from optim.checks import check_choice, check_non_negative, check_positive, check_unit_interval
 from optim.moments import moment_dtype
 from optim.param_groups import NamedParams
 from optim.rule import OfParam, State
@@ -77,10 +77,7 @@ class NorMuonRule(MuonRule):
         check_unit_interval("NorMuonRule", beta2=self.beta2)
         check_non_negative("NorMuonRule", row_eps=self.row_eps)
         check_positive("NorMuonRule", rms=self.rms)
-        if self.update_scale not in ("preserve_norm", "match_rms"):
-            raise ValueError(
-                f"NorMuonRule: update_scale = {self.update_scale!r}; it must be one of preserve_norm, match_rms"
-            )
+        check_choice("NorMuonRule", ("preserve_norm", "match_rms"), update_scale=self.update_scale)
 
     def _by_kernel(self, param: Tensor) -> bool:
         return self.conv_scale == "kernel" and param.ndim == 4
@@ -153,8 +150,7 @@ class NorMuon(MatrixOptimizer):
         convention: str = "code",
         **options: Any,
     ) -> None:
-        if convention not in CONVENTIONS:
-            raise ValueError(f"NorMuon: convention = {convention!r}; it must be one of {', '.join(CONVENTIONS)}")
+        check_choice("NorMuon", tuple(CONVENTIONS), convention=convention)
         usual: dict[str, Any] = {"adamw_betas": (0.9, 0.95), "adamw_eps": 1e-10}
         options = usual | CONVENTIONS[convention] | options
         if options.get("adamw_lr") is None and options.get("update_scale", "preserve_norm") == "preserve_norm":

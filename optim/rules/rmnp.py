@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from optim.checks import check_flag, check_unit_interval
+from optim.checks import check_choice, check_flag, check_unit_interval
 from optim.moments import zero_moment
 from optim.param_groups import NamedParams
 from optim.rule import OfParam, State
@@ -53,8 +53,7 @@ class RMNPRule(MatrixRule):
         super().__post_init__()
         check_unit_interval("RMNPRule", momentum=self.momentum)
         check_flag("RMNPRule", nesterov=self.nesterov)
-        if self.scale not in SCALES:
-            raise ValueError(f"RMNPRule: scale = {self.scale!r}; it must be one of {', '.join(SCALES)}")
+        check_choice("RMNPRule", SCALES, scale=self.scale)
 
     def init(self, param: OfParam) -> State:
         """Return a zero buffer and a zero step count.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from optim.checks import check_non_negative
+from optim.checks import check_non_negative, check_positive_counts, check_positive_share
 from optim.linalg import newton_schulz
 from optim.moments import moment_dtype
 from optim.param_groups import NamedParams
@@ -71,8 +71,8 @@ class ROOTRule(MuonRule):
         object.__setattr__(self, "shape_coefficients", _checked(self.shape_coefficients))
         if (self.quantile is None) == (self.threshold is None):
             raise ValueError("ROOTRule: set either quantile or threshold, and None for the other")
-        if self.quantile is not None and not (isinstance(self.quantile, float | int) and 0 < self.quantile <= 1):
-            raise ValueError(f"ROOTRule: quantile = {self.quantile!r}; it must be a number with 0 < quantile <= 1")
+        if self.quantile is not None:
+            check_positive_share("ROOTRule", quantile=self.quantile)
         if self.threshold is not None:
             check_non_negative("ROOTRule", threshold=self.threshold)
 
@@ -136,7 +136,7 @@ def fit_coefficients(
         The triple (a, b, c).
 
     Raises:
-        ValueError: If a number is below 1.
+        ValueError: If one of the numbers is not an integer of at least 1.
 
     Source:
         arXiv 2511.20626, which fits offline; the search method (Nelder-Mead) is our choice.
@@ -147,10 +147,7 @@ def fit_coefficients(
         >>> a > 1 and b < 0 and c > 0
         True
     """
-    if min(m, n) < 1 or samples < 1 or steps < 1:
-        raise ValueError(
-            f"fit_coefficients: m = {m}, n = {n}, samples = {samples}, steps = {steps}; all must be at least 1"
-        )
+    check_positive_counts("fit_coefficients", m=m, n=n, samples=samples, steps=steps)
     shrink = max(1.0, max(m, n) / 1024)
     sides = max(1, round(m / shrink)), max(1, round(n / shrink))
     generator = torch.Generator().manual_seed(seed)

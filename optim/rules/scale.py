@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from optim.checks import check_unit_interval
+from optim.checks import check_choice, check_unit_interval
 from optim.linalg import unit_rms
 from optim.moments import moment_dtype, zero_moment
 from optim.param_groups import NamedParams, Settings
@@ -52,8 +52,7 @@ class SCALERule(MatrixRule):
         super().__post_init__()
         check_unit_interval("SCALERule", momentum=self.momentum)
         for key, choices in _CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise ValueError(f"SCALERule: {key} = {getattr(self, key)!r}; it must be one of {', '.join(choices)}")
+            check_choice("SCALERule", choices, **{key: getattr(self, key)})
 
     def init(self, param: OfParam) -> State:
         """Return a zero step count, and a zero buffer if there is momentum.

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from optim.checks import check_flag, check_unit_interval
+from optim.checks import check_flag, check_share, check_unit_interval
 from optim.moments import moment_dtype, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
 from optim.rule import OfParam, State, UpdateRule
@@ -47,8 +47,7 @@ class SGDRule(UpdateRule):
     def __post_init__(self) -> None:
         check_unit_interval("SGDRule", momentum=self.momentum)
         check_flag("SGDRule", nesterov=self.nesterov)
-        if not isinstance(self.dampening, int | float) or not 0 <= self.dampening <= 1:
-            raise ValueError(f"SGDRule: dampening = {self.dampening!r}; it must be a number with 0 <= dampening <= 1")
+        check_share("SGDRule", dampening=self.dampening)
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
             raise ValueError("SGDRule: nesterov=True needs a momentum above 0 and dampening 0")
 

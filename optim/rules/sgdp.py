@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from optim.checks import check_flag, check_non_negative, check_unit_interval
+from optim.checks import check_flag, check_non_negative, check_share, check_unit_interval
 from optim.moments import moment_dtype, scalar_moment, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
 from optim.radial import remove_radial
@@ -62,8 +62,7 @@ class SGDPRule(UpdateRule):
         check_unit_interval("SGDPRule", momentum=self.momentum)
         check_non_negative("SGDPRule", eps=self.eps, delta=self.delta, wd_ratio=self.wd_ratio)
         check_flag("SGDPRule", nesterov=self.nesterov, project_buffer=self.project_buffer)
-        if not isinstance(self.dampening, int | float) or not 0 <= self.dampening <= 1:
-            raise ValueError(f"SGDPRule: dampening = {self.dampening!r}; it must be a number with 0 <= dampening <= 1")
+        check_share("SGDPRule", dampening=self.dampening)
         if self.nesterov and self.project_buffer:
             raise ValueError("SGDPRule: project_buffer=True needs nesterov=False, where the step is the buffer")
 

@@ -7,7 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from optim.checks import check_counts, check_non_negative, check_unit_interval, checked_betas
+from optim.checks import (
+    check_choice,
+    check_counts,
+    check_non_negative,
+    check_positive_counts,
+    check_unit_interval,
+    checked_betas,
+)
 from optim.moments import correction, moment_dtype, zero_step
 from optim.param_groups import NamedParams
 from optim.rule import OfParam, State
@@ -72,12 +79,9 @@ class SOAPRule(MatrixRule):
         check_non_negative("SOAPRule", eps=self.eps)
         if self.shampoo_beta is not None:
             check_unit_interval("SOAPRule", shampoo_beta=self.shampoo_beta)
-        if self.variant not in VARIANTS:
-            raise ValueError(f"SOAPRule: variant = {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
-        counts = {"precondition_frequency": self.precondition_frequency, "max_precond_dim": self.max_precond_dim}
-        check_counts("SOAPRule", **counts)
-        if self.precondition_frequency == 0:
-            raise ValueError("SOAPRule: precondition_frequency = 0; it must be an integer of at least 1")
+        check_choice("SOAPRule", VARIANTS, variant=self.variant)
+        check_positive_counts("SOAPRule", precondition_frequency=self.precondition_frequency)
+        check_counts("SOAPRule", max_precond_dim=self.max_precond_dim)
         if self.variant == "kl" and self.eps == 0:
             raise ValueError("SOAPRule: eps = 0; the variant 'kl' divides by eigenvalues of at least eps")
         if self.split_sizes is not None:

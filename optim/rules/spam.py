@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optim.checks import check_counts, check_flag, check_non_negative, checked_betas
+from optim.checks import check_counts, check_flag, check_non_negative, check_positive_share, checked_betas
 from optim.moments import correction, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
 from optim.rule import OfParam, State, UpdateRule
@@ -86,8 +86,7 @@ class SPAMRule(UpdateRule):
         check_flag("SPAMRule", correct_bias=self.correct_bias)
         check_counts("SPAMRule", warmup_steps=self.warmup_steps, DeltaT=self.DeltaT, seed=self.seed)
         check_counts("SPAMRule", grad_accu_steps=self.grad_accu_steps)
-        if isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 < self.density <= 1:
-            raise ValueError(f"SPAMRule: density = {self.density!r}; it must be a number with 0 < density <= 1")
+        check_positive_share("SPAMRule", density=self.density)
 
     def init(self, param: OfParam) -> State:
         """Return zero moments and zero counts.

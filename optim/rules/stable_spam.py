@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optim.checks import check_counts, check_flag, check_non_negative, check_unit_interval, checked_betas
+from optim.checks import check_counts, check_flag, check_non_negative, check_share, check_unit_interval, checked_betas
 from optim.moments import correction, scalar_moment, zero_moment, zero_step
 from optim.optimizer import Optimizer, Params
 from optim.rule import OfParam, State, UpdateRule
@@ -76,12 +76,11 @@ class StableSPAMRule(UpdateRule):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", checked_betas("StableSPAMRule", self.betas))
-        check_non_negative("StableSPAMRule", eps=self.eps, eta_min=self.eta_min)
+        check_non_negative("StableSPAMRule", eps=self.eps)
+        check_share("StableSPAMRule", eta_min=self.eta_min)
         check_unit_interval("StableSPAMRule", gamma2=self.gamma2, gamma3=self.gamma3)
         if self.gamma1 != -1:
             check_unit_interval("StableSPAMRule", gamma1=self.gamma1)
-        if self.eta_min > 1:
-            raise ValueError(f"StableSPAMRule: eta_min = {self.eta_min!r}; it must be a number with 0 <= eta_min <= 1")
         check_counts("StableSPAMRule", update_proj_gap=self.update_proj_gap)
         if self.total_T is not None:
             check_counts("StableSPAMRule", total_T=self.total_T)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from optim.checks import check_choice, check_positive, check_positive_counts, check_unit_interval
 from optim.param_groups import without_decay
 
 Estimator = Literal["two-sided", "one-sided", "forward"]
@@ -60,15 +61,10 @@ def check_settings(
         ("block_order", block_order, ("coordinate", "joint")),
         ("restore", restore, ("inplace", "copy")),
     ):
-        if value not in known:
-            raise ValueError(f"ZerothOrder: {key} = {value!r}; it must be one of {', '.join(map(repr, known))}")
-    if not _number(eps) or not 0 < eps < math.inf:
-        raise ValueError(f"ZerothOrder: eps = {eps!r}; it must be a finite number above 0")
-    if not _number(sparsity) or not 0 <= sparsity < 1:
-        raise ValueError(f"ZerothOrder: sparsity = {sparsity!r}; it must be a number with 0 <= sparsity < 1")
-    for key, count in (("q", q), ("mask_steps", mask_steps)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"ZerothOrder: {key} = {count!r}; it must be a whole number of at least 1")
+        check_choice("ZerothOrder", known, **{key: value})
+    check_positive("ZerothOrder", eps=eps)
+    check_unit_interval("ZerothOrder", sparsity=sparsity)
+    check_positive_counts("ZerothOrder", q=q, mask_steps=mask_steps)
     if estimator == "forward" and module is None:
         raise ValueError("ZerothOrder: estimator 'forward' differentiates the model; pass it as module=")
     if conserve and first_order:
@@ -76,10 +72,6 @@ def check_settings(
     for name, p in [*estimated.items(), *first_order.items()]:
         if not p.is_floating_point():
             raise ValueError(f"ZerothOrder: parameter {name!r} is {p.dtype}; expected a real floating-point dtype")
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def decay_groups(

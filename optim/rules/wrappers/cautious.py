@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from optim.checks import check_non_negative, check_unit_interval
+from optim.checks import check_non_negative, check_positive, check_unit_interval
 from optim.rule import OfParam, State, UpdateRule
 from optim.rules.wrappers.around import Around
 
@@ -83,9 +83,8 @@ class Cautious(Masked):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_unit_interval("Cautious", least=self.least)
+        check_positive("Cautious", least=self.least)
         check_non_negative("Cautious", xi=self.xi)
-        if self.least == 0:
-            raise ValueError("Cautious: least = 0; it must be above 0 (0 / 0 where no coordinate agrees)")
 
     def update(self, grad: OfParam, state: State, param: OfParam) -> tuple[OfParam, State]:
         """Return the direction u of the class docstring, and the inner rule's new state."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from optim.checks import check_counts, check_flag, check_non_negative
+from optim.checks import check_choice, check_counts, check_flag, check_non_negative, check_positive_counts
 from optim.kernels.philox import normals
 from optim.moments import correction, moment_dtype, scalar_moment
 from optim.param_groups import NamedParams
@@ -121,13 +121,9 @@ class LowRank(UpdateRule):
                 "the weights themselves, which are not available in a subspace"
             )
         for key, choices in _CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise ValueError(f"{called}: {key} = {getattr(self, key)!r}; it must be one of {', '.join(choices)}")
-        check_counts(called, rank=self.rank, update_proj_gap=self.update_proj_gap, seed=self.seed)
-        if self.rank < 1 or self.update_proj_gap < 1:
-            raise ValueError(
-                f"{called}: rank = {self.rank!r}, update_proj_gap = {self.update_proj_gap!r}; they must be at least 1"
-            )
+            check_choice(called, choices, **{key: getattr(self, key)})
+        check_positive_counts(called, rank=self.rank, update_proj_gap=self.update_proj_gap)
+        check_counts(called, seed=self.seed)
         check_non_negative(called, scale=self.scale, limiter=self.limiter)
         if 0 < self.limiter < 1:
             raise ValueError(f"{called}: limiter = {self.limiter!r}; it must be at least 1, or 0 for none")

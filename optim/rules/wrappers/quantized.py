@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from optim import cpu_jit
-from optim.checks import check_counts, check_flag
+from optim.checks import check_choice, check_counts, check_flag, check_positive_counts
 from optim.cpu_jit.threads import together
 from optim.kernels import adamw_8bit
 from optim.kernels.philox import random_words
@@ -100,11 +100,9 @@ class Quantized(Around):
             raise ValueError(
                 f"{called}: inner = {self.inner!r}; it must be a rule such as AdamWRule(), {self.inner.uncodable}"
             )
-        if self.code not in ("dynamic", "linear"):
-            raise ValueError(f"{called}: code = {self.code!r}; it must be 'dynamic' or 'linear'")
-        check_counts(called, block_size=self.block_size, min_size=self.min_size, seed=self.seed)
-        if self.block_size < 1:
-            raise ValueError(f"{called}: block_size = {self.block_size!r}; it must be at least 1")
+        check_choice(called, ("dynamic", "linear"), code=self.code)
+        check_positive_counts(called, block_size=self.block_size)
+        check_counts(called, min_size=self.min_size, seed=self.seed)
         check_flag(called, floor=self.floor, stochastic=self.stochastic)
 
     def init(self, param: OfParam) -> State:
