@@ -16,8 +16,8 @@ class ApolloRule(LowRank):
         projection, form, scale: See `LowRank`, as for the inherited settings.
 
     State:
-        At most 8 bytes per parameter: 8 r / p for rank r, where p is the smaller side of the matrix. In addition, 8
-        bytes per matrix.
+        At most 8 bytes per parameter, which is 8 r / p for rank r, where p is the smaller side of the matrix. In
+        addition, 8 bytes per matrix.
 
     Source:
         Zhu et al. 2024, arXiv 2412.05270; zhuhanqing/APOLLO.

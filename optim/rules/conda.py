@@ -38,8 +38,8 @@ class CondaRule(MatrixRule):
         Matrices [m, n]; not elementwise, and not divided (`split_sizes`, `num_heads`).
 
     State:
-        At most 12 bytes per parameter: 8 for two float32 moments, and 4 p / q for P (4 p^2 per matrix). In addition, a
-        step count.
+        At most 12 bytes per parameter, of which 8 are for two float32 moments and 4 p / q for P (4 p^2 per matrix). In
+        addition, a step count.
 
     Cost:
         6 p^2 q FLOP per step, with q = max(m, n), and an SVD of about 20 p^2 q every `update_proj_gap` steps.

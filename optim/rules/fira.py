@@ -16,8 +16,8 @@ class FiraRule(LowRank):
         form: See `LowRank`, as for the inherited settings.
 
     State:
-        At most 12 bytes per parameter: (8 q r + 4 p r) / (p q) for rank r, where p is the smaller and q the larger side
-        of the matrix. In addition, 4 bytes per matrix.
+        At most 12 bytes per parameter, which is (8 q r + 4 p r) / (p q) for rank r, where p is the smaller and q the
+        larger side of the matrix. In addition, 4 bytes per matrix.
 
     Source:
         Chen et al. 2024, arXiv 2410.01623; xichen-fy/Fira.

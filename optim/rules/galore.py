@@ -13,8 +13,8 @@ class GaLoreRule(LowRank):
     The formulas and settings are those of `LowRank`.
 
     State:
-        At most 12 bytes per parameter: (8 q r + 4 p r) / (p q) for rank r, where p is the smaller and q the larger side
-        of the matrix.
+        At most 12 bytes per parameter, which is (8 q r + 4 p r) / (p q) for rank r, where p is the smaller and q the
+        larger side of the matrix.
 
     Source:
         Zhao et al. 2024, arXiv 2403.03507; jiaweizzhao/GaLore.

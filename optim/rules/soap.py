@@ -49,8 +49,8 @@ class SOAPRule(MatrixRule):
         Matrices [m, n]; not elementwise, and not divided into parts of different sizes (`split_sizes`).
 
     State:
-        24 bytes per parameter for a square matrix (two float32 moments, and two matrices per side) and a step count. In
-        general 8 + 8 m / n + 8 n / m bytes, where a side longer than `max_precond_dim` adds nothing.
+        24 bytes per parameter (for a square matrix: two float32 moments, and two matrices per side) and a step count.
+        In general 8 + 8 m / n + 8 n / m bytes, where a side longer than `max_precond_dim` adds nothing.
 
     Cost:
         6 m n (m + n) FLOP per step, and 4 (m^3 + n^3) for each QR decomposition.
