@@ -147,7 +147,7 @@ def test_what_torch_does_not_have_is_refused_by_name(make, message):
     (torch.optim.Adamax, AdamW, "betas.*'adamw'"),
     (torch.optim.NAdam, AdamW, "NAdam.*'adamw'"),
     (torch.optim.AdamW, NAdam, "AdamW.*'nadam'"),
-    (lambda p: torch.optim.Adam(p, weight_decay=0.1), AdamW, "into the gradient"),
+    (lambda p: torch.optim.Adam(p, weight_decay=0.1), AdamW, "to the gradient"),
     (lambda p: torch.optim.AdamW(p, maximize=True), AdamW, "maximize=True"),
     (lambda p: torch.optim.SGD(p, momentum=0.9, weight_decay=0.1), lambda p: SGD(p, momentum=0.9), "weight_decay 0"),
     (lambda p: torch.optim.SGD(p, momentum=0.9), lambda p: SGD(p, momentum=0.8), "momentum is 0.8 here and 0.9 there"),

@@ -100,12 +100,12 @@ def test_torch_moments_in_bfloat16_are_widened():
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda saved, params: params.pop("0.bias"), "holds 6 parameters and 5"),
+        (lambda saved, params: params.pop("0.bias"), "has 6 parameters, but 5"),
         (lambda saved, params: params.update({"x": params.pop("0.bias")}), "'0.bias', which was not given"),
         (lambda saved, params: saved["state"][0].pop("exp_avg"), "exp_avg"),
         (lambda saved, params: params.update({"0.weight": torch.zeros(4, 4)}), "'0.weight'.*shape"),
-        (lambda saved, params: [g.pop("amsgrad") for g in saved["param_groups"]], "cannot tell"),
-        (lambda saved, params: [g.update(decoupled_weight_decay=False) for g in saved["param_groups"]], "cannot tell"),
+        (lambda saved, params: [g.pop("amsgrad") for g in saved["param_groups"]], "cannot determine"),
+        (lambda saved, params: [g.update(decoupled_weight_decay=False) for g in saved["param_groups"]], "cannot determine"),
         (lambda saved, params: [g.update(rule={"name": "adamv"}) for g in saved["param_groups"]], "did you mean"),
     ],
 )

@@ -78,5 +78,5 @@ def test_a_loss_without_logits_is_refused() -> None:
     quadratic = random_problem(2, 3, 0)
     problem = Problem(quadratic.loss, quadratic.batches, quadratic.validation, hvp_method="gauss-newton")
     theta = {"theta": torch.ones(3, dtype=torch.float64)}
-    with pytest.raises(UsageError, match="Gauss-Newton products need a loss by"):
+    with pytest.raises(UsageError, match="Gauss-Newton products need a loss computed by"):
         problem.hvp(theta, 0, theta)

@@ -31,7 +31,7 @@ def test_an_arm_has_its_roles_and_adam_the_rest(arm):
 def test_fused_matrices_belong_to_one_side():
     named = [("transformer.h.0.attn.c_attn.weight", torch.zeros(4, 12))]
     assert len(by_component(named, "all")[0]) == 1 and len(by_component(named, "ffn")[1]) == 1
-    with pytest.raises(ValueError, match="c_attn.*k, q, v in one matrix.*'vo' has only v"):
+    with pytest.raises(ValueError, match="c_attn.*k, q, v in one matrix.*'vo' only has v"):
         by_component(named, "vo")
     with pytest.raises(ValueError, match="arm = 'both'"):
         by_component(named, "both")
@@ -67,5 +67,5 @@ def test_gradient_descent_falls_with_the_imbalance():
 
 
 def test_refused_shapes():
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(ValueError, match="the shapes"):
         tail_learning(torch.ones(3) / 3, torch.eye(4), torch.eye(3))

@@ -94,7 +94,7 @@ def test_quantiles_are_numpys_and_bad_probes_are_dropped():
     np.testing.assert_allclose(row_scales(x), want, rtol=1e-12)
     spoiled = torch.cat([x, torch.full((2, 40), math.nan, dtype=torch.float64)])
     torch.testing.assert_close(row_scales(spoiled), row_scales(x))
-    with pytest.raises(ValueError, match="no probe of 2"):
+    with pytest.raises(ValueError, match="each of the 2 probes"):
         row_scales(spoiled[-2:])
     with pytest.raises(ValueError, match="how = 'mean'"):
         row_scales(x, "mean")
@@ -113,7 +113,7 @@ def test_lanczos_finds_both_ends(reorthogonalize):
 def test_lanczos_stops_in_an_invariant_subspace():
     eye = [torch.ones(5)]
     assert lanczos(lambda v: [3 * v[0]], eye) == {"largest": pytest.approx(3), "smallest": pytest.approx(3), "steps": 1}
-    with pytest.raises(ValueError, match=r"length 0\.0"):
+    with pytest.raises(ValueError, match=r"start is 0\.0"):
         lanczos(lambda v: list(v), [torch.zeros(3)])
 
 
@@ -153,7 +153,7 @@ def test_path_forms_agree_at_their_limits():
 @pytest.mark.parametrize("settings", [{"probes": 0}, {"coordinates": 0}, {"probes": 1.5}])
 def test_refusals(settings):
     params, _, loss = quadratic()
-    with pytest.raises(ValueError, match="whole number"):
+    with pytest.raises(ValueError, match="an integer of at least 1"):
         linf_smoothness(hessian(loss, params), params, **settings)
     with pytest.raises(ValueError, match="no parameters"):
         linf_smoothness(hessian(loss, params), [])
