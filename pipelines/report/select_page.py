@@ -14,6 +14,7 @@ import numpy as np
 from datatools import spearman
 from pipelines.report.audit_section import arms, audit_section, trust
 from pipelines.report.page import SHOWN_EXAMPLES, damaged, page, write_page
+from pipelines.report.race_section import race_section
 from pipelines.report.scores_section import Scores, distribution, lengths, read_scores
 from pipelines.report.summary import cost_section, examples_of, method_of, model_section, sources_section, warnings_of
 from pipelines.report.values import Json, finite, listing, mapping, read_summary, share_of
@@ -87,6 +88,7 @@ def build(summary: Json, scores: Scores) -> dict[str, Any]:
         "chosen": _chosen(summary, scores),
         "trust": trust(summary, table),
         "audit": audit_section(summary, table),
+        "race": race_section(summary),
         "cost": cost_section(summary),
         "distribution": distribution(scores),
         "lengths": lengths(scores, rho),
@@ -98,6 +100,7 @@ def build(summary: Json, scores: Scores) -> dict[str, Any]:
     }
     sections = (
         ("audit", "Audit"),
+        ("race", "Race"),
         ("cost", "Cost"),
         ("distribution", "Scores"),
         ("lengths", "Length"),

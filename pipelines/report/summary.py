@@ -19,8 +19,9 @@ def method_of(summary: Json) -> tuple[str, str]:
         summary: The content of summary.json.
     """
     name = str(summary.get("method") or "")
-    record = methods.method(name)
-    return (name or "unnamed method", "") if record is None else (record.title, record.meaning)
+    record, said = methods.method(name), mapping(summary.get("formula"))
+    title, meaning = (name or "unnamed method", "") if record is None else (record.title, record.meaning)
+    return str(said.get("title") or title), str(said.get("meaning") or meaning)
 
 
 def model_section(summary: Json) -> dict[str, Any] | None:

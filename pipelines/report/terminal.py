@@ -10,6 +10,7 @@ from rich.text import Text
 
 from pipelines.report.audit_section import UNAUDITED, Arm, arms, is_baseline, verdict
 from pipelines.report.page import SHOWN_EXAMPLES
+from pipelines.report.race_section import race_section
 from pipelines.report.summary import cost_section, examples_of, method_of, model_section, sources_section, warnings_of
 from pipelines.report.values import Json, finite, listing, mapping, share_of
 from pipelines.texts import NBSP, count, duration, percent, size, visible
@@ -72,6 +73,20 @@ def show(summary: Json, console: Console) -> None:
         )
         state, sentence = verdict(table, audit)
         say(sentence, {"good": "green", "bad": "red"}.get(state, ""))
+
+    if race := race_section(summary):
+        for metric in race["tables"]:
+            show(
+                f"{metric['label']}|mean|difference|95 % interval| ",
+                [
+                    (
+                        literal(row["label"], "bold" if row["kept"] else ""),
+                        *(row[key] for key in ("mean", "difference", "interval", "word")),
+                    )
+                    for row in metric["rows"]
+                ],
+            )
+        say(race["verdict"], {"good": "green"}.get(race["state"], ""))
 
     shares = sources_section(summary, most=TERMINAL_SOURCES)
     if shares:

@@ -21,7 +21,7 @@ from pipelines.settings.base import Columns, RunSettings, Settings
 from pipelines.settings.flags import flag_for
 from pipelines.settings.order import OrderConfig
 from pipelines.settings.parts import DataConfig, ModelConfig, TrainingConfig
-from pipelines.settings.select import ExplainConfig, ProjectorConfig
+from pipelines.settings.select import ExplainConfig, ProjectorConfig, SelectConfig
 from pipelines.settings.train import EvaluateConfig, TrainConfig
 
 _FEATURE_METHODS = ("hooks", "loop", "vmap")
@@ -99,7 +99,7 @@ def contradictions(config: Settings) -> None:
                 )
     elif isinstance(config, OrderConfig):
         _order(config)
-    if isinstance(config, AuditConfig | EvaluateConfig):
+    if isinstance(config, AuditConfig | EvaluateConfig) or (isinstance(config, SelectConfig) and config.verify):
         metrics.check(config.metrics)
 
 

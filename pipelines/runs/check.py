@@ -57,7 +57,7 @@ def settings(folder: Path, config: Settings, command: str) -> bool:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise UsageError(
             f"{shown(folder)} contains a run with other settings: {'; '.join(named)}{more}. "
-            f"Use the same settings to continue the run, or {aside}"
+            f"Use the same settings to continue the run (as `datatools {command} {shown(path)}` does), or {aside}"
         )
     kept = [as_dict(one, leave_out=("volatile", "elsewhere")) for one in (before, config)]
     return kept[0] != kept[1]

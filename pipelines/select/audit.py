@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from datatools import DataError, DatatoolsError, files
@@ -24,6 +23,7 @@ from pipelines.select import compare
 from pipelines.select.arms import BASE, SLOWER, Scores, Task, as_select, rows_of, slower, tasks
 from pipelines.select.bench import Bench, Result
 from pipelines.select.oracle import oracle
+from pipelines.select.prices import Prices
 from pipelines.select.scored import Context
 from pipelines.select.verdict import judge, print_table
 from pipelines.settings.audit import AuditConfig
@@ -32,8 +32,6 @@ from pipelines.settings.methods import method as method_of
 from pipelines.settings.yaml import read_yaml
 from pipelines.training import cost, evaluation, optimizers
 from pipelines.training.accuracy import measure
-
-_TEST = 0.3  # seconds of the process in which the tests of a row run
 
 
 def run(config: AuditConfig) -> Path:
@@ -84,20 +82,21 @@ def run(config: AuditConfig) -> Path:
                 if arm != FULL
             }
         )
-        bench = Bench(config, loaded, pool, test, plan)
+        assert config.lora is not None  # checked before anything is read
+        bench = Bench(config.lora, config.arms or config.out / "arms", loaded, pool, test, plan)
         checks = oracle(config, pool, current, against, chosen) if config.oracle else None
         noise = checks.noise_work(inputs, target, loaded) if checks is not None else {}
         if config.dry_run:
             planned = _all(tasks(scores, pool, config, against, chosen, planned=True), config)
             planned += checks.tasks({}) if checks is not None else []
-            _estimate(bench, target, planned, _scores(against), noise).announce()
+            _estimate(config, bench, target, planned, _scores(against), noise).announce()
             say("dry run: data and model load; nothing was scored or trained")
             return config.out
         with current.stage("baselines"):
             todo = _all(tasks(scores, pool, config, against, chosen), config)
             known_scores = checks.scores(scores) if checks is not None else {}
             todo += checks.tasks(known_scores) if checks is not None else []
-        estimate = _estimate(bench, target, todo, [], noise)
+        estimate = _estimate(config, bench, target, todo, [], noise)
         estimate.announce()
         estimate.expect()
         noticed = None
@@ -203,6 +202,7 @@ def _scores(against: Sequence[str]) -> list[str]:
 
 
 def _estimate(
+    config: AuditConfig,
     bench: Bench,
     target: Rows | None,
     todo: Sequence[Task],
@@ -213,46 +213,28 @@ def _estimate(
 
     A run whose rows stand for others, which scores will choose, counts as not done.
     """
-    config, pool, test = bench.config, bench.pool, bench.test
-    with cost.as_trained(bench.loaded.model, config.lora) as module:
-        found = cost.probe(module, int(np.median(pool.scan.tokens[pool.usable])))
-        rule = cost.recipe_of(config.training, module)
-    tested = test.tokens()
-    measures = {"losses": (tested, max(1, tested // 2048)), **bench.plan.work()}
-    parts, tokens, done = dict[str, float](), 0, 0
-
-    def measured(label: str) -> int:
-        for name, (many, passes) in measures.items():
-            parts[f"{name}, {label}"] = found.seconds(many, passes, gradient=False)
-        if bench.plan.tests:
-            parts[f"tests, {label}"] = _TEST * bench.plan.tests
-        return sum(many for many, _ in measures.values())
-
-    tokens += measured(BASE)
+    prices, pool, done = Prices(bench, config.training), bench.pool, 0
+    prices.measured(BASE)
     part_of = {"pool": pool.tokens(), "target": target.tokens() if target is not None else 0}
     for arm in scores:
         whole = sum(part_of[rows] for rows in known(arm).forward)
-        parts[f"scores of {arm}"] = found.seconds(whole, max(1, whole // 1024), gradient=False)
-        tokens += whole
+        prices.passes(f"scores of {arm}", whole, max(1, whole // 1024))
     for arm, (many, gradient) in noise.items():
-        parts[f"swapped answers, {arm}"] = found.seconds(many, max(1.0, many // 1024), gradient=gradient)
-        tokens += int(many)
+        prices.passes(f"swapped answers, {arm}", many, max(1.0, many // 1024), gradient=gradient)
     for place, task in enumerate(todo, start=1):
         label = task.label(place, len(todo))
         folder = bench.folder(task.rows, task.recipe, task.seed)
         if bench.is_measured(folder) and not task.planned:
             done += 1
             continue
-        lengths = pool.scan.tokens[task.rows].tolist()
         if not bench.is_trained(folder):
-            parts[label] = cost.training(found, rule, task.recipe, lengths)
-            tokens += sum(lengths) * task.recipe.epochs
-        tokens += measured(label)
+            prices.trained(label, task.recipe, pool.scan.tokens[task.rows].tolist())
+        prices.measured(label)
     return cost.Estimate(
-        parts=parts,
-        tokens=tokens,
-        memory=cost.memory(found, rule.state, config.training.micro_tokens),
-        disk=(len(todo) - done) * (found.trainable * found.width + cost.ADAPTER_BYTES),
+        parts=prices.parts,
+        tokens=prices.tokens,
+        memory=prices.memory(config.training.micro_tokens),
+        disk=(len(todo) - done) * prices.adapter,
         done=f"{done} of {len(todo)} training runs are done" if done else "",
-        based_on=f"{len(todo)} training runs; {found.text()}",
+        based_on=f"{len(todo)} training runs; {prices.found.text()}",
     )

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from math import ceil
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from datatools import Budget, DataError, fuse, round_robin_order
 from pipelines.runs.messages import warn
-from pipelines.select.scored import Context, Scored, candidates, common_rows, from_similarity
-from pipelines.select.scorer import Asked, Work, scorer
-from pipelines.settings.methods import Method
+from pipelines.select import scored
+from pipelines.select.scored import Context, Scored, common_rows, from_similarity
+from pipelines.select.scorer import Asked, Candidate, Work, scorer
+from pipelines.settings.methods import Method, known
 from pipelines.settings.select import SelectConfig
 
 METHOD = Method(
@@ -33,6 +34,7 @@ METHOD = Method(
     label="auto",
     needs=("target", "model", "gradients"),
     selector="round_robin",
+    candidates=("fusion", "words alone", "gradients alone"),
     stored=True,
     nearest="target rows it helps most",
     measure="cosine, of gradients on the shortlist and of words elsewhere",
@@ -52,6 +54,9 @@ PRIOR = 0.5
 SPARE, FEWEST = 3, 256
 """The minimum size of the shortlist: rows per row of the budget, and rows in total, if the pool has that many."""
 
+HALVES = 1.5
+"""With `verify`, the rows on any of the three shortlists, as a multiple of one."""
+
 
 def score(context: Context) -> Scored:
     """Shortlist by words, then rank the shortlist by gradients, for one target row after another.
@@ -69,79 +74,176 @@ def score(context: Context) -> Scored:
         rows (arXiv 2602.14696) as in their own files. The removal of common directions and this combination are the
         project's own.
     """
-    usable = np.flatnonzero(context.pool.usable)
-    words = _words(context)
-    places = _shortlist(context, words)
-    at = torch.from_numpy(places)
-    cosines = _columns(context, GRADIENTS, usable[places].tolist())
-    good = torch.ones(len(usable), dtype=torch.bool)
-    good[at] = cosines.isfinite().all(1)
-    signals = [*((one[at], weight) for one, weight in words), (cosines, 1.0)]
-    fused = torch.zeros(len(usable), cosines.shape[1])
-    for one, _ in words:
-        fused += one
-    fused[at] = 1 + fuse([one for one, _ in signals], [weight for _, weight in signals])
-    text = _in_words(context, len(places), len(usable), bool(words))
-    tokens = round(sum(_work(context, len(places)).whole.values()))
-    return from_similarity(
-        context, fused.nan_to_num(0.0), formula={"name": "auto", "text": text}, good=good, tokens=tokens
-    )
+    return _fusion(Stages(context))
 
 
-def _in_words(context: Context, looked_at: int, rows: int, with_words: bool) -> str:
-    """Return the formula of the score, with the number of rows on the shortlist."""
+class Stages:
+    """What the fusion and the candidates beside it compute for one target, each part once.
+
+    Attributes:
+        context: What is scored.
+        usable: The usable rows of the pool, int64 [n].
+    """
+
+    def __init__(self, context: Context) -> None:
+        """Begin; nothing is computed before it is needed.
+
+        Args:
+            context: What is scored.
+        """
+        self.context, self.usable = context, np.flatnonzero(context.pool.usable)
+
+    @cached_property
+    def by_words(self) -> list[Tensor]:
+        """The similarities by each of `WORDS`, float32 [n, usable target rows]; empty if the rows contain no words."""
+        with self.context.run.stage("words"):
+            try:
+                return [_columns(self.context, name, self.usable.tolist(), COMMON) for name in WORDS]
+            except DataError:
+                warn("auto: no row holds a word, so that words choose no shortlist: gradients of all rows are computed")
+                return []
+
+    @cached_property
+    def first(self) -> list[tuple[Tensor, float]]:
+        """The mean rank by words and its weight on the shortlist; empty if the rows contain no words."""
+        return [(fuse(self.by_words), PRIOR)] if self.by_words else []
+
+    @cached_property
+    def shortlist(self) -> Tensor:
+        """The positions, among usable rows, of those whose gradients are computed: target rows take turns by words."""
+        if not self.first:
+            return torch.arange(len(self.usable))
+        return torch.from_numpy(np.sort(round_robin_order(self.first[0][0])[: _length(self.context)]))
+
+    def cosines(self, common: int | None) -> Tensor:
+        """Return the cosines of gradients on the shortlist, float32 [rows, usable target rows].
+
+        Args:
+            common: How many common directions are removed; None removes nothing.
+        """
+        return _columns(self.context, GRADIENTS, self.usable[self.shortlist.numpy()].tolist(), common)
+
+    def scored(self, elsewhere: Tensor, on_it: Tensor, text: str) -> Scored:
+        """Return scores from the similarities on the shortlist and elsewhere.
+
+        Args:
+            elsewhere: float32 [n, usable target rows]; the rows on the shortlist are not used.
+            on_it: float32 [rows on the shortlist, usable target rows]; a row with a NaN has no score.
+            text: The formula.
+        """
+        good = torch.ones(len(self.usable), dtype=torch.bool)
+        good[self.shortlist] = on_it.isfinite().all(1)
+        whole = elsewhere.index_copy(0, self.shortlist, on_it).nan_to_num(0.0)
+        formula = {"name": self.context.config.method, "text": text}
+        return from_similarity(self.context, whole, formula=formula, good=good, tokens=self._tokens())
+
+    def elsewhere(self, columns: int) -> Tensor:
+        """Return the mean rank by words of all rows, float32 [n, columns]; 0 if the rows contain no words.
+
+        Args:
+            columns: The number of usable target rows.
+        """
+        return self.first[0][0] if self.first else torch.zeros(len(self.usable), columns)
+
+    def places(self) -> str:
+        """Return how many rows are on the shortlist, in words."""
+        return f"{len(self.shortlist):,} of {len(self.usable):,} rows"
+
+    def _tokens(self) -> int:
+        """Return the tokens of the warm-up and of all gradients that are in the stores."""
+        config = _at_stage(self.context.config, GRADIENTS, COMMON)
+        found = scorer(GRADIENTS).work(replace(self.context, config=config))
+        return round(sum(found.whole.values()) - sum(found.left.values()))
+
+
+def _fusion(stages: Stages) -> Scored:
+    """Score as `score` describes."""
+    common = _common(stages.context.config)
+    cosines = stages.cosines(common)
+    signals = [*((one[stages.shortlist], weight) for one, weight in stages.first), (cosines, 1.0)]
+    fused = 1 + fuse([one for one, _ in signals], [weight for _, weight in signals])
     rank = (
         "rank by the cosine of the optimizer's update with each target gradient, without the mean and the "
-        f"{_at_stage(context.config, GRADIENTS).common} main directions of all updates"
+        f"{common} main directions of all updates"
     )
-    if not with_words:
-        return f"1 + the {rank}; no row holds a word, so that this ranks all {rows:,} rows"
-    return (
-        f"mean rank by TF-IDF and BM25; on {looked_at:,} of {rows:,} rows, 1 + the mean of this (weight {PRIOR:g}) and "
-        f"the {rank}"
+    text = (
+        f"mean rank by TF-IDF and BM25; on {stages.places()}, 1 + the mean of this (weight {PRIOR:g}) and the {rank}"
+        if stages.first
+        else f"1 + the {rank}; no row holds a word, so that this ranks all {len(stages.usable):,} rows"
     )
+    return stages.scored(stages.elsewhere(cosines.shape[1]), fused, text)
 
 
-def _words(context: Context) -> list[tuple[Tensor, float]]:
-    """Return the mean rank by words and its weight on the shortlist; nothing if the rows contain no words.
-
-    The ranks are float32 [usable pool rows, usable target rows].
-    """
-    with context.run.stage("words"):
-        try:
-            return [(fuse([_columns(context, name) for name in WORDS]), PRIOR)]
-        except DataError:
-            warn("auto: no row holds a word, so that words choose no shortlist: gradients of all rows are computed")
-            return []
+def _words_alone(stages: Stages) -> Scored | None:
+    """Score by the first of `WORDS`; None if the rows contain no words."""
+    if not stages.by_words:
+        return None
+    text = "cosine of TF-IDF vectors of pool row and target row"
+    formula = {"name": stages.context.config.method, "text": text}
+    return from_similarity(stages.context, stages.by_words[0], formula=formula, tokens=stages._tokens())
 
 
-def _columns(context: Context, name: str, rows: Sequence[int] | None = None) -> Tensor:
-    """Return float32 [rows, usable target rows] by one method, by default for all usable rows of the pool."""
-    asked = np.flatnonzero(context.pool.usable).tolist() if rows is None else rows
+def _gradients_alone(stages: Stages) -> Scored:
+    """Score the shortlist by its cosines as they are, and the other rows below it, by words."""
+    cosines = stages.cosines(None)
+    text = f"on {stages.places()}, cosine of the optimizer's update with each target gradient" + (
+        "; elsewhere, the mean rank by TF-IDF and BM25, minus 2" if stages.first else ""
+    )
+    return stages.scored(stages.elsewhere(cosines.shape[1]) - 2, cosines, text)
+
+
+def candidates() -> dict[str, Candidate]:
+    """Return the table of the selections that `verify` compares, the fusion first."""
+    words, gradients = known(WORDS[0]), known(GRADIENTS)
+    return {
+        "fusion": Candidate(METHOD, _fusion),
+        "words alone": Candidate(
+            replace(
+                words,
+                title="auto, words alone (TF-IDF)",
+                meaning=f"{words.meaning} Target rows choose in turn, each by its own cosines.",
+                selector=METHOD.selector,
+            ),
+            _words_alone,
+        ),
+        "gradients alone": Candidate(
+            replace(
+                gradients,
+                title="auto, gradients alone (LESS on a shortlist)",
+                meaning=f"{gradients.meaning} A row that is not on the shortlist scores below -1, by words alone.",
+            ),
+            _gradients_alone,
+        ),
+    }
+
+
+shared = Stages
+
+
+def _columns(context: Context, name: str, rows: Sequence[int], common: int | None) -> Tensor:
+    """Return float32 [rows, usable target rows] by the method of one stage."""
     columns = scorer(name).columns
     assert columns is not None
-    return columns(replace(context, config=_at_stage(context.config, name)), asked)
-
-
-def _shortlist(context: Context, words: Sequence[tuple[Tensor, float]]) -> NDArray[np.int64]:
-    """Return the positions, among usable pool rows, of those whose gradients are computed: target rows take turns."""
-    if not words:
-        return np.arange(int(context.pool.usable.sum()))
-    return np.sort(round_robin_order(words[0][0])[: _length(context)])
+    return columns(replace(context, config=_at_stage(context.config, name, common)), rows)
 
 
 def _length(context: Context) -> int:
     """Return the number of rows on the shortlist."""
     rows = context.pool
-    n, budget = int(rows.usable.sum()), Budget.parse(context.config.budget).resolve(candidates(rows))
+    n, budget = int(rows.usable.sum()), Budget.parse(context.config.budget).resolve(scored.candidates(rows))
     mean = rows.tokens() / max(1, n)
     wanted = budget.rows if budget.rows is not None else ceil((budget.tokens or 0) / max(1.0, mean))
     return min(n, max(ceil(context.config.shortlist * n), SPARE * wanted, FEWEST))
 
 
-def _at_stage(config: SelectConfig, name: str) -> SelectConfig:
+def _common(config: SelectConfig) -> int:
+    """Return the number of common directions that are removed for the fusion."""
+    return COMMON if config.common is None else config.common
+
+
+def _at_stage(config: SelectConfig, name: str, common: int | None) -> SelectConfig:
     """Return the settings for the method of one stage: by default, gradients are taken at one checkpoint."""
-    features, common = config.features, COMMON if config.common is None else config.common
+    features = config.features
     if features.checkpoints is None and config.warmup.checkpoints is None:
         features = features.model_copy(update={"checkpoints": "last"})
     return config.model_copy(update={"method": name, "features": features, "common": common})
@@ -150,17 +252,17 @@ def _at_stage(config: SelectConfig, name: str) -> SelectConfig:
 def work(context: Context) -> Work:
     """Return the tokens of the warm-up and of the gradients of the shortlist, the sample and the target rows.
 
+    With `verify`, the shortlists of the two halves of the target count too; that they are half as long again together
+    is an estimate.
+
     Args:
         context: What is scored.
     """
-    return _work(context, _length(context))
-
-
-def _work(context: Context, looked_at: int) -> Work:
-    """Return `work` for a shortlist of this many rows."""
-    found = scorer(GRADIENTS).work(replace(context, config=_at_stage(context.config, GRADIENTS)))
+    config = _at_stage(context.config, GRADIENTS, COMMON)
+    found = scorer(GRADIENTS).work(replace(context, config=config))
     rows, sample = len(context.pool.unique()), len(common_rows(context.pool, context.config.seed))
-    share = min(1.0, looked_at / max(1, rows))
+    length = _length(context) * (HALVES if context.config.verify else 1)
+    share = min(1.0, length / max(1, rows))
     share += (1 - share) * min(1.0, sample / max(1, rows))  # a part of the sample is on the shortlist
     parts: dict[str, float] = {}
     left: dict[str, float] = {}
@@ -180,7 +282,7 @@ def check(config: SelectConfig) -> None:
         UsageError: One of the methods cannot work with them.
     """
     for name in (*WORDS, GRADIENTS):
-        scorer(name).check(_at_stage(config, name))
+        scorer(name).check(_at_stage(config, name, COMMON))
 
 
 def reuse(config: SelectConfig) -> list[str]:
@@ -189,11 +291,13 @@ def reuse(config: SelectConfig) -> list[str]:
     Args:
         config: The settings of the finished run.
     """
-    return scorer(GRADIENTS).reuse(_at_stage(config, GRADIENTS))
+    return scorer(GRADIENTS).reuse(_at_stage(config, GRADIENTS, COMMON))
 
 
 def nearest(asked: Asked) -> Tensor:
     """Return cosines of gradients, float32 [m], for a row on the shortlist, and of words for any other row.
+
+    A candidate that was kept compares as it scores: by words alone, or by gradients as they are.
 
     Args:
         asked: The question.
@@ -201,22 +305,32 @@ def nearest(asked: Asked) -> Tensor:
     Raises:
         DataError: The row cannot be compared by words either.
     """
-    for name in (GRADIENTS, WORDS[0]):
+    for name, common in STANDS_ON.get(asked.candidate, ((GRADIENTS, _common(asked.config)), (WORDS[0], None))):
         found: Callable[[Asked], Tensor] | None = scorer(name).nearest
         assert found is not None
         try:
-            return found(replace(asked, config=_at_stage(asked.config, name)))
+            return found(replace(asked, config=_at_stage(asked.config, name, common)))
         except DataError:
             if name == WORDS[0]:
                 raise
     raise AssertionError
 
 
+STANDS_ON = {
+    "words alone": ((WORDS[0], None),),
+    "gradients alone": ((GRADIENTS, None), (WORDS[0], None)),
+}
+"""Candidate -> the methods that `explain` compares with, and the common directions that are removed."""
+
+
 def layers(asked: Asked, rows: list[int]) -> list[dict[str, Any]]:
-    """Return the share of each layer, as the method of the gradients does.
+    """Return the share of each layer, as the method of the gradients does; none where words alone were kept.
 
     Args:
         asked: The question.
         rows: Target rows.
     """
-    return scorer(GRADIENTS).layers(replace(asked, config=_at_stage(asked.config, GRADIENTS)), rows)
+    methods = [name for name, _ in STANDS_ON.get(asked.candidate, ((GRADIENTS, None),))]
+    if GRADIENTS not in methods:
+        return []
+    return scorer(GRADIENTS).layers(replace(asked, config=_at_stage(asked.config, GRADIENTS, COMMON)), rows)

@@ -17,8 +17,7 @@ from pipelines.models import load as models
 from pipelines.models.adapters import load_adapter
 from pipelines.models.base import unload
 from pipelines.rows.rows import Rows
-from pipelines.settings.audit import AuditConfig
-from pipelines.settings.parts import TrainingConfig
+from pipelines.settings.parts import LoraConfig, TrainingConfig
 from pipelines.training import evaluation
 from pipelines.training.accuracy import measure
 from pipelines.training.accuracy.measure import Measured
@@ -61,18 +60,20 @@ class Result:
 class Bench:
     """One base model, one pool and one set of held-out rows.
 
-    Adapters and measurements are kept under the hash of all that makes them, so a killed audit goes on, and an arm with
+    Adapters and measurements are kept under the hash of all that makes them, so a killed run continues, and an arm with
     the rows of another costs nothing.
 
     Attributes:
-        config: the settings.
+        lora: the adapters that are trained.
+        home: the folder in which they are kept.
         loaded: the base model.
         pool: the rows that are trained on.
         test: the held-out rows.
         plan: what is measured besides the loss.
     """
 
-    config: AuditConfig
+    lora: LoraConfig
+    home: Path
     loaded: models.LoadedModel
     pool: Rows
     test: Rows
@@ -84,7 +85,7 @@ class Bench:
         Args:
             label: The name of its progress bars.
         """
-        folder = self._home / f"base-{_short(dict(self.loaded.digests))}"
+        folder = self.home / f"base-{_short(dict(self.loaded.digests))}"
         return self._measured(folder, self.loaded.model, label)
 
     def run(self, rows: list[int], recipe: TrainingConfig, seed: int, label: str, pool: Rows | None = None) -> Result:
@@ -97,14 +98,13 @@ class Bench:
             label: what progress bars are called.
             pool: the rows' pool, where it is another.
         """
-        assert self.config.lora is not None
         source = pool or self.pool
         folder = self.folder(rows, recipe, seed, pool)
         trained = {"rows": len(rows), "trained_tokens": int(source.scan.tokens[rows].sum()) * recipe.epochs}
         if self.is_measured(folder):
             with suppress(sealed.Damaged):  # then it is measured again
                 return self._measured(folder, None, label, **trained)
-        train_adapter(self.loaded, source, rows, recipe, self.config.lora, folder / "adapter", seed=seed, label=label)
+        train_adapter(self.loaded, source, rows, recipe, self.lora, folder / "adapter", seed=seed, label=label)
         module = load_adapter(self.loaded.model, folder / "adapter")
         try:
             return self._measured(folder, module, label, **trained)
@@ -120,16 +120,15 @@ class Bench:
             seed: Of the adapters' start and the order of the rows.
             pool: The rows' pool, where it is another.
         """
-        assert self.config.lora is not None
         keys = (pool or self.pool).keys
         made_of = {
             "model": dict(self.loaded.digests),
-            "lora": self.config.lora.model_dump(mode="json"),
+            "lora": self.lora.model_dump(mode="json"),
             "recipe": recipe.model_dump(mode="json"),
             "seed": seed,
             "rows": [keys[i] for i in rows],
         }
-        return self._home / _short(made_of)
+        return self.home / _short(made_of)
 
     def is_trained(self, folder: Path) -> bool:
         """Return whether the adapter exists.
@@ -146,10 +145,6 @@ class Bench:
             folder: The folder of the run.
         """
         return all((folder / f"{name}.json").is_file() for name in [self._losses, *self.plan.names.values()])
-
-    @property
-    def _home(self) -> Path:
-        return self.config.arms or self.config.out / "arms"
 
     @property
     def _losses(self) -> str:

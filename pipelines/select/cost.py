@@ -14,13 +14,14 @@ from datatools import DatatoolsError, files, visit_per_sample_grads
 from pipelines.models.losses import losses_for, row_losses, seen_parameters
 from pipelines.runs.messages import library_warnings
 from pipelines.runs.provenance import peak_rss_bytes
+from pipelines.select.race import Race
 from pipelines.select.scored import Context
 from pipelines.select.scorer import scorer
 from pipelines.settings.methods import known
 from pipelines.training import checkpoints, cost
 
 
-def estimate(context: Context) -> dict[str, Any]:
+def estimate(context: Context, race: Race | None = None) -> dict[str, Any]:
     """Estimate rows, tokens, seconds and bytes of the whole run, over all attempts, from a timed batch.
 
     Announces what is left of them. What existed before the run began, such as features that another run computed, does
@@ -28,6 +29,7 @@ def estimate(context: Context) -> dict[str, Any]:
 
     Args:
         context: What is to be scored.
+        race: The race of candidates that follows the scores.
     """
     config, pool, run_ = context.config, context.pool, context.run
     began, spent = run_.seconds, time.monotonic()
@@ -52,13 +54,23 @@ def estimate(context: Context) -> dict[str, Any]:
         if not config.dry_run:
             files.write_json(run_.path("cost.json"), first)
         run_.expect({label: seconds for label, seconds in _seconds(rate, left).items() if seconds})
+    parts = _seconds(first.get("seconds_a_token", 0.0), left)
+    if race is not None and (prices := race.prices()) is not None:
+        all_, missing = prices
+        found["tokens"] += all_.tokens
+        found["seconds"] = (found["seconds"] or 0.0) + sum(all_.parts.values())
+        found["bytes"] += race.runs * all_.adapter
+        todo += missing.tokens
+        parts |= missing.parts
+        memory = max(memory, all_.memory(config.training.micro_tokens))
+        run_.expect({label: seconds for label, seconds in parts.items() if seconds})
     done = found["tokens"] - todo
     cost.Estimate(
-        parts=_seconds(first.get("seconds_a_token", 0.0), left),
+        parts=parts,
         tokens=round(todo),
         memory=memory,
         disk=found["bytes"],
-        done=f"{found['rows']:,} rows" + (f", {done:,.0f} of {found['tokens']:,} tokens are done" if done > 0 else ""),
+        done=f"{found['rows']:,} rows" + (f", {done:,.0f} of {found['tokens']:,} tokens are done" if done >= 1 else ""),
         based_on=based,
     ).announce()
     return found

@@ -15,6 +15,7 @@ from rich.text import Text
 from datatools import DataError, UsageError, files
 from pipelines.models import load as models
 from pipelines.report.page import damaged
+from pipelines.report.values import mapping
 from pipelines.rows.prepare import prepare, target_data
 from pipelines.rows.rows import Rows
 from pipelines.runs import run_files
@@ -76,13 +77,17 @@ def run(config: ExplainConfig) -> dict[str, Any]:
         "layers": [],
         "tokens": [],
     }
-    method, functions = known(made_by.method), scorer(made_by.method)
+    functions = scorer(made_by.method)
+    kept = _kept(folder) if made_by.verify else ""
+    candidate = functions.candidates().get(kept)
+    method = known(made_by.method) if candidate is None else candidate.record
+    found["candidate"] = kept
     asked: Asked | None = None
     shown = functions.nearest is not None or functions.tokens is not None
     if "target" in method.needs and shown and found["status"] == "ok":
         wanted = target_data(made_by.train, made_by.target, made_by.target_columns)
         target = prepare(wanted, made_by.model, loaded.tokenizer, label="target", **read)
-        asked = Asked(made_by, folder, pool, target, index)
+        asked = Asked(made_by, folder, pool, target, index, kept)
         found["tokens"] = [] if functions.tokens is None else functions.tokens(asked)
     if functions.nearest is not None and asked is not None:
         rows = np.flatnonzero(target.usable).tolist()
@@ -166,6 +171,15 @@ def _at(file: str, line: int, pool: Rows) -> int:
     raise UsageError(f"{file}:{line}: the pool has no such row")
 
 
+def _kept(folder: Path) -> str:
+    """Return the candidate whose scores a run with `verify` kept."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        raise UsageError(f"{folder}: there is no selection yet; run `datatools select` again with the same settings")
+    with damaged(path, "run the same selection again to write it anew"):
+        return str(mapping(mapping(files.read_json(path)).get("race")).get("kept") or "")
+
+
 def _placed(folder: Path, pool: Rows, index: int) -> dict[str, Any]:
     """Return what scores.parquet says about the row (score, rank, selected or not), and the lowest chosen score."""
     path = folder / "scores.parquet"
@@ -243,7 +257,7 @@ def _gains(tokens: list[dict[str, Any]], shape: dict[str, Any]) -> Table:
 
 def _why(found: dict[str, Any], record: Method) -> str:
     """Return one sentence: selected or not, by which method, and why."""
-    method = found["method"]
+    method = found["method"] + (f" ({found['candidate']})" if found["candidate"] else "")
     if found["status"] != "ok":
         reason = _STATUS.get(found["status"], found["status"])
         return f"not chosen, and never scored: {reason}"

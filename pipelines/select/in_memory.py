@@ -27,6 +27,7 @@ from pipelines.rows.in_memory import PREFIX, Held, held
 from pipelines.rows.session import session
 from pipelines.select import run
 from pipelines.settings.load import load_config
+from pipelines.settings.methods import DEFAULT
 from pipelines.settings.methods import method as record
 from pipelines.settings.select import SelectConfig
 
@@ -39,6 +40,7 @@ ARGUMENTS = {
     "target": "target",
     "budget": "budget",
     "method": "method",
+    "verify": "verify",
     "selector": "selector",
     "train.columns": "columns",
     "target_columns": "target_columns",
@@ -110,6 +112,7 @@ def select(
     *,
     budget: str | int | float | None = None,
     method: str | None = None,
+    verify: bool = False,
     selector: str | None = None,
     columns: Mapping[str, str] | None = None,
     target_columns: Mapping[str, str] | None = None,
@@ -133,7 +136,9 @@ def select(
         target: A few rows that show what the model should get better at, in the same formats; or, for several targets,
             a mapping from names to such rows (`scores` then has one column each). Methods without a target need none.
         budget: How much to select: "5%", 0.05, 500 rows, or "20000 tokens".
-        method: How rows are scored: a name of `datatools ls methods`.
+        method: How rows are scored: a name of `datatools ls methods`; by default, "auto".
+        verify: Whether to choose by evidence: select by each candidate of the method from one half of the target rows,
+            train on it, measure on the other half, and keep the candidate that wins.
         selector: How rows are taken: a name of `datatools ls selectors`.
         columns: Our column names -> those of `dataset`, such as {"prompt": "question", "completion": "answer"}.
         target_columns: The same for `target`, if its columns differ.
@@ -157,14 +162,15 @@ def select(
     """
     known = record(method) if method is not None else None
     if model is None and (known is None or "model" in known.needs):
-        raise UsageError(f"model is None, and method {method or 'by default'} needs one; give the model")
+        raise UsageError(f"model is None, and method {method or DEFAULT} needs one; give the model")
     pool = held(dataset, "dataset")
     targets = _targets(target)
     if isinstance(budget, float) and 0 < budget < 1:
         budget = f"{100 * budget:.10g}%"
     values = {
-        "budget": budget, "method": method, "selector": selector, "columns": columns, "target_columns": target_columns,
-        "source_key": source_key, "chat": chat, "max_length": max_length, "seed": seed, "overwrite": overwrite or None,
+        "budget": budget, "method": method, "verify": verify or None, "selector": selector, "columns": columns,
+        "target_columns": target_columns, "source_key": source_key, "chat": chat, "max_length": max_length,
+        "seed": seed, "overwrite": overwrite or None,
         "dataset": [f"{PREFIX}pool"], "target": [f"{PREFIX}{name}" for name in targets],
     }  # fmt: skip
     with session(

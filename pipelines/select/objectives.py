@@ -174,6 +174,6 @@ def check(config: SelectConfig, objectives: tuple[str, ...]) -> None:
     """
     if config.objective not in objectives:
         raise UsageError(
-            f"--objective {config.objective} is for methods that take gradients of the target rows, and --method "
-            f"{config.method} takes none; use --method less or gist"
+            f"--objective {config.objective} changes which gradient of a target row is taken, and --method "
+            f"{config.method} takes none of this kind; use --method less or gist"
         )

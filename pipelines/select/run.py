@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 
 from datatools import (
     SELECTORS,
     Budget,
-    Candidates,
     DataError,
-    Selection,
     UsageError,
     files,
-    select,
 )
 from pipelines import former
 from pipelines.models import load as models
@@ -30,10 +24,11 @@ from pipelines.rows.inputs import Inputs
 from pipelines.runs import verdicts
 from pipelines.runs.folder import Run
 from pipelines.runs.messages import quiet, say, warn
-from pipelines.runs.seeds import derive_seed
 from pipelines.runs.workers import alone
-from pipelines.select import cost, objectives, targets
-from pipelines.select.scored import Context, Scored, candidates
+from pipelines.select import cost, objectives
+from pipelines.select.choose import choose
+from pipelines.select.race import Race
+from pipelines.select.scored import Context, candidates
 from pipelines.select.scorer import scorer
 from pipelines.select.write import write
 from pipelines.settings.dump import as_dict, fingerprint
@@ -71,8 +66,12 @@ def run(config: SelectConfig) -> Path:
         context = _context(config, current)
         Budget.parse(config.budget).resolve(candidates(context.pool))  # nor does a budget that the pool cannot fill
         with current.stage("cost"):
-            before = cost.estimate(context)
+            race = Race(context) if config.verify else None
+            before = cost.estimate(context, race)
         scored = scorer(config.method).score(context)
+        if race is not None:
+            with current.stage("verify"):
+                scored = race.run(scored)
         with current.stage("select and write"):
             selection = choose(context, scored)
             summary = write(context, scored, selection, before)
@@ -170,7 +169,7 @@ def _dry_run(config: SelectConfig) -> Path:
         inner = config.model_copy(update={"out": scratch / "run", "overwrite": False})
         with Run(inner.out, inner, "select") as current:
             context = _context(inner, current)
-            cost.estimate(context)
+            cost.estimate(context, Race(context) if config.verify else None)
             budget = Budget.parse(config.budget).resolve(candidates(context.pool))
             asked = f"{budget.rows} rows" if budget.rows is not None else f"{budget.tokens} tokens"
             say(f"budget {config.budget}: {asked}")
@@ -178,59 +177,6 @@ def _dry_run(config: SelectConfig) -> Path:
                 say(f"bad rows: {count} {reason}")
     say("dry run: nothing was written; the same command without --dry-run does it")
     return config.out
-
-
-def choose(context: Context, scored: Scored) -> Selection:
-    """Return the selection by this run's scores, selector, budget and caps.
-
-    Args:
-        context: What was scored.
-        scored: The scores.
-
-    Raises:
-        UsageError: The selector needs similarities that the method does not keep.
-        DataError: The selector needs scores and no row has one.
-    """
-    config = context.config
-    if config.targets.share != "no":
-        return targets.choose(context, scored)
-    options: dict[str, Any] = {"seed": derive_seed(config.seed, "selection"), "max_per_source": config.max_per_source}
-    name = config.selector or known(config.method).selector
-    rows = candidates(context.pool, scored, context.target if SELECTORS[name].similarity else None)
-    if SELECTORS[name].reference:
-        return _like_the_target(name, rows, _target_lengths(context), config.budget, **options)
-    if SELECTORS[name].similarity and rows.similarity is None:
-        raise UsageError(
-            f"--selector {name} takes turns between target rows, and --method {config.method} keeps no similarity to "
-            "each of them; leave the selector out, or use a method that does, such as tfidf, rds or less"
-        )
-    if SELECTORS[name].scores and not scored.scores.isfinite().any():
-        raise DataError("no row of the pool has a finite score; see the statuses in scores.parquet")
-    return select(name, rows, config.budget, **options)
-
-
-def _target_lengths(context: Context) -> Sequence[int]:
-    target = context.wanted
-    return [int(n) for n in target.scan.supervised[target.usable]]
-
-
-def _like_the_target(
-    name: str, candidates: Candidates, lengths: Sequence[int], budget: str, **options: Any
-) -> Selection:
-    """Select by a selector with a reference: target rows with these answer lengths, which need not be in the pool."""
-    assert candidates.supervised is not None and candidates.tokens is not None
-    n, m = len(candidates), len(lengths)
-    # the selector matches rows among its candidates, so the wanted lengths are added as rows that are not eligible
-    wider = Candidates(
-        keys=[*candidates.keys, *(f"~{i}" for i in range(m))],
-        sources=[*candidates.sources, *([""] * m)],
-        tokens=torch.cat([candidates.tokens, torch.ones(m, dtype=torch.int64)]),
-        supervised=torch.cat([candidates.supervised, torch.tensor(lengths, dtype=torch.int64)]),
-        eligible=torch.cat([candidates.eligible, torch.zeros(m, dtype=torch.bool)]),
-    )
-    resolved = Budget.parse(budget).resolve(candidates)  # a share of the pool, not of the pool and the target
-    asked = f"{resolved.rows}" if resolved.rows is not None else f"{resolved.tokens} tokens"
-    return select(name, wider, asked, reference=Selection(torch.arange(n, n + m)), **options)
 
 
 former.callable_as(__name__, "run")

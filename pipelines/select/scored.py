@@ -17,6 +17,7 @@ from pipelines.models import load as models
 from pipelines.rows.rows import Rows
 from pipelines.runs.folder import Run
 from pipelines.runs.seeds import derive_seed
+from pipelines.settings.methods import Method
 from pipelines.settings.select import SelectConfig
 
 
@@ -35,6 +36,8 @@ class Scored:
         checkpoints: The checkpoints at which gradients were computed.
         feature_bytes: The size of the features on disk.
         tokens: The tokens that went through a model for these scores, over all attempts.
+        record: The record that describes the scores, if it is not that of the run's method.
+        race: How `verify` came to these scores, for `summary.json`; empty without it.
     """
 
     scores: Tensor
@@ -47,6 +50,8 @@ class Scored:
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     feature_bytes: int = 0
     tokens: int = 0
+    record: Method | None = None
+    race: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def nearest(self) -> Mapping[int, tuple[int, float]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipelines.rows.rows import Rows
 from pipelines.select.scored import Context, Scored, subtask_groups
-from pipelines.settings.methods import SCORERS
+from pipelines.settings.methods import SCORERS, Method
 from pipelines.settings.select import SelectConfig
 
 
@@ -44,6 +44,7 @@ class Asked:
         pool: Its pool.
         target: Its target rows.
         index: The pool row.
+        candidate: The candidate that was kept, with `verify`; "" for the method's own scores.
     """
 
     config: SelectConfig
@@ -51,6 +52,21 @@ class Asked:
     pool: Rows
     target: Rows
     index: int
+    candidate: str = ""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the selections of a method that `verify` compares.
+
+    Attributes:
+        record: Its title, the meaning of its scores, its selector, and what is said about similarities.
+        score: Returns its scores from what the candidates share (`Scorer.shared`); None if they cannot be computed for
+            these rows.
+    """
+
+    record: Method
+    score: Callable[[Any], Scored | None]
 
 
 Columns = Callable[[Context, Sequence[int] | None], Tensor]
@@ -92,6 +108,8 @@ class Scorer:
         tokens: Returns the loss of each token of a pool row's answer with the model as it is and as the method adapts
             it, as `[{"token": ..., "before": ..., "after": ...}]`; None for a method that adapts nothing.
         spaces: Returns where a finished run keeps the vectors that it compared; None if it keeps none.
+        candidates: Returns the selections that `verify` compares, by the names of `Method.candidates`.
+        shared: Returns what the candidates need of one context, so that they compute it once.
         layers: Returns which layers contribute to the similarity with some target rows (rows of `target`), as
             `[{"layer": ..., "cosine": ...}]`.
     """
@@ -105,6 +123,8 @@ class Scorer:
     nearest: Callable[[Asked], Tensor] | None = None
     tokens: Callable[[Asked], list[dict[str, Any]]] | None = None
     spaces: Callable[[SelectConfig, Path], list[Space]] | None = None
+    candidates: Callable[[], Mapping[str, Candidate]] = dict
+    shared: Callable[[Context], Any] = lambda context: context
     layers: Callable[[Asked, list[int]], list[dict[str, Any]]] = lambda asked, rows: []
 
 
@@ -115,5 +135,6 @@ def scorer(name: str) -> Scorer:
         name: The name of the method.
     """
     module = import_module(SCORERS[name])
-    optional = ("columns", "groups", "work", "check", "reuse", "nearest", "spaces", "tokens", "layers")
+    optional = ("columns", "groups", "work", "check", "reuse", "nearest", "spaces", "tokens", "layers",
+                "candidates", "shared")  # fmt: skip
     return Scorer(module.score, **{part: getattr(module, part) for part in optional if hasattr(module, part)})

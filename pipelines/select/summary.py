@@ -57,7 +57,9 @@ def summarise(
             "name": scored_text.get("name", config.method),
             "text": scored_text.get("text", ""),
             "notes": _notes(config, scored_text),
+            **({} if scored.record is None else {"title": scored.record.title, "meaning": scored.record.meaning}),
         },
+        **({"race": dict(scored.race)} if scored.race else {}),
         "model": {**model, **scored.coverage},
         "warnings": _warnings(context, scored, chosen),
         "cost": {

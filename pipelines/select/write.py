@@ -62,7 +62,8 @@ def write(context: Context, scored: Scored, selection: Selection, before: Mappin
 def _reasons(context: Context, scored: Scored, selection: Selection) -> list[str]:
     """Return one sentence per selected row."""
     reasons = []
-    by_score = SELECTORS[context.config.selector or known(context.config.method).selector].scores
+    record = scored.record or known(context.config.method)
+    by_score = SELECTORS[context.config.selector or record.selector].scores
     by_score &= context.config.targets.share == "no"
     for place, index in enumerate(int(i) for i in selection.indices):
         near = nearest(context, scored, index)

@@ -30,6 +30,9 @@ SCORERS: dict[str, str] = {
 }
 """Name -> the module, in the order of lists and messages."""
 
+DEFAULT = next(iter(SCORERS))
+"""The method of a selection that names none."""
+
 FULL = "full"
 """The arm of an audit that is no method: the whole pool."""
 
@@ -49,6 +52,7 @@ class Method:
         matches_length: Whether the method is the control for answer length.
         selector: How rows are taken by default, a name in `datatools.SELECTORS`.
         forward: The rows that need a forward pass; an audit estimates the cost from them.
+        candidates: The selections that `verify` compares, if the method has several; the first is the method's own.
         stored: Whether the computed features are kept and may serve another run.
         checkpoints: The checkpoints of the warm-up at which gradients are taken, unless `features.checkpoints` says.
         objectives: What its target may be, values of the setting `objective`.
@@ -71,6 +75,7 @@ class Method:
     matches_length: bool = False
     selector: str = "top_k"
     forward: tuple[Literal["pool", "target"], ...] = ()
+    candidates: tuple[str, ...] = ()
     stored: bool = False
     checkpoints: Literal["all", "last"] = "all"
     objectives: tuple[Literal["ce", "dpo", "reward"], ...] = ("ce",)

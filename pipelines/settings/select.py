@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pipelines.settings.base import BudgetText, Columns, FilePath, Names, RunSettings, Settings
 from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, MODEL, UNSAID, Flag, Flags, OneOf
-from pipelines.settings.methods import SCORERS, known
+from pipelines.settings.methods import DEFAULT, SCORERS, known
+from pipelines.settings.metrics import MetricsConfig
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 
 
@@ -215,10 +216,11 @@ class SelectConfig(RunSettings):
     """
 
     examples = (
-        "datatools select --model M --train pool.jsonl --target dev.jsonl --budget 5% --out runs/less",
+        "datatools select --model M --train pool.jsonl --target dev.jsonl --budget 5% --out runs/maths",
+        "datatools select --model M --train pool.jsonl --target dev.jsonl --budget 5% --verify --out runs/verified",
         "datatools select --model M --train a.jsonl --train b.jsonl --method random --budget 500 --out runs/random",
         "datatools select settings.yaml --seed 1 --set projector.dim=4096",
-        "datatools select runs/less/run.yaml",
+        "datatools select runs/maths/run.yaml",
     )
 
     model: Annotated[ModelConfig, Flags("name chat trust_remote_code max_length")] = Field(
@@ -239,7 +241,13 @@ class SelectConfig(RunSettings):
         json_schema_extra=LATE,
     )
     method: Annotated[str, OneOf(lambda: tuple(SCORERS)), Flag("--method", METHOD)] = Field(
-        default="less", description="how rows are scored; see `datatools ls methods`"
+        default=DEFAULT, description="how rows are scored; see `datatools ls methods`"
+    )
+    verify: Annotated[bool, Flag("--verify", METHOD)] = Field(
+        default=False,
+        description="choose by evidence (method auto): select by several candidates from one half of the target rows, "
+        "train on each, measure on the other half, and keep the candidate that wins",
+        json_schema_extra=LATE,
     )
     selector: Annotated[str | None, Flag("--selector", METHOD)] = Field(
         default=None,
@@ -280,6 +288,14 @@ class SelectConfig(RunSettings):
     gist: GistConfig = Field(default_factory=GistConfig, description="the span of the target's gradients (`gist`)")
     adaptation: AdaptationConfig = Field(
         default_factory=AdaptationConfig, description="steps on the target with `--method tov` and `tacs`"
+    )
+    training: TrainingConfig = Field(
+        default_factory=TrainingConfig, description="how --verify trains on each candidate", json_schema_extra=LATE
+    )
+    metrics: Annotated[MetricsConfig, Flags("names extract allow_code_execution")] = Field(
+        default_factory=MetricsConfig,
+        description="what --verify measures besides the loss",
+        json_schema_extra=LATE,
     )
     aggregate: str = Field(
         default="less",
@@ -332,9 +348,20 @@ class SelectConfig(RunSettings):
     @model_validator(mode="after")
     def _has_target(self) -> Self:
         if "target" in known(self.method).needs and not self.target:
+            free = " or ".join(name for name in SCORERS if "target" not in known(name).needs)
             raise ValueError(
                 f"method '{self.method}' compares with target rows and got none; name them with --target "
-                "FILE (setting 'target')"
+                f"FILE (setting 'target'), or use a method that needs none: --method {free}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_candidates(self) -> Self:
+        if self.verify and not known(self.method).candidates:
+            able = " or ".join(name for name in SCORERS if known(name).candidates)
+            raise ValueError(
+                f"--verify compares the candidates of a method, and method '{self.method}' has none; leave it out, or "
+                f"use --method {able}"
             )
         return self
 

@@ -43,12 +43,13 @@ class World:
         return self.folder / "test.jsonl"
 
     def select(self, out: Path, **changes: Any) -> SelectConfig:
-        """Settings of a selection that takes a second: 16 warm-up rows, 2 epochs, 256 dimensions."""
+        """Settings of a selection by LESS that takes a second: 16 warm-up rows, 2 epochs, 256 dimensions."""
         settings: dict[str, Any] = {
             "model": ModelConfig(name=str(self.model)),
             "train": DataConfig(paths=[str(self.pool)]),
             "target": [str(self.target)],
             "budget": "10%",
+            "method": "less",
             "out": out,
             "warmup": WarmupConfig(minimum_rows=16, epochs=2, batch_size=4),
             "projector": ProjectorConfig(dim=256),
@@ -66,6 +67,8 @@ class World:
                 self.target,
                 "--budget",
                 "10%",
+                "--method",
+                "less",
                 "--dim",
                 256,
                 "--lora-rank",

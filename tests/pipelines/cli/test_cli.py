@@ -259,6 +259,7 @@ def test_every_flag_of_select_reaches_its_setting(pipeline):
         train={"paths": ["a.jsonl", "b.jsonl"], "on_bad_row": "skip", "dedup": "near"},
         target=["d.jsonl"],
         budget="500",
+        method="less",
         out="o",
         seed=3,
         max_per_source=0.3,

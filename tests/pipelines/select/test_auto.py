@@ -44,7 +44,7 @@ def test_auto_by_hand(world, tmp_path, small):
             column[taken] = -1
             taken.append(int(column.argmax()))
         at = sorted(taken)
-        settings = _at_stage(config, "less")
+        settings = _at_stage(config, "less", 10)
         assert settings.features.checkpoints == "last" and settings.common == 10
         cosines = scorer("less").columns(replace(context, config=settings), at)
         expected = words.clone()

@@ -182,7 +182,7 @@ def test_rewards_as_a_target(model, tokenizer):
 
 
 def test_what_is_refused(model, tokenizer):
-    with pytest.raises(UsageError, match="takes none; use method less or gist"):
+    with pytest.raises(UsageError, match="takes none of this kind; use method less or gist"):
         select(model, tokenizer, POOL, pairs(), method="rds", settings={"objective": "dpo"})
     with pytest.raises(DataError, match="no rejected answer"):
         select(model, tokenizer, POOL, POOL[:2], method="less", settings={**SMALL, "objective": "dpo"})

@@ -68,7 +68,7 @@ def test_shorthands_and_defaults(write):
     assert config.model.name == "m" and config.train.paths == ["a.jsonl"] and config.target == ["d.jsonl"]
     assert (config.budget, config.method, config.seed, config.warmup.epochs, config.projector.dim) == (
         "5%",
-        "less",
+        "auto",
         0,
         4,
         8192,
