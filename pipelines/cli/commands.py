@@ -20,9 +20,10 @@ from pipelines.settings.audit import AuditConfig
 from pipelines.settings.base import Settings, home
 from pipelines.settings.demo import DemoConfig
 from pipelines.settings.diagnose import DiagnoseConfig
+from pipelines.settings.explain import ExplainConfig, NeighboursConfig
 from pipelines.settings.flags import values_of
 from pipelines.settings.order import ORDER_TASKS, OrderConfig
-from pipelines.settings.select import ExplainConfig, NeighboursConfig, SelectConfig
+from pipelines.settings.select import SelectConfig
 from pipelines.settings.train import EvaluateConfig, TrainConfig
 
 Given = dict[str, Any]

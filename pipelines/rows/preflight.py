@@ -18,10 +18,11 @@ from pipelines.runs.workers import alone
 from pipelines.settings import methods, metrics, names, trackers
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.base import Columns, RunSettings, Settings
+from pipelines.settings.explain import ExplainConfig
 from pipelines.settings.flags import flag_for
 from pipelines.settings.order import OrderConfig
 from pipelines.settings.parts import DataConfig, ModelConfig, TrainingConfig
-from pipelines.settings.select import ExplainConfig, ProjectorConfig, SelectConfig
+from pipelines.settings.select import ProjectorConfig, SelectConfig
 from pipelines.settings.train import EvaluateConfig, TrainConfig
 
 _FEATURE_METHODS = ("hooks", "loop", "vmap")

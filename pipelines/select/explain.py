@@ -22,9 +22,10 @@ from pipelines.runs import run_files
 from pipelines.runs.messages import say
 from pipelines.select.scorer import Asked, scorer
 from pipelines.settings import trust
+from pipelines.settings.explain import ExplainConfig
 from pipelines.settings.load import load_config
 from pipelines.settings.methods import Method, known
-from pipelines.settings.select import ExplainConfig, SelectConfig
+from pipelines.settings.select import SelectConfig
 from pipelines.texts import visible
 
 SHOWN_LAYERS = 8

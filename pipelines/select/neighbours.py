@@ -29,8 +29,9 @@ from pipelines.select import objectives
 from pipelines.select.explain import row_named
 from pipelines.select.scorer import Space, scorer
 from pipelines.settings import trust
+from pipelines.settings.explain import NeighboursConfig
 from pipelines.settings.load import load_config
-from pipelines.settings.select import NeighboursConfig, SelectConfig
+from pipelines.settings.select import SelectConfig
 from pipelines.texts import visible
 
 _BLOCK = 2048

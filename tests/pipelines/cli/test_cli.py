@@ -22,10 +22,11 @@ from pipelines.cli.commands import COMMANDS, SIMPLE
 from pipelines.settings.audit import AuditConfig
 from pipelines.settings.demo import DemoConfig
 from pipelines.settings.diagnose import DiagnoseConfig
+from pipelines.settings.explain import ExplainConfig, NeighboursConfig
 from pipelines.settings.flags import flags_of
 from pipelines.settings.load import all_names, load_config
 from pipelines.settings.order import OrderConfig
-from pipelines.settings.select import ExplainConfig, NeighboursConfig, SelectConfig
+from pipelines.settings.select import SelectConfig
 from pipelines.settings.train import EvaluateConfig, TrainConfig
 from tests.processes import spawn
 

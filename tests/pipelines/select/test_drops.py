@@ -18,8 +18,9 @@ from pipelines.runs.seeds import derive_seed
 from pipelines.select import explain
 from pipelines.select import run as select
 from pipelines.select.scorer import scorer
+from pipelines.settings.explain import ExplainConfig
 from pipelines.settings.parts import LoraConfig, ModelConfig
-from pipelines.settings.select import AdaptationConfig, ExplainConfig, FeaturesConfig
+from pipelines.settings.select import AdaptationConfig, FeaturesConfig
 from tests.pipelines.select.looking import ids, outcome, scores
 from tests.pipelines.select.test_columns import context_of
 

@@ -9,9 +9,10 @@ from datatools import AGGREGATIONS, DataError, UsageError
 from pipelines.cli.app import main
 from pipelines.select import explain
 from pipelines.select import run as select
+from pipelines.settings.explain import ExplainConfig
 from pipelines.settings.methods import known
 from pipelines.settings.parts import DataConfig
-from pipelines.settings.select import ExplainConfig, FeaturesConfig
+from pipelines.settings.select import FeaturesConfig
 
 
 def scores(run):

@@ -13,9 +13,10 @@ from pipelines.models.adapters import load_adapter
 from pipelines.models.losses import row_losses
 from pipelines.select import explain
 from pipelines.select import run as select
+from pipelines.settings.explain import ExplainConfig
 from pipelines.settings.load import load_config
 from pipelines.settings.parts import DataConfig
-from pipelines.settings.select import ExplainConfig, FeaturesConfig, SelectConfig
+from pipelines.settings.select import FeaturesConfig, SelectConfig
 from pipelines.training import checkpoints
 from tests.pipelines.select.looking import ids, rows_in, scores
 

@@ -11,8 +11,9 @@ from pipelines.models.losses import answer_losses, row_losses
 from pipelines.rows.prepare import prepare
 from pipelines.select import explain
 from pipelines.select import run as select
+from pipelines.settings.explain import ExplainConfig
 from pipelines.settings.parts import ModelConfig
-from pipelines.settings.select import ExplainConfig, FeaturesConfig, GistConfig
+from pipelines.settings.select import FeaturesConfig, GistConfig
 from pipelines.training import checkpoints
 from tests.pipelines.select.looking import ids, outcome, scores
 

@@ -9,7 +9,7 @@ import torch
 from datatools import DataError, GradientFeatures, UsageError
 from pipelines.cli import app
 from pipelines.select import neighbours, run
-from pipelines.settings.select import NeighboursConfig
+from pipelines.settings.explain import NeighboursConfig
 from pipelines.training import checkpoints
 
 
