@@ -241,7 +241,7 @@ class SelectConfig(RunSettings):
         json_schema_extra=LATE,
     )
     method: Annotated[str, OneOf(lambda: tuple(SCORERS)), Flag("--method", METHOD)] = Field(
-        default=DEFAULT, description="how rows are scored; see `datatools ls methods`"
+        default=DEFAULT, description="a name from `datatools ls methods`: how rows are scored"
     )
     verify: Annotated[bool, Flag("--verify", METHOD)] = Field(
         default=False,

@@ -121,7 +121,7 @@ def test_the_error_of_the_style_guide(write):
     [
         ("fracton: 1", "SelectConfig has no setting 'fracton'; did you mean 'warmup.fraction'?"),
         ("warmup: {fracton: 1}", "warmup: WarmupConfig has no setting 'fracton'; did you mean 'fraction'?"),
-        ("epochs: 4", "did you mean 'warmup.epochs'?"),
+        ("epochs: 4", "did you mean 'warmup.epochs' or 'training.epochs'?"),
         ("dedup: exact", "did you mean 'train.dedup'?"),
         ("zzzzzz: 4", "it has out, seed,"),
         ("seed: yes", "select.yaml: setting 'seed' is yes/true/on, a truth value"),
