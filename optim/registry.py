@@ -94,6 +94,7 @@ def create(
     block_ratios: Ratios | None = None,
     blocks: str | int | Mapping[str, str | int] | None = None,
     assign: Assign | None = None,
+    wrapper: str | None = None,
     **hyper: Any,
 ) -> Optimizer:
     """Return the optimizer of that name.
@@ -117,10 +118,11 @@ def create(
         assign: A mapping from part of a name to settings (`lr`, `weight_decay`, fields of the rule) of the parameters
             whose names contain it; with a rule for matrices also to "matrix" or "adamw". The first part that a name
             contains wins.
+        wrapper: "cautious" or "grams", around the rule of an elementwise optimizer; see `Cautious` and `Grams`.
         **hyper: Keywords of the optimizer's class, `OPTIMIZERS[name]`.
 
     Returns:
-        The optimizer, an instance of `OPTIMIZERS[name]`.
+        The optimizer, an instance of `OPTIMIZERS[name]`, or of `Optimizer` with a wrapper.
 
     Raises:
         ValueError: For an unknown name (the message suggests a similar one), values out of range, and parts that no
@@ -154,6 +156,8 @@ def create(
         elif block_ratios is None or not isinstance(blocks, Mapping):
             raise TypeError(f"optimizer {name!r} has no blocks; use `blocks` with block_ratios or with 'adam_mini'")
     optimizer = kind(parameters, lr=lr, weight_decay=weight_decay, **hyper)
+    if wrapper is not None:
+        optimizer = _wrapped(optimizer, wrapper)
     names = [name for group in optimizer.param_groups for name in group.get("param_names", [])]
     if assign is not None and not issubclass(kind, MatrixOptimizer):
         settings = optimizer.defaults["rule"].settings() | {"lr", "weight_decay"}
@@ -164,3 +168,21 @@ def create(
     if not decay_all:
         divide_groups(optimizer, SpareNorms(parameters if isinstance(parameters, nn.Module) else None))
     return optimizer
+
+
+def _wrapped(optimizer: Optimizer, wrapper: str) -> Optimizer:
+    """Return an optimizer over the same groups, whose rules are inside the wrapper of that name."""
+    around = {kind.name: kind for kind in (Cautious, Grams)}
+    if wrapper not in around:
+        raise ValueError(f"no wrapper is called {wrapper!r}{did_you_mean(wrapper, around)}; known: {', '.join(around)}")
+    groups = [
+        {
+            "params": list(zip(group["param_names"], group["params"], strict=True)),
+            "rule": around[wrapper](inner=group["rule"]),
+            "lr": group["lr"],
+            "weight_decay": group["weight_decay"],
+        }
+        for group in optimizer.param_groups
+    ]
+    rates = {key: optimizer.defaults[key] for key in ("lr", "weight_decay")}
+    return Optimizer(groups, around[wrapper](inner=optimizer.defaults["rule"]), **rates)

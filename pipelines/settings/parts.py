@@ -152,7 +152,8 @@ class TrainingConfig(Settings):
     optimizer_options: dict[str, Scalar | list[Scalar] | dict[str, str | Options]] = Field(
         default={},
         description="hyper-parameters of the optimizer, such as {betas: [0.9, 0.95]}; an optimizer for matrices also "
-        "takes {assign: {router: adamw}}, which maps part of a parameter's name to matrix, adamw or settings",
+        "takes {assign: {router: adamw}}, which maps part of a parameter's name to matrix, adamw or settings, and an "
+        "elementwise one {wrapper: cautious} or {wrapper: grams}",
     )
     gradient: Annotated[Literal["backprop", "zo"], Flag("--gradient", TRAINING)] = Field(
         default="backprop",

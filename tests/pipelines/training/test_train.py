@@ -267,6 +267,17 @@ def test_every_optimizer_lowers_the_loss(world, tmp_path, name):
     assert {group["rule"]["name"] for group in saved["param_groups"]} == {name}
 
 
+@pytest.mark.parametrize("wrapper", ["cautious", "grams"])
+def test_wrappers_are_optimizer_options(world, tmp_path, wrapper):
+    recipe = TrainingConfig(optimizer="lion", optimizer_options={"wrapper": wrapper}, max_steps=4, learning_rate=1e-3)
+    run = train.run(settings(world, tmp_path / "run", training=recipe))
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    saved = torch.load(run / "checkpoints" / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    rules = [group["rule"] for group in saved["param_groups"]]
+    assert {(rule["name"], rule["inner"]["name"]) for rule in rules} == {(wrapper, "lion")}
+
+
 def test_all_weights_can_be_trained_and_are_saved_as_a_model(world, tmp_path):
     run = train.run(settings(world, tmp_path / "run", lora=None))
     before = evaluation.evaluate(EvaluateConfig(model=ModelConfig(name=str(world.model)), data=data_of(world)))

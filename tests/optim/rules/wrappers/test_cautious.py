@@ -17,6 +17,7 @@ from optim import (
     ScheduleFreeSGDRule,
     UpdateMap,
     cpu_jit,
+    create,
     rule_from,
 )
 from tests.optim.harness import randn, train
@@ -80,3 +81,19 @@ def test_no_agreement_is_no_step():
 def test_refused_by_name(kind, inner, part):
     with pytest.raises(ValueError, match=f"{kind.__name__}: inner.*{part}"):
         kind(inner=inner)
+
+
+@pytest.mark.parametrize("kind", [Cautious, Grams])
+def test_made_by_name(kind):
+    """`create(..., wrapper=...)` puts the rule of every group inside, with its settings, and keeps rates and decay."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
+    made = create(
+        "adamw", model, lr=0.1, weight_decay=0.2, decay_all=False, betas=(0.8, 0.9), assign={"1.": {"lr": 0.3}},
+        wrapper=kind.name,
+    )  # fmt: skip
+    assert {group["rule"] for group in made.param_groups} == {kind(inner=AdamWRule(betas=(0.8, 0.9)))}
+    assert {(group["lr"], group["weight_decay"]) for group in made.param_groups} == {(0.1, 0.2), (0.1, 0.0), (0.3, 0.0)}
+    with pytest.raises(ValueError, match="inner = MuonRule.*must be an elementwise rule"):
+        create("muon", model, lr=0.1, wrapper=kind.name)
+    with pytest.raises(ValueError, match=f"no wrapper is called '{kind.name}s'; did you mean '{kind.name}'"):
+        create("adamw", model, lr=0.1, wrapper=f"{kind.name}s")
