@@ -105,7 +105,10 @@ def test_torch_moments_in_bfloat16_are_widened():
         (lambda saved, params: saved["state"][0].pop("exp_avg"), "exp_avg"),
         (lambda saved, params: params.update({"0.weight": torch.zeros(4, 4)}), "'0.weight'.*shape"),
         (lambda saved, params: [g.pop("amsgrad") for g in saved["param_groups"]], "cannot determine"),
-        (lambda saved, params: [g.update(decoupled_weight_decay=False) for g in saved["param_groups"]], "cannot determine"),
+        (
+            lambda saved, params: [g.update(decoupled_weight_decay=False) for g in saved["param_groups"]],
+            "cannot determine",
+        ),
         (lambda saved, params: [g.update(rule={"name": "adamv"}) for g in saved["param_groups"]], "did you mean"),
     ],
 )
