@@ -48,7 +48,7 @@ class Command:
 
 
 COMMANDS = (
-    Command("select-less", f"{SELECT} {SMALL} --max-per-source 0.5 --out select-less"),
+    Command("select-less", f"{SELECT} {SMALL} --method less --max-per-source 0.5 --out select-less"),
     Command("select-rds", f"{SELECT} --method rds --out select-rds"),
     Command("select-tfidf", f"{SELECT} --method tfidf --max-per-source 5 --out select-tfidf"),
     Command("select-loss", f"{SELECT} --method loss --budget '700 tokens' --out select-loss"),

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 SELECT = (
-    "select --model $W/model --train $W/pool.jsonl --target $W/target.jsonl --budget 10% --dim 256 --lora-rank 4 "
-    "--set warmup.minimum_rows=16 --epochs 2 --batch-size 4 --set features.rows_per_unit=30 --out $R"
+    "select --model $W/model --train $W/pool.jsonl --target $W/target.jsonl --method less --budget 10% --dim 256 "
+    "--lora-rank 4 --set warmup.minimum_rows=16 --epochs 2 --batch-size 4 --set features.rows_per_unit=30 --out $R"
 )
 TRAIN = "train --model $W/model --data $W/few.jsonl --epochs 1 --lora-rank 4 --set save_steps=2 --out $R"
 ORDER = (
@@ -36,8 +36,8 @@ class Scenario:
 
 SCENARIOS = (
     Scenario("select", SELECT),
-    Scenario("select-tfidf", SELECT.replace("--budget", "--method tfidf --budget")),
-    *(Scenario(f"select-{name}", SELECT.replace("--budget", f"--method {name} --budget")) for name in METHODS),
+    Scenario("select-tfidf", SELECT.replace("--method less", "--method tfidf")),
+    *(Scenario(f"select-{name}", SELECT.replace("--method less", f"--method {name}")) for name in METHODS),
     Scenario("train", TRAIN),
     Scenario("train-full", TRAIN.replace("--lora-rank 4", "--lora-rank 0")),
     Scenario("train-coreset", f"{TRAIN} --coreset colm --large-batch 8 --keep 4"),

@@ -61,17 +61,17 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = {
         ),
     ),
     "select-rds": (
-        (_in_run(SELECT.replace("--budget", "--method rds --budget")),),
+        (_in_run(SELECT.replace("--method less", "--method rds")),),
         (
-            ("again", _in_run(SELECT.replace("--budget", "--method rds --budget"))),
+            ("again", _in_run(SELECT.replace("--method less", "--method rds"))),
             ("explain", f"explain {_RUN}/selected.jsonl:1"),
             ("neighbours", f"neighbours {_RUN}"),
         ),
     ),
     "select-tfidf": (
-        (_in_run(SELECT.replace("--budget", "--method tfidf --budget")),),
+        (_in_run(SELECT.replace("--method less", "--method tfidf")),),
         (
-            ("again", _in_run(SELECT.replace("--budget", "--method tfidf --budget"))),
+            ("again", _in_run(SELECT.replace("--method less", "--method tfidf"))),
             _REPORT,
             ("explain", f"explain {_RUN}/selected.jsonl:1"),
         ),

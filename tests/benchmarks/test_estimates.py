@@ -24,7 +24,7 @@ RUNS = {
     "train, many checkpoints": f"{TRAIN} --set save_steps=1",
     "train, from forward passes": f"{TRAIN} --gradient zo",
     "train, a coreset": f"{TRAIN} --coreset colm --large-batch 16 --keep 8",
-    "select, less": SELECT,
+    "select, less": f"{SELECT} --method less",
     "select, rds": f"{SELECT} --method rds",
     "select, loss": f"{SELECT} --method loss",
     "select, auto": f"{SELECT} --method auto",

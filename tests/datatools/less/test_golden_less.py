@@ -226,6 +226,7 @@ def test_select_run_gives_the_official_selection(case, expected, manifest, model
             train=DataConfig(paths=[str(case / "train.jsonl")]),
             target=[str(case / "val.jsonl")],
             budget=str(len(manifest["top10"])),
+            method="less",
             checkpoints=stops,
             features=FeaturesConfig(adam_mode="code", dtype="float32"),
             projector=ProjectorConfig(name="identity"),
