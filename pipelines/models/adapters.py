@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from datatools import DataError, files
-from pipelines.models import saved_states, weight_files
+from pipelines.models import patterns, saved_states, weight_files
 from pipelines.models.base import READ_AGAIN, Standing, unload
 from pipelines.models.lora import seeded
 from pipelines.models.quiet import quiet
@@ -89,7 +89,13 @@ def load_adapter(model: Any, folder: Path) -> Any:
                 f"adapter {folder}: {needed} is missing; expected a folder written by peft's save_pretrained"
             )
     start = _start(folder)
+    patterns.check(model, folder, files.read_json(folder / CONFIG, limit=64 << 20))
     weight_files.keys(folder / WEIGHTS)
+    if found := [name for name in weight_files.integers(folder / WEIGHTS) if ".lora_" in name]:
+        raise DataError(
+            f"adapter {folder}: {weight_files.counted(found, 'is', 'are')} saved as integers "
+            f"({weight_files.few(found)}); save the adapter again in float32 or bfloat16"
+        )
     standing = Standing.of(model)
     wrapped = _put_on(standing, folder, name, seed=0)
     if isinstance(start, str) and model in READ_AGAIN and (changed := standing.changed()):

@@ -6,6 +6,7 @@ model has a loss without meaning. Therefore files and keys are compared here, an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,13 +114,20 @@ def check_files(folder: Path) -> None:
         folder: The folder.
 
     Raises:
-        DataError: A file is damaged or missing; the message names it.
+        DataError: A file is damaged or missing, or contains weights as integers; the message names it.
     """
     index = folder / INDEX
     single = folder / "model.safetensors"
     names = ["model.safetensors"] if single.is_file() else _indexed(index) if index.is_file() else []
+    quantised = "quantization_config" in _settings(folder)
     for name in names:
         keys(folder / name)
+        if not quantised and (found := integers(folder / name)):
+            raise DataError(
+                f"{folder / name}: {counted(found, 'is', 'are')} saved as integers ({few(found)}), and config.json has "
+                "no quantization_config that says how to read them; give the model before it was quantised, or restore "
+                "config.json"
+            )
 
 
 def _indexed(index: Path) -> list[str]:
@@ -154,6 +162,28 @@ def keys(path: Path) -> list[str]:
         raise DataError(
             f"{path}: not readable as safetensors: {first_line(error)}; the file may be truncated"
         ) from error
+
+
+def integers(path: Path) -> list[str]:
+    """Return the names of the matrices in a safetensors file that are saved as integers.
+
+    A cast reads them as other weights. Vectors and scalars may be counters.
+
+    Args:
+        path: The file.
+    """
+    with safe_open(path, "pt") as saved:
+        slices = {name: saved.get_slice(name) for name in saved.keys()}  # noqa: SIM118
+    return sorted(
+        name
+        for name, part in slices.items()
+        if len(part.get_shape()) > 1 and re.fullmatch(r"[IU]\d+|BOOL", part.get_dtype())
+    )
+
+
+def _settings(folder: Path) -> Mapping[str, Any]:
+    found = files.read_json(folder / "config.json", limit=_MOST_BYTES) if (folder / "config.json").is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def check_settings(folder: Path, *, trusted: bool) -> None:

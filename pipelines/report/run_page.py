@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from datatools import DatatoolsError, EnvironmentProblem, files
+from datatools.files import seals
 from pipelines.report import page as report
 from pipelines.report.summary import stages
 from pipelines.report.values import Json, finite, listing, mapping
-from pipelines.runs.events import PROGRESS, entries, read_progress
+from pipelines.runs.events import NAME, PROGRESS, entries, read_progress
 from pipelines.runs.messages import warn
 from pipelines.runs.redact import redact
 from pipelines.runs.run_files import shown
@@ -24,7 +25,10 @@ from pipelines.texts import size
 
 _MOST = 16_000_000  # bytes of a file that are read
 _SHOWN = 40
-_HIDDEN = {".lock", "report.html"}
+_HIDDEN = {".lock", "report.html", seals.NAME}
+_READ = {"progress.json", "provenance.json", "events.jsonl", "run.yaml"}
+_ENDED = {"done", "failed", "interrupted"}
+"""States whose name is the last event of the run."""
 _STATES = {
     "done": "is done",
     "running": "is running",
@@ -56,7 +60,8 @@ def _parts(folder: Path) -> dict[str, Any]:
     state = str(noted.get("state"))
     if state == "running" and not _in_use(folder):
         state = "killed"
-    events = _events(folder / "events.jsonl", damaged)
+    events = _events(folder / NAME, state, damaged)
+    listed = _entries(folder, damaged)
     for reason in damaged:
         warn(reason)
     argv = known.get("argv")
@@ -73,7 +78,7 @@ def _parts(folder: Path) -> dict[str, Any]:
             :_SHOWN
         ],
         "stages": stages([e for e in events if e.get("event") == "stage_end"]),
-        "entries": _entries(folder),
+        "entries": listed,
         "argv": shlex.join(["datatools", *map(str, argv)]) if isinstance(argv, list) else "",
         "settings": settings,
         "versions": [(str(k), str(v)) for k, v in mapping(known.get("versions")).items() if v],
@@ -117,18 +122,23 @@ def _content(path: Path) -> bytes:
     return files.read_bytes(path, limit=_MOST)
 
 
-def _events(path: Path, damaged: list[str]) -> list[Json]:
+def _events(path: Path, state: str, damaged: list[str]) -> list[Json]:
     found, wrong = entries(_read(_content, path, damaged) or b"")
     if wrong:
         damaged.append(f"{shown(path)}: {wrong} damaged lines were skipped")
+    elif path.is_file() and state in _ENDED and (not found or found[-1].get("event") != state):
+        damaged.append(f"{shown(path)} ends before the run did: its last lines are lost")
     return listing(found)
 
 
-def _entries(folder: Path) -> list[tuple[str, str]]:
-    """Return (name, size) of the entries of the folder."""
+def _entries(folder: Path, damaged: list[str]) -> list[tuple[str, str]]:
+    """Return (name, size) of the entries of the folder; files that the run did not write so are added to `damaged`."""
     try:
         there = sorted(entry for entry in folder.iterdir() if entry.name not in _HIDDEN)
         named = [(f"{e.name}/" if e.is_dir() else e.name, "" if e.is_dir() else size(e.lstat().st_size)) for e in there]
     except OSError:
         return []
+    for entry in there:
+        if entry.name not in _READ and entry.is_file() and entry.lstat().st_size <= _MOST:
+            _read(_content, entry, damaged)
     return named[:_SHOWN] + ([(f"and {len(named) - _SHOWN} more", "")] if len(named) > _SHOWN else [])

@@ -242,7 +242,7 @@ def _update(rule: Any, param: torch.Tensor) -> float:
         return time.perf_counter() - begin
 
 
-def training(found: Probe, rule: Recipe, recipe: TrainingConfig, lengths: Iterable[int], saves: int = 1) -> float:
+def training(found: Probe, rule: Recipe, recipe: TrainingConfig, lengths: Iterable[float], saves: int = 1) -> float:
     """Return the seconds of a run.
 
     Args:

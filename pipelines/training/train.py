@@ -113,7 +113,8 @@ def _run(config: TrainConfig) -> Path:
         if config.dry_run:
             lengths = rows.scan.tokens[chosen if sequence is None else [row for step in sequence for row in step]]
             saves = -(-steps // config.save_steps) if config.save_steps else recipe.epochs
-            checked = 0 if held_out is None else held_out.tokens() * planned(steps, every)
+            times = 0 if held_out is None else planned(steps, every)
+            checked = (times, 0 if held_out is None else held_out.tokens())
             _estimate(config, tokenizer, recipe, lengths.tolist(), steps, saves, checked).announce()
             say("dry run: data and model load; nothing was trained")
             return config.out
@@ -203,14 +204,17 @@ def _estimate(
     lengths: list[int],
     steps: int,
     saves: int,
-    checked: int,
+    checked: tuple[int, int],
 ) -> cost.Estimate:
-    """Return the expected cost of the run, timed on synthetic tokens; `checked` tokens are validated on."""
+    """Return the expected cost of the run, timed on synthetic tokens; `checked`: validations, and tokens of each."""
     model = models.load(config.model, tokenizer=tokenizer).model
     with cost.as_trained(model, config.lora) as module:
         found = cost.probe(module, int(np.median(lengths)))
         rule = cost.recipe_of(config.training, module)
-    seconds, choose = cost.training(found, rule, recipe, lengths, saves), config.coreset
+    choose = config.coreset
+    keep = 1.0 if choose is None else choose.sizes(config.training.batch_size)[0] / recipe.batch_size
+    trained = [keep * length for length in lengths]
+    seconds = cost.training(found, rule, recipe, trained, saves)
     tokens = sum(lengths) * (recipe.epochs if config.order is None else 1)
     if config.order is not None:
         once = recipe.model_copy(update={"epochs": 1, "max_steps": None, "batch_size": -(-len(lengths) // steps)})
@@ -219,12 +223,13 @@ def _estimate(
         whole = fit.planned_steps(len(lengths), recipe.model_copy(update={"max_steps": None}))
         tokens = tokens * steps // max(1, whole)
     if choose is not None:  # every row of the large batch goes forward, and the kept rows train
-        keep = choose.sizes(config.training.batch_size)[0] / recipe.batch_size
-        seconds = keep * seconds + found.seconds(tokens, steps, gradient=CORESET_FEATURES[choose.features].as_training)
+        seconds += found.seconds(tokens, steps, gradient=CORESET_FEATURES[choose.features].as_training)
+    times, held = checked
+    validation = times * found.seconds(held, max(1.0, held / recipe.micro_tokens), gradient=False)
     one = found.trainable * found.width
     return cost.Estimate(
-        parts={"training": seconds + found.seconds(checked, checked // recipe.micro_tokens, gradient=False)},
-        tokens=tokens + checked,
+        parts={"training": seconds + validation},
+        tokens=tokens + times * held,
         memory=cost.memory(found, rule.state, recipe.micro_tokens),
         disk=saves * (one + rule.state + cost.CHECKPOINT_BYTES) + one + cost.ADAPTER_BYTES,
         based_on=found.text(),

@@ -68,15 +68,14 @@ def test_estimates(bench: Settings, tmp_path: Path) -> None:
             assert dry.code == 0, dry.stderr
             done = command(*argv)
             assert done.code == 0, done.stderr
-            said, (wall, stages) = estimated(dry.stderr), taken(out)
-            seconds = wall * min(1.0, done.cpu / done.seconds)
-            print(f"  {name}: {said:.3g} s said, {seconds:.3g} s of {wall:.3g} s taken; {stages}", flush=True)
+            said, (seconds, stages) = estimated(dry.stderr), taken(out)
+            print(f"  {name}: {said:.3g} s said, {seconds:.3g} s taken; {stages}", flush=True)
             report.add(f"{name}: taken", seconds, "s")
             report.add(f"{name}: taken / said", seconds / max(0.05, said), "x", at_most=2.0)
     report.workload = {"rows": rows, "model": "8 layers of 128, random weights"}
     report.notes.append(
         "Each run is a fork of a process that has imported everything, with one thread; seconds are those of its "
-        "stages after the rows are read and the model is loaded, of which an estimate does not speak, times the share "
-        "of a processor that the run had, so that a busy machine changes little. An estimate is good between 0.5 and 2."
+        "stages after the rows are read and the model is loaded, of which an estimate does not speak. An estimate is "
+        "good between 0.5 and 2."
     )
     report.write(tmp_path)

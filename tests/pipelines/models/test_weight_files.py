@@ -198,6 +198,38 @@ def test_weights_of_another_shape_are_named(home: Path, tmp_path: Path) -> None:
         models.load(config_of(folder))
 
 
+def test_weights_that_were_saved_as_integers_are_refused(home: Path, tmp_path: Path) -> None:
+    """They were cast: a matrix of fractions became zeros, and `evaluate` returned a loss."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    folder = changed(shutil.copytree(home / "base", tmp_path / "x"), "model.safetensors",
+                     lambda held: {**held, name: held[name].to(torch.int8)})  # fmt: skip
+    with pytest.raises(DataError, match=rf"1 weight is saved as integers \({name}\)"):
+        models.load(config_of(folder))
+    adapter = changed(shutil.copytree(home / "lora", tmp_path / "a"), "adapter_model.safetensors",
+                      lambda held: {n: v.to(torch.int8) for n, v in held.items()})  # fmt: skip
+    (adapter / "complete.json").unlink(missing_ok=True)
+    with pytest.raises(DataError, match="weights are saved as integers"):
+        models.load(config_of(home / "base", adapter=adapter))
+
+
+@pytest.mark.parametrize("setting, value, match", [
+    ("target_modules", "(.+)+!", "target_modules in adapter_config.json against the .* layers of the model takes more"),
+    ("exclude_modules", ".*.*.*.*.*.*.*.*.*.*.*!", "exclude_modules in adapter_config.json against"),
+    ("rank_pattern", {"(a|.+)+!": 4}, "rank_pattern in adapter_config.json against"),
+    ("layers_pattern", ["(.+)+!"], "layers_pattern in adapter_config.json against"),
+    ("target_modules", "(q_proj", "target_modules in adapter_config.json is not a regular expression"),
+])  # fmt: skip
+def test_a_pattern_that_matches_forever_is_refused(
+    home: Path, tmp_path: Path, setting: str, value: Any, match: str
+) -> None:
+    """peft matched it against every layer, for years."""
+    adapter = shutil.copytree(home / "lora", tmp_path / "a")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, setting: value}))
+    with pytest.raises(DataError, match=match):
+        models.load(config_of(home / "base", adapter=adapter))
+
+
 def test_a_classifier_is_not_a_language_model(tmp_path: Path, home: Path) -> None:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
