@@ -65,7 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 _MACHINE = {
-    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EROFS", "EMFILE", "ENFILE", "EIO")
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EROFS", "EMFILE", "ENFILE", "EIO"),
+        *("ENAMETOOLONG", "ELOOP", "EPERM", "ENXIO", "ENODEV", "ESTALE", "ETIMEDOUT", "ENOTCONN"),  # odd paths, mounts
+    )
+    if hasattr(errno, name)
 }
 
 
@@ -118,9 +123,10 @@ def flags_of_commands() -> dict[str, set[str]]:
 
 
 def _complain(message: str, code: int) -> int:
+    from pipelines.settings import redaction
     from pipelines.texts import visible
 
-    print(f"error: {visible(message, keep=chr(10))}", file=sys.stderr)
+    print(f"error: {visible(redaction.hide(message), keep=chr(10))}", file=sys.stderr)  # terminals are logged, too
     return code
 
 

@@ -41,8 +41,9 @@ WRONG = OUTCOMES[2:]
 _TRACEBACK = re.compile(r"Traceback|this is a bug|Exception ignored", re.IGNORECASE)
 _LIMIT_CPU_SECONDS, _TIMES, _IDLE_SECONDS = 60.0, 20.0, 300.0
 """A command is stuck from this much processor time on, or from so many times the undisturbed command's; or idle."""
-_VERIFIED = {"checkpoints", "warmup", "reference", "surrogates", "inputs", "arms"}
-"""Folders of files on the way to a result, which are compared when they are read; a finished run leaves them alone."""
+_VERIFIED = {"checkpoints", "warmup", "reference", "surrogates", "inputs", "arms", "losses-pool", "losses-target"}
+"""Folders of files on the way to a result, which are compared when they are read; a run that needs them no more leaves
+them alone."""
 
 
 @dataclass

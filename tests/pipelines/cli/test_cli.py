@@ -372,6 +372,9 @@ def test_usage_errors_are_one_line_and_2(arguments, want, capsys):
         (EnvironmentProblem("e"), 4),
         (OSError(28, "No space left on device", "f"), 4),
         (PermissionError(13, "Permission denied", "f"), 4),
+        (OSError(36, "File name too long", "n" * 300), 3),
+        (OSError(40, "Too many levels of symbolic links", "f"), 3),
+        (OSError(116, "Stale file handle", "f"), 4),
         (MemoryError(), 4),
     ],
 )
@@ -383,6 +386,14 @@ def test_exit_codes(pipeline, capsys, error, code):
     assert main(SELECT) == code
     text = capsys.readouterr().err
     assert text.startswith("error: ") and text.count("\n") == 1 and "Traceback" not in text
+
+
+def test_an_error_does_not_repeat_a_password(capsys, tmp_path):
+    """What is typed is shown in the logs of other machines."""
+    out = ["--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "run")]
+    assert main(["train", "--model", "https://user:hunter2@example.org/x", *out]) == 2
+    text = capsys.readouterr().err
+    assert "hunter2" not in text and "error: --model https://***@example.org/x" in text
 
 
 def test_a_bug_keeps_its_traceback(pipeline, capsys):

@@ -84,6 +84,19 @@ def test_a_record_of_which_one_digit_changed_is_named_on_the_page_of_a_run(world
     assert name in capsys.readouterr().err and name in page and "257" not in page
 
 
+def test_the_page_of_a_run_names_a_log_that_was_cut_and_a_result_that_changed(world, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with Run(folder, world.select(folder), "select"):
+        files.write_text(folder / "order.txt", "1 2 3")
+    assert "ends before" not in drawn(folder) and capsys.readouterr().err == ""
+    lines = (folder / "events.jsonl").read_bytes().splitlines(keepends=True)
+    for kept in (lines[:-1], []):
+        (folder / "events.jsonl").write_bytes(b"".join(kept))
+        assert "events.jsonl ends before the run did" in drawn(folder)
+    (folder / "order.txt").write_text("1 2 4")
+    assert "order.txt is not what the run wrote" in drawn(folder) and "order.txt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", [name for kind in pages.KINDS for name in kind.files])
 def test_a_damaged_file_is_named(tmp_path, name):
     for content in ("{", "[]", "1", '{"rows": 3}'):
