@@ -38,7 +38,7 @@ def test_a_run_by_less_is_not_continued_by_another_method(world, tmp_path, capsy
     before = (out / "selected.jsonl").read_bytes()
     assert main(argv[:place] + argv[place + 2 :]) == 2
     error = capsys.readouterr().err
-    assert "method was less, is auto" in error and f"`datatools select {out / 'run.yaml'}`" in error
+    assert 'method was "less", is "auto"' in error and f"`datatools select {out / 'run.yaml'}`" in error
     assert main(["select", str(out / "run.yaml")]) == 0
     assert (out / "selected.jsonl").read_bytes() == before
 
