@@ -59,6 +59,22 @@ def _table(metric: Json, losses: Mapping[str, float | None], label: Callable[[st
     }
 
 
+def held_out_accuracies(metrics: object) -> list[dict[str, str]]:
+    """Return one line per accuracy of a trained model: what it is, in percent, its interval, and its rows.
+
+    Args:
+        metrics: name -> mean, low, high, rows and label, as a training run writes them.
+    """
+    found = []
+    for name, value in mapping(metrics).items():
+        one = mapping(value)
+        if (mean := finite(one.get("mean"))) is not None:
+            label, rows = str(one.get("label") or name), finite(one.get("rows"))
+            share = {"label": label, "mean": _percent(mean), "between": _between(one, 100, 1)}
+            found.append(share | {"rows": "" if rows is None else f"{rows:.0f}"})
+    return found
+
+
 def beside(audit: Json, kind: str) -> dict[str, str]:
     """Of each accuracy, how the selection did against the arms of a kind: label -> "good", "bad" or "unclear".
 

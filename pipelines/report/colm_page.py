@@ -16,6 +16,7 @@ from typing import Any
 from datatools import DataError, files
 from pipelines.report import charts
 from pipelines.report import page as report
+from pipelines.report.accuracy_section import held_out_accuracies
 from pipelines.texts import number, percent, plural, size
 
 PEAK = {
@@ -148,6 +149,7 @@ def _parts(
             from_zero=False,
         ),
         "validated": any("eval_loss" in e for e in entries),
+        "accuracies": held_out_accuracies(facts.get("validation_metrics")),
         "sources": _sources(facts, seen),
     }
 

@@ -13,7 +13,10 @@ from typing import Any
 from pipelines.report import charts
 from pipelines.report import colm_page as coreset_report
 from pipelines.report import page as report
+from pipelines.report.accuracy_section import held_out_accuracies
+from pipelines.report.values import mapping
 from pipelines.runs.messages import say
+from pipelines.settings.metrics import LOSS
 from pipelines.texts import number
 
 FACTS = "training.json"
@@ -67,11 +70,25 @@ def _parts(known: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> di
                 ("Gradient norm", "grad_norm", "Norm of the whole gradient, before clipping."),
                 ("Learning rate", "learning_rate", "Learning rate of the first param group."),
                 ("Tokens per second", "tokens_per_second", "Speed of each step, without evaluations and saving."),
+                *_measured(entries, validation),
             )
             if (part := coreset_report.chart(across, f"{title.lower()} by step", ("chosen", _points(entries, key))))
         ],
+        "accuracies": held_out_accuracies((validation or {}).get("metrics")),
         "settings": known.get("settings") if isinstance(known.get("settings"), Mapping) else {},
     }
+
+
+def _measured(entries: Sequence[Mapping[str, Any]], validation: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
+    """Return (title, key, note) of each accuracy that was measured more than once."""
+    keys = dict.fromkeys(key for entry in entries for key in entry if key.startswith("eval_") and key != "eval_loss")
+    labels = mapping((validation or {}).get("metrics"))
+    found = []
+    for key in keys:
+        if len(_points(entries, key)) > 1:
+            label = str(mapping(labels.get(key[5:])).get("label") or key[5:])
+            found.append((f"{label[:1].upper()}{label[1:]}", key, "Share of validation rows after the step."))
+    return found
 
 
 def _points(entries: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -88,13 +105,16 @@ def _lead(loss: Sequence[tuple[float, float]], validation: Mapping[str, Any] | N
     if loss:
         said.append(f"The training loss went from {number(loss[0][1])} to {number(loss[-1][1])}.")
     if validation is not None and _finite(validation.get("best_loss")):
+        by = str(validation.get("best_by") or LOSS)
+        best = "The held-out loss was lowest" if by == LOSS else f"By {by}, the model was best"
         said.append(
-            f"The held-out loss was lowest after step {validation.get('best_step')}: "
+            f"{best} after step {validation.get('best_step')}: {'' if by == LOSS else 'held-out loss '}"
             f"{number(validation['best_loss'])}; the saved weights are those of "
             + ("that step." if validation.get("kept") == "best" else "the last step.")
         )
         if validation.get("stopped"):
-            said.append(f"Training stopped there: {validation.get('patience')} evaluations without a lower loss.")
+            better = "a lower loss" if by == LOSS else "a better one"
+            said.append(f"Training stopped there: {validation.get('patience')} evaluations without {better}.")
     elif validation is None:
         said.append("No held-out loss was measured (--eval-data): a training loss alone cannot show that a "
                     "model improved on anything but these rows.")  # fmt: skip

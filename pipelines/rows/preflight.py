@@ -90,6 +90,10 @@ def contradictions(config: Settings) -> None:
             raise UsageError("--order and --coreset exclude each other; give only one of them")
         if config.coreset is not None:
             config.coreset.sizes(config.training.batch_size)
+        if config.metrics is not None and not config.eval_data:
+            raise UsageError(
+                "train --metric: there are no held-out rows to measure it on; name them with --eval-data FILE"
+            )
     elif isinstance(config, AuditConfig):
         if config.lora is None:
             raise UsageError("audit: lora is null; an audit trains adapters, so that all arms share one base model")
@@ -100,7 +104,8 @@ def contradictions(config: Settings) -> None:
                 )
     elif isinstance(config, OrderConfig):
         _order(config)
-    if isinstance(config, AuditConfig | EvaluateConfig) or (isinstance(config, SelectConfig) and config.verify):
+    judged = isinstance(config, AuditConfig | EvaluateConfig | TrainConfig)
+    if (judged or (isinstance(config, SelectConfig) and config.verify)) and config.metrics is not None:
         metrics.check(config.metrics)
 
 

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from datatools import UsageError
 from pipelines.settings import names
 from pipelines.settings.base import Columns, FilePath, Names, RunSettings, Settings
-from pipelines.settings.marks import DATA, ELSEWHERE, LATE, RUN, TRAINING, Flag, Flags, OneOf
-from pipelines.settings.metrics import MetricsConfig
+from pipelines.settings.marks import DATA, ELSEWHERE, LATE, RUN, TRAINING, UNSAID, Flag, Flags, OneOf
+from pipelines.settings.metrics import LOSS, MetricsConfig
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 
 
@@ -115,6 +115,25 @@ class CoresetConfig(Settings):
         return {name: getattr(self, name) for name in names}
 
 
+class ValidationMetrics(MetricsConfig):
+    """What is measured on held-out rows of a training run besides their loss, and when."""
+
+    when: Annotated[Literal["end", "always"], Flag("--metric-when", TRAINING)] = Field(
+        default="end",
+        description="end measures --metric once, on the weights that are saved; always at every evaluation too",
+    )
+    best_by: Annotated[str, Field(max_length=256), Flag("--best-by", TRAINING)] = Field(
+        default=LOSS,
+        description="what decides which weights are the best, and when --patience ends: loss, or one of the metrics, "
+        "which is then measured at every evaluation",
+    )
+
+    @property
+    def during(self) -> bool:
+        """Whether every evaluation measures them."""
+        return self.when == "always" or self.best_by != LOSS
+
+
 class TrainConfig(RunSettings):
     """Train a model on rows, with any optimizer of the suite.
 
@@ -128,6 +147,7 @@ class TrainConfig(RunSettings):
         "datatools train --model M --data a.jsonl --optimizer lion --schedule cosine --learning-rate 1e-4",
         "datatools train --model M --data a.jsonl --order runs/order/order.npz --lora-rank 0",
         "datatools train --model M --data a.jsonl --coreset colm --large-batch 128 --keep 64 --source-key dataset",
+        "datatools train --model M --data a.jsonl --eval-data held_out.jsonl --metric exact --extract number",
         "datatools train --model M --data a.jsonl --gradient zo --optimizer sgd --learning-rate 1e-5 --lora-rank 0",
         "datatools train --model M --data a.jsonl --gradient zo --optimizer adamw --learning-rate 1e-4 "
         "--set training.zo.eps=1e-2 --set training.zo.q=4 --set training.zo.sparsity=0.5",
@@ -175,9 +195,17 @@ class TrainConfig(RunSettings):
     patience: Annotated[int | None, Flag("--patience", TRAINING)] = Field(
         default=None, ge=1, le=10**6, description="stop after this many evaluations without a new lowest loss"
     )
+    metrics: Annotated[
+        ValidationMetrics | None, Flags("names extract max_new_tokens allow_code_execution when best_by")
+    ] = Field(
+        default=None,
+        description="what is measured on eval_data besides the loss; null is nothing",
+        json_schema_extra=UNSAID,
+    )
     keep_best: bool = Field(
         default=True,
-        description="with eval_data, the result is that of the lowest loss; false takes that of the last step",
+        description="with eval_data, the result is that of the lowest loss (or best --best-by); false takes that of "
+        "the last step",
     )
     report_to: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], Flag("--report-to", RUN)] = Field(
         default="none",

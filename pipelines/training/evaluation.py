@@ -52,7 +52,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             by_row = found.pop("by_row")
             measured = measure.measure(loaded.model, plan)
             found["metrics"] = {"loss": _interval(np.divide(*by_row), by_row[1])}
-            found["metrics"] |= {name: _accuracy(one) for name, one in measured.items()}
+            found["metrics"] |= _accuracies(measured)
             if config.predictions is not None:
                 files.write_text(config.predictions, "".join(prediction_lines(rows, measured)))
         return found
@@ -63,8 +63,18 @@ def _interval(values: NDArray[np.float64], weights: NDArray[np.float64] | None =
     return {"mean": mean, "low": low, "high": high, "rows": len(values)}
 
 
-def _accuracy(measured: measure.Measured) -> dict[str, Any]:
-    return _interval(measured.values) | dict(measured.more)
+def _accuracies(measured: Mapping[str, measure.Measured]) -> dict[str, dict[str, Any]]:
+    return {name: _interval(one.values) | dict(one.more) for name, one in measured.items()}
+
+
+def accuracies(model: Any, plan: measure.Plan) -> dict[str, dict[str, Any]]:
+    """Return each metric of a plan as `evaluate` does: its mean, the 95 % interval over rows, and their number.
+
+    Args:
+        model: The model, in evaluation mode.
+        plan: What is measured.
+    """
+    return _accuracies(measure.measure(model, plan))
 
 
 def prediction_lines(

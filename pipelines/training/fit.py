@@ -23,6 +23,7 @@ from pipelines.training.checkpoint_files import check_numerics, checkpoints, lea
 from pipelines.training.trainer import Choice, DataTrainer, Observe
 from pipelines.training.validation import (
     LOSS,
+    PREFIX,
     Timed,
     Validate,
     Validation,
@@ -47,7 +48,8 @@ class Trained:
         directions: With zeroth-order gradients, the seeds and projected gradients of each step, which replay it.
         entries: The log of each step, as in `metrics.jsonl`.
         skipped: The number of steps that were skipped because loss or gradient was not finite.
-        best: (step, loss) of the lowest validation loss.
+        best: (step, loss) of the best evaluation: that of the lowest loss, or of the best accuracy that decides.
+        kept: The step whose weights the model has.
         stopped: Whether validation ended the run before its last step.
     """
 
@@ -59,6 +61,7 @@ class Trained:
     entries: list[dict[str, Any]] = field(default_factory=list)
     skipped: int = 0
     best: tuple[int, float] | None = None
+    kept: int = 0
     stopped: bool = False
 
     @property
@@ -171,7 +174,7 @@ def fit(
         held: The number of first steps that have the initial learning rate of the schedule, which begins after them.
         autocast: Whether to compute in bfloat16 with weights in float32 (`recipe.rounding` "master").
         validation: Measures held-out rows during training; needs `save`. The model ends with the weights of the lowest
-            loss.
+            loss, or of the best accuracy where that decides.
         report_to: "tensorboard", "wandb" or "trackio", by transformers' own callbacks.
 
     Returns:
@@ -212,7 +215,7 @@ def fit(
     last = planned_steps(len(rows), recipe) if steps is None else len(steps)
     per_epoch = math.ceil(len(rows) / recipe.batch_size) if steps is None else len(steps)
     callbacks: list[TrainerCallback] = [Progress(None if bar is None else bar.advance), WatchRounding()]
-    validate: Callable[[nn.Module], float] | None = None if validation is None else validation.loss
+    validate: Callable[[nn.Module], dict[str, float]] | None = None if validation is None else validation.values
     if validation is not None and bar is not None:
         validate = Timed(validation, bar)
     if validation is not None:
@@ -245,7 +248,8 @@ def fit(
     if start is not None and bar is not None:
         bar.resume(step_of(start))
     patience = None if validation is None else validation.patience
-    if start is not None and (step_of(start) >= last or over(evaluations(history_of(start)), patience)):
+    judged = (lambda history: []) if validation is None else validation.judged
+    if start is not None and (step_of(start) >= last or over(judged(history_of(start)), patience)):
         trainer._load_from_checkpoint(
             str(start)
         )  # training is complete: the run was stopped before it saved its result
@@ -255,9 +259,10 @@ def fit(
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
         weights = None
     state = trainer.state
-    found = evaluations(state.log_history)
-    best = best_of(found)
+    found = judged(state.log_history)
+    best, kept = best_of(found), state.global_step
     if validation is not None and validation.keep_best and best is not None and best[0] != state.global_step:
+        kept = best[0]
         weights = folder / f"checkpoint-{best[0]}"
         trainer._load_from_checkpoint(str(weights))
     _use_averages(trainer, weights)
@@ -276,7 +281,8 @@ def fit(
         directions=[entry for entry in state.log_history if "projected_grad" in entry],
         entries=entries,
         skipped=skipped,
-        best=best,
+        best=None if best is None else (best[0], dict(evaluations(state.log_history))[best[0]]),
+        kept=kept,
         stopped=state.global_step < last and over(found, patience),
     )
 
@@ -299,7 +305,11 @@ def _entries(history: Sequence[Mapping[str, Any]], *, gradients: bool, more: Seq
     """Return one entry per step for `metrics.jsonl`: non-finite values are null, and skipped steps are marked."""
     found: list[dict[str, Any]] = []
     skipped = 0
-    validated = dict(evaluations(history))
+    validated = {
+        seen["step"]: {key: value for key, value in seen.items() if key.startswith(PREFIX)}
+        for seen in history
+        if LOSS in seen
+    }
     for seen in history:
         if "loss" not in seen:
             continue
@@ -311,8 +321,7 @@ def _entries(history: Sequence[Mapping[str, Any]], *, gradients: bool, more: Seq
         for key in ("tokens_per_second", *more):
             if key in seen:
                 entry[key] = seen[key]
-        if seen["step"] in validated:
-            entry[LOSS] = _number(validated[seen["step"]])
+        entry |= {key: _number(value) for key, value in validated.get(seen["step"], {}).items()}
         found.append(entry)
     return found
 

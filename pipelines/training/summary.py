@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pipelines.rows.rows import Rows
 from pipelines.runs.redact import redact
+from pipelines.settings.metrics import LOSS
 from pipelines.settings.train import TrainConfig
 from pipelines.training.fit import Trained
+from pipelines.training.validation import PREFIX
 
 SHOWN = ("optimizer", "learning_rate", "schedule", "weight_decay", "epochs", "batch_size", "gradient", "gradient_clip")
 
 
 def facts(
-    config: TrainConfig, result: Trained, *, rows: int, steps: int, held_out: Rows | None, leaked: str | None
+    config: TrainConfig,
+    result: Trained,
+    *,
+    rows: int,
+    steps: int,
+    held_out: Rows | None,
+    leaked: str | None,
+    final: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return what `training.json` contains besides the metrics of a run.
 
@@ -24,6 +35,7 @@ def facts(
         steps: The number of planned steps.
         held_out: The validation rows, if any.
         leaked: A sentence about validation rows that are also trained on.
+        final: The accuracies of the saved weights on the validation rows.
     """
     found: dict[str, Any] = {
         "model": redact(str(config.model.name)),
@@ -42,19 +54,38 @@ def facts(
             "patience": config.patience,
             "stopped": result.stopped,
         }
+        if final:
+            found["validation"] |= {"metrics": dict(final), "best_by": _by(config)}
         found["leaked"] = leaked
     return found
 
 
-def best_in_words(result: Trained, *, keep: bool) -> str:
-    """Return one line for the terminal: the lowest validation loss, and which weights were saved.
+def _by(config: TrainConfig) -> str:
+    return LOSS if config.metrics is None else config.metrics.best_by
+
+
+def with_final(result: Trained, final: Mapping[str, Mapping[str, Any]]) -> Trained:
+    """Return a result whose log has the accuracies of the saved weights, at their step.
 
     Args:
         result: The result of the run.
-        keep: Whether the best weights are kept.
+        final: The accuracies.
+    """
+    values = {f"{PREFIX}{name}": one["mean"] for name, one in final.items()}
+    entries = [entry | values if entry["step"] == result.kept else entry for entry in result.entries]
+    return replace(result, entries=entries)
+
+
+def best_in_words(result: Trained, config: TrainConfig) -> str:
+    """Return one line for the terminal: the best evaluation, and which weights were saved.
+
+    Args:
+        result: The result of the run.
+        config: The settings of the run.
     """
     assert result.best is not None
     step, loss = result.best
     ended = f"stopped early, after step {result.steps}" if result.stopped else f"{result.steps} steps done"
-    whose = f"the saved weights are those of step {step if keep else result.steps}"
-    return f"validation: lowest loss {loss:.4f} after step {step}; {ended}; {whose}"
+    whose = f"the saved weights are those of step {result.kept}"
+    best = f"lowest loss {loss:.4f}" if _by(config) == LOSS else f"best by {_by(config)} (loss {loss:.4f})"
+    return f"validation: {best} after step {step}; {ended}; {whose}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,9 @@ from pipelines.runs.workers import rank
 from pipelines.settings import redaction, trackers
 from pipelines.settings.parts import LoraConfig, TrainingConfig
 from pipelines.settings.train import TrainConfig
-from pipelines.training import checkpoint_files, cost, evaluation, fit, optimizers, order_recipe, summary
-from pipelines.training.validation import Validation, planned
+from pipelines.training import checkpoint_files, cost, fit, optimizers, order_recipe, summary
+from pipelines.training import held_out as held_out_rows
+from pipelines.training.validation import PREFIX, planned
 
 
 def run(config: TrainConfig) -> Path:
@@ -94,6 +94,7 @@ def _run(config: TrainConfig) -> Path:
                     sequence = rows_of(warm_up, rows, str(config.order)) + sequence
             steps = len(sequence)
         leaked = None if held_out is None else _leaked(config, held_out, rows)
+        plan = held_out_rows.plan_of(config, held_out, tokenizer)
         every = config.eval_every
         if every is None:
             every = steps if sequence is not None else math.ceil(len(chosen) / recipe.batch_size)
@@ -114,7 +115,9 @@ def _run(config: TrainConfig) -> Path:
             lengths = rows.scan.tokens[chosen if sequence is None else [row for step in sequence for row in step]]
             saves = -(-steps // config.save_steps) if config.save_steps else recipe.epochs
             times = 0 if held_out is None else planned(steps, every)
-            checked = (times, 0 if held_out is None else held_out.tokens())
+            once = [] if held_out is None else [(held_out.tokens(), held_out.tokens() / recipe.micro_tokens)]
+            measured = 1 + (times if config.metrics is not None and config.metrics.during else 0)
+            checked = once * times + held_out_rows.work(plan) * measured
             _estimate(config, tokenizer, recipe, lengths.tolist(), steps, saves, checked).announce()
             say("dry run: data and model load; nothing was trained")
             return config.out
@@ -154,21 +157,26 @@ def _run(config: TrainConfig) -> Path:
                 steps=sequence,
                 held=held,
                 autocast=master,
-                validation=_validation(config, held_out, every, rows.tokens() * recipe.batch_size / len(chosen)),
+                validation=held_out_rows.validation(
+                    config, held_out, plan, every=every, step=rows.tokens() * recipe.batch_size / len(chosen)
+                ),
                 report_to=config.report_to,
             )
         if rank() == 0:
+            final = held_out_rows.at_the_end(module, plan) if plan is not None else {}
             if choose is not None:
                 facts_of_choice = coresets.facts(
                     choose, [sources[row] for row in chosen], coresets.monitored(result.entries)
-                )
+                ) | ({"validation_metrics": final} if final else {})
                 files.write_json(current.path("coreset.json"), redaction.hide_all(facts_of_choice))
-            story = summary.facts(config, result, rows=len(chosen), steps=steps, held_out=held_out, leaked=leaked)
+            story = summary.facts(
+                config, result, rows=len(chosen), steps=steps, held_out=held_out, leaked=leaked, final=final
+            )
             files.write_json(current.path(training_report.FACTS), redaction.hide_all(story))
-            _save(module, rows, result, done, current)
+            _save(module, rows, summary.with_final(result, final), done, current)
         say(f"{result.fell}; saved {done}")
         if result.best is not None:
-            say(summary.best_in_words(result, keep=config.keep_best))
+            say(summary.best_in_words(result, config))
         if rank() == 0:  # last, so that a failure loses no results
             draw_last(lambda: training_report.render_any(current.folder), saved=done)
     return config.out
@@ -186,17 +194,6 @@ def _leaked(config: TrainConfig, held_out: Rows, rows: Rows) -> str | None:
     return sentence
 
 
-def _validation(config: TrainConfig, held_out: Rows | None, every: int, step: float) -> Validation | None:
-    """When held-out rows are measured, and about how long that takes; a training step has `step` tokens."""
-    if held_out is None:
-        return None
-    # forward alone is about a third of a training step
-    passes = 3 if config.training.gradient == "backprop" else 2 * config.training.zo.q
-    loss = partial(evaluation.validation_loss, rows=held_out, token_budget=config.training.micro_tokens)
-    steps = held_out.tokens() / (passes * step)
-    return Validation(loss, every, config.patience, config.keep_best, steps)
-
-
 def _estimate(
     config: TrainConfig,
     tokenizer: models.LoadedModel,
@@ -204,9 +201,9 @@ def _estimate(
     lengths: list[int],
     steps: int,
     saves: int,
-    checked: tuple[int, int],
+    checked: Sequence[tuple[int, float]],
 ) -> cost.Estimate:
-    """Return the expected cost of the run, timed on synthetic tokens; `checked`: validations, and tokens of each."""
+    """Return the expected cost of the run, timed on synthetic tokens; `checked`: tokens and passes of validations."""
     model = models.load(config.model, tokenizer=tokenizer).model
     with cost.as_trained(model, config.lora) as module:
         found = cost.probe(module, int(np.median(lengths)))
@@ -224,12 +221,11 @@ def _estimate(
         tokens = tokens * steps // max(1, whole)
     if choose is not None:  # every row of the large batch goes forward, and the kept rows train
         seconds += found.seconds(tokens, steps, gradient=CORESET_FEATURES[choose.features].as_training)
-    times, held = checked
-    validation = times * found.seconds(held, max(1.0, held / recipe.micro_tokens), gradient=False)
+    validation = sum(found.seconds(many, max(1.0, passes), gradient=False) for many, passes in checked)
     one = found.trainable * found.width
     return cost.Estimate(
         parts={"training": seconds + validation},
-        tokens=tokens + times * held,
+        tokens=tokens + sum(many for many, _ in checked),
         memory=cost.memory(found, rule.state, recipe.micro_tokens),
         disk=saves * (one + rule.state + cost.CHECKPOINT_BYTES) + one + cost.ADAPTER_BYTES,
         based_on=found.text(),
@@ -280,7 +276,8 @@ def _save(module: Any, rows: Rows, result: fit.Trained, done: Path, current: Run
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    digits = {"loss": ".6f", "eval_loss": ".6f", "learning_rate": ".8g", "grad_norm": ".6g"}
+    digits = {"loss": ".6f", "learning_rate": ".8g", "grad_norm": ".6g"}
+    digits |= {key: ".6f" for key in entry if key.startswith(PREFIX)}
     shown = {
         key: float(format(value, digits[key])) if key in digits and value is not None else value
         for key, value in entry.items()

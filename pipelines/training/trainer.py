@@ -36,7 +36,6 @@ from pipelines.settings.parts import TrainingConfig
 from pipelines.training import zeroth_order
 from pipelines.training.checkpoint_files import NUMERICS, mark_complete, saving
 from pipelines.training.optimizers import factors, held, optimizer_of
-from pipelines.training.validation import LOSS
 
 Observe = Callable[[int, Sequence[int]], None]
 """Called before each optimizer step, after its gradients, with (step, counted from 1, row numbers of the step)."""
@@ -109,7 +108,7 @@ class DataTrainer(FiniteSteps):
             run with it.
         choose: If given, batches are large, and each step trains on the rows that it keeps (`Choice`).
         name_of: A row's number -> its name in errors.
-        validate: A model in evaluation mode -> its loss on held-out rows; `evaluate` logs it. None uses the Trainer's
+        validate: A model in evaluation mode -> values on held-out rows; `evaluate` logs them. None uses the Trainer's
             evaluation.
         shuffle: Whether rows are drawn in random order, anew in each epoch.
         held: The number of first steps that have the initial learning rate of the schedule, which begins after them.
@@ -125,7 +124,7 @@ class DataTrainer(FiniteSteps):
         observe: Observe | None = None,
         choose: Choice | None = None,
         name_of: Callable[[int], object] = int,
-        validate: Callable[[nn.Module], float] | None = None,
+        validate: Callable[[nn.Module], dict[str, float]] | None = None,
         shuffle: bool = True,
         held: int = 0,
         **kwargs: Any,
@@ -272,7 +271,7 @@ class DataTrainer(FiniteSteps):
         return torch.tensor(total, device=self.args.device)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Return the loss on the held-out rows of `validate`, logged as `eval_loss`.
+        """Return the values of `validate` on held-out rows, such as `eval_loss`, after logging them.
 
         Args:
             *args: Arguments of the Trainer's evaluation.
@@ -284,7 +283,7 @@ class DataTrainer(FiniteSteps):
         training = model.training
         model.eval()
         with torch.no_grad(), optim.averages_in_place(self.optimizer):
-            metrics = {LOSS: self.validate(model)}
+            metrics = self.validate(model)
         model.train(training)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

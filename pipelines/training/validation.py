@@ -23,6 +23,8 @@ from pipelines.runs.progress import Progress
 from pipelines.runs.workers import rank
 
 LOSS = "eval_loss"
+PREFIX = "eval_"
+"""How the names of validation values begin in a log history."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Validation:
         patience: Stop after this many evaluations in a row without a new lowest loss; None never stops.
         keep_best: Whether the trained weights are those of the lowest loss, for which a checkpoint is kept.
         steps: The number of training steps that take about as long as an evaluation; used until one has been timed.
+        measure: A model in evaluation mode -> further values by their names in the log; None measures the loss alone.
+        by: The name of the value that decides which step is the best: the loss, or an accuracy.
     """
 
     loss: Callable[[nn.Module], float]
@@ -42,6 +46,29 @@ class Validation:
     patience: int | None = None
     keep_best: bool = True
     steps: float = 0.0
+    measure: Callable[[nn.Module], Mapping[str, float]] | None = None
+    by: str = LOSS
+
+    def values(self, model: nn.Module) -> dict[str, float]:
+        """Return all values of an evaluation by their names in the log.
+
+        Args:
+            model: The model, in evaluation mode.
+        """
+        return {LOSS: self.loss(model), **(self.measure(model) if self.measure is not None else {})}
+
+    def judged(self, history: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+        """Return (step, value) of each evaluation by which the best is chosen; the lowest value is the best.
+
+        Args:
+            history: The log history.
+
+        Returns:
+            The losses, or the accuracies times -1; NaN where the loss is not finite.
+        """
+        sign = 1.0 if self.by == LOSS else -1.0
+        seen = [entry for entry in history if LOSS in entry and self.by in entry]
+        return [(one["step"], sign * one[self.by] if math.isfinite(one[LOSS]) else math.nan) for one in seen]
 
 
 def planned(steps: int, every: int, done: int = 0) -> int:
@@ -59,7 +86,7 @@ def planned(steps: int, every: int, done: int = 0) -> int:
 
 
 class Timed:
-    """The loss of a validation, measured on a bar whose rate and time left it keeps right.
+    """The values of a validation, measured on a bar whose rate and time left it keeps right.
 
     Args:
         validation: What is measured, and when.
@@ -71,13 +98,13 @@ class Timed:
         self._seconds, self._times = 0.0, 0
         bar.more = self.left
 
-    def __call__(self, model: nn.Module) -> float:
-        """The validation loss of `model`."""
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Return the values of `model`, as `Validation.values` does."""
         began = time.monotonic()
         with self.bar.aside():
-            loss = self.validation.loss(model)
+            values = self.validation.values(model)
         self._seconds, self._times = self._seconds + time.monotonic() - began, self._times + 1
-        return loss
+        return values
 
     def left(self, step: float) -> float:
         """Return the seconds of the evaluations to come.
@@ -99,20 +126,20 @@ def evaluations(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]
 
 
 def best_of(found: Sequence[tuple[int, float]]) -> tuple[int, float] | None:
-    """Return the first evaluation with the lowest loss; None if no loss is finite.
+    """Return the first evaluation with the lowest value; None if no value is finite.
 
     Args:
-        found: (step, loss) of each evaluation.
+        found: (step, value) of each evaluation, as `Validation.judged` returns them.
     """
     finite = [one for one in found if math.isfinite(one[1])]
     return min(finite, key=lambda one: (one[1], one[0])) if finite else None
 
 
 def over(found: Sequence[tuple[int, float]], patience: int | None) -> bool:
-    """Return whether training stops: the last `patience` evaluations had no new lowest loss.
+    """Return whether training stops: the last `patience` evaluations had no new lowest value.
 
     Args:
-        found: (step, loss) of each evaluation.
+        found: (step, value) of each evaluation, as `Validation.judged` returns them.
         patience: The number of evaluations; None never stops.
     """
     if patience is None or len(found) <= patience:
@@ -152,7 +179,7 @@ def resume_point(valid: Sequence[Path], validation: Validation | None) -> Path |
     for path in reversed(valid):
         if validation is None or not validation.keep_best:
             return path
-        best = best_of(evaluations(history_of(path)))
+        best = best_of(validation.judged(history_of(path)))
         if best is None or best[0] in steps:
             return path
     return None
@@ -189,9 +216,10 @@ class Validate(TrainerCallback):  # type: ignore[misc]
             state: The state of the Trainer.
             control: The control of the Trainer.
         """
-        found = evaluations(state.log_history)
-        if not math.isfinite(found[-1][1]):
-            warn(f"validation: the loss after step {state.global_step} is {found[-1][1]}; it cannot be the best")
+        loss = evaluations(state.log_history)[-1][1]
+        if not math.isfinite(loss):
+            warn(f"validation: the loss after step {state.global_step} is {loss}; it cannot be the best")
+        found = self.validation.judged(state.log_history)
         best = best_of(found)
         if self.validation.keep_best and best is not None and best[0] == state.global_step:
             control.should_save = True
@@ -206,7 +234,7 @@ class Validate(TrainerCallback):  # type: ignore[misc]
             state: The state of the Trainer.
             control: The control of the Trainer.
         """
-        best = best_of(evaluations(state.log_history))
+        best = best_of(self.validation.judged(state.log_history))
         if rank() != 0 or best is None:
             return
         for path in Path(args.output_dir).glob("checkpoint-*"):
