@@ -20,7 +20,7 @@ from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig
 from pipelines.settings.select import FeaturesConfig, ProjectorConfig, SelectConfig, WarmupConfig
 
 SHARED = Path(os.environ.get("DATATOOLS_SHARED", Path(__file__).resolve().parents[3] / "shared"))
-BASELINES = ("random", "random-length", "tfidf", "rds", "loss")
+BASELINES = ("random", "random-length", "tfidf", "bm25", "rds", "loss")
 
 
 def measure(name: str, method: str, options: argparse.Namespace) -> dict[str, object]:
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--sets", nargs="+", default=["planted-math", "planted-topic"])
-    parser.add_argument("--methods", nargs="+", default=[*BASELINES, "less"])
+    parser.add_argument("--methods", nargs="+", default=[*BASELINES, "tov", "tacs", "gist", "less"])
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--chat", default="auto", help="auto, or tulu for a tokenizer without a template (stories260k)")
