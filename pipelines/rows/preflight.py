@@ -104,9 +104,10 @@ def contradictions(config: Settings) -> None:
                 )
     elif isinstance(config, OrderConfig):
         _order(config)
-    judged = isinstance(config, AuditConfig | EvaluateConfig | TrainConfig)
-    if (judged or (isinstance(config, SelectConfig) and config.verify)) and config.metrics is not None:
-        metrics.check(config.metrics)
+    if isinstance(config, AuditConfig | EvaluateConfig | TrainConfig | SelectConfig):
+        measured = config.metrics if not isinstance(config, SelectConfig) or config.verify else None
+        if measured is not None:
+            metrics.check(measured)
 
 
 def _order(config: OrderConfig) -> None:
