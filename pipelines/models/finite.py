@@ -234,6 +234,8 @@ class FiniteSteps(Trainer):  # type: ignore[misc]
         if self._skips.in_row == 1:
             found = first_not_finite((name, p.detach()) for name, p in model.named_parameters())
             if found is not None:
+                if self.state.global_step == 0:
+                    advice = "the model came with it: restore its files, or give another model"
                 raise DataError(f"training: {what}, because the weight {found} is not finite; {advice}")
         limit = min(self.nonfinite_steps, max(1, self.state.max_steps))
         if self._skips.in_row >= limit or self._must_have_every_step():

@@ -85,6 +85,7 @@ def warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
                     seed=derive_seed(config.seed, "warm-up"),
                     save="epoch",
                     bar=bar,
+                    name_of=pool.pool.where,
                 )
             unload(wrapped)
     return stops(config, run.folder), tokens

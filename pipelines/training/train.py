@@ -324,7 +324,14 @@ def train_adapter(
     try:
         with progress(label, steps, "steps") as bar:
             result = fit.fit(
-                module, rows.item, list(chosen), recipe, folder, seed=derive_seed(seed, "training"), bar=bar
+                module,
+                rows.item,
+                list(chosen),
+                recipe,
+                folder,
+                seed=derive_seed(seed, "training"),
+                bar=bar,
+                name_of=rows.pool.where,
             )
         _keep(folder, module)
     finally:

@@ -171,8 +171,15 @@ class Attacker:
         if damaged is not None:
             found = damaged if (made.start / damaged).exists() else None
             differing = [n for n in differing if n.partition(":")[0] != found and not _VERIFIED & {*Path(n).parts}]
-        if differing and damaged is not None and Path(damaged).name in answer.stderr:
-            return "refused", "said: " + next(line for line in answer.stderr.splitlines() if Path(damaged).name in line)
+        if differing and damaged is not None:
+            # without its last seals, a file differs from an older one of its own
+            names = [
+                Path(damaged).name,
+                *(["is not what the run wrote"] if Path(damaged).name == "seals.jsonl" else []),
+            ]
+            said = [line for line in answer.stderr.splitlines() if any(name in line for name in names)]
+            if said:
+                return "refused", f"said: {said[0]}"
         if differing:
             name = differing[0]
             return "silent", f"{len(differing)} differ: {name}: {made.want[name]} != {got.get(name)}"

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import optim
 from datatools import DataError, EnvironmentProblem, UsageError, files
@@ -22,6 +22,7 @@ from pipelines.models.lora import add_lora
 from pipelines.models.named import SMOLLM2
 from pipelines.rows.prepare import prepare
 from pipelines.runs import numerics
+from pipelines.select import run as select
 from pipelines.settings.demo import DemoConfig
 from pipelines.settings.parts import DataConfig, ModelConfig, TrainingConfig
 from pipelines.settings.train import EvaluateConfig, TrainConfig
@@ -292,6 +293,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_advice(world, tmp_path):
     with pytest.raises(DataError, match=text):
         train.run(settings(world, tmp_path / "run", training=recipe, lora=None))
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_weights_that_are_not_finite_from_the_start_are_named_with_rows_by_file(own_world, tmp_path):
+    """The message advised a lower learning rate; the warm-up of a selection named rows by number."""
+    path = own_world.model / "model.safetensors"
+    held = load_file(path)
+    held["model.norm.weight"][0] = float("nan")
+    save_file(held, path, metadata={"format": "pt"})
+    text = r"step 1 is nan, rows \S+\.jsonl:\d+.* weight \S*model.norm.weight is not finite; the model came with it"
+    with pytest.raises(DataError, match=text):
+        train.run(settings(own_world, tmp_path / "run", data=DataConfig(paths=[str(own_world.pool)])))
+    with pytest.raises(DataError, match=text):
+        select.run(own_world.select(tmp_path / "selection"))
 
 
 def test_names_that_do_not_exist_are_refused_before_anything_is_read(tmp_path):
