@@ -246,9 +246,9 @@ def audit_base(
 ) -> tuple[dict[str, Json], str]:
     """Return the settings that an audit takes from the run whose selected.jsonl it judges.
 
-    The model, target, pool and adapters are those of the run; the training recipe is that of its warm-up. An audit that
-    trains another model takes nothing that belongs to the run's: neither its other settings, such as the chat template,
-    nor the folder of its features.
+    The model, target, pool and adapters are those of the run; the training recipe is that of its race (`--verify`) or
+    else of its warm-up. An audit that trains another model takes nothing that belongs to the run's: neither its other
+    settings, such as the chat template, nor the folder of its features.
 
     Args:
         selected: The selected.jsonl of the run.
@@ -273,9 +273,9 @@ def audit_base(
     base: dict[str, Json] = {name: run[name] for name in ("model", "target", "target_columns", "lora") if name in run}
     if "train" in run:
         base["pool"] = run["train"]
-    warmup = run.get("warmup")
-    if isinstance(warmup, dict):
-        base["training"] = {name: value for name, value in warmup.items() if name in TrainingConfig.model_fields}
+    recipe = run.get("training" if run.get("verify") is True else "warmup")
+    if isinstance(recipe, dict):
+        base["training"] = {name: value for name, value in recipe.items() if name in TrainingConfig.model_fields}
     kept = run.get("features")
     features = kept.get("folder") if isinstance(kept, dict) else None
     if not isinstance(features, str) or not trust.within(Path(features), folder):  # the audit writes there

@@ -364,6 +364,10 @@ def test_an_audit_takes_over_the_run_that_it_judges(tmp_path):
     assert config.pool.paths == ["p"] and config.pool.source_key == "s"
     assert config.training.learning_rate == 0.01 and config.training.epochs == run.warmup.epochs
     assert config.out == tmp_path / "audit"
+    raced = load_config(SelectConfig, None, FLAGS | {"verify": True, "warmup.epochs": 7, "training.epochs": 3})
+    (tmp_path / "run.yaml").write_text(dump(raced))
+    base, name = audit_base(tmp_path / "selected.jsonl")
+    assert load_config(AuditConfig, None, flags, base=base, base_name=name).training == raced.training
 
 
 @pytest.mark.parametrize("how", ["flag", "set", "yaml"])
