@@ -17,7 +17,7 @@ demo: $(STAMP)
 	$(BIN)/datatools demo
 
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not bench and not gpu" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not bench and not gpu" --durations=30 $(PYTEST_ARGS)
 
 # Every causal language model class of transformers, compared with tests/zoo/table.json; `make test` checks every twelfth.
 zoo: $(STAMP)
