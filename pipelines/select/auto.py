@@ -135,7 +135,7 @@ class Stages:
         good[self.shortlist] = on_it.isfinite().all(1)
         whole = elsewhere.index_copy(0, self.shortlist, on_it).nan_to_num(0.0)
         formula = {"name": self.context.config.method, "text": text}
-        return from_similarity(self.context, whole, formula=formula, good=good, tokens=self._tokens())
+        return from_similarity(self.context, whole, formula=formula, good=good, tokens=self.tokens())
 
     def elsewhere(self, columns: int) -> Tensor:
         """Return the mean rank by words of all rows, float32 [n, columns]; 0 if the rows contain no words.
@@ -149,7 +149,7 @@ class Stages:
         """Return how many rows are on the shortlist, in words."""
         return f"{len(self.shortlist):,} of {len(self.usable):,} rows"
 
-    def _tokens(self) -> int:
+    def tokens(self) -> int:
         """Return the tokens of the warm-up and of all gradients that are in the stores."""
         config = _at_stage(self.context.config, GRADIENTS, COMMON)
         found = scorer(GRADIENTS).work(replace(self.context, config=config))
@@ -180,7 +180,7 @@ def _words_alone(stages: Stages) -> Scored | None:
         return None
     text = "cosine of TF-IDF vectors of pool row and target row"
     formula = {"name": stages.context.config.method, "text": text}
-    return from_similarity(stages.context, stages.by_words[0], formula=formula, tokens=stages._tokens())
+    return from_similarity(stages.context, stages.by_words[0], formula=formula, tokens=stages.tokens())
 
 
 def _gradients_alone(stages: Stages) -> Scored:
