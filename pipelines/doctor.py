@@ -127,7 +127,7 @@ def _processor() -> list[Check]:
     set_ = ", ".join(f"{name}={os.environ[name]}" for name in threads.WAITING if name in os.environ)
     elsewhere = f"GOMP_SPINCOUNT={threads.SPINS} before torch is imported"
     if threads.waits_briefly():
-        found = f"idle threads sleep soon ({set_}), so that two runs can share the machine"
+        found = f"idle threads sleep soon when cores are shared ({set_}), so that two runs can share the machine"
         return [*checks, Check("waiting", "ok", f"{found}; in your own notebook or script, set {elsewhere}")]
     advice = f"a second run on this machine may be many times slower; unset these variables, or set {elsewhere}"
     return [*checks, Check("waiting", "warn", f"idle threads spin ({set_ or 'torch was loaded first'})", advice)]

@@ -2,7 +2,8 @@
 
 An idle OpenMP thread of torch spins for 300,000 rounds before it sleeps, on a core that another run may need. Two runs
 on one machine then wait for each other's idle threads; `tests/benchmarks/test_side_by_side.py` measures both settings.
-Variables that the user has set are never changed. No import here loads torch.
+Where that can be watched, threads spin for long only while a run is alone (`waiting.py`); elsewhere they always spin
+briefly. Variables that the user has set are never changed. No import here loads torch.
 """
 
 import math
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
+
+from pipelines.runs import waiting
 
 SPINS = 1000
 """Rounds that an idle thread spins before it sleeps: about ten microseconds, which is the cost of waking it."""
@@ -29,7 +32,7 @@ _commands = False
 
 
 def choose(environ: MutableMapping[str, str] = os.environ, *, command: bool = False) -> dict[str, str]:
-    """Set short spinning and at most as many threads as cores, unless the user has set these.
+    """Set how idle threads wait, and at most as many threads as cores, unless the user has set these.
 
     In a script or a notebook that shares its machine, call this before torch is imported.
 
@@ -46,14 +49,20 @@ def choose(environ: MutableMapping[str, str] = os.environ, *, command: bool = Fa
         return {}
     _commands = command
     found: dict[str, str] = {}
+    briefly = {"GOMP_SPINCOUNT": str(SPINS), "KMP_BLOCKTIME": "1"}  # the second in milliseconds, 200 by default
+    watched = False
     if not any(name in environ for name in WAITING):
-        found |= {"GOMP_SPINCOUNT": str(SPINS), "KMP_BLOCKTIME": "1"}  # the second in milliseconds, 200 by default
+        watched = environ is os.environ and waiting.can_watch()
+        found |= waiting.LONG if watched else briefly
     if not any(name in environ for name in COUNTS):
         allowed, share = cores(), _share(environ)
         if share < allowed or allowed < _affinity():
             found["OMP_NUM_THREADS"] = str(min(share, allowed))
     environ.update(found)
     chosen.update(found)
+    if watched:
+        chosen.update(briefly)
+        waiting.Watch(environ, briefly).start()
     return found
 
 
