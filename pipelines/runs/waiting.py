@@ -1,10 +1,10 @@
 """How long idle threads of torch wait on their cores: long while a run is alone, briefly as soon as it is not.
 
-Spinning saves 5 to 18 % of the time of one run alone, because waking a thread takes as long as a small piece of work. Two
-runs that spin on the same cores take several times as long, because each waits for cores on which the other spins.
+Spinning saves 5 to 18 % of the time of one run alone, because waking a thread takes as long as a small piece of work.
+Two runs that spin on the same cores take several times as long, because each waits for cores on which the other spins.
 GNU's library, libgomp, spins briefly while it has more threads than there are cores. `Watch` makes use of that: it
 keeps one more team of threads, which sleeps, for as long as the main thread waits for a core. The number of threads
-that share a piece of work is never changed, and so no result is.
+that share a piece of work never changes, and neither do results.
 
 Source: libgomp's `config/linux/wait.h` (`do_spin`) and `env.c` (`gomp_throttled_spin_count_var`) in GCC 13.
 """
@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 LONG = {"GOMP_SPINCOUNT": "300000", "OMP_WAIT_POLICY": "ACTIVE"}
-"""Spin for libgomp's usual number of rounds, about 3 ms; and for 1,000 rounds while there are more threads than cores."""
+"""Spin for libgomp's usual number of rounds, about 3 ms; for 1,000 while there are more threads than cores."""
 
 _PERIOD = 0.1  # seconds between two looks
 _SHARE = 0.1  # of the time in which the main thread waits for a core: then the machine is shared
@@ -41,7 +41,7 @@ def _waited() -> float:
 
 
 class Watch:
-    """A thread that looks ten times per second whether this run shares its cores, and lets idle threads wait accordingly.
+    """A thread that looks ten times per second whether this run shares its cores, and sets how idle threads wait.
 
     Args:
         environ: The environment. The variables of `LONG` are taken back once libgomp has read them, so that processes
