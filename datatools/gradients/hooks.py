@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from datatools.gradients import rows
+from datatools.gradients.derived import Derived
 from datatools.gradients.layers import Adapter, adapters, is_conv1d
+from datatools.gradients.lookups import Lookup
+from datatools.gradients.replay import NotByRows, Replayed
 from datatools.gradients.types import Batch, Loss, Visit, size_of
 from datatools.gradients.uses import Use, View
 from datatools.gradients.watch import Watch
@@ -60,6 +63,20 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         return None, None
+
+
+class _Join(torch.autograd.Function):
+    """Several outputs of one operation, whose gradients arrive together."""
+
+    @staticmethod
+    def forward(ctx: Any, arrived: Callable[[tuple[Tensor, ...]], None], _: Tensor, *outputs: Tensor) -> Any:
+        ctx.arrived = arrived
+        return tuple(y.clone() for y in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.arrived(grads)
+        return None, None, *grads
 
 
 @dataclass
@@ -113,6 +130,7 @@ class _Pass:
         self.calls: list[_Call] = []
         self.waiting: Counter[str] = Counter()  # for each parameter, calls without a gradient so far
         self.totals: dict[str, Tensor] = {}
+        self.made: dict[str, Derived] = {}
         self.done: set[str] = set()
         self.weighing = False
         self.dtype = torch.float32
@@ -126,7 +144,8 @@ class _Pass:
             for one in layers:
                 stack.enter_context(self._adapter(one, set(watched)))
             if watched:
-                stack.enter_context(Watch(watched, self._used, self.refused))
+                fixed = [*(p for p in self.module.parameters()), *self.module.buffers()]
+                stack.enter_context(Watch(watched, self, self.size, fixed))
             losses = loss(self.module, self.batch)
         if losses.shape != (self.size,):
             raise ValueError(
@@ -138,6 +157,10 @@ class _Pass:
                 self._refuse(call.use, "its layer's output is changed in place")
         if losses.requires_grad:
             self._backward(losses)
+        for name in reversed(self.made):  # those whose gradients did not arrive from every call
+            if name in self.totals:
+                with torch.no_grad():
+                    self._complete(name)
         for name, p in self.params.items():
             if name not in self.done and name not in self.refused:  # the loss does not use it, or not in every call
                 total = self.totals.pop(name, None)
@@ -156,15 +179,38 @@ class _Pass:
         torch.autograd.backward(losses.sum())
 
     def _wanted(self, use: Use) -> bool:
-        return any(name in self.params and name not in self.refused for name in use.names)
+        return any(self._asked(name) for name in use.names)
+
+    def _asked(self, name: str) -> bool:
+        """Return whether a gradient is still asked for: of a parameter, or of a tensor derived from such a one."""
+        if name in self.made:
+            return any(self._asked(parent) for parent in self.made[name].parents)
+        return name in self.params and name not in self.refused
 
     def _refuse(self, use: Use, why: str) -> None:
         for name in use.names:
-            if name in self.params and name not in self.done:
-                self.refused.setdefault(name, why)
-                self.totals.pop(name, None)
+            self.opaque(name, why)
 
-    def _used(self, uses: list[Use], y: Tensor, in_place: bool) -> Tensor:
+    def opaque(self, name: str, why: str) -> None:
+        """Leave a parameter, or those that a tensor is derived from, to another method."""
+        self.totals.pop(name, None)
+        if name in self.made:
+            for parent in self.made[name].parents:
+                self.opaque(parent, why)
+        elif name in self.params and name not in self.done:
+            self.refused.setdefault(name, why)
+
+    def derived(self, made: Derived) -> None:
+        """Note a tensor that was computed from parameters alone: its gradients go on to them when they are complete."""
+        self.made[made.name] = made
+        self.waiting.update(list(made.parents))
+
+    def joined(self, use: Replayed, outputs: list[Tensor]) -> list[Tensor]:
+        """Register a use with several outputs, whose gradients must arrive together."""
+        call = self._call(use, torch.Size(), None)
+        return list(_Join.apply(lambda grads: self._arrived([call], grads), self.anchor, *outputs))  # type: ignore[no-untyped-call]
+
+    def used(self, uses: list[Use], y: Tensor, in_place: bool) -> Tensor:
         """Register a hook on the output `y` of these uses; start the graph here if no earlier tensor is part of one."""
         if not y.requires_grad:
             y = _Start.apply(y, self.anchor)  # type: ignore[no-untyped-call]
@@ -181,34 +227,60 @@ class _Pass:
                 whole = base  # a hook on the view itself would be lost if the model changed it in place
             else:
                 guard = (y, y._version)
-        calls = []
-        for use in uses:
-            numbers = [self.waiting[name] for name in use.names]
-            key = (use.names[0], numbers[0], len(use.tokens))
-            layout = None if use.routed else self.layouts.of(key, use.tokens, self.batch)
-            calls.append(_Call(use, key, layout, y.shape, guard))
-            self.waiting.update(use.names)
-        self.calls += calls
+        calls = [self._call(use, y.shape, guard) for use in uses]
         whole.register_hook(lambda g: self._arrived(calls, g))  # type: ignore[no-untyped-call]
         return y
 
-    def _arrived(self, calls: list[_Call], g: Tensor) -> None:
+    def _call(self, use: Use, shape: torch.Size, guard: tuple[Tensor, int] | None) -> _Call:
+        key = (use.names[0], self.waiting[use.names[0]], len(use.tokens))
+        layout = None if use.routed else self.layouts.of(key, use.tokens, self.batch)
+        call = _Call(use, key, layout, shape, guard)
+        self.waiting.update(use.names)
+        self.calls.append(call)
+        return call
+
+    def _arrived(self, calls: list[_Call], g: Tensor | tuple[Tensor, ...]) -> None:
         with torch.no_grad():
             for call in calls:
-                aligned = call.use.align(g.detach().reshape(call.shape))
+                if isinstance(g, Tensor):
+                    aligned = call.use.align(g.detach().reshape(call.shape))
+                else:
+                    assert isinstance(call.use, Replayed)
+                    aligned = call.use.joined(g)
                 aligned = aligned.reshape(call.use.tokens.numel(), aligned.shape[-1])
                 if self.weighing:
                     if call.layout is None and self._wanted(call.use):
-                        call.weighted.append(_largest(aligned))
+                        call.weighted.append(rows.sizes(aligned))
                     continue
                 if self._wanted(call.use):
-                    self._add(call, aligned)
+                    try:
+                        self._add(call, aligned)
+                    except NotByRows:
+                        self._refuse(call.use, "rows of its operation depend on each other")
                 call.use.x = None
                 for name in call.use.names:
-                    self.waiting[name] -= 1
-                    if not self.waiting[name] and name in self.totals:
-                        self.done.add(name)
-                        self.visit(name, self.totals.pop(name))
+                    self._one_less(name)
+
+    def _one_less(self, name: str) -> None:
+        """Count a use whose gradient has arrived; after the last one, the parameter is visited."""
+        self.waiting[name] -= 1
+        if not self.waiting[name] and name in self.totals:
+            self._complete(name)
+
+    def _complete(self, name: str) -> None:
+        total = self.totals.pop(name)
+        if name not in self.made:
+            self.done.add(name)
+            return self.visit(name, total)
+        made = self.made[name]
+        grads = made.push(total)
+        for parent in made.parents:
+            if self._asked(parent) and parent in grads:
+                if parent in self.totals:
+                    self.totals[parent] += grads[parent]
+                else:
+                    self.totals[parent] = grads[parent].contiguous()
+            self._one_less(parent)
 
     def _add(self, call: _Call, g: Tensor) -> None:
         """Add the contribution of this call to the gradients of its parameters; g [n, out]."""
@@ -221,7 +293,7 @@ class _Pass:
             return self._add_regular(use, layout, x, g)
         of_token = torch.zeros(len(g), dtype=torch.int64)
         if self.size > 1:
-            found = rows.identify(call.weighted, _largest(g), self.size, self.dtype)
+            found = rows.identify(call.weighted, rows.sizes(g), self.size, self.dtype)
             if found is None:
                 return self._refuse(use, "some tokens of its layer do not belong to a single row of the batch")
             of_token = found
@@ -239,11 +311,14 @@ class _Pass:
             assert isinstance(layout, int)
             return flat.reshape(*use.tokens, -1).movedim(layout, 0).reshape(self.size, -1, flat.shape[-1])
 
+        if isinstance(use, Lookup) and use.view.name in self.totals and not use.view.steps:  # tied with the head
+            assert x is not None
+            return use.add(self.totals[use.view.name], batched(x), batched(g))
         for name, grad in use.contract(None if x is None else batched(x), batched(g)).items():
-            if name not in self.params or name in self.refused:
+            if not self._asked(name):
                 continue
             if name not in self.totals and not use.view.steps:
-                self.totals[name] = grad.to(self.params[name].dtype)
+                self.totals[name] = grad.to(self._tensor(name).dtype)
             else:
                 use.scatter(self._total(name), slice(None), grad, None)
 
@@ -259,14 +334,17 @@ class _Pass:
                 at = places[owners == row].to(g.device)
                 grads = use.contract(None if x is None else x[None, at], g[None, at])
                 for name, grad in grads.items():
-                    if name in self.params and name not in self.refused:
+                    if self._asked(name):
                         use.scatter(self._total(name), slice(row, row + 1), grad, expert)
 
     def _total(self, name: str) -> Tensor:
         if name not in self.totals:
-            p = self.params[name]
+            p = self._tensor(name)
             self.totals[name] = p.new_zeros(self.size, *p.shape)
         return self.totals[name]
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.made[name].value if name in self.made else self.params[name]
 
     @contextmanager
     def _adapter(self, one: Adapter, watched: set[str]) -> Iterator[None]:
@@ -281,7 +359,7 @@ class _Pass:
                 return output
             x = inputs[0]
             use = _AdapterUse(View(one.name_a), x.shape, x.shape[:-1], x.detach(), adapter=one)
-            return self._used([use], output, False)
+            return self.used([use], output, False)
 
         base: Any = one.module.base_layer
         merges = type(base) is nn.Linear or is_conv1d(base)
@@ -302,10 +380,6 @@ def _linear(weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
         return functional.linear(x, weight, bias)
 
     return forward
-
-
-def _largest(g: Tensor) -> Tensor:
-    return g.abs().amax(-1)
 
 
 def _range(dtype: torch.dtype) -> float:

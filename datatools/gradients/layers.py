@@ -1,6 +1,6 @@
-"""Which parameters the fast method can cover, determined from the modules alone; nothing is run.
+"""Which parameters are matrices of linear layers, determined from the modules alone; nothing is run.
 
-How a parameter is really used is seen in the forward pass (`watch.py`); this file only decides what is worth trying.
+How a parameter is really used is seen in the forward pass (`watch.py`).
 """
 
 from __future__ import annotations
@@ -58,20 +58,19 @@ def adapters(module: nn.Module) -> list[Adapter]:
 
 
 def covered(module: nn.Module, names: Sequence[str]) -> list[str]:
-    """Select the parameters for which method "hooks" computes per-sample gradients without a pass for each row.
+    """Select the weights and biases of linear layers, from which features of language models are made by default.
 
     These are weights and biases of linear layers (`nn.Linear` and its subclasses, GPT-2's `Conv1D`), of routers, and of
-    experts kept in one tensor [experts, ., .]; and A and B of plain LoRA on linear layers. Not included, although
-    "hooks" computes them too, with one pass per row: embeddings and parameters tied to them, norms, convolutions, and
-    the matrices of DoRA and other variants. A layer that uses its weight in an unexpected way is included, and its
-    gradients are still correct: see `per_sample_grads`.
+    experts kept in one tensor [experts, ., .]; and A and B of plain LoRA on linear layers. Not included: embeddings and
+    parameters tied to them, norms, convolutions, and the matrices of DoRA and other variants. Method "hooks" computes
+    those in the same pass, too: name them to have them.
 
     Args:
         module: the model.
         names: names of parameters.
 
     Returns:
-        Those of `names` that are covered, in the same order.
+        Those of `names` that belong to linear layers, in the same order.
 
     Example:
         >>> module = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2), nn.LayerNorm(2))

@@ -5,8 +5,8 @@ fast default: one pass for the whole batch (`hooks.py`), verified against the de
 trusted, and completed by `loop` for the parameters that it cannot cover. `vmap` uses torch.func, for modules that it
 can transform.
 
-All methods need independent rows: the loss of row i may depend only on row i (no batch normalization). The module must
-be in eval mode, because dropout would make gradients random; this is checked.
+All methods need independent rows: the loss of row i may depend only on row i. Batch normalization by the statistics of
+the batch is refused. The module must be in eval mode, because dropout would make gradients random; this is checked.
 Source: Goodfellow 2015, arXiv 1510.01799 (per-sample gradients from one backward pass).
 """
 
@@ -34,8 +34,10 @@ def per_sample_grads(
 
     Cost: `hooks` takes one forward pass and about the cost of a forward pass for backward, and as much backward again
     for layers whose tokens are routed or flattened in an order of their own; `loop` takes b passes with weight
-    gradients. Parameters that `hooks` cannot cover (`covered` says which it should) use `loop` as well, and a warning
-    names them once per module. The first call for a module and a set of names takes two more passes over one row, which
+    gradients. `hooks` computes linear layers, convolutions and their transposes, embeddings, norms, biases, elementwise
+    factors, experts, adapters and tensors derived from parameters in that one pass, and repeats any other operation row
+    by row. Parameters whose operation has no rows that it can find use `loop`, and a warning names them once per
+    module. The first call for a module and a set of names takes two more passes over one row, which
     verify `hooks` against the definition. Memory: b gradients; use `visit_per_sample_grads` to hold one layer at a
     time.
 
@@ -108,6 +110,7 @@ def visit_per_sample_grads(
         raise ValueError(
             f"per-sample gradients: the module has no parameter {missing[0]!r} ({len(missing)} unknown names)"
         )
+    _check_rows_are_independent(module)
     if training := [name for name, child in module.named_modules() if child.training]:
         raise ValueError(
             f"per-sample gradients: {len(training)} modules are in training mode (first: {training[0]!r}); "
@@ -121,6 +124,18 @@ def visit_per_sample_grads(
         if method == "vmap":
             return _visit_by_vmap(loss, module, batch, {name: known[name] for name in names}, visit)
     raise ValueError(f"per-sample gradients: unknown method {method!r}; choose hooks, loop or vmap")
+
+
+def _check_rows_are_independent(module: nn.Module) -> None:
+    """Refuse modules that normalize by the statistics of a batch."""
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and (child.training or child.running_mean is None):
+            why = "is in training mode" if child.training else "has no running statistics"
+            remedy = "call module.eval()" if child.training else "set track_running_stats=True, or use GroupNorm"
+            raise ValueError(
+                f"per-sample gradients: {type(child).__name__} {name!r} {why}, so that it normalizes by the statistics "
+                f"of the batch and rows depend on each other; {remedy}"
+            )
 
 
 @contextmanager
@@ -196,7 +211,7 @@ def _announce(slow: Mapping[str, str], among: int, known: _Known) -> None:
         known.announced |= set(new)
         warnings.warn(
             f"per-sample gradients: {name}{more} of {among} parameters: {why}; they use method 'loop', with one pass "
-            "per row. Exclude them (see `covered`) for more speed",
+            "per row. Exclude them for more speed",
             stacklevel=6,
         )
 
@@ -216,7 +231,7 @@ def _visit_by_loop(
                 torch.autograd.grad(value, list(params.values()), allow_unused=True) if used else [None] * len(params)
             )
             for (name, p), grad in zip(params.items(), found, strict=True):
-                grads[name].append(torch.zeros_like(p) if grad is None else grad)
+                grads[name].append(torch.zeros_like(p) if grad is None else grad.to_dense() if grad.is_sparse else grad)
             losses.append(value.detach())
     finally:
         for p in params.values():

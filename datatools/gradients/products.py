@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from datatools.gradients.elementwise import broadcast, spread_over
 from datatools.gradients.uses import Group, Use, View
 
 Views = Mapping[int, View]
@@ -26,7 +26,7 @@ def _by_number(index: Tensor, each: int) -> Callable[[], list[Group]]:
 
 def _stacked(view: View, stack: Tensor, x: Tensor, **more: Any) -> Use | None:
     """Describe a product of the view [*stack, ., .] with x [*batch, n, in], both broadcast; None if unsupported."""
-    batch = _broadcast(x.shape[:-2], stack.shape[:-2])
+    batch = broadcast(x.shape[:-2], stack.shape[:-2])
     x = x.expand(*batch, *x.shape[-2:])
     index = view.picked()
     if isinstance(index, Tensor):  # one expert per token, selected by index
@@ -103,17 +103,13 @@ def _grouped_mm(views: Views, x: Tensor, weight: Tensor, offs: Tensor | None = N
     return [_of(views[id(weight)], weight, x, out_first=False, groups=segments)]
 
 
-def _broadcast(*shapes: torch.Size) -> torch.Size:
-    return torch.Size(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
-
-
 def _add(views: Views, left: Tensor, right: Any, *, alpha: float = 1, out: Any = None) -> list[Use] | None:
     if not isinstance(left, Tensor) or not isinstance(right, Tensor) or alpha != 1 or out is not None:
         return None
     if (id(left) in views) == (id(right) in views):
         return None
     bias, _other = (left, right) if id(left) in views else (right, left)
-    return [_bias(views[id(bias)], bias, _broadcast(left.shape, right.shape))]
+    return [_bias(views[id(bias)], bias, broadcast(left.shape, right.shape))]
 
 
 def _bias(view: View, bias: Tensor, shape: torch.Size) -> Use:
@@ -121,12 +117,8 @@ def _bias(view: View, bias: Tensor, shape: torch.Size) -> Use:
     index = view.picked()
     if isinstance(index, Tensor) and bias.shape == shape and bias.ndim == 2 and len(view.steps) == 1:
         return Use(view, bias.shape, shape[:1], None, groups=_by_number(index, 1))  # one bias per token
-    own = (1,) * (len(shape) - bias.ndim) + tuple(bias.shape)
-    tokens = [k for k in range(len(shape)) if own[k] == 1 and shape[k] != 1]
-    features = [k for k in range(len(shape)) if k not in tokens]
-    leading = torch.Size(shape[k] for k in tokens)
-    width = math.prod(shape[k] for k in features)
-    return Use(view, bias.shape, leading, None, align=lambda g: g.permute(*tokens, *features).reshape(*leading, width))
+    leading, align = spread_over(bias.shape, shape)
+    return Use(view, bias.shape, leading, None, align=align)
 
 
 PRODUCTS: dict[str, Callable[..., list[Use] | None]] = {

@@ -47,13 +47,30 @@ def _radix(dtype: torch.dtype) -> int:
     return 8 if dtype == torch.float16 else 32  # gradients need most of the range of float16's exponent
 
 
+def sizes(g: Float[Tensor, "n features"]) -> Float[Tensor, "2 n"]:
+    """Measure the gradient of each token: its largest element, and the sum of all.
+
+    A token whose features belong to several rows may have its largest element in one of them; the sum gives it away.
+
+    Args:
+        g: gradients of tokens, floating dtype [n, features].
+
+    Returns:
+        The same dtype, or float32 instead of a shorter one, [2, n].
+
+    """
+    g = g.abs()
+    wide = g.dtype if g.dtype == torch.float64 else torch.float32
+    return torch.stack([g.amax(-1).to(wide), g.sum(-1, dtype=wide)])
+
+
 def identify(
-    weighted: Sequence[Tensor], plain: Float[Tensor, " n"], size: int, dtype: torch.dtype
+    weighted: Sequence[Tensor], plain: Float[Tensor, "k n"] | Float[Tensor, " n"], size: int, dtype: torch.dtype
 ) -> Int64[Tensor, " n"] | None:
     """Find the row of each token from its weighted gradients.
 
     Args:
-        weighted: for each of `weightings`, the largest absolute gradient of each token, floating dtype [n].
+        weighted: for each of `weightings`, what `sizes` says of the gradients, floating dtype [k, n].
         plain: the same without weights.
         size: number of rows.
         dtype: as for `weightings`.
@@ -62,14 +79,19 @@ def identify(
         int64 [n], -1 for tokens with zero gradients; None if some token does not belong to a single row.
 
     """
+    if plain.ndim == 2:
+        found = [identify([one[k] for one in weighted], plain[k], size, dtype) for k in range(len(plain))]
+        first = found[0]
+        return first if first is not None and all(o is not None and torch.equal(o, first) for o in found) else None
     radix = _radix(dtype)
+    slack = 0.01 if dtype in (torch.float32, torch.float64) else 0.1
     rows, unit = torch.zeros(len(plain), dtype=torch.int64), 1
     plain = plain.double().cpu()
     zero = plain == 0
     for values in weighted:
         exponent = (values.double().cpu() / plain).log2() + radix // 2
         digit = exponent.round()
-        wrong = ~((exponent - digit).abs() < 0.1) | (digit < 0) | (digit >= radix)  # nan counts as wrong
+        wrong = ~((exponent - digit).abs() < slack) | (digit < 0) | (digit >= radix)  # nan counts as wrong
         if bool((wrong & ~zero & ~(plain < 1e-6 * plain[~zero].max() if bool((~zero).any()) else zero)).any()):
             return None
         rows += unit * digit.nan_to_num(0, 0, 0).clamp(0, radix - 1).to(torch.int64)
