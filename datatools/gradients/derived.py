@@ -31,9 +31,9 @@ class Derived:
     """
 
     name: str
-    value: Tensor
+    value: Float[Tensor, "*shape"]
     parents: dict[str, Tensor]
-    twin: Tensor
+    twin: Float[Tensor, "*shape"]
 
     def push(self, total: Float[Tensor, " b *shape"]) -> dict[str, Tensor]:
         """Compute the gradients of the parents from those of this tensor.

@@ -39,7 +39,7 @@ class Lookup(Use):
         ids = ids + torch.arange(len(ids), device=ids.device)[:, None] * self.shape[0]
         total.view(-1, self.shape[1]).index_add_(0, ids.reshape(-1), flat.reshape(-1, self.shape[1]))
 
-    def contract(self, x: Tensor | None, g: Tensor) -> dict[str, Tensor]:
+    def contract(self, x: Int64[Tensor, "b n 1"] | None, g: Float[Tensor, "b n d"]) -> dict[str, Tensor]:
         """Compute the gradient of the table.
 
         Args:

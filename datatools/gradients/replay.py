@@ -55,7 +55,7 @@ class Replayed(Use):
         """Names of the parameters whose gradients it contributes to."""
         return tuple(self.watched)
 
-    def joined(self, grads: tuple[Tensor, ...]) -> Float[Tensor, "count 1 features"]:
+    def joined(self, grads: tuple[Float[Tensor, " ..."], ...]) -> Float[Tensor, "count 1 features"]:
         """Put the gradients of all results next to each other, with rows in front.
 
         Args:
@@ -111,7 +111,7 @@ class Replayed(Use):
         args, kwargs = mapped(self.slots, fill, _Slot)
         return list(floats(self.func(*args, **kwargs)))
 
-    def fit(self, index: Tensor, results: list[Tensor], count: int) -> bool:
+    def fit(self, index: Int64[Tensor, " some"], results: list[Tensor], count: int) -> bool:
         """Find the dimension of rows of each result, by comparing the results for some rows with those for all.
 
         Args:
@@ -141,7 +141,7 @@ class Replayed(Use):
         return True
 
 
-def floats(results: Any) -> Iterator[Tensor]:
+def floats(results: Any) -> Iterator[Float[Tensor, " ..."]]:
     """List the floating-point tensors among the results of a function.
 
     Args:

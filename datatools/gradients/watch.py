@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -34,17 +35,47 @@ USES = {**PRODUCTS, **ELEMENTWISE, **LOOKUPS, **CONVOLUTIONS}
 class Listener(Protocol):
     """Receives what `Watch` observes."""
 
-    def used(self, uses: list[Use], y: Tensor, in_place: bool) -> Tensor:
-        """Return the output of these uses, which may be replaced."""
+    def used(self, uses: list[Use], y: Float[Tensor, " ..."], in_place: bool) -> Float[Tensor, " ..."]:
+        """Note uses with one output.
+
+        Args:
+            uses: the uses.
+            y: their output, of any floating dtype and shape.
+            in_place: whether an input was changed in place.
+
+        Returns:
+            The output, which may be replaced.
+
+        """
 
     def joined(self, use: Replayed, outputs: list[Tensor]) -> list[Tensor]:
-        """Return the outputs of a use with several, which may be replaced."""
+        """Note a use with several outputs.
+
+        Args:
+            use: the use.
+            outputs: its outputs.
+
+        Returns:
+            The outputs, which may be replaced.
+
+        """
 
     def derived(self, made: Derived) -> None:
-        """Note a tensor that was computed from watched tensors alone."""
+        """Note a tensor that was computed from watched tensors alone.
+
+        Args:
+            made: the tensor.
+
+        """
 
     def opaque(self, name: str, why: str) -> None:
-        """Note that gradients of a watched tensor must be computed in another way."""
+        """Note that gradients of a watched tensor must be computed in another way.
+
+        Args:
+            name: name of the tensor.
+            why: the reason, in words.
+
+        """
 
 
 class Watch(TorchFunctionMode):
