@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from datatools import Budget, DataError, fuse, round_robin_order
 from pipelines.runs.messages import warn
 from pipelines.select import scored
 from pipelines.select.scored import Context, Scored, common_rows, from_similarity
-from pipelines.select.scorer import Asked, Candidate, Work, scorer
+from pipelines.select.scorer import Asked, Candidate, Space, Work, scorer
 from pipelines.settings.methods import Method, known
 from pipelines.settings.select import SelectConfig
 
@@ -321,6 +322,18 @@ STANDS_ON = {
     "gradients alone": ((GRADIENTS, None), (WORDS[0], None)),
 }
 """Candidate -> the methods that `explain` compares with, and the common directions that are removed."""
+
+
+def spaces(config: SelectConfig, folder: Path) -> list[Space]:
+    """Return the features of the shortlist, as the method of the gradients does.
+
+    Args:
+        config: The settings of the finished run.
+        folder: The folder of the run.
+    """
+    found = scorer(GRADIENTS).spaces
+    assert found is not None
+    return found(_at_stage(config, GRADIENTS, COMMON), folder)
 
 
 def layers(asked: Asked, rows: list[int]) -> list[dict[str, Any]]:

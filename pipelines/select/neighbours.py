@@ -133,7 +133,9 @@ def _of_row(config: NeighboursConfig, world: _World, row: int) -> dict[str, Any]
     """Return the nearest rows to one row of the pool, without the row itself."""
     key = world.pool.keys[row]
     if not any(world.pool.keys[other] == key for other in world.rows):
-        raise DataError(f"{world.pool.pool.where(row)}: this row has no features ({world.pool.status[row]})")
+        status = world.pool.status[row]
+        why = f"{world.config.method} computed none for it" if status == "ok" else status
+        raise DataError(f"{world.pool.pool.where(row)}: this row has no features ({why})")
     mine = next(other for other in world.rows if world.pool.keys[other] == key)
     vector = world.vectors([mine])
     near = nearest(world.blocks, vector, config.nearest + 1, rows=len(world.rows))
@@ -151,6 +153,8 @@ def _of_row(config: NeighboursConfig, world: _World, row: int) -> dict[str, Any]
             world.target_row(place, value)
             for place, value in zip(wanted.indices.tolist(), wanted.values.tolist(), strict=True)
         ][: config.nearest],
+        "rows": len(world.rows),
+        "of": len(world.pool.unique()),
         "search": {"method": near.method, "recall": near.recall},
     }
 
@@ -176,6 +180,7 @@ def _coverage(config: NeighboursConfig, world: _World, folder: Path) -> dict[str
     return {
         "method": world.config.method,
         "rows": n,
+        "of": len(world.pool.unique()),
         "targets": [
             {
                 **world.target_row(place, 1.0),
@@ -221,9 +226,11 @@ def _show(found: dict[str, Any], console: Console) -> None:
         console.print(Text(f"{visible(row['where'])}  {visible(row['source'])}  {visible(row['id'])}", style="bold"))
         console.print(Text(_short(row["prompt"], 400), style="dim"))
         console.print(Text(_short(row["answer"], 400)))
+        _searched(console, found)
         _table(console, "nearest rows of the pool", found["pool"])
         _table(console, "nearest rows of the target", found["target"])
         return
+    _searched(console, found)
     for target in found["targets"]:
         _table(console, f"nearest rows of the pool to target row {visible(target['id'])}", target["nearest"])
     how = found["search"]
@@ -235,6 +242,13 @@ def _show(found: dict[str, Any], console: Console) -> None:
         f"({held['random']:.1f} if drawn at random), and {held['target_selected']:,} of the {held['target']:,} nearest "
         f"to the target; the fullest has {held['largest_share']:.0%} of them"
     )
+
+
+def _searched(console: Console, found: dict[str, Any]) -> None:
+    """Say so if some rows of the pool have no features, as with a method that computes them for a shortlist."""
+    if found["rows"] < found["of"]:
+        text = f"searched: the {found['rows']:,} of {found['of']:,} rows that have features ({found['method']})"
+        console.print(Text(text, style="dim"))
 
 
 def _table(console: Console, title: str, rows: Sequence[dict[str, Any]]) -> None:

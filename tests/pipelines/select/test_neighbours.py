@@ -86,3 +86,18 @@ def test_the_command_and_what_it_refuses(world, less, tmp_path, capsys):
     (hidden / "features").rename(tmp_path / "gone")
     with pytest.raises(DataError, match="features are gone"):
         neighbours.run(NeighboursConfig(folder=hidden, row="a-0"))
+
+
+def test_auto_is_searched_where_it_has_features(world, tmp_path, monkeypatch, capsys):
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("pipelines.select.auto.FEWEST", 8)
+    monkeypatch.setattr("pipelines.select.scored.COMMON_ROWS", (6, 6))
+    folder = run.run(world.select(tmp_path / "run", method="auto", budget="5"))
+    rows = pq.read_table(folder / "scores.parquet").to_pylist()
+    found = neighbours.run(NeighboursConfig(folder=folder, row=max(rows, key=lambda r: r["_score"])["_id"], nearest=3))
+    assert len(found["pool"]) == 3 and found["rows"] < found["of"]
+    assert f"searched: the {found['rows']} of {found['of']} rows that have features (auto)" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"has no features \(auto computed none for it\)"):
+        for row in (r for r in rows if r["_score"] < 1):  # a few of them have features, for the common directions
+            neighbours.run(NeighboursConfig(folder=folder, row=row["_id"]))
