@@ -23,12 +23,14 @@ from datatools.order.estimators.linear import check_linear
 from datatools.order.estimators.question import Question
 from datatools.order.estimators.surrogate import FORMAT, LIMIT_BYTES, Surrogate, finite
 from datatools.order.memory_map import Map, memory_map
+from datatools.order.outlook import Outlook, outlook
 from datatools.order.problem import HVP_IN_GRADIENTS, Cost, Diverged, Loss, Params, Parts, Problem
 from datatools.order.recipe import Recipe, States, train
 from datatools.order.recorder import Recorder
 from datatools.order.reference_run import ReferenceRun, record
 from datatools.order.refine import refine
 from datatools.order.search import SEARCHES, Found, borda_order, exact_order, search
+from datatools.order.tournament import Tournament, tournament
 from datatools.order.validate import Judgement, Prize, break_even, calibrated, judge, prize
 from datatools.stats import spearman
 
@@ -45,6 +47,7 @@ __all__ = [
     "Judgement",
     "Loss",
     "Map",
+    "Outlook",
     "Params",
     "Parts",
     "Prize",
@@ -55,6 +58,7 @@ __all__ = [
     "ReferenceRun",
     "States",
     "Surrogate",
+    "Tournament",
     "borda_order",
     "break_even",
     "calibrated",
@@ -67,6 +71,7 @@ __all__ = [
     "limits",
     "load_surrogate",
     "memory_map",
+    "outlook",
     "precompute",
     "prize",
     "record",
@@ -74,6 +79,7 @@ __all__ = [
     "search",
     "snapshot",
     "spearman",
+    "tournament",
     "train",
     "trusted",
 ]

@@ -13,6 +13,8 @@ from pipelines.texts import size
 from pipelines.training import cost
 
 RECORDED = 32 << 30  # maximum bytes of a recorded run
+PLAN = "plan: brackets between sources"
+RETRAINED = "plan: the planned order, its reverse, sources mixed, and random orders of sources"
 
 
 def announce(setting: Setting) -> None:
@@ -49,6 +51,13 @@ def announce(setting: Setting) -> None:
             f"{' and '.join(frozen)} freezes Adam's second moment, but a new optimizer has none: the ranking may not "
             "hold; use --warmup-steps, or the estimators moments and reduced (second_moment own)"
         )
+    if config.task == "plan":
+        whole = cost_of_plan(setting)
+        say(
+            f"  {len(sources_of(setting))} sources: {whole.gradients:,.0f} gradients, {whole.hvps:,} Hessian-vector "
+            f"products = {whole.in_gradients(hvp=order.HVP_IN_GRADIENTS) / steps:.1f} retrainings; "
+            f"{3 + config.retrain if config.retrain else 0} true runs if an order can matter"
+        )
     if config.task == "validate":
         runs = config.orders + config.calibration + (config.seeds if has_seeds(config) else 0) + config.references
         say(f"  validation: {runs} true runs, {runs * (steps + config.warmup_steps):,} gradients at most")
@@ -66,6 +75,10 @@ def _work(setting: Setting) -> dict[str, float]:
     held = len(setting.problem.validation)
     run_, work = steps + held / 3, dict[str, float]()
     references = config.references if config.task == "validate" else 1
+    if config.task == "plan":
+        references = int(anchors_of_plan(setting) > 1 or config.retrain > 0)
+        work[PLAN] = cost_of_plan(setting).in_gradients(hvp=order.HVP_IN_GRADIENTS) + config.warmup_steps
+        work[RETRAINED] = (3 + config.retrain) * run_ if config.retrain else 0.0
     for number in range(references):
         work[f"reference run {number + 1}"] = steps + config.warmup_steps
     for name in used(config):
@@ -138,7 +151,7 @@ def used(config: OrderConfig) -> list[str]:
     """
     if config.task == "map":
         return [] if config.map_by == "retraining" else [config.map_by]
-    if config.task == "record":
+    if config.task in ("record", "plan"):
         return []
     return list(config.estimators[:2] if config.task == "search" else config.estimators)
 
@@ -206,3 +219,39 @@ def has_seeds(config: OrderConfig) -> bool:
         config: The settings.
     """
     return config.seeds >= 2 and is_random(config)
+
+
+def sources_of(setting: Setting) -> dict[str, list[int]]:
+    """Return the batches of each source.
+
+    Args:
+        setting: The setting of the run.
+    """
+    found: dict[str, list[int]] = {name: [] for name in sorted(set(setting.sources))}
+    for batch, name in enumerate(setting.sources):
+        found[name].append(batch)
+    return found
+
+
+def anchors_of_plan(setting: Setting) -> int:
+    """Return the number of points at which sources are compared.
+
+    Args:
+        setting: The setting of the run.
+    """
+    return min(setting.config.plan_anchors, setting.config.anchors, len(setting.sequence) + 1)
+
+
+def cost_of_plan(setting: Setting) -> order.Cost:
+    """Return the expected cost of the brackets, without that of a recorded run and of retraining.
+
+    Args:
+        setting: The setting of the run.
+    """
+    count = sum(min(len(batches), setting.config.replicates) for batches in sources_of(setting).values())
+    anchors = anchors_of_plan(setting)
+    return order.Cost(
+        gradients=anchors * count + len(setting.problem.validation),
+        hvps=anchors * count,
+        bytes=12 * count * setting.parameters,
+    )

@@ -2,6 +2,7 @@
 
 One folder contains a reference run and the results of its tasks; each task computes only what is missing.
 
+    plan      plan.json, order.npz: which source should come first, and a few orders of sources retrained
     record    reference.npz, reference/ (anchors with optimizer states)
     estimate  estimates.json: predicted losses of random orders, of curricula, and of the orders of --set sequences=
     search    search.json, order.npz (for `datatools train --order`), the found orders retrained
@@ -23,6 +24,7 @@ from pipelines.order import setting as order_setting
 from pipelines.order.estimate import estimate_orders
 from pipelines.order.kept import record
 from pipelines.order.map import draw_map
+from pipelines.order.plan import plan
 from pipelines.order.search import search
 from pipelines.order.setting import Setting
 from pipelines.order.validate import validate
@@ -35,6 +37,7 @@ from pipelines.settings.order import OrderConfig
 from pipelines.training import optimizers
 
 TASKS: dict[str, Callable[[Setting], None]] = {
+    "plan": plan,
     "record": record,
     "estimate": estimate_orders,
     "search": search,

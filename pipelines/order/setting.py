@@ -14,17 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import optim
 from datatools import DataError, Order, UsageError, files, order
+from pipelines.colm.sources import clusters_of
 from pipelines.models import load as models
 from pipelines.models.losses import Batch, supervised_tokens, token_losses
+from pipelines.order import draw as drawing
 from pipelines.rows.inputs import Inputs
 from pipelines.rows.rows import Rows
 from pipelines.runs.folder import Run
-from pipelines.runs.messages import say, warn
+from pipelines.runs.messages import warn
 from pipelines.runs.seeds import derive_seed
 from pipelines.settings.order import OrderConfig
 from pipelines.training import optimizers, order_recipe
@@ -125,16 +126,21 @@ def build(config: OrderConfig, current: Run) -> Setting:
         columns = config.validation_columns
         held = inputs.read_like("validation", config.data, config.validation, columns, bad_rows=True)
     facts = inputs.record()
-    batches, held_rows, spare = _draw(config, rows, held)
-    made = Order(
-        tuple(tuple(rows.pool.ids[row] for row in batch) for batch in batches),
-        tuple(range(len(batches))) * config.training.epochs,
-    )
-
+    names: Sequence[str] = rows.pool.sources
+    if config.clusters is None:
+        batches, held_rows, spare = drawing.draw(config, rows, held, names)
     with current.stage("load model"):
         loaded = models.load(config.model.model_copy(update={"dtype": "float32"}), tokenizer=tokenizer)
         module = trainable(loaded.model, config.lora, seed=config.seed).eval()
         _refuse_dropout(module)
+    if config.clusters is not None:
+        chosen = np.flatnonzero(rows.usable).tolist()
+        names = clusters_of(loaded.model, rows, chosen, config.clusters, seed=config.seed)
+        batches, held_rows, spare = drawing.draw(config, rows, held, names)
+    made = Order(
+        tuple(tuple(rows.pool.ids[row] for row in batch) for batch in batches),
+        tuple(range(len(batches))) * config.training.epochs,
+    )
     device = loaded.model.device
     loss = functional_loss(module)
     held_source = rows if held is None else held
@@ -144,9 +150,9 @@ def build(config: OrderConfig, current: Run) -> Setting:
     validation = [in_parts(held_source, group, budget, device) for group in groups]
     samples, share = None, 1.0
     if config.sample_rows:
-        few = [_longest_answers(rows, batch, config.sample_rows) for batch in batches]
+        few = [drawing.longest_answers(rows, batch, config.sample_rows) for batch in batches]
         samples = [in_parts(rows, part, budget, device) for part in few]
-        share = _tokens(rows, few) / _tokens(rows, batches)
+        share = drawing.tokens(rows, few) / drawing.tokens(rows, batches)
     problem = order.Problem(
         loss,
         [in_parts(rows, batch, budget, device) for batch in batches],
@@ -162,7 +168,7 @@ def build(config: OrderConfig, current: Run) -> Setting:
     base = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
     recipe = replace(recipe, rules={name: recipe.rules[name] for name in base})
 
-    warm_rows = _warm_up(config, spare, batches)
+    warm_rows = drawing.warm_up(config, spare, batches)
     made = replace(
         made, recipe=order_recipe.of(config, rows, batches, warm_rows.tolist(), tokenizer.digests, optimizer)
     )
@@ -188,7 +194,7 @@ def build(config: OrderConfig, current: Run) -> Setting:
         config,
         current,
         made,
-        [_source(rows, batch) for batch in batches],
+        [drawing.source_of(names, batch) for batch in batches],
         [float(np.mean([rows.scan.tokens[row] for row in batch])) for batch in batches],
         problem,
         recipe,
@@ -198,82 +204,6 @@ def build(config: OrderConfig, current: Run) -> Setting:
         device,
         module,
     )
-
-
-def _draw(config: OrderConfig, rows: Rows, held: Rows | None) -> tuple[list[list[int]], list[int], list[int]]:
-    """Return (batches of rows, held-out rows, remaining rows)."""
-    usable = np.flatnonzero(rows.usable)
-    rng = np.random.default_rng(derive_seed(config.seed, "order", "rows"))
-    drawn = rng.permutation(usable).tolist()
-    size_, wanted = config.training.batch_size, config.batches
-    if held is not None:
-        held_rows = np.flatnonzero(held.usable).tolist()
-    else:
-        count = max(1, min(config.held_out, len(drawn) // 4))
-        held_rows, drawn = sorted(drawn[:count]), drawn[count:]
-    batches: list[list[int]] = []
-    if config.grouping != "mixed":
-        left: dict[str, list[int]] = {}
-        for row in drawn:
-            left.setdefault(rows.pool.sources[row], []).append(row)
-        names = sorted(left)
-        while len(batches) < wanted and any(len(left[name]) >= size_ for name in names):
-            for name in names:
-                if len(left[name]) >= size_ and len(batches) < wanted:
-                    batches.append([left[name].pop() for _ in range(size_)])
-        batches = [batches[i] for i in rng.permutation(len(batches))]
-    if config.grouping == "mixed" or (config.grouping == "auto" and len(batches) < wanted):
-        if config.grouping == "auto":
-            if by_source := [name for name in config.estimators if order.estimator(name).by_source]:
-                raise UsageError(
-                    f"estimator {by_source[0]}: sources give only {len(batches)} of {wanted} batches of one source; "
-                    "use fewer or smaller batches"
-                )
-            say(f"sources give only {len(batches)} of {wanted} batches of one source each; batches have mixed rows")
-        batches = [drawn[size_ * i : size_ * (i + 1)] for i in range(wanted)]
-        batches = [batch for batch in batches if len(batch) == size_]
-    if len(batches) < wanted:
-        raise UsageError(
-            f"--batches {wanted}: the data gives {len(batches)} batches of {size_} rows"
-            f"{' of one source' if config.grouping == 'source' else ''}"
-            f"{f' besides {len(held_rows)} held-out rows' if held is None else ''}; use fewer or smaller batches"
-        )
-    taken = {row for batch in batches for row in batch}
-    return batches, held_rows, [row for row in drawn if row not in taken]
-
-
-def _warm_up(config: OrderConfig, spare: list[int], batches: list[list[int]]) -> NDArray[np.int64]:
-    """Return the rows of the warm-up batches [steps, batch size], from the remaining rows or else the run's own."""
-    width, steps = config.training.batch_size, config.warmup_steps
-    if not steps:
-        return np.zeros((0, width), dtype=np.int64)
-    pool = spare or [row for batch in batches for row in batch]
-    if not spare:
-        warn(
-            "no row is left for the warm-up, which trains on the run's own rows; use fewer batches or --warmup-steps 0"
-        )
-    elif width * steps > 4 * len(spare):
-        warn(
-            f"the warm-up trains {width * steps / len(spare):.0f} times on each of the {len(spare)} remaining rows, "
-            "so the run starts from a model that has memorised them; use fewer batches or fewer --warmup-steps"
-        )
-    rng = np.random.default_rng(derive_seed(config.seed, "order", "warm-up"))
-    return np.stack([rng.choice(pool, width, replace=len(pool) < width) for _ in range(steps)])
-
-
-def _longest_answers(rows: Rows, batch: Sequence[int], count: int) -> list[int]:
-    """Return the rows with most supervised tokens, which have the largest weight in a batch's mean over tokens."""
-    return sorted(batch, key=lambda row: (-sum(label != -100 for label in rows.item(row)[1]), row))[:count]
-
-
-def _tokens(rows: Rows, batches: Sequence[Sequence[int]]) -> int:
-    return sum(len(rows.item(row)[0]) for batch in batches for row in batch)
-
-
-def _source(rows: Rows, batch: Sequence[int]) -> str:
-    """Return the source of most rows of a batch."""
-    names = [rows.pool.sources[row] for row in batch]
-    return max(dict.fromkeys(names), key=names.count)
 
 
 def _refuse_dropout(module: nn.Module) -> None:

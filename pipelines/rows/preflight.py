@@ -116,6 +116,8 @@ def _order(config: OrderConfig) -> None:
             f"lora.dropout is {config.lora.dropout:g}: dropout differs in every run, and no estimate could "
             "separate it from the effect of the order; set it to 0"
         )
+    if config.task == "plan" and config.grouping == "mixed":
+        raise UsageError("plan: batches of mixed rows belong to no source; use --grouping source")
     for name in config.estimators if config.grouping == "mixed" else ():
         if names.fact("estimator", name, "by_source"):
             raise UsageError(f"estimator {name}: batches of mixed rows belong to no source; use --grouping source")

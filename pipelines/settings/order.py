@@ -8,7 +8,7 @@ from pydantic import Field
 
 from pipelines.settings import names
 from pipelines.settings.base import Columns, FilePath, Names, Paths, RunSettings
-from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, TRAINING, Flag, Flags, OneOf
+from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, TRAINING, UNSAID, Flag, Flags, OneOf
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 
 
@@ -38,7 +38,7 @@ class OrderTraining(TrainingConfig):
     )
 
 
-ORDER_TASKS = ("record", "estimate", "search", "validate", "map")
+ORDER_TASKS = ("plan", "record", "estimate", "search", "validate", "map")
 
 
 class OrderConfig(RunSettings):
@@ -46,18 +46,20 @@ class OrderConfig(RunSettings):
 
     Estimates it from one recorded run, without retraining. The tasks share the folder --out and its settings: record
     the run; estimate the losses of orders; search for a better one (order.npz); validate estimates against true
-    retrainings; map what the position of a batch does. Writes report.html.
+    retrainings; map what the position of a batch does. The task plan asks which source should come first, and needs
+    no recorded run. Writes report.html.
     """
 
     examples = (
         "datatools order validate --model M --data a.jsonl --batches 32 --orders 30 "
         "--estimators pairwise,reduced,table --out runs/order --seed 0",
         "datatools order search --out runs/order",
+        "datatools order plan --model M --data a.jsonl --grouping source --batches 40 --out runs/plan",
         "datatools order map --out runs/order --set map_batches=8",
         "datatools train --model M --data a.jsonl --order runs/order/order.npz --lora-rank 0",
     )
 
-    task: Literal["record", "estimate", "search", "validate", "map"] = Field(
+    task: Literal["plan", "record", "estimate", "search", "validate", "map"] = Field(
         default="validate", description="what to do with the reference run", json_schema_extra=LATE
     )
     model: Annotated[ModelConfig, Flags("name chat trust_remote_code max_length")] = Field(
@@ -96,6 +98,18 @@ class OrderConfig(RunSettings):
         default="auto",
         description="what a batch is drawn from: mixed is all rows, source the rows of one source; auto is source "
         "where the data has enough rows of each, else mixed",
+    )
+    sources: Annotated[Names | None, Flag("--sources", METHOD, "NAMES")] = Field(
+        default=None,
+        description="sources that batches are drawn from; null takes all",
+        json_schema_extra=UNSAID,
+    )
+    clusters: int | None = Field(
+        default=None,
+        ge=2,
+        le=1000,
+        description="number of clusters of hidden states that take the place of the rows' sources; null uses sources",
+        json_schema_extra=UNSAID,
     )
     warmup_steps: Annotated[int, Flag("--warmup-steps", TRAINING)] = Field(
         default=64,
@@ -209,6 +223,30 @@ class OrderConfig(RunSettings):
         ge=0,
         le=100,
         description="number of found orders that a search retrains, with as many random ones",
+        json_schema_extra=LATE,
+    )
+    replicates: int = Field(
+        default=3,
+        ge=1,
+        le=4096,
+        description="for `plan`: batches of each source of which gradients and products are taken; two or more give "
+        "error bars",
+        json_schema_extra=LATE,
+    )
+    plan_anchors: int = Field(
+        default=1,
+        ge=1,
+        le=4097,
+        description="for `plan`: points of the reference run at which sources are compared, at most `anchors`; 1 is "
+        "the start, which needs no recorded run",
+        json_schema_extra=LATE,
+    )
+    worth: float = Field(
+        default=0.001,
+        ge=0,
+        le=1e9,
+        description="the smallest difference of held-out losses that is worth an order: if the estimates expect less, "
+        "`plan` and `search` say so and end before anything is retrained; 0 always goes on",
         json_schema_extra=LATE,
     )
     map_batches: int = Field(

@@ -248,6 +248,56 @@ def test_what_cannot_be_estimated_is_refused_before_anything_is_trained(
     assert not (tmp_path / "run" / "reference").exists()
 
 
+def test_a_plan_sorts_sources_and_ends_early_where_there_is_nothing_to_win(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    base = {"batches": 6, "task": "plan", "retrain": 2, "replicates": 2}
+    run(settings(world, out, worth=1e6, **base))
+    found = json.loads((out / "plan.json").read_text())
+    assert found["worth_it"] is False and found["proposed"] == "sources mixed"
+    assert not (out / "true").exists() and not (out / "reference").exists(), "nothing was trained"
+    assert Order.load(out / "order.npz").sequence == Order.load(out / "reference.npz").sequence
+    assert "nothing to win" in (out / "report.html").read_text()
+    kept = {p: p.stat().st_mtime_ns for p in (out / "plans").iterdir()}
+    run(settings(world, out, worth=0, **base))
+    assert kept == {p: p.stat().st_mtime_ns for p in (out / "plans").iterdir()}, "the brackets were computed once"
+    found = json.loads((out / "plan.json").read_text())
+    proposed = Order.load(out / "order.npz")
+    sources = [proposed.batches[b][0].split("-")[0] for b in proposed.sequence]
+    assert sorted(found["order"]) == ["a0", "a1", "a2"] and found["steps"] == [2, 2, 2] and len(sources) == 6
+    assert [row["name"] for row in found["rows"]][:3] == ["the plan", "the plan, reversed", "sources mixed"]
+    assert all(row["true"] > 0 and row["estimated"] > 0 for row in found["rows"]) and len(found["rows"]) == 5
+    assert all(error > 0 for error in found["errors"]) and found["clear"] is not None
+    assert tuple(found["rows"][0]["sequence"]) == proposed.sequence
+    predicted, true = (found["rows"][0][key] - found["rows"][1][key] for key in ("estimated", "true"))
+    assert predicted < 0 and true < 0, "the plan is better than its reverse, as predicted"
+    assert "Which source first?" in (out / "report.html").read_text()
+    run(settings(world, out, worth=0, plan_anchors=2, **base | {"retrain": 0}))
+    assert len(list((out / "plans").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sources": ["a0", "a9"]}, "--sources: no usable row has the source 'a9'; known: a0, a1, a2"),
+        ({"sources": ["a1"]}, "plan: only the source 'a1' has enough rows for a batch"),
+        ({"batches": 2}, "--batches 2 is below the number of sources .3: a0, a1, a2."),
+        ({"grouping": "mixed"}, "plan: batches of mixed rows belong to no source"),
+        ({"training": OrderTraining(batch_size=4, optimizer="lion")}, "rule lion do not change with the size"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_refused_before_anything_is_computed(
+    world: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(settings(world, tmp_path / "run", task="plan", **{"batches": 6} | changes))
+    assert not (tmp_path / "run" / "plans").exists()
+
+
+def test_clusters_take_the_place_of_sources(world: Path, tmp_path: Path) -> None:
+    run(settings(world, tmp_path / "run", task="plan", clusters=2, batches=4, worth=1e6))
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["names"] == ["cluster 0", "cluster 1"]
+
+
 @pytest.mark.parametrize("task, estimators, anchors", [("record", ["pairwise"], 3), ("estimate", ["table"], 5)])
 def test_a_recorded_run_that_is_too_large_is_refused(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, estimators: list[str], anchors: int
