@@ -14,11 +14,14 @@ check_packages("optim", home=dirname(dirname(abspath(__file__))), needed_by="dat
 
 if TYPE_CHECKING:
     from datatools import order as order
+    from datatools.colm import BY_PRODUCTS as BY_PRODUCTS
     from datatools.colm import CORESET_FEATURES as CORESET_FEATURES
     from datatools.colm import CORESET_METHODS as CORESET_METHODS
+    from datatools.colm import ByProducts as ByProducts
     from datatools.colm import CoLM as CoLM
     from datatools.colm import CoresetMethod as CoresetMethod
     from datatools.colm import FeatureKind as FeatureKind
+    from datatools.colm import FeatureTable as FeatureTable
     from datatools.colm import LastLayer as LastLayer
     from datatools.colm import cluster_sources as cluster_sources
     from datatools.colm import coreset_method as coreset_method
@@ -95,6 +98,9 @@ _EXPORTS = {
     "Paired": "datatools.paired",
     "bootstrap_mean": "datatools.paired",
     "compare": "datatools.paired",
+    "BY_PRODUCTS": "datatools.colm",
+    "ByProducts": "datatools.colm",
+    "FeatureTable": "datatools.colm",
     "CORESET_FEATURES": "datatools.colm",
     "CORESET_METHODS": "datatools.colm",
     "CoresetMethod": "datatools.colm",

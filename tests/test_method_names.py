@@ -46,6 +46,7 @@ ANOTHER_MEANING: dict[str, set[str]] = {
     "datatools/order/estimators/fut.py": {"exact"},  # a derivative
     "datatools/order/estimators/moments.py": {"exact"},  # gradients
     "datatools/order/search.py": {"random"},  # a search, in the table of searches
+    "pipelines/colm/given.py": {"adam"},  # a history of Adam moments
     "pipelines/colm/choosing.py": {"loss"},  # the loss in a log
     "pipelines/diagnose/checks/smoothness.py": {"probes"},  # a setting
     "pipelines/models/finite.py": {"loss"},  # the loss in a log

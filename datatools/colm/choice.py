@@ -14,6 +14,7 @@ from datatools.errors import DataError, UsageError, did_you_mean
 from datatools.selection.candidates import Selection
 from datatools.subsets.facility_location import FACILITY_LOCATION
 from datatools.subsets.herding import HERDING
+from datatools.subsets.importance import IMPORTANCE
 from datatools.subsets.matching_pursuit import MATCHING_PURSUIT
 from datatools.subsets.method import CoresetMethod
 from datatools.subsets.random_in_source import RANDOM_IN_SOURCE
@@ -25,6 +26,7 @@ CORESET_METHODS: dict[str, CoresetMethod] = {
         HERDING,
         MATCHING_PURSUIT,
         FACILITY_LOCATION,
+        IMPORTANCE,
         TOP_NORM,
         RANDOM_IN_SOURCE,
     )

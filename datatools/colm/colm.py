@@ -8,30 +8,34 @@ projection of the decoder.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence, Set
-from dataclasses import dataclass
-from itertools import islice
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
-import xxhash
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, all_reduce
+from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from datatools.colm import monitor
 from datatools.colm.choice import CORESET_METHODS, choose_rows, rows_called
+from datatools.colm.chosen import Chosen
 from datatools.colm.exact import EXACT
 from datatools.colm.feature import FeatureKind
+from datatools.colm.given import choose_given
 from datatools.colm.history import History, feature_rule
 from datatools.colm.last_layer import LastLayer
+from datatools.colm.logits import LOGITS
+from datatools.colm.measuring import Measuring
 from datatools.colm.paper_code import PAPER_CODE
 from datatools.colm.probes import PROBES
-from datatools.colm.quotas import Plan, by_source, plan
-from datatools.colm.replay import evaluating
+from datatools.colm.quotas import Plan, plan
+from datatools.colm.row_loss import ROW_LOSS
+from datatools.colm.stale import STALE
+from datatools.colm.stored import STORED
+from datatools.colm.weights import correct_expectation
 from datatools.errors import DataError, UsageError, did_you_mean
-from datatools.gradients import Batch, Loss, pieces
-from datatools.projectors import PROJECTORS
+from datatools.gradients import Batch, Loss
 from datatools.selection.candidates import Selection
 from datatools.subsets.facility_location import METRICS
 from optim import UpdateRule
@@ -42,38 +46,16 @@ CORESET_FEATURES: dict[str, FeatureKind] = {
         EXACT,
         PROBES,
         PAPER_CODE,
+        LOGITS,
+        ROW_LOSS,
+        STORED,
+        STALE,
     )
 }
 """Values of `coreset.features`, by name."""
-_NAME = "features"
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """One choice, its plan, and how well it matches the gradient of the large batch.
-
-    Attributes:
-        selection: the chosen rows.
-        plan: which rows were kept anyway, and how many were chosen of each source.
-        match_error: `matching_error` of the choice; None where it was not watched.
-        match_error_random: `random_error` for the same plan; None where it was not watched.
-        watch_seconds: time that measuring both errors took, apart from the choice itself.
-
-    Example:
-        >>> made = plan(["web", "web"], 1, generator=torch.Generator())
-        >>> Chosen(Selection(torch.tensor([0])), made).match_error is None
-        True
-
-    """
-
-    selection: Selection
-    plan: Plan
-    match_error: float | None = None
-    match_error_random: float | None = None
-    watch_seconds: float = 0.0
-
-
-class CoLM:
+class CoLM(Measuring):
     """Chooses `keep` rows of a large batch: `colm(batch, sources, step=t)` returns a `Selection` (indices, weights).
 
     Only the model's outputs are read: no weight, gradient, mode or global generator is changed, even if an error is
@@ -91,7 +73,9 @@ class CoLM:
         features: "exact", each row's gradient of the last value projection (LoRA's B, or the weight), for one forward
             pass and a backward pass through the last layer; "probes", `probes` derivatives along random directions, for
             forward passes of the last layer only; "paper_code", one direction for the whole run times its central
-            difference, the published method, whose features are all collinear.
+            difference, the published method, whose features are all collinear; "logits" and "row_loss", for one forward
+            pass; "stored" and "stale", which each call gets (`given`), without a pass. A method that reads logits gets
+            them in place of gradients.
         method: a name of `CORESET_METHODS`.
         metric: l1, l2 or cosine; used by facility location only.
         rule: the rule that turns gradients into features: "none", "adam" (betas 0.9 and 0.999, eps 1e-8, with a
@@ -103,6 +87,10 @@ class CoLM:
             project to it (SJLT); None keeps all.
         history: "selected" updates the rule's state with the chosen rows of large sources, "all" with all their rows.
         per_source: True chooses within each large source by quotas, False among all large sources at once.
+        weights: "uniform" leaves the weights of a method as they are; "expectation" scales them so that each source
+            counts as much as in the large batch (`correct_expectation`); "auto" is expectation for features that are
+            given and uniform for others.
+        max_weight: largest weight of "expectation".
         token_budget: tokens per forward pass, including padding; changes features by rounding only.
         projection: see `LastLayer.of`.
         seed: seed of all random draws; the same seed, step and lane give the same choice, whatever happened before.
@@ -159,6 +147,8 @@ class CoLM:
         dim: int | None = 2560,
         history: Literal["selected", "all"] = "selected",
         per_source: bool = True,
+        weights: Literal["auto", "uniform", "expectation"] = "auto",
+        max_weight: float = 4.0,
         token_budget: int = 4096,
         projection: str | None = None,
         seed: int = 0,
@@ -180,8 +170,17 @@ class CoLM:
         self.kind, self.method, self.metric = CORESET_FEATURES[features], CORESET_METHODS[method], metric
         self.probes, self.eps, self.dim, self.per_source = probes, eps, dim, per_source
         self.history_of, self.token_budget, self.seed, self.group = history, token_budget, seed, group
+        if self.method.reads and not self.kind.free:
+            self.kind = CORESET_FEATURES[self.method.reads]
+        self.expected = weights == "expectation" or (weights == "auto" and self.kind.free)
+        self.max_weight = max_weight
         self.target = LastLayer.of(model, projection)
-        self.history = History(feature_rule(rule, self.method.rule), self.kind.shape(self.target, probes))
+        plain = self.kind.free or not self.kind.measures_gradients
+        self.history = History(feature_rule(rule, "none" if plain else self.method.rule),
+                               self.kind.shape(self.target, probes))  # fmt: skip
+        if plain and not self.history.plain:
+            raise UsageError(f"coreset: rule={rule!r} needs gradients that are measured at each step, and features="
+                             f"{self.kind.name!r} has none; use rule='none'")  # fmt: skip
         self.overflows = 0
         self.last: Chosen | None = None
 
@@ -195,6 +194,7 @@ class CoLM:
         keep: int | None = None,
         lengths: Sequence[int] | None = None,
         names: Sequence[object] | None = None,
+        given: Float[Tensor, "n d"] | None = None,
         watch: bool = False,
     ) -> Selection:
         """Choose the rows of `batch` to train on.
@@ -208,10 +208,13 @@ class CoLM:
             keep: rows to keep; None is the value given to the constructor.
             lengths: tokens of each row [n], for splitting the batch; None reads the attention mask.
             names: names of the rows [n] for error messages; None uses their positions in the batch.
+            given: features of the rows, floating dtype [n, d], for kinds that cost no pass; a row with a number that is
+                not finite has none, and is drawn at random.
             watch: also measure how well this choice and random ones match the gradient of the whole batch (`last`).
 
         Returns:
-            indices (rows of small sources first) and weights, which are 1 for all methods but matching pursuit.
+            indices (rows of small sources first) and weights, which are 1 for methods without weights of their own,
+            unless they correct the expectation.
 
         Raises:
             UsageError: if the batch lacks inputs, has fewer than `keep` rows, or `sources`, `names` or `lengths` do not
@@ -225,9 +228,14 @@ class CoLM:
         if sources is None:
             sources = [0] * n
         named: list[Hashable] = sources.tolist() if isinstance(sources, Tensor) else list(sources)
-        for what, given in (("sources", named), ("names", names), ("lengths", lengths)):
-            if given is not None and len(given) != n:
-                raise UsageError(f"coreset: {len(given)} {what} for a batch of {n} rows; expected one per row")
+        for what, each in (("sources", named), ("names", names), ("lengths", lengths)):
+            if each is not None and len(each) != n:
+                raise UsageError(f"coreset: {len(each)} {what} for a batch of {n} rows; expected one per row")
+        if self.kind.free and (given is None or given.ndim != 2 or len(given) != n):
+            shape = None if given is None else list(given.shape)
+            raise UsageError(
+                f"coreset: features={self.kind.name!r} needs features of all {n} rows (given=); got {shape}"
+            )
         empty = ((batch["labels"][:, 1:] != -100).sum(1) == 0).nonzero()[:, 0]
         if len(empty):
             raise DataError(
@@ -241,7 +249,13 @@ class CoLM:
             per_source=self.per_source,
             generator=self._generator("plan", step, lane),
         )
-        chosen, grads = self._choose(batch, made, step, lane, lengths, names, everything=watch and self.kind.exact)
+        if given is not None and self.kind.free:
+            chosen, grads = self._choose_given(given, made, step, lane, names), None
+        else:
+            chosen, grads = self._choose(batch, made, step, lane, lengths, names, everything=watch and self.kind.exact)
+        if self.expected:
+            parts = named if self.per_source else [source if source in self.small else None for source in named]
+            chosen = correct_expectation(chosen, parts, bound=self.max_weight)
         errors: tuple[float | None, float | None] = (None, None)
         began = perf_counter()
         if watch:
@@ -252,6 +266,22 @@ class CoLM:
         self.overflows += made.overflow
         self.last = Chosen(chosen, made, *errors, watch_seconds=perf_counter() - began if watch else 0.0)
         return chosen
+
+    def _choose_given(
+        self, given: Tensor, made: Plan, step: int, lane: int, names: Sequence[object] | None
+    ) -> Selection:
+        """Return the choice by features that the caller has."""
+        generator = self._generator("choice", step, lane)
+        if not self.method.features:
+            return choose_rows(torch.zeros(len(given), 1), made, method=self.method.name, generator=generator)
+        return choose_given(
+            given.float(),
+            made,
+            method=self.method.name,
+            metric=self.metric,
+            coordinates=self.dim if self.method.coordinates else None,
+            generator=generator,
+        )
 
     def _choose(
         self,
@@ -295,58 +325,6 @@ class CoLM:
             self.history.advance(raw[place[taken] if self.history_of == "selected" else large])
         return chosen, raw.reshape(len(raw), -1) if everything else None
 
-    # ------------------------------------------------------------------------------------------------------- features
-
-    def _measure(
-        self,
-        kind: FeatureKind,
-        batch: Batch,
-        rows: Tensor,
-        lengths: Sequence[int] | None,
-        step: int,
-        lane: int,
-        *,
-        project: bool,
-    ) -> Tensor:
-        """Measure features of `rows`: [len(rows), *shape] of the kind, or [len(rows), dim] if `project` is set."""
-        fixed = kind.one_direction or not self.history.plain  # a history needs the same directions at every step
-        generator = self._generator("probes", 0 if fixed else step, 0 if fixed else lane)
-        directions = torch.randn(kind.directions(self.probes), *self.target.shape, generator=generator)
-        directions = directions.to(self.target.parameter.device)
-        flat = self.target.numel if self.dim is None else min(self.dim, self.target.numel)
-        shape = (flat,) if project else kind.measured(self.target, self.probes)
-        found = torch.zeros(len(rows), *shape, device=directions.device)
-        with evaluating(self.model):
-            for places, piece in self._pieces(batch, rows, lengths):
-                part = kind.measure(self.model, self.losses, piece, self.target, directions, eps=self.eps)
-                found[places.to(found.device)] = self._project(part) if project else part
-        found = self._of_all(found)
-        return found[:, :, None] * directions if kind.one_direction else found
-
-    def _pieces(self, batch: Batch, rows: Tensor, lengths: Sequence[int] | None) -> Any:
-        """Yield the positions and the rows of each micro-batch that this process passes through the model."""
-        some = {key: tensor[rows.to(tensor.device)] for key, tensor in batch.items()}
-        found = pieces(some, None if lengths is None else [lengths[i] for i in rows.tolist()], self.token_budget)
-        return found if self.group is None else islice(found, self.group.rank(), None, self.group.size())
-
-    def _of_all(self, found: Tensor) -> Tensor:
-        """Sum over processes: each row is zero in all processes but one, so the sum is exact and the same in all."""
-        if self.group is not None:
-            all_reduce(found, group=self.group)
-        return found
-
-    def _project(self, grads: Tensor) -> Tensor:
-        """Flatten gradients [n, *shape] to [n, d], projected if they have more than `dim` numbers."""
-        if self.dim is None or grads[0].numel() <= self.dim:
-            return grads.reshape(len(grads), -1)
-        sketch = PROJECTORS["sjlt"].of({_NAME: grads.shape[1:]}, dim=self.dim, seed=self.seed)
-        return sketch.project({_NAME: grads})
-
-    def _generator(self, purpose: str, step: int, lane: int) -> torch.Generator:
-        """Create a generator from the seed, the purpose, the step and the lane."""
-        ticket = f"coreset\0{purpose}\0{self.seed}\0{step}\0{lane}"
-        return torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(ticket.encode()) >> 1)
-
     # ---------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -379,21 +357,3 @@ class CoLM:
         self.overflows = int(state["overflows"])
         if not self.history.plain:
             self.history.state = {k: state[k].to(v.dtype) for k, v in self.history.state.items()}
-
-
-def kept_by_source(sources: Sequence[Hashable], selection: Selection) -> dict[str, int]:
-    """Count the selected rows of each source.
-
-    Args:
-        sources: the source of each row of the batch.
-        selection: the selected rows.
-
-    Returns:
-        Source, as text -> number of rows; sources without selected rows are omitted.
-
-    Example:
-        >>> kept_by_source(["web", "code", "web"], Selection(torch.tensor([0, 2])))
-        {'web': 2}
-
-    """
-    return by_source(sources, selection.indices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -34,6 +34,24 @@ class Measure(Protocol):
         """
 
 
+def no_pass(model: nn.Module, losses: Loss, batch: Batch, target: Target, directions: Tensor, *, eps: float) -> Tensor:
+    """Stand in for `Measure` where features are not measured by a pass.
+
+    Args:
+        model: ignored.
+        losses: ignored.
+        batch: ignored.
+        target: ignored.
+        directions: ignored.
+        eps: ignored.
+
+    Raises:
+        AssertionError: always.
+
+    """
+    raise AssertionError("these features are given, not measured")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeatureKind:
     """One entry of `datatools.CORESET_FEATURES`.
@@ -47,7 +65,11 @@ class FeatureKind:
         exact: whether it measures the gradient itself, from which matching errors can be computed.
         one_direction: whether the direction is the same in the whole run, and the feature is the direction times the
             measured number.
+        width: numbers per row of a kind that needs no random directions, from the matrix; 0 is one per direction.
         as_training: whether a row costs about as much time as training on it; False means about one forward pass.
+        origin: where features come from: "pass", a pass over the large batch at each step; "store", features that were
+            computed before training; "visit", by-products of the last training step that had the row. Features of the
+            last two cost no pass, and are given to `CoLM.__call__`.
 
     Example:
         >>> from datatools import CORESET_FEATURES
@@ -58,12 +80,24 @@ class FeatureKind:
 
     name: str
     title: str
-    measure: Measure
     cost: str
+    measure: Measure = no_pass
     directions: Callable[[int], int] = lambda probes: 0
     exact: bool = False
     one_direction: bool = False
+    width: Callable[[Target], int] = lambda target: 0
     as_training: bool = True
+    origin: Literal["pass", "store", "visit"] = "pass"
+
+    @property
+    def measures_gradients(self) -> bool:
+        """Whether features are gradients, or derivatives along directions."""
+        return self.exact or self.directions(1) > 0
+
+    @property
+    def free(self) -> bool:
+        """Whether features cost no pass over the large batch."""
+        return self.origin != "pass"
 
     def measured(self, target: Target, probes: int) -> tuple[int, ...]:
         """Return the shape of what is measured of one row.
@@ -76,7 +110,7 @@ class FeatureKind:
             The shape.
 
         """
-        return target.shape if self.exact else (self.directions(probes),)
+        return target.shape if self.exact else (self.width(target) or self.directions(probes),)
 
     def shape(self, target: Target, probes: int) -> tuple[int, ...]:
         """Return the shape of the feature of one row.

@@ -170,3 +170,21 @@ def by_source(sources: Sequence[Hashable], rows: Int64[Tensor, " m"]) -> dict[st
 
     """
     return dict(sorted(Counter(str(sources[i]) for i in rows.tolist()).items()))
+
+
+def kept_by_source(sources: Sequence[Hashable], selection: Selection) -> dict[str, int]:
+    """Count the selected rows of each source.
+
+    Args:
+        sources: the source of each row of the batch.
+        selection: the selected rows.
+
+    Returns:
+        Source, as text -> number of rows; sources without selected rows are omitted.
+
+    Example:
+        >>> kept_by_source(["web", "code", "web"], Selection(torch.tensor([0, 2])))
+        {'web': 2}
+
+    """
+    return by_source(sources, selection.indices)

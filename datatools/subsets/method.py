@@ -54,6 +54,8 @@ class CoresetMethod:
         scope: "batch" if it sees the whole batch at once, with the rows that are kept anyway; "source" if it sees the
             rows of one source at a time.
         features: whether it reads features; if not, none are computed.
+        reads: the kind of features that it needs in place of gradients, a name of `CORESET_FEATURES`; empty for
+            gradients.
         rule: the rule from gradients to features that the setting "auto" means: "none" or "adam".
         coordinates: whether it reads the largest coordinates of features that are too long, instead of a random
             projection, which preserves inner products but not L1 distances.
@@ -75,6 +77,7 @@ class CoresetMethod:
     cost: str
     scope: Literal["batch", "source"] = "source"
     features: bool = True
+    reads: str = ""
     rule: Literal["none", "adam"] = "none"
     coordinates: bool = False
     weighted: bool = False

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,18 +24,21 @@ from transformers import TrainerCallback
 from datatools import (
     CORESET_FEATURES,
     CORESET_METHODS,
+    ByProducts,
     CoLM,
     DataError,
+    FeatureTable,
     LastLayer,
     Selection,
     UsageError,
     coreset_method,
     did_you_mean,
     files,
-    kept_by_source,
     not_better,
     small_sources,
 )
+from pipelines.colm import given as givens
+from pipelines.colm import measured
 from pipelines.colm.sources import require_known
 from pipelines.models.losses import row_losses
 from pipelines.runs.messages import warn
@@ -44,9 +47,13 @@ from pipelines.settings.train import CoresetConfig
 
 MONITORED = (
     "match_error", "match_error_random", "select_seconds", "train_seconds", "select_share", "peak_bytes", "overflows",
-    "kept_by_source", "seen_by_source",
+    "known_share", "feature_age", "kept_by_source", "seen_by_source",
 )  # fmt: skip
 """The keys of a monitored step's log entry that do not come from the Trainer."""
+
+
+RARELY = 5
+"""How many times as rarely choices are measured whose features cost no pass: measuring costs one."""
 
 
 def check(settings: CoresetConfig) -> None:
@@ -64,6 +71,7 @@ def check(settings: CoresetConfig) -> None:
         raise UsageError(f"coreset: no feature is called {asked!r}{did_you_mean(asked, CORESET_FEATURES)}")
     if method.weighted and settings.loss_weighting == "token":
         raise UsageError(f"coreset: {method.name} gives weights to rows, which loss_weighting 'token' cannot use")
+    givens.check(settings)
 
 
 class Choosing(ABC):
@@ -74,6 +82,7 @@ class Choosing(ABC):
 
     Args:
         settings: How many rows are kept, and how they are chosen.
+        table: Features of the rows from a store, by row number, for `stored` features with a store.
     """
 
     counts: Mapping[Hashable, int]
@@ -81,8 +90,10 @@ class Choosing(ABC):
     logged: Sequence[str] = MONITORED
     """The keys that this adds to entries of the log history."""
 
-    def __init__(self, settings: CoresetConfig) -> None:
-        self.settings = settings
+    def __init__(self, settings: CoresetConfig, table: FeatureTable | None = None) -> None:
+        self.settings, self._table = settings, table
+        self._given: givens.Given | None = None
+        self._seen: ByProducts | None = None
         self.trainer: Any = None
         self.rows_of_step = 1  # rows of this process on which the present step trains
         self._colm: CoLM | None = None
@@ -118,6 +129,18 @@ class Choosing(ABC):
             chosen: The choice.
         """
 
+    @abstractmethod
+    def numbers(self, batch: dict[str, Any]) -> list[int]:
+        """Return the numbers of the rows of a batch.
+
+        Args:
+            batch: The batch.
+        """
+
+    @abstractmethod
+    def everything(self) -> Iterator[dict[str, Any]]:
+        """Yield batches of all rows of the training data, for a refresh of their features."""
+
     def begin(self, trainer: Any) -> None:
         """Attach to a new Trainer.
 
@@ -146,7 +169,8 @@ class Choosing(ABC):
         """
         args, step, started = self.trainer.args, self.trainer.state.global_step, _now()
         colm = self._chooser()
-        watch = step % self.settings.monitor_every == 0
+        self._refresh(colm, step)
+        watch = step % (self.settings.monitor_every * (RARELY if colm.kind.free else 1)) == 0
         if watch and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         reduced: list[Any] = []
@@ -154,6 +178,8 @@ class Choosing(ABC):
         trained = 0
         for micro, batch in enumerate(batches):
             tensors, sources, known = self.large(batch)
+            if self._given is not None:
+                known = known | {"given": self._given.table.take(self.numbers(batch), step=step)}
             live = ((tensors["labels"][:, 1:] != -100).sum(1) > 0).nonzero()[:, 0].cpu()
             if len(live) < len(sources):  # rows whose answer was cut by max_length train nothing
                 if not self._idle:
@@ -178,12 +204,62 @@ class Choosing(ABC):
         self.rows_of_step = max(1, trained)
         if watched:
             measuring = math.fsum(last.watch_seconds for last, _, _ in watched)
-            self._watched = _errors(watched) | {
+            self._watched = measured.errors(watched) | {
                 "select_seconds": _now() - started - measuring, "overflows": colm.overflows,
             }  # fmt: skip
-            self._tables = _rows_by_source(watched)
+            if self._given is not None:
+                rows = [number for batch in batches for number in self.numbers(batch)]
+                self._watched |= self._given.facts(rows, step)
+            self._tables = measured.rows_by_source(watched)
         self._since = _now()
         return reduced
+
+    @contextmanager
+    def visiting(self) -> Iterator[ByProducts | None]:
+        """Collect by-products of the rows of a training step, which runs inside, where features are made of them.
+
+        Yields:
+            The collector, whose `watch` is called for each micro-batch; None if nothing is collected.
+        """
+        if self._given is None or not self._given.visits:
+            yield None
+            return
+        colm = self._chooser()
+        if self._seen is None or self._seen.model is not colm.model:
+            self._seen = colm.by_products(givens.by_product(self.settings))
+        with self._seen.watching():
+            yield self._seen
+        numbers, features = self._seen.taken()
+        if self.trainer.args.world_size > 1:
+            numbers, features = self._of_all(numbers, features)
+        if numbers:
+            self._given.table.put(numbers, features, step=self.trainer.state.global_step)
+
+    def _of_all(self, numbers: list[int], features: Tensor) -> tuple[list[int], Tensor]:
+        """Return the by-products of all processes."""
+        accelerator = self.trainer.accelerator
+        mine = torch.cat(
+            [torch.tensor(numbers, dtype=torch.float64)[:, None].to(features.device), features.double()], 1
+        )
+        padded = accelerator.pad_across_processes(mine, dim=0, pad_index=math.nan)
+        whole = accelerator.gather(padded)
+        whole = whole[whole[:, 0].isfinite()]
+        return [int(number) for number in whole[:, 0].tolist()], whole[:, 1:].float()
+
+    def _refresh(self, colm: CoLM, step: int) -> None:
+        """Measure the features of all rows again, if that is due."""
+        if self._given is None or not self._given.due(step):
+            return
+        for batch in self.everything():
+            tensors, _, known = self.large(batch)
+            features = colm.measured(tensors, known.get("lengths"))
+            self._given.table.put(self.numbers(batch), features, step=step)
+        self._given.refreshed(step)
+
+    def _begin_given(self, numbers: Sequence[int]) -> None:
+        """Prepare features that cost no pass, for rows with these numbers; called at the end of `begin`."""
+        if CORESET_FEATURES[self.settings.features].free:
+            self._given = givens.Given(self.settings, numbers, self._table)
 
     def measured(self, logs: Mapping[str, Any]) -> dict[str, float]:
         """Return the measurements of the last monitored step, for the next log of a loss; empty otherwise.
@@ -224,7 +300,8 @@ class Choosing(ABC):
         if self._colm is not None and mine:
             files.make_folder(folder)
             with files.atomic_path(folder / self._history_name) as path:
-                save_file(self._colm.state_dict(), path)
+                state = {} if self._given is None else self._given.state_dict()
+                save_file({**self._colm.state_dict(), **state}, path)
 
     def load(self, folder: Path) -> None:
         """Continue from the history in a checkpoint.
@@ -276,10 +353,13 @@ class Choosing(ABC):
                 small=small,
                 seed=self.trainer.args.seed,
                 group=self.group,
-                **settings.arguments(),
+                **givens.arguments_of(settings),
             )
         if self._saved_history is not None:
-            self._colm.load_state_dict(self._saved_history)
+            own, kept = givens.split(self._saved_history)
+            self._colm.load_state_dict(own)
+            if self._given is not None:
+                self._given.load_state_dict(kept)
             self._saved_history = None
         return self._colm
 
@@ -297,32 +377,11 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
             seen["peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes()
 
 
-def _only(rows: Sequence[Any], places: Tensor) -> list[Any]:
-    return [rows[i] for i in places.tolist()]
+def _only(rows: Any, places: Tensor) -> Any:
+    return rows[places] if isinstance(rows, Tensor) else [rows[i] for i in places.tolist()]
 
 
 def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return perf_counter()
-
-
-Watched = Sequence[tuple[Any, Sequence[Hashable], Selection]]
-
-
-def _errors(watched: Watched) -> dict[str, Any]:
-    """Return the mean errors over the micro-batches of a step."""
-    return {
-        "match_error": math.fsum(last.match_error for last, _, _ in watched) / len(watched),
-        "match_error_random": math.fsum(last.match_error_random for last, _, _ in watched) / len(watched),
-    }
-
-
-def _rows_by_source(watched: Watched) -> dict[str, Any]:
-    """Return the rows of each source in the micro-batches of a step, and how many of them were kept."""
-    kept: Counter[str] = Counter()
-    seen: Counter[str] = Counter()
-    for _, sources, chosen in watched:
-        kept.update(kept_by_source(sources, chosen))
-        seen.update(map(str, sources))
-    return {"kept_by_source": dict(sorted(kept.items())), "seen_by_source": dict(sorted(seen.items()))}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from datatools import CORESET_METHODS, Selection, UsageError, not_better, small_sources
+from datatools import CORESET_FEATURES, CORESET_METHODS, FeatureTable, Selection, UsageError, not_better, small_sources
 from pipelines.colm.choosing import MONITORED, Choosing
+from pipelines.colm.given import check_visits
 from pipelines.models.losses import collate
 from pipelines.runs.messages import warn
 from pipelines.settings.parts import TrainingConfig
@@ -26,10 +27,16 @@ class Coresets(Choosing):
     Args:
         settings: How many rows are kept, and how they are chosen.
         source_of: A row's number -> its source; None is one source for all.
+        table: Features of the rows from a store, if `stored` features have one.
     """
 
-    def __init__(self, settings: CoresetConfig, source_of: Callable[[int], Hashable] | None = None) -> None:
-        super().__init__(settings)
+    def __init__(
+        self,
+        settings: CoresetConfig,
+        source_of: Callable[[int], Hashable] | None = None,
+        table: FeatureTable | None = None,
+    ) -> None:
+        super().__init__(settings, table)
         self.source_of = source_of or (lambda row: "")
 
     @property
@@ -45,6 +52,22 @@ class Coresets(Choosing):
         """
         super().begin(trainer)
         self.counts = Counter(self.source_of(row) for row in trainer.train_dataset.rows)
+        self._begin_given(trainer.train_dataset.rows)
+
+    def numbers(self, batch: dict[str, Any]) -> list[int]:
+        """Return the numbers of the rows of a batch.
+
+        Args:
+            batch: The batch.
+        """
+        return list(batch["rows"])
+
+    def everything(self) -> Iterator[dict[str, Any]]:
+        """Yield batches of all rows of the training data."""
+        data = self.trainer.train_dataset
+        for start in range(0, len(data), self._large_batch):
+            items = [data[i] for i in range(start, min(start + self._large_batch, len(data)))]
+            yield {"rows": [item["row"] for item in items], "items": [item["item"] for item in items]}
 
     def large(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], list[Hashable], dict[str, Any]]:
         """Return the padded rows, their sources, and their lengths and names.
@@ -86,6 +109,15 @@ def resolve(recipe: TrainingConfig, choose: CoresetConfig, rows: int) -> tuple[T
         raise UsageError(f"coreset: cannot keep {keep} rows per step, because the data has {rows}; keep fewer (--keep)")
     if rows < large:
         warn(f"coreset: a large batch has {large} rows but the data only {rows}; every step uses all of them")
+    if CORESET_FEATURES[choose.features].origin == "visit":
+        if recipe.gradient == "zo":
+            raise UsageError(
+                "coreset: stale features are by-products of back-propagation, which --gradient zo does not do; use "
+                "stored features, or probes"
+            )
+        per_epoch = -(-rows // large)
+        steps = per_epoch * recipe.epochs if recipe.max_steps is None else recipe.max_steps
+        check_visits(choose, per_epoch=per_epoch, steps=min(steps, per_epoch * recipe.epochs))
     return recipe.model_copy(update={"batch_size": large}), choose.model_copy(
         update={"keep": keep, "large_batch": large}
     )

@@ -21,7 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datatools import CoLM, UsageError, files, small_sources
+from datatools import CORESET_FEATURES, CoLM, FeatureTable, UsageError, files, small_sources
+from pipelines.colm import stored
+from pipelines.colm.choosing import RARELY, check
+from pipelines.colm.given import arguments_of
 from pipelines.colm.sources import clusters_of, require_known, require_sources
 from pipelines.models import load as models
 from pipelines.models.losses import row_losses
@@ -62,8 +65,8 @@ class CoresetRows:
         weights: How much each counts, float32 [k]; 1 but for methods that weigh rows.
         scores: One row per row that was given: `id`, `source`, `status`, its large `batch`, whether it was `kept`, and
             its `weight`.
-        errors: For each large batch (error of the kept rows' mean gradient, that of random rows with the same quotas),
-            relative to the length of the whole batch's gradient.
+        errors: For each large batch that is measured (error of the kept rows' mean gradient, that of random rows with
+            the same quotas), relative to the length of the whole batch's gradient.
     """
 
     dataset: Any
@@ -76,6 +79,8 @@ class CoresetRows:
         return len(self.indices)
 
     def __repr__(self) -> str:
+        if not self.errors:
+            return f"{len(self):,} of {len(self.scores):,} rows kept"
         ours, chance = (float(np.mean([pair[i] for pair in self.errors])) for i in (0, 1))
         return (
             f"{len(self):,} of {len(self.scores):,} rows kept; error of their mean gradient {ours:.3f}, of random rows "
@@ -160,6 +165,13 @@ def coreset(
         choose = config.coreset
         if choose is None or choose.keep is None:
             raise UsageError(f"keep is {keep}; expected the number of rows to keep of each large batch")
+        check(choose)
+        kind = CORESET_FEATURES[choose.features]
+        if kind.origin == "visit":
+            raise UsageError(
+                f"{choose.features} features are by-products of training, and nothing is trained here; use stored or "
+                "exact features"
+            )
         loaded = models.load(config.model)
         rows = prepare(
             config.data, config.model, loaded.tokenizer, cache=Path(scratch), label="data", limits=loaded.limits
@@ -173,7 +185,14 @@ def coreset(
         counts = Counter(sources[row] for row in usable)
         small = small_sources(counts) if choose.small == "auto" else frozenset(choose.small)
         require_known(small, counts)
-        chooser = CoLM(loaded.model, row_losses, keep=choose.keep, small=small, seed=seed_, **choose.arguments())
+        table: FeatureTable | None = None
+        if choose.store is not None:
+            keys = {row: rows.keys[row] for row in usable}
+            table = stored.read(choose, keys, model=loaded.digests, where=rows.pool.where, seed=seed_,
+                                encoding=rows.encoder.fingerprint())  # fmt: skip
+        elif kind.free:
+            raise UsageError("stored features need a store here, because the model does not change: set coreset.store")
+        chooser = CoLM(loaded.model, row_losses, keep=choose.keep, small=small, seed=seed_, **arguments_of(choose))
         width = choose.large_batch or 2 * choose.keep
         order = np.random.Generator(np.random.Philox(seed_)).permutation(usable).tolist()
         kept: list[tuple[int, float]] = []
@@ -190,7 +209,8 @@ def coreset(
                     keep=max(1, round(choose.keep * len(part) / width)),
                     lengths=[int(rows.scan.tokens[row]) for row in part],
                     names=[rows.pool.where(row) for row in part],
-                    watch=True,
+                    given=None if table is None else table.take(part, step=0),
+                    watch=table is None or step % (choose.monitor_every * RARELY) == 0,
                 )
                 kept += [(part[i], w) for i, w in zip(found.indices.tolist(), found.weights.tolist(), strict=True)]
                 last = chooser.last

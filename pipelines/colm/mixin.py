@@ -12,8 +12,10 @@ counted again.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,16 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from datatools import CORESET_METHODS, Selection, UsageError
+from datatools import CORESET_FEATURES, CORESET_METHODS, FeatureTable, Selection, UsageError
+from pipelines.colm import stored
 from pipelines.colm.choosing import Choosing
+from pipelines.colm.given import check_visits
 from pipelines.models.finite import FiniteSteps
+from pipelines.models.load import digests_like
+from pipelines.rows.encoded import Encoded
 from pipelines.settings.train import CoresetConfig
 
-SOURCES, WEIGHTS = "coreset_sources", "coreset_weights"  # keys of a batch that are not passed to the model
+SOURCES, WEIGHTS, NUMBERS = "coreset_sources", "coreset_weights", "coreset_rows"  # keys that the model does not get
 _MEDIA = (
     "pixel_",
     "image_",
@@ -86,6 +92,8 @@ class CoresetMixin(FiniteSteps):
         self.choose = choose if choose is None or isinstance(choose, CoresetConfig) else CoresetConfig(**choose)
         self.source_key = source_key
         self._weights: Tensor | None = None
+        self._numbers: list[int] = []
+        self._collector: Any = None
         self._choosing: _Batches | None = None
         self.data_collator: Any
         self.compute_loss_func: Any
@@ -94,7 +102,7 @@ class CoresetMixin(FiniteSteps):
             return
         self._choosing = _Batches(self.choose, source_key)
         self._choosing.begin(self)
-        if self.choose.loss_weighting == "example" or CORESET_METHODS[self.choose.method].weighted:
+        if self._choosing.weighs_rows:
             if self.compute_loss_func is not None:
                 raise UsageError("coreset: compute_loss_func and row weights exclude each other; omit one of them")
             self.compute_loss_func = self._example_loss
@@ -112,6 +120,20 @@ class CoresetMixin(FiniteSteps):
             return batches, items
         reduced = self._choosing.reduce(batches)
         return reduced, self._get_num_items_in_batch(reduced, device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the Trainer's step, and collect by-products of its rows where features are made of them.
+
+        Args:
+            *args: Arguments of the Trainer.
+            **kwargs: Arguments of the Trainer.
+        """
+        if self._choosing is None:
+            return super().training_step(*args, **kwargs)
+        with self._choosing.visiting() as self._collector:
+            loss = super().training_step(*args, **kwargs)
+        self._collector = None
+        return loss
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does, with the measurements of a monitored step.
@@ -131,6 +153,8 @@ class CoresetMixin(FiniteSteps):
         if self.choose is not None:
             self._weights = inputs.pop(WEIGHTS, None)
             inputs.pop(SOURCES, None)
+            numbers = inputs.pop(NUMBERS, None)
+            self._numbers = [] if numbers is None else numbers.tolist()
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         return prepared
 
@@ -138,6 +162,8 @@ class CoresetMixin(FiniteSteps):
         super()._set_signature_columns_if_needed()
         if self.choose is not None and self.source_key is not None and self.source_key not in self._signature_columns:
             self._signature_columns += [self.source_key]
+        if self.choose is not None and NUMBERS not in self._signature_columns:
+            self._signature_columns += [NUMBERS]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -152,11 +178,14 @@ class CoresetMixin(FiniteSteps):
 
     def _example_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """Return the mean of each row over its own tokens, times its weight, over the rows of the whole step."""
+        whole = labels
         logits, labels = outputs.logits[:, :-1].float(), labels[:, 1:].to(outputs.logits.device)
         tokens = functional.cross_entropy(logits.mT, labels, reduction="none", ignore_index=-100)
         rows = tokens.sum(1) / (labels != -100).sum(1).clamp_min(1)
         if self._weights is None or self._choosing is None:  # evaluation
             return rows.mean()
+        if self._collector is not None:
+            self._collector.watch(self._numbers, rows, torch.arange(len(rows), device=rows.device), whole)
         scale = (
             self.args.world_size if self.args.average_tokens_across_devices and num_items_in_batch is not None else 1
         )
@@ -197,7 +226,40 @@ class _Batches(Choosing):
             self._names = sorted(self.counts, key=str)
         else:
             self.counts = {}
+        if CORESET_FEATURES[self.settings.features].free:
+            if self.settings.store is not None:
+                self._table = _stored(self.settings, trainer)
+            trainer.train_dataset = _numbered(trainer.train_dataset)
         trainer.data_collator = _Carry(trainer.data_collator, self.source_key, self._names)
+        if CORESET_FEATURES[self.settings.features].free:
+            self._begin_given(range(len(trainer.train_dataset)))
+        if self._given is not None and self._given.visits:
+            args = trainer.args
+            rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+            per_epoch = -(-len(trainer.train_dataset) // rows)
+            steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+            check_visits(self.settings, per_epoch=per_epoch, steps=steps)
+
+    @property
+    def weighs_rows(self) -> bool:
+        """Whether each row counts by its own weight, which the Trainer's loss over tokens does not know."""
+        free = CORESET_FEATURES[self.settings.features].free
+        expected = self.settings.weights == "expectation" or (free and self.settings.weights == "auto")
+        visits = self._given is not None and self._given.visits
+        example = self.settings.loss_weighting == "example"
+        return example or CORESET_METHODS[self.settings.method].weighted or expected or visits
+
+    def numbers(self, batch: dict[str, Any]) -> list[int]:
+        """Return the numbers of the rows of a batch."""
+        found: list[int] = batch[NUMBERS].tolist()
+        return found
+
+    def everything(self) -> Iterator[dict[str, Any]]:
+        """Yield batches of all rows of the training data."""
+        data = self.trainer.train_dataset
+        for start in range(0, len(data), self._large_batch):
+            rows = [data[i] for i in range(start, min(start + self._large_batch, len(data)))]
+            yield self.trainer.data_collator(rows)
 
     def large(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], list[Hashable], dict[str, Any]]:
         """Return what a choice needs of a large batch: tensors, sources, and lengths and names if known."""
@@ -248,8 +310,55 @@ class _Carry:
         self.number = {name: i for i, name in enumerate(names)}
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        more = {}
+        if rows and NUMBERS in rows[0]:
+            more = {NUMBERS: torch.tensor([row[NUMBERS] for row in rows])}
+            rows = [{k: v for k, v in row.items() if k != NUMBERS} for row in rows]
         if self.key is None:
-            return {**self.inner(rows), SOURCES: torch.zeros(len(rows), dtype=torch.int64)}
+            return {**self.inner(rows), SOURCES: torch.zeros(len(rows), dtype=torch.int64), **more}
         numbers = [self.number.get(str(row.get(self.key)), -1) for row in rows]  # -1: rows to evaluate on
         batch = self.inner([{k: v for k, v in row.items() if k != self.key} for row in rows])
-        return {**batch, SOURCES: torch.tensor(numbers)}
+        return {**batch, SOURCES: torch.tensor(numbers), **more}
+
+
+class _Numbered(torch.utils.data.Dataset[dict[str, Any]]):
+    """A data set whose rows have their number."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {**self.inner[i], NUMBERS: i}
+
+
+def _numbered(data: Any) -> Any:
+    """Return the training data with a number for each row."""
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise UsageError(
+            "coreset: stored and stale features belong to rows with a number, which a stream of rows does not have; "
+            "use a data set with a length, or exact features"
+        )
+    if hasattr(data, "add_column"):
+        return data.add_column(NUMBERS, list(range(len(data))))
+    return _Numbered(data)
+
+
+def _stored(settings: CoresetConfig, trainer: Any) -> FeatureTable:
+    """Return the features of a store for the rows of a Trainer, which its collator encodes one by one."""
+    keys: dict[int, str] = {}
+    for number in range(len(trainer.train_dataset)):
+        batch = trainer.data_collator([trainer.train_dataset[number]])
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        mask = batch.get("attention_mask")
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[0] != 0
+        keys[number] = Encoded(ids[real].tolist(), labels[real].tolist()).key
+    return stored.read(
+        settings,
+        keys,
+        model=partial(digests_like, trainer.model),
+        where=lambda row: f"row {row}",
+        seed=trainer.args.seed,
+    )

@@ -29,13 +29,17 @@ from pipelines.models.merge import merged
 _LENT: ContextVar[Mapping[str, Lent]] = ContextVar("lent", default={})  # noqa: B039 (never written to)
 
 
+IN_MEMORY = "weights in memory"
+"""The name of the digest that identifies a model in memory."""
+
+
 class Lent:
     """A model in memory with its tokenizer, as `models.load` returns it."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.limits = ModelLimits() if model is None else limits_of(model)
-        self.digests: dict[str, str] = {} if model is None else {"weights in memory": digest(model)}
+        self.digests: dict[str, str] = {} if model is None else {IN_MEMORY: digest(model)}
 
 
 def find(name: str) -> Lent | None:
@@ -50,11 +54,18 @@ def find(name: str) -> Lent | None:
 def digest(model: nn.Module) -> str:
     """Return the xxh3-128 of the names, dtypes and values of all weights, and of the class of the model.
 
+    Adapters of peft do not count: the digest is that of the model below them.
+
     Args:
         model: The model.
     """
+    if hasattr(model, "peft_config"):
+        model = model.get_base_model()  # type: ignore[operator]
     parts = [type(model).__name__]
-    parts += [f"{name} {t.dtype} {tuple(t.shape)} {base.tensor_digest(t)}" for name, t in model.state_dict().items()]
+    for name, t in model.state_dict().items():
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+            parts.append(f"{plain} {t.dtype} {tuple(t.shape)} {base.tensor_digest(t)}")
     return files.digest("\n".join(parts).encode())
 
 

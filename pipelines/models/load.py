@@ -242,6 +242,22 @@ def _folder(name: str) -> Path | None:
     return Path(name) if Path(name).is_dir() else None
 
 
+def digests_like(model: Any, theirs: Mapping[str, str]) -> Mapping[str, str]:
+    """Return what identifies a model in memory, in the terms in which something that was made of a model names it.
+
+    Args:
+        model: A model of transformers, or of peft, whose base model counts.
+        theirs: What identifies the other model: the digests of its files, or of weights in memory.
+    """
+    if borrowed.IN_MEMORY in theirs:
+        return {borrowed.IN_MEMORY: borrowed.digest(model)}
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    try:
+        return _digests(name) if name else {}
+    except OSError:
+        return {}
+
+
 def _digests(name: str, revision: str | None = None, *, code: Sequence[str] = ()) -> dict[str, str]:
     """Return what identifies a model: a hash of each weight and configuration file; the commit for a hub name.
 

@@ -34,13 +34,57 @@ class CoresetConfig(Settings):
         le=1_000_000,
         description="rows that a coreset keeps per step, and trains on; null is training.batch_size",
     )
-    method: Annotated[str, OneOf(partial(names.known, "coreset method"))] = Field(
-        default="herding", description="how rows are chosen: a name from `datatools ls coresets`"
-    )
-    features: Annotated[str, OneOf(partial(names.known, "coreset feature"))] = Field(
+    method: Annotated[
+        str, OneOf(partial(names.known, "coreset method")), Flag("--coreset-method", TRAINING, "NAME")
+    ] = Field(default="herding", description="how rows are chosen: a name from `datatools ls coresets`")
+    features: Annotated[
+        str, OneOf(partial(names.known, "coreset feature")), Flag("--coreset-features", TRAINING, "NAME")
+    ] = Field(
         default="exact",
         description="features of a row: exact, the gradient of the last value projection; probes, derivatives along "
-        "random directions (forward passes only); paper_code, the published estimate",
+        "random directions (forward passes only); paper_code, the published estimate; without a pass over the large "
+        "batch: stored (coreset.store or coreset.refresh_every), and stale, by-products of the row's last step",
+    )
+    store: Annotated[FilePath | None, Flag("--coreset-store", TRAINING, "FOLDER")] = Field(
+        default=None,
+        description="for coreset features `stored`: a folder of features that `datatools select` wrote for the same "
+        "model and rows, such as runs/select/features/train-40 or hidden-pool",
+        json_schema_extra=UNSAID,
+    )
+    refresh_every: int | None = Field(
+        default=None,
+        ge=1,
+        le=10**9,
+        description="for `stored`: measure the features of all rows again every so many steps, at the first one too "
+        "where there is no store; null is never",
+        json_schema_extra=UNSAID,
+    )
+    stale_limit: int | None = Field(
+        default=None,
+        ge=1,
+        le=10**9,
+        description="for `stale`: the age in steps after which a feature is not used any more; null is no limit",
+        json_schema_extra=UNSAID,
+    )
+    by_product: Literal["gradient", "logits", "loss"] | None = Field(
+        default=None,
+        description="for `stale`: what is kept of a training step; null is what the method reads, mostly the gradient",
+        json_schema_extra=UNSAID,
+    )
+    kept_dim: int = Field(
+        default=256,
+        ge=1,
+        le=2**20,
+        description="for `stored` and `stale`: numbers kept per row (in memory, and in checkpoints unless a store has "
+        "them)",
+    )
+    weights: Literal["auto", "uniform", "expectation"] = Field(
+        default="auto",
+        description="weights of kept rows: expectation counts each source as much as the large batch does, uniform "
+        "leaves small sources that are kept whole their greater part; auto is expectation for `stored` and `stale`",
+    )
+    max_weight: float = Field(
+        default=4.0, ge=1, le=1e6, description="largest weight of a row under `weights: expectation`"
     )
     rule: Literal["auto", "none", "adam"] = Field(
         default="auto",
@@ -78,7 +122,13 @@ class CoresetConfig(Settings):
         default=None, description="the linear layer whose gradients are taken; null is the last value projection"
     )
     token_budget: int = Field(default=4096, ge=1, le=2**24, description="padded tokens per forward pass while choosing")
-    monitor_every: int = Field(default=10, ge=1, le=10**9, description="steps between measurements of the choice")
+    monitor_every: int = Field(
+        default=10,
+        ge=1,
+        le=10**9,
+        description="steps between measurements of the choice, which cost a pass over the large batch; five times as "
+        "many for `stored` and `stale`, whose choice costs none",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -111,7 +161,7 @@ class CoresetConfig(Settings):
     def arguments(self) -> dict[str, Any]:
         """The settings that `datatools.CoLM` takes."""
         names = ("features", "method", "metric", "rule", "probes", "dim", "history", "per_source", "token_budget",
-                 "projection")  # fmt: skip
+                 "projection", "weights", "max_weight")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
 
@@ -147,6 +197,8 @@ class TrainConfig(RunSettings):
         "datatools train --model M --data a.jsonl --optimizer lion --schedule cosine --learning-rate 1e-4",
         "datatools train --model M --data a.jsonl --order runs/order/order.npz --lora-rank 0",
         "datatools train --model M --data a.jsonl --coreset colm --large-batch 128 --keep 64 --source-key dataset",
+        "datatools train --model M --data a.jsonl --coreset colm --coreset-features stored "
+        "--coreset-store runs/select/features/train-40",
         "datatools train --model M --data a.jsonl --eval-data held_out.jsonl --metric exact --extract number",
         "datatools train --model M --data a.jsonl --gradient zo --optimizer sgd --learning-rate 1e-5 --lora-rank 0",
         "datatools train --model M --data a.jsonl --gradient zo --optimizer adamw --learning-rate 1e-4 "
@@ -171,7 +223,7 @@ class TrainConfig(RunSettings):
         TrainingConfig,
         Flags("gradient optimizer schedule learning_rate epochs batch_size weight_decay rounding"),
     ] = Field(default_factory=TrainingConfig, description="the optimizer and its schedule")
-    coreset: Annotated[CoresetConfig | None, Flags("name large_batch keep")] = Field(
+    coreset: Annotated[CoresetConfig | None, Flags("name large_batch keep method features store")] = Field(
         default=None, description="a few rows of each large batch to train on (null trains on all)"
     )
     order: Annotated[FilePath | None, Flag("--order", TRAINING)] = Field(

@@ -13,7 +13,7 @@ import torch
 
 from datatools import CORESET_FEATURES, DataError, Order, files
 from optim.distributed import world
-from pipelines.colm import coresets
+from pipelines.colm import coresets, stored
 from pipelines.colm.choosing import check as check_coreset
 from pipelines.colm.sources import clusters_of, require_sources
 from pipelines.models import load as models
@@ -82,6 +82,17 @@ def _run(config: TrainConfig) -> Path:
         if choose is not None:
             recipe, choose = coresets.resolve(recipe, choose, len(chosen))
             require_sources(choose, rows, chosen, key=config.data.source_key)
+        table = None
+        if choose is not None and choose.store is not None:
+            keys = {row: rows.keys[row] for row in chosen}
+            table = stored.read(
+                choose,
+                keys,
+                model=tokenizer.digests,
+                where=rows.pool.where,
+                seed=derive_seed(config.seed, "coreset"),
+                encoding=rows.encoder.fingerprint(),
+            )
         steps = fit.planned_steps(len(chosen), recipe)
         held = 0
         if given is not None and config.order is not None:
@@ -152,7 +163,7 @@ def _run(config: TrainConfig) -> Path:
                 seed=derive_seed(config.seed, "training"),
                 save=config.save_steps or "epoch",
                 bar=bar,
-                choose=None if choose is None else coresets.Coresets(choose, sources.__getitem__),
+                choose=None if choose is None else coresets.Coresets(choose, sources.__getitem__, table),
                 name_of=rows.pool.where,
                 steps=sequence,
                 held=held,
@@ -219,7 +230,7 @@ def _estimate(
     elif recipe.max_steps is not None:
         whole = fit.planned_steps(len(lengths), recipe.model_copy(update={"max_steps": None}))
         tokens = tokens * steps // max(1, whole)
-    if choose is not None:  # every row of the large batch goes forward, and the kept rows train
+    if choose is not None and not CORESET_FEATURES[choose.features].free:  # all rows go forward, kept rows train
         seconds += found.seconds(tokens, steps, gradient=CORESET_FEATURES[choose.features].as_training)
     validation = sum(found.seconds(many, max(1.0, passes), gradient=False) for many, passes in checked)
     one = found.trainable * found.width

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,6 +78,13 @@ class Choice(Protocol):
 
         Args:
             history: The log history.
+        """
+
+    def visiting(self) -> AbstractContextManager[Any]:
+        """Return a block in which a step runs forward and backward.
+
+        Its value is None, or has a method `watch(rows, losses, where)`, which is called for each micro-batch between
+        the two: the row numbers, the loss of each supervised token, and the row of each within the micro-batch.
         """
 
     def save(self, folder: Path) -> None:
@@ -227,6 +234,7 @@ class DataTrainer(FiniteSteps):
         self.seen_tokens += tokens
         self._tokens += tokens
         weights = inputs.get("weights")
+        visit: Any = None
         world, own = self.args.world_size, self.args.process_index
 
         def batch_of(group: list[int]) -> dict[str, Tensor]:
@@ -235,6 +243,8 @@ class DataTrainer(FiniteSteps):
         def share(place: int, module: nn.Module) -> Tensor:
             group, batch = every[place]
             losses, where = token_losses(module, batch)
+            if visit is not None:
+                visit.watch([rows[i] for i in group], losses, where)
             loss: Tensor = losses.sum() / supervised
             if weights is not None:
                 loss = (losses * example_weights(weights[group], where, len(items))).sum()
@@ -257,10 +267,14 @@ class DataTrainer(FiniteSteps):
             self.state.log_history.append(directions)
             return torch.tensor(total, device=self.args.device)
         total = 0.0
-        for part in parts[:-1]:
-            total += self._backward(part())
-        # the last part goes through DDP, which then sums all gradients; a process without a part adds zero
-        total += self._backward(share(mine[-1], model) if mine else 0.0 * share(-1, model))
+        with ExitStack() as stack:
+            if self.choose is not None:
+                visit = stack.enter_context(self.choose.visiting())
+            for part in parts[:-1]:
+                total += self._backward(part())
+            # the last part goes through DDP, which then sums all gradients; a process without a part adds zero
+            total += self._backward(share(mine[-1], model) if mine else 0.0 * share(-1, model))
+        visit = None
         if world > 1:
             total = float(self.accelerator.reduce(torch.tensor(total, device=self.args.device), reduction="mean"))
         if not math.isfinite(total):

@@ -226,7 +226,7 @@ def test_small_sources_that_overflow_are_drawn_by_quotas():
 def test_picks_move_with_the_rows(order):
     """Another order of the batch, the same rows: for every method that draws nothing and has no ties."""
     rows = gradients(20, 9)
-    for method in sorted(set(CORESET_METHODS) - {"random_in_source", "facility_location"}):
+    for method in sorted(set(CORESET_METHODS) - {"random_in_source", "importance", "facility_location"}):
         picks = []
         for at in (list(range(20)), list(order)):
             chosen, _ = select_batch(
