@@ -412,7 +412,7 @@ def compare_bytes(a: Path, b: Path) -> str:
     )
 
 
-CACHED = re.compile(r"tokens-[\w-]+\.bin")
+CACHED = re.compile(r"(tokens|rows)-[\w-]+\.(bin|arrow)")
 """Files that save work and hold no result: their names follow the code that made them."""
 
 

@@ -220,9 +220,9 @@ def coreset(
         weight = dict(kept)
         frame = pd.DataFrame(
             {
-                "id": rows.pool.ids,
+                "id": list(rows.pool.ids),
                 "source": sources,
-                "status": rows.status,
+                "status": list(rows.status),
                 "batch": pd.array([batch_of.get(row) for row in range(len(rows))], dtype="Int64"),
                 "kept": [row in weight for row in range(len(rows))],
                 "weight": [weight.get(row, 0.0) for row in range(len(rows))],

@@ -1,18 +1,20 @@
 """Duplicate rows: which rows to leave out, and which kept row each of them repeats."""
 
-import hashlib
+import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from datatools import UsageError, files
+from datatools import UsageError
+from pipelines.rows.compact import Keys
 from pipelines.rows.index import Pool
+from pipelines.rows.normal import beginning_of_test, beginnings_of_other
 from pipelines.rows.row import Row
-from pipelines.rows.scan import Progress, Scan
+from pipelines.rows.scan import Scan
 
 HOW = ("none", "exact", "near")
 
@@ -22,8 +24,18 @@ _ANSWER_PERMUTATIONS = 64
 _SEED = 1
 _CHECKED = 16  # candidates compared in full; they are ordered by estimate, whose standard error is 0.04
 _SLACK = 0.15  # candidates whose estimate is that far below the threshold are skipped
-_LONG_ANSWER = 20  # characters
 _CHUNK = 4096  # shingles hashed at once; limits memory for long rows
+
+
+class Progress(Protocol):
+    """An object that shows the progress of a job."""
+
+    def advance(self, n: int = 1, /) -> object:
+        """Count more rows as finished.
+
+        Args:
+            n: The number of rows.
+        """
 
 
 class Duplicates(NamedTuple):
@@ -80,18 +92,14 @@ def dedup(
     twins: dict[int, int] = {}
     if how == "none":
         return Duplicates(keep, twins)
-    order = sorted(
-        np.flatnonzero(scan.ok).tolist(),
-        key=lambda i: (scan.keys[i], pool.sources[i], pool.ids[i], pool.file(i), pool.line(i)),
-    )
     near = _Near(pool, threshold) if how == "near" else None
+    order = _by_key(pool, scan, np.flatnonzero(scan.ok) if near is not None else _repeated(scan))
     seen: dict[str, int] = {}
     for i in order:
-        row = pool[i]
-        names = _names(row, scan.keys[i])
+        names = scan.content[i], scan.keys[i]
         twin = next((seen[name] for name in names if name in seen), None)
         if twin is None and near is not None:
-            marks = near.marks(row)
+            marks = near.marks(pool[i])
             twin = near.find(marks)
             if twin is None:
                 near.add(i, marks)
@@ -103,6 +111,29 @@ def dedup(
         if progress is not None:
             progress.advance(1)
     return Duplicates(keep, twins)
+
+
+def _repeated(scan: Scan) -> NDArray[np.int64]:
+    """Return the rows whose text or tokens another row has."""
+    return np.flatnonzero(scan.ok & (scan.keys.repeated() | Keys(scan.content.data * scan.ok[:, None]).repeated()))
+
+
+def _by_key(pool: Pool, scan: Scan, rows: NDArray[np.int64]) -> list[int]:
+    """Return rows in the order of (key, source, id, file, line)."""
+    found: list[int] = scan.keys.order(rows).tolist()
+    for start, group in _runs(scan.keys, found):
+        found[start : start + len(group)] = sorted(
+            group, key=lambda i: (pool.sources[i], pool.ids[i], pool.file(i), pool.line(i))
+        )
+    return found
+
+
+def _runs(keys: Keys, rows: list[int]) -> list[tuple[int, list[int]]]:
+    """Return (place, rows) of each run of at least two rows with the same key."""
+    first, last = keys.halves(np.asarray(rows, np.int64))
+    new = np.flatnonzero((first[1:] != first[:-1]) | (last[1:] != last[:-1])) + 1
+    edges = [0, *new.tolist(), len(rows)]
+    return [(a, rows[a:b]) for a, b in itertools.pairwise(edges) if b - a > 1]
 
 
 def overlaps(
@@ -131,74 +162,28 @@ def overlaps(
         Linear in both pools; see `dedup` for "near".
     """
     near = _Near(other, threshold) if how == "near" else None
+    mine = {i: pool[i] for i in np.flatnonzero(scan.ok).tolist()}
+    names = {i: (scan.content[i], scan.keys[i], *beginning_of_test(row)) for i, row in mine.items()}
+    wanted = {name for found in names.values() for name in found}
     seen: dict[str, int] = {}
-    for i in np.flatnonzero(other_scan.ok).tolist() if among is None else among:
+    compared = np.flatnonzero(other_scan.ok) if among is None else np.asarray(list(among), np.int64)
+    # a row that repeats another, or its beginning, has the same first turn; equal tokens may come of other texts
+    alike = np.isin(other_scan.opening, scan.opening[scan.ok]) | other_scan.keys.among(scan.keys[i] for i in mine)
+    for i in (compared if near is not None else compared[alike[compared]]).tolist():
         row = other[i]
-        for name in (*_names(row, other_scan.keys[i]), *_beginnings_of_other(row)):
-            seen.setdefault(name, i)
+        for name in (other_scan.content[i], other_scan.keys[i], *beginnings_of_other(row)):
+            if name in wanted:
+                seen.setdefault(name, i)
         if near is not None:
             near.add(i, near.marks(row))
     found: dict[int, int] = {}
-    for i in np.flatnonzero(scan.ok).tolist():
-        row = pool[i]
-        names = (*_names(row, scan.keys[i]), *_beginning_of_test(row))
-        twin = next((seen[name] for name in names if name in seen), None)
+    for i, row in mine.items():
+        twin = next((seen[name] for name in names[i] if name in seen), None)
         if twin is None and near is not None:
             twin = near.find(near.marks(row))
         if twin is not None:
             found[i] = twin
     return found
-
-
-def _names(row: Row, key: str) -> tuple[str, str]:
-    """Return identifiers that are equal for rows that repeat each other exactly."""
-    return files.digest(_normal_form(row).encode()), key
-
-
-class _Beginning(NamedTuple):
-    """A conversation up to one of its answers, as digests with and without its system prompts."""
-
-    full: str
-    bare: str
-    long: bool
-    """Whether the answer is so long that no other system prompt would lead to it by chance."""
-
-
-def _beginnings(row: Row) -> list[_Beginning]:
-    found: list[_Beginning] = []
-    full, bare = (hashlib.blake2b(digest_size=16) for _ in range(2))
-    for role, text in row.turns:
-        turn = f"{_normal_turn(role, text)}\0".encode()
-        full.update(turn)
-        if role not in ("system", "developer"):
-            bare.update(turn)
-        if role == "assistant":
-            found.append(_Beginning(full.hexdigest(), bare.hexdigest(), len(text) >= _LONG_ANSWER))
-    return found
-
-
-def _beginnings_of_other(row: Row) -> Iterator[str]:
-    """Yield what `_beginning_of_test` may yield for a test row that this row contains."""
-    for beginning in _beginnings(row):
-        yield beginning.full
-        yield f"bare {beginning.bare}"
-
-
-def _beginning_of_test(row: Row) -> Iterator[str]:
-    """Yield identifiers of the conversation. A short answer under another system prompt answers another question."""
-    for full, bare, long in _beginnings(row)[-1:]:
-        yield full
-        yield bare  # equal to a conversation without a system prompt
-        if full == bare or long:
-            yield f"bare {bare}"
-
-
-def _normal_form(row: Row) -> str:
-    return "\0".join(_normal_turn(role, text) for role, text in row.turns)
-
-
-def _normal_turn(role: str, text: str) -> str:
-    return f"{role}\0{' '.join(unicodedata.normalize('NFKC', text).split())}"
 
 
 class _Marks(NamedTuple):

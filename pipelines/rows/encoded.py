@@ -26,9 +26,9 @@ class Encoded:
     @property
     def supervised(self) -> int:
         """The number of tokens with loss."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        return len(self.labels) - self.labels.count(IGNORED) - (self.labels[:1] not in ([], [IGNORED]))
 
     @property
     def key(self) -> str:
         """The xxh3-128 of ids and labels (int32, little-endian): equal content has an equal key."""
-        return files.digest(np.asarray([self.input_ids, self.labels], dtype="<i4").tobytes())
+        return files.digest(np.asarray(self.input_ids + self.labels, dtype="<i4").tobytes())

@@ -1,20 +1,22 @@
-"""The usable rows of all inputs, indexed in memory, with their texts on disk."""
+"""The usable rows of all inputs: columns in memory, texts on disk."""
+
+from __future__ import annotations
 
 import os
-from array import array
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from datatools import DataError, files
-from pipelines.rows.formats.record import Given, WrongColumns
-from pipelines.rows.formats.shape import Shape
-from pipelines.rows.formats.table import read_shape
-from pipelines.rows.jsonl import Limits, Line, parse_object
+from pipelines.rows.formats.record import Given
+from pipelines.rows.gather import Columns
+from pipelines.rows.jsonl import parse_object
+from pipelines.rows.options import Options, subtask_of
+from pipelines.rows.part import Input
 from pipelines.rows.row import BadRow, Row
 
 
@@ -39,60 +41,39 @@ class FileInfo:
     blank: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How the rows of a pool are read."""
-
-    source_key: str
-    columns: Mapping[str, str | dict[str, str]]
-    detect: bool
-    preference: str | None
-    limits: Limits
-
-    def read(self, value: Mapping[str, Any], columns: Mapping[str, str]) -> Shape:
-        """Return the shape of a row.
-
-        Args:
-            value: The JSON object.
-            columns: The columns of its file.
-
-        Raises:
-            Malformed: The row has no known format, or it is not fit to train on.
-        """
-        try:
-            return read_shape(value, columns, self.preference)
-        except WrongColumns as error:
-            if not self.detect or error.reason != "missing_column":
-                raise
-            return read_shape(value, None, self.preference)
-
-
 class Pool:
     """The usable rows of all inputs, in order. Texts stay on disk; memory is about 40 bytes per row, plus its id.
 
     `pool[i]` reads and parses row i again.
 
+    Args:
+        options: How rows are read.
+        inputs: The input files.
+        columns: The columns of their parts.
+
     Raises:
         DataError: On reading a row: the file has changed since it was indexed.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, inputs: Sequence[Input], columns: Columns) -> None:
         self.files: list[FileInfo] = []
-        self.ids: list[str] = []
-        """The id of each row."""
-        self.sources: list[str] = []
-        """The source of each row; equal names are one object."""
-        self.flags: Counter[str] = Counter()
+        """What is known of each input file."""
+        self.flags = columns.flags
         """The number of rows with each flag: `Shape.flags`, and new_id, repeated_id, source_from_file."""
-        self._options = options
-        self._paths: list[Path] = []  # the files with the lines: the input itself, or its JSONL copy
-        self._names: list[str] = []
-        self._columns: list[dict[str, str]] = []
-        self._file, self._line = array("i"), array("q")
-        self._offset, self._length, self._digest = array("q"), array("q"), array("Q")
+        self.lines: NDArray[np.int64] = columns.numbers("line")
+        """The line of each row."""
+        self.sources = columns.sources()
+        """The source of each row."""
+        self.names = columns.files()
+        """The input that contains each row, as it was named."""
+        self.ids = columns.ids()
+        """The id of each row."""
+        self._options, self._inputs = options, list(inputs)
+        self._offset, self._length = columns.numbers("offset"), columns.numbers("length")
+        self._digest = columns.numbers("digest")
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.lines)
 
     def __getitem__(self, index: int) -> Row:
         if not -len(self) <= index < len(self):
@@ -100,7 +81,7 @@ class Pool:
         index %= len(self)
         raw = self.raw(index)
         value = parse_object(raw, self._options.limits)
-        columns = self._columns[self._file[index]]
+        columns = self._inputs[self.names.codes[index]].columns
         shape = self._options.read(value, columns)
         return Row(
             self.ids[index],
@@ -121,19 +102,6 @@ class Pool:
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
 
-    def identity(self) -> dict[str, Any]:
-        """Return the facts on which the content of the rows depends: the files, and how they are read."""
-        rows = xxhash.xxh3_128(self._digest.tobytes())
-        rows.update(self._file.tobytes())
-        return {
-            "files": [info.digest for info in self.files],
-            "rows": rows.hexdigest(),
-            "columns": self._columns,
-            "detect": self._options.detect,
-            "preference": self._options.preference,
-            "limits": asdict(self._options.limits),
-        }
-
     def raw(self, index: int) -> bytes:
         """Return the line of a row, byte for byte, without the newline.
 
@@ -143,10 +111,10 @@ class Pool:
         Raises:
             DataError: The file has changed or cannot be read.
         """
-        path, length = self._paths[self._file[index]], self._length[index]
+        path, length = self._inputs[self.names.codes[index]].path, int(self._length[index])
         try:
             with open(path, "rb", buffering=0) as file:
-                raw = os.pread(file.fileno(), length, self._offset[index])
+                raw = os.pread(file.fileno(), length, int(self._offset[index]))
         except OSError as error:
             raise files.explain(error, path, "read") from error
         if xxhash.xxh3_64_intdigest(raw) != self._digest[index]:
@@ -161,7 +129,7 @@ class Pool:
         Args:
             index: The number of the row.
         """
-        columns = self._columns[self._file[index]]
+        columns = self._inputs[self.names.codes[index]].columns
         return Given(parse_object(self.raw(index), self._options.limits), columns, self._options.preference)
 
     def file(self, index: int) -> str:
@@ -170,7 +138,7 @@ class Pool:
         Args:
             index: The number of the row.
         """
-        return self._names[self._file[index]]
+        return self.names[index]
 
     def line(self, index: int) -> int:
         """Return the line of a row in its file (for a table, the number of the row), counted from 1.
@@ -178,7 +146,7 @@ class Pool:
         Args:
             index: The number of the row.
         """
-        return self._line[index]
+        return int(self.lines[index])
 
     def offset(self, index: int) -> int:
         """Return the byte offset of a row in its file; for a table, in the JSONL copy.
@@ -186,7 +154,7 @@ class Pool:
         Args:
             index: The number of the row.
         """
-        return self._offset[index]
+        return int(self._offset[index])
 
     def value(self, index: int, column: str) -> Any:
         """Return the value of a row in a column; None if it has none.
@@ -195,7 +163,7 @@ class Pool:
             index: The number of the row.
             column: Our name of the column.
         """
-        names = self._columns[self._file[index]]
+        names = self._inputs[self.names.codes[index]].columns
         return parse_object(self.raw(index), self._options.limits).get(names.get(column, column))
 
     def where(self, index: int) -> str:
@@ -215,25 +183,3 @@ class Pool:
             detail: What is wrong.
         """
         return BadRow(self.file(index), self.line(index), self.offset(index), reason, detail)
-
-    def _add(self, line: Line, identity: str, source: str, flags: tuple[str, ...]) -> None:
-        assert line.raw is not None
-        self.ids.append(identity)
-        self.sources.append(source)
-        self.flags.update(flags)
-        self._file.append(len(self._paths) - 1)
-        self._line.append(line.number)
-        self._offset.append(line.offset)
-        self._length.append(line.length)
-        self._digest.append(xxhash.xxh3_64_intdigest(line.raw))
-
-
-def subtask_of(value: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    """Return the subtask of a target row; None if the row names none.
-
-    Args:
-        value: The JSON object.
-        columns: The columns of its file.
-    """
-    found = value.get(columns.get("subtask", "subtask"))
-    return str(found) if isinstance(found, str | int) and not isinstance(found, bool) else None

@@ -79,24 +79,35 @@ class Line(NamedTuple):
     raw: bytes | None
 
 
-def read_lines(file: BinaryIO, name: str, limits: Limits, digest: Any = None) -> Iterator[Line]:
+def read_lines(
+    file: BinaryIO,
+    name: str,
+    limits: Limits,
+    digest: Any = None,
+    *,
+    start: int = 0,
+    end: int | None = None,
+    number: int = 1,
+) -> Iterator[Line]:
     """Yield the lines of a file in order, blank ones included; memory is limited to one line.
 
     Args:
-        file: The file, at its beginning.
+        file: The file, at the byte `start`.
         name: The name of the file, for messages.
         limits: The length up to which a line is kept.
-        digest: An object whose `update` gets every byte of the file.
+        digest: An object whose `update` gets every byte that is read.
+        start: The offset of the first line.
+        end: The offset from which on no line begins that is wanted; by default the end of the file.
+        number: The number of the first line.
 
     Raises:
         DataError: The file is UTF-16, compressed, or a table.
     """
-    start = file.readline(limits.line_bytes + 1)
-    for magic, what in _NOT_TEXT.items():
-        if start.startswith(magic):
+    offset, number = start, number - 1
+    piece = file.readline(limits.line_bytes + 1) if end is None or offset < end else b""
+    for magic, what in _NOT_TEXT.items() if not start else ():
+        if piece.startswith(magic):
             raise DataError(f"{name} is {what}")
-    offset, number = 0, 0
-    piece = start
     while piece:
         if digest is not None:
             digest.update(piece)
@@ -122,7 +133,7 @@ def read_lines(file: BinaryIO, name: str, limits: Limits, digest: Any = None) ->
             raw = None
         yield Line(number, offset + skip, length - skip - ended, raw)
         offset += length
-        piece = file.readline(limits.line_bytes + 1)
+        piece = file.readline(limits.line_bytes + 1) if end is None or offset < end else b""
 
 
 def is_blank(raw: bytes) -> bool:

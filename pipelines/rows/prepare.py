@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from datatools import DataError, files
+from datatools import DataError, DatatoolsError, files
 from pipelines.models.limits import ModelLimits
 from pipelines.rows.dedup import dedup
 from pipelines.rows.encode import Encoder
-from pipelines.rows.read import read_pool
+from pipelines.rows.formats.table import check_columns
+from pipelines.rows.jsonl import Limits
+from pipelines.rows.options import Options
+from pipelines.rows.read import index_rows
 from pipelines.rows.row import BadRow, Refused
 from pipelines.rows.rows import Rows
-from pipelines.rows.tokens import encode_pool
 from pipelines.runs.messages import warn
 from pipelines.runs.progress import progress
 from pipelines.runs.redact import redact
@@ -42,6 +44,7 @@ def prepare(
     label: str,
     folder: Path | None = None,
     limits: ModelLimits = ModelLimits(),
+    workers: int = 1,
 ) -> Rows:
     """Read, encode and deduplicate rows. Bad rows are written to `folder`/bad_rows.jsonl.
 
@@ -53,6 +56,7 @@ def prepare(
         label: The name of the rows in messages.
         folder: The folder for bad_rows.jsonl and quarantine.jsonl; None writes neither.
         limits: The limits of the model. Rows are compared with them here, before anything is computed.
+        workers: How many processes read and encode; the result does not depend on it.
 
     Raises:
         Refused: A row is bad and the policy is "error"; the message names file, line and reason.
@@ -60,16 +64,20 @@ def prepare(
     """
     quarantine = folder / "quarantine.jsonl" if folder is not None and data.on_bad_row == "quarantine" else None
     policy = data.on_bad_row if quarantine is not None or data.on_bad_row != "quarantine" else "skip"
+    detect = isinstance(data, TargetData) and data.borrowed
+    encoder = _encoder(model, tokenizer, limits)
     try:
-        pool, bad = read_pool(
+        options = Options(data.source_key, check_columns(data.columns), detect, data.preference, Limits())
+        found = index_rows(
             data.paths,
+            options,
             on_bad_row=policy,
-            source_key=data.source_key,
             cache=cache,
             quarantine=quarantine,
-            columns=data.columns,
-            detect=isinstance(data, TargetData) and data.borrowed,
-            preference=data.preference,
+            encoder=encoder,
+            label=label,
+            progress=lambda lines: progress(f"reading {label}", lines),
+            workers=workers,
         )
     except Refused as error:
         if isinstance(data, TargetData):
@@ -77,13 +85,7 @@ def prepare(
         if folder is not None:  # the message shows the first few; the file has all
             _write_bad(folder, error.rows)
         raise
-    encoder = Encoder(tokenizer, chat=model.chat, max_length=model.max_length, on_long=model.on_long, limits=limits)
-    with progress(f"reading {label}", len(pool)) as bar:
-        scanned, kept = encode_pool(pool, encoder, cache, label, bar)
-    status = ["ok" if ok else "bad" for ok in scanned.ok]
-    unencoded = np.flatnonzero(~scanned.ok).tolist()  # in the order of `scanned.bad`
-    for index, row in zip(unencoded, scanned.bad, strict=True):
-        status[index] = row.reason
+    pool, scanned = found.pool, found.scan
     fatal = [row for row in scanned.bad if row.reason != "too_long" or model.on_long != "skip"]
     if fatal and data.on_bad_row == "error":
         if folder is not None:
@@ -96,12 +98,12 @@ def prepare(
             if isinstance(data, TargetData)
             else "Correct them, or continue without them: --on-bad-row skip (or quarantine)",
         )
-    rows = Rows(pool, scanned, encoder, [*bad, *scanned.bad], status, kept=kept)
+    assert isinstance(encoder, Encoder)
+    rows = Rows(pool, scanned, encoder, [*found.bad, *scanned.bad], scanned.status, kept=found.tokens)
     if data.dedup != "none":
-        found = dedup(pool, scanned, how=data.dedup, threshold=data.near_threshold)
-        rows.twins = dict(found.twins)
-        for index in rows.twins:
-            status[index] = "duplicate"
+        duplicates = dedup(pool, scanned, how=data.dedup, threshold=data.near_threshold)
+        rows.twins = duplicates.twins
+        rows.status = rows.status.replaced(~duplicates.keep, "duplicate")
     if not rows.usable.any():
         raise DataError(f"{label}: no usable row in {', '.join(map(str, data.paths))} ({len(rows.bad)} bad)")
     _compare(rows, limits, model.max_length, label)
@@ -115,8 +117,17 @@ def prepare(
         _write_bad(folder, rows.bad)
     if quarantine is not None and scanned.bad:
         there = files.read_bytes(quarantine) if quarantine.exists() else b""
+        unencoded = np.flatnonzero(~scanned.ok).tolist()
         files.write_bytes(quarantine, there + b"".join(pool.raw(index) + b"\n" for index in unencoded))
     return rows
+
+
+def _encoder(model: ModelConfig, tokenizer: Any, limits: ModelLimits) -> Encoder | DatatoolsError:
+    """Return the encoder, or why there is none: faults of the rows come first."""
+    try:
+        return Encoder(tokenizer, chat=model.chat, max_length=model.max_length, on_long=model.on_long, limits=limits)
+    except DatatoolsError as error:
+        return error
 
 
 def _compare(rows: Rows, limits: ModelLimits, asked: int | None, label: str) -> None:

@@ -1,26 +1,50 @@
 """Reading and checking rows; each has its place in its file and, if it cannot be used, the reason."""
 
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import xxhash
-
-from datatools import DataError, UsageError, files
+from datatools import DataError, DatatoolsError, UsageError, files
 from datatools.files import seals
 from pipelines.rows.as_jsonl import as_jsonl
+from pipelines.rows.encode import Encoder
 from pipelines.rows.formats.columns import Columns, columns_of
-from pipelines.rows.formats.shape import Shape
 from pipelines.rows.formats.table import check_columns
-from pipelines.rows.index import FileInfo, Options, Pool
+from pipelines.rows.gather import Columns as Gathered
+from pipelines.rows.index import FileInfo, Pool
 from pipelines.rows.input_files import Source, find_sources
-from pipelines.rows.jsonl import Limits, Line, Malformed, is_blank, parse_object, read_lines, shown
+from pipelines.rows.job import Job
+from pipelines.rows.jsonl import Limits, shown
+from pipelines.rows.options import Options
+from pipelines.rows.part import Input, Part
+from pipelines.rows.ranges import Cut, cut
 from pipelines.rows.row import BadRow, Refused
+from pipelines.rows.scan import Scan, scan_of
+from pipelines.rows.tokens import Tokens
 
 POLICIES = ("error", "skip", "quarantine")
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """The rows of some inputs, and what encoding them has shown.
+
+    Attributes:
+        pool: The usable rows.
+        bad: The rows that could not be read, in order.
+        scan: The result of encoding the rows.
+        tokens: The tokens that are kept on disk; None without a folder for them.
+    """
+
+    pool: Pool
+    bad: list[BadRow]
+    scan: Scan
+    tokens: Tokens | None
 
 
 def read_pool(
@@ -61,96 +85,138 @@ def read_pool(
         EnvironmentProblem: A data set of the hub cannot be loaded.
 
     Cost:
-        One pass, linear in bytes. Memory: one line, about 40 bytes per row, and the ids.
+        One pass, linear in bytes. Memory: one range of a file, and about 100 bytes per row and its id.
+    """
+    options = Options(source_key, check_columns(columns), detect, preference, limits)
+    found = index_rows(paths, options, on_bad_row=on_bad_row, cache=cache, quarantine=quarantine)
+    return found.pool, found.bad
+
+
+def index_rows(
+    paths: Sequence[str | os.PathLike[str]],
+    options: Options,
+    *,
+    on_bad_row: str = "error",
+    cache: Path,
+    quarantine: Path | None = None,
+    encoder: Encoder | DatatoolsError | None = None,
+    label: str | None = None,
+    progress: Callable[[int], AbstractContextManager[Any]] | None = None,
+    workers: int = 1,
+) -> Indexed:
+    """Read, check and encode every row in one pass, part by part; see `read_pool`.
+
+    Args:
+        paths: The inputs.
+        options: How rows are read.
+        on_bad_row: One of `POLICIES`.
+        cache: The folder for JSONL copies of tables, and for the index.
+        quarantine: The file for bad rows.
+        encoder: How rows are encoded; None only reads them. An error is raised if all rows can be read.
+        label: The name of the rows; the index of each name is kept in the cache, and used again. None keeps none.
+        progress: Makes a bar for a number of lines.
+        workers: How many processes read and encode.
+
+    Raises:
+        DatatoolsError: As in `read_pool`, and those of the encoder.
     """
     if on_bad_row not in POLICIES:
         raise UsageError(f"on_bad_row is {on_bad_row!r}; expected one of {', '.join(POLICIES)}")
     if on_bad_row == "quarantine" and quarantine is None:
         raise UsageError("on_bad_row is 'quarantine', but no quarantine file was named")
-    options = Options(source_key, check_columns(columns), detect, preference, limits)
-    pool, bad = Pool(options), list[BadRow]()
-    ids = _Ids(strict=on_bad_row == "error")
-    with ExitStack() as stack:
-        rejected: BinaryIO | None = None
-        if on_bad_row == "quarantine" and quarantine is not None:
-            files.make_folder(Path(quarantine).parent)
-            rejected = stack.enter_context(open(stack.enter_context(files.atomic_path(quarantine)), "wb"))
-        sources = find_sources(paths)
-        if not detect:
-            _check_files(options.columns, [source.name for source in sources])
-        for source in sources:
-            _read_source(source, Path(cache), pool, bad, ids, rejected)
+    sources = find_sources(paths)
+    if not options.detect:
+        _check_files(options.columns, [source.name for source in sources])
+    inputs, cuts, infos = [], [], []
+    for number, source in enumerate(sources):
+        one, pieces, info = _input(source, number, Path(cache), options)
+        inputs.append(one)
+        cuts.append(pieces)
+        infos.append(info)
+    folder = None if label is None else Path(cache) / f"index-{re.sub(r'[^A-Za-z0-9]+', '-', label)}"
+    job = Job(inputs, [place for pieces in cuts for place in pieces.ranges], options, encoder, folder)
+    gathered = Gathered(inputs)
+    seen = [_Seen(name=one.name) for one in inputs]
+    failure: DatatoolsError | None = encoder if isinstance(encoder, DatatoolsError) else None
+    lines = sum(place.lines for place in job.ranges)
+    with nullcontext() if progress is None else progress(lines) as bar:
+        for place, part in zip(job.ranges, job.all(workers), strict=True):
+            gathered.add(place.file, part)
+            seen[place.file].add(part)
+            failure = failure or part.failure
+            if bar is not None:
+                bar.advance(place.lines)
+    pool = Pool(options, inputs, gathered)
+    repeated = pool.ids.make_unique(strict=on_bad_row == "error")
+    pool.flags["repeated_id"] += len(repeated)
+    if on_bad_row == "quarantine" and quarantine is not None:
+        _write_lines(quarantine, [(one.path, entries.copied) for one, entries in zip(inputs, seen, strict=True)])
+    if on_bad_row == "error":
+        _add_repeated(seen, pool, repeated)
+    bad = [row for entries in seen for row in entries.bad]
+    for info, entries in zip(infos, seen, strict=True):
+        pool.files.append(FileInfo(info.path, info.bytes, info.digest, entries.rows, len(entries.bad), entries.blank))
     if on_bad_row == "error" and bad:
-        raise _refusal(bad, len(pool) + len(bad))
+        raise _refusal(bad, len(pool) + len(bad) - len(repeated))
     if not len(pool):
         raise _refusal(bad, len(bad)) if bad else DataError(f"no row in {', '.join(i.path for i in pool.files)}")
-    return pool, bad
+    if failure is not None:
+        raise failure
+    pool.flags = +pool.flags
+    scan = scan_of(pool, gathered)
+    if folder is None:
+        return Indexed(pool, bad, scan, None)
+    job.clear()
+    for old in Path(cache).glob(f"tokens-{folder.name.removeprefix('index-')}-*.bin"):  # of an older version
+        files.remove(old)
+    return Indexed(
+        pool, bad, scan, Tokens([folder / f"tokens-{name}.arrow" for name in job.names], gathered.sizes, scan)
+    )
 
 
-def _read_source(
-    source: Source, cache: Path, pool: Pool, bad: list[BadRow], ids: "_Ids", rejected: BinaryIO | None
-) -> None:
-    path, problems = as_jsonl(source, cache, pool._options.limits)
-    columns, _ = columns_of(source.name, pool._options.columns)
-    pool._paths.append(path)
-    pool._names.append(source.name)
-    pool._columns.append(columns)
-    stem = source.stem
-    sources: dict[str, str] = {}  # one object per name
-    before, bad_before, blank = len(pool), len(bad), 0
-    digest = xxhash.xxh3_128()
-    with files.open_file(path, buffering=1 << 20) as file:
-        for line in read_lines(file, source.name, pool._options.limits, digest):
-            problem = problems.get(line.number)
-            if problem is None and line.raw is not None and is_blank(line.raw):
-                blank += 1
-                continue
-            try:
-                if problem is not None:
-                    raise problem
-                value = parse_object(line.raw, pool._options.limits)
-                shape = pool._options.read(value, columns)
-                name = _source(value, columns, pool._options.source_key)
-                own = _own_id(value, columns)
-                identity = ids.take(
-                    own if own is not None else f"{stem}:{line.number}", own is not None, source.name, line.number
-                )
-            except Malformed as error:
-                bad.append(BadRow(source.name, line.number, line.offset, error.reason, error.detail))
-                if rejected is not None and problem is None:
-                    _copy_line(file, line, rejected)
-                continue
-            flags = _row_flags(shape, own, identity, name)
-            pool._add(line, identity, sources.setdefault(name or stem, name or stem), flags)
-        size = file.tell()
-    whole = digest.hexdigest()
+@dataclass
+class _Seen:
+    """What the parts of one file have shown besides their rows."""
+
+    name: str
+    rows: int = 0
+    blank: int = 0
+
+    def __post_init__(self) -> None:
+        self.bad: list[BadRow] = []
+        self.copied: list[tuple[int, int]] = []
+        """Offset and length of the lines that go to the quarantine."""
+
+    def add(self, part: Part) -> None:
+        self.rows += len(part.rows)
+        self.blank += part.blank
+        for line, offset, length, reason, detail, there in part.bad:
+            self.bad.append(BadRow(self.name, line, offset, reason, detail))
+            if there:
+                self.copied.append((offset, length))
+
+
+def _input(source: Source, number: int, cache: Path, options: Options) -> tuple[Input, Cut, FileInfo]:
+    """Return an input as ranges of lines, with its size and digest."""
+    path, problems = as_jsonl(source, cache, options.limits)
+    columns, _ = columns_of(source.name, options.columns)
+    pieces = cut(path, number)
+    size, whole = pieces.bytes, pieces.digest
     if source.path is not None and path != source.path:  # describe the input, not its copy
         size, whole = source.size_and_digest()
     if source.path is not None:
         seals.check(source.path, seals.Seal(size, whole))
-    pool.files.append(FileInfo(source.name, size, whole, len(pool) - before, len(bad) - bad_before, blank))
+    return Input(path, source.name, source.stem, columns, problems), pieces, FileInfo(source.name, size, whole, 0)
 
 
-class _Ids:
-    """The ids so far. If strict, a repeated id of a row is Malformed; otherwise it gets `#2`, `#3`, ... appended."""
-
-    def __init__(self, strict: bool) -> None:
-        self._strict = strict
-        self._first: dict[str, tuple[str, int]] = {}
-        self._repeats: dict[str, int] = {}
-
-    def take(self, identity: str, own: bool, file: str, line: int) -> str:
-        if identity in self._first:
-            if own and self._strict:
-                where = "{}:{}".format(*self._first[identity])
-                raise Malformed("repeated_id", f"id {shown(identity)} is also at {where}")
-            count = self._repeats.get(identity, 1) + 1
-            while f"{identity}#{count}" in self._first:
-                count += 1
-            self._repeats[identity] = count
-            identity = f"{identity}#{count}"
-        self._first[identity] = (file, line)
-        return identity
+def _add_repeated(seen: Sequence[_Seen], pool: Pool, repeated: Sequence[tuple[int, int]]) -> None:
+    """Make rows whose own id an earlier row has bad rows, each in its place."""
+    of_name = {one.name: one for one in seen}
+    for row, first in repeated:
+        where = f"id {shown(pool.ids[row])} is also at {pool.where(first)}"
+        of_name[pool.file(row)].bad.append(pool.bad_row(row, "repeated_id", where))
+    for one in seen if repeated else ():
+        one.bad.sort(key=lambda bad: bad.line)
 
 
 def _check_files(columns: Mapping[str, str | dict[str, str]], names: Sequence[str]) -> None:
@@ -165,40 +231,21 @@ def _check_files(columns: Mapping[str, str | dict[str, str]], names: Sequence[st
         )
 
 
-def _own_id(value: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    found = value.get(columns.get("id", "id"))
-    if isinstance(found, str):
-        return found if found.strip() else None
-    return str(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+def _write_lines(path: Path, lines: Sequence[tuple[Path, Sequence[tuple[int, int]]]]) -> None:
+    """Copy the bytes of lines into one file, even if they were too long to keep."""
+    files.make_folder(path.parent)
+    with ExitStack() as stack:
+        out = stack.enter_context(open(stack.enter_context(files.atomic_path(path)), "wb"))
+        for source, places in lines:
+            if not places:
+                continue
+            with files.open_file(source) as file:
+                for offset, length in places:
+                    _copy(file, offset, length, out)
 
 
-def _source(value: Mapping[str, Any], columns: Mapping[str, str], source_key: str) -> str | None:
-    for key in (columns.get("source"), source_key, "source"):
-        found = value.get(key) if key is not None else None
-        if isinstance(found, int | float) and not isinstance(found, bool):
-            return str(found)
-        if isinstance(found, str) and found.strip():
-            return found.strip()
-    return None
-
-
-def _row_flags(shape: Shape, own: str | None, identity: str, source: str | None) -> tuple[str, ...]:
-    flags = list(shape.flags)
-    if own is None:
-        flags.append("new_id")
-    elif own != identity:
-        flags.append("repeated_id")
-    if source is None:
-        flags.append("source_from_file")
-    return tuple(flags)
-
-
-def _copy_line(file: BinaryIO, line: Line, out: BinaryIO) -> None:
-    """Copy the bytes of a line, even if it was too long to keep."""
-    if line.raw is not None:
-        out.write(line.raw + b"\n")
-        return
-    offset, end = line.offset, line.offset + line.length
+def _copy(file: BinaryIO, offset: int, length: int, out: BinaryIO) -> None:
+    end = offset + length
     while offset < end:
         piece = os.pread(file.fileno(), min(1 << 20, end - offset), offset)
         if not piece:

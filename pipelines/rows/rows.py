@@ -12,6 +12,7 @@ from torch import Tensor
 
 from datatools import MicroBatches, micro_batches
 from pipelines.models.losses import collate
+from pipelines.rows.compact import Keys, Names
 from pipelines.rows.encode import Encoder
 from pipelines.rows.index import Pool
 from pipelines.rows.row import BadRow
@@ -27,7 +28,7 @@ class Rows:
     scan: Scan
     encoder: Encoder
     bad: list[BadRow]
-    status: list[str]
+    status: Names
     """For each row: "ok", "duplicate", or the reason why it cannot be encoded."""
     twins: dict[int, int] = field(default_factory=dict)
     """A duplicate -> the row that is kept instead."""
@@ -40,10 +41,10 @@ class Rows:
     @property
     def usable(self) -> NDArray[np.bool_]:
         """bool [n], the rows with status "ok"."""
-        return np.asarray([status == "ok" for status in self.status])
+        return self.status.where("ok")
 
     @property
-    def keys(self) -> list[str]:
+    def keys(self) -> Keys:
         """The content hash of each row; "" for rows that could not be encoded."""
         return self.scan.keys
 
@@ -61,16 +62,23 @@ class Rows:
             encoded = self.encoder(self.pool[index])
         return encoded.input_ids, encoded.labels
 
-    def longest_first(self) -> list[int]:
-        """The usable rows, longest first, ties by content."""
-        return sorted(np.flatnonzero(self.usable).tolist(), key=lambda i: (-int(self.scan.tokens[i]), self.keys[i]))
+    def longest_first(self) -> NDArray[np.int64]:
+        """The usable rows, longest first, ties by content, int64."""
+        rows = np.flatnonzero(self.usable)
+        first, last = self.keys.halves(rows)
+        return rows[np.lexsort((last, first, -self.scan.tokens[rows].astype(np.int64)))]
+
+    def unique_rows(self) -> NDArray[np.int64]:
+        """One usable row of each content, longest rows first, int64: what must be computed once."""
+        rows = self.longest_first()
+        first, last = self.keys.halves(rows)  # equal contents are equally long, so that they are neighbours
+        new = np.ones(len(rows), np.bool_)
+        new[1:] = (first[1:] != first[:-1]) | (last[1:] != last[:-1])
+        return rows[new]
 
     def unique(self) -> dict[str, int]:
-        """Return content hash -> one usable row that has it, longest rows first: what must be computed once."""
-        first: dict[str, int] = {}
-        for index in self.longest_first():
-            first.setdefault(self.keys[index], index)
-        return first
+        """Return content hash -> one usable row that has it, in the order of `unique_rows`."""
+        return {self.keys[row]: row for row in self.unique_rows().tolist()}
 
     def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Return the padded batch of some rows.

@@ -1,16 +1,13 @@
-"""The result of encoding every row of a pool: lengths, content keys, and faults."""
+"""What encoding every row of a pool has shown: lengths, content keys, and faults."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.rows.chat.refusals import RowError
-from pipelines.rows.encode import Encoder
-from pipelines.rows.encoded import Encoded
+from pipelines.rows.compact import Keys, Names
+from pipelines.rows.gather import Columns
 from pipelines.rows.index import Pool
 from pipelines.rows.row import BadRow
 
@@ -24,59 +21,37 @@ class Scan:
     """The number of tokens after cutting."""
     supervised: NDArray[np.int32]
     cut: NDArray[np.int32]
-    keys: list[str]
+    keys: Keys
     bad: list[BadRow]
+    """The rows that are not ok, in order."""
+    content: Keys
+    """What is equal for rows with the same text, whatever the tokenizer (`normal.content_of`)."""
+    opening: NDArray[np.uint64]
+    """What is equal for rows with the same first turn (`normal.opening_of`)."""
     flags: Counter[str] = field(default_factory=Counter)
     """The number of rows with each flag of `Encoded`."""
 
+    @property
+    def status(self) -> Names:
+        """For each row "ok", or the reason why it cannot be encoded."""
+        found = Names(np.zeros(len(self.ok), np.int32), ["ok"])
+        places = np.flatnonzero(~self.ok)
+        reasons = Names.of(row.reason for row in self.bad)
+        for reason in reasons.names:
+            found = found.replaced(places[reasons.where(reason)], reason)
+        return found
 
-class Progress(Protocol):
-    """An object that shows the progress of a job."""
 
-    def advance(self, n: int = 1, /) -> object:
-        """Count more rows as finished.
-
-        Args:
-            n: The number of rows.
-        """
-
-
-def scan(
-    pool: Pool,
-    encoder: Encoder,
-    progress: Progress | None = None,
-    keep: Callable[[int, Encoded], object] | None = None,
-) -> Scan:
-    """Encode every row once, and record its length, its tokens with loss, its key, and its faults.
+def scan_of(pool: Pool, columns: Columns) -> Scan:
+    """Return what the parts of a pool know about its tokens.
 
     Args:
         pool: The rows.
-        encoder: How they are encoded.
-        progress: Advanced by one per row.
-        keep: Called with the number and the tokens of each row that can be encoded.
-
-    Raises:
-        DataError: As in `Encoder`.
-
-    Cost:
-        One pass over the files; 13 bytes per row, plus its key.
+        columns: The columns of its parts.
     """
-    n = len(pool)
-    result = Scan(np.zeros(n, bool), np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32), [""] * n, [])
-    for i in range(n):
-        try:
-            encoded = encoder(pool[i])
-        except RowError as error:
-            result.bad.append(pool.bad_row(i, error.reason, error.detail))
-        else:
-            result.ok[i] = True
-            result.tokens[i] = len(encoded.input_ids)
-            result.supervised[i] = encoded.supervised
-            result.cut[i] = encoded.cut
-            result.keys[i] = encoded.key
-            result.flags.update(encoded.flags)
-            if keep is not None:
-                keep(i, encoded)
-        if progress is not None:
-            progress.advance(1)
-    return result
+    tokens, supervised, cut = (columns.numbers(name) for name in ("tokens", "supervised", "cut"))
+    bad = [pool.bad_row(row, reason, detail) for row, reason, detail in columns.faults]
+    return Scan(
+        columns.numbers("ok"), tokens, supervised, cut, columns.keys("key"), bad, columns.keys("content"),
+        columns.numbers("opening"), columns.encoded,
+    )  # fmt: skip

@@ -52,7 +52,7 @@ def unique(config: SelectConfig, target: Rows) -> dict[str, int]:
     """
     if config.objective != "dpo":
         return target.unique()
-    return {_pair_key(target, index): index for index in target.longest_first()}
+    return {_pair_key(target, index): index for index in target.longest_first().tolist()}
 
 
 def keys(config: SelectConfig, target: Rows) -> list[str]:

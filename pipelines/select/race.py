@@ -224,9 +224,7 @@ def _refusal(context: Context, own: str) -> str:
 
 def _only(target: Rows, wanted: NDArray[np.bool_]) -> Rows:
     """Return target rows of which only some are usable."""
-    kept = wanted.tolist()
-    status = [now if now != "ok" or keep else HELD_BACK for now, keep in zip(target.status, kept, strict=True)]
-    return replace(target, status=status)
+    return replace(target, status=target.status.replaced(target.usable & ~wanted, HELD_BACK))
 
 
 def _on(plan: measure.Plan, rows: Rows) -> measure.Plan:

@@ -145,7 +145,7 @@ def _run(config: TrainConfig) -> Path:
         with current.stage("load model"):
             kept_in = config.model.model_copy(update={"dtype": "float32"}) if master else config.model
             loaded = models.load(kept_in, tokenizer=tokenizer)
-        sources = rows.pool.sources
+        sources: Sequence[str] = rows.pool.sources
         if choose is not None and choose.clusters is not None:
             with current.stage("cluster rows"):
                 sources = clusters_of(loaded.model, rows, chosen, choose.clusters, seed=config.seed)

@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,16 @@ SECONDS = 10.0
 
 MEMORY = 2 << 30
 """Bytes that the process may use beyond its size at the start."""
+
+
+def asked_as(longest: int, arguments: Mapping[str, Any]) -> bytes:
+    """Return a rendering as it is asked for.
+
+    Args:
+        longest: The maximum number of characters of the result.
+        arguments: The arguments of transformers' `render_jinja_template`.
+    """
+    return json.dumps([SECONDS, longest, dict(arguments)]).encode("ascii")
 
 
 class Worker:
@@ -49,19 +59,9 @@ class Worker:
         Raises:
             EnvironmentProblem: The process cannot be started, or it has crashed.
         """
-        if self._owner != os.getpid():  # forked: the pipes and the lock are the parent's
-            self._owner, self._lock, self._process = os.getpid(), threading.Lock(), None
+        self._own()
         with self._lock:
-            process = self._process or self._start()
-            assert process.stdin is not None and process.stdout is not None
-            asked = json.dumps([SECONDS, longest, dict(arguments)]).encode("ascii")
-            try:
-                process.stdin.write(struct.pack("<q", len(asked)) + asked)
-                process.stdin.flush()
-                header = process.stdout.read(8)
-                answer = process.stdout.read(*struct.unpack("<q", header)) if len(header) == 8 else b""
-            except BrokenPipeError:
-                answer = b""
+            answer = self._ask(asked_as(longest, arguments))
             if answer:
                 kind, text = json.loads(answer)
                 return kind, text
@@ -74,6 +74,43 @@ class Worker:
             f"the process that renders chat templates ended with code {code}; check that transformers "
             "is installed completely (python -c 'import transformers')"
         )
+
+    def render_all(self, wanted: Sequence[bytes]) -> list[tuple[str, str]]:
+        """Render conversations by one message, each with its own limit of time.
+
+        Args:
+            wanted: Renderings, as `asked_as` returns them.
+
+        Returns:
+            The result of each, as of `render`; none at all if one of them has ended the process, or memory was short.
+
+        Raises:
+            EnvironmentProblem: The process cannot be started.
+        """
+        self._own()
+        with self._lock:
+            answer = self._ask(b"[" + b",".join(wanted) + b"]")
+            if not answer:
+                self.close()
+                return []
+        found = [(kind, text) for kind, text in json.loads(answer)]
+        return [] if any(kind == "large" for kind, _ in found) else found
+
+    def _own(self) -> None:
+        if self._owner != os.getpid():  # forked: the pipes and the lock are the parent's
+            self._owner, self._lock, self._process = os.getpid(), threading.Lock(), None
+
+    def _ask(self, asked: bytes) -> bytes:
+        """Return the answer of the process; nothing if it has ended."""
+        process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(struct.pack("<q", len(asked)) + asked)
+            process.stdin.flush()
+            header = process.stdout.read(8)
+            return process.stdout.read(*struct.unpack("<q", header)) if len(header) == 8 else b""
+        except BrokenPipeError:
+            return b""
 
     def close(self) -> int:
         """End the process and return its exit code."""

@@ -8,7 +8,7 @@ from typing import Any
 from datatools import DataError
 from pipelines.rows.chat.marks import CLOSE, OPEN, mark_of
 from pipelines.rows.chat.messages import for_template
-from pipelines.rows.chat.process import SECONDS, worker
+from pipelines.rows.chat.process import SECONDS, asked_as, worker
 from pipelines.rows.chat.refusals import RowError, TooSlow
 from pipelines.rows.formats.contents import strings
 from pipelines.rows.formats.shape import Message
@@ -16,6 +16,8 @@ from pipelines.rows.jsonl import shown
 
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 _SLOW_ROWS = 3  # after this many slow rows, the template is refused
+_TOGETHER = 64  # renderings per message to the process
+_LARGE = 1 << 20  # characters; a rendering that may be longer is asked for by itself
 _TEMPLATE_BYTES = 1 << 16  # what a template may add to a conversation, and to every turn
 
 # With a template that prints today's date, the tokens of a row would change daily. It gets this day instead (the one
@@ -59,6 +61,7 @@ class Renderer:
         self.text = _STRFTIME + template if "strftime_now" in template else template
         self.has_blocks = _GENERATION.search(template) is not None
         self.with_marked_blocks = lru_cache(maxsize=2)(self._mark_blocks)
+        self._ahead: dict[bytes, tuple[str, str]] = {}  # requests -> results
         self._slow = 0  # the number of rows for which the template took too long
 
     def render(
@@ -81,23 +84,11 @@ class Renderer:
             RowError: The template refuses the conversation, or needs too much time or memory for it.
             DataError: The template is not valid, or it took too long for several rows.
         """
-        limit = _TEMPLATE_BYTES * (len(written) + 1) + 4 * sum(map(len, strings([list(written), list(tools)])))
         if not written:
             raise RowError("template_refuses", "a conversation without a turn")
-        special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
-        kind, text = worker.render(
-            limit,
-            {
-                "conversations": [[for_template(message) for message in written]],
-                "tools": list(tools) or None,
-                "documents": None,
-                "chat_template": template or self.text,
-                "return_assistant_tokens_mask": False,
-                "continue_final_message": False,
-                "add_generation_prompt": add_generation_prompt,
-                **special,
-            },
-        )
+        limit, arguments = self._request(written, tools, template, add_generation_prompt)
+        asked = asked_as(limit, arguments)
+        kind, text = self._ahead.pop(asked) if asked in self._ahead else worker.render(limit, arguments)
         if kind == "invalid":
             raise DataError(f"the chat template {self._name} is not valid: {text}")
         if kind == "slow":
@@ -115,6 +106,36 @@ class Renderer:
         if kind == "long":
             raise RowError("template_output_too_long", f"the chat template wrote more than {limit} characters")
         return text
+
+    def ahead(self, wanted: Sequence[tuple[Sequence[Message], Sequence[Any], str | None]]) -> None:
+        """Render conversations together, for calls of `render` that follow; what was not asked for is forgotten.
+
+        Args:
+            wanted: Messages, definitions of tools, and the template text, as in `render`.
+        """
+        requests = [self._request(written, tools, template, False) for written, tools, template in wanted if written]
+        asked = [asked_as(limit, arguments) for limit, arguments in requests if limit <= _LARGE]
+        self._ahead = {}
+        for start in range(0, len(asked), _TOGETHER):
+            some = asked[start : start + _TOGETHER]
+            self._ahead.update(zip(some, worker.render_all(some), strict=False))
+
+    def _request(
+        self, written: Sequence[Message], tools: Sequence[Any], template: str | None, add_generation_prompt: bool
+    ) -> tuple[int, dict[str, Any]]:
+        """Return the maximum number of characters, and the arguments of transformers' `render_jinja_template`."""
+        limit = _TEMPLATE_BYTES * (len(written) + 1) + 4 * sum(map(len, strings([list(written), list(tools)])))
+        special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
+        return limit, {
+            "conversations": [[for_template(message) for message in written]],
+            "tools": list(tools) or None,
+            "documents": None,
+            "chat_template": template or self.text,
+            "return_assistant_tokens_mask": False,
+            "continue_final_message": False,
+            "add_generation_prompt": add_generation_prompt,
+            **special,
+        }
 
     def _mark_blocks(self, window: int) -> str:
         """Return the template with marks instead of its {% generation %} tags; a `with` block has the same scope."""

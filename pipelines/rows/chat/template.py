@@ -61,6 +61,25 @@ class ChatTemplate:
         """
         return self._render(next(ways_to_write(messages)), tools)
 
+    def ahead(self, rows: Sequence[tuple[Sequence[Message], Sequence[Any]]]) -> None:
+        """Have texts rendered together that `read` will ask for one by one: unchanged, and with the first marks.
+
+        Args:
+            rows: (messages, definitions of tools) of each row.
+        """
+        wanted: list[tuple[Sequence[Message], Sequence[Any], str | None]] = []
+        for messages, tools in rows:
+            try:
+                window = free_window(messages, tools)
+            except RowError:
+                continue
+            written = next(ways_to_write(messages))
+            wanted.append((written, tools, None))
+            wanted.append((with_marks(written, parts_of(written, True, True), window), tools, None))
+            if self._renderer.has_blocks:
+                wanted.append((written, tools, self._renderer.with_marked_blocks(window)))
+        self._renderer.ahead(wanted)
+
     def read(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), masked: frozenset[int] = frozenset()
     ) -> Rendered:

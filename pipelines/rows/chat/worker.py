@@ -2,7 +2,8 @@
 
 A template is a program written by the author of the model. The sandbox keeps it from files and objects, but not from
 infinite loops or from `'a' * 10**10`. The operating system limits these here: processor time per rendering, and memory
-of the process. Requests and answers are JSON, each after its length (8 bytes). An answer is [kind, text].
+of the process. Requests and answers are JSON, each after its length (8 bytes). An answer is [kind, text]; to a list of
+requests, it is a list.
 """
 
 import json
@@ -34,23 +35,27 @@ def main(memory: int) -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     drawn = random.Random(0).getstate()
     while header := requests.read(8):
-        seconds, longest, arguments = json.loads(requests.read(*struct.unpack("<q", header)))
-        random.setstate(drawn)  # a template that draws random numbers draws the same ones for a row every time
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        try:
-            text = render_jinja_template(**arguments)[0][0]
-            text.encode("utf-8")
-            answer = ["long", ""] if len(text) > longest else ["text", text]
-        except jinja2.TemplateSyntaxError as error:
-            answer = ["invalid", str(error)]
-        except MemoryError:
-            answer = ["large", ""]
-        except Exception as error:  # any error of a template
-            answer = ["refused", (str(error).strip() or type(error).__name__).splitlines()[0][:1000]]
-        written = json.dumps(answer).encode("ascii")
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        text = ""
-        answer.clear()
+        asked = json.loads(requests.read(*struct.unpack("<q", header)))
+        several = isinstance(asked[0], list)
+        found = []
+        for seconds, longest, arguments in asked if several else [asked]:
+            random.setstate(drawn)  # a template that draws random numbers draws the same ones for a row every time
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            try:
+                text = render_jinja_template(**arguments)[0][0]
+                text.encode("utf-8")
+                answer = ["long", ""] if len(text) > longest else ["text", text]
+            except jinja2.TemplateSyntaxError as error:
+                answer = ["invalid", str(error)]
+            except MemoryError:
+                answer = ["large", ""]
+            except Exception as error:  # any error of a template
+                answer = ["refused", (str(error).strip() or type(error).__name__).splitlines()[0][:1000]]
+            text = ""
+            found.append(json.dumps(answer).encode("ascii"))
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            answer.clear()
+        written = b"[" + b",".join(found) + b"]" if several else found[0]
         answers.write(struct.pack("<q", len(written)) + written)
         answers.flush()
 

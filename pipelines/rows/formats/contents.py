@@ -41,10 +41,13 @@ def strings(value: Any) -> Iterator[str]:
     """
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, dict) or (not isinstance(value, list | tuple) and isinstance(value, Mapping)):
         for key, item in value.items():
             yield str(key)
-            yield from strings(item)
+            if isinstance(item, str):
+                yield item
+            else:
+                yield from strings(item)
     elif isinstance(value, list | tuple):
         for item in value:
             yield from strings(item)

@@ -5,6 +5,7 @@ import json
 import random
 import time
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datatools import UsageError
+from pipelines.rows.compact import Keys
 from pipelines.rows.dedup import _bands, _jaccard, _shingles, dedup
 from pipelines.rows.index import Pool
+from pipelines.rows.normal import content_of, opening_of
 from pipelines.rows.read import read_pool
 from pipelines.rows.scan import Scan
 
@@ -31,7 +34,11 @@ def scan_of(pool: Pool, ok=None) -> Scan:
     n = len(pool)
     keys = [files.digest(repr((row.messages, row.text, row.prompt, row.completion)).encode()) for row in pool]
     ones = np.ones(n, np.int32)
-    return Scan(np.ones(n, bool) if ok is None else np.asarray(ok), ones, ones, ones, keys, [])
+    found = [(content_of(row).hex(), opening_of(row)) for row in pool]
+    return Scan(
+        np.ones(n, bool) if ok is None else np.asarray(ok), ones, ones, ones, Keys.of(keys), [],
+        Keys.of(content for content, _ in found), np.asarray([opening for _, opening in found], np.uint64),
+    )  # fmt: skip
 
 
 def chat(question: str, answer: str, **more) -> dict:
@@ -63,7 +70,7 @@ def test_rows_with_equal_tokens_are_duplicates(tmp_path):
     """Two rows that differ only behind the cut train the same."""
     pool = pool_of(tmp_path, [chat("q", "a long answer"), chat("q", "a long end"), chat("q", "another")])
     scan = scan_of(pool)
-    scan.keys[1] = scan.keys[0]
+    scan = replace(scan, keys=Keys.of([scan.keys[0], *scan.keys[:1], scan.keys[2]]))
     keep, twins = dedup(pool, scan, "exact")
     assert keep.tolist() == [True, False, True] and twins == {1: 0}
 

@@ -8,8 +8,9 @@ import pytest
 from datatools import DataError
 from pipelines.rows.dedup import dedup
 from pipelines.rows.encode import Encoder
-from pipelines.rows.read import read_pool
-from pipelines.rows.scan import scan
+from pipelines.rows.jsonl import Limits
+from pipelines.rows.options import Options
+from pipelines.rows.read import index_rows, read_pool
 
 # what a label's `expect` allows: kept, duplicate (dropped as one), bad (dropped with a reason), blank (not a row)
 ALLOWED = {
@@ -69,8 +70,10 @@ def tokenizer(shared):
 
 def outcomes(path, tokenizer, tmp_path, max_length, on_long, **policy):
     """line -> what became of it; and the bad rows."""
-    pool, bad = read_pool([path], cache=tmp_path, **policy)
-    result = scan(pool, Encoder(tokenizer, max_length=max_length, on_long=on_long))
+    encoder = Encoder(tokenizer, max_length=max_length, on_long=on_long)
+    options = Options("dataset", {}, False, None, Limits())
+    indexed = index_rows([path], options, cache=tmp_path, encoder=encoder, **policy)
+    pool, bad, result = indexed.pool, indexed.bad, indexed.scan
     keep, twins = dedup(pool, result, "near", 0.8)
     found = dict.fromkeys(range(1, path.read_bytes().count(b"\n") + 2), "blank")
     for i in range(len(pool)):

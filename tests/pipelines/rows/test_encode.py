@@ -8,8 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from datatools import DataError
-from pipelines.rows.encode import Encoder, _labels
+from pipelines.rows.encode import Encoder
 from pipelines.rows.encoded import IGNORED, Encoded
+from pipelines.rows.labels import labels_of
 from pipelines.rows.read import read_pool
 from pipelines.rows.row import Row
 from tests.pipelines.rows.families import (
@@ -81,11 +82,11 @@ def test_trimmed_offsets_lose_no_token():
 
 def test_labels_from_offsets():
     offsets = [(0, 0), (0, 2), (2, 5), (5, 7), (7, 7), (7, 9), (0, 0)]
-    assert _labels(list("abcdefg"), offsets, [(3, 6)]) == [-100, -100, "c", "d", -100, -100, -100]
-    assert _labels(list("abc"), [(0, 3), (3, 3), (6, 7)], [(3, 6)]) == [-100, -100, -100]
-    assert _labels(list("abc"), [(0, 3), (6, 6), (6, 7)], [(3, 6)]) == [-100, "b", -100]
-    assert _labels(list("abc"), [(0, 1), (0, 1), (0, 1)], [(0, 1)]) == list("abc")  # bytes of one character
-    assert _labels(list("abcd"), [(0, 1), (1, 2), (2, 3), (3, 4)], [(0, 1), (3, 4)]) == ["a", -100, -100, "d"]
+    assert labels_of(list("abcdefg"), offsets, [(3, 6)]) == [-100, -100, "c", "d", -100, -100, -100]
+    assert labels_of(list("abc"), [(0, 3), (3, 3), (6, 7)], [(3, 6)]) == [-100, -100, -100]
+    assert labels_of(list("abc"), [(0, 3), (6, 6), (6, 7)], [(3, 6)]) == [-100, "b", -100]
+    assert labels_of(list("abc"), [(0, 1), (0, 1), (0, 1)], [(0, 1)]) == list("abc")  # bytes of one character
+    assert labels_of(list("abcd"), [(0, 1), (1, 2), (2, 3), (3, 4)], [(0, 1), (3, 4)]) == ["a", -100, -100, "d"]
 
 
 def test_turns_of_a_prompt_are_not_trained():

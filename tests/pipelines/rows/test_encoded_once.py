@@ -40,7 +40,8 @@ class Counts:
 @pytest.fixture
 def counts(monkeypatch):
     found = Counts()
-    encode, tokenize, draw = Encoder.__call__, Encoder._whole, render.worker.render
+    encode, tokenize = Encoder.__call__, Encoder._whole
+    draw, draw_all = render.worker.render, render.worker.render_all
 
     def encoded(self, row):
         found.rows[row.raw] += 1
@@ -54,6 +55,11 @@ def counts(monkeypatch):
         found.rendered += 1
         return draw(*args)
 
+    def rendered_together(wanted):
+        found.rendered += len(wanted)
+        return draw_all(wanted)
+
+    monkeypatch.setattr(render.worker, "render_all", rendered_together)
     monkeypatch.setattr(Encoder, "__call__", encoded)
     monkeypatch.setattr(Encoder, "_whole", tokenized)
     monkeypatch.setattr(render.worker, "render", rendered)
@@ -139,7 +145,7 @@ def told(rows):
     """All that encoding has shown, and all tokens."""
     scan = rows.scan
     arrays = [a.tolist() for a in (scan.ok, scan.tokens, scan.supervised, scan.cut)]
-    return arrays, scan.keys, scan.bad, scan.flags, [rows.item(i) for i in range(len(rows))]
+    return arrays, list(scan.keys), scan.bad, scan.flags, [rows.item(i) for i in range(len(rows))]
 
 
 def test_kept_tokens_are_those_of_the_encoder(world, tmp_path, counts):
@@ -151,16 +157,17 @@ def test_kept_tokens_are_those_of_the_encoder(world, tmp_path, counts):
     clear(counts)
     assert told(prepared(world, tmp_path, max_length=short)) == want and not counts.rows
     assert told(prepared(world, tmp_path, max_length=short + 1)) != want and counts.rows.total() == 60
-    assert len(list(tmp_path.glob("tokens-*"))) == 1, "the file of another encoding goes"
+    assert len(list(tmp_path.rglob("tokens-*"))) == 1, "the file of another encoding goes"
 
 
-@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "a record", "the index", "the end"])
-def test_damaged_tokens_are_encoded_again(world, tmp_path, counts, damage):
+@pytest.mark.parametrize("name", ["tokens", "rows"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "a byte", "the end"])
+def test_damaged_parts_are_made_again(world, tmp_path, counts, name, damage):
     rows = prepared(world, tmp_path)
     want = told(rows)
-    (path,) = tmp_path.glob("tokens-*")
+    (path,) = tmp_path.rglob(f"{name}-*")
     data = bytearray(path.read_bytes())
-    places = {"a record": 3, "the index": len(data) - 2000, "the end": len(data) - 3}
+    places = {"a byte": data.index(rows.pool.ids[3].encode()) if name == "rows" else len(data) // 2, "the end": -3}
     if damage == "gone":
         path.unlink()
     elif damage in places:
@@ -171,10 +178,13 @@ def test_damaged_tokens_are_encoded_again(world, tmp_path, counts, damage):
     assert told(rows) == want, "in the run whose file is damaged under it"
     clear(counts)
     assert told(prepared(world, tmp_path)) == want
-    assert counts.rows.total() == (1 if damage == "a record" else 60)
+    if name == "rows" or damage in ("gone", "empty", "cut"):
+        assert counts.rows.total() == 60
+    else:
+        assert counts.rows.total() <= 1, "only the row that is damaged"
 
 
-def test_an_interrupted_encoding_leaves_no_tokens(world, tmp_path, monkeypatch):
+def test_an_interrupted_encoding_leaves_no_part(world, tmp_path, monkeypatch):
     encode, left = Encoder.__call__, iter(range(20))
 
     def stop(self, row):

@@ -27,8 +27,8 @@ def refused(data, tmp_path, folder=None):
 
 def test_all_rows_that_an_error_is_about_are_in_the_file(tmp_path, broken, monkeypatch):
     """The message names the first five; bad_rows.jsonl has all of them, and the input is read once for both."""
-    read, real = [], module.read_pool
-    monkeypatch.setattr(module, "read_pool", lambda *args, **options: read.append(1) or real(*args, **options))
+    read, real = [], module.index_rows
+    monkeypatch.setattr(module, "index_rows", lambda *args, **options: read.append(1) or real(*args, **options))
     error = refused(DataConfig(paths=[str(broken)]), tmp_path, tmp_path)
     assert "8 of 10 rows cannot be used" in str(error) and str(error).endswith("copies them to a file)")
     found = [json.loads(line) for line in (tmp_path / "bad_rows.jsonl").read_text().splitlines()]

@@ -1,19 +1,25 @@
 """Scanning a pool: the length of every row, the flags, and the rows that cannot be encoded."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import xxhash
 
 from pipelines.rows.encoded import Encoded
-from pipelines.rows.read import read_pool
-from pipelines.rows.scan import scan
+from pipelines.rows.jsonl import Limits
+from pipelines.rows.options import Options
+from pipelines.rows.read import index_rows
 from tests.pipelines.rows.families import PAIR, encoder
 
 
 class Counting:
     done = 0
+
+    def of(self, total: int):
+        assert total == 8
+        return nullcontext(self)
 
     def advance(self, n: int = 1) -> None:
         self.done += n
@@ -31,9 +37,10 @@ def test_scan(tmp_path):
         {"text": "The quick brown fox jumps over it " * 9},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pool, _ = read_pool([tmp_path / "rows.jsonl"], cache=tmp_path)
     progress, encode = Counting(), encoder("chatml", 40)
-    result = scan(pool, encode, progress)
+    options = Options("dataset", {}, False, None, Limits())
+    found = index_rows([tmp_path / "rows.jsonl"], options, cache=tmp_path, encoder=encode, progress=progress.of)
+    pool, result = found.pool, found.scan
     assert progress.done == 8
     assert result.ok.tolist() == [True, True, False, True, True, False, True, True]
     assert [(b.line, b.reason, b.byte_offset) for b in result.bad] == [

@@ -1,0 +1,186 @@
+"""Columns of text that take a few bytes per row, read like lists of strings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Texts(Sequence[str]):
+    """A sequence of texts that makes each text when it is asked for; it equals any sequence of the same texts."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def one(self, index: int) -> str:
+        """Return one text.
+
+        Args:
+            index: Its position, from 0 to the number of texts.
+        """
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self.one(i) for i in range(*index.indices(len(self)))]
+        n = len(self)
+        if not -n <= index < n:
+            raise IndexError(f"text {index} of {n}")
+        return self.one(index % n)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.one, range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or len(other) != len(self):
+            return False
+        return all(a == b for a, b in zip(self, other, strict=True))
+
+    def __repr__(self) -> str:
+        more = ", ..." if len(self) > 5 else ""
+        return f"{type(self).__name__}([{', '.join(map(repr, self[:5]))}{more}])"
+
+
+class Names(Texts):
+    """Texts of which few differ, such as sources and statuses: four bytes each.
+
+    Args:
+        codes: int32 [n], the position of each text in `names`.
+        names: The different texts.
+    """
+
+    def __init__(self, codes: NDArray[np.int32], names: Sequence[str]) -> None:
+        self.codes, self.names = codes, list(names)
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Names:
+        """Return the same texts as names.
+
+        Args:
+            texts: The texts.
+        """
+        if isinstance(texts, Names):
+            return texts
+        known: dict[str, int] = {}
+        codes = np.fromiter((known.setdefault(text, len(known)) for text in texts), np.int32)
+        return cls(codes, list(known))
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def one(self, index: int) -> str:
+        """Return one text, as `Texts.one` says."""
+        name: str = self.names[self.codes[index]]
+        return name
+
+    def where(self, name: str) -> NDArray[np.bool_]:
+        """Return which texts equal a name, bool [n].
+
+        Args:
+            name: The name.
+        """
+        found = np.zeros(len(self.codes), np.bool_)
+        for code, known in enumerate(self.names):
+            if known == name:
+                found |= self.codes == code
+        return found
+
+    def replaced(self, rows: NDArray[Any] | Sequence[int], name: str) -> Names:
+        """Return these texts with others in some places.
+
+        Args:
+            rows: The positions, or bool [n].
+            name: The text that they get.
+        """
+        names = self.names if name in self.names else [*self.names, name]
+        codes = self.codes.copy()
+        codes[np.asarray(rows)] = names.index(name)
+        return Names(codes, names)
+
+    def counts(self, rows: NDArray[Any] | slice = slice(None)) -> dict[str, int]:
+        """Return text -> how often it occurs, without those that do not, in the order of `names`.
+
+        Args:
+            rows: The positions that count.
+        """
+        found = np.bincount(self.codes[rows], minlength=len(self.names)).tolist()
+        return {name: count for name, count in zip(self.names, found, strict=True) if count}
+
+
+class Keys(Texts):
+    """Content keys, 32 hexadecimal characters each, in 16 bytes; "" for rows that have none.
+
+    Args:
+        data: uint8 [n, 16], zeros for "".
+    """
+
+    def __init__(self, data: NDArray[np.uint8]) -> None:
+        self.data = data
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Keys:
+        """Return the same keys.
+
+        Args:
+            texts: The keys.
+        """
+        if isinstance(texts, Keys):
+            return texts
+        joined = b"".join(bytes.fromhex(text) if text else bytes(16) for text in texts)
+        return cls(np.frombuffer(joined, np.uint8).reshape(-1, 16))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def one(self, index: int) -> str:
+        """Return one key, as `Texts.one` says."""
+        found: bytes = self.data[index].tobytes()
+        return "" if found == bytes(16) else found.hex()
+
+    def halves(self, rows: NDArray[Any] | slice = slice(None)) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Return the first and the last 8 bytes as numbers, which have the order of the texts.
+
+        Args:
+            rows: The positions.
+        """
+        pair = np.ascontiguousarray(self.data[rows]).view(">u8").astype(np.uint64)
+        return pair[:, 0], pair[:, 1]
+
+    def order(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Return positions sorted by key; equal keys keep their order.
+
+        Args:
+            rows: int64 [k], the positions to sort; by default all.
+        """
+        first, last = self.halves(slice(None) if rows is None else rows)
+        found = np.lexsort((last, first))
+        return found if rows is None else rows[found]
+
+    def repeated(self) -> NDArray[np.bool_]:
+        """Return which keys occur more than once, bool [n]; "" does not count."""
+        order = self.order()
+        first, last = self.halves(order)
+        same = (first[1:] == first[:-1]) & (last[1:] == last[:-1]) & ((first[1:] | last[1:]) != 0)
+        found = np.zeros(len(order), np.bool_)
+        found[order[1:][same]] = True
+        found[order[:-1][same]] = True
+        return found
+
+    def among(self, keys: Iterable[str]) -> NDArray[np.bool_]:
+        """Return which of these keys are among others, bool [n].
+
+        Args:
+            keys: A few keys.
+        """
+        wanted = np.unique(Keys.of([key for key in keys if key]).halves()[0])
+        found = np.isin(self.halves()[0], wanted)
+        exact = set(keys)
+        for row in np.flatnonzero(found).tolist():
+            found[row] = self.one(row) in exact
+        return found
