@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from datatools.colm import LastLayer as LastLayer
     from datatools.colm import cluster_sources as cluster_sources
     from datatools.colm import coreset_method as coreset_method
+    from datatools.colm import costs_more as costs_more
     from datatools.colm import kept_by_source as kept_by_source
     from datatools.colm import matching_error as matching_error
     from datatools.colm import not_better as not_better
+    from datatools.colm import saved_seconds as saved_seconds
     from datatools.colm import select_batch as select_batch
     from datatools.colm import small_sources as small_sources
     from datatools.errors import DataError as DataError
@@ -109,6 +111,8 @@ _EXPORTS = {
     "CoLM": "datatools.colm",
     "LastLayer": "datatools.colm",
     "cluster_sources": "datatools.colm",
+    "costs_more": "datatools.colm",
+    "saved_seconds": "datatools.colm",
     "kept_by_source": "datatools.colm",
     "matching_error": "datatools.colm",
     "not_better": "datatools.colm",

@@ -7,7 +7,7 @@ from datatools.colm.colm import CORESET_FEATURES, CoLM
 from datatools.colm.feature import FeatureKind
 from datatools.colm.history import History
 from datatools.colm.last_layer import LastLayer
-from datatools.colm.monitor import matching_error, not_better, random_error
+from datatools.colm.monitor import costs_more, matching_error, not_better, random_error, saved_seconds, worth_in_rows
 from datatools.colm.quotas import Plan, budgets, kept_by_source, plan
 from datatools.colm.small_sources import cluster_sources, small_sources
 from datatools.colm.table import FeatureTable
@@ -32,11 +32,14 @@ __all__ = [
     "cluster_sources",
     "coreset_method",
     "correct_expectation",
+    "costs_more",
     "kept_by_source",
     "matching_error",
     "not_better",
     "plan",
     "random_error",
+    "saved_seconds",
     "select_batch",
     "small_sources",
+    "worth_in_rows",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from time import perf_counter
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +31,9 @@ class ByProducts:
         model: the model that is trained, without the wrappers of DDP and torch.compile.
         target: the matrix whose gradients are read.
         project: gradients [b, outputs, inputs] -> features [b, d].
+
+    Attributes:
+        seconds: the time that collecting has taken since `watching` began; on a GPU, that of starting it.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,12 +58,13 @@ class ByProducts:
 
     def __init__(self, model: nn.Module, target: Target, project: Callable[[Tensor], Tensor]) -> None:
         self.model, self.target, self.project = model, target, project
+        self.seconds = 0.0
         self._found: list[tuple[list[int], Tensor]] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Install the hooks for the passes of one step."""
-        self._found = []
+        self._found, self.seconds = [], 0.0
         with ExitStack() as hooks:
             for handle in self._hooks():
                 hooks.callback(handle.remove)
@@ -145,12 +150,14 @@ class LogitByProducts(ByProducts):
             labels: the labels, where the head made logits at all positions.
 
         """
+        began = perf_counter()
         output = self._logits.pop()
         logits = output if labels is None else supervised(output, labels)
         if labels is not None:
             where = (labels[:, 1:] != -100).nonzero()[:, 0]
         with torch.no_grad():
             self._found.append((list(numbers), logit_numbers(logits, where, len(numbers))))
+        self.seconds += perf_counter() - began
 
 
 class GradientByProducts(ByProducts):
@@ -181,10 +188,12 @@ class GradientByProducts(ByProducts):
         x = (args[0] if args else next(iter(kwargs.values()))).detach().clone()  # some models change it in place
 
         def backward(grad: Tensor) -> None:
+            began = perf_counter()
             with torch.no_grad():
                 part = self._now - 1  # at this time, not at that of the forward pass, which checkpointing repeats
                 found = self.target.contract(x, grad)
                 self._sums[part] = self._sums[part] + found if part in self._sums else found
+            self.seconds += perf_counter() - began
 
         output.register_hook(backward)  # type: ignore[no-untyped-call]
 
@@ -217,6 +226,7 @@ class GradientByProducts(ByProducts):
             DataError: if no gradient reached the target's matrix.
 
         """
+        began = perf_counter()
         numbers: list[int] = []
         features: list[Tensor] = []
         for part, (rows, _) in enumerate(self._found):
@@ -231,6 +241,7 @@ class GradientByProducts(ByProducts):
             numbers += rows
             features.append(self.project(self._sums.pop(part) / scale[:, None, None]))
         self._factors = {}
+        self.seconds += perf_counter() - began
         return numbers, torch.cat(features) if features else torch.zeros(0, 1)
 
 

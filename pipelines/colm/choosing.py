@@ -32,9 +32,11 @@ from datatools import (
     Selection,
     UsageError,
     coreset_method,
+    costs_more,
     did_you_mean,
     files,
     not_better,
+    saved_seconds,
     small_sources,
 )
 from pipelines.colm import given as givens
@@ -47,7 +49,8 @@ from pipelines.settings.train import CoresetConfig
 
 MONITORED = (
     "match_error", "match_error_random", "select_seconds", "train_seconds", "select_share", "peak_bytes", "overflows",
-    "known_share", "feature_age", "kept_by_source", "seen_by_source",
+    "kept_rows", "drawn_rows", "saved_seconds", "costs_more", "known_share", "feature_age",
+    "kept_by_source", "seen_by_source",
 )  # fmt: skip
 """The keys of a monitored step's log entry that do not come from the Trainer."""
 
@@ -100,7 +103,8 @@ class Choosing(ABC):
         self._saved_history: dict[str, Tensor] | None = None
         self._watched: dict[str, Any] | None = None  # measurements that are not logged yet
         self._tables: dict[str, Any] = {}  # nested values, which go into the log history only
-        self._warned = False
+        self._warned = self._warned_of_cost = False
+        self._refresh_share = self._collected = 0.0  # seconds a step: of the last refresh, and of by-products
         self._idle = 0  # rows without a supervised token so far
 
     @property
@@ -169,7 +173,7 @@ class Choosing(ABC):
         """
         args, step, started = self.trainer.args, self.trainer.state.global_step, _now()
         colm = self._chooser()
-        self._refresh(colm, step)
+        refreshing = self._refresh(colm, step)
         watch = step % (self.settings.monitor_every * (RARELY if colm.kind.free else 1)) == 0
         if watch and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -205,11 +209,15 @@ class Choosing(ABC):
         if watched:
             measuring = math.fsum(last.watch_seconds for last, _, _ in watched)
             self._watched = measured.errors(watched) | {
-                "select_seconds": _now() - started - measuring, "overflows": colm.overflows,
-            }  # fmt: skip
+                "select_seconds": _now() - started - measuring - refreshing + self._refresh_share,
+                "overflows": colm.overflows,
+                "kept_rows": trained,
+                "drawn_rows": sum(len(sources) for _, sources, _ in watched),
+            }
             if self._given is not None:
                 rows = [number for batch in batches for number in self.numbers(batch)]
                 self._watched |= self._given.facts(rows, step)
+            self._collected = 0.0
             self._tables = measured.rows_by_source(watched)
         self._since = _now()
         return reduced
@@ -230,31 +238,25 @@ class Choosing(ABC):
         with self._seen.watching():
             yield self._seen
         numbers, features = self._seen.taken()
+        self._collected += self._seen.seconds
         if self.trainer.args.world_size > 1:
-            numbers, features = self._of_all(numbers, features)
+            numbers, features = measured.of_all_processes(self.trainer.accelerator, numbers, features)
         if numbers:
             self._given.table.put(numbers, features, step=self.trainer.state.global_step)
 
-    def _of_all(self, numbers: list[int], features: Tensor) -> tuple[list[int], Tensor]:
-        """Return the by-products of all processes."""
-        accelerator = self.trainer.accelerator
-        mine = torch.cat(
-            [torch.tensor(numbers, dtype=torch.float64)[:, None].to(features.device), features.double()], 1
-        )
-        padded = accelerator.pad_across_processes(mine, dim=0, pad_index=math.nan)
-        whole = accelerator.gather(padded)
-        whole = whole[whole[:, 0].isfinite()]
-        return [int(number) for number in whole[:, 0].tolist()], whole[:, 1:].float()
-
-    def _refresh(self, colm: CoLM, step: int) -> None:
-        """Measure the features of all rows again, if that is due."""
+    def _refresh(self, colm: CoLM, step: int) -> float:
+        """Measure the features of all rows again, if that is due; return the seconds that it took."""
         if self._given is None or not self._given.due(step):
-            return
+            return 0.0
+        started = _now()
         for batch in self.everything():
             tensors, _, known = self.large(batch)
             features = colm.measured(tensors, known.get("lengths"))
             self._given.table.put(self.numbers(batch), features, step=step)
         self._given.refreshed(step)
+        seconds = _now() - started
+        self._refresh_share = seconds / (self.settings.refresh_every or 1)
+        return seconds
 
     def _begin_given(self, numbers: Sequence[int]) -> None:
         """Prepare features that cost no pass, for rows with these numbers; called at the end of `begin`."""
@@ -271,6 +273,8 @@ class Choosing(ABC):
         if seen is None or "train_seconds" not in seen or "loss" not in logs:
             return {}
         self._watched = None
+        if (saved := saved_seconds(seen)) is not None:
+            seen["saved_seconds"] = saved
         share = seen["select_seconds"] / max(1e-9, seen["select_seconds"] + seen["train_seconds"])
         return {**seen, "select_share": share}
 
@@ -284,11 +288,16 @@ class Choosing(ABC):
             return
         history[-1] |= self._tables
         self._tables = {}
-        if not self._warned and not CORESET_METHODS[self.settings.method].control:
-            text = not_better([entry for entry in history if "match_error" in entry])
-            if text is not None:
-                self._warned = True
-                warn(text)
+        if CORESET_METHODS[self.settings.method].control:
+            return
+        seen = [entry for entry in history if "match_error" in entry]
+        if not self._warned and (text := not_better(seen)) is not None:
+            self._warned = True
+            warn(text)
+        if not self._warned_of_cost and (text := costs_more(seen, advice=measured.advice(self.settings))) is not None:
+            self._warned_of_cost = True
+            history[-1]["costs_more"] = text.removeprefix("coreset: ")
+            warn(text)
 
     def save(self, folder: Path) -> None:
         """Write the history of the choices into a checkpoint.
@@ -373,7 +382,9 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         seen = self.choosing._watched
         if seen is not None and "train_seconds" not in seen:
-            seen["train_seconds"] = _now() - self.choosing._since
+            collected, self.choosing._collected = self.choosing._collected, 0.0
+            seen["train_seconds"] = _now() - self.choosing._since - collected
+            seen["select_seconds"] += collected  # by-products are what choosing costs
             seen["peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes()
 
 

@@ -10,9 +10,19 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from datatools import CORESET_FEATURES, CORESET_METHODS, FeatureTable, Selection, UsageError, not_better, small_sources
+from datatools import (
+    CORESET_FEATURES,
+    CORESET_METHODS,
+    FeatureTable,
+    Selection,
+    UsageError,
+    costs_more,
+    not_better,
+    small_sources,
+)
 from pipelines.colm.choosing import MONITORED, Choosing
 from pipelines.colm.given import check_visits
+from pipelines.colm.measured import advice
 from pipelines.models.losses import collate
 from pipelines.runs.messages import warn
 from pipelines.settings.parts import TrainingConfig
@@ -149,4 +159,5 @@ def facts(choose: CoresetConfig, sources: Sequence[Hashable], seen: Sequence[Map
         "small": sorted(map(str, small)),
         "memory": "gpu" if torch.cuda.is_available() else "process",  # what `peak_bytes` measures
         "warning": None if CORESET_METHODS[choose.method].control else not_better(seen),
+        "costs_more": None if CORESET_METHODS[choose.method].control else costs_more(seen, advice=advice(choose)),
     }

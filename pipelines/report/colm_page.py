@@ -62,10 +62,15 @@ def render(folder: Path, tell: Callable[[str], object] | None = None) -> Path:
     """
     facts, entries = read(folder)
     if tell is not None:
-        tell(_lead(*_numbers(entries)))
+        tell(_lead(*_numbers(entries)) + (f"; {_short(facts)}" if facts.get("costs_more") else ""))
     with report.damaged(f"{folder}: coreset.json or metrics.jsonl", "train again"):
         text = report.page("coreset.html", **_parts(facts, entries, *_numbers(entries)))
     return report.write_page(folder, text)
+
+
+def _short(facts: Mapping[str, Any]) -> str:
+    """Return that choosing does not pay, without the advice, which a run has given as a warning."""
+    return str(facts["costs_more"]).removeprefix("coreset: ").rpartition("; ")[0]
 
 
 def _numbers(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], dict[str, float]]:
@@ -125,7 +130,7 @@ def _parts(
     across = charts.Scale(1, max(2, entries[-1]["step"]))
     return {
         "lead": _lead(seen, means).removeprefix("coreset: "),
-        "warning": facts["warning"],
+        "warnings": [facts[key] for key in ("warning", "costs_more") if facts.get(key)],
         "settings": settings,
         "method": method_in_words(str(settings["method"])),
         "steps": len(entries),

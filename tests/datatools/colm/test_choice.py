@@ -1,5 +1,6 @@
 """The choice of rows, against the specification's worked numbers and plain definitions."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -13,12 +14,15 @@ from datatools.colm import (
     budgets,
     choose_rows,
     cluster_sources,
+    costs_more,
     matching_error,
     not_better,
     plan,
     random_error,
+    saved_seconds,
     select_batch,
     small_sources,
+    worth_in_rows,
 )
 from datatools.colm.choice import sparsify
 from datatools.subsets.facility_location import distances, facility_location
@@ -334,3 +338,21 @@ def test_the_warning_comes_after_a_hundred_steps_that_gave_nothing():
     better = entries(1.5, 1.0, range(1, 200, 10)) + entries(0.5, 1.0, range(201, 312, 10))
     assert not_better(better) is None, "only the last hundred count"
     assert not_better([]) is None
+
+
+def test_a_choice_pays_if_the_rows_it_stands_for_cost_more_than_choosing():
+    def entry(spent, error=0.5, train=1.0):
+        return {"kept_rows": 16, "drawn_rows": 32, "match_error": error, "match_error_random": 1.0,
+                "select_seconds": spent, "train_seconds": train}  # fmt: skip
+
+    assert saved_seconds(entry(0.1)) == pytest.approx(0.6) and saved_seconds(entry(0.1, error=2.0)) < 0
+    assert saved_seconds({"match_error": 1.0}) is None
+    assert costs_more([entry(9.0), *[entry(0.5)] * 6], advice="x") is None, "the first step is slow, and does not count"
+    text = costs_more([entry(0.7)] * 6, advice="do this")
+    assert "takes 0.7 s of a step, and the 16 rows that are kept" in text and "as well as 25.6 random rows" in text
+    assert text.endswith("which saves 0.6 s of training; do this")
+    assert "saves 0 s" in costs_more([entry(0.1, error=2.0)] * 6, advice="x")
+    assert costs_more([entry(0.7)] * 3, advice="x") is None, "too early"
+    assert costs_more([entry(0.0, error=2.0)] * 6, advice="x") is None, "what costs nothing need not save"
+    with_gaps = [entry(0.7, error=math.nan)] * 6
+    assert costs_more(with_gaps, advice="x") is not None and worth_in_rows(16, 32, math.nan, 1.0) == 16

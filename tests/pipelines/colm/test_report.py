@@ -55,6 +55,18 @@ def test_the_report_warns_and_shows_hostile_names_harmlessly(first, tmp_path):
     assert control["warning"] is None, "the control is not blamed for being random"
 
 
+def test_a_choice_that_costs_more_than_it_saves_says_so(world, tmp_path, capsys):
+    """In the terminal while training and at its end, in metrics.jsonl, and in the report."""
+    choose = CoresetConfig(keep=4, large_batch=8, monitor_every=1)
+    run = train.run(settings(world, tmp_path / "run", coreset=choose))
+    told, lines = capsys.readouterr().err, metrics(run)
+    assert all(e["kept_rows"] == 4 and e["drawn_rows"] == 8 and "saved_seconds" in e for e in lines)
+    assert [e["step"] for e in lines if "costs_more" in e] == [5], "said once, as soon as it is seen"
+    text = "this choice costs more than it saves: choosing takes"
+    assert told.count(f"warning: coreset: {text}") == 1 and told.count(text) == 2
+    assert text in (run / "report.html").read_text() and text in lines[4]["costs_more"]
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda entry: {"overflows": entry["step"]}, "filled every batch, so nothing was chosen: both errors"),
     (lambda entry: {"overflows": 7}, "small sources alone filled 7 of 10 batches, whose rows are random"),
