@@ -29,7 +29,9 @@ from datatools.order.recipe import Recipe, States, train
 from datatools.order.recorder import Recorder
 from datatools.order.reference_run import ReferenceRun, record
 from datatools.order.refine import refine
+from datatools.order.sampler import OrderSampler
 from datatools.order.search import SEARCHES, Found, borda_order, exact_order, search
+from datatools.order.shapes import SHAPES, Form, arrange
 from datatools.order.tournament import Tournament, tournament
 from datatools.order.validate import Judgement, Prize, break_even, calibrated, judge, prize
 from datatools.stats import spearman
@@ -40,13 +42,16 @@ __all__ = [
     "HVP_IN_GRADIENTS",
     "LIMIT_BYTES",
     "SEARCHES",
+    "SHAPES",
     "Anchor",
     "Cost",
     "Diverged",
+    "Form",
     "Found",
     "Judgement",
     "Loss",
     "Map",
+    "OrderSampler",
     "Outlook",
     "Params",
     "Parts",
@@ -59,6 +64,7 @@ __all__ = [
     "States",
     "Surrogate",
     "Tournament",
+    "arrange",
     "borda_order",
     "break_even",
     "calibrated",

@@ -61,6 +61,10 @@ def announce(setting: Setting) -> None:
     if config.task == "validate":
         runs = config.orders + config.calibration + (config.seeds if has_seeds(config) else 0) + config.references
         say(f"  validation: {runs} true runs, {runs * (steps + config.warmup_steps):,} gradients at most")
+    if config.task == "curricula":
+        most = len(config.scores) * len(config.shapes) + 1
+        runs = (most if config.train_all else config.retrain + 1) + config.retrain
+        say(f"  curricula: {most} orders at most; {runs} true runs, {runs * (steps + config.warmup_steps):,} gradients")
     if config.task == "search":
         runs = 2 * config.retrain + 1
         for judge in used(config)[1:]:
@@ -103,6 +107,13 @@ def _work(setting: Setting) -> dict[str, float]:
         for judge in names[1:]:
             work[f"search: {judge} judges"] = each[judge] * (config.judged + 2 * BLIND)
         work["retrain the best, as many random, and the reference"] = (2 * config.retrain + 1) * run_
+    if config.task == "curricula":
+        most = len(config.scores) * len(config.shapes) + 1
+        for name, score in each.items():
+            work[f"{name}: scores"] = score * (most + config.retrain + (64 if score == 0 else max(2, config.retrain)))
+        runs = (most if config.train_all else config.retrain + 1) + config.retrain
+        work["curricula: scores"] = 4.0 * len(setting.problem.batches)
+        work["curricula: retrained"] = runs * run_
     if config.task == "map":
         batches = min(config.map_batches, len(set(setting.sequence)))
         runs = batches * config.completions * (positions_of(setting) + 1)
@@ -153,6 +164,8 @@ def used(config: OrderConfig) -> list[str]:
         return [] if config.map_by == "retraining" else [config.map_by]
     if config.task in ("record", "plan"):
         return []
+    if config.task == "curricula":
+        return [] if config.train_all else list(config.estimators[:1])
     return list(config.estimators[:2] if config.task == "search" else config.estimators)
 
 

@@ -3,6 +3,7 @@
 One folder contains a reference run and the results of its tasks; each task computes only what is missing.
 
     plan      plan.json, order.npz: which source should come first, and a few orders of sources retrained
+    curricula curricula.json, order.npz: batches arranged by scores in shapes, estimated or trained
     record    reference.npz, reference/ (anchors with optimizer states)
     estimate  estimates.json: predicted losses of random orders, of curricula, and of the orders of --set sequences=
     search    search.json, order.npz (for `datatools train --order`), the found orders retrained
@@ -21,10 +22,12 @@ from pathlib import Path
 from pipelines import former
 from pipelines.order import cost
 from pipelines.order import setting as order_setting
+from pipelines.order.curricula import run_curricula
 from pipelines.order.estimate import estimate_orders
 from pipelines.order.kept import record
 from pipelines.order.map import draw_map
 from pipelines.order.plan import plan
+from pipelines.order.scores import check_scores
 from pipelines.order.search import search
 from pipelines.order.setting import Setting
 from pipelines.order.validate import validate
@@ -38,6 +41,7 @@ from pipelines.training import optimizers
 
 TASKS: dict[str, Callable[[Setting], None]] = {
     "plan": plan,
+    "curricula": run_curricula,
     "record": record,
     "estimate": estimate_orders,
     "search": search,
@@ -64,6 +68,7 @@ def run(config: OrderConfig) -> Path:
     alone("datatools order")
     optimizers.check(config.training)
     preflight.contradictions(config)
+    check_scores(config.scores)
     with in_scratch(config) as kept, Run(kept.out, kept, "order", overwrite=kept.overwrite) as current:
         setting = order_setting.build(kept, current)
         cost.announce(setting)

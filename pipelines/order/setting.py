@@ -7,7 +7,7 @@ those of `datatools train` to the bit. The reference run starts after a warm-up 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pipelines.colm.sources import clusters_of
 from pipelines.models import load as models
 from pipelines.models.losses import Batch, supervised_tokens, token_losses
 from pipelines.order import draw as drawing
+from pipelines.order.columns import read_columns
 from pipelines.rows.inputs import Inputs
 from pipelines.rows.rows import Rows
 from pipelines.runs.folder import Run
@@ -55,6 +56,8 @@ class Setting:
     device: torch.device
     module: Any
     """The model, with trainable parameters."""
+    columns: dict[str, list[float]] = field(default_factory=dict)
+    """The scores that are columns of the rows: name -> one number per batch."""
     start: order.Anchor | None = None
     """The start of every true run, after it was recorded or read."""
     recorded: tuple[tuple[int, int], order.ReferenceRun] | None = None
@@ -203,6 +206,7 @@ def build(config: OrderConfig, current: Run) -> Setting:
         sum(p.numel() for p in base.values()),
         device,
         module,
+        read_columns(config.scores if config.task == "curricula" else (), rows, batches),
     )
 
 

@@ -15,11 +15,18 @@ import numpy as np
 from datatools import DataError
 from datatools.files import sealed
 from pipelines.report.order_figures import finite, from_below, heat, labels, scatter, strip
-from pipelines.report.order_sections import plan_view
+from pipelines.report.order_sections import curricula_view, plan_view
 from pipelines.report.page import damaged, page, write_page
 from pipelines.texts import minus, number
 
-PARTS = {"plan": "plan", "validation": "validate", "search": "search", "estimates": "estimate", "map": "map"}
+PARTS = {
+    "plan": "plan",
+    "curricula": "curricula",
+    "validation": "validate",
+    "search": "search",
+    "estimates": "estimate",
+    "map": "map",
+}
 """The name of a result -> the task that writes it."""
 FEWEST_ORDERS = 10
 """With fewer true runs, a rank correlation is no headline: of 5 orders, one in 60 rankings is perfect by chance."""
@@ -247,6 +254,7 @@ def _precedence(found: dict[str, Any] | None) -> dict[str, Any] | None:
 
 VIEWS = {
     "plan": plan_view,
+    "curricula": curricula_view,
     "validation": _validation,
     "search": _search,
     "estimates": _estimates,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from pipelines.report.order_figures import from_below, heat, labels
+from pipelines.report.order_figures import from_below, heat, labels, strip
 from pipelines.texts import number
 
 
@@ -67,4 +68,45 @@ def _bar(score: float, error: float | None, largest: float) -> dict[str, str]:
         "width": f"{found['to'] - found['from']:.1f}%",
         "low": f"{found['low']:.1f}%",
         "span": f"{found['high'] - found['low']:.1f}%",
+    }
+
+
+def curricula_view(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the page shows of curricula: the orders from the best, and the proposed one as a strip.
+
+    Args:
+        found: The content of curricula.json; None if there is none.
+    """
+    if found is None:
+        return None
+    key = found["by"]
+    rows = sorted(
+        found["rows"], key=lambda row: [math.inf if row.get(k) is None else row[k] for k in (key, "estimated")]
+    )
+    best = next(row for row in rows if row["name"] == found["proposed"])
+    sources = [found["batches"][b]["source"] for b in best["sequence"]]
+    names = list(dict.fromkeys(sources))
+    values = [row[key] for row in rows if row.get(key) is not None]
+    low, high = min(values), max(values)
+    return {
+        "sentence": found["sentence"],
+        "proposed": best["name"],
+        "value": number(best.get(key), 5),
+        "by": "after real training" if key == "true" else f"by {found['estimator']}",
+        "random_mean": number(found["random_mean"], 5) if found["random_mean"] is not None else "",
+        "random_best": number(found["random_best"], 5) if found["random_best"] is not None else "",
+        "estimator": found["estimator"],
+        "trained": key == "true",
+        "strip": strip(sources, names),
+        "names": [{"name": name, "kind": f"s{i % 8}"} for i, name in enumerate(names)],
+        "rows": [
+            {
+                "name": row["name"],
+                "estimated": number(row.get("estimated"), 5),
+                "true": number(row["true"], 5) if row.get("true") is not None else "",
+                "drawn": row["name"].startswith("random ") or row["name"] == "reference",
+                "width": f"{100 * (row[key] - low) / (high - low or 1.0):.1f}%" if row.get(key) is not None else "",
+            }
+            for row in rows
+        ],
     }

@@ -23,6 +23,7 @@ TABLES: dict[str, tuple[str, str]] = {
     "estimator": ("datatools/order/estimators/__init__.py", "ESTIMATORS"),
     "coreset method": ("datatools/colm/choice.py", "CORESET_METHODS"),
     "coreset feature": ("datatools/colm/colm.py", "CORESET_FEATURES"),
+    "shape": ("datatools/order/shapes.py", "SHAPES"),
     "search": ("datatools/order/search.py", "SEARCHES"),
     "check": ("pipelines/diagnose/checks/__init__.py", "CHECKS"),
 }

@@ -38,7 +38,7 @@ class OrderTraining(TrainingConfig):
     )
 
 
-ORDER_TASKS = ("plan", "record", "estimate", "search", "validate", "map")
+ORDER_TASKS = ("plan", "curricula", "record", "estimate", "search", "validate", "map")
 
 
 class OrderConfig(RunSettings):
@@ -47,19 +47,20 @@ class OrderConfig(RunSettings):
     Estimates it from one recorded run, without retraining. The tasks share the folder --out and its settings: record
     the run; estimate the losses of orders; search for a better one (order.npz); validate estimates against true
     retrainings; map what the position of a batch does. The task plan asks which source should come first, and needs
-    no recorded run. Writes report.html.
+    no recorded run; curricula arranges batches by scores. Writes report.html.
     """
 
     examples = (
         "datatools order validate --model M --data a.jsonl --batches 32 --orders 30 "
         "--estimators pairwise,reduced,table --out runs/order --seed 0",
         "datatools order search --out runs/order",
+        "datatools order curricula --model M --data a.jsonl --batches 32 --out runs/order",
         "datatools order plan --model M --data a.jsonl --grouping source --batches 40 --out runs/plan",
         "datatools order map --out runs/order --set map_batches=8",
         "datatools train --model M --data a.jsonl --order runs/order/order.npz --lora-rank 0",
     )
 
-    task: Literal["plan", "record", "estimate", "search", "validate", "map"] = Field(
+    task: Literal["plan", "curricula", "record", "estimate", "search", "validate", "map"] = Field(
         default="validate", description="what to do with the reference run", json_schema_extra=LATE
     )
     model: Annotated[ModelConfig, Flags("name chat trust_remote_code max_length")] = Field(
@@ -241,12 +242,49 @@ class OrderConfig(RunSettings):
         "the start, which needs no recorded run",
         json_schema_extra=LATE,
     )
+    scores: Names = Field(
+        default=["length", "loss", "gradient-norm", "influence", "learnability", "similarity"],
+        min_length=1,
+        max_length=64,
+        description="for `curricula`: what batches are arranged by; column:NAME is a numeric column of the rows",
+        json_schema_extra=LATE,
+    )
+    shapes: list[Annotated[str, OneOf(partial(names.known, "shape"))]] = Field(
+        default=["sort", "reverse", "fold", "zigzag", "stair", "saw"],
+        min_length=1,
+        max_length=16,
+        description="for `curricula`: the shapes in which batches are arranged",
+        json_schema_extra=LATE,
+    )
+    layers: int = Field(
+        default=3, ge=1, le=1000, description="passes through the scores of a fold or zigzag", json_schema_extra=LATE
+    )
+    sections: int = Field(default=3, ge=1, le=1000, description="sections of a stair or saw", json_schema_extra=LATE)
+    ratio: float = Field(
+        default=0.1,
+        ge=0,
+        le=0.5,
+        description="half width of the transition between sections, as a share of the steps",
+        json_schema_extra=LATE,
+    )
+    window: int = Field(
+        default=0,
+        ge=0,
+        le=10**6,
+        description="steps within which a curriculum is shuffled in the end; 0 does not shuffle",
+        json_schema_extra=LATE,
+    )
+    train_all: bool = Field(
+        default=False,
+        description="for `curricula`: train every curriculum instead of estimating it",
+        json_schema_extra=LATE,
+    )
     worth: float = Field(
         default=0.001,
         ge=0,
         le=1e9,
         description="the smallest difference of held-out losses that is worth an order: if the estimates expect less, "
-        "`plan` and `search` say so and end before anything is retrained; 0 always goes on",
+        "`plan` and `curricula` say so and end before anything is retrained; 0 always goes on",
         json_schema_extra=LATE,
     )
     map_batches: int = Field(

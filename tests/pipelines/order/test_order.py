@@ -293,6 +293,43 @@ def test_a_plan_that_cannot_be_made_is_refused_before_anything_is_computed(
     assert not (tmp_path / "run" / "plans").exists()
 
 
+def test_curricula_are_estimated_retrained_and_compared_with_random_orders(world: Path, tmp_path: Path) -> None:
+    rows = [
+        json.loads(line) | {"quality": i % 7} for i, line in enumerate((world / "data.jsonl").read_text().splitlines())
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, out = OrderData(paths=[str(tmp_path / "data.jsonl")]), tmp_path / "run"
+    names = ["length", "loss", "gradient-norm", "influence", "learnability", "similarity", "column:quality"]
+    base = {"data": data, "task": "curricula", "batches": 6, "scores": names, "estimators": ["pairwise"], "retrain": 2}
+    run(settings(world, out, worth=1e6, **base))
+    found = json.loads((out / "curricula.json").read_text())
+    assert found["proposed"] == "reference" and not (out / "true").exists(), "nothing to win, nothing retrained"
+    run(settings(world, out, worth=0, **base))
+    found = json.loads((out / "curricula.json").read_text())
+    kinds = {row["name"].split(", ")[0] for row in found["rows"]}
+    assert {"reference", "length", "column:quality", "random 1", "random 2"} <= kinds
+    retrained = [row for row in found["rows"] if row.get("true") is not None]
+    assert 4 <= len(retrained) <= 5, "the best two, the reference, and two random orders"
+    proposed = next(row for row in found["rows"] if row["name"] == found["proposed"])
+    assert tuple(proposed["sequence"]) == Order.load(out / "order.npz").sequence and found["by"] == "true"
+    assert len(list((out / "scores").iterdir())) == 6 and "Orders, best first" in (out / "report.html").read_text()
+    run(
+        settings(
+            world, out, **base | {"scores": ["length"], "shapes": ["sort", "saw"], "train_all": True, "retrain": 0}
+        )
+    )
+    found = json.loads((out / "curricula.json").read_text())
+    assert all(row["true"] > 0 for row in found["rows"]) and found["estimator"] is None
+    for changes, message in (
+        ({"scores": ["lenght"]}, "no score 'lenght'; did you mean 'length'"),
+        ({"scores": ["column:quantity"]}, "column:quantity: the row .*data.jsonl.* has no such column"),
+        ({"scores": ["column:id"]}, "column:id: the row .* has 'a-.*', which is not a finite number"),
+    ):
+        with pytest.raises((UsageError, DataError), match=message):
+            run(settings(world, tmp_path / "other", **base | changes))
+        assert not (tmp_path / "other" / "reference").exists()
+
+
 def test_clusters_take_the_place_of_sources(world: Path, tmp_path: Path) -> None:
     run(settings(world, tmp_path / "run", task="plan", clusters=2, batches=4, worth=1e6))
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["names"] == ["cluster 0", "cluster 1"]
