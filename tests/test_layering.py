@@ -21,7 +21,7 @@ SHARED_MODULES = {
 
 WRITING = {
     f"datatools/files/{name}.py"
-    for name in ("atomic", "atomic_folders", "disk", "folders", "locks", "reading", "seals")
+    for name in ("atomic", "atomic_folders", "disk", "folders", "leases", "locks", "reading", "seals")
 }
 """What may open, write and rename files; nothing else does, in this package or another."""
 
@@ -272,7 +272,7 @@ def write_errors(where: str, tree: ast.Module) -> Iterator[str]:
             yield f"{where}:{call.lineno}: {what}; write through datatools.files"
 
 
-LIMITS = {"folders": 12, "root files": 6, "floors": 9}
+LIMITS = {"folders": 13, "root files": 6, "floors": 9}
 """Of pipelines; see tests/structure.py for the words. No package may have a cycle, or a file over 400 lines."""
 
 STILL_OVER: set[str] = set()

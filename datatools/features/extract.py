@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ def extract(
     advance: Callable[[int, int], Any] | None = None,
     rank: int = 0,
     world: int = 1,
+    units: Iterable[int] | None = None,
 ) -> None:
     """Compute and write the units that are missing in `store`.
 
@@ -54,6 +55,8 @@ def extract(
         advance: called with (rows, tokens) after each batch.
         rank: rank of this process.
         world: number of processes that fill the store.
+        units: the units to compute, in place of those of `rank`; each is committed before the next one is asked for, so
+            that an iterator may share units out among processes.
 
     Raises:
         EnvironmentProblem: if the file system reports an error, such as a full disk.
@@ -79,7 +82,7 @@ def extract(
         ([], torch.Size([4, 8]))
 
     """
-    for unit in store.missing_units(rank, world):
+    for unit in store.missing_units(rank, world) if units is None else units:
         keys = store.unit_keys(unit)
         features = torch.zeros(len(keys), projector.dim)
         losses, norms = torch.zeros(len(keys)), torch.zeros(len(keys))

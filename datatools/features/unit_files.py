@@ -56,6 +56,15 @@ class UnitFiles:
     def _place(self) -> dict[str, tuple[int, int]]:
         return {key: (unit, row) for unit, keys in enumerate(self._units) for row, key in enumerate(keys.split())}
 
+    def written(self, unit: int) -> bool:
+        """Return whether a unit is committed, also by another process; its content is not read.
+
+        Args:
+            unit: number of the unit.
+
+        """
+        return self._path(unit, "json").exists()
+
     def _rows(self, unit: int) -> int:
         return (len(self._units[unit]) + 1) // 33  # 32 characters and a space
 

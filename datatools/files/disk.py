@@ -11,7 +11,8 @@ from datatools.files import seals
 from datatools.files.problems import PathLike
 from datatools.files.seals import shown
 
-_NO_FLOCK = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
+NO_FLOCK = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
+"""Errors of a file system without locks."""
 _umask_lock = threading.Lock()
 
 
@@ -93,5 +94,5 @@ def flock(descriptor: int, operation: int) -> None:
     try:
         fcntl.flock(descriptor, operation)
     except OSError as error:
-        if error.errno not in _NO_FLOCK:  # without flock, writers still work, but leftovers are not removed
+        if error.errno not in NO_FLOCK:  # without flock, writers still work, but leftovers are not removed
             raise

@@ -19,6 +19,10 @@ from datatools.files.seals import shown
 _LOCK = ".lock"
 
 
+class InUse(EnvironmentProblem):
+    """Another process holds the lock of a folder."""
+
+
 @contextmanager
 def folder_mutex(folder: PathLike) -> Iterator[None]:
     """Exclude other processes that change the files of `folder` from a short block; waits, and leaves no lock file.
@@ -60,7 +64,7 @@ def lock_folder(path: PathLike, waiting: Callable[[str], None] | None = None) ->
             process, and the call then waits until the folder is free.
 
     Raises:
-        EnvironmentProblem: if another process holds the lock and `waiting` is None; the message names the process.
+        InUse: if another process holds the lock and `waiting` is None; the message names the process.
 
     Example:
         >>> import tempfile
@@ -84,6 +88,7 @@ def lock_folder(path: PathLike, waiting: Callable[[str], None] | None = None) ->
 
 
 def _acquire(folder: Path, file: Path, waiting: Callable[[str], None] | None) -> int:
+    glances = 5  # `holder` locks the file for a moment while it looks
     while True:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         descriptor = os.open(file, flags, 0o600)
@@ -102,6 +107,11 @@ def _acquire(folder: Path, file: Path, waiting: Callable[[str], None] | None) ->
                 os.pwrite(descriptor, owner.encode(), 0)
                 return descriptor
         except BlockingIOError:
+            if glances:
+                os.close(descriptor)
+                glances -= 1
+                time.sleep(0.01)
+                continue
             owner = _owner(descriptor)
             os.close(descriptor)
             if waiting is not None:
@@ -109,7 +119,7 @@ def _acquire(folder: Path, file: Path, waiting: Callable[[str], None] | None) ->
                 waiting = _said
                 time.sleep(0.2)
                 continue
-            raise EnvironmentProblem(
+            raise InUse(
                 f"{shown(folder)} is in use by {owner}; wait for that run, stop it, or choose another folder"
             ) from None
         except FileNotFoundError:  # the last holder removed it between open and stat
@@ -118,6 +128,44 @@ def _acquire(folder: Path, file: Path, waiting: Callable[[str], None] | None) ->
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def holder(path: PathLike) -> str | None:
+    """Return what identifies the process that holds the lock of a folder; it never waits.
+
+    Args:
+        path: the folder.
+
+    Returns:
+        The content of the lock file (host, process id and start as JSON); None if nobody holds the lock.
+
+    Raises:
+        EnvironmentProblem: if the file system reports an error.
+
+    Example:
+        >>> import tempfile
+        >>> from datatools import files
+        >>> folder = tempfile.mkdtemp()
+        >>> with files.lock_folder(folder):
+        ...     json.loads(files.holder(folder))["pid"] == os.getpid()
+        True
+        >>> files.holder(folder) is None
+        True
+
+    """
+    file = Path(path) / _LOCK
+    with explained(file, "read"):
+        try:
+            descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released when the file is closed
+            return None
+        except BlockingIOError:
+            return os.pread(descriptor, 4096, 0).decode("utf-8", "replace")
+        finally:
+            os.close(descriptor)
 
 
 def _said(owner: str) -> None:

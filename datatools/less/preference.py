@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ def extract_preferences(
     method: Method = "hooks",
     token_budget: int = 1024,
     advance: Callable[[int, int], Any] | None = None,
+    units: Iterable[int] | None = None,
 ) -> None:
     """Compute and write the units that are missing in `store`: gradients of the DPO loss, projected.
 
@@ -54,6 +55,7 @@ def extract_preferences(
         method: how per-sample gradients are computed; see `per_sample_grads`.
         token_budget: tokens per batch, including padding.
         advance: called with (pairs, tokens of both answers) after each batch.
+        units: the units to compute, as for `extract`; None is all that are missing.
 
     Source: Rafailov et al. 2023, arXiv 2305.18290, equation 7. As the target of a selection: ROSE, arXiv 2412.00631.
 
@@ -78,7 +80,7 @@ def extract_preferences(
         >>> store.missing_units(), store.take([key]).shape
         ([], torch.Size([1, 8]))
     """
-    for unit in store.missing_units():
+    for unit in store.missing_units() if units is None else units:
         keys = store.unit_keys(unit)
         features, norms = torch.zeros(len(keys), projector.dim), torch.zeros(len(keys))
         losses = torch.zeros(len(keys))

@@ -62,7 +62,7 @@ def launch(
             code = 143 if isinstance(interrupt, signals.Terminated) else 130
             print(f"\ninterrupted: {signals.how_to_continue()}", file=sys.stderr)
             raise typer.Exit(code) from None
-    if workers.rank() != 0 or getattr(config, "dry_run", False):
+    if not workers.leads() or getattr(config, "dry_run", False):
         return
     if isinstance(result, dict) and not talks:
         typer.echo(json.dumps(result, ensure_ascii=True, allow_nan=False))

@@ -22,6 +22,7 @@ from pipelines.rows.rows import Rows
 from pipelines.runs.folder import Run
 from pipelines.runs.messages import say
 from pipelines.runs.redact import redact
+from pipelines.runs.workers import leads
 from pipelines.settings.base import Columns, Json
 from pipelines.settings.parts import DataConfig, ModelConfig
 
@@ -76,7 +77,7 @@ class Inputs:
             self._loaded.tokenizer,
             cache=self._run.path("inputs"),
             label=label,
-            folder=self._run.folder if bad_rows else None,
+            folder=self._run.folder if bad_rows and leads() else None,
             limits=self._loaded.limits,
         )
         if recorded:

@@ -33,6 +33,14 @@ class Listener(Protocol):
             text: The text of the warning.
         """
 
+    def event(self, kind: str, /, **fields: Json) -> None:
+        """Append a line to the events of the run.
+
+        Args:
+            kind: The kind of event.
+            **fields: Further values of the event.
+        """
+
     def expect(self, parts: Mapping[str, float]) -> None:
         """Take the estimated duration of each part.
 

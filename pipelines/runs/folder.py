@@ -5,7 +5,7 @@
         with run.stage("features"), progress("gradients", total=n, unit="rows") as bar:
             bar.advance(16)
 
-Only rank 0 prints and writes here; other ranks do neither. No import here loads torch.
+Only the process that leads prints and writes here: RANK 0, or the leader of a team. No import here loads torch.
 """
 
 import os
@@ -19,13 +19,13 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from datatools import DataError, DatatoolsError, UsageError, files
-from pipelines.runs import check, current, places, provenance, run_files
+from pipelines.runs import check, current, following, places, provenance, run_files
 from pipelines.runs.ahead import Ahead
 from pipelines.runs.events import PROGRESS, Events, now, with_sum
 from pipelines.runs.messages import warn
 from pipelines.runs.redact import redact
 from pipelines.runs.run_files import shown
-from pipelines.runs.workers import rank
+from pipelines.runs.workers import helps, leads
 from pipelines.settings import redaction
 from pipelines.settings.base import Json, Settings
 from pipelines.settings.dump import dump
@@ -73,7 +73,7 @@ class Run:
         self.warnings: list[str] = []
         self.provenance: dict[str, Any] = {}
         self.ahead: Ahead | None = None
-        self._leads = rank() == 0
+        self._leads = leads()
         self._events = Events(self.folder, writes=self._leads)
         self._stack = ExitStack()
         self._doing: Json = None
@@ -92,7 +92,11 @@ class Run:
             if self._leads:
                 self._open(stack)
             else:
+                if helps():
+                    self.provenance = following.join(self.folder)
                 self._keep_threads(self._recorded())
+                if helps():
+                    self.check(_own_facts())
             self._stack = stack.pop_all()
         return self
 
@@ -203,14 +207,7 @@ class Run:
                 warn(f"{name} is {version} and was {old_versions[name]} when this run began")
                 self._note_change(f"versions.{name}", old_versions[name], version)
         self._keep_threads(found)
-        code: dict[str, Json] = {
-            "version": provenance.version(provenance.DISTRIBUTION),
-            "digest": provenance.code_digest(),
-        }
-        facts: dict[str, Json] = {"code": code}
-        if "torch" in sys.modules:  # otherwise this process computes nothing with it
-            facts["numerics"] = _numerics().facts()
-        self.check(facts)
+        self.check(_own_facts())
         self._save_provenance()
 
     def _recorded(self) -> Any:
@@ -247,11 +244,14 @@ class Run:
             Names of the facts that have changed and were accepted.
 
         Raises:
-            DataError: Another fact has changed; the message gives its name, the old value and the new value.
+            DataError: Another fact has changed, or differs from the leader's of a team; the message gives its name and
+                both values.
         """
-        if not self._leads:
-            return []
         facts = redaction.hide_all(dict(facts))
+        if not self._leads:
+            if helps():
+                following.compare(self.folder, facts, self.accept)
+            return []
         known: dict[str, Any] = self.provenance["facts"]
         changes = check.facts(known, facts, accept=self.accept, by_content=by_content, folder=self.folder)
         for change in changes.accepted:
@@ -378,6 +378,12 @@ def in_scratch(config: S) -> Iterator[S]:
         return
     with files.scratch_folder() as scratch:
         yield config.model_copy(update={"out": scratch / "run", "overwrite": False})
+
+
+def _own_facts() -> dict[str, Json]:
+    """Return the facts about the code and, if this process computes with torch, its numerics."""
+    code = {"version": provenance.version(provenance.DISTRIBUTION), "digest": provenance.code_digest()}
+    return {"code": code} | ({"numerics": _numerics().facts()} if "torch" in sys.modules else {})
 
 
 def _numerics() -> Any:

@@ -1,4 +1,4 @@
-"""Messages of a command on stderr: news, warnings and progress bars. Only rank 0 prints."""
+"""Messages of a command on stderr: news, warnings and progress bars. Only the process that leads prints."""
 
 import sys
 import warnings
@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines import texts
 from pipelines.runs import current
-from pipelines.runs.workers import rank
+from pipelines.runs.workers import leads
 from pipelines.texts import visible
 
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
@@ -36,22 +36,22 @@ def quiet() -> bool:
 
 
 def say(text: str) -> None:
-    """Print one line of news on stderr, from rank 0 only and unless the command is quiet.
+    """Print one line of news on stderr, from the process that leads, unless the command is quiet.
 
     Args:
         text: The line.
     """
-    if not quiet() and rank() == 0:
+    if not quiet() and leads():
         _print(text)
 
 
 def warn(text: str) -> None:
-    """Print a warning on stderr, from rank 0 only and even when quiet. The open run keeps it as an event.
+    """Print a warning on stderr, from the process that leads, even when quiet. The open run keeps it as an event.
 
     Args:
         text: The text without "warning: ".
     """
-    if rank() == 0:
+    if leads():
         _print(f"warning: {text}")
         if (run := current.run()) is not None:
             run.warned(text)

@@ -10,7 +10,7 @@ from typing import Any
 from datatools import DatatoolsError
 from pipelines.runs import current
 from pipelines.runs.messages import Bars, duration, quiet, say
-from pipelines.runs.workers import rank
+from pipelines.runs.workers import leads
 from pipelines.settings.base import Json
 from pipelines.texts import visible
 
@@ -151,7 +151,7 @@ class Progress:
 
     def _open(self) -> None:
         self._report()
-        if quiet() or rank() != 0:
+        if quiet() or not leads():
             self._next_line = float("inf")
         elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             self._bars = Bars.shared()

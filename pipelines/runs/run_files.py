@@ -10,8 +10,10 @@ from datatools import DataError, files
 from datatools.files import seals
 from pipelines.texts import visible
 
-OPEN = {seals.NAME, "progress.json", "events.jsonl", ".lock"}
-"""Files of a run folder that are not sealed, because they change constantly or contain checksums of their own."""
+WORKERS = "workers"
+"""The folder in which the processes that share a run leave word for each other."""
+OPEN = {seals.NAME, "progress.json", "events.jsonl", ".lock", WORKERS}
+"""Names in a run folder that are not sealed, because they change constantly or contain checksums of their own."""
 RECORDS = {"run.yaml", "provenance.json", "warmup/rows.json"}
 """Files that cannot be computed again: what ran, and on which rows of the pool at that time."""
 COMPLETE = "complete.json"
@@ -85,11 +87,12 @@ def adopt(folder: Path) -> None:
 
 
 def _believed(folder: Path) -> Iterator[Path]:
+    skipped = {"inputs", WORKERS}
     for parent, folders, names in os.walk(folder):
         if "plan.json" in names:  # a feature store, which has its own digests
             folders.clear()
             continue
-        folders[:] = sorted(name for name in folders if not name.startswith(seals.TEMPORARY) and name != "inputs")
+        folders[:] = sorted(name for name in folders if not name.startswith(seals.TEMPORARY) and name not in skipped)
         for name in sorted(names):
             if name not in OPEN and not name.startswith(seals.TEMPORARY):
                 yield Path(parent, name)

@@ -125,6 +125,7 @@ def drops_of(context: Context, chosen: list[int], *, relative: bool) -> tuple[Te
             for _, digest, tensors in adapters:
                 put(params, tensors)
                 after.append(losses(context, "pool", pool, chosen, module=module, adapter=digest))
+    context.merge()
     lengths = torch.from_numpy(pool.scan.supervised[chosen].astype(np.int64))
     length = context.config.adaptation.length
     drops = loss_drop(before, torch.stack(after, 1), lengths, relative=relative, how=length, cap=cap_of(context))

@@ -6,6 +6,8 @@ Source: GIST, arXiv 2602.18584.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from datatools import (
 from datatools.files import sealed
 from pipelines.models.losses import answer_losses_for, losses_for
 from pipelines.rows.rows import Rows
+from pipelines.runs import following, workers
 from pipelines.runs.messages import library_warnings
 from pipelines.select import gradients, influence, objectives
 from pipelines.select.gradients import At, Recipe, described
@@ -146,18 +149,26 @@ def _span(at: At) -> TargetSpan:
     path = home / f"{_prefix(config, target)}basis-{at.checkpoint.step}" / "coefficients.safetensors"
     about = files.digest(files.json_bytes({**at.meta, **facts}))
     files.make_folder(path.parent)
+    if workers.helps():
+        following.reached(f"basis {about}")
     with filling(path.parent):
-        kept = None
-        if path.is_file():
-            try:
-                kept = sealed.read_tensors(path)
-            except sealed.Damaged:
-                kept = None
-        if kept is None or bytes(kept["about"].tolist()).decode() != about:
+        kept = _kept_basis(path, about)
+        if kept is None:
             combined, singular = span_coefficients(gram_matrix(grads), config.gist.rank)
             kept = {"combined": combined, "singular": singular, "about": torch.tensor(list(about.encode()))}
             sealed.write_tensors(path, kept)
+    following.reached(f"basis {about}")
     return TargetSpan.spanned(grads, kept["combined"], {"target": files.digest(files.json_bytes(facts))})
+
+
+def _kept_basis(path: Path, about: str) -> dict[str, Tensor] | None:
+    """Return the coefficients that were kept; None if they are missing, damaged, or of another target or model."""
+    if path.is_file():
+        with suppress(sealed.Damaged):
+            kept = sealed.read_tensors(path)
+            if bytes(kept["about"].tolist()).decode() == about:
+                return kept
+    return None
 
 
 def _target_gradients(at: At, rows: list[int]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from datatools import (
     files,
 )
 from optim import SGDRule, UpdateMap, UpdateRule
+from pipelines.engines.units import taken
 from pipelines.models.losses import answer_losses_for, losses_for, seen_parameters
 from pipelines.rows.rows import Rows
 from pipelines.runs.messages import library_warnings
@@ -29,7 +30,7 @@ from pipelines.runs.progress import progress
 from pipelines.select import objectives
 from pipelines.select.scored import Context, common_rows, unique_among
 from pipelines.select.scorer import Work
-from pipelines.select.stores import FEATURE_VERSION, filling, open_store, tokens_of
+from pipelines.select.stores import FEATURE_VERSION, filling, job_of, open_store, tokens_of
 from pipelines.select.warm_up import stops, warm_up, warm_up_to_come
 from pipelines.settings.select import SelectConfig
 from pipelines.training import checkpoints
@@ -175,6 +176,7 @@ def gradients(
     for checkpoint in found:
         with run.stage(f"features at step {checkpoint.step}"):
             made.append(_features(context, checkpoint, pool_rows, target_rows, recipe))
+    context.merge()
     return found, made, tokens
 
 
@@ -211,6 +213,7 @@ def _fill(
             method=context.config.features.method,  # type: ignore[arg-type]
             token_budget=context.config.features.token_budget,
             advance=lambda n, tokens: bar.advance(tokens),
+            units=taken(job_of(store, lambda unit: bar.advance(sum(lengths[key] for key in store.unit_keys(unit))))),
         )
 
 
@@ -244,6 +247,7 @@ def _fill_pairs(
             method=config.features.method,  # type: ignore[arg-type]
             token_budget=config.features.token_budget,
             advance=lambda n, tokens: bar.advance(tokens),
+            units=taken(job_of(store, lambda unit: bar.advance(sum(2 * lengths[k] for k in store.unit_keys(unit))))),
         )
 
 

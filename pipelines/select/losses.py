@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from datatools import GradientFeatures
+from pipelines.engines.units import taken
 from pipelines.models.losses import row_losses
 from pipelines.rows.rows import Rows
 from pipelines.runs.progress import progress
 from pipelines.select.scored import Context, unique_among
-from pipelines.select.stores import FEATURE_VERSION, filling, open_store
+from pipelines.select.stores import FEATURE_VERSION, filling, job_of, open_store
 
 
 def folder_of(context: Context, kind: str, adapter: str = "") -> Path:
@@ -94,9 +95,13 @@ def losses(
     with filling(folder_of(context, kind, adapter)):
         store = open_losses(context, kind, rows, unique_among(rows, chosen), adapter=adapter)
         unique, missing = rows.unique(), store.missing_units()
-        todo = sum(int(rows.scan.tokens[unique[key]]) for unit in missing for key in store.unit_keys(unit))
+
+        def tokens_in(unit: int) -> int:
+            return sum(int(rows.scan.tokens[unique[key]]) for key in store.unit_keys(unit))
+
+        todo = sum(map(tokens_in, missing))
         with progress(label, todo, "tokens") as bar, torch.no_grad():  # not inference_mode: the model may train next
-            for unit in missing:
+            for unit in taken(job_of(store, lambda unit: bar.advance(tokens_in(unit)))):
                 of_unit = [unique[key] for key in store.unit_keys(unit)]
                 values = torch.zeros(len(of_unit))
                 budget = context.config.features.token_budget

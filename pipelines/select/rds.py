@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from datatools import DataError, GradientFeatures
+from pipelines.engines.units import taken
 from pipelines.models.losses import last_states
 from pipelines.models.states import LAST, pooled, states_and_losses
 from pipelines.rows.rows import Rows
@@ -17,7 +18,7 @@ from pipelines.runs.progress import progress
 from pipelines.select import losses
 from pipelines.select.scored import Context, Scored, from_similarity, spread, unique_among, usable_among
 from pipelines.select.scorer import Asked, Space, Work
-from pipelines.select.stores import FEATURE_VERSION, filling, kept, open_store, tokens_of
+from pipelines.select.stores import FEATURE_VERSION, filling, job_of, kept, open_store, tokens_of
 from pipelines.settings.methods import Method
 from pipelines.settings.select import SelectConfig
 
@@ -78,6 +79,7 @@ def _similarity(context: Context, chosen: list[int]) -> tuple[Tensor, Tensor]:
     with context.run.stage("hidden states"):
         pool, good = _hidden_states(context, "pool", context.pool, chosen)
         target, finite = _hidden_states(context, "target", context.wanted, wanted)
+    context.merge()
     if dead := [row for row, ok in zip(wanted, finite.tolist(), strict=True) if not ok]:
         raise DataError(
             f"target row {context.wanted.pool.where(dead[0])} has hidden states that are not finite ({len(dead)} "
@@ -157,9 +159,13 @@ def _hidden_states(context: Context, kind: str, rows: Rows, chosen: list[int]) -
         store = open_store(context, folder, planned, among=unique, meta=meta, dim=size, dtype="float32")
         missing = store.missing_units()
         besides = _losses_besides(context, kind, rows, store, missing)
-        todo = sum(int(rows.scan.tokens[unique[k]]) for u in missing for k in store.unit_keys(u))
+
+        def tokens_in(unit: int) -> int:
+            return sum(int(rows.scan.tokens[unique[key]]) for key in store.unit_keys(unit))
+
+        todo = sum(map(tokens_in, missing))
         with progress(f"hidden states of the {kind}", todo, "tokens") as bar, torch.inference_mode():
-            for unit in missing:
+            for unit in taken(job_of(store, lambda unit: bar.advance(tokens_in(unit)))):
                 keys = store.unit_keys(unit)
                 of_unit = [unique[key] for key in keys]
                 lengths = [int(rows.scan.tokens[row]) for row in of_unit]

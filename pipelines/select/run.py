@@ -17,14 +17,14 @@ from datatools import (
     files,
 )
 from pipelines import former
+from pipelines.engines import team
 from pipelines.models import load as models
 from pipelines.report import select_page, terminal
 from pipelines.rows import leakage, preflight
 from pipelines.rows.inputs import Inputs
-from pipelines.runs import verdicts
+from pipelines.runs import following, verdicts, workers
 from pipelines.runs.folder import Run
 from pipelines.runs.messages import quiet, say, warn
-from pipelines.runs.workers import alone
 from pipelines.select import cost, objectives
 from pipelines.select.choose import choose
 from pipelines.select.race import Race
@@ -56,7 +56,28 @@ def run(config: SelectConfig) -> Path:
         DataError: Rows, checkpoints or features cannot be used.
         EnvironmentProblem: The machine cannot do it.
     """
-    alone("datatools select")
+    return team.run(program, config, config.engine, shares=_nothing_to_share(config))
+
+
+def _nothing_to_share(config: SelectConfig) -> str:
+    """Return why several processes cannot help with a selection; empty if they can."""
+    if "model" in known(config.method).needs:
+        return ""
+    return (
+        f"--method {config.method} uses no model, and only work of a model is shared among processes; leave "
+        "--workers out and start it once"
+    )
+
+
+def program(config: SelectConfig) -> Path:
+    """Do what `run` says in one process, or as a member of a team.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The folder of the run.
+    """
     Budget.parse(config.budget)  # so that a typing error does not cost a warm-up
     check(config)
     _refuse_another_selection(config)
@@ -67,11 +88,13 @@ def run(config: SelectConfig) -> Path:
         Budget.parse(config.budget).resolve(candidates(context.pool))  # nor does a budget that the pool cannot fill
         with current.stage("cost"):
             race = Race(context) if config.verify else None
-            before = cost.estimate(context, race)
+            before = cost.estimate(context, race) if workers.leads() else {}
+        following.begin(current.folder)
         scored = scorer(config.method).score(context)
         if race is not None:
             with current.stage("verify"):
                 scored = race.run(scored)
+        following.leave()
         with current.stage("select and write"):
             selection = choose(context, scored)
             summary = write(context, scored, selection, before)
@@ -160,7 +183,7 @@ def _context(config: SelectConfig, current: Run) -> Context:
         with current.stage("load model"):
             return models.load(config.model, tokenizer=tokenizer)
 
-    return Context(config, current, pool, target, model)
+    return Context(config, current, pool, target, model, more=config.verify)
 
 
 def _dry_run(config: SelectConfig) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor
 from datatools import AGGREGATIONS, Candidates, UsageError, aggregate, subtask_means
 from pipelines.models import load as models
 from pipelines.rows.rows import Rows
+from pipelines.runs import following
 from pipelines.runs.folder import Run
 from pipelines.runs.seeds import derive_seed
 from pipelines.settings.methods import Method
@@ -69,13 +70,17 @@ class Scored:
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may use; `model()` loads the model on first use, so methods that compare words need not load it."""
+    """What a method may use; `model()` loads the model on first use, so methods that compare words need not load it.
+
+    With `more`, work that a team shares may follow the scores; otherwise the leader does the rest by itself.
+    """
 
     config: SelectConfig
     run: Run
     pool: Rows
     target: Rows | None
     model: Callable[[], models.LoadedModel]
+    more: bool = True
 
     @property
     def wanted(self) -> Rows:
@@ -92,6 +97,11 @@ class Context:
     def features_folder(self) -> Path:
         """The folder in which features are kept."""
         return self.config.features.folder or self.run.path("features")
+
+    def merge(self) -> None:
+        """Mark the place after which scores are made from what the whole team has computed."""
+        if not self.more:
+            following.leave()
 
 
 def subtask_groups(target: Rows) -> tuple[list[str], Tensor]:

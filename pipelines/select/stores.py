@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datatools import DataError, GradientFeatures, OtherFeatures, files
+from pipelines.engines import units
+from pipelines.engines.units import Job
 from pipelines.rows.rows import Rows
-from pipelines.runs import numerics
+from pipelines.runs import following, numerics, workers
 from pipelines.runs.messages import say, warn
 from pipelines.select.scored import Context
 from pipelines.select.scorer import Asked
@@ -22,6 +26,8 @@ FEATURE_VERSION = "2"
 def filling(folder: Path) -> Iterator[None]:
     """Lock a store for this run; it waits for another run that fills the store, and uses the result.
 
+    Of the members of a team, the leader holds the lock.
+
     Args:
         folder: The folder of the store.
 
@@ -30,6 +36,10 @@ def filling(folder: Path) -> Iterator[None]:
     """
     if folder.is_symlink():
         raise DataError(f"{folder} is a symbolic link; nothing is written through it: remove it")
+
+    if workers.helps():
+        yield
+        return
 
     def waiting(owner: str) -> None:
         say(f"waiting for {owner}, which computes features in {folder}")
@@ -64,6 +74,8 @@ def open_store(
     Raises:
         DataError: Rows are planned there that this run does not have.
     """
+    if workers.helps():
+        return _opened_by_the_leader(folder, rows, meta)
     among = rows if among is None else among
     now = numerics.facts()
     begun: dict[str, Any] | None = now
@@ -86,11 +98,55 @@ def open_store(
         say(f"{folder} was made before what has changed: it is in {aside.name}, and computed again")
         begun, options["meta"] = now, {**meta, numerics.GROUP: now}
         store = GradientFeatures.create_or_open(folder, keys=list(rows), **options)
+    units.forget(folder, folder.name)
     store.verify()  # a damaged unit is set aside and computed again; its bytes are read for scoring anyway
     _refuse_unfinished(store, among)
     if isinstance(begun, dict) and store.missing_units() and (odd := numerics.differences(begun, numerics.facts())):
         warn(f"{folder} was begun with other numerics ({odd}): its rows and those of this run differ by rounding")
     return store
+
+
+_PATIENCE_SECONDS = 60.0
+"""How long the leader may take to replace a store that was made in another way."""
+
+
+def _opened_by_the_leader(folder: Path, rows: Mapping[str, int], meta: Mapping[str, Any]) -> GradientFeatures:
+    """Return a store as soon as the leader of the team has planned all of `rows` in it.
+
+    Raises:
+        DataError: This process would compute other features than the leader.
+    """
+    plan, looked, odd_since = folder / "plan.json", 0, 0.0
+    wanted = json.loads(files.json_bytes(meta))
+
+    def planned() -> bool:
+        nonlocal looked, odd_since
+        changed = plan.stat().st_mtime_ns if plan.is_file() else 0
+        if changed == looked and not odd_since:
+            return False
+        store = GradientFeatures.open(folder)
+        looked = changed
+        there = {name: value for name, value in store.meta.items() if name != numerics.GROUP}
+        if odd := [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]:
+            odd_since = odd_since or time.monotonic()
+            if time.monotonic() - odd_since > _PATIENCE_SECONDS:
+                raise DataError(f"{folder}: this worker and the leader of the run differ in {', '.join(odd[:3])}")
+            return False
+        keys = {key for unit in range(store.units) for key in store.unit_keys(unit)}
+        return keys.issuperset(rows)
+
+    following.until(planned)
+    return GradientFeatures.open(folder)
+
+
+def job_of(store: GradientFeatures, found: Callable[[int], object]) -> Job:
+    """Return what is missing in a store as a job of this process, or of its team.
+
+    Args:
+        store: The store.
+        found: Called with each unit that another member of the team has computed.
+    """
+    return Job(store.folder.name, store.folder, store.missing_units(), store.written, found)
 
 
 def _refuse_unfinished(store: GradientFeatures, rows: Mapping[str, int]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from datatools import DataError, UsageError, files
 from pipelines.models.base import unload
 from pipelines.models.lora import add_lora
+from pipelines.runs import following, workers
 from pipelines.runs.progress import progress
 from pipelines.runs.seeds import derive_seed
 from pipelines.select.scored import Context
@@ -65,6 +66,9 @@ def warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
     recipe = config.warmup
     manifest = folder / "rows.json"
     with run.stage("warm-up"):
+        if workers.helps():
+            following.reached("warm-up")
+            return stops(config, run.folder), 0
         rows = warm_up_rows(context)
         if not manifest.is_file():
             files.make_folder(folder)
@@ -88,6 +92,7 @@ def warm_up(context: Context) -> tuple[list[checkpoints.Checkpoint], int]:
                     name_of=pool.pool.where,
                 )
             unload(wrapped)
+    following.reached("warm-up")
     return stops(config, run.folder), tokens
 
 

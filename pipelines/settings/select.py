@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipelines.settings.base import BudgetText, Columns, FilePath, Names, RunSettings, Settings
-from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, UNSAID, Flag, Flags, OneOf
+from pipelines.settings.engine import EngineConfig
+from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, UNSAID, VOLATILE, Flag, Flags, OneOf
 from pipelines.settings.methods import DEFAULT, SCORERS, known
 from pipelines.settings.metrics import MetricsConfig
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
@@ -327,6 +328,9 @@ class SelectConfig(RunSettings):
         json_schema_extra=LATE,
     )
 
+    engine: Annotated[EngineConfig, Flags("name workers")] = Field(
+        default_factory=EngineConfig, description="the processes that share the work", json_schema_extra=VOLATILE
+    )
     targets: Annotated[TargetsConfig, Flags("share")] = Field(
         default_factory=TargetsConfig, description="several targets at once"
     )

@@ -1,0 +1,214 @@
+"""What a member of a team reads of the run that another process leads, and how it waits for that process.
+
+The run folder is the only channel. The leader holds the lock of the folder; when it has read and recorded its inputs,
+it writes `workers/ready.json` with the name of its lock. A member compares its own code and inputs with the leader's
+records before it computes anything. When the lock is free, the leader has ended: `Orphaned` takes the member back to
+`pipelines.engines`, where it may take the lead.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from datatools import DataError, DatatoolsError, files
+from pipelines.runs import current
+from pipelines.runs.events import PROGRESS, now, read_progress
+from pipelines.runs.run_files import WORKERS, shown
+from pipelines.runs.workers import helps, member
+from pipelines.settings.base import Json
+from pipelines.settings.dump import flatten
+from pipelines.texts import visible
+
+SHORTEST, LONGEST = 0.05, 0.5
+"""The first and the longest pause of a process that waits for others, in seconds."""
+
+_READY = "ready.json"
+_PATIENCE = 5
+"""How often a record is read again that the leader replaces at the same moment."""
+
+_leader: str | None = None
+"""The holder of the run's lock that this member has joined, or this process itself."""
+
+_marks: list[str] = []
+"""What this leader has reached."""
+
+
+class Orphaned(Exception):
+    """The leader of the run has ended, or another one has taken its place."""
+
+
+class Enough(Exception):
+    """All shared work is done; the leader does the rest."""
+
+
+def begin(folder: Path) -> None:
+    """In the leader of a team, let the others begin: the inputs of this run are read and recorded.
+
+    Args:
+        folder: The folder of the run.
+    """
+    global _leader
+    if (one := member()) is None or not one.leads:
+        return
+    _leader = files.holder(folder)
+    _marks.clear()
+    files.make_folder(folder / WORKERS)
+    _write_marks(folder)
+
+
+def _write_marks(folder: Path) -> None:
+    marks: list[Json] = [*_marks]
+    ready: dict[str, Json] = {"leader": _leader, "updated": now(), "reached": marks}
+    files.write_json(folder / WORKERS / _READY, ready, durable=False)
+
+
+def _reached(folder: Path) -> list[str] | None:
+    """Return what the leader has reached; None before it is ready."""
+    with suppress(DatatoolsError):  # missing, or of another file system's cache
+        found = files.read_json(folder / WORKERS / _READY)
+        if found.get("leader") == _leader:
+            return list(found["reached"])
+    return None
+
+
+def reached(what: str) -> None:
+    """Wait, in a member that helps, until the leader has made something; in the leader, say that it is made.
+
+    Args:
+        what: What has been made, such as "warm-up".
+
+    Raises:
+        Orphaned: The leader ended before.
+    """
+    one, folder = member(), current.last_folder()
+    if one is None or folder is None:
+        return
+    if not one.leads:
+        until(lambda: what in (_reached(folder) or ()))
+    elif what not in _marks:
+        _marks.append(what)
+        _write_marks(folder)
+
+
+def join(folder: Path) -> dict[str, Any]:
+    """Wait until the leader of a run has read its inputs, and return the run's provenance.
+
+    Args:
+        folder: The folder of the run.
+
+    Raises:
+        Orphaned: There is no leader.
+    """
+    global _leader
+    for _ in pauses():
+        _leader = files.holder(folder)
+        if _leader is None:
+            raise Orphaned
+        if _reached(folder) is not None:
+            break
+    current.opened(folder)
+    return _provenance(folder)
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any]
+    for _ in range(_PATIENCE):
+        with suppress(DatatoolsError):
+            found = files.read_json(folder / "provenance.json", limit=64_000_000)
+            return found
+        time.sleep(SHORTEST)
+    found = files.read_json(folder / "provenance.json", limit=64_000_000)
+    return found
+
+
+def compare(folder: Path, facts: Mapping[str, Json], accept: tuple[str, ...]) -> None:
+    """Refuse to help if code, libraries, model or rows differ from the leader's.
+
+    Args:
+        folder: The folder of the run.
+        facts: The facts of this process, by group.
+        accept: Groups that may differ.
+
+    Raises:
+        DataError: A fact differs; the message names it and both values.
+    """
+    recorded = _provenance(folder)["facts"]
+    odd = []
+    for group, value in facts.items():
+        if group in accept or group not in recorded:
+            continue
+        mine, theirs = flatten(value, group), flatten(recorded[group], group)
+        odd += [name for name in dict.fromkeys([*theirs, *mine]) if mine.get(name) != theirs.get(name)]
+        if odd:
+            told = "; ".join(f"{name} is {_shown(mine.get(name))} here, {_shown(theirs.get(name))} there"
+                             for name in odd[:3])  # fmt: skip
+            one = member()
+            raise DataError(
+                f"worker {one.name if one else ''} cannot help with the run in {shown(folder)}, which another process "
+                f"leads: {told}. All workers need the same code, libraries, threads and input files"
+            )
+
+
+def _shown(value: Json) -> str:
+    text = visible(str(value)) if value is not None else "missing"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ------------------------------------------------------------------------------------------------------------- waiting
+
+
+def pauses() -> Iterator[None]:
+    """Yield again and again, after pauses that grow from `SHORTEST` to `LONGEST`."""
+    seconds = SHORTEST
+    while True:
+        yield
+        time.sleep(seconds)
+        seconds = min(LONGEST, 1.5 * seconds)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """In a member that helps, wait until the leader has done something; in any other process, return at once.
+
+    Args:
+        condition: Whether it is done.
+
+    Raises:
+        Orphaned: The leader ended before it was done.
+    """
+    if not helps():
+        return
+    for _ in pauses():
+        if condition():
+            return
+        check_leader()
+
+
+def check_leader() -> None:
+    """In a member that helps, raise `Orphaned` if the leader that it has joined has ended."""
+    folder = current.last_folder()
+    if helps() and folder is not None and files.holder(folder) != _leader:
+        raise Orphaned
+
+
+def leave() -> None:
+    """End the part of a member that helps: the leader does the rest by itself. In any other process, do nothing."""
+    if helps():
+        raise Enough
+
+
+def outcome(folder: Path) -> tuple[str, str]:
+    """Return the state of a run ("done", "failed", "interrupted" or "running") and the error that ended it.
+
+    Args:
+        folder: The folder of the run.
+    """
+    for _ in range(_PATIENCE):
+        with suppress(DatatoolsError):
+            if not (folder / PROGRESS).is_file():
+                return "running", ""
+            found = read_progress(folder)
+            return str(found.get("state")), str(found.get("error") or "")
+        time.sleep(SHORTEST)
+    return "running", ""
