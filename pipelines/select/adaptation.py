@@ -23,6 +23,7 @@ from torch import Tensor
 from datatools import DataError, files, most_specific, specificity
 from datatools.files import sealed
 from optim import create
+from pipelines.engines.units import Job, taken
 from pipelines.models import load as models
 from pipelines.models.base import unload
 from pipelines.models.lora import add_lora, lora_parameters
@@ -264,26 +265,34 @@ def prepare_adapters(
     """
     files.make_folder(setup.folder)
     fresh = {name: p.detach().clone() for name, p in params.items()}
-    todo = [(fold, rate) for fold, rate in setup.walks() if _read(setup.walk_path(fold, rate)) is None]
+    walks = setup.walks()
     total, done = work_tokens(setup)
     with progress(LABEL, round(total), "tokens", done=round(done)) as bar:
-        for fold, rate in todo:
+        for unit in taken(_job(setup, "walks", len(walks), lambda unit: _read(setup.walk_path(*walks[unit])))):
             put(params, fresh)
-            _walk(setup, module, params, fold, rate, bar)
+            _walk(setup, module, params, *walks[unit], bar)
         choice = setup.choice()
         assert choice is not None
         depth, rate = choice
-        found = []
-        for part in setup.parts():
-            digest = setup.digest(part, depth, rate)
-            tensors = kept_adapter(setup.path(digest))
-            if tensors is None:
-                put(params, fresh)
-                _train(setup, module, params, part.rows, rate, depth, bar, lambda step: None)
-                tensors = {name: p.detach().cpu().clone() for name, p in params.items()}
-                sealed.write_tensors(setup.path(digest), tensors)
-            found.append((part, digest, tensors))
+        parts = setup.parts()
+        digests = [setup.digest(part, depth, rate) for part in parts]
+        for unit in taken(_job(setup, "adapters", len(parts), lambda i: kept_adapter(setup.path(digests[i])))):
+            put(params, fresh)
+            _train(setup, module, params, parts[unit].rows, rate, depth, bar, lambda step: None)
+            tensors = {name: p.detach().cpu().clone() for name, p in params.items()}
+            sealed.write_tensors(setup.path(digests[unit]), tensors)
+    found = []
+    for part, digest in zip(parts, digests, strict=True):
+        kept = kept_adapter(setup.path(digest))
+        assert kept is not None
+        found.append((part, digest, kept))
     return found
+
+
+def _job(setup: Adaptation, name: str, count: int, read: Callable[[int], object | None]) -> Job:
+    """Return `count` results, which `read` returns or None, as a job of this process or its team."""
+    missing = [unit for unit in range(count) if read(unit) is None]
+    return Job(name, setup.folder, missing, lambda unit: read(unit) is not None)
 
 
 def _walk(

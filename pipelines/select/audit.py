@@ -9,19 +9,20 @@ from typing import Any
 from rich.console import Console
 
 from datatools import DataError, DatatoolsError, files
+from pipelines.engines import team
+from pipelines.engines.share import Share
 from pipelines.models import load as models
 from pipelines.report import select_page
 from pipelines.rows import leakage, preflight
 from pipelines.rows.inputs import Inputs
 from pipelines.rows.rows import Rows
-from pipelines.runs import run_files, verdicts
+from pipelines.runs import following, run_files, verdicts, workers
 from pipelines.runs.folder import Run, in_scratch
 from pipelines.runs.messages import say
 from pipelines.runs.redact import redact
-from pipelines.runs.workers import alone
 from pipelines.select import compare
 from pipelines.select.arms import BASE, SLOWER, Scores, Task, as_select, rows_of, slower, tasks
-from pipelines.select.bench import Bench, Result
+from pipelines.select.bench import Bench, Result, prepare
 from pipelines.select.oracle import oracle
 from pipelines.select.prices import Prices
 from pipelines.select.scored import Context
@@ -54,8 +55,19 @@ def run(config: AuditConfig) -> Path:
         DataError: Rows cannot be used, or test rows were trained on or selected for.
         EnvironmentProblem: The machine cannot do it.
     """
+    return team.run(program, config, config.engine)
+
+
+def program(config: AuditConfig) -> Path:
+    """Do what `run` says in one process, or as a member of a team.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The folder of the audit.
+    """
     preflight.contradictions(config)
-    alone("datatools audit")
     if (config.selected.parent / "run.yaml").is_file():
         run_files.refuse_special(config.selected.parent)
     optimizers.check(config.training)
@@ -92,18 +104,25 @@ def run(config: AuditConfig) -> Path:
             _estimate(config, bench, target, planned, _scores(against), noise).announce()
             say("dry run: data and model load; nothing was scored or trained")
             return config.out
+        following.begin(current.folder)
         with current.stage("baselines"):
             todo = _all(tasks(scores, pool, config, against, chosen), config)
             known_scores = checks.scores(scores) if checks is not None else {}
             todo += checks.tasks(known_scores) if checks is not None else []
-        estimate = _estimate(config, bench, target, todo, [], noise)
-        estimate.announce()
-        estimate.expect()
+        if workers.leads():
+            estimate = _estimate(config, bench, target, todo, [], noise)
+            estimate.announce()
+            estimate.expect()
         noticed = None
         if checks is not None:
             with current.stage("swapped answers"):
                 noticed = checks.noise(inputs, target, loaded)
         with current.stage("train and evaluate"):
+            wanted = [bench.wanted_base(BASE)]
+            for place, task in enumerate(todo, start=1):
+                wanted.append(bench.wanted(task.rows, task.recipe, task.seed, task.label(place, len(todo))))
+            prepare(bench.home, wanted, "arms")
+            following.leave()
             base = bench.base(BASE)
             done = [
                 (task, bench.run(task.rows, task.recipe, task.seed, task.label(place, len(todo))))
@@ -230,11 +249,12 @@ def _estimate(
         if not bench.is_trained(folder):
             prices.trained(label, task.recipe, pool.scan.tokens[task.rows].tolist())
         prices.measured(label)
+    share = Share.of(config.engine)
     return cost.Estimate(
-        parts=prices.parts,
+        parts=share.parts(prices.parts),
         tokens=prices.tokens,
-        memory=prices.memory(config.training.micro_tokens),
+        memory=prices.memory(config.training.micro_tokens) * share.here,
         disk=(len(todo) - done) * prices.adapter,
         done=f"{done} of {len(todo)} training runs are done" if done else "",
-        based_on=f"{len(todo)} training runs; {prices.found.text()}",
+        based_on=f"{len(todo)} training runs; {prices.found.text()}{share.text()}",
     )

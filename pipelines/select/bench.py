@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 
 from datatools import files
 from datatools.files import sealed
+from pipelines.engines.units import Job, taken
 from pipelines.models import load as models
 from pipelines.models.adapters import load_adapter
 from pipelines.models.base import unload
 from pipelines.rows.rows import Rows
+from pipelines.runs import workers
+from pipelines.runs.progress import progress
 from pipelines.settings.parts import LoraConfig, TrainingConfig
 from pipelines.training import evaluation
 from pipelines.training.accuracy import measure
@@ -57,6 +60,21 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """A training run whose result is needed, or the measurement of the untrained model.
+
+    Attributes:
+        folder: where its adapter and measurements are kept.
+        done: returns whether they are there.
+        make: makes them.
+    """
+
+    folder: Path
+    done: Callable[[], bool]
+    make: Callable[[], object]
+
+
+@dataclass(frozen=True)
 class Bench:
     """One base model, one pool and one set of held-out rows.
 
@@ -85,8 +103,31 @@ class Bench:
         Args:
             label: The name of its progress bars.
         """
-        folder = self.home / f"base-{_short(dict(self.loaded.digests))}"
-        return self._measured(folder, self.loaded.model, label)
+        return self._measured(self._base, self.loaded.model, label)
+
+    @property
+    def _base(self) -> Path:
+        return self.home / f"base-{_short(dict(self.loaded.digests))}"
+
+    def wanted_base(self, label: str) -> Wanted:
+        """Return the measurement of the untrained model as work for `prepare`.
+
+        Args:
+            label: As in `base`.
+        """
+        return Wanted(self._base, lambda: self.is_measured(self._base), lambda: self.base(label))
+
+    def wanted(self, rows: list[int], recipe: TrainingConfig, seed: int, label: str) -> Wanted:
+        """Return a training run as work for `prepare`.
+
+        Args:
+            rows: As in `run`.
+            recipe: As in `run`.
+            seed: As in `run`.
+            label: As in `run`.
+        """
+        folder = self.folder(rows, recipe, seed)
+        return Wanted(folder, lambda: self.is_measured(folder), lambda: self.run(rows, recipe, seed, label))
 
     def run(self, rows: list[int], recipe: TrainingConfig, seed: int, label: str, pool: Rows | None = None) -> Result:
         """Train fresh adapters on `rows` and measure them.
@@ -192,6 +233,33 @@ class Bench:
             rows,
             trained_tokens,
         )
+
+
+def prepare(home: Path, wanted: Sequence[Wanted], name: str) -> None:
+    """Share training runs among the members of a team; by itself, a process makes each when its result is needed.
+
+    Args:
+        home: The folder in which they are kept.
+        wanted: The runs. Those with the same folder are one unit of work.
+        name: The name of the job.
+    """
+    if workers.member() is None:
+        return
+    units: dict[Path, list[Wanted]] = {}
+    for one in wanted:
+        units.setdefault(one.folder, []).append(one)
+    ordered = list(units.values())
+
+    def committed(unit: int) -> bool:
+        return all(one.done() for one in ordered[unit])
+
+    missing = [unit for unit in range(len(ordered)) if not committed(unit)]
+    with progress("training runs of all workers", len(ordered), "runs", done=len(ordered) - len(missing)) as bar:
+        for unit in taken(Job(name, home, missing, committed, lambda unit: bar.advance())):
+            for one in ordered[unit]:
+                if not one.done():
+                    one.make()
+            bar.advance()
 
 
 def _short(value: object) -> str:

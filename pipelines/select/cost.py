@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from datatools import DatatoolsError, files, visit_per_sample_grads
+from pipelines.engines.share import Share
 from pipelines.models.losses import losses_for, row_losses, seen_parameters
 from pipelines.runs.messages import library_warnings
 from pipelines.runs.provenance import peak_rss_bytes
@@ -32,7 +33,7 @@ def estimate(context: Context, race: Race | None = None) -> dict[str, Any]:
         race: The race of candidates that follows the scores.
     """
     config, pool, run_ = context.config, context.pool, context.run
-    began, spent = run_.seconds, time.monotonic()
+    began, spent, team = run_.seconds, time.monotonic(), Share.of(config.engine)
     found: dict[str, Any] = {"rows": int(pool.usable.sum()), "tokens": 0, "seconds": None, "bytes": 0}
     work, method = scorer(config.method).work(context), known(config.method)
     whole, left = work.whole, work.left
@@ -48,30 +49,30 @@ def estimate(context: Context, race: Race | None = None) -> dict[str, Any]:
         rate = first["seconds_a_token"]
         found["tokens"] = max(0, round(sum(whole.values()) - first["given"]))
         share = found["tokens"] / max(1.0, sum(whole.values()))  # of the whole, what was not there before
-        found["seconds"] = first["spent"] + share * sum(_seconds(rate, whole).values())
+        found["seconds"] = first["spent"] + share * sum(team.parts(_seconds(rate, whole)).values())
         found["given"] = first["given"]
         found["bytes"] = work.bytes
         if not config.dry_run:
             files.write_json(run_.path("cost.json"), first)
-        run_.expect({label: seconds for label, seconds in _seconds(rate, left).items() if seconds})
-    parts = _seconds(first.get("seconds_a_token", 0.0), left)
+        run_.expect({label: seconds for label, seconds in team.parts(_seconds(rate, left)).items() if seconds})
+    parts = team.parts(_seconds(first.get("seconds_a_token", 0.0), left))
     if race is not None and (prices := race.prices()) is not None:
         all_, missing = prices
         found["tokens"] += all_.tokens
-        found["seconds"] = (found["seconds"] or 0.0) + sum(all_.parts.values())
+        found["seconds"] = (found["seconds"] or 0.0) + sum(team.parts(all_.parts).values())
         found["bytes"] += race.runs * all_.adapter
         todo += missing.tokens
-        parts |= missing.parts
+        parts |= team.parts(missing.parts)
         memory = max(memory, all_.memory(config.training.micro_tokens))
         run_.expect({label: seconds for label, seconds in parts.items() if seconds})
     done = found["tokens"] - todo
     cost.Estimate(
         parts=parts,
         tokens=round(todo),
-        memory=memory,
+        memory=memory * team.here,
         disk=found["bytes"],
         done=f"{found['rows']:,} rows" + (f", {done:,.0f} of {found['tokens']:,} tokens are done" if done >= 1 else ""),
-        based_on=based,
+        based_on=f"{based}{team.text()}" if based else "",
     ).announce()
     return found
 

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from datatools import Budget, UsageError
 from pipelines.rows.rows import Rows
+from pipelines.runs import following
 from pipelines.runs.messages import say, warn
 from pipelines.runs.seeds import derive_seed
 from pipelines.select import targets
-from pipelines.select.bench import Bench, Result
+from pipelines.select.bench import Bench, Result, prepare
 from pipelines.select.choose import choose
 from pipelines.select.prices import Prices
 from pipelines.select.scored import Context, Scored, candidates
@@ -152,6 +153,8 @@ class Race:
                     rows.sort(key=lambda i: (self.context.pool.keys[i], i))
                     chosen.setdefault(name, []).append(rows)
         chosen = {name: rows for name, rows in chosen.items() if len(rows) == len(self.halves)}
+        self._prepare(chosen)
+        following.leave()
         results = {name: [self._trained(name, *pair) for pair in zip(self.halves, rows, strict=True)]
                    for name, rows in chosen.items()}  # fmt: skip
         again = [self._trained(AGAIN, *pair, 1) for pair in zip(self.halves, chosen[self.names[0]], strict=True)]
@@ -162,6 +165,17 @@ class Race:
         assert final is not None  # it was scored for each half
         record = None if kept == self.names[0] else table[kept].record
         return replace(final, record=record, tokens=final.tokens + self._tokens(results, chosen), race=told)
+
+    def _prepare(self, chosen: Mapping[str, Sequence[list[int]]]) -> None:
+        """Share the training runs with the other members of a team."""
+        config = self.context.config
+        runs = [(name, rows, 0) for name, rows in chosen.items()] + [(AGAIN, chosen[self.names[0]], 1)]
+        wanted = [
+            half.bench.wanted(rows, config.training, config.seed + more, _label(name, half))
+            for name, both, more in runs
+            for half, rows in zip(self.halves, both, strict=True)
+        ]
+        prepare(self.halves[0].bench.home, wanted, "race")
 
     def _trained(self, name: str, half: Half, rows: list[int], more: int = 0) -> Result:
         config = self.context.config

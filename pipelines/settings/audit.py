@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipelines.settings.base import Columns, FilePath, Names, RunSettings, Settings
-from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, RUN, Flag, Flags, OneOf
+from pipelines.settings.engine import EngineConfig
+from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, RUN, VOLATILE, Flag, Flags, OneOf
 from pipelines.settings.methods import arms, default_arms
 from pipelines.settings.metrics import MetricsConfig
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
@@ -108,6 +109,9 @@ class AuditConfig(RunSettings):
         description="where trained arms are kept; null is the audit's own folder. Audits that name the same one "
         "share them",
         json_schema_extra=ELSEWHERE,
+    )
+    engine: Annotated[EngineConfig, Flags("name workers")] = Field(
+        default_factory=EngineConfig, description="the processes that share the work", json_schema_extra=VOLATILE
     )
     out: Annotated[FilePath, Flag("--out", RUN, "DIR", default="'audit' in the run's folder")] = Field(
         default=Path("runs/audit"), description="folder of the audit", json_schema_extra=ELSEWHERE
