@@ -162,9 +162,7 @@ class Adaptation:
             return how.depths[0], how.learning_rates[0]
         cells: dict[tuple[int, float], list[float]] = {}
         for fold, rate in self.walks():
-            path = self.walk_path(fold, rate)
-            found = _read(path)
-            if found is None:
+            if (found := _read(self.walk_path(fold, rate))) is None:
                 return None
             for depth in how.depths:
                 cells.setdefault((depth, rate), []).append(float(found["specificity"][str(depth)]))
@@ -281,12 +279,7 @@ def prepare_adapters(
             _train(setup, module, params, parts[unit].rows, rate, depth, bar, lambda step: None)
             tensors = {name: p.detach().cpu().clone() for name, p in params.items()}
             sealed.write_tensors(setup.path(digests[unit]), tensors)
-    found = []
-    for part, digest in zip(parts, digests, strict=True):
-        kept = kept_adapter(setup.path(digest))
-        assert kept is not None
-        found.append((part, digest, kept))
-    return found
+    return [(part, one, sealed.read_tensors(setup.path(one))) for part, one in zip(parts, digests, strict=True)]
 
 
 def _job(setup: Adaptation, name: str, count: int, read: Callable[[int], object | None]) -> Job:
