@@ -263,16 +263,14 @@ def prepare_adapters(
     """
     files.make_folder(setup.folder)
     fresh = {name: p.detach().clone() for name, p in params.items()}
-    walks = setup.walks()
-    total, done = work_tokens(setup)
+    walks, (total, done) = setup.walks(), work_tokens(setup)
     with progress(LABEL, round(total), "tokens", done=round(done)) as bar:
         for unit in taken(_job(setup, "walks", len(walks), lambda unit: _read(setup.walk_path(*walks[unit])))):
             put(params, fresh)
             _walk(setup, module, params, *walks[unit], bar)
         choice = setup.choice()
         assert choice is not None
-        depth, rate = choice
-        parts = setup.parts()
+        (depth, rate), parts = choice, setup.parts()
         digests = [setup.digest(part, depth, rate) for part in parts]
         for unit in taken(_job(setup, "adapters", len(parts), lambda i: kept_adapter(setup.path(digests[i])))):
             put(params, fresh)
@@ -283,7 +281,7 @@ def prepare_adapters(
 
 
 def _job(setup: Adaptation, name: str, count: int, read: Callable[[int], object | None]) -> Job:
-    """Return `count` results, which `read` returns or None, as a job of this process or its team."""
+    """Return `count` results, each of which `read` returns once it is kept, as a job."""
     missing = [unit for unit in range(count) if read(unit) is None]
     return Job(name, setup.folder, missing, lambda unit: read(unit) is not None)
 
