@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from datatools.features.store import GradientFeatures
 from datatools.gradients import Batch, Loss, Method, micro_batches, visit_per_sample_grads
+from datatools.gradients.factors import Factors
 from datatools.projectors import Projector
-from optim import UpdateMap
+from optim import SGDRule, UpdateMap, UpdateRule
 
 
 def extract(
@@ -38,8 +39,8 @@ def extract(
     bytes.
 
     Cost: `visit_per_sample_grads`, the update and the projection; the last two are cheap for LoRA.
-    Memory: one batch of `token_budget` tokens, one layer's per-sample gradients and one unit of features, whatever the
-    number of rows.
+    Memory: one batch of `token_budget` tokens, one layer's per-sample gradients (at most 256 MiB for a matrix, or its
+    factors) and one unit of features, whatever the number of rows.
 
     Args:
         store: where features are written.
@@ -114,7 +115,9 @@ def batch_rows(
     """Compute the features of one batch of b rows.
 
     The update of a parameter is computed and projected as soon as its gradients exist, so that only one layer's
-    gradients are in memory at a time.
+    gradients are in memory at a time. Where these would take more than 256 MiB, inputs and output gradients of a linear
+    layer or embedding are kept instead, and some rows of the matrix at a time are computed, updated and projected. The
+    projector `factored` takes plain gradients from these factors without computing them at all.
 
     Args:
         module: the model.
@@ -149,8 +152,49 @@ def batch_rows(
         squares.add_(grad.flatten(1).float().square().sum(1))
         projector.accumulate_updates(out, updates, name, grad)
 
-    losses = visit_per_sample_grads(loss, module, batch, list(updates.params), visit, method=method)
+    def take(factors: Factors) -> None:
+        if projector.takes_factors and _plain(updates.rules[factors.name]):
+            squares.add_(factors.squared_norms())
+            return projector.accumulate_factors(out, factors)
+        if not _by_parts(updates, factors.name):
+            return visit(factors.name, factors.dense())
+        count, width = factors.shape
+        step = max(1, _PART_BYTES // (size * width * 4))
+        for start in range(0, count, step):
+            grad = factors.part(start, min(start + step, count))
+            squares.add_(grad.flatten(1).float().square().sum(1))
+            update = _update_part(updates, factors.name, start, grad)
+            projector.accumulate_part(out, factors.name, factors.shape, start, update)
+
+    direct = projector.takes_factors and all(_plain(rule) for rule in updates.rules.values())
+    losses = visit_per_sample_grads(
+        loss, module, batch, list(updates.params), visit, method=method, take=take, above=0 if direct else _WHOLE_BYTES
+    )
     return out.cpu(), losses.float().cpu(), squares.sqrt().cpu()
+
+
+_WHOLE_BYTES = 256 << 20
+"""Per-sample gradients of a matrix that take more memory are computed, updated and projected in parts."""
+_PART_BYTES = 32 << 20
+
+
+def _plain(rule: UpdateRule) -> bool:
+    """Return whether the update is the gradient itself."""
+    return isinstance(rule, SGDRule) and rule.momentum == 0
+
+
+def _by_parts(updates: UpdateMap, name: str) -> bool:
+    """Return whether the update of some rows of a matrix follows from their gradients and states."""
+    shape = updates.params[name].shape
+    states = updates.states[name].values()
+    return updates.rules[name].elementwise and all(state.ndim == 0 or state.shape == shape for state in states)
+
+
+def _update_part(updates: UpdateMap, name: str, start: int, grad: Tensor) -> Tensor:
+    """Compute the updates of some rows of a matrix."""
+    rows = slice(start, start + grad.shape[1])
+    state = {key: value if value.ndim == 0 else value[rows] for key, value in updates.states[name].items()}
+    return updates.rules[name].update(grad, state, updates.params[name][rows])[0]
 
 
 def _json(values: Tensor) -> list[float | None]:

@@ -1,7 +1,6 @@
 """Per-sample gradients of a whole batch from one backward pass, which computes no weight gradients.
 
     matrix [out, in]:  G_i = sum_s g_is x_is^T            bias [out]:  sum_s g_is
-    LoRA y = W x + c B A x:   dA_i = c sum_s (B^T g_is) x_is^T,   dB_i = c sum_s g_is (A x_is)^T
 
 g_is is the gradient of a layer's output at token s of row i, and x_is its input; `rows.py` finds the row of each token.
 """
@@ -9,45 +8,25 @@ g_is is the gradient of a layer's output at token s of row i, and x_is its input
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from datatools.gradients import rows
 from datatools.gradients.derived import Derived
-from datatools.gradients.layers import Adapter, adapters, is_conv1d
+from datatools.gradients.factors import Factors, Picks, Product, TakeFactors
+from datatools.gradients.layers import adapters
 from datatools.gradients.lookups import Lookup
+from datatools.gradients.lora import watch_adapter
 from datatools.gradients.replay import NotByRows, Replayed
 from datatools.gradients.types import Batch, Loss, Visit, size_of
-from datatools.gradients.uses import Use, View
+from datatools.gradients.uses import Use
 from datatools.gradients.watch import Watch
-
-
-@dataclass(eq=False)
-class _AdapterUse(Use):
-    """A call of a LoRA layer: one input and one output for both of its matrices."""
-
-    adapter: Adapter | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        assert self.adapter is not None
-        return self.adapter.name_a, self.adapter.name_b
-
-    def contract(self, x: Tensor | None, g: Tensor) -> dict[str, Tensor]:
-        one = self.adapter
-        assert one is not None and x is not None
-        x, g = x.to(one.a.dtype), g.to(one.a.dtype)  # adapters are float32 even on a bfloat16 model
-        return {
-            one.name_a: (g @ (one.b * one.scale)).mT @ x,
-            one.name_b: g.mT @ (x @ (one.a * one.scale).mT),
-        }
 
 
 class _Start(torch.autograd.Function):
@@ -94,7 +73,14 @@ class _Call:
 
 
 def visit_by_hooks(
-    loss: Loss, module: nn.Module, batch: Batch, names: Sequence[str], visit: Visit, layouts: rows.Layouts
+    loss: Loss,
+    module: nn.Module,
+    batch: Batch,
+    names: Sequence[str],
+    visit: Visit,
+    layouts: rows.Layouts,
+    take: TakeFactors | None = None,
+    above: int = 0,
 ) -> tuple[Float[Tensor, " b"], dict[str, str]]:
     """Call `visit` for each parameter in `names` except those that need another method.
 
@@ -107,6 +93,8 @@ def visit_by_hooks(
         names: names of parameters.
         visit: receives a name and its gradients [b, *shape].
         layouts: layouts of the module's layers, which may be extended.
+        take: receives gradients of matrices as factors; None if each is to be visited.
+        above: bytes of per-sample gradients of a matrix above which they are given as factors.
 
     Returns:
         The losses [b], detached, and parameter -> reason for those not visited.
@@ -115,14 +103,17 @@ def visit_by_hooks(
         ValueError: if the loss is not one value per row.
 
     """
-    return _Pass(module, batch, names, visit, layouts).run(loss)
+    return _Pass(module, batch, names, visit, layouts, take, above).run(loss)
 
 
 class _Pass:
     def __init__(
-        self, module: nn.Module, batch: Batch, names: Sequence[str], visit: Visit, layouts: rows.Layouts
-    ) -> None:
+        self, module: nn.Module, batch: Batch, names: Sequence[str], visit: Visit, layouts: rows.Layouts,
+        take: TakeFactors | None, above: int,
+    ) -> None:  # fmt: skip
         self.module, self.batch, self.visit, self.layouts = module, batch, visit, layouts
+        self.take, self.above = take, above
+        self.factors: dict[str, Factors] = {}
         self.size = size_of(batch)
         known = dict(module.named_parameters())
         self.params = {name: known[name] for name in names}
@@ -142,7 +133,7 @@ class _Pass:
         watched = {name: p for name, p in self.params.items() if name not in inside}
         with ExitStack() as stack:
             for one in layers:
-                stack.enter_context(self._adapter(one, set(watched)))
+                stack.enter_context(watch_adapter(one, watched.values(), self.used))
             if watched:
                 fixed = [*(p for p in self.module.parameters()), *self.module.buffers()]
                 stack.enter_context(Watch(watched, self, self.size, fixed))
@@ -157,8 +148,8 @@ class _Pass:
                 self._refuse(call.use, "its layer's output is changed in place")
         if losses.requires_grad:
             self._backward(losses)
-        for name in reversed(self.made):  # those whose gradients did not arrive from every call
-            if name in self.totals:
+        for name in (*self.factors, *reversed(self.made)):  # those whose gradients did not arrive from every call
+            if name in self.totals or name in self.factors:
                 with torch.no_grad():
                     self._complete(name)
         for name, p in self.params.items():
@@ -194,6 +185,7 @@ class _Pass:
     def opaque(self, name: str, why: str) -> None:
         """Leave a parameter, or those that a tensor is derived from, to another method."""
         self.totals.pop(name, None)
+        self.factors.pop(name, None)
         if name in self.made:
             for parent in self.made[name].parents:
                 self.opaque(parent, why)
@@ -264,10 +256,14 @@ class _Pass:
     def _one_less(self, name: str) -> None:
         """Count a use whose gradient has arrived; after the last one, the parameter is visited."""
         self.waiting[name] -= 1
-        if not self.waiting[name] and name in self.totals:
+        if not self.waiting[name] and (name in self.totals or name in self.factors):
             self._complete(name)
 
     def _complete(self, name: str) -> None:
+        if name in self.factors:
+            assert self.take is not None
+            self.done.add(name)
+            return self.take(self.factors.pop(name))
         total = self.totals.pop(name)
         if name not in self.made:
             self.done.add(name)
@@ -276,10 +272,8 @@ class _Pass:
         grads = made.push(total)
         for parent in made.parents:
             if self._asked(parent) and parent in grads:
-                if parent in self.totals:
-                    self.totals[parent] += grads[parent]
-                else:
-                    self.totals[parent] = grads[parent].contiguous()
+                total = self._total(parent)
+                total += grads[parent]
             self._one_less(parent)
 
     def _add(self, call: _Call, g: Tensor) -> None:
@@ -311,16 +305,38 @@ class _Pass:
             assert isinstance(layout, int)
             return flat.reshape(*use.tokens, -1).movedim(layout, 0).reshape(self.size, -1, flat.shape[-1])
 
+        if self._keeps(use, None if x is None else batched(x), batched(g)):
+            return None
         if isinstance(use, Lookup) and use.view.name in self.totals and not use.view.steps:  # tied with the head
             assert x is not None
             return use.add(self.totals[use.view.name], batched(x), batched(g))
         for name, grad in use.contract(None if x is None else batched(x), batched(g)).items():
             if not self._asked(name):
                 continue
-            if name not in self.totals and not use.view.steps:
+            if name not in self.totals and name not in self.factors and not use.view.steps:
                 self.totals[name] = grad.to(self._tensor(name).dtype)
             else:
                 use.scatter(self._total(name), slice(None), grad, None)
+
+    def _keeps(self, use: Use, x: Tensor | None, g: Tensor) -> bool:
+        """Keep the factors of a large gradient instead of the gradient, where all uses so far allow it."""
+        name = use.view.name
+        p = self.params.get(name)
+        if self.take is None or p is None or name in self.totals or use.view.steps or p.ndim != 2 or x is None:
+            return False
+        if type(use) not in (Use, Lookup) or self.size * p.nbytes <= self.above:
+            return False
+        if self.above == 0 and x.shape[1] * sum(p.shape) >= p.numel():
+            return False  # the gradient is smaller than its factors
+        if isinstance(use, Lookup):
+            ids = x[..., 0]
+            kept = g if use.padding is None else g * (ids != use.padding)[..., None]
+            term: Product | Picks = Picks(ids, kept)
+        else:
+            g = g.to(x.dtype)
+            term = Product(g, x) if use.out_first else Product(x, g)
+        self.factors.setdefault(name, Factors(name, p.shape, p.dtype)).terms.append(term)
+        return True
 
     def _add_routed(self, use: Use, of_token: Tensor, x: Tensor | None, g: Tensor) -> None:
         everyone: list[tuple[int | None, Any]] = [(None, slice(None))]
@@ -338,48 +354,15 @@ class _Pass:
                         use.scatter(self._total(name), slice(row, row + 1), grad, expert)
 
     def _total(self, name: str) -> Tensor:
-        if name not in self.totals:
+        if name in self.factors:  # another use has no factors
+            self.totals[name] = self.factors.pop(name).dense()
+        elif name not in self.totals:
             p = self._tensor(name)
             self.totals[name] = p.new_zeros(self.size, *p.shape)
         return self.totals[name]
 
     def _tensor(self, name: str) -> Tensor:
         return self.made[name].value if name in self.made else self.params[name]
-
-    @contextmanager
-    def _adapter(self, one: Adapter, watched: set[str]) -> Iterator[None]:
-        """Treat each call of a LoRA layer as one use.
-
-        In float32, it runs as one product with W + c B A: the same function in exact arithmetic, at the cost of the
-        plain layer. In lower precisions, where the sum would round the adapter away, the two paths stay separate.
-        """
-
-        def capture(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():
-                return output
-            x = inputs[0]
-            use = _AdapterUse(View(one.name_a), x.shape, x.shape[:-1], x.detach(), adapter=one)
-            return self.used([use], output, False)
-
-        base: Any = one.module.base_layer
-        merges = type(base) is nn.Linear or is_conv1d(base)
-        alone = not {id(p) for p in base.parameters()} & {id(self.params[name]) for name in watched}
-        if merges and alone and base.weight.dtype == torch.float32:
-            weight = base.weight.detach().mT if is_conv1d(base) else base.weight.detach()
-            one.module.forward = _linear(torch.addmm(weight, one.b, one.a, alpha=one.scale), base.bias)
-        handle = one.module.register_forward_hook(capture)
-        try:
-            yield
-        finally:
-            handle.remove()
-            one.module.__dict__.pop("forward", None)
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        return functional.linear(x, weight, bias)
-
-    return forward
 
 
 def _range(dtype: torch.dtype) -> float:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from datatools.gradients.factors import TakeFactors
 from datatools.gradients.hooks import visit_by_hooks
 from datatools.gradients.rows import Layouts
 from datatools.gradients.types import Batch, Loss, Method, Visit, size_of
@@ -69,12 +70,14 @@ def per_sample_grads(
 
 
 def visit_per_sample_grads(
-    loss: Loss, module: nn.Module, batch: Batch, names: Sequence[str], visit: Visit, *, method: Method = "hooks"
-) -> Float[Tensor, " b"]:
+    loss: Loss, module: nn.Module, batch: Batch, names: Sequence[str], visit: Visit, *, method: Method = "hooks",
+    take: TakeFactors | None = None, above: int = 0,
+) -> Float[Tensor, " b"]:  # fmt: skip
     """Call `visit(name, gradients [b, *shape])` once for each parameter in `names`, layer by layer.
 
     With `hooks`, the last layer comes first and only the per-sample gradients of one layer are in memory; parameters
-    that need `loop` come after all others.
+    that need `loop` come after all others. With `take`, large gradients of linear layers and embeddings are given as
+    their factors, and are never in memory as a whole.
 
     Args:
         loss: (module, batch) -> losses, floating dtype [b].
@@ -83,6 +86,9 @@ def visit_per_sample_grads(
         names: names of parameters.
         visit: receives a name and its gradients, in the dtype of the parameter.
         method: "hooks", "loop" or "vmap".
+        take: receives gradients of matrices as factors instead of `visit`, where method "hooks" has them.
+        above: bytes of the per-sample gradients of a matrix above which `take` receives them; with 0, also only if the
+            factors are smaller than the gradients.
 
     Returns:
         The losses [b], detached.
@@ -118,7 +124,7 @@ def visit_per_sample_grads(
         )
     with torch.enable_grad(), _frozen(module):
         if method == "hooks":
-            return _visit_by_hooks(loss, module, batch, {name: known[name] for name in names}, visit)
+            return _visit_by_hooks(loss, module, batch, {name: known[name] for name in names}, visit, take, above)
         if method == "loop":
             return _visit_by_loop(loss, module, batch, {name: known[name] for name in names}, visit)
         if method == "vmap":
@@ -166,14 +172,15 @@ _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 def _visit_by_hooks(
-    loss: Loss, module: nn.Module, batch: Batch, params: dict[str, nn.Parameter], visit: Visit
-) -> Tensor:
+    loss: Loss, module: nn.Module, batch: Batch, params: dict[str, nn.Parameter], visit: Visit,
+    take: TakeFactors | None, above: int,
+) -> Tensor:  # fmt: skip
     known = _KNOWN.setdefault(module, _Known())
     if frozenset(params) not in known.checked:
         _check(loss, module, batch, params, known)
         known.checked.add(frozenset(params))
     fast = [name for name in params if name not in known.elsewhere]
-    losses, refused = visit_by_hooks(loss, module, batch, fast, visit, known.layouts)
+    losses, refused = visit_by_hooks(loss, module, batch, fast, visit, known.layouts, take, above)
     slow = {name: why for name, why in {**known.elsewhere, **refused}.items() if name in params}
     if slow:
         _announce(slow, len(params), known)

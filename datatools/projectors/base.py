@@ -13,6 +13,7 @@ import xxhash
 from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Size, Tensor
 
+from datatools.gradients.factors import Factors
 from optim import UpdateMap
 
 GENERATOR_VERSION = "splitmix64-1"
@@ -34,6 +35,7 @@ class Projector(ABC):
         dim: feature dimension.
         seed: seed of the random matrices.
         name: key in `PROJECTORS`.
+        takes_factors: whether `accumulate_factors` needs no gradient.
 
     Raises:
         ValueError: if `dim` is below 1.
@@ -49,6 +51,7 @@ class Projector(ABC):
     dim: int
     seed: int = 0
     name: ClassVar[str]
+    takes_factors: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -100,6 +103,35 @@ class Projector(ABC):
 
         """
         self.accumulate(out, name, updates.per_sample({name: grad})[name])
+
+    def accumulate_part(
+        self, out: Float32[Tensor, "b dim"], name: str, shape: Size, start: int, grad: Float[Tensor, "b some *rest"]
+    ) -> None:
+        """Add the projection of some rows of a parameter's gradients, as if all other rows were zero.
+
+        A projector overrides this so that a gradient need not be in memory as a whole.
+
+        Args:
+            out: float32 [b, dim], changed in place.
+            name: name of the parameter.
+            shape: its shape.
+            start: number of the first row.
+            grad: gradients of these rows, any floating dtype [b, some, *rest].
+
+        """
+        whole = torch.zeros(len(grad), *shape, dtype=grad.dtype, device=grad.device)
+        whole[:, start : start + grad.shape[1]] = grad
+        self.accumulate(out, name, whole)
+
+    def accumulate_factors(self, out: Float32[Tensor, "b dim"], factors: Factors) -> None:
+        """Add the projection of one matrix's gradients, which are given as factors.
+
+        Args:
+            out: float32 [b, dim], changed in place.
+            factors: the gradients.
+
+        """
+        self.accumulate(out, factors.name, factors.dense())
 
     def block(self, name: str, grad: Float[Tensor, " b *shape"]) -> Float32[Tensor, "b dim"]:
         """Project one parameter's gradients.

@@ -61,3 +61,20 @@ class Identity(Projector):
         flat = grad.reshape(len(grad), -1)
         start = dict(self.offsets)[name]
         out[:, start : start + flat.shape[1]] += flat
+
+    def accumulate_part(
+        self, out: Float32[Tensor, "b dim"], name: str, shape: Size, start: int, grad: Float[Tensor, "b some *rest"]
+    ) -> None:
+        """Add some rows of one parameter's gradients to their columns.
+
+        Args:
+            out: float32 [b, dim], changed in place.
+            name: name of the parameter.
+            shape: its shape.
+            start: number of the first row.
+            grad: gradients of these rows, any floating dtype [b, some, *rest].
+
+        """
+        flat = grad.reshape(len(grad), -1)
+        begin = dict(self.offsets)[name] + start * shape[1:].numel()
+        out[:, begin : begin + flat.shape[1]] += flat

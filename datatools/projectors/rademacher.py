@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Float32
-from torch import Tensor
+from torch import Size, Tensor
 
 from datatools.projectors.base import Projector, bits, key
 
@@ -45,12 +45,30 @@ class Rademacher(Projector):
             grad: its gradients, any floating dtype [b, *shape].
 
         """
+        self._add(out, key(self.seed, name, grad.shape[1:]), 0, grad)
+
+    def accumulate_part(
+        self, out: Float32[Tensor, "b dim"], name: str, shape: Size, start: int, grad: Float[Tensor, "b some *rest"]
+    ) -> None:
+        """Add the projection of some rows of a parameter's gradients.
+
+        Args:
+            out: float32 [b, dim], changed in place.
+            name: name of the parameter.
+            shape: its shape.
+            start: number of the first row.
+            grad: gradients of these rows, any floating dtype [b, some, *rest].
+
+        """
+        self._add(out, key(self.seed, name, shape), start * shape[1:].numel(), grad)
+
+    def _add(self, out: Tensor, stem: int, offset: int, grad: Tensor) -> None:
         flat = grad.reshape(len(grad), -1).float()
-        stem = key(self.seed, name, grad.shape[1:])
         tile = max(1, _TILE_BYTES // (4 * self.dim))
         for start in range(0, flat.shape[1], tile):
             stop = min(start + tile, flat.shape[1])
-            out.addmm_(flat[:, start:stop], self.signs(stem, start, stop, flat.device), alpha=self.dim**-0.5)
+            signs = self.signs(stem, offset + start, offset + stop, flat.device)
+            out.addmm_(flat[:, start:stop], signs, alpha=self.dim**-0.5)
 
     def signs(self, stem: int, start: int, stop: int, device: torch.device) -> Float32[Tensor, "rows dim"]:
         """Generate rows start..stop of R.

@@ -50,10 +50,28 @@ class SJLT(Projector):
         stem = key(self.seed, name, grad.shape[1:])
         if fits(out, grad):
             return add_sjlt(out, grad, stem)
+        self._add(out, stem, 0, grad)
+
+    def accumulate_part(
+        self, out: Float32[Tensor, "b dim"], name: str, shape: Size, start: int, grad: Float[Tensor, "b some *rest"]
+    ) -> None:
+        """Add the signed bucket sums of some rows of a parameter's gradients.
+
+        Args:
+            out: float32 [b, dim], changed in place.
+            name: name of the parameter.
+            shape: its shape.
+            start: number of the first row.
+            grad: gradients of these rows, any floating dtype [b, some, *rest].
+
+        """
+        self._add(out, key(self.seed, name, shape), start * shape[1:].numel(), grad)
+
+    def _add(self, out: Tensor, stem: int, offset: int, grad: Tensor) -> None:
         flat = grad.reshape(len(grad), -1).float()
         for start in range(0, flat.shape[1], _TILE):
             stop = min(start + _TILE, flat.shape[1])
-            bucket, sign = self._hashes(stem, start, stop, flat.device)
+            bucket, sign = self._hashes(stem, offset + start, offset + stop, flat.device)
             out.index_add_(1, bucket, flat[:, start:stop] * sign)
 
     def accumulate_updates(
