@@ -414,9 +414,13 @@ def test_every_method_has_a_page():
     )
 
 
+OTHERS = {"tiny.py", "page.py", "digits.py", "spine.py", "approximation.py"}
+"""Files of examples/ that are no example, or whose pages `tests/test_example_pages.py` makes on a smaller scale."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "script", sorted(p.name for p in (REPOSITORY / "examples").glob("*.py") if p.name != "tiny.py")
+    "script", sorted(p.name for p in (REPOSITORY / "examples").glob("*.py") if p.name not in OTHERS)
 )
 @pytest.mark.filterwarnings("ignore")
 def test_examples_run(script, monkeypatch, capsys, tmp_path):
