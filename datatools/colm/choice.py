@@ -13,12 +13,16 @@ from datatools.colm.quotas import Plan, plan
 from datatools.errors import DataError, UsageError, did_you_mean
 from datatools.selection.candidates import Selection
 from datatools.subsets.facility_location import FACILITY_LOCATION
+from datatools.subsets.greats import GREATS
 from datatools.subsets.herding import HERDING
 from datatools.subsets.importance import IMPORTANCE
 from datatools.subsets.matching_pursuit import MATCHING_PURSUIT
 from datatools.subsets.method import CoresetMethod
+from datatools.subsets.opus import OPUS
+from datatools.subsets.partition_sel import PARTITION_SEL
 from datatools.subsets.random_in_source import RANDOM_IN_SOURCE
 from datatools.subsets.top_norm import TOP_NORM
+from datatools.subsets.uds import UDS
 
 CORESET_METHODS: dict[str, CoresetMethod] = {
     method.name: method
@@ -27,6 +31,10 @@ CORESET_METHODS: dict[str, CoresetMethod] = {
         MATCHING_PURSUIT,
         FACILITY_LOCATION,
         IMPORTANCE,
+        UDS,
+        GREATS,
+        PARTITION_SEL,
+        OPUS,
         TOP_NORM,
         RANDOM_IN_SOURCE,
     )
@@ -90,6 +98,9 @@ def choose_rows(
     coordinates: int | None = None,
     generator: torch.Generator,
     names: Sequence[object] | None = None,
+    wanted: Float[Tensor, " d"] | None = None,
+    rate: float = 1.0,
+    memory: Float[Tensor, "m d"] | None = None,
 ) -> Selection:
     """Execute a plan: keep the rows of small sources, and choose the planned number of rows from each large source.
 
@@ -102,12 +113,16 @@ def choose_rows(
         coordinates: `sparsify` the features of each source to this number of columns first; None keeps all.
         generator: source of randomness.
         names: names of the rows [n] for error messages; None uses their positions in the batch.
+        wanted: the mean gradient of target rows in the space of the features, floating dtype [d], for methods that
+            need it.
+        rate: the learning rate, for methods that need it.
+        memory: features of rows that were chosen lately, floating dtype [m, d], for methods that need them.
 
     Returns:
         The rows: those that are kept, then those chosen from each large source in the order of the choice.
 
     Raises:
-        UsageError: if the method or metric is unknown.
+        UsageError: if the method or metric is unknown, or the method needs target rows and `wanted` is None.
         DataError: if features are not finite; the message names the rows.
 
     Example:
@@ -125,7 +140,14 @@ def choose_rows(
             f"coreset: the features of {rows_called(bad, names)} are not finite ({len(bad)} rows); "
             "check whether their loss is finite, lower the learning rate, or inspect these rows"
         )
-    settings: dict[str, Any] = {"metric": metric, "generator": generator}
+    if record.target and wanted is None:
+        raise UsageError(f"coreset: {method} compares rows with target rows, and there are none; give them "
+                         "(--coreset-target FILE; CoLM.aim)")  # fmt: skip
+    memory = features[:0] if memory is None else memory
+    wanted = features.new_zeros(features.shape[1]) if wanted is None else wanted
+    settings: dict[str, Any] = {
+        "metric": metric, "generator": generator, "wanted": wanted, "rate": rate, "memory": memory,
+    }  # fmt: skip
     if record.scope == "batch":
         few = sparsify(features, coordinates)
         return record.choose(few, len(plan), kept=plan.kept, groups=plan.groups, **settings)
@@ -152,6 +174,9 @@ def select_batch(
     metric: str = "l1",
     method: str = "facility_location",
     coordinates: int | None = None,
+    wanted: Float[Tensor, " d"] | None = None,
+    rate: float = 1.0,
+    memory: Float[Tensor, "m d"] | None = None,
     generator: torch.Generator,
 ) -> tuple[Selection, Plan]:
     """Choose `budget` rows of a batch: `plan` followed by `choose_rows`.
@@ -164,6 +189,9 @@ def select_batch(
         metric: a name of `METRICS`, for methods that compare rows.
         method: a name of `CORESET_METHODS`.
         coordinates: `sparsify` the features of each source to this number of columns first; None keeps all.
+        wanted: see `choose_rows`.
+        rate: see `choose_rows`.
+        memory: see `choose_rows`.
         generator: source of randomness.
 
     Returns:
@@ -181,7 +209,10 @@ def select_batch(
 
     """
     made = plan(sources, budget, small_sources, generator=generator)
-    chosen = choose_rows(features, made, method=method, metric=metric, coordinates=coordinates, generator=generator)
+    chosen = choose_rows(
+        features, made, method=method, metric=metric, coordinates=coordinates, generator=generator, wanted=wanted,
+        rate=rate, memory=memory,
+    )  # fmt: skip
     return chosen, made
 
 

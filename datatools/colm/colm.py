@@ -99,6 +99,9 @@ class CoLM(Measuring):
 
     Attributes:
         last: the last choice, a `Chosen`; None before the first call.
+        wanted: mean gradient of target rows, float32 [d], set by `aim`; None before.
+        rate: learning rate of the present step, for methods that need it; the caller sets it.
+        memory: features of rows that were chosen lately, float32 [m, d], for methods that need them.
         overflows: number of calls in which small sources alone had more than `keep` rows.
 
     Raises:
@@ -182,6 +185,9 @@ class CoLM(Measuring):
             raise UsageError(f"coreset: rule={rule!r} needs gradients that are measured at each step, and features="
                              f"{self.kind.name!r} has none; use rule='none'")  # fmt: skip
         self.overflows = 0
+        self.wanted: Tensor | None = None
+        self.rate = 1.0
+        self.memory = torch.zeros(0, 0)
         self.last: Chosen | None = None
 
     def __call__(
@@ -274,14 +280,38 @@ class CoLM(Measuring):
         generator = self._generator("choice", step, lane)
         if not self.method.features:
             return choose_rows(torch.zeros(len(given), 1), made, method=self.method.name, generator=generator)
-        return choose_given(
+        chosen = choose_given(
             given.float(),
             made,
             method=self.method.name,
             metric=self.metric,
             coordinates=self.dim if self.method.coordinates else None,
             generator=generator,
+            **self._aims(),
         )
+        self._remember(given[chosen.indices])
+        return chosen
+
+    def aim(self, batch: Batch, lengths: Sequence[int] | None = None) -> None:
+        """Measure the mean gradient of target rows, for the next calls of a method that compares rows with them.
+
+        Args:
+            batch: inputs of the target rows.
+            lengths: tokens of each row; None reads the attention mask.
+
+        """
+        self.wanted = self.measured(batch, lengths).mean(0)
+
+    def _aims(self) -> dict[str, Any]:
+        memory = self.memory if self.method.memory and len(self.memory) else None
+        return {"wanted": self.wanted, "rate": self.rate, "memory": memory}
+
+    def _remember(self, features: Tensor) -> None:
+        """Keep the features of rows that were chosen, for a method with a memory."""
+        if self.method.memory:
+            new = features.reshape(len(features), -1).float().cpu()
+            new = new[new.isfinite().all(1)]
+            self.memory = (torch.cat([self.memory, new]) if self.memory.numel() else new)[-self.method.memory :]
 
     def _choose(
         self,
@@ -319,7 +349,8 @@ class CoLM(Measuring):
                 features = self._project(features)
             spread = torch.zeros(n, features[0].numel(), device=features.device)
             spread[read] = features.reshape(len(features), -1)
-        chosen = choose_rows(spread, made, coordinates=None if project else self.dim, **settings)
+        chosen = choose_rows(spread, made, coordinates=None if project else self.dim, **settings, **self._aims())
+        self._remember(spread[chosen.indices[place[chosen.indices] >= 0]])
         if not self.history.plain and len(made.candidates()):
             taken = chosen.indices[len(made.kept) :]
             self.history.advance(raw[place[taken] if self.history_of == "selected" else large])
@@ -335,6 +366,7 @@ class CoLM(Measuring):
 
         """
         state = {} if self.history.plain else {k: v.detach().clone() for k, v in self.history.state.items()}
+        state |= {"memory": self.memory} if self.method.memory else {}
         return state | {"overflows": torch.tensor(self.overflows)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -349,11 +381,12 @@ class CoLM(Measuring):
         """
         own = self.state_dict()
         wrong = [k for k in sorted(own.keys() | state.keys()) if k not in own or k not in state
-                 or own[k].shape != state[k].shape]  # fmt: skip
+                 or (own[k].shape != state[k].shape and k != "memory")]  # fmt: skip
         if wrong:
             raise DataError(
                 f"coreset: the saved history does not match ({', '.join(wrong)}); it was saved with other settings"
             )
         self.overflows = int(state["overflows"])
+        self.memory = state.get("memory", self.memory)
         if not self.history.plain:
             self.history.state = {k: state[k].to(v.dtype) for k, v in self.history.state.items()}

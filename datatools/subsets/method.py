@@ -24,6 +24,9 @@ class Choose(Protocol):
         groups: Sequence[tuple[Tensor, int]],
         metric: str,
         generator: torch.Generator,
+        wanted: Tensor,
+        rate: float,
+        memory: Tensor,
     ) -> Selection:
         """Choose k of the n rows of `features`.
 
@@ -35,6 +38,10 @@ class Choose(Protocol):
                 methods of scope "source", all rows are one group.
             metric: a name of `METRICS`, for methods that compare rows.
             generator: source of randomness.
+            wanted: floating dtype [d], the mean gradient of target rows; zeros for methods that need none.
+            rate: the learning rate of the step.
+            memory: floating dtype [m, d], features of the last rows that were chosen; m is at most the record's
+                `memory`.
 
         Returns:
             `indices`, int64 [k], and `weights`, floating dtype [k], whose meaning the method's docstring states.
@@ -60,6 +67,8 @@ class CoresetMethod:
         coordinates: whether it reads the largest coordinates of features that are too long, instead of a random
             projection, which preserves inner products but not L1 distances.
         weighted: whether its rows have weights other than 1, by which the loss of each row must be multiplied.
+        target: whether it needs the gradient of target rows.
+        memory: number of rows, chosen lately, whose features it gets.
         control: whether it is the control for other methods, and causes no warning for being no better than random.
 
     Example:
@@ -81,4 +90,6 @@ class CoresetMethod:
     rule: Literal["none", "adam"] = "none"
     coordinates: bool = False
     weighted: bool = False
+    target: bool = False
+    memory: int = 0
     control: bool = False

@@ -8,11 +8,9 @@ subclasses define how a batch is read and reduced: `pipelines.colm.coresets` for
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -24,7 +22,6 @@ from transformers import TrainerCallback
 from datatools import (
     CORESET_FEATURES,
     CORESET_METHODS,
-    ByProducts,
     CoLM,
     DataError,
     FeatureTable,
@@ -41,6 +38,7 @@ from datatools import (
 )
 from pipelines.colm import given as givens
 from pipelines.colm import measured
+from pipelines.colm.featuring import Featuring, now
 from pipelines.colm.sources import require_known
 from pipelines.models.losses import row_losses
 from pipelines.runs.messages import warn
@@ -77,7 +75,7 @@ def check(settings: CoresetConfig) -> None:
     givens.check(settings)
 
 
-class Choosing(ABC):
+class Choosing(Featuring):
     """Reduces the batches of a Trainer's steps to the rows that `settings.method` keeps.
 
     Choices depend on the seed, the step, the micro-batch and (without a group) the rank, so that a resumed run makes
@@ -94,35 +92,19 @@ class Choosing(ABC):
     """The keys that this adds to entries of the log history."""
 
     def __init__(self, settings: CoresetConfig, table: FeatureTable | None = None) -> None:
-        self.settings, self._table = settings, table
-        self._given: givens.Given | None = None
-        self._seen: ByProducts | None = None
-        self.trainer: Any = None
+        super().__init__(settings, table)
         self.rows_of_step = 1  # rows of this process on which the present step trains
         self._colm: CoLM | None = None
         self._saved_history: dict[str, Tensor] | None = None
         self._watched: dict[str, Any] | None = None  # measurements that are not logged yet
         self._tables: dict[str, Any] = {}  # nested values, which go into the log history only
         self._warned = self._warned_of_cost = False
-        self._refresh_share = self._collected = 0.0  # seconds a step: of the last refresh, and of by-products
         self._idle = 0  # rows without a supervised token so far
 
     @property
     def group(self) -> ProcessGroup | None:
         """The processes that have the same batches and choose together; None means that each chooses alone."""
         return None
-
-    @abstractmethod
-    def large(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], list[Hashable], dict[str, Any]]:
-        """Return what a choice needs of a large batch of n rows.
-
-        Args:
-            batch: The batch.
-
-        Returns:
-            The tensors of the model's inputs (`input_ids` and `labels`, int64 [n, tokens], and others with n rows);
-            the source of each row; and, if they are known, `lengths` and `names` of the rows.
-        """
 
     @abstractmethod
     def kept(self, batch: dict[str, Any], chosen: Selection) -> dict[str, Any]:
@@ -132,18 +114,6 @@ class Choosing(ABC):
             batch: The batch.
             chosen: The choice.
         """
-
-    @abstractmethod
-    def numbers(self, batch: dict[str, Any]) -> list[int]:
-        """Return the numbers of the rows of a batch.
-
-        Args:
-            batch: The batch.
-        """
-
-    @abstractmethod
-    def everything(self) -> Iterator[dict[str, Any]]:
-        """Yield batches of all rows of the training data, for a refresh of their features."""
 
     def begin(self, trainer: Any) -> None:
         """Attach to a new Trainer.
@@ -171,9 +141,10 @@ class Choosing(ABC):
         Args:
             batches: The large micro-batches.
         """
-        args, step, started = self.trainer.args, self.trainer.state.global_step, _now()
+        args, step, started = self.trainer.args, self.trainer.state.global_step, now()
         colm = self._chooser()
         refreshing = self._refresh(colm, step)
+        self._aim(colm, step)
         watch = step % (self.settings.monitor_every * (RARELY if colm.kind.free else 1)) == 0
         if watch and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -209,7 +180,7 @@ class Choosing(ABC):
         if watched:
             measuring = math.fsum(last.watch_seconds for last, _, _ in watched)
             self._watched = measured.errors(watched) | {
-                "select_seconds": _now() - started - measuring - refreshing + self._refresh_share,
+                "select_seconds": now() - started - measuring - refreshing + self._refresh_share,
                 "overflows": colm.overflows,
                 "kept_rows": trained,
                 "drawn_rows": sum(len(sources) for _, sources, _ in watched),
@@ -219,49 +190,8 @@ class Choosing(ABC):
                 self._watched |= self._given.facts(rows, step)
             self._collected = 0.0
             self._tables = measured.rows_by_source(watched)
-        self._since = _now()
+        self._since = now()
         return reduced
-
-    @contextmanager
-    def visiting(self) -> Iterator[ByProducts | None]:
-        """Collect by-products of the rows of a training step, which runs inside, where features are made of them.
-
-        Yields:
-            The collector, whose `watch` is called for each micro-batch; None if nothing is collected.
-        """
-        if self._given is None or not self._given.visits:
-            yield None
-            return
-        colm = self._chooser()
-        if self._seen is None or self._seen.model is not colm.model:
-            self._seen = colm.by_products(givens.by_product(self.settings))
-        with self._seen.watching():
-            yield self._seen
-        numbers, features = self._seen.taken()
-        self._collected += self._seen.seconds
-        if self.trainer.args.world_size > 1:
-            numbers, features = measured.of_all_processes(self.trainer.accelerator, numbers, features)
-        if numbers:
-            self._given.table.put(numbers, features, step=self.trainer.state.global_step)
-
-    def _refresh(self, colm: CoLM, step: int) -> float:
-        """Measure the features of all rows again, if that is due; return the seconds that it took."""
-        if self._given is None or not self._given.due(step):
-            return 0.0
-        started = _now()
-        for batch in self.everything():
-            tensors, _, known = self.large(batch)
-            features = colm.measured(tensors, known.get("lengths"))
-            self._given.table.put(self.numbers(batch), features, step=step)
-        self._given.refreshed(step)
-        seconds = _now() - started
-        self._refresh_share = seconds / (self.settings.refresh_every or 1)
-        return seconds
-
-    def _begin_given(self, numbers: Sequence[int]) -> None:
-        """Prepare features that cost no pass, for rows with these numbers; called at the end of `begin`."""
-        if CORESET_FEATURES[self.settings.features].free:
-            self._given = givens.Given(self.settings, numbers, self._table)
 
     def measured(self, logs: Mapping[str, Any]) -> dict[str, float]:
         """Return the measurements of the last monitored step, for the next log of a loss; empty otherwise.
@@ -383,16 +313,10 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
         seen = self.choosing._watched
         if seen is not None and "train_seconds" not in seen:
             collected, self.choosing._collected = self.choosing._collected, 0.0
-            seen["train_seconds"] = _now() - self.choosing._since - collected
+            seen["train_seconds"] = now() - self.choosing._since - collected
             seen["select_seconds"] += collected  # by-products are what choosing costs
             seen["peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes()
 
 
 def _only(rows: Any, places: Tensor) -> Any:
     return rows[places] if isinstance(rows, Tensor) else [rows[i] for i in places.tolist()]
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return perf_counter()

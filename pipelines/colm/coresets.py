@@ -21,6 +21,7 @@ from datatools import (
     small_sources,
 )
 from pipelines.colm.choosing import MONITORED, Choosing
+from pipelines.colm.featuring import check_target, drawn
 from pipelines.colm.given import check_visits
 from pipelines.colm.measured import advice
 from pipelines.models.losses import collate
@@ -38,6 +39,7 @@ class Coresets(Choosing):
         settings: How many rows are kept, and how they are chosen.
         source_of: A row's number -> its source; None is one source for all.
         table: Features of the rows from a store, if `stored` features have one.
+        target: Encoded target rows, for methods that compare rows with them.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class Coresets(Choosing):
         settings: CoresetConfig,
         source_of: Callable[[int], Hashable] | None = None,
         table: FeatureTable | None = None,
+        target: Sequence[tuple[list[int], list[int]]] = (),
     ) -> None:
         super().__init__(settings, table)
+        self._target_items = target
         self.source_of = source_of or (lambda row: "")
 
     @property
@@ -62,7 +66,16 @@ class Coresets(Choosing):
         """
         super().begin(trainer)
         self.counts = Counter(self.source_of(row) for row in trainer.train_dataset.rows)
+        check_target(self.settings, len(self._target_items))
+        if self._target_items:
+            self.target = self._targets
         self._begin_given(trainer.train_dataset.rows)
+
+    def _targets(self, step: int) -> tuple[dict[str, Tensor], list[int] | None]:
+        picks = drawn(len(self._target_items), self.settings, step, self.trainer.args.seed)
+        items = [self._target_items[i] for i in picks]
+        device = self.trainer.args.device
+        return {k: v.to(device) for k, v in collate(items).items()}, [len(ids) for ids, _ in items]
 
     def numbers(self, batch: dict[str, Any]) -> list[int]:
         """Return the numbers of the rows of a batch.

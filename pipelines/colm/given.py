@@ -25,12 +25,22 @@ def check(settings: CoresetConfig) -> None:
         UsageError: A setting cannot be used.
     """
     kind, reads = CORESET_FEATURES[settings.features], CORESET_METHODS[settings.method].reads
+    if CORESET_METHODS[settings.method].target and not kind.free and not kind.exact:
+        raise UsageError(f"coreset: {settings.method} compares rows with the gradient of target rows, which "
+                         f"{settings.features} features cannot be compared with; use exact or stale")  # fmt: skip
+    if by_product(settings) != "gradient" and kind.origin == "visit" and CORESET_METHODS[settings.method].target:
+        raise UsageError(f"coreset: {settings.method} reads gradients, not coreset.by_product={settings.by_product}")
     if kind.origin == "store":
         if settings.store is None and settings.refresh_every is None:
             raise UsageError(
                 "coreset: stored features need a store (--coreset-store runs/select/features/train-40, which "
                 "`datatools select` writes for the same model and rows), or coreset.refresh_every=N, which measures "
                 "them here"
+            )
+        if CORESET_METHODS[settings.method].target and settings.store is not None:
+            raise UsageError(
+                f"coreset: {settings.method} compares rows with the gradient of target rows, and the features of a "
+                "store are of another kind; use stale features, or coreset.refresh_every without a store"
             )
         if reads:
             raise UsageError(f"coreset: {settings.method} reads {reads}, which no store has; use stale features")

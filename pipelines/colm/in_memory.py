@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datatools import CORESET_FEATURES, CoLM, FeatureTable, UsageError, files, small_sources
+from datatools import CORESET_FEATURES, CORESET_METHODS, CoLM, FeatureTable, UsageError, files, small_sources
 from pipelines.colm import stored
 from pipelines.colm.choosing import RARELY, check
 from pipelines.colm.given import arguments_of
@@ -166,6 +166,9 @@ def coreset(
         if choose is None or choose.keep is None:
             raise UsageError(f"keep is {keep}; expected the number of rows to keep of each large batch")
         check(choose)
+        if CORESET_METHODS[choose.method].target:
+            raise UsageError(f"{choose.method} compares rows with target rows, which only `datatools train` and "
+                             "CoresetMixin read; use another method")  # fmt: skip
         kind = CORESET_FEATURES[choose.features]
         if kind.origin == "visit":
             raise UsageError(

@@ -27,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from datatools import CORESET_FEATURES, CORESET_METHODS, FeatureTable, Selection, UsageError
 from pipelines.colm import stored
 from pipelines.colm.choosing import Choosing
+from pipelines.colm.featuring import check_target, drawn
 from pipelines.colm.given import check_visits
 from pipelines.models.finite import FiniteSteps
 from pipelines.models.load import digests_like
@@ -63,6 +64,7 @@ class CoresetMixin(FiniteSteps):
     Args:
         choose: The settings (`CoresetConfig`), or a mapping of them; None chooses nothing.
         source_key: The column of the training data that names the source of a row; None is one source for all.
+        target_dataset: Rows of the same kind as the training data, for methods that compare rows with target rows.
         nonfinite_steps: The number of steps in a row that may be skipped because the loss or the gradient is not
             finite, before the run stops (this class is a `FiniteSteps` too).
 
@@ -85,6 +87,7 @@ class CoresetMixin(FiniteSteps):
         *args: Any,
         choose: CoresetConfig | Mapping[str, Any] | None = None,
         source_key: str | None = "dataset",
+        target_dataset: Any = None,
         nonfinite_steps: int = 5,
         **kwargs: Any,
     ) -> None:
@@ -100,7 +103,7 @@ class CoresetMixin(FiniteSteps):
         super().__init__(*args, **kwargs)
         if self.choose is None:
             return
-        self._choosing = _Batches(self.choose, source_key)
+        self._choosing = _Batches(self.choose, source_key, target_dataset)
         self._choosing.begin(self)
         if self._choosing.weighs_rows:
             if self.compute_loss_func is not None:
@@ -195,9 +198,9 @@ class CoresetMixin(FiniteSteps):
 class _Batches(Choosing):
     """Chooses rows of the padded batches from a Trainer's collator."""
 
-    def __init__(self, settings: CoresetConfig, source_key: str | None) -> None:
+    def __init__(self, settings: CoresetConfig, source_key: str | None, target: Any = None) -> None:
         super().__init__(settings)
-        self.source_key = source_key
+        self.source_key, self._target_rows = source_key, target
 
     def begin(self, trainer: Any) -> None:
         """Read the sources of the training data: their sizes, and numbers that the loader passes on."""
@@ -230,6 +233,9 @@ class _Batches(Choosing):
             if self.settings.store is not None:
                 self._table = _stored(self.settings, trainer)
             trainer.train_dataset = _numbered(trainer.train_dataset)
+        check_target(self.settings, None if self._target_rows is None else len(self._target_rows))
+        if self._target_rows is not None:
+            self.target = self._targets
         trainer.data_collator = _Carry(trainer.data_collator, self.source_key, self._names)
         if CORESET_FEATURES[self.settings.features].free:
             self._begin_given(range(len(trainer.train_dataset)))
@@ -239,6 +245,11 @@ class _Batches(Choosing):
             per_epoch = -(-len(trainer.train_dataset) // rows)
             steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
             check_visits(self.settings, per_epoch=per_epoch, steps=steps)
+
+    def _targets(self, step: int) -> tuple[dict[str, Tensor], list[int] | None]:
+        picks = drawn(len(self._target_rows), self.settings, step, self.trainer.args.seed)
+        batch = self.trainer.data_collator([self._target_rows[i] for i in picks])
+        return {key: batch[key].to(self.trainer.args.device) for key in _INPUTS if key in batch}, None
 
     @property
     def weighs_rows(self) -> bool:

@@ -71,6 +71,16 @@ class CoresetConfig(Settings):
         description="for `stale`: what is kept of a training step; null is what the method reads, mostly the gradient",
         json_schema_extra=UNSAID,
     )
+    target: Annotated[Names, Flag("--coreset-target", TRAINING, "FILE")] = Field(
+        default=[],
+        description="rows that methods such as greats compare rows with: not those that a result is judged by",
+    )
+    target_rows: int = Field(
+        default=16, ge=1, le=100_000, description="how many rows of `coreset.target` are drawn at a time"
+    )
+    target_every: int = Field(
+        default=1, ge=1, le=10**9, description="steps after which the gradient of target rows is measured again"
+    )
     kept_dim: int = Field(
         default=256,
         ge=1,
@@ -223,7 +233,7 @@ class TrainConfig(RunSettings):
         TrainingConfig,
         Flags("gradient optimizer schedule learning_rate epochs batch_size weight_decay rounding"),
     ] = Field(default_factory=TrainingConfig, description="the optimizer and its schedule")
-    coreset: Annotated[CoresetConfig | None, Flags("name large_batch keep method features store")] = Field(
+    coreset: Annotated[CoresetConfig | None, Flags("name large_batch keep method features store target")] = Field(
         default=None, description="a few rows of each large batch to train on (null trains on all)"
     )
     order: Annotated[FilePath | None, Flag("--order", TRAINING)] = Field(

@@ -15,6 +15,7 @@ from datatools import CORESET_FEATURES, DataError, Order, files
 from optim.distributed import world
 from pipelines.colm import coresets, stored
 from pipelines.colm.choosing import check as check_coreset
+from pipelines.colm.featuring import check_target
 from pipelines.colm.sources import clusters_of, require_sources
 from pipelines.models import load as models
 from pipelines.models.base import unload
@@ -75,6 +76,10 @@ def _run(config: TrainConfig) -> Path:
             inputs = Inputs(current, config.model, tokenizer)
             rows = inputs.read("data", config.data, bad_rows=True)
             held_out = inputs.read_like("validation", config.data, config.eval_data, config.eval_columns)
+            aims = None
+            if config.coreset is not None:
+                aims = inputs.read_like("coreset target", config.data, config.coreset.target, config.eval_columns)
+                check_target(config.coreset, None if aims is None else int(aims.usable.sum()))
             inputs.record()  # before other processes look, because outdated results are moved away here
         chosen = np.flatnonzero(rows.usable).tolist()
         recipe, choose = config.training, config.coreset
@@ -163,7 +168,7 @@ def _run(config: TrainConfig) -> Path:
                 seed=derive_seed(config.seed, "training"),
                 save=config.save_steps or "epoch",
                 bar=bar,
-                choose=None if choose is None else coresets.Coresets(choose, sources.__getitem__, table),
+                choose=None if choose is None else coresets.Coresets(choose, sources.__getitem__, table, _items(aims)),
                 name_of=rows.pool.where,
                 steps=sequence,
                 held=held,
@@ -191,6 +196,10 @@ def _run(config: TrainConfig) -> Path:
         if rank() == 0:  # last, so that a failure loses no results
             draw_last(lambda: training_report.render_any(current.folder), saved=done)
     return config.out
+
+
+def _items(rows: Rows | None) -> list[tuple[list[int], list[int]]]:
+    return [] if rows is None else [rows.item(row) for row in np.flatnonzero(rows.usable).tolist()]
 
 
 def _leaked(config: TrainConfig, held_out: Rows, rows: Rows) -> str | None:

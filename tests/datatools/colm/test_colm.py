@@ -93,7 +93,7 @@ def test_any_elementwise_rule_has_a_history_and_others_are_refused(model, batch)
 
 def test_picks_of_exact_are_those_of_brute_force_gradients(model, batch):
     grads = brute(model, batch, LastLayer.of(model)).flatten(1)
-    for method in sorted(CORESET_METHODS):
+    for method in sorted(name for name, one in CORESET_METHODS.items() if not one.target and not one.reads):
         ours = colm(model, method=method, rule="none", token_budget=60)(batch, SOURCES, step=5)
         named = colm(model, method=method, rule="none", token_budget=60)
         made = named._generator("plan", 5, 0)

@@ -45,7 +45,7 @@ def pad(rows):
 
 
 def build(folder, cls=CoresetTrainer, data=None, **changes):
-    own = {key: changes.pop(key) for key in ("choose", "source_key") if key in changes}
+    own = {key: changes.pop(key) for key in ("choose", "source_key", "target_dataset") if key in changes}
     values = {
         "output_dir": str(folder), "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2,
         "num_train_epochs": 2, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "report_to": "none",
