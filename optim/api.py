@@ -3,6 +3,7 @@
 from optim import cpu_jit, curvature, diagnostics
 from optim.averaging import averages_in_place
 from optim.block_rates import PAPER_RATIOS, Blockwise, Ratios, blockwise, example_parameters
+from optim.fused import FusedBackward, fuse_backward
 from optim.optimizer import Optimizer, Params
 from optim.param_groups import (
     Assign,

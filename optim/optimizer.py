@@ -20,11 +20,11 @@ from optim.saved import (
     adopted_rule,
     bare_name,
     check_state,
-    expected_state,
     kept_keys,
     loaded_state,
     native_state,
     saved_rule,
+    settle_states,
 )
 from optim.settings import TORCH_FLAGS, ParamGroup
 
@@ -187,52 +187,44 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
         self.check_training()
         work = [(group, offset, *self._ready(group, offset)) for group, offset in self._offsets()]
         for i, (group, _) in enumerate(self._offsets()):
-            self._settle(i, group)
+            settle_states(i, group, self.state)
         for group, offset, params, grads in work:
-            rule: UpdateRule = group["rule"]
-            if rule.shares and params:
-                params, grads = self._share(rule, group, offset, params, grads)
-            if "rounding" in group:
-                fine = rounding.step(self._step_those, group, offset, params, grads, self.arrived)
-            else:
-                fine = self._step_those(rule, params, grads, lr=group["lr"], weight_decay=group["weight_decay"])
-            self._warn_of_left(group, offset, params, fine)
+            self._step_group(group, offset, params, grads)
+
+    @_disable_dynamo
+    def step_one(self, param: Tensor, index: int) -> None:
+        """Step one parameter with its gradient, without the hooks of `step`; `fuse_backward` uses this.
+
+        Args:
+            param: The parameter, under a rule that is not `coupled`.
+            index: The number of its group.
+
+        Raises:
+            TypeError: For a sparse gradient.
+            RuntimeError: If the parameters hold averages since `eval()`.
+        """
+        self.check_training()
+        group, offset = list(self._offsets())[index]
+        if param.grad is None or param.grad.layout != torch.strided:
+            return check_gradients(group, offset)
+        settle_states(index, group, self.state)
+        self._step_group(group, offset, [param], [param.grad])
+
+    def _step_group(self, group: ParamGroup, offset: int, params: list[Tensor], grads: list[Tensor]) -> None:
+        rule: UpdateRule = group["rule"]
+        if rule.shares and params:
+            params, grads = self._share(rule, group, offset, params, grads)
+        if "rounding" in group:
+            fine = rounding.step(self._step_those, group, offset, params, grads, self.arrived)
+        else:
+            fine = self._step_those(rule, params, grads, lr=group["lr"], weight_decay=group["weight_decay"])
+        self._warn_of_left(group, offset, params, fine)
 
     def _step_those(
         self, rule: UpdateRule, params: list[Tensor], grads: list[Tensor], *, lr: float | Tensor, weight_decay: float
     ) -> list[bool]:
         """Step these parameters and return, for each, if it was stepped; `optim.distributed` overrides this."""
         return cpu_jit.step(rule, params, grads, self._states_of(rule, params), lr=lr, weight_decay=weight_decay)
-
-    def _settle(self, index: int, group: ParamGroup) -> None:
-        """Adapt the states to the group's current rule if its settings were changed since the last step.
-
-        Raises:
-            ValueError: If a setting was changed that determines how the states are stored.
-        """
-        rule = group.settle()
-        before, group.settled = group.settled, rule
-        if before is None or before is rule:
-            return
-        for param in group["params"]:
-            state = self.state.get(param)
-            if not state:
-                continue
-            want = expected_state(rule, param)
-            kept = {key: value for key, value in state.items() if key in want}
-            if before.state_settings() != rule.state_settings() or any(
-                (value.shape, value.dtype) != (want[key].shape, want[key].dtype) for key, value in kept.items()
-            ):
-                group.settled = group["rule"] = before
-                changes = ", ".join(rule.differences(before.describe()))
-                raise ValueError(
-                    f"param group {index}: a setting that determines how states are stored cannot be changed after the "
-                    f"first step ({changes}, the last step's value); build a new optimizer"
-                )
-            if set(want) - set(kept):  # SGD's buffer, at its first momentum above 0
-                state.update({key: value for key, value in rule.init(param).items() if key not in kept})
-            for key in set(state) - set(want):
-                del state[key]
 
     def _offsets(self) -> Iterator[tuple[ParamGroup, int]]:
         offset = 0

@@ -1,6 +1,6 @@
 """Reading saved optimizer states: rules from plain values, states in the rule's dtypes, names without wrappers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optim import torch_states
 from optim.rule import State, UpdateRule
-from optim.settings import changed_settings, described_setting
+from optim.settings import ParamGroup, changed_settings, described_setting
 from optim.sharding import is_sharded
 
 
@@ -103,6 +103,42 @@ def expected_state(rule: UpdateRule, param: Tensor) -> State:
         The state as tensors on the meta device, which use no memory.
     """
     return rule.init(torch.empty_like(param, device="meta", requires_grad=False))
+
+
+def settle_states(index: int, group: ParamGroup, states: MutableMapping[Tensor, State]) -> None:
+    """Adapt the states to a group's current rule if its settings were changed since the last step.
+
+    Args:
+        index: The number of the group, for the message.
+        group: The param group.
+        states: The state of each parameter.
+
+    Raises:
+        ValueError: If a setting was changed that determines how the states are stored.
+    """
+    rule = group.settle()
+    before, group.settled = group.settled, rule
+    if before is None or before is rule:
+        return
+    for param in group["params"]:
+        state = states.get(param)
+        if not state:
+            continue
+        want = expected_state(rule, param)
+        kept = {key: value for key, value in state.items() if key in want}
+        if before.state_settings() != rule.state_settings() or any(
+            (value.shape, value.dtype) != (want[key].shape, want[key].dtype) for key, value in kept.items()
+        ):
+            group.settled = group["rule"] = before
+            changes = ", ".join(rule.differences(before.describe()))
+            raise ValueError(
+                f"param group {index}: a setting that determines how states are stored cannot be changed after the "
+                f"first step ({changes}, the last step's value); build a new optimizer"
+            )
+        if set(want) - set(kept):  # SGD's buffer, at its first momentum above 0
+            state.update({key: value for key, value in rule.init(param).items() if key not in kept})
+        for key in set(state) - set(want):
+            del state[key]
 
 
 def check_state(label: str, rule: UpdateRule, param: Tensor, state: Mapping[str, Any]) -> None:

@@ -18,13 +18,16 @@ adopt: adago amsgradw
 ademamix: aggmo grokfast simplified_ademamix dualadam
 lamb: fromage nero novograd
 lion: clion tiger rosen sgdlion
-muon: adago adamuon dion2 dion3 gluon limuon muonbp muonclip muonplus polargrad scion scionlight turbomuon
+muon: adago adamuon gluon limuon muonbp muonclip muonplus polargrad scion scionlight turbomuon
 prodigy: alig bcos dadaptadam dadaptation dadaptlion dadaptsgd dog dowg emonavi sps
 rmsprop: rprop
 schedule_free_adamw: asgd schedulefree schedulefreeadam schedulefreeradam swa
 sgd: lbfgs lookahead pid qhm sam sadam vsgd wsam
 signsgd: signum
-soap: adadiag alice kron klsoap psgd racs shampoo splus distributedshampoo kfac
+dion: dion2 dion3
+kron: psgd
+shampoo: distributedshampoo kfac
+soap: adadiag alice klsoap racs splus
 adamw_8bit: adamw4bit flashadamw
 """
 """An optimizer of this package, and the published optimizers that are missing here and resemble it most. Their names
@@ -74,7 +77,7 @@ def instead_of(word: str, known: Iterable[str]) -> str:
     if bare in _SAME and not same:
         return f"; {_SAME[bare]}. Known: {', '.join(known)}"
     if _OTHERS.get(bare) in known and not same:
-        return f"; it is not implemented here; the most similar one is {_OTHERS[bare]!r}. Known: {', '.join(known)}"
+        return f"; it is not in the suite; nearest in kind: {_OTHERS[bare]!r}. Known: {', '.join(known)}"
     near = [name for name in known if _one_slip(_letters(name), bare)]
     near.sort(key=lambda name: (difflib.SequenceMatcher(None, name, word).ratio(), name), reverse=True)
     close = same or ([] if bare in _OTHERS else near)

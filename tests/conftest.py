@@ -1,5 +1,6 @@
 """Options, fixtures and the final counts that all tests share."""
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -11,6 +12,8 @@ from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # helpers are imported as tests.<...>, however pytest is started
+
+os.environ.setdefault("OPTIM_CACHE", str(REPOSITORY / "build" / "optim-steps"))  # not that of the user
 
 if not torch.cuda.is_available():  # kernels are made for Triton's interpreter or a GPU when they are first imported
     with pytest.MonkeyPatch.context() as _environment:
@@ -78,6 +81,18 @@ def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("OPTIM_BACKEND", "triton")
     return torch.device("cpu")
+
+
+_frozen = 0
+
+
+def pytest_runtest_setup() -> None:
+    """Spare the garbage collector what modules hold: accelerate runs it once per training, and it would take 0.5 s."""
+    global _frozen
+    if len(sys.modules) > _frozen + 100:
+        gc.collect()
+        gc.freeze()
+        _frozen = len(sys.modules)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -19,9 +19,11 @@ from optim.rules.apollo import Apollo, ApolloRule
 from optim.rules.blockwise_adam import BlockwiseAdam, BlockwiseAdamRule
 from optim.rules.came import CAME, CAMERule
 from optim.rules.conda import Conda, CondaRule
+from optim.rules.dion import Dion, DionRule
 from optim.rules.exadam import EXAdam, EXAdamRule
 from optim.rules.fira import Fira, FiraRule
 from optim.rules.galore import GaLore, GaLoreRule
+from optim.rules.kron import Kron, KronRule
 from optim.rules.lamb import LAMB, LAMBRule
 from optim.rules.lars import LARS, LARSRule
 from optim.rules.lion import Lion, LionRule
@@ -43,6 +45,7 @@ from optim.rules.schedule_free_sgd import ScheduleFreeSGD, ScheduleFreeSGDRule
 from optim.rules.sgd import SGD, SGDRule
 from optim.rules.sgd_sai import SGDSaI, SGDSaIRule
 from optim.rules.sgdp import SGDP, SGDPRule
+from optim.rules.shampoo import Shampoo, ShampooRule
 from optim.rules.signsgd import SignSGD, SignSGDRule
 from optim.rules.sinkgd import SinkGD, SinkGDRule
 from optim.rules.soap import SOAP, SOAPRule

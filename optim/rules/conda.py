@@ -123,7 +123,7 @@ class CondaRule(MatrixRule):
         n = m_in / (v.sqrt() + self.eps)
         direction = self.scale * (correction(b2, t).sqrt() / correction(b1, t)) * (n @ p.mT if right else p @ n)
         new = {"step": t, "exp_avg": moment, "exp_avg_sq": self.joined([v], param.shape), "basis": p}
-        return self.joined([direction.to(dtype)], param.shape), new
+        return self.directed([direction.to(dtype)], param.shape), new
 
 
 class Conda(MatrixOptimizer):

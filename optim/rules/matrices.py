@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optim import stacks
-from optim.checks import check_flag, check_positive_counts
+from optim.checks import check_flag, check_positive, check_positive_counts
 from optim.moments import zero_step
 from optim.optimizer import Group, Optimizer
 from optim.param_groups import Assign, NamedParams, Settings, checked_assign, named_groups, part_in, told_by, with_names
@@ -35,6 +35,9 @@ class MatrixRule(UpdateRule, ABC):
         split_sizes: The numbers of rows of the matrices that the tensor contains, such as those of (q, k, v). The step
             is that of separate parameters. The published codes treat such a tensor as one matrix.
         num_heads: The number of matrices with equally many rows that the tensor contains. It excludes `split_sizes`.
+        match_rms: The root mean square to which the direction of each matrix is scaled, or None for the rule's own
+            scale. With 0.2, which is about that of AdamW's directions, AdamW's learning rate and weight decay carry
+            over to every rule (Liu et al. 2025, arXiv 2502.16982).
     """
 
     elementwise: ClassVar[bool] = False
@@ -43,6 +46,7 @@ class MatrixRule(UpdateRule, ABC):
     batched: bool | int = False
     split_sizes: tuple[int, ...] | None = None
     num_heads: int | None = None
+    match_rms: float | None = None
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -56,6 +60,8 @@ class MatrixRule(UpdateRule, ABC):
             object.__setattr__(self, "split_sizes", tuple(sizes))
         if self.num_heads is not None:
             check_positive_counts(name, num_heads=self.num_heads)
+        if self.match_rms is not None:
+            check_positive(name, match_rms=self.match_rms)
         if self.num_heads is not None and self.split_sizes is not None:
             raise ValueError(f"{name}: split_sizes and num_heads both divide the rows; set only one of them")
 
@@ -148,6 +154,23 @@ class MatrixRule(UpdateRule, ABC):
             y = y.reshape(y.shape[0] * self.num_heads, y.shape[1] // self.num_heads, y.shape[2])
         return list(torch.split(y, list(self.split_sizes), dim=1)) if self.split_sizes else [y]
 
+    def directed(self, stacks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """Return the direction whose matrices are given, scaled to `match_rms` if that is set.
+
+        Args:
+            stacks: Stacks of shape [k, m, n].
+            shape: The shape of the parameter.
+
+        Returns:
+            A tensor of that shape.
+        """
+        if self.match_rms is not None:
+            stacks = [
+                x * (self.match_rms / x.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=_tiny(x)))
+                for x in stacks
+            ]
+        return self.joined(stacks, shape)
+
     def joined(self, stacks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         """Return the tensor whose matrices are given: the inverse of `stacks`.
 
@@ -162,6 +185,10 @@ class MatrixRule(UpdateRule, ABC):
         if self.num_heads:
             y = y.reshape(y.shape[0] // self.num_heads, y.shape[1] * self.num_heads, y.shape[2])
         return (y.mT if self.transposed else y).reshape(tuple(shape))
+
+
+def _tiny(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny
 
 
 def _is_count(value: object) -> bool:

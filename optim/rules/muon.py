@@ -124,7 +124,7 @@ class MuonRule(MatrixRule):
         """
         d, buffer = self.momentum_direction(grad, state)
         stacks = [self.orthogonalised(x, param).mul_(self.factor(x, param)) for x in self.stacks(d)]
-        return self.joined(stacks, d.shape), {"step": state["step"] + 1, "momentum_buffer": buffer}
+        return self.directed(stacks, d.shape), {"step": state["step"] + 1, "momentum_buffer": buffer}
 
     def momentum_direction(self, grad: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Return d of the class docstring and the new buffer.
@@ -241,6 +241,7 @@ class Muon(MatrixOptimizer):
         usual: dict[str, Any] = {"adamw_betas": (0.9, 0.95)} | _ADAMW.get(convention, {})
         options = usual | CONVENTIONS[convention] | options
         scale = options.get("scale", MuonRule().scale)
-        if options.get("adamw_lr") is None and scale != "match_rms_adamw":
+        matched = scale == "match_rms_adamw" or options.get("match_rms") is not None
+        if options.get("adamw_lr") is None and not matched:
             options["adamw_lr_missing"] = f"with scale {scale!r}"
         super().__init__(named_parameters, MuonRule, lr, weight_decay, **options)

@@ -115,7 +115,7 @@ class NorMuonRule(MuonRule):
             moments.append(v_x)
         new_v = moments[0] if self._by_kernel(param) else self.joined(moments, v.shape)
         new = {"step": state["step"] + 1, "momentum_buffer": buffer, "row_second_moment": new_v}
-        return self.joined(stacks, d.shape), new
+        return self.directed(stacks, d.shape), new
 
 
 class NorMuon(MatrixOptimizer):

@@ -71,7 +71,7 @@ class RMNPRule(MatrixRule):
         stacks = [
             self._factor(x) * x / x.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12) for x in self.stacks(d)
         ]
-        return self.joined(stacks, d.shape), {"step": state["step"] + 1, "momentum_buffer": buffer}
+        return self.directed(stacks, d.shape), {"step": state["step"] + 1, "momentum_buffer": buffer}
 
     def _factor(self, x: Tensor) -> float:
         """Return f for the matrices of a stack [k, m, n]."""
@@ -111,6 +111,6 @@ class RMNP(MatrixOptimizer):
     ) -> None:
         options = {"adamw_betas": (0.9, 0.95)} | options
         scale = options.get("scale", RMNPRule().scale)
-        if options.get("adamw_lr") is None and scale != "match_rms":
+        if options.get("adamw_lr") is None and scale != "match_rms" and options.get("match_rms") is None:
             options["adamw_lr_missing"] = f"with scale {scale!r}"
         super().__init__(named_parameters, RMNPRule, lr, weight_decay, **options)

@@ -76,7 +76,7 @@ class SCALERule(MatrixRule):
         for x in self.stacks(d):
             length = max(x.shape[dim], 1) if self.normaliser == "l2" else 1
             stacks.append(unit_rms(x, dim=dim, eps=1e-8 / length**0.5) / length**0.5)
-        return self.joined(stacks, grad.shape), new
+        return self.directed(stacks, grad.shape), new
 
 
 class SCALE(MatrixOptimizer):

@@ -66,7 +66,7 @@ class SinkGDRule(MatrixRule):
         """
         stacks = self.stacks(grad.to(moment_dtype(param)))
         stacks = [multi_normalised(x, norms=self.norms, rounds=self.rounds) for x in stacks]
-        return self.alpha * self.joined(stacks, grad.shape), {"step": state["step"] + 1}
+        return self.directed([self.alpha * x for x in stacks], grad.shape), {"step": state["step"] + 1}
 
 
 class SinkGD(MatrixOptimizer):

@@ -164,7 +164,7 @@ class SOAPRule(MatrixRule):
         if self.variant == "soap":
             begins = (counted == 0).to(g.device)
             m, v, u = (torch.where(begins, 0.0, x) for x in (m, v, u))
-        return self.joined([u], param.shape), new | {"step": t, "exp_avg": m, "exp_avg_sq": v}
+        return self.directed([u], param.shape), new | {"step": t, "exp_avg": m, "exp_avg_sq": v}
 
     def decay(self, direction: OfParam, state: State, param: OfParam) -> OfParam:
         """Return the parameter, or zero at the first step of the variant "soap", which does not change it."""

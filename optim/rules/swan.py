@@ -65,7 +65,7 @@ class SWANRule(MatrixRule):
         """
         check_whole("SWANRule", [grad])
         stacks = [self._whitened(x) for x in self.stacks(grad.to(moment_dtype(param)))]
-        return self.alpha * self.joined(stacks, grad.shape), {"step": state["step"] + 1}
+        return self.directed([self.alpha * x for x in stacks], grad.shape), {"step": state["step"] + 1}
 
     def _whitened(self, g: Tensor) -> Tensor:
         if self.center:

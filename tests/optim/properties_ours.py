@@ -342,6 +342,8 @@ def converges(spec: OptimSpec) -> None:
                 continue  # a scaled-down step is the same method at another lr
             if hyper.get("center"):
                 continue  # SWAN's rows keep their means
+            if hyper.get("grafting") in ("none", "sgd"):
+                continue  # nothing bounds Shampoo's steps
             p = Parameter(start.clone())
             optimizer = make(spec, [p], hyper, lr=lr, weight_decay=0.0)
             scheduler = LambdaLR(optimizer, schedule("linear", total_steps=steps))

@@ -47,6 +47,9 @@ def test_one_bit_refuses_shards(mesh: DeviceMesh) -> None:
 
 BY_OWNERS = {
     "conda",
+    "dion",
+    "kron",
+    "shampoo",
     "soap",
     "swan",
 }  # decompositions have no form for shards; tests/optim/distributed has them by owners

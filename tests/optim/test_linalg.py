@@ -1,5 +1,7 @@
 """Newton-Schulz and whitening against singular values, on which theory says what they do; norms."""
 
+import math
+
 import pytest
 import torch
 
@@ -26,7 +28,10 @@ def test_acts_on_singular_values_alone(shape, coefficients, form):
     x = randn(shape, 1)
     want = orthogonalised(x.numpy(), coefficients, form=form)
     torch.testing.assert_close(
-        newton_schulz(x, coefficients=coefficients, form=form), torch.as_tensor(want), rtol=1e-8, atol=1e-10
+        newton_schulz(x, coefficients=coefficients, form=form),
+        torch.as_tensor(want),
+        rtol=1e-8,
+        atol=1e-10,
     )
 
 
@@ -45,6 +50,19 @@ def test_keller_jordan_band():
     x = u @ torch.diag(torch.logspace(0, -2.5, 40, dtype=torch.float64)) @ vt
     s = torch.linalg.svdvals(newton_schulz(x))
     assert 0.5 < float(s.min()) and float(s.max()) < 1.25
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "steps", "lowest", "error"),
+    [("polar_express_8", 8, 1e-3, 0.01), ("deepseek_v4", 10, 1e-3, 0.1), ("cans", 5, 1e-2, 0.3)],
+)
+def test_published_schedules_converge(coefficients, steps, lowest, error):
+    """All singular values above the lowest come to 1, with the error that the schedule allows."""
+    u, _, vt = torch.linalg.svd(randn((40, 40), 3))
+    sizes = torch.logspace(0, math.log10(lowest), 40, dtype=torch.float64)
+    x = u @ torch.diag(sizes / sizes.norm()) @ vt
+    s = torch.linalg.svdvals(newton_schulz(x, coefficients=coefficients, steps=steps))
+    assert float((s - 1).abs().max()) < error
 
 
 @pytest.mark.parametrize("form", ["plain", "torch"])

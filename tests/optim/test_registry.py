@@ -151,7 +151,7 @@ def test_a_slip_of_the_pen_is_corrected(word, offered):
     ],
 )  # fmt: skip
 def test_another_algorithm_is_not_offered_for_the_one_that_was_asked_for(word, nearest):
-    with pytest.raises(ValueError, match=f"'{word}'; it is not implemented here; .* '{nearest}'. Known: ada"):
+    with pytest.raises(ValueError, match=f"'{word}'; it is not in the suite; nearest in kind: '{nearest}'. Known: ada"):
         create(word, named(), lr=0.1)
 
 

@@ -37,7 +37,11 @@ CALLS: dict[Any, dict[str, tuple[tuple[Any, ...], dict[str, Any]]]] = {
         "normals": ((7,), {"seed": 1}),
         "stochastic_round": ((randn(3, 2), torch.arange(6)), {}),
     },
-    codebooks: {"take": ((randn(5), torch.tensor([[0, 4]])), {})},
+    codebooks: {
+        "take": ((randn(5), torch.tensor([[0, 4]])), {}),
+        "packed": ((torch.tensor([1, 2, 15], dtype=torch.uint8),), {}),
+        "unpacked": ((torch.tensor([33, 15], dtype=torch.uint8), 3), {}),
+    },
     conditioning: {
         "condition_numbers": ((randn(3, 2, 2),), {}),
         "condition_penalty": ((randn(3, 4),), {}),
@@ -79,8 +83,8 @@ def test_a_rule_keeps_to_its_signature(name, dtype):
 
 def test_codebooks_keep_to_their_signature():
     y = randn(3, 4).clamp(-1, 1)
-    for book in codebooks.BOOKS.values():
-        checked(book.encode, y if book is codebooks.BOOKS[True] else y.abs())
+    for (_, signed), book in codebooks.BOOKS.items():
+        checked(book.encode, y if signed else y.abs())
         checked(book.encode_stochastic, y.abs(), torch.rand(3, 4, generator=torch.Generator().manual_seed(0)))
 
 

@@ -1,4 +1,4 @@
-"""8-bit code books: the number that each byte stands for, and the nearest byte for a number."""
+"""Code books: the number that each code stands for, and the nearest code for a number."""
 
 import torch
 from jaxtyping import Float, Int, Shaped, UInt8
@@ -17,6 +17,17 @@ def _dynamic_book(signed: bool) -> Tensor:
     return torch.cat(values).sort().values
 
 
+def _float8_book(dtype: torch.dtype, signed: bool) -> Tensor:
+    """Return float32 [256], increasing: the finite numbers of a float8 dtype divided by the largest; the rest is 1."""
+    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    values = torch.unique(values[values.isfinite() & (signed | (values >= 0))])
+    return torch.cat([values / values.max(), torch.ones(256 - len(values))])
+
+
+_SIGNED_4BIT: tuple[float, ...] = (-0.8875, -0.6625, -0.4375, -0.2125, -0.0775, -0.0325, -0.0055, 0.0)
+_SIGNED_4BIT += (0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875, 1.0)
+
+
 class Book:
     """A code book with a fast search for the nearest entry.
 
@@ -24,7 +35,7 @@ class Book:
     entries in float32 is rounded to the lower one.
 
     Args:
-        values: The entries, increasing, float32 [256].
+        values: The entries, increasing, float32 [256], or [16] for codes of 4 bits.
 
     Attributes:
         values: The entries.
@@ -67,7 +78,7 @@ class Book:
             Codes of the same shape, uint8.
         """
         nearest = self.encode(y).int()
-        lower = (nearest - (take(self.values, nearest) > y).int()).clamp(0, 254)
+        lower = (nearest - (take(self.values, nearest) > y).int()).clamp(0, len(self.values) - 2)
         below, above = take(self.values, lower), take(self.values, lower + 1)
         return (lower + (uniform * (above - below) < y - below).int()).to(torch.uint8)
 
@@ -85,13 +96,50 @@ def take(table: Shaped[Tensor, " n"], index: Int[Tensor, "*shape"]) -> Shaped[Te
     return table.to(index.device).index_select(0, index.reshape(-1)).reshape(index.shape)
 
 
-BOOKS = {True: Book(_dynamic_book(True)), False: Book(_dynamic_book(False))}
-"""The dynamic code book, by whether it is signed."""
+BOOKS = {
+    ("dynamic", True): Book(_dynamic_book(True)),
+    ("dynamic", False): Book(_dynamic_book(False)),
+    ("fp8_e4m3", True): Book(_float8_book(torch.float8_e4m3fn, True)),
+    ("fp8_e4m3", False): Book(_float8_book(torch.float8_e4m3fn, False)),
+    ("fp8_e5m2", True): Book(_float8_book(torch.float8_e5m2, True)),
+    ("fp8_e5m2", False): Book(_float8_book(torch.float8_e5m2, False)),
+    ("4bit", True): Book(torch.tensor(_SIGNED_4BIT)),
+    ("4bit", False): Book(torch.arange(1, 17, dtype=torch.float32) / 16),
+}
+"""Code books by code, and whether they are signed. Those of 4 bits are from Li et al. 2023, arXiv 2309.01507."""
 
 VALUES = {
-    ("dynamic", True): BOOKS[True].values,
-    ("dynamic", False): BOOKS[False].values,
     ("linear", True): torch.arange(256, dtype=torch.uint8).view(torch.int8).to(torch.float32) / 127,
     ("linear", False): torch.arange(256, dtype=torch.float32) / 255,
-}
-"""The number that each byte stands for, float32 [256], by the code and whether it is signed."""
+} | {key: book.values for key, book in BOOKS.items()}
+"""The number that each code stands for, float32 [256] or [16], by the code and whether it is signed."""
+
+CODES = ("dynamic", "linear", "fp8_e4m3", "fp8_e5m2", "4bit")
+
+
+def packed(codes: UInt8[Tensor, " n"]) -> UInt8[Tensor, " half"]:
+    """Return codes of 4 bits, two per byte, the first one in the lower bits.
+
+    Args:
+        codes: Codes below 16, uint8 [n].
+
+    Returns:
+        Bytes, uint8 [n / 2], rounded up.
+    """
+    if len(codes) % 2:
+        codes = torch.cat([codes, codes.new_zeros(1)])
+    pairs = codes.view(-1, 2)
+    return pairs[:, 0] | (pairs[:, 1] << 4)
+
+
+def unpacked(pairs: UInt8[Tensor, " half"], n: int) -> UInt8[Tensor, " n"]:
+    """Return the inverse of `packed`.
+
+    Args:
+        pairs: Bytes, uint8 [n / 2], rounded up.
+        n: The number of codes.
+
+    Returns:
+        Codes, uint8 [n].
+    """
+    return torch.stack([pairs & 15, pairs >> 4], -1).view(-1)[:n]

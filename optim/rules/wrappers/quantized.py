@@ -1,4 +1,4 @@
-"""8-bit states: a rule whose running averages are stored as codes, with one scale per block."""
+"""States of 8 or 4 bits: a rule whose running averages are stored as codes, with one scale per block."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -8,33 +8,29 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from optim import cpu_jit
 from optim.checks import check_choice, check_counts, check_flag, check_positive_counts
 from optim.cpu_jit.threads import together
 from optim.kernels import adamw_8bit
-from optim.kernels.philox import random_words
 from optim.moments import moment_dtype
 from optim.rule import OfParam, State, UpdateRule
 from optim.rules.adamw import AdamWRule
 from optim.rules.wrappers.around import Around
-from optim.rules.wrappers.codebooks import BOOKS, VALUES, take
+from optim.rules.wrappers.codebooks import CODES, VALUES
+from optim.rules.wrappers.coding import Coding
 from optim.rules.wrappers.pieces import WithoutMemory, flat_part
 from optim.sharding import is_sharded
 
 CHUNK = 1 << 17
 """The number of elements that a step decodes at a time (rounded to whole blocks), under elementwise rules."""
 
-NON_NEGATIVE = frozenset({"exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "max_exp_avg_var"})
-"""Second moments: entries of states that are never negative, whose codes need no sign."""
-
 _SCALES = "_absmax"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized(Around):
-    """A rule whose running averages are stored as 8-bit codes.
+    """A rule whose running averages are stored as codes of 8 or 4 bits.
 
     A stored number is x = book[code] a, with a = max |x| of its block. A step decodes the state, steps with the inner
     rule in full precision, and encodes the result.
@@ -44,15 +40,17 @@ class Quantized(Around):
             (Conda, GaLore, Fira; `LowRank` may have a `Quantized` rule inside) and other `Quantized` rules.
         code: "dynamic" rounds to the nearest of 256 values over seven decades, which are signed except for second
             moments. "linear" is round(127 x / a), and round(255 x / a) for second moments, with ties to even. Second
-            moments need "dynamic"; "linear" is sufficient for Muon's momentum.
+            moments need "dynamic"; "linear" is sufficient for Muon's momentum. "fp8_e4m3" and "fp8_e5m2" round to the
+            nearest number of that float8 format, divided by its largest one. "4bit" rounds to the nearest of 16 values,
+            which are dynamic for signed entries and k / 16 with k = 1 to 16 for second moments; two codes are one byte.
         block_size: The number of consecutive entries of the flattened tensor that share a scale; the last block may be
-            shorter.
+            shorter. The published 4-bit states have 128.
         min_size: The smallest number of entries of a tensor that is coded; smaller ones are stored as the inner rule
             stores them. A param group may have its own: ``{"params": embeddings, "min_size": 2**62}`` keeps the states
             of embeddings in full precision (`stable_embedding_groups`).
         floor: Whether positive second moments never have the code of zero. Otherwise they have it below 1.6e-7 times
             the largest one of the block, and if the next gradient is zero, Adam then steps by m / eps, which is
-            unbounded. The published codes behave as with False.
+            unbounded. The published codes behave as with False. It has no effect on 4 bits, which have no code of zero.
         stochastic: Whether to round up or down at random, with x as the mean. The random bits are a function of `seed`,
             the step, the entry of the state and the position (Philox), so that no other generator is affected and a
             resumed run draws the same numbers.
@@ -62,12 +60,14 @@ class Quantized(Around):
         Any. Blocks extend over rows, so that results depend on how a tensor is divided. Not elementwise.
 
     State:
-        1 byte per parameter and moment, and 4 bytes per block of a moment. Codes are uint8 (int8 for signed linear
-        codes) and scales are float32, whatever the parameter's dtype is.
+        1 byte per parameter and moment, or half a byte with "4bit", and 4 bytes per block of a moment. Codes are uint8
+        (int8 for signed linear codes) and scales are float32, whatever the parameter's dtype is. With "4bit" only
+        entries of the parameter's shape are coded, as a flat tensor of bytes.
 
     Source:
         Dettmers et al. 2021, arXiv 2110.02861; bitsandbytes 0.50.2, its exact nearest-code quantiser and decay before
-        the update. Linear codes of momentum: arXiv 2509.23106.
+        the update. Linear codes of momentum: arXiv 2509.23106. 4 bits: Li et al. 2023, arXiv 2309.01507, with the code
+        books of torchao's AdamW4bit.
 
     Differs:
         `floor`. bitsandbytes has other forms as well: its GPU kernel decays after the update and preserves the sign of
@@ -100,8 +100,12 @@ class Quantized(Around):
             raise ValueError(
                 f"{called}: inner = {self.inner!r}; it must be a rule such as AdamWRule(), {self.inner.uncodable}"
             )
-        check_choice(called, ("dynamic", "linear"), code=self.code)
+        check_choice(called, CODES, code=self.code)
         check_positive_counts(called, block_size=self.block_size)
+        if self._per_byte > 1 and self.block_size % 2:
+            raise ValueError(
+                f"{called}: block_size = {self.block_size}; it must be even, because two codes are one byte"
+            )
         check_counts(called, min_size=self.min_size, seed=self.seed)
         check_flag(called, floor=self.floor, stochastic=self.stochastic)
 
@@ -115,14 +119,15 @@ class Quantized(Around):
         with nullcontext() if is_sharded(param) else WithoutMemory(max(1, self.min_size)):
             made = self.inner.init(param)
         for key, value in made.items():
-            if self._is_coded(value):
+            if self._is_coded(value, param):
                 if is_sharded(param):
                     raise ValueError(
                         f"{type(self).__name__}: a parameter is sharded, and blocks that a shard cuts would have other "
                         "scales; use the rule inside without 8-bit states"
                     )
                 blocks = -(-value.numel() // self.block_size)
-                state[key] = torch.zeros(value.shape, dtype=self._dtype(key), device=param.device)
+                shape = value.shape if self._per_byte == 1 else (-(-value.numel() // 2),)
+                state[key] = torch.zeros(shape, dtype=self._coding.dtype(key), device=param.device)
                 state[key + _SCALES] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
             else:
                 state[key] = value
@@ -195,13 +200,17 @@ class Quantized(Around):
                     if key + _SCALES in state:
                         flat = value.reshape(-1)
                         for codes, scales, x, start in self._pieces(state[key], state[key + _SCALES], flat):
-                            self._encode_to(codes, scales, key, x, inner["step"], start=start)
+                            self._coding.encode_to(codes, scales, key, x, inner["step"], start=start)
 
     def _pieces(self, codes: Tensor, scales: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
         """Yield flat pieces of whole blocks: codes, their scales and values, and the index of the first entry."""
         blocks = max(1, CHUNK // self.block_size)
         size = blocks * self.block_size
-        parts = torch.split(codes.view(-1), size), torch.split(scales, blocks), torch.split(values, size)
+        parts = (
+            torch.split(codes.view(-1), size // self._per_byte),
+            torch.split(scales, blocks),
+            torch.split(values, size),
+        )
         for i, (c, s, x) in enumerate(zip(*parts, strict=True)):
             yield c, s, x, i * size
 
@@ -210,9 +219,9 @@ class Quantized(Around):
         made = {key: value for key, value in state.items() if not key.endswith(_SCALES)}
         for key in made:
             if key + _SCALES in state:
-                made[key] = torch.empty(state[key].shape, dtype=moment_dtype(param), device=param.device)
+                made[key] = torch.empty(self._shape(state[key], param), dtype=moment_dtype(param), device=param.device)
                 for codes, scales, x, _ in self._pieces(state[key], state[key + _SCALES], made[key].view(-1)):
-                    x.copy_(self._decode(key, codes, scales, x.dtype))
+                    x.copy_(self._coding.decode(key, codes, scales, x.dtype, len(x)))
         return made
 
     def _kernel_row(self, param: Tensor, grad: Tensor, state: State) -> adamw_8bit.Row | None:
@@ -237,7 +246,7 @@ class Quantized(Around):
         adamw_8bit.adamw_8bit_step(
             [row for row, _ in rows],
             [inner.scalars(int(state["step"])) for _, state in rows],
-            books=(BOOKS[True].values, BOOKS[False].values),
+            books=(VALUES["dynamic", True], VALUES["dynamic", False]),
             block_size=self.block_size,
             lr=float(lr),
             weight_decay=weight_decay,
@@ -257,7 +266,7 @@ class Quantized(Around):
         size = blocks * self.block_size
         dtype = moment_dtype(param)
         form = (1,) * (param.ndim - 1) + (-1,)  # the number of dimensions is kept, because a rule may depend on it
-        codes_of = [torch.split(state[key].view(-1), size) for key in coded]
+        codes_of = [torch.split(state[key].view(-1), size // self._per_byte) for key in coded]
         plain = param.is_contiguous() and grad.is_contiguous()
         scales = [torch.split(state[key + _SCALES], blocks) for key in coded]
         left = deque(range(len(codes_of[0])))
@@ -267,9 +276,9 @@ class Quantized(Around):
         def piece(i: int) -> State:
             part = {key: t.clone() for key, t in rest.items()}  # counts: the steps of all pieces together are one step
             places = [(key, c[i], s[i]) for key, c, s in zip(coded, codes_of, scales, strict=True)]
-            where = slice(i * size, i * size + len(places[0][1]))
+            where = slice(i * size, min((i + 1) * size, param.numel()))
             for key, codes, scale in places:
-                part[key] = self._decode(key, codes, scale, dtype).view(form)
+                part[key] = self._coding.decode(key, codes, scale, dtype, where.stop - where.start).view(form)
             inner = {key: part[key] for key in state if key in part}  # in the inner rule's order
             with flat_part(param.detach(), where) as some, flat_part(grad, where, kept=True) as some_grad:
                 p, g = some.view(form), some_grad.view(form)
@@ -278,7 +287,7 @@ class Quantized(Around):
                 else:
                     self.inner.step_part(p, g, inner, start=where.start, lr=lr, weight_decay=weight_decay)
             for key, codes, scale in places:
-                self._encode_to(codes, scale, key, part[key].view(-1), part["step"], start=i * size)
+                self._coding.encode_to(codes, scale, key, part[key].view(-1), part["step"], start=i * size)
             return {key: part[key] for key in rest}  # the decoded numbers of the piece are released
 
         def work() -> None:  # the result does not depend on the number of threads: pieces are independent
@@ -304,73 +313,40 @@ class Quantized(Around):
         """Return the decoded state in the form of the inner rule; entries that are not coded are not copied."""
         dtype = moment_dtype(param)
         return {
-            key: self._decode(key, value, state[key + _SCALES], dtype) if key + _SCALES in state else value
+            key: self._decoded(key, value, state[key + _SCALES], dtype, param) if key + _SCALES in state else value
             for key, value in state.items()
             if not key.endswith(_SCALES)
         }
 
-    def _is_coded(self, value: Tensor) -> bool:
-        return value.is_floating_point() and value.ndim > 0 and value.numel() >= max(1, self.min_size)
+    @property
+    def _coding(self) -> Coding:
+        return Coding(self.code, self.block_size, self.floor, self.stochastic, self.seed)
 
-    def _dtype(self, key: str) -> torch.dtype:
-        return torch.int8 if self.code == "linear" and key not in NON_NEGATIVE else torch.uint8
+    @property
+    def _per_byte(self) -> int:
+        return self._coding.per_byte
+
+    def _is_coded(self, value: Tensor, param: Tensor) -> bool:
+        fits = self._per_byte == 1 or value.shape == param.shape  # two codes per byte do not show another shape
+        return fits and value.is_floating_point() and value.ndim > 0 and value.numel() >= max(1, self.min_size)
+
+    def _shape(self, codes: Tensor, param: Tensor) -> torch.Size:
+        """Return the shape of the numbers that are stored as these codes."""
+        return codes.shape if self._per_byte == 1 else param.shape
+
+    def _decoded(self, key: str, codes: Tensor, scales: Tensor, dtype: torch.dtype, param: Tensor) -> Tensor:
+        shape = self._shape(codes, param)
+        return self._coding.decode(key, codes, scales, dtype, shape.numel()).view(shape)
 
     def _encoded(self, new: State, old: State) -> State:
         state: State = {}
         for key, value in new.items():
             if key + _SCALES in old:
-                state[key], state[key + _SCALES] = self._encode(key, value, new["step"])
+                codes, state[key + _SCALES] = self._coding.encode(key, value, new["step"])
+                state[key] = codes.view(old[key].shape)
             else:
                 state[key] = value
         return state
-
-    def _encode(self, key: str, x: Tensor, step: Tensor, *, start: int = 0) -> tuple[Tensor, Tensor]:
-        """Return codes [*shape] and scales [blocks] of a tensor, or of a part of one that begins at entry `start`."""
-        n, size = x.numel(), self.block_size
-        flat = x.detach().reshape(-1)
-        rows = (flat if n % size == 0 else functional.pad(flat, (0, -n % size))).view(-1, size)
-        largest = rows.abs().amax(1).to(torch.float32)
-        y = rows / torch.where(largest > 0, largest, 1.0).to(x.dtype).unsqueeze(1)
-        signed = key not in NON_NEGATIVE
-        draws: Tensor | None = None
-        if self.stochastic:
-            stream = (step.to(torch.int64) << 8) + sum(key.encode()) % 256
-            words = random_words(y.numel(), seed=self.seed, stream=stream, start=start, device=x.device)
-            draws = (words.to(y.dtype) / 2**32).view(y.shape)
-        if self.code == "linear":
-            y = y * (127 if signed else 255)
-            codes = (y.round() if draws is None else (y + draws).floor()).to(self._dtype(key))
-        elif draws is None:
-            codes = BOOKS[signed].encode(y)
-        else:
-            codes = BOOKS[signed].encode_stochastic(y, draws)
-        if self.floor and not signed:
-            codes = codes.maximum((y > 0).to(torch.uint8))
-        return codes.view(-1)[:n].view(x.shape), largest
-
-    def _encode_to(self, codes: Tensor, scales: Tensor, key: str, x: Tensor, step: Tensor, *, start: int = 0) -> None:
-        """Write the result of `_encode` to codes [n] and scales [blocks], by compiled code if possible."""
-        if x.dtype == torch.float32 and not self.stochastic and cpu_jit.codes.supports(x, codes, scales):
-            signed = key not in NON_NEGATIVE
-            kind = self.code if signed or self.code == "dynamic" else "linear_unsigned"
-            book = BOOKS[signed]
-            floor = self.floor and not signed
-            cpu_jit.codes.encode(
-                x, codes, scales, book.first, book.limits, kind=kind, floor=floor, block_size=self.block_size
-            )
-        else:
-            new, largest = self._encode(key, x, step, start=start)
-            codes.copy_(new)
-            scales.copy_(largest)
-
-    def _decode(self, key: str, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        n, size = codes.numel(), self.block_size
-        book = VALUES[self.code, key not in NON_NEGATIVE]
-        if dtype == torch.float32 and cpu_jit.codes.supports(codes, scales):
-            return cpu_jit.codes.decode(codes, scales, book, size)
-        x = take(book, codes.reshape(-1).view(torch.uint8).int()).to(dtype)
-        rows = (x if n % size == 0 else functional.pad(x, (0, -n % size))).view(-1, size)
-        return (rows * scales.to(dtype).unsqueeze(1)).view(-1)[:n].view(codes.shape)
 
 
 def _has_flat_codes(param: Tensor, state: State) -> bool:

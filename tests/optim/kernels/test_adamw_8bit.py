@@ -10,7 +10,7 @@ from optim.kernels import adamw, adamw_8bit
 from optim.rules.wrappers.codebooks import BOOKS
 from tests.kernels import assert_rounded, counted, odd_sizes, poisoned
 
-BOOKS = (BOOKS[True].values, BOOKS[False].values)
+BOOKS = (BOOKS["dynamic", True].values, BOOKS["dynamic", False].values)
 
 
 def trained(device, backend, dtype, steps, **kwargs):

@@ -10,10 +10,11 @@ import optim
 from datatools import DataError, files
 from pipelines.select import run as select
 from pipelines.settings.dump import dump
-from pipelines.settings.parts import ModelConfig
-from pipelines.settings.select import FeaturesConfig, WarmupConfig
+from pipelines.settings.parts import DataConfig, ModelConfig
+from pipelines.settings.select import FeaturesConfig, ProjectorConfig, WarmupConfig
 from tests.pipelines.select.looking import hashes, ids, outcome, scores
 from tests.processes import spawn
+from tests.tiny import write_rows
 
 # --------------------------------------------------------------------------------------------- checkpoints of the user
 
@@ -29,21 +30,37 @@ def test_forms_of_adam_s_update(first, world, tmp_path, mode):
     assert hashes(run / "warmup")["checkpoint-8/optimizer.pt"] == hashes(first / "warmup")["checkpoint-8/optimizer.pt"]
 
 
+def small(world, out, **warmup):
+    """A selection from twelve rows, at one checkpoint after two steps."""
+    few = world.folder / "twelve.jsonl"
+    if not few.exists():
+        write_rows(few, 12)
+    warm = WarmupConfig(minimum_rows=8, epochs=1, batch_size=4, learning_rate=1e-3, **warmup)
+    return world.select(
+        out, train=DataConfig(paths=[str(few)]), budget="3", warmup=warm, projector=ProjectorConfig(dim=64)
+    )
+
+
+@pytest.fixture(scope="module")
+def by_adamw(world, tmp_path_factory):
+    return scores(select.run(small(world, tmp_path_factory.mktemp("small") / "run")))["_score"]
+
+
 @pytest.mark.parametrize("name", sorted(set(optim.RULES) - {"adamw"}))
-def test_any_optimizer_drives_a_selection(first, world, tmp_path, name):
+def test_any_optimizer_drives_a_selection(by_adamw, world, tmp_path, name):
     """Every rule: the warm-up trains with it, and rows are scored by the updates that it would make."""
-    warmup = WarmupConfig(minimum_rows=16, epochs=2, batch_size=4, optimizer=name, learning_rate=1e-3)
-    run = select.run(world.select(tmp_path / "run", warmup=warmup))
+    run = select.run(small(world, tmp_path / "run", optimizer=name))
     summary = json.loads((run / "summary.json").read_text())
     assert summary["formula"]["name"] == f"less-{name}"
     assert summary["formula"]["notes"][0].startswith(f"update: {name}(")
     assert None not in scores(run)["_score"]
-    # this model's tensors are too small for codes; and without weight decay Adam is AdamW
-    same = name in ("adamw_8bit", "adam")
-    assert (scores(run)["_score"] == scores(first)["_score"]) == same
+    # this model's tensors are too small for codes; without decay Adam is AdamW, and so are Shampoo's first steps
+    same = name in ("adamw_8bit", "adam", "shampoo")
+    assert (scores(run)["_score"] == by_adamw) == same
     if name == "lion":
+        config = small(world, tmp_path / "code", optimizer=name)
         with pytest.raises(DataError, match="adam_mode='code' needs AdamW"):
-            select.run(world.select(tmp_path / "code", warmup=warmup, features=FeaturesConfig(adam_mode="code")))
+            select.run(config.model_copy(update={"features": FeaturesConfig(adam_mode="code")}))
 
 
 @pytest.mark.parametrize("method", ["loop", "vmap", "hooks"])

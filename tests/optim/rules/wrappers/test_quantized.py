@@ -30,6 +30,7 @@ from optim import (
     stable_embedding_groups,
 )
 from optim.rules.wrappers import codebooks, quantized
+from optim.rules.wrappers.coding import Coding
 from tests.benchmarks.test_optimizers import llama
 from tests.optim import golden, golden_builders
 from tests.optim.harness import assert_close, assert_same, randn, states
@@ -39,12 +40,12 @@ STEP = torch.ones(())
 
 
 def encoded(rule, x, *, signed=True, step=1.0):
-    return rule._encode("exp_avg" if signed else "exp_avg_sq", x, torch.tensor(step))
+    return rule._coding.encode("exp_avg" if signed else "exp_avg_sq", x, torch.tensor(step))
 
 
 def round_trip(rule, x, *, signed=True, step=1.0):
     key = "exp_avg" if signed else "exp_avg_sq"
-    return rule._decode(key, *rule._encode(key, x, torch.tensor(step)), x.dtype)
+    return rule._coding.decode(key, *rule._coding.encode(key, x, torch.tensor(step)), x.dtype, x.numel()).view(x.shape)
 
 
 # --------------------------------------------------------------------------------------------------- recorded numbers
@@ -58,7 +59,7 @@ def test_code_books_and_codes_are_the_recorded_ones(golden_dir, signed):
         pytest.skip(f"no quant_maps.npz in {golden_dir}")
     stored = golden.arrays(path)
     kind = "signed" if signed else "unsigned"
-    assert np.array_equal(codebooks.BOOKS[signed].values.double().numpy(), stored[f"map_{kind}"])
+    assert np.array_equal(codebooks.BOOKS["dynamic", signed].values.double().numpy(), stored[f"map_{kind}"])
     x = torch.tensor(stored[f"x_{kind}"], dtype=torch.float32)
     sizes = sorted({int(k.split("/")[0].removeprefix(f"{kind}_bs")) for k in stored if k.startswith(f"{kind}_bs")})
     assert sizes, f"no codes in {path}"
@@ -116,7 +117,7 @@ def test_the_codes_of_golden_runs(golden_dir):
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 def test_the_nearest_entry_wins(signed):
     """To float32's rounding of what is halfway; magnitudes from 1e-9 to 1, and every limit between two entries."""
-    book = codebooks.BOOKS[signed]
+    book = codebooks.BOOKS["dynamic", signed]
     values, generator = book.values, torch.Generator().manual_seed(0)
     y = torch.rand(100_000, generator=generator) ** (1 + 20 * torch.rand(100_000, generator=generator))
     if signed:
@@ -204,7 +205,7 @@ def test_stochastic_rounding_has_its_own_draws_and_repeats_them():
     once, again = (encoded(rule, x, step=7.0)[0] for _ in range(2))
     assert torch.equal(once, again) and torch.equal(torch.get_rng_state(), before)
     assert not torch.equal(once, encoded(rule.with_settings(seed=1), x, step=7.0)[0])
-    tail, _ = rule._encode("exp_avg", x[512:], torch.tensor(7.0), start=512)
+    tail, _ = rule._coding.encode("exp_avg", x[512:], torch.tensor(7.0), start=512)
     same = encoded(rule.with_settings(block_size=1000), x, step=7.0)[0]
     assert torch.equal(tail, once[512:]) and not torch.equal(same, once)
 
@@ -284,7 +285,7 @@ def test_a_failing_piece_fails_the_step(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(Quantized, "_encode_to", fail)
+    monkeypatch.setattr(Coding, "encode_to", fail)
     p = Parameter(torch.zeros(5000))
     p.grad = torch.ones(5000)
     with pytest.raises(RuntimeError, match="no memory"):

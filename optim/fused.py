@@ -1,0 +1,122 @@
+"""Steps inside the backward pass, so that no more than one gradient exists at a time."""
+
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from optim.group_checks import kind_name
+from optim.optimizer import Optimizer
+from optim.rule import UpdateRule
+
+
+class FusedBackward:
+    """Steps every parameter as soon as its gradient is complete, and frees the gradient.
+
+    `remove`, or the end of a ``with`` block, ends this; the optimizer then steps as usual.
+
+    Args:
+        model: The model.
+        optimizer: The optimizer of its parameters.
+
+    Attributes:
+        optimizer: The optimizer. Its groups are live: a scheduler drives the next backward pass. Its `step` only has
+            parameters left whose gradient did not come from a backward pass, so that a training loop may call it.
+
+    Raises:
+        ValueError: If the rule of a group lets parameters exchange information, or if no parameter is in both.
+        TypeError: For DistributedDataParallel, and for optimizers that exchange gradients or states themselves.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise TypeError(
+                "fuse_backward: the model is wrapped in DistributedDataParallel, which averages gradients after they "
+                "would be stepped; use FSDP2 (fully_shard), or step as usual"
+            )
+        if type(optimizer)._step_those is not Optimizer._step_those:
+            raise TypeError(
+                f"fuse_backward: {type(optimizer).__name__} exchanges data between processes in its step; step as usual"
+            )
+        for group in optimizer.param_groups:
+            if group["rule"].coupled:
+                raise ValueError(
+                    f"fuse_backward: under {group['rule'].name} the step of one parameter depends on the gradients of "
+                    "others, which do not exist yet; choose a rule that steps each parameter alone, such as AdamW"
+                )
+        own = {id(param) for param in model.parameters()}
+        self.optimizer = optimizer
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(partial(self._step, index=index))
+            for index, group in enumerate(optimizer.param_groups)
+            for param in group["params"]
+            if param.requires_grad and id(param) in own
+        ]
+        if not self._hooks:
+            raise ValueError("fuse_backward: the optimizer has no parameter of this model that requires a gradient")
+
+    @torch.no_grad()
+    def _step(self, param: Tensor, *, index: int) -> None:
+        self.optimizer.step_one(param, index)
+        param.grad = None
+
+    def remove(self) -> None:
+        """Let the optimizer step as usual from now on."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.remove()
+
+
+def fuse_backward(model: nn.Module, rule: UpdateRule | Optimizer, **settings: Any) -> FusedBackward:
+    """Step every parameter inside the backward pass as soon as its gradient is complete, and free the gradient.
+
+    Only one gradient exists at a time, so that the memory for gradients is that of the largest parameter instead of all
+    parameters (LOMO). The steps are those of `Optimizer.step` after the backward pass, to the bit.
+
+    Every backward pass is one step of each parameter that it reaches. Gradients can therefore neither be accumulated
+    over several backward passes nor be clipped by their common norm, and `torch.amp.GradScaler` cannot undo an
+    overflow. Parameters that are frozen now are stepped by `optimizer.step()` if they get a gradient later.
+
+    Args:
+        model: The model.
+        rule: The rule of all parameters that require a gradient, or an optimizer of the model's parameters (such as
+            `create("muon", model, ...)`).
+        settings: `lr` and, if not 0, `weight_decay`, for a rule; nothing for an optimizer.
+
+    Returns:
+        An object with the `optimizer`, and with `remove`.
+
+    Raises:
+        ValueError: If the rule lets parameters exchange information (`UpdateRule.coupled`), or for values out of range.
+        TypeError: For DistributedDataParallel and optimizers that exchange data between processes, and for missing or
+            unknown settings.
+
+    Source:
+        Lv et al. 2023, arXiv 2306.09782 (LOMO).
+
+    Example:
+        >>> from optim import AdamWRule, fuse_backward
+        >>> model = torch.nn.Linear(4, 2)
+        >>> fused = fuse_backward(model, AdamWRule(), lr=1e-3)
+        >>> before = model.weight.detach().clone()
+        >>> model(torch.ones(3, 4)).square().mean().backward()
+        >>> bool((model.weight != before).all()), model.weight.grad
+        (True, None)
+    """
+    if isinstance(rule, Optimizer):
+        if settings:
+            raise TypeError(f"fuse_backward: {', '.join(settings)} belong to the groups of the given optimizer")
+        return FusedBackward(model, rule)
+    if not isinstance(rule, UpdateRule):
+        raise TypeError(f"fuse_backward: rule is {kind_name(rule)}; expected one such as AdamWRule(), or an optimizer")
+    if "lr" not in settings:
+        raise TypeError("fuse_backward: a rule needs a learning rate; pass lr=...")
+    return FusedBackward(model, Optimizer(model, rule, **settings))
