@@ -25,6 +25,14 @@ class FusedBackward:
         optimizer: The optimizer. Its groups are live: a scheduler drives the next backward pass. Its `step` only has
             parameters left whose gradient did not come from a backward pass, so that a training loop may call it.
 
+    Example:
+        >>> from optim import FusedBackward, create
+        >>> model = torch.nn.Linear(4, 2)
+        >>> with FusedBackward(model, create("adamw", model, lr=0.1)) as fused:
+        ...     model(torch.ones(3, 4)).sum().backward()
+        >>> int(fused.optimizer.state[model.weight]["step"]), model.weight.grad
+        (1, None)
+
     Raises:
         ValueError: If the rule of a group lets parameters exchange information, or if no parameter is in both.
         TypeError: For DistributedDataParallel, and for optimizers that exchange gradients or states themselves.

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from optim import (
     RULES,
     AdaBeliefRule,
+    AdafactorRule,
     AdamW8bit,
     AdamW8bitRule,
     AdamWRule,
@@ -104,7 +105,9 @@ def test_the_codes_of_golden_runs(golden_dir):
                     continue
                 seen += 1
                 apart = np.abs(state[entry].numpy().astype(int) - stored[codes + name][t].astype(int))
-                assert apart.max() <= 1 and (apart > 0).mean() <= 0.002, f"{case.id} {name} {entry}, step {t}"
+                assert (apart.max() <= 1 or rule.code == "4bit") and (apart > 0).mean() <= 0.002, (
+                    f"{case.id} {name} {entry}, step {t}"
+                )
                 got = state[entry + "_absmax"].double().numpy()
                 np.testing.assert_allclose(got, stored[scales + name][t], rtol=1e-5, atol=1e-12)
     if not seen:
@@ -247,7 +250,8 @@ def test_bytes_after_a_step():
 
 @pytest.mark.parametrize("rule", [
     AdamW8bitRule(), AdamW8bitRule(code="linear", block_size=100), AdamW8bitRule(stochastic=True), Lion8bitRule(),
-    Quantized(inner=AdaBeliefRule(), block_size=64),
+    Quantized(inner=AdaBeliefRule(), block_size=64), AdamW8bitRule(code="4bit", block_size=128),
+    AdamW8bitRule(code="fp8_e4m3"), Quantized(inner=AdafactorRule(), code="4bit", stochastic=True),
 ], ids=lambda rule: f"{rule.name}-{rule.code}-{rule.block_size}")  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_pieces_threads_and_backends_make_no_difference(monkeypatch, rule, dtype):
@@ -276,9 +280,34 @@ def test_pieces_threads_and_backends_make_no_difference(monkeypatch, rule, dtype
         else:
             apart = (a.int() - b.int()).abs()
             assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-2
-    assert {t.dtype for t in whole[1:]} == {torch.float32, rule._dtype("exp_avg"), rule._dtype("exp_avg_sq")} or (
-        rule.name == "lion_8bit"
-    )
+    if rule.name == "adamw_8bit":
+        assert {t.dtype for t in whole[1:]} == {torch.float32, *map(rule._coding.dtype, ("exp_avg", "exp_avg_sq"))}
+
+
+@pytest.mark.parametrize(("code", "dtype"), [("fp8_e4m3", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)])
+def test_float8_codes_are_those_of_torch(code, dtype):
+    """Rounded to the nearest number of the format; only ties, which a random number is not, may differ."""
+    x = randn((4096,), 3, torch.float32) ** 3
+    largest = float(x.abs().max())
+    most = torch.finfo(dtype).max
+    want = (x / largest * most).to(dtype).float() / most * largest
+    rule = AdamW8bitRule(code=code, block_size=4096, floor=False)
+    for key, y, wanted in (("exp_avg", x, want), ("exp_avg_sq", x.abs(), want.abs())):
+        codes, scales = rule._coding.encode(key, y, torch.tensor(1.0))
+        torch.testing.assert_close(rule._coding.decode(key, codes, scales, torch.float32, 4096), wanted)
+
+
+def test_four_bits_take_half_a_byte():
+    p = Parameter(torch.zeros(97, 53))
+    p.grad = randn((97, 53), 1, torch.float32)
+    optimizer = Optimizer([p], AdamW8bitRule(code="4bit", block_size=128), lr=0.1)
+    optimizer.step()
+    assert bytes_of(optimizer) / p.numel() <= 1.07
+    with pytest.raises(ValueError, match="block_size = 127; it must be even"):
+        AdamW8bitRule(code="4bit", block_size=127)
+    codes = torch.arange(15, dtype=torch.uint8)
+    assert torch.equal(codebooks.unpacked(codebooks.packed(codes), 15), codes)
+    assert float(codebooks.VALUES["4bit", False].min()) == 1 / 16 and 0.0 in codebooks.VALUES["4bit", True]
 
 
 def test_a_failing_piece_fails_the_step(monkeypatch):
