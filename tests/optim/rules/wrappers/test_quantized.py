@@ -105,9 +105,7 @@ def test_the_codes_of_golden_runs(golden_dir):
                     continue
                 seen += 1
                 apart = np.abs(state[entry].numpy().astype(int) - stored[codes + name][t].astype(int))
-                assert (apart.max() <= 1 or rule.code == "4bit") and (apart > 0).mean() <= 0.002, (
-                    f"{case.id} {name} {entry}, step {t}"
-                )
+                assert apart.max() <= 1 and (apart > 0).mean() <= 0.002, f"{case.id} {name} {entry}, step {t}"
                 got = state[entry + "_absmax"].double().numpy()
                 np.testing.assert_allclose(got, stored[scales + name][t], rtol=1e-5, atol=1e-12)
     if not seen:
@@ -279,7 +277,7 @@ def test_pieces_threads_and_backends_make_no_difference(monkeypatch, rule, dtype
             assert_close([a], [b], dtype)
         else:
             apart = (a.int() - b.int()).abs()
-            assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-2
+            assert (apart.max() <= 1 or rule.code == "4bit") and (apart > 0).float().mean() < 1e-2
     if rule.name == "adamw_8bit":
         assert {t.dtype for t in whole[1:]} == {torch.float32, *map(rule._coding.dtype, ("exp_avg", "exp_avg_sq"))}
 
