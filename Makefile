@@ -11,7 +11,7 @@ STRUCTURE_ARGS ?=
 # Two test processes with one thread each: small tensors gain nothing from more threads, and results do not depend on them.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test docs zoo lint bench mutation attack same structure pins clean
+.PHONY: demo test docs zoo lint bench gpu mutation attack same structure pins clean
 
 demo: $(STAMP)
 	$(BIN)/datatools demo
@@ -35,6 +35,11 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest tests/benchmarks -m bench -p no:cacheprovider -s --timeout 7200 $(PYTEST_ARGS)
+
+# Everything that needs a GPU, unattended and in less than 8 minutes: tests, kernels against torch's operations, times.
+# Writes results/gpu-NAME.json; `python -m tests.gpu --dry` does the same in Triton's interpreter.
+gpu: $(STAMP)
+	$(BIN)/python -m tests.gpu
 
 mutation: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m tests.mutation.run $(MUTATION_ARGS)
