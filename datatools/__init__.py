@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from datatools.selection.budget import Budget as Budget
     from datatools.selection.candidates import Candidates as Candidates
     from datatools.selection.candidates import Selection as Selection
+    from datatools.selection.coverage import coverage_order as coverage_order
     from datatools.selection.fusion import fuse as fuse
     from datatools.selection.round_robin import round_robin_order as round_robin_order
     from datatools.selection.selectors import SELECTORS as SELECTORS
@@ -157,6 +158,7 @@ _EXPORTS = {
     "Budget": "datatools.selection.budget",
     "Candidates": "datatools.selection.candidates",
     "Selection": "datatools.selection.candidates",
+    "coverage_order": "datatools.selection.coverage",
     "fuse": "datatools.selection.fusion",
     "round_robin_order": "datatools.selection.round_robin",
     "SELECTORS": "datatools.selection.selectors",

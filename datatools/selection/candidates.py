@@ -77,8 +77,8 @@ class Candidates:
         tokens: int64 [n], all tokens of each row; needed by token budgets.
         supervised: int64 [n], tokens with a loss; needed by `random_length`.
         eligible: bool [n], rows that may be chosen (not duplicates, not non-finite, ...); all rows by default.
-        similarity: floating dtype [n, m], of each row to each of m >= 1 target rows; needed by `round_robin` and
-            `bids`. Finite for eligible rows.
+        similarity: floating dtype [n, m], of each row to each of m >= 1 target rows; needed by `round_robin`,
+            `bids` and `coverage`. Finite for eligible rows.
         groups: int64 [m], the subtask of each target row; one subtask by default.
 
     Raises:

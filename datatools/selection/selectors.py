@@ -7,12 +7,13 @@ from datatools.errors import UsageError, did_you_mean
 from datatools.selection.bids import bids
 from datatools.selection.budget import Budget
 from datatools.selection.candidates import Candidates, Selection
+from datatools.selection.coverage import coverage
 from datatools.selection.random import random
 from datatools.selection.random_length import random_length
 from datatools.selection.round_robin import round_robin
 from datatools.selection.top_k import top_k
 
-__all__ = ["SELECTORS", "Selector", "bids", "random", "random_length", "round_robin", "select", "top_k"]
+__all__ = ["SELECTORS", "Selector", "bids", "coverage", "random", "random_length", "round_robin", "select", "top_k"]
 
 
 class Choose(Protocol):
@@ -58,6 +59,7 @@ SELECTORS: dict[str, Selector] = {
     "random_length": Selector(random_length, reference=True),
     "round_robin": Selector(round_robin, similarity=True),
     "bids": Selector(bids, similarity=True),
+    "coverage": Selector(coverage, similarity=True),
 }
 
 

@@ -25,6 +25,7 @@ CALLS = {
         "subtask_means": ((ROWS @ WANTED.T, GROUPS), {}),
     },
     "datatools.selection.round_robin": {"round_robin_order": ((ROWS @ WANTED.T,), {})},
+    "datatools.selection.coverage": {"coverage_order": ((ROWS @ WANTED.T,), {})},
     "datatools.selection.bids": {"bids_order": ((ROWS @ WANTED.T, GROUPS), {})},
     "datatools.subsets.herding": {"herding": ((ROWS, 3), {"kept": torch.tensor([1])})},
     "datatools.subsets.matching_pursuit": {"matching_pursuit": ((ROWS, 3), {})},
