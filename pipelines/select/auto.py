@@ -1,8 +1,8 @@
 """auto: from coarse to fine, so that gradients are computed for the most promising rows only.
 
-From top to bottom: words choose a shortlist; a short warm-up gives one checkpoint; there, the optimizer's updates of
-the shortlist are compared with the gradients of the target rows, without the directions that the updates of all rows
-share; and the target rows take turns choosing.
+From top to bottom: words and the length of answers choose a shortlist; a short warm-up gives one checkpoint; there, the
+optimizer's updates of the shortlist are compared with the gradients of the target rows; and rows are taken so that
+every target row is covered, by gradients and words.
 """
 
 from __future__ import annotations
@@ -27,30 +27,27 @@ from pipelines.settings.methods import Method, known
 from pipelines.settings.select import SelectConfig
 
 METHOD = Method(
-    summary="words choose a shortlist, gradients rank it; target rows take turns",
+    summary="words and answer lengths choose a shortlist, gradients and words rank it; every target row is covered",
     title="auto (words, then gradients)",
-    meaning="The score of a row on the shortlist is 1 plus its rank, as a share of the shortlist, mainly by the "
-    "agreement of the update that it would cause with the gradients of the target rows; any other row scores between 0 "
-    "and 1, by words alone. Target rows choose in turn, each by its own ranks; the score is their mean.",
+    meaning="The score of a row on the shortlist says how well the update that it would cause agrees with the "
+    "gradients of the target rows, plus how alike the words are: 2 is average, 0 is no agreement. Any other row scores "
+    "below -1, by its words and the length of its answer. Rows are taken so that every target row is covered.",
     label="auto",
     needs=("target", "model", "gradients"),
-    selector="round_robin",
+    selector="coverage",
     candidates=("fusion", "words alone", "gradients alone"),
     stored=True,
     nearest="target rows it helps most",
     measure="cosine, of gradients on the shortlist and of words elsewhere",
     cost="a warm-up run, then forward and backward of about a quarter of the rows, at one checkpoint",
-    limits="a row that shares no words with any target row is not looked at closely",
+    limits="a row whose words and answer length are unlike every target row's is not looked at closely",
 )
 
 WORDS, GRADIENTS = ("tfidf", "bm25"), "less"
 """The methods of the two stages."""
 
-COMMON = 10
-"""The default number of common directions to remove; 5 to 20 of a sample of 64 to 200 rows give similar selections."""
-
-PRIOR = 0.5
-"""The weight of words on the shortlist; that of gradients is 1."""
+LENGTHS = 2
+"""The weight of the answer's length in the choice of the shortlist; that of each method of words is 1."""
 
 SPARE, FEWEST = 3, 256
 """The minimum size of the shortlist: rows per row of the budget, and rows in total, if the pool has that many."""
@@ -60,20 +57,22 @@ HALVES = 1.5
 
 
 def score(context: Context) -> Scored:
-    """Shortlist by words, then rank the shortlist by gradients, for one target row after another.
+    """Shortlist by words and answer lengths, then compare gradients and words on the shortlist.
 
-    With r_s(i, j) the rank of row i for target row j by the similarity s, as a share of the rows that are ranked:
-    first_ij = (r_tfidf + r_bm25) / 2 over the pool, and on the shortlist the score is
-    1 + (w r_first + r_less) / (w + 1) with w = 1/2. r_less ranks by the cosine of `less` at one checkpoint, without
-    common directions.
+    With r_s(i, j) the rank of row i for target row j by the similarity s, as a share of all rows, and a the number of
+    supervised tokens: first_ij = (r_tfidf + r_bm25 + 2 r_length) / 4, s_length = -|log(1 + a_i) - log(1 + a_j)|.
+    Target rows take turns to choose the shortlist by it. On the shortlist,
+    s_ij = max(0, cos_ij) / mean(max(0, cos)) + tfidf_ij / mean(tfidf), where cos is the cosine of `less` at one
+    checkpoint and the means are over rows of the shortlist and target rows; elsewhere s_ij = first_ij - 2. The selector
+    `coverage` takes rows by s.
 
     Args:
         context: What is scored.
 
     Source:
-        Cascades of rankers (Wang et al. 2011, SIGIR); TF-IDF, BM25, LESS (arXiv 2402.04333) and turns between target
-        rows (arXiv 2602.14696) as in their own files. The removal of common directions and this combination are the
-        project's own.
+        Cascades of rankers (Wang et al. 2011, SIGIR); TF-IDF, BM25 and LESS (arXiv 2402.04333) as in their own files;
+        the coverage of target rows as in `datatools.selection.coverage`. The use of answer lengths and this
+        combination are the project's own.
     """
     return _fusion(Stages(context))
 
@@ -99,80 +98,73 @@ class Stages:
         """The similarities by each of `WORDS`, float32 [n, usable target rows]; empty if the rows contain no words."""
         with self.context.run.stage("words"):
             try:
-                return [_columns(self.context, name, self.usable.tolist(), COMMON) for name in WORDS]
+                return [_columns(self.context, name, self.usable.tolist()) for name in WORDS]
             except DataError:
                 warn("auto: no row holds a word, so that words choose no shortlist: gradients of all rows are computed")
                 return []
 
     @cached_property
-    def first(self) -> list[tuple[Tensor, float]]:
-        """The mean rank by words and its weight on the shortlist; empty if the rows contain no words."""
-        return [(fuse(self.by_words), PRIOR)] if self.by_words else []
+    def first(self) -> Tensor | None:
+        """The mean rank by words and answer lengths, float32 [n, usable target rows]; None without words."""
+        if not self.by_words:
+            return None
+        own, theirs = (
+            np.log1p(rows.scan.supervised[rows.usable].astype(np.float64))
+            for rows in (self.context.pool, self.context.wanted)
+        )
+        lengths = torch.from_numpy(-np.abs(own[:, None] - theirs[None])).float()
+        return fuse([*self.by_words, lengths], [*(1 for _ in WORDS), LENGTHS])
 
     @cached_property
     def shortlist(self) -> Tensor:
-        """The positions, among usable rows, of those whose gradients are computed: target rows take turns by words."""
-        if not self.first:
+        """The positions, among usable rows, of those whose gradients are computed: target rows take turns."""
+        if self.first is None:
             return torch.arange(len(self.usable))
-        return torch.from_numpy(np.sort(round_robin_order(self.first[0][0])[: _length(self.context)]))
+        return torch.from_numpy(np.sort(round_robin_order(self.first)[: _length(self.context)]))
 
-    def cosines(self, common: int | None) -> Tensor:
-        """Return the cosines of gradients on the shortlist, float32 [rows, usable target rows].
+    @cached_property
+    def cosines(self) -> Tensor:
+        """The cosines of gradients on the shortlist, float32 [rows, usable target rows]."""
+        return _columns(self.context, GRADIENTS, self.usable[self.shortlist.numpy()].tolist())
 
-        Args:
-            common: How many common directions are removed; None removes nothing.
-        """
-        return _columns(self.context, GRADIENTS, self.usable[self.shortlist.numpy()].tolist(), common)
-
-    def scored(self, elsewhere: Tensor, on_it: Tensor, text: str) -> Scored:
-        """Return scores from the similarities on the shortlist and elsewhere.
+    def scored(self, on_it: Tensor, text: str) -> Scored:
+        """Return scores from the similarities on the shortlist; elsewhere, they are those of the first stage, minus 2.
 
         Args:
-            elsewhere: float32 [n, usable target rows]; the rows on the shortlist are not used.
             on_it: float32 [rows on the shortlist, usable target rows]; a row with a NaN has no score.
-            text: The formula.
+            text: The formula on the shortlist.
         """
         good = torch.ones(len(self.usable), dtype=torch.bool)
         good[self.shortlist] = on_it.isfinite().all(1)
+        elsewhere = torch.zeros(len(self.usable), on_it.shape[1]) if self.first is None else self.first - 2
         whole = elsewhere.index_copy(0, self.shortlist, on_it).nan_to_num(0.0)
+        if self.first is not None:
+            places = f"{len(self.shortlist):,} of {len(self.usable):,} rows"
+            text = f"on {places}, {text}; elsewhere, the mean rank by TF-IDF, BM25 and answer length, minus 2"
         formula = {"name": self.context.config.method, "text": text}
         return from_similarity(self.context, whole, formula=formula, good=good, tokens=self.tokens())
 
-    def elsewhere(self, columns: int) -> Tensor:
-        """Return the mean rank by words of all rows, float32 [n, columns]; 0 if the rows contain no words.
-
-        Args:
-            columns: The number of usable target rows.
-        """
-        return self.first[0][0] if self.first else torch.zeros(len(self.usable), columns)
-
-    def places(self) -> str:
-        """Return how many rows are on the shortlist, in words."""
-        return f"{len(self.shortlist):,} of {len(self.usable):,} rows"
-
     def tokens(self) -> int:
         """Return the tokens of the warm-up and of all gradients that are in the stores."""
-        config = _at_stage(self.context.config, GRADIENTS, COMMON)
+        config = _at_stage(self.context.config, GRADIENTS)
         found = scorer(GRADIENTS).work(replace(self.context, config=config))
         return round(sum(found.whole.values()) - sum(found.left.values()))
 
 
 def _fusion(stages: Stages) -> Scored:
     """Score as `score` describes."""
-    common = _common(stages.context.config)
-    cosines = stages.cosines(common)
-    signals = [*((one[stages.shortlist], weight) for one, weight in stages.first), (cosines, 1.0)]
-    fused = 1 + fuse([one for one, _ in signals], [weight for _, weight in signals])
-    rank = (
-        "rank by the cosine of the optimizer's update with each target gradient, without the mean and the "
-        f"{common} main directions of all updates"
-    )
-    text = (
-        f"mean rank by TF-IDF and BM25; on {stages.places()}, 1 + the mean of this (weight {PRIOR:g}) and the {rank}"
-        if stages.first
-        else f"1 + the {rank}; no row holds a word, so that this ranks all {len(stages.usable):,} rows"
-    )
-    return stages.scored(stages.elsewhere(cosines.shape[1]), fused, text)
+    text = "the cosine of the optimizer's update with each target gradient"
+    if not stages.by_words:
+        return stages.scored(_by_its_mean(stages.cosines), f"{text}, divided by its mean; no row holds a word")
+    found = _by_its_mean(stages.cosines) + _by_its_mean(stages.by_words[0][stages.shortlist])
+    return stages.scored(found, f"{text}, plus the cosine of TF-IDF vectors, each divided by its mean")
+
+
+def _by_its_mean(similarity: Tensor) -> Tensor:
+    """Return max(0, s) / mean(max(0, s)), of the shape of s; NaN stays and is not in the mean."""
+    held = similarity.clamp(min=0)
+    mean = held.nanmean()
+    return held / mean if mean > 0 else held
 
 
 def _words_alone(stages: Stages) -> Scored | None:
@@ -185,12 +177,8 @@ def _words_alone(stages: Stages) -> Scored | None:
 
 
 def _gradients_alone(stages: Stages) -> Scored:
-    """Score the shortlist by its cosines as they are, and the other rows below it, by words."""
-    cosines = stages.cosines(None)
-    text = f"on {stages.places()}, cosine of the optimizer's update with each target gradient" + (
-        "; elsewhere, the mean rank by TF-IDF and BM25, minus 2" if stages.first else ""
-    )
-    return stages.scored(stages.elsewhere(cosines.shape[1]) - 2, cosines, text)
+    """Score the shortlist by its cosines as they are, and the other rows below it, as in the first stage."""
+    return stages.scored(stages.cosines, "the cosine of the optimizer's update with each target gradient")
 
 
 def candidates() -> dict[str, Candidate]:
@@ -203,7 +191,7 @@ def candidates() -> dict[str, Candidate]:
                 words,
                 title="auto, words alone (TF-IDF)",
                 meaning=f"{words.meaning} Target rows choose in turn, each by its own cosines.",
-                selector=METHOD.selector,
+                selector="round_robin",
             ),
             _words_alone,
         ),
@@ -211,7 +199,8 @@ def candidates() -> dict[str, Candidate]:
             replace(
                 gradients,
                 title="auto, gradients alone (LESS on a shortlist)",
-                meaning=f"{gradients.meaning} A row that is not on the shortlist scores below -1, by words alone.",
+                meaning=f"{gradients.meaning} A row that is not on the shortlist scores below -1, by its words and "
+                "the length of its answer.",
             ),
             _gradients_alone,
         ),
@@ -221,11 +210,11 @@ def candidates() -> dict[str, Candidate]:
 shared = Stages
 
 
-def _columns(context: Context, name: str, rows: Sequence[int], common: int | None) -> Tensor:
+def _columns(context: Context, name: str, rows: Sequence[int]) -> Tensor:
     """Return float32 [rows, usable target rows] by the method of one stage."""
     columns = scorer(name).columns
     assert columns is not None
-    return columns(replace(context, config=_at_stage(context.config, name, common)), rows)
+    return columns(replace(context, config=_at_stage(context.config, name)), rows)
 
 
 def _length(context: Context) -> int:
@@ -237,17 +226,12 @@ def _length(context: Context) -> int:
     return min(n, max(ceil(context.config.shortlist * n), SPARE * wanted, FEWEST))
 
 
-def _common(config: SelectConfig) -> int:
-    """Return the number of common directions that are removed for the fusion."""
-    return COMMON if config.common is None else config.common
-
-
-def _at_stage(config: SelectConfig, name: str, common: int | None) -> SelectConfig:
+def _at_stage(config: SelectConfig, name: str) -> SelectConfig:
     """Return the settings for the method of one stage: by default, gradients are taken at one checkpoint."""
     features = config.features
     if features.checkpoints is None and config.warmup.checkpoints is None:
         features = features.model_copy(update={"checkpoints": "last"})
-    return config.model_copy(update={"method": name, "features": features, "common": common})
+    return config.model_copy(update={"method": name, "features": features})
 
 
 def work(context: Context) -> Work:
@@ -259,9 +243,10 @@ def work(context: Context) -> Work:
     Args:
         context: What is scored.
     """
-    config = _at_stage(context.config, GRADIENTS, COMMON)
+    config = _at_stage(context.config, GRADIENTS)
     found = scorer(GRADIENTS).work(replace(context, config=config))
-    rows, sample = len(context.pool.unique()), len(common_rows(context.pool, context.config.seed))
+    rows = len(context.pool.unique())
+    sample = 0 if config.common is None else len(common_rows(context.pool, config.seed))
     length = _length(context) * (HALVES if context.config.verify else 1)
     share = min(1.0, length / max(1, rows))
     share += (1 - share) * min(1.0, sample / max(1, rows))  # a part of the sample is on the shortlist
@@ -283,7 +268,7 @@ def check(config: SelectConfig) -> None:
         UsageError: One of the methods cannot work with them.
     """
     for name in (*WORDS, GRADIENTS):
-        scorer(name).check(_at_stage(config, name, COMMON))
+        scorer(name).check(_at_stage(config, name))
 
 
 def reuse(config: SelectConfig) -> list[str]:
@@ -292,13 +277,13 @@ def reuse(config: SelectConfig) -> list[str]:
     Args:
         config: The settings of the finished run.
     """
-    return scorer(GRADIENTS).reuse(_at_stage(config, GRADIENTS, COMMON))
+    return scorer(GRADIENTS).reuse(_at_stage(config, GRADIENTS))
 
 
 def nearest(asked: Asked) -> Tensor:
     """Return cosines of gradients, float32 [m], for a row on the shortlist, and of words for any other row.
 
-    A candidate that was kept compares as it scores: by words alone, or by gradients as they are.
+    The candidate "words alone" compares by words, as it scores.
 
     Args:
         asked: The question.
@@ -306,22 +291,19 @@ def nearest(asked: Asked) -> Tensor:
     Raises:
         DataError: The row cannot be compared by words either.
     """
-    for name, common in STANDS_ON.get(asked.candidate, ((GRADIENTS, _common(asked.config)), (WORDS[0], None))):
+    for name in STANDS_ON.get(asked.candidate, (GRADIENTS, WORDS[0])):
         found: Callable[[Asked], Tensor] | None = scorer(name).nearest
         assert found is not None
         try:
-            return found(replace(asked, config=_at_stage(asked.config, name, common)))
+            return found(replace(asked, config=_at_stage(asked.config, name)))
         except DataError:
             if name == WORDS[0]:
                 raise
     raise AssertionError
 
 
-STANDS_ON = {
-    "words alone": ((WORDS[0], None),),
-    "gradients alone": ((GRADIENTS, None), (WORDS[0], None)),
-}
-"""Candidate -> the methods that `explain` compares with, and the common directions that are removed."""
+STANDS_ON = {"words alone": (WORDS[0],)}
+"""Candidate -> the methods that `explain` compares with; any other compares gradients, and words without gradients."""
 
 
 def spaces(config: SelectConfig, folder: Path) -> list[Space]:
@@ -333,7 +315,7 @@ def spaces(config: SelectConfig, folder: Path) -> list[Space]:
     """
     found = scorer(GRADIENTS).spaces
     assert found is not None
-    return found(_at_stage(config, GRADIENTS, COMMON), folder)
+    return found(_at_stage(config, GRADIENTS), folder)
 
 
 def layers(asked: Asked, rows: list[int]) -> list[dict[str, Any]]:
@@ -343,7 +325,6 @@ def layers(asked: Asked, rows: list[int]) -> list[dict[str, Any]]:
         asked: The question.
         rows: Target rows.
     """
-    methods = [name for name, _ in STANDS_ON.get(asked.candidate, ((GRADIENTS, None),))]
-    if GRADIENTS not in methods:
+    if GRADIENTS not in STANDS_ON.get(asked.candidate, (GRADIENTS,)):
         return []
-    return scorer(GRADIENTS).layers(replace(asked, config=_at_stage(asked.config, GRADIENTS, COMMON)), rows)
+    return scorer(GRADIENTS).layers(replace(asked, config=_at_stage(asked.config, GRADIENTS)), rows)

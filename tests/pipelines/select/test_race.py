@@ -84,7 +84,7 @@ def test_the_planted_candidate_wins_and_selects(won, planted, tmp_path):
     assert found["runs"] <= 8 and len(list((won / "race").iterdir())) == found["runs"]
     # the scores, their meaning and their formula are those of what was kept
     assert "gradients alone" in summary["formula"]["title"] and "not on the shortlist" in summary["formula"]["meaning"]
-    assert summary["formula"]["text"].startswith("on 60 of 60 rows, cosine of the optimizer's update")
+    assert summary["formula"]["text"].startswith("on 60 of 60 rows, the cosine of the optimizer's update")
     # all target rows chose: what the candidate selects by itself
     config = planted(tmp_path / "run", verify=False)
     with Run(config.out, config, "select") as run:
