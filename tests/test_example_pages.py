@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 
+from datatools import per_sample_grads
 from tests.conftest import REPOSITORY
 
 
@@ -31,6 +32,38 @@ def test_digits(example, tmp_path, capsys):
     check(tmp_path / "digits.html", ["Which rows", "Which rows of a batch", "In which order"])
     share = re.search(r"wrong labels: ([\d.]+) per cent of the 600 selected rows, ([\d.]+)", capsys.readouterr().out)
     assert float(share[1]) < 15 < 25 < float(share[2])  # a third of the pool's labels are wrong
+
+
+@pytest.mark.slow
+def test_spine(example, tmp_path, capsys, monkeypatch):
+    spine = example("spine")
+    monkeypatch.setattr(spine, "WIDTH", 1)
+    monkeypatch.setattr(spine, "LEVELS", 1)
+    spine.main(tmp_path / "spine.html", volumes=8, steps=1, seeds=1, batches=2, trials=2)
+    check(tmp_path / "spine.html", [
+        "A volume of the target scanner", "Segmentation and localization", "Which volumes are wrong",
+        "Which volumes help another scanner", "In which order",
+    ])  # fmt: skip
+    assert "centres" in capsys.readouterr().out
+
+
+def test_gradients_of_a_volume_are_those_of_the_volume_alone(example):
+    spine = example("spine")
+    module, rows = spine.IVDNet(1, 2).eval(), spine.phantoms(2, 0, wrong=0.5)
+    names = [name for name, _ in module.named_parameters()]
+    got = per_sample_grads(spine.losses, module, rows, names)
+    want = per_sample_grads(spine.losses, module, rows, names, method="loop")
+    scale = max(float(grad.abs().max()) for grad in want.values())
+    for name in names:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_a_perfect_segmentation_has_dice_one_and_centres_in_place(example):
+    spine = example("spine")
+    rows = spine.phantoms(2, 0)
+
+    assert spine.measured(lambda image: rows["mask"] - 0.5, rows) == ([1.0] * spine.DISCS, 0.0)
+    assert spine.area(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([True, False, False])) == 1.0
 
 
 def test_every_example_has_a_row_in_the_table():
