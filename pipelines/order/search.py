@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import asdict
 from typing import Any
+
+import numpy as np
 
 from datatools import DataError, order
 from datatools.files import sealed
@@ -15,13 +18,16 @@ from pipelines.runs.messages import say, warn
 from pipelines.runs.progress import progress
 from pipelines.runs.seeds import derive_seed
 
+_DRAWN = 64  # random orders whose estimates give the spread
+
 
 def search(setting: Setting) -> None:
     """Run the task `search`: the first estimator searches, and the second, if there is one, judges a shortlist.
 
     The optimum of an estimate is biased towards its errors. Therefore the second estimator judges a shortlist (the
     found orders, the best of as many random orders, and the curricula), and continues from it with `judged` further
-    orders.
+    orders. If the first estimator expects less than `worth` of the best order that it found, the search ends with that
+    answer, before the second judges and before anything is retrained, and proposes the reference order.
 
     Args:
         setting: The setting of the run.
@@ -48,6 +54,10 @@ def search(setting: Setting) -> None:
         f"{config.search}: predicted {found.scores[0]:.5f}, the reference {made.score(setting.sequence):.5f}, best of "
         f"{found.evaluations:,} random {best_drawn:.5f} ({found.evaluations / max(took, 1e-9):,.0f} per second)"
     )
+    seen = _outlook(setting, made, found)
+    say(seen.sentence())
+    retrain = config.retrain if seen.worth_it else 0
+    judge = judge if seen.worth_it else None
     shortlist |= {f"found {i + 1}": s for i, s in enumerate(found.sequences)}
     shortlist |= {f"best of random, {i + 1}": s for i, (s, _) in enumerate(drawn)}
     rows: list[dict[str, Any]] = [{"name": label, "sequence": list(s)} for label, s in shortlist.items()]
@@ -58,19 +68,19 @@ def search(setting: Setting) -> None:
     for row in rows:
         row["estimated"] = made.score(row["sequence"])
     ranked = sorted(rows, key=lambda row: math.inf if row[key] is None else row[key])
-    proposed = ranked[0]
+    proposed = ranked[0] if seen.worth_it else next(row for row in rows if row["name"] == "reference")
     indicators = made.trust(proposed["sequence"]) if judge is None else proposed["trust"]
     if not order.trusted(indicators):
         shown = ", ".join(f"{indicator} {value:.2g}" for indicator, value in indicators.items())
         warn(f"the estimate of the proposed order may not hold ({shown}); retrain before you rely on it")
     setting.plan.reordered(tuple(proposed["sequence"])).save(setting.run.path("order.npz"))
     distinct = dict.fromkeys(tuple(row["sequence"]) for row in ranked)
-    tried = [s for s in distinct if s != setting.sequence][: config.retrain]
-    blind_orders = setting.random_orders("random", config.retrain)
+    tried = [s for s in distinct if s != setting.sequence][:retrain]
+    blind_orders = setting.random_orders("random", retrain)
     rows += [
         {"name": f"random {i + 1}", "sequence": list(s), "estimated": made.score(s)} for i, s in enumerate(blind_orders)
     ]
-    runs = [setting.sequence, *tried, *blind_orders] if config.retrain else []
+    runs = [setting.sequence, *tried, *blind_orders] if retrain else []
     true = true_losses(setting, runs, "retrain the best, as many random, and the reference")
     known = {tuple(s): loss for s, loss in zip(runs, true, strict=True)}
     for row in rows:
@@ -80,11 +90,15 @@ def search(setting: Setting) -> None:
         order.finite({
             "estimator": name, "judge": judge, "judging": judging, "method": config.search,
             "evaluations": found.evaluations, "seconds": took, "random_best": best_drawn,
-            "proposed": proposed["name"], "trust": indicators, "rows": rows,
+            "proposed": proposed["name"], "trust": indicators, "rows": rows, "outlook": asdict(seen),
+            "sentence": seen.sentence(), "worth_it": seen.worth_it,
             "regret": proposed["true"] - min(true) if true else None,
             "batches": [{"source": s, "tokens": n} for s, n in zip(setting.sources, setting.lengths, strict=True)],
         }),
     )  # fmt: skip
+    if not seen.worth_it:
+        say(f"{setting.run.path('order.npz')} is the reference order; --set worth=0 searches all the same")
+        return
     by = f" by {judge}" if judge is not None else ""
     say(
         f"proposed order: {proposed['name']}, predicted{by} {proposed[key]:.5f}: {setting.run.path('order.npz')} "
@@ -93,11 +107,25 @@ def search(setting: Setting) -> None:
     if true:
         say(
             f"retrained: proposed {proposed['true']:.5f}, the reference {true[0]:.5f}, best of {len(tried)} candidates "
-            f"{min(true[1 : 1 + len(tried)], default=math.nan):.5f}, of {config.retrain} random orders "
+            f"{min(true[1 : 1 + len(tried)], default=math.nan):.5f}, of {retrain} random orders "
             f"{min(true[1 + len(tried) :]):.5f}"
         )
         if proposed["true"] > min(true):
             warn("the proposed order is not the best of the retrained orders; see search.json")
+
+
+def _outlook(setting: Setting, made: order.Surrogate, found: order.Found) -> order.Outlook:
+    """Return what the first estimator expects of the best order that the search found.
+
+    The score of the best order is biased downwards, so that the answer "nothing to win" is the safer one.
+    """
+    count = _DRAWN if order.estimator(made.name).fast(setting.config) else BLIND
+    drawn = made.scores(setting.random_orders("outlook", count)).numpy()
+    ok = order.trusted(made.trust(found.sequences[0]))
+    usable = drawn[np.isfinite(drawn)]
+    if len(usable) < 2:
+        return order.Outlook(math.nan, math.nan, math.inf, setting.config.worth)
+    return order.outlook(usable, found.scores[0], worth=setting.config.worth, trusted=ok)
 
 
 def _judge(

@@ -162,6 +162,7 @@ def _search(found: dict[str, Any] | None) -> dict[str, Any] | None:
             for r in rows
         ],
         "proposed": best["name"],
+        "nothing": found.get("sentence", "") if found.get("worth_it") is False else "",
         "judge": found.get("judge"),
         "judged": (found.get("judging") or {}).get("orders"),
         "method": found["method"],

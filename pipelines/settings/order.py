@@ -284,7 +284,7 @@ class OrderConfig(RunSettings):
         ge=0,
         le=1e9,
         description="the smallest difference of held-out losses that is worth an order: if the estimates expect less, "
-        "`plan` and `curricula` say so and end before anything is retrained; 0 always goes on",
+        "`plan`, `curricula` and `search` say so and end before anything is retrained; 0 always goes on",
         json_schema_extra=LATE,
     )
     map_batches: int = Field(

@@ -49,6 +49,7 @@ def settings(world: Path, out: Path, **changes: object) -> OrderConfig:
         "estimators": ["pairwise", "reduced"],
         "dimensions": 6,
         "warmup_steps": 0,
+        "worth": 0,
     }
     return OrderConfig.model_validate(base | changes)
 
@@ -190,6 +191,16 @@ def test_search_proposes_an_order_and_map_and_estimate_go_on_in_the_same_folder(
     assert all(p["counterfactual"] > 0 for p in parts), "training on a batch lowers its loss"
     assert kept == {p: p.stat().st_mtime_ns for p in kept}, "recorded once, and pairwise made once"
     assert "Memorisation" in (out / "report.html").read_text()
+
+
+def test_a_search_ends_early_where_there_is_nothing_to_win(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(settings(world, out, task="search", budget=50, retrain=2, worth=1e6))
+    found = json.loads((out / "search.json").read_text())
+    assert found["worth_it"] is False and found["proposed"] == "reference" and found["judge"] is None
+    assert all(row["true"] is None for row in found["rows"]) and not (out / "true").exists()
+    assert Order.load(out / "order.npz").sequence == Order.load(out / "reference.npz").sequence
+    assert "There is nothing to win by ordering" in (out / "report.html").read_text()
 
 
 def test_a_second_estimator_judges_what_the_first_found_and_goes_on(world: Path, tmp_path: Path) -> None:
