@@ -205,8 +205,15 @@ def train(name: str, seed: int, rows: Rows, parts: dict[str, list[int]], o: argp
     history: list[dict[str, Any]] = []
     inner = choice.noted
     choice.noted = lambda log: (inner(log), history.__setitem__(slice(None), log))[0]  # type: ignore[method-assign]
+    reduce = choice.reduce
+
+    def reduced(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        if clock.total == 0:  # the clock starts when the first rows are drawn: setting up a Trainer is not training
+            clock.go()
+        return reduce(batches)
+
+    choice.reduce = reduced  # type: ignore[method-assign]
     with TemporaryDirectory() as scratch:
-        clock.go()
         with suppress(TimeIsUp):
             fit.fit(module, rows.item, chosen, recipe, Path(scratch), seed=seed, observe=curve, choose=choice)
     seen = monitored(history)
