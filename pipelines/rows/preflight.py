@@ -88,6 +88,11 @@ def contradictions(config: Settings) -> None:
             )
         if config.order is not None and config.coreset is not None:
             raise UsageError("--order and --coreset exclude each other; give only one of them")
+        if config.tokens is not None and config.training.gradient == "zo":
+            raise UsageError(
+                "--token-reference and --gradient zo exclude each other: the two losses of a difference would be those "
+                "of other tokens; give only one of them"
+            )
         if config.coreset is not None:
             config.coreset.sizes(config.training.batch_size)
         if config.metrics is not None and not config.eval_data:

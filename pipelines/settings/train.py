@@ -175,6 +175,19 @@ class CoresetConfig(Settings):
         return {name: getattr(self, name) for name in names}
 
 
+class TokensConfig(Settings):
+    """Each step trains on the tokens whose loss exceeds that of a reference model most (Rho-1)."""
+
+    shorthand = "reference"
+    reference: Annotated[str, Flag("--token-reference", TRAINING, "MODEL")] = Field(
+        description="train on the tokens whose loss exceeds that of this model most (Rho-1)"
+    )
+    adapter: FilePath | None = Field(default=None, description="an adapter of the reference model")
+    share: Annotated[float, Flag("--token-share", TRAINING)] = Field(
+        default=0.6, gt=0, le=1, description="share of each row's tokens that --token-reference keeps"
+    )
+
+
 class ValidationMetrics(MetricsConfig):
     """What is measured on held-out rows of a training run besides their loss, and when."""
 
@@ -235,6 +248,11 @@ class TrainConfig(RunSettings):
     ] = Field(default_factory=TrainingConfig, description="the optimizer and its schedule")
     coreset: Annotated[CoresetConfig | None, Flags("name large_batch keep method features store target")] = Field(
         default=None, description="a few rows of each large batch to train on (null trains on all)"
+    )
+    tokens: Annotated[TokensConfig | None, Flags("reference share")] = Field(
+        default=None,
+        description="the tokens of a row to train on (null is all with a loss)",
+        json_schema_extra=UNSAID,
     )
     order: Annotated[FilePath | None, Flag("--order", TRAINING)] = Field(
         default=None,

@@ -20,6 +20,7 @@ from pipelines.runs.workers import rank
 from pipelines.settings.parts import TrainingConfig
 from pipelines.training.callbacks import Progress, WatchRounding, tensorboard_in
 from pipelines.training.checkpoint_files import check_numerics, checkpoints, lead_first
+from pipelines.training.token_selection import TokenSelection
 from pipelines.training.trainer import Choice, DataTrainer, Observe
 from pipelines.training.validation import (
     LOSS,
@@ -146,6 +147,7 @@ def fit(
     bar: Bar | None = None,
     observe: Observe | None = None,
     choose: Choice | None = None,
+    tokens: TokenSelection | None = None,
     name_of: Callable[[int], object] = int,
     steps: Sequence[Sequence[int]] | None = None,
     held: int = 0,
@@ -168,6 +170,7 @@ def fit(
         observe: Called for each step (`trainer.Observe`).
         choose: If given, batches of `recipe.batch_size` rows are large batches, from which it keeps the rows of a step
             (`trainer.Choice`).
+        tokens: If given, the loss is that of the tokens that it keeps.
         name_of: A row's number -> its name in errors.
         steps: The rows of each step, in order, instead of shuffled batches; the recipe's epochs and batch size are
             then ignored.
@@ -227,6 +230,7 @@ def fit(
             observe=observe,
             validate=validate,
             choose=choose,
+            tokens=tokens,
             name_of=name_of,
             model=model,
             args=arguments,

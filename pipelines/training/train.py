@@ -33,7 +33,7 @@ from pipelines.runs.workers import rank
 from pipelines.settings import redaction, trackers
 from pipelines.settings.parts import LoraConfig, TrainingConfig
 from pipelines.settings.train import TrainConfig
-from pipelines.training import checkpoint_files, cost, fit, optimizers, order_recipe, summary
+from pipelines.training import checkpoint_files, cost, fit, optimizers, order_recipe, summary, token_selection
 from pipelines.training import held_out as held_out_rows
 from pipelines.training.validation import PREFIX, planned
 
@@ -80,7 +80,10 @@ def _run(config: TrainConfig) -> Path:
             if config.coreset is not None:
                 aims = inputs.read_like("coreset target", config.data, config.coreset.target, config.eval_columns)
                 check_target(config.coreset, None if aims is None else int(aims.usable.sum()))
-            inputs.record()  # before other processes look, because outdated results are moved away here
+            more: dict[str, Any] = {}
+            if config.tokens is not None:
+                more["reference model"] = dict(token_selection.check_reference(config.tokens, tokenizer.tokenizer))
+            inputs.record(**more)  # before other processes look, because outdated results are moved away here
         chosen = np.flatnonzero(rows.usable).tolist()
         recipe, choose = config.training, config.coreset
         sequence: list[list[int]] | None = None
@@ -127,6 +130,8 @@ def _run(config: TrainConfig) -> Path:
         if held_out is not None:
             times = planned(steps, every)
             say(f"validation: {int(held_out.usable.sum()):,} rows, {held_out.tokens():,} tokens, {times:,} times")
+        if config.tokens is not None:
+            say(f"tokens: {config.tokens.share:.0%} of each row, by their excess over {config.tokens.reference}")
         if config.dry_run:
             lengths = rows.scan.tokens[chosen if sequence is None else [row for step in sequence for row in step]]
             saves = -(-steps // config.save_steps) if config.save_steps else recipe.epochs
@@ -154,6 +159,10 @@ def _run(config: TrainConfig) -> Path:
         if choose is not None and choose.clusters is not None:
             with current.stage("cluster rows"):
                 sources = clusters_of(loaded.model, rows, chosen, choose.clusters, seed=config.seed)
+        tokens_to_keep = None
+        if config.tokens is not None:
+            with current.stage("reference losses"):
+                tokens_to_keep = token_selection.measured(config.tokens, rows, chosen)
         with current.stage("train"), progress("training", steps, "steps") as bar:
             module = trainable(loaded.model, config.lora, seed=config.seed)
             if recipe_of_order is not None and config.order is not None:
@@ -169,6 +178,7 @@ def _run(config: TrainConfig) -> Path:
                 save=config.save_steps or "epoch",
                 bar=bar,
                 choose=None if choose is None else coresets.Coresets(choose, sources.__getitem__, table, _items(aims)),
+                tokens=tokens_to_keep,
                 name_of=rows.pool.where,
                 steps=sequence,
                 held=held,

@@ -36,6 +36,7 @@ from pipelines.settings.parts import TrainingConfig
 from pipelines.training import zeroth_order
 from pipelines.training.checkpoint_files import NUMERICS, mark_complete, saving
 from pipelines.training.optimizers import factors, held, optimizer_of
+from pipelines.training.token_selection import TokenSelection
 
 Observe = Callable[[int, Sequence[int]], None]
 """Called before each optimizer step, after its gradients, with (step, counted from 1, row numbers of the step)."""
@@ -114,6 +115,7 @@ class DataTrainer(FiniteSteps):
         observe: Called for each step (`Observe`); it must not change anything. `order.Recorder` records a reference
             run with it.
         choose: If given, batches are large, and each step trains on the rows that it keeps (`Choice`).
+        tokens: If given, each step trains on the tokens that it keeps.
         name_of: A row's number -> its name in errors.
         validate: A model in evaluation mode -> values on held-out rows; `evaluate` logs them. None uses the Trainer's
             evaluation.
@@ -130,6 +132,7 @@ class DataTrainer(FiniteSteps):
         recipe: TrainingConfig,
         observe: Observe | None = None,
         choose: Choice | None = None,
+        tokens: TokenSelection | None = None,
         name_of: Callable[[int], object] = int,
         validate: Callable[[nn.Module], dict[str, float]] | None = None,
         shuffle: bool = True,
@@ -137,7 +140,7 @@ class DataTrainer(FiniteSteps):
         **kwargs: Any,
     ) -> None:
         self.recipe, self.observe, self.choose, self.shuffle, self.held = recipe, observe, choose, shuffle, held
-        self.nonfinite_steps = recipe.nonfinite_steps
+        self.nonfinite_steps, self.tokens = recipe.nonfinite_steps, tokens
         self.validate, self._saved_step = validate, -1
         self.control: Any
         self.name_of, self.seen_tokens = name_of, 0
@@ -227,7 +230,7 @@ class DataTrainer(FiniteSteps):
         model.train(self.zeroth is None)
         rows = inputs.pop("rows")
         items = inputs["items"]
-        supervised = supervised_tokens(items)
+        supervised = supervised_tokens(items) if self.tokens is None else self.tokens.kept(items)
         if supervised == 0:
             raise DataError(f"training: none of the rows {self._called(rows)} of this step has a supervised token")
         self._step_rows, tokens = rows, sum(len(ids) for ids, _ in items)
@@ -245,6 +248,8 @@ class DataTrainer(FiniteSteps):
             losses, where = token_losses(module, batch)
             if visit is not None:
                 visit.watch([rows[i] for i in group], losses, where)
+            if self.tokens is not None:
+                losses, where = self.tokens.keep([rows[i] for i in group], losses, where)
             loss: Tensor = losses.sum() / supervised
             if weights is not None:
                 loss = (losses * example_weights(weights[group], where, len(items))).sum()
