@@ -50,7 +50,6 @@ ANOTHER_MEANING: dict[str, set[str]] = {
     "pipelines/colm/choosing.py": {"loss"},  # the loss in a log
     "pipelines/diagnose/checks/smoothness.py": {"probes"},  # a setting
     "pipelines/models/finite.py": {"loss"},  # the loss in a log
-    "pipelines/rows/index.py": {"preference"},  # the setting
     "pipelines/select/less.py": {"paper"},  # a form of Adam's update
     "pipelines/select/neighbours.py": {"exact", "random"},  # a search; how many clusters a random choice reaches
     "pipelines/select/objectives.py": {"preference"},  # the setting
