@@ -9,26 +9,27 @@ from collections.abc import Iterable
 from os.path import commonprefix
 
 _NEAREST_TEXT = """
-adamw: a2grad adabound adaboundw adai adamax adamc adamg adamod adams adan adanorm adapnm adashift adasmooth
-    adastar aida ano avagrad diffgrad fadam laprop msvag padam pnm qhadam radam ranger ranger21 sara swats tam
-    yogi
-adafactor: adalite adalomo alada amos sm3 smmf galore2 lomo
+adafactor: adalite adalomo alada amos galore2 lomo sm3 smmf
 adagrad: adadelta ftrl kate madgrad
+adamw: a2grad adabound adaboundw adagc adai adamax adamc adamg adamod adams adamwanyprecision adamwsn adan adanorm
+    adapnm adashift adasmooth adastar aida ano avagrad diffgrad emofact fadam grokadamw grokfastadamw laprop
+    lorarite msvag padam pnm qhadam radam ranger ranger21 rose sara sparseadam srmm swats tam yogi
+adamw_8bit: adamw4bit adamwtorch4bit flashadamw
+ademamix: aggmo dualadam grokfast simplifiedademamix
 adopt: adago amsgradw
-ademamix: aggmo grokfast simplified_ademamix dualadam
+dion: demo dion2 dion3
+kron: psgd
 lamb: fromage nero novograd
-lion: clion tiger rosen sgdlion
-muon: adago adamuon gluon limuon muonbp muonclip muonplus polargrad scion scionlight turbomuon
-prodigy: alig bcos dadaptadam dadaptation dadaptlion dadaptsgd dog dowg emonavi sps
+lion: clion emolynx rosen sgdlion tiger
+muon: adago adamuon distributedmuon gluon limuon muonbp muonclip muonplus polargrad scion scionlight spectralsphere
+    turbomuon
+prodigy: alig bcos dadaptadagrad dadaptadam dadaptadan dadaptation dadaptlion dadaptsgd dog dowg emonavi sps
 rmsprop: rprop
 schedule_free_adamw: asgd schedulefree schedulefreeadam schedulefreeradam swa
-sgd: lbfgs lookahead pid qhm sam sadam vsgd wsam
+sgd: accsgd adatam apollodqn bsam focus gravity lbfgs lookahead magma pid qhm sadam sam vsgd wsam
+shampoo: dash distributedshampoo kfac scalableshampoo
 signsgd: signum
-dion: dion2 dion3
-kron: psgd
-shampoo: distributedshampoo kfac
 soap: adadiag alice klsoap racs splus
-adamw_8bit: adamw4bit flashadamw
 """
 """An optimizer of this package, and the published optimizers that are missing here and resemble it most. Their names
 are not treated as misspellings."""
@@ -40,13 +41,31 @@ _OTHERS = {name: kind for kind, names in _NEAREST.items() for name in names.spli
 _SAME = {  # what another name means in terms of an optimizer of this package
     "adam8bit": "'adamw_8bit' without weight decay is 8-bit Adam",
     "amsgrad": "'adamw' with amsgrad=True and without weight decay is AMSGrad",
-    "cadamw": "use optim.Cautious(inner=AdamWRule())",
-    "grams": "use optim.Grams(inner=AdamWRule())",
+    "cadamw": "use optim.Cautious(inner=AdamWRule()), or 'adamw' with wrapper='cautious'",
+    "grams": "use optim.Grams(inner=AdamWRule()), or 'adamw' with wrapper='grams'",
     "mezo": "'sgd' with training.gradient=zo is MeZO",
     "sgdm": "'sgd' with momentum=0.9 is SGD with momentum",
     "sgdw": "'sgd' has decoupled weight decay",
     "sophia": "'sophia_g' and 'sophia_h' estimate the curvature in two ways",
     "adamwtorch": "use 'adamw'",
+    "adamwtorchxla": "use 'adamw'",
+    "adamwtorchnpufused": "use 'adamw'",
+    "adamwtorch8bit": "use 'adamw_8bit'",
+    "ademamix8bit": "use optim.Quantized(inner=AdEMAMixRule())",
+    "pagedademamix32bit": "use 'ademamix', which has no paging",
+    "pagedademamix8bit": "use optim.Quantized(inner=AdEMAMixRule()), which has no paging",
+    "apolloadamw": "use 'apollo'",
+    "apolloadamwlayerwise": "use 'apollo', and optim.fuse_backward for steps layer by layer",
+    "galoreadamw": "use 'galore'",
+    "galoreadamw8bit": "use 'galore'; optim.LowRank around AdamW8bitRule has 8-bit states",
+    "galoreadafactor": "use 'galore', whose inner rule is AdamW's",
+    "galoreadamwlayerwise": "use 'galore', and optim.fuse_backward for steps layer by layer",
+    "galoreadamw8bitlayerwise": "use 'galore', and optim.fuse_backward for steps layer by layer",
+    "galoreadafactorlayerwise": "use 'galore', and optim.fuse_backward for steps layer by layer",
+    "pagedlion32bit": "use 'lion', which has no paging",
+    "rmspropbnb": "use 'rmsprop'",
+    "rmspropbnb32bit": "use 'rmsprop'",
+    "rmspropbnb8bit": "use optim.Quantized(inner=RMSpropRule())",
     "adamwtorchfused": "use 'adamw'",
     "adamwhf": "use 'adamw'",
     "adamwbnb8bit": "use 'adamw_8bit'",

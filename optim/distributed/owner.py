@@ -24,6 +24,8 @@ class OwnerComputes(Optimizer):
     state of the whole tensor and steps it as a single process would, so that results do not depend on the number of
     ranks (except for the order of sums in the gradients). All other tensors are stepped as before: those of elementwise
     rules, which do not need other ranks, and those of rules whose tensors depend on each other (`UpdateRule.coupled`).
+    With `elementwise`, replicated parameters of elementwise rules are divided, too, so that every state is stored once
+    (ZeRO-1, by whole tensors).
 
     - Replicated parameters (DDP: the same parameter and gradient on every rank): owners share the new parameters by
       all-gather, with each rank's part padded to the longest one. In a step, each rank receives about the size of all
@@ -41,6 +43,8 @@ class OwnerComputes(Optimizer):
     Args:
         optimizer: The optimizer, before its first step.
         process_group: The ranks; all of them by default. With one process, nothing differs from the given optimizer.
+        elementwise: Whether replicated parameters of elementwise rules are divided among ranks, too. Their states then
+            take the memory of one process in total, at the cost of an all-gather of the new parameters.
 
     Raises:
         TypeError: For DTensors that are not sharded by rows over exactly the ranks of the group.
@@ -63,13 +67,15 @@ class OwnerComputes(Optimizer):
         >>> optimizer.step()  # with one process, the step of the given optimizer
     """
 
-    def __init__(self, optimizer: Optimizer, process_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, optimizer: Optimizer, process_group: dist.ProcessGroup | None = None, *, elementwise: bool = False
+    ) -> None:
         if optimizer.state:
             raise ValueError(
                 "OwnerComputes: the optimizer already has a state; wrap it before its first step, and load the state "
                 "dict afterwards"
             )
-        self.process_group = process_group
+        self.process_group, self.elementwise = process_group, elementwise
         groups = []
         for group in optimizer.param_groups:
             params, names = group["params"], group.get("param_names")
@@ -81,7 +87,7 @@ class OwnerComputes(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Add the process group to what torch copies and pickles, which is groups and states."""
-        return super().__getstate__() | {"process_group": self.process_group}
+        return super().__getstate__() | {"process_group": self.process_group, "elementwise": self.elementwise}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as `Optimizer` does.
@@ -95,16 +101,21 @@ class OwnerComputes(Optimizer):
         before = len(self.param_groups)
         super().add_param_group(param_group)
         for group in self.param_groups[before:]:
-            for param in group["params"] if self._divided(group["rule"]) else ():
-                if is_sharded(param):
+            for param in group["params"]:
+                if is_sharded(param) and self._divides(group["rule"], param):
                     _check_rows(param, group_size(self.process_group))
 
     def _divided(self, rule: UpdateRule) -> bool:
-        return group_size(self.process_group) > 1 and not rule.elementwise and not rule.coupled
+        whole = self.elementwise or not rule.elementwise
+        return group_size(self.process_group) > 1 and whole and not rule.coupled
+
+    def _divides(self, rule: UpdateRule, param: Tensor) -> bool:
+        """Return whether one rank steps the whole parameter; elementwise rules step the shards that each rank has."""
+        return self._divided(rule) and not (rule.elementwise and is_sharded(param))
 
     def _owners(self) -> dict[Tensor, int]:
         """Return the owner of every tensor of a divided rule."""
-        dealt = [p for group in self.param_groups if self._divided(group["rule"]) for p in group["params"]]
+        dealt = [p for group in self.param_groups for p in group["params"] if self._divides(group["rule"], p)]
         dealt.sort(key=lambda p: -p.numel())  # stable: tensors of equal size keep the order of the groups
         size = group_size(self.process_group)
         return {param: i % size for i, param in enumerate(dealt)}
@@ -117,10 +128,15 @@ class OwnerComputes(Optimizer):
     def _step_those(
         self, rule: UpdateRule, params: list[Tensor], grads: list[Tensor], *, lr: float | Tensor, weight_decay: float
     ) -> list[bool]:
-        if not self._divided(rule):
-            return super()._step_those(rule, params, grads, lr=lr, weight_decay=weight_decay)
-        owners, group = self._owners(), self.process_group
+        own = [i for i, param in enumerate(params) if not self._divides(rule, param)]
         fine = dict.fromkeys(params, True)
+        if own or not params:
+            mine = [params[i] for i in own]
+            done = super()._step_those(rule, mine, [grads[i] for i in own], lr=lr, weight_decay=weight_decay)
+            fine.update(zip(mine, done, strict=True))
+        if len(own) == len(params):
+            return [fine[param] for param in params]
+        owners, group = self._owners(), self.process_group
 
         def step(keys: Sequence[Tensor], whole: Sequence[Tensor], own_grads: Sequence[Tensor]) -> None:
             """Step tensors as their owner: `whole` are the parameters of `keys`, under which states are stored."""
@@ -136,7 +152,8 @@ class OwnerComputes(Optimizer):
             fine.update(zip(keys, done, strict=True))
 
         kinds: dict[Any, list[int]] = {}
-        for i in sorted(range(len(params)), key=lambda i: -params[i].numel()):
+        divided = [i for i, param in enumerate(params) if self._divides(rule, param)]
+        for i in sorted(divided, key=lambda i: -params[i].numel()):
             kinds.setdefault((is_sharded(params[i]), params[i].dtype, grads[i].dtype), []).append(i)
         for (sharded, *_), index in kinds.items():
             for run in bundles([params[i].numel() * params[i].element_size() for i in index], MESSAGE):
@@ -176,7 +193,7 @@ class OwnerComputes(Optimizer):
                     self.state[param] = _spread(self.state[param], group["rule"].init(param))
 
     def _loaded(self, rule: UpdateRule, param: Tensor, state: Mapping[str, Any]) -> State:
-        if not is_sharded(param) or not self._divided(rule):
+        if not is_sharded(param) or not self._divides(rule, param):
             return super()._loaded(rule, param, state)
         whole = torch.empty(param.shape, dtype=param.dtype, device="meta")  # an owner has all rows
         return loaded_state(rule, whole, state, on=_local(param).device)

@@ -3,7 +3,9 @@
 import re
 
 import pytest
+import pytorch_optimizer
 import torch
+from transformers.training_args import OptimizerNames
 
 from optim import (
     OPTIMIZERS,
@@ -208,3 +210,35 @@ def test_readme_lists_exactly_the_rules():
     for name, row in rows.items():
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[3] == ("yes" if RULES[name].elementwise else "no"), name
+
+
+def test_the_whole_field_is_answered():
+    """Every name of pytorch-optimizer, torch and transformers: one of ours, what it means here, or the nearest."""
+    field = {name.lower() for name in pytorch_optimizer.get_supported_optimizers()}
+    field |= {name.lower() for name, kind in vars(torch.optim).items() if isinstance(kind, type)} - {"optimizer"}
+    field |= {name.value for name in OptimizerNames}
+    for name in sorted(field - set(OPTIMIZERS)):
+        told = unknown.instead_of(name, OPTIMIZERS)
+        assert not told.startswith("; known"), name
+
+
+def test_settings_of_a_group_are_live_and_shown():
+    optimizer = create("adamw", named(sorted(MATRICES)), lr=0.1)
+    optimizer.param_groups[0]["betas"] = (0.5, 0.75)
+    assert "betas=(0.5, 0.75)" in repr(optimizer)
+    assert optimizer.param_groups[0]["rule"].betas == optimizer.param_groups[0]["betas"] == (0.5, 0.75)
+
+
+@pytest.mark.parametrize(
+    "name", ["muon", "soap", "shampoo", "kron", "dion", "rmnp", "conda", "swan", "sinkgd", "scale"]
+)
+def test_one_size_of_updates_serves_every_rule_for_matrices(name):
+    pairs = [("model.layers.0.mlp.up_proj.weight", torch.nn.Parameter(torch.zeros(6, 9)))]
+    optimizer = create(name, pairs, lr=0.5, match_rms=0.2)
+    for t in range(2):  # the first step of SOAP only measures
+        before = pairs[0][1].detach().clone()
+        pairs[0][1].grad = torch.randn(6, 9, generator=torch.Generator().manual_seed(t))
+        optimizer.step()
+    assert float((pairs[0][1].detach() - before).square().mean().sqrt()) == pytest.approx(0.1, rel=1e-4)
+    with pytest.raises(ValueError, match="match_rms = 0"):
+        create(name, pairs, lr=0.5, match_rms=0)
