@@ -66,6 +66,14 @@ def test_a_perfect_segmentation_has_dice_one_and_centres_in_place(example):
     assert spine.area(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([True, False, False])) == 1.0
 
 
+def test_approximation(example, tmp_path, capsys):
+    approximation = example("approximation")
+    approximation.main(tmp_path / "a.html", steps=3, widths=(2, 4), heads=(1, 2), names=("sgd", "muon", "sophia_g"))
+    check(tmp_path / "a.html", ["By width and heads", "By optimizer", "What was learned"])
+    assert "sophia_g is not here: it samples labels" in (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "muon: " in capsys.readouterr().out
+
+
 def test_every_example_has_a_row_in_the_table():
     table = (REPOSITORY / "examples/README.md").read_text(encoding="utf-8")
     scripts = {path.name for path in (REPOSITORY / "examples").glob("*.py")} - {"tiny.py", "page.py"}
