@@ -2,7 +2,7 @@
 
 One attention layer and a position-wise ReLU network are enough to approximate any continuous map from sequences to
 sequences on a compact set, if the layer is wide enough. The theorem says that good weights exist, not that training
-finds them. Here the map sorts six numbers between -1 and 1 and bends them: y_i = sin(3 sort(x)_i). The error is measured
+finds them. Here the map sorts six numbers between -1 and 1 and bends them: y_i = sin(3 sort(x)_i). The error is that
 on sequences that training has not seen.
 
 Run: python examples/approximation.py (some minutes; it writes approximation.html)
