@@ -26,6 +26,7 @@ ESTIMATORS: dict[str, str | type[Surrogate]] = {
     "own-moments": "datatools.order.estimators.own_moments:OwnMoments",
     "table": "datatools.order.estimators.fut:Table",
     "groups": "datatools.order.estimators.groups:Groups",
+    "span": "datatools.order.estimators.span:Span",
 }
 """Name -> the class, or its location ("module:Class"), which is imported when the estimator is first used."""
 
