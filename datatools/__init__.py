@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from datatools.paired import compare as compare
     from datatools.projectors import PROJECTORS as PROJECTORS
     from datatools.projectors import Projector as Projector
+    from datatools.scores.bm25 import Bm25Statistics as Bm25Statistics
     from datatools.scores.bm25 import bm25 as bm25
     from datatools.scores.loss_drop import loss_drop as loss_drop
     from datatools.scores.span import TargetSpan as TargetSpan
@@ -147,6 +148,7 @@ _EXPORTS = {
     "subtask_targets": "datatools.less.influence",
     "LessScores": "datatools.less.less",
     "less_scores": "datatools.less.less",
+    "Bm25Statistics": "datatools.scores.bm25",
     "bm25": "datatools.scores.bm25",
     "loss_drop": "datatools.scores.loss_drop",
     "TargetSpan": "datatools.scores.span",

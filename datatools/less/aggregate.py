@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from datatools.errors import UsageError, did_you_mean
 from datatools.selection.bids import bids_order
-from datatools.selection.candidates import require_finite
+from datatools.selection.candidates import require_finite, sorted_by
 from datatools.selection.round_robin import round_robin_order
 from datatools.selection.subtasks import subtask_means as subtask_means
 
@@ -94,6 +95,20 @@ AGGREGATIONS: dict[str, Aggregation] = {
 }
 
 
+class _Some(Sequence[str]):
+    """Names of some rows, made only for a message."""
+
+    def __init__(self, keys: Sequence[str] | None, rows: Tensor) -> None:
+        self._keys, self._rows = keys, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = int(self._rows[index])
+        return str(row) if self._keys is None else self._keys[row]
+
+
 def aggregate(
     similarity: Float[Tensor, "n m"],
     groups: Sequence[int] | Int64[Tensor, " m"],
@@ -141,9 +156,9 @@ def aggregate(
         raise ValueError(f"aggregate: {n} rows but {len(keys)} keys")
     rows = torch.arange(n) if eligible is None else eligible.nonzero().flatten()
     if keys is not None:  # so that sums over rows do not depend on the order of the files either
-        rows = torch.tensor(sorted(rows.tolist(), key=keys.__getitem__), dtype=torch.int64)
+        rows = torch.from_numpy(sorted_by(keys, rows.numpy()))
     part = similarity if keys is None and eligible is None else similarity[rows]
-    require_finite(part, [keys[i] if keys else str(i) for i in rows.tolist()], f"aggregation '{how}'")
+    require_finite(part, _Some(keys, rows), f"aggregation '{how}'")
     scores = torch.full((n,), float("nan"))
     if len(rows):
         scores[rows] = AGGREGATIONS[how].function(part, of)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,26 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 
+@dataclass(frozen=True)
+class Bm25Statistics:
+    """What BM25 knows of all documents.
+
+    Attributes:
+        documents: Their number N.
+        average: The mean number of words of a document.
+        holding: int64 [words], the number of documents with each word.
+
+    Example:
+        >>> Bm25Statistics(2, 3.0, np.array([1, 1])).documents
+        2
+
+    """
+
+    documents: int
+    average: float
+    holding: NDArray[np.int64]
+
+
 def bm25(
     documents: csr_matrix,
     queries: csr_matrix,
@@ -18,6 +39,8 @@ def bm25(
     k1: float = 1.2,
     b: float = 0.75,
     rows: Any = None,
+    of: Bm25Statistics | None = None,
+    lengths: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float32]:
     """BM25 of documents and queries, as a share of the highest value that a document could reach.
 
@@ -40,6 +63,8 @@ def bm25(
         b: How strongly long documents are discounted, from 0 (not at all) to 1.
         rows: Which documents are scored, an index of numpy; None is all of them. The statistics are those of all
             documents in every case.
+        of: The statistics of all documents, if `documents` are only some of them.
+        lengths: int64 [N], the words of each document, if `documents` counts only some of the words.
 
     Returns:
         float32 [rows, m]; 0 for a query without words.
@@ -66,15 +91,15 @@ def bm25(
         raise ValueError(f"bm25: k1={k1} and b={b}; they must be k1 >= 0 and 0 <= b <= 1")
     counts = csr_matrix(documents, dtype=np.float64)
     counts.eliminate_zeros()
-    n = counts.shape[0]
-    lengths = np.asarray(counts.sum(1)).ravel()
-    average = lengths.mean() if n else 0.0
-    holding = np.bincount(counts.nonzero()[1], minlength=counts.shape[1])
-    idf = np.log1p((n - holding + 0.5) / (holding + 0.5))
+    length = np.asarray(counts.sum(1)).ravel() if lengths is None else np.asarray(lengths, np.float64)
+    if of is None:
+        holding = np.bincount(counts.nonzero()[1], minlength=counts.shape[1])
+        of = Bm25Statistics(counts.shape[0], length.mean() if counts.shape[0] else 0.0, holding)
+    idf = np.log1p((of.documents - of.holding + 0.5) / (of.holding + 0.5))
 
     chosen = counts if rows is None else counts[rows]
-    of = lengths if rows is None else lengths[rows]
-    discount = k1 * (1 - b + b * (of / average if average else np.zeros_like(of)))
+    mine = length if rows is None else length[rows]
+    discount = k1 * (1 - b + b * (mine / of.average if of.average else np.zeros_like(mine)))
     saturated = chosen.copy()
     saturated.data = chosen.data / (chosen.data + np.repeat(discount, np.diff(chosen.indptr)))
 

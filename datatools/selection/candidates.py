@@ -71,7 +71,7 @@ class Candidates:
 
     Args:
         keys: [n], the content hash of each row. Ties are broken by key, so that the order of input files never affects
-            the choice.
+            the choice. A sequence with a method `order` (see `sorted_by`) is used as it is.
         scores: float32 [n], higher is better; needed by `top_k`. Finite for eligible rows.
         sources: [n], for caps per source; "" by default.
         tokens: int64 [n], all tokens of each row; needed by token budgets.
@@ -105,8 +105,8 @@ class Candidates:
         groups: Array | None = None,
     ) -> None:
         n = len(keys)
-        self.keys = list(keys)
-        self.sources = [""] * n if sources is None else list(sources)
+        self.keys = keys
+        self.sources = _Blank(n) if sources is None else sources
         self.scores = None if scores is None else _column(scores, torch.float32)
         self.tokens = None if tokens is None else _column(tokens, torch.int64)
         self.supervised = None if supervised is None else _column(supervised, torch.int64)
@@ -153,7 +153,7 @@ class Candidates:
     def rank_of_key(self) -> NDArray[np.int64]:
         """The rank of each row when sorted by (key, position), int64 [n]; it breaks ties."""
         rank = np.empty(len(self), dtype=np.int64)
-        rank[sorted(range(len(self)), key=self.keys.__getitem__)] = np.arange(len(self))
+        rank[sorted_by(self.keys)] = np.arange(len(self))
         return rank
 
     def order(self, descending: NDArray[Any]) -> NDArray[np.int64]:
@@ -172,6 +172,45 @@ class Candidates:
         """
         rows = np.flatnonzero(self.eligible.numpy())
         return rows[np.lexsort((self.rank_of_key[rows], -descending[rows]))]
+
+
+class _Blank(Sequence[str]):
+    """Empty texts."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, index: Any) -> Any:
+        return [""] * len(range(self._n)[index]) if isinstance(index, slice) else ""
+
+
+def sorted_by(keys: Sequence[str], rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """Sort positions by key, ties by position.
+
+    Args:
+        keys: [n]; if they have a method `order`, it returns all positions in this order without making the texts.
+        rows: int64 [k], ascending, the positions to sort; by default all.
+
+    Returns:
+        int64.
+
+    Example:
+        >>> sorted_by(["b", "a", "c"]).tolist()
+        [1, 0, 2]
+
+    """
+    if not hasattr(keys, "order"):
+        chosen = range(len(keys)) if rows is None else rows.tolist()
+        return np.asarray(sorted(chosen, key=keys.__getitem__), dtype=np.int64)
+    order: NDArray[np.int64] = keys.order()
+    if rows is None:
+        return order
+    wanted = np.zeros(len(keys), dtype=np.bool_)
+    wanted[rows] = True
+    return order[wanted[order]]
 
 
 def _column(values: Array, dtype: torch.dtype) -> Tensor:

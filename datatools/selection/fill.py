@@ -40,7 +40,7 @@ def fill(
     """
     limit = budget.resolve(candidates)
     if limit.rows is not None and max_per_source is None:
-        return [int(row) for row in order[: limit.rows]]
+        return order[: limit.rows].tolist()  # type: ignore[no-any-return]
     share, count = parse_cap(max_per_source)
     sizes = np.ones(len(candidates), dtype=np.int64) if limit.tokens is None else candidates.token_sizes
     total = limit.rows if limit.tokens is None else limit.tokens

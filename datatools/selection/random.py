@@ -69,11 +69,13 @@ def lottery(candidates: Candidates, seed: int, purpose: str = "random") -> NDArr
         (True, False)
 
     """
-    seen: Counter[str] = Counter()
-    numbers = np.empty(len(candidates))
+    seen: Counter[str] | None = None if getattr(candidates.keys, "distinct", False) else Counter()
+    numbers, copy = np.empty(len(candidates)), 0
     for row, key in enumerate(candidates.keys):
+        if seen is not None:
+            copy = seen[key]
+            seen[key] += 1
         # 53 bits, the precision of float64; copies of a row get different numbers
-        ticket = f"{purpose}\0{seed}\0{key}\0{seen[key]}".encode("utf-8", "surrogatepass")
+        ticket = f"{purpose}\0{seed}\0{key}\0{copy}".encode("utf-8", "surrogatepass")
         numbers[row] = (xxhash.xxh3_64_intdigest(ticket) >> 11) * 2.0**-53
-        seen[key] += 1
     return numbers

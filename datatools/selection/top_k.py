@@ -1,5 +1,6 @@
 """The rows with the highest scores."""
 
+import numpy as np
 import torch
 
 from datatools.errors import UsageError
@@ -45,6 +46,7 @@ def top_k(
         raise UsageError("top_k needs scores, which the candidates lack; score them, or use 'random'")
     order = candidates.order(candidates.scores.numpy())
     chosen = fill(order, candidates, budget, max_per_source)
-    rank = {row: place for place, row in enumerate(order[: order.tolist().index(chosen[-1]) + 1].tolist(), start=1)}
+    rank = np.zeros(len(candidates), dtype=np.int64)
+    rank[order] = np.arange(1, len(order) + 1)
     why = [f"score {candidates.scores[row]:.4g}, rank {rank[row]} of {len(order)}" for row in chosen]
     return Selection(torch.tensor(chosen, dtype=torch.int64), scores=candidates.scores, why=why)

@@ -162,6 +162,26 @@ class Keys(Texts):
         found = np.lexsort((last, first))
         return found if rows is None else rows[found]
 
+    def some(self, rows: NDArray[np.int64]) -> Keys:
+        """Return the keys of some rows.
+
+        Args:
+            rows: int64 [k], their positions.
+        """
+        return Keys(self.data[rows])
+
+    def runs(self, rows: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Return (start, end) of each run of at least two equal keys.
+
+        Args:
+            rows: int64 [k], positions in the order of their keys.
+        """
+        first, last = self.halves(rows)
+        new = np.flatnonzero((first[1:] != first[:-1]) | (last[1:] != last[:-1])) + 1
+        edges = np.concatenate([[0], new, [len(rows)]])
+        long = np.flatnonzero(np.diff(edges) > 1)
+        return list(zip(edges[long].tolist(), edges[long + 1].tolist(), strict=True))
+
     def repeated(self) -> NDArray[np.bool_]:
         """Return which keys occur more than once, bool [n]; "" does not count."""
         order = self.order()
@@ -183,4 +203,32 @@ class Keys(Texts):
         exact = set(keys)
         for row in np.flatnonzero(found).tolist():
             found[row] = self.one(row) in exact
+        return found
+
+
+class Labels(Texts):
+    """`KEY ID` of each row of a pool: by them, rows are told apart and ties are broken, also between equal contents.
+
+    Args:
+        keys: The content keys.
+        ids: The ids, which are unique.
+    """
+
+    distinct = True
+
+    def __init__(self, keys: Keys, ids: Sequence[str]) -> None:
+        self._keys, self._ids = keys, ids
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def one(self, index: int) -> str:
+        """Return one text, as `Texts.one` says."""
+        return f"{self._keys[index]} {self._ids[index]}"
+
+    def order(self) -> NDArray[np.int64]:
+        """Return all positions, sorted by text."""
+        found = self._keys.order()
+        for start, end in self._keys.runs(found):
+            found[start:end] = sorted(found[start:end].tolist(), key=self._ids.__getitem__)
         return found

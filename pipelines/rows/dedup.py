@@ -1,6 +1,5 @@
 """Duplicate rows: which rows to leave out, and which kept row each of them repeats."""
 
-import itertools
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -121,19 +120,11 @@ def _repeated(scan: Scan) -> NDArray[np.int64]:
 def _by_key(pool: Pool, scan: Scan, rows: NDArray[np.int64]) -> list[int]:
     """Return rows in the order of (key, source, id, file, line)."""
     found: list[int] = scan.keys.order(rows).tolist()
-    for start, group in _runs(scan.keys, found):
-        found[start : start + len(group)] = sorted(
-            group, key=lambda i: (pool.sources[i], pool.ids[i], pool.file(i), pool.line(i))
+    for start, end in scan.keys.runs(np.asarray(found, np.int64)):
+        found[start:end] = sorted(
+            found[start:end], key=lambda i: (pool.sources[i], pool.ids[i], pool.file(i), pool.line(i))
         )
     return found
-
-
-def _runs(keys: Keys, rows: list[int]) -> list[tuple[int, list[int]]]:
-    """Return (place, rows) of each run of at least two rows with the same key."""
-    first, last = keys.halves(np.asarray(rows, np.int64))
-    new = np.flatnonzero((first[1:] != first[:-1]) | (last[1:] != last[:-1])) + 1
-    edges = [0, *new.tolist(), len(rows)]
-    return [(a, rows[a:b]) for a, b in itertools.pairwise(edges) if b - a > 1]
 
 
 def overlaps(

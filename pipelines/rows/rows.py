@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from datatools import MicroBatches, micro_batches
 from pipelines.models.losses import collate
-from pipelines.rows.compact import Keys, Names
+from pipelines.rows.compact import Keys, Labels, Names
 from pipelines.rows.encode import Encoder
 from pipelines.rows.index import Pool
 from pipelines.rows.row import BadRow
@@ -61,6 +62,18 @@ class Rows:
         if encoded is None:
             encoded = self.encoder(self.pool[index])
         return encoded.input_ids, encoded.labels
+
+    @cached_property
+    def rank(self) -> NDArray[np.int64]:
+        """The rank of each row by content, then id, int64 [n]; it breaks ties."""
+        found = np.empty(len(self), np.int64)
+        found[self.labels.order()] = np.arange(len(self))
+        return found
+
+    @property
+    def labels(self) -> Labels:
+        """Content key and id of each row, which tell rows apart."""
+        return Labels(self.keys, self.pool.ids)
 
     def longest_first(self) -> NDArray[np.int64]:
         """The usable rows, longest first, ties by content, int64."""

@@ -26,6 +26,8 @@ class Tokens:
     """
 
     def __init__(self, files: Sequence[Path], sizes: Sequence[int], scan: Scan) -> None:
+        self.folder = files[0].parent
+        """The folder of the files."""
         self._files = [TokenFile.of(path) for path in files]
         self._starts = np.cumsum([0, *sizes])
         self._scan = scan

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datatools import Bm25Statistics as Statistics
 from datatools import bm25
 from pipelines.rows.rows import Rows
 from pipelines.select.scored import Context, Scored, from_similarity, spread, usable_among
 from pipelines.select.scorer import Asked
-from pipelines.select.words import WORD, fitted, places_of
+from pipelines.select.words import Counted, asked_of
 from pipelines.settings.methods import Method
 from pipelines.settings.select import SelectConfig
 
@@ -84,8 +85,24 @@ def answers(pool: Rows, target: Rows, config: SelectConfig, rows: Sequence[int] 
     Raises:
         DataError: No row contains a word.
     """
-    from sklearn.feature_extraction.text import CountVectorizer
+    from scipy.sparse import vstack
 
-    texts, wanted = fitted(CountVectorizer(token_pattern=WORD, dtype=np.int64), pool, target, "bm25")
-    how = config.bm25
-    return torch.from_numpy(bm25(texts, wanted, k1=how.k1, b=how.b, rows=places_of(pool, rows)))
+    places = None if rows is None else np.searchsorted(np.flatnonzero(pool.usable), rows)
+    found = torch.empty(int(pool.usable.sum()) if places is None else len(places), int(target.usable.sum()))
+    in_order = None if places is None else np.argsort(places, kind="stable")
+    done, how = 0, config.bm25
+    with Counted(pool, target, "bm25", pairs=False, every=False) as counted:
+        vocabulary = counted.vocabulary
+        queries = vstack([vocabulary.matrix(block, block.count) for block in counted.target])
+        holding = vocabulary.rows_with(counted.frequencies)
+        statistics = Statistics(len(counted.lengths), float(counted.lengths.mean()), holding)
+        for block in counted.blocks():
+            asked = asked_of(block, None if places is None or in_order is None else places[in_order])
+            if len(asked):
+                texts = vocabulary.matrix(block, block.count)[asked]
+                at = slice(done, done + len(asked)) if in_order is None else in_order[done : done + len(asked)]
+                found[at] = torch.from_numpy(
+                    bm25(texts, queries, k1=how.k1, b=how.b, of=statistics, lengths=block.lengths[asked])
+                )
+                done += len(asked)
+    return found

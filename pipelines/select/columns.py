@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,57 +12,66 @@ import pyarrow as pa
 import torch
 
 from datatools import Selection
-from pipelines.rows.rows import Rows
+from pipelines.rows.compact import Names
 from pipelines.select.scored import Context, Scored
+from pipelines.select.summary import Ranking
 from pipelines.settings import redaction
 
 MOST_COLUMNS = 1000
 """The maximum number of columns of `selected.parquet`, and of fields in one column; values beyond it are JSON text."""
 
 
-def score_columns(context: Context, scored: Scored, chosen: Sequence[int], order: Mapping[int, int]) -> dict[str, Any]:
+def score_columns(
+    context: Context, scored: Scored, chosen: Sequence[int], order: Ranking, rows: slice = slice(None)
+) -> dict[str, Any]:
     """Return, per pool row, its place, size, status, score, rank, nearest target row, and whether it was selected.
 
     Args:
         context: What was scored.
         scored: The scores.
         chosen: The selected pool rows.
-        order: Pool row -> rank.
+        order: The ranks of pool rows.
+        rows: Consecutive pool rows; by default all.
 
     Returns:
-        Name of the column -> Arrow array [n].
+        Name of the column -> Arrow array.
     """
     pool = context.pool
-    n = len(pool)
-    rows = range(n)
-    taken, shown = set(chosen), cache(redaction.hide)
+    start, end, _ = rows.indices(len(pool))
+    n, rows = end - start, slice(start, end)
+    taken = np.zeros(len(pool), np.bool_)
+    taken[list(chosen)] = True
+    status = pool.status
+    for name in set(scored.status.values()):
+        status = status.replaced([row for row, state in scored.status.items() if state == name], name)
+    files = Names(pool.pool.names.codes, [redaction.hide(name) for name in pool.pool.names.names])
+    ranks = order.of[rows]
     columns: dict[str, Any] = {
-        "_id": pa.array([pool.pool.ids[i] for i in rows], pa.string()),
-        "_source": pa.array(pool.pool.sources, pa.string()),
-        "_file": pa.array([shown(pool.pool.file(i)) for i in rows], pa.string()),
-        "_line": pa.array([pool.pool.line(i) for i in rows], pa.int64()),
-        "_key": pa.array(pool.keys, pa.string()),
-        "_tokens": pa.array(pool.scan.tokens, pa.int32()),
-        "_supervised": pa.array(pool.scan.supervised, pa.int32()),
-        "_status": pa.array([_status(pool, scored, i) for i in rows], pa.string()),
-        "_score": _floats(scored.scores),
-        "_rank": pa.array([order.get(i) for i in rows], pa.int64()),
-        "_selected": pa.array([i in taken for i in rows], pa.bool_()),
-        "_norm": _floats(scored.norms) if scored.norms is not None else pa.nulls(n, pa.float32()),
+        "_id": pool.pool.ids.arrow(start, end),
+        "_source": _texts(pool.pool.sources, rows),
+        "_file": _texts(files, rows),
+        "_line": pa.array(pool.pool.lines[rows], pa.int64()),
+        "_key": pa.array([pool.keys[i] for i in range(start, end)], pa.string()),
+        "_tokens": pa.array(pool.scan.tokens[rows], pa.int32()),
+        "_supervised": pa.array(pool.scan.supervised[rows], pa.int32()),
+        "_status": _texts(status, rows),
+        "_score": _floats(scored.scores[rows]),
+        "_rank": pa.array(ranks, pa.int64(), mask=ranks == 0),
+        "_selected": pa.array(taken[rows], pa.bool_()),
+        "_norm": _floats(scored.norms[rows]) if scored.norms is not None else pa.nulls(n, pa.float32()),
     }
-    nearest: list[str | None] = [None] * n
-    similarities: list[float | None] = [None] * n
+    places, similarity = (part[rows] for part in scored.nearest)
+    ids: list[str] = []
     if context.target is not None:
         ids = [context.target.pool.ids[i] for i in np.flatnonzero(context.target.usable).tolist()]
-        for row, (place, similarity) in scored.nearest.items():
-            nearest[row], similarities[row] = ids[place], similarity
-    columns["_nearest"] = pa.array(nearest, pa.string())
-    columns["_nearest_similarity"] = pa.array(similarities, pa.float32())
-    return columns | {f"subtask:{name}": _floats(values) for name, values in scored.subtasks.items()}
+    none = places < 0 if ids else np.ones(n, np.bool_)
+    columns["_nearest"] = pa.array(ids, pa.string()).take(pa.array(places, pa.int64(), mask=none))
+    columns["_nearest_similarity"] = pa.array(similarity, pa.float32(), mask=none)
+    return columns | {f"subtask:{name}": _floats(values[rows]) for name, values in scored.subtasks.items()}
 
 
-def _status(pool: Rows, scored: Scored, index: int) -> str:
-    return scored.status.get(index, pool.status[index])
+def _texts(names: Names, rows: slice) -> pa.Array:
+    return pa.array(names.names, pa.string()).take(pa.array(names.codes[rows], pa.int32()))
 
 
 def _floats(values: torch.Tensor) -> pa.Array:
@@ -72,7 +80,7 @@ def _floats(values: torch.Tensor) -> pa.Array:
 
 
 def selected_columns(
-    context: Context, scored: Scored, selection: Selection, order: Mapping[int, int], why: Sequence[str]
+    context: Context, scored: Scored, selection: Selection, order: Ranking, why: Sequence[str]
 ) -> dict[str, Any]:
     """Return the rows' own columns unchanged (nested ones as JSON where rows disagree on types), and ours.
 
@@ -80,7 +88,7 @@ def selected_columns(
         context: What was scored.
         scored: The scores.
         selection: The selected rows.
-        order: Pool row -> rank.
+        order: The ranks of pool rows.
         why: One sentence per selected row.
 
     Returns:
@@ -101,7 +109,7 @@ def selected_columns(
         "_id": pa.array([pool.pool.ids[i] for i in chosen], pa.string()),
         "_source": pa.array([pool.pool.sources[i] for i in chosen], pa.string()),
         "_score": _floats(scored.scores[selection.indices]),
-        "_rank": pa.array([order.get(i) for i in chosen], pa.int64()),
+        "_rank": pa.array([int(order.of[i]) or None for i in chosen], pa.int64()),
         "_weight": pa.array(selection.weights.numpy(), pa.float32()),
         "_why": pa.array(list(why), pa.string()),
     }

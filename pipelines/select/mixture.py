@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from datatools import Selection, files
+from pipelines.rows.compact import Names
 from pipelines.runs.redact import redact
 from pipelines.select.scored import Context, Scored
 from pipelines.settings.select import MixtureConfig
@@ -40,7 +42,7 @@ _FORMULA = {
 
 
 def weights(
-    sources: Sequence[str], chosen: Sequence[int], scores: Sequence[float] | None, how: MixtureConfig
+    sources: Sequence[str], chosen: Sequence[int], scores: Sequence[float] | NDArray[Any] | None, how: MixtureConfig
 ) -> dict[str, dict[str, Any]]:
     """Return, per source, what is known of it and its `weight`; the weights sum to 1, the largest comes first.
 
@@ -55,14 +57,17 @@ def weights(
         >>> {name: one["weight"] for name, one in found.items()}
         {'a': 0.9, 'b': 0.1}
     """
-    rows, taken = Counter(sources), Counter(sources[i] for i in chosen)
-    of: dict[str, list[float]] = defaultdict(list)
-    for source, score in zip(sources, scores if scores is not None else [], strict=scores is not None):
-        if np.isfinite(score):
-            of[source].append(float(score))
-    every = np.asarray([score for found in of.values() for score in found])
+    all_ = Names.of(sources)
+    rows, taken = all_.counts(), Counter(all_[i] for i in chosen)
+    of: dict[str, NDArray[np.float64]] = {name: np.zeros(0) for name in rows}
+    every = np.zeros(0)
+    if scores is not None:
+        known = np.asarray(scores, np.float64)
+        there = np.isfinite(known)
+        of = {name: known[all_.where(name) & there] for name in rows}
+        every = np.concatenate([of[name] for name in dict.fromkeys(Names(all_.codes[there], all_.names)) or rows])
     spread = float(every.std()) if len(every) else 0.0
-    z = {s: (float(np.mean(of[s])) - float(every.mean())) / spread if of[s] and spread else 0.0 for s in rows}
+    z = {s: (float(np.mean(of[s])) - float(every.mean())) / spread if len(of[s]) and spread else 0.0 for s in rows}
     names = sorted(rows)
     pool = np.asarray([rows[s] for s in names], dtype=np.float64) / len(sources)
     if how.weights == "scores":
@@ -78,8 +83,8 @@ def weights(
             "pool_rows": rows[name],
             "selected_rows": taken[name],
             "selected_share": round(taken[name] / max(1, len(chosen)), 6),
-            "mean_score": round(float(np.mean(of[name])), 6) if of[name] else None,
-            "mean_score_z": round(z[name], 4) if of[name] else None,
+            "mean_score": round(float(np.mean(of[name])), 6) if len(of[name]) else None,
+            "mean_score_z": round(z[name], 4) if len(of[name]) else None,
         }
         for name, weight, share in zip(names, p, pool, strict=True)
     }
@@ -140,21 +145,21 @@ def write(path: Path, context: Context, scored: Scored, selection: Selection) ->
         As `weights` returns it.
     """
     pool, how = context.pool, context.config.mixture
-    usable = np.flatnonzero(pool.usable).tolist()
-    place = {row: i for i, row in enumerate(usable)}
-    sources = [pool.pool.sources[i] for i in usable]
+    usable = np.flatnonzero(pool.usable)
+    names, paths_of = pool.pool.sources, pool.pool.names
     some = bool(scored.scores.isfinite().any())
     found = weights(
-        sources,
-        [place[int(i)] for i in selection.indices],
-        [float(scored.scores[i]) for i in usable] if some else None,
+        Names(names.codes[usable], names.names),
+        np.searchsorted(usable, selection.indices.numpy()).tolist(),
+        scored.scores.numpy()[usable] if some else None,
         how,
     )
     of_file: dict[str, set[str]] = defaultdict(set)
     in_file: dict[str, set[str]] = defaultdict(set)
-    for row, source in zip(usable, sources, strict=True):
-        of_file[pool.pool.file(row)].add(source)
-        in_file[source].add(pool.pool.file(row))
+    pairs = np.unique(np.stack([paths_of.codes[usable], names.codes[usable]]), axis=1)
+    for file, source in pairs.T.tolist():
+        of_file[paths_of.names[file]].add(names.names[source])
+        in_file[names.names[source]].add(paths_of.names[file])
     alone = {s: redact(next(iter(held))) for s, held in in_file.items() if len(held) == 1}
     paths = {s: file for s, file in alone.items() if len(of_file[next(iter(in_file[s]))]) == 1}
     head = _HEAD.format(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from datatools import AGGREGATIONS, Candidates, UsageError, aggregate, subtask_means
@@ -55,17 +56,17 @@ class Scored:
     race: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def nearest(self) -> Mapping[int, tuple[int, float]]:
-        """Pool row -> the most similar usable target row (as a column of `similarity`), and its similarity.
+    def nearest(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The most similar usable target row of each pool row (as a column of `similarity`), and its similarity.
 
-        Rows with a similarity that is not finite are left out; without `similarity`, the mapping is empty.
+        -1 and NaN for rows with a similarity that is not finite, and without `similarity`.
         """
+        n = len(self.scores)
         if self.similarity is None:
-            return {}
+            return np.full(n, -1), np.full(n, np.nan, np.float32)
         good = self.similarity.isfinite().all(1)
         best = self.similarity.nan_to_num(-torch.inf).max(1)
-        found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return {row: pair for row, (pair, fine) in enumerate(zip(found, good.tolist(), strict=True)) if fine}
+        return torch.where(good, best.indices, -1).numpy(), torch.where(good, best.values, torch.nan).float().numpy()
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def from_similarity(
         if AGGREGATIONS[how].means
         else (similarity, of_column)
     )
-    values = aggregate(columns, of, how, keys=[pool.keys[i] for i in usable.tolist()], eligible=good)
+    values = aggregate(columns, of, how, keys=pool.keys.some(usable.numpy()), eligible=good)
     bad = [] if good is None else usable[~good].tolist()
     whole = spread(similarity, usable, len(pool))
     whole[bad] = float("nan")
@@ -194,10 +195,11 @@ def common_rows(pool: Rows, seed: int) -> list[int]:
         pool: The pool.
         seed: The seed.
     """
-    ordered = sorted(pool.unique().items())
+    ordered = pool.unique_rows()
+    ordered = ordered[np.argsort(pool.rank[ordered])]  # by content
     generator = np.random.Generator(np.random.Philox(derive_seed(seed, "common directions")))
     count = min(max(COMMON_ROWS[0], len(ordered) // 20), COMMON_ROWS[1])
-    return [ordered[i][1] for i in generator.permutation(len(ordered))[:count]]
+    return ordered[generator.permutation(len(ordered))[:count]].tolist()  # type: ignore[no-any-return]
 
 
 def spread(values: Tensor, rows: Tensor, n: int) -> Tensor:
@@ -239,8 +241,7 @@ def candidates(pool: Rows, scored: Scored | None = None, target: Rows | None = N
             eligible &= scored.scores.isfinite()
             scores = torch.where(eligible, scored.scores, 0.0)
     return Candidates(
-        # ties between rows of equal content are broken by id
-        keys=[f"{key} {identity}" for key, identity in zip(pool.keys, pool.pool.ids, strict=True)],
+        keys=pool.labels,  # ties between rows of equal content are broken by id
         scores=scores,
         sources=pool.pool.sources,
         tokens=pool.scan.tokens,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from datatools import AGGREGATIONS, Selection
 from pipelines.rows.row import Row
@@ -26,7 +27,7 @@ EXAMPLES = 10  # the number of best and of worst rows in both
 
 
 def summarise(
-    context: Context, scored: Scored, selection: Selection, order: Mapping[int, int], before: Mapping[str, Any]
+    context: Context, scored: Scored, selection: Selection, order: Ranking, before: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the content of `summary.json` without the digest of the selection.
 
@@ -34,12 +35,11 @@ def summarise(
         context: What was scored.
         scored: The scores.
         selection: The selected rows.
-        order: Pool row -> rank.
+        order: The ranks of pool rows.
         before: The estimate of the cost.
     """
     config, current, pool = context.config, context.run, context.pool
     chosen = [int(i) for i in selection.indices]
-    ranked = list(order)
     target = context.target
     scored_text = dict(scored.formula)
     stages: list[dict[str, Any]] = [dict(stage) for stage in current.stages]
@@ -95,28 +95,41 @@ def summarise(
         },
         "budget": {"asked": config.budget, "rows": len(chosen), "tokens": int(pool.scan.tokens[chosen].sum())},
         "sources": _sources(pool, chosen),
-        "best": [_example(context, scored, order, i) for i in ranked[:EXAMPLES]],
-        "worst": [_example(context, scored, order, i) for i in ranked[::-1][:EXAMPLES]],
+        "best": [_example(context, scored, order, i) for i in order.rows[:EXAMPLES].tolist()],
+        "worst": [_example(context, scored, order, i) for i in order.rows[::-1][:EXAMPLES].tolist()],
         "checkpoints": scored.checkpoints,
         "seeds": {"seed": config.seed},
         "versions": versions(),
     }
 
 
-def ranking(pool: Rows, scored: Scored) -> dict[int, int]:
-    """Return row -> rank by score, where 1 is the best; rows without a score have none.
+@dataclass(frozen=True)
+class Ranking:
+    """The ranks of pool rows by score; rows without a score have none.
+
+    Attributes:
+        rows: int64 [k], the rows with a score, best first.
+        of: int64 [n], the rank of each row, 1 for the best; 0 for rows without a score.
+    """
+
+    rows: NDArray[np.int64]
+    of: NDArray[np.int64]
+
+
+def ranking(pool: Rows, scored: Scored) -> Ranking:
+    """Return the ranks of all rows; ties are broken by content, then id.
 
     Args:
         pool: The pool.
         scored: The scores.
     """
-    rows = [
-        i
-        for i in range(len(pool))
-        if pool.status[i] == "ok" and i not in scored.status and math.isfinite(scored.scores[i])
-    ]
-    rows.sort(key=lambda i: (-float(scored.scores[i]), pool.keys[i], pool.pool.ids[i]))
-    return {row: place for place, row in enumerate(rows, start=1)}
+    able = pool.usable & scored.scores.isfinite().numpy()
+    able[list(scored.status)] = False
+    rows = np.flatnonzero(able)
+    rows = rows[np.lexsort((pool.rank[rows], -scored.scores.numpy()[rows]))]
+    of = np.zeros(len(pool), np.int64)
+    of[rows] = np.arange(1, len(rows) + 1)
+    return Ranking(rows, of)
 
 
 def nearest(context: Context, scored: Scored, index: int) -> tuple[Row, float] | None:
@@ -127,10 +140,10 @@ def nearest(context: Context, scored: Scored, index: int) -> tuple[Row, float] |
         scored: The scores.
         index: The pool row.
     """
-    if context.target is None or index not in scored.nearest:
+    places, similarity = scored.nearest
+    if context.target is None or places[index] < 0:
         return None
-    place, similarity = scored.nearest[index]
-    return context.target.pool[int(np.flatnonzero(context.target.usable)[place])], similarity
+    return context.target.pool[int(np.flatnonzero(context.target.usable)[places[index]])], float(similarity[index])
 
 
 def _notes(config: SelectConfig, formula: Mapping[str, Any]) -> list[str]:
@@ -149,11 +162,11 @@ def _names(paths: Sequence[str]) -> str:
     return shown if len(paths) == 1 else f"{shown} and {len(paths) - 1} more"
 
 
-def _example(context: Context, scored: Scored, order: Mapping[int, int], index: int) -> dict[str, Any]:
+def _example(context: Context, scored: Scored, order: Ranking, index: int) -> dict[str, Any]:
     row = context.pool.pool[index]
     near = nearest(context, scored, index)
     return {
-        "rank": order[index],
+        "rank": int(order.of[index]),
         "score": float(scored.scores[index]),
         "source": row.source,
         "id": row.id,
@@ -170,7 +183,7 @@ def _example(context: Context, scored: Scored, order: Mapping[int, int], index: 
 
 
 def _sources(pool: Rows, chosen: Sequence[int]) -> list[dict[str, Any]]:
-    all_rows = Counter(pool.pool.sources[int(i)] for i in np.flatnonzero(pool.usable))
+    all_rows = pool.pool.sources.counts(pool.usable)
     taken = Counter(pool.pool.sources[i] for i in chosen)
     total = sum(all_rows.values())
     return [

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.rows.rows import Rows
 from pipelines.select.scored import Context, Scored, from_similarity, spread, usable_among
 from pipelines.select.scorer import Asked
-from pipelines.select.words import WORD, fitted, places_of
+from pipelines.select.words import Block, Counted, Frequencies, asked_of
 from pipelines.settings.methods import Method
 
 METHOD = Method(
@@ -76,11 +77,42 @@ def word_similarity(pool: Rows, target: Rows, rows: Sequence[int] | None = None)
         DataError: No row contains a word.
 
     Source:
-        scikit-learn's TfidfVectorizer, fitted on pool and target together.
+        scikit-learn's TfidfVectorizer, fitted on pool and target together; the result is the same.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    from scipy.sparse import vstack
 
-    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), dtype=np.float32, token_pattern=WORD)
-    texts, wanted = fitted(vectorizer, pool, target, "tfidf")
-    similarity = (texts[places_of(pool, rows)] @ wanted.T).toarray()
-    return torch.from_numpy(np.asarray(similarity, dtype=np.float32))
+    places = None if rows is None else np.searchsorted(np.flatnonzero(pool.usable), rows)
+    found = torch.empty(int(pool.usable.sum()) if places is None else len(places), int(target.usable.sum()))
+    in_order = None if places is None else np.argsort(places, kind="stable")
+    done = 0
+    with Counted(pool, target, "tfidf", pairs=True, every=True) as counted:
+        frequencies = counted.frequencies
+        for block in counted.target:
+            frequencies.add(block.term)
+        frequencies.settle()
+        weights = _Weights(frequencies, len(counted.lengths) + int(target.usable.sum()))
+        wanted = vstack([counted.vocabulary.matrix(block, weights.of(block)) for block in counted.target]).T.tocsr()
+        for block in counted.blocks():
+            asked = asked_of(block, None if places is None or in_order is None else places[in_order])
+            if len(asked):
+                rows_of = counted.vocabulary.matrix(block, weights.of(block))[asked]
+                at = slice(done, done + len(asked)) if in_order is None else in_order[done : done + len(asked)]
+                found[at] = torch.from_numpy((rows_of @ wanted).toarray())
+                done += len(asked)
+    return found
+
+
+class _Weights:
+    """TF-IDF of the terms of rows: (1 + ln count) (1 + ln((1 + n) / (1 + rows with the term))), rows of length 1."""
+
+    def __init__(self, frequencies: Frequencies, n: int) -> None:
+        self._frequencies = frequencies
+        counts = frequencies.counts.astype(np.float32) + np.float32(1)
+        self._idf = np.log(np.full_like(counts, n + 1) / counts) + np.float32(1)
+
+    def of(self, block: Block) -> NDArray[np.float32]:
+        """Return the weight of each term of a block, float32 [z], in the steps and precision of scikit-learn."""
+        values = np.log(block.count.astype(np.float32)) + np.float32(1)
+        values *= self._idf[np.searchsorted(self._frequencies.terms, block.term)]
+        squares = np.bincount(block.row, weights=values * values, minlength=len(block.lengths))
+        return (values / np.sqrt(squares)[block.row]).astype(np.float32)

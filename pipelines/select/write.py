@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from pipelines.select.scored import Context, Scored
 from pipelines.select.summary import nearest, ranking, summarise
 from pipelines.settings import redaction
 from pipelines.settings.methods import known
+
+_ROW_GROUP = 1 << 20  # rows
 
 
 def write(context: Context, scored: Scored, selection: Selection, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,8 +44,12 @@ def write(context: Context, scored: Scored, selection: Selection, before: Mappin
         for index in chosen:
             out.write(pool.pool.raw(index) + b"\n")
     order = ranking(pool, scored)
-    _write_table(current.path("scores.parquet"), score_columns(context, scored, chosen, order))
-    _write_table(current.path("selected.parquet"), selected_columns(context, scored, selection, order, why))
+    parts = (
+        score_columns(context, scored, chosen, order, slice(start, start + _ROW_GROUP))
+        for start in range(0, len(pool), _ROW_GROUP)
+    )
+    _write_table(current.path("scores.parquet"), parts)
+    _write_table(current.path("selected.parquet"), [selected_columns(context, scored, selection, order, why)])
     current.provenance["selection"] = {
         "method": context.config.method,
         "rows": len(chosen),
@@ -76,6 +83,12 @@ def _reasons(context: Context, scored: Scored, selection: Selection) -> list[str
     return reasons
 
 
-def _write_table(path: Path, columns: Mapping[str, Any]) -> None:
-    with files.atomic_path(path) as aside:
-        pq.write_table(pa.table(dict(columns)), aside, compression="zstd")
+def _write_table(path: Path, parts: Iterable[Mapping[str, Any]]) -> None:
+    """Write a table, one row group after the other."""
+    with files.atomic_path(path) as aside, ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
+        for columns in parts:
+            table = pa.table(dict(columns))
+            if writer is None:
+                writer = stack.enter_context(pq.ParquetWriter(aside, table.schema, compression="zstd"))
+            writer.write_table(table)
