@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from datatools import large
 from datatools.errors import UsageError, did_you_mean
 from datatools.selection.bids import bids_order
 from datatools.selection.candidates import require_finite, sorted_by
@@ -72,6 +73,7 @@ class Aggregation:
         formula: the words before the similarity in a formula.
         places: whether a score is a position in an order (1 for the first), and not a similarity.
         means: whether its columns are subtasks, whose gradients were averaged before the cosine (`influence_paper`).
+        apart: whether a row's score does not depend on other rows, so that rows can be scored in blocks.
 
     """
 
@@ -79,6 +81,7 @@ class Aggregation:
     formula: str
     places: bool = False
     means: bool = False
+    apart: bool = True
 
 
 AGGREGATIONS: dict[str, Aggregation] = {
@@ -87,10 +90,13 @@ AGGREGATIONS: dict[str, Aggregation] = {
     "mean": Aggregation(_mean, "mean over subtasks, mean over target rows z' of"),
     "max": Aggregation(_max, "max over target rows z' of"),
     "round_robin": Aggregation(
-        _round_robin, "1 - place / n, where target rows z' in turn take the best row left by", places=True
+        _round_robin, "1 - place / n, where target rows z' in turn take the best row left by", places=True, apart=False
     ),
     "bids": Aggregation(
-        _bids, "1 - place / n, where the least-served subtask takes its best row left by the normalised", places=True
+        _bids,
+        "1 - place / n, where the least-served subtask takes its best row left by the normalised",
+        places=True,
+        apart=False,
     ),
 }
 
@@ -157,9 +163,15 @@ def aggregate(
     rows = torch.arange(n) if eligible is None else eligible.nonzero().flatten()
     if keys is not None:  # so that sums over rows do not depend on the order of the files either
         rows = torch.from_numpy(sorted_by(keys, rows.numpy()))
-    part = similarity if keys is None and eligible is None else similarity[rows]
-    require_finite(part, _Some(keys, rows), f"aggregation '{how}'")
     scores = torch.full((n,), float("nan"))
+    if AGGREGATIONS[how].apart and 4 * similarity.numel() > large.LARGE:
+        names = _Some(keys, torch.arange(n))
+        require_finite(similarity, names, f"aggregation '{how}'", where=eligible)
+        for block in large.blocks(similarity):
+            scores[block] = AGGREGATIONS[how].function(similarity[block], of)
+        return scores if eligible is None else scores.masked_fill(~eligible, float("nan"))
+    part = similarity if keys is None and eligible is None else large.taken(similarity, rows)
+    require_finite(part, _Some(keys, rows), f"aggregation '{how}'")
     if len(rows):
         scores[rows] = AGGREGATIONS[how].function(part, of)
     return scores

@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from datatools import large
 from datatools.errors import DataError, UsageError
+from datatools.features.keys import Places
 from datatools.features.store import GradientFeatures
 from datatools.less.common import ROUNDING, without
 from datatools.selection.candidates import require_finite
@@ -72,20 +74,20 @@ def influence(
         )
     w = w / w.sum()
     similarity: Tensor | None = None
-    places = None if keys is None else _places(keys)
+    places = None if keys is None else Places(keys)
     for c, (train_c, target_c) in enumerate(zip(train, target, strict=True)):
         gone = None if remove is None else remove[c]
         wanted = _target(target_c, gone)
         if places is None:
             blocks = list(_scored(train_c, wanted, gone))  # the first checkpoint determines the rows
             keys = [key for block_keys, _ in blocks for key in block_keys]
-            places = _places(keys)
+            places = Places(keys)
             cosines: Iterable[tuple[Sequence[str], Tensor]] = blocks
         else:
             cosines = _scored(train_c, wanted, gone)
         assert keys is not None
         if similarity is None:
-            similarity = torch.zeros(len(keys), len(wanted))
+            similarity = large.table(len(keys), len(wanted))
         elif similarity.shape[1] != len(wanted):
             raise DataError(
                 f"influence: checkpoint {c} has {len(wanted)} target rows, the first "
@@ -93,11 +95,11 @@ def influence(
             )
         seen = torch.zeros(len(keys), dtype=torch.bool)
         for block_keys, cosine in cosines:
-            pairs = [(i, place) for i, key in enumerate(block_keys) for place in places.get(key, ())]
-            if pairs:
-                source, place = torch.tensor(pairs).unbind(1)
+            source, place = places.find(block_keys)
+            if len(source):
                 similarity[place] += w[c].float() * cosine[source]
                 seen[place] = True
+                large.release(similarity)
         if not seen.all():
             missing = (~seen).nonzero().flatten().tolist()
             raise DataError(
@@ -227,10 +229,3 @@ def _unit(keys: Sequence[str], rows: Tensor, what: str, remove: Tensor | None) -
     rest = without(unit, remove)
     length = torch.linalg.vector_norm(rest, dim=1, keepdim=True)
     return torch.where(length > ROUNDING, rest / length, 0.0)
-
-
-def _places(keys: Sequence[str]) -> dict[str, list[int]]:
-    places: dict[str, list[int]] = {}
-    for place, key in enumerate(keys):
-        places.setdefault(key, []).append(place)
-    return places

@@ -15,6 +15,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from datatools.errors import DataError
+from datatools.features.keys import Places
 from datatools.features.store import GradientFeatures
 from datatools.less.aggregate import AGGREGATIONS, aggregate
 from datatools.less.common import common_directions
@@ -95,12 +96,17 @@ def less_scores(
     status: dict[int, str] = {}
     for updates, weight in zip(train, weights, strict=True):
         rows = updates.rows()
-        place = {key: i for i, key in enumerate(rows.keys)}
-        if missing := [key for key in keys if key not in place]:
-            raise DataError(f"{updates.folder}: holds no features of {len(missing)} rows (the first: {missing[0]})")
-        at = [place[key] for key in keys]
-        norms += weight * rows.norms[torch.tensor(at)]
-        status |= {i: rows.status[row] for i, row in enumerate(at) if rows.status[row] != "ok"}
+        at = torch.full((len(keys),), -1)
+        source, place = Places(keys).find(rows.keys)
+        at[place] = source
+        if (at < 0).any():
+            missing = (at < 0).nonzero().flatten()
+            raise DataError(
+                f"{updates.folder}: holds no features of {len(missing)} rows (the first: {keys[int(missing[0])]})"
+            )
+        norms += weight * rows.norms[at]
+        wrong = torch.tensor([state != "ok" for state in rows.status], dtype=torch.bool)
+        status |= {i: rows.status[int(at[i])] for i in wrong[at].nonzero().flatten().tolist()}
     good = torch.ones(len(keys), dtype=torch.bool)
     good[list(status)] = False
 
@@ -108,8 +114,8 @@ def less_scores(
     wanted = []
     for gradients in target:
         held = gradients.rows()
-        length = dict(zip(held.keys, held.norms, strict=True))
-        norm = torch.stack([length[key] for key in target_keys])
+        length = dict(zip(held.keys, held.norms.tolist(), strict=True))
+        norm = torch.tensor([length[key] for key in target_keys])
         if advantages is not None:
             norm = norm * advantages
         wanted.append([(target_keys, gradients.take(target_keys), norm, ["ok"] * len(target_keys))])
@@ -124,5 +130,6 @@ def less_scores(
         columns = influence_paper(train, wanted, weights, groups, keys=keys, remove=remove)
         of = torch.arange(columns.shape[1])
     scores = aggregate(columns, of, how, keys=keys, eligible=good)
-    similarity[~good] = float("nan")
+    if not good.all():
+        similarity[~good] = float("nan")
     return LessScores(scores, similarity, norms, status)

@@ -8,9 +8,10 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from datatools import large
 from datatools.selection.budget import Budget
 from datatools.selection.candidates import Candidates, Selection
-from datatools.selection.subtasks import subtask_means
+from datatools.selection.subtasks import averaging, subtask_means
 from datatools.selection.turns import Queue, take_in_turns
 
 
@@ -76,11 +77,15 @@ def bids_order(similarity: Float[Tensor, "n m"], groups: Int64[Tensor, " m"]) ->
         The update of u follows that sentence of the abstract, not the authors' code.
 
     """
-    values = similarity.double()
-    spread = values.std(0, correction=0)
-    flat = spread <= 1e-12 * values.abs().amax(0)  # rounding leaves a constant column a spread of about 1e-17
-    z = torch.where(flat, 0.0, (values - values.mean(0)) / torch.where(flat, 1.0, spread))
-    means = subtask_means(z, groups).numpy()
+    if 4 * similarity.numel() <= large.LARGE:
+        means = subtask_means(_normalised(similarity), groups).numpy()
+    else:  # column by column
+        share = averaging(groups, similarity.shape[1])
+        means = np.zeros((len(similarity), len(share)), dtype=np.float32)
+        for j, column in enumerate(similarity.T):
+            group = int(share[:, j].argmax())
+            means[:, group] += float(share[group, j]) * _normalised(column[:, None])[:, 0].float().numpy()
+            large.release(similarity)
     queues = [Queue(means[:, g]) for g in range(means.shape[1])]
     served = np.zeros(means.shape[1])
     used = np.zeros(len(means), dtype=bool)
@@ -89,3 +94,11 @@ def bids_order(similarity: Float[Tensor, "n m"], groups: Int64[Tensor, " m"]) ->
         order[place] = row = queues[int(served.argmin())].take(used)
         served += means[row]
     return order
+
+
+def _normalised(similarity: Tensor) -> Tensor:
+    """Return z, float64 [n, m]."""
+    values = similarity.double()
+    spread = values.std(0, correction=0)
+    flat = spread <= 1e-12 * values.abs().amax(0)  # rounding leaves a constant column a spread of about 1e-17
+    return torch.where(flat, 0.0, (values - values.mean(0)) / torch.where(flat, 1.0, spread))

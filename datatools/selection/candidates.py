@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from datatools import large
 from datatools.errors import DataError, UsageError
 
 Array = Tensor | NDArray[Any] | Sequence[float] | Sequence[bool]
@@ -235,15 +236,17 @@ def require_finite(
         DataError: if a row is not finite; the message names the first ones.
 
     """
-    bad = ~values.isfinite()
-    bad = bad.any(1) if bad.ndim == 2 else bad
+    bad = torch.zeros(len(values), dtype=torch.bool)
+    for rows in large.blocks(values) if values.ndim == 2 else (slice(None),):
+        found = ~values[rows].isfinite()
+        bad[rows] = found.any(1) if found.ndim == 2 else found
     if where is not None:
         bad &= where
-    rows = bad.nonzero().flatten().tolist()
-    if rows:
-        names = ", ".join(keys[row] for row in rows[:5])
-        more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    wrong = bad.nonzero().flatten().tolist()
+    if wrong:
+        names = ", ".join(keys[row] for row in wrong[:5])
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise DataError(
-            f"{what}: {len(rows)} rows are not finite: {names}{more}; "
+            f"{what}: {len(wrong)} rows are not finite: {names}{more}; "
             "mark these rows as not eligible, or compute them again"
         )

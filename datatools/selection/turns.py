@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from datatools import large
 from datatools.errors import UsageError
 from datatools.selection.budget import Budget
 from datatools.selection.candidates import Candidates, Selection
@@ -18,13 +19,18 @@ from datatools.selection.fill import fill
 class Queue:
     """Rows in descending order of a value, ties by position; `take` removes the best one that is left.
 
+    Only the best rows are held in order, twice as many each time they are used up, so that memory depends on how many
+    rows are taken and not on how many there are.
+
     Args:
-        values: [n].
+        values: [n], finite.
+        first: How many rows are put in order at first.
 
     """
 
-    def __init__(self, values: NDArray[np.float32]) -> None:
-        self._order = np.argsort(-values, kind="stable").astype(np.int32)
+    def __init__(self, values: NDArray[np.float32], first: int = 1024) -> None:
+        self._values, self._many = values, first
+        self._order = np.zeros(0, np.int64)
         self._next = 0
 
     def take(self, used: NDArray[np.bool_]) -> int:
@@ -39,6 +45,9 @@ class Queue:
         """
         look = 16
         while True:
+            if self._next >= len(self._order):
+                self._order, self._next = self._best(used), 0
+                self._many *= 2
             free = ~used[self._order[self._next : self._next + look]]
             step = int(free.argmax())
             if free[step]:
@@ -48,6 +57,18 @@ class Queue:
                 return row
             self._next += len(free)
             look *= 2
+
+    def _best(self, used: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Return the best rows that are left, in order."""
+        rows = np.flatnonzero(~used)
+        values = self._values[rows]
+        if len(rows) > self._many:
+            least = np.partition(values, len(rows) - self._many)[len(rows) - self._many]
+            better = values > least
+            equal = np.flatnonzero(values == least)[: self._many - int(better.sum())]  # the first of equal ones
+            better[equal] = True
+            rows, values = rows[better], values[better]
+        return rows[np.argsort(-values, kind="stable")]
 
 
 def take_in_turns(
@@ -80,9 +101,14 @@ def take_in_turns(
             "or use 'top_k' or 'random'"
         )
     rows = candidates.order(np.zeros(len(candidates)))  # by key
-    order = rows[order_of(candidates.similarity[torch.from_numpy(rows)], candidates.groups)] if len(rows) else rows
+    order = (
+        rows[order_of(large.taken(candidates.similarity, torch.from_numpy(rows)), candidates.groups)]
+        if len(rows)
+        else rows
+    )
     chosen = fill(order, candidates, budget, max_per_source)
-    turn = {row: place for place, row in enumerate(order.tolist(), start=1)}
+    turn = np.zeros(len(candidates), dtype=np.int64)
+    turn[order] = np.arange(1, len(order) + 1)
     best = candidates.similarity[chosen].amax(1).tolist()
     why = [
         f"taken in turn {turn[row]} of {len(order)}, similarity at most {near:.4g}"

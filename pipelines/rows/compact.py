@@ -75,7 +75,11 @@ class Names(Texts):
         return len(self.codes)
 
     def one(self, index: int) -> str:
-        """Return one text, as `Texts.one` says."""
+        """Return one text, as `Texts.one` says.
+
+        Args:
+            index: Its position.
+        """
         name: str = self.names[self.codes[index]]
         return name
 
@@ -223,7 +227,11 @@ class Labels(Texts):
         return len(self._keys)
 
     def one(self, index: int) -> str:
-        """Return one text, as `Texts.one` says."""
+        """Return one text, as `Texts.one` says.
+
+        Args:
+            index: Its position.
+        """
         return f"{self._keys[index]} {self._ids[index]}"
 
     def order(self) -> NDArray[np.int64]:

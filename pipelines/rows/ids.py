@@ -101,7 +101,11 @@ class Ids(Texts):
         return part, index - self._starts[part]
 
     def one(self, index: int) -> str:
-        """Return one text, as `Texts.one` says."""
+        """Return one text, as `Texts.one` says.
+
+        Args:
+            index: Its position.
+        """
         if self.others and index in self.others:
             return self.others[index]
         part, row = self.place(index)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from datatools import Bm25Statistics as Statistics
-from datatools import bm25
+from datatools import bm25, large
 from pipelines.rows.rows import Rows
 from pipelines.select.scored import Context, Scored, from_similarity, spread, usable_among
 from pipelines.select.scorer import Asked
@@ -88,7 +88,8 @@ def answers(pool: Rows, target: Rows, config: SelectConfig, rows: Sequence[int] 
     from scipy.sparse import vstack
 
     places = None if rows is None else np.searchsorted(np.flatnonzero(pool.usable), rows)
-    found = torch.empty(int(pool.usable.sum()) if places is None else len(places), int(target.usable.sum()))
+    asked_rows = int(pool.usable.sum()) if places is None else len(places)
+    found = large.table(asked_rows, int(target.usable.sum()), None if pool.kept is None else pool.kept.folder)
     in_order = None if places is None else np.argsort(places, kind="stable")
     done, how = 0, config.bm25
     with Counted(pool, target, "bm25", pairs=False, every=False) as counted:
@@ -105,4 +106,5 @@ def answers(pool: Rows, target: Rows, config: SelectConfig, rows: Sequence[int] 
                     bm25(texts, queries, k1=how.k1, b=how.b, of=statistics, lengths=block.lengths[asked])
                 )
                 done += len(asked)
+                large.release(found)
     return found

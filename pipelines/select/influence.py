@@ -13,7 +13,7 @@ from datatools import DataError, GradientFeatures, LessScores, less_scores
 from pipelines.rows.rows import Rows
 from pipelines.select import objectives
 from pipelines.select.gradients import Features
-from pipelines.select.scored import Context, Scored, common_rows, spread, subtask_groups
+from pipelines.select.scored import Context, Scored, common_rows, spread, subtask_columns, subtask_groups
 from pipelines.select.scorer import Asked
 from pipelines.select.stores import kept
 from pipelines.select.warm_up import stops
@@ -46,7 +46,7 @@ def result(
         [one.target for one in made],
         [c.weight for c in found],
         subtask_groups(target)[1],
-        keys=[pool.keys[i] for i in chosen],
+        keys=pool.keys.some(np.asarray(chosen)),
         target_keys=target_keys,
         how=how,
         advantages=objectives.weights(context.config, target),
@@ -93,13 +93,14 @@ def scored(
     usable = torch.tensor(chosen, dtype=torch.int64)
     names, groups = subtask_groups(context.wanted)
     of = result(context, chosen, found, made, config.aggregate)
-    similarity = spread(of.similarity, usable, len(pool))
+    folder = None if pool.kept is None else pool.kept.folder
+    similarity = spread(of.similarity, usable, len(pool), folder)
     return Scored(
         scores=spread(of.scores, usable, len(pool)),
         formula=formula,
         status={int(usable[i]): status for i, status in of.status.items()},
         similarity=similarity,
-        subtasks={name: similarity[:, groups == i].mean(1) for i, name in enumerate(names)},
+        subtasks=subtask_columns(similarity, names, groups),
         norms=spread(of.norms, usable, len(pool)),
         coverage=made[-1].coverage,
         checkpoints=[{"path": c.folder.name, "step": c.step, "mean_lr": c.mean_lr, "weight": c.weight} for c in found],

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datatools import AGGREGATIONS, Candidates, UsageError, aggregate, subtask_means
+from datatools import AGGREGATIONS, Candidates, UsageError, aggregate, large, subtask_means
 from pipelines.models import load as models
 from pipelines.rows.rows import Rows
 from pipelines.runs import following
@@ -64,9 +64,14 @@ class Scored:
         n = len(self.scores)
         if self.similarity is None:
             return np.full(n, -1), np.full(n, np.nan, np.float32)
-        good = self.similarity.isfinite().all(1)
-        best = self.similarity.nan_to_num(-torch.inf).max(1)
-        return torch.where(good, best.indices, -1).numpy(), torch.where(good, best.values, torch.nan).float().numpy()
+        places, values = np.full(n, -1), np.full(n, np.nan, np.float32)
+        for rows in large.blocks(self.similarity):
+            part = self.similarity[rows]
+            good = part.isfinite().all(1)
+            best = part.nan_to_num(-torch.inf).max(1)
+            places[rows] = torch.where(good, best.indices, -1).numpy()
+            values[rows] = torch.where(good, best.values, torch.nan).float().numpy()
+        return places, values
 
 
 @dataclass(frozen=True)
@@ -146,16 +151,32 @@ def from_similarity(
     )
     values = aggregate(columns, of, how, keys=pool.keys.some(usable.numpy()), eligible=good)
     bad = [] if good is None else usable[~good].tolist()
-    whole = spread(similarity, usable, len(pool))
+    whole = spread(similarity, usable, len(pool), None if pool.kept is None else pool.kept.folder)
     whole[bad] = float("nan")
     return Scored(
         scores=spread(values, usable, len(pool)),
         formula=formula,
         status=dict.fromkeys(bad, "nonfinite"),
         similarity=whole if groups is None else None,
-        subtasks={name: whole[:, of_column == i].mean(1) for i, name in enumerate(names)},
+        subtasks=subtask_columns(whole, names, of_column),
         tokens=tokens,
     )
+
+
+def subtask_columns(similarity: Tensor, names: Sequence[str], groups: Tensor) -> dict[str, Tensor]:
+    """Return subtask -> the mean similarity of each row with its target rows, float32 [n].
+
+    Args:
+        similarity: float32 [n, m].
+        names: The subtasks.
+        groups: int64 [m], the subtask of each target row.
+    """
+    found = {name: torch.zeros(len(similarity)) for name in names}
+    for rows in large.blocks(similarity):
+        part = similarity[rows]
+        for i, name in enumerate(names):
+            found[name][rows] = part[:, groups == i].mean(1)
+    return found
 
 
 def usable_among(pool: Rows, rows: Sequence[int] | None) -> tuple[list[int], Tensor, int]:
@@ -202,15 +223,26 @@ def common_rows(pool: Rows, seed: int) -> list[int]:
     return ordered[generator.permutation(len(ordered))[:count]].tolist()  # type: ignore[no-any-return]
 
 
-def spread(values: Tensor, rows: Tensor, n: int) -> Tensor:
+def spread(values: Tensor, rows: Tensor, n: int, folder: Path | None = None) -> Tensor:
     """Place values of some rows in a tensor of all rows, float32 [n, ...], with NaN for the others.
 
     Args:
         values: [k, ...].
         rows: The rows that they belong to, int64 [k].
         n: The number of all rows.
+        folder: Where a matrix too large for memory is kept, see `large.table`.
     """
-    return torch.full((n, *values.shape[1:]), float("nan")).index_copy(0, rows, values.float())
+    if values.ndim == 1 or 4 * n * values[0:1].numel() <= large.LARGE:
+        return torch.full((n, *values.shape[1:]), float("nan")).index_copy(0, rows, values.float())
+    if len(values) == n:  # `rows` ascend
+        return values.float()
+    found = large.table(n, values.shape[1], folder)
+    for block in large.blocks(found):
+        found[block] = float("nan")
+    for block in large.blocks(values):
+        found[rows[block]] = values[block].float()
+        large.release(found)
+    return found
 
 
 def no_scores(pool: Rows) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from datatools import large
 from pipelines.rows.rows import Rows
 from pipelines.select.scored import Context, Scored, from_similarity, spread, usable_among
 from pipelines.select.scorer import Asked
@@ -82,7 +83,8 @@ def word_similarity(pool: Rows, target: Rows, rows: Sequence[int] | None = None)
     from scipy.sparse import vstack
 
     places = None if rows is None else np.searchsorted(np.flatnonzero(pool.usable), rows)
-    found = torch.empty(int(pool.usable.sum()) if places is None else len(places), int(target.usable.sum()))
+    asked_rows = int(pool.usable.sum()) if places is None else len(places)
+    found = large.table(asked_rows, int(target.usable.sum()), None if pool.kept is None else pool.kept.folder)
     in_order = None if places is None else np.argsort(places, kind="stable")
     done = 0
     with Counted(pool, target, "tfidf", pairs=True, every=True) as counted:
@@ -99,6 +101,7 @@ def word_similarity(pool: Rows, target: Rows, rows: Sequence[int] | None = None)
                 at = slice(done, done + len(asked)) if in_order is None else in_order[done : done + len(asked)]
                 found[at] = torch.from_numpy((rows_of @ wanted).toarray())
                 done += len(asked)
+                large.release(found)
     return found
 
 

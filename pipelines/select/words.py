@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -248,6 +249,16 @@ class Counted:
         self._close = ExitStack()
         folder = None if pool.kept is None else pool.kept.folder
         self._spool: IO[bytes] = self._close.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
+        try:
+            self._count(pool, pairs, every, folder)
+        except BaseException:
+            self._close.close()
+            raise
+        if not self.lengths.any() and not len(self.vocabulary):
+            self._close.close()
+            raise DataError(f"--method {method}: no row of the pool or the target holds a word; use another method")
+
+    def _count(self, pool: Rows, pairs: bool, every: bool, folder: Path | None) -> None:
         lengths = [np.zeros(0, np.int64)]
         for block in blocks_of(pool, pairs):
             self.vocabulary.see(block, block.start)
@@ -266,8 +277,6 @@ class Counted:
         for block in self.target:
             self.vocabulary.see(block, len(self.lengths) + block.start)
         self.vocabulary.settle()
-        if not self.lengths.any() and not len(self.vocabulary):
-            raise DataError(f"--method {method}: no row of the pool or the target holds a word; use another method")
 
     def __enter__(self) -> Counted:
         return self

@@ -153,7 +153,7 @@ JSON_VALUES = st.recursive(
 def test_any_column_can_be_written(tmp_path_factory, values):
     """selected.parquet takes whatever JSON rows bring: empty objects, mixed types, whole numbers beyond 64 bits."""
     path = tmp_path_factory.mktemp("any") / "t.parquet"
-    write._write_table(path, {"x": column(values)})
+    write._write_table(path, [{"x": column(values)}])
     assert pq.read_table(path).num_rows == len(values)
 
 
