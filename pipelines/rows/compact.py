@@ -143,7 +143,11 @@ class Keys(Texts):
         return len(self.data)
 
     def one(self, index: int) -> str:
-        """Return one key, as `Texts.one` says."""
+        """Return one key, as `Texts.one` says.
+
+        Args:
+            index: Its position.
+        """
         found: bytes = self.data[index].tobytes()
         return "" if found == bytes(16) else found.hex()
 
