@@ -15,7 +15,7 @@ PACKAGES = ("optim", "datatools", "pipelines")
 MAY_IMPORT = {"optim": {"optim"}, "datatools": {"optim", "datatools"}, "pipelines": {"optim", "datatools", "pipelines"}}
 SHARED_MODULES = {
     "optim.backend", "optim.distributed", "optim.linalg", "optim.unknown", "optim.zeroth_order",
-    "datatools.files", "datatools.files.sealed", "datatools.files.seals",
+    "datatools.files", "datatools.files.sealed", "datatools.files.seals", "datatools.large",
 }  # fmt: skip
 """Modules that other packages may use beside what a package's __init__ exports."""
 
