@@ -38,17 +38,21 @@ class Share:
             return cls(place.world, 1)
         return cls(how.workers, how.workers)
 
-    def parts(self, seconds: Mapping[str, float]) -> dict[str, float]:
+    def parts(self, seconds: Mapping[str, float], shared: tuple[str, ...] = ("",)) -> dict[str, float]:
         """Return the seconds of each part when all workers do it together.
 
         Workers that share a core or a GPU are not faster than one.
 
         Args:
             seconds: The seconds that one process takes, by the label of the part.
+            shared: The beginnings of the labels of parts that are shared; by default, all but the warm-up.
         """
         most = (len(devices.gpus()) or threads.cores()) if self.here > 1 else self.workers
         by = max(1, min(self.workers, most))
-        return {label: one if label.startswith(ALONE) else one / by for label, one in seconds.items()}
+        return {
+            label: one / by if label.startswith(shared) and not label.startswith(ALONE) else one
+            for label, one in seconds.items()
+        }
 
     def text(self) -> str:
         """Return how many workers an estimate counts on; empty for one."""

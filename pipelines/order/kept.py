@@ -11,8 +11,10 @@ from typing import Any
 
 from datatools import DataError, files, order
 from datatools.files import sealed
+from pipelines.engines.units import Job, taken
 from pipelines.order.cost import anchors_of
 from pipelines.order.setting import Setting
+from pipelines.runs import following, workers
 from pipelines.runs.messages import say, warn
 from pipelines.runs.progress import progress
 
@@ -35,10 +37,19 @@ def reference(setting: Setting, number: int = 0, *, every: bool = False) -> orde
 
 
 def _reference(setting: Setting, number: int, anchors: int) -> order.ReferenceRun:
-    steps = len(setting.sequence)
     sequence = setting.sequence if number == 0 else setting.random_orders("reference", number)[number - 1]
     folder = setting.run.path("reference", f"{number:02d}-{anchors}")
     label = f"reference run {number + 1}"
+    if workers.helps():
+        following.reached(folder.name)
+        return order.ReferenceRun.load(folder, setting.device)
+    found = _recorded(setting, sequence, folder, label, anchors)
+    following.reached(folder.name)
+    return found
+
+
+def _recorded(setting: Setting, sequence: Sequence[int], folder: Path, label: str, anchors: int) -> order.ReferenceRun:
+    steps = len(sequence)
     if (folder / "meta.json").is_file():
         with suppress(sealed.Damaged):  # `record` repeats damaged parts
             found = order.ReferenceRun.load(folder, setting.device)
@@ -130,6 +141,29 @@ def true_loss(setting: Setting, sequence: Sequence[int], *, seed: int = 0, label
     took = time.monotonic() - began
     sealed.write_json(path, {"sequence": list(sequence), "seed": seed, "loss": loss, "seconds": took})
     return loss
+
+
+def prepare(setting: Setting, wanted: Sequence[tuple[Sequence[int], int]]) -> None:
+    """Share true retrainings among the members of a team; by itself, a process makes each when its loss is needed.
+
+    Args:
+        setting: The setting of the run.
+        wanted: The order and the number of the seed of each; two may be equal.
+    """
+    if workers.member() is None:
+        return
+    start(setting)  # of the leader's reference run
+    runs = list(dict.fromkeys((tuple(sequence), seed) for sequence, seed in wanted))
+    paths = [setting.kept("true", "", *one) for one in runs]
+    missing = [unit for unit, path in enumerate(paths) if kept(path) is None]
+    label = "true retrainings of all workers"
+    with progress(label, len(runs), "runs", done=len(runs) - len(missing)) as bar:
+        done = setting.run.path("true")
+        job = Job("retrainings", done, missing, lambda unit: paths[unit].is_file(), lambda unit: bar.advance())
+        for unit in taken(job):
+            sequence, seed = runs[unit]
+            true_loss(setting, sequence, seed=seed, label=f"run {unit + 1} of {len(runs)}")
+            bar.advance()
 
 
 def true_losses(

@@ -17,9 +17,12 @@ once and then read from surrogates/.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pipelines import former
+from pipelines.engines import team
+from pipelines.engines.share import Share
 from pipelines.order import cost
 from pipelines.order import setting as order_setting
 from pipelines.order.curricula import run_curricula
@@ -33,9 +36,10 @@ from pipelines.order.setting import Setting
 from pipelines.order.validate import validate
 from pipelines.report import order_page as order_report
 from pipelines.rows import preflight
+from pipelines.runs import following
 from pipelines.runs.folder import Run, in_scratch
 from pipelines.runs.messages import say
-from pipelines.runs.workers import alone
+from pipelines.runs.workers import leads
 from pipelines.settings.order import OrderConfig
 from pipelines.training import optimizers
 
@@ -65,7 +69,28 @@ def run(config: OrderConfig) -> Path:
         DataError: Rows, orders or results cannot be used.
         EnvironmentProblem: Something is too large.
     """
-    alone("datatools order")
+    return team.run(program, config, config.engine, shares=_nothing_to_share(config))
+
+
+def _nothing_to_share(config: OrderConfig) -> str:
+    """Return why several processes cannot help with a task; empty if they can."""
+    if config.task == "validate":
+        return ""
+    return (
+        f"of `datatools order`, the true retrainings of validate are shared among processes, and {config.task} runs "
+        "in one; leave --workers out and start it once"
+    )
+
+
+def program(config: OrderConfig) -> Path:
+    """Do what `run` says in one process, or as a member of a team.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The folder.
+    """
     optimizers.check(config.training)
     preflight.contradictions(config)
     check_scores(config.scores)
@@ -74,12 +99,17 @@ def run(config: OrderConfig) -> Path:
         cost.announce(setting)
         cost.check_estimators(setting)
         estimate = cost.estimate_cost(setting)
+        share = Share.of(config.engine)
+        parts = share.parts(estimate.parts, ("true ", "is there anything to win?"))
+        estimate = replace(estimate, parts=parts, based_on=f"{estimate.based_on}{share.text()}")
         estimate.announce()
         if config.dry_run:
             say("dry run: data and model load; no step was taken and nothing was recorded")
             return config.out
         estimate.expect()
-        order_report.read(current.folder, again=config.task)
+        following.begin(current.folder)
+        if leads():
+            order_report.read(current.folder, again=config.task)
         TASKS[config.task](setting)
         page = order_report.render(current.folder)
         say(f"report: {page}")

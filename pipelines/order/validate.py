@@ -10,9 +10,10 @@ from datatools import order
 from datatools.files import sealed
 from pipelines.order.cost import has_seeds, is_random
 from pipelines.order.estimate import diverged, estimate
-from pipelines.order.kept import true_loss, true_losses
+from pipelines.order.kept import prepare, true_loss, true_losses
 from pipelines.order.setting import Setting
 from pipelines.report import order_page as order_report
+from pipelines.runs import following
 from pipelines.runs.messages import say, warn
 from pipelines.runs.seeds import derive_seed
 
@@ -24,8 +25,12 @@ def validate(setting: Setting) -> None:
         setting: The setting of the run.
     """
     config = setting.config
-    reference_loss = true_loss(setting, setting.sequence)
     orders = setting.random_orders("random", config.orders)
+    extra = setting.random_orders("calibration", config.calibration)
+    seeds = range(config.seeds) if has_seeds(config) else range(1)
+    prepare(setting, [*((setting.sequence, seed) for seed in seeds), *((one, 0) for one in [*orders, *extra])])
+    following.leave()
+    reference_loss = true_loss(setting, setting.sequence)
     early = true_losses(setting, orders[: min(8, len(orders))], "is there anything to win? orders")
     over_seeds = None if is_random(config) else [reference_loss] * 2
     if has_seeds(config):
@@ -36,7 +41,6 @@ def validate(setting: Setting) -> None:
     if prize.worth_it is False:
         warn("the order has little effect: the estimates below rank differences smaller than those between seeds")
     true = true_losses(setting, orders, "true retrainings")
-    extra = setting.random_orders("calibration", config.calibration)
     fitted = true_losses(setting, extra, "true runs to calibrate with") if extra else []
     known: dict[str, Any] = {}
     table: dict[str, list[float]] = {}

@@ -50,7 +50,7 @@ def check(config: Settings, command: str = "") -> None:
     if isinstance(config, TrainConfig):
         trackers.check(config)
     if isinstance(config, RunSettings):
-        if command in ("order", "diagnose"):
+        if command == "diagnose":
             alone(f"datatools {command}")
         _writable(config.out)
         # the recipe of an order becomes the run's settings when it is read

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from pipelines.settings import names
 from pipelines.settings.base import Columns, FilePath, Names, Paths, RunSettings
-from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, TRAINING, UNSAID, Flag, Flags, OneOf
+from pipelines.settings.engine import EngineConfig
+from pipelines.settings.marks import DATA, ELSEWHERE, LATE, METHOD, TRAINING, UNSAID, VOLATILE, Flag, Flags, OneOf
 from pipelines.settings.parts import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 
 
@@ -60,6 +61,9 @@ class OrderConfig(RunSettings):
         "datatools train --model M --data a.jsonl --order runs/order/order.npz --lora-rank 0",
     )
 
+    engine: Annotated[EngineConfig, Flags("name workers")] = Field(
+        default_factory=EngineConfig, description="the processes that share the work", json_schema_extra=VOLATILE
+    )
     task: Literal["plan", "curricula", "record", "estimate", "search", "validate", "map"] = Field(
         default="validate", description="what to do with the reference run", json_schema_extra=LATE
     )

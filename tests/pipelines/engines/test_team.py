@@ -1,5 +1,6 @@
 """Several processes make one selection: the same bytes as one process, whoever is lost."""
 
+import json
 import threading
 import time
 
@@ -103,16 +104,12 @@ def test_a_rank_that_sees_other_rows_is_refused_and_has_no_effect(servers, many,
         assert {k: v for k, v in outcome(tmp_path / "run").items() if k != "scores"}.keys() == whole.keys() - {"scores"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["rds", "tacs", "gist", "auto"])
-def test_every_method_with_a_model_gives_the_same_bytes(servers, many, tmp_path, how, command):
-    more = ["--method", how, *(["--verify"] if how == "auto" else [])]
-    argv_of = lambda out: [*argv(many, out), *more]  # noqa: E731
-    assert command(*argv_of(tmp_path / "one")).code == 0
+def by_two(servers, arguments):
+    """Run one command line as two ranks that start at the same time; returns their answers, which must be good."""
     answers: list = [None, None]
 
     def one(rank):
-        answers[rank] = servers[rank](*argv_of(tmp_path / "two"), env={"RANK": str(rank), "WORLD_SIZE": "2"})
+        answers[rank] = servers[rank](*arguments, env={"RANK": str(rank), "WORLD_SIZE": "2"})
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
@@ -120,7 +117,46 @@ def test_every_method_with_a_model_gives_the_same_bytes(servers, many, tmp_path,
     for thread in threads:
         thread.join()
     assert [answer.code for answer in answers] == [0, 0], [answer.stderr for answer in answers]
+    return answers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["rds", "tacs", "gist", "auto"])
+def test_every_method_with_a_model_gives_the_same_bytes(servers, many, tmp_path, how, command):
+    more = ["--method", how, *(["--verify"] if how == "auto" else [])]
+    assert command(*argv(many, tmp_path / "one"), *more).code == 0
+    by_two(servers, [*argv(many, tmp_path / "two"), *more])
     assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
+
+
+def workers_of(run, job):
+    """The members that computed units of a job."""
+    lines = [json.loads(line) for path in run.glob("workers/*.jsonl") for line in path.read_text().splitlines()]
+    return {line["worker"] for line in lines if line["job"] == job}
+
+
+@pytest.mark.slow
+def test_an_audit_of_two_ranks_has_the_table_of_one(servers, many, command, tmp_path):
+    assert command(*argv(many, tmp_path / "select")).code == 0
+    chosen = tmp_path / "select" / "selected.jsonl"
+    audit = ["audit", "--selected", chosen, "--pool", many.pool, "--test", many.test, "--against", "random,tfidf"]
+    audit += ["--seeds", 3, "--epochs", 2, "--out"]
+    assert command(*audit, tmp_path / "one").code == 0
+    by_two(servers, [*audit, tmp_path / "two"])
+    assert (tmp_path / "two" / "audit.json").read_bytes() == (tmp_path / "one" / "audit.json").read_bytes()
+    assert len(workers_of(tmp_path / "two", "arms")) == 2
+
+
+@pytest.mark.slow
+def test_true_retrainings_of_orders_by_two_ranks(servers, many, command, tmp_path):
+    order = ["order", "validate", "--model", many.model, "--data", many.pool, "--batches", 16, "--orders", 8]
+    order += ["--estimators", "pairwise", "--lora-rank", 2, "--out"]
+    assert command(*order, tmp_path / "one").code == 0
+    by_two(servers, [*order, tmp_path / "two"])
+    one, two = (json.loads((tmp_path / name / "validation.json").read_text()) for name in ("one", "two"))
+    assert one == two and len(workers_of(tmp_path / "two", "retrainings")) == 2
+    refused = servers[0]("order", "search", *map(str, order[2:]), tmp_path / "three", "--workers", 2)
+    assert refused.code == 2 and "search runs in one" in refused.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- local workers
