@@ -1,22 +1,16 @@
-"""One run by several processes: who leads it, who helps, and what happens when one of them ends.
-
-Every member runs the same program on the same settings. The member that gets the lock of the run folder leads: it alone
-writes the records of the run, trains the warm-up, merges and selects. The others help: they read the same inputs, wait
-for what the leader makes, and take units of work (`units.taken`). The run folder is the only channel.
-"""
+"""One run by several processes: which engine starts them, and what they may not do together; see `member`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from datatools import DataError, UsageError, files
-from pipelines.engines import local, ranks
+from datatools import UsageError
+from pipelines.engines import local, ranks, ray_pool
+from pipelines.engines.member import take_part
 from pipelines.engines.units import own_name
-from pipelines.runs import following, workers
+from pipelines.runs import workers
 from pipelines.runs.run_files import shown
 from pipelines.settings.base import RunSettings
 from pipelines.settings.engine import EngineConfig
@@ -41,48 +35,22 @@ def run(program: Callable[[S], Path], config: S, how: EngineConfig, *, shares: s
         DataError: The run failed in the process that leads it.
     """
     here = ranks.place(how)
-    if here is None and how.workers == 1:
+    if here is None and how.workers == 1 and how.name == "local":
         return program(config)
     if shares:
-        raise UsageError(f"{'--workers ' + str(how.workers) if here is None else 'several ranks'}: {shares}")
+        asked = "several ranks" if here is not None else f"--engine {how.name} --workers {how.workers}"
+        raise UsageError(f"{asked}: {shares}")
     if config.dry_run:
         return program(config) if here is None or here.rank == 0 else config.out
-    if here is None:
+    if here is None and how.name == "local":
         return local.run(program, config, how)
     if config.overwrite:
         raise UsageError(
-            f"--overwrite: several ranks would move the run in {shown(config.out)} aside one after another; move it "
-            "away yourself, or choose another --out"
+            f"--overwrite: several processes would move the run in {shown(config.out)} aside one after another; move "
+            "it away yourself, or choose another --out"
         )
+    if here is None:
+        return ray_pool.run(program, config, how)
     with ranks.apart(here):
         me = workers.Member(own_name(f"rank-{here.rank}"), here.rank, here.world, leads=False)
         return take_part(program, config, me)
-
-
-def take_part(program: Callable[[S], Path], config: S, me: workers.Member) -> Path:
-    """Lead the run if nobody does, otherwise help; take the lead when the leader is lost.
-
-    Args:
-        program: The program.
-        config: Its settings.
-        me: This process.
-
-    Returns:
-        The folder of the run, which is then complete.
-
-    Raises:
-        DataError: The run failed in the process that leads it.
-    """
-    while True:
-        with suppress(files.InUse), workers.acting_as(replace(me, leads=True)):
-            return program(config)
-        with suppress(following.Orphaned, following.Enough), workers.acting_as(replace(me, leads=False)):
-            program(config)
-        for _ in following.pauses():
-            if files.holder(config.out) is None:
-                break
-        state, error = following.outcome(config.out)
-        if state == "done":
-            return config.out
-        if state == "failed":
-            raise DataError(f"the run in {shown(config.out)} failed in the process that leads it: {error}")

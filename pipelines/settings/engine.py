@@ -12,10 +12,11 @@ class EngineConfig(Settings):
     """The processes that share the units of work of one run. They change its speed, not its results."""
 
     shorthand = "name"
-    name: Annotated[Literal["local", "ranks"], Flag("--engine", RUN)] = Field(
+    name: Annotated[Literal["local", "ranks", "ray"], Flag("--engine", RUN)] = Field(
         default="local",
         description="local starts the workers on this machine; ranks joins the processes that torchrun, accelerate, "
-        "srun or a Slurm array has started (with RANK and WORLD_SIZE set, that is the default)",
+        "srun or a Slurm array has started (with RANK and WORLD_SIZE set, that is the default); ray starts actors on "
+        "the cluster at RAY_ADDRESS, or on this machine",
     )
     workers: Annotated[int, Flag("--workers", RUN)] = Field(
         default=1,

@@ -172,13 +172,13 @@ def test_workers_on_this_machine_write_the_bytes_of_one_process(many, whole, tmp
 
 def test_what_cannot_be_shared_is_refused(world, tmp_path, monkeypatch):
     words = world.select(tmp_path / "r", method="tfidf", engine=EngineConfig(workers=2))
-    with pytest.raises(UsageError, match=r"--workers 2: --method tfidf uses no model"):
+    with pytest.raises(UsageError, match=r"--engine local --workers 2: --method tfidf uses no model"):
         select.run(words)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UsageError, match=r"several ranks: --method tfidf"):
         select.run(words)
-    with pytest.raises(UsageError, match=r"--overwrite: several ranks"):
+    with pytest.raises(UsageError, match=r"--overwrite: several processes"):
         select.run(world.select(tmp_path / "r", overwrite=True))
 
 
