@@ -34,6 +34,9 @@ _leader: str | None = None
 _marks: list[str] = []
 """What this leader has reached."""
 
+_earlier: set[str] = set()
+"""The receipts of earlier attempts, when this process began to lead."""
+
 
 class Orphaned(Exception):
     """The leader of the run has ended, or another one has taken its place."""
@@ -55,7 +58,16 @@ def begin(folder: Path) -> None:
     _leader = files.holder(folder)
     _marks.clear()
     files.make_folder(folder / WORKERS)
+    _earlier.clear()
+    _earlier.update(path.name for path in (folder / WORKERS).glob("*.jsonl"))
     _write_marks(folder)
+
+
+def working() -> int:
+    """Return how many members have computed something in this attempt; in the leader only."""
+    folder = current.last_folder()
+    found = (folder / WORKERS).glob("*.jsonl") if folder is not None else ()
+    return sum(path.name not in _earlier for path in found)
 
 
 def _write_marks(folder: Path) -> None:

@@ -18,7 +18,7 @@ from pipelines.models import load as models
 from pipelines.models.adapters import load_adapter
 from pipelines.models.base import unload
 from pipelines.rows.rows import Rows
-from pipelines.runs import workers
+from pipelines.runs import following, workers
 from pipelines.runs.progress import progress
 from pipelines.settings.parts import LoraConfig, TrainingConfig
 from pipelines.training import evaluation
@@ -255,7 +255,9 @@ def prepare(home: Path, wanted: Sequence[Wanted], name: str) -> None:
 
     missing = [unit for unit in range(len(ordered)) if not committed(unit)]
     with progress("training runs of all workers", len(ordered), "runs", done=len(ordered) - len(missing)) as bar:
-        for unit in taken(Job(name, home, missing, committed, lambda unit: bar.advance())):
+        for unit in taken(
+            Job(name, home, missing, committed, lambda unit: bar.advance(1, workers=following.working()))
+        ):
             for one in ordered[unit]:
                 if not one.done():
                     one.make()

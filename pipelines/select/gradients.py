@@ -213,7 +213,7 @@ def _fill(
             method=context.config.features.method,  # type: ignore[arg-type]
             token_budget=context.config.features.token_budget,
             advance=lambda n, tokens: bar.advance(tokens),
-            units=taken(job_of(store, lambda unit: bar.advance(sum(lengths[key] for key in store.unit_keys(unit))))),
+            units=taken(job_of(store, bar, lambda unit: sum(lengths[key] for key in store.unit_keys(unit)))),
         )
 
 
@@ -247,7 +247,7 @@ def _fill_pairs(
             method=config.features.method,  # type: ignore[arg-type]
             token_budget=config.features.token_budget,
             advance=lambda n, tokens: bar.advance(tokens),
-            units=taken(job_of(store, lambda unit: bar.advance(sum(2 * lengths[k] for k in store.unit_keys(unit))))),
+            units=taken(job_of(store, bar, lambda unit: sum(2 * lengths[key] for key in store.unit_keys(unit)))),
         )
 
 

@@ -101,7 +101,7 @@ def losses(
 
         todo = sum(map(tokens_in, missing))
         with progress(label, todo, "tokens") as bar, torch.no_grad():  # not inference_mode: the model may train next
-            for unit in taken(job_of(store, lambda unit: bar.advance(tokens_in(unit)))):
+            for unit in taken(job_of(store, bar, tokens_in)):
                 of_unit = [unique[key] for key in store.unit_keys(unit)]
                 values = torch.zeros(len(of_unit))
                 budget = context.config.features.token_budget

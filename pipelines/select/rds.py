@@ -165,7 +165,7 @@ def _hidden_states(context: Context, kind: str, rows: Rows, chosen: list[int]) -
 
         todo = sum(map(tokens_in, missing))
         with progress(f"hidden states of the {kind}", todo, "tokens") as bar, torch.inference_mode():
-            for unit in taken(job_of(store, lambda unit: bar.advance(tokens_in(unit)))):
+            for unit in taken(job_of(store, bar, tokens_in)):
                 keys = store.unit_keys(unit)
                 of_unit = [unique[key] for key in keys]
                 lengths = [int(rows.scan.tokens[row]) for row in of_unit]

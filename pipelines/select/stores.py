@@ -15,6 +15,7 @@ from pipelines.engines.units import Job
 from pipelines.rows.rows import Rows
 from pipelines.runs import following, numerics, workers
 from pipelines.runs.messages import say, warn
+from pipelines.runs.progress import Progress
 from pipelines.select.scored import Context
 from pipelines.select.scorer import Asked
 
@@ -139,13 +140,18 @@ def _opened_by_the_leader(folder: Path, rows: Mapping[str, int], meta: Mapping[s
     return GradientFeatures.open(folder)
 
 
-def job_of(store: GradientFeatures, found: Callable[[int], object]) -> Job:
+def job_of(store: GradientFeatures, bar: Progress, size: Callable[[int], int]) -> Job:
     """Return what is missing in a store as a job of this process, or of its team.
 
     Args:
         store: The store.
-        found: Called with each unit that another member of the team has computed.
+        bar: The progress of the whole, advanced by the units that other members of the team compute.
+        size: Returns how far a unit advances it.
     """
+
+    def found(unit: int) -> None:
+        bar.advance(size(unit), workers=following.working())
+
     return Job(store.folder.name, store.folder, store.missing_units(), store.written, found)
 
 

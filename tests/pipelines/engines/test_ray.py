@@ -34,12 +34,10 @@ def test_a_cluster_that_does_not_answer_is_named(world, tmp_path, monkeypatch):
     def init(address, **options):
         raise ConnectionError(f"could not connect to {address}")
 
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     fake = SimpleNamespace(init=init, is_initialized=lambda: False)
     monkeypatch.setattr(ray_pool, "import_module", lambda name: fake)
-    with pytest.raises(
-        EnvironmentProblem, match=r"RAY_ADDRESS=10.0.0.9:6379: no Ray cluster answers.*ray start --head"
-    ):
+    with pytest.raises(EnvironmentProblem, match=r"RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers.*ray start --head"):
         select.run(world.select(tmp_path / "run", engine=EngineConfig(name="ray", workers=2)))
 
 
