@@ -40,11 +40,14 @@ def take_part(program: Callable[[S], Path], config: S, me: workers.Member) -> Pa
     while True:
         with suppress(files.InUse), workers.acting_as(replace(me, leads=True)):
             return program(config)
-        with suppress(following.Orphaned, following.Enough), workers.acting_as(replace(me, leads=False)):
-            program(config)
-        for _ in following.pauses():
-            if files.holder(config.out) is None:
-                break
+        with suppress(following.Orphaned), workers.acting_as(replace(me, leads=False)):
+            try:
+                program(config)
+            except following.Enough:
+                for _ in following.pauses():  # until the leader has merged, or is lost
+                    following.check_leader()
+        if files.holder(config.out) is not None:  # another one leads already
+            continue
         state, error = following.outcome(config.out)
         if state == "done":
             return config.out
