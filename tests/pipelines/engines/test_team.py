@@ -1,8 +1,13 @@
 """Several processes make one selection: the same bytes as one process, whoever is lost."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +15,7 @@ from datatools import UsageError
 from pipelines.engines import ranks
 from pipelines.select import run as select
 from pipelines.settings.engine import EngineConfig
+from tests.conftest import REPOSITORY
 from tests.pipelines.conftest import commands, make_world
 from tests.pipelines.select.looking import outcome
 from tests.tiny import write_rows
@@ -170,6 +176,39 @@ def test_workers_on_this_machine_write_the_bytes_of_one_process(many, whole, tmp
     assert outcome(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_worker_is_named_and_workers_end_with_a_killed_command(many, whole, tmp_path, command):
+    arguments = [*argv(many, tmp_path / "run"), "--workers", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    units = lambda: len(list(tmp_path.glob("run/features/train-*/part-*.json")))  # noqa: E731
+
+    def started():
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines", *map(str, arguments)], env=env, stderr=subprocess.PIPE, text=True
+        )
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while process.poll() is None and not children.read_text().split():
+            time.sleep(0.01)
+        return process, int(children.read_text().split()[0])
+
+    process, helper = started()
+    while process.poll() is None and not units():
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{helper}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{helper}").exists() and units() < UNITS
+    process, helper = started()
+    os.kill(helper, signal.SIGKILL)
+    _, told = process.communicate()
+    assert process.returncode == 0, told
+    assert "worker 2 has ended by SIGKILL; the other workers do its unit of work again" in told
+    assert outcome(tmp_path / "run") == whole
+
+
 def test_what_cannot_be_shared_is_refused(world, tmp_path, monkeypatch):
     words = world.select(tmp_path / "r", method="tfidf", engine=EngineConfig(workers=2))
     with pytest.raises(UsageError, match=r"--engine local --workers 2: --method tfidf uses no model"):
@@ -206,8 +245,6 @@ def test_the_place_among_ranks(monkeypatch, env, engine, place):
 
 
 def test_libraries_see_one_process_and_one_gpu(monkeypatch):
-    import os
-
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
