@@ -142,7 +142,8 @@ def _cluster(cpus: int) -> Iterator[Any]:
         if address:
             ray.init(address=address, log_to_driver=True)
         else:
-            ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=_STORE_BYTES, log_to_driver=True)
+            here = {"_node_ip_address": "127.0.0.1"}  # nothing of it listens to the network
+            ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=_STORE_BYTES, **here)
     except Exception as error:
         where = f"RAY_ADDRESS={address}: no Ray cluster answers there" if address else "Ray cannot be started here"
         raise EnvironmentProblem(
