@@ -64,6 +64,7 @@ def test_two_nodes_one_of_them_killed_give_the_bytes_of_one_process(tmp_path, mo
     write_rows(world.pool, 300)
     features = FeaturesConfig(rows_per_unit=10, token_budget=64)
     one = select.run(world.select(tmp_path / "one", features=features))
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: a busy machine starves its actors
     here = {"node_ip_address": "127.0.0.1"}
     cluster = Cluster(
         initialize_head=True,
