@@ -15,6 +15,7 @@ from optim.param_groups import (
     split_matrices,
     without_decay,
 )
+from optim.qk_clip import QKClip
 from optim.registry import OPTIMIZERS, RULES, check_optimizer, create, rule_from
 from optim.roles import block_of, is_matrix
 from optim.rounding import Arrived, set_rounding

@@ -40,13 +40,14 @@ stand in front."""
 
 NOT_RUN: dict[str, str] = {
     r"make demo": "takes minutes with a model of 135M weights, which tests marked `real` do",
-    r"make (docs|lint|test|bench|zoo|mutation|attack|same BEFORE=DIR|structure)": "this suite, or minutes to hours",
+    r"make (docs|lint|test|bench|gpu|zoo|mutation|attack|same BEFORE=DIR|structure)": "this suite, or minutes to hours",
     r"pip install .*": "needs the network",
     r"torchrun .*": "several processes; tests/pipelines/training/test_torchrun.py starts two",
     r"python3? -m (venv|pip) .*": "needs the network",
     r"(python -m )?pytest .*": "this suite, with a GPU, as a benchmark, or with numbers that are elsewhere",
     r"python -m tests\.benchmarks\.(?!show).*": "a measurement, minutes to hours",
     r"python -m tests\.(zoo|mutation|attack)\..*": "minutes; what they run has tests of its own",
+    r"python -m tests\.gpu --dry": "tests/test_gpu_script.py runs it",
     r"python -m pipelines\.demo_data\.make": "writes into the package; tests/pipelines/test_demo_data.py compares",
     r"python -c .*": "of an environment that is not there",
 }

@@ -1,0 +1,191 @@
+"""QK-clip: query and key weights are scaled down when attention logits become too large."""
+
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from optim.checks import check_positive
+
+_ROWS = 512  # queries whose logits are computed at a time
+
+
+class QKClip:
+    """Scales query and key weights down so that no attention logit exceeds a threshold (MuonClip).
+
+    The largest logit S of each head is recorded in forward passes with gradients. `clip`, which is called after each
+    step of the optimizer, multiplies the head's queries and keys by sqrt(threshold / S) if S is larger than the
+    threshold. Where several query heads share a key head, the queries alone are multiplied by threshold / S.
+
+    Logits are those of `torch.nn.functional.scaled_dot_product_attention`. A model of transformers must be loaded with
+    ``attn_implementation="sdpa"``, its default.
+
+    Args:
+        model: The model. Its attention modules are those with two linear layers of the given names.
+        threshold: The largest logit that is allowed.
+        names: The names of the query and key layers.
+
+    Raises:
+        ValueError: If no module has both layers, or if queries are normalised, which bounds logits already.
+
+    Source:
+        Kimi Team 2025, arXiv 2507.20534, algorithm 1.
+
+    Differs:
+        The paper scales the parts of multi-head latent attention; here they are whole queries and keys.
+
+    Example:
+        >>> from optim import QKClip
+        >>> class Attention(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.q_proj, self.k_proj = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        ...
+        ...     def forward(self, x):
+        ...         q, k = (f(x).view(1, -1, 2, 2).transpose(1, 2) for f in (self.q_proj, self.k_proj))
+        ...         return torch.nn.functional.scaled_dot_product_attention(q, k, k)
+        >>> _ = torch.manual_seed(0)
+        >>> model = Attention()
+        >>> clip = QKClip(model, threshold=0.01)
+        >>> _ = model(torch.ones(1, 3, 4))
+        >>> clip.clip() > 0
+        True
+    """
+
+    def __init__(
+        self, model: nn.Module, threshold: float = 100.0, names: tuple[str, str] = ("q_proj", "k_proj")
+    ) -> None:
+        check_positive("QKClip", threshold=threshold)
+        self.threshold, self.names = threshold, names
+        self.largest: dict[nn.Module, Tensor] = {}
+        """Attention module -> the largest logit of each head since the last `clip`, [heads]."""
+        self._heads: dict[nn.Module, int] = {}
+        self._mode = _Watch(self)
+        self._hooks: list[Any] = []
+        for name, module in model.named_modules():
+            if not all(isinstance(getattr(module, key, None), nn.Module) for key in names):
+                continue
+            if isinstance(getattr(module, "q_norm", None), nn.Module):
+                self.remove()
+                raise ValueError(f"QKClip: {name} normalises its queries (q_norm), which bounds its logits already")
+            self._hooks.append(module.register_forward_pre_hook(self._begin))
+            self._hooks.append(module.register_forward_hook(self._end, always_call=True))
+        if not self._hooks:
+            raise ValueError(f"QKClip: no module of the model has layers {names[0]!r} and {names[1]!r}; pass names=")
+
+    def _begin(self, module: nn.Module, _: Any) -> None:
+        self._mode.modules.append(module)
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def _end(self, module: nn.Module, _: Any, __: Any) -> None:
+        if self._mode.modules and self._mode.modules[-1] is module:
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._mode.modules.pop()
+
+    def record(
+        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float
+    ) -> None:
+        """Record the largest logits of one call of an attention.
+
+        Args:
+            module: The attention module.
+            query: Queries [batch, heads, queries, dim].
+            key: Keys [batch, key heads, keys, dim].
+            mask: As in `scaled_dot_product_attention`.
+            causal: Whether query i only sees keys up to i.
+            scale: The factor of the logits.
+        """
+        with torch.no_grad():
+            self._heads[module] = key.shape[1]
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+            most = query.new_full((query.shape[1],), -torch.inf, dtype=torch.float32)
+            seen = torch.arange(key.shape[2], device=key.device)
+            for start in range(0, query.shape[2], _ROWS):
+                logits = scale * (query[:, :, start : start + _ROWS].float() @ key.float().mT)
+                rows = torch.arange(start, start + logits.shape[2], device=key.device)
+                if mask is not None:
+                    part = mask if mask.shape[-2] == 1 else mask[..., start : start + _ROWS, :]
+                    hidden = ~part if part.dtype == torch.bool else part < -1e4
+                    logits = logits.masked_fill(hidden, -torch.inf)
+                if causal:
+                    logits = logits.masked_fill(seen > rows[:, None], -torch.inf)
+                most = torch.maximum(most, logits.amax((0, 2, 3)))
+            self.largest[module] = torch.maximum(most, self.largest.get(module, most))
+
+    @torch.no_grad()
+    def clip(self) -> int:
+        """Scale the weights of all heads whose largest logit exceeds the threshold; call it after each step.
+
+        Returns:
+            The number of heads that were scaled.
+
+        Raises:
+            RuntimeError: If no attention was seen since the last call.
+        """
+        if not self.largest:
+            raise RuntimeError(
+                "QKClip: no call of scaled_dot_product_attention was seen in a forward pass with gradients; load the "
+                "model with attn_implementation='sdpa', and call clip() once per step"
+            )
+        clipped = 0
+        for module, largest in self.largest.items():
+            factor = (self.threshold / largest.clamp(min=self.threshold)).to(largest.device)
+            over = int((factor < 1).sum())
+            clipped += over
+            if not over:
+                continue
+            query, key = (getattr(module, name) for name in self.names)
+            if self._heads[module] == len(factor):
+                factor = factor.sqrt()
+                _scale(key, factor)
+            _scale(query, factor)
+        self.largest = {}
+        return clipped
+
+    def remove(self) -> None:
+        """Stop recording."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.remove()
+
+
+def _scale(layer: nn.Module, factor: Tensor) -> None:
+    """Multiply the outputs of a layer by one factor per head."""
+    for param in layer.parameters(recurse=False):
+        rows = factor.to(param.dtype).repeat_interleave(param.shape[0] // len(factor))
+        param.mul_(rows.view(-1, *[1] * (param.ndim - 1)))
+
+
+class _Watch(TorchFunctionMode):
+    """Sees calls of `scaled_dot_product_attention` inside attention modules."""
+
+    def __init__(self, owner: QKClip) -> None:
+        super().__init__()
+        self.owner = owner
+        self.modules: list[nn.Module] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention and self.modules and torch.is_grad_enabled():
+            named = (
+                dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
+            )
+            query, scale = named["query"], named.get("scale")
+            self.owner.record(
+                self.modules[-1],
+                query,
+                named["key"],
+                named.get("attn_mask"),
+                bool(named.get("is_causal", False)),
+                query.shape[-1] ** -0.5 if scale is None else scale,
+            )
+        return func(*args, **kwargs)

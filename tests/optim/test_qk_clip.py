@@ -1,0 +1,77 @@
+"""QK-clip: what it records are the logits, and afterwards none exceeds the threshold."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from optim import QKClip, create
+
+
+def llama(key_heads, **changes):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=key_heads, attn_implementation="sdpa", attention_bias=True, **changes,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(40 * torch.arange(1, 33).view(32, 1) / 32)  # heads of several sizes
+            layer.self_attn.k_proj.weight.mul_(40)
+    return model
+
+
+IDS = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_no_logit_of_the_first_layer_exceeds_the_threshold(key_heads):
+    model = llama(key_heads)
+    attention = model.model.layers[0].self_attn
+    with QKClip(model, threshold=1.0) as clip:
+        model(IDS)
+        before = clip.largest[attention]
+        untouched = attention.v_proj.weight.clone()
+        assert 0 < clip.clip() <= 8 and not clip.largest
+        model(IDS)
+        after = clip.largest[attention]
+    assert float(before.max()) > 1.5
+    torch.testing.assert_close(after, before.clamp(max=1.0), rtol=1e-4, atol=1e-5)
+    assert torch.equal(attention.v_proj.weight, untouched)
+    model(IDS)
+    assert torch.equal(clip.largest[attention], after), "removed: it records nothing"
+
+
+def test_what_is_recorded_are_the_logits_without_masked_ones():
+    q, k = (torch.randn(2, 4, 7, 8, generator=torch.Generator().manual_seed(i)) for i in (3, 4))
+    model = llama(4)
+    module = model.model.layers[0].self_attn
+    logits = 0.5 * q @ k.mT
+    visible = torch.ones(7, 7, dtype=torch.bool).tril()
+    for mask, causal in ((None, True), (visible, False), (torch.zeros(7, 7).masked_fill(~visible, -1e9), False)):
+        clip = QKClip(model)
+        clip.record(module, q, k, mask, causal, 0.5)
+        torch.testing.assert_close(clip.largest[module], logits.masked_fill(~visible, -1e9).amax((0, 2, 3)))
+
+
+def test_it_trains_beside_an_optimizer_and_says_what_is_missing():
+    model = llama(2)
+    optimizer = create("muon", model, lr=1e-3)
+    clip = QKClip(model, threshold=2.0)
+    with pytest.raises(RuntimeError, match="attn_implementation='sdpa'"):
+        clip.clip()
+    for _ in range(3):
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        clip.clip()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        model(IDS)
+    assert not clip.largest, "an evaluation records nothing"
+    with pytest.raises(ValueError, match="no module of the model has layers 'q' and 'k'"):
+        QKClip(model, names=("q", "k"))
+    with pytest.raises(ValueError, match="threshold = 0"):
+        QKClip(model, threshold=0)
+    model.model.layers[0].self_attn.q_norm = torch.nn.LayerNorm(8)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn normalises its queries"):
+        QKClip(model)
