@@ -1,0 +1,54 @@
+"""An index has the same bytes whoever makes it, and only what is missing is made."""
+
+import json
+
+from pipelines.rows import ranges
+from pipelines.rows.jsonl import Limits
+from pipelines.rows.options import Options
+from pipelines.rows.read import index_rows
+from tests.pipelines.rows.families import encoder
+
+OPTIONS = Options("dataset", {}, False, None, Limits())
+
+
+def index(path, cache, workers=1, **options):
+    found = index_rows(
+        [path], OPTIONS, cache=cache, encoder=encoder("chatml", 40), label="pool", workers=workers,
+        on_bad_row="skip", **options,
+    )  # fmt: skip
+    parts = {file.name: file.read_bytes() for file in (cache / "index-pool").iterdir()}
+    return found, parts
+
+
+def told(found):
+    pool, scan = found.pool, found.scan
+    rows = [(row.id, row.source, row.line, row.raw) for row in pool]
+    tokens = [found.tokens.row(i) for i in range(len(pool))]
+    return (
+        rows,
+        list(scan.keys),
+        scan.tokens.tolist(),
+        list(map(str, found.bad)),
+        scan.bad,
+        tokens,
+        pool.flags,
+        pool.files,
+    )
+
+
+def test_workers_ranges_and_growth(tmp_path, monkeypatch):
+    lines = [json.dumps({"prompt": f"Question {i}?", "completion": "word " * (i % 7 + 1), "id": f"i{i % 50}"})
+             for i in range(60)]  # fmt: skip
+    lines[7], lines[30] = "{", ""
+    path = tmp_path / "pool.jsonl"
+    path.write_text("\n".join(lines))
+    whole, one = index(path, tmp_path / "a")
+    monkeypatch.setattr(ranges, "BYTES", 700)
+    cut, alone = index(path, tmp_path / "b")
+    several, together = index(path, tmp_path / "c", workers=2)
+    assert len(one) == 2 and len(alone) > 8 and alone == together
+    assert told(whole) == told(cut) == told(several)
+    path.write_text("\n".join([*lines, lines[0]]) + "\n")
+    grown, more = index(path, tmp_path / "b")
+    assert len(grown.pool) == len(cut.pool) + 1 and len(alone.keys() & more.keys()) >= len(alone) - 4
+    assert grown.pool.ids[-1] == "i0#3" and told(grown) == told(index(path, tmp_path / "d")[0])
