@@ -179,8 +179,30 @@ class Tournament:
             The difference, and its error, which is nan if a source has one minibatch.
 
         """
-        value, error = self._with_error(lambda made: made.scores([order])[0] - made.scores([other])[0])
+        value, error = self._with_error(lambda made: self._effect(made, order) - self._effect(made, other))
         return float(value), float(error)
+
+    def predicted(self, sequence: Sequence[int]) -> float:
+        """Predict the held-out loss of a sequence from the margins of its pairs of steps.
+
+        Half the margin of two sources is lost or gained for the pairs of their steps in each order, so that blocks in
+        all orders average to the same level; that level is taken from the expansion of the reference's sequence.
+
+        Args:
+            sequence: source number of each step.
+
+        Returns:
+            The loss.
+
+        """
+        level = self.expansion.score(self.raw.sequence) - float(self._effect(self.expansion, self.raw.sequence))
+        return level + float(self._effect(self.expansion, sequence))
+
+    def _effect(self, made: Pairwise, sequence: Sequence[int]) -> Tensor:
+        """Sum half the margins over pairs of steps, 0-d."""
+        steps = torch.nn.functional.one_hot(torch.tensor(list(sequence)), len(self.names)).double()
+        before = steps.cumsum(0) - steps
+        return (made.matrix() * (before.T @ steps)).sum() / 2
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to plain values for JSON.

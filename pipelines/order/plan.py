@@ -40,12 +40,12 @@ def plan(setting: Setting) -> None:
         say(f"  {name}: being early costs {float(scores[i]):+.2g}{_error(float(errors[i]))}, {made.steps[i]} steps")
     clear, pairs = _clear(margins.tolist(), margin_errors.tolist())
     drawn = _random_orders(made.names, config.seed, _DRAWN)
-    estimated = made.expansion.scores([made.blocks(one) for one in drawn]).tolist()
-    best = made.expansion.score(made.blocks(chosen))
+    estimated = [made.predicted(made.blocks(one)) for one in drawn]
+    best = made.predicted(made.blocks(chosen))
     error = made.difference(made.blocks(chosen), made.blocks(chosen[::-1]))[1] / 2
     seen = order.outlook(estimated, best, worth=config.worth, error=error)
     say(seen.sentence())
-    mixed = made.expansion.score(made.raw.sequence)
+    mixed = made.predicted(made.raw.sequence)
     rows: list[dict[str, Any]] = [
         {"name": "the plan", "sources": chosen, "estimated": best},
         {"name": "the plan, reversed", "sources": chosen[::-1]},
@@ -55,7 +55,7 @@ def plan(setting: Setting) -> None:
         asked = [one for one in drawn if one not in (chosen, chosen[::-1])][: config.retrain]
         rows += [{"name": f"random {i + 1}", "sources": one} for i, one in enumerate(asked)]
     for row in rows:
-        row["estimated"] = made.expansion.score(_labels(made, row["sources"]))
+        row["estimated"] = made.predicted(_labels(made, row["sources"]))
         row["sequence"] = list(_sequence(setting, row["sources"]))
     if seen.worth_it and config.retrain:
         for row, loss in zip(rows, true_losses(setting, [row["sequence"] for row in rows], RETRAINED), strict=True):

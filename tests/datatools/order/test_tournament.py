@@ -53,7 +53,7 @@ def test_predictions_rank_all_orders_of_triples_like_true_runs(rule: UpdateRule,
         sources = {name: range(4 * i, 4 * i + 4) for i, name in enumerate("abc")}
         found = tournament(problem, run, sources, anchors=anchors)
         orders = list(itertools.permutations("abc"))
-        predicted = [found.expansion.score(found.blocks(order)) for order in orders]
+        predicted = [found.predicted(found.blocks(order)) for order in orders]
         true = []
         for order in orders:
             end, _ = train(problem, made, [b for name in order for b in sources[name]], params, states)
