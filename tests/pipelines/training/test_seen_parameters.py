@@ -1,4 +1,4 @@
-"""Features are made of every adapter matrix, whatever peft calls it, in one pass, with the numbers of one pass per row."""
+"""Features are made of every adapter matrix, whatever peft calls it: in one pass, with the numbers of one per row."""
 
 import warnings
 
