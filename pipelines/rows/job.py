@@ -23,6 +23,7 @@ from pipelines.rows.encode import Encoder
 from pipelines.rows.options import Options
 from pipelines.rows.part import Input, Part
 from pipelines.rows.ranges import Range
+from pipelines.runs import workers as team
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Job:
         if self.folder is not None:
             files.make_folder(self.folder)
         if min(workers, len(self.ranges)) < 2:
+            self._share()
             for number in range(len(self.ranges)):
                 yield self.found(number) or self.make(number)
             return
@@ -111,6 +113,15 @@ class Job:
                     yield self._made(waiting.pop(0))
             for one in waiting:
                 yield self._made(one)
+
+    def _share(self) -> None:
+        """As a member of a team, make every so many-th part first: the other members make the others meanwhile."""
+        me = team.member()
+        if me is None or me.size < 2 or self.folder is None or not isinstance(self.encoder, Encoder):
+            return
+        for number in range(me.place % me.size, len(self.ranges), me.size):
+            if self.found(number) is None:
+                self.make(number)
 
     def _made(self, one: Any) -> Part:
         if isinstance(one, Part):

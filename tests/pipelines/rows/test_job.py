@@ -6,15 +6,16 @@ from pipelines.rows import ranges
 from pipelines.rows.jsonl import Limits
 from pipelines.rows.options import Options
 from pipelines.rows.read import index_rows
+from pipelines.runs import workers
 from tests.pipelines.rows.families import encoder
 
 OPTIONS = Options("dataset", {}, False, None, Limits())
 
 
-def index(path, cache, workers=1, **options):
+def index(path, cache, processes=1):
     found = index_rows(
-        [path], OPTIONS, cache=cache, encoder=encoder("chatml", 40), label="pool", workers=workers,
-        on_bad_row="skip", **options,
+        [path], OPTIONS, cache=cache, encoder=encoder("chatml", 40), label="pool", workers=processes,
+        on_bad_row="skip",
     )  # fmt: skip
     parts = {file.name: file.read_bytes() for file in (cache / "index-pool").iterdir()}
     return found, parts
@@ -45,9 +46,12 @@ def test_workers_ranges_and_growth(tmp_path, monkeypatch):
     whole, one = index(path, tmp_path / "a")
     monkeypatch.setattr(ranges, "BYTES", 700)
     cut, alone = index(path, tmp_path / "b")
-    several, together = index(path, tmp_path / "c", workers=2)
+    several, together = index(path, tmp_path / "c", processes=2)
     assert len(one) == 2 and len(alone) > 8 and alone == together
     assert told(whole) == told(cut) == told(several)
+    with workers.acting_as(workers.Member("second", 1, 2, leads=False)):
+        of_a_team, theirs = index(path, tmp_path / "e")
+    assert theirs == alone and told(of_a_team) == told(cut)
     path.write_text("\n".join([*lines, lines[0]]) + "\n")
     grown, more = index(path, tmp_path / "b")
     assert len(grown.pool) == len(cut.pool) + 1 and len(alone.keys() & more.keys()) >= len(alone) - 4
