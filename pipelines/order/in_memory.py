@@ -46,6 +46,8 @@ ARGUMENTS = {
 """Settings of `datatools order` -> the arguments of `order`; all others are given by `settings`."""
 
 _RESULTS = {"search": "search.json", "estimate": "estimates.json", "validate": "validation.json", "map": "map.json"}
+_PROPOSING = {"search": "search.json", "plan": "plan.json", "curricula": "curricula.json"}
+"""The tasks that propose an order, and their results."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,7 +77,8 @@ class OrderedRows:
     def __repr__(self) -> str:
         if "proposed" not in self.result:
             return f"{len(self):,} batches in the order of the reference run"
-        return f"{len(self):,} batches in the order {self.result['proposed']!r}, by {self.result['estimator']}"
+        by = self.result.get("estimator")
+        return f"{len(self):,} batches in the order {self.result['proposed']!r}{f', by {by}' if by else ''}"
 
     def report(self) -> Report:
         """The report of the run, which a notebook shows."""
@@ -113,7 +116,7 @@ def order(
         tokenizer: Its tokenizer.
         dataset: The rows to train on.
         validation: Held-out rows whose loss is predicted; without them some of `dataset` are held out.
-        task: search, estimate, validate, map or record: see `datatools order --help`.
+        task: search, plan, curricula, estimate, validate, map or record: see `datatools order --help`.
         batches: How many batches are drawn.
         batch_size: Rows per batch.
         learning_rate: That of the run whose order is studied.
@@ -160,7 +163,7 @@ def _read(config: OrderConfig, folder: Path, data: Held, kept: Path | None) -> O
     """What the run in `folder` has written, as values."""
     import pandas as pd
 
-    searched = config.task == "search"
+    searched = config.task in _PROPOSING
     found = Order.load(folder / ("order.npz" if searched else "reference.npz"))
     pool, _ = read_pool(
         config.data.paths,
@@ -172,7 +175,7 @@ def _read(config: OrderConfig, folder: Path, data: Held, kept: Path | None) -> O
     )
     place = {identity: pool.line(row) - 1 for row, identity in enumerate(pool.ids)}
     steps = [[place[str(identity)] for identity in found.batches[batch]] for batch in found.sequence]
-    name = _RESULTS.get(config.task)
+    name = (_RESULTS | _PROPOSING).get(config.task)
     result: dict[str, Any] = {} if name is None else files.read_json(folder / name)
     scores = None
     if searched:

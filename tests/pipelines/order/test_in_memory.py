@@ -48,6 +48,15 @@ def test_a_search_is_that_of_the_command(world, given, tmp_path):
     assert "<iframe" in found._repr_html_() and "batches in the order" in repr(found)
 
 
+def test_a_plan_in_memory_gives_the_rows_in_the_proposed_order(given):
+    model, tokenizer, rows = given
+    found = order(
+        model, tokenizer, rows, task="plan", batches=4, batch_size=4, settings=QUICK | {"worth": 0, "retrain": 0}
+    )
+    assert found.result["proposed"] == "the plan" and repr(found) == "4 batches in the order 'the plan'"
+    assert len(found.dataset) == 16 and found.scores["estimated"].notna().all()
+
+
 def test_what_is_refused(given):
     model, tokenizer, rows = given
     with pytest.raises(UsageError, match="batches= 90|batches 90"):
