@@ -138,12 +138,11 @@ def _cluster(cpus: int) -> Iterator[Any]:
         yield ray
         return
     address = os.environ.get("RAY_ADDRESS")
-    here = {"_node_ip_address": "127.0.0.1"}  # nothing of a cluster on this machine listens to the network
     try:
         if address:
-            ray.init(address=address, **(here if address.startswith(("127.", "localhost:")) else {}))
+            ray.init(address=address)
         else:
-            ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=_STORE_BYTES, **here)
+            ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=_STORE_BYTES)
     except Exception as error:
         where = f"RAY_ADDRESS={address}: no Ray cluster answers there" if address else "Ray cannot be started here"
         raise EnvironmentProblem(

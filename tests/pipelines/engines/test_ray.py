@@ -65,13 +65,12 @@ def test_two_nodes_one_of_them_killed_give_the_bytes_of_one_process(tmp_path, mo
     features = FeaturesConfig(rows_per_unit=10, token_budget=64)
     one = select.run(world.select(tmp_path / "one", features=features))
     monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: a busy machine starves its actors
-    here = {"node_ip_address": "127.0.0.1"}
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, **here, "include_dashboard": False, "object_store_memory": 100 << 20},
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 << 20},
     )
     try:
-        nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20, **here) for _ in range(2)]
+        nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(2)]
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         out, removed = tmp_path / "two", []
 
