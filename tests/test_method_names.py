@@ -37,9 +37,13 @@ ANOTHER_MEANING: dict[str, set[str]] = {
     "optim/cpu_jit/assembly.py": {"constant"},  # a node that is a constant
     "optim/cpu_jit/kinds.py": {"constant"},  # the same
     "optim/cpu_jit/layout.py": {"constant", "root"},  # the same; a square root
+    "optim/linalg.py": {"dion"},  # coefficients that are called after it
+    "optim/rules/muon.py": {"dion"},  # a published code of Muon
+    "optim/rules/normuon.py": {"dion"},  # the same
+    "optim/rules/shampoo.py": {"adagrad", "adam"},  # graftings
     "optim/rules/mars.py": {"adamw", "lion"},  # the two forms
     "optim/rules/matrices.py": {"adamw"},  # the part of a group's settings that is for AdamW
-    "optim/rules/wrappers/quantized.py": {"linear"},  # a code of quantized values
+    "optim/rules/wrappers/coding.py": {"linear"},  # a code of quantized values
     "datatools/colm/history.py": {"adam"},  # a history of Adam moments, not an optimizer
     "datatools/features/neighbours.py": {"exact"},  # a search
     "datatools/subsets/facility_location.py": {"cosine"},  # a metric
@@ -50,6 +54,7 @@ ANOTHER_MEANING: dict[str, set[str]] = {
     "pipelines/colm/choosing.py": {"loss"},  # the loss in a log
     "pipelines/diagnose/checks/smoothness.py": {"probes"},  # a setting
     "pipelines/models/finite.py": {"loss"},  # the loss in a log
+    "pipelines/report/order_sections.py": {"span"},  # the width of an interval
     "pipelines/select/less.py": {"paper"},  # a form of Adam's update
     "pipelines/select/neighbours.py": {"exact", "random"},  # a search; how many clusters a random choice reaches
     "pipelines/select/objectives.py": {"preference"},  # the setting
