@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from datatools import files
@@ -58,7 +58,7 @@ def table(n: int, m: int, folder: Path | None = None) -> Float32[Tensor, "n m"]:
     return torch.from_numpy(array).reshape(n, m)
 
 
-def blocks(matrix: Tensor) -> Iterator[slice]:
+def blocks(matrix: Float[Tensor, "n m"]) -> Iterator[slice]:
     """Yield consecutive rows in blocks; a small matrix is one block. What was read of a file leaves memory.
 
     Args:
@@ -79,7 +79,7 @@ def blocks(matrix: Tensor) -> Iterator[slice]:
         release(matrix)
 
 
-def release(matrix: Tensor) -> None:
+def release(matrix: Float[Tensor, "n m"]) -> None:
     """Let the kernel drop the pages of a matrix in a file; they are read again when they are needed.
 
     Args:
@@ -90,7 +90,7 @@ def release(matrix: Tensor) -> None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def taken(matrix: Tensor, rows: Tensor) -> Tensor:
+def taken(matrix: Float[Tensor, "n m"], rows: Int64[Tensor, " k"]) -> Float[Tensor, "k m"]:
     """Return some rows of a matrix in another order, as `matrix[rows]`.
 
     Args:

@@ -88,7 +88,7 @@ class ByProducts:
         """
         raise NotImplementedError
 
-    def taken(self) -> tuple[list[int], Tensor]:
+    def taken(self) -> tuple[list[int], Float[Tensor, "m d"]]:
         """Return the features of the rows that were watched since `watching` began.
 
         Returns:
@@ -111,7 +111,13 @@ class LossByProducts(ByProducts):
 
     name, kind = "loss", "row_loss"
 
-    def watch(self, numbers: Sequence[int], losses: Tensor, where: Tensor, labels: Tensor | None = None) -> None:
+    def watch(
+        self,
+        numbers: Sequence[int],
+        losses: Float[Tensor, " n"],
+        where: Int64[Tensor, " n"],
+        labels: Int64[Tensor, "b s"] | None = None,
+    ) -> None:
         """See `ByProducts.watch`.
 
         Args:
@@ -140,7 +146,13 @@ class LogitByProducts(ByProducts):
 
         return [head_of(self.model).register_forward_hook(seen)]
 
-    def watch(self, numbers: Sequence[int], losses: Tensor, where: Tensor, labels: Tensor | None = None) -> None:
+    def watch(
+        self,
+        numbers: Sequence[int],
+        losses: Float[Tensor, " n"],
+        where: Int64[Tensor, " n"],
+        labels: Int64[Tensor, "b s"] | None = None,
+    ) -> None:
         """See `ByProducts.watch`.
 
         Args:
@@ -161,7 +173,14 @@ class LogitByProducts(ByProducts):
 
 
 class GradientByProducts(ByProducts):
-    """The gradient of each row with respect to the target's matrix, projected."""
+    """The gradient of each row with respect to the target's matrix, projected.
+
+    Args:
+        model: the model that is trained.
+        target: the matrix; its gradient must be a product of its inputs and output gradients.
+        project: gradients [b, outputs, inputs] -> features [b, d].
+
+    """
 
     name = "gradient"
 
@@ -197,7 +216,13 @@ class GradientByProducts(ByProducts):
 
         output.register_hook(backward)  # type: ignore[no-untyped-call]
 
-    def watch(self, numbers: Sequence[int], losses: Tensor, where: Tensor, labels: Tensor | None = None) -> None:
+    def watch(
+        self,
+        numbers: Sequence[int],
+        losses: Float[Tensor, " n"],
+        where: Int64[Tensor, " n"],
+        labels: Int64[Tensor, "b s"] | None = None,
+    ) -> None:
         """See `ByProducts.watch`.
 
         Args:
@@ -216,7 +241,7 @@ class GradientByProducts(ByProducts):
 
         losses.register_hook(factor)  # type: ignore[no-untyped-call]
 
-    def taken(self) -> tuple[list[int], Tensor]:
+    def taken(self) -> tuple[list[int], Float[Tensor, "m d"]]:
         """See `ByProducts.taken`.
 
         Returns:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from datatools.colm.target import Target
@@ -34,7 +35,15 @@ class Measure(Protocol):
         """
 
 
-def no_pass(model: nn.Module, losses: Loss, batch: Batch, target: Target, directions: Tensor, *, eps: float) -> Tensor:
+def no_pass(
+    model: nn.Module,
+    losses: Loss,
+    batch: Batch,
+    target: Target,
+    directions: Float32[Tensor, "K outputs inputs"],
+    *,
+    eps: float,
+) -> Float[Tensor, "b ..."]:
     """Stand in for `Measure` where features are not measured by a pass.
 
     Args:
@@ -44,6 +53,9 @@ def no_pass(model: nn.Module, losses: Loss, batch: Batch, target: Target, direct
         target: ignored.
         directions: ignored.
         eps: ignored.
+
+    Returns:
+        Nothing.
 
     Raises:
         AssertionError: always.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from datatools.colm.feature import FeatureKind
@@ -18,7 +18,9 @@ POSITIONS, WORDS = 8, 128
 _SEED = 20251016
 
 
-def logit_numbers(logits: Float32[Tensor, "n vocabulary"], where: Int64[Tensor, " n"], rows: int) -> Tensor:
+def logit_numbers(
+    logits: Float[Tensor, "n vocabulary"], where: Int64[Tensor, " n"], rows: int
+) -> Float32[Tensor, "b numbers"]:
     """Summarize the logits of each row at its supervised positions.
 
     Number 0 is the nuclear norm of the row's logits Z [t, vocabulary], the sum of their singular values. The others are
@@ -92,7 +94,7 @@ def head_of(model: nn.Module) -> nn.Module:
     return head
 
 
-def supervised(output: Tensor, labels: Tensor) -> Tensor:
+def supervised(output: Float[Tensor, "... vocabulary"], labels: Int64[Tensor, "b s"]) -> Float[Tensor, "n vocabulary"]:
     """Return the logits at supervised positions.
 
     Args:

@@ -127,6 +127,10 @@ def saved_seconds(entry: Mapping[str, Any]) -> float | None:
     Returns:
         Seconds; negative where the choice is worse than random rows; None where values are missing.
 
+    Example:
+        >>> saved_seconds({"kept_rows": 8}) is None
+        True
+
     """
     keys = ("kept_rows", "drawn_rows", "match_error", "match_error_random", "train_seconds")
     if not all(isinstance(entry.get(key), int | float) for key in keys):

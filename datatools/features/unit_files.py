@@ -62,6 +62,9 @@ class UnitFiles:
         Args:
             unit: number of the unit.
 
+        Returns:
+            Whether it is.
+
         """
         return self._path(unit, "json").exists()
 

@@ -20,7 +20,13 @@ _LOCK = ".lock"
 
 
 class InUse(EnvironmentProblem):
-    """Another process holds the lock of a folder."""
+    """Another process holds the lock of a folder.
+
+    Example:
+        >>> issubclass(InUse, EnvironmentProblem)
+        True
+
+    """
 
 
 @contextmanager

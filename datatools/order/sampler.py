@@ -156,6 +156,9 @@ class OrderSampler(Sampler[int]):
         Returns:
             A sampler for this process; not for a Trainer or accelerate, which distribute batches themselves.
 
+        Raises:
+            UsageError: if the rank is not one of `world` processes, or a batch has no row.
+
         """
         if not 0 <= rank < world or batch_size < 1:
             raise UsageError(f"OrderSampler: rank {rank} of {world} processes with batches of {batch_size} rows")
@@ -164,7 +167,12 @@ class OrderSampler(Sampler[int]):
         return made
 
     def digest(self) -> str:
-        """Identify the order, its windows and their seed."""
+        """Identify the order, its windows and their seed.
+
+        Returns:
+            A digest.
+
+        """
         return files.digest(json.dumps([self.order, self.window, self.seed]).encode())
 
     def attach(self, trainer: Any) -> None:

@@ -143,7 +143,12 @@ class Tournament:
         return value, total.sqrt()
 
     def order(self) -> list[str]:
-        """Return the sources, the one that should come first at the front."""
+        """Return the sources, the one that should come first at the front.
+
+        Returns:
+            Their names.
+
+        """
         scores, _ = self.scores()
         return [self.names[i] for i in sorted(range(len(self.names)), key=lambda i: (float(scores[i]), i))]
 
@@ -152,6 +157,9 @@ class Tournament:
 
         Args:
             order: the sources.
+
+        Returns:
+            A number per step.
 
         Raises:
             UsageError: if it is not a permutation of the sources.

@@ -180,6 +180,9 @@ def is_linear(recipe: Recipe) -> bool:
     Args:
         recipe: the recipe of the run.
 
+    Returns:
+        Whether they are.
+
     """
     try:
         check_linear(recipe)
