@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from datatools.colm import not_better as not_better
     from datatools.colm import saved_seconds as saved_seconds
     from datatools.colm import select_batch as select_batch
-    from datatools.colm import small_sources as small_sources
+    from datatools.colm.small_sources import small_sources as small_sources
     from datatools.errors import DataError as DataError
     from datatools.errors import DatatoolsError as DatatoolsError
     from datatools.errors import EnvironmentProblem as EnvironmentProblem
