@@ -271,7 +271,7 @@ class Optimizer(AveragedWeights, torch.optim.Optimizer):
                 warnings.warn(
                     f"parameter {labels[param]}: its gradient is not finite; {group['rule'].name} left it unchanged",
                     RuntimeWarning,
-                    stacklevel=8,  # the line that calls step()
+                    stacklevel=9,  # the line that calls step()
                 )
 
     def _states_of(self, rule: UpdateRule, params: Sequence[Tensor]) -> list[State]:

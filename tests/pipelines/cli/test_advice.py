@@ -12,7 +12,7 @@ from pipelines.cli.commands import COMMANDS
 from pipelines.settings.load import all_names
 
 PACKAGES = Path(__file__).resolve().parents[3]
-OTHERS = {"--no-deps", "--nproc-per-node", "--input", "--output", "--help", "--version", "--rates"}  # of other tools
+OTHERS = {"--no-deps", "--nproc-per-node", "--input", "--output", "--help", "--version", "--rates", "--head"}  # of other tools
 FLAGS = flags_of_commands()
 
 
