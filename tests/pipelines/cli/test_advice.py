@@ -12,7 +12,8 @@ from pipelines.cli.commands import COMMANDS
 from pipelines.settings.load import all_names
 
 PACKAGES = Path(__file__).resolve().parents[3]
-OTHERS = {"--no-deps", "--nproc-per-node", "--input", "--output", "--help", "--version", "--rates", "--head"}  # of other tools
+# flags of other tools
+OTHERS = {"--no-deps", "--nproc-per-node", "--input", "--output", "--help", "--version", "--rates", "--head"}
 FLAGS = flags_of_commands()
 
 
