@@ -185,7 +185,7 @@ class CoLM(Measuring):
             raise UsageError(f"coreset: rule={rule!r} needs gradients that are measured at each step, and features="
                              f"{self.kind.name!r} has none; use rule='none'")  # fmt: skip
         self.overflows = 0
-        self.wanted: Tensor | None = None
+        self.wanted = None
         self.rate = 1.0
         self.memory = torch.zeros(0, 0)
         self.last: Chosen | None = None
@@ -292,16 +292,6 @@ class CoLM(Measuring):
         self._remember(given[chosen.indices])
         return chosen
 
-    def aim(self, batch: Batch, lengths: Sequence[int] | None = None) -> None:
-        """Measure the mean gradient of target rows, for the next calls of a method that compares rows with them.
-
-        Args:
-            batch: inputs of the target rows.
-            lengths: tokens of each row; None reads the attention mask.
-
-        """
-        self.wanted = self.measured(batch, lengths).mean(0)
-
     def _aims(self) -> dict[str, Any]:
         memory = self.memory if self.method.memory and len(self.memory) else None
         return {"wanted": self.wanted, "rate": self.rate, "memory": memory}
@@ -362,11 +352,13 @@ class CoLM(Measuring):
         """Return what the next choices depend on besides the model.
 
         Returns:
-            The tensors of the history by name, and the count of overflows.
+            The tensors of the history by name, the memory and the mean gradient of target rows of a method that reads
+            them, and the count of overflows.
 
         """
         state = {} if self.history.plain else {k: v.detach().clone() for k, v in self.history.state.items()}
         state |= {"memory": self.memory} if self.method.memory else {}
+        state |= {"wanted": self.wanted} if self.method.target and self.wanted is not None else {}
         return state | {"overflows": torch.tensor(self.overflows)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -380,6 +372,9 @@ class CoLM(Measuring):
 
         """
         own = self.state_dict()
+        if self.method.target:  # absent before the first `aim`, and in checkpoints of older versions
+            own.pop("wanted", None)
+            own |= {"wanted": state["wanted"]} if "wanted" in state else {}
         wrong = [k for k in sorted(own.keys() | state.keys()) if k not in own or k not in state
                  or (own[k].shape != state[k].shape and k != "memory")]  # fmt: skip
         if wrong:
@@ -388,5 +383,7 @@ class CoLM(Measuring):
             )
         self.overflows = int(state["overflows"])
         self.memory = state.get("memory", self.memory)
+        if "wanted" in state:
+            self.wanted = state["wanted"].to(self.target.parameter.device)
         if not self.history.plain:
             self.history.state = {k: state[k].to(v.dtype) for k, v in self.history.state.items()}

@@ -18,6 +18,7 @@ from datatools.colm.feature import FeatureKind
 from datatools.colm.history import History
 from datatools.colm.last_layer import LastLayer
 from datatools.colm.replay import evaluating
+from datatools.errors import DataError
 from datatools.gradients import Batch, Loss, pieces
 from datatools.projectors import PROJECTORS
 
@@ -38,6 +39,7 @@ class Measuring:
         token_budget: tokens per forward pass.
         seed: seed of all draws.
         group: processes that hold the same batch.
+        wanted: mean gradient of target rows, float32 [d], set by `aim`.
 
     """
 
@@ -51,6 +53,7 @@ class Measuring:
     token_budget: int
     seed: int
     group: ProcessGroup | None
+    wanted: Tensor | None
 
     def _measure(
         self,
@@ -90,6 +93,25 @@ class Measuring:
 
         """
         return self._measure(EXACT, batch, torch.arange(len(batch["input_ids"])), lengths, 0, 0, project=True)
+
+    def aim(self, batch: Batch, lengths: Sequence[int] | None = None) -> None:
+        """Measure the mean gradient of target rows, for the next calls of a method that compares rows with them.
+
+        Args:
+            batch: inputs of the target rows.
+            lengths: tokens of each row; None reads the attention mask.
+
+        Raises:
+            DataError: if it is not finite.
+
+        """
+        wanted = self.measured(batch, lengths).mean(0)
+        if not bool(wanted.isfinite().all()):
+            raise DataError(
+                "coreset: the mean gradient of the target rows is not finite; check whether each of them has a "
+                "supervised token and a finite loss, or lower the learning rate"
+            )
+        self.wanted = wanted
 
     def by_products(self, kind: str) -> ByProducts:
         """Create the collector of features while rows are trained on, in the same space as `measured`.

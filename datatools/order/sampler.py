@@ -60,8 +60,11 @@ class OrderSampler(Sampler[int]):
             raise UsageError("OrderSampler: give an order (row numbers) or scores, and not both")
         form = form or Form()
         plain = Form(form.layers, form.sections, form.ratio)
-        made = arrange(scores, shape, form=plain) if scores is not None else [int(row) for row in order or ()]
-        if sorted(made) != list(range(len(made))) or not made:
+        given = () if order is None else order  # perhaps an array, which has no truth value
+        made = arrange(scores, shape, form=plain) if scores is not None else [int(row) for row in given]
+        if not made:
+            raise UsageError("OrderSampler: the order has no rows")
+        if sorted(made) != list(range(len(made))):
             known = set(made)
             lost = next((row for row in range(len(made)) if row not in known), None)
             raise UsageError(

@@ -297,6 +297,8 @@ class Choosing(Featuring):
         if self._saved_history is not None:
             own, kept = givens.split(self._saved_history)
             self._colm.load_state_dict(own)
+            if self._colm.wanted is not None:  # as it was in the last step before the checkpoint
+                self._aimed = self.trainer.state.global_step - 1
             if self._given is not None:
                 self._given.load_state_dict(kept)
             self._saved_history = None

@@ -90,6 +90,7 @@ class Featuring(ABC):
         if self._given is None or not self._given.due(step):
             return 0.0
         started = now()
+        self._given.forget_store()
         for batch in self.everything():
             tensors, _, known = self.large(batch)
             features = colm.measured(tensors, known.get("lengths"))

@@ -114,6 +114,11 @@ class Given:
         """
         return self._next is not None and step >= self._next
 
+    def forget_store(self) -> None:
+        """Drop features of a store before all are measured: they have another dimension, or are of another kind."""
+        if self.stored:
+            self.table, self.stored = FeatureTable(self.table.numbers, self.settings.stale_limit), False
+
     def refreshed(self, step: int) -> None:
         """Note that all features have been measured.
 
@@ -121,7 +126,6 @@ class Given:
             step: The step.
         """
         self._next = step + (self.settings.refresh_every or 1)
-        self.stored = False
 
     def facts(self, numbers: Sequence[int], step: int) -> dict[str, float]:
         """Return what a monitored step logs: the share of rows with features, and their mean age in steps.

@@ -229,15 +229,14 @@ class _Batches(Choosing):
             self._names = sorted(self.counts, key=str)
         else:
             self.counts = {}
-        if CORESET_FEATURES[self.settings.features].free:
-            if self.settings.store is not None:
-                self._table = _stored(self.settings, trainer)
-            trainer.train_dataset = _numbered(trainer.train_dataset)
         check_target(self.settings, None if self._target_rows is None else len(self._target_rows))
         if self._target_rows is not None:
             self.target = self._targets
         trainer.data_collator = _Carry(trainer.data_collator, self.source_key, self._names)
         if CORESET_FEATURES[self.settings.features].free:
+            if self.settings.store is not None:
+                self._table = _stored(self.settings, trainer, self._collate)
+            trainer.train_dataset = _numbered(trainer.train_dataset)
             self._begin_given(range(len(trainer.train_dataset)))
         if self._given is not None and self._given.visits:
             args = trainer.args
@@ -248,7 +247,7 @@ class _Batches(Choosing):
 
     def _targets(self, step: int) -> tuple[dict[str, Tensor], list[int] | None]:
         picks = drawn(len(self._target_rows), self.settings, step, self.trainer.args.seed)
-        batch = self.trainer.data_collator([self._target_rows[i] for i in picks])
+        batch = self._collate([self._target_rows[i] for i in picks])
         return {key: batch[key].to(self.trainer.args.device) for key in _INPUTS if key in batch}, None
 
     @property
@@ -269,8 +268,13 @@ class _Batches(Choosing):
         """Yield batches of all rows of the training data."""
         data = self.trainer.train_dataset
         for start in range(0, len(data), self._large_batch):
-            rows = [data[i] for i in range(start, min(start + self._large_batch, len(data)))]
-            yield self.trainer.data_collator(rows)
+            yield self._collate([data[i] for i in range(start, min(start + self._large_batch, len(data)))])
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return a batch of rows that no loader has read, without the columns that the Trainer's loader removes."""
+        collate = self.trainer._get_collator_with_removed_columns(self.trainer.data_collator)
+        found: dict[str, Any] = collate(rows)
+        return found
 
     def large(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], list[Hashable], dict[str, Any]]:
         """Return what a choice needs of a large batch: tensors, sources, and lengths and names if known."""
@@ -357,11 +361,13 @@ def _numbered(data: Any) -> Any:
     return _Numbered(data)
 
 
-def _stored(settings: CoresetConfig, trainer: Any) -> FeatureTable:
+def _stored(
+    settings: CoresetConfig, trainer: Any, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+) -> FeatureTable:
     """Return the features of a store for the rows of a Trainer, which its collator encodes one by one."""
     keys: dict[int, str] = {}
     for number in range(len(trainer.train_dataset)):
-        batch = trainer.data_collator([trainer.train_dataset[number]])
+        batch = collate([trainer.train_dataset[number]])
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         mask = batch.get("attention_mask")
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[0] != 0

@@ -37,11 +37,14 @@ def measured(setting: Setting, names: Sequence[str]) -> dict[str, list[float]]:
         if (values := kept(path)) is None:
             with setting.run.stage(f"score: {name}"):
                 values = {"values": SCORES[name](setting)}
+            if wrong := [batch for batch, value in enumerate(values["values"]) if not math.isfinite(value)]:
+                raise DataError(
+                    f"order: the score {name} of batch {wrong[0]} is not finite, so that batches cannot be sorted by "
+                    f"it; leave it out of `scores`, or lower --learning-rate if training diverges"
+                )
             files.make_folder(path.parent)
             sealed.write_json(path, values)
         found[name] = list(values["values"])
-        if wrong := [batch for batch, value in enumerate(found[name]) if not math.isfinite(value)]:
-            raise DataError(f"order: the score {name} of batch {wrong[0]} is not finite")
     return found
 
 

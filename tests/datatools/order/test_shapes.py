@@ -1,5 +1,6 @@
 """Orders from scores against the published code's rules, and the sampler that keeps them."""
 
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
@@ -128,6 +129,9 @@ def test_what_has_no_order_is_refused(tmp_path):
         Form(ratio=0.7)
     with pytest.raises(UsageError, match="each of 0 to 2 once; 1 is missing"):
         OrderSampler([0, 2, 2])
+    with pytest.raises(UsageError, match="the order has no rows"):
+        OrderSampler([])
+    assert list(OrderSampler(np.array([1, 0]))) == list(OrderSampler(torch.tensor([1, 0]))) == [1, 0]
     with pytest.raises(UsageError, match="and not both"):
         OrderSampler([0], scores=[1.0])
     trainer = Trainer(model=Seen(), args=arguments(tmp_path), train_dataset=Rows(4))

@@ -16,7 +16,7 @@ from pipelines.training import train
 from tests.optim.distributed.processes import run as in_processes
 from tests.pipelines.colm.runs import metrics, settings
 from tests.pipelines.colm.test_coresets import trained, without_seconds
-from tests.pipelines.colm.test_mixin import CoresetTrainer, build, rows_with_sources, weights
+from tests.pipelines.colm.test_mixin import CoresetTrainer, build, rows_with_sources, strict, weights
 from tests.pipelines.training.runs import result
 from tests.tiny import save_tiny_model
 
@@ -77,6 +77,13 @@ def test_features_are_measured_again_and_a_resumed_run_ends_with_the_same_bits(w
         shutil.rmtree(run / later)
     train.run(settings(world, run, **changes))
     assert without_seconds(result(run)) == without_seconds(result(whole))
+
+
+def test_features_of_a_store_may_have_another_width_than_those_measured_later(world, stores, tmp_path):
+    choose = stored(stores["rds"], refresh_every=2)
+    run = train.run(settings(world, tmp_path / "run", coreset=choose, training=TrainingConfig(epochs=2, max_steps=6)))
+    seen = [e for e in metrics(run) if "match_error" in e]
+    assert "feature_age" not in seen[0] and seen[1]["feature_age"] == 1 and seen[1]["known_share"] == 1
 
 
 @pytest.mark.parametrize("more", [{}, {"method": "importance", "by_product": "loss"}, {"stale_limit": 7}])
@@ -162,7 +169,8 @@ def test_another_trainer_uses_what_it_saw_of_its_rows(tmp_path, passes):
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert torch.equal(weights(whole), weights(again))
     refreshed = build(tmp_path / "c", choose={"keep": 3, "features": "stored", "refresh_every": 2}, source_key="kind",
-                      data=rows_with_sources().to_list())  # fmt: skip
+                      data=[row | {"text": "a"} for row in rows_with_sources()])  # fmt: skip
+    refreshed.data_collator.inner = strict
     refreshed.train()
     assert refreshed._choosing._given.table.ages(range(36), step=6) == [2] * 36
     whole.args.max_steps = 4

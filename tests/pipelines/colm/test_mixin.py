@@ -44,6 +44,12 @@ def pad(rows):
     return {"input_ids": ids, "labels": filled("labels", -100), "attention_mask": (ids != 0).long()}
 
 
+def strict(rows):
+    """A collator that cannot use other columns, as that of a tokenizer cannot use text."""
+    assert set(rows[0]) == {"input_ids", "labels"}
+    return pad(rows)
+
+
 def build(folder, cls=CoresetTrainer, data=None, **changes):
     own = {key: changes.pop(key) for key in ("choose", "source_key", "target_dataset") if key in changes}
     values = {

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from datatools import UsageError
+from datatools import DataError, UsageError
 from pipelines.settings.parts import TrainingConfig
 from pipelines.settings.train import CoresetConfig
 from pipelines.training import train
 from tests.pipelines.colm.runs import metrics, settings
-from tests.pipelines.colm.test_mixin import build, rows_with_sources, weights
+from tests.pipelines.colm.test_mixin import build, pad, rows_with_sources, strict, weights
 
 SIZES = {"keep": 4, "large_batch": 8, "monitor_every": 2}
 STEPS = {"training": TrainingConfig(epochs=2, max_steps=7, micro_tokens=160)}
@@ -48,6 +48,25 @@ def test_another_trainer_has_target_rows(tmp_path):
         build(tmp_path, choose={"keep": 3, "method": "greats"}, source_key="kind")
     with pytest.raises(UsageError, match="herding reads no target rows"):
         build(tmp_path, choose={"keep": 3}, source_key="kind", target_dataset=target)
+
+
+def test_the_gradient_of_target_rows_survives_a_resume_and_must_be_finite(tmp_path):
+    """Columns that the model does not take are removed from target rows, as the loader removes them from others."""
+    target = rows_with_sources(9).add_column("text", ["a"] * 9)
+    choose = {"keep": 3, "method": "greats", "target_every": 10, "target_rows": 4}
+    whole, again = (build(tmp_path / name, choose=choose, source_key="kind", target_dataset=target) for name in "ab")
+    for made in (whole, again):
+        made.data_collator.inner = strict
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    ours, theirs = whole._choosing._colm, again._choosing._colm
+    assert torch.equal(ours.wanted, theirs.wanted), "of the first step, not of the step after the resume"
+    older = {key: value for key, value in ours.state_dict().items() if key != "wanted"}
+    theirs.load_state_dict(older)
+    with torch.no_grad():
+        theirs.model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(DataError, match="mean gradient of the target rows is not finite"):
+        theirs.aim(pad([target[0], target[1]]))
 
 
 def test_what_does_not_fit_is_refused_before_training(world, tmp_path):

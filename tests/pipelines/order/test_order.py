@@ -1,8 +1,12 @@
 """`datatools order` as a user runs it, on a tiny model with random weights; kills, changes and bad input."""
 
 import json
+import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from datatools import DataError, EnvironmentProblem, Order, UsageError, order
 from datatools.order.estimators.pairwise import Pairwise
 from pipelines.models import load as models
-from pipelines.order import cost
+from pipelines.order import cost, scores
 from pipelines.order import kept as kept_files
 from pipelines.order import run as pipeline
 from pipelines.order import search as judging
@@ -339,6 +343,16 @@ def test_curricula_are_estimated_retrained_and_compared_with_random_orders(world
         with pytest.raises((UsageError, DataError), match=message):
             run(settings(world, tmp_path / "other", **base | changes))
         assert not (tmp_path / "other" / "reference").exists()
+
+
+def test_a_score_that_is_not_finite_is_named_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scores.SCORES, "loss", lambda setting: [1.0, math.nan])
+    training, path = SimpleNamespace(learning_rate=1.0), tmp_path / "loss.json"
+    made = SimpleNamespace(kept=lambda *_: path, config=SimpleNamespace(training=training),
+                           run=SimpleNamespace(stage=nullcontext))  # fmt: skip
+    with pytest.raises(DataError, match="the score loss of batch 1 is not finite"):
+        scores.measured(cast(Setting, made), ["loss"])
+    assert not path.exists()
 
 
 def test_clusters_take_the_place_of_sources(world: Path, tmp_path: Path) -> None:
