@@ -33,7 +33,7 @@ class Scale(Use):
 
         """
         assert x is not None
-        return {self.view.name: (g.to(x.dtype) * x).sum(1).view(len(g), *self.shape)}
+        return {self.view.name: (g * x).sum(1).view(len(g), *self.shape)}  # x may be integers or less precise than g
 
 
 @dataclass(eq=False)
@@ -54,7 +54,7 @@ class Channels(Use):
             Name -> gradient of the view [b, *shape], summed over n and places.
 
         """
-        product = g if x is None else g.to(x.dtype) * x
+        product = g if x is None else g * x
         return {self.view.name: product.view(*g.shape[:2], self.shape.numel(), -1).sum((1, 3)).view(-1, *self.shape)}
 
 

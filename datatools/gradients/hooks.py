@@ -159,15 +159,16 @@ class _Pass:
         return losses.detach(), self.refused
 
     def _backward(self, losses: Tensor) -> None:
+        leaves = _leaves(losses)  # those of other modules are not to get a `.grad`, but their paths are to be followed
         unknown = [call for call in self.calls if self.size > 1 and call.layout is None and self._wanted(call.use)]
         if unknown:
             self.dtype = min((losses.dtype, *(p.dtype for p in self.module.parameters())), key=_range)
             self.weighing = True
             for weights in rows.weightings(self.size, self.dtype):
                 weights = weights.to(losses.device, losses.dtype)
-                torch.autograd.backward((losses * weights).sum(), retain_graph=True)
+                torch.autograd.grad((losses * weights).sum(), leaves, retain_graph=True, allow_unused=True)
             self.weighing = False
-        torch.autograd.backward(losses.sum())
+        torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
 
     def _wanted(self, use: Use) -> bool:
         return any(self._asked(name) for name in use.names)
@@ -363,6 +364,22 @@ class _Pass:
 
     def _tensor(self, name: str) -> Tensor:
         return self.made[name].value if name in self.made else self.params[name]
+
+
+def _leaves(y: Tensor) -> list[Tensor]:
+    """Return the tensors at which the graph of `y` starts."""
+    found: list[Tensor] = []
+    left, seen = [y.grad_fn], {y.grad_fn}
+    while left:
+        node = left.pop()
+        if node is None:
+            continue
+        if node.name().endswith("AccumulateGrad"):
+            found.append(node.variable)  # type: ignore[attr-defined]
+        new = {parent for parent, _ in node.next_functions} - seen
+        seen |= new
+        left += new
+    return found
 
 
 def _range(dtype: torch.dtype) -> float:

@@ -85,7 +85,8 @@ def watch_adapter(
     base: Any = one.module.base_layer
     merges = type(base) is nn.Linear or is_conv1d(base)
     alone = not {id(p) for p in base.parameters()} & {id(p) for p in watched}
-    if merges and alone and base.weight.dtype == torch.float32:
+    plain = "forward" not in one.module.__dict__  # otherwise other code has wrapped it, and stays
+    if merges and alone and plain and base.weight.dtype == torch.float32:
         weight = base.weight.detach().mT if is_conv1d(base) else base.weight.detach()
         one.module.forward = _linear(torch.addmm(weight, one.b, one.a, alpha=one.scale), base.bias)
     handle = one.module.register_forward_hook(capture)
@@ -93,7 +94,8 @@ def watch_adapter(
         yield
     finally:
         handle.remove()
-        one.module.__dict__.pop("forward", None)
+        if plain:
+            one.module.__dict__.pop("forward", None)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:

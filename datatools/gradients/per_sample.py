@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,7 +39,7 @@ def per_sample_grads(
     gradients. `hooks` computes linear layers, convolutions and their transposes, embeddings, norms, biases, elementwise
     factors, experts, adapters and tensors derived from parameters in that one pass, and repeats any other operation row
     by row. Parameters whose operation has no rows that it can find use `loop`, and a warning names them once per
-    module. The first call for a module and a set of names takes two more passes over one row, which
+    module. The first call for a module, a loss and a set of names takes two more passes over one row, which
     verify `hooks` against the definition. Memory: b gradients; use `visit_per_sample_grads` to hold one layer at a
     time.
 
@@ -159,23 +160,33 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Known:
-    """What earlier calls have determined about a module."""
+    """What earlier calls have determined about a module under one loss."""
 
     layouts: Layouts = field(default_factory=Layouts)
     checked: set[frozenset[str]] = field(default_factory=set)
     elsewhere: dict[str, str] = field(default_factory=dict)
     """Parameters for which `hooks` did not agree with the definition, with the reason."""
-    announced: set[str] = field(default_factory=set)
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+_ANNOUNCED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, dict[Any, _Known]]] = WeakKeyDictionary()
+
+
+def _known(loss: Loss, module: nn.Module) -> _Known:
+    """Return what is known; another loss may use the module in another way, such as with time in front of rows."""
+    owner = getattr(loss, "__self__", loss)  # a bound method is a new object each time
+    try:
+        by_function = _KNOWN.setdefault(module, WeakKeyDictionary()).setdefault(owner, {})
+    except TypeError:  # it has no hash or no weak references
+        return _Known()
+    return by_function.setdefault(getattr(loss, "__func__", None), _Known())
 
 
 def _visit_by_hooks(
     loss: Loss, module: nn.Module, batch: Batch, params: dict[str, nn.Parameter], visit: Visit,
     take: TakeFactors | None, above: int,
 ) -> Tensor:  # fmt: skip
-    known = _KNOWN.setdefault(module, _Known())
+    known = _known(loss, module)
     if frozenset(params) not in known.checked:
         _check(loss, module, batch, params, known)
         known.checked.add(frozenset(params))
@@ -183,7 +194,7 @@ def _visit_by_hooks(
     losses, refused = visit_by_hooks(loss, module, batch, fast, visit, known.layouts, take, above)
     slow = {name: why for name, why in {**known.elsewhere, **refused}.items() if name in params}
     if slow:
-        _announce(slow, len(params), known)
+        _announce(slow, len(params), _ANNOUNCED.setdefault(module, set()))
         _visit_by_loop(loss, module, batch, {name: params[name] for name in params if name in slow}, visit)
     return losses
 
@@ -210,12 +221,12 @@ def _check(loss: Loss, module: nn.Module, batch: Batch, params: dict[str, nn.Par
 _TOLERANCE = 3.0  # times the root of the precision: 0.001 in float32 and float64, 0.26 in bfloat16; real errors are ~1
 
 
-def _announce(slow: Mapping[str, str], among: int, known: _Known) -> None:
-    new = {name: why for name, why in slow.items() if name not in known.announced}
+def _announce(slow: Mapping[str, str], among: int, announced: set[str]) -> None:
+    new = {name: why for name, why in slow.items() if name not in announced}
     if new:
         name, why = next(iter(new.items()))
         more = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
-        known.announced |= set(new)
+        announced |= set(new)
         warnings.warn(
             f"per-sample gradients: {name}{more} of {among} parameters: {why}; they use method 'loop', with one pass "
             "per row. Exclude them for more speed",
