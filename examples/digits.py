@@ -1,7 +1,8 @@
 """An image classifier on scikit-learn's digits: which rows to train on, which of a batch, and in which order.
 
 A convolutional network with norms stands for any module; features come from all of its parameters. A third of the
-pool's labels are wrong. Every comparison is with random choices, on test images that nothing else sees.
+pool's labels are wrong. Every comparison is with random choices, on test images that no training and no selection sees.
+Seeds start at `FIRST`: the design was chosen on seeds 0 to 2, and the page shows others.
 
 Run: python examples/digits.py (about a minute; it writes digits.html)
 """
@@ -31,6 +32,8 @@ from datatools.subsets.herding import herding
 from optim import SGDRule, UpdateMap, create
 
 WRONG = 1 / 3
+FIRST = 10
+"""The first seed of the divisions of the images, wrong labels, weights and batches."""
 
 
 def network(seed: int) -> nn.Module:
@@ -122,11 +125,11 @@ def scores(pool: dict[str, Tensor], target: dict[str, Tensor], seed: int) -> Ten
     return found - (of_label.float().T @ found / of_label.sum(0))[pool["label"]]
 
 
-def selection(seeds: int, steps: int) -> tuple[dict[str, list[float]], list[float], list[float]]:
+def selection(seeds: range, steps: int) -> tuple[dict[str, list[float]], list[float], list[float]]:
     """Test accuracy after training on each kind of selection, and the share of wrong labels in ours and in random."""
     found: dict[str, list[float]] = {}
     ours, chance = [], []
-    for seed in range(seeds):
+    for seed in seeds:
         pool, target, test, wrong = data(seed)
         chosen = scores(pool, target, seed)
         candidates = Candidates(keys=keys_of(pool), scores=chosen)
@@ -145,11 +148,11 @@ def selection(seeds: int, steps: int) -> tuple[dict[str, list[float]], list[floa
     return found, ours, chance
 
 
-def coresets(seeds: int, steps: int) -> dict[str, list[float]]:
+def coresets(seeds: range, steps: int) -> dict[str, list[float]]:
     """Test accuracy along training on 8 of 64 rows, chosen by herding on gradients of the head, and on others."""
     every = max(1, steps // 10)
     curves: dict[str, list[list[float]]] = {}
-    for seed in range(seeds):
+    for seed in seeds:
         pool, _, test, _ = data(seed)
         for name in ("8 of 64 by herding", "8 of 64 at random", "all 64"):
             module, draw = network(200 + seed), torch.Generator().manual_seed(seed)
@@ -210,20 +213,21 @@ def main(out: Path = Path("digits.html"), seeds: int = 3, steps: int = 150, coun
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
 
-    selected, ours, chance = selection(seeds, steps)
+    shown = range(FIRST, FIRST + seeds)
+    selected, ours, chance = selection(shown, steps)
     print("test accuracy in per cent, mean of", seeds, "seeds")
     for name, values in selected.items():
         print(f"  {name}: {mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
     print(f"wrong labels: {mean(ours):.1f} per cent of the 600 selected rows, {mean(chance):.1f} of random rows")
-    curves = coresets(seeds, steps)
+    curves = coresets(shown, steps)
     for name, curve in curves.items():
         print(f"  {name}: {curve[-1]:.1f}")
-    ordered, correlation = orders(0, count, trials)
+    ordered, correlation = orders(FIRST, count, trials)
     print("held-out loss by order:", {name: round(mean(values), 4) for name, values in ordered.items()})
     print(f"correlation of estimated and true losses of random orders: {correlation:.2f}")
 
-    pool, target, _, wrong = data(0)
-    ranked = scores(pool, target, 0).argsort()
+    pool, target, _, wrong = data(FIRST)
+    ranked = scores(pool, target, FIRST).argsort()
     lowest = {
         f"{n}: {int(pool['label'][i])}, {'wrong' if wrong[i] else 'right'}": pool["image"][i, 0]
         for n, i in enumerate(ranked[:12], 1)
@@ -237,6 +241,12 @@ def main(out: Path = Path("digits.html"), seeds: int = 3, steps: int = 150, coun
                 f"A third of the labels of 900 rows are wrong. Rows are chosen by the influence of their gradients, of "
                 f"all parameters, on 50 clean target rows, within each label. {mean(ours):.0f} % of the labels of the "
                 f"600 best are wrong, against {mean(chance):.0f} % of random rows. Dots are seeds."
+            ),
+            page.paragraph(
+                f"How this was chosen: plain influence, without the comparison within labels, was tried first and lost "
+                f"to random rows in test accuracy on seeds 0 to 2. The comparison within labels was added after that "
+                f"was seen. The numbers here are from seeds {shown[0]} to {shown[-1]}, on which nothing was chosen; "
+                f"they divide the same 1,797 images in other ways, so that single images occur in both."
             ),
             page.bars("Test accuracy after training", selected, " %"),
             page.pictures("The rows with the lowest influence, with the label they have:", lowest),

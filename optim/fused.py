@@ -64,11 +64,26 @@ class FusedBackward:
         ]
         if not self._hooks:
             raise ValueError("fuse_backward: the optimizer has no parameter of this model that requires a gradient")
+        self._stepped: set[Tensor] = set()
+        self._groups: set[int] = set()
 
     @torch.no_grad()
     def _step(self, param: Tensor, *, index: int) -> None:
+        if param in self._stepped:  # an earlier pass ended with an error
+            self._end_of_pass()
+        if not self._stepped:
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_pass)
+        group = self.optimizer.param_groups[index]
+        if index in self._groups and "rounding_step" in group:
+            group["rounding_step"] -= 1  # which counts the steps of the group, and not of its parameters
+        self._stepped.add(param)
+        self._groups.add(index)
         self.optimizer.step_one(param, index)
         param.grad = None
+
+    def _end_of_pass(self) -> None:
+        self._stepped.clear()
+        self._groups.clear()
 
     def remove(self) -> None:
         """Let the optimizer step as usual from now on."""

@@ -4,6 +4,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -20,6 +21,9 @@ class QKClip:
     step of the optimizer, multiplies the head's queries and keys by sqrt(threshold / S) if S is larger than the
     threshold. Where several query heads share a key head, the queries alone are multiplied by threshold / S.
 
+    With several processes, `clip` takes the largest logits of all of them, so that copies of a model stay equal; all
+    processes of `process_group` must call it.
+
     Logits are those of `torch.nn.functional.scaled_dot_product_attention`. A model of transformers must be loaded with
     ``attn_implementation="sdpa"``, its default.
 
@@ -27,9 +31,11 @@ class QKClip:
         model: The model. Its attention modules are those with two linear layers of the given names.
         threshold: The largest logit that is allowed.
         names: The names of the query and key layers.
+        process_group: The processes with copies of the model; all by default.
 
     Raises:
-        ValueError: If no module has both layers, or if queries are normalised, which bounds logits already.
+        ValueError: If no module has both layers, if a layer has no floating-point weight of its own (adapters), or if
+            queries are normalised, which bounds logits already.
 
     Source:
         Kimi Team 2025, arXiv 2507.20534, algorithm 1.
@@ -56,10 +62,14 @@ class QKClip:
     """
 
     def __init__(
-        self, model: nn.Module, threshold: float = 100.0, names: tuple[str, str] = ("q_proj", "k_proj")
+        self,
+        model: nn.Module,
+        threshold: float = 100.0,
+        names: tuple[str, str] = ("q_proj", "k_proj"),
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         check_positive("QKClip", threshold=threshold)
-        self.threshold, self.names = threshold, names
+        self.threshold, self.names, self.process_group = threshold, names, process_group
         self.largest: dict[nn.Module, Tensor] = {}
         """Attention module -> the largest logit of each head since the last `clip`, [heads]."""
         self._heads: dict[nn.Module, int] = {}
@@ -71,6 +81,16 @@ class QKClip:
             if isinstance(getattr(module, "q_norm", None), nn.Module):
                 self.remove()
                 raise ValueError(f"QKClip: {name} normalises its queries (q_norm), which bounds its logits already")
+            for key in names:
+                layer = getattr(module, key)
+                own = layer._parameters.get("weight")
+                if own is None or not own.is_floating_point():
+                    self.remove()
+                    raise ValueError(
+                        f"QKClip: {name}.{key} is a {type(layer).__name__} without a floating-point weight of its own, "
+                        "such as an adapter around a layer or a quantised layer, and cannot be scaled; merge adapters, "
+                        "or train without QKClip"
+                    )
             self._hooks.append(module.register_forward_pre_hook(self._begin))
             self._hooks.append(module.register_forward_hook(self._end, always_call=True))
         if not self._hooks:
@@ -131,7 +151,10 @@ class QKClip:
                 "model with attn_implementation='sdpa', and call clip() once per step"
             )
         clipped = 0
+        shared = dist.is_available() and dist.is_initialized()
         for module, largest in self.largest.items():
+            if shared:
+                dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.process_group)
             factor = (self.threshold / largest.clamp(min=self.threshold)).to(largest.device)
             over = int((factor < 1).sum())
             clipped += over

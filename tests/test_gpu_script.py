@@ -25,6 +25,13 @@ def test_what_does_not_fit_is_named(tmp_path, capsys):
         assert gpu.main(["--out", str(tmp_path)]) == 2 and "--dry" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not backend.interpreted, reason="triton is not installed, or kernels are made for a GPU")
+def test_an_error_half_way_is_written_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "measure", lambda *_: [][0])
+    assert gpu.main(["--dry", "--out", str(tmp_path)]) == 1
+    assert "IndexError" in (tmp_path / "gpu-interpreter.json").read_text()
+
+
 def test_tests_of_kernels_are_not_skipped_for_nothing():
     """They were, when `import optim` no longer loaded what reads the environment."""
     assert backend.interpreted or find_spec("triton") is None or gpu.torch.cuda.is_available()

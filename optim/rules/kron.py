@@ -27,6 +27,7 @@ from optim.sharding import check_whole
 DIAGONALS = ("none", "largest", "all")
 _BALANCED = 100  # steps from one balancing of the two factors to the next
 _DAMPING = math.sqrt(torch.finfo(torch.float32).eps)
+_DEAD = 1e-15  # the largest entry of h below which its factors are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,8 @@ class KronRule(MatrixRule):
         - The noise is drawn by Philox from the seed and the step, and not by torch's generators.
         - AdamW steps vectors, for which the published code has a diagonal factor. Tensors with more dimensions are
           treated as [dim 0, rest].
+        - A matrix whose h has no entry above 1e-15 is not fitted. By the published formula its factors grow with every
+          fit, so that those of a layer without gradients overflow when gradients return.
         - Both factors are balanced every 100 steps, and not at random once in 100 fits. This does not change u.
     """
 
@@ -184,6 +187,7 @@ class KronRule(MatrixRule):
         """Change the factors as the class docstring says."""
         (g,) = self.stacks(grad.to(state["exp_avg"].dtype))
         h = self._average(g, state, state["step"] + 1)[1] if self.fit_momentum else g
+        lives = h.abs().amax((-2, -1)) > _DEAD
         noise = normals(h.numel(), seed=self.seed, stream=step, device=h.device).to(h.dtype).reshape(h.shape)
         h = h + _DAMPING * h.abs().mean((-2, -1), keepdim=True) * noise
         left, right = state["factor_left"], state["factor_right"]
@@ -196,7 +200,7 @@ class KronRule(MatrixRule):
             else:
                 ours, theirs = x @ x.mT, y @ y.mT
                 change = (ours - theirs).triu() / _spectral_norm(ours + theirs).clamp(min=_tiny(q)) @ q
-            q.sub_(change, alpha=self.precond_lr)
+            q.sub_(torch.where(_fitting(lives, q), change, 0.0), alpha=self.precond_lr)
 
 
 def _tiny(x: Tensor) -> float:

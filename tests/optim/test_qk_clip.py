@@ -75,3 +75,24 @@ def test_it_trains_beside_an_optimizer_and_says_what_is_missing():
     model.model.layers[0].self_attn.q_norm = torch.nn.LayerNorm(8)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn normalises its queries"):
         QKClip(model)
+
+
+def test_copies_of_a_model_are_scaled_alike_and_adapters_are_refused(monkeypatch):
+    model = llama(4)
+    clip = QKClip(model, threshold=2.0)
+    model(IDS)
+    elsewhere = 100 * max(float(largest.max()) for largest in clip.largest.values())
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, op, group: x.fill_(elsewhere))
+    before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    assert clip.clip() == 8
+    after = model.model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(after.detach(), before * (2.0 / elsewhere) ** 0.5)
+    attention = model.model.layers[1].self_attn
+    clip.remove()
+    attention.q_proj = torch.nn.Sequential(attention.q_proj)
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.self_attn\.q_proj is a Sequential without a floating-point weight"
+    ):
+        QKClip(model)
+    assert not model.model.layers[0].self_attn._forward_hooks, "nothing is left of it"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from optim import RULES, CondaRule, MuonRule, NorMuonRule, Optimizer, ROOTRule, UpdateMap, stacks
+from optim import RULES, CondaRule, KronRule, MuonRule, NorMuonRule, Optimizer, ROOTRule, UpdateMap, stacks
 from optim.rules.root import fit_coefficients
 from tests.optim.harness import assert_close, assert_same, randn, set_grads, train
 from tests.optim.properties import Memory
@@ -265,3 +265,17 @@ def test_root_uses_the_triple_of_the_shape():
     by_table = rule.update(grad, rule.init(p), p)[0]
     plain = replace(rule, shape_coefficients=(), ns_coefficients=((3.0, -3.0, 1.0),))
     assert_same([by_table], [plain.update(grad, plain.init(p), p)[0]])
+
+
+def test_factors_of_kron_do_not_grow_while_there_are_no_gradients():
+    """They overflowed at the first gradient after a thousand fits to nothing."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(4, 8))
+    optimizer = Optimizer([weight], KronRule(update_probability=1.0), lr=1e-3)
+    for _ in range(3):
+        weight.grad = torch.zeros(4, 8)
+        optimizer.step()
+        assert torch.equal(optimizer.state[weight]["factor_left"][0], torch.eye(4))
+    weight.grad = torch.randn(4, 8)
+    optimizer.step()
+    assert not torch.equal(optimizer.state[weight]["factor_left"][0], torch.eye(4))
