@@ -35,8 +35,8 @@ def choose(context: Context, scored: Scored) -> Selection:
         return _like_the_target(name, rows, _target_lengths(context), config.budget, **options)
     if SELECTORS[name].similarity and rows.similarity is None:
         raise UsageError(
-            f"--selector {name} takes turns between target rows, and --method {config.method} keeps no similarity to "
-            "each of them; leave the selector out, or use a method that does, such as tfidf, rds or less"
+            f"--selector {name} chooses by the similarity to each target row, and --method {config.method} keeps no "
+            "similarity to each of them; leave the selector out, or use a method that does, such as tfidf, rds or less"
         )
     if SELECTORS[name].scores and not scored.scores.isfinite().any():
         raise DataError("no row of the pool has a finite score; see the statuses in scores.parquet")

@@ -129,8 +129,8 @@ def _check_selector(config: SelectConfig, name: str) -> None:
         )
     if SELECTORS[name].similarity and "target" not in known(config.method).needs:
         raise UsageError(
-            f"--selector {name} takes turns between target rows, and --method {config.method} compares with none; use "
-            "a method that does (datatools ls methods), such as tfidf, rds or less"
+            f"--selector {name} chooses by the similarity to each target row, and --method {config.method} compares "
+            "with none; use a method that does (datatools ls methods), such as tfidf, rds or less"
         )
     if SELECTORS[name].reference and not config.target:
         raise UsageError(f"--selector {name} compares with target rows; name them with --target FILE")

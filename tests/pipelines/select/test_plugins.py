@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from datatools import SELECTORS, UsageError
+from datatools import AGGREGATIONS, SELECTORS, UsageError
 from datatools.selection.selectors import Selector
 from pipelines.cli.app import main
 from pipelines.select import run as select
@@ -171,7 +171,7 @@ def test_every_selector_is_reached_from_the_command_line(world: World, tmp_path:
     assert all(("most similar" in reason) == SELECTORS[name].scores for reason in reasons)
 
 
-@pytest.mark.parametrize("name", sorted(name for name, record in SELECTORS.items() if record.similarity))
+@pytest.mark.parametrize("name", sorted(set(SELECTORS) & set(AGGREGATIONS)))
 @pytest.mark.parametrize("method", ["tfidf", "rds"])
 def test_turns_between_target_rows_take_the_same_rows_both_ways(
     world: World, tmp_path: Path, name: str, method: str
@@ -187,7 +187,9 @@ def test_turns_between_target_rows_take_the_same_rows_both_ways(
 def test_a_selector_that_cannot_work_is_refused_before_anything_is_read(world: World, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--selector top_k needs scores, and --method random gives none"):
         select.run(world.select(tmp_path / "a", method="random", selector="top_k"))
-    with pytest.raises(UsageError, match="--selector bids takes turns between target rows, and --method loss compares"):
+    with pytest.raises(
+        UsageError, match="--selector bids chooses by the similarity to each target row, and --method loss compares"
+    ):
         select.run(world.select(tmp_path / "a", method="loss", selector="bids"))
     with pytest.raises(UsageError, match="--selector random_length compares with target rows"):
         select.run(world.select(tmp_path / "b", method="loss", selector="random_length", target=[]))
