@@ -47,7 +47,10 @@ def table(n: int, m: int, folder: Path | None = None) -> Float32[Tensor, "n m"]:
     place = Path(folder or tempfile.gettempdir())
     try:
         with tempfile.TemporaryFile(dir=place) as file:
-            os.posix_fallocate(file.fileno(), 0, size)  # so that no write can fail later
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)  # so that no write can fail later
+            else:  # macOS
+                os.truncate(file.fileno(), size)
             mapped = mmap.mmap(file.fileno(), size)
     except OSError as error:
         raise files.explain(error, place, "write") from error

@@ -174,6 +174,8 @@ class Ids(Texts):
 
         while waiting:
             index = heapq.heappop(waiting)
+            while waiting and waiting[0] == index:  # it shares its id, and gave way to an earlier row as well
+                heapq.heappop(waiting)
             part, row = self.place(index)
             identity = self.pieces[part].raw(row).decode()
             if identity in first:

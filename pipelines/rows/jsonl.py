@@ -62,6 +62,9 @@ class Malformed(Exception):
         self.reason = reason
         self.detail = detail
 
+    def __reduce__(self) -> tuple[Any, ...]:  # for other processes that index the same input
+        return type(self), (self.reason, self.detail)
+
 
 class Line(NamedTuple):
     """One physical line.

@@ -56,3 +56,12 @@ def test_workers_ranges_and_growth(tmp_path, monkeypatch):
     grown, more = index(path, tmp_path / "b")
     assert len(grown.pool) == len(cut.pool) + 1 and len(alone.keys() & more.keys()) >= len(alone) - 4
     assert grown.pool.ids[-1] == "i0#3" and told(grown) == told(index(path, tmp_path / "d")[0])
+
+
+def test_rows_that_could_not_be_copied_reach_the_other_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranges, "BYTES", 200)
+    rows = [json.dumps({"prompt": f"Question {i}?", "completion": "word"}) for i in range(8)]
+    path = tmp_path / "pool.json"
+    path.write_text(f"[{', '.join([*rows[:3], '', *rows[3:]])}]")
+    found, _ = index(path, tmp_path / "cache", processes=2)
+    assert len(found.pool) == 8 and [(bad.line, bad.reason) for bad in found.bad] == [(4, "invalid_json")]

@@ -94,6 +94,10 @@ def test_ids_are_unique(tmp_path):
     with pytest.raises(DataError, match="repeated_id \\(id 'x' is also at .*data.jsonl:1\\)"):
         read(tmp_path, b"\n".join(rows), on_bad_row="error")
     assert read(tmp_path, b"\n".join(map(line, ["x#2", "x", "x"])))[0].ids == ["x#2", "x", "x#3"]
+    pool, _ = read(
+        tmp_path, b"\n".join(map(line, ["x", "x", "x#2", "x#2"]))
+    )  # these share an id, and give way to row 1
+    assert pool.ids == ["x", "x#2", "x#2#2", "x#2#3"] and pool.flags["repeated_id"] == 3
     start = time.process_time()
     pool, _ = read(tmp_path, b"\n".join([line("same")] * 20_000))
     assert len(set(pool.ids)) == 20_000 and time.process_time() - start < 10
