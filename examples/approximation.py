@@ -139,7 +139,8 @@ def main(
         "By optimizer": [
             page.paragraph(
                 f"Width 32, two heads, {steps} steps, no weight decay; for each optimizer the best of three to five "
-                f"learning rates, a factor of three apart; for some, the best may lie beyond. {best} fits best."
+                f"learning rates, a factor of three apart, by the same error; for some, the best may lie beyond. "
+                f"{best} fits best."
             ),
             page.bars("Error, smallest first", {name: [min(results[name][0], 9.99)] for name in ranked}),
             page.table(["optimizer", "error", "learning rate"],
