@@ -34,7 +34,7 @@ def run_curricula(setting: Setting) -> None:
     rows: list[dict[str, Any]] = [{"name": name, "sequence": list(s)} for name, s in named.items()]
     blind = setting.random_orders("random", config.retrain)
     seen = None if config.train_all else _estimated(setting, rows)
-    tried = sorted(rows, key=lambda row: row.get("estimated", 0.0))
+    tried = sorted(rows, key=lambda row: _loss(row, "estimated", 0.0))
     if seen is not None:
         tried = tried[: config.retrain] if seen.worth_it else []
     rows += [{"name": f"random {i + 1}", "sequence": list(s)} for i, s in enumerate(blind)]
@@ -47,10 +47,10 @@ def run_curricula(setting: Setting) -> None:
         for row, loss in zip(runs, found, strict=True):
             row["true"] = loss
     key = "true" if "true" in reference else "estimated"
-    best = min((row for row in rows[: len(named)] if key in row), key=lambda row: row[key])
+    best = min((row for row in rows[: len(named)] if key in row), key=lambda row: _loss(row, key))
     proposed = best if seen is None or seen.worth_it else reference
     setting.plan.reordered(tuple(proposed["sequence"])).save(setting.run.path("order.npz"))
-    drawn = [row[key] for row in rows[len(named) :] if key in row]
+    drawn = [row[key] for row in rows[len(named) :] if math.isfinite(row.get(key, math.nan))]
     sealed.write_json(
         setting.run.path("curricula.json"),
         order.finite({
@@ -63,6 +63,12 @@ def run_curricula(setting: Setting) -> None:
         }),
     )  # fmt: skip
     _say_result(setting, proposed, key, drawn, seen)
+
+
+def _loss(row: dict[str, Any], key: str, missing: float = math.inf) -> float:
+    """Return a loss to sort by: infinite for an order that diverged, because NaN has no place in an order."""
+    value = float(row.get(key, missing))
+    return math.inf if math.isnan(value) else value
 
 
 def made_curricula(setting: Setting) -> dict[str, tuple[int, ...]]:
