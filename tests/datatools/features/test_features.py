@@ -362,7 +362,9 @@ def test_a_non_finite_row_is_marked_and_harms_no_other(module, tmp_path, kind, r
     rows = [r if i in bad else ([r[0][0] % 190, *r[0][1:]], r[1]) for i, r in enumerate(rows)]
     updates, projector = warmed(module, rule), PROJECTORS["sjlt"].of({}, 64, 0)
     clean = everything(Job(module, rows, updates, projector).fill(tmp_path / "clean"))
-    store = Job(module, rows, updates, projector, loss=poisoned(kind, tokens)).fill(tmp_path / "poisoned")
+    loss = poisoned(kind, tokens)
+    Job(module, rows[4:8], updates, projector, loss=loss).fill(tmp_path / "sound")  # learns where rows are
+    store = Job(module, rows, updates, projector, loss=loss).fill(tmp_path / "poisoned")
     features, norms, status = everything(store)
     assert [i for i, state in enumerate(status) if state == "nonfinite"] == bad
     assert set(status) == {"ok", "nonfinite"}
