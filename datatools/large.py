@@ -27,8 +27,8 @@ def table(n: int, m: int, folder: Path | None = None) -> Float32[Tensor, "n m"]:
     Args:
         n: The number of rows.
         m: The number of columns.
-        folder: A folder on the disk that takes the file, which has no name and vanishes with the matrix; by default
-            that for temporary files.
+        folder: A folder on the disk that takes the file, which has no name and vanishes with the matrix; by default,
+            and if it cannot be written to, that for temporary files.
 
     Returns:
         float32 [n, m].
@@ -44,7 +44,7 @@ def table(n: int, m: int, folder: Path | None = None) -> Float32[Tensor, "n m"]:
     size = 4 * n * m
     if size <= LARGE:
         return torch.zeros(n, m)
-    place = Path(folder or tempfile.gettempdir())
+    place = writable(folder)
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             if hasattr(os, "posix_fallocate"):
@@ -59,6 +59,23 @@ def table(n: int, m: int, folder: Path | None = None) -> Float32[Tensor, "n m"]:
     _maps[address] = mapped
     weakref.finalize(array, _maps.pop, address, None)
     return torch.from_numpy(array).reshape(n, m)
+
+
+def writable(folder: Path | None) -> Path:
+    """Return a folder for temporary files: the given one, unless it cannot be written to, as that of a shared run.
+
+    Args:
+        folder: The folder; None is the default one.
+
+    Returns:
+        The folder.
+
+    Example:
+        >>> writable(Path("/a/missing/folder")) == Path(tempfile.gettempdir())
+        True
+
+    """
+    return folder if folder is not None and os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
 
 
 def blocks(matrix: Float[Tensor, "n m"]) -> Iterator[slice]:

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from datatools import DataError, files
+from datatools import DataError, files, large
 from pipelines.rows.rows import Rows
 
 WORD = r"(?u)\b\w+\b"
@@ -247,7 +247,7 @@ class Counted:
         self.frequencies = Frequencies()
         self._sizes: list[int] = []
         self._close = ExitStack()
-        folder = None if pool.kept is None else pool.kept.folder
+        folder = large.writable(None if pool.kept is None else pool.kept.folder)
         self._spool: IO[bytes] = self._close.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
         try:
             self._count(pool, pairs, every, folder)
@@ -258,7 +258,7 @@ class Counted:
             self._close.close()
             raise DataError(f"--method {method}: no row of the pool or the target holds a word; use another method")
 
-    def _count(self, pool: Rows, pairs: bool, every: bool, folder: Path | None) -> None:
+    def _count(self, pool: Rows, pairs: bool, every: bool, folder: Path) -> None:
         lengths = [np.zeros(0, np.int64)]
         for block in blocks_of(pool, pairs):
             self.vocabulary.see(block, block.start)
@@ -269,7 +269,7 @@ class Counted:
             try:
                 self._spool.write(records.tobytes())
             except OSError as error:
-                raise files.explain(error, folder or tempfile.gettempdir(), "write") from error
+                raise files.explain(error, folder, "write") from error
             self._sizes.append(len(records))
             lengths.append(block.lengths)
         self.frequencies.settle()

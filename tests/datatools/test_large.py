@@ -23,6 +23,7 @@ def test_a_matrix_in_a_file(small, tmp_path):
     assert torch.equal(found, values) and not list(tmp_path.iterdir())
     order = torch.randperm(700)
     assert torch.equal(large.taken(found, order), values[order])
+    assert large.table(700, 3, tmp_path / "not writable").shape == (700, 3)
 
 
 @pytest.mark.parametrize("levels", [2, 10**6])
