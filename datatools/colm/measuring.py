@@ -53,7 +53,7 @@ class Measuring:
     token_budget: int
     seed: int
     group: ProcessGroup | None
-    wanted: Tensor | None
+    wanted: Float[Tensor, " d"] | None
 
     def _measure(
         self,
