@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -74,13 +75,11 @@ def coverage_order(similarity: Float[Tensor, "n m"]) -> NDArray[np.int64]:
         Nemhauser, Wolsey and Fisher 1978 (the bound); Minoux 1978 (lazy evaluation).
 
     Example:
-        >>> import torch
         >>> coverage_order(torch.tensor([[0.9, 0.1], [0.8, 0.1], [0.1, 0.6]])).tolist()
         [0, 2, 1]
 
     """
-    given = similarity.double().numpy()
-    values = np.maximum(given, 0.0)
+    values = similarity.double().clamp(min=0.0).numpy()
     held, roots = np.zeros(values.shape[1]), np.zeros(values.shape[1])
     queue = [(-float(gain), row) for row, gain in enumerate(np.sqrt(values).sum(1)) if gain > 0]
     heapq.heapify(queue)
@@ -96,4 +95,5 @@ def coverage_order(similarity: Float[Tensor, "n m"]) -> NDArray[np.int64]:
         held += values[row]
         roots = np.sqrt(held)
     rest = np.setdiff1d(np.arange(len(values)), order)
-    return np.concatenate([np.asarray(order, np.int64), rest[np.argsort(-given[rest].mean(1), kind="stable")]])
+    left = similarity[torch.from_numpy(rest)].double().numpy().mean(1)
+    return np.concatenate([np.asarray(order, np.int64), rest[np.argsort(-left, kind="stable")]])
