@@ -186,7 +186,7 @@ class Vocabulary:
         terms, places = np.unique(at[there], return_index=True)  # the first place of each: blocks are sorted by row
         new = self._row[terms] == np.iinfo(np.int64).max
         terms, places = terms[new], np.flatnonzero(there)[places[new]]
-        self._row[terms], self._first[terms] = start + block.row[places], block.first[places]
+        self._row[terms], self._first[terms] = block.row[places].astype(np.int64) + start, block.first[places]
 
     def settle(self) -> None:
         """Put the terms in order, when all blocks have been seen."""
