@@ -60,7 +60,7 @@ def plan(setting: Setting) -> None:
     if seen.worth_it and config.retrain:
         for row, loss in zip(rows, true_losses(setting, [row["sequence"] for row in rows], RETRAINED), strict=True):
             row["true"] = loss
-    proposed = rows[0] if seen.worth_it else rows[2]
+    proposed = _proposed(rows, seen.worth_it)
     setting.plan.reordered(proposed["sequence"]).save(setting.run.path("order.npz"))
     result: dict[str, Any] = {
         "names": list(made.names), "steps": list(made.steps), "order": chosen, "scores": scores.tolist(),
@@ -75,6 +75,16 @@ def plan(setting: Setting) -> None:
     _say_result(setting, result, proposed)
 
 
+def _proposed(rows: list[dict[str, Any]], worth_it: bool) -> dict[str, Any]:
+    """Return the row of the plan or of mixed sources: the lower true loss, or the lower estimate if none was retrained.
+
+    Mixed sources are proposed where no order of the sources is worth it.
+    """
+    plan, mixed = rows[0], rows[2]
+    key = "true" if "true" in plan else "estimated"
+    return mixed if not worth_it or mixed[key] < plan[key] else plan
+
+
 def _say_result(setting: Setting, result: dict[str, Any], proposed: dict[str, Any]) -> None:
     clear, pairs = result["clear"], result["pairs"]
     cost = result["cost_in_batch_gradients"] / result["retraining_in_batch_gradients"]
@@ -83,21 +93,28 @@ def _say_result(setting: Setting, result: dict[str, Any], proposed: dict[str, An
     if not result["worth_it"]:
         say(f"{setting.run.path('order.npz')} keeps the sources mixed; --set worth=0 goes on all the same")
         return
-    say(f"order: {setting.run.path('order.npz')} (datatools train --order)")
-    mixed = next(row for row in result["rows"] if row["sources"] is None)
-    if "true" in proposed:
-        others = [row["true"] for row in result["rows"][3:]]
-        random = f", of {len(others)} random orders {np.mean(others):.5f} on average" if others else ""
+    plan_, reverse, mixed, *others = result["rows"]
+    key = "true" if "true" in plan_ else "estimated"
+    if key == "true":
+        drawn = [row["true"] for row in others]
+        random = f", of {len(drawn)} random orders {np.mean(drawn):.5f} on average" if drawn else ""
         say(
-            f"retrained: the plan {proposed['true']:.5f}, its reverse {result['rows'][1]['true']:.5f}, sources mixed "
+            f"retrained: the plan {plan_['true']:.5f}, its reverse {reverse['true']:.5f}, sources mixed "
             f"{mixed['true']:.5f}{random}"
         )
-    key = "true" if "true" in proposed else "estimated"
-    if mixed[key] < proposed[key]:
+    if proposed is mixed:
         warn(
-            f"one source after the other ends at {proposed[key]:.5f} even in the best order, sources mixed at "
-            f"{mixed[key]:.5f}: mixing is better here"
+            f"one source after the other ends at {plan_[key]:.5f} even in the planned order, sources mixed at "
+            f"{mixed[key]:.5f} ({'retrained' if key == 'true' else 'estimated'}): mixing is better here, and "
+            "order.npz keeps the sources mixed"
         )
+    elif key == "true" and (better := [row for row in (reverse, *others) if row["true"] < plan_["true"]]):
+        best = min(better, key=lambda row: float(row["true"]))
+        warn(
+            f"the plan is not the best of the retrained orders of sources: {best['name']} ends at {best['true']:.5f} "
+            f"({', '.join(best['sources'])})"
+        )
+    say(f"order: {setting.run.path('order.npz')} ({proposed['name']}; datatools train --order)")
 
 
 def _tournament(setting: Setting) -> order.Tournament:

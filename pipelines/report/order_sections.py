@@ -26,7 +26,7 @@ def plan_view(found: dict[str, Any] | None) -> dict[str, Any] | None:
         "order": names,
         "sentence": found["sentence"],
         "worth_it": found["worth_it"],
-        "proposed": found["proposed"],
+        "mixed": found["proposed"] == "sources mixed",
         "clear": found["clear"],
         "pairs": found["pairs"],
         "cost": number(found["cost_in_batch_gradients"] / found["retraining_in_batch_gradients"], 3),

@@ -17,6 +17,7 @@ from datatools.order.estimators.pairwise import Pairwise
 from pipelines.models import load as models
 from pipelines.order import cost, scores
 from pipelines.order import kept as kept_files
+from pipelines.order import plan as planning
 from pipelines.order import run as pipeline
 from pipelines.order import search as judging
 from pipelines.order.run import run
@@ -282,12 +283,41 @@ def test_a_plan_sorts_sources_and_ends_early_where_there_is_nothing_to_win(world
     assert [row["name"] for row in found["rows"]][:3] == ["the plan", "the plan, reversed", "sources mixed"]
     assert all(row["true"] > 0 and row["estimated"] > 0 for row in found["rows"]) and len(found["rows"]) == 5
     assert all(error > 0 for error in found["errors"]) and found["clear"] is not None
-    assert tuple(found["rows"][0]["sequence"]) == proposed.sequence
+    plan, _, mixed, *_ = found["rows"]
+    best = min((plan, mixed), key=lambda row: row["true"])
+    assert found["proposed"] == best["name"] and tuple(best["sequence"]) == proposed.sequence
     predicted, true = (found["rows"][0][key] - found["rows"][1][key] for key in ("estimated", "true"))
     assert predicted < 0 and true < 0, "the plan is better than its reverse, as predicted"
     assert "Which source first?" in (out / "report.html").read_text()
     run(settings(world, out, worth=0, plan_anchors=2, **base | {"retrain": 0}))
     assert len(list((out / "plans").iterdir())) == 2
+
+
+@pytest.mark.parametrize("retrain, mixed", [(1, True), (1, False), (0, None)])
+def test_a_plan_that_mixed_sources_beat_keeps_the_sources_mixed(
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    retrain: int,
+    mixed: bool | None,
+) -> None:
+    """By true losses where the command retrained, else by its estimates."""
+    losses = [2.0, 3.0, 1.0 if mixed else 2.5, 1.5]
+    monkeypatch.setattr(planning, "true_losses", lambda setting, sequences, label: losses[: len(sequences)])
+    run(settings(world, tmp_path / "run", task="plan", batches=6, retrain=retrain, replicates=1))
+    found = json.loads((tmp_path / "run" / "plan.json").read_text())
+    plan, _, kept = found["rows"][:3]
+    if mixed is None:
+        mixed = kept["estimated"] < plan["estimated"]
+    assert found["proposed"] == ("sources mixed" if mixed else "the plan")
+    wanted = (kept if mixed else plan)["sequence"]
+    assert Order.load(tmp_path / "run" / "order.npz").sequence == tuple(wanted)
+    said = capsys.readouterr().err
+    assert ("order.npz keeps the sources mixed" in said) is mixed
+    better = "not the best of the retrained orders of sources: random 1 ends at 1.5" in said
+    assert better is (retrain == 1 and not mixed)
+    assert ("Mixed sources are better" in (tmp_path / "run" / "report.html").read_text()) is mixed
 
 
 @pytest.mark.parametrize(
