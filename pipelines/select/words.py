@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,15 +17,19 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import regex
 import xxhash
 from numpy.typing import NDArray
 
 from datatools import DataError, files, large
 from pipelines.rows.rows import Rows
 
-WORD = r"(?u)\b\w+\b"
-"""The pattern of a word: a run of letters, digits and underscores, of any length and alphabet."""
-_FIND = re.compile(WORD).findall
+_ASCII = re.compile(r"\w+").findall
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+_LETTER = r"[\p{L}\p{N}_]"
+_INSIDE = rf"[{_LETTER}\p{{M}}\u200c\u200d]"  # the last two join letters in Persian and in Indic scripts
+_RUNS = regex.compile(rf"(?V1)((?:{_UNSPACED}\p{{M}}*)+)|([{_LETTER}--{_UNSPACED}][{_INSIDE}--{_UNSPACED}]*)").findall
+_MARKED = regex.compile(r"(?V1)\P{M}\p{M}*").findall  # a letter and its marks
 _ROWS = 512  # per block
 _KNOWN = 100_000  # words whose digests are remembered
 _PENDING = 1 << 20  # terms that are counted at once
@@ -60,8 +65,27 @@ class _Digests(dict[str, int]):
         return found
 
 
-def _words(text: str) -> list[str]:
-    return _FIND(text.lower())
+def words_of(text: str) -> list[str]:
+    """Return the words of a text, in lower case.
+
+    A word is a run of letters with their marks, digits and underscores, of any length, after Unicode normalisation
+    (NFKC). Chinese, Japanese, Thai, Lao, Khmer and Burmese have no spaces between words: there, each pair of
+    neighbouring letters is a word, as usual in retrieval.
+
+    Args:
+        text: The text.
+
+    Examples:
+        >>> words_of("Das Café in 東京都"), words_of("हिन्दी में")
+        (['das', 'café', 'in', '東京', '京都'], ['हिन्दी', 'में'])
+    """
+    if text.isascii():
+        return _ASCII(text.lower())
+    found: list[str] = []
+    for unspaced, spaced in _RUNS(unicodedata.normalize("NFKC", text).lower()):
+        letters = _MARKED(unspaced)
+        found += [spaced] if spaced else letters if len(letters) < 2 else map("".join, itertools.pairwise(letters))
+    return found
 
 
 def _pairs(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -72,7 +96,7 @@ def _pairs(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> NDArray[np.
 
 
 def _block(start: int, texts: Sequence[str], digests: _Digests, pairs: bool) -> Block:
-    found = [[digests[word] for word in _words(text)] for text in texts]
+    found = [[digests[word] for word in words_of(text)] for text in texts]
     lengths = np.fromiter(map(len, found), np.int64, len(found))
     term = np.fromiter((digest for words in found for digest in words), np.uint64, int(lengths.sum()))
     row = np.repeat(np.arange(len(found), dtype=np.uint16), lengths)
@@ -154,7 +178,7 @@ class Vocabulary:
     def __init__(self, target: Rows, pairs: bool) -> None:
         digests, known = _Digests(), dict[str, int]()
         for row in np.flatnonzero(target.usable).tolist():
-            words = _words(target.pool[row].whole)
+            words = words_of(target.pool[row].whole)
             known.update((word, digests[word]) for word in words)
             if pairs:
                 codes = np.asarray([digests[word] for word in words], np.uint64)
